@@ -1,0 +1,232 @@
+//! The facts nftlet keeps of each object kind.
+
+use std::fmt;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+
+use super::ObjectName;
+
+/// An IP address family; each has a table of its own in the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Family {
+    /// IPv4.
+    V4,
+    /// IPv6.
+    V6,
+}
+
+impl Family {
+    /// Both families, IPv4 first.
+    pub const ALL: [Family; 2] = [Family::V4, Family::V6];
+
+    /// The family of an address.
+    pub fn of(address: IpAddr) -> Self {
+        match address {
+            IpAddr::V4(_) => Family::V4,
+            IpAddr::V6(_) => Family::V6,
+        }
+    }
+}
+
+impl fmt::Display for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Family::V4 => "IPv4",
+            Family::V6 => "IPv6",
+        })
+    }
+}
+
+/// A transport protocol that services can use (`spec.ports[].protocol`), with its IP protocol number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[repr(u8)]
+pub enum Protocol {
+    /// TCP, the default of the API.
+    Tcp = 6,
+    /// UDP.
+    Udp = 17,
+    /// SCTP.
+    Sctp = 132,
+}
+
+impl Protocol {
+    /// The IP protocol number.
+    pub fn number(self) -> u8 {
+        self as u8
+    }
+}
+
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Protocol::Tcp => "TCP",
+            Protocol::Udp => "UDP",
+            Protocol::Sctp => "SCTP",
+        })
+    }
+}
+
+/// What sort of service an object is, as far as rules are concerned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ServiceKind {
+    /// `type: ClusterIP` with an address.
+    ClusterIp,
+    /// `type: NodePort`.
+    NodePort,
+    /// `type: LoadBalancer`.
+    LoadBalancer,
+    /// `type: ExternalName`: answered by DNS, has no rules.
+    ExternalName,
+    /// `clusterIP: None` or no address yet: has no rules.
+    Headless,
+}
+
+/// `externalTrafficPolicy` and `internalTrafficPolicy`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum TrafficPolicy {
+    /// All endpoints of the cluster (the default of the API).
+    #[default]
+    Cluster,
+    /// Only endpoints on this node.
+    Local,
+}
+
+/// A Service, reduced to the fields that become rules.
+///
+/// Addresses are already parsed; the source reports and leaves out those that are malformed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Service {
+    /// Namespace and name.
+    pub name: ObjectName,
+    /// `metadata.creationTimestamp` in seconds since 1970; the older of two services wins a
+    /// contested frontend. Absent (files written by hand) counts as newest.
+    pub created: Option<i64>,
+    /// The sort of service.
+    pub kind: ServiceKind,
+    /// `clusterIPs` (or `clusterIP`), one per address family at most.
+    pub cluster_ips: Vec<IpAddr>,
+    /// `ports`.
+    pub ports: Vec<ServicePort>,
+    /// `externalIPs`.
+    pub external_ips: Vec<IpAddr>,
+    /// `status.loadBalancer.ingress[].ip` with `ipMode` VIP or absent.
+    pub load_balancer_ips: Vec<IpAddr>,
+    /// `loadBalancerSourceRanges`; empty means everyone.
+    pub source_ranges: Vec<IpNet>,
+    /// `externalTrafficPolicy`.
+    pub external_policy: TrafficPolicy,
+    /// `internalTrafficPolicy`.
+    pub internal_policy: TrafficPolicy,
+    /// `sessionAffinity: ClientIP` with its timeout in seconds.
+    pub affinity_seconds: Option<u32>,
+    /// `healthCheckNodePort`, for a LoadBalancer with external policy Local.
+    pub health_check_node_port: Option<u16>,
+}
+
+impl Service {
+    /// Whether packets are handled for this service at all.
+    pub fn has_frontends(&self) -> bool {
+        !matches!(self.kind, ServiceKind::ExternalName | ServiceKind::Headless)
+    }
+}
+
+/// One entry of `spec.ports`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ServicePort {
+    /// The name that joins it to a port of the EndpointSlices; empty for the only port.
+    pub name: Arc<str>,
+    /// The protocol.
+    pub protocol: Protocol,
+    /// The port of the frontends, not 0.
+    pub port: u16,
+    /// The port on the node's own addresses.
+    pub node_port: Option<u16>,
+}
+
+/// An EndpointSlice of one address family.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EndpointSlice {
+    /// Namespace and name of the slice itself.
+    pub name: ObjectName,
+    /// The service it belongs to (label `kubernetes.io/service-name`, same namespace).
+    pub service: ObjectName,
+    /// `addressType`.
+    pub family: Family,
+    /// Ports with a number; entries without one are left out by the source.
+    pub ports: Vec<SlicePort>,
+    /// The endpoints, first address of each.
+    pub endpoints: Vec<Endpoint>,
+    /// Annotation `endpoints.kubernetes.io/last-change-trigger-time`, milliseconds since 1970.
+    pub triggered_at_ms: Option<i64>,
+}
+
+/// One entry of an EndpointSlice's `ports`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SlicePort {
+    /// Empty when absent.
+    pub name: Arc<str>,
+    /// The protocol.
+    pub protocol: Protocol,
+    /// The target port, not 0.
+    pub port: u16,
+}
+
+/// One entry of an EndpointSlice's `endpoints`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Endpoint {
+    /// The first address.
+    pub address: IpAddr,
+    /// `conditions.ready`, true when absent.
+    pub ready: bool,
+    /// `conditions.serving`, true when absent.
+    pub serving: bool,
+    /// `conditions.terminating`, false when absent.
+    pub terminating: bool,
+    /// `nodeName`.
+    pub node: Option<Arc<str>>,
+    /// `hints.forZones[].name`; `None` when the endpoint carries no zone hints.
+    pub zone_hints: Option<Arc<[Arc<str>]>>,
+    /// `hints.forNodes[].name`; `None` when the endpoint carries no node hints.
+    pub node_hints: Option<Arc<[Arc<str>]>>,
+}
+
+/// The node nftlet runs on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Node {
+    /// `metadata.name`.
+    pub name: Arc<str>,
+    /// `status.addresses` of type InternalIP, in order.
+    pub internal_ips: Vec<IpAddr>,
+    /// `status.addresses` of type ExternalIP, in order.
+    pub external_ips: Vec<IpAddr>,
+    /// `spec.podCIDRs` (or `podCIDR`).
+    pub pod_cidrs: Vec<IpNet>,
+    /// Label `topology.kubernetes.io/zone`.
+    pub zone: Option<Arc<str>>,
+    /// Whether the node is going away: it has a deletion timestamp or the taint
+    /// `ToBeDeletedByClusterAutoscaler`.
+    pub going_away: bool,
+}
+
+impl Node {
+    /// The node's primary address of a family: the first InternalIP, else the first ExternalIP
+    /// (kube-proxy's order).
+    pub fn primary_ip(&self, family: Family) -> Option<IpAddr> {
+        self.internal_ips
+            .iter()
+            .chain(&self.external_ips)
+            .copied()
+            .find(|ip| Family::of(*ip) == family)
+    }
+}
+
+/// A ServiceCIDR: a range that ClusterIPs are allocated from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServiceCidr {
+    /// `metadata.name`.
+    pub name: ObjectName,
+    /// `spec.cidrs`.
+    pub cidrs: Vec<IpNet>,
+}

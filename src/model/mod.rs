@@ -1,0 +1,21 @@
+//! Services, endpoints and nodes as plain facts.
+//!
+//! The types here hold what nftlet needs to know of the Kubernetes objects and nothing else: no
+//! client types, no serialisation, no I/O. A [source](crate::source) makes them and sends them
+//! as [`Event`]s; the [`Store`] keeps them, joins slices to services, settles which service
+//! owns a contested frontend, and tells for every event which services have to be compiled again.
+
+mod claims;
+mod event;
+mod facts;
+mod name;
+mod store;
+
+
+pub use event::{Delivery, Event, Kind, Notice, Object, ObjectRef, Reason, Subject};
+pub use facts::{
+    Endpoint, EndpointSlice, Family, Node, Protocol, Service, ServiceCidr, ServiceKind,
+    ServicePort, SlicePort, TrafficPolicy,
+};
+pub use name::ObjectName;
+

@@ -1,0 +1,63 @@
+//! Names of namespaced and cluster-scoped objects.
+
+use std::fmt;
+use std::sync::Arc;
+
+/// The namespace and name of a Kubernetes object, cheap to clone and compare.
+///
+/// Printed as `namespace/name`; an object without a namespace is printed as `name`.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ObjectName(Arc<str>);
+
+impl ObjectName {
+    /// Joins a namespace and a name. An empty namespace stands for a cluster-scoped object.
+    pub fn new(namespace: &str, name: &str) -> Self {
+        if namespace.is_empty() {
+            Self(Arc::from(name))
+        } else {
+            Self(Arc::from(format!("{namespace}/{name}")))
+        }
+    }
+
+    /// The namespace, or an empty string for a cluster-scoped object.
+    pub fn namespace(&self) -> &str {
+        self.0.split_once('/').map_or("", |(namespace, _)| namespace)
+    }
+
+    /// The name without its namespace.
+    pub fn name(&self) -> &str {
+        self.0.split_once('/').map_or(&*self.0, |(_, name)| name)
+    }
+
+    /// The form `namespace/name`.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for ObjectName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Debug for ObjectName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::ObjectName;
+
+    #[test]
+    fn splits_into_namespace_and_name() {
+        let name = ObjectName::new("shop", "web");
+        assert_eq!((name.namespace(), name.name()), ("shop", "web"));
+        assert_eq!(name.to_string(), "shop/web");
+        let node = ObjectName::new("", "node-1");
+        assert_eq!((node.namespace(), node.name()), ("", "node-1"));
+        assert_eq!(node.to_string(), "node-1");
+    }
+}
