@@ -19,3 +19,5 @@
 #![warn(missing_docs)]
 
 pub mod model;
+pub mod netlink;
+pub mod ruleset;

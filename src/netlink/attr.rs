@@ -1,0 +1,168 @@
+//! Netlink attributes: a writer into a growing buffer and a reader over received bytes.
+//!
+//! An attribute is a length, a type and a value, padded to four bytes; a nested attribute's
+//! value is attributes. Both sides are plain slices, so nothing here can read or write out of
+//! bounds, whatever the kernel sends.
+
+/// Marks an attribute as holding others.
+const NESTED: u16 = 0x8000;
+/// The bits of the type field that are the type.
+const TYPE_MASK: u16 = 0x3fff;
+const HEADER: usize = 4;
+
+/// Appends attributes to a buffer.
+pub struct Writer<'a> {
+    buffer: &'a mut Vec<u8>,
+}
+
+/// Where a nested attribute began.
+#[must_use]
+pub struct Nest(usize);
+
+impl<'a> Writer<'a> {
+    /// Writes to the end of a buffer whose length is a multiple of four.
+    pub fn new(buffer: &'a mut Vec<u8>) -> Self {
+        Self { buffer }
+    }
+
+    /// The number of bytes in the buffer.
+    pub fn len(&self) -> usize {
+        self.buffer.len()
+    }
+
+    /// Appends bytes. The value must be shorter than 64 KiB, which holds for all values nftlet
+    /// writes: names, keys and comments.
+    pub fn bytes(&mut self, kind: u16, value: &[u8]) {
+        let length = (HEADER + value.len()) as u16;
+        self.buffer.extend_from_slice(&length.to_ne_bytes());
+        self.buffer.extend_from_slice(&kind.to_ne_bytes());
+        self.buffer.extend_from_slice(value);
+        self.pad();
+    }
+
+    /// Appends a number in network order.
+    pub fn be32(&mut self, kind: u16, value: u32) {
+        self.bytes(kind, &value.to_be_bytes());
+    }
+
+    /// Appends a zero-terminated string.
+    pub fn string(&mut self, kind: u16, value: &str) {
+        let length = (HEADER + value.len() + 1) as u16;
+        self.buffer.extend_from_slice(&length.to_ne_bytes());
+        self.buffer.extend_from_slice(&kind.to_ne_bytes());
+        self.buffer.extend_from_slice(value.as_bytes());
+        self.buffer.push(0);
+        self.pad();
+    }
+
+    /// Begins a nested attribute.
+    pub fn begin(&mut self, kind: u16) -> Nest {
+        let nest = Nest(self.buffer.len());
+        self.buffer.extend_from_slice(&[0, 0]);
+        self.buffer
+            .extend_from_slice(&(kind | NESTED).to_ne_bytes());
+        nest
+    }
+
+    /// Ends a nested attribute.
+    pub fn end(&mut self, nest: Nest) {
+        let length = (self.buffer.len() - nest.0) as u16;
+        if let Some(field) = self.buffer.get_mut(nest.0..nest.0 + 2) {
+            field.copy_from_slice(&length.to_ne_bytes());
+        }
+    }
+
+    fn pad(&mut self) {
+        self.buffer
+            .resize(self.buffer.len().next_multiple_of(HEADER), 0);
+    }
+}
+
+/// Iterates over attributes; a truncated one ends the iteration.
+#[derive(Clone, Copy)]
+pub struct Reader<'a>(&'a [u8]);
+
+impl<'a> Reader<'a> {
+    /// Reads the attributes in a value or message.
+    pub fn new(bytes: &'a [u8]) -> Self {
+        Self(bytes)
+    }
+
+    /// The value of the first attribute of a type.
+    pub fn get(self, kind: u16) -> Option<&'a [u8]> {
+        self.into_iter()
+            .find_map(|(k, value)| (k == kind).then_some(value))
+    }
+
+    /// The attributes nested in the first attribute of a type.
+    pub fn nested(self, kind: u16) -> Option<Reader<'a>> {
+        self.get(kind).map(Reader)
+    }
+
+    /// The first attribute of a type as a number in network order.
+    pub fn be32(self, kind: u16) -> Option<u32> {
+        Some(u32::from_be_bytes(self.get(kind)?.try_into().ok()?))
+    }
+
+    /// The first attribute of a type as a long number in network order.
+    pub fn be64(self, kind: u16) -> Option<u64> {
+        Some(u64::from_be_bytes(self.get(kind)?.try_into().ok()?))
+    }
+
+    /// The first attribute of a type as text without its terminating zero.
+    pub fn string(self, kind: u16) -> Option<&'a str> {
+        let value = self.get(kind)?;
+        std::str::from_utf8(value.strip_suffix(&[0]).unwrap_or(value)).ok()
+    }
+}
+
+impl<'a> Iterator for Reader<'a> {
+    type Item = (u16, &'a [u8]);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let (header, _) = self.0.split_first_chunk::<HEADER>()?;
+        let [l0, l1, k0, k1] = *header;
+        let length = usize::from(u16::from_ne_bytes([l0, l1]));
+        let kind = u16::from_ne_bytes([k0, k1]) & TYPE_MASK;
+        let value = self.0.get(HEADER..length)?;
+        self.0 = self
+            .0
+            .get(length.next_multiple_of(HEADER)..)
+            .unwrap_or_default();
+        Some((kind, value))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_is_read() {
+        let mut buffer = Vec::new();
+        let mut writer = Writer::new(&mut buffer);
+        writer.string(1, "abc");
+        let nest = writer.begin(2);
+        writer.be32(3, 7);
+        writer.bytes(4, &[1, 2, 3, 4, 5]);
+        writer.end(nest);
+        let reader = Reader::new(&buffer);
+        assert_eq!(reader.string(1), Some("abc"));
+        let nested = reader.nested(2).unwrap();
+        assert_eq!(nested.be32(3), Some(7));
+        assert_eq!(nested.get(4), Some(&[1u8, 2, 3, 4, 5][..]));
+        assert_eq!(nested.be64(3), None);
+        assert_eq!(reader.count(), 2);
+    }
+
+    #[test]
+    fn truncated_input_ends_the_iteration() {
+        let mut buffer = Vec::new();
+        Writer::new(&mut buffer).string(1, "abcdefgh");
+        for length in 0..buffer.len() - 3 {
+            assert_eq!(Reader::new(&buffer[..length]).count(), 0, "{length} bytes");
+        }
+        assert_eq!(Reader::new(&[3, 0, 1, 0]).count(), 0, "length below header");
+        assert_eq!(Reader::new(&[0, 0, 0, 0]).count(), 0, "length zero");
+    }
+}

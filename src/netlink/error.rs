@@ -1,0 +1,170 @@
+//! What can go wrong between nftlet and the kernel.
+
+use std::fmt;
+use std::io;
+
+use thiserror::Error;
+
+use crate::ruleset::{Declaration, Element, Name, Op, TableId, text};
+
+/// An error of the netlink layer.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// The netlink socket could not be opened or configured.
+    #[error("cannot open a netlink socket for nftables: {0}; {hint}", hint = hint(.0))]
+    Open(#[source] io::Error),
+    /// A name cannot be given to the kernel.
+    #[error("{place}: the name contains a zero byte or is longer than the kernel allows")]
+    Name {
+        /// Where the name stands.
+        place: Place,
+    },
+    /// Something read back from the kernel was about to be written.
+    #[error("{place}: a rule that nftlet did not write cannot be written")]
+    ForeignRule {
+        /// The rule.
+        place: Place,
+    },
+    /// The transaction did not reach the kernel.
+    #[error("cannot send a transaction of {bytes} bytes to the kernel: {source}; {hint}", hint = hint(.source))]
+    Send {
+        /// Its size.
+        bytes: usize,
+        /// The error of the socket.
+        source: io::Error,
+    },
+    /// The kernel refused a transaction; nothing of it took effect.
+    #[error("the kernel refused {place}: {source}{detail}; {hint}", hint = hint(.source))]
+    Refused {
+        /// What it refused.
+        place: Box<Place>,
+        /// Its errno.
+        source: io::Error,
+        /// What the kernel said about it, where it said something.
+        detail: String,
+    },
+    /// The answer of the kernel could not be read.
+    #[error("cannot read the kernel's answer to {what}: {source}; {hint}", hint = hint(.source))]
+    Receive {
+        /// What was asked.
+        what: &'static str,
+        /// The error of the socket.
+        source: io::Error,
+    },
+    /// A dump kept being interrupted by changes.
+    #[error(
+        "the dump of {what} was interrupted {times} times by changes of the ruleset; try again when the other writer is quiet"
+    )]
+    Interrupted {
+        /// What was dumped.
+        what: &'static str,
+        /// How often it was tried.
+        times: u32,
+    },
+}
+
+impl Error {
+    /// What the kernel refused, if that is what happened.
+    pub fn refused(&self) -> Option<&Place> {
+        match self {
+            Error::Refused { place, .. } => Some(place),
+            _ => None,
+        }
+    }
+}
+
+/// A hint for the errno values that a person can do something about.
+fn hint(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::EPERM | libc::EACCES) => {
+            "nftlet needs the capability CAP_NET_ADMIN (run it as root)"
+        }
+        Some(libc::EPROTONOSUPPORT | libc::EAFNOSUPPORT) => {
+            "this kernel has no nf_tables (load the module nf_tables; nftlet needs Linux 5.13)"
+        }
+        Some(libc::EOPNOTSUPP) => {
+            "this kernel lacks an nftables feature (nftlet needs Linux 5.13 with nft_nat, nft_masq, nft_fib, nft_reject, nft_numgen and nft_ct)"
+        }
+        Some(libc::ENOENT) => {
+            "something it refers to does not exist; it will be compared with the kernel and repaired"
+        }
+        Some(libc::EEXIST) => {
+            "the kernel has another object of that name; it will be compared with the kernel and repaired"
+        }
+        Some(libc::EBUSY) => "something still refers to it",
+        Some(libc::EMSGSIZE | libc::ENOBUFS) => {
+            "a netlink buffer is too small; CAP_NET_ADMIN lets nftlet enlarge it"
+        }
+        Some(libc::ENOMEM) => "the kernel is out of memory",
+        _ => "it will be tried again",
+    }
+}
+
+/// A part of a transaction, printed as a person would name it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// A table.
+    Table(TableId),
+    /// A chain.
+    Chain(TableId, Name),
+    /// A rule, as text.
+    Rule(TableId, Name, String),
+    /// A set.
+    Set(TableId, Name),
+    /// An element of a set.
+    Element(TableId, Name, Box<Element>, String),
+    /// The transaction as a whole.
+    Transaction,
+}
+
+impl Place {
+    /// The place of an operation, and of one of its elements where that is known.
+    pub fn of(op: &Op, element: Option<usize>) -> Self {
+        match op {
+            Op::AddTable(table) | Op::DeleteTable(table) => Place::Table(table.clone()),
+            Op::AddSet(table, set, _) | Op::DeleteSet(table, set) | Op::FlushSet(table, set) => {
+                Place::Set(table.clone(), set.clone())
+            }
+            Op::AddChain(table, chain, _)
+            | Op::FlushChain(table, chain)
+            | Op::DeleteChain(table, chain) => Place::Chain(table.clone(), chain.clone()),
+            Op::AddRule(table, chain, rule) => {
+                Place::Rule(table.clone(), chain.clone(), text::rule(rule, table.family))
+            }
+            Op::AddElements(table, set, declaration, elements)
+            | Op::DeleteElements(table, set, declaration, elements) => {
+                element.and_then(|index| elements.get(index)).map_or_else(
+                    || Place::Set(table.clone(), set.clone()),
+                    |element| Self::element(table, set, declaration, element),
+                )
+            }
+        }
+    }
+
+    fn element(table: &TableId, set: &Name, declaration: &Declaration, element: &Element) -> Self {
+        let printed = text::element(element, declaration, table.family);
+        Place::Element(
+            table.clone(),
+            set.clone(),
+            Box::new(element.clone()),
+            printed,
+        )
+    }
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Place::Table(table) => write!(f, "table {table}"),
+            Place::Chain(table, chain) => write!(f, "chain {chain} of table {table}"),
+            Place::Rule(table, chain, rule) => {
+                write!(f, "rule \"{rule}\" of chain {chain} in table {table}")
+            }
+            Place::Set(table, set) => write!(f, "set {set} of table {table}"),
+            Place::Element(table, set, _, element) => {
+                write!(f, "element {{ {element} }} of set {set} in table {table}")
+            }
+            Place::Transaction => f.write_str("the transaction"),
+        }
+    }
+}

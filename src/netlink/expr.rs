@@ -1,0 +1,480 @@
+//! Statements as the kernel's expressions, described as plain data.
+//!
+//! A rule runs as a list of expressions over sixteen 32-bit registers. Selectors load values
+//! into registers, one after the other for a concatenated key; comparisons and lookups read
+//! them. [`Program::rule`] gives the list; `ffi` makes libnftnl objects of it.
+
+use std::ffi::CStr;
+use std::net::IpAddr;
+
+use nftnl::nftnl_sys as sys;
+
+use super::uapi;
+use crate::ruleset::{
+    Comparison, CtState, CtStatus, Family, FieldType, Name, Operand, RejectWith, Rule, Selector,
+    Statement, Verdict,
+};
+
+/// One expression: its name and the attributes to set.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Expr {
+    /// The name libnftnl knows it by.
+    pub name: &'static CStr,
+    /// Attribute numbers with their values.
+    pub attributes: Vec<(u32, Attribute)>,
+}
+
+/// The value of an expression's attribute.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Attribute {
+    /// One byte.
+    U8(u8),
+    /// A number in host order; libnftnl converts it.
+    U32(u32),
+    /// A long number in host order.
+    U64(u64),
+    /// A name.
+    Text(Name),
+    /// Raw bytes.
+    Bytes(Vec<u8>),
+}
+
+/// A statement that cannot be written because it was read from the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Unwritable;
+
+const VERDICT_REGISTER: u32 = libc::NFT_REG_VERDICT as u32;
+
+/// The register that starts at a 32-bit word: the kernel numbers those at multiples of four
+/// 1 to 4, and the others from 8.
+fn register(word: usize) -> u32 {
+    let word = word as u32;
+    if word.is_multiple_of(4) {
+        libc::NFT_REG_1 as u32 + word / 4
+    } else {
+        libc::NFT_REG32_00 as u32 + word
+    }
+}
+
+/// The expressions of one rule, under construction.
+pub struct Program {
+    family: Family,
+    exprs: Vec<Expr>,
+}
+
+impl Program {
+    /// The expressions of a rule of a table of the given family.
+    ///
+    /// # Errors
+    ///
+    /// [`Unwritable`] for a rule with a foreign statement.
+    pub fn rule(rule: &Rule, family: Family) -> Result<Vec<Expr>, Unwritable> {
+        let mut program = Program {
+            family,
+            exprs: Vec::new(),
+        };
+        for statement in &rule.statements {
+            program.statement(statement)?;
+        }
+        Ok(program.exprs)
+    }
+
+    fn push<const N: usize>(&mut self, name: &'static CStr, attributes: [(u32, Attribute); N]) {
+        self.exprs.push(Expr {
+            name,
+            attributes: attributes.into(),
+        });
+    }
+
+    /// Loads a selector's value into the register at a word.
+    fn load(&mut self, selector: Selector, word: usize) {
+        use Attribute::U32;
+        let target = register(word);
+        match selector {
+            Selector::SourceAddress | Selector::DestinationAddress => {
+                let (source, length) = match self.family {
+                    Family::Ip => (12, 4),
+                    Family::Ip6 => (8, 16),
+                };
+                let offset = match selector {
+                    Selector::SourceAddress => source,
+                    _ => source + length,
+                };
+                self.payload(libc::NFT_PAYLOAD_NETWORK_HEADER, offset, length, target);
+            }
+            Selector::SourcePort => {
+                self.payload(libc::NFT_PAYLOAD_TRANSPORT_HEADER, 0, 2, target);
+            }
+            Selector::DestinationPort => {
+                self.payload(libc::NFT_PAYLOAD_TRANSPORT_HEADER, 2, 2, target);
+            }
+            Selector::L4Protocol => self.meta(libc::NFT_META_L4PROTO, target),
+            Selector::Mark => self.meta(libc::NFT_META_MARK, target),
+            Selector::InputInterface => self.meta(libc::NFT_META_IIFNAME, target),
+            Selector::OutputInterface => self.meta(libc::NFT_META_OIFNAME, target),
+            Selector::RandomIndex { modulus } => self.push(
+                c"numgen",
+                [
+                    (sys::NFTNL_EXPR_NG_DREG, U32(target)),
+                    (sys::NFTNL_EXPR_NG_MODULUS, U32(modulus)),
+                    (sys::NFTNL_EXPR_NG_TYPE, U32(libc::NFT_NG_RANDOM as u32)),
+                ],
+            ),
+            Selector::SourceHash { modulus } => {
+                // The address goes to the next free registers behind the target.
+                let scratch = (word + 1).next_multiple_of(4);
+                self.load(Selector::SourceAddress, scratch);
+                let length = Selector::SourceAddress.field_type(self.family).len() as u32;
+                self.push(
+                    c"hash",
+                    [
+                        (sys::NFTNL_EXPR_HASH_SREG, U32(register(scratch))),
+                        (sys::NFTNL_EXPR_HASH_DREG, U32(target)),
+                        (sys::NFTNL_EXPR_HASH_LEN, U32(length)),
+                        (sys::NFTNL_EXPR_HASH_MODULUS, U32(modulus)),
+                        (sys::NFTNL_EXPR_HASH_TYPE, U32(0)),
+                    ],
+                );
+            }
+            Selector::OriginalDestinationAddress => {
+                let key = match self.family {
+                    Family::Ip => libc::NFT_CT_DST_IP,
+                    Family::Ip6 => libc::NFT_CT_DST_IP6,
+                };
+                self.ct(key, Some(0), target);
+            }
+            Selector::OriginalDestinationPort => {
+                self.ct(libc::NFT_CT_PROTO_DST, Some(0), target);
+            }
+        }
+    }
+
+    /// Loads the fields of a key into consecutive registers from a word on and returns the word
+    /// after them.
+    fn load_key(&mut self, selectors: &[Selector], first: usize) -> usize {
+        let mut word = first;
+        for selector in selectors {
+            self.load(*selector, word);
+            word += selector.field_type(self.family).padded_len() / 4;
+        }
+        word
+    }
+
+    fn payload(&mut self, base: libc::c_int, offset: u32, length: u32, target: u32) {
+        use Attribute::U32;
+        self.push(
+            c"payload",
+            [
+                (sys::NFTNL_EXPR_PAYLOAD_DREG, U32(target)),
+                (sys::NFTNL_EXPR_PAYLOAD_BASE, U32(base as u32)),
+                (sys::NFTNL_EXPR_PAYLOAD_OFFSET, U32(offset)),
+                (sys::NFTNL_EXPR_PAYLOAD_LEN, U32(length)),
+            ],
+        );
+    }
+
+    fn meta(&mut self, key: libc::c_int, target: u32) {
+        use Attribute::U32;
+        self.push(
+            c"meta",
+            [
+                (sys::NFTNL_EXPR_META_KEY, U32(key as u32)),
+                (sys::NFTNL_EXPR_META_DREG, U32(target)),
+            ],
+        );
+    }
+
+    fn ct(&mut self, key: libc::c_int, direction: Option<u8>, target: u32) {
+        use Attribute::{U8, U32};
+        let mut attributes = vec![
+            (sys::NFTNL_EXPR_CT_KEY, U32(key as u32)),
+            (sys::NFTNL_EXPR_CT_DREG, U32(target)),
+        ];
+        if let Some(direction) = direction {
+            attributes.push((sys::NFTNL_EXPR_CT_DIR, U8(direction)));
+        }
+        self.exprs.push(Expr {
+            name: c"ct",
+            attributes,
+        });
+    }
+
+    fn bitwise(&mut self, mask: Vec<u8>, xor: Vec<u8>) {
+        use Attribute::{Bytes, U32};
+        self.push(
+            c"bitwise",
+            [
+                (sys::NFTNL_EXPR_BITWISE_SREG, U32(register(0))),
+                (sys::NFTNL_EXPR_BITWISE_DREG, U32(register(0))),
+                (sys::NFTNL_EXPR_BITWISE_LEN, U32(mask.len() as u32)),
+                (sys::NFTNL_EXPR_BITWISE_MASK, Bytes(mask)),
+                (sys::NFTNL_EXPR_BITWISE_XOR, Bytes(xor)),
+            ],
+        );
+    }
+
+    fn cmp(&mut self, comparison: Comparison, value: Vec<u8>) {
+        use Attribute::{Bytes, U32};
+        let op = match comparison {
+            Comparison::Is => libc::NFT_CMP_EQ,
+            Comparison::IsNot => libc::NFT_CMP_NEQ,
+        };
+        self.push(
+            c"cmp",
+            [
+                (sys::NFTNL_EXPR_CMP_SREG, U32(register(0))),
+                (sys::NFTNL_EXPR_CMP_OP, U32(op as u32)),
+                (sys::NFTNL_EXPR_CMP_DATA, Bytes(value)),
+            ],
+        );
+    }
+
+    /// Continues if the register at word 0 and the bits have a bit in common.
+    fn any_bit(&mut self, bits: u32) {
+        self.bitwise(bits.to_ne_bytes().into(), vec![0; 4]);
+        self.cmp(Comparison::IsNot, vec![0; 4]);
+    }
+
+    fn lookup(&mut self, set: &Name, result: Option<u32>, inverted: bool) {
+        use Attribute::{Text, U32};
+        let mut attributes = vec![
+            (sys::NFTNL_EXPR_LOOKUP_SREG, U32(register(0))),
+            (sys::NFTNL_EXPR_LOOKUP_SET, Text(set.clone())),
+        ];
+        if let Some(result) = result {
+            attributes.push((sys::NFTNL_EXPR_LOOKUP_DREG, U32(result)));
+        }
+        if inverted {
+            let flag = libc::NFT_LOOKUP_F_INV as u32;
+            attributes.push((sys::NFTNL_EXPR_LOOKUP_FLAGS, U32(flag)));
+        }
+        self.exprs.push(Expr {
+            name: c"lookup",
+            attributes,
+        });
+    }
+
+    fn address_is_local(&mut self, flag: u32) {
+        use Attribute::U32;
+        /// `RTN_LOCAL` of the kernel's routing tables.
+        const LOCAL: u32 = 2;
+        self.push(
+            c"fib",
+            [
+                (sys::NFTNL_EXPR_FIB_DREG, U32(register(0))),
+                (
+                    sys::NFTNL_EXPR_FIB_RESULT,
+                    U32(uapi::NFT_FIB_RESULT_ADDRTYPE),
+                ),
+                (sys::NFTNL_EXPR_FIB_FLAGS, U32(flag)),
+            ],
+        );
+        self.cmp(Comparison::Is, LOCAL.to_ne_bytes().into());
+    }
+
+    fn set_mark(&mut self) {
+        use Attribute::U32;
+        self.push(
+            c"meta",
+            [
+                (sys::NFTNL_EXPR_META_KEY, U32(libc::NFT_META_MARK as u32)),
+                (sys::NFTNL_EXPR_META_SREG, U32(register(0))),
+            ],
+        );
+    }
+
+    fn compare(&mut self, selector: Selector, comparison: Comparison, operand: &Operand) {
+        self.load(selector, 0);
+        match operand {
+            Operand::Network(net) => {
+                let (value, mask) = match (net.network(), net.netmask()) {
+                    (IpAddr::V4(value), IpAddr::V4(mask)) => {
+                        (value.octets().to_vec(), mask.octets().to_vec())
+                    }
+                    (IpAddr::V6(value), IpAddr::V6(mask)) => {
+                        (value.octets().to_vec(), mask.octets().to_vec())
+                    }
+                    // A network and its mask are always of one family.
+                    _ => return,
+                };
+                if net.prefix_len() < net.max_prefix_len() {
+                    let zeros = vec![0; mask.len()];
+                    self.bitwise(mask, zeros);
+                }
+                self.cmp(comparison, value);
+            }
+            Operand::Protocol(number) => self.cmp(comparison, vec![*number]),
+            Operand::Port(port) => self.cmp(comparison, port.to_be_bytes().into()),
+            Operand::Interface(name) => {
+                let mut padded = name.as_bytes().to_vec();
+                padded.resize(FieldType::IfName.len(), 0);
+                self.cmp(comparison, padded);
+            }
+            // Comparing fewer bytes than the register holds matches the beginning.
+            Operand::InterfacePrefix(prefix) => self.cmp(comparison, prefix.as_bytes().into()),
+        }
+    }
+
+    fn verdict(&mut self, verdict: &Verdict) {
+        use Attribute::{Text, U32};
+        let mut attributes = vec![
+            (sys::NFTNL_EXPR_IMM_DREG, U32(VERDICT_REGISTER)),
+            (
+                sys::NFTNL_EXPR_IMM_VERDICT,
+                U32(verdict_code(verdict) as u32),
+            ),
+        ];
+        if let Some(chain) = verdict.target() {
+            attributes.push((sys::NFTNL_EXPR_IMM_CHAIN, Text(chain.clone())));
+        }
+        self.exprs.push(Expr {
+            name: c"immediate",
+            attributes,
+        });
+    }
+
+    fn statement(&mut self, statement: &Statement) -> Result<(), Unwritable> {
+        use Attribute::{Text, U8, U32, U64};
+        match statement {
+            Statement::Match(selector, comparison, operand) => {
+                self.compare(*selector, *comparison, operand);
+            }
+            Statement::MarkBits(comparison, bits) => {
+                self.load(Selector::Mark, 0);
+                self.bitwise(bits.to_ne_bytes().into(), vec![0; 4]);
+                self.cmp(*comparison, bits.to_ne_bytes().into());
+            }
+            Statement::CtState(state) => {
+                self.ct(libc::NFT_CT_STATE, None, register(0));
+                self.any_bit(ct_state_bit(*state));
+            }
+            Statement::CtStatus(status) => {
+                self.ct(libc::NFT_CT_STATUS, None, register(0));
+                self.any_bit(ct_status_bit(*status));
+            }
+            Statement::DestinationIsLocal => self.address_is_local(uapi::NFTA_FIB_F_DADDR),
+            Statement::SourceIsLocal => self.address_is_local(uapi::NFTA_FIB_F_SADDR),
+            Statement::InSet(key, comparison, set) => {
+                self.load_key(key, 0);
+                self.lookup(set, None, *comparison == Comparison::IsNot);
+            }
+            Statement::VerdictMap(key, map) => {
+                self.load_key(key, 0);
+                self.lookup(map, Some(VERDICT_REGISTER), false);
+            }
+            Statement::DnatByMap(key, map) => {
+                self.load_key(key, 0);
+                self.lookup(map, Some(register(0)), false);
+                let (family, words) = match self.family {
+                    Family::Ip => (libc::NFPROTO_IPV4, 1),
+                    Family::Ip6 => (libc::NFPROTO_IPV6, 4),
+                };
+                self.push(
+                    c"nat",
+                    [
+                        (sys::NFTNL_EXPR_NAT_TYPE, U32(libc::NFT_NAT_DNAT as u32)),
+                        (sys::NFTNL_EXPR_NAT_FAMILY, U32(family as u32)),
+                        (sys::NFTNL_EXPR_NAT_REG_ADDR_MIN, U32(register(0))),
+                        (sys::NFTNL_EXPR_NAT_REG_PROTO_MIN, U32(register(words))),
+                    ],
+                );
+            }
+            Statement::SetMarkBits(bits) => {
+                self.load(Selector::Mark, 0);
+                self.bitwise((!bits).to_ne_bytes().into(), bits.to_ne_bytes().into());
+                self.set_mark();
+            }
+            Statement::FlipMarkBits(bits) => {
+                self.load(Selector::Mark, 0);
+                self.bitwise(vec![0xff; 4], bits.to_ne_bytes().into());
+                self.set_mark();
+            }
+            Statement::UpdateMap {
+                map,
+                key,
+                timeout,
+                data,
+            } => {
+                let value = self.load_key(key, 0);
+                self.load_key(data, value);
+                let milliseconds = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
+                self.push(
+                    c"dynset",
+                    [
+                        (sys::NFTNL_EXPR_DYNSET_SREG_KEY, U32(register(0))),
+                        (sys::NFTNL_EXPR_DYNSET_SREG_DATA, U32(register(value))),
+                        (
+                            sys::NFTNL_EXPR_DYNSET_OP,
+                            U32(libc::NFT_DYNSET_OP_UPDATE as u32),
+                        ),
+                        (sys::NFTNL_EXPR_DYNSET_TIMEOUT, U64(milliseconds)),
+                        (sys::NFTNL_EXPR_DYNSET_SET_NAME, Text(map.clone())),
+                    ],
+                );
+            }
+            Statement::Masquerade => {
+                let flags = uapi::NF_NAT_RANGE_PROTO_RANDOM_FULLY;
+                self.push(c"masq", [(sys::NFTNL_EXPR_MASQ_FLAGS, U32(flags))]);
+            }
+            Statement::Reject(with) => {
+                let (kind, code) = match (with, self.family) {
+                    (RejectWith::TcpReset, _) => (libc::NFT_REJECT_TCP_RST, 0),
+                    (RejectWith::PortUnreachable, Family::Ip) => (libc::NFT_REJECT_ICMP_UNREACH, 3),
+                    (RejectWith::PortUnreachable, Family::Ip6) => {
+                        (libc::NFT_REJECT_ICMP_UNREACH, 4)
+                    }
+                };
+                self.push(
+                    c"reject",
+                    [
+                        (sys::NFTNL_EXPR_REJECT_TYPE, U32(kind as u32)),
+                        (sys::NFTNL_EXPR_REJECT_CODE, U8(code)),
+                    ],
+                );
+            }
+            Statement::Counter => self.push(c"counter", []),
+            Statement::Verdict(verdict) => self.verdict(verdict),
+            Statement::Foreign(_) => return Err(Unwritable),
+        }
+        Ok(())
+    }
+}
+
+/// The number of a verdict in netlink messages.
+pub fn verdict_code(verdict: &Verdict) -> i32 {
+    match verdict {
+        Verdict::Accept => libc::NF_ACCEPT,
+        Verdict::Drop => libc::NF_DROP,
+        Verdict::Return => libc::NFT_RETURN,
+        Verdict::Jump(_) => libc::NFT_JUMP,
+        Verdict::Goto(_) => libc::NFT_GOTO,
+    }
+}
+
+// The kernel's bits of nf_conntrack_common.h.
+fn ct_state_bit(state: CtState) -> u32 {
+    match state {
+        CtState::Invalid => 1,
+        CtState::Established => 2,
+        CtState::Related => 4,
+        CtState::New => 8,
+    }
+}
+
+fn ct_status_bit(status: CtStatus) -> u32 {
+    match status {
+        CtStatus::Snat => 1 << 4,
+        CtStatus::Dnat => 1 << 5,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::register;
+
+    #[test]
+    fn registers_are_numbered_as_nft_does() {
+        let numbers: Vec<u32> = (0..8).map(register).collect();
+        assert_eq!(numbers, [1, 9, 10, 11, 2, 13, 14, 15]);
+    }
+}

@@ -1,0 +1,308 @@
+//! libnftnl objects: the only place where messages pass through C code.
+//!
+//! Everything here takes plain values and gives plain bytes or text. Objects live within one
+//! function, so that none can be freed twice or used after it was freed.
+
+#![allow(unsafe_code)]
+
+use std::ffi::{CStr, CString, c_char, c_void};
+use std::ptr::NonNull;
+
+use nftnl::expr::Expression;
+use nftnl::nftnl_sys as sys;
+use nftnl::{Chain, ChainType, Hook, MsgType, NlMsg, Policy, ProtoFamily, Rule, Table};
+
+use super::expr::{Attribute, Expr};
+use super::uapi;
+use crate::ruleset::{BaseChain, ChainKind, Family, Hook as ChainHook};
+
+/// Room for one message of libnftnl, which does not check the size of its buffer.
+pub struct Scratch(Vec<u64>);
+
+impl Scratch {
+    /// Allocates the largest message that libnftnl builds.
+    pub fn new() -> Self {
+        let bytes = nftnl::nft_nlmsg_maxsize() as usize;
+        // Words, because the header at the beginning must be aligned.
+        Self(vec![0; bytes.div_ceil(size_of::<u64>())])
+    }
+
+    /// Lets libnftnl write a message and returns its bytes.
+    fn message<T: NlMsg>(&mut self, message: &T, seq: u32, kind: MsgType) -> &mut [u8] {
+        let start = self.0.as_mut_ptr().cast::<c_void>();
+        // SAFETY: the buffer has nft_nlmsg_maxsize() bytes, which is what write() asks for.
+        unsafe { message.write(start, seq, kind) };
+        self.written()
+    }
+
+    /// The message at the beginning of the buffer.
+    fn written(&mut self) -> &mut [u8] {
+        let start = self.0.as_mut_ptr().cast::<u8>();
+        let capacity = self.0.len() * size_of::<u64>();
+        // SAFETY: the buffer is initialised and aligned, and a header fits into it.
+        let length = unsafe { (*start.cast::<libc::nlmsghdr>()).nlmsg_len } as usize;
+        // SAFETY: the range is within the buffer, which is borrowed for the result's lifetime.
+        unsafe { std::slice::from_raw_parts_mut(start, length.min(capacity)) }
+    }
+}
+
+/// A C string for a name without zero bytes.
+pub fn c_name(name: &str) -> Option<CString> {
+    CString::new(name).ok()
+}
+
+fn proto(family: Family) -> ProtoFamily {
+    match family {
+        Family::Ip => ProtoFamily::Ipv4,
+        Family::Ip6 => ProtoFamily::Ipv6,
+    }
+}
+
+/// A message that makes or deletes a table.
+pub fn table(scratch: &mut Scratch, family: Family, name: &CStr, kind: MsgType) -> Vec<u8> {
+    let table = Table::new(name, proto(family));
+    scratch.message(&table, 0, kind).to_vec()
+}
+
+/// A message that makes or deletes a chain.
+pub fn chain(
+    scratch: &mut Scratch,
+    (family, table): (Family, &CStr),
+    name: &CStr,
+    base: Option<&BaseChain>,
+    kind: MsgType,
+) -> Vec<u8> {
+    let table = Table::new(table, proto(family));
+    let mut chain = Chain::new(name, &table);
+    if let Some(base) = base {
+        chain.set_type(match base.kind {
+            ChainKind::Filter => ChainType::Filter,
+            ChainKind::Nat => ChainType::Nat,
+        });
+        let hook = match base.hook {
+            ChainHook::Prerouting => Hook::PreRouting,
+            ChainHook::Input => Hook::In,
+            ChainHook::Forward => Hook::Forward,
+            ChainHook::Output => Hook::Out,
+            ChainHook::Postrouting => Hook::PostRouting,
+        };
+        chain.set_hook(hook, base.priority);
+        chain.set_policy(Policy::Accept);
+    }
+    scratch.message(&chain, 0, kind).to_vec()
+}
+
+/// A message that appends a rule, or with [`MsgType::Del`] and no expressions one that removes
+/// all rules of the chain.
+pub fn rule(
+    scratch: &mut Scratch,
+    (family, table, chain): (Family, &CStr, &CStr),
+    exprs: &[Expr],
+    user_data: &[u8],
+    kind: MsgType,
+) -> Vec<u8> {
+    let table = Table::new(table, proto(family));
+    let chain = Chain::new(chain, &table);
+    let mut rule = Rule::new(&chain);
+    for expr in exprs {
+        rule.add_expr(expr);
+    }
+    let mut message = scratch.message(&rule, 0, kind).to_vec();
+    if !user_data.is_empty() {
+        // The crate's own set_comment takes ownership of nothing but needs the rule mutable and
+        // a C string; appending the attribute is simpler and equal.
+        super::attr::Writer::new(&mut message).bytes(uapi::NFTA_RULE_USERDATA, user_data);
+        set_length(&mut message);
+    }
+    message
+}
+
+/// Writes the length of a message into its header.
+pub fn set_length(message: &mut [u8]) {
+    let length = (message.len() as u32).to_ne_bytes();
+    if let Some(field) = message.get_mut(..4) {
+        field.copy_from_slice(&length);
+    }
+}
+
+/// What the kernel is told about a set.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct SetAttributes {
+    /// `NFTA_SET_FLAGS`.
+    pub flags: u32,
+    /// `NFTA_SET_KEY_TYPE`, kept for nft.
+    pub key_type: u32,
+    /// `NFTA_SET_KEY_LEN` in bytes.
+    pub key_len: u32,
+    /// `NFTA_SET_DATA_TYPE` and `NFTA_SET_DATA_LEN` in bytes.
+    pub data: Option<(u32, u32)>,
+    /// `NFTA_SET_TIMEOUT` in milliseconds.
+    pub timeout: Option<u64>,
+    /// `NFTA_SET_DESC_SIZE`.
+    pub size: Option<u32>,
+    /// Lengths of the fields of a concatenated interval key.
+    pub fields: Vec<u8>,
+    /// `NFTA_SET_USERDATA`.
+    pub user_data: Vec<u8>,
+}
+
+/// A message that declares a set.
+pub fn new_set(
+    scratch: &mut Scratch,
+    (family, table): (Family, &CStr),
+    name: &CStr,
+    id: u32,
+    set: &SetAttributes,
+) -> Vec<u8> {
+    let buffer = scratch.0.as_mut_ptr().cast::<c_char>();
+    // SAFETY: the object is checked for null, used only in this block and freed at its end;
+    // names are zero-terminated; lengths are those of the slices they go with; the message is
+    // written into a buffer of nft_nlmsg_maxsize() bytes.
+    unsafe {
+        let object = sys::nftnl_set_alloc();
+        if object.is_null() {
+            std::process::abort();
+        }
+        let u32_attr = |kind: u32, value: u32| {
+            sys::nftnl_set_set_u32(object, kind as u16, value);
+        };
+        let data_attr = |kind: u32, value: &[u8]| {
+            sys::nftnl_set_set_data(
+                object,
+                kind as u16,
+                value.as_ptr().cast::<c_void>(),
+                value.len() as u32,
+            );
+        };
+        sys::nftnl_set_set_str(object, sys::NFTNL_SET_TABLE as u16, table.as_ptr());
+        sys::nftnl_set_set_str(object, sys::NFTNL_SET_NAME as u16, name.as_ptr());
+        u32_attr(sys::NFTNL_SET_FAMILY, proto(family) as u32);
+        u32_attr(sys::NFTNL_SET_ID, id);
+        u32_attr(sys::NFTNL_SET_FLAGS, set.flags);
+        u32_attr(sys::NFTNL_SET_KEY_TYPE, set.key_type);
+        u32_attr(sys::NFTNL_SET_KEY_LEN, set.key_len);
+        if let Some((kind, length)) = set.data {
+            u32_attr(sys::NFTNL_SET_DATA_TYPE, kind);
+            u32_attr(sys::NFTNL_SET_DATA_LEN, length);
+        }
+        if let Some(timeout) = set.timeout {
+            sys::nftnl_set_set_u64(object, sys::NFTNL_SET_TIMEOUT as u16, timeout);
+        }
+        if let Some(size) = set.size {
+            u32_attr(sys::NFTNL_SET_DESC_SIZE, size);
+        }
+        if !set.fields.is_empty() {
+            data_attr(sys::NFTNL_SET_DESC_CONCAT, &set.fields);
+        }
+        data_attr(sys::NFTNL_SET_USERDATA, &set.user_data);
+        let header = sys::nftnl_nlmsg_build_hdr(
+            buffer,
+            libc::NFT_MSG_NEWSET as u16,
+            proto(family) as u16,
+            libc::NLM_F_CREATE as u16,
+            0,
+        );
+        sys::nftnl_set_nlmsg_build_payload(header, object);
+        sys::nftnl_set_free(object);
+    }
+    scratch.written().to_vec()
+}
+
+impl Expression for Expr {
+    fn to_expr(&self, _rule: &Rule) -> NonNull<sys::nftnl_expr> {
+        // SAFETY: the name is zero-terminated; the object is checked for null and handed to the
+        // caller, which frees it with its rule; libnftnl copies all values given here.
+        unsafe {
+            let Some(object) = NonNull::new(sys::nftnl_expr_alloc(self.name.as_ptr())) else {
+                std::process::abort();
+            };
+            for (kind, value) in &self.attributes {
+                let (expr, kind) = (object.as_ptr(), *kind as u16);
+                match value {
+                    Attribute::U8(value) => sys::nftnl_expr_set_u8(expr, kind, *value),
+                    Attribute::U32(value) => sys::nftnl_expr_set_u32(expr, kind, *value),
+                    Attribute::U64(value) => sys::nftnl_expr_set_u64(expr, kind, *value),
+                    Attribute::Text(name) => {
+                        // Names were checked for zero bytes when the chain or set was made.
+                        let name = c_name(name.as_str()).unwrap_or_default();
+                        sys::nftnl_expr_set_str(expr, kind, name.as_ptr());
+                    }
+                    Attribute::Bytes(bytes) => {
+                        let data = bytes.as_ptr().cast::<c_void>();
+                        sys::nftnl_expr_set(expr, kind, data, bytes.len() as u32);
+                    }
+                }
+            }
+            object
+        }
+    }
+}
+
+/// The expressions of a rule message in libnftnl's notation, with counters set to zero: equal
+/// for a rule as it was written and as it is read back. `None` if libnftnl cannot parse it.
+pub fn describe_rule(message: &[u8]) -> Option<String> {
+    if message.len() < size_of::<libc::nlmsghdr>() {
+        return None;
+    }
+    // Copied to words, because libnftnl reads the header in place and it must be aligned.
+    let mut words = vec![0u64; message.len().div_ceil(size_of::<u64>())];
+    // SAFETY: the destination has at least as many bytes as the source; they do not overlap.
+    unsafe {
+        std::ptr::copy_nonoverlapping(
+            message.as_ptr(),
+            words.as_mut_ptr().cast::<u8>(),
+            message.len(),
+        );
+    }
+    let header = words.as_ptr().cast::<libc::nlmsghdr>();
+    let mut text = String::new();
+    // SAFETY: the header is aligned and followed by the whole message; the objects are checked
+    // for null, used only here and freed on all paths; the text buffer's length is passed on.
+    unsafe {
+        if (*header).nlmsg_len as usize > message.len() {
+            return None;
+        }
+        let rule = sys::nftnl_rule_alloc();
+        if rule.is_null() {
+            std::process::abort();
+        }
+        if sys::nftnl_rule_nlmsg_parse(header, rule) < 0 {
+            sys::nftnl_rule_free(rule);
+            return None;
+        }
+        let iterator = sys::nftnl_expr_iter_create(rule);
+        if iterator.is_null() {
+            std::process::abort();
+        }
+        loop {
+            let expr = sys::nftnl_expr_iter_next(iterator);
+            if expr.is_null() {
+                break;
+            }
+            let name = sys::nftnl_expr_get_str(expr, sys::NFTNL_EXPR_NAME as u16);
+            if !name.is_null() && CStr::from_ptr(name) == c"counter" {
+                sys::nftnl_expr_set_u64(expr, sys::NFTNL_EXPR_CTR_PACKETS as u16, 0);
+                sys::nftnl_expr_set_u64(expr, sys::NFTNL_EXPR_CTR_BYTES as u16, 0);
+            }
+            let mut line = [0u8; 1024];
+            sys::nftnl_expr_snprintf(
+                line.as_mut_ptr().cast::<c_char>(),
+                line.len(),
+                expr,
+                sys::NFTNL_OUTPUT_DEFAULT,
+                0,
+            );
+            if let Ok(line) = CStr::from_bytes_until_nul(&line) {
+                if !name.is_null() {
+                    text.push_str(&CStr::from_ptr(name).to_string_lossy());
+                    text.push(' ');
+                }
+                text.push_str(line.to_string_lossy().trim());
+                text.push_str("; ");
+            }
+        }
+        sys::nftnl_expr_iter_destroy(iterator);
+        sys::nftnl_rule_free(rule);
+    }
+    Some(text)
+}

@@ -1,0 +1,32 @@
+//! nftables rulesets to and from the kernel.
+//!
+//! [`Nftables`] holds a netlink socket. [`Nftables::apply`] encodes a
+//! [`Transaction`](crate::ruleset::Transaction), hands it to the kernel in one `sendmsg`, and
+//! tells exactly which operation the kernel refused if it did. [`Nftables::read`] dumps tables
+//! back as a [`Ruleset`](crate::ruleset::Ruleset), so that what is in force can be compared with
+//! what is wanted.
+//!
+//! ```text
+//! Transaction ──encode──> Batch (bytes + what each message is) ──socket──> kernel
+//!                            │                                               │
+//!                            └────────── place of the error <──error message─┘
+//! ```
+//!
+//! Tables, chains, rules and set declarations are put together by libnftnl through the crates
+//! `nftnl` and `nftnl_sys`. Element lists, of which there can be a million, are written
+//! directly ([`attr`]); expressions that the crate lacks are described as plain data ([`expr`]) and built in one
+//! place ([`ffi`]), which together with [`socket`] is the only code with `unsafe` blocks.
+
+mod attr;
+mod encode;
+mod error;
+mod expr;
+mod ffi;
+mod read;
+mod socket;
+mod uapi;
+mod udata;
+
+pub use encode::{Batch, encode};
+pub use error::{Error, Place};
+pub use socket::{Applied, Nftables};

@@ -1,0 +1,361 @@
+//! What the kernel holds, as a ruleset that can be compared with a wanted one.
+//!
+//! The kernel keeps rules as expressions and sets as lengths and numbers, from which nftlet's
+//! typed values cannot be told in general. They need not be: whatever is written exactly as
+//! nftlet would write the wanted value *is* that value. Everything else becomes
+//! [`Statement::Foreign`] or a declaration without a key, equal to nothing that is ever wanted,
+//! so that the difference replaces it.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::attr::{Reader, Writer};
+use super::encode::{self, family_number, set_attributes};
+use super::error::Error;
+use super::ffi::{self, Scratch, SetAttributes};
+use super::socket::{Message, Nftables};
+use super::{uapi, udata};
+use crate::ruleset::{
+    BaseChain, Chain, ChainKind, Data, Declaration, Element, Family, Hook, Key, Name, Rule,
+    Ruleset, Set, SetKind, Statement, Table, TableId, Value, Verdict,
+};
+
+const ELEMENT_INTERVAL_END: u32 = 1;
+
+impl Nftables {
+    /// Reads the tables with the given names in both families.
+    ///
+    /// `wanted` is what they are going to be compared with. Tables that do not exist are absent
+    /// from the result. Elements of sets with a timeout are left out: packets add them.
+    ///
+    /// # Errors
+    ///
+    /// When a dump fails or is interrupted over and over again.
+    pub fn read(&mut self, names: &[&str], wanted: &Ruleset) -> Result<Ruleset, Error> {
+        let mut found = Ruleset::default();
+        for id in self.tables(names)? {
+            let empty = Table::default();
+            let expected = wanted.tables.get(&id).unwrap_or(&empty);
+            let table = self.table(&id, expected)?;
+            found.tables.insert(id, table);
+        }
+        Ok(found)
+    }
+
+    fn tables(&mut self, names: &[&str]) -> Result<Vec<TableId>, Error> {
+        let dumped = self.dump("the tables", libc::NFT_MSG_GETTABLE, 0, &[])?;
+        let found = dumped.iter().filter_map(|message| {
+            let name = Reader::new(message.attributes()).string(uapi::NFTA_TABLE_NAME)?;
+            let family = family(message.family())?;
+            names.contains(&name).then(|| TableId::new(family, name))
+        });
+        Ok(found.collect())
+    }
+
+    fn table(&mut self, id: &TableId, expected: &Table) -> Result<Table, Error> {
+        let mut table = Table {
+            chains: self.chains(id)?,
+            sets: BTreeMap::new(),
+        };
+        for (chain, rule) in self.rules(id, expected)? {
+            if let Some(chain) = table.chains.get_mut(&chain) {
+                chain.rules.push(rule);
+            }
+        }
+        let family = family_number(id.family);
+        let dumped = self.dump(
+            "the sets",
+            libc::NFT_MSG_GETSET,
+            family,
+            &string_attribute(uapi::NFTA_SET_TABLE, id.name.as_str()),
+        )?;
+        for message in &dumped {
+            let attributes = Reader::new(message.attributes());
+            if !is_of(attributes, message, id, uapi::NFTA_SET_TABLE) {
+                continue;
+            }
+            let Some(name) = attributes.string(uapi::NFTA_SET_NAME) else {
+                continue;
+            };
+            let declaration = declaration(attributes, expected.sets.get(name), id.family);
+            let elements = if declaration.timeout.is_some() {
+                Vec::new()
+            } else {
+                self.elements(id, name, &declaration)?
+            };
+            table.sets.insert(
+                name.into(),
+                Set {
+                    declaration,
+                    elements,
+                },
+            );
+        }
+        Ok(table)
+    }
+
+    fn chains(&mut self, id: &TableId) -> Result<BTreeMap<Name, Chain>, Error> {
+        let family = family_number(id.family);
+        let dumped = self.dump("the chains", libc::NFT_MSG_GETCHAIN, family, &[])?;
+        let found = dumped.iter().filter_map(|message| {
+            let attributes = Reader::new(message.attributes());
+            let name = attributes.string(uapi::NFTA_CHAIN_NAME)?;
+            is_of(attributes, message, id, uapi::NFTA_CHAIN_TABLE).then(|| {
+                let chain = Chain {
+                    base: base_chain(attributes),
+                    rules: Vec::new(),
+                };
+                (Name::from(name), chain)
+            })
+        });
+        Ok(found.collect())
+    }
+
+    /// The rules of a table in their order.
+    fn rules(&mut self, id: &TableId, expected: &Table) -> Result<Vec<(Name, Rule)>, Error> {
+        let dumped = self.dump(
+            "the rules",
+            libc::NFT_MSG_GETRULE,
+            family_number(id.family),
+            &string_attribute(uapi::NFTA_RULE_TABLE, id.name.as_str()),
+        )?;
+        let mut scratch = Scratch::new();
+        let mut counts: BTreeMap<String, usize> = BTreeMap::new();
+        let mut rules = Vec::new();
+        for message in &dumped {
+            let attributes = Reader::new(message.attributes());
+            let chain = attributes.string(uapi::NFTA_RULE_CHAIN);
+            let (true, Some(chain)) =
+                (is_of(attributes, message, id, uapi::NFTA_RULE_TABLE), chain)
+            else {
+                continue;
+            };
+            let index = counts.entry(chain.to_owned()).or_default();
+            let candidate = expected
+                .chains
+                .get(chain)
+                .and_then(|chain| chain.rules.get(*index));
+            *index += 1;
+            let chain = Name::from(chain);
+            let description = ffi::describe_rule(&message.bytes).unwrap_or_default();
+            let comment = attributes
+                .get(uapi::NFTA_RULE_USERDATA)
+                .and_then(udata::read_comment);
+            let same = candidate.filter(|candidate| {
+                candidate.comment.as_deref() == comment
+                    && describe(&mut scratch, id, &chain, candidate).as_ref() == Some(&description)
+            });
+            let rule = same.cloned().unwrap_or_else(|| Rule {
+                statements: vec![Statement::Foreign(Arc::from(description))],
+                comment: comment.map(Arc::from),
+            });
+            rules.push((chain, rule));
+        }
+        Ok(rules)
+    }
+
+    fn elements(
+        &mut self,
+        id: &TableId,
+        set: &str,
+        declaration: &Declaration,
+    ) -> Result<Vec<Element>, Error> {
+        let mut filter = Vec::new();
+        let mut writer = Writer::new(&mut filter);
+        writer.string(uapi::NFTA_SET_ELEM_LIST_TABLE, id.name.as_str());
+        writer.string(uapi::NFTA_SET_ELEM_LIST_SET, set);
+        let dumped = self.dump(
+            "the elements of a set",
+            libc::NFT_MSG_GETSETELEM,
+            family_number(id.family),
+            &filter,
+        )?;
+        let mut names: Vec<Name> = Vec::new();
+        let mut elements = Vec::new();
+        for message in &dumped {
+            let attributes = Reader::new(message.attributes());
+            let Some(list) = attributes.nested(uapi::NFTA_SET_ELEM_LIST_ELEMENTS) else {
+                continue;
+            };
+            for (_, item) in list {
+                elements.extend(element(Reader::new(item), &mut names));
+            }
+        }
+        if declaration.interval && !declaration.concatenated() {
+            return Ok(join_intervals(elements));
+        }
+        let mut elements: Vec<Element> = elements.into_iter().map(|(e, _)| e).collect();
+        elements.sort_unstable_by(|a, b| a.key.cmp(&b.key));
+        Ok(elements)
+    }
+}
+
+fn family(number: u8) -> Option<Family> {
+    match i32::from(number) {
+        libc::NFPROTO_IPV4 => Some(Family::Ip),
+        libc::NFPROTO_IPV6 => Some(Family::Ip6),
+        _ => None,
+    }
+}
+
+fn string_attribute(kind: u16, value: &str) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    Writer::new(&mut bytes).string(kind, value);
+    bytes
+}
+
+/// Whether a dumped object belongs to a table: kernels differ in what they filter by.
+fn is_of(attributes: Reader, message: &Message, id: &TableId, table: u16) -> bool {
+    message.family() == family_number(id.family)
+        && attributes.string(table) == Some(id.name.as_str())
+}
+
+fn describe(scratch: &mut Scratch, id: &TableId, chain: &Name, rule: &Rule) -> Option<String> {
+    let message = encode::rule_message(scratch, id, chain, rule).ok()?;
+    ffi::describe_rule(&message)
+}
+
+fn base_chain(attributes: Reader) -> Option<BaseChain> {
+    let hook = attributes.nested(uapi::NFTA_CHAIN_HOOK)?;
+    let number = hook.be32(uapi::NFTA_HOOK_HOOKNUM)?;
+    let priority = hook.be32(uapi::NFTA_HOOK_PRIORITY)? as i32;
+    let kind = match attributes.string(uapi::NFTA_CHAIN_TYPE)? {
+        "nat" => ChainKind::Nat,
+        _ => ChainKind::Filter,
+    };
+    let hook = match i32::try_from(number).ok()? {
+        libc::NF_INET_PRE_ROUTING => Hook::Prerouting,
+        libc::NF_INET_LOCAL_IN => Hook::Input,
+        libc::NF_INET_FORWARD => Hook::Forward,
+        libc::NF_INET_LOCAL_OUT => Hook::Output,
+        _ => Hook::Postrouting,
+    };
+    Some(BaseChain {
+        kind,
+        hook,
+        priority,
+    })
+}
+
+/// The declaration of a dumped set: the expected one if the kernel's attributes are those that
+/// nftlet would give it.
+fn declaration(found: Reader, expected: Option<&Set>, family: Family) -> Arc<Declaration> {
+    let attributes = SetAttributes {
+        flags: found.be32(uapi::NFTA_SET_FLAGS).unwrap_or_default(),
+        key_type: found.be32(uapi::NFTA_SET_KEY_TYPE).unwrap_or_default(),
+        key_len: found.be32(uapi::NFTA_SET_KEY_LEN).unwrap_or_default(),
+        data: found
+            .be32(uapi::NFTA_SET_DATA_TYPE)
+            .zip(found.be32(uapi::NFTA_SET_DATA_LEN)),
+        timeout: found.be64(uapi::NFTA_SET_TIMEOUT),
+        size: found
+            .nested(uapi::NFTA_SET_DESC)
+            .and_then(|desc| desc.be32(uapi::NFTA_SET_DESC_SIZE)),
+        fields: Vec::new(),
+        user_data: found
+            .get(uapi::NFTA_SET_USERDATA)
+            .unwrap_or_default()
+            .to_vec(),
+    };
+    let same = expected.filter(|set| {
+        // The lengths of the fields follow from the key type.
+        let wanted = SetAttributes {
+            fields: Vec::new(),
+            ..set_attributes(&set.declaration, family)
+        };
+        wanted == attributes
+    });
+    same.map_or_else(
+        || {
+            Arc::new(Declaration {
+                timeout: attributes.timeout.map(std::time::Duration::from_millis),
+                ..Declaration::new(SetKind::Set, [])
+            })
+        },
+        |set| set.declaration.clone(),
+    )
+}
+
+/// An element and whether it is the end of an interval.
+fn element(item: Reader, names: &mut Vec<Name>) -> Option<(Element, bool)> {
+    let value_of = |kind: u16| item.nested(kind)?.get(uapi::NFTA_DATA_VALUE);
+    let key = Key::from_bytes(value_of(uapi::NFTA_SET_ELEM_KEY)?);
+    let value = match item.nested(uapi::NFTA_SET_ELEM_DATA) {
+        None => Value::None,
+        Some(data) => match data.nested(uapi::NFTA_DATA_VERDICT) {
+            Some(verdict) => Value::Verdict(read_verdict(verdict, names)?),
+            None => Value::Data(Data::from_bytes(data.get(uapi::NFTA_DATA_VALUE)?)),
+        },
+    };
+    let comment = item
+        .get(uapi::NFTA_SET_ELEM_USERDATA)
+        .and_then(udata::read_comment);
+    let flags = item.be32(uapi::NFTA_SET_ELEM_FLAGS).unwrap_or_default();
+    let element = Element {
+        key,
+        key_end: value_of(uapi::NFTA_SET_ELEM_KEY_END).map(Key::from_bytes),
+        value,
+        comment: comment.map(Arc::from),
+    };
+    Some((element, flags & ELEMENT_INTERVAL_END != 0))
+}
+
+/// A verdict; the names of chains are shared, because few chains serve many elements.
+fn read_verdict(verdict: Reader, names: &mut Vec<Name>) -> Option<Verdict> {
+    let code = verdict.be32(uapi::NFTA_VERDICT_CODE)? as i32;
+    let mut chain = || {
+        let name = verdict.string(uapi::NFTA_VERDICT_CHAIN)?;
+        match names.binary_search_by(|known| known.as_str().cmp(name)) {
+            Ok(index) => names.get(index).cloned(),
+            Err(index) => {
+                names.insert(index, Name::from(name));
+                names.get(index).cloned()
+            }
+        }
+    };
+    match code {
+        libc::NF_ACCEPT => Some(Verdict::Accept),
+        libc::NF_DROP => Some(Verdict::Drop),
+        libc::NFT_RETURN => Some(Verdict::Return),
+        libc::NFT_JUMP => chain().map(Verdict::Jump),
+        libc::NFT_GOTO => chain().map(Verdict::Goto),
+        _ => None,
+    }
+}
+
+/// Puts the two elements of each interval together again: its start, and the first key behind
+/// it marked as an end. An interval without an end reaches the last key.
+fn join_intervals(mut elements: Vec<(Element, bool)>) -> Vec<Element> {
+    // An end comes before a start of the same key: it closes the interval below.
+    elements.sort_unstable_by(|(a, a_end), (b, b_end)| a.key.cmp(&b.key).then(b_end.cmp(a_end)));
+    let mut joined: Vec<Element> = Vec::new();
+    let mut open: Option<Element> = None;
+    for (element, is_end) in elements {
+        if is_end {
+            if let Some(mut start) = open.take() {
+                start.key_end = Some(before(&element.key));
+                joined.push(start);
+            }
+        } else {
+            open = Some(element);
+        }
+    }
+    if let Some(mut last) = open {
+        last.key_end = Some(Key::from_bytes(&vec![0xff; last.key.as_bytes().len()]));
+        joined.push(last);
+    }
+    joined
+}
+
+/// The key before a key, read as one number in network order.
+fn before(key: &Key) -> Key {
+    let mut bytes = key.as_bytes().to_vec();
+    for byte in bytes.iter_mut().rev() {
+        let (difference, borrow) = byte.overflowing_sub(1);
+        *byte = difference;
+        if !borrow {
+            break;
+        }
+    }
+    Key::from_bytes(&bytes)
+}

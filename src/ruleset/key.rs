@@ -1,0 +1,268 @@
+//! Keys and data of set elements, in the byte form that the kernel compares.
+
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use smallvec::SmallVec;
+
+/// The type of one field of a concatenated key or value.
+///
+/// In a concatenation every field starts at a multiple of four bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum FieldType {
+    /// `ipv4_addr`, four bytes in network order.
+    Ipv4Addr,
+    /// `ipv6_addr`, sixteen bytes in network order.
+    Ipv6Addr,
+    /// `inet_proto`, one byte.
+    InetProto,
+    /// `inet_service`, a port, two bytes in network order.
+    InetService,
+    /// An untyped number as `numgen` yields it, four bytes in host order.
+    Integer,
+    /// `mark`, four bytes in host order.
+    Mark,
+    /// `ifname`, sixteen bytes padded with zeros.
+    IfName,
+}
+
+impl FieldType {
+    /// The length of the value in bytes.
+    pub fn len(self) -> usize {
+        match self {
+            FieldType::Ipv4Addr | FieldType::Integer | FieldType::Mark => 4,
+            FieldType::Ipv6Addr | FieldType::IfName => 16,
+            FieldType::InetProto => 1,
+            FieldType::InetService => 2,
+        }
+    }
+
+    /// The room the value takes in a concatenation, in bytes.
+    pub fn padded_len(self) -> usize {
+        self.len().next_multiple_of(4)
+    }
+
+    /// The name nft gives the type.
+    pub fn name(self) -> &'static str {
+        match self {
+            FieldType::Ipv4Addr => "ipv4_addr",
+            FieldType::Ipv6Addr => "ipv6_addr",
+            FieldType::InetProto => "inet_proto",
+            FieldType::InetService => "inet_service",
+            FieldType::Integer => "integer",
+            FieldType::Mark => "mark",
+            FieldType::IfName => "ifname",
+        }
+    }
+
+    /// Whether the value is kept in host byte order.
+    pub fn host_order(self) -> bool {
+        matches!(
+            self,
+            FieldType::Integer | FieldType::Mark | FieldType::IfName
+        )
+    }
+}
+
+/// The key of a set element: its fields one after the other, each padded to four bytes.
+///
+/// A key of a single field is not padded. The type of the fields is known by the set.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Key(SmallVec<[u8; 32]>);
+
+/// The value of a map element, built like a [`Key`].
+pub type Data = Key;
+
+impl Key {
+    /// Starts a key.
+    pub fn build() -> KeyBuilder {
+        KeyBuilder {
+            bytes: SmallVec::new(),
+            last_field: 0,
+        }
+    }
+
+    /// A key of one address.
+    pub fn address(address: IpAddr) -> Self {
+        Self::build().address(address).finish()
+    }
+
+    /// A key as it came from the kernel.
+    pub fn from_bytes(bytes: &[u8]) -> Self {
+        Self(SmallVec::from_slice(bytes))
+    }
+
+    /// The bytes as the kernel takes them.
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    /// Reads the key with the types of its fields, for printing. Yields fewer fields when the
+    /// key is shorter than the types ask for.
+    pub fn fields<'a>(&'a self, types: &'a [FieldType]) -> KeyFields<'a> {
+        KeyFields {
+            bytes: &self.0,
+            types,
+        }
+    }
+}
+
+impl fmt::Debug for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for byte in &self.0 {
+            write!(f, "{byte:02x}")?;
+        }
+        Ok(())
+    }
+}
+
+/// Puts the fields of a [`Key`] together.
+#[derive(Clone, Debug)]
+pub struct KeyBuilder {
+    bytes: SmallVec<[u8; 32]>,
+    last_field: usize,
+}
+
+impl KeyBuilder {
+    fn field(mut self, value: &[u8]) -> Self {
+        self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
+        self.last_field = self.bytes.len();
+        self.bytes.extend_from_slice(value);
+        self
+    }
+
+    /// Appends an address of either family.
+    pub fn address(self, address: IpAddr) -> Self {
+        match address {
+            IpAddr::V4(v4) => self.field(&v4.octets()),
+            IpAddr::V6(v6) => self.field(&v6.octets()),
+        }
+    }
+
+    /// Appends an IP protocol number.
+    pub fn protocol(self, number: u8) -> Self {
+        self.field(&[number])
+    }
+
+    /// Appends a port.
+    pub fn port(self, port: u16) -> Self {
+        self.field(&port.to_be_bytes())
+    }
+
+    /// Appends a number in host order, such as an endpoint index or a mark.
+    pub fn number(self, number: u32) -> Self {
+        self.field(&number.to_ne_bytes())
+    }
+
+    /// Appends an interface name; names longer than the kernel's 15 bytes are cut.
+    pub fn interface(self, name: &str) -> Self {
+        let mut padded = [0u8; 16];
+        for (to, from) in padded.iter_mut().take(15).zip(name.bytes()) {
+            *to = from;
+        }
+        self.field(&padded)
+    }
+
+    /// The finished key.
+    pub fn finish(mut self) -> Key {
+        if self.last_field > 0 {
+            self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
+        }
+        Key(self.bytes)
+    }
+}
+
+/// Iterates over the printable fields of a [`Key`].
+pub struct KeyFields<'a> {
+    bytes: &'a [u8],
+    types: &'a [FieldType],
+}
+
+impl Iterator for KeyFields<'_> {
+    type Item = String;
+
+    fn next(&mut self) -> Option<String> {
+        let (field, rest) = self.types.split_first()?;
+        self.types = rest;
+        let value = self.bytes.get(..field.len())?;
+        self.bytes = self.bytes.get(field.padded_len()..).unwrap_or_default();
+        Some(print_field(*field, value))
+    }
+}
+
+fn print_field(field: FieldType, value: &[u8]) -> String {
+    match field {
+        FieldType::Ipv4Addr => <[u8; 4]>::try_from(value)
+            .map(|octets| Ipv4Addr::from(octets).to_string())
+            .unwrap_or_default(),
+        FieldType::Ipv6Addr => <[u8; 16]>::try_from(value)
+            .map(|octets| Ipv6Addr::from(octets).to_string())
+            .unwrap_or_default(),
+        FieldType::InetProto => match value.first().copied().unwrap_or_default() {
+            6 => "tcp".into(),
+            17 => "udp".into(),
+            132 => "sctp".into(),
+            other => other.to_string(),
+        },
+        FieldType::InetService => <[u8; 2]>::try_from(value)
+            .map(|bytes| u16::from_be_bytes(bytes).to_string())
+            .unwrap_or_default(),
+        FieldType::Integer => <[u8; 4]>::try_from(value)
+            .map(|bytes| u32::from_ne_bytes(bytes).to_string())
+            .unwrap_or_default(),
+        FieldType::Mark => <[u8; 4]>::try_from(value)
+            .map(|bytes| format!("{:#010x}", u32::from_ne_bytes(bytes)))
+            .unwrap_or_default(),
+        FieldType::IfName => {
+            let end = value.iter().position(|b| *b == 0).unwrap_or(value.len());
+            let name = value.get(..end).unwrap_or_default();
+            format!("{:?}", String::from_utf8_lossy(name))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fields_are_aligned_to_four_bytes() {
+        let key = Key::build()
+            .address("10.96.0.5".parse().unwrap())
+            .protocol(6)
+            .port(80)
+            .number(3)
+            .finish();
+        let index = 3u32.to_ne_bytes();
+        assert_eq!(
+            key.as_bytes(),
+            [[10, 96, 0, 5], [6, 0, 0, 0], [0, 80, 0, 0], index].concat()
+        );
+        let types = [
+            FieldType::Ipv4Addr,
+            FieldType::InetProto,
+            FieldType::InetService,
+            FieldType::Integer,
+        ];
+        let fields: Vec<_> = key.fields(&types).collect();
+        assert_eq!(fields, ["10.96.0.5", "tcp", "80", "3"]);
+    }
+
+    #[test]
+    fn a_single_field_is_not_padded() {
+        assert_eq!(Key::build().protocol(17).finish().as_bytes(), [17]);
+        assert_eq!(Key::build().port(53).finish().as_bytes(), [0, 53]);
+    }
+
+    #[test]
+    fn a_trailing_short_field_of_a_concatenation_is_padded() {
+        let key = Key::build().protocol(17).port(53).finish();
+        assert_eq!(key.as_bytes(), [17, 0, 0, 0, 0, 53, 0, 0]);
+    }
+
+    #[test]
+    fn printing_a_short_key_stops_early() {
+        let types = [FieldType::Ipv4Addr, FieldType::InetService];
+        assert_eq!(Key::from_bytes(&[10, 0]).fields(&types).count(), 0);
+    }
+}

@@ -1,0 +1,36 @@
+//! nftables rulesets as plain, typed, comparable values.
+//!
+//! A [`Ruleset`] is what a set of tables should contain: chains with their rules, and sets, maps
+//! and verdict maps with their elements. Nothing here touches the kernel or knows Kubernetes.
+//!
+//! * [`diff()`] compares two rulesets and gives the [`Transaction`] that turns one into the other.
+//! * [`text::render`] prints a ruleset in the syntax of `nft -f`.
+//! * `netlink` encodes the very same values for the kernel. Renderer and encoder match the same
+//!   enums exhaustively, so a construct cannot exist in one and be missing in the other.
+//!
+//! ```text
+//! Ruleset
+//!  └─ TableId -> Table
+//!                 ├─ Name -> Chain -> [Rule -> [Statement]]
+//!                 └─ Name -> Set   -> [Element], sorted by key
+//! ```
+
+mod diff;
+mod interval;
+mod key;
+mod rule;
+mod selector;
+mod table;
+pub mod text;
+mod transaction;
+
+pub use diff::{diff, diff_elements};
+pub use interval::{merge as merge_intervals, network as interval_of};
+pub use key::{Data, FieldType, Key, KeyBuilder, KeyFields};
+pub use rule::{Comparison, CtState, CtStatus, Operand, RejectWith, Rule, Statement, Verdict};
+pub use selector::Selector;
+pub use table::{
+    BaseChain, Chain, ChainKind, Declaration, Element, Family, Hook, Name, Ruleset, Set, SetKind,
+    Table, TableId, Value,
+};
+pub use transaction::{Op, Transaction};

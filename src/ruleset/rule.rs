@@ -1,0 +1,165 @@
+//! Rules and the statements they are made of.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use ipnet::IpNet;
+
+use super::selector::Selector;
+use super::table::{Name, clean_comment};
+
+/// A rule: statements evaluated in order until one does not match or gives a verdict.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Rule {
+    /// The statements.
+    pub statements: Vec<Statement>,
+    /// A word for the person who reads the ruleset.
+    pub comment: Option<Arc<str>>,
+}
+
+impl Rule {
+    /// A rule without a comment.
+    pub fn new(statements: impl Into<Vec<Statement>>) -> Self {
+        Self {
+            statements: statements.into(),
+            comment: None,
+        }
+    }
+
+    /// The same rule with a comment.
+    #[must_use]
+    pub fn comment(mut self, comment: &str) -> Self {
+        self.comment = Some(clean_comment(comment));
+        self
+    }
+}
+
+/// Whether a comparison asks for equality.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Comparison {
+    /// Equal, or inside the prefix.
+    Is,
+    /// Different, or outside the prefix.
+    IsNot,
+}
+
+/// The constant a selector is compared with.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Operand {
+    /// An address prefix, for the address selectors.
+    Network(IpNet),
+    /// An IP protocol number, for [`Selector::L4Protocol`].
+    Protocol(u8),
+    /// A port, for the port selectors.
+    Port(u16),
+    /// An interface name, for the interface selectors.
+    Interface(Arc<str>),
+    /// The beginning of an interface name (`veth*`).
+    InterfacePrefix(Arc<str>),
+}
+
+/// The conntrack states nftlet matches (`ct state`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum CtState {
+    /// The first packet of a connection.
+    New,
+    /// A packet of a known connection.
+    Established,
+    /// A packet that a known connection caused, such as an ICMP error.
+    Related,
+    /// A packet that belongs to nothing.
+    Invalid,
+}
+
+/// The conntrack status bits nftlet matches (`ct status`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum CtStatus {
+    /// The destination was translated.
+    Dnat,
+    /// The source was translated.
+    Snat,
+}
+
+/// How a packet is refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum RejectWith {
+    /// A TCP reset. The rule must have matched the protocol before.
+    TcpReset,
+    /// ICMP (or ICMPv6) port unreachable.
+    PortUnreachable,
+}
+
+/// What becomes of a packet.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Verdict {
+    /// Leave the base chain; other base chains of the hook still see the packet.
+    Accept,
+    /// Discard the packet.
+    Drop,
+    /// Go back to the calling chain.
+    Return,
+    /// Continue in a chain and come back after its end.
+    Jump(Name),
+    /// Continue in a chain without coming back to this one.
+    Goto(Name),
+}
+
+impl Verdict {
+    /// The chain that the verdict leads to.
+    pub fn target(&self) -> Option<&Name> {
+        match self {
+            Verdict::Jump(chain) | Verdict::Goto(chain) => Some(chain),
+            Verdict::Accept | Verdict::Drop | Verdict::Return => None,
+        }
+    }
+}
+
+/// One step of a rule.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Statement {
+    /// Continue if a selector compares as asked with a constant.
+    Match(Selector, Comparison, Operand),
+    /// Continue if all these bits of `meta mark` are set, or if they are not all set.
+    MarkBits(Comparison, u32),
+    /// Continue if the packet's connection is in the state.
+    CtState(CtState),
+    /// Continue if the connection has the status.
+    CtStatus(CtStatus),
+    /// Continue if the destination is an address of this host (`fib daddr type local`).
+    DestinationIsLocal,
+    /// Continue if the source is an address of this host (`fib saddr type local`).
+    SourceIsLocal,
+    /// Continue if the key is (or is not) an element of the set.
+    InSet(Vec<Selector>, Comparison, Name),
+    /// Take the verdict that the map holds for the key; without an element continue.
+    VerdictMap(Vec<Selector>, Name),
+    /// Translate the destination to the address and port that the map holds for the key;
+    /// without an element the rule does not match.
+    DnatByMap(Vec<Selector>, Name),
+    /// Set bits of `meta mark`.
+    SetMarkBits(u32),
+    /// Invert bits of `meta mark`.
+    FlipMarkBits(u32),
+    /// Add or refresh the element of a dynamic map, from the packet path.
+    UpdateMap {
+        /// The map.
+        map: Name,
+        /// The key of the element.
+        key: Vec<Selector>,
+        /// How long it lives without a refresh.
+        timeout: Duration,
+        /// Its value.
+        data: Vec<Selector>,
+    },
+    /// Translate the source to the address of the outgoing interface, with random ports.
+    Masquerade,
+    /// Refuse the packet.
+    Reject(RejectWith),
+    /// Count packets and bytes.
+    Counter,
+    /// A verdict.
+    Verdict(Verdict),
+    /// Something found in the kernel that nftlet did not write, in libnftnl's notation. It is
+    /// compared and printed, never written.
+    Foreign(Arc<str>),
+}

@@ -1,0 +1,96 @@
+//! What a rule reads from a packet or its connection.
+
+use std::fmt::Write;
+
+use super::key::FieldType;
+use super::table::Family;
+
+/// A value read from the packet, its metadata or its connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Selector {
+    /// `ip saddr` or `ip6 saddr`.
+    SourceAddress,
+    /// `ip daddr` or `ip6 daddr`.
+    DestinationAddress,
+    /// `meta l4proto`.
+    L4Protocol,
+    /// `th sport`.
+    SourcePort,
+    /// `th dport`.
+    DestinationPort,
+    /// `numgen random mod N`: an even random number below N. In the declaration of a set it
+    /// stands for an index.
+    RandomIndex {
+        /// N, at least 1.
+        modulus: u32,
+    },
+    /// `jhash ip saddr mod N`: a number below N that is always the same for a client.
+    SourceHash {
+        /// N, at least 1.
+        modulus: u32,
+    },
+    /// `meta mark`.
+    Mark,
+    /// `iifname`.
+    InputInterface,
+    /// `oifname`.
+    OutputInterface,
+    /// `ct original ip daddr`: the destination before DNAT.
+    OriginalDestinationAddress,
+    /// `ct original proto-dst`: the destination port before DNAT. nft accepts it only in a rule
+    /// that has matched `meta l4proto` before.
+    OriginalDestinationPort,
+}
+
+impl Selector {
+    /// The type of the value.
+    pub fn field_type(self, family: Family) -> FieldType {
+        match self {
+            Selector::SourceAddress
+            | Selector::DestinationAddress
+            | Selector::OriginalDestinationAddress => match family {
+                Family::Ip => FieldType::Ipv4Addr,
+                Family::Ip6 => FieldType::Ipv6Addr,
+            },
+            Selector::L4Protocol => FieldType::InetProto,
+            Selector::SourcePort
+            | Selector::DestinationPort
+            | Selector::OriginalDestinationPort => FieldType::InetService,
+            Selector::RandomIndex { .. } | Selector::SourceHash { .. } => FieldType::Integer,
+            Selector::Mark => FieldType::Mark,
+            Selector::InputInterface | Selector::OutputInterface => FieldType::IfName,
+        }
+    }
+
+    /// The selector in the syntax of nft.
+    pub fn text(self, family: Family) -> String {
+        let ip = family.keyword();
+        match self {
+            Selector::SourceAddress => format!("{ip} saddr"),
+            Selector::DestinationAddress => format!("{ip} daddr"),
+            Selector::L4Protocol => "meta l4proto".into(),
+            Selector::SourcePort => "th sport".into(),
+            Selector::DestinationPort => "th dport".into(),
+            Selector::RandomIndex { modulus } => format!("numgen random mod {modulus}"),
+            Selector::SourceHash { modulus } => format!("jhash {ip} saddr mod {modulus}"),
+            Selector::Mark => "meta mark".into(),
+            Selector::InputInterface => "iifname".into(),
+            Selector::OutputInterface => "oifname".into(),
+            Selector::OriginalDestinationAddress => format!("ct original {ip} daddr"),
+            Selector::OriginalDestinationPort => "ct original proto-dst".into(),
+        }
+    }
+}
+
+/// A concatenation of selectors in the syntax of nft.
+pub(super) fn concatenation(selectors: &[Selector], family: Family) -> String {
+    let mut text = String::new();
+    for (index, selector) in selectors.iter().enumerate() {
+        if index > 0 {
+            text.push_str(" . ");
+        }
+        // Writing to a String cannot fail.
+        let _ = write!(text, "{}", selector.text(family));
+    }
+    text
+}

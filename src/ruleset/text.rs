@@ -1,0 +1,310 @@
+//! Rulesets as text that `nft -f` accepts.
+//!
+//! The text and the netlink messages of the same ruleset mean the same to the kernel. The order
+//! is stable: tables, sets and chains by name, elements by key.
+
+use std::io::{self, Write};
+
+use super::key::{FieldType, Key};
+use super::rule::{Comparison, CtState, CtStatus, Operand, RejectWith, Rule, Statement, Verdict};
+use super::selector::{Selector, concatenation};
+use super::table::{
+    BaseChain, Chain, ChainKind, Declaration, Element, Family, Hook, Ruleset, Set, SetKind, Table,
+    TableId, Value,
+};
+
+/// Writes the ruleset such that `nft -f` replaces the tables it names.
+///
+/// # Errors
+///
+/// Those of the writer.
+pub fn render(ruleset: &Ruleset, out: &mut impl Write) -> io::Result<()> {
+    for (index, (id, table)) in ruleset.tables.iter().enumerate() {
+        if index > 0 {
+            writeln!(out)?;
+        }
+        // Declaring the table first lets the deletion succeed where it does not exist yet.
+        writeln!(out, "table {id}\ndelete table {id}")?;
+        render_table(id, table, out)?;
+    }
+    Ok(())
+}
+
+fn render_table(id: &TableId, table: &Table, out: &mut impl Write) -> io::Result<()> {
+    writeln!(out, "table {id} {{")?;
+    let mut first = true;
+    for (name, set) in &table.sets {
+        separate(&mut first, out)?;
+        render_set(name.as_str(), set, id.family, out)?;
+    }
+    for (name, chain) in &table.chains {
+        separate(&mut first, out)?;
+        render_chain(name.as_str(), chain, id.family, out)?;
+    }
+    writeln!(out, "}}")
+}
+
+fn separate(first: &mut bool, out: &mut impl Write) -> io::Result<()> {
+    if !std::mem::take(first) {
+        writeln!(out)?;
+    }
+    Ok(())
+}
+
+fn render_set(name: &str, set: &Set, family: Family, out: &mut impl Write) -> io::Result<()> {
+    let declaration = &set.declaration;
+    let keyword = match declaration.kind {
+        SetKind::Set => "set",
+        SetKind::VerdictMap | SetKind::Map(_) => "map",
+    };
+    writeln!(out, "\t{keyword} {name} {{")?;
+    writeln!(out, "\t\t{}", set_type(declaration, family))?;
+    if let Some(size) = declaration.size {
+        writeln!(out, "\t\tsize {size}")?;
+    }
+    if declaration.interval {
+        writeln!(out, "\t\tflags interval")?;
+    }
+    if let Some(timeout) = declaration.timeout {
+        writeln!(out, "\t\tflags dynamic,timeout")?;
+        writeln!(out, "\t\ttimeout {}s", timeout.as_secs())?;
+    }
+    let (key, data) = (
+        declaration.key_types(family),
+        declaration.data_types(family),
+    );
+    for (index, element) in set.elements.iter().enumerate() {
+        let lead = if index == 0 {
+            "\t\telements = { "
+        } else {
+            ",\n\t\t\t     "
+        };
+        write!(out, "{lead}")?;
+        render_element(element, &key, &data, out)?;
+    }
+    if !set.elements.is_empty() {
+        writeln!(out, " }}")?;
+    }
+    writeln!(out, "\t}}")
+}
+
+/// The `type` or `typeof` line.
+fn set_type(set: &Declaration, family: Family) -> String {
+    let typeof_needed = set.needs_typeof(family);
+    let describe = |selectors: &[Selector]| {
+        if typeof_needed {
+            concatenation(selectors, family)
+        } else {
+            let names: Vec<_> = selectors
+                .iter()
+                .map(|s| s.field_type(family).name())
+                .collect();
+            names.join(" . ")
+        }
+    };
+    let keyword = if typeof_needed { "typeof" } else { "type" };
+    let key = describe(&set.key);
+    match &set.kind {
+        SetKind::Set => format!("{keyword} {key}"),
+        SetKind::VerdictMap => format!("{keyword} {key} : verdict"),
+        SetKind::Map(data) => format!("{keyword} {key} : {}", describe(data)),
+    }
+}
+
+/// An element in the syntax of nft, given the types of its key and its value.
+pub fn element(element: &Element, declaration: &Declaration, family: Family) -> String {
+    let mut text = Vec::new();
+    // Writing to a vector cannot fail.
+    let _ = render_element(
+        element,
+        &declaration.key_types(family),
+        &declaration.data_types(family),
+        &mut text,
+    );
+    String::from_utf8_lossy(&text).into_owned()
+}
+
+fn render_element(
+    element: &Element,
+    key: &[FieldType],
+    data: &[FieldType],
+    out: &mut impl Write,
+) -> io::Result<()> {
+    match &element.key_end {
+        Some(end) => write!(out, "{}", interval(&element.key, end, key))?,
+        None => write!(out, "{}", join(&element.key, key))?,
+    }
+    if let Some(comment) = &element.comment {
+        write!(out, " comment \"{comment}\"")?;
+    }
+    match &element.value {
+        Value::None => Ok(()),
+        Value::Data(value) => write!(out, " : {}", join(value, data)),
+        Value::Verdict(verdict) => write!(out, " : {}", self::verdict(verdict)),
+    }
+}
+
+fn join(key: &Key, types: &[FieldType]) -> String {
+    key.fields(types).collect::<Vec<_>>().join(" . ")
+}
+
+/// Each field as a value, a prefix or a range.
+fn interval(start: &Key, end: &Key, types: &[FieldType]) -> String {
+    let fields = start.fields(types).zip(end.fields(types));
+    let printed: Vec<_> = fields
+        .map(|(from, to)| {
+            if from == to {
+                from
+            } else {
+                prefix(&from, &to).unwrap_or_else(|| format!("{from}-{to}"))
+            }
+        })
+        .collect();
+    printed.join(" . ")
+}
+
+/// The CIDR notation of a range of addresses, where it has one.
+fn prefix(from: &str, to: &str) -> Option<String> {
+    let (from, to): (std::net::IpAddr, std::net::IpAddr) = (from.parse().ok()?, to.parse().ok()?);
+    let mut subnets = match (from, to) {
+        (std::net::IpAddr::V4(a), std::net::IpAddr::V4(b)) => {
+            ipnet::IpSubnets::from(ipnet::Ipv4Subnets::new(a, b, 0))
+        }
+        (std::net::IpAddr::V6(a), std::net::IpAddr::V6(b)) => {
+            ipnet::IpSubnets::from(ipnet::Ipv6Subnets::new(a, b, 0))
+        }
+        _ => return None,
+    };
+    let only = subnets.next()?;
+    subnets.next().is_none().then(|| only.to_string())
+}
+
+fn render_chain(name: &str, chain: &Chain, family: Family, out: &mut impl Write) -> io::Result<()> {
+    writeln!(out, "\tchain {name} {{")?;
+    if let Some(base) = &chain.base {
+        writeln!(out, "\t\t{}", base_chain(base))?;
+    }
+    for rule in &chain.rules {
+        writeln!(out, "\t\t{}", self::rule(rule, family))?;
+    }
+    writeln!(out, "\t}}")
+}
+
+fn base_chain(base: &BaseChain) -> String {
+    let kind = match base.kind {
+        ChainKind::Filter => "filter",
+        ChainKind::Nat => "nat",
+    };
+    let hook = match base.hook {
+        Hook::Prerouting => "prerouting",
+        Hook::Input => "input",
+        Hook::Forward => "forward",
+        Hook::Output => "output",
+        Hook::Postrouting => "postrouting",
+    };
+    format!(
+        "type {kind} hook {hook} priority {}; policy accept;",
+        base.priority
+    )
+}
+
+/// A rule in the syntax of nft.
+pub fn rule(rule: &Rule, family: Family) -> String {
+    let mut parts: Vec<String> = rule
+        .statements
+        .iter()
+        .map(|s| statement(s, family))
+        .collect();
+    if let Some(comment) = &rule.comment {
+        parts.push(format!("comment \"{comment}\""));
+    }
+    parts.join(" ")
+}
+
+fn statement(statement: &Statement, family: Family) -> String {
+    let ip = family.keyword();
+    let not = |comparison: &Comparison| match comparison {
+        Comparison::Is => "",
+        Comparison::IsNot => "!= ",
+    };
+    match statement {
+        Statement::Match(selector, comparison, value) => format!(
+            "{} {}{}",
+            selector.text(family),
+            not(comparison),
+            operand(value)
+        ),
+        Statement::MarkBits(Comparison::Is, bits) => {
+            format!("meta mark & {bits:#010x} == {bits:#010x}")
+        }
+        Statement::MarkBits(Comparison::IsNot, bits) => {
+            format!("meta mark & {bits:#010x} != {bits:#010x}")
+        }
+        Statement::CtState(state) => format!(
+            "ct state {}",
+            match state {
+                CtState::New => "new",
+                CtState::Established => "established",
+                CtState::Related => "related",
+                CtState::Invalid => "invalid",
+            }
+        ),
+        Statement::CtStatus(CtStatus::Dnat) => "ct status dnat".into(),
+        Statement::CtStatus(CtStatus::Snat) => "ct status snat".into(),
+        Statement::DestinationIsLocal => "fib daddr type local".into(),
+        Statement::SourceIsLocal => "fib saddr type local".into(),
+        Statement::InSet(key, comparison, set) => {
+            format!("{} {}@{set}", concatenation(key, family), not(comparison))
+        }
+        Statement::VerdictMap(key, map) => {
+            format!("{} vmap @{map}", concatenation(key, family))
+        }
+        Statement::DnatByMap(key, map) => format!(
+            "dnat {ip} addr . port to {} map @{map}",
+            concatenation(key, family)
+        ),
+        Statement::SetMarkBits(bits) => format!("meta mark set meta mark | {bits:#010x}"),
+        Statement::FlipMarkBits(bits) => format!("meta mark set meta mark ^ {bits:#010x}"),
+        Statement::UpdateMap {
+            map,
+            key,
+            timeout,
+            data,
+        } => format!(
+            "update @{map} {{ {} timeout {}s : {} }}",
+            concatenation(key, family),
+            timeout.as_secs(),
+            concatenation(data, family)
+        ),
+        Statement::Masquerade => "masquerade fully-random".into(),
+        Statement::Reject(RejectWith::TcpReset) => "reject with tcp reset".into(),
+        Statement::Reject(RejectWith::PortUnreachable) => "reject".into(),
+        Statement::Counter => "counter".into(),
+        Statement::Verdict(verdict) => self::verdict(verdict),
+        Statement::Foreign(text) => format!("# not written by nftlet: {text}"),
+    }
+}
+
+fn operand(operand: &Operand) -> String {
+    match operand {
+        Operand::Network(net) if net.prefix_len() == net.max_prefix_len() => net.addr().to_string(),
+        Operand::Network(net) => net.trunc().to_string(),
+        Operand::Protocol(6) => "tcp".into(),
+        Operand::Protocol(17) => "udp".into(),
+        Operand::Protocol(132) => "sctp".into(),
+        Operand::Protocol(number) => number.to_string(),
+        Operand::Port(port) => port.to_string(),
+        Operand::Interface(name) => format!("\"{name}\""),
+        Operand::InterfacePrefix(prefix) => format!("\"{prefix}*\""),
+    }
+}
+
+fn verdict(verdict: &Verdict) -> String {
+    match verdict {
+        Verdict::Accept => "accept".into(),
+        Verdict::Drop => "drop".into(),
+        Verdict::Return => "return".into(),
+        Verdict::Jump(chain) => format!("jump {chain}"),
+        Verdict::Goto(chain) => format!("goto {chain}"),
+    }
+}
