@@ -202,12 +202,12 @@ fn a_new_pod_joins() {
     assert_eq!((pod.name.as_str(), pod.v4.octets()[3]), ("pod-4", 14));
     let [v4, v6] = pod.serve(Protocol::Tcp, 80);
     for server in [v4, v6] {
-        let ask = Ask::new(Protocol::Tcp, server.address()).from(lab.client().address_like(
-            // The client's own address, named outright.
-            server.address().ip(),
-        ));
+        let to = server.address();
+        let own = lab.client().address_like(to.ip());
+        let ask = Ask::new(Protocol::Tcp, to).source_port(own, 4444);
         let answer = lab.client().ns.run(|| ask.send()).expect("an answer");
         assert_eq!(answer.name, "pod-4");
+        assert_eq!(answer.seen_client, SocketAddr::new(own, 4444));
     }
 }
 

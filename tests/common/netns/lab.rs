@@ -193,7 +193,7 @@ impl Lab {
                 ("net.ipv6.conf.all.forwarding", "1"),
             ]);
             let others = nodes.iter().filter(|n| n.number != node.number);
-            let mut lines: Vec<String> = others.flat_map(|n| pod_routes(n)).collect();
+            let mut lines: Vec<String> = others.flat_map(pod_routes).collect();
             for address in clients.iter().take(1).flat_map(Machine::addresses) {
                 lines.push(route_line("default", &format!("via {address}")));
             }

@@ -341,12 +341,12 @@ impl Ask {
     }
 
     /// Sends from this address instead of the one the routes choose.
-    pub fn from(self, address: impl Into<IpAddr>) -> Self {
-        self.from_port(address, 0)
+    pub fn source(self, address: impl Into<IpAddr>) -> Self {
+        self.source_port(address, 0)
     }
 
     /// Sends from this address and port.
-    pub fn from_port(mut self, address: impl Into<IpAddr>, port: u16) -> Self {
+    pub fn source_port(mut self, address: impl Into<IpAddr>, port: u16) -> Self {
         self.from = Some(SocketAddr::new(address.into(), port));
         self
     }
