@@ -1,0 +1,150 @@
+#!/usr/bin/env bash
+# Installs what is missing and says what it does. Usage: install-deps.sh build|run|test
+#
+#   build   what compiling needs: a C compiler, pkg-config, libnftnl, libmnl, Rust
+#   run     and what the demo needs: nft, ip, nsenter
+#   test    and what the checks need: cargo-deny
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export PATH="${CARGO_HOME:-$HOME/.cargo}/bin:$PATH:/usr/local/sbin:/usr/sbin:/sbin"
+
+purpose=${1:-test}
+case $purpose in
+build | run | test) ;;
+*) echo "usage: $0 build|run|test" >&2; exit 2 ;;
+esac
+
+cargo_deny=0.20.2
+toolchain=$(sed -n 's/^channel = "\(.*\)"/\1/p' rust-toolchain.toml)
+oldest_rust=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
+
+say() { printf 'install-deps: %s\n' "$*"; }
+fail() { printf 'install-deps: %s\n' "$@" >&2; exit 1; }
+have() { command -v "$1" >/dev/null 2>&1; }
+
+# Runs a command as root: with sudo, and says so, unless this is root.
+as_root() {
+    if [[ $EUID -eq 0 ]]; then
+        "$@"
+    elif have sudo; then
+        say "with sudo: $*"
+        sudo "$@"
+    else
+        fail "this needs root, and there is no sudo. Run as root: $*"
+    fi
+}
+
+# --- packages of the distribution ------------------------------------------------------------
+
+missing=()
+need() { missing+=("$1"); }
+have cc || need gcc
+# The compiler alone is not enough: without libc's headers and start files nothing links.
+if have cc && ! echo 'int main(void){return 0;}' | cc -xc -o /dev/null - 2>/dev/null; then
+    need libc6-dev
+elif ! have cc; then
+    need libc6-dev
+fi
+have pkg-config || need pkg-config
+if have pkg-config; then
+    pkg-config --exists libnftnl || need libnftnl-dev
+    pkg-config --exists libmnl || need libmnl-dev
+else
+    need libnftnl-dev
+    need libmnl-dev
+fi
+if [[ $purpose != build ]]; then
+    have nft || need nftables
+    have ip || need iproute2
+    have nsenter || need util-linux
+fi
+have git || need git
+if ! have cargo || [[ $purpose == test ]]; then
+    have curl || need curl
+    [[ -e /etc/ssl/certs/ca-certificates.crt || ! -e /etc/debian_version ]] || need ca-certificates
+fi
+
+apt_updated=
+apt_install() {
+    if [[ -z $apt_updated ]]; then
+        say "updating the package lists"
+        as_root apt-get update -qq
+        apt_updated=yes
+    fi
+    say "installing: $*"
+    as_root env DEBIAN_FRONTEND=noninteractive \
+        apt-get install -y -qq --no-install-recommends "$@" >/dev/null
+}
+
+if ((${#missing[@]})); then
+    if have apt-get; then
+        apt_install "${missing[@]}"
+    else
+        fail "these packages are missing (Debian's names): ${missing[*]}" \
+            "Elsewhere libnftnl-dev and libmnl-dev are usually called libnftnl-devel and libmnl-devel." \
+            "Install them and run this again."
+    fi
+fi
+
+# --- Rust --------------------------------------------------------------------------------------
+
+# Whether version $1 is at least version $2.
+at_least() { [[ $(printf '%s\n%s\n' "$2" "$1" | sort -V | head -n 1) == "$2" ]]; }
+
+install_rustup() {
+    # The distribution's package would replace a cargo that came from the distribution.
+    if have apt-get && ! have cargo && apt_has_rustup; then
+        apt_install rustup
+    else
+        say "installing rustup for this user with the official installer (https://rustup.rs)"
+        curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs |
+            sh -s -- -y -q --no-modify-path --profile minimal --default-toolchain none
+    fi
+    hash -r
+}
+
+apt_has_rustup() {
+    apt-cache policy rustup 2>/dev/null | grep -q 'Candidate: [0-9]' && return
+    # The lists may be empty on a fresh machine.
+    [[ -z $apt_updated ]] || return 1
+    say "updating the package lists"
+    as_root apt-get update -qq
+    apt_updated=yes
+    apt-cache policy rustup 2>/dev/null | grep -q 'Candidate: [0-9]'
+}
+
+if ! have rustup; then
+    version=$(cargo --version 2>/dev/null | cut -d ' ' -f 2 || true)
+    if [[ -z $version ]]; then
+        say "Rust is missing"
+        install_rustup
+    elif ! at_least "$version" "$oldest_rust"; then
+        say "Rust $version is older than $oldest_rust"
+        install_rustup
+    elif [[ $purpose == test ]] && ! { have cargo-fmt && have cargo-clippy; }; then
+        say "Rust $version has no rustfmt and clippy"
+        install_rustup
+    else
+        say "using Rust $version without rustup; the project is checked with $toolchain"
+    fi
+fi
+if have rustup; then
+    installed() { rustup run "$toolchain" "$@" >/dev/null 2>&1; }
+    if ! { installed rustc --version && installed cargo-fmt --version &&
+        installed cargo-clippy --version; }; then
+        say "installing the Rust toolchain $toolchain"
+        rustup --quiet toolchain install "$toolchain" \
+            --profile minimal --component rustfmt --component clippy
+    fi
+fi
+
+# --- tools of the checks -------------------------------------------------------------------------
+
+if [[ $purpose == test ]] && ! have cargo-deny; then
+    say "building cargo-deny $cargo_deny (a few minutes, once)"
+    # Built for a short build, not for speed: it runs for a second.
+    CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_OPT_LEVEL=1 \
+        CARGO_PROFILE_RELEASE_CODEGEN_UNITS=16 CARGO_PROFILE_RELEASE_DEBUG=false \
+        cargo install --quiet --locked "cargo-deny@$cargo_deny"
+fi
+say "everything needed to $purpose is here"

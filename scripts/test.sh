@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Runs the checks, each under a heading, and ends with a summary; fails if any of them fails.
+# Usage: test.sh [format|lints|documentation|dependencies|advisories|tests]...
+set -uo pipefail
+cd "$(dirname "$0")/.."
+export PATH="${CARGO_HOME:-$HOME/.cargo}/bin:$PATH:/usr/local/sbin:/usr/sbin:/sbin"
+
+if [[ -t 1 && -z ${NO_COLOR:-} ]]; then
+    bold=$'\e[1m' red=$'\e[31m' green=$'\e[32m' yellow=$'\e[33m' plain=$'\e[0m'
+else
+    bold='' red='' green='' yellow='' plain=''
+fi
+
+format() { cargo fmt --check; }
+lints() { cargo clippy --locked --all-targets -- -D warnings; }
+documentation() { RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps; }
+dependencies() { cargo deny --locked check licenses bans sources; }
+
+advisories() {
+    local database=https://github.com/RustSec/advisory-db
+    if ! curl --silent --fail --head --location --max-time 15 --output /dev/null "$database"; then
+        echo "SKIPPED: the advisory database is out of reach: $database"
+        return 77
+    fi
+    cargo deny --locked check advisories
+}
+
+tests() {
+    scripts/netns-run.sh --explain || return
+    scripts/with-runner.sh cargo test --locked
+}
+
+steps=("$@")
+((${#steps[@]})) || steps=(format lints documentation dependencies advisories tests)
+
+# Minutes and seconds.
+clock() { printf '%d:%02d' $(($1 / 60)) $(($1 % 60)); }
+
+failures=0
+summary=()
+for step in "${steps[@]}"; do
+    printf '\n%s==> %s%s\n' "$bold" "$step" "$plain"
+    start=$SECONDS
+    "$step"
+    status=$?
+    time=$(clock $((SECONDS - start)))
+    case $status in
+    0) colour=$green result=passed ;;
+    77) colour=$yellow result=SKIPPED ;;
+    *) colour=$red result=FAILED; failures=$((failures + 1)) ;;
+    esac
+    printf '%s    %s: %s after %s%s\n' "$colour" "$step" "$result" "$time" "$plain"
+    summary+=("$(printf '%s%-14s  %-8s  %6s%s' "$colour" "$step" "$result" "$time" "$plain")")
+done
+
+printf '\n%s%-14s  %-8s  %6s%s\n' "$bold" CHECK RESULT TIME "$plain"
+printf '%s\n' "${summary[@]}"
+printf '%-14s  %-8s  %6s\n' total "" "$(clock $SECONDS)"
+if ((failures)); then
+    printf '\n%s%d of %d checks failed.%s\n' "$red" "$failures" "${#steps[@]}" "$plain"
+    exit 1
+fi

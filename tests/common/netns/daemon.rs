@@ -1,0 +1,111 @@
+//! Programs that run inside a namespace until they are stopped.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt as _;
+use std::process::{Child, ExitStatus, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::Namespace;
+
+/// A running program; killed when the value goes away.
+#[derive(Debug)]
+pub struct Daemon {
+    child: Child,
+    log: File,
+}
+
+impl Daemon {
+    /// Starts a program in a namespace, its output collected for [`Daemon::log`].
+    #[track_caller]
+    pub fn start<A: AsRef<OsStr>>(
+        namespace: &Namespace,
+        program: impl AsRef<OsStr>,
+        arguments: impl IntoIterator<Item = A>,
+    ) -> Self {
+        let program = program.as_ref();
+        Self::try_start(namespace, program, arguments)
+            .unwrap_or_else(|error| panic!("cannot start {}: {error}", program.display()))
+    }
+
+    fn try_start<A: AsRef<OsStr>>(
+        namespace: &Namespace,
+        program: &OsStr,
+        arguments: impl IntoIterator<Item = A>,
+    ) -> io::Result<Self> {
+        let log = tempfile::tempfile()?;
+        let child = namespace
+            .command(program)
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log.try_clone()?)
+            .spawn()?;
+        Ok(Self { child, log })
+    }
+
+    /// The process id of the program.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Everything the program has written so far to standard output and standard error.
+    pub fn log(&self) -> String {
+        let mut bytes = vec![0; self.log.metadata().map_or(0, |m| m.len() as usize)];
+        // Read at an offset: the program shares the file's own position.
+        match self.log.read_exact_at(&mut bytes, 0) {
+            Ok(()) => String::from_utf8_lossy(&bytes).into_owned(),
+            Err(error) => format!("(the log cannot be read: {error})"),
+        }
+    }
+
+    /// How the program ended, if it has.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().ok().flatten()
+    }
+
+    /// Sends a signal.
+    #[track_caller]
+    pub fn signal(&self, signal: Signal) {
+        let pid = Pid::from_raw(self.child.id().cast_signed());
+        kill(pid, signal).unwrap_or_else(|error| panic!("cannot send {signal} to {pid}: {error}"));
+    }
+
+    /// Asks the program to end with SIGTERM and returns how it did; `None` if it had to be killed.
+    pub fn stop(&mut self, within: Duration) -> Option<ExitStatus> {
+        if let Some(status) = self.ended() {
+            return Some(status);
+        }
+        self.signal(Signal::SIGTERM);
+        let deadline = Instant::now() + within;
+        while Instant::now() < deadline {
+            if let Some(status) = self.ended() {
+                return Some(status);
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+        self.kill();
+        None
+    }
+
+    /// Ends the program at once, as a crash would.
+    pub fn kill(&mut self) {
+        // Fails only where the program has ended, which is what is wanted.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        self.kill();
+        if thread::panicking() {
+            eprintln!("---- log of the program ----\n{}----", self.log());
+        }
+    }
+}
