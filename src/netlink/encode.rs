@@ -238,10 +238,9 @@ impl Encoder {
         add: bool,
     ) {
         let (kind, flags) = if add {
-            (
-                libc::NFT_MSG_NEWSETELEM,
-                libc::NLM_F_CREATE | libc::NLM_F_EXCL,
-            )
+            // Without NLM_F_EXCL an equal element that is there already is no error, but one
+            // with another value is: just what a repair after lost notifications needs.
+            (libc::NFT_MSG_NEWSETELEM, libc::NLM_F_CREATE)
         } else {
             (libc::NFT_MSG_DELSETELEM, 0)
         };

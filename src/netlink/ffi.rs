@@ -238,6 +238,49 @@ impl Expression for Expr {
     }
 }
 
+/// Gives an expression the values that the kernel adds to what it was given, and those that
+/// change with traffic, so that it reads the same whether it was written or read back.
+///
+/// # Safety
+///
+/// `expr` must point to a live expression of that name.
+unsafe fn normalise(name: &CStr, expr: *mut sys::nftnl_expr) {
+    // NF_NAT_RANGE_MAP_IPS and NF_NAT_RANGE_PROTO_SPECIFIED, which follow from the registers.
+    const NAT_RANGE: u32 = 3;
+    // SAFETY: the caller vouches for the expression; attribute numbers are those of its name.
+    unsafe {
+        let get = |kind: u32| {
+            let set = sys::nftnl_expr_is_set(expr, kind as u16);
+            set.then(|| sys::nftnl_expr_get_u32(expr, kind as u16))
+        };
+        let put = |kind: u32, value: u32| sys::nftnl_expr_set_u32(expr, kind as u16, value);
+        if name == c"counter" {
+            sys::nftnl_expr_set_u64(expr, sys::NFTNL_EXPR_CTR_PACKETS as u16, 0);
+            sys::nftnl_expr_set_u64(expr, sys::NFTNL_EXPR_CTR_BYTES as u16, 0);
+        } else if name == c"lookup" {
+            let flags = get(sys::NFTNL_EXPR_LOOKUP_FLAGS).unwrap_or_default();
+            put(sys::NFTNL_EXPR_LOOKUP_FLAGS, flags);
+        } else if name == c"nat" {
+            for (low, high) in [
+                (
+                    sys::NFTNL_EXPR_NAT_REG_ADDR_MIN,
+                    sys::NFTNL_EXPR_NAT_REG_ADDR_MAX,
+                ),
+                (
+                    sys::NFTNL_EXPR_NAT_REG_PROTO_MIN,
+                    sys::NFTNL_EXPR_NAT_REG_PROTO_MAX,
+                ),
+            ] {
+                if let (Some(register), None) = (get(low), get(high)) {
+                    put(high, register);
+                }
+            }
+            let flags = get(sys::NFTNL_EXPR_NAT_FLAGS).unwrap_or_default();
+            put(sys::NFTNL_EXPR_NAT_FLAGS, flags | NAT_RANGE);
+        }
+    }
+}
+
 /// The expressions of a rule message in libnftnl's notation, with counters set to zero: equal
 /// for a rule as it was written and as it is read back. `None` if libnftnl cannot parse it.
 pub fn describe_rule(message: &[u8]) -> Option<String> {
@@ -280,9 +323,8 @@ pub fn describe_rule(message: &[u8]) -> Option<String> {
                 break;
             }
             let name = sys::nftnl_expr_get_str(expr, sys::NFTNL_EXPR_NAME as u16);
-            if !name.is_null() && CStr::from_ptr(name) == c"counter" {
-                sys::nftnl_expr_set_u64(expr, sys::NFTNL_EXPR_CTR_PACKETS as u16, 0);
-                sys::nftnl_expr_set_u64(expr, sys::NFTNL_EXPR_CTR_BYTES as u16, 0);
+            if !name.is_null() {
+                normalise(CStr::from_ptr(name), expr);
             }
             let mut line = [0u8; 1024];
             sys::nftnl_expr_snprintf(

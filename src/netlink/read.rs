@@ -13,7 +13,7 @@ use super::attr::{Reader, Writer};
 use super::encode::{self, family_number, set_attributes};
 use super::error::Error;
 use super::ffi::{self, Scratch, SetAttributes};
-use super::socket::{Message, Nftables};
+use super::socket::{DUMP_ATTEMPTS, Message, Nftables};
 use super::{uapi, udata};
 use crate::ruleset::{
     BaseChain, Chain, ChainKind, Data, Declaration, Element, Family, Hook, Key, Name, Rule,
@@ -21,6 +21,7 @@ use crate::ruleset::{
 };
 
 const ELEMENT_INTERVAL_END: u32 = 1;
+const ELEMENTS: &str = "the elements of a set";
 
 impl Nftables {
     /// Reads the tables with the given names in both families.
@@ -154,18 +155,45 @@ impl Nftables {
         Ok(rules)
     }
 
+    /// The elements of a set, sorted by key.
+    ///
+    /// The kernel resizes a hash table some time after elements were added, and a dump that
+    /// meets the resize repeats elements and misses others, without being marked as
+    /// interrupted. Such a dump is told by its repetitions and read again.
     fn elements(
         &mut self,
         id: &TableId,
         set: &str,
         declaration: &Declaration,
     ) -> Result<Vec<Element>, Error> {
+        for _ in 0..DUMP_ATTEMPTS {
+            let mut elements = self.dump_elements(id, set)?;
+            if declaration.interval && !declaration.concatenated() {
+                return Ok(join_intervals(elements));
+            }
+            elements.sort_unstable_by(|(a, _), (b, _)| a.key.cmp(&b.key));
+            let dumped = elements.len();
+            if !declaration.interval {
+                elements.dedup_by(|(a, _), (b, _)| a.key == b.key);
+            }
+            if elements.len() == dumped {
+                return Ok(elements.into_iter().map(|(element, _)| element).collect());
+            }
+        }
+        Err(Error::Interrupted {
+            what: ELEMENTS,
+            times: DUMP_ATTEMPTS,
+        })
+    }
+
+    /// The elements of a set in the kernel's order, and which of them end an interval.
+    fn dump_elements(&mut self, id: &TableId, set: &str) -> Result<Vec<(Element, bool)>, Error> {
         let mut filter = Vec::new();
         let mut writer = Writer::new(&mut filter);
         writer.string(uapi::NFTA_SET_ELEM_LIST_TABLE, id.name.as_str());
         writer.string(uapi::NFTA_SET_ELEM_LIST_SET, set);
         let dumped = self.dump(
-            "the elements of a set",
+            ELEMENTS,
             libc::NFT_MSG_GETSETELEM,
             family_number(id.family),
             &filter,
@@ -181,11 +209,6 @@ impl Nftables {
                 elements.extend(element(Reader::new(item), &mut names));
             }
         }
-        if declaration.interval && !declaration.concatenated() {
-            return Ok(join_intervals(elements));
-        }
-        let mut elements: Vec<Element> = elements.into_iter().map(|(e, _)| e).collect();
-        elements.sort_unstable_by(|a, b| a.key.cmp(&b.key));
         Ok(elements)
     }
 }

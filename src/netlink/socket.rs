@@ -13,7 +13,7 @@ const HEADER: usize = 16;
 /// Room for one datagram of a dump; the kernel fills at most 32 KiB when offered more.
 const RECEIVE_BUFFER: usize = 64 * 1024;
 /// How often an interrupted dump is started again before giving up.
-const DUMP_ATTEMPTS: u32 = 32;
+pub(super) const DUMP_ATTEMPTS: u32 = 32;
 
 /// A connection to the kernel's nftables, in the network namespace it was opened in.
 pub struct Nftables {
