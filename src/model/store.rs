@@ -1,1 +1,320 @@
 //! The state of the cluster as nftlet sees it.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use super::claims::{Claim, ClaimChanges, Claims};
+use super::{
+    Endpoint, EndpointSlice, Event, Family, Kind, Node, Notice, Object, ObjectName, ObjectRef,
+    Reason, Service, ServiceCidr, ServicePort, Subject,
+};
+
+/// What a batch of events changed. Collected over events, taken by the reconciler.
+#[derive(Debug, Default)]
+pub struct Changes {
+    /// Services whose rules may be different now: they, or their endpoints, or their claims
+    /// changed.
+    pub services: BTreeSet<ObjectName>,
+    /// The own node changed.
+    pub node: bool,
+    /// The ranges of service addresses changed.
+    pub service_cidrs: bool,
+    /// Objects to tell a person about.
+    pub notices: Vec<Notice>,
+    /// Endpoint changes with a trigger time: the service's slice changed at that moment,
+    /// milliseconds since 1970.
+    pub triggered_at_ms: Vec<i64>,
+}
+
+impl Changes {
+    /// Whether nothing changed that could matter to rules.
+    pub fn is_empty(&self) -> bool {
+        self.services.is_empty() && !self.node && !self.service_cidrs
+    }
+}
+
+/// An endpoint of one service port, with the port its pods listen on.
+#[derive(Clone, Copy, Debug)]
+pub struct EndpointOf<'a> {
+    /// The endpoint.
+    pub endpoint: &'a Endpoint,
+    /// The target port.
+    pub port: u16,
+}
+
+impl EndpointOf<'_> {
+    /// Address and port.
+    pub fn target(&self) -> (IpAddr, u16) {
+        (self.endpoint.address, self.port)
+    }
+}
+
+/// All objects, joined.
+#[derive(Debug, Default)]
+pub struct Store {
+    services: HashMap<ObjectName, Arc<Service>>,
+    slices: HashMap<ObjectName, EndpointSlice>,
+    slices_of: HashMap<ObjectName, BTreeSet<ObjectName>>,
+    node: Option<Arc<Node>>,
+    service_cidrs: BTreeMap<ObjectName, ServiceCidr>,
+    claims: Claims,
+    complete: BTreeSet<Kind>,
+    /// For a kind that is being listed: the known objects that did not come up yet.
+    unseen: HashMap<Kind, HashSet<ObjectName>>,
+}
+
+impl Store {
+    /// Whether every kind was listed completely once.
+    pub fn is_complete(&self) -> bool {
+        self.complete.len() == Kind::ALL.len()
+    }
+
+    /// The kinds that were not listed yet, for the person who waits.
+    pub fn missing(&self) -> Vec<Kind> {
+        let missing = Kind::ALL
+            .iter()
+            .filter(|kind| !self.complete.contains(kind));
+        missing.copied().collect()
+    }
+
+    /// The number of objects of a kind.
+    pub fn count(&self, kind: Kind) -> usize {
+        match kind {
+            Kind::Service => self.services.len(),
+            Kind::EndpointSlice => self.slices.len(),
+            Kind::Node => usize::from(self.node.is_some()),
+            Kind::ServiceCidr => self.service_cidrs.len(),
+        }
+    }
+
+    /// A service.
+    pub fn service(&self, name: &ObjectName) -> Option<&Arc<Service>> {
+        self.services.get(name)
+    }
+
+    /// All services, in no order.
+    pub fn services(&self) -> impl Iterator<Item = &Arc<Service>> {
+        self.services.values()
+    }
+
+    /// The own node.
+    pub fn node(&self) -> Option<&Arc<Node>> {
+        self.node.as_ref()
+    }
+
+    /// The ranges of service addresses.
+    pub fn service_cidrs(&self) -> impl Iterator<Item = ipnet::IpNet> + '_ {
+        self.service_cidrs
+            .values()
+            .flat_map(|o| o.cidrs.iter().copied())
+    }
+
+    /// The service that owns a claim.
+    pub fn owner(&self, claim: &Claim) -> Option<&ObjectName> {
+        self.claims.owner(claim)
+    }
+
+    /// The endpoints of a service port in one family, sorted by address and port, each once.
+    ///
+    /// The same address and port in several slices, or twice in one, counts once; of a
+    /// terminating and another entry the other one counts (kube-proxy's `endpointslicecache.go`).
+    pub fn endpoints(
+        &self,
+        service: &ObjectName,
+        port: &ServicePort,
+        family: Family,
+    ) -> Vec<EndpointOf<'_>> {
+        let slices = self.slices_of.get(service).into_iter().flatten();
+        let mut found: Vec<EndpointOf> = slices
+            .filter_map(|name| self.slices.get(name))
+            .filter(|slice| slice.family == family)
+            .flat_map(|slice| {
+                let ports = slice
+                    .ports
+                    .iter()
+                    .filter(|p| p.name == port.name && p.protocol == port.protocol);
+                ports.flat_map(|p| {
+                    slice.endpoints.iter().map(|endpoint| EndpointOf {
+                        endpoint,
+                        port: p.port,
+                    })
+                })
+            })
+            .collect();
+        found.sort_by_key(|e| (e.target(), e.endpoint.terminating));
+        found.dedup_by_key(|e| e.target());
+        found
+    }
+
+    /// Takes over one event and notes what it changed.
+    pub fn apply(&mut self, event: Event, changes: &mut Changes) {
+        match event {
+            Event::ListStarted(kind) => {
+                let known = self.names(kind);
+                self.unseen.insert(kind, known);
+            }
+            Event::ListComplete(kind) => {
+                for name in self.unseen.remove(&kind).unwrap_or_default() {
+                    self.delete(&ObjectRef::new(kind, name), changes);
+                }
+                let first = self.complete.insert(kind);
+                if first && self.is_complete() {
+                    self.note_orphans(self.slices.keys(), changes);
+                }
+            }
+            Event::Apply(object) => {
+                let reference = object.reference();
+                if let Some(unseen) = self.unseen.get_mut(&reference.kind) {
+                    unseen.remove(&reference.name);
+                }
+                self.insert(object, changes);
+            }
+            Event::Delete(reference) => {
+                if let Some(unseen) = self.unseen.get_mut(&reference.kind) {
+                    unseen.remove(&reference.name);
+                }
+                self.delete(&reference, changes);
+            }
+            Event::Notice(notice) => changes.notices.push(notice),
+        }
+    }
+
+    fn names(&self, kind: Kind) -> HashSet<ObjectName> {
+        match kind {
+            Kind::Service => self.services.keys().cloned().collect(),
+            Kind::EndpointSlice => self.slices.keys().cloned().collect(),
+            Kind::Node => {
+                let node = self.node.iter();
+                node.map(|node| ObjectName::new("", &node.name)).collect()
+            }
+            Kind::ServiceCidr => self.service_cidrs.keys().cloned().collect(),
+        }
+    }
+
+    fn insert(&mut self, object: Object, changes: &mut Changes) {
+        match object {
+            Object::Service(service) => self.insert_service(service, changes),
+            Object::EndpointSlice(slice) => self.insert_slice(slice, changes),
+            Object::Node(node) => {
+                if self.node.as_deref() != Some(&node) {
+                    self.node = Some(Arc::new(node));
+                    changes.node = true;
+                }
+            }
+            Object::ServiceCidr(cidr) => {
+                if self.service_cidrs.get(&cidr.name) != Some(&cidr) {
+                    self.service_cidrs.insert(cidr.name.clone(), cidr);
+                    changes.service_cidrs = true;
+                }
+            }
+        }
+    }
+
+    fn insert_service(&mut self, service: Service, changes: &mut Changes) {
+        let old = self.services.get(&service.name);
+        if old.is_some_and(|old| **old == service) {
+            return;
+        }
+        let claims = self.claims.change(old.map(|old| &**old), Some(&service));
+        note_claims(claims, changes);
+        changes.services.insert(service.name.clone());
+        self.services
+            .insert(service.name.clone(), Arc::new(service));
+    }
+
+    fn insert_slice(&mut self, slice: EndpointSlice, changes: &mut Changes) {
+        let name = slice.name.clone();
+        let old = self.slices.get(&name);
+        if old == Some(&slice) {
+            return;
+        }
+        if let Some(old_service) = old.map(|old| old.service.clone()) {
+            changes.services.insert(old_service.clone());
+            if old_service != slice.service {
+                self.detach(&old_service, &name);
+            }
+        }
+        changes.services.insert(slice.service.clone());
+        changes.triggered_at_ms.extend(slice.triggered_at_ms);
+        self.slices_of
+            .entry(slice.service.clone())
+            .or_default()
+            .insert(name.clone());
+        self.slices.insert(name.clone(), slice);
+        if self.is_complete() {
+            self.note_orphans([&name], changes);
+        }
+    }
+
+    fn detach(&mut self, service: &ObjectName, slice: &ObjectName) {
+        if let Some(slices) = self.slices_of.get_mut(service) {
+            slices.remove(slice);
+            if slices.is_empty() {
+                self.slices_of.remove(service);
+            }
+        }
+    }
+
+    fn delete(&mut self, object: &ObjectRef, changes: &mut Changes) {
+        match object.kind {
+            Kind::Service => {
+                if let Some(old) = self.services.remove(&object.name) {
+                    note_claims(self.claims.change(Some(&old), None), changes);
+                    changes.services.insert(object.name.clone());
+                }
+            }
+            Kind::EndpointSlice => {
+                if let Some(old) = self.slices.remove(&object.name) {
+                    self.detach(&old.service, &object.name);
+                    changes.services.insert(old.service);
+                }
+            }
+            Kind::Node => changes.node |= self.node.take().is_some(),
+            Kind::ServiceCidr => {
+                changes.service_cidrs |= self.service_cidrs.remove(&object.name).is_some();
+            }
+        }
+    }
+
+    fn note_orphans<'a>(
+        &self,
+        slices: impl IntoIterator<Item = &'a ObjectName>,
+        changes: &mut Changes,
+    ) {
+        for name in slices {
+            let Some(slice) = self.slices.get(name) else {
+                continue;
+            };
+            if self.services.contains_key(&slice.service) {
+                continue;
+            }
+            changes.notices.push(Notice {
+                subject: Subject::Object(ObjectRef::new(Kind::EndpointSlice, name.clone())),
+                reason: Reason::OrphanSlice,
+                message: format!(
+                    "belongs to Service {}, which does not exist; its endpoints are kept until \
+                     the service appears (check the label kubernetes.io/service-name)",
+                    slice.service
+                ),
+            });
+        }
+    }
+}
+
+fn note_claims(claims: ClaimChanges, changes: &mut Changes) {
+    changes.services.extend(claims.affected);
+    for (claim, owner, loser) in claims.conflicts {
+        changes.notices.push(Notice {
+            subject: Subject::Object(ObjectRef::new(Kind::Service, loser)),
+            reason: Reason::Conflict,
+            message: format!(
+                "{claim} belongs to the older Service {owner} and does not lead here; choose \
+                 another address or port, or remove it there"
+            ),
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests;

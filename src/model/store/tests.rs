@@ -1,0 +1,237 @@
+//! Tests of the store.
+
+use super::*;
+use crate::model::{Protocol, ServiceKind, SlicePort, TrafficPolicy};
+
+fn service(name: &str, created: i64, external: &str) -> Service {
+    Service {
+        name: ObjectName::new("shop", name),
+        created: Some(created),
+        kind: ServiceKind::ClusterIp,
+        cluster_ips: vec![],
+        ports: vec![ServicePort {
+            name: "".into(),
+            protocol: Protocol::Tcp,
+            port: 80,
+            node_port: None,
+        }],
+        external_ips: vec![external.parse().unwrap()],
+        load_balancer_ips: vec![],
+        source_ranges: vec![],
+        external_policy: TrafficPolicy::Cluster,
+        internal_policy: TrafficPolicy::Cluster,
+        affinity_seconds: None,
+        health_check_node_port: None,
+    }
+}
+
+fn slice(name: &str, service: &str, addresses: &[(&str, bool)]) -> EndpointSlice {
+    EndpointSlice {
+        name: ObjectName::new("shop", name),
+        service: ObjectName::new("shop", service),
+        family: Family::V4,
+        ports: vec![SlicePort {
+            name: "".into(),
+            protocol: Protocol::Tcp,
+            port: 8080,
+        }],
+        endpoints: addresses
+            .iter()
+            .map(|(address, terminating)| Endpoint {
+                address: address.parse().unwrap(),
+                ready: !terminating,
+                serving: true,
+                terminating: *terminating,
+                node: None,
+                zone_hints: None,
+                node_hints: None,
+            })
+            .collect(),
+        triggered_at_ms: None,
+    }
+}
+
+fn apply(store: &mut Store, event: Event) -> Changes {
+    let mut changes = Changes::default();
+    store.apply(event, &mut changes);
+    changes
+}
+
+fn put(store: &mut Store, object: Object) -> Changes {
+    apply(store, Event::Apply(object))
+}
+
+fn names(changes: &Changes) -> Vec<&str> {
+    changes.services.iter().map(|name| name.name()).collect()
+}
+
+fn complete_store() -> Store {
+    let mut store = Store::default();
+    for kind in Kind::ALL {
+        assert!(!store.is_complete());
+        apply(&mut store, Event::ListStarted(kind));
+        apply(&mut store, Event::ListComplete(kind));
+    }
+    assert!(store.is_complete());
+    store
+}
+
+#[test]
+fn the_same_object_again_changes_nothing() {
+    let mut store = complete_store();
+    let web = service("web", 1, "198.51.100.1");
+    assert_eq!(
+        names(&put(&mut store, Object::Service(web.clone()))),
+        ["web"]
+    );
+    assert!(put(&mut store, Object::Service(web)).is_empty());
+    let web_1 = slice("web-1", "web", &[("10.0.0.1", false)]);
+    let changes = put(&mut store, Object::EndpointSlice(web_1.clone()));
+    assert_eq!(names(&changes), ["web"]);
+    assert!(put(&mut store, Object::EndpointSlice(web_1)).is_empty());
+}
+
+#[test]
+fn the_older_service_owns_a_contested_frontend() {
+    let mut store = complete_store();
+    let address = "198.51.100.1";
+    let claim = Claim::Address(address.parse().unwrap(), Protocol::Tcp, 80);
+    let owner = |store: &Store| store.owner(&claim).map(|name| name.name().to_owned());
+
+    put(&mut store, Object::Service(service("young", 9, address)));
+    assert_eq!(owner(&store).as_deref(), Some("young"));
+    let changes = put(&mut store, Object::Service(service("old", 1, address)));
+    assert_eq!(owner(&store).as_deref(), Some("old"));
+    assert_eq!(names(&changes), ["old", "young"]);
+    let notice = &changes.notices[0];
+    assert_eq!(notice.subject.to_string(), "Service shop/young");
+    assert!(
+        notice
+            .message
+            .starts_with("198.51.100.1:80 TCP belongs to the older Service shop/old"),
+        "{}",
+        notice.message
+    );
+
+    let changes = put(&mut store, Object::Service(service("middle", 5, address)));
+    assert_eq!(names(&changes), ["middle"]);
+    assert_eq!(
+        changes.notices[0].subject.to_string(),
+        "Service shop/middle"
+    );
+
+    let gone = ObjectRef::new(Kind::Service, ObjectName::new("shop", "old"));
+    let changes = apply(&mut store, Event::Delete(gone));
+    assert_eq!(names(&changes), ["middle", "old"]);
+    assert_eq!(owner(&store).as_deref(), Some("middle"));
+
+    let changes = put(
+        &mut store,
+        Object::Service(service("middle", 5, "198.51.100.2")),
+    );
+    assert_eq!(names(&changes), ["middle", "young"]);
+    assert_eq!(owner(&store).as_deref(), Some("young"));
+    assert!(changes.notices.is_empty());
+}
+
+#[test]
+fn the_entry_that_is_not_terminating_wins() {
+    let mut store = complete_store();
+    let web = service("web", 1, "198.51.100.1");
+    let port = web.ports[0].clone();
+    let name = web.name.clone();
+    put(&mut store, Object::Service(web));
+    for part in [
+        slice("web-1", "web", &[("10.0.0.2", true), ("10.0.0.1", false)]),
+        slice("web-2", "web", &[("10.0.0.2", false), ("10.0.0.2", true)]),
+    ] {
+        put(&mut store, Object::EndpointSlice(part));
+    }
+    let found = store.endpoints(&name, &port, Family::V4);
+    let described: Vec<_> = found
+        .iter()
+        .map(|e| {
+            (
+                e.endpoint.address.to_string(),
+                e.port,
+                e.endpoint.terminating,
+            )
+        })
+        .collect();
+    assert_eq!(
+        described,
+        [
+            ("10.0.0.1".to_owned(), 8080, false),
+            ("10.0.0.2".to_owned(), 8080, false)
+        ]
+    );
+    assert!(store.endpoints(&name, &port, Family::V6).is_empty());
+}
+
+#[test]
+fn a_slice_that_moves_changes_both_services() {
+    let mut store = complete_store();
+    put(&mut store, Object::Service(service("a", 1, "198.51.100.1")));
+    put(&mut store, Object::Service(service("b", 1, "198.51.100.2")));
+    put(
+        &mut store,
+        Object::EndpointSlice(slice("s", "a", &[("10.0.0.1", false)])),
+    );
+    let changes = put(
+        &mut store,
+        Object::EndpointSlice(slice("s", "b", &[("10.0.0.1", false)])),
+    );
+    assert_eq!(names(&changes), ["a", "b"]);
+    let port = service("a", 1, "198.51.100.1").ports[0].clone();
+    let count = |store: &Store, name: &str| {
+        let name = ObjectName::new("shop", name);
+        store.endpoints(&name, &port, Family::V4).len()
+    };
+    assert_eq!((count(&store, "a"), count(&store, "b")), (0, 1));
+}
+
+#[test]
+fn what_a_new_list_does_not_hold_is_gone() {
+    let mut store = complete_store();
+    for name in ["a", "b", "c"] {
+        put(
+            &mut store,
+            Object::Service(service(name, 1, "198.51.100.1")),
+        );
+    }
+    apply(&mut store, Event::ListStarted(Kind::Service));
+    put(&mut store, Object::Service(service("b", 1, "198.51.100.1")));
+    let gone = ObjectRef::new(Kind::Service, ObjectName::new("shop", "c"));
+    assert_eq!(names(&apply(&mut store, Event::Delete(gone))), ["c"]);
+    let changes = apply(&mut store, Event::ListComplete(Kind::Service));
+    assert_eq!(
+        names(&changes),
+        ["a", "b"],
+        "a is gone, b inherits its claim"
+    );
+    assert_eq!(store.count(Kind::Service), 1);
+}
+
+#[test]
+fn orphans_are_reported_when_the_lists_are_complete() {
+    let mut store = Store::default();
+    for kind in Kind::ALL {
+        apply(&mut store, Event::ListStarted(kind));
+    }
+    let early = put(&mut store, Object::EndpointSlice(slice("s", "web", &[])));
+    assert!(early.notices.is_empty());
+    put(
+        &mut store,
+        Object::Service(service("web", 1, "198.51.100.1")),
+    );
+    put(&mut store, Object::EndpointSlice(slice("t", "gone", &[])));
+    let notices: Vec<_> = Kind::ALL
+        .into_iter()
+        .flat_map(|kind| apply(&mut store, Event::ListComplete(kind)).notices)
+        .collect();
+    assert_eq!(notices.len(), 1);
+    assert_eq!(notices[0].subject.to_string(), "EndpointSlice shop/t");
+    assert_eq!(notices[0].reason, Reason::OrphanSlice);
+    let late = put(&mut store, Object::EndpointSlice(slice("u", "never", &[])));
+    assert_eq!(late.notices.len(), 1);
+}
