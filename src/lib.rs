@@ -18,6 +18,7 @@
 #![deny(unsafe_code)]
 #![warn(missing_docs)]
 
+pub mod compile;
 pub mod model;
 pub mod netlink;
 pub mod ruleset;

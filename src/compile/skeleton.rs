@@ -1,0 +1,187 @@
+//! The part of a table that exists without any service.
+
+use ipnet::IpNet;
+
+use super::layout::{ServiceSet, frontend_key, nodeport_key, table_family};
+use super::settings::Settings;
+use crate::model::{Family, Node};
+use crate::ruleset::{
+    BaseChain, Chain, ChainKind, Comparison, Declaration, Hook, Name, Operand, RejectWith, Rule,
+    Selector, Set, SetKind, Statement, Table, Verdict, merge_intervals,
+};
+
+/// The bit of the packet mark that asks for masquerading: kube-proxy's default, which other
+/// software on Kubernetes nodes leaves alone.
+pub const MASQUERADE_BIT: u32 = 0x4000;
+/// Refuses packets.
+pub const REJECT: &str = "reject-service";
+/// Marks packets from outside of the pod network.
+pub const MARK_OFF_CLUSTER: &str = "mark-off-cluster";
+const SERVICES: &str = "services";
+const MASQUERADE: &str = "masquerade-marked";
+const NODEPORT_ADDRESSES: &str = "nodeport-addresses";
+const SERVICE_CIDRS: &str = "service-cidrs";
+
+/// Netfilter's priorities of address translation.
+const DSTNAT: i32 = -100;
+const SRCNAT: i32 = 100;
+
+/// The table of a family without the elements and chains that services bring.
+///
+/// `service_cidrs` may hold ranges of both families.
+pub fn skeleton(
+    family: Family,
+    settings: &Settings,
+    node: Option<&Node>,
+    service_cidrs: &[IpNet],
+) -> Table {
+    let mut table = Table::default();
+    for set in ServiceSet::ALL {
+        table.sets.insert(
+            set.name(),
+            Set {
+                declaration: set.declaration(),
+                elements: Vec::new(),
+            },
+        );
+    }
+    let own = service_cidrs
+        .iter()
+        .filter(|net| Family::of(net.addr()) == family);
+    let nodeport_ranges = settings.nodeport_ranges(family, node);
+    for (name, ranges) in [
+        (NODEPORT_ADDRESSES, nodeport_ranges),
+        (SERVICE_CIDRS, own.copied().collect()),
+    ] {
+        table.sets.insert(name.into(), address_ranges(ranges));
+    }
+    let mut chain = |name: &str, base: Option<BaseChain>, rules: Vec<Rule>| {
+        table.chains.insert(Name::from(name), Chain { base, rules });
+    };
+    for (name, hook) in [
+        ("nat-prerouting", Hook::Prerouting),
+        ("nat-output", Hook::Output),
+    ] {
+        chain(name, nat(hook, DSTNAT), vec![jump(SERVICES)]);
+    }
+    chain(
+        "nat-postrouting",
+        nat(Hook::Postrouting, SRCNAT),
+        postrouting(),
+    );
+    chain(SERVICES, None, services());
+    chain(REJECT, None, reject());
+    chain(
+        MASQUERADE,
+        None,
+        vec![
+            Rule::new([Statement::FlipMarkBits(MASQUERADE_BIT)]),
+            Rule::new([Statement::Masquerade]),
+        ],
+    );
+    chain(MARK_OFF_CLUSTER, None, mark_off_cluster(family, settings));
+    debug_assert!(consistent(&table), "{:?}", table_family(family));
+    table
+}
+
+/// Whether every chain that is led to exists.
+fn consistent(table: &Table) -> bool {
+    let targets = table.chains.values().flat_map(|chain| &chain.rules);
+    targets.flat_map(|rule| &rule.statements).all(|statement| {
+        let Statement::Verdict(verdict) = statement else {
+            return true;
+        };
+        verdict
+            .target()
+            .is_none_or(|chain| table.chains.contains_key(chain))
+    })
+}
+
+fn nat(hook: Hook, priority: i32) -> Option<BaseChain> {
+    Some(BaseChain {
+        kind: ChainKind::Nat,
+        hook,
+        priority,
+    })
+}
+
+fn jump(chain: &str) -> Rule {
+    Rule::new([Statement::Verdict(Verdict::Jump(chain.into()))])
+}
+
+fn goto(chain: &str) -> Statement {
+    Statement::Verdict(Verdict::Goto(chain.into()))
+}
+
+fn address_ranges(ranges: Vec<IpNet>) -> Set {
+    let mut set = Set::from(Declaration {
+        interval: true,
+        ..Declaration::new(SetKind::Set, [Selector::DestinationAddress])
+    });
+    set.elements = merge_intervals(ranges);
+    set
+}
+
+/// Looks up what the packet asks for, from the most specific to the least.
+fn services() -> Vec<Rule> {
+    let to = |set: Name| Statement::InSet(vec![Selector::DestinationAddress], Comparison::Is, set);
+    vec![
+        Rule::new([Statement::VerdictMap(
+            frontend_key(),
+            ServiceSet::Frontends.name(),
+        )]),
+        Rule::new([
+            to(NODEPORT_ADDRESSES.into()),
+            // The kernel knows the host's addresses best: ranges need no update when they change.
+            Statement::DestinationIsLocal,
+            Statement::VerdictMap(nodeport_key(), ServiceSet::NodePorts.name()),
+        ]),
+        Rule::new([to(ServiceSet::ClusterIps.name()), goto(REJECT)]),
+        Rule::new([to(SERVICE_CIDRS.into()), Statement::Verdict(Verdict::Drop)]),
+    ]
+}
+
+fn postrouting() -> Vec<Rule> {
+    vec![
+        Rule::new([
+            Statement::MarkBits(Comparison::Is, MASQUERADE_BIT),
+            goto(MASQUERADE),
+        ]),
+        Rule::new([
+            Statement::InSet(
+                vec![Selector::SourceAddress, Selector::DestinationAddress],
+                Comparison::Is,
+                ServiceSet::Hairpin.name(),
+            ),
+            Statement::Masquerade,
+        ]),
+    ]
+}
+
+/// TCP clients get a reset: the kernel limits the rate of ICMP errors, so that a client might
+/// wait for a timeout otherwise.
+fn reject() -> Vec<Rule> {
+    const TCP: u8 = 6;
+    vec![
+        Rule::new([
+            Statement::Match(Selector::L4Protocol, Comparison::Is, Operand::Protocol(TCP)),
+            Statement::Reject(RejectWith::TcpReset),
+        ]),
+        Rule::new([Statement::Reject(RejectWith::PortUnreachable)]),
+    ]
+}
+
+fn mark_off_cluster(family: Family, settings: &Settings) -> Vec<Rule> {
+    let mark = Statement::SetMarkBits(MASQUERADE_BIT);
+    let outside = settings.cluster_cidr(family).map(|pods| {
+        Rule::new([
+            Statement::Match(
+                Selector::SourceAddress,
+                Comparison::IsNot,
+                Operand::Network(pods),
+            ),
+            mark,
+        ])
+    });
+    outside.into_iter().collect()
+}
