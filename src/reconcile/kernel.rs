@@ -1,0 +1,31 @@
+//! The kernel as the reconciler sees it.
+
+use crate::netlink::{Applied, Error, Nftables};
+use crate::ruleset::{Ruleset, Transaction};
+
+/// Something rules can be written to and read from.
+pub trait Kernel {
+    /// Writes a transaction, all or nothing.
+    ///
+    /// # Errors
+    ///
+    /// What was refused and why, or why it could not be sent.
+    fn apply(&mut self, transaction: &Transaction) -> Result<Applied, Error>;
+
+    /// Reads the tables of the given names; see [`Nftables::read`].
+    ///
+    /// # Errors
+    ///
+    /// When the tables cannot be read.
+    fn read(&mut self, names: &[&str], wanted: &Ruleset) -> Result<Ruleset, Error>;
+}
+
+impl Kernel for Nftables {
+    fn apply(&mut self, transaction: &Transaction) -> Result<Applied, Error> {
+        Nftables::apply(self, transaction)
+    }
+
+    fn read(&mut self, names: &[&str], wanted: &Ruleset) -> Result<Ruleset, Error> {
+        Nftables::read(self, names, wanted)
+    }
+}

@@ -1,0 +1,278 @@
+//! What was written to the kernel, in the compact form of plans.
+//!
+//! The tables are the sum of a skeleton, the plans of all services, the elements several
+//! services ask for (counted), and the shared chains (counted). Replacing one plan yields the
+//! operations for just the elements in which it differs.
+
+use std::collections::{BTreeMap, HashMap};
+
+use crate::compile::{
+    ElementOf, ServicePlan, ServiceSet, Settings, SharedChain, skeleton, table_id,
+};
+use crate::model::{Family, ObjectName, Store};
+use crate::ruleset::{
+    Element, Key, Name, Op, Ruleset, Table, TableId, Transaction, diff, diff_elements,
+};
+
+/// The rules in force.
+#[derive(Debug, Default)]
+pub struct Programmed {
+    skeletons: BTreeMap<Family, Table>,
+    plans: HashMap<ObjectName, ServicePlan>,
+    /// How many services ask for an element.
+    shared: HashMap<(Family, ServiceSet, Key), u32>,
+    /// How many frontends use a chain. Chains in the kernel stay here when nobody uses them.
+    chains: BTreeMap<(Family, SharedChain), u32>,
+}
+
+/// The operations that a batch of changes amounts to.
+#[derive(Debug, Default)]
+pub struct Draft {
+    skeleton: Vec<Op>,
+    tables: BTreeMap<Family, TableDraft>,
+}
+
+#[derive(Debug, Default)]
+struct TableDraft {
+    new_chains: Vec<SharedChain>,
+    delete: BTreeMap<ServiceSet, Vec<Element>>,
+    add: BTreeMap<ServiceSet, Vec<Element>>,
+    /// Counted elements that were touched, with whether they existed before.
+    touched: BTreeMap<(ServiceSet, Key), bool>,
+}
+
+impl Programmed {
+    /// The plan in force for a service.
+    pub fn plan(&self, service: &ObjectName) -> Option<&ServicePlan> {
+        self.plans.get(service)
+    }
+
+    /// The number of shared chains in the kernel.
+    pub fn chains(&self) -> usize {
+        self.chains.len()
+    }
+
+    /// Compiles the skeletons anew and drafts what changed in them.
+    pub fn set_skeletons(&mut self, store: &Store, settings: &Settings, draft: &mut Draft) {
+        let cidrs: Vec<_> = store.service_cidrs().collect();
+        for family in Family::ALL {
+            let node = store.node().map(|node| &**node);
+            let table = skeleton(family, settings, node, &cidrs);
+            let as_ruleset = |table: Table| Ruleset {
+                tables: [(table_id(family), table)].into(),
+            };
+            if let Some(old) = self.skeletons.insert(family, table.clone()) {
+                let change = diff(&as_ruleset(old), as_ruleset(table));
+                draft.skeleton.extend(change.ops);
+            }
+        }
+    }
+
+    /// Replaces the plan of a service, `None` for a service without rules, and drafts the
+    /// difference.
+    pub fn set_plan(&mut self, service: &ObjectName, new: Option<ServicePlan>, draft: &mut Draft) {
+        let old = match &new {
+            Some(new) => self.plans.get(service).filter(|old| *old == new),
+            None => None,
+        };
+        if old.is_some() {
+            return;
+        }
+        let old = self.plans.remove(service);
+        for family in Family::ALL {
+            self.count_chains(family, old.as_ref(), new.as_ref(), draft);
+            self.count_shared(family, old.as_ref(), new.as_ref(), draft);
+            let elements = |plan: Option<&ServicePlan>| {
+                by_set(plan.map(|plan| plan.own_elements(family)).unwrap_or_default())
+            };
+            let (before, after) = (elements(old.as_ref()), elements(new.as_ref()));
+            let table = draft.tables.entry(family).or_default();
+            for set in ServiceSet::ALL {
+                let of = |elements: &'_ BTreeMap<ServiceSet, Vec<Element>>| {
+                    elements.get(&set).cloned().unwrap_or_default()
+                };
+                let (delete, add) = diff_elements(&of(&before), &of(&after));
+                if !delete.is_empty() {
+                    table.delete.entry(set).or_default().extend(delete);
+                }
+                if !add.is_empty() {
+                    table.add.entry(set).or_default().extend(add);
+                }
+            }
+        }
+        if let Some(new) = new {
+            self.plans.insert(service.clone(), new);
+        }
+    }
+
+    fn count_chains(
+        &mut self,
+        family: Family,
+        old: Option<&ServicePlan>,
+        new: Option<&ServicePlan>,
+        draft: &mut Draft,
+    ) {
+        for chain in new.into_iter().flat_map(|plan| plan.chains(family)) {
+            let count = self.chains.entry((family, chain)).or_insert_with(|| {
+                let table = draft.tables.entry(family).or_default();
+                table.new_chains.push(chain);
+                0
+            });
+            *count += 1;
+        }
+        for chain in old.into_iter().flat_map(|plan| plan.chains(family)) {
+            if let Some(count) = self.chains.get_mut(&(family, chain)) {
+                *count = count.saturating_sub(1);
+            }
+        }
+    }
+
+    fn count_shared(
+        &mut self,
+        family: Family,
+        old: Option<&ServicePlan>,
+        new: Option<&ServicePlan>,
+        draft: &mut Draft,
+    ) {
+        let elements = |plan: Option<&ServicePlan>| {
+            plan.map(|plan| plan.shared_elements(family)).unwrap_or_default()
+        };
+        let table = draft.tables.entry(family).or_default();
+        for (set, element) in elements(new) {
+            let count = self
+                .shared
+                .entry((family, set, element.key.clone()))
+                .or_default();
+            table.touched.entry((set, element.key)).or_insert(*count > 0);
+            *count += 1;
+        }
+        for (set, element) in elements(old) {
+            let key = (family, set, element.key);
+            if let Some(count) = self.shared.get_mut(&key) {
+                let existed = *count > 0;
+                *count = count.saturating_sub(1);
+                if *count == 0 {
+                    self.shared.remove(&key);
+                }
+                table.touched.entry((set, key.2)).or_insert(existed);
+            }
+        }
+    }
+
+    /// Everything in force as a ruleset.
+    pub fn ruleset(&self) -> Ruleset {
+        let mut ruleset = Ruleset::default();
+        for (family, skeleton) in &self.skeletons {
+            let mut table = skeleton.clone();
+            let own = self.plans.values().flat_map(|p| p.own_elements(*family));
+            let shared = self.shared.keys().filter(|(of, ..)| of == family);
+            let shared = shared.map(|(_, set, key)| (*set, Element::new(key.clone())));
+            for (set, elements) in by_set(own.chain(shared)) {
+                if let Some(set) = table.sets.get_mut(&set.name()) {
+                    set.elements = elements;
+                }
+            }
+            let chains = self.chains.keys().filter(|(of, _)| of == family);
+            table
+                .chains
+                .extend(chains.map(|(_, chain)| (chain.name(), chain.chain())));
+            ruleset.tables.insert(table_id(*family), table);
+        }
+        ruleset
+    }
+
+    /// Forgets chains that no service uses, where the kernel is about to be compared anyway.
+    pub fn forget_chains(&mut self) {
+        self.chains.retain(|_, count| *count > 0);
+    }
+
+    /// Whether there are chains that no service uses.
+    pub fn has_unused_chains(&self) -> bool {
+        self.chains.values().any(|count| *count == 0)
+    }
+
+    /// The operations that delete the chains that no service uses.
+    pub fn remove_unused_chains(&mut self) -> Transaction {
+        let mut ops = Vec::new();
+        let unused: Vec<_> = self
+            .chains
+            .iter()
+            .filter(|(_, count)| **count == 0)
+            .map(|(chain, _)| *chain)
+            .collect();
+        for (family, chain) in &unused {
+            ops.push(Op::FlushChain(table_id(*family), chain.name()));
+        }
+        for (family, chain) in unused {
+            ops.push(Op::DeleteChain(table_id(family), chain.name()));
+            self.chains.remove(&(family, chain));
+        }
+        Transaction { ops }
+    }
+
+    /// The service to which an element belongs. Walks all plans: for errors only.
+    pub fn owner(&self, table: &TableId, set: &Name, key: &Key) -> Option<ObjectName> {
+        let family = Family::ALL.into_iter().find(|f| table_id(*f) == *table)?;
+        let mut owners = self.plans.iter().filter(|(_, plan)| {
+            let own = plan.own_elements(family);
+            let shared = plan.shared_elements(family);
+            own.iter()
+                .chain(&shared)
+                .any(|(of, element)| of.name() == *set && element.key == *key)
+        });
+        owners.next().map(|(name, _)| name.clone())
+    }
+}
+
+impl Draft {
+    /// The drafted operations in the order the kernel must see them.
+    pub fn finish(self, programmed: &Programmed) -> Transaction {
+        let mut ops = self.skeleton;
+        for (family, draft) in self.tables {
+            let id = table_id(family);
+            for chain in &draft.new_chains {
+                ops.push(Op::AddChain(id.clone(), chain.name(), None));
+            }
+            for chain in draft.new_chains {
+                let rules = chain.chain().rules.into_iter();
+                ops.extend(rules.map(|rule| Op::AddRule(id.clone(), chain.name(), rule)));
+            }
+            let (mut delete, mut add) = (draft.delete, draft.add);
+            for ((set, key), existed) in draft.touched {
+                let shared = (family, set, key);
+                let exists = programmed.shared.contains_key(&shared);
+                let list = match (existed, exists) {
+                    (false, true) => &mut add,
+                    (true, false) => &mut delete,
+                    _ => continue,
+                };
+                list.entry(set).or_default().push(Element::new(shared.2));
+            }
+            let operation = |make: fn(_, _, _, _) -> Op, set: ServiceSet, elements| {
+                make(id.clone(), set.name(), set.declaration(), elements)
+            };
+            ops.extend(
+                delete
+                    .into_iter()
+                    .map(|(set, elements)| operation(Op::DeleteElements, set, elements)),
+            );
+            ops.extend(
+                add.into_iter()
+                    .map(|(set, elements)| operation(Op::AddElements, set, elements)),
+            );
+        }
+        Transaction { ops }
+    }
+}
+
+/// Elements by their set, sorted by key.
+fn by_set(elements: impl IntoIterator<Item = ElementOf>) -> BTreeMap<ServiceSet, Vec<Element>> {
+    let mut sets: BTreeMap<ServiceSet, Vec<Element>> = BTreeMap::new();
+    for (set, element) in elements {
+        sets.entry(set).or_default().push(element);
+    }
+    for elements in sets.values_mut() {
+        elements.sort_unstable_by(|a, b| a.key.cmp(&b.key));
+    }
+    sets
+}

@@ -1,0 +1,115 @@
+//! The reconciler as a task: waits for events, retries, stops.
+
+use std::time::Duration;
+
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, sleep_until};
+
+use super::{Kernel, Outcome, Reconciler};
+use crate::health::Health;
+use crate::model::Delivery;
+
+/// The most events taken over at once; more wait for the next transaction.
+const BATCH: usize = 4096;
+const SHORTEST_RETRY: Duration = Duration::from_millis(100);
+const LONGEST_RETRY: Duration = Duration::from_secs(30);
+/// How often services are tried again that the kernel refused.
+const FORGIVE_EVERY: Duration = Duration::from_secs(300);
+
+/// What tells the task to do something else than handling events.
+#[derive(Debug)]
+pub struct Signals {
+    /// Becomes true when the process shall end.
+    pub stop: watch::Receiver<bool>,
+    /// Return after the first successful write.
+    pub once: bool,
+}
+
+/// Why the task ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// It was asked to; the rules stay.
+    Stopped,
+    /// The rules were written, once, as asked.
+    Programmed,
+    /// All sources are gone and no event can come any more.
+    SourcesGone,
+    /// With `once`: the kernel could not be brought to the wanted state.
+    Failed,
+}
+
+/// Handles events until asked to stop.
+///
+/// Writing to the kernel blocks the calling thread, so the task wants a thread of its own.
+pub async fn run<K: Kernel>(
+    reconciler: &mut Reconciler<'_, K>,
+    mut events: mpsc::Receiver<Delivery>,
+    mut signals: Signals,
+    health: &Health,
+) -> Exit {
+    let mut retry: Option<(Instant, Duration)> = None;
+    let mut sweep: Option<Instant> = None;
+    let mut forgive = Instant::now() + FORGIVE_EVERY;
+    let mut batch = Vec::new();
+    let mut open = true;
+    loop {
+        let retry_at = retry.map(|(at, _)| at);
+        let outcome = tokio::select! {
+            biased;
+            _ = signals.stop.wait_for(|stop| *stop) => return Exit::Stopped,
+            received = events.recv_many(&mut batch, BATCH), if open => {
+                if received == 0 {
+                    open = false;
+                    if retry.is_none() {
+                        return Exit::SourcesGone;
+                    }
+                    continue;
+                }
+                health.queued();
+                reconciler.handle(batch.drain(..))
+            }
+            () = sleep_until(retry_at.unwrap_or_else(Instant::now)), if retry_at.is_some() => {
+                reconciler.resync()
+            }
+            () = sleep_until(sweep.unwrap_or_else(Instant::now)), if sweep.is_some() => {
+                sweep = reconciler.sweep().map(|wait| Instant::now() + wait);
+                continue;
+            }
+            () = sleep_until(forgive) => {
+                forgive = Instant::now() + FORGIVE_EVERY;
+                reconciler.forgive();
+                reconciler.handle([])
+            }
+        };
+        match outcome {
+            Outcome::Waiting => {}
+            Outcome::Synced => {
+                retry = None;
+                health.synced();
+                let going = reconciler.store().node().is_some_and(|node| node.going_away);
+                health.node_going_away(going);
+                if signals.once {
+                    return Exit::Programmed;
+                }
+                sweep = reconciler.sweep().map(|wait| Instant::now() + wait);
+            }
+            Outcome::Failed if signals.once => return Exit::Failed,
+            Outcome::Failed => {
+                health.failed("the kernel refused the rules; see the log");
+                let wait = retry.map_or(SHORTEST_RETRY, |(_, wait)| (wait * 2).min(LONGEST_RETRY));
+                retry = Some((Instant::now() + jittered(wait), wait));
+            }
+        }
+        if !open && retry.is_none() {
+            return Exit::SourcesGone;
+        }
+    }
+}
+
+/// Between three quarters and all of a duration, so that nodes do not retry in step.
+fn jittered(wait: Duration) -> Duration {
+    let nanos = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or(0, |now| now.subsec_nanos());
+    wait.mul_f64(0.75 + f64::from(nanos % 1000) / 4000.0)
+}
