@@ -5,13 +5,15 @@
 //! and what is refused. `make demo` builds and runs it. Everything it creates lives in this
 //! process and goes away with it.
 
-#[path = "../tests/common/netns/mod.rs"]
+#[path = "../../tests/common/netns/mod.rs"]
 mod netns;
+mod print;
+mod shop;
+mod tally;
 
-use std::collections::BTreeMap;
 use std::error::Error;
 use std::fs;
-use std::io::{self, IsTerminal as _};
+use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -20,7 +22,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
-use netns::{Ask, Daemon, Lab, LabOptions, Machine, Namespace, Protocol, Server};
+use netns::{Ask, Daemon, Lab, LabOptions, Machine, Namespace, Protocol};
+use print::{Cell, Style, Table};
+use shop::{Shop, has_word};
+use tally::Tally;
 
 /// Shows nftlet at work in network namespaces.
 #[derive(Debug, Parser)]
@@ -170,7 +175,7 @@ fn run(options: &Options, style: &Style) -> Outcome<()> {
             milliseconds(launched.elapsed())
         ));
         show_spread(&lab, style)?;
-        show_removal(&lab, &mut shop, style, &say)?;
+        show_removal(&lab, &mut shop, &mut nftlet, style, &say)?;
         show_refusals(&lab, style)?;
         show_stop(&lab, &mut nftlet, style)?;
         if options.keep {
@@ -215,98 +220,18 @@ fn milliseconds(time: Duration) -> String {
     format!("{:.1} ms", time.as_secs_f64() * 1000.0)
 }
 
-/// The pods' servers and the folder of manifests that nftlet watches.
-struct Shop {
-    folder: tempfile::TempDir,
-    servers: Vec<(String, Server)>,
-}
-
-impl Shop {
-    /// Copies the manifests and starts the servers that they name.
-    fn open(lab: &Lab) -> Outcome<Self> {
-        let folder = tempfile::Builder::new().prefix("nftlet-shop-").tempdir()?;
-        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/shop");
-        let entries = fs::read_dir(&source)
-            .map_err(|error| format!("the manifests in {} are missing: {error}", source.display()));
-        for entry in entries? {
-            let path = entry?.path();
-            let name = path.file_name().unwrap_or_default();
-            fs::copy(&path, folder.path().join(name))?;
-        }
-        let ports = [
-            (Protocol::Http, 8080),
-            (Protocol::Http, 8081),
-            (Protocol::Http, 9091),
-            (Protocol::Udp, 5353),
-            (Protocol::Tcp, 5353),
-        ];
-        let servers = lab.pods().into_iter().flat_map(|pod| {
-            let all = ports.map(|(protocol, port)| pod.serve(protocol, port));
-            all.into_iter()
-                .flatten()
-                .map(|server| (pod.name.clone(), server))
-        });
-        Ok(Self {
-            servers: servers.collect(),
-            folder,
-        })
+/// An error where nftlet has ended by itself.
+fn still_running(nftlet: &mut Daemon) -> Outcome<()> {
+    match nftlet.ended() {
+        Some(status) => Err(format!("nftlet has ended by itself: {status}").into()),
+        None => Ok(()),
     }
-
-    /// Takes a pod out of all slices. Each file is replaced by a rename, as a careful user would.
-    fn remove_from_manifests(&self, pod: &str) -> Outcome<usize> {
-        let mut changed = 0;
-        for entry in fs::read_dir(self.folder.path())? {
-            let path = entry?.path();
-            let before = fs::read_to_string(&path)?;
-            let after = without_endpoint(&before, pod);
-            if after != before {
-                // The ending keeps the unfinished file from being taken for a manifest.
-                let draft = path.with_extension("draft");
-                fs::write(&draft, after)?;
-                fs::rename(&draft, &path)?;
-                changed += 1;
-            }
-        }
-        Ok(changed)
-    }
-
-    /// How many requests the servers of a pod have answered.
-    fn served(&self, pod: &str) -> u64 {
-        let of_pod = self.servers.iter().filter(|(name, _)| name == pod);
-        of_pod.map(|(_, server)| server.served()).sum()
-    }
-}
-
-/// A manifest without the endpoints of one pod.
-fn without_endpoint(manifest: &str, pod: &str) -> String {
-    let (mut kept, mut item) = (String::new(), None::<String>);
-    let last_line = format!("      name: {pod}\n");
-    for line in manifest.split_inclusive('\n') {
-        if line == "  - addresses:\n" {
-            kept.push_str(&item.take().unwrap_or_default());
-            item = Some(String::new());
-        } else if !line.starts_with("    ") {
-            kept.push_str(&item.take().unwrap_or_default());
-        }
-        match &mut item {
-            Some(text) => {
-                text.push_str(line);
-                if line == last_line {
-                    item = None;
-                }
-            }
-            None => kept.push_str(line),
-        }
-    }
-    kept + &item.unwrap_or_default()
 }
 
 /// Waits until requests to the service are answered, over both families.
 fn wait_for_rules(lab: &Lab, nftlet: &mut Daemon) -> Outcome<()> {
     until("nftlet to write its rules", || {
-        if let Some(status) = nftlet.ended() {
-            return Err(format!("nftlet has ended: {status}").into());
-        }
+        still_running(nftlet)?;
         let web = ["10.96.0.10:80", "[fd00:10:96::a]:80"];
         // Short, or the time of the last attempt in vain would count as nftlet's.
         let patience = Duration::from_millis(20);
@@ -336,72 +261,6 @@ fn who(machine: &Machine) -> &str {
 /// The name of an address family.
 fn family(address: IpAddr) -> &'static str {
     if address.is_ipv4() { "IPv4" } else { "IPv6" }
-}
-
-/// What became of some requests: answers by pod, and failures.
-#[derive(Default)]
-struct Tally {
-    answers: BTreeMap<String, usize>,
-    failed: usize,
-    example: Option<String>,
-}
-
-impl Tally {
-    fn count(&mut self, answer: io::Result<netns::Answer>) {
-        match answer {
-            Ok(answer) => *self.answers.entry(answer.name).or_default() += 1,
-            Err(error) => {
-                self.failed += 1;
-                self.example.get_or_insert(error.to_string());
-            }
-        }
-    }
-
-    fn of(&self, pod: &str) -> usize {
-        self.answers.get(pod).copied().unwrap_or(0)
-    }
-
-    fn total(&self) -> usize {
-        self.answers.values().sum::<usize>() + self.failed
-    }
-
-    /// The share of a pod in the answers, as text.
-    fn share(&self, pod: &str) -> String {
-        match self.of(pod) {
-            0 => "-".to_owned(),
-            count => format!("{:.0} %", 100.0 * count as f64 / self.total() as f64),
-        }
-    }
-
-    /// An error where requests failed, or where the pods that answered are not those expected.
-    fn check(&self, what: &str, expected: &[&str]) -> Outcome<()> {
-        if self.failed > 0 {
-            let example = self.example.as_deref().unwrap_or_default();
-            return Err(format!(
-                "{} of {} requests to {what} failed: {example}",
-                self.failed,
-                self.total()
-            )
-            .into());
-        }
-        let others: Vec<_> = self
-            .answers
-            .keys()
-            .filter(|pod| !expected.contains(&pod.as_str()))
-            .collect();
-        if !others.is_empty() {
-            return Err(format!("{what} was answered by {others:?}, which do not serve it").into());
-        }
-        // A third each is expected; half of that is many standard deviations away.
-        let fair = self.total() / expected.len();
-        if let Some(pod) = expected.iter().find(|pod| self.of(pod) < fair / 2) {
-            let got = self.of(pod);
-            return Err(
-                format!("{what}: {pod} got only {got} of {} requests", self.total()).into(),
-            );
-        }
-        Ok(())
-    }
 }
 
 /// The services by all their addresses, and how their requests spread over the pods.
@@ -491,7 +350,13 @@ fn all_well(problems: Vec<String>) -> Outcome<()> {
 }
 
 /// Takes a pod away while requests run.
-fn show_removal(lab: &Lab, shop: &mut Shop, style: &Style, say: &dyn Fn(&str)) -> Outcome<()> {
+fn show_removal(
+    lab: &Lab,
+    shop: &mut Shop,
+    nftlet: &mut Daemon,
+    style: &Style,
+    say: &dyn Fn(&str),
+) -> Outcome<()> {
     println!("{}\n", style.strong("A pod goes away under load"));
     let (client, node, pod) = (lab.client(), &lab.node().machine, lab.pods()[0]);
     let sources = [
@@ -521,7 +386,7 @@ fn show_removal(lab: &Lab, shop: &mut Shop, style: &Style, say: &dyn Fn(&str)) -
                 })
             })
         });
-        let steps = remove_pod(lab, shop, &sent, say);
+        let steps = remove_pod(lab, shop, nftlet, &sent, say);
         finish.store(true, Ordering::Relaxed);
         let tallies = load.map(|thread| thread.join().expect("the load does not panic"));
         steps.map(|()| Vec::from(tallies))
@@ -574,7 +439,13 @@ fn show_removal(lab: &Lab, shop: &mut Shop, style: &Style, say: &dyn Fn(&str)) -
 }
 
 /// The steps of a removal, between which requests keep running.
-fn remove_pod(lab: &Lab, shop: &mut Shop, sent: &AtomicU64, say: &dyn Fn(&str)) -> Outcome<()> {
+fn remove_pod(
+    lab: &Lab,
+    shop: &mut Shop,
+    nftlet: &mut Daemon,
+    sent: &AtomicU64,
+    say: &dyn Fn(&str),
+) -> Outcome<()> {
     let more = |count: u64| {
         let goal = sent.load(Ordering::Relaxed) + count;
         until("requests to go on", || {
@@ -587,6 +458,7 @@ fn remove_pod(lab: &Lab, shop: &mut Shop, sent: &AtomicU64, say: &dyn Fn(&str)) 
     let leaving = lab.pods().into_iter().find(|pod| pod.name == LEAVING);
     let addresses = leaving.map(Machine::addresses).ok_or("no such pod")?;
     until("the rules to forget the pod", || {
+        still_running(nftlet)?;
         let rules = lab.node().ns().nft(&["list", "ruleset"]);
         let mentioned = addresses
             .iter()
@@ -616,16 +488,6 @@ fn remove_pod(lab: &Lab, shop: &mut Shop, sent: &AtomicU64, say: &dyn Fn(&str)) 
         return Err(format!("{LEAVING} was still asked after it had left").into());
     }
     Ok(())
-}
-
-/// Whether a text has a word that is not part of a longer address.
-fn has_word(text: &str, word: &str) -> bool {
-    let part = |c: char| c.is_ascii_hexdigit() || c == '.' || c == ':';
-    text.match_indices(word).any(|(at, _)| {
-        let before = text[..at].chars().next_back();
-        let after = text[at + word.len()..].chars().next();
-        !before.is_some_and(part) && !after.is_some_and(|c| c.is_ascii_hexdigit())
-    })
 }
 
 /// What has no endpoints is refused, at once.
@@ -728,145 +590,4 @@ fn keep(lab: &Lab) -> Outcome<()> {
         thread::sleep(Duration::from_millis(50));
     }
     Ok(())
-}
-
-/// Colours, where the output is a terminal and NO_COLOR does not ask for none.
-struct Style {
-    colours: bool,
-}
-
-impl Style {
-    fn for_output() -> Self {
-        let asked_for_none = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
-        Self {
-            colours: io::stdout().is_terminal() && !asked_for_none,
-        }
-    }
-
-    fn paint(&self, code: &str, text: &str) -> String {
-        if self.colours {
-            format!("\x1b[{code}m{text}\x1b[0m")
-        } else {
-            text.to_owned()
-        }
-    }
-
-    fn strong(&self, text: &str) -> String {
-        self.paint("1", text)
-    }
-
-    fn faint(&self, text: &str) -> String {
-        self.paint("2", text)
-    }
-
-    fn good(&self, text: &str) -> String {
-        self.paint("32", text)
-    }
-
-    fn bad(&self, text: &str) -> String {
-        self.paint("1;31", text)
-    }
-}
-
-/// A cell of a table; the colour does not count for its width.
-struct Cell {
-    text: String,
-    code: &'static str,
-}
-
-impl Cell {
-    fn plain(text: &str) -> Self {
-        Self {
-            text: text.to_owned(),
-            code: "",
-        }
-    }
-
-    fn good(text: &str) -> Self {
-        Self {
-            code: "32",
-            ..Self::plain(text)
-        }
-    }
-
-    fn bad(text: &str) -> Self {
-        Self {
-            code: "1;31",
-            ..Self::plain(text)
-        }
-    }
-
-    fn failures(count: usize) -> Self {
-        let text = count.to_string();
-        if count == 0 {
-            Self::good(&text)
-        } else {
-            Self::bad(&text)
-        }
-    }
-}
-
-/// A table that prints its rows as they come, so its widths are given.
-struct Table<'a> {
-    style: &'a Style,
-    widths: Vec<i32>,
-}
-
-impl<'a> Table<'a> {
-    /// Prints the heading. A negative width means that the column is aligned to the left.
-    fn new(style: &'a Style, columns: &[(&str, i32)]) -> Self {
-        let table = Self {
-            style,
-            widths: columns.iter().map(|(_, width)| *width).collect(),
-        };
-        let heading = columns.iter().map(|(name, _)| Cell {
-            code: "1",
-            ..Cell::plain(name)
-        });
-        table.row(&heading.collect::<Vec<_>>());
-        table
-    }
-
-    fn row(&self, cells: &[Cell]) {
-        let mut line = String::new();
-        for (cell, &width) in cells.iter().zip(&self.widths) {
-            let pad = " "
-                .repeat((width.unsigned_abs() as usize).saturating_sub(cell.text.chars().count()));
-            let text = if cell.code.is_empty() {
-                cell.text.clone()
-            } else {
-                self.style.paint(cell.code, &cell.text)
-            };
-            let (before, after) = if width < 0 {
-                ("", pad.as_str())
-            } else {
-                (pad.as_str(), "")
-            };
-            line.push_str(&format!("  {before}{text}{after}"));
-        }
-        println!("{}", line.trim_end());
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_endpoint_is_taken_out_of_a_manifest() {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/shop/web.yaml");
-        let before = fs::read_to_string(path).expect("the manifest");
-        let after = without_endpoint(&before, "pod-3");
-        assert_eq!(after.matches("- addresses:").count(), 4);
-        assert!(!after.contains("pod-3") && !after.contains("::13"));
-        assert_eq!(after.matches("---\n").count(), 2);
-        assert_eq!(without_endpoint(&after, "pod-3"), after);
-    }
-
-    #[test]
-    fn words_are_whole_addresses() {
-        assert!(has_word("dnat to 10.244.1.1:80", "10.244.1.1"));
-        assert!(!has_word("dnat to 10.244.1.13:80", "10.244.1.1"));
-        assert!(!has_word("110.244.1.1", "10.244.1.1"));
-    }
 }
