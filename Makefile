@@ -11,7 +11,7 @@ VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
 COMMIT  := $(shell git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)
 IMAGE   ?= nftlet:$(VERSION)
 DOCKER  ?= $(shell command -v docker || command -v podman || echo docker)
-# Arguments for the demo and for the benchmarks: make demo ARGS=--keep-going
+# Arguments for the demo and for the benchmarks: make demo ARGS=--keep
 ARGS    ?=
 
 help: ## List the tasks
@@ -24,7 +24,7 @@ demo: ## Show services, failover and rejects in network namespaces (two minutes)
 	@cargo build --quiet --bin nftlet --example demo
 	@scripts/netns-run.sh --explain
 	@scripts/netns-run.sh "$${CARGO_TARGET_DIR:-target}/debug/examples/demo" \
-	    --nftlet "$${CARGO_TARGET_DIR:-target}/debug/nftlet" $(ARGS)
+	    --nftlet "$${NFTLET:-$${CARGO_TARGET_DIR:-target}/debug/nftlet}" $(ARGS)
 
 test: ## Run every check: format, lints, documentation, dependencies, tests
 	@scripts/install-deps.sh test

@@ -22,15 +22,15 @@ say() { printf 'install-deps: %s\n' "$*"; }
 fail() { printf 'install-deps: %s\n' "$@" >&2; exit 1; }
 have() { command -v "$1" >/dev/null 2>&1; }
 
+can_be_root() { [[ $EUID -eq 0 ]] || have sudo; }
+
 # Runs a command as root: with sudo, and says so, unless this is root.
 as_root() {
     if [[ $EUID -eq 0 ]]; then
         "$@"
-    elif have sudo; then
+    else
         say "with sudo: $*"
         sudo "$@"
-    else
-        fail "this needs root, and there is no sudo. Run as root: $*"
     fi
 }
 
@@ -66,6 +66,8 @@ fi
 
 apt_updated=
 apt_install() {
+    can_be_root || fail "packages are missing, and there is neither root nor sudo to install them." \
+        "Run as root: apt-get update && apt-get install $*"
     if [[ -z $apt_updated ]]; then
         say "updating the package lists"
         as_root apt-get update -qq
@@ -93,12 +95,12 @@ at_least() { [[ $(printf '%s\n%s\n' "$2" "$1" | sort -V | head -n 1) == "$2" ]];
 
 install_rustup() {
     # The distribution's package would replace a cargo that came from the distribution.
-    if have apt-get && ! have cargo && apt_has_rustup; then
+    if have apt-get && can_be_root && ! have cargo && apt_has_rustup; then
         apt_install rustup
     else
         say "installing rustup for this user with the official installer (https://rustup.rs)"
         curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs |
-            sh -s -- -y -q --no-modify-path --profile minimal --default-toolchain none
+            RUSTUP_INIT_SKIP_PATH_CHECK=yes sh -s -- -y -q --no-modify-path --profile minimal --default-toolchain none
     fi
     hash -r
 }

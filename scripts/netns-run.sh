@@ -31,7 +31,10 @@ fi
 
 case $way in
 root) exec "$@" ;;
-user-namespace) exec unshare -Urnm "$@" ;;
+user-namespace)
+    # The network is new, too, so that its loopback has to be brought up: tests listen on it.
+    exec unshare -Urnm sh -c 'ip link set lo up && exec "$@"' netns-run "$@"
+    ;;
 sudo)
     # sudo keeps little of the environment; these are what tests look at.
     keep=()

@@ -13,7 +13,8 @@ use nix::unistd::Pid;
 
 use super::Namespace;
 
-/// A running program; killed when the value goes away.
+/// A running program; killed when the value goes away, and also when the thread that started it
+/// ends, so that it does not outlive a test that is itself killed.
 #[derive(Debug)]
 pub struct Daemon {
     child: Child,
@@ -40,7 +41,9 @@ impl Daemon {
     ) -> io::Result<Self> {
         let log = tempfile::tempfile()?;
         let child = namespace
-            .command(program)
+            .command("setpriv")
+            .args(["--pdeathsig", "KILL", "--"])
+            .arg(program)
             .args(arguments)
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)

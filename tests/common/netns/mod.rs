@@ -70,20 +70,10 @@ pub fn require_net_admin() -> bool {
     // Written to the descriptor itself: the print macros are captured for tests that pass.
     let _ = writeln!(
         std::io::stderr(),
-        "\nSKIPPED {name}: {refusal}. Run `make test`, or as root, or with \
-         CARGO_TARGET_{}_RUNNER='unshare -Urnm'.",
-        target_variable(),
+        "\nSKIPPED {name}: {refusal}. Run `make test`, or `scripts/with-runner.sh cargo test`, \
+         or as root.",
     );
     false
-}
-
-/// The part of cargo's runner variable that names the usual target of this machine.
-fn target_variable() -> &'static str {
-    if cfg!(target_arch = "aarch64") {
-        "AARCH64_UNKNOWN_LINUX_GNU"
-    } else {
-        "X86_64_UNKNOWN_LINUX_GNU"
-    }
 }
 
 /// A network namespace with its loopback up; clones are handles to the same one.
