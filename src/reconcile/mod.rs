@@ -35,7 +35,7 @@ use crate::ruleset::{Ruleset, Transaction, diff};
 
 pub use kernel::Kernel;
 pub use programmed::Programmed;
-pub use report::Reporter;
+pub use report::{Log, Reporter};
 pub use run::{Exit, Signals, run};
 
 use programmed::Draft;

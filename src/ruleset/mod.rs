@@ -20,7 +20,11 @@ mod interval;
 mod key;
 mod rule;
 mod selector;
+#[cfg(test)]
+pub(crate) mod simulate;
 mod table;
+#[cfg(test)]
+mod tests;
 pub mod text;
 mod transaction;
 

@@ -1,0 +1,453 @@
+//! The composition root: wires sources, reconciler, kernel and HTTP ports by the command line.
+//!
+//! ```text
+//!  thread "nftlet"                      thread "io"
+//!  ┌───────────────────────┐  events   ┌─────────────────────────────────────┐
+//!  │ Reconciler ─> Nftables │ <──────── │ source (cluster or manifests)        │
+//!  │ blocks in sendmsg      │           │ HTTP ports, signals                  │
+//!  └───────────────────────┘           └─────────────────────────────────────┘
+//! ```
+//!
+//! Writing to the kernel blocks, decoding objects and answering probes must not wait for it:
+//! each has a thread with a single-threaded runtime.
+
+use std::io::{self, IsTerminal, Write};
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread;
+
+use thiserror::Error;
+use tokio::runtime;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::cli::{Args, LogFormat, NodePorts};
+use crate::compile::{NodePortAddresses, Settings};
+use crate::health::{self, Health};
+use crate::metrics::Metrics;
+use crate::model::{
+    Changes, Delivery, Event, Kind, Notice, Object, Reason, ServiceKind, Store, Subject,
+};
+use crate::netlink::{self, Nftables};
+use crate::reconcile::{self, Exit, Log, Reconciler, Reporter, Signals};
+use crate::ruleset::{Ruleset, text};
+use crate::source::{Cluster, ClusterError, Manifests, ManifestsError};
+
+/// The oldest kernel nftlet works on, as kube-proxy's nftables mode.
+const OLDEST_KERNEL: (u32, u32) = (5, 13);
+/// Events that may wait between the source and the reconciler.
+const QUEUE: usize = 4096;
+
+/// Why nftlet ended without having done what it was asked for.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// The kernel cannot be worked with.
+    #[error(transparent)]
+    Netlink(#[from] netlink::Error),
+    /// The kernel is too old.
+    #[error(
+        "this kernel is Linux {found}; nftlet needs {}.{} or newer for what it asks of nftables",
+        OLDEST_KERNEL.0, OLDEST_KERNEL.1
+    )]
+    OldKernel {
+        /// Its release as it calls itself.
+        found: String,
+    },
+    /// The manifests cannot be read.
+    #[error(transparent)]
+    Manifests(#[from] ManifestsError),
+    /// There is no API server to talk to.
+    #[error(transparent)]
+    Cluster(#[from] ClusterError),
+    /// An HTTP port cannot be opened.
+    #[error(transparent)]
+    Http(#[from] health::Error),
+    /// The metrics cannot be registered.
+    #[error("cannot set up metrics: {0}")]
+    Metrics(#[from] prometheus::Error),
+    /// The system refused a thread, a runtime or a signal handler.
+    #[error("cannot start {what}: {source}")]
+    System {
+        /// What was to be started.
+        what: &'static str,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The ruleset cannot be printed.
+    #[error("cannot print the rules: {0}")]
+    Print(#[source] io::Error),
+    /// With `--once`: the rules could not be written.
+    #[error("the rules could not be written; the messages above say why")]
+    NotProgrammed,
+    /// The source ended by itself.
+    #[error("the source of objects ended unexpectedly; the rules in force stay")]
+    SourceEnded,
+}
+
+/// Runs nftlet as the command line says. The rules stay in the kernel when it returns.
+///
+/// # Errors
+///
+/// Everything that keeps nftlet from starting, and for `--dry-run` and `--once` everything that
+/// keeps them from being done.
+pub fn run(args: &Args) -> Result<(), Error> {
+    start_logging(args);
+    let node_name = args.node_name(std::env::var("NODE_NAME").ok(), &host_name());
+    let settings = settings(args);
+    if args.dry_run {
+        return dry_run(args, &node_name, &settings);
+    }
+    check_kernel()?;
+    let mut nftables = Nftables::open()?;
+    // The first answer tells about permissions and a missing nf_tables before anything else.
+    nftables.read(&[], &Ruleset::default())?;
+    let metrics = Arc::new(Metrics::new()?);
+    let health = Health::new();
+    let (events, received) = mpsc::channel(QUEUE);
+    let (stop, stopped) = watch::channel(false);
+    let (ready, started) = oneshot::channel();
+    let io = Io {
+        args: args.clone(),
+        node_name,
+        metrics: metrics.clone(),
+        health: health.clone(),
+        stop,
+        stopped: stopped.clone(),
+    };
+    let io = thread::Builder::new()
+        .name("io".into())
+        .spawn(move || io.run(events, ready))
+        .map_err(system("the I/O thread"))?;
+    // The sender is dropped without a message only if the thread panicked.
+    started.blocking_recv().unwrap_or(Err(Error::SourceEnded))?;
+    let reporter = Log;
+    let mut reconciler = Reconciler::new(nftables, settings, &metrics, &reporter);
+    let signals = Signals {
+        stop: stopped,
+        once: args.once,
+    };
+    let exit = single_threaded()?.block_on(reconcile::run(
+        &mut reconciler,
+        received,
+        signals,
+        &health,
+    ));
+    match exit {
+        Exit::Programmed => {
+            tracing::info!("{}", summary(reconciler.store()));
+            Ok(())
+        }
+        Exit::Stopped => {
+            let _ = io.join();
+            tracing::info!("stopped; the rules stay in force");
+            Ok(())
+        }
+        Exit::Failed => Err(Error::NotProgrammed),
+        Exit::SourcesGone => Err(Error::SourceEnded),
+    }
+}
+
+fn system(what: &'static str) -> impl Fn(io::Error) -> Error {
+    move |source| Error::System { what, source }
+}
+
+fn single_threaded() -> Result<runtime::Runtime, Error> {
+    runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(system("a runtime"))
+}
+
+fn start_logging(args: &Args) {
+    use tracing_subscriber::filter::{EnvFilter, LevelFilter};
+    let level = match (args.verbose, args.dry_run) {
+        (0, true) => LevelFilter::WARN,
+        (0, false) => LevelFilter::INFO,
+        (1, _) => LevelFilter::DEBUG,
+        (2.., _) => LevelFilter::TRACE,
+    };
+    // The libraries' own debug output is of interest only when everything is asked for.
+    let filter = if args.verbose < 3 {
+        EnvFilter::new(format!("error,nftlet={level}"))
+    } else {
+        EnvFilter::new("trace")
+    };
+    let logging = tracing_subscriber::fmt()
+        .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal())
+        .with_target(args.verbose > 0)
+        .with_env_filter(filter);
+    // A second call (in tests) keeps the first subscriber.
+    let _ = match args.log_format {
+        LogFormat::Text => logging.try_init(),
+        LogFormat::Json => logging.json().try_init(),
+    };
+}
+
+fn settings(args: &Args) -> Settings {
+    Settings {
+        cluster_cidrs: args.cluster_cidr.clone(),
+        masquerade_all: args.masquerade_all,
+        nodeport_addresses: match args.nodeport_addresses() {
+            NodePorts::Primary => NodePortAddresses::Primary,
+            NodePorts::Ranges(ranges) => NodePortAddresses::Inside(ranges),
+        },
+        host_addresses: host_addresses(),
+    }
+}
+
+fn host_name() -> String {
+    let uname = rustix::system::uname();
+    uname.nodename().to_string_lossy().into_owned()
+}
+
+/// The host's own global addresses, for nodes without a Node object.
+fn host_addresses() -> Vec<IpAddr> {
+    let Ok(interfaces) = nix::ifaddrs::getifaddrs() else {
+        return Vec::new();
+    };
+    let addresses = interfaces.filter_map(|interface| {
+        let address = interface.address?;
+        let v4 = address.as_sockaddr_in().map(|a| IpAddr::V4(a.ip()));
+        v4.or_else(|| address.as_sockaddr_in6().map(|a| IpAddr::V6(a.ip())))
+    });
+    let global = |address: &IpAddr| match address {
+        IpAddr::V4(v4) => !v4.is_loopback() && !v4.is_link_local(),
+        IpAddr::V6(v6) => !v6.is_loopback() && !v6.is_unicast_link_local(),
+    };
+    addresses.filter(global).collect()
+}
+
+fn check_kernel() -> Result<(), Error> {
+    let uname = rustix::system::uname();
+    let release = uname.release().to_string_lossy();
+    let mut numbers = release
+        .split(|c: char| !c.is_ascii_digit())
+        .map_while(|part| part.parse::<u32>().ok());
+    match (numbers.next(), numbers.next()) {
+        (Some(major), Some(minor)) if (major, minor) < OLDEST_KERNEL => Err(Error::OldKernel {
+            found: release.into_owned(),
+        }),
+        // A kernel that does not say its version may well work.
+        _ => Ok(()),
+    }
+}
+
+/// Prints the rules for the objects as they are now.
+fn dry_run(args: &Args, node_name: &str, settings: &Settings) -> Result<(), Error> {
+    let store = single_threaded()?.block_on(collect(args, node_name))?;
+    let wanted = Reconciler::<Nftables>::wanted(&store, settings);
+    let mut out = io::BufWriter::new(io::stdout().lock());
+    print_ruleset(&store, &wanted, &mut out)
+        .and_then(|()| out.flush())
+        .or_else(|error| match error.kind() {
+            // The reader of a pipe has seen enough.
+            io::ErrorKind::BrokenPipe => Ok(()),
+            _ => Err(Error::Print(error)),
+        })
+}
+
+/// Reads all objects once.
+async fn collect(args: &Args, node_name: &str) -> Result<Store, Error> {
+    let mut store = Store::default();
+    let mut changes = Changes::default();
+    if let Some(mut manifests) = manifests(args, node_name) {
+        for event in load(&mut manifests, node_name)? {
+            store.apply(event, &mut changes);
+        }
+    } else {
+        let cluster = connect(args, node_name).await?;
+        let (sender, mut events) = mpsc::channel(QUEUE);
+        let (stop, stopped) = watch::channel(false);
+        let source = tokio::spawn(cluster.run(sender, stopped));
+        while !store.is_complete() {
+            let Some(delivery) = events.recv().await else {
+                return Err(Error::SourceEnded);
+            };
+            store.apply(delivery.event, &mut changes);
+            report(&mut changes);
+        }
+        stop.send_replace(true);
+        drop(events);
+        let _ = source.await;
+    }
+    report(&mut changes);
+    Ok(store)
+}
+
+fn report(changes: &mut Changes) {
+    for notice in changes.notices.drain(..) {
+        Log.notice(&notice);
+    }
+}
+
+fn print_ruleset(store: &Store, ruleset: &Ruleset, out: &mut impl Write) -> io::Result<()> {
+    writeln!(
+        out,
+        "# nftlet {}: {}",
+        env!("CARGO_PKG_VERSION"),
+        summary(store)
+    )?;
+    let mut without: Vec<_> = store
+        .services()
+        .filter_map(|service| {
+            let why = match service.kind {
+                ServiceKind::ExternalName => "ExternalName, answered by DNS",
+                ServiceKind::Headless => "headless, answered by DNS",
+                _ => return None,
+            };
+            Some(format!("# {}: {why}, no rules", service.name))
+        })
+        .collect();
+    without.sort();
+    for line in without {
+        writeln!(out, "{line}")?;
+    }
+    writeln!(out)?;
+    text::render(ruleset, out)
+}
+
+fn summary(store: &Store) -> String {
+    let count = |kind: Kind| store.count(kind);
+    format!(
+        "{} services, {} endpoint slices, {} service ranges, node {}",
+        count(Kind::Service),
+        count(Kind::EndpointSlice),
+        count(Kind::ServiceCidr),
+        store.node().map_or("unknown", |node| &*node.name)
+    )
+}
+
+fn manifests(args: &Args, node_name: &str) -> Option<Manifests> {
+    let paths: Vec<PathBuf> = args.manifests.clone();
+    (!paths.is_empty()).then(|| Manifests::new(paths, node_name.to_owned()))
+}
+
+/// Reads the manifests, and warns where they do not tell about the own node.
+fn load(manifests: &mut Manifests, node_name: &str) -> Result<Vec<Event>, Error> {
+    let mut events = manifests.load()?;
+    let known = events
+        .iter()
+        .any(|event| matches!(event, Event::Apply(Object::Node(_))));
+    if !known {
+        events.push(Event::Notice(Notice {
+            subject: Subject::Other(format!("Node {node_name}").into()),
+            reason: Reason::NodeMissing,
+            message: "the manifests hold no such Node; NodePorts answer on this host's own \
+                      addresses, and no endpoint is known to be local (name another node with \
+                      --hostname-override)"
+                .into(),
+        }));
+    }
+    Ok(events)
+}
+
+async fn connect(args: &Args, node_name: &str) -> Result<Cluster, Error> {
+    Ok(Cluster::connect(args.kubeconfig.clone(), node_name.to_owned()).await?)
+}
+
+/// What runs on the I/O thread.
+struct Io {
+    args: Args,
+    node_name: String,
+    metrics: Arc<Metrics>,
+    health: Health,
+    stop: watch::Sender<bool>,
+    stopped: watch::Receiver<bool>,
+}
+
+impl Io {
+    /// Starts everything, says so, and works until asked to stop.
+    fn run(
+        self,
+        events: mpsc::Sender<Delivery>,
+        ready: oneshot::Sender<Result<(), Error>>,
+    ) {
+        let runtime = match single_threaded() {
+            Ok(runtime) => runtime,
+            Err(error) => {
+                let _ = ready.send(Err(error));
+                return;
+            }
+        };
+        runtime.block_on(async {
+            match self.start(events).await {
+                Ok(tasks) => {
+                    let _ = ready.send(Ok(()));
+                    let mut stopped = self.stopped.clone();
+                    let _ = stopped.wait_for(|stop| *stop).await;
+                    for task in tasks {
+                        task.abort();
+                    }
+                }
+                Err(error) => {
+                    let _ = ready.send(Err(error));
+                }
+            }
+        });
+    }
+
+    async fn start(
+        &self,
+        events: mpsc::Sender<Delivery>,
+    ) -> Result<Vec<tokio::task::JoinHandle<()>>, Error> {
+        let mut tasks = vec![self.handle_signals()?];
+        tasks.extend(self.serve_http().await?);
+        let stopped = self.stopped.clone();
+        if let Some(mut manifests) = manifests(&self.args, &self.node_name) {
+            let first = load(&mut manifests, &self.node_name)?;
+            let once = self.args.once;
+            tasks.push(tokio::spawn(async move {
+                for event in first {
+                    if events.send(Delivery::now(event)).await.is_err() {
+                        return;
+                    }
+                }
+                if !once {
+                    manifests.follow(events, stopped).await;
+                }
+            }));
+        } else {
+            let cluster = connect(&self.args, &self.node_name).await?;
+            tracing::info!("watching {}", cluster.server());
+            tasks.push(tokio::spawn(cluster.run(events, stopped)));
+        }
+        Ok(tasks)
+    }
+
+    fn handle_signals(&self) -> Result<tokio::task::JoinHandle<()>, Error> {
+        let failed = system("signal handlers");
+        let mut terminate = signal(SignalKind::terminate()).map_err(&failed)?;
+        let mut interrupt = signal(SignalKind::interrupt()).map_err(&failed)?;
+        let stop = self.stop.clone();
+        Ok(tokio::spawn(async move {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            stop.send_replace(true);
+        }))
+    }
+
+    async fn serve_http(&self) -> Result<Vec<tokio::task::JoinHandle<()>>, Error> {
+        let mut tasks = Vec::new();
+        if let Some(address) = self.args.healthz_address() {
+            tasks.push(self.serve(address, "--healthz-bind-address", false).await?);
+        }
+        if let Some(address) = self.args.metrics_address() {
+            tasks.push(self.serve(address, "--metrics-bind-address", true).await?);
+        }
+        Ok(tasks)
+    }
+
+    async fn serve(
+        &self,
+        address: SocketAddr,
+        flag: &'static str,
+        metrics: bool,
+    ) -> Result<tokio::task::JoinHandle<()>, Error> {
+        let _ = (address, flag, metrics);
+        Err(Error::SourceEnded)
+    }
+}

@@ -1,0 +1,623 @@
+//! The reconciler against a model of the kernel.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::io;
+use std::net::IpAddr;
+use std::rc::Rc;
+use std::sync::Mutex;
+
+use proptest::collection::vec;
+use proptest::prelude::*;
+
+use super::*;
+use crate::compile::{ServiceSet, table_id};
+use crate::model::{
+    Endpoint, EndpointSlice, Family, Node, Object, Protocol, Service, ServiceCidr, ServiceKind,
+    ServicePort, SlicePort, TrafficPolicy,
+};
+use crate::netlink::{Applied, Error};
+use crate::ruleset::{Element, Key, Name, Op, TableId, simulate};
+
+/// A kernel in memory. Clones share it, so that tests can look and meddle.
+#[derive(Clone, Default)]
+struct Fake(Rc<RefCell<FakeState>>);
+
+#[derive(Default)]
+struct FakeState {
+    ruleset: Ruleset,
+    applied: Vec<Transaction>,
+    reads: usize,
+    /// Transactions to fail before the next one succeeds.
+    failures: usize,
+    /// The kernel does not want elements with this key.
+    unwanted: Option<Key>,
+}
+
+impl Kernel for Fake {
+    fn apply(&mut self, transaction: &Transaction) -> Result<Applied, Error> {
+        let mut state = self.0.borrow_mut();
+        if state.failures > 0 {
+            state.failures -= 1;
+            return Err(Error::Send {
+                bytes: 0,
+                source: io::Error::from_raw_os_error(libc::ENOBUFS),
+            });
+        }
+        let refused = |place, errno| Error::Refused {
+            place: Box::new(place),
+            source: io::Error::from_raw_os_error(errno),
+            detail: String::new(),
+        };
+        for op in &transaction.ops {
+            let Op::AddElements(_, _, _, elements) = op else {
+                continue;
+            };
+            let unwanted = |element: &Element| state.unwanted.as_ref() == Some(&element.key);
+            if let Some(index) = elements.iter().position(unwanted) {
+                return Err(refused(Place::of(op, Some(index)), libc::EINVAL));
+            }
+        }
+        if let Err((index, _)) = simulate::apply(&mut state.ruleset, transaction) {
+            let place = transaction.ops.get(index).map(|op| Place::of(op, None));
+            return Err(refused(place.unwrap_or(Place::Transaction), libc::ENOENT));
+        }
+        state.applied.push(transaction.clone());
+        Ok(Applied::default())
+    }
+
+    fn read(&mut self, _: &[&str], _: &Ruleset) -> Result<Ruleset, Error> {
+        let mut state = self.0.borrow_mut();
+        state.reads += 1;
+        Ok(state.ruleset.clone())
+    }
+}
+
+#[derive(Default)]
+struct Heard(Mutex<Vec<String>>);
+
+impl Reporter for Heard {
+    fn notice(&self, notice: &Notice) {
+        let line = format!("{}: {}", notice.subject, notice.message);
+        self.0.lock().unwrap().push(line);
+    }
+
+    fn failed(&self, error: &Error) {
+        self.0.lock().unwrap().push(error.to_string());
+    }
+}
+
+fn service(name: &str, cluster_ips: &[&str], ports: &[u16]) -> Service {
+    Service {
+        name: ObjectName::new("shop", name),
+        created: None,
+        kind: ServiceKind::ClusterIp,
+        cluster_ips: cluster_ips.iter().map(|ip| ip.parse().unwrap()).collect(),
+        ports: ports
+            .iter()
+            .map(|port| ServicePort {
+                name: format!("p{port}").into(),
+                protocol: Protocol::Tcp,
+                port: *port,
+                node_port: None,
+            })
+            .collect(),
+        external_ips: vec![],
+        load_balancer_ips: vec![],
+        source_ranges: vec![],
+        external_policy: TrafficPolicy::Cluster,
+        internal_policy: TrafficPolicy::Cluster,
+        affinity_seconds: None,
+        health_check_node_port: None,
+    }
+}
+
+fn slice(name: &str, service: &Service, family: Family, endpoints: &[u8]) -> EndpointSlice {
+    let address = |last: u8| match family {
+        Family::V4 => IpAddr::from([10, 244, 1, last]),
+        Family::V6 => format!("fd00:10:244:1::{last:x}").parse().unwrap(),
+    };
+    EndpointSlice {
+        name: ObjectName::new("shop", name),
+        service: service.name.clone(),
+        family,
+        ports: service
+            .ports
+            .iter()
+            .map(|port| SlicePort {
+                name: port.name.clone(),
+                protocol: port.protocol,
+                port: 8000 + port.port,
+            })
+            .collect(),
+        endpoints: endpoints
+            .iter()
+            .map(|last| Endpoint {
+                address: address(*last),
+                ready: true,
+                serving: true,
+                terminating: false,
+                node: Some(if last % 2 == 0 { "node-1" } else { "node-2" }.into()),
+                zone_hints: None,
+                node_hints: None,
+            })
+            .collect(),
+        triggered_at_ms: None,
+    }
+}
+
+fn node() -> Node {
+    Node {
+        name: "node-1".into(),
+        internal_ips: vec!["192.168.10.1".parse().unwrap()],
+        external_ips: vec![],
+        pod_cidrs: vec![],
+        zone: None,
+        going_away: false,
+    }
+}
+
+fn put(object: impl Into<Object>) -> Event {
+    Event::Apply(object.into())
+}
+
+impl From<Service> for Object {
+    fn from(service: Service) -> Self {
+        Object::Service(service)
+    }
+}
+
+impl From<EndpointSlice> for Object {
+    fn from(slice: EndpointSlice) -> Self {
+        Object::EndpointSlice(slice)
+    }
+}
+
+impl From<Node> for Object {
+    fn from(node: Node) -> Self {
+        Object::Node(node)
+    }
+}
+
+fn delete(kind: Kind, name: &str) -> Event {
+    Event::Delete(ObjectRef::new(kind, ObjectName::new("shop", name)))
+}
+
+/// The events of complete lists that hold the given objects.
+fn lists(objects: Vec<Object>) -> Vec<Event> {
+    let mut events: Vec<_> = Kind::ALL.map(Event::ListStarted).into();
+    events.extend(objects.into_iter().map(Event::Apply));
+    events.extend(Kind::ALL.map(Event::ListComplete));
+    events
+}
+
+struct Bench {
+    kernel: Fake,
+    metrics: Metrics,
+    heard: Heard,
+    settings: Settings,
+}
+
+impl Bench {
+    fn new() -> Self {
+        Self {
+            kernel: Fake::default(),
+            metrics: Metrics::new().unwrap(),
+            heard: Heard::default(),
+            settings: Settings {
+                cluster_cidrs: vec!["10.244.0.0/16".parse().unwrap()],
+                ..Settings::default()
+            },
+        }
+    }
+
+    fn reconciler(&self) -> Reconciler<'_, Fake> {
+        let (kernel, settings) = (self.kernel.clone(), self.settings.clone());
+        Reconciler::new(kernel, settings, &self.metrics, &self.heard)
+    }
+
+    fn heard(&self) -> Vec<String> {
+        std::mem::take(&mut *self.heard.0.lock().unwrap())
+    }
+
+    /// The transactions since the last call.
+    fn applied(&self) -> Vec<Transaction> {
+        std::mem::take(&mut self.kernel.0.borrow_mut().applied)
+    }
+
+    fn assert_as_wanted(&self, reconciler: &Reconciler<Fake>) {
+        let wanted = Reconciler::<Fake>::wanted(&reconciler.store, &self.settings);
+        let actual = self.kernel.0.borrow().ruleset.clone();
+        assert_eq!(meaning(&actual), meaning(&wanted));
+    }
+}
+
+fn handle(reconciler: &mut Reconciler<Fake>, events: Vec<Event>) -> Outcome {
+    reconciler.handle(events.into_iter().map(Delivery::now))
+}
+
+/// A ruleset without what may depend on history: which endpoint has which index, and shared
+/// chains that wait to be used again.
+fn meaning(ruleset: &Ruleset) -> Ruleset {
+    let mut ruleset = ruleset.clone();
+    for table in ruleset.tables.values_mut() {
+        let mut used: Vec<Name> = Vec::new();
+        for set in table.sets.values() {
+            used.extend(set.elements.iter().filter_map(|e| match &e.value {
+                crate::ruleset::Value::Verdict(verdict) => verdict.target().cloned(),
+                _ => None,
+            }));
+        }
+        let onward: Vec<Name> = used
+            .iter()
+            .filter_map(|name| table.chains.get(name))
+            .flat_map(|chain| &chain.rules)
+            .flat_map(|rule| &rule.statements)
+            .filter_map(|statement| match statement {
+                crate::ruleset::Statement::Verdict(verdict) => verdict.target().cloned(),
+                _ => None,
+            })
+            .collect();
+        used.extend(onward);
+        table.chains.retain(|name, _| {
+            let shared = ["lb-", "cluster-", "external-", "nodeport-"];
+            !shared.iter().any(|prefix| name.as_str().starts_with(prefix)) || used.contains(name)
+        });
+        for set in [ServiceSet::Endpoints, ServiceSet::NodePortEndpoints] {
+            let Some(set) = table.sets.get_mut(&set.name()) else {
+                continue;
+            };
+            let mut values: BTreeMap<Vec<u8>, Vec<_>> = BTreeMap::new();
+            for element in &set.elements {
+                let key = element.key.as_bytes();
+                let frontend = key[..key.len() - 4].to_vec();
+                values.entry(frontend).or_default().push(element.value.clone());
+            }
+            for element in &mut set.elements {
+                let key = element.key.as_bytes();
+                let (frontend, index) = key.split_at(key.len() - 4);
+                let index = u32::from_ne_bytes(index.try_into().unwrap());
+                let values = values.get_mut(frontend).unwrap();
+                values.sort();
+                element.value = values[index as usize].clone();
+            }
+        }
+    }
+    ruleset
+}
+
+#[test]
+fn nothing_is_written_before_all_lists_are_complete() {
+    let bench = Bench::new();
+    let mut reconciler = bench.reconciler();
+    let web = service("web", &["10.96.0.10"], &[80]);
+    let events = lists(vec![web.into()]);
+    let last = events.len() - 1;
+    for event in &events[..last] {
+        assert_eq!(handle(&mut reconciler, vec![event.clone()]), Outcome::Waiting);
+    }
+    assert_eq!(bench.kernel.0.borrow().reads, 0);
+    assert!(bench.applied().is_empty());
+    assert_eq!(handle(&mut reconciler, vec![events[last].clone()]), Outcome::Synced);
+    bench.assert_as_wanted(&reconciler);
+    assert_eq!(bench.applied().len(), 1, "the first program is one transaction");
+}
+
+#[test]
+fn one_replaced_endpoint_is_two_elements() {
+    let bench = Bench::new();
+    let mut reconciler = bench.reconciler();
+    let web = service("web", &["10.96.0.10"], &[80]);
+    let endpoints: Vec<u8> = (1..=10).collect();
+    let before = slice("web-1", &web, Family::V4, &endpoints);
+    handle(&mut reconciler, lists(vec![web.clone().into(), before.into()]));
+    bench.applied();
+    let mut replaced = endpoints.clone();
+    replaced[3] = 201;
+    let after = slice("web-1", &web, Family::V4, &replaced);
+    assert_eq!(handle(&mut reconciler, vec![put(after)]), Outcome::Synced);
+    let applied = bench.applied();
+    let ops: Vec<_> = applied.iter().flat_map(|t| &t.ops).collect();
+    let touched: Vec<_> = ops
+        .iter()
+        .map(|op| match op {
+            Op::AddElements(_, set, _, e) => ("add", set.as_str(), e.len()),
+            Op::DeleteElements(_, set, _, e) => ("delete", set.as_str(), e.len()),
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    // Endpoint 4 was on this node, so its hairpin pair goes too.
+    assert_eq!(
+        touched,
+        [
+            ("delete", "endpoints", 1),
+            ("delete", "hairpin", 1),
+            ("add", "endpoints", 1)
+        ]
+    );
+    bench.assert_as_wanted(&reconciler);
+}
+
+#[test]
+fn a_new_number_of_endpoints_brings_its_chain_first() {
+    let bench = Bench::new();
+    let mut reconciler = bench.reconciler();
+    let web = service("web", &["10.96.0.10"], &[80]);
+    let two = slice("web-1", &web, Family::V4, &[1, 3]);
+    handle(&mut reconciler, lists(vec![web.clone().into(), two.clone().into()]));
+    bench.applied();
+    let three = slice("web-1", &web, Family::V4, &[1, 3, 5]);
+    handle(&mut reconciler, vec![put(three.clone())]);
+    let applied = bench.applied();
+    assert_eq!(applied.len(), 2);
+    assert!(
+        applied[0]
+            .ops
+            .iter()
+            .all(|op| matches!(op, Op::AddChain(..) | Op::AddRule(..)))
+    );
+    assert!(applied[1].elements() == applied[1].ops.iter().map(Op::elements).sum::<usize>());
+    bench.assert_as_wanted(&reconciler);
+    // Back and forth: the chains are there already.
+    for object in [two, three] {
+        handle(&mut reconciler, vec![put(object)]);
+        assert_eq!(bench.applied().len(), 1);
+        bench.assert_as_wanted(&reconciler);
+    }
+    let lb_2 = Name::from("lb-2");
+    let has = |bench: &Bench| {
+        let state = bench.kernel.0.borrow();
+        state.ruleset.tables[&table_id(Family::V4)].chains.contains_key(&lb_2)
+    };
+    assert!(has(&bench), "an unused chain stays for a while");
+    reconciler.remove_unused_chains();
+    assert!(!has(&bench));
+    bench.assert_as_wanted(&reconciler);
+}
+
+#[test]
+fn a_shared_element_stays_until_nobody_asks_for_it() {
+    let bench = Bench::new();
+    let mut reconciler = bench.reconciler();
+    let web = service("web", &["10.96.0.10"], &[80]);
+    let api = service("api", &["10.96.0.11"], &[80]);
+    handle(
+        &mut reconciler,
+        lists(vec![
+            web.clone().into(),
+            api.clone().into(),
+            node().into(),
+            slice("web-1", &web, Family::V4, &[2]).into(),
+            slice("api-1", &api, Family::V4, &[2]).into(),
+        ]),
+    );
+    let hairpins = || {
+        let state = bench.kernel.0.borrow();
+        let table = &state.ruleset.tables[&table_id(Family::V4)];
+        table.sets[&ServiceSet::Hairpin.name()].elements.len()
+    };
+    assert_eq!(hairpins(), 1);
+    handle(&mut reconciler, vec![delete(Kind::Service, "web")]);
+    assert_eq!(hairpins(), 1);
+    handle(&mut reconciler, vec![delete(Kind::EndpointSlice, "api-1")]);
+    assert_eq!(hairpins(), 0);
+    bench.assert_as_wanted(&reconciler);
+}
+
+#[test]
+fn a_restart_with_rules_in_place_changes_only_what_differs() {
+    let bench = Bench::new();
+    let web = service("web", &["10.96.0.10", "fd00:10:96::a"], &[80, 443]);
+    let objects = |last: u8| {
+        lists(vec![
+            web.clone().into(),
+            slice("web-1", &web, Family::V4, &[1, 2, last]).into(),
+            slice("web-2", &web, Family::V6, &[1, 2, last]).into(),
+        ])
+    };
+    handle(&mut bench.reconciler(), objects(3));
+    bench.applied();
+    let mut same = bench.reconciler();
+    assert_eq!(handle(&mut same, objects(3)), Outcome::Synced);
+    assert!(bench.applied().is_empty(), "nothing changed while it was away");
+    let mut other = bench.reconciler();
+    assert_eq!(handle(&mut other, objects(5)), Outcome::Synced);
+    let applied = bench.applied();
+    assert_eq!(applied.len(), 1);
+    for op in &applied[0].ops {
+        assert!(matches!(op, Op::AddElements(..) | Op::DeleteElements(..)), "{op:?}");
+    }
+    bench.assert_as_wanted(&other);
+}
+
+#[test]
+fn after_a_failure_the_kernel_is_read_and_repaired() {
+    let bench = Bench::new();
+    let mut reconciler = bench.reconciler();
+    let web = service("web", &["10.96.0.10"], &[80]);
+    let slice_of = |endpoints: &[u8]| put(slice("web-1", &web, Family::V4, endpoints));
+    handle(&mut reconciler, lists(vec![web.clone().into()]));
+    // Someone else removes an element that the next transaction wants to replace.
+    handle(&mut reconciler, vec![slice_of(&[1, 3])]);
+    let endpoints = ServiceSet::Endpoints.name();
+    bench
+        .kernel
+        .0
+        .borrow_mut()
+        .ruleset
+        .tables
+        .get_mut(&table_id(Family::V4))
+        .unwrap()
+        .sets
+        .get_mut(&endpoints)
+        .unwrap()
+        .elements
+        .clear();
+    assert_eq!(handle(&mut reconciler, vec![slice_of(&[1, 5])]), Outcome::Synced);
+    bench.assert_as_wanted(&reconciler);
+    assert!(bench.heard()[0].contains("the kernel refused"));
+    // The kernel cannot be written at all for a while.
+    bench.kernel.0.borrow_mut().failures = 3;
+    assert_eq!(handle(&mut reconciler, vec![slice_of(&[1, 7])]), Outcome::Failed);
+    assert_eq!(handle(&mut reconciler, vec![slice_of(&[9])]), Outcome::Failed);
+    assert_eq!(reconciler.resync(), Outcome::Synced);
+    bench.assert_as_wanted(&reconciler);
+}
+
+#[test]
+fn what_the_kernel_refuses_is_left_out_and_the_rest_is_written() {
+    let bench = Bench::new();
+    let bad = service("bad", &["10.96.0.66"], &[80]);
+    let good = service("good", &["10.96.0.10"], &[80]);
+    let unwanted = Key::build()
+        .address("10.96.0.66".parse().unwrap())
+        .protocol(6)
+        .port(80)
+        .finish();
+    bench.kernel.0.borrow_mut().unwanted = Some(unwanted.clone());
+    let mut reconciler = bench.reconciler();
+    let first = lists(vec![bad.clone().into(), good.clone().into()]);
+    assert_eq!(handle(&mut reconciler, first), Outcome::Synced);
+    let frontends = |table: &TableId| {
+        let state = bench.kernel.0.borrow();
+        state.ruleset.tables[table].sets[&ServiceSet::Frontends.name()].elements.len()
+    };
+    let v4 = table_id(Family::V4);
+    assert_eq!(frontends(&v4), 1);
+    let heard = bench.heard();
+    assert_eq!(heard.len(), 1);
+    assert!(
+        heard[0].starts_with("Service shop/bad: the kernel refused element { 10.96.0.66 . tcp . 80"),
+        "{}",
+        heard[0]
+    );
+    // Changes of others go through; the service comes back when it has changed.
+    let more = slice("good-1", &good, Family::V4, &[1, 2]);
+    assert_eq!(handle(&mut reconciler, vec![put(more)]), Outcome::Synced);
+    assert_eq!(bench.kernel.0.borrow().reads, 2, "no comparison was needed");
+    let mended = service("bad", &["10.96.0.67"], &[80]);
+    assert_eq!(handle(&mut reconciler, vec![put(mended)]), Outcome::Synced);
+    assert_eq!(frontends(&v4), 2);
+    // A service refused in an incremental write, forgiven when the kernel has changed its mind.
+    assert_eq!(handle(&mut reconciler, vec![put(bad)]), Outcome::Synced);
+    assert_eq!(frontends(&v4), 1);
+    bench.kernel.0.borrow_mut().unwanted = None;
+    reconciler.forgive();
+    assert_eq!(handle(&mut reconciler, vec![]), Outcome::Synced);
+    assert_eq!(frontends(&v4), 2);
+    bench.assert_as_wanted(&reconciler);
+}
+
+/// Everything that may happen to a small cluster.
+fn event() -> impl Strategy<Value = Event> {
+    let name = (0usize..4).prop_map(|n| ["a", "b", "c", "d"][n]);
+    let a_service = (
+        name.clone(),
+        vec(0u8..3, 0..3),
+        vec(prop_oneof![Just(80u16), Just(443)], 0..3),
+        vec(0u8..3, 0..2),
+        proptest::option::of(30080u16..30082),
+        proptest::option::of(0i64..3),
+        0u8..5,
+    )
+        .prop_map(|(name, v4, ports, external, node_port, created, kind)| {
+            let mut service = service(name, &[], &ports);
+            service.ports.dedup();
+            for port in &mut service.ports {
+                port.node_port = node_port.filter(|_| port.port == 80);
+            }
+            // Sometimes two services have the same ClusterIP: files can say so.
+            service.cluster_ips = v4
+                .first()
+                .map(|n| IpAddr::from([10, 96, 0, 10 + n]))
+                .into_iter()
+                .chain(
+                    v4.get(1)
+                        .map(|n| format!("fd00:10:96::{n}").parse().unwrap()),
+                )
+                .collect();
+            service.external_ips = external
+                .iter()
+                .map(|n| IpAddr::from([198, 51, 100, *n]))
+                .collect();
+            service.created = created;
+            service.kind = match kind {
+                0 => ServiceKind::Headless,
+                1 => ServiceKind::ExternalName,
+                _ => ServiceKind::NodePort,
+            };
+            put(service)
+        });
+    let a_slice = (
+        name.clone(),
+        0usize..2,
+        any::<bool>(),
+        vec(1u8..8, 0..5),
+        vec(any::<bool>(), 5),
+    )
+        .prop_map(|(owner, number, v6, endpoints, ready)| {
+            let service = service(owner, &[], &[80, 443]);
+            let family = if v6 { Family::V6 } else { Family::V4 };
+            let slice_name = format!("{family}-{number}");
+            let mut slice = slice(&slice_name, &service, family, &endpoints);
+            for (endpoint, ready) in slice.endpoints.iter_mut().zip(ready) {
+                endpoint.ready = ready;
+            }
+            put(slice)
+        });
+    let a_slice_goes = (any::<bool>(), 0usize..2).prop_map(|(v6, number)| {
+        let family = if v6 { Family::V6 } else { Family::V4 };
+        delete(Kind::EndpointSlice, &format!("{family}-{number}"))
+    });
+    let a_node = (1u8..3, any::<bool>()).prop_map(|(last, other)| {
+        let mut node = node();
+        node.internal_ips = vec![IpAddr::from([192, 168, 10, last])];
+        if other {
+            node.name = "node-2".into();
+        }
+        put(node)
+    });
+    let a_range = (0u8..3).prop_map(|n| {
+        Event::Apply(Object::ServiceCidr(ServiceCidr {
+            name: ObjectName::new("", "kubernetes"),
+            cidrs: vec![format!("10.{}.0.0/16", 96 + n).parse().unwrap()],
+        }))
+    });
+    prop_oneof![
+        6 => a_service,
+        6 => a_slice,
+        2 => name.prop_map(|name| delete(Kind::Service, name)),
+        2 => a_slice_goes,
+        1 => a_node,
+        1 => a_range,
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
+
+    /// However events are batched and whatever fails in between, the kernel ends where a new
+    /// process that sees the final objects would bring it.
+    #[test]
+    fn histories_end_where_a_fresh_start_would(
+        history in vec((vec(event(), 0..5), 0usize..12), 1..12),
+    ) {
+        let bench = Bench::new();
+        let mut reconciler = bench.reconciler();
+        handle(&mut reconciler, lists(vec![]));
+        for (events, failures) in history {
+            // One batch in four meets a kernel that fails one to three times.
+            bench.kernel.0.borrow_mut().failures = failures.saturating_sub(8);
+            let mut outcome = handle(&mut reconciler, events);
+            while outcome != Outcome::Synced {
+                outcome = reconciler.resync();
+            }
+            bench.kernel.0.borrow_mut().failures = 0;
+            bench.assert_as_wanted(&reconciler);
+        }
+        reconciler.remove_unused_chains();
+        let actual = bench.kernel.0.borrow().ruleset.clone();
+        prop_assert_eq!(&meaning(&actual), &meaning(&reconciler.programmed.ruleset()));
+        prop_assert_eq!(actual, reconciler.programmed.ruleset());
+    }
+}

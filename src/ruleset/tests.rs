@@ -1,0 +1,140 @@
+//! Properties of the difference between rulesets.
+
+use std::sync::Arc;
+
+use proptest::collection::{btree_map, vec};
+use proptest::prelude::*;
+
+use super::*;
+
+fn element(kind: &SetKind) -> impl Strategy<Value = Element> + use<> {
+    let kind = kind.clone();
+    (0u16..12, 0u16..4, 0usize..3, any::<bool>()).prop_map(move |(key, data, chain, commented)| {
+        let key = Key::build().port(key).finish();
+        let element = match kind {
+            SetKind::Set => Element::new(key),
+            SetKind::Map(_) => Element::with_data(key, Data::build().port(data).finish()),
+            SetKind::VerdictMap => {
+                let chain = Name::from(["a", "b", "c"][chain]);
+                Element::with_verdict(key, Verdict::Goto(chain))
+            }
+        };
+        if commented {
+            element.comment("commented")
+        } else {
+            element
+        }
+    })
+}
+
+fn set() -> impl Strategy<Value = Set> {
+    let kinds = prop_oneof![
+        Just(SetKind::Set),
+        Just(SetKind::VerdictMap),
+        Just(SetKind::Map(vec![Selector::SourcePort])),
+    ];
+    kinds.prop_flat_map(|kind| {
+        vec(element(&kind), 0..10).prop_map(move |mut elements| {
+            elements.sort();
+            elements.dedup_by(|a, b| a.key == b.key);
+            Set {
+                declaration: Arc::new(Declaration::new(kind.clone(), [Selector::DestinationPort])),
+                elements,
+            }
+        })
+    })
+}
+
+fn chain() -> impl Strategy<Value = Chain> {
+    let rule = prop_oneof![
+        Just(Statement::Verdict(Verdict::Drop)),
+        Just(Statement::Counter),
+        Just(Statement::Masquerade),
+    ];
+    let base = prop_oneof![Just(None), Just(Some(-100)), Just(Some(0))];
+    (base, vec(rule, 0..4)).prop_map(|(priority, rules)| Chain {
+        base: priority.map(|priority| BaseChain {
+            kind: ChainKind::Filter,
+            hook: Hook::Forward,
+            priority,
+        }),
+        rules: rules.into_iter().map(|s| Rule::new([s])).collect(),
+    })
+}
+
+/// Tables in which the chains that elements lead to exist.
+fn ruleset() -> impl Strategy<Value = Ruleset> {
+    let table = (
+        btree_map("[pqr]", set(), 0..3),
+        btree_map("[xyz]", chain(), 0..3),
+    );
+    btree_map(any::<bool>(), table, 0..3).prop_map(|tables| {
+        let tables = tables.into_iter().map(|(ip, (sets, chains))| {
+            let family = if ip { Family::Ip } else { Family::Ip6 };
+            let mut table = Table {
+                sets: sets.into_iter().map(|(n, s)| (n.into(), s)).collect(),
+                chains: chains.into_iter().map(|(n, c)| (n.into(), c)).collect(),
+            };
+            for target in ["a", "b", "c"] {
+                table.chains.insert(target.into(), Chain::default());
+            }
+            (TableId::new(family, "t"), table)
+        });
+        Ruleset {
+            tables: tables.collect(),
+        }
+    })
+}
+
+proptest! {
+    #[test]
+    fn the_difference_of_equals_is_empty(ruleset in ruleset()) {
+        prop_assert!(diff(&ruleset, ruleset.clone()).is_empty());
+    }
+
+    #[test]
+    fn applying_the_difference_gives_the_wanted_state(a in ruleset(), b in ruleset()) {
+        let mut state = a.clone();
+        let transaction = diff(&a, b.clone());
+        simulate::apply(&mut state, &transaction).unwrap();
+        prop_assert_eq!(state, b);
+    }
+
+    #[test]
+    fn the_steps_of_a_transaction_lead_to_the_same_state(a in ruleset(), b in ruleset()) {
+        let mut state = a.clone();
+        for step in diff(&a, b.clone()).into_steps() {
+            simulate::apply(&mut state, &step).unwrap();
+        }
+        prop_assert_eq!(state, b);
+    }
+}
+
+#[test]
+fn only_what_differs_is_touched() {
+    let declaration = || Declaration::new(SetKind::Set, [Selector::DestinationPort]);
+    let with = |ports: &[u16]| {
+        let mut set = Set::from(declaration());
+        set.elements = ports
+            .iter()
+            .map(|port| Element::new(Key::build().port(*port).finish()))
+            .collect();
+        let table = Table {
+            sets: [("s".into(), set)].into(),
+            chains: [("c".into(), Chain::default())].into(),
+        };
+        Ruleset {
+            tables: [(TableId::new(Family::Ip, "t"), table)].into(),
+        }
+    };
+    let transaction = diff(&with(&[1, 2, 3]), with(&[1, 3, 4]));
+    let element = |port| vec![Element::new(Key::build().port(port).finish())];
+    let id = TableId::new(Family::Ip, "t");
+    assert_eq!(
+        transaction.ops,
+        [
+            Op::DeleteElements(id.clone(), "s".into(), Arc::new(declaration()), element(2)),
+            Op::AddElements(id, "s".into(), Arc::new(declaration()), element(4)),
+        ]
+    );
+}
