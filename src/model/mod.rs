@@ -11,11 +11,9 @@ mod facts;
 mod name;
 mod store;
 
-
 pub use event::{Delivery, Event, Kind, Notice, Object, ObjectRef, Reason, Subject};
 pub use facts::{
     Endpoint, EndpointSlice, Family, Node, Protocol, Service, ServiceCidr, ServiceKind,
     ServicePort, SlicePort, TrafficPolicy,
 };
 pub use name::ObjectName;
-

@@ -21,7 +21,9 @@ impl ObjectName {
 
     /// The namespace, or an empty string for a cluster-scoped object.
     pub fn namespace(&self) -> &str {
-        self.0.split_once('/').map_or("", |(namespace, _)| namespace)
+        self.0
+            .split_once('/')
+            .map_or("", |(namespace, _)| namespace)
     }
 
     /// The name without its namespace.
