@@ -17,10 +17,10 @@
 //! others: it is reported by name, and what was known of it stays in force.
 
 mod convert;
-//M pub mod manifests;
+pub mod manifests;
 mod wire;
 
-//M pub use manifests::Manifests;
+pub use manifests::Manifests;
 
 use crate::model::Delivery;
 
