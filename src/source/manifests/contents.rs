@@ -6,7 +6,7 @@ use std::path::Path;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use super::json::Locator;
+use super::json::{Locator, without_place};
 use super::tree::{Node, Position, Value};
 use super::yaml::{Part, read_section, sections};
 use crate::model::{Kind, Notice, Object, ObjectRef, Reason, Subject};
@@ -225,7 +225,7 @@ impl Reader<'_> {
                         line: fault.line() as u64,
                         column: fault.column() as u64,
                     };
-                    return Err((at, fault.to_string()));
+                    return Err((at, without_place(&fault)));
                 }
             }
         }
@@ -252,7 +252,7 @@ impl Reader<'_> {
                     at.of_fault(&fault),
                     &Head::default(),
                     None,
-                    &fault.to_string(),
+                    &without_place(&fault),
                 );
             }
         };
@@ -266,7 +266,9 @@ impl Reader<'_> {
                             self.json_object(item, implied, locator);
                         }
                     }
-                    Err(fault) => self.misfit(at.of_fault(&fault), &head, None, &fault.to_string()),
+                    Err(fault) => {
+                        self.misfit(at.of_fault(&fault), &head, None, &without_place(&fault))
+                    }
                 }
             }
             (Some(Class::Used(kind)), _) => {
@@ -274,7 +276,7 @@ impl Reader<'_> {
                 let decoded = self
                     .converter
                     .decode(kind, &mut from)
-                    .map_err(|fault| (at.of_fault(&fault), fault.to_string()));
+                    .map_err(|fault| (at.of_fault(&fault), without_place(&fault)));
                 self.object(kind, &head, at, decoded);
             }
             _ => {}

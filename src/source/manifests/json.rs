@@ -58,3 +58,10 @@ impl Position {
         }
     }
 }
+
+/// What a fault says, without the place, which counts from the beginning of the value alone.
+pub(super) fn without_place(fault: &serde_json::Error) -> String {
+    let text = fault.to_string();
+    let place = format!(" at line {} column {}", fault.line(), fault.column());
+    text.strip_suffix(&place).map(str::to_owned).unwrap_or(text)
+}
