@@ -4,7 +4,7 @@
 //! when the reconciler is busy, so that memory stays bounded:
 //!
 //! - [`Manifests`] reads files, directories and standard input, and follows their changes;
-//! - `Cluster` watches an API server.
+//! - [`Cluster`] watches an API server.
 //!
 //! ```text
 //! API server ── HTTP, JSON ──┐
@@ -16,10 +16,12 @@
 //! `ListComplete`) and afterwards only what changes. Neither lets one bad object stop the
 //! others: it is reported by name, and what was known of it stays in force.
 
+pub mod cluster;
 mod convert;
 pub mod manifests;
 mod wire;
 
+pub use cluster::{Cluster, SourceStats};
 pub use manifests::Manifests;
 
 use crate::model::Delivery;
