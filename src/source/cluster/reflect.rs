@@ -216,9 +216,6 @@ impl Reflector {
         let version = self.version.clone();
         let stats = self.stats.clone();
         let stats = stats.kind(self.kind());
-        if version.is_none() {
-            stats.count_list();
-        }
         let mut lines = {
             let requester = self.requester.clone();
             self.waiting(async move { requester.watch(version.as_deref()).await })
@@ -309,7 +306,6 @@ impl Reflector {
     async fn paged_list(&mut self) -> Result<(), Fault> {
         let stats = self.stats.clone();
         let stats = stats.kind(self.kind());
-        stats.count_list();
         let mut limit = Some(self.timing.page);
         let mut token: Option<String> = None;
         loop {
@@ -348,6 +344,7 @@ impl Reflector {
     }
 
     async fn begin_list(&mut self) -> Result<(), Fault> {
+        self.stats.kind(self.kind()).count_list();
         self.listing = Some(HashSet::new());
         if !self.complete {
             // A list that was cut off and begins anew has delivered nothing that counts.
