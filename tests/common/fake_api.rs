@@ -140,11 +140,13 @@ impl FakeApi {
         }));
         let (changed, _) = watch::channel(0);
         let (broken, _) = watch::channel((0, 0));
+        let (open, _) = watch::channel(0);
         let task = tokio::spawn(accept(
             listener,
             state.clone(),
             changed.clone(),
             broken.clone(),
+            open.clone(),
         ));
         Self {
             address,
