@@ -19,6 +19,10 @@
 #![warn(missing_docs)]
 
 pub mod compile;
+pub mod health;
+pub mod metrics;
 pub mod model;
 pub mod netlink;
+pub mod reconcile;
 pub mod ruleset;
+pub mod source;

@@ -83,7 +83,10 @@ impl Programmed {
             self.count_chains(family, old.as_ref(), new.as_ref(), draft);
             self.count_shared(family, old.as_ref(), new.as_ref(), draft);
             let elements = |plan: Option<&ServicePlan>| {
-                by_set(plan.map(|plan| plan.own_elements(family)).unwrap_or_default())
+                by_set(
+                    plan.map(|plan| plan.own_elements(family))
+                        .unwrap_or_default(),
+                )
             };
             let (before, after) = (elements(old.as_ref()), elements(new.as_ref()));
             let table = draft.tables.entry(family).or_default();
@@ -135,7 +138,8 @@ impl Programmed {
         draft: &mut Draft,
     ) {
         let elements = |plan: Option<&ServicePlan>| {
-            plan.map(|plan| plan.shared_elements(family)).unwrap_or_default()
+            plan.map(|plan| plan.shared_elements(family))
+                .unwrap_or_default()
         };
         let table = draft.tables.entry(family).or_default();
         for (set, element) in elements(new) {
@@ -143,7 +147,10 @@ impl Programmed {
                 .shared
                 .entry((family, set, element.key.clone()))
                 .or_default();
-            table.touched.entry((set, element.key)).or_insert(*count > 0);
+            table
+                .touched
+                .entry((set, element.key))
+                .or_insert(*count > 0);
             *count += 1;
         }
         for (set, element) in elements(old) {

@@ -17,8 +17,7 @@ pub struct Log;
 
 impl Reporter for Log {
     fn notice(&self, notice: &Notice) {
-        let (subject, reason, message) =
-            (&notice.subject, notice.reason.as_str(), &notice.message);
+        let (subject, reason, message) = (&notice.subject, notice.reason.as_str(), &notice.message);
         match notice.reason {
             // Slices arrive before their services all the time in a living cluster.
             Reason::OrphanSlice | Reason::UnknownKind => {

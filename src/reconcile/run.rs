@@ -86,7 +86,10 @@ pub async fn run<K: Kernel>(
             Outcome::Synced => {
                 retry = None;
                 health.synced();
-                let going = reconciler.store().node().is_some_and(|node| node.going_away);
+                let going = reconciler
+                    .store()
+                    .node()
+                    .is_some_and(|node| node.going_away);
                 health.node_going_away(going);
                 if signals.once {
                     return Exit::Programmed;

@@ -261,7 +261,10 @@ fn meaning(ruleset: &Ruleset) -> Ruleset {
         used.extend(onward);
         table.chains.retain(|name, _| {
             let shared = ["lb-", "cluster-", "external-", "nodeport-"];
-            !shared.iter().any(|prefix| name.as_str().starts_with(prefix)) || used.contains(name)
+            !shared
+                .iter()
+                .any(|prefix| name.as_str().starts_with(prefix))
+                || used.contains(name)
         });
         for set in [ServiceSet::Endpoints, ServiceSet::NodePortEndpoints] {
             let Some(set) = table.sets.get_mut(&set.name()) else {
@@ -271,7 +274,10 @@ fn meaning(ruleset: &Ruleset) -> Ruleset {
             for element in &set.elements {
                 let key = element.key.as_bytes();
                 let frontend = key[..key.len() - 4].to_vec();
-                values.entry(frontend).or_default().push(element.value.clone());
+                values
+                    .entry(frontend)
+                    .or_default()
+                    .push(element.value.clone());
             }
             for element in &mut set.elements {
                 let key = element.key.as_bytes();
@@ -294,13 +300,23 @@ fn nothing_is_written_before_all_lists_are_complete() {
     let events = lists(vec![web.into()]);
     let last = events.len() - 1;
     for event in &events[..last] {
-        assert_eq!(handle(&mut reconciler, vec![event.clone()]), Outcome::Waiting);
+        assert_eq!(
+            handle(&mut reconciler, vec![event.clone()]),
+            Outcome::Waiting
+        );
     }
     assert_eq!(bench.kernel.0.borrow().reads, 0);
     assert!(bench.applied().is_empty());
-    assert_eq!(handle(&mut reconciler, vec![events[last].clone()]), Outcome::Synced);
+    assert_eq!(
+        handle(&mut reconciler, vec![events[last].clone()]),
+        Outcome::Synced
+    );
     bench.assert_as_wanted(&reconciler);
-    assert_eq!(bench.applied().len(), 1, "the first program is one transaction");
+    assert_eq!(
+        bench.applied().len(),
+        1,
+        "the first program is one transaction"
+    );
 }
 
 #[test]
@@ -310,7 +326,10 @@ fn one_replaced_endpoint_is_two_elements() {
     let web = service("web", &["10.96.0.10"], &[80]);
     let endpoints: Vec<u8> = (1..=10).collect();
     let before = slice("web-1", &web, Family::V4, &endpoints);
-    handle(&mut reconciler, lists(vec![web.clone().into(), before.into()]));
+    handle(
+        &mut reconciler,
+        lists(vec![node().into(), web.clone().into(), before.into()]),
+    );
     bench.applied();
     let mut replaced = endpoints.clone();
     replaced[3] = 201;
@@ -344,7 +363,10 @@ fn a_new_number_of_endpoints_brings_its_chain_first() {
     let mut reconciler = bench.reconciler();
     let web = service("web", &["10.96.0.10"], &[80]);
     let two = slice("web-1", &web, Family::V4, &[1, 3]);
-    handle(&mut reconciler, lists(vec![web.clone().into(), two.clone().into()]));
+    handle(
+        &mut reconciler,
+        lists(vec![web.clone().into(), two.clone().into()]),
+    );
     bench.applied();
     let three = slice("web-1", &web, Family::V4, &[1, 3, 5]);
     handle(&mut reconciler, vec![put(three.clone())]);
@@ -367,7 +389,9 @@ fn a_new_number_of_endpoints_brings_its_chain_first() {
     let lb_2 = Name::from("lb-2");
     let has = |bench: &Bench| {
         let state = bench.kernel.0.borrow();
-        state.ruleset.tables[&table_id(Family::V4)].chains.contains_key(&lb_2)
+        state.ruleset.tables[&table_id(Family::V4)]
+            .chains
+            .contains_key(&lb_2)
     };
     assert!(has(&bench), "an unused chain stays for a while");
     reconciler.remove_unused_chains();
@@ -419,13 +443,19 @@ fn a_restart_with_rules_in_place_changes_only_what_differs() {
     bench.applied();
     let mut same = bench.reconciler();
     assert_eq!(handle(&mut same, objects(3)), Outcome::Synced);
-    assert!(bench.applied().is_empty(), "nothing changed while it was away");
+    assert!(
+        bench.applied().is_empty(),
+        "nothing changed while it was away"
+    );
     let mut other = bench.reconciler();
     assert_eq!(handle(&mut other, objects(5)), Outcome::Synced);
     let applied = bench.applied();
     assert_eq!(applied.len(), 1);
     for op in &applied[0].ops {
-        assert!(matches!(op, Op::AddElements(..) | Op::DeleteElements(..)), "{op:?}");
+        assert!(
+            matches!(op, Op::AddElements(..) | Op::DeleteElements(..)),
+            "{op:?}"
+        );
     }
     bench.assert_as_wanted(&other);
 }
@@ -453,13 +483,22 @@ fn after_a_failure_the_kernel_is_read_and_repaired() {
         .unwrap()
         .elements
         .clear();
-    assert_eq!(handle(&mut reconciler, vec![slice_of(&[1, 5])]), Outcome::Synced);
+    assert_eq!(
+        handle(&mut reconciler, vec![slice_of(&[1, 5])]),
+        Outcome::Synced
+    );
     bench.assert_as_wanted(&reconciler);
     assert!(bench.heard()[0].contains("the kernel refused"));
     // The kernel cannot be written at all for a while.
     bench.kernel.0.borrow_mut().failures = 3;
-    assert_eq!(handle(&mut reconciler, vec![slice_of(&[1, 7])]), Outcome::Failed);
-    assert_eq!(handle(&mut reconciler, vec![slice_of(&[9])]), Outcome::Failed);
+    assert_eq!(
+        handle(&mut reconciler, vec![slice_of(&[1, 7])]),
+        Outcome::Failed
+    );
+    assert_eq!(
+        handle(&mut reconciler, vec![slice_of(&[9])]),
+        Outcome::Failed
+    );
     assert_eq!(reconciler.resync(), Outcome::Synced);
     bench.assert_as_wanted(&reconciler);
 }
@@ -480,14 +519,17 @@ fn what_the_kernel_refuses_is_left_out_and_the_rest_is_written() {
     assert_eq!(handle(&mut reconciler, first), Outcome::Synced);
     let frontends = |table: &TableId| {
         let state = bench.kernel.0.borrow();
-        state.ruleset.tables[table].sets[&ServiceSet::Frontends.name()].elements.len()
+        state.ruleset.tables[table].sets[&ServiceSet::Frontends.name()]
+            .elements
+            .len()
     };
     let v4 = table_id(Family::V4);
     assert_eq!(frontends(&v4), 1);
     let heard = bench.heard();
     assert_eq!(heard.len(), 1);
     assert!(
-        heard[0].starts_with("Service shop/bad: the kernel refused element { 10.96.0.66 . tcp . 80"),
+        heard[0]
+            .starts_with("Service shop/bad: the kernel refused element { 10.96.0.66 . tcp . 80"),
         "{}",
         heard[0]
     );

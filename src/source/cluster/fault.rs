@@ -1,0 +1,270 @@
+//! What can go wrong with an API server, and telling it once.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Mutex, PoisonError};
+
+use serde::Deserialize;
+
+use super::request::Selection;
+use crate::model::{Kind, Notice, Reason, Subject};
+
+/// Why a session with the server ended.
+#[derive(Debug)]
+pub(super) enum Fault {
+    /// The receiver of events is gone: nobody needs them any more.
+    Closed,
+    /// The connection ended, as watches do.
+    Ended,
+    /// The version to resume from is no longer in the server's history.
+    Gone,
+    /// The server does not stream lists.
+    NoStreaming,
+    /// The server does not have the API at all.
+    Absent(String),
+    /// The server does not let nftlet in: 401, or 403 for one kind.
+    Refused { code: u16, message: String },
+    /// The server cannot answer at present; it may say after how many seconds to come back.
+    Busy {
+        code: u16,
+        message: String,
+        retry_after: u32,
+    },
+    /// No server answers.
+    Unreachable(String),
+}
+
+/// The `Status` object of the API, as an answer or inside a watch.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct Status {
+    pub code: Option<u16>,
+    pub reason: Option<String>,
+    pub message: Option<String>,
+    pub details: Option<Details>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct Details {
+    pub retry_after_seconds: Option<u32>,
+    pub causes: Option<Vec<Cause>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct Cause {
+    pub reason: Option<String>,
+}
+
+impl From<Status> for Fault {
+    fn from(status: Status) -> Self {
+        let code = status.code.unwrap_or_default();
+        let message = status.message.unwrap_or_default();
+        let reason = status.reason.as_deref().unwrap_or_default();
+        let details = status.details.unwrap_or_default();
+        let causes = details.causes.unwrap_or_default();
+        // The server has lost history, after its etcd was restored from a backup for instance;
+        // the version will not come for a long time.
+        let ahead = causes
+            .iter()
+            .any(|cause| cause.reason.as_deref() == Some("ResourceVersionTooLarge"));
+        match code {
+            _ if code == 410 || ahead || matches!(reason, "Expired" | "Gone") => Fault::Gone,
+            400 | 422 => Fault::NoStreaming,
+            401 | 403 => Fault::Refused { code, message },
+            404 | 405 => Fault::Absent(message),
+            _ => Fault::Busy {
+                code,
+                message,
+                retry_after: details.retry_after_seconds.unwrap_or_default(),
+            },
+        }
+    }
+}
+
+impl From<kube::Error> for Fault {
+    fn from(error: kube::Error) -> Self {
+        match error {
+            kube::Error::Api(status) => Fault::from(Status {
+                code: Some(status.code),
+                reason: Some(status.reason.clone()),
+                message: Some(status.message.clone()),
+                details: status.details.as_ref().map(|details| Details {
+                    retry_after_seconds: Some(details.retry_after_seconds),
+                    causes: Some(
+                        details
+                            .causes
+                            .iter()
+                            .map(|cause| Cause {
+                                reason: Some(cause.reason.clone()),
+                            })
+                            .collect(),
+                    ),
+                }),
+            }),
+            other => Fault::Unreachable(innermost(&other)),
+        }
+    }
+}
+
+/// The innermost cause says what happened; those around it say who was told.
+fn innermost(error: &dyn std::error::Error) -> String {
+    let mut error = error;
+    while let Some(source) = error.source() {
+        error = source;
+    }
+    error.to_string()
+}
+
+impl Fault {
+    /// A word for the sort of fault and a sentence about it, or `None` for what is no news.
+    pub(super) fn describe(&self, selection: &Selection) -> Option<(String, String)> {
+        const KEPT: &str = "what is known stays in force, and nftlet keeps trying";
+        match self {
+            Fault::Closed | Fault::Ended | Fault::Gone => None,
+            Fault::NoStreaming => Some((
+                format!("rejected {}", selection.plural),
+                format!(
+                    "the API server rejects requests for {}; check that the server's address is that of a Kubernetes API server; {KEPT}",
+                    selection.plural
+                ),
+            )),
+            Fault::Absent(message) => Some((
+                format!("absent {}", selection.plural),
+                format!(
+                    "the API server has no {} at {} ({message}); check that the server's address is that of a Kubernetes API server; {KEPT}",
+                    selection.plural, selection.path
+                ),
+            )),
+            Fault::Refused { code: 401, message } => Some((
+                "401".to_owned(),
+                format!(
+                    "the API server does not accept nftlet's credentials ({message}); renew the token or client certificate (of the service account in a pod, else of the kubeconfig); {KEPT}"
+                ),
+            )),
+            Fault::Refused { message, .. } => Some((
+                format!("403 {}", selection.plural),
+                format!(
+                    "the API server refuses access: {message}; add to nftlet's ClusterRole the rule {{apiGroups: [\"{}\"], resources: [\"{}\"], verbs: [\"list\", \"watch\"]}}; {KEPT}",
+                    selection.group, selection.plural
+                ),
+            )),
+            Fault::Busy { code, message, .. } => Some((
+                "busy".to_owned(),
+                format!("the API server cannot answer at present ({code}: {message}); {KEPT}"),
+            )),
+            Fault::Unreachable(cause) => Some((
+                "unreachable".to_owned(),
+                format!(
+                    "the API server cannot be reached: {cause}; check its address and the network; {KEPT}"
+                ),
+            )),
+        }
+    }
+
+    /// Whether the fault is told at once; the others only when a second attempt failed too,
+    /// since servers restart.
+    pub(super) fn is_certain(&self) -> bool {
+        matches!(self, Fault::Refused { .. } | Fault::Absent(_))
+    }
+}
+
+/// The faults that have been told and last, shared by the watches of all kinds, so that a
+/// server that is away is told once and not per kind and attempt.
+#[derive(Debug)]
+pub(super) struct Faults {
+    server: String,
+    lasting: Mutex<BTreeMap<String, BTreeSet<Kind>>>,
+}
+
+impl Faults {
+    /// No faults with a server yet.
+    pub(super) fn new(server: String) -> Self {
+        Self {
+            server,
+            lasting: Mutex::default(),
+        }
+    }
+
+    /// The server's address.
+    pub(super) fn server(&self) -> &str {
+        &self.server
+    }
+
+    /// Notes a fault of a kind; returns the notice if it is news.
+    pub(super) fn begin(&self, kind: Kind, sort: String, message: String) -> Option<Notice> {
+        let mut lasting = self.lasting.lock().unwrap_or_else(PoisonError::into_inner);
+        for (known, kinds) in lasting.iter_mut() {
+            if *known != sort {
+                kinds.remove(&kind);
+            }
+        }
+        lasting.retain(|known, kinds| *known == sort || !kinds.is_empty());
+        let kinds = lasting.entry(sort).or_default();
+        let news = kinds.is_empty();
+        kinds.insert(kind);
+        news.then(|| Notice {
+            subject: Subject::Other(self.server.as_str().into()),
+            reason: Reason::ApiServer,
+            message,
+        })
+    }
+
+    /// Notes that a kind has no fault; returns whether that ended one.
+    pub(super) fn end(&self, kind: Kind) -> bool {
+        let mut lasting = self.lasting.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = lasting.len();
+        lasting.retain(|_, kinds| {
+            kinds.remove(&kind);
+            !kinds.is_empty()
+        });
+        lasting.len() < before
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fault(code: u16) -> Fault {
+        Fault::from(Status {
+            code: Some(code),
+            ..Status::default()
+        })
+    }
+
+    #[test]
+    fn codes_mean_what_the_api_conventions_say() {
+        assert!(matches!(fault(410), Fault::Gone));
+        assert!(matches!(fault(422), Fault::NoStreaming));
+        assert!(matches!(fault(400), Fault::NoStreaming));
+        assert!(matches!(fault(401), Fault::Refused { code: 401, .. }));
+        assert!(matches!(fault(403), Fault::Refused { code: 403, .. }));
+        assert!(matches!(fault(404), Fault::Absent(_)));
+        assert!(matches!(fault(500), Fault::Busy { code: 500, .. }));
+        let ahead = r#"{"code": 504, "details": {"causes": [{"reason": "ResourceVersionTooLarge"}], "retryAfterSeconds": 1}}"#;
+        let status: Status = serde_json::from_str(ahead).expect("a status");
+        assert!(matches!(Fault::from(status), Fault::Gone));
+        let busy = r#"{"code": 429, "details": {"retryAfterSeconds": 7}}"#;
+        let status: Status = serde_json::from_str(busy).expect("a status");
+        assert!(matches!(
+            Fault::from(status),
+            Fault::Busy { retry_after: 7, .. }
+        ));
+    }
+
+    #[test]
+    fn a_fault_of_all_kinds_is_told_once_and_ends_once() {
+        let faults = Faults::new("https://server".to_owned());
+        let begin = |kind, sort: &str| faults.begin(kind, sort.to_owned(), "away".to_owned());
+        assert!(begin(Kind::Service, "unreachable").is_some());
+        assert!(begin(Kind::Service, "unreachable").is_none());
+        assert!(begin(Kind::Node, "unreachable").is_none());
+        // Another fault replaces the kind's first one; the other kind still has it.
+        assert!(begin(Kind::Service, "401").is_some());
+        assert!(begin(Kind::Service, "unreachable").is_none());
+        assert!(!faults.end(Kind::Service));
+        assert!(faults.end(Kind::Node));
+        assert!(begin(Kind::Node, "unreachable").is_some());
+    }
+}

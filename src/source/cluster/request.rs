@@ -1,0 +1,187 @@
+//! Requests to the API server, and reading its answers.
+
+use std::pin::Pin;
+use std::time::Duration;
+
+use futures::io::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt};
+use kube::Client;
+use kube::api::{ListParams, WatchParams};
+use kube::core::Request;
+
+use super::fault::Fault;
+use super::timing::watch_seconds;
+use crate::model::Kind;
+
+/// Which objects of a kind are asked for.
+#[derive(Clone, Debug)]
+pub(super) struct Selection {
+    pub kind: Kind,
+    /// The path of the collection.
+    pub path: &'static str,
+    /// The API group and the plural, as a ClusterRole names them.
+    pub group: &'static str,
+    pub plural: &'static str,
+    labels: Option<&'static str>,
+    fields: Option<String>,
+    node_name: String,
+}
+
+impl Selection {
+    /// The name of the own Node.
+    pub(super) fn node_name(&self) -> &str {
+        &self.node_name
+    }
+
+    /// What kube-proxy selects of a kind; of the nodes, the own one.
+    pub(super) fn of(kind: Kind, node_name: &str) -> Self {
+        let node_name = node_name.to_owned();
+        match kind {
+            Kind::Service => Self {
+                node_name,
+                kind,
+                path: "/api/v1/services",
+                group: "",
+                plural: "services",
+                labels: Some("!service.kubernetes.io/service-proxy-name"),
+                fields: Some("spec.clusterIP!=None".to_owned()),
+            },
+            Kind::EndpointSlice => Self {
+                node_name,
+                kind,
+                path: "/apis/discovery.k8s.io/v1/endpointslices",
+                group: "discovery.k8s.io",
+                plural: "endpointslices",
+                labels: Some("!service.kubernetes.io/headless"),
+                fields: None,
+            },
+            Kind::Node => Self {
+                kind,
+                path: "/api/v1/nodes",
+                group: "",
+                plural: "nodes",
+                labels: None,
+                fields: Some(format!("metadata.name={node_name}")),
+                node_name,
+            },
+            Kind::ServiceCidr => Self {
+                node_name,
+                kind,
+                path: "/apis/networking.k8s.io/v1/servicecidrs",
+                group: "networking.k8s.io",
+                plural: "servicecidrs",
+                labels: None,
+                fields: None,
+            },
+        }
+    }
+}
+
+/// Asks one server for one selection.
+#[derive(Clone)]
+pub(super) struct Requester {
+    client: Client,
+    pub selection: Selection,
+    /// How long an answer may take.
+    patience: Duration,
+}
+
+type Body = Pin<Box<dyn AsyncBufRead + Send>>;
+
+impl Requester {
+    pub(super) fn new(client: Client, selection: Selection, patience: Duration) -> Self {
+        Self {
+            client,
+            selection,
+            patience,
+        }
+    }
+
+    /// One page of a list; without `limit` all of it.
+    pub(super) async fn list(
+        &self,
+        limit: Option<u32>,
+        token: Option<String>,
+    ) -> Result<Vec<u8>, Fault> {
+        let params = ListParams {
+            label_selector: self.selection.labels.map(str::to_owned),
+            field_selector: self.selection.fields.clone(),
+            limit,
+            continue_token: token,
+            ..ListParams::default()
+        };
+        let request = Request::new(self.selection.path)
+            .list(&params)
+            .map_err(|error| Fault::Unreachable(error.to_string()))?;
+        let answer = async {
+            let mut body = self.client.request_stream(request).await?;
+            let mut bytes = Vec::new();
+            body.read_to_end(&mut bytes)
+                .await
+                .map_err(|error| Fault::Unreachable(error.to_string()))?;
+            Ok(bytes)
+        };
+        self.in_time(answer).await
+    }
+
+    /// Opens a watch: from a version, or, without one, beginning with a streamed list.
+    pub(super) async fn watch(&self, version: Option<&str>) -> Result<Lines, Fault> {
+        let params = WatchParams {
+            label_selector: self.selection.labels.map(str::to_owned),
+            field_selector: self.selection.fields.clone(),
+            timeout: Some(watch_seconds()),
+            bookmarks: true,
+            send_initial_events: version.is_none(),
+        };
+        let request = Request::new(self.selection.path)
+            .watch(&params, version.unwrap_or_default())
+            .map_err(|error| Fault::Unreachable(error.to_string()))?;
+        let answer = async {
+            let body = self.client.request_stream(request).await?;
+            Ok(Lines {
+                body: Box::pin(body),
+                line: Vec::new(),
+            })
+        };
+        self.in_time(answer).await
+    }
+
+    async fn in_time<T>(&self, answer: impl Future<Output = Result<T, Fault>>) -> Result<T, Fault> {
+        match tokio::time::timeout(self.patience, answer).await {
+            Ok(answer) => answer,
+            Err(_) => Err(Fault::Unreachable(format!(
+                "no answer within {:?}",
+                self.patience
+            ))),
+        }
+    }
+}
+
+/// The lines of a watch, one event each.
+pub(super) struct Lines {
+    body: Body,
+    line: Vec<u8>,
+}
+
+impl Lines {
+    /// The next line without its end.
+    ///
+    /// # Errors
+    /// [`Fault::Ended`] when the server has closed the connection, it broke, or nothing came for
+    /// `patience`. All three are the ways in which watches end, and are resumed alike.
+    pub(super) async fn next(&mut self, patience: Duration) -> Result<&[u8], Fault> {
+        self.line.clear();
+        match tokio::time::timeout(patience, self.body.read_until(b'\n', &mut self.line)).await {
+            // A line that was cut off is as good as none.
+            Ok(Ok(_)) if self.line.last() == Some(&b'\n') => Ok(self.line.trim_ascii_end()),
+            Ok(Ok(_)) => Err(Fault::Ended),
+            Ok(Err(error)) => {
+                tracing::debug!(%error, "a watch connection broke");
+                Err(Fault::Ended)
+            }
+            Err(_) => {
+                tracing::debug!(?patience, "a watch connection was silent");
+                Err(Fault::Ended)
+            }
+        }
+    }
+}

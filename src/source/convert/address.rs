@@ -1,0 +1,126 @@
+//! Addresses and ranges as Kubernetes objects write them.
+
+use std::net::{IpAddr, Ipv4Addr};
+
+use ipnet::IpNet;
+
+/// Why an address or range cannot be used; reads as the end of a sentence about the value.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum AddressFault {
+    /// Not an address at all.
+    #[error("is not an IP address; write one such as 10.0.0.1 or fd00::1")]
+    NotAnAddress,
+    /// An address that packets of a service can never have.
+    #[error("is unspecified, loopback or multicast; write a unicast address")]
+    Special,
+    /// Not a range.
+    #[error("is not an address range; write one such as 10.0.0.0/8 or fd00::/64")]
+    NotARange,
+}
+
+/// Parses an address, reading IPv4 octets with leading zeros as decimal numbers: objects from
+/// before Kubernetes 1.23 have them. An IPv4-mapped IPv6 address is the IPv4 address it maps, as
+/// in the API server's own reading.
+pub(super) fn parse_ip(text: &str) -> Result<IpAddr, AddressFault> {
+    match text.parse::<IpAddr>() {
+        Ok(ip) => Ok(ip.to_canonical()),
+        Err(_) => parse_padded_ipv4(text)
+            .map(IpAddr::V4)
+            .ok_or(AddressFault::NotAnAddress),
+    }
+}
+
+/// Parses an address that traffic of a service can be sent to.
+pub(super) fn parse_unicast(text: &str) -> Result<IpAddr, AddressFault> {
+    let ip = parse_ip(text)?;
+    if ip.is_unspecified() || ip.is_loopback() || ip.is_multicast() {
+        return Err(AddressFault::Special);
+    }
+    Ok(ip)
+}
+
+/// Parses `address/length`; bits beyond the length are cleared.
+pub(super) fn parse_range(text: &str) -> Result<IpNet, AddressFault> {
+    let (address, length) = text.split_once('/').ok_or(AddressFault::NotARange)?;
+    let ip = match address.parse::<IpAddr>() {
+        Ok(ip) => ip,
+        Err(_) => parse_padded_ipv4(address)
+            .map(IpAddr::V4)
+            .ok_or(AddressFault::NotARange)?,
+    };
+    if length.is_empty() || !length.bytes().all(|byte| byte.is_ascii_digit()) {
+        return Err(AddressFault::NotARange);
+    }
+    let length = length.parse::<u8>().map_err(|_| AddressFault::NotARange)?;
+    IpNet::new(ip, length)
+        .map(|range| range.trunc())
+        .map_err(|_| AddressFault::NotARange)
+}
+
+/// Four decimal octets that may have leading zeros.
+fn parse_padded_ipv4(text: &str) -> Option<Ipv4Addr> {
+    let mut octets = [0_u8; 4];
+    let mut parts = text.split('.');
+    for octet in &mut octets {
+        let part = parts.next()?;
+        if part.is_empty() || !part.bytes().all(|byte| byte.is_ascii_digit()) {
+            return None;
+        }
+        let digits = part.trim_start_matches('0');
+        *octet = if digits.is_empty() {
+            0
+        } else {
+            digits.parse().ok()?
+        };
+    }
+    parts.next().is_none().then(|| Ipv4Addr::from(octets))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn octets_with_leading_zeros_are_decimal() {
+        assert_eq!(parse_ip("010.000.008.09"), Ok([10, 0, 8, 9].into()));
+        assert_eq!(parse_ip("10.0.0.0256"), Err(AddressFault::NotAnAddress));
+        assert_eq!(parse_ip("10.0.0"), Err(AddressFault::NotAnAddress));
+        assert_eq!(parse_ip("10.0.0.1.2"), Err(AddressFault::NotAnAddress));
+        assert_eq!(parse_ip("10.0.0.+1"), Err(AddressFault::NotAnAddress));
+        assert_eq!(
+            parse_range("010.0.0.7/08").map(|range| range.to_string()),
+            Ok("10.0.0.0/8".to_owned())
+        );
+    }
+
+    #[test]
+    fn a_mapped_address_is_the_ipv4_address() {
+        assert_eq!(parse_ip("::ffff:10.0.0.1"), Ok([10, 0, 0, 1].into()));
+    }
+
+    #[test]
+    fn special_addresses_are_no_destination() {
+        for text in ["0.0.0.0", "::", "127.0.0.1", "::1", "224.0.0.1", "ff02::1"] {
+            assert_eq!(parse_unicast(text), Err(AddressFault::Special), "{text}");
+        }
+        assert!(parse_unicast("169.254.1.1").is_ok());
+    }
+
+    #[test]
+    fn ranges_need_a_length_that_fits() {
+        for text in [
+            "10.0.0.1",
+            "10.0.0.0/33",
+            "fd00::/129",
+            "10.0.0.0/",
+            "10.0.0.0/+8",
+            "x/8",
+        ] {
+            assert_eq!(parse_range(text), Err(AddressFault::NotARange), "{text}");
+        }
+        assert_eq!(
+            parse_range("fd00::1/64").map(|range| range.to_string()),
+            Ok("fd00::/64".to_owned())
+        );
+    }
+}

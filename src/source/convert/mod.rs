@@ -1,0 +1,197 @@
+//! From API objects to the facts of [`model`](crate::model).
+//!
+//! One decode path serves both sources: [`Converter::decode`] takes any `serde` deserialiser,
+//! reads the fields of [`wire`](super::wire) and turns them into facts. What is wrong with a
+//! part of an object (an address, a port) becomes a [`Notice`] and only that part is left out;
+//! an object that does not fit its schema at all, or has no usable name, is an error of the
+//! deserialiser, which knows the position.
+
+mod address;
+mod endpoints;
+mod intern;
+mod node;
+mod report;
+mod service;
+
+use k8s_openapi::jiff::Timestamp;
+use serde::{Deserialize, Deserializer, de::Error as _};
+
+use self::intern::Interner;
+use self::report::Report;
+use super::wire;
+use crate::model::{Kind, Notice, Object, ObjectName, ObjectRef, Protocol};
+
+/// Turns API objects into facts; one per source, since it shares repeated strings.
+#[derive(Debug, Default)]
+pub(super) struct Converter {
+    interner: Interner,
+}
+
+/// What became of one object.
+#[derive(Debug)]
+pub(super) struct Decoded {
+    /// Namespace and name.
+    pub name: ObjectName,
+    /// `metadata.resourceVersion`.
+    pub resource_version: Option<String>,
+    /// The facts; `None` for an object that is well-formed but none of nftlet's business (a
+    /// slice of host names, a service of another proxy).
+    pub object: Option<Object>,
+    /// The parts that were left out.
+    pub notices: Vec<Notice>,
+}
+
+impl Converter {
+    /// Decodes one object of a kind.
+    ///
+    /// # Errors
+    /// Whatever the deserialiser reports for an object that does not fit the schema, and a
+    /// custom error for one whose `metadata` gives no usable name.
+    pub(super) fn decode<'de, D: Deserializer<'de>>(
+        &mut self,
+        kind: Kind,
+        from: D,
+    ) -> Result<Decoded, D::Error> {
+        match kind {
+            Kind::Service => {
+                let service = wire::Service::deserialize(from)?;
+                self.finish(
+                    kind,
+                    service.metadata.as_ref(),
+                    |converter, name, report| {
+                        converter
+                            .service(name, &service, report)
+                            .map(Object::Service)
+                    },
+                )
+            }
+            Kind::EndpointSlice => {
+                let slice = wire::EndpointSlice::deserialize(from)?;
+                self.finish(kind, slice.metadata.as_ref(), |converter, name, report| {
+                    converter
+                        .endpoint_slice(name, &slice, report)
+                        .map(Object::EndpointSlice)
+                })
+            }
+            Kind::Node => {
+                let node = wire::Node::deserialize(from)?;
+                self.finish(kind, node.metadata.as_ref(), |converter, name, report| {
+                    Some(Object::Node(converter.node(name, &node, report)))
+                })
+            }
+            Kind::ServiceCidr => {
+                let cidr = wire::ServiceCidr::deserialize(from)?;
+                self.finish(kind, cidr.metadata.as_ref(), |converter, name, report| {
+                    Some(Object::ServiceCidr(
+                        converter.service_cidr(name, &cidr, report),
+                    ))
+                })
+            }
+        }
+    }
+
+    fn finish<E: serde::de::Error>(
+        &mut self,
+        kind: Kind,
+        meta: Option<&wire::Meta>,
+        convert: impl FnOnce(&mut Self, &ObjectName, &mut Report) -> Option<Object>,
+    ) -> Result<Decoded, E> {
+        let name = object_name(
+            kind,
+            meta.and_then(|meta| meta.name.as_deref()),
+            meta.and_then(|meta| meta.namespace.as_deref()),
+        )
+        .map_err(E::custom)?;
+        let mut report = Report::new(ObjectRef::new(kind, name.clone()));
+        let object = convert(self, &name, &mut report);
+        Ok(Decoded {
+            name,
+            resource_version: meta.and_then(|meta| meta.resource_version.clone()),
+            object,
+            notices: report.finish(),
+        })
+    }
+}
+
+/// The identity of an object, even where the rest of it cannot be decoded.
+#[derive(Debug)]
+pub(super) struct Identity {
+    /// Namespace and name.
+    pub name: ObjectName,
+    /// `metadata.resourceVersion`.
+    pub resource_version: Option<String>,
+}
+
+/// Reads only the identity of an object of a kind.
+///
+/// # Errors
+/// As for [`Converter::decode`].
+pub(super) fn identify<'de, D: Deserializer<'de>>(
+    kind: Kind,
+    from: D,
+) -> Result<Identity, D::Error> {
+    let meta = wire::Head::deserialize(from)?.metadata.unwrap_or_default();
+    let name = object_name(kind, meta.name.as_deref(), meta.namespace.as_deref())
+        .map_err(D::Error::custom)?;
+    Ok(Identity {
+        name,
+        resource_version: meta.resource_version,
+    })
+}
+
+/// Joins `metadata.namespace` and `metadata.name`. A namespaced object without a namespace is
+/// in `default`, as for `kubectl apply`; the namespace of a cluster-scoped object is ignored.
+///
+/// # Errors
+/// A sentence for a name that is missing or contains characters that no API object can have.
+pub(super) fn object_name(
+    kind: Kind,
+    name: Option<&str>,
+    namespace: Option<&str>,
+) -> Result<ObjectName, String> {
+    let name = non_empty(name).ok_or("metadata.name is missing; give the object a name")?;
+    let namespace = match kind {
+        Kind::Service | Kind::EndpointSlice => non_empty(namespace).unwrap_or("default"),
+        Kind::Node | Kind::ServiceCidr => "",
+    };
+    for (field, text) in [("name", name), ("namespace", namespace)] {
+        let usable = |byte: u8| byte.is_ascii_graphic() && byte != b'/';
+        if text.len() > 253 || !text.bytes().all(usable) {
+            return Err(format!(
+                "metadata.{field} {text:?} is not a name; use lower-case letters, digits, '-' and '.'"
+            ));
+        }
+    }
+    Ok(ObjectName::new(namespace, name))
+}
+
+/// The API treats an empty string as an absent one.
+fn non_empty(text: Option<&str>) -> Option<&str> {
+    text.filter(|text| !text.is_empty())
+}
+
+/// Reads a `protocol` field: TCP when absent.
+fn protocol(text: Option<&str>) -> Option<Protocol> {
+    match non_empty(text) {
+        None | Some("TCP") => Some(Protocol::Tcp),
+        Some("UDP") => Some(Protocol::Udp),
+        Some("SCTP") => Some(Protocol::Sctp),
+        Some(_) => None,
+    }
+}
+
+/// A number that is a usable port.
+fn port(number: i64) -> Option<u16> {
+    u16::try_from(number).ok().filter(|port| *port != 0)
+}
+
+/// Reads an RFC 3339 time.
+fn timestamp(text: Option<&str>) -> Option<Timestamp> {
+    non_empty(text)?.parse().ok()
+}
+
+const PORT_HINT: &str = "is not a port; write a number from 1 to 65535";
+const PROTOCOL_HINT: &str = "is not a protocol nftlet knows; write TCP, UDP or SCTP";
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,97 @@
+//! The own Node and the ServiceCIDRs.
+
+use ipnet::IpNet;
+
+use super::address::{parse_ip, parse_range};
+use super::report::Report;
+use super::{Converter, non_empty};
+use crate::model::{Node, ObjectName, ServiceCidr};
+use crate::source::wire;
+
+/// The taint that the cluster autoscaler puts on a node it is about to remove.
+const GOING_AWAY_TAINT: &str = "ToBeDeletedByClusterAutoscaler";
+
+impl Converter {
+    /// The facts of a Node.
+    pub(super) fn node(
+        &mut self,
+        name: &ObjectName,
+        from: &wire::Node,
+        report: &mut Report,
+    ) -> Node {
+        let mut internal_ips = Vec::new();
+        let mut external_ips = Vec::new();
+        let status = from.status.as_ref();
+        let addresses = status.and_then(|status| status.addresses.as_deref());
+        for (index, entry) in addresses.unwrap_or_default().iter().enumerate() {
+            let list = match entry.type_.as_deref() {
+                Some("InternalIP") => &mut internal_ips,
+                Some("ExternalIP") => &mut external_ips,
+                // Host names and DNS names.
+                _ => continue,
+            };
+            let text = entry.address.as_deref().unwrap_or_default();
+            match parse_ip(text) {
+                Ok(ip) => list.push(ip),
+                Err(fault) => {
+                    report.left_out(format!("status.addresses[{index}].address"), text, fault);
+                }
+            }
+        }
+        let meta = from.metadata.as_ref();
+        let spec = from.spec.as_ref();
+        let taints = spec
+            .and_then(|spec| spec.taints.as_deref())
+            .unwrap_or_default();
+        Node {
+            name: self.interner.string(name.name()),
+            internal_ips,
+            external_ips,
+            pod_cidrs: spec.map_or_else(Vec::new, |spec| pod_cidrs(spec, report)),
+            zone: meta
+                .and_then(|meta| meta.labels.as_ref())
+                .and_then(|labels| non_empty(labels.zone.as_deref()))
+                .map(|zone| self.interner.string(zone)),
+            going_away: meta.is_some_and(|meta| meta.deletion_timestamp.is_some())
+                || taints
+                    .iter()
+                    .any(|taint| taint.key.as_deref() == Some(GOING_AWAY_TAINT)),
+        }
+    }
+
+    /// The facts of a ServiceCIDR.
+    pub(super) fn service_cidr(
+        &mut self,
+        name: &ObjectName,
+        from: &wire::ServiceCidr,
+        report: &mut Report,
+    ) -> ServiceCidr {
+        let cidrs = from.spec.as_ref().and_then(|spec| spec.cidrs.as_deref());
+        ServiceCidr {
+            name: name.clone(),
+            cidrs: ranges("spec.cidrs", cidrs.unwrap_or_default(), report),
+        }
+    }
+}
+
+fn pod_cidrs(spec: &wire::NodeSpec, report: &mut Report) -> Vec<IpNet> {
+    let listed = spec.pod_cidrs.as_deref().unwrap_or_default();
+    if listed.is_empty() {
+        let single = non_empty(spec.pod_cidr.as_deref());
+        let single: Vec<String> = single.map(str::to_owned).into_iter().collect();
+        ranges("spec.podCIDR", &single, report)
+    } else {
+        ranges("spec.podCIDRs", listed, report)
+    }
+}
+
+fn ranges(field: &str, texts: &[String], report: &mut Report) -> Vec<IpNet> {
+    let mut ranges = Vec::with_capacity(texts.len());
+    for (index, text) in texts.iter().enumerate() {
+        match parse_range(text) {
+            Ok(range) => ranges.push(range),
+            Err(fault) => report.left_out(format!("{field}[{index}]"), text, fault),
+        }
+    }
+    ranges
+}

@@ -1,0 +1,303 @@
+//! Services.
+
+use std::net::IpAddr;
+use std::str::FromStr;
+
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+
+use super::address::{parse_range, parse_unicast};
+use super::report::Report;
+use super::{Converter, PORT_HINT, PROTOCOL_HINT, non_empty, port, protocol, timestamp};
+use crate::model::{Family, ObjectName, Service, ServiceKind, ServicePort, TrafficPolicy};
+use crate::source::wire;
+
+/// `sessionAffinityConfig.clientIP.timeoutSeconds` when absent: three hours.
+const DEFAULT_AFFINITY_SECONDS: u32 = 10_800;
+/// The longest affinity the API accepts: one day.
+const LONGEST_AFFINITY_SECONDS: i64 = 86_400;
+
+impl Converter {
+    /// The facts of a Service, or `None` for one that another proxy serves (label
+    /// `service.kubernetes.io/service-proxy-name`).
+    pub(super) fn service(
+        &mut self,
+        name: &ObjectName,
+        from: &wire::Service,
+        report: &mut Report,
+    ) -> Option<Service> {
+        let meta = from.metadata.as_ref();
+        let labels = meta.and_then(|meta| meta.labels.as_ref());
+        if labels.is_some_and(|labels| labels.service_proxy_name.is_some()) {
+            return None;
+        }
+        let empty = wire::ServiceSpec::default();
+        let spec = from.spec.as_ref().unwrap_or(&empty);
+        let kind = service_kind(spec, report);
+        let external_policy = policy(
+            "spec.externalTrafficPolicy",
+            spec.external_traffic_policy.as_deref(),
+            report,
+        );
+        let has_addresses = !matches!(kind, ServiceKind::ExternalName | ServiceKind::Headless);
+        Some(Service {
+            name: name.clone(),
+            created: meta
+                .and_then(|meta| timestamp(meta.creation_timestamp.as_deref()))
+                .map(|time| time.as_second()),
+            kind,
+            cluster_ips: if has_addresses {
+                cluster_ips(spec, report)
+            } else {
+                Vec::new()
+            },
+            ports: self.service_ports(spec, report),
+            external_ips: addresses("spec.externalIPs", spec.external_ips.as_deref(), report),
+            load_balancer_ips: load_balancer_ips(from.status.as_ref(), report),
+            source_ranges: source_ranges(spec, report),
+            external_policy,
+            internal_policy: policy(
+                "spec.internalTrafficPolicy",
+                spec.internal_traffic_policy.as_deref(),
+                report,
+            ),
+            affinity_seconds: affinity(spec, report),
+            health_check_node_port: health_check_node_port(spec, kind, external_policy, report),
+        })
+    }
+
+    fn service_ports(&mut self, spec: &wire::ServiceSpec, report: &mut Report) -> Vec<ServicePort> {
+        let entries = spec.ports.as_deref().unwrap_or_default();
+        let mut ports = Vec::with_capacity(entries.len());
+        for (index, entry) in entries.iter().enumerate() {
+            let field = |name: &str| format!("spec.ports[{index}].{name}");
+            let Some(protocol) = protocol(entry.protocol.as_deref()) else {
+                let value = entry.protocol.as_deref().unwrap_or_default();
+                report.left_out(field("protocol"), value, PROTOCOL_HINT);
+                continue;
+            };
+            let number = entry.port.unwrap_or_default();
+            let Some(number) = port(number) else {
+                report.left_out(field("port"), number, PORT_HINT);
+                continue;
+            };
+            // 0 is how the API says that there is none.
+            let node_port = entry.node_port.filter(|number| *number != 0);
+            let usable = node_port.and_then(port);
+            if let (Some(number), None) = (node_port, usable) {
+                report.left_out(field("nodePort"), number, PORT_HINT);
+            }
+            ports.push(ServicePort {
+                name: self
+                    .interner
+                    .string(entry.name.as_deref().unwrap_or_default()),
+                protocol,
+                port: number,
+                node_port: usable,
+            });
+        }
+        ports
+    }
+}
+
+fn service_kind(spec: &wire::ServiceSpec, report: &mut Report) -> ServiceKind {
+    let kind = match non_empty(spec.type_.as_deref()) {
+        Some("ExternalName") => return ServiceKind::ExternalName,
+        None | Some("ClusterIP") => ServiceKind::ClusterIp,
+        Some("NodePort") => ServiceKind::NodePort,
+        Some("LoadBalancer") => ServiceKind::LoadBalancer,
+        Some(other) => {
+            report.left_out(
+                "spec.type",
+                other,
+                "is not a type of service; write ClusterIP, NodePort, LoadBalancer or ExternalName",
+            );
+            ServiceKind::ClusterIp
+        }
+    };
+    // `clusterIP` is the first of `clusterIPs`; hand-written objects may have only one of them.
+    let first = non_empty(spec.cluster_ip.as_deref())
+        .or_else(|| spec.cluster_ips.as_deref()?.first().map(String::as_str));
+    match non_empty(first) {
+        None | Some("None") => ServiceKind::Headless,
+        Some(_) => kind,
+    }
+}
+
+fn cluster_ips(spec: &wire::ServiceSpec, report: &mut Report) -> Vec<IpAddr> {
+    let listed = spec.cluster_ips.as_deref().unwrap_or_default();
+    let single = spec.cluster_ip.iter();
+    let entries: Vec<(String, &String)> = if listed.is_empty() {
+        single
+            .map(|text| ("spec.clusterIP".to_owned(), text))
+            .collect()
+    } else {
+        let field = |index| format!("spec.clusterIPs[{index}]");
+        listed
+            .iter()
+            .enumerate()
+            .map(|(index, text)| (field(index), text))
+            .collect()
+    };
+    let families = spec.ip_families.as_deref().unwrap_or_default();
+    let mut addresses: Vec<IpAddr> = Vec::with_capacity(entries.len());
+    for (index, (field, text)) in entries.into_iter().enumerate() {
+        let ip = match parse_unicast(text) {
+            Ok(ip) => ip,
+            Err(fault) => {
+                report.left_out(field, text, fault);
+                continue;
+            }
+        };
+        let family = Family::of(ip);
+        if addresses.iter().any(|known| Family::of(*known) == family) {
+            let hint = format!("is a second {family} address; keep one of each family");
+            report.left_out(field, text, hint);
+            continue;
+        }
+        if let Some(declared) = families.get(index)
+            && *declared != family.to_string()
+        {
+            // The address decides: it is what packets carry.
+            let hint = format!("does not match \"{text}\"; the address is served as {family}");
+            report.left_out(format!("spec.ipFamilies[{index}]"), declared, hint);
+        }
+        addresses.push(ip);
+    }
+    addresses
+}
+
+fn addresses(field: &str, texts: Option<&[String]>, report: &mut Report) -> Vec<IpAddr> {
+    let texts = texts.unwrap_or_default();
+    let mut addresses = Vec::with_capacity(texts.len());
+    for (index, text) in texts.iter().enumerate() {
+        match parse_unicast(text) {
+            Ok(ip) if addresses.contains(&ip) => {}
+            Ok(ip) => addresses.push(ip),
+            Err(fault) => report.left_out(format!("{field}[{index}]"), text, fault),
+        }
+    }
+    addresses
+}
+
+fn load_balancer_ips(status: Option<&wire::ServiceStatus>, report: &mut Report) -> Vec<IpAddr> {
+    let ingress = status
+        .and_then(|status| status.load_balancer.as_ref())
+        .and_then(|balancer| balancer.ingress.as_deref())
+        .unwrap_or_default();
+    let mut addresses = Vec::with_capacity(ingress.len());
+    for (index, entry) in ingress.iter().enumerate() {
+        // A host name is for DNS; mode Proxy means that traffic must pass through the balancer
+        // itself and not be short-cut on the node.
+        let Some(text) = non_empty(entry.ip.as_deref()) else {
+            continue;
+        };
+        let field = |name: &str| format!("status.loadBalancer.ingress[{index}].{name}");
+        match non_empty(entry.ip_mode.as_deref()) {
+            None | Some("VIP") => {}
+            Some("Proxy") => continue,
+            Some(mode) => {
+                report.left_out(field("ipMode"), mode, "is not a mode; write VIP or Proxy");
+                continue;
+            }
+        }
+        match parse_unicast(text) {
+            Ok(ip) if addresses.contains(&ip) => {}
+            Ok(ip) => addresses.push(ip),
+            Err(fault) => report.left_out(field("ip"), text, fault),
+        }
+    }
+    addresses
+}
+
+/// `loadBalancerSourceRanges`. A list in which nothing is usable closes the load balancer
+/// instead of opening it to everyone: whoever wrote it wanted a restriction.
+fn source_ranges(spec: &wire::ServiceSpec, report: &mut Report) -> Vec<IpNet> {
+    let texts = spec
+        .load_balancer_source_ranges
+        .as_deref()
+        .unwrap_or_default();
+    let mut ranges = Vec::with_capacity(texts.len());
+    for (index, text) in texts.iter().enumerate() {
+        match parse_range(text.trim()) {
+            Ok(range) => ranges.push(range),
+            Err(fault) => {
+                report.left_out(
+                    format!("spec.loadBalancerSourceRanges[{index}]"),
+                    text,
+                    fault,
+                );
+            }
+        }
+    }
+    if ranges.is_empty() && !texts.is_empty() {
+        report.left_out(
+            "spec.loadBalancerSourceRanges",
+            texts.join(","),
+            "has no usable range, so nobody may use the load balancer's addresses; mend the list or remove it",
+        );
+        // No packet has an unspecified source that a load balancer could answer.
+        ranges.extend(Ipv4Net::from_str("0.0.0.0/32").map(IpNet::V4));
+        ranges.extend(Ipv6Net::from_str("::/128").map(IpNet::V6));
+    }
+    ranges
+}
+
+fn policy(field: &str, text: Option<&str>, report: &mut Report) -> TrafficPolicy {
+    match non_empty(text) {
+        None | Some("Cluster") => TrafficPolicy::Cluster,
+        Some("Local") => TrafficPolicy::Local,
+        Some(other) => {
+            report.left_out(field, other, "is not a policy; write Cluster or Local");
+            TrafficPolicy::Cluster
+        }
+    }
+}
+
+fn affinity(spec: &wire::ServiceSpec, report: &mut Report) -> Option<u32> {
+    match non_empty(spec.session_affinity.as_deref()) {
+        None | Some("None") => return None,
+        Some("ClientIP") => {}
+        Some(other) => {
+            report.left_out(
+                "spec.sessionAffinity",
+                other,
+                "is not a kind of affinity; write ClientIP or None",
+            );
+            return None;
+        }
+    }
+    let seconds = spec
+        .session_affinity_config
+        .as_ref()
+        .and_then(|config| config.client_ip.as_ref())
+        .and_then(|client_ip| client_ip.timeout_seconds)
+        .unwrap_or_else(|| DEFAULT_AFFINITY_SECONDS.into());
+    Some(seconds)
+        .filter(|seconds| (1..=LONGEST_AFFINITY_SECONDS).contains(seconds))
+        .and_then(|seconds| u32::try_from(seconds).ok())
+        .or_else(|| {
+            report.left_out(
+                "spec.sessionAffinityConfig.clientIP.timeoutSeconds",
+                seconds,
+                "is out of range, so 10800 is used; write a number from 1 to 86400",
+            );
+            Some(DEFAULT_AFFINITY_SECONDS)
+        })
+}
+
+fn health_check_node_port(
+    spec: &wire::ServiceSpec,
+    kind: ServiceKind,
+    external_policy: TrafficPolicy,
+    report: &mut Report,
+) -> Option<u16> {
+    if kind != ServiceKind::LoadBalancer || external_policy != TrafficPolicy::Local {
+        return None;
+    }
+    let number = spec.health_check_node_port.filter(|number| *number != 0)?;
+    let usable = port(number);
+    if usable.is_none() {
+        report.left_out("spec.healthCheckNodePort", number, PORT_HINT);
+    }
+    usable
+}

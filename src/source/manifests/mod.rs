@@ -1,0 +1,150 @@
+//! Objects from manifest files: for nodes without a cluster, for tests and for dry runs.
+//!
+//! [`Manifests::load`] reads every file once and returns complete lists; [`Manifests::follow`]
+//! then watches the files through inotify and sends only what changed.
+//!
+//! ```text
+//! files (which, and their bytes) ─> yaml, json (documents, items, places)
+//!        ─> contents (objects of one file) ─> state (all files, differences) ─> events
+//! ```
+//!
+//! The rule for everything that goes wrong: it is reported with file, line and column, it does
+//! not affect anything else, and what was known before stays in force. An object in two files
+//! is taken from the file whose path sorts first.
+
+mod contents;
+mod files;
+mod follow;
+mod json;
+mod state;
+mod tree;
+mod yaml;
+
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+use self::files::{Tree, plain};
+use self::state::{State, Version, file_notice};
+use crate::model::{Event, Reason};
+
+/// Why manifests cannot be used at all.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A path of the command line does not exist or cannot be read.
+    #[error("cannot read manifests from {}: {source}; name an existing file or directory that nftlet may read, or - for standard input", path.display())]
+    Path {
+        /// The path as it was given.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The kernel gives no way of noticing changes.
+    #[error(
+        "cannot watch manifests for changes: {source}; raise the sysctl fs.inotify.max_user_instances"
+    )]
+    Watch {
+        /// What inotify said.
+        source: notify::Error,
+    },
+}
+
+/// Manifest files as a source of objects.
+pub struct Manifests {
+    paths: Vec<PathBuf>,
+    state: State,
+}
+
+/// The path that stands for standard input.
+const STANDARD_INPUT: &str = "-";
+
+impl Manifests {
+    /// A source that reads `paths`: files, directories (with everything below them that ends in
+    /// `.yaml`, `.yml` or `.json` and is not hidden), and `-` for standard input. Of the Nodes
+    /// only `node_name` counts. Nothing is read yet.
+    pub fn new(paths: Vec<PathBuf>, node_name: String) -> Self {
+        Self {
+            paths: paths.iter().map(|path| plain(path)).collect(),
+            state: State::new(node_name),
+        }
+    }
+
+    /// Reads everything: notices about what cannot be used, then complete lists of every
+    /// [`Kind`](crate::model::Kind). Blocks while it reads; standard input is read to its end.
+    ///
+    /// # Errors
+    /// [`Error::Path`] for a path of the command line that does not exist or cannot be read.
+    /// Files that cannot be parsed are notices.
+    pub fn load(&mut self) -> Result<Vec<Event>, Error> {
+        let mut versions = Vec::new();
+        let named: Vec<PathBuf> = self
+            .paths
+            .iter()
+            .filter(|path| !is_standard_input(path))
+            .cloned()
+            .collect();
+        if named.len() < self.paths.len() {
+            let mut bytes = Vec::new();
+            let path = PathBuf::from(STANDARD_INPUT);
+            match io::stdin().read_to_end(&mut bytes) {
+                Ok(_) => versions.push((
+                    path,
+                    Version::Read {
+                        bytes,
+                        stamp: None,
+                        finished: true,
+                    },
+                )),
+                Err(source) => return Err(Error::Path { path, source }),
+            }
+        }
+        let tree = Tree::walk(&named, &mut |_| {});
+        if let Some((path, source)) = tree.missing.into_iter().next() {
+            return Err(Error::Path { path, source });
+        }
+        let mut events = Vec::new();
+        for (path, fault) in tree.faults {
+            if named.contains(&path) {
+                return Err(Error::Path {
+                    path,
+                    source: fault,
+                });
+            }
+            let message = format!("this cannot be read: {fault}; give nftlet access to it");
+            events.push(Event::Notice(file_notice(
+                &path,
+                None,
+                Reason::InvalidFile,
+                message,
+            )));
+        }
+        for path in tree.files.into_keys() {
+            match files::read(&path) {
+                Ok((bytes, stamp)) => {
+                    let stamp = Some(stamp);
+                    versions.push((
+                        path,
+                        Version::Read {
+                            bytes,
+                            stamp,
+                            finished: true,
+                        },
+                    ));
+                }
+                Err(source) if named.contains(&path) => return Err(Error::Path { path, source }),
+                Err(fault) => versions.push((path, Version::Unreadable(fault))),
+            }
+        }
+        let changes = self.state.update(versions);
+        events.extend(
+            changes
+                .into_iter()
+                .filter(|event| matches!(event, Event::Notice(_))),
+        );
+        events.extend(self.state.lists());
+        Ok(events)
+    }
+}
+
+fn is_standard_input(path: &Path) -> bool {
+    path == Path::new(STANDARD_INPUT)
+}

@@ -1,0 +1,710 @@
+//! An API server in memory, over real HTTP.
+//!
+//! It does what watches depend on: lists in pages, watches from a version, bookmarks, streamed
+//! lists, label and field selectors (an object that leaves a selection is deleted for its
+//! watchers), a history that can be compacted (410 Gone), and the ways to fail: 401, 403, an API
+//! that does not exist, connections that break. Every request is recorded.
+//!
+//! Objects are serialised once, when they are put; lists and watches share the bytes.
+
+#![allow(dead_code, reason = "each test uses its own part")]
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::convert::Infallible;
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use futures::stream::{self, StreamExt};
+use http_body_util::combinators::BoxBody;
+use http_body_util::{BodyExt, Full, StreamBody};
+use hyper::body::{Bytes, Frame, Incoming};
+use hyper::service::service_fn;
+use hyper::{Request, Response, StatusCode};
+use hyper_util::rt::TokioIo;
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+
+/// The collections that the server has at first.
+pub const SERVICES: &str = "/api/v1/services";
+pub const NODES: &str = "/api/v1/nodes";
+pub const SLICES: &str = "/apis/discovery.k8s.io/v1/endpointslices";
+pub const CIDRS: &str = "/apis/networking.k8s.io/v1/servicecidrs";
+
+/// How the server treats `sendInitialEvents=true`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Streaming {
+    /// Streams the list and ends it with the annotated bookmark.
+    Yes,
+    /// Answers 422, as servers without the feature do.
+    Rejected,
+    /// Sends the objects and never the bookmark, as servers that do not know the parameter do.
+    Ignored,
+    /// Closes the connection before the bookmark.
+    CutOff,
+}
+
+/// A request as it came.
+#[derive(Clone, Debug)]
+pub struct Recorded {
+    pub path: String,
+    pub query: BTreeMap<String, String>,
+}
+
+impl Recorded {
+    pub fn get(&self, name: &str) -> &str {
+        self.query.get(name).map_or("", String::as_str)
+    }
+
+    pub fn is_watch(&self) -> bool {
+        self.get("watch") == "true"
+    }
+}
+
+/// The server; it stops when dropped.
+pub struct FakeApi {
+    address: SocketAddr,
+    state: Arc<Mutex<State>>,
+    /// Counts changes, to wake the watches.
+    changed: watch::Sender<u64>,
+    /// Counts how often all connections were broken (first) and all watches ended (second).
+    broken: watch::Sender<(u64, u64)>,
+    /// Counts open connections.
+    open: watch::Sender<usize>,
+    task: tokio::task::JoinHandle<()>,
+}
+
+struct State {
+    version: u64,
+    /// Versions up to this one are no longer in the history.
+    compacted: u64,
+    collections: BTreeMap<String, Collection>,
+    streaming: Streaming,
+    gone_as_event: bool,
+    token: Option<String>,
+    forbidden: BTreeSet<String>,
+    down: bool,
+    requests: Vec<Recorded>,
+}
+
+#[derive(Default)]
+struct Collection {
+    objects: BTreeMap<String, Stored>,
+    history: VecDeque<Change>,
+}
+
+#[derive(Clone)]
+struct Stored {
+    json: Bytes,
+    traits: Arc<Traits>,
+}
+
+/// What selectors look at.
+#[derive(Default)]
+struct Traits {
+    labels: BTreeMap<String, String>,
+    fields: BTreeMap<&'static str, String>,
+}
+
+#[derive(Clone)]
+struct Change {
+    version: u64,
+    /// The object after the change, or as it last was; `None` for a bookmark.
+    object: Option<Stored>,
+    before: Option<Arc<Traits>>,
+    deleted: bool,
+}
+
+type Answer = Response<BoxBody<Bytes, io::Error>>;
+
+impl FakeApi {
+    /// Starts a server with empty collections that streams lists.
+    pub async fn start() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("an address");
+        let collections = [SERVICES, NODES, SLICES, CIDRS];
+        let state = Arc::new(Mutex::new(State {
+            version: 100,
+            compacted: 0,
+            collections: collections
+                .map(|path| (path.to_owned(), Collection::default()))
+                .into(),
+            streaming: Streaming::Yes,
+            gone_as_event: false,
+            token: None,
+            forbidden: BTreeSet::new(),
+            down: false,
+            requests: Vec::new(),
+        }));
+        let (changed, _) = watch::channel(0);
+        let (broken, _) = watch::channel((0, 0));
+        let (open, _) = watch::channel(0);
+        let task = tokio::spawn(accept(
+            listener,
+            state.clone(),
+            changed.clone(),
+            broken.clone(),
+            open.clone(),
+        ));
+        Self {
+            address,
+            state,
+            changed,
+            broken,
+            open,
+            task,
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("no test panicked with it")
+    }
+
+    fn wake(&self) {
+        self.changed.send_modify(|count| *count += 1);
+    }
+
+    /// Creates or replaces an object; the server adds its version.
+    pub fn put(&self, path: &str, mut object: Value) {
+        let mut state = self.state();
+        state.version += 1;
+        let version = state.version;
+        object["metadata"]["resourceVersion"] = json!(version.to_string());
+        let stored = Stored {
+            json: Bytes::from(object.to_string()),
+            traits: Arc::new(traits_of(&object)),
+        };
+        let collection = state
+            .collections
+            .get_mut(path)
+            .expect("the collection exists");
+        let before = collection.objects.insert(key_of(&object), stored.clone());
+        collection.history.push_back(Change {
+            version,
+            object: Some(stored),
+            before: before.map(|before| before.traits),
+            deleted: false,
+        });
+        drop(state);
+        self.wake();
+    }
+
+    /// Deletes an object by `namespace/name`, or `name` of a cluster-scoped one.
+    pub fn delete(&self, path: &str, key: &str) {
+        let mut state = self.state();
+        state.version += 1;
+        let version = state.version;
+        let collection = state
+            .collections
+            .get_mut(path)
+            .expect("the collection exists");
+        let stored = collection.objects.remove(key).expect("the object exists");
+        let mut object: Value = serde_json::from_slice(&stored.json).expect("JSON");
+        object["metadata"]["resourceVersion"] = json!(version.to_string());
+        collection.history.push_back(Change {
+            version,
+            before: Some(stored.traits.clone()),
+            object: Some(Stored {
+                json: Bytes::from(object.to_string()),
+                ..stored
+            }),
+            deleted: true,
+        });
+        drop(state);
+        self.wake();
+    }
+
+    /// Sends a bookmark on every watch.
+    pub fn bookmark(&self) {
+        let mut state = self.state();
+        state.version += 1;
+        let version = state.version;
+        for collection in state.collections.values_mut() {
+            collection.history.push_back(Change {
+                version,
+                object: None,
+                before: None,
+                deleted: false,
+            });
+        }
+        drop(state);
+        self.wake();
+    }
+
+    /// Forgets the history: resuming from any version so far is answered with 410 Gone, as a
+    /// status or, if `as_event`, as an event of the watch.
+    pub fn compact(&self, as_event: bool) {
+        let mut state = self.state();
+        state.version += 1;
+        state.compacted = state.version;
+        state.gone_as_event = as_event;
+        for collection in state.collections.values_mut() {
+            collection.history.clear();
+        }
+    }
+
+    pub fn set_streaming(&self, streaming: Streaming) {
+        self.state().streaming = streaming;
+    }
+
+    /// From now on only this bearer token is accepted; anything else gets 401.
+    pub fn require_token(&self, token: &str) {
+        self.state().token = Some(token.to_owned());
+    }
+
+    /// Answers requests for a collection with 403, or no longer.
+    pub fn forbid(&self, path: &str, forbidden: bool) {
+        let mut state = self.state();
+        if forbidden {
+            state.forbidden.insert(path.to_owned());
+        } else {
+            state.forbidden.remove(path);
+        }
+    }
+
+    /// Takes a whole API away: 404.
+    pub fn remove_api(&self, path: &str) {
+        self.state().collections.remove(path);
+    }
+
+    /// Brings an API (back), empty.
+    pub fn add_api(&self, path: &str) {
+        self.state().collections.entry(path.to_owned()).or_default();
+    }
+
+    /// Refuses all connections, and breaks those that are open; or works again. Returns when
+    /// no connection is open.
+    pub async fn set_down(&self, down: bool) {
+        self.state().down = down;
+        if down {
+            self.broken.send_modify(|(broken, _)| *broken += 1);
+            let mut open = self.open.subscribe();
+            open.wait_for(|open| *open == 0)
+                .await
+                .expect("the server exists");
+        }
+    }
+
+    /// Breaks all watches in the middle, as a network does.
+    pub async fn break_connections(&self) {
+        self.set_down(true).await;
+        self.set_down(false).await;
+    }
+
+    /// Ends all watches properly, as a server does after `timeoutSeconds`.
+    pub fn end_watches(&self) {
+        self.broken.send_modify(|(_, ended)| *ended += 1);
+    }
+
+    /// All requests so far, in order.
+    pub fn requests(&self) -> Vec<Recorded> {
+        self.state().requests.clone()
+    }
+
+    /// The requests for a collection.
+    pub fn requests_for(&self, path: &str) -> Vec<Recorded> {
+        let of_path = |request: &Recorded| request.path == path;
+        self.requests().into_iter().filter(of_path).collect()
+    }
+
+    pub fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// Writes a kubeconfig for the server that reads its token from the file `token` beside it.
+    pub fn write_kubeconfig(&self, directory: &Path) -> PathBuf {
+        let path = directory.join("kubeconfig");
+        let token = directory.join("token");
+        let text = format!(
+            "apiVersion: v1\nkind: Config\ncurrent-context: fake\n\
+             clusters:\n- name: fake\n  cluster:\n    server: {}\n\
+             users:\n- name: nftlet\n  user:\n    tokenFile: {}\n\
+             contexts:\n- name: fake\n  context:\n    cluster: fake\n    user: nftlet\n",
+            self.url(),
+            token.display()
+        );
+        if !token.exists() {
+            std::fs::write(&token, "secret").expect("written");
+        }
+        std::fs::write(&path, text).expect("written");
+        path
+    }
+}
+
+impl Drop for FakeApi {
+    fn drop(&mut self) {
+        self.task.abort();
+        self.broken.send_modify(|(broken, _)| *broken += 1);
+    }
+}
+
+async fn accept(
+    listener: TcpListener,
+    state: Arc<Mutex<State>>,
+    changed: watch::Sender<u64>,
+    broken: watch::Sender<(u64, u64)>,
+    open: watch::Sender<usize>,
+) {
+    while let Ok((socket, _)) = listener.accept().await {
+        if state.lock().expect("no test panicked with it").down {
+            continue;
+        }
+        let mut breaks = broken.subscribe();
+        let (state, changed, broken) = (state.clone(), changed.clone(), broken.clone());
+        let open = open.clone();
+        open.send_modify(|open| *open += 1);
+        let generation = breaks.borrow_and_update().0;
+        tokio::spawn(async move {
+            let service = service_fn(move |request: Request<Incoming>| {
+                let answer = answer(&request, &state, &changed, &broken);
+                async move { Ok::<_, Infallible>(answer) }
+            });
+            let connection = hyper::server::conn::http1::Builder::new()
+                .serve_connection(TokioIo::new(socket), service);
+            tokio::select! {
+                _ = connection => {}
+                // Dropping the connection closes the socket in whatever state it is.
+                _ = breaks.wait_for(|(broken, _)| *broken != generation) => {}
+            }
+            open.send_modify(|open| *open -= 1);
+        });
+    }
+}
+
+fn answer(
+    request: &Request<Incoming>,
+    state: &Arc<Mutex<State>>,
+    changed: &watch::Sender<u64>,
+    broken: &watch::Sender<(u64, u64)>,
+) -> Answer {
+    let path = request.uri().path().to_owned();
+    let recorded = Recorded {
+        query: query_of(request.uri().query().unwrap_or_default()),
+        path: path.clone(),
+    };
+    let authorization = request
+        .headers()
+        .get("authorization")
+        .and_then(|value| value.to_str().ok())
+        .unwrap_or_default();
+    let mut locked = state.lock().expect("no test panicked with it");
+    locked.requests.push(recorded.clone());
+    if let Some(token) = &locked.token
+        && authorization != format!("Bearer {token}")
+    {
+        return status(401, "Unauthorized", "Unauthorized");
+    }
+    let plural = path.rsplit('/').next().unwrap_or_default();
+    if locked.forbidden.contains(&path) {
+        let message = format!(
+            "{plural} is forbidden: User \"fake\" cannot list resource \"{plural}\" at the cluster scope"
+        );
+        return status(403, "Forbidden", &message);
+    }
+    let selector = Selector::new(recorded.get("labelSelector"), recorded.get("fieldSelector"));
+    let Some(collection) = locked.collections.get(&path) else {
+        return status(
+            404,
+            "NotFound",
+            "the server could not find the requested resource",
+        );
+    };
+    if !recorded.is_watch() {
+        return list(&locked, collection, &recorded, &selector);
+    }
+
+    let initial = recorded.get("sendInitialEvents") == "true";
+    if initial && locked.streaming == Streaming::Rejected {
+        let message = "ListOptions.meta.k8s.io \"\" is invalid: sendInitialEvents: Forbidden: sendInitialEvents is forbidden for watch unless the WatchList feature gate is enabled";
+        return status(422, "Invalid", message);
+    }
+    let mut lines = Vec::new();
+    let from = match recorded.get("resourceVersion") {
+        "" | "0" => {
+            let chosen = collection
+                .objects
+                .values()
+                .filter(|stored| selector.takes(&stored.traits));
+            lines.extend(chosen.map(|stored| event("ADDED", &stored.json)));
+            if initial && locked.streaming == Streaming::Yes {
+                let end = json!({"metadata": {"resourceVersion": locked.version.to_string(),
+                    "annotations": {"k8s.io/initial-events-end": "true"}}});
+                lines.push(event("BOOKMARK", end.to_string().as_bytes()));
+            }
+            locked.version
+        }
+        version => version.parse().unwrap_or_default(),
+    };
+    if from < locked.compacted {
+        let gone = status_value(410, "Expired", "too old resource version");
+        if !locked.gone_as_event {
+            return status(410, "Expired", "too old resource version");
+        }
+        let line = event("ERROR", gone.to_string().as_bytes());
+        return stream_answer(stream::iter([Ok(line)]).boxed());
+    }
+    let cut_off = initial && locked.streaming == Streaming::CutOff;
+    drop(locked);
+    if cut_off {
+        return stream_answer(stream::iter(lines.into_iter().map(Ok)).boxed());
+    }
+    let follow = Follow {
+        state: state.clone(),
+        changed: changed.subscribe(),
+        ended_before: broken.borrow().1,
+        ended: broken.subscribe(),
+        path,
+        selector,
+        bookmarks: recorded.get("allowWatchBookmarks") == "true",
+        from,
+        lines: lines.into(),
+    };
+    stream_answer(stream::unfold(follow, Follow::next).boxed())
+}
+
+/// One watch.
+struct Follow {
+    state: Arc<Mutex<State>>,
+    changed: watch::Receiver<u64>,
+    ended: watch::Receiver<(u64, u64)>,
+    ended_before: u64,
+    path: String,
+    selector: Selector,
+    bookmarks: bool,
+    from: u64,
+    lines: VecDeque<Bytes>,
+}
+
+impl Follow {
+    async fn next(mut self) -> Option<(io::Result<Bytes>, Self)> {
+        let ended = self.ended_before;
+        loop {
+            if self.ended.borrow().1 != ended {
+                return None;
+            }
+            if let Some(line) = self.lines.pop_front() {
+                return Some((Ok(line), self));
+            }
+            self.changed.borrow_and_update();
+            self.collect();
+            if self.lines.is_empty() {
+                tokio::select! {
+                    changed = self.changed.changed() => changed.ok()?,
+                    _ = self.ended.wait_for(|(_, now)| *now != ended) => return None,
+                }
+            }
+        }
+    }
+
+    fn collect(&mut self) {
+        let state = self.state.lock().expect("no test panicked with it");
+        let Some(collection) = state.collections.get(&self.path) else {
+            return;
+        };
+        let first = collection
+            .history
+            .partition_point(|change| change.version <= self.from);
+        for change in collection.history.iter().skip(first) {
+            self.from = change.version;
+            let Some(object) = &change.object else {
+                if self.bookmarks {
+                    let mark = json!({"metadata": {"resourceVersion": change.version.to_string()}});
+                    self.lines
+                        .push_back(event("BOOKMARK", mark.to_string().as_bytes()));
+                }
+                continue;
+            };
+            let was = change
+                .before
+                .as_ref()
+                .is_some_and(|before| self.selector.takes(before));
+            let is = !change.deleted && self.selector.takes(&object.traits);
+            let type_ = match (was, is) {
+                (false, true) => "ADDED",
+                (true, true) => "MODIFIED",
+                (true, false) => "DELETED",
+                (false, false) => continue,
+            };
+            self.lines.push_back(event(type_, &object.json));
+        }
+    }
+}
+
+fn list(state: &State, collection: &Collection, request: &Recorded, selector: &Selector) -> Answer {
+    let limit = request.get("limit").parse::<usize>().unwrap_or(usize::MAX);
+    let (version, after) = match request.get("continue").split_once(':') {
+        Some((version, after)) => (version.parse().unwrap_or_default(), Some(after)),
+        None => (state.version, None),
+    };
+    if version < state.compacted {
+        return status(410, "Expired", "The provided continue parameter is too old");
+    }
+    let mut chosen = collection
+        .objects
+        .iter()
+        .filter(|(key, _)| after.is_none_or(|after| key.as_str() > after))
+        .filter(|(_, stored)| selector.takes(&stored.traits));
+    let page: Vec<_> = chosen.by_ref().take(limit).collect();
+    let token = match (chosen.next(), page.last()) {
+        (Some(_), Some((last, _))) => format!("{version}:{last}"),
+        _ => String::new(),
+    };
+    let head = json!({"resourceVersion": version.to_string(), "continue": token});
+    let mut body = format!("{{\"kind\":\"List\",\"metadata\":{head},\"items\":[").into_bytes();
+    for (index, (_, stored)) in page.iter().enumerate() {
+        if index > 0 {
+            body.push(b',');
+        }
+        body.extend_from_slice(&stored.json);
+    }
+    body.extend_from_slice(b"]}");
+    full(StatusCode::OK, Bytes::from(body))
+}
+
+fn event(type_: &str, object: &[u8]) -> Bytes {
+    let mut line = Vec::with_capacity(object.len() + 40);
+    line.extend_from_slice(b"{\"type\":\"");
+    line.extend_from_slice(type_.as_bytes());
+    line.extend_from_slice(b"\",\"object\":");
+    line.extend_from_slice(object);
+    line.extend_from_slice(b"}\n");
+    Bytes::from(line)
+}
+
+fn status_value(code: u16, reason: &str, message: &str) -> Value {
+    json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
+        "message": message, "reason": reason, "code": code})
+}
+
+fn status(code: u16, reason: &str, message: &str) -> Answer {
+    let code = StatusCode::from_u16(code).expect("a status code");
+    let body = status_value(code.as_u16(), reason, message).to_string();
+    full(code, Bytes::from(body))
+}
+
+fn full(code: StatusCode, body: Bytes) -> Answer {
+    let body = Full::new(body).map_err(|never| match never {}).boxed();
+    response(code, body)
+}
+
+fn stream_answer(lines: stream::BoxStream<'static, io::Result<Bytes>>) -> Answer {
+    let frames = lines.map(|line| line.map(Frame::data));
+    response(
+        StatusCode::OK,
+        BodyExt::boxed(StreamBody::new(SyncStream(Mutex::new(frames.boxed())))),
+    )
+}
+
+/// `BoxBody` wants a body that can be shared, although it never is.
+struct SyncStream(Mutex<stream::BoxStream<'static, io::Result<Frame<Bytes>>>>);
+
+impl futures::Stream for SyncStream {
+    type Item = io::Result<Frame<Bytes>>;
+
+    fn poll_next(
+        mut self: std::pin::Pin<&mut Self>,
+        cx: &mut std::task::Context<'_>,
+    ) -> std::task::Poll<Option<Self::Item>> {
+        self.0.get_mut().expect("never shared").poll_next_unpin(cx)
+    }
+}
+
+fn response(code: StatusCode, body: BoxBody<Bytes, io::Error>) -> Answer {
+    Response::builder()
+        .status(code)
+        .header("content-type", "application/json")
+        .body(body)
+        .expect("a response")
+}
+
+/// The selectors of one request.
+struct Selector {
+    labels: Vec<String>,
+    fields: Vec<String>,
+}
+
+impl Selector {
+    fn new(labels: &str, fields: &str) -> Self {
+        let parts = |text: &str| {
+            let parts = text.split(',').filter(|part| !part.is_empty());
+            parts.map(str::to_owned).collect()
+        };
+        Self {
+            labels: parts(labels),
+            fields: parts(fields),
+        }
+    }
+
+    fn takes(&self, traits: &Traits) -> bool {
+        let label = |part: &String| match part.strip_prefix('!') {
+            Some(absent) => !traits.labels.contains_key(absent),
+            None => match part.split_once('=') {
+                Some((key, value)) => traits.labels.get(key).is_some_and(|is| is == value),
+                None => traits.labels.contains_key(part),
+            },
+        };
+        let field = |part: &String| {
+            let value = |key: &str| traits.fields.get(key).map_or("", String::as_str).to_owned();
+            match (part.split_once("!="), part.split_once('=')) {
+                (Some((key, not)), _) => value(key) != not,
+                (None, Some((key, is))) => value(key) == is,
+                (None, None) => panic!("not a field selector: {part}"),
+            }
+        };
+        self.labels.iter().all(label) && self.fields.iter().all(field)
+    }
+}
+
+fn traits_of(object: &Value) -> Traits {
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let labels = object["metadata"]["labels"]
+        .as_object()
+        .cloned()
+        .unwrap_or_default();
+    Traits {
+        labels: labels
+            .iter()
+            .map(|(key, value)| (key.clone(), text(value)))
+            .collect(),
+        fields: [
+            ("metadata.name", text(&object["metadata"]["name"])),
+            ("spec.clusterIP", text(&object["spec"]["clusterIP"])),
+        ]
+        .into(),
+    }
+}
+
+fn key_of(object: &Value) -> String {
+    let name = object["metadata"]["name"].as_str().unwrap_or_default();
+    match object["metadata"]["namespace"].as_str() {
+        Some(namespace) => format!("{namespace}/{name}"),
+        None => name.to_owned(),
+    }
+}
+
+fn query_of(query: &str) -> BTreeMap<String, String> {
+    let pairs = query.split('&').filter_map(|pair| pair.split_once('='));
+    pairs
+        .map(|(key, value)| (decode(key), decode(value)))
+        .collect()
+}
+
+/// Undoes `application/x-www-form-urlencoded`.
+fn decode(text: &str) -> String {
+    let mut bytes = Vec::new();
+    let mut rest = text.bytes();
+    while let Some(byte) = rest.next() {
+        bytes.push(match byte {
+            b'+' => b' ',
+            b'%' => {
+                let digits: Vec<u8> = rest.by_ref().take(2).collect();
+                let digits = std::str::from_utf8(&digits).expect("hexadecimal digits");
+                u8::from_str_radix(digits, 16).expect("hexadecimal digits")
+            }
+            other => other,
+        });
+    }
+    String::from_utf8(bytes).expect("UTF-8")
+}

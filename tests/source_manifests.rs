@@ -1,0 +1,504 @@
+//! Manifest files as a source: what is read at the start, and what live changes lead to.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nftlet::model::{Delivery, Event, Kind, Notice, Object, Reason, Subject};
+use nftlet::source::Manifests;
+use nftlet::source::manifests::Error;
+use tokio::sync::{mpsc, watch};
+
+fn service(name: &str, ip: &str) -> String {
+    format!(
+        "apiVersion: v1\nkind: Service\nmetadata:\n  name: {name}\n  namespace: shop\nspec:\n  clusterIP: {ip}\n  ports:\n  - port: 80\n"
+    )
+}
+
+fn load(paths: &[&Path]) -> Vec<Event> {
+    let paths = paths.iter().map(|path| path.to_path_buf()).collect();
+    Manifests::new(paths, "node-1".to_owned())
+        .load()
+        .expect("the paths exist")
+}
+
+fn notices(events: &[Event]) -> Vec<&Notice> {
+    let notice = |event| match event {
+        &Event::Notice(ref notice) => Some(notice),
+        _ => None,
+    };
+    events.iter().filter_map(notice).collect()
+}
+
+fn applied(events: &[Event]) -> Vec<String> {
+    let name = |event: &Event| match event {
+        Event::Apply(object) => Some(object.reference().to_string()),
+        _ => None,
+    };
+    events.iter().filter_map(name).collect()
+}
+
+fn place(notice: &Notice) -> (PathBuf, Option<(u64, u64)>) {
+    match &notice.subject {
+        Subject::File { path, position } => (path.clone(), *position),
+        other => panic!("not about a file: {other}"),
+    }
+}
+
+#[test]
+fn a_kubectl_dump_is_read_whole() {
+    let dump = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/kubectl-get-all.yaml");
+    let events = load(&[&dump]);
+    assert_eq!(
+        applied(&events),
+        [
+            "Service default/kubernetes",
+            "Service lab/svc-00000",
+            "Service lab/svc-00001",
+            "Service lab/svc-00002",
+            "Service shop/db",
+            "Service shop/ext",
+            "Service shop/web",
+            "EndpointSlice default/kubernetes",
+            "EndpointSlice lab/svc-00000-v4-0",
+            "EndpointSlice lab/svc-00001-v4-0",
+            "EndpointSlice lab/svc-00002-v4-0",
+            "EndpointSlice shop/web-abc12",
+            "Node node-1",
+            "ServiceCIDR kubernetes"
+        ]
+    );
+    let notices = notices(&events);
+    assert_eq!(notices.len(), 1, "{notices:?}");
+    assert_eq!(notices[0].reason, Reason::UnknownKind);
+    assert!(
+        notices[0]
+            .message
+            .starts_with("skipped 6 Namespace, 1 NetworkPolicy, 1 Pod:"),
+        "{notices:?}"
+    );
+    for kind in Kind::ALL {
+        let started = events
+            .iter()
+            .position(|event| matches!(event, Event::ListStarted(k) if *k == kind));
+        let complete = events
+            .iter()
+            .position(|event| matches!(event, Event::ListComplete(k) if *k == kind));
+        assert!(started.is_some() && started < complete, "{kind}");
+    }
+}
+
+#[test]
+fn json_and_typed_lists_give_the_same_facts() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (yaml, json) = (dir.path().join("a.yaml"), dir.path().join("a.json"));
+    fs::write(
+        &yaml,
+        "kind: ServiceList\napiVersion: v1\nitems:\n- metadata: {name: a, namespace: shop}\n  spec: {clusterIP: 10.0.0.1, ports: [{port: 80}]}\n\
+         ---\napiVersion: v1\nitems:\n- apiVersion: v1\n  kind: List\n  items:\n  - {apiVersion: v1, kind: Service, metadata: {name: b}, spec: {clusterIP: 10.0.0.2}}\nkind: List\n",
+    )
+    .expect("written");
+    fs::write(
+        &json,
+        r#"{"kind": "ServiceList", "apiVersion": "v1", "items": [{"metadata": {"name": "a", "namespace": "shop"}, "spec": {"clusterIP": "10.0.0.1", "ports": [{"port": 80}]}}]}
+           {"kind": "List", "apiVersion": "v1", "items": [{"kind": "List", "apiVersion": "v1", "items": [
+             {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "b"}, "spec": {"clusterIP": "10.0.0.2"}}]}]}"#,
+    )
+    .expect("written");
+    let (from_yaml, from_json) = (load(&[&yaml]), load(&[&json]));
+    assert_eq!(applied(&from_yaml), ["Service default/b", "Service shop/a"]);
+    assert!(notices(&from_yaml).is_empty() && notices(&from_json).is_empty());
+    let objects = |events: Vec<Event>| {
+        let object = |event| match event {
+            Event::Apply(object) => Some(object),
+            _ => None,
+        };
+        events
+            .into_iter()
+            .filter_map(object)
+            .collect::<Vec<Object>>()
+    };
+    assert_eq!(objects(from_yaml), objects(from_json));
+}
+
+#[test]
+fn faults_are_told_with_file_line_and_column() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("faults.yaml");
+    let text = format!(
+        "{}---\napiVersion: v1\nitems:\n- apiVersion: v1\n  kind: Service\n  metadata: {{name: bad, namespace: shop}}\n  spec:\n    ports: eighty\n\
+         - apiVersion: v1\n  kind: Service\n  metadata: {{name: inside, namespace: shop}}\n  spec: {{clusterIP: 10.0.0.300}}\nkind: List\n\
+         ---\nkind: Service\n---\napiVersion: discovery.k8s.io/v1beta1\nkind: EndpointSlice\nmetadata: {{name: old}}\n\
+         ---\napiVersion: v1\nkind: Service\n  name: broken\n---\n{}",
+        service("first", "10.0.0.1"),
+        service("last", "10.0.0.9")
+    );
+    fs::write(&path, &text).expect("written");
+    let line_of = |needle: &str| {
+        let line = text.lines().position(|line| line.contains(needle));
+        line.expect("in the text") as u64 + 1
+    };
+    let events = load(&[&path]);
+    assert_eq!(
+        applied(&events),
+        [
+            "Service shop/first",
+            "Service shop/inside",
+            "Service shop/last"
+        ]
+    );
+    let told: Vec<_> = notices(&events)
+        .into_iter()
+        .map(|notice| (notice.reason, place(notice), notice.message.clone()))
+        .collect();
+    let expected = [
+        (
+            Reason::InvalidObject,
+            line_of("eighty"),
+            "Service shop/bad: spec.ports: invalid type: string \"eighty\"",
+        ),
+        (
+            Reason::InvalidField,
+            line_of("name: inside") - 2,
+            "Service shop/inside: spec.clusterIP \"10.0.0.300\" is not an IP address",
+        ),
+        (
+            Reason::InvalidObject,
+            line_of("v1beta1") - 2,
+            "apiVersion or kind is missing",
+        ),
+        (
+            Reason::InvalidObject,
+            line_of("v1beta1"),
+            "EndpointSlice old: apiVersion \"discovery.k8s.io/v1beta1\" is not understood; write discovery.k8s.io/v1",
+        ),
+        (
+            Reason::InvalidFile,
+            line_of("name: broken"),
+            "the file cannot be parsed here",
+        ),
+    ];
+    assert_eq!(told.len(), expected.len(), "{told:#?}");
+    for ((reason, (file, at), message), (wanted, line, text)) in told.iter().zip(expected) {
+        assert_eq!((*reason, file), (wanted, &path), "{message}");
+        assert_eq!(at.map(|(line, _)| line), Some(line), "{message}");
+        assert!(message.contains(text), "{message}");
+    }
+}
+
+#[test]
+fn faults_in_json_have_absolute_places() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("faults.json");
+    fs::write(
+        &path,
+        "{\"apiVersion\": \"v1\", \"kind\": \"List\", \"items\": [\n  {\"apiVersion\": \"v1\", \"kind\": \"Service\",\n   \"metadata\": {\"name\": \"bad\"}, \"spec\": {\"ports\": 7}},\n\
+         {\"apiVersion\": \"v1\", \"kind\": \"Service\", \"metadata\": {\"name\": \"good\"}, \"spec\": {\"clusterIP\": \"10.0.0.1\"}}]}\n{]\n",
+    )
+    .expect("written");
+    let events = load(&[&path]);
+    assert_eq!(applied(&events), ["Service default/good"]);
+    assert!(
+        notices(&events)[0]
+            .message
+            .contains("integer `7`, expected a sequence; the object"),
+        "{events:?}"
+    );
+    let places: Vec<_> = notices(&events)
+        .into_iter()
+        .map(|notice| (notice.reason, place(notice).1))
+        .collect();
+    assert_eq!(
+        places,
+        [
+            (Reason::InvalidObject, Some((3, 51))),
+            (Reason::InvalidFile, Some((5, 2)))
+        ],
+        "{events:?}"
+    );
+}
+
+#[test]
+fn the_first_path_wins_an_object_in_two_files() {
+    let dir = tempfile::tempdir().expect("a directory");
+    fs::write(dir.path().join("b.yaml"), service("web", "10.0.0.2")).expect("written");
+    fs::write(dir.path().join("a.yaml"), service("web", "10.0.0.1")).expect("written");
+    let events = load(&[dir.path()]);
+    let ips: Vec<_> = events
+        .iter()
+        .filter_map(|event| match event {
+            Event::Apply(Object::Service(service)) => {
+                service.cluster_ips.first().map(ToString::to_string)
+            }
+            _ => None,
+        })
+        .collect();
+    assert_eq!(ips, ["10.0.0.1"]);
+    let notices = notices(&events);
+    assert_eq!(notices.len(), 1, "{notices:?}");
+    assert_eq!(place(notices[0]).0, dir.path().join("b.yaml"));
+}
+
+#[test]
+fn only_the_own_node_counts() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("nodes.yaml");
+    fs::write(&path, "apiVersion: v1\nkind: Node\nmetadata: {name: node-1}\n---\napiVersion: v1\nkind: Node\nmetadata: {name: node-2}\n").expect("written");
+    let events = load(&[&path]);
+    assert_eq!(applied(&events), ["Node node-1"]);
+    assert!(notices(&events).is_empty());
+}
+
+#[test]
+fn a_path_that_does_not_exist_is_an_error_that_names_it() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let missing = dir.path().join("missing.yaml");
+    let error = Manifests::new(vec![missing.clone()], "node-1".to_owned())
+        .load()
+        .expect_err("missing");
+    let Error::Path { path, .. } = &error else {
+        panic!("{error}");
+    };
+    assert_eq!(path, &missing);
+    let text = error.to_string();
+    assert!(
+        text.contains("missing.yaml") && text.contains("name an existing file"),
+        "{text}"
+    );
+}
+
+/// Follows a path and collects what comes.
+struct Following {
+    events: mpsc::Receiver<Delivery>,
+    stop: watch::Sender<bool>,
+    task: tokio::task::JoinHandle<Result<(), Error>>,
+}
+
+impl Following {
+    fn start(path: &Path) -> Self {
+        let mut manifests = Manifests::new(vec![path.to_owned()], "node-1".to_owned());
+        manifests.load().expect("the path exists");
+        let (sender, events) = mpsc::channel(64);
+        let (stop, stopped) = watch::channel(false);
+        let task = tokio::spawn(manifests.follow(sender, stopped));
+        Self { events, stop, task }
+    }
+
+    /// Everything up to and including the first event that `last` accepts, in words.
+    async fn until(&mut self, last: &str) -> Vec<String> {
+        let mut seen = Vec::new();
+        let wait = async {
+            while let Some(delivery) = self.events.recv().await {
+                seen.push(match delivery.event {
+                    Event::Apply(object) => format!("apply {}", object.reference()),
+                    Event::Delete(name) => format!("delete {name}"),
+                    Event::Notice(notice) => {
+                        format!("notice {}: {}", notice.subject, notice.message)
+                    }
+                    other => format!("{other:?}"),
+                });
+                if seen.last().is_some_and(|event| event.contains(last)) {
+                    return true;
+                }
+            }
+            false
+        };
+        let found = tokio::time::timeout(Duration::from_secs(30), wait).await;
+        assert_eq!(found, Ok(true), "{last:?} never came; seen: {seen:#?}");
+        seen
+    }
+
+    async fn finish(self) {
+        self.stop.send(true).expect("the source is running");
+        self.task.await.expect("no panic").expect("no fault");
+    }
+}
+
+#[tokio::test]
+async fn a_change_sends_only_what_differs() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("services.yaml");
+    let two = |second: &str| format!("{}---\n{}", service("a", "10.0.0.1"), service("b", second));
+    fs::write(&path, two("10.0.0.2")).expect("written");
+    let mut following = Following::start(&path);
+    fs::write(&path, two("10.0.0.3")).expect("written");
+    assert_eq!(following.until("shop/b").await, ["apply Service shop/b"]);
+    fs::write(&path, service("b", "10.0.0.3")).expect("written");
+    assert_eq!(following.until("shop/a").await, ["delete Service shop/a"]);
+    following.finish().await;
+}
+
+#[tokio::test]
+async fn rename_into_place_unlink_and_new_directories_are_noticed() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let root = dir.path();
+    fs::write(root.join("a.yaml"), service("a", "10.0.0.1")).expect("written");
+    let mut following = Following::start(root);
+    fs::write(root.join(".a.yaml.tmp"), service("a", "10.0.0.9")).expect("written");
+    fs::rename(root.join(".a.yaml.tmp"), root.join("a.yaml")).expect("renamed");
+    assert_eq!(following.until("shop/a").await, ["apply Service shop/a"]);
+    fs::create_dir_all(root.join("new/deeper")).expect("directories");
+    fs::write(root.join("new/deeper/b.yaml"), service("b", "10.0.0.2")).expect("written");
+    assert_eq!(following.until("shop/b").await, ["apply Service shop/b"]);
+    fs::remove_file(root.join("a.yaml")).expect("removed");
+    assert_eq!(following.until("shop/a").await, ["delete Service shop/a"]);
+    fs::remove_dir_all(root.join("new")).expect("removed");
+    assert_eq!(following.until("shop/b").await, ["delete Service shop/b"]);
+    // The directory comes back, with a new inode of the same name.
+    fs::create_dir_all(root.join("new/deeper")).expect("directories");
+    fs::write(root.join("new/deeper/c.yaml"), service("c", "10.0.0.3")).expect("written");
+    assert_eq!(following.until("shop/c").await, ["apply Service shop/c"]);
+    fs::write(root.join("new/deeper/d.yaml"), service("d", "10.0.0.4")).expect("written");
+    assert_eq!(following.until("shop/d").await, ["apply Service shop/d"]);
+    following.finish().await;
+}
+
+#[tokio::test]
+async fn a_file_being_rewritten_never_loses_its_objects() {
+    use std::io::Write;
+    let dir = tempfile::tempdir().expect("a directory");
+    let root = dir.path();
+    let path = root.join("a.yaml");
+    fs::write(&path, service("a", "10.0.0.1")).expect("written");
+    let mut following = Following::start(root);
+
+    // An editor truncates, writes in pieces, and meanwhile something else happens nearby.
+    let mut open = fs::File::create(&path).expect("truncated");
+    fs::write(root.join("other.yaml"), service("other", "10.0.0.5")).expect("written");
+    assert_eq!(
+        following.until("shop/other").await,
+        ["apply Service shop/other"]
+    );
+    let text = service("a", "10.0.0.2");
+    let (head, tail) = text.split_at(40);
+    open.write_all(head.as_bytes()).expect("written");
+    open.flush().expect("flushed");
+    fs::rename(root.join("other.yaml"), root.join("renamed.yaml")).expect("renamed");
+    fs::write(root.join("third.yaml"), service("third", "10.0.0.6")).expect("written");
+    assert_eq!(
+        following
+            .until("shop/third")
+            .await
+            .last()
+            .map(String::as_str),
+        Some("apply Service shop/third")
+    );
+    open.write_all(tail.as_bytes()).expect("written");
+    drop(open);
+    let seen = following.until("apply Service shop/a").await;
+    assert!(
+        !seen
+            .iter()
+            .any(|event| event.contains("delete Service shop/a")),
+        "{seen:?}"
+    );
+
+    // Left empty, it is told and what was known stays.
+    fs::write(&path, "").expect("emptied");
+    let seen = following.until("the file is empty").await;
+    assert!(
+        !seen.iter().any(|event| event.starts_with("delete")),
+        "{seen:?}"
+    );
+    // A comment is a content: nothing is wanted here.
+    fs::write(&path, "# none\n").expect("written");
+    assert_eq!(following.until("shop/a").await, ["delete Service shop/a"]);
+    following.finish().await;
+}
+
+#[tokio::test]
+async fn an_editor_that_keeps_a_backup_makes_no_gap() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let root = dir.path();
+    let path = root.join("a.yaml");
+    fs::write(&path, service("a", "10.0.0.1")).expect("written");
+    let mut following = Following::start(&path);
+    fs::rename(&path, root.join("a.yaml~")).expect("renamed");
+    fs::write(&path, service("a", "10.0.0.2")).expect("written");
+    assert_eq!(following.until("shop/a").await, ["apply Service shop/a"]);
+    following.finish().await;
+}
+
+#[tokio::test]
+async fn what_is_at_fault_keeps_its_last_good_state() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("a.yaml");
+    let good = |name: &str| service(name, "10.0.0.1");
+    fs::write(&path, format!("{}---\n{}", good("a"), good("b"))).expect("written");
+    let mut following = Following::start(dir.path());
+
+    // One object is bad; it stays as it was, the other one changes.
+    let bad = good("a").replace("- port: 80", "  port: 80");
+    fs::write(&path, format!("{bad}---\n{}", service("b", "10.0.0.2"))).expect("written");
+    let seen = following.until("shop/b").await;
+    assert_eq!(seen.len(), 2, "{seen:?}");
+    assert!(
+        seen[0].contains("a.yaml:9:5: Service shop/a: spec.ports"),
+        "{seen:?}"
+    );
+    assert_eq!(seen[1], "apply Service shop/b");
+
+    // The document cannot be parsed, so that it is not known which object it was.
+    fs::write(
+        &path,
+        format!("apiVersion: v1\nkind: [\n---\n{}", service("b", "10.0.0.3")),
+    )
+    .expect("written");
+    let seen = following.until("shop/b").await;
+    assert_eq!(seen.len(), 2, "{seen:?}");
+    assert!(
+        seen[0].contains("the file cannot be parsed here"),
+        "{seen:?}"
+    );
+
+    // Saved again as it is: the same complaint is not repeated. Mended: what is gone goes.
+    fs::write(
+        &path,
+        format!("apiVersion: v1\nkind: [\n---\n{}", service("b", "10.0.0.4")),
+    )
+    .expect("written");
+    assert_eq!(following.until("shop/b").await, ["apply Service shop/b"]);
+    fs::write(&path, service("b", "10.0.0.4")).expect("written");
+    assert_eq!(following.until("shop/a").await, ["delete Service shop/a"]);
+    following.finish().await;
+}
+
+#[tokio::test]
+async fn a_mounted_config_map_is_swapped_at_once() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let root = dir.path();
+    let version = |name: &str, ip: &str| {
+        fs::create_dir(root.join(name)).expect("a directory");
+        fs::write(root.join(name).join("a.yaml"), service("a", ip)).expect("written");
+    };
+    version("..v1", "10.0.0.1");
+    symlink("..v1", root.join("..data")).expect("a link");
+    symlink("..data/a.yaml", root.join("a.yaml")).expect("a link");
+    let mut following = Following::start(root);
+    version("..v2", "10.0.0.2");
+    symlink("..v2", root.join("..data_tmp")).expect("a link");
+    fs::rename(root.join("..data_tmp"), root.join("..data")).expect("renamed");
+    fs::remove_dir_all(root.join("..v1")).expect("removed");
+    assert_eq!(following.until("shop/a").await, ["apply Service shop/a"]);
+    following.finish().await;
+}
+
+#[tokio::test]
+async fn the_second_file_speaks_when_the_first_is_gone() {
+    let dir = tempfile::tempdir().expect("a directory");
+    fs::write(dir.path().join("a.yaml"), service("web", "10.0.0.1")).expect("written");
+    fs::write(dir.path().join("b.yaml"), service("web", "10.0.0.2")).expect("written");
+    let mut following = Following::start(dir.path());
+    fs::remove_file(dir.path().join("a.yaml")).expect("removed");
+    assert_eq!(
+        following.until("shop/web").await,
+        ["apply Service shop/web"]
+    );
+    fs::remove_file(dir.path().join("b.yaml")).expect("removed");
+    assert_eq!(
+        following.until("shop/web").await,
+        ["delete Service shop/web"]
+    );
+    following.finish().await;
+}
