@@ -7,17 +7,16 @@
 //! knows the names it has delivered, and sends what the new list lacks as deletions. An object
 //! of that list that cannot be decoded is thus not taken for a deleted one.
 
-use std::borrow::Cow;
 use std::collections::HashSet;
 use std::pin::pin;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use serde::Deserialize;
 use serde_json::value::RawValue;
 use tokio::time::Instant as Deadline;
 
 use super::fault::{Fault, Faults, Status};
+use super::frames::{Marker, Page, WatchLine, json};
 use super::request::Requester;
 use super::stats::SourceStats;
 use super::timing::{Backoff, Timing};
@@ -53,46 +52,6 @@ pub(super) struct Reflector {
     complete: bool,
     /// Whether the list was read to its end, though its node is still missing.
     waiting_for_node: bool,
-}
-
-/// One line of a watch.
-#[derive(Deserialize)]
-struct WatchLine<'a> {
-    #[serde(rename = "type", borrow)]
-    type_: Cow<'a, str>,
-    #[serde(borrow)]
-    object: &'a RawValue,
-}
-
-/// The object of a bookmark, and the `metadata` of a list.
-#[derive(Default, Deserialize)]
-#[serde(default)]
-struct Marker {
-    metadata: MarkerMeta,
-}
-
-#[derive(Default, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
-struct MarkerMeta {
-    resource_version: Option<String>,
-    #[serde(rename = "continue")]
-    token: Option<String>,
-    annotations: Option<MarkerAnnotations>,
-}
-
-#[derive(Default, Deserialize)]
-#[serde(default)]
-struct MarkerAnnotations {
-    #[serde(rename = "k8s.io/initial-events-end")]
-    list_end: Option<String>,
-}
-
-#[derive(Default, Deserialize)]
-#[serde(default)]
-struct Page<'a> {
-    metadata: MarkerMeta,
-    #[serde(borrow)]
-    items: Option<Vec<&'a RawValue>>,
 }
 
 impl Reflector {
@@ -147,11 +106,7 @@ impl Reflector {
     }
 
     /// Draws the conclusions from the end of a session; returns how long to pause.
-    async fn after(
-        &mut self,
-        fault: &Fault,
-        backoff: &mut Backoff,
-    ) -> Result<std::time::Duration, Fault> {
+    async fn after(&mut self, fault: &Fault, backoff: &mut Backoff) -> Result<Duration, Fault> {
         let kind = self.kind();
         tracing::debug!(%kind, ?fault, "a session with the API server ended");
         let unfinished = self.listing.take().is_some();
@@ -162,7 +117,7 @@ impl Reflector {
                 if self.broken_streams >= MOST_BROKEN_STREAMS {
                     tracing::info!(%kind, "the API server does not finish streamed lists; reading lists in pages");
                     self.streaming = false;
-                    return Ok(std::time::Duration::ZERO);
+                    return Ok(Duration::ZERO);
                 }
             }
             Fault::Gone => {
@@ -172,7 +127,7 @@ impl Reflector {
             Fault::NoStreaming if self.streaming && self.version.is_none() => {
                 tracing::debug!(%kind, "the API server does not stream lists; reading them in pages");
                 self.streaming = false;
-                return Ok(std::time::Duration::ZERO);
+                return Ok(Duration::ZERO);
             }
             // The version is not understood by what may be another server at the old address.
             Fault::NoStreaming => self.version = None,
@@ -200,10 +155,9 @@ impl Reflector {
         }
         let pause = backoff.next(&self.timing);
         Ok(match fault {
-            Fault::Busy { retry_after, .. } => pause.max(
-                std::time::Duration::from_secs((*retry_after).into())
-                    .min(self.timing.longest_pause),
-            ),
+            Fault::Busy { retry_after, .. } => {
+                pause.max(Duration::from_secs((*retry_after).into()).min(self.timing.longest_pause))
+            }
             _ => pause,
         })
     }
@@ -328,6 +282,11 @@ impl Reflector {
             let page: Page<'_> = serde_json::from_slice(&bytes).map_err(|error| {
                 Fault::Unreachable(format!("the answer is not a list of objects: {error}"))
             })?;
+            // An empty list takes everything away; something else must not pass for one.
+            if page.metadata.resource_version.is_none() {
+                let cause = "the answer is not a list of objects: it has no resourceVersion";
+                return Err(Fault::Unreachable(cause.to_owned()));
+            }
             self.healthy();
             if token.is_none() {
                 self.begin_list().await?;
@@ -519,8 +478,4 @@ impl Reflector {
         self.send(Instant::now(), Event::Notice(notice)).await?;
         self.complete_without().await
     }
-}
-
-fn json(raw: &RawValue) -> serde_json::Deserializer<serde_json::de::StrRead<'_>> {
-    serde_json::Deserializer::from_str(raw.get())
 }
