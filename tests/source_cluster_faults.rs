@@ -333,3 +333,37 @@ async fn a_kubeconfig_that_cannot_be_used_is_named() {
         "{text}"
     );
 }
+
+#[tokio::test]
+async fn a_bad_field_is_told_once_and_again_only_when_it_differs() {
+    let api = FakeApi::start().await;
+    api.put(NODES, node("node-1", "zone-a"));
+    let bad = |external: &str, port: u16| {
+        let mut service = service("a", "10.0.0.1");
+        service["spec"]["externalIPs"] = json!([external]);
+        service["spec"]["ports"][0]["port"] = json!(port);
+        service
+    };
+    api.put(SERVICES, bad("first", 80));
+    let mut consumer = Consumer::start(&api, hasty()).await;
+    consumer.ready().await;
+    for port in 81..85 {
+        api.put(SERVICES, bad("first", port));
+    }
+    api.put(SERVICES, bad("second", 90));
+    consumer
+        .until("the second fault", |it| {
+            it.notices
+                .iter()
+                .any(|notice| notice.message.contains("second"))
+        })
+        .await;
+    assert_eq!(consumer.notices.len(), 2, "{:?}", consumer.notices);
+    assert!(
+        consumer
+            .notices
+            .iter()
+            .all(|notice| notice.reason == Reason::InvalidField)
+    );
+    consumer.finish().await;
+}

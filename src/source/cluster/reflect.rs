@@ -7,7 +7,7 @@
 //! knows the names it has delivered, and sends what the new list lacks as deletions. An object
 //! of that list that cannot be decoded is thus not taken for a deleted one.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -46,6 +46,10 @@ pub(super) struct Reflector {
     known: HashSet<ObjectName>,
     /// While a list is being read, the names that came up in it.
     listing: Option<HashSet<ObjectName>>,
+    /// What was said about objects at fault, so that it is not repeated with their every change.
+    told: HashMap<ObjectName, Vec<Notice>>,
+    /// Whether a fault of the server was noted that has not ended.
+    faulty: bool,
     /// Whether `ListStarted` was sent.
     started: bool,
     /// Whether `ListComplete` was sent.
@@ -76,6 +80,8 @@ impl Reflector {
             version: None,
             known: HashSet::new(),
             listing: None,
+            told: HashMap::new(),
+            faulty: false,
             started: false,
             complete: false,
             waiting_for_node: false,
@@ -94,6 +100,7 @@ impl Reflector {
             let Err(fault) = self.session().await;
             if began.elapsed() >= self.timing.stable {
                 backoff.reset();
+                self.healthy();
             }
             let pause = match self.after(&fault, &mut backoff).await {
                 Ok(pause) => pause,
@@ -148,6 +155,7 @@ impl Reflector {
         }
         let told = fault.is_certain() || backoff.attempts() > 0;
         if told && let Some((sort, message)) = fault.describe(&self.requester.selection) {
+            self.faulty = true;
             let news = self.faults.begin(kind, sort, message);
             if let Some(notice) = news {
                 self.send(Instant::now(), Event::Notice(notice)).await?;
@@ -176,7 +184,6 @@ impl Reflector {
                 .await??
         };
         stats.count_watch();
-        self.healthy();
         if self.version.is_none() {
             self.begin_list().await?;
         }
@@ -210,6 +217,9 @@ impl Reflector {
                 )));
             }
         };
+        if parsed.type_ != "ERROR" {
+            self.healthy();
+        }
         match &*parsed.type_ {
             "ADDED" | "MODIFIED" => {
                 let version = self.object(parsed.object, at).await?;
@@ -370,9 +380,7 @@ impl Reflector {
                 return Ok(version.flatten());
             }
         };
-        for notice in decoded.notices {
-            self.send(at, Event::Notice(notice)).await?;
-        }
+        self.tell(&decoded.name, decoded.notices, at).await?;
         match decoded.object {
             Some(object) => {
                 if let Some(listed) = &mut self.listing {
@@ -396,6 +404,7 @@ impl Reflector {
     }
 
     async fn delete(&mut self, name: ObjectName, at: Instant) -> Result<(), Fault> {
+        self.told.remove(&name);
         if !self.known.remove(&name) {
             return Ok(());
         }
@@ -411,9 +420,9 @@ impl Reflector {
     ) -> Result<(), Fault> {
         let kind = self.kind();
         self.stats.kind(kind).count_undecodable();
-        let (subject, who) = match name {
+        let (subject, who) = match &name {
             Some(name) => {
-                let object = ObjectRef::new(kind, name);
+                let object = ObjectRef::new(kind, name.clone());
                 (Subject::Object(object.clone()), object.to_string())
             }
             None => (
@@ -429,12 +438,37 @@ impl Reflector {
             reason: Reason::InvalidObject,
             message,
         };
-        self.send(at, Event::Notice(notice)).await
+        match name {
+            Some(name) => self.tell(&name, vec![notice], at).await,
+            None => self.send(at, Event::Notice(notice)).await,
+        }
     }
 
-    /// The server has answered as it should.
-    fn healthy(&self) {
-        if self.faults.end(self.kind()) {
+    /// Sends what is wrong with an object, unless that was said before.
+    async fn tell(
+        &mut self,
+        name: &ObjectName,
+        notices: Vec<Notice>,
+        at: Instant,
+    ) -> Result<(), Fault> {
+        if notices.is_empty() {
+            self.told.remove(name);
+            return Ok(());
+        }
+        if self.told.get(name) == Some(&notices) {
+            return Ok(());
+        }
+        self.told.insert(name.clone(), notices.clone());
+        for notice in notices {
+            self.send(at, Event::Notice(notice)).await?;
+        }
+        Ok(())
+    }
+
+    /// The server does what it should. An open connection alone does not show that: a fault can
+    /// come as the first event on it.
+    fn healthy(&mut self) {
+        if std::mem::take(&mut self.faulty) && self.faults.end(self.kind()) {
             tracing::info!(
                 server = self.faults.server(),
                 "the API server answers again"
