@@ -19,6 +19,8 @@
 #![warn(missing_docs)]
 
 pub mod compile;
+
+pub mod metrics;
 pub mod model;
 pub mod netlink;
 pub mod ruleset;

@@ -1,0 +1,647 @@
+//! What nftlet tells Prometheus about its work.
+//!
+//! Whatever kube-proxy measures as well has kube-proxy's name, labels and buckets, so that its
+//! dashboards and alerts keep working; the rest is called `nftlet_*`. kube-proxy runs one proxy
+//! per IP family and labels most values with it. nftlet has both families in one transaction,
+//! so such a value is given for both of them.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use prometheus::{
+    Error, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec,
+    IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+};
+
+use self::process::Process;
+
+mod process;
+
+/// The values of the label `ip_family`, spelled as in the Kubernetes API.
+const FAMILIES: [&str; 2] = ["IPv4", "IPv6"];
+
+/// All metrics, in a registry of their own.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    process: Process,
+    transactions: IntCounter,
+    transaction_messages: IntCounter,
+    transaction_elements: IntCounter,
+    transaction_bytes: IntCounter,
+    transaction_duration: Histogram,
+    sync_duration: PerFamily<Histogram>,
+    full_sync_duration: PerFamily<Histogram>,
+    partial_sync_duration: PerFamily<Histogram>,
+    last_sync: PerFamily<Gauge>,
+    last_queued: PerFamily<Gauge>,
+    programming_latency: Histogram,
+    network_programming: PerFamily<Histogram>,
+    service_changes: IntCounter,
+    endpoint_changes: IntCounter,
+    service_changes_pending: IntGauge,
+    endpoint_changes_pending: IntGauge,
+    sync_failures: PerFamily<IntCounter>,
+    netlink_errors: IntCounter,
+    objects: IntGaugeVec,
+    refused: IntGauge,
+    notices: IntCounterVec,
+    healed: IntCounter,
+    chains: IntGauge,
+    watch_lists: IntCounterVec,
+    watch_restarts: IntCounterVec,
+    watch_events: IntCounterVec,
+    healthz: IntCounterVec,
+    livez: IntCounterVec,
+}
+
+impl Metrics {
+    /// Creates and registers all metrics. It fails only where two of them have the same name.
+    pub fn new() -> Result<Self, Error> {
+        let registry = Registry::new();
+        let new = Registrar(&registry);
+        new.int_gauge_vec(
+            "nftlet_build_info",
+            "Always 1; the label tells the running version of nftlet",
+            &["version"],
+        )?
+        .with_label_values(&[env!("CARGO_PKG_VERSION")])
+        .set(1);
+        Ok(Self {
+            process: Process::register(&registry)?,
+            transactions: new.counter(
+                "nftlet_transactions_total",
+                "Transactions that the kernel accepted",
+            )?,
+            transaction_messages: new.counter(
+                "nftlet_transaction_messages_total",
+                "Netlink messages inside the accepted transactions",
+            )?,
+            transaction_elements: new.counter(
+                "nftlet_transaction_elements_total",
+                "Set and map elements added or deleted by the accepted transactions",
+            )?,
+            transaction_bytes: new.counter(
+                "nftlet_transaction_bytes_total",
+                "Size of the accepted transactions in bytes",
+            )?,
+            transaction_duration: new.histogram(
+                "nftlet_transaction_duration_seconds",
+                "Time from sending a transaction to the kernel's answer",
+                doubling(0.000_05, 20),
+            )?,
+            sync_duration: new.histogram_per_family(
+                "kubeproxy_sync_proxy_rules_duration_seconds",
+                "SyncProxyRules latency in seconds",
+                sync_buckets(),
+            )?,
+            full_sync_duration: new.histogram_per_family(
+                "kubeproxy_sync_full_proxy_rules_duration_seconds",
+                "SyncProxyRules latency in seconds for full resyncs",
+                sync_buckets(),
+            )?,
+            partial_sync_duration: new.histogram_per_family(
+                "kubeproxy_sync_partial_proxy_rules_duration_seconds",
+                "SyncProxyRules latency in seconds for partial resyncs",
+                sync_buckets(),
+            )?,
+            last_sync: new.gauge_per_family(
+                "kubeproxy_sync_proxy_rules_last_timestamp_seconds",
+                "The last time proxy rules were successfully synced",
+            )?,
+            last_queued: new.gauge_per_family(
+                "kubeproxy_sync_proxy_rules_last_queued_timestamp_seconds",
+                "The last time a sync of proxy rules was queued",
+            )?,
+            programming_latency: new.histogram(
+                "nftlet_programming_latency_seconds",
+                "Time from receiving a change to the kernel's confirmation of its rules",
+                doubling(0.000_05, 20),
+            )?,
+            network_programming: new.histogram_per_family(
+                "kubeproxy_network_programming_duration_seconds",
+                "In Cluster Network Programming Latency in seconds",
+                network_programming_buckets(),
+            )?,
+            service_changes: new.counter(
+                "kubeproxy_sync_proxy_rules_service_changes_total",
+                "Cumulative proxy rules Service changes",
+            )?,
+            endpoint_changes: new.counter(
+                "kubeproxy_sync_proxy_rules_endpoint_changes_total",
+                "Cumulative proxy rules Endpoint changes",
+            )?,
+            service_changes_pending: new.int_gauge(
+                "kubeproxy_sync_proxy_rules_service_changes_pending",
+                "Pending proxy rules Service changes",
+            )?,
+            endpoint_changes_pending: new.int_gauge(
+                "kubeproxy_sync_proxy_rules_endpoint_changes_pending",
+                "Pending proxy rules Endpoint changes",
+            )?,
+            sync_failures: new.counter_per_family(
+                "kubeproxy_sync_proxy_rules_nftables_sync_failures_total",
+                "Cumulative proxy nftables sync failures",
+            )?,
+            netlink_errors: new.counter(
+                "nftlet_netlink_errors_total",
+                "Transactions that failed in the kernel or on the way to it",
+            )?,
+            objects: new.int_gauge_vec(
+                "nftlet_objects",
+                "Kubernetes objects known to nftlet",
+                &["kind"],
+            )?,
+            refused: new.int_gauge(
+                "nftlet_refused_services",
+                "Services whose rules the kernel refuses, so that they are left out",
+            )?,
+            notices: new.counter_vec(
+                "nftlet_notices_total",
+                "Faults found in objects; the log names the objects",
+                &["reason"],
+            )?,
+            healed: new.counter(
+                "nftlet_foreign_changes_healed_total",
+                "Operations that undid what others had changed in nftlet's rules",
+            )?,
+            chains: new.int_gauge(
+                "nftlet_shared_chains",
+                "Chains shared by services with the same number of endpoints",
+            )?,
+            watch_lists: new.counter_vec(
+                "nftlet_watch_lists_total",
+                "Complete lists read from the API server",
+                &["kind"],
+            )?,
+            watch_restarts: new.counter_vec(
+                "nftlet_watch_restarts_total",
+                "Watches that ended with an error and were started again",
+                &["kind"],
+            )?,
+            watch_events: new.counter_vec(
+                "nftlet_watch_events_total",
+                "Events received from the API server",
+                &["kind"],
+            )?,
+            healthz: new.counter_vec(
+                "kubeproxy_proxy_healthz_total",
+                "Cumulative proxy healthz HTTP status",
+                &["code"],
+            )?,
+            livez: new.counter_vec(
+                "kubeproxy_proxy_livez_total",
+                "Cumulative proxy livez HTTP status",
+                &["code"],
+            )?,
+            registry,
+        })
+    }
+
+    /// All metrics in Prometheus' text format.
+    pub fn encode(&self) -> String {
+        self.process.refresh();
+        match TextEncoder::new().encode_to_string(&self.registry.gather()) {
+            Ok(text) => text,
+            // A comment of the text format: the scrape succeeds and shows what is wrong.
+            Err(error) => format!("# nftlet cannot write its metrics: {error}\n"),
+        }
+    }
+
+    /// The kernel accepted a transaction.
+    pub fn transaction(&self, took: Duration, messages: usize, elements: usize, bytes: usize) {
+        self.transactions.inc();
+        self.transaction_messages.inc_by(unsigned(messages));
+        self.transaction_elements.inc_by(unsigned(elements));
+        self.transaction_bytes.inc_by(unsigned(bytes));
+        self.transaction_duration.observe(took.as_secs_f64());
+    }
+
+    /// A round of work ended well: the rules in the kernel are those wanted. `full` tells the
+    /// rounds that compared everything from those that looked at changes alone.
+    pub fn sync(&self, full: bool, took: Duration) {
+        let by_kind = if full {
+            &self.full_sync_duration
+        } else {
+            &self.partial_sync_duration
+        };
+        let now = unix_seconds(SystemTime::now());
+        by_kind.each(|histogram| histogram.observe(took.as_secs_f64()));
+        self.sync_duration
+            .each(|histogram| histogram.observe(took.as_secs_f64()));
+        self.last_sync.each(|gauge| gauge.set(now));
+    }
+
+    /// A change waits for the next round of work.
+    pub fn queued(&self) {
+        let now = unix_seconds(SystemTime::now());
+        self.last_queued.each(|gauge| gauge.set(now));
+    }
+
+    /// The kernel confirmed the rules of a change that was received this long ago.
+    pub fn programmed(&self, since_received: Duration) {
+        self.programming_latency
+            .observe(since_received.as_secs_f64());
+    }
+
+    /// The kernel confirmed the rules of a change that the cluster dates this long ago
+    /// (annotation `endpoints.kubernetes.io/last-change-trigger-time`).
+    pub fn network_programming(&self, since_trigger: Duration) {
+        self.network_programming
+            .each(|histogram| histogram.observe(since_trigger.as_secs_f64()));
+    }
+
+    /// So many changes of Services and of their endpoints were received.
+    pub fn changes(&self, services: usize, endpoints: usize) {
+        self.service_changes.inc_by(unsigned(services));
+        self.endpoint_changes.inc_by(unsigned(endpoints));
+    }
+
+    /// So many changes wait to be written to the kernel.
+    pub fn pending(&self, services: usize, endpoints: usize) {
+        self.service_changes_pending.set(signed(services));
+        self.endpoint_changes_pending.set(signed(endpoints));
+    }
+
+    /// A transaction failed.
+    pub fn failure(&self) {
+        self.sync_failures.each(IntCounter::inc);
+        self.netlink_errors.inc();
+    }
+
+    /// So many objects of a kind are known.
+    pub fn objects(&self, kind: &str, count: usize) {
+        self.objects.with_label_values(&[kind]).set(signed(count));
+    }
+
+    /// So many services are left out because the kernel refuses their rules.
+    pub fn refused(&self, count: usize) {
+        self.refused.set(signed(count));
+    }
+
+    /// A fault was found in an object. `reason` names the kind of fault and never the object:
+    /// each new value is another series for Prometheus to keep.
+    pub fn notice(&self, reason: &str) {
+        self.notices.with_label_values(&[reason]).inc();
+    }
+
+    /// Changes that others made to nftlet's rules were undone with so many operations.
+    pub fn healed(&self, operations: usize) {
+        self.healed.inc_by(unsigned(operations));
+    }
+
+    /// So many chains are shared by the services.
+    pub fn chains(&self, count: usize) {
+        self.chains.set(signed(count));
+    }
+
+    /// What the watch of a kind has counted since it began. The totals replace those given
+    /// before; one that fell, which no counter may, is ignored.
+    pub fn watch(&self, kind: &str, lists: u64, restarts: u64, events: u64) {
+        raise(&self.watch_lists.with_label_values(&[kind]), lists);
+        raise(&self.watch_restarts.with_label_values(&[kind]), restarts);
+        raise(&self.watch_events.with_label_values(&[kind]), events);
+    }
+
+    /// `/healthz` was answered with this HTTP status.
+    pub fn healthz(&self, code: u16) {
+        self.healthz.with_label_values(&[&code.to_string()]).inc();
+    }
+
+    /// `/livez` was answered with this HTTP status.
+    pub fn livez(&self, code: u16) {
+        self.livez.with_label_values(&[&code.to_string()]).inc();
+    }
+}
+
+/// The same metric for each IP family. Both exist from the start, so that a rate over them is
+/// known from the first scrape on.
+#[derive(Debug)]
+struct PerFamily<T>([T; 2]);
+
+impl<T> PerFamily<T> {
+    fn each(&self, act: impl Fn(&T)) {
+        self.0.iter().for_each(act);
+    }
+}
+
+/// Creates metrics and adds them to the registry.
+struct Registrar<'a>(&'a Registry);
+
+impl Registrar<'_> {
+    fn add<T: prometheus::core::Collector + Clone + 'static>(&self, metric: T) -> Result<T, Error> {
+        self.0.register(Box::new(metric.clone()))?;
+        Ok(metric)
+    }
+
+    fn counter(&self, name: &str, help: &str) -> Result<IntCounter, Error> {
+        self.add(IntCounter::new(name, help)?)
+    }
+
+    fn counter_vec(&self, name: &str, help: &str, labels: &[&str]) -> Result<IntCounterVec, Error> {
+        self.add(IntCounterVec::new(Opts::new(name, help), labels)?)
+    }
+
+    fn counter_per_family(&self, name: &str, help: &str) -> Result<PerFamily<IntCounter>, Error> {
+        let all = self.counter_vec(name, help, &["ip_family"])?;
+        Ok(PerFamily(FAMILIES.map(|f| all.with_label_values(&[f]))))
+    }
+
+    fn int_gauge(&self, name: &str, help: &str) -> Result<IntGauge, Error> {
+        self.add(IntGauge::new(name, help)?)
+    }
+
+    fn int_gauge_vec(&self, name: &str, help: &str, labels: &[&str]) -> Result<IntGaugeVec, Error> {
+        self.add(IntGaugeVec::new(Opts::new(name, help), labels)?)
+    }
+
+    fn gauge_per_family(&self, name: &str, help: &str) -> Result<PerFamily<Gauge>, Error> {
+        let all = self.add(GaugeVec::new(Opts::new(name, help), &["ip_family"])?)?;
+        Ok(PerFamily(FAMILIES.map(|f| all.with_label_values(&[f]))))
+    }
+
+    fn histogram(&self, name: &str, help: &str, buckets: Vec<f64>) -> Result<Histogram, Error> {
+        let options = HistogramOpts::new(name, help).buckets(buckets);
+        self.add(Histogram::with_opts(options)?)
+    }
+
+    fn histogram_per_family(
+        &self,
+        name: &str,
+        help: &str,
+        buckets: Vec<f64>,
+    ) -> Result<PerFamily<Histogram>, Error> {
+        let options = HistogramOpts::new(name, help).buckets(buckets);
+        let all = self.add(HistogramVec::new(options, &["ip_family"])?)?;
+        Ok(PerFamily(FAMILIES.map(|f| all.with_label_values(&[f]))))
+    }
+}
+
+/// Upper bounds that double from the first one on.
+fn doubling(first: f64, count: usize) -> Vec<f64> {
+    std::iter::successors(Some(first), |bound| Some(bound * 2.0))
+        .take(count)
+        .collect()
+}
+
+/// kube-proxy's bounds, 1 ms to 16 s, with finer ones below: most rounds take less than its first.
+fn sync_buckets() -> Vec<f64> {
+    let mut buckets = vec![0.000_05, 0.000_1, 0.000_25, 0.000_5];
+    buckets.extend(doubling(0.001, 15));
+    buckets
+}
+
+/// kube-proxy's bounds, which follow the service-level objective for network programming: 250 ms
+/// to 5 minutes. Those below tell where in its first one the work of nftlet ends up.
+fn network_programming_buckets() -> Vec<f64> {
+    let mut buckets = vec![0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5];
+    buckets.extend((1..60).map(f64::from));
+    buckets.extend((60..120).step_by(5).map(f64::from));
+    buckets.extend((120..=300).step_by(30).map(f64::from));
+    buckets
+}
+
+/// Lifts a counter to a total counted elsewhere.
+fn raise(counter: &IntCounter, total: u64) {
+    counter.inc_by(total.saturating_sub(counter.get()));
+}
+
+fn unix_seconds(time: SystemTime) -> f64 {
+    time.duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_secs_f64()
+}
+
+fn unsigned(count: usize) -> u64 {
+    u64::try_from(count).unwrap_or(u64::MAX)
+}
+
+fn signed(count: usize) -> i64 {
+    i64::try_from(count).unwrap_or(i64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The value of one series, named as it stands in the exposition.
+    fn value(metrics: &Metrics, series: &str) -> Option<f64> {
+        let text = metrics.encode();
+        let mut lines = text
+            .lines()
+            .filter_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
+        lines.next().map(|value| value.parse().unwrap())
+    }
+
+    #[track_caller]
+    fn expect(metrics: &Metrics, expected: &[(&str, f64)]) {
+        for (series, wanted) in expected {
+            assert_eq!(value(metrics, series), Some(*wanted), "{series}");
+        }
+    }
+
+    #[test]
+    fn a_transaction_counts_its_parts() {
+        let metrics = Metrics::new().unwrap();
+        metrics.transaction(Duration::from_micros(80), 3, 10, 900);
+        metrics.transaction(Duration::from_millis(3), 1, 2, 100);
+        expect(
+            &metrics,
+            &[
+                ("nftlet_transactions_total", 2.0),
+                ("nftlet_transaction_messages_total", 4.0),
+                ("nftlet_transaction_elements_total", 12.0),
+                ("nftlet_transaction_bytes_total", 1000.0),
+                ("nftlet_transaction_duration_seconds_count", 2.0),
+                (
+                    "nftlet_transaction_duration_seconds_bucket{le=\"0.00005\"}",
+                    0.0,
+                ),
+                (
+                    "nftlet_transaction_duration_seconds_bucket{le=\"0.0001\"}",
+                    1.0,
+                ),
+                (
+                    "nftlet_transaction_duration_seconds_bucket{le=\"26.2144\"}",
+                    2.0,
+                ),
+            ],
+        );
+    }
+
+    #[test]
+    fn a_sync_is_counted_for_both_families_and_by_its_kind() {
+        let metrics = Metrics::new().unwrap();
+        let before = unix_seconds(SystemTime::now());
+        metrics.sync(true, Duration::from_millis(30));
+        metrics.sync(false, Duration::from_micros(300));
+        metrics.sync(false, Duration::from_micros(700));
+        metrics.queued();
+        for family in FAMILIES {
+            let count = |name: &str| {
+                let series = format!("kubeproxy_{name}_count{{ip_family=\"{family}\"}}");
+                value(&metrics, &series)
+            };
+            assert_eq!(count("sync_proxy_rules_duration_seconds"), Some(3.0));
+            assert_eq!(count("sync_full_proxy_rules_duration_seconds"), Some(1.0));
+            assert_eq!(
+                count("sync_partial_proxy_rules_duration_seconds"),
+                Some(2.0)
+            );
+            for (bound, wanted) in [("0.0005", 1.0), ("0.001", 2.0), ("16.384", 3.0)] {
+                let series = format!(
+                    "kubeproxy_sync_proxy_rules_duration_seconds_bucket{{ip_family=\"{family}\",le=\"{bound}\"}}"
+                );
+                assert_eq!(value(&metrics, &series), Some(wanted), "{series}");
+            }
+            for which in ["last", "last_queued"] {
+                let series = format!(
+                    "kubeproxy_sync_proxy_rules_{which}_timestamp_seconds{{ip_family=\"{family}\"}}"
+                );
+                let at = value(&metrics, &series).unwrap();
+                assert!(at >= before && at < before + 60.0, "{series} {at}");
+            }
+        }
+    }
+
+    #[test]
+    fn series_that_alerts_rely_on_exist_from_the_start() {
+        let metrics = Metrics::new().unwrap();
+        expect(
+            &metrics,
+            &[
+                (
+                    "kubeproxy_sync_proxy_rules_nftables_sync_failures_total{ip_family=\"IPv6\"}",
+                    0.0,
+                ),
+                (
+                    "kubeproxy_network_programming_duration_seconds_count{ip_family=\"IPv4\"}",
+                    0.0,
+                ),
+                (
+                    concat!(
+                        "nftlet_build_info{version=\"",
+                        env!("CARGO_PKG_VERSION"),
+                        "\"}"
+                    ),
+                    1.0,
+                ),
+            ],
+        );
+    }
+
+    #[test]
+    fn changes_faults_and_objects_show_their_values() {
+        let metrics = Metrics::new().unwrap();
+        metrics.changes(2, 5);
+        metrics.changes(1, 0);
+        metrics.pending(7, 8);
+        metrics.pending(0, 3);
+        metrics.failure();
+        metrics.objects("Service", 12);
+        metrics.objects("EndpointSlice", 30);
+        metrics.objects("Service", 11);
+        metrics.refused(2);
+        metrics.notice("MalformedAddress");
+        metrics.notice("MalformedAddress");
+        metrics.healed(4);
+        metrics.chains(6);
+        metrics.healthz(200);
+        metrics.healthz(503);
+        metrics.livez(200);
+        metrics.programmed(Duration::from_micros(900));
+        metrics.network_programming(Duration::from_millis(700));
+        expect(
+            &metrics,
+            &[
+                ("kubeproxy_sync_proxy_rules_service_changes_total", 3.0),
+                ("kubeproxy_sync_proxy_rules_endpoint_changes_total", 5.0),
+                ("kubeproxy_sync_proxy_rules_service_changes_pending", 0.0),
+                ("kubeproxy_sync_proxy_rules_endpoint_changes_pending", 3.0),
+                (
+                    "kubeproxy_sync_proxy_rules_nftables_sync_failures_total{ip_family=\"IPv4\"}",
+                    1.0,
+                ),
+                (
+                    "kubeproxy_sync_proxy_rules_nftables_sync_failures_total{ip_family=\"IPv6\"}",
+                    1.0,
+                ),
+                ("nftlet_netlink_errors_total", 1.0),
+                ("nftlet_objects{kind=\"Service\"}", 11.0),
+                ("nftlet_objects{kind=\"EndpointSlice\"}", 30.0),
+                ("nftlet_refused_services", 2.0),
+                ("nftlet_notices_total{reason=\"MalformedAddress\"}", 2.0),
+                ("nftlet_foreign_changes_healed_total", 4.0),
+                ("nftlet_shared_chains", 6.0),
+                ("kubeproxy_proxy_healthz_total{code=\"200\"}", 1.0),
+                ("kubeproxy_proxy_healthz_total{code=\"503\"}", 1.0),
+                ("kubeproxy_proxy_livez_total{code=\"200\"}", 1.0),
+                (
+                    "nftlet_programming_latency_seconds_bucket{le=\"0.0008\"}",
+                    0.0,
+                ),
+                (
+                    "nftlet_programming_latency_seconds_bucket{le=\"0.0016\"}",
+                    1.0,
+                ),
+                (
+                    "kubeproxy_network_programming_duration_seconds_bucket{ip_family=\"IPv6\",le=\"0.5\"}",
+                    0.0,
+                ),
+                (
+                    "kubeproxy_network_programming_duration_seconds_bucket{ip_family=\"IPv6\",le=\"1\"}",
+                    1.0,
+                ),
+            ],
+        );
+    }
+
+    #[test]
+    fn totals_of_a_watch_replace_each_other_and_never_fall() {
+        let metrics = Metrics::new().unwrap();
+        metrics.watch("Service", 1, 0, 10);
+        metrics.watch("Service", 2, 1, 25);
+        metrics.watch("Service", 1, 1, 20);
+        expect(
+            &metrics,
+            &[
+                ("nftlet_watch_lists_total{kind=\"Service\"}", 2.0),
+                ("nftlet_watch_restarts_total{kind=\"Service\"}", 1.0),
+                ("nftlet_watch_events_total{kind=\"Service\"}", 25.0),
+            ],
+        );
+    }
+
+    #[test]
+    fn two_instances_share_nothing() {
+        let first = Metrics::new().unwrap();
+        let second = Metrics::new().unwrap();
+        first.healed(1);
+        expect(&second, &[("nftlet_foreign_changes_healed_total", 0.0)]);
+    }
+
+    #[test]
+    fn label_values_from_outside_are_escaped() {
+        let metrics = Metrics::new().unwrap();
+        metrics.notice("a\"b\\c\nd");
+        assert!(
+            metrics
+                .encode()
+                .contains(r#"nftlet_notices_total{reason="a\"b\\c\nd"} 1"#)
+        );
+    }
+
+    #[test]
+    fn the_process_is_measured() {
+        let metrics = Metrics::new().unwrap();
+        let now = unix_seconds(SystemTime::now());
+        let started = value(&metrics, "process_start_time_seconds").unwrap();
+        // The kernel's boot time is in whole seconds and shifts when the clock is set.
+        assert!(started > 1.0e9 && started < now + 5.0, "{started} {now}");
+        assert!(value(&metrics, "process_resident_memory_bytes").unwrap() > 100_000.0);
+        assert!(value(&metrics, "process_virtual_memory_bytes").unwrap() > 100_000.0);
+        assert!(value(&metrics, "process_open_fds").unwrap() >= 3.0);
+        assert!(value(&metrics, "process_max_fds").unwrap() >= 3.0);
+        assert!(value(&metrics, "process_threads").unwrap() >= 1.0);
+        assert!(value(&metrics, "process_cpu_seconds_total").is_some());
+    }
+}
