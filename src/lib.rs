@@ -19,7 +19,7 @@
 #![warn(missing_docs)]
 
 pub mod compile;
-
+pub mod health;
 pub mod metrics;
 pub mod model;
 pub mod netlink;
