@@ -1,3 +1,16 @@
-//! The `nftlet` binary.
+//! The `nftlet` binary: parses the command line and hands over to the library.
 
-fn main() {}
+use std::process::ExitCode;
+
+use clap::Parser;
+use nftlet::{app, cli};
+
+fn main() -> ExitCode {
+    match app::run(&cli::Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("nftlet: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -36,7 +36,9 @@ fn shop() -> Service {
 
 fn pod_addresses(pods: &[&Machine]) -> Vec<(String, bool)> {
     let addresses = pods.iter().flat_map(|pod| pod.addresses());
-    addresses.map(|address| (address.to_string(), true)).collect()
+    addresses
+        .map(|address| (address.to_string(), true))
+        .collect()
 }
 
 fn serve(pods: &[&Machine]) -> Vec<Server> {
@@ -118,7 +120,10 @@ fn the_node_and_clients_outside_reach_cluster_ips_masqueraded() {
     let client = shop.lab.client();
     for address in ["10.96.0.10", "fd00:10:96::a"].map(ip) {
         for ask in asks(address, 80, 53) {
-            assert_ne!(shop.seen_by_server(client, ask), client.address_like(address));
+            assert_ne!(
+                shop.seen_by_server(client, ask),
+                client.address_like(address)
+            );
             shop.seen_by_server(&shop.lab.node().machine, ask);
         }
     }
@@ -133,7 +138,10 @@ fn without_a_cluster_cidr_cluster_ip_traffic_keeps_its_address() {
     let client = shop.lab.client();
     for address in ["10.96.0.10", "fd00:10:96::a"].map(ip) {
         for ask in asks(address, 80, 53) {
-            assert_eq!(shop.seen_by_server(client, ask), client.address_like(address));
+            assert_eq!(
+                shop.seen_by_server(client, ask),
+                client.address_like(address)
+            );
         }
     }
 }
@@ -148,7 +156,10 @@ fn masquerade_all_hides_pods_too() {
     for address in ["10.96.0.10", "fd00:10:96::a"].map(ip) {
         for ask in asks(address, 80, 53) {
             let seen = shop.seen_by_server(pods[0], ask);
-            assert!(pods.iter().all(|pod| pod.address_like(seen) != seen), "{seen}");
+            assert!(
+                pods.iter().all(|pod| pod.address_like(seen) != seen),
+                "{seen}"
+            );
         }
     }
 }
@@ -160,7 +171,14 @@ fn external_addresses_and_node_ports_are_masqueraded() {
     }
     let shop = Shop::open(&CIDR);
     let (client, pod) = (shop.lab.client(), shop.lab.pods()[0]);
-    for address in ["203.0.113.10", "2001:db8:1::10", "198.51.100.7", "2001:db8:2::7"].map(ip) {
+    for address in [
+        "203.0.113.10",
+        "2001:db8:1::10",
+        "198.51.100.7",
+        "2001:db8:2::7",
+    ]
+    .map(ip)
+    {
         for from in [client, pod, &shop.lab.node().machine] {
             for ask in asks(address, 80, 53) {
                 assert_ne!(shop.seen_by_server(from, ask), client.address_like(address));
@@ -223,11 +241,18 @@ fn a_service_without_endpoints_refuses_at_every_frontend() {
             let kind = client.ask(ask).unwrap_err().kind();
             assert_eq!(kind, ErrorKind::ConnectionRefused, "{} {ask:?}", from.name);
         };
-        for address in ["10.96.0.10", "fd00:10:96::a", "203.0.113.10", "2001:db8:2::7"] {
-            asks(ip(address), 80, 53).map(refused);
+        for address in [
+            "10.96.0.10",
+            "fd00:10:96::a",
+            "203.0.113.10",
+            "2001:db8:2::7",
+        ] {
+            asks(ip(address), 80, 53).into_iter().for_each(refused);
         }
         for address in ["192.168.10.1", "fd00:192:168:10::1"] {
-            asks(ip(address), 30080, 30053).map(refused);
+            asks(ip(address), 30080, 30053)
+                .into_iter()
+                .for_each(refused);
         }
     }
 }
@@ -238,7 +263,11 @@ fn what_no_service_has_is_refused_or_dropped() {
         return;
     }
     let shop = Shop::open(&CIDR);
-    for from in [shop.lab.client(), shop.lab.pods()[0], &shop.lab.node().machine] {
+    for from in [
+        shop.lab.client(),
+        shop.lab.pods()[0],
+        &shop.lab.node().machine,
+    ] {
         let client = Client::new(&from.ns);
         // A port that the ClusterIP does not have.
         for address in ["10.96.0.10", "fd00:10:96::a"] {
@@ -272,7 +301,11 @@ fn sctp_is_translated_where_the_kernel_has_it() {
     manifests.service(&service);
     manifests.endpoints(&service, 8080, &pod_addresses(&lab.pods()));
     manifests.program(lab.node().ns(), &CIDR);
-    let _servers: Vec<_> = lab.pods().iter().map(|p| p.serve(Protocol::Sctp, 8080)).collect();
+    let _servers: Vec<_> = lab
+        .pods()
+        .iter()
+        .map(|p| p.serve(Protocol::Sctp, 8080))
+        .collect();
     let client = Client::new(&lab.client().ns);
     for address in ["10.96.0.20", "fd00:10:96::14"] {
         client.ask(Ask::sctp(ip(address), 9)).unwrap();
@@ -294,7 +327,10 @@ fn endpoints_share_evenly() {
         }
         // 200 each; five standard deviations are 58.
         assert_eq!(counts.len(), 3, "{counts:?}");
-        assert!(counts.values().all(|n| (140..260).contains(n)), "{counts:?}");
+        assert!(
+            counts.values().all(|n| (140..260).contains(n)),
+            "{counts:?}"
+        );
     }
 }
 
@@ -307,7 +343,10 @@ struct Load {
 
 impl Load {
     fn start(from: &Namespace, asks: Vec<Ask>) -> Self {
-        let (stop, done) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let (stop, done) = (
+            Arc::new(AtomicBool::new(false)),
+            Arc::new(AtomicU64::new(0)),
+        );
         let threads = asks.into_iter().map(|ask| {
             let (ns, stop, done) = (from.clone(), stop.clone(), done.clone());
             thread::spawn(move || {
@@ -373,7 +412,11 @@ fn a_restart_interrupts_nothing() {
         let mut daemon = shop.manifests.run(shop.node(), &CIDR);
         load.more(200);
         let status = daemon.stop(Duration::from_secs(1));
-        assert!(status.is_some_and(|s| s.success()), "{status:?} {}", daemon.log());
+        assert!(
+            status.is_some_and(|s| s.success()),
+            "{status:?} {}",
+            daemon.log()
+        );
         load.more(200);
         let mut crashed = shop.manifests.run(shop.node(), &CIDR);
         load.more(200);
@@ -515,6 +558,9 @@ mod churn {
             }
         }
         let answered = load.finish();
-        assert!(answered >= 8000 && changes > 500, "{answered} answers, {changes} changes");
+        assert!(
+            answered >= 8000 && changes > 500,
+            "{answered} answers, {changes} changes"
+        );
     }
 }

@@ -1,9 +1,6 @@
 //! Manifests for tests: a directory of objects, and nftlet run on it.
 
-#![allow(
-    dead_code,
-    reason = "every test uses its own part of the helpers"
-)]
+#![allow(dead_code, reason = "every test uses its own part of the helpers")]
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -47,7 +44,8 @@ impl Manifests {
     }
 
     fn file(&self, kind: &str, name: &str) -> std::path::PathBuf {
-        self.path().join(format!("{kind}-{name}.json").to_lowercase())
+        self.path()
+            .join(format!("{kind}-{name}.json").to_lowercase())
     }
 
     /// Writes an object as editors and config maps do: beside, then renamed into place.
@@ -167,7 +165,8 @@ impl Service {
     /// With a port more.
     #[must_use]
     pub fn port(mut self, name: &str, protocol: &str, port: u16, node: Option<u16>) -> Self {
-        self.ports.insert(name.into(), (protocol.into(), port, node));
+        self.ports
+            .insert(name.into(), (protocol.into(), port, node));
         self
     }
 
