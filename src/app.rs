@@ -24,7 +24,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::cli::{self, Args, HEALTHZ_BIND_ADDRESS, LogFormat, METRICS_BIND_ADDRESS};
-use crate::compile::{NodePortAddresses, Settings};
+use crate::compile::{DetectLocal, NodePortAddresses, Settings};
 use crate::health::{self, Health, Probe, Router};
 use crate::metrics::Metrics;
 use crate::model::{
@@ -192,7 +192,7 @@ fn start_logging(args: &Args) {
 
 fn settings(args: &Args) -> Settings {
     Settings {
-        cluster_cidrs: args.cluster_cidr.as_slice().to_vec(),
+        detect_local: DetectLocal::ClusterCidr(args.cluster_cidr.as_slice().to_vec()),
         masquerade_all: args.masquerade_all,
         nodeport_addresses: match &args.nodeport_addresses {
             cli::NodePortAddresses::Primary => NodePortAddresses::Primary,

@@ -6,7 +6,7 @@ mod common;
 use std::net::IpAddr;
 
 use common::netns::{Namespace, require_net_admin};
-use nftlet::compile::{Settings, TABLE};
+use nftlet::compile::{DetectLocal, Settings, TABLE};
 use nftlet::metrics::Metrics;
 use nftlet::model::{
     Delivery, Endpoint, EndpointSlice, Event, Family, Kind, Node, Object, ObjectName, ObjectRef,
@@ -153,10 +153,10 @@ fn histories_end_in_the_kernel_where_a_fresh_start_would() {
     }
     let metrics = Metrics::new().unwrap();
     let settings = Settings {
-        cluster_cidrs: vec![
+        detect_local: DetectLocal::ClusterCidr(vec![
             "10.244.0.0/16".parse().unwrap(),
             "fd00:10:244::/48".parse().unwrap(),
-        ],
+        ]),
         ..Settings::default()
     };
     let mut runner = TestRunner::new(Config {

@@ -549,6 +549,9 @@ fn what_was_written_is_read_back() {
         assert_eq!(read(&ns, &wanted), Ruleset::default());
         apply(&ns, &diff(&Ruleset::default(), wanted.clone())).unwrap();
         assert_same(&read(&ns, &wanted), &wanted, family.keyword());
+        // Host tools can print every rule, also those they could not load.
+        let listing = list(&ns, family);
+        assert!(listing.contains("update @affinity"), "{listing}");
     }
 }
 

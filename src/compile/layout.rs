@@ -1,12 +1,22 @@
 //! The names and declarations of the tables' sets.
 
 use std::sync::{Arc, LazyLock};
+use std::time::Duration;
 
 use crate::model;
 use crate::ruleset::{Declaration, Family, Name, Selector, SetKind, TableId};
 
 /// The name of the service tables, one in the family `ip` and one in `ip6`.
 pub const TABLE: &str = "nftlet";
+
+/// The map that remembers which endpoint a client was sent to; filled by packets.
+pub const AFFINITY: &str = "affinity";
+/// The pod network, where it is known by its addresses.
+pub(super) const POD_NETWORKS: &str = "pod-networks";
+/// The addresses NodePorts answer on, as far as they are the host's.
+pub(super) const NODEPORT_ADDRESSES: &str = "nodeport-addresses";
+/// The ranges ClusterIPs are taken from.
+pub(super) const SERVICE_CIDRS: &str = "service-cidrs";
 
 /// The table family of an address family.
 pub fn table_family(family: model::Family) -> Family {
@@ -21,104 +31,189 @@ pub fn table_id(family: model::Family) -> TableId {
     TableId::new(table_family(family), TABLE)
 }
 
-/// The fields that identify a frontend with an address of its own.
-pub(super) fn frontend_key() -> Vec<Selector> {
-    vec![
-        Selector::DestinationAddress,
-        Selector::L4Protocol,
-        Selector::DestinationPort,
-    ]
+/// How a frontend is found in a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum By {
+    /// By destination address, protocol and port.
+    Address,
+    /// By protocol and port, on the node's own addresses.
+    NodePort,
 }
 
-/// The fields that identify a NodePort.
-pub(super) fn nodeport_key() -> Vec<Selector> {
-    vec![Selector::L4Protocol, Selector::DestinationPort]
+impl By {
+    /// The fields of a packet that identify the frontend.
+    pub(super) fn key(self) -> Vec<Selector> {
+        let port = [Selector::L4Protocol, Selector::DestinationPort];
+        match self {
+            By::Address => [&[Selector::DestinationAddress][..], &port].concat(),
+            By::NodePort => port.into(),
+        }
+    }
+
+    /// The same fields of a packet whose destination was translated already.
+    pub(super) fn original_key(self) -> Vec<Selector> {
+        let port = [Selector::L4Protocol, Selector::OriginalDestinationPort];
+        match self {
+            By::Address => [&[Selector::OriginalDestinationAddress][..], &port].concat(),
+            By::NodePort => port.into(),
+        }
+    }
+
+    /// The key of an endpoint: the frontend's and a random number below the number of endpoints.
+    pub(super) fn endpoint_key(self, endpoints: u32) -> Vec<Selector> {
+        let mut key = self.key();
+        key.push(Selector::RandomIndex { modulus: endpoints });
+        key
+    }
+
+    /// The map of a scope's endpoints.
+    pub(super) fn endpoints(self, scope: Scope) -> ServiceSet {
+        match (self, scope) {
+            (By::Address, Scope::Cluster) => ServiceSet::Endpoints,
+            (By::Address, Scope::Local) => ServiceSet::LocalEndpoints,
+            (By::NodePort, Scope::Cluster) => ServiceSet::NodePortEndpoints,
+            (By::NodePort, Scope::Local) => ServiceSet::NodePortLocalEndpoints,
+        }
+    }
+
+    /// The verdict map of a scope's frontends.
+    pub(super) fn frontends(self, scope: Scope) -> ServiceSet {
+        match (self, scope) {
+            (By::Address, Scope::Cluster) => ServiceSet::Frontends,
+            (By::Address, Scope::Local) => ServiceSet::LocalFrontends,
+            (By::NodePort, Scope::Cluster) => ServiceSet::NodePorts,
+            (By::NodePort, Scope::Local) => ServiceSet::NodePortsLocal,
+        }
+    }
+
+    /// The verdict map of the frontends whose clients are remembered.
+    pub(super) fn affinity(self) -> ServiceSet {
+        match self {
+            By::Address => ServiceSet::AffinityFrontends,
+            By::NodePort => ServiceSet::AffinityNodePorts,
+        }
+    }
 }
 
-/// A frontend key and a random number below the number of endpoints.
-pub(super) fn indexed(mut key: Vec<Selector>, endpoints: u32) -> Vec<Selector> {
-    key.push(Selector::RandomIndex { modulus: endpoints });
+/// Which endpoints traffic may reach.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Scope {
+    /// Those of the cluster, narrowed by topology.
+    Cluster,
+    /// Those on this node.
+    Local,
+}
+
+/// The key by which a client's endpoint is remembered: the client and the frontend.
+pub(super) fn affinity_key() -> Vec<Selector> {
+    [&[Selector::SourceAddress][..], &By::Address.key()].concat()
+}
+
+/// The same key for a packet whose destination was translated already.
+pub(super) fn original_affinity_key() -> Vec<Selector> {
+    [&[Selector::SourceAddress][..], &By::Address.original_key()].concat()
+}
+
+/// The value of maps to an endpoint.
+pub(super) fn target() -> Vec<Selector> {
+    vec![Selector::DestinationAddress, Selector::DestinationPort]
+}
+
+/// The key of a client that a firewalled frontend lets in.
+pub(super) fn source_key() -> Vec<Selector> {
+    let mut key = By::Address.key();
+    key.push(Selector::SourceAddress);
     key
 }
 
-/// A set whose elements services make.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum ServiceSet {
-    /// (frontend, index) to endpoint.
-    Endpoints,
-    /// (NodePort, index) to endpoint.
-    NodePortEndpoints,
-    /// Frontend to the chain that handles it.
-    Frontends,
-    /// NodePort to the chain that handles it.
-    NodePorts,
-    /// The ClusterIPs in use.
-    ClusterIps,
-    /// Pairs of an endpoint's address with itself, for endpoints that may be on this node.
-    Hairpin,
+/// The declaration of [`AFFINITY`]. Elements get the lifetime of their service; the default
+/// given here is kube-proxy's.
+pub(super) fn affinity() -> Declaration {
+    Declaration {
+        timeout: Some(Duration::from_secs(10_800)),
+        // More clients than this in three hours are sent to random endpoints.
+        size: Some(1 << 20),
+        ..Declaration::new(SetKind::Map(target()), affinity_key())
+    }
 }
 
-impl ServiceSet {
-    /// Every such set.
-    pub const ALL: [ServiceSet; 6] = [
-        ServiceSet::Endpoints,
-        ServiceSet::NodePortEndpoints,
-        ServiceSet::Frontends,
-        ServiceSet::NodePorts,
-        ServiceSet::ClusterIps,
-        ServiceSet::Hairpin,
-    ];
-
-    /// The name in the table.
-    pub fn name(self) -> Name {
-        static NAMES: LazyLock<[Name; 6]> = LazyLock::new(|| {
-            [
-                "endpoints",
-                "nodeport-endpoints",
-                "frontends",
-                "nodeports",
-                "cluster-ips",
-                "hairpin",
-            ]
-            .map(Name::from)
-        });
-        self.pick(&NAMES)
-    }
-
-    /// The declaration, the same in both families.
-    pub fn declaration(self) -> Arc<Declaration> {
-        static DECLARATIONS: LazyLock<[Arc<Declaration>; 6]> = LazyLock::new(|| {
-            let target = || {
-                SetKind::Map(vec![
-                    Selector::DestinationAddress,
-                    Selector::DestinationPort,
-                ])
-            };
-            [
-                Declaration::new(target(), indexed(frontend_key(), 1)),
-                Declaration::new(target(), indexed(nodeport_key(), 1)),
-                Declaration::new(SetKind::VerdictMap, frontend_key()),
-                Declaration::new(SetKind::VerdictMap, nodeport_key()),
-                Declaration::new(SetKind::Set, [Selector::DestinationAddress]),
-                Declaration::new(
-                    SetKind::Set,
-                    [Selector::SourceAddress, Selector::DestinationAddress],
-                ),
-            ]
-            .map(Arc::new)
-        });
-        self.pick(&DECLARATIONS)
-    }
-
-    fn pick<T: Clone>(self, [a, b, c, d, e, f]: &[T; 6]) -> T {
-        match self {
-            ServiceSet::Endpoints => a,
-            ServiceSet::NodePortEndpoints => b,
-            ServiceSet::Frontends => c,
-            ServiceSet::NodePorts => d,
-            ServiceSet::ClusterIps => e,
-            ServiceSet::Hairpin => f,
+macro_rules! service_sets {
+    ($($(#[$doc:meta])* $set:ident $name:literal $declaration:expr;)*) => {
+        /// A set whose elements services make.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        pub enum ServiceSet {
+            $($(#[$doc])* $set,)*
         }
-        .clone()
-    }
+
+        impl ServiceSet {
+            /// Every such set.
+            pub const ALL: &[ServiceSet] = &[$(ServiceSet::$set,)*];
+
+            /// The name in the table.
+            pub fn name(self) -> Name {
+                match self {
+                    $(ServiceSet::$set => {
+                        static NAME: LazyLock<Name> = LazyLock::new(|| Name::from($name));
+                        NAME.clone()
+                    })*
+                }
+            }
+
+            /// The declaration, the same in both families.
+            pub fn declaration(self) -> Arc<Declaration> {
+                match self {
+                    $(ServiceSet::$set => {
+                        static DECLARATION: LazyLock<Arc<Declaration>> =
+                            LazyLock::new(|| Arc::new($declaration));
+                        DECLARATION.clone()
+                    })*
+                }
+            }
+        }
+    };
+}
+
+fn verdicts(key: Vec<Selector>) -> Declaration {
+    Declaration::new(SetKind::VerdictMap, key)
+}
+
+fn targets(by: By) -> Declaration {
+    Declaration::new(SetKind::Map(target()), by.endpoint_key(1))
+}
+
+service_sets! {
+    /// (frontend, index) to endpoint.
+    Endpoints "endpoints" targets(By::Address);
+    /// (frontend, index) to endpoint on this node, for external policy Local.
+    LocalEndpoints "local-endpoints" targets(By::Address);
+    /// (NodePort, index) to endpoint.
+    NodePortEndpoints "nodeport-endpoints" targets(By::NodePort);
+    /// (NodePort, index) to endpoint on this node, for external policy Local.
+    NodePortLocalEndpoints "nodeport-local-endpoints" targets(By::NodePort);
+    /// Frontend to the chain that handles it.
+    Frontends "frontends" verdicts(By::Address.key());
+    /// Frontend with external policy Local to the chain for clients outside of this node.
+    LocalFrontends "local-frontends" verdicts(By::Address.key());
+    /// Frontend with source ranges to the chain that handles clients inside of them.
+    FirewalledFrontends "firewalled-frontends" verdicts(By::Address.key());
+    /// NodePort to the chain that handles it.
+    NodePorts "nodeports" verdicts(By::NodePort.key());
+    /// NodePort with external policy Local to the chain for clients outside of this node.
+    NodePortsLocal "nodeports-local" verdicts(By::NodePort.key());
+    /// Frontend with session affinity to the chain that remembers its clients.
+    AffinityFrontends "affinity-frontends" verdicts(By::Address.key());
+    /// NodePort with session affinity to the chain that remembers its clients.
+    AffinityNodePorts "affinity-nodeports" verdicts(By::NodePort.key());
+    /// (frontend, client) pairs that `loadBalancerSourceRanges` allow.
+    AllowedSources "allowed-sources" Declaration {
+        interval: true,
+        ..Declaration::new(SetKind::Set, source_key())
+    };
+    /// The ClusterIPs in use.
+    ClusterIps "cluster-ips" Declaration::new(SetKind::Set, [Selector::DestinationAddress]);
+    /// Pairs of an endpoint's address with itself, for endpoints that may be on this node.
+    Hairpin "hairpin" Declaration::new(
+        SetKind::Set,
+        [Selector::SourceAddress, Selector::DestinationAddress],
+    );
 }

@@ -24,9 +24,10 @@ mod layout;
 mod service;
 mod settings;
 mod skeleton;
+mod topology;
 
-pub use chains::{SharedChain, SharedKind};
-pub use layout::{ServiceSet, TABLE, table_family, table_id};
-pub use service::{ElementOf, Frontend, Pool, ServicePlan, plan};
-pub use settings::{NodePortAddresses, Settings};
+pub use chains::{LearnAt, Role, SharedChain};
+pub use layout::{AFFINITY, By, Scope, ServiceSet, TABLE, table_family, table_id};
+pub use service::{ElementOf, Frontend, Pool, Route, ServicePlan, Target, plan};
+pub use settings::{DetectLocal, LocalDetector, NodePortAddresses, Settings};
 pub use skeleton::skeleton;

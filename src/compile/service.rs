@@ -4,15 +4,21 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use super::chains::{SharedChain, SharedKind};
-use super::layout::ServiceSet;
-use super::settings::Settings;
-use super::skeleton::REJECT;
-use crate::model::{Claim, EndpointOf, Family, Node, ObjectName, Protocol, Service, Store};
-use crate::ruleset::{Data, Element, Key, Verdict};
+use ipnet::IpNet;
+
+use super::chains::{Role, SharedChain};
+use super::layout::{By, Scope, ServiceSet};
+use super::settings::{LocalDetector, Settings};
+use super::skeleton::{FIREWALL, REJECT};
+use super::topology;
+use crate::model::{
+    Claim, EndpointOf, Family, Node, ObjectName, Protocol, Service, ServicePort, Store,
+    TrafficPolicy,
+};
+use crate::ruleset::{Data, Element, Key, KeyBuilder, Verdict, merge_intervals};
 
 /// Address and port of an endpoint.
-type Target = (IpAddr, u16);
+pub type Target = (IpAddr, u16);
 
 /// Everything a service contributes to the tables, in a compact form.
 ///
@@ -28,6 +34,10 @@ pub struct ServicePlan {
     pub cluster_ips: Box<[IpAddr]>,
     /// Addresses of endpoints that may be on this node.
     pub hairpin: Box<[IpAddr]>,
+    /// `sessionAffinity` ClientIP with its timeout.
+    pub affinity_seconds: Option<u32>,
+    /// `loadBalancerSourceRanges` that restrict the load balancer's addresses.
+    pub source_ranges: Box<[IpNet]>,
 }
 
 /// The endpoints that a service port leads to in one family.
@@ -35,10 +45,12 @@ pub struct ServicePlan {
 pub struct Pool {
     /// `namespace/name` or `namespace/name:port`, for the person who reads the ruleset.
     pub label: Arc<str>,
-    /// The protocol of the port; with the label it identifies the service port.
+    /// The protocol of the port; with label, family and scope it identifies the pool.
     pub protocol: Protocol,
     /// The family of the endpoints.
     pub family: Family,
+    /// Whether these are the endpoints of the cluster or those on this node.
+    pub scope: Scope,
     /// The endpoints by index.
     pub targets: Box<[Target]>,
 }
@@ -48,10 +60,28 @@ pub struct Pool {
 pub struct Frontend {
     /// Address, protocol and port.
     pub at: Claim,
-    /// The chain for its packets, as long as there is an endpoint.
-    pub kind: SharedKind,
-    /// The index of its pool.
-    pub pool: u16,
+    /// What happens to its packets.
+    pub route: Route,
+    /// Whether the source ranges of the service apply.
+    pub firewalled: bool,
+}
+
+/// What happens to the packets of a frontend. Pools are given by their index in the plan.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Route {
+    /// They go to the endpoints of a pool, through a chain of this role; without an endpoint
+    /// they are refused.
+    Balance(Role, u16),
+    /// They go to the endpoints of a pool; without one they are dropped, because there are
+    /// endpoints elsewhere.
+    BalanceOrDrop(Role, u16),
+    /// External policy Local: the pool for traffic of this node, and the one for all others.
+    LocalPolicy {
+        /// The endpoints of the cluster.
+        cluster: u16,
+        /// The endpoints on this node.
+        local: u16,
+    },
 }
 
 /// An element and the set it belongs to.
@@ -87,9 +117,35 @@ pub fn plan(
         pools: compiler.pools.into(),
         cluster_ips: cluster_ips.into_iter().collect(),
         hairpin: compiler.hairpin.into_iter().collect(),
+        affinity_seconds: service.affinity_seconds,
+        source_ranges: restricting(service, store.node().map(|node| &**node)),
     };
     let empty = plan.frontends.is_empty() && plan.cluster_ips.is_empty();
     (!empty).then_some(plan)
+}
+
+/// The source ranges, if they keep anyone out. A range of prefix length 0 means everyone, of
+/// both families (kube-proxy's `serviceport.go`). If the node itself is let in, so are the load
+/// balancer's own addresses: that is what the node's traffic to them may come from.
+fn restricting(service: &Service, node: Option<&Node>) -> Box<[IpNet]> {
+    let mut ranges = service.source_ranges.clone();
+    if ranges.iter().any(|net| net.prefix_len() == 0) {
+        return Box::default();
+    }
+    for family in Family::ALL {
+        let own = node.and_then(|node| node.primary_ip(family));
+        if own.is_some_and(|own| ranges.iter().any(|net| net.contains(&own))) {
+            let addresses = service.load_balancer_ips.iter().copied();
+            ranges.extend(
+                addresses
+                    .filter(|address| Family::of(*address) == family)
+                    .map(IpNet::from),
+            );
+        }
+    }
+    ranges.sort_unstable();
+    ranges.dedup();
+    ranges.into()
 }
 
 struct Compiler<'a> {
@@ -103,7 +159,17 @@ struct Compiler<'a> {
     hairpin: BTreeSet<IpAddr>,
 }
 
-impl Compiler<'_> {
+/// The pools of one service port in one family, as they are needed.
+struct PortPools<'a> {
+    port: &'a ServicePort,
+    label: Arc<str>,
+    family: Family,
+    endpoints: Vec<EndpointOf<'a>>,
+    cluster: Option<u16>,
+    local: Option<u16>,
+}
+
+impl<'a> Compiler<'a> {
     /// A service has frontends in a family if it has an address of it; NodePorts follow the
     /// ClusterIPs (`ipFamilies`).
     fn family(&mut self, family: Family) {
@@ -114,93 +180,142 @@ impl Compiler<'_> {
                 .collect()
         };
         let cluster_ips = own(&service.cluster_ips);
-        let external: BTreeSet<IpAddr> = own(&service.external_ips)
-            .union(&own(&service.load_balancer_ips))
-            .copied()
-            .collect();
-        let node_ports = !cluster_ips.is_empty();
-        if cluster_ips.is_empty() && external.is_empty() {
-            return;
-        }
-        let cluster_kind = match (
-            self.settings.masquerade_all,
-            self.settings.cluster_cidr(family),
-        ) {
-            (true, _) => SharedKind::External,
-            (false, Some(_)) => SharedKind::Cluster,
-            (false, None) => SharedKind::LoadBalance,
-        };
+        let load_balancer_ips = own(&service.load_balancer_ips);
+        let external_ips = own(&service.external_ips);
+        let firewalled = !restricting(service, self.node).is_empty();
         for port in &service.ports {
-            let Ok(pool) = u16::try_from(self.pools.len()) else {
-                return;
+            let mut pools = PortPools {
+                port,
+                label: label(&service.name, &port.name),
+                family,
+                endpoints: self.store.endpoints(&service.name, port, family),
+                cluster: None,
+                local: None,
             };
             let at = |address: &IpAddr| Claim::Address(*address, port.protocol, port.port);
-            let node_port = port
-                .node_port
-                .filter(|_| node_ports)
-                .map(|number| Claim::NodePort(port.protocol, number));
-            let before = self.frontends.len();
-            for (at, kind) in cluster_ips
-                .iter()
-                .map(|address| (at(address), cluster_kind))
-                .chain(external.iter().map(|ip| (at(ip), SharedKind::External)))
-                .chain(node_port.map(|at| (at, SharedKind::NodePort)))
-            {
-                // What an older service claims is not ours; an external IP that is also the
-                // ClusterIP is handled as the ClusterIP.
-                let ours = self.store.owner(&at) == Some(&service.name);
-                let new = self.frontends.get(before..).unwrap_or_default();
-                if ours && new.iter().all(|frontend| frontend.at != at) {
-                    self.frontends.push(Frontend { at, kind, pool });
-                }
+            // An address that comes up in several roles is handled in the first of them.
+            for address in &cluster_ips {
+                let route = self.internal_route(&mut pools);
+                self.add(at(address), route, false);
             }
-            let label = label(&service.name, &port.name);
-            let targets = self.targets(family, port, &label);
-            self.pools.push(Pool {
-                label,
-                protocol: port.protocol,
-                family,
-                targets,
+            for address in &load_balancer_ips {
+                let route = self.external_route(&mut pools);
+                self.add(at(address), route, firewalled);
+            }
+            for address in &external_ips {
+                let route = self.external_route(&mut pools);
+                self.add(at(address), route, false);
+            }
+            if let Some(number) = port.node_port.filter(|_| !cluster_ips.is_empty()) {
+                let route = self.external_route(&mut pools);
+                self.add(Claim::NodePort(port.protocol, number), route, false);
+            }
+        }
+    }
+
+    /// Adds a frontend unless an older service has it, or this one in another role.
+    fn add(&mut self, at: Claim, route: Option<Route>, firewalled: bool) {
+        let ours = self.store.owner(&at) == Some(&self.service.name);
+        // The NodePort of a dual-stack service comes up once a family.
+        let again = self.frontends.iter().any(|frontend| {
+            frontend.at == at
+                && self.family_of(frontend) == route.as_ref().map(|r| self.family_at(r))
+        });
+        if let (true, false, Some(route)) = (ours, again, route) {
+            self.frontends.push(Frontend {
+                at,
+                route,
+                firewalled,
             });
         }
     }
 
-    fn targets(
-        &mut self,
-        family: Family,
-        port: &crate::model::ServicePort,
-        label: &Arc<str>,
-    ) -> Box<[Target]> {
-        let known = self.store.endpoints(&self.service.name, port, family);
-        let chosen = choose(&known);
+    fn family_of(&self, frontend: &Frontend) -> Option<Family> {
+        Some(self.family_at(&frontend.route))
+    }
+
+    fn family_at(&self, route: &Route) -> Family {
+        let pool = self.pools.get(usize::from(route.first_pool()));
+        pool.map_or(Family::V4, |pool| pool.family)
+    }
+
+    /// The route of a ClusterIP (`internalTrafficPolicy`).
+    fn internal_route(&mut self, pools: &mut PortPools<'a>) -> Option<Route> {
+        let masquerade_all = self.settings.masquerade_all;
+        let role = match self.settings.detector(pools.family) {
+            _ if masquerade_all => Role::External,
+            LocalDetector::None => Role::Balance(Scope::Cluster),
+            LocalDetector::PodNetworks | LocalDetector::Interface(_) => Role::Cluster,
+        };
+        match self.service.internal_policy {
+            TrafficPolicy::Cluster => Some(Route::Balance(role, self.cluster_pool(pools)?)),
+            TrafficPolicy::Local => {
+                let elsewhere = !topology::cluster(&pools.endpoints, self.node).is_empty();
+                let local = self.local_pool(pools)?;
+                Some(if elsewhere {
+                    Route::BalanceOrDrop(role, local)
+                } else {
+                    Route::Balance(role, local)
+                })
+            }
+        }
+    }
+
+    /// The route of any other frontend (`externalTrafficPolicy`).
+    fn external_route(&mut self, pools: &mut PortPools<'a>) -> Option<Route> {
+        let cluster = self.cluster_pool(pools)?;
+        match self.service.external_policy {
+            TrafficPolicy::Cluster => Some(Route::Balance(Role::External, cluster)),
+            TrafficPolicy::Local => Some(Route::LocalPolicy {
+                cluster,
+                local: self.local_pool(pools)?,
+            }),
+        }
+    }
+
+    fn cluster_pool(&mut self, pools: &mut PortPools<'a>) -> Option<u16> {
+        if pools.cluster.is_none() {
+            let chosen = topology::cluster(&pools.endpoints, self.node);
+            pools.cluster = self.pool(pools, Scope::Cluster, &chosen);
+        }
+        pools.cluster
+    }
+
+    fn local_pool(&mut self, pools: &mut PortPools<'a>) -> Option<u16> {
+        if pools.local.is_none() {
+            let chosen = topology::local(&pools.endpoints, self.node);
+            pools.local = self.pool(pools, Scope::Local, &chosen);
+        }
+        pools.local
+    }
+
+    /// Makes a pool and returns its index; `None` when a service has more than the index holds.
+    fn pool(&mut self, pools: &PortPools<'a>, scope: Scope, chosen: &[EndpointOf]) -> Option<u16> {
+        let index = u16::try_from(self.pools.len()).ok()?;
         let node = self.node.map(|node| &*node.name);
         self.hairpin.extend(
             chosen
                 .iter()
-                .filter(|e| is_local(e, node))
+                .filter(|e| topology::may_be_on(e, node))
                 .map(|e| e.endpoint.address),
         );
         let previous = self.previous.and_then(|plan| {
             plan.pools.iter().find(|pool| {
-                pool.label == *label && pool.protocol == port.protocol && pool.family == family
+                pool.label == pools.label
+                    && pool.protocol == pools.port.protocol
+                    && pool.family == pools.family
+                    && pool.scope == scope
             })
         });
         let previous = previous.map_or(&[][..], |pool| &*pool.targets);
-        assign(previous, chosen.iter().map(EndpointOf::target).collect())
-    }
-}
-
-/// The endpoints that take traffic under the policy Cluster: those that are ready.
-fn choose<'a>(endpoints: &[EndpointOf<'a>]) -> Vec<EndpointOf<'a>> {
-    let ready = endpoints.iter().filter(|e| e.endpoint.ready);
-    ready.copied().collect()
-}
-
-/// Whether an endpoint may be on this node. Slices made by hand often name no node.
-fn is_local(endpoint: &EndpointOf, node: Option<&str>) -> bool {
-    match (endpoint.endpoint.node.as_deref(), node) {
-        (Some(theirs), Some(ours)) => theirs == ours,
-        _ => true,
+        self.pools.push(Pool {
+            label: pools.label.clone(),
+            protocol: pools.port.protocol,
+            family: pools.family,
+            scope,
+            targets: assign(previous, chosen.iter().map(EndpointOf::target).collect()),
+        });
+        Some(index)
     }
 }
 
@@ -241,30 +356,161 @@ fn assign(previous: &[Target], wanted: Vec<Target>) -> Box<[Target]> {
         .collect()
 }
 
+impl Route {
+    fn first_pool(&self) -> u16 {
+        match self {
+            Route::Balance(_, pool) | Route::BalanceOrDrop(_, pool) => *pool,
+            Route::LocalPolicy { cluster, .. } => *cluster,
+        }
+    }
+}
+
+impl Frontend {
+    /// How packets to it are recognised.
+    pub fn by(&self) -> By {
+        match self.at {
+            Claim::Address(..) => By::Address,
+            Claim::NodePort(..) => By::NodePort,
+        }
+    }
+
+    fn key(&self) -> KeyBuilder {
+        match &self.at {
+            Claim::Address(address, protocol, port) => Key::build()
+                .address(*address)
+                .protocol(protocol.number())
+                .port(*port),
+            Claim::NodePort(protocol, port) => Key::build().protocol(protocol.number()).port(*port),
+        }
+    }
+}
+
+/// Where a verdict element leads.
+enum Goal {
+    Chain(SharedChain),
+    Refuse,
+    Drop,
+}
+
+impl Goal {
+    fn verdict(&self) -> Verdict {
+        match self {
+            Goal::Chain(chain) => Verdict::Goto(chain.name()),
+            Goal::Refuse => Verdict::Goto(REJECT.into()),
+            Goal::Drop => Verdict::Drop,
+        }
+    }
+}
+
 impl ServicePlan {
+    fn pool(&self, index: u16) -> Option<&Pool> {
+        self.pools.get(usize::from(index))
+    }
+
+    fn of_family(&self, family: Family) -> impl Iterator<Item = (&Frontend, &Pool)> + '_ {
+        self.frontends.iter().filter_map(move |frontend| {
+            let pool = self.pool(frontend.route.first_pool())?;
+            (pool.family == family).then_some((frontend, pool))
+        })
+    }
+
+    fn handle(&self, by: By, role: Role, pool: &Pool) -> Option<SharedChain> {
+        let endpoints = u32::try_from(pool.targets.len()).ok()?;
+        (endpoints > 0).then_some(SharedChain::Handle {
+            by,
+            role,
+            sticky: self.affinity_seconds.is_some(),
+            endpoints,
+        })
+    }
+
+    /// Where a frontend's packets go at first.
+    fn goal(&self, frontend: &Frontend) -> Goal {
+        let chain = |role, pool| {
+            self.pool(pool)
+                .and_then(|pool| self.handle(frontend.by(), role, pool))
+        };
+        match frontend.route {
+            Route::Balance(role, pool) => chain(role, pool).map_or(Goal::Refuse, Goal::Chain),
+            Route::BalanceOrDrop(role, pool) => chain(role, pool).map_or(Goal::Drop, Goal::Chain),
+            Route::LocalPolicy { cluster, .. } => {
+                chain(Role::LocalPolicy, cluster).map_or(Goal::Refuse, Goal::Chain)
+            }
+        }
+    }
+
+    /// Where packets of a frontend with external policy Local go that do not come from this node.
+    fn local_chain(&self, frontend: &Frontend) -> Option<(&Pool, SharedChain)> {
+        let Route::LocalPolicy { local, .. } = frontend.route else {
+            return None;
+        };
+        let pool = self.pool(local)?;
+        let chain = self.handle(frontend.by(), Role::Balance(Scope::Local), pool)?;
+        Some((pool, chain))
+    }
+
     /// The elements that belong to this service alone, for the table of a family.
     pub fn own_elements(&self, family: Family) -> Vec<ElementOf> {
         let mut elements = Vec::new();
-        for (frontend, pool) in self.routes(family) {
-            let (verdicts, endpoints) = match frontend.at {
-                Claim::Address(..) => (ServiceSet::Frontends, ServiceSet::Endpoints),
-                Claim::NodePort(..) => (ServiceSet::NodePorts, ServiceSet::NodePortEndpoints),
-            };
-            let chain = frontend
-                .chain(pool)
-                .map_or_else(|| REJECT.into(), SharedChain::name);
-            elements.push((
-                verdicts,
-                Element::with_verdict(frontend_key(&frontend.at).finish(), Verdict::Goto(chain))
-                    .comment(&pool.label),
-            ));
-            for (index, (address, port)) in (0u32..).zip(&pool.targets) {
-                let key = frontend_key(&frontend.at).number(index).finish();
-                let data = Data::build().address(*address).port(*port).finish();
-                elements.push((endpoints, Element::with_data(key, data)));
-            }
+        for (frontend, pool) in self.of_family(family) {
+            self.frontend_elements(frontend, pool, &mut elements);
         }
         elements
+    }
+
+    fn frontend_elements(&self, frontend: &Frontend, pool: &Pool, elements: &mut Vec<ElementOf>) {
+        let by = frontend.by();
+        let mut lead = |set: ServiceSet, verdict: Verdict| {
+            let element = Element::with_verdict(frontend.key().finish(), verdict);
+            elements.push((set, element.comment(&pool.label)));
+        };
+        let goal = self.goal(frontend);
+        if frontend.firewalled {
+            lead(by.frontends(Scope::Cluster), Verdict::Goto(FIREWALL.into()));
+            lead(ServiceSet::FirewalledFrontends, goal.verdict());
+        } else {
+            lead(by.frontends(Scope::Cluster), goal.verdict());
+        }
+        let local = self.local_chain(frontend);
+        if let Some((_, chain)) = local {
+            lead(by.frontends(Scope::Local), Verdict::Goto(chain.name()));
+        }
+        let leads_on = matches!(goal, Goal::Chain(_));
+        if let Some(seconds) = self.affinity_seconds.filter(|_| leads_on) {
+            let learn = SharedChain::Learn { seconds };
+            lead(by.affinity(), Verdict::Goto(learn.name()));
+        }
+        if frontend.firewalled {
+            elements.extend(self.allowed_sources(frontend, pool.family));
+        }
+        // ClusterIPs with internal policy Local find their endpoints where all ClusterIPs do.
+        let pools = [(pool, Scope::Cluster)]
+            .into_iter()
+            .chain(local.map(|(pool, _)| (pool, Scope::Local)));
+        for (pool, scope) in pools {
+            let map = by.endpoints(scope);
+            for (index, (address, port)) in (0u32..).zip(&pool.targets) {
+                let key = frontend.key().number(index).finish();
+                let data = Data::build().address(*address).port(*port).finish();
+                elements.push((map, Element::with_data(key, data)));
+            }
+        }
+    }
+
+    fn allowed_sources(&self, frontend: &Frontend, family: Family) -> Vec<ElementOf> {
+        let own = self.source_ranges.iter().copied();
+        let own = own.filter(|net| Family::of(net.addr()) == family);
+        let of_client = |client: &Key| frontend.key().bytes(client.as_bytes()).finish();
+        merge_intervals(own)
+            .into_iter()
+            .map(|range| {
+                let element = Element {
+                    key_end: range.key_end.as_ref().map(of_client),
+                    ..Element::new(of_client(&range.key))
+                };
+                (ServiceSet::AllowedSources, element)
+            })
+            .collect()
     }
 
     /// The elements that other services may ask for too, for the table of a family.
@@ -284,40 +530,22 @@ impl ServicePlan {
         cluster_ips.chain(pairs).collect()
     }
 
-    /// The shared chains that the verdicts lead to, with those they go on to. A chain that
+    /// The shared chains that the verdicts lead to, with all that those go on to. A chain that
     /// several frontends use comes up as often.
     pub fn chains(&self, family: Family) -> impl Iterator<Item = SharedChain> + '_ {
-        self.routes(family)
-            .filter_map(|(frontend, pool)| frontend.chain(pool))
-            .flat_map(|chain| std::iter::once(chain).chain(chain.next()))
-    }
-
-    fn routes(&self, family: Family) -> impl Iterator<Item = (&Frontend, &Pool)> + '_ {
-        self.frontends.iter().filter_map(move |frontend| {
-            let pool = self.pools.get(usize::from(frontend.pool))?;
-            (pool.family == family).then_some((frontend, pool))
+        self.of_family(family).flat_map(|(frontend, _)| {
+            let goal = match self.goal(frontend) {
+                Goal::Chain(chain) => Some(chain),
+                Goal::Refuse | Goal::Drop => None,
+            };
+            let local = self.local_chain(frontend).map(|(_, chain)| chain);
+            let seconds = self.affinity_seconds.filter(|_| goal.is_some());
+            let learn = seconds.map(|seconds| SharedChain::Learn { seconds });
+            [goal, local, learn]
+                .into_iter()
+                .flatten()
+                .flat_map(SharedChain::closure)
         })
-    }
-}
-
-impl Frontend {
-    /// The chain for its packets; `None` without an endpoint.
-    fn chain(&self, pool: &Pool) -> Option<SharedChain> {
-        let endpoints = u32::try_from(pool.targets.len()).ok()?;
-        (endpoints > 0).then_some(SharedChain {
-            kind: self.kind,
-            endpoints,
-        })
-    }
-}
-
-fn frontend_key(at: &Claim) -> crate::ruleset::KeyBuilder {
-    match at {
-        Claim::Address(address, protocol, port) => Key::build()
-            .address(*address)
-            .protocol(protocol.number())
-            .port(*port),
-        Claim::NodePort(protocol, port) => Key::build().protocol(protocol.number()).port(*port),
     }
 }
 

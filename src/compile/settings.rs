@@ -1,24 +1,77 @@
 //! What the operator decides about rules.
 
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use ipnet::IpNet;
 
+use super::layout::POD_NETWORKS;
 use crate::model::{Family, Node};
+use crate::ruleset::{Comparison, Operand, Selector, Statement};
 
 /// Options of the command line that shape the rules.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Settings {
-    /// `--cluster-cidr`: the pod network. Traffic to ClusterIPs from elsewhere is masqueraded;
-    /// without a range of a family nothing of that family is (kube-proxy's
-    /// `--detect-local-mode=ClusterCIDR`).
-    pub cluster_cidrs: Vec<IpNet>,
+    /// `--detect-local-mode` with what it needs to know: which traffic comes from pods.
+    pub detect_local: DetectLocal,
     /// `--masquerade-all`: masquerade all traffic to ClusterIPs.
     pub masquerade_all: bool,
     /// `--nodeport-addresses`.
     pub nodeport_addresses: NodePortAddresses,
     /// Addresses to use where no Node object tells the node's own.
     pub host_addresses: Vec<IpAddr>,
+}
+
+/// How traffic of pods is told from other traffic (kube-proxy's `--detect-local-mode`).
+///
+/// Traffic to ClusterIPs that does not come from pods is masqueraded, and pods of this node are
+/// exempt from external policy Local.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DetectLocal {
+    /// By the pod network of the cluster; a family without a range is not told apart.
+    ClusterCidr(Vec<IpNet>),
+    /// By the pod network of this node, from `spec.podCIDRs` of the Node object.
+    NodeCidr,
+    /// By the bridge that the node's pods are attached to.
+    BridgeInterface(Arc<str>),
+    /// By the beginning of the names of the pods' interfaces.
+    InterfaceNamePrefix(Arc<str>),
+}
+
+impl Default for DetectLocal {
+    fn default() -> Self {
+        DetectLocal::ClusterCidr(Vec::new())
+    }
+}
+
+/// What a rule looks at to tell traffic of pods, in one family.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LocalDetector {
+    /// Nothing: pods cannot be told.
+    None,
+    /// The source address.
+    PodNetworks,
+    /// The interface the packet came in by.
+    Interface(Operand),
+}
+
+impl LocalDetector {
+    /// Matches packets that come from pods, or those that do not; `None` where nothing tells.
+    pub fn from_local_pods(&self, comparison: Comparison) -> Option<Statement> {
+        match self {
+            LocalDetector::None => None,
+            LocalDetector::PodNetworks => Some(Statement::InSet(
+                vec![Selector::SourceAddress],
+                comparison,
+                POD_NETWORKS.into(),
+            )),
+            LocalDetector::Interface(operand) => Some(Statement::Match(
+                Selector::InputInterface,
+                comparison,
+                operand.clone(),
+            )),
+        }
+    }
 }
 
 /// On which of the node's addresses NodePorts answer.
@@ -32,10 +85,32 @@ pub enum NodePortAddresses {
 }
 
 impl Settings {
-    /// The pod network of a family.
-    pub fn cluster_cidr(&self, family: Family) -> Option<IpNet> {
-        let mut cidrs = self.cluster_cidrs.iter().copied();
-        cidrs.find(|net| Family::of(net.addr()) == family)
+    /// How rules of a family tell traffic of pods. It does not depend on the Node object, whose
+    /// ranges are elements of a set.
+    pub fn detector(&self, family: Family) -> LocalDetector {
+        match &self.detect_local {
+            DetectLocal::ClusterCidr(_) if self.pod_networks(family, None).is_empty() => {
+                LocalDetector::None
+            }
+            DetectLocal::ClusterCidr(_) | DetectLocal::NodeCidr => LocalDetector::PodNetworks,
+            DetectLocal::BridgeInterface(name) => {
+                LocalDetector::Interface(Operand::Interface(name.clone()))
+            }
+            DetectLocal::InterfaceNamePrefix(prefix) => {
+                LocalDetector::Interface(Operand::InterfacePrefix(prefix.clone()))
+            }
+        }
+    }
+
+    /// The ranges of pod addresses in a family, where pods are told by address.
+    pub fn pod_networks(&self, family: Family, node: Option<&Node>) -> Vec<IpNet> {
+        let ranges = match &self.detect_local {
+            DetectLocal::ClusterCidr(ranges) => ranges.as_slice(),
+            DetectLocal::NodeCidr => node.map_or(&[][..], |node| &node.pod_cidrs),
+            DetectLocal::BridgeInterface(_) | DetectLocal::InterfaceNamePrefix(_) => &[],
+        };
+        let own = ranges.iter().copied();
+        own.filter(|net| Family::of(net.addr()) == family).collect()
     }
 
     /// The ranges whose local addresses answer NodePorts. Loopback addresses never do.

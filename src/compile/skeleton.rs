@@ -2,8 +2,11 @@
 
 use ipnet::IpNet;
 
-use super::layout::{ServiceSet, frontend_key, nodeport_key, table_family};
-use super::settings::Settings;
+use super::layout::{
+    AFFINITY, By, NODEPORT_ADDRESSES, POD_NETWORKS, SERVICE_CIDRS, ServiceSet, affinity,
+    source_key, table_family,
+};
+use super::settings::{LocalDetector, Settings};
 use crate::model::{Family, Node};
 use crate::ruleset::{
     BaseChain, Chain, ChainKind, Comparison, Declaration, Hook, Name, Operand, RejectWith, Rule,
@@ -19,11 +22,11 @@ pub const REJECT: &str = "reject-service";
 pub const MARK_OFF_CLUSTER: &str = "mark-off-cluster";
 const SERVICES: &str = "services";
 const MASQUERADE: &str = "masquerade-marked";
-const NODEPORT_ADDRESSES: &str = "nodeport-addresses";
-const SERVICE_CIDRS: &str = "service-cidrs";
+/// Checks the client against the source ranges of the frontend.
+pub const FIREWALL: &str = "source-ranges";
 
 /// Netfilter's priorities of address translation.
-const DSTNAT: i32 = -100;
+pub(super) const DSTNAT: i32 = -100;
 const SRCNAT: i32 = 100;
 
 /// The table of a family without the elements and chains that services bring.
@@ -36,7 +39,7 @@ pub fn skeleton(
     service_cidrs: &[IpNet],
 ) -> Table {
     let mut table = Table::default();
-    for set in ServiceSet::ALL {
+    for set in ServiceSet::ALL.iter().copied() {
         table.sets.insert(
             set.name(),
             Set {
@@ -53,8 +56,12 @@ pub fn skeleton(
         (NODEPORT_ADDRESSES, nodeport_ranges),
         (SERVICE_CIDRS, own.copied().collect()),
     ] {
-        table.sets.insert(name.into(), address_ranges(ranges));
+        let set = address_ranges(Selector::DestinationAddress, ranges);
+        table.sets.insert(name.into(), set);
     }
+    let pods = address_ranges(Selector::SourceAddress, settings.pod_networks(family, node));
+    table.sets.insert(POD_NETWORKS.into(), pods);
+    table.sets.insert(AFFINITY.into(), Set::from(affinity()));
     let mut chain = |name: &str, base: Option<BaseChain>, rules: Vec<Rule>| {
         table.chains.insert(Name::from(name), Chain { base, rules });
     };
@@ -71,6 +78,7 @@ pub fn skeleton(
     );
     chain(SERVICES, None, services());
     chain(REJECT, None, reject());
+    chain(FIREWALL, None, firewall());
     chain(
         MASQUERADE,
         None,
@@ -79,7 +87,11 @@ pub fn skeleton(
             Rule::new([Statement::Masquerade]),
         ],
     );
-    chain(MARK_OFF_CLUSTER, None, mark_off_cluster(family, settings));
+    chain(
+        MARK_OFF_CLUSTER,
+        None,
+        mark_off_cluster(settings.detector(family), family, settings, node),
+    );
     debug_assert!(consistent(&table), "{:?}", table_family(family));
     table
 }
@@ -113,10 +125,10 @@ fn goto(chain: &str) -> Statement {
     Statement::Verdict(Verdict::Goto(chain.into()))
 }
 
-fn address_ranges(ranges: Vec<IpNet>) -> Set {
+fn address_ranges(key: Selector, ranges: Vec<IpNet>) -> Set {
     let mut set = Set::from(Declaration {
         interval: true,
-        ..Declaration::new(SetKind::Set, [Selector::DestinationAddress])
+        ..Declaration::new(SetKind::Set, [key])
     });
     set.elements = merge_intervals(ranges);
     set
@@ -127,14 +139,14 @@ fn services() -> Vec<Rule> {
     let to = |set: Name| Statement::InSet(vec![Selector::DestinationAddress], Comparison::Is, set);
     vec![
         Rule::new([Statement::VerdictMap(
-            frontend_key(),
+            By::Address.key(),
             ServiceSet::Frontends.name(),
         )]),
         Rule::new([
             to(NODEPORT_ADDRESSES.into()),
             // The kernel knows the host's addresses best: ranges need no update when they change.
             Statement::DestinationIsLocal,
-            Statement::VerdictMap(nodeport_key(), ServiceSet::NodePorts.name()),
+            Statement::VerdictMap(By::NodePort.key(), ServiceSet::NodePorts.name()),
         ]),
         Rule::new([to(ServiceSet::ClusterIps.name()), goto(REJECT)]),
         Rule::new([to(SERVICE_CIDRS.into()), Statement::Verdict(Verdict::Drop)]),
@@ -171,17 +183,35 @@ fn reject() -> Vec<Rule> {
     ]
 }
 
-fn mark_off_cluster(family: Family, settings: &Settings) -> Vec<Rule> {
-    let mark = Statement::SetMarkBits(MASQUERADE_BIT);
-    let outside = settings.cluster_cidr(family).map(|pods| {
+/// Lets clients inside the source ranges of a frontend on to its chain, and nobody else.
+fn firewall() -> Vec<Rule> {
+    vec![
         Rule::new([
-            Statement::Match(
-                Selector::SourceAddress,
-                Comparison::IsNot,
-                Operand::Network(pods),
+            Statement::InSet(
+                source_key(),
+                Comparison::Is,
+                ServiceSet::AllowedSources.name(),
             ),
-            mark,
-        ])
-    });
-    outside.into_iter().collect()
+            Statement::VerdictMap(By::Address.key(), ServiceSet::FirewalledFrontends.name()),
+        ]),
+        Rule::new([Statement::Verdict(Verdict::Drop)]),
+    ]
+}
+
+/// Without a known pod network nothing can be told to come from outside of it.
+fn mark_off_cluster(
+    detector: LocalDetector,
+    family: Family,
+    settings: &Settings,
+    node: Option<&Node>,
+) -> Vec<Rule> {
+    if detector == LocalDetector::PodNetworks && settings.pod_networks(family, node).is_empty() {
+        return Vec::new();
+    }
+    let outside = detector.from_local_pods(Comparison::IsNot);
+    let mark = Statement::SetMarkBits(MASQUERADE_BIT);
+    outside
+        .map(|outside| Rule::new([outside, mark]))
+        .into_iter()
+        .collect()
 }

@@ -95,9 +95,9 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
     ) -> Self {
         Self {
             kernel,
+            programmed: Programmed::new(settings.clone()),
             settings,
             store: Store::default(),
-            programmed: Programmed::default(),
             refused: BTreeSet::new(),
             state: State::Listing,
             metrics,
@@ -115,9 +115,9 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
 
     /// The rules the objects ask for, from scratch, as a new process would compile them.
     pub fn wanted(store: &Store, settings: &Settings) -> Ruleset {
-        let mut programmed = Programmed::default();
+        let mut programmed = Programmed::new(settings.clone());
         let mut draft = Draft::default();
-        programmed.set_skeletons(store, settings, &mut draft);
+        programmed.set_skeletons(store, &mut draft);
         for service in store.services() {
             let plan = compile::plan(store, &service.name, settings, None);
             programmed.set_plan(&service.name, plan, &mut draft);
@@ -178,8 +178,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
     /// Compiles what changed into the draft.
     fn draft(&mut self, changes: &Changes, draft: &mut Draft) {
         if changes.node || changes.service_cidrs {
-            self.programmed
-                .set_skeletons(&self.store, &self.settings, draft);
+            self.programmed.set_skeletons(&self.store, draft);
         }
         if changes.node {
             // Which endpoints are local is in every service's plan.

@@ -4,19 +4,19 @@
 //! services ask for (counted), and the shared chains (counted). Replacing one plan yields the
 //! operations for just the elements in which it differs.
 
+use std::cmp::Ordering;
 use std::collections::{BTreeMap, HashMap};
 
 use crate::compile::{
     ElementOf, ServicePlan, ServiceSet, Settings, SharedChain, skeleton, table_id,
 };
 use crate::model::{Family, ObjectName, Store};
-use crate::ruleset::{
-    Element, Key, Name, Op, Ruleset, Table, TableId, Transaction, diff, diff_elements,
-};
+use crate::ruleset::{Element, Key, Name, Op, Ruleset, Table, TableId, Transaction, diff};
 
 /// The rules in force.
 #[derive(Debug, Default)]
 pub struct Programmed {
+    settings: Settings,
     skeletons: BTreeMap<Family, Table>,
     plans: HashMap<ObjectName, ServicePlan>,
     /// How many services ask for an element.
@@ -42,6 +42,14 @@ struct TableDraft {
 }
 
 impl Programmed {
+    /// Nothing in force yet.
+    pub fn new(settings: Settings) -> Self {
+        Self {
+            settings,
+            ..Self::default()
+        }
+    }
+
     /// The plan in force for a service.
     pub fn plan(&self, service: &ObjectName) -> Option<&ServicePlan> {
         self.plans.get(service)
@@ -53,11 +61,11 @@ impl Programmed {
     }
 
     /// Compiles the skeletons anew and drafts what changed in them.
-    pub fn set_skeletons(&mut self, store: &Store, settings: &Settings, draft: &mut Draft) {
+    pub fn set_skeletons(&mut self, store: &Store, draft: &mut Draft) {
         let cidrs: Vec<_> = store.service_cidrs().collect();
         for family in Family::ALL {
             let node = store.node().map(|node| &**node);
-            let table = skeleton(family, settings, node, &cidrs);
+            let table = skeleton(family, &self.settings, node, &cidrs);
             let as_ruleset = |table: Table| Ruleset {
                 tables: [(table_id(family), table)].into(),
             };
@@ -71,36 +79,22 @@ impl Programmed {
     /// Replaces the plan of a service, `None` for a service without rules, and drafts the
     /// difference.
     pub fn set_plan(&mut self, service: &ObjectName, new: Option<ServicePlan>, draft: &mut Draft) {
-        let old = match &new {
-            Some(new) => self.plans.get(service).filter(|old| *old == new),
-            None => None,
-        };
-        if old.is_some() {
-            return;
-        }
         let old = self.plans.remove(service);
-        for family in Family::ALL {
-            self.count_chains(family, old.as_ref(), new.as_ref(), draft);
-            self.count_shared(family, old.as_ref(), new.as_ref(), draft);
-            let elements = |plan: Option<&ServicePlan>| {
-                by_set(
-                    plan.map(|plan| plan.own_elements(family))
-                        .unwrap_or_default(),
-                )
-            };
-            let (before, after) = (elements(old.as_ref()), elements(new.as_ref()));
-            let table = draft.tables.entry(family).or_default();
-            for set in ServiceSet::ALL {
-                let of = |elements: &'_ BTreeMap<ServiceSet, Vec<Element>>| {
-                    elements.get(&set).cloned().unwrap_or_default()
+        if old != new {
+            for family in Family::ALL {
+                self.count_chains(family, old.as_ref(), new.as_ref(), draft);
+                self.count_shared(family, old.as_ref(), new.as_ref(), draft);
+                let elements = |plan: Option<&ServicePlan>| {
+                    let mut elements = plan.map_or_else(Vec::new, |plan| plan.own_elements(family));
+                    elements.sort_unstable_by(|(a, x), (b, y)| (a, &x.key).cmp(&(b, &y.key)));
+                    elements
                 };
-                let (delete, add) = diff_elements(&of(&before), &of(&after));
-                if !delete.is_empty() {
-                    table.delete.entry(set).or_default().extend(delete);
-                }
-                if !add.is_empty() {
-                    table.add.entry(set).or_default().extend(add);
-                }
+                let (before, after) = (elements(old.as_ref()), elements(new.as_ref()));
+                draft
+                    .tables
+                    .entry(family)
+                    .or_default()
+                    .replace(before, after);
             }
         }
         if let Some(new) = new {
@@ -180,9 +174,9 @@ impl Programmed {
                 }
             }
             let chains = self.chains.keys().filter(|(of, _)| of == family);
-            table
-                .chains
-                .extend(chains.map(|(_, chain)| (chain.name(), chain.chain())));
+            table.chains.extend(
+                chains.map(|(_, chain)| (chain.name(), chain.chain(&self.settings, *family))),
+            );
             ruleset.tables.insert(table_id(*family), table);
         }
         ruleset
@@ -231,18 +225,48 @@ impl Programmed {
     }
 }
 
+impl TableDraft {
+    /// Drafts the difference between two lists of elements, both sorted by set and key.
+    fn replace(&mut self, before: Vec<ElementOf>, after: Vec<ElementOf>) {
+        let (mut old, mut new) = (before.into_iter().peekable(), after.into_iter().peekable());
+        loop {
+            let order = match (old.peek(), new.peek()) {
+                (Some((a, x)), Some((b, y))) => (a, &x.key).cmp(&(b, &y.key)),
+                (Some(_), None) => Ordering::Less,
+                (None, Some(_)) => Ordering::Greater,
+                (None, None) => return,
+            };
+            let gone = old.next_if(|_| order.is_le());
+            let come = new.next_if(|_| order.is_ge());
+            if gone == come {
+                continue;
+            }
+            if let Some((set, element)) = gone {
+                self.delete.entry(set).or_default().push(element);
+            }
+            if let Some((set, element)) = come {
+                self.add.entry(set).or_default().push(element);
+            }
+        }
+    }
+}
+
 impl Draft {
     /// The drafted operations in the order the kernel must see them.
     pub fn finish(self, programmed: &Programmed) -> Transaction {
         let mut ops = self.skeleton;
         for (family, draft) in self.tables {
             let id = table_id(family);
-            for chain in &draft.new_chains {
-                ops.push(Op::AddChain(id.clone(), chain.name(), None));
+            let chains = draft.new_chains.iter();
+            let chains: Vec<_> = chains
+                .map(|shared| (shared.name(), shared.chain(&programmed.settings, family)))
+                .collect();
+            for (name, chain) in &chains {
+                ops.push(Op::AddChain(id.clone(), name.clone(), chain.base));
             }
-            for chain in draft.new_chains {
-                let rules = chain.chain().rules.into_iter();
-                ops.extend(rules.map(|rule| Op::AddRule(id.clone(), chain.name(), rule)));
+            for (name, chain) in chains {
+                let rules = chain.rules.into_iter();
+                ops.extend(rules.map(|rule| Op::AddRule(id.clone(), name.clone(), rule)));
             }
             let (mut delete, mut add) = (draft.delete, draft.add);
             for ((set, key), existed) in draft.touched {

@@ -11,7 +11,7 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 
 use super::*;
-use crate::compile::{ServiceSet, table_id};
+use crate::compile::{DetectLocal, ServiceSet, table_id};
 use crate::model::{
     Endpoint, EndpointSlice, Family, Node, Object, Protocol, Service, ServiceCidr, ServiceKind,
     ServicePort, SlicePort, TrafficPolicy,
@@ -205,7 +205,7 @@ impl Bench {
             metrics: Metrics::new().unwrap(),
             heard: Heard::default(),
             settings: Settings {
-                cluster_cidrs: vec!["10.244.0.0/16".parse().unwrap()],
+                detect_local: DetectLocal::ClusterCidr(vec!["10.244.0.0/16".parse().unwrap()]),
                 ..Settings::default()
             },
         }
@@ -241,32 +241,46 @@ fn handle(reconciler: &mut Reconciler<Fake>, events: Vec<Event>) -> Outcome {
 fn meaning(ruleset: &Ruleset) -> Ruleset {
     let mut ruleset = ruleset.clone();
     for table in ruleset.tables.values_mut() {
-        let mut used: Vec<Name> = Vec::new();
-        for set in table.sets.values() {
-            used.extend(set.elements.iter().filter_map(|e| match &e.value {
+        let verdicts = |elements: &[Element]| -> Vec<Name> {
+            let targets = elements.iter().filter_map(|e| match &e.value {
                 crate::ruleset::Value::Verdict(verdict) => verdict.target().cloned(),
                 _ => None,
-            }));
-        }
-        let onward: Vec<Name> = used
-            .iter()
-            .filter_map(|name| table.chains.get(name))
-            .flat_map(|chain| &chain.rules)
-            .flat_map(|rule| &rule.statements)
-            .filter_map(|statement| match statement {
-                crate::ruleset::Statement::Verdict(verdict) => verdict.target().cloned(),
-                _ => None,
-            })
+            });
+            targets.collect()
+        };
+        let mut reached: BTreeSet<Name> = BTreeSet::new();
+        let mut next: Vec<Name> = table
+            .sets
+            .values()
+            .flat_map(|set| verdicts(&set.elements))
             .collect();
-        used.extend(onward);
+        while let Some(name) = next.pop() {
+            let rules = table.chains.get(&name).map(|chain| chain.rules.clone());
+            if reached.insert(name) {
+                let statements = rules.into_iter().flatten().flat_map(|r| r.statements);
+                next.extend(statements.filter_map(|statement| match statement {
+                    crate::ruleset::Statement::Verdict(verdict) => verdict.target().cloned(),
+                    _ => None,
+                }));
+            }
+        }
+        let learns = reached
+            .iter()
+            .any(|name| name.as_str().starts_with("learn-"));
         table.chains.retain(|name, _| {
-            let shared = ["lb-", "cluster-", "external-", "nodeport-"];
-            !shared
-                .iter()
-                .any(|prefix| name.as_str().starts_with(prefix))
-                || used.contains(name)
+            let name_text = name.as_str();
+            let by_learning = name_text == "learn-prerouting" || name_text == "learn-output";
+            let counted = name_text
+                .rsplit_once('-')
+                .is_some_and(|(_, n)| n.parse::<u32>().is_ok());
+            reached.contains(name) || (by_learning && learns) || !(counted || by_learning)
         });
-        for set in [ServiceSet::Endpoints, ServiceSet::NodePortEndpoints] {
+        for set in [
+            ServiceSet::Endpoints,
+            ServiceSet::LocalEndpoints,
+            ServiceSet::NodePortEndpoints,
+            ServiceSet::NodePortLocalEndpoints,
+        ] {
             let Some(set) = table.sets.get_mut(&set.name()) else {
                 continue;
             };
@@ -561,49 +575,73 @@ fn event() -> impl Strategy<Value = Event> {
         proptest::option::of(30080u16..30082),
         proptest::option::of(0i64..3),
         0u8..5,
+        (
+            any::<[bool; 2]>(),
+            proptest::option::of(prop_oneof![Just(10u32), Just(10_800)]),
+            vec(0u8..4, 0..3),
+        ),
     )
-        .prop_map(|(name, v4, ports, external, node_port, created, kind)| {
-            let mut service = service(name, &[], &ports);
-            service.ports.dedup();
-            for port in &mut service.ports {
-                port.node_port = node_port.filter(|_| port.port == 80);
-            }
-            // Sometimes two services have the same ClusterIP: files can say so.
-            service.cluster_ips = v4
-                .first()
-                .map(|n| IpAddr::from([10, 96, 0, 10 + n]))
-                .into_iter()
-                .chain(
-                    v4.get(1)
-                        .map(|n| format!("fd00:10:96::{n}").parse().unwrap()),
-                )
-                .collect();
-            service.external_ips = external
-                .iter()
-                .map(|n| IpAddr::from([198, 51, 100, *n]))
-                .collect();
-            service.created = created;
-            service.kind = match kind {
-                0 => ServiceKind::Headless,
-                1 => ServiceKind::ExternalName,
-                _ => ServiceKind::NodePort,
-            };
-            put(service)
-        });
+        .prop_map(
+            |(name, v4, ports, external, node_port, created, kind, more)| {
+                let mut service = service(name, &[], &ports);
+                service.ports.dedup();
+                for port in &mut service.ports {
+                    port.node_port = node_port.filter(|_| port.port == 80);
+                }
+                // Sometimes two services have the same ClusterIP: files can say so.
+                service.cluster_ips = v4
+                    .first()
+                    .map(|n| IpAddr::from([10, 96, 0, 10 + n]))
+                    .into_iter()
+                    .chain(
+                        v4.get(1)
+                            .map(|n| format!("fd00:10:96::{n}").parse().unwrap()),
+                    )
+                    .collect();
+                service.external_ips = external
+                    .iter()
+                    .map(|n| IpAddr::from([198, 51, 100, *n]))
+                    .collect();
+                let ([external_local, internal_local], affinity, ranges) = more;
+                let policy = |local| match local {
+                    true => TrafficPolicy::Local,
+                    false => TrafficPolicy::Cluster,
+                };
+                service.external_policy = policy(external_local);
+                service.internal_policy = policy(internal_local);
+                service.affinity_seconds = affinity;
+                service.load_balancer_ips = ranges
+                    .iter()
+                    .map(|n| IpAddr::from([203, 0, 113, *n]))
+                    .collect();
+                service.source_ranges = ranges
+                    .iter()
+                    .map(|n| format!("10.{n}.0.0/{}", 14 + n).parse().unwrap())
+                    .collect();
+                service.created = created;
+                service.kind = match kind {
+                    0 => ServiceKind::Headless,
+                    1 => ServiceKind::ExternalName,
+                    _ => ServiceKind::NodePort,
+                };
+                put(service)
+            },
+        );
     let a_slice = (
         name.clone(),
         0usize..2,
         any::<bool>(),
         vec(1u8..8, 0..5),
-        vec(any::<bool>(), 5),
+        vec(0u8..4, 5),
     )
-        .prop_map(|(owner, number, v6, endpoints, ready)| {
+        .prop_map(|(owner, number, v6, endpoints, states)| {
             let service = service(owner, &[], &[80, 443]);
             let family = if v6 { Family::V6 } else { Family::V4 };
             let slice_name = format!("{family}-{number}");
             let mut slice = slice(&slice_name, &service, family, &endpoints);
-            for (endpoint, ready) in slice.endpoints.iter_mut().zip(ready) {
-                endpoint.ready = ready;
+            for (endpoint, state) in slice.endpoints.iter_mut().zip(states) {
+                endpoint.ready = state > 1;
+                endpoint.terminating = state == 1;
             }
             put(slice)
         });

@@ -163,6 +163,11 @@ impl KeyBuilder {
         self.field(&padded)
     }
 
+    /// Appends a field given by its bytes.
+    pub fn bytes(self, value: &[u8]) -> Self {
+        self.field(value)
+    }
+
     /// The finished key.
     pub fn finish(mut self) -> Key {
         if self.last_field > 0 {
