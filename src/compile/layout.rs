@@ -128,13 +128,13 @@ pub(super) fn source_key() -> Vec<Selector> {
 
 /// The declaration of [`AFFINITY`]. Elements get the lifetime of their service; the default
 /// given here is kube-proxy's.
-pub(super) fn affinity() -> Declaration {
-    Declaration {
+pub fn affinity_declaration() -> Arc<Declaration> {
+    Arc::new(Declaration {
         timeout: Some(Duration::from_secs(10_800)),
         // More clients than this in three hours are sent to random endpoints.
         size: Some(1 << 20),
         ..Declaration::new(SetKind::Map(target()), affinity_key())
-    }
+    })
 }
 
 macro_rules! service_sets {

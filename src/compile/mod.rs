@@ -27,7 +27,9 @@ mod skeleton;
 mod topology;
 
 pub use chains::{LearnAt, Role, SharedChain};
-pub use layout::{AFFINITY, By, Scope, ServiceSet, TABLE, table_family, table_id};
+pub use layout::{
+    AFFINITY, By, Scope, ServiceSet, TABLE, affinity_declaration, table_family, table_id,
+};
 pub use service::{ElementOf, Frontend, Pool, Route, ServicePlan, Target, plan};
 pub use settings::{DetectLocal, LocalDetector, NodePortAddresses, Settings};
 pub use skeleton::skeleton;

@@ -449,6 +449,18 @@ impl ServicePlan {
         Some((pool, chain))
     }
 
+    /// Every frontend with each pool that its packets may go to.
+    pub fn reach(&self) -> impl Iterator<Item = (&Frontend, &Pool)> + '_ {
+        self.frontends.iter().flat_map(move |frontend| {
+            let pools = match frontend.route {
+                Route::Balance(_, pool) | Route::BalanceOrDrop(_, pool) => [Some(pool), None],
+                Route::LocalPolicy { cluster, local } => [Some(cluster), Some(local)],
+            };
+            let pools = pools.into_iter().flatten();
+            pools.filter_map(move |pool| Some((frontend, self.pool(pool)?)))
+        })
+    }
+
     /// The elements that belong to this service alone, for the table of a family.
     pub fn own_elements(&self, family: Family) -> Vec<ElementOf> {
         let mut elements = Vec::new();

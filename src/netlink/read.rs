@@ -82,7 +82,7 @@ impl Nftables {
             let elements = if declaration.timeout.is_some() {
                 Vec::new()
             } else {
-                self.elements(id, name, &declaration)?
+                self.settled_elements(id, name, &declaration)?
             };
             table.sets.insert(
                 name.into(),
@@ -155,12 +155,26 @@ impl Nftables {
         Ok(rules)
     }
 
-    /// The elements of a set, sorted by key.
+    /// Reads the elements of a set that packets fill: those that were there when it was read and
+    /// have not timed out, each once, in no order.
+    ///
+    /// # Errors
+    ///
+    /// When the dump fails or is interrupted over and over again.
+    pub fn elements(&mut self, id: &TableId, set: &str) -> Result<Vec<Element>, Error> {
+        let dumped = self.dump_elements(id, set)?;
+        let mut elements: Vec<Element> = dumped.into_iter().map(|(element, _)| element).collect();
+        elements.sort_unstable_by(|a, b| a.key.cmp(&b.key));
+        elements.dedup_by(|a, b| a.key == b.key);
+        Ok(elements)
+    }
+
+    /// The elements of a set that only nftlet fills, sorted by key.
     ///
     /// The kernel resizes a hash table some time after elements were added, and a dump that
     /// meets the resize repeats elements and misses others, without being marked as
     /// interrupted. Such a dump is told by its repetitions and read again.
-    fn elements(
+    fn settled_elements(
         &mut self,
         id: &TableId,
         set: &str,

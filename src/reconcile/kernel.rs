@@ -1,7 +1,7 @@
 //! The kernel as the reconciler sees it.
 
 use crate::netlink::{Applied, Error, Nftables};
-use crate::ruleset::{Ruleset, Transaction};
+use crate::ruleset::{Element, Ruleset, TableId, Transaction};
 
 /// Something rules can be written to and read from.
 pub trait Kernel {
@@ -18,6 +18,13 @@ pub trait Kernel {
     ///
     /// When the tables cannot be read.
     fn read(&mut self, names: &[&str], wanted: &Ruleset) -> Result<Ruleset, Error>;
+
+    /// Reads the elements of a set that packets fill.
+    ///
+    /// # Errors
+    ///
+    /// When the set cannot be read.
+    fn elements(&mut self, table: &TableId, set: &str) -> Result<Vec<Element>, Error>;
 }
 
 impl Kernel for Nftables {
@@ -27,5 +34,9 @@ impl Kernel for Nftables {
 
     fn read(&mut self, names: &[&str], wanted: &Ruleset) -> Result<Ruleset, Error> {
         Nftables::read(self, names, wanted)
+    }
+
+    fn elements(&mut self, table: &TableId, set: &str) -> Result<Vec<Element>, Error> {
+        Nftables::elements(self, table, set)
     }
 }

@@ -17,6 +17,7 @@
 //! earlier run stay in force and are changed, never flushed. If the kernel refuses an element
 //! even then, the service it belongs to is left out and reported, and the others are written.
 
+mod affinity;
 mod kernel;
 mod programmed;
 mod report;
@@ -25,21 +26,24 @@ mod run;
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use crate::compile::{self, Settings, TABLE};
+use crate::compile::{self, AFFINITY, Settings, TABLE};
 use crate::metrics::Metrics;
 use crate::model::{
-    Changes, Delivery, Event, Kind, Notice, ObjectName, ObjectRef, Reason, Store, Subject,
+    Changes, Delivery, Event, Family, Kind, Notice, ObjectName, ObjectRef, Reason, Store, Subject,
 };
 use crate::netlink::{self, Place};
-use crate::ruleset::{Ruleset, Transaction, diff};
+use crate::ruleset::{Op, Ruleset, Transaction, diff};
 
 pub use kernel::Kernel;
 pub use programmed::Programmed;
 pub use report::{Log, Reporter};
 pub use run::{Exit, Signals, run};
 
+use affinity::Remembered;
 use programmed::Draft;
 
+/// How often remembered clients are read again when some time out meanwhile.
+const FORGET_ATTEMPTS: usize = 8;
 /// How many services are left out in one attempt before giving up until the next.
 const MOST_REFUSALS: usize = 64;
 /// How long unused shared chains stay: a service that scales up and down finds its chain again.
@@ -158,11 +162,13 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         }
         let mut draft = Draft::default();
         self.draft(&changes, &mut draft);
+        let remembered = std::mem::take(&mut draft.remembered);
         let transaction = draft.finish(&self.programmed);
         match self.write(transaction) {
             Ok(()) => {
                 self.metrics.sync(false, started.elapsed());
                 self.settle(&changes);
+                self.forget(&remembered);
                 Outcome::Synced
             }
             Err(error) => {
@@ -228,6 +234,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
                     self.metrics.sync(true, started.elapsed());
                     self.state = State::Synced;
                     self.settle(&changes);
+                    self.forget(&Remembered::all(self.programmed.plans()));
                     return Outcome::Synced;
                 }
                 Err(error) => {
@@ -291,6 +298,47 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
             );
         }
         Ok(())
+    }
+
+    /// Forgets the clients that are remembered for an endpoint that went away.
+    ///
+    /// This follows the transaction that took the endpoint away: the other way round a client
+    /// could be sent there, and be remembered for it, once more.
+    fn forget(&mut self, remembered: &Remembered) {
+        for family in Family::ALL {
+            if remembered.is_empty(family) {
+                continue;
+            }
+            for _ in 0..FORGET_ATTEMPTS {
+                match self.forget_once(family, remembered) {
+                    Ok(()) => break,
+                    // An element that times out between reading and deleting fails the whole
+                    // transaction; what is left is read again.
+                    Err(error) => tracing::debug!("session affinity: {error}"),
+                }
+            }
+        }
+    }
+
+    fn forget_once(
+        &mut self,
+        family: Family,
+        remembered: &Remembered,
+    ) -> Result<(), netlink::Error> {
+        let table = compile::table_id(family);
+        let known = self.kernel.elements(&table, AFFINITY)?;
+        let stale = remembered.stale(family, known);
+        if stale.is_empty() {
+            return Ok(());
+        }
+        let declaration = compile::affinity_declaration();
+        let ops = vec![Op::DeleteElements(
+            table,
+            AFFINITY.into(),
+            declaration,
+            stale,
+        )];
+        self.write(Transaction { ops })
     }
 
     /// Books what a successful write means.

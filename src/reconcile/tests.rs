@@ -11,7 +11,7 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 
 use super::*;
-use crate::compile::{DetectLocal, ServiceSet, table_id};
+use crate::compile::{AFFINITY, DetectLocal, ServiceSet, table_id};
 use crate::model::{
     Endpoint, EndpointSlice, Family, Node, Object, Protocol, Service, ServiceCidr, ServiceKind,
     ServicePort, SlicePort, TrafficPolicy,
@@ -69,7 +69,21 @@ impl Kernel for Fake {
     fn read(&mut self, _: &[&str], _: &Ruleset) -> Result<Ruleset, Error> {
         let mut state = self.0.borrow_mut();
         state.reads += 1;
-        Ok(state.ruleset.clone())
+        let mut ruleset = state.ruleset.clone();
+        for table in ruleset.tables.values_mut() {
+            // As from the kernel: what packets add is left out.
+            if let Some(set) = table.sets.get_mut(AFFINITY) {
+                set.elements.clear();
+            }
+        }
+        Ok(ruleset)
+    }
+
+    fn elements(&mut self, table: &TableId, set: &str) -> Result<Vec<Element>, Error> {
+        let state = self.0.borrow();
+        let table = state.ruleset.tables.get(table);
+        let set = table.and_then(|table| table.sets.get(set));
+        Ok(set.map(|set| set.elements.clone()).unwrap_or_default())
     }
 }
 
@@ -562,6 +576,97 @@ fn what_the_kernel_refuses_is_left_out_and_the_rest_is_written() {
     assert_eq!(handle(&mut reconciler, vec![]), Outcome::Synced);
     assert_eq!(frontends(&v4), 2);
     bench.assert_as_wanted(&reconciler);
+}
+
+#[test]
+fn clients_are_forgotten_with_their_endpoint() {
+    let bench = Bench::new();
+    let mut reconciler = bench.reconciler();
+    let mut web = service("web", &["10.96.0.10"], &[80]);
+    web.affinity_seconds = Some(10_800);
+    web.kind = ServiceKind::NodePort;
+    web.ports[0].node_port = Some(30080);
+    let other = Service {
+        cluster_ips: vec!["10.96.0.11".parse().unwrap()],
+        name: ObjectName::new("shop", "other"),
+        ports: service("other", &[], &[80]).ports,
+        ..web.clone()
+    };
+    handle(
+        &mut reconciler,
+        lists(vec![
+            node().into(),
+            web.clone().into(),
+            other.clone().into(),
+            slice("web-1", &web, Family::V4, &[1, 2]).into(),
+            slice("other-1", &other, Family::V4, &[1, 2]).into(),
+        ]),
+    );
+    let client = |last: u8, frontend: [u8; 4], port: u16, endpoint: u8| {
+        let key = Key::build()
+            .address(IpAddr::from([192, 168, 10, last]))
+            .address(frontend.into())
+            .protocol(6)
+            .port(port)
+            .finish();
+        let target = Key::build()
+            .address(IpAddr::from([10, 244, 1, endpoint]))
+            .port(8080)
+            .finish();
+        Element::with_data(key, target)
+    };
+    let (cluster_ip, other_ip, node_ip) = ([10, 96, 0, 10], [10, 96, 0, 11], [192, 168, 10, 1]);
+    let known = vec![
+        client(100, cluster_ip, 80, 1),
+        client(101, cluster_ip, 80, 2),
+        client(100, other_ip, 80, 2),
+        client(100, node_ip, 30080, 2),
+        client(101, node_ip, 30080, 1),
+    ];
+    let learn = |elements: Vec<Element>| {
+        let mut state = bench.kernel.0.borrow_mut();
+        let table = state.ruleset.tables.get_mut(&table_id(Family::V4)).unwrap();
+        let set = table.sets.get_mut(AFFINITY).unwrap();
+        set.elements = elements;
+        set.elements.sort();
+    };
+    let left = || {
+        let state = bench.kernel.0.borrow();
+        let table = &state.ruleset.tables[&table_id(Family::V4)];
+        table.sets[AFFINITY].elements.clone()
+    };
+    learn(known.clone());
+    let sorted = |mut elements: Vec<Element>| {
+        elements.sort();
+        elements
+    };
+    // A new endpoint forgets nobody.
+    let grown = slice("web-1", &web, Family::V4, &[1, 2, 3]);
+    handle(&mut reconciler, vec![put(grown)]);
+    assert_eq!(left(), sorted(known.clone()));
+    // Endpoint 2 of one service goes; the other service keeps its clients there.
+    let shrunk = slice("web-1", &web, Family::V4, &[1, 3]);
+    handle(&mut reconciler, vec![put(shrunk.clone())]);
+    let rest = [&known[0], &known[2], &known[4]].map(Clone::clone).to_vec();
+    assert_eq!(left(), sorted(rest.clone()));
+    // A new process checks everybody.
+    learn(known);
+    let mut restarted = bench.reconciler();
+    handle(
+        &mut restarted,
+        lists(vec![
+            node().into(),
+            web.clone().into(),
+            other.into(),
+            shrunk.into(),
+            slice("other-1", &web, Family::V4, &[1]).into(),
+        ]),
+    );
+    assert_eq!(left(), sorted(vec![rest[0].clone(), rest[2].clone()]));
+    // Without affinity nobody is remembered.
+    web.affinity_seconds = None;
+    handle(&mut restarted, vec![put(web)]);
+    assert_eq!(left(), []);
 }
 
 /// Everything that may happen to a small cluster.
