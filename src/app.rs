@@ -16,7 +16,6 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
 
 use thiserror::Error;
 use tokio::runtime;
@@ -39,8 +38,6 @@ use crate::source::{Cluster, Manifests, SourceStats};
 
 /// The oldest kernel nftlet works on, as kube-proxy's nftables mode.
 const OLDEST_KERNEL: (u32, u32) = (5, 13);
-/// What `/healthz` measures delays by: changes that wait for twice as long are unhealthy.
-const SYNC_PERIOD: Duration = Duration::from_secs(30);
 /// Events that may wait between the source and the reconciler.
 const QUEUE: usize = 4096;
 
@@ -113,7 +110,7 @@ pub fn run(args: &Args) -> Result<(), Error> {
     // The first answer tells about permissions and a missing nf_tables before anything else.
     nftables.read(&[], &Ruleset::default())?;
     let metrics = Arc::new(Metrics::new()?);
-    let health = Health::new(SYNC_PERIOD);
+    let health = Health::new(health::PERIOD);
     let (events, received) = mpsc::channel(QUEUE);
     let (stop, stopped) = watch::channel(false);
     let (ready, started) = oneshot::channel();
@@ -174,7 +171,8 @@ fn start_logging(args: &Args) {
     };
     // The libraries' own debug output is of interest only when everything is asked for.
     let filter = if args.verbose < 3 {
-        EnvFilter::new(format!("error,nftlet={level}"))
+        // The client library reports each failed attempt; nftlet tells of a failure once.
+        EnvFilter::new(format!("error,kube_client=off,nftlet={level}"))
     } else {
         EnvFilter::new("trace")
     };
@@ -349,9 +347,9 @@ fn load(manifests: &mut Manifests, node_name: &str) -> Result<Vec<Event>, Error>
         events.push(Event::Notice(Notice {
             subject: Subject::Other(format!("Node {node_name}").into()),
             reason: Reason::NodeMissing,
-            message: "the manifests hold no such Node; NodePorts answer on this host's own \
-                      addresses, and no endpoint is known to be local (name another node with \
-                      --hostname-override)"
+            message: "the manifests hold no such Node; NodePorts answer on this host's first \
+                      address of each family, and no endpoint counts as local (name another \
+                      node with --hostname-override)"
                 .into(),
         }));
     }

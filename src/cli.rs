@@ -113,7 +113,7 @@ pub struct Args {
     #[arg(long, value_name = "ADDR", help_heading = "Observability")]
     pub healthz_bind_address: Option<BindAddress>,
 
-    /// Log more: -v what is done with each change, -vv everything.
+    /// Log more: -v what is done with each change, -vv every step, -vvv the libraries too.
     #[arg(
         short = 'v',
         action = ArgAction::Count,

@@ -45,6 +45,17 @@ pub enum Event {
     Notice(Notice),
 }
 
+impl Event {
+    /// The kind of the object that changed; `None` for all other events.
+    pub fn kind(&self) -> Option<Kind> {
+        match self {
+            Event::Apply(object) => Some(object.kind()),
+            Event::Delete(reference) => Some(reference.kind),
+            Event::ListStarted(_) | Event::ListComplete(_) | Event::Notice(_) => None,
+        }
+    }
+}
+
 /// The object kinds that sources deliver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Kind {
@@ -98,6 +109,16 @@ pub enum Object {
 }
 
 impl Object {
+    /// The kind.
+    pub fn kind(&self) -> Kind {
+        match self {
+            Object::Service(_) => Kind::Service,
+            Object::EndpointSlice(_) => Kind::EndpointSlice,
+            Object::Node(_) => Kind::Node,
+            Object::ServiceCidr(_) => Kind::ServiceCidr,
+        }
+    }
+
     /// Kind and name.
     pub fn reference(&self) -> ObjectRef {
         match self {

@@ -65,6 +65,8 @@ pub struct Reconciler<'a, K> {
     changes: Changes,
     /// Arrival times of events whose rules are not in force yet.
     waiting: Vec<Instant>,
+    /// How many service and endpoint changes these are.
+    pending: (usize, usize),
 }
 
 /// How far the kernel is known to agree.
@@ -109,6 +111,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
             unused_since: None,
             changes: Changes::default(),
             waiting: Vec::new(),
+            pending: (0, 0),
         }
     }
 
@@ -132,12 +135,22 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
     /// Takes over events and brings the kernel in line with them.
     pub fn handle(&mut self, deliveries: impl IntoIterator<Item = Delivery>) -> Outcome {
         let mut changes = std::mem::take(&mut self.changes);
+        let (mut services, mut endpoints) = (0, 0);
         for delivery in deliveries {
             if !matches!(delivery.event, Event::Notice(_)) {
                 self.waiting.push(delivery.at);
             }
+            match delivery.event.kind() {
+                Some(Kind::Service) => services += 1,
+                Some(Kind::EndpointSlice) => endpoints += 1,
+                Some(Kind::Node | Kind::ServiceCidr) | None => {}
+            }
             self.store.apply(delivery.event, &mut changes);
         }
+        self.metrics.changes(services, endpoints);
+        self.pending = (self.pending.0 + services, self.pending.1 + endpoints);
+        self.metrics.pending(self.pending.0, self.pending.1);
+        self.metrics.queued();
         for notice in changes.notices.drain(..) {
             self.report(notice);
         }
@@ -343,6 +356,8 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
 
     /// Books what a successful write means.
     fn settle(&mut self, changes: &Changes) {
+        self.pending = (0, 0);
+        self.metrics.pending(0, 0);
         for at in self.waiting.drain(..) {
             self.metrics.programmed(at.elapsed());
         }
@@ -363,25 +378,25 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         };
     }
 
-    /// Removes shared chains that have been unused for a while. Returns how long to wait until
-    /// it is worth calling again.
-    pub fn sweep(&mut self) -> Option<Duration> {
+    /// How long to wait until [`Reconciler::remove_unused_chains`] is worth calling; `None` while
+    /// all chains are used.
+    pub fn unused_chains_due(&self) -> Option<Duration> {
         let since = self.unused_since.filter(|_| self.state == State::Synced)?;
-        let wait = KEEP_UNUSED_CHAINS.saturating_sub(since.elapsed());
-        if !wait.is_zero() {
-            return Some(wait);
-        }
-        self.remove_unused_chains();
-        None
+        Some(KEEP_UNUSED_CHAINS.saturating_sub(since.elapsed()))
     }
 
     /// Removes shared chains that no service uses, at once.
-    pub fn remove_unused_chains(&mut self) {
+    pub fn remove_unused_chains(&mut self) -> Outcome {
         self.unused_since = None;
         let transaction = self.programmed.remove_unused_chains();
-        if let Err(error) = self.write(transaction) {
-            self.reporter.failed(&error);
-            self.state = State::Unknown;
+        match self.write(transaction) {
+            Ok(()) => Outcome::Synced,
+            Err(error) => {
+                self.metrics.failure();
+                self.reporter.failed(&error);
+                self.state = State::Unknown;
+                self.resync()
+            }
         }
     }
 

@@ -75,8 +75,8 @@ pub async fn run<K: Kernel>(
                 reconciler.resync()
             }
             () = sleep_until(sweep.unwrap_or_else(Instant::now)), if sweep.is_some() => {
-                sweep = reconciler.sweep().map(|wait| Instant::now() + wait);
-                continue;
+                sweep = None;
+                reconciler.remove_unused_chains()
             }
             () = sleep_until(patience), if !ready => {
                 patience += PATIENCE;
@@ -109,7 +109,9 @@ pub async fn run<K: Kernel>(
                 if signals.once {
                     return Exit::Programmed;
                 }
-                sweep = reconciler.sweep().map(|wait| Instant::now() + wait);
+                sweep = reconciler
+                    .unused_chains_due()
+                    .map(|wait| Instant::now() + wait);
             }
             Outcome::Failed if signals.once => return Exit::Failed,
             Outcome::Failed => {

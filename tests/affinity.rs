@@ -1,0 +1,296 @@
+//! Session affinity: a client stays with its endpoint, in the kernel.
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::time::Duration;
+
+use common::manifests::{CLUSTER_CIDR, Manifests};
+use common::netns::{
+    Ask, Client, Lab, LabOptions, Machine, Namespace, Protocol, Server, require_net_admin, wait_for,
+};
+use serde_json::json;
+
+const CIDR: [&str; 2] = ["--cluster-cidr", CLUSTER_CIDR];
+
+fn ip(text: &str) -> IpAddr {
+    text.parse().unwrap()
+}
+
+/// Writes the service; no affinity without a timeout.
+fn put_service(manifests: &Manifests, timeout: Option<u32>) {
+    manifests.put(&json!({
+        "apiVersion": "v1", "kind": "Service",
+        "metadata": {"name": "web", "namespace": "shop"},
+        "spec": {
+            "type": "LoadBalancer",
+            "clusterIP": "10.96.0.10", "clusterIPs": ["10.96.0.10", "fd00:10:96::a"],
+            "ports": [
+                {"name": "http", "port": 80, "protocol": "TCP", "nodePort": 30080},
+                {"name": "dns", "port": 53, "protocol": "UDP", "nodePort": 30053},
+            ],
+            "sessionAffinity": timeout.map_or("None", |_| "ClientIP"),
+            "sessionAffinityConfig": timeout.map(|t| json!({"clientIP": {"timeoutSeconds": t}})),
+        },
+        "status": {"loadBalancer": {"ingress": [{"ip": "203.0.113.10"}, {"ip": "2001:db8:1::10"}]}},
+    }));
+}
+
+fn put_endpoints(manifests: &Manifests, pods: &[&Machine]) {
+    for (family, v6) in [("IPv4", false), ("IPv6", true)] {
+        let endpoints: Vec<_> = pods
+            .iter()
+            .map(|pod| json!({"addresses": [pod.addresses()[usize::from(v6)]], "nodeName": "node-1"}))
+            .collect();
+        manifests.put(&json!({
+            "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
+            "metadata": {
+                "name": format!("web-{}", family.to_lowercase()), "namespace": "shop",
+                "labels": {"kubernetes.io/service-name": "web"},
+            },
+            "addressType": family,
+            "ports": [
+                {"name": "http", "port": 8080, "protocol": "TCP"},
+                {"name": "dns", "port": 8080, "protocol": "UDP"},
+            ],
+            "endpoints": endpoints,
+        }));
+    }
+}
+
+struct Sticky {
+    lab: Lab,
+    manifests: Manifests,
+    _servers: Vec<Server>,
+}
+
+impl Sticky {
+    fn new(timeout: u32) -> Self {
+        let lab = Lab::new(LabOptions {
+            nodes: 1,
+            pods_per_node: 4,
+            clients: 6,
+        });
+        let manifests = Manifests::new();
+        put_service(&manifests, Some(timeout));
+        put_endpoints(&manifests, &lab.pods());
+        let servers = lab.pods().into_iter().flat_map(|pod| {
+            [Protocol::Tcp, Protocol::Udp].map(|protocol| pod.serve(protocol, 8080))
+        });
+        let servers = servers.flatten().collect();
+        let sticky = Self {
+            lab,
+            manifests,
+            _servers: servers,
+        };
+        sticky.program();
+        sticky
+    }
+
+    fn node(&self) -> &Namespace {
+        self.lab.node().ns()
+    }
+
+    fn program(&self) {
+        self.manifests.program(self.node(), &CIDR);
+    }
+
+    /// The clients that the kernel remembers, as it lists them.
+    fn remembered(&self, family: &str) -> String {
+        self.node()
+            .nft(&["list", "map", family, "nftlet", "affinity"])
+    }
+}
+
+/// Every kind of frontend in both families, over TCP and UDP.
+fn frontends() -> Vec<Ask> {
+    let addresses = [
+        "10.96.0.10",
+        "fd00:10:96::a",
+        "203.0.113.10",
+        "2001:db8:1::10",
+    ];
+    let nodes = ["192.168.10.1", "fd00:192:168:10::1"];
+    let by_address = addresses.map(|a| [Ask::tcp(ip(a), 80), Ask::udp(ip(a), 53)]);
+    let by_port = nodes.map(|a| [Ask::tcp(ip(a), 30080), Ask::udp(ip(a), 30053)]);
+    by_address.into_iter().chain(by_port).flatten().collect()
+}
+
+/// The endpoint that answers a client; panics if it is not always the same.
+#[track_caller]
+fn only_endpoint(client: &Client, ask: Ask) -> String {
+    let answers: BTreeSet<String> = (0..12).map(|_| client.ask(ask).unwrap().name).collect();
+    assert_eq!(answers.len(), 1, "{ask:?} was answered by {answers:?}");
+    answers.into_iter().next().unwrap()
+}
+
+#[test]
+fn a_client_stays_with_its_endpoint_at_every_frontend() {
+    if !require_net_admin() {
+        return;
+    }
+    let sticky = Sticky::new(10_800);
+    for ask in frontends() {
+        for machine in &sticky.lab.clients {
+            only_endpoint(&Client::new(&machine.ns), ask);
+        }
+    }
+    let all: BTreeSet<String> = sticky
+        .lab
+        .clients
+        .iter()
+        .flat_map(|machine| {
+            let client = Client::new(&machine.ns);
+            frontends()
+                .into_iter()
+                .map(move |ask| client.ask(ask).unwrap().name)
+        })
+        .collect();
+    assert_eq!(
+        all.len(),
+        4,
+        "different clients go to different endpoints: {all:?}"
+    );
+    // The node and pods are clients like others.
+    let pods = sticky.lab.pods();
+    for machine in [&sticky.lab.node().machine, pods[0]] {
+        only_endpoint(&Client::new(&machine.ns), Ask::tcp(ip("10.96.0.10"), 80));
+        only_endpoint(&Client::new(&machine.ns), Ask::udp(ip("fd00:10:96::a"), 53));
+    }
+}
+
+#[test]
+fn endpoints_that_come_move_nobody_and_those_that_go_move_only_their_clients() {
+    if !require_net_admin() {
+        return;
+    }
+    let sticky = Sticky::new(10_800);
+    let pods = sticky.lab.pods();
+    put_endpoints(&sticky.manifests, &pods[..3]);
+    let _daemon = sticky.manifests.run(sticky.node(), &CIDR);
+    let clients: Vec<Client> = sticky
+        .lab
+        .clients
+        .iter()
+        .map(|m| Client::new(&m.ns))
+        .collect();
+    let asks = [
+        Ask::tcp(ip("10.96.0.10"), 80),
+        Ask::udp(ip("fd00:10:96::a"), 53),
+        Ask::tcp(ip("2001:db8:1::10"), 80),
+        Ask::tcp(ip("192.168.10.1"), 30080),
+    ];
+    let where_all_are = || -> Vec<String> {
+        let pairs = asks
+            .iter()
+            .flat_map(|ask| clients.iter().map(move |c| (c, *ask)));
+        pairs
+            .map(|(client, ask)| only_endpoint(client, ask))
+            .collect()
+    };
+    let before = where_all_are();
+    let mentions = |pod: &Machine| {
+        let rules = sticky.node().nft(&["list", "ruleset"]);
+        rules.contains(&format!(": {} .", pod.v4)) || rules.contains(&format!(": {} .", pod.v6))
+    };
+    put_endpoints(&sticky.manifests, &pods);
+    wait_for("the fourth endpoint", Duration::from_secs(10), || {
+        mentions(pods[3]).then_some(())
+    });
+    assert_eq!(where_all_are(), before, "a new endpoint moves nobody");
+    let gone = pods[1];
+    put_endpoints(&sticky.manifests, &[pods[0], pods[2], pods[3]]);
+    wait_for("the second endpoint to go", Duration::from_secs(10), || {
+        (!mentions(gone)).then_some(())
+    });
+    let after = where_all_are();
+    for (before, after) in before.iter().zip(&after) {
+        assert_ne!(*after, gone.name);
+        assert!(
+            before == after || *before == gone.name,
+            "{before} moved to {after}"
+        );
+    }
+    assert_eq!(where_all_are(), after, "they stay where they went");
+}
+
+#[test]
+fn clients_are_remembered_over_restarts() {
+    if !require_net_admin() {
+        return;
+    }
+    let sticky = Sticky::new(10_800);
+    let clients: Vec<Client> = sticky
+        .lab
+        .clients
+        .iter()
+        .map(|m| Client::new(&m.ns))
+        .collect();
+    let ask = Ask::tcp(ip("10.96.0.10"), 80);
+    let all = || -> Vec<String> { clients.iter().map(|c| only_endpoint(c, ask)).collect() };
+    let before = all();
+    let mut daemon = sticky.manifests.run(sticky.node(), &CIDR);
+    assert_eq!(all(), before);
+    daemon.kill();
+    assert_eq!(all(), before);
+    sticky.program();
+    assert_eq!(all(), before);
+    // An endpoint that goes while nftlet is away has no clients when it is back.
+    let pods = sticky.lab.pods();
+    let gone = pods.iter().find(|pod| pod.name == before[0]).unwrap();
+    let rest: Vec<&Machine> = pods
+        .iter()
+        .filter(|p| p.name != gone.name)
+        .copied()
+        .collect();
+    put_endpoints(&sticky.manifests, &rest);
+    sticky.program();
+    for (before, after) in before.iter().zip(all()) {
+        assert!(
+            *before == after || *before == gone.name,
+            "{before} moved to {after}"
+        );
+        assert_ne!(after, gone.name);
+    }
+}
+
+#[test]
+fn clients_are_forgotten_after_the_timeout_which_can_change() {
+    if !require_net_admin() {
+        return;
+    }
+    let sticky = Sticky::new(2);
+    let _daemon = sticky.manifests.run(sticky.node(), &CIDR);
+    let client = Client::new(&sticky.lab.client().ns);
+    let asks = [
+        Ask::tcp(ip("10.96.0.10"), 80),
+        Ask::tcp(ip("fd00:10:96::a"), 80),
+    ];
+    for (ask, family) in asks.into_iter().zip(["ip", "ip6"]) {
+        // Longer than the timeout in all, but never away for as long: the client stays.
+        let first = only_endpoint(&client, ask);
+        let start = std::time::Instant::now();
+        while start.elapsed() < Duration::from_secs(4) {
+            assert_eq!(only_endpoint(&client, ask), first);
+        }
+        assert!(sticky.remembered(family).contains("timeout 2s"));
+        wait_for(
+            "the client to be forgotten",
+            Duration::from_secs(20),
+            || (!sticky.remembered(family).contains("expires")).then_some(()),
+        );
+    }
+    // Another timeout for the living service: kube-proxy's own sync fails on that.
+    put_service(&sticky.manifests, Some(10_800));
+    wait_for("the new timeout", Duration::from_secs(10), || {
+        only_endpoint(&client, asks[0]);
+        sticky.remembered("ip").contains("timeout 3h").then_some(())
+    });
+    put_service(&sticky.manifests, None);
+    wait_for("the end of affinity", Duration::from_secs(10), || {
+        let answers: BTreeSet<String> =
+            (0..40).map(|_| client.ask(asks[0]).unwrap().name).collect();
+        (answers.len() > 1 && !sticky.remembered("ip").contains("expires")).then_some(())
+    });
+}
