@@ -16,15 +16,16 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
 use thiserror::Error;
 use tokio::runtime;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot, watch};
 
-use crate::cli::{Args, LogFormat, NodePorts};
+use crate::cli::{self, Args, HEALTHZ_BIND_ADDRESS, LogFormat, METRICS_BIND_ADDRESS};
 use crate::compile::{NodePortAddresses, Settings};
-use crate::health::{self, Health};
+use crate::health::{self, Health, Probe, Router};
 use crate::metrics::Metrics;
 use crate::model::{
     Changes, Delivery, Event, Kind, Notice, Object, Reason, ServiceKind, Store, Subject,
@@ -32,10 +33,14 @@ use crate::model::{
 use crate::netlink::{self, Nftables};
 use crate::reconcile::{self, Exit, Log, Reconciler, Reporter, Signals};
 use crate::ruleset::{Ruleset, text};
-use crate::source::{Cluster, ClusterError, Manifests, ManifestsError};
+use crate::source::cluster::Error as ClusterError;
+use crate::source::manifests::Error as ManifestsError;
+use crate::source::{Cluster, Manifests, SourceStats};
 
 /// The oldest kernel nftlet works on, as kube-proxy's nftables mode.
 const OLDEST_KERNEL: (u32, u32) = (5, 13);
+/// What `/healthz` measures delays by: changes that wait for twice as long are unhealthy.
+const SYNC_PERIOD: Duration = Duration::from_secs(30);
 /// Events that may wait between the source and the reconciler.
 const QUEUE: usize = 4096;
 
@@ -58,8 +63,13 @@ pub enum Error {
     #[error(transparent)]
     Manifests(#[from] ManifestsError),
     /// There is no API server to talk to.
-    #[error(transparent)]
-    Cluster(#[from] ClusterError),
+    #[error("{0}")]
+    Cluster(#[source] ClusterError),
+    /// Neither a cluster nor manifests.
+    #[error(
+        "{0}; name one with --kubeconfig FILE, or work without a cluster with --manifests PATH"
+    )]
+    NoSource(#[source] ClusterError),
     /// An HTTP port cannot be opened.
     #[error(transparent)]
     Http(#[from] health::Error),
@@ -103,7 +113,7 @@ pub fn run(args: &Args) -> Result<(), Error> {
     // The first answer tells about permissions and a missing nf_tables before anything else.
     nftables.read(&[], &Ruleset::default())?;
     let metrics = Arc::new(Metrics::new()?);
-    let health = Health::new();
+    let health = Health::new(SYNC_PERIOD);
     let (events, received) = mpsc::channel(QUEUE);
     let (stop, stopped) = watch::channel(false);
     let (ready, started) = oneshot::channel();
@@ -127,12 +137,8 @@ pub fn run(args: &Args) -> Result<(), Error> {
         stop: stopped,
         once: args.once,
     };
-    let exit = single_threaded()?.block_on(reconcile::run(
-        &mut reconciler,
-        received,
-        signals,
-        &health,
-    ));
+    let exit =
+        single_threaded()?.block_on(reconcile::run(&mut reconciler, received, signals, &health));
     match exit {
         Exit::Programmed => {
             tracing::info!("{}", summary(reconciler.store()));
@@ -187,11 +193,11 @@ fn start_logging(args: &Args) {
 
 fn settings(args: &Args) -> Settings {
     Settings {
-        cluster_cidrs: args.cluster_cidr.clone(),
+        cluster_cidrs: args.cluster_cidr.as_slice().to_vec(),
         masquerade_all: args.masquerade_all,
-        nodeport_addresses: match args.nodeport_addresses() {
-            NodePorts::Primary => NodePortAddresses::Primary,
-            NodePorts::Ranges(ranges) => NodePortAddresses::Inside(ranges),
+        nodeport_addresses: match &args.nodeport_addresses {
+            cli::NodePortAddresses::Primary => NodePortAddresses::Primary,
+            cli::NodePortAddresses::Ranges(ranges) => NodePortAddresses::Inside(ranges.clone()),
         },
         host_addresses: host_addresses(),
     }
@@ -247,6 +253,9 @@ fn dry_run(args: &Args, node_name: &str, settings: &Settings) -> Result<(), Erro
             _ => Err(Error::Print(error)),
         })
 }
+
+/// The path by which the manifests source knows standard input.
+const STANDARD_INPUT: &str = "-";
 
 /// Reads all objects once.
 async fn collect(args: &Args, node_name: &str) -> Result<Store, Error> {
@@ -320,7 +329,14 @@ fn summary(store: &Store) -> String {
 }
 
 fn manifests(args: &Args, node_name: &str) -> Option<Manifests> {
-    let paths: Vec<PathBuf> = args.manifests.clone();
+    let paths: Vec<PathBuf> = args
+        .manifests
+        .iter()
+        .map(|source| match source {
+            cli::Manifests::StandardInput => PathBuf::from(STANDARD_INPUT),
+            cli::Manifests::Path(path) => path.clone(),
+        })
+        .collect();
     (!paths.is_empty()).then(|| Manifests::new(paths, node_name.to_owned()))
 }
 
@@ -344,7 +360,12 @@ fn load(manifests: &mut Manifests, node_name: &str) -> Result<Vec<Event>, Error>
 }
 
 async fn connect(args: &Args, node_name: &str) -> Result<Cluster, Error> {
-    Ok(Cluster::connect(args.kubeconfig.clone(), node_name.to_owned()).await?)
+    Cluster::connect(args.kubeconfig.clone(), node_name.to_owned())
+        .await
+        .map_err(|error| match error {
+            ClusterError::NoCluster => Error::NoSource(error),
+            other => Error::Cluster(other),
+        })
 }
 
 /// What runs on the I/O thread.
@@ -359,11 +380,7 @@ struct Io {
 
 impl Io {
     /// Starts everything, says so, and works until asked to stop.
-    fn run(
-        self,
-        events: mpsc::Sender<Delivery>,
-        ready: oneshot::Sender<Result<(), Error>>,
-    ) {
+    fn run(self, events: mpsc::Sender<Delivery>, ready: oneshot::Sender<Result<(), Error>>) {
         let runtime = match single_threaded() {
             Ok(runtime) => runtime,
             Err(error) => {
@@ -393,8 +410,8 @@ impl Io {
         events: mpsc::Sender<Delivery>,
     ) -> Result<Vec<tokio::task::JoinHandle<()>>, Error> {
         let mut tasks = vec![self.handle_signals()?];
-        tasks.extend(self.serve_http().await?);
         let stopped = self.stopped.clone();
+        let mut stats = None;
         if let Some(mut manifests) = manifests(&self.args, &self.node_name) {
             let first = load(&mut manifests, &self.node_name)?;
             let once = self.args.once;
@@ -404,15 +421,20 @@ impl Io {
                         return;
                     }
                 }
-                if !once {
-                    manifests.follow(events, stopped).await;
+                if once {
+                    return;
+                }
+                if let Err(error) = manifests.follow(events, stopped).await {
+                    tracing::error!("{error}");
                 }
             }));
         } else {
             let cluster = connect(&self.args, &self.node_name).await?;
             tracing::info!("watching {}", cluster.server());
+            stats = Some(cluster.stats());
             tasks.push(tokio::spawn(cluster.run(events, stopped)));
         }
+        tasks.extend(self.serve_http(stats).await?);
         Ok(tasks)
     }
 
@@ -430,24 +452,60 @@ impl Io {
         }))
     }
 
-    async fn serve_http(&self) -> Result<Vec<tokio::task::JoinHandle<()>>, Error> {
+    /// Opens the ports that are asked for.
+    async fn serve_http(
+        &self,
+        stats: Option<Arc<SourceStats>>,
+    ) -> Result<Vec<tokio::task::JoinHandle<()>>, Error> {
         let mut tasks = Vec::new();
         if let Some(address) = self.args.healthz_address() {
-            tasks.push(self.serve(address, "--healthz-bind-address", false).await?);
+            let router = self.probes();
+            tasks.push(self.serve(address, HEALTHZ_BIND_ADDRESS, router).await?);
         }
         if let Some(address) = self.args.metrics_address() {
-            tasks.push(self.serve(address, "--metrics-bind-address", true).await?);
+            let metrics = self.metrics.clone();
+            let page = move || {
+                if let Some(stats) = &stats {
+                    copy_stats(stats, &metrics);
+                }
+                metrics.encode()
+            };
+            let router = self
+                .probes()
+                .metrics(page)
+                .text("/proxyMode", || "nftables".into());
+            tasks.push(self.serve(address, METRICS_BIND_ADDRESS, router).await?);
         }
         Ok(tasks)
+    }
+
+    fn probes(&self) -> Router {
+        let metrics = self.metrics.clone();
+        Router::new().probes(&self.health, move |probe, code| match probe {
+            Probe::Healthz => metrics.healthz(code),
+            Probe::Livez => metrics.livez(code),
+        })
     }
 
     async fn serve(
         &self,
         address: SocketAddr,
         flag: &'static str,
-        metrics: bool,
+        router: Router,
     ) -> Result<tokio::task::JoinHandle<()>, Error> {
-        let _ = (address, flag, metrics);
-        Err(Error::SourceEnded)
+        let listener = health::bind(address, flag).await?;
+        let stopped = self.stopped.clone();
+        Ok(tokio::spawn(async move {
+            health::serve(listener, Arc::new(router), stopped).await;
+        }))
+    }
+}
+
+/// The source counts by itself; its numbers become metrics when somebody looks.
+fn copy_stats(stats: &SourceStats, metrics: &Metrics) {
+    for kind in Kind::ALL {
+        let of = stats.kind(kind);
+        let (lists, watches, events) = (of.lists(), of.watches(), of.events());
+        metrics.watch(kind.as_str(), lists, watches.saturating_sub(1), events);
     }
 }

@@ -1,18 +1,437 @@
-//! Health placeholder until merged.
-#[derive(Clone, Default)]
-/// x
-pub struct Health;
-impl Health {
-    /// x
-    pub fn new() -> Self {
-        Self
+//! Whether nftlet does its work, and the HTTP server that tells it.
+//!
+//! [`Health`] is told what happens and answers the two probes of kube-proxy: `/healthz` says
+//! whether load balancers should send traffic to this node, `/livez` whether restarting nftlet
+//! could help. [`serve`] answers them, and any other page of a [`Router`], on a listener made by
+//! [`bind`].
+
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use serde_json::{Value, json};
+
+pub use self::server::{Error, Router, bind, serve};
+
+mod server;
+
+/// How long a round of work may take before it counts as late, twice over; kube-proxy's
+/// `--iptables-sync-period` and the like.
+pub const PERIOD: Duration = Duration::from_secs(30);
+
+/// What the health of nftlet depends on. Clones share it.
+#[derive(Clone)]
+pub struct Health {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    limit: Duration,
+    clock: Box<dyn Fn() -> Moment + Send + Sync>,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    last_synced: Option<SystemTime>,
+    oldest_queued: Option<Instant>,
+    failure: Option<String>,
+    node_going_away: bool,
+}
+
+/// One instant on both clocks: ages come from the one that nobody can set, what is shown from
+/// the one on the wall.
+#[derive(Clone, Copy, Debug)]
+pub struct Moment {
+    /// The clock that only runs forward.
+    pub monotonic: Instant,
+    /// The date and time.
+    pub wall: SystemTime,
+}
+
+impl Moment {
+    /// This very moment.
+    pub fn now() -> Self {
+        Self {
+            monotonic: Instant::now(),
+            wall: SystemTime::now(),
+        }
     }
-    /// x
-    pub fn queued(&self) {}
-    /// x
-    pub fn synced(&self) {}
-    /// x
-    pub fn failed(&self, _: &str) {}
-    /// x
-    pub fn node_going_away(&self, _: bool) {}
+}
+
+/// The two questions that are asked about nftlet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Probe {
+    /// `/healthz`: should this node get traffic?
+    Healthz,
+    /// `/livez`: does nftlet keep up with the changes? Not answered with no while it waits for
+    /// the cluster or while the node goes away, since a restart would mend neither.
+    Livez,
+}
+
+impl Probe {
+    /// The path of the probe.
+    pub fn path(self) -> &'static str {
+        match self {
+            Self::Healthz => "/healthz",
+            Self::Livez => "/livez",
+        }
+    }
+}
+
+/// The answer to a probe.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Status {
+    /// Whether the answer is yes.
+    pub healthy: bool,
+    /// When the rules were last known to be right; the current time while all is well, as with
+    /// kube-proxy. Nothing before the first rules stand.
+    pub last_updated: Option<SystemTime>,
+    /// When the question was asked.
+    pub current_time: SystemTime,
+    /// Whether the node stays; only `/healthz` tells.
+    pub node_eligible: Option<bool>,
+    /// Why the answer is no.
+    pub message: Option<String>,
+}
+
+impl Status {
+    /// The HTTP status: 200 or 503.
+    pub fn code(&self) -> u16 {
+        if self.healthy { 200 } else { 503 }
+    }
+
+    /// The body, in JSON: kube-proxy's fields, times as RFC 3339 has them, and `message` where
+    /// the answer is no.
+    pub fn body(&self) -> String {
+        let mut body = json!({
+            "lastUpdated": self.last_updated.map_or(Value::Null, rfc3339),
+            "currentTime": rfc3339(self.current_time),
+        });
+        if let Some(fields) = body.as_object_mut() {
+            if let Some(eligible) = self.node_eligible {
+                fields.insert("nodeEligible".to_owned(), eligible.into());
+            }
+            if let Some(message) = &self.message {
+                fields.insert("message".to_owned(), message.as_str().into());
+            }
+        }
+        body.to_string()
+    }
+}
+
+impl Health {
+    /// A new state, in which nothing was written yet. A change may wait for twice the period
+    /// ([`PERIOD`]) before it makes nftlet unhealthy.
+    pub fn new(period: Duration) -> Self {
+        Self::with_clock(period, Moment::now)
+    }
+
+    /// As [`Health::new`], with the clock to read.
+    pub fn with_clock(
+        period: Duration,
+        clock: impl Fn() -> Moment + Send + Sync + 'static,
+    ) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                limit: period.saturating_mul(2),
+                clock: Box::new(clock),
+                state: Mutex::default(),
+            }),
+        }
+    }
+
+    /// A change was received that is not in the kernel yet. Its age counts from now unless an
+    /// older one waits already.
+    pub fn queued(&self) {
+        let now = self.moment().monotonic;
+        self.state().oldest_queued.get_or_insert(now);
+    }
+
+    /// The rules in the kernel are those wanted, with every change that was queued so far. One
+    /// that came too late for this round is to be announced again with [`Health::queued`].
+    pub fn synced(&self) {
+        let now = self.moment().wall;
+        let mut state = self.state();
+        state.last_synced = Some(now);
+        state.oldest_queued = None;
+        state.failure = None;
+    }
+
+    /// Writing the rules failed. What was to be written waits on, and `message` is shown once it
+    /// has waited too long.
+    pub fn failed(&self, message: impl Into<String>) {
+        let now = self.moment().monotonic;
+        let mut state = self.state();
+        state.oldest_queued.get_or_insert(now);
+        state.failure = Some(message.into());
+    }
+
+    /// Tells whether the node is being deleted or is about to be (the taint
+    /// `ToBeDeletedByClusterAutoscaler`).
+    pub fn node_going_away(&self, going: bool) {
+        self.state().node_going_away = going;
+    }
+
+    /// Whether the rules have been written once.
+    pub fn ready(&self) -> bool {
+        self.state().last_synced.is_some()
+    }
+
+    /// Answers a probe.
+    pub fn status(&self, probe: Probe) -> Status {
+        match probe {
+            Probe::Healthz => self.healthz(),
+            Probe::Livez => self.livez(),
+        }
+    }
+
+    /// The answer to `/healthz`: no before the rules have been written once, while a change has
+    /// waited too long, and while the node goes away.
+    pub fn healthz(&self) -> Status {
+        let now = self.moment();
+        let state = self.state();
+        let mut reasons = Vec::new();
+        if state.node_going_away {
+            reasons
+                .push("the node is being removed, so traffic is to go to other nodes".to_owned());
+        }
+        match self.late(&state, now) {
+            Some(late) => reasons.push(late),
+            None if state.last_synced.is_none() => reasons.push(format!(
+                "no rules are written yet: {}",
+                match &state.failure {
+                    Some(failure) => failure,
+                    None => "the services of the cluster have not been read completely",
+                }
+            )),
+            None => {}
+        }
+        let eligible = !state.node_going_away;
+        Status::new(now, &state, Some(eligible), reasons)
+    }
+
+    /// The answer to `/livez`: no while a change has waited too long.
+    pub fn livez(&self) -> Status {
+        let now = self.moment();
+        let state = self.state();
+        let reasons = self.late(&state, now).into_iter().collect();
+        Status::new(now, &state, None, reasons)
+    }
+
+    /// Says so where the oldest change has waited too long.
+    fn late(&self, state: &State, now: Moment) -> Option<String> {
+        let waited = now
+            .monotonic
+            .saturating_duration_since(state.oldest_queued?);
+        (waited >= self.shared.limit).then(|| {
+            let waited = waited.as_secs();
+            match &state.failure {
+                Some(failure) => format!(
+                    "changes have waited for {waited} s to be written to the kernel; the last attempt failed: {failure}"
+                ),
+                None => format!("changes have waited for {waited} s to be written to the kernel"),
+            }
+        })
+    }
+
+    fn moment(&self) -> Moment {
+        (self.shared.clock)()
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Every change of the state is a plain assignment, so a panic elsewhere leaves it whole.
+        self.shared
+            .state
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for Health {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Health")
+            .field("status", &self.healthz())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Status {
+    fn new(now: Moment, state: &State, eligible: Option<bool>, reasons: Vec<String>) -> Self {
+        let healthy = reasons.is_empty();
+        Self {
+            healthy,
+            last_updated: if healthy && state.last_synced.is_some() {
+                Some(now.wall)
+            } else {
+                state.last_synced
+            },
+            current_time: now.wall,
+            node_eligible: eligible,
+            message: (!healthy).then(|| reasons.join("; ")),
+        }
+    }
+}
+
+/// A time in JSON; null for one so far away that it has no date.
+fn rfc3339(time: SystemTime) -> Value {
+    jiff::Timestamp::try_from(time).map_or(Value::Null, |time| time.to_string().into())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    use std::time::UNIX_EPOCH;
+
+    use super::*;
+
+    /// A health whose clock stands until it is moved.
+    fn at_rest() -> (Health, impl Fn(u64)) {
+        let passed = Arc::new(AtomicU64::new(0));
+        let begin = Instant::now();
+        let clock = {
+            let passed = Arc::clone(&passed);
+            move || {
+                let passed = Duration::from_secs(passed.load(Ordering::Relaxed));
+                Moment {
+                    monotonic: begin + passed,
+                    wall: UNIX_EPOCH + Duration::from_secs(1_700_000_000) + passed,
+                }
+            }
+        };
+        let forward = move |seconds| {
+            passed.fetch_add(seconds, Ordering::Relaxed);
+        };
+        (Health::with_clock(PERIOD, clock), forward)
+    }
+
+    #[test]
+    fn nothing_written_yet_is_not_ready_but_alive() {
+        let (health, forward) = at_rest();
+        forward(3600);
+        assert!(!health.ready());
+        let status = health.healthz();
+        assert_eq!(status.code(), 503);
+        assert_eq!(status.last_updated, None);
+        assert_eq!(
+            status.message.as_deref(),
+            Some(
+                "no rules are written yet: the services of the cluster have not been read completely"
+            )
+        );
+        assert_eq!(health.livez().code(), 200);
+        health.synced();
+        assert!(health.ready());
+        assert_eq!(health.healthz().code(), 200);
+    }
+
+    #[test]
+    fn a_change_may_wait_for_two_periods() {
+        let (health, forward) = at_rest();
+        health.synced();
+        forward(1000);
+        health.queued();
+        forward(59);
+        health.queued();
+        assert!(health.healthz().healthy);
+        forward(1);
+        for probe in [Probe::Healthz, Probe::Livez] {
+            let status = health.status(probe);
+            assert_eq!(status.code(), 503, "{probe:?}");
+            assert_eq!(
+                status.message.as_deref(),
+                Some("changes have waited for 60 s to be written to the kernel")
+            );
+        }
+        health.synced();
+        assert!(health.healthz().healthy);
+        health.queued();
+        forward(59);
+        assert!(health.healthz().healthy);
+    }
+
+    #[test]
+    fn a_failure_shows_once_it_lasts_and_goes_with_the_next_success() {
+        let (health, forward) = at_rest();
+        health.synced();
+        health.failed("the kernel refused set a");
+        assert!(health.healthz().healthy);
+        forward(40);
+        health.failed("the kernel refused set b");
+        forward(20);
+        let status = health.livez();
+        assert_eq!(
+            status.message.as_deref(),
+            Some(
+                "changes have waited for 60 s to be written to the kernel; the last attempt failed: the kernel refused set b"
+            )
+        );
+        health.synced();
+        assert_eq!(health.healthz().message, None);
+    }
+
+    #[test]
+    fn a_failure_before_the_first_success_shows_at_once() {
+        let (health, _) = at_rest();
+        health.failed("no permission");
+        assert_eq!(
+            health.healthz().message.as_deref(),
+            Some("no rules are written yet: no permission")
+        );
+    }
+
+    #[test]
+    fn a_node_that_goes_away_is_unhealthy_but_alive() {
+        let (health, _) = at_rest();
+        health.synced();
+        health.node_going_away(true);
+        let status = health.healthz();
+        assert_eq!(status.code(), 503);
+        assert_eq!(status.node_eligible, Some(false));
+        assert!(health.livez().healthy);
+        health.node_going_away(false);
+        assert!(health.healthz().healthy);
+    }
+
+    #[test]
+    fn the_body_has_the_fields_of_kube_proxy() {
+        let (health, forward) = at_rest();
+        health.synced();
+        forward(5);
+        let healthy: Value = serde_json::from_str(&health.healthz().body()).unwrap();
+        assert_eq!(
+            healthy,
+            json!({
+                "lastUpdated": "2023-11-14T22:13:25Z",
+                "currentTime": "2023-11-14T22:13:25Z",
+                "nodeEligible": true,
+            })
+        );
+        health.clone().node_going_away(true);
+        let leaving: Value = serde_json::from_str(&health.healthz().body()).unwrap();
+        assert_eq!(
+            leaving,
+            json!({
+                "lastUpdated": "2023-11-14T22:13:20Z",
+                "currentTime": "2023-11-14T22:13:25Z",
+                "nodeEligible": false,
+                "message": "the node is being removed, so traffic is to go to other nodes",
+            })
+        );
+        let alive: Value = serde_json::from_str(&health.livez().body()).unwrap();
+        assert_eq!(
+            alive,
+            json!({
+                "lastUpdated": "2023-11-14T22:13:25Z",
+                "currentTime": "2023-11-14T22:13:25Z",
+            })
+        );
+    }
+
+    #[test]
+    fn before_the_first_rules_there_is_no_last_update() {
+        let (health, _) = at_rest();
+        let body: Value = serde_json::from_str(&health.healthz().body()).unwrap();
+        assert_eq!(body.get("lastUpdated"), Some(&Value::Null));
+    }
 }

@@ -13,11 +13,13 @@
 //! the set elements and the shared chains it needs, as the typed values of [`ruleset`], which
 //! knows how to compare them and how to print them. [`netlink`] writes the difference to the
 //! kernel and reads back what is there. [`reconcile`] is the loop that joins these steps, and
-//! `app` is the composition root that the binary calls.
+//! [`app`] is the composition root that the binary calls.
 
 #![deny(unsafe_code)]
 #![warn(missing_docs)]
 
+pub mod app;
+pub mod cli;
 pub mod compile;
 pub mod health;
 pub mod metrics;

@@ -24,11 +24,11 @@ fn load(paths: &[&Path]) -> Vec<Event> {
 }
 
 fn notices(events: &[Event]) -> Vec<&Notice> {
-    let notice = |event| match event {
-        &Event::Notice(ref notice) => Some(notice),
+    let found = events.iter().filter_map(|event| match event {
+        Event::Notice(notice) => Some(notice),
         _ => None,
-    };
-    events.iter().filter_map(notice).collect()
+    });
+    found.collect()
 }
 
 fn applied(events: &[Event]) -> Vec<String> {

@@ -138,10 +138,6 @@ fn start_time() -> Option<f64> {
 }
 
 /// Clock ticks in seconds.
-#[expect(
-    clippy::cast_precision_loss,
-    reason = "ticks lose precision after a million years"
-)]
 fn seconds(ticks: u64) -> f64 {
     ticks as f64 / rustix::param::clock_ticks_per_second() as f64
 }

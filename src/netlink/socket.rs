@@ -23,6 +23,10 @@ pub struct Nftables {
     buffer: Vec<u8>,
 }
 
+// SAFETY: libmnl's socket is a descriptor and an address without ties to a thread, and only its
+// owner can reach it.
+unsafe impl Send for Nftables {}
+
 /// What a transaction took.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Applied {

@@ -13,6 +13,8 @@ use crate::model::Delivery;
 const BATCH: usize = 4096;
 const SHORTEST_RETRY: Duration = Duration::from_millis(100);
 const LONGEST_RETRY: Duration = Duration::from_secs(30);
+/// How often someone who waits for the first rules is told what is missing.
+const PATIENCE: Duration = Duration::from_secs(5);
 /// How often services are tried again that the kernel refused.
 const FORGIVE_EVERY: Duration = Duration::from_secs(300);
 
@@ -51,7 +53,8 @@ pub async fn run<K: Kernel>(
     let mut sweep: Option<Instant> = None;
     let mut forgive = Instant::now() + FORGIVE_EVERY;
     let mut batch = Vec::new();
-    let mut open = true;
+    let (mut open, mut ready) = (true, false);
+    let mut patience = Instant::now() + PATIENCE;
     loop {
         let retry_at = retry.map(|(at, _)| at);
         let outcome = tokio::select! {
@@ -75,6 +78,15 @@ pub async fn run<K: Kernel>(
                 sweep = reconciler.sweep().map(|wait| Instant::now() + wait);
                 continue;
             }
+            () = sleep_until(patience), if !ready => {
+                patience += PATIENCE;
+                let missing = reconciler.store().missing();
+                if !missing.is_empty() {
+                    let kinds: Vec<_> = missing.iter().map(|kind| kind.as_str()).collect();
+                    tracing::info!("waiting for the complete list of {}", kinds.join(", "));
+                }
+                continue;
+            }
             () = sleep_until(forgive) => {
                 forgive = Instant::now() + FORGIVE_EVERY;
                 reconciler.forgive();
@@ -91,6 +103,9 @@ pub async fn run<K: Kernel>(
                     .node()
                     .is_some_and(|node| node.going_away);
                 health.node_going_away(going);
+                if !std::mem::replace(&mut ready, true) {
+                    tracing::info!("the rules are in place");
+                }
                 if signals.once {
                     return Exit::Programmed;
                 }

@@ -17,15 +17,21 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use futures::stream::{self, StreamExt};
-use http_body_util::combinators::BoxBody;
-use http_body_util::{BodyExt, Full, StreamBody};
-use hyper::body::{Bytes, Frame, Incoming};
+use hyper::body::{Bytes, Incoming};
 use hyper::service::service_fn;
-use hyper::{Request, Response, StatusCode};
+use hyper::{Request, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
+
+#[path = "fake_api_answers.rs"]
+mod answers;
+#[path = "fake_api_selectors.rs"]
+mod selectors;
+
+use answers::{Answer, event, full, query_of, status, status_value, stream_answer};
+use selectors::{Selector, Traits, traits_of};
 
 /// The collections that the server has at first.
 pub const SERVICES: &str = "/api/v1/services";
@@ -101,13 +107,6 @@ struct Stored {
     traits: Arc<Traits>,
 }
 
-/// What selectors look at.
-#[derive(Default)]
-struct Traits {
-    labels: BTreeMap<String, String>,
-    fields: BTreeMap<&'static str, String>,
-}
-
 #[derive(Clone)]
 struct Change {
     version: u64,
@@ -116,8 +115,6 @@ struct Change {
     before: Option<Arc<Traits>>,
     deleted: bool,
 }
-
-type Answer = Response<BoxBody<Bytes, io::Error>>;
 
 impl FakeApi {
     /// Starts a server with empty collections that streams lists.
@@ -563,148 +560,10 @@ fn list(state: &State, collection: &Collection, request: &Recorded, selector: &S
     full(StatusCode::OK, Bytes::from(body))
 }
 
-fn event(type_: &str, object: &[u8]) -> Bytes {
-    let mut line = Vec::with_capacity(object.len() + 40);
-    line.extend_from_slice(b"{\"type\":\"");
-    line.extend_from_slice(type_.as_bytes());
-    line.extend_from_slice(b"\",\"object\":");
-    line.extend_from_slice(object);
-    line.extend_from_slice(b"}\n");
-    Bytes::from(line)
-}
-
-fn status_value(code: u16, reason: &str, message: &str) -> Value {
-    json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
-        "message": message, "reason": reason, "code": code})
-}
-
-fn status(code: u16, reason: &str, message: &str) -> Answer {
-    let code = StatusCode::from_u16(code).expect("a status code");
-    let body = status_value(code.as_u16(), reason, message).to_string();
-    full(code, Bytes::from(body))
-}
-
-fn full(code: StatusCode, body: Bytes) -> Answer {
-    let body = Full::new(body).map_err(|never| match never {}).boxed();
-    response(code, body)
-}
-
-fn stream_answer(lines: stream::BoxStream<'static, io::Result<Bytes>>) -> Answer {
-    let frames = lines.map(|line| line.map(Frame::data));
-    response(
-        StatusCode::OK,
-        BodyExt::boxed(StreamBody::new(SyncStream(Mutex::new(frames.boxed())))),
-    )
-}
-
-/// `BoxBody` wants a body that can be shared, although it never is.
-struct SyncStream(Mutex<stream::BoxStream<'static, io::Result<Frame<Bytes>>>>);
-
-impl futures::Stream for SyncStream {
-    type Item = io::Result<Frame<Bytes>>;
-
-    fn poll_next(
-        mut self: std::pin::Pin<&mut Self>,
-        cx: &mut std::task::Context<'_>,
-    ) -> std::task::Poll<Option<Self::Item>> {
-        self.0.get_mut().expect("never shared").poll_next_unpin(cx)
-    }
-}
-
-fn response(code: StatusCode, body: BoxBody<Bytes, io::Error>) -> Answer {
-    Response::builder()
-        .status(code)
-        .header("content-type", "application/json")
-        .body(body)
-        .expect("a response")
-}
-
-/// The selectors of one request.
-struct Selector {
-    labels: Vec<String>,
-    fields: Vec<String>,
-}
-
-impl Selector {
-    fn new(labels: &str, fields: &str) -> Self {
-        let parts = |text: &str| {
-            let parts = text.split(',').filter(|part| !part.is_empty());
-            parts.map(str::to_owned).collect()
-        };
-        Self {
-            labels: parts(labels),
-            fields: parts(fields),
-        }
-    }
-
-    fn takes(&self, traits: &Traits) -> bool {
-        let label = |part: &String| match part.strip_prefix('!') {
-            Some(absent) => !traits.labels.contains_key(absent),
-            None => match part.split_once('=') {
-                Some((key, value)) => traits.labels.get(key).is_some_and(|is| is == value),
-                None => traits.labels.contains_key(part),
-            },
-        };
-        let field = |part: &String| {
-            let value = |key: &str| traits.fields.get(key).map_or("", String::as_str).to_owned();
-            match (part.split_once("!="), part.split_once('=')) {
-                (Some((key, not)), _) => value(key) != not,
-                (None, Some((key, is))) => value(key) == is,
-                (None, None) => panic!("not a field selector: {part}"),
-            }
-        };
-        self.labels.iter().all(label) && self.fields.iter().all(field)
-    }
-}
-
-fn traits_of(object: &Value) -> Traits {
-    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-    let labels = object["metadata"]["labels"]
-        .as_object()
-        .cloned()
-        .unwrap_or_default();
-    Traits {
-        labels: labels
-            .iter()
-            .map(|(key, value)| (key.clone(), text(value)))
-            .collect(),
-        fields: [
-            ("metadata.name", text(&object["metadata"]["name"])),
-            ("spec.clusterIP", text(&object["spec"]["clusterIP"])),
-        ]
-        .into(),
-    }
-}
-
 fn key_of(object: &Value) -> String {
     let name = object["metadata"]["name"].as_str().unwrap_or_default();
     match object["metadata"]["namespace"].as_str() {
         Some(namespace) => format!("{namespace}/{name}"),
         None => name.to_owned(),
     }
-}
-
-fn query_of(query: &str) -> BTreeMap<String, String> {
-    let pairs = query.split('&').filter_map(|pair| pair.split_once('='));
-    pairs
-        .map(|(key, value)| (decode(key), decode(value)))
-        .collect()
-}
-
-/// Undoes `application/x-www-form-urlencoded`.
-fn decode(text: &str) -> String {
-    let mut bytes = Vec::new();
-    let mut rest = text.bytes();
-    while let Some(byte) = rest.next() {
-        bytes.push(match byte {
-            b'+' => b' ',
-            b'%' => {
-                let digits: Vec<u8> = rest.by_ref().take(2).collect();
-                let digits = std::str::from_utf8(&digits).expect("hexadecimal digits");
-                u8::from_str_radix(digits, 16).expect("hexadecimal digits")
-            }
-            other => other,
-        });
-    }
-    String::from_utf8(bytes).expect("UTF-8")
 }

@@ -19,6 +19,7 @@
 //! inside a pod the CA bundle as well.
 
 mod fault;
+mod frames;
 mod reflect;
 mod request;
 mod stats;

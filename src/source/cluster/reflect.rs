@@ -7,17 +7,16 @@
 //! knows the names it has delivered, and sends what the new list lacks as deletions. An object
 //! of that list that cannot be decoded is thus not taken for a deleted one.
 
-use std::borrow::Cow;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::pin::pin;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use serde::Deserialize;
 use serde_json::value::RawValue;
 use tokio::time::Instant as Deadline;
 
 use super::fault::{Fault, Faults, Status};
+use super::frames::{Marker, Page, WatchLine, json};
 use super::request::Requester;
 use super::stats::SourceStats;
 use super::timing::{Backoff, Timing};
@@ -47,52 +46,16 @@ pub(super) struct Reflector {
     known: HashSet<ObjectName>,
     /// While a list is being read, the names that came up in it.
     listing: Option<HashSet<ObjectName>>,
+    /// What was said about objects at fault, so that it is not repeated with their every change.
+    told: HashMap<ObjectName, Vec<Notice>>,
+    /// Whether a fault of the server was noted that has not ended.
+    faulty: bool,
     /// Whether `ListStarted` was sent.
     started: bool,
     /// Whether `ListComplete` was sent.
     complete: bool,
     /// Whether the list was read to its end, though its node is still missing.
     waiting_for_node: bool,
-}
-
-/// One line of a watch.
-#[derive(Deserialize)]
-struct WatchLine<'a> {
-    #[serde(rename = "type", borrow)]
-    type_: Cow<'a, str>,
-    #[serde(borrow)]
-    object: &'a RawValue,
-}
-
-/// The object of a bookmark, and the `metadata` of a list.
-#[derive(Default, Deserialize)]
-#[serde(default)]
-struct Marker {
-    metadata: MarkerMeta,
-}
-
-#[derive(Default, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
-struct MarkerMeta {
-    resource_version: Option<String>,
-    #[serde(rename = "continue")]
-    token: Option<String>,
-    annotations: Option<MarkerAnnotations>,
-}
-
-#[derive(Default, Deserialize)]
-#[serde(default)]
-struct MarkerAnnotations {
-    #[serde(rename = "k8s.io/initial-events-end")]
-    list_end: Option<String>,
-}
-
-#[derive(Default, Deserialize)]
-#[serde(default)]
-struct Page<'a> {
-    metadata: MarkerMeta,
-    #[serde(borrow)]
-    items: Option<Vec<&'a RawValue>>,
 }
 
 impl Reflector {
@@ -117,6 +80,8 @@ impl Reflector {
             version: None,
             known: HashSet::new(),
             listing: None,
+            told: HashMap::new(),
+            faulty: false,
             started: false,
             complete: false,
             waiting_for_node: false,
@@ -135,6 +100,7 @@ impl Reflector {
             let Err(fault) = self.session().await;
             if began.elapsed() >= self.timing.stable {
                 backoff.reset();
+                self.healthy();
             }
             let pause = match self.after(&fault, &mut backoff).await {
                 Ok(pause) => pause,
@@ -147,11 +113,7 @@ impl Reflector {
     }
 
     /// Draws the conclusions from the end of a session; returns how long to pause.
-    async fn after(
-        &mut self,
-        fault: &Fault,
-        backoff: &mut Backoff,
-    ) -> Result<std::time::Duration, Fault> {
+    async fn after(&mut self, fault: &Fault, backoff: &mut Backoff) -> Result<Duration, Fault> {
         let kind = self.kind();
         tracing::debug!(%kind, ?fault, "a session with the API server ended");
         let unfinished = self.listing.take().is_some();
@@ -162,7 +124,7 @@ impl Reflector {
                 if self.broken_streams >= MOST_BROKEN_STREAMS {
                     tracing::info!(%kind, "the API server does not finish streamed lists; reading lists in pages");
                     self.streaming = false;
-                    return Ok(std::time::Duration::ZERO);
+                    return Ok(Duration::ZERO);
                 }
             }
             Fault::Gone => {
@@ -172,7 +134,7 @@ impl Reflector {
             Fault::NoStreaming if self.streaming && self.version.is_none() => {
                 tracing::debug!(%kind, "the API server does not stream lists; reading them in pages");
                 self.streaming = false;
-                return Ok(std::time::Duration::ZERO);
+                return Ok(Duration::ZERO);
             }
             // The version is not understood by what may be another server at the old address.
             Fault::NoStreaming => self.version = None,
@@ -193,6 +155,7 @@ impl Reflector {
         }
         let told = fault.is_certain() || backoff.attempts() > 0;
         if told && let Some((sort, message)) = fault.describe(&self.requester.selection) {
+            self.faulty = true;
             let news = self.faults.begin(kind, sort, message);
             if let Some(notice) = news {
                 self.send(Instant::now(), Event::Notice(notice)).await?;
@@ -200,10 +163,9 @@ impl Reflector {
         }
         let pause = backoff.next(&self.timing);
         Ok(match fault {
-            Fault::Busy { retry_after, .. } => pause.max(
-                std::time::Duration::from_secs((*retry_after).into())
-                    .min(self.timing.longest_pause),
-            ),
+            Fault::Busy { retry_after, .. } => {
+                pause.max(Duration::from_secs((*retry_after).into()).min(self.timing.longest_pause))
+            }
             _ => pause,
         })
     }
@@ -222,7 +184,6 @@ impl Reflector {
                 .await??
         };
         stats.count_watch();
-        self.healthy();
         if self.version.is_none() {
             self.begin_list().await?;
         }
@@ -256,6 +217,9 @@ impl Reflector {
                 )));
             }
         };
+        if parsed.type_ != "ERROR" {
+            self.healthy();
+        }
         match &*parsed.type_ {
             "ADDED" | "MODIFIED" => {
                 let version = self.object(parsed.object, at).await?;
@@ -328,6 +292,11 @@ impl Reflector {
             let page: Page<'_> = serde_json::from_slice(&bytes).map_err(|error| {
                 Fault::Unreachable(format!("the answer is not a list of objects: {error}"))
             })?;
+            // An empty list takes everything away; something else must not pass for one.
+            if page.metadata.resource_version.is_none() {
+                let cause = "the answer is not a list of objects: it has no resourceVersion";
+                return Err(Fault::Unreachable(cause.to_owned()));
+            }
             self.healthy();
             if token.is_none() {
                 self.begin_list().await?;
@@ -411,9 +380,7 @@ impl Reflector {
                 return Ok(version.flatten());
             }
         };
-        for notice in decoded.notices {
-            self.send(at, Event::Notice(notice)).await?;
-        }
+        self.tell(&decoded.name, decoded.notices, at).await?;
         match decoded.object {
             Some(object) => {
                 if let Some(listed) = &mut self.listing {
@@ -437,6 +404,7 @@ impl Reflector {
     }
 
     async fn delete(&mut self, name: ObjectName, at: Instant) -> Result<(), Fault> {
+        self.told.remove(&name);
         if !self.known.remove(&name) {
             return Ok(());
         }
@@ -452,9 +420,9 @@ impl Reflector {
     ) -> Result<(), Fault> {
         let kind = self.kind();
         self.stats.kind(kind).count_undecodable();
-        let (subject, who) = match name {
+        let (subject, who) = match &name {
             Some(name) => {
-                let object = ObjectRef::new(kind, name);
+                let object = ObjectRef::new(kind, name.clone());
                 (Subject::Object(object.clone()), object.to_string())
             }
             None => (
@@ -470,12 +438,37 @@ impl Reflector {
             reason: Reason::InvalidObject,
             message,
         };
-        self.send(at, Event::Notice(notice)).await
+        match name {
+            Some(name) => self.tell(&name, vec![notice], at).await,
+            None => self.send(at, Event::Notice(notice)).await,
+        }
     }
 
-    /// The server has answered as it should.
-    fn healthy(&self) {
-        if self.faults.end(self.kind()) {
+    /// Sends what is wrong with an object, unless that was said before.
+    async fn tell(
+        &mut self,
+        name: &ObjectName,
+        notices: Vec<Notice>,
+        at: Instant,
+    ) -> Result<(), Fault> {
+        if notices.is_empty() {
+            self.told.remove(name);
+            return Ok(());
+        }
+        if self.told.get(name) == Some(&notices) {
+            return Ok(());
+        }
+        self.told.insert(name.clone(), notices.clone());
+        for notice in notices {
+            self.send(at, Event::Notice(notice)).await?;
+        }
+        Ok(())
+    }
+
+    /// The server does what it should. An open connection alone does not show that: a fault can
+    /// come as the first event on it.
+    fn healthy(&mut self) {
+        if std::mem::take(&mut self.faulty) && self.faults.end(self.kind()) {
             tracing::info!(
                 server = self.faults.server(),
                 "the API server answers again"
@@ -519,8 +512,4 @@ impl Reflector {
         self.send(Instant::now(), Event::Notice(notice)).await?;
         self.complete_without().await
     }
-}
-
-fn json(raw: &RawValue) -> serde_json::Deserializer<serde_json::de::StrRead<'_>> {
-    serde_json::Deserializer::from_str(raw.get())
 }

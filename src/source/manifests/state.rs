@@ -1,5 +1,6 @@
 //! What is known of every file, and what a new version of some of them changes.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -281,12 +282,17 @@ fn settle(
     notices.extend(contents.notices);
     for (object, at) in contents.objects {
         let name = object.reference();
-        if objects.contains_key(&name) {
-            let message =
-                format!("{name} is in this file twice; the first one counts, remove this one");
-            notices.push(file_notice(path, Some(at), Reason::InvalidObject, message));
-        } else {
-            objects.insert(name, object);
+        match objects.entry(name) {
+            Entry::Vacant(place) => {
+                place.insert(object);
+            }
+            Entry::Occupied(first) => {
+                let message = format!(
+                    "{} is in this file twice; the first one counts, remove this one",
+                    first.key()
+                );
+                notices.push(file_notice(path, Some(at), Reason::InvalidObject, message));
+            }
         }
     }
     let damaged: BTreeSet<ObjectRef> = contents.damaged.into_iter().collect();

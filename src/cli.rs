@@ -1,0 +1,445 @@
+//! The command line.
+//!
+//! Flags that kube-proxy has as well keep its names and meanings. A value that cannot be used is
+//! refused here, in one line that tells what to write instead, before anything else begins.
+
+use std::ffi::OsString;
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::builder::{OsStringValueParser, TypedValueParser};
+use clap::{ArgAction, Parser};
+use ipnet::IpNet;
+use thiserror::Error;
+
+/// The flag with the address of the probes.
+pub const HEALTHZ_BIND_ADDRESS: &str = "--healthz-bind-address";
+
+/// The flag with the address of the metrics.
+pub const METRICS_BIND_ADDRESS: &str = "--metrics-bind-address";
+
+/// Where kube-proxy answers probes: on all addresses, since load balancers ask from outside.
+const HEALTHZ_DEFAULT: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 10256);
+
+/// Where kube-proxy answers Prometheus: inside the node only.
+const METRICS_DEFAULT: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 10249);
+
+const AFTER_HELP: &str = "\
+Without --kubeconfig and --manifests, nftlet uses the service account of its pod.
+
+Examples:
+  nftlet --kubeconfig /etc/kubernetes/proxy.conf --cluster-cidr 10.244.0.0/16
+  nftlet --manifests services.yaml --dry-run
+  kubectl get services,endpointslices -A -o yaml | nftlet --manifests - --dry-run";
+
+/// Programs the Kubernetes services of a node with nftables, in place of kube-proxy.
+///
+/// nftlet watches Services and EndpointSlices and writes each change to the kernel as one atomic
+/// transaction over netlink.
+#[derive(Clone, Debug, Parser, PartialEq, Eq)]
+#[command(name = "nftlet", version, max_term_width = 100, after_help = AFTER_HELP)]
+#[command(
+    override_usage = "nftlet [--kubeconfig FILE | --manifests PATH...] [--dry-run | --once] [OPTIONS]"
+)]
+pub struct Args {
+    /// Read the address of the API server and the credentials for it from this file.
+    #[arg(long, value_name = "FILE", help_heading = "Source")]
+    pub kubeconfig: Option<PathBuf>,
+
+    /// Read the objects from a YAML or JSON file, a directory of such files, or standard input
+    /// (-) instead of a cluster, and follow the changes of files. May be given several times.
+    #[arg(
+        long,
+        value_name = "PATH",
+        help_heading = "Source",
+        value_parser = OsStringValueParser::new().try_map(Manifests::parse),
+        conflicts_with = "kubeconfig"
+    )]
+    pub manifests: Vec<Manifests>,
+
+    /// The name of this node in the cluster [default: the variable NODE_NAME, else the host name
+    /// in lower case].
+    #[arg(
+        long,
+        value_name = "NODE",
+        help_heading = "Source",
+        value_parser = node_name
+    )]
+    pub hostname_override: Option<String>,
+
+    /// Print the rules as `nft` would read them and exit; change nothing.
+    #[arg(long, help_heading = "Mode", conflicts_with = "once")]
+    pub dry_run: bool,
+
+    /// Write the rules once and exit; they stay.
+    #[arg(long, help_heading = "Mode")]
+    pub once: bool,
+
+    /// The pod network, at most one range per IP family. Traffic to ClusterIPs from elsewhere is
+    /// masqueraded; without a range of a family none of that family is.
+    #[arg(
+        long,
+        value_name = "CIDR[,CIDR]",
+        help_heading = "Services",
+        default_value_t,
+        hide_default_value = true
+    )]
+    pub cluster_cidr: ClusterCidrs,
+
+    /// Answer NodePorts on the local addresses inside these ranges, or on the node's own address
+    /// of each family (primary). A family without a range means all of its local addresses.
+    #[arg(
+        long,
+        value_name = "primary|CIDR,...",
+        help_heading = "Services",
+        default_value_t
+    )]
+    pub nodeport_addresses: NodePortAddresses,
+
+    /// Masquerade all traffic to ClusterIPs, wherever it comes from.
+    #[arg(long, help_heading = "Services")]
+    pub masquerade_all: bool,
+
+    /// Answer /metrics here: IP, IP:PORT, [IPv6]:PORT, :PORT for all addresses, or an empty text
+    /// for nowhere [default: 127.0.0.1:10249; nowhere with --manifests, --dry-run or --once].
+    #[arg(long, value_name = "ADDR", help_heading = "Observability")]
+    pub metrics_bind_address: Option<BindAddress>,
+
+    /// Answer /healthz and /livez here, in the same forms [default: 0.0.0.0:10256; nowhere with
+    /// --manifests, --dry-run or --once].
+    #[arg(long, value_name = "ADDR", help_heading = "Observability")]
+    pub healthz_bind_address: Option<BindAddress>,
+
+    /// Log more: -v what is done with each change, -vv everything.
+    #[arg(
+        short = 'v',
+        action = ArgAction::Count,
+        help_heading = "Observability"
+    )]
+    pub verbose: u8,
+
+    /// Write the log as text or as json.
+    #[arg(
+        long,
+        value_name = "text|json",
+        help_heading = "Observability",
+        default_value_t
+    )]
+    pub log_format: LogFormat,
+}
+
+impl Args {
+    /// Where the probes are answered, if anywhere.
+    pub fn healthz_address(&self) -> Option<SocketAddr> {
+        self.address(self.healthz_bind_address, HEALTHZ_DEFAULT)
+    }
+
+    /// Where the metrics are answered, if anywhere.
+    pub fn metrics_address(&self) -> Option<SocketAddr> {
+        self.address(self.metrics_bind_address, METRICS_DEFAULT)
+    }
+
+    /// The name of this node: the flag's, else that of the variable `NODE_NAME`, else the host's.
+    /// Kubernetes knows nodes in lower case only.
+    pub fn node_name(&self, env: Option<String>, hostname: &str) -> String {
+        let given = [self.hostname_override.as_deref(), env.as_deref()];
+        let mut names = given.into_iter().flatten().map(str::trim);
+        names
+            .find(|name| !name.is_empty())
+            .unwrap_or(hostname.trim())
+            .to_lowercase()
+    }
+
+    fn address(&self, given: Option<BindAddress>, default: SocketAddr) -> Option<SocketAddr> {
+        match given {
+            Some(address) => address.resolve(default.port()),
+            // These runs are for looking, often beside a proxy that holds the ports.
+            None if !self.manifests.is_empty() || self.dry_run || self.once => None,
+            None => Some(default),
+        }
+    }
+}
+
+/// A value that cannot be used. clap puts the value and its flag before the text.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum Error {
+    /// No range of addresses.
+    #[error("`{0}` is not a range of addresses; write it like 10.244.0.0/16 or fd00:10::/64")]
+    Range(String),
+    /// An address where a range belongs.
+    #[error("`{0}` has no prefix length; write {0}/{bits} for this one address", bits = if .0.is_ipv4() { 32 } else { 128 })]
+    Prefix(IpAddr),
+    /// Nothing between two commas.
+    #[error("there is nothing before or after a comma; write the ranges like {0}")]
+    Gap(&'static str),
+    /// Two pod networks of one family.
+    #[error("{0} and {1} are both {family}; give at most one range per family", family = family(.0))]
+    TwoOfAFamily(IpNet, IpNet),
+    /// `primary` beside ranges.
+    #[error("`primary` stands for itself; write either primary or ranges like 10.0.0.0/8")]
+    PrimaryAndRanges,
+    /// No address to listen on.
+    #[error(
+        "`{0}` is not an IP address; write IP, IP:PORT, [IPv6]:PORT, :PORT or an empty text for nowhere"
+    )]
+    Address(String),
+    /// No port.
+    #[error("`{0}` is not a port; write a number from 0 to 65535, where 0 is any free port")]
+    Port(String),
+    /// No node name.
+    #[error(
+        "a node name has at most 253 of the characters a-z, 0-9, - and . and begins and ends with a letter or digit; see kubectl get nodes"
+    )]
+    NodeName,
+    /// No path.
+    #[error("the path is empty; write a file, a directory, or - for standard input")]
+    Manifests,
+    /// No log format.
+    #[error("there is no such format; write text or json")]
+    LogFormat,
+}
+
+fn family(net: &IpNet) -> &'static str {
+    match net {
+        IpNet::V4(_) => "IPv4",
+        IpNet::V6(_) => "IPv6",
+    }
+}
+
+/// Where objects are read from without a cluster.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Manifests {
+    /// `-`: standard input.
+    StandardInput,
+    /// A file or a directory.
+    Path(PathBuf),
+}
+
+impl Manifests {
+    fn parse(value: OsString) -> Result<Self, Error> {
+        if value.is_empty() {
+            Err(Error::Manifests)
+        } else if value == "-" {
+            Ok(Self::StandardInput)
+        } else {
+            Ok(Self::Path(value.into()))
+        }
+    }
+}
+
+/// The ranges of the pod network, at most one of each family.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ClusterCidrs(Vec<IpNet>);
+
+impl ClusterCidrs {
+    /// The ranges, each from its first address on.
+    pub fn as_slice(&self) -> &[IpNet] {
+        &self.0
+    }
+}
+
+impl FromStr for ClusterCidrs {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        let mut found: Vec<IpNet> = Vec::new();
+        for net in ranges(text, "10.244.0.0/16,fd00:10::/64")? {
+            if let Some(other) = found.iter().find(|other| family(other) == family(&net)) {
+                return Err(Error::TwoOfAFamily(*other, net));
+            }
+            found.push(net);
+        }
+        Ok(Self(found))
+    }
+}
+
+impl fmt::Display for ClusterCidrs {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        join(f, &self.0)
+    }
+}
+
+/// On which of the node's addresses NodePorts answer.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum NodePortAddresses {
+    /// The node's own address of each family.
+    #[default]
+    Primary,
+    /// The local addresses inside these ranges; a family without a range means all of its own.
+    Ranges(Vec<IpNet>),
+}
+
+impl FromStr for NodePortAddresses {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        let mut parts = text.split(',').map(str::trim);
+        if text.trim() == "primary" {
+            return Ok(Self::Primary);
+        }
+        if parts.any(|part| part == "primary") {
+            return Err(Error::PrimaryAndRanges);
+        }
+        let ranges = ranges(text, "10.0.0.0/8,fd00::/8")?;
+        if ranges.is_empty() {
+            // An empty list is the default, with kube-proxy too.
+            return Ok(Self::Primary);
+        }
+        Ok(Self::Ranges(ranges))
+    }
+}
+
+impl fmt::Display for NodePortAddresses {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Primary => f.write_str("primary"),
+            Self::Ranges(ranges) => join(f, ranges),
+        }
+    }
+}
+
+/// Parses ranges separated by commas; none in an empty text.
+fn ranges(text: &str, example: &'static str) -> Result<Vec<IpNet>, Error> {
+    if text.trim().is_empty() {
+        return Ok(Vec::new());
+    }
+    text.split(',')
+        .map(|part| {
+            let part = part.trim();
+            if part.is_empty() {
+                return Err(Error::Gap(example));
+            }
+            if let Ok(address) = part.parse::<IpAddr>() {
+                return Err(Error::Prefix(address));
+            }
+            match part.parse::<IpNet>() {
+                Ok(net) => Ok(net.trunc()),
+                Err(_) => Err(Error::Range(part.to_owned())),
+            }
+        })
+        .collect()
+}
+
+fn join(f: &mut fmt::Formatter<'_>, ranges: &[IpNet]) -> fmt::Result {
+    for (position, net) in ranges.iter().enumerate() {
+        if position > 0 {
+            f.write_str(",")?;
+        }
+        write!(f, "{net}")?;
+    }
+    Ok(())
+}
+
+/// An address to listen on, as given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BindAddress {
+    /// The empty text.
+    Nowhere,
+    /// An address, with the default port unless one is given.
+    At(IpAddr, Option<u16>),
+}
+
+impl BindAddress {
+    fn resolve(self, default_port: u16) -> Option<SocketAddr> {
+        match self {
+            Self::Nowhere => None,
+            Self::At(address, port) => Some(SocketAddr::new(address, port.unwrap_or(default_port))),
+        }
+    }
+}
+
+impl FromStr for BindAddress {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        let text = text.trim();
+        if text.is_empty() {
+            return Ok(Self::Nowhere);
+        }
+        if let Ok(address) = text.parse() {
+            return Ok(Self::At(address, None));
+        }
+        let wrong = || Error::Address(text.to_owned());
+        if let Some(inside) = text.strip_prefix('[') {
+            let (address, rest) = inside.split_once(']').ok_or_else(wrong)?;
+            let address: Ipv6Addr = address.parse().map_err(|_| wrong())?;
+            let port = match rest.strip_prefix(':') {
+                Some(number) => Some(port(number)?),
+                None if rest.is_empty() => None,
+                None => return Err(wrong()),
+            };
+            return Ok(Self::At(address.into(), port));
+        }
+        let (address, number) = text.rsplit_once(':').ok_or_else(wrong)?;
+        let address = if address.is_empty() {
+            // Linux lets a socket on :: answer IPv4 as well.
+            Ipv6Addr::UNSPECIFIED.into()
+        } else {
+            // An IPv6 address has to be in brackets here: where it ended would be a guess.
+            IpAddr::V4(address.parse().map_err(|_| wrong())?)
+        };
+        Ok(Self::At(address, Some(port(number)?)))
+    }
+}
+
+fn port(text: &str) -> Result<u16, Error> {
+    if !text.bytes().all(|byte| byte.is_ascii_digit()) {
+        return Err(Error::Port(text.to_owned()));
+    }
+    text.parse().map_err(|_| Error::Port(text.to_owned()))
+}
+
+/// How log lines are written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// For programs: one JSON object per line.
+    Json,
+}
+
+impl FromStr for LogFormat {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        match text {
+            "text" => Ok(Self::Text),
+            "json" => Ok(Self::Json),
+            _ => Err(Error::LogFormat),
+        }
+    }
+}
+
+impl fmt::Display for LogFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Text => "text",
+            Self::Json => "json",
+        })
+    }
+}
+
+/// Checks a node name as the API server would: a DNS subdomain. Capitals pass, since kube-proxy
+/// accepts a host name as the host has it.
+fn node_name(text: &str) -> Result<String, Error> {
+    let name = text.trim().to_lowercase();
+    let label = |label: &str| {
+        let edge = |edge: Option<u8>| edge.is_some_and(|byte| byte.is_ascii_alphanumeric());
+        edge(label.bytes().next())
+            && edge(label.bytes().last())
+            && label
+                .bytes()
+                .all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
+    };
+    if name.len() <= 253 && name.split('.').all(label) {
+        Ok(name)
+    } else {
+        Err(Error::NodeName)
+    }
+}
+
+#[cfg(test)]
+mod tests;

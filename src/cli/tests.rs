@@ -1,0 +1,368 @@
+use clap::CommandFactory;
+use clap::error::ErrorKind;
+
+use super::*;
+
+fn parse(args: &[&str]) -> Result<Args, clap::Error> {
+    Args::try_parse_from(["nftlet"].iter().chain(args))
+}
+
+#[track_caller]
+fn parsed(args: &[&str]) -> Args {
+    parse(args).unwrap_or_else(|error| panic!("{args:?}: {error}"))
+}
+
+/// The first line of the error, after checking that it ends the process with 2.
+#[track_caller]
+fn refused(args: &[&str]) -> String {
+    let error = match parse(args) {
+        Ok(args) => panic!("accepted: {args:?}"),
+        Err(error) => error,
+    };
+    assert_eq!(error.exit_code(), 2);
+    error.to_string().lines().next().unwrap().to_owned()
+}
+
+fn net(text: &str) -> IpNet {
+    text.parse().unwrap()
+}
+
+#[test]
+fn the_definition_is_consistent() {
+    Args::command().debug_assert();
+}
+
+#[test]
+fn nothing_given_means_the_defaults_of_kube_proxy() {
+    let args = parsed(&[]);
+    assert_eq!(args.kubeconfig, None);
+    assert_eq!(args.manifests, []);
+    assert!(args.cluster_cidr.as_slice().is_empty());
+    assert_eq!(args.nodeport_addresses, NodePortAddresses::Primary);
+    assert!(!args.masquerade_all && !args.dry_run && !args.once);
+    assert_eq!(args.verbose, 0);
+    assert_eq!(args.log_format, LogFormat::Text);
+    assert_eq!(
+        args.healthz_address(),
+        Some("0.0.0.0:10256".parse().unwrap())
+    );
+    assert_eq!(
+        args.metrics_address(),
+        Some("127.0.0.1:10249".parse().unwrap())
+    );
+}
+
+#[test]
+fn everything_given_is_kept() {
+    let args = parsed(&[
+        "--kubeconfig=/etc/proxy.conf",
+        "--hostname-override=Node-1.example",
+        "--cluster-cidr=10.244.0.0/16,fd00:10::/64",
+        "--nodeport-addresses=10.0.0.0/8,fd00::/8",
+        "--masquerade-all",
+        "--metrics-bind-address=10.0.0.1",
+        "--healthz-bind-address=[::1]:8080",
+        "-vv",
+        "--log-format=json",
+    ]);
+    assert_eq!(args.kubeconfig, Some("/etc/proxy.conf".into()));
+    assert_eq!(args.hostname_override.as_deref(), Some("node-1.example"));
+    assert_eq!(
+        args.cluster_cidr.as_slice(),
+        [net("10.244.0.0/16"), net("fd00:10::/64")]
+    );
+    assert_eq!(
+        args.nodeport_addresses,
+        NodePortAddresses::Ranges(vec![net("10.0.0.0/8"), net("fd00::/8")])
+    );
+    assert!(args.masquerade_all);
+    assert_eq!(
+        args.metrics_address(),
+        Some("10.0.0.1:10249".parse().unwrap())
+    );
+    assert_eq!(args.healthz_address(), Some("[::1]:8080".parse().unwrap()));
+    assert_eq!(args.verbose, 2);
+    assert_eq!(args.log_format, LogFormat::Json);
+}
+
+#[test]
+fn manifests_are_repeatable_and_a_dash_is_standard_input() {
+    let args = parsed(&["--manifests", "a.yaml", "--manifests", "-", "--manifests=d"]);
+    assert_eq!(
+        args.manifests,
+        [
+            Manifests::Path("a.yaml".into()),
+            Manifests::StandardInput,
+            Manifests::Path("d".into()),
+        ]
+    );
+    assert!(
+        refused(&["--manifests="])
+            .ends_with(": the path is empty; write a file, a directory, or - for standard input")
+    );
+}
+
+#[test]
+fn what_excludes_each_other_is_refused() {
+    for (args, names) in [
+        (
+            &["--kubeconfig=a", "--manifests=b"],
+            ["--kubeconfig", "--manifests"],
+        ),
+        (
+            &["--manifests=b", "--kubeconfig=a"],
+            ["--kubeconfig", "--manifests"],
+        ),
+        (&["--dry-run", "--once"], ["--dry-run", "--once"]),
+        (&["--once", "--dry-run"], ["--dry-run", "--once"]),
+    ] {
+        assert_eq!(
+            parse(args).unwrap_err().kind(),
+            ErrorKind::ArgumentConflict,
+            "{args:?}"
+        );
+        let line = refused(args);
+        assert!(names.iter().all(|name| line.contains(name)), "{line}");
+    }
+}
+
+#[test]
+fn runs_for_looking_open_no_port_unless_told_to() {
+    for look in [
+        &["--manifests=a"][..],
+        &["--dry-run"],
+        &["--once"],
+        &["--manifests=a", "--dry-run"],
+    ] {
+        let args = parsed(look);
+        assert_eq!(args.healthz_address(), None, "{look:?}");
+        assert_eq!(args.metrics_address(), None, "{look:?}");
+        let more = [look, &["--metrics-bind-address=:9000"]].concat();
+        let args = parsed(&more);
+        assert_eq!(args.healthz_address(), None, "{more:?}");
+        assert_eq!(args.metrics_address(), Some("[::]:9000".parse().unwrap()));
+    }
+}
+
+#[test]
+fn addresses_have_the_forms_of_kube_proxy() {
+    for (text, wanted) in [
+        ("", None),
+        (" ", None),
+        ("10.0.0.1", Some("10.0.0.1:10256")),
+        ("10.0.0.1:0", Some("10.0.0.1:0")),
+        ("10.0.0.1:65535", Some("10.0.0.1:65535")),
+        ("::", Some("[::]:10256")),
+        ("fd00::1", Some("[fd00::1]:10256")),
+        ("[fd00::1]", Some("[fd00::1]:10256")),
+        ("[fd00::1]:80", Some("[fd00::1]:80")),
+        (":80", Some("[::]:80")),
+    ] {
+        let args = parsed(&["--healthz-bind-address", text]);
+        let wanted = wanted.map(|address| address.parse().unwrap());
+        assert_eq!(args.healthz_address(), wanted, "{text:?}");
+    }
+}
+
+#[test]
+fn addresses_that_are_none_are_refused_with_the_forms() {
+    for text in [
+        "localhost",
+        "localhost:80",
+        "10.0.0",
+        "10.0.0.256:80",
+        "[10.0.0.1]:80",
+        "[::1",
+        "[::1]80",
+        "::1::80",
+        "80",
+    ] {
+        assert_eq!(
+            refused(&["--metrics-bind-address", text]),
+            format!(
+                "error: invalid value '{text}' for '--metrics-bind-address <ADDR>': `{text}` is not an IP address; write IP, IP:PORT, [IPv6]:PORT, :PORT or an empty text for nowhere"
+            )
+        );
+    }
+    for port in ["", "65536", "+80", "http", "-1"] {
+        for host in ["10.0.0.1", "[::1]", ""] {
+            let line = refused(&["--metrics-bind-address", &format!("{host}:{port}")]);
+            let wanted = format!(
+                ": `{port}` is not a port; write a number from 0 to 65535, where 0 is any free port"
+            );
+            assert!(line.ends_with(&wanted), "{line}");
+        }
+    }
+}
+
+#[test]
+fn pod_networks_are_one_per_family() {
+    let cidrs = |text: &str| parsed(&["--cluster-cidr", text]).cluster_cidr.0;
+    assert_eq!(cidrs(""), []);
+    assert_eq!(cidrs("10.244.3.1/16"), [net("10.244.0.0/16")]);
+    assert_eq!(
+        cidrs("fd00:10::/64, 10.0.0.0/8"),
+        [net("fd00:10::/64"), net("10.0.0.0/8")]
+    );
+    assert_eq!(
+        refused(&["--cluster-cidr=10.0.0.0/8,fd00::/64,10.244.0.0/16"]),
+        "error: invalid value '10.0.0.0/8,fd00::/64,10.244.0.0/16' for '--cluster-cidr <CIDR[,CIDR]>': 10.0.0.0/8 and 10.244.0.0/16 are both IPv4; give at most one range per family"
+    );
+    assert!(
+        refused(&["--cluster-cidr=fd01::/64,fd00::/64"])
+            .ends_with("fd01::/64 and fd00::/64 are both IPv6; give at most one range per family")
+    );
+}
+
+#[test]
+fn ranges_that_are_none_are_refused_with_an_example() {
+    for flag in ["--cluster-cidr", "--nodeport-addresses"] {
+        for (text, wanted) in [
+            (
+                "10.0.0.0/33",
+                ": `10.0.0.0/33` is not a range of addresses; write it like 10.244.0.0/16 or fd00:10::/64",
+            ),
+            (
+                "10.0.0.0/8,pods",
+                ": `pods` is not a range of addresses; write it like 10.244.0.0/16 or fd00:10::/64",
+            ),
+            (
+                "10.0.0.1",
+                ": `10.0.0.1` has no prefix length; write 10.0.0.1/32 for this one address",
+            ),
+            (
+                "fd00::1",
+                ": `fd00::1` has no prefix length; write fd00::1/128 for this one address",
+            ),
+        ] {
+            let line = refused(&[flag, text]);
+            assert!(line.ends_with(wanted), "{line}");
+        }
+        for text in ["10.0.0.0/8,", ",10.0.0.0/8", ","] {
+            let line = refused(&[flag, text]);
+            assert!(line.contains("nothing before or after a comma"), "{line}");
+        }
+    }
+}
+
+#[test]
+fn nodeport_addresses_are_primary_or_ranges() {
+    let addresses = |text: &str| parsed(&["--nodeport-addresses", text]).nodeport_addresses;
+    assert_eq!(addresses("primary"), NodePortAddresses::Primary);
+    assert_eq!(addresses(""), NodePortAddresses::Primary);
+    assert_eq!(
+        addresses("192.168.1.7/24"),
+        NodePortAddresses::Ranges(vec![net("192.168.1.0/24")])
+    );
+    for mixed in [
+        "primary,10.0.0.0/8",
+        "10.0.0.0/8, primary",
+        "primary,primary",
+    ] {
+        let line = refused(&["--nodeport-addresses", mixed]);
+        assert!(
+            line.ends_with(
+                ": `primary` stands for itself; write either primary or ranges like 10.0.0.0/8"
+            ),
+            "{line}"
+        );
+    }
+}
+
+#[test]
+fn the_node_name_comes_from_the_flag_the_variable_or_the_host() {
+    let with = parsed(&["--hostname-override", " Node-A "]);
+    let without = parsed(&[]);
+    let env = Some(" Node-B\n".to_owned());
+    assert_eq!(with.node_name(env.clone(), "Host"), "node-a");
+    assert_eq!(without.node_name(env, "Host"), "node-b");
+    assert_eq!(without.node_name(Some("  ".to_owned()), " Host\n"), "host");
+    assert_eq!(without.node_name(None, " Host.Example\n"), "host.example");
+}
+
+#[test]
+fn node_names_that_no_node_can_have_are_refused() {
+    let long = "a".repeat(254);
+    for name in [
+        "",
+        " ",
+        "$(NODE_NAME)",
+        "a b",
+        "a_b",
+        "-a",
+        "a-",
+        "a..b",
+        "a/b",
+        "ä",
+        &long,
+    ] {
+        let line = refused(&[&format!("--hostname-override={name}")]);
+        assert!(line.ends_with("see kubectl get nodes"), "{line}");
+    }
+}
+
+#[test]
+fn a_log_format_that_is_none_is_refused() {
+    assert_eq!(
+        refused(&["--log-format=xml"]),
+        "error: invalid value 'xml' for '--log-format <text|json>': there is no such format; write text or json"
+    );
+}
+
+#[test]
+fn flags_that_are_none_are_refused() {
+    assert!(refused(&["--proxy-mode=iptables"]).contains("--proxy-mode"));
+    assert!(refused(&["services.yaml"]).contains("services.yaml"));
+    assert!(refused(&["--kubeconfig"]).contains("--kubeconfig"));
+    assert!(refused(&["--once", "--once"]).contains("--once"));
+}
+
+#[test]
+fn help_names_every_flag_in_its_group_within_the_width() {
+    let error = parse(&["--help"]).unwrap_err();
+    assert_eq!(error.exit_code(), 0);
+    let help = error.to_string();
+    let mut rest = help.as_str();
+    for expected in [
+        "Usage: nftlet [--kubeconfig FILE | --manifests PATH...] [--dry-run | --once] [OPTIONS]",
+        "Source:",
+        "--kubeconfig <FILE>",
+        "--manifests <PATH>",
+        "--hostname-override <NODE>",
+        "Mode:",
+        "--dry-run",
+        "--once",
+        "Services:",
+        "--cluster-cidr <CIDR[,CIDR]>",
+        "--nodeport-addresses <primary|CIDR,...>",
+        "[default: primary]",
+        "--masquerade-all",
+        "Observability:",
+        "--metrics-bind-address <ADDR>",
+        "127.0.0.1:10249",
+        "--healthz-bind-address <ADDR>",
+        "0.0.0.0:10256",
+        "-v",
+        "--log-format <text|json>",
+        "[default: text]",
+        "Examples:",
+    ] {
+        let (_, after) = rest
+            .split_once(expected)
+            .unwrap_or_else(|| panic!("`{expected}` is missing or out of order in:\n{help}"));
+        rest = after;
+    }
+    for line in help.lines() {
+        assert!(line.chars().count() <= 100, "{line}");
+    }
+}
+
+#[test]
+fn the_version_is_that_of_the_package() {
+    let error = parse(&["--version"]).unwrap_err();
+    assert_eq!(error.exit_code(), 0);
+    assert_eq!(
+        error.to_string(),
+        concat!("nftlet ", env!("CARGO_PKG_VERSION"), "\n")
+    );
+}

@@ -1,0 +1,340 @@
+//! A small HTTP server for probes and metrics.
+//!
+//! The health port is open to the network, so the server is built to cost little whoever calls:
+//! requests have a small buffer and a deadline, connections live for a limited time, and when
+//! there are too many of them the oldest gives way. A probe is answered within milliseconds, so
+//! that clients which merely hold connections only ever drive each other out.
+
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use http_body_util::Full;
+use hyper::body::{Body, Bytes};
+use hyper::header::{ALLOW, CONNECTION, CONTENT_TYPE, HeaderValue, X_CONTENT_TYPE_OPTIONS};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::{Method, Request, Response, StatusCode};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use thiserror::Error;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+use tokio::task::{AbortHandle, JoinSet};
+use tracing::{debug, warn};
+
+use super::{Health, Probe};
+
+const JSON: &str = "application/json";
+const TEXT: &str = "text/plain; charset=utf-8";
+
+/// The version of the text format, which Prometheus asks for.
+const METRICS: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+/// An error of the HTTP server.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// An address cannot be listened on.
+    #[error("cannot listen on {address}: {source}; {hint}", hint = hint(.flag, .source))]
+    Bind {
+        /// The address.
+        address: SocketAddr,
+        /// The flag that it comes from.
+        flag: &'static str,
+        /// The error of the socket.
+        source: io::Error,
+    },
+}
+
+/// How to mend an address that cannot be listened on.
+fn hint(flag: &str, error: &io::Error) -> String {
+    let no_family = rustix::io::Errno::AFNOSUPPORT.raw_os_error();
+    match error.kind() {
+        io::ErrorKind::AddrInUse => format!(
+            "stop the program that holds this port (kube-proxy has the same ports) or choose another one with {flag}"
+        ),
+        io::ErrorKind::AddrNotAvailable => {
+            format!("give one of this node's addresses, or 0.0.0.0 or [::] for all, with {flag}")
+        }
+        io::ErrorKind::PermissionDenied => {
+            format!("choose a port above 1023 with {flag} or grant the capability NET_BIND_SERVICE")
+        }
+        _ if error.raw_os_error() == Some(no_family) => {
+            format!("this node has no IPv6; give an IPv4 address such as 0.0.0.0 with {flag}")
+        }
+        _ => format!("choose another address with {flag}"),
+    }
+}
+
+/// Listens on an address. `flag` is the option that the operator can change it with.
+pub async fn bind(address: SocketAddr, flag: &'static str) -> Result<TcpListener, Error> {
+    TcpListener::bind(address)
+        .await
+        .map_err(|source| Error::Bind {
+            address,
+            flag,
+            source,
+        })
+}
+
+/// The pages of a port.
+#[derive(Default)]
+pub struct Router {
+    pages: Vec<Page>,
+}
+
+struct Page {
+    path: &'static str,
+    content_type: &'static str,
+    answer: Box<dyn Fn() -> (StatusCode, String) + Send + Sync>,
+}
+
+impl Router {
+    /// A port without pages.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds `/healthz` and `/livez`. `answered` is told each answer's HTTP status.
+    #[must_use]
+    pub fn probes(
+        mut self,
+        health: &Health,
+        answered: impl Fn(Probe, u16) + Send + Sync + 'static,
+    ) -> Self {
+        let answered = Arc::new(answered);
+        for probe in [Probe::Healthz, Probe::Livez] {
+            let health = health.clone();
+            let answered = Arc::clone(&answered);
+            self.add(probe.path(), JSON, move || {
+                let status = health.status(probe);
+                answered(probe, status.code());
+                let code = if status.healthy {
+                    StatusCode::OK
+                } else {
+                    StatusCode::SERVICE_UNAVAILABLE
+                };
+                (code, status.body())
+            });
+        }
+        self
+    }
+
+    /// Adds `/metrics`, in the text format of Prometheus.
+    #[must_use]
+    pub fn metrics(mut self, page: impl Fn() -> String + Send + Sync + 'static) -> Self {
+        self.add("/metrics", METRICS, move || (StatusCode::OK, page()));
+        self
+    }
+
+    /// Adds a page of plain text.
+    #[must_use]
+    pub fn text(
+        mut self,
+        path: &'static str,
+        page: impl Fn() -> String + Send + Sync + 'static,
+    ) -> Self {
+        self.add(path, TEXT, move || (StatusCode::OK, page()));
+        self
+    }
+
+    fn add(
+        &mut self,
+        path: &'static str,
+        content_type: &'static str,
+        answer: impl Fn() -> (StatusCode, String) + Send + Sync + 'static,
+    ) {
+        self.pages.push(Page {
+            path,
+            content_type,
+            answer: Box::new(answer),
+        });
+    }
+
+    fn answer<B: Body>(&self, request: &Request<B>) -> Response<Full<Bytes>> {
+        let path = request.uri().path();
+        let mut response = match self.pages.iter().find(|page| page.path == path) {
+            None => {
+                let paths: Vec<&str> = self.pages.iter().map(|page| page.path).collect();
+                let body = format!("no such page; there are {}\n", paths.join(", "));
+                respond(StatusCode::NOT_FOUND, TEXT, body)
+            }
+            Some(_) if !matches!(*request.method(), Method::GET | Method::HEAD) => {
+                let body = "only GET and HEAD are answered\n".to_owned();
+                let mut response = respond(StatusCode::METHOD_NOT_ALLOWED, TEXT, body);
+                let allowed = HeaderValue::from_static("GET, HEAD");
+                response.headers_mut().insert(ALLOW, allowed);
+                response
+            }
+            Some(page) => {
+                let (code, body) = (page.answer)();
+                respond(code, page.content_type, body)
+            }
+        };
+        if !request.body().is_end_stream() {
+            // Nothing here takes a body: rather than read through it, the connection ends.
+            let close = HeaderValue::from_static("close");
+            response.headers_mut().insert(CONNECTION, close);
+        }
+        response
+    }
+}
+
+impl fmt::Debug for Router {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list()
+            .entries(self.pages.iter().map(|page| page.path))
+            .finish()
+    }
+}
+
+fn respond(code: StatusCode, content_type: &'static str, body: String) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(Bytes::from(body)));
+    *response.status_mut() = code;
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    response
+}
+
+/// What a client may use.
+#[derive(Clone, Copy, Debug)]
+struct Limits {
+    /// Connections at once; one more drives out the oldest.
+    connections: usize,
+    /// From the first moment of waiting for a request to its last header: the time for a client
+    /// to ask, and for an idle connection to be kept.
+    request: Duration,
+    /// The life of a connection, whatever happens on it.
+    connection: Duration,
+    /// To finish an answer that was begun when the connection has to end.
+    grace: Duration,
+    /// Size of a request's line and headers.
+    header_bytes: usize,
+    /// Number of headers.
+    headers: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connections: 64,
+            request: Duration::from_secs(10),
+            connection: Duration::from_secs(120),
+            grace: Duration::from_secs(1),
+            // The smallest that hyper has.
+            header_bytes: 8192,
+            headers: 64,
+        }
+    }
+}
+
+/// Answers requests until `shutdown` turns true or its sender is gone; connections then get a
+/// second to finish.
+pub async fn serve(listener: TcpListener, router: Arc<Router>, shutdown: watch::Receiver<bool>) {
+    serve_within(Limits::default(), listener, router, shutdown).await;
+}
+
+async fn serve_within(
+    limits: Limits,
+    listener: TcpListener,
+    router: Arc<Router>,
+    mut shutdown: watch::Receiver<bool>,
+) {
+    let mut connections = JoinSet::new();
+    let mut by_age: VecDeque<AbortHandle> = VecDeque::new();
+    let mut accepts = true;
+    loop {
+        let accepted = tokio::select! {
+            () = stopped(&mut shutdown) => break,
+            Some(_) = connections.join_next() => {
+                by_age.retain(|connection| !connection.is_finished());
+                continue;
+            }
+            accepted = listener.accept() => accepted,
+        };
+        match accepted {
+            Ok((stream, client)) => {
+                accepts = true;
+                if by_age.len() >= limits.connections
+                    && let Some(oldest) = by_age.pop_front()
+                {
+                    debug!(
+                        "closing the oldest of {} HTTP connections",
+                        limits.connections
+                    );
+                    oldest.abort();
+                }
+                let router = Arc::clone(&router);
+                let connection = attend(limits, stream, client, router, shutdown.clone());
+                by_age.push_back(connections.spawn(connection));
+            }
+            // The client left before it was its turn.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+            Err(error) => {
+                // Most likely the process has no file descriptor left: trying again at once
+                // would only burn the CPU, and saying it each time would fill the log.
+                if accepts {
+                    warn!("cannot accept HTTP connections, trying on: {error}");
+                }
+                accepts = false;
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+    drop(listener);
+    while connections.join_next().await.is_some() {}
+}
+
+/// Answers the requests of one connection.
+async fn attend(
+    limits: Limits,
+    stream: TcpStream,
+    client: SocketAddr,
+    router: Arc<Router>,
+    mut shutdown: watch::Receiver<bool>,
+) {
+    let service = service_fn(|request| {
+        let response = router.answer(&request);
+        async { Ok::<_, Infallible>(response) }
+    });
+    let mut connection = pin!(
+        http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(limits.request)
+            .max_buf_size(limits.header_bytes)
+            .max_headers(limits.headers)
+            .serve_connection(TokioIo::new(stream), service)
+    );
+    tokio::select! {
+        ended = connection.as_mut() => {
+            if let Err(error) = ended {
+                debug!("HTTP connection of {client} ended: {error}");
+            }
+            return;
+        }
+        () = stopped(&mut shutdown) => {}
+        () = tokio::time::sleep(limits.connection) => {}
+    }
+    connection.as_mut().graceful_shutdown();
+    if tokio::time::timeout(limits.grace, connection)
+        .await
+        .is_err()
+    {
+        debug!("HTTP connection of {client} cut off");
+    }
+}
+
+/// Waits for the shutdown. A sender that is gone cannot call it off any more.
+async fn stopped(shutdown: &mut watch::Receiver<bool>) {
+    if shutdown.wait_for(|stop| *stop).await.is_err() {
+        debug!("the sender of the shutdown signal is gone");
+    }
+}
+
+#[cfg(test)]
+mod tests;

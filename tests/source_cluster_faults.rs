@@ -1,0 +1,369 @@
+//! An API server as a source of objects: connections that break, history that is lost, refusals,
+//! and objects that cannot be decoded. Nothing of it stops the source or loses anything.
+
+#[path = "common/consumer.rs"]
+mod consumer;
+#[path = "common/fake_api.rs"]
+mod fake_api;
+
+use std::time::Duration;
+
+use consumer::{Consumer, cidr, hasty, node, service, slice};
+use fake_api::{CIDRS, FakeApi, NODES, SERVICES, SLICES, Streaming};
+use nftlet::model::{Kind, Object, Reason, Subject};
+use nftlet::source::cluster::{Cluster, Error, Timing};
+use serde_json::json;
+
+#[tokio::test]
+async fn a_broken_connection_is_resumed_where_it_broke() {
+    let api = FakeApi::start().await;
+    api.put(NODES, node("node-1", "zone-a"));
+    api.put(SERVICES, service("a", "10.0.0.1"));
+    let mut consumer = Consumer::start(&api, hasty()).await;
+    consumer.ready().await;
+    for round in 0..2 {
+        // The bookmark alone moves the version on.
+        api.bookmark();
+        api.put(SLICES, slice("marker", "m", &["10.1.0.1"]));
+        if round == 0 {
+            api.break_connections().await;
+        } else {
+            api.end_watches();
+        }
+        let name = format!("between-{round}");
+        api.put(SERVICES, service(&name, &format!("10.0.0.{}", 20 + round)));
+        consumer.has(&format!("Service shop/{name}")).await;
+    }
+    let requests = api.requests_for(SERVICES);
+    let lists = requests
+        .iter()
+        .filter(|request| !request.is_watch() || request.get("sendInitialEvents") == "true");
+    assert_eq!(lists.count(), 1, "{requests:?}");
+    let versions: Vec<u64> = requests
+        .iter()
+        .skip(1)
+        .map(|it| it.get("resourceVersion").parse().expect("a version"))
+        .collect();
+    assert!(
+        versions.len() >= 2 && versions.is_sorted() && versions[0] > 100,
+        "{versions:?}"
+    );
+    assert_eq!(
+        consumer
+            .log
+            .iter()
+            .filter(|line| line.starts_with("start Service"))
+            .count(),
+        2,
+        "{:?}",
+        consumer.log
+    );
+    assert_eq!(consumer.stats.kind(Kind::Service).lists(), 1);
+    assert_eq!(consumer.notices, Vec::new());
+    consumer.finish().await;
+}
+
+#[tokio::test]
+async fn a_forgotten_version_leads_to_a_new_list() {
+    for (as_event, streaming) in [
+        (false, Streaming::Yes),
+        (true, Streaming::Yes),
+        (true, Streaming::Rejected),
+    ] {
+        let api = FakeApi::start().await;
+        api.set_streaming(streaming);
+        api.put(NODES, node("node-1", "zone-a"));
+        api.put(SERVICES, service("stays", "10.0.0.1"));
+        api.put(SERVICES, service("goes", "10.0.0.2"));
+        api.put(SERVICES, service("breaks", "10.0.0.3"));
+        let mut consumer = Consumer::start(&api, hasty()).await;
+        consumer.ready().await;
+        api.set_down(true).await;
+        api.delete(SERVICES, "shop/goes");
+        api.put(SERVICES, service("comes", "10.0.0.4"));
+        // It is still there, though nobody can tell what it is like.
+        let mut broken = service("breaks", "10.0.0.3");
+        broken["spec"]["ports"] = json!("none");
+        api.put(SERVICES, broken);
+        api.compact(as_event);
+        api.set_down(false).await;
+        consumer.has("Service shop/comes").await;
+        consumer.lacks("Service shop/goes").await;
+        let services: Vec<_> = consumer
+            .names()
+            .into_iter()
+            .filter(|name| name.starts_with("Service "))
+            .collect();
+        assert_eq!(
+            services,
+            [
+                "Service shop/breaks",
+                "Service shop/comes",
+                "Service shop/stays"
+            ]
+        );
+        let about: Vec<_> = consumer
+            .notices
+            .iter()
+            .filter(|notice| notice.reason == Reason::InvalidObject)
+            .collect();
+        assert_eq!(about.len(), 1, "{:?}", consumer.notices);
+        assert!(
+            about[0]
+                .message
+                .starts_with("Service shop/breaks: the object cannot be decoded: invalid type"),
+            "{about:?}"
+        );
+        assert_eq!(consumer.stats.kind(Kind::Service).lists(), 2);
+        consumer.finish().await;
+    }
+}
+
+#[tokio::test]
+async fn an_undecodable_object_does_not_stop_the_watch() {
+    let api = FakeApi::start().await;
+    api.put(NODES, node("node-1", "zone-a"));
+    api.put(SERVICES, service("a", "10.0.0.1"));
+    let mut consumer = Consumer::start(&api, hasty()).await;
+    consumer.ready().await;
+    let mut broken = service("a", "10.0.0.1");
+    broken["spec"]["ports"] = json!([{"port": "eighty"}]);
+    api.put(SERVICES, broken);
+    api.put(SERVICES, service("b", "10.0.0.2"));
+    consumer.has("Service shop/b").await;
+    let Some(Object::Service(known)) = consumer.objects.get("Service shop/a") else {
+        panic!("the last known state is gone: {:?}", consumer.log);
+    };
+    assert_eq!(known.ports.len(), 1);
+    assert_eq!(consumer.notices.len(), 1, "{:?}", consumer.notices);
+    assert!(
+        consumer.notices[0].message.starts_with("Service shop/a:"),
+        "{:?}",
+        consumer.notices
+    );
+    assert!(matches!(consumer.notices[0].subject, Subject::Object(_)));
+    assert_eq!(consumer.stats.kind(Kind::Service).undecodable(), 1);
+    // A deletion needs no more than the name.
+    api.delete(SERVICES, "shop/a");
+    consumer.lacks("Service shop/a").await;
+    consumer.finish().await;
+}
+
+#[tokio::test]
+async fn a_refused_kind_is_told_once_with_the_rule_that_is_missing() {
+    let api = FakeApi::start().await;
+    api.put(NODES, node("node-1", "zone-a"));
+    api.put(SLICES, slice("a-1", "a", &["10.1.0.1"]));
+    api.forbid(SLICES, true);
+    let mut consumer = Consumer::start(&api, hasty()).await;
+    consumer
+        .until("a notice", |it| !it.notices.is_empty())
+        .await;
+    consumer.has("Node node-1").await;
+    while api.requests_for(SLICES).len() < 4 {
+        tokio::task::yield_now().await;
+    }
+    api.forbid(SLICES, false);
+    consumer.ready().await;
+    assert!(consumer.objects.contains_key("EndpointSlice shop/a-1"));
+    assert_eq!(consumer.notices.len(), 1, "{:?}", consumer.notices);
+    let notice = &consumer.notices[0];
+    assert_eq!(
+        (notice.reason, notice.subject.to_string()),
+        (Reason::ApiServer, format!("{}/", api.url()))
+    );
+    let rule = "{apiGroups: [\"discovery.k8s.io\"], resources: [\"endpointslices\"], verbs: [\"list\", \"watch\"]}";
+    assert!(
+        notice
+            .message
+            .contains("cannot list resource \"endpointslices\"")
+            && notice.message.contains(rule),
+        "{notice:?}"
+    );
+    consumer.finish().await;
+}
+
+#[tokio::test]
+async fn refused_credentials_are_told_once_for_all_kinds() {
+    let api = FakeApi::start().await;
+    api.put(NODES, node("node-1", "zone-a"));
+    api.require_token("renewed");
+    let mut consumer = Consumer::start(&api, hasty()).await;
+    while api.requests().len() < 12 {
+        tokio::task::yield_now().await;
+    }
+    api.require_token("secret");
+    consumer.ready().await;
+    assert_eq!(consumer.notices.len(), 1, "{:?}", consumer.notices);
+    assert!(
+        consumer.notices[0]
+            .message
+            .contains("does not accept nftlet's credentials"),
+        "{:?}",
+        consumer.notices
+    );
+    consumer.finish().await;
+}
+
+#[tokio::test]
+async fn a_server_that_is_away_is_told_once_and_nothing_is_lost() {
+    let api = FakeApi::start().await;
+    api.put(NODES, node("node-1", "zone-a"));
+    api.put(SERVICES, service("a", "10.0.0.1"));
+    api.set_down(true).await;
+    let mut consumer = Consumer::start(&api, hasty()).await;
+    consumer
+        .until("a notice", |it| !it.notices.is_empty())
+        .await;
+    assert!(
+        consumer.notices[0]
+            .message
+            .starts_with("the API server cannot be reached:"),
+        "{:?}",
+        consumer.notices
+    );
+    api.set_down(false).await;
+    consumer.ready().await;
+    assert_eq!(consumer.notices.len(), 1, "{:?}", consumer.notices);
+
+    // Away again: what is known stays, and what changes meanwhile comes later.
+    api.set_down(true).await;
+    api.put(SERVICES, service("b", "10.0.0.2"));
+    consumer
+        .until("a second notice", |it| it.notices.len() == 2)
+        .await;
+    assert_eq!(consumer.names(), ["Node node-1", "Service shop/a"]);
+    api.set_down(false).await;
+    consumer.has("Service shop/b").await;
+    let begun = consumer.log.iter().filter(|line| *line == "start Service");
+    assert_eq!(
+        (begun.count(), consumer.stats.kind(Kind::Service).lists()),
+        (1, 1)
+    );
+    consumer.finish().await;
+}
+
+#[tokio::test]
+async fn a_server_without_service_cidrs_is_no_fault() {
+    let api = FakeApi::start().await;
+    api.put(NODES, node("node-1", "zone-a"));
+    api.remove_api(CIDRS);
+    let timing = Timing {
+        absent_recheck: Duration::from_millis(20),
+        ..hasty()
+    };
+    let mut consumer = Consumer::start(&api, timing).await;
+    consumer.ready().await;
+    assert_eq!(consumer.notices, Vec::new());
+    api.add_api(CIDRS);
+    api.put(CIDRS, cidr("kubernetes", "10.96.0.0/12"));
+    consumer.has("ServiceCIDR kubernetes").await;
+    consumer.finish().await;
+}
+
+#[tokio::test]
+async fn forbidden_service_cidrs_do_not_hold_up_the_services() {
+    let api = FakeApi::start().await;
+    api.put(NODES, node("node-1", "zone-a"));
+    api.put(CIDRS, cidr("kubernetes", "10.96.0.0/12"));
+    api.forbid(CIDRS, true);
+    let mut consumer = Consumer::start(&api, hasty()).await;
+    consumer.ready().await;
+    consumer.until("a notice", |it| it.notices.len() == 1).await;
+    api.forbid(CIDRS, false);
+    consumer.has("ServiceCIDR kubernetes").await;
+    consumer.finish().await;
+}
+
+#[tokio::test]
+async fn a_missing_node_is_told_and_not_waited_for_for_ever() {
+    for forbidden in [false, true] {
+        let api = FakeApi::start().await;
+        api.forbid(NODES, forbidden);
+        let timing = Timing {
+            node_wait: Duration::from_millis(50),
+            ..hasty()
+        };
+        let mut consumer = Consumer::start(&api, timing).await;
+        consumer.ready().await;
+        let missing = consumer
+            .notices
+            .iter()
+            .filter(|notice| notice.reason == Reason::NodeMissing);
+        assert_eq!(missing.count(), 1, "{:?}", consumer.notices);
+        api.forbid(NODES, false);
+        api.put(NODES, node("node-1", "zone-a"));
+        consumer.has("Node node-1").await;
+        consumer.finish().await;
+    }
+}
+
+#[tokio::test]
+async fn the_source_ends_when_nobody_listens() {
+    let api = FakeApi::start().await;
+    let consumer = Consumer::start(&api, hasty()).await;
+    let (task, _stop) = (consumer.task, consumer.stop);
+    drop(consumer.events);
+    api.put(SERVICES, service("a", "10.0.0.1"));
+    api.put(NODES, node("node-1", "zone-a"));
+    tokio::time::timeout(Duration::from_secs(60), task)
+        .await
+        .expect("it ends")
+        .expect("no panic");
+}
+
+#[tokio::test]
+async fn a_kubeconfig_that_cannot_be_used_is_named() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("nowhere");
+    let error = Cluster::connect(Some(path.clone()), "node-1".to_owned())
+        .await
+        .err();
+    assert!(
+        matches!(&error, Some(Error::Kubeconfig { path: named, .. }) if *named == path),
+        "{error:?}"
+    );
+    std::fs::write(&path, "clusters: [").expect("written");
+    let error = Cluster::connect(Some(path), "node-1".to_owned())
+        .await
+        .err();
+    let text = error.map(|error| error.to_string()).unwrap_or_default();
+    assert!(
+        text.contains("nowhere") && text.contains("check the file"),
+        "{text}"
+    );
+}
+
+#[tokio::test]
+async fn a_bad_field_is_told_once_and_again_only_when_it_differs() {
+    let api = FakeApi::start().await;
+    api.put(NODES, node("node-1", "zone-a"));
+    let bad = |external: &str, port: u16| {
+        let mut service = service("a", "10.0.0.1");
+        service["spec"]["externalIPs"] = json!([external]);
+        service["spec"]["ports"][0]["port"] = json!(port);
+        service
+    };
+    api.put(SERVICES, bad("first", 80));
+    let mut consumer = Consumer::start(&api, hasty()).await;
+    consumer.ready().await;
+    for port in 81..85 {
+        api.put(SERVICES, bad("first", port));
+    }
+    api.put(SERVICES, bad("second", 90));
+    consumer
+        .until("the second fault", |it| {
+            it.notices
+                .iter()
+                .any(|notice| notice.message.contains("second"))
+        })
+        .await;
+    assert_eq!(consumer.notices.len(), 2, "{:?}", consumer.notices);
+    assert!(
+        consumer
+            .notices
+            .iter()
+            .all(|notice| notice.reason == Reason::InvalidField)
+    );
+    consumer.finish().await;
+}
