@@ -28,7 +28,7 @@ pub struct Plan {
 #[derive(Debug, Serialize)]
 pub struct Row {
     /// What happened.
-    pub what: &'static str,
+    pub what: String,
     /// nftlet's samples.
     pub nftlet: Vec<Cost>,
     /// nftlet's samples in which encoding was measured apart.
@@ -44,7 +44,8 @@ pub struct Row {
 pub struct Load {
     /// From starting the program to its end.
     pub wall: f64,
-    /// The processor time of that in the kernel.
+    /// The processor time of that in the kernel, as the kernel counts it: in ticks of a few
+    /// milliseconds, so that only a mean of many runs tells something of short ones.
     pub kernel: f64,
     /// The length of the commands.
     pub bytes: usize,
@@ -86,7 +87,7 @@ pub struct Measured {
 const BUDGETED: (usize, usize) = (10_000, 10);
 /// How many services change in the measurement of many changes at once.
 const AT_ONCE: usize = 1_000;
-/// A chosen few samples where a budget of time allows no more.
+/// How many samples tell enough of what has no budget.
 const FEW: usize = 50;
 
 const FIRST: usize = 0;
@@ -102,8 +103,8 @@ const WHAT: [&str; 8] = [
     "restart, nothing changed",
     "one endpoint replaced",
     "one endpoint more or less",
-    "first service with that many endpoints",
-    "1,000 endpoints replaced at once",
+    "the same, first service with that number",
+    "one endpoint replaced in many services at once",
     "a service added",
     "a service deleted",
 ];
@@ -115,6 +116,8 @@ pub fn measure(plan: &Plan, mut progress: impl FnMut(&str)) -> Measured {
         rows[FIRST].budget = Some(Budget::PartOfBaseline(0.1));
         rows[REPLACE].budget = Some(Budget::Seconds(0.002));
     }
+    let many = AT_ONCE.min(plan.services);
+    rows[BATCH].what = format!("one endpoint replaced in {many} services at once");
     let workload = Workload::new(plan.services, plan.endpoints);
 
     progress("nftlet: memory of the first program");
@@ -289,9 +292,9 @@ pub fn memory(plan: &Plan) -> Memory {
 }
 
 impl Row {
-    fn new(what: &'static str) -> Self {
+    fn new(what: &str) -> Self {
         Self {
-            what,
+            what: what.to_owned(),
             nftlet: Vec::new(),
             nftlet_split: Vec::new(),
             baseline: Vec::new(),
@@ -307,6 +310,12 @@ impl Row {
     /// The other side's median in seconds.
     pub fn baseline_median(&self) -> Option<f64> {
         percentile(self.baseline.iter().map(|load| load.wall), 50)
+    }
+
+    /// The mean of the other side's time in the kernel in seconds.
+    pub fn baseline_kernel(&self) -> Option<f64> {
+        let sum: f64 = self.baseline.iter().map(|load| load.kernel).sum();
+        (!self.baseline.is_empty()).then(|| sum / self.baseline.len() as f64)
     }
 
     /// Whether the budget was kept; `None` without a budget.

@@ -36,14 +36,13 @@ fn comparison(measured: &[Measured]) -> Table {
         for row in &size.rows {
             let p99 = (row.nftlet.len() >= ENOUGH_FOR_P99)
                 .then(|| percentile(row.nftlet.iter().map(|cost| cost.total), 99));
-            let in_kernel = percentile(row.baseline.iter().map(|load| load.kernel), 50);
             rows.push(vec![
-                row.what.to_owned(),
+                row.what.clone(),
                 cluster(size),
                 time(row.nftlet_median()),
                 time(p99.flatten()),
                 time(row.baseline_median()),
-                time(in_kernel),
+                time(row.baseline_kernel()),
                 ratio(row),
                 row.budget.map_or_else(dash, budget),
                 match row.met() {
@@ -80,7 +79,7 @@ fn parts(measured: &[Measured]) -> Table {
                 percentile(row.nftlet_split.iter().map(part), 50)
             };
             rows.push(vec![
-                row.what.to_owned(),
+                row.what.clone(),
                 cluster(size),
                 time(of(|cost| cost.compile())),
                 time(of(|cost| cost.read)),
@@ -201,9 +200,9 @@ fn ratio(row: &Row) -> String {
     }
 }
 
-/// A duration with three digits and a unit.
+/// A duration with three digits and a unit; nothing where there was nothing to time.
 fn time(seconds: Option<f64>) -> String {
-    let Some(seconds) = seconds else {
+    let Some(seconds) = seconds.filter(|seconds| *seconds > 0.0) else {
         return dash();
     };
     let (value, unit) = match seconds {
