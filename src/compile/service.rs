@@ -253,13 +253,15 @@ impl ServicePlan {
             let chain = frontend
                 .chain(pool)
                 .map_or_else(|| REJECT.into(), SharedChain::name);
+            let at = frontend_key(&frontend.at);
             elements.push((
                 verdicts,
-                Element::with_verdict(frontend_key(&frontend.at).finish(), Verdict::Goto(chain))
+                Element::with_verdict(at.clone().finish(), Verdict::Goto(chain))
                     .comment(&pool.label),
             ));
+            elements.reserve(pool.targets.len());
             for (index, (address, port)) in (0u32..).zip(&pool.targets) {
-                let key = frontend_key(&frontend.at).number(index).finish();
+                let key = at.clone().number(index).finish();
                 let data = Data::build().address(*address).port(*port).finish();
                 elements.push((endpoints, Element::with_data(key, data)));
             }

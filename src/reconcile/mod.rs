@@ -116,7 +116,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
     /// The rules the objects ask for, from scratch, as a new process would compile them.
     pub fn wanted(store: &Store, settings: &Settings) -> Ruleset {
         let mut programmed = Programmed::default();
-        let mut draft = Draft::default();
+        let mut draft = Draft::without_elements();
         programmed.set_skeletons(store, settings, &mut draft);
         for service in store.services() {
             let plan = compile::plan(store, &service.name, settings, None);
@@ -219,7 +219,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
             changes.service_cidrs = true;
             self.programmed.forget_chains();
         }
-        self.draft(&changes, &mut Draft::default());
+        self.draft(&changes, &mut Draft::without_elements());
         for _ in 0..=MOST_REFUSALS {
             match self.attempt() {
                 Ok(healed) => {
@@ -265,7 +265,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
             return false;
         };
         self.programmed
-            .set_plan(&owner, None, &mut Draft::default());
+            .set_plan(&owner, None, &mut Draft::without_elements());
         self.report(Notice {
             subject: Subject::Object(ObjectRef::new(Kind::Service, owner.clone())),
             reason: Reason::KernelRefused,

@@ -30,6 +30,8 @@ pub struct Programmed {
 pub struct Draft {
     skeleton: Vec<Op>,
     tables: BTreeMap<Family, TableDraft>,
+    /// Nobody will read the elements.
+    without_elements: bool,
 }
 
 #[derive(Debug, Default)]
@@ -82,6 +84,9 @@ impl Programmed {
         for family in Family::ALL {
             self.count_chains(family, old.as_ref(), new.as_ref(), draft);
             self.count_shared(family, old.as_ref(), new.as_ref(), draft);
+            if draft.without_elements {
+                continue;
+            }
             let elements = |plan: Option<&ServicePlan>| {
                 by_set(
                     plan.map(|plan| plan.own_elements(family))
@@ -91,10 +96,10 @@ impl Programmed {
             let (before, after) = (elements(old.as_ref()), elements(new.as_ref()));
             let table = draft.tables.entry(family).or_default();
             for set in ServiceSet::ALL {
-                let of = |elements: &'_ BTreeMap<ServiceSet, Vec<Element>>| {
-                    elements.get(&set).cloned().unwrap_or_default()
-                };
-                let (delete, add) = diff_elements(&of(&before), &of(&after));
+                let (delete, add) = diff_elements(
+                    before.get(&set).map_or(&[], Vec::as_slice),
+                    after.get(&set).map_or(&[], Vec::as_slice),
+                );
                 if !delete.is_empty() {
                     table.delete.entry(set).or_default().extend(delete);
                 }
@@ -232,6 +237,15 @@ impl Programmed {
 }
 
 impl Draft {
+    /// A draft for when the tables are going to be compared with the kernel's as a whole: the
+    /// operations follow from that, and drafting each element would take as long.
+    pub fn without_elements() -> Self {
+        Self {
+            without_elements: true,
+            ..Self::default()
+        }
+    }
+
     /// The drafted operations in the order the kernel must see them.
     pub fn finish(self, programmed: &Programmed) -> Transaction {
         let mut ops = self.skeleton;
