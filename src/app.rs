@@ -167,11 +167,10 @@ fn single_threaded() -> Result<runtime::Runtime, Error> {
 
 fn start_logging(args: &Args) {
     use tracing_subscriber::filter::{EnvFilter, LevelFilter};
-    let level = match (args.verbose, args.dry_run) {
-        (0, true) => LevelFilter::WARN,
-        (0, false) => LevelFilter::INFO,
-        (1, _) => LevelFilter::DEBUG,
-        (2.., _) => LevelFilter::TRACE,
+    let level = match args.verbose {
+        0 => LevelFilter::INFO,
+        1 => LevelFilter::DEBUG,
+        2.. => LevelFilter::TRACE,
     };
     // The libraries' own debug output is of interest only when everything is asked for.
     let filter = if args.verbose < 3 {

@@ -102,8 +102,9 @@ pub struct Args {
     #[arg(long, help_heading = "Services")]
     pub masquerade_all: bool,
 
-    /// Answer /metrics here: IP, IP:PORT, [IPv6]:PORT, :PORT for all addresses, or an empty text
-    /// for nowhere [default: 127.0.0.1:10249; nowhere with --manifests, --dry-run or --once].
+    /// Answer /metrics here: `IP`, `IP:PORT`, `[IPv6]:PORT`, `:PORT` for all addresses, or an
+    /// empty text for nowhere [default: 127.0.0.1:10249; nowhere with --manifests, --dry-run or
+    /// --once].
     #[arg(long, value_name = "ADDR", help_heading = "Observability")]
     pub metrics_bind_address: Option<BindAddress>,
 

@@ -42,7 +42,10 @@ fn dry_run(case: &Path) -> String {
     let root = format!("{}/", case.display());
     let notices = said.lines().map(|line| {
         let line = line.replace(&root, "");
-        let start = line.find("WARN").or(line.find("ERROR")).unwrap_or_default();
+        let start = ["INFO", "WARN", "ERROR"]
+            .iter()
+            .find_map(|level| line.find(level))
+            .unwrap_or_default();
         format!("# stderr: {}\n", &line[start..])
     });
     text.replacen(&version, "# nftlet", 1) + &notices.collect::<String>()

@@ -492,16 +492,15 @@ fn remove_pod(
 
 /// What has no endpoints is refused, at once.
 fn show_refusals(lab: &Lab, style: &Style) -> Outcome<()> {
-    println!(
-        "{}\n",
-        style.strong("What nobody serves is refused, not left to time out")
-    );
+    println!("{}\n", style.strong("What nobody serves"));
     let (node, pod) = (&lab.node().machine, lab.pods()[0]);
     let rows = [
         ("empty, which has no endpoints", "10.96.0.40:80", pod),
         ("empty, which has no endpoints", "[fd00:10:96::28]:80", pod),
         ("empty, which has no endpoints", "10.96.0.40:80", node),
         ("empty, which has no endpoints", "[fd00:10:96::28]:80", node),
+        ("a port the service lacks", "10.96.0.10:81", pod),
+        ("a port the service lacks", "[fd00:10:96::a]:81", pod),
         ("an address of no service", "10.96.99.99:80", pod),
         ("an address of no service", "[fd00:10:96::99]:80", pod),
     ];
@@ -526,12 +525,20 @@ fn show_refusals(lab: &Lab, style: &Style) -> Outcome<()> {
         let time = milliseconds(asked.elapsed());
         let refused =
             matches!(&result, Err(error) if error.kind() == io::ErrorKind::ConnectionRefused);
+        let dropped = matches!(&result, Err(error) if error.kind() == io::ErrorKind::TimedOut);
+        // An address that may be given to a service any moment must not be refused for good.
+        let expected = if what.contains("no service") {
+            dropped
+        } else {
+            refused
+        };
         let answer = match result {
             Err(_) if refused => format!("refused after {time}"),
+            Err(_) if dropped => "dropped, no answer".to_owned(),
             Err(error) => format!("{error}"),
             Ok(answer) => format!("answered by {}", answer.name),
         };
-        if !refused {
+        if !expected {
             problems.push(format!("{what}, {to} from {}: {answer}", from.name));
         }
         let cell = if refused {

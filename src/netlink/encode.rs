@@ -399,7 +399,7 @@ pub fn set_attributes(declaration: &Declaration, family: Family) -> SetAttribute
     flag(data.is_some(), FLAG_MAP);
     flag(declaration.timeout.is_some(), FLAG_TIMEOUT | FLAG_EVAL);
     let fields = if declaration.interval && key.len() > 1 {
-        key.iter().map(|field| field.len() as u8).collect()
+        key.iter().map(|field| field.bytes() as u8).collect()
     } else {
         Vec::new()
     };
@@ -420,7 +420,7 @@ pub fn set_attributes(declaration: &Declaration, family: Family) -> SetAttribute
 fn length(selectors: &[Selector], family: Family) -> u32 {
     let fields = selectors.iter().map(|s| s.field_type(family));
     match selectors {
-        [_] => fields.map(|f| f.len() as u32).sum(),
+        [_] => fields.map(|f| f.bytes() as u32).sum(),
         _ => fields.map(|f| f.padded_len() as u32).sum(),
     }
 }

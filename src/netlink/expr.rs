@@ -124,7 +124,7 @@ impl Program {
                 // The address goes to the next free registers behind the target.
                 let scratch = (word + 1).next_multiple_of(4);
                 self.load(Selector::SourceAddress, scratch);
-                let length = Selector::SourceAddress.field_type(self.family).len() as u32;
+                let length = Selector::SourceAddress.field_type(self.family).bytes() as u32;
                 self.push(
                     c"hash",
                     [
@@ -307,7 +307,7 @@ impl Program {
             Operand::Port(port) => self.cmp(comparison, port.to_be_bytes().into()),
             Operand::Interface(name) => {
                 let mut padded = name.as_bytes().to_vec();
-                padded.resize(FieldType::IfName.len(), 0);
+                padded.resize(FieldType::IfName.bytes(), 0);
                 self.cmp(comparison, padded);
             }
             // Comparing fewer bytes than the register holds matches the beginning.

@@ -14,8 +14,8 @@
 //!
 //! Tables, chains, rules and set declarations are put together by libnftnl through the crates
 //! `nftnl` and `nftnl_sys`. Element lists, of which there can be a million, are written
-//! directly ([`attr`]); expressions that the crate lacks are described as plain data ([`expr`]) and built in one
-//! place ([`ffi`]), which together with [`socket`] is the only code with `unsafe` blocks.
+//! directly (`attr`); expressions that the crate lacks are described as plain data (`expr`) and built in one
+//! place (`ffi`), which together with `socket` is the only code with `unsafe` blocks.
 
 mod attr;
 mod encode;

@@ -28,7 +28,7 @@ pub enum FieldType {
 
 impl FieldType {
     /// The length of the value in bytes.
-    pub fn len(self) -> usize {
+    pub fn bytes(self) -> usize {
         match self {
             FieldType::Ipv4Addr | FieldType::Integer | FieldType::Mark => 4,
             FieldType::Ipv6Addr | FieldType::IfName => 16,
@@ -39,7 +39,7 @@ impl FieldType {
 
     /// The room the value takes in a concatenation, in bytes.
     pub fn padded_len(self) -> usize {
-        self.len().next_multiple_of(4)
+        self.bytes().next_multiple_of(4)
     }
 
     /// The name nft gives the type.
@@ -184,7 +184,7 @@ impl Iterator for KeyFields<'_> {
     fn next(&mut self) -> Option<String> {
         let (field, rest) = self.types.split_first()?;
         self.types = rest;
-        let value = self.bytes.get(..field.len())?;
+        let value = self.bytes.get(..field.bytes())?;
         self.bytes = self.bytes.get(field.padded_len()..).unwrap_or_default();
         Some(print_field(*field, value))
     }

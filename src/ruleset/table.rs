@@ -253,7 +253,10 @@ pub(super) fn clean_comment(text: &str) -> Arc<str> {
             }
         })
         .collect();
-    Arc::from(&cleaned[..cleaned.floor_char_boundary(LONGEST)])
+    let end = (0..=LONGEST.min(cleaned.len()))
+        .rev()
+        .find(|end| cleaned.is_char_boundary(*end));
+    Arc::from(cleaned.get(..end.unwrap_or_default()).unwrap_or_default())
 }
 
 /// An element of a set or map.
