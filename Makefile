@@ -30,11 +30,11 @@ test: ## Run every check: format, lints, documentation, dependencies, tests
 	@scripts/install-deps.sh test
 	@scripts/test.sh
 
-bench: ## Measure beside kube-proxy's ruleset (release build; rights as for test; 5 minutes)
+bench: ## Measure beside kube-proxy's ruleset (release build; asks for root; 5 minutes)
 	@scripts/install-deps.sh run
-	@scripts/netns-run.sh --explain
+	@NETNS_RUN_ROOT=1 scripts/netns-run.sh --explain
 	cargo bench --locked --bench micro
-	scripts/with-runner.sh cargo bench --locked --bench dataplane -- $(ARGS)
+	NETNS_RUN_ROOT=1 scripts/with-runner.sh cargo bench --locked --bench dataplane -- $(ARGS)
 
 build: ## Build the release binary, target/release/nftlet
 	@scripts/install-deps.sh build
