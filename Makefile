@@ -11,7 +11,7 @@ VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
 COMMIT  := $(shell git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)
 IMAGE   ?= nftlet:$(VERSION)
 DOCKER  ?= $(shell command -v docker || command -v podman || echo docker)
-# Arguments for the demo and for the benchmarks: make demo ARGS=--keep
+# Arguments for the demo and for the measurements in the kernel: make bench ARGS='--sizes 1000'
 ARGS    ?=
 
 help: ## List the tasks
@@ -30,10 +30,11 @@ test: ## Run every check: format, lints, documentation, dependencies, tests
 	@scripts/install-deps.sh test
 	@scripts/test.sh
 
-bench: ## Measure (release build; needs the rights that the tests need)
+bench: ## Measure beside kube-proxy's ruleset (release build; asks for root; 5 minutes)
 	@scripts/install-deps.sh run
-	@scripts/netns-run.sh --explain
-	@scripts/with-runner.sh cargo bench $(ARGS)
+	@NETNS_RUN_ROOT=1 scripts/netns-run.sh --explain
+	cargo bench --locked --bench micro
+	NETNS_RUN_ROOT=1 scripts/with-runner.sh cargo bench --locked --bench dataplane -- $(ARGS)
 
 build: ## Build the release binary, target/release/nftlet
 	@scripts/install-deps.sh build

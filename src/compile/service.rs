@@ -471,9 +471,9 @@ impl ServicePlan {
     }
 
     fn frontend_elements(&self, frontend: &Frontend, pool: &Pool, elements: &mut Vec<ElementOf>) {
-        let by = frontend.by();
+        let (by, at) = (frontend.by(), frontend.key());
         let mut lead = |set: ServiceSet, verdict: Verdict| {
-            let element = Element::with_verdict(frontend.key().finish(), verdict);
+            let element = Element::with_verdict(at.clone().finish(), verdict);
             elements.push((set, element.comment(&pool.label)));
         };
         let goal = self.goal(frontend);
@@ -501,8 +501,9 @@ impl ServicePlan {
             .chain(local.map(|(pool, _)| (pool, Scope::Local)));
         for (pool, scope) in pools {
             let map = by.endpoints(scope);
+            elements.reserve(pool.targets.len());
             for (index, (address, port)) in (0u32..).zip(&pool.targets) {
-                let key = frontend.key().number(index).finish();
+                let key = at.clone().number(index).finish();
                 let data = Data::build().address(*address).port(*port).finish();
                 elements.push((map, Element::with_data(key, data)));
             }

@@ -118,7 +118,17 @@ impl Nftables {
         let size = i32::try_from(bytes.next_power_of_two())
             .unwrap_or(i32::MAX)
             .max(256 * 1024);
-        self.set_option(libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, size)?;
+        let forced = self.set_option(libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, size);
+        // Inside a user namespace nobody may exceed net.core.wmem_max. The kernel cuts the size
+        // at it without a word, and refuses a message that does not fit (EMSGSIZE).
+        if forced
+            .as_ref()
+            .is_err_and(|error| error.raw_os_error() == Some(libc::EPERM))
+        {
+            self.set_option(libc::SOL_SOCKET, libc::SO_SNDBUF, size)?;
+        } else {
+            forced?;
+        }
         self.send_buffer = usize::try_from(size).unwrap_or_default();
         Ok(())
     }

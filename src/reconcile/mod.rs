@@ -123,11 +123,10 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
     /// The rules the objects ask for, from scratch, as a new process would compile them.
     pub fn wanted(store: &Store, settings: &Settings) -> Ruleset {
         let mut programmed = Programmed::new(settings.clone());
-        let mut draft = Draft::default();
-        programmed.set_skeletons(store, &mut draft);
+        programmed.set_skeletons(store, None);
         for service in store.services() {
             let plan = compile::plan(store, &service.name, settings, None);
-            programmed.set_plan(&service.name, plan, &mut draft);
+            programmed.set_plan(&service.name, plan, None);
         }
         programmed.ruleset()
     }
@@ -174,7 +173,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
             return Outcome::Synced;
         }
         let mut draft = Draft::default();
-        self.draft(&changes, &mut draft);
+        self.draft(&changes, Some(&mut draft));
         let remembered = std::mem::take(&mut draft.remembered);
         let transaction = draft.finish(&self.programmed);
         match self.write(transaction) {
@@ -194,10 +193,11 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         }
     }
 
-    /// Compiles what changed into the draft.
-    fn draft(&mut self, changes: &Changes, draft: &mut Draft) {
+    /// Compiles what changed, into the draft if there is one.
+    fn draft(&mut self, changes: &Changes, mut draft: Option<&mut Draft>) {
         if changes.node || changes.service_cidrs {
-            self.programmed.set_skeletons(&self.store, draft);
+            self.programmed
+                .set_skeletons(&self.store, draft.as_deref_mut());
         }
         if changes.node {
             // Which endpoints are local is in every service's plan.
@@ -210,7 +210,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         }
     }
 
-    fn draft_services(&mut self, names: &BTreeSet<ObjectName>, draft: &mut Draft) {
+    fn draft_services(&mut self, names: &BTreeSet<ObjectName>, mut draft: Option<&mut Draft>) {
         for name in names {
             let plan = if self.refused.contains(name) {
                 None
@@ -218,7 +218,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
                 let previous = self.programmed.plan(name);
                 compile::plan(&self.store, name, &self.settings, previous)
             };
-            self.programmed.set_plan(name, plan, draft);
+            self.programmed.set_plan(name, plan, draft.as_deref_mut());
         }
     }
 
@@ -237,7 +237,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
             changes.service_cidrs = true;
             self.programmed.forget_chains();
         }
-        self.draft(&changes, &mut Draft::default());
+        self.draft(&changes, None);
         for _ in 0..=MOST_REFUSALS {
             match self.attempt() {
                 Ok(healed) => {
@@ -283,8 +283,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         let Some(owner) = self.programmed.owner(table, set, &element.key) else {
             return false;
         };
-        self.programmed
-            .set_plan(&owner, None, &mut Draft::default());
+        self.programmed.set_plan(&owner, None, None);
         self.report(Notice {
             subject: Subject::Object(ObjectRef::new(Kind::Service, owner.clone())),
             reason: Reason::KernelRefused,

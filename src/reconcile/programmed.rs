@@ -69,45 +69,65 @@ impl Programmed {
     }
 
     /// Compiles the skeletons anew and drafts what changed in them.
-    pub fn set_skeletons(&mut self, store: &Store, draft: &mut Draft) {
+    pub fn set_skeletons(&mut self, store: &Store, mut draft: Option<&mut Draft>) {
         let cidrs: Vec<_> = store.service_cidrs().collect();
         for family in Family::ALL {
             let node = store.node().map(|node| &**node);
             let table = skeleton(family, &self.settings, node, &cidrs);
-            let as_ruleset = |table: Table| Ruleset {
-                tables: [(table_id(family), table)].into(),
-            };
-            if let Some(old) = self.skeletons.insert(family, table.clone()) {
+            let old = self.skeletons.insert(family, table.clone());
+            if let (Some(old), Some(draft)) = (old, draft.as_deref_mut()) {
+                let as_ruleset = |table: Table| Ruleset {
+                    tables: [(table_id(family), table)].into(),
+                };
                 let change = diff(&as_ruleset(old), as_ruleset(table));
                 draft.skeleton.extend(change.ops);
             }
         }
     }
 
-    /// Replaces the plan of a service, `None` for a service without rules, and drafts the
-    /// difference.
-    pub fn set_plan(&mut self, service: &ObjectName, new: Option<ServicePlan>, draft: &mut Draft) {
+    /// Replaces the plan of a service, `None` for a service without rules.
+    ///
+    /// The difference is drafted, unless the tables are going to be compared with the kernel's
+    /// as a whole, from which all operations follow.
+    pub fn set_plan(
+        &mut self,
+        service: &ObjectName,
+        new: Option<ServicePlan>,
+        mut draft: Option<&mut Draft>,
+    ) {
         let old = self.plans.remove(service);
         if old != new {
-            draft.remembered.replace(old.as_ref(), new.as_ref());
             for family in Family::ALL {
-                self.count_chains(family, old.as_ref(), new.as_ref(), draft);
-                self.count_shared(family, old.as_ref(), new.as_ref(), draft);
-                let elements = |plan: Option<&ServicePlan>| {
-                    let mut elements = plan.map_or_else(Vec::new, |plan| plan.own_elements(family));
-                    elements.sort_unstable_by(|(a, x), (b, y)| (a, &x.key).cmp(&(b, &y.key)));
-                    elements
-                };
-                let (before, after) = (elements(old.as_ref()), elements(new.as_ref()));
-                draft
-                    .tables
-                    .entry(family)
-                    .or_default()
-                    .replace(before, after);
+                let table = draft
+                    .as_deref_mut()
+                    .map(|draft| draft.tables.entry(family).or_default());
+                self.replace(family, old.as_ref(), new.as_ref(), table);
+            }
+            if let Some(draft) = draft {
+                draft.remembered.replace(old.as_ref(), new.as_ref());
             }
         }
         if let Some(new) = new {
             self.plans.insert(service.clone(), new);
+        }
+    }
+
+    fn replace(
+        &mut self,
+        family: Family,
+        old: Option<&ServicePlan>,
+        new: Option<&ServicePlan>,
+        mut draft: Option<&mut TableDraft>,
+    ) {
+        self.count_chains(family, old, new, draft.as_deref_mut());
+        self.count_shared(family, old, new, draft.as_deref_mut());
+        if let Some(draft) = draft {
+            let elements = |plan: Option<&ServicePlan>| {
+                let mut elements = plan.map_or_else(Vec::new, |plan| plan.own_elements(family));
+                elements.sort_unstable_by(|(a, x), (b, y)| (a, &x.key).cmp(&(b, &y.key)));
+                elements
+            };
+            draft.replace(elements(old), elements(new));
         }
     }
 
@@ -116,12 +136,13 @@ impl Programmed {
         family: Family,
         old: Option<&ServicePlan>,
         new: Option<&ServicePlan>,
-        draft: &mut Draft,
+        mut draft: Option<&mut TableDraft>,
     ) {
         for chain in new.into_iter().flat_map(|plan| plan.chains(family)) {
             let count = self.chains.entry((family, chain)).or_insert_with(|| {
-                let table = draft.tables.entry(family).or_default();
-                table.new_chains.push(chain);
+                if let Some(draft) = draft.as_deref_mut() {
+                    draft.new_chains.push(chain);
+                }
                 0
             });
             *count += 1;
@@ -138,22 +159,22 @@ impl Programmed {
         family: Family,
         old: Option<&ServicePlan>,
         new: Option<&ServicePlan>,
-        draft: &mut Draft,
+        mut draft: Option<&mut TableDraft>,
     ) {
         let elements = |plan: Option<&ServicePlan>| {
-            plan.map(|plan| plan.shared_elements(family))
-                .unwrap_or_default()
+            plan.map_or_else(Vec::new, |plan| plan.shared_elements(family))
         };
-        let table = draft.tables.entry(family).or_default();
+        let mut touch = |set: ServiceSet, key: Key, existed: bool| {
+            if let Some(draft) = draft.as_deref_mut() {
+                draft.touched.entry((set, key)).or_insert(existed);
+            }
+        };
         for (set, element) in elements(new) {
             let count = self
                 .shared
                 .entry((family, set, element.key.clone()))
                 .or_default();
-            table
-                .touched
-                .entry((set, element.key))
-                .or_insert(*count > 0);
+            touch(set, element.key, *count > 0);
             *count += 1;
         }
         for (set, element) in elements(old) {
@@ -164,7 +185,7 @@ impl Programmed {
                 if *count == 0 {
                     self.shared.remove(&key);
                 }
-                table.touched.entry((set, key.2)).or_insert(existed);
+                touch(set, key.2, existed);
             }
         }
     }

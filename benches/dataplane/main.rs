@@ -1,0 +1,186 @@
+//! What programming a kernel takes: nftlet, and the same services in kube-proxy's shape.
+//!
+//! `make bench ARGS='--sizes 1000'` (as root, or with sudo).
+//!
+//! For each size a cluster is made up, see [`workload`]. nftlet's side ([`agent`]) is the
+//! reconciler with a real netlink socket in a fresh network namespace: the clock runs from handing
+//! it the events until the kernel has answered. The other side ([`baseline`]) is the ruleset that
+//! kube-proxy 1.36 writes for the same services, loaded with `nft -f -` in another namespace of
+//! the same run, the clock running from the start of `nft` to its end. What kube-proxy itself
+//! takes before and after is not counted, nor is what nftlet takes to decode objects.
+//!
+//! Both sides are compared within one run because machines differ; see [`report`] for the tables.
+
+mod agent;
+mod baseline;
+mod measure;
+#[path = "../../tests/common/netns/mod.rs"]
+mod netns;
+mod report;
+#[path = "../workload/mod.rs"]
+mod workload;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Instant;
+use std::{fs, io, thread};
+
+use clap::{Parser, ValueEnum};
+use nix::sched::{CloneFlags, unshare};
+use serde::Serialize;
+
+use measure::{Measured, Plan, measure};
+use report::{Form, render};
+
+/// Measures programming services: nftlet, and the same services in kube-proxy's shape.
+#[derive(Debug, Parser)]
+#[command(name = "dataplane")]
+struct Arguments {
+    /// Numbers of services, apart by commas.
+    #[arg(
+        long,
+        env = "NFTLET_BENCH_SIZES",
+        value_delimiter = ',',
+        default_value = "1000,10000",
+        value_parser = clap::value_parser!(u32).range(1..=300_000)
+    )]
+    sizes: Vec<u32>,
+    /// Endpoints of each service.
+    #[arg(long, default_value = "10", value_parser = clap::value_parser!(u32).range(1..=1_000))]
+    endpoints: u32,
+    /// Fresh namespaces for nftlet's first program.
+    #[arg(long, default_value = "5", value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: u32,
+    /// Single endpoint changes.
+    #[arg(long, default_value = "500", value_parser = clap::value_parser!(u32).range(1..))]
+    changes: u32,
+    /// What is printed.
+    #[arg(long, value_enum, default_value = "table")]
+    output: Output,
+    /// Print the tables as Markdown; the same as --output markdown.
+    #[arg(long)]
+    markdown: bool,
+    /// Write all samples to a file as well.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Print what memory the first program takes and end; the benchmark calls itself so.
+    #[arg(long, hide = true)]
+    memory: bool,
+    /// What cargo adds to the arguments of every benchmark.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Output {
+    Table,
+    Markdown,
+    Json,
+}
+
+/// Everything that was measured, and where.
+#[derive(Debug, Serialize)]
+struct Report<'a> {
+    kernel: String,
+    processors: usize,
+    sizes: &'a [Measured],
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    if let Some(reason) = refusal() {
+        eprintln!(
+            "This benchmark programs kernels in network namespaces, which is not possible here: \
+             {reason}. Run it as root, or with `make bench`, which asks for the right."
+        );
+        return ExitCode::FAILURE;
+    }
+    let plans: Vec<Plan> = arguments
+        .sizes
+        .iter()
+        .map(|services| Plan {
+            services: *services as usize,
+            endpoints: arguments.endpoints as usize,
+            rounds: arguments.rounds as usize,
+            changes: arguments.changes as usize,
+        })
+        .collect();
+    let result = if arguments.memory {
+        plans.iter().try_for_each(|plan| {
+            let json = serde_json::to_string(&measure::memory(plan))?;
+            println!("{json}");
+            Ok(())
+        })
+    } else {
+        run(&arguments, &plans)
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Why this process cannot measure.
+fn refusal() -> Option<String> {
+    // A thread of its own tries it, so that this one stays where it is.
+    let attempt = thread::spawn(|| unshare(CloneFlags::CLONE_NEWNET)).join();
+    if let Ok(Err(error)) = attempt {
+        return Some(format!("creating a network namespace fails: {error}"));
+    }
+    // The map of the first user namespace covers every number.
+    let map = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
+    let first = map.split_whitespace().eq(["0", "0", "4294967295"]);
+    (!first).then(|| {
+        "inside a user namespace nft cannot send transactions as large as the compared ones"
+            .to_owned()
+    })
+}
+
+fn run(arguments: &Arguments, plans: &[Plan]) -> io::Result<()> {
+    let started = Instant::now();
+    let mut sizes = Vec::new();
+    for plan in plans {
+        sizes.push(measure(plan, |step| {
+            eprintln!(
+                "{:>6.1} s  {} x {}  {step}",
+                started.elapsed().as_secs_f64(),
+                plan.services,
+                plan.endpoints
+            );
+        }));
+    }
+    eprintln!();
+    let json = serde_json::to_string_pretty(&Report {
+        kernel: fs::read_to_string("/proc/sys/kernel/osrelease")?
+            .trim()
+            .to_owned(),
+        processors: thread::available_parallelism()?.get(),
+        sizes: &sizes,
+    })?;
+    if let Some(file) = &arguments.json {
+        write(file, &json)?;
+    }
+    match arguments.output {
+        Output::Json => println!("{json}"),
+        Output::Table if !arguments.markdown => print!("{}", render(&sizes, Form::Plain)),
+        Output::Table | Output::Markdown => print!("{}", render(&sizes, Form::Markdown)),
+    }
+    let missed = sizes.iter().flat_map(|size| &size.rows);
+    match missed.filter(|row| row.met() == Some(false)).count() {
+        0 => Ok(()),
+        missed => Err(io::Error::other(format!("{missed} budgets were missed."))),
+    }
+}
+
+fn write(file: &Path, text: &str) -> io::Result<()> {
+    let named = |error: io::Error| {
+        io::Error::new(
+            error.kind(),
+            format!("cannot write {}: {error}", file.display()),
+        )
+    };
+    fs::write(file, text).map_err(named)
+}
