@@ -8,7 +8,7 @@ use nftlet::metrics::Metrics;
 use nftlet::model::{Event, Notice};
 use nftlet::netlink::{Applied, Error, Nftables, encode};
 use nftlet::reconcile::{Kernel, Outcome, Reconciler, Reporter};
-use nftlet::ruleset::{Ruleset, Transaction};
+use nftlet::ruleset::{Element, Ruleset, TableId, Transaction};
 use serde::Serialize;
 
 use crate::workload::{deliveries, settings};
@@ -81,6 +81,10 @@ impl Kernel for Metered {
         let found = self.kernel.read(names, wanted);
         self.cost.borrow_mut().read += started.elapsed().as_secs_f64();
         found
+    }
+
+    fn elements(&mut self, table: &TableId, set: &str) -> Result<Vec<Element>, Error> {
+        self.kernel.elements(table, set)
     }
 }
 

@@ -78,7 +78,7 @@ impl Machine {
 }
 
 /// A node: forwards for its pods, each on a link of its own, with a route per pod.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Node {
     /// The node itself.
     pub machine: Machine,
@@ -156,7 +156,7 @@ impl Node {
 /// (`fd00:10:96::/112`) and the external ranges `203.0.113.0/24`, `198.51.100.0/24`,
 /// `2001:db8:1::/64` and `2001:db8:2::/64` through node-1, and pods through their nodes. The
 /// default route of a node leads to client-1, which does not forward.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Lab {
     /// Clients outside of the cluster.
     pub clients: Vec<Machine>,

@@ -1,0 +1,369 @@
+//! Rollouts under load, and how evenly endpoints share.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::io::ErrorKind;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::manifests::{CLUSTER_CIDR, Manifests};
+use common::netns::{
+    Ask, Client, Lab, LabOptions, Machine, Namespace, Protocol, Server, require_net_admin, wait_for,
+};
+use serde_json::{Value, json};
+
+const CIDR: [&str; 2] = ["--cluster-cidr", CLUSTER_CIDR];
+
+fn ip(text: &str) -> IpAddr {
+    text.parse().unwrap()
+}
+
+fn put_service(manifests: &Manifests, name: &str, address: &str) {
+    manifests.put(&json!({
+        "apiVersion": "v1", "kind": "Service",
+        "metadata": {"name": name, "namespace": "shop"},
+        "spec": {"clusterIP": address, "ports": [{"port": 80}]},
+        "status": {},
+    }));
+}
+
+fn put_slice(manifests: &Manifests, service: &str, endpoints: &[Value]) {
+    manifests.put(&slice(service, endpoints));
+}
+
+/// As [`put_slice`], from another thread that writes no other objects.
+fn put_slice_in(directory: &Path, service: &str, endpoints: &[Value]) {
+    let (draft, file) = (
+        directory.join("other.draft"),
+        directory.join(format!("slice-{service}.json")),
+    );
+    std::fs::write(&draft, slice(service, endpoints).to_string()).expect("a manifest is written");
+    std::fs::rename(&draft, file).expect("a manifest is renamed");
+}
+
+fn slice(service: &str, endpoints: &[Value]) -> Value {
+    json!({
+        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
+        "metadata": {
+            "name": format!("{service}-1"), "namespace": "shop",
+            "labels": {"kubernetes.io/service-name": service},
+        },
+        "addressType": "IPv4", "ports": [{"port": 8080}], "endpoints": endpoints,
+    })
+}
+
+/// The life of a pod as its endpoint conditions tell it.
+#[derive(Clone, Copy, PartialEq)]
+enum Life {
+    Starting,
+    Ready,
+    Terminating,
+}
+
+fn endpoint(address: IpAddr, life: Life) -> Value {
+    json!({
+        "addresses": [address], "nodeName": "node-1",
+        "conditions": {
+            "ready": life == Life::Ready,
+            "serving": life != Life::Starting,
+            "terminating": life == Life::Terminating,
+        },
+    })
+}
+
+/// Clients on new connections, and clients that keep theirs for as long as the server does.
+struct Load {
+    stop: Arc<AtomicBool>,
+    answered: Arc<AtomicU64>,
+    threads: Vec<thread::JoinHandle<Vec<String>>>,
+}
+
+impl Load {
+    fn start(from: &Namespace, ask: Ask) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let answered = Arc::new(AtomicU64::new(0));
+        let threads = [false, false, true, true].map(|keep| {
+            let (ns, stop, answered) = (from.clone(), stop.clone(), answered.clone());
+            thread::spawn(move || {
+                ns.enter();
+                let mut failed = Vec::new();
+                while !stop.load(Ordering::Relaxed) {
+                    let result = if keep {
+                        kept(ask, &stop, &answered)
+                    } else {
+                        ask.send().map(|_| 1)
+                    };
+                    match result {
+                        Ok(requests) => {
+                            answered.fetch_add(requests, Ordering::Relaxed);
+                        }
+                        Err(error) => failed.push(error.to_string()),
+                    }
+                }
+                failed
+            })
+        });
+        Self {
+            stop,
+            answered,
+            threads: threads.into(),
+        }
+    }
+
+    fn more(&self, requests: u64) {
+        let until = self.answered.load(Ordering::Relaxed) + requests;
+        wait_for("requests to be answered", Duration::from_secs(60), || {
+            (self.answered.load(Ordering::Relaxed) >= until).then_some(())
+        });
+    }
+
+    /// The number of answered requests; panics if one failed.
+    #[track_caller]
+    fn finish(self) -> u64 {
+        self.stop.store(true, Ordering::Relaxed);
+        for thread in self.threads {
+            let failed = thread.join().expect("a client thread ends");
+            assert!(failed.is_empty(), "{} failed: {}", failed.len(), failed[0]);
+        }
+        self.answered.load(Ordering::Relaxed)
+    }
+}
+
+/// Requests on one connection until the server closes it between two of them, which a server
+/// that ends may do at any time.
+fn kept(ask: Ask, stop: &AtomicBool, answered: &AtomicU64) -> std::io::Result<u64> {
+    let mut connection = ask.open()?;
+    while !stop.load(Ordering::Relaxed) {
+        match connection.ask() {
+            Ok(_) => {
+                answered.fetch_add(1, Ordering::Relaxed);
+            }
+            Err(error) => {
+                return match error.kind() {
+                    ErrorKind::UnexpectedEof
+                    | ErrorKind::ConnectionReset
+                    | ErrorKind::BrokenPipe => Ok(0),
+                    _ => Err(error),
+                };
+            }
+        }
+    }
+    Ok(0)
+}
+
+fn serve(pod: &Machine) -> Server {
+    Server::start(
+        &pod.ns,
+        Protocol::Http,
+        SocketAddr::new(pod.v4.into(), 8080),
+        &pod.name,
+    )
+}
+
+/// Whether the rules send anything to a pod.
+fn is_served(node: &Namespace, pod: &Machine) -> bool {
+    let rules = node.nft(&["list", "map", "ip", "nftlet", "endpoints"]);
+    rules.contains(&format!(": {} . 8080", pod.v4))
+}
+
+/// A node with three pods that serve, and three that will take their place.
+struct Rollout {
+    lab: Lab,
+    manifests: Manifests,
+    servers: Vec<Server>,
+}
+
+impl Rollout {
+    fn new() -> Self {
+        let lab = Lab::new(LabOptions {
+            nodes: 1,
+            pods_per_node: 6,
+            clients: 1,
+        });
+        let manifests = Manifests::new();
+        put_service(&manifests, "web", "10.96.0.10");
+        let servers = lab.pods()[..3].iter().map(|pod| serve(pod)).collect();
+        let rollout = Self {
+            lab,
+            manifests,
+            servers,
+        };
+        let first = rollout.lab.pods()[..3].to_vec();
+        rollout.publish(
+            &first
+                .into_iter()
+                .map(|pod| (pod, Life::Ready))
+                .collect::<Vec<_>>(),
+        );
+        rollout
+    }
+
+    fn publish(&self, lives: &[(&Machine, Life)]) {
+        let endpoints: Vec<_> = lives
+            .iter()
+            .map(|(pod, life)| endpoint(pod.v4.into(), *life))
+            .collect();
+        put_slice(&self.manifests, "web", &endpoints);
+    }
+
+    /// Replaces the pods one by one, as a Deployment does: the new one becomes ready, then the
+    /// old one terminates, is left alone, answers what it has got, and stops.
+    fn run(&mut self, load: &Load) {
+        let lab = self.lab.clone();
+        let (node, pods) = (lab.node().ns(), lab.pods());
+        let mut lives: Vec<_> = pods[..3].iter().map(|pod| (*pod, Life::Ready)).collect();
+        for come in &pods[3..] {
+            lives.push((come, Life::Starting));
+            self.publish(&lives);
+            self.servers.push(serve(come));
+            lives.last_mut().unwrap().1 = Life::Ready;
+            self.publish(&lives);
+            wait_for("the new pod", Duration::from_secs(10), || {
+                is_served(node, come).then_some(())
+            });
+            load.more(100);
+            lives[0].1 = Life::Terminating;
+            self.publish(&lives);
+            wait_for(
+                "the old pod to be left alone",
+                Duration::from_secs(10),
+                || (!is_served(node, lives[0].0)).then_some(()),
+            );
+            load.more(100);
+            drop(self.servers.remove(0));
+            lives.remove(0);
+            self.publish(&lives);
+            load.more(100);
+        }
+    }
+}
+
+#[test]
+fn no_request_fails_while_all_pods_are_replaced() {
+    if !require_net_admin() {
+        return;
+    }
+    let mut rollout = Rollout::new();
+    let _daemon = rollout.manifests.run(rollout.lab.node().ns(), &CIDR);
+    let load = Load::start(&rollout.lab.client().ns, Ask::http(ip("10.96.0.10"), 80));
+    rollout.run(&load);
+    assert!(load.finish() >= 900);
+}
+
+/// Changes endpoints of other services, 200 times a second, until it is stopped.
+fn disturb(manifests: &Path, stop: &AtomicBool) -> u32 {
+    let (start, mut changes) = (Instant::now(), 0u32);
+    while !stop.load(Ordering::Relaxed) {
+        let service = changes % 50;
+        let last = 1 + (changes / 50 % 200) as u8;
+        let count = 1 + u8::try_from(changes % 3).unwrap_or_default();
+        let endpoints: Vec<_> = (0..count)
+            .map(|n| {
+                endpoint(
+                    IpAddr::from([10, 244, 9, last.wrapping_add(n)]),
+                    Life::Ready,
+                )
+            })
+            .collect();
+        put_slice_in(manifests, &format!("other-{service}"), &endpoints);
+        changes += 1;
+        // A steady pace, whatever one change takes.
+        let due = start + Duration::from_millis(5) * changes;
+        thread::sleep(due.saturating_duration_since(Instant::now()));
+    }
+    changes
+}
+
+#[test]
+fn no_request_fails_while_other_services_change_200_times_a_second() {
+    if !require_net_admin() {
+        return;
+    }
+    let mut rollout = Rollout::new();
+    for n in 0..50u8 {
+        let address = format!("10.96.1.{n}");
+        put_service(&rollout.manifests, &format!("other-{n}"), &address);
+    }
+    let daemon = rollout.manifests.run(rollout.lab.node().ns(), &CIDR);
+    let (stop, path) = (AtomicBool::new(false), rollout.manifests.path().to_owned());
+    let load = Load::start(&rollout.lab.client().ns, Ask::http(ip("10.96.0.10"), 80));
+    let changes = thread::scope(|scope| {
+        let disturbing = scope.spawn(|| disturb(&path, &stop));
+        rollout.run(&load);
+        load.more(2000);
+        stop.store(true, Ordering::Relaxed);
+        disturbing.join().expect("the disturber ends")
+    });
+    assert!(load.finish() >= 2900);
+    assert!(changes >= 100, "{changes} changes");
+    let log = daemon.log();
+    assert!(!log.contains("WARN") && !log.contains("ERROR"), "{log}");
+}
+
+/// The value that chi-square exceeds with probability one in a million, by Wilson and Hilferty.
+fn chi_square_limit(degrees: f64) -> f64 {
+    let z = 4.753;
+    let spread = 2.0 / (9.0 * degrees);
+    degrees * (1.0 - spread + z * spread.sqrt()).powi(3)
+}
+
+#[test]
+fn each_of_n_endpoints_gets_its_share() {
+    if !require_net_admin() {
+        return;
+    }
+    const CONNECTIONS: u32 = 10_000;
+    let lab = Lab::new(LabOptions {
+        nodes: 1,
+        pods_per_node: 1,
+        clients: 1,
+    });
+    let (node, pod) = (lab.node().ns(), lab.pods()[0]);
+    // One pod has all addresses of a range: the server tells which one a client reached.
+    pod.ns.ip("route add local 10.245.0.0/16 dev lo");
+    node.route_add("10.245.0.0/16", &format!("via {} dev veth1 onlink", pod.v4));
+    let any = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), 8080);
+    let _server = Server::start(&pod.ns, Protocol::Tcp, any, "pod");
+    let manifests = Manifests::new();
+    let client = Client::new(&lab.client().ns);
+    for (index, n) in (0u8..).zip([1u16, 2, 3, 7, 10, 64, 300]) {
+        let address = format!("10.96.2.{index}");
+        put_service(&manifests, &format!("even-{n}"), &address);
+        let endpoints: Vec<_> = (0..n)
+            .map(|i| {
+                let [high, low] = i.to_be_bytes();
+                endpoint(IpAddr::from([10, 245, high, low]), Life::Ready)
+            })
+            .collect();
+        put_slice(&manifests, &format!("even-{n}"), &endpoints);
+        manifests.program(node, &CIDR);
+        let ask = Ask::tcp(ip(&address), 80);
+        let counts = client.run(move || {
+            let mut counts: BTreeMap<IpAddr, u32> = BTreeMap::new();
+            for _ in 0..CONNECTIONS {
+                *counts.entry(ask.send().unwrap().local.ip()).or_default() += 1;
+            }
+            counts
+        });
+        assert_eq!(
+            counts.len(),
+            usize::from(n),
+            "endpoints without any connection"
+        );
+        if n > 1 {
+            let expected = f64::from(CONNECTIONS) / f64::from(n);
+            let deviations = counts.values().map(|c| (f64::from(*c) - expected).powi(2));
+            let chi_square: f64 = deviations.sum::<f64>() / expected;
+            let limit = chi_square_limit(f64::from(n - 1));
+            assert!(
+                chi_square < limit,
+                "{n} endpoints: {chi_square} >= {limit}: {counts:?}"
+            );
+        }
+    }
+}
