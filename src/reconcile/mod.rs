@@ -172,6 +172,9 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
             self.settle(&changes);
             return Outcome::Synced;
         }
+        for name in &changes.services {
+            tracing::trace!("Service {name} is compiled again");
+        }
         let mut draft = Draft::default();
         self.draft(&changes, Some(&mut draft));
         let remembered = std::mem::take(&mut draft.remembered);
@@ -302,6 +305,13 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         for step in transaction.into_steps() {
             let started = Instant::now();
             let applied = self.kernel.apply(&step)?;
+            tracing::debug!(
+                operations = step.ops.len(),
+                elements = applied.elements,
+                bytes = applied.bytes,
+                took = ?started.elapsed(),
+                "transaction"
+            );
             self.metrics.transaction(
                 started.elapsed(),
                 applied.messages,
