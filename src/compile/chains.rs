@@ -32,16 +32,7 @@ pub enum Role {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum SharedChain {
     /// Handles the packets of frontends with the same number of endpoints.
-    Handle {
-        /// How the frontends are found.
-        by: By,
-        /// What is done.
-        role: Role,
-        /// Whether clients go to the endpoint they were sent to before.
-        sticky: bool,
-        /// The number of endpoints, at least 1.
-        endpoints: u32,
-    },
+    Handle(Handle),
     /// Remembers which endpoint a client was sent to.
     Learn {
         /// For how long, without another connection.
@@ -51,6 +42,19 @@ pub enum SharedChain {
     /// affinity on to be remembered. It costs every packet a little, so it exists only while
     /// there is such a frontend.
     LearnHook(LearnAt),
+}
+
+/// A chain that handles the packets of frontends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Handle {
+    /// How the frontends are found.
+    pub by: By,
+    /// What is done.
+    pub role: Role,
+    /// Whether clients go to the endpoint they were sent to before.
+    pub sticky: bool,
+    /// The number of endpoints, at least 1.
+    pub endpoints: u32,
 }
 
 /// Where packets are seen after their destination was translated.
@@ -66,26 +70,7 @@ impl SharedChain {
     /// The chain's name, such as `lb-10` or `nodeport-external-sticky-3`.
     pub fn name(self) -> Name {
         match self {
-            SharedChain::Handle {
-                by,
-                role,
-                sticky,
-                endpoints,
-            } => {
-                let by = match by {
-                    By::Address => "",
-                    By::NodePort => "nodeport-",
-                };
-                let role = match role {
-                    Role::Balance(Scope::Cluster) => "lb",
-                    Role::Balance(Scope::Local) => "lb-local",
-                    Role::Cluster => "cluster",
-                    Role::External => "external",
-                    Role::LocalPolicy => "local",
-                };
-                let sticky = if sticky { "-sticky" } else { "" };
-                format!("{by}{role}{sticky}-{endpoints}").into()
-            }
+            SharedChain::Handle(handle) => handle.name(),
             SharedChain::Learn { seconds } => format!("learn-{seconds}").into(),
             SharedChain::LearnHook(LearnAt::Prerouting) => "learn-prerouting".into(),
             SharedChain::LearnHook(LearnAt::Output) => "learn-output".into(),
@@ -93,32 +78,13 @@ impl SharedChain {
     }
 
     /// The chains that this one goes on to, or needs to be reached.
-    pub fn onward(self) -> Vec<SharedChain> {
+    fn onward(self) -> Vec<SharedChain> {
         match self {
-            SharedChain::Handle {
-                by,
-                role,
-                sticky,
-                endpoints,
-            } => {
-                let with = |role, sticky| SharedChain::Handle {
-                    by,
-                    role,
-                    sticky,
-                    endpoints,
-                };
-                match role {
-                    Role::Balance(scope) if sticky => vec![with(Role::Balance(scope), false)],
-                    Role::Balance(_) => vec![],
-                    Role::Cluster | Role::External => {
-                        vec![with(Role::Balance(Scope::Cluster), sticky)]
-                    }
-                    Role::LocalPolicy => vec![
-                        with(Role::Balance(Scope::Cluster), sticky),
-                        with(Role::External, sticky),
-                    ],
-                }
-            }
+            SharedChain::Handle(handle) => handle
+                .onward()
+                .into_iter()
+                .map(SharedChain::Handle)
+                .collect(),
             SharedChain::Learn { .. } => [LearnAt::Prerouting, LearnAt::Output]
                 .map(SharedChain::LearnHook)
                 .into(),
@@ -139,104 +105,125 @@ impl SharedChain {
 
     /// The rules.
     pub fn chain(self, settings: &Settings, family: crate::model::Family) -> Chain {
-        match self {
-            SharedChain::Handle {
-                by,
-                role,
-                sticky,
-                endpoints,
-            } => Chain {
-                base: None,
-                rules: match role {
-                    Role::Balance(_) if sticky => self.remembered(),
-                    Role::Balance(scope) => balance(by, scope, endpoints),
-                    Role::Cluster => {
-                        let jump = Verdict::Jump(MARK_OFF_CLUSTER.into());
-                        self.then_onward(Rule::new([Statement::Verdict(jump)]))
-                    }
-                    Role::External => {
-                        self.then_onward(Rule::new([Statement::SetMarkBits(MASQUERADE_BIT)]))
-                    }
-                    Role::LocalPolicy => self.local_policy(by, &settings.detector(family)),
-                },
+        let (base, rules) = match self {
+            SharedChain::Handle(handle) => (None, handle.rules(&settings.detector(family))),
+            SharedChain::Learn { seconds } => (None, learn(Duration::from_secs(seconds.into()))),
+            SharedChain::LearnHook(at) => (Some(at.base()), learn_hook()),
+        };
+        Chain { base, rules }
+    }
+}
+
+impl LearnAt {
+    /// Just behind the translation of destinations.
+    fn base(self) -> BaseChain {
+        BaseChain {
+            kind: ChainKind::Filter,
+            hook: match self {
+                LearnAt::Prerouting => Hook::Prerouting,
+                LearnAt::Output => Hook::Output,
             },
-            SharedChain::Learn { seconds } => Chain {
-                base: None,
-                rules: learn(Duration::from_secs(seconds.into())),
-            },
-            SharedChain::LearnHook(at) => Chain {
-                base: Some(BaseChain {
-                    kind: ChainKind::Filter,
-                    hook: match at {
-                        LearnAt::Prerouting => Hook::Prerouting,
-                        LearnAt::Output => Hook::Output,
-                    },
-                    priority: DSTNAT + 1,
-                }),
-                rules: learn_hook(),
-            },
+            priority: DSTNAT + 1,
+        }
+    }
+}
+
+impl Handle {
+    fn name(self) -> Name {
+        let by = match self.by {
+            By::Address => "",
+            By::NodePort => "nodeport-",
+        };
+        let role = match self.role {
+            Role::Balance(Scope::Cluster) => "lb",
+            Role::Balance(Scope::Local) => "lb-local",
+            Role::Cluster => "cluster",
+            Role::External => "external",
+            Role::LocalPolicy => "local",
+        };
+        let sticky = if self.sticky { "-sticky" } else { "" };
+        format!("{by}{role}{sticky}-{}", self.endpoints).into()
+    }
+
+    fn onward(self) -> Vec<Handle> {
+        let with = |role| Handle { role, ..self };
+        match self.role {
+            Role::Balance(_) if self.sticky => vec![Handle {
+                sticky: false,
+                ..self
+            }],
+            Role::Balance(_) => vec![],
+            Role::Cluster | Role::External => vec![with(Role::Balance(Scope::Cluster))],
+            Role::LocalPolicy => vec![with(Role::Balance(Scope::Cluster)), with(Role::External)],
         }
     }
 
-    fn then_onward(self, first: Rule) -> Vec<Rule> {
+    fn rules(self, detector: &LocalDetector) -> Vec<Rule> {
+        match self.role {
+            // Clients that are known go to their endpoint, the others on to a random one.
+            Role::Balance(_) if self.sticky => {
+                self.then_onward(Statement::DnatByMap(affinity_key(), AFFINITY.into()))
+            }
+            Role::Balance(scope) => self.balance(scope),
+            Role::Cluster => {
+                self.then_onward(Statement::Verdict(Verdict::Jump(MARK_OFF_CLUSTER.into())))
+            }
+            Role::External => self.then_onward(Statement::SetMarkBits(MASQUERADE_BIT)),
+            Role::LocalPolicy => self.local_policy(detector),
+        }
+    }
+
+    fn then_onward(self, first: Statement) -> Vec<Rule> {
         let onward = self
             .onward()
             .into_iter()
-            .map(|chain| Rule::new([goto(chain)]));
-        std::iter::once(first).chain(onward).collect()
-    }
-
-    /// Clients that are known go to their endpoint, the others on to a random one.
-    fn remembered(self) -> Vec<Rule> {
-        self.then_onward(Rule::new([Statement::DnatByMap(
-            affinity_key(),
-            AFFINITY.into(),
-        )]))
+            .map(|handle| Rule::new([goto(handle)]));
+        std::iter::once(Rule::new([first])).chain(onward).collect()
     }
 
     /// kube-proxy's short circuits of external policy Local: what comes from this node does not
     /// need to be kept on it.
-    fn local_policy(self, by: By, detector: &LocalDetector) -> Vec<Rule> {
+    fn local_policy(self, detector: &LocalDetector) -> Vec<Rule> {
         let onward = self.onward();
         let (pods, node) = (onward.first().copied(), onward.get(1).copied());
         let from_pods = detector.from_local_pods(Comparison::Is).zip(pods);
         let mut rules: Vec<Rule> = from_pods
-            .map(|(from, chain)| Rule::new([from, goto(chain)]))
+            .map(|(from, handle)| Rule::new([from, goto(handle)]))
             .into_iter()
             .collect();
-        rules.extend(node.map(|chain| Rule::new([Statement::SourceIsLocal, goto(chain)])));
+        rules.extend(node.map(|handle| Rule::new([Statement::SourceIsLocal, goto(handle)])));
         rules.push(Rule::new([Statement::VerdictMap(
-            by.key(),
-            by.frontends(Scope::Local).name(),
+            self.by.key(),
+            self.by.frontends(Scope::Local).name(),
         )]));
         rules.push(Rule::new([Statement::Verdict(Verdict::Drop)]));
         rules
     }
-}
 
-fn goto(chain: SharedChain) -> Statement {
-    Statement::Verdict(Verdict::Goto(chain.name()))
-}
-
-/// Translation to a random endpoint.
-///
-/// A packet keeps walking the rules it started with, but sees the elements of the newest
-/// transaction. If that took endpoints away, the random index may have none; index 0 has one as
-/// long as there is any. If none is left the packet ends here: falling through, it would leave
-/// the node with the service's address.
-fn balance(by: By, scope: Scope, endpoints: u32) -> Vec<Rule> {
-    let map = by.endpoints(scope).name();
-    let pick = |n| Rule::new([Statement::DnatByMap(by.endpoint_key(n), map.clone())]);
-    let mut rules = vec![pick(endpoints)];
-    if endpoints > 1 {
-        rules.push(pick(1));
+    /// Translation to a random endpoint.
+    ///
+    /// A packet keeps walking the rules it started with, but sees the elements of the newest
+    /// transaction. If that took endpoints away, the random index may have none; index 0 has one
+    /// as long as there is any. If none is left the packet ends here: falling through, it would
+    /// leave the node with the service's address.
+    fn balance(self, scope: Scope) -> Vec<Rule> {
+        let map = self.by.endpoints(scope).name();
+        let pick = |n| Rule::new([Statement::DnatByMap(self.by.endpoint_key(n), map.clone())]);
+        let mut rules = vec![pick(self.endpoints)];
+        if self.endpoints > 1 {
+            rules.push(pick(1));
+        }
+        let end = match scope {
+            Scope::Cluster => Verdict::Goto(REJECT.into()),
+            Scope::Local => Verdict::Drop,
+        };
+        rules.push(Rule::new([Statement::Verdict(end)]));
+        rules
     }
-    let end = match scope {
-        Scope::Cluster => Verdict::Goto(REJECT.into()),
-        Scope::Local => Verdict::Drop,
-    };
-    rules.push(Rule::new([Statement::Verdict(end)]));
-    rules
+}
+
+fn goto(handle: Handle) -> Statement {
+    Statement::Verdict(Verdict::Goto(handle.name()))
 }
 
 /// Remembers the translated destination for the client and the destination before. One rule a

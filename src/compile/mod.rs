@@ -26,7 +26,7 @@ mod settings;
 mod skeleton;
 mod topology;
 
-pub use chains::{LearnAt, Role, SharedChain};
+pub use chains::{Handle, LearnAt, Role, SharedChain};
 pub use layout::{
     AFFINITY, By, Scope, ServiceSet, TABLE, affinity_declaration, table_family, table_id,
 };

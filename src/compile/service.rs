@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use super::chains::{Role, SharedChain};
+use super::chains::{Handle, Role, SharedChain};
 use super::layout::{By, Scope, ServiceSet};
 use super::settings::{LocalDetector, Settings};
 use super::skeleton::{FIREWALL, REJECT};
@@ -416,12 +416,12 @@ impl ServicePlan {
 
     fn handle(&self, by: By, role: Role, pool: &Pool) -> Option<SharedChain> {
         let endpoints = u32::try_from(pool.targets.len()).ok()?;
-        (endpoints > 0).then_some(SharedChain::Handle {
+        (endpoints > 0).then_some(SharedChain::Handle(Handle {
             by,
             role,
             sticky: self.affinity_seconds.is_some(),
             endpoints,
-        })
+        }))
     }
 
     /// Where a frontend's packets go at first.
