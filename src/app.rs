@@ -174,7 +174,8 @@ fn start_logging(args: &Args) {
     };
     // The libraries' own debug output is of interest only when everything is asked for.
     let filter = if args.verbose < 3 {
-        EnvFilter::new(format!("error,nftlet={level}"))
+        // The HTTP client says each failed request; the source tells of the server once.
+        EnvFilter::new(format!("error,kube_client=off,nftlet={level}"))
     } else {
         EnvFilter::new("trace")
     };

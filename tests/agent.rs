@@ -150,6 +150,7 @@ fn without_its_server_the_rules_stay_and_it_recovers_by_itself() {
     // Servers send bookmarks about once a minute; any event shows a watch to be well.
     node.api.bookmark();
     wait_for_log(&nftlet, "the API server answers again");
+    assert_eq!(lines_with(&nftlet.log(), "ERROR"), Vec::<String>::new());
     let told = lines_with(&nftlet.log(), "cannot be reached");
     assert_eq!(told.len(), 1, "{told:#?}");
     assert!(told[0].contains(&node.api.url()), "{told:#?}");
