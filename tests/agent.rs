@@ -388,6 +388,52 @@ fn without_a_source_both_ways_out_are_named() {
 }
 
 #[test]
+fn files_that_cannot_be_used_are_named_in_one_line() {
+    if !require_net_admin() {
+        return;
+    }
+    let (directory, ns) = (tempfile::tempdir().unwrap(), Namespace::new("node"));
+    let absent = directory.path().join("absent");
+    let absent = absent.to_str().unwrap();
+    for mode in [&[][..], &["--dry-run"], &["--once"]] {
+        for flag in ["--manifests", "--kubeconfig"] {
+            let arguments = [&[flag, absent], mode].concat();
+            let line = one_line(&nftlet(&ns, &arguments, ""));
+            assert!(line.contains(absent), "{line}");
+            assert!(line.contains("No such file"), "{line}");
+        }
+    }
+    let config = directory.path().join("config");
+    let config_path = config.to_str().unwrap();
+    let no_server = "{apiVersion: v1, kind: Config, current-context: x, \
+        clusters: [{name: x, cluster: {}}], users: [{name: x, user: {}}], \
+        contexts: [{name: x, context: {cluster: x, user: x}}]}";
+    let no_certificate = no_server.replace(
+        "cluster: {}",
+        "cluster: {server: 'https://127.0.0.1:1', certificate-authority: /absent/ca.crt}",
+    );
+    let contents = [
+        "",
+        "apiVersion: [\n",
+        "users:\n- name: x\n  user: {token: hush\n  more\n",
+        "kind: Config\napiVersion: v1\n",
+        no_server,
+        &no_certificate,
+        "- a\n- b\n",
+    ];
+    for content in contents {
+        std::fs::write(&config, content).unwrap();
+        for mode in [&[][..], &["--dry-run"]] {
+            let arguments = [&["--kubeconfig", config_path], mode].concat();
+            let line = one_line(&nftlet(&ns, &arguments, ""));
+            assert!(line.contains(config_path), "{line}");
+            assert!(!line.contains("hush"), "a secret is printed: {line}");
+        }
+    }
+    assert_eq!(rules(&ns), "");
+}
+
+#[test]
 fn without_its_capability_it_says_which_one_it_needs() {
     if !require_net_admin() {
         return;
