@@ -90,6 +90,9 @@ pub enum Error {
     /// With `--once`: the rules could not be written.
     #[error("the rules could not be written; the messages above say why")]
     NotProgrammed,
+    /// With `--once`: a signal came first.
+    #[error("stopped before the rules were written; those in force stay")]
+    Interrupted,
     /// The source ended by itself.
     #[error("the source of objects ended unexpectedly; the rules in force stay")]
     SourceEnded,
@@ -146,6 +149,9 @@ pub fn run(args: &Args) -> Result<(), Error> {
         }
         Exit::Stopped => {
             let _ = io.join();
+            if args.once {
+                return Err(Error::Interrupted);
+            }
             tracing::info!("stopped; the rules stay in force");
             Ok(())
         }

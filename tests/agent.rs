@@ -375,6 +375,20 @@ fn signals_end_it_within_a_second_and_the_rules_stay() {
 }
 
 #[test]
+fn once_that_is_interrupted_has_not_succeeded() {
+    if !require_net_admin() {
+        return;
+    }
+    let node = small_cluster();
+    node.set_down(true);
+    let mut nftlet = Daemon::start(&node.ns, NFTLET, node.arguments(&["--once"]));
+    wait_for_log(&nftlet, "cannot be reached");
+    assert_eq!(end(&mut nftlet, Signal::SIGTERM).code(), Some(1));
+    assert_eq!(lines_with(&nftlet.log(), "nftlet: ").len(), 1);
+    assert_eq!(rules(&node.ns), "");
+}
+
+#[test]
 fn without_a_source_both_ways_out_are_named() {
     if !require_net_admin() {
         return;
