@@ -415,7 +415,7 @@ impl Io {
         &self,
         events: mpsc::Sender<Delivery>,
     ) -> Result<Vec<tokio::task::JoinHandle<()>>, Error> {
-        let mut tasks = vec![self.handle_signals()?];
+        let mut tasks = Vec::new();
         let stopped = self.stopped.clone();
         let mut stats = None;
         if let Some(mut manifests) = manifests(&self.args, &self.node_name) {
@@ -440,6 +440,9 @@ impl Io {
             stats = Some(cluster.stats());
             tasks.push(tokio::spawn(cluster.run(events, stopped)));
         }
+        // Not before: until here this thread may have waited for standard input, and nobody
+        // would have looked at a signal.
+        tasks.push(self.handle_signals()?);
         tasks.extend(self.serve_http(stats).await?);
         Ok(tasks)
     }

@@ -20,6 +20,8 @@ use common::netns::{Daemon, Namespace, require_net_admin, wait_for};
 use consumer::{cidr, node, service, slice};
 use fake_api::{CIDRS, NODES, SERVICES, SLICES, Streaming};
 use nix::sys::signal::Signal;
+use nix::sys::stat::Mode;
+use nix::unistd::mkfifo;
 use serde_json::json;
 
 /// How long nftlet may take to end.
@@ -371,6 +373,39 @@ fn signals_end_it_within_a_second_and_the_rules_stay() {
         assert_eq!(end(&mut nftlet, signal).code(), Some(0), "{signal}");
         assert_eq!(rules(&ns), before);
         assert!(nftlet.log().contains("the rules stay in force"));
+    }
+}
+
+/// Waits until the threads of a program with this name sleep.
+#[track_caller]
+fn wait_for_sleep(daemon: &Daemon, thread: &str) {
+    wait_for(&format!("the thread {thread} to sleep"), PATIENCE, || {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", daemon.pid())).ok()?;
+        let mut states = tasks.filter_map(|task| {
+            let stat = std::fs::read_to_string(task.ok()?.path().join("stat")).ok()?;
+            let (name, rest) = stat.split_once('(')?.1.rsplit_once(") ")?;
+            (name == thread).then(|| rest.starts_with('S'))
+        });
+        states.next()?.then_some(())
+    });
+}
+
+#[test]
+fn signals_end_it_while_it_waits_for_standard_input() {
+    if !require_net_admin() {
+        return;
+    }
+    let (directory, ns) = (tempfile::tempdir().unwrap(), Namespace::new("node"));
+    let fifo = directory.path().join("input");
+    mkfifo(&fifo, Mode::S_IRWXU).unwrap();
+    let fifo = fifo.to_str().unwrap();
+    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+        // Opened for writing, too, so that nothing comes and it never ends.
+        let script = "exec \"$0\" --manifests - <>\"$1\"";
+        let mut nftlet = Daemon::start(&ns, "sh", ["-c", script, NFTLET, fifo]);
+        wait_for_sleep(&nftlet, "io");
+        end(&mut nftlet, signal);
+        assert_eq!(rules(&ns), "");
     }
 }
 
