@@ -409,6 +409,8 @@ impl Io {
                 }
             }
         });
+        // A question to a DNS server that does not answer would hold up the end.
+        runtime.shutdown_background();
     }
 
     async fn start(

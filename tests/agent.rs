@@ -410,6 +410,43 @@ fn signals_end_it_while_it_waits_for_standard_input() {
 }
 
 #[test]
+fn signals_end_it_while_it_waits_for_dns() {
+    if !require_net_admin() {
+        return;
+    }
+    let (directory, ns) = (tempfile::tempdir().unwrap(), Namespace::new("node"));
+    // Questions leave and vanish, wherever the name server is.
+    let nowhere = Namespace::new("nowhere");
+    ns.veth("eth0", &nowhere, "eth0");
+    for (last, end) in [(1, &nowhere), (9, &ns)] {
+        end.addr_add("eth0", &format!("10.9.9.{last}/24"));
+        end.addr_add("eth0", &format!("fd00:9::{last}/64"));
+    }
+    ns.route_add("default", "via 10.9.9.1");
+    ns.route_add("default", "via fd00:9::1");
+    ns.nft_load(
+        "table inet quiet { chain input { type filter hook input priority 0; \
+         meta l4proto { tcp, udp } th dport 53 counter drop; }; }",
+    );
+    let kubeconfig = directory.path().join("kubeconfig");
+    let text = "{apiVersion: v1, kind: Config, current-context: x, \
+        clusters: [{name: x, cluster: {server: 'http://api.invalid.example:6443'}}], \
+        users: [{name: x, user: {}}], \
+        contexts: [{name: x, context: {cluster: x, user: x}}]}";
+    std::fs::write(&kubeconfig, text).unwrap();
+    let arguments = [
+        "--kubeconfig",
+        kubeconfig.to_str().unwrap(),
+        "--metrics-bind-address=",
+        "--healthz-bind-address=",
+    ];
+    let mut nftlet = Daemon::start(&ns, NFTLET, arguments);
+    wait_for_log(&nftlet, "watching http://api.invalid.example:6443");
+    wait_for_sleep(&nftlet, "io");
+    assert_eq!(end(&mut nftlet, Signal::SIGTERM).code(), Some(0));
+}
+
+#[test]
 fn once_that_is_interrupted_has_not_succeeded() {
     if !require_net_admin() {
         return;
