@@ -327,14 +327,22 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         None
     }
 
-    /// Removes shared chains that no service uses, at once.
+    /// Removes shared chains that no service uses, at once. Where that fails, the kernel is read
+    /// and repaired, as after any failure.
     pub fn remove_unused_chains(&mut self) {
         self.unused_since = None;
         let transaction = self.programmed.remove_unused_chains();
         if let Err(error) = self.write(transaction) {
+            self.metrics.failure();
             self.reporter.failed(&error);
             self.state = State::Unknown;
+            self.resync();
         }
+    }
+
+    /// Whether a write failed and the kernel may be other than wanted.
+    pub fn in_doubt(&self) -> bool {
+        self.state == State::Unknown
     }
 
     fn report(&self, notice: Notice) {

@@ -76,7 +76,10 @@ pub async fn run<K: Kernel>(
             }
             () = sleep_until(sweep.unwrap_or_else(Instant::now)), if sweep.is_some() => {
                 sweep = reconciler.sweep().map(|wait| Instant::now() + wait);
-                continue;
+                if retry.is_some() || !reconciler.in_doubt() {
+                    continue;
+                }
+                Outcome::Failed
             }
             () = sleep_until(patience), if !ready => {
                 patience += PATIENCE;

@@ -522,6 +522,24 @@ fn after_a_failure_the_kernel_is_read_and_repaired() {
     bench.assert_as_wanted(&reconciler);
 }
 
+#[test]
+fn a_failure_to_remove_unused_chains_is_repaired_at_once() {
+    let bench = Bench::new();
+    let mut reconciler = bench.reconciler();
+    let web = service("web", &["10.96.0.10"], &[80]);
+    let two = slice("web-1", &web, Family::V4, &[1, 3]);
+    let objects = vec![web.clone().into(), two.into()];
+    handle(&mut reconciler, lists(objects));
+    let one = slice("web-1", &web, Family::V4, &[1]);
+    handle(&mut reconciler, vec![put(one)]);
+    // Someone else removes the whole table, with the chain that is about to be removed.
+    bench.kernel.0.borrow_mut().ruleset = Ruleset::default();
+    reconciler.remove_unused_chains();
+    assert!(!reconciler.in_doubt());
+    bench.assert_as_wanted(&reconciler);
+    assert_eq!(bench.heard().len(), 1);
+}
+
 #[tokio::test]
 async fn a_cluster_that_does_not_tell_all_is_no_reason_to_restart() {
     let bench = Bench::new();
