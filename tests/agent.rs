@@ -8,6 +8,8 @@ mod consumer;
 #[path = "common/fake_api.rs"]
 mod fake_api;
 
+use std::io::Write as _;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use agent::{
@@ -538,6 +540,39 @@ fn without_its_capability_it_says_which_one_it_needs() {
     // Looking needs no rights.
     let dry = manifests.arguments(&["--dry-run"]);
     assert_ne!(printed(&confined(&ns, &nothing, &dry, "")), "");
+}
+
+#[test]
+fn inside_a_user_namespace_it_works_too() {
+    if !require_net_admin() {
+        return;
+    }
+    let user_namespace = || {
+        let mut command = Command::new("unshare");
+        command.args(["--user", "--map-root-user", "--net", "--"]);
+        command
+    };
+    let tried = user_namespace().arg("true").output().unwrap();
+    if !tried.status.success() {
+        let why = said(&tried);
+        assert!(std::env::var("CI").is_err(), "CI skips nothing: {why}");
+        let _ = writeln!(std::io::stderr(), "\nSKIPPED a user namespace: {why}");
+        return;
+    }
+    let manifests = shop();
+    let output = user_namespace()
+        .args(["sh", "-c", "\"$@\" && exec nft list ruleset", "sh", NFTLET])
+        .args(manifests.arguments(&["--once"]))
+        .env(
+            "PATH",
+            "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        )
+        .output()
+        .unwrap();
+    let by_nft = Namespace::new("by-nft");
+    let dry = manifests.arguments(&["--dry-run"]);
+    by_nft.nft_load(&printed(&nftlet(&by_nft, &dry, "")));
+    assert_eq!(printed(&output), rules(&by_nft));
 }
 
 #[test]
