@@ -14,9 +14,11 @@
 use std::io::{self, IsTerminal, Write};
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::thread;
 
+use clap::Parser;
 use thiserror::Error;
 use tokio::runtime;
 use tokio::signal::unix::{SignalKind, signal};
@@ -87,9 +89,24 @@ pub enum Error {
     /// With `--once`: the rules could not be written.
     #[error("the rules could not be written; the messages above say why")]
     NotProgrammed,
+    /// With `--once`: a signal came first.
+    #[error("stopped before the rules were written; those in force stay")]
+    Interrupted,
     /// The source ended by itself.
     #[error("the source of objects ended unexpectedly; the rules in force stay")]
     SourceEnded,
+}
+
+/// Does what the command line says and tells on standard error what kept it from that. Exits
+/// with 2 for a command line that makes no sense, and with 1 for every other error.
+pub fn main() -> ExitCode {
+    match run(&Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("nftlet: {error}");
+            ExitCode::FAILURE
+        }
+    }
 }
 
 /// Runs nftlet as the command line says. The rules stay in the kernel when it returns.
@@ -143,6 +160,9 @@ pub fn run(args: &Args) -> Result<(), Error> {
         }
         Exit::Stopped => {
             let _ = io.join();
+            if args.once {
+                return Err(Error::Interrupted);
+            }
             tracing::info!("stopped; the rules stay in force");
             Ok(())
         }
@@ -171,7 +191,7 @@ fn start_logging(args: &Args) {
     };
     // The libraries' own debug output is of interest only when everything is asked for.
     let filter = if args.verbose < 3 {
-        // The client library reports each failed attempt; nftlet tells of a failure once.
+        // The HTTP client says each failed request; the source tells of the server once.
         EnvFilter::new(format!("error,kube_client=off,nftlet={level}"))
     } else {
         EnvFilter::new("trace")
@@ -400,13 +420,15 @@ impl Io {
                 }
             }
         });
+        // A question to a DNS server that does not answer would hold up the end.
+        runtime.shutdown_background();
     }
 
     async fn start(
         &self,
         events: mpsc::Sender<Delivery>,
     ) -> Result<Vec<tokio::task::JoinHandle<()>>, Error> {
-        let mut tasks = vec![self.handle_signals()?];
+        let mut tasks = Vec::new();
         let stopped = self.stopped.clone();
         let mut stats = None;
         if let Some(mut manifests) = manifests(&self.args, &self.node_name) {
@@ -431,6 +453,9 @@ impl Io {
             stats = Some(cluster.stats());
             tasks.push(tokio::spawn(cluster.run(events, stopped)));
         }
+        // Not before: until here this thread may have waited for standard input, and nobody
+        // would have looked at a signal.
+        tasks.push(self.handle_signals()?);
         tasks.extend(self.serve_http(stats).await?);
         Ok(tasks)
     }

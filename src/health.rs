@@ -148,6 +148,12 @@ impl Health {
         self.state().oldest_queued.get_or_insert(now);
     }
 
+    /// What was received cannot be written before more comes from the cluster, so that no change
+    /// waits for the kernel.
+    pub fn incomplete(&self) {
+        self.state().oldest_queued = None;
+    }
+
     /// The rules in the kernel are those wanted, with every change that was queued so far. One
     /// that came too late for this round is to be announced again with [`Health::queued`].
     pub fn synced(&self) {

@@ -1,16 +1,7 @@
-//! The `nftlet` binary: parses the command line and hands over to the library.
+//! The `nftlet` binary; see the library's `app`.
 
 use std::process::ExitCode;
 
-use clap::Parser;
-use nftlet::{app, cli};
-
 fn main() -> ExitCode {
-    match app::run(&cli::Args::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("nftlet: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    nftlet::app::main()
 }

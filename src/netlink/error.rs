@@ -93,7 +93,7 @@ fn hint(error: &io::Error) -> &'static str {
         }
         Some(libc::EBUSY) => "something still refers to it",
         Some(libc::EMSGSIZE | libc::ENOBUFS) => {
-            "a netlink buffer is too small; CAP_NET_ADMIN lets nftlet enlarge it"
+            "a netlink buffer is too small; CAP_NET_ADMIN lets nftlet enlarge it (inside a user namespace, raise the sysctl net.core.wmem_max)"
         }
         Some(libc::ENOMEM) => "the kernel is out of memory",
         _ => "it will be tried again",

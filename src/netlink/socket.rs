@@ -118,16 +118,13 @@ impl Nftables {
         let size = i32::try_from(bytes.next_power_of_two())
             .unwrap_or(i32::MAX)
             .max(256 * 1024);
-        let forced = self.set_option(libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, size);
-        // Inside a user namespace nobody may exceed net.core.wmem_max. The kernel cuts the size
-        // at it without a word, and refuses a message that does not fit (EMSGSIZE).
-        if forced
-            .as_ref()
-            .is_err_and(|error| error.raw_os_error() == Some(libc::EPERM))
-        {
+        if let Err(error) = self.set_option(libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, size) {
+            if error.raw_os_error() != Some(libc::EPERM) {
+                return Err(error);
+            }
+            // In a user namespace CAP_NET_ADMIN does not count for this: as much as anybody may
+            // have, then. Should the kernel find it too small for the batch, it will say so.
             self.set_option(libc::SOL_SOCKET, libc::SO_SNDBUF, size)?;
-        } else {
-            forced?;
         }
         self.send_buffer = usize::try_from(size).unwrap_or_default();
         Ok(())

@@ -94,7 +94,7 @@ pub async fn run<K: Kernel>(
             }
         };
         match outcome {
-            Outcome::Waiting => {}
+            Outcome::Waiting => health.incomplete(),
             Outcome::Synced => {
                 retry = None;
                 health.synced();

@@ -5,13 +5,18 @@ use std::collections::BTreeMap;
 use std::io;
 use std::net::IpAddr;
 use std::rc::Rc;
-use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::SystemTime;
 
 use proptest::collection::vec;
 use proptest::prelude::*;
 
+use tokio::sync::{mpsc, watch};
+
 use super::*;
 use crate::compile::{AFFINITY, DetectLocal, ServiceSet, table_id};
+use crate::health::{Health, Moment};
 use crate::model::{
     Endpoint, EndpointSlice, Family, Node, Object, Protocol, Service, ServiceCidr, ServiceKind,
     ServicePort, SlicePort, TrafficPolicy,
@@ -529,6 +534,58 @@ fn after_a_failure_the_kernel_is_read_and_repaired() {
     );
     assert_eq!(reconciler.resync(), Outcome::Synced);
     bench.assert_as_wanted(&reconciler);
+}
+
+#[test]
+fn a_failure_to_remove_unused_chains_is_repaired_at_once() {
+    let bench = Bench::new();
+    let mut reconciler = bench.reconciler();
+    let web = service("web", &["10.96.0.10"], &[80]);
+    let two = slice("web-1", &web, Family::V4, &[1, 3]);
+    let objects = vec![web.clone().into(), two.into()];
+    handle(&mut reconciler, lists(objects));
+    let one = slice("web-1", &web, Family::V4, &[1]);
+    handle(&mut reconciler, vec![put(one)]);
+    // Someone else removes the whole table, with the chain that is about to be removed.
+    bench.kernel.0.borrow_mut().ruleset = Ruleset::default();
+    assert_eq!(reconciler.remove_unused_chains(), Outcome::Synced);
+    bench.assert_as_wanted(&reconciler);
+    assert_eq!(bench.heard().len(), 1);
+}
+
+#[tokio::test]
+async fn a_cluster_that_does_not_tell_all_is_no_reason_to_restart() {
+    let bench = Bench::new();
+    let mut reconciler = bench.reconciler();
+    let (begin, passed) = (Instant::now(), Arc::new(AtomicU64::new(0)));
+    let clock = passed.clone();
+    let health = Health::with_clock(Duration::from_secs(30), move || Moment {
+        monotonic: begin + Duration::from_secs(clock.load(Ordering::Relaxed)),
+        wall: SystemTime::now(),
+    });
+    let (events, received) = mpsc::channel(1);
+    let (stop, stopped) = watch::channel(false);
+    let signals = Signals {
+        stop: stopped,
+        once: false,
+    };
+    let test = async {
+        let web = service("web", &["10.96.0.10"], &[80]);
+        // There is room for one: when the last is sent, the ones before were taken.
+        for event in [
+            Event::ListStarted(Kind::Service),
+            put(web),
+            Event::ListComplete(Kind::Service),
+        ] {
+            events.send(Delivery::now(event)).await.unwrap();
+        }
+        passed.store(3600, Ordering::Relaxed);
+        assert!(!health.healthz().healthy);
+        assert_eq!(health.livez().message, None);
+        stop.send_replace(true);
+    };
+    let (exit, ()) = tokio::join!(run(&mut reconciler, received, signals, &health), test);
+    assert_eq!(exit, Exit::Stopped);
 }
 
 #[test]

@@ -62,7 +62,7 @@ pub enum Error {
         source: InClusterError,
     },
     /// The kubeconfig cannot be used.
-    #[error("cannot use the kubeconfig {}: {source}; check the file and the files it refers to", path.display())]
+    #[error("cannot use the kubeconfig {}: {}; check the file and the files it refers to", path.display(), first_line(source))]
     Kubeconfig {
         /// The file, or the value of the variable KUBECONFIG.
         path: PathBuf,
@@ -79,6 +79,12 @@ pub enum Error {
         /// What is wrong.
         source: kube::Error,
     },
+}
+
+/// What is wrong, without the lines of the file around it: they may hold a token.
+fn first_line(source: &KubeconfigError) -> String {
+    let text = source.to_string();
+    text.lines().next().unwrap_or_default().to_owned()
 }
 
 /// An API server as a source of objects.
