@@ -40,6 +40,7 @@ impl Kernel for Fake {
         if state.failures > 0 {
             state.failures -= 1;
             return Err(Error::Send {
+                what: "a transaction",
                 bytes: 0,
                 source: io::Error::from_raw_os_error(libc::ENOBUFS),
             });
