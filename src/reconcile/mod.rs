@@ -17,6 +17,7 @@
 //! earlier run stay in force and are changed, never flushed. If the kernel refuses an element
 //! even then, the service it belongs to is left out and reported, and the others are written.
 
+pub mod conntrack;
 mod kernel;
 mod programmed;
 mod report;
@@ -28,7 +29,7 @@ use std::time::{Duration, Instant};
 use crate::compile::{self, Settings, TABLE};
 use crate::metrics::Metrics;
 use crate::model::{
-    Changes, Delivery, Event, Kind, Notice, ObjectName, ObjectRef, Reason, Store, Subject,
+    Changes, Delivery, Event, Family, Kind, Notice, ObjectName, ObjectRef, Reason, Store, Subject,
 };
 use crate::netlink::{self, Place};
 use crate::ruleset::{Ruleset, Transaction, diff};
@@ -38,6 +39,7 @@ pub use programmed::Programmed;
 pub use report::{Log, Reporter};
 pub use run::{Exit, Signals, run};
 
+use conntrack::{Front, Work};
 use programmed::Draft;
 
 /// How many services are left out in one attempt before giving up until the next.
@@ -61,6 +63,10 @@ pub struct Reconciler<'a, K> {
     changes: Changes,
     /// Arrival times of events whose rules are not in force yet.
     waiting: Vec<Instant>,
+    /// Frontends whose flows may be stale once the rules are in force.
+    flows: Work,
+    /// Where these go then.
+    cleaner: Option<conntrack::Queue>,
 }
 
 /// How far the kernel is known to agree.
@@ -105,7 +111,16 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
             unused_since: None,
             changes: Changes::default(),
             waiting: Vec::new(),
+            flows: Work::default(),
+            cleaner: None,
         }
+    }
+
+    /// With someone to delete the UDP flows that changes of the rules leave stale.
+    #[must_use]
+    pub fn with_cleaner(mut self, cleaner: conntrack::Queue) -> Self {
+        self.cleaner = Some(cleaner);
+        self
     }
 
     /// The objects as they are known.
@@ -158,6 +173,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         }
         let mut draft = Draft::default();
         self.draft(&changes, &mut draft);
+        self.flows.merge(std::mem::take(&mut draft.flows));
         let transaction = draft.finish(&self.programmed);
         match self.write(transaction) {
             Ok(()) => {
@@ -186,6 +202,11 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
                 self.store.services().map(|s| s.name.clone()).collect();
             names.extend(changes.services.iter().cloned());
             self.draft_services(&names, draft);
+            // NodePorts may answer on other addresses now.
+            for plan in self.programmed.plans() {
+                let node_port = |front: &Front| matches!(front, Front::NodePort(..));
+                draft.flows.suspect(plan, node_port);
+            }
         } else {
             self.draft_services(&changes.services, draft);
         }
@@ -218,7 +239,9 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
             changes.service_cidrs = true;
             self.programmed.forget_chains();
         }
-        self.draft(&changes, &mut Draft::default());
+        let mut draft = Draft::default();
+        self.draft(&changes, &mut draft);
+        self.flows.merge(draft.flows);
         for _ in 0..=MOST_REFUSALS {
             match self.attempt() {
                 Ok(healed) => {
@@ -227,6 +250,11 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
                     }
                     self.metrics.sync(true, started.elapsed());
                     self.state = State::Synced;
+                    // Whatever happened while the kernel was not as wanted, the flows of all
+                    // services may tell of it.
+                    for plan in self.programmed.plans() {
+                        self.flows.suspect(plan, |_| true);
+                    }
                     self.settle(&changes);
                     return Outcome::Synced;
                 }
@@ -263,8 +291,9 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         let Some(owner) = self.programmed.owner(table, set, &element.key) else {
             return false;
         };
-        self.programmed
-            .set_plan(&owner, None, &mut Draft::default());
+        let mut draft = Draft::default();
+        self.programmed.set_plan(&owner, None, &mut draft);
+        self.flows.merge(draft.flows);
         self.report(Notice {
             subject: Subject::Object(ObjectRef::new(Kind::Service, owner.clone())),
             reason: Reason::KernelRefused,
@@ -295,6 +324,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
 
     /// Books what a successful write means.
     fn settle(&mut self, changes: &Changes) {
+        self.clean_flows();
         for at in self.waiting.drain(..) {
             self.metrics.programmed(at.elapsed());
         }
@@ -313,6 +343,18 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
             Some(since) if unused => Some(since),
             _ => unused.then(Instant::now),
         };
+    }
+
+    /// Hands over the frontends whose flows may be stale, now that the rules are in force.
+    fn clean_flows(&mut self) {
+        let mut work = std::mem::take(&mut self.flows);
+        let Some(cleaner) = self.cleaner.as_ref().filter(|_| !work.is_empty()) else {
+            return;
+        };
+        let node = self.store.node().map(|node| &**node);
+        let ranges = Family::ALL.map(|family| self.settings.nodeport_ranges(family, node));
+        work.set_node_ports(ranges.concat());
+        cleaner.send(work);
     }
 
     /// Removes shared chains that have been unused for a while. Returns how long to wait until

@@ -7,6 +7,7 @@
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, HashMap};
 
+use super::conntrack::Work;
 use crate::compile::{
     ElementOf, ServicePlan, ServiceSet, Settings, SharedChain, skeleton, table_id,
 };
@@ -30,6 +31,8 @@ pub struct Programmed {
 pub struct Draft {
     skeleton: Vec<Op>,
     tables: BTreeMap<Family, TableDraft>,
+    /// The frontends whose flows may be stale once the operations are done.
+    pub flows: Work,
 }
 
 #[derive(Debug, Default)]
@@ -53,6 +56,11 @@ impl Programmed {
     /// The plan in force for a service.
     pub fn plan(&self, service: &ObjectName) -> Option<&ServicePlan> {
         self.plans.get(service)
+    }
+
+    /// The plans in force.
+    pub fn plans(&self) -> impl Iterator<Item = &ServicePlan> {
+        self.plans.values()
     }
 
     /// The number of shared chains in the kernel.
@@ -81,6 +89,7 @@ impl Programmed {
     pub fn set_plan(&mut self, service: &ObjectName, new: Option<ServicePlan>, draft: &mut Draft) {
         let old = self.plans.remove(service);
         if old != new {
+            draft.flows.change(old.as_ref(), new.as_ref());
             for family in Family::ALL {
                 self.count_chains(family, old.as_ref(), new.as_ref(), draft);
                 self.count_shared(family, old.as_ref(), new.as_ref(), draft);

@@ -86,6 +86,10 @@ impl Reporter for Heard {
     fn failed(&self, error: &Error) {
         self.0.lock().unwrap().push(error.to_string());
     }
+
+    fn flows_stay(&self, error: &Error) {
+        self.0.lock().unwrap().push(error.to_string());
+    }
 }
 
 fn service(name: &str, cluster_ips: &[&str], ports: &[u16]) -> Service {
