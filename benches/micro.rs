@@ -64,6 +64,10 @@ impl Reporter for Strict {
     fn failed(&self, error: &Error) {
         panic!("{error}");
     }
+
+    fn flows_stay(&self, error: &Error) {
+        panic!("{error}");
+    }
 }
 
 fn store(workload: &Workload) -> Store {

@@ -9,7 +9,8 @@
 //! ```
 //!
 //! Writing to the kernel blocks, decoding objects and answering probes must not wait for it:
-//! each has a thread with a single-threaded runtime.
+//! each has a thread with a single-threaded runtime. A third thread, "flows", deletes UDP flows
+//! that a change of the rules left stale.
 
 use std::io::{self, IsTerminal, Write};
 use std::net::{IpAddr, SocketAddr};
@@ -32,6 +33,7 @@ use crate::model::{
     Changes, Delivery, Event, Kind, Notice, Object, Reason, ServiceKind, Store, Subject,
 };
 use crate::netlink::{self, Nftables};
+use crate::reconcile::conntrack::{self, Cleaner, KernelFlows};
 use crate::reconcile::{self, Exit, Log, Reconciler, Reporter, Signals};
 use crate::ruleset::{Ruleset, text};
 use crate::source::cluster::Error as ClusterError;
@@ -146,16 +148,23 @@ pub fn run(args: &Args) -> Result<(), Error> {
     // The sender is dropped without a message only if the thread panicked.
     started.blocking_recv().unwrap_or(Err(Error::SourceEnded))?;
     let reporter = Log;
-    let mut reconciler = Reconciler::new(nftables, settings, &metrics, &reporter);
+    let (cleaner, pending) = conntrack::queue();
+    let flows = start_cleaner(pending, metrics.clone())?;
+    let mut reconciler =
+        Reconciler::new(nftables, settings, &metrics, &reporter).with_cleaner(cleaner);
     let signals = Signals {
         stop: stopped,
         once: args.once,
     };
     let exit =
         single_threaded()?.block_on(reconcile::run(&mut reconciler, received, signals, &health));
+    let summary = summary(reconciler.store());
+    // The cleaner ends when its queue goes away, after what is in it.
+    drop(reconciler);
+    let _ = flows.join();
     match exit {
         Exit::Programmed => {
-            tracing::info!("{}", summary(reconciler.store()));
+            tracing::info!("{summary}");
             Ok(())
         }
         Exit::Stopped => {
@@ -169,6 +178,18 @@ pub fn run(args: &Args) -> Result<(), Error> {
         Exit::Failed => Err(Error::NotProgrammed),
         Exit::SourcesGone => Err(Error::SourceEnded),
     }
+}
+
+/// Starts the thread that deletes stale UDP flows: listing flows takes long where there are many,
+/// and the next change of the rules must not wait for it.
+fn start_cleaner(
+    pending: conntrack::Pending,
+    metrics: Arc<Metrics>,
+) -> Result<thread::JoinHandle<()>, Error> {
+    thread::Builder::new()
+        .name("flows".into())
+        .spawn(move || Cleaner::new(KernelFlows::open, pending, &metrics, &Log).run())
+        .map_err(system("the thread for UDP flows"))
 }
 
 fn system(what: &'static str) -> impl Fn(io::Error) -> Error {

@@ -41,6 +41,8 @@ pub struct Metrics {
     service_changes_pending: IntGauge,
     endpoint_changes_pending: IntGauge,
     sync_failures: PerFamily<IntCounter>,
+    conntrack_duration: PerFamily<Histogram>,
+    conntrack_deleted: PerFamily<IntCounter>,
     netlink_errors: IntCounter,
     objects: IntGaugeVec,
     refused: IntGauge,
@@ -141,6 +143,15 @@ impl Metrics {
             sync_failures: new.counter_per_family(
                 "kubeproxy_sync_proxy_rules_nftables_sync_failures_total",
                 "Cumulative proxy nftables sync failures",
+            )?,
+            conntrack_duration: new.histogram_per_family(
+                "kubeproxy_conntrack_reconciler_sync_duration_seconds",
+                "ReconcileConntrackFlowsLatency in seconds",
+                sync_buckets(),
+            )?,
+            conntrack_deleted: new.counter_per_family(
+                "kubeproxy_conntrack_reconciler_deleted_entries_total",
+                "Cumulative conntrack flows deleted by conntrack reconciler",
             )?,
             netlink_errors: new.counter(
                 "nftlet_netlink_errors_total",
@@ -268,6 +279,12 @@ impl Metrics {
         self.netlink_errors.inc();
     }
 
+    /// The UDP flows of an IP family were searched for stale ones, and so many were deleted.
+    pub fn flows_cleaned(&self, ipv6: bool, took: Duration, deleted: usize) {
+        self.conntrack_duration.of(ipv6).observe(took.as_secs_f64());
+        self.conntrack_deleted.of(ipv6).inc_by(unsigned(deleted));
+    }
+
     /// So many objects of a kind are known.
     pub fn objects(&self, kind: &str, count: usize) {
         self.objects.with_label_values(&[kind]).set(signed(count));
@@ -321,6 +338,11 @@ struct PerFamily<T>([T; 2]);
 impl<T> PerFamily<T> {
     fn each(&self, act: impl Fn(&T)) {
         self.0.iter().for_each(act);
+    }
+
+    fn of(&self, ipv6: bool) -> &T {
+        let [v4, v6] = &self.0;
+        if ipv6 { v6 } else { v4 }
     }
 }
 

@@ -99,6 +99,10 @@ impl Reporter for Strict {
     fn failed(&self, error: &Error) {
         panic!("{error}");
     }
+
+    fn flows_stay(&self, error: &Error) {
+        panic!("{error}");
+    }
 }
 
 /// A reconciler that programs a namespace.

@@ -53,6 +53,10 @@ pub struct Pool {
     pub scope: Scope,
     /// The endpoints by index.
     pub targets: Box<[Target]>,
+    /// Endpoints that serve although they were not chosen, by policy or topology or because they
+    /// terminate: no new flow leads to them, but those that do go on. Known for UDP only, where
+    /// flows to all others have to be ended.
+    pub unchosen: Box<[Target]>,
 }
 
 /// Something packets can be addressed to.
@@ -314,6 +318,10 @@ impl<'a> Compiler<'a> {
             family: pools.family,
             scope,
             targets: assign(previous, chosen.iter().map(EndpointOf::target).collect()),
+            unchosen: match pools.port.protocol {
+                Protocol::Udp => topology::unchosen(&pools.endpoints, chosen),
+                Protocol::Tcp | Protocol::Sctp => Box::default(),
+            },
         });
         Some(index)
     }
@@ -357,7 +365,8 @@ fn assign(previous: &[Target], wanted: Vec<Target>) -> Box<[Target]> {
 }
 
 impl Route {
-    fn first_pool(&self) -> u16 {
+    /// The pool of the family's endpoints as the policy of the frontend sees them first.
+    pub fn first_pool(&self) -> u16 {
         match self {
             Route::Balance(_, pool) | Route::BalanceOrDrop(_, pool) => *pool,
             Route::LocalPolicy { cluster, .. } => *cluster,

@@ -1,5 +1,8 @@
 //! Which of a service port's endpoints take traffic (kube-proxy's `topology.go`).
 
+use std::collections::BTreeSet;
+
+use super::service::Target;
 use crate::model::{Endpoint, EndpointOf, Node};
 
 /// The endpoints for the policy Cluster: those that are ready, narrowed by topology hints. If
@@ -25,6 +28,14 @@ pub fn local<'a>(endpoints: &[EndpointOf<'a>], node: Option<&Node>) -> Vec<Endpo
     } else {
         ready
     }
+}
+
+/// The endpoints that serve, ready or terminating, but were not chosen.
+pub fn unchosen(endpoints: &[EndpointOf], chosen: &[EndpointOf]) -> Box<[Target]> {
+    let chosen: BTreeSet<Target> = chosen.iter().map(EndpointOf::target).collect();
+    let serving = select(endpoints, |e| e.ready || serving_terminating(e));
+    let targets = serving.iter().map(EndpointOf::target);
+    targets.filter(|target| !chosen.contains(target)).collect()
 }
 
 /// Whether an endpoint may be on the node of this name. Slices made by hand often name no node.

@@ -40,6 +40,11 @@ impl<'a> Writer<'a> {
         self.pad();
     }
 
+    /// Appends a short number in network order.
+    pub fn be16(&mut self, kind: u16, value: u16) {
+        self.bytes(kind, &value.to_be_bytes());
+    }
+
     /// Appends a number in network order.
     pub fn be32(&mut self, kind: u16, value: u32) {
         self.bytes(kind, &value.to_be_bytes());
@@ -97,6 +102,11 @@ impl<'a> Reader<'a> {
     /// The attributes nested in the first attribute of a type.
     pub fn nested(self, kind: u16) -> Option<Reader<'a>> {
         self.get(kind).map(Reader)
+    }
+
+    /// The first attribute of a type as a short number in network order.
+    pub fn be16(self, kind: u16) -> Option<u16> {
+        Some(u16::from_be_bytes(self.get(kind)?.try_into().ok()?))
     }
 
     /// The first attribute of a type as a number in network order.

@@ -5,14 +5,20 @@ use std::io;
 
 use thiserror::Error;
 
+use super::conntrack::Flow;
 use crate::ruleset::{Declaration, Element, Name, Op, TableId, text};
 
 /// An error of the netlink layer.
 #[derive(Debug, Error)]
 pub enum Error {
     /// The netlink socket could not be opened or configured.
-    #[error("cannot open a netlink socket for nftables: {0}; {hint}", hint = hint(.0))]
-    Open(#[source] io::Error),
+    #[error("cannot open a netlink socket for {what}: {source}; {hint}", hint = hint(.source))]
+    Open {
+        /// What it is for.
+        what: &'static str,
+        /// The error of the socket.
+        source: io::Error,
+    },
     /// A name cannot be given to the kernel.
     #[error("{place}: the name contains a zero byte or is longer than the kernel allows")]
     Name {
@@ -25,9 +31,11 @@ pub enum Error {
         /// The rule.
         place: Place,
     },
-    /// The transaction did not reach the kernel.
-    #[error("cannot send a transaction of {bytes} bytes to the kernel: {source}; {hint}", hint = hint(.source))]
+    /// A message did not reach the kernel.
+    #[error("cannot send {what} of {bytes} bytes to the kernel: {source}; {hint}", hint = hint(.source))]
     Send {
+        /// What it is.
+        what: &'static str,
         /// Its size.
         bytes: usize,
         /// The error of the socket.
@@ -51,9 +59,25 @@ pub enum Error {
         /// The error of the socket.
         source: io::Error,
     },
+    /// The tracked connections cannot be worked with.
+    #[error("cannot list {what}: {source}; {hint}", hint = conntrack_hint(.source))]
+    Flows {
+        /// What was asked for.
+        what: &'static str,
+        /// The kernel's errno.
+        source: io::Error,
+    },
+    /// A tracked connection could not be deleted.
+    #[error("cannot delete the UDP flow {flow}: {source}; {hint}", hint = conntrack_hint(.source))]
+    Flow {
+        /// The connection.
+        flow: Box<Flow>,
+        /// The kernel's errno.
+        source: io::Error,
+    },
     /// A dump kept being interrupted by changes.
     #[error(
-        "the dump of {what} was interrupted {times} times by changes of the ruleset; try again when the other writer is quiet"
+        "the dump of {what} was interrupted {times} times by changes; it will be tried again when the other writer is quiet"
     )]
     Interrupted {
         /// What was dumped.
@@ -97,6 +121,16 @@ fn hint(error: &io::Error) -> &'static str {
         }
         Some(libc::ENOMEM) => "the kernel is out of memory",
         _ => "it will be tried again",
+    }
+}
+
+/// The same for tracked connections.
+fn conntrack_hint(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::EINVAL | libc::EOPNOTSUPP) => {
+            "this kernel has no connection tracking over netlink (load the module nf_conntrack_netlink)"
+        }
+        _ => hint(error),
     }
 }
 

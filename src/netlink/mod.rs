@@ -12,21 +12,27 @@
 //!                            └────────── place of the error <──error message─┘
 //! ```
 //!
+//! [`Conntrack`] holds another socket: it lists the UDP flows that the kernel tracks, and deletes
+//! those that lead nowhere.
+//!
 //! Tables, chains, rules and set declarations are put together by libnftnl through the crates
 //! `nftnl` and `nftnl_sys`. Element lists, of which there can be a million, are written
 //! directly (`attr`); expressions that the crate lacks are described as plain data (`expr`) and built in one
 //! place (`ffi`), which together with `socket` is the only code with `unsafe` blocks.
 
 mod attr;
+mod conntrack;
 mod encode;
 mod error;
 mod expr;
 mod ffi;
+mod nftables;
 mod read;
 mod socket;
 mod uapi;
 mod udata;
 
+pub use conntrack::{Conntrack, Flow, FlowFilter};
 pub use encode::{Batch, encode};
 pub use error::{Error, Place};
-pub use socket::{Applied, Nftables};
+pub use nftables::{Applied, Nftables};

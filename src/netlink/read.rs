@@ -13,7 +13,8 @@ use super::attr::{Reader, Writer};
 use super::encode::{self, family_number, set_attributes};
 use super::error::Error;
 use super::ffi::{self, Scratch, SetAttributes};
-use super::socket::{DUMP_ATTEMPTS, Message, Nftables};
+use super::nftables::Nftables;
+use super::socket::{DUMP_ATTEMPTS, Message};
 use super::{uapi, udata};
 use crate::ruleset::{
     BaseChain, Chain, ChainKind, Data, Declaration, Element, Family, Hook, Key, Name, Rule,
@@ -46,7 +47,7 @@ impl Nftables {
     fn tables(&mut self, names: &[&str]) -> Result<Vec<TableId>, Error> {
         let dumped = self.dump("the tables", libc::NFT_MSG_GETTABLE, 0, &[])?;
         let found = dumped.iter().filter_map(|message| {
-            let name = Reader::new(message.attributes()).string(uapi::NFTA_TABLE_NAME)?;
+            let name = message.attributes().string(uapi::NFTA_TABLE_NAME)?;
             let family = family(message.family())?;
             names.contains(&name).then(|| TableId::new(family, name))
         });
@@ -70,8 +71,8 @@ impl Nftables {
             family,
             &string_attribute(uapi::NFTA_SET_TABLE, id.name.as_str()),
         )?;
-        for message in &dumped {
-            let attributes = Reader::new(message.attributes());
+        for message in dumped.iter() {
+            let attributes = message.attributes();
             if !is_of(attributes, message, id, uapi::NFTA_SET_TABLE) {
                 continue;
             }
@@ -99,7 +100,7 @@ impl Nftables {
         let family = family_number(id.family);
         let dumped = self.dump("the chains", libc::NFT_MSG_GETCHAIN, family, &[])?;
         let found = dumped.iter().filter_map(|message| {
-            let attributes = Reader::new(message.attributes());
+            let attributes = message.attributes();
             let name = attributes.string(uapi::NFTA_CHAIN_NAME)?;
             is_of(attributes, message, id, uapi::NFTA_CHAIN_TABLE).then(|| {
                 let chain = Chain {
@@ -123,8 +124,8 @@ impl Nftables {
         let mut scratch = Scratch::new();
         let mut counts: BTreeMap<String, usize> = BTreeMap::new();
         let mut rules = Vec::new();
-        for message in &dumped {
-            let attributes = Reader::new(message.attributes());
+        for message in dumped.iter() {
+            let attributes = message.attributes();
             let chain = attributes.string(uapi::NFTA_RULE_CHAIN);
             let (true, Some(chain)) =
                 (is_of(attributes, message, id, uapi::NFTA_RULE_TABLE), chain)
@@ -138,7 +139,7 @@ impl Nftables {
                 .and_then(|chain| chain.rules.get(*index));
             *index += 1;
             let chain = Name::from(chain);
-            let description = ffi::describe_rule(&message.bytes).unwrap_or_default();
+            let description = ffi::describe_rule(message.bytes).unwrap_or_default();
             let comment = attributes
                 .get(uapi::NFTA_RULE_USERDATA)
                 .and_then(udata::read_comment);
@@ -214,8 +215,8 @@ impl Nftables {
         )?;
         let mut names: Vec<Name> = Vec::new();
         let mut elements = Vec::new();
-        for message in &dumped {
-            let attributes = Reader::new(message.attributes());
+        for message in dumped.iter() {
+            let attributes = message.attributes();
             let Some(list) = attributes.nested(uapi::NFTA_SET_ELEM_LIST_ELEMENTS) else {
                 continue;
             };
@@ -242,7 +243,7 @@ fn string_attribute(kind: u16, value: &str) -> Vec<u8> {
 }
 
 /// Whether a dumped object belongs to a table: kernels differ in what they filter by.
-fn is_of(attributes: Reader, message: &Message, id: &TableId, table: u16) -> bool {
+fn is_of(attributes: Reader, message: Message, id: &TableId, table: u16) -> bool {
     message.family() == family_number(id.family)
         && attributes.string(table) == Some(id.name.as_str())
 }

@@ -1,22 +1,22 @@
-//! The netlink socket: sends one batch as one message, reads answers and dumps.
+//! The netlink socket that all of netfilter is spoken through: requests, answers, dumps.
 
 #![allow(unsafe_code)]
 
 use std::io;
 use std::os::fd::AsRawFd;
 
-use super::encode::{Batch, begin_message, encode, end_message};
+use super::attr::Reader;
+use super::encode::{begin_message, end_message};
 use super::error::Error;
-use crate::ruleset::Transaction;
 
 const HEADER: usize = 16;
 /// Room for one datagram of a dump; the kernel fills at most 32 KiB when offered more.
 const RECEIVE_BUFFER: usize = 64 * 1024;
 /// How often an interrupted dump is started again before giving up.
-pub(super) const DUMP_ATTEMPTS: u32 = 32;
+pub const DUMP_ATTEMPTS: u32 = 32;
 
-/// A connection to the kernel's nftables, in the network namespace it was opened in.
-pub struct Nftables {
+/// A socket to netfilter, in the network namespace it was opened in.
+pub struct Socket {
     socket: mnl::Socket,
     seq: u32,
     send_buffer: usize,
@@ -25,70 +25,59 @@ pub struct Nftables {
 
 // SAFETY: libmnl's socket is a descriptor and an address without ties to a thread, and only its
 // owner can reach it.
-unsafe impl Send for Nftables {}
-
-/// What a transaction took.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Applied {
-    /// Messages in the batch.
-    pub messages: usize,
-    /// Elements added and deleted.
-    pub elements: usize,
-    /// Size of the batch in bytes.
-    pub bytes: usize,
-}
+unsafe impl Send for Socket {}
 
 /// One message of the kernel.
-pub(super) struct Message {
+#[derive(Clone, Copy)]
+pub struct Message<'a> {
     /// Message type with the subsystem in the upper byte.
     pub kind: u16,
     /// The bytes including the header.
-    pub bytes: Vec<u8>,
+    pub bytes: &'a [u8],
 }
 
-impl Message {
-    /// The attributes behind the netlink and netfilter headers.
-    pub fn attributes(&self) -> &[u8] {
-        self.bytes.get(HEADER + 4..).unwrap_or_default()
-    }
-
-    /// `nfgen_family`.
-    pub fn family(&self) -> u8 {
-        self.bytes.get(HEADER).copied().unwrap_or_default()
-    }
+/// A request for a dump.
+#[derive(Clone, Copy)]
+pub struct Dump<'a> {
+    /// What is dumped, for messages.
+    pub what: &'static str,
+    /// Message type with the subsystem in the upper byte.
+    pub kind: u16,
+    /// `nfgen_family`; 0 for all.
+    pub family: u8,
+    /// Attributes that narrow it down.
+    pub attributes: &'a [u8],
 }
 
-/// The result of reading one dump.
-enum Dump {
-    Complete(Vec<Message>),
+/// How a dump went.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Reading {
+    /// It holds every object once.
+    Complete,
+    /// The objects changed meanwhile; it has to be asked for again.
     Interrupted,
 }
 
-impl Nftables {
-    /// Opens a socket in the current network namespace.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Open`], usually for want of `CAP_NET_ADMIN` or of nf_tables in the kernel.
-    pub fn open() -> Result<Self, Error> {
-        let socket = mnl::Socket::new(mnl::Bus::Netfilter).map_err(Error::Open)?;
-        let nftables = Self {
-            socket,
+impl Socket {
+    /// Opens a socket in the current network namespace. `what` is named in errors.
+    pub fn open(what: &'static str) -> Result<Self, Error> {
+        let failed = |source| Error::Open { what, source };
+        let socket = Self {
+            socket: mnl::Socket::new(mnl::Bus::Netfilter).map_err(failed)?,
             seq: 0,
             send_buffer: 0,
             buffer: vec![0; RECEIVE_BUFFER],
         };
         // Extended acknowledgements say which attribute is at fault; capped ones do not repeat
         // the message, which would overflow the receive buffer for large messages.
-        nftables
-            .set_option(libc::SOL_NETLINK, libc::NETLINK_EXT_ACK, 1)
-            .map_err(Error::Open)?;
-        nftables
-            .set_option(libc::SOL_NETLINK, libc::NETLINK_CAP_ACK, 1)
-            .map_err(Error::Open)?;
+        for option in [libc::NETLINK_EXT_ACK, libc::NETLINK_CAP_ACK] {
+            socket
+                .set_option(libc::SOL_NETLINK, option, 1)
+                .map_err(failed)?;
+        }
         // Kernels since 5.6 check here what a dump filters by; older ones do without.
-        let _ = nftables.set_option(libc::SOL_NETLINK, libc::NETLINK_GET_STRICT_CHK, 1);
-        Ok(nftables)
+        let _ = socket.set_option(libc::SOL_NETLINK, libc::NETLINK_GET_STRICT_CHK, 1);
+        Ok(socket)
     }
 
     fn set_option(&self, level: libc::c_int, option: libc::c_int, value: i32) -> io::Result<()> {
@@ -130,30 +119,22 @@ impl Nftables {
         Ok(())
     }
 
-    /// Writes a transaction: all of it takes effect at once, or nothing does.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Refused`] names the operation (or element) the kernel refused first; the others
-    /// tell why the transaction could not be encoded or sent.
-    pub fn apply(&mut self, transaction: &Transaction) -> Result<Applied, Error> {
-        if transaction.is_empty() {
-            return Ok(Applied::default());
-        }
-        let first_seq = self.seq.wrapping_add(1);
-        let batch = encode(transaction, first_seq)?;
-        self.seq = first_seq.wrapping_add(batch.messages() as u32 + 1);
-        self.send(&batch.bytes)?;
-        self.answer(&batch, first_seq, transaction)?;
-        Ok(Applied {
-            messages: batch.messages(),
-            elements: transaction.elements(),
-            bytes: batch.bytes.len(),
-        })
+    /// The sequence number that comes next.
+    pub fn next_number(&self) -> u32 {
+        self.seq.wrapping_add(1)
     }
 
-    fn send(&mut self, bytes: &[u8]) -> Result<(), Error> {
+    /// Takes sequence numbers for as many messages and returns the first.
+    pub fn reserve_numbers(&mut self, messages: u32) -> u32 {
+        let first = self.next_number();
+        self.seq = self.seq.wrapping_add(messages);
+        first
+    }
+
+    /// Sends messages; `what` they are is named in errors.
+    pub fn send(&mut self, what: &'static str, bytes: &[u8]) -> Result<(), Error> {
         let failed = |source| Error::Send {
+            what,
             bytes: bytes.len(),
             source,
         };
@@ -195,95 +176,33 @@ impl Nftables {
         }
     }
 
-    /// Reads what the kernel answered to a batch. The kernel works inside `sendmsg`, so all
-    /// there is to read is queued by now; silence means success.
-    fn answer(
-        &mut self,
-        batch: &Batch,
-        first_seq: u32,
-        transaction: &Transaction,
-    ) -> Result<(), Error> {
-        let mut first: Option<Error> = None;
-        loop {
-            let datagram = match self.receive(false) {
-                Ok(Some(datagram)) => datagram,
-                Ok(None) => break,
-                // More errors than fit: the first ones were read or are lost, the batch failed.
-                Err(source) => {
-                    return Err(first.unwrap_or(Error::Receive {
-                        what: "a transaction",
-                        source,
-                    }));
-                }
-            };
-            for message in messages(datagram) {
-                let Some(report) = Report::parse(&message) else {
-                    continue;
-                };
-                let index = report.seq.wrapping_sub(first_seq);
-                // Answers to an earlier batch whose reading failed must not be taken for ours.
-                if report.errno == 0 || index as usize > batch.messages() + 1 || first.is_some() {
-                    continue;
-                }
-                let place = batch.place(transaction, index, report.offset);
-                first = Some(Error::Refused {
-                    place: Box::new(place),
-                    source: io::Error::from_raw_os_error(report.errno),
-                    detail: report
-                        .text
-                        .map_or_else(String::new, |text| format!(" ({text})")),
-                });
-            }
+    /// Hands out the errors that are queued, oldest first. The kernel works inside `sendmsg`, so
+    /// all it has to say about what was sent is there when sending returns.
+    pub fn errors(&mut self, mut each: impl FnMut(Report)) -> io::Result<()> {
+        while let Some(datagram) = self.receive(false)? {
+            let reports = messages(datagram).filter_map(|message| Report::parse(&message));
+            reports
+                .filter(|report| report.errno != 0)
+                .for_each(&mut each);
         }
-        first.map_or(Ok(()), Err)
+        Ok(())
     }
 
-    /// Dumps what a request asks for. `attributes` narrows it down.
-    ///
-    /// A dump during which the ruleset changed is started again.
-    pub(super) fn dump(
-        &mut self,
-        what: &'static str,
-        kind: libc::c_int,
-        family: u8,
-        attributes: &[u8],
-    ) -> Result<Vec<Message>, Error> {
-        for _ in 0..DUMP_ATTEMPTS {
-            match self.dump_once(what, kind, family, attributes)? {
-                Dump::Complete(messages) => return Ok(messages),
-                Dump::Interrupted => {}
-            }
-        }
-        Err(Error::Interrupted {
-            what,
-            times: DUMP_ATTEMPTS,
-        })
-    }
-
-    fn dump_once(
-        &mut self,
-        what: &'static str,
-        kind: libc::c_int,
-        family: u8,
-        attributes: &[u8],
-    ) -> Result<Dump, Error> {
-        self.seq = self.seq.wrapping_add(1);
-        let seq = self.seq;
-        let kind = (libc::NFNL_SUBSYS_NFTABLES << 8 | kind) as u16;
+    /// Dumps objects one by one. Of an interrupted dump objects are missing, or came up twice.
+    pub fn dump(&mut self, dump: Dump, mut each: impl FnMut(Message)) -> Result<Reading, Error> {
+        let what = dump.what;
+        let seq = self.reserve_numbers(1);
         let mut request = Vec::new();
-        let start = begin_message(&mut request, kind, libc::NLM_F_DUMP as u16, seq, family);
-        request.extend_from_slice(attributes);
+        let flags = libc::NLM_F_DUMP as u16;
+        let start = begin_message(&mut request, dump.kind, flags, seq, dump.family);
+        request.extend_from_slice(dump.attributes);
         end_message(&mut request, start);
-        self.send(&request)?;
+        self.send("a request", &request)?;
         let failed = |source| Error::Receive { what, source };
-        let (mut dumped, mut interrupted) = (Vec::new(), false);
+        let mut interrupted = false;
         loop {
-            let datagram = self
-                .receive(true)
-                .map_err(failed)?
-                .map(<[u8]>::to_vec)
-                .unwrap_or_default();
-            for message in messages(&datagram) {
+            let datagram = self.receive(true).map_err(failed)?.unwrap_or_default();
+            for message in messages(datagram) {
                 if message.seq() != seq {
                     continue;
                 }
@@ -298,31 +217,41 @@ impl Nftables {
                             return Err(failed(io::Error::from_raw_os_error(errno)));
                         }
                         return Ok(if interrupted {
-                            Dump::Interrupted
+                            Reading::Interrupted
                         } else {
-                            Dump::Complete(dumped)
+                            Reading::Complete
                         });
                     }
-                    _ => dumped.push(message),
+                    _ => each(message),
                 }
             }
         }
     }
 }
 
-impl Message {
-    fn word(&self, offset: usize) -> u32 {
+impl<'a> Message<'a> {
+    /// The attributes behind the netlink and netfilter headers.
+    pub fn attributes(self) -> Reader<'a> {
+        Reader::new(self.bytes.get(HEADER + 4..).unwrap_or_default())
+    }
+
+    /// `nfgen_family`.
+    pub fn family(self) -> u8 {
+        self.bytes.get(HEADER).copied().unwrap_or_default()
+    }
+
+    fn word(self, offset: usize) -> u32 {
         self.bytes
             .get(offset..offset + 4)
             .and_then(|bytes| bytes.try_into().ok())
             .map_or(0, u32::from_ne_bytes)
     }
 
-    fn seq(&self) -> u32 {
+    fn seq(self) -> u32 {
         self.word(8)
     }
 
-    fn flags(&self) -> u16 {
+    fn flags(self) -> u16 {
         self.bytes
             .get(6..8)
             .and_then(|bytes| bytes.try_into().ok())
@@ -330,31 +259,34 @@ impl Message {
     }
 
     /// The errno of an error message or of the end of a dump, as a positive number.
-    fn errno(&self) -> i32 {
+    fn errno(self) -> i32 {
         (self.word(HEADER) as i32).wrapping_neg()
     }
 }
 
-/// Splits a datagram into its messages.
-fn messages(datagram: &[u8]) -> impl Iterator<Item = Message> + '_ {
-    let mut rest = datagram;
+/// Splits what was received, or several such pieces, into messages.
+pub fn messages(bytes: &[u8]) -> impl Iterator<Item = Message<'_>> {
+    let mut rest = bytes;
     std::iter::from_fn(move || {
         let length = rest.get(..4)?.try_into().ok().map(u32::from_ne_bytes)?;
         let length = usize::try_from(length).ok().filter(|l| *l >= HEADER)?;
-        let bytes = rest.get(..length)?.to_vec();
+        let bytes = rest.get(..length)?;
         rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
         let kind = u16::from_ne_bytes(bytes.get(4..6)?.try_into().ok()?);
         Some(Message { kind, bytes })
     })
 }
 
-/// What the kernel says about one message of a batch.
-struct Report {
-    seq: u32,
-    errno: i32,
+/// What the kernel says about one message that was sent.
+pub struct Report {
+    /// The number of the message.
+    pub seq: u32,
+    /// Its errno, positive; 0 for success.
+    pub errno: i32,
     /// Offset of the attribute at fault in the message.
-    offset: Option<u32>,
-    text: Option<String>,
+    pub offset: Option<u32>,
+    /// What is wrong, in words.
+    pub text: Option<String>,
 }
 
 impl Report {
@@ -367,7 +299,7 @@ impl Report {
         if i32::from(message.kind) != libc::NLMSG_ERROR {
             return None;
         }
-        let attributes = super::attr::Reader::new(message.bytes.get(FIXED..)?);
+        let attributes = Reader::new(message.bytes.get(FIXED..)?);
         let offset = attributes.get(ATTR_OFFSET).and_then(|b| b.try_into().ok());
         Some(Self {
             seq: message.word(HEADER + 4 + 8),

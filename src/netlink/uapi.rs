@@ -1,4 +1,5 @@
-//! Attribute numbers of the kernel's `linux/netfilter/nf_tables.h` that the libc crate lacks.
+//! Numbers of the kernel's `linux/netfilter/nf_tables.h` and
+//! `linux/netfilter/nfnetlink_conntrack.h` that the libc crate lacks.
 
 pub const NFTA_TABLE_NAME: u16 = 1;
 pub const NFTA_CHAIN_TABLE: u16 = 1;
@@ -43,3 +44,27 @@ pub const NFTA_FIB_F_SADDR: u32 = 1;
 pub const NFTA_FIB_F_DADDR: u32 = 2;
 /// Choose the source port at random (`linux/netfilter/nf_nat.h`).
 pub const NF_NAT_RANGE_PROTO_RANDOM_FULLY: u32 = 16;
+
+pub const IPCTNL_MSG_CT_GET: u16 = 1;
+pub const IPCTNL_MSG_CT_DELETE: u16 = 2;
+pub const CTA_TUPLE_ORIG: u16 = 1;
+pub const CTA_TUPLE_REPLY: u16 = 2;
+pub const CTA_ID: u16 = 12;
+pub const CTA_ZONE: u16 = 18;
+pub const CTA_FILTER: u16 = 25;
+pub const CTA_TUPLE_IP: u16 = 1;
+pub const CTA_TUPLE_PROTO: u16 = 2;
+pub const CTA_TUPLE_ZONE: u16 = 3;
+pub const CTA_IP_V4_SRC: u16 = 1;
+pub const CTA_IP_V4_DST: u16 = 2;
+pub const CTA_IP_V6_SRC: u16 = 3;
+pub const CTA_IP_V6_DST: u16 = 4;
+pub const CTA_PROTO_NUM: u16 = 1;
+pub const CTA_PROTO_SRC_PORT: u16 = 2;
+pub const CTA_PROTO_DST_PORT: u16 = 3;
+pub const CTA_FILTER_ORIG_FLAGS: u16 = 1;
+/// Flags of `CTA_FILTER_ORIG_FLAGS`; the kernel keeps them in a header of its own
+/// (`net/netfilter/nf_internals.h`).
+pub const CTA_FILTER_F_IP_DST: u32 = 1 << 1;
+pub const CTA_FILTER_F_PROTO_NUM: u32 = 1 << 3;
+pub const CTA_FILTER_F_PROTO_DST_PORT: u32 = 1 << 5;

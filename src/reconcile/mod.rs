@@ -18,6 +18,7 @@
 //! even then, the service it belongs to is left out and reported, and the others are written.
 
 mod affinity;
+pub mod conntrack;
 mod kernel;
 mod programmed;
 mod report;
@@ -40,7 +41,8 @@ pub use report::{Log, Reporter};
 pub use run::{Exit, Signals, run};
 
 use affinity::Remembered;
-use programmed::Draft;
+use conntrack::{Front, Work};
+use programmed::{Draft, Effects};
 
 /// How often remembered clients are read again when some time out meanwhile.
 const FORGET_ATTEMPTS: usize = 8;
@@ -67,6 +69,10 @@ pub struct Reconciler<'a, K> {
     waiting: Vec<Instant>,
     /// How many service and endpoint changes these are.
     pending: (usize, usize),
+    /// Frontends whose flows may be stale once the rules are in force.
+    flows: Work,
+    /// Where these go then.
+    cleaner: Option<conntrack::Queue>,
 }
 
 /// How far the kernel is known to agree.
@@ -112,7 +118,16 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
             changes: Changes::default(),
             waiting: Vec::new(),
             pending: (0, 0),
+            flows: Work::default(),
+            cleaner: None,
         }
+    }
+
+    /// With someone to delete the UDP flows that changes of the rules leave stale.
+    #[must_use]
+    pub fn with_cleaner(mut self, cleaner: conntrack::Queue) -> Self {
+        self.cleaner = Some(cleaner);
+        self
     }
 
     /// The objects as they are known.
@@ -126,7 +141,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         programmed.set_skeletons(store, None);
         for service in store.services() {
             let plan = compile::plan(store, &service.name, settings, None);
-            programmed.set_plan(&service.name, plan, None);
+            programmed.set_plan(&service.name, plan, &mut Effects::default(), None);
         }
         programmed.ruleset()
     }
@@ -176,14 +191,14 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
             tracing::trace!("Service {name} is compiled again");
         }
         let mut draft = Draft::default();
-        self.draft(&changes, Some(&mut draft));
-        let remembered = std::mem::take(&mut draft.remembered);
+        let effects = self.draft(&changes, Some(&mut draft));
+        self.flows.merge(effects.flows);
         let transaction = draft.finish(&self.programmed);
         match self.write(transaction) {
             Ok(()) => {
                 self.metrics.sync(false, started.elapsed());
                 self.settle(&changes);
-                self.forget(&remembered);
+                self.forget(&effects.remembered);
                 Outcome::Synced
             }
             Err(error) => {
@@ -197,32 +212,35 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
     }
 
     /// Compiles what changed, into the draft if there is one.
-    fn draft(&mut self, changes: &Changes, mut draft: Option<&mut Draft>) {
+    fn draft(&mut self, changes: &Changes, mut draft: Option<&mut Draft>) -> Effects {
         if changes.node || changes.service_cidrs {
             self.programmed
                 .set_skeletons(&self.store, draft.as_deref_mut());
         }
-        if changes.node {
-            // Which endpoints are local is in every service's plan.
-            let mut names: BTreeSet<ObjectName> =
-                self.store.services().map(|s| s.name.clone()).collect();
-            names.extend(changes.services.iter().cloned());
-            self.draft_services(&names, draft);
-        } else {
-            self.draft_services(&changes.services, draft);
-        }
-    }
-
-    fn draft_services(&mut self, names: &BTreeSet<ObjectName>, mut draft: Option<&mut Draft>) {
-        for name in names {
+        let mut effects = Effects::default();
+        let mut set_plan = |name: &ObjectName| {
             let plan = if self.refused.contains(name) {
                 None
             } else {
                 let previous = self.programmed.plan(name);
                 compile::plan(&self.store, name, &self.settings, previous)
             };
-            self.programmed.set_plan(name, plan, draft.as_deref_mut());
+            self.programmed
+                .set_plan(name, plan, &mut effects, draft.as_deref_mut());
+        };
+        changes.services.iter().for_each(&mut set_plan);
+        if changes.node {
+            // Which endpoints are local is in every service's plan.
+            self.store
+                .services()
+                .for_each(|service| set_plan(&service.name));
+            // NodePorts may answer on other addresses now.
+            for plan in self.programmed.plans() {
+                let node_port = |front: &Front| matches!(front, Front::NodePort(..));
+                effects.flows.suspect(plan, node_port);
+            }
         }
+        effects
     }
 
     /// Compares with what the kernel holds and writes the difference.
@@ -240,7 +258,8 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
             changes.service_cidrs = true;
             self.programmed.forget_chains();
         }
-        self.draft(&changes, None);
+        let effects = self.draft(&changes, None);
+        self.flows.merge(effects.flows);
         for _ in 0..=MOST_REFUSALS {
             match self.attempt() {
                 Ok(healed) => {
@@ -249,6 +268,11 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
                     }
                     self.metrics.sync(true, started.elapsed());
                     self.state = State::Synced;
+                    // Whatever happened while the kernel was not as wanted, the flows of all
+                    // services may tell of it.
+                    for plan in self.programmed.plans() {
+                        self.flows.suspect(plan, |_| true);
+                    }
                     self.settle(&changes);
                     self.forget(&Remembered::all(self.programmed.plans()));
                     return Outcome::Synced;
@@ -286,7 +310,9 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         let Some(owner) = self.programmed.owner(table, set, &element.key) else {
             return false;
         };
-        self.programmed.set_plan(&owner, None, None);
+        let mut effects = Effects::default();
+        self.programmed.set_plan(&owner, None, &mut effects, None);
+        self.flows.merge(effects.flows);
         self.report(Notice {
             subject: Subject::Object(ObjectRef::new(Kind::Service, owner.clone())),
             reason: Reason::KernelRefused,
@@ -367,6 +393,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
     fn settle(&mut self, changes: &Changes) {
         self.pending = (0, 0);
         self.metrics.pending(0, 0);
+        self.clean_flows();
         for at in self.waiting.drain(..) {
             self.metrics.programmed(at.elapsed());
         }
@@ -385,6 +412,18 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
             Some(since) if unused => Some(since),
             _ => unused.then(Instant::now),
         };
+    }
+
+    /// Hands over the frontends whose flows may be stale, now that the rules are in force.
+    fn clean_flows(&mut self) {
+        let mut work = std::mem::take(&mut self.flows);
+        let Some(cleaner) = self.cleaner.as_ref().filter(|_| !work.is_empty()) else {
+            return;
+        };
+        let node = self.store.node().map(|node| &**node);
+        let ranges = Family::ALL.map(|family| self.settings.nodeport_ranges(family, node));
+        work.set_node_ports(ranges.concat());
+        cleaner.send(work);
     }
 
     /// How long to wait until [`Reconciler::remove_unused_chains`] is worth calling; `None` while

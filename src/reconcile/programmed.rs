@@ -8,6 +8,7 @@ use std::cmp::Ordering;
 use std::collections::{BTreeMap, HashMap};
 
 use super::affinity::Remembered;
+use super::conntrack::Work;
 use crate::compile::{
     ElementOf, ServicePlan, ServiceSet, Settings, SharedChain, skeleton, table_id,
 };
@@ -29,10 +30,17 @@ pub struct Programmed {
 /// The operations that a batch of changes amounts to.
 #[derive(Debug, Default)]
 pub struct Draft {
-    /// Clients that the changes leave without their endpoint.
-    pub remembered: Remembered,
     skeleton: Vec<Op>,
     tables: BTreeMap<Family, TableDraft>,
+}
+
+/// What a batch of changes means besides rules, once these are in force.
+#[derive(Debug, Default)]
+pub struct Effects {
+    /// Clients that are left without their endpoint.
+    pub remembered: Remembered,
+    /// Frontends whose flows may be stale.
+    pub flows: Work,
 }
 
 #[derive(Debug, Default)]
@@ -93,18 +101,18 @@ impl Programmed {
         &mut self,
         service: &ObjectName,
         new: Option<ServicePlan>,
+        effects: &mut Effects,
         mut draft: Option<&mut Draft>,
     ) {
         let old = self.plans.remove(service);
         if old != new {
+            effects.flows.change(old.as_ref(), new.as_ref());
+            effects.remembered.replace(old.as_ref(), new.as_ref());
             for family in Family::ALL {
                 let table = draft
                     .as_deref_mut()
                     .map(|draft| draft.tables.entry(family).or_default());
                 self.replace(family, old.as_ref(), new.as_ref(), table);
-            }
-            if let Some(draft) = draft {
-                draft.remembered.replace(old.as_ref(), new.as_ref());
             }
         }
         if let Some(new) = new {

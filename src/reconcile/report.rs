@@ -9,6 +9,8 @@ pub trait Reporter: Send + Sync {
     fn notice(&self, notice: &Notice);
     /// The kernel could not be written or read; it will be tried again.
     fn failed(&self, error: &Error);
+    /// Stale UDP flows could not be deleted; the rules are in force.
+    fn flows_stay(&self, error: &Error);
 }
 
 /// Reports to the log.
@@ -29,5 +31,12 @@ impl Reporter for Log {
 
     fn failed(&self, error: &Error) {
         tracing::error!("{error}");
+    }
+
+    fn flows_stay(&self, error: &Error) {
+        tracing::warn!(
+            "{error}; until then UDP clients that keep their socket may stay with endpoints \
+             that are gone"
+        );
     }
 }

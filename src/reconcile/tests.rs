@@ -45,6 +45,7 @@ impl Kernel for Fake {
         if state.failures > 0 {
             state.failures -= 1;
             return Err(Error::Send {
+                what: "a transaction",
                 bytes: 0,
                 source: io::Error::from_raw_os_error(libc::ENOBUFS),
             });
@@ -102,6 +103,10 @@ impl Reporter for Heard {
     }
 
     fn failed(&self, error: &Error) {
+        self.0.lock().unwrap().push(error.to_string());
+    }
+
+    fn flows_stay(&self, error: &Error) {
         self.0.lock().unwrap().push(error.to_string());
     }
 }

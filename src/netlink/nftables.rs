@@ -1,0 +1,132 @@
+//! The kernel's nftables: writes one batch as one message, reads dumps.
+
+use std::io;
+
+use super::encode::{Batch, encode};
+use super::error::Error;
+use super::socket::{DUMP_ATTEMPTS, Dump, Message, Reading, Socket, messages};
+use crate::ruleset::Transaction;
+
+/// A connection to the kernel's nftables, in the network namespace it was opened in.
+pub struct Nftables {
+    socket: Socket,
+}
+
+/// What a transaction took.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Applied {
+    /// Messages in the batch.
+    pub messages: usize,
+    /// Elements added and deleted.
+    pub elements: usize,
+    /// Size of the batch in bytes.
+    pub bytes: usize,
+}
+
+/// The messages of a dump, one behind the other.
+pub(super) struct Dumped(Vec<u8>);
+
+impl Dumped {
+    /// The messages in the order they came.
+    pub fn iter(&self) -> impl Iterator<Item = Message<'_>> {
+        messages(&self.0)
+    }
+}
+
+impl Nftables {
+    /// Opens a socket in the current network namespace.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Open`], usually for want of `CAP_NET_ADMIN` or of nf_tables in the kernel.
+    pub fn open() -> Result<Self, Error> {
+        let socket = Socket::open("nftables")?;
+        Ok(Self { socket })
+    }
+
+    /// Writes a transaction: all of it takes effect at once, or nothing does.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Refused`] names the operation (or element) the kernel refused first; the others
+    /// tell why the transaction could not be encoded or sent.
+    pub fn apply(&mut self, transaction: &Transaction) -> Result<Applied, Error> {
+        if transaction.is_empty() {
+            return Ok(Applied::default());
+        }
+        let first_seq = self.socket.next_number();
+        let batch = encode(transaction, first_seq)?;
+        self.socket.reserve_numbers(batch.messages() as u32 + 2);
+        self.socket.send("a transaction", &batch.bytes)?;
+        self.answer(&batch, first_seq, transaction)?;
+        Ok(Applied {
+            messages: batch.messages(),
+            elements: transaction.elements(),
+            bytes: batch.bytes.len(),
+        })
+    }
+
+    /// Reads what the kernel answered to a batch; silence means success.
+    fn answer(
+        &mut self,
+        batch: &Batch,
+        first_seq: u32,
+        transaction: &Transaction,
+    ) -> Result<(), Error> {
+        let mut first: Option<Error> = None;
+        let read = self.socket.errors(|report| {
+            let index = report.seq.wrapping_sub(first_seq);
+            // Answers to an earlier batch whose reading failed must not be taken for ours.
+            if index as usize > batch.messages() + 1 || first.is_some() {
+                return;
+            }
+            let place = batch.place(transaction, index, report.offset);
+            first = Some(Error::Refused {
+                place: Box::new(place),
+                source: io::Error::from_raw_os_error(report.errno),
+                detail: report
+                    .text
+                    .map_or_else(String::new, |text| format!(" ({text})")),
+            });
+        });
+        // More errors than fit: the first ones were read or are lost, the batch failed.
+        let lost = read.err().map(|source| Error::Receive {
+            what: "a transaction",
+            source,
+        });
+        first.or(lost).map_or(Ok(()), Err)
+    }
+
+    /// Dumps what a request asks for. `attributes` narrows it down.
+    ///
+    /// A dump during which the ruleset changed is started again.
+    pub(super) fn dump(
+        &mut self,
+        what: &'static str,
+        kind: libc::c_int,
+        family: u8,
+        attributes: &[u8],
+    ) -> Result<Dumped, Error> {
+        let request = Dump {
+            what,
+            kind: (libc::NFNL_SUBSYS_NFTABLES << 8 | kind) as u16,
+            family,
+            attributes,
+        };
+        for _ in 0..DUMP_ATTEMPTS {
+            let mut dumped = Vec::new();
+            let reading = self.socket.dump(request, |message| {
+                dumped.extend_from_slice(message.bytes);
+                // Messages start at multiples of four.
+                dumped.resize(dumped.len().next_multiple_of(4), 0);
+            })?;
+            if reading == Reading::Complete {
+                return Ok(Dumped(dumped));
+            }
+        }
+        Err(Error::Interrupted {
+            what,
+            times: DUMP_ATTEMPTS,
+        })
+    }
+}
