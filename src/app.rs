@@ -8,6 +8,9 @@
 //!  └───────────────────────┘           └─────────────────────────────────────┘
 //! ```
 //!
+//! Two more threads wait for work: "flows" deletes stale UDP flows, "monitor" hears of changes that
+//! others make to nftlet's tables.
+//!
 //! Writing to the kernel blocks, decoding objects and answering probes must not wait for it:
 //! each has a thread with a single-threaded runtime. A third thread, "flows", deletes UDP flows
 //! that a change of the rules left stale.
@@ -23,16 +26,16 @@ use clap::Parser;
 use thiserror::Error;
 use tokio::runtime;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use crate::cli::{self, Args, HEALTHZ_BIND_ADDRESS, LogFormat, METRICS_BIND_ADDRESS};
-use crate::compile::{DetectLocal, NodePortAddresses, Settings};
+use crate::compile::{DetectLocal, NodePortAddresses, Settings, TABLE};
 use crate::health::{self, Health, Probe, Router};
 use crate::metrics::Metrics;
 use crate::model::{
     Changes, Delivery, Event, Kind, Notice, Object, Reason, ServiceKind, Store, Subject,
 };
-use crate::netlink::{self, Nftables};
+use crate::netlink::{self, Heard, Monitor, Nftables};
 use crate::reconcile::conntrack::{self, Cleaner, KernelFlows};
 use crate::reconcile::{self, Exit, Log, Reconciler, Reporter, Signals};
 use crate::ruleset::{Ruleset, text};
@@ -150,11 +153,16 @@ pub fn run(args: &Args) -> Result<(), Error> {
     let reporter = Log;
     let (cleaner, pending) = conntrack::queue();
     let flows = start_cleaner(pending, metrics.clone())?;
+    let foreign = Arc::new(Notify::new());
+    if !args.once {
+        start_monitor(&nftables, foreign.clone())?;
+    }
     let mut reconciler =
         Reconciler::new(nftables, settings, &metrics, &reporter).with_cleaner(cleaner);
     let signals = Signals {
         stop: stopped,
         once: args.once,
+        foreign,
     };
     let exit =
         single_threaded()?.block_on(reconcile::run(&mut reconciler, received, signals, &health));
@@ -178,6 +186,34 @@ pub fn run(args: &Args) -> Result<(), Error> {
         Exit::Failed => Err(Error::NotProgrammed),
         Exit::SourcesGone => Err(Error::SourceEnded),
     }
+}
+
+/// Starts the thread that hears of changes that others make to nftlet's tables. It ends with the
+/// process. Without the news nftlet works, but heals only what it meets.
+fn start_monitor(own: &Nftables, foreign: Arc<Notify>) -> Result<(), Error> {
+    let mut monitor = match Monitor::open(&[TABLE], own) {
+        Ok(monitor) => monitor,
+        Err(error) => {
+            tracing::warn!("{error}; changes that others make to the rules are not noticed");
+            return Ok(());
+        }
+    };
+    let listen = move || {
+        loop {
+            match monitor.wait() {
+                Ok(Heard::Change | Heard::Lost) => foreign.notify_one(),
+                Err(error) => {
+                    tracing::warn!("{error}; changes of others are not noticed any more");
+                    return;
+                }
+            }
+        }
+    };
+    thread::Builder::new()
+        .name("monitor".into())
+        .spawn(listen)
+        .map(drop)
+        .map_err(system("the thread that hears of foreign changes"))
 }
 
 /// Starts the thread that deletes stale UDP flows: listing flows takes long where there are many,

@@ -4,9 +4,10 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
+use nftlet::compile::TABLE;
 use nftlet::metrics::Metrics;
 use nftlet::model::{Event, Notice};
-use nftlet::netlink::{Applied, Error, Nftables, encode};
+use nftlet::netlink::{Applied, Error, Monitor, Nftables, encode};
 use nftlet::reconcile::{Kernel, Outcome, Reconciler, Reporter};
 use nftlet::ruleset::{Element, Ruleset, TableId, Transaction};
 use serde::Serialize;
@@ -111,12 +112,15 @@ pub struct Agent<'a> {
     cost: Rc<RefCell<Cost>>,
     split: Rc<RefCell<bool>>,
     spent_splitting: Rc<RefCell<Duration>>,
+    /// As in the agent, somebody listens for changes: the kernel composes news for them.
+    _monitor: Monitor,
 }
 
 impl<'a> Agent<'a> {
     /// A new one for the namespace of the calling thread, which knows nothing of an earlier one.
     pub fn new(metrics: &'a Metrics) -> Self {
         let kernel = Nftables::open().unwrap_or_else(|error| panic!("{error}"));
+        let monitor = Monitor::open(&[TABLE], &kernel).unwrap_or_else(|error| panic!("{error}"));
         let (cost, split, spent_splitting) = Default::default();
         let metered = Metered {
             kernel,
@@ -126,6 +130,7 @@ impl<'a> Agent<'a> {
         };
         Self {
             reconciler: Reconciler::new(metered, settings(), metrics, &Strict),
+            _monitor: monitor,
             cost,
             split,
             spent_splitting,

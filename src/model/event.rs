@@ -217,6 +217,8 @@ pub enum Reason {
     NodeMissing,
     /// The kernel refused what an object asked for.
     KernelRefused,
+    /// Somebody else changed nftlet's tables.
+    ForeignChange,
 }
 
 impl Reason {
@@ -232,6 +234,7 @@ impl Reason {
             Reason::ApiServer => "ApiServer",
             Reason::NodeMissing => "NodeMissing",
             Reason::KernelRefused => "KernelRefused",
+            Reason::ForeignChange => "ForeignChange",
         }
     }
 }

@@ -15,6 +15,8 @@
 //! [`Conntrack`] holds another socket: it lists the UDP flows that the kernel tracks, and deletes
 //! those that lead nowhere.
 //!
+//! [`Monitor`] listens on a third one for changes that others make to nftlet's tables.
+//!
 //! Tables, chains, rules and set declarations are put together by libnftnl through the crates
 //! `nftnl` and `nftnl_sys`. Element lists, of which there can be a million, are written
 //! directly (`attr`); expressions that the crate lacks are described as plain data (`expr`) and built in one
@@ -26,6 +28,7 @@ mod encode;
 mod error;
 mod expr;
 mod ffi;
+mod monitor;
 mod nftables;
 mod read;
 mod socket;
@@ -35,4 +38,5 @@ mod udata;
 pub use conntrack::{Conntrack, Flow, FlowFilter};
 pub use encode::{Batch, encode};
 pub use error::{Error, Place};
+pub use monitor::{Heard, Monitor};
 pub use nftables::{Applied, Nftables};

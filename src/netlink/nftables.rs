@@ -44,6 +44,11 @@ impl Nftables {
         Ok(Self { socket })
     }
 
+    /// The address by which the kernel knows whose changes these are.
+    pub(super) fn port(&self) -> u32 {
+        self.socket.port()
+    }
+
     /// Writes a transaction: all of it takes effect at once, or nothing does.
     ///
     /// # Errors

@@ -99,6 +99,73 @@ impl Socket {
         }
     }
 
+    /// The address by which the kernel knows the socket.
+    pub fn port(&self) -> u32 {
+        self.socket.portid()
+    }
+
+    /// Joins a group of listeners.
+    pub fn join(&self, group: u32) -> io::Result<()> {
+        let group = i32::try_from(group).unwrap_or_default();
+        self.set_option(libc::SOL_NETLINK, libc::NETLINK_ADD_MEMBERSHIP, group)
+    }
+
+    /// Has the kernel drop all news about what was done through the socket of a port.
+    pub fn ignore_port(&self, port: u32) -> io::Result<()> {
+        /// Offset of `nlmsg_pid`, by which a message names the port that caused it.
+        const PORT_OFFSET: u32 = 12;
+        let step = |code: u32, jt: u8, jf: u8, k: u32| libc::sock_filter {
+            code: code as u16,
+            jt,
+            jf,
+            k,
+        };
+        // The filter loads words in network order; the kernel wrote the port in its own.
+        let mut program = [
+            step(
+                libc::BPF_LD | libc::BPF_W | libc::BPF_ABS,
+                0,
+                0,
+                PORT_OFFSET,
+            ),
+            step(
+                libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K,
+                0,
+                1,
+                port.to_be(),
+            ),
+            step(libc::BPF_RET | libc::BPF_K, 0, 0, 0),
+            step(libc::BPF_RET | libc::BPF_K, 0, 0, u32::MAX),
+        ];
+        let filter = libc::sock_fprog {
+            len: program.len() as libc::c_ushort,
+            filter: program.as_mut_ptr(),
+        };
+        // SAFETY: the descriptor is open as long as `self`; the program and the structure that
+        // points to it outlive the call, which copies both; their sizes are given.
+        let result = unsafe {
+            libc::setsockopt(
+                self.socket.as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_ATTACH_FILTER,
+                (&raw const filter).cast(),
+                size_of::<libc::sock_fprog>() as libc::socklen_t,
+            )
+        };
+        if result == 0 {
+            Ok(())
+        } else {
+            Err(io::Error::last_os_error())
+        }
+    }
+
+    /// Waits for news and hands them out, as many as come at once.
+    pub fn listen(&mut self, each: impl FnMut(Message)) -> io::Result<()> {
+        let datagram = self.receive(true)?.unwrap_or_default();
+        messages(datagram).for_each(each);
+        Ok(())
+    }
+
     /// Makes the send buffer large enough for a batch; the kernel takes a message only whole.
     fn reserve(&mut self, bytes: usize) -> io::Result<()> {
         if bytes <= self.send_buffer {

@@ -262,10 +262,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         self.flows.merge(effects.flows);
         for _ in 0..=MOST_REFUSALS {
             match self.attempt() {
-                Ok(healed) => {
-                    if !first {
-                        self.metrics.healed(healed);
-                    }
+                Ok(_) => {
                     self.metrics.sync(true, started.elapsed());
                     self.state = State::Synced;
                     // Whatever happened while the kernel was not as wanted, the flows of all
@@ -289,6 +286,39 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         self.state = State::Unknown;
         self.changes = changes;
         Outcome::Failed
+    }
+
+    /// Compares with what the kernel holds after somebody else changed the tables, and puts back
+    /// what was changed. Returns whether anything was.
+    pub fn heal(&mut self) -> (Outcome, bool) {
+        if self.state != State::Synced {
+            // What is about to be written compares anyway.
+            return (self.resync(), true);
+        }
+        let started = Instant::now();
+        match self.attempt() {
+            Ok(0) => (Outcome::Synced, false),
+            Ok(operations) => {
+                self.metrics.healed(operations);
+                self.metrics.sync(true, started.elapsed());
+                self.report(Notice {
+                    subject: Subject::Other(format!("table {TABLE}").into()),
+                    reason: Reason::ForeignChange,
+                    message: format!(
+                        "somebody else changed it; {operations} operations put it back within \
+                         {:.1?} (find out who: nft monitor)",
+                        started.elapsed()
+                    ),
+                });
+                (Outcome::Synced, true)
+            }
+            Err(error) => {
+                self.metrics.failure();
+                self.reporter.failed(&error);
+                self.state = State::Unknown;
+                (self.resync(), true)
+            }
+        }
     }
 
     /// Reads, compares, writes; returns the number of operations it took.

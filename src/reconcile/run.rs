@@ -1,8 +1,9 @@
 //! The reconciler as a task: waits for events, retries, stops.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::{Instant, sleep_until};
 
 use super::{Kernel, Outcome, Reconciler};
@@ -15,6 +16,12 @@ const SHORTEST_RETRY: Duration = Duration::from_millis(100);
 const LONGEST_RETRY: Duration = Duration::from_secs(30);
 /// How often someone who waits for the first rules is told what is missing.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// The first pause between two answers to foreign changes.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(20);
+/// Pauses longer than this are worth a warning.
+const LOUD: Duration = Duration::from_secs(2);
+/// Tables left alone for so long are answered for at once again.
+const QUIET: Duration = Duration::from_secs(60);
 /// How often services are tried again that the kernel refused.
 const FORGIVE_EVERY: Duration = Duration::from_secs(300);
 
@@ -25,6 +32,8 @@ pub struct Signals {
     pub stop: watch::Receiver<bool>,
     /// Return after the first successful write.
     pub once: bool,
+    /// Told when somebody else changed the tables.
+    pub foreign: Arc<Notify>,
 }
 
 /// Why the task ended.
@@ -53,6 +62,7 @@ pub async fn run<K: Kernel>(
     let mut sweep: Option<Instant> = None;
     let mut forgive = Instant::now() + FORGIVE_EVERY;
     let mut batch = Vec::new();
+    let mut healing = Healing::default();
     let (mut open, mut ready) = (true, false);
     let mut patience = Instant::now() + PATIENCE;
     loop {
@@ -77,6 +87,15 @@ pub async fn run<K: Kernel>(
             () = sleep_until(sweep.unwrap_or_else(Instant::now)), if sweep.is_some() => {
                 sweep = None;
                 reconciler.remove_unused_chains()
+            }
+            () = signals.foreign.notified(), if ready => {
+                healing.due.get_or_insert(healing.allowed);
+                continue;
+            }
+            () = sleep_until(healing.due.unwrap_or(healing.allowed)), if healing.due.is_some() => {
+                let (outcome, changed) = reconciler.heal();
+                healing.done(changed);
+                outcome
             }
             () = sleep_until(patience), if !ready => {
                 patience += PATIENCE;
@@ -123,6 +142,47 @@ pub async fn run<K: Kernel>(
         if !open && retry.is_none() {
             return Exit::SourcesGone;
         }
+    }
+}
+
+/// When to put back what somebody else changed: at once, unless it happens again and again.
+struct Healing {
+    /// When to do it, once somebody changed something.
+    due: Option<Instant>,
+    /// Not before.
+    allowed: Instant,
+    pause: Duration,
+}
+
+impl Default for Healing {
+    fn default() -> Self {
+        Self {
+            due: None,
+            allowed: Instant::now(),
+            pause: Duration::ZERO,
+        }
+    }
+}
+
+impl Healing {
+    /// Books a comparison, and whether there was something to put back. Somebody who keeps
+    /// changing the tables is answered more and more slowly; a quiet minute forgives.
+    fn done(&mut self, changed: bool) {
+        let now = Instant::now();
+        self.due = None;
+        if now.saturating_duration_since(self.allowed) > QUIET {
+            self.pause = Duration::ZERO;
+        }
+        if changed {
+            self.pause = (self.pause * 2).clamp(SHORTEST_PAUSE, LONGEST_RETRY);
+            if self.pause > LOUD {
+                tracing::warn!(
+                    "something keeps changing nftlet's tables; they are compared again in {:?}",
+                    self.pause
+                );
+            }
+        }
+        self.allowed = now + self.pause;
     }
 }
 

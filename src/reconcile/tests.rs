@@ -573,6 +573,7 @@ async fn a_cluster_that_does_not_tell_all_is_no_reason_to_restart() {
     let signals = Signals {
         stop: stopped,
         once: false,
+        foreign: std::sync::Arc::default(),
     };
     let test = async {
         let web = service("web", &["10.96.0.10"], &[80]);
