@@ -369,14 +369,10 @@ fn the_kernel_lists_what_is_asked_for_and_deletes_what_was_listed() {
     let pods = lab.pods();
     let mut clients = Vec::new();
     for pod in &pods {
-        for address in pod.addresses() {
-            for port in [53, 54] {
-                clients.push(Client::new(
-                    lab.client(),
-                    4000,
-                    SocketAddr::new(address, port),
-                ));
-            }
+        for (address, port) in pod.addresses().into_iter().flat_map(|a| [(a, 53), (a, 54)]) {
+            // A socket of its own, and a source port of the kernel's choice, for each.
+            let to = SocketAddr::new(address, port);
+            clients.push(Client::new(lab.client(), 0, to));
         }
     }
     let all = wait_for("the flows", LONG, || {
