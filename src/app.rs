@@ -25,10 +25,11 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::cli::{self, Args, HEALTHZ_BIND_ADDRESS, LogFormat, METRICS_BIND_ADDRESS};
 use crate::compile::{DetectLocal, NodePortAddresses, Settings};
-use crate::health::{self, Health, Probe, Router};
+use crate::health::{self, CheckError, Checks, Health, Probe, Router};
 use crate::metrics::Metrics;
 use crate::model::{
-    Changes, Delivery, Event, Kind, Notice, Object, Reason, ServiceKind, Store, Subject,
+    Changes, Delivery, Event, Kind, Notice, Object, ObjectName, ObjectRef, Reason, ServiceKind,
+    Store, Subject,
 };
 use crate::netlink::{self, Nftables};
 use crate::reconcile::{self, Exit, Log, Reconciler, Reporter, Signals};
@@ -117,11 +118,13 @@ pub fn run(args: &Args) -> Result<(), Error> {
     let (events, received) = mpsc::channel(QUEUE);
     let (stop, stopped) = watch::channel(false);
     let (ready, started) = oneshot::channel();
+    let (health_checks, wanted_checks) = watch::channel(Checks::new());
     let io = Io {
         args: args.clone(),
         node_name,
         metrics: metrics.clone(),
         health: health.clone(),
+        health_checks: wanted_checks,
         stop,
         stopped: stopped.clone(),
     };
@@ -132,7 +135,8 @@ pub fn run(args: &Args) -> Result<(), Error> {
     // The sender is dropped without a message only if the thread panicked.
     started.blocking_recv().unwrap_or(Err(Error::SourceEnded))?;
     let reporter = Log;
-    let mut reconciler = Reconciler::new(nftables, settings, &metrics, &reporter);
+    let mut reconciler =
+        Reconciler::new(nftables, settings, &metrics, &reporter).with_health_checks(health_checks);
     let signals = Signals {
         stop: stopped,
         once: args.once,
@@ -373,6 +377,7 @@ struct Io {
     node_name: String,
     metrics: Arc<Metrics>,
     health: Health,
+    health_checks: watch::Receiver<Checks>,
     stop: watch::Sender<bool>,
     stopped: watch::Receiver<bool>,
 }
@@ -434,6 +439,9 @@ impl Io {
             tasks.push(tokio::spawn(cluster.run(events, stopped)));
         }
         tasks.extend(self.serve_http(stats).await?);
+        if !self.args.once {
+            tasks.push(self.serve_health_checks());
+        }
         Ok(tasks)
     }
 
@@ -478,6 +486,21 @@ impl Io {
         Ok(tasks)
     }
 
+    fn serve_health_checks(&self) -> tokio::task::JoinHandle<()> {
+        let metrics = self.metrics.clone();
+        let failed = move |error: &CheckError| {
+            metrics.health_check_port_error();
+            if !error.again {
+                let notice = port_notice(error);
+                metrics.notice(notice.reason.as_str());
+                Log.notice(&notice);
+            }
+        };
+        let (wanted, health) = (self.health_checks.clone(), self.health.clone());
+        let serve = health::serve_checks(wanted, health, failed, self.stopped.clone());
+        tokio::spawn(serve)
+    }
+
     fn probes(&self) -> Router {
         let metrics = self.metrics.clone();
         Router::new().probes(&self.health, move |probe, code| match probe {
@@ -497,6 +520,15 @@ impl Io {
         Ok(tokio::spawn(async move {
             health::serve(listener, Arc::new(router), stopped).await;
         }))
+    }
+}
+
+fn port_notice(error: &CheckError) -> Notice {
+    let service = ObjectName::new(&error.check.namespace, &error.check.name);
+    Notice {
+        subject: Subject::Object(ObjectRef::new(Kind::Service, service)),
+        reason: Reason::HealthCheckPort,
+        message: error.to_string(),
     }
 }
 

@@ -196,6 +196,8 @@ pub enum Reason {
     NodeMissing,
     /// The kernel refused what an object asked for.
     KernelRefused,
+    /// The port of a health check cannot be listened on.
+    HealthCheckPort,
 }
 
 impl Reason {
@@ -211,6 +213,7 @@ impl Reason {
             Reason::ApiServer => "ApiServer",
             Reason::NodeMissing => "NodeMissing",
             Reason::KernelRefused => "KernelRefused",
+            Reason::HealthCheckPort => "HealthCheckPort",
         }
     }
 }

@@ -17,6 +17,7 @@
 //! earlier run stay in force and are changed, never flushed. If the kernel refuses an element
 //! even then, the service it belongs to is left out and reported, and the others are written.
 
+mod health_checks;
 mod kernel;
 mod programmed;
 mod report;
@@ -25,7 +26,10 @@ mod run;
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
+use tokio::sync::watch;
+
 use crate::compile::{self, Settings, TABLE};
+use crate::health::Checks;
 use crate::metrics::Metrics;
 use crate::model::{
     Changes, Delivery, Event, Kind, Notice, ObjectName, ObjectRef, Reason, Store, Subject,
@@ -38,6 +42,7 @@ pub use programmed::Programmed;
 pub use report::{Log, Reporter};
 pub use run::{Exit, Signals, run};
 
+use health_checks::HealthChecks;
 use programmed::Draft;
 
 /// How many services are left out in one attempt before giving up until the next.
@@ -61,6 +66,7 @@ pub struct Reconciler<'a, K> {
     changes: Changes,
     /// Arrival times of events whose rules are not in force yet.
     waiting: Vec<Instant>,
+    health_checks: Option<HealthChecks>,
 }
 
 /// How far the kernel is known to agree.
@@ -105,7 +111,15 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
             unused_since: None,
             changes: Changes::default(),
             waiting: Vec::new(),
+            health_checks: None,
         }
+    }
+
+    /// Publishes the health checks that services want, each time their rules are in force.
+    #[must_use]
+    pub fn with_health_checks(mut self, checks: watch::Sender<Checks>) -> Self {
+        self.health_checks = Some(HealthChecks::new(checks));
+        self
     }
 
     /// The objects as they are known.
@@ -200,6 +214,9 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
                 compile::plan(&self.store, name, &self.settings, previous)
             };
             self.programmed.set_plan(name, plan, draft);
+            if let Some(checks) = &mut self.health_checks {
+                checks.changed(name);
+            }
         }
     }
 
@@ -270,6 +287,9 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
             reason: Reason::KernelRefused,
             message: format!("{error}; the service is left out until it changes"),
         });
+        if let Some(checks) = &mut self.health_checks {
+            checks.changed(&owner);
+        }
         self.refused.insert(owner);
         true
     }
@@ -302,6 +322,10 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
             if let Some(since) = milliseconds_since(*triggered) {
                 self.metrics.network_programming(since);
             }
+        }
+        let checks = self.health_checks.as_mut();
+        for notice in checks.map_or_else(Vec::new, |c| c.publish(&self.store, &self.refused)) {
+            self.report(notice);
         }
         for kind in Kind::ALL {
             self.metrics.objects(kind.as_str(), self.store.count(kind));
