@@ -48,6 +48,9 @@ const QUEUE: usize = 4096;
 /// Why nftlet ended without having done what it was asked for.
 #[derive(Debug, Error)]
 pub enum Error {
+    /// Arguments that do not go together.
+    #[error(transparent)]
+    Arguments(#[from] cli::Error),
     /// The kernel cannot be worked with.
     #[error(transparent)]
     Netlink(#[from] netlink::Error),
@@ -105,7 +108,7 @@ pub enum Error {
 pub fn run(args: &Args) -> Result<(), Error> {
     start_logging(args);
     let node_name = args.node_name(std::env::var("NODE_NAME").ok(), &host_name());
-    let settings = settings(args);
+    let settings = settings(args)?;
     if args.dry_run {
         return dry_run(args, &node_name, &settings);
     }
@@ -194,16 +197,23 @@ fn start_logging(args: &Args) {
     };
 }
 
-fn settings(args: &Args) -> Settings {
-    Settings {
-        detect_local: DetectLocal::ClusterCidr(args.cluster_cidr.as_slice().to_vec()),
+fn settings(args: &Args) -> Result<Settings, Error> {
+    Ok(Settings {
+        detect_local: match args.detect_local()? {
+            cli::DetectLocal::ClusterCidr(ranges) => DetectLocal::ClusterCidr(ranges),
+            cli::DetectLocal::NodeCidr => DetectLocal::NodeCidr,
+            cli::DetectLocal::BridgeInterface(name) => DetectLocal::BridgeInterface(name.into()),
+            cli::DetectLocal::InterfaceNamePrefix(prefix) => {
+                DetectLocal::InterfaceNamePrefix(prefix.into())
+            }
+        },
         masquerade_all: args.masquerade_all,
         nodeport_addresses: match &args.nodeport_addresses {
             cli::NodePortAddresses::Primary => NodePortAddresses::Primary,
             cli::NodePortAddresses::Ranges(ranges) => NodePortAddresses::Inside(ranges.clone()),
         },
         host_addresses: host_addresses(),
-    }
+    })
 }
 
 fn host_name() -> String {
