@@ -454,10 +454,21 @@ fn source_ranges_keep_others_off_the_load_balancer_alone() {
             assert_eq!(names(outside, ask), pods(&[1, 3]), "{ask:?}");
         }
     }
-    for everyone in ["0.0.0.0/0", "::/0"] {
-        stage.program_pods(&ranges(&["10.0.0.0/8", everyone]), &[1]);
+    // Whether an outsider gets in over IPv4 and IPv6.
+    for (given, gets_in) in [
+        (&["0.0.0.0/0", "10.0.0.0/8"][..], [true, true]),
+        (&["::/0"], [true, true]),
+        (&["10.0.0.0/8", "::/0"], [false, true]),
+        (&["0.0.0.0/0", "fd99::/16"], [true, false]),
+        (&["10.0.0.0/8"], [false, false]),
+    ] {
+        stage.program_pods(&ranges(given), &[1]);
         for ask in asks_to(BALANCER_IPS) {
-            assert_eq!(names(outside, ask), pods(&[1]), "{everyone} {ask:?}");
+            if gets_in[usize::from(ask.to().is_ipv6())] {
+                assert_eq!(names(outside, ask), pods(&[1]), "{given:?} {ask:?}");
+            } else {
+                assert_dropped(outside, ask);
+            }
         }
     }
 }
