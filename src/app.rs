@@ -30,10 +30,11 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use crate::cli::{self, Args, HEALTHZ_BIND_ADDRESS, LogFormat, METRICS_BIND_ADDRESS};
 use crate::compile::{DetectLocal, NodePortAddresses, Settings, TABLE};
-use crate::health::{self, Health, Probe, Router};
+use crate::health::{self, CheckError, Checks, Health, Probe, Router};
 use crate::metrics::Metrics;
 use crate::model::{
-    Changes, Delivery, Event, Kind, Notice, Object, Reason, ServiceKind, Store, Subject,
+    Changes, Delivery, Event, Kind, Notice, Object, ObjectName, ObjectRef, Reason, ServiceKind,
+    Store, Subject,
 };
 use crate::netlink::{self, Heard, Monitor, Nftables};
 use crate::reconcile::conntrack::{self, Cleaner, KernelFlows};
@@ -51,6 +52,9 @@ const QUEUE: usize = 4096;
 /// Why nftlet ended without having done what it was asked for.
 #[derive(Debug, Error)]
 pub enum Error {
+    /// Arguments that do not go together.
+    #[error(transparent)]
+    Arguments(#[from] cli::Error),
     /// The kernel cannot be worked with.
     #[error(transparent)]
     Netlink(#[from] netlink::Error),
@@ -123,7 +127,7 @@ pub fn main() -> ExitCode {
 pub fn run(args: &Args) -> Result<(), Error> {
     start_logging(args);
     let node_name = args.node_name(std::env::var("NODE_NAME").ok(), &host_name());
-    let settings = settings(args);
+    let settings = settings(args)?;
     if args.dry_run {
         return dry_run(args, &node_name, &settings);
     }
@@ -136,11 +140,13 @@ pub fn run(args: &Args) -> Result<(), Error> {
     let (events, received) = mpsc::channel(QUEUE);
     let (stop, stopped) = watch::channel(false);
     let (ready, started) = oneshot::channel();
+    let (health_checks, wanted_checks) = watch::channel(Checks::new());
     let io = Io {
         args: args.clone(),
         node_name,
         metrics: metrics.clone(),
         health: health.clone(),
+        health_checks: wanted_checks,
         stop,
         stopped: stopped.clone(),
     };
@@ -157,8 +163,9 @@ pub fn run(args: &Args) -> Result<(), Error> {
     if !args.once {
         start_monitor(&nftables, foreign.clone())?;
     }
-    let mut reconciler =
-        Reconciler::new(nftables, settings, &metrics, &reporter).with_cleaner(cleaner);
+    let mut reconciler = Reconciler::new(nftables, settings, &metrics, &reporter)
+        .with_cleaner(cleaner)
+        .with_health_checks(health_checks);
     let signals = Signals {
         stop: stopped,
         once: args.once,
@@ -265,16 +272,23 @@ fn start_logging(args: &Args) {
     };
 }
 
-fn settings(args: &Args) -> Settings {
-    Settings {
-        detect_local: DetectLocal::ClusterCidr(args.cluster_cidr.as_slice().to_vec()),
+fn settings(args: &Args) -> Result<Settings, Error> {
+    Ok(Settings {
+        detect_local: match args.detect_local()? {
+            cli::DetectLocal::ClusterCidr(ranges) => DetectLocal::ClusterCidr(ranges),
+            cli::DetectLocal::NodeCidr => DetectLocal::NodeCidr,
+            cli::DetectLocal::BridgeInterface(name) => DetectLocal::BridgeInterface(name.into()),
+            cli::DetectLocal::InterfaceNamePrefix(prefix) => {
+                DetectLocal::InterfaceNamePrefix(prefix.into())
+            }
+        },
         masquerade_all: args.masquerade_all,
         nodeport_addresses: match &args.nodeport_addresses {
             cli::NodePortAddresses::Primary => NodePortAddresses::Primary,
             cli::NodePortAddresses::Ranges(ranges) => NodePortAddresses::Inside(ranges.clone()),
         },
         host_addresses: host_addresses(),
-    }
+    })
 }
 
 fn host_name() -> String {
@@ -448,6 +462,7 @@ struct Io {
     node_name: String,
     metrics: Arc<Metrics>,
     health: Health,
+    health_checks: watch::Receiver<Checks>,
     stop: watch::Sender<bool>,
     stopped: watch::Receiver<bool>,
 }
@@ -514,6 +529,9 @@ impl Io {
         // would have looked at a signal.
         tasks.push(self.handle_signals()?);
         tasks.extend(self.serve_http(stats).await?);
+        if !self.args.once {
+            tasks.push(self.serve_health_checks());
+        }
         Ok(tasks)
     }
 
@@ -558,6 +576,21 @@ impl Io {
         Ok(tasks)
     }
 
+    fn serve_health_checks(&self) -> tokio::task::JoinHandle<()> {
+        let metrics = self.metrics.clone();
+        let failed = move |error: &CheckError| {
+            metrics.health_check_port_error();
+            if !error.again {
+                let notice = port_notice(error);
+                metrics.notice(notice.reason.as_str());
+                Log.notice(&notice);
+            }
+        };
+        let (wanted, health) = (self.health_checks.clone(), self.health.clone());
+        let serve = health::serve_checks(wanted, health, failed, self.stopped.clone());
+        tokio::spawn(serve)
+    }
+
     fn probes(&self) -> Router {
         let metrics = self.metrics.clone();
         Router::new().probes(&self.health, move |probe, code| match probe {
@@ -577,6 +610,15 @@ impl Io {
         Ok(tokio::spawn(async move {
             health::serve(listener, Arc::new(router), stopped).await;
         }))
+    }
+}
+
+fn port_notice(error: &CheckError) -> Notice {
+    let service = ObjectName::new(&error.check.namespace, &error.check.name);
+    Notice {
+        subject: Subject::Object(ObjectRef::new(Kind::Service, service)),
+        reason: Reason::HealthCheckPort,
+        message: error.to_string(),
     }
 }
 

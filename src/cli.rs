@@ -14,6 +14,11 @@ use clap::{ArgAction, Parser};
 use ipnet::IpNet;
 use thiserror::Error;
 
+use detect_local::LONGEST_INTERFACE_NAME;
+pub use detect_local::{DetectLocal, DetectLocalMode, InterfaceName};
+
+mod detect_local;
+
 /// The flag with the address of the probes.
 pub const HEALTHZ_BIND_ADDRESS: &str = "--healthz-bind-address";
 
@@ -88,6 +93,20 @@ pub struct Args {
     )]
     pub cluster_cidr: ClusterCidrs,
 
+    /// Tell traffic of pods by ClusterCIDR (the range of --cluster-cidr), NodeCIDR (the ranges in
+    /// spec.podCIDRs of the Node), BridgeInterface (the bridge it comes in by) or
+    /// InterfaceNamePrefix (the name of the interface it comes in by).
+    #[arg(long, value_name = "MODE", help_heading = "Services", default_value_t)]
+    pub detect_local_mode: DetectLocalMode,
+
+    /// The bridge that the pods of this node are attached to; with BridgeInterface.
+    #[arg(long, value_name = "NAME", help_heading = "Services")]
+    pub pod_bridge_interface: Option<InterfaceName>,
+
+    /// What the names of the interfaces of this node's pods begin with; with InterfaceNamePrefix.
+    #[arg(long, value_name = "PREFIX", help_heading = "Services")]
+    pub pod_interface_name_prefix: Option<InterfaceName>,
+
     /// Answer NodePorts on the local addresses inside these ranges, or on the node's own address
     /// of each family (primary). A family without a range means all of its local addresses.
     #[arg(
@@ -153,6 +172,31 @@ impl Args {
             .to_lowercase()
     }
 
+    /// How traffic of pods is told.
+    ///
+    /// # Errors
+    ///
+    /// When the mode needs the name of an interface and there is none.
+    pub fn detect_local(&self) -> Result<DetectLocal, Error> {
+        let needed = |name: &Option<InterfaceName>, error| match name {
+            Some(InterfaceName(name)) if !name.is_empty() => Ok(name.clone()),
+            _ => Err(error),
+        };
+        Ok(match self.detect_local_mode {
+            DetectLocalMode::ClusterCidr => {
+                DetectLocal::ClusterCidr(self.cluster_cidr.as_slice().to_vec())
+            }
+            DetectLocalMode::NodeCidr => DetectLocal::NodeCidr,
+            DetectLocalMode::BridgeInterface => {
+                DetectLocal::BridgeInterface(needed(&self.pod_bridge_interface, Error::NoBridge)?)
+            }
+            DetectLocalMode::InterfaceNamePrefix => DetectLocal::InterfaceNamePrefix(needed(
+                &self.pod_interface_name_prefix,
+                Error::NoPrefix,
+            )?),
+        })
+    }
+
     fn address(&self, given: Option<BindAddress>, default: SocketAddr) -> Option<SocketAddr> {
         match given {
             Some(address) => address.resolve(default.port()),
@@ -197,6 +241,29 @@ pub enum Error {
     /// No path.
     #[error("the path is empty; write a file, a directory, or - for standard input")]
     Manifests,
+    /// No mode.
+    #[error(
+        "there is no such mode; write ClusterCIDR, NodeCIDR, BridgeInterface or InterfaceNamePrefix"
+    )]
+    DetectLocalMode,
+    /// The mode BridgeInterface alone.
+    #[error(
+        "--detect-local-mode BridgeInterface needs the name of the pods' bridge; give it with --pod-bridge-interface, for example cni0"
+    )]
+    NoBridge,
+    /// The mode InterfaceNamePrefix alone.
+    #[error(
+        "--detect-local-mode InterfaceNamePrefix needs what the names of the pods' interfaces begin with; give it with --pod-interface-name-prefix, for example veth"
+    )]
+    NoPrefix,
+    /// Too long for an interface.
+    #[error("names of interfaces have at most {LONGEST_INTERFACE_NAME} bytes, and this has {0}")]
+    LongInterface(usize),
+    /// Characters that no interface has.
+    #[error(
+        "`{0}` cannot be in the name of an interface; names have letters, digits and marks such as - _ . but no space, / : * or quotes"
+    )]
+    InterfaceCharacter(char),
     /// No log format.
     #[error("there is no such format; write text or json")]
     LogFormat,

@@ -3,7 +3,7 @@
 //! [`Health`] is told what happens and answers the two probes of kube-proxy: `/healthz` says
 //! whether load balancers should send traffic to this node, `/livez` whether restarting nftlet
 //! could help. [`serve`] answers them, and any other page of a [`Router`], on a listener made by
-//! [`bind`].
+//! [`bind`]. [`serve_checks`] answers the health checks of single services, each on its own port.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -11,8 +11,10 @@ use std::time::{Duration, Instant, SystemTime};
 
 use serde_json::{Value, json};
 
+pub use self::checks::{Check, CheckError, Checks, serve_checks};
 pub use self::server::{Error, Router, bind, serve};
 
+mod checks;
 mod server;
 
 /// How long a round of work may take before it counts as late, twice over; kube-proxy's
@@ -184,6 +186,14 @@ impl Health {
         self.state().last_synced.is_some()
     }
 
+    /// Whether the rules are in place and follow the changes. The fate of the node, which
+    /// `/healthz` tells as well, does not count.
+    pub fn proxy_healthy(&self) -> bool {
+        let now = self.moment();
+        let state = self.state();
+        state.last_synced.is_some() && self.late(&state, now).is_none()
+    }
+
     /// Answers a probe.
     pub fn status(&self, probe: Probe) -> Status {
         match probe {
@@ -315,7 +325,7 @@ mod tests {
     fn nothing_written_yet_is_not_ready_but_alive() {
         let (health, forward) = at_rest();
         forward(3600);
-        assert!(!health.ready());
+        assert!(!health.ready() && !health.proxy_healthy());
         let status = health.healthz();
         assert_eq!(status.code(), 503);
         assert_eq!(status.last_updated, None);
@@ -341,6 +351,7 @@ mod tests {
         health.queued();
         assert!(health.healthz().healthy);
         forward(1);
+        assert!(!health.proxy_healthy());
         for probe in [Probe::Healthz, Probe::Livez] {
             let status = health.status(probe);
             assert_eq!(status.code(), 503, "{probe:?}");
@@ -394,7 +405,7 @@ mod tests {
         let status = health.healthz();
         assert_eq!(status.code(), 503);
         assert_eq!(status.node_eligible, Some(false));
-        assert!(health.livez().healthy);
+        assert!(health.livez().healthy && health.proxy_healthy());
         health.node_going_away(false);
         assert!(health.healthz().healthy);
     }

@@ -54,6 +54,7 @@ pub struct Metrics {
     watch_events: IntCounterVec,
     healthz: IntCounterVec,
     livez: IntCounterVec,
+    health_check_port_errors: IntCounter,
 }
 
 impl Metrics {
@@ -204,6 +205,10 @@ impl Metrics {
                 "Cumulative proxy livez HTTP status",
                 &["code"],
             )?,
+            health_check_port_errors: new.counter(
+                "nftlet_health_check_port_errors_total",
+                "Failed attempts to listen on the healthCheckNodePort of a service",
+            )?,
             registry,
         })
     }
@@ -327,6 +332,11 @@ impl Metrics {
     /// `/livez` was answered with this HTTP status.
     pub fn livez(&self, code: u16) {
         self.livez.with_label_values(&[&code.to_string()]).inc();
+    }
+
+    /// The health check port of a service could not be listened on.
+    pub fn health_check_port_error(&self) {
+        self.health_check_port_errors.inc();
     }
 }
 

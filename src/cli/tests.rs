@@ -270,6 +270,87 @@ fn nodeport_addresses_are_primary_or_ranges() {
 }
 
 #[test]
+fn pods_are_told_in_one_of_four_modes() {
+    let mode = |more: &[&str]| {
+        let given = [&["--cluster-cidr", "10.0.0.0/8"], more].concat();
+        parsed(&given)
+            .detect_local()
+            .map_err(|error| error.to_string())
+    };
+    let cluster = Ok(DetectLocal::ClusterCidr(vec![net("10.0.0.0/8")]));
+    assert_eq!(mode(&[]), cluster);
+    assert_eq!(mode(&["--detect-local-mode="]), cluster);
+    assert_eq!(mode(&["--detect-local-mode=ClusterCIDR"]), cluster);
+    assert_eq!(
+        mode(&["--detect-local-mode=NodeCIDR"]),
+        Ok(DetectLocal::NodeCidr)
+    );
+    let bridge = &["--detect-local-mode=BridgeInterface"][..];
+    assert_eq!(
+        mode(&[bridge, &["--pod-bridge-interface=cni0"]].concat()),
+        Ok(DetectLocal::BridgeInterface("cni0".into()))
+    );
+    let prefix = &["--detect-local-mode=InterfaceNamePrefix"][..];
+    assert_eq!(
+        mode(&[prefix, &["--pod-interface-name-prefix=veth"]].concat()),
+        Ok(DetectLocal::InterfaceNamePrefix("veth".into()))
+    );
+    for more in [
+        &[][..],
+        &["--pod-bridge-interface="],
+        &["--pod-interface-name-prefix=veth"],
+    ] {
+        let error = mode(&[bridge, more].concat()).unwrap_err();
+        assert_eq!(
+            error,
+            "--detect-local-mode BridgeInterface needs the name of the pods' bridge; give it with --pod-bridge-interface, for example cni0"
+        );
+    }
+    let error = mode(&[prefix, &["--pod-bridge-interface=cni0"]].concat()).unwrap_err();
+    assert!(
+        error.contains("give it with --pod-interface-name-prefix, for example veth"),
+        "{error}"
+    );
+    // What a mode does not need may be there, as with kube-proxy.
+    assert_eq!(mode(&["--pod-bridge-interface=cni0"]), cluster);
+}
+
+#[test]
+fn modes_and_interfaces_that_are_none_are_refused() {
+    for text in ["clustercidr", "NodeCidr", "Bridge", "Auto"] {
+        assert_eq!(
+            refused(&["--detect-local-mode", text]),
+            format!(
+                "error: invalid value '{text}' for '--detect-local-mode <MODE>': there is no such mode; write ClusterCIDR, NodeCIDR, BridgeInterface or InterfaceNamePrefix"
+            )
+        );
+    }
+    for flag in ["--pod-bridge-interface", "--pod-interface-name-prefix"] {
+        assert!(parse(&[flag, "exactly15bytes-"]).is_ok());
+        let line = refused(&[flag, "sixteen-bytes--+"]);
+        assert!(
+            line.ends_with(": names of interfaces have at most 15 bytes, and this has 16"),
+            "{line}"
+        );
+        for (name, wrong) in [
+            ("a b", ' '),
+            ("a/b", '/'),
+            ("eth0:1", ':'),
+            ("veth*", '*'),
+            ("ä", 'ä'),
+        ] {
+            let line = refused(&[flag, name]);
+            assert!(
+                line.contains(&format!(
+                    ": `{wrong}` cannot be in the name of an interface; "
+                )),
+                "{line}"
+            );
+        }
+    }
+}
+
+#[test]
 fn the_node_name_comes_from_the_flag_the_variable_or_the_host() {
     let with = parsed(&["--hostname-override", " Node-A "]);
     let without = parsed(&[]);
@@ -334,6 +415,10 @@ fn help_names_every_flag_in_its_group_within_the_width() {
         "--once",
         "Services:",
         "--cluster-cidr <CIDR[,CIDR]>",
+        "--detect-local-mode <MODE>",
+        "[default: ClusterCIDR]",
+        "--pod-bridge-interface <NAME>",
+        "--pod-interface-name-prefix <PREFIX>",
         "--nodeport-addresses <primary|CIDR,...>",
         "[default: primary]",
         "--masquerade-all",

@@ -128,21 +128,36 @@ pub fn plan(
     (!empty).then_some(plan)
 }
 
-/// The source ranges, if they keep anyone out. A range of prefix length 0 means everyone, of
-/// both families (kube-proxy's `serviceport.go`). If the node itself is let in, so are the load
-/// balancer's own addresses: that is what the node's traffic to them may come from.
+/// Whether the source ranges keep anyone of a family out.
+///
+/// A range of prefix length 0 means everyone of its family (kube-proxy's `serviceport.go`), and of
+/// the other one too if that has no range of its own. Ranges of one family alone, none of them
+/// for everyone, do not mention the clients of the other one, which are kept out.
+fn restricts(service: &Service, family: Family) -> bool {
+    let is_own = |net: &&IpNet| Family::of(net.addr()) == family;
+    let (own, others): (Vec<&IpNet>, Vec<&IpNet>) = service.source_ranges.iter().partition(is_own);
+    let deciding = if own.is_empty() { others } else { own };
+    !deciding.is_empty() && deciding.iter().all(|net| net.prefix_len() > 0)
+}
+
+/// The source ranges of the families in which they keep anyone out. If the node itself is let in,
+/// so are the load balancer's own addresses: that is what the node's traffic to them may come
+/// from.
 fn restricting(service: &Service, node: Option<&Node>) -> Box<[IpNet]> {
-    let mut ranges = service.source_ranges.clone();
-    if ranges.iter().any(|net| net.prefix_len() == 0) {
-        return Box::default();
-    }
+    let mut ranges = Vec::new();
     for family in Family::ALL {
-        let own = node.and_then(|node| node.primary_ip(family));
-        if own.is_some_and(|own| ranges.iter().any(|net| net.contains(&own))) {
+        if !restricts(service, family) {
+            continue;
+        }
+        let is_own = |address: IpAddr| Family::of(address) == family;
+        let own = service.source_ranges.iter().copied();
+        ranges.extend(own.filter(|net| is_own(net.addr())));
+        let node_ip = node.and_then(|node| node.primary_ip(family));
+        if node_ip.is_some_and(|ip| ranges.iter().any(|net: &IpNet| net.contains(&ip))) {
             let addresses = service.load_balancer_ips.iter().copied();
             ranges.extend(
                 addresses
-                    .filter(|address| Family::of(*address) == family)
+                    .filter(|address| is_own(*address))
                     .map(IpNet::from),
             );
         }
@@ -186,7 +201,7 @@ impl<'a> Compiler<'a> {
         let cluster_ips = own(&service.cluster_ips);
         let load_balancer_ips = own(&service.load_balancer_ips);
         let external_ips = own(&service.external_ips);
-        let firewalled = !restricting(service, self.node).is_empty();
+        let firewalled = restricts(service, family);
         for port in &service.ports {
             let mut pools = PortPools {
                 port,

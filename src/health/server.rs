@@ -29,8 +29,8 @@ use tracing::{debug, warn};
 
 use super::{Health, Probe};
 
-const JSON: &str = "application/json";
-const TEXT: &str = "text/plain; charset=utf-8";
+pub(super) const JSON: &str = "application/json";
+pub(super) const TEXT: &str = "text/plain; charset=utf-8";
 
 /// The version of the text format, which Prometheus asks for.
 const METRICS: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -154,16 +154,23 @@ impl Router {
             answer: Box::new(answer),
         });
     }
+}
 
-    fn answer<B: Body>(&self, request: &Request<B>) -> Response<Full<Bytes>> {
-        let path = request.uri().path();
-        let mut response = match self.pages.iter().find(|page| page.path == path) {
+/// What answers the requests that arrive at a port. Bodies are never read.
+pub(super) trait Answer: Send + Sync + 'static {
+    /// Answers one request.
+    fn answer(&self, method: &Method, path: &str) -> Response<Full<Bytes>>;
+}
+
+impl Answer for Router {
+    fn answer(&self, method: &Method, path: &str) -> Response<Full<Bytes>> {
+        match self.pages.iter().find(|page| page.path == path) {
             None => {
                 let paths: Vec<&str> = self.pages.iter().map(|page| page.path).collect();
                 let body = format!("no such page; there are {}\n", paths.join(", "));
                 respond(StatusCode::NOT_FOUND, TEXT, body)
             }
-            Some(_) if !matches!(*request.method(), Method::GET | Method::HEAD) => {
+            Some(_) if !matches!(*method, Method::GET | Method::HEAD) => {
                 let body = "only GET and HEAD are answered\n".to_owned();
                 let mut response = respond(StatusCode::METHOD_NOT_ALLOWED, TEXT, body);
                 let allowed = HeaderValue::from_static("GET, HEAD");
@@ -174,14 +181,18 @@ impl Router {
                 let (code, body) = (page.answer)();
                 respond(code, page.content_type, body)
             }
-        };
-        if !request.body().is_end_stream() {
-            // Nothing here takes a body: rather than read through it, the connection ends.
-            let close = HeaderValue::from_static("close");
-            response.headers_mut().insert(CONNECTION, close);
         }
-        response
     }
+}
+
+fn answer<B: Body>(by: &impl Answer, request: &Request<B>) -> Response<Full<Bytes>> {
+    let mut response = by.answer(request.method(), request.uri().path());
+    if !request.body().is_end_stream() {
+        // Nothing here takes a body: rather than read through it, the connection ends.
+        let close = HeaderValue::from_static("close");
+        response.headers_mut().insert(CONNECTION, close);
+    }
+    response
 }
 
 impl fmt::Debug for Router {
@@ -192,7 +203,11 @@ impl fmt::Debug for Router {
     }
 }
 
-fn respond(code: StatusCode, content_type: &'static str, body: String) -> Response<Full<Bytes>> {
+pub(super) fn respond(
+    code: StatusCode,
+    content_type: &'static str,
+    body: String,
+) -> Response<Full<Bytes>> {
     let mut response = Response::new(Full::new(Bytes::from(body)));
     *response.status_mut() = code;
     let headers = response.headers_mut();
@@ -203,7 +218,7 @@ fn respond(code: StatusCode, content_type: &'static str, body: String) -> Respon
 
 /// What a client may use.
 #[derive(Clone, Copy, Debug)]
-struct Limits {
+pub(super) struct Limits {
     /// Connections at once; one more drives out the oldest.
     connections: usize,
     /// From the first moment of waiting for a request to its last header: the time for a client
@@ -239,10 +254,10 @@ pub async fn serve(listener: TcpListener, router: Arc<Router>, shutdown: watch::
     serve_within(Limits::default(), listener, router, shutdown).await;
 }
 
-async fn serve_within(
+pub(super) async fn serve_within<A: Answer>(
     limits: Limits,
     listener: TcpListener,
-    router: Arc<Router>,
+    answers: Arc<A>,
     mut shutdown: watch::Receiver<bool>,
 ) {
     let mut connections = JoinSet::new();
@@ -269,8 +284,8 @@ async fn serve_within(
                     );
                     oldest.abort();
                 }
-                let router = Arc::clone(&router);
-                let connection = attend(limits, stream, client, router, shutdown.clone());
+                let answers = Arc::clone(&answers);
+                let connection = attend(limits, stream, client, answers, shutdown.clone());
                 by_age.push_back(connections.spawn(connection));
             }
             // The client left before it was its turn.
@@ -291,15 +306,15 @@ async fn serve_within(
 }
 
 /// Answers the requests of one connection.
-async fn attend(
+async fn attend<A: Answer>(
     limits: Limits,
     stream: TcpStream,
     client: SocketAddr,
-    router: Arc<Router>,
+    answers: Arc<A>,
     mut shutdown: watch::Receiver<bool>,
 ) {
     let service = service_fn(|request| {
-        let response = router.answer(&request);
+        let response = answer(&*answers, &request);
         async { Ok::<_, Infallible>(response) }
     });
     let mut connection = pin!(
@@ -330,7 +345,7 @@ async fn attend(
 }
 
 /// Waits for the shutdown. A sender that is gone cannot call it off any more.
-async fn stopped(shutdown: &mut watch::Receiver<bool>) {
+pub(super) async fn stopped(shutdown: &mut watch::Receiver<bool>) {
     if shutdown.wait_for(|stop| *stop).await.is_err() {
         debug!("the sender of the shutdown signal is gone");
     }

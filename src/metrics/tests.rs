@@ -221,3 +221,12 @@ fn the_process_is_measured() {
     assert!(value(&metrics, "process_threads").unwrap() >= 1.0);
     assert!(value(&metrics, "process_cpu_seconds_total").is_some());
 }
+
+#[test]
+fn failed_health_check_ports_are_counted_from_zero() {
+    let metrics = Metrics::new().unwrap();
+    let series = "nftlet_health_check_port_errors_total";
+    expect(&metrics, &[(series, 0.0)]);
+    metrics.health_check_port_error();
+    expect(&metrics, &[(series, 1.0)]);
+}

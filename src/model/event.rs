@@ -219,6 +219,8 @@ pub enum Reason {
     KernelRefused,
     /// Somebody else changed nftlet's tables.
     ForeignChange,
+    /// The port of a health check cannot be listened on.
+    HealthCheckPort,
 }
 
 impl Reason {
@@ -235,6 +237,7 @@ impl Reason {
             Reason::NodeMissing => "NodeMissing",
             Reason::KernelRefused => "KernelRefused",
             Reason::ForeignChange => "ForeignChange",
+            Reason::HealthCheckPort => "HealthCheckPort",
         }
     }
 }

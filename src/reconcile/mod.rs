@@ -19,6 +19,7 @@
 
 mod affinity;
 pub mod conntrack;
+mod health_checks;
 mod kernel;
 mod programmed;
 mod report;
@@ -27,7 +28,10 @@ mod run;
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
+use tokio::sync::watch;
+
 use crate::compile::{self, AFFINITY, Settings, TABLE};
+use crate::health::Checks;
 use crate::metrics::Metrics;
 use crate::model::{
     Changes, Delivery, Event, Family, Kind, Notice, ObjectName, ObjectRef, Reason, Store, Subject,
@@ -42,6 +46,7 @@ pub use run::{Exit, Signals, run};
 
 use affinity::Remembered;
 use conntrack::{Front, Work};
+use health_checks::HealthChecks;
 use programmed::{Draft, Effects};
 
 /// How often remembered clients are read again when some time out meanwhile.
@@ -73,6 +78,7 @@ pub struct Reconciler<'a, K> {
     flows: Work,
     /// Where these go then.
     cleaner: Option<conntrack::Queue>,
+    health_checks: Option<HealthChecks>,
 }
 
 /// How far the kernel is known to agree.
@@ -120,6 +126,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
             pending: (0, 0),
             flows: Work::default(),
             cleaner: None,
+            health_checks: None,
         }
     }
 
@@ -127,6 +134,13 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
     #[must_use]
     pub fn with_cleaner(mut self, cleaner: conntrack::Queue) -> Self {
         self.cleaner = Some(cleaner);
+        self
+    }
+
+    /// Publishes the health checks that services want, each time their rules are in force.
+    #[must_use]
+    pub fn with_health_checks(mut self, checks: watch::Sender<Checks>) -> Self {
+        self.health_checks = Some(HealthChecks::new(checks));
         self
     }
 
@@ -227,6 +241,9 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
             };
             self.programmed
                 .set_plan(name, plan, &mut effects, draft.as_deref_mut());
+            if let Some(checks) = &mut self.health_checks {
+                checks.changed(name);
+            }
         };
         changes.services.iter().for_each(&mut set_plan);
         if changes.node {
@@ -348,6 +365,9 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
             reason: Reason::KernelRefused,
             message: format!("{error}; the service is left out until it changes"),
         });
+        if let Some(checks) = &mut self.health_checks {
+            checks.changed(&owner);
+        }
         self.refused.insert(owner);
         true
     }
@@ -431,6 +451,10 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
             if let Some(since) = milliseconds_since(*triggered) {
                 self.metrics.network_programming(since);
             }
+        }
+        let checks = self.health_checks.as_mut();
+        for notice in checks.map_or_else(Vec::new, |c| c.publish(&self.store, &self.refused)) {
+            self.report(notice);
         }
         for kind in Kind::ALL {
             self.metrics.objects(kind.as_str(), self.store.count(kind));

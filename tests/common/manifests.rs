@@ -21,7 +21,18 @@ impl Manifests {
     /// A directory with the node `node-1` and the service ranges.
     pub fn new() -> Self {
         let manifests = Self(tempfile::tempdir().expect("a temporary directory"));
+        manifests.node(&Value::Null);
         manifests.put(&json!({
+            "apiVersion": "networking.k8s.io/v1", "kind": "ServiceCIDR",
+            "metadata": {"name": "kubernetes"},
+            "spec": {"cidrs": ["10.96.0.0/16", "fd00:10:96::/112"]},
+        }));
+        manifests
+    }
+
+    /// Writes the node `node-1`, changed by a merge patch (null leaves it as it is).
+    pub fn node(&self, patch: &Value) {
+        let mut node = json!({
             "apiVersion": "v1", "kind": "Node",
             "metadata": {"name": "node-1"},
             "spec": {"podCIDRs": ["10.244.1.0/24", "fd00:10:244:1::/64"]},
@@ -29,13 +40,9 @@ impl Manifests {
                 {"type": "InternalIP", "address": "192.168.10.1"},
                 {"type": "InternalIP", "address": "fd00:192:168:10::1"},
             ]},
-        }));
-        manifests.put(&json!({
-            "apiVersion": "networking.k8s.io/v1", "kind": "ServiceCIDR",
-            "metadata": {"name": "kubernetes"},
-            "spec": {"cidrs": ["10.96.0.0/16", "fd00:10:96::/112"]},
-        }));
-        manifests
+        });
+        merge(&mut node, patch);
+        self.put(&node);
     }
 
     /// The directory.
@@ -71,19 +78,21 @@ impl Manifests {
     /// Writes the endpoints of a service, a slice a family: (address, ready) each, all on
     /// `node-1`, with the same target port under each port name.
     pub fn endpoints(&self, service: &Service, target: u16, addresses: &[(String, bool)]) {
+        let backends = addresses.iter().map(|(address, ready)| {
+            Backend::new(address, "node-1").patch(json!({"conditions": {"ready": ready}}))
+        });
+        self.backends(service, target, &backends.collect::<Vec<_>>());
+    }
+
+    /// Writes the endpoints of a service, a slice a family, with the same target port under each
+    /// port name.
+    pub fn backends(&self, service: &Service, target: u16, backends: &[Backend]) {
         for (family, tag) in [("IPv4", "v4"), ("IPv6", "v6")] {
-            let own = addresses
-                .iter()
-                .filter(|(address, _)| address.contains(':') == (tag == "v6"));
-            let endpoints: Vec<Value> = own
-                .map(|(address, ready)| {
-                    json!({
-                        "addresses": [address],
-                        "conditions": {"ready": ready},
-                        "nodeName": "node-1",
-                    })
-                })
-                .collect();
+            let own = backends.iter().map(|backend| &backend.0).filter(|object| {
+                let address = object.pointer("/addresses/0").and_then(Value::as_str);
+                address.is_some_and(|address| address.contains(':') == (tag == "v6"))
+            });
+            let endpoints: Vec<Value> = own.cloned().collect();
             let ports: Vec<Value> = service
                 .ports
                 .iter()
@@ -110,9 +119,9 @@ impl Manifests {
         arguments
     }
 
-    /// Programs a namespace once.
+    /// Programs a namespace once and returns what nftlet said.
     #[track_caller]
-    pub fn program(&self, node: &Namespace, more: &[&str]) {
+    pub fn program(&self, node: &Namespace, more: &[&str]) -> String {
         let mut arguments = self.arguments(more);
         arguments.push("--once");
         let output = node
@@ -122,6 +131,7 @@ impl Manifests {
             .expect("nftlet runs");
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{}: {said}", output.status);
+        said.into_owned()
     }
 
     /// Runs nftlet in a namespace and waits until it has written its rules.
@@ -150,6 +160,8 @@ pub struct Service {
     pub external_ips: Vec<String>,
     /// The addresses of the load balancer.
     pub load_balancer_ips: Vec<String>,
+    /// Merge patches for the object, for all other fields.
+    pub patches: Vec<Value>,
 }
 
 impl Service {
@@ -170,6 +182,13 @@ impl Service {
         self
     }
 
+    /// With a merge patch for the object: `json!({"spec": {"externalTrafficPolicy": "Local"}})`.
+    #[must_use]
+    pub fn patch(mut self, patch: Value) -> Self {
+        self.patches.push(patch);
+        self
+    }
+
     fn object(&self) -> Value {
         let ports: Vec<Value> = self
             .ports
@@ -187,7 +206,7 @@ impl Service {
             .iter()
             .map(|ip| json!({"ip": ip}))
             .collect();
-        json!({
+        let mut object = json!({
             "apiVersion": "v1", "kind": "Service",
             "metadata": {"name": self.name, "namespace": "shop"},
             "spec": {
@@ -196,6 +215,72 @@ impl Service {
                 "externalIPs": self.external_ips,
             },
             "status": {"loadBalancer": {"ingress": ingress}},
-        })
+        });
+        for patch in &self.patches {
+            merge(&mut object, patch);
+        }
+        object
+    }
+}
+
+/// An endpoint to be written into a slice.
+#[derive(Clone, Debug)]
+pub struct Backend(Value);
+
+impl Backend {
+    /// A ready endpoint on a node.
+    pub fn new(address: impl ToString, node: &str) -> Self {
+        Self(json!({
+            "addresses": [address.to_string()],
+            "conditions": {"ready": true},
+            "nodeName": node,
+        }))
+    }
+
+    /// On its way out, still serving.
+    #[must_use]
+    pub fn terminating(self) -> Self {
+        self.patch(json!({"conditions": {"ready": false, "serving": true, "terminating": true}}))
+    }
+
+    /// With hints for these zones.
+    #[must_use]
+    pub fn for_zones(self, zones: &[&str]) -> Self {
+        let names: Vec<Value> = zones.iter().map(|name| json!({"name": name})).collect();
+        self.patch(json!({"hints": {"forZones": names}}))
+    }
+
+    /// With hints for these nodes.
+    #[must_use]
+    pub fn for_nodes(self, nodes: &[&str]) -> Self {
+        let names: Vec<Value> = nodes.iter().map(|name| json!({"name": name})).collect();
+        self.patch(json!({"hints": {"forNodes": names}}))
+    }
+
+    /// With a merge patch for the endpoint.
+    #[must_use]
+    pub fn patch(mut self, patch: Value) -> Self {
+        merge(&mut self.0, &patch);
+        self
+    }
+}
+
+/// A JSON merge patch (RFC 7396), except that a patch of null changes nothing.
+fn merge(object: &mut Value, patch: &Value) {
+    match patch {
+        Value::Null => {}
+        Value::Object(fields) => {
+            if !object.is_object() {
+                *object = json!({});
+            }
+            for (name, patch) in fields {
+                if patch.is_null() {
+                    object.as_object_mut().map(|fields| fields.remove(name));
+                } else {
+                    merge(&mut object[name], patch);
+                }
+            }
+        }
+        other => *object = other.clone(),
     }
 }

@@ -340,6 +340,11 @@ impl Ask {
         Self::new(Protocol::Http, SocketAddr::new(to.into(), port))
     }
 
+    /// Where it goes.
+    pub fn to(&self) -> SocketAddr {
+        self.to
+    }
+
     /// Sends from this address instead of the one the routes choose.
     pub fn source(self, address: impl Into<IpAddr>) -> Self {
         self.source_port(address, 0)

@@ -1,0 +1,367 @@
+//! The health checks of services (`healthCheckNodePort`).
+//!
+//! A load balancer asks each node, on a port of the service's own, whether the service has
+//! endpoints there. The wanted ports come through a watch channel; [`serve_checks`] keeps one
+//! listener for each of them. What a port answers is read from the same channel at the moment of
+//! the question, so a new number of endpoints needs no work here.
+
+use std::collections::BTreeMap;
+use std::future::pending;
+use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use http_body_util::Full;
+use hyper::body::Bytes;
+use hyper::header::HeaderValue;
+use hyper::{Method, Response, StatusCode};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
+use serde_json::json;
+use thiserror::Error;
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep_until};
+use tracing::{debug, info};
+
+use super::Health;
+use super::server::{Answer, JSON, Limits, TEXT, respond, serve_within, stopped};
+
+/// The header by which load balancers weigh nodes.
+const WEIGHT: &str = "x-load-balancing-endpoint-weight";
+
+/// Connections that may wait to be accepted.
+const BACKLOG: i32 = 128;
+
+/// The wanted health checks by their port.
+pub type Checks = BTreeMap<u16, Check>;
+
+/// The health check of one service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Check {
+    /// The namespace of the service.
+    pub namespace: String,
+    /// The name of the service.
+    pub name: String,
+    /// How many endpoints on this node are ready.
+    pub local_endpoints: usize,
+}
+
+/// A port of a health check that cannot be listened on.
+#[derive(Debug, Error)]
+#[error("cannot listen on healthCheckNodePort {port}: {source}; load balancers get no answer from this node; {hint}", hint = hint(.source))]
+pub struct CheckError {
+    /// The port.
+    pub port: u16,
+    /// Whose check it is.
+    pub check: Check,
+    /// Whether an earlier attempt for the same service and port failed as well.
+    pub again: bool,
+    /// The error of the socket.
+    pub source: io::Error,
+}
+
+/// How to mend a port that cannot be listened on.
+fn hint(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::AddrInUse => {
+            "stop the program that holds the port, or give the service another healthCheckNodePort (it is tried again)"
+        }
+        io::ErrorKind::PermissionDenied => {
+            "choose a port above 1023 or grant the capability NET_BIND_SERVICE (it is tried again)"
+        }
+        _ => "it is tried again",
+    }
+}
+
+/// How long to wait before a port is tried again: from the shortest on, twice as long each time.
+#[derive(Clone, Copy, Debug)]
+struct Retry {
+    shortest: Duration,
+    longest: Duration,
+}
+
+const RETRY: Retry = Retry {
+    shortest: Duration::from_secs(1),
+    longest: Duration::from_secs(60),
+};
+
+/// Listens on the wanted ports, whichever they are at the time, until `shutdown` turns true.
+///
+/// Every answer says whether the proxy itself is healthy, too. `failed` is called for each
+/// attempt to listen that failed; the first one for a service and port has `again` unset.
+pub async fn serve_checks(
+    wanted: watch::Receiver<Checks>,
+    health: Health,
+    failed: impl Fn(&CheckError) + Send + Sync,
+    shutdown: watch::Receiver<bool>,
+) {
+    serve_retrying(RETRY, wanted, health, failed, shutdown).await;
+}
+
+async fn serve_retrying(
+    retry: Retry,
+    mut wanted: watch::Receiver<Checks>,
+    health: Health,
+    failed: impl Fn(&CheckError) + Send + Sync,
+    mut shutdown: watch::Receiver<bool>,
+) {
+    let mut ports = Ports {
+        retry,
+        answers: wanted.clone(),
+        health,
+        known: BTreeMap::new(),
+    };
+    loop {
+        let now: Checks = wanted.borrow_and_update().clone();
+        ports.bring_to(&now, &failed).await;
+        tokio::select! {
+            () = stopped(&mut shutdown) => break,
+            changed = wanted.changed() => if changed.is_err() {
+                // Nothing can change any more; what is open stays open until the end.
+                stopped(&mut shutdown).await;
+                break;
+            },
+            () = until(ports.next_attempt()) => {}
+        }
+    }
+    ports.close().await;
+}
+
+async fn until(moment: Option<Instant>) {
+    match moment {
+        Some(moment) => sleep_until(moment).await,
+        None => pending().await,
+    }
+}
+
+/// The ports and how far each has come.
+struct Ports {
+    retry: Retry,
+    answers: watch::Receiver<Checks>,
+    health: Health,
+    known: BTreeMap<u16, Port>,
+}
+
+enum Port {
+    /// Requests are answered until the sender goes away.
+    Open {
+        stop: watch::Sender<bool>,
+        server: JoinHandle<()>,
+    },
+    /// It could not be listened on.
+    Waiting {
+        attempt: Instant,
+        wait: Duration,
+        service: (String, String),
+    },
+    /// No longer wanted; the last connections are about to end.
+    Closing(JoinHandle<()>),
+}
+
+impl Ports {
+    /// Closes what is not wanted any more and opens what is new or due to be tried again.
+    async fn bring_to(&mut self, wanted: &Checks, failed: &(impl Fn(&CheckError) + Send + Sync)) {
+        let before = std::mem::take(&mut self.known);
+        for (port, state) in before {
+            let kept = match state {
+                Port::Open { stop, server } if !wanted.contains_key(&port) => {
+                    info!("closing healthCheckNodePort {port}");
+                    drop(stop);
+                    Some(Port::Closing(server))
+                }
+                Port::Waiting { .. } if !wanted.contains_key(&port) => None,
+                Port::Closing(server) if server.is_finished() => None,
+                other => Some(other),
+            };
+            self.known.extend(kept.map(|state| (port, state)));
+        }
+        for (port, check) in wanted {
+            self.attend(*port, check, failed).await;
+        }
+    }
+
+    /// Opens a wanted port unless it is open or it is too early to try again.
+    async fn attend(
+        &mut self,
+        port: u16,
+        check: &Check,
+        failed: &(impl Fn(&CheckError) + Send + Sync),
+    ) {
+        let service = (check.namespace.clone(), check.name.clone());
+        let last_wait = match self.known.remove(&port) {
+            Some(open @ Port::Open { .. }) => {
+                self.known.insert(port, open);
+                return;
+            }
+            Some(Port::Waiting {
+                attempt,
+                wait,
+                service: same,
+            }) if same == service => {
+                if attempt > Instant::now() {
+                    let state = Port::Waiting {
+                        attempt,
+                        wait,
+                        service,
+                    };
+                    self.known.insert(port, state);
+                    return;
+                }
+                Some(wait)
+            }
+            Some(Port::Closing(server)) => {
+                // The port came back at once. Its old connections end within the grace period.
+                finished(server).await;
+                None
+            }
+            Some(Port::Waiting { .. }) | None => None,
+        };
+        let state = match listen(port) {
+            Ok(listener) => {
+                info!(
+                    "answering health checks of {}/{} on port {port}",
+                    check.namespace, check.name
+                );
+                self.open(port, listener)
+            }
+            Err(source) => {
+                failed(&CheckError {
+                    port,
+                    check: check.clone(),
+                    again: last_wait.is_some(),
+                    source,
+                });
+                let wait = last_wait.map_or(self.retry.shortest, |wait| {
+                    (wait * 2).min(self.retry.longest)
+                });
+                Port::Waiting {
+                    attempt: Instant::now() + wait,
+                    wait,
+                    service,
+                }
+            }
+        };
+        self.known.insert(port, state);
+    }
+
+    fn open(&self, port: u16, listener: TcpListener) -> Port {
+        let (stop, stopped) = watch::channel(false);
+        let answers = Arc::new(Answers {
+            port,
+            checks: self.answers.clone(),
+            health: self.health.clone(),
+        });
+        let server = serve_within(Limits::default(), listener, answers, stopped);
+        Port::Open {
+            stop,
+            server: tokio::spawn(server),
+        }
+    }
+
+    fn next_attempt(&self) -> Option<Instant> {
+        let waiting = self.known.values().filter_map(|port| match port {
+            Port::Waiting { attempt, .. } => Some(*attempt),
+            Port::Open { .. } | Port::Closing(_) => None,
+        });
+        waiting.min()
+    }
+
+    /// Closes all ports and waits for their connections to end.
+    async fn close(self) {
+        let servers = self.known.into_values().filter_map(|port| match port {
+            Port::Open { server, .. } | Port::Closing(server) => Some(server),
+            Port::Waiting { .. } => None,
+        });
+        // Collected first: all are told to end before any is waited for.
+        let servers: Vec<_> = servers.collect();
+        for server in servers {
+            finished(server).await;
+        }
+    }
+}
+
+async fn finished(server: JoinHandle<()>) {
+    if let Err(error) = server.await {
+        debug!("a health check server ended early: {error}");
+    }
+}
+
+/// Answers on one port. Load balancers differ in the method and path they use, so any will do.
+struct Answers {
+    port: u16,
+    checks: watch::Receiver<Checks>,
+    health: Health,
+}
+
+impl Answer for Answers {
+    fn answer(&self, _: &Method, _: &str) -> Response<Full<Bytes>> {
+        let healthy = self.health.proxy_healthy();
+        match self.checks.borrow().get(&self.port) {
+            Some(check) => check.answer(healthy),
+            // A connection that outlives the check.
+            None => respond(
+                StatusCode::SERVICE_UNAVAILABLE,
+                TEXT,
+                "no service has this healthCheckNodePort any more\n".to_owned(),
+            ),
+        }
+    }
+}
+
+impl Check {
+    fn answer(&self, proxy_healthy: bool) -> Response<Full<Bytes>> {
+        let code = if self.local_endpoints > 0 && proxy_healthy {
+            StatusCode::OK
+        } else {
+            StatusCode::SERVICE_UNAVAILABLE
+        };
+        let body = json!({
+            "service": {"namespace": self.namespace, "name": self.name},
+            "localEndpoints": self.local_endpoints,
+            "serviceProxyHealthy": proxy_healthy,
+        });
+        let mut response = respond(code, JSON, body.to_string());
+        let weight = HeaderValue::from(self.local_endpoints);
+        response.headers_mut().insert(WEIGHT, weight);
+        response
+    }
+}
+
+/// Listens on all addresses of the node, of both families where there is IPv6.
+fn listen(port: u16) -> io::Result<TcpListener> {
+    match listen_at((Ipv6Addr::UNSPECIFIED, port).into()) {
+        Err(error) if has_no_ipv6(&error) => listen_at((Ipv4Addr::UNSPECIFIED, port).into()),
+        result => result,
+    }
+}
+
+fn has_no_ipv6(error: &io::Error) -> bool {
+    let errors = [Errno::AFNOSUPPORT, Errno::ADDRNOTAVAIL];
+    errors
+        .map(|errno| Some(errno.raw_os_error()))
+        .contains(&error.raw_os_error())
+}
+
+fn listen_at(address: SocketAddr) -> io::Result<TcpListener> {
+    let family = match address {
+        SocketAddr::V4(_) => AddressFamily::INET,
+        SocketAddr::V6(_) => AddressFamily::INET6,
+    };
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(family, SocketType::STREAM, flags, None)?;
+    // The port is free again although old connections to it still linger.
+    sockopt::set_socket_reuseaddr(&socket, true)?;
+    if address.is_ipv6() {
+        // Whatever net.ipv6.bindv6only says.
+        sockopt::set_ipv6_v6only(&socket, false)?;
+    }
+    rustix::net::bind(&socket, &address)?;
+    rustix::net::listen(&socket, BACKLOG)?;
+    TcpListener::from_std(socket.into())
+}
+
+#[cfg(test)]
+mod tests;
