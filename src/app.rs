@@ -33,8 +33,8 @@ use crate::compile::{DetectLocal, NodePortAddresses, Settings, TABLE};
 use crate::health::{self, CheckError, Checks, Health, Probe, Router};
 use crate::metrics::Metrics;
 use crate::model::{
-    Changes, Delivery, Event, Kind, Notice, Object, ObjectName, ObjectRef, Reason, ServiceKind,
-    Store, Subject,
+    Changes, Delivery, Event, Kind, Node, Notice, Object, ObjectName, ObjectRef, Reason,
+    ServiceKind, Store, Subject,
 };
 use crate::netlink::{self, Heard, Monitor, Nftables};
 use crate::reconcile::conntrack::{self, Cleaner, KernelFlows};
@@ -141,6 +141,7 @@ pub fn run(args: &Args) -> Result<(), Error> {
     let (stop, stopped) = watch::channel(false);
     let (ready, started) = oneshot::channel();
     let (health_checks, wanted_checks) = watch::channel(Checks::new());
+    let stand_in_name = node_name.clone();
     let io = Io {
         args: args.clone(),
         node_name,
@@ -164,6 +165,7 @@ pub fn run(args: &Args) -> Result<(), Error> {
         start_monitor(&nftables, foreign.clone())?;
     }
     let mut reconciler = Reconciler::new(nftables, settings, &metrics, &reporter)
+        .with_stand_in(stand_in(&stand_in_name))
         .with_cleaner(cleaner)
         .with_health_checks(health_checks);
     let signals = Signals {
@@ -287,7 +289,6 @@ fn settings(args: &Args) -> Result<Settings, Error> {
             cli::NodePortAddresses::Primary => NodePortAddresses::Primary,
             cli::NodePortAddresses::Ranges(ranges) => NodePortAddresses::Inside(ranges.clone()),
         },
-        host_addresses: host_addresses(),
     })
 }
 
@@ -296,7 +297,20 @@ fn host_name() -> String {
     uname.nodename().to_string_lossy().into_owned()
 }
 
-/// The host's own global addresses, for nodes without a Node object.
+/// What is used of a node whose object is missing: its name, by which endpoints are local, and the
+/// host's addresses.
+fn stand_in(name: &str) -> Node {
+    Node {
+        name: name.into(),
+        internal_ips: host_addresses(),
+        external_ips: Vec::new(),
+        pod_cidrs: Vec::new(),
+        zone: None,
+        going_away: false,
+    }
+}
+
+/// The host's own global addresses.
 fn host_addresses() -> Vec<IpAddr> {
     let Ok(interfaces) = nix::ifaddrs::getifaddrs() else {
         return Vec::new();
@@ -347,7 +361,7 @@ const STANDARD_INPUT: &str = "-";
 
 /// Reads all objects once.
 async fn collect(args: &Args, node_name: &str) -> Result<Store, Error> {
-    let mut store = Store::default();
+    let mut store = Store::with_stand_in(stand_in(node_name));
     let mut changes = Changes::default();
     if let Some(mut manifests) = manifests(args, node_name) {
         for event in load(&mut manifests, node_name)? {
@@ -439,8 +453,7 @@ fn load(manifests: &mut Manifests, node_name: &str) -> Result<Vec<Event>, Error>
             subject: Subject::Other(format!("Node {node_name}").into()),
             reason: Reason::NodeMissing,
             message: "the manifests hold no such Node; NodePorts answer on this host's first \
-                      address of each family, and no endpoint counts as local (name another \
-                      node with --hostname-override)"
+                      address of each family (name another node with --hostname-override)"
                 .into(),
         }));
     }

@@ -688,7 +688,7 @@ fn probes_say_no_before_the_first_rules() {
 }
 
 #[test]
-fn tables_deleted_by_others_come_back_with_the_next_change() {
+fn tables_deleted_by_others_come_back() {
     if !require_net_admin() {
         return;
     }
@@ -717,8 +717,8 @@ fn tables_deleted_by_others_come_back_with_the_next_change() {
         assert!(now > healed, "{now} after {healed}");
         healed = now;
     }
-    let errors = lines_with(&daemon.log(), "ERROR");
-    assert_eq!(errors.len(), 2, "{errors:#?}");
+    let told = lines_with(&daemon.log(), "somebody else changed it");
+    assert!(!told.is_empty(), "{}", daemon.log());
     assert!(rules(&ns).contains("192.0.2.1"), "what is of others stays");
 }
 

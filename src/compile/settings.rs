@@ -18,8 +18,6 @@ pub struct Settings {
     pub masquerade_all: bool,
     /// `--nodeport-addresses`.
     pub nodeport_addresses: NodePortAddresses,
-    /// Addresses to use where no Node object tells the node's own.
-    pub host_addresses: Vec<IpAddr>,
 }
 
 /// How traffic of pods is told from other traffic (kube-proxy's `--detect-local-mode`).
@@ -117,13 +115,7 @@ impl Settings {
     pub fn nodeport_ranges(&self, family: Family, node: Option<&Node>) -> Vec<IpNet> {
         match &self.nodeport_addresses {
             NodePortAddresses::Primary => {
-                let primary = match node {
-                    Some(node) => node.primary_ip(family),
-                    None => {
-                        let mut addresses = self.host_addresses.iter().copied();
-                        addresses.find(|address| Family::of(*address) == family)
-                    }
-                };
+                let primary = node.and_then(|node| node.primary_ip(family));
                 primary.map(IpNet::from).into_iter().collect()
             }
             NodePortAddresses::Inside(ranges) => {

@@ -57,6 +57,7 @@ pub struct Store {
     slices: HashMap<ObjectName, EndpointSlice>,
     slices_of: HashMap<ObjectName, BTreeSet<ObjectName>>,
     node: Option<Arc<Node>>,
+    stand_in: Option<Arc<Node>>,
     service_cidrs: BTreeMap<ObjectName, ServiceCidr>,
     claims: Claims,
     complete: BTreeSet<Kind>,
@@ -65,6 +66,14 @@ pub struct Store {
 }
 
 impl Store {
+    /// An empty store that knows a stand-in for the own node, used while its object is missing.
+    pub fn with_stand_in(node: Node) -> Self {
+        Self {
+            stand_in: Some(Arc::new(node)),
+            ..Self::default()
+        }
+    }
+
     /// Whether every kind was listed completely once.
     pub fn is_complete(&self) -> bool {
         self.complete.len() == Kind::ALL.len()
@@ -98,9 +107,9 @@ impl Store {
         self.services.values()
     }
 
-    /// The own node.
+    /// The own node, or what stands in for it.
     pub fn node(&self) -> Option<&Arc<Node>> {
-        self.node.as_ref()
+        self.node.as_ref().or(self.stand_in.as_ref())
     }
 
     /// The ranges of service addresses.

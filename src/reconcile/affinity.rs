@@ -8,16 +8,40 @@
 use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
 
-use crate::compile::{ServicePlan, Target};
+use ipnet::IpNet;
+
+use crate::compile::{Route, Scope, ServicePlan, Target};
 use crate::model::{Claim, Family, Protocol};
-use crate::ruleset::{Element, Key, Value};
+use crate::ruleset::{Element, Value};
 
 /// The endpoints that clients may still be sent to, for the frontends that lost some.
 #[derive(Debug, Default)]
 pub struct Remembered {
-    allowed: HashMap<(Family, Claim), BTreeSet<Target>>,
+    allowed: HashMap<(Family, Claim), Allowed>,
     /// Whether a frontend that is not listed has no clients to remember at all.
     complete: bool,
+    /// Where the clients are that external policy Local does not bind: the pods and the node.
+    inside: Vec<IpNet>,
+}
+
+/// The endpoints of one frontend.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Allowed {
+    /// For pods and the node.
+    inside: BTreeSet<Target>,
+    /// For all others: fewer under external policy Local.
+    outside: BTreeSet<Target>,
+}
+
+impl Allowed {
+    fn extend(&mut self, other: Allowed) {
+        self.inside.extend(other.inside);
+        self.outside.extend(other.outside);
+    }
+
+    fn is_subset(&self, other: &Allowed) -> bool {
+        self.inside.is_subset(&other.inside) && self.outside.is_subset(&other.outside)
+    }
 }
 
 impl Remembered {
@@ -39,8 +63,7 @@ impl Remembered {
         for (frontend, before) in targets(old) {
             let now = after.remove(&frontend).unwrap_or_default();
             // Two changed services may pass a frontend on to one another, in either order.
-            let lost = !before.is_subset(&now);
-            if lost || self.allowed.contains_key(&frontend) {
+            if !before.is_subset(&now) || self.allowed.contains_key(&frontend) {
                 self.allowed.entry(frontend).or_default().extend(now);
             }
         }
@@ -49,6 +72,11 @@ impl Remembered {
                 allowed.extend(now);
             }
         }
+    }
+
+    /// Sets where pods and the node are, as far as that is known by address.
+    pub fn set_inside(&mut self, networks: Vec<IpNet>) {
+        self.inside = networks;
     }
 
     /// Whether no client needs to be forgotten in a family.
@@ -60,67 +88,84 @@ impl Remembered {
     pub fn stale(&self, family: Family, elements: Vec<Element>) -> Vec<Element> {
         let mut stale = elements;
         stale.retain(|element| {
-            let Some((address, frontend, target)) = read(family, element) else {
+            let Some(entry) = Entry::read(family, element) else {
                 return false;
             };
-            let by_address = Claim::Address(address, frontend.0, frontend.1);
-            let by_port = Claim::NodePort(frontend.0, frontend.1);
-            let allowed = self
-                .allowed
-                .get(&(family, by_address))
-                .or_else(|| self.allowed.get(&(family, by_port)));
-            allowed.map_or(self.complete, |allowed| !allowed.contains(&target))
+            let claims = [
+                Claim::Address(entry.address, entry.protocol, entry.port),
+                Claim::NodePort(entry.protocol, entry.port),
+            ];
+            let mut known = claims
+                .iter()
+                .filter_map(|claim| self.allowed.get(&(family, *claim)));
+            known.next().map_or(self.complete, |allowed| {
+                let inside = self.inside.iter().any(|net| net.contains(&entry.client));
+                let endpoints = if inside {
+                    &allowed.inside
+                } else {
+                    &allowed.outside
+                };
+                !endpoints.contains(&entry.target)
+            })
         });
         stale
     }
 }
 
 /// The endpoints of each frontend whose clients are remembered.
-fn targets(plan: Option<&ServicePlan>) -> HashMap<(Family, Claim), BTreeSet<Target>> {
+fn targets(plan: Option<&ServicePlan>) -> HashMap<(Family, Claim), Allowed> {
     let Some(plan) = plan.filter(|plan| plan.affinity_seconds.is_some()) else {
         return HashMap::new();
     };
-    let mut found: HashMap<(Family, Claim), BTreeSet<Target>> = HashMap::new();
+    let mut found: HashMap<(Family, Claim), Allowed> = HashMap::new();
     for (frontend, pool) in plan.reach() {
-        found
-            .entry((pool.family, frontend.at))
-            .or_default()
-            .extend(&pool.targets);
+        let allowed = found.entry((pool.family, frontend.at)).or_default();
+        let bound = matches!(frontend.route, Route::LocalPolicy { .. });
+        if !bound || pool.scope == Scope::Cluster {
+            allowed.inside.extend(&pool.targets);
+        }
+        if !bound || pool.scope == Scope::Local {
+            allowed.outside.extend(&pool.targets);
+        }
     }
     found
 }
 
-/// Frontend address, protocol and port, and endpoint of an element of the affinity map.
-fn read(family: Family, element: &Element) -> Option<(IpAddr, (Protocol, u16), Target)> {
-    let Value::Data(data) = &element.value else {
-        return None;
-    };
-    let length = match family {
-        Family::V4 => 4,
-        Family::V6 => 16,
-    };
-    let key = element.key.as_bytes();
-    let frontend = key.get(length..)?;
-    let protocol = match frontend.get(length)? {
-        6 => Protocol::Tcp,
-        17 => Protocol::Udp,
-        132 => Protocol::Sctp,
-        _ => return None,
-    };
-    let port = frontend.get(length + 4..)?;
-    Some((
-        address(frontend.get(..length)?)?,
-        (protocol, number(port)?),
-        target(data, length)?,
-    ))
+/// An element of the affinity map.
+struct Entry {
+    client: IpAddr,
+    address: IpAddr,
+    protocol: Protocol,
+    port: u16,
+    target: Target,
 }
 
-fn target(data: &Key, length: usize) -> Option<Target> {
-    let bytes = data.as_bytes();
-    Some((
-        address(bytes.get(..length)?)?,
-        number(bytes.get(length..)?)?,
-    ))
+impl Entry {
+    fn read(family: Family, element: &Element) -> Option<Self> {
+        let Value::Data(data) = &element.value else {
+            return None;
+        };
+        let length = match family {
+            Family::V4 => 4,
+            Family::V6 => 16,
+        };
+        let (client, frontend) = element.key.as_bytes().split_at_checked(length)?;
+        let (at, rest) = frontend.split_at_checked(length)?;
+        let protocol = match rest.first()? {
+            6 => Protocol::Tcp,
+            17 => Protocol::Udp,
+            132 => Protocol::Sctp,
+            _ => return None,
+        };
+        let (endpoint, endpoint_port) = data.as_bytes().split_at_checked(length)?;
+        Some(Self {
+            client: address(client)?,
+            address: address(at)?,
+            protocol,
+            port: number(rest.get(4..)?)?,
+            target: (address(endpoint)?, number(endpoint_port)?),
+        })
+    }
 }
 
 fn address(bytes: &[u8]) -> Option<IpAddr> {

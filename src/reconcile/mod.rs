@@ -28,13 +28,15 @@ mod run;
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
+use ipnet::IpNet;
 use tokio::sync::watch;
 
 use crate::compile::{self, AFFINITY, Settings, TABLE};
 use crate::health::Checks;
 use crate::metrics::Metrics;
 use crate::model::{
-    Changes, Delivery, Event, Family, Kind, Notice, ObjectName, ObjectRef, Reason, Store, Subject,
+    Changes, Delivery, Event, Family, Kind, Node, Notice, ObjectName, ObjectRef, Reason, Store,
+    Subject,
 };
 use crate::netlink::{self, Place};
 use crate::ruleset::{Op, Ruleset, Transaction, diff};
@@ -130,6 +132,13 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         }
     }
 
+    /// With what stands in for the own node while its object is missing.
+    #[must_use]
+    pub fn with_stand_in(mut self, node: Node) -> Self {
+        self.store = Store::with_stand_in(node);
+        self
+    }
+
     /// With someone to delete the UDP flows that changes of the rules leave stale.
     #[must_use]
     pub fn with_cleaner(mut self, cleaner: conntrack::Queue) -> Self {
@@ -212,7 +221,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
             Ok(()) => {
                 self.metrics.sync(false, started.elapsed());
                 self.settle(&changes);
-                self.forget(&effects.remembered);
+                self.forget(effects.remembered);
                 Outcome::Synced
             }
             Err(error) => {
@@ -279,7 +288,10 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         self.flows.merge(effects.flows);
         for _ in 0..=MOST_REFUSALS {
             match self.attempt() {
-                Ok(_) => {
+                Ok(healed) => {
+                    if !first {
+                        self.metrics.healed(healed);
+                    }
                     self.metrics.sync(true, started.elapsed());
                     self.state = State::Synced;
                     // Whatever happened while the kernel was not as wanted, the flows of all
@@ -288,7 +300,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
                         self.flows.suspect(plan, |_| true);
                     }
                     self.settle(&changes);
-                    self.forget(&Remembered::all(self.programmed.plans()));
+                    self.forget(Remembered::all(self.programmed.plans()));
                     return Outcome::Synced;
                 }
                 Err(error) => {
@@ -402,17 +414,28 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
     ///
     /// This follows the transaction that took the endpoint away: the other way round a client
     /// could be sent there, and be remembered for it, once more.
-    fn forget(&mut self, remembered: &Remembered) {
+    fn forget(&mut self, mut remembered: Remembered) {
+        let node = self.store.node().map(|node| &**node);
+        let pods = Family::ALL.map(|family| self.settings.pod_networks(family, node));
+        let own = node.map(|node| [&node.internal_ips[..], &node.external_ips].concat());
+        let own = own.unwrap_or_default().into_iter().map(IpNet::from);
+        remembered.set_inside(pods.into_iter().flatten().chain(own).collect());
         for family in Family::ALL {
             if remembered.is_empty(family) {
                 continue;
             }
-            for _ in 0..FORGET_ATTEMPTS {
-                match self.forget_once(family, remembered) {
+            for attempt in 1..=FORGET_ATTEMPTS {
+                match self.forget_once(family, &remembered) {
                     Ok(()) => break,
-                    // An element that times out between reading and deleting fails the whole
-                    // transaction; what is left is read again.
-                    Err(error) => tracing::debug!("session affinity: {error}"),
+                    Err(error) if attempt < FORGET_ATTEMPTS => {
+                        // An element that times out between reading and deleting fails the
+                        // whole transaction; what is left is read again.
+                        tracing::debug!("session affinity: {error}");
+                    }
+                    Err(error) => tracing::warn!(
+                        "{error}; clients with session affinity may stay with {family} endpoints \
+                         that are gone until the next change of their service"
+                    ),
                 }
             }
         }

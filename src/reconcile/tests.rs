@@ -732,6 +732,52 @@ fn clients_are_forgotten_with_their_endpoint() {
     assert_eq!(left(), []);
 }
 
+#[test]
+fn clients_outside_are_forgotten_when_the_policy_binds_them_to_the_node() {
+    let bench = Bench::new();
+    let mut reconciler = bench.reconciler();
+    let mut web = service("web", &["10.96.0.10"], &[80]);
+    web.affinity_seconds = Some(10_800);
+    web.external_ips = vec!["198.51.100.7".parse().unwrap()];
+    // Endpoint 1 is on node-2, endpoint 2 here.
+    let endpoints = slice("web-1", &web, Family::V4, &[1, 2]);
+    let objects = vec![node().into(), web.clone().into(), endpoints.into()];
+    handle(&mut reconciler, lists(objects));
+    let client = |client: [u8; 4], endpoint: u8| {
+        let key = Key::build()
+            .address(client.into())
+            .address([198, 51, 100, 7].into())
+            .protocol(6)
+            .port(80)
+            .finish();
+        let target = Key::build()
+            .address(IpAddr::from([10, 244, 1, endpoint]))
+            .port(8080)
+            .finish();
+        Element::with_data(key, target)
+    };
+    let (outside, pod, own) = ([203, 0, 113, 9], [10, 244, 1, 77], [192, 168, 10, 1]);
+    let mut known = vec![client(outside, 1), client(pod, 1), client(own, 1)];
+    known.sort();
+    let id = table_id(Family::V4);
+    let affinity = |bench: &Bench| {
+        let state = bench.kernel.0.borrow();
+        state.ruleset.tables[&id].sets[AFFINITY].elements.clone()
+    };
+    {
+        let mut state = bench.kernel.0.borrow_mut();
+        let table = state.ruleset.tables.get_mut(&id).unwrap();
+        table.sets.get_mut(AFFINITY).unwrap().elements = known.clone();
+    }
+    web.external_policy = TrafficPolicy::Local;
+    handle(&mut reconciler, vec![put(web)]);
+    known.retain(|element| *element != client(outside, 1));
+    assert_eq!(affinity(&bench), known);
+    // A new process comes to the same conclusion.
+    reconciler.resync();
+    assert_eq!(affinity(&bench), known);
+}
+
 /// Everything that may happen to a small cluster.
 fn event() -> impl Strategy<Value = Event> {
     let name = (0usize..4).prop_map(|n| ["a", "b", "c", "d"][n]);
