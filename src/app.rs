@@ -17,10 +17,11 @@
 
 use std::io::{self, IsTerminal, Write};
 use std::net::{IpAddr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
 use clap::Parser;
 use thiserror::Error;
@@ -43,6 +44,7 @@ use crate::ruleset::{Ruleset, text};
 use crate::source::cluster::Error as ClusterError;
 use crate::source::manifests::Error as ManifestsError;
 use crate::source::{Cluster, Manifests, SourceStats};
+use crate::sysctl;
 
 /// The oldest kernel nftlet works on, as kube-proxy's nftables mode.
 const OLDEST_KERNEL: (u32, u32) = (5, 13);
@@ -135,6 +137,7 @@ pub fn run(args: &Args) -> Result<(), Error> {
     let mut nftables = Nftables::open()?;
     // The first answer tells about permissions and a missing nf_tables before anything else.
     nftables.read(&[], &Ruleset::default())?;
+    track_connections(args);
     let metrics = Arc::new(Metrics::new()?);
     let health = Health::new(health::PERIOD);
     let (events, received) = mpsc::channel(QUEUE);
@@ -289,7 +292,34 @@ fn settings(args: &Args) -> Result<Settings, Error> {
             cli::NodePortAddresses::Primary => NodePortAddresses::Primary,
             cli::NodePortAddresses::Ranges(ranges) => NodePortAddresses::Inside(ranges.clone()),
         },
+        bind_address: args.bind_address.filter(|ip| !ip.is_unspecified()),
     })
+}
+
+/// Makes the kernel settings of connection tracking. On a laptop that plays with manifests only
+/// what a flag asks for is set.
+fn track_connections(args: &Args) {
+    let (flags, in_cluster) = (&args.conntrack, args.manifests.is_empty());
+    let standard = |value: Duration| if in_cluster { value } else { Duration::ZERO };
+    let asked = sysctl::Conntrack {
+        max_per_core: flags
+            .conntrack_max_per_core
+            .unwrap_or(if in_cluster { 32_768 } else { 0 }),
+        min: flags.conntrack_min.unwrap_or(131_072),
+        tcp_established: flags
+            .conntrack_tcp_timeout_established
+            .unwrap_or(standard(Duration::from_secs(24 * 3600))),
+        tcp_close_wait: flags
+            .conntrack_tcp_timeout_close_wait
+            .unwrap_or(standard(Duration::from_secs(3600))),
+        tcp_be_liberal: flags.conntrack_tcp_be_liberal,
+        udp: flags.conntrack_udp_timeout.unwrap_or_default(),
+        udp_stream: flags.conntrack_udp_timeout_stream.unwrap_or_default(),
+    };
+    let cores = thread::available_parallelism().map_or(1, |cores| cores.get() as u64);
+    for unset in sysctl::apply(Path::new("/"), &asked.wanted(cores)) {
+        tracing::warn!("{unset}");
+    }
 }
 
 fn host_name() -> String {

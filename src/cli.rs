@@ -14,9 +14,11 @@ use clap::{ArgAction, Parser};
 use ipnet::IpNet;
 use thiserror::Error;
 
+pub use conntrack::ConntrackArgs;
 use detect_local::LONGEST_INTERFACE_NAME;
 pub use detect_local::{DetectLocal, DetectLocalMode, InterfaceName};
 
+mod conntrack;
 mod detect_local;
 
 /// The flag with the address of the probes.
@@ -121,6 +123,15 @@ pub struct Args {
     #[arg(long, help_heading = "Services")]
     pub masquerade_all: bool,
 
+    /// The node's own address, in place of those in its Node object; an unspecified address
+    /// (0.0.0.0, ::) means those.
+    #[arg(long, value_name = "IP", help_heading = "Services")]
+    pub bind_address: Option<IpAddr>,
+
+    /// Kernel settings of connection tracking.
+    #[command(flatten)]
+    pub conntrack: ConntrackArgs,
+
     /// Answer /metrics here: `IP`, `IP:PORT`, `[IPv6]:PORT`, `:PORT` for all addresses, or an
     /// empty text for nowhere [default: 127.0.0.1:10249; nowhere with --manifests, --dry-run or
     /// --once].
@@ -210,6 +221,9 @@ impl Args {
 /// A value that cannot be used. clap puts the value and its flag before the text.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 pub enum Error {
+    /// Not a duration.
+    #[error("{0:?} is not a duration; write one such as 24h, 90s or 1h30m, or 0")]
+    Duration(String),
     /// No range of addresses.
     #[error("`{0}` is not a range of addresses; write it like 10.244.0.0/16 or fd00:10::/64")]
     Range(String),

@@ -28,3 +28,4 @@ pub mod netlink;
 pub mod reconcile;
 pub mod ruleset;
 pub mod source;
+pub mod sysctl;

@@ -22,6 +22,7 @@ const HOUSE: &[(&str, &[&str])] = &[
     ),
     ("health", &[]),
     ("metrics", &[]),
+    ("sysctl", &[]),
     ("cli", &[]),
     ("config", &[]),
     (
@@ -35,6 +36,7 @@ const HOUSE: &[(&str, &[&str])] = &[
             "reconcile",
             "health",
             "metrics",
+            "sysctl",
             "cli",
             "config",
         ],

@@ -18,6 +18,8 @@ pub struct Settings {
     pub masquerade_all: bool,
     /// `--nodeport-addresses`.
     pub nodeport_addresses: NodePortAddresses,
+    /// `--bind-address`: the primary address of its family, whatever the Node object says.
+    pub bind_address: Option<IpAddr>,
 }
 
 /// How traffic of pods is told from other traffic (kube-proxy's `--detect-local-mode`).
@@ -115,7 +117,8 @@ impl Settings {
     pub fn nodeport_ranges(&self, family: Family, node: Option<&Node>) -> Vec<IpNet> {
         match &self.nodeport_addresses {
             NodePortAddresses::Primary => {
-                let primary = node.and_then(|node| node.primary_ip(family));
+                let bound = self.bind_address.filter(|ip| Family::of(*ip) == family);
+                let primary = bound.or_else(|| node?.primary_ip(family));
                 primary.map(IpNet::from).into_iter().collect()
             }
             NodePortAddresses::Inside(ranges) => {
@@ -184,6 +187,33 @@ mod tests {
         assert_eq!(covers(&v6, "::1"), 0);
         assert_eq!(covers(&v6, "::2"), 1);
         assert_eq!(covers(&v6, "fe80::1"), 1);
+    }
+
+    #[test]
+    fn the_primary_address_is_the_bound_one_then_the_internal_then_the_external() {
+        let ips = |texts: &[&str]| texts.iter().map(|ip| ip.parse().unwrap()).collect();
+        let mut node = Node {
+            name: "node-1".into(),
+            internal_ips: ips(&["fd00::1", "10.0.0.1", "10.0.0.2"]),
+            external_ips: ips(&["203.0.113.1", "2001:db8::1"]),
+            pod_cidrs: vec![],
+            zone: None,
+            going_away: false,
+        };
+        let mut settings = Settings::default();
+        let primary = |settings: &Settings, node: &Node| {
+            Family::ALL.map(|family| {
+                let ranges = settings.nodeport_ranges(family, Some(node));
+                ranges.iter().map(ToString::to_string).collect::<String>()
+            })
+        };
+        assert_eq!(primary(&settings, &node), ["10.0.0.1/32", "fd00::1/128"]);
+        node.internal_ips = ips(&["fd00::1"]);
+        assert_eq!(primary(&settings, &node), ["203.0.113.1/32", "fd00::1/128"]);
+        node.external_ips = vec![];
+        assert_eq!(primary(&settings, &node), ["", "fd00::1/128"]);
+        settings.bind_address = Some("192.0.2.1".parse().unwrap());
+        assert_eq!(primary(&settings, &node), ["192.0.2.1/32", "fd00::1/128"]);
     }
 
     #[test]

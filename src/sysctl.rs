@@ -1,0 +1,193 @@
+//! Kernel settings of connection tracking, as kube-proxy makes them.
+//!
+//! [`Conntrack`] says what is asked for, [`Conntrack::wanted`] which values that means on a
+//! machine, and [`apply`] writes those that differ. A value that cannot be written is reported
+//! and left: in a container `/proc/sys` is often read-only, and services work without.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use thiserror::Error;
+
+/// kube-proxy's upper limit of `nf_conntrack_max`, whatever the number of cores.
+const MOST_CONNECTIONS: u64 = 1_048_576;
+const MAX: &str = "proc/sys/net/netfilter/nf_conntrack_max";
+const HASH_SIZE: &str = "sys/module/nf_conntrack/parameters/hashsize";
+
+/// What is asked for (`conntrack` of KubeProxyConfiguration). Zero or `false` asks for nothing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Conntrack {
+    /// Connections for each core (`maxPerCore`).
+    pub max_per_core: u32,
+    /// Connections at least (`min`), if `max_per_core` asks for any.
+    pub min: u32,
+    /// `tcpEstablishedTimeout`.
+    pub tcp_established: Duration,
+    /// `tcpCloseWaitTimeout`.
+    pub tcp_close_wait: Duration,
+    /// `tcpBeLiberal`.
+    pub tcp_be_liberal: bool,
+    /// `udpTimeout`.
+    pub udp: Duration,
+    /// `udpStreamTimeout`.
+    pub udp_stream: Duration,
+}
+
+/// A kernel setting that could not be made.
+#[derive(Debug, Error)]
+#[error("cannot set /{} to {value}: {source}; set it on the host, or ask for nothing with 0", path.display())]
+pub struct Unset {
+    /// The file, relative to the root.
+    pub path: PathBuf,
+    /// The value that was wanted.
+    pub value: u64,
+    /// What the system said.
+    pub source: io::Error,
+}
+
+impl Conntrack {
+    /// The files to write with their values, for a machine with so many cores.
+    pub fn wanted(&self, cores: u64) -> Vec<(&'static str, u64)> {
+        let seconds = |duration: Duration| duration.as_secs();
+        let timeouts = [
+            (
+                "proc/sys/net/netfilter/nf_conntrack_tcp_timeout_established",
+                seconds(self.tcp_established),
+            ),
+            (
+                "proc/sys/net/netfilter/nf_conntrack_tcp_timeout_close_wait",
+                seconds(self.tcp_close_wait),
+            ),
+            (
+                "proc/sys/net/netfilter/nf_conntrack_tcp_be_liberal",
+                u64::from(self.tcp_be_liberal),
+            ),
+            (
+                "proc/sys/net/netfilter/nf_conntrack_udp_timeout",
+                seconds(self.udp),
+            ),
+            (
+                "proc/sys/net/netfilter/nf_conntrack_udp_timeout_stream",
+                seconds(self.udp_stream),
+            ),
+        ];
+        let max = self.max(cores);
+        [(MAX, max), (HASH_SIZE, max / 4)]
+            .into_iter()
+            .chain(timeouts)
+            .filter(|(_, value)| *value > 0)
+            .collect()
+    }
+
+    fn max(&self, cores: u64) -> u64 {
+        if self.max_per_core == 0 {
+            return 0;
+        }
+        let scaled = u64::from(self.max_per_core) * cores;
+        scaled.min(MOST_CONNECTIONS).max(self.min.into())
+    }
+}
+
+/// Writes the values that differ, below a root directory (`/`), and returns those that could not
+/// be written. A hash table that is large enough already is left as it is.
+pub fn apply(root: &Path, wanted: &[(&'static str, u64)]) -> Vec<Unset> {
+    let mut unset = Vec::new();
+    for (file, value) in wanted {
+        let path = root.join(file);
+        let current = fs::read_to_string(&path);
+        let current = current
+            .ok()
+            .and_then(|text| text.trim().parse::<u64>().ok());
+        let enough = current
+            .is_some_and(|current| current == *value || (*file == HASH_SIZE && current > *value));
+        if enough {
+            continue;
+        }
+        if let Err(source) = fs::write(&path, value.to_string()) {
+            unset.push(Unset {
+                path: PathBuf::from(file),
+                value: *value,
+                source,
+            });
+        }
+    }
+    unset
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DEFAULT: Conntrack = Conntrack {
+        max_per_core: 32_768,
+        min: 131_072,
+        tcp_established: Duration::from_secs(86_400),
+        tcp_close_wait: Duration::from_secs(3_600),
+        tcp_be_liberal: false,
+        udp: Duration::ZERO,
+        udp_stream: Duration::ZERO,
+    };
+
+    fn value(wanted: &[(&str, u64)], name: &str) -> Option<u64> {
+        let mut found = wanted.iter().filter(|(file, _)| file.ends_with(name));
+        found.next().map(|(_, value)| *value)
+    }
+
+    #[test]
+    fn the_table_grows_with_the_cores_between_two_limits() {
+        let max = |cores| value(&DEFAULT.wanted(cores), "nf_conntrack_max");
+        assert_eq!(max(1), Some(131_072));
+        assert_eq!(max(8), Some(262_144));
+        assert_eq!(max(256), Some(1_048_576));
+        assert_eq!(value(&DEFAULT.wanted(8), "hashsize"), Some(65_536));
+        let none = Conntrack {
+            max_per_core: 0,
+            ..DEFAULT
+        };
+        assert_eq!(value(&none.wanted(8), "nf_conntrack_max"), None);
+        assert_eq!(value(&none.wanted(8), "hashsize"), None);
+    }
+
+    #[test]
+    fn zero_asks_for_nothing() {
+        assert!(Conntrack::default().wanted(8).is_empty());
+        let wanted = DEFAULT.wanted(8);
+        assert_eq!(value(&wanted, "tcp_timeout_established"), Some(86_400));
+        assert_eq!(value(&wanted, "tcp_timeout_close_wait"), Some(3_600));
+        assert_eq!(value(&wanted, "udp_timeout"), None);
+        assert_eq!(value(&wanted, "tcp_be_liberal"), None);
+    }
+
+    #[test]
+    fn only_what_differs_is_written_and_what_cannot_be_is_named() {
+        let root = tempfile::tempdir().unwrap();
+        let [present, larger, absent] = [
+            "proc/sys/net/netfilter/nf_conntrack_udp_timeout",
+            HASH_SIZE,
+            "proc/nowhere/value",
+        ];
+        for (file, text) in [(present, "30\n"), (larger, "99\n")] {
+            let path = root.path().join(file);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        }
+        let unset = apply(root.path(), &[(present, 60), (larger, 50), (absent, 1)]);
+        let read = |file: &str| fs::read_to_string(root.path().join(file)).unwrap();
+        assert_eq!(read(present), "60");
+        assert_eq!(read(larger), "99\n", "a larger hash table is left alone");
+        assert_eq!(unset.len(), 1);
+        assert!(
+            unset[0]
+                .to_string()
+                .starts_with("cannot set /proc/nowhere/value to 1: "),
+            "{}",
+            unset[0]
+        );
+        // An equal value is not written: the file may be read-only.
+        fs::write(root.path().join(present), "60\n").unwrap();
+        assert!(apply(root.path(), &[(present, 60)]).is_empty());
+        assert_eq!(read(present), "60\n");
+    }
+}
