@@ -24,6 +24,8 @@ use crate::model::{
 use crate::netlink::{Applied, Error};
 use crate::ruleset::{Element, Key, Name, Op, TableId, simulate};
 
+mod flows;
+
 /// A kernel in memory. Clones share it, so that tests can look and meddle.
 #[derive(Clone, Default)]
 struct Fake(Rc<RefCell<FakeState>>);

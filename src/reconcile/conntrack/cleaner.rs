@@ -13,8 +13,9 @@ use crate::netlink::{Conntrack, Error, Flow, FlowFilter};
 use crate::reconcile::Reporter;
 
 /// The most dumps of single frontends before one of all UDP flows is the better way. Every dump
-/// walks the whole table; `benches/conntrack.rs` measures what the two ways cost.
-const MOST_FILTERED: usize = 8;
+/// walks the whole table. `benches/conntrack.rs` measures that one of all costs as much as 1.2 of
+/// single frontends among 1,000 flows, 2.7 among 10,000, 6.5 among 50,000 and 9.2 among 250,000.
+const MOST_FILTERED: usize = 3;
 const SHORTEST_RETRY: Duration = Duration::from_secs(1);
 const LONGEST_RETRY: Duration = Duration::from_secs(60);
 /// The most frontends that are remembered while flows cannot be deleted. Flows without packets

@@ -1,0 +1,100 @@
+//! What the reconciler hands over for the cleaning of UDP flows.
+
+use super::*;
+use crate::reconcile::conntrack::{self, Front, Pending};
+
+fn dns(name: &str, cluster_ips: &[&str]) -> Service {
+    let mut service = service(name, cluster_ips, &[53]);
+    for port in &mut service.ports {
+        port.protocol = Protocol::Udp;
+    }
+    service
+}
+
+fn vip(last: u8) -> Front {
+    Front::Address(([10, 96, 0, last], 53).into())
+}
+
+/// The frontends whose flows are to be looked for, in order.
+fn suspects(pending: &Pending) -> Vec<Front> {
+    let work = pending.take().unwrap_or_default();
+    let mut suspects: Vec<Front> = work.suspects().collect();
+    suspects.sort_unstable();
+    suspects
+}
+
+#[test]
+fn changes_of_udp_services_are_handed_over_once_the_rules_stand() {
+    let bench = Bench::new();
+    let (queue, pending) = conntrack::queue();
+    let mut reconciler = bench.reconciler().with_cleaner(queue);
+    let (a, b) = (dns("a", &["10.96.0.1"]), dns("b", &["10.96.0.2"]));
+    let web = service("web", &["10.96.0.3"], &[80]);
+    let slices = [&a, &b, &web].map(|s| slice(s.name.as_str(), s, Family::V4, &[1, 2]));
+    let mut objects: Vec<Object> = vec![node().into(), a.clone().into(), b.clone().into()];
+    objects.push(web.clone().into());
+    objects.extend(slices.map(Object::from));
+    handle(&mut reconciler, lists(objects));
+    assert_eq!(suspects(&pending), [vip(1), vip(2)], "all at first");
+
+    let put_slice = |service: &Service, endpoints: &[u8]| {
+        put(slice(service.name.as_str(), service, Family::V4, endpoints))
+    };
+    handle(
+        &mut reconciler,
+        vec![put_slice(&a, &[1]), put_slice(&web, &[1])],
+    );
+    assert_eq!(suspects(&pending), [vip(1)], "an endpoint less");
+    handle(&mut reconciler, vec![put_slice(&a, &[1, 2])]);
+    assert_eq!(suspects(&pending), [], "one more");
+    handle(&mut reconciler, vec![put_slice(&a, &[])]);
+    assert_eq!(suspects(&pending), [vip(1)], "none left");
+
+    let mut wider = b.clone();
+    wider.external_ips = vec!["10.96.0.9".parse().unwrap()];
+    handle(&mut reconciler, vec![put(wider)]);
+    assert_eq!(
+        suspects(&pending),
+        [vip(9)],
+        "a change of the service alone"
+    );
+    handle(&mut reconciler, vec![delete(Kind::Service, "b")]);
+    assert_eq!(suspects(&pending), [vip(2), vip(9)]);
+}
+
+#[test]
+fn endpoints_that_drain_are_no_reason_to_look_until_they_are_gone() {
+    let bench = Bench::new();
+    let (queue, pending) = conntrack::queue();
+    let mut reconciler = bench.reconciler().with_cleaner(queue);
+    let a = dns("a", &["10.96.0.1"]);
+    let full = slice("a", &a, Family::V4, &[1, 2]);
+    let objects = vec![node().into(), a.clone().into(), full.clone().into()];
+    handle(&mut reconciler, lists(objects));
+    assert_eq!(suspects(&pending), [vip(1)]);
+    let mut draining = full.clone();
+    draining.endpoints[0].ready = false;
+    draining.endpoints[0].terminating = true;
+    handle(&mut reconciler, vec![put(draining)]);
+    assert_eq!(suspects(&pending), []);
+    assert!(!bench.applied().is_empty(), "the rules changed");
+    handle(&mut reconciler, vec![put(slice("a", &a, Family::V4, &[2]))]);
+    assert_eq!(suspects(&pending), [vip(1)]);
+}
+
+#[test]
+fn what_a_failed_transaction_would_have_changed_is_handed_over_later() {
+    let bench = Bench::new();
+    let (queue, pending) = conntrack::queue();
+    let mut reconciler = bench.reconciler().with_cleaner(queue);
+    let (a, b) = (dns("a", &["10.96.0.1"]), dns("b", &["10.96.0.2"]));
+    let objects = vec![node().into(), a.into(), b.into()];
+    handle(&mut reconciler, lists(objects));
+    assert_eq!(suspects(&pending).len(), 2);
+    bench.kernel.0.borrow_mut().failures = 2;
+    let outcome = handle(&mut reconciler, vec![delete(Kind::Service, "b")]);
+    assert_eq!(outcome, Outcome::Failed);
+    assert_eq!(suspects(&pending), []);
+    assert_eq!(reconciler.resync(), Outcome::Synced);
+    assert_eq!(suspects(&pending), [vip(1), vip(2)]);
+}
