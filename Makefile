@@ -35,6 +35,7 @@ bench: ## Measure beside kube-proxy's ruleset (release build; asks for root; 5 m
 	@NETNS_RUN_ROOT=1 scripts/netns-run.sh --explain
 	cargo bench --locked --bench micro
 	NETNS_RUN_ROOT=1 scripts/with-runner.sh cargo bench --locked --bench dataplane -- $(ARGS)
+	NETNS_RUN_ROOT=1 scripts/with-runner.sh cargo bench --locked --bench conntrack
 
 build: ## Build the release binary, target/release/nftlet
 	@scripts/install-deps.sh build

@@ -723,6 +723,41 @@ fn tables_deleted_by_others_come_back() {
 }
 
 #[test]
+fn a_change_with_a_trigger_time_is_measured_from_there() {
+    if !require_net_admin() {
+        return;
+    }
+    let (manifests, ns) = (shop(), Namespace::new("node"));
+    let metrics = "127.0.0.1:10249";
+    let _daemon = manifests.run(&ns, &["--metrics-bind-address", metrics]);
+    let measured = || {
+        let (_, page) = get(&ns, metrics, "/metrics");
+        let name = "kubeproxy_network_programming_duration_seconds_count{ip_family=\"IPv4\"}";
+        metric(&page, name)
+    };
+    assert!(
+        measured() < 0.5,
+        "the slices of the shop have no trigger time"
+    );
+    manifests.put(&serde_json::json!({
+        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
+        "metadata": {
+            "name": "web-triggered", "namespace": "shop",
+            "labels": {"kubernetes.io/service-name": "web"},
+            "annotations": {
+                "endpoints.kubernetes.io/last-change-trigger-time": "2026-01-01T00:00:00Z",
+            },
+        },
+        "addressType": "IPv4",
+        "ports": [{"name": "http", "port": 8080, "protocol": "TCP"}],
+        "endpoints": [{"addresses": ["10.244.1.99"]}],
+    }));
+    wait_for("the change to be measured", Duration::from_secs(20), || {
+        (measured() > 0.5).then_some(())
+    });
+}
+
+#[test]
 fn a_dump_of_kubectl_becomes_rules_that_nft_takes() {
     if !require_net_admin() {
         return;
