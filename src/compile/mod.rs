@@ -6,12 +6,21 @@
 //! lead to are shared by all services with the same number of endpoints ([`SharedChain`]).
 //!
 //! ```text
-//!  prerouting, output ──> services ── vmap @frontends ──> cluster-3 ─┐ marks clients outside
-//!                            │                            external-3 ┤ marks everyone
-//!                            │                                       └─> lb-3: dnat to (frontend,
-//!                            ├─ vmap @nodeports ──> nodeport-3           random of 3) map @endpoints
-//!                            ├─ @cluster-ips ──> reject-service (a port the service lacks)
-//!                            └─ @service-cidrs ──> drop (an address nobody has)
+//!  prerouting, output ──> services
+//!    │
+//!    ├─ vmap @frontends ──> cluster-3    marks clients outside of the pod network ─┐
+//!    │                      external-3   marks everyone ───────────────────────────┤
+//!    │                      local-3      policy Local: pods and the node ──────────┤
+//!    │                        └─ vmap @local-frontends ──> lb-local-1 (others)     v
+//!    │                      source-ranges  only clients in @allowed-sources     lb-3: dnat to
+//!    │                        └─ vmap @firewalled-frontends ──> any of these    (frontend, random
+//!    │                                                                          of 3) map @endpoints
+//!    ├─ vmap @nodeports ──> nodeport-external-3, nodeport-local-3 (the same by port)
+//!    ├─ @cluster-ips ──> reject-service (a port the service lacks)
+//!    └─ @service-cidrs ──> drop (an address nobody has)
+//!
+//!  with session affinity:  lb-sticky-3: dnat to (client, frontend) map @affinity, else lb-3
+//!    behind the translation: learn-prerouting, learn-output ──> learn-10800: update @affinity
 //!
 //!  postrouting ── marked, or a pod that reaches itself (@hairpin) ──> masquerade
 //! ```
@@ -21,6 +30,7 @@
 
 mod chains;
 mod layout;
+mod plan;
 mod service;
 mod settings;
 mod skeleton;
@@ -30,6 +40,7 @@ pub use chains::{Handle, LearnAt, Role, SharedChain};
 pub use layout::{
     AFFINITY, By, Scope, ServiceSet, TABLE, affinity_declaration, table_family, table_id,
 };
-pub use service::{ElementOf, Frontend, Pool, Route, ServicePlan, Target, plan};
+pub use plan::{ElementOf, Frontend, Pool, Route, ServicePlan, Target};
+pub use service::plan;
 pub use settings::{DetectLocal, LocalDetector, NodePortAddresses, Settings};
 pub use skeleton::skeleton;

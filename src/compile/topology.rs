@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::service::Target;
+use super::plan::Target;
 use crate::model::{Endpoint, EndpointOf, Node};
 
 /// The endpoints for the policy Cluster: those that are ready, narrowed by topology hints. If
