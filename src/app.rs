@@ -358,14 +358,16 @@ fn host_addresses() -> Vec<IpAddr> {
 }
 
 fn check_kernel() -> Result<(), Error> {
-    let uname = rustix::system::uname();
-    let release = uname.release().to_string_lossy();
+    check_release(&rustix::system::uname().release().to_string_lossy())
+}
+
+fn check_release(release: &str) -> Result<(), Error> {
     let mut numbers = release
         .split(|c: char| !c.is_ascii_digit())
         .map_while(|part| part.parse::<u32>().ok());
     match (numbers.next(), numbers.next()) {
         (Some(major), Some(minor)) if (major, minor) < OLDEST_KERNEL => Err(Error::OldKernel {
-            found: release.into_owned(),
+            found: release.to_owned(),
         }),
         // A kernel that does not say its version may well work.
         _ => Ok(()),
@@ -671,5 +673,29 @@ fn copy_stats(stats: &SourceStats, metrics: &Metrics) {
         let of = stats.kind(kind);
         let (lists, watches, events) = (of.lists(), of.watches(), of.events());
         metrics.watch(kind.as_str(), lists, watches.saturating_sub(1), events);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::check_release;
+
+    #[test]
+    fn kernels_that_are_too_old_are_named() {
+        for release in [
+            "5.13.0",
+            "6.1.0-13-amd64",
+            "10.0",
+            "6.18.44-fc-v445",
+            "unknown",
+            "",
+        ] {
+            assert!(check_release(release).is_ok(), "{release}");
+        }
+        for release in ["5.12.19", "4.19.0-25-amd64", "5.4"] {
+            let error = check_release(release).unwrap_err().to_string();
+            let expected = format!("this kernel is Linux {release}; nftlet needs 5.13 or newer");
+            assert!(error.starts_with(&expected), "{error}");
+        }
     }
 }

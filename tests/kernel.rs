@@ -763,3 +763,48 @@ fn one_replaced_value_is_one_element_out_and_one_in() {
     apply(&ns, &transaction).unwrap();
     assert_same(&read(&ns, &after), &after, "replaced");
 }
+
+/// Somebody else goes on changing the ruleset while it is read: each dump that is interrupted is
+/// started again, so that what was read is what was there at some moment.
+#[test]
+fn a_table_is_read_whole_while_others_change_it() {
+    if !require_net_admin() {
+        return;
+    }
+    let ns = Namespace::new("interrupted");
+    let id = TableId::new(Family::Ip, TABLE);
+    // Enough chains and rules for a dump to take several messages.
+    let mut table = Table::default();
+    for index in 0..400 {
+        let rules = vec![Rule::new([Statement::Counter]); 5];
+        let name = format!("chain-{index:03}");
+        table.chains.insert(name.as_str().into(), plain(rules));
+    }
+    let wanted = Ruleset {
+        tables: [(id.clone(), table)].into(),
+    };
+    apply(&ns, &diff(&Ruleset::default(), wanted.clone())).unwrap();
+    let mut other = ns.run(|| Nftables::open().unwrap());
+    let other_id = TableId::new(Family::Ip, "others");
+    let change = |op| Transaction { ops: vec![op] };
+    let reading = std::thread::spawn({
+        let (ns, wanted) = (ns.clone(), wanted.clone());
+        move || -> Result<Vec<Ruleset>, Error> {
+            let mut nftables = ns.run(Nftables::open)?;
+            (0..30).map(|_| nftables.read(&[TABLE], &wanted)).collect()
+        }
+    });
+    while !reading.is_finished() {
+        other
+            .apply(&change(Op::AddTable(other_id.clone())))
+            .unwrap();
+        other
+            .apply(&change(Op::DeleteTable(other_id.clone())))
+            .unwrap();
+        // Readers need a moment without a change, as they get it in real life.
+        std::thread::sleep(Duration::from_millis(3));
+    }
+    for actual in reading.join().expect("the reader does not panic").unwrap() {
+        assert_same(&actual, &wanted, "while others write");
+    }
+}
