@@ -21,7 +21,6 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
 
 use clap::Parser;
 use thiserror::Error;
@@ -137,7 +136,6 @@ pub fn run(args: &Args) -> Result<(), Error> {
     let mut nftables = Nftables::open()?;
     // The first answer tells about permissions and a missing nf_tables before anything else.
     nftables.read(&[], &Ruleset::default())?;
-    track_connections(args);
     let metrics = Arc::new(Metrics::new()?);
     let health = Health::new(health::PERIOD);
     let (events, received) = mpsc::channel(QUEUE);
@@ -160,12 +158,14 @@ pub fn run(args: &Args) -> Result<(), Error> {
         .map_err(system("the I/O thread"))?;
     // The sender is dropped without a message only if the thread panicked.
     started.blocking_recv().unwrap_or(Err(Error::SourceEnded))?;
+    track_connections(args);
     let reporter = Log;
     let (cleaner, pending) = conntrack::queue();
     let flows = start_cleaner(pending, metrics.clone())?;
     let foreign = Arc::new(Notify::new());
+    let (ready, begin) = oneshot::channel();
     if !args.once {
-        start_monitor(&nftables, foreign.clone())?;
+        start_monitor(&nftables, begin, foreign.clone())?;
     }
     let mut reconciler = Reconciler::new(nftables, settings, &metrics, &reporter)
         .with_stand_in(stand_in(&stand_in_name))
@@ -175,6 +175,7 @@ pub fn run(args: &Args) -> Result<(), Error> {
         stop: stopped,
         once: args.once,
         foreign,
+        ready: Some(ready),
     };
     let exit =
         single_threaded()?.block_on(reconcile::run(&mut reconciler, received, signals, &health));
@@ -202,7 +203,11 @@ pub fn run(args: &Args) -> Result<(), Error> {
 
 /// Starts the thread that hears of changes that others make to nftlet's tables. It ends with the
 /// process. Without the news nftlet works, but heals only what it meets.
-fn start_monitor(own: &Nftables, foreign: Arc<Notify>) -> Result<(), Error> {
+fn start_monitor(
+    own: &Nftables,
+    begin: oneshot::Receiver<()>,
+    foreign: Arc<Notify>,
+) -> Result<(), Error> {
     let mut monitor = match Monitor::open(&[TABLE], own) {
         Ok(monitor) => monitor,
         Err(error) => {
@@ -211,6 +216,13 @@ fn start_monitor(own: &Nftables, foreign: Arc<Notify>) -> Result<(), Error> {
         }
     };
     let listen = move || {
+        if begin.blocking_recv().is_err() {
+            return;
+        }
+        if let Err(error) = monitor.listen() {
+            tracing::warn!("{error}; changes that others make to the rules are not noticed");
+            return;
+        }
         loop {
             match monitor.wait() {
                 Ok(Heard::Change | Heard::Lost) => foreign.notify_one(),
@@ -296,22 +308,14 @@ fn settings(args: &Args) -> Result<Settings, Error> {
     })
 }
 
-/// Makes the kernel settings of connection tracking. On a laptop that plays with manifests only
-/// what a flag asks for is set.
+/// Makes the kernel settings of connection tracking that a flag asks for.
 fn track_connections(args: &Args) {
-    let (flags, in_cluster) = (&args.conntrack, args.manifests.is_empty());
-    let standard = |value: Duration| if in_cluster { value } else { Duration::ZERO };
+    let flags = &args.conntrack;
     let asked = sysctl::Conntrack {
-        max_per_core: flags
-            .conntrack_max_per_core
-            .unwrap_or(if in_cluster { 32_768 } else { 0 }),
-        min: flags.conntrack_min.unwrap_or(131_072),
-        tcp_established: flags
-            .conntrack_tcp_timeout_established
-            .unwrap_or(standard(Duration::from_secs(24 * 3600))),
-        tcp_close_wait: flags
-            .conntrack_tcp_timeout_close_wait
-            .unwrap_or(standard(Duration::from_secs(3600))),
+        max_per_core: flags.conntrack_max_per_core.unwrap_or_default(),
+        min: flags.conntrack_min,
+        tcp_established: flags.conntrack_tcp_timeout_established.unwrap_or_default(),
+        tcp_close_wait: flags.conntrack_tcp_timeout_close_wait.unwrap_or_default(),
         tcp_be_liberal: flags.conntrack_tcp_be_liberal,
         udp: flags.conntrack_udp_timeout.unwrap_or_default(),
         udp_stream: flags.conntrack_udp_timeout_stream.unwrap_or_default(),

@@ -112,8 +112,10 @@ pub struct Agent<'a> {
     cost: Rc<RefCell<Cost>>,
     split: Rc<RefCell<bool>>,
     spent_splitting: Rc<RefCell<Duration>>,
-    /// As in the agent, somebody listens for changes: the kernel composes news for them.
-    _monitor: Monitor,
+    /// As in the agent, somebody listens for changes after the first program: the kernel composes
+    /// news for them.
+    monitor: Option<Monitor>,
+    listening: Option<Monitor>,
 }
 
 impl<'a> Agent<'a> {
@@ -130,7 +132,8 @@ impl<'a> Agent<'a> {
         };
         Self {
             reconciler: Reconciler::new(metered, settings(), metrics, &Strict),
-            _monitor: monitor,
+            monitor: Some(monitor),
+            listening: None,
             cost,
             split,
             spent_splitting,
@@ -152,6 +155,10 @@ impl<'a> Agent<'a> {
         let outcome = self.reconciler.handle(events);
         let took = started.elapsed();
         assert_eq!(outcome, Outcome::Synced);
+        if let Some(monitor) = self.monitor.take() {
+            monitor.listen().unwrap_or_else(|error| panic!("{error}"));
+            self.listening = Some(monitor);
+        }
         let total = took.saturating_sub(*self.spent_splitting.borrow());
         Cost {
             total: total.as_secs_f64(),

@@ -1,4 +1,4 @@
-//! The flags of connection tracking, with kube-proxy's names and defaults.
+//! The flags of connection tracking, with kube-proxy's names.
 
 use std::time::Duration;
 
@@ -6,25 +6,24 @@ use clap::Args;
 
 use super::Error;
 
-/// Kernel settings of connection tracking. They are made at the start when nftlet works for a
-/// cluster, and with --manifests only where a flag asks for them. 0 leaves a setting alone.
+/// Kernel settings of connection tracking, made at the start where a flag asks for them. 0 asks
+/// for nothing.
 #[derive(Args, Clone, Debug, Default, PartialEq, Eq)]
-#[command(next_help_heading = "Connection tracking (at the start; 0 leaves the kernel's value)")]
+#[command(next_help_heading = "Connection tracking (the kernel's values stay where no flag asks)")]
 pub struct ConntrackArgs {
-    /// Connections to track for each core [default: 32768; none with --manifests].
+    /// Connections to track for each core (kube-proxy asks for 32768).
     #[arg(long, value_name = "N")]
     pub conntrack_max_per_core: Option<u32>,
 
-    /// Connections to track at least [default: 131072].
-    #[arg(long, value_name = "N")]
-    pub conntrack_min: Option<u32>,
+    /// Connections to track at least, where --conntrack-max-per-core asks for any.
+    #[arg(long, value_name = "N", default_value_t = 131_072)]
+    pub conntrack_min: u32,
 
-    /// How long an idle TCP connection is remembered [default: 24h; as it is with --manifests].
+    /// How long an idle TCP connection is remembered (kube-proxy asks for 24h).
     #[arg(long, value_name = "DURATION", value_parser = duration)]
     pub conntrack_tcp_timeout_established: Option<Duration>,
 
-    /// How long a TCP connection in CLOSE_WAIT is remembered [default: 1h; as it is with
-    /// --manifests].
+    /// How long a TCP connection in CLOSE_WAIT is remembered (kube-proxy asks for 1h).
     #[arg(long, value_name = "DURATION", value_parser = duration)]
     pub conntrack_tcp_timeout_close_wait: Option<Duration>,
 

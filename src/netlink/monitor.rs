@@ -13,6 +13,7 @@ const GROUP: u32 = 7;
 /// The attribute that names the table; it has the same number in every message about tables,
 /// chains, rules, sets and elements.
 const ATTR_TABLE: u16 = 1;
+const WHAT: &str = "nftables notifications";
 
 /// Hears of changes that others make to some tables.
 pub struct Monitor {
@@ -30,19 +31,31 @@ pub enum Heard {
 }
 
 impl Monitor {
-    /// Listens, in the current network namespace, for changes to the tables of these names that
-    /// come from anyone but `own`.
+    /// Prepares to listen, in the current network namespace, for changes to the tables of these
+    /// names that come from anyone but `own`.
     ///
     /// # Errors
     ///
-    /// [`Error::Open`] when the socket cannot be opened or the group cannot be joined.
+    /// [`Error::Open`] when the socket cannot be opened.
     pub fn open(tables: &'static [&'static str], own: &Nftables) -> Result<Self, Error> {
-        let what = "nftables notifications";
-        let socket = Socket::open(what)?;
-        let failed = |source| Error::Open { what, source };
+        let socket = Socket::open(WHAT)?;
+        let failed = |source| Error::Open { what: WHAT, source };
         socket.ignore_port(own.port()).map_err(failed)?;
-        socket.join(GROUP).map_err(failed)?;
         Ok(Self { socket, tables })
+    }
+
+    /// Begins to listen.
+    ///
+    /// From now on the kernel composes news of every change, its own socket's too before the
+    /// filter drops them: writing a hundred thousand elements takes twice as long. So this is
+    /// for after the first program.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Open`] when the group cannot be joined.
+    pub fn listen(&self) -> Result<(), Error> {
+        let failed = |source| Error::Open { what: WHAT, source };
+        self.socket.join(GROUP).map_err(failed)
     }
 
     /// Waits until something is heard.
@@ -64,10 +77,7 @@ impl Monitor {
                     return Ok(Heard::Lost);
                 }
                 Err(source) => {
-                    return Err(Error::Receive {
-                        what: "nftables notifications",
-                        source,
-                    });
+                    return Err(Error::Receive { what: WHAT, source });
                 }
             }
         }

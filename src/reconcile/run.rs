@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{Notify, mpsc, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until};
 
 use super::{Kernel, Outcome, Reconciler};
@@ -34,6 +34,8 @@ pub struct Signals {
     pub once: bool,
     /// Told when somebody else changed the tables.
     pub foreign: Arc<Notify>,
+    /// Told when the first rules are in force.
+    pub ready: Option<oneshot::Sender<()>>,
 }
 
 /// Why the task ended.
@@ -123,6 +125,10 @@ pub async fn run<K: Kernel>(
                     .is_some_and(|node| node.going_away);
                 health.node_going_away(going);
                 if !std::mem::replace(&mut ready, true) {
+                    if let Some(told) = signals.ready.take() {
+                        // Nobody may be waiting for it.
+                        let _ = told.send(());
+                    }
                     tracing::info!("the rules are in place");
                 }
                 if signals.once {

@@ -576,6 +576,7 @@ async fn a_cluster_that_does_not_tell_all_is_no_reason_to_restart() {
         stop: stopped,
         once: false,
         foreign: std::sync::Arc::default(),
+        ready: None,
     };
     let test = async {
         let web = service("web", &["10.96.0.10"], &[80]);
