@@ -367,3 +367,41 @@ fn each_of_n_endpoints_gets_its_share() {
         }
     }
 }
+
+/// Five slices of a thousand endpoints each, as the API splits them.
+#[test]
+fn five_thousand_endpoints_fit_in_one_service() {
+    if !require_net_admin() {
+        return;
+    }
+    let (manifests, node) = (Manifests::new(), Namespace::new("node"));
+    put_service(&manifests, "large", "10.96.0.10");
+    let put_part = |part: u8, replaced: Option<IpAddr>| {
+        let mut endpoints: Vec<Value> = (0..1000u16)
+            .map(|index| {
+                let [high, low] = index.to_be_bytes();
+                endpoint(IpAddr::from([10, 200 + part, high, low]), Life::Ready)
+            })
+            .collect();
+        if let Some(address) = replaced {
+            endpoints[500] = endpoint(address, Life::Ready);
+        }
+        let mut object = slice("large", &endpoints);
+        object["metadata"]["name"] = json!(format!("large-{part}"));
+        manifests.put(&object);
+    };
+    (0..5).for_each(|part| put_part(part, None));
+    let _daemon = manifests.run(&node, &CIDR);
+    let list = |name: &str| node.nft(&["list", "map", "ip", "nftlet", name]);
+    assert!(list("frontends").contains("goto cluster-5000"));
+    let endpoints = list("endpoints");
+    assert_eq!(endpoints.matches(" . 8080").count(), 5000);
+    assert!(endpoints.contains("10.96.0.10 . tcp . 80 . 4999 : "));
+    put_part(3, Some(ip("10.210.0.1")));
+    wait_for("the replaced endpoint", Duration::from_secs(20), || {
+        list("endpoints")
+            .contains(": 10.210.0.1 . 8080")
+            .then_some(())
+    });
+    assert_eq!(list("endpoints").matches(" . 8080").count(), 5000);
+}
