@@ -15,8 +15,11 @@
 //! each has a thread with a single-threaded runtime. A third thread, "flows", deletes UDP flows
 //! that a change of the rules left stale.
 
-use std::io::{self, IsTerminal, Write};
-use std::net::{IpAddr, SocketAddr};
+mod dry_run;
+mod serve;
+
+use std::io::{self, IsTerminal};
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -25,24 +28,21 @@ use std::thread;
 use clap::Parser;
 use thiserror::Error;
 use tokio::runtime;
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
-use crate::cli::{self, Args, HEALTHZ_BIND_ADDRESS, LogFormat, METRICS_BIND_ADDRESS};
+use self::serve::Io;
+use crate::cli::{self, Args, LogFormat};
 use crate::compile::{DetectLocal, NodePortAddresses, Settings, TABLE};
-use crate::health::{self, CheckError, Checks, Health, Probe, Router};
+use crate::health::{self, Checks, Health};
 use crate::metrics::Metrics;
-use crate::model::{
-    Changes, Delivery, Event, Kind, Node, Notice, Object, ObjectName, ObjectRef, Reason,
-    ServiceKind, Store, Subject,
-};
+use crate::model::{Event, Kind, Node, Notice, Object, Reason, Store, Subject};
 use crate::netlink::{self, Heard, Monitor, Nftables};
 use crate::reconcile::conntrack::{self, Cleaner, KernelFlows};
-use crate::reconcile::{self, Exit, Log, Reconciler, Reporter, Signals};
-use crate::ruleset::{Ruleset, text};
+use crate::reconcile::{self, Exit, Log, Reconciler, Signals};
+use crate::ruleset::Ruleset;
 use crate::source::cluster::Error as ClusterError;
 use crate::source::manifests::Error as ManifestsError;
-use crate::source::{Cluster, Manifests, SourceStats};
+use crate::source::{Cluster, Manifests};
 use crate::sysctl;
 
 /// The oldest kernel nftlet works on, as kube-proxy's nftables mode.
@@ -130,7 +130,7 @@ pub fn run(args: &Args) -> Result<(), Error> {
     let node_name = args.node_name(std::env::var("NODE_NAME").ok(), &host_name());
     let settings = settings(args)?;
     if args.dry_run {
-        return dry_run(args, &node_name, &settings);
+        return dry_run::run(args, &node_name, &settings);
     }
     check_kernel()?;
     let mut nftables = Nftables::open()?;
@@ -378,83 +378,6 @@ fn check_release(release: &str) -> Result<(), Error> {
     }
 }
 
-/// Prints the rules for the objects as they are now.
-fn dry_run(args: &Args, node_name: &str, settings: &Settings) -> Result<(), Error> {
-    let store = single_threaded()?.block_on(collect(args, node_name))?;
-    let wanted = Reconciler::<Nftables>::wanted(&store, settings);
-    let mut out = io::BufWriter::new(io::stdout().lock());
-    print_ruleset(&store, &wanted, &mut out)
-        .and_then(|()| out.flush())
-        .or_else(|error| match error.kind() {
-            // The reader of a pipe has seen enough.
-            io::ErrorKind::BrokenPipe => Ok(()),
-            _ => Err(Error::Print(error)),
-        })
-}
-
-/// The path by which the manifests source knows standard input.
-const STANDARD_INPUT: &str = "-";
-
-/// Reads all objects once.
-async fn collect(args: &Args, node_name: &str) -> Result<Store, Error> {
-    let mut store = Store::with_stand_in(stand_in(node_name));
-    let mut changes = Changes::default();
-    if let Some(mut manifests) = manifests(args, node_name) {
-        for event in load(&mut manifests, node_name)? {
-            store.apply(event, &mut changes);
-        }
-    } else {
-        let cluster = connect(args, node_name).await?;
-        let (sender, mut events) = mpsc::channel(QUEUE);
-        let (stop, stopped) = watch::channel(false);
-        let source = tokio::spawn(cluster.run(sender, stopped));
-        while !store.is_complete() {
-            let Some(delivery) = events.recv().await else {
-                return Err(Error::SourceEnded);
-            };
-            store.apply(delivery.event, &mut changes);
-            report(&mut changes);
-        }
-        stop.send_replace(true);
-        drop(events);
-        let _ = source.await;
-    }
-    report(&mut changes);
-    Ok(store)
-}
-
-fn report(changes: &mut Changes) {
-    for notice in changes.notices.drain(..) {
-        Log.notice(&notice);
-    }
-}
-
-fn print_ruleset(store: &Store, ruleset: &Ruleset, out: &mut impl Write) -> io::Result<()> {
-    writeln!(
-        out,
-        "# nftlet {}: {}",
-        env!("CARGO_PKG_VERSION"),
-        summary(store)
-    )?;
-    let mut without: Vec<_> = store
-        .services()
-        .filter_map(|service| {
-            let why = match service.kind {
-                ServiceKind::ExternalName => "ExternalName, answered by DNS",
-                ServiceKind::Headless => "headless, answered by DNS",
-                _ => return None,
-            };
-            Some(format!("# {}: {why}, no rules", service.name))
-        })
-        .collect();
-    without.sort();
-    for line in without {
-        writeln!(out, "{line}")?;
-    }
-    writeln!(out)?;
-    text::render(ruleset, out)
-}
-
 fn summary(store: &Store) -> String {
     let count = |kind: Kind| store.count(kind);
     format!(
@@ -465,6 +388,9 @@ fn summary(store: &Store) -> String {
         store.node().map_or("unknown", |node| &*node.name)
     )
 }
+
+/// The path by which the manifests source knows standard input.
+const STANDARD_INPUT: &str = "-";
 
 fn manifests(args: &Args, node_name: &str) -> Option<Manifests> {
     let paths: Vec<PathBuf> = args
@@ -503,181 +429,6 @@ async fn connect(args: &Args, node_name: &str) -> Result<Cluster, Error> {
             ClusterError::NoCluster => Error::NoSource(error),
             other => Error::Cluster(other),
         })
-}
-
-/// What runs on the I/O thread.
-struct Io {
-    args: Args,
-    node_name: String,
-    metrics: Arc<Metrics>,
-    health: Health,
-    health_checks: watch::Receiver<Checks>,
-    stop: watch::Sender<bool>,
-    stopped: watch::Receiver<bool>,
-}
-
-impl Io {
-    /// Starts everything, says so, and works until asked to stop.
-    fn run(self, events: mpsc::Sender<Delivery>, ready: oneshot::Sender<Result<(), Error>>) {
-        let runtime = match single_threaded() {
-            Ok(runtime) => runtime,
-            Err(error) => {
-                let _ = ready.send(Err(error));
-                return;
-            }
-        };
-        runtime.block_on(async {
-            match self.start(events).await {
-                Ok(tasks) => {
-                    let _ = ready.send(Ok(()));
-                    let mut stopped = self.stopped.clone();
-                    let _ = stopped.wait_for(|stop| *stop).await;
-                    for task in tasks {
-                        task.abort();
-                    }
-                }
-                Err(error) => {
-                    let _ = ready.send(Err(error));
-                }
-            }
-        });
-        // A question to a DNS server that does not answer would hold up the end.
-        runtime.shutdown_background();
-    }
-
-    async fn start(
-        &self,
-        events: mpsc::Sender<Delivery>,
-    ) -> Result<Vec<tokio::task::JoinHandle<()>>, Error> {
-        let mut tasks = Vec::new();
-        let stopped = self.stopped.clone();
-        let mut stats = None;
-        if let Some(mut manifests) = manifests(&self.args, &self.node_name) {
-            let first = load(&mut manifests, &self.node_name)?;
-            let once = self.args.once;
-            tasks.push(tokio::spawn(async move {
-                for event in first {
-                    if events.send(Delivery::now(event)).await.is_err() {
-                        return;
-                    }
-                }
-                if once {
-                    return;
-                }
-                if let Err(error) = manifests.follow(events, stopped).await {
-                    tracing::error!("{error}");
-                }
-            }));
-        } else {
-            let cluster = connect(&self.args, &self.node_name).await?;
-            tracing::info!("watching {}", cluster.server());
-            stats = Some(cluster.stats());
-            tasks.push(tokio::spawn(cluster.run(events, stopped)));
-        }
-        // Not before: until here this thread may have waited for standard input, and nobody
-        // would have looked at a signal.
-        tasks.push(self.handle_signals()?);
-        tasks.extend(self.serve_http(stats).await?);
-        if !self.args.once {
-            tasks.push(self.serve_health_checks());
-        }
-        Ok(tasks)
-    }
-
-    fn handle_signals(&self) -> Result<tokio::task::JoinHandle<()>, Error> {
-        let failed = system("signal handlers");
-        let mut terminate = signal(SignalKind::terminate()).map_err(&failed)?;
-        let mut interrupt = signal(SignalKind::interrupt()).map_err(&failed)?;
-        let stop = self.stop.clone();
-        Ok(tokio::spawn(async move {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
-            }
-            stop.send_replace(true);
-        }))
-    }
-
-    /// Opens the ports that are asked for.
-    async fn serve_http(
-        &self,
-        stats: Option<Arc<SourceStats>>,
-    ) -> Result<Vec<tokio::task::JoinHandle<()>>, Error> {
-        let mut tasks = Vec::new();
-        if let Some(address) = self.args.healthz_address() {
-            let router = self.probes();
-            tasks.push(self.serve(address, HEALTHZ_BIND_ADDRESS, router).await?);
-        }
-        if let Some(address) = self.args.metrics_address() {
-            let metrics = self.metrics.clone();
-            let page = move || {
-                if let Some(stats) = &stats {
-                    copy_stats(stats, &metrics);
-                }
-                metrics.encode()
-            };
-            let router = self
-                .probes()
-                .metrics(page)
-                .text("/proxyMode", || "nftables".into());
-            tasks.push(self.serve(address, METRICS_BIND_ADDRESS, router).await?);
-        }
-        Ok(tasks)
-    }
-
-    fn serve_health_checks(&self) -> tokio::task::JoinHandle<()> {
-        let metrics = self.metrics.clone();
-        let failed = move |error: &CheckError| {
-            metrics.health_check_port_error();
-            if !error.again {
-                let notice = port_notice(error);
-                metrics.notice(notice.reason.as_str());
-                Log.notice(&notice);
-            }
-        };
-        let (wanted, health) = (self.health_checks.clone(), self.health.clone());
-        let serve = health::serve_checks(wanted, health, failed, self.stopped.clone());
-        tokio::spawn(serve)
-    }
-
-    fn probes(&self) -> Router {
-        let metrics = self.metrics.clone();
-        Router::new().probes(&self.health, move |probe, code| match probe {
-            Probe::Healthz => metrics.healthz(code),
-            Probe::Livez => metrics.livez(code),
-        })
-    }
-
-    async fn serve(
-        &self,
-        address: SocketAddr,
-        flag: &'static str,
-        router: Router,
-    ) -> Result<tokio::task::JoinHandle<()>, Error> {
-        let listener = health::bind(address, flag).await?;
-        let stopped = self.stopped.clone();
-        Ok(tokio::spawn(async move {
-            health::serve(listener, Arc::new(router), stopped).await;
-        }))
-    }
-}
-
-fn port_notice(error: &CheckError) -> Notice {
-    let service = ObjectName::new(&error.check.namespace, &error.check.name);
-    Notice {
-        subject: Subject::Object(ObjectRef::new(Kind::Service, service)),
-        reason: Reason::HealthCheckPort,
-        message: error.to_string(),
-    }
-}
-
-/// The source counts by itself; its numbers become metrics when somebody looks.
-fn copy_stats(stats: &SourceStats, metrics: &Metrics) {
-    for kind in Kind::ALL {
-        let of = stats.kind(kind);
-        let (lists, watches, events) = (of.lists(), of.watches(), of.events());
-        metrics.watch(kind.as_str(), lists, watches.saturating_sub(1), events);
-    }
 }
 
 #[cfg(test)]

@@ -1,0 +1,87 @@
+//! Reads all objects once and prints their rules.
+
+use std::io::{self, Write};
+
+use tokio::sync::{mpsc, watch};
+
+use super::{Error, QUEUE, connect, load, manifests, single_threaded, stand_in, summary};
+use crate::cli::Args;
+use crate::compile::Settings;
+use crate::model::{Changes, ServiceKind, Store};
+use crate::netlink::Nftables;
+use crate::reconcile::{Log, Reconciler, Reporter};
+use crate::ruleset::{Ruleset, text};
+
+/// Prints the rules for the objects as they are now.
+pub(super) fn run(args: &Args, node_name: &str, settings: &Settings) -> Result<(), Error> {
+    let store = single_threaded()?.block_on(collect(args, node_name))?;
+    let wanted = Reconciler::<Nftables>::wanted(&store, settings);
+    let mut out = io::BufWriter::new(io::stdout().lock());
+    print_ruleset(&store, &wanted, &mut out)
+        .and_then(|()| out.flush())
+        .or_else(|error| match error.kind() {
+            // The reader of a pipe has seen enough.
+            io::ErrorKind::BrokenPipe => Ok(()),
+            _ => Err(Error::Print(error)),
+        })
+}
+
+/// Reads all objects once.
+async fn collect(args: &Args, node_name: &str) -> Result<Store, Error> {
+    let mut store = Store::with_stand_in(stand_in(node_name));
+    let mut changes = Changes::default();
+    if let Some(mut manifests) = manifests(args, node_name) {
+        for event in load(&mut manifests, node_name)? {
+            store.apply(event, &mut changes);
+        }
+    } else {
+        let cluster = connect(args, node_name).await?;
+        let (sender, mut events) = mpsc::channel(QUEUE);
+        let (stop, stopped) = watch::channel(false);
+        let source = tokio::spawn(cluster.run(sender, stopped));
+        while !store.is_complete() {
+            let Some(delivery) = events.recv().await else {
+                return Err(Error::SourceEnded);
+            };
+            store.apply(delivery.event, &mut changes);
+            report(&mut changes);
+        }
+        stop.send_replace(true);
+        drop(events);
+        let _ = source.await;
+    }
+    report(&mut changes);
+    Ok(store)
+}
+
+fn report(changes: &mut Changes) {
+    for notice in changes.notices.drain(..) {
+        Log.notice(&notice);
+    }
+}
+
+fn print_ruleset(store: &Store, ruleset: &Ruleset, out: &mut impl Write) -> io::Result<()> {
+    writeln!(
+        out,
+        "# nftlet {}: {}",
+        env!("CARGO_PKG_VERSION"),
+        summary(store)
+    )?;
+    let mut without: Vec<_> = store
+        .services()
+        .filter_map(|service| {
+            let why = match service.kind {
+                ServiceKind::ExternalName => "ExternalName, answered by DNS",
+                ServiceKind::Headless => "headless, answered by DNS",
+                _ => return None,
+            };
+            Some(format!("# {}: {why}, no rules", service.name))
+        })
+        .collect();
+    without.sort();
+    for line in without {
+        writeln!(out, "{line}")?;
+    }
+    writeln!(out)?;
+    text::render(ruleset, out)
+}
