@@ -3,7 +3,7 @@
 mod common;
 
 use std::collections::BTreeMap;
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Write as _};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
@@ -28,7 +28,11 @@ fn everybody_reaches_pods_with_their_own_address() {
     askers.extend(pods.iter().map(|&pod| pod.clone()));
     for protocol in PROTOCOLS {
         if !protocol.supported() {
-            eprintln!("the kernel does not have {protocol:?}");
+            // Past the capture of tests that pass.
+            let _ = writeln!(
+                std::io::stderr(),
+                "\nSKIPPED {protocol:?}: the kernel has it not"
+            );
             continue;
         }
         for pod in &pods {

@@ -169,9 +169,8 @@ impl Encoder {
         if let Some(field) = message.get_mut(8..12) {
             field.copy_from_slice(&seq);
         }
-        if let Some(flags) = message.get_mut(6..8) {
-            let cleared = u16::from_ne_bytes([flags[0], flags[1]]) & !(libc::NLM_F_ACK as u16);
-            flags.copy_from_slice(&cleared.to_ne_bytes());
+        if let Some(flags) = message.get_mut(6..).and_then(<[u8]>::first_chunk_mut::<2>) {
+            *flags = (u16::from_ne_bytes(*flags) & !(libc::NLM_F_ACK as u16)).to_ne_bytes();
         }
         self.batch.bytes.extend_from_slice(&message);
         self.batch.origins.push(Origin {

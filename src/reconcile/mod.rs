@@ -53,6 +53,8 @@ use programmed::{Draft, Effects};
 
 /// How often remembered clients are read again when some time out meanwhile.
 const FORGET_ATTEMPTS: usize = 8;
+/// How many events that wait for their rules are timed; the kernel may be out of order for long.
+const MOST_WAITING: usize = 1 << 16;
 /// How many services are left out in one attempt before giving up until the next.
 const MOST_REFUSALS: usize = 64;
 /// How long unused shared chains stay: a service that scales up and down finds its chain again.
@@ -171,10 +173,22 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
 
     /// Takes over events and brings the kernel in line with them.
     pub fn handle(&mut self, deliveries: impl IntoIterator<Item = Delivery>) -> Outcome {
+        self.take_over(deliveries);
+        match self.state {
+            State::Listing if !self.store.is_complete() => Outcome::Waiting,
+            State::Listing | State::Unknown => self.resync(),
+            State::Synced => self.update(),
+        }
+    }
+
+    /// Takes over events without writing anything: for while a retry is due, because each attempt
+    /// reads and compares whole tables, however few events there are.
+    pub fn take_over(&mut self, deliveries: impl IntoIterator<Item = Delivery>) {
         let mut changes = std::mem::take(&mut self.changes);
         let (mut services, mut endpoints) = (0, 0);
         for delivery in deliveries {
-            if !matches!(delivery.event, Event::Notice(_)) {
+            let counts = !matches!(delivery.event, Event::Notice(_));
+            if counts && self.waiting.len() < MOST_WAITING {
                 self.waiting.push(delivery.at);
             }
             match delivery.event.kind() {
@@ -194,12 +208,8 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         for name in &changes.services {
             self.refused.remove(name);
         }
+        changes.triggered_at_ms.truncate(MOST_WAITING);
         self.changes = changes;
-        match self.state {
-            State::Listing if !self.store.is_complete() => Outcome::Waiting,
-            State::Listing | State::Unknown => self.resync(),
-            State::Synced => self.update(),
-        }
     }
 
     /// Writes what changed.

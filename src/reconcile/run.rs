@@ -81,6 +81,10 @@ pub async fn run<K: Kernel>(
                     continue;
                 }
                 health.queued();
+                if retry.is_some() {
+                    reconciler.take_over(batch.drain(..));
+                    continue;
+                }
                 reconciler.handle(batch.drain(..))
             }
             () = sleep_until(retry_at.unwrap_or_else(Instant::now)), if retry_at.is_some() => {

@@ -544,6 +544,28 @@ fn after_a_failure_the_kernel_is_read_and_repaired() {
 }
 
 #[test]
+fn while_a_retry_is_due_events_are_taken_over_without_touching_the_kernel() {
+    let bench = Bench::new();
+    let mut reconciler = bench.reconciler();
+    let web = service("web", &["10.96.0.10"], &[80]);
+    handle(&mut reconciler, lists(vec![web.clone().into()]));
+    bench.kernel.0.borrow_mut().failures = 2;
+    let slice_of = |endpoints: &[u8]| put(slice("web-1", &web, Family::V4, endpoints));
+    assert_eq!(
+        handle(&mut reconciler, vec![slice_of(&[1])]),
+        Outcome::Failed
+    );
+    let reads = bench.kernel.0.borrow().reads;
+    for last in 2..50 {
+        reconciler.take_over([Delivery::now(slice_of(&[last]))]);
+    }
+    assert_eq!(bench.kernel.0.borrow().reads, reads);
+    assert_eq!(reconciler.resync(), Outcome::Synced);
+    assert_eq!(bench.kernel.0.borrow().reads, reads + 1);
+    bench.assert_as_wanted(&reconciler);
+}
+
+#[test]
 fn a_failure_to_remove_unused_chains_is_repaired_at_once() {
     let bench = Bench::new();
     let mut reconciler = bench.reconciler();
