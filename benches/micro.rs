@@ -8,13 +8,22 @@
 //! * `diff`: the tables with none, as at the first start, and with equal ones, as at a restart;
 //! * `encode`: the netlink messages of the first program and of one replaced endpoint;
 //! * `text`: the ruleset as `--dry-run` prints it;
+//! * `decode`: the objects of all services from the API server's JSON and from a file of
+//!   manifests;
+//! * `selectors`: a pod of another node that got other labels, among 1,000 and 10,000 policies,
+//!   from the event to the transaction;
 //! * `change`: one replaced endpoint from the event to the transaction, with a kernel that does
 //!   nothing.
 
+#[path = "objects/mod.rs"]
+mod objects;
+#[path = "workload/policies.rs"]
+mod policies;
 #[path = "workload/mod.rs"]
 mod workload;
 
 use std::cell::RefCell;
+use std::fmt::Write as _;
 use std::hint::black_box;
 use std::rc::Rc;
 use std::time::Duration;
@@ -25,10 +34,12 @@ use criterion::{
 };
 use nftlet::compile;
 use nftlet::metrics::Metrics;
-use nftlet::model::{Changes, Notice, Store};
+use nftlet::model::{Changes, Event, Kind, Notice, Object, Store};
 use nftlet::netlink::{Applied, Error, encode};
+use nftlet::policy::{self, Engine};
 use nftlet::reconcile::{Kernel, Outcome, Reconciler, Reporter};
 use nftlet::ruleset::{Element, Ruleset, TableId, Transaction, diff, text};
+use nftlet::source::{Decoder, Manifests};
 use workload::{Random, Workload, deliveries, settings};
 
 const SIZES: [usize; 2] = [1_000, 10_000];
@@ -50,6 +61,10 @@ impl Kernel for Absent {
 
     fn elements(&mut self, _: &TableId, _: &str) -> Result<Vec<Element>, Error> {
         Ok(Vec::new())
+    }
+
+    fn generation(&mut self) -> Result<u32, Error> {
+        Ok(0)
     }
 }
 
@@ -192,5 +207,94 @@ fn change(criterion: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, compile, rules, change);
+/// Objects as they come, without the server's and the file system's part.
+fn decode(criterion: &mut Criterion) {
+    let mut group = group(criterion, "decode");
+    for services in SIZES {
+        let size = objects::Size {
+            services,
+            endpoints: ENDPOINTS,
+        };
+        let cluster = objects::Cluster::new(size);
+        let json: Vec<(Kind, String)> = cluster
+            .objects()
+            .map(|(kind, object)| (kind, object.to_string()))
+            .collect();
+        let bytes: usize = json.iter().map(|(_, json)| json.len()).sum();
+        group.throughput(Throughput::Bytes(bytes as u64));
+        group.bench_function(BenchmarkId::new("api", services), |bencher| {
+            bencher.iter(|| {
+                let mut decoder = Decoder::default();
+                for (kind, json) in &json {
+                    let decoded = decoder.decode(*kind, json.as_bytes());
+                    let (object, notices) = decoded.expect("the objects are sound");
+                    assert!(notices.is_empty());
+                    black_box(object);
+                }
+            });
+        });
+    }
+    // Who works without an API server has a few hundred services.
+    let services = 100;
+    let size = objects::Size {
+        services,
+        endpoints: ENDPOINTS,
+    };
+    let cluster = objects::Cluster::new(size);
+    let mut text = String::new();
+    for (_, object) in cluster.objects() {
+        // JSON is YAML.
+        writeln!(text, "---\n{object:#}").expect("writing to a String cannot fail");
+    }
+    let directory = tempfile::tempdir().expect("a directory");
+    let file = directory.path().join("cluster.yaml");
+    std::fs::write(&file, &text).expect("a file is written");
+    group.throughput(Throughput::Bytes(text.len() as u64));
+    group.bench_function(BenchmarkId::new("manifests", services), |bencher| {
+        bencher.iter(|| {
+            let mut manifests = Manifests::new(vec![file.clone()], workload::NODE.into());
+            let events = manifests.load().expect("the file can be read");
+            let faults = events.iter().filter(|it| matches!(it, Event::Notice(_)));
+            assert_eq!(faults.count(), 0);
+            events
+        });
+    });
+}
+
+fn selectors(criterion: &mut Criterion) {
+    const PODS: usize = 10_000;
+    let mut group = group(criterion, "selectors");
+    group.sample_size(50);
+    for policies in SIZES {
+        let cluster = policies::Cluster::new(PODS, policies);
+        let mut engine = Engine::new(policy::Settings {
+            node: policies::NODE.into(),
+            ..policy::Settings::default()
+        });
+        for delivery in cluster.lists() {
+            engine.apply(delivery.event);
+        }
+        engine.update();
+        let mut pod = cluster.later_pod(0);
+        let mut change = 0;
+        group.bench_function(BenchmarkId::new("pod-relabelled", policies), |bencher| {
+            bencher.iter_batched(
+                || {
+                    change += 1;
+                    pod.labels = cluster.labels[change % 2].clone();
+                    Event::Apply(Object::Pod(pod.clone()))
+                },
+                |event| {
+                    engine.apply(event);
+                    let transaction = engine.update();
+                    assert!(!transaction.ops.is_empty());
+                    transaction
+                },
+                BatchSize::SmallInput,
+            );
+        });
+    }
+}
+
+criterion_group!(benches, compile, rules, decode, selectors, change);
 criterion_main!(benches);

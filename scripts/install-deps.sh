@@ -3,7 +3,8 @@
 #
 #   build   what compiling needs: a C compiler, pkg-config, libnftnl, libmnl, Rust
 #   run     and what the demo needs: nft, ip, nsenter
-#   test    and what the checks need: cargo-deny
+#   test    and what the checks need: cargo-deny, and iptables, ipset and ipvsadm, with which tests
+#           make hosts as kube-proxy leaves them
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="${CARGO_HOME:-$HOME/.cargo}/bin:$PATH:/usr/local/sbin:/usr/sbin:/sbin"
@@ -57,6 +58,11 @@ if [[ $purpose != build ]]; then
     have nft || need nftables
     have ip || need iproute2
     have nsenter || need util-linux
+fi
+if [[ $purpose == test ]]; then
+    { have iptables-nft-save && have iptables-legacy-save; } || need iptables
+    have ipset || need ipset
+    have ipvsadm || need ipvsadm
 fi
 have git || need git
 if ! have cargo || [[ $purpose == test ]]; then

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the checks, each under a heading, and ends with a summary; fails if any of them fails.
-# Usage: test.sh [format|lints|documentation|dependencies|advisories|tests]...
+# Usage: test.sh [format|lints|documentation|dependencies|advisories|tests|image]...
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export PATH="${CARGO_HOME:-$HOME/.cargo}/bin:$PATH:/usr/local/sbin:/usr/sbin:/sbin"
@@ -30,8 +30,12 @@ tests() {
     scripts/with-runner.sh cargo test --locked
 }
 
+image() {
+    cargo build --locked --bin nftlet && scripts/check-image.sh
+}
+
 steps=("$@")
-((${#steps[@]})) || steps=(format lints documentation dependencies advisories tests)
+((${#steps[@]})) || steps=(format lints documentation dependencies advisories tests image)
 
 # Minutes and seconds.
 clock() { printf '%d:%02d' $(($1 / 60)) $(($1 % 60)); }

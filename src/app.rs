@@ -8,42 +8,50 @@
 //!  └───────────────────────┘           └─────────────────────────────────────┘
 //! ```
 //!
-//! Two more threads wait for work: "flows" deletes stale UDP flows, "monitor" hears of changes that
-//! others make to nftlet's tables.
+//! More threads wait for work: "flows" deletes stale UDP flows, "monitor" hears of changes that
+//! others make to nftlet's tables, and where a flag asks for it "cuts" removes connections that no
+//! policy allows any more, and "denied" hears of denied packets. A last one, "leftovers", waits for
+//! the first rules, removes those of another proxy and ends.
 //!
 //! Writing to the kernel blocks, decoding objects and answering probes must not wait for it:
 //! each has a thread with a single-threaded runtime. A third thread, "flows", deletes UDP flows
 //! that a change of the rules left stale.
 
+mod configure;
 mod dry_run;
+mod leftovers;
+mod observe;
+mod pages;
 mod serve;
 
-use std::io::{self, IsTerminal};
+use std::io::{self, IsTerminal, Write};
 use std::net::IpAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::thread;
 
-use clap::Parser;
 use thiserror::Error;
 use tokio::runtime;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
+use self::pages::Pages;
 use self::serve::Io;
-use crate::cli::{self, Args, LogFormat};
-use crate::compile::{DetectLocal, NodePortAddresses, Settings, TABLE};
+use crate::cli::{self, Args, Cleanup, CommandLine, LogFormat};
+use crate::compile::{DetectLocal, MasqueradeBit, NodePortAddresses, Settings, TABLE};
+use crate::config;
+use crate::events;
 use crate::health::{self, Checks, Health};
 use crate::metrics::Metrics;
 use crate::model::{Event, Kind, Node, Notice, Object, Reason, Store, Subject};
 use crate::netlink::{self, Heard, Monitor, Nftables};
+use crate::policy::{self, Engine};
 use crate::reconcile::conntrack::{self, Cleaner, KernelFlows};
-use crate::reconcile::{self, Exit, Log, Reconciler, Signals};
+use crate::reconcile::{self, Audits, Exit, Isolated, Log, LogAndSend, Reconciler, Signals};
 use crate::ruleset::Ruleset;
 use crate::source::cluster::Error as ClusterError;
 use crate::source::manifests::Error as ManifestsError;
 use crate::source::{Cluster, Manifests};
-use crate::sysctl;
 
 /// The oldest kernel nftlet works on, as kube-proxy's nftables mode.
 const OLDEST_KERNEL: (u32, u32) = (5, 13);
@@ -56,6 +64,20 @@ pub enum Error {
     /// Arguments that do not go together.
     #[error(transparent)]
     Arguments(#[from] cli::Error),
+    /// The configuration file cannot be used.
+    #[error(transparent)]
+    Configuration(#[from] config::Error),
+    /// The settings cannot be written.
+    #[error("cannot write the configuration to {}: {source}", path.display())]
+    WriteConfiguration {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// With `--init-only`: something could not be set.
+    #[error("not all kernel settings could be made; the messages above say which")]
+    NotInitialised,
     /// The kernel cannot be worked with.
     #[error(transparent)]
     Netlink(#[from] netlink::Error),
@@ -93,9 +115,15 @@ pub enum Error {
         /// Why not.
         source: io::Error,
     },
-    /// The ruleset cannot be printed.
-    #[error("cannot print the rules: {0}")]
+    /// What was asked for cannot be printed.
+    #[error("cannot print: {0}")]
     Print(#[source] io::Error),
+    /// With `--cleanup`: something stays.
+    #[error("not everything could be removed; the messages above say what stays")]
+    NotCleaned,
+    /// With `--cleanup`: the list cannot be printed.
+    #[error("cannot print what was removed: {0}")]
+    PrintRemoved(#[source] io::Error),
     /// With `--once`: the rules could not be written.
     #[error("the rules could not be written; the messages above say why")]
     NotProgrammed,
@@ -107,14 +135,34 @@ pub enum Error {
     SourceEnded,
 }
 
+impl Error {
+    /// 2 for settings that make no sense, 1 for everything else.
+    fn exit_code(&self) -> ExitCode {
+        match self {
+            Self::Arguments(_) | Self::Configuration(_) => ExitCode::from(2),
+            _ => ExitCode::FAILURE,
+        }
+    }
+}
+
 /// Does what the command line says and tells on standard error what kept it from that. Exits
-/// with 2 for a command line that makes no sense, and with 1 for every other error.
+/// with 2 for a command line or a configuration that makes no sense, and with 1 for every other
+/// error.
 pub fn main() -> ExitCode {
-    match run(&Args::parse()) {
+    let line = match CommandLine::parse(std::env::args_os()) {
+        Ok(line) => line,
+        Err(error) if error.use_stderr() => {
+            eprintln!("{} (nftlet --help shows all flags)", cli::one_line(&error));
+            return ExitCode::from(2);
+        }
+        // Help or the version was asked for.
+        Err(error) => error.exit(),
+    };
+    match run(line) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("nftlet: {error}");
-            ExitCode::FAILURE
+            error.exit_code()
         }
     }
 }
@@ -125,10 +173,28 @@ pub fn main() -> ExitCode {
 ///
 /// Everything that keeps nftlet from starting, and for `--dry-run` and `--once` everything that
 /// keeps them from being done.
-pub fn run(args: &Args) -> Result<(), Error> {
+pub fn run(mut line: CommandLine) -> Result<(), Error> {
+    if let Some(command) = line.args.command {
+        return print(|mut out| command.print(&mut out));
+    }
+    let cleanup = line.args.cleanup;
+    if let Some(cleanup) = cleanup.filter(|asked| *asked != Cleanup::Nothing) {
+        // Whatever the configuration says, and whether it can be read.
+        start_logging(&line.args);
+        return leftovers::clean(cleanup);
+    }
+    let file = configure::read(&mut line)?;
+    let args = &line.args;
     start_logging(args);
+    configure::tell(&line, file.as_ref());
     let node_name = args.node_name(std::env::var("NODE_NAME").ok(), &host_name());
     let settings = settings(args)?;
+    if let Some(path) = &args.process.write_config_to {
+        return configure::write(args, path);
+    }
+    if args.process.init_only {
+        return configure::initialise(args);
+    }
     if args.dry_run {
         return dry_run::run(args, &node_name, &settings);
     }
@@ -137,49 +203,79 @@ pub fn run(args: &Args) -> Result<(), Error> {
     // The first answer tells about permissions and a missing nf_tables before anything else.
     nftables.read(&[], &Ruleset::default())?;
     let metrics = Arc::new(Metrics::new()?);
-    let health = Health::new(health::PERIOD);
-    let (events, received) = mpsc::channel(QUEUE);
+    let health = Health::new(args.sync_period.unwrap_or(cli::SYNC_PERIOD));
+    let (delivered, received) = mpsc::channel(QUEUE);
     let (stop, stopped) = watch::channel(false);
     let (ready, started) = oneshot::channel();
     let (health_checks, wanted_checks) = watch::channel(Checks::new());
+    let (isolated, known_isolated) = watch::channel(Isolated::default());
     let stand_in_name = node_name.clone();
+    // Where nobody reads the notices they are dropped.
+    let (sender, notices) = mpsc::channel(events::QUEUE);
+    let reporter = LogAndSend(sender);
     let io = Io {
         args: args.clone(),
+        file,
+        pages: Pages::new(&line),
         node_name,
         metrics: metrics.clone(),
         health: health.clone(),
         health_checks: wanted_checks,
+        isolated: known_isolated.clone(),
         stop,
         stopped: stopped.clone(),
+        reporter: reporter.clone(),
+        notices,
     };
     let io = thread::Builder::new()
         .name("io".into())
-        .spawn(move || io.run(events, ready))
+        .spawn(move || io.run(delivered, ready))
         .map_err(system("the I/O thread"))?;
     // The sender is dropped without a message only if the thread panicked.
     started.blocking_recv().unwrap_or(Err(Error::SourceEnded))?;
-    track_connections(args);
-    let reporter = Log;
+    configure::set_kernel(args);
+    if !args.once {
+        configure::set_oom_score(args);
+    }
+    let observers = observe::start(args, &metrics, known_isolated)?;
     let (cleaner, pending) = conntrack::queue();
     let flows = start_cleaner(pending, metrics.clone())?;
     let foreign = Arc::new(Notify::new());
-    let (ready, begin) = oneshot::channel();
+    let mut ready = Vec::new();
+    let mut audits = None;
     if !args.once {
-        start_monitor(&nftables, begin, foreign.clone())?;
+        let (told, begin) = oneshot::channel();
+        ready.push(told);
+        start_monitor(&mut nftables, begin, foreign.clone())?;
+        let audited = Audits::start(Nftables::open()?, reconcile::AUDIT_EVERY);
+        audits = Some(audited.map_err(system("the thread that compares rules"))?);
+    }
+    if !args.once && !args.keep_kube_proxy {
+        let (told, begin) = oneshot::channel();
+        ready.push(told);
+        leftovers::start(begin)?;
     }
     let mut reconciler = Reconciler::new(nftables, settings, &metrics, &reporter)
         .with_stand_in(stand_in(&stand_in_name))
         .with_cleaner(cleaner)
-        .with_health_checks(health_checks);
+        .with_health_checks(health_checks)
+        .with_policies(policies(args, &stand_in_name))
+        .with_isolated(isolated)
+        .with_log_fields(args.log_format == LogFormat::Json);
+    if let Some(cutter) = observers.cutter {
+        reconciler = reconciler.with_cutter(cutter);
+    }
     let signals = Signals {
         stop: stopped,
         once: args.once,
         foreign,
-        ready: Some(ready),
+        audits,
+        ready,
+        questions: observers.questions,
     };
     let exit =
         single_threaded()?.block_on(reconcile::run(&mut reconciler, received, signals, &health));
-    let summary = summary(reconciler.store());
+    let summary = summary(reconciler.store(), reconciler.policies());
     // The cleaner ends when its queue goes away, after what is in it.
     drop(reconciler);
     let _ = flows.join();
@@ -204,12 +300,17 @@ pub fn run(args: &Args) -> Result<(), Error> {
 /// Starts the thread that hears of changes that others make to nftlet's tables. It ends with the
 /// process. Without the news nftlet works, but heals only what it meets.
 fn start_monitor(
-    own: &Nftables,
+    own: &mut Nftables,
     begin: oneshot::Receiver<()>,
     foreign: Arc<Notify>,
 ) -> Result<(), Error> {
-    let mut monitor = match Monitor::open(&[TABLE], own) {
-        Ok(monitor) => monitor,
+    let opened = Monitor::open(&[TABLE, policy::TABLE], own)
+        .and_then(|monitor| Ok((monitor.absence()?, monitor)));
+    let mut monitor = match opened {
+        Ok((absence, monitor)) => {
+            own.write_unheard_by(absence);
+            monitor
+        }
         Err(error) => {
             tracing::warn!("{error}; changes that others make to the rules are not noticed");
             return Ok(());
@@ -223,6 +324,8 @@ fn start_monitor(
             tracing::warn!("{error}; changes that others make to the rules are not noticed");
             return;
         }
+        // Something may have happened before; looking costs nothing if not.
+        foreign.notify_one();
         loop {
             match monitor.wait() {
                 Ok(Heard::Change | Heard::Lost) => foreign.notify_one(),
@@ -305,24 +408,33 @@ fn settings(args: &Args) -> Result<Settings, Error> {
             cli::NodePortAddresses::Ranges(ranges) => NodePortAddresses::Inside(ranges.clone()),
         },
         bind_address: args.bind_address.filter(|ip| !ip.is_unspecified()),
+        masquerade_bit: MasqueradeBit::new(args.masquerade_bit).unwrap_or_default(),
     })
 }
 
-/// Makes the kernel settings of connection tracking that a flag asks for.
-fn track_connections(args: &Args) {
-    let flags = &args.conntrack;
-    let asked = sysctl::Conntrack {
-        max_per_core: flags.conntrack_max_per_core.unwrap_or_default(),
-        min: flags.conntrack_min,
-        tcp_established: flags.conntrack_tcp_timeout_established.unwrap_or_default(),
-        tcp_close_wait: flags.conntrack_tcp_timeout_close_wait.unwrap_or_default(),
-        tcp_be_liberal: flags.conntrack_tcp_be_liberal,
-        udp: flags.conntrack_udp_timeout.unwrap_or_default(),
-        udp_stream: flags.conntrack_udp_timeout_stream.unwrap_or_default(),
+/// Prints to standard output.
+fn print(write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<(), Error> {
+    let mut out = io::BufWriter::new(io::stdout().lock());
+    write(&mut out)
+        .and_then(|()| out.flush())
+        .or_else(|error| match error.kind() {
+            // The reader of a pipe has seen enough.
+            io::ErrorKind::BrokenPipe => Ok(()),
+            _ => Err(Error::Print(error)),
+        })
+}
+
+/// Compiles the policies, or keeps their tables away.
+fn policies(args: &Args, node_name: &str) -> Engine {
+    let settings = policy::Settings {
+        node: node_name.into(),
+        strict: args.network_policy_strict,
+        log_group: args.log_denied.then_some(policy::LOG_GROUP),
     };
-    let cores = thread::available_parallelism().map_or(1, |cores| cores.get() as u64);
-    for unset in sysctl::apply(Path::new("/"), &asked.wanted(cores)) {
-        tracing::warn!("{unset}");
+    if args.network_policy.is_on() {
+        Engine::new(settings)
+    } else {
+        Engine::off(settings)
     }
 }
 
@@ -378,15 +490,21 @@ fn check_release(release: &str) -> Result<(), Error> {
     }
 }
 
-fn summary(store: &Store) -> String {
+/// What is known, in one line.
+fn summary(store: &Store, policies: Option<&Engine>) -> String {
     let count = |kind: Kind| store.count(kind);
-    format!(
+    let mut summary = format!(
         "{} services, {} endpoint slices, {} service ranges, node {}",
         count(Kind::Service),
         count(Kind::EndpointSlice),
         count(Kind::ServiceCidr),
         store.node().map_or("unknown", |node| &*node.name)
-    )
+    );
+    let policies = policies.map_or(0, |policies| policies.count(Kind::NetworkPolicy));
+    if policies > 0 {
+        summary.push_str(&format!(", {policies} network policies"));
+    }
+    summary
 }
 
 /// The path by which the manifests source knows standard input.
@@ -401,7 +519,10 @@ fn manifests(args: &Args, node_name: &str) -> Option<Manifests> {
             cli::Manifests::Path(path) => path.clone(),
         })
         .collect();
-    (!paths.is_empty()).then(|| Manifests::new(paths, node_name.to_owned()))
+    (!paths.is_empty()).then(|| {
+        Manifests::new(paths, node_name.to_owned())
+            .with_network_policies(args.network_policy.is_on())
+    })
 }
 
 /// Reads the manifests, and warns where they do not tell about the own node.
@@ -423,8 +544,10 @@ fn load(manifests: &mut Manifests, node_name: &str) -> Result<Vec<Event>, Error>
 }
 
 async fn connect(args: &Args, node_name: &str) -> Result<Cluster, Error> {
-    Cluster::connect(args.kubeconfig.clone(), node_name.to_owned())
+    let (kubeconfig, server) = (args.kubeconfig.clone(), args.master.clone());
+    Cluster::connect(kubeconfig, server, node_name.to_owned())
         .await
+        .map(|cluster| cluster.with_network_policies(args.network_policy.is_on()))
         .map_err(|error| match error {
             ClusterError::NoCluster => Error::NoSource(error),
             other => Error::Cluster(other),

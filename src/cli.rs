@@ -8,24 +8,50 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::sync::LazyLock;
+use std::time::Duration;
 
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{ArgAction, Parser};
 use ipnet::IpNet;
 use thiserror::Error;
 
-pub use conntrack::ConntrackArgs;
+pub use cleanup::Cleanup;
+pub use command_line::{Command, CommandLine, one_line};
+pub use conntrack::{ConntrackArgs, duration};
 use detect_local::LONGEST_INTERFACE_NAME;
 pub use detect_local::{DetectLocal, DetectLocalMode, InterfaceName};
+pub use network_policy::NetworkPolicyMode;
+pub use process::{OOM_SCORE_ADJ, ProcessArgs, ProxyMode, masquerade_bit, oom_score_adj};
 
+mod cleanup;
+mod command_line;
 mod conntrack;
 mod detect_local;
+mod network_policy;
+mod process;
+
+/// What `--version` says: the version, and the commit where the build was told one by the variable
+/// `NFTLET_COMMIT`.
+static VERSION: LazyLock<String> = LazyLock::new(|| version(option_env!("NFTLET_COMMIT")));
+
+fn version(commit: Option<&str>) -> String {
+    let version = env!("CARGO_PKG_VERSION");
+    match commit.filter(|commit| !["", "unknown"].contains(commit)) {
+        Some(commit) => format!("{version} ({commit})"),
+        None => version.to_owned(),
+    }
+}
 
 /// The flag with the address of the probes.
 pub const HEALTHZ_BIND_ADDRESS: &str = "--healthz-bind-address";
 
 /// The flag with the address of the metrics.
 pub const METRICS_BIND_ADDRESS: &str = "--metrics-bind-address";
+
+/// How long a round of work may take before it counts as late, twice over; kube-proxy's
+/// `nftables.syncPeriod`.
+pub const SYNC_PERIOD: Duration = Duration::from_secs(30);
 
 /// Where kube-proxy answers probes: on all addresses, since load balancers ask from outside.
 const HEALTHZ_DEFAULT: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 10256);
@@ -46,14 +72,34 @@ Examples:
 /// nftlet watches Services and EndpointSlices and writes each change to the kernel as one atomic
 /// transaction over netlink.
 #[derive(Clone, Debug, Parser, PartialEq, Eq)]
-#[command(name = "nftlet", version, max_term_width = 100, after_help = AFTER_HELP)]
+#[command(name = "nftlet", version = VERSION.as_str(), max_term_width = 100, after_help = AFTER_HELP)]
 #[command(
-    override_usage = "nftlet [--kubeconfig FILE | --manifests PATH...] [--dry-run | --once] [OPTIONS]"
+    override_usage = "nftlet [--kubeconfig FILE | --manifests PATH...] [--dry-run | --once] [OPTIONS]\n       nftlet --cleanup[=all|nftlet|kube-proxy]\n       nftlet completion bash|zsh|fish\n       nftlet man"
 )]
+#[command(args_conflicts_with_subcommands = true, disable_help_subcommand = true)]
 pub struct Args {
+    /// What to print instead of doing any work.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+
+    /// The configuration file and what is done with the process.
+    #[command(flatten)]
+    pub process: ProcessArgs,
+
     /// Read the address of the API server and the credentials for it from this file.
     #[arg(long, value_name = "FILE", help_heading = "Source")]
     pub kubeconfig: Option<PathBuf>,
+
+    /// The address of the API server, in place of the one in the kubeconfig or the pod's
+    /// environment, whose credentials are used.
+    #[arg(
+        long,
+        value_name = "URL",
+        help_heading = "Source",
+        value_parser = server,
+        conflicts_with = "manifests"
+    )]
+    pub master: Option<String>,
 
     /// Read the objects from a YAML or JSON file, a directory of such files, or standard input
     /// (-) instead of a cluster, and follow the changes of files. May be given several times.
@@ -83,6 +129,23 @@ pub struct Args {
     /// Write the rules once and exit; they stay.
     #[arg(long, help_heading = "Mode")]
     pub once: bool,
+
+    /// Remove rules, print what was removed, and exit: those of nftlet and of kube-proxy (all), or
+    /// of one of them. Connections that exist go on.
+    #[arg(
+        long,
+        value_name = "all|nftlet|kube-proxy",
+        help_heading = "Mode",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "all",
+        conflicts_with_all = ["dry_run", "once", "manifests", "keep_kube_proxy"]
+    )]
+    pub cleanup: Option<Cleanup>,
+
+    /// Leave kube-proxy's rules where they are. Otherwise they are removed once nftlet's own stand.
+    #[arg(long, help_heading = "Mode")]
+    pub keep_kube_proxy: bool,
 
     /// The pod network, at most one range per IP family. Traffic to ClusterIPs from elsewhere is
     /// masqueraded; without a range of a family none of that family is.
@@ -123,6 +186,17 @@ pub struct Args {
     #[arg(long, help_heading = "Services")]
     pub masquerade_all: bool,
 
+    /// The bit of the packet mark, from 0 to 31, that asks for masquerading; others must not use
+    /// it.
+    #[arg(
+        long,
+        value_name = "N",
+        help_heading = "Services",
+        default_value_t = 14,
+        value_parser = masquerade_bit
+    )]
+    pub masquerade_bit: u8,
+
     /// The node's own address, in place of those in its Node object; an unspecified address
     /// (0.0.0.0, ::) means those.
     #[arg(long, value_name = "IP", help_heading = "Services")]
@@ -131,6 +205,25 @@ pub struct Args {
     /// Kernel settings of connection tracking.
     #[command(flatten)]
     pub conntrack: ConntrackArgs,
+
+    /// Enforce the cluster's NetworkPolicies (on), or neither read nor enforce them (off).
+    #[arg(
+        long,
+        value_name = "on|off",
+        help_heading = "Policies",
+        default_value_t
+    )]
+    pub network_policy: NetworkPolicyMode,
+
+    /// Cut established connections of this node's pods within a second when the NetworkPolicies
+    /// allow them no more, instead of letting them end by themselves. Not with --once.
+    #[arg(long, help_heading = "Policies")]
+    pub network_policy_strict: bool,
+
+    /// Log the packets that NetworkPolicies deny, with the names of the pods: of each direction
+    /// and IP family 10 a second at most. Not with --once.
+    #[arg(long, help_heading = "Policies")]
+    pub log_denied: bool,
 
     /// Answer /metrics here: `IP`, `IP:PORT`, `[IPv6]:PORT`, `:PORT` for all addresses, or an
     /// empty text for nowhere [default: 127.0.0.1:10249; nowhere with --manifests, --dry-run or
@@ -142,6 +235,10 @@ pub struct Args {
     /// --manifests, --dry-run or --once].
     #[arg(long, value_name = "ADDR", help_heading = "Observability")]
     pub healthz_bind_address: Option<BindAddress>,
+
+    /// Do not start while one of the two ports cannot be had, instead of trying on.
+    #[arg(long, help_heading = "Observability")]
+    pub bind_address_hard_fail: bool,
 
     /// Log more: -v what is done with each change, -vv every step, -vvv the libraries too.
     #[arg(
@@ -159,6 +256,11 @@ pub struct Args {
         default_value_t
     )]
     pub log_format: LogFormat,
+
+    /// `nftables.syncPeriod` of the configuration file, which has no flag: how long a round of
+    /// work may take before it counts as late, twice over.
+    #[arg(skip)]
+    pub sync_period: Option<Duration>,
 }
 
 impl Args {
@@ -278,9 +380,29 @@ pub enum Error {
         "`{0}` cannot be in the name of an interface; names have letters, digits and marks such as - _ . but no space, / : * or quotes"
     )]
     InterfaceCharacter(char),
+    /// Another mode of kube-proxy.
+    #[error(
+        "nftlet works with nftables and has no mode `{0}`; leave the mode out or write nftables (what stands under iptables or ipvs then has no effect; the same settings are under nftables)"
+    )]
+    ProxyMode(String),
+    /// No score.
+    #[error("`{0}` is not a number from -1000 to 1000")]
+    OomScoreAdj(String),
+    /// No bit of a mark.
+    #[error("`{0}` is not the number of a bit; write one from 0 to 31")]
+    MasqueradeBit(String),
+    /// No address of a server.
+    #[error("`{0}` is not the address of an API server; write it like https://192.0.2.10:6443")]
+    Server(String),
     /// No log format.
     #[error("there is no such format; write text or json")]
     LogFormat,
+    /// Nothing that can be cleaned up.
+    #[error("write all, nftlet or kube-proxy, joined to the flag: --cleanup=nftlet")]
+    Cleanup,
+    /// Not one of the values of `--network-policy`.
+    #[error("there is no such value; write on or off")]
+    NetworkPolicy,
 }
 
 fn family(net: &IpNet) -> &'static str {
@@ -506,7 +628,11 @@ impl fmt::Display for LogFormat {
 
 /// Checks a node name as the API server would: a DNS subdomain. Capitals pass, since kube-proxy
 /// accepts a host name as the host has it.
-fn node_name(text: &str) -> Result<String, Error> {
+///
+/// # Errors
+///
+/// [`Error::NodeName`] for what no node can be called.
+pub fn node_name(text: &str) -> Result<String, Error> {
     let name = text.trim().to_lowercase();
     let label = |label: &str| {
         let edge = |edge: Option<u8>| edge.is_some_and(|byte| byte.is_ascii_alphanumeric());
@@ -520,6 +646,20 @@ fn node_name(text: &str) -> Result<String, Error> {
         Ok(name)
     } else {
         Err(Error::NodeName)
+    }
+}
+
+/// The address of an API server; without a scheme it is HTTP, as kube-proxy has it.
+fn server(text: &str) -> Result<String, Error> {
+    let text = text.trim();
+    let wrong = || Error::Server(text.to_owned());
+    let (scheme, rest) = text.split_once("://").unwrap_or(("http", text));
+    let host = rest.split('/').next().unwrap_or_default();
+    let is_host = |c: char| c.is_ascii_alphanumeric() || "-._:[]".contains(c);
+    if matches!(scheme, "http" | "https") && !host.is_empty() && host.chars().all(is_host) {
+        Ok(format!("{scheme}://{rest}"))
+    } else {
+        Err(wrong())
     }
 }
 

@@ -6,13 +6,13 @@
 //! [`bind`]. [`serve_checks`] answers the health checks of single services, each on its own port.
 
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use serde_json::{Value, json};
 
 pub use self::checks::{Check, CheckError, Checks, serve_checks};
-pub use self::server::{Error, Router, bind, serve};
+pub use self::server::{Error, Router, bind, bind_again, serve};
 
 mod checks;
 mod server;
@@ -28,7 +28,8 @@ pub struct Health {
 }
 
 struct Shared {
-    limit: Duration,
+    period: Duration,
+    outage: OnceLock<Box<dyn Fn() -> Option<Outage> + Send + Sync>>,
     clock: Box<dyn Fn() -> Moment + Send + Sync>,
     state: Mutex<State>,
 }
@@ -39,6 +40,15 @@ struct State {
     oldest_queued: Option<Instant>,
     failure: Option<String>,
     node_going_away: bool,
+}
+
+/// Something outside of this process that keeps changes from coming.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Outage {
+    /// When it was noticed.
+    pub since: Instant,
+    /// What it is.
+    pub message: String,
 }
 
 /// One instant on both clocks: ages come from the one that nobody can set, what is shown from
@@ -136,7 +146,8 @@ impl Health {
     ) -> Self {
         Self {
             shared: Arc::new(Shared {
-                limit: period.saturating_mul(2),
+                period,
+                outage: OnceLock::new(),
                 clock: Box::new(clock),
                 state: Mutex::default(),
             }),
@@ -181,6 +192,13 @@ impl Health {
         self.state().node_going_away = going;
     }
 
+    /// Names whom to ask whether changes still come from the cluster. The first one named is asked
+    /// with every `/healthz`.
+    pub fn depends_on(&self, outage: impl Fn() -> Option<Outage> + Send + Sync + 'static) {
+        // A second one would be a mistake of the composition root, and changes nothing.
+        let _ = self.shared.outage.set(Box::new(outage));
+    }
+
     /// Whether the rules have been written once.
     pub fn ready(&self) -> bool {
         self.state().last_synced.is_some()
@@ -203,7 +221,7 @@ impl Health {
     }
 
     /// The answer to `/healthz`: no before the rules have been written once, while a change has
-    /// waited too long, and while the node goes away.
+    /// waited too long, while changes have not come for a period, and while the node goes away.
     pub fn healthz(&self) -> Status {
         let now = self.moment();
         let state = self.state();
@@ -223,6 +241,7 @@ impl Health {
             )),
             None => {}
         }
+        reasons.extend(self.cut_off(now));
         let eligible = !state.node_going_away;
         Status::new(now, &state, Some(eligible), reasons)
     }
@@ -240,7 +259,7 @@ impl Health {
         let waited = now
             .monotonic
             .saturating_duration_since(state.oldest_queued?);
-        (waited >= self.shared.limit).then(|| {
+        (waited >= self.shared.period.saturating_mul(2)).then(|| {
             let waited = waited.as_secs();
             match &state.failure {
                 Some(failure) => format!(
@@ -248,6 +267,17 @@ impl Health {
                 ),
                 None => format!("changes have waited for {waited} s to be written to the kernel"),
             }
+        })
+    }
+
+    /// Says so where no changes have come for too long. Noticing that took some time, so that a
+    /// period is left of the two that a change may wait.
+    fn cut_off(&self, now: Moment) -> Option<String> {
+        let outage = self.shared.outage.get()?()?;
+        let lasts = now.monotonic.saturating_duration_since(outage.since);
+        (lasts >= self.shared.period).then(|| {
+            let lasts = lasts.as_secs();
+            format!("no changes have come for {lasts} s: {}", outage.message)
         })
     }
 
@@ -407,6 +437,30 @@ mod tests {
         assert_eq!(status.node_eligible, Some(false));
         assert!(health.livez().healthy && health.proxy_healthy());
         health.node_going_away(false);
+        assert!(health.healthz().healthy);
+    }
+
+    #[test]
+    fn a_cluster_that_is_out_of_reach_is_unhealthy_after_a_period_but_alive() {
+        let (health, forward) = at_rest();
+        let outage = Arc::new(Mutex::new(None));
+        let asked = Arc::clone(&outage);
+        health.depends_on(move || asked.lock().unwrap().clone());
+        health.synced();
+        let since = health.moment().monotonic;
+        let message = "no route".to_owned();
+        *outage.lock().unwrap() = Some(Outage { since, message });
+        forward(29);
+        assert!(health.healthz().healthy, "servers restart");
+        forward(1);
+        let status = health.healthz();
+        assert_eq!(status.code(), 503);
+        assert_eq!(
+            status.message.as_deref(),
+            Some("no changes have come for 30 s: no route")
+        );
+        assert!(health.livez().healthy && health.proxy_healthy());
+        *outage.lock().unwrap() = None;
         assert!(health.healthz().healthy);
     }
 

@@ -12,19 +12,26 @@
 //! [`model`], whose store tells what changed. [`compile`] turns the facts of one service into
 //! the set elements and the shared chains it needs, as the typed values of [`ruleset`], which
 //! knows how to compare them and how to print them. [`netlink`] writes the difference to the
-//! kernel and reads back what is there. [`reconcile`] is the loop that joins these steps, and
-//! [`app`] is the composition root that the binary calls.
+//! kernel and reads back what is there. [`policy`] does for NetworkPolicies, in tables of their
+//! own, what [`compile`] does for services. [`reconcile`] is the loop that joins these steps,
+//! [`events`] tells the cluster what a person should know, and [`app`] is the composition root that
+//! the binary calls.
 
 #![deny(unsafe_code)]
 #![warn(missing_docs)]
 
 pub mod app;
+pub mod bridge;
+pub mod cleanup;
 pub mod cli;
 pub mod compile;
+pub mod config;
+pub mod events;
 pub mod health;
 pub mod metrics;
 pub mod model;
 pub mod netlink;
+pub mod policy;
 pub mod reconcile;
 pub mod ruleset;
 pub mod source;

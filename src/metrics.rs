@@ -12,8 +12,11 @@ use prometheus::{
     IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
 };
 
+use self::drops::Drops;
+pub use self::drops::PolicyDrops;
 use self::process::Process;
 
+mod drops;
 mod process;
 
 /// The values of the label `ip_family`, spelled as in the Kubernetes API.
@@ -44,11 +47,17 @@ pub struct Metrics {
     conntrack_duration: PerFamily<Histogram>,
     conntrack_deleted: PerFamily<IntCounter>,
     netlink_errors: IntCounter,
+    policy_sync_duration: Histogram,
+    isolated_pods: IntGauge,
+    connections_cut: IntCounter,
+    bridge_unfiltered: PerFamily<Gauge>,
     objects: IntGaugeVec,
     refused: IntGauge,
     notices: IntCounterVec,
     healed: IntCounter,
+    audits: IntCounterVec,
     chains: IntGauge,
+    no_local_endpoints: PerFamily<[IntGauge; 2]>,
     watch_lists: IntCounterVec,
     watch_restarts: IntCounterVec,
     watch_events: IntCounterVec,
@@ -158,6 +167,23 @@ impl Metrics {
                 "nftlet_netlink_errors_total",
                 "Transactions that failed in the kernel or on the way to it",
             )?,
+            policy_sync_duration: new.histogram(
+                "nftlet_policy_sync_duration_seconds",
+                "Time from compiling changed network policies to the kernel's answer",
+                doubling(0.000_05, 20),
+            )?,
+            isolated_pods: new.int_gauge(
+                "nftlet_policy_isolated_pods",
+                "Pods of this node that a network policy selects",
+            )?,
+            connections_cut: new.counter(
+                "nftlet_policy_connections_cut_total",
+                "Connections cut because no network policy allows them any more",
+            )?,
+            bridge_unfiltered: new.gauge_per_family(
+                "nftlet_policy_bridge_unfiltered",
+                "Whether isolated pods are behind a bridge whose traffic passes the policies by",
+            )?,
             objects: new.int_gauge_vec(
                 "nftlet_objects",
                 "Kubernetes objects known to nftlet",
@@ -176,10 +202,16 @@ impl Metrics {
                 "nftlet_foreign_changes_healed_total",
                 "Operations that undid what others had changed in nftlet's rules",
             )?,
+            audits: new.counter_vec(
+                "nftlet_audits_total",
+                "Comparisons of the kernel with what is wanted that nothing but time asked for",
+                &["result"],
+            )?,
             chains: new.int_gauge(
                 "nftlet_shared_chains",
                 "Chains shared by services with the same number of endpoints",
             )?,
+            no_local_endpoints: new.no_local_endpoints()?,
             watch_lists: new.counter_vec(
                 "nftlet_watch_lists_total",
                 "Complete lists read from the API server",
@@ -247,6 +279,37 @@ impl Metrics {
         self.last_sync.each(|gauge| gauge.set(now));
     }
 
+    /// The policy tables are as wanted again after so long, and isolate so many pods.
+    pub fn policy_sync(&self, took: Duration, isolated: usize) {
+        self.policy_sync_duration.observe(took.as_secs_f64());
+        self.isolated_pods.set(signed(isolated));
+    }
+
+    /// Asks `read` at each scrape what the policies dropped. Where it answers `None`, that metric
+    /// is missing from the scrape.
+    ///
+    /// # Errors
+    ///
+    /// When somebody was registered before.
+    pub fn policy_drops(
+        &self,
+        read: impl Fn() -> Option<Vec<PolicyDrops>> + Send + Sync + 'static,
+    ) -> Result<(), Error> {
+        let drops = Drops::new(Box::new(read))?;
+        self.registry.register(Box::new(drops))
+    }
+
+    /// So many connections were cut because no policy allows them any more.
+    pub fn connections_cut(&self, count: usize) {
+        self.connections_cut.inc_by(unsigned(count));
+    }
+
+    /// Whether traffic of isolated pods of an IP family passes the policies by on a bridge.
+    pub fn bridge_unfiltered(&self, ipv6: bool, unfiltered: bool) {
+        let gauge = self.bridge_unfiltered.of(ipv6);
+        gauge.set(if unfiltered { 1.0 } else { 0.0 });
+    }
+
     /// A change waits for the next round of work.
     pub fn queued(&self) {
         let now = unix_seconds(SystemTime::now());
@@ -311,9 +374,25 @@ impl Metrics {
         self.healed.inc_by(unsigned(operations));
     }
 
+    /// The kernel was compared with what is wanted, because it was time. `result` is one of a few
+    /// words.
+    pub fn audit(&self, result: &str) {
+        self.audits.with_label_values(&[result]).inc();
+    }
+
     /// So many chains are shared by the services.
     pub fn chains(&self, count: usize) {
         self.chains.set(signed(count));
+    }
+
+    /// So many services drop traffic of a family because they have endpoints, but none on this
+    /// node, where a policy Local wants them: for IPv4 and IPv6, by the internal and by the
+    /// external policy.
+    pub fn no_local_endpoints(&self, counts: [[usize; 2]; 2]) {
+        let gauges = self.no_local_endpoints.0.iter().flatten();
+        for (gauge, count) in gauges.zip(counts.into_iter().flatten()) {
+            gauge.set(signed(count));
+        }
     }
 
     /// What the watch of a kind has counted since it began. The totals replace those given
@@ -384,6 +463,19 @@ impl Registrar<'_> {
 
     fn int_gauge_vec(&self, name: &str, help: &str, labels: &[&str]) -> Result<IntGaugeVec, Error> {
         self.add(IntGaugeVec::new(Opts::new(name, help), labels)?)
+    }
+
+    fn no_local_endpoints(&self) -> Result<PerFamily<[IntGauge; 2]>, Error> {
+        let all = self.int_gauge_vec(
+            "kubeproxy_sync_proxy_rules_no_local_endpoints_total",
+            "Number of services with a Local traffic policy and no endpoints",
+            &["ip_family", "traffic_policy"],
+        )?;
+        let of_family = |family| {
+            let policies = ["internal", "external"];
+            policies.map(|policy| all.with_label_values(&[family, policy]))
+        };
+        Ok(PerFamily(FAMILIES.map(of_family)))
     }
 
     fn gauge_per_family(&self, name: &str, help: &str) -> Result<PerFamily<Gauge>, Error> {

@@ -1,4 +1,5 @@
-//! Kernel settings of connection tracking, as kube-proxy makes them.
+//! Kernel settings, as kube-proxy makes them: those of connection tracking, and the process's own
+//! score for the moment when memory runs out.
 //!
 //! [`Conntrack`] says what is asked for, [`Conntrack::wanted`] which values that means on a
 //! machine, and [`apply`] writes those that differ. A value that cannot be written is reported
@@ -14,6 +15,7 @@ use thiserror::Error;
 /// kube-proxy's upper limit of `nf_conntrack_max`, whatever the number of cores.
 const MOST_CONNECTIONS: u64 = 1_048_576;
 const MAX: &str = "proc/sys/net/netfilter/nf_conntrack_max";
+const OOM_SCORE: &str = "proc/self/oom_score_adj";
 const HASH_SIZE: &str = "sys/module/nf_conntrack/parameters/hashsize";
 
 /// What is asked for (`conntrack` of KubeProxyConfiguration). Zero or `false` asks for nothing.
@@ -43,6 +45,34 @@ pub struct Unset {
     pub path: PathBuf,
     /// The value that was wanted.
     pub value: u64,
+    /// What the system said.
+    pub source: io::Error,
+}
+
+/// Sets how readily the kernel ends this process when memory runs out, below a root directory
+/// (`/`). A score that it has already is not written.
+///
+/// # Errors
+///
+/// [`Unscored`] where the process may not have the score; lowering it takes CAP_SYS_RESOURCE.
+pub fn set_oom_score(root: &Path, score: i16) -> Result<(), Unscored> {
+    let path = root.join(OOM_SCORE);
+    let current = fs::read_to_string(&path).ok();
+    let current = current.and_then(|text| text.trim().parse::<i16>().ok());
+    if current == Some(score) {
+        return Ok(());
+    }
+    fs::write(&path, score.to_string()).map_err(|source| Unscored { score, source })
+}
+
+/// A score that the process may not have.
+#[derive(Debug, Error)]
+#[error(
+    "cannot set /{OOM_SCORE} to {score}: {source}; grant CAP_SYS_RESOURCE, or ask for a score that is not below the present one with --oom-score-adj or oomScoreAdj"
+)]
+pub struct Unscored {
+    /// The score that was wanted.
+    pub score: i16,
     /// What the system said.
     pub source: io::Error,
 }
@@ -148,6 +178,23 @@ mod tests {
         };
         assert_eq!(value(&none.wanted(8), "nf_conntrack_max"), None);
         assert_eq!(value(&none.wanted(8), "hashsize"), None);
+    }
+
+    #[test]
+    fn the_score_is_written_where_it_differs() {
+        let root = tempfile::tempdir().unwrap();
+        let file = root.path().join(OOM_SCORE);
+        let error = set_oom_score(root.path(), -999).unwrap_err().to_string();
+        assert!(
+            error.starts_with("cannot set /proc/self/oom_score_adj to -999: "),
+            "{error}"
+        );
+        fs::create_dir_all(file.parent().unwrap()).unwrap();
+        fs::write(&file, "-999\n").unwrap();
+        set_oom_score(root.path(), -999).unwrap();
+        assert_eq!(fs::read_to_string(&file).unwrap(), "-999\n", "not written");
+        set_oom_score(root.path(), 5).unwrap();
+        assert_eq!(fs::read_to_string(&file).unwrap(), "5");
     }
 
     #[test]

@@ -16,7 +16,6 @@ use agent::{
     NFTLET, Node, PATIENCE, assert_has, confined, get, lines_with, metric, nftlet, of_repository,
     one_line, printed, rules, said, wait_for_log, wait_for_rules,
 };
-use clap::Parser as _;
 use common::manifests::{CLUSTER_CIDR, Manifests, Service};
 use common::netns::{Daemon, Namespace, require_net_admin, wait_for};
 use consumer::{cidr, node, service, slice};
@@ -412,6 +411,42 @@ fn signals_end_it_while_it_waits_for_standard_input() {
 }
 
 #[test]
+fn a_server_that_is_away_makes_healthz_fail_and_livez_not() {
+    if !require_net_admin() {
+        return;
+    }
+    let node = small_cluster();
+    let directory = tempfile::tempdir().unwrap();
+    let config = directory.path().join("config.conf");
+    // Two seconds are two periods.
+    let text = format!(
+        "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n\
+         clientConnection: {{kubeconfig: {}}}\nnftables: {{syncPeriod: 1s}}\n",
+        node.kubeconfig()
+    );
+    std::fs::write(&config, text).unwrap();
+    let config = config.to_str().unwrap();
+    let arguments = ["--config", config, "--hostname-override", "node-1"];
+    let daemon = Daemon::start(&node.ns, NFTLET, arguments);
+    wait_for_log(&daemon, "the rules are in place");
+    let probe = |path: &str| get(&node.ns, "127.0.0.1:10256", path);
+    assert_eq!(probe("/healthz").0, 200);
+    node.set_down(true);
+    let body = wait_for("/healthz to fail", PATIENCE, || {
+        let (code, body) = probe("/healthz");
+        (code == 503).then_some(body)
+    });
+    assert!(body.contains("no changes have come"), "{body}");
+    assert!(body.contains("cannot be reached"), "{body}");
+    assert_eq!(probe("/livez").0, 200, "a restart mends nothing");
+    node.set_down(false);
+    // Nothing has to happen in the cluster for it.
+    wait_for("/healthz to recover", PATIENCE, || {
+        (probe("/healthz").0 == 200).then_some(())
+    });
+}
+
+#[test]
 fn signals_end_it_while_it_waits_for_dns() {
     if !require_net_admin() {
         return;
@@ -576,7 +611,7 @@ fn inside_a_user_namespace_it_works_too() {
 }
 
 #[test]
-fn a_port_in_use_names_its_flag_and_the_rules_stay() {
+fn a_port_in_use_that_must_be_had_names_its_flag_and_the_rules_stay() {
     if !require_net_admin() {
         return;
     }
@@ -587,12 +622,62 @@ fn a_port_in_use_names_its_flag_and_the_rules_stay() {
     let other = Manifests::new();
     let _held = ns.run(|| std::net::TcpListener::bind("127.0.0.1:10249").unwrap());
     for flag in ["--metrics-bind-address", "--healthz-bind-address"] {
-        let arguments = other.arguments(&[flag, "127.0.0.1:10249"]);
+        let arguments = other.arguments(&[flag, "127.0.0.1:10249", "--bind-address-hard-fail"]);
         let line = one_line(&nftlet(&ns, &arguments, ""));
         assert!(line.contains("127.0.0.1:10249"), "{line}");
         assert!(line.contains(flag), "{line}");
         assert_eq!(rules(&ns), before);
     }
+}
+
+#[test]
+fn a_port_in_use_holds_up_nothing_and_is_had_later() {
+    if !require_net_admin() {
+        return;
+    }
+    let (manifests, ns) = (shop(), Namespace::new("node"));
+    let address = "127.0.0.1:10256";
+    let held = ns.run(|| std::net::TcpListener::bind(address).unwrap());
+    let daemon = manifests.run(&ns, &["--healthz-bind-address", address]);
+    assert_ne!(rules(&ns), "");
+    let told = lines_with(&daemon.log(), "cannot listen on 127.0.0.1:10256");
+    assert_eq!(told.len(), 1, "{told:#?}");
+    assert!(told[0].contains("--healthz-bind-address"), "{told:#?}");
+    drop(held);
+    wait_for_log(&daemon, "listening on 127.0.0.1:10256 now");
+    assert_eq!(get(&ns, address, "/healthz").0, 200);
+}
+
+#[test]
+fn clients_that_hold_or_flood_the_ports_hold_up_nothing() {
+    if !require_net_admin() {
+        return;
+    }
+    let (manifests, ns) = (shop(), Namespace::new("node"));
+    let address = "127.0.0.1:10256";
+    let daemon = manifests.run(&ns, &["--healthz-bind-address", address]);
+    let connect = || std::net::TcpStream::connect(address).unwrap();
+    // More than there are places, none of which ends its request.
+    let held: Vec<_> = ns.run(|| (0..300).map(|_| connect()).collect());
+    for mut client in &held {
+        // Those that were driven out already cannot write.
+        let _ = client.write_all(b"GET /healthz HTTP/1.1\r\nHost: ");
+    }
+    // One that sends without end, and never reads.
+    let mut flood = ns.run(connect);
+    let flood = std::thread::spawn(move || {
+        let line = b"GET /healthz HTTP/1.1\r\nHost: node\r\n\r\n".repeat(1000);
+        while flood.write_all(&line).is_ok() {}
+    });
+    assert_eq!(get(&ns, address, "/healthz").0, 200);
+    let more = Service::new("more", 12).port("http", "TCP", 80, None);
+    manifests.service(&more);
+    wait_for_rules(&ns, "the new service", |rules| {
+        rules.contains("shop/more:http")
+    });
+    assert_eq!(get(&ns, address, "/livez").0, 200);
+    drop((held, daemon));
+    flood.join().unwrap();
 }
 
 #[test]
@@ -608,13 +693,25 @@ fn contradictory_flags_end_with_2() {
         &["--cluster-cidr", "10.0.0.0/8,10.1.0.0/16"],
         &["--manifests"],
         &["--unheard-of"],
+        &["--manifests", "x", "--master", "http://x"],
+        &["--init-only", "--once"],
+        &["--write-config-to", "x", "--dry-run"],
+        &["--proxy-mode", "ipvs"],
+        &["--masquerade-bit", "32"],
+        &["--oom-score-adj", "-1001"],
+        &["--master", "ftp://x"],
+        &["--once", "man"],
+        &["--detect-local-mode", "BridgeInterface"],
     ];
     for flags in contradictions {
         let output = nftlet(&ns, flags, "");
         let said = said(&output);
         assert_eq!(output.status.code(), Some(2), "{flags:?}: {said}");
-        assert!(said.starts_with("error: "), "{said}");
-        assert_eq!(lines_with(&said, "error:").len(), 1, "{said}");
+        assert!(
+            said.starts_with("error: ") || said.starts_with("nftlet: "),
+            "{said}"
+        );
+        assert_eq!(said.matches('\n').count(), 1, "{said}");
     }
 }
 
@@ -781,50 +878,5 @@ fn a_dump_of_kubectl_becomes_rules_that_nft_takes() {
         "shop/web:dns",
     ] {
         assert!(loaded.contains(name), "{name} in {loaded}");
-    }
-}
-
-#[test]
-fn the_daemon_set_uses_what_is_there() {
-    if !require_net_admin() {
-        return;
-    }
-    let text = std::fs::read_to_string(of_repository("manifests/daemonset.yaml")).unwrap();
-    let set: serde_json::Value = serde_saphyr::from_str(&text).unwrap();
-    let container = &set["spec"]["template"]["spec"]["containers"][0];
-    let strings = |value: &serde_json::Value| -> Vec<String> {
-        let values = value.as_array().into_iter().flatten();
-        values.map(|it| it.as_str().unwrap().to_owned()).collect()
-    };
-    let given: Vec<String> = strings(&container["args"])
-        .iter()
-        .map(|argument| argument.replace("$(NODE_NAME)", "node-1"))
-        .collect();
-    let all = [&["nftlet".to_owned()], &given[..]].concat();
-    let parsed = nftlet::cli::Args::try_parse_from(&all).unwrap();
-    assert_eq!(parsed.hostname_override.as_deref(), Some("node-1"));
-
-    // The power of the container is enough, and its probes find their pages.
-    let capabilities = &container["securityContext"]["capabilities"];
-    assert_eq!(strings(&capabilities["drop"]), ["ALL"]);
-    let added: Vec<String> = strings(&capabilities["add"])
-        .iter()
-        .map(|name| format!("+{}", name.to_lowercase()))
-        .collect();
-    let node = small_cluster();
-    let bounds = format!("--bounding-set=-all,{}", added.join(","));
-    let mut arguments = vec![bounds, "--no-new-privs".into(), "--".into(), NFTLET.into()];
-    arguments.extend(node.arguments(&[]));
-    arguments.extend(given.into_iter().filter(|it| !it.starts_with("--hostname")));
-    let daemon = Daemon::start(&node.ns, "setpriv", arguments);
-    wait_for_log(&daemon, "the rules are in place");
-    for probe in ["readinessProbe", "livenessProbe"] {
-        let asked = &container[probe]["httpGet"];
-        let ports = container["ports"].as_array().unwrap();
-        let port = ports.iter().find(|port| port["name"] == asked["port"]);
-        let port = port.unwrap()["containerPort"].as_u64().unwrap();
-        let path = asked["path"].as_str().unwrap();
-        let (code, body) = get(&node.ns, &format!("127.0.0.1:{port}"), path);
-        assert_eq!(code, 200, "{probe}: {body}");
     }
 }

@@ -2,7 +2,7 @@
 
 mod common;
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
@@ -12,6 +12,13 @@ use common::manifests::{CLUSTER_CIDR, Manifests};
 use common::netns::{
     Ask, Lab, LabOptions, Machine, Namespace, Protocol, Server, require_net_admin, wait_for,
 };
+use nftlet::compile::TABLE;
+use nftlet::netlink::{Heard, Monitor, Nftables};
+use nftlet::ruleset::{
+    Declaration, Element, Family, Key, Op, Ruleset, Selector, Set, SetKind, Table, TableId,
+    Transaction, diff,
+};
+use nix::sys::signal::Signal;
 use serde_json::json;
 
 const CIDR: [&str; 2] = ["--cluster-cidr", CLUSTER_CIDR];
@@ -128,6 +135,151 @@ fn somebody_who_does_not_stop_is_answered_more_and_more_slowly() {
 fn serve(pods: &[&Machine]) -> Vec<Server> {
     let serve = |pod: &&Machine| pod.serve(Protocol::Tcp, 8080);
     pods.iter().flat_map(serve).collect()
+}
+
+/// A policy for the pods of this node, and the pods that make it one.
+fn put_policy(manifests: &Manifests, pods: &[&Machine]) {
+    let pods = pods.iter().zip(1..).map(|(pod, number)| {
+        json!({
+            "apiVersion": "v1", "kind": "Pod",
+            "metadata": {"name": format!("web-{number}"), "namespace": "shop"},
+            "spec": {"nodeName": "node-1"},
+            "status": {"phase": "Running", "podIPs": [{"ip": pod.v4.to_string()}]},
+        })
+    });
+    let mut items: Vec<_> = pods.collect();
+    items.push(json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "shop"}}));
+    items.push(json!({
+        "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
+        "metadata": {"name": "closed", "namespace": "shop"},
+        "spec": {"podSelector": {}, "policyTypes": ["Ingress"]},
+    }));
+    manifests.put(&json!({
+        "apiVersion": "v1", "kind": "List", "metadata": {"name": "policy"}, "items": items,
+    }));
+}
+
+#[test]
+fn the_policy_tables_are_put_back_too_and_whoever_does_not_stop_is_warned_of() {
+    if !require_net_admin() {
+        return;
+    }
+    let (lab, manifests) = lab();
+    let node = lab.node().ns();
+    put_policy(&manifests, &lab.pods());
+    let daemon = manifests.run(node, &CIDR);
+    let has_policy = |node: &Namespace| {
+        let rules = node.nft(&["list", "tables"]);
+        rules.contains("nftlet-policy").then_some(())
+    };
+    wait_for("the policy", LONG, || has_policy(node));
+    let wanted = listing(node);
+    for change in [
+        "flush ruleset",
+        "delete table ip nftlet-policy",
+        "flush table ip6 nftlet-policy",
+        "flush chain ip nftlet-policy ingress",
+        "add rule ip nftlet-policy deny-ingress accept",
+    ] {
+        node.nft_load(change);
+        wait_for(change, LONG, || (listing(node) == wanted).then_some(()));
+    }
+    let log = daemon.log();
+    assert!(log.contains("table nftlet-policy: somebody else"), "{log}");
+    let started = Instant::now();
+    while !daemon.log().contains("something keeps changing") {
+        assert!(started.elapsed() < LONG * 2, "{}", daemon.log());
+        node.nft_load("flush chain ip nftlet-policy ingress");
+    }
+    wait_for("the last change to be undone", LONG, || {
+        (listing(node) == wanted).then_some(())
+    });
+}
+
+/// More news than the queue holds, and only then the change that matters.
+#[test]
+fn a_change_whose_news_were_lost_is_undone() {
+    if !require_net_admin() {
+        return;
+    }
+    let (lab, manifests) = lab();
+    let node = lab.node().ns();
+    let daemon = manifests.run(node, &CIDR);
+    let wanted = listing(node);
+    daemon.signal(Signal::SIGSTOP);
+    let elements: Vec<String> = (0..20_000).map(|number| number.to_string()).collect();
+    node.nft_load(&format!(
+        "table ip other {{ set s {{ type mark; elements = {{ {} }}; }}; }}",
+        elements.join(", ")
+    ));
+    node.nft_load("delete table ip other");
+    node.nft_load("flush chain ip nftlet services");
+    daemon.signal(Signal::SIGCONT);
+    wait_for("the change to be undone", LONG, || {
+        (listing(node) == wanted).then_some(())
+    });
+}
+
+/// A queue that overflowed tells so, and nothing of what others write is taken for silence.
+#[test]
+fn a_monitor_says_what_it_missed() {
+    if !require_net_admin() {
+        return;
+    }
+    let namespace = Namespace::new("monitor");
+    namespace.run(|| {
+        let mut own = Nftables::open().expect("a socket");
+        let mut other = Nftables::open().expect("a socket");
+        let mut monitor = Monitor::open(&[TABLE], &own).expect("a socket");
+        own.write_unheard_by(monitor.absence().expect("a descriptor"));
+        let add = |table: &str, elements: u32| {
+            let id = TableId::new(Family::Ip, table);
+            let elements = (0..elements).map(|number| {
+                Element::new(Key::build().address(Ipv4Addr::from(number).into()).finish())
+            });
+            let set = Set {
+                declaration: Declaration::new(SetKind::Set, [Selector::SourceAddress]).into(),
+                elements: elements.collect(),
+            };
+            let table = Table {
+                sets: [("s".into(), set)].into(),
+                ..Table::default()
+            };
+            let wanted = Ruleset {
+                tables: [(id, table)].into(),
+            };
+            diff(&Ruleset::default(), wanted)
+        };
+        let delete = |table: &str| Transaction {
+            ops: vec![Op::DeleteTable(TableId::new(Family::Ip, table))],
+        };
+        // Before anybody listens there is nobody to keep from it.
+        let first = own.apply(&add(TABLE, 2_000)).expect("written");
+        assert!(!first.unheard);
+        own.apply(&delete(TABLE)).expect("written");
+        let before = own.generation().expect("a number");
+        monitor.listen().expect("a group");
+        let large = own.apply(&add(TABLE, 2_000)).expect("written");
+        assert!(large.unheard);
+        let small = own.apply(&delete(TABLE)).expect("written");
+        assert!(!small.unheard);
+        assert_eq!(own.generation().expect("a number"), before + 2);
+        assert_eq!(other.generation().expect("a number"), before + 2);
+        // After a large write the monitor listens again.
+        other.apply(&add(TABLE, 1)).expect("written");
+        assert_eq!(monitor.wait().expect("news"), Heard::Change);
+        // The queue holds less than this; the other table is of no interest.
+        other.apply(&add("other", 20_000)).expect("written");
+        loop {
+            if monitor.wait().expect("news") == Heard::Lost {
+                break;
+            }
+        }
+        // What fails counts for nothing.
+        let now = own.generation().expect("a number");
+        other.apply(&delete("missing")).expect_err("refused");
+        assert_eq!(own.generation().expect("a number"), now);
+    });
 }
 
 /// Clients are answered again after each flush, with five hundred services to put back.

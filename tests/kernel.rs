@@ -259,6 +259,75 @@ fn everything(family: Family) -> Ruleset {
             )],
         ),
     );
+    add_set(
+        "icmpv6-types",
+        set(
+            Declaration::new(SetKind::Set, [Selector::Icmp6Type]),
+            [133, 135, 128, 200]
+                .map(|number| Element::new(Key::build().icmp6_type(number).finish()))
+                .into(),
+        ),
+    );
+    let counted = |declaration: Declaration| Declaration {
+        counter: true,
+        ..declaration.comment("what \"pods\" may reach")
+    };
+    add_set(
+        "ingress-shop/web-0.a",
+        set(
+            counted(Declaration {
+                interval: true,
+                ..Declaration::new(
+                    SetKind::VerdictMap,
+                    [Selector::SourceAddress, Selector::DestinationPort],
+                )
+            }),
+            [
+                ("10.0.0.0/8", "fd00::/8", 80, 90, Verdict::Accept),
+                (
+                    "192.0.2.0/28",
+                    "2001:db8::/48",
+                    0,
+                    65_535,
+                    Verdict::Jump("refuse".into()),
+                ),
+            ]
+            .map(|(text4, text6, from, to, verdict)| {
+                let net = network(text4, text6);
+                let key = |address, port| Key::build().address(address).port(port).finish();
+                Element {
+                    key_end: Some(key(net.broadcast(), to)),
+                    ..Element::with_verdict(key(net.network(), from), verdict)
+                }
+            })
+            .into(),
+        ),
+    );
+    add_set(
+        "counted",
+        set(
+            counted(Declaration::new(
+                SetKind::Set,
+                [Selector::DestinationAddress, Selector::Icmp6Type],
+            )),
+            vec![Element::new(
+                Key::build().address(a(5)).icmp6_type(200).finish(),
+            )],
+        ),
+    );
+    add_set(
+        "counted-ranges",
+        set(
+            counted(Declaration {
+                interval: true,
+                ..Declaration::new(SetKind::Set, [Selector::SourceAddress])
+            }),
+            merge_intervals([
+                network("10.96.0.0/16", "fd00:10:96::/112"),
+                network("224.0.0.0/3", "ff00::/8"),
+            ]),
+        ),
+    );
 
     use Comparison::{Is, IsNot};
     use Statement as S;
@@ -311,7 +380,7 @@ fn everything(family: Family) -> Ruleset {
                 Hook::Prerouting,
                 -99,
                 vec![Rule::new([
-                    S::CtState(CtState::New),
+                    S::CtState(CtState::New.into()),
                     S::CtStatus(CtStatus::Dnat),
                     S::Match(Selector::L4Protocol, Is, Operand::Protocol(6)),
                     S::UpdateMap {
@@ -335,7 +404,7 @@ fn everything(family: Family) -> Ruleset {
                 Hook::Input,
                 0,
                 vec![Rule::new([
-                    S::CtState(CtState::Established),
+                    S::CtState(CtState::Established.into()),
                     S::Verdict(Verdict::Accept),
                 ])],
             ),
@@ -348,12 +417,12 @@ fn everything(family: Family) -> Ruleset {
                 10,
                 vec![
                     Rule::new([
-                        S::CtState(CtState::Related),
+                        S::CtState(CtState::Related.into()),
                         S::CtStatus(CtStatus::Snat),
                         S::Verdict(Verdict::Return),
                     ]),
                     Rule::new([
-                        S::CtState(CtState::Invalid),
+                        S::CtState(CtState::Invalid.into()),
                         S::Counter,
                         S::Verdict(Verdict::Drop),
                     ])
@@ -472,6 +541,56 @@ fn everything(family: Family) -> Ruleset {
                 ]),
             ]),
         ),
+        (
+            "ingress-shop/web-0.a",
+            plain(vec![
+                Rule::new([
+                    S::CtState([CtState::Related, CtState::Established].into()),
+                    S::Verdict(Verdict::Accept),
+                ]),
+                Rule::new([
+                    S::CtState([CtState::Invalid, CtState::New].into()),
+                    S::Match(Selector::L4Protocol, Is, Operand::Protocol(6)),
+                    S::TcpNotOpening,
+                    S::Match(Selector::DestinationPort, Is, Operand::Ports(8000, 9000)),
+                    S::Match(Selector::SourcePort, IsNot, Operand::Ports(0, 1023)),
+                    S::Verdict(Verdict::Accept),
+                ]),
+                Rule::new([
+                    S::Match(Selector::L4Protocol, Is, Operand::Protocol(58)),
+                    S::InSet(vec![Selector::Icmp6Type], Is, "icmpv6-types".into()),
+                    S::InSet(
+                        vec![Selector::DestinationAddress, Selector::Icmp6Type],
+                        IsNot,
+                        "counted".into(),
+                    ),
+                    S::Verdict(Verdict::Accept),
+                ]),
+                Rule::new([
+                    S::Match(Selector::L4Protocol, Is, Operand::Protocol(17)),
+                    S::VerdictMap(
+                        vec![Selector::SourceAddress, Selector::DestinationPort],
+                        "ingress-shop/web-0.a".into(),
+                    ),
+                ]),
+                Rule::new([
+                    S::InSet(vec![Selector::SourceAddress], Is, "counted-ranges".into()),
+                    S::Limit {
+                        per_second: 10,
+                        burst: 20,
+                    },
+                    S::log("ingress \"shop/web\" $0 ", 5, 128),
+                ]),
+                Rule::new([
+                    S::Limit {
+                        per_second: 1,
+                        burst: 1,
+                    },
+                    S::log("whole", 6, 0),
+                    S::Verdict(Verdict::Drop),
+                ]),
+            ]),
+        ),
     ];
     table
         .chains
@@ -552,6 +671,50 @@ fn what_was_written_is_read_back() {
         // Host tools can print every rule, also those they could not load.
         let listing = list(&ns, family);
         assert!(listing.contains("update @affinity"), "{listing}");
+    }
+}
+
+/// A table that is too large to be written at once.
+fn large(family: Family) -> Ruleset {
+    let mut ruleset = everything(family);
+    let number = |n: u16| Key::build().protocol(17).port(n);
+    let ports: Vec<Element> = (0..20_000)
+        .map(|n| Element::new(number(n).finish()))
+        .collect();
+    let leads: Vec<Element> = (0..10_000)
+        .map(|n| Element::with_verdict(number(n).finish(), Verdict::Goto("refuse".into())))
+        .collect();
+    let key = [Selector::L4Protocol, Selector::DestinationPort];
+    for table in ruleset.tables.values_mut() {
+        let ports = set(Declaration::new(SetKind::Set, key), ports.clone());
+        table.sets.insert("many-ports".into(), ports);
+        let leads = set(Declaration::new(SetKind::VerdictMap, key), leads.clone());
+        table.sets.insert("many-verdicts".into(), leads);
+        let lookup = Statement::VerdictMap(key.into(), "many-verdicts".into());
+        if let Some(services) = table.chains.get_mut("services") {
+            services.rules.push(Rule::new([lookup]));
+        }
+    }
+    ruleset
+}
+
+#[test]
+fn large_tables_are_written_in_steps() {
+    if !require_net_admin() {
+        return;
+    }
+    for family in [Family::Ip, Family::Ip6] {
+        let ns = Namespace::new("steps");
+        let wanted = large(family);
+        let mut steps = 0;
+        for step in diff(&Ruleset::default(), wanted.clone()).into_steps() {
+            let listing = ns.nft(&["list", "ruleset"]);
+            assert!(!listing.contains("type nat hook"), "after {steps} steps");
+            apply(&ns, &step).unwrap();
+            steps += 1;
+        }
+        assert!(steps > 5, "{steps} steps");
+        assert_same(&read(&ns, &wanted), &wanted, family.keyword());
     }
 }
 

@@ -13,6 +13,9 @@ use fake_api::{CIDRS, FakeApi, NODES, SERVICES, SLICES, Streaming};
 use nftlet::model::{Kind, Object, Reason, Subject};
 use nftlet::source::cluster::{Cluster, Error, Timing};
 use serde_json::json;
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
 
 #[tokio::test]
 async fn a_broken_connection_is_resumed_where_it_broke() {
@@ -244,6 +247,98 @@ async fn a_server_that_is_away_is_told_once_and_nothing_is_lost() {
 }
 
 #[tokio::test]
+async fn a_server_that_falls_silent_is_noticed_and_followed_when_it_is_back() {
+    let api = FakeApi::start().await;
+    api.put(SERVICES, service("a", "10.96.0.1"));
+    api.put(NODES, node("node-1", "a"));
+    let timing = Timing {
+        quiet: Duration::from_millis(50),
+        pulse: Duration::from_millis(200),
+        response: Duration::from_millis(200),
+        stable: Duration::from_millis(500),
+        ..hasty()
+    };
+    // A cable that can be cut without closing the connections on it.
+    let cable = Cable::to(api.address()).await;
+    let directory = tempfile::tempdir().expect("a directory");
+    let kubeconfig = api.write_kubeconfig(directory.path());
+    let text = std::fs::read_to_string(&kubeconfig).expect("a file");
+    let text = text.replace(&api.address().to_string(), &cable.address.to_string());
+    std::fs::write(&kubeconfig, text).expect("written");
+    let mut consumer = Consumer::connect(&kubeconfig, directory, timing).await;
+    consumer.ready().await;
+    assert_eq!(consumer.stats.fault(), None);
+    cable.cut(true);
+    consumer
+        .until("the silence is told", |it| !it.notices.is_empty())
+        .await;
+    let told = &consumer.notices[0].message;
+    assert!(
+        told.contains("cannot be reached: it has fallen silent"),
+        "{told}"
+    );
+    let fault = consumer.stats.fault().expect("a fault");
+    assert_eq!(&fault.message, told);
+    api.put(SERVICES, service("b", "10.96.0.2"));
+    cable.cut(false);
+    consumer.has("Service shop/b").await;
+    // The other kinds are well when their watches have been open for a while.
+    let well = async {
+        while consumer.stats.fault().is_some() {
+            tokio::task::yield_now().await;
+        }
+    };
+    let well = tokio::time::timeout(Duration::from_secs(60), well).await;
+    assert!(well.is_ok(), "{:?}", consumer.stats.fault());
+    assert_eq!(consumer.notices.len(), 1, "{:?}", consumer.notices);
+}
+
+/// Passes bytes on between a port of its own and another one.
+struct Cable {
+    address: std::net::SocketAddr,
+    cut: watch::Sender<bool>,
+}
+
+impl Cable {
+    async fn to(far: std::net::SocketAddr) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("an address");
+        let (cut, state) = watch::channel(false);
+        tokio::spawn(async move {
+            while let Ok((near, _)) = listener.accept().await {
+                let state = state.clone();
+                tokio::spawn(async move {
+                    let far = TcpStream::connect(far).await.expect("the server");
+                    let (near_in, near_out) = near.into_split();
+                    let (far_in, far_out) = far.into_split();
+                    tokio::join!(
+                        pass(near_in, far_out, state.clone()),
+                        pass(far_in, near_out, state)
+                    );
+                });
+            }
+        });
+        Self { address, cut }
+    }
+
+    /// What is under way while it is cut is lost, with its connection.
+    fn cut(&self, cut: bool) {
+        self.cut.send_replace(cut);
+    }
+}
+
+/// Passes bytes on until the cable was cut once; then holds the connection in silence.
+async fn pass(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut cut: watch::Receiver<bool>) {
+    let all = tokio::io::copy(&mut from, &mut to);
+    tokio::select! {
+        _ = all => return,
+        _ = cut.wait_for(|cut| *cut) => {}
+    }
+    // The receiver ends with the test.
+    while cut.changed().await.is_ok() {}
+}
+
+#[tokio::test]
 async fn a_server_without_service_cidrs_is_no_fault() {
     let api = FakeApi::start().await;
     api.put(NODES, node("node-1", "zone-a"));
@@ -316,7 +411,7 @@ async fn the_source_ends_when_nobody_listens() {
 async fn a_kubeconfig_that_cannot_be_used_is_named() {
     let directory = tempfile::tempdir().expect("a directory");
     let path = directory.path().join("nowhere");
-    let error = Cluster::connect(Some(path.clone()), "node-1".to_owned())
+    let error = Cluster::connect(Some(path.clone()), None, "node-1".to_owned())
         .await
         .err();
     assert!(
@@ -324,7 +419,7 @@ async fn a_kubeconfig_that_cannot_be_used_is_named() {
         "{error:?}"
     );
     std::fs::write(&path, "clusters: [").expect("written");
-    let error = Cluster::connect(Some(path), "node-1".to_owned())
+    let error = Cluster::connect(Some(path), None, "node-1".to_owned())
         .await
         .err();
     let text = error.map(|error| error.to_string()).unwrap_or_default();

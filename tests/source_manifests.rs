@@ -66,18 +66,18 @@ fn a_kubectl_dump_is_read_whole() {
             "EndpointSlice lab/svc-00002-v4-0",
             "EndpointSlice shop/web-abc12",
             "Node node-1",
-            "ServiceCIDR kubernetes"
+            "ServiceCIDR kubernetes",
+            "Pod shop/web-0",
+            "Namespace default",
+            "Namespace kube-node-lease",
+            "Namespace kube-public",
+            "Namespace kube-system",
+            "Namespace lab",
+            "Namespace shop",
+            "NetworkPolicy shop/web-from-front"
         ]
     );
-    let notices = notices(&events);
-    assert_eq!(notices.len(), 1, "{notices:?}");
-    assert_eq!(notices[0].reason, Reason::UnknownKind);
-    assert!(
-        notices[0]
-            .message
-            .starts_with("skipped 6 Namespace, 1 NetworkPolicy, 1 Pod:"),
-        "{notices:?}"
-    );
+    assert_eq!(notices(&events), Vec::<&Notice>::new());
     for kind in Kind::ALL {
         let started = events
             .iter()
@@ -87,6 +87,31 @@ fn a_kubectl_dump_is_read_whole() {
             .position(|event| matches!(event, Event::ListComplete(k) if *k == kind));
         assert!(started.is_some() && started < complete, "{kind}");
     }
+}
+
+#[test]
+fn without_network_policies_their_objects_are_none_of_our_business() {
+    let dump = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/kubectl-get-all.yaml");
+    let dir = tempfile::tempdir().expect("a directory");
+    let broken = dir.path().join("broken.yaml");
+    fs::write(
+        &broken,
+        "apiVersion: v1\nkind: Pod\nmetadata: {name: a}\nspec: 5\n",
+    )
+    .expect("written");
+    let events = Manifests::new(vec![dump, broken], "node-1".to_owned())
+        .with_network_policies(false)
+        .load()
+        .expect("the paths exist");
+    assert_eq!(applied(&events).len(), 14);
+    assert_eq!(notices(&events), Vec::<&Notice>::new());
+    let about = |event: &Event| match event {
+        Event::ListStarted(kind) | Event::ListComplete(kind) => Some(*kind),
+        event => event.kind(),
+    };
+    let mut kinds: Vec<Kind> = events.iter().filter_map(about).collect();
+    kinds.dedup();
+    assert_eq!(kinds, Kind::SERVICES);
 }
 
 #[test]
@@ -183,6 +208,91 @@ fn faults_are_told_with_file_line_and_column() {
     for ((reason, (file, at), message), (wanted, line, text)) in told.iter().zip(expected) {
         assert_eq!((*reason, file), (wanted, &path), "{message}");
         assert_eq!(at.map(|(line, _)| line), Some(line), "{message}");
+        assert!(message.contains(text), "{message}");
+    }
+}
+
+#[test]
+fn faults_of_policies_close_what_they_are_in() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("policies.yaml");
+    let text = "\
+kind: NetworkPolicy
+apiVersion: networking.k8s.io/v1
+metadata: {name: typo, namespace: shop}
+spec:
+  podSelector: {matchLabels: {app: web}}
+  ingress:
+  - form: [{podSelector: {}}]
+  - from: [{podSelector: {matchLabels: {tier: 1}}}]
+  - from: [{podSelector: {matchLabels: {tier: \"1\"}}}]
+    ports: [{port: http}, {port: 80, protocol: UDP}]
+---
+kind: NetworkPolicy
+apiVersion: networking.k8s.io/v1
+metadata: {name: number, namespace: shop}
+spec: {podSelector: {}, ingress: [{ports: 5}], policyTypes: [Ingress]}
+---
+kind: NetworkPolicy
+apiVersion: extensions/v1beta1
+metadata: {name: old, namespace: shop}
+---
+kind: NetworkPolicy
+apiVersion: crd.projectcalico.org/v1
+metadata: {name: foreign, namespace: shop}
+";
+    fs::write(&path, text).expect("written");
+    let events = load(&[&path]);
+    assert_eq!(
+        applied(&events),
+        ["NetworkPolicy shop/number", "NetworkPolicy shop/typo"]
+    );
+    let rules = |name: &str| {
+        let found = events.iter().find_map(|event| match event {
+            Event::Apply(Object::NetworkPolicy(policy)) if policy.name.name() == name => {
+                policy.ingress.clone()
+            }
+            _ => None,
+        });
+        found.expect("ingress is isolated")
+    };
+    assert!(rules("number").is_empty());
+    let left = rules("typo");
+    assert_eq!(left.len(), 1);
+    assert_eq!(left[0].ports.as_ref().map(Vec::len), Some(2));
+    let told: Vec<_> = notices(&events)
+        .into_iter()
+        .map(|notice| {
+            let line = place(notice).1.map(|(line, _)| line);
+            (notice.reason, line, notice.message.as_str())
+        })
+        .collect();
+    let expected = [
+        (
+            Reason::InvalidPolicy,
+            Some(1),
+            "NetworkPolicy shop/typo: spec.ingress[0].form \"[...]\" is in a field that nftlet does not know; the known ones are from and ports; the rule is left out",
+        ),
+        (
+            Reason::InvalidPolicy,
+            Some(1),
+            "NetworkPolicy shop/typo: spec.ingress[1].from[0].podSelector.matchLabels.tier \"1\" is not a string; put it in quotes",
+        ),
+        (
+            Reason::InvalidPolicy,
+            Some(12),
+            "NetworkPolicy shop/number: spec.ingress[0].ports \"5\" is not a list",
+        ),
+        (
+            Reason::InvalidObject,
+            Some(17),
+            "NetworkPolicy old: apiVersion \"extensions/v1beta1\" is not understood; write networking.k8s.io/v1",
+        ),
+        (Reason::UnknownKind, None, "skipped 1 NetworkPolicy"),
+    ];
+    assert_eq!(told.len(), expected.len(), "{told:#?}");
+    for ((reason, line, message), (wanted, at, text)) in told.into_iter().zip(expected) {
+        assert_eq!((reason, line), (wanted, at), "{message}");
         assert!(message.contains(text), "{message}");
     }
 }

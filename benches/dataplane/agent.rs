@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use nftlet::compile::TABLE;
 use nftlet::metrics::Metrics;
-use nftlet::model::{Event, Notice};
+use nftlet::model::{Event, Notice, Reason};
 use nftlet::netlink::{Applied, Error, Monitor, Nftables, encode};
 use nftlet::reconcile::{Kernel, Outcome, Reconciler, Reporter};
 use nftlet::ruleset::{Element, Ruleset, TableId, Transaction};
@@ -87,14 +87,20 @@ impl Kernel for Metered {
     fn elements(&mut self, table: &TableId, set: &str) -> Result<Vec<Element>, Error> {
         self.kernel.elements(table, set)
     }
+
+    fn generation(&mut self) -> Result<u32, Error> {
+        self.kernel.generation()
+    }
 }
 
-/// The objects are sound and the kernel accepts them, so nobody should be told anything.
+/// The objects are sound and the kernel accepts them, so there is nothing to tell but what the
+/// benchmark does by itself.
 struct Strict;
 
 impl Reporter for Strict {
     fn notice(&self, notice: &Notice) {
-        panic!("{}: {}", notice.subject, notice.message);
+        let expected = notice.reason == Reason::ForeignChange;
+        assert!(expected, "{}: {}", notice.subject, notice.message);
     }
 
     fn failed(&self, error: &Error) {
@@ -104,6 +110,10 @@ impl Reporter for Strict {
     fn flows_stay(&self, error: &Error) {
         panic!("{error}");
     }
+}
+
+fn failed<T>(error: Error) -> T {
+    panic!("{error}")
 }
 
 /// A reconciler that programs a namespace.
@@ -121,8 +131,9 @@ pub struct Agent<'a> {
 impl<'a> Agent<'a> {
     /// A new one for the namespace of the calling thread, which knows nothing of an earlier one.
     pub fn new(metrics: &'a Metrics) -> Self {
-        let kernel = Nftables::open().unwrap_or_else(|error| panic!("{error}"));
-        let monitor = Monitor::open(&[TABLE], &kernel).unwrap_or_else(|error| panic!("{error}"));
+        let mut kernel = Nftables::open().unwrap_or_else(failed);
+        let monitor = Monitor::open(&[TABLE], &kernel).unwrap_or_else(failed);
+        kernel.write_unheard_by(monitor.absence().unwrap_or_else(failed));
         let (cost, split, spent_splitting) = Default::default();
         let metered = Metered {
             kernel,
@@ -156,13 +167,43 @@ impl<'a> Agent<'a> {
         let took = started.elapsed();
         assert_eq!(outcome, Outcome::Synced);
         if let Some(monitor) = self.monitor.take() {
-            monitor.listen().unwrap_or_else(|error| panic!("{error}"));
+            monitor.listen().unwrap_or_else(failed);
             self.listening = Some(monitor);
         }
         let total = took.saturating_sub(*self.spent_splitting.borrow());
         Cost {
             total: total.as_secs_f64(),
             ..*self.cost.borrow()
+        }
+    }
+
+    /// Has somebody else change the rules. From when that is done, until the rules are as before.
+    pub fn heal(&mut self, meddle: impl FnOnce()) -> Cost {
+        let monitor = self.listening.as_mut().expect("rules are in force");
+        self.cost.take();
+        self.spent_splitting.take();
+        meddle();
+        let started = Instant::now();
+        monitor.wait().unwrap_or_else(failed);
+        let outcome = self.reconciler.heal();
+        let took = started.elapsed();
+        assert_eq!(outcome, (Outcome::Synced, true));
+        let total = took.saturating_sub(*self.spent_splitting.borrow());
+        Cost {
+            total: total.as_secs_f64(),
+            ..*self.cost.borrow()
+        }
+    }
+
+    /// How long the reconciler is kept from its work by an audit.
+    pub fn audit(&mut self) -> Cost {
+        let started = Instant::now();
+        let snapshot = self.reconciler.snapshot();
+        let total = started.elapsed().as_secs_f64();
+        assert!(snapshot.is_some(), "rules are in force");
+        Cost {
+            total,
+            ..Cost::default()
         }
     }
 }

@@ -13,24 +13,29 @@
 
 mod agent;
 mod baseline;
+#[path = "../machine/mod.rs"]
+mod machine;
 mod measure;
 #[path = "../../tests/common/netns/mod.rs"]
 mod netns;
 mod report;
+#[path = "../table/mod.rs"]
+mod table;
 #[path = "../workload/mod.rs"]
 mod workload;
 
-use std::path::{Path, PathBuf};
+use std::io;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
-use std::{fs, io, thread};
 
 use clap::{Parser, ValueEnum};
-use nix::sched::{CloneFlags, unshare};
 use serde::Serialize;
 
+use machine::{kernel_and_processors, refusal_of_large_rulesets, write};
 use measure::{Measured, Plan, measure};
-use report::{Form, render};
+use report::render;
+use table::Form;
 
 /// Measures programming services: nftlet, and the same services in kube-proxy's shape.
 #[derive(Debug, Parser)]
@@ -88,7 +93,7 @@ struct Report<'a> {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    if let Some(reason) = refusal() {
+    if let Some(reason) = refusal_of_large_rulesets() {
         eprintln!(
             "This benchmark programs kernels in network namespaces, which is not possible here: \
              {reason}. Run it as root, or with `make bench`, which asks for the right."
@@ -123,22 +128,6 @@ fn main() -> ExitCode {
     }
 }
 
-/// Why this process cannot measure.
-fn refusal() -> Option<String> {
-    // A thread of its own tries it, so that this one stays where it is.
-    let attempt = thread::spawn(|| unshare(CloneFlags::CLONE_NEWNET)).join();
-    if let Ok(Err(error)) = attempt {
-        return Some(format!("creating a network namespace fails: {error}"));
-    }
-    // The map of the first user namespace covers every number.
-    let map = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
-    let first = map.split_whitespace().eq(["0", "0", "4294967295"]);
-    (!first).then(|| {
-        "inside a user namespace nft cannot send transactions as large as the compared ones"
-            .to_owned()
-    })
-}
-
 fn run(arguments: &Arguments, plans: &[Plan]) -> io::Result<()> {
     let started = Instant::now();
     let mut sizes = Vec::new();
@@ -153,11 +142,10 @@ fn run(arguments: &Arguments, plans: &[Plan]) -> io::Result<()> {
         }));
     }
     eprintln!();
+    let (kernel, processors) = kernel_and_processors()?;
     let json = serde_json::to_string_pretty(&Report {
-        kernel: fs::read_to_string("/proc/sys/kernel/osrelease")?
-            .trim()
-            .to_owned(),
-        processors: thread::available_parallelism()?.get(),
+        kernel,
+        processors,
         sizes: &sizes,
     })?;
     if let Some(file) = &arguments.json {
@@ -165,7 +153,7 @@ fn run(arguments: &Arguments, plans: &[Plan]) -> io::Result<()> {
     }
     match arguments.output {
         Output::Json => println!("{json}"),
-        Output::Table if !arguments.markdown => print!("{}", render(&sizes, Form::Plain)),
+        Output::Table if !arguments.markdown => print!("{}", render(&sizes, Form::of_output())),
         Output::Table | Output::Markdown => print!("{}", render(&sizes, Form::Markdown)),
     }
     let missed = sizes.iter().flat_map(|size| &size.rows);
@@ -173,14 +161,4 @@ fn run(arguments: &Arguments, plans: &[Plan]) -> io::Result<()> {
         0 => Ok(()),
         missed => Err(io::Error::other(format!("{missed} budgets were missed."))),
     }
-}
-
-fn write(file: &Path, text: &str) -> io::Result<()> {
-    let named = |error: io::Error| {
-        io::Error::new(
-            error.kind(),
-            format!("cannot write {}: {error}", file.display()),
-        )
-    };
-    fs::write(file, text).map_err(named)
 }

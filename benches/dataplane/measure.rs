@@ -98,7 +98,9 @@ const NEW_COUNT: usize = 4;
 const BATCH: usize = 5;
 const ADD: usize = 6;
 const DELETE: usize = 7;
-const WHAT: [&str; 8] = [
+const HEAL: usize = 8;
+const AUDIT: usize = 9;
+const WHAT: [&str; 10] = [
     "first program",
     "restart, nothing changed",
     "one endpoint replaced",
@@ -107,7 +109,13 @@ const WHAT: [&str; 8] = [
     "one endpoint replaced in many services at once",
     "a service added",
     "a service deleted",
+    "`flush ruleset` healed",
+    "copy for an audit",
 ];
+/// Healing a small cluster after `nft flush ruleset`, in seconds.
+const HEAL_SMALL: (usize, f64) = (1_000, 0.1);
+/// Healing a large one, in times of its first program.
+const HEAL_LARGE: f64 = 2.0;
 
 /// Runs everything for one size.
 pub fn measure(plan: &Plan, mut progress: impl FnMut(&str)) -> Measured {
@@ -136,6 +144,12 @@ pub fn measure(plan: &Plan, mut progress: impl FnMut(&str)) -> Measured {
         namespace.run(|| nftlet_round(plan, &workload, round, &mut rows));
         namespaces.push(namespace);
     }
+    let first = rows[FIRST].nftlet_median().unwrap_or_default();
+    rows[HEAL].budget = if plan.services <= HEAL_SMALL.0 {
+        Some(Budget::Seconds(HEAL_SMALL.1))
+    } else {
+        Some(Budget::Seconds(first * HEAL_LARGE))
+    };
     let namespace = Namespace::new("baseline");
     baseline_round(plan, &workload, &namespace, &mut rows, &mut progress);
     Measured {
@@ -170,6 +184,9 @@ fn nftlet_round(plan: &Plan, workload: &Workload, round: usize, rows: &mut [Row]
     assert_eq!(cost.transactions, 0, "a restart finds what it wants");
     note(RESTART, cost);
     drop(successor);
+
+    note(AUDIT, agent.audit());
+    note(HEAL, agent.heal(flush_ruleset));
 
     let mut workload = workload.clone();
     let mut random = Random::new();
@@ -238,6 +255,13 @@ fn baseline_round(
     let many = AT_ONCE.min(plan.services);
     let commands = (0..many).map(|service| baseline::change(&workload, service));
     load(BATCH, commands.collect());
+}
+
+/// Empties the ruleset of the calling thread's namespace, as the reload of a firewall does.
+fn flush_ruleset() {
+    let status = Command::new("nft").args(["flush", "ruleset"]).status();
+    let flushed = status.is_ok_and(|status| status.success());
+    assert!(flushed, "nft can flush the ruleset");
 }
 
 /// Replaces a random endpoint of a random service.

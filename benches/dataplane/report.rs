@@ -1,27 +1,10 @@
 //! The numbers as tables.
 
-use std::fmt::Write;
-
 use crate::measure::{Budget, Measured, Row, percentile};
+use crate::table::{Form, Table, count, dash, mebibytes, time};
 
 /// Fewer samples have no meaningful 99th percentile.
 const ENOUGH_FOR_P99: usize = 100;
-
-/// A table of texts; the first columns are words, the others numbers.
-struct Table {
-    title: &'static str,
-    head: &'static [&'static str],
-    rows: Vec<Vec<String>>,
-}
-
-/// The form tables are written in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Form {
-    /// Columns aligned with spaces.
-    Plain,
-    /// Markdown.
-    Markdown,
-}
 
 /// All tables.
 pub fn render(measured: &[Measured], form: Form) -> String {
@@ -111,7 +94,6 @@ fn parts(measured: &[Measured]) -> Table {
 }
 
 fn memory(measured: &[Measured]) -> Table {
-    let mebibytes = |bytes: u64| format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20));
     Table {
         title: "Memory of a process that holds the objects and has programmed them once",
         head: &["what", "services", "peak", "kept"],
@@ -121,61 +103,12 @@ fn memory(measured: &[Measured]) -> Table {
                 vec![
                     "first program".to_owned(),
                     cluster(size),
-                    mebibytes(size.memory.peak),
-                    mebibytes(size.memory.kept),
+                    mebibytes(size.memory.peak as f64),
+                    mebibytes(size.memory.kept as f64),
                 ]
             })
             .collect(),
     }
-}
-
-impl Table {
-    fn text(&self, form: Form) -> String {
-        let head: Vec<String> = self.head.iter().map(ToString::to_string).collect();
-        let width = |column: usize| {
-            let cells = self.rows.iter().chain([&head]);
-            let lengths = cells.filter_map(|row| row.get(column));
-            lengths.map(|cell| cell.chars().count()).max().unwrap_or(0)
-        };
-        let widths: Vec<usize> = (0..head.len()).map(width).collect();
-        let line = |cells: &[String]| {
-            let mut text = String::new();
-            for (column, (cell, width)) in cells.iter().zip(&widths).enumerate() {
-                let before = match (form, column) {
-                    (Form::Markdown, 0) => "| ",
-                    (Form::Markdown, _) => " | ",
-                    (Form::Plain, 0) => "",
-                    (Form::Plain, _) => "  ",
-                };
-                text.push_str(before);
-                // Writing to a String cannot fail.
-                let _ = match column {
-                    0 => write!(text, "{cell:<width$}"),
-                    _ => write!(text, "{cell:>width$}"),
-                };
-            }
-            text.push_str(if form == Form::Markdown { " |\n" } else { "\n" });
-            text
-        };
-        let mut text = match form {
-            Form::Markdown => format!("**{}**\n\n", self.title),
-            Form::Plain => format!("{}\n\n", self.title),
-        };
-        text.push_str(&line(&head));
-        if form == Form::Markdown {
-            let rule = (0..head.len()).map(|column| if column == 0 { "|---" } else { "|--:" });
-            text.extend(rule);
-            text.push_str("|\n");
-        }
-        for row in &self.rows {
-            text.push_str(&line(row));
-        }
-        text
-    }
-}
-
-fn dash() -> String {
-    "-".to_owned()
 }
 
 fn cluster(size: &Measured) -> String {
@@ -198,38 +131,4 @@ fn ratio(row: &Row) -> String {
         times if times >= 10.0 => format!("1/{times:.0}"),
         times => format!("1/{times:.1}"),
     }
-}
-
-/// A duration with three digits and a unit; nothing where there was nothing to time.
-fn time(seconds: Option<f64>) -> String {
-    let Some(seconds) = seconds.filter(|seconds| *seconds > 0.0) else {
-        return dash();
-    };
-    let (value, unit) = match seconds {
-        s if s >= 1.0 => (s, "s"),
-        s if s >= 1e-3 => (s * 1e3, "ms"),
-        s => (s * 1e6, "µs"),
-    };
-    let digits = match value {
-        v if v >= 100.0 => 0,
-        v if v >= 10.0 => 1,
-        _ => 2,
-    };
-    format!("{value:.digits$} {unit}")
-}
-
-/// A whole number with its thousands apart.
-fn count(number: Option<f64>) -> String {
-    let Some(number) = number else {
-        return dash();
-    };
-    let digits = format!("{number:.0}");
-    let mut text = String::new();
-    for (index, digit) in digits.chars().enumerate() {
-        if index > 0 && (digits.len() - index) % 3 == 0 {
-            text.push(',');
-        }
-        text.push(digit);
-    }
-    text
 }

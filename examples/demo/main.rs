@@ -2,11 +2,12 @@
 //!
 //! Builds a client, a node and three pods, runs the real `nftlet` in the node on the manifests of
 //! `examples/shop`, and shows how requests spread, what happens to them while a pod goes away,
-//! and what is refused. `make demo` builds and runs it. Everything it creates lives in this
+//! what is refused, and what network policies do. `make demo` builds and runs it. Everything it creates lives in this
 //! process and goes away with it.
 
 #[path = "../../tests/common/netns/mod.rs"]
 mod netns;
+mod policies;
 mod print;
 mod shop;
 mod tally;
@@ -151,17 +152,20 @@ fn run(options: &Options, style: &Style) -> Outcome<()> {
     say("network namespaces are built, the pods answer with their names");
 
     let manifests = shop.folder.path().to_owned();
-    let mut nftlet = Daemon::start(
-        lab.node().ns(),
-        &program,
-        [
-            "--manifests".as_ref(),
-            manifests.as_os_str(),
-            "--hostname-override".as_ref(),
-            "node-1".as_ref(),
-            "-v".as_ref(),
-        ],
-    );
+    let start = || {
+        Daemon::start(
+            lab.node().ns(),
+            &program,
+            [
+                "--manifests".as_ref(),
+                manifests.as_os_str(),
+                "--hostname-override".as_ref(),
+                "node-1".as_ref(),
+                "-v".as_ref(),
+            ],
+        )
+    };
+    let mut nftlet = start();
     let launched = Instant::now();
     say(&format!(
         "nftlet runs in node-1: {} --manifests {} --hostname-override node-1",
@@ -178,6 +182,10 @@ fn run(options: &Options, style: &Style) -> Outcome<()> {
         show_removal(&lab, &mut shop, &mut nftlet, style, &say)?;
         show_refusals(&lab, style)?;
         show_stop(&lab, &mut nftlet, style)?;
+        nftlet = start();
+        say("nftlet runs again");
+        println!();
+        policies::show(&lab, &shop, &mut nftlet, style)?;
         if options.keep {
             keep(&lab)?;
         }

@@ -4,34 +4,34 @@ use std::io::{self, Write};
 
 use tokio::sync::{mpsc, watch};
 
-use super::{Error, QUEUE, connect, load, manifests, single_threaded, stand_in, summary};
+use super::{
+    Error, QUEUE, connect, load, manifests, policies, print, single_threaded, stand_in, summary,
+};
 use crate::cli::Args;
 use crate::compile::Settings;
 use crate::model::{Changes, ServiceKind, Store};
 use crate::netlink::Nftables;
+use crate::policy::Engine;
 use crate::reconcile::{Log, Reconciler, Reporter};
 use crate::ruleset::{Ruleset, text};
 
 /// Prints the rules for the objects as they are now.
 pub(super) fn run(args: &Args, node_name: &str, settings: &Settings) -> Result<(), Error> {
-    let store = single_threaded()?.block_on(collect(args, node_name))?;
-    let wanted = Reconciler::<Nftables>::wanted(&store, settings);
-    let mut out = io::BufWriter::new(io::stdout().lock());
-    print_ruleset(&store, &wanted, &mut out)
-        .and_then(|()| out.flush())
-        .or_else(|error| match error.kind() {
-            // The reader of a pipe has seen enough.
-            io::ErrorKind::BrokenPipe => Ok(()),
-            _ => Err(Error::Print(error)),
-        })
+    let (store, mut policies) = single_threaded()?.block_on(collect(args, node_name))?;
+    let mut wanted = Reconciler::<Nftables>::wanted(&store, settings);
+    policies.update();
+    wanted.tables.extend(policies.ruleset().tables);
+    print(|out| print_ruleset(&store, &policies, &wanted, out))
 }
 
 /// Reads all objects once.
-async fn collect(args: &Args, node_name: &str) -> Result<Store, Error> {
+async fn collect(args: &Args, node_name: &str) -> Result<(Store, Engine), Error> {
     let mut store = Store::with_stand_in(stand_in(node_name));
+    let mut policies = policies(args, node_name);
     let mut changes = Changes::default();
     if let Some(mut manifests) = manifests(args, node_name) {
         for event in load(&mut manifests, node_name)? {
+            policies.apply(event.clone());
             store.apply(event, &mut changes);
         }
     } else {
@@ -39,10 +39,11 @@ async fn collect(args: &Args, node_name: &str) -> Result<Store, Error> {
         let (sender, mut events) = mpsc::channel(QUEUE);
         let (stop, stopped) = watch::channel(false);
         let source = tokio::spawn(cluster.run(sender, stopped));
-        while !store.is_complete() {
+        while !store.is_complete() || !policies.is_ready() {
             let Some(delivery) = events.recv().await else {
                 return Err(Error::SourceEnded);
             };
+            policies.apply(delivery.event.clone());
             store.apply(delivery.event, &mut changes);
             report(&mut changes);
         }
@@ -51,7 +52,7 @@ async fn collect(args: &Args, node_name: &str) -> Result<Store, Error> {
         let _ = source.await;
     }
     report(&mut changes);
-    Ok(store)
+    Ok((store, policies))
 }
 
 fn report(changes: &mut Changes) {
@@ -60,12 +61,17 @@ fn report(changes: &mut Changes) {
     }
 }
 
-fn print_ruleset(store: &Store, ruleset: &Ruleset, out: &mut impl Write) -> io::Result<()> {
+fn print_ruleset(
+    store: &Store,
+    policies: &Engine,
+    ruleset: &Ruleset,
+    mut out: &mut dyn Write,
+) -> io::Result<()> {
     writeln!(
         out,
         "# nftlet {}: {}",
         env!("CARGO_PKG_VERSION"),
-        summary(store)
+        summary(store, Some(policies))
     )?;
     let mut without: Vec<_> = store
         .services()
@@ -83,5 +89,5 @@ fn print_ruleset(store: &Store, ruleset: &Ruleset, out: &mut impl Write) -> io::
         writeln!(out, "{line}")?;
     }
     writeln!(out)?;
-    text::render(ruleset, out)
+    text::render(ruleset, &mut out)
 }

@@ -6,23 +6,33 @@ use std::sync::Arc;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::{Error, connect, load, manifests, single_threaded, system};
+use super::pages::Pages;
+use super::{Error, connect, load, manifests, observe, single_threaded, system};
 use crate::cli::{Args, HEALTHZ_BIND_ADDRESS, METRICS_BIND_ADDRESS};
-use crate::health::{self, CheckError, Checks, Health, Probe, Router};
+use crate::config::{self, Ended, File};
+use crate::events::Recorder;
+use crate::health::{self, CheckError, Checks, Health, Outage, Probe, Router};
 use crate::metrics::Metrics;
 use crate::model::{Delivery, Kind, Notice, ObjectName, ObjectRef, Reason, Subject};
-use crate::reconcile::{Log, Reporter};
-use crate::source::SourceStats;
+use crate::reconcile::{Isolated, LogAndSend, Reporter};
+use crate::source::{ServerFault, SourceStats};
 
 /// What runs on the I/O thread.
 pub(super) struct Io {
     pub(super) args: Args,
+    /// The configuration file that the settings come from.
+    pub(super) file: Option<File>,
+    pub(super) pages: Pages,
     pub(super) node_name: String,
     pub(super) metrics: Arc<Metrics>,
     pub(super) health: Health,
     pub(super) health_checks: watch::Receiver<Checks>,
+    pub(super) isolated: watch::Receiver<Isolated>,
     pub(super) stop: watch::Sender<bool>,
     pub(super) stopped: watch::Receiver<bool>,
+    pub(super) reporter: LogAndSend,
+    /// What the reporters send.
+    pub(super) notices: mpsc::Receiver<Notice>,
 }
 
 impl Io {
@@ -39,11 +49,11 @@ impl Io {
                 return;
             }
         };
+        let mut stopped = self.stopped.clone();
         runtime.block_on(async {
             match self.start(events).await {
                 Ok(tasks) => {
                     let _ = ready.send(Ok(()));
-                    let mut stopped = self.stopped.clone();
                     let _ = stopped.wait_for(|stop| *stop).await;
                     for task in tasks {
                         task.abort();
@@ -59,7 +69,7 @@ impl Io {
     }
 
     async fn start(
-        &self,
+        mut self,
         events: mpsc::Sender<Delivery>,
     ) -> Result<Vec<tokio::task::JoinHandle<()>>, Error> {
         let mut tasks = Vec::new();
@@ -84,15 +94,33 @@ impl Io {
         } else {
             let cluster = connect(&self.args, &self.node_name).await?;
             tracing::info!("watching {}", cluster.server());
-            stats = Some(cluster.stats());
+            let source = cluster.stats();
+            stats = Some(source.clone());
+            self.health.depends_on(move || {
+                let ServerFault { since, message } = source.fault()?;
+                Some(Outage { since, message })
+            });
+            if !self.args.once {
+                let recorder = Recorder::new(cluster.client(), self.node_name.clone());
+                let (_, nothing) = mpsc::channel(1);
+                let notices = std::mem::replace(&mut self.notices, nothing);
+                tasks.push(tokio::spawn(recorder.run(notices)));
+            }
             tasks.push(tokio::spawn(cluster.run(events, stopped)));
         }
         // Not before: until here this thread may have waited for standard input, and nobody
         // would have looked at a signal.
         tasks.push(self.handle_signals()?);
         tasks.extend(self.serve_http(stats).await?);
+        tasks.extend(self.follow_configuration());
         if !self.args.once {
             tasks.push(self.serve_health_checks());
+        }
+        if observe::is_on(&self.args) {
+            let (isolated, metrics) = (self.isolated.clone(), self.metrics.clone());
+            let reporter = self.reporter.clone();
+            let watching = observe::watch_bridges(isolated, metrics, reporter);
+            tasks.push(tokio::spawn(watching));
         }
         Ok(tasks)
     }
@@ -111,6 +139,35 @@ impl Io {
         }))
     }
 
+    /// Ends the process when the configuration file becomes another one that can be used.
+    fn follow_configuration(&self) -> Option<tokio::task::JoinHandle<()>> {
+        let (path, file) = (self.args.process.config.clone()?, self.file.clone()?);
+        if self.args.once {
+            return None;
+        }
+        let (stop, stopped) = (self.stop.clone(), self.stopped.clone());
+        Some(tokio::spawn(async move {
+            match config::follow(path.clone(), file, stopped).await {
+                Ok(Ended::Changed) => {
+                    tracing::info!(
+                        "{} has changed; ending, to be started again with it",
+                        path.display()
+                    );
+                    stop.send_replace(true);
+                }
+                Ok(Ended::Stopped) => {}
+                Err(error) => {
+                    tracing::error!("{error}; a change takes effect with the next start");
+                }
+            }
+        }))
+    }
+
+    /// How the operator knows the setting of a port: by its flag, or by its field in the file.
+    fn name_of(&self, flag: &'static str, field: &'static str) -> &'static str {
+        if self.file.is_some() { field } else { flag }
+    }
+
     /// Opens the ports that are asked for.
     async fn serve_http(
         &self,
@@ -118,8 +175,9 @@ impl Io {
     ) -> Result<Vec<tokio::task::JoinHandle<()>>, Error> {
         let mut tasks = Vec::new();
         if let Some(address) = self.args.healthz_address() {
+            let name = self.name_of(HEALTHZ_BIND_ADDRESS, "healthzBindAddress");
             let router = self.probes();
-            tasks.push(self.serve(address, HEALTHZ_BIND_ADDRESS, router).await?);
+            tasks.push(self.serve(address, name, router).await?);
         }
         if let Some(address) = self.args.metrics_address() {
             let metrics = self.metrics.clone();
@@ -133,19 +191,21 @@ impl Io {
                 .probes()
                 .metrics(page)
                 .text("/proxyMode", || "nftables".into());
-            tasks.push(self.serve(address, METRICS_BIND_ADDRESS, router).await?);
+            let name = self.name_of(METRICS_BIND_ADDRESS, "metricsBindAddress");
+            let router = self.pages.on(router);
+            tasks.push(self.serve(address, name, router).await?);
         }
         Ok(tasks)
     }
 
     fn serve_health_checks(&self) -> tokio::task::JoinHandle<()> {
-        let metrics = self.metrics.clone();
+        let (metrics, reporter) = (self.metrics.clone(), self.reporter.clone());
         let failed = move |error: &CheckError| {
             metrics.health_check_port_error();
             if !error.again {
                 let notice = port_notice(error);
                 metrics.notice(notice.reason.as_str());
-                Log.notice(&notice);
+                reporter.notice(&notice);
             }
         };
         let (wanted, health) = (self.health_checks.clone(), self.health.clone());
@@ -167,9 +227,25 @@ impl Io {
         flag: &'static str,
         router: Router,
     ) -> Result<tokio::task::JoinHandle<()>, Error> {
-        let listener = health::bind(address, flag).await?;
+        let bound = match health::bind(address, flag).await {
+            Err(error) if self.args.bind_address_hard_fail => return Err(error.into()),
+            Err(error) => {
+                // Services must not wait for a port that only tells about them.
+                tracing::warn!("{error}; until then nftlet works without it and tries on");
+                None
+            }
+            Ok(listener) => Some(listener),
+        };
         let stopped = self.stopped.clone();
         Ok(tokio::spawn(async move {
+            let listener = match bound {
+                Some(listener) => listener,
+                None => {
+                    let listener = health::bind_again(address, flag).await;
+                    tracing::info!("listening on {address} now");
+                    listener
+                }
+            };
             health::serve(listener, Arc::new(router), stopped).await;
         }))
     }

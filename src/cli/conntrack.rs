@@ -41,7 +41,11 @@ pub struct ConntrackArgs {
 }
 
 /// A duration as Go and kube-proxy write it, such as `24h0m0s`.
-fn duration(text: &str) -> Result<Duration, Error> {
+///
+/// # Errors
+///
+/// [`Error::Duration`] for what is none, and for one below zero.
+pub fn duration(text: &str) -> Result<Duration, Error> {
     if text.trim() == "0" {
         return Ok(Duration::ZERO);
     }

@@ -67,6 +67,12 @@ pub enum DetectLocal {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct InterfaceName(pub(super) String);
 
+impl fmt::Display for InterfaceName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
 impl FromStr for InterfaceName {
     type Err = Error;
 

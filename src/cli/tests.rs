@@ -42,6 +42,7 @@ fn nothing_given_means_the_defaults_of_kube_proxy() {
     assert!(!args.masquerade_all && !args.dry_run && !args.once);
     assert_eq!(args.verbose, 0);
     assert_eq!(args.log_format, LogFormat::Text);
+    assert!(args.network_policy.is_on());
     assert_eq!(
         args.healthz_address(),
         Some("0.0.0.0:10256".parse().unwrap())
@@ -64,6 +65,7 @@ fn everything_given_is_kept() {
         "--healthz-bind-address=[::1]:8080",
         "-vv",
         "--log-format=json",
+        "--network-policy=off",
     ]);
     assert_eq!(args.kubeconfig, Some("/etc/proxy.conf".into()));
     assert_eq!(args.hostname_override.as_deref(), Some("node-1.example"));
@@ -83,6 +85,7 @@ fn everything_given_is_kept() {
     assert_eq!(args.healthz_address(), Some("[::1]:8080".parse().unwrap()));
     assert_eq!(args.verbose, 2);
     assert_eq!(args.log_format, LogFormat::Json);
+    assert_eq!(args.network_policy, NetworkPolicyMode::Off);
 }
 
 #[test]
@@ -391,6 +394,15 @@ fn a_log_format_that_is_none_is_refused() {
 }
 
 #[test]
+fn network_policies_are_on_or_off() {
+    assert!(parsed(&["--network-policy=on"]).network_policy.is_on());
+    assert_eq!(
+        refused(&["--network-policy=maybe"]),
+        "error: invalid value 'maybe' for '--network-policy <on|off>': there is no such value; write on or off"
+    );
+}
+
+#[test]
 fn flags_that_are_none_are_refused() {
     assert!(refused(&["--proxy-mode=iptables"]).contains("--proxy-mode"));
     assert!(refused(&["services.yaml"]).contains("services.yaml"));
@@ -443,11 +455,40 @@ fn help_names_every_flag_in_its_group_within_the_width() {
 }
 
 #[test]
-fn the_version_is_that_of_the_package() {
+fn the_version_is_that_of_the_package_and_its_commit() {
     let error = parse(&["--version"]).unwrap_err();
     assert_eq!(error.exit_code(), 0);
+    let built = version(option_env!("NFTLET_COMMIT"));
+    assert_eq!(error.to_string(), format!("nftlet {built}\n"));
+    let of_package = env!("CARGO_PKG_VERSION");
     assert_eq!(
-        error.to_string(),
-        concat!("nftlet ", env!("CARGO_PKG_VERSION"), "\n")
+        version(Some("0a1b2c3d")),
+        format!("{of_package} (0a1b2c3d)")
     );
+    for none in [None, Some(""), Some("unknown")] {
+        assert_eq!(version(none), of_package);
+    }
+}
+
+#[test]
+fn cleanup_takes_its_value_with_a_sign_only() {
+    let cleanup = |flags: &[&str]| parse(flags).map(|args| args.cleanup);
+    assert_eq!(cleanup(&[]).unwrap(), None);
+    for (flag, expected) in [
+        ("--cleanup", Cleanup::All),
+        ("--cleanup=all", Cleanup::All),
+        ("--cleanup=true", Cleanup::All),
+        ("--cleanup=nftlet", Cleanup::Nftlet),
+        ("--cleanup=kube-proxy", Cleanup::KubeProxy),
+        ("--cleanup=false", Cleanup::Nothing),
+    ] {
+        assert_eq!(cleanup(&[flag]).unwrap(), Some(expected), "{flag}");
+    }
+    let error = cleanup(&["--cleanup=iptables"]).unwrap_err().to_string();
+    assert!(error.contains("write all, nftlet or kube-proxy"), "{error}");
+    // Beside the flags of a DaemonSet, as with kube-proxy.
+    assert!(cleanup(&["--cleanup", "--kubeconfig", "x", "--masquerade-all"]).is_ok());
+    for other in ["--dry-run", "--once", "--keep-kube-proxy", "nftlet"] {
+        assert!(cleanup(&["--cleanup", other]).is_err(), "{other}");
+    }
 }

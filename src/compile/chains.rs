@@ -7,8 +7,8 @@ use super::layout::{
     target,
 };
 use super::settings::{LocalDetector, Settings};
-use super::skeleton::{DSTNAT, MARK_OFF_CLUSTER, MASQUERADE_BIT, REJECT};
-use crate::model::Protocol;
+use super::skeleton::{DSTNAT, MARK_OFF_CLUSTER, REJECT};
+use crate::model::{Family, Protocol};
 use crate::ruleset::{
     BaseChain, Chain, ChainKind, Comparison, CtState, CtStatus, Hook, Name, Operand, Rule,
     Selector, Statement, Verdict,
@@ -104,9 +104,9 @@ impl SharedChain {
     }
 
     /// The rules.
-    pub fn chain(self, settings: &Settings, family: crate::model::Family) -> Chain {
+    pub fn chain(self, settings: &Settings, family: Family) -> Chain {
         let (base, rules) = match self {
-            SharedChain::Handle(handle) => (None, handle.rules(&settings.detector(family))),
+            SharedChain::Handle(handle) => (None, handle.rules(settings, family)),
             SharedChain::Learn { seconds } => (None, learn(Duration::from_secs(seconds.into()))),
             SharedChain::LearnHook(at) => (Some(at.base()), learn_hook()),
         };
@@ -158,7 +158,7 @@ impl Handle {
         }
     }
 
-    fn rules(self, detector: &LocalDetector) -> Vec<Rule> {
+    fn rules(self, settings: &Settings, family: Family) -> Vec<Rule> {
         match self.role {
             // Clients that are known go to their endpoint, the others on to a random one.
             Role::Balance(_) if self.sticky => {
@@ -168,8 +168,10 @@ impl Handle {
             Role::Cluster => {
                 self.then_onward(Statement::Verdict(Verdict::Jump(MARK_OFF_CLUSTER.into())))
             }
-            Role::External => self.then_onward(Statement::SetMarkBits(MASQUERADE_BIT)),
-            Role::LocalPolicy => self.local_policy(detector),
+            Role::External => {
+                self.then_onward(Statement::SetMarkBits(settings.masquerade_bit.mark()))
+            }
+            Role::LocalPolicy => self.local_policy(&settings.detector(family)),
         }
     }
 
@@ -255,7 +257,7 @@ fn is_protocol(protocol: Protocol) -> Statement {
 
 fn learn_hook() -> Vec<Rule> {
     let translated = [
-        Statement::CtState(CtState::New),
+        Statement::CtState(CtState::New.into()),
         Statement::CtStatus(CtStatus::Dnat),
     ];
     let look_up = |protocol: Protocol, by: By| {

@@ -42,5 +42,5 @@ pub use layout::{
 };
 pub use plan::{ElementOf, Frontend, Pool, Route, ServicePlan, Target};
 pub use service::plan;
-pub use settings::{DetectLocal, LocalDetector, NodePortAddresses, Settings};
+pub use settings::{DetectLocal, LocalDetector, MasqueradeBit, NodePortAddresses, Settings};
 pub use skeleton::skeleton;

@@ -191,6 +191,23 @@ impl ServicePlan {
         })
     }
 
+    /// Whether a family's traffic is dropped because a policy Local finds endpoints elsewhere and
+    /// none on this node: by the internal policy, and by the external one.
+    pub fn no_local_endpoints(&self, family: Family) -> [bool; 2] {
+        let lacks = |pool: u16| self.pool(pool).is_some_and(|pool| pool.targets.is_empty());
+        let (mut internal, mut external) = (false, false);
+        for (frontend, _) in self.of_family(family) {
+            match frontend.route {
+                Route::Balance(..) => {}
+                Route::BalanceOrDrop(_, pool) => internal |= lacks(pool),
+                Route::LocalPolicy { cluster, local } => {
+                    external |= lacks(local) && !lacks(cluster);
+                }
+            }
+        }
+        [internal, external]
+    }
+
     /// The elements that belong to this service alone, for the table of a family.
     pub fn own_elements(&self, family: Family) -> Vec<ElementOf> {
         let mut elements = Vec::new();

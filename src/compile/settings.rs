@@ -20,6 +20,31 @@ pub struct Settings {
     pub nodeport_addresses: NodePortAddresses,
     /// `--bind-address`: the primary address of its family, whatever the Node object says.
     pub bind_address: Option<IpAddr>,
+    /// `--masquerade-bit`.
+    pub masquerade_bit: MasqueradeBit,
+}
+
+/// The bit of the packet mark that asks for masquerading, by its number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MasqueradeBit(u8);
+
+impl MasqueradeBit {
+    /// The bit with this number, from 0 to 31; `None` for a number beyond.
+    pub fn new(number: u8) -> Option<Self> {
+        (number < 32).then_some(Self(number))
+    }
+
+    /// The mark with this bit alone.
+    pub fn mark(self) -> u32 {
+        1 << self.0
+    }
+}
+
+impl Default for MasqueradeBit {
+    /// kube-proxy's default, 0x4000, which other software on Kubernetes nodes leaves alone.
+    fn default() -> Self {
+        Self(14)
+    }
 }
 
 /// How traffic of pods is told from other traffic (kube-proxy's `--detect-local-mode`).

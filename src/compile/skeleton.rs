@@ -13,9 +13,6 @@ use crate::ruleset::{
     Selector, Set, SetKind, Statement, Table, Verdict, merge_intervals,
 };
 
-/// The bit of the packet mark that asks for masquerading: kube-proxy's default, which other
-/// software on Kubernetes nodes leaves alone.
-pub const MASQUERADE_BIT: u32 = 0x4000;
 /// Refuses packets.
 pub const REJECT: &str = "reject-service";
 /// Marks packets from outside of the pod network.
@@ -78,7 +75,7 @@ pub fn skeleton(
     chain(
         "nat-postrouting",
         nat(Hook::Postrouting, SRCNAT),
-        postrouting(),
+        postrouting(settings),
     );
     chain(SERVICES, None, services());
     chain(REJECT, None, reject());
@@ -87,7 +84,7 @@ pub fn skeleton(
         MASQUERADE,
         None,
         vec![
-            Rule::new([Statement::FlipMarkBits(MASQUERADE_BIT)]),
+            Rule::new([Statement::FlipMarkBits(settings.masquerade_bit.mark())]),
             Rule::new([Statement::Masquerade]),
         ],
     );
@@ -157,12 +154,10 @@ fn services() -> Vec<Rule> {
     ]
 }
 
-fn postrouting() -> Vec<Rule> {
+fn postrouting(settings: &Settings) -> Vec<Rule> {
+    let mark = settings.masquerade_bit.mark();
     vec![
-        Rule::new([
-            Statement::MarkBits(Comparison::Is, MASQUERADE_BIT),
-            goto(MASQUERADE),
-        ]),
+        Rule::new([Statement::MarkBits(Comparison::Is, mark), goto(MASQUERADE)]),
         Rule::new([
             Statement::InSet(
                 vec![Selector::SourceAddress, Selector::DestinationAddress],
@@ -213,7 +208,7 @@ fn mark_off_cluster(
         return Vec::new();
     }
     let outside = detector.from_local_pods(Comparison::IsNot);
-    let mark = Statement::SetMarkBits(MASQUERADE_BIT);
+    let mark = Statement::SetMarkBits(settings.masquerade_bit.mark());
     outside
         .map(|outside| Rule::new([outside, mark]))
         .into_iter()

@@ -81,6 +81,20 @@ pub async fn bind(address: SocketAddr, flag: &'static str) -> Result<TcpListener
         })
 }
 
+/// How often an address that could not be had is tried again.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// Tries to listen on an address until it succeeds.
+pub async fn bind_again(address: SocketAddr, flag: &'static str) -> TcpListener {
+    loop {
+        tokio::time::sleep(RETRY).await;
+        match bind(address, flag).await {
+            Ok(listener) => return listener,
+            Err(error) => debug!("{error}"),
+        }
+    }
+}
+
 /// The pages of a port.
 #[derive(Default)]
 pub struct Router {
@@ -142,6 +156,22 @@ impl Router {
         self
     }
 
+    /// Adds a page of JSON.
+    #[must_use]
+    pub fn json(
+        mut self,
+        path: &'static str,
+        page: impl Fn() -> String + Send + Sync + 'static,
+    ) -> Self {
+        self.add(path, JSON, move || (StatusCode::OK, page()));
+        self
+    }
+
+    /// The paths of the pages.
+    pub fn paths(&self) -> impl Iterator<Item = &'static str> {
+        self.pages.iter().map(|page| page.path)
+    }
+
     fn add(
         &mut self,
         path: &'static str,
@@ -166,7 +196,7 @@ impl Answer for Router {
     fn answer(&self, method: &Method, path: &str) -> Response<Full<Bytes>> {
         match self.pages.iter().find(|page| page.path == path) {
             None => {
-                let paths: Vec<&str> = self.pages.iter().map(|page| page.path).collect();
+                let paths: Vec<&str> = self.paths().collect();
                 let body = format!("no such page; there are {}\n", paths.join(", "));
                 respond(StatusCode::NOT_FOUND, TEXT, body)
             }
@@ -197,9 +227,7 @@ fn answer<B: Body>(by: &impl Answer, request: &Request<B>) -> Response<Full<Byte
 
 impl fmt::Debug for Router {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_list()
-            .entries(self.pages.iter().map(|page| page.path))
-            .finish()
+        f.debug_list().entries(self.paths()).finish()
     }
 }
 

@@ -121,7 +121,10 @@ fn changes_faults_and_objects_show_their_values() {
     metrics.notice("MalformedAddress");
     metrics.notice("MalformedAddress");
     metrics.healed(4);
+    metrics.audit("same");
+    metrics.audit("same");
     metrics.chains(6);
+    metrics.no_local_endpoints([[1, 2], [0, 3]]);
     metrics.healthz(200);
     metrics.healthz(503);
     metrics.livez(200);
@@ -148,7 +151,16 @@ fn changes_faults_and_objects_show_their_values() {
             ("nftlet_refused_services", 2.0),
             ("nftlet_notices_total{reason=\"MalformedAddress\"}", 2.0),
             ("nftlet_foreign_changes_healed_total", 4.0),
+            ("nftlet_audits_total{result=\"same\"}", 2.0),
             ("nftlet_shared_chains", 6.0),
+            (
+                "kubeproxy_sync_proxy_rules_no_local_endpoints_total{ip_family=\"IPv4\",traffic_policy=\"external\"}",
+                2.0,
+            ),
+            (
+                "kubeproxy_sync_proxy_rules_no_local_endpoints_total{ip_family=\"IPv6\",traffic_policy=\"internal\"}",
+                0.0,
+            ),
             ("kubeproxy_proxy_healthz_total{code=\"200\"}", 1.0),
             ("kubeproxy_proxy_healthz_total{code=\"503\"}", 1.0),
             ("kubeproxy_proxy_livez_total{code=\"200\"}", 1.0),
@@ -229,4 +241,62 @@ fn failed_health_check_ports_are_counted_from_zero() {
     expect(&metrics, &[(series, 0.0)]);
     metrics.health_check_port_error();
     expect(&metrics, &[(series, 1.0)]);
+}
+
+#[test]
+fn drops_are_read_at_each_scrape_and_pods_that_are_gone_leave_no_series() {
+    let metrics = Metrics::new().unwrap();
+    let scrapes = std::sync::atomic::AtomicUsize::new(0);
+    let drops = |pod: &str, direction, packets| PolicyDrops {
+        namespace: "shop".into(),
+        pod: pod.into(),
+        direction,
+        packets,
+    };
+    let read = move || match scrapes.fetch_add(1, std::sync::atomic::Ordering::Relaxed) {
+        // IPv4 and IPv6 of web-0.
+        0 => Some(vec![
+            drops("web-0", "ingress", 2),
+            drops("web-0", "ingress", 3),
+            drops("web-0", "egress", 0),
+        ]),
+        1 => None,
+        _ => Some(vec![drops("web-1", "ingress", 1)]),
+    };
+    metrics.policy_drops(read).unwrap();
+    let series = || {
+        let text = metrics.encode();
+        let lines = text.lines().map(str::to_owned);
+        let lines = lines.filter(|line| line.starts_with("nftlet_policy_drops_total"));
+        lines.collect::<Vec<_>>()
+    };
+    let line = |pod: &str, direction: &str, packets: u64| {
+        format!(
+            "nftlet_policy_drops_total{{direction=\"{direction}\",namespace=\"shop\",\
+             pod=\"{pod}\"}} {packets}"
+        )
+    };
+    assert_eq!(
+        series(),
+        [line("web-0", "egress", 0), line("web-0", "ingress", 5)]
+    );
+    assert_eq!(series(), [""; 0], "what cannot be read is absent");
+    assert_eq!(series(), [line("web-1", "ingress", 1)]);
+    // A second reader would count everything twice.
+    assert!(metrics.policy_drops(|| None).is_err());
+}
+
+#[test]
+fn bridges_and_cuts_are_shown_from_the_start() {
+    let metrics = Metrics::new().unwrap();
+    let bridge = |family| format!("nftlet_policy_bridge_unfiltered{{ip_family=\"{family}\"}}");
+    let (v4, v6) = (bridge("IPv4"), bridge("IPv6"));
+    let cut = "nftlet_policy_connections_cut_total";
+    expect(&metrics, &[(&v4, 0.0), (&v6, 0.0), (cut, 0.0)]);
+    metrics.bridge_unfiltered(true, true);
+    metrics.connections_cut(3);
+    metrics.connections_cut(1);
+    expect(&metrics, &[(&v4, 0.0), (&v6, 1.0), (cut, 4.0)]);
+    metrics.bridge_unfiltered(true, false);
+    expect(&metrics, &[(&v6, 0.0)]);
 }

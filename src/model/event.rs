@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::{EndpointSlice, Node, ObjectName, Service, ServiceCidr};
+use super::{EndpointSlice, Namespace, NetworkPolicy, Node, ObjectName, Pod, Service, ServiceCidr};
 
 /// An event with the moment it reached nftlet, from which latencies are counted.
 #[derive(Clone, Debug)]
@@ -46,6 +46,15 @@ pub enum Event {
 }
 
 impl Event {
+    /// Whether it concerns objects of these kinds: one of them or a list.
+    pub fn is_about(&self, kinds: &[Kind]) -> bool {
+        let kind = match self {
+            Event::ListStarted(kind) | Event::ListComplete(kind) => Some(*kind),
+            Event::Apply(_) | Event::Delete(_) | Event::Notice(_) => self.kind(),
+        };
+        kind.is_some_and(|kind| kinds.contains(&kind))
+    }
+
     /// The kind of the object that changed; `None` for all other events.
     pub fn kind(&self) -> Option<Kind> {
         match self {
@@ -67,16 +76,36 @@ pub enum Kind {
     Node,
     /// networking.k8s.io/v1 ServiceCIDR.
     ServiceCidr,
+    /// core/v1 Pod.
+    Pod,
+    /// core/v1 Namespace.
+    Namespace,
+    /// networking.k8s.io/v1 NetworkPolicy.
+    NetworkPolicy,
 }
 
 impl Kind {
     /// Every kind.
-    pub const ALL: [Kind; 4] = [
+    pub const ALL: [Kind; 7] = [
+        Kind::Service,
+        Kind::EndpointSlice,
+        Kind::Node,
+        Kind::ServiceCidr,
+        Kind::Pod,
+        Kind::Namespace,
+        Kind::NetworkPolicy,
+    ];
+
+    /// What services are made of; the [`Store`](super::Store) keeps these.
+    pub const SERVICES: [Kind; 4] = [
         Kind::Service,
         Kind::EndpointSlice,
         Kind::Node,
         Kind::ServiceCidr,
     ];
+
+    /// What network policies are made of.
+    pub const POLICY: [Kind; 3] = [Kind::Pod, Kind::Namespace, Kind::NetworkPolicy];
 
     /// The `kind` of the API object.
     pub fn as_str(self) -> &'static str {
@@ -85,6 +114,9 @@ impl Kind {
             Kind::EndpointSlice => "EndpointSlice",
             Kind::Node => "Node",
             Kind::ServiceCidr => "ServiceCIDR",
+            Kind::Pod => "Pod",
+            Kind::Namespace => "Namespace",
+            Kind::NetworkPolicy => "NetworkPolicy",
         }
     }
 }
@@ -106,6 +138,12 @@ pub enum Object {
     Node(Node),
     /// A service address range.
     ServiceCidr(ServiceCidr),
+    /// A pod, of any node.
+    Pod(Pod),
+    /// A namespace.
+    Namespace(Namespace),
+    /// A network policy.
+    NetworkPolicy(NetworkPolicy),
 }
 
 impl Object {
@@ -116,6 +154,9 @@ impl Object {
             Object::EndpointSlice(_) => Kind::EndpointSlice,
             Object::Node(_) => Kind::Node,
             Object::ServiceCidr(_) => Kind::ServiceCidr,
+            Object::Pod(_) => Kind::Pod,
+            Object::Namespace(_) => Kind::Namespace,
+            Object::NetworkPolicy(_) => Kind::NetworkPolicy,
         }
     }
 
@@ -126,6 +167,9 @@ impl Object {
             Object::EndpointSlice(o) => ObjectRef::new(Kind::EndpointSlice, o.name.clone()),
             Object::Node(o) => ObjectRef::new(Kind::Node, ObjectName::new("", &o.name)),
             Object::ServiceCidr(o) => ObjectRef::new(Kind::ServiceCidr, o.name.clone()),
+            Object::Pod(o) => ObjectRef::new(Kind::Pod, o.name.clone()),
+            Object::Namespace(o) => ObjectRef::new(Kind::Namespace, o.name.clone()),
+            Object::NetworkPolicy(o) => ObjectRef::new(Kind::NetworkPolicy, o.name.clone()),
         }
     }
 }
@@ -203,6 +247,8 @@ pub enum Reason {
     InvalidField,
     /// An object could not be decoded at all.
     InvalidObject,
+    /// A part of a NetworkPolicy cannot be understood; what it was to allow stays denied.
+    InvalidPolicy,
     /// A file could not be read or parsed.
     InvalidFile,
     /// An object of a kind that nftlet does not use.
@@ -221,6 +267,10 @@ pub enum Reason {
     ForeignChange,
     /// The port of a health check cannot be listened on.
     HealthCheckPort,
+    /// Traffic on a bridge passes the network policies by.
+    BridgeTraffic,
+    /// The rules could not be written to the kernel, or read from it.
+    SyncFailed,
 }
 
 impl Reason {
@@ -229,6 +279,7 @@ impl Reason {
         match self {
             Reason::InvalidField => "InvalidField",
             Reason::InvalidObject => "InvalidObject",
+            Reason::InvalidPolicy => "InvalidPolicy",
             Reason::InvalidFile => "InvalidFile",
             Reason::UnknownKind => "UnknownKind",
             Reason::Conflict => "Conflict",
@@ -238,6 +289,34 @@ impl Reason {
             Reason::KernelRefused => "KernelRefused",
             Reason::ForeignChange => "ForeignChange",
             Reason::HealthCheckPort => "HealthCheckPort",
+            Reason::BridgeTraffic => "BridgeTraffic",
+            Reason::SyncFailed => "SyncFailed",
+        }
+    }
+
+    /// Whether it happens all the time in a living cluster, where slices arrive before their
+    /// services, and calls for nobody.
+    pub fn is_routine(self) -> bool {
+        matches!(self, Reason::OrphanSlice | Reason::UnknownKind)
+    }
+
+    /// Whether it is about what this node met, and not about an object that all nodes read alike.
+    pub fn is_of_the_node(self) -> bool {
+        match self {
+            Reason::InvalidField
+            | Reason::InvalidObject
+            | Reason::InvalidPolicy
+            | Reason::InvalidFile
+            | Reason::UnknownKind
+            | Reason::Conflict
+            | Reason::OrphanSlice => false,
+            Reason::ApiServer
+            | Reason::NodeMissing
+            | Reason::KernelRefused
+            | Reason::ForeignChange
+            | Reason::HealthCheckPort
+            | Reason::BridgeTraffic
+            | Reason::SyncFailed => true,
         }
     }
 }

@@ -211,6 +211,16 @@ pub struct Node {
 }
 
 impl Node {
+    /// Whether the rules are the same for both. Being about to go away matters to health checks
+    /// alone.
+    pub fn rules_as(&self, other: &Self) -> bool {
+        let with_mine = |other: &Self| Self {
+            going_away: self.going_away,
+            ..other.clone()
+        };
+        *self == with_mine(other)
+    }
+
     /// The node's primary address of a family: the first InternalIP, else the first ExternalIP
     /// (kube-proxy's order).
     pub fn primary_ip(&self, family: Family) -> Option<IpAddr> {

@@ -8,7 +8,9 @@
 mod claims;
 mod event;
 mod facts;
+mod lists;
 mod name;
+mod policy;
 mod store;
 
 pub use claims::{Claim, ClaimChanges, Claims};
@@ -17,5 +19,10 @@ pub use facts::{
     Endpoint, EndpointSlice, Family, Node, Protocol, Service, ServiceCidr, ServiceKind,
     ServicePort, SlicePort, TrafficPolicy,
 };
+pub use lists::Lists;
 pub use name::ObjectName;
+pub use policy::{
+    LabelSelector, Labels, NamedPort, Namespace, NetworkPolicy, Peer, Pod, PolicyPort, PolicyRule,
+    PortMatch, Requirement,
+};
 pub use store::{Changes, EndpointOf, Store};

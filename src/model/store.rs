@@ -1,4 +1,6 @@
-//! The state of the cluster as nftlet sees it.
+//! The state of the cluster as nftlet sees it: all that services are made of.
+//!
+//! Events of other kinds ([`Kind::POLICY`]) mean nothing here.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
@@ -6,8 +8,8 @@ use std::sync::Arc;
 
 use super::claims::{Claim, ClaimChanges, Claims};
 use super::{
-    Endpoint, EndpointSlice, Event, Family, Kind, Node, Notice, Object, ObjectName, ObjectRef,
-    Reason, Service, ServiceCidr, ServicePort, Subject,
+    Endpoint, EndpointSlice, Event, Family, Kind, Lists, Node, Notice, Object, ObjectName,
+    ObjectRef, Reason, Service, ServiceCidr, ServicePort, Subject,
 };
 
 /// What a batch of events changed. Collected over events, taken by the reconciler.
@@ -50,7 +52,7 @@ impl EndpointOf<'_> {
     }
 }
 
-/// All objects, joined.
+/// All objects of [`Kind::SERVICES`], joined.
 #[derive(Debug, Default)]
 pub struct Store {
     services: HashMap<ObjectName, Arc<Service>>,
@@ -60,9 +62,7 @@ pub struct Store {
     stand_in: Option<Arc<Node>>,
     service_cidrs: BTreeMap<ObjectName, ServiceCidr>,
     claims: Claims,
-    complete: BTreeSet<Kind>,
-    /// For a kind that is being listed: the known objects that did not come up yet.
-    unseen: HashMap<Kind, HashSet<ObjectName>>,
+    lists: Lists,
 }
 
 impl Store {
@@ -74,26 +74,29 @@ impl Store {
         }
     }
 
-    /// Whether every kind was listed completely once.
+    /// Whether every kind of [`Kind::SERVICES`] was listed completely once.
     pub fn is_complete(&self) -> bool {
-        self.complete.len() == Kind::ALL.len()
+        Kind::SERVICES
+            .iter()
+            .all(|kind| self.lists.is_complete(*kind))
     }
 
     /// The kinds that were not listed yet, for the person who waits.
     pub fn missing(&self) -> Vec<Kind> {
-        let missing = Kind::ALL
+        let missing = Kind::SERVICES
             .iter()
-            .filter(|kind| !self.complete.contains(kind));
+            .filter(|kind| !self.lists.is_complete(**kind));
         missing.copied().collect()
     }
 
-    /// The number of objects of a kind.
+    /// The number of objects of a kind; 0 for the kinds that are not kept here.
     pub fn count(&self, kind: Kind) -> usize {
         match kind {
             Kind::Service => self.services.len(),
             Kind::EndpointSlice => self.slices.len(),
             Kind::Node => usize::from(self.node.is_some()),
             Kind::ServiceCidr => self.service_cidrs.len(),
+            Kind::Pod | Kind::Namespace | Kind::NetworkPolicy => 0,
         }
     }
 
@@ -159,30 +162,26 @@ impl Store {
     /// Takes over one event and notes what it changed.
     pub fn apply(&mut self, event: Event, changes: &mut Changes) {
         match event {
+            Event::ListStarted(kind) | Event::ListComplete(kind)
+                if !Kind::SERVICES.contains(&kind) => {}
             Event::ListStarted(kind) => {
-                let known = self.names(kind);
-                self.unseen.insert(kind, known);
+                self.lists.start(kind, self.names(kind));
             }
             Event::ListComplete(kind) => {
-                for name in self.unseen.remove(&kind).unwrap_or_default() {
+                let first = !self.lists.is_complete(kind);
+                for name in self.lists.complete(kind) {
                     self.delete(&ObjectRef::new(kind, name), changes);
                 }
-                let first = self.complete.insert(kind);
                 if first && self.is_complete() {
                     self.note_orphans(self.slices.keys(), changes);
                 }
             }
             Event::Apply(object) => {
-                let reference = object.reference();
-                if let Some(unseen) = self.unseen.get_mut(&reference.kind) {
-                    unseen.remove(&reference.name);
-                }
+                self.lists.saw(&object.reference());
                 self.insert(object, changes);
             }
             Event::Delete(reference) => {
-                if let Some(unseen) = self.unseen.get_mut(&reference.kind) {
-                    unseen.remove(&reference.name);
-                }
+                self.lists.saw(&reference);
                 self.delete(&reference, changes);
             }
             Event::Notice(notice) => changes.notices.push(notice),
@@ -198,6 +197,7 @@ impl Store {
                 node.map(|node| ObjectName::new("", &node.name)).collect()
             }
             Kind::ServiceCidr => self.service_cidrs.keys().cloned().collect(),
+            Kind::Pod | Kind::Namespace | Kind::NetworkPolicy => HashSet::new(),
         }
     }
 
@@ -206,9 +206,10 @@ impl Store {
             Object::Service(service) => self.insert_service(service, changes),
             Object::EndpointSlice(slice) => self.insert_slice(slice, changes),
             Object::Node(node) => {
-                if self.node.as_deref() != Some(&node) {
+                let old = self.node.as_deref();
+                if old != Some(&node) {
+                    changes.node |= !old.is_some_and(|old| old.rules_as(&node));
                     self.node = Some(Arc::new(node));
-                    changes.node = true;
                 }
             }
             Object::ServiceCidr(cidr) => {
@@ -217,6 +218,7 @@ impl Store {
                     changes.service_cidrs = true;
                 }
             }
+            Object::Pod(_) | Object::Namespace(_) | Object::NetworkPolicy(_) => {}
         }
     }
 
@@ -283,6 +285,7 @@ impl Store {
             Kind::ServiceCidr => {
                 changes.service_cidrs |= self.service_cidrs.remove(&object.name).is_some();
             }
+            Kind::Pod | Kind::Namespace | Kind::NetworkPolicy => {}
         }
     }
 

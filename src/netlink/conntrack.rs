@@ -1,8 +1,9 @@
-//! The UDP flows that the kernel tracks.
+//! What the kernel tracks: UDP flows, and connections of all protocols.
 //!
 //! A flow keeps the translation that its first packet got for as long as packets come, whatever
 //! becomes of the rules. [`Conntrack::flows`] lists flows, [`Conntrack::delete`] removes one, so
-//! that its next packet meets the rules as a first one.
+//! that its next packet meets the rules as a first one. [`Conntrack::connections`] and
+//! [`Conntrack::remove`] do the same for connections of all protocols (`connections`).
 //!
 //! Kernels since 5.8 pick the flows to dump by fields of the original direction (`CTA_FILTER`):
 //! they still walk the whole table, but only what is asked for is written and read.
@@ -12,11 +13,15 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use super::attr::{Reader, Writer};
-use super::encode::{begin_message, end_message, family_number};
+use super::encode::family_number;
 use super::error::Error;
 use super::socket::{DUMP_ATTEMPTS, Dump, Message, Reading, Socket};
 use super::uapi;
 use crate::ruleset::Family;
+
+mod connections;
+
+pub use connections::{Handle, Removal, Tracked};
 
 const UDP: u8 = libc::IPPROTO_UDP as u8;
 const FLOWS: &str = "the UDP flows";
@@ -60,14 +65,14 @@ impl Flow {
     /// Reads a dumped flow; `None` if it is none of UDP.
     fn read(message: Message) -> Option<Self> {
         let attributes = message.attributes();
-        let original = attributes.nested(uapi::CTA_TUPLE_ORIG)?;
+        let original = attributes.get(uapi::CTA_TUPLE_ORIG)?;
         let (source, destination) = udp_tuple(original)?;
-        let (replier, _) = udp_tuple(attributes.nested(uapi::CTA_TUPLE_REPLY)?)?;
+        let (replier, _) = udp_tuple(attributes.get(uapi::CTA_TUPLE_REPLY)?)?;
         // A zone of both directions is an attribute of the flow, one of a single direction is
         // an attribute of that.
         let zone = attributes
             .be16(uapi::CTA_ZONE)
-            .or_else(|| original.be16(uapi::CTA_TUPLE_ZONE));
+            .or_else(|| Reader::new(original).be16(uapi::CTA_TUPLE_ZONE));
         Some(Self {
             id: attributes.be32(uapi::CTA_ID)?,
             zone: zone.unwrap_or_default(),
@@ -206,35 +211,42 @@ impl Conntrack {
                 each(&flow);
             }
         };
+        if self.kernel_filters {
+            let attributes = filter.attributes();
+            match self.dump(FLOWS, filter.family, &attributes, &mut each) {
+                Err(Error::Flows { .. }) => self.kernel_filters = false,
+                settled => return settled,
+            }
+        }
+        self.dump(FLOWS, filter.family, &[], &mut each)
+    }
+
+    /// Dumps entries of a family. One that is interrupted is started again.
+    fn dump(
+        &mut self,
+        what: &'static str,
+        family: Family,
+        attributes: &[u8],
+        each: &mut dyn FnMut(Message),
+    ) -> Result<(), Error> {
+        let dump = Dump {
+            what,
+            kind: kind(uapi::IPCTNL_MSG_CT_GET),
+            family: family_number(family),
+            attributes,
+        };
         for _ in 0..DUMP_ATTEMPTS {
-            let attributes = if self.kernel_filters {
-                filter.attributes()
-            } else {
-                Vec::new()
-            };
-            let dump = Dump {
-                what: FLOWS,
-                kind: kind(uapi::IPCTNL_MSG_CT_GET),
-                family: family_number(filter.family),
-                attributes: &attributes,
-            };
-            match self.socket.dump(dump, &mut each) {
+            match self.socket.dump(dump, &mut *each) {
                 Ok(Reading::Complete) => return Ok(()),
                 Ok(Reading::Interrupted) => {}
                 Err(Error::Receive { source, .. }) if is_refusal(&source) => {
-                    if !self.kernel_filters {
-                        return Err(Error::Flows {
-                            what: FLOWS,
-                            source,
-                        });
-                    }
-                    self.kernel_filters = false;
+                    return Err(Error::Flows { what, source });
                 }
                 Err(error) => return Err(error),
             }
         }
         Err(Error::Interrupted {
-            what: FLOWS,
+            what,
             times: DUMP_ATTEMPTS,
         })
     }
@@ -245,36 +257,15 @@ impl Conntrack {
     ///
     /// [`Error::Flow`] if the kernel refuses; others if it cannot be asked.
     pub fn delete(&mut self, flow: &Flow) -> Result<bool, Error> {
-        let seq = self.socket.reserve_numbers(1);
-        self.request.clear();
         let number = family_number(flow.family());
-        let start = begin_message(
-            &mut self.request,
-            kind(uapi::IPCTNL_MSG_CT_DELETE),
-            0,
-            seq,
-            number,
-        );
-        let mut writer = Writer::new(&mut self.request);
-        write_tuple(&mut writer, flow.source, flow.destination);
-        // A kernel without zones refuses even zone 0.
-        if flow.zone != 0 {
-            writer.be16(uapi::CTA_ZONE, flow.zone);
-        }
-        writer.be32(uapi::CTA_ID, flow.id);
-        end_message(&mut self.request, start);
-        self.socket.send("a deletion", &self.request)?;
-        let mut errno = 0;
-        self.socket
-            .errors(|report| {
-                if report.seq == seq {
-                    errno = report.errno;
-                }
-            })
-            .map_err(|source| Error::Receive {
-                what: "the deletion of a UDP flow",
-                source,
-            })?;
+        let errno = self.request_deletion("the deletion of a UDP flow", number, |writer| {
+            write_tuple(writer, flow.source, flow.destination);
+            // A kernel without zones refuses even zone 0.
+            if flow.zone != 0 {
+                writer.be16(uapi::CTA_ZONE, flow.zone);
+            }
+            writer.be32(uapi::CTA_ID, flow.id);
+        })?;
         match errno {
             0 => Ok(true),
             libc::ENOENT => Ok(false),
@@ -320,24 +311,47 @@ fn write_tuple(writer: &mut Writer, source: SocketAddr, destination: SocketAddr)
     writer.end(tuple);
 }
 
-/// Source and destination of one direction; `None` if its protocol is another than UDP.
-fn udp_tuple(tuple: Reader) -> Option<(SocketAddr, SocketAddr)> {
-    let protocol = tuple.nested(uapi::CTA_TUPLE_PROTO)?;
-    if protocol.get(uapi::CTA_PROTO_NUM)? != [UDP] {
-        return None;
+/// One direction of a tracked connection.
+#[derive(Clone, Copy, Debug)]
+struct Tuple {
+    source: IpAddr,
+    destination: IpAddr,
+    protocol: u8,
+    /// Only for protocols with ports.
+    source_port: Option<u16>,
+    destination_port: Option<u16>,
+}
+
+impl Tuple {
+    fn read(bytes: &[u8]) -> Option<Self> {
+        let tuple = Reader::new(bytes);
+        let protocol = tuple.nested(uapi::CTA_TUPLE_PROTO)?;
+        let [number] = *protocol.get(uapi::CTA_PROTO_NUM)? else {
+            return None;
+        };
+        let addresses = tuple.nested(uapi::CTA_TUPLE_IP)?;
+        let address = |v4: u16, v6: u16| {
+            let v4 = addresses.get(v4).and_then(|b| <[u8; 4]>::try_from(b).ok());
+            let v6 = || addresses.get(v6).and_then(|b| <[u8; 16]>::try_from(b).ok());
+            v4.map(|octets| IpAddr::V4(Ipv4Addr::from(octets)))
+                .or_else(|| Some(IpAddr::V6(Ipv6Addr::from(v6()?))))
+        };
+        Some(Self {
+            source: address(uapi::CTA_IP_V4_SRC, uapi::CTA_IP_V6_SRC)?,
+            destination: address(uapi::CTA_IP_V4_DST, uapi::CTA_IP_V6_DST)?,
+            protocol: number,
+            source_port: protocol.be16(uapi::CTA_PROTO_SRC_PORT),
+            destination_port: protocol.be16(uapi::CTA_PROTO_DST_PORT),
+        })
     }
-    let addresses = tuple.nested(uapi::CTA_TUPLE_IP)?;
-    let address = |v4: u16, v6: u16| {
-        let v4 = addresses.get(v4).and_then(|b| <[u8; 4]>::try_from(b).ok());
-        let v6 = || addresses.get(v6).and_then(|b| <[u8; 16]>::try_from(b).ok());
-        v4.map(|octets| IpAddr::V4(Ipv4Addr::from(octets)))
-            .or_else(|| Some(IpAddr::V6(Ipv6Addr::from(v6()?))))
-    };
-    let source = address(uapi::CTA_IP_V4_SRC, uapi::CTA_IP_V6_SRC)?;
-    let destination = address(uapi::CTA_IP_V4_DST, uapi::CTA_IP_V6_DST)?;
+}
+
+/// Source and destination of one direction; `None` if its protocol is another than UDP.
+fn udp_tuple(bytes: &[u8]) -> Option<(SocketAddr, SocketAddr)> {
+    let tuple = Tuple::read(bytes).filter(|tuple| tuple.protocol == UDP)?;
     Some((
-        SocketAddr::new(source, protocol.be16(uapi::CTA_PROTO_SRC_PORT)?),
-        SocketAddr::new(destination, protocol.be16(uapi::CTA_PROTO_DST_PORT)?),
+        SocketAddr::new(tuple.source, tuple.source_port?),
+        SocketAddr::new(tuple.destination, tuple.destination_port?),
     ))
 }
 

@@ -148,11 +148,9 @@ struct Encoder {
 impl Encoder {
     fn boundary(&mut self, kind: u16, seq: u32) {
         let start = begin_message(&mut self.batch.bytes, kind, 0, seq, 0);
-        // The resource id of a batch boundary is the subsystem, in network order.
-        let subsystem = (libc::NFNL_SUBSYS_NFTABLES as u16).to_be_bytes();
-        if let Some(field) = self.batch.bytes.get_mut(start + 18..start + 20) {
-            field.copy_from_slice(&subsystem);
-        }
+        // The resource of a batch boundary is the subsystem.
+        let subsystem = libc::NFNL_SUBSYS_NFTABLES as u16;
+        set_resource(&mut self.batch.bytes, start, subsystem);
         end_message(&mut self.batch.bytes, start);
     }
 
@@ -283,6 +281,15 @@ pub fn family_number(family: Family) -> u8 {
     }
 }
 
+/// The family of a kernel's number.
+pub fn family(number: u8) -> Option<Family> {
+    match i32::from(number) {
+        libc::NFPROTO_IPV4 => Some(Family::Ip),
+        libc::NFPROTO_IPV6 => Some(Family::Ip6),
+        _ => None,
+    }
+}
+
 /// Appends the headers of a netfilter message and returns where it starts.
 pub fn begin_message(bytes: &mut Vec<u8>, kind: u16, flags: u16, seq: u32, family: u8) -> usize {
     let start = bytes.len();
@@ -295,6 +302,14 @@ pub fn begin_message(bytes: &mut Vec<u8>, kind: u16, flags: u16, seq: u32, famil
     bytes.extend_from_slice(&[family, 0, 0, 0]);
     debug_assert_eq!(bytes.len() - start, HEADER);
     start
+}
+
+/// Writes `res_id`, the part of a netfilter subsystem that the message which started at an offset
+/// is about.
+pub fn set_resource(bytes: &mut [u8], start: usize, resource: u16) {
+    if let Some(field) = bytes.get_mut(start + 18..start + 20) {
+        field.copy_from_slice(&resource.to_be_bytes());
+    }
 }
 
 /// Writes the length of the message that started at an offset and lasts to the end.
@@ -413,6 +428,7 @@ pub fn set_attributes(declaration: &Declaration, family: Family) -> SetAttribute
         size: declaration.size,
         fields,
         user_data: udata::set(declaration, family),
+        expression: declaration.counter.then_some("counter".into()),
     }
 }
 
@@ -434,6 +450,7 @@ fn type_number(selectors: &[Selector], family: Family) -> u32 {
             FieldType::InetProto => 12,
             FieldType::InetService => 13,
             FieldType::Mark => 19,
+            FieldType::Icmp6Type => 29,
             FieldType::IfName => 41,
         };
         number << 6 | field

@@ -5,7 +5,7 @@ use std::io;
 
 use thiserror::Error;
 
-use super::conntrack::Flow;
+use super::conntrack::{Flow, Tracked};
 use crate::ruleset::{Declaration, Element, Name, Op, TableId, text};
 
 /// An error of the netlink layer.
@@ -75,6 +75,44 @@ pub enum Error {
         /// The kernel's errno.
         source: io::Error,
     },
+    /// A tracked connection could not be removed.
+    #[error("cannot cut the connection {connection}: {source}; {hint}", hint = conntrack_hint(.source))]
+    Connection {
+        /// The connection.
+        connection: Box<Tracked>,
+        /// The kernel's errno.
+        source: io::Error,
+    },
+    /// The ipsets cannot be listed.
+    #[error("cannot list the ipsets: {source}; {hint}", hint = hint(.source))]
+    IpSets {
+        /// The kernel's errno.
+        source: io::Error,
+    },
+    /// An ipset could not be destroyed.
+    #[error("cannot destroy the ipset {name}: {source}; {hint}", hint = hint(.source))]
+    IpSet {
+        /// The set.
+        name: String,
+        /// The kernel's errno.
+        source: io::Error,
+    },
+    /// A network interface could not be deleted.
+    #[error("cannot delete the network interface {name}: {source}; {hint}", hint = hint(.source))]
+    Link {
+        /// The interface.
+        name: String,
+        /// The kernel's errno.
+        source: io::Error,
+    },
+    /// A group of logged packets cannot be listened to.
+    #[error("cannot listen to NFLOG group {group}: {source}; {hint}", hint = log_hint(.source))]
+    LogGroup {
+        /// The group.
+        group: u16,
+        /// The kernel's errno.
+        source: io::Error,
+    },
     /// A dump kept being interrupted by changes.
     #[error(
         "the dump of {what} was interrupted {times} times by changes; it will be tried again when the other writer is quiet"
@@ -93,6 +131,24 @@ impl Error {
         match self {
             Error::Refused { place, .. } => Some(place),
             _ => None,
+        }
+    }
+
+    /// The system's error behind it, where there is one.
+    pub fn errno(&self) -> Option<i32> {
+        match self {
+            Error::Open { source, .. }
+            | Error::Send { source, .. }
+            | Error::Refused { source, .. }
+            | Error::Receive { source, .. }
+            | Error::Flows { source, .. }
+            | Error::Flow { source, .. }
+            | Error::Connection { source, .. }
+            | Error::IpSets { source }
+            | Error::LogGroup { source, .. }
+            | Error::IpSet { source, .. }
+            | Error::Link { source, .. } => source.raw_os_error(),
+            Error::Name { .. } | Error::ForeignRule { .. } | Error::Interrupted { .. } => None,
         }
     }
 }
@@ -129,6 +185,20 @@ fn conntrack_hint(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
         Some(libc::EINVAL | libc::EOPNOTSUPP) => {
             "this kernel has no connection tracking over netlink (load the module nf_conntrack_netlink)"
+        }
+        _ => hint(error),
+    }
+}
+
+/// The same for groups of logged packets. The kernel has one errno for a group that somebody else
+/// has bound and for a missing capability.
+fn log_hint(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::EPERM | libc::EBUSY) => {
+            "another program (ulogd, or a second nftlet) listens to this group, so choose another one; or nftlet lacks the capability CAP_NET_ADMIN"
+        }
+        Some(libc::EINVAL | libc::EOPNOTSUPP) => {
+            "this kernel cannot log over netlink (load the module nfnetlink_log)"
         }
         _ => hint(error),
     }

@@ -1,8 +1,10 @@
 //! Statements as the kernel's expressions, described as plain data.
 //!
 //! A rule runs as a list of expressions over sixteen 32-bit registers. Selectors load values
-//! into registers, one after the other for a concatenated key; comparisons and lookups read
-//! them. [`Program::rule`] gives the list; `ffi` makes libnftnl objects of it.
+//! into registers, one after the other for a concatenated key (`load`); comparisons and lookups
+//! read them. [`Program::rule`] gives the list; `ffi` makes libnftnl objects of it.
+
+mod load;
 
 use std::ffi::CStr;
 use std::net::IpAddr;
@@ -29,11 +31,13 @@ pub struct Expr {
 pub enum Attribute {
     /// One byte.
     U8(u8),
+    /// A short number in host order.
+    U16(u16),
     /// A number in host order; libnftnl converts it.
     U32(u32),
     /// A long number in host order.
     U64(u64),
-    /// A name.
+    /// A name or another text.
     Text(Name),
     /// Raw bytes.
     Bytes(Vec<u8>),
@@ -86,119 +90,6 @@ impl Program {
         });
     }
 
-    /// Loads a selector's value into the register at a word.
-    fn load(&mut self, selector: Selector, word: usize) {
-        use Attribute::U32;
-        let target = register(word);
-        match selector {
-            Selector::SourceAddress | Selector::DestinationAddress => {
-                let (source, length) = match self.family {
-                    Family::Ip => (12, 4),
-                    Family::Ip6 => (8, 16),
-                };
-                let offset = match selector {
-                    Selector::SourceAddress => source,
-                    _ => source + length,
-                };
-                self.payload(libc::NFT_PAYLOAD_NETWORK_HEADER, offset, length, target);
-            }
-            Selector::SourcePort => {
-                self.payload(libc::NFT_PAYLOAD_TRANSPORT_HEADER, 0, 2, target);
-            }
-            Selector::DestinationPort => {
-                self.payload(libc::NFT_PAYLOAD_TRANSPORT_HEADER, 2, 2, target);
-            }
-            Selector::L4Protocol => self.meta(libc::NFT_META_L4PROTO, target),
-            Selector::Mark => self.meta(libc::NFT_META_MARK, target),
-            Selector::InputInterface => self.meta(libc::NFT_META_IIFNAME, target),
-            Selector::OutputInterface => self.meta(libc::NFT_META_OIFNAME, target),
-            Selector::RandomIndex { modulus } => self.push(
-                c"numgen",
-                [
-                    (sys::NFTNL_EXPR_NG_DREG, U32(target)),
-                    (sys::NFTNL_EXPR_NG_MODULUS, U32(modulus)),
-                    (sys::NFTNL_EXPR_NG_TYPE, U32(libc::NFT_NG_RANDOM as u32)),
-                ],
-            ),
-            Selector::SourceHash { modulus } => {
-                // The address goes to the next free registers behind the target.
-                let scratch = (word + 1).next_multiple_of(4);
-                self.load(Selector::SourceAddress, scratch);
-                let length = Selector::SourceAddress.field_type(self.family).bytes() as u32;
-                self.push(
-                    c"hash",
-                    [
-                        (sys::NFTNL_EXPR_HASH_SREG, U32(register(scratch))),
-                        (sys::NFTNL_EXPR_HASH_DREG, U32(target)),
-                        (sys::NFTNL_EXPR_HASH_LEN, U32(length)),
-                        (sys::NFTNL_EXPR_HASH_MODULUS, U32(modulus)),
-                        (sys::NFTNL_EXPR_HASH_TYPE, U32(0)),
-                    ],
-                );
-            }
-            Selector::OriginalDestinationAddress => {
-                let key = match self.family {
-                    Family::Ip => libc::NFT_CT_DST_IP,
-                    Family::Ip6 => libc::NFT_CT_DST_IP6,
-                };
-                self.ct(key, Some(0), target);
-            }
-            Selector::OriginalDestinationPort => {
-                self.ct(libc::NFT_CT_PROTO_DST, Some(0), target);
-            }
-        }
-    }
-
-    /// Loads the fields of a key into consecutive registers from a word on and returns the word
-    /// after them.
-    fn load_key(&mut self, selectors: &[Selector], first: usize) -> usize {
-        let mut word = first;
-        for selector in selectors {
-            self.load(*selector, word);
-            word += selector.field_type(self.family).padded_len() / 4;
-        }
-        word
-    }
-
-    fn payload(&mut self, base: libc::c_int, offset: u32, length: u32, target: u32) {
-        use Attribute::U32;
-        self.push(
-            c"payload",
-            [
-                (sys::NFTNL_EXPR_PAYLOAD_DREG, U32(target)),
-                (sys::NFTNL_EXPR_PAYLOAD_BASE, U32(base as u32)),
-                (sys::NFTNL_EXPR_PAYLOAD_OFFSET, U32(offset)),
-                (sys::NFTNL_EXPR_PAYLOAD_LEN, U32(length)),
-            ],
-        );
-    }
-
-    fn meta(&mut self, key: libc::c_int, target: u32) {
-        use Attribute::U32;
-        self.push(
-            c"meta",
-            [
-                (sys::NFTNL_EXPR_META_KEY, U32(key as u32)),
-                (sys::NFTNL_EXPR_META_DREG, U32(target)),
-            ],
-        );
-    }
-
-    fn ct(&mut self, key: libc::c_int, direction: Option<u8>, target: u32) {
-        use Attribute::{U8, U32};
-        let mut attributes = vec![
-            (sys::NFTNL_EXPR_CT_KEY, U32(key as u32)),
-            (sys::NFTNL_EXPR_CT_DREG, U32(target)),
-        ];
-        if let Some(direction) = direction {
-            attributes.push((sys::NFTNL_EXPR_CT_DIR, U8(direction)));
-        }
-        self.exprs.push(Expr {
-            name: c"ct",
-            attributes,
-        });
-    }
-
     fn bitwise(&mut self, mask: Vec<u8>, xor: Vec<u8>) {
         use Attribute::{Bytes, U32};
         self.push(
@@ -214,11 +105,16 @@ impl Program {
     }
 
     fn cmp(&mut self, comparison: Comparison, value: Vec<u8>) {
-        use Attribute::{Bytes, U32};
         let op = match comparison {
             Comparison::Is => libc::NFT_CMP_EQ,
             Comparison::IsNot => libc::NFT_CMP_NEQ,
         };
+        self.cmp_by(op, value);
+    }
+
+    /// Compares the register at word 0 by one of the kernel's operators.
+    fn cmp_by(&mut self, op: libc::c_int, value: Vec<u8>) {
+        use Attribute::{Bytes, U32};
         self.push(
             c"cmp",
             [
@@ -227,6 +123,27 @@ impl Program {
                 (sys::NFTNL_EXPR_CMP_DATA, Bytes(value)),
             ],
         );
+    }
+
+    /// Compares the register at word 0 with a range. As nft does, it is asked for as two bounds
+    /// and excluded as one range.
+    fn range(&mut self, comparison: Comparison, from: Vec<u8>, to: Vec<u8>) {
+        use Attribute::{Bytes, U32};
+        match comparison {
+            Comparison::Is => {
+                self.cmp_by(libc::NFT_CMP_GTE, from);
+                self.cmp_by(libc::NFT_CMP_LTE, to);
+            }
+            Comparison::IsNot => self.push(
+                c"range",
+                [
+                    (sys::NFTNL_EXPR_RANGE_SREG, U32(register(0))),
+                    (sys::NFTNL_EXPR_RANGE_OP, U32(libc::NFT_RANGE_NEQ as u32)),
+                    (sys::NFTNL_EXPR_RANGE_FROM_DATA, Bytes(from)),
+                    (sys::NFTNL_EXPR_RANGE_TO_DATA, Bytes(to)),
+                ],
+            ),
+        }
     }
 
     /// Continues if the register at word 0 and the bits have a bit in common.
@@ -305,6 +222,11 @@ impl Program {
             }
             Operand::Protocol(number) => self.cmp(comparison, vec![*number]),
             Operand::Port(port) => self.cmp(comparison, port.to_be_bytes().into()),
+            Operand::Ports(from, to) => self.range(
+                comparison,
+                from.to_be_bytes().into(),
+                to.to_be_bytes().into(),
+            ),
             Operand::Interface(name) => {
                 let mut padded = name.as_bytes().to_vec();
                 padded.resize(FieldType::IfName.bytes(), 0);
@@ -334,7 +256,7 @@ impl Program {
     }
 
     fn statement(&mut self, statement: &Statement) -> Result<(), Unwritable> {
-        use Attribute::{Text, U8, U32, U64};
+        use Attribute::{Text, U8, U16, U32, U64};
         match statement {
             Statement::Match(selector, comparison, operand) => {
                 self.compare(*selector, *comparison, operand);
@@ -344,13 +266,55 @@ impl Program {
                 self.bitwise(bits.to_ne_bytes().into(), vec![0; 4]);
                 self.cmp(*comparison, bits.to_ne_bytes().into());
             }
-            Statement::CtState(state) => {
+            Statement::CtState(states) => {
                 self.ct(libc::NFT_CT_STATE, None, register(0));
-                self.any_bit(ct_state_bit(*state));
+                self.any_bit(
+                    states
+                        .iter()
+                        .fold(0, |bits, state| bits | ct_state_bit(state)),
+                );
             }
             Statement::CtStatus(status) => {
                 self.ct(libc::NFT_CT_STATUS, None, register(0));
                 self.any_bit(ct_status_bit(*status));
+            }
+            Statement::TcpNotOpening => {
+                // The byte with the flags of a TCP header, and the flags in it.
+                const FLAGS_OFFSET: u32 = 13;
+                const SYN: u8 = 0x02;
+                const FIN_SYN_RST_ACK: u8 = 0x17;
+                let base = libc::NFT_PAYLOAD_TRANSPORT_HEADER;
+                self.payload(base, FLAGS_OFFSET, 1, register(0));
+                self.bitwise(vec![FIN_SYN_RST_ACK], vec![0]);
+                self.cmp(Comparison::IsNot, vec![SYN]);
+            }
+            Statement::Limit { per_second, burst } => self.push(
+                c"limit",
+                [
+                    (sys::NFTNL_EXPR_LIMIT_RATE, U64((*per_second).into())),
+                    // The rate counts per so many seconds.
+                    (sys::NFTNL_EXPR_LIMIT_UNIT, U64(1)),
+                    (sys::NFTNL_EXPR_LIMIT_BURST, U32(*burst)),
+                    (sys::NFTNL_EXPR_LIMIT_TYPE, U32(libc::NFT_LIMIT_PKTS as u32)),
+                    (sys::NFTNL_EXPR_LIMIT_FLAGS, U32(0)),
+                ],
+            ),
+            Statement::Log {
+                prefix,
+                group,
+                snaplen,
+            } => {
+                let mut attributes = vec![
+                    (sys::NFTNL_EXPR_LOG_PREFIX, Text(Name::from(&**prefix))),
+                    (sys::NFTNL_EXPR_LOG_GROUP, U16(*group)),
+                ];
+                if *snaplen > 0 {
+                    attributes.push((sys::NFTNL_EXPR_LOG_SNAPLEN, U32(*snaplen)));
+                }
+                self.exprs.push(Expr {
+                    name: c"log",
+                    attributes,
+                });
             }
             Statement::DestinationIsLocal => self.address_is_local(uapi::NFTA_FIB_F_DADDR),
             Statement::SourceIsLocal => self.address_is_local(uapi::NFTA_FIB_F_SADDR),

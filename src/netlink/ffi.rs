@@ -5,6 +5,7 @@
 
 #![allow(unsafe_code)]
 
+use std::borrow::Cow;
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::ptr::NonNull;
 
@@ -12,6 +13,7 @@ use nftnl::expr::Expression;
 use nftnl::nftnl_sys as sys;
 use nftnl::{Chain, ChainType, Hook, MsgType, NlMsg, Policy, ProtoFamily, Rule, Table};
 
+use super::attr::Writer;
 use super::expr::{Attribute, Expr};
 use super::uapi;
 use crate::ruleset::{BaseChain, ChainKind, Family, Hook as ChainHook};
@@ -111,7 +113,7 @@ pub fn rule(
     if !user_data.is_empty() {
         // The crate's own set_comment takes ownership of nothing but needs the rule mutable and
         // a C string; appending the attribute is simpler and equal.
-        super::attr::Writer::new(&mut message).bytes(uapi::NFTA_RULE_USERDATA, user_data);
+        Writer::new(&mut message).bytes(uapi::NFTA_RULE_USERDATA, user_data);
         set_length(&mut message);
     }
     message
@@ -144,6 +146,8 @@ pub struct SetAttributes {
     pub fields: Vec<u8>,
     /// `NFTA_SET_USERDATA`.
     pub user_data: Vec<u8>,
+    /// The name of the expression in `NFTA_SET_EXPR`, of which each element gets its own.
+    pub expression: Option<Cow<'static, str>>,
 }
 
 /// A message that declares a set.
@@ -205,7 +209,18 @@ pub fn new_set(
         sys::nftnl_set_nlmsg_build_payload(header, object);
         sys::nftnl_set_free(object);
     }
-    scratch.written().to_vec()
+    let mut message = scratch.written().to_vec();
+    if let Some(expression) = &set.expression {
+        let mut writer = Writer::new(&mut message);
+        let nest = writer.begin(uapi::NFTA_SET_EXPR);
+        writer.string(uapi::NFTA_EXPR_NAME, expression);
+        // A counter that starts at zero needs no attributes, but the list of them.
+        let data = writer.begin(uapi::NFTA_EXPR_DATA);
+        writer.end(data);
+        writer.end(nest);
+        set_length(&mut message);
+    }
+    message
 }
 
 impl Expression for Expr {
@@ -220,6 +235,7 @@ impl Expression for Expr {
                 let (expr, kind) = (object.as_ptr(), *kind as u16);
                 match value {
                     Attribute::U8(value) => sys::nftnl_expr_set_u8(expr, kind, *value),
+                    Attribute::U16(value) => sys::nftnl_expr_set_u16(expr, kind, *value),
                     Attribute::U32(value) => sys::nftnl_expr_set_u32(expr, kind, *value),
                     Attribute::U64(value) => sys::nftnl_expr_set_u64(expr, kind, *value),
                     Attribute::Text(name) => {

@@ -12,10 +12,14 @@
 //!                            └────────── place of the error <──error message─┘
 //! ```
 //!
-//! [`Conntrack`] holds another socket: it lists the UDP flows that the kernel tracks, and deletes
-//! those that lead nowhere.
+//! [`Conntrack`] holds another socket: it lists the UDP flows and the connections that the kernel
+//! tracks, and removes one.
 //!
 //! [`Monitor`] listens on a third one for changes that others make to nftlet's tables.
+//!
+//! [`IpSets`] and [`Links`] name and remove what another proxy left behind outside of nftables.
+//!
+//! [`LogReader`] reads on a fourth one the packets that rules log.
 //!
 //! Tables, chains, rules and set declarations are put together by libnftnl through the crates
 //! `nftnl` and `nftnl_sys`. Element lists, of which there can be a million, are written
@@ -28,15 +32,21 @@ mod encode;
 mod error;
 mod expr;
 mod ffi;
+mod ipset;
+mod link;
 mod monitor;
+mod nflog;
 mod nftables;
 mod read;
 mod socket;
 mod uapi;
 mod udata;
 
-pub use conntrack::{Conntrack, Flow, FlowFilter};
+pub use conntrack::{Conntrack, Flow, FlowFilter, Handle, Removal, Tracked};
 pub use encode::{Batch, encode};
 pub use error::{Error, Place};
-pub use monitor::{Heard, Monitor};
+pub use ipset::IpSets;
+pub use link::Links;
+pub use monitor::{Absence, Heard, Monitor};
+pub use nflog::{Denied, LogReader, Logged};
 pub use nftables::{Applied, Nftables};

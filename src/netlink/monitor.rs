@@ -3,10 +3,17 @@
 //! The kernel tells every socket of a group about each committed change. A filter in the kernel
 //! drops what nftlet itself wrote before it is queued, so that writing a hundred thousand
 //! elements does not overflow the queue with nftlet's own news.
+//!
+//! The news are composed before they are dropped, which makes a large write take twice as long.
+//! So the monitor leaves the group while its owner writes a lot ([`Absence`]); whether others
+//! wrote meanwhile is seen from the number of commits ([`Nftables::generation`]).
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::error::Error;
 use super::nftables::Nftables;
-use super::socket::{Message, Socket};
+use super::socket::{Membership, Message, Socket};
 
 /// The kernel's `NFNLGRP_NFTABLES`.
 const GROUP: u32 = 7;
@@ -19,6 +26,27 @@ const WHAT: &str = "nftables notifications";
 pub struct Monitor {
     socket: Socket,
     tables: &'static [&'static str],
+    listening: Arc<AtomicBool>,
+}
+
+/// Takes a [`Monitor`] out of the kernel's audience for a while.
+#[derive(Debug)]
+pub struct Absence {
+    membership: Membership,
+    listening: Arc<AtomicBool>,
+}
+
+impl Absence {
+    /// Nothing is composed for the monitor from now on; false if it did not listen before.
+    pub(super) fn begin(&self) -> bool {
+        self.listening.load(Ordering::Acquire) && self.membership.leave().is_ok()
+    }
+
+    /// The monitor hears again what happens from now on.
+    pub(super) fn end(&self) -> Result<(), Error> {
+        let failed = |source| Error::Open { what: WHAT, source };
+        self.membership.join().map_err(failed)
+    }
 }
 
 /// What a [`Monitor`] heard.
@@ -41,21 +69,40 @@ impl Monitor {
         let socket = Socket::open(WHAT)?;
         let failed = |source| Error::Open { what: WHAT, source };
         socket.ignore_port(own.port()).map_err(failed)?;
-        Ok(Self { socket, tables })
+        Ok(Self {
+            socket,
+            tables,
+            listening: Arc::default(),
+        })
+    }
+
+    /// What keeps the kernel from composing news for this monitor, for whoever writes a lot; see
+    /// [`Nftables::write_unheard_by`].
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Open`] when there are no descriptors left.
+    pub fn absence(&self) -> Result<Absence, Error> {
+        let failed = |source| Error::Open { what: WHAT, source };
+        Ok(Absence {
+            membership: self.socket.membership(GROUP).map_err(failed)?,
+            listening: self.listening.clone(),
+        })
     }
 
     /// Begins to listen.
     ///
-    /// From now on the kernel composes news of every change, its own socket's too before the
-    /// filter drops them: writing a hundred thousand elements takes twice as long. So this is
-    /// for after the first program.
+    /// What happened before is not heard: ask [`Nftables::generation`].
     ///
     /// # Errors
     ///
     /// [`Error::Open`] when the group cannot be joined.
     pub fn listen(&self) -> Result<(), Error> {
         let failed = |source| Error::Open { what: WHAT, source };
-        self.socket.join(GROUP).map_err(failed)
+        let membership = self.socket.membership(GROUP).map_err(failed)?;
+        membership.join().map_err(failed)?;
+        self.listening.store(true, Ordering::Release);
+        Ok(())
     }
 
     /// Waits until something is heard.

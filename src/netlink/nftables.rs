@@ -4,13 +4,20 @@ use std::io;
 
 use super::encode::{Batch, encode};
 use super::error::Error;
+use super::monitor::Absence;
 use super::socket::{DUMP_ATTEMPTS, Dump, Message, Reading, Socket, messages};
+use super::uapi;
 use crate::ruleset::Transaction;
 
 /// A connection to the kernel's nftables, in the network namespace it was opened in.
 pub struct Nftables {
     socket: Socket,
+    absence: Option<Absence>,
 }
+
+/// Transactions with more elements are large: telling others of them takes longer than a
+/// listener's leaving and coming back.
+const LARGE: usize = 1_000;
 
 /// What a transaction took.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -21,6 +28,9 @@ pub struct Applied {
     pub elements: usize,
     /// Size of the batch in bytes.
     pub bytes: usize,
+    /// The own monitor did not listen meanwhile: [`Nftables::generation`] tells whether others
+    /// changed something.
+    pub unheard: bool,
 }
 
 /// The messages of a dump, one behind the other.
@@ -41,7 +51,30 @@ impl Nftables {
     /// [`Error::Open`], usually for want of `CAP_NET_ADMIN` or of nf_tables in the kernel.
     pub fn open() -> Result<Self, Error> {
         let socket = Socket::open("nftables")?;
-        Ok(Self { socket })
+        Ok(Self {
+            socket,
+            absence: None,
+        })
+    }
+
+    /// Has the kernel compose no news for a monitor during large transactions.
+    pub fn write_unheard_by(&mut self, absence: Absence) {
+        self.absence = Some(absence);
+    }
+
+    /// The number of the ruleset's generation. Every commit in the network namespace, whoever
+    /// made it and to whatever table, adds one; a transaction that fails, or changes nothing,
+    /// does not.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Send`] or [`Error::Receive`] when the kernel does not answer.
+    pub fn generation(&mut self) -> Result<u32, Error> {
+        let kind = libc::NFNL_SUBSYS_NFTABLES << 8 | libc::NFT_MSG_GETGEN;
+        self.socket
+            .fetch("the ruleset's generation", kind as u16, |answer| {
+                answer.attributes().be32(uapi::NFTA_GEN_ID)
+            })
     }
 
     /// The address by which the kernel knows whose changes these are.
@@ -62,12 +95,20 @@ impl Nftables {
         let first_seq = self.socket.next_number();
         let batch = encode(transaction, first_seq)?;
         self.socket.reserve_numbers(batch.messages() as u32 + 2);
-        self.socket.send("a transaction", &batch.bytes)?;
+        let elements = transaction.elements();
+        let absence = self.absence.as_ref();
+        let unheard = elements > LARGE && absence.is_some_and(Absence::begin);
+        let sent = self.socket.send("a transaction", &batch.bytes);
+        if unheard && let Some(absence) = &self.absence {
+            absence.end()?;
+        }
+        sent?;
         self.answer(&batch, first_seq, transaction)?;
         Ok(Applied {
             messages: batch.messages(),
-            elements: transaction.elements(),
+            elements,
             bytes: batch.bytes.len(),
+            unheard,
         })
     }
 

@@ -6,11 +6,12 @@
 //! [`Statement::Foreign`] or a declaration without a key, equal to nothing that is ever wanted,
 //! so that the difference replaces it.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::attr::{Reader, Writer};
-use super::encode::{self, family_number, set_attributes};
+use super::encode::{self, family, family_number, set_attributes};
 use super::error::Error;
 use super::ffi::{self, Scratch, SetAttributes};
 use super::nftables::Nftables;
@@ -44,7 +45,12 @@ impl Nftables {
         Ok(found)
     }
 
-    fn tables(&mut self, names: &[&str]) -> Result<Vec<TableId>, Error> {
+    /// The tables of the families `ip` and `ip6` that have one of these names.
+    ///
+    /// # Errors
+    ///
+    /// When the dump fails or is interrupted over and over again.
+    pub fn tables(&mut self, names: &[&str]) -> Result<Vec<TableId>, Error> {
         let dumped = self.dump("the tables", libc::NFT_MSG_GETTABLE, 0, &[])?;
         let found = dumped.iter().filter_map(|message| {
             let name = message.attributes().string(uapi::NFTA_TABLE_NAME)?;
@@ -94,6 +100,15 @@ impl Nftables {
             );
         }
         Ok(table)
+    }
+
+    /// The names of the chains of a table, whoever made it; none if it does not exist.
+    ///
+    /// # Errors
+    ///
+    /// When the dump fails or is interrupted over and over again.
+    pub fn chain_names(&mut self, id: &TableId) -> Result<Vec<Name>, Error> {
+        Ok(self.chains(id)?.into_keys().collect())
     }
 
     fn chains(&mut self, id: &TableId) -> Result<BTreeMap<Name, Chain>, Error> {
@@ -203,6 +218,48 @@ impl Nftables {
 
     /// The elements of a set in the kernel's order, and which of them end an interval.
     fn dump_elements(&mut self, id: &TableId, set: &str) -> Result<Vec<(Element, bool)>, Error> {
+        let mut names: Vec<Name> = Vec::new();
+        let mut elements = Vec::new();
+        self.each_element(id, set, |item| elements.extend(element(item, &mut names)))?;
+        Ok(elements)
+    }
+
+    /// Reads the counters of a set whose elements have some: of each element its key (the first
+    /// one of an interval), packets and bytes, sorted by key.
+    ///
+    /// # Errors
+    ///
+    /// When the dump fails or is interrupted over and over again.
+    pub fn counters(&mut self, id: &TableId, set: &str) -> Result<Vec<(Key, u64, u64)>, Error> {
+        for _ in 0..DUMP_ATTEMPTS {
+            let mut counters = Vec::new();
+            self.each_element(id, set, |item| {
+                let key = data_of(item, uapi::NFTA_SET_ELEM_KEY).map(Key::from_bytes);
+                if let (Some(key), Some((packets, bytes))) = (key, counter(item)) {
+                    counters.push((key, packets, bytes));
+                }
+            })?;
+            counters.sort_unstable();
+            let dumped = counters.len();
+            counters.dedup_by(|(a, ..), (b, ..)| a == b);
+            // As for `settled_elements`: repetitions tell that others were missed.
+            if counters.len() == dumped {
+                return Ok(counters);
+            }
+        }
+        Err(Error::Interrupted {
+            what: ELEMENTS,
+            times: DUMP_ATTEMPTS,
+        })
+    }
+
+    /// Dumps the elements of a set and hands out the attributes of each, in the kernel's order.
+    fn each_element(
+        &mut self,
+        id: &TableId,
+        set: &str,
+        mut each: impl FnMut(Reader),
+    ) -> Result<(), Error> {
         let mut filter = Vec::new();
         let mut writer = Writer::new(&mut filter);
         writer.string(uapi::NFTA_SET_ELEM_LIST_TABLE, id.name.as_str());
@@ -213,26 +270,16 @@ impl Nftables {
             family_number(id.family),
             &filter,
         )?;
-        let mut names: Vec<Name> = Vec::new();
-        let mut elements = Vec::new();
         for message in dumped.iter() {
             let attributes = message.attributes();
             let Some(list) = attributes.nested(uapi::NFTA_SET_ELEM_LIST_ELEMENTS) else {
                 continue;
             };
             for (_, item) in list {
-                elements.extend(element(Reader::new(item), &mut names));
+                each(Reader::new(item));
             }
         }
-        Ok(elements)
-    }
-}
-
-fn family(number: u8) -> Option<Family> {
-    match i32::from(number) {
-        libc::NFPROTO_IPV4 => Some(Family::Ip),
-        libc::NFPROTO_IPV6 => Some(Family::Ip6),
-        _ => None,
+        Ok(())
     }
 }
 
@@ -294,6 +341,7 @@ fn declaration(found: Reader, expected: Option<&Set>, family: Family) -> Arc<Dec
             .get(uapi::NFTA_SET_USERDATA)
             .unwrap_or_default()
             .to_vec(),
+        expression: set_expression(found),
     };
     let same = expected.filter(|set| {
         // The lengths of the fields follow from the key type.
@@ -314,10 +362,31 @@ fn declaration(found: Reader, expected: Option<&Set>, family: Family) -> Arc<Dec
     )
 }
 
+/// The name of the expression that each element of a dumped set has.
+fn set_expression(found: Reader) -> Option<Cow<'static, str>> {
+    if found.get(uapi::NFTA_SET_EXPRESSIONS).is_some() {
+        // nftlet declares no set with several.
+        return Some("several".into());
+    }
+    let expression = found.nested(uapi::NFTA_SET_EXPR)?;
+    let name = expression.string(uapi::NFTA_EXPR_NAME);
+    Some(Cow::Owned(name.unwrap_or_default().to_owned()))
+}
+
+/// What the counter of a dumped element says: packets and bytes.
+fn counter(item: Reader) -> Option<(u64, u64)> {
+    let expression = item.nested(uapi::NFTA_SET_ELEM_EXPR)?;
+    if expression.string(uapi::NFTA_EXPR_NAME) != Some("counter") {
+        return None;
+    }
+    let counter = expression.nested(uapi::NFTA_EXPR_DATA)?;
+    let packets = counter.be64(uapi::NFTA_COUNTER_PACKETS)?;
+    Some((packets, counter.be64(uapi::NFTA_COUNTER_BYTES)?))
+}
+
 /// An element and whether it is the end of an interval.
 fn element(item: Reader, names: &mut Vec<Name>) -> Option<(Element, bool)> {
-    let value_of = |kind: u16| item.nested(kind)?.get(uapi::NFTA_DATA_VALUE);
-    let key = Key::from_bytes(value_of(uapi::NFTA_SET_ELEM_KEY)?);
+    let key = Key::from_bytes(data_of(item, uapi::NFTA_SET_ELEM_KEY)?);
     let value = match item.nested(uapi::NFTA_SET_ELEM_DATA) {
         None => Value::None,
         Some(data) => match data.nested(uapi::NFTA_DATA_VERDICT) {
@@ -331,11 +400,16 @@ fn element(item: Reader, names: &mut Vec<Name>) -> Option<(Element, bool)> {
     let flags = item.be32(uapi::NFTA_SET_ELEM_FLAGS).unwrap_or_default();
     let element = Element {
         key,
-        key_end: value_of(uapi::NFTA_SET_ELEM_KEY_END).map(Key::from_bytes),
+        key_end: data_of(item, uapi::NFTA_SET_ELEM_KEY_END).map(Key::from_bytes),
         value,
         comment: comment.map(Arc::from),
     };
     Some((element, flags & ELEMENT_INTERVAL_END != 0))
+}
+
+/// The bytes of an element's key, or of the end of its interval.
+fn data_of(item: Reader<'_>, kind: u16) -> Option<&[u8]> {
+    item.nested(kind)?.get(uapi::NFTA_DATA_VALUE)
 }
 
 /// A verdict; the names of chains are shared, because few chains serve many elements.

@@ -1,9 +1,9 @@
-//! The netlink socket that all of netfilter is spoken through: requests, answers, dumps.
+//! The netlink socket that the kernel is spoken to through: requests, answers, dumps.
 
 #![allow(unsafe_code)]
 
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use super::attr::Reader;
 use super::encode::{begin_message, end_message};
@@ -15,7 +15,7 @@ const RECEIVE_BUFFER: usize = 64 * 1024;
 /// How often an interrupted dump is started again before giving up.
 pub const DUMP_ATTEMPTS: u32 = 32;
 
-/// A socket to netfilter, in the network namespace it was opened in.
+/// A netlink socket, in the network namespace it was opened in.
 pub struct Socket {
     socket: mnl::Socket,
     seq: u32,
@@ -59,11 +59,16 @@ pub enum Reading {
 }
 
 impl Socket {
-    /// Opens a socket in the current network namespace. `what` is named in errors.
+    /// Opens a socket to netfilter in the current network namespace. `what` is named in errors.
     pub fn open(what: &'static str) -> Result<Self, Error> {
+        Self::open_on(mnl::Bus::Netfilter, what)
+    }
+
+    /// Opens a socket to another part of the kernel.
+    pub fn open_on(bus: mnl::Bus, what: &'static str) -> Result<Self, Error> {
         let failed = |source| Error::Open { what, source };
         let socket = Self {
-            socket: mnl::Socket::new(mnl::Bus::Netfilter).map_err(failed)?,
+            socket: mnl::Socket::new(bus).map_err(failed)?,
             seq: 0,
             send_buffer: 0,
             buffer: vec![0; RECEIVE_BUFFER],
@@ -81,22 +86,12 @@ impl Socket {
     }
 
     fn set_option(&self, level: libc::c_int, option: libc::c_int, value: i32) -> io::Result<()> {
-        // SAFETY: the descriptor is open as long as `self`; the value outlives the call and its
-        // size is given.
-        let result = unsafe {
-            libc::setsockopt(
-                self.socket.as_raw_fd(),
-                level,
-                option,
-                (&raw const value).cast(),
-                size_of::<i32>() as libc::socklen_t,
-            )
-        };
-        if result == 0 {
-            Ok(())
-        } else {
-            Err(io::Error::last_os_error())
-        }
+        set_option(self.descriptor(), level, option, value)
+    }
+
+    fn descriptor(&self) -> BorrowedFd<'_> {
+        // SAFETY: the descriptor is open as long as `self`, which the result borrows.
+        unsafe { BorrowedFd::borrow_raw(self.socket.as_raw_fd()) }
     }
 
     /// The address by which the kernel knows the socket.
@@ -104,10 +99,12 @@ impl Socket {
         self.socket.portid()
     }
 
-    /// Joins a group of listeners.
-    pub fn join(&self, group: u32) -> io::Result<()> {
-        let group = i32::try_from(group).unwrap_or_default();
-        self.set_option(libc::SOL_NETLINK, libc::NETLINK_ADD_MEMBERSHIP, group)
+    /// The socket's membership in a group of listeners, which does not begin with this.
+    pub fn membership(&self, group: u32) -> io::Result<Membership> {
+        Ok(Membership {
+            descriptor: self.descriptor().try_clone_to_owned()?,
+            group: i32::try_from(group).unwrap_or_default(),
+        })
     }
 
     /// Has the kernel drop all news about what was done through the socket of a port.
@@ -255,6 +252,47 @@ impl Socket {
         Ok(())
     }
 
+    /// Sends one request made by [`Socket::reserve_numbers`] and tells the errno the kernel
+    /// answered with; 0 for none.
+    pub fn ask(&mut self, what: &'static str, seq: u32, request: &[u8]) -> Result<i32, Error> {
+        self.send(what, request)?;
+        let mut errno = 0;
+        self.errors(|report| {
+            if report.seq == seq {
+                errno = report.errno;
+            }
+        })
+        .map_err(|source| Error::Receive { what, source })?;
+        Ok(errno)
+    }
+
+    /// Asks for something that is one message, and hands it out.
+    pub fn fetch<T>(
+        &mut self,
+        what: &'static str,
+        kind: u16,
+        read: impl FnOnce(Message) -> Option<T>,
+    ) -> Result<T, Error> {
+        let failed = |source| Error::Receive { what, source };
+        let seq = self.reserve_numbers(1);
+        let mut request = Vec::new();
+        let start = begin_message(&mut request, kind, 0, seq, 0);
+        end_message(&mut request, start);
+        self.send(what, &request)?;
+        loop {
+            let datagram = self.receive(true).map_err(failed)?.unwrap_or_default();
+            let Some(answer) = messages(datagram).find(|message| message.seq() == seq) else {
+                continue;
+            };
+            if i32::from(answer.kind) == libc::NLMSG_ERROR {
+                let errno = io::Error::from_raw_os_error(answer.errno());
+                return Err(failed(errno));
+            }
+            let unreadable = || failed(io::Error::from(io::ErrorKind::InvalidData));
+            return read(answer).ok_or_else(unreadable);
+        }
+    }
+
     /// Dumps objects one by one. Of an interrupted dump objects are missing, or came up twice.
     pub fn dump(&mut self, dump: Dump, mut each: impl FnMut(Message)) -> Result<Reading, Error> {
         let what = dump.what;
@@ -293,6 +331,56 @@ impl Socket {
                 }
             }
         }
+    }
+}
+
+/// Whether a socket is among the listeners of a group. It can be changed while another thread
+/// waits at the socket.
+#[derive(Debug)]
+pub struct Membership {
+    /// Another name of the same socket.
+    descriptor: OwnedFd,
+    group: i32,
+}
+
+impl Membership {
+    /// Joins the group.
+    pub fn join(&self) -> io::Result<()> {
+        self.set(libc::NETLINK_ADD_MEMBERSHIP)
+    }
+
+    /// Leaves the group.
+    pub fn leave(&self) -> io::Result<()> {
+        self.set(libc::NETLINK_DROP_MEMBERSHIP)
+    }
+
+    fn set(&self, option: libc::c_int) -> io::Result<()> {
+        let descriptor = self.descriptor.as_fd();
+        set_option(descriptor, libc::SOL_NETLINK, option, self.group)
+    }
+}
+
+fn set_option(
+    descriptor: BorrowedFd,
+    level: libc::c_int,
+    option: libc::c_int,
+    value: i32,
+) -> io::Result<()> {
+    // SAFETY: the descriptor is open as long as it is borrowed; the value outlives the call and
+    // its size is given.
+    let result = unsafe {
+        libc::setsockopt(
+            descriptor.as_raw_fd(),
+            level,
+            option,
+            (&raw const value).cast(),
+            size_of::<i32>() as libc::socklen_t,
+        )
+    };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
     }
 }
 

@@ -1,5 +1,5 @@
-//! Numbers of the kernel's `linux/netfilter/nf_tables.h` and
-//! `linux/netfilter/nfnetlink_conntrack.h` that the libc crate lacks.
+//! Numbers of the kernel's `linux/netfilter/nf_tables.h`, `linux/netfilter/nfnetlink_conntrack.h`,
+//! `linux/netfilter/nfnetlink_log.h` and `linux/netfilter/ipset/ip_set.h` that the libc crate lacks.
 
 pub const NFTA_TABLE_NAME: u16 = 1;
 pub const NFTA_CHAIN_TABLE: u16 = 1;
@@ -21,6 +21,8 @@ pub const NFTA_SET_DATA_LEN: u16 = 7;
 pub const NFTA_SET_DESC: u16 = 9;
 pub const NFTA_SET_TIMEOUT: u16 = 11;
 pub const NFTA_SET_USERDATA: u16 = 13;
+pub const NFTA_SET_EXPR: u16 = 17;
+pub const NFTA_SET_EXPRESSIONS: u16 = 18;
 pub const NFTA_SET_DESC_SIZE: u16 = 1;
 pub const NFTA_SET_ELEM_LIST_TABLE: u16 = 1;
 pub const NFTA_SET_ELEM_LIST_SET: u16 = 2;
@@ -30,7 +32,12 @@ pub const NFTA_SET_ELEM_KEY: u16 = 1;
 pub const NFTA_SET_ELEM_DATA: u16 = 2;
 pub const NFTA_SET_ELEM_FLAGS: u16 = 3;
 pub const NFTA_SET_ELEM_USERDATA: u16 = 6;
+pub const NFTA_SET_ELEM_EXPR: u16 = 7;
 pub const NFTA_SET_ELEM_KEY_END: u16 = 10;
+pub const NFTA_EXPR_NAME: u16 = 1;
+pub const NFTA_EXPR_DATA: u16 = 2;
+pub const NFTA_COUNTER_BYTES: u16 = 1;
+pub const NFTA_COUNTER_PACKETS: u16 = 2;
 pub const NFTA_DATA_VALUE: u16 = 1;
 pub const NFTA_DATA_VERDICT: u16 = 2;
 pub const NFTA_VERDICT_CODE: u16 = 1;
@@ -50,6 +57,7 @@ pub const IPCTNL_MSG_CT_DELETE: u16 = 2;
 pub const CTA_TUPLE_ORIG: u16 = 1;
 pub const CTA_TUPLE_REPLY: u16 = 2;
 pub const CTA_ID: u16 = 12;
+pub const CTA_TUPLE_MASTER: u16 = 14;
 pub const CTA_ZONE: u16 = 18;
 pub const CTA_FILTER: u16 = 25;
 pub const CTA_TUPLE_IP: u16 = 1;
@@ -68,3 +76,32 @@ pub const CTA_FILTER_ORIG_FLAGS: u16 = 1;
 pub const CTA_FILTER_F_IP_DST: u32 = 1 << 1;
 pub const CTA_FILTER_F_PROTO_NUM: u32 = 1 << 3;
 pub const CTA_FILTER_F_PROTO_DST_PORT: u32 = 1 << 5;
+
+/// The oldest protocol that kernels in use speak, and all of them.
+pub const IPSET_PROTOCOL_MIN: u8 = 6;
+pub const IPSET_CMD_DESTROY: u16 = 3;
+pub const IPSET_CMD_LIST: u16 = 7;
+pub const IPSET_ATTR_PROTOCOL: u16 = 1;
+pub const IPSET_ATTR_SETNAME: u16 = 2;
+pub const IPSET_ATTR_FLAGS: u16 = 6;
+pub const IPSET_ATTR_DATA: u16 = 7;
+pub const IPSET_ATTR_ADT: u16 = 8;
+pub const IPSET_ATTR_PORT: u16 = 4;
+/// List names, not elements.
+pub const IPSET_FLAG_LIST_SETNAME: u32 = 1 << 1;
+/// A rule still uses the set.
+pub const IPSET_ERR_BUSY: i32 = 4100;
+
+pub const NFULNL_MSG_PACKET: u16 = 0;
+pub const NFULNL_MSG_CONFIG: u16 = 1;
+pub const NFULNL_CFG_CMD_BIND: u8 = 1;
+pub const NFULNL_COPY_PACKET: u8 = 2;
+pub const NFULA_CFG_CMD: u16 = 1;
+pub const NFULA_CFG_MODE: u16 = 2;
+pub const NFULA_CFG_TIMEOUT: u16 = 4;
+pub const NFULA_IFINDEX_INDEV: u16 = 4;
+pub const NFULA_IFINDEX_OUTDEV: u16 = 5;
+pub const NFULA_PAYLOAD: u16 = 9;
+pub const NFULA_PREFIX: u16 = 10;
+
+pub const NFTA_GEN_ID: u16 = 1;

@@ -13,6 +13,7 @@ const DATA_BYTE_ORDER: u8 = 1;
 const KEY_TYPEOF: u8 = 3;
 const DATA_TYPEOF: u8 = 4;
 const DATA_INTERVAL: u8 = 6;
+const SET_COMMENT: u8 = 7;
 
 const TYPEOF_EXPRESSION: u8 = 0;
 const TYPEOF_DATA: u8 = 1;
@@ -40,12 +41,16 @@ fn put_u32(out: &mut Vec<u8>, kind: u8, value: u32) {
     put(out, kind, &value.to_ne_bytes());
 }
 
-/// The user data of a rule or an element with a comment.
-pub fn comment(text: &str) -> Vec<u8> {
+fn put_text(out: &mut Vec<u8>, kind: u8, text: &str) {
     let mut value = text.as_bytes().to_vec();
     value.push(0);
-    let mut out = Vec::with_capacity(value.len() + 2);
-    put(&mut out, RULE_OR_ELEMENT_COMMENT, &value);
+    put(out, kind, &value);
+}
+
+/// The user data of a rule or an element with a comment.
+pub fn comment(text: &str) -> Vec<u8> {
+    let mut out = Vec::with_capacity(text.len() + 3);
+    put_text(&mut out, RULE_OR_ELEMENT_COMMENT, text);
     out
 }
 
@@ -79,6 +84,9 @@ pub fn set(declaration: &Declaration, family: Family) -> Vec<u8> {
     if let Some(data) = data {
         put_typeof(&mut out, DATA_TYPEOF, data, typeof_needed, family);
         put_u32(&mut out, DATA_INTERVAL, 0);
+    }
+    if let Some(comment) = &declaration.comment {
+        put_text(&mut out, SET_COMMENT, comment);
     }
     out
 }
@@ -129,6 +137,7 @@ fn put_expression(out: &mut Vec<u8>, selector: Selector, family: Family) {
     const TH: u32 = 11;
     const IP: u32 = 12;
     const IP6: u32 = 13;
+    const ICMP6: u32 = 14;
     let (network, source, destination) = match family {
         Family::Ip => (IP, 11, 12),
         Family::Ip6 => (IP6, 8, 9),
@@ -138,6 +147,7 @@ fn put_expression(out: &mut Vec<u8>, selector: Selector, family: Family) {
         Selector::DestinationAddress => (EXPRESSION_PAYLOAD, vec![network, destination]),
         Selector::SourcePort => (EXPRESSION_PAYLOAD, vec![TH, 1]),
         Selector::DestinationPort => (EXPRESSION_PAYLOAD, vec![TH, 2]),
+        Selector::Icmp6Type => (EXPRESSION_PAYLOAD, vec![ICMP6, 1]),
         Selector::L4Protocol => (EXPRESSION_META, vec![libc::NFT_META_L4PROTO as u32]),
         Selector::Mark => (EXPRESSION_META, vec![libc::NFT_META_MARK as u32]),
         Selector::InputInterface => (EXPRESSION_META, vec![libc::NFT_META_IIFNAME as u32]),

@@ -34,6 +34,7 @@ use crate::compile::{Pool, ServicePlan, Target};
 use crate::model::{Claim, Family, Protocol};
 use crate::netlink::Flow;
 
+pub(super) use cleaner::own_addresses;
 pub use cleaner::{Cleaner, KernelFlows, Tracker};
 pub use queue::{Pending, Queue, queue};
 

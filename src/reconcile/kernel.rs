@@ -25,6 +25,13 @@ pub trait Kernel {
     ///
     /// When the set cannot be read.
     fn elements(&mut self, table: &TableId, set: &str) -> Result<Vec<Element>, Error>;
+
+    /// A number that every change of any table adds one to; see [`Nftables::generation`].
+    ///
+    /// # Errors
+    ///
+    /// When the kernel does not answer.
+    fn generation(&mut self) -> Result<u32, Error>;
 }
 
 impl Kernel for Nftables {
@@ -38,5 +45,9 @@ impl Kernel for Nftables {
 
     fn elements(&mut self, table: &TableId, set: &str) -> Result<Vec<Element>, Error> {
         Nftables::elements(self, table, set)
+    }
+
+    fn generation(&mut self) -> Result<u32, Error> {
+        Nftables::generation(self)
     }
 }

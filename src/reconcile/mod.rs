@@ -18,10 +18,15 @@
 //! even then, the service it belongs to is left out and reported, and the others are written.
 
 mod affinity;
+mod audit;
+pub mod connections;
 pub mod conntrack;
+pub mod denied;
 mod health_checks;
 mod kernel;
+mod policies;
 mod programmed;
+mod questions;
 mod report;
 mod run;
 
@@ -39,16 +44,21 @@ use crate::model::{
     Subject,
 };
 use crate::netlink::{self, Place};
+use crate::policy::Engine;
 use crate::ruleset::{Op, Ruleset, Transaction, diff};
 
+pub use audit::{Audits, EVERY as AUDIT_EVERY, Finding, Snapshot, Step, Verdict};
 pub use kernel::Kernel;
+pub use policies::Isolated;
 pub use programmed::Programmed;
-pub use report::{Log, Reporter};
+pub use questions::Question;
+pub use report::{Log, LogAndSend, Reporter};
 pub use run::{Exit, Signals, run};
 
 use affinity::Remembered;
 use conntrack::{Front, Work};
 use health_checks::HealthChecks;
+use policies::{Followers, Policies};
 use programmed::{Draft, Effects};
 
 /// How often remembered clients are read again when some time out meanwhile.
@@ -83,6 +93,19 @@ pub struct Reconciler<'a, K> {
     /// Where these go then.
     cleaner: Option<conntrack::Queue>,
     health_checks: Option<HealthChecks>,
+    policies: Option<Policies>,
+    followers: Followers,
+    /// Whether denied packets are logged with fields.
+    log_fields: bool,
+    /// Operations that undid what others had changed.
+    healed: usize,
+    /// The generation that the kernel is in if nobody else wrote since it was read: own writes
+    /// count up. `None` until it is read, or when that is to be done again.
+    vouched: Option<u32>,
+    /// Somebody else wrote while nobody listened.
+    doubtful: bool,
+    /// How many transactions were written.
+    writes: u64,
 }
 
 /// How far the kernel is known to agree.
@@ -105,6 +128,17 @@ pub enum Outcome {
     Synced,
     /// The kernel could not be brought there; try [`Reconciler::resync`] again after a while.
     Failed,
+}
+
+impl Outcome {
+    /// What two parts that are independent of each other achieved together.
+    fn and(self, other: Self) -> Self {
+        match (self, other) {
+            (Outcome::Failed, _) | (_, Outcome::Failed) => Outcome::Failed,
+            (Outcome::Waiting, _) | (_, Outcome::Waiting) => Outcome::Waiting,
+            (Outcome::Synced, Outcome::Synced) => Outcome::Synced,
+        }
+    }
 }
 
 impl<'a, K: Kernel> Reconciler<'a, K> {
@@ -131,6 +165,13 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
             flows: Work::default(),
             cleaner: None,
             health_checks: None,
+            policies: None,
+            followers: Followers::default(),
+            log_fields: false,
+            healed: 0,
+            vouched: None,
+            doubtful: false,
+            writes: 0,
         }
     }
 
@@ -155,6 +196,34 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         self
     }
 
+    /// With the policies of an engine. Without one the policy tables are left alone.
+    #[must_use]
+    pub fn with_policies(mut self, engine: Engine) -> Self {
+        self.policies = Some(Policies::new(engine));
+        self
+    }
+
+    /// Publishes the isolated pods of this node, each time others are.
+    #[must_use]
+    pub fn with_isolated(mut self, isolated: watch::Sender<Isolated>) -> Self {
+        self.followers.isolated = Some(isolated);
+        self
+    }
+
+    /// With someone to cut the connections that the policies allow no more.
+    #[must_use]
+    pub fn with_cutter(mut self, cutter: connections::Bell) -> Self {
+        self.followers.cutter = Some(cutter);
+        self
+    }
+
+    /// Logs denied packets with their parts as fields, for a log that machines read.
+    #[must_use]
+    pub fn with_log_fields(mut self, fields: bool) -> Self {
+        self.log_fields = fields;
+        self
+    }
+
     /// The objects as they are known.
     pub fn store(&self) -> &Store {
         &self.store
@@ -174,11 +243,13 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
     /// Takes over events and brings the kernel in line with them.
     pub fn handle(&mut self, deliveries: impl IntoIterator<Item = Delivery>) -> Outcome {
         self.take_over(deliveries);
-        match self.state {
+        let policies = self.handle_policies();
+        let services = match self.state {
             State::Listing if !self.store.is_complete() => Outcome::Waiting,
             State::Listing | State::Unknown => self.resync(),
             State::Synced => self.update(),
-        }
+        };
+        services.and(policies)
     }
 
     /// Takes over events without writing anything: for while a retry is due, because each attempt
@@ -195,8 +266,11 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
                 Some(Kind::Service) => services += 1,
                 Some(Kind::EndpointSlice) => endpoints += 1,
                 Some(Kind::Node | Kind::ServiceCidr) | None => {}
+                Some(Kind::Pod | Kind::Namespace | Kind::NetworkPolicy) => {}
             }
-            self.store.apply(delivery.event, &mut changes);
+            if let Some(event) = self.take_policy_event(delivery) {
+                self.store.apply(event, &mut changes);
+            }
         }
         self.metrics.changes(services, endpoints);
         self.pending = (self.pending.0 + services, self.pending.1 + endpoints);
@@ -205,8 +279,11 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         for notice in changes.notices.drain(..) {
             self.report(notice);
         }
-        for name in &changes.services {
-            self.refused.remove(name);
+        // While lists are read the names of all services pile up here, over many calls.
+        if !self.refused.is_empty() {
+            for name in &changes.services {
+                self.refused.remove(name);
+            }
         }
         changes.triggered_at_ms.truncate(MOST_WAITING);
         self.changes = changes;
@@ -264,17 +341,20 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
                 checks.changed(name);
             }
         };
-        changes.services.iter().for_each(&mut set_plan);
         if changes.node {
             // Which endpoints are local is in every service's plan.
-            self.store
-                .services()
-                .for_each(|service| set_plan(&service.name));
+            let store = &self.store;
+            let gone = changes.services.iter();
+            gone.filter(|name| store.service(name).is_none())
+                .for_each(&mut set_plan);
+            store.services().for_each(|service| set_plan(&service.name));
             // NodePorts may answer on other addresses now.
             for plan in self.programmed.plans() {
                 let node_port = |front: &Front| matches!(front, Front::NodePort(..));
                 effects.flows.suspect(plan, node_port);
             }
+        } else {
+            changes.services.iter().for_each(set_plan);
         }
         effects
     }
@@ -328,8 +408,50 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
     }
 
     /// Compares with what the kernel holds after somebody else changed the tables, and puts back
-    /// what was changed. Returns whether anything was.
+    /// what was changed. Returns whether anything was. Reads nothing where nobody else can have
+    /// changed anything since the last time.
     pub fn heal(&mut self) -> (Outcome, bool) {
+        let now = self.kernel.generation().ok();
+        if self.vouches_for(now) && self.is_synced() {
+            return (Outcome::Synced, false);
+        }
+        self.vouched = now;
+        let (policies, policies_changed) = self.heal_policies();
+        let (services, services_changed) = self.heal_services();
+        let changed = policies_changed || services_changed;
+        (services.and(policies), changed)
+    }
+
+    /// Whether nobody else has written since the kernel was compared.
+    fn is_vouched_for(&mut self) -> bool {
+        let now = self.kernel.generation().ok();
+        self.vouches_for(now)
+    }
+
+    fn vouches_for(&self, generation: Option<u32>) -> bool {
+        generation.is_some() && generation == self.vouched
+    }
+
+    /// Whether what was written is known to be in force, as far as something was to be written.
+    fn is_synced(&self) -> bool {
+        let policies = self.policies.as_ref();
+        self.state == State::Synced && policies.is_none_or(|p| p.state != State::Unknown)
+    }
+
+    /// Whether somebody else wrote to the kernel while the monitor was kept from hearing it; tells
+    /// so once.
+    pub fn take_doubt(&mut self) -> bool {
+        std::mem::take(&mut self.doubtful)
+    }
+
+    /// Notes the generation before the kernel is read for the first time.
+    fn vouch(&mut self) {
+        if self.vouched.is_none() {
+            self.vouched = self.kernel.generation().ok();
+        }
+    }
+
+    fn heal_services(&mut self) -> (Outcome, bool) {
         if self.state != State::Synced {
             // What is about to be written compares anyway.
             return (self.resync(), true);
@@ -338,17 +460,8 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         match self.attempt() {
             Ok(0) => (Outcome::Synced, false),
             Ok(operations) => {
-                self.metrics.healed(operations);
                 self.metrics.sync(true, started.elapsed());
-                self.report(Notice {
-                    subject: Subject::Other(format!("table {TABLE}").into()),
-                    reason: Reason::ForeignChange,
-                    message: format!(
-                        "somebody else changed it; {operations} operations put it back within \
-                         {:.1?} (find out who: nft monitor)",
-                        started.elapsed()
-                    ),
-                });
+                self.report_healing(TABLE, operations, started.elapsed());
                 (Outcome::Synced, true)
             }
             Err(error) => {
@@ -360,8 +473,22 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         }
     }
 
+    fn report_healing(&mut self, table: &str, operations: usize, took: Duration) {
+        self.metrics.healed(operations);
+        self.healed = self.healed.wrapping_add(operations);
+        self.report(Notice {
+            subject: Subject::Other(format!("table {table}").into()),
+            reason: Reason::ForeignChange,
+            message: format!(
+                "somebody else changed it; {operations} operations put it back within {took:.1?} \
+                 (find out who: nft monitor)"
+            ),
+        });
+    }
+
     /// Reads, compares, writes; returns the number of operations it took.
     fn attempt(&mut self) -> Result<usize, netlink::Error> {
+        self.vouch();
         let wanted = self.programmed.ruleset();
         let actual = self.kernel.read(&[TABLE], &wanted)?;
         let transaction = diff(&actual, wanted);
@@ -403,6 +530,9 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         for step in transaction.into_steps() {
             let started = Instant::now();
             let applied = self.kernel.apply(&step)?;
+            self.writes += 1;
+            self.vouched = self.vouched.map(|generation| generation.wrapping_add(1));
+            self.doubtful |= applied.unheard && self.kernel.generation().ok() != self.vouched;
             tracing::debug!(
                 operations = step.ops.len(),
                 elements = applied.elements,
@@ -477,8 +607,14 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         self.pending = (0, 0);
         self.metrics.pending(0, 0);
         self.clean_flows();
-        for at in self.waiting.drain(..) {
-            self.metrics.programmed(at.elapsed());
+        if !self
+            .policies
+            .as_ref()
+            .is_some_and(|p| p.state == State::Unknown)
+        {
+            for at in self.waiting.drain(..) {
+                self.metrics.programmed(at.elapsed());
+            }
         }
         for triggered in &changes.triggered_at_ms {
             if let Some(since) = milliseconds_since(*triggered) {
@@ -489,11 +625,15 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         for notice in checks.map_or_else(Vec::new, |c| c.publish(&self.store, &self.refused)) {
             self.report(notice);
         }
-        for kind in Kind::ALL {
-            self.metrics.objects(kind.as_str(), self.store.count(kind));
+        for kind in Kind::SERVICES {
+            let of_policies = self.policies.as_ref().map_or(0, |p| p.engine.count(kind));
+            let count = self.store.count(kind) + of_policies;
+            self.metrics.objects(kind.as_str(), count);
         }
         self.metrics.refused(self.refused.len());
         self.metrics.chains(self.programmed.chains());
+        let no_local = self.programmed.no_local_endpoints();
+        self.metrics.no_local_endpoints(no_local);
         let unused = self.programmed.has_unused_chains();
         self.unused_since = match self.unused_since {
             Some(since) if unused => Some(since),

@@ -6,6 +6,7 @@
 
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 
 use super::affinity::Remembered;
 use super::conntrack::Work;
@@ -16,16 +17,22 @@ use crate::model::{Family, ObjectName, Store};
 use crate::ruleset::{Element, Key, Name, Op, Ruleset, Table, TableId, Transaction, diff};
 
 /// The rules in force.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Programmed {
     settings: Settings,
     skeletons: BTreeMap<Family, Table>,
-    plans: HashMap<ObjectName, ServicePlan>,
+    /// Shared with copies, which cost little then.
+    plans: HashMap<ObjectName, Arc<ServicePlan>>,
     /// How many services ask for an element.
     shared: HashMap<(Family, ServiceSet, Key), u32>,
     /// How many frontends use a chain. Chains in the kernel stay here when nobody uses them.
     chains: BTreeMap<(Family, SharedChain), u32>,
+    no_local_endpoints: NoLocalEndpoints,
 }
+
+/// How many services drop traffic because they have endpoints, but none on this node: for each
+/// family by the internal and by the external policy.
+pub type NoLocalEndpoints = [[usize; 2]; 2];
 
 /// The operations that a batch of changes amounts to.
 #[derive(Debug, Default)]
@@ -63,12 +70,12 @@ impl Programmed {
 
     /// The plan in force for a service.
     pub fn plan(&self, service: &ObjectName) -> Option<&ServicePlan> {
-        self.plans.get(service)
+        self.plans.get(service).map(|plan| &**plan)
     }
 
     /// All plans in force.
     pub fn plans(&self) -> impl Iterator<Item = &ServicePlan> {
-        self.plans.values()
+        self.plans.values().map(|plan| &**plan)
     }
 
     /// The number of shared chains in the kernel.
@@ -105,18 +112,20 @@ impl Programmed {
         mut draft: Option<&mut Draft>,
     ) {
         let old = self.plans.remove(service);
-        if old != new {
-            effects.flows.change(old.as_ref(), new.as_ref());
-            effects.remembered.replace(old.as_ref(), new.as_ref());
+        let (before, after) = (old.as_deref(), new.as_ref());
+        if before != after {
+            effects.flows.change(before, after);
+            effects.remembered.replace(before, after);
             for family in Family::ALL {
                 let table = draft
                     .as_deref_mut()
                     .map(|draft| draft.tables.entry(family).or_default());
-                self.replace(family, old.as_ref(), new.as_ref(), table);
+                self.replace(family, before, after, table);
             }
+            self.count_no_local(before, after);
         }
         if let Some(new) = new {
-            self.plans.insert(service.clone(), new);
+            self.plans.insert(service.clone(), Arc::new(new));
         }
     }
 
@@ -137,6 +146,23 @@ impl Programmed {
             };
             draft.replace(elements(old), elements(new));
         }
+    }
+
+    fn count_no_local(&mut self, old: Option<&ServicePlan>, new: Option<&ServicePlan>) {
+        let of = |plan: Option<&ServicePlan>, family| {
+            plan.map_or([false; 2], |plan| plan.no_local_endpoints(family))
+        };
+        for (counts, family) in self.no_local_endpoints.iter_mut().zip(Family::ALL) {
+            let change = of(old, family).into_iter().zip(of(new, family));
+            for (count, (before, now)) in counts.iter_mut().zip(change) {
+                *count = (*count + usize::from(now)).saturating_sub(usize::from(before));
+            }
+        }
+    }
+
+    /// How many services have endpoints, but none where a policy Local wants them.
+    pub fn no_local_endpoints(&self) -> NoLocalEndpoints {
+        self.no_local_endpoints
     }
 
     fn count_chains(

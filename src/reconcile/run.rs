@@ -6,7 +6,8 @@ use std::time::Duration;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until};
 
-use super::{Kernel, Outcome, Reconciler};
+use super::questions::{self, Question};
+use super::{Audits, Kernel, Outcome, Reconciler, Step, Verdict};
 use crate::health::Health;
 use crate::model::Delivery;
 
@@ -34,8 +35,12 @@ pub struct Signals {
     pub once: bool,
     /// Told when somebody else changed the tables.
     pub foreign: Arc<Notify>,
-    /// Told when the first rules are in force.
-    pub ready: Option<oneshot::Sender<()>>,
+    /// Compares the kernel with what is wanted every so often.
+    pub audits: Option<Audits>,
+    /// All told when the first rules are in force.
+    pub ready: Vec<oneshot::Sender<()>>,
+    /// What others ask the policies.
+    pub questions: Option<mpsc::Receiver<Question>>,
 }
 
 /// Why the task ended.
@@ -72,6 +77,12 @@ pub async fn run<K: Kernel>(
         let outcome = tokio::select! {
             biased;
             _ = signals.stop.wait_for(|stop| *stop) => return Exit::Stopped,
+            // Before the events, or those of a busy cluster would let nobody ask. Whoever asks
+            // waits for the answer, so that events come to their turn.
+            Some(question) = questions::next(&mut signals.questions) => {
+                reconciler.answer(question);
+                continue;
+            }
             received = events.recv_many(&mut batch, BATCH), if open => {
                 if received == 0 {
                     open = false;
@@ -88,7 +99,7 @@ pub async fn run<K: Kernel>(
                 reconciler.handle(batch.drain(..))
             }
             () = sleep_until(retry_at.unwrap_or_else(Instant::now)), if retry_at.is_some() => {
-                reconciler.resync()
+                reconciler.handle([])
             }
             () = sleep_until(sweep.unwrap_or_else(Instant::now)), if sweep.is_some() => {
                 sweep = None;
@@ -104,9 +115,21 @@ pub async fn run<K: Kernel>(
                 healing.done(changed, started.elapsed());
                 outcome
             }
+            step = next_step(&mut signals.audits), if ready => {
+                let Some(audits) = &mut signals.audits else { continue };
+                match step {
+                    Step::Begin => reconciler.audit(audits),
+                    Step::Judge(finding) => {
+                        if reconciler.judge(audits, finding) == Verdict::Different {
+                            healing.due.get_or_insert(healing.allowed);
+                        }
+                    }
+                }
+                continue;
+            }
             () = sleep_until(patience), if !ready => {
                 patience += PATIENCE;
-                let missing = reconciler.store().missing();
+                let missing = reconciler.missing();
                 if !missing.is_empty() {
                     let kinds: Vec<_> = missing.iter().map(|kind| kind.as_str()).collect();
                     tracing::info!("waiting for the complete list of {}", kinds.join(", "));
@@ -130,14 +153,17 @@ pub async fn run<K: Kernel>(
                     .is_some_and(|node| node.going_away);
                 health.node_going_away(going);
                 if !std::mem::replace(&mut ready, true) {
-                    if let Some(told) = signals.ready.take() {
+                    for told in signals.ready.drain(..) {
                         // Nobody may be waiting for it.
                         let _ = told.send(());
                     }
                     tracing::info!("the rules are in place");
                 }
-                if signals.once {
+                if signals.once && reconciler.policies_ready() {
                     return Exit::Programmed;
+                }
+                if reconciler.take_doubt() {
+                    healing.due.get_or_insert(healing.allowed);
                 }
                 sweep = reconciler
                     .unused_chains_due()
@@ -153,6 +179,14 @@ pub async fn run<K: Kernel>(
         if !open && retry.is_none() {
             return Exit::SourcesGone;
         }
+    }
+}
+
+/// Waits for the next step of an audit; for ever where there are none.
+async fn next_step(audits: &mut Option<Audits>) -> Step {
+    match audits {
+        Some(audits) => audits.next().await,
+        None => std::future::pending().await,
     }
 }
 
@@ -201,7 +235,7 @@ impl Healing {
 }
 
 /// Between three quarters and all of a duration, so that nodes do not retry in step.
-fn jittered(wait: Duration) -> Duration {
+pub(super) fn jittered(wait: Duration) -> Duration {
     let nanos = std::time::SystemTime::now()
         .duration_since(std::time::UNIX_EPOCH)
         .map_or(0, |now| now.subsec_nanos());

@@ -25,6 +25,8 @@ use crate::netlink::{Applied, Error};
 use crate::ruleset::{Element, Key, Name, Op, TableId, simulate};
 
 mod flows;
+mod large;
+mod questions;
 
 /// A kernel in memory. Clones share it, so that tests can look and meddle.
 #[derive(Clone, Default)]
@@ -37,15 +39,30 @@ struct FakeState {
     reads: usize,
     /// Transactions to fail before the next one succeeds.
     failures: usize,
+    /// Transactions to take before all later ones fail.
+    most: Option<usize>,
     /// The kernel does not want elements with this key.
     unwanted: Option<Key>,
+    generation: u32,
+    /// Nobody hears of others' changes during a write, and somebody makes one.
+    unheard: bool,
+}
+
+impl Fake {
+    /// Changes something as somebody else.
+    fn meddle(&self, change: impl FnOnce(&mut Ruleset)) {
+        let mut state = self.0.borrow_mut();
+        change(&mut state.ruleset);
+        state.generation += 1;
+    }
 }
 
 impl Kernel for Fake {
     fn apply(&mut self, transaction: &Transaction) -> Result<Applied, Error> {
         let mut state = self.0.borrow_mut();
-        if state.failures > 0 {
-            state.failures -= 1;
+        let too_many = state.most.is_some_and(|most| state.applied.len() >= most);
+        if state.failures > 0 || too_many {
+            state.failures = state.failures.saturating_sub(1);
             return Err(Error::Send {
                 what: "a transaction",
                 bytes: 0,
@@ -71,13 +88,20 @@ impl Kernel for Fake {
             return Err(refused(place.unwrap_or(Place::Transaction), libc::ENOENT));
         }
         state.applied.push(transaction.clone());
-        Ok(Applied::default())
+        state.generation += 1 + u32::from(state.unheard);
+        Ok(Applied {
+            unheard: state.unheard,
+            ..Applied::default()
+        })
     }
 
-    fn read(&mut self, _: &[&str], _: &Ruleset) -> Result<Ruleset, Error> {
+    fn read(&mut self, names: &[&str], _: &Ruleset) -> Result<Ruleset, Error> {
         let mut state = self.0.borrow_mut();
         state.reads += 1;
         let mut ruleset = state.ruleset.clone();
+        ruleset
+            .tables
+            .retain(|id, _| names.contains(&id.name.as_str()));
         for table in ruleset.tables.values_mut() {
             // As from the kernel: what packets add is left out.
             if let Some(set) = table.sets.get_mut(AFFINITY) {
@@ -92,6 +116,10 @@ impl Kernel for Fake {
         let table = state.ruleset.tables.get(table);
         let set = table.and_then(|table| table.sets.get(set));
         Ok(set.map(|set| set.elements.clone()).unwrap_or_default())
+    }
+
+    fn generation(&mut self) -> Result<u32, Error> {
+        Ok(self.0.borrow().generation)
     }
 }
 
@@ -211,9 +239,9 @@ fn delete(kind: Kind, name: &str) -> Event {
 
 /// The events of complete lists that hold the given objects.
 fn lists(objects: Vec<Object>) -> Vec<Event> {
-    let mut events: Vec<_> = Kind::ALL.map(Event::ListStarted).into();
+    let mut events: Vec<_> = Kind::SERVICES.map(Event::ListStarted).into();
     events.extend(objects.into_iter().map(Event::Apply));
-    events.extend(Kind::ALL.map(Event::ListComplete));
+    events.extend(Kind::SERVICES.map(Event::ListComplete));
     events
 }
 
@@ -544,6 +572,141 @@ fn after_a_failure_the_kernel_is_read_and_repaired() {
 }
 
 #[test]
+fn healing_reads_nothing_unless_somebody_else_wrote() {
+    let bench = Bench::new();
+    let mut reconciler = bench.reconciler();
+    let web = service("web", &["10.96.0.10"], &[80]);
+    handle(&mut reconciler, lists(vec![web.clone().into()]));
+    let reads = || bench.kernel.0.borrow().reads;
+    let before = reads();
+    assert_eq!(reconciler.heal(), (Outcome::Synced, false));
+    // Writes of one's own are nobody else's.
+    let endpoints = slice("web-1", &web, Family::V4, &[1, 2]);
+    handle(&mut reconciler, vec![put(endpoints)]);
+    assert_eq!(reconciler.heal(), (Outcome::Synced, false));
+    assert_eq!(reads(), before);
+    bench.kernel.meddle(|ruleset| ruleset.tables.clear());
+    assert_eq!(reconciler.heal(), (Outcome::Synced, true));
+    assert_eq!(reads(), before + 1);
+    bench.assert_as_wanted(&reconciler);
+    assert_eq!(reconciler.heal(), (Outcome::Synced, false));
+    // Somebody who minds their own tables.
+    bench.kernel.meddle(|_| {});
+    assert_eq!(reconciler.heal(), (Outcome::Synced, false));
+    assert_eq!(reads(), before + 2);
+    assert_eq!(reconciler.heal(), (Outcome::Synced, false));
+    assert_eq!(reads(), before + 2);
+}
+
+#[test]
+fn a_change_during_a_write_that_nobody_heard_is_looked_for() {
+    let bench = Bench::new();
+    let mut reconciler = bench.reconciler();
+    let web = service("web", &["10.96.0.10"], &[80]);
+    handle(&mut reconciler, lists(vec![web.clone().into()]));
+    assert!(!reconciler.take_doubt());
+    bench.kernel.0.borrow_mut().unheard = true;
+    let endpoints = slice("web-1", &web, Family::V4, &[1, 2]);
+    handle(&mut reconciler, vec![put(endpoints)]);
+    assert!(reconciler.take_doubt());
+    assert!(!reconciler.take_doubt());
+    let reads = bench.kernel.0.borrow().reads;
+    reconciler.heal();
+    assert_eq!(bench.kernel.0.borrow().reads, reads + 1);
+}
+
+#[test]
+fn a_difference_that_an_audit_finds_is_read_although_nobody_wrote() {
+    let bench = Bench::new();
+    let mut reconciler = bench.reconciler();
+    assert!(reconciler.snapshot().is_none(), "nothing is in force yet");
+    let web = service("web", &["10.96.0.10"], &[80]);
+    handle(&mut reconciler, lists(vec![web.into()]));
+    let snapshot = reconciler.snapshot().expect("it is in force");
+    let compare = |snapshot| audit::compare(&mut bench.kernel.clone(), snapshot).unwrap();
+    assert!(compare(snapshot).is_empty());
+    // What changes without a trace in the generation.
+    let id = table_id(Family::V4);
+    let frontends = ServiceSet::Frontends.name();
+    let forget = |ruleset: &mut Ruleset| {
+        let table = ruleset.tables.get_mut(&id).unwrap();
+        table.sets.get_mut(&frontends).unwrap().elements.clear();
+    };
+    forget(&mut bench.kernel.0.borrow_mut().ruleset);
+    let difference = compare(reconciler.snapshot().unwrap());
+    assert_eq!(difference.len(), 1);
+    assert_eq!(reconciler.heal(), (Outcome::Synced, false));
+    reconciler.vouched = None;
+    assert_eq!(reconciler.heal(), (Outcome::Synced, true));
+    bench.assert_as_wanted(&reconciler);
+}
+
+#[test]
+fn under_constant_changes_an_audit_reads_only_after_others_wrote() {
+    let bench = Bench::new();
+    let mut reconciler = bench.reconciler();
+    let web = service("web", &["10.96.0.10"], &[80]);
+    handle(&mut reconciler, lists(vec![web.clone().into()]));
+    let (snapshots, received) = std::sync::mpsc::sync_channel(1);
+    let (_found, findings) = mpsc::channel(1);
+    let mut audits = Audits::new(AUDIT_EVERY, snapshots, findings);
+    let mut audit_under_changes = || {
+        for endpoint in 1..=100 {
+            let change = slice("web-1", &web, Family::V4, &[endpoint]);
+            handle(&mut reconciler, vec![put(change)]);
+            reconciler.audit(&mut audits);
+        }
+        received.try_recv().is_ok()
+    };
+    assert!(!audit_under_changes());
+    let told = bench.metrics.encode();
+    assert!(
+        told.contains("nftlet_audits_total{result=\"same\"} 1"),
+        "{told}"
+    );
+    bench.kernel.meddle(|_| {});
+    assert!(audit_under_changes());
+}
+
+#[test]
+fn services_without_local_endpoints_are_counted_by_policy() {
+    let bench = Bench::new();
+    let mut reconciler = bench.reconciler();
+    let mut web = service("web", &["10.96.0.10"], &[80, 443]);
+    web.external_ips = vec!["198.51.100.7".parse().unwrap()];
+    web.external_policy = TrafficPolicy::Local;
+    let mut dns = service("dns", &["10.96.0.11"], &[53]);
+    dns.internal_policy = TrafficPolicy::Local;
+    let expect = |internal: usize, external: usize| {
+        let text = bench.metrics.encode();
+        for (policy, count) in [("internal", internal), ("external", external)] {
+            let line = format!(
+                "kubeproxy_sync_proxy_rules_no_local_endpoints_total{{ip_family=\"IPv4\",traffic_policy=\"{policy}\"}} {count}\n"
+            );
+            assert!(text.contains(&line), "{line}{text}");
+        }
+    };
+    let mut objects: Vec<Object> = vec![node().into(), web.clone().into(), dns.clone().into()];
+    handle(&mut reconciler, lists(objects.clone()));
+    // Without any endpoint they are refused like all others.
+    expect(0, 0);
+    // Odd ones are on another node.
+    objects.push(slice("web-1", &web, Family::V4, &[1, 3]).into());
+    objects.push(slice("dns-1", &dns, Family::V4, &[1]).into());
+    handle(&mut reconciler, objects.into_iter().map(put).collect());
+    expect(1, 1);
+    let local = slice("web-1", &web, Family::V4, &[1, 2]);
+    handle(&mut reconciler, vec![put(local)]);
+    expect(1, 0);
+    dns.internal_policy = TrafficPolicy::Cluster;
+    handle(&mut reconciler, vec![put(dns)]);
+    expect(0, 0);
+    handle(&mut reconciler, vec![delete(Kind::EndpointSlice, "web-1")]);
+    handle(&mut reconciler, vec![delete(Kind::Service, "web")]);
+    expect(0, 0);
+}
+
+#[test]
 fn while_a_retry_is_due_events_are_taken_over_without_touching_the_kernel() {
     let bench = Bench::new();
     let mut reconciler = bench.reconciler();
@@ -598,7 +761,9 @@ async fn a_cluster_that_does_not_tell_all_is_no_reason_to_restart() {
         stop: stopped,
         once: false,
         foreign: std::sync::Arc::default(),
-        ready: None,
+        audits: None,
+        ready: Vec::new(),
+        questions: None,
     };
     let test = async {
         let web = service("web", &["10.96.0.10"], &[80]);

@@ -24,6 +24,8 @@ pub enum FieldType {
     Mark,
     /// `ifname`, sixteen bytes padded with zeros.
     IfName,
+    /// `icmpv6_type`, one byte.
+    Icmp6Type,
 }
 
 impl FieldType {
@@ -32,7 +34,7 @@ impl FieldType {
         match self {
             FieldType::Ipv4Addr | FieldType::Integer | FieldType::Mark => 4,
             FieldType::Ipv6Addr | FieldType::IfName => 16,
-            FieldType::InetProto => 1,
+            FieldType::InetProto | FieldType::Icmp6Type => 1,
             FieldType::InetService => 2,
         }
     }
@@ -52,6 +54,7 @@ impl FieldType {
             FieldType::Integer => "integer",
             FieldType::Mark => "mark",
             FieldType::IfName => "ifname",
+            FieldType::Icmp6Type => "icmpv6_type",
         }
     }
 
@@ -144,6 +147,11 @@ impl KeyBuilder {
         self.field(&[number])
     }
 
+    /// Appends the type of an ICMPv6 message.
+    pub fn icmp6_type(self, number: u8) -> Self {
+        self.field(&[number])
+    }
+
     /// Appends a port.
     pub fn port(self, port: u16) -> Self {
         self.field(&port.to_be_bytes())
@@ -203,12 +211,7 @@ fn print_field(field: FieldType, value: &[u8]) -> String {
         FieldType::Ipv6Addr => <[u8; 16]>::try_from(value)
             .map(|octets| Ipv6Addr::from(octets).to_string())
             .unwrap_or_default(),
-        FieldType::InetProto => match value.first().copied().unwrap_or_default() {
-            6 => "tcp".into(),
-            17 => "udp".into(),
-            132 => "sctp".into(),
-            other => other.to_string(),
-        },
+        FieldType::InetProto => protocol(value.first().copied().unwrap_or_default()),
         FieldType::InetService => <[u8; 2]>::try_from(value)
             .map(|bytes| u16::from_be_bytes(bytes).to_string())
             .unwrap_or_default(),
@@ -223,7 +226,43 @@ fn print_field(field: FieldType, value: &[u8]) -> String {
             let name = value.get(..end).unwrap_or_default();
             format!("{:?}", String::from_utf8_lossy(name))
         }
+        FieldType::Icmp6Type => icmp6_type(value.first().copied().unwrap_or_default()),
     }
+}
+
+/// The name of an IP protocol, where nft has one that nftlet needs, or its number.
+pub(super) fn protocol(number: u8) -> String {
+    match number {
+        1 => "icmp".into(),
+        6 => "tcp".into(),
+        17 => "udp".into(),
+        58 => "ipv6-icmp".into(),
+        132 => "sctp".into(),
+        other => other.to_string(),
+    }
+}
+
+/// The name of a type of ICMPv6 message, where nft has one, or its number.
+fn icmp6_type(number: u8) -> String {
+    let name = match number {
+        1 => "destination-unreachable",
+        2 => "packet-too-big",
+        3 => "time-exceeded",
+        4 => "parameter-problem",
+        128 => "echo-request",
+        129 => "echo-reply",
+        130 => "mld-listener-query",
+        131 => "mld-listener-report",
+        132 => "mld-listener-done",
+        133 => "nd-router-solicit",
+        134 => "nd-router-advert",
+        135 => "nd-neighbor-solicit",
+        136 => "nd-neighbor-advert",
+        137 => "nd-redirect",
+        143 => "mld2-listener-report",
+        other => return other.to_string(),
+    };
+    name.into()
 }
 
 #[cfg(test)]

@@ -3,7 +3,8 @@
 //! A [`Ruleset`] is what a set of tables should contain: chains with their rules, and sets, maps
 //! and verdict maps with their elements. Nothing here touches the kernel or knows Kubernetes.
 //!
-//! * [`diff()`] compares two rulesets and gives the [`Transaction`] that turns one into the other.
+//! * [`diff()`] compares two rulesets and gives the [`Transaction`] that turns one into the other;
+//!   [`Transaction::into_steps`] cuts it where one atomic step would not do.
 //! * [`text::render`] prints a ruleset in the syntax of `nft -f`.
 //! * `netlink` encodes the very same values for the kernel. Renderer and encoder match the same
 //!   enums exhaustively, so a construct cannot exist in one and be missing in the other.
@@ -22,6 +23,7 @@ mod rule;
 mod selector;
 #[cfg(test)]
 pub(crate) mod simulate;
+mod steps;
 mod table;
 #[cfg(test)]
 mod tests;
@@ -31,7 +33,9 @@ mod transaction;
 pub use diff::{diff, diff_elements};
 pub use interval::{merge as merge_intervals, network as interval_of};
 pub use key::{Data, FieldType, Key, KeyBuilder, KeyFields};
-pub use rule::{Comparison, CtState, CtStatus, Operand, RejectWith, Rule, Statement, Verdict};
+pub use rule::{
+    Comparison, CtState, CtStates, CtStatus, Operand, RejectWith, Rule, Statement, Verdict,
+};
 pub use selector::Selector;
 pub use table::{
     BaseChain, Chain, ChainKind, Declaration, Element, Family, Hook, Name, Ruleset, Set, SetKind,

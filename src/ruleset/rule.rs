@@ -52,6 +52,9 @@ pub enum Operand {
     Protocol(u8),
     /// A port, for the port selectors.
     Port(u16),
+    /// A range of ports from the first to the last, for the port selectors. The last is not
+    /// below the first.
+    Ports(u16, u16),
     /// An interface name, for the interface selectors.
     Interface(Arc<str>),
     /// The beginning of an interface name (`veth*`).
@@ -61,14 +64,51 @@ pub enum Operand {
 /// The conntrack states nftlet matches (`ct state`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum CtState {
-    /// The first packet of a connection.
-    New,
+    /// A packet that belongs to nothing.
+    Invalid,
     /// A packet of a known connection.
     Established,
     /// A packet that a known connection caused, such as an ICMP error.
     Related,
-    /// A packet that belongs to nothing.
-    Invalid,
+    /// The first packet of a connection.
+    New,
+}
+
+impl CtState {
+    const ALL: [CtState; 4] = [
+        CtState::Invalid,
+        CtState::Established,
+        CtState::Related,
+        CtState::New,
+    ];
+
+    fn bit(self) -> u8 {
+        1 << self as u8
+    }
+}
+
+/// A set of conntrack states.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct CtStates(u8);
+
+impl CtStates {
+    /// The states, in the order in which nft lists them.
+    pub fn iter(self) -> impl Iterator<Item = CtState> {
+        let states = CtState::ALL.into_iter();
+        states.filter(move |state| self.0 & state.bit() != 0)
+    }
+}
+
+impl From<CtState> for CtStates {
+    fn from(state: CtState) -> Self {
+        Self(state.bit())
+    }
+}
+
+impl<const N: usize> From<[CtState; N]> for CtStates {
+    fn from(states: [CtState; N]) -> Self {
+        Self(states.iter().fold(0, |bits, state| bits | state.bit()))
+    }
 }
 
 /// The conntrack status bits nftlet matches (`ct status`).
@@ -121,10 +161,31 @@ pub enum Statement {
     Match(Selector, Comparison, Operand),
     /// Continue if all these bits of `meta mark` are set, or if they are not all set.
     MarkBits(Comparison, u32),
-    /// Continue if the packet's connection is in the state.
-    CtState(CtState),
+    /// Continue if the packet's connection is in one of the states, of which there is at least
+    /// one.
+    CtState(CtStates),
     /// Continue if the connection has the status.
     CtStatus(CtStatus),
+    /// Continue if a TCP segment does not open a connection: of the flags FIN, SYN, RST and ACK it
+    /// has others than SYN alone. The rule must have matched the protocol before.
+    TcpNotOpening,
+    /// Continue for so many packets, and for none beyond them (`limit rate`). All packets that
+    /// reach the rule share the limit.
+    Limit {
+        /// Packets a second on the long run, at least 1.
+        per_second: u32,
+        /// Packets that may come at once after a pause, at least 1.
+        burst: u32,
+    },
+    /// Hand a copy of the packet to whoever listens to an NFLOG group, and continue.
+    Log {
+        /// What the listener gets with the packet; [`Statement::log`] makes it fit.
+        prefix: Arc<str>,
+        /// The group.
+        group: u16,
+        /// How many bytes of the packet are copied, from its network header on; 0 for all.
+        snaplen: u32,
+    },
     /// Continue if the destination is an address of this host (`fib daddr type local`).
     DestinationIsLocal,
     /// Continue if the source is an address of this host (`fib saddr type local`).
@@ -162,4 +223,38 @@ pub enum Statement {
     /// Something found in the kernel that nftlet did not write, in libnftnl's notation. It is
     /// compared and printed, never written.
     Foreign(Arc<str>),
+}
+
+impl Statement {
+    /// [`Statement::Log`] with a prefix made of a text: nft has no escapes inside a quoted string
+    /// and takes `$` for a variable, and the kernel keeps at most 127 bytes.
+    pub fn log(prefix: &str, group: u16, snaplen: u32) -> Self {
+        Statement::Log {
+            prefix: clean_comment(&prefix.replace('$', "?")),
+            group,
+            snaplen,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn states_are_a_set() {
+        let states = CtStates::from([CtState::New, CtState::Established, CtState::New]);
+        let listed: Vec<_> = states.iter().collect();
+        assert_eq!(listed, [CtState::Established, CtState::New]);
+        assert_eq!(states, [CtState::Established, CtState::New].into());
+        assert_ne!(states, CtState::New.into());
+    }
+
+    #[test]
+    fn a_log_prefix_is_what_nft_can_read() {
+        let Statement::Log { prefix, .. } = Statement::log("\"a\" $b", 1, 0) else {
+            panic!("not a log statement");
+        };
+        assert_eq!(&*prefix, "?a? ?b");
+    }
 }

@@ -40,6 +40,9 @@ pub enum Selector {
     /// `ct original proto-dst`: the destination port before DNAT. nft accepts it only in a rule
     /// that has matched `meta l4proto` before.
     OriginalDestinationPort,
+    /// `icmpv6 type`. nft accepts it only in a rule that has matched `meta l4proto ipv6-icmp`
+    /// before.
+    Icmp6Type,
 }
 
 impl Selector {
@@ -59,6 +62,7 @@ impl Selector {
             Selector::RandomIndex { .. } | Selector::SourceHash { .. } => FieldType::Integer,
             Selector::Mark => FieldType::Mark,
             Selector::InputInterface | Selector::OutputInterface => FieldType::IfName,
+            Selector::Icmp6Type => FieldType::Icmp6Type,
         }
     }
 
@@ -78,6 +82,7 @@ impl Selector {
             Selector::OutputInterface => "oifname".into(),
             Selector::OriginalDestinationAddress => format!("ct original {ip} daddr"),
             Selector::OriginalDestinationPort => "ct original proto-dst".into(),
+            Selector::Icmp6Type => "icmpv6 type".into(),
         }
     }
 }

@@ -128,11 +128,26 @@ fn reads(statement: &Statement) -> Option<&Name> {
         | Statement::VerdictMap(_, set)
         | Statement::DnatByMap(_, set) => Some(set),
         Statement::UpdateMap { map, .. } => Some(map),
-        _ => None,
+        Statement::Match(..)
+        | Statement::MarkBits(..)
+        | Statement::CtState(_)
+        | Statement::CtStatus(_)
+        | Statement::TcpNotOpening
+        | Statement::Limit { .. }
+        | Statement::Log { .. }
+        | Statement::DestinationIsLocal
+        | Statement::SourceIsLocal
+        | Statement::SetMarkBits(_)
+        | Statement::FlipMarkBits(_)
+        | Statement::Masquerade
+        | Statement::Reject(_)
+        | Statement::Counter
+        | Statement::Verdict(_)
+        | Statement::Foreign(_) => None,
     }
 }
 
-/// Every chain that something leads to must exist when a transaction ends.
+/// Every chain that something leads to must exist when a transaction ends, and be no base chain.
 fn check_targets(table: &Table) -> Result<(), String> {
     let from_rules = table
         .chains
@@ -152,8 +167,14 @@ fn check_targets(table: &Table) -> Result<(), String> {
             _ => None,
         });
     let mut targets = from_rules.chain(from_elements);
-    match targets.find(|name| !table.chains.contains_key(*name)) {
-        Some(name) => Err(format!("chain {name} does not exist or is in use")),
+    let plain = |name: &Name| {
+        let chain = table.chains.get(name);
+        chain.is_some_and(|chain| chain.base.is_none())
+    };
+    match targets.find(|name| !plain(name)) {
+        Some(name) => Err(format!(
+            "chain {name} does not exist, is in use, or is a base chain"
+        )),
         None => Ok(()),
     }
 }

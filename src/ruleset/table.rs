@@ -180,6 +180,11 @@ pub struct Declaration {
     pub timeout: Option<Duration>,
     /// The greatest number of elements; the kernel wants it for sets with a timeout.
     pub size: Option<u32>,
+    /// Whether every element counts the packets and bytes that it matched. The counts are no part
+    /// of an element's value.
+    pub counter: bool,
+    /// A word for the person who reads the ruleset; [`Declaration::comment`] makes it fit.
+    pub comment: Option<Arc<str>>,
 }
 
 impl Declaration {
@@ -191,7 +196,17 @@ impl Declaration {
             interval: false,
             timeout: None,
             size: None,
+            counter: false,
+            comment: None,
         }
+    }
+
+    /// The same declaration with a comment. A set that nft can declare by example only
+    /// (`typeof`) has little room for one: the kernel keeps 256 bytes for both.
+    #[must_use]
+    pub fn comment(mut self, comment: &str) -> Self {
+        self.comment = Some(clean_comment(comment));
+        self
     }
 
     /// The types of the key's fields.
@@ -260,7 +275,7 @@ pub(super) fn clean_comment(text: &str) -> Arc<str> {
 }
 
 /// An element of a set or map.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Element {
     /// The key, or the first key of an interval.
     pub key: Key,
@@ -308,7 +323,7 @@ impl Element {
 }
 
 /// The value of an element.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Value {
     /// A plain set has none.
     None,

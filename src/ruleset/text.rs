@@ -5,7 +5,7 @@
 
 use std::io::{self, Write};
 
-use super::key::{FieldType, Key};
+use super::key::{FieldType, Key, protocol};
 use super::rule::{Comparison, CtState, CtStatus, Operand, RejectWith, Rule, Statement, Verdict};
 use super::selector::{Selector, concatenation};
 use super::table::{
@@ -68,6 +68,12 @@ fn render_set(name: &str, set: &Set, family: Family, out: &mut impl Write) -> io
     if let Some(timeout) = declaration.timeout {
         writeln!(out, "\t\tflags dynamic,timeout")?;
         writeln!(out, "\t\ttimeout {}s", timeout.as_secs())?;
+    }
+    if declaration.counter {
+        writeln!(out, "\t\tcounter")?;
+    }
+    if let Some(comment) = &declaration.comment {
+        writeln!(out, "\t\tcomment \"{comment}\"")?;
     }
     let (key, data) = (
         declaration.key_types(family),
@@ -259,17 +265,24 @@ fn statement(statement: &Statement, family: Family) -> String {
         Statement::MarkBits(Comparison::IsNot, bits) => {
             format!("meta mark & {bits:#010x} != {bits:#010x}")
         }
-        Statement::CtState(state) => format!(
-            "ct state {}",
-            match state {
-                CtState::New => "new",
-                CtState::Established => "established",
-                CtState::Related => "related",
-                CtState::Invalid => "invalid",
-            }
-        ),
+        Statement::CtState(states) => {
+            let names: Vec<_> = states.iter().map(ct_state).collect();
+            format!("ct state {}", names.join(","))
+        }
         Statement::CtStatus(CtStatus::Dnat) => "ct status dnat".into(),
         Statement::CtStatus(CtStatus::Snat) => "ct status snat".into(),
+        Statement::TcpNotOpening => "tcp flags & (fin | syn | rst | ack) != syn".into(),
+        Statement::Limit { per_second, burst } => {
+            format!("limit rate {per_second}/second burst {burst} packets")
+        }
+        Statement::Log {
+            prefix,
+            group,
+            snaplen,
+        } => match snaplen {
+            0 => format!("log prefix \"{prefix}\" group {group}"),
+            _ => format!("log prefix \"{prefix}\" group {group} snaplen {snaplen}"),
+        },
         Statement::DestinationIsLocal => "fib daddr type local".into(),
         Statement::SourceIsLocal => "fib saddr type local".into(),
         Statement::InSet(key, comparison, set) => {
@@ -308,13 +321,20 @@ fn operand(operand: &Operand) -> String {
     match operand {
         Operand::Network(net) if net.prefix_len() == net.max_prefix_len() => net.addr().to_string(),
         Operand::Network(net) => net.trunc().to_string(),
-        Operand::Protocol(6) => "tcp".into(),
-        Operand::Protocol(17) => "udp".into(),
-        Operand::Protocol(132) => "sctp".into(),
-        Operand::Protocol(number) => number.to_string(),
+        Operand::Protocol(number) => protocol(*number),
         Operand::Port(port) => port.to_string(),
+        Operand::Ports(from, to) => format!("{from}-{to}"),
         Operand::Interface(name) => format!("\"{name}\""),
         Operand::InterfacePrefix(prefix) => format!("\"{prefix}*\""),
+    }
+}
+
+fn ct_state(state: CtState) -> &'static str {
+    match state {
+        CtState::Invalid => "invalid",
+        CtState::Established => "established",
+        CtState::Related => "related",
+        CtState::New => "new",
     }
 }
 

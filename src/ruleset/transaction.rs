@@ -1,6 +1,5 @@
 //! What is to be changed in the kernel, as an ordered list of operations.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::rule::Rule;
@@ -51,6 +50,22 @@ impl Op {
         }
     }
 
+    /// The chain or set that the operation changes; none where it changes a table.
+    pub fn name(&self) -> Option<&Name> {
+        match self {
+            Op::AddTable(_) | Op::DeleteTable(_) => None,
+            Op::AddSet(_, name, _)
+            | Op::DeleteSet(_, name)
+            | Op::AddChain(_, name, _)
+            | Op::FlushChain(_, name)
+            | Op::DeleteChain(_, name)
+            | Op::AddRule(_, name, _)
+            | Op::DeleteElements(_, name, ..)
+            | Op::AddElements(_, name, ..)
+            | Op::FlushSet(_, name) => Some(name),
+        }
+    }
+
     /// The number of set elements the operation names.
     pub fn elements(&self) -> usize {
         match self {
@@ -84,102 +99,5 @@ impl Transaction {
     /// The number of elements added and deleted.
     pub fn elements(&self) -> usize {
         self.ops.iter().map(Op::elements).sum()
-    }
-
-    /// The transaction as steps to apply one after the other, none of which is ever empty.
-    ///
-    /// A packet walks chains as they were when it entered the base chain, but finds elements as
-    /// they are. If one transaction brought a chain and the verdict element that leads to it,
-    /// such a packet could be led into a chain that has no rules for it yet. New chains of a
-    /// table in use therefore come in a step of their own, with the sets their rules read.
-    pub fn into_steps(self) -> Vec<Transaction> {
-        let made: BTreeSet<TableId> = self
-            .ops
-            .iter()
-            .filter_map(|op| match op {
-                Op::AddTable(table) => Some(table.clone()),
-                _ => None,
-            })
-            .collect();
-        // A chain that is deleted and made again in the same transaction is not new.
-        let mut remade: BTreeSet<(TableId, Name)> = BTreeSet::new();
-        let mut new: BTreeSet<(TableId, Name)> = BTreeSet::new();
-        for op in &self.ops {
-            match op {
-                Op::DeleteChain(table, name) => {
-                    remade.insert((table.clone(), name.clone()));
-                }
-                Op::AddChain(table, name, None) if !made.contains(table) => {
-                    new.insert((table.clone(), name.clone()));
-                }
-                _ => {}
-            }
-        }
-        new.retain(|chain| !remade.contains(chain));
-        let (first, second) = self.ops.into_iter().partition(|op| match op {
-            Op::AddSet(table, ..) => !made.contains(table) && !new.is_empty(),
-            Op::AddChain(table, name, _) | Op::AddRule(table, name, _) => {
-                new.contains(&(table.clone(), name.clone()))
-            }
-            _ => false,
-        });
-        [first, second]
-            .into_iter()
-            .map(|ops| Transaction { ops })
-            .filter(|step| !step.is_empty())
-            .collect()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::ruleset::{Family, Selector, SetKind, Statement, Verdict};
-
-    fn id() -> TableId {
-        TableId::new(Family::Ip, "t")
-    }
-
-    fn rule() -> Rule {
-        Rule::new([Statement::Verdict(Verdict::Drop)])
-    }
-
-    fn elements() -> Op {
-        let declaration = Declaration::new(SetKind::VerdictMap, [Selector::L4Protocol]);
-        Op::AddElements(id(), "m".into(), Arc::new(declaration), vec![])
-    }
-
-    #[test]
-    fn new_chains_of_a_table_in_use_come_first() {
-        let ops = vec![
-            Op::FlushChain(id(), "old".into()),
-            Op::AddChain(id(), "new".into(), None),
-            Op::AddRule(id(), "new".into(), rule()),
-            Op::AddRule(id(), "old".into(), rule()),
-            elements(),
-        ];
-        let steps = Transaction { ops }.into_steps();
-        assert_eq!(steps.len(), 2);
-        assert_eq!(
-            steps[0].ops,
-            [
-                Op::AddChain(id(), "new".into(), None),
-                Op::AddRule(id(), "new".into(), rule())
-            ]
-        );
-        assert_eq!(steps[1].ops.len(), 3);
-    }
-
-    #[test]
-    fn a_new_table_comes_in_one_step() {
-        let ops = vec![
-            Op::AddTable(id()),
-            Op::AddChain(id(), "new".into(), None),
-            Op::AddRule(id(), "new".into(), rule()),
-            elements(),
-        ];
-        let whole = Transaction { ops };
-        assert_eq!(whole.clone().into_steps(), [whole]);
-        assert!(Transaction::default().into_steps().is_empty());
     }
 }

@@ -7,7 +7,10 @@
 //! reading. Numbers are wide integers, so that a port out of range is a fault of that port,
 //! reported by [`convert`](super::convert), and not of the whole object.
 
+use std::collections::BTreeMap;
+
 use serde::Deserialize;
+use serde_json::Value;
 
 /// What every object has; read on its own when the rest of an object cannot be decoded.
 #[derive(Debug, Default, Deserialize)]
@@ -27,20 +30,23 @@ pub(super) struct HeadMeta {
     pub resource_version: Option<String>,
 }
 
-/// `metadata` of an object.
+/// `metadata` of an object; `L` says which labels are read.
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
-pub(super) struct Meta {
+pub(super) struct Meta<L = Labels> {
     pub name: Option<String>,
     pub namespace: Option<String>,
     pub resource_version: Option<String>,
     pub creation_timestamp: Option<String>,
     pub deletion_timestamp: Option<String>,
-    pub labels: Option<Labels>,
+    pub labels: Option<L>,
     pub annotations: Option<Annotations>,
 }
 
-/// The labels that mean something to nftlet.
+/// Every label, for objects that selectors look at.
+pub(super) type AllLabels = BTreeMap<String, Option<String>>;
+
+/// The labels that mean something to services.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct Labels {
@@ -232,4 +238,72 @@ pub(super) struct ServiceCidr {
 #[serde(default)]
 pub(super) struct ServiceCidrSpec {
     pub cidrs: Option<Vec<String>>,
+}
+
+/// core/v1 Pod.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct Pod {
+    pub metadata: Option<Meta<AllLabels>>,
+    pub spec: Option<PodSpec>,
+    pub status: Option<PodStatus>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct PodSpec {
+    pub node_name: Option<String>,
+    pub host_network: Option<bool>,
+    pub containers: Option<Vec<Container>>,
+    pub init_containers: Option<Vec<Container>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct Container {
+    pub restart_policy: Option<String>,
+    pub ports: Option<Vec<ContainerPort>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct ContainerPort {
+    pub name: Option<String>,
+    pub container_port: Option<i64>,
+    pub protocol: Option<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct PodStatus {
+    pub phase: Option<String>,
+    #[serde(rename = "podIP")]
+    pub pod_ip: Option<String>,
+    #[serde(rename = "podIPs")]
+    pub pod_ips: Option<Vec<PodIp>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct PodIp {
+    pub ip: Option<String>,
+}
+
+/// core/v1 Namespace.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct Namespace {
+    pub metadata: Option<Meta<AllLabels>>,
+}
+
+/// networking.k8s.io/v1 NetworkPolicy.
+///
+/// The `spec` stays as it is, because what is wrong in it must close what it was to open, rule
+/// by rule: a field of the wrong type must not make the whole object useless, and a misspelt one
+/// (`form` for `from`) must not pass for an absent one, which would allow everything.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct NetworkPolicy {
+    pub metadata: Option<HeadMeta>,
+    pub spec: Option<Value>,
 }

@@ -49,6 +49,14 @@ pub fn hasty() -> Timing {
     }
 }
 
+/// The cluster of a kubeconfig, with everything that is read by default.
+pub async fn cluster(kubeconfig: &Path, timing: Timing) -> Cluster {
+    Cluster::connect(Some(kubeconfig.to_owned()), None, "node-1".to_owned())
+        .await
+        .expect("a usable kubeconfig")
+        .with_timing(timing)
+}
+
 /// What a receiver of the events has.
 pub struct Consumer {
     pub events: mpsc::Receiver<Delivery>,
@@ -65,17 +73,26 @@ pub struct Consumer {
 }
 
 impl Consumer {
+    /// Receives what services are made of.
     pub async fn start(api: &FakeApi, timing: Timing) -> Self {
         let directory = tempfile::tempdir().expect("a directory");
         let kubeconfig = api.write_kubeconfig(directory.path());
         Self::connect(&kubeconfig, directory, timing).await
     }
 
+    /// Receives what services and network policies are made of.
+    pub async fn with_policies(api: &FakeApi, timing: Timing) -> Self {
+        let directory = tempfile::tempdir().expect("a directory");
+        let kubeconfig = api.write_kubeconfig(directory.path());
+        Self::of(cluster(&kubeconfig, timing).await, directory)
+    }
+
     pub async fn connect(kubeconfig: &Path, directory: tempfile::TempDir, timing: Timing) -> Self {
-        let cluster = Cluster::connect(Some(kubeconfig.to_owned()), "node-1".to_owned())
-            .await
-            .expect("a usable kubeconfig")
-            .with_timing(timing);
+        let cluster = cluster(kubeconfig, timing).await;
+        Self::of(cluster.with_network_policies(false), directory)
+    }
+
+    pub fn of(cluster: Cluster, directory: tempfile::TempDir) -> Self {
         let stats = cluster.stats();
         let (sender, events) = mpsc::channel(16);
         let (stop, stopped) = watch::channel(false);
@@ -142,9 +159,10 @@ impl Consumer {
         }
     }
 
+    /// Waits until everything that services are made of was listed.
     pub async fn ready(&mut self) {
         self.until("the end of the lists", |it| {
-            it.complete.len() == Kind::ALL.len()
+            Kind::SERVICES.iter().all(|kind| it.complete.contains(kind))
         })
         .await;
     }

@@ -5,7 +5,8 @@
 //! watchers), a history that can be compacted (410 Gone), and the ways to fail: 401, 403, an API
 //! that does not exist, connections that break. Every request is recorded.
 //!
-//! Objects are serialised once, when they are put; lists and watches share the bytes.
+//! Objects are serialised once, when they are put; lists and watches share the bytes. So it also
+//! serves clusters of any size, and counts what it sends.
 
 #![allow(dead_code, reason = "each test uses its own part")]
 
@@ -13,10 +14,14 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
+use std::ops::Bound;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Instant;
 
 use futures::stream::{self, StreamExt};
+use http_body_util::BodyExt;
 use hyper::body::{Bytes, Incoming};
 use hyper::service::service_fn;
 use hyper::{Request, StatusCode};
@@ -29,6 +34,10 @@ use tokio::sync::watch;
 mod answers;
 #[path = "fake_api_selectors.rs"]
 mod selectors;
+#[path = "fake_api_writes.rs"]
+mod writes;
+
+pub use writes::Written;
 
 use answers::{Answer, event, full, query_of, status, status_value, stream_answer};
 use selectors::{Selector, Traits, traits_of};
@@ -38,6 +47,11 @@ pub const SERVICES: &str = "/api/v1/services";
 pub const NODES: &str = "/api/v1/nodes";
 pub const SLICES: &str = "/apis/discovery.k8s.io/v1/endpointslices";
 pub const CIDRS: &str = "/apis/networking.k8s.io/v1/servicecidrs";
+pub const PODS: &str = "/api/v1/pods";
+pub const NAMESPACES: &str = "/api/v1/namespaces";
+/// What can be written to, and not read.
+pub const EVENTS: &str = "/apis/events.k8s.io/v1/events";
+pub const POLICIES: &str = "/apis/networking.k8s.io/v1/networkpolicies";
 
 /// How the server treats `sendInitialEvents=true`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,6 +69,7 @@ pub enum Streaming {
 /// A request as it came.
 #[derive(Clone, Debug)]
 pub struct Recorded {
+    pub method: String,
     pub path: String,
     pub query: BTreeMap<String, String>,
 }
@@ -79,7 +94,18 @@ pub struct FakeApi {
     broken: watch::Sender<(u64, u64)>,
     /// Counts open connections.
     open: watch::Sender<usize>,
-    task: tokio::task::JoinHandle<()>,
+    traffic: watch::Sender<Traffic>,
+    /// Counts the bytes of all answers, without what HTTP adds.
+    sent: Arc<AtomicU64>,
+    tasks: Vec<tokio::task::JoinHandle<()>>,
+}
+
+/// Counts by collection.
+#[derive(Default)]
+struct Traffic {
+    requests: BTreeMap<String, usize>,
+    /// The watches that are open.
+    watches: BTreeMap<String, usize>,
 }
 
 struct State {
@@ -93,6 +119,32 @@ struct State {
     forbidden: BTreeSet<String>,
     down: bool,
     requests: Vec<Recorded>,
+    written: Vec<Written>,
+    /// The status that answers writes, in place of doing them.
+    write_status: Option<(u16, &'static str)>,
+}
+
+impl State {
+    fn put(&mut self, path: &str, mut object: Value) {
+        self.version += 1;
+        let version = self.version;
+        object["metadata"]["resourceVersion"] = json!(version.to_string());
+        let stored = Stored {
+            json: Bytes::from(object.to_string()),
+            traits: Arc::new(traits_of(&object)),
+        };
+        let collection = self
+            .collections
+            .get_mut(path)
+            .expect("the collection exists");
+        let before = collection.objects.insert(key_of(&object), stored.clone());
+        collection.history.push_back(Change {
+            version,
+            object: Some(stored),
+            before: before.map(|before| before.traits),
+            deleted: false,
+        });
+    }
 }
 
 #[derive(Default)]
@@ -119,9 +171,7 @@ struct Change {
 impl FakeApi {
     /// Starts a server with empty collections that streams lists.
     pub async fn start() -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
-        let address = listener.local_addr().expect("an address");
-        let collections = [SERVICES, NODES, SLICES, CIDRS];
+        let collections = [SERVICES, NODES, SLICES, CIDRS, PODS, NAMESPACES, POLICIES];
         let state = Arc::new(Mutex::new(State {
             version: 100,
             compacted: 0,
@@ -134,25 +184,41 @@ impl FakeApi {
             forbidden: BTreeSet::new(),
             down: false,
             requests: Vec::new(),
+            written: Vec::new(),
+            write_status: None,
         }));
         let (changed, _) = watch::channel(0);
         let (broken, _) = watch::channel((0, 0));
         let (open, _) = watch::channel(0);
-        let task = tokio::spawn(accept(
-            listener,
-            state.clone(),
-            changed.clone(),
-            broken.clone(),
-            open.clone(),
-        ));
-        Self {
-            address,
+        let (traffic, _) = watch::channel(Traffic::default());
+        let mut server = Self {
+            address: SocketAddr::from(([127, 0, 0, 1], 0)),
             state,
             changed,
             broken,
             open,
-            task,
-        }
+            traffic,
+            sent: Arc::default(),
+            tasks: Vec::new(),
+        };
+        server.listen().await;
+        server
+    }
+
+    /// Opens another port, in the network namespace of the calling thread. From now on it is the
+    /// server's address; the others go on.
+    pub async fn listen(&mut self) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        self.address = listener.local_addr().expect("an address");
+        self.tasks.push(tokio::spawn(accept(
+            listener,
+            self.state.clone(),
+            self.changed.clone(),
+            self.broken.clone(),
+            self.open.clone(),
+            self.traffic.clone(),
+            self.sent.clone(),
+        )));
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -164,28 +230,20 @@ impl FakeApi {
     }
 
     /// Creates or replaces an object; the server adds its version.
-    pub fn put(&self, path: &str, mut object: Value) {
+    pub fn put(&self, path: &str, object: Value) {
+        self.put_all([(path, object)]);
+    }
+
+    /// Creates or replaces objects at once. Returns the moment in which the watches are told.
+    pub fn put_all<'a>(&self, objects: impl IntoIterator<Item = (&'a str, Value)>) -> Instant {
         let mut state = self.state();
-        state.version += 1;
-        let version = state.version;
-        object["metadata"]["resourceVersion"] = json!(version.to_string());
-        let stored = Stored {
-            json: Bytes::from(object.to_string()),
-            traits: Arc::new(traits_of(&object)),
-        };
-        let collection = state
-            .collections
-            .get_mut(path)
-            .expect("the collection exists");
-        let before = collection.objects.insert(key_of(&object), stored.clone());
-        collection.history.push_back(Change {
-            version,
-            object: Some(stored),
-            before: before.map(|before| before.traits),
-            deleted: false,
-        });
+        for (path, object) in objects {
+            state.put(path, object);
+        }
         drop(state);
+        let told = Instant::now();
         self.wake();
+        told
     }
 
     /// Deletes an object by `namespace/name`, or `name` of a cluster-scoped one.
@@ -211,6 +269,17 @@ impl FakeApi {
         });
         drop(state);
         self.wake();
+    }
+
+    /// The objects of a collection as they are now.
+    pub fn objects(&self, path: &str) -> Vec<Value> {
+        let state = self.state();
+        let collection = state.collections.get(path);
+        let collection = collection.expect("the collection exists");
+        let objects = collection.objects.values();
+        objects
+            .map(|stored| serde_json::from_slice(&stored.json).expect("JSON"))
+            .collect()
     }
 
     /// Sends a bookmark on every watch.
@@ -240,6 +309,19 @@ impl FakeApi {
         for collection in state.collections.values_mut() {
             collection.history.clear();
         }
+    }
+
+    /// Forgets the oldest history, up to so many changes of each collection, as servers do after
+    /// some minutes. Watches that are further behind would miss what is forgotten.
+    pub fn trim(&self, keep: usize) {
+        let mut state = self.state();
+        let mut forgotten = state.compacted;
+        for collection in state.collections.values_mut() {
+            let superfluous = collection.history.len().saturating_sub(keep);
+            let last = collection.history.drain(..superfluous).last();
+            forgotten = forgotten.max(last.map_or(0, |change| change.version));
+        }
+        state.compacted = forgotten;
     }
 
     pub fn set_streaming(&self, streaming: Streaming) {
@@ -295,6 +377,30 @@ impl FakeApi {
         self.broken.send_modify(|(_, ended)| *ended += 1);
     }
 
+    /// Waits until a collection has this many open watches.
+    pub async fn until_watched(&self, path: &str, count: usize) {
+        self.until(&format!("{count} watches of {path}"), |traffic| {
+            traffic.watches.get(path).copied().unwrap_or_default() == count
+        })
+        .await;
+    }
+
+    /// Waits until a collection was asked for this many times more.
+    pub async fn until_asked_again(&self, path: &str, times: usize) {
+        let wanted = self.requests_for(path).len() + times;
+        self.until(&format!("{wanted} requests for {path}"), |traffic| {
+            traffic.requests.get(path).copied().unwrap_or_default() >= wanted
+        })
+        .await;
+    }
+
+    async fn until(&self, what: &str, condition: impl FnMut(&Traffic) -> bool) {
+        let mut traffic = self.traffic.subscribe();
+        let met = traffic.wait_for(condition);
+        let waited = tokio::time::timeout(std::time::Duration::from_secs(60), met).await;
+        assert!(waited.is_ok(), "there never were {what}");
+    }
+
     /// All requests so far, in order.
     pub fn requests(&self) -> Vec<Recorded> {
         self.state().requests.clone()
@@ -304,6 +410,15 @@ impl FakeApi {
     pub fn requests_for(&self, path: &str) -> Vec<Recorded> {
         let of_path = |request: &Recorded| request.path == path;
         self.requests().into_iter().filter(of_path).collect()
+    }
+
+    /// The bytes of all answers so far, without what HTTP adds.
+    pub fn sent(&self) -> u64 {
+        self.sent.load(Ordering::Relaxed)
+    }
+
+    pub fn address(&self) -> SocketAddr {
+        self.address
     }
 
     pub fn url(&self) -> String {
@@ -332,7 +447,7 @@ impl FakeApi {
 
 impl Drop for FakeApi {
     fn drop(&mut self) {
-        self.task.abort();
+        self.tasks.iter().for_each(tokio::task::JoinHandle::abort);
         self.broken.send_modify(|(broken, _)| *broken += 1);
     }
 }
@@ -343,20 +458,40 @@ async fn accept(
     changed: watch::Sender<u64>,
     broken: watch::Sender<(u64, u64)>,
     open: watch::Sender<usize>,
+    traffic: watch::Sender<Traffic>,
+    sent: Arc<AtomicU64>,
 ) {
     while let Ok((socket, _)) = listener.accept().await {
         if state.lock().expect("no test panicked with it").down {
             continue;
         }
+        // As real servers do: an event does not wait for the acknowledgement of the one before.
+        socket.set_nodelay(true).expect("a TCP socket");
         let mut breaks = broken.subscribe();
         let (state, changed, broken) = (state.clone(), changed.clone(), broken.clone());
-        let open = open.clone();
+        let (open, traffic, sent) = (open.clone(), traffic.clone(), sent.clone());
         open.send_modify(|open| *open += 1);
         let generation = breaks.borrow_and_update().0;
         tokio::spawn(async move {
             let service = service_fn(move |request: Request<Incoming>| {
-                let answer = answer(&request, &state, &changed, &broken);
-                async move { Ok::<_, Infallible>(answer) }
+                let (state, changed) = (state.clone(), changed.clone());
+                let (broken, traffic) = (broken.clone(), traffic.clone());
+                let sent = sent.clone();
+                async move {
+                    let answer = if writes::is_write(&request) {
+                        writes::write(request, &state, &changed).await
+                    } else {
+                        answer(&request, &state, &changed, &broken, &traffic)
+                    };
+                    let answer = answer.map(|body| {
+                        body.map_frame(move |frame| {
+                            let length = frame.data_ref().map_or(0, Bytes::len);
+                            sent.fetch_add(length as u64, Ordering::Relaxed);
+                            frame
+                        })
+                    });
+                    Ok::<_, Infallible>(answer)
+                }
             });
             let connection = hyper::server::conn::http1::Builder::new()
                 .serve_connection(TokioIo::new(socket), service);
@@ -375,9 +510,11 @@ fn answer(
     state: &Arc<Mutex<State>>,
     changed: &watch::Sender<u64>,
     broken: &watch::Sender<(u64, u64)>,
+    traffic: &watch::Sender<Traffic>,
 ) -> Answer {
     let path = request.uri().path().to_owned();
     let recorded = Recorded {
+        method: request.method().to_string(),
         query: query_of(request.uri().query().unwrap_or_default()),
         path: path.clone(),
     };
@@ -388,6 +525,7 @@ fn answer(
         .unwrap_or_default();
     let mut locked = state.lock().expect("no test panicked with it");
     locked.requests.push(recorded.clone());
+    traffic.send_modify(|traffic| *traffic.requests.entry(path.clone()).or_default() += 1);
     if let Some(token) = &locked.token
         && authorization != format!("Bearer {token}")
     {
@@ -401,7 +539,8 @@ fn answer(
         return status(403, "Forbidden", &message);
     }
     let selector = Selector::new(recorded.get("labelSelector"), recorded.get("fieldSelector"));
-    let Some(collection) = locked.collections.get(&path) else {
+    // The names of the tests' objects are enough to find them.
+    let Some(collection) = locked.collections.get(&writes::of_all_namespaces(&path).0) else {
         return status(
             404,
             "NotFound",
@@ -424,11 +563,11 @@ fn answer(
                 .objects
                 .values()
                 .filter(|stored| selector.takes(&stored.traits));
-            lines.extend(chosen.map(|stored| event("ADDED", &stored.json)));
+            lines.extend(chosen.map(|stored| ("ADDED", stored.json.clone())));
             if initial && locked.streaming == Streaming::Yes {
                 let end = json!({"metadata": {"resourceVersion": locked.version.to_string(),
                     "annotations": {"k8s.io/initial-events-end": "true"}}});
-                lines.push(event("BOOKMARK", end.to_string().as_bytes()));
+                lines.push(("BOOKMARK", end.to_string().into()));
             }
             locked.version
         }
@@ -445,9 +584,11 @@ fn answer(
     let cut_off = initial && locked.streaming == Streaming::CutOff;
     drop(locked);
     if cut_off {
-        return stream_answer(stream::iter(lines.into_iter().map(Ok)).boxed());
+        let lines = lines.into_iter().map(|(type_, json)| event(type_, &json));
+        return stream_answer(stream::iter(lines.map(Ok)).boxed());
     }
     let follow = Follow {
+        _counted: Counted::new(traffic.clone(), &path),
         state: state.clone(),
         changed: changed.subscribe(),
         ended_before: broken.borrow().1,
@@ -461,8 +602,33 @@ fn answer(
     stream_answer(stream::unfold(follow, Follow::next).boxed())
 }
 
+/// An open watch in the count of its collection.
+struct Counted {
+    traffic: watch::Sender<Traffic>,
+    path: String,
+}
+
+impl Counted {
+    fn new(traffic: watch::Sender<Traffic>, path: &str) -> Self {
+        let path = path.to_owned();
+        traffic.send_modify(|traffic| *traffic.watches.entry(path.clone()).or_default() += 1);
+        Self { traffic, path }
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.traffic.send_modify(|traffic| {
+            if let Some(count) = traffic.watches.get_mut(&self.path) {
+                *count -= 1;
+            }
+        });
+    }
+}
+
 /// One watch.
 struct Follow {
+    _counted: Counted,
     state: Arc<Mutex<State>>,
     changed: watch::Receiver<u64>,
     ended: watch::Receiver<(u64, u64)>,
@@ -471,8 +637,12 @@ struct Follow {
     selector: Selector,
     bookmarks: bool,
     from: u64,
-    lines: VecDeque<Bytes>,
+    /// The events to send: type and object.
+    lines: VecDeque<(&'static str, Bytes)>,
 }
+
+/// About how much is written at once where a lot is to be sent.
+const CHUNK: usize = 64 * 1024;
 
 impl Follow {
     async fn next(mut self) -> Option<(io::Result<Bytes>, Self)> {
@@ -481,8 +651,8 @@ impl Follow {
             if self.ended.borrow().1 != ended {
                 return None;
             }
-            if let Some(line) = self.lines.pop_front() {
-                return Some((Ok(line), self));
+            if let Some(chunk) = self.chunk() {
+                return Some((Ok(chunk), self));
             }
             self.changed.borrow_and_update();
             self.collect();
@@ -495,6 +665,17 @@ impl Follow {
         }
     }
 
+    /// The events that wait, up to about [`CHUNK`].
+    fn chunk(&mut self) -> Option<Bytes> {
+        let mut chunk = Vec::new();
+        while chunk.len() < CHUNK
+            && let Some((type_, json)) = self.lines.pop_front()
+        {
+            chunk.extend_from_slice(&event(type_, &json));
+        }
+        (!chunk.is_empty()).then(|| chunk.into())
+    }
+
     fn collect(&mut self) {
         let state = self.state.lock().expect("no test panicked with it");
         let Some(collection) = state.collections.get(&self.path) else {
@@ -503,13 +684,12 @@ impl Follow {
         let first = collection
             .history
             .partition_point(|change| change.version <= self.from);
-        for change in collection.history.iter().skip(first) {
+        for change in collection.history.range(first..) {
             self.from = change.version;
             let Some(object) = &change.object else {
                 if self.bookmarks {
                     let mark = json!({"metadata": {"resourceVersion": change.version.to_string()}});
-                    self.lines
-                        .push_back(event("BOOKMARK", mark.to_string().as_bytes()));
+                    self.lines.push_back(("BOOKMARK", mark.to_string().into()));
                 }
                 continue;
             };
@@ -524,7 +704,7 @@ impl Follow {
                 (true, false) => "DELETED",
                 (false, false) => continue,
             };
-            self.lines.push_back(event(type_, &object.json));
+            self.lines.push_back((type_, object.json.clone()));
         }
     }
 }
@@ -538,10 +718,13 @@ fn list(state: &State, collection: &Collection, request: &Recorded, selector: &S
     if version < state.compacted {
         return status(410, "Expired", "The provided continue parameter is too old");
     }
+    let rest = match after {
+        Some(after) => (Bound::Excluded(after), Bound::Unbounded),
+        None => (Bound::Unbounded, Bound::Unbounded),
+    };
     let mut chosen = collection
         .objects
-        .iter()
-        .filter(|(key, _)| after.is_none_or(|after| key.as_str() > after))
+        .range::<str, _>(rest)
         .filter(|(_, stored)| selector.takes(&stored.traits));
     let page: Vec<_> = chosen.by_ref().take(limit).collect();
     let token = match (chosen.next(), page.last()) {

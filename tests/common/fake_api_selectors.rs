@@ -63,6 +63,7 @@ pub fn traits_of(object: &Value) -> Traits {
         fields: [
             ("metadata.name", text(&object["metadata"]["name"])),
             ("spec.clusterIP", text(&object["spec"]["clusterIP"])),
+            ("status.phase", text(&object["status"]["phase"])),
         ]
         .into(),
     }

@@ -87,6 +87,12 @@ impl Manifests {
     /// Writes the endpoints of a service, a slice a family, with the same target port under each
     /// port name.
     pub fn backends(&self, service: &Service, target: u16, backends: &[Backend]) {
+        self.backends_named(service, &service.name, target, backends);
+    }
+
+    /// The same in slices whose names begin with another name than the service's: a service whose
+    /// ports differ in their targets has several.
+    pub fn backends_named(&self, service: &Service, name: &str, target: u16, backends: &[Backend]) {
         for (family, tag) in [("IPv4", "v4"), ("IPv6", "v6")] {
             let own = backends.iter().map(|backend| &backend.0).filter(|object| {
                 let address = object.pointer("/addresses/0").and_then(Value::as_str);
@@ -103,7 +109,7 @@ impl Manifests {
             self.put(&json!({
                 "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
                 "metadata": {
-                    "name": format!("{}-{tag}", service.name), "namespace": "shop",
+                    "name": format!("{name}-{tag}"), "namespace": "shop",
                     "labels": {"kubernetes.io/service-name": service.name},
                 },
                 "addressType": family, "ports": ports, "endpoints": endpoints,

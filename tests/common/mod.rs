@@ -1,4 +1,5 @@
 //! Helpers shared by the integration tests.
 
+pub mod kube_proxy;
 pub mod manifests;
 pub mod netns;

@@ -1,7 +1,7 @@
 //! Tests of the store.
 
 use super::*;
-use crate::model::{Protocol, ServiceKind, SlicePort, TrafficPolicy};
+use crate::model::{Labels, Namespace, Protocol, ServiceKind, SlicePort, TrafficPolicy};
 
 fn service(name: &str, created: i64, external: &str) -> Service {
     Service {
@@ -67,7 +67,7 @@ fn names(changes: &Changes) -> Vec<&str> {
 
 fn complete_store() -> Store {
     let mut store = Store::default();
-    for kind in Kind::ALL {
+    for kind in Kind::SERVICES {
         assert!(!store.is_complete());
         apply(&mut store, Event::ListStarted(kind));
         apply(&mut store, Event::ListComplete(kind));
@@ -234,4 +234,58 @@ fn orphans_are_reported_when_the_lists_are_complete() {
     assert_eq!(notices[0].reason, Reason::OrphanSlice);
     let late = put(&mut store, Object::EndpointSlice(slice("u", "never", &[])));
     assert_eq!(late.notices.len(), 1);
+}
+
+#[test]
+fn what_policies_are_made_of_is_not_kept_here() {
+    let mut store = complete_store();
+    let namespace = Object::Namespace(Namespace {
+        name: ObjectName::new("", "shop"),
+        labels: Labels::default(),
+    });
+    let events = [
+        Event::ListStarted(Kind::Namespace),
+        Event::Apply(namespace.clone()),
+        Event::ListComplete(Kind::Namespace),
+        Event::Delete(namespace.reference()),
+    ];
+    for event in events {
+        assert!(apply(&mut store, event).is_empty());
+        assert_eq!(store.count(Kind::Namespace), 0);
+    }
+    assert_eq!(store.missing(), []);
+}
+
+#[test]
+fn of_a_node_only_what_rules_are_made_of_is_a_change() {
+    let node = Node {
+        name: "node-1".into(),
+        internal_ips: vec!["192.0.2.1".parse().unwrap()],
+        external_ips: vec![],
+        pod_cidrs: vec![],
+        zone: None,
+        going_away: false,
+    };
+    let mut store = complete_store();
+    assert!(put(&mut store, Object::Node(node.clone())).node);
+    // A heartbeat changes nothing that is read.
+    assert!(put(&mut store, Object::Node(node.clone())).is_empty());
+    let cordoned = Node {
+        going_away: true,
+        ..node.clone()
+    };
+    assert!(put(&mut store, Object::Node(cordoned)).is_empty());
+    assert!(store.node().is_some_and(|node| node.going_away));
+    let changes: [fn(&mut Node); 4] = [
+        |node| node.internal_ips.push("192.0.2.2".parse().unwrap()),
+        |node| node.external_ips.push("198.51.100.1".parse().unwrap()),
+        |node| node.pod_cidrs.push("10.244.1.0/24".parse().unwrap()),
+        |node| node.zone = Some("zone-a".into()),
+    ];
+    for change in changes {
+        put(&mut store, Object::Node(node.clone()));
+        let mut other = node.clone();
+        change(&mut other);
+        assert!(put(&mut store, Object::Node(other)).node);
+    }
 }

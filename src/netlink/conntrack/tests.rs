@@ -1,4 +1,5 @@
 use super::*;
+use crate::netlink::encode::{begin_message, end_message};
 
 fn at(text: &str) -> SocketAddr {
     text.parse().unwrap()
@@ -139,4 +140,38 @@ fn flows_are_named_for_people() {
     flow.replier = flow.destination;
     flow.zone = 4;
     assert_eq!(flow.to_string(), "10.0.0.1:1 > 10.96.0.10:53 in zone 4");
+}
+
+#[test]
+fn connections_are_read_whatever_their_protocol() {
+    let flow = flow("10.0.0.1:4000", "10.96.0.10:80", "10.0.0.3:8080");
+    let read = |bytes: &[u8]| Tracked::read(Message { kind: 0, bytes });
+    for protocol in [6, UDP, 132] {
+        let tracked = read(&dumped(&flow, protocol, |_, _| ())).unwrap();
+        assert_eq!(tracked.source, flow.source.ip());
+        assert_eq!(tracked.replier, flow.replier.ip(), "behind the translation");
+        assert_eq!((tracked.protocol, tracked.port), (protocol, Some(8080)));
+    }
+    let tracked = read(&dumped(&flow, 6, |_, _| ())).unwrap();
+    assert_eq!(
+        tracked.to_string(),
+        "of IP protocol 6 from 10.0.0.1 to 10.0.0.3 port 8080"
+    );
+}
+
+#[test]
+fn connections_of_connections_are_left_to_these() {
+    let flow = flow("10.0.0.1:4000", "10.0.0.3:20", "10.0.0.3:20");
+    let bytes = dumped(&flow, 6, |writer, tuple| {
+        if !tuple {
+            writer.bytes(uapi::CTA_TUPLE_MASTER, &[]);
+        }
+    });
+    assert_eq!(
+        Tracked::read(Message {
+            kind: 0,
+            bytes: &bytes
+        }),
+        None
+    );
 }

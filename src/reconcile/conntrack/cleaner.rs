@@ -81,17 +81,22 @@ impl Tracker for KernelFlows {
     }
 
     fn own_addresses(&mut self) -> Vec<IpAddr> {
-        // Fails for want of memory only; flows of NodePorts then stay until they end.
-        let Ok(interfaces) = nix::ifaddrs::getifaddrs() else {
-            return Vec::new();
-        };
-        let addresses = interfaces.filter_map(|interface| {
-            let address = interface.address?;
-            let v4 = address.as_sockaddr_in().map(|a| IpAddr::V4(a.ip()));
-            v4.or_else(|| address.as_sockaddr_in6().map(|a| IpAddr::V6(a.ip())))
-        });
-        addresses.collect()
+        own_addresses()
     }
+}
+
+/// The addresses of the host in the network namespace of the calling thread.
+pub(in crate::reconcile) fn own_addresses() -> Vec<IpAddr> {
+    // Fails for want of memory only; flows of NodePorts then stay until they end.
+    let Ok(interfaces) = nix::ifaddrs::getifaddrs() else {
+        return Vec::new();
+    };
+    let addresses = interfaces.filter_map(|interface| {
+        let address = interface.address?;
+        let v4 = address.as_sockaddr_in().map(|a| IpAddr::V4(a.ip()));
+        v4.or_else(|| address.as_sockaddr_in6().map(|a| IpAddr::V6(a.ip())))
+    });
+    addresses.collect()
 }
 
 /// Deletes the stale flows of the frontends it is told about.

@@ -1,11 +1,12 @@
 //! What can go wrong with an API server, and telling it once.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::Deserialize;
 
 use super::request::Selection;
+use super::stats::SourceStats;
 use crate::model::{Kind, Notice, Reason, Subject};
 
 /// Why a session with the server ended.
@@ -29,6 +30,8 @@ pub(super) enum Fault {
         message: String,
         retry_after: u32,
     },
+    /// Nothing comes any more, and the server gives no sign of life.
+    Silent,
     /// No server answers.
     Unreachable(String),
 }
@@ -153,6 +156,9 @@ impl Fault {
                 "busy".to_owned(),
                 format!("the API server cannot answer at present ({code}: {message}); {KEPT}"),
             )),
+            Fault::Silent => {
+                Fault::Unreachable("it has fallen silent".to_owned()).describe(selection)
+            }
             Fault::Unreachable(cause) => Some((
                 "unreachable".to_owned(),
                 format!(
@@ -165,7 +171,10 @@ impl Fault {
     /// Whether the fault is told at once; the others only when a second attempt failed too,
     /// since servers restart.
     pub(super) fn is_certain(&self) -> bool {
-        matches!(self, Fault::Refused { .. } | Fault::Absent(_))
+        matches!(
+            self,
+            Fault::Refused { .. } | Fault::Absent(_) | Fault::Silent
+        )
     }
 }
 
@@ -174,15 +183,26 @@ impl Fault {
 #[derive(Debug)]
 pub(super) struct Faults {
     server: String,
-    lasting: Mutex<BTreeMap<String, BTreeSet<Kind>>>,
+    lasting: Mutex<BTreeMap<String, Lasting>>,
+    stats: Arc<SourceStats>,
 }
+
+#[derive(Debug, Default)]
+struct Lasting {
+    kinds: BTreeSet<Kind>,
+    message: String,
+}
+
+/// Without these kinds services cannot follow the cluster.
+const NEEDED: [Kind; 3] = [Kind::Service, Kind::EndpointSlice, Kind::Node];
 
 impl Faults {
     /// No faults with a server yet.
-    pub(super) fn new(server: String) -> Self {
+    pub(super) fn new(server: String, stats: Arc<SourceStats>) -> Self {
         Self {
             server,
             lasting: Mutex::default(),
+            stats,
         }
     }
 
@@ -194,15 +214,17 @@ impl Faults {
     /// Notes a fault of a kind; returns the notice if it is news.
     pub(super) fn begin(&self, kind: Kind, sort: String, message: String) -> Option<Notice> {
         let mut lasting = self.lasting.lock().unwrap_or_else(PoisonError::into_inner);
-        for (known, kinds) in lasting.iter_mut() {
+        for (known, fault) in lasting.iter_mut() {
             if *known != sort {
-                kinds.remove(&kind);
+                fault.kinds.remove(&kind);
             }
         }
-        lasting.retain(|known, kinds| *known == sort || !kinds.is_empty());
-        let kinds = lasting.entry(sort).or_default();
-        let news = kinds.is_empty();
-        kinds.insert(kind);
+        lasting.retain(|known, fault| *known == sort || !fault.kinds.is_empty());
+        let fault = lasting.entry(sort).or_default();
+        let news = fault.kinds.is_empty();
+        fault.kinds.insert(kind);
+        fault.message.clone_from(&message);
+        self.note(&lasting);
         news.then(|| Notice {
             subject: Subject::Other(self.server.as_str().into()),
             reason: Reason::ApiServer,
@@ -214,11 +236,20 @@ impl Faults {
     pub(super) fn end(&self, kind: Kind) -> bool {
         let mut lasting = self.lasting.lock().unwrap_or_else(PoisonError::into_inner);
         let before = lasting.len();
-        lasting.retain(|_, kinds| {
-            kinds.remove(&kind);
-            !kinds.is_empty()
+        lasting.retain(|_, fault| {
+            fault.kinds.remove(&kind);
+            !fault.kinds.is_empty()
         });
+        self.note(&lasting);
         lasting.len() < before
+    }
+
+    /// Lets others know whether changes of services come.
+    fn note(&self, lasting: &BTreeMap<String, Lasting>) {
+        let needed = |fault: &&Lasting| NEEDED.iter().any(|kind| fault.kinds.contains(kind));
+        let fault = lasting.values().find(needed);
+        self.stats
+            .set_fault(fault.map(|fault| fault.message.clone()));
     }
 }
 
@@ -255,7 +286,8 @@ mod tests {
 
     #[test]
     fn a_fault_of_all_kinds_is_told_once_and_ends_once() {
-        let faults = Faults::new("https://server".to_owned());
+        let stats = Arc::new(SourceStats::default());
+        let faults = Faults::new("https://server".to_owned(), stats.clone());
         let begin = |kind, sort: &str| faults.begin(kind, sort.to_owned(), "away".to_owned());
         assert!(begin(Kind::Service, "unreachable").is_some());
         assert!(begin(Kind::Service, "unreachable").is_none());
@@ -263,8 +295,14 @@ mod tests {
         // Another fault replaces the kind's first one; the other kind still has it.
         assert!(begin(Kind::Service, "401").is_some());
         assert!(begin(Kind::Service, "unreachable").is_none());
+        let since = stats.fault().expect("a fault").since;
         assert!(!faults.end(Kind::Service));
+        assert_eq!(stats.fault().map(|fault| fault.since), Some(since));
         assert!(faults.end(Kind::Node));
+        assert_eq!(stats.fault(), None);
+        assert!(begin(Kind::ServiceCidr, "403").is_some());
+        assert_eq!(stats.fault(), None, "services work without");
+        assert!(faults.end(Kind::ServiceCidr));
         assert!(begin(Kind::Node, "unreachable").is_some());
     }
 }

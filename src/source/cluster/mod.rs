@@ -3,11 +3,13 @@
 //! [`Cluster::connect`] finds the server and credentials, [`Cluster::run`] watches Services,
 //! EndpointSlices, the own Node and the ServiceCIDRs with the selectors that kube-proxy uses, so
 //! that headless services and those of other proxies never leave the server. (A service that
-//! turns headless comes as a deletion.)
+//! turns headless comes as a deletion.) NetworkPolicies are watched too, and Pods and Namespaces
+//! while there is a policy.
 //!
 //! ```text
 //! request (list, watch; lines) ─> reflect (one kind: version, names, decode) ─> events
-//!                 fault (what went wrong, told once)    timing (pauses)
+//!     fault (what went wrong, told once)    timing (pauses)    pulse (is it silent?)
+//!     demand (Pods and Namespaces are reflected while there is a NetworkPolicy)
 //! ```
 //!
 //! The watches are nftlet's own and not those of `kube::runtime`, for two reasons: an object is
@@ -18,8 +20,10 @@
 //! reads a token file again at least once a minute (keeping the last token if that fails), and
 //! inside a pod the CA bundle as well.
 
+mod demand;
 mod fault;
 mod frames;
+mod pulse;
 mod reflect;
 mod request;
 mod stats;
@@ -29,15 +33,19 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::future::join_all;
+use futures::future::{OptionFuture, join_all};
+use futures::join;
+use hyper::Uri;
 use kube::config::{InClusterError, KubeConfigOptions, Kubeconfig, KubeconfigError};
 use kube::{Client, Config};
 use tokio::sync::watch;
 
+use self::demand::Demand;
 use self::fault::Faults;
+use self::pulse::Pulse;
 use self::reflect::Reflector;
 use self::request::{Requester, Selection};
-pub use self::stats::{KindStats, SourceStats};
+pub use self::stats::{KindStats, ServerFault, SourceStats};
 pub use self::timing::Timing;
 use super::Sender;
 use crate::model::Kind;
@@ -69,6 +77,16 @@ pub enum Error {
         /// What is wrong with it.
         source: KubeconfigError,
     },
+    /// The address that is to be used in place of the one found is none.
+    #[error(
+        "`{address}` is not the address of an API server: {reason}; write it like https://192.0.2.10:6443"
+    )]
+    Address {
+        /// What was given.
+        address: String,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// The credentials or certificates cannot be used.
     #[error(
         "cannot prepare connections to {server}: {source}; check the certificates and credentials"
@@ -93,6 +111,7 @@ pub struct Cluster {
     server: String,
     node_name: String,
     timing: Timing,
+    network_policies: bool,
     stats: Arc<SourceStats>,
 }
 
@@ -100,9 +119,16 @@ impl Cluster {
     /// Prepares to watch a cluster: the one of the kubeconfig file, else of the files in the
     /// environment variable KUBECONFIG, else the one that nftlet runs in. Nothing is sent yet.
     ///
+    /// `server` is an address to use in place of the one found, with the credentials found; where
+    /// nothing is found, without credentials.
+    ///
     /// # Errors
     /// When there is no such configuration, or it cannot be used.
-    pub async fn connect(kubeconfig: Option<PathBuf>, node_name: String) -> Result<Self, Error> {
+    pub async fn connect(
+        kubeconfig: Option<PathBuf>,
+        server: Option<String>,
+        node_name: String,
+    ) -> Result<Self, Error> {
         let from_environment = std::env::var_os("KUBECONFIG").filter(|value| !value.is_empty());
         let mut config = match (kubeconfig, from_environment) {
             (Some(path), _) => read_kubeconfig(&path, Kubeconfig::read_from(&path)).await?,
@@ -110,11 +136,20 @@ impl Cluster {
                 let merged = Kubeconfig::from_env().map(Option::unwrap_or_default);
                 read_kubeconfig(Path::new(&value), merged).await?
             }
-            (None, None) => Config::incluster().map_err(|source| match source {
-                InClusterError::ReadEnvironmentVariable(_) => Error::NoCluster,
-                source => Error::ServiceAccount { source },
-            })?,
+            (None, None) => match (Config::incluster(), &server) {
+                (Ok(config), _) => config,
+                (Err(InClusterError::ReadEnvironmentVariable(_)), Some(server)) => {
+                    Config::new(address(server)?)
+                }
+                (Err(InClusterError::ReadEnvironmentVariable(_)), None) => {
+                    return Err(Error::NoCluster);
+                }
+                (Err(source), _) => return Err(Error::ServiceAccount { source }),
+            },
         };
+        if let Some(server) = &server {
+            config.cluster_url = address(server)?;
+        }
         // The reflectors do their own retries, which know what can be resumed.
         config.default_retry = false;
         config.connect_timeout = Some(CONNECT_PATIENCE);
@@ -128,6 +163,7 @@ impl Cluster {
             server,
             node_name,
             timing: Timing::default(),
+            network_policies: true,
             stats: Arc::default(),
         })
     }
@@ -136,6 +172,21 @@ impl Cluster {
     #[must_use]
     pub fn with_timing(self, timing: Timing) -> Self {
         Self { timing, ..self }
+    }
+
+    /// The same with or without Pods, Namespaces and NetworkPolicies. Without, none of them is
+    /// asked for, and no event is about them.
+    #[must_use]
+    pub fn with_network_policies(self, network_policies: bool) -> Self {
+        Self {
+            network_policies,
+            ..self
+        }
+    }
+
+    /// The way to the server, for what else there is to ask or tell it.
+    pub fn client(&self) -> Client {
+        self.client.clone()
     }
 
     /// The server's address.
@@ -154,29 +205,49 @@ impl Cluster {
     ///
     /// `ListStarted` of a kind comes again when a first list is cut off before its
     /// `ListComplete`. The Node's list is complete once the Node exists, or after
-    /// [`Timing::node_wait`].
+    /// [`Timing::node_wait`]. The lists of Pods and Namespaces are empty while there is no
+    /// NetworkPolicy. When the first one comes, `ListStarted` of both comes before its `Apply`;
+    /// when the last one is gone for [`Timing::linger`], both are listed empty again.
     pub async fn run(self, sender: Sender, mut shutdown: watch::Receiver<bool>) {
-        let faults = Arc::new(Faults::new(self.server));
-        let reflectors = Kind::ALL.map(|kind| {
+        let pulse = Pulse::new(self.client.clone(), self.stats.clone(), self.timing.clone());
+        let silent = pulse.silent();
+        let faults = Arc::new(Faults::new(self.server, self.stats.clone()));
+        let reflector = |kind, sender| {
             let selection = Selection::of(kind, &self.node_name);
             let requester = Requester::new(self.client.clone(), selection, self.timing.response);
             Reflector::new(
                 requester,
-                sender.clone(),
+                sender,
                 self.timing.clone(),
                 faults.clone(),
                 self.stats.clone(),
+                silent.clone(),
             )
-            .run()
-        });
+        };
+        let services = Kind::SERVICES.map(|kind| reflector(kind, sender.clone()).run());
+        let policies: OptionFuture<_> = self
+            .network_policies
+            .then(|| {
+                let linger = self.timing.linger;
+                Demand::new(reflector, sender.clone(), faults.clone(), linger).run()
+            })
+            .into();
         // Otherwise the receiver would never see the end of the events.
         drop(sender);
         tokio::select! {
-            _ = join_all(reflectors) => {}
+            _ = async { join!(join_all(services), policies) } => {}
+            () = pulse.run() => {}
             // An error says that the sender is gone, and with it whoever could ask.
             _ = shutdown.wait_for(|stop| *stop) => {}
         }
     }
+}
+
+fn address(text: &str) -> Result<Uri, Error> {
+    text.parse::<Uri>().map_err(|error| Error::Address {
+        address: text.to_owned(),
+        reason: error.to_string(),
+    })
 }
 
 async fn read_kubeconfig(

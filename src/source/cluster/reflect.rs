@@ -13,11 +13,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde_json::value::RawValue;
+use tokio::sync::watch;
 use tokio::time::Instant as Deadline;
 
 use super::fault::{Fault, Faults, Status};
 use super::frames::{Marker, Page, WatchLine, json};
-use super::request::Requester;
+use super::request::{Lines, Requester};
 use super::stats::SourceStats;
 use super::timing::{Backoff, Timing};
 use crate::model::{Delivery, Event, Kind, Notice, Object, ObjectName, ObjectRef, Reason, Subject};
@@ -35,6 +36,8 @@ pub(super) struct Reflector {
     faults: Arc<Faults>,
     stats: Arc<SourceStats>,
     converter: Converter,
+    /// Changes when the watch is to be given up.
+    silent: watch::Receiver<u64>,
     /// When to go on without the own Node.
     node_deadline: Option<Deadline>,
     /// Whether lists are streamed.
@@ -65,6 +68,7 @@ impl Reflector {
         timing: Timing,
         faults: Arc<Faults>,
         stats: Arc<SourceStats>,
+        silent: watch::Receiver<u64>,
     ) -> Self {
         let is_node = requester.selection.kind == Kind::Node;
         Self {
@@ -74,6 +78,7 @@ impl Reflector {
             timing,
             faults,
             stats,
+            silent,
             converter: Converter::default(),
             streaming: true,
             broken_streams: 0,
@@ -184,6 +189,7 @@ impl Reflector {
                 .await??
         };
         stats.count_watch();
+        self.silent.mark_unchanged();
         if self.version.is_none() {
             self.begin_list().await?;
         }
@@ -193,13 +199,50 @@ impl Reflector {
             } else {
                 self.timing.idle
             };
-            let line = self.waiting(lines.next(patience)).await??;
+            let line = self.line_of(&mut lines, patience).await?;
             let at = Instant::now();
             stats.count_bytes(line.len());
             if !line.is_empty() {
                 self.line(line, at).await?;
             }
         }
+    }
+
+    /// Waits for the next line. An open watch from which no fault comes is well after a while,
+    /// whether something comes or not.
+    async fn line_of<'l>(
+        &mut self,
+        lines: &'l mut Lines,
+        patience: Duration,
+    ) -> Result<&'l [u8], Fault> {
+        let mut silent = self.silent.clone();
+        let given_up = async move {
+            // The sender ends with everything else.
+            match silent.changed().await {
+                Ok(()) => (),
+                Err(_) => std::future::pending().await,
+            }
+        };
+        let mut next = pin!(async {
+            tokio::select! {
+                line = lines.next(patience) => line,
+                () = given_up => Err(Fault::Silent),
+            }
+        });
+        if self.faulty {
+            let stable = tokio::time::sleep(self.timing.stable);
+            let first = async {
+                tokio::select! {
+                    line = &mut next => Some(line),
+                    () = stable => None,
+                }
+            };
+            match self.waiting(first).await? {
+                Some(line) => return line,
+                None => self.healthy(),
+            }
+        }
+        self.waiting(next).await?
     }
 
     async fn line(&mut self, line: &[u8], at: Instant) -> Result<(), Fault> {

@@ -32,7 +32,9 @@ impl Selection {
         &self.node_name
     }
 
-    /// What kube-proxy selects of a kind; of the nodes, the own one.
+    /// What kube-proxy selects of a kind; of the nodes, the own one; of the pods, those that
+    /// have not ended, since an ended pod has no address any more. (One that ends comes as a
+    /// deletion.)
     pub(super) fn of(kind: Kind, node_name: &str) -> Self {
         let node_name = node_name.to_owned();
         match kind {
@@ -69,6 +71,33 @@ impl Selection {
                 path: "/apis/networking.k8s.io/v1/servicecidrs",
                 group: "networking.k8s.io",
                 plural: "servicecidrs",
+                labels: None,
+                fields: None,
+            },
+            Kind::Pod => Self {
+                node_name,
+                kind,
+                path: "/api/v1/pods",
+                group: "",
+                plural: "pods",
+                labels: None,
+                fields: Some("status.phase!=Succeeded,status.phase!=Failed".to_owned()),
+            },
+            Kind::Namespace => Self {
+                node_name,
+                kind,
+                path: "/api/v1/namespaces",
+                group: "",
+                plural: "namespaces",
+                labels: None,
+                fields: None,
+            },
+            Kind::NetworkPolicy => Self {
+                node_name,
+                kind,
+                path: "/apis/networking.k8s.io/v1/networkpolicies",
+                group: "networking.k8s.io",
+                plural: "networkpolicies",
                 labels: None,
                 fields: None,
             },

@@ -1,19 +1,57 @@
 //! Counters of the watches, read by the metrics.
 
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
 
 use crate::model::Kind;
 
 /// Counters of a [`Cluster`](super::Cluster), by kind; they only grow.
 #[derive(Debug, Default)]
 pub struct SourceStats {
+    fault: Mutex<Option<ServerFault>>,
     services: KindStats,
     endpoint_slices: KindStats,
     nodes: KindStats,
     service_cidrs: KindStats,
+    pods: KindStats,
+    namespaces: KindStats,
+    network_policies: KindStats,
+}
+
+/// A fault of the server that lasts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServerFault {
+    /// When it was told.
+    pub since: Instant,
+    /// What it is, for a person.
+    pub message: String,
 }
 
 impl SourceStats {
+    /// What keeps changes of services from coming, if anything does.
+    pub fn fault(&self) -> Option<ServerFault> {
+        let fault = self.fault.lock().unwrap_or_else(PoisonError::into_inner);
+        fault.clone()
+    }
+
+    /// The bytes of JSON received of all kinds.
+    pub(super) fn bytes(&self) -> u64 {
+        Kind::ALL.iter().map(|kind| self.kind(*kind).bytes()).sum()
+    }
+
+    /// Notes that changes do not come, and why; or that they do. A fault that turns into another
+    /// one has lasted since the first.
+    pub(super) fn set_fault(&self, message: Option<String>) {
+        let mut fault = self.fault.lock().unwrap_or_else(PoisonError::into_inner);
+        *fault = message.map(|message| ServerFault {
+            since: fault
+                .as_ref()
+                .map_or_else(Instant::now, |known| known.since),
+            message,
+        });
+    }
+
     /// The counters of a kind.
     pub fn kind(&self, kind: Kind) -> &KindStats {
         match kind {
@@ -21,6 +59,9 @@ impl SourceStats {
             Kind::EndpointSlice => &self.endpoint_slices,
             Kind::Node => &self.nodes,
             Kind::ServiceCidr => &self.service_cidrs,
+            Kind::Pod => &self.pods,
+            Kind::Namespace => &self.namespaces,
+            Kind::NetworkPolicy => &self.network_policies,
         }
     }
 }

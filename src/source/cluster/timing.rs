@@ -18,6 +18,10 @@ pub struct Timing {
     /// How long a watch may be silent before it counts as dead. API servers send a bookmark
     /// about once a minute.
     pub idle: Duration,
+    /// How long nothing may come on any watch before the server is asked for a sign of life.
+    pub quiet: Duration,
+    /// How long the sign of life may take.
+    pub pulse: Duration,
     /// How long a server may take to answer a request.
     pub response: Duration,
     /// How long the server may be silent before the end of a streamed list, until it counts as
@@ -25,6 +29,9 @@ pub struct Timing {
     pub list_idle: Duration,
     /// How often to look whether an API that the server does not have has come.
     pub absent_recheck: Duration,
+    /// How long Pods and Namespaces are still watched after the last NetworkPolicy is gone, so
+    /// that one that is replaced does not make all of them be listed again.
+    pub linger: Duration,
     /// How many objects to ask for at once in a paged list.
     pub page: u32,
 }
@@ -37,9 +44,12 @@ impl Default for Timing {
             longest_pause: Duration::from_secs(30),
             stable: Duration::from_secs(5),
             idle: Duration::from_secs(150),
+            quiet: Duration::from_secs(15),
+            pulse: Duration::from_secs(5),
             response: Duration::from_secs(60),
             list_idle: Duration::from_secs(10),
             absent_recheck: Duration::from_secs(600),
+            linger: Duration::from_secs(60),
             page: 500,
         }
     }

@@ -1,17 +1,22 @@
-//! One copy of every string that many objects repeat.
+//! One copy of everything that many objects repeat.
 
 use std::collections::HashSet;
 use std::sync::Arc;
 
-/// Shares equal strings and equal lists of strings.
+use crate::model::{Labels, NamedPort};
+
+/// Shares equal strings, and equal lists of strings, labels and ports.
 ///
-/// Node names, zones and port names come up in thousands of endpoints; each is kept once.
-/// Strings that nothing refers to any more are dropped whenever the table has doubled, so that
-/// nodes that come and go do not make it grow for ever.
+/// Node names, zones and port names come up in thousands of endpoints, and the pods of one
+/// workload have the same labels and ports; each is kept once. What nothing refers to any more is
+/// dropped whenever the tables have doubled, so that nodes and pods that come and go do not make
+/// them grow for ever.
 #[derive(Debug)]
 pub(super) struct Interner {
     strings: HashSet<Arc<str>>,
     lists: HashSet<Arc<[Arc<str>]>>,
+    labels: HashSet<Labels>,
+    ports: HashSet<Arc<[NamedPort]>>,
     sweep_at: usize,
 }
 
@@ -23,6 +28,8 @@ impl Default for Interner {
         Self {
             strings: HashSet::new(),
             lists: HashSet::new(),
+            labels: HashSet::new(),
+            ports: HashSet::new(),
             sweep_at: SMALLEST_SWEEP,
         }
     }
@@ -46,25 +53,56 @@ impl Interner {
         if let Some(known) = self.lists.get(texts.as_slice()) {
             return known.clone();
         }
+        self.sweep_when_full();
         let new: Arc<[Arc<str>]> = Arc::from(texts);
         self.lists.insert(new.clone());
         new
     }
 
+    /// The shared copy of an object's labels.
+    pub(super) fn labels<'a>(&mut self, pairs: impl Iterator<Item = (&'a str, &'a str)>) -> Labels {
+        let pairs = pairs.map(|(key, value)| (self.string(key), self.string(value)));
+        let new: Labels = pairs.collect();
+        if let Some(known) = self.labels.get(&new) {
+            return known.clone();
+        }
+        self.sweep_when_full();
+        self.labels.insert(new.clone());
+        new
+    }
+
+    /// The shared copy of a list of ports.
+    pub(super) fn ports(&mut self, ports: Vec<NamedPort>) -> Arc<[NamedPort]> {
+        if let Some(known) = self.ports.get(ports.as_slice()) {
+            return known.clone();
+        }
+        self.sweep_when_full();
+        let new: Arc<[NamedPort]> = Arc::from(ports);
+        self.ports.insert(new.clone());
+        new
+    }
+
+    fn len(&self) -> usize {
+        self.strings.len() + self.lists.len() + self.labels.len() + self.ports.len()
+    }
+
     fn sweep_when_full(&mut self) {
-        if self.strings.len() + self.lists.len() < self.sweep_at {
+        if self.len() < self.sweep_at {
             return;
         }
-        // Lists first: they hold strings.
+        // Strings last: the others hold them.
         self.lists.retain(|list| Arc::strong_count(list) > 1);
+        self.labels.retain(Labels::is_shared);
+        self.ports.retain(|ports| Arc::strong_count(ports) > 1);
         self.strings.retain(|text| Arc::strong_count(text) > 1);
-        self.sweep_at = SMALLEST_SWEEP.max(2 * (self.strings.len() + self.lists.len()));
+        self.sweep_at = SMALLEST_SWEEP.max(2 * self.len());
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::Protocol;
 
     #[test]
     fn equal_strings_and_lists_are_shared() {
@@ -80,6 +118,26 @@ mod tests {
     }
 
     #[test]
+    fn equal_labels_and_ports_are_shared() {
+        let mut interner = Interner::default();
+        let labels = interner.labels([("app", "web"), ("tier", "front")].into_iter());
+        let known = interner.len();
+        let again = interner.labels([("tier", "front"), ("app", "web")].into_iter());
+        assert_eq!(labels, again);
+        let value = |labels: &Labels| labels.get("app").cloned().expect("the label");
+        assert!(Arc::ptr_eq(&value(&labels), &value(&again)));
+        assert_eq!(interner.len(), known, "one copy of the list");
+        let named = |interner: &mut Interner| NamedPort {
+            name: interner.string("http"),
+            protocol: Protocol::Tcp,
+            port: 80,
+        };
+        let ports = vec![named(&mut interner)];
+        let first = interner.ports(ports.clone());
+        assert!(Arc::ptr_eq(&first, &interner.ports(ports)));
+    }
+
+    #[test]
     fn strings_out_of_use_are_dropped() {
         let mut interner = Interner::default();
         let kept = interner.string("kept");
@@ -88,5 +146,23 @@ mod tests {
         }
         assert!(interner.strings.len() <= SMALLEST_SWEEP);
         assert!(Arc::ptr_eq(&kept, &interner.string("kept")));
+    }
+
+    #[test]
+    fn labels_and_ports_out_of_use_are_dropped_with_their_strings() {
+        let mut interner = Interner::default();
+        let kept = interner.labels([("app", "kept")].into_iter());
+        for number in 0..10 * SMALLEST_SWEEP {
+            let number = number.to_string();
+            interner.labels([("pod", number.as_str())].into_iter());
+            let name = interner.string(&number);
+            interner.ports(vec![NamedPort {
+                name,
+                protocol: Protocol::Tcp,
+                port: 80,
+            }]);
+        }
+        assert!(interner.len() <= 2 * SMALLEST_SWEEP, "{}", interner.len());
+        assert!(interner.labels.contains(&kept));
     }
 }

@@ -2,15 +2,20 @@
 //!
 //! One decode path serves both sources: [`Converter::decode`] takes any `serde` deserialiser,
 //! reads the fields of [`wire`](super::wire) and turns them into facts. What is wrong with a
-//! part of an object (an address, a port) becomes a [`Notice`] and only that part is left out;
+//! part of an object (an address, a port) becomes a [`Notice`] and only that part is left out (of
+//! a NetworkPolicy the whole rule, so that nothing is allowed that was not meant to be);
 //! an object that does not fit its schema at all, or has no usable name, is an error of the
 //! deserialiser, which knows the position.
 
 mod address;
 mod endpoints;
+mod fields;
 mod intern;
 mod node;
+mod pod;
+mod policy;
 mod report;
+mod selector;
 mod service;
 
 use k8s_openapi::jiff::Timestamp;
@@ -87,29 +92,75 @@ impl Converter {
                     ))
                 })
             }
+            Kind::Pod => {
+                let pod = wire::Pod::deserialize(from)?;
+                self.finish(kind, pod.metadata.as_ref(), |converter, name, report| {
+                    Some(Object::Pod(converter.pod(name, &pod, report)))
+                })
+            }
+            Kind::Namespace => {
+                let namespace = wire::Namespace::deserialize(from)?;
+                self.finish(kind, namespace.metadata.as_ref(), |converter, name, _| {
+                    Some(Object::Namespace(converter.namespace(name, &namespace)))
+                })
+            }
+            Kind::NetworkPolicy => {
+                let policy = wire::NetworkPolicy::deserialize(from)?;
+                self.finish(kind, policy.metadata.as_ref(), |converter, name, report| {
+                    Some(Object::NetworkPolicy(converter.network_policy(
+                        name,
+                        policy.spec.as_ref(),
+                        report,
+                    )))
+                })
+            }
         }
     }
 
-    fn finish<E: serde::de::Error>(
+    fn finish<'m, E: serde::de::Error>(
         &mut self,
         kind: Kind,
-        meta: Option<&wire::Meta>,
+        meta: Option<impl Into<Names<'m>>>,
         convert: impl FnOnce(&mut Self, &ObjectName, &mut Report) -> Option<Object>,
     ) -> Result<Decoded, E> {
-        let name = object_name(
-            kind,
-            meta.and_then(|meta| meta.name.as_deref()),
-            meta.and_then(|meta| meta.namespace.as_deref()),
-        )
-        .map_err(E::custom)?;
+        let meta = meta.map(Into::into).unwrap_or_default();
+        let name = object_name(kind, meta.name, meta.namespace).map_err(E::custom)?;
         let mut report = Report::new(ObjectRef::new(kind, name.clone()));
         let object = convert(self, &name, &mut report);
         Ok(Decoded {
             name,
-            resource_version: meta.and_then(|meta| meta.resource_version.clone()),
+            resource_version: meta.resource_version.map(str::to_owned),
             object,
             notices: report.finish(),
         })
+    }
+}
+
+/// The part of `metadata` that identifies an object and its version.
+#[derive(Default)]
+struct Names<'m> {
+    name: Option<&'m str>,
+    namespace: Option<&'m str>,
+    resource_version: Option<&'m str>,
+}
+
+impl<'m, L> From<&'m wire::Meta<L>> for Names<'m> {
+    fn from(meta: &'m wire::Meta<L>) -> Self {
+        Self {
+            name: meta.name.as_deref(),
+            namespace: meta.namespace.as_deref(),
+            resource_version: meta.resource_version.as_deref(),
+        }
+    }
+}
+
+impl<'m> From<&'m wire::HeadMeta> for Names<'m> {
+    fn from(meta: &'m wire::HeadMeta) -> Self {
+        Self {
+            name: meta.name.as_deref(),
+            namespace: meta.namespace.as_deref(),
+            resource_version: meta.resource_version.as_deref(),
+        }
     }
 }
 
@@ -151,8 +202,10 @@ pub(super) fn object_name(
 ) -> Result<ObjectName, String> {
     let name = non_empty(name).ok_or("metadata.name is missing; give the object a name")?;
     let namespace = match kind {
-        Kind::Service | Kind::EndpointSlice => non_empty(namespace).unwrap_or("default"),
-        Kind::Node | Kind::ServiceCidr => "",
+        Kind::Service | Kind::EndpointSlice | Kind::Pod | Kind::NetworkPolicy => {
+            non_empty(namespace).unwrap_or("default")
+        }
+        Kind::Node | Kind::ServiceCidr | Kind::Namespace => "",
     };
     for (field, text) in [("name", name), ("namespace", namespace)] {
         let usable = |byte: u8| byte.is_ascii_graphic() && byte != b'/';

@@ -2,7 +2,7 @@
 
 use std::fmt::Display;
 
-use crate::model::{Notice, ObjectRef, Reason, Subject};
+use crate::model::{Kind, Notice, ObjectRef, Reason, Subject};
 
 /// The most faults that are told one by one; a slice of a thousand wrong addresses is one
 /// mistake, not a thousand.
@@ -52,7 +52,10 @@ impl Report {
     fn push(&mut self, message: String) {
         self.notices.push(Notice {
             subject: Subject::Object(self.object.clone()),
-            reason: Reason::InvalidField,
+            reason: match self.object.kind {
+                Kind::NetworkPolicy => Reason::InvalidPolicy,
+                _ => Reason::InvalidField,
+            },
             message,
         });
     }

@@ -26,17 +26,36 @@ pub(super) struct Contents {
     pub notices: Vec<Notice>,
 }
 
-/// Reads a manifest, YAML or JSON. `path` names it in notices; Nodes other than `node_name` are
-/// none of this node's business and left out.
+/// Which of the objects in files count.
+#[derive(Debug)]
+pub(super) struct Wanted {
+    /// The own Node; others are none of this node's business.
+    pub node_name: String,
+    /// Whether those of network policies do.
+    pub network_policies: bool,
+}
+
+impl Wanted {
+    /// The kinds that count.
+    pub(super) fn kinds(&self) -> &'static [Kind] {
+        if self.network_policies {
+            &Kind::ALL
+        } else {
+            &Kind::SERVICES
+        }
+    }
+}
+
+/// Reads a manifest, YAML or JSON. `path` names it in notices; what is not `wanted` is left out.
 pub(super) fn read(
     path: &Path,
     text: &str,
-    node_name: &str,
+    wanted: &Wanted,
     converter: &mut Converter,
 ) -> Contents {
     let mut reader = Reader {
         path,
-        node_name,
+        wanted,
         converter,
         out: Contents::default(),
         skipped: BTreeMap::new(),
@@ -75,12 +94,19 @@ fn classify(api_version: &str, kind: &str) -> Class {
     let (used, expected) = match kind {
         "Service" => (Kind::Service, "v1"),
         "Node" => (Kind::Node, "v1"),
+        "Pod" => (Kind::Pod, "v1"),
+        "Namespace" => (Kind::Namespace, "v1"),
         "EndpointSlice" => (Kind::EndpointSlice, "discovery.k8s.io/v1"),
         // The beta has the same fields.
         "ServiceCIDR" if api_version == "networking.k8s.io/v1beta1" => {
             return Class::Used(Kind::ServiceCidr);
         }
         "ServiceCIDR" => (Kind::ServiceCidr, "networking.k8s.io/v1"),
+        // Where the kind was before; whoever kept such a file wants it enforced.
+        "NetworkPolicy" if api_version == "extensions/v1beta1" => {
+            return Class::OtherVersion("networking.k8s.io/v1");
+        }
+        "NetworkPolicy" => (Kind::NetworkPolicy, "networking.k8s.io/v1"),
         _ if kind.ends_with("List") => return Class::List,
         _ => return Class::Unknown,
     };
@@ -101,7 +127,7 @@ fn classify(api_version: &str, kind: &str) -> Class {
 
 struct Reader<'c> {
     path: &'c Path,
-    node_name: &'c str,
+    wanted: &'c Wanted,
     converter: &'c mut Converter,
     out: Contents,
     skipped: BTreeMap<String, usize>,
@@ -305,6 +331,8 @@ impl Reader<'_> {
                     format!("apiVersion \"{api_version}\" is not understood; write {expected}");
                 self.misfit(at, head, None, &message);
             }
+            // Whoever switched them off need not be told.
+            Class::Used(kind) if !self.wanted.kinds().contains(&kind) => return None,
             Class::Used(_) | Class::List => {}
         }
         Some(class)
@@ -321,7 +349,7 @@ impl Reader<'_> {
             Ok(decoded) => decoded,
             Err((at, message)) => return self.misfit(at, head, Some(kind), &message),
         };
-        if kind == Kind::Node && decoded.name.name() != self.node_name {
+        if kind == Kind::Node && decoded.name.name() != self.wanted.node_name {
             return;
         }
         for notice in decoded.notices {

@@ -23,6 +23,7 @@ mod yaml;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
+use self::contents::Wanted;
 use self::files::{Tree, plain};
 use self::state::{State, Version, file_notice};
 use crate::model::{Event, Reason};
@@ -64,11 +65,22 @@ impl Manifests {
     pub fn new(paths: Vec<PathBuf>, node_name: String) -> Self {
         Self {
             paths: paths.iter().map(|path| plain(path)).collect(),
-            state: State::new(node_name),
+            state: State::new(Wanted {
+                node_name,
+                network_policies: true,
+            }),
         }
     }
 
-    /// Reads everything: notices about what cannot be used, then complete lists of every
+    /// The same with or without Pods, Namespaces and NetworkPolicies. Without, they are skipped
+    /// silently, and no event is about them.
+    #[must_use]
+    pub fn with_network_policies(mut self, wanted: bool) -> Self {
+        self.state.want_network_policies(wanted);
+        self
+    }
+
+    /// Reads everything: notices about what cannot be used, then complete lists of every wanted
     /// [`Kind`](crate::model::Kind). Blocks while it reads; standard input is read to its end.
     ///
     /// # Errors

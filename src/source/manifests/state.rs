@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-use super::contents::{self, Contents};
+use super::contents::{self, Contents, Wanted};
 use super::files::Stamp;
 use super::tree::Position;
 use crate::model::{Event, Kind, Notice, Object, ObjectRef, Reason, Subject};
@@ -24,7 +24,7 @@ struct Known {
 
 /// All files, and which of them speaks for an object that several contain.
 pub(super) struct State {
-    node_name: String,
+    wanted: Wanted,
     converter: Converter,
     files: BTreeMap<Arc<Path>, Known>,
     /// The files that contain an object, sorted: the first one counts.
@@ -47,13 +47,18 @@ pub(super) enum Version {
 }
 
 impl State {
-    pub(super) fn new(node_name: String) -> Self {
+    pub(super) fn new(wanted: Wanted) -> Self {
         Self {
-            node_name,
+            wanted,
             converter: Converter::default(),
             files: BTreeMap::new(),
             owners: HashMap::new(),
         }
+    }
+
+    /// Takes or leaves what network policies are made of; to be chosen before anything is read.
+    pub(super) fn want_network_policies(&mut self, wanted: bool) {
+        self.wanted.network_policies = wanted;
     }
 
     /// The files that are known, with the version that was read last.
@@ -68,12 +73,12 @@ impl State {
         self.files.get(path).map(|known| known.stamp)
     }
 
-    /// Every object in force, as complete lists of every kind.
+    /// Every object in force, as complete lists of every kind that is wanted.
     pub(super) fn lists(&self) -> Vec<Event> {
         let mut events = Vec::with_capacity(self.owners.len() + 2 * Kind::ALL.len());
         let mut names: Vec<&ObjectRef> = self.owners.keys().collect();
         names.sort_unstable();
-        for kind in Kind::ALL {
+        for &kind in self.wanted.kinds() {
             events.push(Event::ListStarted(kind));
             let of_kind = names.iter().filter(|name| name.kind == kind);
             events
@@ -186,7 +191,7 @@ impl State {
             }
             return None;
         }
-        let contents = contents::read(path, &text, &self.node_name, &mut self.converter);
+        let contents = contents::read(path, &text, &self.wanted, &mut self.converter);
         let old = known.map(|known| &known.objects);
         Some(Replacement::Objects(
             settle(path, contents, old, notices),

@@ -196,7 +196,7 @@ impl Namespace {
 
     /// Runs a program with this standard input and returns its output; panics if it fails.
     #[track_caller]
-    fn feed(&self, program: &str, arguments: &[&str], input: &str) -> String {
+    pub fn feed(&self, program: &str, arguments: &[&str], input: &str) -> String {
         let mut child = self
             .command(program)
             .args(arguments)

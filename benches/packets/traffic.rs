@@ -1,0 +1,101 @@
+//! Connections, both ends of which one thread holds.
+//!
+//! Over a pair of linked devices a packet is received inside of the call that sends it. With one
+//! thread for both ends nobody is woken, and what is timed is the work of the kernel on the
+//! packets and not that of its scheduler.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{SocketAddrV4, TcpListener, TcpStream};
+use std::time::{Duration, Instant};
+
+use rustix::net::sockopt::{Timeout, set_socket_linger, set_socket_timeout, set_tcp_nodelay};
+use rustix::net::{AddressFamily, SocketType};
+
+use crate::lanes::PATIENCE;
+
+/// What is written at once.
+const CHUNK: usize = 256 << 10;
+
+/// An established connection, which ends with a reset: neither side waits or remembers it.
+pub struct Connection {
+    /// The end of the client.
+    pub client: TcpStream,
+    /// The end of the server.
+    pub server: TcpStream,
+    /// From the call that sends the first packet to its return with the answer.
+    pub handshake: Duration,
+}
+
+/// Connects from the namespace of the calling thread.
+pub fn connect(listener: &TcpListener, to: SocketAddrV4) -> Connection {
+    let socket = rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None)
+        .expect("a socket can be opened");
+    set_socket_linger(&socket, Some(Duration::ZERO)).expect("sockets can be reset");
+    set_socket_timeout(&socket, Timeout::Send, Some(PATIENCE)).expect("sockets can wait");
+    let started = Instant::now();
+    let connected = rustix::net::connect(&socket, &to);
+    let handshake = started.elapsed();
+    connected.unwrap_or_else(|error| panic!("cannot connect to {to}: {error}"));
+    let (server, _) = listener
+        .accept()
+        .unwrap_or_else(|error| panic!("a connection to {to} is not accepted: {error}"));
+    Connection {
+        client: socket.into(),
+        server,
+        handshake,
+    }
+}
+
+impl Connection {
+    /// For data: small packets go at once, and no call waits.
+    pub fn for_data(self) -> Self {
+        for end in [&self.client, &self.server] {
+            set_tcp_nodelay(end, true).expect("the socket is one of TCP");
+            end.set_nonblocking(true).expect("sockets need not block");
+        }
+        self
+    }
+
+    /// A byte there and a byte back.
+    pub fn round_trip(&mut self) -> Duration {
+        let started = Instant::now();
+        pass_byte(&mut self.client, &mut self.server);
+        pass_byte(&mut self.server, &mut self.client);
+        started.elapsed()
+    }
+
+    /// So many bytes to the server.
+    pub fn send(&mut self, bytes: usize) -> Duration {
+        let mut buffer = vec![0; CHUNK];
+        let started = Instant::now();
+        let (mut sent, mut received) = (0, 0);
+        while received < bytes {
+            let chunk = CHUNK.min(bytes - sent);
+            if chunk > 0 {
+                sent += progress(self.client.write(&buffer[..chunk]));
+            }
+            let now = progress(self.server.read(&mut buffer));
+            received += now;
+            assert!(started.elapsed() < PATIENCE, "a connection is stuck");
+        }
+        started.elapsed()
+    }
+}
+
+fn pass_byte(from: &mut TcpStream, to: &mut TcpStream) {
+    let started = Instant::now();
+    let mut byte = [0];
+    assert_eq!(progress(from.write(&byte)), 1, "there is room for a byte");
+    while progress(to.read(&mut byte)) == 0 {
+        assert!(started.elapsed() < PATIENCE, "a connection is stuck");
+    }
+}
+
+/// How many bytes a call moved.
+fn progress(result: std::io::Result<usize>) -> usize {
+    match result {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == ErrorKind::WouldBlock => 0,
+        Err(error) => panic!("a connection fails: {error}"),
+    }
+}

@@ -1,0 +1,181 @@
+//! What hangs around the network policies: who cuts connections, who tells of denied packets,
+//! who counts these, and who looks after bridges.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, watch};
+use tokio::time::{MissedTickBehavior, interval};
+
+use super::{Error, system};
+use crate::bridge::{self, News, Watch};
+use crate::cli::Args;
+use crate::metrics::{Metrics, PolicyDrops};
+use crate::model::{Family, Notice, ObjectName, Reason, Subject};
+use crate::netlink::{self, LogReader, Nftables};
+use crate::policy::{self, Direction, LOG_GROUP};
+use crate::reconcile::connections::{self, Bell, Cutter};
+use crate::reconcile::{Isolated, LogAndSend, Question, Reporter, denied};
+use crate::ruleset::Key;
+
+/// Questions that may wait for the reconciler.
+const QUESTIONS: usize = 64;
+/// How often bridges are looked at although the isolated pods are the same.
+const LOOK_EVERY: Duration = Duration::from_secs(60);
+
+/// What the reconciler and its loop need to know of those around.
+#[derive(Default)]
+pub(super) struct Observers {
+    pub(super) cutter: Option<Bell>,
+    pub(super) questions: Option<mpsc::Receiver<Question>>,
+}
+
+/// Whether there are policies to be looked after.
+pub(super) fn is_on(args: &Args) -> bool {
+    args.network_policy.is_on() && !args.once
+}
+
+/// Starts the threads that are asked for. They end with the reconciler or the process.
+pub(super) fn start(
+    args: &Args,
+    metrics: &Arc<Metrics>,
+    isolated: watch::Receiver<Isolated>,
+) -> Result<Observers, Error> {
+    let mut observers = Observers::default();
+    if !is_on(args) {
+        return Ok(observers);
+    }
+    count_drops(metrics, isolated.clone())?;
+    let (ask, questions) = mpsc::channel(QUESTIONS);
+    if args.network_policy_strict {
+        let (bell, woken) = connections::bell();
+        let (ask, metrics) = (ask.clone(), metrics.clone());
+        let cut = move || {
+            Cutter::new(connections::open, woken, isolated, ask, &metrics).run();
+        };
+        spawn("cuts", "the thread that cuts connections", cut)?;
+        observers.cutter = Some(bell);
+    }
+    if args.log_denied {
+        match LogReader::open(LOG_GROUP) {
+            Ok(reader) => {
+                let follow = move || denied::follow(reader, &ask);
+                spawn("denied", "the thread that logs denied packets", follow)?;
+            }
+            Err(error) => {
+                tracing::warn!("{error}; policies are enforced, denied packets are not logged");
+            }
+        }
+    }
+    observers.questions = Some(questions);
+    Ok(observers)
+}
+
+fn spawn(
+    name: &str,
+    what: &'static str,
+    work: impl FnOnce() + Send + 'static,
+) -> Result<(), Error> {
+    let thread = thread::Builder::new().name(name.into()).spawn(work);
+    thread.map(drop).map_err(system(what))
+}
+
+/// Has the metrics read the counters of the rules at each scrape, over a socket of their own.
+fn count_drops(metrics: &Metrics, isolated: watch::Receiver<Isolated>) -> Result<(), Error> {
+    let socket: Mutex<Option<Nftables>> = Mutex::new(None);
+    let read = move || {
+        // A panic of an earlier scrape leaves nothing half done but the socket.
+        let mut socket = socket.lock().unwrap_or_else(PoisonError::into_inner);
+        let nftables = match socket.take() {
+            Some(nftables) => Ok(nftables),
+            None => Nftables::open(),
+        };
+        // The list is cloned: holding on to it would make the reconciler wait.
+        let isolated = Isolated::clone(&isolated.borrow());
+        let read = nftables.and_then(|mut nftables| {
+            let drops = drops(&mut nftables, &isolated)?;
+            *socket = Some(nftables);
+            Ok(drops)
+        });
+        read.inspect_err(|error| tracing::debug!("{error}; drops are not counted this time"))
+            .ok()
+    };
+    Ok(metrics.policy_drops(read)?)
+}
+
+/// What the rules dropped, by address and direction, of the pods that are isolated now.
+fn drops(nftables: &mut Nftables, isolated: &Isolated) -> Result<Vec<PolicyDrops>, netlink::Error> {
+    let pods: HashMap<Key, &ObjectName> = isolated
+        .iter()
+        .map(|(address, pod)| (Key::address(*address), pod))
+        .collect();
+    let mut drops = Vec::new();
+    if pods.is_empty() {
+        return Ok(drops);
+    }
+    for family in Family::ALL {
+        for direction in Direction::ALL {
+            let table = policy::table_id(family);
+            let counters = nftables.counters(&table, direction.denied().as_str())?;
+            drops.extend(counters.into_iter().filter_map(|(key, packets, _)| {
+                let pod = pods.get(&key)?;
+                Some(PolicyDrops {
+                    namespace: pod.namespace().to_owned(),
+                    pod: pod.name().to_owned(),
+                    direction: direction.as_str(),
+                    packets,
+                })
+            }));
+        }
+    }
+    Ok(drops)
+}
+
+/// Tells where traffic of isolated pods passes the policies by on a bridge, until the reconciler
+/// is gone.
+pub(super) async fn watch_bridges(
+    mut isolated: watch::Receiver<Isolated>,
+    metrics: Arc<Metrics>,
+    reporter: LogAndSend,
+) {
+    let mut watch = Watch::new("/");
+    let mut again = interval(LOOK_EVERY);
+    again.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            changed = isolated.changed() => {
+                if changed.is_err() {
+                    return;
+                }
+            }
+            _ = again.tick() => {}
+        }
+        let pods: Vec<IpAddr> = {
+            let isolated = isolated.borrow_and_update();
+            isolated.iter().map(|(address, _)| *address).collect()
+        };
+        for news in watch.look(&bridge::attached(), &pods) {
+            match news {
+                News::Begins(unfiltered) => {
+                    metrics.notice(Reason::BridgeTraffic.as_str());
+                    reporter.notice(&Notice {
+                        subject: Subject::Other(format!("bridge {}", unfiltered.bridge).into()),
+                        reason: Reason::BridgeTraffic,
+                        message: unfiltered.to_string(),
+                    });
+                }
+                News::Ends(unfiltered) => tracing::info!(
+                    "bridge {}: {} between isolated pods passes the network policies by no more",
+                    unfiltered.bridge,
+                    unfiltered.family()
+                ),
+            }
+        }
+        for ipv6 in [false, true] {
+            metrics.bridge_unfiltered(ipv6, watch.is_unfiltered(ipv6));
+        }
+    }
+}

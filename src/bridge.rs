@@ -1,0 +1,285 @@
+//! Whether traffic between pods of this node passes the network policies by on a bridge.
+//!
+//! With many network plugins the pods of a node are ports of one Linux bridge. What one of them
+//! sends to another is then switched and not routed, and meets the forward hook, where policies
+//! are asked, only while br_netfilter is loaded and its setting for the family is 1.
+//!
+//! [`Watch::look`] compares the isolated pods with the bridges of the host and tells what is new.
+//! It changes no setting: that would concern all bridges of the host.
+
+use std::fmt;
+use std::fs;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+
+use ipnet::IpNet;
+
+/// An address of an interface, with its network.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Attached {
+    /// The name of the interface.
+    pub interface: String,
+    /// Its address and prefix length.
+    pub network: IpNet,
+}
+
+/// A bridge over which isolated pods talk past their policies.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unfiltered {
+    /// The bridge.
+    pub bridge: String,
+    /// Whether it is about IPv6.
+    pub ipv6: bool,
+    /// The setting as it is; `None` if there is none, because br_netfilter is not loaded.
+    pub setting: Option<String>,
+}
+
+impl Unfiltered {
+    fn key(&self) -> &'static str {
+        if self.ipv6 {
+            "net.bridge.bridge-nf-call-ip6tables"
+        } else {
+            "net.bridge.bridge-nf-call-iptables"
+        }
+    }
+
+    /// The family, as people write it.
+    pub fn family(&self) -> &'static str {
+        if self.ipv6 { "IPv6" } else { "IPv4" }
+    }
+}
+
+impl fmt::Display for Unfiltered {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (family, key) = (self.family(), self.key());
+        write!(
+            f,
+            "{family} between pods of this node passes the network policies by on this bridge, \
+             because {key} is "
+        )?;
+        match &self.setting {
+            Some(value) => write!(f, "{value}; sysctl -w {key}=1"),
+            None => write!(
+                f,
+                "missing; modprobe br_netfilter and then sysctl -w {key}=1"
+            ),
+        }
+    }
+}
+
+/// Something that was not so at the look before.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum News {
+    /// Traffic passes the policies by.
+    Begins(Unfiltered),
+    /// It does so no more.
+    Ends(Unfiltered),
+}
+
+/// Remembers what was told.
+#[derive(Debug)]
+pub struct Watch {
+    root: PathBuf,
+    told: [Option<Unfiltered>; 2],
+}
+
+impl Watch {
+    /// A watch that has told nothing, over the files below a root directory (`/`).
+    pub fn new(root: impl Into<PathBuf>) -> Self {
+        Self {
+            root: root.into(),
+            told: [None, None],
+        }
+    }
+
+    /// Looks at the host, where these are the addresses of its interfaces and of the isolated
+    /// pods, and returns what is new.
+    pub fn look(&mut self, attached: &[Attached], pods: &[IpAddr]) -> Vec<News> {
+        let mut news = Vec::new();
+        for (ipv6, told) in [false, true].into_iter().zip(&mut self.told) {
+            let found = unfiltered(&self.root, attached, pods, ipv6);
+            if found == *told {
+                continue;
+            }
+            let before = std::mem::replace(told, found.clone());
+            news.extend(match (found, before) {
+                (Some(found), _) => Some(News::Begins(found)),
+                (None, before) => before.map(News::Ends),
+            });
+        }
+        news
+    }
+
+    /// Whether traffic of a family passes the policies by, as of the last look.
+    pub fn is_unfiltered(&self, ipv6: bool) -> bool {
+        let mut told = self.told.iter().flatten();
+        told.any(|unfiltered| unfiltered.ipv6 == ipv6)
+    }
+}
+
+/// The first bridge with isolated pods of a family whose packets are not filtered.
+fn unfiltered(
+    root: &Path,
+    attached: &[Attached],
+    pods: &[IpAddr],
+    ipv6: bool,
+) -> Option<Unfiltered> {
+    let is_bridge = |name: &str| {
+        root.join("sys/class/net")
+            .join(name)
+            .join("bridge")
+            .is_dir()
+    };
+    let mut with_pods = attached.iter().filter(|attached| {
+        let network = &attached.network;
+        network.addr().is_ipv6() == ipv6 && pods.iter().any(|pod| network.contains(pod))
+    });
+    let bridge = with_pods.find(|attached| is_bridge(&attached.interface))?;
+    let found = Unfiltered {
+        bridge: bridge.interface.clone(),
+        ipv6,
+        setting: None,
+    };
+    let file = root
+        .join("proc/sys")
+        .join(found.key().replacen('.', "/", 2));
+    let setting = fs::read_to_string(file)
+        .ok()
+        .map(|text| text.trim().to_owned());
+    (setting.as_deref() != Some("1")).then_some(Unfiltered { setting, ..found })
+}
+
+/// The addresses of the interfaces in the network namespace of the calling thread.
+pub fn attached() -> Vec<Attached> {
+    // Fails for want of memory only.
+    let Ok(interfaces) = nix::ifaddrs::getifaddrs() else {
+        return Vec::new();
+    };
+    let attached = interfaces.filter_map(|interface| {
+        let ip = |address: nix::sys::socket::SockaddrStorage| {
+            let v4 = address.as_sockaddr_in().map(|a| IpAddr::V4(a.ip()));
+            v4.or_else(|| address.as_sockaddr_in6().map(|a| IpAddr::V6(a.ip())))
+        };
+        let (address, mask) = (ip(interface.address?)?, ip(interface.netmask?)?);
+        Some(Attached {
+            interface: interface.interface_name,
+            network: IpNet::with_netmask(address, mask).ok()?,
+        })
+    });
+    attached.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ip(text: &str) -> IpAddr {
+        text.parse().unwrap()
+    }
+
+    /// A host with the bridge cni0 and the interface eth0.
+    struct Host {
+        root: tempfile::TempDir,
+        attached: Vec<Attached>,
+    }
+
+    impl Host {
+        fn new() -> Self {
+            let root = tempfile::tempdir().unwrap();
+            for folder in ["cni0/bridge", "eth0"] {
+                fs::create_dir_all(root.path().join("sys/class/net").join(folder)).unwrap();
+            }
+            fs::create_dir_all(root.path().join("proc/sys/net/bridge")).unwrap();
+            let on = |interface: &str, network: &str| Attached {
+                interface: interface.into(),
+                network: network.parse().unwrap(),
+            };
+            let attached = vec![
+                on("eth0", "10.0.0.1/8"),
+                on("cni0", "10.1.0.1/24"),
+                on("cni0", "fd00:1::1/64"),
+            ];
+            Self { root, attached }
+        }
+
+        fn set(&self, name: &str, value: &str) {
+            let file = self.root.path().join("proc/sys/net/bridge").join(name);
+            fs::write(file, value).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_bridge_with_isolated_pods_must_be_filtered() {
+        let host = Host::new();
+        let mut watch = Watch::new(host.root.path());
+        host.set("bridge-nf-call-iptables", "0\n");
+        host.set("bridge-nf-call-ip6tables", "1\n");
+        assert_eq!(watch.look(&host.attached, &[]), []);
+        let pods = [ip("10.1.0.5"), ip("fd00:1::5")];
+        let news = watch.look(&host.attached, &pods);
+        let [News::Begins(found)] = &news[..] else {
+            panic!("{news:?}");
+        };
+        assert_eq!((found.bridge.as_str(), found.ipv6), ("cni0", false));
+        assert_eq!(
+            found.to_string(),
+            "IPv4 between pods of this node passes the network policies by on this bridge, \
+             because net.bridge.bridge-nf-call-iptables is 0; \
+             sysctl -w net.bridge.bridge-nf-call-iptables=1"
+        );
+        assert!(watch.is_unfiltered(false));
+        assert!(!watch.is_unfiltered(true));
+        assert_eq!(watch.look(&host.attached, &pods), [], "it is told once");
+
+        host.set("bridge-nf-call-iptables", "1\n");
+        assert_eq!(
+            watch.look(&host.attached, &pods),
+            [News::Ends(found.clone())]
+        );
+        assert!(!watch.is_unfiltered(false));
+        host.set("bridge-nf-call-iptables", "0\n");
+        assert_eq!(watch.look(&host.attached, &pods).len(), 1);
+        assert_eq!(
+            watch.look(&host.attached, &[]),
+            [News::Ends(found.clone())],
+            "nobody is isolated any more"
+        );
+    }
+
+    #[test]
+    fn a_missing_setting_names_the_module() {
+        let host = Host::new();
+        let mut watch = Watch::new(host.root.path());
+        let news = watch.look(&host.attached, &[ip("fd00:1::5")]);
+        let [News::Begins(found)] = &news[..] else {
+            panic!("{news:?}");
+        };
+        assert!(found.ipv6);
+        assert!(
+            found.to_string().ends_with(
+                "is missing; modprobe br_netfilter and then \
+                 sysctl -w net.bridge.bridge-nf-call-ip6tables=1"
+            ),
+            "{found}"
+        );
+    }
+
+    #[test]
+    fn routed_pods_need_no_bridge() {
+        let host = Host::new();
+        let mut watch = Watch::new(host.root.path());
+        // In the network of eth0, which is no bridge.
+        assert_eq!(watch.look(&host.attached, &[ip("10.2.0.5")]), []);
+    }
+
+    #[test]
+    fn the_loopback_is_attached() {
+        let loopback = attached();
+        assert!(
+            loopback
+                .iter()
+                .any(|a| a.network.addr() == ip("127.0.0.1") && a.network.prefix_len() == 8),
+            "{loopback:?}"
+        );
+    }
+}

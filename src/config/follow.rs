@@ -1,0 +1,162 @@
+//! Noticing that the configuration file has changed.
+//!
+//! Settings are read once, at the start. A change that can be used therefore ends the process, so
+//! that whoever started it starts it again; with a file that cannot be used it would not start,
+//! and it is better off with the settings it has.
+//!
+//! A mounted ConfigMap changes by a symbolic link (`..data`) that is replaced in its directory.
+//! So the directories are watched in which the file and everything that leads to it can be
+//! replaced, and any news from there means to look at the file again.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use notify::event::{AccessKind, AccessMode, ModifyKind};
+use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher};
+use tokio::sync::{mpsc, watch};
+
+use super::{Error, File};
+
+/// How long further events are collected once one has arrived.
+const COLLECT: Duration = Duration::from_millis(10);
+
+/// The most links that are followed from the file; the kernel's own limit.
+const MOST_LINKS: usize = 40;
+
+/// Why there is nothing to follow any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// The file now says something else, which can be used.
+    Changed,
+    /// The shutdown was asked for.
+    Stopped,
+}
+
+/// Waits until a file says something else than `known` and can be used, or until `shutdown` turns
+/// true (or its sender is gone). A content that cannot be used is one line in the log.
+///
+/// # Errors
+///
+/// [`Error::Follow`] when inotify is not available.
+pub async fn follow(
+    path: PathBuf,
+    known: File,
+    mut shutdown: watch::Receiver<bool>,
+) -> Result<Ended, Error> {
+    let fault = |source| Error::Follow {
+        path: path.clone(),
+        source,
+    };
+    let (signal, mut signals) = mpsc::unbounded_channel();
+    let watcher = notify::recommended_watcher(move |event| {
+        // The receiver is gone only when this has ended.
+        let _ = signal.send(event);
+    });
+    let mut places = Places {
+        watcher: watcher.map_err(fault)?,
+        watched: BTreeSet::new(),
+    };
+    let mut told = None;
+    loop {
+        places.watch(&path).map_err(fault)?;
+        match File::read(&path) {
+            Ok(now) if now != known => return Ok(Ended::Changed),
+            Ok(_) => told = None,
+            // Between the old file and the new one there may be none.
+            Err(Error::Read { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => {
+                let line = error.to_string();
+                if told.as_ref() != Some(&line) {
+                    tracing::error!("{line}; the settings in force stay");
+                }
+                told = Some(line);
+            }
+        }
+        loop {
+            let event = tokio::select! {
+                event = signals.recv() => event,
+                // An error says that the sender is gone, and with it whoever could ask.
+                _ = shutdown.wait_for(|stop| *stop) => return Ok(Ended::Stopped),
+            };
+            if event.is_none_or(|event| matters(&event)) {
+                break;
+            }
+        }
+        tokio::time::sleep(COLLECT).await;
+        while signals.try_recv().is_ok() {}
+    }
+}
+
+/// Whether a file may have become another one. While it is being written it is not whole; once
+/// it is closed there is another event.
+fn matters(event: &notify::Result<notify::Event>) -> bool {
+    let Ok(event) = event else {
+        return true;
+    };
+    match event.kind {
+        EventKind::Access(kind) => kind == AccessKind::Close(AccessMode::Write),
+        EventKind::Modify(ModifyKind::Data(_)) => false,
+        _ => true,
+    }
+}
+
+/// The watched directories.
+struct Places {
+    watcher: RecommendedWatcher,
+    watched: BTreeSet<PathBuf>,
+}
+
+impl Places {
+    /// Watches where the file can be replaced now; what does not lead to it any more is let go.
+    fn watch(&mut self, path: &Path) -> Result<(), notify::Error> {
+        let wanted = directories(path);
+        for gone in self.watched.difference(&wanted) {
+            // A directory that was removed has no watch any more.
+            let _ = self.watcher.unwatch(gone);
+        }
+        self.watched.retain(|known| wanted.contains(known));
+        for directory in wanted {
+            // One that was replaced needs a new watch, so that the old one does not count.
+            if directory.is_dir() {
+                self.watcher
+                    .watch(&directory, RecursiveMode::NonRecursive)?;
+                self.watched.insert(directory);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The directories of the file, of the links that lead to it, and of those that lead to them.
+fn directories(path: &Path) -> BTreeSet<PathBuf> {
+    let mut found = BTreeSet::new();
+    let mut at = path.to_owned();
+    for _ in 0..MOST_LINKS {
+        let directory = parent(&at);
+        found.insert(directory.clone());
+        if let Ok(real) = directory.canonicalize() {
+            found.insert(real);
+        }
+        // `..data` is a link inside of the directory that the file appears to be in.
+        if directory.is_symlink() {
+            found.insert(parent(&directory));
+        }
+        match at.read_link() {
+            Ok(target) => at = directory.join(target),
+            Err(_) => break,
+        }
+    }
+    found
+}
+
+fn parent(path: &Path) -> PathBuf {
+    match path.parent() {
+        Some(parent) if parent.as_os_str().is_empty() => PathBuf::from("."),
+        Some(parent) => parent.to_owned(),
+        None => path.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests;

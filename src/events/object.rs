@@ -1,0 +1,304 @@
+//! From a notice to an Event.
+
+use k8s_openapi::api::core::v1::ObjectReference;
+use k8s_openapi::api::events::v1::Event;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta};
+use k8s_openapi::jiff::Timestamp;
+use kube::core::GroupVersionKind;
+use ring::digest::{SHA256, digest};
+use serde_json::{Value, json};
+
+use crate::model::{Kind, Notice, ObjectName, ObjectRef, Reason, Subject};
+
+/// Who reports.
+const CONTROLLER: &str = "nftlet";
+/// The namespace for Events about objects that have none.
+const DEFAULT_NAMESPACE: &str = "default";
+/// What the API allows: bytes of a name, of the instance, and of a note.
+const LONGEST_NAME: usize = 253;
+const LONGEST_INSTANCE: usize = 128;
+const LONGEST_NOTE: usize = 1024;
+/// Bytes of the hash in a name.
+const HASH: usize = 8;
+
+/// An Event that may be written.
+#[derive(Clone, Debug)]
+pub(super) struct Draft {
+    /// The object; `None` for the node.
+    pub object: Option<ObjectRef>,
+    pub namespace: String,
+    pub name: String,
+    node: String,
+    kind: &'static str,
+    reason: &'static str,
+    action: &'static str,
+    note: String,
+    at: Timestamp,
+}
+
+/// How the API calls a kind.
+pub(super) struct Resource {
+    group: &'static str,
+    kind: &'static str,
+    pub plural: &'static str,
+}
+
+impl Resource {
+    pub(super) fn gvk(&self) -> GroupVersionKind {
+        GroupVersionKind::gvk(self.group, "v1", self.kind)
+    }
+
+    fn api_version(&self) -> String {
+        self.gvk().api_version()
+    }
+}
+
+/// The group, kind and plural of a kind; all are `v1`.
+pub(super) fn resource(kind: Kind) -> Resource {
+    let (group, plural) = match kind {
+        Kind::Service => ("", "services"),
+        Kind::EndpointSlice => ("discovery.k8s.io", "endpointslices"),
+        Kind::Node => ("", "nodes"),
+        Kind::ServiceCidr => ("networking.k8s.io", "servicecidrs"),
+        Kind::Pod => ("", "pods"),
+        Kind::Namespace => ("", "namespaces"),
+        Kind::NetworkPolicy => ("networking.k8s.io", "networkpolicies"),
+    };
+    Resource {
+        group,
+        kind: kind.as_str(),
+        plural,
+    }
+}
+
+/// What nftlet was doing, as the API asks for.
+fn action(reason: Reason) -> &'static str {
+    match reason {
+        Reason::InvalidField
+        | Reason::InvalidObject
+        | Reason::InvalidPolicy
+        | Reason::InvalidFile
+        | Reason::UnknownKind
+        | Reason::Conflict
+        | Reason::OrphanSlice => "ReadObject",
+        Reason::ApiServer | Reason::NodeMissing => "WatchObjects",
+        Reason::KernelRefused | Reason::ForeignChange | Reason::SyncFailed => "WriteRules",
+        Reason::HealthCheckPort => "ServeHealthCheck",
+        Reason::BridgeTraffic => "WatchBridges",
+    }
+}
+
+impl Draft {
+    /// The Event of a notice that a node gives.
+    pub(super) fn of(notice: &Notice, node: &str, at: Timestamp) -> Self {
+        let object = match &notice.subject {
+            Subject::Object(object) if object.kind != Kind::Node => Some(object.clone()),
+            Subject::Object(_) | Subject::File { .. } | Subject::Other(_) => None,
+        };
+        let reason = notice.reason.as_str();
+        // What is wrong with an object is the same for all nodes. What a node meets may differ
+        // from one time to the next in what it says, and is still the same.
+        let identity = if notice.reason.is_of_the_node() || object.is_none() {
+            format!("{reason} {node}")
+        } else {
+            format!("{reason} {}", notice.message)
+        };
+        Self::new(
+            object,
+            node,
+            ("Warning", reason, action(notice.reason)),
+            &notice.message,
+            &identity,
+            at,
+        )
+    }
+
+    /// The Event that tells of the start.
+    pub(super) fn starting(node: &str, at: Timestamp) -> Self {
+        let note = concat!(
+            "nftlet ",
+            env!("CARGO_PKG_VERSION"),
+            " keeps this node's services in nftables"
+        );
+        let identity = format!("Starting {node} {at}");
+        let words = ("Normal", "Starting", "StartNftlet");
+        Self::new(None, node, words, note, &identity, at)
+    }
+
+    fn new(
+        object: Option<ObjectRef>,
+        node: &str,
+        (kind, reason, action): (&'static str, &'static str, &'static str),
+        note: &str,
+        identity: &str,
+        at: Timestamp,
+    ) -> Self {
+        let about = object.clone().unwrap_or_else(|| node_of(node));
+        let namespace = Some(about.name.namespace()).filter(|name| !name.is_empty());
+        Self {
+            namespace: namespace.unwrap_or(DEFAULT_NAMESPACE).to_owned(),
+            name: name(&about, identity),
+            object,
+            node: node.to_owned(),
+            kind,
+            reason,
+            action,
+            note: shortened(note, LONGEST_NOTE),
+            at,
+        }
+    }
+
+    /// The Event, about an object with a known identity or without.
+    pub(super) fn event(&self, uid: Option<String>) -> Event {
+        let about = self.object.clone().unwrap_or_else(|| node_of(&self.node));
+        let namespace = Some(about.name.namespace()).filter(|name| !name.is_empty());
+        let regarding = ObjectReference {
+            api_version: Some(resource(about.kind).api_version()),
+            kind: Some(about.kind.as_str().to_owned()),
+            name: Some(about.name.name().to_owned()),
+            namespace: namespace.map(str::to_owned),
+            // The kubelet and kube-proxy give the Events of a Node its name, and so they are found.
+            uid: if about.kind == Kind::Node {
+                Some(self.node.clone())
+            } else {
+                uid
+            },
+            ..ObjectReference::default()
+        };
+        let instance = format!("{CONTROLLER}-{}", self.node);
+        Event {
+            metadata: ObjectMeta {
+                name: Some(self.name.clone()),
+                namespace: Some(self.namespace.clone()),
+                ..ObjectMeta::default()
+            },
+            event_time: Some(MicroTime(self.at)),
+            reporting_controller: Some(CONTROLLER.to_owned()),
+            reporting_instance: Some(shortened(&instance, LONGEST_INSTANCE)),
+            action: Some(self.action.to_owned()),
+            reason: Some(self.reason.to_owned()),
+            type_: Some(self.kind.to_owned()),
+            note: Some(self.note.clone()),
+            regarding: Some(regarding),
+            ..Event::default()
+        }
+    }
+
+    /// What makes the Event a series that has come to a count.
+    pub(super) fn series(&self, count: i32, last: Timestamp) -> Value {
+        json!({"series": {"count": count, "lastObservedTime": MicroTime(last)}})
+    }
+}
+
+fn node_of(name: &str) -> ObjectRef {
+    ObjectRef::new(Kind::Node, ObjectName::new("", name))
+}
+
+/// The name of an Event: that of its object and a hash, so that the same Event has the same name
+/// wherever it is written.
+fn name(about: &ObjectRef, identity: &str) -> String {
+    let whole = format!("{} {identity}", about.kind);
+    let hash = digest(&SHA256, whole.as_bytes());
+    let hash = hash.as_ref().iter().take(HASH);
+    let hash: String = hash.map(|byte| format!("{byte:02x}")).collect();
+    let object = shortened(about.name.name(), LONGEST_NAME - hash.len() - 1);
+    format!("{}.{hash}", object.trim_end_matches(['.', '-']))
+}
+
+/// The beginning of a text, as far as it fits.
+fn shortened(text: &str, longest: usize) -> String {
+    let mut ends = (0..=longest.min(text.len())).rev();
+    let fitting = ends.find_map(|end| text.get(..end));
+    fitting.unwrap_or_default().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn notice(kind: Kind, name: ObjectName, reason: Reason, message: &str) -> Notice {
+        Notice {
+            subject: Subject::Object(ObjectRef::new(kind, name)),
+            reason,
+            message: message.into(),
+        }
+    }
+
+    fn draft(notice: &Notice, node: &str) -> Draft {
+        Draft::of(notice, node, Timestamp::UNIX_EPOCH)
+    }
+
+    #[test]
+    fn an_event_stands_at_its_object() {
+        let slice = ObjectName::new("shop", "web-1");
+        let notice = notice(Kind::EndpointSlice, slice, Reason::InvalidField, "bad");
+        let event = draft(&notice, "node-1").event(Some("u".into()));
+        let regarding = event.regarding.expect("an object");
+        assert_eq!(
+            regarding.api_version.as_deref(),
+            Some("discovery.k8s.io/v1")
+        );
+        assert_eq!(regarding.kind.as_deref(), Some("EndpointSlice"));
+        assert_eq!(regarding.namespace.as_deref(), Some("shop"));
+        assert_eq!(regarding.name.as_deref(), Some("web-1"));
+        assert_eq!(regarding.uid.as_deref(), Some("u"));
+        assert_eq!(event.metadata.namespace.as_deref(), Some("shop"));
+        assert_eq!(event.reason.as_deref(), Some("InvalidField"));
+        assert_eq!(event.type_.as_deref(), Some("Warning"));
+        assert_eq!(event.note.as_deref(), Some("bad"));
+        assert_eq!(event.reporting_instance.as_deref(), Some("nftlet-node-1"));
+    }
+
+    #[test]
+    fn what_has_no_object_stands_at_the_node() {
+        let notice = Notice {
+            subject: Subject::Other("table nftlet".into()),
+            reason: Reason::ForeignChange,
+            message: "3 operations".into(),
+        };
+        let event = draft(&notice, "node-1").event(None);
+        let regarding = event.regarding.expect("an object");
+        assert_eq!(regarding.kind.as_deref(), Some("Node"));
+        assert_eq!(regarding.uid.as_deref(), Some("node-1"));
+        assert_eq!(regarding.namespace, None);
+        assert_eq!(event.metadata.namespace.as_deref(), Some("default"));
+    }
+
+    #[test]
+    fn nodes_agree_on_the_name_of_what_they_all_find() {
+        let web = || ObjectName::new("shop", "web");
+        let name = |node: &str, reason, message: &str| {
+            draft(&notice(Kind::Service, web(), reason, message), node).name
+        };
+        let invalid = name("node-1", Reason::InvalidField, "port");
+        assert_eq!(invalid, name("node-2", Reason::InvalidField, "port"));
+        assert_ne!(invalid, name("node-1", Reason::InvalidField, "address"));
+        assert_ne!(invalid, name("node-1", Reason::Conflict, "port"));
+        // What a node's kernel says is of that node, in whatever words.
+        let refused = name("node-1", Reason::KernelRefused, "once");
+        assert_eq!(refused, name("node-1", Reason::KernelRefused, "twice"));
+        assert_ne!(refused, name("node-2", Reason::KernelRefused, "once"));
+    }
+
+    #[test]
+    fn every_start_is_an_event_of_its_own() {
+        let start = |second| Draft::starting("node-1", Timestamp::constant(second, 0)).name;
+        assert_ne!(start(1), start(2));
+    }
+
+    #[test]
+    fn what_is_too_long_for_the_api_is_cut() {
+        let long = "a".repeat(300);
+        let notice = notice(
+            Kind::Service,
+            ObjectName::new("shop", &long),
+            Reason::InvalidField,
+            &"ä".repeat(1000),
+        );
+        let event = draft(&notice, &long).event(None);
+        assert!(event.metadata.name.expect("a name").len() <= LONGEST_NAME);
+        assert_eq!(event.note.expect("a note").len(), LONGEST_NOTE);
+        let instance = event.reporting_instance.expect("an instance");
+        assert_eq!(instance.len(), LONGEST_INSTANCE);
+    }
+}

@@ -1,0 +1,316 @@
+//! The facts nftlet keeps of pods, namespaces and network policies.
+
+use std::fmt;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use smallvec::SmallVec;
+
+use super::{ObjectName, Protocol};
+
+/// The labels of an object, sorted by key, each key once. Cheap to clone: a source shares equal
+/// labels among objects.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Labels(Arc<[(Arc<str>, Arc<str>)]>);
+
+impl Labels {
+    /// The value of a label.
+    pub fn get(&self, key: &str) -> Option<&Arc<str>> {
+        let found = self.0.binary_search_by(|(known, _)| (**known).cmp(key));
+        let (_, value) = self.0.get(found.ok()?)?;
+        Some(value)
+    }
+
+    /// Keys and values, sorted by key.
+    pub fn iter(&self) -> impl Iterator<Item = (&Arc<str>, &Arc<str>)> {
+        self.0.iter().map(|(key, value)| (key, value))
+    }
+
+    /// The number of labels.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Whether there is another clone of these labels: the question of whoever keeps one to
+    /// share.
+    pub fn is_shared(&self) -> bool {
+        Arc::strong_count(&self.0) > 1
+    }
+}
+
+impl<K: Into<Arc<str>>, V: Into<Arc<str>>> FromIterator<(K, V)> for Labels {
+    /// Of equal keys the last one counts, as in JSON.
+    fn from_iter<I: IntoIterator<Item = (K, V)>>(labels: I) -> Self {
+        let mut labels: Vec<(Arc<str>, Arc<str>)> = labels
+            .into_iter()
+            .map(|(key, value)| (key.into(), value.into()))
+            .collect();
+        labels.reverse();
+        labels.sort_by(|(a, _), (b, _)| a.cmp(b));
+        labels.dedup_by(|(a, _), (b, _)| a == b);
+        Self(labels.into())
+    }
+}
+
+/// A Pod, reduced to what network policies ask of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pod {
+    /// Namespace and name.
+    pub name: ObjectName,
+    /// `metadata.creationTimestamp` in seconds since 1970; of two pods with one address the
+    /// newer one has it.
+    pub created: Option<i64>,
+    /// `spec.nodeName`; absent until the pod is scheduled.
+    pub node: Option<Arc<str>>,
+    /// `spec.hostNetwork`: the addresses are the node's, and no policy selects the pod.
+    pub host_network: bool,
+    /// `status.phase` is Succeeded or Failed: the pod no longer has its addresses.
+    pub ended: bool,
+    /// Whether it has a deletion timestamp; it keeps its addresses until it has ended.
+    pub terminating: bool,
+    /// `status.podIPs` (or `podIP`), one per family at most.
+    pub addresses: SmallVec<[IpAddr; 2]>,
+    /// `metadata.labels`.
+    pub labels: Labels,
+    /// The container ports that have a name, sorted.
+    pub ports: Arc<[NamedPort]>,
+}
+
+/// A container port with a name (`spec.containers[].ports[]`, and of init containers that keep
+/// running).
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct NamedPort {
+    /// The name.
+    pub name: Arc<str>,
+    /// The protocol.
+    pub protocol: Protocol,
+    /// `containerPort`, not 0.
+    pub port: u16,
+}
+
+/// A Namespace.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Namespace {
+    /// `metadata.name`.
+    pub name: ObjectName,
+    /// `metadata.labels`, always with `kubernetes.io/metadata.name`, which the API server gives
+    /// every namespace.
+    pub labels: Labels,
+}
+
+/// A NetworkPolicy (networking.k8s.io/v1).
+///
+/// A rule that cannot be understood is left out by the source, which reports it: it allows
+/// nothing, and what it was to allow stays denied.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NetworkPolicy {
+    /// Namespace and name.
+    pub name: ObjectName,
+    /// `spec.podSelector`: the pods of the namespace that the policy applies to.
+    pub pods: LabelSelector,
+    /// What may reach these pods; `None` if the policy says nothing about ingress.
+    pub ingress: Option<Vec<PolicyRule>>,
+    /// What these pods may reach; `None` if the policy says nothing about egress.
+    pub egress: Option<Vec<PolicyRule>>,
+}
+
+/// One entry of `spec.ingress` or `spec.egress`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PolicyRule {
+    /// `from` or `to`; `None` (absent or empty in the API) is everyone.
+    pub peers: Option<Vec<Peer>>,
+    /// `ports`; `None` (absent or empty in the API) is every port and protocol.
+    pub ports: Option<Vec<PolicyPort>>,
+}
+
+/// One entry of `from` or `to`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Peer {
+    /// Pods by their labels and those of their namespaces.
+    Pods {
+        /// `namespaceSelector`; `None` is the policy's own namespace.
+        namespaces: Option<LabelSelector>,
+        /// `podSelector`; absent beside a `namespaceSelector` it selects every pod.
+        pods: LabelSelector,
+    },
+    /// `ipBlock`.
+    Block {
+        /// `cidr`.
+        cidr: IpNet,
+        /// `except`, each inside of `cidr`.
+        except: Vec<IpNet>,
+    },
+}
+
+/// One entry of a rule's `ports`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct PolicyPort {
+    /// `protocol`.
+    pub protocol: Protocol,
+    /// `port` and `endPort`.
+    pub port: PortMatch,
+}
+
+/// Which destination ports a [`PolicyPort`] allows.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum PortMatch {
+    /// Without a `port`: all of the protocol.
+    Any,
+    /// From a port to another one, both included.
+    Range(u16, u16),
+    /// The port that the destination pod gives this name, for this protocol.
+    Named(Arc<str>),
+}
+
+/// A label selector: all requirements must be met. Without any it selects everything.
+///
+/// Two selectors that are written in different order are equal.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct LabelSelector(Arc<[Requirement]>);
+
+/// One requirement of a selector; an entry of `matchLabels` is an `In` with one value.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Requirement {
+    /// The label exists and has one of the values, which are sorted.
+    In(Arc<str>, Vec<Arc<str>>),
+    /// The label does not exist or has none of the values, which are sorted.
+    NotIn(Arc<str>, Vec<Arc<str>>),
+    /// The label exists.
+    Exists(Arc<str>),
+    /// The label does not exist.
+    DoesNotExist(Arc<str>),
+}
+
+impl LabelSelector {
+    /// A selector of all these requirements.
+    pub fn new(requirements: impl IntoIterator<Item = Requirement>) -> Self {
+        let mut requirements: Vec<Requirement> = requirements
+            .into_iter()
+            .map(Requirement::normalised)
+            .collect();
+        requirements.sort_unstable();
+        requirements.dedup();
+        Self(requirements.into())
+    }
+
+    /// The requirements, sorted.
+    pub fn requirements(&self) -> &[Requirement] {
+        &self.0
+    }
+
+    /// Whether it selects everything.
+    pub fn is_everything(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Whether an object with these labels is selected.
+    pub fn matches(&self, labels: &Labels) -> bool {
+        self.0.iter().all(|requirement| requirement.met(labels))
+    }
+}
+
+impl Requirement {
+    /// Whether labels meet it (apimachinery's rules: `NotIn` is met where the label is absent).
+    pub fn met(&self, labels: &Labels) -> bool {
+        match self {
+            Requirement::In(key, values) => {
+                labels.get(key).is_some_and(|value| values.contains(value))
+            }
+            Requirement::NotIn(key, values) => {
+                labels.get(key).is_none_or(|value| !values.contains(value))
+            }
+            Requirement::Exists(key) => labels.get(key).is_some(),
+            Requirement::DoesNotExist(key) => labels.get(key).is_none(),
+        }
+    }
+
+    fn normalised(mut self) -> Self {
+        if let Requirement::In(_, values) | Requirement::NotIn(_, values) = &mut self {
+            values.sort_unstable();
+            values.dedup();
+        }
+        self
+    }
+}
+
+impl fmt::Display for LabelSelector {
+    /// The notation of kubectl: `app=web,tier in (a,b),!old`; everything is `*`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.is_everything() {
+            return f.write_str("*");
+        }
+        for (index, requirement) in self.0.iter().enumerate() {
+            if index > 0 {
+                f.write_str(",")?;
+            }
+            match requirement {
+                Requirement::In(key, values) => match values.as_slice() {
+                    [value] => write!(f, "{key}={value}")?,
+                    values => write!(f, "{key} in ({})", values.join(","))?,
+                },
+                Requirement::NotIn(key, values) => match values.as_slice() {
+                    [value] => write!(f, "{key}!={value}")?,
+                    values => write!(f, "{key} notin ({})", values.join(","))?,
+                },
+                Requirement::Exists(key) => write!(f, "{key}")?,
+                Requirement::DoesNotExist(key) => write!(f, "!{key}")?,
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn labels(pairs: &[(&str, &str)]) -> Labels {
+        pairs.iter().copied().collect()
+    }
+
+    fn texts(values: &[&str]) -> Vec<Arc<str>> {
+        values.iter().map(|value| Arc::from(*value)).collect()
+    }
+
+    #[test]
+    fn the_last_of_equal_keys_counts() {
+        let labels = labels(&[("b", "1"), ("a", "2"), ("b", "3")]);
+        assert_eq!(labels.len(), 2);
+        assert_eq!(labels.get("b").map(|value| &**value), Some("3"));
+        assert_eq!(labels.get("c"), None);
+    }
+
+    #[test]
+    fn requirements_follow_the_api() {
+        let web = labels(&[("app", "web"), ("tier", "front")]);
+        let meets = |requirement| LabelSelector::new([requirement]).matches(&web);
+        assert!(meets(Requirement::In("app".into(), texts(&["db", "web"]))));
+        assert!(!meets(Requirement::In("app".into(), texts(&["db"]))));
+        assert!(!meets(Requirement::In("zone".into(), texts(&["a"]))));
+        assert!(!meets(Requirement::NotIn("app".into(), texts(&["web"]))));
+        assert!(meets(Requirement::NotIn("zone".into(), texts(&["a"]))));
+        assert!(meets(Requirement::Exists("tier".into())));
+        assert!(!meets(Requirement::Exists("zone".into())));
+        assert!(meets(Requirement::DoesNotExist("zone".into())));
+        assert!(!meets(Requirement::DoesNotExist("app".into())));
+        assert!(LabelSelector::default().matches(&web));
+    }
+
+    #[test]
+    fn the_order_of_writing_does_not_matter() {
+        let a = Requirement::In("a".into(), texts(&["2", "1"]));
+        let sorted = Requirement::In("a".into(), texts(&["1", "2"]));
+        let b = Requirement::DoesNotExist("b".into());
+        let one = LabelSelector::new([a, b.clone()]);
+        let other = LabelSelector::new([b, sorted]);
+        assert_eq!(one, other);
+        assert_eq!(one.to_string(), "a in (1,2),!b");
+        assert_eq!(LabelSelector::default().to_string(), "*");
+    }
+}

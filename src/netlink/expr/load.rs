@@ -1,0 +1,124 @@
+//! What selectors read, loaded into registers.
+
+use nftnl::nftnl_sys as sys;
+
+use super::{Attribute, Expr, Program, register};
+use crate::ruleset::{Family, Selector};
+
+impl Program {
+    /// Loads a selector's value into the register at a word.
+    pub(super) fn load(&mut self, selector: Selector, word: usize) {
+        use Attribute::U32;
+        let target = register(word);
+        match selector {
+            Selector::SourceAddress | Selector::DestinationAddress => {
+                let (source, length) = match self.family {
+                    Family::Ip => (12, 4),
+                    Family::Ip6 => (8, 16),
+                };
+                let offset = match selector {
+                    Selector::SourceAddress => source,
+                    _ => source + length,
+                };
+                self.payload(libc::NFT_PAYLOAD_NETWORK_HEADER, offset, length, target);
+            }
+            Selector::SourcePort => {
+                self.payload(libc::NFT_PAYLOAD_TRANSPORT_HEADER, 0, 2, target);
+            }
+            Selector::DestinationPort => {
+                self.payload(libc::NFT_PAYLOAD_TRANSPORT_HEADER, 2, 2, target);
+            }
+            Selector::L4Protocol => self.meta(libc::NFT_META_L4PROTO, target),
+            Selector::Mark => self.meta(libc::NFT_META_MARK, target),
+            Selector::InputInterface => self.meta(libc::NFT_META_IIFNAME, target),
+            Selector::OutputInterface => self.meta(libc::NFT_META_OIFNAME, target),
+            Selector::RandomIndex { modulus } => self.push(
+                c"numgen",
+                [
+                    (sys::NFTNL_EXPR_NG_DREG, U32(target)),
+                    (sys::NFTNL_EXPR_NG_MODULUS, U32(modulus)),
+                    (sys::NFTNL_EXPR_NG_TYPE, U32(libc::NFT_NG_RANDOM as u32)),
+                ],
+            ),
+            Selector::SourceHash { modulus } => {
+                // The address goes to the next free registers behind the target.
+                let scratch = (word + 1).next_multiple_of(4);
+                self.load(Selector::SourceAddress, scratch);
+                let length = Selector::SourceAddress.field_type(self.family).bytes() as u32;
+                self.push(
+                    c"hash",
+                    [
+                        (sys::NFTNL_EXPR_HASH_SREG, U32(register(scratch))),
+                        (sys::NFTNL_EXPR_HASH_DREG, U32(target)),
+                        (sys::NFTNL_EXPR_HASH_LEN, U32(length)),
+                        (sys::NFTNL_EXPR_HASH_MODULUS, U32(modulus)),
+                        (sys::NFTNL_EXPR_HASH_TYPE, U32(0)),
+                    ],
+                );
+            }
+            Selector::OriginalDestinationAddress => {
+                let key = match self.family {
+                    Family::Ip => libc::NFT_CT_DST_IP,
+                    Family::Ip6 => libc::NFT_CT_DST_IP6,
+                };
+                self.ct(key, Some(0), target);
+            }
+            Selector::OriginalDestinationPort => {
+                self.ct(libc::NFT_CT_PROTO_DST, Some(0), target);
+            }
+            Selector::Icmp6Type => {
+                self.payload(libc::NFT_PAYLOAD_TRANSPORT_HEADER, 0, 1, target);
+            }
+        }
+    }
+
+    /// Loads the fields of a key into consecutive registers from a word on and returns the word
+    /// after them.
+    pub(super) fn load_key(&mut self, selectors: &[Selector], first: usize) -> usize {
+        let mut word = first;
+        for selector in selectors {
+            self.load(*selector, word);
+            word += selector.field_type(self.family).padded_len() / 4;
+        }
+        word
+    }
+
+    pub(super) fn payload(&mut self, base: libc::c_int, offset: u32, length: u32, target: u32) {
+        use Attribute::U32;
+        self.push(
+            c"payload",
+            [
+                (sys::NFTNL_EXPR_PAYLOAD_DREG, U32(target)),
+                (sys::NFTNL_EXPR_PAYLOAD_BASE, U32(base as u32)),
+                (sys::NFTNL_EXPR_PAYLOAD_OFFSET, U32(offset)),
+                (sys::NFTNL_EXPR_PAYLOAD_LEN, U32(length)),
+            ],
+        );
+    }
+
+    fn meta(&mut self, key: libc::c_int, target: u32) {
+        use Attribute::U32;
+        self.push(
+            c"meta",
+            [
+                (sys::NFTNL_EXPR_META_KEY, U32(key as u32)),
+                (sys::NFTNL_EXPR_META_DREG, U32(target)),
+            ],
+        );
+    }
+
+    pub(super) fn ct(&mut self, key: libc::c_int, direction: Option<u8>, target: u32) {
+        use Attribute::{U8, U32};
+        let mut attributes = vec![
+            (sys::NFTNL_EXPR_CT_KEY, U32(key as u32)),
+            (sys::NFTNL_EXPR_CT_DREG, U32(target)),
+        ];
+        if let Some(direction) = direction {
+            attributes.push((sys::NFTNL_EXPR_CT_DIR, U8(direction)));
+        }
+        self.exprs.push(Expr {
+            name: c"ct",
+            attributes,
+        });
+    }
+}

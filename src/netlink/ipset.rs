@@ -1,0 +1,144 @@
+//! Names, ports and removal of ipsets.
+//!
+//! nftlet makes no ipsets. kube-proxy's ipvs mode does, and leaves them behind.
+
+use std::io;
+use std::path::Path;
+
+use super::attr::{Reader, Writer};
+use super::encode::{begin_message, end_message};
+use super::error::Error;
+use super::socket::{DUMP_ATTEMPTS, Dump, Message, Reading, Socket};
+use super::uapi;
+
+const SETS: &str = "the ipsets";
+/// Is there while the kernel has ipsets, built in or loaded.
+const MODULE: &str = "/sys/module/ip_set";
+
+/// A connection to the kernel's ipsets, in the network namespace it was opened in.
+pub struct IpSets {
+    socket: Socket,
+}
+
+impl IpSets {
+    /// Opens a socket in the current network namespace; `None` where the kernel has no ipsets.
+    ///
+    /// The module is looked for first: the kernel would load it to answer that there are none.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Open`] when the socket cannot be opened.
+    pub fn open() -> Result<Option<Self>, Error> {
+        if !Path::new(MODULE).exists() {
+            return Ok(None);
+        }
+        let socket = Socket::open("ipsets")?;
+        Ok(Some(Self { socket }))
+    }
+
+    /// The names of all sets.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::IpSets`] when the kernel does not list them.
+    pub fn names(&mut self) -> Result<Vec<String>, Error> {
+        let mut filter = request();
+        Writer::new(&mut filter).be32(uapi::IPSET_ATTR_FLAGS, uapi::IPSET_FLAG_LIST_SETNAME);
+        let mut names = Vec::new();
+        self.list(&filter, &mut names, |message, names| {
+            names.extend(
+                message
+                    .attributes()
+                    .string(uapi::IPSET_ATTR_SETNAME)
+                    .map(str::to_owned),
+            );
+        })?;
+        Ok(names)
+    }
+
+    /// The ports in the elements of a set, sorted; none if the set has no ports.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::IpSets`] when the kernel does not list them.
+    pub fn ports(&mut self, name: &str) -> Result<Vec<u16>, Error> {
+        let mut filter = request();
+        Writer::new(&mut filter).string(uapi::IPSET_ATTR_SETNAME, name);
+        let mut ports = Vec::new();
+        self.list(&filter, &mut ports, |message, ports| {
+            let elements = message.attributes().nested(uapi::IPSET_ATTR_ADT);
+            let elements = elements.into_iter().flatten();
+            ports.extend(
+                elements
+                    .filter(|(kind, _)| *kind == uapi::IPSET_ATTR_DATA)
+                    .filter_map(|(_, element)| Reader::new(element).be16(uapi::IPSET_ATTR_PORT)),
+            );
+        })?;
+        ports.sort_unstable();
+        ports.dedup();
+        Ok(ports)
+    }
+
+    /// Destroys a set. False if there is none of the name.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::IpSet`] with EBUSY while a rule uses the set.
+    pub fn destroy(&mut self, name: &str) -> Result<bool, Error> {
+        let seq = self.socket.reserve_numbers(1);
+        let mut bytes = Vec::new();
+        let start = begin_message(&mut bytes, kind(uapi::IPSET_CMD_DESTROY), 0, seq, 0);
+        bytes.extend_from_slice(&request());
+        Writer::new(&mut bytes).string(uapi::IPSET_ATTR_SETNAME, name);
+        end_message(&mut bytes, start);
+        let errno = match self.socket.ask("the removal of an ipset", seq, &bytes)? {
+            0 => return Ok(true),
+            libc::ENOENT => return Ok(false),
+            // The kernel's own number has no text in the C library.
+            uapi::IPSET_ERR_BUSY => libc::EBUSY,
+            errno => errno,
+        };
+        Err(Error::IpSet {
+            name: name.to_owned(),
+            source: io::Error::from_raw_os_error(errno),
+        })
+    }
+
+    fn list<T>(
+        &mut self,
+        attributes: &[u8],
+        found: &mut Vec<T>,
+        mut each: impl FnMut(Message, &mut Vec<T>),
+    ) -> Result<(), Error> {
+        for _ in 0..DUMP_ATTEMPTS {
+            found.clear();
+            let dump = Dump {
+                what: SETS,
+                kind: kind(uapi::IPSET_CMD_LIST),
+                family: 0,
+                attributes,
+            };
+            match self.socket.dump(dump, |message| each(message, found)) {
+                Ok(Reading::Complete) => return Ok(()),
+                Ok(Reading::Interrupted) => {}
+                Err(Error::Receive { source, .. }) => return Err(Error::IpSets { source }),
+                Err(error) => return Err(error),
+            }
+        }
+        Err(Error::Interrupted {
+            what: SETS,
+            times: DUMP_ATTEMPTS,
+        })
+    }
+}
+
+fn kind(command: u16) -> u16 {
+    (libc::NFNL_SUBSYS_IPSET as u16) << 8 | command
+}
+
+/// The attribute that every request has.
+fn request() -> Vec<u8> {
+    let mut bytes = Vec::new();
+    Writer::new(&mut bytes).bytes(uapi::IPSET_ATTR_PROTOCOL, &[uapi::IPSET_PROTOCOL_MIN]);
+    bytes
+}

@@ -1,0 +1,177 @@
+//! The packets that rules log: what they deny, told to nftlet over NFLOG.
+//!
+//! A rule hands a copy of a packet's beginning to a numbered group, and the kernel sends it to
+//! the one socket that has bound the group. Several packets may come in one datagram, up to a
+//! tenth of a second after the first.
+//!
+//! ```text
+//! rule: log prefix "..." group N ──> kernel's queue ──socket──> LogReader ──> Denied
+//!                                    prefix, interfaces,         headers
+//!                                    first bytes                (`header`)
+//! ```
+
+use std::collections::VecDeque;
+use std::io;
+use std::net::IpAddr;
+
+use super::attr::Writer;
+use super::encode::{begin_message, end_message, family, set_resource};
+use super::error::Error;
+use super::socket::{Message, Socket};
+use super::uapi;
+use crate::ruleset::Family;
+
+mod header;
+
+const WHAT: &str = "logged packets";
+/// How many bytes of a packet are asked for: its IP header with all options, or some extension
+/// headers, and the ports behind them.
+const COPIED: u32 = 128;
+/// How long the kernel may collect packets before it sends them, in hundredths of a second.
+const LONGEST_DELAY: u32 = 10;
+
+/// Reads the packets that rules log to a group.
+pub struct LogReader {
+    socket: Socket,
+    waiting: VecDeque<Denied>,
+}
+
+/// A logged packet. nftlet's rules log what they deny.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Denied {
+    /// The text that the rule adds.
+    pub prefix: String,
+    /// Who sent the packet, as the rule saw it.
+    pub source: IpAddr,
+    /// Whom it was sent to, as the rule saw it. Of the family of the source.
+    pub destination: IpAddr,
+    /// The number of the IP protocol.
+    pub protocol: u8,
+    /// The source port, where the protocol has ports and they are in this packet: all fragments
+    /// but the first lack them.
+    pub source_port: Option<u16>,
+    /// The destination port, as for the source port.
+    pub destination_port: Option<u16>,
+    /// The index of the interface that the packet came in by.
+    pub input: Option<u32>,
+    /// The index of the interface that it was to leave by.
+    pub output: Option<u32>,
+}
+
+/// What a [`LogReader`] heard.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Logged {
+    /// A packet.
+    Denied(Denied),
+    /// Packets were lost, because there were more than the queue holds.
+    Lost,
+}
+
+impl Denied {
+    /// The family of the packet.
+    pub fn family(&self) -> Family {
+        match self.source {
+            IpAddr::V4(_) => Family::Ip,
+            IpAddr::V6(_) => Family::Ip6,
+        }
+    }
+
+    /// Reads a message; `None` if it is about something other than an IP packet.
+    fn read(message: &Message) -> Option<Self> {
+        let subsystem = libc::NFNL_SUBSYS_ULOG as u16;
+        if message.kind != subsystem << 8 | uapi::NFULNL_MSG_PACKET {
+            return None;
+        }
+        let attributes = message.attributes();
+        let packet = attributes.get(uapi::NFULA_PAYLOAD)?;
+        let header = header::parse(family(message.family())?, packet)?;
+        let prefix = attributes.get(uapi::NFULA_PREFIX).unwrap_or_default();
+        let prefix = prefix.strip_suffix(&[0]).unwrap_or(prefix);
+        let (source_port, destination_port) = header.ports.unzip();
+        Some(Self {
+            prefix: String::from_utf8_lossy(prefix).into_owned(),
+            source: header.source,
+            destination: header.destination,
+            protocol: header.protocol,
+            source_port,
+            destination_port,
+            input: attributes.be32(uapi::NFULA_IFINDEX_INDEV),
+            output: attributes.be32(uapi::NFULA_IFINDEX_OUTDEV),
+        })
+    }
+}
+
+impl LogReader {
+    /// Binds a group in the current network namespace. From now on the kernel queues what rules
+    /// log to it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::LogGroup`] if another program has bound the group, or the kernel does not let
+    /// nftlet; [`Error::Open`] when the socket cannot be opened.
+    pub fn open(group: u16) -> Result<Self, Error> {
+        let mut socket = Socket::open(WHAT)?;
+        let seq = socket.reserve_numbers(1);
+        socket.send("a request for logged packets", &bind(group, seq))?;
+        let mut errno = 0;
+        let read = socket.errors(|report| {
+            if report.seq == seq {
+                errno = report.errno;
+            }
+        });
+        let failed = match (errno, read) {
+            (0, Ok(())) => {
+                return Ok(Self {
+                    socket,
+                    waiting: VecDeque::new(),
+                });
+            }
+            (0, Err(source)) => source,
+            (errno, _) => io::Error::from_raw_os_error(errno),
+        };
+        Err(Error::LogGroup {
+            group,
+            source: failed,
+        })
+    }
+
+    /// Waits for the next packet. What is logged to the group and is no IP packet is passed over.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Receive`] when the socket does not work any more.
+    pub fn wait(&mut self) -> Result<Logged, Error> {
+        loop {
+            if let Some(denied) = self.waiting.pop_front() {
+                return Ok(Logged::Denied(denied));
+            }
+            let waiting = &mut self.waiting;
+            let received = self
+                .socket
+                .listen(|message| waiting.extend(Denied::read(&message)));
+            match received {
+                Ok(()) => {}
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {
+                    return Ok(Logged::Lost);
+                }
+                Err(source) => return Err(Error::Receive { what: WHAT, source }),
+            }
+        }
+    }
+}
+
+/// The message that binds a group and tells what is wanted of its packets.
+fn bind(group: u16, seq: u32) -> Vec<u8> {
+    let kind = (libc::NFNL_SUBSYS_ULOG as u16) << 8 | uapi::NFULNL_MSG_CONFIG;
+    let mut bytes = Vec::new();
+    let start = begin_message(&mut bytes, kind, 0, seq, 0);
+    set_resource(&mut bytes, start, group);
+    let mut writer = Writer::new(&mut bytes);
+    writer.bytes(uapi::NFULA_CFG_CMD, &[uapi::NFULNL_CFG_CMD_BIND]);
+    let [a, b, c, d] = COPIED.to_be_bytes();
+    let mode = [a, b, c, d, uapi::NFULNL_COPY_PACKET, 0];
+    writer.bytes(uapi::NFULA_CFG_MODE, &mode);
+    writer.be32(uapi::NFULA_CFG_TIMEOUT, LONGEST_DELAY);
+    end_message(&mut bytes, start);
+    bytes
+}

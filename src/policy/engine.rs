@@ -1,0 +1,555 @@
+//! Compiles what changed.
+//!
+//! The engine keeps, beside the objects, the plan of each isolated pod of this node and which
+//! sets each policy's chain uses. A batch of events leaves marks: pods with what they brought to
+//! the sets before, pods of this node to plan again, policies to compile again. [`Engine::update`]
+//! works these off into the parts of the tables that are touched, before and after, and the
+//! difference of the two is the transaction.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
+
+use smallvec::SmallVec;
+
+use super::Settings;
+use super::inventory::Inventory;
+use super::layout::{Direction, table_id};
+use super::parts::{self, Parts, isolate, sort};
+use super::rules::{self, policy_chain, skeleton};
+use super::sets::{Membership, SetId, Sets};
+use crate::model::{Event, Family, Kind, Lists, Object, ObjectName, ObjectRef, Pod};
+use crate::ruleset::{Chain, Element, Ruleset, Table, Transaction, diff};
+
+/// An isolated pod of this node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct PodPlan {
+    pub addresses: SmallVec<[IpAddr; 2]>,
+    /// For each direction in which it is isolated, the policies that select it.
+    pub policies: BTreeMap<Direction, Vec<ObjectName>>,
+}
+
+impl PodPlan {
+    pub fn address(&self, family: Family) -> Option<IpAddr> {
+        let mut addresses = self.addresses.iter().copied();
+        addresses.find(|address| Family::of(*address) == family)
+    }
+}
+
+/// A policy's chain in one family's table.
+#[derive(Debug, Default)]
+struct PolicyUse {
+    /// How many pods jump to it.
+    pods: u32,
+    chain: Option<Chain>,
+    /// The sets that its rules use.
+    sets: Vec<SetId>,
+}
+
+/// What events touched since the last update.
+#[derive(Debug, Default)]
+struct Touched {
+    /// Pods, with what they brought to sets before.
+    pods: HashMap<ObjectName, Vec<Membership>>,
+    /// Pods of this node whose plan may be another one now.
+    local: BTreeSet<ObjectName>,
+    /// Policies with other rules.
+    policies: BTreeSet<ObjectName>,
+}
+
+/// Turns pods, namespaces and policies into rules.
+#[derive(Debug)]
+pub struct Engine {
+    pub(super) settings: Settings,
+    pub(super) inventory: Inventory,
+    lists: Lists,
+    sets: Sets,
+    pub(super) plans: BTreeMap<ObjectName, PodPlan>,
+    uses: BTreeMap<(Family, Direction, ObjectName), PolicyUse>,
+    /// Whether the tables exist: while there is any policy.
+    exists: bool,
+    touched: Touched,
+}
+
+impl Engine {
+    /// An engine that has seen nothing yet.
+    pub fn new(settings: Settings) -> Self {
+        Self {
+            inventory: Inventory::new(settings.node.clone()),
+            settings,
+            lists: Lists::default(),
+            sets: Sets::default(),
+            plans: BTreeMap::new(),
+            uses: BTreeMap::new(),
+            exists: false,
+            touched: Touched::default(),
+        }
+    }
+
+    /// An engine that keeps the tables away: it needs no list and knows no policy.
+    pub fn off(settings: Settings) -> Self {
+        let mut engine = Self::new(settings);
+        for kind in Kind::POLICY {
+            engine.lists.complete(kind);
+        }
+        engine
+    }
+
+    /// Whether all kinds were listed and none is being listed. Before that the rules would deny
+    /// what the missing objects allow.
+    pub fn is_ready(&self) -> bool {
+        Kind::POLICY.iter().all(|kind| self.is_listed(*kind))
+    }
+
+    /// The kinds that are not listed completely.
+    pub fn missing(&self) -> Vec<Kind> {
+        let kinds = Kind::POLICY.into_iter();
+        kinds.filter(|kind| !self.is_listed(*kind)).collect()
+    }
+
+    fn is_listed(&self, kind: Kind) -> bool {
+        self.lists.is_complete(kind) && !self.lists.is_open(kind)
+    }
+
+    /// The number of objects of a kind.
+    pub fn count(&self, kind: Kind) -> usize {
+        let (pods, namespaces, policies) = self.inventory.counts();
+        match kind {
+            Kind::Pod => pods,
+            Kind::Namespace => namespaces,
+            Kind::NetworkPolicy => policies,
+            _ => 0,
+        }
+    }
+
+    /// The pod that has an address.
+    pub fn pod_at(&self, address: IpAddr) -> Option<&ObjectName> {
+        self.inventory.owner(address).map(|pod| &pod.name)
+    }
+
+    /// The isolated pods of this node with their addresses.
+    pub fn isolated(&self) -> impl Iterator<Item = (&ObjectName, &[IpAddr])> {
+        let plans = self.plans.iter();
+        plans.map(|(name, plan)| (name, plan.addresses.as_slice()))
+    }
+
+    /// Takes over one event about pods, namespaces or policies; others are ignored.
+    pub fn apply(&mut self, event: Event) {
+        match event {
+            Event::ListStarted(kind) if Kind::POLICY.contains(&kind) => {
+                let known = match kind {
+                    Kind::Pod => self.inventory.pod_names(),
+                    Kind::Namespace => self.inventory.namespace_names(),
+                    _ => self.inventory.policy_names(),
+                };
+                self.lists.start(kind, known);
+            }
+            Event::ListComplete(kind) if Kind::POLICY.contains(&kind) => {
+                for name in self.lists.complete(kind) {
+                    self.delete(&ObjectRef::new(kind, name));
+                }
+            }
+            Event::Apply(object) => {
+                self.lists.saw(&object.reference());
+                match object {
+                    Object::Pod(pod) => self.set_pod(&pod.name.clone(), Some(pod)),
+                    Object::Namespace(namespace) => {
+                        let name = namespace.name.clone();
+                        if self.inventory.knows(&namespace) {
+                            return;
+                        }
+                        self.touch_namespace(name.name());
+                        self.inventory.set_namespace(name.name(), Some(namespace));
+                        self.sets.namespace_changed(name.name(), &self.inventory);
+                    }
+                    Object::NetworkPolicy(policy) => {
+                        let name = policy.name.clone();
+                        if self
+                            .inventory
+                            .policy(&name)
+                            .is_some_and(|old| **old == policy)
+                        {
+                            return;
+                        }
+                        self.touch_policy(&name);
+                        self.inventory.set_policy(&name, Some(policy));
+                    }
+                    _ => {}
+                }
+            }
+            Event::Delete(reference) => {
+                self.lists.saw(&reference);
+                self.delete(&reference);
+            }
+            Event::ListStarted(_) | Event::ListComplete(_) | Event::Notice(_) => {}
+        }
+    }
+
+    fn delete(&mut self, object: &ObjectRef) {
+        match object.kind {
+            Kind::Pod => self.set_pod(&object.name, None),
+            Kind::Namespace => {
+                let name = object.name.name();
+                self.touch_namespace(name);
+                self.inventory.set_namespace(name, None);
+                self.sets.namespace_changed(name, &self.inventory);
+            }
+            Kind::NetworkPolicy => {
+                self.touch_policy(&object.name);
+                self.inventory.set_policy(&object.name, None);
+            }
+            _ => {}
+        }
+    }
+
+    fn set_pod(&mut self, name: &ObjectName, pod: Option<Pod>) {
+        let old = self.inventory.pod(name);
+        if old == pod.as_ref() {
+            return;
+        }
+        // Whoever has an address of the old or the new version may lose or gain it.
+        let mut concerned = BTreeSet::from([name.clone()]);
+        for version in old.into_iter().chain(&pod) {
+            concerned.extend(self.inventory.rivals(version));
+        }
+        for name in &concerned {
+            self.touch_pod(name);
+        }
+        let namespace = name.namespace();
+        let first = self.inventory.pods_of(namespace).next().is_none();
+        self.inventory.set_pod(name, pod);
+        for name in &concerned {
+            self.touch_pod(name);
+        }
+        if first {
+            self.sets.namespace_changed(namespace, &self.inventory);
+        }
+    }
+
+    /// Notes what a pod brings to sets before it changes, and whether its own rules may change.
+    fn touch_pod(&mut self, name: &ObjectName) {
+        let pod = self.inventory.pod(name);
+        if pod.is_some_and(|pod| self.inventory.is_local(pod)) {
+            self.touched.local.insert(name.clone());
+        }
+        if !self.touched.pods.contains_key(name) {
+            let brought = pod.map_or_else(Vec::new, |pod| self.sets.of_pod(pod, &self.inventory));
+            self.touched.pods.insert(name.clone(), brought);
+        }
+    }
+
+    fn touch_namespace(&mut self, namespace: &str) {
+        let pods = self.inventory.pods_of(namespace);
+        let names: Vec<ObjectName> = pods.map(|pod| pod.name.clone()).collect();
+        for name in &names {
+            if !self.touched.pods.contains_key(name) {
+                self.touch_pod(name);
+            }
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn has_touched_pods(&self) -> bool {
+        !self.touched.pods.is_empty()
+    }
+
+    fn touch_policy(&mut self, name: &ObjectName) {
+        let local = self.inventory.local_of(name.namespace()).cloned();
+        self.touched.local.extend(local);
+        self.touched.policies.insert(name.clone());
+    }
+
+    /// Compiles what changed since the last call. Returns the operations that bring the tables
+    /// from what the last call (or [`Engine::ruleset`]) gave to what is wanted now.
+    pub fn update(&mut self) -> Transaction {
+        let touched = std::mem::take(&mut self.touched);
+        let mut parts: [Parts; 2] = Default::default();
+        let mut uses_touched: BTreeSet<(Family, Direction, ObjectName)> = BTreeSet::new();
+        for name in &touched.local {
+            self.plan_again(name, &mut parts, &mut uses_touched);
+        }
+        for policy in &touched.policies {
+            let keys = Family::ALL.into_iter().flat_map(|family| {
+                let directions = Direction::ALL.into_iter();
+                directions.map(move |direction| (family, direction, policy.clone()))
+            });
+            uses_touched.extend(keys.filter(|key| self.uses.contains_key(key)));
+        }
+        // The sets whose uses change, with whether a table used them before.
+        let mut was_used: BTreeMap<(Family, SetId), bool> = BTreeMap::new();
+        for key in &uses_touched {
+            self.compile_again(key, parts::of(&mut parts, key.0), &mut was_used);
+        }
+        self.fill_sets(touched.pods, &was_used, &mut parts);
+        for (_, set) in was_used.into_keys() {
+            self.sets.sweep(set);
+        }
+        self.finish(parts)
+    }
+
+    /// Plans a pod of this node again and notes what is different in its chains and addresses.
+    fn plan_again(
+        &mut self,
+        name: &ObjectName,
+        parts: &mut [Parts; 2],
+        uses_touched: &mut BTreeSet<(Family, Direction, ObjectName)>,
+    ) {
+        let new = self.inventory.pod(name).and_then(|pod| self.plan(pod));
+        let old = self.plans.remove(name);
+        if old != new {
+            for (family, parts) in Family::ALL.into_iter().zip(parts) {
+                for (plan, table, more) in [
+                    (&old, &mut parts.before, false),
+                    (&new, &mut parts.after, true),
+                ] {
+                    let Some(plan) = plan else {
+                        continue;
+                    };
+                    isolate(table, name, plan, family, self.settings.strict);
+                    if plan.address(family).is_none() {
+                        continue;
+                    }
+                    for (direction, policies) in &plan.policies {
+                        for policy in policies {
+                            let key = (family, *direction, policy.clone());
+                            let used = self.uses.entry(key.clone()).or_default();
+                            used.pods = if more {
+                                used.pods.saturating_add(1)
+                            } else {
+                                used.pods.saturating_sub(1)
+                            };
+                            uses_touched.insert(key);
+                        }
+                    }
+                }
+            }
+        }
+        if let Some(new) = new {
+            self.plans.insert(name.clone(), new);
+        }
+    }
+
+    /// What the policies make of a pod of this node; `None` for one that is not isolated.
+    fn plan(&self, pod: &Pod) -> Option<PodPlan> {
+        if !self.inventory.is_local(pod) {
+            return None;
+        }
+        let addresses = self.inventory.addresses(pod);
+        if addresses.is_empty() {
+            return None;
+        }
+        let mut policies: BTreeMap<Direction, Vec<ObjectName>> = BTreeMap::new();
+        for policy in self.inventory.policies_for(pod) {
+            for direction in Direction::ALL {
+                if rules::rules_of(policy, direction).is_some() {
+                    policies
+                        .entry(direction)
+                        .or_default()
+                        .push(policy.name.clone());
+                }
+            }
+        }
+        let isolated = !policies.is_empty();
+        isolated.then_some(PodPlan {
+            addresses,
+            policies,
+        })
+    }
+
+    /// Compiles the chain of a policy again, or drops it if no pod is left that uses it.
+    fn compile_again(
+        &mut self,
+        key: &(Family, Direction, ObjectName),
+        parts: &mut Parts,
+        was_used: &mut BTreeMap<(Family, SetId), bool>,
+    ) {
+        let (family, direction, name) = key;
+        let Some(old) = self.uses.remove(key) else {
+            return;
+        };
+        let policy = self.inventory.policy(name).filter(|_| old.pods > 0);
+        let (chain, sets) = policy.map_or((None, Vec::new()), |policy| {
+            let (chain, sets) = policy_chain(policy, *direction, *family, |meaning| {
+                self.sets.get(meaning, &self.inventory)
+            });
+            (Some(chain), sets)
+        });
+        for (sets, more) in [(&old.sets, false), (&sets, true)] {
+            for set in sets {
+                let before = self.sets.count(*set, *family, more);
+                was_used.entry((*family, *set)).or_insert(before > 0);
+            }
+        }
+        let chain_name = direction.policy_chain(name);
+        if let Some(chain) = old.chain {
+            parts.before.chains.insert(chain_name.clone(), chain);
+        }
+        if let Some(chain) = &chain {
+            parts.after.chains.insert(chain_name, chain.clone());
+        }
+        if old.pods > 0 {
+            let pods = old.pods;
+            self.uses
+                .insert(key.clone(), PolicyUse { pods, chain, sets });
+        }
+    }
+
+    /// Drafts the sets that come and go, and what the touched pods change in the others.
+    fn fill_sets(
+        &self,
+        touched: HashMap<ObjectName, Vec<Membership>>,
+        was_used: &BTreeMap<(Family, SetId), bool>,
+        parts: &mut [Parts; 2],
+    ) {
+        let mut fresh = Vec::new();
+        for (key, was_used) in was_used {
+            let (family, set) = *key;
+            let is_used = self.sets.is_used(set, family);
+            let Some((name, declared)) = self.sets.declared(set) else {
+                continue;
+            };
+            match (was_used, is_used) {
+                (true, false) => {
+                    let before = &mut parts::of(parts, family).before;
+                    before.sets.insert(name, declared);
+                }
+                (false, true) => fresh.push((family, set)),
+                _ => {}
+            }
+        }
+        let [v4, v6] = parts;
+        self.fill(&fresh, [&mut v4.after, &mut v6.after]);
+        let stays = |family: Family, set: SetId| {
+            let used_before = was_used.get(&(family, set)).copied().unwrap_or(true);
+            used_before && self.sets.is_used(set, family)
+        };
+        if Family::ALL
+            .iter()
+            .all(|family| !self.sets.used(*family).any(|set| stays(*family, set)))
+        {
+            return;
+        }
+        for (name, before) in touched {
+            let pod = self.inventory.pod(&name);
+            let after = pod.map_or_else(Vec::new, |pod| self.sets.of_pod(pod, &self.inventory));
+            if before == after {
+                continue;
+            }
+            for (memberships, is_after) in [(before, false), (after, true)] {
+                for Membership { family, set, key } in memberships {
+                    if !stays(family, set) {
+                        continue;
+                    }
+                    let Some((name, declared)) = self.sets.declared(set) else {
+                        continue;
+                    };
+                    let parts = parts::of(parts, family);
+                    // A set that one of the two lacks would be made or deleted.
+                    for table in [&mut parts.before, &mut parts.after] {
+                        table
+                            .sets
+                            .entry(name.clone())
+                            .or_insert_with(|| declared.clone());
+                    }
+                    let table = if is_after {
+                        &mut parts.after
+                    } else {
+                        &mut parts.before
+                    };
+                    if let Some(set) = table.sets.get_mut(&name) {
+                        set.elements.push(Element::new(key));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Puts complete sets into the tables.
+    fn fill(&self, fresh: &[(Family, SetId)], tables: [&mut Table; 2]) {
+        let mut ids: Vec<SetId> = fresh.iter().map(|(_, set)| *set).collect();
+        ids.sort_unstable();
+        ids.dedup();
+        let mut elements: HashMap<(Family, SetId), Vec<Element>> = HashMap::new();
+        for (family, set) in fresh {
+            elements.insert((*family, *set), self.sets.fixed_elements(*set, *family));
+        }
+        self.sets
+            .for_each_member(&ids, &self.inventory, |membership| {
+                let Membership { family, set, key } = membership;
+                if let Some(elements) = elements.get_mut(&(family, set)) {
+                    elements.push(Element::new(key));
+                }
+            });
+        let mut tables = Family::ALL.into_iter().zip(tables).collect::<Vec<_>>();
+        for ((of, id), elements) in elements {
+            let declared = self.sets.declared(id);
+            let table = tables.iter_mut().find(|(family, _)| *family == of);
+            if let (Some((name, mut set)), Some((_, table))) = (declared, table) {
+                set.elements = elements;
+                sort(&mut set);
+                table.sets.insert(name, set);
+            }
+        }
+    }
+
+    fn finish(&mut self, parts: [Parts; 2]) -> Transaction {
+        let wanted = self.inventory.counts().2 > 0;
+        let existed = std::mem::replace(&mut self.exists, wanted);
+        if existed && wanted {
+            let (mut before, mut after) = (Ruleset::default(), Ruleset::default());
+            for (family, mut parts) in Family::ALL.into_iter().zip(parts) {
+                parts.level();
+                before.tables.insert(table_id(family), parts.before);
+                after.tables.insert(table_id(family), parts.after);
+            }
+            return diff(&before, after);
+        }
+        let tables = Family::ALL.map(|family| (table_id(family), Table::default()));
+        let before = if existed {
+            Ruleset {
+                tables: tables.into(),
+            }
+        } else {
+            Ruleset::default()
+        };
+        diff(&before, self.ruleset())
+    }
+
+    /// The tables as they are after the last [`Engine::update`], from scratch.
+    pub fn ruleset(&self) -> Ruleset {
+        if !self.exists {
+            return Ruleset::default();
+        }
+        let mut tables = Family::ALL.map(|family| skeleton(family, &self.settings));
+        for (family, table) in Family::ALL.into_iter().zip(&mut tables) {
+            for (name, plan) in &self.plans {
+                isolate(table, name, plan, family, self.settings.strict);
+            }
+            table.sets.values_mut().for_each(sort);
+        }
+        for ((family, direction, name), used) in &self.uses {
+            if let Some(chain) = &used.chain {
+                let [v4, v6] = &mut tables;
+                let table = match family {
+                    Family::V4 => v4,
+                    Family::V6 => v6,
+                };
+                table
+                    .chains
+                    .insert(direction.policy_chain(name), chain.clone());
+            }
+        }
+        let used = Family::ALL.into_iter().flat_map(|family| {
+            let sets = self.sets.used(family);
+            sets.map(move |set| (family, set))
+        });
+        let used: Vec<(Family, SetId)> = used.collect();
+        let [v4, v6] = &mut tables;
+        self.fill(&used, [v4, v6]);
+        let tables = Family::ALL.into_iter().zip(tables);
+        Ruleset {
+            tables: tables
+                .map(|(family, table)| (table_id(family), table))
+                .collect(),
+        }
+    }
+}

@@ -1,0 +1,407 @@
+//! Which selectors select a pod, found by the pod's labels.
+//!
+//! A selector is filed under one label that every pod it selects must have (its *anchor*): a
+//! value that an `In` asks for, else a key that an `Exists` asks for. Looking up a pod tries the
+//! labels it has, and tests only the selectors that are filed there. The few selectors without
+//! an anchor (everything, `NotIn`, `DoesNotExist`) are filed under the namespaces that they
+//! select. So the cost of a pod follows the number of its labels and not the number of selectors.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use crate::model::{LabelSelector, Labels, Requirement};
+
+/// The label by which the API server tells a namespace's name.
+const NAMESPACE_NAME: &str = "kubernetes.io/metadata.name";
+
+/// Pods by their labels and those of their namespaces, in a form in which equal selectors of
+/// different policies are equal.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct PodSelector {
+    /// The namespaces.
+    pub namespaces: Namespaces,
+    /// The pods in these.
+    pub pods: LabelSelector,
+}
+
+/// Namespaces by name or by labels.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Namespaces {
+    /// The one with this name.
+    Named(Arc<str>),
+    /// Those with the labels.
+    Labelled(LabelSelector),
+}
+
+impl Namespaces {
+    /// The namespaces that a `namespaceSelector` selects, in a policy of namespace `own`.
+    pub fn new(selector: Option<&LabelSelector>, own: &str) -> Self {
+        let Some(selector) = selector else {
+            return Namespaces::Named(own.into());
+        };
+        match selector.requirements() {
+            // The usual way to name a namespace, since its labels always tell its name.
+            [Requirement::In(key, names)] if &**key == NAMESPACE_NAME => match names.as_slice() {
+                [name] => Namespaces::Named(name.clone()),
+                _ => Namespaces::Labelled(selector.clone()),
+            },
+            _ => Namespaces::Labelled(selector.clone()),
+        }
+    }
+
+    /// Whether a namespace is among them.
+    pub fn contain(&self, name: &str, labels: &Labels) -> bool {
+        match self {
+            Namespaces::Named(own) => **own == *name,
+            Namespaces::Labelled(selector) => selector.matches(labels),
+        }
+    }
+}
+
+impl PodSelector {
+    /// Whether a pod with these labels, in such a namespace, is selected.
+    pub fn matches(&self, namespace: &str, of_namespace: &Labels, of_pod: &Labels) -> bool {
+        self.namespaces.contain(namespace, of_namespace) && self.pods.matches(of_pod)
+    }
+
+    /// The label that all pods it selects have.
+    fn anchor(&self) -> Option<Anchor<'_>> {
+        let requirements = self.pods.requirements();
+        let one_of = requirements
+            .iter()
+            .find_map(|requirement| match requirement {
+                Requirement::In(key, values) => Some(Anchor::Values(key, values)),
+                _ => None,
+            });
+        one_of.or_else(|| {
+            requirements
+                .iter()
+                .find_map(|requirement| match requirement {
+                    Requirement::Exists(key) => Some(Anchor::Key(key)),
+                    _ => None,
+                })
+        })
+    }
+}
+
+enum Anchor<'a> {
+    Values(&'a Arc<str>, &'a [Arc<str>]),
+    Key(&'a Arc<str>),
+}
+
+/// Selectors with an identity each.
+#[derive(Debug)]
+pub struct Index<Id> {
+    by_key: HashMap<Arc<str>, OfKey<Id>>,
+    /// Selectors without an anchor, by the namespaces that they select.
+    unanchored: BTreeMap<Id, PodSelector>,
+    of_namespace: HashMap<Box<str>, Vec<Id>>,
+}
+
+#[derive(Debug)]
+struct OfKey<Id> {
+    any_value: Filed<Id>,
+    values: HashMap<Arc<str>, Filed<Id>>,
+}
+
+/// What is filed under one label.
+#[derive(Debug)]
+struct Filed<Id> {
+    /// Selectors of one namespace, by its name.
+    named: HashMap<Arc<str>, Vec<(Id, LabelSelector)>>,
+    /// Selectors of namespaces by their labels.
+    labelled: Vec<(Id, LabelSelector, LabelSelector)>,
+}
+
+impl<Id> Default for Index<Id> {
+    fn default() -> Self {
+        Self {
+            by_key: HashMap::new(),
+            unanchored: BTreeMap::new(),
+            of_namespace: HashMap::new(),
+        }
+    }
+}
+
+impl<Id> Default for OfKey<Id> {
+    fn default() -> Self {
+        Self {
+            any_value: Filed::default(),
+            values: HashMap::new(),
+        }
+    }
+}
+
+impl<Id> Default for Filed<Id> {
+    fn default() -> Self {
+        Self {
+            named: HashMap::new(),
+            labelled: Vec::new(),
+        }
+    }
+}
+
+impl<Id: Clone + Ord> Index<Id> {
+    /// Files a selector. `namespaces` are those that are known, with their labels.
+    pub fn insert<'n>(
+        &mut self,
+        id: Id,
+        selector: &PodSelector,
+        namespaces: impl IntoIterator<Item = (&'n str, Labels)>,
+    ) {
+        match selector.anchor() {
+            Some(Anchor::Values(key, values)) => {
+                let of_key = self.by_key.entry(key.clone()).or_default();
+                for value in values {
+                    let filed = of_key.values.entry(value.clone()).or_default();
+                    filed.insert(id.clone(), selector);
+                }
+            }
+            Some(Anchor::Key(key)) => {
+                let of_key = self.by_key.entry(key.clone()).or_default();
+                of_key.any_value.insert(id, selector);
+            }
+            None => {
+                match &selector.namespaces {
+                    Namespaces::Named(name) => self.file(name, &id),
+                    Namespaces::Labelled(labels) => {
+                        for (name, _) in namespaces.into_iter().filter(|(_, of)| labels.matches(of))
+                        {
+                            self.file(name, &id);
+                        }
+                    }
+                }
+                self.unanchored.insert(id, selector.clone());
+            }
+        }
+    }
+
+    fn file(&mut self, namespace: &str, id: &Id) {
+        match self.of_namespace.get_mut(namespace) {
+            Some(ids) => ids.push(id.clone()),
+            None => {
+                self.of_namespace.insert(namespace.into(), vec![id.clone()]);
+            }
+        }
+    }
+
+    /// Whether there is no selector.
+    pub fn is_empty(&self) -> bool {
+        self.by_key.is_empty() && self.unanchored.is_empty()
+    }
+
+    /// Takes a selector out.
+    pub fn remove(&mut self, id: &Id, selector: &PodSelector) {
+        match selector.anchor() {
+            Some(Anchor::Values(key, values)) => {
+                let Some(of_key) = self.by_key.get_mut(key) else {
+                    return;
+                };
+                for value in values {
+                    if let Some(filed) = of_key.values.get_mut(value) {
+                        filed.remove(id, selector);
+                        if filed.is_empty() {
+                            of_key.values.remove(value);
+                        }
+                    }
+                }
+                self.drop_empty(key);
+            }
+            Some(Anchor::Key(key)) => {
+                if let Some(of_key) = self.by_key.get_mut(key) {
+                    of_key.any_value.remove(id, selector);
+                }
+                self.drop_empty(key);
+            }
+            None => {
+                self.unanchored.remove(id);
+                self.of_namespace.retain(|_, ids| {
+                    ids.retain(|known| known != id);
+                    !ids.is_empty()
+                });
+            }
+        }
+    }
+
+    fn drop_empty(&mut self, key: &str) {
+        let of_key = self.by_key.get(key);
+        if of_key.is_some_and(|of| of.any_value.is_empty() && of.values.is_empty()) {
+            self.by_key.remove(key);
+        }
+    }
+
+    /// Notes that a namespace is new or has other labels.
+    pub fn namespace_changed(&mut self, name: &str, labels: &Labels) {
+        let selecting = self
+            .unanchored
+            .iter()
+            .filter(|(_, selector)| selector.namespaces.contain(name, labels));
+        let ids: Vec<Id> = selecting.map(|(id, _)| id.clone()).collect();
+        if ids.is_empty() {
+            self.of_namespace.remove(name);
+        } else {
+            self.of_namespace.insert(name.into(), ids);
+        }
+    }
+
+    /// Calls `found` for each selector that selects a pod, once each, in no order.
+    ///
+    /// The labels of the namespace must be those that [`Index::namespace_changed`] was told.
+    pub fn of_pod(
+        &self,
+        namespace: &str,
+        of_namespace: &Labels,
+        of_pod: &Labels,
+        mut found: impl FnMut(&Id),
+    ) {
+        for id in self.of_namespace.get(namespace).into_iter().flatten() {
+            let selector = self.unanchored.get(id);
+            if selector.is_some_and(|selector| selector.pods.matches(of_pod)) {
+                found(id);
+            }
+        }
+        for (key, value) in of_pod.iter() {
+            let Some(of_key) = self.by_key.get(key) else {
+                continue;
+            };
+            let filed = [Some(&of_key.any_value), of_key.values.get(value)];
+            for filed in filed.into_iter().flatten() {
+                filed.of_pod(namespace, of_namespace, of_pod, &mut found);
+            }
+        }
+    }
+}
+
+impl<Id: Clone + Ord> Filed<Id> {
+    fn insert(&mut self, id: Id, selector: &PodSelector) {
+        let pods = selector.pods.clone();
+        match &selector.namespaces {
+            Namespaces::Named(name) => {
+                let of_namespace = self.named.entry(name.clone()).or_default();
+                of_namespace.push((id, pods));
+            }
+            Namespaces::Labelled(labels) => self.labelled.push((id, labels.clone(), pods)),
+        }
+    }
+
+    fn remove(&mut self, id: &Id, selector: &PodSelector) {
+        match &selector.namespaces {
+            Namespaces::Named(name) => {
+                if let Some(of_namespace) = self.named.get_mut(name) {
+                    of_namespace.retain(|(known, _)| known != id);
+                    if of_namespace.is_empty() {
+                        self.named.remove(name);
+                    }
+                }
+            }
+            Namespaces::Labelled(_) => self.labelled.retain(|(known, ..)| known != id),
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.named.is_empty() && self.labelled.is_empty()
+    }
+
+    fn of_pod(
+        &self,
+        namespace: &str,
+        of_namespace: &Labels,
+        of_pod: &Labels,
+        found: &mut impl FnMut(&Id),
+    ) {
+        for (id, pods) in self.named.get(namespace).into_iter().flatten() {
+            if pods.matches(of_pod) {
+                found(id);
+            }
+        }
+        for (id, namespaces, pods) in &self.labelled {
+            if namespaces.matches(of_namespace) && pods.matches(of_pod) {
+                found(id);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn labels() -> impl Strategy<Value = Labels> {
+        let label = ("[abc]", "[xyz]");
+        prop::collection::vec(label, 0..4).prop_map(|labels| labels.into_iter().collect())
+    }
+
+    fn selector() -> impl Strategy<Value = LabelSelector> {
+        let values = prop::collection::vec("[xyz]".prop_map(Arc::<str>::from), 1..3);
+        let requirement = (0..4, "[abc]", values).prop_map(|(sort, key, values)| {
+            let key = key.into();
+            match sort {
+                0 => Requirement::In(key, values),
+                1 => Requirement::NotIn(key, values),
+                2 => Requirement::Exists(key),
+                _ => Requirement::DoesNotExist(key),
+            }
+        });
+        prop::collection::vec(requirement, 0..3).prop_map(LabelSelector::new)
+    }
+
+    fn pod_selector() -> impl Strategy<Value = PodSelector> {
+        let namespaces = prop_oneof![
+            "[mn]".prop_map(|name| Namespaces::Named(name.into())),
+            selector().prop_map(Namespaces::Labelled),
+        ];
+        (namespaces, selector()).prop_map(|(namespaces, pods)| PodSelector { namespaces, pods })
+    }
+
+    proptest! {
+        #[test]
+        fn finds_just_what_matches(
+            selectors in prop::collection::vec((pod_selector(), any::<bool>()), 0..12),
+            early in labels(),
+            late in labels(),
+            pod in labels(),
+        ) {
+            let mut index = Index::default();
+            let none = Labels::default();
+            // One namespace is relabelled while half of the selectors are filed.
+            let half = selectors.len() / 2;
+            for (id, (selector, _)) in selectors.iter().enumerate().take(half) {
+                index.insert(id, selector, [("m", early.clone()), ("n", none.clone())]);
+            }
+            index.namespace_changed("m", &late);
+            for (id, (selector, _)) in selectors.iter().enumerate().skip(half) {
+                index.insert(id, selector, [("m", late.clone()), ("n", none.clone())]);
+            }
+            for (id, (selector, stays)) in selectors.iter().enumerate() {
+                if !stays {
+                    index.remove(&id, selector);
+                }
+            }
+            for (namespace, of_namespace) in [("m", &late), ("n", &none)] {
+                let mut found = Vec::new();
+                index.of_pod(namespace, of_namespace, &pod, |id| found.push(*id));
+                found.sort_unstable();
+                let wanted: Vec<usize> = (0..selectors.len())
+                    .filter(|id| selectors[*id].1)
+                    .filter(|id| selectors[*id].0.matches(namespace, of_namespace, &pod))
+                    .collect();
+                prop_assert_eq!(found, wanted);
+            }
+            if selectors.iter().all(|(_, stays)| !stays) {
+                prop_assert!(index.is_empty() && index.of_namespace.is_empty());
+            }
+        }
+    }
+
+    #[test]
+    fn a_namespace_is_named_in_two_ways() {
+        let by_label =
+            LabelSelector::new([Requirement::In(NAMESPACE_NAME.into(), vec!["shop".into()])]);
+        assert_eq!(
+            Namespaces::new(Some(&by_label), "other"),
+            Namespaces::new(None, "shop")
+        );
+    }
+}

@@ -1,0 +1,205 @@
+//! The names and declarations of the policy table.
+
+use std::sync::{Arc, LazyLock};
+
+use ring::digest;
+
+use crate::compile::table_family;
+use crate::model::{self, ObjectName};
+use crate::ruleset::{Declaration, Name, Selector, SetKind, TableId};
+
+/// The name of the policy tables, one in the family `ip` and one in `ip6`.
+///
+/// They are apart from the service tables because whatever changes a rule or a verdict makes
+/// the kernel validate the whole table.
+pub const TABLE: &str = "nftlet-policy";
+
+/// Names of chains longer than this are cut; the kernel takes 255 bytes.
+const LONGEST_NAME: usize = 200;
+
+/// The policy table of an address family.
+pub fn table_id(family: model::Family) -> TableId {
+    TableId::new(table_family(family), TABLE)
+}
+
+/// Whether traffic to a pod or from it is concerned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Direction {
+    /// To the pod.
+    Ingress,
+    /// From the pod.
+    Egress,
+}
+
+impl Direction {
+    /// Both.
+    pub const ALL: [Direction; 2] = [Direction::Ingress, Direction::Egress];
+
+    /// The word for it in names, metrics and logs.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Direction::Ingress => "ingress",
+            Direction::Egress => "egress",
+        }
+    }
+
+    /// The field of a packet that holds the isolated pod's address.
+    pub(super) fn pod(self) -> Selector {
+        match self {
+            Direction::Ingress => Selector::DestinationAddress,
+            Direction::Egress => Selector::SourceAddress,
+        }
+    }
+
+    /// The field of a packet that holds the peer's address.
+    pub(super) fn peer(self) -> Selector {
+        match self {
+            Direction::Ingress => Selector::SourceAddress,
+            Direction::Egress => Selector::DestinationAddress,
+        }
+    }
+
+    /// The verdict map from isolated pods to their chains.
+    pub(super) fn pods(self) -> Name {
+        Name::from(match self {
+            Direction::Ingress => "ingress-pods",
+            Direction::Egress => "egress-pods",
+        })
+    }
+
+    /// The chain that denies.
+    pub(super) fn deny(self) -> Name {
+        Name::from(match self {
+            Direction::Ingress => "deny-ingress",
+            Direction::Egress => "deny-egress",
+        })
+    }
+
+    /// The set that counts what was denied, by pod.
+    pub fn denied(self) -> Name {
+        Name::from(match self {
+            Direction::Ingress => "denied-ingress",
+            Direction::Egress => "denied-egress",
+        })
+    }
+
+    /// The chain of an isolated pod.
+    pub(super) fn pod_chain(self, pod: &ObjectName) -> Name {
+        name(
+            match self {
+                Direction::Ingress => "pod-ingress-",
+                Direction::Egress => "pod-egress-",
+            },
+            pod,
+        )
+    }
+
+    /// The chain of a policy.
+    pub(super) fn policy_chain(self, policy: &ObjectName) -> Name {
+        name(
+            match self {
+                Direction::Ingress => "policy-ingress-",
+                Direction::Egress => "policy-egress-",
+            },
+            policy,
+        )
+    }
+}
+
+/// A name for a chain. One that would be too long, or that nft could not read again, ends in a
+/// digest of the object's; the API server admits none of the latter, files may hold them.
+fn name(prefix: &str, object: &ObjectName) -> Name {
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '/');
+    let whole = format!("{prefix}{object}");
+    if whole.len() <= LONGEST_NAME && whole.chars().all(plain) {
+        return Name::from(whole);
+    }
+    // No plain name has the sign that replaces the others, and none is as long as one that was cut.
+    let readable = whole.chars().map(|c| if plain(c) { c } else { '_' });
+    let start: String = readable.take(LONGEST_NAME).collect();
+    Name::from(format!("{start}-{}", digest_of(object.as_str())))
+}
+
+/// Hexadecimal digits that stand for a text.
+///
+/// They are 128 bits of a cryptographic digest: whoever may write policies can find two selectors
+/// with the same 64 bits, and two sets of one name would be refused by the kernel for good.
+pub(super) fn digest_of(text: &str) -> String {
+    let digest = digest::digest(&digest::SHA256, text.as_bytes());
+    let bytes = digest.as_ref().iter().take(16);
+    bytes.map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// ICMPv6 types that make IPv6 work on a link: neighbour and router discovery, and multicast
+/// listeners. Nobody can be reached without them, so no policy is asked.
+pub(super) const NEIGHBOUR_DISCOVERY: &str = "neighbour-discovery";
+/// The types in [`NEIGHBOUR_DISCOVERY`].
+pub(super) const NEIGHBOUR_DISCOVERY_TYPES: [u8; 8] = [130, 131, 132, 133, 134, 135, 136, 143];
+
+/// The addresses of all isolated pods, for strict mode.
+pub(super) const ISOLATED: &str = "isolated-pods";
+
+/// The fields that identify the port of a destination pod.
+pub(super) fn port_key() -> Vec<Selector> {
+    vec![
+        Selector::DestinationAddress,
+        Selector::L4Protocol,
+        Selector::DestinationPort,
+    ]
+}
+
+macro_rules! declarations {
+    ($($(#[$doc:meta])* $name:ident $declaration:expr;)*) => {
+        $($(#[$doc])*
+        pub(super) fn $name() -> Arc<Declaration> {
+            static DECLARATION: LazyLock<Arc<Declaration>> =
+                LazyLock::new(|| Arc::new($declaration));
+            DECLARATION.clone()
+        })*
+    };
+}
+
+declarations! {
+    /// Address to the chain of the pod.
+    pods Declaration::new(SetKind::VerdictMap, [Selector::SourceAddress]);
+    /// Addresses that count what they match.
+    counted Declaration {
+        counter: true,
+        ..Declaration::new(SetKind::Set, [Selector::SourceAddress])
+    };
+    /// Addresses.
+    addresses Declaration::new(SetKind::Set, [Selector::SourceAddress]);
+    /// ICMPv6 types.
+    icmp6_types Declaration::new(SetKind::Set, [Selector::Icmp6Type]);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn chain(name: &str) -> String {
+        Direction::Ingress
+            .pod_chain(&ObjectName::new("shop", name))
+            .to_string()
+    }
+
+    #[test]
+    fn names_are_those_of_the_objects_where_nft_can_read_them() {
+        assert_eq!(chain("web-0.a"), "pod-ingress-shop/web-0.a");
+        for odd in ["a{drop}", "a;b", "a\"b", "a_b", "a#b", "a$b"] {
+            let name = chain(odd);
+            let plain = |c: char| c.is_ascii_alphanumeric() || "-_./".contains(c);
+            assert!(name.chars().all(plain), "{name}");
+            assert!(name.contains('_'), "{name}");
+        }
+        assert_ne!(chain("a{b"), chain("a}b"));
+    }
+
+    #[test]
+    fn long_names_fit_and_are_told_apart() {
+        let long = "x".repeat(253);
+        let other = format!("{}y", "x".repeat(252));
+        assert!(chain(&long).len() <= 255);
+        assert_ne!(chain(&long), chain(&other));
+    }
+}

@@ -1,0 +1,64 @@
+//! NetworkPolicies as rules, in tables of their own.
+//!
+//! ```text
+//! events ─> Inventory (pods, namespaces, policies) ── what changed ──┐
+//!                │                                                   v
+//!                └─> Index: which selectors select a pod ─────> Engine ─> Transaction
+//!                                                                │
+//!                              plans of this node's pods, sets that are shared
+//! ```
+//!
+//! Only pods of this node get chains, and only policies that select one of them do. A packet
+//! between two pods, or between a pod and the outside, meets
+//!
+//! ```text
+//!  forward  egress ──── source ────> pod-egress-NS/POD ──jump──> policy-egress-NS/POLICY: accept
+//!    │                               └──goto──> deny-egress: log, count, drop
+//!    └────  ingress ─ destination ─> pod-ingress-NS/POD ─jump──> policy-ingress-NS/POLICY: accept
+//!                                    └──goto──> deny-ingress: log, count, drop
+//!  input    egress-to-node ─ source ─> as egress
+//! ```
+//!
+//! - A pod that no policy of a direction selects is in no verdict map: its packets pass.
+//! - A policy is one chain for all pods that it selects. Its peers are sets of addresses
+//!   (`sets`), one for each distinct selector, shared by all policies. What a pod of another
+//!   node does is thus a matter of set elements and of no rule.
+//! - The forward hook is behind DNAT and before masquerading: services are judged by the pod
+//!   that was chosen, and clients by their own address. The node's own traffic to its pods passes
+//!   the output hook only, where no policy is asked.
+//!
+//! [`Engine::apply`] takes events. [`Engine::update`] compiles what they touched and returns the
+//! operations; its cost follows the pods and policies touched. [`Engine::ruleset`] gives everything
+//! from scratch, for comparing with the kernel.
+
+mod engine;
+mod index;
+mod inventory;
+mod judge;
+mod layout;
+mod parts;
+mod rules;
+mod sets;
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+
+pub use engine::Engine;
+pub use judge::Connection;
+pub use layout::{Direction, TABLE, table_id};
+
+/// The NFLOG group that denied packets are sent to with `--log-denied`. Other programs mostly
+/// have small numbers.
+pub const LOG_GROUP: u16 = 1729;
+
+/// What the command line says about policies.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Settings {
+    /// The name of the own node.
+    pub node: Arc<str>,
+    /// Connections are cut that no policy allows any more.
+    pub strict: bool,
+    /// The NFLOG group that denied packets are sent to.
+    pub log_group: Option<u16>,
+}

@@ -1,0 +1,95 @@
+//! The touched parts of the tables, before and after, of which the difference is written.
+
+use std::sync::Arc;
+
+use super::engine::PodPlan;
+use super::layout::{self, Direction, ISOLATED};
+use super::rules::pod_chain;
+use crate::model::{Family, ObjectName};
+use crate::ruleset::{Declaration, Element, Key, Name, Set, Table, Verdict};
+
+/// The touched parts of one family's table.
+#[derive(Debug, Default)]
+pub(super) struct Parts {
+    pub before: Table,
+    pub after: Table,
+}
+
+impl Parts {
+    /// Makes the two sides fit to be compared: elements in order, and the sets that every table has
+    /// on both sides, since one that only one side has would be made or deleted.
+    pub fn level(&mut self) {
+        let both = Direction::ALL.into_iter();
+        let names = both.flat_map(|direction| [direction.pods(), direction.denied()]);
+        for name in names.chain([Name::from(ISOLATED)]) {
+            let sides = [&self.before, &self.after];
+            let declaration = sides
+                .into_iter()
+                .find_map(|table| table.sets.get(&name).map(|set| set.declaration.clone()));
+            for table in [&mut self.before, &mut self.after] {
+                if let Some(declaration) = declaration.clone() {
+                    table.sets.entry(name.clone()).or_insert(Set {
+                        declaration,
+                        elements: Vec::new(),
+                    });
+                }
+            }
+        }
+        for table in [&mut self.before, &mut self.after] {
+            table.sets.values_mut().for_each(sort);
+        }
+    }
+}
+
+/// The parts of a family.
+pub(super) fn of(parts: &mut [Parts; 2], family: Family) -> &mut Parts {
+    let [v4, v6] = parts;
+    match family {
+        Family::V4 => v4,
+        Family::V6 => v6,
+    }
+}
+
+/// Puts the elements of a set in order.
+pub(super) fn sort(set: &mut Set) {
+    set.elements.sort_unstable_by(|a, b| a.key.cmp(&b.key));
+}
+
+/// Adds to a table, or to a part of one, what isolates a pod: its chains and what leads there.
+pub(super) fn isolate(
+    table: &mut Table,
+    name: &ObjectName,
+    plan: &PodPlan,
+    family: Family,
+    strict: bool,
+) {
+    let Some(address) = plan.address(family) else {
+        return;
+    };
+    let key = Key::address(address);
+    let mut add = |set: Name, declaration: Arc<Declaration>, element: Element| {
+        let elements = Vec::new();
+        let set = table.sets.entry(set).or_insert(Set {
+            declaration,
+            elements,
+        });
+        set.elements.push(element);
+    };
+    for direction in plan.policies.keys() {
+        let verdict = Verdict::Goto(direction.pod_chain(name));
+        let element = Element::with_verdict(key.clone(), verdict);
+        add(direction.pods(), layout::pods(), element);
+        add(
+            direction.denied(),
+            layout::counted(),
+            Element::new(key.clone()),
+        );
+    }
+    if strict {
+        add(ISOLATED.into(), layout::addresses(), Element::new(key));
+    }
+    for (direction, policies) in &plan.policies {
+        let chain = pod_chain(*direction, address, policies.iter().cloned());
+        table.chains.insert(direction.pod_chain(name), chain);
+    }
+}

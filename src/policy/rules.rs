@@ -1,0 +1,286 @@
+//! The chains of the policy table.
+
+use smallvec::SmallVec;
+use std::sync::Arc;
+
+use super::Settings;
+use super::index::{Namespaces, PodSelector};
+use super::layout::{
+    Direction, ISOLATED, NEIGHBOUR_DISCOVERY, NEIGHBOUR_DISCOVERY_TYPES, addresses, counted,
+    icmp6_types, pods, port_key,
+};
+use super::sets::{Meaning, SetId};
+use crate::model::{
+    Family, NetworkPolicy, ObjectName, Peer, PolicyPort, PolicyRule, PortMatch, Protocol,
+};
+use crate::ruleset::{
+    BaseChain, Chain, ChainKind, Comparison, CtState, Element, Hook, Key, Name, Operand, Rule,
+    Selector, Set, Statement, Table, Verdict,
+};
+use ipnet::IpNet;
+use std::net::IpAddr;
+
+/// `filter`: behind the translation of destinations, before that of sources.
+const FILTER: i32 = 0;
+const ICMPV6: u8 = 58;
+
+/// A packet is logged at most so often in a second, in either direction and family.
+const LOGS_PER_SECOND: u32 = 10;
+/// What is logged above that rate at once.
+const LOG_BURST: u32 = 20;
+/// How much of a packet is logged: its headers.
+const LOG_BYTES: u32 = 128;
+
+/// The table of a family while no pod is isolated.
+pub(super) fn skeleton(family: Family, settings: &Settings) -> Table {
+    let mut table = Table::default();
+    for direction in Direction::ALL {
+        let sets = [(direction.pods(), pods()), (direction.denied(), counted())];
+        for (name, declaration) in sets {
+            let elements = Vec::new();
+            table.sets.insert(
+                name,
+                Set {
+                    declaration,
+                    elements,
+                },
+            );
+        }
+        let deny = Chain {
+            base: None,
+            rules: deny(direction, settings),
+        };
+        table.chains.insert(direction.deny(), deny);
+    }
+    if settings.strict {
+        let set = Set {
+            declaration: addresses(),
+            elements: Vec::new(),
+        };
+        table.sets.insert(ISOLATED.into(), set);
+    }
+    if family == Family::V6 {
+        let elements = NEIGHBOUR_DISCOVERY_TYPES
+            .map(|number| Element::new(Key::build().icmp6_type(number).finish()));
+        let set = Set {
+            declaration: icmp6_types(),
+            elements: elements.into(),
+        };
+        table.sets.insert(NEIGHBOUR_DISCOVERY.into(), set);
+    }
+    // `accept` ends only the base chain it is met in, so what a pod may send is then asked of
+    // the pod that receives it.
+    let bases = [
+        ("egress", Direction::Egress, Hook::Forward, FILTER),
+        ("egress-to-node", Direction::Egress, Hook::Input, FILTER),
+        ("ingress", Direction::Ingress, Hook::Forward, FILTER + 1),
+    ];
+    for (name, direction, hook, priority) in bases {
+        let base = Some(BaseChain {
+            kind: ChainKind::Filter,
+            hook,
+            priority,
+        });
+        let rules = base_rules(family, direction, settings);
+        table.chains.insert(Name::from(name), Chain { base, rules });
+    }
+    table
+}
+
+fn base_rules(family: Family, direction: Direction, settings: &Settings) -> Vec<Rule> {
+    let mut rules = vec![Rule::new([
+        Statement::CtState([CtState::Established, CtState::Related].into()),
+        Statement::Verdict(Verdict::Accept),
+    ])];
+    if family == Family::V6 {
+        rules.push(Rule::new([
+            protocol(ICMPV6),
+            Statement::InSet(
+                vec![Selector::Icmp6Type],
+                Comparison::Is,
+                NEIGHBOUR_DISCOVERY.into(),
+            ),
+            Statement::Verdict(Verdict::Accept),
+        ]));
+    }
+    if settings.strict {
+        // The reply to a connection that was cut must not pass for a new one.
+        for end in [Selector::SourceAddress, Selector::DestinationAddress] {
+            rules.push(Rule::new([
+                protocol(Protocol::Tcp.number()),
+                Statement::TcpNotOpening,
+                Statement::InSet(vec![end], Comparison::Is, ISOLATED.into()),
+                Statement::Verdict(Verdict::Drop),
+            ]));
+        }
+    }
+    rules.push(Rule::new([Statement::VerdictMap(
+        vec![direction.pod()],
+        direction.pods(),
+    )]));
+    rules
+}
+
+fn deny(direction: Direction, settings: &Settings) -> Vec<Rule> {
+    let mut rules = Vec::new();
+    if let Some(group) = settings.log_group {
+        rules.push(Rule::new([
+            Statement::Limit {
+                per_second: LOGS_PER_SECOND,
+                burst: LOG_BURST,
+            },
+            Statement::Log {
+                prefix: direction.as_str().into(),
+                group,
+                snaplen: LOG_BYTES,
+            },
+        ]));
+    }
+    rules.push(Rule::new([
+        Statement::InSet(vec![direction.pod()], Comparison::Is, direction.denied()),
+        Statement::Verdict(Verdict::Drop),
+    ]));
+    rules.push(Rule::new([Statement::Verdict(Verdict::Drop)]));
+    rules
+}
+
+fn protocol(number: u8) -> Statement {
+    Statement::Match(
+        Selector::L4Protocol,
+        Comparison::Is,
+        Operand::Protocol(number),
+    )
+}
+
+/// The chain of an isolated pod: it reaches itself, whoever a policy allows passes, and nobody
+/// else.
+pub(super) fn pod_chain(
+    direction: Direction,
+    address: IpAddr,
+    policies: impl IntoIterator<Item = ObjectName>,
+) -> Chain {
+    let itself = Operand::Network(IpNet::from(address));
+    let mut rules = vec![Rule::new([
+        Statement::Match(direction.peer(), Comparison::Is, itself),
+        Statement::Verdict(Verdict::Accept),
+    ])];
+    rules.extend(policies.into_iter().map(|policy| {
+        let chain = direction.policy_chain(&policy);
+        Rule::new([Statement::Verdict(Verdict::Jump(chain))])
+    }));
+    rules.push(Rule::new([Statement::Verdict(Verdict::Goto(
+        direction.deny(),
+    ))]));
+    Chain { base: None, rules }
+}
+
+/// The rules of a policy for one direction; `None` if it does not concern that direction.
+pub(super) fn rules_of(policy: &NetworkPolicy, direction: Direction) -> Option<&[PolicyRule]> {
+    match direction {
+        Direction::Ingress => policy.ingress.as_deref(),
+        Direction::Egress => policy.egress.as_deref(),
+    }
+}
+
+/// The chain of a policy in one family, which accepts what the policy allows. `set` gives the
+/// set for a meaning, with its name.
+pub(super) fn policy_chain(
+    policy: &NetworkPolicy,
+    direction: Direction,
+    family: Family,
+    mut set: impl FnMut(Meaning) -> (SetId, Name),
+) -> (Chain, Vec<SetId>) {
+    let mut used = Vec::new();
+    let mut name_of = |meaning| {
+        let (id, name) = set(meaning);
+        used.push(id);
+        name
+    };
+    let mut rules = Vec::new();
+    for rule in rules_of(policy, direction).unwrap_or_default() {
+        let peers: Vec<Option<Statement>> = match &rule.peers {
+            None => vec![None],
+            Some(peers) => {
+                let meanings = peers_of(peers, policy.name.namespace(), family);
+                let statements = meanings.into_iter().map(|meaning| {
+                    let set = name_of(meaning);
+                    Statement::InSet(vec![direction.peer()], Comparison::Is, set)
+                });
+                statements.map(Some).collect()
+            }
+        };
+        let ports: Vec<SmallVec<[Statement; 2]>> = match &rule.ports {
+            None => vec![SmallVec::new()],
+            Some(ports) => {
+                let statements = ports.iter();
+                statements
+                    .map(|port| port_statements(port, direction, &mut name_of))
+                    .collect()
+            }
+        };
+        for peer in &peers {
+            for port in &ports {
+                let accept = Statement::Verdict(Verdict::Accept);
+                let statements = peer.iter().chain(port).cloned().chain([accept]);
+                rules.push(Rule::new(statements.collect::<Vec<_>>()));
+            }
+        }
+    }
+    used.sort_unstable();
+    used.dedup();
+    (Chain { base: None, rules }, used)
+}
+
+/// The sets that stand for the peers of a rule: one for each selector, and one for all blocks
+/// of the family.
+fn peers_of(peers: &[Peer], namespace: &str, family: Family) -> Vec<Meaning> {
+    let mut meanings = Vec::new();
+    let mut blocks = Vec::new();
+    for peer in peers {
+        match peer {
+            Peer::Pods { namespaces, pods } => meanings.push(Meaning::Pods(PodSelector {
+                namespaces: Namespaces::new(namespaces.as_ref(), namespace),
+                pods: pods.clone(),
+            })),
+            Peer::Block { cidr, except } if Family::of(cidr.addr()) == family => {
+                blocks.push((*cidr, except.clone()));
+            }
+            Peer::Block { .. } => {}
+        }
+    }
+    if !blocks.is_empty() {
+        blocks.sort_unstable();
+        meanings.push(Meaning::Blocks(blocks));
+    }
+    meanings
+}
+
+fn port_statements(
+    port: &PolicyPort,
+    direction: Direction,
+    name_of: &mut impl FnMut(Meaning) -> Name,
+) -> SmallVec<[Statement; 2]> {
+    let number = port.protocol.number();
+    let port_is = |operand| Statement::Match(Selector::DestinationPort, Comparison::Is, operand);
+    match &port.port {
+        PortMatch::Any => [protocol(number)].into_iter().collect(),
+        PortMatch::Range(from, to) => {
+            let operand = if from == to {
+                Operand::Port(*from)
+            } else {
+                Operand::Ports(*from, *to)
+            };
+            [protocol(number), port_is(operand)].into_iter().collect()
+        }
+        PortMatch::Named(name) => {
+            let set = name_of(Meaning::Port {
+                name: Arc::clone(name),
+                protocol: port.protocol,
+                local: direction == Direction::Ingress,
+            });
+            [Statement::InSet(port_key(), Comparison::Is, set)]
+                .into_iter()
+                .collect()
+        }
+    }
+}

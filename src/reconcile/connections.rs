@@ -1,0 +1,387 @@
+//! Cuts connections that the policies allow no more.
+//!
+//! Rules let a connection pass once it is established, so that one from before a policy lives on
+//! until its ends close it. In strict mode it is removed from the connection tracking when the
+//! rules are in force; the rules then drop what follows, because it opens nothing that they allow.
+//!
+//! ```text
+//!  Reconciler ── wake() ──> Cutter, a thread of its own: lists what isolated pods take part in
+//!      ^   (rules in force)    │                ^
+//!      └── Question::Judge ────┘  1,024 each    └── which of them are denied: these are removed
+//! ```
+//!
+//! Listing walks all connections of the node and waits for nobody. The policies are asked where
+//! they are kept, on the main thread, in batches that do not hold it up.
+//!
+//! An answer over UDP that is on its way when its connection is cut passes for a new connection
+//! the other way round, in which the client's next packets would be the answers. So for a
+//! moment what has the addresses of the answers is removed again and again.
+
+use std::collections::HashSet;
+use std::net::IpAddr;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::time::{Duration, Instant};
+
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::Isolated;
+use super::conntrack::own_addresses;
+use super::questions::Question;
+use crate::compile::table_family;
+use crate::metrics::Metrics;
+use crate::model::{Family, Protocol};
+use crate::netlink::{Conntrack, Error, Removal, Tracked};
+use crate::policy::Connection;
+
+/// The most connections that are judged at once.
+const BATCH: usize = 1024;
+/// How long changes of the rules are collected before connections are looked for. Packets that
+/// met the rules before have passed by then.
+const COLLECT: Duration = Duration::from_millis(50);
+/// How often, and for how long, what was cut is kept from coming back the other way round.
+const FOLLOW_EVERY: Duration = Duration::from_millis(20);
+const FOLLOW_FOR: Duration = Duration::from_millis(400);
+/// The most connections that are followed.
+const MOST_FOLLOWED: usize = 2048;
+const SHORTEST_RETRY: Duration = Duration::from_secs(1);
+const LONGEST_RETRY: Duration = Duration::from_secs(60);
+
+/// Makes the bell by which the reconciler wakes a [`Cutter`].
+pub fn bell() -> (Bell, Woken) {
+    let (sender, receiver) = sync_channel(1);
+    (Bell(sender), Woken(receiver))
+}
+
+/// Tells a [`Cutter`] that other rules are in force. It ends when this goes away.
+#[derive(Debug)]
+pub struct Bell(SyncSender<()>);
+
+impl Bell {
+    /// Wakes it. It does not wait: a bell that was rung already stays so.
+    pub fn ring(&self) {
+        // Fails where it was rung already, or the thread is gone.
+        let _ = self.0.try_send(());
+    }
+}
+
+/// The other end of a [`Bell`].
+#[derive(Debug)]
+pub struct Woken(Receiver<()>);
+
+#[cfg(test)]
+impl Woken {
+    /// Whether the bell was rung since the last call.
+    pub(in crate::reconcile) fn take(&self) -> bool {
+        self.0.try_recv().is_ok()
+    }
+}
+
+/// The connections that a host tracks, as the cutter sees them.
+pub trait Table {
+    /// Hands out the connections of a family.
+    ///
+    /// # Errors
+    ///
+    /// When they cannot be listed.
+    fn list(&mut self, family: Family, each: &mut dyn FnMut(Tracked)) -> Result<(), Error>;
+
+    /// The host's own addresses at this moment.
+    fn own_addresses(&mut self) -> Vec<IpAddr>;
+}
+
+/// What removes connections while they are still being listed.
+pub trait Remover {
+    /// Removes a connection; see [`Conntrack::remove`].
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be removed; that it is gone already is none.
+    fn remove(&mut self, tracked: &Tracked, which: Removal) -> Result<bool, Error>;
+}
+
+impl Table for Conntrack {
+    fn list(&mut self, family: Family, each: &mut dyn FnMut(Tracked)) -> Result<(), Error> {
+        self.connections(table_family(family), each)
+    }
+
+    fn own_addresses(&mut self) -> Vec<IpAddr> {
+        own_addresses()
+    }
+}
+
+impl Remover for Conntrack {
+    fn remove(&mut self, tracked: &Tracked, which: Removal) -> Result<bool, Error> {
+        Conntrack::remove(self, tracked, which)
+    }
+}
+
+/// Opens the two ends of the kernel's connection tracking.
+pub type Open<T, R> = fn() -> Result<(T, R), Error>;
+
+/// The kernel's connection tracking in the network namespace of the calling thread.
+///
+/// # Errors
+///
+/// See [`Conntrack::open`].
+pub fn open() -> Result<(Conntrack, Conntrack), Error> {
+    Ok((Conntrack::open()?, Conntrack::open()?))
+}
+
+/// Why a sweep ended early.
+enum Broken {
+    /// The connection tracking failed; it is worth another attempt.
+    Kernel(Error),
+    /// The reconciler is gone.
+    Over,
+}
+
+impl From<Error> for Broken {
+    fn from(error: Error) -> Self {
+        Broken::Kernel(error)
+    }
+}
+
+/// Cuts the connections of isolated pods that the policies deny.
+pub struct Cutter<'a, T, R> {
+    open: Open<T, R>,
+    tables: Option<(T, R)>,
+    woken: Woken,
+    isolated: watch::Receiver<Isolated>,
+    policies: mpsc::Sender<Question>,
+    metrics: &'a Metrics,
+    /// When to look for connections.
+    due: Option<Instant>,
+    retry: Duration,
+    /// Whether the last attempt failed; a fault is told when it begins.
+    failing: bool,
+    /// What was cut and could come back the other way round, and until when that is watched.
+    followed: Vec<(Instant, Tracked)>,
+    follow_at: Instant,
+}
+
+impl<'a, T: Table, R: Remover> Cutter<'a, T, R> {
+    /// A cutter that opens the connection tracking when it has something to do, and again after
+    /// a failure. `isolated` tells the isolated pods, and whoever holds the other end of
+    /// `policies` judges.
+    pub fn new(
+        open: Open<T, R>,
+        woken: Woken,
+        isolated: watch::Receiver<Isolated>,
+        policies: mpsc::Sender<Question>,
+        metrics: &'a Metrics,
+    ) -> Self {
+        Self {
+            open,
+            tables: None,
+            woken,
+            isolated,
+            policies,
+            metrics,
+            due: None,
+            retry: SHORTEST_RETRY,
+            failing: false,
+            followed: Vec::new(),
+            follow_at: Instant::now(),
+        }
+    }
+
+    /// Works until the reconciler is gone.
+    pub fn run(mut self) {
+        loop {
+            let follow = (!self.followed.is_empty()).then_some(self.follow_at);
+            let next = self.due.into_iter().chain(follow).min();
+            let woken = match next {
+                None => self.woken.0.recv().map_err(RecvTimeoutError::from),
+                Some(at) => {
+                    let wait = at.saturating_duration_since(Instant::now());
+                    self.woken.0.recv_timeout(wait)
+                }
+            };
+            let now = Instant::now();
+            match woken {
+                Ok(()) => {
+                    let collected = now + COLLECT;
+                    self.due = Some(self.due.map_or(collected, |due| due.min(collected)));
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+            if self.due.is_some_and(|due| due <= now) {
+                self.due = None;
+                match self.sweep() {
+                    Ok(()) => {
+                        self.failing = false;
+                        self.retry = SHORTEST_RETRY;
+                    }
+                    Err(Broken::Kernel(error)) => self.failed(&error),
+                    Err(Broken::Over) => return,
+                }
+            }
+            if self.follow_at <= now {
+                self.follow();
+            }
+        }
+    }
+
+    fn failed(&mut self, error: &Error) {
+        // Of a dump that broke off, messages may be on their way.
+        self.tables = None;
+        if !std::mem::replace(&mut self.failing, true) {
+            tracing::warn!(
+                "{error}; until then connections live on that the network policies allow no more"
+            );
+        }
+        self.due = Some(Instant::now() + self.retry);
+        self.retry = (self.retry * 2).min(LONGEST_RETRY);
+    }
+
+    /// Looks for connections that the policies deny, and cuts them.
+    fn sweep(&mut self) -> Result<(), Broken> {
+        let isolated: HashSet<IpAddr> = {
+            let isolated = self.isolated.borrow();
+            isolated.iter().map(|(address, _)| *address).collect()
+        };
+        if isolated.is_empty() {
+            return Ok(());
+        }
+        let (table, remover) = match &mut self.tables {
+            Some(tables) => tables,
+            closed => closed.insert((self.open)()?),
+        };
+        let own: HashSet<IpAddr> = table.own_addresses().into_iter().collect();
+        let mut batch = Batch {
+            connections: Vec::new(),
+            tracked: Vec::new(),
+            policies: &self.policies,
+            remover,
+            followed: &mut self.followed,
+            cut: 0,
+            failed: None,
+            over: false,
+        };
+        let listed = Family::ALL
+            .into_iter()
+            .filter(|family| isolated.iter().any(|ip| Family::of(*ip) == *family))
+            .try_for_each(|family| {
+                table.list(family, &mut |tracked| {
+                    if let Some(connection) = judged(&tracked, &isolated, &own) {
+                        batch.add(tracked, connection);
+                    }
+                })
+            });
+        batch.finish();
+        self.metrics.connections_cut(batch.cut);
+        if batch.cut > 0 {
+            let cut = batch.cut;
+            tracing::debug!("cut {cut} connections that the network policies allow no more");
+        }
+        if batch.over {
+            return Err(Broken::Over);
+        }
+        listed?;
+        batch.failed.map_or(Ok(()), |error| Err(error.into()))
+    }
+
+    /// Removes what came back the other way round.
+    fn follow(&mut self) {
+        let now = Instant::now();
+        if let Some((_, remover)) = &mut self.tables {
+            self.followed.retain(|(until, tracked)| {
+                // Whatever speaks against it was said when the connection itself was cut.
+                let _ = remover.remove(tracked, Removal::Reversed);
+                *until > now
+            });
+        } else {
+            self.followed.clear();
+        }
+        self.follow_at = Instant::now() + FOLLOW_EVERY;
+    }
+}
+
+/// Connections to be judged together.
+struct Batch<'a, R> {
+    connections: Vec<Connection>,
+    /// The same, in the same order.
+    tracked: Vec<Tracked>,
+    policies: &'a mpsc::Sender<Question>,
+    remover: &'a mut R,
+    followed: &'a mut Vec<(Instant, Tracked)>,
+    /// How many were cut.
+    cut: usize,
+    /// Why the first that could not be cut could not.
+    failed: Option<Error>,
+    /// Whether nobody judges any more.
+    over: bool,
+}
+
+impl<R: Remover> Batch<'_, R> {
+    fn add(&mut self, tracked: Tracked, connection: Connection) {
+        self.tracked.push(tracked);
+        self.connections.push(connection);
+        if self.connections.len() >= BATCH {
+            self.finish();
+        }
+    }
+
+    /// Has the connections judged that were added, and cuts those denied.
+    fn finish(&mut self) {
+        let connections = std::mem::take(&mut self.connections);
+        let tracked = std::mem::take(&mut self.tracked);
+        if connections.is_empty() || self.over {
+            return;
+        }
+        let (answer, answered) = oneshot::channel();
+        let question = Question::Judge {
+            connections,
+            answer,
+        };
+        let asked = self.policies.blocking_send(question).ok();
+        let Some(denied) = asked.and_then(|()| answered.blocking_recv().ok()) else {
+            self.over = true;
+            return;
+        };
+        for (tracked, denied) in tracked.into_iter().zip(denied) {
+            if denied {
+                self.cut(tracked);
+            }
+        }
+    }
+
+    fn cut(&mut self, tracked: Tracked) {
+        match self.remover.remove(&tracked, Removal::Listed) {
+            Ok(was_there) => self.cut += usize::from(was_there),
+            Err(error) => self.failed = self.failed.take().or(Some(error)),
+        }
+        if may_return(tracked.protocol) && self.followed.len() < MOST_FOLLOWED {
+            self.followed.push((Instant::now() + FOLLOW_FOR, tracked));
+        }
+    }
+}
+
+/// Whether an answer can open a connection. The tracking wants an opening packet of TCP and SCTP,
+/// and of ICMP a question.
+fn may_return(protocol: u8) -> bool {
+    const ICMP: u8 = 1;
+    const ICMPV6: u8 = 58;
+    let [tcp, sctp] = [Protocol::Tcp, Protocol::Sctp].map(Protocol::number);
+    ![tcp, sctp, ICMP, ICMPV6].contains(&protocol)
+}
+
+/// What the policies have to be asked about a connection; `None` if the rules would not judge it:
+/// no isolated pod takes part in it, or the host itself opened it, so that it was never forwarded.
+fn judged(
+    tracked: &Tracked,
+    isolated: &HashSet<IpAddr>,
+    own: &HashSet<IpAddr>,
+) -> Option<Connection> {
+    let concerned = isolated.contains(&tracked.source) || isolated.contains(&tracked.replier);
+    (concerned && !own.contains(&tracked.source)).then_some(Connection {
+        source: tracked.source,
+        destination: tracked.replier,
+        protocol: tracked.protocol,
+        port: tracked.port,
+    })
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,243 @@
+//! Tells which packets the policies denied.
+//!
+//! ```text
+//! deny-ingress, deny-egress ──NFLOG──> LogReader (a thread of its own) ──> follow()
+//!                                                     Question::Denied        │
+//!   one line of the log <── tell() <── Reconciler, which knows the pods <─────┘
+//! ```
+//!
+//! The rules log at most so much a second; whatever is still too much is dropped on the way, and
+//! counted.
+
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use tokio::sync::mpsc::{self, error::TrySendError};
+
+use super::questions::Question;
+use crate::model::{ObjectName, Protocol};
+use crate::netlink::{Denied, LogReader, Logged};
+use crate::policy::Direction;
+
+/// How often at most losses are told.
+const TELL_LOSSES_EVERY: Duration = Duration::from_secs(60);
+
+/// Hands what a reader hears to the reconciler until one of the two is gone. Blocks the calling
+/// thread.
+pub fn follow(mut reader: LogReader, to: &mpsc::Sender<Question>) {
+    let mut losses = Losses::default();
+    loop {
+        let lost = match reader.wait() {
+            // Rules of others may log to the same group.
+            Ok(Logged::Denied(packet)) if !is_own(&packet) => 0,
+            Ok(Logged::Denied(packet)) => match to.try_send(Question::Denied(packet)) {
+                Ok(()) => 0,
+                Err(TrySendError::Full(_)) => 1,
+                Err(TrySendError::Closed(_)) => return,
+            },
+            Ok(Logged::Lost) => 1,
+            Err(error) => {
+                tracing::warn!("{error}; denied packets are not logged any more");
+                return;
+            }
+        };
+        if let Some(lost) = losses.add(lost, Instant::now()) {
+            tracing::warn!(
+                "at least {lost} denied packets were not logged because there were too many at once"
+            );
+        }
+    }
+}
+
+/// Whether a rule of the policies logged a packet: it says the direction.
+fn is_own(packet: &Denied) -> bool {
+    Direction::ALL
+        .map(Direction::as_str)
+        .contains(&packet.prefix.as_str())
+}
+
+/// Losses that were not told yet.
+#[derive(Debug, Default)]
+struct Losses {
+    untold: u64,
+    told: Option<Instant>,
+}
+
+impl Losses {
+    /// Adds losses, and returns how many to tell now, if any.
+    fn add(&mut self, lost: u64, now: Instant) -> Option<u64> {
+        self.untold = self.untold.saturating_add(lost);
+        let due = self
+            .told
+            .is_none_or(|told| now.saturating_duration_since(told) >= TELL_LOSSES_EVERY);
+        if self.untold == 0 || !due {
+            return None;
+        }
+        self.told = Some(now);
+        Some(std::mem::take(&mut self.untold))
+    }
+}
+
+/// One end of a denied packet.
+struct End<'a> {
+    address: IpAddr,
+    port: Option<u16>,
+    pod: Option<&'a ObjectName>,
+}
+
+impl End<'_> {
+    fn place(&self) -> String {
+        match self.port {
+            Some(port) => SocketAddr::new(self.address, port).to_string(),
+            None => self.address.to_string(),
+        }
+    }
+}
+
+impl fmt::Display for End<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.pod {
+            Some(pod) => write!(f, "{pod} ({})", self.place()),
+            None => f.write_str(&self.place()),
+        }
+    }
+}
+
+/// The name of an IP protocol as policies write it, else its number.
+fn protocol(number: u8) -> String {
+    const POLICY: [(Protocol, &str); 3] = [
+        (Protocol::Tcp, "TCP"),
+        (Protocol::Udp, "UDP"),
+        (Protocol::Sctp, "SCTP"),
+    ];
+    const ICMP: u8 = 1;
+    const ICMPV6: u8 = 58;
+    let mut known = POLICY.iter().map(|(p, name)| (p.number(), *name));
+    let name = known.find(|(known, _)| *known == number);
+    match (name, number) {
+        (Some((_, name)), _) => name.into(),
+        (None, ICMP) => "ICMP".into(),
+        (None, ICMPV6) => "ICMPv6".into(),
+        (None, other) => format!("protocol {other}"),
+    }
+}
+
+/// The line about a denied packet.
+fn line(packet: &Denied, source: &End<'_>, destination: &End<'_>) -> String {
+    let (direction, protocol) = (&packet.prefix, protocol(packet.protocol));
+    format!("denied {direction} {protocol} {source} -> {destination}")
+}
+
+/// Logs a denied packet. `fields` adds its parts as fields, for a log that machines read.
+pub(super) fn tell<'a>(
+    packet: &Denied,
+    pod: impl Fn(IpAddr) -> Option<&'a ObjectName>,
+    fields: bool,
+) {
+    let end = |address, port| End {
+        address,
+        port,
+        pod: pod(address),
+    };
+    let source = end(packet.source, packet.source_port);
+    let destination = end(packet.destination, packet.destination_port);
+    let line = line(packet, &source, &destination);
+    if fields {
+        tracing::info!(
+            direction = packet.prefix,
+            protocol = protocol(packet.protocol),
+            source = %source.address,
+            source_pod = source.pod.map(ObjectName::as_str),
+            source_port = source.port,
+            destination = %destination.address,
+            destination_pod = destination.pod.map(ObjectName::as_str),
+            destination_port = destination.port,
+            "{line}"
+        );
+    } else {
+        tracing::info!("{line}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn packet(protocol: u8, ports: Option<(u16, u16)>) -> Denied {
+        let (source_port, destination_port) = ports.unzip();
+        Denied {
+            prefix: "ingress".into(),
+            source: "10.1.1.6".parse().unwrap(),
+            destination: "10.1.0.5".parse().unwrap(),
+            protocol,
+            source_port,
+            destination_port,
+            input: Some(3),
+            output: Some(4),
+        }
+    }
+
+    fn told(packet: &Denied, source: Option<&ObjectName>) -> String {
+        let web = ObjectName::new("shop", "web-0");
+        let source = End {
+            address: packet.source,
+            port: packet.source_port,
+            pod: source,
+        };
+        let destination = End {
+            address: packet.destination,
+            port: packet.destination_port,
+            pod: Some(&web),
+        };
+        line(packet, &source, &destination)
+    }
+
+    #[test]
+    fn a_line_names_pods_where_they_are_known() {
+        let client = ObjectName::new("shop", "client");
+        let tcp = packet(6, Some((41234, 8080)));
+        assert_eq!(
+            told(&tcp, Some(&client)),
+            "denied ingress TCP shop/client (10.1.1.6:41234) -> shop/web-0 (10.1.0.5:8080)"
+        );
+        assert_eq!(
+            told(&tcp, None),
+            "denied ingress TCP 10.1.1.6:41234 -> shop/web-0 (10.1.0.5:8080)"
+        );
+    }
+
+    #[test]
+    fn packets_without_ports_have_addresses_alone() {
+        assert_eq!(
+            told(&packet(1, None), None),
+            "denied ingress ICMP 10.1.1.6 -> shop/web-0 (10.1.0.5)"
+        );
+        let mut v6 = packet(47, None);
+        v6.source = "fd00::1".parse().unwrap();
+        assert_eq!(
+            told(&v6, None),
+            "denied ingress protocol 47 fd00::1 -> shop/web-0 (10.1.0.5)"
+        );
+        let mut udp = packet(17, Some((53, 5353)));
+        udp.source = "fd00::1".parse().unwrap();
+        assert_eq!(
+            told(&udp, None),
+            "denied ingress UDP [fd00::1]:53 -> shop/web-0 (10.1.0.5:5353)"
+        );
+    }
+
+    #[test]
+    fn losses_are_told_once_a_minute() {
+        let mut losses = Losses::default();
+        let begin = Instant::now();
+        let at = |seconds| begin + Duration::from_secs(seconds);
+        assert_eq!(losses.add(0, at(0)), None);
+        assert_eq!(losses.add(1, at(1)), Some(1));
+        assert_eq!(losses.add(1, at(2)), None);
+        assert_eq!(losses.add(3, at(60)), None);
+        assert_eq!(losses.add(0, at(61)), Some(4), "the rest is told later");
+        assert_eq!(losses.add(0, at(200)), None);
+        assert_eq!(losses.add(1, at(201)), Some(1));
+    }
+}

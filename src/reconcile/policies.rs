@@ -1,0 +1,201 @@
+//! Keeps the policy tables as the objects ask for, beside the services and apart from them.
+//!
+//! A failure of one does not hold up the other: each has its own [`State`], its own transactions
+//! and its own comparison with the kernel. Policies come first, so that a new pod is isolated
+//! before a service leads to it.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Instant;
+
+use tokio::sync::watch;
+
+use super::connections::Bell;
+use super::{Kernel, Outcome, Reconciler, State};
+use crate::model::{Delivery, Event, Kind, ObjectName};
+use crate::netlink;
+use crate::policy::{Engine, TABLE};
+use crate::ruleset::diff;
+
+/// The isolated pods of this node by their addresses, sorted by name.
+pub type Isolated = Arc<[(IpAddr, ObjectName)]>;
+
+/// Who wants to know when other policies are in force.
+#[derive(Debug, Default)]
+pub(super) struct Followers {
+    pub isolated: Option<watch::Sender<Isolated>>,
+    pub cutter: Option<Bell>,
+}
+
+/// The policies and how far the kernel is known to agree with them.
+#[derive(Debug)]
+pub(super) struct Policies {
+    pub engine: Engine,
+    pub state: State,
+}
+
+impl Policies {
+    pub fn new(engine: Engine) -> Self {
+        Self {
+            engine,
+            state: State::Listing,
+        }
+    }
+}
+
+impl<K: Kernel> Reconciler<'_, K> {
+    /// The policies as they are known.
+    pub fn policies(&self) -> Option<&Engine> {
+        self.policies.as_ref().map(|policies| &policies.engine)
+    }
+
+    /// Whether the policies' kinds were listed, or nobody asked for policies.
+    pub fn policies_ready(&self) -> bool {
+        let policies = self.policies.as_ref();
+        policies.is_none_or(|policies| policies.engine.is_ready())
+    }
+
+    /// The kinds that were not listed yet, for the person who waits.
+    pub fn missing(&self) -> Vec<Kind> {
+        let policies = self.policies.as_ref();
+        let missing = policies.map_or_else(Vec::new, |policies| policies.engine.missing());
+        [self.store().missing(), missing].concat()
+    }
+
+    /// Takes over an event if it is about policies; gives it back otherwise.
+    pub(super) fn take_policy_event(&mut self, delivery: Delivery) -> Option<Event> {
+        if !delivery.event.is_about(&Kind::POLICY) {
+            return Some(delivery.event);
+        }
+        if let Some(policies) = &mut self.policies {
+            policies.engine.apply(delivery.event);
+        }
+        None
+    }
+
+    /// Brings the policy tables in line with the events taken over.
+    pub(super) fn handle_policies(&mut self) -> Outcome {
+        let Some(policies) = &self.policies else {
+            return Outcome::Synced;
+        };
+        if !policies.engine.is_ready() {
+            // What is in force stays so until the lists are complete.
+            return match policies.state {
+                State::Unknown => Outcome::Failed,
+                State::Listing | State::Synced => Outcome::Synced,
+            };
+        }
+        match policies.state {
+            State::Listing | State::Unknown => self.compare_policies(false),
+            State::Synced => self.update_policies(),
+        }
+    }
+
+    fn update_policies(&mut self) -> Outcome {
+        let started = Instant::now();
+        let Some(policies) = &mut self.policies else {
+            return Outcome::Synced;
+        };
+        let transaction = policies.engine.update();
+        if transaction.is_empty() {
+            return Outcome::Synced;
+        }
+        match self.write(transaction) {
+            Ok(()) => {
+                self.policies_synced(started, true);
+                Outcome::Synced
+            }
+            Err(error) => {
+                self.policies_failed(&error);
+                self.compare_policies(false)
+            }
+        }
+    }
+
+    /// Compares the policy tables with what the kernel holds and writes the difference. `healing`
+    /// says that what differs was changed by somebody else.
+    pub(super) fn compare_policies(&mut self, healing: bool) -> Outcome {
+        let started = Instant::now();
+        match self.attempt_policies() {
+            Ok(operations) => {
+                if healing && operations > 0 {
+                    self.report_healing(TABLE, operations, started.elapsed());
+                }
+                // At the start and after a failure connections may be left that an earlier attempt,
+                // or process, did not come to look at.
+                self.policies_synced(started, !healing || operations > 0);
+                Outcome::Synced
+            }
+            Err(error) => {
+                self.policies_failed(&error);
+                Outcome::Failed
+            }
+        }
+    }
+
+    /// Puts back what somebody else changed in the policy tables. Returns whether anything was.
+    pub(super) fn heal_policies(&mut self) -> (Outcome, bool) {
+        let Some(policies) = &mut self.policies else {
+            return (Outcome::Synced, false);
+        };
+        if policies.state == State::Synced && !policies.engine.is_ready() {
+            // What is wanted is known when the lists are complete.
+            policies.state = State::Listing;
+        }
+        if policies.state != State::Synced {
+            return (self.handle_policies(), false);
+        }
+        let healed = self.healed;
+        let outcome = self.compare_policies(true);
+        (outcome, self.healed > healed || outcome == Outcome::Failed)
+    }
+
+    fn attempt_policies(&mut self) -> Result<usize, netlink::Error> {
+        self.vouch();
+        let Some(policies) = &mut self.policies else {
+            return Ok(0);
+        };
+        // The difference is taken of the whole.
+        policies.engine.update();
+        let wanted = policies.engine.ruleset();
+        let actual = self.kernel.read(&[TABLE], &wanted)?;
+        let transaction = diff(&actual, wanted);
+        let operations = transaction.ops.len();
+        self.write(transaction)?;
+        Ok(operations)
+    }
+
+    /// Books that the rules are in force. `changed` says that others may have been before.
+    fn policies_synced(&mut self, started: Instant, changed: bool) {
+        let Some(policies) = &mut self.policies else {
+            return;
+        };
+        policies.state = State::Synced;
+        let isolated = policies.engine.isolated();
+        self.metrics
+            .policy_sync(started.elapsed(), isolated.count());
+        if let Some(sender) = &self.followers.isolated {
+            let pods = policies.engine.isolated();
+            let addresses = pods.flat_map(|(name, addresses)| {
+                addresses.iter().map(|address| (*address, name.clone()))
+            });
+            let isolated: Isolated = addresses.collect();
+            sender.send_if_modified(|known| {
+                let other = *known != isolated;
+                *known = isolated;
+                other
+            });
+        }
+        if let Some(cutter) = self.followers.cutter.as_ref().filter(|_| changed) {
+            cutter.ring();
+        }
+    }
+
+    fn policies_failed(&mut self, error: &netlink::Error) {
+        self.metrics.failure();
+        self.reporter.failed(error);
+        if let Some(policies) = &mut self.policies {
+            policies.state = State::Unknown;
+        }
+    }
+}

@@ -1,0 +1,65 @@
+//! What other threads ask the policies, which only the reconciler's thread can reach.
+
+use std::net::IpAddr;
+
+use tokio::sync::{mpsc, oneshot};
+
+use super::{Kernel, Reconciler, State};
+use crate::netlink::Denied;
+use crate::policy::Connection;
+
+/// Something for the reconciler's loop that is about policies and changes nothing.
+#[derive(Debug)]
+pub enum Question {
+    /// Which of these connections the policies deny. The answer has an entry for each, in order.
+    Judge {
+        /// The connections.
+        connections: Vec<Connection>,
+        /// Who waits for the answer.
+        answer: oneshot::Sender<Vec<bool>>,
+    },
+    /// Rules denied this packet: to be told with the names of the pods.
+    Denied(Denied),
+}
+
+impl<K: Kernel> Reconciler<'_, K> {
+    /// Answers a question.
+    pub fn answer(&self, question: Question) {
+        match question {
+            Question::Judge {
+                connections,
+                answer,
+            } => {
+                let denied = connections.iter().map(|connection| self.denies(connection));
+                // Whoever asked may be gone.
+                let _ = answer.send(denied.collect());
+            }
+            Question::Denied(packet) => self.tell_denied(&packet),
+        }
+    }
+
+    /// Whether the rules in force deny a connection. While it is unknown what is in force nothing
+    /// is denied: when it is known again, everything is asked anew.
+    fn denies(&self, connection: &Connection) -> bool {
+        let policies = self.policies.as_ref();
+        policies.is_some_and(|policies| {
+            policies.state == State::Synced && !policies.engine.allows(connection)
+        })
+    }
+
+    fn tell_denied(&self, packet: &Denied) {
+        let pod = |address: IpAddr| {
+            let policies = self.policies.as_ref()?;
+            policies.engine.pod_at(address)
+        };
+        super::denied::tell(packet, pod, self.log_fields);
+    }
+}
+
+/// The next question. Pending where nobody asks.
+pub(super) async fn next(questions: &mut Option<mpsc::Receiver<Question>>) -> Option<Question> {
+    match questions {
+        Some(questions) => questions.recv().await,
+        None => None,
+    }
+}

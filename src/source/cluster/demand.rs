@@ -1,0 +1,175 @@
+//! Pods and Namespaces are watched while there is a NetworkPolicy, and not before.
+//!
+//! A cluster without policies asks for none of them, and pods are by far the most that there is
+//! to watch. The events of the NetworkPolicies pass through here on their way out:
+//!
+//! ```text
+//! Reflector of NetworkPolicies ─> Demand ─> events
+//!                                   │ starts and drops
+//!              Reflectors of Pods and Namespaces ─> events
+//! ```
+//!
+//! - There is no policy: the lists of Pods and Namespaces are complete, and empty.
+//! - The first policy comes: both lists begin *before* it is passed on, so that whoever acts on it
+//!   waits for the pods it selects; then the watches deliver them.
+//! - The last policy goes: after a while in which none came the watches are dropped, and both
+//!   lists are empty again, which frees what was known.
+
+use std::collections::HashSet;
+use std::future::pending;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::FutureExt;
+use futures::future::{BoxFuture, join_all};
+use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep_until};
+
+use super::fault::Faults;
+use super::reflect::Reflector;
+use crate::model::{Delivery, Event, Kind, ObjectName};
+use crate::source::Sender;
+
+/// What is watched while there is a policy.
+const ON_DEMAND: [Kind; 2] = [Kind::Pod, Kind::Namespace];
+
+/// The receiver of the events is gone.
+struct Closed;
+
+/// The watches of everything that network policies are made of.
+pub(super) struct Demand<F> {
+    /// Makes the watch of a kind that delivers to a sender.
+    reflector: F,
+    sender: Sender,
+    faults: Arc<Faults>,
+    /// How long the watches go on without a policy.
+    linger: Duration,
+    /// The policies that were passed on and not deleted.
+    policies: HashSet<ObjectName>,
+    /// Whether the list of policies is not complete yet.
+    listing: bool,
+    /// The watches on demand, if there is one.
+    watches: Option<BoxFuture<'static, ()>>,
+    /// When to end them.
+    end: Option<Instant>,
+}
+
+impl<F: Fn(Kind, Sender) -> Reflector> Demand<F> {
+    pub(super) fn new(reflector: F, sender: Sender, faults: Arc<Faults>, linger: Duration) -> Self {
+        Self {
+            reflector,
+            sender,
+            faults,
+            linger,
+            policies: HashSet::new(),
+            listing: true,
+            watches: None,
+            end: None,
+        }
+    }
+
+    /// Runs until the receiver of the events is gone.
+    pub(super) async fn run(mut self) {
+        // Nothing waits here: an event is passed on before the next one is taken.
+        let (sender, mut policies) = mpsc::channel(1);
+        let mut reflector = pin!((self.reflector)(Kind::NetworkPolicy, sender).run());
+        loop {
+            let passed_on = tokio::select! {
+                // Both end only when nobody takes their events any more.
+                () = &mut reflector => return,
+                () = or_never(&mut self.watches) => return,
+                Some(delivery) = policies.recv() => self.pass_on(delivery).await,
+                () = at(self.end) => self.end_watches().await,
+            };
+            if passed_on.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Passes on an event about policies, with what follows from it.
+    async fn pass_on(&mut self, delivery: Delivery) -> Result<(), Closed> {
+        match &delivery.event {
+            Event::ListStarted(_) => {
+                self.listing = true;
+                self.policies.clear();
+            }
+            Event::ListComplete(_) => {
+                self.listing = false;
+                if self.watches.is_none() {
+                    self.deliver_empty_lists().await?;
+                }
+            }
+            Event::Apply(object) => {
+                self.policies.insert(object.reference().name);
+                if self.watches.is_none() {
+                    self.begin_watches().await?;
+                }
+            }
+            Event::Delete(object) => {
+                self.policies.remove(&object.name);
+            }
+            Event::Notice(_) => {}
+        }
+        self.send(delivery).await?;
+        let needed = self.listing || !self.policies.is_empty();
+        if needed || self.watches.is_none() {
+            self.end = None;
+        } else if self.end.is_none() {
+            self.end = Some(Instant::now() + self.linger);
+        }
+        Ok(())
+    }
+
+    async fn begin_watches(&mut self) -> Result<(), Closed> {
+        tracing::info!("there are NetworkPolicies; watching Pods and Namespaces");
+        for kind in ON_DEMAND {
+            self.send(Delivery::now(Event::ListStarted(kind))).await?;
+        }
+        let watches = ON_DEMAND.map(|kind| (self.reflector)(kind, self.sender.clone()).run());
+        self.watches = Some(join_all(watches).map(drop).boxed());
+        Ok(())
+    }
+
+    async fn end_watches(&mut self) -> Result<(), Closed> {
+        tracing::info!(
+            "there is no NetworkPolicy any more; no longer watching Pods and Namespaces"
+        );
+        self.end = None;
+        self.watches = None;
+        for kind in ON_DEMAND {
+            // Who does not ask has no trouble with the answers.
+            self.faults.end(kind);
+        }
+        self.deliver_empty_lists().await
+    }
+
+    async fn deliver_empty_lists(&mut self) -> Result<(), Closed> {
+        for kind in ON_DEMAND {
+            self.send(Delivery::now(Event::ListStarted(kind))).await?;
+            self.send(Delivery::now(Event::ListComplete(kind))).await?;
+        }
+        Ok(())
+    }
+
+    async fn send(&mut self, delivery: Delivery) -> Result<(), Closed> {
+        self.sender.send(delivery).await.map_err(|_| Closed)
+    }
+}
+
+/// The end of what may not even be there.
+async fn or_never(future: &mut Option<BoxFuture<'static, ()>>) {
+    match future {
+        Some(future) => future.await,
+        None => pending().await,
+    }
+}
+
+/// A moment that may never come.
+async fn at(moment: Option<Instant>) {
+    match moment {
+        Some(moment) => sleep_until(moment).await,
+        None => pending().await,
+    }
+}

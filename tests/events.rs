@@ -1,0 +1,264 @@
+//! What a person should know arrives at an API server as Events, within limits.
+
+#[path = "common/agent.rs"]
+mod agent;
+mod common;
+#[path = "common/consumer.rs"]
+mod consumer;
+#[path = "common/fake_api.rs"]
+mod fake_api;
+
+use std::time::Duration;
+
+use agent::{Node, PATIENCE, lines_with, wait_for_log};
+use common::netns::{require_net_admin, wait_for};
+use consumer::{cidr, node, service, slice};
+use fake_api::{CIDRS, FakeApi, NODES, SERVICES, SLICES, Written};
+use nftlet::events::{Pace, QUEUE, Recorder};
+use nftlet::model::{Kind, Notice, ObjectName, ObjectRef, Reason, Subject};
+use nftlet::source::Cluster;
+use serde_json::json;
+use tempfile::TempDir;
+use tokio::sync::mpsc;
+
+/// A recorder beside a server, with the sender of its notices.
+struct Bench {
+    api: FakeApi,
+    notices: mpsc::Sender<Notice>,
+    _directory: TempDir,
+}
+
+/// Nothing that a test waits for takes long; nothing else happens within a test.
+const PACE: Pace = Pace {
+    series: Duration::from_millis(50),
+    answer: Duration::from_secs(10),
+    retry: Duration::from_millis(10),
+    silence: Duration::from_secs(3600),
+};
+
+async fn bench_with(api: FakeApi, pace: Pace) -> Bench {
+    let directory = tempfile::tempdir().expect("a directory");
+    let kubeconfig = api.write_kubeconfig(directory.path());
+    let cluster = Cluster::connect(Some(kubeconfig), None, "node-1".into()).await;
+    let client = cluster.expect("a client").client();
+    let (notices, received) = mpsc::channel(QUEUE);
+    let recorder = Recorder::with_pace(client, "node-1".into(), pace);
+    tokio::spawn(recorder.run(received));
+    Bench {
+        api,
+        notices,
+        _directory: directory,
+    }
+}
+
+async fn bench() -> Bench {
+    bench_with(FakeApi::start().await, PACE).await
+}
+
+fn about(name: &str, reason: Reason, message: &str) -> Notice {
+    Notice {
+        subject: Subject::Object(ObjectRef::new(Kind::Service, ObjectName::new("shop", name))),
+        reason,
+        message: message.into(),
+    }
+}
+
+fn new_about<'a>(written: &'a [Written], object: &'a str) -> impl Iterator<Item = &'a Written> {
+    let of_object = move |it: &&Written| it.is_new() && it.text("/regarding/name") == object;
+    written.iter().filter(of_object)
+}
+
+#[tokio::test]
+async fn an_event_has_what_the_api_asks_for_and_stands_at_its_object() {
+    let api = FakeApi::start().await;
+    let mut web = service("web", "10.96.0.10");
+    web["metadata"]["uid"] = json!("2f7c0c3e");
+    api.put(SERVICES, web);
+    let bench = bench_with(api, PACE).await;
+    let notice = about("web", Reason::InvalidField, "spec.ports[0]: no");
+    bench.notices.send(notice).await.expect("it listens");
+    let arrived = |written: &[Written]| written.len() == 2;
+    bench.api.until_written("two Events", arrived).await;
+    let written = bench.api.written();
+    assert_eq!(written[0].namespace, "default");
+    assert_eq!(written[0].text("/reason"), "Starting");
+    assert_eq!(written[0].text("/type"), "Normal");
+    assert_eq!(written[0].text("/regarding/kind"), "Node");
+    assert_eq!(written[0].text("/regarding/uid"), "node-1");
+    let event = &written[1];
+    assert_eq!(event.namespace, "shop");
+    for (pointer, value) in [
+        ("/apiVersion", "events.k8s.io/v1"),
+        ("/kind", "Event"),
+        ("/metadata/namespace", "shop"),
+        ("/type", "Warning"),
+        ("/reason", "InvalidField"),
+        ("/action", "ReadObject"),
+        ("/note", "spec.ports[0]: no"),
+        ("/reportingController", "nftlet"),
+        ("/reportingInstance", "nftlet-node-1"),
+        ("/regarding/apiVersion", "v1"),
+        ("/regarding/kind", "Service"),
+        ("/regarding/namespace", "shop"),
+        ("/regarding/name", "web"),
+        ("/regarding/uid", "2f7c0c3e"),
+    ] {
+        assert_eq!(event.text(pointer), value, "{pointer}");
+    }
+    // The form of a MicroTime.
+    let at = event.text("/eventTime");
+    assert_eq!(at.len(), "2026-01-01T00:00:00.000000Z".len(), "{at}");
+}
+
+#[tokio::test]
+async fn the_same_again_becomes_a_series() {
+    let bench = bench().await;
+    for round in 1..=20 {
+        let words = format!("refused in round {round}");
+        let notice = about("web", Reason::KernelRefused, &words);
+        bench.notices.send(notice).await.expect("it listens");
+    }
+    let counted = |written: &[Written]| {
+        let mut patches = written.iter().filter(|it| !it.is_new());
+        patches.any(|it| it.body["series"]["count"] == 20)
+    };
+    bench.api.until_written("a count of 20", counted).await;
+    let written = bench.api.written();
+    assert_eq!(new_about(&written, "web").count(), 1, "{written:?}");
+    let patches: Vec<_> = written.iter().filter(|it| !it.is_new()).collect();
+    assert!(patches.len() < 5, "{patches:?}");
+    let last = patches.last().expect("one");
+    assert_eq!(last.namespace, "shop");
+    assert!(!last.text("/series/lastObservedTime").is_empty());
+    // The server keeps Events for a while only.
+    bench.api.forget_events();
+    let notice = about("web", Reason::KernelRefused, "again");
+    bench.notices.send(notice).await.expect("it listens");
+    let anew = |written: &[Written]| new_about(written, "web").count() == 1;
+    bench.api.until_written("a new Event", anew).await;
+}
+
+#[tokio::test]
+async fn nodes_that_find_the_same_make_one_event_of_it() {
+    let api = FakeApi::start().await;
+    let bench = bench_with(api, PACE).await;
+    let fault = about("web", Reason::InvalidField, "spec.ports[0]: no");
+    bench.notices.send(fault.clone()).await.expect("it listens");
+    let told = |written: &[Written]| new_about(written, "web").count() == 1;
+    bench.api.until_written("the Event", told).await;
+    let second = bench_with(bench.api, PACE).await;
+    second.notices.send(fault).await.expect("it listens");
+    let last = about("last", Reason::InvalidField, "the end");
+    second.notices.send(last).await.expect("it listens");
+    let ended = |written: &[Written]| new_about(written, "last").count() == 1;
+    second.api.until_written("the last Event", ended).await;
+    assert_eq!(new_about(&second.api.written(), "web").count(), 1);
+}
+
+#[tokio::test]
+async fn a_flood_of_notices_is_a_burst_of_events() {
+    let bench = bench().await;
+    for number in 0..1_000 {
+        let notice = about("web", Reason::InvalidField, &format!("field {number}"));
+        bench.notices.send(notice).await.expect("it listens");
+    }
+    // There is room for so many when all others were taken out.
+    drop(bench.notices.reserve_many(QUEUE).await.expect("it listens"));
+    let told = new_about(&bench.api.written(), "web").count();
+    // A slow machine may take the five seconds for one more.
+    assert!((25..=27).contains(&told), "{told}");
+}
+
+#[tokio::test]
+async fn a_server_that_refuses_is_asked_once_and_left_alone() {
+    let api = FakeApi::start().await;
+    api.answer_writes(Some((403, "Forbidden")));
+    let bench = bench_with(api, PACE).await;
+    for number in 0..50 {
+        let notice = about("web", Reason::InvalidField, &format!("field {number}"));
+        bench.notices.send(notice).await.expect("it listens");
+    }
+    drop(bench.notices.reserve_many(QUEUE).await.expect("it listens"));
+    assert_eq!(bench.api.asked_to_write(), 1);
+}
+
+#[tokio::test]
+async fn a_server_that_is_busy_or_away_gets_the_event_later() {
+    let api = FakeApi::start().await;
+    api.answer_writes(Some((503, "ServiceUnavailable")));
+    let bench = bench_with(api, PACE).await;
+    // Nobody waits for the server: what does not fit is dropped.
+    let mut dropped = 0;
+    for number in 0..QUEUE * 2 {
+        let notice = about("web", Reason::InvalidField, &format!("field {number}"));
+        dropped += usize::from(bench.notices.try_send(notice).is_err());
+    }
+    assert!(dropped >= QUEUE - 1, "{dropped}");
+    bench.api.set_down(true).await;
+    bench.api.set_down(false).await;
+    bench.api.answer_writes(None);
+    let told = |written: &[Written]| new_about(written, "web").next().is_some();
+    bench.api.until_written("the Event", told).await;
+    let written = bench.api.written();
+    assert_eq!(written[0].text("/reason"), "Starting");
+}
+
+/// A node whose server has a service with a fault.
+fn faulty_cluster() -> Node {
+    let cluster = Node::new();
+    cluster.api.put(NODES, node("node-1", "zone-a"));
+    cluster.api.put(CIDRS, cidr("kubernetes", "10.96.0.0/16"));
+    let mut web = service("a", "10.96.0.11");
+    web["metadata"]["uid"] = json!("2f7c0c3e");
+    web["spec"]["externalIPs"] = json!(["127.0.0.1"]);
+    cluster.api.put(SERVICES, web);
+    cluster.api.put(SLICES, slice("a-1", "a", &["10.1.0.1"]));
+    cluster
+}
+
+#[track_caller]
+fn wait_for_event(node: &Node, reason: &str) -> Written {
+    wait_for(&format!("an Event {reason}"), PATIENCE, || {
+        let written = node.api.written().into_iter();
+        written
+            .filter(Written::is_new)
+            .find(|it| it.text("/reason") == reason)
+    })
+}
+
+#[test]
+fn the_agent_tells_of_its_start_of_objects_and_of_foreign_changes() {
+    if !require_net_admin() {
+        return;
+    }
+    let node = faulty_cluster();
+    let nftlet = node.run();
+    let started = wait_for_event(&node, "Starting");
+    assert_eq!(started.text("/regarding/name"), "node-1");
+    let fault = wait_for_event(&node, "InvalidField");
+    assert_eq!(fault.text("/regarding/name"), "a");
+    assert_eq!(fault.text("/regarding/uid"), "2f7c0c3e");
+    assert!(fault.text("/note").contains("127.0.0.1"), "{fault:?}");
+    node.ns.nft_load("flush chain ip nftlet services");
+    let healed = wait_for_event(&node, "ForeignChange");
+    assert_eq!(healed.text("/regarding/kind"), "Node");
+    drop(nftlet);
+}
+
+#[test]
+fn services_work_where_events_are_forbidden() {
+    if !require_net_admin() {
+        return;
+    }
+    let node = faulty_cluster();
+    node.api.answer_writes(Some((403, "Forbidden")));
+    let nftlet = node.run();
+    wait_for_log(&nftlet, "takes no Events");
+    node.leads("10.96.0.11", &["10.1.0.1"]);
+    node.ns.nft_load("flush chain ip nftlet services");
+    wait_for_log(&nftlet, "somebody else changed it");
+    node.api.put(SLICES, slice("a-1", "a", &["10.1.0.3"]));
+    node.leads("10.96.0.11", &["10.1.0.3"]);
+    assert_eq!(lines_with(&nftlet.log(), "Events").len(), 1);
+    assert_eq!(node.api.asked_to_write(), 1);
+}

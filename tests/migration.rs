@@ -1,0 +1,478 @@
+//! From kube-proxy to nftlet and back, under traffic.
+
+mod common;
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use common::kube_proxy::{self, Frontend, Iptables, legacy_iptables};
+use common::manifests::{CLUSTER_CIDR, Manifests, Service};
+use common::netns::{
+    Answer, Ask, Client, HttpConnection, Lab, LabOptions, Machine, Namespace, Protocol, Server,
+    require_net_admin, wait_for,
+};
+
+const CIDR: [&str; 2] = ["--cluster-cidr", CLUSTER_CIDR];
+const PODS: [&str; 2] = ["10.244.0.0/16", "fd00:10:244::/48"];
+const RANGES: [&str; 2] = ["10.96.0.0/16", "fd00:10:96::/112"];
+const LONG: Duration = Duration::from_secs(30);
+/// Shorter than the second after which the kernel repeats a lost connection request: a request
+/// that was lost once counts as failed.
+const PATIENCE: Duration = Duration::from_millis(800);
+/// Between two requests of a client that goes on asking. Without it all ports of an address are
+/// used within seconds, while the server keeps each for a minute after it closed the connection:
+/// one that is used again too soon costs a second, whoever programs the node.
+const PACE: Duration = Duration::from_millis(1);
+
+/// How kube-proxy programs the node.
+#[derive(Clone, Copy, Debug)]
+enum Mode {
+    Nftables,
+    Iptables(Iptables),
+}
+
+impl Mode {
+    /// Loads kube-proxy's rules for the frontends, those of IPv4 first.
+    fn load(self, node: &Machine, frontends: &[Vec<Frontend>; 2]) {
+        for (index, address) in node.addresses().into_iter().enumerate() {
+            let (pods, own) = (PODS[index], &frontends[index]);
+            match self {
+                Mode::Nftables => {
+                    let table = kube_proxy::nftables(address, pods, RANGES[index], own);
+                    node.ns.nft_load(&table);
+                }
+                Mode::Iptables(kind) => {
+                    let text = kube_proxy::iptables(address, pods, own);
+                    kind.load(&node.ns, address.is_ipv6(), &text);
+                }
+            }
+        }
+    }
+
+    /// Whether any of kube-proxy's rules are there.
+    fn is_loaded(self, node: &Namespace) -> bool {
+        match self {
+            Mode::Nftables => node.nft(&["list", "tables"]).contains("kube-proxy"),
+            Mode::Iptables(kind) => {
+                let saved = [false, true].map(|v6| kind.save(node, v6));
+                saved.iter().any(|saved| saved.contains("KUBE-"))
+            }
+        }
+    }
+}
+
+/// The shop's service: TCP 80 at a ClusterIP of each family and at a NodePort, HTTP at 81.
+fn shop() -> Service {
+    let mut shop = Service::new("web", 10)
+        .port("tcp", "TCP", 80, Some(30080))
+        .port("http", "TCP", 81, Some(30081));
+    shop.kind = "NodePort".into();
+    shop
+}
+
+/// What the shop's pods serve, behind the ports 80 and 81.
+const TARGETS: [(u16, u16, Protocol); 2] = [(80, 8080, Protocol::Tcp), (81, 8081, Protocol::Http)];
+
+/// A node with the shop behind it: nftlet's manifests and kube-proxy's frontends say the same.
+struct Shop {
+    lab: Lab,
+    manifests: Manifests,
+    frontends: [Vec<Frontend>; 2],
+    _servers: Vec<Server>,
+}
+
+impl Shop {
+    fn open() -> Self {
+        let lab = Lab::new(LabOptions::default());
+        let manifests = Manifests::new();
+        let pods = lab.pods();
+        let mut frontends = [Vec::new(), Vec::new()];
+        let mut servers = Vec::new();
+        for (port, target, protocol) in TARGETS {
+            for (index, cluster) in ["10.96.0.10", "fd00:10:96::a"].into_iter().enumerate() {
+                let endpoints = pods
+                    .iter()
+                    .map(|pod| SocketAddr::new(pod.addresses()[index], target));
+                frontends[index].push(Frontend {
+                    name: format!("shop/web:{port}"),
+                    cluster: SocketAddr::new(ip(cluster), port),
+                    node_port: Some(30000 + port),
+                    endpoints: endpoints.collect(),
+                });
+            }
+            servers.extend(pods.iter().flat_map(|pod| pod.serve(protocol, target)));
+        }
+        let addresses = pods.iter().flat_map(|pod| pod.addresses());
+        let addresses: Vec<_> = addresses.map(|ip| (ip.to_string(), true)).collect();
+        manifests.service(&shop());
+        slices(&manifests, &addresses);
+        drop(pods);
+        Self {
+            lab,
+            manifests,
+            frontends,
+            _servers: servers,
+        }
+    }
+
+    fn node(&self) -> &Machine {
+        &self.lab.node().machine
+    }
+
+    /// Everybody who asks, with what they ask: from outside, from a pod and from the node, at
+    /// ClusterIPs and NodePorts of both families.
+    fn asks(&self) -> Vec<(&Machine, Ask)> {
+        let mut asks = Vec::new();
+        let pods = self.lab.pods();
+        let [v4, v6] = ["10.96.0.10", "fd00:10:96::a"].map(ip);
+        for from in [self.lab.client(), pods[0], self.node()] {
+            asks.push((from, Ask::tcp(v4, 80)));
+            asks.push((from, Ask::tcp(v6, 80)));
+        }
+        for address in self.node().addresses() {
+            asks.push((self.lab.client(), Ask::tcp(address, 30080)));
+        }
+        asks
+    }
+
+    /// Opens a connection over HTTP from each of them.
+    fn connections(&self) -> Vec<(Client, HttpConnection, Answer)> {
+        let opened = self.asks().into_iter().map(|(from, ask)| {
+            let client = Client::new(&from.ns);
+            let to = ask.to();
+            let ask = Ask::http(to.ip(), to.port() + 1);
+            let (connection, answer) = client.run(move || {
+                let mut connection = ask.open().expect("a connection");
+                let answer = connection.ask().expect("an answer");
+                (connection, answer)
+            });
+            (client, connection, answer)
+        });
+        opened.collect()
+    }
+
+    /// Asks each of them often: one of the pods answers at its own address, which is to say that
+    /// the request was translated, and only once, and sees who it should.
+    fn everybody_is_answered(&self) {
+        for (from, ask) in self.asks() {
+            let client = Client::new(&from.ns);
+            for _ in 0..12 {
+                let answer = client.ask(ask);
+                let answer =
+                    answer.unwrap_or_else(|error| panic!("{} {ask:?}: {error}", from.name));
+                let pods = self.lab.pods();
+                let pod = pods
+                    .iter()
+                    .find(|pod| pod.name == answer.name)
+                    .expect("a pod");
+                let to = ask.to().ip();
+                assert_eq!(answer.local, SocketAddr::new(pod.address_like(to), 8080));
+                let seen = answer.seen_client.ip();
+                if from.name.starts_with("pod-") && from.name != pod.name {
+                    assert_eq!(seen, from.address_like(to), "pods keep their address");
+                } else {
+                    assert_ne!(seen, self.lab.client().address_like(to), "others do not");
+                }
+            }
+        }
+    }
+}
+
+fn ip(text: &str) -> IpAddr {
+    text.parse().expect("an address")
+}
+
+/// The slices of the shop: each port has a target of its own.
+fn slices(manifests: &Manifests, addresses: &[(String, bool)]) {
+    for (name, target) in [("tcp", 8080), ("http", 8081)] {
+        let mut part = shop();
+        part.ports.retain(|port, _| port == name);
+        let (plain, named) = ("web", format!("web-{name}"));
+        let backends: Vec<_> = addresses
+            .iter()
+            .map(|(address, _)| common::manifests::Backend::new(address, "node-1"))
+            .collect();
+        part.name = plain.into();
+        manifests.backends_named(&part, &named, target, &backends);
+    }
+}
+
+/// Asks again and again until stopped, and counts.
+struct Load {
+    stop: Arc<AtomicBool>,
+    answered: Arc<AtomicU64>,
+    threads: Vec<JoinHandle<Vec<String>>>,
+}
+
+impl Load {
+    fn start(asks: &[(&Machine, Ask)]) -> Self {
+        let (stop, answered) = (
+            Arc::new(AtomicBool::new(false)),
+            Arc::new(AtomicU64::new(0)),
+        );
+        let threads = asks.iter().map(|(from, ask)| {
+            let (stop, answered) = (stop.clone(), answered.clone());
+            let (ns, name, ask) = (from.ns.clone(), from.name.clone(), ask.timeout(PATIENCE));
+            thread::spawn(move || {
+                ns.enter();
+                let mut failed = Vec::new();
+                while !stop.load(Ordering::Relaxed) {
+                    match ask.send() {
+                        Ok(_) => {
+                            answered.fetch_add(1, Ordering::Relaxed);
+                        }
+                        Err(error) => failed.push(format!("{name} to {}: {error}", ask.to())),
+                    }
+                    thread::sleep(PACE);
+                }
+                failed
+            })
+        });
+        Self {
+            threads: threads.collect(),
+            stop,
+            answered,
+        }
+    }
+
+    /// Waits for so many more answers.
+    fn more(&self, answers: u64) {
+        let until = self.answered.load(Ordering::Relaxed) + answers;
+        wait_for("more answers", LONG, || {
+            (self.answered.load(Ordering::Relaxed) >= until).then_some(())
+        });
+    }
+
+    /// Ends, and tells which requests failed.
+    fn end(self) -> Vec<String> {
+        self.stop.store(true, Ordering::Relaxed);
+        let threads = self.threads.into_iter();
+        threads
+            .flat_map(|thread| thread.join().expect("a client ends"))
+            .collect()
+    }
+}
+
+#[track_caller]
+fn cleanup(node: &Namespace, flag: &str) -> String {
+    let output = node
+        .command(env!("CARGO_BIN_EXE_nftlet"))
+        .arg(flag)
+        .output()
+        .expect("nftlet runs");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// There and back again.
+fn migrate(mode: Mode) {
+    let shop = Shop::open();
+    let node = shop.node().ns.clone();
+    mode.load(shop.node(), &shop.frontends);
+    shop.everybody_is_answered();
+    let mut connections = shop.connections();
+    let load = Load::start(&shop.asks());
+    load.more(200);
+
+    let mut daemon = shop.manifests.run(&node, &CIDR);
+    wait_for("kube-proxy's rules to go", LONG, || {
+        (!mode.is_loaded(&node)).then_some(())
+    });
+    load.more(500);
+    ask_again(&mut connections);
+    shop.everybody_is_answered();
+
+    assert!(daemon.stop(LONG).is_some_and(|status| status.success()));
+    mode.load(shop.node(), &shop.frontends);
+    load.more(200);
+    let list = cleanup(&node, "--cleanup=nftlet");
+    assert!(mode.is_loaded(&node), "{list}");
+    assert!(!node.nft(&["list", "tables"]).contains("nftlet"), "{list}");
+    load.more(500);
+    ask_again(&mut connections);
+    shop.everybody_is_answered();
+    let failed = load.end();
+    assert!(
+        failed.is_empty(),
+        "{} failed: {:#?}",
+        failed.len(),
+        &failed[..failed.len().min(9)]
+    );
+}
+
+/// Connections that exist lead where they always led.
+fn ask_again(connections: &mut Vec<(Client, HttpConnection, Answer)>) {
+    for (client, mut connection, first) in std::mem::take(connections) {
+        let (connection, answer) = client.run(move || {
+            let answer = connection.ask();
+            (connection, answer)
+        });
+        assert_eq!(answer.expect("an answer on an old connection"), first);
+        connections.push((client, connection, first));
+    }
+}
+
+#[test]
+fn from_nftables_and_back_no_request_fails() {
+    if require_net_admin() {
+        migrate(Mode::Nftables);
+    }
+}
+
+#[test]
+fn from_iptables_nft_and_back_no_request_fails() {
+    if require_net_admin() {
+        migrate(Mode::Iptables(Iptables::Nft));
+    }
+}
+
+#[test]
+fn from_iptables_legacy_and_back_no_request_fails() {
+    if !require_net_admin() {
+        return;
+    }
+    if let Err(why) = legacy_iptables(&Namespace::new("probe")) {
+        use std::io::Write as _;
+        let _ = writeln!(
+            io::stderr(),
+            "\nSKIPPED migration from legacy iptables: {why}"
+        );
+        return;
+    }
+    migrate(Mode::Iptables(Iptables::Legacy));
+}
+
+/// The chains of both proxies are at the same hooks with the same priorities: the first one to
+/// translate a connection decides, and the other one leaves it alone, whichever came first.
+#[test]
+fn with_the_rules_of_both_in_place_packets_are_translated_once() {
+    if !require_net_admin() {
+        return;
+    }
+    let mut modes = vec![Mode::Nftables, Mode::Iptables(Iptables::Nft)];
+    if legacy_iptables(&Namespace::new("probe")).is_ok() {
+        modes.push(Mode::Iptables(Iptables::Legacy));
+    }
+    for mode in modes {
+        for kube_proxy_first in [true, false] {
+            let shop = Shop::open();
+            let node = shop.node().ns.clone();
+            if kube_proxy_first {
+                mode.load(shop.node(), &shop.frontends);
+            }
+            shop.manifests.program(&node, &CIDR);
+            if !kube_proxy_first {
+                mode.load(shop.node(), &shop.frontends);
+            }
+            shop.everybody_is_answered();
+            let mut connections = shop.connections();
+            cleanup(
+                &node,
+                if kube_proxy_first {
+                    "--cleanup=kube-proxy"
+                } else {
+                    "--cleanup=nftlet"
+                },
+            );
+            ask_again(&mut connections);
+            shop.everybody_is_answered();
+        }
+    }
+}
+
+/// A firewall that is loaded anew takes all rules with it. How long services are away then is the
+/// longest time between two answers.
+#[test]
+fn a_flush_of_the_ruleset_is_a_short_outage() {
+    if !require_net_admin() {
+        return;
+    }
+    const SERVICES: u16 = 1000;
+    const ENDPOINTS: u16 = 10;
+    const FLUSHES: usize = 5;
+    // Whoever else works on the machine makes it longer, so the shortest one counts. Without
+    // optimisation nftlet itself takes several times as long.
+    const SHORTEST: Duration = if cfg!(debug_assertions) {
+        Duration::from_millis(500)
+    } else {
+        Duration::from_millis(100)
+    };
+    const LONGEST: Duration = Duration::from_secs(3);
+    let shop = Shop::open();
+    let node = shop.node().ns.clone();
+    for index in 0..SERVICES - 1 {
+        let mut other = Service::new(&format!("other-{index}"), 0).port("tcp", "TCP", 80, None);
+        other.cluster_ips = vec![format!("10.96.{}.{}", 1 + index / 250, 1 + index % 250)];
+        let endpoint = |last: u16| (format!("10.244.{}.{}", 2 + index % 250, 1 + last), true);
+        let endpoints: Vec<_> = (0..ENDPOINTS).map(endpoint).collect();
+        shop.manifests.service(&other);
+        shop.manifests.endpoints(&other, 8080, &endpoints);
+    }
+    shop.manifests.program(&node, &CIDR);
+    let client = shop.lab.client().ns.clone();
+    let (stop, answered) = (
+        Arc::new(AtomicBool::new(false)),
+        Arc::new(AtomicU64::new(0)),
+    );
+    let asking = {
+        let (stop, answered) = (stop.clone(), answered.clone());
+        thread::spawn(move || {
+            client.enter();
+            let ask = Ask::tcp(ip("10.96.0.10"), 80).timeout(Duration::from_millis(5));
+            let mut answers = Vec::new();
+            while !stop.load(Ordering::Relaxed) {
+                if ask.send().is_ok() {
+                    answers.push(Instant::now());
+                    answered.fetch_add(1, Ordering::Relaxed);
+                }
+            }
+            answers
+        })
+    };
+    let more = |what: &str| {
+        let until = answered.load(Ordering::Relaxed) + 100;
+        wait_for(what, LONG, || {
+            (answered.load(Ordering::Relaxed) >= until).then_some(())
+        });
+    };
+    more("answers before the first flush");
+    let mut flushed = Vec::new();
+    for _ in 0..FLUSHES {
+        // One that was asked to repair the rules shortly before takes its time.
+        let _daemon = shop.manifests.run(&node, &CIDR);
+        flushed.push(Instant::now());
+        node.nft_load("flush ruleset");
+        wait_for("the rules to be back", LONG, || {
+            let found = node.nft(&["list", "tables"]);
+            found.contains("table ip nftlet\n").then_some(())
+        });
+        more("answers after the flush");
+    }
+    stop.store(true, Ordering::Relaxed);
+    let answers = asking.join().expect("the client ends");
+    flushed.push(Instant::now());
+    let outages: Vec<Duration> = flushed
+        .windows(2)
+        .map(|flush| {
+            let around = answers
+                .windows(2)
+                .filter(|pair| pair[1] > flush[0] && pair[0] < flush[1]);
+            let gaps = around.map(|pair| pair[1].duration_since(pair[0]));
+            gaps.max().expect("answers on both sides of the flush")
+        })
+        .collect();
+    println!("longest time without an answer, for each flush: {outages:.1?}");
+    assert!(
+        outages.iter().all(|outage| *outage < LONGEST),
+        "{outages:?}"
+    );
+    assert!(
+        outages.iter().any(|outage| *outage < SHORTEST),
+        "{outages:?}"
+    );
+}
