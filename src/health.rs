@@ -186,6 +186,19 @@ impl Health {
         state.failure = Some(message.into());
     }
 
+    /// Nobody knows whether the rules are in place: they were when last asked, at `since`, and now
+    /// the kernel does not answer.
+    pub fn unanswered(&self, since: Instant, message: impl Into<String>) {
+        let mut state = self.state();
+        state.oldest_queued.get_or_insert(since);
+        state.failure = Some(message.into());
+    }
+
+    /// The time a round of work may take, twice over, before it counts as late.
+    pub fn period(&self) -> Duration {
+        self.shared.period
+    }
+
     /// Tells whether the node is being deleted or is about to be (the taint
     /// `ToBeDeletedByClusterAutoscaler`).
     pub fn node_going_away(&self, going: bool) {

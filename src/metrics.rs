@@ -272,10 +272,16 @@ impl Metrics {
         } else {
             &self.partial_sync_duration
         };
-        let now = unix_seconds(SystemTime::now());
         by_kind.each(|histogram| histogram.observe(took.as_secs_f64()));
         self.sync_duration
             .each(|histogram| histogram.observe(took.as_secs_f64()));
+        self.in_order();
+    }
+
+    /// The rules are as wanted at this moment. kube-proxy sets this time at least every
+    /// `syncPeriod`, whether there was something to do or not, and alerts rely on it.
+    pub fn in_order(&self) {
+        let now = unix_seconds(SystemTime::now());
         self.last_sync.each(|gauge| gauge.set(now));
     }
 

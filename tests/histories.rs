@@ -4,6 +4,7 @@
 mod common;
 
 use std::net::IpAddr;
+use std::time::Instant;
 
 use common::netns::{Namespace, require_net_admin};
 use nftlet::compile::{DetectLocal, Settings, TABLE};
@@ -183,7 +184,7 @@ fn histories_end_in_the_kernel_where_a_fresh_start_would() {
             failures.contains("nftlet_netlink_errors_total 0"),
             "the kernel refused something"
         );
-        reconciler.remove_unused_chains();
+        reconciler.remove_chains_unused_since(Instant::now());
         let mut restarted = new(&fresh);
         // Everything arrives before the lists are complete, and is written at once.
         let mut events = all;

@@ -8,7 +8,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::manifests::{CLUSTER_CIDR, Manifests, Service};
 use common::netns::{
@@ -560,7 +560,7 @@ mod churn {
         let mut handle = |events: Vec<Event>| {
             let outcome = reconciler.handle(events.into_iter().map(Delivery::now));
             assert_eq!(outcome, Outcome::Synced);
-            reconciler.remove_unused_chains();
+            reconciler.remove_chains_unused_since(Instant::now());
         };
         handle(first);
         let ask = Ask::tcp(ip("10.96.0.10"), 80);

@@ -185,9 +185,9 @@ impl<'a> Agent<'a> {
         meddle();
         let started = Instant::now();
         monitor.wait().unwrap_or_else(failed);
-        let outcome = self.reconciler.heal();
+        let (outcomes, changed) = self.reconciler.heal();
         let took = started.elapsed();
-        assert_eq!(outcome, (Outcome::Synced, true));
+        assert_eq!((outcomes.together(), changed), (Outcome::Synced, true));
         let total = took.saturating_sub(*self.spent_splitting.borrow());
         Cost {
             total: total.as_secs_f64(),

@@ -134,6 +134,29 @@ impl Error {
         }
     }
 
+    /// What the errno of a refusal says about what was refused: the kernel names the element it was
+    /// at, whatever went wrong there.
+    pub fn blame(&self) -> Blame {
+        match (self, self.errno()) {
+            (Error::Refused { .. }, Some(libc::ENOENT | libc::EEXIST | libc::EBUSY)) => {
+                Blame::Conflict
+            }
+            (
+                Error::Refused { .. },
+                Some(
+                    libc::ENOMEM
+                    | libc::ENOBUFS
+                    | libc::EAGAIN
+                    | libc::EINTR
+                    | libc::EPERM
+                    | libc::EACCES,
+                ),
+            ) => Blame::Nothing,
+            (Error::Refused { .. }, _) => Blame::Element,
+            _ => Blame::Nothing,
+        }
+    }
+
     /// The system's error behind it, where there is one.
     pub fn errno(&self) -> Option<i32> {
         match self {
@@ -151,6 +174,17 @@ impl Error {
             Error::Name { .. } | Error::ForeignRule { .. } | Error::Interrupted { .. } => None,
         }
     }
+}
+
+/// What a refusal says about the element that the kernel names with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Blame {
+    /// The element as it is cannot be had.
+    Element,
+    /// It does not fit what the tables hold.
+    Conflict,
+    /// Nothing: any other one would have met the same.
+    Nothing,
 }
 
 /// A hint for the errno values that a person can do something about.

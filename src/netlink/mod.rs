@@ -44,7 +44,7 @@ mod udata;
 
 pub use conntrack::{Conntrack, Flow, FlowFilter, Handle, Removal, Tracked};
 pub use encode::{Batch, encode};
-pub use error::{Error, Place};
+pub use error::{Blame, Error, Place};
 pub use ipset::IpSets;
 pub use link::Links;
 pub use monitor::{Absence, Heard, Monitor};

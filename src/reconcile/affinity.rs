@@ -10,9 +10,14 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use crate::compile::{Route, Scope, ServicePlan, Target};
+use super::{Kernel, Reconciler};
+use crate::compile::{self, AFFINITY, Route, Scope, ServicePlan, Target};
 use crate::model::{Claim, Family, Protocol};
-use crate::ruleset::{Element, Value};
+use crate::netlink;
+use crate::ruleset::{Element, Op, Transaction, Value};
+
+/// How often remembered clients are read again when some time out meanwhile.
+const FORGET_ATTEMPTS: usize = 8;
 
 /// The endpoints that clients may still be sent to, for the frontends that lost some.
 #[derive(Debug, Default)]
@@ -84,21 +89,28 @@ impl Remembered {
         !self.complete && self.allowed.keys().all(|(of, _)| *of != family)
     }
 
-    /// The elements of the affinity map whose endpoint no longer serves their frontend.
-    pub fn stale(&self, family: Family, elements: Vec<Element>) -> Vec<Element> {
+    /// The elements of the affinity map whose endpoint no longer serves their frontend. `owned`
+    /// tells whether a service has a frontend now: where one has the address, a port of the same
+    /// number that another one has on the nodes is not meant.
+    pub fn stale(
+        &self,
+        family: Family,
+        elements: Vec<Element>,
+        owned: impl Fn(&Claim) -> bool,
+    ) -> Vec<Element> {
         let mut stale = elements;
         stale.retain(|element| {
             let Some(entry) = Entry::read(family, element) else {
                 return false;
             };
-            let claims = [
-                Claim::Address(entry.address, entry.protocol, entry.port),
-                Claim::NodePort(entry.protocol, entry.port),
-            ];
-            let mut known = claims
-                .iter()
-                .filter_map(|claim| self.allowed.get(&(family, *claim)));
-            known.next().map_or(self.complete, |allowed| {
+            let address = Claim::Address(entry.address, entry.protocol, entry.port);
+            let node_port = Claim::NodePort(entry.protocol, entry.port);
+            let by_address = self.allowed.get(&(family, address));
+            let known = match by_address {
+                None if !owned(&address) => self.allowed.get(&(family, node_port)),
+                _ => by_address,
+            };
+            known.map_or(self.complete, |allowed| {
                 let inside = self.inside.iter().any(|net| net.contains(&entry.client));
                 let endpoints = if inside {
                     &allowed.inside
@@ -129,6 +141,60 @@ fn targets(plan: Option<&ServicePlan>) -> HashMap<(Family, Claim), Allowed> {
         }
     }
     found
+}
+
+impl<K: Kernel> Reconciler<'_, K> {
+    /// Forgets the clients that are remembered for an endpoint that went away.
+    ///
+    /// This follows the transaction that took the endpoint away: the other way round a client
+    /// could be sent there, and be remembered for it, once more.
+    pub(super) fn forget(&mut self, mut remembered: Remembered) {
+        let node = self.store.node().map(|node| &**node);
+        let pods = Family::ALL.map(|family| self.settings.pod_networks(family, node));
+        let own = node.map(|node| [&node.internal_ips[..], &node.external_ips].concat());
+        let own = own.unwrap_or_default().into_iter().map(IpNet::from);
+        remembered.set_inside(pods.into_iter().flatten().chain(own).collect());
+        for family in Family::ALL {
+            if remembered.is_empty(family) {
+                continue;
+            }
+            for attempt in 1..=FORGET_ATTEMPTS {
+                match self.forget_once(family, &remembered) {
+                    Ok(()) => break,
+                    Err(error) if attempt < FORGET_ATTEMPTS => {
+                        // An element that times out between reading and deleting fails the
+                        // whole transaction; what is left is read again.
+                        tracing::debug!("session affinity: {error}");
+                    }
+                    Err(error) => tracing::warn!(
+                        "{error}; clients with session affinity may stay with {family} endpoints \
+                         that are gone until the next change of their service"
+                    ),
+                }
+            }
+        }
+    }
+
+    fn forget_once(
+        &mut self,
+        family: Family,
+        remembered: &Remembered,
+    ) -> Result<(), netlink::Error> {
+        let table = compile::table_id(family);
+        let known = self.kernel.elements(&table, AFFINITY)?;
+        let stale = remembered.stale(family, known, |claim| self.store.owner(claim).is_some());
+        if stale.is_empty() {
+            return Ok(());
+        }
+        let declaration = compile::affinity_declaration();
+        let ops = vec![Op::DeleteElements(
+            table,
+            AFFINITY.into(),
+            declaration,
+            stale,
+        )];
+        self.write(Transaction { ops })
+    }
 }
 
 /// An element of the affinity map.

@@ -26,7 +26,7 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until};
 
 use super::programmed::Programmed;
-use super::run::jittered;
+use super::schedule::jittered;
 use super::{Kernel, State};
 use crate::compile::TABLE;
 use crate::netlink::Error;

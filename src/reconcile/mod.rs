@@ -29,23 +29,23 @@ mod programmed;
 mod questions;
 mod report;
 mod run;
+mod schedule;
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use ipnet::IpNet;
 use tokio::sync::watch;
 
-use crate::compile::{self, AFFINITY, Settings, TABLE};
+use crate::compile::{self, Settings, TABLE};
 use crate::health::Checks;
 use crate::metrics::Metrics;
 use crate::model::{
     Changes, Delivery, Event, Family, Kind, Node, Notice, ObjectName, ObjectRef, Reason, Store,
     Subject,
 };
-use crate::netlink::{self, Place};
+use crate::netlink::{self, Blame, Place};
 use crate::policy::Engine;
-use crate::ruleset::{Op, Ruleset, Transaction, diff};
+use crate::ruleset::{Key, Name, Ruleset, TableId, Transaction, diff};
 
 pub use audit::{Audits, EVERY as AUDIT_EVERY, Finding, Snapshot, Step, Verdict};
 pub use kernel::Kernel;
@@ -61,8 +61,6 @@ use health_checks::HealthChecks;
 use policies::{Followers, Policies};
 use programmed::{Draft, Effects};
 
-/// How often remembered clients are read again when some time out meanwhile.
-const FORGET_ATTEMPTS: usize = 8;
 /// How many events that wait for their rules are timed; the kernel may be out of order for long.
 const MOST_WAITING: usize = 1 << 16;
 /// How many services are left out in one attempt before giving up until the next.
@@ -81,8 +79,6 @@ pub struct Reconciler<'a, K> {
     state: State,
     metrics: &'a Metrics,
     reporter: &'a dyn Reporter,
-    /// When chains became unused that may be removed later.
-    unused_since: Option<Instant>,
     changes: Changes,
     /// Arrival times of events whose rules are not in force yet.
     waiting: Vec<Instant>,
@@ -108,6 +104,9 @@ pub struct Reconciler<'a, K> {
     writes: u64,
 }
 
+/// Where an element stands.
+type ElementPlace = (TableId, Name, Key);
+
 /// How far the kernel is known to agree.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
@@ -130,14 +129,43 @@ pub enum Outcome {
     Failed,
 }
 
-impl Outcome {
-    /// What two parts that are independent of each other achieved together.
-    fn and(self, other: Self) -> Self {
-        match (self, other) {
-            (Outcome::Failed, _) | (_, Outcome::Failed) => Outcome::Failed,
-            (Outcome::Waiting, _) | (_, Outcome::Waiting) => Outcome::Waiting,
-            (Outcome::Synced, Outcome::Synced) => Outcome::Synced,
-        }
+/// The parts of the rules, which are written, fail and are tried again apart from each other.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Parts {
+    /// The tables of services.
+    pub services: bool,
+    /// The tables of network policies.
+    pub policies: bool,
+}
+
+impl Parts {
+    /// All of them.
+    pub const ALL: Self = Self {
+        services: true,
+        policies: true,
+    };
+}
+
+/// What was achieved in each part; `None` in one that was left alone.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Outcomes {
+    /// The tables of services.
+    pub services: Option<Outcome>,
+    /// The tables of network policies.
+    pub policies: Option<Outcome>,
+}
+
+impl Outcomes {
+    /// Whether a part ended so.
+    pub fn any(self, outcome: Outcome) -> bool {
+        [self.services, self.policies].contains(&Some(outcome))
+    }
+
+    /// What was achieved on the whole.
+    pub fn together(self) -> Outcome {
+        let worse = [Outcome::Failed, Outcome::Waiting].into_iter();
+        let worst = worse.into_iter().find(|outcome| self.any(*outcome));
+        worst.unwrap_or(Outcome::Synced)
     }
 }
 
@@ -158,7 +186,6 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
             state: State::Listing,
             metrics,
             reporter,
-            unused_since: None,
             changes: Changes::default(),
             waiting: Vec::new(),
             pending: (0, 0),
@@ -243,17 +270,22 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
     /// Takes over events and brings the kernel in line with them.
     pub fn handle(&mut self, deliveries: impl IntoIterator<Item = Delivery>) -> Outcome {
         self.take_over(deliveries);
-        let policies = self.handle_policies();
-        let services = match self.state {
+        self.work(Parts::ALL).together()
+    }
+
+    /// Brings parts of the rules in line with the events taken over.
+    pub fn work(&mut self, parts: Parts) -> Outcomes {
+        // In this order: a new pod is isolated before a service leads to it.
+        let policies = parts.policies.then(|| self.handle_policies());
+        let services = parts.services.then(|| match self.state {
             State::Listing if !self.store.is_complete() => Outcome::Waiting,
             State::Listing | State::Unknown => self.resync(),
             State::Synced => self.update(),
-        };
-        services.and(policies)
+        });
+        Outcomes { services, policies }
     }
 
-    /// Takes over events without writing anything: for while a retry is due, because each attempt
-    /// reads and compares whole tables, however few events there are.
+    /// Takes over events without writing anything.
     pub fn take_over(&mut self, deliveries: impl IntoIterator<Item = Delivery>) {
         let mut changes = std::mem::take(&mut self.changes);
         let (mut services, mut endpoints) = (0, 0);
@@ -275,7 +307,9 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         self.metrics.changes(services, endpoints);
         self.pending = (self.pending.0 + services, self.pending.1 + endpoints);
         self.metrics.pending(self.pending.0, self.pending.1);
-        self.metrics.queued();
+        if !changes.is_empty() {
+            self.metrics.queued();
+        }
         for notice in changes.notices.drain(..) {
             self.report(notice);
         }
@@ -376,6 +410,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         }
         let effects = self.draft(&changes, None);
         self.flows.merge(effects.flows);
+        let mut refused_before = None;
         for _ in 0..=MOST_REFUSALS {
             match self.attempt() {
                 Ok(healed) => {
@@ -384,18 +419,14 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
                     }
                     self.metrics.sync(true, started.elapsed());
                     self.state = State::Synced;
-                    // Whatever happened while the kernel was not as wanted, the flows of all
-                    // services may tell of it.
-                    for plan in self.programmed.plans() {
-                        self.flows.suspect(plan, |_| true);
-                    }
+                    self.suspect_all_flows();
                     self.settle(&changes);
                     self.forget(Remembered::all(self.programmed.plans()));
                     return Outcome::Synced;
                 }
                 Err(error) => {
                     self.metrics.failure();
-                    if !self.isolate(&error) {
+                    if !self.isolate(&error, &mut refused_before) {
                         self.reporter.failed(&error);
                         break;
                     }
@@ -410,16 +441,29 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
     /// Compares with what the kernel holds after somebody else changed the tables, and puts back
     /// what was changed. Returns whether anything was. Reads nothing where nobody else can have
     /// changed anything since the last time.
-    pub fn heal(&mut self) -> (Outcome, bool) {
+    pub fn heal(&mut self) -> (Outcomes, bool) {
         let now = self.kernel.generation().ok();
         if self.vouches_for(now) && self.is_synced() {
-            return (Outcome::Synced, false);
+            return (Outcomes::default(), false);
         }
         self.vouched = now;
         let (policies, policies_changed) = self.heal_policies();
         let (services, services_changed) = self.heal_services();
-        let changed = policies_changed || services_changed;
-        (services.and(policies), changed)
+        let outcomes = Outcomes { services, policies };
+        (outcomes, policies_changed || services_changed)
+    }
+
+    /// Asks the kernel for a sign of life, and notes the time where all is as it should be.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel does not answer.
+    pub fn sign_of_life(&mut self) -> Result<(), netlink::Error> {
+        self.kernel.generation()?;
+        if self.is_synced() && self.changes.is_empty() {
+            self.metrics.in_order();
+        }
+        Ok(())
     }
 
     /// Whether nobody else has written since the kernel was compared.
@@ -433,7 +477,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
     }
 
     /// Whether what was written is known to be in force, as far as something was to be written.
-    fn is_synced(&self) -> bool {
+    pub fn is_synced(&self) -> bool {
         let policies = self.policies.as_ref();
         self.state == State::Synced && policies.is_none_or(|p| p.state != State::Unknown)
     }
@@ -451,25 +495,35 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         }
     }
 
-    fn heal_services(&mut self) -> (Outcome, bool) {
+    fn heal_services(&mut self) -> (Option<Outcome>, bool) {
         if self.state != State::Synced {
-            // What is about to be written compares anyway.
-            return (self.resync(), true);
+            // The next attempt compares anyway.
+            return (None, false);
         }
         let started = Instant::now();
         match self.attempt() {
-            Ok(0) => (Outcome::Synced, false),
+            Ok(0) => (Some(Outcome::Synced), false),
             Ok(operations) => {
                 self.metrics.sync(true, started.elapsed());
                 self.report_healing(TABLE, operations, started.elapsed());
-                (Outcome::Synced, true)
+                self.suspect_all_flows();
+                self.clean_flows();
+                (Some(Outcome::Synced), true)
             }
             Err(error) => {
                 self.metrics.failure();
                 self.reporter.failed(&error);
                 self.state = State::Unknown;
-                (self.resync(), true)
+                (Some(self.resync()), true)
             }
+        }
+    }
+
+    /// Whatever happened while the kernel was not as wanted, the flows of all services may tell
+    /// of it.
+    fn suspect_all_flows(&mut self) {
+        for plan in self.programmed.plans() {
+            self.flows.suspect(plan, |_| true);
         }
     }
 
@@ -499,10 +553,25 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
 
     /// Leaves out the service to which a refused element belongs. False if the error cannot be
     /// laid at one service's door.
-    fn isolate(&mut self, error: &netlink::Error) -> bool {
+    ///
+    /// A conflict with what the tables hold may be the doing of somebody who wrote to them after
+    /// they were read. The service is to blame only if it is refused again (`before`) after
+    /// another reading.
+    fn isolate(&mut self, error: &netlink::Error, before: &mut Option<ElementPlace>) -> bool {
         let Some(Place::Element(table, set, element, _)) = error.refused() else {
             return false;
         };
+        match error.blame() {
+            Blame::Nothing => return false,
+            Blame::Element => {}
+            Blame::Conflict => {
+                let place = Some((table.clone(), set.clone(), element.key.clone()));
+                if *before != place {
+                    *before = place;
+                    return true;
+                }
+            }
+        }
         let Some(owner) = self.programmed.owner(table, set, &element.key) else {
             return false;
         };
@@ -550,58 +619,6 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         Ok(())
     }
 
-    /// Forgets the clients that are remembered for an endpoint that went away.
-    ///
-    /// This follows the transaction that took the endpoint away: the other way round a client
-    /// could be sent there, and be remembered for it, once more.
-    fn forget(&mut self, mut remembered: Remembered) {
-        let node = self.store.node().map(|node| &**node);
-        let pods = Family::ALL.map(|family| self.settings.pod_networks(family, node));
-        let own = node.map(|node| [&node.internal_ips[..], &node.external_ips].concat());
-        let own = own.unwrap_or_default().into_iter().map(IpNet::from);
-        remembered.set_inside(pods.into_iter().flatten().chain(own).collect());
-        for family in Family::ALL {
-            if remembered.is_empty(family) {
-                continue;
-            }
-            for attempt in 1..=FORGET_ATTEMPTS {
-                match self.forget_once(family, &remembered) {
-                    Ok(()) => break,
-                    Err(error) if attempt < FORGET_ATTEMPTS => {
-                        // An element that times out between reading and deleting fails the
-                        // whole transaction; what is left is read again.
-                        tracing::debug!("session affinity: {error}");
-                    }
-                    Err(error) => tracing::warn!(
-                        "{error}; clients with session affinity may stay with {family} endpoints \
-                         that are gone until the next change of their service"
-                    ),
-                }
-            }
-        }
-    }
-
-    fn forget_once(
-        &mut self,
-        family: Family,
-        remembered: &Remembered,
-    ) -> Result<(), netlink::Error> {
-        let table = compile::table_id(family);
-        let known = self.kernel.elements(&table, AFFINITY)?;
-        let stale = remembered.stale(family, known);
-        if stale.is_empty() {
-            return Ok(());
-        }
-        let declaration = compile::affinity_declaration();
-        let ops = vec![Op::DeleteElements(
-            table,
-            AFFINITY.into(),
-            declaration,
-            stale,
-        )];
-        self.write(Transaction { ops })
-    }
-
     /// Books what a successful write means.
     fn settle(&mut self, changes: &Changes) {
         self.pending = (0, 0);
@@ -634,11 +651,6 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         self.metrics.chains(self.programmed.chains());
         let no_local = self.programmed.no_local_endpoints();
         self.metrics.no_local_endpoints(no_local);
-        let unused = self.programmed.has_unused_chains();
-        self.unused_since = match self.unused_since {
-            Some(since) if unused => Some(since),
-            _ => unused.then(Instant::now),
-        };
     }
 
     /// Hands over the frontends whose flows may be stale, now that the rules are in force.
@@ -653,18 +665,30 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         cleaner.send(work);
     }
 
-    /// How long to wait until [`Reconciler::remove_unused_chains`] is worth calling; `None` while
-    /// all chains are used.
+    /// How long to wait until a shared chain was unused for as long as such are kept; `None` while
+    /// all are used.
     pub fn unused_chains_due(&self) -> Option<Duration> {
-        let since = self.unused_since.filter(|_| self.state == State::Synced)?;
+        let synced = self.state == State::Synced;
+        let since = self.programmed.unused_since().filter(|_| synced)?;
         Some(KEEP_UNUSED_CHAINS.saturating_sub(since.elapsed()))
     }
 
-    /// Removes shared chains that no service uses, at once.
-    pub fn remove_unused_chains(&mut self) -> Outcome {
-        self.unused_since = None;
-        let transaction = self.programmed.remove_unused_chains();
-        match self.write(transaction) {
+    /// Removes the shared chains that were unused for as long as such are kept.
+    pub fn remove_unused_chains(&mut self) -> Outcomes {
+        let moment = Instant::now().checked_sub(KEEP_UNUSED_CHAINS);
+        moment.map_or_else(Outcomes::default, |moment| {
+            self.remove_chains_unused_since(moment)
+        })
+    }
+
+    /// Removes the shared chains that no service has used since a moment. Does nothing while it is
+    /// unknown what is in force.
+    pub fn remove_chains_unused_since(&mut self, moment: Instant) -> Outcomes {
+        if self.state != State::Synced {
+            return Outcomes::default();
+        }
+        let transaction = self.programmed.remove_chains_unused_since(moment);
+        let outcome = match self.write(transaction) {
             Ok(()) => Outcome::Synced,
             Err(error) => {
                 self.metrics.failure();
@@ -672,6 +696,10 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
                 self.state = State::Unknown;
                 self.resync()
             }
+        };
+        Outcomes {
+            services: Some(outcome),
+            policies: None,
         }
     }
 

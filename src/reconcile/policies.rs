@@ -81,7 +81,7 @@ impl<K: Kernel> Reconciler<'_, K> {
         if !policies.engine.is_ready() {
             // What is in force stays so until the lists are complete.
             return match policies.state {
-                State::Unknown => Outcome::Failed,
+                State::Unknown => Outcome::Waiting,
                 State::Listing | State::Synced => Outcome::Synced,
             };
         }
@@ -134,20 +134,22 @@ impl<K: Kernel> Reconciler<'_, K> {
     }
 
     /// Puts back what somebody else changed in the policy tables. Returns whether anything was.
-    pub(super) fn heal_policies(&mut self) -> (Outcome, bool) {
+    pub(super) fn heal_policies(&mut self) -> (Option<Outcome>, bool) {
         let Some(policies) = &mut self.policies else {
-            return (Outcome::Synced, false);
+            return (None, false);
         };
         if policies.state == State::Synced && !policies.engine.is_ready() {
             // What is wanted is known when the lists are complete.
             policies.state = State::Listing;
         }
         if policies.state != State::Synced {
-            return (self.handle_policies(), false);
+            // The next attempt compares anyway.
+            return (None, false);
         }
         let healed = self.healed;
         let outcome = self.compare_policies(true);
-        (outcome, self.healed > healed || outcome == Outcome::Failed)
+        let changed = self.healed > healed || outcome == Outcome::Failed;
+        (Some(outcome), changed)
     }
 
     fn attempt_policies(&mut self) -> Result<usize, netlink::Error> {

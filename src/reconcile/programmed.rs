@@ -7,6 +7,7 @@
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
+use std::time::Instant;
 
 use super::affinity::Remembered;
 use super::conntrack::Work;
@@ -25,9 +26,24 @@ pub struct Programmed {
     plans: HashMap<ObjectName, Arc<ServicePlan>>,
     /// How many services ask for an element.
     shared: HashMap<(Family, ServiceSet, Key), u32>,
-    /// How many frontends use a chain. Chains in the kernel stay here when nobody uses them.
-    chains: BTreeMap<(Family, SharedChain), u32>,
+    /// Who uses a chain. Chains in the kernel stay here when nobody uses them.
+    chains: BTreeMap<(Family, SharedChain), Use>,
     no_local_endpoints: NoLocalEndpoints,
+}
+
+/// Who uses a shared chain.
+#[derive(Clone, Copy, Debug)]
+enum Use {
+    /// So many frontends.
+    By(u32),
+    /// Nobody any more, since then.
+    UnusedSince(Instant),
+}
+
+impl Use {
+    fn is_unused(self) -> bool {
+        matches!(self, Use::UnusedSince(_))
+    }
 }
 
 /// How many services drop traffic because they have endpoints, but none on this node: for each
@@ -173,17 +189,24 @@ impl Programmed {
         mut draft: Option<&mut TableDraft>,
     ) {
         for chain in new.into_iter().flat_map(|plan| plan.chains(family)) {
-            let count = self.chains.entry((family, chain)).or_insert_with(|| {
+            let users = self.chains.entry((family, chain)).or_insert_with(|| {
                 if let Some(draft) = draft.as_deref_mut() {
                     draft.new_chains.push(chain);
                 }
-                0
+                Use::By(0)
             });
-            *count += 1;
+            *users = match *users {
+                Use::By(count) => Use::By(count + 1),
+                Use::UnusedSince(_) => Use::By(1),
+            };
         }
         for chain in old.into_iter().flat_map(|plan| plan.chains(family)) {
-            if let Some(count) = self.chains.get_mut(&(family, chain)) {
-                *count = count.saturating_sub(1);
+            if let Some(users) = self.chains.get_mut(&(family, chain)) {
+                *users = match *users {
+                    Use::By(count) if count > 1 => Use::By(count - 1),
+                    Use::By(_) => Use::UnusedSince(Instant::now()),
+                    unused @ Use::UnusedSince(_) => unused,
+                };
             }
         }
     }
@@ -248,21 +271,28 @@ impl Programmed {
 
     /// Forgets chains that no service uses, where the kernel is about to be compared anyway.
     pub fn forget_chains(&mut self) {
-        self.chains.retain(|_, count| *count > 0);
+        self.chains.retain(|_, users| !users.is_unused());
     }
 
-    /// Whether there are chains that no service uses.
-    pub fn has_unused_chains(&self) -> bool {
-        self.chains.values().any(|count| *count == 0)
+    /// When the first of the chains that no service uses now lost its last user.
+    pub fn unused_since(&self) -> Option<Instant> {
+        let unused = self.chains.values().filter_map(|users| match users {
+            Use::By(_) => None,
+            Use::UnusedSince(since) => Some(*since),
+        });
+        unused.min()
     }
 
-    /// The operations that delete the chains that no service uses.
-    pub fn remove_unused_chains(&mut self) -> Transaction {
+    /// The operations that delete the chains that no service has used since a moment.
+    pub fn remove_chains_unused_since(&mut self, moment: Instant) -> Transaction {
         let mut ops = Vec::new();
         let unused: Vec<_> = self
             .chains
             .iter()
-            .filter(|(_, count)| **count == 0)
+            .filter(|(_, users)| match users {
+                Use::By(_) => false,
+                Use::UnusedSince(since) => *since <= moment,
+            })
             .map(|(chain, _)| *chain)
             .collect();
         for (family, chain) in &unused {

@@ -7,22 +7,15 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until};
 
 use super::questions::{self, Question};
-use super::{Audits, Kernel, Outcome, Reconciler, Step, Verdict};
+use super::schedule::{Healing, Retries};
+use super::{Audits, Kernel, Outcome, Outcomes, Reconciler, Step, Verdict};
 use crate::health::Health;
 use crate::model::Delivery;
 
 /// The most events taken over at once; more wait for the next transaction.
 const BATCH: usize = 4096;
-const SHORTEST_RETRY: Duration = Duration::from_millis(100);
-const LONGEST_RETRY: Duration = Duration::from_secs(30);
 /// How often someone who waits for the first rules is told what is missing.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// The first pause between two answers to foreign changes.
-const SHORTEST_PAUSE: Duration = Duration::from_millis(20);
-/// Pauses longer than this are worth a warning.
-const LOUD: Duration = Duration::from_secs(2);
-/// Tables left alone for so long are answered for at once again.
-const QUIET: Duration = Duration::from_secs(60);
 /// How often services are tried again that the kernel refused.
 const FORGIVE_EVERY: Duration = Duration::from_secs(300);
 
@@ -65,55 +58,48 @@ pub async fn run<K: Kernel>(
     mut signals: Signals,
     health: &Health,
 ) -> Exit {
-    let mut retry: Option<(Instant, Duration)> = None;
+    let mut retries = Retries::default();
+    let mut healing = Healing::default();
     let mut sweep: Option<Instant> = None;
     let mut forgive = Instant::now() + FORGIVE_EVERY;
-    let mut batch = Vec::new();
-    let mut healing = Healing::default();
-    let (mut open, mut ready) = (true, false);
+    let (mut asked, mut answered) = (Instant::now(), Instant::now());
     let mut patience = Instant::now() + PATIENCE;
+    let mut batch = Vec::new();
+    let (mut open, mut ready) = (true, false);
     loop {
-        let retry_at = retry.map(|(at, _)| at);
-        let outcome = tokio::select! {
+        let outcomes = tokio::select! {
+            // What the clock asks for is seldom due and comes before the events, or those of a busy
+            // cluster would put it off for ever. The same goes for questions: whoever asks waits
+            // for the answer, so that events come to their turn.
             biased;
             _ = signals.stop.wait_for(|stop| *stop) => return Exit::Stopped,
-            // Before the events, or those of a busy cluster would let nobody ask. Whoever asks
-            // waits for the answer, so that events come to their turn.
             Some(question) = questions::next(&mut signals.questions) => {
                 reconciler.answer(question);
                 continue;
             }
-            received = events.recv_many(&mut batch, BATCH), if open => {
-                if received == 0 {
-                    open = false;
-                    if retry.is_none() {
-                        return Exit::SourcesGone;
-                    }
-                    continue;
-                }
-                health.queued();
-                if retry.is_some() {
-                    reconciler.take_over(batch.drain(..));
-                    continue;
-                }
-                reconciler.handle(batch.drain(..))
-            }
-            () = sleep_until(retry_at.unwrap_or_else(Instant::now)), if retry_at.is_some() => {
-                reconciler.handle([])
+            parts = retries.due() => reconciler.work(parts),
+            () = healing.due() => {
+                let started = Instant::now();
+                let (outcomes, changed) = reconciler.heal();
+                healing.done(changed, started.elapsed());
+                outcomes
             }
             () = sleep_until(sweep.unwrap_or_else(Instant::now)), if sweep.is_some() => {
-                sweep = None;
                 reconciler.remove_unused_chains()
             }
-            () = signals.foreign.notified(), if ready => {
-                healing.due.get_or_insert(healing.allowed);
-                continue;
+            () = sleep_until(forgive) => {
+                forgive = Instant::now() + FORGIVE_EVERY;
+                reconciler.forgive();
+                reconciler.work(retries.undisturbed())
             }
-            () = sleep_until(healing.due.unwrap_or(healing.allowed)), if healing.due.is_some() => {
-                let started = Instant::now();
-                let (outcome, changed) = reconciler.heal();
-                healing.done(changed, started.elapsed());
-                outcome
+            () = sleep_until(asked + health.period()) => {
+                asked = Instant::now();
+                if let Err(error) = reconciler.sign_of_life() {
+                    health.unanswered(answered.into_std(), error.to_string());
+                    continue;
+                }
+                answered = asked;
+                Outcomes::default()
             }
             step = next_step(&mut signals.audits), if ready => {
                 let Some(audits) = &mut signals.audits else { continue };
@@ -121,7 +107,7 @@ pub async fn run<K: Kernel>(
                     Step::Begin => reconciler.audit(audits),
                     Step::Judge(finding) => {
                         if reconciler.judge(audits, finding) == Verdict::Different {
-                            healing.due.get_or_insert(healing.allowed);
+                            healing.ask();
                         }
                     }
                 }
@@ -136,47 +122,53 @@ pub async fn run<K: Kernel>(
                 }
                 continue;
             }
-            () = sleep_until(forgive) => {
-                forgive = Instant::now() + FORGIVE_EVERY;
-                reconciler.forgive();
-                reconciler.handle([])
+            () = signals.foreign.notified(), if ready => {
+                healing.ask();
+                continue;
+            }
+            received = events.recv_many(&mut batch, BATCH), if open => {
+                if received == 0 {
+                    open = false;
+                    if retries.is_empty() {
+                        return Exit::SourcesGone;
+                    }
+                    continue;
+                }
+                health.queued();
+                reconciler.take_over(batch.drain(..));
+                reconciler.work(retries.undisturbed())
             }
         };
-        match outcome {
-            Outcome::Waiting => health.incomplete(),
-            Outcome::Synced => {
-                retry = None;
-                health.synced();
-                let going = reconciler
-                    .store()
-                    .node()
-                    .is_some_and(|node| node.going_away);
-                health.node_going_away(going);
-                if !std::mem::replace(&mut ready, true) {
-                    for told in signals.ready.drain(..) {
-                        // Nobody may be waiting for it.
-                        let _ = told.send(());
-                    }
-                    tracing::info!("the rules are in place");
-                }
-                if signals.once && reconciler.policies_ready() {
-                    return Exit::Programmed;
-                }
-                if reconciler.take_doubt() {
-                    healing.due.get_or_insert(healing.allowed);
-                }
-                sweep = reconciler
-                    .unused_chains_due()
-                    .map(|wait| Instant::now() + wait);
+        retries.book(outcomes);
+        let node = reconciler.store().node();
+        health.node_going_away(node.is_some_and(|node| node.going_away));
+        sweep = reconciler
+            .unused_chains_due()
+            .map(|wait| Instant::now() + wait);
+        if outcomes.any(Outcome::Failed) {
+            if signals.once {
+                return Exit::Failed;
             }
-            Outcome::Failed if signals.once => return Exit::Failed,
-            Outcome::Failed => {
-                health.failed("the kernel refused the rules; see the log");
-                let wait = retry.map_or(SHORTEST_RETRY, |(_, wait)| (wait * 2).min(LONGEST_RETRY));
-                retry = Some((Instant::now() + jittered(wait), wait));
+            health.failed("the kernel refused the rules; see the log");
+        } else if outcomes.any(Outcome::Waiting) {
+            health.incomplete();
+        } else if retries.is_empty() && reconciler.is_synced() {
+            health.synced();
+            if !std::mem::replace(&mut ready, true) {
+                for told in signals.ready.drain(..) {
+                    // Nobody may be waiting for it.
+                    let _ = told.send(());
+                }
+                tracing::info!("the rules are in place");
+            }
+            if signals.once && reconciler.policies_ready() {
+                return Exit::Programmed;
+            }
+            if reconciler.take_doubt() {
+                healing.ask();
             }
         }
-        if !open && retry.is_none() {
+        if !open && retries.is_empty() {
             return Exit::SourcesGone;
         }
     }
@@ -188,56 +180,4 @@ async fn next_step(audits: &mut Option<Audits>) -> Step {
         Some(audits) => audits.next().await,
         None => std::future::pending().await,
     }
-}
-
-/// When to put back what somebody else changed: at once, unless it happens again and again.
-struct Healing {
-    /// When to do it, once somebody changed something.
-    due: Option<Instant>,
-    /// Not before.
-    allowed: Instant,
-    pause: Duration,
-}
-
-impl Default for Healing {
-    fn default() -> Self {
-        Self {
-            due: None,
-            allowed: Instant::now(),
-            pause: Duration::ZERO,
-        }
-    }
-}
-
-impl Healing {
-    /// Books a comparison, how long it took, and whether there was something to put back.
-    ///
-    /// Somebody who keeps changing the tables is answered more and more slowly; a quiet minute
-    /// forgives. Where news are lost because others write a lot, comparing for nothing takes a
-    /// fifth of the time at most.
-    fn done(&mut self, changed: bool, took: Duration) {
-        let now = Instant::now();
-        self.due = None;
-        if now.saturating_duration_since(self.allowed) > QUIET {
-            self.pause = Duration::ZERO;
-        }
-        if changed {
-            self.pause = (self.pause * 2).clamp(SHORTEST_PAUSE, LONGEST_RETRY);
-            if self.pause > LOUD {
-                tracing::warn!(
-                    "something keeps changing nftlet's tables; they are compared again in {:?}",
-                    self.pause
-                );
-            }
-        }
-        self.allowed = now + self.pause.max(took * 4);
-    }
-}
-
-/// Between three quarters and all of a duration, so that nodes do not retry in step.
-pub(super) fn jittered(wait: Duration) -> Duration {
-    let nanos = std::time::SystemTime::now()
-        .duration_since(std::time::UNIX_EPOCH)
-        .map_or(0, |now| now.subsec_nanos());
-    wait.mul_f64(0.75 + f64::from(nanos % 1000) / 4000.0)
 }

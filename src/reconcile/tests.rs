@@ -26,6 +26,7 @@ use crate::ruleset::{Element, Key, Name, Op, TableId, simulate};
 
 mod flows;
 mod large;
+mod parts;
 mod questions;
 
 /// A kernel in memory. Clones share it, so that tests can look and meddle.
@@ -43,6 +44,13 @@ struct FakeState {
     most: Option<usize>,
     /// The kernel does not want elements with this key.
     unwanted: Option<Key>,
+    /// The errno it says that with, `EINVAL` if none is given, and how often it does.
+    unwanted_because: Option<i32>,
+    unwanted_times: Option<usize>,
+    /// Nothing can be written to tables of this name.
+    stuck: Option<&'static str>,
+    /// The kernel does not answer.
+    mute: bool,
     generation: u32,
     /// Nobody hears of others' changes during a write, and somebody makes one.
     unheard: bool,
@@ -80,8 +88,19 @@ impl Kernel for Fake {
             };
             let unwanted = |element: &Element| state.unwanted.as_ref() == Some(&element.key);
             if let Some(index) = elements.iter().position(unwanted) {
-                return Err(refused(Place::of(op, Some(index)), libc::EINVAL));
+                let errno = state.unwanted_because.unwrap_or(libc::EINVAL);
+                if let Some(times) = &mut state.unwanted_times {
+                    *times -= 1;
+                    if *times == 0 {
+                        state.unwanted = None;
+                    }
+                }
+                return Err(refused(Place::of(op, Some(index)), errno));
             }
+        }
+        let mut ops = transaction.ops.iter();
+        if let Some(op) = ops.find(|op| state.stuck == Some(table_of(op))) {
+            return Err(refused(Place::of(op, None), libc::EINVAL));
         }
         if let Err((index, _)) = simulate::apply(&mut state.ruleset, transaction) {
             let place = transaction.ops.get(index).map(|op| Place::of(op, None));
@@ -119,8 +138,31 @@ impl Kernel for Fake {
     }
 
     fn generation(&mut self) -> Result<u32, Error> {
-        Ok(self.0.borrow().generation)
+        let state = self.0.borrow();
+        if state.mute {
+            return Err(Error::Receive {
+                what: "the ruleset's generation",
+                source: io::Error::from_raw_os_error(libc::EIO),
+            });
+        }
+        Ok(state.generation)
     }
+}
+
+/// The name of the table that an operation is about.
+fn table_of(op: &Op) -> &str {
+    let (Op::AddTable(table)
+    | Op::DeleteTable(table)
+    | Op::AddSet(table, ..)
+    | Op::DeleteSet(table, _)
+    | Op::FlushSet(table, _)
+    | Op::AddChain(table, ..)
+    | Op::FlushChain(table, _)
+    | Op::DeleteChain(table, _)
+    | Op::AddRule(table, ..)
+    | Op::AddElements(table, ..)
+    | Op::DeleteElements(table, ..)) = op;
+    table.name.as_str()
 }
 
 #[derive(Default)]
@@ -288,6 +330,12 @@ impl Bench {
 
 fn handle(reconciler: &mut Reconciler<Fake>, events: Vec<Event>) -> Outcome {
     reconciler.handle(events.into_iter().map(Delivery::now))
+}
+
+/// Heals, and tells what was achieved and whether something was put back.
+fn heal(reconciler: &mut Reconciler<Fake>) -> (Outcome, bool) {
+    let (outcomes, changed) = reconciler.heal();
+    (outcomes.together(), changed)
 }
 
 /// A ruleset without what may depend on history: which endpoint has which index, and shared
@@ -462,7 +510,7 @@ fn a_new_number_of_endpoints_brings_its_chain_first() {
             .contains_key(&lb_2)
     };
     assert!(has(&bench), "an unused chain stays for a while");
-    reconciler.remove_unused_chains();
+    reconciler.remove_chains_unused_since(Instant::now());
     assert!(!has(&bench));
     bench.assert_as_wanted(&reconciler);
 }
@@ -579,22 +627,22 @@ fn healing_reads_nothing_unless_somebody_else_wrote() {
     handle(&mut reconciler, lists(vec![web.clone().into()]));
     let reads = || bench.kernel.0.borrow().reads;
     let before = reads();
-    assert_eq!(reconciler.heal(), (Outcome::Synced, false));
+    assert_eq!(heal(&mut reconciler), (Outcome::Synced, false));
     // Writes of one's own are nobody else's.
     let endpoints = slice("web-1", &web, Family::V4, &[1, 2]);
     handle(&mut reconciler, vec![put(endpoints)]);
-    assert_eq!(reconciler.heal(), (Outcome::Synced, false));
+    assert_eq!(heal(&mut reconciler), (Outcome::Synced, false));
     assert_eq!(reads(), before);
     bench.kernel.meddle(|ruleset| ruleset.tables.clear());
-    assert_eq!(reconciler.heal(), (Outcome::Synced, true));
+    assert_eq!(heal(&mut reconciler), (Outcome::Synced, true));
     assert_eq!(reads(), before + 1);
     bench.assert_as_wanted(&reconciler);
-    assert_eq!(reconciler.heal(), (Outcome::Synced, false));
+    assert_eq!(heal(&mut reconciler), (Outcome::Synced, false));
     // Somebody who minds their own tables.
     bench.kernel.meddle(|_| {});
-    assert_eq!(reconciler.heal(), (Outcome::Synced, false));
+    assert_eq!(heal(&mut reconciler), (Outcome::Synced, false));
     assert_eq!(reads(), before + 2);
-    assert_eq!(reconciler.heal(), (Outcome::Synced, false));
+    assert_eq!(heal(&mut reconciler), (Outcome::Synced, false));
     assert_eq!(reads(), before + 2);
 }
 
@@ -635,9 +683,9 @@ fn a_difference_that_an_audit_finds_is_read_although_nobody_wrote() {
     forget(&mut bench.kernel.0.borrow_mut().ruleset);
     let difference = compare(reconciler.snapshot().unwrap());
     assert_eq!(difference.len(), 1);
-    assert_eq!(reconciler.heal(), (Outcome::Synced, false));
+    assert_eq!(heal(&mut reconciler), (Outcome::Synced, false));
     reconciler.vouched = None;
-    assert_eq!(reconciler.heal(), (Outcome::Synced, true));
+    assert_eq!(heal(&mut reconciler), (Outcome::Synced, true));
     bench.assert_as_wanted(&reconciler);
 }
 
@@ -740,7 +788,8 @@ fn a_failure_to_remove_unused_chains_is_repaired_at_once() {
     handle(&mut reconciler, vec![put(one)]);
     // Someone else removes the whole table, with the chain that is about to be removed.
     bench.kernel.0.borrow_mut().ruleset = Ruleset::default();
-    assert_eq!(reconciler.remove_unused_chains(), Outcome::Synced);
+    let removed = reconciler.remove_chains_unused_since(Instant::now());
+    assert_eq!(removed.together(), Outcome::Synced);
     bench.assert_as_wanted(&reconciler);
     assert_eq!(bench.heard().len(), 1);
 }
@@ -1099,7 +1148,7 @@ proptest! {
             bench.kernel.0.borrow_mut().failures = 0;
             bench.assert_as_wanted(&reconciler);
         }
-        reconciler.remove_unused_chains();
+        reconciler.remove_chains_unused_since(Instant::now());
         let actual = bench.kernel.0.borrow().ruleset.clone();
         prop_assert_eq!(&meaning(&actual), &meaning(&reconciler.programmed.ruleset()));
         prop_assert_eq!(actual, reconciler.programmed.ruleset());
