@@ -60,6 +60,7 @@ fn wanted(declaration: Declaration, elements: Vec<Element>, bits: u32) -> Rulese
     let table = Table {
         sets: [(SET.into(), set)].into(),
         chains: [("output".into(), chain)].into(),
+        ..Table::default()
     };
     Ruleset {
         tables: [(id(), table)].into(),

@@ -753,6 +753,10 @@ fn foreign_changes_are_seen_and_undone() {
         "add chain ip nftlet-test intruder { tcp dport 1 drop; }",
         "add set ip nftlet-test intruder { type ipv4_addr; elements = { 1.2.3.4 }; }",
         "delete chain ip nftlet-test filter-input",
+        "add chain ip nftlet-test filter-input { policy drop; }",
+        "add element ip nftlet-test frontends { * : drop }",
+        "add element ip nftlet-test frontends { 10.96.0.99 . tcp . 80 : continue }",
+        "add table ip nftlet-test { flags dormant; }",
         "delete table ip nftlet-test",
         "flush ruleset",
     ];
@@ -767,6 +771,33 @@ fn foreign_changes_are_seen_and_undone() {
             .unwrap_or_else(|error| panic!("after {change}: {error}"));
         assert_same(&read(&ns, &wanted), &wanted, change);
     }
+}
+
+#[test]
+fn of_more_refusals_than_fit_the_first_is_told_and_the_next_answers_come() {
+    if !require_net_admin() {
+        return;
+    }
+    let ns = Namespace::new("refusals");
+    let id = TableId::new(Family::Ip, TABLE);
+    // Each message is answered, and the receive buffer holds a few hundred answers.
+    let chains = (0..5_000).map(|index| format!("missing-{index}"));
+    let ops = chains.map(|name| Op::DeleteChain(id.clone(), name.into()));
+    let mut all = vec![Op::AddTable(id.clone())];
+    all.extend(ops);
+    let transaction = Transaction { ops: all };
+    ns.run(|| {
+        let mut nftables = Nftables::open().unwrap();
+        let error = nftables.apply(&transaction).unwrap_err();
+        let first = Place::Chain(id.clone(), "missing-0".into());
+        assert_eq!(error.refused(), Some(&first), "{error}");
+        let before = nftables.generation().unwrap();
+        let one = Transaction {
+            ops: vec![Op::AddTable(id)],
+        };
+        nftables.apply(&one).unwrap();
+        assert_eq!(nftables.generation().unwrap(), before + 1);
+    });
 }
 
 #[test]

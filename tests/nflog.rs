@@ -48,8 +48,8 @@ fn logging(name: &str, rules: &[Vec<Statement>]) -> Namespace {
         rules: rules.iter().cloned().chain([last]).map(Rule::new).collect(),
     };
     let table = Table {
-        sets: BTreeMap::new(),
         chains: [("output".into(), chain)].into(),
+        ..Table::default()
     };
     let tables = [Family::Ip, Family::Ip6].map(|family| {
         let id = TableId::new(family, "nftlet-test");

@@ -99,11 +99,13 @@ impl Nftables {
         let absence = self.absence.as_ref();
         let unheard = elements > LARGE && absence.is_some_and(Absence::begin);
         let sent = self.socket.send("a transaction", &batch.bytes);
-        if unheard && let Some(absence) = &self.absence {
-            absence.end()?;
-        }
+        let heard = match &self.absence {
+            Some(absence) if unheard => absence.end(),
+            _ => Ok(()),
+        };
         sent?;
         self.answer(&batch, first_seq, transaction)?;
+        heard?;
         Ok(Applied {
             messages: batch.messages(),
             elements,
@@ -135,7 +137,7 @@ impl Nftables {
                     .map_or_else(String::new, |text| format!(" ({text})")),
             });
         });
-        // More errors than fit: the first ones were read or are lost, the batch failed.
+        // Of more errors than fit the first ones were read; without any the batch failed all the same.
         let lost = read.err().map(|source| Error::Receive {
             what: "a transaction",
             source,

@@ -36,10 +36,11 @@ impl Nftables {
     /// When a dump fails or is interrupted over and over again.
     pub fn read(&mut self, names: &[&str], wanted: &Ruleset) -> Result<Ruleset, Error> {
         let mut found = Ruleset::default();
-        for id in self.tables(names)? {
+        for (id, flags) in self.flagged_tables(names)? {
             let empty = Table::default();
             let expected = wanted.tables.get(&id).unwrap_or(&empty);
-            let table = self.table(&id, expected)?;
+            let mut table = self.table(&id, expected)?;
+            table.foreign = flags != 0;
             found.tables.insert(id, table);
         }
         Ok(found)
@@ -51,11 +52,21 @@ impl Nftables {
     ///
     /// When the dump fails or is interrupted over and over again.
     pub fn tables(&mut self, names: &[&str]) -> Result<Vec<TableId>, Error> {
+        let tables = self.flagged_tables(names)?.into_iter();
+        Ok(tables.map(|(id, _)| id).collect())
+    }
+
+    /// The same with the flags of each.
+    fn flagged_tables(&mut self, names: &[&str]) -> Result<Vec<(TableId, u32)>, Error> {
         let dumped = self.dump("the tables", libc::NFT_MSG_GETTABLE, 0, &[])?;
         let found = dumped.iter().filter_map(|message| {
-            let name = message.attributes().string(uapi::NFTA_TABLE_NAME)?;
+            let attributes = message.attributes();
+            let name = attributes.string(uapi::NFTA_TABLE_NAME)?;
             let family = family(message.family())?;
-            names.contains(&name).then(|| TableId::new(family, name))
+            let flags = attributes.be32(uapi::NFTA_TABLE_FLAGS).unwrap_or_default();
+            names
+                .contains(&name)
+                .then(|| (TableId::new(family, name), flags))
         });
         Ok(found.collect())
     }
@@ -63,7 +74,7 @@ impl Nftables {
     fn table(&mut self, id: &TableId, expected: &Table) -> Result<Table, Error> {
         let mut table = Table {
             chains: self.chains(id)?,
-            sets: BTreeMap::new(),
+            ..Table::default()
         };
         for (chain, rule) in self.rules(id, expected)? {
             if let Some(chain) = table.chains.get_mut(&chain) {
@@ -85,12 +96,17 @@ impl Nftables {
             let Some(name) = attributes.string(uapi::NFTA_SET_NAME) else {
                 continue;
             };
-            let declaration = declaration(attributes, expected.sets.get(name), id.family);
+            let mut declaration = declaration(attributes, expected.sets.get(name), id.family);
             let elements = if declaration.timeout.is_some() {
-                Vec::new()
+                Some(Vec::new())
             } else {
                 self.settled_elements(id, name, &declaration)?
             };
+            if elements.is_none() {
+                // No difference could delete what cannot be read.
+                declaration = foreign_declaration(None);
+            }
+            let elements = elements.unwrap_or_default();
             table.sets.insert(
                 name.into(),
                 Set {
@@ -178,14 +194,15 @@ impl Nftables {
     ///
     /// When the dump fails or is interrupted over and over again.
     pub fn elements(&mut self, id: &TableId, set: &str) -> Result<Vec<Element>, Error> {
-        let dumped = self.dump_elements(id, set)?;
+        let (dumped, _) = self.dump_elements(id, set)?;
         let mut elements: Vec<Element> = dumped.into_iter().map(|(element, _)| element).collect();
         elements.sort_unstable_by(|a, b| a.key.cmp(&b.key));
         elements.dedup_by(|a, b| a.key == b.key);
         Ok(elements)
     }
 
-    /// The elements of a set that only nftlet fills, sorted by key.
+    /// The elements of a set that only nftlet fills, sorted by key; `None` if some are such as
+    /// nftlet writes none.
     ///
     /// The kernel resizes a hash table some time after elements were added, and a dump that
     /// meets the resize repeats elements and misses others, without being marked as
@@ -195,11 +212,14 @@ impl Nftables {
         id: &TableId,
         set: &str,
         declaration: &Declaration,
-    ) -> Result<Vec<Element>, Error> {
+    ) -> Result<Option<Vec<Element>>, Error> {
         for _ in 0..DUMP_ATTEMPTS {
-            let mut elements = self.dump_elements(id, set)?;
+            let (mut elements, unreadable) = self.dump_elements(id, set)?;
+            if unreadable > 0 {
+                return Ok(None);
+            }
             if declaration.interval && !declaration.concatenated() {
-                return Ok(join_intervals(elements));
+                return Ok(Some(join_intervals(elements)));
             }
             elements.sort_unstable_by(|(a, _), (b, _)| a.key.cmp(&b.key));
             let dumped = elements.len();
@@ -207,7 +227,8 @@ impl Nftables {
                 elements.dedup_by(|(a, _), (b, _)| a.key == b.key);
             }
             if elements.len() == dumped {
-                return Ok(elements.into_iter().map(|(element, _)| element).collect());
+                let elements = elements.into_iter();
+                return Ok(Some(elements.map(|(element, _)| element).collect()));
             }
         }
         Err(Error::Interrupted {
@@ -216,12 +237,20 @@ impl Nftables {
         })
     }
 
-    /// The elements of a set in the kernel's order, and which of them end an interval.
-    fn dump_elements(&mut self, id: &TableId, set: &str) -> Result<Vec<(Element, bool)>, Error> {
+    /// The elements of a set in the kernel's order, and which of them end an interval; and how many
+    /// are such as nftlet writes none: the one for all other keys, or a verdict it does not know.
+    fn dump_elements(
+        &mut self,
+        id: &TableId,
+        set: &str,
+    ) -> Result<(Vec<(Element, bool)>, usize), Error> {
         let mut names: Vec<Name> = Vec::new();
-        let mut elements = Vec::new();
-        self.each_element(id, set, |item| elements.extend(element(item, &mut names)))?;
-        Ok(elements)
+        let (mut elements, mut unreadable) = (Vec::new(), 0);
+        self.each_element(id, set, |item| match element(item, &mut names) {
+            Some(element) => elements.push(element),
+            None => unreadable += 1,
+        })?;
+        Ok((elements, unreadable))
     }
 
     /// Reads the counters of a set whose elements have some: of each element its key (the first
@@ -300,7 +329,13 @@ fn describe(scratch: &mut Scratch, id: &TableId, chain: &Name, rule: &Rule) -> O
     ffi::describe_rule(&message)
 }
 
+/// Where packets enter a chain. Nowhere in the sense of nftlet if packets that meet no verdict are
+/// not accepted there: nftlet writes no such chain.
 fn base_chain(attributes: Reader) -> Option<BaseChain> {
+    let accept = u32::try_from(libc::NF_ACCEPT).ok();
+    if attributes.be32(uapi::NFTA_CHAIN_POLICY) != accept {
+        return None;
+    }
     let hook = attributes.nested(uapi::NFTA_CHAIN_HOOK)?;
     let number = hook.be32(uapi::NFTA_HOOK_HOOKNUM)?;
     let priority = hook.be32(uapi::NFTA_HOOK_PRIORITY)? as i32;
@@ -352,14 +387,17 @@ fn declaration(found: Reader, expected: Option<&Set>, family: Family) -> Arc<Dec
         wanted == attributes
     });
     same.map_or_else(
-        || {
-            Arc::new(Declaration {
-                timeout: attributes.timeout.map(std::time::Duration::from_millis),
-                ..Declaration::new(SetKind::Set, [])
-            })
-        },
+        || foreign_declaration(attributes.timeout),
         |set| set.declaration.clone(),
     )
+}
+
+/// A declaration that equals nothing that is ever wanted.
+fn foreign_declaration(timeout_ms: Option<u64>) -> Arc<Declaration> {
+    Arc::new(Declaration {
+        timeout: timeout_ms.map(std::time::Duration::from_millis),
+        ..Declaration::new(SetKind::Set, [])
+    })
 }
 
 /// The name of the expression that each element of a dumped set has.

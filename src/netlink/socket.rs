@@ -12,6 +12,12 @@ use super::error::Error;
 const HEADER: usize = 16;
 /// Room for one datagram of a dump; the kernel fills at most 32 KiB when offered more.
 const RECEIVE_BUFFER: usize = 64 * 1024;
+/// How long an answer is waited for. The kernel begins to answer at once; one that does not come was
+/// dropped.
+const ANSWER_WITHIN: libc::timeval = libc::timeval {
+    tv_sec: 30,
+    tv_usec: 0,
+};
 /// How often an interrupted dump is started again before giving up.
 pub const DUMP_ATTEMPTS: u32 = 32;
 
@@ -79,6 +85,21 @@ impl Socket {
             socket
                 .set_option(libc::SOL_NETLINK, option, 1)
                 .map_err(failed)?;
+        }
+        let limit = ANSWER_WITHIN;
+        // SAFETY: the descriptor is open as long as `socket`; the value outlives the call and its
+        // size is given.
+        let limited = unsafe {
+            libc::setsockopt(
+                socket.socket.as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_RCVTIMEO,
+                (&raw const limit).cast(),
+                size_of::<libc::timeval>() as libc::socklen_t,
+            )
+        };
+        if limited != 0 {
+            return Err(failed(io::Error::last_os_error()));
         }
         // Kernels since 5.6 check here what a dump filters by; older ones do without.
         let _ = socket.set_option(libc::SOL_NETLINK, libc::NETLINK_GET_STRICT_CHK, 1);
@@ -156,9 +177,12 @@ impl Socket {
         }
     }
 
-    /// Waits for news and hands them out, as many as come at once.
+    /// Waits for news and hands them out, as many as come at once; none where none come for a while.
     pub fn listen(&mut self, each: impl FnMut(Message)) -> io::Result<()> {
-        let datagram = self.receive(true)?.unwrap_or_default();
+        let datagram = match self.receive(true) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+            received => received?.unwrap_or_default(),
+        };
         messages(datagram).for_each(each);
         Ok(())
     }
@@ -242,14 +266,33 @@ impl Socket {
 
     /// Hands out the errors that are queued, oldest first. The kernel works inside `sendmsg`, so
     /// all it has to say about what was sent is there when sending returns.
+    ///
+    /// Where there are more than fit, the kernel says so before the first one and drops the last
+    /// ones, and then whatever else it has to say until all are read. So this hands out those that
+    /// fit before it fails with `ENOBUFS`.
     pub fn errors(&mut self, mut each: impl FnMut(Report)) -> io::Result<()> {
-        while let Some(datagram) = self.receive(false)? {
-            let reports = messages(datagram).filter_map(|message| Report::parse(&message));
-            reports
-                .filter(|report| report.errno != 0)
-                .for_each(&mut each);
+        let mut dropped = None;
+        loop {
+            match self.receive(false) {
+                Ok(Some(datagram)) => {
+                    let reports = messages(datagram).filter_map(|message| Report::parse(&message));
+                    reports
+                        .filter(|report| report.errno != 0)
+                        .for_each(&mut each);
+                }
+                Ok(None) => return dropped.map_or(Ok(()), Err),
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => dropped = Some(error),
+                Err(error) => return Err(error),
+            }
         }
-        Ok(())
+    }
+
+    /// Reads what is left of answers that nobody waits for any more.
+    fn forget_answers(&mut self) -> io::Result<()> {
+        match self.errors(|_| {}) {
+            Err(error) if error.raw_os_error() != Some(libc::ENOBUFS) => Err(error),
+            _ => Ok(()),
+        }
     }
 
     /// Sends one request made by [`Socket::reserve_numbers`] and tells the errno the kernel
@@ -278,6 +321,8 @@ impl Socket {
         let mut request = Vec::new();
         let start = begin_message(&mut request, kind, 0, seq, 0);
         end_message(&mut request, start);
+        // The answer needs room.
+        self.forget_answers().map_err(failed)?;
         self.send(what, &request)?;
         loop {
             let datagram = self.receive(true).map_err(failed)?.unwrap_or_default();
@@ -302,8 +347,9 @@ impl Socket {
         let start = begin_message(&mut request, dump.kind, flags, seq, dump.family);
         request.extend_from_slice(dump.attributes);
         end_message(&mut request, start);
-        self.send("a request", &request)?;
         let failed = |source| Error::Receive { what, source };
+        self.forget_answers().map_err(failed)?;
+        self.send("a request", &request)?;
         let mut interrupted = false;
         loop {
             let datagram = self.receive(true).map_err(failed)?.unwrap_or_default();

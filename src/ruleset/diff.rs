@@ -10,7 +10,8 @@ use super::transaction::{Op, Transaction};
 ///
 /// Equal parts are not touched. A chain whose rules differ is emptied and filled again; a set
 /// whose elements differ gets just the difference. A table with a set that is declared in
-/// another way is replaced as a whole, because the kernel cannot redeclare a set that rules use.
+/// another way is replaced as a whole, because the kernel cannot redeclare a set that rules use;
+/// so is one that is foreign.
 /// Tables that `wanted` does not name are deleted.
 ///
 /// `wanted` is consumed so that the elements of new sets need not be copied.
@@ -40,10 +41,11 @@ pub fn diff(actual: &Ruleset, mut wanted: Ruleset) -> Transaction {
 
 /// Whether one table can become the other without being replaced.
 fn updatable(before: &Table, after: &Table) -> bool {
-    after.sets.iter().all(|(name, set)| {
-        let old = before.sets.get(name);
-        old.is_none_or(|old| old.declaration == set.declaration)
-    })
+    !before.foreign
+        && after.sets.iter().all(|(name, set)| {
+            let old = before.sets.get(name);
+            old.is_none_or(|old| old.declaration == set.declaration)
+        })
 }
 
 fn diff_table(id: &TableId, before: &Table, after: Table, ops: &mut Vec<Op>) {

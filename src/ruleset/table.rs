@@ -109,6 +109,9 @@ pub struct Table {
     pub sets: BTreeMap<Name, Set>,
     /// Chains.
     pub chains: BTreeMap<Name, Chain>,
+    /// It was read back and is a table as nftlet makes none, like one that is dormant: equal to
+    /// nothing that is wanted.
+    pub foreign: bool,
 }
 
 /// A chain of rules.

@@ -74,6 +74,7 @@ fn ruleset() -> impl Strategy<Value = Ruleset> {
             let mut table = Table {
                 sets: sets.into_iter().map(|(n, s)| (n.into(), s)).collect(),
                 chains: chains.into_iter().map(|(n, c)| (n.into(), c)).collect(),
+                foreign: false,
             };
             let elements = table.sets.values().flat_map(|set| &set.elements);
             let targets: Vec<_> = elements.filter_map(target).cloned().collect();
@@ -177,6 +178,7 @@ fn only_what_differs_is_touched() {
         let table = Table {
             sets: [("s".into(), set)].into(),
             chains: [("c".into(), Chain::default())].into(),
+            foreign: false,
         };
         Ruleset {
             tables: [(TableId::new(Family::Ip, "t"), table)].into(),
