@@ -111,7 +111,8 @@ pub enum NodePortAddresses {
 
 impl Settings {
     /// How rules of a family tell traffic of pods. It does not depend on the Node object, whose
-    /// ranges are elements of a set.
+    /// ranges are elements of a set. (Whether there is a range at all decides on one rule of the
+    /// skeleton.)
     pub fn detector(&self, family: Family) -> LocalDetector {
         match &self.detect_local {
             DetectLocal::ClusterCidr(_) if self.pod_networks(family, None).is_empty() => {

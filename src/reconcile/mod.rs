@@ -27,6 +27,7 @@ mod kernel;
 mod policies;
 mod programmed;
 mod questions;
+mod repair;
 mod report;
 mod run;
 mod schedule;
@@ -36,16 +37,13 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
-use crate::compile::{self, Settings, TABLE};
+use crate::compile::{self, Settings};
 use crate::health::Checks;
 use crate::metrics::Metrics;
-use crate::model::{
-    Changes, Delivery, Event, Family, Kind, Node, Notice, ObjectName, ObjectRef, Reason, Store,
-    Subject,
-};
-use crate::netlink::{self, Blame, Place};
+use crate::model::{Changes, Delivery, Event, Family, Kind, Node, Notice, ObjectName, Store};
+use crate::netlink;
 use crate::policy::Engine;
-use crate::ruleset::{Key, Name, Ruleset, TableId, Transaction, diff};
+use crate::ruleset::{Ruleset, Transaction};
 
 pub use audit::{Audits, EVERY as AUDIT_EVERY, Finding, Snapshot, Step, Verdict};
 pub use kernel::Kernel;
@@ -55,7 +53,6 @@ pub use questions::Question;
 pub use report::{Log, LogAndSend, Reporter};
 pub use run::{Exit, Signals, run};
 
-use affinity::Remembered;
 use conntrack::{Front, Work};
 use health_checks::HealthChecks;
 use policies::{Followers, Policies};
@@ -63,8 +60,6 @@ use programmed::{Draft, Effects};
 
 /// How many events that wait for their rules are timed; the kernel may be out of order for long.
 const MOST_WAITING: usize = 1 << 16;
-/// How many services are left out in one attempt before giving up until the next.
-const MOST_REFUSALS: usize = 64;
 /// How long unused shared chains stay: a service that scales up and down finds its chain again.
 const KEEP_UNUSED_CHAINS: Duration = Duration::from_secs(60);
 
@@ -103,9 +98,6 @@ pub struct Reconciler<'a, K> {
     /// How many transactions were written.
     writes: u64,
 }
-
-/// Where an element stands.
-type ElementPlace = (TableId, Name, Key);
 
 /// How far the kernel is known to agree.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -391,208 +383,6 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
             changes.services.iter().for_each(set_plan);
         }
         effects
-    }
-
-    /// Compares with what the kernel holds and writes the difference.
-    ///
-    /// Does nothing before the lists are complete.
-    pub fn resync(&mut self) -> Outcome {
-        if !self.store.is_complete() {
-            return Outcome::Waiting;
-        }
-        let started = Instant::now();
-        let mut changes = std::mem::take(&mut self.changes);
-        let first = self.state == State::Listing;
-        if first {
-            changes.node = true;
-            changes.service_cidrs = true;
-            self.programmed.forget_chains();
-        }
-        let effects = self.draft(&changes, None);
-        self.flows.merge(effects.flows);
-        let mut refused_before = None;
-        for _ in 0..=MOST_REFUSALS {
-            match self.attempt() {
-                Ok(healed) => {
-                    if !first {
-                        self.metrics.healed(healed);
-                    }
-                    self.metrics.sync(true, started.elapsed());
-                    self.state = State::Synced;
-                    self.suspect_all_flows();
-                    self.settle(&changes);
-                    self.forget(Remembered::all(self.programmed.plans()));
-                    return Outcome::Synced;
-                }
-                Err(error) => {
-                    self.metrics.failure();
-                    if !self.isolate(&error, &mut refused_before) {
-                        self.reporter.failed(&error);
-                        break;
-                    }
-                }
-            }
-        }
-        self.state = State::Unknown;
-        self.changes = changes;
-        Outcome::Failed
-    }
-
-    /// Compares with what the kernel holds after somebody else changed the tables, and puts back
-    /// what was changed. Returns whether anything was. Reads nothing where nobody else can have
-    /// changed anything since the last time.
-    pub fn heal(&mut self) -> (Outcomes, bool) {
-        let now = self.kernel.generation().ok();
-        if self.vouches_for(now) && self.is_synced() {
-            return (Outcomes::default(), false);
-        }
-        self.vouched = now;
-        let (policies, policies_changed) = self.heal_policies();
-        let (services, services_changed) = self.heal_services();
-        let outcomes = Outcomes { services, policies };
-        (outcomes, policies_changed || services_changed)
-    }
-
-    /// Asks the kernel for a sign of life, and notes the time where all is as it should be.
-    ///
-    /// # Errors
-    ///
-    /// When the kernel does not answer.
-    pub fn sign_of_life(&mut self) -> Result<(), netlink::Error> {
-        self.kernel.generation()?;
-        if self.is_synced() && self.changes.is_empty() {
-            self.metrics.in_order();
-        }
-        Ok(())
-    }
-
-    /// Whether nobody else has written since the kernel was compared.
-    fn is_vouched_for(&mut self) -> bool {
-        let now = self.kernel.generation().ok();
-        self.vouches_for(now)
-    }
-
-    fn vouches_for(&self, generation: Option<u32>) -> bool {
-        generation.is_some() && generation == self.vouched
-    }
-
-    /// Whether what was written is known to be in force, as far as something was to be written.
-    pub fn is_synced(&self) -> bool {
-        let policies = self.policies.as_ref();
-        self.state == State::Synced && policies.is_none_or(|p| p.state != State::Unknown)
-    }
-
-    /// Whether somebody else wrote to the kernel while the monitor was kept from hearing it; tells
-    /// so once.
-    pub fn take_doubt(&mut self) -> bool {
-        std::mem::take(&mut self.doubtful)
-    }
-
-    /// Notes the generation before the kernel is read for the first time.
-    fn vouch(&mut self) {
-        if self.vouched.is_none() {
-            self.vouched = self.kernel.generation().ok();
-        }
-    }
-
-    fn heal_services(&mut self) -> (Option<Outcome>, bool) {
-        if self.state != State::Synced {
-            // The next attempt compares anyway.
-            return (None, false);
-        }
-        let started = Instant::now();
-        match self.attempt() {
-            Ok(0) => (Some(Outcome::Synced), false),
-            Ok(operations) => {
-                self.metrics.sync(true, started.elapsed());
-                self.report_healing(TABLE, operations, started.elapsed());
-                self.suspect_all_flows();
-                self.clean_flows();
-                (Some(Outcome::Synced), true)
-            }
-            Err(error) => {
-                self.metrics.failure();
-                self.reporter.failed(&error);
-                self.state = State::Unknown;
-                (Some(self.resync()), true)
-            }
-        }
-    }
-
-    /// Whatever happened while the kernel was not as wanted, the flows of all services may tell
-    /// of it.
-    fn suspect_all_flows(&mut self) {
-        for plan in self.programmed.plans() {
-            self.flows.suspect(plan, |_| true);
-        }
-    }
-
-    fn report_healing(&mut self, table: &str, operations: usize, took: Duration) {
-        self.metrics.healed(operations);
-        self.healed = self.healed.wrapping_add(operations);
-        self.report(Notice {
-            subject: Subject::Other(format!("table {table}").into()),
-            reason: Reason::ForeignChange,
-            message: format!(
-                "somebody else changed it; {operations} operations put it back within {took:.1?} \
-                 (find out who: nft monitor)"
-            ),
-        });
-    }
-
-    /// Reads, compares, writes; returns the number of operations it took.
-    fn attempt(&mut self) -> Result<usize, netlink::Error> {
-        self.vouch();
-        let wanted = self.programmed.ruleset();
-        let actual = self.kernel.read(&[TABLE], &wanted)?;
-        let transaction = diff(&actual, wanted);
-        let operations = transaction.ops.len();
-        self.write(transaction)?;
-        Ok(operations)
-    }
-
-    /// Leaves out the service to which a refused element belongs. False if the error cannot be
-    /// laid at one service's door.
-    ///
-    /// A conflict with what the tables hold may be the doing of somebody who wrote to them after
-    /// they were read. The service is to blame only if it is refused again (`before`) after
-    /// another reading.
-    fn isolate(&mut self, error: &netlink::Error, before: &mut Option<ElementPlace>) -> bool {
-        let Some(Place::Element(table, set, element, _)) = error.refused() else {
-            return false;
-        };
-        match error.blame() {
-            Blame::Nothing => return false,
-            Blame::Element => {}
-            Blame::Conflict => {
-                let place = Some((table.clone(), set.clone(), element.key.clone()));
-                if *before != place {
-                    *before = place;
-                    return true;
-                }
-            }
-        }
-        let Some(owner) = self.programmed.owner(table, set, &element.key) else {
-            return false;
-        };
-        let mut effects = Effects::default();
-        self.programmed.set_plan(&owner, None, &mut effects, None);
-        self.flows.merge(effects.flows);
-        self.report(Notice {
-            subject: Subject::Object(ObjectRef::new(Kind::Service, owner.clone())),
-            reason: Reason::KernelRefused,
-            message: format!("{error}; the service is left out until it changes"),
-        });
-        if let Some(checks) = &mut self.health_checks {
-            checks.changed(&owner);
-        }
-        self.refused.insert(owner);
-        true
-    }
-
-    /// Tries the services again that the kernel refused earlier.
-    pub fn forgive(&mut self) {
-        self.changes.services.append(&mut self.refused);
     }
 
     fn write(&mut self, transaction: Transaction) -> Result<(), netlink::Error> {

@@ -18,10 +18,10 @@ use super::*;
 use crate::compile::{AFFINITY, DetectLocal, ServiceSet, table_id};
 use crate::health::{Health, Moment};
 use crate::model::{
-    Endpoint, EndpointSlice, Family, Node, Object, Protocol, Service, ServiceCidr, ServiceKind,
-    ServicePort, SlicePort, TrafficPolicy,
+    Endpoint, EndpointSlice, Family, Node, Object, ObjectRef, Protocol, Service, ServiceCidr,
+    ServiceKind, ServicePort, SlicePort, TrafficPolicy,
 };
-use crate::netlink::{Applied, Error};
+use crate::netlink::{Applied, Error, Place};
 use crate::ruleset::{Element, Key, Name, Op, TableId, simulate};
 
 mod flows;
