@@ -341,15 +341,6 @@ fn manifests_come_from_standard_input() {
 /// Sends a signal and waits for the end; how it was, and how long it took.
 #[track_caller]
 fn end(daemon: &mut Daemon, signal: Signal) -> (ExitStatus, Duration) {
-    // Before that the signal does what it does to any program, which may be nothing.
-    wait_for(&format!("{signal} to be handled"), PATIENCE, || {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", daemon.pid())).ok()?;
-        let mask = status
-            .lines()
-            .find_map(|line| line.strip_prefix("SigCgt:"))?;
-        let mask = u64::from_str_radix(mask.trim(), 16).ok()?;
-        (mask & (1 << (signal as i32 - 1)) != 0).then_some(())
-    });
     let sent = Instant::now();
     daemon.signal(signal);
     let status = wait_for("the end", PATIENCE, || daemon.ended());
@@ -367,9 +358,23 @@ fn ends_fast(mut once: impl FnMut() -> Duration) {
     }
 }
 
+/// Waits until a program handles a signal, which until then does what it does to any program.
+#[track_caller]
+fn wait_for_handler(daemon: &Daemon, signal: Signal) {
+    wait_for(&format!("{signal} to be handled"), PATIENCE, || {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", daemon.pid())).ok()?;
+        let mask = status
+            .lines()
+            .find_map(|line| line.strip_prefix("SigCgt:"))?;
+        let mask = u64::from_str_radix(mask.trim(), 16).ok()?;
+        (mask & (1 << (signal as i32 - 1)) != 0).then_some(())
+    });
+}
+
 /// Ends a program with a signal, which it does with success.
 #[track_caller]
 fn end_well(daemon: &mut Daemon, signal: Signal) -> Duration {
+    wait_for_handler(daemon, signal);
     let (status, took) = end(daemon, signal);
     assert_eq!(status.code(), Some(0), "{signal}: {}", daemon.log());
     took
@@ -439,8 +444,9 @@ fn signals_end_it_while_it_waits_for_standard_input() {
     mkfifo(&fifo, Mode::S_IRWXU).unwrap();
     let fifo = fifo.to_str().unwrap();
     for signal in [Signal::SIGTERM, Signal::SIGINT] {
-        // Opened for writing, too, so that nothing comes and it never ends.
-        let script = "exec \"$0\" --manifests - <>\"$1\"";
+        // Opened for writing, too, so that nothing comes and it never ends. What a shell starts in
+        // the background ignores SIGINT, and so does what it starts in turn.
+        let script = "exec env --default-signal \"$0\" --manifests - <>\"$1\"";
         ends_fast(|| {
             let mut nftlet = Daemon::start(&ns, "sh", ["-c", script, NFTLET, fifo]);
             wait_for_sleep(&nftlet, "io");
@@ -536,6 +542,7 @@ fn once_that_is_interrupted_has_not_succeeded() {
     ends_fast(|| {
         let mut nftlet = Daemon::start(&node.ns, NFTLET, node.arguments(&["--once"]));
         wait_for_log(&nftlet, "cannot be reached");
+        wait_for_handler(&nftlet, Signal::SIGTERM);
         let (status, took) = end(&mut nftlet, Signal::SIGTERM);
         assert_eq!(status.code(), Some(1));
         assert_eq!(lines_with(&nftlet.log(), "nftlet: ").len(), 1);

@@ -18,6 +18,9 @@ use crate::common::netns::{Answer, Ask, Machine, Namespace, PATIENCE, Protocol, 
 /// is answered in far less, so this is no race: the denial is proved by the counters.
 const DROPPED: Duration = Duration::from_millis(150);
 
+/// How long one waits whose answer may come to nothing, so that all are asked once more.
+const ASKED_AGAIN: Duration = Duration::from_secs(5);
+
 /// What is sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Probe {
@@ -62,8 +65,8 @@ impl Case {
         })
     }
 
-    fn send(&self) -> io::Result<()> {
-        let timeout = if self.passes { PATIENCE } else { DROPPED };
+    fn send(&self, answered: Duration) -> io::Result<()> {
+        let timeout = if self.passes { answered } else { DROPPED };
         let ask = |protocol, port| {
             let ask = Ask::new(protocol, SocketAddr::new(self.to, port));
             ask.timeout(timeout).send().map(|_: Answer| ())
@@ -80,19 +83,23 @@ impl Case {
 /// them otherwise than expected. What is to be denied must not be answered in any way.
 #[track_caller]
 pub fn check(cases: &[Case]) {
-    let wrong = wrong(cases);
+    let wrong = wrong_within(PATIENCE, cases);
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-/// As [`check`]; returns the list.
+/// As [`check`]; returns the list, for who asks again where it is not empty.
 pub fn wrong(cases: &[Case]) -> Vec<String> {
+    wrong_within(ASKED_AGAIN, cases)
+}
+
+fn wrong_within(answered: Duration, cases: &[Case]) -> Vec<String> {
     let results: Vec<io::Result<()>> = thread::scope(|scope| {
         let threads: Vec<_> = cases
             .iter()
             .map(|case| {
                 scope.spawn(|| {
                     case.from.ns.enter();
-                    case.send()
+                    case.send(answered)
                 })
             })
             .collect();
