@@ -4,11 +4,12 @@ mod common;
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::manifests::{CLUSTER_CIDR, Manifests};
 use common::netns::{
-    Ask, Client, Lab, LabOptions, Machine, Namespace, Protocol, Server, require_net_admin, wait_for,
+    Ask, Client, Lab, LabOptions, Machine, Namespace, PATIENCE, Protocol, Server,
+    require_net_admin, wait_for,
 };
 use serde_json::json;
 
@@ -96,11 +97,54 @@ impl Sticky {
         self.manifests.program(self.node(), &CIDR);
     }
 
-    /// The clients that the kernel remembers, as it lists them.
-    fn remembered(&self, family: &str) -> String {
-        self.node()
-            .nft(&["list", "map", family, "nftlet", "affinity"])
+    /// A map of the kernel, as `nft` lists it.
+    fn map(&self, family: &str, name: &str) -> String {
+        self.node().nft(&["list", "map", family, "nftlet", name])
     }
+
+    /// When the kernel forgets the only client that it remembers: not before the first time and
+    /// not after the second one, which are as far apart as the listing took.
+    fn forgotten_at(&self, family: &str) -> Option<(Instant, Instant)> {
+        let before = Instant::now();
+        let listing = self.map(family, "affinity");
+        let after = Instant::now();
+        let mut rest = listing.split(" expires ").skip(1);
+        let expires = duration(rest.next()?.split_whitespace().next()?);
+        assert_eq!(rest.count(), 0, "more than one client: {listing}");
+        Some((before + expires, after + expires))
+    }
+
+    /// Waits until clients of a family are remembered for so many seconds.
+    #[track_caller]
+    fn wait_until_learnt_for(&self, family: &str, seconds: u32) {
+        let chain = format!("learn-{seconds}");
+        wait_for(&format!("the {family} chain {chain}"), PATIENCE, || {
+            let listing = self.map(family, "affinity-frontends");
+            let mut words = listing.split([' ', ',', '\n']);
+            words.any(|word| word == chain).then_some(())
+        });
+    }
+}
+
+/// A time as `nft` writes it: `9m59s996ms`.
+fn duration(text: &str) -> Duration {
+    let (mut total, mut rest) = (Duration::ZERO, text);
+    while let Some(end) = rest.find(|c: char| !c.is_ascii_digit()) {
+        let number: u64 = rest[..end].parse().expect("a number before its unit");
+        let tail = &rest[end..];
+        let length = tail.find(|c: char| c.is_ascii_digit());
+        let unit = &tail[..length.unwrap_or(tail.len())];
+        total += match unit {
+            "d" => Duration::from_secs(number * 86_400),
+            "h" => Duration::from_secs(number * 3_600),
+            "m" => Duration::from_secs(number * 60),
+            "s" => Duration::from_secs(number),
+            "ms" => Duration::from_millis(number),
+            other => panic!("not a unit of time: {other} in {text}"),
+        };
+        rest = &tail[unit.len()..];
+    }
+    total
 }
 
 /// Every kind of frontend in both families, over TCP and UDP.
@@ -195,13 +239,13 @@ fn endpoints_that_come_move_nobody_and_those_that_go_move_only_their_clients() {
         rules.contains(&format!(": {} .", pod.v4)) || rules.contains(&format!(": {} .", pod.v6))
     };
     put_endpoints(&sticky.manifests, &pods);
-    wait_for("the fourth endpoint", Duration::from_secs(10), || {
+    wait_for("the fourth endpoint", PATIENCE, || {
         mentions(pods[3]).then_some(())
     });
     assert_eq!(where_all_are(), before, "a new endpoint moves nobody");
     let gone = pods[1];
     put_endpoints(&sticky.manifests, &[pods[0], pods[2], pods[3]]);
-    wait_for("the second endpoint to go", Duration::from_secs(10), || {
+    wait_for("the second endpoint to go", PATIENCE, || {
         (!mentions(gone)).then_some(())
     });
     let after = where_all_are();
@@ -255,42 +299,64 @@ fn clients_are_remembered_over_restarts() {
     }
 }
 
+/// The kernel's own deadline is what counts, between two readings of the clock: a machine that
+/// stalls puts them further apart, and nothing else.
 #[test]
 fn clients_are_forgotten_after_the_timeout_which_can_change() {
     if !require_net_admin() {
         return;
     }
-    let sticky = Sticky::new(2);
+    const TIMEOUT: Duration = Duration::from_secs(600);
+    /// The kernel counts in ticks, and `nft` in milliseconds.
+    const SLACK: Duration = Duration::from_millis(100);
+    let sticky = Sticky::new(600);
     let _daemon = sticky.manifests.run(sticky.node(), &CIDR);
     let client = Client::new(&sticky.lab.client().ns);
     let asks = [
-        Ask::tcp(ip("10.96.0.10"), 80),
-        Ask::tcp(ip("fd00:10:96::a"), 80),
+        ("ip", Ask::tcp(ip("10.96.0.10"), 80)),
+        ("ip6", Ask::tcp(ip("fd00:10:96::a"), 80)),
     ];
-    for (ask, family) in asks.into_iter().zip(["ip", "ip6"]) {
-        // Longer than the timeout in all, but never away for as long: the client stays.
-        let first = only_endpoint(&client, ask);
-        let start = std::time::Instant::now();
-        while start.elapsed() < Duration::from_secs(4) {
-            assert_eq!(only_endpoint(&client, ask), first);
-        }
-        assert!(sticky.remembered(family).contains("timeout 2s"));
-        wait_for(
-            "the client to be forgotten",
-            Duration::from_secs(20),
-            || (!sticky.remembered(family).contains("expires")).then_some(()),
-        );
+    let forgotten_at = |family: &str| {
+        let found = sticky.forgotten_at(family);
+        found.unwrap_or_else(|| panic!("nobody is remembered in {family}"))
+    };
+    for (family, ask) in asks {
+        let before = Instant::now();
+        let first = client.ask(ask).unwrap().name;
+        let after = Instant::now();
+        let (earliest, latest) = forgotten_at(family);
+        assert!(earliest <= after + TIMEOUT + SLACK, "remembered too long");
+        assert!(latest + SLACK >= before + TIMEOUT, "not long enough");
+        // Every new connection puts the end off.
+        wait_for("the time to begin again", PATIENCE, || {
+            assert_eq!(client.ask(ask).unwrap().name, first, "the client stays");
+            let after = Instant::now();
+            let (now_earliest, _) = forgotten_at(family);
+            assert!(now_earliest <= after + TIMEOUT + SLACK, "too long again");
+            (now_earliest > latest + SLACK).then_some(())
+        });
     }
     // Another timeout for the living service: kube-proxy's own sync fails on that.
+    put_service(&sticky.manifests, Some(1));
+    for (family, ask) in asks {
+        sticky.wait_until_learnt_for(family, 1);
+        client.ask(ask).unwrap();
+        wait_for("the client to be forgotten", PATIENCE, || {
+            sticky.forgotten_at(family).is_none().then_some(())
+        });
+    }
     put_service(&sticky.manifests, Some(10_800));
-    wait_for("the new timeout", Duration::from_secs(10), || {
-        only_endpoint(&client, asks[0]);
-        sticky.remembered("ip").contains("timeout 3h").then_some(())
-    });
+    for (family, ask) in asks {
+        sticky.wait_until_learnt_for(family, 10_800);
+        client.ask(ask).unwrap();
+        let (earliest, _) = forgotten_at(family);
+        assert!(earliest > Instant::now() + Duration::from_secs(2 * 3600));
+    }
     put_service(&sticky.manifests, None);
-    wait_for("the end of affinity", Duration::from_secs(10), || {
-        let answers: BTreeSet<String> =
-            (0..40).map(|_| client.ask(asks[0]).unwrap().name).collect();
-        (answers.len() > 1 && !sticky.remembered("ip").contains("expires")).then_some(())
+    wait_for("the end of affinity", PATIENCE, || {
+        let answers: BTreeSet<String> = (0..40)
+            .map(|_| client.ask(asks[0].1).unwrap().name)
+            .collect();
+        (answers.len() > 1 && sticky.forgotten_at("ip").is_none()).then_some(())
     });
 }

@@ -9,7 +9,7 @@ mod consumer;
 mod fake_api;
 
 use std::io::Write as _;
-use std::process::Command;
+use std::process::{Command, ExitStatus};
 use std::time::{Duration, Instant};
 
 use agent::{
@@ -18,6 +18,7 @@ use agent::{
 };
 use common::manifests::{CLUSTER_CIDR, Manifests, Service};
 use common::netns::{Daemon, Namespace, require_net_admin, wait_for};
+use common::skip::skip;
 use consumer::{cidr, node, service, slice};
 use fake_api::{CIDRS, NODES, SERVICES, SLICES, Streaming};
 use nix::sys::signal::Signal;
@@ -337,14 +338,46 @@ fn manifests_come_from_standard_input() {
     assert_eq!(rules(&ns), rules(&by_nft));
 }
 
-/// Sends a signal and waits for the end.
+/// Sends a signal and waits for the end; how it was, and how long it took.
 #[track_caller]
-fn end(daemon: &mut Daemon, signal: Signal) -> std::process::ExitStatus {
+fn end(daemon: &mut Daemon, signal: Signal) -> (ExitStatus, Duration) {
     let sent = Instant::now();
     daemon.signal(signal);
     let status = wait_for("the end", PATIENCE, || daemon.ended());
-    assert!(sent.elapsed() < END, "{:?}", sent.elapsed());
-    status
+    (status, sent.elapsed())
+}
+
+/// Has nftlet end up to five times, one of which must be as fast as promised: a machine that
+/// stalls makes the end slower, and never faster.
+#[track_caller]
+fn ends_fast(mut once: impl FnMut() -> Duration) {
+    let mut took = Vec::new();
+    while took.iter().all(|took| *took >= END) {
+        assert!(took.len() < 5, "{took:?}");
+        took.push(once());
+    }
+}
+
+/// Waits until a program handles a signal, which until then does what it does to any program.
+#[track_caller]
+fn wait_for_handler(daemon: &Daemon, signal: Signal) {
+    wait_for(&format!("{signal} to be handled"), PATIENCE, || {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", daemon.pid())).ok()?;
+        let mask = status
+            .lines()
+            .find_map(|line| line.strip_prefix("SigCgt:"))?;
+        let mask = u64::from_str_radix(mask.trim(), 16).ok()?;
+        (mask & (1 << (signal as i32 - 1)) != 0).then_some(())
+    });
+}
+
+/// Ends a program with a signal, which it does with success.
+#[track_caller]
+fn end_well(daemon: &mut Daemon, signal: Signal) -> Duration {
+    wait_for_handler(daemon, signal);
+    let (status, took) = end(daemon, signal);
+    assert_eq!(status.code(), Some(0), "{signal}: {}", daemon.log());
+    took
 }
 
 #[test]
@@ -354,26 +387,36 @@ fn signals_end_it_within_a_second_and_the_rules_stay() {
     }
     for signal in [Signal::SIGTERM, Signal::SIGINT] {
         let node = small_cluster();
-        let mut nftlet = node.run();
-        let before = rules(&node.ns);
-        assert_eq!(end(&mut nftlet, signal).code(), Some(0), "{signal}");
-        assert_eq!(rules(&node.ns), before);
+        ends_fast(|| {
+            let mut nftlet = node.run();
+            let before = rules(&node.ns);
+            let took = end_well(&mut nftlet, signal);
+            assert_eq!(rules(&node.ns), before);
+            took
+        });
 
         // Without a server, while it waits to try again.
         node.set_down(true);
-        let mut nftlet = node.start();
-        wait_for_log(&nftlet, "cannot be reached");
-        assert_eq!(end(&mut nftlet, signal).code(), Some(0), "{signal}");
-        assert_eq!(rules(&node.ns), before);
+        let before = rules(&node.ns);
+        ends_fast(|| {
+            let mut nftlet = node.start();
+            wait_for_log(&nftlet, "cannot be reached");
+            let took = end_well(&mut nftlet, signal);
+            assert_eq!(rules(&node.ns), before);
+            took
+        });
 
         let (manifests, ns) = (shop(), Namespace::new("node"));
-        let mut nftlet = manifests.run(&ns, &["--metrics-bind-address", "127.0.0.1:10249"]);
-        let before = rules(&ns);
-        // Somebody holds a connection.
-        let _stream = ns.run(|| std::net::TcpStream::connect("127.0.0.1:10249").unwrap());
-        assert_eq!(end(&mut nftlet, signal).code(), Some(0), "{signal}");
-        assert_eq!(rules(&ns), before);
-        assert!(nftlet.log().contains("the rules stay in force"));
+        ends_fast(|| {
+            let mut nftlet = manifests.run(&ns, &["--metrics-bind-address", "127.0.0.1:10249"]);
+            let before = rules(&ns);
+            // Somebody holds a connection.
+            let _stream = ns.run(|| std::net::TcpStream::connect("127.0.0.1:10249").unwrap());
+            let took = end_well(&mut nftlet, signal);
+            assert_eq!(rules(&ns), before);
+            assert!(nftlet.log().contains("the rules stay in force"));
+            took
+        });
     }
 }
 
@@ -401,12 +444,16 @@ fn signals_end_it_while_it_waits_for_standard_input() {
     mkfifo(&fifo, Mode::S_IRWXU).unwrap();
     let fifo = fifo.to_str().unwrap();
     for signal in [Signal::SIGTERM, Signal::SIGINT] {
-        // Opened for writing, too, so that nothing comes and it never ends.
-        let script = "exec \"$0\" --manifests - <>\"$1\"";
-        let mut nftlet = Daemon::start(&ns, "sh", ["-c", script, NFTLET, fifo]);
-        wait_for_sleep(&nftlet, "io");
-        end(&mut nftlet, signal);
-        assert_eq!(rules(&ns), "");
+        // Opened for writing, too, so that nothing comes and it never ends. What a shell starts in
+        // the background ignores SIGINT, and so does what it starts in turn.
+        let script = "exec env --default-signal \"$0\" --manifests - <>\"$1\"";
+        ends_fast(|| {
+            let mut nftlet = Daemon::start(&ns, "sh", ["-c", script, NFTLET, fifo]);
+            wait_for_sleep(&nftlet, "io");
+            let (_, took) = end(&mut nftlet, signal);
+            assert_eq!(rules(&ns), "");
+            took
+        });
     }
 }
 
@@ -477,10 +524,12 @@ fn signals_end_it_while_it_waits_for_dns() {
         "--metrics-bind-address=",
         "--healthz-bind-address=",
     ];
-    let mut nftlet = Daemon::start(&ns, NFTLET, arguments);
-    wait_for_log(&nftlet, "watching http://api.invalid.example:6443");
-    wait_for_sleep(&nftlet, "io");
-    assert_eq!(end(&mut nftlet, Signal::SIGTERM).code(), Some(0));
+    ends_fast(|| {
+        let mut nftlet = Daemon::start(&ns, NFTLET, arguments);
+        wait_for_log(&nftlet, "watching http://api.invalid.example:6443");
+        wait_for_sleep(&nftlet, "io");
+        end_well(&mut nftlet, Signal::SIGTERM)
+    });
 }
 
 #[test]
@@ -490,11 +539,16 @@ fn once_that_is_interrupted_has_not_succeeded() {
     }
     let node = small_cluster();
     node.set_down(true);
-    let mut nftlet = Daemon::start(&node.ns, NFTLET, node.arguments(&["--once"]));
-    wait_for_log(&nftlet, "cannot be reached");
-    assert_eq!(end(&mut nftlet, Signal::SIGTERM).code(), Some(1));
-    assert_eq!(lines_with(&nftlet.log(), "nftlet: ").len(), 1);
-    assert_eq!(rules(&node.ns), "");
+    ends_fast(|| {
+        let mut nftlet = Daemon::start(&node.ns, NFTLET, node.arguments(&["--once"]));
+        wait_for_log(&nftlet, "cannot be reached");
+        wait_for_handler(&nftlet, Signal::SIGTERM);
+        let (status, took) = end(&mut nftlet, Signal::SIGTERM);
+        assert_eq!(status.code(), Some(1));
+        assert_eq!(lines_with(&nftlet.log(), "nftlet: ").len(), 1);
+        assert_eq!(rules(&node.ns), "");
+        took
+    });
 }
 
 #[test]
@@ -590,8 +644,7 @@ fn inside_a_user_namespace_it_works_too() {
     let tried = user_namespace().arg("true").output().unwrap();
     if !tried.status.success() {
         let why = said(&tried);
-        assert!(std::env::var("CI").is_err(), "CI skips nothing: {why}");
-        let _ = writeln!(std::io::stderr(), "\nSKIPPED a user namespace: {why}");
+        skip("user-namespaces", &why);
         return;
     }
     let manifests = shop();
@@ -796,9 +849,20 @@ fn tables_deleted_by_others_come_back() {
     let web = Service::new("web", 10)
         .port("http", "TCP", 80, Some(30080))
         .port("dns", "UDP", 53, Some(30053));
-    let mut healed = 0.0;
+    let healed = || {
+        let (_, page) = get(&ns, metrics, "/metrics");
+        metric(&page, "nftlet_foreign_changes_healed_total")
+    };
+    let told = "somebody else changed it";
     for (last, family) in [(21, "ip"), (22, "ip6")] {
+        let (before, lines) = (healed(), lines_with(&daemon.log(), told).len());
         ns.nft(&["delete", "table", family, "nftlet"]);
+        // The table, its count and its line in the log come one after the other.
+        wait_for("the table to be put back", PATIENCE, || {
+            let counted = healed() > before;
+            let told = lines_with(&daemon.log(), told).len() > lines;
+            (counted && told).then_some(())
+        });
         let pods = [format!("10.244.1.{last}"), format!("fd00:10:244:1::{last}")];
         manifests.endpoints(&web, 8080, &pods.clone().map(|pod| (pod, true)));
         wait_for_rules(&ns, "the new endpoints", |rules| {
@@ -809,13 +873,7 @@ fn tables_deleted_by_others_come_back() {
             &ns,
             &printed(&nftlet(&ns, &manifests.arguments(&["--dry-run"]), "")),
         );
-        let (_, page) = get(&ns, metrics, "/metrics");
-        let now = metric(&page, "nftlet_foreign_changes_healed_total");
-        assert!(now > healed, "{now} after {healed}");
-        healed = now;
     }
-    let told = lines_with(&daemon.log(), "somebody else changed it");
-    assert!(!told.is_empty(), "{}", daemon.log());
     assert!(rules(&ns).contains("192.0.2.1"), "what is of others stays");
 }
 
@@ -849,7 +907,7 @@ fn a_change_with_a_trigger_time_is_measured_from_there() {
         "ports": [{"name": "http", "port": 8080, "protocol": "TCP"}],
         "endpoints": [{"addresses": ["10.244.1.99"]}],
     }));
-    wait_for("the change to be measured", Duration::from_secs(20), || {
+    wait_for("the change to be measured", PATIENCE, || {
         (measured() > 0.5).then_some(())
     });
 }

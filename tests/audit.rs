@@ -20,7 +20,7 @@ use nftlet::source;
 use serde_json::json;
 use tokio::sync::{mpsc, oneshot, watch};
 
-const LONG: Duration = Duration::from_secs(20);
+const LONG: Duration = common::netns::PATIENCE;
 
 /// A service with one endpoint, and a policy for its pod.
 fn shop() -> Manifests {
@@ -63,6 +63,15 @@ fn listing(node: &Namespace) -> Vec<String> {
     let mut lines: Vec<_> = listed.lines().map(str::to_owned).collect();
     lines.sort();
     lines
+}
+
+/// Ends a thread also where a wait is in vain.
+struct Stop<F: Fn()>(F);
+
+impl<F: Fn()> Drop for Stop<F> {
+    fn drop(&mut self) {
+        (self.0)();
+    }
 }
 
 /// Without a monitor: nobody hears of the changes, and audits find them, in both tables of both
@@ -115,18 +124,22 @@ fn an_audit_finds_what_nobody_heard_of() {
             let health = Health::new(LONG);
             runtime.block_on(run(&mut reconciler, received, signals, &health));
         });
+        let _stop = Stop(|| {
+            stop.send_replace(true);
+        });
         let send = |event: Event| {
             let delivery = Delivery::now(event);
             events.blocking_send(delivery).expect("it runs");
         };
         objects.iter().cloned().for_each(send);
         in_force.blocking_recv().expect("it runs");
-        let audits = |result: &str| {
-            let series = format!("nftlet_audits_total{{result=\"{result}\"}} ");
+        let counted = |series: &str| {
             let text = metrics.encode();
-            let line = text.lines().find_map(|line| line.strip_prefix(&series));
-            line.map_or(0, |count| count.parse::<u64>().expect("a number"))
+            let mut lines = text.lines();
+            let count = lines.find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
+            count.map_or(0, |count| count.parse::<u64>().expect("a number"))
         };
+        let audits = |result: &str| counted(&format!("nftlet_audits_total{{result=\"{result}\"}}"));
         wait_for("audits", LONG, || (audits("same") > 3).then_some(()));
         assert_eq!(audits("different"), 0);
         let text = metrics.encode();
@@ -160,23 +173,27 @@ fn an_audit_finds_what_nobody_heard_of() {
         // While the reconciler writes all the time.
         let healed = AtomicBool::new(false);
         thread::scope(|inner| {
+            let _healed = Stop(|| healed.store(true, Ordering::Relaxed));
             inner.spawn(|| {
                 for last in (1..=2).cycle() {
-                    if healed.load(Ordering::Relaxed) {
-                        break;
-                    }
+                    // The next change when this one is written, so that none waits in the queue.
+                    let written = counted("nftlet_transactions_total");
                     send(slice(last));
+                    while counted("nftlet_transactions_total") == written {
+                        if healed.load(Ordering::Relaxed) {
+                            send(slice(1));
+                            return;
+                        }
+                        thread::yield_now();
+                    }
                 }
-                send(slice(1));
             });
             namespace.nft_load("flush chain ip nftlet services");
             let chain = || namespace.nft(&["list", "chain", "ip", "nftlet", "services"]);
             wait_for("the chain", LONG, || chain().contains("vmap").then_some(()));
-            healed.store(true, Ordering::Relaxed);
         });
         wait_for("the end", LONG, || {
             (listing(&namespace) == wanted).then_some(())
         });
-        let _ = stop.send(true);
     });
 }

@@ -8,11 +8,11 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::Output;
-use std::time::Duration;
 
 use common::kube_proxy::{self, Frontend, Iptables, legacy_iptables};
 use common::manifests::{CLUSTER_CIDR, Manifests, Service};
-use common::netns::{Namespace, require_net_admin, wait_for};
+use common::netns::{Namespace, PATIENCE, require_net_admin, wait_for};
+use common::skip::skip;
 
 const NODES: [&str; 2] = ["192.168.10.1", "fd00:192:168:10::1"];
 const PODS: [&str; 2] = ["10.244.0.0/16", "fd00:10:244::/48"];
@@ -154,22 +154,12 @@ fn kube_proxy_nftables() -> String {
         .concat()
 }
 
-/// Says past the test runner's capture what is left out, and why.
-fn leave_out(what: &str, why: &str) {
-    use std::io::Write as _;
-    let name = std::thread::current().name().unwrap_or("a test").to_owned();
-    let _ = writeln!(
-        std::io::stderr(),
-        "\nLEFT OUT of {name}: {what}: {why}. The rest of the test runs."
-    );
-}
-
 /// The iptables that the kernel and the host have.
 fn kinds() -> Vec<Iptables> {
     match legacy_iptables(&Namespace::new("probe")) {
         Ok(()) => vec![Iptables::Legacy, Iptables::Nft],
         Err(why) => {
-            leave_out("legacy iptables", &why);
+            skip("legacy-iptables", &why);
             vec![Iptables::Nft]
         }
     }
@@ -400,9 +390,9 @@ fn what_the_ipvs_mode_leaves_goes_and_a_starting_nftlet_leaves_it() {
         .args(["link", "add", "kube-ipvs0", "type", "dummy"])
         .output();
     if !dummy.expect("ip runs").status.success() {
-        leave_out(
-            "the interface as a dummy, a bridge stands in",
-            "the kernel has no dummies",
+        skip(
+            "dummy-interfaces",
+            "the kernel has none; a bridge stands in",
         );
         node.ip("link add kube-ipvs0 type bridge");
     }
@@ -417,7 +407,7 @@ fn what_the_ipvs_mode_leaves_goes_and_a_starting_nftlet_leaves_it() {
     let ipvs = ipvs(&node);
 
     let daemon = shop().run(&node, &["--cluster-cidr", CLUSTER_CIDR]);
-    wait_for("the note", Duration::from_secs(20), || {
+    wait_for("the note", PATIENCE, || {
         daemon
             .log()
             .contains("existing connections go through it")
@@ -458,11 +448,11 @@ fn ipvs(node: &Namespace) -> bool {
             Ok(output) if output.status.success() => {}
             Ok(output) => {
                 let lines = said(&output);
-                leave_out("virtual services", lines.lines().next().unwrap_or_default());
+                skip("ipvs", lines.lines().next().unwrap_or_default());
                 return false;
             }
             Err(error) => {
-                leave_out("virtual services", &format!("ipvsadm: {error}"));
+                skip("ipvs", &format!("ipvsadm: {error}"));
                 return false;
             }
         }
@@ -620,13 +610,20 @@ fn kube_proxys_rules_stay_where_a_flag_asks_or_nothing_was_programmed() {
     );
     let cidr = ["--cluster-cidr", CLUSTER_CIDR];
     let keep = manifests.run(&node, &[&cidr[..], &["--keep-kube-proxy"]].concat());
-    drop(keep);
+    // As long as it takes another one to remove them, from its start to the end.
+    let other = Namespace::new("other");
+    other.nft_load(&kube_proxy_nftables());
+    let removing = manifests.run(&other, &cidr);
+    wait_for("kube-proxy's tables to go elsewhere", PATIENCE, || {
+        (!other.nft(&["list", "tables"]).contains("kube-proxy")).then_some(())
+    });
+    drop((keep, removing));
     assert!(tables().contains("ip kube-proxy"));
     let daemon = manifests.run(&node, &cidr);
-    wait_for("kube-proxy's tables to go", Duration::from_secs(20), || {
+    wait_for("kube-proxy's tables to go", PATIENCE, || {
         (!tables().contains("kube-proxy")).then_some(())
     });
-    wait_for("the log", Duration::from_secs(20), || {
+    wait_for("the log", PATIENCE, || {
         daemon
             .log()
             .contains("removed what kube-proxy left: table ip kube-proxy")

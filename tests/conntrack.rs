@@ -8,17 +8,22 @@ use std::time::Duration;
 
 use common::manifests::{CLUSTER_CIDR, Manifests, Service};
 use common::netns::{
-    Answer, Ask, Daemon, Lab, LabOptions, Machine, Namespace, Protocol, Server, require_net_admin,
-    wait_for,
+    Answer, Ask, Daemon, Lab, LabOptions, Machine, Namespace, Protocol, Server, drain,
+    require_net_admin, wait_for,
 };
 use nftlet::netlink::{Conntrack, Flow, FlowFilter};
 use nftlet::ruleset::Family;
 use serde_json::json;
 
 /// Reached by a test that fails, and by no other.
-const LONG: Duration = Duration::from_secs(20);
-/// Long enough for an answer on a busy machine, short enough to wait for one that does not come.
-const ANSWER: Duration = Duration::from_millis(300);
+const LONG: Duration = common::netns::PATIENCE;
+/// After that long without an answer a datagram is taken for lost, and another one sent.
+const LOST: Duration = Duration::from_secs(1);
+/// The kernel forgets flows without packets after 30 s, which a test may take.
+const KEEP_FLOWS: [(&str, &str); 2] = [
+    ("net.netfilter.nf_conntrack_udp_timeout", "3600"),
+    ("net.netfilter.nf_conntrack_udp_timeout_stream", "3600"),
+];
 
 fn ip(text: &str) -> IpAddr {
     text.parse().unwrap()
@@ -33,14 +38,20 @@ impl Client {
             let from = SocketAddr::new(machine.address_like(to.ip()), port);
             let socket = UdpSocket::bind(from)?;
             socket.connect(to)?;
-            socket.set_read_timeout(Some(ANSWER))?;
             io::Result::Ok(socket)
         });
         Self(socket.unwrap())
     }
 
-    /// The name of the server that answers.
+    /// The name of the server that answers, which one is sure to.
     fn ask(&self) -> io::Result<String> {
+        self.ask_within(LONG)
+    }
+
+    /// The name of the server that answers this request and no earlier one.
+    fn ask_within(&self, within: Duration) -> io::Result<String> {
+        drain(&self.0);
+        self.0.set_read_timeout(Some(within))?;
         self.0.send(b"?\n")?;
         let mut buffer = [0; 512];
         let length = self.0.recv(&mut buffer)?;
@@ -52,7 +63,8 @@ impl Client {
     #[track_caller]
     fn reaches(&self, names: &[&str]) -> String {
         wait_for(&format!("an answer of {names:?}"), LONG, || {
-            self.ask().ok().filter(|name| names.contains(&&**name))
+            let name = self.ask_within(LOST).ok();
+            name.filter(|name| names.contains(&&**name))
         })
     }
 }
@@ -102,6 +114,7 @@ impl Shop {
     /// A node that runs nftlet, with three pods that serve port 8080, and no service yet.
     fn open() -> Self {
         let lab = Lab::new(LabOptions::default());
+        lab.node().ns().sysctls(&KEEP_FLOWS);
         let manifests = Manifests::new();
         let daemon = manifests.run(lab.node().ns(), &["--cluster-cidr", CLUSTER_CIDR]);
         let serve = |pod: &Machine| {
@@ -198,7 +211,7 @@ fn a_service_scaled_to_zero_and_up_again_is_no_black_hole() {
     shop.endpoints(&service, &[]);
     for client in &clients {
         wait_for("the refusal", LONG, || {
-            let error = client.ask().err()?;
+            let error = client.ask_within(LOST).err()?;
             (error.kind() == io::ErrorKind::ConnectionRefused).then_some(())
         });
         assert_eq!(flow_of(shop.node(), client), None);
@@ -228,7 +241,7 @@ fn flows_that_began_before_the_service_had_the_address_are_caught() {
     let clients: Vec<Client> = clients.into_iter().flatten().collect();
     for client in &clients {
         let flow = wait_for("the flow past the service", LONG, || {
-            let _ = client.ask();
+            let _ = client.0.send(b"?\n");
             flow_of(shop.node(), client)
         });
         assert!(!flow.is_translated(), "{flow}");
@@ -246,7 +259,11 @@ fn flows_that_began_before_the_service_had_the_address_are_caught() {
     live.external_ips.clear();
     shop.manifests.service(&live);
     for client in &clients[..2] {
-        wait_for("no answer any more", LONG, || client.ask().err());
+        wait_for("the flow past the service again", LONG, || {
+            let _ = client.0.send(b"?\n");
+            let flow = flow_of(shop.node(), client)?;
+            (!flow.is_translated()).then_some(())
+        });
     }
 }
 
@@ -362,6 +379,7 @@ fn the_kernel_lists_what_is_asked_for_and_deletes_what_was_listed() {
     }
     let lab = Lab::new(LabOptions::default());
     let node = lab.node().ns();
+    node.sysctls(&KEEP_FLOWS);
     // Connections are tracked where a rule asks about them.
     node.nft_load(
         "table inet t {\n chain c {\n type filter hook forward priority 0\n ct state new\n }\n}\n",

@@ -22,6 +22,7 @@ use std::process::Command;
 use agent::{NFTLET, Node, PATIENCE, get, lines_with, of_repository, wait_for_log};
 use clap::Parser as _;
 use common::netns::{Daemon, require_net_admin, wait_for};
+use common::skip::skip;
 use consumer::{cidr, node, service, slice};
 use fake_api::{CIDRS, NAMESPACES, NODES, PODS, POLICIES, Recorded, SERVICES, SLICES, Streaming};
 use k8s_openapi::api::apps::v1::DaemonSet;
@@ -209,7 +210,7 @@ fn the_real_tool_builds_the_same() {
         asked.is_ok_and(|output| output.status.success())
     };
     let Some((tool, verb)) = tools.into_iter().find(works) else {
-        eprintln!("SKIPPED: neither kustomize nor kubectl is installed");
+        skip("kustomize", "neither kustomize nor kubectl is installed");
         return;
     };
     for folder in folders() {
@@ -557,7 +558,11 @@ fn it_runs_as_installed_and_asks_for_exactly_what_it_has_the_right_to() {
         });
         assert_eq!(asked(), wanted, "{folder}");
         let warnings = lines_with(&daemon.log(), "WARN");
-        let foreseen = |line: &&String| line.contains("belongs to the older Service");
+        // A machine that stalls makes the server one that does not answer.
+        let foreseen = |line: &&String| {
+            line.contains("belongs to the older Service")
+                || line.contains("the API server cannot be reached")
+        };
         let others: Vec<&String> = warnings.iter().filter(|it| !foreseen(it)).collect();
         assert_eq!(others, Vec::<&String>::new(), "{folder}");
     }

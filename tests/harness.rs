@@ -3,13 +3,15 @@
 mod common;
 
 use std::collections::BTreeMap;
-use std::io::{ErrorKind, Write as _};
+use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use common::netns::{
-    Ask, Client, Daemon, Lab, LabOptions, Namespace, Protocol, Server, require_net_admin, wait_for,
+    Ask, Client, Daemon, Lab, LabOptions, Namespace, PATIENCE, Protocol, Server, require_net_admin,
+    wait_for,
 };
+use common::skip::skip;
 
 const PROTOCOLS: [Protocol; 4] = [Protocol::Tcp, Protocol::Udp, Protocol::Http, Protocol::Sctp];
 
@@ -28,11 +30,8 @@ fn everybody_reaches_pods_with_their_own_address() {
     askers.extend(pods.iter().map(|&pod| pod.clone()));
     for protocol in PROTOCOLS {
         if !protocol.supported() {
-            // Past the capture of tests that pass.
-            let _ = writeln!(
-                std::io::stderr(),
-                "\nSKIPPED {protocol:?}: the kernel has it not"
-            );
+            let name = format!("{protocol:?}").to_lowercase();
+            skip(&name, "the kernel has it not");
             continue;
         }
         for pod in &pods {
@@ -81,28 +80,28 @@ fn refused_and_dropped_differ() {
         .into_iter()
         .flat_map(|port| [Protocol::Tcp, Protocol::Udp].map(|protocol| pod.serve(protocol, port)))
         .collect();
+    // Only where nothing may come: whatever is refused is refused at last.
     let short = Duration::from_millis(200);
     for address in pod.addresses() {
         for protocol in [Protocol::Tcp, Protocol::Udp] {
-            let kind = |port| {
-                let ask = Ask::new(protocol, SocketAddr::new(address, port)).timeout(short);
-                client.ask(ask).expect_err("nothing answers").kind()
-            };
+            let ask = |port| Ask::new(protocol, SocketAddr::new(address, port));
+            let kind = |ask| client.ask(ask).expect_err("nothing answers").kind();
             // More than the kernel's usual limit of ICMP errors allows in so short a time.
             for _ in 0..30 {
                 let context = format!("{protocol:?} {address}");
                 assert_eq!(
-                    kind(7001),
+                    kind(ask(7001)),
                     ErrorKind::ConnectionRefused,
                     "rejected, {context}"
                 );
                 assert_eq!(
-                    kind(7003),
+                    kind(ask(7003)),
                     ErrorKind::ConnectionRefused,
                     "closed, {context}"
                 );
             }
-            assert_eq!(kind(7002), ErrorKind::TimedOut, "{protocol:?} {address}");
+            let dropped = kind(ask(7002).timeout(short));
+            assert_eq!(dropped, ErrorKind::TimedOut, "{protocol:?} {address}");
         }
     }
 }
@@ -254,7 +253,7 @@ fn a_namespace_is_a_world_of_its_own_and_goes_away() {
 
     // With the last handle of the one, the pair of links goes, and so the other's end of it.
     drop(left);
-    wait_for("the link to go", Duration::from_secs(30), || {
+    wait_for("the link to go", PATIENCE, || {
         (!right.run(links).contains(&"eth9".to_owned())).then_some(())
     });
 }
@@ -268,11 +267,11 @@ fn daemons_are_heard_and_stopped() {
     let script = "trap 'echo bye; exit 3' TERM; ip -o link show; echo ready >&2; \
                   while :; do sleep 0.05; done";
     let mut daemon = Daemon::start(&ns, "sh", ["-c", script]);
-    wait_for("the daemon", Duration::from_secs(30), || {
+    wait_for("the daemon", PATIENCE, || {
         daemon.log().contains("ready").then_some(())
     });
     assert!(daemon.log().contains("lo:"), "{}", daemon.log());
-    let status = daemon.stop(Duration::from_secs(30)).expect("it ends");
+    let status = daemon.stop(PATIENCE).expect("it ends");
     assert_eq!(status.code(), Some(3));
     assert!(daemon.log().contains("bye"), "{}", daemon.log());
 }

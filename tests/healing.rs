@@ -5,6 +5,7 @@ mod common;
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::channel;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -22,7 +23,7 @@ use nix::sys::signal::Signal;
 use serde_json::json;
 
 const CIDR: [&str; 2] = ["--cluster-cidr", CLUSTER_CIDR];
-const LONG: Duration = Duration::from_secs(20);
+const LONG: Duration = common::netns::PATIENCE;
 
 fn put_service(manifests: &Manifests, index: u16, endpoints: &[IpAddr]) {
     let [high, low] = index.to_be_bytes();
@@ -96,14 +97,19 @@ fn every_foreign_change_is_undone() {
     }
     let log = daemon.log();
     assert!(log.contains("somebody else changed it"), "{log}");
-    // Somebody who minds their own tables is left alone.
-    let notices = log.matches("somebody else").count();
+    // Somebody who minds their own tables is left alone. What came before a service was told of
+    // before the service is there.
+    let next_service = |index: u16| {
+        put_service(&manifests, index, &[]);
+        wait_for("the next service", LONG, || {
+            let rules = node.nft(&["list", "map", "ip", "nftlet", "frontends"]);
+            rules.contains(&format!("web-{index}")).then_some(())
+        });
+    };
+    next_service(11);
+    let notices = daemon.log().matches("somebody else").count();
     node.nft_load("table ip other { chain c { type filter hook input priority 0; }; }");
-    put_service(&manifests, 11, &[]);
-    wait_for("the next service", LONG, || {
-        let rules = node.nft(&["list", "map", "ip", "nftlet", "frontends"]);
-        rules.contains("web-11").then_some(())
-    });
+    next_service(12);
     assert_eq!(daemon.log().matches("somebody else").count(), notices);
     assert!(node.nft(&["list", "tables"]).contains("table ip other"));
 }
@@ -270,11 +276,12 @@ fn a_monitor_says_what_it_missed() {
         assert_eq!(monitor.wait().expect("news"), Heard::Change);
         // The queue holds less than this; the other table is of no interest.
         other.apply(&add("other", 20_000)).expect("written");
-        loop {
-            if monitor.wait().expect("news") == Heard::Lost {
-                break;
-            }
-        }
+        // In a thread of its own, so that the test never waits for ever.
+        let (sender, news) = channel();
+        thread::spawn(
+            move || while monitor.wait().is_ok_and(|heard| sender.send(heard).is_ok()) {},
+        );
+        while news.recv_timeout(LONG).expect("news of the loss") != Heard::Lost {}
         // What fails counts for nothing.
         let now = own.generation().expect("a number");
         other.apply(&delete("missing")).expect_err("refused");
@@ -304,11 +311,15 @@ fn traffic_survives_a_flush_of_the_ruleset() {
         let (stop, answers) = (stop.clone(), answers.clone());
         thread::spawn(move || {
             client.enter();
-            let ask =
-                Ask::tcp(IpAddr::from([10, 96, 0, 10]), 80).timeout(Duration::from_millis(20));
+            // Short, because what is asked between a flush and its repair is lost; longer where
+            // the machine does not answer in that time.
+            let mut patience = Duration::from_millis(20);
             while !stop.load(Ordering::Relaxed) {
+                let ask = Ask::tcp(IpAddr::from([10, 96, 0, 10]), 80).timeout(patience);
                 if ask.send().is_ok() {
                     answers.fetch_add(1, Ordering::Relaxed);
+                } else {
+                    patience = (patience * 2).min(Duration::from_secs(2));
                 }
             }
         })

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use common::manifests::{Backend, Manifests, Service};
 use common::netns::{
-    Client, Lab, LabOptions, Namespace, Protocol, Server, require_net_admin, wait_for,
+    Client, Lab, LabOptions, Namespace, PATIENCE, Protocol, Server, require_net_admin, wait_for,
 };
 use serde_json::{Value, json};
 
@@ -43,7 +43,7 @@ fn get(from: &Client, address: &str, port: u16) -> io::Result<(String, String)> 
 fn expect(from: &Client, port: u16, status: u16, service: &str, count: usize) {
     for address in NODE_IPS {
         let what = format!("{status} with {count} endpoints on {address} port {port}");
-        wait_for(&what, Duration::from_secs(20), || {
+        wait_for(&what, PATIENCE, || {
             let (head, body) = get(from, address, port).ok()?;
             let body: Value = serde_json::from_str(&body).ok()?;
             let wanted = json!({
@@ -61,7 +61,7 @@ fn expect(from: &Client, port: u16, status: u16, service: &str, count: usize) {
 
 #[track_caller]
 fn expect_closed(from: &Client, port: u16) {
-    wait_for("the port is closed", Duration::from_secs(20), || {
+    wait_for("the port is closed", PATIENCE, || {
         let error = get(from, NODE_IPS[0], port).err()?;
         (error.kind() == io::ErrorKind::ConnectionRefused).then_some(())
     });
@@ -129,7 +129,7 @@ fn the_older_of_two_services_answers() {
     expect(&client, 32100, 503, "web", 0);
     let told =
         "Service shop/young: healthCheckNodePort 32100 belongs to the older Service shop/web";
-    assert!(daemon.log().contains(told), "{}", daemon.log());
+    wait_for(told, PATIENCE, || daemon.log().contains(told).then_some(()));
     manifests.remove("Service", "web");
     expect(&client, 32100, 503, "young", 0);
 }
@@ -148,7 +148,7 @@ fn a_port_that_is_taken_is_told_once_and_had_later() {
     let daemon = manifests.run(lab.node().ns(), &metrics);
     let client = Client::new(&lab.client().ns);
     let told = "Service shop/web: cannot listen on healthCheckNodePort 32100: ";
-    wait_for("the second attempt", Duration::from_secs(20), || {
+    wait_for("the second attempt", PATIENCE, || {
         let (_, page) = get_page(&client, "/metrics").ok()?;
         let line = page
             .lines()
@@ -190,7 +190,7 @@ fn a_node_without_ipv6_answers_on_ipv4() {
     manifests.service(&web(32100));
     let _daemon = manifests.run(&node, &[]);
     let client = Client::new(&node);
-    wait_for("an answer", Duration::from_secs(20), || {
+    wait_for("an answer", PATIENCE, || {
         let (head, _) = get(&client, "127.0.0.1", 32100).ok()?;
         head.starts_with("http/1.1 503 ").then_some(())
     });

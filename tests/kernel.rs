@@ -4,6 +4,7 @@ mod common;
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use common::netns::{Namespace, require_net_admin};
@@ -981,13 +982,22 @@ fn a_table_is_read_whole_while_others_change_it() {
     let mut other = ns.run(|| Nftables::open().unwrap());
     let other_id = TableId::new(Family::Ip, "others");
     let change = |op| Transaction { ops: vec![op] };
+    let finished = Arc::new(AtomicUsize::new(0));
     let reading = std::thread::spawn({
-        let (ns, wanted) = (ns.clone(), wanted.clone());
+        let (ns, wanted, finished) = (ns.clone(), wanted.clone(), finished.clone());
         move || -> Result<Vec<Ruleset>, Error> {
             let mut nftables = ns.run(Nftables::open)?;
-            (0..30).map(|_| nftables.read(&[TABLE], &wanted)).collect()
+            let mut read = || {
+                let read = nftables.read(&[TABLE], &wanted)?;
+                finished.fetch_add(1, Ordering::Relaxed);
+                Ok(read)
+            };
+            (0..30).map(|_| read()).collect()
         }
     });
+    // Readers need a moment without a change, as they get it in real life. How long depends on
+    // the machine, so it grows until they get on.
+    let (mut pause, mut pauses, mut seen) = (Duration::from_millis(3), 0, 0);
     while !reading.is_finished() {
         other
             .apply(&change(Op::AddTable(other_id.clone())))
@@ -995,8 +1005,14 @@ fn a_table_is_read_whole_while_others_change_it() {
         other
             .apply(&change(Op::DeleteTable(other_id.clone())))
             .unwrap();
-        // Readers need a moment without a change, as they get it in real life.
-        std::thread::sleep(Duration::from_millis(3));
+        std::thread::sleep(pause);
+        pauses += 1;
+        let now = finished.load(Ordering::Relaxed);
+        if now > seen {
+            (seen, pauses) = (now, 0);
+        } else if pauses >= 10 {
+            (pause, pauses) = (pause * 2, 0);
+        }
     }
     for actual in reading.join().expect("the reader does not panic").unwrap() {
         assert_same(&actual, &wanted, "while others write");

@@ -2,13 +2,15 @@
 
 mod common;
 
+use std::io::ErrorKind;
 use std::net::IpAddr;
 use std::process::Stdio;
 use std::time::Duration;
 
 use common::manifests::{Backend, CLUSTER_CIDR, Manifests, Service};
 use common::netns::{
-    Ask, Client, Lab, LabOptions, Machine, Namespace, Protocol, Server, require_net_admin, wait_for,
+    Ask, Client, Lab, LabOptions, Machine, Namespace, PATIENCE, Protocol, Server,
+    require_net_admin, wait_for,
 };
 use serde_json::json;
 
@@ -87,13 +89,17 @@ fn assert_tells_pods(pod: &Machine, others: &[&Machine]) {
     }
 }
 
+/// How long a request waits for which nothing may come back.
+const DROPPED: Duration = Duration::from_millis(300);
+
 /// Under external policy Local, pods of the node reach endpoints elsewhere and others do not.
 #[track_caller]
 fn assert_short_circuits(pod: &Machine, client: &Machine) {
     for ask in asks(BALANCER_IPS) {
         assert!(keeps_address(pod, ask), "{ask:?}");
-        let dropped = Client::new(&client.ns).ask(ask.timeout(Duration::from_millis(300)));
-        assert!(dropped.is_err(), "{ask:?} {dropped:?}");
+        let answer = Client::new(&client.ns).ask(ask.timeout(DROPPED));
+        let error = answer.expect_err("it is dropped");
+        assert_eq!(error.kind(), ErrorKind::TimedOut, "{ask:?}");
     }
 }
 
@@ -268,7 +274,7 @@ fn the_ranges_of_the_node_may_come_later_and_change() {
     let ranges = |ranges: &[&str]| json!({"spec": {"podCIDRs": ranges}});
     let reaches = |what: &str, wanted: [bool; 3]| {
         let from = [pod, stranger, lab.client()];
-        wait_for(what, Duration::from_secs(10), || {
+        wait_for(what, PATIENCE, || {
             let seen = from.iter().zip(wanted);
             let mut all = seen.map(|(from, wanted)| kept(from).iter().all(|kept| *kept == wanted));
             all.all(|fits| fits).then_some(())

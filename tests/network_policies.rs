@@ -20,7 +20,7 @@ use shop::{Shop, pod, policy};
 
 use Probe::{Ping, Tcp, Udp};
 
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = common::netns::PATIENCE;
 
 #[test]
 fn labels_policies_and_their_changes_decide_who_gets_in() {
@@ -670,6 +670,13 @@ fn what_was_denied_is_counted_for_the_pod_and_its_direction() {
         let counted = denied(&[node]);
         counted.get(&(direction.to_owned(), address)).copied()
     };
+    // A packet may still be on its way when its sender has given up.
+    let reach = |direction: &str, address: IpAddr, wanted: u64| {
+        let what = format!("{wanted} packets of {direction} at {address}");
+        wait_for(&what, PATIENCE, || {
+            (count(direction, address) == Some(wanted)).then_some(())
+        });
+    };
     for (index, address) in web.addresses().into_iter().enumerate() {
         assert_eq!(count("ingress", address), Some(0));
         assert_eq!(count("egress", address), None);
@@ -681,11 +688,11 @@ fn what_was_denied_is_counted_for_the_pod_and_its_direction() {
             passes: false,
         };
         check(&[case(&api, address), case(&api, address)]);
-        assert_eq!(count("ingress", address), Some(2));
+        reach("ingress", address, 2);
         // The source denies first; the destination never sees it.
         check(&[case(&db, address)]);
+        reach("egress", db.addresses()[index], 1);
         assert_eq!(count("ingress", address), Some(2));
-        assert_eq!(count("egress", db.addresses()[index]), Some(1));
     }
     // Counters outlive another program run and changes that do not concern the pod.
     shop.put_and_apply(&pod("store", "api", &[("app", "else")], &api));

@@ -7,11 +7,11 @@ mod reach;
 #[path = "common/shop.rs"]
 mod shop;
 
-use std::io::Write as _;
 use std::net::IpAddr;
 
 use common::manifests::{Backend, Manifests, Service};
 use common::netns::{Machine, Namespace, Server, require_net_admin};
+use common::skip::skip;
 use reach::{Case, Probe, check, check_counted};
 use serde_json::json;
 use shop::{pod, policy};
@@ -96,12 +96,8 @@ fn bridged_packets_meet_rules(node: &Namespace) -> bool {
         ]);
         return true;
     }
-    // Past the capture of tests that pass.
-    let _ = writeln!(
-        std::io::stderr(),
-        "\nSKIPPED policies between pods of one bridge: the kernel lacks br_netfilter; load the \
-         module. Pods and their node are tested."
-    );
+    let why = "the kernel lacks it; load the module. Pods and their node are tested.";
+    skip("br_netfilter", why);
     false
 }
 

@@ -11,7 +11,7 @@ use common::netns::{
 use serde_json::{Value, json};
 
 const CIDR: [&str; 2] = ["--cluster-cidr", CLUSTER_CIDR];
-const LONG: Duration = Duration::from_secs(20);
+const LONG: Duration = common::netns::PATIENCE;
 
 fn listed(node: &Namespace, kind: &str, name: &str) -> String {
     node.nft(&["list", kind, "ip", "nftlet", name])

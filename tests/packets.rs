@@ -3,7 +3,7 @@
 mod common;
 
 use std::collections::BTreeMap;
-use std::io::{ErrorKind, Write as _};
+use std::io::ErrorKind;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -12,11 +12,16 @@ use std::time::{Duration, Instant};
 
 use common::manifests::{CLUSTER_CIDR, Manifests, Service};
 use common::netns::{
-    Ask, Client, Lab, LabOptions, Machine, Namespace, Protocol, Server, require_net_admin, wait_for,
+    Ask, Client, Lab, LabOptions, Machine, Namespace, PATIENCE, Protocol, Server,
+    require_net_admin, wait_for,
 };
+use common::skip::skip;
 
 const CIDR: [&str; 2] = ["--cluster-cidr", CLUSTER_CIDR];
-/// Long enough for an answer on a busy machine, short enough to wait for a dropped packet.
+/// Between two requests of a client that goes on asking. Without it all ports of an address are
+/// used within seconds, while the server keeps each for a minute after it closed the connection.
+const PACE: Duration = Duration::from_millis(1);
+/// How long a request waits for which nothing may come back.
 const DROPPED: Duration = Duration::from_millis(300);
 
 fn ip(text: &str) -> IpAddr {
@@ -203,9 +208,11 @@ fn node_ports_answer_on_the_chosen_addresses_only() {
     let node = shop.node();
     node.addr_add("eth0", "192.168.10.201/32");
     let client = Client::new(&shop.lab.client().ns);
-    let ask = |address: &str| client.ask(Ask::tcp(ip(address), 30080).timeout(DROPPED));
+    let ask = |address: &str| client.ask(Ask::tcp(ip(address), 30080));
     assert!(ask("192.168.10.1").is_ok());
-    assert!(ask("192.168.10.201").is_err(), "not the primary address");
+    // The node's own port, on which nothing listens.
+    let refused = ask("192.168.10.201").expect_err("not the primary address");
+    assert_eq!(refused.kind(), ErrorKind::ConnectionRefused);
     let all = ["--nodeport-addresses", "192.168.0.0/16", CIDR[0], CIDR[1]];
     shop.manifests.program(node, &all);
     assert!(ask("192.168.10.201").is_ok());
@@ -307,9 +314,10 @@ fn sctp_is_translated_where_the_kernel_has_it() {
         return;
     }
     if !Protocol::Sctp.supported() {
-        let why = "the kernel has no SCTP; its rules are compared in tests/golden only";
-        // Past the capture of tests that pass.
-        let _ = writeln!(std::io::stderr(), "\nSKIPPED packets over SCTP: {why}");
+        skip(
+            "sctp",
+            "the kernel has no SCTP; its rules are compared in tests/golden only",
+        );
         return;
     }
     let lab = Lab::new(LabOptions::default());
@@ -353,6 +361,9 @@ fn endpoints_share_evenly() {
 
 /// Clients that ask over and over again until they are stopped.
 struct Load {
+    from: Namespace,
+    /// How many connection requests had been repeated before.
+    repeated: u64,
     stop: Arc<AtomicBool>,
     threads: Vec<thread::JoinHandle<(u64, Vec<String>)>>,
     done: Arc<AtomicU64>,
@@ -375,12 +386,16 @@ impl Load {
                         Err(error) => failed.push(format!("{ask:?}: {error}")),
                     }
                     done.fetch_add(1, Ordering::Relaxed);
+                    thread::sleep(PACE);
                 }
                 (answered, failed)
             })
         });
+        let repeated = from.repeated_requests();
         let threads = threads.collect();
         Self {
+            from: from.clone(),
+            repeated,
             stop,
             threads,
             done,
@@ -390,12 +405,12 @@ impl Load {
     /// Waits until this many more requests are done.
     fn more(&self, requests: u64) {
         let until = self.done.load(Ordering::Relaxed) + requests;
-        wait_for("requests", Duration::from_secs(60), || {
+        wait_for("requests", PATIENCE, || {
             (self.done.load(Ordering::Relaxed) >= until).then_some(())
         });
     }
 
-    /// The number of answers; panics if a request failed.
+    /// The number of answers; panics if a request failed, or was lost and had to be repeated.
     #[track_caller]
     fn finish(self) -> u64 {
         self.stop.store(true, Ordering::Relaxed);
@@ -411,6 +426,8 @@ impl Load {
             );
             total += answered;
         }
+        let repeated = self.from.repeated_requests() - self.repeated;
+        assert_eq!(repeated, 0, "connection requests were lost");
         total
     }
 }
@@ -428,7 +445,7 @@ fn a_restart_interrupts_nothing() {
     for _ in 0..3 {
         let mut daemon = shop.manifests.run(shop.node(), &CIDR);
         load.more(200);
-        let status = daemon.stop(Duration::from_secs(1));
+        let status = daemon.stop(PATIENCE);
         assert!(
             status.is_some_and(|s| s.success()),
             "{status:?} {}",
@@ -457,24 +474,28 @@ fn changes_of_the_files_arrive_at_once() {
     for pod in &pods {
         let only = pod_addresses(&[pod]);
         shop.manifests.endpoints(&service, 8080, &only);
-        wait_for("only one pod answers", Duration::from_secs(10), || {
+        wait_for("only one pod answers", PATIENCE, || {
             let answers: Vec<_> = (0..20).map(|_| client.ask(ask).unwrap().name).collect();
             answers.iter().all(|name| *name == pod.name).then_some(())
         });
     }
     shop.manifests.remove("Service", "web");
-    wait_for("the service is gone", Duration::from_secs(10), || {
-        let error = client.ask(ask.timeout(DROPPED)).err()?;
-        (error.kind() == ErrorKind::TimedOut).then_some(())
+    wait_for("the service is gone", PATIENCE, || {
+        let rules = shop
+            .node()
+            .nft(&["list", "map", "ip", "nftlet", "frontends"]);
+        (!rules.contains("10.96.0.10")).then_some(())
     });
+    let error = client.ask(ask.timeout(DROPPED)).expect_err("it is gone");
+    assert_eq!(error.kind(), ErrorKind::TimedOut);
     // Broken input changes nothing and is named.
     shop.manifests.service(&service);
-    wait_for("the service is back", Duration::from_secs(10), || {
-        client.ask(ask).is_ok().then_some(())
+    wait_for("the service is back", PATIENCE, || {
+        client.ask(ask.timeout(DROPPED)).ok()
     });
     let broken = shop.manifests.path().join("service-web.json");
     std::fs::write(&broken, "{\"apiVersion\": \"v1\",\n \"kind\": }").unwrap();
-    wait_for("the broken file is named", Duration::from_secs(10), || {
+    wait_for("the broken file is named", PATIENCE, || {
         daemon.log().contains("service-web.json:2:").then_some(())
     });
     assert!(client.ask(ask).is_ok());
@@ -567,7 +588,7 @@ mod churn {
         let load = Load::start(&lab.client().ns, vec![ask; 3]);
         let orders: [&[usize]; 6] = [&[0], &[0, 1, 2], &[1, 2], &[2], &[2, 0], &[0, 1, 2]];
         let mut changes = 0u32;
-        while load.done.load(Ordering::Relaxed) < 8000 {
+        while load.done.load(Ordering::Relaxed) < 8000 || changes <= 500 {
             for order in orders {
                 let chosen: Vec<_> = order.iter().map(|index| pods[*index]).collect();
                 handle(vec![slice(&chosen)]);
@@ -575,9 +596,6 @@ mod churn {
             }
         }
         let answered = load.finish();
-        assert!(
-            answered >= 8000 && changes > 500,
-            "{answered} answers, {changes} changes"
-        );
+        assert!(answered >= 8000, "{answered} answers, {changes} changes");
     }
 }

@@ -163,9 +163,7 @@ async fn a_refused_kind_is_told_once_with_the_rule_that_is_missing() {
         .until("a notice", |it| !it.notices.is_empty())
         .await;
     consumer.has("Node node-1").await;
-    while api.requests_for(SLICES).len() < 4 {
-        tokio::task::yield_now().await;
-    }
+    api.until_asked(SLICES, 4).await;
     api.forbid(SLICES, false);
     consumer.ready().await;
     assert!(consumer.objects.contains_key("EndpointSlice shop/a-1"));
@@ -192,9 +190,7 @@ async fn refused_credentials_are_told_once_for_all_kinds() {
     api.put(NODES, node("node-1", "zone-a"));
     api.require_token("renewed");
     let mut consumer = Consumer::start(&api, hasty()).await;
-    while api.requests().len() < 12 {
-        tokio::task::yield_now().await;
-    }
+    api.until_requests(12).await;
     api.require_token("secret");
     consumer.ready().await;
     assert_eq!(consumer.notices.len(), 1, "{:?}", consumer.notices);

@@ -414,7 +414,7 @@ impl Following {
             }
             false
         };
-        let found = tokio::time::timeout(Duration::from_secs(30), wait).await;
+        let found = tokio::time::timeout(Duration::from_secs(120), wait).await;
         assert_eq!(found, Ok(true), "{last:?} never came; seen: {seen:#?}");
         seen
     }

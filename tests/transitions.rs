@@ -7,10 +7,11 @@
 mod common;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use common::manifests::{Backend, CLUSTER_CIDR, Manifests, Service};
-use common::netns::{Daemon, Namespace, require_net_admin};
+use common::netns::{Daemon, Namespace, PATIENCE, require_net_admin};
 use serde_json::{Value, json};
 
 const FLAGS: [&str; 2] = ["--cluster-cidr", CLUSTER_CIDR];
@@ -46,7 +47,7 @@ impl Bench {
         let fresh = Namespace::new("fresh");
         self.manifests.program(&fresh, &FLAGS);
         let wanted = meaning(&fresh);
-        let deadline = Instant::now() + Duration::from_secs(10);
+        let deadline = Instant::now() + PATIENCE;
         loop {
             let actual = meaning(&self.node);
             if actual == wanted {
@@ -70,6 +71,8 @@ impl Bench {
                 let differences: String = differences.collect();
                 panic!("{what}:\n{differences}{}", self.daemon.log());
             }
+            // So that the kernel has time for others than those who list its rules.
+            thread::sleep(Duration::from_millis(5));
         }
     }
 

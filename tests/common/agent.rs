@@ -8,20 +8,18 @@ use std::net::{SocketAddr, TcpStream};
 use std::path::PathBuf;
 use std::process::{Output, Stdio};
 use std::thread;
-use std::time::Duration;
 
 use serde_json::Value;
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
 
 use crate::common::manifests::Manifests;
+pub use crate::common::netns::PATIENCE;
 use crate::common::netns::{Daemon, Namespace, wait_for};
 use crate::fake_api::{CIDRS, FakeApi, NODES, SERVICES, SLICES};
 
 /// The binary under test.
 pub const NFTLET: &str = env!("CARGO_BIN_EXE_nftlet");
-/// Long enough on a busy machine; reached only by a failing test.
-pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A node with an API server on its loopback.
 pub struct Node {

@@ -151,7 +151,7 @@ impl Consumer {
                 self.take(delivery.event);
             }
         };
-        if tokio::time::timeout(Duration::from_secs(60), wait)
+        if tokio::time::timeout(Duration::from_secs(120), wait)
             .await
             .is_err()
         {

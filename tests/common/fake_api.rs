@@ -394,10 +394,26 @@ impl FakeApi {
         .await;
     }
 
+    /// Waits until a collection was asked for this many times in all.
+    pub async fn until_asked(&self, path: &str, wanted: usize) {
+        self.until(&format!("{wanted} requests for {path}"), |traffic| {
+            traffic.requests.get(path).copied().unwrap_or_default() >= wanted
+        })
+        .await;
+    }
+
+    /// Waits until there were this many requests in all.
+    pub async fn until_requests(&self, wanted: usize) {
+        self.until(&format!("{wanted} requests"), |traffic| {
+            traffic.requests.values().sum::<usize>() >= wanted
+        })
+        .await;
+    }
+
     async fn until(&self, what: &str, condition: impl FnMut(&Traffic) -> bool) {
         let mut traffic = self.traffic.subscribe();
         let met = traffic.wait_for(condition);
-        let waited = tokio::time::timeout(std::time::Duration::from_secs(60), met).await;
+        let waited = tokio::time::timeout(std::time::Duration::from_secs(120), met).await;
         assert!(waited.is_ok(), "there never were {what}");
     }
 
@@ -462,16 +478,20 @@ async fn accept(
     sent: Arc<AtomicU64>,
 ) {
     while let Ok((socket, _)) = listener.accept().await {
-        if state.lock().expect("no test panicked with it").down {
-            continue;
-        }
         // As real servers do: an event does not wait for the acknowledgement of the one before.
         socket.set_nodelay(true).expect("a TCP socket");
         let mut breaks = broken.subscribe();
+        let generation = {
+            // Under the lock: whoever takes the server down finds the connection, or keeps it out.
+            let state = state.lock().expect("no test panicked with it");
+            if state.down {
+                continue;
+            }
+            open.send_modify(|open| *open += 1);
+            breaks.borrow_and_update().0
+        };
         let (state, changed, broken) = (state.clone(), changed.clone(), broken.clone());
         let (open, traffic, sent) = (open.clone(), traffic.clone(), sent.clone());
-        open.send_modify(|open| *open += 1);
-        let generation = breaks.borrow_and_update().0;
         tokio::spawn(async move {
             let service = service_fn(move |request: Request<Incoming>| {
                 let (state, changed) = (state.clone(), changed.clone());

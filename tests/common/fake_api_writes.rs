@@ -60,7 +60,7 @@ impl FakeApi {
     pub async fn until_written(&self, what: &str, mut right: impl FnMut(&[Written]) -> bool) {
         let mut changed = self.changed.subscribe();
         let met = changed.wait_for(|_| right(&self.state().written));
-        let waited = tokio::time::timeout(std::time::Duration::from_secs(60), met).await;
+        let waited = tokio::time::timeout(std::time::Duration::from_secs(120), met).await;
         assert!(waited.is_ok(), "{what}: {:?}", self.written());
     }
 }

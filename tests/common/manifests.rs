@@ -4,12 +4,11 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::time::Duration;
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::netns::{Daemon, Namespace, wait_for};
+use super::netns::{Daemon, Namespace, PATIENCE, wait_for};
 
 /// The pod network of the harness, as `--cluster-cidr` wants it.
 pub const CLUSTER_CIDR: &str = "10.244.0.0/16,fd00:10:244::/48";
@@ -144,7 +143,7 @@ impl Manifests {
     #[track_caller]
     pub fn run(&self, node: &Namespace, more: &[&str]) -> Daemon {
         let daemon = Daemon::start(node, env!("CARGO_BIN_EXE_nftlet"), self.arguments(more));
-        wait_for("the first rules", Duration::from_secs(20), || {
+        wait_for("the first rules", PATIENCE, || {
             daemon.log().contains("rules are in place").then_some(())
         });
         daemon

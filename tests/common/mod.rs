@@ -3,3 +3,4 @@
 pub mod kube_proxy;
 pub mod manifests;
 pub mod netns;
+pub mod skip;

@@ -12,13 +12,14 @@ use std::time::Duration;
 
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 
-use crate::common::netns::{Answer, Ask, Machine, Namespace, Protocol};
+use crate::common::netns::{Answer, Ask, Machine, Namespace, PATIENCE, Protocol, wait_for};
 
 /// How long a request waits that is expected to be dropped. One that is answered all the same
 /// is answered in far less, so this is no race: the denial is proved by the counters.
 const DROPPED: Duration = Duration::from_millis(150);
-/// How long one waits that is expected to be answered.
-const ANSWERED: Duration = Duration::from_secs(5);
+
+/// How long one waits whose answer may come to nothing, so that all are asked once more.
+const ASKED_AGAIN: Duration = Duration::from_secs(5);
 
 /// What is sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,8 +65,8 @@ impl Case {
         })
     }
 
-    fn send(&self) -> io::Result<()> {
-        let timeout = if self.passes { ANSWERED } else { DROPPED };
+    fn send(&self, answered: Duration) -> io::Result<()> {
+        let timeout = if self.passes { answered } else { DROPPED };
         let ask = |protocol, port| {
             let ask = Ask::new(protocol, SocketAddr::new(self.to, port));
             ask.timeout(timeout).send().map(|_: Answer| ())
@@ -82,19 +83,23 @@ impl Case {
 /// them otherwise than expected. What is to be denied must not be answered in any way.
 #[track_caller]
 pub fn check(cases: &[Case]) {
-    let wrong = wrong(cases);
+    let wrong = wrong_within(PATIENCE, cases);
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-/// As [`check`]; returns the list.
+/// As [`check`]; returns the list, for who asks again where it is not empty.
 pub fn wrong(cases: &[Case]) -> Vec<String> {
+    wrong_within(ASKED_AGAIN, cases)
+}
+
+fn wrong_within(answered: Duration, cases: &[Case]) -> Vec<String> {
     let results: Vec<io::Result<()>> = thread::scope(|scope| {
         let threads: Vec<_> = cases
             .iter()
             .map(|case| {
                 scope.spawn(|| {
                     case.from.ns.enter();
-                    case.send()
+                    case.send(answered)
                 })
             })
             .collect();
@@ -121,13 +126,13 @@ pub fn wrong(cases: &[Case]) -> Vec<String> {
 pub fn check_counted(nodes: &[&Namespace], cases: &[Case]) {
     let before = denied(nodes);
     check(cases);
-    let after = denied(nodes);
-    let expected = cases.iter().filter(|case| !case.passes).count();
-    let counted: u64 = after.values().sum::<u64>() - before.values().sum::<u64>();
-    assert!(
-        counted >= expected as u64,
-        "{expected} requests were to be denied, the counters grew by {counted}: {after:?}"
-    );
+    let expected = cases.iter().filter(|case| !case.passes).count() as u64;
+    let until = before.values().sum::<u64>() + expected;
+    // A packet may still be on its way when its sender has given up.
+    let what = format!("the counters to grow by {expected} from {before:?}");
+    wait_for(&what, PATIENCE, || {
+        (denied(nodes).values().sum::<u64>() >= until).then_some(())
+    });
 }
 
 /// What the policy tables of the nodes have denied so far: packets by direction and pod.

@@ -1,10 +1,13 @@
 //! A real etcd and kube-apiserver on loopback, for tests that run where the environment variable
 //! KUBEBUILDER_ASSETS names the directory that has both programs.
 
-use std::io::Write as _;
+#[path = "skip.rs"]
+mod skip;
+
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
 use kube::api::{DeleteParams, Patch, PatchParams};
@@ -12,6 +15,7 @@ use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::core::Request;
 use kube::{Client, Config};
 use serde_json::{Value, json};
+use skip::skip;
 
 const TOKEN: &str = "test-token";
 /// How long the server may take to start, on a slow machine.
@@ -41,11 +45,8 @@ impl RealApi {
     /// Starts the server, or says loudly why `test` is skipped.
     pub async fn start(test: &str) -> Option<Self> {
         let Some(assets) = std::env::var_os("KUBEBUILDER_ASSETS").map(PathBuf::from) else {
-            // Past the capture of tests that pass.
-            let _ = writeln!(
-                std::io::stderr(),
-                "\nSKIPPED {test}: set KUBEBUILDER_ASSETS to a directory with etcd and kube-apiserver to run it"
-            );
+            let why = "set KUBEBUILDER_ASSETS to a directory with etcd and kube-apiserver";
+            skip("real-apiserver", &format!("{test}: {why}"));
             return None;
         };
         let directory = tempfile::tempdir().expect("a directory");
@@ -204,8 +205,15 @@ fn start(program: &Path, directory: &Path, arguments: &[String]) -> Program {
     }
 }
 
-/// Ports that are free at the moment.
+/// Ports that are free, and that nobody gets by chance: the kernel hands out higher ones.
 fn free_ports<const N: usize>() -> [u16; N] {
-    let listeners = [(); N].map(|()| TcpListener::bind("127.0.0.1:0").expect("a port"));
-    listeners.map(|listener| listener.local_addr().expect("an address").port())
+    static NEXT: AtomicU16 = AtomicU16::new(23_000);
+    [(); N].map(|()| {
+        loop {
+            let port = NEXT.fetch_add(1, Ordering::Relaxed);
+            if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+                return port;
+            }
+        }
+    })
 }

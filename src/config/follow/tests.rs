@@ -1,7 +1,10 @@
 use std::fs;
 use std::os::unix::fs::symlink;
+use std::sync::Arc;
 
+use tempfile::NamedTempFile;
 use tokio::task::JoinHandle;
+use tracing::subscriber::DefaultGuard;
 
 use super::*;
 
@@ -30,7 +33,7 @@ impl Followed {
     }
 
     async fn changed(self) {
-        let ended = tokio::time::timeout(Duration::from_secs(20), self.task);
+        let ended = tokio::time::timeout(Duration::from_secs(120), self.task);
         let ended = ended.await.expect("the change is noticed");
         assert_eq!(ended.expect("no panic").expect("inotify"), Ended::Changed);
     }
@@ -85,8 +88,17 @@ async fn a_file_that_is_replaced_is_noticed() {
     followed.changed().await;
 }
 
+/// The file of what this thread logs from now on, until the second value goes away.
+fn listen() -> (NamedTempFile, DefaultGuard) {
+    let file = NamedTempFile::new().expect("a file");
+    let writer = Arc::new(file.reopen().expect("the file"));
+    let subscriber = tracing_subscriber::fmt().with_writer(writer).finish();
+    (file, tracing::subscriber::set_default(subscriber))
+}
+
 #[tokio::test]
 async fn a_mounted_config_map_is_followed_over_several_changes() {
+    let (log, _guard) = listen();
     let followed = Followed::start(mounted);
     let directory = followed.directory.path().to_owned();
     // The same settings in other words, then some that cannot be used.
@@ -94,7 +106,13 @@ async fn a_mounted_config_map_is_followed_over_several_changes() {
     tokio::task::yield_now().await;
     swap(&directory, "..2026_3", &content("clusterCIDR: 10.0.0.0/33"));
     fs::remove_dir_all(directory.join("..2026_1")).expect("it is there");
-    tokio::task::yield_now().await;
+    let told = tokio::time::timeout(Duration::from_secs(120), async {
+        let logged = || fs::read_to_string(log.path()).expect("the log");
+        while !logged().contains("10.0.0.0/33") {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    });
+    told.await.expect("the fault is told");
     assert!(!followed.task.is_finished(), "the settings in force stay");
     swap(&directory, "..2026_4", &content("clusterCIDR: 10.0.0.0/8"));
     followed.changed().await;
@@ -117,7 +135,7 @@ async fn a_link_to_a_file_elsewhere_is_followed() {
 async fn the_shutdown_ends_it() {
     let followed = Followed::start(plain_file);
     followed.stop.send(true).expect("somebody listens");
-    let ended = tokio::time::timeout(Duration::from_secs(20), followed.task);
+    let ended = tokio::time::timeout(Duration::from_secs(120), followed.task);
     let ended = ended.await.expect("it ends").expect("no panic");
     assert_eq!(ended.expect("inotify"), Ended::Stopped);
 }

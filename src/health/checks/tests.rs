@@ -1,4 +1,5 @@
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU16, Ordering};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -6,6 +7,8 @@ use tokio::net::TcpStream;
 use super::*;
 use crate::health::PERIOD;
 
+/// Reached by a test that fails, and by no other.
+const PATIENCE: Duration = Duration::from_secs(120);
 const QUICK: Retry = Retry {
     shortest: Duration::from_millis(10),
     longest: Duration::from_millis(40),
@@ -58,10 +61,15 @@ impl Bench {
     }
 }
 
-/// A port that nobody listens on, kept from other tests for a moment by having been used.
+/// A port that nobody listens on, and that no other test gets: the kernel hands out higher ones.
 async fn free_port() -> u16 {
-    let listener = TcpListener::bind("[::]:0").await.unwrap();
-    listener.local_addr().unwrap().port()
+    static NEXT: AtomicU16 = AtomicU16::new(21_000);
+    loop {
+        let port = NEXT.fetch_add(1, Ordering::Relaxed);
+        if TcpListener::bind(("::", port)).await.is_ok() {
+            return port;
+        }
+    }
 }
 
 async fn ask(host: &str, port: u16) -> io::Result<String> {
@@ -76,7 +84,7 @@ async fn ask(host: &str, port: u16) -> io::Result<String> {
 /// Asks until the answer is as wanted; `None` is a port that is closed.
 async fn expect(port: u16, wanted: Option<&str>) -> String {
     let mut last = String::new();
-    let found = tokio::time::timeout(Duration::from_secs(20), async {
+    let found = tokio::time::timeout(PATIENCE, async {
         loop {
             let answer = ask("127.0.0.1", port).await;
             let fits = match (&answer, wanted) {
@@ -172,13 +180,16 @@ async fn ports_open_change_hands_and_close() {
 #[tokio::test]
 async fn a_port_in_use_is_told_once_and_tried_again() {
     let bench = Bench::start();
-    let holder = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let (taken, other) = (holder.local_addr().unwrap().port(), free_port().await);
+    let (taken, other) = (free_port().await, free_port().await);
+    let holder = TcpListener::bind(("127.0.0.1", taken)).await.unwrap();
     bench.want(&[(taken, "web", 1), (other, "api", 1)]);
     expect(other, Some("\"name\":\"api\"")).await;
-    while bench.failures() < 3 {
-        tokio::task::yield_now().await;
-    }
+    let tried = tokio::time::timeout(PATIENCE, async {
+        while bench.failures() < 3 {
+            tokio::task::yield_now().await;
+        }
+    });
+    tried.await.expect("it is tried again");
     {
         let failures = bench.failures.lock().unwrap();
         let (text, again) = &failures[0];

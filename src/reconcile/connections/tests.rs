@@ -8,7 +8,7 @@ use crate::model::ObjectName;
 use crate::netlink::Handle;
 
 /// Reached by a test that fails, and by no other.
-const LONG: Duration = Duration::from_secs(20);
+const LONG: Duration = Duration::from_secs(120);
 const TCP: u8 = 6;
 const UDP: u8 = 17;
 const ICMP: u8 = 1;

@@ -40,7 +40,11 @@ use nix::sched::{CloneFlags, setns, unshare};
 
 pub use daemon::Daemon;
 pub use lab::{Lab, LabOptions, Machine, Node, Pod};
-pub use traffic::{Answer, Ask, Client, HttpConnection, Protocol, Server};
+pub use traffic::{Answer, Ask, Client, HttpConnection, Protocol, Server, drain};
+
+/// How long to wait for what is sure to come: a bound that only a failing test reaches, and no
+/// machine however slow.
+pub const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Tells whether this process may create and configure network namespaces.
 ///
@@ -253,6 +257,20 @@ impl Namespace {
         });
     }
 
+    /// How many TCP connection requests from here had to be sent again, because no answer came
+    /// within a second.
+    #[track_caller]
+    pub fn repeated_requests(&self) -> u64 {
+        let table = self.run(|| std::fs::read_to_string("/proc/thread-self/net/netstat"));
+        let table = table.expect("the kernel's counters");
+        let mut lines = table.lines().filter(|line| line.starts_with("TcpExt:"));
+        let (names, values) = lines.next().zip(lines.next()).expect("names and values");
+        let mut pairs = names.split_whitespace().zip(values.split_whitespace());
+        let found = pairs.find(|(name, _)| *name == "TCPSynRetrans");
+        let (_, value) = found.expect("the kernel counts repeated requests");
+        value.parse().expect("a number")
+    }
+
     /// Joins two namespaces with a pair of linked devices and brings both up.
     #[track_caller]
     pub fn veth(&self, device: &str, peer: &Namespace, peer_device: &str) {
@@ -292,7 +310,7 @@ fn host_prefix(address: IpAddr) -> u8 {
 
 /// Waits until the closure gives a value, which is returned, and panics after the bound.
 ///
-/// The bound should be generous: it is reached only by a failing test.
+/// The bound should be [`PATIENCE`], or as generous: it is reached only by a failing test.
 #[track_caller]
 pub fn wait_for<T>(what: &str, within: Duration, mut probe: impl FnMut() -> Option<T>) -> T {
     let deadline = Instant::now() + within;

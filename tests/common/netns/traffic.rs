@@ -300,7 +300,8 @@ impl Answer {
 /// The errors that matter have their own kind: [`io::ErrorKind::ConnectionRefused`] where the
 /// request was refused (reset, or ICMP says the port is unreachable), and
 /// [`io::ErrorKind::TimedOut`] where nothing came back. Nothing is sent twice, except that the
-/// kernel repeats a lost connection request after one second: a shorter timeout sees each loss.
+/// kernel repeats a lost connection request after one second, which
+/// [`Namespace::repeated_requests`] tells of.
 #[derive(Clone, Copy, Debug)]
 pub struct Ask {
     protocol: Protocol,
@@ -310,13 +311,14 @@ pub struct Ask {
 }
 
 impl Ask {
-    /// A request to a server that speaks this protocol, with a timeout of two seconds.
+    /// A request to a server that speaks this protocol. Its timeout is for a failing test; where
+    /// nothing is to come back, [`Ask::timeout`] sets a short one.
     pub fn new(protocol: Protocol, to: SocketAddr) -> Self {
         Self {
             protocol,
             to,
             from: None,
-            timeout: Duration::from_secs(2),
+            timeout: Duration::from_secs(30),
         }
     }
 
@@ -440,11 +442,29 @@ impl HttpConnection {
         Self { stream }
     }
 
-    /// Sends one request and waits for its answer, within the timeout the connection was opened with.
+    /// How long each further request waits for its answer.
+    pub fn set_timeout(&self, timeout: Duration) {
+        self.stream
+            .set_read_timeout(Some(timeout))
+            .expect("a time limit can be set");
+    }
+
+    /// Sends one request and waits for its answer, within the timeout the connection was opened
+    /// with, or was given since.
     pub fn ask(&mut self) -> io::Result<Answer> {
+        self.send()?;
+        self.answer()
+    }
+
+    /// Sends one request, whose answer is for [`HttpConnection::answer`] to wait for.
+    pub fn send(&mut self) -> io::Result<()> {
         self.stream
             .write_all(b"GET / HTTP/1.1\r\nHost: lab\r\n\r\n")
-            .map_err(named)?;
+            .map_err(named)
+    }
+
+    /// Waits for the answer to the request that was sent.
+    pub fn answer(&mut self) -> io::Result<Answer> {
         let mut response = Vec::new();
         let mut chunk = [0; 1024];
         loop {
@@ -461,6 +481,19 @@ impl HttpConnection {
             }
         }
     }
+}
+
+/// Takes all datagrams that wait in a connected socket, and what it was told of earlier ones, so
+/// that whatever comes next answers what is sent next.
+pub fn drain(socket: &UdpSocket) {
+    socket.set_nonblocking(true).expect("a socket's mode");
+    loop {
+        match socket.recv(&mut [0; 2048]) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+            Ok(_) | Err(_) => {}
+        }
+    }
+    socket.set_nonblocking(false).expect("a socket's mode");
 }
 
 type Job = Box<dyn FnOnce() + Send>;

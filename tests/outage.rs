@@ -1,0 +1,167 @@
+//! How long services are away when somebody flushes the ruleset. A program of its own, so that no
+//! other test runs beside it.
+
+mod common;
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::manifests::{CLUSTER_CIDR, Manifests, Service};
+use common::netns::{
+    Ask, Lab, LabOptions, Namespace, PATIENCE, Protocol, require_net_admin, wait_for,
+};
+
+const CIDR: [&str; 2] = ["--cluster-cidr", CLUSTER_CIDR];
+const SERVICES: u16 = 1000;
+const ENDPOINTS: u16 = 10;
+/// How often the ruleset is flushed for one median.
+const FLUSHES: usize = 5;
+/// What is promised. Without optimisation nftlet itself takes several times as long.
+const PROMISED: Duration = if cfg!(debug_assertions) {
+    Duration::from_millis(500)
+} else {
+    Duration::from_millis(100)
+};
+/// How many medians are taken before the promise counts as broken: whoever else works on the
+/// machine makes them longer, and never shorter.
+const ATTEMPTS: usize = 5;
+const ADDRESS: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 96, 0, 10));
+
+/// A client that asks again and again, and when it was answered.
+struct Answers<'a> {
+    answered: &'a AtomicU64,
+    stop: &'a AtomicBool,
+}
+
+impl Answers<'_> {
+    /// Asks until stopped. A request between a flush and its repair is lost, so none is waited for
+    /// much longer than usual.
+    fn collect(&self, client: &Namespace) -> Vec<Instant> {
+        client.enter();
+        let ask = Ask::tcp(ADDRESS, 80);
+        let mut usual: Vec<Duration> = (0..100)
+            .map(|_| {
+                let asked = Instant::now();
+                ask.send().expect("an answer before the first flush");
+                asked.elapsed()
+            })
+            .collect();
+        usual.sort();
+        let ask = ask.timeout((usual[50] * 10).max(Duration::from_millis(5)));
+        let mut answers = Vec::new();
+        while !self.stop.load(Ordering::Relaxed) {
+            if ask.send().is_ok() {
+                answers.push(Instant::now());
+                self.answered.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        answers
+    }
+
+    #[track_caller]
+    fn more(&self, what: &str) {
+        let until = self.answered.load(Ordering::Relaxed) + 100;
+        wait_for(what, PATIENCE, || {
+            (self.answered.load(Ordering::Relaxed) >= until).then_some(())
+        });
+    }
+}
+
+impl Drop for Answers<'_> {
+    /// Ends the client also where a wait is in vain.
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+}
+
+/// The longest time without an answer, of what lies between two moments at least in part.
+fn longest_gap(answers: &[Instant], from: Instant, to: Instant) -> Duration {
+    let pairs = answers.windows(2);
+    let gaps = pairs
+        .filter(|pair| pair[1] > from && pair[0] < to)
+        .map(|pair| pair[1].duration_since(pair[0]));
+    gaps.max().expect("answers before and after")
+}
+
+/// How long services were away, for each of several flushes: the longest time without an answer,
+/// less what it is on this machine in an undisturbed time as long.
+fn outages(lab: &Lab, manifests: &Manifests) -> Vec<Duration> {
+    let (node, client) = (lab.node().ns(), &lab.client().ns);
+    manifests.program(node, &CIDR);
+    let (stop, answered) = (AtomicBool::new(false), AtomicU64::new(0));
+    let (stop, answered) = (&stop, &answered);
+    let (answers, flushes) = thread::scope(|scope| {
+        let asking = Answers { answered, stop };
+        let collecting = scope.spawn(|| Answers { answered, stop }.collect(client));
+        asking.more("answers before the first flush");
+        let mut flushes = Vec::new();
+        for _ in 0..FLUSHES {
+            // One that was asked to repair the rules shortly before takes its time.
+            let _daemon = manifests.run(node, &CIDR);
+            asking.more("answers before the flush");
+            let flushed = Instant::now();
+            node.nft_load("flush ruleset");
+            wait_for("the rules to be back", PATIENCE, || {
+                let found = node.nft(&["list", "tables"]);
+                found.contains("table ip nftlet\n").then_some(())
+            });
+            asking.more("answers after the flush");
+            let over = Instant::now();
+            // The same once more, without a flush: the commands that look, and as long a time.
+            while over.elapsed() < over.duration_since(flushed) {
+                node.nft(&["list", "tables"]);
+                thread::sleep(Duration::from_millis(5));
+            }
+            asking.more("answers of an undisturbed time");
+            flushes.push((flushed, over, Instant::now()));
+        }
+        drop(asking);
+        (collecting.join().expect("the client ends"), flushes)
+    });
+    let outages = flushes.into_iter().map(|(flushed, over, end)| {
+        let undisturbed = longest_gap(&answers, over, end);
+        longest_gap(&answers, flushed, over).saturating_sub(undisturbed)
+    });
+    outages.collect()
+}
+
+/// A firewall that is loaded anew takes all rules with it.
+#[test]
+fn a_flush_of_the_ruleset_is_a_short_outage() {
+    if !require_net_admin() {
+        return;
+    }
+    let lab = Lab::new(LabOptions::default());
+    let manifests = Manifests::new();
+    let service = |name: &str, address: String, endpoints: &[(String, bool)]| {
+        let mut service = Service::new(name, 0).port("tcp", "TCP", 80, None);
+        service.cluster_ips = vec![address];
+        manifests.service(&service);
+        manifests.endpoints(&service, 8080, endpoints);
+    };
+    let pods = lab.pods();
+    let addresses: Vec<_> = pods.iter().map(|pod| (pod.v4.to_string(), true)).collect();
+    service("web", ADDRESS.to_string(), &addresses);
+    for index in 0..SERVICES - 1 {
+        let address = format!("10.96.{}.{}", 1 + index / 250, 1 + index % 250);
+        let endpoint = |last: u16| (format!("10.244.{}.{}", 2 + index % 250, 1 + last), true);
+        let endpoints: Vec<_> = (0..ENDPOINTS).map(endpoint).collect();
+        service(&format!("other-{index}"), address, &endpoints);
+    }
+    let serve = |pod: &&common::netns::Pod| pod.serve(Protocol::Tcp, 8080);
+    let _servers: Vec<_> = pods.iter().flat_map(serve).collect();
+    let mut seen = Vec::new();
+    for _ in 0..ATTEMPTS {
+        let mut outages = outages(&lab, &manifests);
+        outages.sort();
+        let median = outages[FLUSHES / 2];
+        println!("longest time without an answer, for each flush: {outages:.1?}");
+        if median < PROMISED {
+            return;
+        }
+        seen.push(outages);
+    }
+    panic!("the median is {PROMISED:?} or more each time: {seen:.1?}");
+}
