@@ -227,7 +227,7 @@ impl Io {
         flag: &'static str,
         router: Router,
     ) -> Result<tokio::task::JoinHandle<()>, Error> {
-        let bound = match health::bind(address, flag).await {
+        let bound = match health::bind(address, flag) {
             Err(error) if self.args.bind_address_hard_fail => return Err(error.into()),
             Err(error) => {
                 // Services must not wait for a port that only tells about them.
