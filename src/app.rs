@@ -368,13 +368,13 @@ fn single_threaded() -> Result<runtime::Runtime, Error> {
 
 fn start_logging(args: &Args) {
     use tracing_subscriber::filter::{EnvFilter, LevelFilter};
-    let level = match args.verbose {
+    let level = match args.verbosity() {
         0 => LevelFilter::INFO,
         1 => LevelFilter::DEBUG,
         2.. => LevelFilter::TRACE,
     };
     // The libraries' own debug output is of interest only when everything is asked for.
-    let filter = if args.verbose < 3 {
+    let filter = if args.verbosity() < 3 {
         // The HTTP client says each failed request; the source tells of the server once.
         EnvFilter::new(format!("error,kube_client=off,nftlet={level}"))
     } else {
@@ -383,7 +383,7 @@ fn start_logging(args: &Args) {
     let logging = tracing_subscriber::fmt()
         .with_writer(io::stderr)
         .with_ansi(io::stderr().is_terminal())
-        .with_target(args.verbose > 0)
+        .with_target(args.verbosity() > 0)
         .with_env_filter(filter);
     // A second call (in tests) keeps the first subscriber.
     let _ = match args.log_format {
@@ -403,7 +403,7 @@ fn settings(args: &Args) -> Result<Settings, Error> {
             }
         },
         masquerade_all: args.masquerade_all,
-        nodeport_addresses: match &args.nodeport_addresses {
+        nodeport_addresses: match args.nodeport_addresses()? {
             cli::NodePortAddresses::Primary => NodePortAddresses::Primary,
             cli::NodePortAddresses::Ranges(ranges) => NodePortAddresses::Inside(ranges.clone()),
         },

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::thread;
 
 use super::Error;
-use crate::cli::{Args, CommandLine, OOM_SCORE_ADJ};
+use crate::cli::{self, Args, BindAddress, CommandLine, OOM_SCORE_ADJ};
 use crate::config::{self, File};
 use crate::sysctl;
 
@@ -21,6 +21,13 @@ pub(super) fn read(line: &mut CommandLine) -> Result<Option<File>, Error> {
 }
 
 /// Tells what of the command line and of the file has no effect.
+    let ignored = line.args.ignored.given();
+    if !ignored.is_empty() {
+        tracing::warn!(
+            "these flags of kube-proxy have no effect here: {}",
+            ignored.join(", ")
+        );
+    }
 pub(super) fn tell(line: &CommandLine, file: Option<&File>) {
     let (Some(path), Some(file)) = (&line.args.process.config, file) else {
         return;
@@ -39,6 +46,14 @@ pub(super) fn tell(line: &CommandLine, file: Option<&File>) {
 }
 
 /// Writes the settings in force as a configuration file.
+    for (address, field) in [
+        (args.healthz_bind_address, "healthzBindAddress"),
+        (args.metrics_bind_address, "metricsBindAddress"),
+    ] {
+        if address == Some(BindAddress::Nowhere) {
+            return Err(cli::Error::NowhereInFile(field).into());
+        }
+    }
 pub(super) fn write(args: &Args, path: &Path) -> Result<(), Error> {
     let fault = |source| Error::WriteConfiguration {
         path: path.to_owned(),
