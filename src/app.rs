@@ -11,7 +11,7 @@
 //! More threads wait for work: "flows" deletes stale UDP flows, "monitor" hears of changes that
 //! others make to nftlet's tables, and where a flag asks for it "cuts" removes connections that no
 //! policy allows any more, and "denied" hears of denied packets. A last one, "leftovers", waits for
-//! the first rules, removes those of another proxy and ends.
+//! the first rules, removes those of another proxy, and looks for them again now and then.
 //!
 //! Writing to the kernel blocks, decoding objects and answering probes must not wait for it:
 //! each has a thread with a single-threaded runtime. A third thread, "flows", deletes UDP flows
@@ -213,6 +213,7 @@ pub fn run(mut line: CommandLine) -> Result<(), Error> {
     // Where nobody reads the notices they are dropped.
     let (sender, notices) = mpsc::channel(events::QUEUE);
     let reporter = LogAndSend(sender);
+    let (freed, bell) = std::sync::mpsc::channel();
     let io = Io {
         args: args.clone(),
         file,
@@ -226,6 +227,7 @@ pub fn run(mut line: CommandLine) -> Result<(), Error> {
         stopped: stopped.clone(),
         reporter: reporter.clone(),
         notices,
+        freed,
     };
     let io = thread::Builder::new()
         .name("io".into())
@@ -253,7 +255,7 @@ pub fn run(mut line: CommandLine) -> Result<(), Error> {
     if !args.once && !args.keep_kube_proxy {
         let (told, begin) = oneshot::channel();
         ready.push(told);
-        leftovers::start(begin)?;
+        leftovers::start(begin, bell)?;
     }
     let mut reconciler = Reconciler::new(nftables, settings, &metrics, &reporter)
         .with_stand_in(stand_in(&stand_in_name))
