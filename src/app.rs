@@ -19,6 +19,7 @@
 
 mod configure;
 mod dry_run;
+mod kernel;
 mod leftovers;
 mod observe;
 mod pages;
@@ -75,9 +76,6 @@ pub enum Error {
         /// What the system said.
         source: io::Error,
     },
-    /// With `--init-only`: something could not be set.
-    #[error("not all kernel settings could be made; the messages above say which")]
-    NotInitialised,
     /// The kernel cannot be worked with.
     #[error(transparent)]
     Netlink(#[from] netlink::Error),
@@ -193,7 +191,8 @@ pub fn run(mut line: CommandLine) -> Result<(), Error> {
         return configure::write(args, path);
     }
     if args.process.init_only {
-        return configure::initialise(args);
+        kernel::initialise(args);
+        return Ok(());
     }
     if args.dry_run {
         return dry_run::run(args, &node_name, &settings);
@@ -235,7 +234,8 @@ pub fn run(mut line: CommandLine) -> Result<(), Error> {
         .map_err(system("the I/O thread"))?;
     // The sender is dropped without a message only if the thread panicked.
     started.blocking_recv().unwrap_or(Err(Error::SourceEnded))?;
-    configure::set_kernel(args);
+    let mut ready = Vec::new();
+    kernel::start(args, &metrics, &reporter, &mut ready)?;
     if !args.once {
         configure::set_oom_score(args);
     }
@@ -243,7 +243,6 @@ pub fn run(mut line: CommandLine) -> Result<(), Error> {
     let (cleaner, pending) = conntrack::queue();
     let flows = start_cleaner(pending, metrics.clone())?;
     let foreign = Arc::new(Notify::new());
-    let mut ready = Vec::new();
     let mut audits = None;
     if !args.once {
         let (told, begin) = oneshot::channel();

@@ -85,6 +85,7 @@ fn action(reason: Reason) -> &'static str {
         Reason::KernelRefused | Reason::ForeignChange | Reason::SyncFailed => "WriteRules",
         Reason::HealthCheckPort => "ServeHealthCheck",
         Reason::BridgeTraffic => "WatchBridges",
+        Reason::KernelSetting => "MakeSettings",
     }
 }
 
