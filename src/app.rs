@@ -202,6 +202,7 @@ pub fn run(mut line: CommandLine) -> Result<(), Error> {
     // The first answer tells about permissions and a missing nf_tables before anything else.
     nftables.read(&[], &Ruleset::default())?;
     let metrics = Arc::new(Metrics::new()?);
+    metrics.expect_notices(Reason::ALL.map(Reason::as_str));
     let health = Health::new(args.sync_period.unwrap_or(cli::SYNC_PERIOD));
     let (delivered, received) = mpsc::channel(QUEUE);
     let (stop, stopped) = watch::channel(false);
@@ -406,7 +407,7 @@ fn settings(args: &Args) -> Result<Settings, Error> {
         masquerade_all: args.masquerade_all,
         nodeport_addresses: match args.nodeport_addresses()? {
             cli::NodePortAddresses::Primary => NodePortAddresses::Primary,
-            cli::NodePortAddresses::Ranges(ranges) => NodePortAddresses::Inside(ranges.clone()),
+            cli::NodePortAddresses::Ranges(ranges) => NodePortAddresses::Inside(ranges),
         },
         bind_address: args.bind_address.filter(|ip| !ip.is_unspecified()),
         masquerade_bit: MasqueradeBit::new(args.masquerade_bit).unwrap_or_default(),
