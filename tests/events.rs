@@ -262,3 +262,47 @@ fn services_work_where_events_are_forbidden() {
     assert_eq!(lines_with(&nftlet.log(), "Events").len(), 1);
     assert_eq!(node.api.asked_to_write(), 1);
 }
+
+#[tokio::test]
+async fn what_another_run_met_does_not_hide_what_this_one_meets() {
+    let bench = bench().await;
+    let own = |message: &str| Notice {
+        subject: Subject::Other("table nftlet".into()),
+        reason: Reason::ForeignChange,
+        message: message.into(),
+    };
+    let with_note = |written: &[Written], note: &str| {
+        written
+            .iter()
+            .any(|it| it.is_new() && it.text("/note") == note)
+    };
+    bench.notices.send(own("before")).await.expect("it listens");
+    let first = |written: &[Written]| with_note(written, "before");
+    bench.api.until_written("the first Event", first).await;
+    // The same node again, whose server still has the Event.
+    let again = bench_with(bench.api, PACE).await;
+    again.notices.send(own("after")).await.expect("it listens");
+    let second = |written: &[Written]| with_note(written, "after");
+    again.api.until_written("another Event", second).await;
+}
+
+#[tokio::test]
+async fn an_event_that_the_server_forgot_says_what_happened_last() {
+    let bench = bench().await;
+    let refused = |words: &str| about("web", Reason::KernelRefused, words);
+    bench
+        .notices
+        .send(refused("first"))
+        .await
+        .expect("it listens");
+    let told = |written: &[Written]| new_about(written, "web").count() == 1;
+    bench.api.until_written("the Event", told).await;
+    bench.api.forget_events();
+    bench
+        .notices
+        .send(refused("last"))
+        .await
+        .expect("it listens");
+    let anew = |written: &[Written]| new_about(written, "web").any(|it| it.text("/note") == "last");
+    bench.api.until_written("what happened last", anew).await;
+}
