@@ -283,22 +283,18 @@ pub struct Args {
     )]
     pub bind_address_hard_fail: bool,
 
-    /// Log more: -v what is done with each change, -vv every step, -vvv the libraries too. -v=N is
-    /// a verbosity of kube-proxy: 4 and 5 are -v, 6 and 7 -vv, more -vvv.
+    /// Log more: -v what is done with each change, -vv every step, -vvv the libraries too. A
+    /// number is a verbosity of kube-proxy: 4 and 5 are -v, 6 and 7 -vv, more -vvv.
     #[arg(
         short = 'v',
+        alias = "v",
         value_name = "N",
         help_heading = "Observability",
         num_args = 0..=1,
-        require_equals = true,
         default_missing_value = "",
         value_parser = Verbose::parse
     )]
     pub verbose: Vec<Verbose>,
-
-    /// kube-proxy's other way to write it.
-    #[arg(long = "v", value_name = "N", hide = true, value_parser = kube_proxy::verbosity)]
-    pub v: Option<u8>,
 
     /// kube-proxy's way to say the port of `--healthz-bind-address`, or nowhere by 0.
     #[arg(long, value_name = "PORT", hide = true)]
@@ -341,7 +337,7 @@ impl Args {
 
     /// How much is logged, from 0 to 3.
     pub fn verbosity(&self) -> u8 {
-        self.v.unwrap_or_else(|| Verbose::sum(&self.verbose))
+        Verbose::sum(&self.verbose)
     }
 
     /// On which of the node's addresses NodePorts answer.

@@ -164,7 +164,7 @@ mod tests {
     use super::*;
 
     /// Flags that only nftlet has, and those of kube-proxy that are not in its configuration.
-    const NOT_IN_FILE: [&str; 17] = [
+    const NOT_IN_FILE: [&str; 16] = [
         "cleanup",
         "config",
         "dry_run",
@@ -179,7 +179,6 @@ mod tests {
         "network_policy",
         "network_policy_strict",
         "once",
-        "v",
         "verbose",
         "write_config_to",
     ];

@@ -123,38 +123,36 @@ impl FromArgMatches for Ignored {
     }
 }
 
-/// One `-v`: how much more is logged.
+/// How much more is logged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verbose {
-    /// One level more, as nftlet counts them.
-    More,
+    /// So many levels more, as nftlet counts them.
+    More(u8),
     /// So many levels in all, as nftlet counts them.
     Level(u8),
 }
 
 impl Verbose {
-    /// Reads what follows `-v=`, if anything.
+    /// Reads what follows `-v`: nothing, more of them as in `-vvv`, or a verbosity as kube-proxy
+    /// counts them.
     pub(super) fn parse(text: &str) -> Result<Self, Error> {
-        match text {
-            "" => Ok(Self::More),
-            text => verbosity(text).map(Self::Level),
+        if text.bytes().all(|byte| byte == b'v') {
+            let more = u8::try_from(text.len()).unwrap_or(u8::MAX);
+            return Ok(Self::More(more.saturating_add(1)));
+        }
+        match text.trim().parse() {
+            Ok(level) => Ok(Self::Level(verbosity_of(level))),
+            Err(_) => Err(Error::Verbosity(text.to_owned())),
         }
     }
 
     /// What several of them come to.
     pub(super) fn sum(all: &[Self]) -> u8 {
         all.iter().fold(0, |sum, one| match one {
-            Self::More => sum.saturating_add(1),
+            Self::More(levels) => sum.saturating_add(*levels),
             Self::Level(level) => *level,
         })
     }
-}
-
-/// A verbosity as kube-proxy counts them.
-pub(super) fn verbosity(text: &str) -> Result<u8, Error> {
-    let level = text.trim().parse::<u32>();
-    let level = level.map_err(|_| Error::Verbosity(text.to_owned()))?;
-    Ok(verbosity_of(level))
 }
 
 /// The number of `-v` that shows about as much as a verbosity of kube-proxy, whose 2 is usual.

@@ -585,13 +585,17 @@ fn a_verbosity_is_counted_or_kube_proxys() {
         (&["-v", "-v"], 2),
         (&["-v=2"], 0),
         (&["-v=5"], 1),
+        (&["-v4"], 1),
+        (&["-v", "6", "--once"], 2),
+        (&["-v", "--once"], 1),
+        (&["--v", "--once"], 1),
         (&["--v=7"], 2),
         (&["--v", "9"], 3),
         (&["-vv", "--once"], 2),
     ] {
         assert_eq!(parsed(args).verbosity(), wanted, "{args:?}");
     }
-    for wrong in ["-v=much", "--v=-1"] {
+    for wrong in ["-v=much", "--v=-1", "-v1v"] {
         let line = refused(&[wrong]);
         assert!(
             line.contains("is not a verbosity; write a number"),

@@ -27,7 +27,7 @@ use thiserror::Error;
 pub use self::effective::{GROUP, effective};
 pub use self::follow::{Ended, follow};
 use self::wire::Wire;
-use crate::cli::{CommandLine, DetectLocalMode, LogFormat, verbosity_of};
+use crate::cli::{CommandLine, DetectLocalMode, LogFormat, Verbose, verbosity_of};
 
 /// The largest file that is read: ConfigMaps have at most 1 MiB.
 const LARGEST: u64 = 1 << 20;
@@ -150,7 +150,7 @@ impl File {
         let wire = &self.wire;
         let name_given = line.is_given("hostname_override");
         let format_given = line.is_given("log_format");
-        let verbosity_given = line.is_given("verbose") || line.is_given("v");
+        let verbosity_given = line.is_given("verbose");
         let args = &mut line.args;
         if !name_given {
             args.hostname_override = wire.hostname_override.clone().map(|name| name.0);
@@ -160,7 +160,8 @@ impl File {
         }
         if !verbosity_given {
             let level = wire.logging.verbosity.map(|level| verbosity_of(level.0));
-            args.v = level.filter(|level| *level > 0);
+            let level = level.filter(|level| *level > 0);
+            args.verbose = level.map(Verbose::Level).into_iter().collect();
         }
         args.kubeconfig = wire.client_connection.kubeconfig.clone();
         args.cluster_cidr = wire.cluster_cidr.clone().unwrap_or_default();
