@@ -10,8 +10,8 @@ mod fake_api;
 
 use std::time::Duration;
 
-use agent::{Node, PATIENCE, lines_with, wait_for_log};
-use common::netns::{require_net_admin, wait_for};
+use agent::{NFTLET, Node, PATIENCE, get, lines_with, wait_for_log};
+use common::netns::{Daemon, require_net_admin, wait_for};
 use consumer::{cidr, node, service, slice};
 use fake_api::{CIDRS, FakeApi, NODES, SERVICES, SLICES, Written};
 use nftlet::events::{Pace, QUEUE, Recorder};
@@ -305,4 +305,30 @@ async fn an_event_that_the_server_forgot_says_what_happened_last() {
         .expect("it listens");
     let anew = |written: &[Written]| new_about(written, "web").any(|it| it.text("/note") == "last");
     bench.api.until_written("what happened last", anew).await;
+}
+
+/// Only the host may change the size of the table of connections, and no namespace beside it.
+#[test]
+fn a_kernel_setting_that_cannot_be_made_is_told_of_and_counted() {
+    if !require_net_admin() {
+        return;
+    }
+    let node = faulty_cluster();
+    let arguments = node.arguments(&["--conntrack-max-per-core=1"]);
+    let nftlet = Daemon::start(&node.ns, NFTLET, arguments);
+    let told = wait_for_event(&node, "KernelSetting");
+    assert_eq!(told.text("/regarding/kind"), "Node");
+    let note = told.text("/note");
+    assert!(note.contains("nf_conntrack_max"), "{note}");
+    wait_for_log(&nftlet, "the rules are in place");
+    let (_, page) = get(&node.ns, "127.0.0.1:10249", "/metrics");
+    let line = |line: &str| page.lines().any(|it| it == line);
+    // What has not happened yet is there, so that the first time is an increase.
+    assert!(
+        line("nftlet_notices_total{reason=\"InvalidPolicy\"} 0"),
+        "{page}"
+    );
+    let counted = "nftlet_notices_total{reason=\"KernelSetting\"}";
+    assert!(page.lines().any(|it| it.starts_with(counted)), "{page}");
+    assert!(!line(&format!("{counted} 0")), "{page}");
 }
