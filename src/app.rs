@@ -15,10 +15,11 @@
 //! others make to nftlet's tables, "audit" compares them now and then with what is wanted, and where
 //! a flag asks for it "cuts" removes connections that no policy allows any more, and "denied" hears
 //! of denied packets. A last one, "leftovers", waits for the first rules, removes those of another
-//! proxy and ends.
+//! proxy, and looks for them again now and then.
 
 mod configure;
 mod dry_run;
+mod kernel;
 mod leftovers;
 mod observe;
 mod pages;
@@ -75,9 +76,6 @@ pub enum Error {
         /// What the system said.
         source: io::Error,
     },
-    /// With `--init-only`: something could not be set.
-    #[error("not all kernel settings could be made; the messages above say which")]
-    NotInitialised,
     /// The kernel cannot be worked with.
     #[error(transparent)]
     Netlink(#[from] netlink::Error),
@@ -193,7 +191,8 @@ pub fn run(mut line: CommandLine) -> Result<(), Error> {
         return configure::write(args, path);
     }
     if args.process.init_only {
-        return configure::initialise(args);
+        kernel::initialise(args);
+        return Ok(());
     }
     if args.dry_run {
         return dry_run::run(args, &node_name, &settings);
@@ -203,6 +202,7 @@ pub fn run(mut line: CommandLine) -> Result<(), Error> {
     // The first answer tells about permissions and a missing nf_tables before anything else.
     nftables.read(&[], &Ruleset::default())?;
     let metrics = Arc::new(Metrics::new()?);
+    metrics.expect_notices(Reason::ALL.map(Reason::as_str));
     let health = Health::new(args.sync_period.unwrap_or(cli::SYNC_PERIOD));
     let (delivered, received) = mpsc::channel(QUEUE);
     let (stop, stopped) = watch::channel(false);
@@ -213,6 +213,7 @@ pub fn run(mut line: CommandLine) -> Result<(), Error> {
     // Where nobody reads the notices they are dropped.
     let (sender, notices) = mpsc::channel(events::QUEUE);
     let reporter = LogAndSend(sender);
+    let (freed, bell) = std::sync::mpsc::channel();
     let io = Io {
         args: args.clone(),
         file,
@@ -226,6 +227,7 @@ pub fn run(mut line: CommandLine) -> Result<(), Error> {
         stopped: stopped.clone(),
         reporter: reporter.clone(),
         notices,
+        freed,
     };
     let io = thread::Builder::new()
         .name("io".into())
@@ -233,7 +235,8 @@ pub fn run(mut line: CommandLine) -> Result<(), Error> {
         .map_err(system("the I/O thread"))?;
     // The sender is dropped without a message only if the thread panicked.
     started.blocking_recv().unwrap_or(Err(Error::SourceEnded))?;
-    configure::set_kernel(args);
+    let mut ready = Vec::new();
+    kernel::start(args, &metrics, &reporter, &mut ready)?;
     if !args.once {
         configure::set_oom_score(args);
     }
@@ -241,7 +244,6 @@ pub fn run(mut line: CommandLine) -> Result<(), Error> {
     let (cleaner, pending) = conntrack::queue();
     let flows = start_cleaner(pending, metrics.clone())?;
     let foreign = Arc::new(Notify::new());
-    let mut ready = Vec::new();
     let mut audits = None;
     if !args.once {
         let (told, begin) = oneshot::channel();
@@ -253,7 +255,7 @@ pub fn run(mut line: CommandLine) -> Result<(), Error> {
     if !args.once && !args.keep_kube_proxy {
         let (told, begin) = oneshot::channel();
         ready.push(told);
-        leftovers::start(begin)?;
+        leftovers::start(begin, bell)?;
     }
     let mut reconciler = Reconciler::new(nftables, settings, &metrics, &reporter)
         .with_stand_in(stand_in(&stand_in_name))
@@ -368,13 +370,13 @@ fn single_threaded() -> Result<runtime::Runtime, Error> {
 
 fn start_logging(args: &Args) {
     use tracing_subscriber::filter::{EnvFilter, LevelFilter};
-    let level = match args.verbose {
+    let level = match args.verbosity() {
         0 => LevelFilter::INFO,
         1 => LevelFilter::DEBUG,
         2.. => LevelFilter::TRACE,
     };
     // The libraries' own debug output is of interest only when everything is asked for.
-    let filter = if args.verbose < 3 {
+    let filter = if args.verbosity() < 3 {
         // The HTTP client says each failed request; the source tells of the server once.
         EnvFilter::new(format!("error,kube_client=off,nftlet={level}"))
     } else {
@@ -383,7 +385,7 @@ fn start_logging(args: &Args) {
     let logging = tracing_subscriber::fmt()
         .with_writer(io::stderr)
         .with_ansi(io::stderr().is_terminal())
-        .with_target(args.verbose > 0)
+        .with_target(args.verbosity() > 0)
         .with_env_filter(filter);
     // A second call (in tests) keeps the first subscriber.
     let _ = match args.log_format {
@@ -403,9 +405,9 @@ fn settings(args: &Args) -> Result<Settings, Error> {
             }
         },
         masquerade_all: args.masquerade_all,
-        nodeport_addresses: match &args.nodeport_addresses {
+        nodeport_addresses: match args.nodeport_addresses()? {
             cli::NodePortAddresses::Primary => NodePortAddresses::Primary,
-            cli::NodePortAddresses::Ranges(ranges) => NodePortAddresses::Inside(ranges.clone()),
+            cli::NodePortAddresses::Ranges(ranges) => NodePortAddresses::Inside(ranges),
         },
         bind_address: args.bind_address.filter(|ip| !ip.is_unspecified()),
         masquerade_bit: MasqueradeBit::new(args.masquerade_bit).unwrap_or_default(),

@@ -21,6 +21,8 @@ pub use command_line::{Command, CommandLine, one_line};
 pub use conntrack::{ConntrackArgs, duration};
 use detect_local::LONGEST_INTERFACE_NAME;
 pub use detect_local::{DetectLocal, DetectLocalMode, InterfaceName};
+use kube_proxy::switch;
+pub use kube_proxy::{Ignored, Verbose, verbosity_of};
 pub use network_policy::NetworkPolicyMode;
 pub use process::{OOM_SCORE_ADJ, ProcessArgs, ProxyMode, masquerade_bit, oom_score_adj};
 
@@ -28,6 +30,7 @@ mod cleanup;
 mod command_line;
 mod conntrack;
 mod detect_local;
+mod kube_proxy;
 mod network_policy;
 mod process;
 
@@ -54,10 +57,26 @@ pub const METRICS_BIND_ADDRESS: &str = "--metrics-bind-address";
 pub const SYNC_PERIOD: Duration = Duration::from_secs(30);
 
 /// Where kube-proxy answers probes: on all addresses, since load balancers ask from outside.
-const HEALTHZ_DEFAULT: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 10256);
+const HEALTHZ: Defaults = Defaults {
+    port: 10256,
+    v4: Ipv4Addr::UNSPECIFIED,
+    v6: Ipv6Addr::UNSPECIFIED,
+};
 
 /// Where kube-proxy answers Prometheus: inside the node only.
-const METRICS_DEFAULT: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 10249);
+const METRICS: Defaults = Defaults {
+    port: 10249,
+    v4: Ipv4Addr::LOCALHOST,
+    v6: Ipv6Addr::LOCALHOST,
+};
+
+/// What an address to listen on has where nothing else is said; the family is that of the node's
+/// own address (`--bind-address`).
+struct Defaults {
+    port: u16,
+    v4: Ipv4Addr,
+    v6: Ipv6Addr,
+}
 
 const AFTER_HELP: &str = "\
 Without --kubeconfig and --manifests, nftlet uses the service account of its pod.
@@ -173,23 +192,36 @@ pub struct Args {
     pub pod_interface_name_prefix: Option<InterfaceName>,
 
     /// Answer NodePorts on the local addresses inside these ranges, or on the node's own address
-    /// of each family (primary). A family without a range means all of its local addresses.
+    /// of each family (primary). A family without a range means all of its local addresses. May be
+    /// given several times.
     #[arg(
         long,
         value_name = "primary|CIDR,...",
         help_heading = "Services",
-        default_value_t
+        default_values_t = [NodePortAddresses::Primary]
     )]
-    pub nodeport_addresses: NodePortAddresses,
+    pub nodeport_addresses: Vec<NodePortAddresses>,
 
     /// Masquerade all traffic to ClusterIPs, wherever it comes from.
-    #[arg(long, help_heading = "Services")]
+    #[arg(
+        long,
+        help_heading = "Services",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true",
+        default_value_t = false,
+        hide_default_value = true,
+        value_name = "true|false",
+        value_parser = switch,
+        action = ArgAction::Set
+    )]
     pub masquerade_all: bool,
 
     /// The bit of the packet mark, from 0 to 31, that asks for masquerading; others must not use
     /// it.
     #[arg(
         long,
+        alias = "iptables-masquerade-bit",
         value_name = "N",
         help_heading = "Services",
         default_value_t = 14,
@@ -226,31 +258,60 @@ pub struct Args {
     pub log_denied: bool,
 
     /// Answer /metrics here: `IP`, `IP:PORT`, `[IPv6]:PORT`, `:PORT` for all addresses, or an
-    /// empty text for nowhere [default: 127.0.0.1:10249; nowhere with --manifests, --dry-run or
-    /// --once].
+    /// empty text for nowhere [default: 127.0.0.1:10249, or [::1]:10249 where --bind-address is
+    /// IPv6; nowhere with --manifests, --dry-run or --once].
     #[arg(long, value_name = "ADDR", help_heading = "Observability")]
     pub metrics_bind_address: Option<BindAddress>,
 
-    /// Answer /healthz and /livez here, in the same forms [default: 0.0.0.0:10256; nowhere with
-    /// --manifests, --dry-run or --once].
+    /// Answer /healthz and /livez here, in the same forms [default: 0.0.0.0:10256, or [::]:10256
+    /// where --bind-address is IPv6; nowhere with --manifests, --dry-run or --once].
     #[arg(long, value_name = "ADDR", help_heading = "Observability")]
     pub healthz_bind_address: Option<BindAddress>,
 
     /// Do not start while one of the two ports cannot be had, instead of trying on.
-    #[arg(long, help_heading = "Observability")]
+    #[arg(
+        long,
+        help_heading = "Observability",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true",
+        default_value_t = false,
+        hide_default_value = true,
+        value_name = "true|false",
+        value_parser = switch,
+        action = ArgAction::Set
+    )]
     pub bind_address_hard_fail: bool,
 
-    /// Log more: -v what is done with each change, -vv every step, -vvv the libraries too.
+    /// Log more: -v what is done with each change, -vv every step, -vvv the libraries too. A
+    /// number is a verbosity of kube-proxy: 4 and 5 are -v, 6 and 7 -vv, more -vvv.
     #[arg(
         short = 'v',
-        action = ArgAction::Count,
-        help_heading = "Observability"
+        alias = "v",
+        value_name = "N",
+        help_heading = "Observability",
+        num_args = 0..=1,
+        default_missing_value = "",
+        value_parser = Verbose::parse
     )]
-    pub verbose: u8,
+    pub verbose: Vec<Verbose>,
+
+    /// kube-proxy's way to say the port of `--healthz-bind-address`, or nowhere by 0.
+    #[arg(long, value_name = "PORT", hide = true)]
+    pub healthz_port: Option<u16>,
+
+    /// The same of `--metrics-bind-address`.
+    #[arg(long, value_name = "PORT", hide = true)]
+    pub metrics_port: Option<u16>,
+
+    /// Flags of kube-proxy that have no effect.
+    #[command(flatten)]
+    pub ignored: Ignored,
 
     /// Write the log as text or as json.
     #[arg(
         long,
+        alias = "logging-format",
         value_name = "text|json",
         help_heading = "Observability",
         default_value_t
@@ -266,12 +327,37 @@ pub struct Args {
 impl Args {
     /// Where the probes are answered, if anywhere.
     pub fn healthz_address(&self) -> Option<SocketAddr> {
-        self.address(self.healthz_bind_address, HEALTHZ_DEFAULT)
+        self.address(self.healthz_bind_address, self.healthz_port, &HEALTHZ)
     }
 
     /// Where the metrics are answered, if anywhere.
     pub fn metrics_address(&self) -> Option<SocketAddr> {
-        self.address(self.metrics_bind_address, METRICS_DEFAULT)
+        self.address(self.metrics_bind_address, self.metrics_port, &METRICS)
+    }
+
+    /// How much is logged, from 0 to 3.
+    pub fn verbosity(&self) -> u8 {
+        Verbose::sum(&self.verbose)
+    }
+
+    /// On which of the node's addresses NodePorts answer.
+    ///
+    /// # Errors
+    ///
+    /// When `primary` stands beside ranges.
+    pub fn nodeport_addresses(&self) -> Result<NodePortAddresses, Error> {
+        let mut all = self.nodeport_addresses.iter();
+        let mut sum = all.next().cloned().unwrap_or_default();
+        for more in all {
+            match (&mut sum, more) {
+                (NodePortAddresses::Ranges(sum), NodePortAddresses::Ranges(more)) => {
+                    sum.extend(more);
+                }
+                (NodePortAddresses::Primary, NodePortAddresses::Primary) => {}
+                _ => return Err(Error::PrimaryAndRanges),
+            }
+        }
+        Ok(sum)
     }
 
     /// The name of this node: the flag's, else that of the variable `NODE_NAME`, else the host's.
@@ -310,12 +396,28 @@ impl Args {
         })
     }
 
-    fn address(&self, given: Option<BindAddress>, default: SocketAddr) -> Option<SocketAddr> {
+    fn address(
+        &self,
+        given: Option<BindAddress>,
+        port: Option<u16>,
+        defaults: &Defaults,
+    ) -> Option<SocketAddr> {
+        if port == Some(0) {
+            return None;
+        }
+        let port = port.unwrap_or(defaults.port);
         match given {
-            Some(address) => address.resolve(default.port()),
+            Some(address) => address.resolve(port),
             // These runs are for looking, often beside a proxy that holds the ports.
             None if !self.manifests.is_empty() || self.dry_run || self.once => None,
-            None => Some(default),
+            None => {
+                let own = self.bind_address.map(|own| own.to_canonical());
+                let address = match own {
+                    Some(IpAddr::V6(_)) => IpAddr::V6(defaults.v6),
+                    Some(IpAddr::V4(_)) | None => IpAddr::V4(defaults.v4),
+                };
+                Some(SocketAddr::new(address, port))
+            }
         }
     }
 }
@@ -394,6 +496,17 @@ pub enum Error {
     /// No address of a server.
     #[error("`{0}` is not the address of an API server; write it like https://192.0.2.10:6443")]
     Server(String),
+    /// Neither true nor false.
+    #[error("`{0}` is neither true nor false")]
+    Switch(String),
+    /// No verbosity.
+    #[error("`{0}` is not a verbosity; write a number such as 2, or -v, -vv or -vvv")]
+    Verbosity(String),
+    /// A file cannot say it.
+    #[error(
+        "a configuration file cannot say that nothing is answered: an empty {0} means the default there; give an address such as 127.0.0.1 to write a file"
+    )]
+    NowhereInFile(&'static str),
     /// No log format.
     #[error("there is no such format; write text or json")]
     LogFormat,

@@ -15,6 +15,7 @@ pub use self::checks::{Check, CheckError, Checks, serve_checks};
 pub use self::server::{Error, Router, bind, bind_again, serve};
 
 mod checks;
+mod listen;
 mod server;
 
 /// How long a round of work may take before it counts as late, twice over; kube-proxy's

@@ -219,7 +219,7 @@ impl Metrics {
             )?,
             watch_restarts: new.counter_vec(
                 "nftlet_watch_restarts_total",
-                "Watches that ended with an error and were started again",
+                "Watches that were started again; a server ends each after some minutes",
                 &["kind"],
             )?,
             watch_events: new.counter_vec(
@@ -373,6 +373,14 @@ impl Metrics {
     /// each new value is another series for Prometheus to keep.
     pub fn notice(&self, reason: &str) {
         self.notices.with_label_values(&[reason]).inc();
+    }
+
+    /// Faults of these kinds may be found. A series that is there from the start with 0 shows the
+    /// first one as an increase.
+    pub fn expect_notices<'a>(&self, reasons: impl IntoIterator<Item = &'a str>) {
+        for reason in reasons {
+            let _ = self.notices.with_label_values(&[reason]);
+        }
     }
 
     /// Changes that others made to nftlet's rules were undone with so many operations.

@@ -8,6 +8,7 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::thread;
 use std::time::Duration;
 
 use thiserror::Error;
@@ -15,6 +16,9 @@ use thiserror::Error;
 /// kube-proxy's upper limit of `nf_conntrack_max`, whatever the number of cores.
 const MOST_CONNECTIONS: u64 = 1_048_576;
 const MAX: &str = "proc/sys/net/netfilter/nf_conntrack_max";
+const ONLINE: &str = "sys/devices/system/cpu/online";
+/// More cores than any kernel is built for.
+const MOST_CORES: u64 = 1 << 16;
 const OOM_SCORE: &str = "proc/self/oom_score_adj";
 const HASH_SIZE: &str = "sys/module/nf_conntrack/parameters/hashsize";
 
@@ -47,6 +51,35 @@ pub struct Unset {
     pub value: u64,
     /// What the system said.
     pub source: io::Error,
+}
+
+impl Unset {
+    /// Whether the kernel has no such setting, or none yet.
+    pub fn is_missing(&self) -> bool {
+        self.source.kind() == io::ErrorKind::NotFound
+    }
+}
+
+/// How many cores a machine has, below a root directory (`/`), whatever a container may use of
+/// them.
+pub fn cores(root: &Path) -> u64 {
+    let online = fs::read_to_string(root.join(ONLINE)).ok();
+    let online = online.and_then(|ranges| count(&ranges));
+    online.unwrap_or_else(|| {
+        thread::available_parallelism().map_or(1, |cores| cores.get().try_into().unwrap_or(1))
+    })
+}
+
+/// The sum of ranges such as `0-3,6`.
+fn count(ranges: &str) -> Option<u64> {
+    let ranges = ranges.trim().split(',').map(|range| {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        let (first, last): (u64, u64) = (first.parse().ok()?, last.parse().ok()?);
+        last.checked_sub(first)?.checked_add(1)
+    });
+    ranges
+        .sum::<Option<u64>>()
+        .filter(|cores| (1..=MOST_CORES).contains(cores))
 }
 
 /// Sets how readily the kernel ends this process when memory runs out, below a root directory
@@ -236,5 +269,28 @@ mod tests {
         fs::write(root.path().join(present), "60\n").unwrap();
         assert!(apply(root.path(), &[(present, 60)]).is_empty());
         assert_eq!(read(present), "60\n");
+    }
+
+    #[test]
+    fn the_cores_are_those_of_the_machine() {
+        for (ranges, wanted) in [
+            ("0\n", Some(1)),
+            ("0-3\n", Some(4)),
+            ("0-1,4,6-7", Some(5)),
+            ("", None),
+            ("3-0", None),
+            ("0-18446744073709551615", None),
+            ("0-9999999999", None),
+            ("a", None),
+        ] {
+            assert_eq!(count(ranges), wanted, "{ranges:?}");
+        }
+        let root = tempfile::tempdir().unwrap();
+        let file = root.path().join(ONLINE);
+        fs::create_dir_all(file.parent().unwrap()).unwrap();
+        fs::write(&file, "0-99\n").unwrap();
+        assert_eq!(cores(root.path()), 100);
+        fs::write(&file, "?").unwrap();
+        assert!(cores(root.path()) >= 1);
     }
 }

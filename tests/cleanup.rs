@@ -666,3 +666,52 @@ fn bad_command_lines_and_missing_rights_have_one_clear_line() {
     assert_eq!(told.lines().count(), 1, "{told}");
     assert!(told.contains("CAP_NET_ADMIN"), "{told}");
 }
+
+/// A table of iptables in which somebody has written rules with `nft` is one that iptables' own
+/// programs do not print.
+#[test]
+fn chains_that_iptables_does_not_show_are_told_of() {
+    if !require_net_admin() {
+        return;
+    }
+    let node = Namespace::new("node");
+    Iptables::Nft.load(&node, false, &kube_proxy_iptables(false));
+    node.nft_load("add rule ip nat POSTROUTING oifname \"nowhere\" masquerade");
+    node.nft_load("add rule ip nat POSTROUTING meta mark 0x77 counter masquerade random");
+    let before = node.nft(&["-s", "list", "table", "ip", "nat"]);
+    assert!(before.contains("chain KUBE-SERVICES"), "{before}");
+    let output = nftlet(&node, &["--cleanup"]);
+    let told = said(&output);
+    let shown = Iptables::Nft.save(&node, false);
+    if shown.contains("*nat") {
+        leave_out("a hidden table", "this iptables prints the rules of nft");
+        return;
+    }
+    assert_eq!(output.status.code(), Some(1), "{told}");
+    let line = "13 chains of kube-proxy stay in table ip nat, because";
+    assert_eq!(told.matches(line).count(), 1, "{told}");
+    // The tables that it does show are cleaned.
+    assert!(!shown.contains("KUBE-"), "{shown}");
+    node.nft_load("flush chain ip nat POSTROUTING");
+    assert!(clean(&node, "--cleanup").contains("13 chains of kube-proxy"));
+}
+
+/// A kube-proxy that still runs writes its rules again; the port that becomes free tells that it
+/// has ended.
+#[test]
+fn rules_that_came_back_go_when_a_port_becomes_free() {
+    if !require_net_admin() {
+        return;
+    }
+    let node = Namespace::new("node");
+    node.nft_load(&kube_proxy_nftables());
+    let held = node.run(|| std::net::TcpListener::bind("127.0.0.1:10249").expect("a port"));
+    let address = "--metrics-bind-address=127.0.0.1:10249";
+    let _daemon = shop().run(&node, &["--cluster-cidr", CLUSTER_CIDR, address]);
+    let gone = || (!node.nft(&["list", "tables"]).contains("kube-proxy")).then_some(());
+    wait_for("kube-proxy's tables to go", Duration::from_secs(60), gone);
+    node.nft_load(&kube_proxy_nftables());
+    assert_eq!(gone(), None);
+    drop(held);
+    wait_for("them to go again", Duration::from_secs(60), gone);
+}

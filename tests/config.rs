@@ -326,9 +326,9 @@ fn init_only_makes_kernel_settings_and_no_rule() {
     assert_eq!(read("udp_timeout"), "71");
     assert_eq!(read("udp_timeout_stream"), untouched);
     assert!(!rules(&ns).contains("nftlet"), "{}", rules(&ns));
-    // What cannot be set is said, and the exit code tells that not all is done.
+    // What cannot be set is said, and keeps nothing from starting behind it.
     let output = nftlet(&ns, &["--init-only", "--conntrack-max-per-core=1"], "");
-    assert_eq!(output.status.code(), Some(1), "{}", said(&output));
+    assert_eq!(output.status.code(), Some(0), "{}", said(&output));
     assert!(said(&output).contains("WARN cannot set") || said(&output).contains("cannot set /"));
 }
 
@@ -480,4 +480,80 @@ fn completion_and_the_manual_need_neither_rights_nor_a_cluster() {
     let line = refused(&nftlet(&ns, &["completion", "csh"], ""));
     assert!(line.contains("csh"), "{line}");
     assert!(Path::new(NFTLET).exists());
+}
+
+/// kubeadm writes `::` for a cluster whose nodes have IPv6 addresses.
+#[test]
+fn on_an_ipv6_cluster_the_ports_are_where_kube_proxy_has_them() {
+    if !require_net_admin() {
+        return;
+    }
+    let cluster = small_cluster();
+    cluster.ns.sysctls(&[("net.ipv6.bindv6only", "1")]);
+    let text = kubeadm(&cluster.kubeconfig());
+    let config = Config::new(&text.replace("bindAddress: 0.0.0.0", "bindAddress: '::'"));
+    assert!(text.contains("bindAddress: 0.0.0.0"), "{text}");
+    let arguments = [config.flag(), "--hostname-override=node-1".to_owned()];
+    let daemon = Daemon::start(&cluster.ns, NFTLET, arguments);
+    wait_for_log(&daemon, "the rules are in place");
+    for (address, path) in [
+        ("[::1]:10256", "/healthz"),
+        ("127.0.0.1:10256", "/healthz"),
+        ("[::1]:10249", "/metrics"),
+    ] {
+        assert_eq!(get(&cluster.ns, address, path).0, 200, "{address}");
+    }
+    let (_, page) = get(&cluster.ns, "[::1]:10249", "/configz");
+    let shown: Value = serde_json::from_str(&page).expect("JSON");
+    let shown = &shown["kubeproxy.config.k8s.io"];
+    assert_eq!(shown["healthzBindAddress"], "[::]:10256");
+    assert_eq!(shown["metricsBindAddress"], "[::1]:10249");
+}
+
+#[test]
+fn a_command_line_of_kube_proxy_means_the_same_with_one_warning() {
+    if !require_net_admin() {
+        return;
+    }
+    let (manifests, ns) = (shop(), Namespace::new("node"));
+    let flags = [
+        "--dry-run",
+        "--v=2",
+        "--logtostderr=true",
+        "--iptables-sync-period=30s",
+        "--iptables-masquerade-bit=5",
+        "--masquerade-all=true",
+    ];
+    let output = nftlet(&ns, &manifests.arguments(&flags), "");
+    let own = ["--dry-run", "--masquerade-bit=5", "--masquerade-all"];
+    let own = nftlet(&ns, &manifests.arguments(&own), "");
+    assert_eq!(printed(&output), printed(&own));
+    assert_eq!(said(&own), "");
+    let said = said(&output);
+    assert_eq!(said.lines().count(), 1, "{said}");
+    assert!(
+        said.trim_end().ends_with(
+            "these flags of kube-proxy have no effect here: --iptables-sync-period, --logtostderr"
+        ),
+        "{said}"
+    );
+    let line = refused(&nftlet(&ns, &["--iptables-sync-perod=30s"], ""));
+    assert!(line.contains("did you mean"), "{line}");
+}
+
+#[test]
+fn what_a_file_cannot_say_is_not_written() {
+    if !require_net_admin() {
+        return;
+    }
+    let ns = Namespace::new("node");
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("config");
+    let to = format!("--write-config-to={}", path.display());
+    let line = refused(&nftlet(&ns, &["--metrics-bind-address=", &to], ""));
+    assert!(
+        line.contains("an empty metricsBindAddress means the default there"),
+        "{line}"
+    );
+    assert!(!path.exists());
 }

@@ -18,6 +18,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use agent::{NFTLET, Node, PATIENCE, get, lines_with, of_repository, wait_for_log};
 use clap::Parser as _;
@@ -30,6 +31,9 @@ use k8s_openapi::api::core::v1::{Container, PodSpec};
 use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding};
 use kustomize::{build, object};
 use nftlet::cli::Args;
+use nftlet::events::{Pace, QUEUE, Recorder as EventRecorder};
+use nftlet::model::{Notice, Reason, Subject};
+use nftlet::source::Cluster;
 use schema::{check_kind, typed};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -105,6 +109,8 @@ fn folders() -> Vec<Folder> {
         folders.extend(COMPONENTS.map(|component| Folder::over(base, &[component])));
         folders.push(Folder::over(base, &COMPONENTS));
     }
+    let kubeadm = "overlays/kubeadm";
+    folders.push(Folder::over(kubeadm, &["conntrack-settings-kubeadm"]));
     let of_the_readme = of_the_readme();
     assert!(of_the_readme.len() >= 2, "the README shows how to install");
     folders.extend(of_the_readme);
@@ -566,4 +572,58 @@ fn it_runs_as_installed_and_asks_for_exactly_what_it_has_the_right_to() {
         let others: Vec<&String> = warnings.iter().filter(|it| !foreseen(it)).collect();
         assert_eq!(others, Vec::<&String>::new(), "{folder}");
     }
+}
+
+/// What kubeadm's ConfigMap asks for is made by a container that may.
+#[test]
+fn the_settings_of_kubeadm_are_made_with_its_own_file() {
+    let folder = Folder::over("overlays/kubeadm", &["conntrack-settings-kubeadm"]);
+    let pod = pod_of(&build(&folder.path).objects);
+    let file = |container: &Container| {
+        let mut args = container.args.iter().flatten();
+        let config = args.find_map(|it| it.strip_prefix("--config="));
+        let path = Path::new(config.expect("a file")).to_owned();
+        let mounted = container.volume_mounts.iter().flatten();
+        let mount = mounted.filter(|it| Some(Path::new(&it.mount_path)) == path.parent());
+        let names: Vec<String> = mount.map(|it| it.name.clone()).collect();
+        (path, names)
+    };
+    let first = pod.init_containers.as_deref().unwrap_or_default();
+    let [first] = first else {
+        panic!("one container goes before: {first:?}");
+    };
+    assert_eq!(file(first), file(nftlet_of(&pod)));
+    assert_eq!(file(first).1, ["kube-proxy"]);
+    let security = first.security_context.clone().expect("a security context");
+    assert_eq!(security.privileged, Some(true));
+}
+
+/// A count is written some minutes after an Event, which is longer than the test above waits.
+#[tokio::test]
+async fn the_counts_of_events_need_no_other_right() {
+    let api = fake_api::FakeApi::start().await;
+    let directory = tempfile::tempdir().expect("a directory");
+    let kubeconfig = api.write_kubeconfig(directory.path());
+    let cluster = Cluster::connect(Some(kubeconfig), None, "node-1".into()).await;
+    let client = cluster.expect("a client").client();
+    let pace = Pace {
+        series: Duration::from_millis(50),
+        ..Pace::default()
+    };
+    let (notices, received) = tokio::sync::mpsc::channel(QUEUE);
+    tokio::spawn(EventRecorder::with_pace(client, "node-1".into(), pace).run(received));
+    for _ in 0..2 {
+        let notice = Notice {
+            subject: Subject::Other("the kernel".into()),
+            reason: Reason::SyncFailed,
+            message: "no".into(),
+        };
+        notices.send(notice).await.expect("it listens");
+    }
+    let counted = |written: &[fake_api::Written]| written.iter().any(|it| !it.is_new());
+    api.until_written("a count", counted).await;
+    let asked: BTreeSet<String> = api.requests().iter().map(right).collect();
+    assert!(asked.contains("patch events.events.k8s.io"), "{asked:?}");
+    let granted = granted(&build(&Folder::of("base").path).objects);
+    assert!(asked.is_subset(&granted), "{asked:?}");
 }

@@ -10,8 +10,8 @@ mod fake_api;
 
 use std::time::Duration;
 
-use agent::{Node, PATIENCE, lines_with, wait_for_log};
-use common::netns::{require_net_admin, wait_for};
+use agent::{NFTLET, Node, PATIENCE, get, lines_with, wait_for_log};
+use common::netns::{Daemon, require_net_admin, wait_for};
 use consumer::{cidr, node, service, slice};
 use fake_api::{CIDRS, FakeApi, NODES, SERVICES, SLICES, Written};
 use nftlet::events::{Pace, QUEUE, Recorder};
@@ -261,4 +261,74 @@ fn services_work_where_events_are_forbidden() {
     node.leads("10.96.0.11", &["10.1.0.3"]);
     assert_eq!(lines_with(&nftlet.log(), "Events").len(), 1);
     assert_eq!(node.api.asked_to_write(), 1);
+}
+
+#[tokio::test]
+async fn what_another_run_met_does_not_hide_what_this_one_meets() {
+    let bench = bench().await;
+    let own = |message: &str| Notice {
+        subject: Subject::Other("table nftlet".into()),
+        reason: Reason::ForeignChange,
+        message: message.into(),
+    };
+    let with_note = |written: &[Written], note: &str| {
+        written
+            .iter()
+            .any(|it| it.is_new() && it.text("/note") == note)
+    };
+    bench.notices.send(own("before")).await.expect("it listens");
+    let first = |written: &[Written]| with_note(written, "before");
+    bench.api.until_written("the first Event", first).await;
+    // The same node again, whose server still has the Event.
+    let again = bench_with(bench.api, PACE).await;
+    again.notices.send(own("after")).await.expect("it listens");
+    let second = |written: &[Written]| with_note(written, "after");
+    again.api.until_written("another Event", second).await;
+}
+
+#[tokio::test]
+async fn an_event_that_the_server_forgot_says_what_happened_last() {
+    let bench = bench().await;
+    let refused = |words: &str| about("web", Reason::KernelRefused, words);
+    bench
+        .notices
+        .send(refused("first"))
+        .await
+        .expect("it listens");
+    let told = |written: &[Written]| new_about(written, "web").count() == 1;
+    bench.api.until_written("the Event", told).await;
+    bench.api.forget_events();
+    bench
+        .notices
+        .send(refused("last"))
+        .await
+        .expect("it listens");
+    let anew = |written: &[Written]| new_about(written, "web").any(|it| it.text("/note") == "last");
+    bench.api.until_written("what happened last", anew).await;
+}
+
+/// Only the host may change the size of the table of connections, and no namespace beside it.
+#[test]
+fn a_kernel_setting_that_cannot_be_made_is_told_of_and_counted() {
+    if !require_net_admin() {
+        return;
+    }
+    let node = faulty_cluster();
+    let arguments = node.arguments(&["--conntrack-max-per-core=1"]);
+    let nftlet = Daemon::start(&node.ns, NFTLET, arguments);
+    let told = wait_for_event(&node, "KernelSetting");
+    assert_eq!(told.text("/regarding/kind"), "Node");
+    let note = told.text("/note");
+    assert!(note.contains("nf_conntrack_max"), "{note}");
+    wait_for_log(&nftlet, "the rules are in place");
+    let (_, page) = get(&node.ns, "127.0.0.1:10249", "/metrics");
+    let line = |line: &str| page.lines().any(|it| it == line);
+    // What has not happened yet is there, so that the first time is an increase.
+    assert!(
+        line("nftlet_notices_total{reason=\"InvalidPolicy\"} 0"),
+        "{page}"
+    );
+    let counted = "nftlet_notices_total{reason=\"KernelSetting\"}";
+    assert!(page.lines().any(|it| it.starts_with(counted)), "{page}");
+    assert!(!line(&format!("{counted} 0")), "{page}");
 }

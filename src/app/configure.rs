@@ -1,11 +1,10 @@
-//! Where the settings come from, and what they ask of the process and the kernel at the start.
+//! Where the settings come from, and what they ask of the process at the start.
 
 use std::fs;
 use std::path::Path;
-use std::thread;
 
 use super::Error;
-use crate::cli::{Args, CommandLine, OOM_SCORE_ADJ};
+use crate::cli::{self, Args, BindAddress, CommandLine, OOM_SCORE_ADJ};
 use crate::config::{self, File};
 use crate::sysctl;
 
@@ -22,6 +21,13 @@ pub(super) fn read(line: &mut CommandLine) -> Result<Option<File>, Error> {
 
 /// Tells what of the command line and of the file has no effect.
 pub(super) fn tell(line: &CommandLine, file: Option<&File>) {
+    let ignored = line.args.ignored.given();
+    if !ignored.is_empty() {
+        tracing::warn!(
+            "these flags of kube-proxy have no effect here: {}",
+            ignored.join(", ")
+        );
+    }
     let (Some(path), Some(file)) = (&line.args.process.config, file) else {
         return;
     };
@@ -40,6 +46,14 @@ pub(super) fn tell(line: &CommandLine, file: Option<&File>) {
 
 /// Writes the settings in force as a configuration file.
 pub(super) fn write(args: &Args, path: &Path) -> Result<(), Error> {
+    for (address, field) in [
+        (args.healthz_bind_address, "healthzBindAddress"),
+        (args.metrics_bind_address, "metricsBindAddress"),
+    ] {
+        if address == Some(BindAddress::Nowhere) {
+            return Err(cli::Error::NowhereInFile(field).into());
+        }
+    }
     let fault = |source| Error::WriteConfiguration {
         path: path.to_owned(),
         source,
@@ -49,37 +63,6 @@ pub(super) fn write(args: &Args, path: &Path) -> Result<(), Error> {
     fs::write(path, text).map_err(fault)?;
     tracing::info!("wrote the configuration to {}", path.display());
     Ok(())
-}
-
-/// Makes the kernel settings, for which nftlet may need more rights than afterwards.
-pub(super) fn initialise(args: &Args) -> Result<(), Error> {
-    if set_kernel(args) {
-        tracing::info!("the kernel settings that were asked for are made");
-        Ok(())
-    } else {
-        Err(Error::NotInitialised)
-    }
-}
-
-/// Makes the kernel settings of connection tracking that are asked for; tells of those that
-/// cannot be made, and returns whether there were none.
-pub(super) fn set_kernel(args: &Args) -> bool {
-    let flags = &args.conntrack;
-    let asked = sysctl::Conntrack {
-        max_per_core: flags.conntrack_max_per_core.unwrap_or_default(),
-        min: flags.conntrack_min,
-        tcp_established: flags.conntrack_tcp_timeout_established.unwrap_or_default(),
-        tcp_close_wait: flags.conntrack_tcp_timeout_close_wait.unwrap_or_default(),
-        tcp_be_liberal: flags.conntrack_tcp_be_liberal,
-        udp: flags.conntrack_udp_timeout.unwrap_or_default(),
-        udp_stream: flags.conntrack_udp_timeout_stream.unwrap_or_default(),
-    };
-    let cores = thread::available_parallelism().map_or(1, |cores| cores.get() as u64);
-    let unset = sysctl::apply(Path::new("/"), &asked.wanted(cores));
-    for unset in &unset {
-        tracing::warn!("{unset}");
-    }
-    unset.is_empty()
 }
 
 /// Protects the process while memory is short. Lowering the score takes CAP_SYS_RESOURCE, which

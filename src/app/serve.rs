@@ -33,6 +33,8 @@ pub(super) struct Io {
     pub(super) reporter: LogAndSend,
     /// What the reporters send.
     pub(super) notices: mpsc::Receiver<Notice>,
+    /// Told when a port becomes free that somebody else had.
+    pub(super) freed: std::sync::mpsc::Sender<()>,
 }
 
 impl Io {
@@ -227,7 +229,7 @@ impl Io {
         flag: &'static str,
         router: Router,
     ) -> Result<tokio::task::JoinHandle<()>, Error> {
-        let bound = match health::bind(address, flag).await {
+        let bound = match health::bind(address, flag) {
             Err(error) if self.args.bind_address_hard_fail => return Err(error.into()),
             Err(error) => {
                 // Services must not wait for a port that only tells about them.
@@ -236,13 +238,15 @@ impl Io {
             }
             Ok(listener) => Some(listener),
         };
-        let stopped = self.stopped.clone();
+        let (stopped, freed) = (self.stopped.clone(), self.freed.clone());
         Ok(tokio::spawn(async move {
             let listener = match bound {
                 Some(listener) => listener,
                 None => {
                     let listener = health::bind_again(address, flag).await;
                     tracing::info!("listening on {address} now");
+                    // Nobody has to hear it.
+                    let _ = freed.send(());
                     listener
                 }
             };

@@ -36,6 +36,38 @@ pub enum Error {
         /// What is missing.
         program: String,
     },
+    /// There are tables that nobody can look into.
+    #[error(
+        "{iptables} has tables ({tables}) that cannot be looked into without the program {program}; if kube-proxy has chains there, they stay; install iptables, or run kube-proxy --cleanup"
+    )]
+    Unseen {
+        /// Their names.
+        tables: String,
+        /// Where they are.
+        iptables: Iptables,
+        /// What is missing.
+        program: String,
+    },
+    /// There are chains that iptables does not show.
+    #[error(
+        "{chains} chains of kube-proxy stay in table {table}, because {} does not show them: the table has rules that only nft can write; remove those rules (nft -a list table {table}) and clean up again, or reboot the node", program.display()
+    )]
+    Hidden {
+        /// How many chains.
+        chains: usize,
+        /// Where they are.
+        table: TableId,
+        /// What should have shown them.
+        program: PathBuf,
+    },
+    /// A program does not end.
+    #[error("{} did not end within {seconds} s and was killed; another program may hold the lock of iptables", program.display())]
+    Timeout {
+        /// The program.
+        program: PathBuf,
+        /// How long it was waited for.
+        seconds: u64,
+    },
     /// A program cannot be run.
     #[error("cannot run {}: {source}", program.display())]
     Run {
@@ -68,4 +100,11 @@ pub enum Error {
         /// The table.
         table: TableId,
     },
+}
+
+impl Error {
+    /// Whether a program did not end.
+    pub(super) fn is_timeout(&self) -> bool {
+        matches!(self, Self::Timeout { .. })
+    }
 }

@@ -17,9 +17,11 @@ use std::env;
 use std::ffi::OsString;
 use std::fmt;
 use std::fs;
-use std::io::{self, Write as _};
+use std::io::{self, Read, Write as _};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use super::error::Error;
 use super::owned::{self, IPTABLES_TABLES};
@@ -32,6 +34,10 @@ use crate::ruleset::{Family, TableId};
 const SBIN: [&str; 3] = ["/usr/local/sbin", "/usr/sbin", "/sbin"];
 /// How long to wait for others who change iptables, in seconds.
 const WAIT: &str = "--wait=30";
+/// How long a program may take in all.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// The longest pause between two looks whether a program has ended.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
 /// How often a table is read again because others changed it meanwhile.
 const ATTEMPTS: usize = 3;
 
@@ -88,10 +94,41 @@ impl Iptables {
         match self.look(nftables) {
             Ok(Look::Nothing) => {}
             Ok(found) => match Programs::find(self) {
-                Some(programs) => programs.clean(report),
+                Some(programs) => {
+                    let outcome = programs.clean(report);
+                    // Failures are told, and a table of the legacy kind is printed whole.
+                    if let (Variant::Nft, Some(kept)) = (self.variant, outcome) {
+                        self.look_again(nftables, &kept, &programs.save, report);
+                    }
+                }
                 None => self.cannot(found, report),
             },
             Err(error) => report.fail(error),
+        }
+    }
+
+    /// Tells of chains that the programs do not show: those of a table that holds rules which only
+    /// `nft` can write.
+    fn look_again(self, nftables: &mut Nftables, kept: &[Kept], save: &Path, report: &mut Report) {
+        for table in IPTABLES_TABLES {
+            let id = TableId::new(self.family, table);
+            let names = match nftables.chain_names(&id) {
+                Ok(names) => names,
+                Err(error) => {
+                    report.fail(error);
+                    continue;
+                }
+            };
+            let is_kept = |name: &str| kept.iter().any(|(at, chain)| at == table && chain == name);
+            let stays = |name: &&str| owned::is_chain(name) && !is_kept(name);
+            let chains = names.iter().map(|name| name.as_str()).filter(stays).count();
+            if chains > 0 {
+                report.fail(Error::Hidden {
+                    chains,
+                    table: id,
+                    program: save.to_owned(),
+                });
+            }
         }
     }
 
@@ -105,12 +142,11 @@ impl Iptables {
                 iptables: self,
                 program,
             }),
-            Look::Tables(tables) => report.note(format!(
-                "{self} has tables ({}) that cannot be looked into without the program {program}; \
-                 if kube-proxy has chains there, they stay (install iptables, or run \
-                 kube-proxy --cleanup)",
-                tables.join(", ")
-            )),
+            Look::Tables(tables) => report.fail(Error::Unseen {
+                tables: tables.join(", "),
+                iptables: self,
+                program,
+            }),
         }
     }
 
@@ -183,6 +219,9 @@ fn legacy_tables(family: Family) -> Result<Look, Error> {
     })
 }
 
+/// A chain that stays: its table and its name.
+type Kept = (String, String);
+
 /// The programs that print and change one of the four.
 struct Programs {
     iptables: Iptables,
@@ -209,26 +248,31 @@ impl Programs {
         })
     }
 
-    /// Removes kube-proxy's part from each table, one after the other.
-    fn clean(&self, report: &mut Report) {
+    /// Removes kube-proxy's part from each table, one after the other. Returns the chains that stay
+    /// because rules of others lead there, or nothing where something failed.
+    fn clean(&self, report: &mut Report) -> Option<Vec<Kept>> {
         let mut left = ATTEMPTS;
         loop {
             left -= 1;
-            let failed = match self.attempt(report) {
+            let mut kept = Vec::new();
+            let failed = match self.attempt(&mut kept, report) {
                 Ok(failed) => failed,
                 Err(error) => vec![error],
             };
+            if failed.is_empty() {
+                return Some(kept);
+            }
             // Between reading and writing somebody else may have changed the table.
-            if failed.is_empty() || left == 0 {
+            if left == 0 || failed.iter().any(Error::is_timeout) {
                 failed.into_iter().for_each(|error| report.fail(error));
-                return;
+                return None;
             }
         }
     }
 
     /// Reads all tables, and changes those that have something of kube-proxy's. Returns the
     /// tables that could not be changed.
-    fn attempt(&self, report: &mut Report) -> Result<Vec<Error>, Error> {
+    fn attempt(&self, kept: &mut Vec<Kept>, report: &mut Report) -> Result<Vec<Error>, Error> {
         let output = self.run(&self.save, &[], "")?;
         let saved = String::from_utf8_lossy(&output.stdout);
         let mut failed = Vec::new();
@@ -237,6 +281,8 @@ impl Programs {
                 continue;
             }
             let removal = table.removal();
+            let names = removal.kept.iter();
+            kept.extend(names.map(|chain| (table.name.to_owned(), chain.clone())));
             if removal.input.is_empty() {
                 self.tell(table.name, &removal, report);
                 continue;
@@ -286,8 +332,18 @@ pub fn counted(number: usize, what: &str) -> String {
     format!("{number} {what}{plural}")
 }
 
-/// Runs a program with this input to its end; another status than 0 is an error.
+/// Runs a program with this input to its end; another status than 0 is an error, and so is a
+/// program that does not end.
 pub fn run(program: &Path, arguments: &[&str], input: &str) -> Result<Output, Error> {
+    run_within(PATIENCE, program, arguments, input)
+}
+
+fn run_within(
+    patience: Duration,
+    program: &Path,
+    arguments: &[&str],
+    input: &str,
+) -> Result<Output, Error> {
     let cannot = |source| Error::Run {
         program: program.to_owned(),
         source,
@@ -299,21 +355,71 @@ pub fn run(program: &Path, arguments: &[&str], input: &str) -> Result<Output, Er
         .stderr(Stdio::piped())
         .spawn()
         .map_err(cannot)?;
-    // All of the input is read before anything is printed; a program that ends early says why.
-    if let Some(mut stdin) = child.stdin.take() {
-        let _ = stdin.write_all(input.as_bytes());
+    let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
+    let (ended, stdout, stderr) = thread::scope(|scope| {
+        scope.spawn(move || {
+            // A program that ends early says why itself.
+            if let Some(mut stdin) = stdin {
+                let _ = stdin.write_all(input.as_bytes());
+            }
+        });
+        let stdout = scope.spawn(move || all_of(stdout));
+        let stderr = scope.spawn(move || all_of(stderr));
+        let ended = wait(&mut child, patience);
+        (
+            ended,
+            stdout.join().unwrap_or_default(),
+            stderr.join().unwrap_or_default(),
+        )
+    });
+    let Some(status) = ended.map_err(cannot)? else {
+        return Err(Error::Timeout {
+            program: program.to_owned(),
+            seconds: patience.as_secs(),
+        });
+    };
+    if status.success() {
+        return Ok(Output {
+            status,
+            stdout,
+            stderr,
+        });
     }
-    let output = child.wait_with_output().map_err(cannot)?;
-    if output.status.success() {
-        return Ok(output);
-    }
-    let said = String::from_utf8_lossy(&output.stderr);
+    let said = String::from_utf8_lossy(&stderr);
     let lines: Vec<&str> = said.lines().map(str::trim).collect();
     Err(Error::Failed {
         program: program.to_owned(),
-        status: output.status,
+        status,
         said: lines.join(" "),
     })
+}
+
+/// All that comes out of a pipe.
+fn all_of(pipe: Option<impl Read>) -> Vec<u8> {
+    let mut all = Vec::new();
+    if let Some(mut pipe) = pipe {
+        // What was read before a fault is worth as much.
+        let _ = pipe.read_to_end(&mut all);
+    }
+    all
+}
+
+/// Waits for a program, and ends one that takes too long.
+fn wait(child: &mut Child, patience: Duration) -> io::Result<Option<ExitStatus>> {
+    let begun = Instant::now();
+    let mut pause = Duration::from_millis(1);
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(Some(status));
+        }
+        if begun.elapsed() > patience {
+            child.kill()?;
+            child.wait()?;
+            return Ok(None);
+        }
+        thread::sleep(pause);
+        pause = (pause * 2).min(LOOK_EVERY);
+    }
 }
 
 /// Where programs are looked for.
@@ -393,5 +499,25 @@ mod tests {
         assert!(said.contains("bad line"), "{said}");
         let missing = run(Path::new("/nowhere/iptables-save"), &[], "").unwrap_err();
         assert!(missing.to_string().contains("/nowhere/iptables-save"));
+    }
+
+    #[test]
+    fn a_program_that_does_not_end_is_ended() {
+        let sleep = run_within(
+            Duration::from_millis(50),
+            Path::new("/bin/sh"),
+            &["-c", "exec sleep 3600"],
+            "",
+        );
+        let error = sleep.unwrap_err();
+        assert!(error.is_timeout(), "{error}");
+        assert!(error.to_string().contains("/bin/sh did not end"), "{error}");
+    }
+
+    #[test]
+    fn a_program_may_print_before_it_has_read_everything() {
+        let much = "x".repeat(1 << 20);
+        let output = run(Path::new("/bin/cat"), &[], &much).unwrap();
+        assert_eq!(output.stdout.len(), much.len());
     }
 }

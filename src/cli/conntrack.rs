@@ -2,9 +2,10 @@
 
 use std::time::Duration;
 
-use clap::Args;
+use clap::{ArgAction, Args};
 
 use super::Error;
+use super::kube_proxy::switch;
 
 /// Kernel settings of connection tracking, made at the start where a flag asks for them. 0 asks
 /// for nothing.
@@ -28,7 +29,17 @@ pub struct ConntrackArgs {
     pub conntrack_tcp_timeout_close_wait: Option<Duration>,
 
     /// Accept TCP packets outside of the window.
-    #[arg(long)]
+    #[arg(
+        long,
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true",
+        default_value_t = false,
+        hide_default_value = true,
+        value_name = "true|false",
+        value_parser = switch,
+        action = ArgAction::Set
+    )]
     pub conntrack_tcp_be_liberal: bool,
 
     /// How long a UDP flow without an answer is remembered.

@@ -4,9 +4,10 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use clap::Args;
+use clap::{ArgAction, Args};
 
 use super::Error;
+use super::kube_proxy::switch;
 
 /// kube-proxy's value: among the last processes that the kernel ends when memory runs out.
 pub const OOM_SCORE_ADJ: i16 = -999;
@@ -27,7 +28,18 @@ pub struct ProcessArgs {
 
     /// Make the kernel settings that are asked for, which may need more rights than the rules,
     /// and exit.
-    #[arg(long, conflicts_with_all = ["dry_run", "once"])]
+    #[arg(
+        long,
+        conflicts_with_all = ["dry_run", "once"],
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true",
+        default_value_t = false,
+        hide_default_value = true,
+        value_name = "true|false",
+        value_parser = switch,
+        action = ArgAction::Set
+    )]
     pub init_only: bool,
 
     /// Accepted for kube-proxy's sake; there is only nftables.

@@ -38,9 +38,9 @@ fn nothing_given_means_the_defaults_of_kube_proxy() {
     assert_eq!(args.kubeconfig, None);
     assert_eq!(args.manifests, []);
     assert!(args.cluster_cidr.as_slice().is_empty());
-    assert_eq!(args.nodeport_addresses, NodePortAddresses::Primary);
+    assert_eq!(args.nodeport_addresses(), Ok(NodePortAddresses::Primary));
     assert!(!args.masquerade_all && !args.dry_run && !args.once);
-    assert_eq!(args.verbose, 0);
+    assert_eq!(args.verbosity(), 0);
     assert_eq!(args.log_format, LogFormat::Text);
     assert!(args.network_policy.is_on());
     assert_eq!(
@@ -74,8 +74,11 @@ fn everything_given_is_kept() {
         [net("10.244.0.0/16"), net("fd00:10::/64")]
     );
     assert_eq!(
-        args.nodeport_addresses,
-        NodePortAddresses::Ranges(vec![net("10.0.0.0/8"), net("fd00::/8")])
+        args.nodeport_addresses(),
+        Ok(NodePortAddresses::Ranges(vec![
+            net("10.0.0.0/8"),
+            net("fd00::/8")
+        ]))
     );
     assert!(args.masquerade_all);
     assert_eq!(
@@ -83,7 +86,7 @@ fn everything_given_is_kept() {
         Some("10.0.0.1:10249".parse().unwrap())
     );
     assert_eq!(args.healthz_address(), Some("[::1]:8080".parse().unwrap()));
-    assert_eq!(args.verbose, 2);
+    assert_eq!(args.verbosity(), 2);
     assert_eq!(args.log_format, LogFormat::Json);
     assert_eq!(args.network_policy, NetworkPolicyMode::Off);
 }
@@ -250,7 +253,10 @@ fn ranges_that_are_none_are_refused_with_an_example() {
 
 #[test]
 fn nodeport_addresses_are_primary_or_ranges() {
-    let addresses = |text: &str| parsed(&["--nodeport-addresses", text]).nodeport_addresses;
+    let addresses = |text: &str| {
+        let args = parsed(&["--nodeport-addresses", text]);
+        args.nodeport_addresses().unwrap()
+    };
     assert_eq!(addresses("primary"), NodePortAddresses::Primary);
     assert_eq!(addresses(""), NodePortAddresses::Primary);
     assert_eq!(
@@ -491,4 +497,129 @@ fn cleanup_takes_its_value_with_a_sign_only() {
     for other in ["--dry-run", "--once", "--keep-kube-proxy", "nftlet"] {
         assert!(cleanup(&["--cleanup", other]).is_err(), "{other}");
     }
+}
+
+#[test]
+fn the_default_addresses_have_the_family_of_the_node() {
+    let addresses = |args: &[&str]| {
+        let args = parsed(args);
+        let shown = |address: Option<SocketAddr>| address.map(|it| it.to_string());
+        (
+            shown(args.healthz_address()).unwrap_or_default(),
+            shown(args.metrics_address()).unwrap_or_default(),
+        )
+    };
+    for (own, healthz, metrics) in [
+        ("0.0.0.0", "0.0.0.0:10256", "127.0.0.1:10249"),
+        ("192.0.2.1", "0.0.0.0:10256", "127.0.0.1:10249"),
+        ("::ffff:192.0.2.1", "0.0.0.0:10256", "127.0.0.1:10249"),
+        ("::", "[::]:10256", "[::1]:10249"),
+        ("2001:db8::1", "[::]:10256", "[::1]:10249"),
+    ] {
+        let found = addresses(&["--bind-address", own]);
+        assert_eq!(found, (healthz.to_owned(), metrics.to_owned()), "{own}");
+    }
+    let other = &["--bind-address=::", "--metrics-bind-address=127.0.0.1"];
+    assert_eq!(addresses(other).1, "127.0.0.1:10249");
+}
+
+/// Command lines of kube-proxy as distributions and installers write them.
+#[test]
+fn command_lines_of_kube_proxy_are_accepted() {
+    let args = parsed(&[
+        "--logtostderr=true",
+        "--v=4",
+        "--vmodule=proxier=5",
+        "--log_dir=/var/log",
+        "--feature-gates=A=true,B=false",
+        "--feature-gates",
+        "C=true",
+        "--kube-api-qps=50",
+        "--kube-api-burst",
+        "100",
+        "--iptables-min-sync-period=10s",
+        "--iptables-masquerade-bit=15",
+        "--ipvs-strict-arp",
+        "--ipvs-exclude-cidrs=10.0.0.0/8",
+        "--profiling=false",
+        "--logging-format=json",
+        "--masquerade-all=true",
+        "--conntrack-tcp-be-liberal=True",
+        "--bind-address-hard-fail=false",
+        "--init-only=true",
+        "--nodeport-addresses=10.0.0.0/8",
+        "--nodeport-addresses=fd00::/8,172.16.0.0/12",
+        "--healthz-port=10356",
+        "--metrics-port=0",
+    ]);
+    assert_eq!(
+        args.ignored.given().join(" "),
+        "--feature-gates --iptables-min-sync-period --ipvs-exclude-cidrs --kube-api-burst \
+         --kube-api-qps --log-dir --vmodule --ipvs-strict-arp --logtostderr --profiling"
+    );
+    assert_eq!(args.verbosity(), 1);
+    assert_eq!(args.masquerade_bit, 15);
+    assert_eq!(args.log_format, LogFormat::Json);
+    assert!(args.masquerade_all && args.conntrack.conntrack_tcp_be_liberal);
+    assert!(args.process.init_only && !args.bind_address_hard_fail);
+    assert_eq!(
+        args.nodeport_addresses(),
+        Ok(NodePortAddresses::Ranges(
+            ["10.0.0.0/8", "fd00::/8", "172.16.0.0/12"].map(net).into()
+        ))
+    );
+    assert_eq!(
+        args.healthz_address(),
+        Some("0.0.0.0:10356".parse().unwrap())
+    );
+    assert_eq!(args.metrics_address(), None);
+    assert_eq!(parsed(&[]).ignored.given(), Vec::<String>::new());
+}
+
+#[test]
+fn a_verbosity_is_counted_or_kube_proxys() {
+    for (args, wanted) in [
+        (&["-v"][..], 1),
+        (&["-vv"], 2),
+        (&["-vvv"], 3),
+        (&["-v", "-v"], 2),
+        (&["-v=2"], 0),
+        (&["-v=5"], 1),
+        (&["-v4"], 1),
+        (&["-v", "6", "--once"], 2),
+        (&["-v", "--once"], 1),
+        (&["--v", "--once"], 1),
+        (&["--v=7"], 2),
+        (&["--v", "9"], 3),
+        (&["-vv", "--once"], 2),
+    ] {
+        assert_eq!(parsed(args).verbosity(), wanted, "{args:?}");
+    }
+    for wrong in ["-v=much", "--v=-1", "-v1v"] {
+        let line = refused(&[wrong]);
+        assert!(
+            line.contains("is not a verbosity; write a number"),
+            "{line}"
+        );
+    }
+}
+
+#[test]
+fn switches_are_true_or_false_and_contradictions_are_refused() {
+    for flag in [
+        "--masquerade-all",
+        "--conntrack-tcp-be-liberal",
+        "--bind-address-hard-fail",
+        "--init-only",
+    ] {
+        let line = refused(&[&format!("{flag}=maybe")]);
+        assert!(
+            line.ends_with("`maybe` is neither true nor false"),
+            "{line}"
+        );
+    }
+    assert!(!parsed(&["--masquerade-all=0"]).masquerade_all);
+    let args = parsed(&["--nodeport-addresses=primary", "--nodeport-addresses=::/0"]);
+    assert_eq!(args.nodeport_addresses(), Err(Error::PrimaryAndRanges));
+    assert!(refused(&["--nftlet-typo"]).contains("--nftlet-typo"));
 }

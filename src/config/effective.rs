@@ -20,7 +20,7 @@ pub fn effective(args: &Args) -> Value {
     };
     let text = |text: Option<&dyn ToString>| text.map(ToString::to_string).unwrap_or_default();
     let path = args.kubeconfig.as_ref().map(|path| path.display());
-    let ranges: Vec<String> = match &args.nodeport_addresses {
+    let ranges: Vec<String> = match &args.nodeport_addresses().unwrap_or_default() {
         NodePortAddresses::Primary => vec!["primary".to_owned()],
         NodePortAddresses::Ranges(ranges) => ranges.iter().map(ToString::to_string).collect(),
     };
@@ -76,7 +76,7 @@ pub fn effective(args: &Args) -> Value {
                 "json": {"infoBufferSize": "0"},
                 "text": {"infoBufferSize": "0"},
             },
-            "verbosity": verbosity(args.verbose),
+            "verbosity": verbosity(args.verbosity()),
         },
         "metricsBindAddress": address(args.metrics_address()),
         "mode": args.process.proxy_mode.to_string(),
@@ -144,7 +144,7 @@ fn go(duration: Duration) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::duration;
+    use crate::cli::{duration, verbosity_of};
 
     #[test]
     fn durations_are_written_as_go_does_and_read_back() {
@@ -166,7 +166,7 @@ mod tests {
     #[test]
     fn verbosities_survive_being_written() {
         for verbose in 0..=3 {
-            assert_eq!(super::super::verbosity(verbosity(verbose).into()), verbose);
+            assert_eq!(verbosity_of(verbosity(verbose).into()), verbose);
         }
     }
 }

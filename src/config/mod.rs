@@ -27,7 +27,7 @@ use thiserror::Error;
 pub use self::effective::{GROUP, effective};
 pub use self::follow::{Ended, follow};
 use self::wire::Wire;
-use crate::cli::{CommandLine, DetectLocalMode, LogFormat};
+use crate::cli::{CommandLine, DetectLocalMode, LogFormat, Verbose, verbosity_of};
 
 /// The largest file that is read: ConfigMaps have at most 1 MiB.
 const LARGEST: u64 = 1 << 20;
@@ -148,10 +148,9 @@ impl File {
     /// `-v` and `--log-format` count for more than the file, as with kube-proxy.
     pub fn apply(&self, line: &mut CommandLine) {
         let wire = &self.wire;
-        let (name_given, format_given) = (
-            line.is_given("hostname_override"),
-            line.is_given("log_format"),
-        );
+        let name_given = line.is_given("hostname_override");
+        let format_given = line.is_given("log_format");
+        let verbosity_given = line.is_given("verbose");
         let args = &mut line.args;
         if !name_given {
             args.hostname_override = wire.hostname_override.clone().map(|name| name.0);
@@ -159,15 +158,17 @@ impl File {
         if !format_given {
             args.log_format = wire.logging.format.unwrap_or(LogFormat::Text);
         }
-        if args.verbose == 0 {
-            args.verbose = verbosity(wire.logging.verbosity.map_or(0, |level| level.0));
+        if !verbosity_given {
+            let level = wire.logging.verbosity.map(|level| verbosity_of(level.0));
+            let level = level.filter(|level| *level > 0);
+            args.verbose = level.map(Verbose::Level).into_iter().collect();
         }
         args.kubeconfig = wire.client_connection.kubeconfig.clone();
         args.cluster_cidr = wire.cluster_cidr.clone().unwrap_or_default();
         args.detect_local_mode = wire.detect_local_mode.unwrap_or_default();
         args.pod_bridge_interface = wire.detect_local.bridge_interface.clone();
         args.pod_interface_name_prefix = wire.detect_local.interface_name_prefix.clone();
-        args.nodeport_addresses = wire.node_port_addresses.clone().unwrap_or_default().0;
+        args.nodeport_addresses = vec![wire.node_port_addresses.clone().unwrap_or_default().0];
         args.masquerade_all = wire.nftables.masquerade_all.is_some_and(|all| all.0);
         args.masquerade_bit = wire.nftables.masquerade_bit.map_or(14, |bit| bit.0);
         args.sync_period = wire.nftables.sync_period.and_then(|period| period.set());
@@ -175,6 +176,7 @@ impl File {
         args.bind_address_hard_fail = wire.bind_address_hard_fail.is_some_and(|hard| hard.0);
         args.metrics_bind_address = wire.metrics_bind_address;
         args.healthz_bind_address = wire.healthz_bind_address;
+        (args.healthz_port, args.metrics_port) = (None, None);
         args.process.oom_score_adj = wire.oom_score_adj.map(|score| score.0);
         let (asked, flags) = (&wire.conntrack, &mut args.conntrack);
         flags.conntrack_max_per_core = asked.max_per_core.map(|number| number.0);
@@ -190,16 +192,6 @@ impl File {
     /// What the file says without effect, a line for each sort.
     pub fn notes(&self) -> Vec<String> {
         notes::notes(&self.wire, &self.unknown)
-    }
-}
-
-/// The number of `-v` that shows about as much as a verbosity of kube-proxy, whose 2 is usual.
-fn verbosity(level: u32) -> u8 {
-    match level {
-        0..=3 => 0,
-        4..=5 => 1,
-        6..=7 => 2,
-        8.. => 3,
     }
 }
 

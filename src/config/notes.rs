@@ -9,17 +9,6 @@ use serde_json::Value;
 
 use super::wire::{Flag, Period, Wire};
 
-/// What kube-proxy writes where nobody asked for anything, beside zero values.
-const DEFAULTS: [(&str, &str); 7] = [
-    ("iptables.localhostNodePorts", "true"),
-    ("iptables.masqueradeBit", "14"),
-    ("iptables.minSyncPeriod", "1s"),
-    ("iptables.syncPeriod", "30s"),
-    ("ipvs.minSyncPeriod", "1s"),
-    ("ipvs.syncPeriod", "30s"),
-    ("ipvs.scheduler", "rr"),
-];
-
 /// One line for each sort of field that is set and has no effect.
 pub(super) fn notes(wire: &Wire, unknown: &[String]) -> Vec<String> {
     let mut notes = Vec::new();
@@ -29,10 +18,8 @@ pub(super) fn notes(wire: &Wire, unknown: &[String]) -> Vec<String> {
         }
     };
     note(unknown, "fields that KubeProxyConfiguration does not have");
-    let mut others = Vec::new();
+    let mut others = of_other_modes(wire);
     for (name, value) in [
-        ("iptables", &wire.iptables),
-        ("ipvs", &wire.ipvs),
         ("winkernel", &wire.winkernel),
         ("windowsRunAsService", &wire.windows_run_as_service),
     ] {
@@ -62,10 +49,52 @@ fn wishes(path: &str, value: &Value, found: &mut Vec<String>) {
         Value::String(text) => text.clone(),
         other => other.to_string(),
     };
-    let zero = matches!(text.trim(), "" | "0" | "false" | "0s" | "0m0s" | "0h0m0s");
-    if !zero && !DEFAULTS.contains(&(path, text.as_str())) {
+    if !matches!(text.trim(), "" | "0" | "false") {
         found.push(path.to_owned());
     }
+}
+
+/// What of the other modes on Linux holds neither zero nor kube-proxy's default.
+fn of_other_modes(wire: &Wire) -> Vec<String> {
+    let (iptables, ipvs) = (&wire.iptables, &wire.ipvs);
+    let bit = iptables.masquerade_bit.map(|bit| bit.0);
+    let excluded = ipvs.exclude_cidrs.as_ref();
+    let scheduler = ipvs.scheduler.as_deref();
+    let fields = [
+        ("iptables.masqueradeAll", is(iptables.masquerade_all)),
+        (
+            "iptables.masqueradeBit",
+            bit.is_some_and(|bit| ![0, 14].contains(&bit)),
+        ),
+        (
+            "iptables.minSyncPeriod",
+            differs(iptables.min_sync_period, 1),
+        ),
+        ("iptables.syncPeriod", differs(iptables.sync_period, 30)),
+        (
+            "ipvs.excludeCIDRs",
+            excluded.is_some_and(|ranges| !ranges.is_empty()),
+        ),
+        ("ipvs.minSyncPeriod", differs(ipvs.min_sync_period, 1)),
+        ("ipvs.scheduler", scheduler.is_some_and(|it| it != "rr")),
+        ("ipvs.strictARP", is(ipvs.strict_arp)),
+        ("ipvs.syncPeriod", differs(ipvs.sync_period, 30)),
+        ("ipvs.tcpFinTimeout", differs(ipvs.tcp_fin_timeout, 0)),
+        ("ipvs.tcpTimeout", differs(ipvs.tcp_timeout, 0)),
+        ("ipvs.udpTimeout", differs(ipvs.udp_timeout, 0)),
+    ];
+    let set = fields.into_iter().filter(|(_, set)| *set);
+    set.map(|(field, _)| field.to_owned()).collect()
+}
+
+fn is(flag: Option<Flag>) -> bool {
+    flag.is_some_and(|flag| flag.0)
+}
+
+/// Whether a duration is neither zero nor the usual one.
+fn differs(period: Option<Period>, usual: u64) -> bool {
+    let period = period.and_then(Period::set);
+    period.is_some_and(|period| period != Duration::from_secs(usual))
 }
 
 fn without_use(wire: &Wire) -> Vec<String> {
@@ -75,26 +104,18 @@ fn without_use(wire: &Wire) -> Vec<String> {
             found.push(field.to_owned());
         }
     };
-    let is = |flag: Option<Flag>| flag.is_some_and(|flag| flag.0);
-    let differs = |period: Option<Period>, usual: u64| {
-        let period = period.and_then(Period::set);
-        period.is_some_and(|period| period != Duration::from_secs(usual))
-    };
     // Watches are resumed and not repeated.
     add("configSyncPeriod", differs(wire.config_sync_period, 900));
     add("enableProfiling", is(wire.enable_profiling));
-    for (name, value) in [
-        ("featureGates", &wire.feature_gates),
-        ("logging.vmodule", &wire.logging.vmodule),
-    ] {
-        let empty = match value {
-            None | Some(Value::Null) => true,
-            Some(Value::Object(fields)) => fields.is_empty(),
-            Some(Value::Array(items)) => items.is_empty(),
-            Some(_) => false,
-        };
-        add(name, !empty);
-    }
+    let gates = wire.feature_gates.as_ref();
+    add("featureGates", gates.is_some_and(|gates| !gates.is_empty()));
+    let empty = match &wire.logging.vmodule {
+        None | Some(Value::Null) => true,
+        Some(Value::Object(fields)) => fields.is_empty(),
+        Some(Value::Array(items)) => items.is_empty(),
+        Some(_) => false,
+    };
+    add("logging.vmodule", !empty);
     // Changes are written as they come.
     add(
         "nftables.minSyncPeriod",

@@ -100,7 +100,7 @@ oomScoreAdj: -5",
         "--healthz-bind-address=192.0.2.1:1",
         "--hostname-override=node-7",
         "--log-format=json",
-        "-v",
+        "--v=5",
         "--metrics-bind-address=[::1]:2",
         "--masquerade-all",
         "--masquerade-bit=7",
@@ -133,7 +133,7 @@ oomScoreAdj: null",
     assert_eq!(applied(&empty, &[]), nothing);
     assert_eq!(applied(&with(""), &[]), nothing);
     let listed = applied(&with("nodePortAddresses: []"), &[]);
-    assert_eq!(listed.nodeport_addresses, NodePortAddresses::Primary);
+    assert_eq!(listed.nodeport_addresses(), Ok(NodePortAddresses::Primary));
 }
 
 #[test]
@@ -153,7 +153,7 @@ fn the_name_of_the_node_and_the_log_are_the_command_lines() {
     );
     assert_eq!(args.hostname_override.as_deref(), Some("of-the-flag"));
     assert_eq!(args.log_format, LogFormat::Text);
-    assert_eq!(args.verbose, 1);
+    assert_eq!(args.verbosity(), 1);
     assert_eq!(args.cluster_cidr.to_string(), "10.0.0.0/8");
     assert_eq!(args.manifests.len(), 1, "nftlet's own flags always count");
 }
@@ -355,4 +355,46 @@ fn paths(value: &Value) -> Vec<String> {
         below.into_iter().map(move |path| format!("{name}.{path}"))
     });
     below.collect()
+}
+
+#[test]
+fn what_is_wrong_with_other_modes_is_wrong_with_the_file() {
+    for (fields, wanted) in [
+        (
+            "iptables: {masqueradeBit: x}",
+            ":3:27: iptables.masqueradeBit: `x` is not",
+        ),
+        (
+            "iptables: {masqueradeAll: maybe}",
+            ":3:27: iptables.masqueradeAll: `maybe` is neither",
+        ),
+        ("iptables: [1]", ":3:11: iptables: this has another type"),
+        (
+            "ipvs: {tcpTimeout: long}",
+            ":3:20: ipvs.tcpTimeout: \"long\" is not a duration",
+        ),
+        (
+            "ipvs: {excludeCIDRs: 10.0.0.0/8}",
+            ":3:22: ipvs.excludeCIDRs: this has another type",
+        ),
+        (
+            "featureGates: {A: perhaps}",
+            ":3:19: featureGates.A: `perhaps` is neither",
+        ),
+        (
+            "featureGates: [A]",
+            ":3:15: featureGates: this has another type",
+        ),
+    ] {
+        let line = refused(fields);
+        assert!(line.starts_with(&format!("config.conf{wanted}")), "{line}");
+    }
+    let notes = with("iptables: {masqueradeBit: 7}\nipvs: {tcpTimeout: 5s, odd: 1}").notes();
+    assert_eq!(
+        notes,
+        [
+            "fields that KubeProxyConfiguration does not have: ipvs.odd",
+            "fields of other modes have no effect here; what there is of them is under nftables: iptables.masqueradeBit, ipvs.tcpTimeout",
+        ]
+    );
 }

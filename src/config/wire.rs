@@ -1,8 +1,10 @@
 //! The fields of the file, each read as the value that its flag has.
 //!
 //! Single values are read as text and parsed as on the command line, so that both refuse the
-//! same with the same words. Fields of other modes are kept as they are, for [`super::notes`].
+//! same with the same words. Fields of other modes are read too: what is wrong with them is wrong with
+//! the file, and [`super::notes`] tells what of them somebody wishes for.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::marker::PhantomData;
 use std::net::IpAddr;
@@ -43,13 +45,15 @@ pub(super) struct Wire {
     pub detect_local_mode: Option<DetectLocalMode>,
     #[serde(deserialize_with = "single")]
     pub enable_profiling: Option<Flag>,
-    pub feature_gates: Option<Value>,
+    pub feature_gates: Option<BTreeMap<String, Gate>>,
     #[serde(deserialize_with = "single")]
     pub healthz_bind_address: Option<BindAddress>,
     #[serde(deserialize_with = "single")]
     pub hostname_override: Option<NodeName>,
-    pub iptables: Option<Value>,
-    pub ipvs: Option<Value>,
+    #[serde(deserialize_with = "group")]
+    pub iptables: Iptables,
+    #[serde(deserialize_with = "group")]
+    pub ipvs: Ipvs,
     #[serde(deserialize_with = "group")]
     pub logging: Logging,
     #[serde(deserialize_with = "single")]
@@ -113,6 +117,49 @@ pub(super) struct DetectLocal {
     #[serde(deserialize_with = "single")]
     pub interface_name_prefix: Option<InterfaceName>,
 }
+
+/// The iptables mode, read for the sake of faults in it and of what somebody wishes for.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct Iptables {
+    #[serde(deserialize_with = "single")]
+    localhost_node_ports: Option<Flag>,
+    #[serde(deserialize_with = "single")]
+    pub masquerade_all: Option<Flag>,
+    #[serde(deserialize_with = "single")]
+    pub masquerade_bit: Option<MasqueradeBit>,
+    #[serde(deserialize_with = "single")]
+    pub min_sync_period: Option<Period>,
+    #[serde(deserialize_with = "single")]
+    pub sync_period: Option<Period>,
+}
+
+/// The same of the ipvs mode.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct Ipvs {
+    #[serde(rename = "excludeCIDRs")]
+    pub exclude_cidrs: Option<Vec<String>>,
+    #[serde(deserialize_with = "single")]
+    pub min_sync_period: Option<Period>,
+    #[serde(deserialize_with = "single")]
+    pub scheduler: Option<String>,
+    #[serde(rename = "strictARP", deserialize_with = "single")]
+    pub strict_arp: Option<Flag>,
+    #[serde(deserialize_with = "single")]
+    pub sync_period: Option<Period>,
+    #[serde(deserialize_with = "single")]
+    pub tcp_fin_timeout: Option<Period>,
+    #[serde(deserialize_with = "single")]
+    pub tcp_timeout: Option<Period>,
+    #[serde(deserialize_with = "single")]
+    pub udp_timeout: Option<Period>,
+}
+
+/// Whether a feature is on.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq)]
+#[serde(transparent)]
+pub(super) struct Gate(#[serde(deserialize_with = "single")] Option<Flag>);
 
 #[derive(Clone, Debug, Default, Deserialize, PartialEq)]
 #[serde(rename_all = "camelCase", default)]

@@ -59,6 +59,8 @@ impl Book {
     pub(super) fn advise(&mut self, draft: &Draft, now: Instant) -> Advice {
         if let Some(told) = self.told.get_mut(&draft.name) {
             told.count = told.count.saturating_add(1);
+            // Should the server have forgotten the Event, the new one says what happened last.
+            told.draft = draft.clone();
             return Advice::Nothing;
         }
         if self.objects.len() >= MOST {
@@ -175,7 +177,12 @@ mod tests {
             reason: Reason::InvalidField,
             message: message.into(),
         };
-        Draft::of(&notice, "node-1", Timestamp::UNIX_EPOCH)
+        Draft::of(
+            &notice,
+            "node-1",
+            Timestamp::UNIX_EPOCH,
+            Timestamp::UNIX_EPOCH,
+        )
     }
 
     /// How many of so many different things about an object are told at a time.
@@ -242,5 +249,25 @@ mod tests {
         }
         assert_eq!(book.told.len(), MOST);
         assert_eq!(book.objects.len(), MOST);
+    }
+
+    #[test]
+    fn a_series_tells_what_happened_last() {
+        let mut book = Book::new(SERIES);
+        let start = Instant::now();
+        let run = Timestamp::UNIX_EPOCH;
+        let at = |message: &str| {
+            let notice = Notice {
+                subject: Subject::Other("table nftlet".into()),
+                reason: Reason::ForeignChange,
+                message: message.into(),
+            };
+            Draft::of(&notice, "node-1", run, run)
+        };
+        book.created(at("the first"), start);
+        assert_eq!(book.advise(&at("the second"), start), Advice::Nothing);
+        let (draft, count) = book.begin_update(start + SERIES).expect("it is due");
+        assert_eq!(draft.event(None).note.as_deref(), Some("the second"));
+        assert_eq!(count, 2);
     }
 }

@@ -65,6 +65,8 @@ const LONGEST_RETRY: u32 = 32;
 pub struct Recorder {
     client: Client,
     node: String,
+    /// When this run began.
+    run: Timestamp,
     pace: Pace,
     book: Book,
     silent_until: Option<Instant>,
@@ -128,6 +130,7 @@ impl Recorder {
         Self {
             client,
             node,
+            run: Timestamp::now(),
             book: Book::new(pace.series),
             pace,
             silent_until: None,
@@ -137,8 +140,7 @@ impl Recorder {
     /// Tells that nftlet has started, and then what comes through the channel, until its sender is
     /// gone.
     pub async fn run(mut self, mut notices: mpsc::Receiver<Notice>) {
-        self.create(Draft::starting(&self.node, Timestamp::now()))
-            .await;
+        self.create(Draft::starting(&self.node, self.run)).await;
         loop {
             let due = self.book.due();
             tokio::select! {
@@ -158,7 +160,7 @@ impl Recorder {
         if self.silent_until.is_some_and(|until| now < until) {
             return;
         }
-        let draft = Draft::of(notice, &self.node, Timestamp::now());
+        let draft = Draft::of(notice, &self.node, self.run, Timestamp::now());
         match self.book.advise(&draft, now) {
             Advice::Create => self.create(draft).await,
             Advice::Nothing => {}
@@ -222,7 +224,7 @@ impl Recorder {
             }
         };
         match answer {
-            // Another node, or this one before a restart, has told it.
+            // Another node, or this one before a restart, has told what is wrong with an object.
             Err(kube::Error::Api(status)) if status.code == 409 => Ok(()),
             other => other.map(drop),
         }

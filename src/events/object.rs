@@ -85,21 +85,23 @@ fn action(reason: Reason) -> &'static str {
         Reason::KernelRefused | Reason::ForeignChange | Reason::SyncFailed => "WriteRules",
         Reason::HealthCheckPort => "ServeHealthCheck",
         Reason::BridgeTraffic => "WatchBridges",
+        Reason::KernelSetting => "MakeSettings",
     }
 }
 
 impl Draft {
-    /// The Event of a notice that a node gives.
-    pub(super) fn of(notice: &Notice, node: &str, at: Timestamp) -> Self {
+    /// The Event of a notice that a node gives in a run that began at `run`.
+    pub(super) fn of(notice: &Notice, node: &str, run: Timestamp, at: Timestamp) -> Self {
         let object = match &notice.subject {
             Subject::Object(object) if object.kind != Kind::Node => Some(object.clone()),
             Subject::Object(_) | Subject::File { .. } | Subject::Other(_) => None,
         };
         let reason = notice.reason.as_str();
         // What is wrong with an object is the same for all nodes. What a node meets may differ
-        // from one time to the next in what it says, and is still the same.
+        // from one time to the next in what it says, and is still the same; but what another run
+        // has met is over.
         let identity = if notice.reason.is_of_the_node() || object.is_none() {
-            format!("{reason} {node}")
+            format!("{reason} {node} {run}")
         } else {
             format!("{reason} {}", notice.message)
         };
@@ -225,7 +227,7 @@ mod tests {
     }
 
     fn draft(notice: &Notice, node: &str) -> Draft {
-        Draft::of(notice, node, Timestamp::UNIX_EPOCH)
+        Draft::of(notice, node, Timestamp::UNIX_EPOCH, Timestamp::UNIX_EPOCH)
     }
 
     #[test]

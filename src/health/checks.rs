@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::future::pending;
 use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::Ipv6Addr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,8 +16,6 @@ use http_body_util::Full;
 use hyper::body::Bytes;
 use hyper::header::HeaderValue;
 use hyper::{Method, Response, StatusCode};
-use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
 use serde_json::json;
 use thiserror::Error;
 use tokio::net::TcpListener;
@@ -27,13 +25,11 @@ use tokio::time::{Instant, sleep_until};
 use tracing::{debug, info};
 
 use super::Health;
+use super::listen::listen;
 use super::server::{Answer, JSON, Limits, TEXT, respond, serve_within, stopped};
 
 /// The header by which load balancers weigh nodes.
 const WEIGHT: &str = "x-load-balancing-endpoint-weight";
-
-/// Connections that may wait to be accepted.
-const BACKLOG: i32 = 128;
 
 /// The wanted health checks by their port.
 pub type Checks = BTreeMap<u16, Check>;
@@ -219,7 +215,7 @@ impl Ports {
             }
             Some(Port::Waiting { .. }) | None => None,
         };
-        let state = match listen(port) {
+        let state = match listen((Ipv6Addr::UNSPECIFIED, port).into()) {
             Ok(listener) => {
                 info!(
                     "answering health checks of {}/{} on port {port}",
@@ -297,7 +293,7 @@ struct Answers {
 }
 
 impl Answer for Answers {
-    fn answer(&self, _: &Method, _: &str) -> Response<Full<Bytes>> {
+    async fn answer(&self, _: &Method, _: &str) -> Response<Full<Bytes>> {
         let healthy = self.health.proxy_healthy();
         match self.checks.borrow().get(&self.port) {
             Some(check) => check.answer(healthy),
@@ -328,39 +324,6 @@ impl Check {
         response.headers_mut().insert(WEIGHT, weight);
         response
     }
-}
-
-/// Listens on all addresses of the node, of both families where there is IPv6.
-fn listen(port: u16) -> io::Result<TcpListener> {
-    match listen_at((Ipv6Addr::UNSPECIFIED, port).into()) {
-        Err(error) if has_no_ipv6(&error) => listen_at((Ipv4Addr::UNSPECIFIED, port).into()),
-        result => result,
-    }
-}
-
-fn has_no_ipv6(error: &io::Error) -> bool {
-    let errors = [Errno::AFNOSUPPORT, Errno::ADDRNOTAVAIL];
-    errors
-        .map(|errno| Some(errno.raw_os_error()))
-        .contains(&error.raw_os_error())
-}
-
-fn listen_at(address: SocketAddr) -> io::Result<TcpListener> {
-    let family = match address {
-        SocketAddr::V4(_) => AddressFamily::INET,
-        SocketAddr::V6(_) => AddressFamily::INET6,
-    };
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = rustix::net::socket_with(family, SocketType::STREAM, flags, None)?;
-    // The port is free again although old connections to it still linger.
-    sockopt::set_socket_reuseaddr(&socket, true)?;
-    if address.is_ipv6() {
-        // Whatever net.ipv6.bindv6only says.
-        sockopt::set_ipv6_v6only(&socket, false)?;
-    }
-    rustix::net::bind(&socket, &address)?;
-    rustix::net::listen(&socket, BACKLOG)?;
-    TcpListener::from_std(socket.into())
 }
 
 #[cfg(test)]

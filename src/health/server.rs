@@ -23,10 +23,11 @@ use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use thiserror::Error;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::watch;
+use tokio::sync::{Mutex, watch};
 use tokio::task::{AbortHandle, JoinSet};
 use tracing::{debug, warn};
 
+use super::listen::listen;
 use super::{Health, Probe};
 
 pub(super) const JSON: &str = "application/json";
@@ -71,14 +72,15 @@ fn hint(flag: &str, error: &io::Error) -> String {
 }
 
 /// Listens on an address. `flag` is the option that the operator can change it with.
-pub async fn bind(address: SocketAddr, flag: &'static str) -> Result<TcpListener, Error> {
-    TcpListener::bind(address)
-        .await
-        .map_err(|source| Error::Bind {
-            address,
-            flag,
-            source,
-        })
+///
+/// `::` means all addresses of both families, and on a node without IPv6 those of IPv4. Has to be
+/// called in a runtime.
+pub fn bind(address: SocketAddr, flag: &'static str) -> Result<TcpListener, Error> {
+    listen(address).map_err(|source| Error::Bind {
+        address,
+        flag,
+        source,
+    })
 }
 
 /// How often an address that could not be had is tried again.
@@ -88,7 +90,7 @@ const RETRY: Duration = Duration::from_secs(1);
 pub async fn bind_again(address: SocketAddr, flag: &'static str) -> TcpListener {
     loop {
         tokio::time::sleep(RETRY).await;
-        match bind(address, flag).await {
+        match bind(address, flag) {
             Ok(listener) => return listener,
             Err(error) => debug!("{error}"),
         }
@@ -104,7 +106,31 @@ pub struct Router {
 struct Page {
     path: &'static str,
     content_type: &'static str,
-    answer: Box<dyn Fn() -> (StatusCode, String) + Send + Sync>,
+    answer: Arc<dyn Fn() -> (StatusCode, String) + Send + Sync>,
+    /// Whose turn it is, for a page that takes long to make.
+    turn: Option<Arc<Mutex<()>>>,
+}
+
+impl Page {
+    /// Makes the page. One that takes long is made on a thread of its own, so that nothing else
+    /// waits for it, and once at a time, however many ask for it and leave again.
+    async fn make(&self) -> (StatusCode, String) {
+        let Some(turn) = &self.turn else {
+            return (self.answer)();
+        };
+        let turn = Arc::clone(turn).lock_owned().await;
+        let answer = Arc::clone(&self.answer);
+        let made = tokio::task::spawn_blocking(move || {
+            let page = answer();
+            drop(turn);
+            page
+        });
+        made.await.unwrap_or_else(|error| {
+            debug!("a page was not made: {error}");
+            let body = "the page could not be made\n".to_owned();
+            (StatusCode::INTERNAL_SERVER_ERROR, body)
+        })
+    }
 }
 
 impl Router {
@@ -138,10 +164,13 @@ impl Router {
         self
     }
 
-    /// Adds `/metrics`, in the text format of Prometheus.
+    /// Adds `/metrics`, in the text format of Prometheus. The page may take long to make.
     #[must_use]
     pub fn metrics(mut self, page: impl Fn() -> String + Send + Sync + 'static) -> Self {
         self.add("/metrics", METRICS, move || (StatusCode::OK, page()));
+        if let Some(page) = self.pages.last_mut() {
+            page.turn = Some(Arc::default());
+        }
         self
     }
 
@@ -181,7 +210,8 @@ impl Router {
         self.pages.push(Page {
             path,
             content_type,
-            answer: Box::new(answer),
+            answer: Arc::new(answer),
+            turn: None,
         });
     }
 }
@@ -189,11 +219,15 @@ impl Router {
 /// What answers the requests that arrive at a port. Bodies are never read.
 pub(super) trait Answer: Send + Sync + 'static {
     /// Answers one request.
-    fn answer(&self, method: &Method, path: &str) -> Response<Full<Bytes>>;
+    fn answer(
+        &self,
+        method: &Method,
+        path: &str,
+    ) -> impl Future<Output = Response<Full<Bytes>>> + Send;
 }
 
 impl Answer for Router {
-    fn answer(&self, method: &Method, path: &str) -> Response<Full<Bytes>> {
+    async fn answer(&self, method: &Method, path: &str) -> Response<Full<Bytes>> {
         match self.pages.iter().find(|page| page.path == path) {
             None => {
                 let paths: Vec<&str> = self.paths().collect();
@@ -208,15 +242,15 @@ impl Answer for Router {
                 response
             }
             Some(page) => {
-                let (code, body) = (page.answer)();
+                let (code, body) = page.make().await;
                 respond(code, page.content_type, body)
             }
         }
     }
 }
 
-fn answer<B: Body>(by: &impl Answer, request: &Request<B>) -> Response<Full<Bytes>> {
-    let mut response = by.answer(request.method(), request.uri().path());
+async fn answer<B: Body>(by: &impl Answer, request: Request<B>) -> Response<Full<Bytes>> {
+    let mut response = by.answer(request.method(), request.uri().path()).await;
     if !request.body().is_end_stream() {
         // Nothing here takes a body: rather than read through it, the connection ends.
         let close = HeaderValue::from_static("close");
@@ -342,8 +376,8 @@ async fn attend<A: Answer>(
     mut shutdown: watch::Receiver<bool>,
 ) {
     let service = service_fn(|request| {
-        let response = answer(&*answers, &request);
-        async { Ok::<_, Infallible>(response) }
+        let answers = Arc::clone(&answers);
+        async move { Ok::<_, Infallible>(answer(&*answers, request).await) }
     });
     let mut connection = pin!(
         http1::Builder::new()

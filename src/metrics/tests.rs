@@ -300,3 +300,17 @@ fn bridges_and_cuts_are_shown_from_the_start() {
     metrics.bridge_unfiltered(true, false);
     expect(&metrics, &[(&v6, 0.0)]);
 }
+
+#[test]
+fn reasons_are_there_before_anything_happens() {
+    let metrics = Metrics::new().unwrap();
+    metrics.expect_notices(["InvalidPolicy", "Conflict"]);
+    metrics.notice("Conflict");
+    let page = metrics.encode();
+    for line in [
+        "nftlet_notices_total{reason=\"InvalidPolicy\"} 0",
+        "nftlet_notices_total{reason=\"Conflict\"} 1",
+    ] {
+        assert!(page.lines().any(|it| it == line), "{line}: {page}");
+    }
+}

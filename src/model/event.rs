@@ -271,9 +271,30 @@ pub enum Reason {
     BridgeTraffic,
     /// The rules could not be written to the kernel, or read from it.
     SyncFailed,
+    /// A kernel setting that was asked for could not be made.
+    KernelSetting,
 }
 
 impl Reason {
+    /// All of them.
+    pub const ALL: [Self; 15] = [
+        Self::InvalidField,
+        Self::InvalidObject,
+        Self::InvalidPolicy,
+        Self::InvalidFile,
+        Self::UnknownKind,
+        Self::Conflict,
+        Self::OrphanSlice,
+        Self::ApiServer,
+        Self::NodeMissing,
+        Self::KernelRefused,
+        Self::ForeignChange,
+        Self::HealthCheckPort,
+        Self::BridgeTraffic,
+        Self::SyncFailed,
+        Self::KernelSetting,
+    ];
+
     /// The stable text form.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -291,6 +312,7 @@ impl Reason {
             Reason::HealthCheckPort => "HealthCheckPort",
             Reason::BridgeTraffic => "BridgeTraffic",
             Reason::SyncFailed => "SyncFailed",
+            Reason::KernelSetting => "KernelSetting",
         }
     }
 
@@ -316,7 +338,8 @@ impl Reason {
             | Reason::ForeignChange
             | Reason::HealthCheckPort
             | Reason::BridgeTraffic
-            | Reason::SyncFailed => true,
+            | Reason::SyncFailed
+            | Reason::KernelSetting => true,
         }
     }
 }

@@ -102,15 +102,26 @@ pub struct PodMonitorSpec {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct PodEndpoint {
     pub port: String,
-    honor_labels: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    honor_labels: Option<bool>,
     pub relabelings: Vec<Relabeling>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    metric_relabelings: Vec<Relabeling>,
 }
 
 #[derive(Deserialize, Serialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Relabeling {
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     source_labels: Vec<String>,
-    pub target_label: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    regex: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    action: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    replacement: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target_label: Option<String>,
 }
 
 #[derive(Deserialize, Serialize)]

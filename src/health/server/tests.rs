@@ -31,7 +31,7 @@ impl Server {
             .text("/proxyMode", || "nftables".to_owned())
             // More than the sockets' buffers hold.
             .text("/long", || "x".repeat(32 << 20));
-        let listener = bind(ANY_PORT, "--some-address").await.unwrap();
+        let listener = bind(ANY_PORT, "--some-address").unwrap();
         let address = listener.local_addr().unwrap();
         let (stop, stopped) = watch::channel(false);
         let task = tokio::spawn(serve_within(limits, listener, Arc::new(router), stopped));
@@ -348,9 +348,9 @@ async fn a_sender_that_is_gone_ends_the_server() {
 
 #[tokio::test]
 async fn an_address_that_cannot_be_had_names_the_flag() {
-    let taken = bind(ANY_PORT, "--some-address").await.unwrap();
+    let taken = bind(ANY_PORT, "--some-address").unwrap();
     let address = taken.local_addr().unwrap();
-    let error = bind(address, "--some-address").await.unwrap_err();
+    let error = bind(address, "--some-address").unwrap_err();
     let text = error.to_string();
     assert!(
         text.starts_with(&format!("cannot listen on {address}: ")),
@@ -363,13 +363,55 @@ async fn an_address_that_cannot_be_had_names_the_flag() {
         "{text}"
     );
     // An address reserved for documentation is no node's.
-    let error = bind("192.0.2.1:0".parse().unwrap(), "--some-address")
-        .await
-        .unwrap_err();
+    let error = bind("192.0.2.1:0".parse().unwrap(), "--some-address").unwrap_err();
     assert!(
         error.to_string().ends_with(
             "give one of this node's addresses, or 0.0.0.0 or [::] for all, with --some-address"
         ),
         "{error}"
     );
+}
+
+#[tokio::test]
+async fn a_page_that_takes_long_holds_up_nothing_and_is_made_once_at_a_time() {
+    let (open, gate) = std::sync::mpsc::channel::<()>();
+    let gate = Mutex::new(Some(gate));
+    let (begun, mut begins) = tokio::sync::mpsc::unbounded_channel();
+    let router = Router::new()
+        .metrics(move || {
+            begun.send(()).unwrap();
+            // The first one takes until the gate is opened.
+            let gate = gate.lock().unwrap().take();
+            let _ = gate.map(|gate| gate.recv_timeout(Duration::from_secs(60)));
+            "some_total 1\n".to_owned()
+        })
+        .text("/proxyMode", || "nftables".to_owned());
+    let listener = bind(ANY_PORT, "--some-address").unwrap();
+    let address = listener.local_addr().unwrap();
+    let (_stop, stopped) = watch::channel(false);
+    tokio::spawn(serve(listener, Arc::new(router), stopped));
+    let connect = async || Client(TcpStream::connect(address).await.unwrap());
+    let mut clients = Vec::new();
+    // More than the server keeps: those that are driven out leave their page behind.
+    for _ in 0..100 {
+        let mut client = connect().await;
+        client
+            .send("GET /metrics HTTP/1.1\r\nHost: n\r\n\r\n")
+            .await;
+        clients.push(client);
+    }
+    in_time(begins.recv()).await.unwrap();
+    for _ in 0..100 {
+        let answer = connect().await.proxy_mode().await;
+        assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+    }
+    assert!(begins.try_recv().is_err(), "two are made at once");
+    drop(open);
+    drop(clients);
+    let mut client = connect().await;
+    client
+        .send("GET /metrics HTTP/1.1\r\nHost: n\r\nConnection: close\r\n\r\n")
+        .await;
+    let answer = client.rest().await;
+    assert!(answer.ends_with("some_total 1\n"), "{answer}");
 }

@@ -1,0 +1,140 @@
+//! The kernel settings of connection tracking.
+//!
+//! Their files come into being with the kernel's connection tracking, which a freshly booted node
+//! may not have loaded: asking it for flows loads it. Where even that brings no file, the first
+//! rules do, and the settings are made behind them.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::thread;
+
+use tokio::sync::oneshot;
+
+use super::{Error, system};
+use crate::cli::Args;
+use crate::metrics::Metrics;
+use crate::model::{Notice, Reason, Subject};
+use crate::netlink::{Conntrack, FlowFilter};
+use crate::reconcile::{LogAndSend, Reporter};
+use crate::ruleset::Family;
+use crate::sysctl::{self, Unset};
+
+/// The files with the values that are asked for.
+type Wanted = Vec<(&'static str, u64)>;
+
+/// Makes the settings and tells what cannot be made, for `--init-only`.
+pub(super) fn initialise(args: &Args) {
+    let unset = make(Path::new("/"), &wanted(args), load);
+    for unset in &unset {
+        tracing::warn!("{unset}");
+    }
+    if unset.is_empty() {
+        tracing::info!("the kernel settings that were asked for are made");
+    }
+}
+
+/// Makes the settings.
+///
+/// # Errors
+///
+/// When the system refuses the thread that makes those behind the first rules which cannot be made
+/// before. It ends then.
+pub(super) fn start(
+    args: &Args,
+    metrics: &Arc<Metrics>,
+    reporter: &LogAndSend,
+    ready: &mut Vec<oneshot::Sender<()>>,
+) -> Result<(), Error> {
+    let wanted = wanted(args);
+    let unset = make(Path::new("/"), &wanted, load);
+    let (later, never): (Vec<_>, Vec<_>) = unset.into_iter().partition(Unset::is_missing);
+    tell(&never, metrics, reporter);
+    if later.is_empty() {
+        return Ok(());
+    }
+    let (told, begin) = oneshot::channel();
+    ready.push(told);
+    let (metrics, reporter) = (metrics.clone(), reporter.clone());
+    let again = move || {
+        if begin.blocking_recv().is_err() {
+            return;
+        }
+        let missing = |file: &str| later.iter().any(|unset| unset.path == Path::new(file));
+        let wanted: Wanted = wanted.into_iter().filter(|(it, _)| missing(it)).collect();
+        tell(&sysctl::apply(Path::new("/"), &wanted), &metrics, &reporter);
+    };
+    thread::Builder::new()
+        .name("settings".into())
+        .spawn(again)
+        .map(drop)
+        .map_err(system("the thread that makes kernel settings"))
+}
+
+fn tell(unset: &[Unset], metrics: &Metrics, reporter: &LogAndSend) {
+    for unset in unset {
+        metrics.notice(Reason::KernelSetting.as_str());
+        reporter.notice(&Notice {
+            subject: Subject::Other("kernel settings".into()),
+            reason: Reason::KernelSetting,
+            message: unset.to_string(),
+        });
+    }
+}
+
+fn wanted(args: &Args) -> Wanted {
+    let flags = &args.conntrack;
+    let asked = sysctl::Conntrack {
+        max_per_core: flags.conntrack_max_per_core.unwrap_or_default(),
+        min: flags.conntrack_min,
+        tcp_established: flags.conntrack_tcp_timeout_established.unwrap_or_default(),
+        tcp_close_wait: flags.conntrack_tcp_timeout_close_wait.unwrap_or_default(),
+        tcp_be_liberal: flags.conntrack_tcp_be_liberal,
+        udp: flags.conntrack_udp_timeout.unwrap_or_default(),
+        udp_stream: flags.conntrack_udp_timeout_stream.unwrap_or_default(),
+    };
+    asked.wanted(sysctl::cores(Path::new("/")))
+}
+
+/// Makes the settings below a root directory; `load` brings connection tracking, where a file is
+/// missing.
+fn make(root: &Path, wanted: &[(&'static str, u64)], load: impl FnOnce()) -> Vec<Unset> {
+    if wanted.iter().any(|(file, _)| !root.join(file).exists()) {
+        load();
+    }
+    sysctl::apply(root, wanted)
+}
+
+/// Has the kernel load connection tracking.
+fn load() {
+    let asked = Conntrack::open().and_then(|mut conntrack| {
+        // There are none, or it is loaded already.
+        conntrack.flows(&FlowFilter::all(Family::Ip), |_| {})
+    });
+    if let Err(error) = asked {
+        tracing::debug!("{error}; kernel settings wait for the first rules");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    #[test]
+    fn connection_tracking_is_loaded_where_a_file_is_missing() {
+        let root = tempfile::tempdir().unwrap();
+        let file = "proc/sys/net/netfilter/nf_conntrack_udp_timeout";
+        let path = root.path().join(file);
+        let unset = make(root.path(), &[(file, 60)], || {});
+        assert!(unset.iter().all(Unset::is_missing) && unset.len() == 1);
+        let appear = || {
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(&path, "30\n").unwrap();
+        };
+        assert!(make(root.path(), &[(file, 60)], appear).is_empty());
+        assert_eq!(fs::read_to_string(&path).unwrap(), "60");
+        let unset = make(root.path(), &[(file, 61)], || panic!("it is loaded"));
+        assert!(unset.is_empty());
+        assert!(make(root.path(), &[], || panic!("nothing is asked for")).is_empty());
+    }
+}

@@ -1,0 +1,175 @@
+//! What kube-proxy's command lines have that nftlet would say in another way.
+//!
+//! A DaemonSet, a systemd unit or an installer that starts kube-proxy starts nftlet as well. The
+//! flags of other modes and of kube-proxy's log library are accepted and named in a warning
+//! ([`Ignored`]); those with a meaning here lead to the setting that they mean.
+
+use clap::parser::ValueSource;
+use clap::{Arg, ArgAction, ArgMatches, Command, FromArgMatches};
+
+use super::Error;
+
+/// Flags with a value.
+const VALUES: [&str; 27] = [
+    "boot-id-file",
+    "config-sync-period",
+    "feature-gates",
+    "iptables-min-sync-period",
+    "iptables-sync-period",
+    "ipvs-exclude-cidrs",
+    "ipvs-min-sync-period",
+    "ipvs-scheduler",
+    "ipvs-sync-period",
+    "ipvs-tcp-timeout",
+    "ipvs-tcpfin-timeout",
+    "ipvs-udp-timeout",
+    "kube-api-burst",
+    "kube-api-content-type",
+    "kube-api-qps",
+    "log-backtrace-at",
+    "log-dir",
+    "log-file",
+    "log-file-max-size",
+    "log-flush-frequency",
+    "log-json-info-buffer-size",
+    "log-text-info-buffer-size",
+    "machine-id-file",
+    "proxy-port-range",
+    "show-hidden-metrics-for-version",
+    "stderrthreshold",
+    "vmodule",
+];
+
+/// Flags that are true without a value.
+const SWITCHES: [&str; 12] = [
+    "add-dir-header",
+    "alsologtostderr",
+    "cleanup-ipvs",
+    "ipvs-strict-arp",
+    "iptables-localhost-nodeports",
+    "log-json-split-stream",
+    "log-text-split-stream",
+    "logtostderr",
+    "one-output",
+    "profiling",
+    "skip-headers",
+    "skip-log-headers",
+];
+
+/// How kube-proxy's log library writes its own flags.
+const UNDERLINED: [(&str, &str); 8] = [
+    ("add-dir-header", "add_dir_header"),
+    ("log-backtrace-at", "log_backtrace_at"),
+    ("log-dir", "log_dir"),
+    ("log-file", "log_file"),
+    ("log-file-max-size", "log_file_max_size"),
+    ("one-output", "one_output"),
+    ("skip-headers", "skip_headers"),
+    ("skip-log-headers", "skip_log_headers"),
+];
+
+/// The flags of kube-proxy that were given and have no effect, by name.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Ignored(Vec<&'static str>);
+
+impl Ignored {
+    /// Whether a flag has never any effect.
+    pub fn contains(flag: &str) -> bool {
+        Self::all().any(|name| name == flag)
+    }
+
+    /// The flags that were given, as they are written.
+    pub fn given(&self) -> Vec<String> {
+        self.0.iter().map(|name| format!("--{name}")).collect()
+    }
+
+    fn all() -> impl Iterator<Item = &'static str> {
+        VALUES.into_iter().chain(SWITCHES)
+    }
+}
+
+impl clap::Args for Ignored {
+    fn augment_args(command: Command) -> Command {
+        let flag = |name: &'static str| {
+            let flag = Arg::new(name).long(name).hide(true);
+            let flag = flag.action(ArgAction::Append);
+            match UNDERLINED.iter().find(|(dashed, _)| *dashed == name) {
+                Some((_, underlined)) => flag.alias(*underlined),
+                None => flag,
+            }
+        };
+        let values = VALUES.into_iter().map(|name| flag(name).num_args(1));
+        let switches = SWITCHES.into_iter().map(|name| {
+            let flag = flag(name).num_args(0..=1).require_equals(true);
+            flag.default_missing_value("true")
+        });
+        command.args(values.chain(switches))
+    }
+
+    fn augment_args_for_update(command: Command) -> Command {
+        Self::augment_args(command)
+    }
+}
+
+impl FromArgMatches for Ignored {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let given = |name: &&str| matches.value_source(name) == Some(ValueSource::CommandLine);
+        Ok(Self(Self::all().filter(given).collect()))
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
+}
+
+/// How much more is logged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verbose {
+    /// So many levels more, as nftlet counts them.
+    More(u8),
+    /// So many levels in all, as nftlet counts them.
+    Level(u8),
+}
+
+impl Verbose {
+    /// Reads what follows `-v`: nothing, more of them as in `-vvv`, or a verbosity as kube-proxy
+    /// counts them.
+    pub(super) fn parse(text: &str) -> Result<Self, Error> {
+        if text.bytes().all(|byte| byte == b'v') {
+            let more = u8::try_from(text.len()).unwrap_or(u8::MAX);
+            return Ok(Self::More(more.saturating_add(1)));
+        }
+        match text.trim().parse() {
+            Ok(level) => Ok(Self::Level(verbosity_of(level))),
+            Err(_) => Err(Error::Verbosity(text.to_owned())),
+        }
+    }
+
+    /// What several of them come to.
+    pub(super) fn sum(all: &[Self]) -> u8 {
+        all.iter().fold(0, |sum, one| match one {
+            Self::More(levels) => sum.saturating_add(*levels),
+            Self::Level(level) => *level,
+        })
+    }
+}
+
+/// The number of `-v` that shows about as much as a verbosity of kube-proxy, whose 2 is usual.
+pub fn verbosity_of(level: u32) -> u8 {
+    match level {
+        0..=3 => 0,
+        4..=5 => 1,
+        6..=7 => 2,
+        8.. => 3,
+    }
+}
+
+/// Reads the value of a switch in the words that kube-proxy takes.
+pub(super) fn switch(text: &str) -> Result<bool, Error> {
+    match text {
+        "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(true),
+        "0" | "f" | "F" | "false" | "FALSE" | "False" => Ok(false),
+        _ => Err(Error::Switch(text.to_owned())),
+    }
+}
