@@ -938,3 +938,41 @@ fn a_dump_of_kubectl_becomes_rules_that_nft_takes() {
         assert!(loaded.contains(name), "{name} in {loaded}");
     }
 }
+
+#[test]
+fn a_deleted_node_gets_no_more_traffic_and_keeps_its_rules() {
+    if !require_net_admin() {
+        return;
+    }
+    let node_1 = small_cluster();
+    let mut object = node("node-1", "zone-a");
+    object["status"]["addresses"] = json!([{"type": "InternalIP", "address": "192.0.2.77"}]);
+    object["spec"]["podCIDRs"] = json!(["10.244.7.0/24"]);
+    node_1.api.put(NODES, object.clone());
+    let arguments = node_1.arguments(&["--detect-local-mode", "NodeCIDR"]);
+    let daemon = Daemon::start(&node_1.ns, NFTLET, arguments);
+    wait_for_log(&daemon, "the rules are in place");
+    let probe = |path: &str| get(&node_1.ns, "127.0.0.1:10256", path);
+    assert_eq!(probe("/healthz").0, 200);
+    let before = rules(&node_1.ns);
+    for fact in ["192.0.2.77", "10.244.7.0/24"] {
+        assert!(before.contains(fact), "{fact} in {before}");
+    }
+    node_1.api.delete(NODES, "node-1");
+    let body = wait_for("/healthz to fail", PATIENCE, || {
+        let (code, body) = probe("/healthz");
+        (code == 503).then_some(body)
+    });
+    assert!(body.contains("the node is being removed"), "{body}");
+    assert!(body.contains("\"nodeEligible\":false"), "{body}");
+    assert_eq!(probe("/livez").0, 200);
+    // What comes later finds the node as it was.
+    node_1.api.put(SLICES, slice("a-1", "a", &["10.1.0.2"]));
+    node_1.leads("10.96.0.11", &["10.1.0.2"]);
+    assert_eq!(rules(&node_1.ns), before.replace("10.1.0.1", "10.1.0.2"));
+    assert_eq!(probe("/healthz").0, 503);
+    node_1.api.put(NODES, object);
+    wait_for("/healthz to recover", PATIENCE, || {
+        (probe("/healthz").0 == 200).then_some(())
+    });
+}

@@ -684,7 +684,7 @@ fn chains_that_iptables_does_not_show_are_told_of() {
     let told = said(&output);
     let shown = Iptables::Nft.save(&node, false);
     if shown.contains("*nat") {
-        leave_out("a hidden table", "this iptables prints the rules of nft");
+        skip("incompatible-tables", "this iptables prints the rules of nft");
         return;
     }
     assert_eq!(output.status.code(), Some(1), "{told}");
@@ -709,9 +709,9 @@ fn rules_that_came_back_go_when_a_port_becomes_free() {
     let address = "--metrics-bind-address=127.0.0.1:10249";
     let _daemon = shop().run(&node, &["--cluster-cidr", CLUSTER_CIDR, address]);
     let gone = || (!node.nft(&["list", "tables"]).contains("kube-proxy")).then_some(());
-    wait_for("kube-proxy's tables to go", Duration::from_secs(60), gone);
+    wait_for("kube-proxy's tables to go", PATIENCE, gone);
     node.nft_load(&kube_proxy_nftables());
     assert_eq!(gone(), None);
     drop(held);
-    wait_for("them to go again", Duration::from_secs(60), gone);
+    wait_for("them to go again", PATIENCE, gone);
 }

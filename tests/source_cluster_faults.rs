@@ -6,7 +6,7 @@ mod consumer;
 #[path = "common/fake_api.rs"]
 mod fake_api;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use consumer::{Consumer, cidr, hasty, node, service, slice};
 use fake_api::{CIDRS, FakeApi, NODES, SERVICES, SLICES, Streaming};
@@ -163,7 +163,7 @@ async fn a_refused_kind_is_told_once_with_the_rule_that_is_missing() {
         .until("a notice", |it| !it.notices.is_empty())
         .await;
     consumer.has("Node node-1").await;
-    api.until_asked(SLICES, 4).await;
+    api.until_asked_again(SLICES, 3).await;
     api.forbid(SLICES, false);
     consumer.ready().await;
     assert!(consumer.objects.contains_key("EndpointSlice shop/a-1"));
@@ -190,7 +190,9 @@ async fn refused_credentials_are_told_once_for_all_kinds() {
     api.put(NODES, node("node-1", "zone-a"));
     api.require_token("renewed");
     let mut consumer = Consumer::start(&api, hasty()).await;
-    api.until_requests(12).await;
+    for kind in [SERVICES, SLICES, NODES, CIDRS] {
+        api.until_asked_again(kind, 3).await;
+    }
     api.require_token("secret");
     consumer.ready().await;
     assert_eq!(consumer.notices.len(), 1, "{:?}", consumer.notices);
@@ -247,15 +249,16 @@ async fn a_server_that_falls_silent_is_noticed_and_followed_when_it_is_back() {
     let api = FakeApi::start().await;
     api.put(SERVICES, service("a", "10.96.0.1"));
     api.put(NODES, node("node-1", "a"));
+    // As by default, an attempt that fails takes longer than a connection needs to be a success.
     let timing = Timing {
         quiet: Duration::from_millis(50),
-        pulse: Duration::from_millis(200),
-        response: Duration::from_millis(200),
-        stable: Duration::from_millis(500),
+        pulse: Duration::from_secs(4),
+        response: Duration::from_secs(2),
+        stable: Duration::from_millis(100),
         ..hasty()
     };
     // A cable that can be cut without closing the connections on it.
-    let cable = Cable::to(api.address()).await;
+    let mut cable = Cable::to(api.address()).await;
     let directory = tempfile::tempdir().expect("a directory");
     let kubeconfig = api.write_kubeconfig(directory.path());
     let text = std::fs::read_to_string(&kubeconfig).expect("a file");
@@ -275,6 +278,10 @@ async fn a_server_that_falls_silent_is_noticed_and_followed_when_it_is_back() {
     );
     let fault = consumer.stats.fault().expect("a fault");
     assert_eq!(&fault.message, told);
+    // All four kinds try again, and then once more, which they do after the first try has failed.
+    cable.until_used_again(5).await;
+    let lasting = consumer.stats.fault().expect("it lasts");
+    assert_eq!(lasting.since, fault.since);
     api.put(SERVICES, service("b", "10.96.0.2"));
     cable.cut(false);
     consumer.has("Service shop/b").await;
@@ -289,10 +296,135 @@ async fn a_server_that_falls_silent_is_noticed_and_followed_when_it_is_back() {
     assert_eq!(consumer.notices.len(), 1, "{:?}", consumer.notices);
 }
 
+#[tokio::test]
+async fn a_server_that_never_answers_is_told() {
+    let forever = Duration::from_secs(3600);
+    let short = Duration::from_millis(50);
+    // Requests run out of time, which takes longer than `stable`; or the sign of life does.
+    for (response, quiet) in [(3 * short, forever), (forever, short)] {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("an address");
+        let hole = tokio::spawn(async move {
+            let mut held = Vec::new();
+            while let Ok(connection) = listener.accept().await {
+                held.push(connection);
+            }
+        });
+        let timing = Timing {
+            stable: short,
+            response,
+            quiet,
+            pulse: short,
+            ..hasty()
+        };
+        let cluster = Cluster::connect(None, Some(format!("http://{address}")), "node-1".into());
+        let cluster = cluster.await.expect("an address is enough");
+        let cluster = cluster.with_network_policies(false).with_timing(timing);
+        let directory = tempfile::tempdir().expect("a directory");
+        let mut consumer = Consumer::of(cluster, directory);
+        consumer
+            .until("a notice", |it| !it.notices.is_empty())
+            .await;
+        let told = &consumer.notices[0].message;
+        assert!(
+            told.starts_with("the API server cannot be reached:"),
+            "{told}"
+        );
+        hole.abort();
+    }
+}
+
+#[tokio::test]
+async fn lists_that_fail_late_are_asked_for_after_growing_pauses() {
+    let api = FakeApi::start().await;
+    api.set_streaming(Streaming::Rejected);
+    api.put(NODES, node("node-1", "zone-a"));
+    // As if the second page took until then: a failed list is no success, however long it took.
+    for number in 0..3 {
+        api.put(
+            SERVICES,
+            service(&format!("s{number}"), &format!("10.0.0.{number}")),
+        );
+    }
+    api.fail_next_pages(SERVICES, true);
+    let timing = Timing {
+        stable: Duration::ZERO,
+        first_pause: Duration::from_secs(3600),
+        longest_pause: Duration::from_secs(3600),
+        page: 2,
+        ..hasty()
+    };
+    let mut consumer = Consumer::start(&api, timing).await;
+    consumer
+        .until("a notice", |it| !it.notices.is_empty())
+        .await;
+    let told = &consumer.notices[0].message;
+    assert!(
+        told.starts_with("the API server cannot answer at present (500:"),
+        "{told}"
+    );
+    assert!(consumer.stats.fault().is_some());
+    // The streamed one was rejected; of each of the two others there were two pages.
+    let pages = api.requests_for(SERVICES);
+    assert_eq!(pages.len(), 5, "{pages:?}");
+    consumer.finish().await;
+}
+
+#[tokio::test]
+async fn an_outage_ends_for_an_api_that_is_absent() {
+    let api = FakeApi::start().await;
+    api.put(NODES, node("node-1", "zone-a"));
+    api.remove_api(CIDRS);
+    api.set_down(true).await;
+    let timing = Timing {
+        absent_recheck: Duration::from_millis(20),
+        ..hasty()
+    };
+    let mut consumer = Consumer::start(&api, timing).await;
+    for outage in 1..=2 {
+        consumer
+            .until("another notice", |it| it.notices.len() == outage)
+            .await;
+        let told = &consumer.notices[outage - 1].message;
+        assert!(
+            told.starts_with("the API server cannot be reached:"),
+            "{told}"
+        );
+        // Every kind is to have seen the end of it.
+        api.set_down(false).await;
+        consumer.ready().await;
+        for kind in [SERVICES, SLICES, NODES] {
+            api.until_watched(kind, 1).await;
+        }
+        api.until_asked_again(CIDRS, 2).await;
+        let name = format!("after-{outage}");
+        for (path, object) in [
+            (SERVICES, service(&name, &format!("10.0.0.{outage}"))),
+            (SLICES, slice(&name, "a", &["10.1.0.1"])),
+            (NODES, node("node-1", &name)),
+        ] {
+            api.put(path, object);
+        }
+        let slice = format!("EndpointSlice shop/{name}");
+        consumer.has(&slice).await;
+        consumer.has(&format!("Service shop/{name}")).await;
+        consumer
+            .until("the node's zone", |it| {
+                matches!(it.objects.get("Node node-1"), Some(Object::Node(node))
+                    if node.zone.as_deref() == Some(name.as_str()))
+            })
+            .await;
+        api.set_down(true).await;
+    }
+    consumer.finish().await;
+}
+
 /// Passes bytes on between a port of its own and another one.
 struct Cable {
     address: std::net::SocketAddr,
     cut: watch::Sender<bool>,
+    /// Counts connections.
+    used: watch::Receiver<usize>,
 }
 
 impl Cable {
@@ -300,8 +432,10 @@ impl Cable {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address = listener.local_addr().expect("an address");
         let (cut, state) = watch::channel(false);
+        let (counter, used) = watch::channel(0);
         tokio::spawn(async move {
             while let Ok((near, _)) = listener.accept().await {
+                counter.send_modify(|used| *used += 1);
                 let state = state.clone();
                 tokio::spawn(async move {
                     let far = TcpStream::connect(far).await.expect("the server");
@@ -314,7 +448,15 @@ impl Cable {
                 });
             }
         });
-        Self { address, cut }
+        Self { address, cut, used }
+    }
+
+    /// Waits for so many more connections.
+    async fn until_used_again(&mut self, times: usize) {
+        let wanted = *self.used.borrow() + times;
+        let met = self.used.wait_for(|used| *used >= wanted);
+        let waited = tokio::time::timeout(Duration::from_secs(60), met).await;
+        assert!(waited.is_ok(), "there never were {wanted} connections");
     }
 
     /// What is under way while it is cut is lost, with its connection.
@@ -456,5 +598,80 @@ async fn a_bad_field_is_told_once_and_again_only_when_it_differs() {
             .iter()
             .all(|notice| notice.reason == Reason::InvalidField)
     );
+    consumer.finish().await;
+}
+
+#[tokio::test]
+async fn a_server_that_cannot_select_services_by_fields_is_asked_without() {
+    for streaming in [Streaming::Yes, Streaming::Rejected] {
+        let api = FakeApi::start().await;
+        api.set_streaming(streaming);
+        api.set_old_fields(true);
+        api.put(NODES, node("node-1", "zone-a"));
+        api.put(SERVICES, service("a", "10.0.0.1"));
+        api.put(SERVICES, service("headless", "None"));
+        let mut consumer = Consumer::start(&api, hasty()).await;
+        consumer.ready().await;
+        assert!(consumer.objects.contains_key("Service shop/a"));
+        // Without the selector it comes, and means nothing.
+        let Some(Object::Service(headless)) = consumer.objects.get("Service shop/headless") else {
+            panic!("{:?}", consumer.log);
+        };
+        assert!(!headless.has_frontends());
+        // Once is enough, also for a new list.
+        api.set_down(true).await;
+        api.compact(true);
+        api.put(SERVICES, service("b", "10.0.0.2"));
+        api.set_down(false).await;
+        consumer.has("Service shop/b").await;
+        assert_eq!(consumer.stats.kind(Kind::Service).lists(), 2);
+        let requests = api.requests_for(SERVICES);
+        let refused = requests
+            .iter()
+            .filter(|request| !request.get("fieldSelector").is_empty());
+        let refused = refused.count();
+        let wanted = match streaming {
+            Streaming::Yes => 1,
+            // The streamed list is rejected before anybody looks at the selector.
+            _ => 2,
+        };
+        assert_eq!(refused, wanted, "{requests:?}");
+        // The own node is found by its name all the same.
+        for request in api.requests_for(NODES) {
+            assert_eq!(request.get("fieldSelector"), "metadata.name=node-1");
+        }
+        let about = consumer
+            .notices
+            .iter()
+            .filter(|notice| !notice.message.contains("cannot be reached"));
+        assert_eq!(about.count(), 0, "{:?}", consumer.notices);
+        consumer.finish().await;
+    }
+}
+
+#[tokio::test]
+async fn a_busy_server_is_asked_again_when_it_said() {
+    let api = FakeApi::start().await;
+    api.put(NODES, node("node-1", "zone-a"));
+    api.set_busy(SERVICES, Some(1));
+    let timing = Timing {
+        longest_pause: Duration::from_secs(30),
+        ..hasty()
+    };
+    let began = Instant::now();
+    let mut consumer = Consumer::start(&api, timing).await;
+    // A second attempt failed too.
+    consumer
+        .until("a notice", |it| !it.notices.is_empty())
+        .await;
+    assert!(began.elapsed() >= Duration::from_secs(1), "{began:?}");
+    let told = &consumer.notices[0].message;
+    assert!(
+        told.starts_with("the API server cannot answer at present (429: Too many requests, please try again later.);"),
+        "{told}"
+    );
+    api.set_busy(SERVICES, None);
+    consumer.ready().await;
+    assert_eq!(consumer.notices.len(), 1, "{:?}", consumer.notices);
     consumer.finish().await;
 }

@@ -59,6 +59,8 @@ pub struct Store {
     slices: HashMap<ObjectName, EndpointSlice>,
     slices_of: HashMap<ObjectName, BTreeSet<ObjectName>>,
     node: Option<Arc<Node>>,
+    /// What is used while there is no own node: what was given for that, or what was known of a
+    /// node that was deleted.
     stand_in: Option<Arc<Node>>,
     service_cidrs: BTreeMap<ObjectName, ServiceCidr>,
     claims: Claims,
@@ -110,7 +112,8 @@ impl Store {
         self.services.values()
     }
 
-    /// The own node, or what stands in for it.
+    /// The own node, or what stands in for it. One that was deleted is going away, and stays as
+    /// it last was until there is another one.
     pub fn node(&self) -> Option<&Arc<Node>> {
         self.node.as_ref().or(self.stand_in.as_ref())
     }
@@ -206,9 +209,9 @@ impl Store {
             Object::Service(service) => self.insert_service(service, changes),
             Object::EndpointSlice(slice) => self.insert_slice(slice, changes),
             Object::Node(node) => {
-                let old = self.node.as_deref();
-                if old != Some(&node) {
-                    changes.node |= !old.is_some_and(|old| old.rules_as(&node));
+                let old = self.node();
+                changes.node |= !old.is_some_and(|old| old.rules_as(&node));
+                if self.node.as_deref() != Some(&node) {
                     self.node = Some(Arc::new(node));
                 }
             }
@@ -281,7 +284,13 @@ impl Store {
                     changes.services.insert(old.service);
                 }
             }
-            Kind::Node => changes.node |= self.node.take().is_some(),
+            // The rules stay those of a node on which pods may go on.
+            Kind::Node => {
+                if let Some(mut old) = self.node.take() {
+                    Arc::make_mut(&mut old).going_away = true;
+                    self.stand_in = Some(old);
+                }
+            }
             Kind::ServiceCidr => {
                 changes.service_cidrs |= self.service_cidrs.remove(&object.name).is_some();
             }

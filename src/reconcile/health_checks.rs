@@ -341,7 +341,7 @@ mod tests {
         )));
         bench.checks.changed(&named("web"));
         bench.publish();
-        assert_eq!(bench.now(), [check(30100, "web", 0)], "nothing is local");
+        assert_eq!(bench.now(), [check(30100, "web", 4)], "its pods are there");
     }
 
     #[test]

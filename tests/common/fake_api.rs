@@ -117,6 +117,12 @@ struct State {
     gone_as_event: bool,
     token: Option<String>,
     forbidden: BTreeSet<String>,
+    /// Whether Services cannot be selected by their fields.
+    old_fields: bool,
+    /// Collections that cannot be had at present: the seconds after which to come back.
+    busy: BTreeMap<String, u32>,
+    /// The collections of which no page after the first can be had.
+    failing: BTreeSet<String>,
     down: bool,
     requests: Vec<Recorded>,
     written: Vec<Written>,
@@ -182,6 +188,9 @@ impl FakeApi {
             gone_as_event: false,
             token: None,
             forbidden: BTreeSet::new(),
+            old_fields: false,
+            busy: BTreeMap::new(),
+            failing: BTreeSet::new(),
             down: false,
             requests: Vec::new(),
             written: Vec::new(),
@@ -343,6 +352,32 @@ impl FakeApi {
         }
     }
 
+    /// Answers with 400 where Services are to be selected by their fields, as servers before
+    /// Kubernetes 1.31 do.
+    pub fn set_old_fields(&self, old: bool) {
+        self.state().old_fields = old;
+    }
+
+    /// Answers requests for a collection with 429, as a server with too much to do does: with a
+    /// text, and with the header that says after how many seconds to come back.
+    pub fn set_busy(&self, path: &str, retry_after: Option<u32>) {
+        let mut state = self.state();
+        match retry_after {
+            Some(seconds) => state.busy.insert(path.to_owned(), seconds),
+            None => state.busy.remove(path),
+        };
+    }
+
+    /// Answers every page of a list but the first one with 500, or no longer.
+    pub fn fail_next_pages(&self, path: &str, failing: bool) {
+        let mut state = self.state();
+        if failing {
+            state.failing.insert(path.to_owned());
+        } else {
+            state.failing.remove(path);
+        }
+    }
+
     /// Takes a whole API away: 404.
     pub fn remove_api(&self, path: &str) {
         self.state().collections.remove(path);
@@ -390,22 +425,6 @@ impl FakeApi {
         let wanted = self.requests_for(path).len() + times;
         self.until(&format!("{wanted} requests for {path}"), |traffic| {
             traffic.requests.get(path).copied().unwrap_or_default() >= wanted
-        })
-        .await;
-    }
-
-    /// Waits until a collection was asked for this many times in all.
-    pub async fn until_asked(&self, path: &str, wanted: usize) {
-        self.until(&format!("{wanted} requests for {path}"), |traffic| {
-            traffic.requests.get(path).copied().unwrap_or_default() >= wanted
-        })
-        .await;
-    }
-
-    /// Waits until there were this many requests in all.
-    pub async fn until_requests(&self, wanted: usize) {
-        self.until(&format!("{wanted} requests"), |traffic| {
-            traffic.requests.values().sum::<usize>() >= wanted
         })
         .await;
     }
@@ -558,6 +577,18 @@ fn answer(
         );
         return status(403, "Forbidden", &message);
     }
+    if let Some(seconds) = locked.busy.get(&path) {
+        let text = Bytes::from("Too many requests, please try again later.\n");
+        let mut answer = full(StatusCode::TOO_MANY_REQUESTS, text);
+        answer
+            .headers_mut()
+            .insert("retry-after", (*seconds).into());
+        return answer;
+    }
+    if locked.failing.contains(&path) && !recorded.get("continue").is_empty() {
+        return status(500, "InternalError", "etcd took too long");
+    }
+    let too_new = locked.old_fields && recorded.get("fieldSelector").contains("spec.clusterIP");
     let selector = Selector::new(recorded.get("labelSelector"), recorded.get("fieldSelector"));
     // The names of the tests' objects are enough to find them.
     let Some(collection) = locked.collections.get(&writes::of_all_namespaces(&path).0) else {
@@ -567,15 +598,20 @@ fn answer(
             "the server could not find the requested resource",
         );
     };
-    if !recorded.is_watch() {
-        return list(&locked, collection, &recorded, &selector);
-    }
-
     let initial = recorded.get("sendInitialEvents") == "true";
     if initial && locked.streaming == Streaming::Rejected {
         let message = "ListOptions.meta.k8s.io \"\" is invalid: sendInitialEvents: Forbidden: sendInitialEvents is forbidden for watch unless the WatchList feature gate is enabled";
         return status(422, "Invalid", message);
     }
+    // Servers look at the selectors after the other parameters.
+    if too_new {
+        let message = "\"spec.clusterIP\" is not a known field selector: only \"metadata.name\", \"metadata.namespace\"";
+        return status(400, "BadRequest", message);
+    }
+    if !recorded.is_watch() {
+        return list(&locked, collection, &recorded, &selector);
+    }
+
     let mut lines = Vec::new();
     let from = match recorded.get("resourceVersion") {
         "" | "0" => {

@@ -289,3 +289,51 @@ fn of_a_node_only_what_rules_are_made_of_is_a_change() {
         assert!(put(&mut store, Object::Node(other)).node);
     }
 }
+
+#[test]
+fn a_deleted_node_is_going_away_and_stays_as_it_last_was() {
+    let stand_in = Node {
+        name: "node-1".into(),
+        internal_ips: vec!["192.0.2.9".parse().unwrap()],
+        external_ips: vec![],
+        pod_cidrs: vec![],
+        zone: None,
+        going_away: false,
+    };
+    let node = Node {
+        internal_ips: vec!["192.0.2.1".parse().unwrap()],
+        pod_cidrs: vec!["10.244.1.0/24".parse().unwrap()],
+        zone: Some("zone-a".into()),
+        ..stand_in.clone()
+    };
+    let mut store = Store::with_stand_in(stand_in.clone());
+    let name = Object::Node(node.clone()).reference();
+    // One that was never there cannot go.
+    assert!(apply(&mut store, Event::Delete(name.clone())).is_empty());
+    assert_eq!(store.node().map(|node| &**node), Some(&stand_in));
+    assert!(put(&mut store, Object::Node(node.clone())).node);
+    let gone = Node {
+        going_away: true,
+        ..node.clone()
+    };
+    for again in [false, true] {
+        // A new list without it says the same as a deletion.
+        let deleted = if again {
+            apply(&mut store, Event::ListStarted(Kind::Node));
+            apply(&mut store, Event::ListComplete(Kind::Node))
+        } else {
+            apply(&mut store, Event::Delete(name.clone()))
+        };
+        assert!(deleted.is_empty(), "the rules are the same");
+        assert_eq!(store.node().map(|node| &**node), Some(&gone));
+        assert_eq!(store.count(Kind::Node), 0);
+        assert!(put(&mut store, Object::Node(node.clone())).is_empty());
+        assert_eq!(store.node().map(|node| &**node), Some(&node));
+    }
+    apply(&mut store, Event::Delete(name));
+    let moved = Node {
+        zone: Some("zone-b".into()),
+        ..node
+    };
+    assert!(put(&mut store, Object::Node(moved)).node);
+}

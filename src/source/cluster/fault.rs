@@ -20,6 +20,8 @@ pub(super) enum Fault {
     Gone,
     /// The server does not stream lists.
     NoStreaming,
+    /// The server does not know a field by which objects are selected.
+    UnknownField(String),
     /// The server does not have the API at all.
     Absent(String),
     /// The server does not let nftlet in: 401, or 403 for one kind.
@@ -73,6 +75,7 @@ impl From<Status> for Fault {
             .any(|cause| cause.reason.as_deref() == Some("ResourceVersionTooLarge"));
         match code {
             _ if code == 410 || ahead || matches!(reason, "Expired" | "Gone") => Fault::Gone,
+            400 if blames_a_field(&message) => Fault::UnknownField(message),
             400 | 422 => Fault::NoStreaming,
             401 | 403 => Fault::Refused { code, message },
             404 | 405 => Fault::Absent(message),
@@ -85,28 +88,18 @@ impl From<Status> for Fault {
     }
 }
 
+/// Whether the message of a 400 is about a field selector: servers have no reason of their own for
+/// that. Up to Kubernetes 1.30 it is `"spec.clusterIP" is not a known field selector`, for kinds
+/// that have selectable fields `field label not supported`.
+fn blames_a_field(message: &str) -> bool {
+    ["field selector", "field label"]
+        .iter()
+        .any(|words| message.contains(words))
+}
+
 impl From<kube::Error> for Fault {
     fn from(error: kube::Error) -> Self {
-        match error {
-            kube::Error::Api(status) => Fault::from(Status {
-                code: Some(status.code),
-                reason: Some(status.reason.clone()),
-                message: Some(status.message.clone()),
-                details: status.details.as_ref().map(|details| Details {
-                    retry_after_seconds: Some(details.retry_after_seconds),
-                    causes: Some(
-                        details
-                            .causes
-                            .iter()
-                            .map(|cause| Cause {
-                                reason: Some(cause.reason.clone()),
-                            })
-                            .collect(),
-                    ),
-                }),
-            }),
-            other => Fault::Unreachable(innermost(&other)),
-        }
+        Fault::Unreachable(innermost(&error))
     }
 }
 
@@ -119,7 +112,28 @@ fn innermost(error: &dyn std::error::Error) -> String {
     error.to_string()
 }
 
+/// As much of a text as fits into a line.
+fn one_line(text: &str) -> String {
+    const LONGEST: usize = 200;
+    let words: Vec<&str> = text.split_whitespace().collect();
+    words.join(" ").chars().take(LONGEST).collect()
+}
+
 impl Fault {
+    /// What an answer means that is no success: its code, the seconds in its header `Retry-After`
+    /// and its body.
+    pub(super) fn of_answer(code: u16, retry_after: Option<u32>, body: &[u8]) -> Self {
+        // What stands before a server, and a server that has too much to do, answer with a text.
+        let mut status: Status = serde_json::from_slice(body).unwrap_or_else(|_| Status {
+            message: Some(one_line(&String::from_utf8_lossy(body))),
+            ..Status::default()
+        });
+        status.code.get_or_insert(code);
+        let details = status.details.get_or_insert_default();
+        details.retry_after_seconds = details.retry_after_seconds.or(retry_after);
+        status.into()
+    }
+
     /// A word for the sort of fault and a sentence about it, or `None` for what is no news.
     pub(super) fn describe(&self, selection: &Selection) -> Option<(String, String)> {
         const KEPT: &str = "what is known stays in force, and nftlet keeps trying";
@@ -129,6 +143,13 @@ impl Fault {
                 format!("rejected {}", selection.plural),
                 format!(
                     "the API server rejects requests for {}; check that the server's address is that of a Kubernetes API server; {KEPT}",
+                    selection.plural
+                ),
+            )),
+            Fault::UnknownField(message) => Some((
+                format!("rejected {}", selection.plural),
+                format!(
+                    "the API server cannot select {} by their fields ({message}); check that the server's address is that of a Kubernetes API server; {KEPT}",
                     selection.plural
                 ),
             )),
@@ -269,6 +290,14 @@ mod tests {
         assert!(matches!(fault(410), Fault::Gone));
         assert!(matches!(fault(422), Fault::NoStreaming));
         assert!(matches!(fault(400), Fault::NoStreaming));
+        for message in [
+            r#"\"spec.clusterIP\" is not a known field selector: only \"metadata.name\", \"metadata.namespace\""#,
+            "field label not supported: spec.clusterIP",
+        ] {
+            let status = format!(r#"{{"code": 400, "message": "{message}"}}"#);
+            let status: Status = serde_json::from_str(&status).expect("a status");
+            assert!(matches!(Fault::from(status), Fault::UnknownField(_)));
+        }
         assert!(matches!(fault(401), Fault::Refused { code: 401, .. }));
         assert!(matches!(fault(403), Fault::Refused { code: 403, .. }));
         assert!(matches!(fault(404), Fault::Absent(_)));
@@ -282,6 +311,42 @@ mod tests {
             Fault::from(status),
             Fault::Busy { retry_after: 7, .. }
         ));
+    }
+
+    #[test]
+    fn answers_need_not_be_objects_of_the_api() {
+        let busy = Fault::of_answer(
+            429,
+            Some(1),
+            b"Too many requests,\n  please try again later.\n",
+        );
+        assert!(
+            matches!(&busy, Fault::Busy { code: 429, message, retry_after: 1 }
+                if message == "Too many requests, please try again later."),
+            "{busy:?}"
+        );
+        let page = format!("<html>{}</html>", "<br>\n".repeat(1000));
+        let busy = Fault::of_answer(503, None, page.as_bytes());
+        assert!(
+            matches!(&busy, Fault::Busy { code: 503, message, retry_after: 0 }
+                if message.starts_with("<html><br> <br>") && message.len() == 200),
+            "{busy:?}"
+        );
+        // What the object says comes before the header.
+        let status = br#"{"kind": "Status", "code": 503, "details": {"retryAfterSeconds": 7}}"#;
+        let busy = Fault::of_answer(500, Some(1), status);
+        assert!(
+            matches!(
+                busy,
+                Fault::Busy {
+                    code: 503,
+                    retry_after: 7,
+                    ..
+                }
+            ),
+            "{busy:?}"
+        );
+        assert!(matches!(Fault::of_answer(404, None, b""), Fault::Absent(_)));
     }
 
     #[test]

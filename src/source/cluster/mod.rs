@@ -3,8 +3,9 @@
 //! [`Cluster::connect`] finds the server and credentials, [`Cluster::run`] watches Services,
 //! EndpointSlices, the own Node and the ServiceCIDRs with the selectors that kube-proxy uses, so
 //! that headless services and those of other proxies never leave the server. (A service that
-//! turns headless comes as a deletion.) NetworkPolicies are watched too, and Pods and Namespaces
-//! while there is a policy.
+//! turns headless comes as a deletion. Servers before Kubernetes 1.31 cannot select by that, and
+//! send headless services too, which have no rules.) NetworkPolicies are watched too, and Pods and
+//! Namespaces while there is a policy.
 //!
 //! ```text
 //! request (list, watch; lines) ─> reflect (one kind: version, names, decode) ─> events
@@ -23,6 +24,7 @@
 mod demand;
 mod fault;
 mod frames;
+mod proxy;
 mod pulse;
 mod reflect;
 mod request;
@@ -36,7 +38,7 @@ use std::time::Duration;
 use futures::future::{OptionFuture, join_all};
 use futures::join;
 use hyper::Uri;
-use kube::config::{InClusterError, KubeConfigOptions, Kubeconfig, KubeconfigError};
+use kube::config::{InClusterError, KubeConfigOptions, Kubeconfig, KubeconfigError, NoProxyError};
 use kube::{Client, Config};
 use tokio::sync::watch;
 
@@ -87,6 +89,24 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+    /// The proxy on the way to the server cannot be used.
+    #[error(
+        "cannot use the proxy {proxy}: {reason}; write it like http://192.0.2.20:3128 in proxy-url of the kubeconfig or in the variable HTTPS_PROXY"
+    )]
+    Proxy {
+        /// Its address.
+        proxy: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The list of servers without a proxy cannot be understood.
+    #[error(
+        "cannot use the variable NO_PROXY: {source}; write addresses, ranges and names of hosts with a comma between them"
+    )]
+    NoProxy {
+        /// What is wrong with it.
+        source: NoProxyError,
+    },
     /// The credentials or certificates cannot be used.
     #[error(
         "cannot prepare connections to {server}: {source}; check the certificates and credentials"
@@ -130,25 +150,33 @@ impl Cluster {
         node_name: String,
     ) -> Result<Self, Error> {
         let from_environment = std::env::var_os("KUBECONFIG").filter(|value| !value.is_empty());
-        let mut config = match (kubeconfig, from_environment) {
-            (Some(path), _) => read_kubeconfig(&path, Kubeconfig::read_from(&path)).await?,
+        let kubeconfig = match (kubeconfig, from_environment) {
+            (Some(path), _) => {
+                let read = Kubeconfig::read_from(&path);
+                Some((path, read))
+            }
             (None, Some(value)) => {
                 let merged = Kubeconfig::from_env().map(Option::unwrap_or_default);
-                read_kubeconfig(Path::new(&value), merged).await?
+                Some((value.into(), merged))
             }
-            (None, None) => match (Config::incluster(), &server) {
-                (Ok(config), _) => config,
-                (Err(InClusterError::ReadEnvironmentVariable(_)), Some(server)) => {
-                    Config::new(address(server)?)
-                }
-                (Err(InClusterError::ReadEnvironmentVariable(_)), None) => {
-                    return Err(Error::NoCluster);
-                }
-                (Err(source), _) => return Err(Error::ServiceAccount { source }),
-            },
+            (None, None) => None,
+        };
+        let from_file = kubeconfig.is_some();
+        let (mut config, named_proxy) = match kubeconfig {
+            Some((path, read)) => read_kubeconfig(&path, read).await?,
+            None => (in_cluster(server.as_deref())?, None),
         };
         if let Some(server) = &server {
             config.cluster_url = address(server)?;
+        }
+        if from_file {
+            let variable = |name: &str| std::env::var(name).ok();
+            config.proxy_url = proxy::choose(named_proxy, &config.cluster_url, variable)?;
+        }
+        if let Some(proxy) = &config.proxy_url {
+            let proxy = proxy.to_string();
+            let proxy = proxy::without_password(&proxy);
+            tracing::info!("the way to the API server leads through the proxy {proxy}");
         }
         // The reflectors do their own retries, which know what can be resumed.
         config.default_retry = false;
@@ -250,16 +278,41 @@ fn address(text: &str) -> Result<Uri, Error> {
     })
 }
 
+/// What a pod knows of its cluster. An address without credentials is enough where it is given.
+fn in_cluster(server: Option<&str>) -> Result<Config, Error> {
+    match (Config::incluster(), server) {
+        (Ok(config), _) => Ok(config),
+        (Err(InClusterError::ReadEnvironmentVariable(_)), Some(server)) => {
+            Ok(Config::new(address(server)?))
+        }
+        (Err(InClusterError::ReadEnvironmentVariable(_)), None) => Err(Error::NoCluster),
+        (Err(source), _) => Err(Error::ServiceAccount { source }),
+    }
+}
+
+/// What a kubeconfig says, and the proxy that it names.
 async fn read_kubeconfig(
     path: &Path,
     kubeconfig: Result<Kubeconfig, KubeconfigError>,
-) -> Result<Config, Error> {
+) -> Result<(Config, Option<String>), Error> {
     let fault = |source| Error::Kubeconfig {
         path: path.to_owned(),
         source,
     };
     let kubeconfig = kubeconfig.map_err(fault)?;
-    Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default())
-        .await
-        .map_err(fault)
+    let proxy = proxy::named_in(&kubeconfig);
+    let options = KubeConfigOptions::default();
+    match Config::from_custom_kubeconfig(kubeconfig, &options).await {
+        Ok(config) => Ok((config, proxy)),
+        // kube has read both of the environment, too.
+        Err(KubeconfigError::ParseNoProxy(source)) => Err(Error::NoProxy { source }),
+        Err(KubeconfigError::ParseProxyUrl(source)) => Err(Error::Proxy {
+            proxy: match &proxy {
+                Some(named) => proxy::without_password(named).to_owned(),
+                None => "in HTTPS_PROXY".to_owned(),
+            },
+            reason: source.to_string(),
+        }),
+        Err(source) => Err(fault(source)),
+    }
 }

@@ -3,8 +3,8 @@
 //! A server that goes away without closing its connections, as when a cable is cut, leaves
 //! watches that nothing comes from, and nothing is usual: a quiet cluster sends a bookmark a
 //! minute. So when nothing has come for a while the server is asked for its version. An answer of
-//! any kind is a sign of life. Without one the watches are given up, and their reflectors find out
-//! what is wrong.
+//! any kind is a sign of life. Without one the watches are given up, and requests that wait for an
+//! answer too; their reflectors find out what is wrong.
 
 use std::sync::Arc;
 

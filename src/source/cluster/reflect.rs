@@ -36,7 +36,7 @@ pub(super) struct Reflector {
     faults: Arc<Faults>,
     stats: Arc<SourceStats>,
     converter: Converter,
-    /// Changes when the watch is to be given up.
+    /// Changes when the server is found silent, and nothing more is to be expected of it.
     silent: watch::Receiver<u64>,
     /// When to go on without the own Node.
     node_deadline: Option<Deadline>,
@@ -49,6 +49,9 @@ pub(super) struct Reflector {
     known: HashSet<ObjectName>,
     /// While a list is being read, the names that came up in it.
     listing: Option<HashSet<ObjectName>>,
+    /// Since when a watch delivers changes; nothing before it is open and its list complete,
+    /// since a list that is cut off begins anew and has won nothing.
+    following: Option<Instant>,
     /// What was said about objects at fault, so that it is not repeated with their every change.
     told: HashMap<ObjectName, Vec<Notice>>,
     /// Whether a fault of the server was noted that has not ended.
@@ -85,6 +88,7 @@ impl Reflector {
             version: None,
             known: HashSet::new(),
             listing: None,
+            following: None,
             told: HashMap::new(),
             faulty: false,
             started: false,
@@ -101,11 +105,10 @@ impl Reflector {
     pub(super) async fn run(mut self) {
         let mut backoff = Backoff::default();
         loop {
-            let began = Instant::now();
             let Err(fault) = self.session().await;
-            if began.elapsed() >= self.timing.stable {
+            let followed = self.following.take();
+            if followed.is_some_and(|since| since.elapsed() >= self.timing.stable) {
                 backoff.reset();
-                self.healthy();
             }
             let pause = match self.after(&fault, &mut backoff).await {
                 Ok(pause) => pause,
@@ -141,6 +144,10 @@ impl Reflector {
                 self.streaming = false;
                 return Ok(Duration::ZERO);
             }
+            Fault::UnknownField(message) if self.requester.selection.spare_fields() => {
+                tracing::info!(%kind, message, "the API server does not know the field to select by (Kubernetes before 1.31); going on without");
+                return Ok(Duration::ZERO);
+            }
             // The version is not understood by what may be another server at the old address.
             Fault::NoStreaming => self.version = None,
             Fault::Absent(_) if kind == Kind::ServiceCidr => {
@@ -150,6 +157,9 @@ impl Reflector {
                     );
                     self.complete_without().await?;
                 }
+                // That is an answer, and the right one.
+                backoff.reset();
+                self.healthy();
                 return Ok(self.timing.absent_recheck);
             }
             // Without the ranges only one kind of rule is missing; no reason to serve nothing.
@@ -166,30 +176,29 @@ impl Reflector {
                 self.send(Instant::now(), Event::Notice(notice)).await?;
             }
         }
-        let pause = backoff.next(&self.timing);
         Ok(match fault {
             Fault::Busy { retry_after, .. } => {
-                pause.max(Duration::from_secs((*retry_after).into()).min(self.timing.longest_pause))
+                let at_least = Duration::from_secs((*retry_after).into());
+                backoff.next_after(&self.timing, at_least)
             }
-            _ => pause,
+            _ => backoff.next(&self.timing),
         })
     }
 
     /// Lists if necessary, then watches until that ends.
     async fn session(&mut self) -> Result<std::convert::Infallible, Fault> {
+        self.silent.mark_unchanged();
         if self.version.is_none() && !self.streaming {
             self.paged_list().await?;
         }
         let version = self.version.clone();
         let stats = self.stats.clone();
         let stats = stats.kind(self.kind());
-        let mut lines = {
-            let requester = self.requester.clone();
-            self.waiting(async move { requester.watch(version.as_deref()).await })
-                .await??
-        };
+        let requester = self.requester.clone();
+        let mut lines = self
+            .unless_silent(async move { requester.watch(version.as_deref()).await })
+            .await?;
         stats.count_watch();
-        self.silent.mark_unchanged();
         if self.version.is_none() {
             self.begin_list().await?;
         }
@@ -197,6 +206,7 @@ impl Reflector {
             let patience = if self.listing.is_some() {
                 self.timing.list_idle
             } else {
+                self.following.get_or_insert_with(Instant::now);
                 self.timing.idle
             };
             let line = self.line_of(&mut lines, patience).await?;
@@ -208,28 +218,15 @@ impl Reflector {
         }
     }
 
-    /// Waits for the next line. An open watch from which no fault comes is well after a while,
-    /// whether something comes or not.
+    /// Waits for the next line. A watch that follows changes and from which no fault comes is well
+    /// after a while, whether something comes or not.
     async fn line_of<'l>(
         &mut self,
         lines: &'l mut Lines,
         patience: Duration,
     ) -> Result<&'l [u8], Fault> {
-        let mut silent = self.silent.clone();
-        let given_up = async move {
-            // The sender ends with everything else.
-            match silent.changed().await {
-                Ok(()) => (),
-                Err(_) => std::future::pending().await,
-            }
-        };
-        let mut next = pin!(async {
-            tokio::select! {
-                line = lines.next(patience) => line,
-                () = given_up => Err(Fault::Silent),
-            }
-        });
-        if self.faulty {
+        let mut next = pin!(or_silent(self.silent.clone(), lines.next(patience)));
+        if self.faulty && self.following.is_some() {
             let stable = tokio::time::sleep(self.timing.stable);
             let first = async {
                 tokio::select! {
@@ -243,6 +240,15 @@ impl Reflector {
             }
         }
         self.waiting(next).await?
+    }
+
+    /// Waits for the answer to a request, unless the server is found silent meanwhile.
+    async fn unless_silent<T>(
+        &mut self,
+        answer: impl Future<Output = Result<T, Fault>>,
+    ) -> Result<T, Fault> {
+        let answer = or_silent(self.silent.clone(), answer);
+        self.waiting(answer).await?
     }
 
     async fn line(&mut self, line: &[u8], at: Instant) -> Result<(), Fault> {
@@ -260,7 +266,7 @@ impl Reflector {
                 )));
             }
         };
-        if parsed.type_ != "ERROR" {
+        if parsed.type_ != "ERROR" && self.listing.is_none() {
             self.healthy();
         }
         match &*parsed.type_ {
@@ -319,8 +325,8 @@ impl Reflector {
             let requester = self.requester.clone();
             let next = token.clone();
             let answer = self
-                .waiting(async move { requester.list(limit, next).await })
-                .await?;
+                .unless_silent(async move { requester.list(limit, next).await })
+                .await;
             let at = Instant::now();
             let bytes = match answer {
                 Ok(bytes) => bytes,
@@ -340,7 +346,6 @@ impl Reflector {
                 let cause = "the answer is not a list of objects: it has no resourceVersion";
                 return Err(Fault::Unreachable(cause.to_owned()));
             }
-            self.healthy();
             if token.is_none() {
                 self.begin_list().await?;
             }
@@ -370,6 +375,7 @@ impl Reflector {
 
     async fn end_list(&mut self, at: Instant) -> Result<(), Fault> {
         self.broken_streams = 0;
+        self.healthy();
         let listed = self.listing.take().unwrap_or_default();
         if self.complete {
             let gone: Vec<ObjectName> = self.known.difference(&listed).cloned().collect();
@@ -554,5 +560,23 @@ impl Reflector {
         };
         self.send(Instant::now(), Event::Notice(notice)).await?;
         self.complete_without().await
+    }
+}
+
+/// What comes of waiting for the server, or that it was found silent before.
+async fn or_silent<T>(
+    mut silent: watch::Receiver<u64>,
+    answer: impl Future<Output = Result<T, Fault>>,
+) -> Result<T, Fault> {
+    let given_up = async move {
+        // The sender ends with everything else.
+        match silent.changed().await {
+            Ok(()) => (),
+            Err(_) => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        answer = answer => answer,
+        () = given_up => Err(Fault::Silent),
     }
 }

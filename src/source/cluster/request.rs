@@ -1,9 +1,13 @@
 //! Requests to the API server, and reading its answers.
 
+use std::io;
 use std::pin::Pin;
 use std::time::Duration;
 
+use futures::TryStreamExt;
 use futures::io::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt};
+use http_body_util::BodyExt;
+use hyper::header::RETRY_AFTER;
 use kube::Client;
 use kube::api::{ListParams, WatchParams};
 use kube::core::Request;
@@ -30,6 +34,12 @@ impl Selection {
     /// The name of the own Node.
     pub(super) fn node_name(&self) -> &str {
         &self.node_name
+    }
+
+    /// Asks without fields from now on, because the server does not know them, as that of Services
+    /// before Kubernetes 1.31. Returns false where they do more than to spare what has no rules.
+    pub(super) fn spare_fields(&mut self) -> bool {
+        self.kind == Kind::Service && self.fields.take().is_some()
     }
 
     /// What kube-proxy selects of a kind; of the nodes, the own one; of the pods, those that
@@ -142,7 +152,7 @@ impl Requester {
             .list(&params)
             .map_err(|error| Fault::Unreachable(error.to_string()))?;
         let answer = async {
-            let mut body = self.client.request_stream(request).await?;
+            let mut body = self.send(request).await?;
             let mut bytes = Vec::new();
             body.read_to_end(&mut bytes)
                 .await
@@ -165,13 +175,25 @@ impl Requester {
             .watch(&params, version.unwrap_or_default())
             .map_err(|error| Fault::Unreachable(error.to_string()))?;
         let answer = async {
-            let body = self.client.request_stream(request).await?;
-            Ok(Lines {
-                body: Box::pin(body),
-                line: Vec::new(),
-            })
+            let body = self.send(request).await?;
+            let line = Vec::new();
+            Ok(Lines { body, line })
         };
         self.in_time(answer).await
+    }
+
+    /// Sends a request; returns the body of the answer, unless that is a refusal.
+    async fn send(&self, request: hyper::Request<Vec<u8>>) -> Result<Body, Fault> {
+        let answer = self.client.send(request.map(Into::into)).await?;
+        let (head, body) = answer.into_parts();
+        if head.status.is_success() {
+            let body = body.into_data_stream().map_err(io::Error::other);
+            return Ok(Box::pin(body.into_async_read()));
+        }
+        let retry_after = head.headers.get(RETRY_AFTER);
+        let retry_after = retry_after.and_then(|value| value.to_str().ok()?.parse().ok());
+        let body = body.collect().await?.to_bytes();
+        Err(Fault::of_answer(head.status.as_u16(), retry_after, &body))
     }
 
     async fn in_time<T>(&self, answer: impl Future<Output = Result<T, Fault>>) -> Result<T, Fault> {

@@ -73,6 +73,14 @@ impl Backoff {
         self.attempts
     }
 
+    /// The pause before the next attempt to ask a server that said when to come back.
+    pub(super) fn next_after(&mut self, timing: &Timing, at_least: Duration) -> Duration {
+        // It said the same to everybody.
+        let at_least = at_least.min(timing.longest_pause);
+        let at_least = at_least.mul_f64(1.0 + random() / 2.0);
+        self.next(timing).max(at_least)
+    }
+
     /// The pause before the next attempt.
     pub(super) fn next(&mut self, timing: &Timing) -> Duration {
         let attempt = self.attempts;
@@ -118,6 +126,19 @@ mod tests {
         }
         backoff.reset();
         assert_eq!(backoff.next(&timing), Duration::ZERO);
+    }
+
+    #[test]
+    fn a_server_may_say_when_to_come_back() {
+        let timing = Timing::default();
+        for (asked, least) in [(0, 0), (7, 7), (3600, 30)] {
+            let pause = Backoff::default().next_after(&timing, Duration::from_secs(asked));
+            let least = Duration::from_secs(least);
+            assert!(
+                pause >= least && pause <= least.mul_f64(1.5),
+                "{pause:?} for {asked} s"
+            );
+        }
     }
 
     #[test]
