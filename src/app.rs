@@ -236,7 +236,7 @@ pub fn run(mut line: CommandLine) -> Result<(), Error> {
     // The sender is dropped without a message only if the thread panicked.
     started.blocking_recv().unwrap_or(Err(Error::SourceEnded))?;
     let mut ready = Vec::new();
-    kernel::start(args, &metrics, &reporter, &mut ready)?;
+    let settings_thread = kernel::start(args, &metrics, &reporter, &mut ready)?;
     if !args.once {
         configure::set_oom_score(args);
     }
@@ -283,6 +283,8 @@ pub fn run(mut line: CommandLine) -> Result<(), Error> {
     let _ = flows.join();
     match exit {
         Exit::Programmed => {
+            // The end of the process would cut it short.
+            let _ = settings_thread.map(thread::JoinHandle::join);
             tracing::info!("{summary}");
             Ok(())
         }

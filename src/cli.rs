@@ -258,12 +258,12 @@ pub struct Args {
     pub log_denied: bool,
 
     /// Answer /metrics here: `IP`, `IP:PORT`, `[IPv6]:PORT`, `:PORT` for all addresses, or an
-    /// empty text for nowhere [default: 127.0.0.1:10249, or [::1]:10249 where --bind-address is
+    /// empty text for nowhere [default: 127.0.0.1:10249, or `[::1]:10249` where --bind-address is
     /// IPv6; nowhere with --manifests, --dry-run or --once].
     #[arg(long, value_name = "ADDR", help_heading = "Observability")]
     pub metrics_bind_address: Option<BindAddress>,
 
-    /// Answer /healthz and /livez here, in the same forms [default: 0.0.0.0:10256, or [::]:10256
+    /// Answer /healthz and /livez here, in the same forms [default: 0.0.0.0:10256, or `[::]:10256`
     /// where --bind-address is IPv6; nowhere with --manifests, --dry-run or --once].
     #[arg(long, value_name = "ADDR", help_heading = "Observability")]
     pub healthz_bind_address: Option<BindAddress>,

@@ -6,7 +6,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::thread;
+use std::thread::{self, JoinHandle};
 
 use tokio::sync::oneshot;
 
@@ -33,24 +33,24 @@ pub(super) fn initialise(args: &Args) {
     }
 }
 
-/// Makes the settings.
+/// Makes the settings. Returned is the thread that makes those behind the first rules which cannot
+/// be made before; it ends then.
 ///
 /// # Errors
 ///
-/// When the system refuses the thread that makes those behind the first rules which cannot be made
-/// before. It ends then.
+/// When the system refuses the thread.
 pub(super) fn start(
     args: &Args,
     metrics: &Arc<Metrics>,
     reporter: &LogAndSend,
     ready: &mut Vec<oneshot::Sender<()>>,
-) -> Result<(), Error> {
+) -> Result<Option<JoinHandle<()>>, Error> {
     let wanted = wanted(args);
     let unset = make(Path::new("/"), &wanted, load);
     let (later, never): (Vec<_>, Vec<_>) = unset.into_iter().partition(Unset::is_missing);
     tell(&never, metrics, reporter);
     if later.is_empty() {
-        return Ok(());
+        return Ok(None);
     }
     let (told, begin) = oneshot::channel();
     ready.push(told);
@@ -66,7 +66,7 @@ pub(super) fn start(
     thread::Builder::new()
         .name("settings".into())
         .spawn(again)
-        .map(drop)
+        .map(Some)
         .map_err(system("the thread that makes kernel settings"))
 }
 
