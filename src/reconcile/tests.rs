@@ -323,7 +323,8 @@ fn meaning(ruleset: &Ruleset) -> Ruleset {
             .any(|name| name.as_str().starts_with("learn-"));
         table.chains.retain(|name, _| {
             let name_text = name.as_str();
-            let by_learning = name_text == "learn-prerouting" || name_text == "learn-output";
+            let by_learning =
+                ["learn-prerouting", "learn-output", "learn-new"].contains(&name_text);
             let counted = name_text
                 .rsplit_once('-')
                 .is_some_and(|(_, n)| n.parse::<u32>().is_ok());
