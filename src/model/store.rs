@@ -6,6 +6,8 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use smallvec::SmallVec;
+
 use super::claims::{Claim, ClaimChanges, Claims};
 use super::{
     Endpoint, EndpointSlice, Event, Family, Kind, Lists, Node, Notice, Object, ObjectName,
@@ -57,7 +59,8 @@ impl EndpointOf<'_> {
 pub struct Store {
     services: HashMap<ObjectName, Arc<Service>>,
     slices: HashMap<ObjectName, EndpointSlice>,
-    slices_of: HashMap<ObjectName, BTreeSet<ObjectName>>,
+    /// Sorted. Nearly every service has one for each family.
+    slices_of: HashMap<ObjectName, SmallVec<[ObjectName; 1]>>,
     node: Option<Arc<Node>>,
     stand_in: Option<Arc<Node>>,
     service_cidrs: BTreeMap<ObjectName, ServiceCidr>,
@@ -248,10 +251,10 @@ impl Store {
         }
         changes.services.insert(slice.service.clone());
         changes.triggered_at_ms.extend(slice.triggered_at_ms);
-        self.slices_of
-            .entry(slice.service.clone())
-            .or_default()
-            .insert(name.clone());
+        let slices = self.slices_of.entry(slice.service.clone()).or_default();
+        if let Err(place) = slices.binary_search(&name) {
+            slices.insert(place, name.clone());
+        }
         self.slices.insert(name.clone(), slice);
         if self.is_complete() {
             self.note_orphans([&name], changes);
@@ -260,7 +263,7 @@ impl Store {
 
     fn detach(&mut self, service: &ObjectName, slice: &ObjectName) {
         if let Some(slices) = self.slices_of.get_mut(service) {
-            slices.remove(slice);
+            slices.retain(|known| known != slice);
             if slices.is_empty() {
                 self.slices_of.remove(service);
             }

@@ -25,6 +25,10 @@ use crate::ruleset::{
 const ELEMENT_INTERVAL_END: u32 = 1;
 const ELEMENTS: &str = "the elements of a set";
 
+/// How the elements of a set are read.
+pub(super) type ElementsOf<'a> =
+    dyn FnMut(&mut Nftables, &TableId, &Name, &Declaration) -> Result<Vec<Element>, Error> + 'a;
+
 impl Nftables {
     /// Reads the tables with the given names in both families.
     ///
@@ -35,11 +39,23 @@ impl Nftables {
     ///
     /// When a dump fails or is interrupted over and over again.
     pub fn read(&mut self, names: &[&str], wanted: &Ruleset) -> Result<Ruleset, Error> {
+        self.read_with(names, wanted, &mut |nftables, id, name, declaration| {
+            nftables.settled_elements(id, name.as_str(), declaration)
+        })
+    }
+
+    /// The same, with the elements of each set as `elements` gets them.
+    pub(super) fn read_with(
+        &mut self,
+        names: &[&str],
+        wanted: &Ruleset,
+        elements: &mut ElementsOf,
+    ) -> Result<Ruleset, Error> {
         let mut found = Ruleset::default();
         for id in self.tables(names)? {
             let empty = Table::default();
             let expected = wanted.tables.get(&id).unwrap_or(&empty);
-            let table = self.table(&id, expected)?;
+            let table = self.table(&id, expected, elements)?;
             found.tables.insert(id, table);
         }
         Ok(found)
@@ -60,7 +76,12 @@ impl Nftables {
         Ok(found.collect())
     }
 
-    fn table(&mut self, id: &TableId, expected: &Table) -> Result<Table, Error> {
+    fn table(
+        &mut self,
+        id: &TableId,
+        expected: &Table,
+        elements: &mut ElementsOf,
+    ) -> Result<Table, Error> {
         let mut table = Table {
             chains: self.chains(id)?,
             sets: BTreeMap::new(),
@@ -85,14 +106,15 @@ impl Nftables {
             let Some(name) = attributes.string(uapi::NFTA_SET_NAME) else {
                 continue;
             };
-            let declaration = declaration(attributes, expected.sets.get(name), id.family);
+            let name = Name::from(name);
+            let declaration = declaration(attributes, expected.sets.get(&name), id.family);
             let elements = if declaration.timeout.is_some() {
                 Vec::new()
             } else {
-                self.settled_elements(id, name, &declaration)?
+                elements(self, id, &name, &declaration)?
             };
             table.sets.insert(
-                name.into(),
+                name,
                 Set {
                     declaration,
                     elements,
@@ -190,7 +212,7 @@ impl Nftables {
     /// The kernel resizes a hash table some time after elements were added, and a dump that
     /// meets the resize repeats elements and misses others, without being marked as
     /// interrupted. Such a dump is told by its repetitions and read again.
-    fn settled_elements(
+    pub(super) fn settled_elements(
         &mut self,
         id: &TableId,
         set: &str,
@@ -219,9 +241,9 @@ impl Nftables {
     /// The elements of a set in the kernel's order, and which of them end an interval.
     fn dump_elements(&mut self, id: &TableId, set: &str) -> Result<Vec<(Element, bool)>, Error> {
         let mut names: Vec<Name> = Vec::new();
-        let mut elements = Vec::new();
-        self.each_element(id, set, |item| elements.extend(element(item, &mut names)))?;
-        Ok(elements)
+        self.each_element(id, set, Vec::new, |elements, item| {
+            elements.extend(element(item, &mut names));
+        })
     }
 
     /// Reads the counters of a set whose elements have some: of each element its key (the first
@@ -232,8 +254,7 @@ impl Nftables {
     /// When the dump fails or is interrupted over and over again.
     pub fn counters(&mut self, id: &TableId, set: &str) -> Result<Vec<(Key, u64, u64)>, Error> {
         for _ in 0..DUMP_ATTEMPTS {
-            let mut counters = Vec::new();
-            self.each_element(id, set, |item| {
+            let mut counters = self.each_element(id, set, Vec::new, |counters, item| {
                 let key = data_of(item, uapi::NFTA_SET_ELEM_KEY).map(Key::from_bytes);
                 if let (Some(key), Some((packets, bytes))) = (key, counter(item)) {
                     counters.push((key, packets, bytes));
@@ -253,33 +274,34 @@ impl Nftables {
         })
     }
 
-    /// Dumps the elements of a set and hands out the attributes of each, in the kernel's order.
-    fn each_element(
+    /// Dumps the elements of a set and hands out the attributes of each, in the kernel's order, with
+    /// what `start` makes each time the dump begins.
+    pub(super) fn each_element<T>(
         &mut self,
         id: &TableId,
         set: &str,
-        mut each: impl FnMut(Reader),
-    ) -> Result<(), Error> {
+        start: impl Fn() -> T,
+        mut each: impl FnMut(&mut T, Reader),
+    ) -> Result<T, Error> {
         let mut filter = Vec::new();
         let mut writer = Writer::new(&mut filter);
         writer.string(uapi::NFTA_SET_ELEM_LIST_TABLE, id.name.as_str());
         writer.string(uapi::NFTA_SET_ELEM_LIST_SET, set);
-        let dumped = self.dump(
+        self.dump_into(
             ELEMENTS,
             libc::NFT_MSG_GETSETELEM,
             family_number(id.family),
             &filter,
-        )?;
-        for message in dumped.iter() {
-            let attributes = message.attributes();
-            let Some(list) = attributes.nested(uapi::NFTA_SET_ELEM_LIST_ELEMENTS) else {
-                continue;
-            };
-            for (_, item) in list {
-                each(Reader::new(item));
-            }
-        }
-        Ok(())
+            start,
+            |found, message| {
+                let list = message
+                    .attributes()
+                    .nested(uapi::NFTA_SET_ELEM_LIST_ELEMENTS);
+                for (_, item) in list.into_iter().flatten() {
+                    each(found, Reader::new(item));
+                }
+            },
+        )
     }
 }
 
@@ -385,7 +407,7 @@ fn counter(item: Reader) -> Option<(u64, u64)> {
 }
 
 /// An element and whether it is the end of an interval.
-fn element(item: Reader, names: &mut Vec<Name>) -> Option<(Element, bool)> {
+pub(super) fn element(item: Reader, names: &mut Vec<Name>) -> Option<(Element, bool)> {
     let key = Key::from_bytes(data_of(item, uapi::NFTA_SET_ELEM_KEY)?);
     let value = match item.nested(uapi::NFTA_SET_ELEM_DATA) {
         None => Value::None,
@@ -400,7 +422,8 @@ fn element(item: Reader, names: &mut Vec<Name>) -> Option<(Element, bool)> {
     let flags = item.be32(uapi::NFTA_SET_ELEM_FLAGS).unwrap_or_default();
     let element = Element {
         key,
-        key_end: data_of(item, uapi::NFTA_SET_ELEM_KEY_END).map(Key::from_bytes),
+        key_end: data_of(item, uapi::NFTA_SET_ELEM_KEY_END)
+            .map(|end| Box::new(Key::from_bytes(end))),
         value,
         comment: comment.map(Arc::from),
     };
@@ -445,7 +468,7 @@ fn join_intervals(mut elements: Vec<(Element, bool)>) -> Vec<Element> {
     for (element, is_end) in elements {
         if is_end {
             if let Some(mut start) = open.take() {
-                start.key_end = Some(before(&element.key));
+                start.key_end = Some(Box::new(before(&element.key)));
                 joined.push(start);
             }
         } else {
@@ -453,7 +476,8 @@ fn join_intervals(mut elements: Vec<(Element, bool)>) -> Vec<Element> {
         }
     }
     if let Some(mut last) = open {
-        last.key_end = Some(Key::from_bytes(&vec![0xff; last.key.as_bytes().len()]));
+        let end = Key::from_bytes(&vec![0xff; last.key.as_bytes().len()]);
+        last.key_end = Some(Box::new(end));
         joined.push(last);
     }
     joined

@@ -314,14 +314,14 @@ fn conditions_and_hints_have_the_defaults_of_the_api() {
     let hinted = &slice.endpoints[1];
     assert_eq!(hinted.node.as_deref(), Some("node-1"));
     assert_eq!(
-        hinted.zone_hints.as_deref().map(texts),
+        hinted.zone_hints().map(texts),
         Some(vec!["a".to_owned(), "b".to_owned()])
     );
     assert_eq!(
-        hinted.node_hints.as_deref().map(texts),
+        hinted.node_hints().map(texts),
         Some(vec!["node-1".to_owned()])
     );
-    assert_eq!(slice.endpoints[2].zone_hints, None);
+    assert_eq!(slice.endpoints[2].hints, None);
 }
 
 #[test]
