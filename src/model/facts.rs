@@ -190,6 +190,9 @@ pub struct Endpoint {
     pub hints: Option<Arc<Hints>>,
 }
 
+// There can be a million.
+const _: () = assert!(size_of::<Endpoint>() <= 48);
+
 impl Endpoint {
     /// The zones it is hinted for; `None` when it carries no zone hints.
     pub fn zone_hints(&self) -> Option<&[Arc<str>]> {

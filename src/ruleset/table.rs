@@ -287,6 +287,9 @@ pub struct Element {
     pub comment: Option<Arc<str>>,
 }
 
+// There can be a million, of both sides of a comparison.
+const _: () = assert!(size_of::<Element>() <= 112);
+
 impl Element {
     /// An element of a plain set.
     pub fn new(key: Key) -> Self {

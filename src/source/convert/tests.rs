@@ -441,3 +441,13 @@ fn an_object_needs_a_usable_name() {
         );
     }
 }
+
+#[test]
+fn a_slice_has_room_for_no_more_endpoints_than_it_has() {
+    let endpoints: Vec<_> = (1..=11)
+        .map(|last| json!({"addresses": [format!("10.1.0.{last}")]}))
+        .collect();
+    let (slice, _) = slice(slice_of(json!(endpoints), json!([{"port": 80}])));
+    let endpoints = slice.expect("a slice").endpoints;
+    assert_eq!((endpoints.len(), endpoints.capacity()), (11, 11));
+}
