@@ -20,6 +20,8 @@ pub struct Changes {
     /// Services whose rules may be different now: they, or their endpoints, or their claims
     /// changed.
     pub services: BTreeSet<ObjectName>,
+    /// A service itself changed, not just its endpoints: frontends may move from one to another.
+    pub frontends: bool,
     /// The own node changed.
     pub node: bool,
     /// The ranges of service addresses changed.
@@ -162,6 +164,13 @@ impl Store {
         found
     }
 
+    /// How many endpoints the slices of a service have, whoever of them is used.
+    pub fn endpoints_of(&self, service: &ObjectName) -> usize {
+        let slices = self.slices_of.get(service).into_iter().flatten();
+        let slices = slices.filter_map(|name| self.slices.get(name));
+        slices.map(|slice| slice.endpoints.len()).sum()
+    }
+
     /// Takes over one event and notes what it changed.
     pub fn apply(&mut self, event: Event, changes: &mut Changes) {
         match event {
@@ -232,6 +241,7 @@ impl Store {
         }
         let claims = self.claims.change(old.map(|old| &**old), Some(&service));
         note_claims(claims, changes);
+        changes.frontends = true;
         changes.services.insert(service.name.clone());
         self.services
             .insert(service.name.clone(), Arc::new(service));
@@ -275,6 +285,7 @@ impl Store {
             Kind::Service => {
                 if let Some(old) = self.services.remove(&object.name) {
                     note_claims(self.claims.change(Some(&old), None), changes);
+                    changes.frontends = true;
                     changes.services.insert(object.name.clone());
                 }
             }

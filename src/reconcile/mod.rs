@@ -24,6 +24,7 @@ pub mod conntrack;
 pub mod denied;
 mod health_checks;
 mod kernel;
+mod parts;
 mod policies;
 mod programmed;
 mod questions;
@@ -292,33 +293,43 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
     /// Writes what changed.
     fn update(&mut self) -> Outcome {
         let started = Instant::now();
-        let changes = std::mem::take(&mut self.changes);
+        let mut changes = std::mem::take(&mut self.changes);
         if changes.is_empty() {
             self.settle(&changes);
             return Outcome::Synced;
         }
+        let mut parts = parts::cut(&self.store, &mut changes);
+        let mut remembered = Remembered::default();
+        while let Some(part) = parts.pop_front() {
+            changes.services = part;
+            match self.update_part(&changes) {
+                Ok(of_part) => remembered.merge(of_part),
+                Err(error) => {
+                    self.metrics.failure();
+                    self.reporter.failed(&error);
+                    self.state = State::Unknown;
+                    self.changes.triggered_at_ms = changes.triggered_at_ms;
+                    self.changes.services.extend(parts.into_iter().flatten());
+                    return self.resync();
+                }
+            }
+        }
+        self.metrics.sync(false, started.elapsed());
+        self.settle(&changes);
+        self.forget(remembered);
+        Outcome::Synced
+    }
+
+    fn update_part(&mut self, changes: &Changes) -> Result<Remembered, netlink::Error> {
         for name in &changes.services {
             tracing::trace!("Service {name} is compiled again");
         }
         let mut draft = Draft::default();
-        let effects = self.draft(&changes, Some(&mut draft));
+        let effects = self.draft(changes, Some(&mut draft));
         self.flows.merge(effects.flows);
         let transaction = draft.finish(&self.programmed);
-        match self.write(transaction) {
-            Ok(()) => {
-                self.metrics.sync(false, started.elapsed());
-                self.settle(&changes);
-                self.forget(effects.remembered);
-                Outcome::Synced
-            }
-            Err(error) => {
-                self.metrics.failure();
-                self.reporter.failed(&error);
-                self.state = State::Unknown;
-                self.changes.triggered_at_ms = changes.triggered_at_ms;
-                self.resync()
-            }
-        }
+        self.write(transaction)?;
+        Ok(effects.remembered)
     }
 
     /// Compiles what changed, into the draft if there is one.
