@@ -36,10 +36,10 @@ test: ## Run every check: format, lints, documentation, dependencies, tests
 	@scripts/install-deps.sh test
 	@scripts/test.sh
 
-bench: ## Measure parts and whole beside kube-proxy's ruleset (release build; asks for root; 20 minutes)
+bench: ## Measure parts and whole beside kube-proxy's ruleset (release build; asks for root; an hour)
 	@scripts/install-deps.sh run
 	@NETNS_RUN_ROOT=1 scripts/netns-run.sh --explain
-	@SIZES=$(SIZES) scripts/bench.sh $(ARGS)
+	@SIZES=$(SIZES) DURATION=$(DURATION) scripts/bench.sh $(ARGS)
 
 packets: ## Measure connections beside kube-proxy's ruleset and none: make packets ARGS='--sizes 100,10000'
 	@scripts/install-deps.sh run

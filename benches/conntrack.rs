@@ -1,7 +1,7 @@
 //! What it takes to find and delete stale UDP flows in a large table.
 //!
 //! ```text
-//! cargo bench --bench conntrack -- [--flows 250000]
+//! cargo bench --bench conntrack -- [--flows 250000] [--json FILE]
 //! ```
 //!
 //! Flows of 1,000 services are made through ctnetlink in a network namespace of its own; the
@@ -10,7 +10,9 @@
 #[path = "../tests/common/netns/mod.rs"]
 mod netns;
 
+use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use nftlet::compile::{Frontend, Pool, Role, Route, Scope, ServicePlan, Target};
@@ -202,8 +204,14 @@ fn median(mut took: Vec<Duration>) -> Duration {
     took[took.len() / 2]
 }
 
+/// The medians in seconds, by what was measured.
+static MEDIANS: Mutex<BTreeMap<String, f64>> = Mutex::new(BTreeMap::new());
+
 fn row(name: &str, took: Vec<Duration>, count: &str) -> Duration {
     let took = median(took);
+    let mut medians = MEDIANS.lock().expect("nobody panics with it");
+    medians.insert(name.to_owned(), took.as_secs_f64());
+    drop(medians);
     println!(
         "{name:<52} {:>10.3} ms  {count:>16}",
         took.as_secs_f64() * 1e3
@@ -301,8 +309,16 @@ fn main() {
         return;
     }
     let arguments: Vec<String> = std::env::args().collect();
-    let given = arguments.iter().position(|a| a == "--flows");
-    let given = given.and_then(|at| arguments.get(at + 1)?.parse().ok());
-    let flows = given.unwrap_or(250_000);
-    netns::Namespace::new("bench").run(|| measure(flows));
+    let value = |flag: &str| {
+        let at = arguments.iter().position(|argument| argument == flag)?;
+        arguments.get(at + 1)
+    };
+    let flows = value("--flows").and_then(|flows| flows.parse().ok());
+    netns::Namespace::new("bench").run(|| measure(flows.unwrap_or(250_000)));
+    if let Some(file) = value("--json") {
+        let medians = MEDIANS.lock().expect("nobody panics with it");
+        let text = serde_json::to_string_pretty(&*medians).expect("numbers are JSON");
+        std::fs::write(file, text + "\n")
+            .unwrap_or_else(|error| panic!("cannot write {file}: {error}"));
+    }
 }

@@ -8,28 +8,35 @@
 //! * `diff`: the tables with none, as at the first start, and with equal ones, as at a restart;
 //! * `encode`: the netlink messages of the first program and of one replaced endpoint;
 //! * `text`: the ruleset as `--dry-run` prints it;
-//! * `decode`: the objects of all services from the API server's JSON and from a file of
-//!   manifests;
-//! * `selectors`: a pod of another node that got other labels, among 1,000 and 10,000 policies,
-//!   from the event to the transaction;
+//! * `decode`: services with their slices, pods and network policies from the lines of a watch, and
+//!   services from a file of manifests;
+//! * `selectors`: one pod against the selectors of 1,000 and 10,000 policies, one by one; and such
+//!   a pod of another node that got other labels, from the event to the transaction;
 //! * `change`: one replaced endpoint from the event to the transaction, with a kernel that does
 //!   nothing.
+//!
+//! Where `CRITERION_HOME` and `NFTLET_BENCH_JSON` are set, as in `make bench`, the medians are
+//! written to the file that the latter names.
 
 #[path = "objects/mod.rs"]
-mod objects;
+mod cluster;
+#[path = "scale/pods.rs"]
+mod pods;
 #[path = "workload/policies.rs"]
 mod policies;
 #[path = "workload/mod.rs"]
 mod workload;
 
+use std::borrow::Cow;
 use std::cell::RefCell;
 use std::fmt::Write as _;
 use std::hint::black_box;
+use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
 
 use criterion::{
-    BatchSize, BenchmarkGroup, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main,
+    BatchSize, BenchmarkGroup, BenchmarkId, Criterion, Throughput, criterion_group,
     measurement::WallTime,
 };
 use nftlet::compile;
@@ -40,6 +47,9 @@ use nftlet::policy::{self, Engine};
 use nftlet::reconcile::{Kernel, Outcome, Reconciler, Reporter};
 use nftlet::ruleset::{Element, Ruleset, TableId, Transaction, diff, text};
 use nftlet::source::{Decoder, Manifests};
+use serde::Deserialize;
+use serde_json::value::RawValue;
+use serde_json::{Map, Value, json};
 use workload::{Random, Workload, deliveries, settings};
 
 const SIZES: [usize; 2] = [1_000, 10_000];
@@ -211,36 +221,26 @@ fn change(criterion: &mut Criterion) {
 fn decode(criterion: &mut Criterion) {
     let mut group = group(criterion, "decode");
     for services in SIZES {
-        let size = objects::Size {
+        let size = cluster::Size {
             services,
             endpoints: ENDPOINTS,
         };
-        let cluster = objects::Cluster::new(size);
-        let json: Vec<(Kind, String)> = cluster
-            .objects()
-            .map(|(kind, object)| (kind, object.to_string()))
-            .collect();
-        let bytes: usize = json.iter().map(|(_, json)| json.len()).sum();
-        group.throughput(Throughput::Bytes(bytes as u64));
-        group.bench_function(BenchmarkId::new("api", services), |bencher| {
-            bencher.iter(|| {
-                let mut decoder = Decoder::default();
-                for (kind, json) in &json {
-                    let decoded = decoder.decode(*kind, json.as_bytes());
-                    let (object, notices) = decoded.expect("the objects are sound");
-                    assert!(notices.is_empty());
-                    black_box(object);
-                }
-            });
-        });
+        let cluster = cluster::Cluster::new(size);
+        let services_and_slices = cluster.objects();
+        decode_lines(&mut group, "services", services, services_and_slices);
+    }
+    let pods = pods::Pods::new(10_000, 1_000);
+    for (name, kind) in [("pods", Kind::Pod), ("policies", Kind::NetworkPolicy)] {
+        let objects = || pods.objects().filter(|(of, _)| *of == kind);
+        decode_lines(&mut group, name, objects().count(), objects());
     }
     // Who works without an API server has a few hundred services.
     let services = 100;
-    let size = objects::Size {
+    let size = cluster::Size {
         services,
         endpoints: ENDPOINTS,
     };
-    let cluster = objects::Cluster::new(size);
+    let cluster = cluster::Cluster::new(size);
     let mut text = String::new();
     for (_, object) in cluster.objects() {
         // JSON is YAML.
@@ -261,6 +261,45 @@ fn decode(criterion: &mut Criterion) {
     });
 }
 
+/// A line of a watch, as the source takes it apart.
+#[derive(Deserialize)]
+struct Line<'a> {
+    #[serde(rename = "type", borrow)]
+    type_: Cow<'a, str>,
+    #[serde(borrow)]
+    object: &'a RawValue,
+}
+
+/// Objects as the server sends them in a watch.
+fn decode_lines(
+    group: &mut BenchmarkGroup<WallTime>,
+    name: &str,
+    count: usize,
+    objects: impl Iterator<Item = (Kind, Value)>,
+) {
+    let lines: Vec<(Kind, String)> = objects
+        .map(|(kind, object)| {
+            let line = json!({"type": "ADDED", "object": object});
+            (kind, line.to_string())
+        })
+        .collect();
+    let bytes: usize = lines.iter().map(|(_, line)| line.len()).sum();
+    group.throughput(Throughput::Bytes(bytes as u64));
+    group.bench_function(BenchmarkId::new(name, count), |bencher| {
+        bencher.iter(|| {
+            let mut decoder = Decoder::default();
+            for (kind, line) in &lines {
+                let line: Line = serde_json::from_str(line).expect("it is a line of a watch");
+                assert_eq!(line.type_, "ADDED");
+                let decoded = decoder.decode(*kind, line.object.get().as_bytes());
+                let (object, notices) = decoded.expect("the objects are sound");
+                assert!(notices.is_empty());
+                black_box(object);
+            }
+        });
+    });
+}
+
 fn selectors(criterion: &mut Criterion) {
     const PODS: usize = 10_000;
     let mut group = group(criterion, "selectors");
@@ -276,6 +315,12 @@ fn selectors(criterion: &mut Criterion) {
         }
         engine.update();
         let mut pod = cluster.later_pod(0);
+        let all: Vec<_> = (0..policies)
+            .map(|number| cluster.policy(number).pods)
+            .collect();
+        group.bench_function(BenchmarkId::new("one-by-one", policies), |bencher| {
+            bencher.iter(|| all.iter().filter(|it| it.matches(&pod.labels)).count());
+        });
         let mut change = 0;
         group.bench_function(BenchmarkId::new("pod-relabelled", policies), |bencher| {
             bencher.iter_batched(
@@ -297,4 +342,34 @@ fn selectors(criterion: &mut Criterion) {
 }
 
 criterion_group!(benches, compile, rules, decode, selectors, change);
-criterion_main!(benches);
+
+fn main() {
+    benches();
+    Criterion::default().configure_from_args().final_summary();
+    let home = std::env::var_os("CRITERION_HOME");
+    if let Some((home, file)) = home.zip(std::env::var_os("NFTLET_BENCH_JSON")) {
+        let mut medians = Map::new();
+        collect(Path::new(&home), &mut Vec::new(), &mut medians);
+        let text = serde_json::to_string_pretty(&medians).expect("numbers are JSON");
+        std::fs::write(&file, text + "\n").unwrap_or_else(|error| {
+            panic!("cannot write {}: {error}", file.display());
+        });
+    }
+}
+
+/// The medians in nanoseconds that criterion left in a directory, by the names of the benchmarks.
+fn collect(directory: &Path, name: &mut Vec<String>, medians: &mut Map<String, Value>) {
+    let estimates = std::fs::read(directory.join("new/estimates.json"));
+    if let Ok(estimates) = estimates {
+        let estimates: Value = serde_json::from_slice(&estimates).expect("criterion writes JSON");
+        let median = estimates["median"]["point_estimate"].clone();
+        medians.insert(name.join("/"), median);
+        return;
+    }
+    let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
+    for entry in entries.filter(|entry| entry.path().is_dir()) {
+        name.push(entry.file_name().to_string_lossy().into_owned());
+        collect(&entry.path(), name, medians);
+        name.pop();
+    }
+}

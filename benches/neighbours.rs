@@ -1,4 +1,4 @@
-//! What others on the node notice while nftlet programs a huge cluster for the first time.
+//! What others on the node notice while nftlet writes rules of a huge cluster.
 //!
 //! ```text
 //! cargo bench --bench neighbours -- [--sizes 10000x10,50000x20] [--markdown]
@@ -19,10 +19,18 @@
 //! without a break while nobody else writes, while nftlet's transaction is written in steps as
 //! the agent does it, and while the same transaction is written as one. The longest wait counts.
 //!
+//! Three things are written: the first rules; those for a service with a number of endpoints that no
+//! other has, for which the kernel looks at all elements of the maps that the new chain reads; and
+//! all rules in place of those of another nftlet that declared a set otherwise.
+//!
 //! A missed budget ends the benchmark with an error.
 
+#[path = "budgets/mod.rs"]
+mod budgets;
 #[path = "objects/mod.rs"]
 mod cluster;
+#[path = "machine/mod.rs"]
+mod machine;
 #[path = "../tests/common/netns/mod.rs"]
 mod netns;
 #[path = "table/mod.rs"]
@@ -31,6 +39,7 @@ mod table;
 mod workload;
 
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -38,6 +47,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
+use nftlet::compile::ServiceSet;
 use nftlet::model::{Changes, Store};
 use nftlet::netlink::Nftables;
 use nftlet::reconcile::Reconciler;
@@ -45,6 +55,7 @@ use nftlet::ruleset::{
     Declaration, Element, Family, Key, Op, Ruleset, Selector, SetKind, TableId, Transaction, diff,
 };
 
+use budgets::Outcome;
 use cluster::Size;
 use netns::{Namespace, require_net_admin};
 use table::{Form, time};
@@ -58,7 +69,7 @@ const ECHO: u16 = 7;
 /// An answer that takes longer is lost.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Measures how long others wait while nftlet programs a cluster for the first time.
+/// Measures how long others wait while nftlet writes rules of a huge cluster.
 #[derive(Debug, Parser)]
 #[command(name = "neighbours")]
 struct Arguments {
@@ -71,6 +82,9 @@ struct Arguments {
     /// Print the table as Markdown.
     #[arg(long)]
     markdown: bool,
+    /// Write the table to a file as JSON as well.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
     /// What cargo adds to the arguments of every benchmark.
     #[arg(long, hide = true)]
     bench: bool,
@@ -113,8 +127,50 @@ enum Way {
     Whole,
 }
 
-impl Way {
-    const ALL: [Self; 3] = [Self::Nobody, Self::Steps, Self::Whole];
+/// What is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Scene {
+    /// Everything, where nothing is.
+    First,
+    /// What a service needs that has one endpoint more than all others.
+    NewNumber,
+    /// Everything, in place of a table with a set that is declared otherwise.
+    Replaced,
+}
+
+impl Scene {
+    const ALL: [Self; 3] = [Self::First, Self::NewNumber, Self::Replaced];
+
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::First => "first rules",
+            Self::NewNumber => "first service with a number of endpoints",
+            Self::Replaced => "a set declared otherwise",
+        }
+    }
+
+    /// What is there before, and what after.
+    fn rules(self, size: Size) -> (Ruleset, Ruleset) {
+        let mut workload = Workload::new(size.services, size.endpoints);
+        let wanted = wanted(&workload);
+        match self {
+            Self::First => (Ruleset::default(), wanted),
+            Self::NewNumber => {
+                workload.grow(size.services / 2);
+                (wanted, self::wanted(&workload))
+            }
+            Self::Replaced => {
+                let mut before = wanted.clone();
+                for table in before.tables.values_mut() {
+                    let set = table.sets.get_mut(&ServiceSet::Frontends.name());
+                    let set = set.expect("the table has frontends");
+                    let declaration = Declaration::clone(&set.declaration);
+                    set.declaration = Arc::new(declaration.comment("of another version"));
+                }
+                (before, wanted)
+            }
+        }
+    }
 }
 
 /// What a probe waited while rules were written in one way, and how long that took, in seconds.
@@ -144,46 +200,53 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     let started = Instant::now();
-    let mut rows = Vec::new();
-    let mut missed = 0;
-    for size in &arguments.sizes {
-        let wanted = wanted(*size);
-        let cluster = size.to_string();
+    let (mut rows, mut outcomes) = (Vec::new(), Vec::new());
+    for (size, scene) in arguments
+        .sizes
+        .iter()
+        .flat_map(|size| Scene::ALL.map(|scene| (*size, scene)))
+    {
+        let services = table::count(Some(size.services as f64));
+        let cluster = format!("{services} x {}", size.endpoints);
+        let (before, after) = scene.rules(size);
         for probe in Probe::ALL {
+            let what = format!("{}: {}", scene.as_str(), probe.as_str());
             eprintln!(
-                "{:>6.1} s  {cluster}  {}",
-                started.elapsed().as_secs_f64(),
-                probe.as_str()
+                "{:>6.1} s  {cluster}  {what}",
+                started.elapsed().as_secs_f64()
             );
-            let [mut nobody, steps, whole] = Way::ALL.map(|way| {
-                let rounds = if way == Way::Nobody {
-                    1
-                } else {
-                    arguments.rounds
-                };
-                measure(probe, way, rounds, &wanted)
-            });
+            let waits = |way, rounds| measure(probe, way, rounds, &before, &after);
+            let mut nobody = waits(Way::Nobody, 1);
+            let steps = waits(Way::Steps, arguments.rounds);
+            // Nothing else is ever cut.
+            let whole = (scene == Scene::First).then(|| waits(Way::Whole, arguments.rounds));
             let met = steps.longest() <= probe.budget();
-            missed += usize::from(!met);
+            let (longest, budget) = (time(Some(steps.longest())), time(Some(probe.budget())));
+            outcomes.push(Outcome {
+                what: format!("{what}, {cluster}"),
+                measured: longest.clone(),
+                budget: format!("at most {budget}"),
+                met,
+            });
             rows.push(vec![
-                probe.as_str().to_owned(),
+                what,
                 cluster.clone(),
                 time(Some(nobody.median())),
                 time(Some(nobody.longest())),
-                time(Some(steps.longest())),
-                time(Some(whole.longest())),
-                time(Some(probe.budget())),
+                longest,
+                time(whole.as_ref().map(Waits::longest)),
+                budget,
                 if met { "yes" } else { "NO" }.to_owned(),
                 time(Some(steps.writing)),
-                time(Some(whole.writing)),
+                time(whole.as_ref().map(|whole| whole.writing)),
             ]);
         }
     }
     eprintln!();
     let table = table::Table {
-        title: "How long others wait while nftlet writes its first rules",
+        title: "How long others wait while nftlet writes",
         head: &[
-            "who waits",
+            "what is written, and who waits",
             "services",
             "undisturbed",
             "longest",
@@ -202,16 +265,25 @@ fn main() -> ExitCode {
         Form::of_output()
     };
     print!("{}", table.text(form));
-    if missed > 0 {
-        eprintln!("{missed} budgets were missed.");
-        return ExitCode::FAILURE;
+    if let Some(file) = &arguments.json {
+        let written = machine::write(file, &table.json());
+        written.unwrap_or_else(|error| panic!("{error}"));
     }
-    ExitCode::SUCCESS
+    match budgets::conclude("neighbours", &outcomes) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => {
+            eprintln!("Budgets were missed.");
+            ExitCode::FAILURE
+        }
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::FAILURE
+        }
+    }
 }
 
-/// The rules that nftlet wants for a cluster of this size.
-fn wanted(size: Size) -> Ruleset {
-    let workload = Workload::new(size.services, size.endpoints);
+/// The rules that nftlet wants for a cluster.
+fn wanted(workload: &Workload) -> Ruleset {
     let (mut store, mut changes) = (Store::default(), Changes::default());
     for event in workload.lists() {
         store.apply(event, &mut changes);
@@ -220,11 +292,13 @@ fn wanted(size: Size) -> Ruleset {
 }
 
 /// What a probe waits while the rules are written so often.
-fn measure(probe: Probe, way: Way, rounds: u32, wanted: &Ruleset) -> Waits {
+fn measure(probe: Probe, way: Way, rounds: u32, before: &Ruleset, after: &Ruleset) -> Waits {
     let mut all = Waits::default();
     for _ in 0..rounds {
         let lab = Lab::new();
-        let transaction = diff(&Ruleset::default(), wanted.clone());
+        let earlier = diff(&Ruleset::default(), before.clone());
+        lab.node.run(|| write(Way::Steps, earlier));
+        let transaction = diff(before, after.clone());
         let stop = Arc::new(AtomicBool::new(false));
         let prober = lab.start(probe, Arc::clone(&stop));
         let writing = lab.node.run(|| write(way, transaction));

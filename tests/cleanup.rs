@@ -684,7 +684,10 @@ fn chains_that_iptables_does_not_show_are_told_of() {
     let told = said(&output);
     let shown = Iptables::Nft.save(&node, false);
     if shown.contains("*nat") {
-        skip("incompatible-tables", "this iptables prints the rules of nft");
+        skip(
+            "incompatible-tables",
+            "this iptables prints the rules of nft",
+        );
         return;
     }
     assert_eq!(output.status.code(), Some(1), "{told}");

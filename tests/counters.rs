@@ -140,7 +140,7 @@ fn range(two_fields: bool, from: u16, to: u16) -> Element {
         false => key(port),
     };
     Element {
-        key_end: Some(key([127, 255, 255, 255], to)),
+        key_end: Some(Box::new(key([127, 255, 255, 255], to))),
         ..Element::new(key([127, 0, 0, 0], from))
     }
 }

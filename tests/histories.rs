@@ -76,8 +76,7 @@ fn slice(index: u8, v6: bool, protocol: Protocol, endpoints: &[u8]) -> Object {
                 serving: true,
                 terminating: false,
                 node: Some(if last % 2 == 0 { "node-1" } else { "node-2" }.into()),
-                zone_hints: None,
-                node_hints: None,
+                hints: None,
             })
             .collect(),
         triggered_at_ms: None,

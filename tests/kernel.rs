@@ -196,14 +196,14 @@ fn everything(family: Family) -> Ruleset {
                 network("192.0.2.0/28", "2001:db8::/48"),
             ]
             .map(|net| Element {
-                key_end: Some(
+                key_end: Some(Box::new(
                     Key::build()
                         .address(a(5))
                         .protocol(6)
                         .port(80)
                         .address(net.broadcast())
                         .finish(),
-                ),
+                )),
                 ..Element::new(
                     Key::build()
                         .address(a(5))
@@ -297,7 +297,7 @@ fn everything(family: Family) -> Ruleset {
                 let net = network(text4, text6);
                 let key = |address, port| Key::build().address(address).port(port).finish();
                 Element {
-                    key_end: Some(key(net.broadcast(), to)),
+                    key_end: Some(Box::new(key(net.broadcast(), to))),
                     ..Element::with_verdict(key(net.network(), from), verdict)
                 }
             })

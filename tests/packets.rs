@@ -521,8 +521,7 @@ mod churn {
             serving: true,
             terminating: false,
             node: None,
-            zone_hints: None,
-            node_hints: None,
+            hints: None,
         });
         Event::Apply(Object::EndpointSlice(EndpointSlice {
             name: ObjectName::new("shop", "web-1"),

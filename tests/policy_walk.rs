@@ -258,7 +258,7 @@ fn set(key: &[Selector], interval: bool, elements: Vec<Element>) -> Set {
 
 fn range(from: Key, to: Key) -> Element {
     Element {
-        key_end: Some(to),
+        key_end: Some(Box::new(to)),
         ..Element::new(from)
     }
 }

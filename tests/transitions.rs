@@ -148,12 +148,11 @@ fn is_shared(chain: &str) -> bool {
     let counted = chain
         .rsplit_once('-')
         .is_some_and(|(_, n)| n.parse::<u32>().is_ok());
-    counted || is_hook_of_affinity(chain)
+    counted || OF_AFFINITY.contains(&chain)
 }
 
-fn is_hook_of_affinity(chain: &str) -> bool {
-    chain == "learn-prerouting" || chain == "learn-output"
-}
+/// What exists while some service has session affinity.
+const OF_AFFINITY: [&str; 3] = ["learn-prerouting", "learn-output", "learn-new"];
 
 /// Keeps the indexes that a frontend has and its endpoints, but not which belongs to which.
 fn forget_indexes(elements: &mut [Value]) {
@@ -212,7 +211,7 @@ fn used_chains(found: &BTreeMap<String, Value>, family: &str) -> BTreeSet<String
             targets(rules, &mut next);
         }
         if chain.starts_with("learn-") {
-            used.extend(["learn-prerouting".to_owned(), "learn-output".to_owned()]);
+            used.extend(OF_AFFINITY.map(str::to_owned));
         }
         used.insert(chain);
     }

@@ -43,6 +43,10 @@ const LOOK: Duration = Duration::from_millis(250);
 const CALM: Duration = Duration::from_secs(2);
 /// How long the last changes are waited for.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// In so long an audit falls due, which waits a minute for calm before it reads nevertheless.
+const AUDITED: Duration = Duration::from_secs(600);
+const AUDIT_PATIENCE: Duration = Duration::from_secs(120);
+const AUDITS: &str = "nftlet_audits_total";
 /// nftlet's own clock, from receiving a change to the kernel's answer.
 const LATENCY: &str = "nftlet_programming_latency_seconds";
 /// What must stay at nothing.
@@ -61,6 +65,8 @@ pub fn measure(plan: &Plan, mut progress: impl FnMut(&str)) -> Measured {
     server.put(changes.objects());
     progress("starting nftlet");
     let (process, _) = server.start(&plan.nftlet);
+    // Otherwise an audit has nothing to read.
+    lab.node.nft_load("table ip neighbour { }");
     let lists = lists(&server);
     let traffic = Traffic::start(&lab, live, plan.connections);
     thread::sleep(CALM);
@@ -78,11 +84,15 @@ pub fn measure(plan: &Plan, mut progress: impl FnMut(&str)) -> Measured {
     thread::sleep(CALM);
     let repeated = lab.repeated();
     let after = traffic.stop();
+    if plan.length >= AUDITED {
+        progress("an audit is waited for");
+        until_audited(&process);
+    }
     let metrics = process.metrics();
     progress("comparing the kernel with the objects");
     let difference = agreement::difference(&lab.node, &server.api);
     let failures = FAILURES.iter().map(|name| metrics.get(name)).sum::<f64>();
-    let of_audits = metrics.labelled("nftlet_audits_total").into_iter();
+    let of_audits = metrics.labelled(AUDITS).into_iter();
     let end = End {
         settled,
         late: sent.late.as_secs_f64(),
@@ -104,6 +114,15 @@ pub fn measure(plan: &Plan, mut progress: impl FnMut(&str)) -> Measured {
     Measured {
         windows: windows.0,
         end,
+    }
+}
+
+/// Waits until there was an audit.
+fn until_audited(process: &Process) {
+    let started = Instant::now();
+    while process.metrics().labelled(AUDITS).is_empty() {
+        assert!(started.elapsed() < AUDIT_PATIENCE, "there is no audit");
+        thread::sleep(LOOK);
     }
 }
 

@@ -1,5 +1,6 @@
 //! The measurements as tables.
 
+use crate::budgets::Outcome;
 use crate::results::{Budget, Report, Unit, Window};
 use crate::table::{Form, Table, count, dash, mebibytes, time};
 
@@ -83,13 +84,23 @@ fn window(window: &Window) -> Vec<String> {
     ]
 }
 
-fn budget(budget: &Budget) -> Vec<String> {
-    let with_unit = |value: f64| match budget.unit {
-        Unit::Seconds => time(Some(value)),
-        Unit::Bytes => mebibytes(value),
-        Unit::Number if budget.before.is_some() => format!("{value:.1}"),
-        Unit::Number => count(Some(value)),
+/// What became of the budgets. They are for a cluster, rates and a time.
+pub fn outcomes(report: &Report) -> Vec<Outcome> {
+    let run = format!(
+        "{} changes and {} connections a second at {} for {} s",
+        report.rate, report.connections, report.size, report.seconds
+    );
+    let outcome = |budget: &Budget| Outcome {
+        what: format!("{}, {run}", budget.what),
+        measured: with_unit(budget, budget.measured),
+        budget: format!("at most {}", with_unit(budget, budget.most)),
+        met: budget.met(),
     };
+    report.budgets.iter().map(outcome).collect()
+}
+
+fn budget(budget: &Budget) -> Vec<String> {
+    let with_unit = |value: f64| with_unit(budget, value);
     vec![
         budget.what.to_owned(),
         budget.before.map_or_else(dash, with_unit),
@@ -97,4 +108,13 @@ fn budget(budget: &Budget) -> Vec<String> {
         with_unit(budget.most),
         if budget.met() { "yes" } else { "NO" }.to_owned(),
     ]
+}
+
+fn with_unit(budget: &Budget, value: f64) -> String {
+    match budget.unit {
+        Unit::Seconds => time(Some(value)),
+        Unit::Bytes => mebibytes(value),
+        Unit::Number if budget.before.is_some() => format!("{value:.1}"),
+        Unit::Number => count(Some(value)),
+    }
 }

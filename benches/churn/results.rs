@@ -14,6 +14,14 @@ const LATENCY: f64 = 1.25;
 const BACKLOG: f64 = 0.01;
 /// The time after the last change until all are in force.
 const SETTLED: f64 = 0.1;
+/// The most memory that may ever be resident, an audit included, and for which cluster.
+const PEAK: (Size, f64) = (
+    Size {
+        services: 10_000,
+        endpoints: 10,
+    },
+    90.0 * MEBIBYTE,
+);
 /// The part of the changes and connections that must have been made, or nothing was measured.
 const KEPT: f64 = 0.95;
 
@@ -181,7 +189,7 @@ impl Measured {
     }
 
     /// What was promised, with what was measured.
-    fn budgets(&self, rate: u32, connections: u32) -> Vec<Budget> {
+    fn budgets(&self, rate: u32, connections: u32, size: Size) -> Vec<Budget> {
         let end = &self.end;
         let length = self.windows.last().map_or(0.0, |window| window.to);
         let number = |what, measured: u64, most: f64| Budget {
@@ -206,7 +214,15 @@ impl Measured {
         let resident = self.means(|window| window.resident);
         let backlog = self.medians(|window| window.backlog);
         let latency = self.medians(|window| window.latency);
-        vec![
+        let audited = size == PEAK.0 && end.audits.iter().any(|(_, count)| *count > 0);
+        let peak = audited.then_some(Budget {
+            what: "memory, peak, an audit included",
+            unit: Unit::Bytes,
+            before: None,
+            measured: end.peak,
+            most: PEAK.1,
+        });
+        let mut budgets = vec![
             number(
                 "failed connections",
                 self.sum(|it| it.failed) + end.failed_in_calm,
@@ -255,7 +271,9 @@ impl Measured {
                 missing(connections, self.sum(|it| it.connections)),
                 allowed(connections),
             ),
-        ]
+        ];
+        budgets.extend(peak);
+        budgets
     }
 }
 
@@ -284,12 +302,8 @@ pub struct Report {
 impl Report {
     /// Sets what was promised beside what was measured.
     pub fn judge(&mut self) {
-        self.budgets = self.measured.budgets(self.rate, self.connections);
-    }
-
-    /// The budgets that were missed.
-    pub fn missed(&self) -> Vec<&'static str> {
-        let missed = self.budgets.iter().filter(|budget| !budget.met());
-        missed.map(|budget| budget.what).collect()
+        self.budgets = self
+            .measured
+            .budgets(self.rate, self.connections, self.size);
     }
 }

@@ -13,6 +13,8 @@
 
 mod agent;
 mod baseline;
+#[path = "../budgets/mod.rs"]
+mod budgets;
 #[path = "../machine/mod.rs"]
 mod machine;
 mod measure;
@@ -143,7 +145,7 @@ fn run(arguments: &Arguments, plans: &[Plan]) -> io::Result<()> {
     }
     eprintln!();
     let (kernel, processors) = kernel_and_processors()?;
-    let json = serde_json::to_string_pretty(&Report {
+    let json = serde_json::to_string(&Report {
         kernel,
         processors,
         sizes: &sizes,
@@ -156,9 +158,9 @@ fn run(arguments: &Arguments, plans: &[Plan]) -> io::Result<()> {
         Output::Table if !arguments.markdown => print!("{}", render(&sizes, Form::of_output())),
         Output::Table | Output::Markdown => print!("{}", render(&sizes, Form::Markdown)),
     }
-    let missed = sizes.iter().flat_map(|size| &size.rows);
-    match missed.filter(|row| row.met() == Some(false)).count() {
-        0 => Ok(()),
-        missed => Err(io::Error::other(format!("{missed} budgets were missed."))),
+    if budgets::conclude("dataplane", &report::outcomes(&sizes))? {
+        Ok(())
+    } else {
+        Err(io::Error::other("Budgets were missed."))
     }
 }

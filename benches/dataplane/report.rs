@@ -1,5 +1,6 @@
 //! The numbers as tables.
 
+use crate::budgets::Outcome;
 use crate::measure::{Budget, Measured, Row, percentile};
 use crate::table::{Form, Table, count, dash, mebibytes, time};
 
@@ -109,6 +110,27 @@ fn memory(measured: &[Measured]) -> Table {
             })
             .collect(),
     }
+}
+
+/// What became of the budgets.
+pub fn outcomes(measured: &[Measured]) -> Vec<Outcome> {
+    let rows = measured.iter().flat_map(|size| {
+        let rows = size.rows.iter();
+        rows.map(move |row| (size, row))
+    });
+    let outcome = |(size, row): (&Measured, &Row)| {
+        let promised = row.budget?;
+        Some(Outcome {
+            what: format!("{}, {}", row.what, cluster(size)),
+            measured: match promised {
+                Budget::Seconds(_) => time(row.nftlet_median()),
+                Budget::PartOfBaseline(_) => ratio(row),
+            },
+            budget: budget(promised),
+            met: row.met()?,
+        })
+    };
+    rows.filter_map(outcome).collect()
 }
 
 fn cluster(size: &Measured) -> String {

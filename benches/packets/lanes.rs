@@ -14,14 +14,19 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddrV4, TcpListener};
 use std::time::Duration;
 
 use nftlet::metrics::Metrics;
+use nftlet::model::{Event, LabelSelector, NetworkPolicy, Object, ObjectName, PolicyRule};
+use nftlet::netlink::Nftables;
+use nftlet::policy::{self, Engine};
+use nftlet::ruleset::{Ruleset, diff};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use serde::Serialize;
 
 use crate::agent::Agent;
 use crate::baseline;
 use crate::netns::Namespace;
+use crate::policies::Cluster;
 use crate::traffic;
-use crate::workload::{NODE_IP, Random, Workload};
+use crate::workload::{NODE, NODE_IP, Random, Workload};
 
 /// The addresses of the client and of its node, both inside of the workload's pod network.
 const CLIENT: &str = "10.192.0.2";
@@ -31,7 +36,7 @@ const GATEWAY: &str = "10.192.0.1";
 const FABRIC: &str = "192.168.20.1";
 const SERVER: &str = "192.168.20.2";
 /// Where the workload's endpoints are.
-const PODS: &str = "10.128.0.0/10";
+const POD_RANGE: &str = "10.128.0.0/10";
 const PORT: u16 = 8080;
 /// The least, the usual and the largest size of a socket's buffers.
 const BUFFERS: &str = "4096 4194304 4194304";
@@ -39,6 +44,13 @@ const BUFFERS: &str = "4096 4194304 4194304";
 const PROBES: usize = 50;
 /// A handshake that takes longer has failed; what is measured takes microseconds.
 pub const PATIENCE: Duration = Duration::from_secs(5);
+
+/// One in so many services has session affinity in the mix of `scale`.
+const AFFINITY_EVERY: usize = 50;
+const AFFINITY_SECONDS: u32 = 10_800;
+/// The policies, and the pods that they are about.
+const POLICIES: usize = 1_000;
+const PODS: usize = 10_000;
 
 /// What a packet meets on the node of a lane.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -49,6 +61,8 @@ pub enum Rules {
     /// Nothing once more, and the endpoints of all services are connected to, not those of the
     /// smallest cluster: what two lanes with the same rules differ by.
     NoneAgain,
+    /// Nothing, but connections are tracked: the least for whoever translates anything.
+    Tracked,
     /// One rule that translates one address, and masquerades what the node sends there: the
     /// least that the kernel does for a service.
     OneRule,
@@ -56,6 +70,12 @@ pub enum Rules {
     KubeProxy(usize),
     /// nftlet's rules for so many services.
     Nftlet(usize),
+    /// The same where one in fifty has session affinity: every packet of the node passes the
+    /// chains that learn.
+    Affinity(usize),
+    /// The same with a thousand policies, of which some isolate the client: every packet passes
+    /// the chains that tell whether it may.
+    Policies(usize),
 }
 
 /// Client, node and server.
@@ -78,39 +98,58 @@ impl Rules {
         match self {
             Self::None => "no rules".to_owned(),
             Self::NoneAgain => "no rules, once more".to_owned(),
+            Self::Tracked => "no rules, connections tracked".to_owned(),
             Self::OneRule => "one rule for one service".to_owned(),
             Self::KubeProxy(services) => format!("kube-proxy's shape of {services} services"),
             Self::Nftlet(services) => format!("nftlet with {services} services"),
+            Self::Affinity(services) => {
+                format!("nftlet with {services} services, some with session affinity")
+            }
+            Self::Policies(services) => format!("nftlet with {services} services and policies"),
         }
     }
 
     /// Whether clients connect to services; otherwise to endpoints.
     fn translates(self) -> bool {
-        !matches!(self, Self::None | Self::NoneAgain)
+        !matches!(self, Self::None | Self::NoneAgain | Self::Tracked)
     }
 
-    /// Puts the rules for a workload in force on a node.
-    fn load(self, node: &Namespace, workload: &Workload) {
+    /// Puts the rules for a workload in force on a node. False if that takes too long.
+    fn load(self, node: &Namespace, workload: &Workload) -> bool {
         match self {
             Self::None | Self::NoneAgain => {}
             Self::OneRule => node.nft_load(&one_rule(workload)),
             Self::KubeProxy(_) => {
-                baseline::load(node, &baseline::table(workload));
+                let table = baseline::table(workload);
+                return baseline::load_within(node, &table, baseline::PATIENCE).is_some();
             }
-            Self::Nftlet(_) => node.run(|| {
-                let metrics = Metrics::new().expect("metrics have different names");
-                Agent::new(&metrics).handle(workload.lists());
-            }),
+            Self::Tracked => node.nft_load(TRACKED),
+            Self::Nftlet(_) => program(node, workload),
+            Self::Affinity(_) => {
+                let mut workload = workload.clone();
+                for service in workload.services.iter_mut().step_by(AFFINITY_EVERY) {
+                    service.affinity_seconds = Some(AFFINITY_SECONDS);
+                }
+                program(node, &workload);
+            }
+            Self::Policies(_) => {
+                program(node, workload);
+                node.run(program_policies);
+            }
         }
+        true
     }
 }
 
 impl Lane {
-    /// Builds a lane and checks that it leads where it should.
-    pub fn new(rules: Rules, workload: &Workload) -> Self {
+    /// Builds a lane and checks that it leads where it should. `None` if its rules take too long to
+    /// load.
+    pub fn new(rules: Rules, workload: &Workload) -> Option<Self> {
         let [client, node, server] = ["client", "node", "server"].map(Namespace::new);
         connect_namespaces(&client, &node, &server);
-        rules.load(&node, workload);
+        if !rules.load(&node, workload) {
+            return None;
+        }
         let listener = server
             .run(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT)).expect("the port is free"));
         set_socket_timeout(&listener, Timeout::Recv, Some(PATIENCE)).expect("sockets can wait");
@@ -137,7 +176,7 @@ impl Lane {
         for from in [&lane.client, &lane.node] {
             lane.probe(from, workload);
         }
-        lane
+        Some(lane)
     }
 
     /// Connects to some of the destinations, and looks at who answers.
@@ -203,8 +242,56 @@ fn connect_namespaces(client: &Namespace, node: &Namespace, server: &Namespace) 
         format!("addr add {SERVER}/24 dev eth0"),
         format!("route add {GATEWAY}/32 via {FABRIC}"),
         format!("route add {CLIENT}/32 via {FABRIC}"),
-        format!("route add local {PODS} dev lo"),
+        format!("route add local {POD_RANGE} dev lo"),
     ]);
+}
+
+/// Has the kernel track connections, by asking what is known of them.
+const TRACKED: &str = "table ip tracked {
+    chain prerouting { type filter hook prerouting priority 0; ct state invalid counter; }
+    chain output { type filter hook output priority 0; ct state invalid counter; }
+}";
+
+fn program(node: &Namespace, workload: &Workload) {
+    node.run(|| {
+        let metrics = Metrics::new().expect("metrics have different names");
+        Agent::new(&metrics).handle(workload.lists());
+    });
+}
+
+/// Puts policies in force in the namespace of the calling thread. The client is a pod of this node,
+/// isolated in both directions, that may connect to everyone.
+fn program_policies() {
+    let cluster = Cluster::new(PODS, POLICIES);
+    let mut engine = Engine::new(policy::Settings {
+        node: NODE.into(),
+        ..policy::Settings::default()
+    });
+    for delivery in cluster.lists() {
+        engine.apply(delivery.event);
+    }
+    let mut client = cluster.later_pod(0);
+    client.node = Some(NODE.into());
+    let address: Ipv4Addr = CLIENT.parse().expect("an address");
+    client.addresses = [IpAddr::from(address)].into_iter().collect();
+    let to_everyone = NetworkPolicy {
+        name: ObjectName::new(client.name.namespace(), "to-everyone"),
+        pods: LabelSelector::default(),
+        ingress: None,
+        egress: Some(vec![PolicyRule {
+            peers: None,
+            ports: None,
+        }]),
+    };
+    engine.apply(Event::Apply(Object::Pod(client)));
+    engine.apply(Event::Apply(Object::NetworkPolicy(to_everyone)));
+    engine.update();
+    let mut kernel = Nftables::open().unwrap_or_else(|error| panic!("{error}"));
+    for step in diff(&Ruleset::default(), engine.ruleset()).into_steps() {
+        kernel
+            .apply(&step)
+            .unwrap_or_else(|error| panic!("{error}"));
+    }
 }
 
 /// Translates the address of the first service to its first endpoint.

@@ -40,8 +40,8 @@ impl Plan {
 
 /// Builds all lanes and sends traffic through them.
 pub fn measure(plan: &Plan, mut progress: impl FnMut(&str)) -> Results {
-    let lanes = build(plan, &mut progress);
     let mut results = Results::new(plan.sizes.clone(), plan.endpoints);
+    let lanes = build(plan, &mut results.too_slow, &mut progress);
     for lane in &lanes {
         for quantity in Quantity::ALL {
             results.series.push(Series::new(quantity, lane.rules));
@@ -88,24 +88,31 @@ pub fn measure(plan: &Plan, mut progress: impl FnMut(&str)) -> Results {
 }
 
 /// Builds the lanes, the cheap ones first.
-fn build(plan: &Plan, progress: &mut impl FnMut(&str)) -> Vec<Lane> {
+fn build(plan: &Plan, too_slow: &mut Vec<usize>, progress: &mut impl FnMut(&str)) -> Vec<Lane> {
     let mut lanes = Vec::new();
-    let mut add = |rules: Rules, workload: &Workload| {
-        progress(&rules.words());
-        lanes.push(Lane::new(rules, workload));
-    };
     for (place, services) in plan.sizes.iter().copied().enumerate() {
         let workload = Workload::new(services, plan.endpoints);
+        let mut wanted = Vec::new();
         if place == 0 {
-            add(Rules::None, &workload);
-            add(Rules::OneRule, &workload);
+            wanted.extend([Rules::None, Rules::Tracked, Rules::OneRule]);
+            wanted.extend([Rules::Affinity(services), Rules::Policies(services)]);
         }
         if place + 1 == plan.sizes.len() {
-            add(Rules::NoneAgain, &workload);
+            wanted.push(Rules::NoneAgain);
         }
-        add(Rules::Nftlet(services), &workload);
+        wanted.push(Rules::Nftlet(services));
         if services <= plan.baseline_up_to {
-            add(Rules::KubeProxy(services), &workload);
+            wanted.push(Rules::KubeProxy(services));
+        }
+        for rules in wanted {
+            progress(&rules.words());
+            match Lane::new(rules, &workload) {
+                Some(lane) => lanes.push(lane),
+                None => {
+                    progress("too slow");
+                    too_slow.push(services);
+                }
+            }
         }
     }
     lanes

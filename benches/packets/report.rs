@@ -31,10 +31,36 @@ fn medians(results: &Results) -> Table {
                 services(size),
                 median(Rules::Nftlet(size)),
                 value(quantity, p99),
-                median(Rules::KubeProxy(size)),
+                if results.too_slow.contains(&size) {
+                    "too slow".to_owned()
+                } else if results.of(quantity, Rules::KubeProxy(size)).is_none() {
+                    "not tried".to_owned()
+                } else {
+                    median(Rules::KubeProxy(size))
+                },
                 median(Rules::OneRule),
+                median(Rules::Tracked),
                 median(Rules::None),
             ]);
+        }
+        let smallest = results.sizes.first().copied().unwrap_or_default();
+        for lane in [Rules::Affinity(smallest), Rules::Policies(smallest)] {
+            let series = results.of(quantity, lane);
+            let p99 = series
+                .filter(|_| quantity != Quantity::Throughput)
+                .and_then(|series| percentile(&series.samples, 99));
+            let words = match lane {
+                Rules::Policies(_) => "with policies",
+                _ => "with affinity",
+            };
+            let mut row = vec![
+                format!("the same, {words}"),
+                services(smallest),
+                median(lane),
+                value(quantity, p99),
+            ];
+            row.extend([(); 4].map(|()| dash()));
+            rows.push(row);
         }
     }
     Table {
@@ -46,6 +72,7 @@ fn medians(results: &Results) -> Table {
             "p99",
             "kube-proxy's shape",
             "one rule",
+            "tracked",
             "no rules",
         ],
         rows,
@@ -56,8 +83,8 @@ fn ratios(comparisons: &[Comparison]) -> Table {
     let row = |comparison: &Comparison| {
         vec![
             comparison.quantity.words().to_owned(),
-            name(comparison.lane),
-            name(comparison.with),
+            comparison.lane.name(),
+            comparison.with.name(),
             ratio(comparison.ratio),
             comparison.between.map(ratio).join(" to "),
             match comparison.budget {
@@ -76,16 +103,6 @@ fn ratios(comparisons: &[Comparison]) -> Table {
         title: "Ratios, round by round: their median, and where it is with a probability of 95 %",
         head: &["what", "lane", "over", "ratio", "95 %", "budget", "met"],
         rows: comparisons.iter().map(row).collect(),
-    }
-}
-
-fn name(rules: Rules) -> String {
-    match rules {
-        Rules::None => "no rules".to_owned(),
-        Rules::NoneAgain => "no rules (again)".to_owned(),
-        Rules::OneRule => "one rule".to_owned(),
-        Rules::KubeProxy(size) => format!("kube-proxy's, {}", services(size)),
-        Rules::Nftlet(size) => format!("nftlet, {}", services(size)),
     }
 }
 

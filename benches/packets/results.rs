@@ -2,14 +2,12 @@
 
 use serde::Serialize;
 
+use crate::budgets::Outcome;
 use crate::lanes::Rules;
+use crate::table::count;
 
 /// How much slower a larger size may be than the smallest.
 const GROWTH: f64 = 1.10;
-/// The same where any service is connected to. What a lookup reads is then not in the processor's
-/// caches, and the wait for memory is the growth, whatever kind of table is read. A search among
-/// all services would be many times as much.
-const GROWTH_TO_ANY: f64 = 1.30;
 /// How much slower than kube-proxy's shape nftlet may seem. It means "not slower": lanes with the
 /// same rules differ by up to 2 % from each other, for reasons that no median takes out, such as
 /// where in memory their tables are.
@@ -60,6 +58,8 @@ pub struct Results {
     pub endpoints: usize,
     /// One for each quantity of each lane.
     pub series: Vec<Series>,
+    /// Sizes that took longer in kube-proxy's shape than they may.
+    pub too_slow: Vec<usize>,
 }
 
 /// What was promised of a comparison.
@@ -115,8 +115,7 @@ impl Quantity {
     /// How much of it more services may bring.
     fn growth(self) -> Option<Budget> {
         match self {
-            Self::FromPod | Self::FromNode => Some(Budget::AtMost(GROWTH)),
-            Self::FromPodToAny => Some(Budget::AtMost(GROWTH_TO_ANY)),
+            Self::FromPod | Self::FromPodToAny | Self::FromNode => Some(Budget::AtMost(GROWTH)),
             Self::RoundTrip | Self::Throughput => None,
         }
     }
@@ -141,6 +140,7 @@ impl Results {
             sizes,
             endpoints,
             series: Vec::new(),
+            too_slow: Vec::new(),
         }
     }
 
@@ -182,8 +182,15 @@ impl Results {
                 _ => None,
             };
             compare(Rules::Nftlet(largest), Rules::OneRule, least);
+            for lane in [Rules::Affinity(smallest), Rules::Policies(smallest)] {
+                compare(lane, Rules::OneRule, least);
+                compare(lane, Rules::Nftlet(smallest), None);
+            }
+            compare(Rules::Nftlet(largest), Rules::Tracked, None);
             compare(Rules::Nftlet(largest), Rules::None, None);
+            compare(Rules::OneRule, Rules::Tracked, None);
             compare(Rules::OneRule, Rules::None, None);
+            compare(Rules::Tracked, Rules::None, None);
             compare(Rules::NoneAgain, Rules::None, None);
         }
         found
@@ -221,20 +228,40 @@ impl Comparison {
         })
     }
 
-    /// What to say of a budget that was missed.
-    pub fn complaint(&self) -> String {
-        let budget = match self.budget {
-            Some(Budget::AtMost(bound)) => format!("at most {bound:.2}"),
-            Some(Budget::AtLeast(bound)) => format!("at least {bound:.2}"),
-            None => "without a budget".to_owned(),
+    /// What became of its budget, if it has one.
+    pub fn outcome(&self) -> Option<Outcome> {
+        let budget = match self.budget? {
+            Budget::AtMost(bound) => format!("at most {bound:.2}"),
+            Budget::AtLeast(bound) => format!("at least {bound:.2}"),
         };
-        format!(
-            "{}, {} over {}, is {:.3} ({budget})",
-            self.quantity.words(),
-            self.lane.words(),
-            self.with.words(),
-            self.ratio,
-        )
+        Some(Outcome {
+            what: format!(
+                "{}: {} over {}",
+                self.quantity.words(),
+                self.lane.name(),
+                self.with.name(),
+            ),
+            measured: format!("{:.3}", self.ratio),
+            budget,
+            met: self.met()?,
+        })
+    }
+}
+
+impl Rules {
+    /// The lane in the tables.
+    pub fn name(self) -> String {
+        let services = |size: usize| count(Some(size as f64));
+        match self {
+            Rules::None => "no rules".to_owned(),
+            Rules::NoneAgain => "no rules (again)".to_owned(),
+            Rules::Tracked => "tracked, no rules".to_owned(),
+            Rules::OneRule => "one rule".to_owned(),
+            Rules::KubeProxy(size) => format!("kube-proxy's, {}", services(size)),
+            Rules::Nftlet(size) => format!("nftlet, {}", services(size)),
+            Rules::Affinity(size) => format!("with affinity, {}", services(size)),
+            Rules::Policies(size) => format!("with policies, {}", services(size)),
+        }
     }
 }
 

@@ -57,8 +57,6 @@ const IDLE: Duration = Duration::from_secs(10);
 /// long.
 const QUIET: Duration = Duration::from_millis(1);
 const QUIET_AT_ONCE: Duration = Duration::from_millis(100);
-/// How long kube-proxy's shape may take.
-const PATIENCE: Duration = Duration::from_secs(300);
 /// nftlet's own clocks: from receiving a change, and of a comparison with the kernel.
 const LATENCY: &str = "nftlet_programming_latency_seconds";
 const FULL: &str = "kubeproxy_sync_full_proxy_rules_duration_seconds";
@@ -75,7 +73,7 @@ pub fn measure(plan: &Plan, kept: &mut Vec<Namespace>, mut progress: impl FnMut(
         size: plan.size,
         policies: plan.policies,
         values: Vec::new(),
-        kube_proxy: None,
+        kube_proxy: KubeProxy::NotTried,
     };
     progress("encoding the objects");
     let mut cluster = Cluster::new(plan.size);
@@ -89,6 +87,8 @@ pub fn measure(plan: &Plan, kept: &mut Vec<Namespace>, mut progress: impl FnMut(
     changes(plan, &process, &mut cluster, &mut measured, &mut progress);
     process.process.stop();
 
+    progress("start with rules in place");
+    restart(plan, &server, &mut measured);
     progress("start with lists in pages");
     server.another_node(Namespace::new("scale"));
     server.api.set_streaming(Streaming::Rejected);
@@ -104,7 +104,10 @@ pub fn measure(plan: &Plan, kept: &mut Vec<Namespace>, mut progress: impl FnMut(
         with_policies(plan, &mut server, pods, &mut measured);
     }
     if plan.kube_proxy {
-        progress("kube-proxy's shape");
+        progress(&format!(
+            "kube-proxy's shape, {} s at most",
+            baseline::PATIENCE.as_secs()
+        ));
         let namespace = Namespace::new("kube-proxy");
         measured.kube_proxy = kube_proxy(&namespace, &mut cluster);
         kept.push(namespace);
@@ -169,6 +172,16 @@ fn settle(process: &Process, measured: &mut Measured) {
     let memory = process.memory();
     measured.note(What::Resident, memory.resident as f64);
     measured.note(What::Peak, memory.peak as f64);
+}
+
+/// Starts the process once more where the rules of the one before are in place.
+fn restart(plan: &Plan, server: &Server, measured: &mut Measured) {
+    let (process, took) = server.start(&plan.nftlet);
+    measured.note(What::Restart, took.as_secs_f64());
+    let (compared, _) = process.metrics().histogram(FULL, FAMILY);
+    measured.note(What::RestartComparison, compared);
+    measured.note(What::PeakRestart, process.memory().peak as f64);
+    process.stop();
 }
 
 fn changes(
@@ -266,7 +279,8 @@ fn with_policies(plan: &Plan, server: &mut Server, mut pods: Pods, measured: &mu
         std::thread::sleep(Duration::from_millis(100));
     }
     std::thread::sleep(SETTLE);
-    let without = measured.get(What::Resident).unwrap_or_default();
+    let without = measured.get(What::Resident);
+    let without = without.expect("the same cluster was measured without policies");
     let memory = process.memory().resident as f64 - without;
     measured.note(What::PolicyMemory, memory);
     let process = Watched::new(process, server);
@@ -283,9 +297,11 @@ fn with_policies(plan: &Plan, server: &mut Server, mut pods: Pods, measured: &mu
 }
 
 /// The other ruleset for the same services: all of it, and a few services with other endpoints.
-fn kube_proxy(namespace: &Namespace, cluster: &mut Cluster) -> Option<KubeProxy> {
+fn kube_proxy(namespace: &Namespace, cluster: &mut Cluster) -> KubeProxy {
     let table = baseline::table(cluster.workload());
-    let first = baseline::load_within(namespace, &table, PATIENCE)?;
+    let Some(first) = baseline::load_within(namespace, &table, baseline::PATIENCE) else {
+        return KubeProxy::TooSlow(baseline::PATIENCE.as_secs_f64());
+    };
     let mut random = Random::new();
     let mut changes = Samples::default();
     for _ in 0..ROUNDS {
@@ -294,10 +310,10 @@ fn kube_proxy(namespace: &Namespace, cluster: &mut Cluster) -> Option<KubeProxy>
         let commands = baseline::change(cluster.workload(), service);
         changes.push(baseline::load(namespace, &commands).wall.as_secs_f64());
     }
-    Some(KubeProxy {
+    KubeProxy::Loaded {
         first: first.wall.as_secs_f64(),
         change: changes.median(),
-    })
+    }
 }
 
 /// A process with somebody who listens to what the kernel says of it.

@@ -128,7 +128,7 @@ fn panels(sizes: &[Measured]) -> [Panel; 3] {
             label: seconds,
             series: kept(vec![
                 series("kube-proxy's shape, nft -f", OTHER, &|it| {
-                    it.kube_proxy.map(|other| other.first)
+                    it.kube_proxy.loaded().map(|(first, _)| first)
                 }),
                 series(
                     "process start to rules in place",
@@ -143,7 +143,7 @@ fn panels(sizes: &[Measured]) -> [Panel; 3] {
             label: seconds,
             series: kept(vec![
                 series("kube-proxy's shape, nft -f", OTHER, &|it| {
-                    it.kube_proxy.map(|other| other.change)
+                    it.kube_proxy.loaded().map(|(_, change)| change)
                 }),
                 series(
                     "99th percentile",

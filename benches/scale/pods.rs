@@ -6,6 +6,8 @@
 //! of them in all namespaces of a team. It is the cluster of the benchmark `policies`, as an API
 //! server sends it.
 
+#![allow(dead_code, reason = "each benchmark uses its own part")]
+
 use std::net::Ipv4Addr;
 
 use nftlet::model::Kind;

@@ -179,13 +179,13 @@ pub fn tick() -> f64 {
 pub struct Metrics(String);
 
 impl Metrics {
-    /// A metric by its name with the labels as they are written; 0 where there is none.
+    /// A metric by its name with the labels as they are written.
     pub fn get(&self, name: &str) -> f64 {
         let value = self.0.lines().find_map(|line| {
             let value = line.strip_prefix(name)?.strip_prefix(' ')?;
             value.trim().parse().ok()
         });
-        value.unwrap_or_default()
+        value.unwrap_or_else(|| panic!("nftlet has no metric {name}:\n{}", self.0))
     }
 
     /// The sum of what a histogram has seen, in seconds, and how often it saw something.

@@ -1,7 +1,7 @@
 //! The measurements as a table.
 
 use crate::cluster::Size;
-use crate::results::{Report, Unit, What};
+use crate::results::{KubeProxy, Report, Unit, What};
 use crate::table::{Form, Table, count, dash, mebibytes, time};
 
 /// Every quantity with its budget.
@@ -10,11 +10,13 @@ pub fn render(report: &Report, form: Form) -> String {
     for measured in &report.sizes {
         for value in &measured.values {
             let (words, unit) = value.what.words();
-            let other = measured.kube_proxy.and_then(|other| match value.what {
-                What::FirstProgram => Some(other.first),
-                What::ReplacedEndToEnd => Some(other.change),
-                _ => None,
-            });
+            let other = match (value.what, measured.kube_proxy) {
+                (What::FirstProgram, KubeProxy::Loaded { first, .. }) => time(Some(first)),
+                (What::ReplacedEndToEnd, KubeProxy::Loaded { change, .. }) => time(Some(change)),
+                (What::FirstProgram, KubeProxy::TooSlow(limit)) => format!("> {limit:.0} s"),
+                (What::FirstProgram, KubeProxy::NotTried) => "not tried".to_owned(),
+                _ => dash(),
+            };
             rows.push(vec![
                 words.to_owned(),
                 cluster(measured.size),
@@ -31,7 +33,7 @@ pub fn render(report: &Report, form: Form) -> String {
                     Some(true) => "yes".to_owned(),
                     Some(false) => "NO".to_owned(),
                 },
-                time(other),
+                other,
             ]);
         }
     }
@@ -51,11 +53,13 @@ pub fn render(report: &Report, form: Form) -> String {
     table.text(form)
 }
 
-fn cluster(size: Size) -> String {
+/// The size in the tables.
+pub fn cluster(size: Size) -> String {
     format!("{} x {}", count(Some(size.services as f64)), size.endpoints)
 }
 
-fn with_unit(value: f64, unit: Unit) -> String {
+/// A value in the tables.
+pub fn with_unit(value: f64, unit: Unit) -> String {
     match unit {
         Unit::Seconds => time(Some(value)),
         Unit::Bytes if value < f64::from(1 << 20) => format!("{:.1} KiB", value / 1024.0),

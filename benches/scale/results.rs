@@ -2,7 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::budgets::Outcome;
 use crate::cluster::Size;
+use crate::report::{cluster, with_unit};
 
 /// The size for which most budgets were set, and the larger one.
 const BUDGETED: Size = Size {
@@ -63,6 +65,13 @@ pub enum What {
     PeakPaged,
     /// Resident memory after all changes.
     ResidentInTheEnd,
+    /// From the start of the process, with the rules of the one before in place, until it has
+    /// compared them.
+    Restart,
+    /// Of that the comparison, from the end of the lists on.
+    RestartComparison,
+    /// The most resident memory of that start.
+    PeakRestart,
     /// Processor time while nothing happens, in ticks.
     Idle,
     /// Processor time for a thousand single changes.
@@ -120,6 +129,9 @@ impl What {
             Self::Peak => ("memory, peak", Bytes),
             Self::PeakPaged => ("memory, peak, lists in pages", Bytes),
             Self::ResidentInTheEnd => ("memory after all changes", Bytes),
+            Self::Restart => ("process start, rules in place already", Seconds),
+            Self::RestartComparison => ("rules in place already, of it the comparison", Seconds),
+            Self::PeakRestart => ("memory, peak, rules in place already", Bytes),
             Self::Idle => ("processor ticks in 10 s without change", Number),
             Self::ProcessorOfChanges => ("processor time of 1,000 changes", Seconds),
             Self::StartBytes => ("sent by the server, start", Bytes),
@@ -148,7 +160,7 @@ impl What {
             Self::Count => 0.003,
             Self::AtOnce => 0.06,
             Self::Resident => 60.0 * MEBIBYTE,
-            Self::Peak => 90.0 * MEBIBYTE,
+            Self::Peak | Self::PeakRestart => 90.0 * MEBIBYTE,
             Self::ProcessorOfChanges => 1.0,
             // These hold at every size.
             Self::Idle | Self::ListedTwice | Self::ListedAfterCut | Self::ChangeRequests => {
@@ -199,13 +211,31 @@ impl Value {
     }
 }
 
-/// The same services in kube-proxy's shape, loaded with nft, in seconds.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
-pub struct KubeProxy {
-    /// All of them.
-    pub first: f64,
-    /// One service with other endpoints.
-    pub change: f64,
+/// The same services in kube-proxy's shape, loaded with nft.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum KubeProxy {
+    /// It was not asked for.
+    NotTried,
+    /// It took longer than so many seconds.
+    TooSlow(f64),
+    /// It was loaded; times in seconds.
+    Loaded {
+        /// All services.
+        first: f64,
+        /// One service with other endpoints.
+        change: f64,
+    },
+}
+
+impl KubeProxy {
+    /// The seconds for all services, and for a change of one.
+    pub fn loaded(self) -> Option<(f64, f64)> {
+        match self {
+            KubeProxy::Loaded { first, change } => Some((first, change)),
+            KubeProxy::NotTried | KubeProxy::TooSlow(_) => None,
+        }
+    }
 }
 
 /// All measurements of one size.
@@ -217,8 +247,8 @@ pub struct Measured {
     pub policies: Option<(usize, usize)>,
     /// What was measured.
     pub values: Vec<Value>,
-    /// What it was compared with; `None` where that was not measured or took too long.
-    pub kube_proxy: Option<KubeProxy>,
+    /// What it was compared with.
+    pub kube_proxy: KubeProxy,
 }
 
 impl Measured {
@@ -255,7 +285,7 @@ pub struct Report {
 }
 
 impl Report {
-    /// Compares the sizes whose growth has a budget.
+    /// Compares the sizes whose growth has a budget, where both were measured.
     pub fn compare(&mut self) {
         let first = |size: Size| {
             let measured = self.sizes.iter().find(|measured| measured.size == size)?;
@@ -270,9 +300,21 @@ impl Report {
         }
     }
 
-    /// How many budgets were missed.
-    pub fn missed(&self) -> usize {
-        let values = self.sizes.iter().flat_map(|measured| &measured.values);
-        values.filter(|value| value.met() == Some(false)).count()
+    /// What became of the budgets.
+    pub fn outcomes(&self) -> Vec<Outcome> {
+        let values = self.sizes.iter().flat_map(|measured| {
+            let values = measured.values.iter();
+            values.map(|value| (measured.size, value))
+        });
+        let outcome = |(size, value): (Size, &Value)| {
+            let (words, unit) = value.what.words();
+            Some(Outcome {
+                what: format!("{words}, {}", cluster(size)),
+                measured: with_unit(value.value, unit),
+                budget: format!("at most {}", with_unit(value.budget?, unit)),
+                met: value.met()?,
+            })
+        };
+        values.filter_map(outcome).collect()
     }
 }

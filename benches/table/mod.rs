@@ -40,6 +40,18 @@ impl Form {
 }
 
 impl Table {
+    /// The rows as objects, for who wants to read them later.
+    pub fn json(&self) -> String {
+        let row = |row: &Vec<String>| -> serde_json::Map<String, serde_json::Value> {
+            let cells = self.head.iter().zip(row);
+            cells
+                .map(|(head, cell)| ((*head).to_owned(), cell.as_str().into()))
+                .collect()
+        };
+        let rows: Vec<_> = self.rows.iter().map(row).collect();
+        serde_json::json!({ "title": self.title, "rows": rows }).to_string()
+    }
+
     /// The table with its title.
     pub fn text(&self, form: Form) -> String {
         let head: Vec<String> = self.head.iter().map(ToString::to_string).collect();

@@ -79,8 +79,7 @@ impl Workload {
             serving: true,
             terminating: false,
             node: Some(node.clone()),
-            zone_hints: None,
-            node_hints: None,
+            hints: None,
         }
     }
 

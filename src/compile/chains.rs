@@ -38,9 +38,11 @@ pub enum SharedChain {
         /// For how long, without another connection.
         seconds: u32,
     },
-    /// A base chain that sees translated packets and passes those of frontends with session
-    /// affinity on to be remembered. It costs every packet a little, so it exists only while
-    /// there is such a frontend.
+    /// Passes new connections that were translated on to be remembered if their frontend has
+    /// session affinity.
+    LearnNew,
+    /// A base chain that sees translated packets and leads to [`SharedChain::LearnNew`]. It costs
+    /// every packet a little, so it exists only while there is a frontend with session affinity.
     LearnHook(LearnAt),
 }
 
@@ -72,6 +74,7 @@ impl SharedChain {
         match self {
             SharedChain::Handle(handle) => handle.name(),
             SharedChain::Learn { seconds } => format!("learn-{seconds}").into(),
+            SharedChain::LearnNew => "learn-new".into(),
             SharedChain::LearnHook(LearnAt::Prerouting) => "learn-prerouting".into(),
             SharedChain::LearnHook(LearnAt::Output) => "learn-output".into(),
         }
@@ -88,7 +91,8 @@ impl SharedChain {
             SharedChain::Learn { .. } => [LearnAt::Prerouting, LearnAt::Output]
                 .map(SharedChain::LearnHook)
                 .into(),
-            SharedChain::LearnHook(_) => vec![],
+            SharedChain::LearnHook(_) => vec![SharedChain::LearnNew],
+            SharedChain::LearnNew => vec![],
         }
     }
 
@@ -108,6 +112,7 @@ impl SharedChain {
         let (base, rules) = match self {
             SharedChain::Handle(handle) => (None, handle.rules(settings, family)),
             SharedChain::Learn { seconds } => (None, learn(Duration::from_secs(seconds.into()))),
+            SharedChain::LearnNew => (None, learn_new()),
             SharedChain::LearnHook(at) => (Some(at.base()), learn_hook()),
         };
         Chain { base, rules }
@@ -255,14 +260,19 @@ fn is_protocol(protocol: Protocol) -> Statement {
     )
 }
 
+/// Every packet of the node evaluates this rule, those of known connections no other.
 fn learn_hook() -> Vec<Rule> {
-    let translated = [
+    vec![Rule::new([
         Statement::CtState(CtState::New.into()),
         Statement::CtStatus(CtStatus::Dnat),
-    ];
+        Statement::Verdict(Verdict::Jump(SharedChain::LearnNew.name())),
+    ])]
+}
+
+/// Looks up who is remembered, and for how long. One rule a protocol, as for [`learn`].
+fn learn_new() -> Vec<Rule> {
     let look_up = |protocol: Protocol, by: By| {
-        let mut statements: Vec<Statement> = translated.clone().into();
-        statements.push(is_protocol(protocol));
+        let mut statements = vec![is_protocol(protocol)];
         if by == By::NodePort {
             statements.push(Statement::InSet(
                 vec![Selector::OriginalDestinationAddress],

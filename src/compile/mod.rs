@@ -20,7 +20,7 @@
 //!    └─ @service-cidrs ──> drop (an address nobody has)
 //!
 //!  with session affinity:  lb-sticky-3: dnat to (client, frontend) map @affinity, else lb-3
-//!    behind the translation: learn-prerouting, learn-output ──> learn-10800: update @affinity
+//!    behind the translation: learn-prerouting, learn-output ──> learn-new ──> learn-10800: update @affinity
 //!
 //!  postrouting ── marked, or a pod that reaches itself (@hairpin) ──> masquerade
 //! ```

@@ -265,7 +265,7 @@ impl ServicePlan {
             .into_iter()
             .map(|range| {
                 let element = Element {
-                    key_end: range.key_end.as_ref().map(of_client),
+                    key_end: range.key_end.as_deref().map(|end| Box::new(of_client(end))),
                     ..Element::new(of_client(&range.key))
                 };
                 (ServiceSet::AllowedSources, element)

@@ -72,9 +72,9 @@ fn by_topology<'a>(ready: &[EndpointOf<'a>], node: Option<&Node>) -> Option<Vec<
         };
         Some(select(ready, names_it)).filter(|chosen| !chosen.is_empty())
     };
-    hinted(&node.name, |e| e.node_hints.as_deref()).or_else(|| {
+    hinted(&node.name, Endpoint::node_hints).or_else(|| {
         let zone = node.zone.as_deref()?;
-        hinted(zone, |e| e.zone_hints.as_deref())
+        hinted(zone, Endpoint::zone_hints)
     })
 }
 
@@ -84,6 +84,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
+    use crate::model::Hints;
 
     fn endpoint(last: u8, state: &str) -> Endpoint {
         Endpoint {
@@ -92,13 +93,19 @@ mod tests {
             serving: state == "ready" || state == "terminating",
             terminating: state == "terminating" || state == "dying",
             node: Some(if last < 10 { "node-1" } else { "node-2" }.into()),
-            zone_hints: None,
-            node_hints: None,
+            hints: None,
         }
     }
 
-    fn hints(names: &[&str]) -> Option<Arc<[Arc<str>]>> {
+    fn names(names: &[&str]) -> Option<Box<[Arc<str>]>> {
         Some(names.iter().map(|name| Arc::from(*name)).collect())
+    }
+
+    fn hints(zones: &[&str], nodes: Option<&str>) -> Option<Arc<Hints>> {
+        Some(Arc::new(Hints {
+            zones: names(zones),
+            nodes: nodes.and_then(|node| names(&[node])),
+        }))
     }
 
     fn node(zone: Option<&str>) -> Node {
@@ -164,7 +171,7 @@ mod tests {
     #[test]
     fn hints_count_if_all_have_them_and_one_names_the_place() {
         let zoned = |last: u8, names: &[&str]| Endpoint {
-            zone_hints: hints(names),
+            hints: hints(names, None),
             ..endpoint(last, "ready")
         };
         let in_a = node(Some("a"));
@@ -188,8 +195,7 @@ mod tests {
     #[test]
     fn hints_for_the_node_come_before_those_for_its_zone() {
         let hinted = |last: u8, node: &str, zone: &str| Endpoint {
-            node_hints: hints(&[node]),
-            zone_hints: hints(&[zone]),
+            hints: hints(&[zone], Some(node)),
             ..endpoint(last, "ready")
         };
         let here = node(Some("a"));

@@ -186,10 +186,32 @@ pub struct Endpoint {
     pub terminating: bool,
     /// `nodeName`.
     pub node: Option<Arc<str>>,
-    /// `hints.forZones[].name`; `None` when the endpoint carries no zone hints.
-    pub zone_hints: Option<Arc<[Arc<str>]>>,
-    /// `hints.forNodes[].name`; `None` when the endpoint carries no node hints.
-    pub node_hints: Option<Arc<[Arc<str>]>>,
+    /// `hints`, if there are any; shared, because most endpoints have none and many the same.
+    pub hints: Option<Arc<Hints>>,
+}
+
+// There can be a million.
+const _: () = assert!(size_of::<Endpoint>() <= 48);
+
+impl Endpoint {
+    /// The zones it is hinted for; `None` when it carries no zone hints.
+    pub fn zone_hints(&self) -> Option<&[Arc<str>]> {
+        self.hints.as_ref()?.zones.as_deref()
+    }
+
+    /// The nodes it is hinted for; `None` when it carries no node hints.
+    pub fn node_hints(&self) -> Option<&[Arc<str>]> {
+        self.hints.as_ref()?.nodes.as_deref()
+    }
+}
+
+/// Where the traffic of an endpoint should come from.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Hints {
+    /// `forZones[].name`, if that is there.
+    pub zones: Option<Box<[Arc<str>]>>,
+    /// `forNodes[].name`, if that is there.
+    pub nodes: Option<Box<[Arc<str>]>>,
 }
 
 /// The node nftlet runs on.

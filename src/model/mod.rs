@@ -16,7 +16,7 @@ mod store;
 pub use claims::{Claim, ClaimChanges, Claims};
 pub use event::{Delivery, Event, Kind, Notice, Object, ObjectRef, Reason, Subject};
 pub use facts::{
-    Endpoint, EndpointSlice, Family, Node, Protocol, Service, ServiceCidr, ServiceKind,
+    Endpoint, EndpointSlice, Family, Hints, Node, Protocol, Service, ServiceCidr, ServiceKind,
     ServicePort, SlicePort, TrafficPolicy,
 };
 pub use lists::Lists;

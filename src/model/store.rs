@@ -6,6 +6,8 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use smallvec::SmallVec;
+
 use super::claims::{Claim, ClaimChanges, Claims};
 use super::{
     Endpoint, EndpointSlice, Event, Family, Kind, Lists, Node, Notice, Object, ObjectName,
@@ -18,6 +20,8 @@ pub struct Changes {
     /// Services whose rules may be different now: they, or their endpoints, or their claims
     /// changed.
     pub services: BTreeSet<ObjectName>,
+    /// A service itself changed, not just its endpoints: frontends may move from one to another.
+    pub frontends: bool,
     /// The own node changed.
     pub node: bool,
     /// The ranges of service addresses changed.
@@ -57,7 +61,8 @@ impl EndpointOf<'_> {
 pub struct Store {
     services: HashMap<ObjectName, Arc<Service>>,
     slices: HashMap<ObjectName, EndpointSlice>,
-    slices_of: HashMap<ObjectName, BTreeSet<ObjectName>>,
+    /// Sorted. Nearly every service has one for each family.
+    slices_of: HashMap<ObjectName, SmallVec<[ObjectName; 1]>>,
     node: Option<Arc<Node>>,
     /// What is used while there is no own node: what was given for that, or what was known of a
     /// node that was deleted.
@@ -162,6 +167,13 @@ impl Store {
         found
     }
 
+    /// How many endpoints the slices of a service have, whoever of them is used.
+    pub fn endpoints_of(&self, service: &ObjectName) -> usize {
+        let slices = self.slices_of.get(service).into_iter().flatten();
+        let slices = slices.filter_map(|name| self.slices.get(name));
+        slices.map(|slice| slice.endpoints.len()).sum()
+    }
+
     /// Takes over one event and notes what it changed.
     pub fn apply(&mut self, event: Event, changes: &mut Changes) {
         match event {
@@ -232,6 +244,7 @@ impl Store {
         }
         let claims = self.claims.change(old.map(|old| &**old), Some(&service));
         note_claims(claims, changes);
+        changes.frontends = true;
         changes.services.insert(service.name.clone());
         self.services
             .insert(service.name.clone(), Arc::new(service));
@@ -251,10 +264,10 @@ impl Store {
         }
         changes.services.insert(slice.service.clone());
         changes.triggered_at_ms.extend(slice.triggered_at_ms);
-        self.slices_of
-            .entry(slice.service.clone())
-            .or_default()
-            .insert(name.clone());
+        let slices = self.slices_of.entry(slice.service.clone()).or_default();
+        if let Err(place) = slices.binary_search(&name) {
+            slices.insert(place, name.clone());
+        }
         self.slices.insert(name.clone(), slice);
         if self.is_complete() {
             self.note_orphans([&name], changes);
@@ -263,7 +276,7 @@ impl Store {
 
     fn detach(&mut self, service: &ObjectName, slice: &ObjectName) {
         if let Some(slices) = self.slices_of.get_mut(service) {
-            slices.remove(slice);
+            slices.retain(|known| known != slice);
             if slices.is_empty() {
                 self.slices_of.remove(service);
             }
@@ -275,6 +288,7 @@ impl Store {
             Kind::Service => {
                 if let Some(old) = self.services.remove(&object.name) {
                     note_claims(self.claims.change(Some(&old), None), changes);
+                    changes.frontends = true;
                     changes.services.insert(object.name.clone());
                 }
             }

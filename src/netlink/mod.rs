@@ -39,6 +39,7 @@ mod nflog;
 mod nftables;
 mod read;
 mod socket;
+mod sums;
 mod uapi;
 mod udata;
 

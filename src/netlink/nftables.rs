@@ -155,6 +155,26 @@ impl Nftables {
         family: u8,
         attributes: &[u8],
     ) -> Result<Dumped, Error> {
+        let keep = |dumped: &mut Vec<u8>, message: Message| {
+            dumped.extend_from_slice(message.bytes);
+            // Messages start at multiples of four.
+            dumped.resize(dumped.len().next_multiple_of(4), 0);
+        };
+        self.dump_into(what, kind, family, attributes, Vec::new, keep)
+            .map(Dumped)
+    }
+
+    /// The same without keeping the messages: each is handed out as it comes, together with what
+    /// `start` makes each time the dump begins.
+    pub(super) fn dump_into<T>(
+        &mut self,
+        what: &'static str,
+        kind: libc::c_int,
+        family: u8,
+        attributes: &[u8],
+        start: impl Fn() -> T,
+        mut each: impl FnMut(&mut T, Message),
+    ) -> Result<T, Error> {
         let request = Dump {
             what,
             kind: (libc::NFNL_SUBSYS_NFTABLES << 8 | kind) as u16,
@@ -162,14 +182,12 @@ impl Nftables {
             attributes,
         };
         for _ in 0..DUMP_ATTEMPTS {
-            let mut dumped = Vec::new();
-            let reading = self.socket.dump(request, |message| {
-                dumped.extend_from_slice(message.bytes);
-                // Messages start at multiples of four.
-                dumped.resize(dumped.len().next_multiple_of(4), 0);
-            })?;
+            let mut found = start();
+            let reading = self
+                .socket
+                .dump(request, |message| each(&mut found, message))?;
             if reading == Reading::Complete {
-                return Ok(Dumped(dumped));
+                return Ok(found);
             }
         }
         Err(Error::Interrupted {

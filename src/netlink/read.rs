@@ -25,6 +25,10 @@ use crate::ruleset::{
 const ELEMENT_INTERVAL_END: u32 = 1;
 const ELEMENTS: &str = "the elements of a set";
 
+/// How the elements of a set are read; `None` if some are such as nftlet writes none.
+pub(super) type ElementsOf<'a> = dyn FnMut(&mut Nftables, &TableId, &Name, &Declaration) -> Result<Option<Vec<Element>>, Error>
+    + 'a;
+
 impl Nftables {
     /// Reads the tables with the given names in both families.
     ///
@@ -35,11 +39,23 @@ impl Nftables {
     ///
     /// When a dump fails or is interrupted over and over again.
     pub fn read(&mut self, names: &[&str], wanted: &Ruleset) -> Result<Ruleset, Error> {
+        self.read_with(names, wanted, &mut |nftables, id, name, declaration| {
+            nftables.settled_elements(id, name.as_str(), declaration)
+        })
+    }
+
+    /// The same, with the elements of each set as `elements` gets them.
+    pub(super) fn read_with(
+        &mut self,
+        names: &[&str],
+        wanted: &Ruleset,
+        elements: &mut ElementsOf,
+    ) -> Result<Ruleset, Error> {
         let mut found = Ruleset::default();
         for (id, flags) in self.flagged_tables(names)? {
             let empty = Table::default();
             let expected = wanted.tables.get(&id).unwrap_or(&empty);
-            let mut table = self.table(&id, expected)?;
+            let mut table = self.table(&id, expected, elements)?;
             table.foreign = flags != 0;
             found.tables.insert(id, table);
         }
@@ -71,7 +87,12 @@ impl Nftables {
         Ok(found.collect())
     }
 
-    fn table(&mut self, id: &TableId, expected: &Table) -> Result<Table, Error> {
+    fn table(
+        &mut self,
+        id: &TableId,
+        expected: &Table,
+        elements: &mut ElementsOf,
+    ) -> Result<Table, Error> {
         let mut table = Table {
             chains: self.chains(id)?,
             ..Table::default()
@@ -96,11 +117,12 @@ impl Nftables {
             let Some(name) = attributes.string(uapi::NFTA_SET_NAME) else {
                 continue;
             };
-            let mut declaration = declaration(attributes, expected.sets.get(name), id.family);
+            let name = Name::from(name);
+            let mut declaration = declaration(attributes, expected.sets.get(&name), id.family);
             let elements = if declaration.timeout.is_some() {
                 Some(Vec::new())
             } else {
-                self.settled_elements(id, name, &declaration)?
+                elements(self, id, &name, &declaration)?
             };
             if elements.is_none() {
                 // No difference could delete what cannot be read.
@@ -108,7 +130,7 @@ impl Nftables {
             }
             let elements = elements.unwrap_or_default();
             table.sets.insert(
-                name.into(),
+                name,
                 Set {
                     declaration,
                     elements,
@@ -207,7 +229,7 @@ impl Nftables {
     /// The kernel resizes a hash table some time after elements were added, and a dump that
     /// meets the resize repeats elements and misses others, without being marked as
     /// interrupted. Such a dump is told by its repetitions and read again.
-    fn settled_elements(
+    pub(super) fn settled_elements(
         &mut self,
         id: &TableId,
         set: &str,
@@ -245,12 +267,16 @@ impl Nftables {
         set: &str,
     ) -> Result<(Vec<(Element, bool)>, usize), Error> {
         let mut names: Vec<Name> = Vec::new();
-        let (mut elements, mut unreadable) = (Vec::new(), 0);
-        self.each_element(id, set, |item| match element(item, &mut names) {
-            Some(element) => elements.push(element),
-            None => unreadable += 1,
-        })?;
-        Ok((elements, unreadable))
+        let start = || (Vec::new(), 0);
+        self.each_element(
+            id,
+            set,
+            start,
+            |(elements, unreadable), item| match element(item, &mut names) {
+                Some(element) => elements.push(element),
+                None => *unreadable += 1,
+            },
+        )
     }
 
     /// Reads the counters of a set whose elements have some: of each element its key (the first
@@ -261,8 +287,7 @@ impl Nftables {
     /// When the dump fails or is interrupted over and over again.
     pub fn counters(&mut self, id: &TableId, set: &str) -> Result<Vec<(Key, u64, u64)>, Error> {
         for _ in 0..DUMP_ATTEMPTS {
-            let mut counters = Vec::new();
-            self.each_element(id, set, |item| {
+            let mut counters = self.each_element(id, set, Vec::new, |counters, item| {
                 let key = data_of(item, uapi::NFTA_SET_ELEM_KEY).map(Key::from_bytes);
                 if let (Some(key), Some((packets, bytes))) = (key, counter(item)) {
                     counters.push((key, packets, bytes));
@@ -282,33 +307,34 @@ impl Nftables {
         })
     }
 
-    /// Dumps the elements of a set and hands out the attributes of each, in the kernel's order.
-    fn each_element(
+    /// Dumps the elements of a set and hands out the attributes of each, in the kernel's order, with
+    /// what `start` makes each time the dump begins.
+    pub(super) fn each_element<T>(
         &mut self,
         id: &TableId,
         set: &str,
-        mut each: impl FnMut(Reader),
-    ) -> Result<(), Error> {
+        start: impl Fn() -> T,
+        mut each: impl FnMut(&mut T, Reader),
+    ) -> Result<T, Error> {
         let mut filter = Vec::new();
         let mut writer = Writer::new(&mut filter);
         writer.string(uapi::NFTA_SET_ELEM_LIST_TABLE, id.name.as_str());
         writer.string(uapi::NFTA_SET_ELEM_LIST_SET, set);
-        let dumped = self.dump(
+        self.dump_into(
             ELEMENTS,
             libc::NFT_MSG_GETSETELEM,
             family_number(id.family),
             &filter,
-        )?;
-        for message in dumped.iter() {
-            let attributes = message.attributes();
-            let Some(list) = attributes.nested(uapi::NFTA_SET_ELEM_LIST_ELEMENTS) else {
-                continue;
-            };
-            for (_, item) in list {
-                each(Reader::new(item));
-            }
-        }
-        Ok(())
+            start,
+            |found, message| {
+                let list = message
+                    .attributes()
+                    .nested(uapi::NFTA_SET_ELEM_LIST_ELEMENTS);
+                for (_, item) in list.into_iter().flatten() {
+                    each(found, Reader::new(item));
+                }
+            },
+        )
     }
 }
 
@@ -423,7 +449,7 @@ fn counter(item: Reader) -> Option<(u64, u64)> {
 }
 
 /// An element and whether it is the end of an interval.
-fn element(item: Reader, names: &mut Vec<Name>) -> Option<(Element, bool)> {
+pub(super) fn element(item: Reader, names: &mut Vec<Name>) -> Option<(Element, bool)> {
     let key = Key::from_bytes(data_of(item, uapi::NFTA_SET_ELEM_KEY)?);
     let value = match item.nested(uapi::NFTA_SET_ELEM_DATA) {
         None => Value::None,
@@ -438,7 +464,8 @@ fn element(item: Reader, names: &mut Vec<Name>) -> Option<(Element, bool)> {
     let flags = item.be32(uapi::NFTA_SET_ELEM_FLAGS).unwrap_or_default();
     let element = Element {
         key,
-        key_end: data_of(item, uapi::NFTA_SET_ELEM_KEY_END).map(Key::from_bytes),
+        key_end: data_of(item, uapi::NFTA_SET_ELEM_KEY_END)
+            .map(|end| Box::new(Key::from_bytes(end))),
         value,
         comment: comment.map(Arc::from),
     };
@@ -483,7 +510,7 @@ fn join_intervals(mut elements: Vec<(Element, bool)>) -> Vec<Element> {
     for (element, is_end) in elements {
         if is_end {
             if let Some(mut start) = open.take() {
-                start.key_end = Some(before(&element.key));
+                start.key_end = Some(Box::new(before(&element.key)));
                 joined.push(start);
             }
         } else {
@@ -491,7 +518,8 @@ fn join_intervals(mut elements: Vec<(Element, bool)>) -> Vec<Element> {
         }
     }
     if let Some(mut last) = open {
-        last.key_end = Some(Key::from_bytes(&vec![0xff; last.key.as_bytes().len()]));
+        let end = Key::from_bytes(&vec![0xff; last.key.as_bytes().len()]);
+        last.key_end = Some(Box::new(end));
         joined.push(last);
     }
     joined

@@ -79,6 +79,13 @@ impl Remembered {
         }
     }
 
+    /// Adds what other changes did, of other services.
+    pub fn merge(&mut self, others: Self) {
+        for (frontend, allowed) in others.allowed {
+            self.allowed.entry(frontend).or_default().extend(allowed);
+        }
+    }
+
     /// Sets where pods and the node are, as far as that is known by address.
     pub fn set_inside(&mut self, networks: Vec<IpNet>) {
         self.inside = networks;

@@ -5,15 +5,18 @@
 //! run ── Snapshot ──> thread "audit": reads, compares ── Finding ──> run: heal, if it is certain
 //! ```
 //!
+//! Where the generation of the kernel's ruleset tells that nobody else committed anything since the
+//! last time, nothing is read.
+//!
 //! Reading large tables takes half a second, during which no change may wait. So another thread
-//! reads them, through a socket of its own, and compares with a copy of what was written. The
-//! reconciler goes on writing meanwhile, and then a difference may be its own work. Such a
-//! difference counts only when it is there in two rounds one after the other: what the reconciler
-//! wrote during the first one is in the copy for the second.
+//! reads them, through a socket of its own, and compares with a copy of what was written. Neither
+//! side is ever in memory as a whole: elements are compared by sums ([`Sums`]). The reconciler goes
+//! on writing meanwhile, and then a difference may be its own work. Such a difference counts only
+//! when it is there in two rounds one after the other: what the reconciler wrote during the first one
+//! is in the copy for the second.
 //!
 //! The kernel interrupts the reading of a table that is written, so an audit that is due waits for
-//! a moment without transactions. Where none comes, the generation of the kernel's ruleset tells
-//! whether anybody else wrote; if so, the tables are read nevertheless.
+//! a moment without transactions. Where none comes, the tables are read nevertheless.
 
 use std::collections::HashSet;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -31,7 +34,7 @@ use super::{Kernel, State};
 use crate::compile::TABLE;
 use crate::netlink::Error;
 use crate::policy;
-use crate::ruleset::{Op, Ruleset, Transaction, diff};
+use crate::ruleset::{Ruleset, SumKeys, Sums, Transaction, diff};
 
 /// How often the kernel is compared.
 pub const EVERY: Duration = Duration::from_secs(600);
@@ -44,23 +47,42 @@ const LOOKS_IN_PERIOD: u32 = 600;
 const MOST_LOOKS: u32 = 60;
 
 /// What was written, for a thread that compares it with the kernel.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Snapshot {
     services: Programmed,
     policies: Option<Ruleset>,
-    /// How many transactions were written before.
-    writes: u64,
+    moment: Moment,
 }
 
-/// In what the kernel differs: operations and elements, as hashes.
+/// When a snapshot was taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Moment {
+    /// How many transactions had been written.
+    pub writes: u64,
+    /// The generation of the kernel's ruleset, if the kernel told it.
+    pub generation: Option<u32>,
+}
+
+/// In what the kernel differs: operations, and places of elements, as hashes.
 pub(super) type Difference = HashSet<u64>;
 
 /// What came out of a comparison.
 #[derive(Debug)]
 pub struct Finding {
     difference: Result<Difference, Error>,
-    /// As in the snapshot.
-    writes: u64,
+    /// That of the snapshot.
+    moment: Moment,
+}
+
+impl Finding {
+    /// What the comparison of a snapshot found.
+    #[cfg(test)]
+    pub(super) fn new(snapshot: &Snapshot, difference: Result<Difference, Error>) -> Self {
+        Self {
+            difference,
+            moment: snapshot.moment,
+        }
+    }
 }
 
 /// What is to be done next.
@@ -70,17 +92,6 @@ pub enum Step {
     Begin,
     /// It has compared one.
     Judge(Finding),
-}
-
-/// Whether now is the time for an audit that is due.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Calm {
-    /// Nothing is being written.
-    Yes,
-    /// The reconciler is writing; the audit is due again in a while.
-    NotYet,
-    /// The reconciler writes all the time.
-    Never,
 }
 
 /// How an audit ended, or that it goes on.
@@ -170,19 +181,20 @@ impl Audits {
         Step::Begin
     }
 
-    /// Looks for calm before an audit that is due, where so many transactions have been written
-    /// until now. A further round of an audit waits for nothing.
-    pub fn calm(&mut self, writes: u64) -> Calm {
+    /// Whether now is the time for an audit that is due, where so many transactions have been written
+    /// until now: when none was since the last look, or after so many looks that none may ever be
+    /// without. Otherwise it is due again in a while. A further round of an audit waits for nothing.
+    pub fn is_time(&mut self, writes: u64) -> bool {
         if self.before.is_some() || self.seen == Some(writes) {
-            return Calm::Yes;
+            return true;
         }
         self.seen = Some(writes);
         self.looks += 1;
         if self.looks > MOST_LOOKS {
-            return Calm::Never;
+            return true;
         }
         self.due = Instant::now() + self.every / LOOKS_IN_PERIOD;
-        Calm::NotYet
+        false
     }
 
     /// Hands over what is to be compared; nothing puts the audit off.
@@ -199,7 +211,7 @@ impl Audits {
         self.busy = false;
         let verdict = match finding.difference {
             Ok(difference) if difference.is_empty() => Verdict::Same,
-            Ok(difference) => self.judge_difference(difference, finding.writes == writes),
+            Ok(difference) => self.judge_difference(difference, finding.moment.writes == writes),
             Err(error) => {
                 tracing::debug!("the audit of the rules ended early: {error}");
                 Verdict::Unknown
@@ -241,78 +253,104 @@ fn compare_all(
     snapshots: &blocking::Receiver<Snapshot>,
     found: &mpsc::Sender<Finding>,
 ) {
+    let keys = SumKeys::default();
     while let Ok(snapshot) = snapshots.recv() {
         let started = std::time::Instant::now();
-        let writes = snapshot.writes;
-        let difference = compare(&mut kernel, snapshot);
+        let moment = snapshot.moment;
+        let difference = compare(&mut kernel, &keys, snapshot);
         tracing::debug!(took = ?started.elapsed(), "audit");
-        let finding = Finding { difference, writes };
+        let finding = Finding { difference, moment };
         if found.blocking_send(finding).is_err() {
             return;
         }
     }
 }
 
+/// What tables should hold: their elements are in the sums only.
+struct Wanted {
+    table: &'static str,
+    frame: Ruleset,
+    sums: Sums,
+}
+
 /// Reads what the kernel holds and compares it.
-pub(super) fn compare(kernel: &mut impl Kernel, snapshot: Snapshot) -> Result<Difference, Error> {
+pub(super) fn compare(
+    kernel: &mut impl Kernel,
+    keys: &SumKeys,
+    snapshot: Snapshot,
+) -> Result<Difference, Error> {
+    let mut sums = Sums::new(keys.clone());
+    let mut all = vec![Wanted {
+        table: TABLE,
+        frame: snapshot.services.summed(&mut sums),
+        sums,
+    }];
+    if let Some(mut policies) = snapshot.policies {
+        let mut sums = Sums::new(keys.clone());
+        sums.take(&mut policies);
+        all.push(Wanted {
+            table: policy::TABLE,
+            frame: policies,
+            sums,
+        });
+    }
+    let first = read(kernel, keys, &all)?;
+    if first.is_empty() {
+        return Ok(first);
+    }
+    // The kernel moves a large set to another table without telling who reads it meanwhile.
+    let second = read(kernel, keys, &all)?;
+    Ok(first.intersection(&second).copied().collect())
+}
+
+fn read(kernel: &mut impl Kernel, keys: &SumKeys, all: &[Wanted]) -> Result<Difference, Error> {
     let mut difference = Difference::new();
-    let mut add = |table: &str, wanted: Ruleset| {
-        let actual = kernel.read(&[table], &wanted)?;
-        note(&diff(&actual, wanted), &mut difference);
-        Ok(())
-    };
-    add(TABLE, snapshot.services.ruleset())?;
-    if let Some(policies) = snapshot.policies {
-        add(policy::TABLE, policies)?;
+    for wanted in all {
+        let (actual, sums) = kernel.read_sums(&[wanted.table], &wanted.frame, keys)?;
+        note(&diff(&actual, wanted.frame.clone()), &mut difference);
+        difference.extend(wanted.sums.differences(&sums));
     }
     Ok(difference)
 }
 
-/// Adds the operations of a transaction, those on elements one by one.
+/// Adds the operations of a transaction, none of which is on elements.
 fn note(transaction: &Transaction, difference: &mut Difference) {
     for op in &transaction.ops {
-        let mut note = |what: &dyn Fn(&mut DefaultHasher)| {
-            let mut hasher = DefaultHasher::new();
-            std::mem::discriminant(op).hash(&mut hasher);
-            what(&mut hasher);
-            difference.insert(hasher.finish());
-        };
-        match op {
-            Op::AddElements(table, set, _, elements)
-            | Op::DeleteElements(table, set, _, elements) => {
-                for element in elements {
-                    note(&|hasher| (table, set, element).hash(hasher));
-                }
-            }
-            other => note(&|hasher| format!("{other:?}").hash(hasher)),
-        }
+        let mut hasher = DefaultHasher::new();
+        format!("{op:?}").hash(&mut hasher);
+        difference.insert(hasher.finish());
     }
 }
 
 impl<K: Kernel> super::Reconciler<'_, K> {
     /// A copy of what was written; `None` while it is not known to be in force.
-    pub fn snapshot(&self) -> Option<Snapshot> {
+    pub fn snapshot(&mut self) -> Option<Snapshot> {
+        if !self.is_synced() {
+            return None;
+        }
+        let moment = Moment {
+            writes: self.writes,
+            generation: self.kernel.generation().ok(),
+        };
         let policies = self.policies.as_ref();
         // While lists are read the engine knows of more than was written.
         let policies = policies.filter(|it| it.state == State::Synced && it.engine.is_ready());
-        self.is_synced().then(|| Snapshot {
+        Some(Snapshot {
             services: self.programmed.clone(),
             policies: policies.map(|policies| policies.engine.ruleset()),
-            writes: self.writes,
+            moment,
         })
     }
 
     /// Begins an audit that is due, unless it is to wait, or need not read anything.
     pub fn audit(&mut self, audits: &mut Audits) {
-        match audits.calm(self.writes) {
-            Calm::NotYet => {}
-            Calm::Never if self.is_synced() && self.is_vouched_for() => {
-                if let Some(result) = Verdict::Same.as_str() {
-                    self.metrics.audit(result);
-                }
-                audits.put_off();
+        if self.is_synced() && self.is_vouched_for() {
+            if let Some(result) = Verdict::Same.as_str() {
+                self.metrics.audit(result);
             }
-            Calm::Yes | Calm::Never => audits.begin(self.snapshot()),
+            audits.put_off();
+        } else if audits.is_time(self.writes) {
+            audits.begin(self.snapshot());
         }
     }
 
@@ -321,20 +359,36 @@ impl<K: Kernel> super::Reconciler<'_, K> {
     ///
     /// [`heal`]: super::Reconciler::heal
     pub fn judge(&mut self, audits: &mut Audits, finding: Finding) -> Verdict {
+        let moment = finding.moment;
         let verdict = audits.judge(finding, self.writes);
         if let Some(result) = verdict.as_str() {
             self.metrics.audit(result);
         }
-        if verdict == Verdict::Different {
-            self.vouched = None;
+        match verdict {
+            Verdict::Different => self.vouched = None,
+            // Others have committed something else, such as a table of their own.
+            Verdict::Same => self.vouched = self.generation_after(moment),
+            Verdict::Again | Verdict::Unknown => {}
         }
         verdict
+    }
+
+    /// The generation that the kernel is in if nobody else has written since a moment.
+    fn generation_after(&self, moment: Moment) -> Option<u32> {
+        let own = self.writes.wrapping_sub(moment.writes);
+        let generation = moment.generation?;
+        Some(generation.wrapping_add(own as u32))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const MOMENT: Moment = Moment {
+        writes: 7,
+        generation: None,
+    };
 
     struct Bench {
         audits: Audits,
@@ -354,7 +408,7 @@ mod tests {
     fn finding(difference: &[u64]) -> Finding {
         Finding {
             difference: Ok(difference.iter().copied().collect()),
-            writes: 7,
+            moment: MOMENT,
         }
     }
 
@@ -393,20 +447,20 @@ mod tests {
     #[test]
     fn an_audit_waits_for_a_moment_without_writes() {
         let mut audits = bench().audits;
-        assert_eq!(audits.calm(7), Calm::NotYet);
+        assert!(!audits.is_time(7));
         assert!(audits.due <= Instant::now() + EVERY / LOOKS_IN_PERIOD);
-        assert_eq!(audits.calm(8), Calm::NotYet);
-        assert_eq!(audits.calm(8), Calm::Yes);
+        assert!(!audits.is_time(8));
+        assert!(audits.is_time(8));
         // A round that was disturbed is followed by another one, come what may.
         assert_eq!(audits.judge(finding(&[1]), 9), Verdict::Again);
-        assert_eq!(audits.calm(10), Calm::Yes);
+        assert!(audits.is_time(10));
         assert_eq!(audits.judge(finding(&[]), 10), Verdict::Same);
         for write in 11..11 + u64::from(MOST_LOOKS) {
-            assert_eq!(audits.calm(write), Calm::NotYet);
+            assert!(!audits.is_time(write));
         }
-        assert_eq!(audits.calm(99), Calm::Never);
+        assert!(audits.is_time(99), "it has looked often enough");
         audits.begin(None);
-        assert_eq!(audits.calm(100), Calm::NotYet, "the next audit looks anew");
+        assert!(!audits.is_time(100), "the next audit looks anew");
     }
 
     #[tokio::test]
@@ -424,7 +478,7 @@ mod tests {
             Some(Snapshot {
                 services: Programmed::default(),
                 policies: None,
-                writes: 7,
+                moment: MOMENT,
             })
         };
         bench.audits.begin(snapshot());

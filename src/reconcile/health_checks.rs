@@ -225,8 +225,7 @@ mod tests {
             serving: true,
             terminating: !ready,
             node: Some((*node).into()),
-            zone_hints: None,
-            node_hints: None,
+            hints: None,
         });
         EndpointSlice {
             name: named(name),

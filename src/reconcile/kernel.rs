@@ -1,7 +1,7 @@
 //! The kernel as the reconciler sees it.
 
 use crate::netlink::{Applied, Error, Nftables};
-use crate::ruleset::{Element, Ruleset, TableId, Transaction};
+use crate::ruleset::{Element, Ruleset, SumKeys, Sums, TableId, Transaction};
 
 /// Something rules can be written to and read from.
 pub trait Kernel {
@@ -18,6 +18,24 @@ pub trait Kernel {
     ///
     /// When the tables cannot be read.
     fn read(&mut self, names: &[&str], wanted: &Ruleset) -> Result<Ruleset, Error>;
+
+    /// Reads the tables of the given names with sums in place of elements; see
+    /// [`Nftables::read_sums`].
+    ///
+    /// # Errors
+    ///
+    /// When the tables cannot be read.
+    fn read_sums(
+        &mut self,
+        names: &[&str],
+        wanted: &Ruleset,
+        keys: &SumKeys,
+    ) -> Result<(Ruleset, Sums), Error> {
+        let mut found = self.read(names, wanted)?;
+        let mut sums = Sums::new(keys.clone());
+        sums.take(&mut found);
+        Ok((found, sums))
+    }
 
     /// Reads the elements of a set that packets fill.
     ///
@@ -41,6 +59,15 @@ impl Kernel for Nftables {
 
     fn read(&mut self, names: &[&str], wanted: &Ruleset) -> Result<Ruleset, Error> {
         Nftables::read(self, names, wanted)
+    }
+
+    fn read_sums(
+        &mut self,
+        names: &[&str],
+        wanted: &Ruleset,
+        keys: &SumKeys,
+    ) -> Result<(Ruleset, Sums), Error> {
+        Nftables::read_sums(self, names, wanted, keys)
     }
 
     fn elements(&mut self, table: &TableId, set: &str) -> Result<Vec<Element>, Error> {

@@ -25,6 +25,7 @@ pub mod denied;
 mod health_checks;
 mod kernel;
 mod policies;
+mod portions;
 mod programmed;
 mod questions;
 mod repair;
@@ -53,6 +54,7 @@ pub use questions::Question;
 pub use report::{Log, LogAndSend, Reporter};
 pub use run::{Exit, Signals, run};
 
+use affinity::Remembered;
 use conntrack::{Front, Work};
 use health_checks::HealthChecks;
 use policies::{Followers, Policies};
@@ -318,33 +320,43 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
     /// Writes what changed.
     fn update(&mut self) -> Outcome {
         let started = Instant::now();
-        let changes = std::mem::take(&mut self.changes);
+        let mut changes = std::mem::take(&mut self.changes);
         if changes.is_empty() {
             self.settle(&changes);
             return Outcome::Synced;
         }
+        let mut portions = portions::cut(&self.store, &mut changes);
+        let mut remembered = Remembered::default();
+        while let Some(portion) = portions.pop_front() {
+            changes.services = portion;
+            match self.update_portion(&changes) {
+                Ok(of_portion) => remembered.merge(of_portion),
+                Err(error) => {
+                    self.metrics.failure();
+                    self.reporter.failed(&error);
+                    self.state = State::Unknown;
+                    self.changes.triggered_at_ms = changes.triggered_at_ms;
+                    self.changes.services.extend(portions.into_iter().flatten());
+                    return self.resync();
+                }
+            }
+        }
+        self.metrics.sync(false, started.elapsed());
+        self.settle(&changes);
+        self.forget(remembered);
+        Outcome::Synced
+    }
+
+    fn update_portion(&mut self, changes: &Changes) -> Result<Remembered, netlink::Error> {
         for name in &changes.services {
             tracing::trace!("Service {name} is compiled again");
         }
         let mut draft = Draft::default();
-        let effects = self.draft(&changes, Some(&mut draft));
+        let effects = self.draft(changes, Some(&mut draft));
         self.flows.merge(effects.flows);
         let transaction = draft.finish(&self.programmed);
-        match self.write(transaction) {
-            Ok(()) => {
-                self.metrics.sync(false, started.elapsed());
-                self.settle(&changes);
-                self.forget(effects.remembered);
-                Outcome::Synced
-            }
-            Err(error) => {
-                self.metrics.failure();
-                self.reporter.failed(&error);
-                self.state = State::Unknown;
-                self.changes.triggered_at_ms = changes.triggered_at_ms;
-                self.resync()
-            }
-        }
+        self.write(transaction)?;
+        Ok(effects.remembered)
     }
 
     /// Compiles what changed, into the draft if there is one.

@@ -15,7 +15,9 @@ use crate::compile::{
     ElementOf, ServicePlan, ServiceSet, Settings, SharedChain, skeleton, table_id,
 };
 use crate::model::{Family, ObjectName, Store};
-use crate::ruleset::{Element, Key, Name, Op, Ruleset, Table, TableId, Transaction, diff};
+use crate::ruleset::{
+    Element, Key, Name, Op, Ruleset, SetOf, Sums, Table, TableId, Transaction, diff,
+};
 
 /// The rules in force.
 #[derive(Clone, Debug, Default)]
@@ -249,17 +251,29 @@ impl Programmed {
 
     /// Everything in force as a ruleset.
     pub fn ruleset(&self) -> Ruleset {
-        let mut ruleset = Ruleset::default();
-        for (family, skeleton) in &self.skeletons {
-            let mut table = skeleton.clone();
-            let own = self.plans.values().flat_map(|p| p.own_elements(*family));
-            let shared = self.shared.keys().filter(|(of, ..)| of == family);
-            let shared = shared.map(|(_, set, key)| (*set, Element::new(key.clone())));
-            for (set, elements) in by_set(own.chain(shared)) {
+        let mut ruleset = self.frame();
+        // In the order of their first frontends most elements come in the order of their keys.
+        let mut plans: Vec<&ServicePlan> = self.plans().collect();
+        plans.sort_unstable_by_key(|plan| plan.frontends.first().map(|frontend| &frontend.at));
+        for family in self.skeletons.keys() {
+            let Some(table) = ruleset.tables.get_mut(&table_id(*family)) else {
+                continue;
+            };
+            let own = plans.iter().flat_map(|plan| plan.own_elements(*family));
+            for (set, elements) in by_set(own.chain(self.shared_elements(*family))) {
                 if let Some(set) = table.sets.get_mut(&set.name()) {
                     set.elements = elements;
                 }
             }
+        }
+        ruleset
+    }
+
+    /// Everything in force as a ruleset but the elements that services make.
+    fn frame(&self) -> Ruleset {
+        let mut ruleset = Ruleset::default();
+        for (family, skeleton) in &self.skeletons {
+            let mut table = skeleton.clone();
             let chains = self.chains.keys().filter(|(of, _)| of == family);
             table.chains.extend(
                 chains.map(|(_, chain)| (chain.name(), chain.chain(&self.settings, *family))),
@@ -267,6 +281,31 @@ impl Programmed {
             ruleset.tables.insert(table_id(*family), table);
         }
         ruleset
+    }
+
+    /// Everything in force as a ruleset without elements, of which the sums take note.
+    pub fn summed(&self, sums: &mut Sums) -> Ruleset {
+        let mut frame = self.frame();
+        sums.take(&mut frame);
+        for family in self.skeletons.keys() {
+            let id = table_id(*family);
+            let names = ServiceSet::ALL.iter();
+            let sets: BTreeMap<ServiceSet, SetOf> = names
+                .map(|set| (*set, sums.set(&id, &set.name())))
+                .collect();
+            let own = self.plans.values().flat_map(|p| p.own_elements(*family));
+            for (set, element) in own.chain(self.shared_elements(*family)) {
+                if let Some(set) = sets.get(&set) {
+                    sums.add(*set, &element);
+                }
+            }
+        }
+        frame
+    }
+
+    fn shared_elements(&self, family: Family) -> impl Iterator<Item = ElementOf> + '_ {
+        let shared = self.shared.keys().filter(move |(of, ..)| *of == family);
+        shared.map(|(_, set, key)| (*set, Element::new(key.clone())))
     }
 
     /// Forgets chains that no service uses, where the kernel is about to be compared anyway.
@@ -397,7 +436,8 @@ fn by_set(elements: impl IntoIterator<Item = ElementOf>) -> BTreeMap<ServiceSet,
         sets.entry(set).or_default().push(element);
     }
     for elements in sets.values_mut() {
-        elements.sort_unstable_by(|a, b| a.key.cmp(&b.key));
+        // Stable for its speed: it makes use of what is in order already.
+        elements.sort_by(|a, b| a.key.cmp(&b.key));
     }
     sets
 }

@@ -34,7 +34,7 @@ pub fn merge(networks: impl IntoIterator<Item = IpNet>) -> Vec<Element> {
     merged
         .into_iter()
         .map(|(start, end)| Element {
-            key_end: Some(Key::address(end)),
+            key_end: Some(Box::new(Key::address(end))),
             ..Element::new(Key::address(start))
         })
         .collect()
@@ -54,7 +54,7 @@ mod tests {
     fn merged(networks: &[&str]) -> Vec<(Key, Key)> {
         merge(networks.iter().map(|n| n.parse().unwrap()))
             .into_iter()
-            .map(|e| (e.key, e.key_end.unwrap()))
+            .map(|e| (e.key, *e.key_end.unwrap()))
             .collect()
     }
 

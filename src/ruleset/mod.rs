@@ -5,6 +5,7 @@
 //!
 //! * [`diff()`] compares two rulesets and gives the [`Transaction`] that turns one into the other;
 //!   [`Transaction::into_steps`] cuts it where one atomic step would not do.
+//! * [`Sums`] compare elements of which no side is in memory as a whole.
 //! * [`text::render`] prints a ruleset in the syntax of `nft -f`.
 //! * `netlink` encodes the very same values for the kernel. Renderer and encoder match the same
 //!   enums exhaustively, so a construct cannot exist in one and be missing in the other.
@@ -24,6 +25,7 @@ mod selector;
 #[cfg(test)]
 pub(crate) mod simulate;
 mod steps;
+mod sums;
 mod table;
 #[cfg(test)]
 mod tests;
@@ -37,6 +39,7 @@ pub use rule::{
     Comparison, CtState, CtStates, CtStatus, Operand, RejectWith, Rule, Statement, Verdict,
 };
 pub use selector::Selector;
+pub use sums::{SetOf, SumKeys, Sums};
 pub use table::{
     BaseChain, Chain, ChainKind, Declaration, Element, Family, Hook, Name, Ruleset, Set, SetKind,
     Table, TableId, Value,

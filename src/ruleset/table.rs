@@ -282,13 +282,16 @@ pub(super) fn clean_comment(text: &str) -> Arc<str> {
 pub struct Element {
     /// The key, or the first key of an interval.
     pub key: Key,
-    /// The last key of an interval, inclusive.
-    pub key_end: Option<Key>,
+    /// The last key of an interval, inclusive; apart, because few elements have one.
+    pub key_end: Option<Box<Key>>,
     /// What the key is mapped to.
     pub value: Value,
     /// A word for the person who reads the ruleset.
     pub comment: Option<Arc<str>>,
 }
+
+// There can be a million, of both sides of a comparison.
+const _: () = assert!(size_of::<Element>() <= 112);
 
 impl Element {
     /// An element of a plain set.

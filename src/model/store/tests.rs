@@ -43,8 +43,7 @@ fn slice(name: &str, service: &str, addresses: &[(&str, bool)]) -> EndpointSlice
                 serving: true,
                 terminating: *terminating,
                 node: None,
-                zone_hints: None,
-                node_hints: None,
+                hints: None,
             })
             .collect(),
         triggered_at_ms: None,

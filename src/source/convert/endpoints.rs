@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::address::parse_unicast;
 use super::report::Report;
 use super::{Converter, PORT_HINT, PROTOCOL_HINT, non_empty, port, protocol, timestamp};
-use crate::model::{Endpoint, EndpointSlice, Family, ObjectName, SlicePort};
+use crate::model::{Endpoint, EndpointSlice, Family, Hints, ObjectName, SlicePort};
 use crate::source::wire;
 
 impl Converter {
@@ -34,17 +34,18 @@ impl Converter {
                 return None;
             }
         };
-        let endpoints = from.endpoints.as_deref().unwrap_or_default();
+        let found = from.endpoints.as_deref().unwrap_or_default();
+        // There can be a million: a list that grows has room for twice as many.
+        let mut endpoints = Vec::with_capacity(found.len());
+        for (index, endpoint) in found.iter().enumerate() {
+            endpoints.extend(self.endpoint(index, endpoint, family, report));
+        }
         Some(EndpointSlice {
             name: name.clone(),
             service: ObjectName::new(name.namespace(), service),
             family,
             ports: self.slice_ports(from.ports.as_deref().unwrap_or_default(), report),
-            endpoints: endpoints
-                .iter()
-                .enumerate()
-                .filter_map(|(index, endpoint)| self.endpoint(index, endpoint, family, report))
-                .collect(),
+            endpoints,
             triggered_at_ms: meta
                 .and_then(|meta| meta.annotations.as_ref())
                 .and_then(|annotations| timestamp(annotations.trigger_time.as_deref()))
@@ -105,23 +106,28 @@ impl Converter {
             return None;
         }
         let conditions = from.conditions.as_ref();
-        let hints = from.hints.as_ref();
         Some(Endpoint {
             address,
             ready: conditions.and_then(|c| c.ready).unwrap_or(true),
             serving: conditions.and_then(|c| c.serving).unwrap_or(true),
             terminating: conditions.and_then(|c| c.terminating).unwrap_or(false),
             node: non_empty(from.node_name.as_deref()).map(|node| self.interner.string(node)),
-            zone_hints: self.hints(hints.and_then(|hints| hints.for_zones.as_deref())),
-            node_hints: self.hints(hints.and_then(|hints| hints.for_nodes.as_deref())),
+            hints: from.hints.as_ref().and_then(|hints| self.hints(hints)),
         })
     }
 
-    fn hints(&mut self, entries: Option<&[wire::Named]>) -> Option<Arc<[Arc<str>]>> {
-        let entries = entries.filter(|entries| !entries.is_empty())?;
-        let names = entries
-            .iter()
-            .filter_map(|entry| non_empty(entry.name.as_deref()));
-        Some(self.interner.list(names))
+    fn hints(&mut self, from: &wire::Hints) -> Option<Arc<Hints>> {
+        let mut names = |entries: Option<&[wire::Named]>| {
+            let entries = entries.filter(|entries| !entries.is_empty())?;
+            let names = entries
+                .iter()
+                .filter_map(|entry| non_empty(entry.name.as_deref()));
+            Some(names.map(|name| self.interner.string(name)).collect())
+        };
+        let hints = Hints {
+            zones: names(from.for_zones.as_deref()),
+            nodes: names(from.for_nodes.as_deref()),
+        };
+        (hints != Hints::default()).then(|| self.interner.hints(hints))
     }
 }

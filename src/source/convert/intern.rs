@@ -3,9 +3,9 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use crate::model::{Labels, NamedPort};
+use crate::model::{Hints, Labels, NamedPort};
 
-/// Shares equal strings, and equal lists of strings, labels and ports.
+/// Shares equal strings, hints, and lists of labels and ports.
 ///
 /// Node names, zones and port names come up in thousands of endpoints, and the pods of one
 /// workload have the same labels and ports; each is kept once. What nothing refers to any more is
@@ -14,7 +14,7 @@ use crate::model::{Labels, NamedPort};
 #[derive(Debug)]
 pub(super) struct Interner {
     strings: HashSet<Arc<str>>,
-    lists: HashSet<Arc<[Arc<str>]>>,
+    hints: HashSet<Arc<Hints>>,
     labels: HashSet<Labels>,
     ports: HashSet<Arc<[NamedPort]>>,
     sweep_at: usize,
@@ -27,7 +27,7 @@ impl Default for Interner {
     fn default() -> Self {
         Self {
             strings: HashSet::new(),
-            lists: HashSet::new(),
+            hints: HashSet::new(),
             labels: HashSet::new(),
             ports: HashSet::new(),
             sweep_at: SMALLEST_SWEEP,
@@ -47,15 +47,14 @@ impl Interner {
         new
     }
 
-    /// The shared copy of a list of strings.
-    pub(super) fn list<'a>(&mut self, texts: impl Iterator<Item = &'a str>) -> Arc<[Arc<str>]> {
-        let texts: Vec<Arc<str>> = texts.map(|text| self.string(text)).collect();
-        if let Some(known) = self.lists.get(texts.as_slice()) {
+    /// The shared copy of an endpoint's hints.
+    pub(super) fn hints(&mut self, hints: Hints) -> Arc<Hints> {
+        if let Some(known) = self.hints.get(&hints) {
             return known.clone();
         }
         self.sweep_when_full();
-        let new: Arc<[Arc<str>]> = Arc::from(texts);
-        self.lists.insert(new.clone());
+        let new = Arc::new(hints);
+        self.hints.insert(new.clone());
         new
     }
 
@@ -83,7 +82,7 @@ impl Interner {
     }
 
     fn len(&self) -> usize {
-        self.strings.len() + self.lists.len() + self.labels.len() + self.ports.len()
+        self.strings.len() + self.hints.len() + self.labels.len() + self.ports.len()
     }
 
     fn sweep_when_full(&mut self) {
@@ -91,7 +90,7 @@ impl Interner {
             return;
         }
         // Strings last: the others hold them.
-        self.lists.retain(|list| Arc::strong_count(list) > 1);
+        self.hints.retain(|hints| Arc::strong_count(hints) > 1);
         self.labels.retain(Labels::is_shared);
         self.ports.retain(|ports| Arc::strong_count(ports) > 1);
         self.strings.retain(|text| Arc::strong_count(text) > 1);
@@ -105,16 +104,16 @@ mod tests {
     use crate::model::Protocol;
 
     #[test]
-    fn equal_strings_and_lists_are_shared() {
+    fn equal_strings_and_hints_are_shared() {
         let mut interner = Interner::default();
         let first = interner.string("zone-a");
         assert!(Arc::ptr_eq(&first, &interner.string("zone-a")));
-        let list = interner.list(["zone-a", "zone-b"].into_iter());
-        assert!(Arc::ptr_eq(
-            &list,
-            &interner.list(["zone-a", "zone-b"].into_iter())
-        ));
-        assert!(list.first().is_some_and(|zone| Arc::ptr_eq(zone, &first)));
+        let hints = Hints {
+            zones: Some([first].into()),
+            nodes: None,
+        };
+        let shared = interner.hints(hints.clone());
+        assert!(Arc::ptr_eq(&shared, &interner.hints(hints)));
     }
 
     #[test]

@@ -314,14 +314,14 @@ fn conditions_and_hints_have_the_defaults_of_the_api() {
     let hinted = &slice.endpoints[1];
     assert_eq!(hinted.node.as_deref(), Some("node-1"));
     assert_eq!(
-        hinted.zone_hints.as_deref().map(texts),
+        hinted.zone_hints().map(texts),
         Some(vec!["a".to_owned(), "b".to_owned()])
     );
     assert_eq!(
-        hinted.node_hints.as_deref().map(texts),
+        hinted.node_hints().map(texts),
         Some(vec!["node-1".to_owned()])
     );
-    assert_eq!(slice.endpoints[2].zone_hints, None);
+    assert_eq!(slice.endpoints[2].hints, None);
 }
 
 #[test]
@@ -440,4 +440,14 @@ fn an_object_needs_a_usable_name() {
             "{object}"
         );
     }
+}
+
+#[test]
+fn a_slice_has_room_for_no_more_endpoints_than_it_has() {
+    let endpoints: Vec<_> = (1..=11)
+        .map(|last| json!({"addresses": [format!("10.1.0.{last}")]}))
+        .collect();
+    let (slice, _) = slice(slice_of(json!(endpoints), json!([{"port": 80}])));
+    let endpoints = slice.expect("a slice").endpoints;
+    assert_eq!((endpoints.len(), endpoints.capacity()), (11, 11));
 }

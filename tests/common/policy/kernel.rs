@@ -111,9 +111,9 @@ fn add(set: &mut Set, element: &Element) {
         return;
     }
     // Only intervals of one field are compared: those of more fields need not be sorted.
-    if let (1, Some(end)) = (set.declaration.key.len(), &element.key_end) {
+    if let (1, Some(end)) = (set.declaration.key.len(), element.key_end.as_deref()) {
         for known in &set.elements {
-            let last = known.key_end.as_ref().unwrap_or(&known.key);
+            let last = known.key_end.as_deref().unwrap_or(&known.key);
             let apart = *last < element.key || *end < known.key;
             assert!(apart, "{element:?} overlaps {known:?}");
         }
