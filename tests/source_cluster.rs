@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use consumer::{Consumer, cidr, hasty, node, service, slice};
 use fake_api::{CIDRS, FakeApi, NODES, SERVICES, SLICES, Streaming};
-use nftlet::model::{Kind, Object};
+use nftlet::model::{Kind, Object, Reason};
 use nftlet::source::cluster::{Cluster, Timing};
 use real_api::RealApi;
 use serde_json::{Value, json};
@@ -539,4 +539,74 @@ async fn a_proxy_that_cannot_be_used_is_named() {
             "{error}"
         );
     }
+}
+
+#[tokio::test]
+async fn lines_in_other_forms_than_servers_write_are_understood() {
+    let server = recorded_server(&[
+        (
+            "/api/v1/services sendInitialEvents",
+            "made-watchlist-services-in-other-forms.http",
+        ),
+        ("", "not-found-404.http"),
+    ])
+    .await;
+    let mut consumer = connect_to(&server).await;
+    consumer
+        .until("services", |it| it.complete.contains(&Kind::Service))
+        .await;
+    let services: Vec<_> = ["escaped", "more", "spaced", "turned"]
+        .map(|name| format!("Service shop/{name}"))
+        .into();
+    assert_eq!(consumer.names(), services);
+    for (name, address) in [("escaped", "10.96.0.4"), ("more", "10.96.0.3")] {
+        let name = format!("Service shop/{name}");
+        let Some(Object::Service(service)) = consumer.objects.get(&name) else {
+            panic!("{:?}", consumer.log);
+        };
+        assert_eq!(service.cluster_ips.len(), 1);
+        assert_eq!(service.cluster_ips[0].to_string(), address);
+    }
+    let told: Vec<_> = consumer
+        .notices
+        .iter()
+        .filter(|notice| notice.reason == Reason::InvalidObject)
+        .map(|notice| notice.message.as_str())
+        .collect();
+    assert_eq!(told.len(), 2, "{told:?}");
+    for (told, name) in told.iter().zip(["wrong", "half"]) {
+        let begin = format!("Service shop/{name}: the object cannot be decoded: ");
+        assert!(told.starts_with(&begin), "{told}");
+    }
+    let stats = consumer.stats.kind(Kind::Service);
+    assert_eq!((stats.events(), stats.undecodable()), (6, 2));
+    consumer.finish().await;
+}
+
+#[tokio::test]
+async fn a_list_whose_pages_expire_is_read_in_one() {
+    let api = FakeApi::start().await;
+    api.set_streaming(Streaming::Rejected);
+    api.put(NODES, node("node-1", "zone-a"));
+    for number in 0..5 {
+        let address = format!("10.0.0.{}", number + 1);
+        api.put(SERVICES, service(&format!("s{number}"), &address));
+    }
+    api.expire_next_page(SERVICES);
+    let timing = Timing { page: 2, ..hasty() };
+    let mut consumer = Consumer::start(&api, timing).await;
+    consumer.ready().await;
+    assert_eq!(consumer.names().len(), 6, "{:?}", consumer.names());
+    let requests = api.requests_for(SERVICES);
+    let lists: Vec<_> = requests
+        .iter()
+        .filter(|request| !request.is_watch())
+        .map(|request| (request.get("limit"), request.get("continue").is_empty()))
+        .collect();
+    assert_eq!(lists, [("2", true), ("2", false), ("", true)]);
+    // What the first page brought counts no more.
+    let begun = consumer.log.iter().filter(|line| *line == "start Service");
+    assert_eq!(begun.count(), 2, "{:?}", consumer.log);
+    assert_eq!(consumer.notices, Vec::new());
+    consumer.finish().await;
 }

@@ -5,12 +5,67 @@
 //! conditions, unknown fields of newer servers) is skipped by the deserialiser without being
 //! allocated. Every field is optional, and `null` is the same as absent, as in the API's own
 //! reading. Numbers are wide integers, so that a port out of range is a fault of that port,
-//! reported by [`convert`](super::convert), and not of the whole object.
+//! reported by [`convert`](super::convert), and not of the whole object. Texts are borrowed from
+//! the input where they can be: most of them are compared, or looked up, and forgotten.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::fmt;
+use std::marker::PhantomData;
+use std::ops::Deref;
 
 use serde::Deserialize;
+use serde::de::{self, Deserializer, IgnoredAny, SeqAccess, Visitor};
 use serde_json::Value;
+
+/// A text, borrowed from the input unless it is written there with escapes.
+///
+/// (`serde` borrows for a `Cow` only where it is the field itself, not in an `Option` or a `Vec`.)
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Text<'a>(Cow<'a, str>);
+
+impl Deref for Text<'_> {
+    type Target = str;
+
+    fn deref(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for Text<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self)
+    }
+}
+
+impl<'de: 'a, 'a> Deserialize<'de> for Text<'a> {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        struct OfText;
+
+        impl<'de> Visitor<'de> for OfText {
+            type Value = Cow<'de, str>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a string")
+            }
+
+            fn visit_borrowed_str<E: de::Error>(self, text: &'de str) -> Result<Self::Value, E> {
+                Ok(Cow::Borrowed(text))
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Self::Value, E> {
+                Ok(Cow::Owned(text.to_owned()))
+            }
+
+            fn visit_string<E: de::Error>(self, text: String) -> Result<Self::Value, E> {
+                Ok(Cow::Owned(text))
+            }
+        }
+
+        // As for a `String`, which YAML tells from numbers.
+        from.deserialize_string(OfText).map(Text)
+    }
+}
 
 /// What every object has; read on its own when the rest of an object cannot be decoded.
 #[derive(Debug, Default, Deserialize)]
@@ -33,76 +88,113 @@ pub(super) struct HeadMeta {
 /// `metadata` of an object; `L` says which labels are read.
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
-pub(super) struct Meta<L = Labels> {
-    pub name: Option<String>,
-    pub namespace: Option<String>,
-    pub resource_version: Option<String>,
-    pub creation_timestamp: Option<String>,
-    pub deletion_timestamp: Option<String>,
+pub(super) struct Meta<'a, L = Labels<'a>> {
+    #[serde(borrow)]
+    pub name: Option<Text<'a>>,
+    pub namespace: Option<Text<'a>>,
+    pub resource_version: Option<Text<'a>>,
+    pub creation_timestamp: Option<Text<'a>>,
+    pub deletion_timestamp: Option<Text<'a>>,
     pub labels: Option<L>,
-    pub annotations: Option<Annotations>,
+    pub annotations: Option<Annotations<'a>>,
 }
 
 /// Every label, for objects that selectors look at.
-pub(super) type AllLabels = BTreeMap<String, Option<String>>;
+pub(super) type AllLabels<'a> = BTreeMap<Text<'a>, Option<Text<'a>>>;
 
 /// The labels that mean something to services.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-pub(super) struct Labels {
-    #[serde(rename = "kubernetes.io/service-name")]
-    pub service_name: Option<String>,
+pub(super) struct Labels<'a> {
+    #[serde(rename = "kubernetes.io/service-name", borrow)]
+    pub service_name: Option<Text<'a>>,
     #[serde(rename = "service.kubernetes.io/service-proxy-name")]
-    pub service_proxy_name: Option<String>,
+    pub service_proxy_name: Option<Text<'a>>,
     #[serde(rename = "service.kubernetes.io/headless")]
-    pub headless: Option<String>,
+    pub headless: Option<Text<'a>>,
     #[serde(rename = "topology.kubernetes.io/zone")]
-    pub zone: Option<String>,
+    pub zone: Option<Text<'a>>,
 }
 
 /// The annotations that mean something to nftlet.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-pub(super) struct Annotations {
-    #[serde(rename = "endpoints.kubernetes.io/last-change-trigger-time")]
-    pub trigger_time: Option<String>,
+pub(super) struct Annotations<'a> {
+    #[serde(rename = "endpoints.kubernetes.io/last-change-trigger-time", borrow)]
+    pub trigger_time: Option<Text<'a>>,
+}
+
+/// A list of which only the first entry is read, and the others are skipped.
+#[derive(Debug, Default)]
+pub(super) struct First<T>(Option<T>);
+
+impl<T> Deref for First<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        self.0.as_slice()
+    }
+}
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for First<T> {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        struct OfFirst<T>(PhantomData<T>);
+
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for OfFirst<T> {
+            type Value = Option<T>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a sequence")
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut entries: A) -> Result<Option<T>, A::Error> {
+                let first = entries.next_element()?;
+                while entries.next_element::<IgnoredAny>()?.is_some() {}
+                Ok(first)
+            }
+        }
+
+        from.deserialize_seq(OfFirst(PhantomData)).map(First)
+    }
 }
 
 /// core/v1 Service.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-pub(super) struct Service {
-    pub metadata: Option<Meta>,
-    pub spec: Option<ServiceSpec>,
-    pub status: Option<ServiceStatus>,
+pub(super) struct Service<'a> {
+    #[serde(borrow)]
+    pub metadata: Option<Meta<'a>>,
+    pub spec: Option<ServiceSpec<'a>>,
+    pub status: Option<ServiceStatus<'a>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
-pub(super) struct ServiceSpec {
-    #[serde(rename = "type")]
-    pub type_: Option<String>,
+pub(super) struct ServiceSpec<'a> {
+    #[serde(rename = "type", borrow)]
+    pub type_: Option<Text<'a>>,
     #[serde(rename = "clusterIP")]
-    pub cluster_ip: Option<String>,
+    pub cluster_ip: Option<Text<'a>>,
     #[serde(rename = "clusterIPs")]
-    pub cluster_ips: Option<Vec<String>>,
-    pub ip_families: Option<Vec<String>>,
-    pub ports: Option<Vec<ServicePort>>,
+    pub cluster_ips: Option<Vec<Text<'a>>>,
+    pub ip_families: Option<Vec<Text<'a>>>,
+    pub ports: Option<Vec<ServicePort<'a>>>,
     #[serde(rename = "externalIPs")]
-    pub external_ips: Option<Vec<String>>,
-    pub load_balancer_source_ranges: Option<Vec<String>>,
-    pub external_traffic_policy: Option<String>,
-    pub internal_traffic_policy: Option<String>,
+    pub external_ips: Option<Vec<Text<'a>>>,
+    pub load_balancer_source_ranges: Option<Vec<Text<'a>>>,
+    pub external_traffic_policy: Option<Text<'a>>,
+    pub internal_traffic_policy: Option<Text<'a>>,
     pub health_check_node_port: Option<i64>,
-    pub session_affinity: Option<String>,
+    pub session_affinity: Option<Text<'a>>,
     pub session_affinity_config: Option<SessionAffinityConfig>,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
-pub(super) struct ServicePort {
-    pub name: Option<String>,
-    pub protocol: Option<String>,
+pub(super) struct ServicePort<'a> {
+    #[serde(borrow)]
+    pub name: Option<Text<'a>>,
+    pub protocol: Option<Text<'a>>,
     pub port: Option<i64>,
     pub node_port: Option<i64>,
 }
@@ -122,40 +214,45 @@ pub(super) struct ClientIp {
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
-pub(super) struct ServiceStatus {
-    pub load_balancer: Option<LoadBalancer>,
+pub(super) struct ServiceStatus<'a> {
+    #[serde(borrow)]
+    pub load_balancer: Option<LoadBalancer<'a>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-pub(super) struct LoadBalancer {
-    pub ingress: Option<Vec<Ingress>>,
+pub(super) struct LoadBalancer<'a> {
+    #[serde(borrow)]
+    pub ingress: Option<Vec<Ingress<'a>>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
-pub(super) struct Ingress {
-    pub ip: Option<String>,
-    pub ip_mode: Option<String>,
+pub(super) struct Ingress<'a> {
+    #[serde(borrow)]
+    pub ip: Option<Text<'a>>,
+    pub ip_mode: Option<Text<'a>>,
 }
 
 /// discovery.k8s.io/v1 EndpointSlice.
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
-pub(super) struct EndpointSlice {
-    pub metadata: Option<Meta>,
-    pub address_type: Option<String>,
-    pub endpoints: Option<Vec<Endpoint>>,
-    pub ports: Option<Vec<SlicePort>>,
+pub(super) struct EndpointSlice<'a> {
+    #[serde(borrow)]
+    pub metadata: Option<Meta<'a>>,
+    pub address_type: Option<Text<'a>>,
+    pub endpoints: Option<Vec<Endpoint<'a>>>,
+    pub ports: Option<Vec<SlicePort<'a>>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
-pub(super) struct Endpoint {
-    pub addresses: Option<Vec<String>>,
+pub(super) struct Endpoint<'a> {
+    #[serde(borrow)]
+    pub addresses: Option<First<Text<'a>>>,
     pub conditions: Option<Conditions>,
-    pub hints: Option<Hints>,
-    pub node_name: Option<String>,
+    pub hints: Option<Hints<'a>>,
+    pub node_name: Option<Text<'a>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -168,132 +265,147 @@ pub(super) struct Conditions {
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
-pub(super) struct Hints {
-    pub for_zones: Option<Vec<Named>>,
-    pub for_nodes: Option<Vec<Named>>,
+pub(super) struct Hints<'a> {
+    #[serde(borrow)]
+    pub for_zones: Option<Vec<Named<'a>>>,
+    pub for_nodes: Option<Vec<Named<'a>>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-pub(super) struct Named {
-    pub name: Option<String>,
+pub(super) struct Named<'a> {
+    #[serde(borrow)]
+    pub name: Option<Text<'a>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-pub(super) struct SlicePort {
-    pub name: Option<String>,
-    pub protocol: Option<String>,
+pub(super) struct SlicePort<'a> {
+    #[serde(borrow)]
+    pub name: Option<Text<'a>>,
+    pub protocol: Option<Text<'a>>,
     pub port: Option<i64>,
 }
 
 /// core/v1 Node.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-pub(super) struct Node {
-    pub metadata: Option<Meta>,
-    pub spec: Option<NodeSpec>,
-    pub status: Option<NodeStatus>,
+pub(super) struct Node<'a> {
+    #[serde(borrow)]
+    pub metadata: Option<Meta<'a>>,
+    pub spec: Option<NodeSpec<'a>>,
+    pub status: Option<NodeStatus<'a>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-pub(super) struct NodeSpec {
-    #[serde(rename = "podCIDR")]
-    pub pod_cidr: Option<String>,
+pub(super) struct NodeSpec<'a> {
+    #[serde(rename = "podCIDR", borrow)]
+    pub pod_cidr: Option<Text<'a>>,
     #[serde(rename = "podCIDRs")]
-    pub pod_cidrs: Option<Vec<String>>,
-    pub taints: Option<Vec<Taint>>,
+    pub pod_cidrs: Option<Vec<Text<'a>>>,
+    pub taints: Option<Vec<Taint<'a>>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-pub(super) struct Taint {
-    pub key: Option<String>,
+pub(super) struct Taint<'a> {
+    #[serde(borrow)]
+    pub key: Option<Text<'a>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-pub(super) struct NodeStatus {
-    pub addresses: Option<Vec<NodeAddress>>,
+pub(super) struct NodeStatus<'a> {
+    #[serde(borrow)]
+    pub addresses: Option<Vec<NodeAddress<'a>>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-pub(super) struct NodeAddress {
-    #[serde(rename = "type")]
-    pub type_: Option<String>,
-    pub address: Option<String>,
+pub(super) struct NodeAddress<'a> {
+    #[serde(rename = "type", borrow)]
+    pub type_: Option<Text<'a>>,
+    pub address: Option<Text<'a>>,
 }
 
 /// networking.k8s.io/v1 ServiceCIDR.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-pub(super) struct ServiceCidr {
-    pub metadata: Option<Meta>,
-    pub spec: Option<ServiceCidrSpec>,
+pub(super) struct ServiceCidr<'a> {
+    #[serde(borrow)]
+    pub metadata: Option<Meta<'a>>,
+    pub spec: Option<ServiceCidrSpec<'a>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-pub(super) struct ServiceCidrSpec {
-    pub cidrs: Option<Vec<String>>,
+pub(super) struct ServiceCidrSpec<'a> {
+    #[serde(borrow)]
+    pub cidrs: Option<Vec<Text<'a>>>,
 }
 
 /// core/v1 Pod.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-pub(super) struct Pod {
-    pub metadata: Option<Meta<AllLabels>>,
-    pub spec: Option<PodSpec>,
-    pub status: Option<PodStatus>,
+pub(super) struct Pod<'a> {
+    #[serde(borrow)]
+    pub metadata: Option<Meta<'a, AllLabels<'a>>>,
+    pub spec: Option<PodSpec<'a>>,
+    pub status: Option<PodStatus<'a>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
-pub(super) struct PodSpec {
-    pub node_name: Option<String>,
+pub(super) struct PodSpec<'a> {
+    #[serde(borrow)]
+    pub node_name: Option<Text<'a>>,
     pub host_network: Option<bool>,
-    pub containers: Option<Vec<Container>>,
-    pub init_containers: Option<Vec<Container>>,
+    pub containers: Option<Vec<Container<'a>>>,
+    pub init_containers: Option<Vec<Container<'a>>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
-pub(super) struct Container {
-    pub restart_policy: Option<String>,
-    pub ports: Option<Vec<ContainerPort>>,
+pub(super) struct Container<'a> {
+    #[serde(borrow)]
+    pub restart_policy: Option<Text<'a>>,
+    pub ports: Option<Vec<ContainerPort<'a>>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
-pub(super) struct ContainerPort {
-    pub name: Option<String>,
+pub(super) struct ContainerPort<'a> {
+    #[serde(borrow)]
+    pub name: Option<Text<'a>>,
     pub container_port: Option<i64>,
-    pub protocol: Option<String>,
+    pub protocol: Option<Text<'a>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-pub(super) struct PodStatus {
-    pub phase: Option<String>,
+pub(super) struct PodStatus<'a> {
+    #[serde(borrow)]
+    pub phase: Option<Text<'a>>,
     #[serde(rename = "podIP")]
-    pub pod_ip: Option<String>,
+    pub pod_ip: Option<Text<'a>>,
     #[serde(rename = "podIPs")]
-    pub pod_ips: Option<Vec<PodIp>>,
+    pub pod_ips: Option<Vec<PodIp<'a>>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-pub(super) struct PodIp {
-    pub ip: Option<String>,
+pub(super) struct PodIp<'a> {
+    #[serde(borrow)]
+    pub ip: Option<Text<'a>>,
 }
 
 /// core/v1 Namespace.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-pub(super) struct Namespace {
-    pub metadata: Option<Meta<AllLabels>>,
+pub(super) struct Namespace<'a> {
+    #[serde(borrow)]
+    pub metadata: Option<Meta<'a, AllLabels<'a>>>,
 }
 
 /// networking.k8s.io/v1 NetworkPolicy.
@@ -306,4 +418,25 @@ pub(super) struct Namespace {
 pub(super) struct NetworkPolicy {
     pub metadata: Option<HeadMeta>,
     pub spec: Option<Value>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn texts_are_borrowed_unless_they_are_written_with_escapes() {
+        let json = r#"{"addresses": ["10.1.0.1", "10.1.0.2", 3], "nodeName": "node\u002d1"}"#;
+        let endpoint: Endpoint<'_> = serde_json::from_str(json).expect("an endpoint");
+        let [Text(address)] = &**endpoint.addresses.as_ref().expect("addresses") else {
+            panic!("only the first one is kept");
+        };
+        assert!(matches!(address, Cow::Borrowed("10.1.0.1")));
+        let node = endpoint.node_name.expect("a node").0;
+        assert!(matches!(&node, Cow::Owned(node) if node == "node-1"));
+        let none: Endpoint<'_> = serde_json::from_str(r#"{"addresses": []}"#).expect("an endpoint");
+        assert!(none.addresses.is_some_and(|none| none.is_empty()));
+        let error = serde_json::from_str::<Endpoint<'_>>(r#"{"addresses": [1, "10.1.0.1"]}"#);
+        assert!(error.is_err());
+    }
 }

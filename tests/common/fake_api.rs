@@ -119,6 +119,8 @@ struct State {
     forbidden: BTreeSet<String>,
     /// Whether Services cannot be selected by their fields.
     old_fields: bool,
+    /// The collections of which the next page after the first is too old to be had.
+    expiring: BTreeSet<String>,
     /// Collections that cannot be had at present: the seconds after which to come back.
     busy: BTreeMap<String, u32>,
     /// The collections of which no page after the first can be had.
@@ -189,6 +191,7 @@ impl FakeApi {
             token: None,
             forbidden: BTreeSet::new(),
             old_fields: false,
+            expiring: BTreeSet::new(),
             busy: BTreeMap::new(),
             failing: BTreeSet::new(),
             down: false,
@@ -366,6 +369,11 @@ impl FakeApi {
             Some(seconds) => state.busy.insert(path.to_owned(), seconds),
             None => state.busy.remove(path),
         };
+    }
+
+    /// Answers the next page of a list that is not the first one with 410, once.
+    pub fn expire_next_page(&self, path: &str) {
+        self.state().expiring.insert(path.to_owned());
     }
 
     /// Answers every page of a list but the first one with 500, or no longer.
@@ -584,6 +592,9 @@ fn answer(
             .headers_mut()
             .insert("retry-after", (*seconds).into());
         return answer;
+    }
+    if !recorded.get("continue").is_empty() && locked.expiring.remove(&path) {
+        return status(410, "Expired", "The provided continue parameter is too old");
     }
     if locked.failing.contains(&path) && !recorded.get("continue").is_empty() {
         return status(500, "InternalError", "etcd took too long");

@@ -17,6 +17,17 @@ pub(super) struct WatchLine<'a> {
     pub(super) object: &'a RawValue,
 }
 
+/// The object of a line that says what an object is like now, where the line is written the way
+/// servers write it. The object may turn out to be none, and is to be read from the whole
+/// [`WatchLine`] then: this only spares looking for its end before it is decoded.
+pub(super) fn current_object(line: &str) -> Option<&str> {
+    let rest = line.strip_prefix(r#"{"type":""#)?;
+    let rest = rest
+        .strip_prefix("ADDED")
+        .or_else(|| rest.strip_prefix("MODIFIED"))?;
+    rest.strip_prefix(r#"","object":"#)?.strip_suffix('}')
+}
+
 /// The object of a bookmark, and the `metadata` of a list.
 #[derive(Default, Deserialize)]
 #[serde(default)]
@@ -51,4 +62,25 @@ pub(super) struct Page<'a> {
 /// A deserialiser for an object.
 pub(super) fn json(raw: &RawValue) -> serde_json::Deserializer<serde_json::de::StrRead<'_>> {
     serde_json::Deserializer::from_str(raw.get())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_lines_as_servers_write_them_are_taken_apart() {
+        for (line, found) in [
+            (r#"{"type":"ADDED","object":{"a":{}}}"#, Some(r#"{"a":{}}"#)),
+            (r#"{"type":"MODIFIED","object":{}}"#, Some("{}")),
+            (r#"{"type":"DELETED","object":{}}"#, None),
+            (r#"{"type":"BOOKMARK","object":{}}"#, None),
+            (r#"{"type": "ADDED","object":{}}"#, None),
+            (r#"{"object":{},"type":"ADDED"}"#, None),
+            (r#"{"type":"ADDED","object":{}} "#, None),
+            ("", None),
+        ] {
+            assert_eq!(current_object(line), found, "{line}");
+        }
+    }
 }

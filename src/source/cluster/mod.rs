@@ -8,7 +8,7 @@
 //! Namespaces while there is a policy.
 //!
 //! ```text
-//! request (list, watch; lines) ─> reflect (one kind: version, names, decode) ─> events
+//! request (list, watch; lines) ─> reflect (one kind: version) ─> deliver (names, decode) ─> events
 //!     fault (what went wrong, told once)    timing (pauses)    pulse (is it silent?)
 //!     demand (Pods and Namespaces are reflected while there is a NetworkPolicy)
 //! ```
@@ -21,6 +21,7 @@
 //! reads a token file again at least once a minute (keeping the last token if that fails), and
 //! inside a pod the CA bundle as well.
 
+mod deliver;
 mod demand;
 mod fault;
 mod frames;

@@ -7,23 +7,21 @@
 //! knows the names it has delivered, and sends what the new list lacks as deletions. An object
 //! of that list that cannot be decoded is thus not taken for a deleted one.
 
-use std::collections::{HashMap, HashSet};
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use serde_json::value::RawValue;
 use tokio::sync::watch;
-use tokio::time::Instant as Deadline;
 
+use super::deliver::Deliveries;
 use super::fault::{Fault, Faults, Status};
-use super::frames::{Marker, Page, WatchLine, json};
+use super::frames::{Marker, Page, WatchLine, current_object, json};
 use super::request::{Lines, Requester};
 use super::stats::SourceStats;
 use super::timing::{Backoff, Timing};
-use crate::model::{Delivery, Event, Kind, Notice, Object, ObjectName, ObjectRef, Reason, Subject};
+use crate::model::{Event, Kind};
 use crate::source::Sender;
-use crate::source::convert::{Converter, identify};
+use crate::source::convert::{Decoded, identify};
 
 /// Streamed lists that may end early before lists are paged instead.
 const MOST_BROKEN_STREAMS: u32 = 2;
@@ -31,37 +29,22 @@ const MOST_BROKEN_STREAMS: u32 = 2;
 /// The watch of one kind.
 pub(super) struct Reflector {
     requester: Requester,
-    sender: Sender,
     timing: Timing,
     faults: Arc<Faults>,
     stats: Arc<SourceStats>,
-    converter: Converter,
+    deliveries: Deliveries,
     /// Changes when the server is found silent, and nothing more is to be expected of it.
     silent: watch::Receiver<u64>,
-    /// When to go on without the own Node.
-    node_deadline: Option<Deadline>,
     /// Whether lists are streamed.
     streaming: bool,
     broken_streams: u32,
     /// The version to resume from; `None` asks for a list.
     version: Option<String>,
-    /// The names that were delivered and not deleted.
-    known: HashSet<ObjectName>,
-    /// While a list is being read, the names that came up in it.
-    listing: Option<HashSet<ObjectName>>,
     /// Since when a watch delivers changes; nothing before it is open and its list complete,
     /// since a list that is cut off begins anew and has won nothing.
     following: Option<Instant>,
-    /// What was said about objects at fault, so that it is not repeated with their every change.
-    told: HashMap<ObjectName, Vec<Notice>>,
     /// Whether a fault of the server was noted that has not ended.
     faulty: bool,
-    /// Whether `ListStarted` was sent.
-    started: bool,
-    /// Whether `ListComplete` was sent.
-    complete: bool,
-    /// Whether the list was read to its end, though its node is still missing.
-    waiting_for_node: bool,
 }
 
 impl Reflector {
@@ -73,27 +56,19 @@ impl Reflector {
         stats: Arc<SourceStats>,
         silent: watch::Receiver<u64>,
     ) -> Self {
-        let is_node = requester.selection.kind == Kind::Node;
+        let selection = &requester.selection;
         Self {
-            node_deadline: is_node.then(|| Deadline::now() + timing.node_wait),
+            deliveries: Deliveries::new(selection, sender, stats.clone(), timing.node_wait),
             requester,
-            sender,
             timing,
             faults,
             stats,
             silent,
-            converter: Converter::default(),
             streaming: true,
             broken_streams: 0,
             version: None,
-            known: HashSet::new(),
-            listing: None,
             following: None,
-            told: HashMap::new(),
             faulty: false,
-            started: false,
-            complete: false,
-            waiting_for_node: false,
         }
     }
 
@@ -124,7 +99,7 @@ impl Reflector {
     async fn after(&mut self, fault: &Fault, backoff: &mut Backoff) -> Result<Duration, Fault> {
         let kind = self.kind();
         tracing::debug!(%kind, ?fault, "a session with the API server ended");
-        let unfinished = self.listing.take().is_some();
+        let unfinished = self.deliveries.break_off();
         match fault {
             Fault::Closed => return Err(Fault::Closed),
             Fault::Ended if unfinished && self.streaming => {
@@ -151,11 +126,11 @@ impl Reflector {
             // The version is not understood by what may be another server at the old address.
             Fault::NoStreaming => self.version = None,
             Fault::Absent(_) if kind == Kind::ServiceCidr => {
-                if !self.complete {
+                if !self.deliveries.is_complete() {
                     tracing::info!(
                         "the API server has no ServiceCIDRs (Kubernetes before 1.33); going on without"
                     );
-                    self.complete_without().await?;
+                    self.deliveries.complete_without().await?;
                 }
                 // That is an answer, and the right one.
                 backoff.reset();
@@ -164,7 +139,7 @@ impl Reflector {
             }
             // Without the ranges only one kind of rule is missing; no reason to serve nothing.
             Fault::Refused { code: 403, .. } if kind == Kind::ServiceCidr => {
-                self.complete_without().await?
+                self.deliveries.complete_without().await?
             }
             _ => {}
         }
@@ -173,7 +148,9 @@ impl Reflector {
             self.faulty = true;
             let news = self.faults.begin(kind, sort, message);
             if let Some(notice) = news {
-                self.send(Instant::now(), Event::Notice(notice)).await?;
+                self.deliveries
+                    .send(Instant::now(), Event::Notice(notice))
+                    .await?;
             }
         }
         Ok(match fault {
@@ -200,10 +177,10 @@ impl Reflector {
             .await?;
         stats.count_watch();
         if self.version.is_none() {
-            self.begin_list().await?;
+            self.deliveries.begin_list().await?;
         }
         loop {
-            let patience = if self.listing.is_some() {
+            let patience = if self.deliveries.is_listing() {
                 self.timing.list_idle
             } else {
                 self.following.get_or_insert_with(Instant::now);
@@ -252,6 +229,14 @@ impl Reflector {
     }
 
     async fn line(&mut self, line: &[u8], at: Instant) -> Result<(), Fault> {
+        if let Some(decoded) = self.decode_at_once(line) {
+            if !self.deliveries.is_listing() {
+                self.healthy();
+            }
+            let version = self.deliveries.take(decoded, at).await?;
+            self.resume_from(version);
+            return Ok(());
+        }
         let parsed = match serde_json::from_slice::<WatchLine<'_>>(line) {
             Ok(parsed) => parsed,
             Err(error) => {
@@ -266,28 +251,20 @@ impl Reflector {
                 )));
             }
         };
-        if parsed.type_ != "ERROR" && self.listing.is_none() {
+        if parsed.type_ != "ERROR" && !self.deliveries.is_listing() {
             self.healthy();
         }
         match &*parsed.type_ {
             "ADDED" | "MODIFIED" => {
-                let version = self.object(parsed.object, at).await?;
-                // The objects of a streamed list come in any order of versions.
-                if self.listing.is_none() && version.is_some() {
-                    self.version = version;
-                }
+                let version = self.deliveries.object(parsed.object, at).await?;
+                self.resume_from(version);
             }
             "DELETED" => match identify(self.kind(), &mut json(parsed.object)) {
                 Ok(identity) => {
-                    self.stats.kind(self.kind()).count_event();
-                    if let Some(listed) = &mut self.listing {
-                        listed.remove(&identity.name);
-                    } else if identity.resource_version.is_some() {
-                        self.version = identity.resource_version;
-                    }
-                    self.delete(identity.name, at).await?;
+                    self.resume_from(identity.resource_version);
+                    self.deliveries.deleted(identity.name, at).await?;
                 }
-                Err(error) => self.undecodable(None, &error, at).await?,
+                Err(error) => self.deliveries.undecodable(None, &error, at).await?,
             },
             "BOOKMARK" => {
                 let marker = serde_json::from_str::<Marker>(parsed.object.get())
@@ -296,7 +273,7 @@ impl Reflector {
                 let ends_list = marker
                     .annotations
                     .is_some_and(|it| it.list_end.as_deref() == Some("true"));
-                if self.listing.is_none() || ends_list {
+                if !self.deliveries.is_listing() || ends_list {
                     self.version = marker.resource_version.or(self.version.take());
                 }
                 if ends_list {
@@ -313,6 +290,20 @@ impl Reflector {
             }
         }
         Ok(())
+    }
+
+    /// Decodes a line that is as most are. Of the others, and of those with faults, the whole is
+    /// to be read first.
+    fn decode_at_once(&mut self, line: &[u8]) -> Option<Decoded> {
+        let line = std::str::from_utf8(line).ok()?;
+        self.deliveries.decode(current_object(line)?).ok()
+    }
+
+    /// Notes the version of a change. The objects of a streamed list come in any order of versions.
+    fn resume_from(&mut self, version: Option<String>) {
+        if !self.deliveries.is_listing() && version.is_some() {
+            self.version = version;
+        }
     }
 
     /// Reads a list page by page.
@@ -347,10 +338,10 @@ impl Reflector {
                 return Err(Fault::Unreachable(cause.to_owned()));
             }
             if token.is_none() {
-                self.begin_list().await?;
+                self.deliveries.begin_list().await?;
             }
             for item in page.items.unwrap_or_default() {
-                self.object(item, at).await?;
+                self.deliveries.object(item, at).await?;
             }
             token = page.metadata.token.filter(|token| !token.is_empty());
             if token.is_none() {
@@ -360,158 +351,11 @@ impl Reflector {
         }
     }
 
-    async fn begin_list(&mut self) -> Result<(), Fault> {
-        self.stats.kind(self.kind()).count_list();
-        self.listing = Some(HashSet::new());
-        if !self.complete {
-            // A list that was cut off and begins anew has delivered nothing that counts.
-            self.known.clear();
-            self.started = true;
-            self.send(Instant::now(), Event::ListStarted(self.kind()))
-                .await?;
-        }
-        Ok(())
-    }
-
+    /// The server has said all there is at present.
     async fn end_list(&mut self, at: Instant) -> Result<(), Fault> {
         self.broken_streams = 0;
         self.healthy();
-        let listed = self.listing.take().unwrap_or_default();
-        if self.complete {
-            let gone: Vec<ObjectName> = self.known.difference(&listed).cloned().collect();
-            for name in gone {
-                self.delete(name, at).await?;
-            }
-        } else if self.kind() == Kind::Node && self.known.is_empty() && self.node_deadline.is_some()
-        {
-            self.waiting_for_node = true;
-        } else {
-            self.complete(at).await?;
-        }
-        Ok(())
-    }
-
-    async fn complete(&mut self, at: Instant) -> Result<(), Fault> {
-        self.complete = true;
-        self.node_deadline = None;
-        self.waiting_for_node = false;
-        self.send(at, Event::ListComplete(self.kind())).await
-    }
-
-    /// Delivers an empty list, so that the other kinds are not held up.
-    async fn complete_without(&mut self) -> Result<(), Fault> {
-        if self.complete {
-            return Ok(());
-        }
-        let now = Instant::now();
-        if !self.started {
-            self.started = true;
-            self.send(now, Event::ListStarted(self.kind())).await?;
-        }
-        self.complete(now).await
-    }
-
-    /// Takes an object of a list or a change; returns its version.
-    async fn object(&mut self, raw: &RawValue, at: Instant) -> Result<Option<String>, Fault> {
-        let kind = self.kind();
-        self.stats.kind(kind).count_event();
-        let decoded = match self.converter.decode(kind, &mut json(raw)) {
-            Ok(decoded) => decoded,
-            Err(error) => {
-                let identity = identify(kind, &mut json(raw)).ok();
-                let (name, version) = identity
-                    .map(|identity| (identity.name, identity.resource_version))
-                    .unzip();
-                if let (Some(listed), Some(name)) = (&mut self.listing, &name) {
-                    listed.insert(name.clone());
-                }
-                self.undecodable(name, &error, at).await?;
-                return Ok(version.flatten());
-            }
-        };
-        self.tell(&decoded.name, decoded.notices, at).await?;
-        match decoded.object {
-            Some(object) => {
-                if let Some(listed) = &mut self.listing {
-                    listed.insert(decoded.name.clone());
-                }
-                self.known.insert(decoded.name);
-                self.apply(object, at).await?;
-            }
-            // It has become none of nftlet's business.
-            None => self.delete(decoded.name, at).await?,
-        }
-        Ok(decoded.resource_version)
-    }
-
-    async fn apply(&mut self, object: Object, at: Instant) -> Result<(), Fault> {
-        self.send(at, Event::Apply(object)).await?;
-        if self.waiting_for_node {
-            self.complete(at).await?;
-        }
-        Ok(())
-    }
-
-    async fn delete(&mut self, name: ObjectName, at: Instant) -> Result<(), Fault> {
-        self.told.remove(&name);
-        if !self.known.remove(&name) {
-            return Ok(());
-        }
-        let object = ObjectRef::new(self.kind(), name);
-        self.send(at, Event::Delete(object)).await
-    }
-
-    async fn undecodable(
-        &mut self,
-        name: Option<ObjectName>,
-        error: &serde_json::Error,
-        at: Instant,
-    ) -> Result<(), Fault> {
-        let kind = self.kind();
-        self.stats.kind(kind).count_undecodable();
-        let (subject, who) = match &name {
-            Some(name) => {
-                let object = ObjectRef::new(kind, name.clone());
-                (Subject::Object(object.clone()), object.to_string())
-            }
-            None => (
-                Subject::Other(self.requester.selection.plural.into()),
-                format!("a {kind} without a usable name"),
-            ),
-        };
-        let message = format!(
-            "{who}: the object cannot be decoded: {error}; what was known of it stays in force until it is mended"
-        );
-        let notice = Notice {
-            subject,
-            reason: Reason::InvalidObject,
-            message,
-        };
-        match name {
-            Some(name) => self.tell(&name, vec![notice], at).await,
-            None => self.send(at, Event::Notice(notice)).await,
-        }
-    }
-
-    /// Sends what is wrong with an object, unless that was said before.
-    async fn tell(
-        &mut self,
-        name: &ObjectName,
-        notices: Vec<Notice>,
-        at: Instant,
-    ) -> Result<(), Fault> {
-        if notices.is_empty() {
-            self.told.remove(name);
-            return Ok(());
-        }
-        if self.told.get(name) == Some(&notices) {
-            return Ok(());
-        }
-        self.told.insert(name.clone(), notices.clone());
-        for notice in notices {
-            self.send(at, Event::Notice(notice)).await?;
-        }
-        Ok(())
+        self.deliveries.end_list(at).await
     }
 
     /// The server does what it should. An open connection alone does not show that: a fault can
@@ -525,41 +369,18 @@ impl Reflector {
         }
     }
 
-    async fn send(&mut self, at: Instant, event: Event) -> Result<(), Fault> {
-        self.sender
-            .send(Delivery { at, event })
-            .await
-            .map_err(|_| Fault::Closed)
-    }
-
     /// Waits for something, and meanwhile for the moment to go on without the own Node.
     async fn waiting<F: Future>(&mut self, future: F) -> Result<F::Output, Fault> {
         let mut future = pin!(future);
         loop {
-            let Some(deadline) = self.node_deadline else {
+            let Some(deadline) = self.deliveries.node_deadline() else {
                 return Ok(future.await);
             };
             tokio::select! {
                 output = &mut future => return Ok(output),
-                () = tokio::time::sleep_until(deadline) => self.go_on_without_node().await?,
+                () = tokio::time::sleep_until(deadline) => self.deliveries.go_on_without_node().await?,
             }
         }
-    }
-
-    async fn go_on_without_node(&mut self) -> Result<(), Fault> {
-        self.node_deadline = None;
-        let node_name = self.requester.selection.node_name();
-        let message = format!(
-            "the Node \"{node_name}\" has been missing for {:?}; nftlet goes on without its addresses and zone (if the node has another name, give it with --hostname-override)",
-            self.timing.node_wait
-        );
-        let notice = Notice {
-            subject: Subject::Object(ObjectRef::new(Kind::Node, ObjectName::new("", node_name))),
-            reason: Reason::NodeMissing,
-            message,
-        };
-        self.send(Instant::now(), Event::Notice(notice)).await?;
-        self.complete_without().await
     }
 }
 

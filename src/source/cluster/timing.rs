@@ -13,7 +13,7 @@ pub struct Timing {
     pub first_pause: Duration,
     /// The longest pause between attempts.
     pub longest_pause: Duration,
-    /// A connection that lasted this long was a success: the next attempt is made at once.
+    /// A watch that followed changes this long was a success: the next attempt is made at once.
     pub stable: Duration,
     /// How long a watch may be silent before it counts as dead. API servers send a bookmark
     /// about once a minute.

@@ -144,8 +144,8 @@ struct Names<'m> {
     resource_version: Option<&'m str>,
 }
 
-impl<'m, L> From<&'m wire::Meta<L>> for Names<'m> {
-    fn from(meta: &'m wire::Meta<L>) -> Self {
+impl<'m, L> From<&'m wire::Meta<'_, L>> for Names<'m> {
+    fn from(meta: &'m wire::Meta<'_, L>) -> Self {
         Self {
             name: meta.name.as_deref(),
             namespace: meta.namespace.as_deref(),

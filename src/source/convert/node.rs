@@ -77,15 +77,19 @@ impl Converter {
 fn pod_cidrs(spec: &wire::NodeSpec, report: &mut Report) -> Vec<IpNet> {
     let listed = spec.pod_cidrs.as_deref().unwrap_or_default();
     if listed.is_empty() {
-        let single = non_empty(spec.pod_cidr.as_deref());
-        let single: Vec<String> = single.map(str::to_owned).into_iter().collect();
-        ranges("spec.podCIDR", &single, report)
+        let single = spec.pod_cidr.as_slice();
+        let single = if non_empty(spec.pod_cidr.as_deref()).is_some() {
+            single
+        } else {
+            &[]
+        };
+        ranges("spec.podCIDR", single, report)
     } else {
         ranges("spec.podCIDRs", listed, report)
     }
 }
 
-fn ranges(field: &str, texts: &[String], report: &mut Report) -> Vec<IpNet> {
+fn ranges(field: &str, texts: &[wire::Text<'_>], report: &mut Report) -> Vec<IpNet> {
     let mut ranges = Vec::with_capacity(texts.len());
     for (index, text) in texts.iter().enumerate() {
         match parse_range(text) {

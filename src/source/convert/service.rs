@@ -116,7 +116,7 @@ fn service_kind(spec: &wire::ServiceSpec, report: &mut Report) -> ServiceKind {
     };
     // `clusterIP` is the first of `clusterIPs`; hand-written objects may have only one of them.
     let first = non_empty(spec.cluster_ip.as_deref())
-        .or_else(|| spec.cluster_ips.as_deref()?.first().map(String::as_str));
+        .or_else(|| spec.cluster_ips.as_deref()?.first().map(|text| &**text));
     match non_empty(first) {
         None | Some("None") => ServiceKind::Headless,
         Some(_) => kind,
@@ -126,7 +126,7 @@ fn service_kind(spec: &wire::ServiceSpec, report: &mut Report) -> ServiceKind {
 fn cluster_ips(spec: &wire::ServiceSpec, report: &mut Report) -> Vec<IpAddr> {
     let listed = spec.cluster_ips.as_deref().unwrap_or_default();
     let single = spec.cluster_ip.iter();
-    let entries: Vec<(String, &String)> = if listed.is_empty() {
+    let entries: Vec<(String, &wire::Text<'_>)> = if listed.is_empty() {
         single
             .map(|text| ("spec.clusterIP".to_owned(), text))
             .collect()
@@ -155,7 +155,7 @@ fn cluster_ips(spec: &wire::ServiceSpec, report: &mut Report) -> Vec<IpAddr> {
             continue;
         }
         if let Some(declared) = families.get(index)
-            && *declared != family.to_string()
+            && **declared != *family.to_string()
         {
             // The address decides: it is what packets carry.
             let hint = format!("does not match \"{text}\"; the address is served as {family}");
@@ -166,7 +166,7 @@ fn cluster_ips(spec: &wire::ServiceSpec, report: &mut Report) -> Vec<IpAddr> {
     addresses
 }
 
-fn addresses(field: &str, texts: Option<&[String]>, report: &mut Report) -> Vec<IpAddr> {
+fn addresses(field: &str, texts: Option<&[wire::Text<'_>]>, report: &mut Report) -> Vec<IpAddr> {
     let texts = texts.unwrap_or_default();
     let mut addresses = Vec::with_capacity(texts.len());
     for (index, text) in texts.iter().enumerate() {
@@ -232,7 +232,7 @@ fn source_ranges(spec: &wire::ServiceSpec, report: &mut Report) -> Vec<IpNet> {
     if ranges.is_empty() && !texts.is_empty() {
         report.left_out(
             "spec.loadBalancerSourceRanges",
-            texts.join(","),
+            texts.iter().map(|text| &**text).collect::<Vec<_>>().join(","),
             "has no usable range, so nobody may use the load balancer's addresses; mend the list or remove it",
         );
         // No packet has an unspecified source that a load balancer could answer.
