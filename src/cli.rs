@@ -86,9 +86,10 @@ Examples:
   nftlet --manifests services.yaml --dry-run
   kubectl get services,endpointslices -A -o yaml | nftlet --manifests - --dry-run";
 
-/// Programs the Kubernetes services of a node with nftables, in place of kube-proxy.
+/// Programs the Kubernetes services of a node with nftables, in place of kube-proxy, and enforces
+/// NetworkPolicies.
 ///
-/// nftlet watches Services and EndpointSlices and writes each change to the kernel as one atomic
+/// nftlet watches the objects of the cluster and writes each change to the kernel as one atomic
 /// transaction over netlink.
 #[derive(Clone, Debug, Parser, PartialEq, Eq)]
 #[command(name = "nftlet", version = VERSION.as_str(), max_term_width = 100, after_help = AFTER_HELP)]
