@@ -215,12 +215,12 @@ impl Engine {
             self.touch_pod(name);
         }
         let namespace = name.namespace();
-        let first = self.inventory.pods_of(namespace).next().is_none();
+        let known = self.inventory.has_namespace(namespace);
         self.inventory.set_pod(name, pod);
         for name in &concerned {
             self.touch_pod(name);
         }
-        if first {
+        if known != self.inventory.has_namespace(namespace) {
             self.sets.namespace_changed(namespace, &self.inventory);
         }
     }

@@ -7,10 +7,7 @@ use std::sync::Arc;
 use smallvec::SmallVec;
 
 use super::index::{Index, Namespaces, PodSelector};
-use crate::model::{Labels, Namespace, NetworkPolicy, ObjectName, Pod};
-
-/// The label that every namespace has.
-const NAMESPACE_NAME: &str = "kubernetes.io/metadata.name";
+use crate::model::{Labels, NAMESPACE_NAME, Namespace, NetworkPolicy, ObjectName, Pod};
 
 /// What policies are compiled from.
 #[derive(Debug, Default)]
@@ -216,6 +213,11 @@ impl Inventory {
                 }
             }
         }
+    }
+
+    /// Whether a namespace has an object or a pod.
+    pub fn has_namespace(&self, name: &str) -> bool {
+        self.namespaces.contains_key(name) || self.pods_of.contains_key(name)
     }
 
     /// Whether a namespace is known just so.

@@ -274,10 +274,13 @@ impl Sets {
         self.finder.remove(id, &entry.meaning);
     }
 
-    /// Notes that a namespace is new or has other labels.
+    /// Notes that a namespace is new, has other labels, or is gone.
     pub fn namespace_changed(&mut self, name: &str, inventory: &Inventory) {
-        let labels = inventory.namespace(name);
-        self.finder.selectors.namespace_changed(name, &labels);
+        let known = inventory.has_namespace(name);
+        let labels = known.then(|| inventory.namespace(name));
+        self.finder
+            .selectors
+            .namespace_changed(name, labels.as_ref());
     }
 
     /// The elements that a pod brings to sets, sorted.
