@@ -18,6 +18,7 @@
 //! that a change of the rules left stale.
 
 mod configure;
+mod drops;
 mod dry_run;
 mod leftovers;
 mod observe;

@@ -1,7 +1,6 @@
 //! What hangs around the network policies: who cuts connections, who tells of denied packets,
 //! who counts these, and who looks after bridges.
 
-use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -10,16 +9,16 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{MissedTickBehavior, interval};
 
+use super::drops::{self, Totals};
 use super::{Error, system};
 use crate::bridge::{self, News, Watch};
 use crate::cli::Args;
-use crate::metrics::{Metrics, PolicyDrops};
-use crate::model::{Family, Notice, ObjectName, Reason, Subject};
-use crate::netlink::{self, LogReader, Nftables};
-use crate::policy::{self, Direction, LOG_GROUP};
+use crate::metrics::Metrics;
+use crate::model::{Notice, Reason, Subject};
+use crate::netlink::{LogReader, Nftables};
+use crate::policy::LOG_GROUP;
 use crate::reconcile::connections::{self, Bell, Cutter};
 use crate::reconcile::{Isolated, LogAndSend, Question, Reporter, denied};
-use crate::ruleset::Key;
 
 /// Questions that may wait for the reconciler.
 const QUESTIONS: usize = 64;
@@ -85,10 +84,11 @@ fn spawn(
 
 /// Has the metrics read the counters of the rules at each scrape, over a socket of their own.
 fn count_drops(metrics: &Metrics, isolated: watch::Receiver<Isolated>) -> Result<(), Error> {
-    let socket: Mutex<Option<Nftables>> = Mutex::new(None);
+    let reader: Mutex<(Option<Nftables>, Totals)> = Mutex::default();
     let read = move || {
         // A panic of an earlier scrape leaves nothing half done but the socket.
-        let mut socket = socket.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut reader = reader.lock().unwrap_or_else(PoisonError::into_inner);
+        let (socket, totals) = &mut *reader;
         let nftables = match socket.take() {
             Some(nftables) => Ok(nftables),
             None => Nftables::open(),
@@ -96,7 +96,7 @@ fn count_drops(metrics: &Metrics, isolated: watch::Receiver<Isolated>) -> Result
         // The list is cloned: holding on to it would make the reconciler wait.
         let isolated = Isolated::clone(&isolated.borrow());
         let read = nftables.and_then(|mut nftables| {
-            let drops = drops(&mut nftables, &isolated)?;
+            let drops = totals.add(drops::read(&mut nftables, &isolated)?);
             *socket = Some(nftables);
             Ok(drops)
         });
@@ -104,34 +104,6 @@ fn count_drops(metrics: &Metrics, isolated: watch::Receiver<Isolated>) -> Result
             .ok()
     };
     Ok(metrics.policy_drops(read)?)
-}
-
-/// What the rules dropped, by address and direction, of the pods that are isolated now.
-fn drops(nftables: &mut Nftables, isolated: &Isolated) -> Result<Vec<PolicyDrops>, netlink::Error> {
-    let pods: HashMap<Key, &ObjectName> = isolated
-        .iter()
-        .map(|(address, pod)| (Key::address(*address), pod))
-        .collect();
-    let mut drops = Vec::new();
-    if pods.is_empty() {
-        return Ok(drops);
-    }
-    for family in Family::ALL {
-        for direction in Direction::ALL {
-            let table = policy::table_id(family);
-            let counters = nftables.counters(&table, direction.denied().as_str())?;
-            drops.extend(counters.into_iter().filter_map(|(key, packets, _)| {
-                let pod = pods.get(&key)?;
-                Some(PolicyDrops {
-                    namespace: pod.namespace().to_owned(),
-                    pod: pod.name().to_owned(),
-                    direction: direction.as_str(),
-                    packets,
-                })
-            }));
-        }
-    }
-    Ok(drops)
 }
 
 /// Tells where traffic of isolated pods passes the policies by on a bridge, until the reconciler
