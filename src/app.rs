@@ -260,7 +260,7 @@ pub fn run(mut line: CommandLine) -> Result<(), Error> {
         .with_stand_in(stand_in(&stand_in_name))
         .with_cleaner(cleaner)
         .with_health_checks(health_checks)
-        .with_policies(policies(args, &stand_in_name))
+        .with_policies(policies(args, &stand_in_name, observers.log_group))
         .with_isolated(isolated)
         .with_log_fields(args.log_format == LogFormat::Json);
     if let Some(cutter) = observers.cutter {
@@ -426,11 +426,11 @@ fn print(write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<(), Err
 }
 
 /// Compiles the policies, or keeps their tables away.
-fn policies(args: &Args, node_name: &str) -> Engine {
+fn policies(args: &Args, node_name: &str, log_group: Option<u16>) -> Engine {
     let settings = policy::Settings {
         node: node_name.into(),
         strict: args.network_policy_strict,
-        log_group: args.log_denied.then_some(policy::LOG_GROUP),
+        log_group,
     };
     if args.network_policy.is_on() {
         Engine::new(settings)

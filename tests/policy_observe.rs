@@ -542,3 +542,22 @@ fn a_bridge_that_passes_the_policies_by_is_told_of() {
     wait_for("the gauge", LONG, || (gauge() == Some(0.0)).then_some(()));
     assert_eq!(daemon.log().matches(warning).count(), 1, "{}", daemon.log());
 }
+
+#[test]
+fn rules_do_not_log_where_nobody_can_read() {
+    if !require_net_admin() {
+        return;
+    }
+    let shop = Shop::open();
+    // As on a kernel without such groups, which would refuse every rule that logs.
+    let taken = shop.node().run(|| LogReader::open(LOG_GROUP)).unwrap();
+    let daemon = shop.run(&["--log-denied"]);
+    shop.isolate();
+    let rules = shop.node().nft(&["list", "table", "ip", "nftlet-policy"]);
+    assert!(!rules.contains("log "), "{rules}");
+    let log = daemon.log();
+    assert!(log.contains("cannot listen to NFLOG group 1729"), "{log}");
+    drop((taken, daemon));
+    let _daemon = shop.run(&["--log-denied"]);
+    shop.wait_until_in_force("log prefix");
+}

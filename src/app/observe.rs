@@ -30,6 +30,8 @@ const LOOK_EVERY: Duration = Duration::from_secs(60);
 pub(super) struct Observers {
     pub(super) cutter: Option<Bell>,
     pub(super) questions: Option<mpsc::Receiver<Question>>,
+    /// The group that denied packets are to be sent to.
+    pub(super) log_group: Option<u16>,
 }
 
 /// Whether there are policies to be looked after.
@@ -44,6 +46,9 @@ pub(super) fn start(
     isolated: watch::Receiver<Isolated>,
 ) -> Result<Observers, Error> {
     let mut observers = Observers::default();
+    // A kernel without such groups would refuse the rules that log, and all others with them.
+    let reader = open_log(args);
+    observers.log_group = reader.as_ref().map(|_| LOG_GROUP);
     if !is_on(args) {
         return Ok(observers);
     }
@@ -58,19 +63,22 @@ pub(super) fn start(
         spawn("cuts", "the thread that cuts connections", cut)?;
         observers.cutter = Some(bell);
     }
-    if args.log_denied {
-        match LogReader::open(LOG_GROUP) {
-            Ok(reader) => {
-                let follow = move || denied::follow(reader, &ask);
-                spawn("denied", "the thread that logs denied packets", follow)?;
-            }
-            Err(error) => {
-                tracing::warn!("{error}; policies are enforced, denied packets are not logged");
-            }
-        }
+    if let Some(reader) = reader {
+        let follow = move || denied::follow(reader, || LogReader::open(LOG_GROUP), &ask);
+        spawn("denied", "the thread that logs denied packets", follow)?;
     }
     observers.questions = Some(questions);
     Ok(observers)
+}
+
+/// Opens what reads denied packets, where they are to be logged and can be.
+fn open_log(args: &Args) -> Option<LogReader> {
+    let wanted = args.log_denied && args.network_policy.is_on();
+    let opened = wanted.then(|| LogReader::open(LOG_GROUP))?;
+    let told = opened.inspect_err(|error| {
+        tracing::warn!("{error}; policies are enforced, denied packets are not logged");
+    });
+    told.ok()
 }
 
 fn spawn(
