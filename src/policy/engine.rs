@@ -121,9 +121,11 @@ impl Engine {
         }
     }
 
-    /// The pod that has an address.
+    /// The pod that has an address, for whoever looks at a packet of this node.
     pub fn pod_at(&self, address: IpAddr) -> Option<&ObjectName> {
-        self.inventory.owner(address).map(|pod| &pod.name)
+        let local = self.inventory.local_owner(address);
+        let pod = local.or_else(|| self.inventory.owner(address));
+        pod.map(|pod| &pod.name)
     }
 
     /// The isolated pods of this node with their addresses.
@@ -330,10 +332,7 @@ impl Engine {
 
     /// What the policies make of a pod of this node; `None` for one that is not isolated.
     fn plan(&self, pod: &Pod) -> Option<PodPlan> {
-        if !self.inventory.is_local(pod) {
-            return None;
-        }
-        let addresses = self.inventory.addresses(pod);
+        let addresses = self.inventory.isolated_addresses(pod);
         if addresses.is_empty() {
             return None;
         }

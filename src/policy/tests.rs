@@ -385,3 +385,32 @@ fn names_of_sets_do_not_depend_on_the_order_of_events() {
     other.update();
     assert_eq!(sets(&one.kernel), sets(&other.kernel));
 }
+
+#[test]
+fn a_pod_of_this_node_is_isolated_whatever_is_claimed_elsewhere() {
+    let mut checked = shop();
+    let stale = Pod {
+        created: Some(9),
+        ..pod("other/stale", 1, "there", "free")
+    };
+    checked.apply(apply_pod(stale));
+    checked.update();
+    assert_eq!(checked.engine.isolated().count(), 1);
+    let printed = format!("{:?}", checked.kernel);
+    assert!(printed.contains("pod-ingress-shop/web"), "{printed}");
+    let connection = Connection {
+        source: [10, 0, 0, 9].into(),
+        destination: [10, 0, 0, 1].into(),
+        protocol: 6,
+        port: Some(80),
+    };
+    assert!(!checked.engine.allows(&connection));
+    // Of two claims on this node the newest counts, as everywhere.
+    let successor = Pod {
+        created: Some(5),
+        ..pod("other/successor", 1, "here", "free")
+    };
+    checked.apply(apply_pod(successor));
+    checked.update();
+    assert_eq!(checked.engine.isolated().count(), 0);
+}
