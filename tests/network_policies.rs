@@ -1,5 +1,5 @@
 //! Network policies with real packets, one property of the API after the other, over the changes
-//! that clusters go through. Pods hang on routed links, one each; `network_policies_bridge.rs` has
+//! that clusters go through. Pods hang on routed links, one each; `network_policy_bridge.rs` has
 //! them on a bridge.
 
 mod common;
@@ -789,4 +789,44 @@ fn names_as_long_as_the_api_allows_are_told_apart() {
 
 fn ip(text: &str) -> IpAddr {
     text.parse().expect("an address")
+}
+
+#[test]
+fn many_ports_and_peers_of_one_rule_are_all_asked_for() {
+    if !require_net_admin() {
+        return;
+    }
+    let shop = Shop::open();
+    let [web, db, api] = shop.pods();
+    let node = shop.lab.node().ns();
+    let through = |ports: Value, passing: &[Probe]| {
+        let spec = json!({
+            "podSelector": {"matchLabels": {"app": "web"}},
+            "ingress": [{"ports": ports, "from": [
+                {"podSelector": {"matchLabels": {"app": "nobody"}}},
+                {"podSelector": {"matchLabels": {"app": "db"}}},
+                {"ipBlock": {"cidr": "192.0.2.0/24"}},
+            ]}],
+        });
+        shop.put_and_apply(&policy("shop", "ports", spec));
+        let mut cases = Vec::new();
+        for probe in [Tcp(80), Tcp(8080), Udp(80), Udp(8080), Ping] {
+            cases.extend(Case::both(&db, &web, probe, passing.contains(&probe)));
+            cases.extend(Case::both(&api, &web, probe, false));
+        }
+        check_counted(&[node], &cases);
+    };
+    let udp = |port: u16| json!({"port": port, "protocol": "UDP"});
+    through(
+        json!([{"port": 80}, {"port": 443}, udp(8080)]),
+        &[Tcp(80), Udp(8080)],
+    );
+    through(
+        json!([{"port": 79, "endPort": 81}, {"port": 9000}, {"protocol": "UDP"}]),
+        &[Tcp(80), Udp(80), Udp(8080)],
+    );
+    through(
+        json!([{"port": "http"}, {"port": "more"}, udp(80), {"port": 443}]),
+        &[Tcp(8080), Udp(80)],
+    );
 }

@@ -279,7 +279,8 @@ impl Engine {
         // The sets whose uses change, with whether a table used them before.
         let mut was_used: BTreeMap<(Family, SetId), bool> = BTreeMap::new();
         for key in &uses_touched {
-            self.compile_again(key, parts::of(&mut parts, key.0), &mut was_used);
+            let changed = touched.policies.contains(&key.2);
+            self.compile_again(key, changed, parts::of(&mut parts, key.0), &mut was_used);
         }
         self.fill_sets(touched.pods, &was_used, &mut parts);
         for (_, set) in was_used.into_keys() {
@@ -354,10 +355,12 @@ impl Engine {
         })
     }
 
-    /// Compiles the chain of a policy again, or drops it if no pod is left that uses it.
+    /// Compiles the chain of a policy again, or drops it if no pod is left that uses it. `changed`
+    /// says that the policy is another one than before.
     fn compile_again(
         &mut self,
         key: &(Family, Direction, ObjectName),
+        changed: bool,
         parts: &mut Parts,
         was_used: &mut BTreeMap<(Family, SetId), bool>,
     ) {
@@ -365,6 +368,10 @@ impl Engine {
         let Some(old) = self.uses.remove(key) else {
             return;
         };
+        if !changed && old.pods > 0 && old.chain.is_some() {
+            self.uses.insert(key.clone(), old);
+            return;
+        }
         let policy = self.inventory.policy(name).filter(|_| old.pods > 0);
         let (chain, sets) = policy.map_or((None, Vec::new()), |policy| {
             let (chain, sets) = policy_chain(policy, *direction, *family, |meaning| {
@@ -469,7 +476,7 @@ impl Engine {
         ids.dedup();
         let mut elements: HashMap<(Family, SetId), Vec<Element>> = HashMap::new();
         for (family, set) in fresh {
-            elements.insert((*family, *set), self.sets.fixed_elements(*set, *family));
+            elements.insert((*family, *set), self.sets.fixed_elements(*set));
         }
         self.sets
             .for_each_member(&ids, &self.inventory, |membership| {

@@ -148,6 +148,11 @@ pub(super) fn port_key() -> Vec<Selector> {
     ]
 }
 
+/// The fields that identify a port of any pod.
+pub(super) fn number_key() -> Vec<Selector> {
+    vec![Selector::L4Protocol, Selector::DestinationPort]
+}
+
 macro_rules! declarations {
     ($($(#[$doc:meta])* $name:ident $declaration:expr;)*) => {
         $($(#[$doc])*

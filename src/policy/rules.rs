@@ -7,9 +7,9 @@ use super::Settings;
 use super::index::{Namespaces, PodSelector};
 use super::layout::{
     Direction, ISOLATED, NEIGHBOUR_DISCOVERY, NEIGHBOUR_DISCOVERY_TYPES, addresses, counted,
-    icmp6_types, pods, port_key,
+    icmp6_types, number_key, pods, port_key,
 };
-use super::sets::{Meaning, SetId};
+use super::sets::{Meaning, PortRange, SetId};
 use crate::model::{
     Family, NetworkPolicy, ObjectName, Peer, PolicyPort, PolicyRule, PortMatch, Protocol,
 };
@@ -30,6 +30,9 @@ const LOGS_PER_SECOND: u32 = 10;
 const LOG_BURST: u32 = 20;
 /// How much of a packet is logged: its headers.
 const LOG_BYTES: u32 = 128;
+
+/// The statements that ask for a port.
+type Statements = SmallVec<[Statement; 2]>;
 
 /// The table of a family while no pod is isolated.
 pub(super) fn skeleton(family: Family, settings: &Settings) -> Table {
@@ -209,14 +212,9 @@ pub(super) fn policy_chain(
                 statements.map(Some).collect()
             }
         };
-        let ports: Vec<SmallVec<[Statement; 2]>> = match &rule.ports {
-            None => vec![SmallVec::new()],
-            Some(ports) => {
-                let statements = ports.iter();
-                statements
-                    .map(|port| port_statements(port, direction, &mut name_of))
-                    .collect()
-            }
+        let ports: Vec<Statements> = match &rule.ports {
+            None => vec![Statements::new()],
+            Some(ports) => ports_of(ports, direction, &mut name_of),
         };
         for peer in &peers {
             for port in &ports {
@@ -255,32 +253,101 @@ fn peers_of(peers: &[Peer], namespace: &str, family: Family) -> Vec<Meaning> {
     meanings
 }
 
-fn port_statements(
-    port: &PolicyPort,
+/// What asks for one of the ports of a rule: at most two alternatives, however many ports there
+/// are, because each is asked for with every peer.
+fn ports_of(
+    ports: &[PolicyPort],
     direction: Direction,
     name_of: &mut impl FnMut(Meaning) -> Name,
-) -> SmallVec<[Statement; 2]> {
-    let number = port.protocol.number();
-    let port_is = |operand| Statement::Match(Selector::DestinationPort, Comparison::Is, operand);
-    match &port.port {
-        PortMatch::Any => [protocol(number)].into_iter().collect(),
-        PortMatch::Range(from, to) => {
-            let operand = if from == to {
-                Operand::Port(*from)
-            } else {
-                Operand::Ports(*from, *to)
+) -> Vec<Statements> {
+    let mut numbers = Vec::new();
+    let mut named = Vec::new();
+    for PolicyPort { protocol, port } in ports {
+        match port {
+            PortMatch::Any => numbers.push((*protocol, 0, u16::MAX)),
+            PortMatch::Range(from, to) => numbers.push((*protocol, *from, *to)),
+            PortMatch::Named(name) => named.push((Arc::clone(name), *protocol)),
+        }
+    }
+    let mut alternatives = Vec::new();
+    let numbers = joined(numbers);
+    match numbers.as_slice() {
+        [] => {}
+        [(of, from, to)] => {
+            let mut only: Statements = [protocol(of.number())].into_iter().collect();
+            let operand = match (*from, *to) {
+                (0, u16::MAX) => None,
+                (from, to) if from == to => Some(Operand::Port(from)),
+                (from, to) => Some(Operand::Ports(from, to)),
             };
-            [protocol(number), port_is(operand)].into_iter().collect()
+            only.extend(operand.map(|operand| {
+                Statement::Match(Selector::DestinationPort, Comparison::Is, operand)
+            }));
+            alternatives.push(only);
         }
-        PortMatch::Named(name) => {
-            let set = name_of(Meaning::Port {
-                name: Arc::clone(name),
-                protocol: port.protocol,
-                local: direction == Direction::Ingress,
-            });
-            [Statement::InSet(port_key(), Comparison::Is, set)]
-                .into_iter()
-                .collect()
+        _ => {
+            let set = name_of(Meaning::Ports(numbers));
+            let statement = Statement::InSet(number_key(), Comparison::Is, set);
+            alternatives.push([statement].into_iter().collect());
         }
+    }
+    if !named.is_empty() {
+        named.sort_unstable();
+        named.dedup();
+        let set = name_of(Meaning::NamedPorts {
+            ports: named,
+            local: direction == Direction::Ingress,
+        });
+        let statement = Statement::InSet(port_key(), Comparison::Is, set);
+        alternatives.push([statement].into_iter().collect());
+    }
+    alternatives
+}
+
+/// Ranges of ports, sorted; those of a protocol that overlap or touch are one.
+fn joined(mut ranges: Vec<PortRange>) -> Vec<PortRange> {
+    ranges.sort_unstable();
+    let mut joined: Vec<PortRange> = Vec::new();
+    for (protocol, from, to) in ranges {
+        match joined.last_mut() {
+            Some((same, _, end)) if *same == protocol && from <= end.saturating_add(1) => {
+                *end = (*end).max(to);
+            }
+            _ => joined.push((protocol, from, to)),
+        }
+    }
+    joined
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use Protocol::{Tcp, Udp};
+
+    #[test]
+    fn ranges_that_overlap_or_touch_are_one() {
+        let ranges = [
+            (Udp, 80, 80),
+            (Tcp, 443, 443),
+            (Tcp, 80, 90),
+            (Tcp, 85, 100),
+            (Tcp, 101, 101),
+            (Tcp, 65535, 65535),
+            (Tcp, 0, 1),
+        ];
+        assert_eq!(
+            joined(ranges.into()),
+            [
+                (Tcp, 0, 1),
+                (Tcp, 80, 101),
+                (Tcp, 443, 443),
+                (Tcp, 65535, 65535),
+                (Udp, 80, 80),
+            ]
+        );
+        assert_eq!(
+            joined(vec![(Tcp, 0, u16::MAX), (Tcp, 80, 80)]),
+            [(Tcp, 0, u16::MAX)]
+        );
     }
 }

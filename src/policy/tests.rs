@@ -386,6 +386,78 @@ fn names_of_sets_do_not_depend_on_the_order_of_events() {
     assert_eq!(sets(&one.kernel), sets(&other.kernel));
 }
 
+/// The rules of a chain, as text.
+fn chain(ruleset: &Ruleset, name: &str) -> Vec<String> {
+    let table = &ruleset.tables[&table_id(crate::model::Family::V4)];
+    let rules = table.chains[name].rules.iter();
+    rules
+        .map(|rule| text::rule(rule, crate::ruleset::Family::Ip))
+        .collect()
+}
+
+#[test]
+fn the_rules_of_a_policy_grow_with_its_peers_and_its_ports_and_not_with_their_product() {
+    let mut checked = shop();
+    let peers = (0..100).map(|number| Peer::Pods {
+        namespaces: None,
+        pods: app(&format!("client-{number}")),
+    });
+    let ports = (0..100u16).map(|number| PolicyPort {
+        protocol: Protocol::Tcp,
+        port: match number % 2 {
+            0 => PortMatch::Range(1000 + 10 * number, 1000 + 10 * number),
+            _ => PortMatch::Named(format!("port-{number}").into()),
+        },
+    });
+    let rule = PolicyRule {
+        peers: Some(peers.collect()),
+        ports: Some(ports.collect()),
+    };
+    checked.apply(apply_policy(NetworkPolicy {
+        ingress: Some(vec![rule]),
+        ..policy("shop/web", app("web"))
+    }));
+    checked.update();
+    let rules = chain(&checked.kernel, "policy-ingress-shop/web");
+    assert_eq!(rules.len(), 200);
+    let table = &checked.kernel.tables[&table_id(crate::model::Family::V4)];
+    let ports = table
+        .sets
+        .iter()
+        .find(|(name, _)| name.as_str().starts_with("ports-"));
+    assert_eq!(ports.map(|(_, set)| set.elements.len()), Some(50));
+}
+
+#[test]
+fn ports_that_are_one_range_need_no_set() {
+    let mut checked = shop();
+    let of = |ports: &[PortMatch]| {
+        let ports = ports.iter().map(|port| PolicyPort {
+            protocol: Protocol::Tcp,
+            port: port.clone(),
+        });
+        let rule = PolicyRule {
+            peers: None,
+            ports: Some(ports.collect()),
+        };
+        checked.apply(apply_policy(NetworkPolicy {
+            ingress: Some(vec![rule]),
+            ..policy("shop/web", app("web"))
+        }));
+        checked.update();
+        chain(&checked.kernel, "policy-ingress-shop/web").join("; ")
+    };
+    let mut of = of;
+    use PortMatch::{Any, Range};
+    assert_eq!(
+        of(&[Range(80, 81), Range(82, 90)]),
+        "meta l4proto tcp th dport 80-90 accept"
+    );
+    assert_eq!(of(&[Range(80, 80), Any]), "meta l4proto tcp accept");
+    let set = of(&[Range(80, 80), Range(82, 82)]);
+    assert!(set.starts_with("meta l4proto . th dport @ports-"), "{set}");
+}
+
 #[test]
 fn a_pod_of_this_node_is_isolated_whatever_is_claimed_elsewhere() {
     let mut checked = shop();
