@@ -19,6 +19,7 @@ use std::time::Instant;
 
 use clap::Parser;
 use nftlet::compile::Settings;
+use nftlet::links;
 use nftlet::metrics::Metrics;
 use nftlet::model::{Delivery, Event, Kind, Object, ObjectName, ObjectRef, Pod};
 use nftlet::netlink::{Applied, Error, Monitor, Nftables};
@@ -123,7 +124,8 @@ impl<'a> Agent<'a> {
         let engine = Engine::new(policy::Settings {
             node: NODE.into(),
             ..policy::Settings::default()
-        });
+        })
+        .with_links(links::find);
         let reconciler =
             Reconciler::new(counted, Settings::default(), metrics, &Log).with_policies(engine);
         Self {

@@ -43,6 +43,7 @@ use crate::compile::{DetectLocal, MasqueradeBit, NodePortAddresses, Settings, TA
 use crate::config;
 use crate::events;
 use crate::health::{self, Checks, Health};
+use crate::links;
 use crate::metrics::Metrics;
 use crate::model::{Event, Kind, Node, Notice, Object, Reason, Store, Subject};
 use crate::netlink::{self, Heard, Monitor, Nftables};
@@ -433,7 +434,7 @@ fn policies(args: &Args, node_name: &str, log_group: Option<u16>) -> Engine {
         log_group,
     };
     if args.network_policy.is_on() {
-        Engine::new(settings)
+        Engine::new(settings).with_links(links::find)
     } else {
         Engine::off(settings)
     }

@@ -791,6 +791,75 @@ fn ip(text: &str) -> IpAddr {
     text.parse().expect("an address")
 }
 
+/// Sends an ICMPv6 message of a type with the hop limit that stands for "from this link".
+fn send_icmp6(from: &Machine, to: IpAddr, kind: u8) {
+    use rustix::net::{AddressFamily, SendFlags, SocketType, ipproto, sendto, socket, sockopt};
+    from.ns.run(|| {
+        let socket = socket(AddressFamily::INET6, SocketType::RAW, Some(ipproto::ICMPV6));
+        let socket = socket.expect("a raw socket");
+        sockopt::set_ipv6_unicast_hops(&socket, Some(255)).expect("a hop limit");
+        let mut message = [0; 24];
+        message[0] = kind;
+        let to = SocketAddr::new(to, 0);
+        sendto(&socket, &message, SendFlags::empty(), &to).expect("a message is sent");
+    });
+}
+
+#[test]
+fn neighbour_discovery_carries_nothing_through_a_router() {
+    if !require_net_admin() {
+        return;
+    }
+    let shop = Shop::open();
+    let [web, db, _] = shop.pods();
+    let node = shop.lab.node().ns();
+    let out = json!({"podSelector": {"matchLabels": {"app": "web"}}, "policyTypes": ["Egress"]});
+    shop.put_and_apply(&policy("shop", "out", out));
+    let key = ("egress".to_owned(), web.v6.into());
+    let count = || denied(&[node]).get(&key).copied().unwrap_or_default();
+    for kind in [130, 131, 132, 133, 134, 135, 136, 143] {
+        let before = count();
+        send_icmp6(&web, db.v6.into(), kind);
+        wait_for(&format!("type {kind} to be denied"), PATIENCE * 3, || {
+            (count() > before).then_some(())
+        });
+    }
+    // On the link itself it works still.
+    web.ns.ip("neigh flush all");
+    node.ip("neigh flush all");
+    check(&Case::both(&shop.lab.node().machine, &web, Tcp(80), true));
+}
+
+#[test]
+fn strict_mode_lets_untracked_connections_live() {
+    if !require_net_admin() {
+        return;
+    }
+    let shop = Shop::open();
+    let [web, db, api] = shop.pods();
+    let node = shop.lab.node().ns();
+    for family in ["ip", "ip6"] {
+        node.nft_load(&format!(
+            "table {family} untracked {{ chain early {{
+                type filter hook prerouting priority -300; policy accept;
+                meta l4proto tcp th dport 80 notrack
+                meta l4proto tcp th sport 80 notrack
+            }}; }}"
+        ));
+    }
+    let into = json!({"podSelector": {"matchLabels": {"app": "web"}}, "ingress": [
+        {"from": [{"podSelector": {"matchLabels": {"app": "db"}}}]},
+    ]});
+    shop.manifests.put(&policy("shop", "in", into));
+    shop.manifests.program(node, &["--network-policy-strict"]);
+    let cases = [
+        Case::both(&db, &web, Tcp(80), true),
+        Case::both(&db, &web, Tcp(8080), true),
+        Case::both(&api, &web, Tcp(80), false),
+    ];
+    check_counted(&[node], &cases.concat());
+}
+
 #[test]
 fn many_ports_and_peers_of_one_rule_are_all_asked_for() {
     if !require_net_admin() {

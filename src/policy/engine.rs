@@ -8,15 +8,16 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-use super::Settings;
 use super::inventory::Inventory;
 use super::layout::{Direction, table_id};
 use super::parts::{self, Parts, isolate, sort};
 use super::rules::{self, policy_chain, skeleton};
 use super::sets::{Membership, SetId, Sets};
+use super::{FindLinks, Settings};
 use crate::model::{Event, Family, Kind, Lists, Object, ObjectName, ObjectRef, Pod};
 use crate::ruleset::{Chain, Element, Ruleset, Table, Transaction, diff};
 
@@ -54,6 +55,8 @@ struct Touched {
     local: BTreeSet<ObjectName>,
     /// Policies with other rules.
     policies: BTreeSet<ObjectName>,
+    /// Whether the host's interfaces are to be looked up although no plan changes.
+    links: bool,
 }
 
 /// Turns pods, namespaces and policies into rules.
@@ -65,6 +68,9 @@ pub struct Engine {
     sets: Sets,
     pub(super) plans: BTreeMap<ObjectName, PodPlan>,
     uses: BTreeMap<(Family, Direction, ObjectName), PolicyUse>,
+    find_links: FindLinks,
+    /// The interfaces that lead to isolated pods.
+    links: BTreeSet<(Direction, Arc<str>)>,
     /// Whether the tables exist: while there is any policy.
     exists: bool,
     touched: Touched,
@@ -80,9 +86,19 @@ impl Engine {
             sets: Sets::default(),
             plans: BTreeMap::new(),
             uses: BTreeMap::new(),
+            find_links: |_| Vec::new(),
+            links: BTreeSet::new(),
             exists: false,
             touched: Touched::default(),
         }
+    }
+
+    /// With someone who knows the interfaces of the host. Without one link-local addresses are as
+    /// those of pods that nobody isolates.
+    #[must_use]
+    pub fn with_links(mut self, find: FindLinks) -> Self {
+        self.find_links = find;
+        self
     }
 
     /// An engine that keeps the tables away: it needs no list and knows no policy.
@@ -266,8 +282,12 @@ impl Engine {
         let touched = std::mem::take(&mut self.touched);
         let mut parts: [Parts; 2] = Default::default();
         let mut uses_touched: BTreeSet<(Family, Direction, ObjectName)> = BTreeSet::new();
+        let mut replanned = touched.links;
         for name in &touched.local {
-            self.plan_again(name, &mut parts, &mut uses_touched);
+            replanned |= self.plan_again(name, &mut parts, &mut uses_touched);
+        }
+        if replanned {
+            self.links_again(&mut parts);
         }
         for policy in &touched.policies {
             let keys = Family::ALL.into_iter().flat_map(|family| {
@@ -290,15 +310,17 @@ impl Engine {
     }
 
     /// Plans a pod of this node again and notes what is different in its chains and addresses.
+    /// Returns whether anything is.
     fn plan_again(
         &mut self,
         name: &ObjectName,
         parts: &mut [Parts; 2],
         uses_touched: &mut BTreeSet<(Family, Direction, ObjectName)>,
-    ) {
+    ) -> bool {
         let new = self.inventory.pod(name).and_then(|pod| self.plan(pod));
         let old = self.plans.remove(name);
-        if old != new {
+        let differs = old != new;
+        if differs {
             for (family, parts) in Family::ALL.into_iter().zip(parts) {
                 for (plan, table, more) in [
                     (&old, &mut parts.before, false),
@@ -328,6 +350,38 @@ impl Engine {
         }
         if let Some(new) = new {
             self.plans.insert(name.clone(), new);
+        }
+        differs
+    }
+
+    /// Has the next update look up the interfaces of isolated pods: the host may have changed
+    /// without an event.
+    pub fn look_at_links(&mut self) {
+        self.touched.links = true;
+    }
+
+    fn links_of_isolated(&self) -> BTreeSet<(Direction, Arc<str>)> {
+        let plans = self.plans.values();
+        let addresses: Vec<IpAddr> = plans.flat_map(|plan| plan.addresses.clone()).collect();
+        if addresses.is_empty() {
+            return BTreeSet::new();
+        }
+        let found: HashMap<IpAddr, Arc<str>> = (self.find_links)(&addresses).into_iter().collect();
+        let plans = self.plans.values();
+        let links = plans.flat_map(|plan| {
+            let links = plan.addresses.iter().filter_map(|ip| found.get(ip));
+            links.flat_map(|link| plan.policies.keys().map(|it| (*it, link.clone())))
+        });
+        links.collect()
+    }
+
+    fn links_again(&mut self, parts: &mut [Parts; 2]) {
+        let links = self.links_of_isolated();
+        let before = std::mem::replace(&mut self.links, links);
+        if before != self.links {
+            let [_, v6] = parts;
+            parts::lead(&mut v6.before, &before);
+            parts::lead(&mut v6.after, &self.links);
         }
     }
 
@@ -529,6 +583,9 @@ impl Engine {
         for (family, table) in Family::ALL.into_iter().zip(&mut tables) {
             for (name, plan) in &self.plans {
                 isolate(table, name, plan, family, self.settings.strict);
+            }
+            if family == Family::V6 {
+                parts::lead(table, &self.links);
             }
             table.sets.values_mut().for_each(sort);
         }

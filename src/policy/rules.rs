@@ -6,8 +6,7 @@ use std::sync::Arc;
 use super::Settings;
 use super::index::{Namespaces, PodSelector};
 use super::layout::{
-    Direction, ISOLATED, NEIGHBOUR_DISCOVERY, NEIGHBOUR_DISCOVERY_TYPES, addresses, counted,
-    icmp6_types, number_key, pods, port_key,
+    Direction, EXEMPT, ISOLATED, addresses, counted, icmp6_types, links, number_key, pods, port_key,
 };
 use super::sets::{Meaning, PortRange, SetId};
 use crate::model::{
@@ -17,12 +16,14 @@ use crate::ruleset::{
     BaseChain, Chain, ChainKind, Comparison, CtState, Element, Hook, Key, Name, Operand, Rule,
     Selector, Set, Statement, Table, Verdict,
 };
-use ipnet::IpNet;
-use std::net::IpAddr;
+use ipnet::{IpNet, Ipv6Net};
+use std::net::{IpAddr, Ipv6Addr};
 
 /// `filter`: behind the translation of destinations, before that of sources.
 const FILTER: i32 = 0;
 const ICMPV6: u8 = 58;
+/// `fe80::/10`, without its length.
+const LINK_LOCAL: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0);
 
 /// A packet is logged at most so often in a second, in either direction and family.
 const LOGS_PER_SECOND: u32 = 10;
@@ -63,13 +64,24 @@ pub(super) fn skeleton(family: Family, settings: &Settings) -> Table {
         table.sets.insert(ISOLATED.into(), set);
     }
     if family == Family::V6 {
-        let elements = NEIGHBOUR_DISCOVERY_TYPES
-            .map(|number| Element::new(Key::build().icmp6_type(number).finish()));
-        let set = Set {
-            declaration: icmp6_types(),
-            elements: elements.into(),
-        };
-        table.sets.insert(NEIGHBOUR_DISCOVERY.into(), set);
+        for exempt in EXEMPT {
+            let elements = exempt
+                .types
+                .iter()
+                .map(|number| Element::new(Key::build().icmp6_type(*number).finish()));
+            let set = Set {
+                declaration: icmp6_types(),
+                elements: elements.collect(),
+            };
+            table.sets.insert(exempt.set.into(), set);
+        }
+        for direction in Direction::ALL {
+            let set = Set {
+                declaration: links(),
+                elements: Vec::new(),
+            };
+            table.sets.insert(direction.links(), set);
+        }
     }
     // `accept` ends only the base chain it is met in, so what a pod may send is then asked of
     // the pod that receives it.
@@ -96,20 +108,33 @@ fn base_rules(family: Family, direction: Direction, settings: &Settings) -> Vec<
         Statement::Verdict(Verdict::Accept),
     ])];
     if family == Family::V6 {
+        for exempt in EXEMPT {
+            rules.push(Rule::new([
+                protocol(ICMPV6),
+                Statement::InSet(vec![Selector::Icmp6Type], Comparison::Is, exempt.set.into()),
+                Statement::HopLimit(exempt.hop_limit),
+                Statement::Verdict(Verdict::Accept),
+            ]));
+        }
+        // The address that every pod has beside those in its status. It is of no use to a policy,
+        // so what has it is told by the interface alone.
+        let link_local = IpNet::V6(Ipv6Net::new_assert(LINK_LOCAL, 10));
         rules.push(Rule::new([
-            protocol(ICMPV6),
-            Statement::InSet(
-                vec![Selector::Icmp6Type],
+            Statement::Match(
+                direction.pod(),
                 Comparison::Is,
-                NEIGHBOUR_DISCOVERY.into(),
+                Operand::Network(link_local),
             ),
-            Statement::Verdict(Verdict::Accept),
+            Statement::InSet(vec![direction.link()], Comparison::Is, direction.links()),
+            Statement::Verdict(Verdict::Goto(direction.deny())),
         ]));
     }
     if settings.strict {
-        // The reply to a connection that was cut must not pass for a new one.
+        // The reply to a connection that was cut must not pass for a new one. What is not tracked
+        // was never cut.
         for end in [Selector::SourceAddress, Selector::DestinationAddress] {
             rules.push(Rule::new([
+                Statement::CtState([CtState::Invalid, CtState::New].into()),
                 protocol(Protocol::Tcp.number()),
                 Statement::TcpNotOpening,
                 Statement::InSet(vec![end], Comparison::Is, ISOLATED.into()),

@@ -486,3 +486,74 @@ fn a_pod_of_this_node_is_isolated_whatever_is_claimed_elsewhere() {
     checked.update();
     assert_eq!(checked.engine.isolated().count(), 0);
 }
+
+#[test]
+fn the_interfaces_of_isolated_pods_are_known_by_direction() {
+    let mut engine = Engine::new(settings(false)).with_links(|addresses| {
+        let links = addresses
+            .iter()
+            .filter(|ip| **ip != IpAddr::from([10, 0, 0, 3]));
+        links.map(|ip| (*ip, "br0".into())).collect()
+    });
+    for kind in Kind::POLICY {
+        engine.apply(Event::ListStarted(kind));
+        engine.apply(Event::ListComplete(kind));
+    }
+    let mut kernel = Ruleset::default();
+    let mut update = |events: Vec<Event>| {
+        for event in events {
+            engine.apply(event);
+        }
+        for step in engine.update().into_steps() {
+            simulate::apply(&mut kernel, &step).unwrap();
+        }
+        assert_eq!(kernel, engine.ruleset());
+        let table = &kernel.tables[&table_id(crate::model::Family::V6)];
+        ["ingress-links", "egress-links"].map(|name| table.sets[name].elements.len())
+    };
+    let closed = NetworkPolicy {
+        ingress: Some(Vec::new()),
+        ..policy("shop/closed", app("web"))
+    };
+    let events = vec![
+        apply_pod(pod("shop/web", 1, "here", "web")),
+        apply_pod(pod("shop/more", 2, "here", "web")),
+        apply_pod(pod("shop/far", 3, "here", "web")),
+        apply_policy(closed.clone()),
+    ];
+    assert_eq!(update(events), [1, 0], "one bridge has them all");
+    let both = NetworkPolicy {
+        egress: Some(Vec::new()),
+        ..closed
+    };
+    assert_eq!(update(vec![apply_policy(both)]), [1, 1]);
+    let relabelled = |name, address| apply_pod(pod(name, address, "here", "free"));
+    assert_eq!(update(vec![relabelled("shop/web", 1)]), [1, 1]);
+    assert_eq!(update(vec![relabelled("shop/more", 2)]), [0, 0]);
+}
+
+#[test]
+fn an_interface_that_comes_later_is_found_when_it_is_looked_for() {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    static THERE: AtomicBool = AtomicBool::new(false);
+    let mut engine = Engine::new(settings(false)).with_links(|addresses| {
+        let found = addresses.iter().map(|ip| (*ip, "br0".into()));
+        found.filter(|_| THERE.load(Ordering::Relaxed)).collect()
+    });
+    for kind in Kind::POLICY {
+        engine.apply(Event::ListStarted(kind));
+        engine.apply(Event::ListComplete(kind));
+    }
+    engine.apply(apply_pod(pod("shop/web", 1, "here", "web")));
+    engine.apply(apply_policy(NetworkPolicy {
+        ingress: Some(Vec::new()),
+        ..policy("shop/closed", app("web"))
+    }));
+    engine.update();
+    THERE.store(true, Ordering::Relaxed);
+    assert!(engine.update().is_empty());
+    engine.look_at_links();
+    assert_eq!(engine.update().elements(), 1);
+    engine.look_at_links();
+    assert!(engine.update().is_empty());
+}

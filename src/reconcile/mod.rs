@@ -523,6 +523,9 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
 
     /// Tries the services again that the kernel refused earlier.
     pub fn forgive(&mut self) {
+        if let Some(policies) = &mut self.policies {
+            policies.engine.look_at_links();
+        }
         self.changes.services.append(&mut self.refused);
     }
 

@@ -156,6 +156,9 @@ impl<K: Kernel> Reconciler<'_, K> {
             return Ok(0);
         };
         // The difference is taken of the whole.
+        if policies.state != State::Synced {
+            policies.engine.look_at_links();
+        }
         policies.engine.update();
         let wanted = policies.engine.ruleset();
         let actual = self.kernel.read(&[TABLE], &wanted)?;
