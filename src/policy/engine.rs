@@ -19,7 +19,7 @@ use super::rules::{self, policy_chain, skeleton};
 use super::sets::{Membership, SetId, Sets};
 use super::{FindLinks, Settings};
 use crate::model::{Event, Family, Kind, Lists, Object, ObjectName, ObjectRef, Pod};
-use crate::ruleset::{Chain, Element, Ruleset, Table, Transaction, diff};
+use crate::ruleset::{Chain, Element, Name, Ruleset, Table, TableId, Transaction, diff};
 
 /// An isolated pod of this node.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,6 +68,8 @@ pub struct Engine {
     sets: Sets,
     pub(super) plans: BTreeMap<ObjectName, PodPlan>,
     uses: BTreeMap<(Family, Direction, ObjectName), PolicyUse>,
+    /// Policies that the kernel refused: closed until they change or [`Engine::forgive`] is called.
+    pub(super) refused: BTreeSet<ObjectName>,
     find_links: FindLinks,
     /// The interfaces that lead to isolated pods.
     links: BTreeSet<(Direction, Arc<str>)>,
@@ -86,6 +88,7 @@ impl Engine {
             sets: Sets::default(),
             plans: BTreeMap::new(),
             uses: BTreeMap::new(),
+            refused: BTreeSet::new(),
             find_links: |_| Vec::new(),
             links: BTreeSet::new(),
             exists: false,
@@ -142,6 +145,49 @@ impl Engine {
         let local = self.inventory.local_owner(address);
         let pod = local.or_else(|| self.inventory.owner(address));
         pod.map(|pod| &pod.name)
+    }
+
+    /// The policies to which a chain of a table belongs.
+    pub fn policies_of_chain(&self, table: &TableId, chain: &Name) -> Vec<ObjectName> {
+        self.users(table, |direction, name, _| {
+            direction.policy_chain(name) == *chain
+        })
+    }
+
+    /// The policies that use a set of a table.
+    pub fn policies_of_set(&self, table: &TableId, set: &Name) -> Vec<ObjectName> {
+        let Some(id) = self.sets.named(set) else {
+            return Vec::new();
+        };
+        self.users(table, |_, _, used| used.sets.contains(&id))
+    }
+
+    /// Those that are in force and not closed yet.
+    fn users(
+        &self,
+        table: &TableId,
+        is_user: impl Fn(Direction, &ObjectName, &PolicyUse) -> bool,
+    ) -> Vec<ObjectName> {
+        let uses = self.uses.iter();
+        let of_table = uses.filter(|((family, ..), _)| table_id(*family) == *table);
+        let users = of_table.filter(|((_, direction, name), used)| {
+            !self.refused.contains(name) && is_user(*direction, name, used)
+        });
+        let mut names: Vec<ObjectName> = users.map(|((.., name), _)| name.clone()).collect();
+        names.sort_unstable();
+        names.dedup();
+        names
+    }
+
+    /// Closes a policy that the kernel refused: it selects its pods and allows nothing.
+    pub fn refuse(&mut self, policy: ObjectName) {
+        self.touched.policies.insert(policy.clone());
+        self.refused.insert(policy);
+    }
+
+    /// Has the policies tried again that were refused.
+    pub fn forgive(&mut self) {
+        self.touched.policies.append(&mut self.refused);
     }
 
     /// The isolated pods of this node with their addresses.
@@ -271,6 +317,7 @@ impl Engine {
     }
 
     fn touch_policy(&mut self, name: &ObjectName) {
+        self.refused.remove(name);
         let local = self.inventory.local_of(name.namespace()).cloned();
         self.touched.local.extend(local);
         self.touched.policies.insert(name.clone());
@@ -428,6 +475,9 @@ impl Engine {
         }
         let policy = self.inventory.policy(name).filter(|_| old.pods > 0);
         let (chain, sets) = policy.map_or((None, Vec::new()), |policy| {
+            if self.refused.contains(name) {
+                return (Some(Chain::default()), Vec::new());
+            }
             let (chain, sets) = policy_chain(policy, *direction, *family, |meaning| {
                 self.sets.get(meaning, &self.inventory)
             });

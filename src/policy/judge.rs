@@ -54,6 +54,7 @@ impl Engine {
         };
         policies
             .iter()
+            .filter(|name| !self.refused.contains(*name))
             .filter_map(|name: &ObjectName| self.inventory.policy(name))
             .any(|policy| {
                 let rules = rules_of(policy, direction).unwrap_or_default();

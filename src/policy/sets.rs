@@ -364,6 +364,13 @@ impl Sets {
         let entry = self.entries.get(&id);
         entry.map_or_else(Vec::new, |entry| entry.fixed.clone())
     }
+
+    /// The set of a name.
+    pub fn named(&self, name: &Name) -> Option<SetId> {
+        let mut entries = self.entries.iter();
+        let found = entries.find(|(_, entry)| entry.name == *name);
+        found.map(|(id, _)| *id)
+    }
 }
 
 fn fixed_elements(meaning: &Meaning) -> Vec<Element> {

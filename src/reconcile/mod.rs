@@ -65,7 +65,7 @@ use programmed::{Draft, Effects};
 const FORGET_ATTEMPTS: usize = 8;
 /// How many events that wait for their rules are timed; the kernel may be out of order for long.
 const MOST_WAITING: usize = 1 << 16;
-/// How many services are left out in one attempt before giving up until the next.
+/// How many services or policies are left out in one attempt before giving up until the next.
 const MOST_REFUSALS: usize = 64;
 /// How long unused shared chains stay: a service that scales up and down finds its chain again.
 const KEEP_UNUSED_CHAINS: Duration = Duration::from_secs(60);
@@ -521,9 +521,10 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         true
     }
 
-    /// Tries the services again that the kernel refused earlier.
+    /// Tries the services and policies again that the kernel refused earlier.
     pub fn forgive(&mut self) {
         if let Some(policies) = &mut self.policies {
+            policies.engine.forgive();
             policies.engine.look_at_links();
         }
         self.changes.services.append(&mut self.refused);

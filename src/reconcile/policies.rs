@@ -11,9 +11,9 @@ use std::time::Instant;
 use tokio::sync::watch;
 
 use super::connections::Bell;
-use super::{Kernel, Outcome, Reconciler, State};
-use crate::model::{Delivery, Event, Kind, ObjectName};
-use crate::netlink;
+use super::{Kernel, MOST_REFUSALS, Outcome, Reconciler, State};
+use crate::model::{Delivery, Event, Kind, Notice, ObjectName, ObjectRef, Reason, Subject};
+use crate::netlink::{self, Place};
 use crate::policy::{Engine, TABLE};
 use crate::ruleset::diff;
 
@@ -116,21 +116,56 @@ impl<K: Kernel> Reconciler<'_, K> {
     /// says that what differs was changed by somebody else.
     pub(super) fn compare_policies(&mut self, healing: bool) -> Outcome {
         let started = Instant::now();
-        match self.attempt_policies() {
-            Ok(operations) => {
-                if healing && operations > 0 {
-                    self.report_healing(TABLE, operations, started.elapsed());
+        for _ in 0..=MOST_REFUSALS {
+            match self.attempt_policies() {
+                Ok(operations) => {
+                    if healing && operations > 0 {
+                        self.report_healing(TABLE, operations, started.elapsed());
+                    }
+                    // At the start and after a failure connections may be left that an earlier
+                    // attempt, or process, did not come to look at.
+                    self.policies_synced(started, !healing || operations > 0);
+                    return Outcome::Synced;
                 }
-                // At the start and after a failure connections may be left that an earlier attempt,
-                // or process, did not come to look at.
-                self.policies_synced(started, !healing || operations > 0);
-                Outcome::Synced
-            }
-            Err(error) => {
-                self.policies_failed(&error);
-                Outcome::Failed
+                Err(error) if self.close_refused(&error) => self.metrics.failure(),
+                Err(error) => {
+                    self.policies_failed(&error);
+                    break;
+                }
             }
         }
+        if let Some(policies) = &mut self.policies {
+            policies.state = State::Unknown;
+        }
+        Outcome::Failed
+    }
+
+    /// Closes the policies of which something was refused. False if the error cannot be laid at the
+    /// door of any.
+    fn close_refused(&mut self, error: &netlink::Error) -> bool {
+        let Some(policies) = &mut self.policies else {
+            return false;
+        };
+        let culprits = match error.refused() {
+            Some(Place::Chain(table, chain) | Place::Rule(table, chain, _)) => {
+                policies.engine.policies_of_chain(table, chain)
+            }
+            Some(Place::Set(table, set) | Place::Element(table, set, ..)) => {
+                policies.engine.policies_of_set(table, set)
+            }
+            Some(Place::Table(_) | Place::Transaction) | None => Vec::new(),
+        };
+        for policy in &culprits {
+            policies.engine.refuse(policy.clone());
+        }
+        for policy in &culprits {
+            self.report(Notice {
+                subject: Subject::Object(ObjectRef::new(Kind::NetworkPolicy, policy.clone())),
+                reason: Reason::KernelRefused,
+                message: format!("{error}; the policy allows nothing until it changes"),
+            });
+        }
+        !culprits.is_empty()
     }
 
     /// Puts back what somebody else changed in the policy tables. Returns whether anything was.

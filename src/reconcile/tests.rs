@@ -26,6 +26,7 @@ use crate::ruleset::{Element, Key, Name, Op, TableId, simulate};
 
 mod flows;
 mod large;
+mod policies;
 mod questions;
 
 /// A kernel in memory. Clones share it, so that tests can look and meddle.

@@ -7,7 +7,7 @@ use crate::model::{LabelSelector, NetworkPolicy, Pod};
 use crate::policy::{self, Connection};
 use crate::reconcile::connections::bell;
 
-fn pod(name: &str, address: &str) -> Event {
+pub(super) fn pod(name: &str, address: &str) -> Event {
     Event::Apply(Object::Pod(Pod {
         name: ObjectName::new("shop", name),
         created: None,
@@ -22,7 +22,7 @@ fn pod(name: &str, address: &str) -> Event {
 }
 
 /// All pods of the shop are closed for ingress.
-fn closed() -> Event {
+pub(super) fn closed() -> Event {
     Event::Apply(Object::NetworkPolicy(NetworkPolicy {
         name: ObjectName::new("shop", "closed"),
         pods: LabelSelector::default(),
@@ -31,14 +31,14 @@ fn closed() -> Event {
     }))
 }
 
-fn policy_lists(objects: Vec<Event>) -> Vec<Event> {
+pub(super) fn policy_lists(objects: Vec<Event>) -> Vec<Event> {
     let mut events: Vec<_> = Kind::POLICY.map(Event::ListStarted).into();
     events.extend(objects);
     events.extend(Kind::POLICY.map(Event::ListComplete));
     events
 }
 
-fn engine() -> Engine {
+pub(super) fn engine() -> Engine {
     Engine::new(policy::Settings {
         node: "here".into(),
         strict: true,
@@ -47,7 +47,7 @@ fn engine() -> Engine {
 }
 
 /// Whether the reconciler denies what goes from one address to another.
-fn denies(reconciler: &Reconciler<Fake>, source: &str, destination: &str) -> bool {
+pub(super) fn denies(reconciler: &Reconciler<Fake>, source: &str, destination: &str) -> bool {
     let (answer, mut answered) = oneshot::channel();
     let connection = Connection {
         source: source.parse().unwrap(),
