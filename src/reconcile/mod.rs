@@ -629,7 +629,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         for notice in checks.map_or_else(Vec::new, |c| c.publish(&self.store, &self.refused)) {
             self.report(notice);
         }
-        for kind in Kind::SERVICES {
+        for kind in Kind::ALL {
             let of_policies = self.policies.as_ref().map_or(0, |p| p.engine.count(kind));
             let count = self.store.count(kind) + of_policies;
             self.metrics.objects(kind.as_str(), count);

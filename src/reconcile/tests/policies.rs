@@ -1,6 +1,6 @@
 //! Policies that the kernel refuses, addresses that move, and what is counted.
 
-use super::questions::{engine, pod, policy_lists};
+use super::questions::{closed, engine, pod, policy_lists};
 use super::*;
 use crate::model::{LabelSelector, NetworkPolicy, Peer, PolicyRule};
 use crate::policy;
@@ -103,4 +103,54 @@ fn what_two_policies_share_closes_both() {
         (Some(0), Some(0))
     );
     assert_eq!(bench.heard().len(), 2);
+}
+
+#[test]
+fn pods_namespaces_and_policies_are_counted() {
+    let bench = Bench::new();
+    let mut reconciler = bench.reconciler().with_policies(engine());
+    handle(&mut reconciler, lists(Vec::new()));
+    let objects = vec![pod("web", "10.1.0.5"), pod("db", "10.1.0.6"), closed()];
+    handle(&mut reconciler, policy_lists(objects));
+    let text = bench.metrics.encode();
+    for line in [
+        "nftlet_objects{kind=\"Pod\"} 2\n",
+        "nftlet_objects{kind=\"Namespace\"} 0\n",
+        "nftlet_objects{kind=\"NetworkPolicy\"} 1\n",
+    ] {
+        assert!(text.contains(line), "{line} is not in\n{text}");
+    }
+}
+
+#[test]
+fn a_pod_is_isolated_before_a_service_leads_to_it() {
+    let bench = Bench::new();
+    let mut reconciler = bench.reconciler().with_policies(engine());
+    let web = service("web", &["10.96.0.10"], &[80]);
+    handle(&mut reconciler, lists(vec![web.clone().into()]));
+    handle(&mut reconciler, policy_lists(vec![closed()]));
+    let before = bench.kernel.0.borrow().applied.len();
+    // The service first, which is of no matter.
+    let events = vec![
+        put(slice("web-1", &web, Family::V4, &[5])),
+        pod("web", "10.244.1.5"),
+    ];
+    handle(&mut reconciler, events);
+    let state = bench.kernel.0.borrow();
+    let adds_to = |transaction: &Transaction, table: &TableId, set: &str| {
+        transaction.ops.iter().any(|op| match op {
+            Op::AddElements(of, name, ..) => of == table && name.as_str() == set,
+            _ => false,
+        })
+    };
+    let place = |table: TableId, set: &str| {
+        let mut new = state.applied.iter().skip(before);
+        new.position(|transaction| adds_to(transaction, &table, set))
+    };
+    let isolated = place(policy::table_id(Family::V4), "ingress-pods");
+    let leads = place(table_id(Family::V4), "endpoints");
+    assert!(
+        isolated.is_some() && isolated < leads,
+        "{isolated:?} {leads:?}"
+    );
 }
