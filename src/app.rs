@@ -9,9 +9,9 @@
 //! ```
 //!
 //! More threads wait for work: "flows" deletes stale UDP flows, "monitor" hears of changes that
-//! others make to nftlet's tables, and where a flag asks for it "cuts" removes connections that no
-//! policy allows any more, and "denied" hears of denied packets. A last one, "leftovers", waits for
-//! the first rules, removes those of another proxy and ends.
+//! others make to nftlet's tables, "cuts" removes connections that no policy allows any more, and where
+//! a flag asks for it "denied" hears of denied packets. A last one, "leftovers", waits for the first
+//! rules, removes those of another proxy and ends.
 //!
 //! Writing to the kernel blocks, decoding objects and answering probes must not wait for it:
 //! each has a thread with a single-threaded runtime. A third thread, "flows", deletes UDP flows

@@ -54,15 +54,13 @@ pub(super) fn start(
     }
     count_drops(metrics, isolated.clone())?;
     let (ask, questions) = mpsc::channel(QUESTIONS);
-    if args.network_policy_strict {
-        let (bell, woken) = connections::bell();
-        let (ask, metrics) = (ask.clone(), metrics.clone());
-        let cut = move || {
-            Cutter::new(connections::open, woken, isolated, ask, &metrics).run();
-        };
-        spawn("cuts", "the thread that cuts connections", cut)?;
-        observers.cutter = Some(bell);
-    }
+    let (bell, woken) = connections::bell();
+    let (judge, metrics) = (ask.clone(), metrics.clone());
+    let cut = move || {
+        Cutter::new(connections::open, woken, isolated, judge, &metrics).run();
+    };
+    spawn("cuts", "the thread that cuts connections", cut)?;
+    observers.cutter = Some(bell);
     if let Some(reader) = reader {
         let follow = move || denied::follow(reader, || LogReader::open(LOG_GROUP), &ask);
         spawn("denied", "the thread that logs denied packets", follow)?;

@@ -14,6 +14,7 @@ use smallvec::SmallVec;
 
 use super::inventory::Inventory;
 use super::layout::{Direction, table_id};
+use super::moved::Moved;
 use super::parts::{self, Parts, isolate, sort};
 use super::rules::{self, policy_chain, skeleton};
 use super::sets::{Membership, SetId, Sets};
@@ -73,6 +74,7 @@ pub struct Engine {
     find_links: FindLinks,
     /// The interfaces that lead to isolated pods.
     links: BTreeSet<(Direction, Arc<str>)>,
+    moved: Moved,
     /// Whether the tables exist: while there is any policy.
     exists: bool,
     touched: Touched,
@@ -91,6 +93,7 @@ impl Engine {
             refused: BTreeSet::new(),
             find_links: |_| Vec::new(),
             links: BTreeSet::new(),
+            moved: Moved::default(),
             exists: false,
             touched: Touched::default(),
         }
@@ -102,6 +105,11 @@ impl Engine {
     pub fn with_links(mut self, find: FindLinks) -> Self {
         self.find_links = find;
         self
+    }
+
+    /// Whether connections shall be cut that no policy allows any more.
+    pub fn is_strict(&self) -> bool {
+        self.settings.strict
     }
 
     /// An engine that keeps the tables away: it needs no list and knows no policy.
@@ -145,6 +153,12 @@ impl Engine {
         let local = self.inventory.local_owner(address);
         let pod = local.or_else(|| self.inventory.owner(address));
         pod.map(|pod| &pod.name)
+    }
+
+    /// The addresses that other pods have than at the last call, so that connections may be left
+    /// of the former ones.
+    pub fn take_moved(&mut self) -> BTreeSet<IpAddr> {
+        self.moved.take()
     }
 
     /// The policies to which a chain of a table belongs.
@@ -275,9 +289,19 @@ impl Engine {
         for version in old.into_iter().chain(&pod) {
             concerned.extend(self.inventory.rivals(version));
         }
+        let addresses: BTreeSet<IpAddr> = old
+            .into_iter()
+            .chain(&pod)
+            .flat_map(|version| version.addresses.iter().copied())
+            .collect();
         for name in &concerned {
             self.touch_pod(name);
         }
+        let owners = |inventory: &Inventory| -> Vec<Option<ObjectName>> {
+            let owners = addresses.iter().map(|address| inventory.owner(*address));
+            owners.map(|pod| pod.map(|pod| pod.name.clone())).collect()
+        };
+        let before = owners(&self.inventory);
         let namespace = name.namespace();
         let known = self.inventory.has_namespace(namespace);
         self.inventory.set_pod(name, pod);
@@ -286,6 +310,13 @@ impl Engine {
         }
         if known != self.inventory.has_namespace(namespace) {
             self.sets.namespace_changed(namespace, &self.inventory);
+        }
+        // What a list tells for the first time may have been so for long.
+        let listing = self.lists.is_open(Kind::Pod);
+        let after = owners(&self.inventory);
+        for (address, (before, after)) in addresses.iter().zip(before.into_iter().zip(after)) {
+            let local = self.inventory.local_owner(*address).is_some();
+            self.moved.note(*address, before, after, local && !listing);
         }
     }
 

@@ -36,6 +36,7 @@ mod index;
 mod inventory;
 mod judge;
 mod layout;
+mod moved;
 mod parts;
 mod rules;
 mod sets;

@@ -4,6 +4,7 @@
 //! and its own comparison with the kernel. Policies come first, so that a new pod is isolated
 //! before a service leads to it.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Instant;
@@ -32,6 +33,11 @@ pub(super) struct Followers {
 pub(super) struct Policies {
     pub engine: Engine,
     pub state: State,
+    /// Addresses with another pod than before, whose connections are to be looked at when the
+    /// rules are in force.
+    moved: BTreeSet<IpAddr>,
+    /// Those that were handed on last. They may not have been looked at yet.
+    told: BTreeSet<IpAddr>,
 }
 
 impl Policies {
@@ -39,6 +45,8 @@ impl Policies {
         Self {
             engine,
             state: State::Listing,
+            moved: BTreeSet::new(),
+            told: BTreeSet::new(),
         }
     }
 }
@@ -98,6 +106,7 @@ impl<K: Kernel> Reconciler<'_, K> {
         };
         let transaction = policies.engine.update();
         if transaction.is_empty() {
+            self.tell_moved();
             return Outcome::Synced;
         }
         match self.write(transaction) {
@@ -208,7 +217,12 @@ impl<K: Kernel> Reconciler<'_, K> {
         let Some(policies) = &mut self.policies else {
             return;
         };
-        policies.state = State::Synced;
+        let first = std::mem::replace(&mut policies.state, State::Synced) == State::Listing;
+        if first {
+            // Who had the addresses before is not known, and most have the pods for long.
+            policies.engine.take_moved();
+        }
+        let strict = policies.engine.is_strict();
         let isolated = policies.engine.isolated();
         self.metrics
             .policy_sync(started.elapsed(), isolated.count());
@@ -224,8 +238,27 @@ impl<K: Kernel> Reconciler<'_, K> {
                 other
             });
         }
-        if let Some(cutter) = self.followers.cutter.as_ref().filter(|_| changed) {
+        if let Some(cutter) = &self.followers.cutter
+            && strict
+            && changed
+        {
             cutter.ring();
+        }
+        self.tell_moved();
+    }
+
+    /// Has the connections looked at of the addresses that other pods have now.
+    fn tell_moved(&mut self) {
+        let Some(policies) = &mut self.policies else {
+            return;
+        };
+        policies.moved.append(&mut policies.engine.take_moved());
+        if policies.moved.is_empty() {
+            return;
+        }
+        policies.told = std::mem::take(&mut policies.moved);
+        if let Some(cutter) = &self.followers.cutter {
+            cutter.ring_for(policies.told.iter().copied());
         }
     }
 
@@ -234,6 +267,8 @@ impl<K: Kernel> Reconciler<'_, K> {
         self.reporter.failed(error);
         if let Some(policies) = &mut self.policies {
             policies.state = State::Unknown;
+            // Nothing is judged while it is unknown what is in force.
+            policies.moved.append(&mut policies.told);
         }
     }
 }

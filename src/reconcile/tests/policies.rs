@@ -4,6 +4,7 @@ use super::questions::{closed, engine, pod, policy_lists};
 use super::*;
 use crate::model::{LabelSelector, NetworkPolicy, Peer, PolicyRule};
 use crate::policy;
+use crate::reconcile::connections::bell;
 
 /// A policy for all pods of the shop that allows a block.
 fn allowing(name: &str, block: &str) -> Event {
@@ -103,6 +104,48 @@ fn what_two_policies_share_closes_both() {
         (Some(0), Some(0))
     );
     assert_eq!(bench.heard().len(), 2);
+}
+
+#[test]
+fn the_connections_of_an_address_with_another_pod_are_looked_at_in_every_mode() {
+    let bench = Bench::new();
+    let (cutter, woken) = bell();
+    let engine = Engine::new(policy::Settings {
+        node: "here".into(),
+        ..policy::Settings::default()
+    });
+    let mut reconciler = bench.reconciler().with_policies(engine).with_cutter(cutter);
+    let delete = |name| Event::Delete(ObjectRef::new(Kind::Pod, ObjectName::new("shop", name)));
+    handle(&mut reconciler, lists(Vec::new()));
+    let objects = vec![pod("web", "10.1.0.5"), closed()];
+    handle(&mut reconciler, policy_lists(objects));
+    let told = || {
+        let mut told: Vec<String> = woken
+            .take_addresses()
+            .iter()
+            .map(IpAddr::to_string)
+            .collect();
+        told.sort();
+        told
+    };
+    assert!(told().is_empty(), "it may have been there for long");
+    handle(&mut reconciler, vec![delete("web")]);
+    assert!(told().is_empty(), "nobody has the address");
+    // Nobody is asked before the rules are in force, and again if it is unknown whether they are.
+    bench.kernel.0.borrow_mut().failures = 2;
+    handle(&mut reconciler, vec![pod("other", "10.1.0.5")]);
+    assert!(told().is_empty());
+    handle(&mut reconciler, vec![]);
+    assert_eq!(told(), ["10.1.0.5"]);
+    bench.kernel.0.borrow_mut().failures = 2;
+    handle(&mut reconciler, vec![pod("new", "10.1.0.7")]);
+    handle(&mut reconciler, vec![]);
+    assert_eq!(told(), ["10.1.0.5", "10.1.0.7"]);
+    // A list that is read again tells nothing new.
+    let objects = vec![pod("other", "10.1.0.5"), pod("new", "10.1.0.7"), closed()];
+    handle(&mut reconciler, policy_lists(objects));
+    assert!(told().is_empty());
+    assert!(!woken.take(), "connections are cut in strict mode");
 }
 
 #[test]
