@@ -10,10 +10,10 @@ mod fake_api;
 
 use std::time::Duration;
 
-use agent::{Node, PATIENCE, lines_with, wait_for_log};
-use common::netns::{require_net_admin, wait_for};
+use agent::{NFTLET, Node, PATIENCE, get, lines_with, metric, wait_for_log};
+use common::netns::{Daemon, require_net_admin, wait_for};
 use consumer::{cidr, node, service, slice};
-use fake_api::{CIDRS, FakeApi, NODES, SERVICES, SLICES, Written};
+use fake_api::{CIDRS, FakeApi, NODES, POLICIES, SERVICES, SLICES, Written};
 use nftlet::events::{Pace, QUEUE, Recorder};
 use nftlet::model::{Kind, Notice, ObjectName, ObjectRef, Reason, Subject};
 use nftlet::source::Cluster;
@@ -261,4 +261,43 @@ fn services_work_where_events_are_forbidden() {
     node.leads("10.96.0.11", &["10.1.0.3"]);
     assert_eq!(lines_with(&nftlet.log(), "Events").len(), 1);
     assert_eq!(node.api.asked_to_write(), 1);
+}
+
+#[test]
+fn a_policy_with_a_fault_has_an_event_and_is_counted() {
+    if !require_net_admin() {
+        return;
+    }
+    let node = faulty_cluster();
+    node.api.put(
+        POLICIES,
+        json!({
+            "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
+            "metadata": {"namespace": "shop", "name": "faulty", "uid": "9c1d"},
+            "spec": {
+                "podSelector": {},
+                "ingress": [{"from": [{"ipBlock": {"cidr": "10.0.0.0/33"}}]}],
+            },
+        }),
+    );
+    let ports = [
+        "--metrics-bind-address=127.0.0.1:10249",
+        "--healthz-bind-address=",
+    ];
+    let _nftlet = Daemon::start(&node.ns, NFTLET, node.arguments(&ports));
+    let fault = wait_for_event(&node, "InvalidPolicy");
+    for (pointer, value) in [
+        ("/regarding/kind", "NetworkPolicy"),
+        ("/regarding/apiVersion", "networking.k8s.io/v1"),
+        ("/regarding/namespace", "shop"),
+        ("/regarding/name", "faulty"),
+        ("/regarding/uid", "9c1d"),
+        ("/type", "Warning"),
+    ] {
+        assert_eq!(fault.text(pointer), value, "{pointer}");
+    }
+    assert!(fault.text("/note").contains("10.0.0.0/33"), "{fault:?}");
+    let (_, page) = get(&node.ns, "127.0.0.1:10249", "/metrics");
+    let counted = metric(&page, "nftlet_notices_total{reason=\"InvalidPolicy\"}");
+    assert!((counted - 1.0).abs() < 1e-9, "{counted}");
 }
