@@ -19,6 +19,7 @@ use std::time::Instant;
 
 use clap::Parser;
 use nftlet::compile::Settings;
+use nftlet::links;
 use nftlet::metrics::Metrics;
 use nftlet::model::{Delivery, Event, Kind, Object, ObjectName, ObjectRef, Pod};
 use nftlet::netlink::{Applied, Error, Monitor, Nftables};
@@ -27,7 +28,7 @@ use nftlet::reconcile::{Kernel, Log, Outcome, Reconciler};
 use nftlet::ruleset::{Element, Ruleset, TableId, Transaction};
 use serde::Serialize;
 
-use cluster::{APPLICATIONS, Cluster, LOCAL, NODE};
+use cluster::{ALLOWED, Cluster, LOCAL, NODE};
 
 /// Single changes of each kind.
 const CHANGES: usize = 300;
@@ -59,12 +60,14 @@ struct Arguments {
 struct Counted {
     kernel: Nftables,
     elements: std::rc::Rc<std::cell::Cell<usize>>,
+    messages: std::rc::Rc<std::cell::Cell<usize>>,
 }
 
 impl Kernel for Counted {
     fn apply(&mut self, transaction: &Transaction) -> Result<Applied, Error> {
         let applied = self.kernel.apply(transaction)?;
         self.elements.set(self.elements.get() + applied.elements);
+        self.messages.set(self.messages.get() + applied.messages);
         Ok(applied)
     }
 
@@ -106,30 +109,49 @@ impl Samples {
 struct Agent<'a> {
     reconciler: Reconciler<'a, Counted>,
     elements: std::rc::Rc<std::cell::Cell<usize>>,
+    messages: std::rc::Rc<std::cell::Cell<usize>>,
 }
 
 impl<'a> Agent<'a> {
     fn new(metrics: &'a Metrics) -> Self {
         let kernel = Nftables::open().unwrap_or_else(|error| panic!("{error}"));
-        let elements = std::rc::Rc::default();
+        let (elements, messages) = Default::default();
         let counted = Counted {
             kernel,
             elements: std::rc::Rc::clone(&elements),
+            messages: std::rc::Rc::clone(&messages),
         };
         let engine = Engine::new(policy::Settings {
             node: NODE.into(),
             ..policy::Settings::default()
-        });
+        })
+        .with_links(links::find);
         let reconciler =
             Reconciler::new(counted, Settings::default(), metrics, &Log).with_policies(engine);
         Self {
             reconciler,
             elements,
+            messages,
         }
+    }
+
+    /// A change of a pod: at least one element.
+    fn change_pod(&mut self, samples: &mut Samples, events: Vec<Delivery>) {
+        self.handle(samples, events);
+        let elements = self.elements.get();
+        assert!(elements > 0, "{} touched nothing", samples.what);
+    }
+
+    /// A change of a policy, which may leave the elements as they are.
+    fn change_policy(&mut self, samples: &mut Samples, events: Vec<Delivery>) {
+        self.handle(samples, events);
+        let messages = self.messages.get();
+        assert!(messages > 0, "{} touched nothing", samples.what);
     }
 
     fn handle(&mut self, samples: &mut Samples, events: Vec<Delivery>) {
         self.elements.set(0);
+        self.messages.set(0);
         let started = Instant::now();
         assert_eq!(self.reconciler.handle(events), Outcome::Synced);
         samples.seconds.push(started.elapsed().as_secs_f64());
@@ -195,24 +217,24 @@ fn measure(pods: usize, policies: usize) -> Vec<Samples> {
             monitor.listen().unwrap_or_else(|error| panic!("{error}"));
             for change in 0..CHANGES {
                 let mut pod = cluster.later_pod(change);
-                agent.handle(&mut added, apply(pod.clone()));
-                pod.labels = cluster.labels[(change + 1) % APPLICATIONS].clone();
-                agent.handle(&mut relabelled, apply(pod.clone()));
-                agent.handle(&mut removed, delete(Kind::Pod, pod.name));
+                agent.change_pod(&mut added, apply(pod.clone()));
+                pod.labels = cluster.labels[(change + 1) % ALLOWED].clone();
+                agent.change_pod(&mut relabelled, apply(pod.clone()));
+                agent.change_pod(&mut removed, delete(Kind::Pod, pod.name));
             }
             for change in 0..CHANGES {
                 let mut pod = cluster.later_pod(change);
                 pod.node = Some(NODE.into());
-                agent.handle(&mut local_added, apply(pod.clone()));
-                agent.handle(&mut local_removed, delete(Kind::Pod, pod.name));
+                agent.change_pod(&mut local_added, apply(pod.clone()));
+                agent.change_pod(&mut local_removed, delete(Kind::Pod, pod.name));
             }
             for change in 0..CHANGES {
-                let mut policy = cluster.policy(change);
+                let mut policy = cluster.selecting_policy(change);
                 policy.name = ObjectName::new(policy.name.namespace(), "another");
                 let name = policy.name.clone();
                 let event = Event::Apply(Object::NetworkPolicy(policy));
-                agent.handle(&mut policy_added, vec![Delivery::now(event)]);
-                agent.handle(&mut policy_removed, delete(Kind::NetworkPolicy, name));
+                agent.change_policy(&mut policy_added, vec![Delivery::now(event)]);
+                agent.change_policy(&mut policy_removed, delete(Kind::NetworkPolicy, name));
             }
         });
     }

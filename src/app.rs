@@ -12,12 +12,13 @@
 //! each has a thread with a single-threaded runtime.
 //!
 //! More threads wait for work: "flows" deletes stale UDP flows, "monitor" hears of changes that
-//! others make to nftlet's tables, "audit" compares them now and then with what is wanted, and where
-//! a flag asks for it "cuts" removes connections that no policy allows any more, and "denied" hears
-//! of denied packets. A last one, "leftovers", waits for the first rules, removes those of another
+//! others make to nftlet's tables, "audit" compares them now and then with what is wanted, "cuts"
+//! removes connections that no policy allows any more, and where a flag asks for it "denied" hears of
+//! denied packets. A last one, "leftovers", waits for the first rules, removes those of another
 //! proxy, and looks for them again now and then.
 
 mod configure;
+mod drops;
 mod dry_run;
 mod kernel;
 mod leftovers;
@@ -43,6 +44,7 @@ use crate::compile::{DetectLocal, MasqueradeBit, NodePortAddresses, Settings, TA
 use crate::config;
 use crate::events;
 use crate::health::{self, Checks, Health};
+use crate::links;
 use crate::metrics::Metrics;
 use crate::model::{Event, Kind, Node, Notice, Object, Reason, Store, Subject};
 use crate::netlink::{self, Heard, Monitor, Nftables};
@@ -261,7 +263,7 @@ pub fn run(mut line: CommandLine) -> Result<(), Error> {
         .with_stand_in(stand_in(&stand_in_name))
         .with_cleaner(cleaner)
         .with_health_checks(health_checks)
-        .with_policies(policies(args, &stand_in_name))
+        .with_policies(policies(args, &stand_in_name, observers.log_group))
         .with_isolated(isolated)
         .with_log_fields(args.log_format == LogFormat::Json);
     if let Some(cutter) = observers.cutter {
@@ -429,14 +431,14 @@ fn print(write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<(), Err
 }
 
 /// Compiles the policies, or keeps their tables away.
-fn policies(args: &Args, node_name: &str) -> Engine {
+fn policies(args: &Args, node_name: &str, log_group: Option<u16>) -> Engine {
     let settings = policy::Settings {
         node: node_name.into(),
         strict: args.network_policy_strict,
-        log_group: args.log_denied.then_some(policy::LOG_GROUP),
+        log_group,
     };
     if args.network_policy.is_on() {
-        Engine::new(settings)
+        Engine::new(settings).with_links(links::find)
     } else {
         Engine::off(settings)
     }

@@ -2,7 +2,8 @@
 //!
 //! With many network plugins the pods of a node are ports of one Linux bridge. What one of them
 //! sends to another is then switched and not routed, and meets the forward hook, where policies
-//! are asked, only while br_netfilter is loaded and its setting for the family is 1.
+//! are asked, only while br_netfilter is loaded and its setting for the family is 1, that of all
+//! bridges or that of the one.
 //!
 //! [`Watch::look`] compares the isolated pods with the bridges of the host and tells what is new.
 //! It changes no setting: that would concern all bridges of the host.
@@ -40,6 +41,15 @@ impl Unfiltered {
             "net.bridge.bridge-nf-call-ip6tables"
         } else {
             "net.bridge.bridge-nf-call-iptables"
+        }
+    }
+
+    /// The file with the setting of one bridge, which asks for the rules as well.
+    fn of_bridge(&self) -> &'static str {
+        if self.ipv6 {
+            "nf_call_ip6tables"
+        } else {
+            "nf_call_iptables"
         }
     }
 
@@ -146,7 +156,14 @@ fn unfiltered(
     let setting = fs::read_to_string(file)
         .ok()
         .map(|text| text.trim().to_owned());
-    (setting.as_deref() != Some("1")).then_some(Unfiltered { setting, ..found })
+    // Without br_netfilter, which brings the setting of all bridges, that of one has no effect.
+    let of_bridge = || {
+        let folder = root.join("sys/class/net").join(&found.bridge);
+        let file = folder.join("bridge").join(found.of_bridge());
+        setting.is_some() && fs::read_to_string(file).is_ok_and(|text| text.trim() == "1")
+    };
+    let filtered = setting.as_deref() == Some("1") || of_bridge();
+    (!filtered).then_some(Unfiltered { setting, ..found })
 }
 
 /// The addresses of the interfaces in the network namespace of the calling thread.
@@ -262,6 +279,26 @@ mod tests {
             ),
             "{found}"
         );
+    }
+
+    #[test]
+    fn a_bridge_can_be_filtered_by_a_setting_of_its_own() {
+        let host = Host::new();
+        let folder = host.root.path().join("sys/class/net/cni0/bridge");
+        fs::write(folder.join("nf_call_iptables"), "1\n").unwrap();
+        fs::write(folder.join("nf_call_ip6tables"), "0\n").unwrap();
+        let mut watch = Watch::new(host.root.path());
+        let pods = [ip("10.1.0.5"), ip("fd00:1::5")];
+        let unfiltered = |watch: &mut Watch| {
+            watch.look(&host.attached, &pods);
+            [false, true].map(|ipv6| watch.is_unfiltered(ipv6))
+        };
+        assert_eq!(unfiltered(&mut watch), [true, true], "no br_netfilter");
+        host.set("bridge-nf-call-iptables", "0\n");
+        host.set("bridge-nf-call-ip6tables", "0\n");
+        assert_eq!(unfiltered(&mut watch), [false, true]);
+        fs::write(folder.join("nf_call_ip6tables"), "1\n").unwrap();
+        assert_eq!(unfiltered(&mut watch), [false, false]);
     }
 
     #[test]

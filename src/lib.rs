@@ -28,6 +28,7 @@ pub mod compile;
 pub mod config;
 pub mod events;
 pub mod health;
+pub mod links;
 pub mod metrics;
 pub mod model;
 pub mod netlink;

@@ -10,10 +10,10 @@ mod fake_api;
 
 use std::time::Duration;
 
-use agent::{NFTLET, Node, PATIENCE, get, lines_with, wait_for_log};
+use agent::{NFTLET, Node, PATIENCE, get, lines_with, metric, wait_for_log};
 use common::netns::{Daemon, require_net_admin, wait_for};
 use consumer::{cidr, node, service, slice};
-use fake_api::{CIDRS, FakeApi, NODES, SERVICES, SLICES, Written};
+use fake_api::{CIDRS, FakeApi, NODES, POLICIES, SERVICES, SLICES, Written};
 use nftlet::events::{Pace, QUEUE, Recorder};
 use nftlet::model::{Kind, Notice, ObjectName, ObjectRef, Reason, Subject};
 use nftlet::source::Cluster;
@@ -331,4 +331,43 @@ fn a_kernel_setting_that_cannot_be_made_is_told_of_and_counted() {
     let counted = "nftlet_notices_total{reason=\"KernelSetting\"}";
     assert!(page.lines().any(|it| it.starts_with(counted)), "{page}");
     assert!(!line(&format!("{counted} 0")), "{page}");
+}
+
+#[test]
+fn a_policy_with_a_fault_has_an_event_and_is_counted() {
+    if !require_net_admin() {
+        return;
+    }
+    let node = faulty_cluster();
+    node.api.put(
+        POLICIES,
+        json!({
+            "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
+            "metadata": {"namespace": "shop", "name": "faulty", "uid": "9c1d"},
+            "spec": {
+                "podSelector": {},
+                "ingress": [{"from": [{"ipBlock": {"cidr": "10.0.0.0/33"}}]}],
+            },
+        }),
+    );
+    let ports = [
+        "--metrics-bind-address=127.0.0.1:10249",
+        "--healthz-bind-address=",
+    ];
+    let _nftlet = Daemon::start(&node.ns, NFTLET, node.arguments(&ports));
+    let fault = wait_for_event(&node, "InvalidPolicy");
+    for (pointer, value) in [
+        ("/regarding/kind", "NetworkPolicy"),
+        ("/regarding/apiVersion", "networking.k8s.io/v1"),
+        ("/regarding/namespace", "shop"),
+        ("/regarding/name", "faulty"),
+        ("/regarding/uid", "9c1d"),
+        ("/type", "Warning"),
+    ] {
+        assert_eq!(fault.text(pointer), value, "{pointer}");
+    }
+    assert!(fault.text("/note").contains("10.0.0.0/33"), "{fault:?}");
+    let (_, page) = get(&node.ns, "127.0.0.1:10249", "/metrics");
+    let counted = metric(&page, "nftlet_notices_total{reason=\"InvalidPolicy\"}");
+    assert!((counted - 1.0).abs() < 1e-9, "{counted}");
 }

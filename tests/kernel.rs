@@ -560,6 +560,7 @@ fn everything(family: Family) -> Ruleset {
                 Rule::new([
                     S::Match(Selector::L4Protocol, Is, Operand::Protocol(58)),
                     S::InSet(vec![Selector::Icmp6Type], Is, "icmpv6-types".into()),
+                    S::HopLimit(255),
                     S::InSet(
                         vec![Selector::DestinationAddress, Selector::Icmp6Type],
                         IsNot,

@@ -1,5 +1,5 @@
 //! Network policies with real packets, one property of the API after the other, over the changes
-//! that clusters go through. Pods hang on routed links, one each; `network_policies_bridge.rs` has
+//! that clusters go through. Pods hang on routed links, one each; `network_policy_bridge.rs` has
 //! them on a bridge.
 
 mod common;
@@ -8,7 +8,7 @@ mod reach;
 #[path = "common/shop.rs"]
 mod shop;
 
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Write as _};
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
@@ -796,4 +796,318 @@ fn names_as_long_as_the_api_allows_are_told_apart() {
 
 fn ip(text: &str) -> IpAddr {
     text.parse().expect("an address")
+}
+
+/// Sends an ICMPv6 message of a type with the hop limit that stands for "from this link".
+fn send_icmp6(from: &Machine, to: IpAddr, kind: u8) {
+    use rustix::net::{AddressFamily, SendFlags, SocketType, ipproto, sendto, socket, sockopt};
+    from.ns.run(|| {
+        let socket = socket(AddressFamily::INET6, SocketType::RAW, Some(ipproto::ICMPV6));
+        let socket = socket.expect("a raw socket");
+        sockopt::set_ipv6_unicast_hops(&socket, Some(255)).expect("a hop limit");
+        let mut message = [0; 24];
+        message[0] = kind;
+        let to = SocketAddr::new(to, 0);
+        sendto(&socket, &message, SendFlags::empty(), &to).expect("a message is sent");
+    });
+}
+
+#[test]
+fn neighbour_discovery_carries_nothing_through_a_router() {
+    if !require_net_admin() {
+        return;
+    }
+    let shop = Shop::open();
+    let [web, db, _] = shop.pods();
+    let node = shop.lab.node().ns();
+    let out = json!({"podSelector": {"matchLabels": {"app": "web"}}, "policyTypes": ["Egress"]});
+    shop.put_and_apply(&policy("shop", "out", out));
+    let key = ("egress".to_owned(), web.v6.into());
+    let count = || denied(&[node]).get(&key).copied().unwrap_or_default();
+    for kind in [130, 131, 132, 133, 134, 135, 136, 143] {
+        let before = count();
+        send_icmp6(&web, db.v6.into(), kind);
+        wait_for(&format!("type {kind} to be denied"), PATIENCE * 3, || {
+            (count() > before).then_some(())
+        });
+    }
+    // On the link itself it works still.
+    web.ns.ip("neigh flush all");
+    node.ip("neigh flush all");
+    check(&Case::both(&shop.lab.node().machine, &web, Tcp(80), true));
+}
+
+#[test]
+fn strict_mode_lets_untracked_connections_live() {
+    if !require_net_admin() {
+        return;
+    }
+    let shop = Shop::open();
+    let [web, db, api] = shop.pods();
+    let node = shop.lab.node().ns();
+    for family in ["ip", "ip6"] {
+        node.nft_load(&format!(
+            "table {family} untracked {{ chain early {{
+                type filter hook prerouting priority -300; policy accept;
+                meta l4proto tcp th dport 80 notrack
+                meta l4proto tcp th sport 80 notrack
+            }}; }}"
+        ));
+    }
+    let into = json!({"podSelector": {"matchLabels": {"app": "web"}}, "ingress": [
+        {"from": [{"podSelector": {"matchLabels": {"app": "db"}}}]},
+    ]});
+    shop.manifests.put(&policy("shop", "in", into));
+    shop.manifests.program(node, &["--network-policy-strict"]);
+    let cases = [
+        Case::both(&db, &web, Tcp(80), true),
+        Case::both(&db, &web, Tcp(8080), true),
+        Case::both(&api, &web, Tcp(80), false),
+    ];
+    check_counted(&[node], &cases.concat());
+}
+
+#[test]
+fn an_endpoint_in_the_network_of_the_host_is_judged_where_it_is_reached() {
+    if !require_net_admin() {
+        return;
+    }
+    let shop = Shop::open();
+    let [web, db, _] = shop.pods();
+    let node = &shop.lab.node().machine;
+    let service = Service::new("host", 10).port("http", "TCP", 80, None);
+    shop.manifests.service(&service);
+    let backends = node
+        .addresses()
+        .map(|address| Backend::new(address, "node-1"));
+    shop.manifests.backends(&service, 8080, &backends);
+    let out = |port: u16| {
+        let blocks = [format!("{}/32", node.v4), format!("{}/128", node.v6)];
+        let to = blocks.map(|cidr| json!({"ipBlock": {"cidr": cidr}}));
+        json!({
+            "podSelector": {"matchLabels": {"app": "web"}}, "policyTypes": ["Egress"],
+            "egress": [{"to": to, "ports": [{"port": port}]}],
+        })
+    };
+    let to_service = |from: &Machine, passes| {
+        ["10.96.0.10", "fd00:10:96::a"].map(|to| Case {
+            from: from.clone(),
+            to: ip(to),
+            probe: Tcp(80),
+            passes,
+        })
+    };
+    // The port is that of the endpoint.
+    for (port, passes) in [(8080, true), (80, false)] {
+        shop.put_and_apply(&policy("shop", "out", out(port)));
+        let cases = [to_service(&web, passes), to_service(&db, true)];
+        check_counted(&[&node.ns], &cases.concat());
+    }
+}
+
+#[test]
+fn a_policy_with_egress_rules_isolates_egress_without_saying_so() {
+    if !require_net_admin() {
+        return;
+    }
+    let shop = Shop::open();
+    let [web, db, api] = shop.pods();
+    let node = shop.lab.node().ns();
+    let to_db = json!([{"to": [{"podSelector": {"matchLabels": {"app": "db"}}}]}]);
+    let mut spec = json!({"podSelector": {"matchLabels": {"app": "web"}}, "egress": to_db});
+    let cases = |into_web| {
+        [
+            Case::both(&web, &db, Tcp(80), true),
+            Case::both(&web, &api, Tcp(80), false),
+            Case::both(&api, &web, Tcp(80), into_web),
+        ]
+        .concat()
+    };
+    shop.put_and_apply(&policy("shop", "web", spec.clone()));
+    check_counted(&[node], &cases(false));
+    spec["ingress"] = json!([{}]);
+    shop.put_and_apply(&policy("shop", "web", spec));
+    check_counted(&[node], &cases(true));
+}
+
+#[test]
+fn a_pod_that_failed_or_went_to_another_node_is_not_isolated_here() {
+    if !require_net_admin() {
+        return;
+    }
+    let shop = Shop::open();
+    let [web, db, api] = shop.pods();
+    let node = shop.lab.node().ns();
+    let from_db = json!({"podSelector": {"matchLabels": {"app": "web"}}, "ingress": [
+        {"from": [{"podSelector": {"matchLabels": {"app": "db"}}}]},
+    ]});
+    shop.put_and_apply(&policy("shop", "web", from_db));
+    let cases = |from_db, from_api| {
+        let from_db = Case::both(&db, &web, Tcp(80), from_db);
+        [from_db, Case::both(&api, &web, Tcp(80), from_api)].concat()
+    };
+    check_counted(&[node], &cases(true, false));
+    let mut failed = pod("shop", "web", &[("app", "web")], &web);
+    failed["status"]["phase"] = json!("Failed");
+    shop.put_and_apply(&failed);
+    check(&cases(true, true));
+    // As a peer it counts no more, either.
+    shop.put_and_apply(&pod("shop", "web", &[("app", "web")], &web));
+    let mut failed = pod("shop", "db", &[("app", "db")], &db);
+    failed["status"]["phase"] = json!("Failed");
+    shop.put_and_apply(&failed);
+    check_counted(&[node], &cases(false, false));
+    shop.put_and_apply(&pod("shop", "db", &[("app", "db")], &db));
+    let mut elsewhere = pod("shop", "web", &[("app", "web")], &web);
+    elsewhere["spec"]["nodeName"] = json!("node-2");
+    shop.put_and_apply(&elsewhere);
+    check(&cases(true, true));
+    shop.put_and_apply(&pod("shop", "web", &[("app", "web")], &web));
+    check_counted(&[node], &cases(true, false));
+}
+
+#[test]
+fn namespaces_are_selected_by_every_operator() {
+    if !require_net_admin() {
+        return;
+    }
+    let shop = Shop::open();
+    let [web, db, api] = shop.pods();
+    let node = shop.lab.node().ns();
+    // db is in shop (team a, no stage), api in store (team b, stage test).
+    shop.manifests.put(&shop::namespace(
+        "store",
+        &[("team", "b"), ("stage", "test")],
+    ));
+    for (expression, from_db, from_api) in [
+        (
+            json!({"key": "team", "operator": "In", "values": ["b", "c"]}),
+            false,
+            true,
+        ),
+        (
+            json!({"key": "team", "operator": "NotIn", "values": ["b"]}),
+            true,
+            false,
+        ),
+        (
+            json!({"key": "stage", "operator": "NotIn", "values": ["live"]}),
+            true,
+            true,
+        ),
+        (json!({"key": "stage", "operator": "Exists"}), false, true),
+        (
+            json!({"key": "stage", "operator": "DoesNotExist"}),
+            true,
+            false,
+        ),
+    ] {
+        let from = json!([{"namespaceSelector": {"matchExpressions": [expression]}}]);
+        let spec = json!({
+            "podSelector": {"matchLabels": {"app": "web"}}, "ingress": [{"from": from}],
+        });
+        shop.put_and_apply(&policy("shop", "web", spec));
+        let from_db = Case::both(&db, &web, Tcp(80), from_db);
+        let from_api = Case::both(&api, &web, Tcp(80), from_api);
+        check_counted(&[node], &[from_db, from_api].concat());
+    }
+}
+
+#[test]
+fn exceptions_of_a_block_hold_for_egress_too() {
+    if !require_net_admin() {
+        return;
+    }
+    let shop = Shop::open();
+    let [web, db, api] = shop.pods();
+    let (client, node) = (shop.lab.client(), &shop.lab.node().machine);
+    let without = |cidr: &str, addresses: [String; 2]| json!({"ipBlock": {"cidr": cidr, "except": addresses}});
+    let spec = json!({
+        "podSelector": {"matchLabels": {"app": "web"}}, "policyTypes": ["Egress"],
+        "egress": [{"to": [
+            without("0.0.0.0/0", [format!("{}/32", db.v4), format!("{}/32", node.v4)]),
+            without("::/0", [format!("{}/128", db.v6), format!("{}/128", node.v6)]),
+        ]}],
+    });
+    shop.put_and_apply(&policy("shop", "out", spec));
+    let cases = [
+        Case::both(&web, &db, Tcp(80), false),
+        Case::both(&web, node, Tcp(80), false),
+        Case::both(&web, &api, Tcp(80), true),
+        Case::both(&web, client, Tcp(80), true),
+    ];
+    check_counted(&[&node.ns], &cases.concat());
+}
+
+#[test]
+fn many_ports_and_peers_of_one_rule_are_all_asked_for() {
+    if !require_net_admin() {
+        return;
+    }
+    let shop = Shop::open();
+    let [web, db, api] = shop.pods();
+    let node = shop.lab.node().ns();
+    let through = |ports: Value, passing: &[Probe]| {
+        let spec = json!({
+            "podSelector": {"matchLabels": {"app": "web"}},
+            "ingress": [{"ports": ports, "from": [
+                {"podSelector": {"matchLabels": {"app": "nobody"}}},
+                {"podSelector": {"matchLabels": {"app": "db"}}},
+                {"ipBlock": {"cidr": "192.0.2.0/24"}},
+            ]}],
+        });
+        shop.put_and_apply(&policy("shop", "ports", spec));
+        let mut cases = Vec::new();
+        for probe in [Tcp(80), Tcp(8080), Udp(80), Udp(8080), Ping] {
+            cases.extend(Case::both(&db, &web, probe, passing.contains(&probe)));
+            cases.extend(Case::both(&api, &web, probe, false));
+        }
+        check_counted(&[node], &cases);
+    };
+    let udp = |port: u16| json!({"port": port, "protocol": "UDP"});
+    through(
+        json!([{"port": 80}, {"port": 443}, udp(8080)]),
+        &[Tcp(80), Udp(8080)],
+    );
+    through(
+        json!([{"port": 79, "endPort": 81}, {"port": 9000}, {"protocol": "UDP"}]),
+        &[Tcp(80), Udp(80), Udp(8080)],
+    );
+    through(
+        json!([{"port": "http"}, {"port": "more"}, udp(80), {"port": 443}]),
+        &[Tcp(8080), Udp(80)],
+    );
+}
+
+#[test]
+fn sctp_is_judged_by_its_ports() {
+    if !require_net_admin() {
+        return;
+    }
+    if !Protocol::Sctp.supported() {
+        // Past the capture of tests that pass.
+        let _ = writeln!(
+            std::io::stderr(),
+            "\nSKIPPED policies for SCTP: the kernel lacks it; load the module sctp."
+        );
+        return;
+    }
+    let shop = Shop::open();
+    let [web, db, _] = shop.pods();
+    let node = shop.lab.node().ns();
+    let _servers = [80, 8080].map(|port| web.serve(Protocol::Sctp, port));
+    let spec = json!({
+        "podSelector": {"matchLabels": {"app": "web"}},
+        "ingress": [{"ports": [{"port": 80, "protocol": "SCTP"}, {"port": 8080}]}],
+    });
+    shop.put_and_apply(&policy("shop", "sctp", spec));
+    for address in web.addresses() {
+        let ask = |port, timeout| {
+            let ask = Ask::sctp(address, port).timeout(Duration::from_millis(timeout));
+            db.ns.run(|| ask.send())
+        };
+        ask(80, 20_000).expect("this port is allowed");
+        ask(8080, 300).expect_err("this is the port of TCP");
+    }
+    check_counted(&[node], &Case::both(&db, &web, Tcp(8080), true));
 }

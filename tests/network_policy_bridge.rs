@@ -7,10 +7,11 @@ mod reach;
 #[path = "common/shop.rs"]
 mod shop;
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6};
+use std::time::Duration;
 
 use common::manifests::{Backend, Manifests, Service};
-use common::netns::{Machine, Namespace, Server, require_net_admin};
+use common::netns::{Ask, Machine, Namespace, Protocol, Server, require_net_admin, wait_for};
 use common::skip::skip;
 use reach::{Case, Probe, check, check_counted};
 use serde_json::json;
@@ -181,4 +182,108 @@ fn services_of_bridged_pods_are_judged_by_the_pod() {
         cases.extend(to_service(web, true));
     }
     check_counted(&[&bridge.node.ns], &cases);
+}
+
+/// The link-local address of a device, and the number by which its own namespace knows the device.
+fn link_local(ns: &Namespace, device: &str) -> (Ipv6Addr, u32) {
+    wait_for("a link-local address", Duration::from_secs(60), || {
+        let list = ["-6", "-o", "addr", "show", "dev", device, "scope", "link"];
+        let output = ns.command("ip").args(list).output().ok()?;
+        let text = String::from_utf8(output.stdout).ok()?;
+        let mut words = text.split_whitespace();
+        let index = words.next()?.trim_end_matches(':').parse().ok()?;
+        let address = words.find_map(|word| word.strip_suffix("/64"))?;
+        (!text.contains("tentative")).then_some((address.parse().ok()?, index))
+    })
+}
+
+/// An end of a link, known by its link-local address there.
+struct Linked<'a> {
+    ns: &'a Namespace,
+    address: Ipv6Addr,
+    index: u32,
+    _servers: [Server; 2],
+}
+
+impl<'a> Linked<'a> {
+    fn new(ns: &'a Namespace, device: &str) -> Self {
+        let (address, index) = link_local(ns, device);
+        let at = SocketAddr::V6(SocketAddrV6::new(address, 80, 0, index));
+        let serve = |protocol| Server::start(ns, protocol, at, device);
+        Self {
+            ns,
+            address,
+            index,
+            _servers: [Protocol::Tcp, Protocol::Udp].map(serve),
+        }
+    }
+
+    /// Whether both protocols reach another one, or neither does.
+    #[track_caller]
+    fn reaches(&self, other: &Self, passes: bool) {
+        let to = SocketAddr::V6(SocketAddrV6::new(other.address, 80, 0, self.index));
+        for protocol in [Protocol::Tcp, Protocol::Udp] {
+            let timeout = Duration::from_millis(if passes { 20_000 } else { 300 });
+            let ask = Ask::new(protocol, to).timeout(timeout);
+            let answer = self.ns.run(|| ask.send());
+            assert_eq!(answer.is_ok(), passes, "{protocol:?} to {to}: {answer:?}");
+        }
+    }
+}
+
+#[test]
+fn link_local_addresses_are_no_way_past_the_policies() {
+    if !require_net_admin() {
+        return;
+    }
+    let bridge = Bridge::new();
+    let node = &bridge.node.ns;
+    let between = bridged_packets_meet_rules(node);
+    // Others than pods have a bridge of their own.
+    node.ip_batch([
+        "link add br1 type bridge stp_state 0 mcast_snooping 0 forward_delay 0",
+        "link set br1 up",
+    ]);
+    let others = ["guest-1", "guest-2"].map(|name| {
+        let guest = Namespace::new(name);
+        node.veth(&format!("veth-{name}"), &guest, "eth0");
+        node.ip(&format!("link set veth-{name} master br1"));
+        guest
+    });
+    let [web, db, api] = bridge
+        .pods
+        .each_ref()
+        .map(|pod| Linked::new(&pod.ns, "eth0"));
+    let host = Linked::new(node, "br0");
+    let [one, other] = others.each_ref().map(|guest| Linked::new(guest, "eth0"));
+    let check = |into_web: bool, out_of_web: bool| {
+        web.reaches(&host, out_of_web);
+        host.reaches(&web, true);
+        if between {
+            db.reaches(&web, into_web);
+            web.reaches(&db, out_of_web && into_web);
+        }
+        one.reaches(&other, true);
+    };
+    bridge.manifests.program(node, &[]);
+    check(true, true);
+    let mut spec = json!({"podSelector": {"matchLabels": {"app": "web"}}});
+    bridge.put_and_apply(&policy("shop", "web", spec.clone()));
+    check(false, true);
+    spec["policyTypes"] = json!(["Egress"]);
+    bridge.put_and_apply(&policy("shop", "web", spec));
+    for machine in bridge.pods.iter().chain([&bridge.node]) {
+        machine.ns.ip("neigh flush all");
+    }
+    web.reaches(&host, false);
+    host.reaches(&web, true);
+    one.reaches(&other, true);
+    if between {
+        web.reaches(&db, false);
+        // Whose packets they are nobody can tell, so this holds for all pods of the bridge.
+        api.reaches(&db, false);
+    }
+    bridge.manifests.remove("NetworkPolicy", "web");
+    bridge.manifests.program(node, &[]);
+    check(true, true);
 }

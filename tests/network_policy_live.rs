@@ -8,6 +8,7 @@ mod reach;
 mod shop;
 
 use std::io::ErrorKind;
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
@@ -111,14 +112,37 @@ fn an_isolated_pod_that_comes_is_isolated_from_its_first_packet_on() {
         return;
     }
     let shop = Shop::open();
-    let [web, db, _] = shop.pods();
+    let [web, db, api] = shop.pods();
     shop.manifests.remove("Pod", "web");
     shop.manifests.put(&closed());
+    let to_db = json!({"podSelector": {"matchLabels": {"app": "db"}}, "ingress": [
+        {"from": [{"podSelector": {"matchLabels": {"app": "web"}}}]},
+    ]});
+    shop.manifests.put(&policy("shop", "db", to_db));
     let _daemon = run(&shop, &[]);
+    become_true(&Case::both(&web, &db, Udp(80), false));
     // Nobody knows of a pod there.
     become_true(&Case::both(&db, &web, Tcp(80), true));
+    let arrived = web.serve(Protocol::Udp, FORBIDDEN);
+    let arrived = || arrived.iter().map(Server::served).sum::<u64>();
     shop.manifests
         .put(&pod("shop", "web", &[("app", "web")], &web));
+    // Where its address lets it in, it is known, and must be isolated by then.
+    let in_by = |address: IpAddr| {
+        wait_for("the pod to be known", PATIENCE * 3, || {
+            let ask = Ask::udp(address, 80).timeout(Duration::from_millis(100));
+            web.ns.run(|| ask.send()).ok()
+        });
+    };
+    db.addresses().into_iter().for_each(in_by);
+    let before = arrived();
+    for (from, to) in [(&db, web.addresses()), (&api, web.addresses())] {
+        for to in to {
+            let ask = Ask::udp(to, FORBIDDEN).timeout(DROPPED);
+            from.ns.run(|| ask.send()).expect_err("it is isolated");
+        }
+    }
+    assert_eq!(arrived(), before);
     become_true(&Case::both(&db, &web, Tcp(80), false));
 }
 

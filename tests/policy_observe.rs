@@ -611,3 +611,58 @@ fn a_bridge_that_passes_the_policies_by_is_told_of() {
     wait_for("the gauge", LONG, || (gauge() == Some(0.0)).then_some(()));
     assert_eq!(daemon.log().matches(warning).count(), 1, "{}", daemon.log());
 }
+
+#[test]
+fn connections_of_a_pod_that_is_gone_do_not_reach_its_successor() {
+    if !require_net_admin() {
+        return;
+    }
+    let shop = Shop::open();
+    let daemon = shop.run(&[]);
+    let (web, other) = (shop.pod(1), shop.pod(2));
+    let new = json!({"podSelector": {"matchLabels": {"pod": "new"}}});
+    shop.policy("web", &new);
+    // The successor takes over the place as it is: what serves there never ends.
+    let mut denied = Talk::begin(other, web);
+    let mut allowed = Talk::begin(shop.lab.client(), web);
+    shop.manifests.remove("Pod", "pod-1");
+    put_pod(&shop.manifests, "new", &web.addresses());
+    shop.wait_until_in_force("pod-ingress-shop/new");
+    wait_for("the cut", LONG * 3, || {
+        shop.tracked(web, other).is_empty().then_some(())
+    });
+    for udp in &denied.udp {
+        assert!(!udp.ask(SILENCE), "an answer over UDP");
+    }
+    denied.tcp.clear();
+    allowed.goes_on();
+
+    // What the pod itself outlives stays, whatever the policies say later.
+    let mut before = Talk::begin(shop.pod(3), other);
+    shop.policy(
+        "other",
+        &json!({"podSelector": {"matchLabels": {"pod": "pod-2"}}}),
+    );
+    shop.wait_until_in_force("pod-ingress-shop/pod-2");
+    before.goes_on();
+    assert!(!daemon.log().contains("WARN"), "{}", daemon.log());
+}
+
+#[test]
+fn rules_do_not_log_where_nobody_can_read() {
+    if !require_net_admin() {
+        return;
+    }
+    let shop = Shop::open();
+    // As on a kernel without such groups, which would refuse every rule that logs.
+    let taken = shop.node().run(|| LogReader::open(LOG_GROUP)).unwrap();
+    let daemon = shop.run(&["--log-denied"]);
+    shop.isolate();
+    let rules = shop.node().nft(&["list", "table", "ip", "nftlet-policy"]);
+    assert!(!rules.contains("log "), "{rules}");
+    let log = daemon.log();
+    assert!(log.contains("cannot listen to NFLOG group 1729"), "{log}");
+    drop((taken, daemon));
+    let _daemon = shop.run(&["--log-denied"]);
+    shop.wait_until_in_force("log prefix");
+}

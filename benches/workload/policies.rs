@@ -23,6 +23,8 @@ pub const LOCAL: usize = 110;
 const PODS_OF_NAMESPACE: usize = 100;
 /// The applications that pods are of.
 pub const APPLICATIONS: usize = 10;
+/// Those that policies of the pods of this node allow, so that a pod of any other touches no set.
+pub const ALLOWED: usize = 5;
 const POLICIES_OF_NAMESPACE: usize = 10;
 const TEAMS: usize = 20;
 
@@ -85,11 +87,19 @@ impl Cluster {
         }
     }
 
-    /// A pod that comes later, in a namespace with policies.
+    /// A pod that comes later, in a namespace with policies, of an application that they allow.
     pub fn later_pod(&self, number: usize) -> Pod {
         let with_policies = (self.policies / POLICIES_OF_NAMESPACE).clamp(1, self.names.len());
         let rounds = self.pods.div_ceil(self.names.len()) + number;
-        self.pod(rounds * self.names.len() + number % with_policies)
+        Pod {
+            labels: self.labels[number % ALLOWED].clone(),
+            ..self.pod(rounds * self.names.len() + number % with_policies)
+        }
+    }
+
+    /// A policy by its number among those that select pods of this node.
+    pub fn selecting_policy(&self, number: usize) -> NetworkPolicy {
+        self.policy(number / ALLOWED * POLICIES_OF_NAMESPACE + number % ALLOWED)
     }
 
     /// A policy by its number.

@@ -11,7 +11,7 @@ use crate::cli::Args;
 use crate::compile::Settings;
 use crate::model::{Changes, ServiceKind, Store};
 use crate::netlink::Nftables;
-use crate::policy::Engine;
+use crate::policy::{self, Engine};
 use crate::reconcile::{Log, Reconciler, Reporter};
 use crate::ruleset::{Ruleset, text};
 
@@ -27,7 +27,8 @@ pub(super) fn run(args: &Args, node_name: &str, settings: &Settings) -> Result<(
 /// Reads all objects once.
 async fn collect(args: &Args, node_name: &str) -> Result<(Store, Engine), Error> {
     let mut store = Store::with_stand_in(stand_in(node_name));
-    let mut policies = policies(args, node_name);
+    let log_group = args.log_denied.then_some(policy::LOG_GROUP);
+    let mut policies = policies(args, node_name, log_group);
     let mut changes = Changes::default();
     if let Some(mut manifests) = manifests(args, node_name) {
         for event in load(&mut manifests, node_name)? {

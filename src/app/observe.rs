@@ -1,7 +1,6 @@
 //! What hangs around the network policies: who cuts connections, who tells of denied packets,
 //! who counts these, and who looks after bridges.
 
-use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -10,16 +9,16 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{MissedTickBehavior, interval};
 
+use super::drops::{self, Totals};
 use super::{Error, system};
 use crate::bridge::{self, News, Watch};
 use crate::cli::Args;
-use crate::metrics::{Metrics, PolicyDrops};
-use crate::model::{Family, Notice, ObjectName, Reason, Subject};
-use crate::netlink::{self, LogReader, Nftables};
-use crate::policy::{self, Direction, LOG_GROUP};
+use crate::metrics::Metrics;
+use crate::model::{Notice, Reason, Subject};
+use crate::netlink::{LogReader, Nftables};
+use crate::policy::LOG_GROUP;
 use crate::reconcile::connections::{self, Bell, Cutter};
 use crate::reconcile::{Isolated, LogAndSend, Question, Reporter, denied};
-use crate::ruleset::Key;
 
 /// Questions that may wait for the reconciler.
 const QUESTIONS: usize = 64;
@@ -31,6 +30,8 @@ const LOOK_EVERY: Duration = Duration::from_secs(60);
 pub(super) struct Observers {
     pub(super) cutter: Option<Bell>,
     pub(super) questions: Option<mpsc::Receiver<Question>>,
+    /// The group that denied packets are to be sent to.
+    pub(super) log_group: Option<u16>,
 }
 
 /// Whether there are policies to be looked after.
@@ -45,33 +46,37 @@ pub(super) fn start(
     isolated: watch::Receiver<Isolated>,
 ) -> Result<Observers, Error> {
     let mut observers = Observers::default();
+    // A kernel without such groups would refuse the rules that log, and all others with them.
+    let reader = open_log(args);
+    observers.log_group = reader.as_ref().map(|_| LOG_GROUP);
     if !is_on(args) {
         return Ok(observers);
     }
     count_drops(metrics, isolated.clone())?;
     let (ask, questions) = mpsc::channel(QUESTIONS);
-    if args.network_policy_strict {
-        let (bell, woken) = connections::bell();
-        let (ask, metrics) = (ask.clone(), metrics.clone());
-        let cut = move || {
-            Cutter::new(connections::open, woken, isolated, ask, &metrics).run();
-        };
-        spawn("cuts", "the thread that cuts connections", cut)?;
-        observers.cutter = Some(bell);
-    }
-    if args.log_denied {
-        match LogReader::open(LOG_GROUP) {
-            Ok(reader) => {
-                let follow = move || denied::follow(reader, &ask);
-                spawn("denied", "the thread that logs denied packets", follow)?;
-            }
-            Err(error) => {
-                tracing::warn!("{error}; policies are enforced, denied packets are not logged");
-            }
-        }
+    let (bell, woken) = connections::bell();
+    let (judge, metrics) = (ask.clone(), metrics.clone());
+    let cut = move || {
+        Cutter::new(connections::open, woken, isolated, judge, &metrics).run();
+    };
+    spawn("cuts", "the thread that cuts connections", cut)?;
+    observers.cutter = Some(bell);
+    if let Some(reader) = reader {
+        let follow = move || denied::follow(reader, || LogReader::open(LOG_GROUP), &ask);
+        spawn("denied", "the thread that logs denied packets", follow)?;
     }
     observers.questions = Some(questions);
     Ok(observers)
+}
+
+/// Opens what reads denied packets, where they are to be logged and can be.
+fn open_log(args: &Args) -> Option<LogReader> {
+    let wanted = args.log_denied && args.network_policy.is_on();
+    let opened = wanted.then(|| LogReader::open(LOG_GROUP))?;
+    let told = opened.inspect_err(|error| {
+        tracing::warn!("{error}; policies are enforced, denied packets are not logged");
+    });
+    told.ok()
 }
 
 fn spawn(
@@ -85,10 +90,11 @@ fn spawn(
 
 /// Has the metrics read the counters of the rules at each scrape, over a socket of their own.
 fn count_drops(metrics: &Metrics, isolated: watch::Receiver<Isolated>) -> Result<(), Error> {
-    let socket: Mutex<Option<Nftables>> = Mutex::new(None);
+    let reader: Mutex<(Option<Nftables>, Totals)> = Mutex::default();
     let read = move || {
         // A panic of an earlier scrape leaves nothing half done but the socket.
-        let mut socket = socket.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut reader = reader.lock().unwrap_or_else(PoisonError::into_inner);
+        let (socket, totals) = &mut *reader;
         let nftables = match socket.take() {
             Some(nftables) => Ok(nftables),
             None => Nftables::open(),
@@ -96,7 +102,7 @@ fn count_drops(metrics: &Metrics, isolated: watch::Receiver<Isolated>) -> Result
         // The list is cloned: holding on to it would make the reconciler wait.
         let isolated = Isolated::clone(&isolated.borrow());
         let read = nftables.and_then(|mut nftables| {
-            let drops = drops(&mut nftables, &isolated)?;
+            let drops = totals.add(drops::read(&mut nftables, &isolated)?);
             *socket = Some(nftables);
             Ok(drops)
         });
@@ -104,34 +110,6 @@ fn count_drops(metrics: &Metrics, isolated: watch::Receiver<Isolated>) -> Result
             .ok()
     };
     Ok(metrics.policy_drops(read)?)
-}
-
-/// What the rules dropped, by address and direction, of the pods that are isolated now.
-fn drops(nftables: &mut Nftables, isolated: &Isolated) -> Result<Vec<PolicyDrops>, netlink::Error> {
-    let pods: HashMap<Key, &ObjectName> = isolated
-        .iter()
-        .map(|(address, pod)| (Key::address(*address), pod))
-        .collect();
-    let mut drops = Vec::new();
-    if pods.is_empty() {
-        return Ok(drops);
-    }
-    for family in Family::ALL {
-        for direction in Direction::ALL {
-            let table = policy::table_id(family);
-            let counters = nftables.counters(&table, direction.denied().as_str())?;
-            drops.extend(counters.into_iter().filter_map(|(key, packets, _)| {
-                let pod = pods.get(&key)?;
-                Some(PolicyDrops {
-                    namespace: pod.namespace().to_owned(),
-                    pod: pod.name().to_owned(),
-                    direction: direction.as_str(),
-                    packets,
-                })
-            }));
-        }
-    }
-    Ok(drops)
 }
 
 /// Tells where traffic of isolated pods passes the policies by on a bridge, until the reconciler

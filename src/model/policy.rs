@@ -94,13 +94,15 @@ pub struct NamedPort {
     pub port: u16,
 }
 
+/// The label by which the API server tells the name of every namespace.
+pub const NAMESPACE_NAME: &str = "kubernetes.io/metadata.name";
+
 /// A Namespace.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Namespace {
     /// `metadata.name`.
     pub name: ObjectName,
-    /// `metadata.labels`, always with `kubernetes.io/metadata.name`, which the API server gives
-    /// every namespace.
+    /// `metadata.labels`, always with [`NAMESPACE_NAME`].
     pub labels: Labels,
 }
 

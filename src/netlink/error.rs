@@ -152,7 +152,7 @@ impl Error {
                     | libc::EACCES,
                 ),
             ) => Blame::Nothing,
-            (Error::Refused { .. }, _) => Blame::Element,
+            (Error::Refused { .. }, _) => Blame::Named,
             _ => Blame::Nothing,
         }
     }
@@ -176,11 +176,11 @@ impl Error {
     }
 }
 
-/// What a refusal says about the element that the kernel names with it.
+/// What a refusal says about the object that the kernel names with it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Blame {
-    /// The element as it is cannot be had.
-    Element,
+    /// It cannot be had as it is.
+    Named,
     /// It does not fit what the tables hold.
     Conflict,
     /// Nothing: any other one would have met the same.

@@ -288,6 +288,14 @@ impl Program {
                 self.bitwise(vec![FIN_SYN_RST_ACK], vec![0]);
                 self.cmp(Comparison::IsNot, vec![SYN]);
             }
+            Statement::HopLimit(hops) => {
+                let offset = match self.family {
+                    Family::Ip => 8,
+                    Family::Ip6 => 7,
+                };
+                self.payload(libc::NFT_PAYLOAD_NETWORK_HEADER, offset, 1, register(0));
+                self.cmp(Comparison::Is, vec![*hops]);
+            }
             Statement::Limit { per_second, burst } => self.push(
                 c"limit",
                 [

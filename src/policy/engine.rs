@@ -8,17 +8,19 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-use super::Settings;
 use super::inventory::Inventory;
 use super::layout::{Direction, table_id};
+use super::moved::Moved;
 use super::parts::{self, Parts, isolate, sort};
 use super::rules::{self, policy_chain, skeleton};
 use super::sets::{Membership, SetId, Sets};
+use super::{FindLinks, Settings};
 use crate::model::{Event, Family, Kind, Lists, Object, ObjectName, ObjectRef, Pod};
-use crate::ruleset::{Chain, Element, Ruleset, Table, Transaction, diff};
+use crate::ruleset::{Chain, Element, Name, Ruleset, Table, TableId, Transaction, diff};
 
 /// An isolated pod of this node.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -54,6 +56,8 @@ struct Touched {
     local: BTreeSet<ObjectName>,
     /// Policies with other rules.
     policies: BTreeSet<ObjectName>,
+    /// Whether the host's interfaces are to be looked up although no plan changes.
+    links: bool,
 }
 
 /// Turns pods, namespaces and policies into rules.
@@ -65,6 +69,12 @@ pub struct Engine {
     sets: Sets,
     pub(super) plans: BTreeMap<ObjectName, PodPlan>,
     uses: BTreeMap<(Family, Direction, ObjectName), PolicyUse>,
+    /// Policies that the kernel refused: closed until they change or [`Engine::forgive`] is called.
+    pub(super) refused: BTreeSet<ObjectName>,
+    find_links: FindLinks,
+    /// The interfaces that lead to isolated pods.
+    links: BTreeSet<(Direction, Arc<str>)>,
+    moved: Moved,
     /// Whether the tables exist: while there is any policy.
     exists: bool,
     touched: Touched,
@@ -80,9 +90,26 @@ impl Engine {
             sets: Sets::default(),
             plans: BTreeMap::new(),
             uses: BTreeMap::new(),
+            refused: BTreeSet::new(),
+            find_links: |_| Vec::new(),
+            links: BTreeSet::new(),
+            moved: Moved::default(),
             exists: false,
             touched: Touched::default(),
         }
+    }
+
+    /// With someone who knows the interfaces of the host. Without one link-local addresses are as
+    /// those of pods that nobody isolates.
+    #[must_use]
+    pub fn with_links(mut self, find: FindLinks) -> Self {
+        self.find_links = find;
+        self
+    }
+
+    /// Whether connections shall be cut that no policy allows any more.
+    pub fn is_strict(&self) -> bool {
+        self.settings.strict
     }
 
     /// An engine that keeps the tables away: it needs no list and knows no policy.
@@ -121,9 +148,60 @@ impl Engine {
         }
     }
 
-    /// The pod that has an address.
+    /// The pod that has an address, for whoever looks at a packet of this node.
     pub fn pod_at(&self, address: IpAddr) -> Option<&ObjectName> {
-        self.inventory.owner(address).map(|pod| &pod.name)
+        let local = self.inventory.local_owner(address);
+        let pod = local.or_else(|| self.inventory.owner(address));
+        pod.map(|pod| &pod.name)
+    }
+
+    /// The addresses that other pods have than at the last call, so that connections may be left
+    /// of the former ones.
+    pub fn take_moved(&mut self) -> BTreeSet<IpAddr> {
+        self.moved.take()
+    }
+
+    /// The policies to which a chain of a table belongs.
+    pub fn policies_of_chain(&self, table: &TableId, chain: &Name) -> Vec<ObjectName> {
+        self.users(table, |direction, name, _| {
+            direction.policy_chain(name) == *chain
+        })
+    }
+
+    /// The policies that use a set of a table.
+    pub fn policies_of_set(&self, table: &TableId, set: &Name) -> Vec<ObjectName> {
+        let Some(id) = self.sets.named(set) else {
+            return Vec::new();
+        };
+        self.users(table, |_, _, used| used.sets.contains(&id))
+    }
+
+    /// Those that are in force and not closed yet.
+    fn users(
+        &self,
+        table: &TableId,
+        is_user: impl Fn(Direction, &ObjectName, &PolicyUse) -> bool,
+    ) -> Vec<ObjectName> {
+        let uses = self.uses.iter();
+        let of_table = uses.filter(|((family, ..), _)| table_id(*family) == *table);
+        let users = of_table.filter(|((_, direction, name), used)| {
+            !self.refused.contains(name) && is_user(*direction, name, used)
+        });
+        let mut names: Vec<ObjectName> = users.map(|((.., name), _)| name.clone()).collect();
+        names.sort_unstable();
+        names.dedup();
+        names
+    }
+
+    /// Closes a policy that the kernel refused: it selects its pods and allows nothing.
+    pub fn refuse(&mut self, policy: ObjectName) {
+        self.touched.policies.insert(policy.clone());
+        self.refused.insert(policy);
+    }
+
+    /// Has the policies tried again that were refused.
+    pub fn forgive(&mut self) {
+        self.touched.policies.append(&mut self.refused);
     }
 
     /// The isolated pods of this node with their addresses.
@@ -211,17 +289,34 @@ impl Engine {
         for version in old.into_iter().chain(&pod) {
             concerned.extend(self.inventory.rivals(version));
         }
+        let addresses: BTreeSet<IpAddr> = old
+            .into_iter()
+            .chain(&pod)
+            .flat_map(|version| version.addresses.iter().copied())
+            .collect();
         for name in &concerned {
             self.touch_pod(name);
         }
+        let owners = |inventory: &Inventory| -> Vec<Option<ObjectName>> {
+            let owners = addresses.iter().map(|address| inventory.owner(*address));
+            owners.map(|pod| pod.map(|pod| pod.name.clone())).collect()
+        };
+        let before = owners(&self.inventory);
         let namespace = name.namespace();
-        let first = self.inventory.pods_of(namespace).next().is_none();
+        let known = self.inventory.has_namespace(namespace);
         self.inventory.set_pod(name, pod);
         for name in &concerned {
             self.touch_pod(name);
         }
-        if first {
+        if known != self.inventory.has_namespace(namespace) {
             self.sets.namespace_changed(namespace, &self.inventory);
+        }
+        // What a list tells for the first time may have been so for long.
+        let listing = self.lists.is_open(Kind::Pod);
+        let after = owners(&self.inventory);
+        for (address, (before, after)) in addresses.iter().zip(before.into_iter().zip(after)) {
+            let local = self.inventory.local_owner(*address).is_some();
+            self.moved.note(*address, before, after, local && !listing);
         }
     }
 
@@ -253,6 +348,7 @@ impl Engine {
     }
 
     fn touch_policy(&mut self, name: &ObjectName) {
+        self.refused.remove(name);
         let local = self.inventory.local_of(name.namespace()).cloned();
         self.touched.local.extend(local);
         self.touched.policies.insert(name.clone());
@@ -264,8 +360,12 @@ impl Engine {
         let touched = std::mem::take(&mut self.touched);
         let mut parts: [Parts; 2] = Default::default();
         let mut uses_touched: BTreeSet<(Family, Direction, ObjectName)> = BTreeSet::new();
+        let mut replanned = touched.links;
         for name in &touched.local {
-            self.plan_again(name, &mut parts, &mut uses_touched);
+            replanned |= self.plan_again(name, &mut parts, &mut uses_touched);
+        }
+        if replanned {
+            self.links_again(&mut parts);
         }
         for policy in &touched.policies {
             let keys = Family::ALL.into_iter().flat_map(|family| {
@@ -277,7 +377,8 @@ impl Engine {
         // The sets whose uses change, with whether a table used them before.
         let mut was_used: BTreeMap<(Family, SetId), bool> = BTreeMap::new();
         for key in &uses_touched {
-            self.compile_again(key, parts::of(&mut parts, key.0), &mut was_used);
+            let changed = touched.policies.contains(&key.2);
+            self.compile_again(key, changed, parts::of(&mut parts, key.0), &mut was_used);
         }
         self.fill_sets(touched.pods, &was_used, &mut parts);
         for (_, set) in was_used.into_keys() {
@@ -287,15 +388,17 @@ impl Engine {
     }
 
     /// Plans a pod of this node again and notes what is different in its chains and addresses.
+    /// Returns whether anything is.
     fn plan_again(
         &mut self,
         name: &ObjectName,
         parts: &mut [Parts; 2],
         uses_touched: &mut BTreeSet<(Family, Direction, ObjectName)>,
-    ) {
+    ) -> bool {
         let new = self.inventory.pod(name).and_then(|pod| self.plan(pod));
         let old = self.plans.remove(name);
-        if old != new {
+        let differs = old != new;
+        if differs {
             for (family, parts) in Family::ALL.into_iter().zip(parts) {
                 for (plan, table, more) in [
                     (&old, &mut parts.before, false),
@@ -326,14 +429,43 @@ impl Engine {
         if let Some(new) = new {
             self.plans.insert(name.clone(), new);
         }
+        differs
+    }
+
+    /// Has the next update look up the interfaces of isolated pods: the host may have changed
+    /// without an event.
+    pub fn look_at_links(&mut self) {
+        self.touched.links = true;
+    }
+
+    fn links_of_isolated(&self) -> BTreeSet<(Direction, Arc<str>)> {
+        let plans = self.plans.values();
+        let addresses: Vec<IpAddr> = plans.flat_map(|plan| plan.addresses.clone()).collect();
+        if addresses.is_empty() {
+            return BTreeSet::new();
+        }
+        let found: HashMap<IpAddr, Arc<str>> = (self.find_links)(&addresses).into_iter().collect();
+        let plans = self.plans.values();
+        let links = plans.flat_map(|plan| {
+            let links = plan.addresses.iter().filter_map(|ip| found.get(ip));
+            links.flat_map(|link| plan.policies.keys().map(|it| (*it, link.clone())))
+        });
+        links.collect()
+    }
+
+    fn links_again(&mut self, parts: &mut [Parts; 2]) {
+        let links = self.links_of_isolated();
+        let before = std::mem::replace(&mut self.links, links);
+        if before != self.links {
+            let [_, v6] = parts;
+            parts::lead(&mut v6.before, &before);
+            parts::lead(&mut v6.after, &self.links);
+        }
     }
 
     /// What the policies make of a pod of this node; `None` for one that is not isolated.
     fn plan(&self, pod: &Pod) -> Option<PodPlan> {
-        if !self.inventory.is_local(pod) {
-            return None;
-        }
-        let addresses = self.inventory.addresses(pod);
+        let addresses = self.inventory.isolated_addresses(pod);
         if addresses.is_empty() {
             return None;
         }
@@ -355,10 +487,12 @@ impl Engine {
         })
     }
 
-    /// Compiles the chain of a policy again, or drops it if no pod is left that uses it.
+    /// Compiles the chain of a policy again, or drops it if no pod is left that uses it. `changed`
+    /// says that the policy is another one than before.
     fn compile_again(
         &mut self,
         key: &(Family, Direction, ObjectName),
+        changed: bool,
         parts: &mut Parts,
         was_used: &mut BTreeMap<(Family, SetId), bool>,
     ) {
@@ -366,8 +500,15 @@ impl Engine {
         let Some(old) = self.uses.remove(key) else {
             return;
         };
+        if !changed && old.pods > 0 && old.chain.is_some() {
+            self.uses.insert(key.clone(), old);
+            return;
+        }
         let policy = self.inventory.policy(name).filter(|_| old.pods > 0);
         let (chain, sets) = policy.map_or((None, Vec::new()), |policy| {
+            if self.refused.contains(name) {
+                return (Some(Chain::default()), Vec::new());
+            }
             let (chain, sets) = policy_chain(policy, *direction, *family, |meaning| {
                 self.sets.get(meaning, &self.inventory)
             });
@@ -470,7 +611,7 @@ impl Engine {
         ids.dedup();
         let mut elements: HashMap<(Family, SetId), Vec<Element>> = HashMap::new();
         for (family, set) in fresh {
-            elements.insert((*family, *set), self.sets.fixed_elements(*set, *family));
+            elements.insert((*family, *set), self.sets.fixed_elements(*set));
         }
         self.sets
             .for_each_member(&ids, &self.inventory, |membership| {
@@ -523,6 +664,9 @@ impl Engine {
         for (family, table) in Family::ALL.into_iter().zip(&mut tables) {
             for (name, plan) in &self.plans {
                 isolate(table, name, plan, family, self.settings.strict);
+            }
+            if family == Family::V6 {
+                parts::lead(table, &self.links);
             }
             table.sets.values_mut().for_each(sort);
         }

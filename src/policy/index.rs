@@ -6,13 +6,10 @@
 //! an anchor (everything, `NotIn`, `DoesNotExist`) are filed under the namespaces that they
 //! select. So the cost of a pod follows the number of its labels and not the number of selectors.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
-use crate::model::{LabelSelector, Labels, Requirement};
-
-/// The label by which the API server tells a namespace's name.
-const NAMESPACE_NAME: &str = "kubernetes.io/metadata.name";
+use crate::model::{LabelSelector, Labels, NAMESPACE_NAME, Requirement};
 
 /// Pods by their labels and those of their namespaces, in a form in which equal selectors of
 /// different policies are equal.
@@ -93,9 +90,17 @@ enum Anchor<'a> {
 #[derive(Debug)]
 pub struct Index<Id> {
     by_key: HashMap<Arc<str>, OfKey<Id>>,
-    /// Selectors without an anchor, by the namespaces that they select.
-    unanchored: BTreeMap<Id, PodSelector>,
-    of_namespace: HashMap<Box<str>, Vec<Id>>,
+    /// Selectors without an anchor.
+    unanchored: BTreeMap<Id, Unanchored>,
+    /// These by the namespaces that they select.
+    of_namespace: HashMap<Arc<str>, BTreeSet<Id>>,
+}
+
+#[derive(Debug)]
+struct Unanchored {
+    selector: PodSelector,
+    /// The namespaces that it is filed under.
+    filed: BTreeSet<Arc<str>>,
 }
 
 #[derive(Debug)]
@@ -162,25 +167,22 @@ impl<Id: Clone + Ord> Index<Id> {
                 of_key.any_value.insert(id, selector);
             }
             None => {
+                let selector = selector.clone();
+                let mut filed = BTreeSet::new();
                 match &selector.namespaces {
-                    Namespaces::Named(name) => self.file(name, &id),
+                    Namespaces::Named(name) => {
+                        filed.insert(name.clone());
+                    }
                     Namespaces::Labelled(labels) => {
-                        for (name, _) in namespaces.into_iter().filter(|(_, of)| labels.matches(of))
-                        {
-                            self.file(name, &id);
-                        }
+                        let selected = namespaces.into_iter().filter(|(_, of)| labels.matches(of));
+                        filed.extend(selected.map(|(name, _)| Arc::from(name)));
                     }
                 }
-                self.unanchored.insert(id, selector.clone());
-            }
-        }
-    }
-
-    fn file(&mut self, namespace: &str, id: &Id) {
-        match self.of_namespace.get_mut(namespace) {
-            Some(ids) => ids.push(id.clone()),
-            None => {
-                self.of_namespace.insert(namespace.into(), vec![id.clone()]);
+                for namespace in &filed {
+                    let ids = self.of_namespace.entry(namespace.clone()).or_default();
+                    ids.insert(id.clone());
+                }
+                self.unanchored.insert(id, Unanchored { selector, filed });
             }
         }
     }
@@ -214,11 +216,15 @@ impl<Id: Clone + Ord> Index<Id> {
                 self.drop_empty(key);
             }
             None => {
-                self.unanchored.remove(id);
-                self.of_namespace.retain(|_, ids| {
-                    ids.retain(|known| known != id);
-                    !ids.is_empty()
-                });
+                let unanchored = self.unanchored.remove(id);
+                for namespace in unanchored.into_iter().flat_map(|it| it.filed) {
+                    if let Some(ids) = self.of_namespace.get_mut(&namespace) {
+                        ids.remove(id);
+                        if ids.is_empty() {
+                            self.of_namespace.remove(&namespace);
+                        }
+                    }
+                }
             }
         }
     }
@@ -230,17 +236,28 @@ impl<Id: Clone + Ord> Index<Id> {
         }
     }
 
-    /// Notes that a namespace is new or has other labels.
-    pub fn namespace_changed(&mut self, name: &str, labels: &Labels) {
-        let selecting = self
-            .unanchored
-            .iter()
-            .filter(|(_, selector)| selector.namespaces.contain(name, labels));
-        let ids: Vec<Id> = selecting.map(|(id, _)| id.clone()).collect();
+    /// Notes that a namespace is new, has other labels, or is gone (`None`): those that name it are
+    /// kept, since a pod may come before its namespace does.
+    pub fn namespace_changed(&mut self, name: &str, labels: Option<&Labels>) {
+        let mut ids = BTreeSet::new();
+        let name: Arc<str> = name.into();
+        for (id, Unanchored { selector, filed }) in &mut self.unanchored {
+            let selects = match (&selector.namespaces, labels) {
+                (Namespaces::Named(own), _) => *own == name,
+                (Namespaces::Labelled(selector), Some(labels)) => selector.matches(labels),
+                (Namespaces::Labelled(_), None) => false,
+            };
+            if selects {
+                filed.insert(name.clone());
+                ids.insert(id.clone());
+            } else {
+                filed.remove(&name);
+            }
+        }
         if ids.is_empty() {
-            self.of_namespace.remove(name);
+            self.of_namespace.remove(&name);
         } else {
-            self.of_namespace.insert(name.into(), ids);
+            self.of_namespace.insert(name, ids);
         }
     }
 
@@ -255,8 +272,8 @@ impl<Id: Clone + Ord> Index<Id> {
         mut found: impl FnMut(&Id),
     ) {
         for id in self.of_namespace.get(namespace).into_iter().flatten() {
-            let selector = self.unanchored.get(id);
-            if selector.is_some_and(|selector| selector.pods.matches(of_pod)) {
+            let unanchored = self.unanchored.get(id);
+            if unanchored.is_some_and(|it| it.selector.pods.matches(of_pod)) {
                 found(id);
             }
         }
@@ -370,7 +387,7 @@ mod tests {
             for (id, (selector, _)) in selectors.iter().enumerate().take(half) {
                 index.insert(id, selector, [("m", early.clone()), ("n", none.clone())]);
             }
-            index.namespace_changed("m", &late);
+            index.namespace_changed("m", Some(&late));
             for (id, (selector, _)) in selectors.iter().enumerate().skip(half) {
                 index.insert(id, selector, [("m", late.clone()), ("n", none.clone())]);
             }
@@ -403,5 +420,35 @@ mod tests {
             Namespaces::new(Some(&by_label), "other"),
             Namespaces::new(None, "shop")
         );
+    }
+
+    #[test]
+    fn a_namespace_that_is_gone_leaves_nothing() {
+        let mut index = Index::default();
+        let everything = PodSelector {
+            namespaces: Namespaces::Labelled(LabelSelector::default()),
+            pods: LabelSelector::default(),
+        };
+        let named = PodSelector {
+            namespaces: Namespaces::Named("m".into()),
+            ..everything.clone()
+        };
+        index.insert(1, &everything, []);
+        index.insert(2, &named, []);
+        let none = Labels::default();
+        for name in ["m", "n"] {
+            index.namespace_changed(name, Some(&none));
+        }
+        assert_eq!(index.of_namespace.len(), 2);
+        for name in ["m", "n"] {
+            index.namespace_changed(name, None);
+        }
+        assert_eq!(index.of_namespace.len(), 1);
+        assert!(index.unanchored[&1].filed.is_empty());
+        let mut found = Vec::new();
+        index.of_pod("m", &none, &none, |id| found.push(*id));
+        assert_eq!(found, [2], "a pod may come before its namespace");
+        index.remove(&2, &named);
+        assert!(index.of_namespace.is_empty());
     }
 }

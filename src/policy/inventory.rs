@@ -7,10 +7,7 @@ use std::sync::Arc;
 use smallvec::SmallVec;
 
 use super::index::{Index, Namespaces, PodSelector};
-use crate::model::{Labels, Namespace, NetworkPolicy, ObjectName, Pod};
-
-/// The label that every namespace has.
-const NAMESPACE_NAME: &str = "kubernetes.io/metadata.name";
+use crate::model::{Labels, NAMESPACE_NAME, Namespace, NetworkPolicy, ObjectName, Pod};
 
 /// What policies are compiled from.
 #[derive(Debug, Default)]
@@ -139,9 +136,7 @@ impl Inventory {
     /// The pod that has an address: of several that claim it one that is not terminating, of
     /// those the newest.
     pub fn owner(&self, address: IpAddr) -> Option<&Pod> {
-        let claimants = self.claimants.get(&address)?.iter();
-        let pods = claimants.filter_map(|name| self.pod(name));
-        pods.max_by_key(|pod| (!pod.terminating, pod.created, &pod.name))
+        self.best(address, |_| true)
     }
 
     /// The addresses that a pod has.
@@ -153,6 +148,33 @@ impl Inventory {
                     .is_some_and(|owner| owner.name == pod.name)
             })
             .collect()
+    }
+
+    /// The pod of this node that has an address, by the same rule. An object that is left of another
+    /// node's pod must not free a pod of this one from its policies.
+    pub fn local_owner(&self, address: IpAddr) -> Option<&Pod> {
+        self.best(address, |pod| self.is_local(pod))
+    }
+
+    /// The addresses at which a pod of this node is isolated.
+    pub fn isolated_addresses(&self, pod: &Pod) -> SmallVec<[IpAddr; 2]> {
+        if !self.is_local(pod) {
+            return SmallVec::new();
+        }
+        let claimed = pod.addresses.iter().copied();
+        claimed
+            .filter(|address| {
+                self.local_owner(*address)
+                    .is_some_and(|owner| owner.name == pod.name)
+            })
+            .collect()
+    }
+
+    fn best(&self, address: IpAddr, counts: impl Fn(&Pod) -> bool) -> Option<&Pod> {
+        let claimants = self.claimants.get(&address)?.iter();
+        let pods = claimants.filter_map(|name| self.pod(name));
+        pods.filter(|pod| counts(pod))
+            .max_by_key(|pod| (!pod.terminating, pod.created, &pod.name))
     }
 
     /// The pods that claim an address of a pod, itself among them if it is known.
@@ -216,6 +238,11 @@ impl Inventory {
                 }
             }
         }
+    }
+
+    /// Whether a namespace has an object or a pod.
+    pub fn has_namespace(&self, name: &str) -> bool {
+        self.namespaces.contains_key(name) || self.pods_of.contains_key(name)
     }
 
     /// Whether a namespace is known just so.

@@ -43,13 +43,18 @@ impl Engine {
         peer: IpAddr,
         connection: &Connection,
     ) -> bool {
-        let plan = self.pod_at(pod).and_then(|name| self.plans.get(name));
+        let isolated = self.inventory.local_owner(pod);
+        let plan = isolated.and_then(|pod| self.plans.get(&pod.name));
         let Some(policies) = plan.and_then(|plan| plan.policies.get(&direction)) else {
             return true;
         };
-        let destination = self.inventory.owner(connection.destination);
+        let destination = match direction {
+            Direction::Ingress => isolated,
+            Direction::Egress => self.inventory.owner(connection.destination),
+        };
         policies
             .iter()
+            .filter(|name| !self.refused.contains(*name))
             .filter_map(|name: &ObjectName| self.inventory.policy(name))
             .any(|policy| {
                 let rules = rules_of(policy, direction).unwrap_or_default();

@@ -59,6 +59,22 @@ impl Direction {
         }
     }
 
+    /// The interface of a packet that leads to the isolated pod.
+    pub(super) fn link(self) -> Selector {
+        match self {
+            Direction::Ingress => Selector::OutputInterface,
+            Direction::Egress => Selector::InputInterface,
+        }
+    }
+
+    /// The interfaces that lead to isolated pods.
+    pub(super) fn links(self) -> Name {
+        Name::from(match self {
+            Direction::Ingress => "ingress-links",
+            Direction::Egress => "egress-links",
+        })
+    }
+
     /// The verdict map from isolated pods to their chains.
     pub(super) fn pods(self) -> Name {
         Name::from(match self {
@@ -130,11 +146,30 @@ pub(super) fn digest_of(text: &str) -> String {
     bytes.map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// ICMPv6 types that make IPv6 work on a link: neighbour and router discovery, and multicast
-/// listeners. Nobody can be reached without them, so no policy is asked.
-pub(super) const NEIGHBOUR_DISCOVERY: &str = "neighbour-discovery";
-/// The types in [`NEIGHBOUR_DISCOVERY`].
-pub(super) const NEIGHBOUR_DISCOVERY_TYPES: [u8; 8] = [130, 131, 132, 133, 134, 135, 136, 143];
+/// ICMPv6 messages that no policy is asked about: nobody can be reached on a link without them. They
+/// never leave it, which the hop limit proves: a router takes one off.
+pub(super) struct Exempt {
+    /// The set of their types.
+    pub set: &'static str,
+    /// What is in it.
+    pub types: &'static [u8],
+    /// The hop limit that all of them have.
+    pub hop_limit: u8,
+}
+
+/// Neighbour and router discovery, and multicast listeners.
+pub(super) const EXEMPT: [Exempt; 2] = [
+    Exempt {
+        set: "neighbour-discovery",
+        types: &[133, 134, 135, 136],
+        hop_limit: 255,
+    },
+    Exempt {
+        set: "multicast-listeners",
+        types: &[130, 131, 132, 143],
+        hop_limit: 1,
+    },
+];
 
 /// The addresses of all isolated pods, for strict mode.
 pub(super) const ISOLATED: &str = "isolated-pods";
@@ -146,6 +181,11 @@ pub(super) fn port_key() -> Vec<Selector> {
         Selector::L4Protocol,
         Selector::DestinationPort,
     ]
+}
+
+/// The fields that identify a port of any pod.
+pub(super) fn number_key() -> Vec<Selector> {
+    vec![Selector::L4Protocol, Selector::DestinationPort]
 }
 
 macro_rules! declarations {
@@ -169,6 +209,8 @@ declarations! {
     };
     /// Addresses.
     addresses Declaration::new(SetKind::Set, [Selector::SourceAddress]);
+    /// Names of interfaces.
+    links Declaration::new(SetKind::Set, [Selector::InputInterface]);
     /// ICMPv6 types.
     icmp6_types Declaration::new(SetKind::Set, [Selector::Icmp6Type]);
 }

@@ -36,12 +36,14 @@ mod index;
 mod inventory;
 mod judge;
 mod layout;
+mod moved;
 mod parts;
 mod rules;
 mod sets;
 #[cfg(test)]
 mod tests;
 
+use std::net::IpAddr;
 use std::sync::Arc;
 
 pub use engine::Engine;
@@ -51,6 +53,10 @@ pub use layout::{Direction, TABLE, table_id};
 /// The NFLOG group that denied packets are sent to with `--log-denied`. Other programs mostly
 /// have small numbers.
 pub const LOG_GROUP: u16 = 1729;
+
+/// Tells the interfaces of this host that lead to addresses of its pods; those that it does not know
+/// are left out.
+pub type FindLinks = fn(&[IpAddr]) -> Vec<(IpAddr, Arc<str>)>;
 
 /// What the command line says about policies.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -1,5 +1,6 @@
 //! The touched parts of the tables, before and after, of which the difference is written.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::engine::PodPlan;
@@ -20,7 +21,8 @@ impl Parts {
     /// on both sides, since one that only one side has would be made or deleted.
     pub fn level(&mut self) {
         let both = Direction::ALL.into_iter();
-        let names = both.flat_map(|direction| [direction.pods(), direction.denied()]);
+        let names =
+            both.flat_map(|direction| [direction.pods(), direction.denied(), direction.links()]);
         for name in names.chain([Name::from(ISOLATED)]) {
             let sides = [&self.before, &self.after];
             let declaration = sides
@@ -47,6 +49,18 @@ pub(super) fn of(parts: &mut [Parts; 2], family: Family) -> &mut Parts {
     match family {
         Family::V4 => v4,
         Family::V6 => v6,
+    }
+}
+
+/// Adds to a table, or to a part of one, the interfaces that lead to isolated pods.
+pub(super) fn lead(table: &mut Table, links: &BTreeSet<(Direction, Arc<str>)>) {
+    for (direction, link) in links {
+        let set = table.sets.entry(direction.links()).or_insert(Set {
+            declaration: layout::links(),
+            elements: Vec::new(),
+        });
+        let key = Key::build().interface(link).finish();
+        set.elements.push(Element::new(key));
     }
 }
 

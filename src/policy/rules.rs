@@ -6,10 +6,9 @@ use std::sync::Arc;
 use super::Settings;
 use super::index::{Namespaces, PodSelector};
 use super::layout::{
-    Direction, ISOLATED, NEIGHBOUR_DISCOVERY, NEIGHBOUR_DISCOVERY_TYPES, addresses, counted,
-    icmp6_types, pods, port_key,
+    Direction, EXEMPT, ISOLATED, addresses, counted, icmp6_types, links, number_key, pods, port_key,
 };
-use super::sets::{Meaning, SetId};
+use super::sets::{Meaning, PortRange, SetId};
 use crate::model::{
     Family, NetworkPolicy, ObjectName, Peer, PolicyPort, PolicyRule, PortMatch, Protocol,
 };
@@ -17,12 +16,14 @@ use crate::ruleset::{
     BaseChain, Chain, ChainKind, Comparison, CtState, Element, Hook, Key, Name, Operand, Rule,
     Selector, Set, Statement, Table, Verdict,
 };
-use ipnet::IpNet;
-use std::net::IpAddr;
+use ipnet::{IpNet, Ipv6Net};
+use std::net::{IpAddr, Ipv6Addr};
 
 /// `filter`: behind the translation of destinations, before that of sources.
 const FILTER: i32 = 0;
 const ICMPV6: u8 = 58;
+/// `fe80::/10`, without its length.
+const LINK_LOCAL: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0);
 
 /// A packet is logged at most so often in a second, in either direction and family.
 const LOGS_PER_SECOND: u32 = 10;
@@ -30,6 +31,9 @@ const LOGS_PER_SECOND: u32 = 10;
 const LOG_BURST: u32 = 20;
 /// How much of a packet is logged: its headers.
 const LOG_BYTES: u32 = 128;
+
+/// The statements that ask for a port.
+type Statements = SmallVec<[Statement; 2]>;
 
 /// The table of a family while no pod is isolated.
 pub(super) fn skeleton(family: Family, settings: &Settings) -> Table {
@@ -60,13 +64,24 @@ pub(super) fn skeleton(family: Family, settings: &Settings) -> Table {
         table.sets.insert(ISOLATED.into(), set);
     }
     if family == Family::V6 {
-        let elements = NEIGHBOUR_DISCOVERY_TYPES
-            .map(|number| Element::new(Key::build().icmp6_type(number).finish()));
-        let set = Set {
-            declaration: icmp6_types(),
-            elements: elements.into(),
-        };
-        table.sets.insert(NEIGHBOUR_DISCOVERY.into(), set);
+        for exempt in EXEMPT {
+            let elements = exempt
+                .types
+                .iter()
+                .map(|number| Element::new(Key::build().icmp6_type(*number).finish()));
+            let set = Set {
+                declaration: icmp6_types(),
+                elements: elements.collect(),
+            };
+            table.sets.insert(exempt.set.into(), set);
+        }
+        for direction in Direction::ALL {
+            let set = Set {
+                declaration: links(),
+                elements: Vec::new(),
+            };
+            table.sets.insert(direction.links(), set);
+        }
     }
     // `accept` ends only the base chain it is met in, so what a pod may send is then asked of
     // the pod that receives it.
@@ -93,20 +108,33 @@ fn base_rules(family: Family, direction: Direction, settings: &Settings) -> Vec<
         Statement::Verdict(Verdict::Accept),
     ])];
     if family == Family::V6 {
+        for exempt in EXEMPT {
+            rules.push(Rule::new([
+                protocol(ICMPV6),
+                Statement::InSet(vec![Selector::Icmp6Type], Comparison::Is, exempt.set.into()),
+                Statement::HopLimit(exempt.hop_limit),
+                Statement::Verdict(Verdict::Accept),
+            ]));
+        }
+        // The address that every pod has beside those in its status. It is of no use to a policy,
+        // so what has it is told by the interface alone.
+        let link_local = IpNet::V6(Ipv6Net::new_assert(LINK_LOCAL, 10));
         rules.push(Rule::new([
-            protocol(ICMPV6),
-            Statement::InSet(
-                vec![Selector::Icmp6Type],
+            Statement::Match(
+                direction.pod(),
                 Comparison::Is,
-                NEIGHBOUR_DISCOVERY.into(),
+                Operand::Network(link_local),
             ),
-            Statement::Verdict(Verdict::Accept),
+            Statement::InSet(vec![direction.link()], Comparison::Is, direction.links()),
+            Statement::Verdict(Verdict::Goto(direction.deny())),
         ]));
     }
     if settings.strict {
-        // The reply to a connection that was cut must not pass for a new one.
+        // The reply to a connection that was cut must not pass for a new one. What is not tracked
+        // was never cut.
         for end in [Selector::SourceAddress, Selector::DestinationAddress] {
             rules.push(Rule::new([
+                Statement::CtState([CtState::Invalid, CtState::New].into()),
                 protocol(Protocol::Tcp.number()),
                 Statement::TcpNotOpening,
                 Statement::InSet(vec![end], Comparison::Is, ISOLATED.into()),
@@ -209,14 +237,9 @@ pub(super) fn policy_chain(
                 statements.map(Some).collect()
             }
         };
-        let ports: Vec<SmallVec<[Statement; 2]>> = match &rule.ports {
-            None => vec![SmallVec::new()],
-            Some(ports) => {
-                let statements = ports.iter();
-                statements
-                    .map(|port| port_statements(port, direction, &mut name_of))
-                    .collect()
-            }
+        let ports: Vec<Statements> = match &rule.ports {
+            None => vec![Statements::new()],
+            Some(ports) => ports_of(ports, direction, &mut name_of),
         };
         for peer in &peers {
             for port in &ports {
@@ -255,32 +278,101 @@ fn peers_of(peers: &[Peer], namespace: &str, family: Family) -> Vec<Meaning> {
     meanings
 }
 
-fn port_statements(
-    port: &PolicyPort,
+/// What asks for one of the ports of a rule: at most two alternatives, however many ports there
+/// are, because each is asked for with every peer.
+fn ports_of(
+    ports: &[PolicyPort],
     direction: Direction,
     name_of: &mut impl FnMut(Meaning) -> Name,
-) -> SmallVec<[Statement; 2]> {
-    let number = port.protocol.number();
-    let port_is = |operand| Statement::Match(Selector::DestinationPort, Comparison::Is, operand);
-    match &port.port {
-        PortMatch::Any => [protocol(number)].into_iter().collect(),
-        PortMatch::Range(from, to) => {
-            let operand = if from == to {
-                Operand::Port(*from)
-            } else {
-                Operand::Ports(*from, *to)
+) -> Vec<Statements> {
+    let mut numbers = Vec::new();
+    let mut named = Vec::new();
+    for PolicyPort { protocol, port } in ports {
+        match port {
+            PortMatch::Any => numbers.push((*protocol, 0, u16::MAX)),
+            PortMatch::Range(from, to) => numbers.push((*protocol, *from, *to)),
+            PortMatch::Named(name) => named.push((Arc::clone(name), *protocol)),
+        }
+    }
+    let mut alternatives = Vec::new();
+    let numbers = joined(numbers);
+    match numbers.as_slice() {
+        [] => {}
+        [(of, from, to)] => {
+            let mut only: Statements = [protocol(of.number())].into_iter().collect();
+            let operand = match (*from, *to) {
+                (0, u16::MAX) => None,
+                (from, to) if from == to => Some(Operand::Port(from)),
+                (from, to) => Some(Operand::Ports(from, to)),
             };
-            [protocol(number), port_is(operand)].into_iter().collect()
+            only.extend(operand.map(|operand| {
+                Statement::Match(Selector::DestinationPort, Comparison::Is, operand)
+            }));
+            alternatives.push(only);
         }
-        PortMatch::Named(name) => {
-            let set = name_of(Meaning::Port {
-                name: Arc::clone(name),
-                protocol: port.protocol,
-                local: direction == Direction::Ingress,
-            });
-            [Statement::InSet(port_key(), Comparison::Is, set)]
-                .into_iter()
-                .collect()
+        _ => {
+            let set = name_of(Meaning::Ports(numbers));
+            let statement = Statement::InSet(number_key(), Comparison::Is, set);
+            alternatives.push([statement].into_iter().collect());
         }
+    }
+    if !named.is_empty() {
+        named.sort_unstable();
+        named.dedup();
+        let set = name_of(Meaning::NamedPorts {
+            ports: named,
+            local: direction == Direction::Ingress,
+        });
+        let statement = Statement::InSet(port_key(), Comparison::Is, set);
+        alternatives.push([statement].into_iter().collect());
+    }
+    alternatives
+}
+
+/// Ranges of ports, sorted; those of a protocol that overlap or touch are one.
+fn joined(mut ranges: Vec<PortRange>) -> Vec<PortRange> {
+    ranges.sort_unstable();
+    let mut joined: Vec<PortRange> = Vec::new();
+    for (protocol, from, to) in ranges {
+        match joined.last_mut() {
+            Some((same, _, end)) if *same == protocol && from <= end.saturating_add(1) => {
+                *end = (*end).max(to);
+            }
+            _ => joined.push((protocol, from, to)),
+        }
+    }
+    joined
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use Protocol::{Tcp, Udp};
+
+    #[test]
+    fn ranges_that_overlap_or_touch_are_one() {
+        let ranges = [
+            (Udp, 80, 80),
+            (Tcp, 443, 443),
+            (Tcp, 80, 90),
+            (Tcp, 85, 100),
+            (Tcp, 101, 101),
+            (Tcp, 65535, 65535),
+            (Tcp, 0, 1),
+        ];
+        assert_eq!(
+            joined(ranges.into()),
+            [
+                (Tcp, 0, 1),
+                (Tcp, 80, 101),
+                (Tcp, 443, 443),
+                (Tcp, 65535, 65535),
+                (Udp, 80, 80),
+            ]
+        );
+        assert_eq!(
+            joined(vec![(Tcp, 0, u16::MAX), (Tcp, 80, 80)]),
+            [(Tcp, 0, u16::MAX)]
+        );
     }
 }

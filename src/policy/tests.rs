@@ -385,3 +385,175 @@ fn names_of_sets_do_not_depend_on_the_order_of_events() {
     other.update();
     assert_eq!(sets(&one.kernel), sets(&other.kernel));
 }
+
+/// The rules of a chain, as text.
+fn chain(ruleset: &Ruleset, name: &str) -> Vec<String> {
+    let table = &ruleset.tables[&table_id(crate::model::Family::V4)];
+    let rules = table.chains[name].rules.iter();
+    rules
+        .map(|rule| text::rule(rule, crate::ruleset::Family::Ip))
+        .collect()
+}
+
+#[test]
+fn the_rules_of_a_policy_grow_with_its_peers_and_its_ports_and_not_with_their_product() {
+    let mut checked = shop();
+    let peers = (0..100).map(|number| Peer::Pods {
+        namespaces: None,
+        pods: app(&format!("client-{number}")),
+    });
+    let ports = (0..100u16).map(|number| PolicyPort {
+        protocol: Protocol::Tcp,
+        port: match number % 2 {
+            0 => PortMatch::Range(1000 + 10 * number, 1000 + 10 * number),
+            _ => PortMatch::Named(format!("port-{number}").into()),
+        },
+    });
+    let rule = PolicyRule {
+        peers: Some(peers.collect()),
+        ports: Some(ports.collect()),
+    };
+    checked.apply(apply_policy(NetworkPolicy {
+        ingress: Some(vec![rule]),
+        ..policy("shop/web", app("web"))
+    }));
+    checked.update();
+    let rules = chain(&checked.kernel, "policy-ingress-shop/web");
+    assert_eq!(rules.len(), 200);
+    let table = &checked.kernel.tables[&table_id(crate::model::Family::V4)];
+    let ports = table
+        .sets
+        .iter()
+        .find(|(name, _)| name.as_str().starts_with("ports-"));
+    assert_eq!(ports.map(|(_, set)| set.elements.len()), Some(50));
+}
+
+#[test]
+fn ports_that_are_one_range_need_no_set() {
+    let mut checked = shop();
+    let of = |ports: &[PortMatch]| {
+        let ports = ports.iter().map(|port| PolicyPort {
+            protocol: Protocol::Tcp,
+            port: port.clone(),
+        });
+        let rule = PolicyRule {
+            peers: None,
+            ports: Some(ports.collect()),
+        };
+        checked.apply(apply_policy(NetworkPolicy {
+            ingress: Some(vec![rule]),
+            ..policy("shop/web", app("web"))
+        }));
+        checked.update();
+        chain(&checked.kernel, "policy-ingress-shop/web").join("; ")
+    };
+    let mut of = of;
+    use PortMatch::{Any, Range};
+    assert_eq!(
+        of(&[Range(80, 81), Range(82, 90)]),
+        "meta l4proto tcp th dport 80-90 accept"
+    );
+    assert_eq!(of(&[Range(80, 80), Any]), "meta l4proto tcp accept");
+    let set = of(&[Range(80, 80), Range(82, 82)]);
+    assert!(set.starts_with("meta l4proto . th dport @ports-"), "{set}");
+}
+
+#[test]
+fn a_pod_of_this_node_is_isolated_whatever_is_claimed_elsewhere() {
+    let mut checked = shop();
+    let stale = Pod {
+        created: Some(9),
+        ..pod("other/stale", 1, "there", "free")
+    };
+    checked.apply(apply_pod(stale));
+    checked.update();
+    assert_eq!(checked.engine.isolated().count(), 1);
+    let printed = format!("{:?}", checked.kernel);
+    assert!(printed.contains("pod-ingress-shop/web"), "{printed}");
+    let connection = Connection {
+        source: [10, 0, 0, 9].into(),
+        destination: [10, 0, 0, 1].into(),
+        protocol: 6,
+        port: Some(80),
+    };
+    assert!(!checked.engine.allows(&connection));
+    // Of two claims on this node the newest counts, as everywhere.
+    let successor = Pod {
+        created: Some(5),
+        ..pod("other/successor", 1, "here", "free")
+    };
+    checked.apply(apply_pod(successor));
+    checked.update();
+    assert_eq!(checked.engine.isolated().count(), 0);
+}
+
+#[test]
+fn the_interfaces_of_isolated_pods_are_known_by_direction() {
+    let mut engine = Engine::new(settings(false)).with_links(|addresses| {
+        let links = addresses
+            .iter()
+            .filter(|ip| **ip != IpAddr::from([10, 0, 0, 3]));
+        links.map(|ip| (*ip, "br0".into())).collect()
+    });
+    for kind in Kind::POLICY {
+        engine.apply(Event::ListStarted(kind));
+        engine.apply(Event::ListComplete(kind));
+    }
+    let mut kernel = Ruleset::default();
+    let mut update = |events: Vec<Event>| {
+        for event in events {
+            engine.apply(event);
+        }
+        for step in engine.update().into_steps() {
+            simulate::apply(&mut kernel, &step).unwrap();
+        }
+        assert_eq!(kernel, engine.ruleset());
+        let table = &kernel.tables[&table_id(crate::model::Family::V6)];
+        ["ingress-links", "egress-links"].map(|name| table.sets[name].elements.len())
+    };
+    let closed = NetworkPolicy {
+        ingress: Some(Vec::new()),
+        ..policy("shop/closed", app("web"))
+    };
+    let events = vec![
+        apply_pod(pod("shop/web", 1, "here", "web")),
+        apply_pod(pod("shop/more", 2, "here", "web")),
+        apply_pod(pod("shop/far", 3, "here", "web")),
+        apply_policy(closed.clone()),
+    ];
+    assert_eq!(update(events), [1, 0], "one bridge has them all");
+    let both = NetworkPolicy {
+        egress: Some(Vec::new()),
+        ..closed
+    };
+    assert_eq!(update(vec![apply_policy(both)]), [1, 1]);
+    let relabelled = |name, address| apply_pod(pod(name, address, "here", "free"));
+    assert_eq!(update(vec![relabelled("shop/web", 1)]), [1, 1]);
+    assert_eq!(update(vec![relabelled("shop/more", 2)]), [0, 0]);
+}
+
+#[test]
+fn an_interface_that_comes_later_is_found_when_it_is_looked_for() {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    static THERE: AtomicBool = AtomicBool::new(false);
+    let mut engine = Engine::new(settings(false)).with_links(|addresses| {
+        let found = addresses.iter().map(|ip| (*ip, "br0".into()));
+        found.filter(|_| THERE.load(Ordering::Relaxed)).collect()
+    });
+    for kind in Kind::POLICY {
+        engine.apply(Event::ListStarted(kind));
+        engine.apply(Event::ListComplete(kind));
+    }
+    engine.apply(apply_pod(pod("shop/web", 1, "here", "web")));
+    engine.apply(apply_policy(NetworkPolicy {
+        ingress: Some(Vec::new()),
+        ..policy("shop/closed", app("web"))
+    }));
+    engine.update();
+    THERE.store(true, Ordering::Relaxed);
+    assert!(engine.update().is_empty());
+    engine.look_at_links();
+    assert_eq!(engine.update().elements(), 1);
+    engine.look_at_links();
+    assert!(engine.update().is_empty());
+}

@@ -4,6 +4,9 @@
 //! until its ends close it. In strict mode it is removed from the connection tracking when the
 //! rules are in force; the rules then drop what follows, because it opens nothing that they allow.
 //!
+//! In every mode the same is done to the connections of an address that another pod has than
+//! before: they were allowed with the former one.
+//!
 //! ```text
 //!  Reconciler ── wake() ──> Cutter, a thread of its own: lists what isolated pods take part in
 //!      ^   (rules in force)    │                ^
@@ -20,6 +23,7 @@
 use std::collections::HashSet;
 use std::net::IpAddr;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot, watch};
@@ -49,30 +53,101 @@ const LONGEST_RETRY: Duration = Duration::from_secs(60);
 /// Makes the bell by which the reconciler wakes a [`Cutter`].
 pub fn bell() -> (Bell, Woken) {
     let (sender, receiver) = sync_channel(1);
-    (Bell(sender), Woken(receiver))
+    let asked = Arc::<Mutex<Asked>>::default();
+    let bell = Bell {
+        sender,
+        asked: asked.clone(),
+    };
+    (bell, Woken { receiver, asked })
+}
+
+/// The connections that a [`Cutter`] is asked to look at.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Asked {
+    /// Those of all isolated pods.
+    all: bool,
+    /// Those of some addresses.
+    addresses: HashSet<IpAddr>,
+}
+
+impl Asked {
+    fn add(&mut self, other: Self) {
+        self.all |= other.all;
+        self.addresses.extend(other.addresses);
+    }
+
+    fn is_empty(&self) -> bool {
+        !self.all && self.addresses.is_empty()
+    }
+
+    fn concerns(&self, connection: &Connection) -> bool {
+        let ends = [connection.source, connection.destination];
+        self.all || ends.iter().any(|end| self.addresses.contains(end))
+    }
 }
 
 /// Tells a [`Cutter`] that other rules are in force. It ends when this goes away.
 #[derive(Debug)]
-pub struct Bell(SyncSender<()>);
+pub struct Bell {
+    sender: SyncSender<()>,
+    asked: Arc<Mutex<Asked>>,
+}
 
 impl Bell {
-    /// Wakes it. It does not wait: a bell that was rung already stays so.
+    /// Wakes it to look at the connections of all isolated pods.
     pub fn ring(&self) {
+        self.ask(Asked {
+            all: true,
+            ..Asked::default()
+        });
+    }
+
+    /// Wakes it to look at the connections of some addresses.
+    pub fn ring_for(&self, addresses: impl IntoIterator<Item = IpAddr>) {
+        self.ask(Asked {
+            addresses: addresses.into_iter().collect(),
+            ..Asked::default()
+        });
+    }
+
+    /// Does not wait: what was asked for before and not looked at yet is looked at together.
+    fn ask(&self, more: Asked) {
+        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        asked.add(more);
         // Fails where it was rung already, or the thread is gone.
-        let _ = self.0.try_send(());
+        let _ = self.sender.try_send(());
     }
 }
 
 /// The other end of a [`Bell`].
 #[derive(Debug)]
-pub struct Woken(Receiver<()>);
+pub struct Woken {
+    receiver: Receiver<()>,
+    asked: Arc<Mutex<Asked>>,
+}
+
+impl Woken {
+    /// What was asked for since the last call.
+    fn asked(&self) -> Asked {
+        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        std::mem::take(&mut asked)
+    }
+}
 
 #[cfg(test)]
 impl Woken {
-    /// Whether the bell was rung since the last call.
+    /// Whether the bell was rung for all since the last call.
     pub(in crate::reconcile) fn take(&self) -> bool {
-        self.0.try_recv().is_ok()
+        let rung = self.receiver.try_recv().is_ok();
+        let asked = self.asked();
+        assert_eq!(rung, !asked.is_empty());
+        asked.all
+    }
+
+    /// The addresses that it was rung for since the last call.
+    pub(in crate::reconcile) fn take_addresses(&self) -> HashSet<IpAddr> {
+        let _ = self.receiver.try_recv();
+        self.asked().addresses
     }
 }
 
@@ -149,8 +224,12 @@ pub struct Cutter<'a, T, R> {
     isolated: watch::Receiver<Isolated>,
     policies: mpsc::Sender<Question>,
     metrics: &'a Metrics,
+    /// What to look at.
+    asked: Asked,
     /// When to look for connections.
     due: Option<Instant>,
+    /// Not before this time for the sake of some addresses.
+    rest: Instant,
     retry: Duration,
     /// Whether the last attempt failed; a fault is told when it begins.
     failing: bool,
@@ -177,7 +256,9 @@ impl<'a, T: Table, R: Remover> Cutter<'a, T, R> {
             isolated,
             policies,
             metrics,
+            asked: Asked::default(),
             due: None,
+            rest: Instant::now(),
             retry: SHORTEST_RETRY,
             failing: false,
             followed: Vec::new(),
@@ -191,16 +272,20 @@ impl<'a, T: Table, R: Remover> Cutter<'a, T, R> {
             let follow = (!self.followed.is_empty()).then_some(self.follow_at);
             let next = self.due.into_iter().chain(follow).min();
             let woken = match next {
-                None => self.woken.0.recv().map_err(RecvTimeoutError::from),
+                None => self.woken.receiver.recv().map_err(RecvTimeoutError::from),
                 Some(at) => {
                     let wait = at.saturating_duration_since(Instant::now());
-                    self.woken.0.recv_timeout(wait)
+                    self.woken.receiver.recv_timeout(wait)
                 }
             };
             let now = Instant::now();
             match woken {
                 Ok(()) => {
-                    let collected = now + COLLECT;
+                    self.asked.add(self.woken.asked());
+                    let mut collected = now + COLLECT;
+                    if !self.asked.all {
+                        collected = collected.max(self.rest);
+                    }
                     self.due = Some(self.due.map_or(collected, |due| due.min(collected)));
                 }
                 Err(RecvTimeoutError::Timeout) => {}
@@ -208,12 +293,19 @@ impl<'a, T: Table, R: Remover> Cutter<'a, T, R> {
             }
             if self.due.is_some_and(|due| due <= now) {
                 self.due = None;
-                match self.sweep() {
+                let asked = std::mem::take(&mut self.asked);
+                let swept = self.sweep(&asked);
+                // Where pods come and go all the time, a fifth of it is spent on looking.
+                self.rest = Instant::now() + now.elapsed() * 4;
+                match swept {
                     Ok(()) => {
                         self.failing = false;
                         self.retry = SHORTEST_RETRY;
                     }
-                    Err(Broken::Kernel(error)) => self.failed(&error),
+                    Err(Broken::Kernel(error)) => {
+                        self.asked.add(asked);
+                        self.failed(&error);
+                    }
                     Err(Broken::Over) => return,
                 }
             }
@@ -236,12 +328,12 @@ impl<'a, T: Table, R: Remover> Cutter<'a, T, R> {
     }
 
     /// Looks for connections that the policies deny, and cuts them.
-    fn sweep(&mut self) -> Result<(), Broken> {
+    fn sweep(&mut self, asked: &Asked) -> Result<(), Broken> {
         let isolated: HashSet<IpAddr> = {
             let isolated = self.isolated.borrow();
             isolated.iter().map(|(address, _)| *address).collect()
         };
-        if isolated.is_empty() {
+        if isolated.is_empty() || asked.is_empty() {
             return Ok(());
         }
         let (table, remover) = match &mut self.tables {
@@ -264,7 +356,8 @@ impl<'a, T: Table, R: Remover> Cutter<'a, T, R> {
             .filter(|family| isolated.iter().any(|ip| Family::of(*ip) == *family))
             .try_for_each(|family| {
                 table.list(family, &mut |tracked| {
-                    if let Some(connection) = judged(&tracked, &isolated, &own) {
+                    let judged = judged(&tracked, &isolated, &own);
+                    if let Some(connection) = judged.filter(|it| asked.concerns(it)) {
                         batch.add(tracked, connection);
                     }
                 })

@@ -11,22 +11,73 @@
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc::{self, error::TrySendError};
 
 use super::questions::Question;
 use crate::model::{ObjectName, Protocol};
-use crate::netlink::{Denied, LogReader, Logged};
+use crate::netlink::{Denied, Error, LogReader, Logged};
 use crate::policy::Direction;
 
+const SHORTEST_RETRY: Duration = Duration::from_secs(1);
+const LONGEST_RETRY: Duration = Duration::from_secs(60);
 /// How often at most losses are told.
 const TELL_LOSSES_EVERY: Duration = Duration::from_secs(60);
 
-/// Hands what a reader hears to the reconciler until one of the two is gone. Blocks the calling
-/// thread.
-pub fn follow(mut reader: LogReader, to: &mpsc::Sender<Question>) {
+/// Where logged packets come from.
+pub trait Source {
+    /// Waits for the next packet.
+    ///
+    /// # Errors
+    ///
+    /// When none can be read any more.
+    fn wait(&mut self) -> Result<Logged, Error>;
+}
+
+impl Source for LogReader {
+    fn wait(&mut self) -> Result<Logged, Error> {
+        LogReader::wait(self)
+    }
+}
+
+/// Hands what a reader hears to the reconciler until that is gone. A reader that fails is opened
+/// again. Blocks the calling thread.
+pub fn follow<R: Source>(
+    reader: R,
+    mut open: impl FnMut() -> Result<R, Error>,
+    to: &mpsc::Sender<Question>,
+) {
     let mut losses = Losses::default();
+    let mut next = Some(reader);
+    while let Some(reader) = next.take() {
+        let Some(error) = hear(reader, &mut losses, to) else {
+            return;
+        };
+        tracing::warn!("{error}; denied packets are not logged until they can be read again");
+        let mut pause = SHORTEST_RETRY;
+        while next.is_none() && !to.is_closed() {
+            match open() {
+                Ok(reader) => {
+                    tracing::info!("denied packets are logged again");
+                    next = Some(reader);
+                }
+                Err(_) => {
+                    thread::sleep(pause);
+                    pause = (pause * 2).min(LONGEST_RETRY);
+                }
+            }
+        }
+    }
+}
+
+/// Returns why the reader failed; `None` if nobody wants to know of packets any more.
+fn hear(
+    mut reader: impl Source,
+    losses: &mut Losses,
+    to: &mpsc::Sender<Question>,
+) -> Option<Error> {
     loop {
         let lost = match reader.wait() {
             // Rules of others may log to the same group.
@@ -34,13 +85,10 @@ pub fn follow(mut reader: LogReader, to: &mpsc::Sender<Question>) {
             Ok(Logged::Denied(packet)) => match to.try_send(Question::Denied(packet)) {
                 Ok(()) => 0,
                 Err(TrySendError::Full(_)) => 1,
-                Err(TrySendError::Closed(_)) => return,
+                Err(TrySendError::Closed(_)) => return None,
             },
             Ok(Logged::Lost) => 1,
-            Err(error) => {
-                tracing::warn!("{error}; denied packets are not logged any more");
-                return;
-            }
+            Err(error) => return Some(error),
         };
         if let Some(lost) = losses.add(lost, Instant::now()) {
             tracing::warn!(
@@ -239,5 +287,40 @@ mod tests {
         assert_eq!(losses.add(0, at(61)), Some(4), "the rest is told later");
         assert_eq!(losses.add(0, at(200)), None);
         assert_eq!(losses.add(1, at(201)), Some(1));
+    }
+
+    /// Readers that hear one packet each and then fail.
+    struct Short(Option<Denied>);
+
+    impl Source for Short {
+        fn wait(&mut self) -> Result<Logged, Error> {
+            let heard = self.0.take().map(Logged::Denied);
+            heard.ok_or_else(|| Error::LogGroup {
+                group: 1,
+                source: std::io::Error::from_raw_os_error(libc::ENOBUFS),
+            })
+        }
+    }
+
+    #[test]
+    fn a_reader_that_fails_is_opened_again() {
+        let (to, mut questions) = mpsc::channel(8);
+        let mut opened = 0;
+        let reader = || Short(Some(packet(6, None)));
+        let mut heard = 0;
+        follow(
+            reader(),
+            || {
+                opened += 1;
+                assert!(matches!(questions.try_recv(), Ok(Question::Denied(_))));
+                heard += 1;
+                if opened == 3 {
+                    questions.close();
+                }
+                Ok(reader())
+            },
+            &to,
+        );
+        assert_eq!((opened, heard), (3, 3));
     }
 }

@@ -62,6 +62,8 @@ use programmed::{Draft, Effects};
 
 /// How many events that wait for their rules are timed; the kernel may be out of order for long.
 const MOST_WAITING: usize = 1 << 16;
+/// How many services or policies are left out in one attempt before giving up until the next.
+const MOST_REFUSALS: usize = 64;
 /// How long unused shared chains stay: a service that scales up and down finds its chain again.
 const KEEP_UNUSED_CHAINS: Duration = Duration::from_secs(60);
 
@@ -444,7 +446,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         for notice in checks.map_or_else(Vec::new, |c| c.publish(&self.store, &self.refused)) {
             self.report(notice);
         }
-        for kind in Kind::SERVICES {
+        for kind in Kind::ALL {
             let of_policies = self.policies.as_ref().map_or(0, |p| p.engine.count(kind));
             let count = self.store.count(kind) + of_policies;
             self.metrics.objects(kind.as_str(), count);

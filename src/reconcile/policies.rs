@@ -4,6 +4,7 @@
 //! and its own comparison with the kernel. Policies come first, so that a new pod is isolated
 //! before a service leads to it.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Instant;
@@ -11,9 +12,10 @@ use std::time::Instant;
 use tokio::sync::watch;
 
 use super::connections::Bell;
-use super::{Kernel, Outcome, Reconciler, State};
-use crate::model::{Delivery, Event, Kind, ObjectName};
-use crate::netlink;
+use super::repair::{self, Refusal};
+use super::{Kernel, MOST_REFUSALS, Outcome, Reconciler, State};
+use crate::model::{Delivery, Event, Kind, Notice, ObjectName, ObjectRef, Reason, Subject};
+use crate::netlink::{self, Place};
 use crate::policy::{Engine, TABLE};
 use crate::ruleset::diff;
 
@@ -32,6 +34,11 @@ pub(super) struct Followers {
 pub(super) struct Policies {
     pub engine: Engine,
     pub state: State,
+    /// Addresses with another pod than before, whose connections are to be looked at when the
+    /// rules are in force.
+    moved: BTreeSet<IpAddr>,
+    /// Those that were handed on last. They may not have been looked at yet.
+    told: BTreeSet<IpAddr>,
 }
 
 impl Policies {
@@ -39,6 +46,8 @@ impl Policies {
         Self {
             engine,
             state: State::Listing,
+            moved: BTreeSet::new(),
+            told: BTreeSet::new(),
         }
     }
 }
@@ -98,6 +107,7 @@ impl<K: Kernel> Reconciler<'_, K> {
         };
         let transaction = policies.engine.update();
         if transaction.is_empty() {
+            self.tell_moved();
             return Outcome::Synced;
         }
         match self.write(transaction) {
@@ -116,21 +126,64 @@ impl<K: Kernel> Reconciler<'_, K> {
     /// says that what differs was changed by somebody else.
     pub(super) fn compare_policies(&mut self, healing: bool) -> Outcome {
         let started = Instant::now();
-        match self.attempt_policies() {
-            Ok(operations) => {
-                if healing && operations > 0 {
-                    self.report_healing(TABLE, operations, started.elapsed());
+        let mut refused_before = None;
+        for _ in 0..=MOST_REFUSALS {
+            match self.attempt_policies() {
+                Ok(operations) => {
+                    if healing && operations > 0 {
+                        self.report_healing(TABLE, operations, started.elapsed());
+                    }
+                    // At the start and after a failure connections may be left that an earlier
+                    // attempt, or process, did not come to look at.
+                    self.policies_synced(started, !healing || operations > 0);
+                    return Outcome::Synced;
                 }
-                // At the start and after a failure connections may be left that an earlier attempt,
-                // or process, did not come to look at.
-                self.policies_synced(started, !healing || operations > 0);
-                Outcome::Synced
-            }
-            Err(error) => {
-                self.policies_failed(&error);
-                Outcome::Failed
+                Err(error) if self.close_refused(&error, &mut refused_before) => {
+                    self.metrics.failure();
+                }
+                Err(error) => {
+                    self.policies_failed(&error);
+                    break;
+                }
             }
         }
+        if let Some(policies) = &mut self.policies {
+            policies.state = State::Unknown;
+        }
+        Outcome::Failed
+    }
+
+    /// Closes the policies of which something was refused. False if the error cannot be laid at the
+    /// door of any.
+    fn close_refused(&mut self, error: &netlink::Error, before: &mut Option<Place>) -> bool {
+        match repair::judge(error, before) {
+            Refusal::Fault => {}
+            Refusal::Doubtful => return true,
+            Refusal::Passing => return false,
+        }
+        let Some(policies) = &mut self.policies else {
+            return false;
+        };
+        let culprits = match error.refused() {
+            Some(Place::Chain(table, chain) | Place::Rule(table, chain, _)) => {
+                policies.engine.policies_of_chain(table, chain)
+            }
+            Some(Place::Set(table, set) | Place::Element(table, set, ..)) => {
+                policies.engine.policies_of_set(table, set)
+            }
+            Some(Place::Table(_) | Place::Transaction) | None => Vec::new(),
+        };
+        for policy in &culprits {
+            policies.engine.refuse(policy.clone());
+        }
+        for policy in &culprits {
+            self.report(Notice {
+                subject: Subject::Object(ObjectRef::new(Kind::NetworkPolicy, policy.clone())),
+                reason: Reason::KernelRefused,
+                message: format!("{error}; the policy allows nothing until it changes"),
+            });
+        }
+        !culprits.is_empty()
     }
 
     /// Puts back what somebody else changed in the policy tables. Returns whether anything was.
@@ -158,6 +211,9 @@ impl<K: Kernel> Reconciler<'_, K> {
             return Ok(0);
         };
         // The difference is taken of the whole.
+        if policies.state != State::Synced {
+            policies.engine.look_at_links();
+        }
         policies.engine.update();
         let wanted = policies.engine.ruleset();
         let actual = self.kernel.read(&[TABLE], &wanted)?;
@@ -172,7 +228,12 @@ impl<K: Kernel> Reconciler<'_, K> {
         let Some(policies) = &mut self.policies else {
             return;
         };
-        policies.state = State::Synced;
+        let first = std::mem::replace(&mut policies.state, State::Synced) == State::Listing;
+        if first {
+            // Who had the addresses before is not known, and most have the pods for long.
+            policies.engine.take_moved();
+        }
+        let strict = policies.engine.is_strict();
         let isolated = policies.engine.isolated();
         self.metrics
             .policy_sync(started.elapsed(), isolated.count());
@@ -188,8 +249,27 @@ impl<K: Kernel> Reconciler<'_, K> {
                 other
             });
         }
-        if let Some(cutter) = self.followers.cutter.as_ref().filter(|_| changed) {
+        if let Some(cutter) = &self.followers.cutter
+            && strict
+            && changed
+        {
             cutter.ring();
+        }
+        self.tell_moved();
+    }
+
+    /// Has the connections looked at of the addresses that other pods have now.
+    fn tell_moved(&mut self) {
+        let Some(policies) = &mut self.policies else {
+            return;
+        };
+        policies.moved.append(&mut policies.engine.take_moved());
+        if policies.moved.is_empty() {
+            return;
+        }
+        policies.told = std::mem::take(&mut policies.moved);
+        if let Some(cutter) = &self.followers.cutter {
+            cutter.ring_for(policies.told.iter().copied());
         }
     }
 
@@ -198,6 +278,8 @@ impl<K: Kernel> Reconciler<'_, K> {
         self.reporter.failed(error);
         if let Some(policies) = &mut self.policies {
             policies.state = State::Unknown;
+            // Nothing is judged while it is unknown what is in force.
+            policies.moved.append(&mut policies.told);
         }
     }
 }

@@ -17,17 +17,37 @@ use std::time::{Duration, Instant};
 
 use super::affinity::Remembered;
 use super::programmed::Effects;
-use super::{Kernel, Outcome, Outcomes, Reconciler, State};
+use super::{Kernel, MOST_REFUSALS, Outcome, Outcomes, Reconciler, State};
 use crate::compile::TABLE;
 use crate::model::{Kind, Notice, ObjectRef, Reason, Subject};
 use crate::netlink::{self, Blame, Place};
-use crate::ruleset::{Key, Name, TableId, diff};
+use crate::ruleset::diff;
 
-/// How many services are left out in one attempt before giving up until the next.
-const MOST_REFUSALS: usize = 64;
+/// What follows from a refusal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Refusal {
+    /// What was refused is at fault, and cannot be had.
+    Fault,
+    /// It may be that somebody wrote to the tables after they were read: read them again.
+    Doubtful,
+    /// Nothing that was to be written is at fault.
+    Passing,
+}
 
-/// Where an element stands.
-type ElementPlace = (TableId, Name, Key);
+/// Judges a refusal. A conflict with what the tables hold may be the doing of somebody who wrote to
+/// them after they were read. What was refused is to blame only if it is refused again (`before`)
+/// after another reading.
+pub(super) fn judge(error: &netlink::Error, before: &mut Option<Place>) -> Refusal {
+    match (error.blame(), error.refused()) {
+        (Blame::Named, Some(_)) => Refusal::Fault,
+        (Blame::Conflict, Some(place)) if before.as_ref() == Some(place) => Refusal::Fault,
+        (Blame::Conflict, Some(place)) => {
+            *before = Some(place.clone());
+            Refusal::Doubtful
+        }
+        _ => Refusal::Passing,
+    }
+}
 
 impl<K: Kernel> Reconciler<'_, K> {
     /// Compares with what the kernel holds and writes the difference.
@@ -190,24 +210,14 @@ impl<K: Kernel> Reconciler<'_, K> {
 
     /// Leaves out the service to which a refused element belongs. False if the error cannot be
     /// laid at one service's door.
-    ///
-    /// A conflict with what the tables hold may be the doing of somebody who wrote to them after
-    /// they were read. The service is to blame only if it is refused again (`before`) after
-    /// another reading.
-    fn isolate(&mut self, error: &netlink::Error, before: &mut Option<ElementPlace>) -> bool {
+    fn isolate(&mut self, error: &netlink::Error, before: &mut Option<Place>) -> bool {
         let Some(Place::Element(table, set, element, _)) = error.refused() else {
             return false;
         };
-        match error.blame() {
-            Blame::Nothing => return false,
-            Blame::Element => {}
-            Blame::Conflict => {
-                let place = Some((table.clone(), set.clone(), element.key.clone()));
-                if *before != place {
-                    *before = place;
-                    return true;
-                }
-            }
+        match judge(error, before) {
+            Refusal::Fault => {}
+            Refusal::Doubtful => return true,
+            Refusal::Passing => return false,
         }
         let Some(owner) = self.programmed.owner(table, set, &element.key) else {
             return false;
@@ -227,8 +237,12 @@ impl<K: Kernel> Reconciler<'_, K> {
         true
     }
 
-    /// Tries the services again that the kernel refused earlier.
+    /// Tries the services and policies again that the kernel refused earlier.
     pub fn forgive(&mut self) {
+        if let Some(policies) = &mut self.policies {
+            policies.engine.forgive();
+            policies.engine.look_at_links();
+        }
         self.changes.services.append(&mut self.refused);
     }
 }

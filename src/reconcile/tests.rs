@@ -27,6 +27,7 @@ use crate::ruleset::{Element, Key, Name, Op, SumKeys, TableId, simulate};
 mod flows;
 mod large;
 mod parts;
+mod policies;
 mod questions;
 
 /// A kernel in memory. Clones share it, so that tests can look and meddle.

@@ -169,6 +169,8 @@ pub enum Statement {
     /// Continue if a TCP segment does not open a connection: of the flags FIN, SYN, RST and ACK it
     /// has others than SYN alone. The rule must have matched the protocol before.
     TcpNotOpening,
+    /// Continue if the packet may pass just so many more routers (`ip6 hoplimit`, `ip ttl`).
+    HopLimit(u8),
     /// Continue for so many packets, and for none beyond them (`limit rate`). All packets that
     /// reach the rule share the limit.
     Limit {

@@ -133,6 +133,7 @@ fn reads(statement: &Statement) -> Option<&Name> {
         | Statement::CtState(_)
         | Statement::CtStatus(_)
         | Statement::TcpNotOpening
+        | Statement::HopLimit(_)
         | Statement::Limit { .. }
         | Statement::Log { .. }
         | Statement::DestinationIsLocal

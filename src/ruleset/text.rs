@@ -272,6 +272,10 @@ fn statement(statement: &Statement, family: Family) -> String {
         Statement::CtStatus(CtStatus::Dnat) => "ct status dnat".into(),
         Statement::CtStatus(CtStatus::Snat) => "ct status snat".into(),
         Statement::TcpNotOpening => "tcp flags & (fin | syn | rst | ack) != syn".into(),
+        Statement::HopLimit(hops) => match family {
+            Family::Ip => format!("ip ttl {hops}"),
+            Family::Ip6 => format!("ip6 hoplimit {hops}"),
+        },
         Statement::Limit { per_second, burst } => {
             format!("limit rate {per_second}/second burst {burst} packets")
         }

@@ -289,12 +289,37 @@ fn nobody_isolated_means_no_list() {
         HERE.set(bench.fake.clone());
         Cutter::new(open_here, woken, watched, ask, &bench.metrics)
     };
-    assert!(cutter.sweep().is_ok());
+    let all = Asked {
+        all: true,
+        ..Asked::default()
+    };
+    assert!(cutter.sweep(&all).is_ok());
     assert_eq!(bench.fake.state().lists, 0);
     // With an isolated pod, and nobody to judge, it is over.
     bench.isolate();
-    assert!(matches!(cutter.sweep(), Err(Broken::Over)));
+    assert!(matches!(cutter.sweep(&all), Err(Broken::Over)));
     assert_eq!(bench.fake.state().connections.len(), 1);
     drop(cutter);
+    bench.end();
+}
+
+#[test]
+fn of_some_addresses_only_theirs_are_looked_at() {
+    let stays = [
+        tracked("10.1.0.9", "10.1.0.5", TCP, Some(DENIED)),
+        tracked("10.1.0.6", "10.1.0.5", TCP, Some(80)),
+    ];
+    let denied = [
+        tracked("10.1.0.6", "10.1.0.5", TCP, Some(DENIED)),
+        tracked("10.1.0.5", "10.1.0.6", UDP, Some(DENIED)),
+        tracked("fd00::9", "fd00::5", UDP, Some(DENIED)),
+    ];
+    let bench = Bench::new([&stays[..], &denied].concat());
+    bench.isolate();
+    // What was asked for is kept over a failure.
+    bench.fake.state().failures = 1;
+    bench.bell.ring_for([ip("10.1.0.6")]);
+    bench.bell.ring_for([ip("fd00::5")]);
+    bench.fake.wait(|state| state.connections == stays);
     bench.end();
 }

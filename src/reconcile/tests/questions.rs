@@ -47,7 +47,7 @@ pub(super) fn engine() -> Engine {
 }
 
 /// Whether the reconciler denies what goes from one address to another.
-fn denies(reconciler: &Reconciler<Fake>, source: &str, destination: &str) -> bool {
+pub(super) fn denies(reconciler: &Reconciler<Fake>, source: &str, destination: &str) -> bool {
     let (answer, mut answered) = oneshot::channel();
     let connection = Connection {
         source: source.parse().unwrap(),

@@ -8,11 +8,8 @@ use smallvec::SmallVec;
 use super::address::parse_unicast;
 use super::report::Report;
 use super::{Converter, PORT_HINT, PROTOCOL_HINT, non_empty, port, protocol, timestamp};
-use crate::model::{Family, Labels, NamedPort, Namespace, ObjectName, Pod};
+use crate::model::{Family, Labels, NAMESPACE_NAME, NamedPort, Namespace, ObjectName, Pod};
 use crate::source::wire;
-
-/// The label that the API server gives every namespace.
-const NAMESPACE_NAME: &str = "kubernetes.io/metadata.name";
 
 impl Converter {
     /// The facts of a Pod.

@@ -31,6 +31,8 @@ pub struct Packet {
     pub destination_port: u16,
     /// The type of an ICMPv6 message.
     pub icmp6_type: u8,
+    /// How many more routers it may pass.
+    pub hop_limit: u8,
     /// The state of the connection.
     pub state: CtState,
     /// Whether a TCP segment is a SYN alone.
@@ -53,6 +55,7 @@ impl Packet {
             source_port: 40_000,
             destination_port: port,
             icmp6_type: 128,
+            hop_limit: 64,
             state: CtState::New,
             opens: protocol == 6,
             input: "in0".into(),
@@ -241,6 +244,7 @@ impl Walker<'_> {
                     assert_eq!(self.packet.protocol, 6, "TCP is not asked for: {rule:?}");
                     !self.packet.opens
                 }
+                Statement::HopLimit(hops) => self.packet.hop_limit == *hops,
                 Statement::DestinationIsLocal => {
                     self.packet.local.contains(&self.packet.destination)
                 }

@@ -1,0 +1,136 @@
+//! What the rules dropped, as numbers that never fall while a pod is isolated.
+//!
+//! An element counts for one address. It goes with the address and begins anew with the table, and
+//! what it had counted must stay in the sum for its pod.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+use crate::metrics::PolicyDrops;
+use crate::model::{Family, ObjectName};
+use crate::netlink::{Error, Nftables};
+use crate::policy::{self, Direction};
+use crate::reconcile::Isolated;
+use crate::ruleset::Key;
+
+/// What one look at the counters found.
+#[derive(Debug, Default)]
+pub(super) struct Reading {
+    /// The isolated pods.
+    pods: HashSet<ObjectName>,
+    /// Dropped packets of their addresses.
+    counters: Vec<(ObjectName, Direction, Key, u64)>,
+}
+
+/// Reads the counters of the pods that are isolated now.
+pub(super) fn read(nftables: &mut Nftables, isolated: &Isolated) -> Result<Reading, Error> {
+    let pods: HashMap<Key, &ObjectName> = isolated
+        .iter()
+        .map(|(address, pod)| (Key::address(*address), pod))
+        .collect();
+    let mut reading = Reading::default();
+    if pods.is_empty() {
+        return Ok(reading);
+    }
+    reading.pods = isolated.iter().map(|(_, pod)| pod.clone()).collect();
+    for family in Family::ALL {
+        for direction in Direction::ALL {
+            let table = policy::table_id(family);
+            let counters = nftables.counters(&table, direction.denied().as_str())?;
+            let known = counters.into_iter().filter_map(|(key, packets, _)| {
+                let pod = (*pods.get(&key)?).clone();
+                Some((pod, direction, key, packets))
+            });
+            reading.counters.extend(known);
+        }
+    }
+    Ok(reading)
+}
+
+/// The sums of all readings.
+#[derive(Debug, Default)]
+pub(super) struct Totals(BTreeMap<(ObjectName, Direction), Total>);
+
+#[derive(Debug, Default)]
+struct Total {
+    /// What counters had counted that are gone or began anew.
+    gone: u64,
+    counters: HashMap<Key, u64>,
+}
+
+impl Total {
+    fn sum(&self) -> u64 {
+        let counted = self.counters.values();
+        counted.fold(self.gone, |sum, packets| sum.saturating_add(*packets))
+    }
+
+    /// Takes over what the counters say now.
+    fn replace(&mut self, counters: HashMap<Key, u64>) {
+        let before = std::mem::replace(&mut self.counters, counters);
+        for (key, packets) in before {
+            let continues = self.counters.get(&key).is_some_and(|now| *now >= packets);
+            if !continues {
+                self.gone = self.gone.saturating_add(packets);
+            }
+        }
+    }
+}
+
+impl Totals {
+    /// Adds a reading and returns the sums by pod and direction, of the isolated pods alone.
+    pub(super) fn add(&mut self, reading: Reading) -> Vec<PolicyDrops> {
+        self.0.retain(|(pod, _), _| reading.pods.contains(pod));
+        let mut counters: HashMap<(ObjectName, Direction), HashMap<Key, u64>> = HashMap::new();
+        for (pod, direction, key, packets) in reading.counters {
+            let of_pod = counters.entry((pod.clone(), direction)).or_default();
+            of_pod.insert(key, packets);
+            self.0.entry((pod, direction)).or_default();
+        }
+        let totals = self.0.iter_mut();
+        let drops = totals.map(|((pod, direction), total)| {
+            let now = counters.remove(&(pod.clone(), *direction));
+            total.replace(now.unwrap_or_default());
+            PolicyDrops {
+                namespace: pod.namespace().to_owned(),
+                pod: pod.name().to_owned(),
+                direction: direction.as_str(),
+                packets: total.sum(),
+            }
+        });
+        drops.collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::IpAddr;
+
+    use super::*;
+
+    fn add(totals: &mut Totals, counters: &[(&str, u64)]) -> Vec<u64> {
+        let pod = ObjectName::new("shop", "web");
+        let counters = counters.iter().map(|(address, packets)| {
+            let address: IpAddr = address.parse().unwrap();
+            let key = Key::address(address);
+            (pod.clone(), Direction::Ingress, key, *packets)
+        });
+        let drops = totals.add(Reading {
+            pods: [pod.clone()].into(),
+            counters: counters.collect(),
+        });
+        drops.iter().map(|drops| drops.packets).collect()
+    }
+
+    #[test]
+    fn a_sum_never_falls_while_the_pod_is_isolated() {
+        let mut totals = Totals::default();
+        let totals = &mut totals;
+        assert_eq!(add(totals, &[("10.1.0.5", 3), ("fd00::5", 4)]), [7]);
+        assert_eq!(add(totals, &[("10.1.0.5", 5), ("fd00::5", 4)]), [9]);
+        assert_eq!(add(totals, &[("10.1.0.5", 6)]), [10], "an address goes");
+        assert_eq!(add(totals, &[("10.1.0.5", 2)]), [12], "a new table");
+        assert_eq!(add(totals, &[]), [12], "isolated the other way alone");
+        assert_eq!(add(totals, &[("fd00::5", 1)]), [13]);
+        assert!(totals.add(Reading::default()).is_empty());
+        assert_eq!(add(totals, &[("10.1.0.5", 1)]), [1], "isolated anew");
+    }
+}
