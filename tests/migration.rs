@@ -12,7 +12,7 @@ use common::kube_proxy::{self, Frontend, Iptables, legacy_iptables};
 use common::manifests::{CLUSTER_CIDR, Manifests, Service};
 use common::netns::{
     Answer, Ask, Client, HttpConnection, Lab, LabOptions, Machine, Namespace, Protocol, Server,
-    require_net_admin, wait_for,
+    loses_nothing, require_net_admin, wait_for,
 };
 use common::skip::skip;
 
@@ -253,19 +253,15 @@ impl Load {
         });
     }
 
-    /// Ends, and tells which requests failed, or were lost and had to be repeated.
-    fn end(self) -> Vec<String> {
+    /// Ends, and tells which requests failed, and how many were lost and repeated.
+    fn end(self) -> (Vec<String>, u64) {
         self.stop.store(true, Ordering::Relaxed);
         let threads = self.threads.into_iter();
         let failed = threads.flat_map(|thread| thread.join().expect("a client ends"));
-        let mut failed: Vec<String> = failed.collect();
-        for (ns, before) in self.repeated {
-            let repeated = ns.repeated_requests() - before;
-            if repeated > 0 {
-                failed.push(format!("{repeated} requests of {} were lost", ns.name()));
-            }
-        }
-        failed
+        let failed = failed.collect();
+        let repeated = self.repeated.iter();
+        let lost = repeated.map(|(ns, before)| ns.repeated_requests() - before);
+        (failed, lost.sum())
     }
 }
 
@@ -281,8 +277,8 @@ fn cleanup(node: &Namespace, flag: &str) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-/// There and back again.
-fn migrate(mode: Mode) {
+/// There and back again; how many requests were lost.
+fn migrate(mode: Mode) -> u64 {
     let shop = Shop::open();
     let node = shop.node().ns.clone();
     mode.load(shop.node(), &shop.frontends);
@@ -308,13 +304,14 @@ fn migrate(mode: Mode) {
     load.more(500);
     ask_again(&mut connections);
     shop.everybody_is_answered();
-    let failed = load.end();
+    let (failed, lost) = load.end();
     assert!(
         failed.is_empty(),
         "{} failed: {:#?}",
         failed.len(),
         &failed[..failed.len().min(9)]
     );
+    lost
 }
 
 /// Connections that exist lead where they always led.
@@ -332,14 +329,14 @@ fn ask_again(connections: &mut Vec<(Client, HttpConnection, Answer)>) {
 #[test]
 fn from_nftables_and_back_no_request_fails() {
     if require_net_admin() {
-        migrate(Mode::Nftables);
+        loses_nothing(|| migrate(Mode::Nftables));
     }
 }
 
 #[test]
 fn from_iptables_nft_and_back_no_request_fails() {
     if require_net_admin() {
-        migrate(Mode::Iptables(Iptables::Nft));
+        loses_nothing(|| migrate(Mode::Iptables(Iptables::Nft)));
     }
 }
 
@@ -352,7 +349,7 @@ fn from_iptables_legacy_and_back_no_request_fails() {
         skip("legacy-iptables", &why);
         return;
     }
-    migrate(Mode::Iptables(Iptables::Legacy));
+    loses_nothing(|| migrate(Mode::Iptables(Iptables::Legacy)));
 }
 
 /// The chains of both proxies are at the same hooks with the same priorities: the first one to

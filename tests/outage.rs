@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use common::manifests::{CLUSTER_CIDR, Manifests, Service};
 use common::netns::{
-    Ask, Lab, LabOptions, Namespace, PATIENCE, Protocol, require_net_admin, wait_for,
+    Ask, Daemon, Lab, LabOptions, Namespace, PATIENCE, Protocol, require_net_admin, wait_for,
 };
 
 const CIDR: [&str; 2] = ["--cluster-cidr", CLUSTER_CIDR];
@@ -85,8 +85,21 @@ fn longest_gap(answers: &[Instant], from: Instant, to: Instant) -> Duration {
     gaps.max().expect("answers before and after")
 }
 
+/// How long the threads of a program have waited for a processor that others had.
+fn waited(daemon: &Daemon) -> Duration {
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", daemon.pid())).expect("it runs");
+    let waited = tasks.filter_map(|task| {
+        // A thread may end meanwhile, and a kernel may not count.
+        let text = std::fs::read_to_string(task.ok()?.path().join("schedstat")).ok()?;
+        let nanoseconds = text.split_whitespace().nth(1)?;
+        Some(Duration::from_nanos(nanoseconds.parse().ok()?))
+    });
+    waited.sum()
+}
+
 /// How long services were away, for each of several flushes: the longest time without an answer,
-/// less what it is on this machine in an undisturbed time as long.
+/// less what it is on this machine in an undisturbed time as long, and less what nftlet had to wait
+/// for the processor.
 fn outages(lab: &Lab, manifests: &Manifests) -> Vec<Duration> {
     let (node, client) = (lab.node().ns(), &lab.client().ns);
     manifests.program(node, &CIDR);
@@ -99,30 +112,33 @@ fn outages(lab: &Lab, manifests: &Manifests) -> Vec<Duration> {
         let mut flushes = Vec::new();
         for _ in 0..FLUSHES {
             // One that was asked to repair the rules shortly before takes its time.
-            let _daemon = manifests.run(node, &CIDR);
+            let daemon = manifests.run(node, &CIDR);
             asking.more("answers before the flush");
-            let flushed = Instant::now();
+            let (flushed, waited_before) = (Instant::now(), waited(&daemon));
             node.nft_load("flush ruleset");
             wait_for("the rules to be back", PATIENCE, || {
                 let found = node.nft(&["list", "tables"]);
                 found.contains("table ip nftlet\n").then_some(())
             });
             asking.more("answers after the flush");
-            let over = Instant::now();
+            let (over, waited) = (
+                Instant::now(),
+                waited(&daemon).saturating_sub(waited_before),
+            );
             // The same once more, without a flush: the commands that look, and as long a time.
             while over.elapsed() < over.duration_since(flushed) {
                 node.nft(&["list", "tables"]);
                 thread::sleep(Duration::from_millis(5));
             }
             asking.more("answers of an undisturbed time");
-            flushes.push((flushed, over, Instant::now()));
+            flushes.push((flushed, over, Instant::now(), waited));
         }
         drop(asking);
         (collecting.join().expect("the client ends"), flushes)
     });
-    let outages = flushes.into_iter().map(|(flushed, over, end)| {
+    let outages = flushes.into_iter().map(|(flushed, over, end, waited)| {
         let undisturbed = longest_gap(&answers, over, end);
-        longest_gap(&answers, flushed, over).saturating_sub(undisturbed)
+        longest_gap(&answers, flushed, over).saturating_sub(undisturbed + waited)
     });
     outages.collect()
 }

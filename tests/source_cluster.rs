@@ -134,7 +134,7 @@ async fn ordinary_life_with_a_server_that_pages() {
 
 #[tokio::test]
 async fn ordinary_life_with_a_real_server() {
-    if let Some(api) = RealApi::start("ordinary_life_with_a_real_server").await {
+    if let Some(api) = RealApi::start().await {
         ordinary_life(Api::Real(api)).await;
     }
 }

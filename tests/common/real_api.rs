@@ -42,11 +42,11 @@ impl Drop for Program {
 }
 
 impl RealApi {
-    /// Starts the server, or says loudly why `test` is skipped.
-    pub async fn start(test: &str) -> Option<Self> {
+    /// Starts the server, or says loudly why the test is skipped.
+    pub async fn start() -> Option<Self> {
         let Some(assets) = std::env::var_os("KUBEBUILDER_ASSETS").map(PathBuf::from) else {
             let why = "set KUBEBUILDER_ASSETS to a directory with etcd and kube-apiserver";
-            skip("real-apiserver", &format!("{test}: {why}"));
+            skip("real-apiserver", why);
             return None;
         };
         let directory = tempfile::tempdir().expect("a directory");
