@@ -317,6 +317,7 @@ pub fn loses_nothing(mut test: impl FnMut() -> u64) {
     while lost.last() != Some(&0) {
         assert!(lost.len() < 3, "connection requests were lost: {lost:?}");
         lost.push(test());
+        eprintln!("connection requests lost in each run so far: {lost:?}");
     }
 }
 
