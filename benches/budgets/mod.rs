@@ -56,7 +56,7 @@ fn expected(benchmark: &str) -> impl Iterator<Item = Expected<'static>> {
 ///
 /// When the file cannot be written.
 pub fn conclude(benchmark: &str, outcomes: &[Outcome]) -> io::Result<bool> {
-    let mut noted = String::new();
+    let (mut noted, mut unlisted) = (String::new(), Vec::new());
     for outcome in outcomes {
         let known = expected(benchmark).find(|it| it.what == outcome.what);
         let reason = known.and_then(|it| it.reason).unwrap_or_default();
@@ -72,9 +72,11 @@ pub fn conclude(benchmark: &str, outcomes: &[Outcome]) -> io::Result<bool> {
             let because = if reason.is_empty() { "" } else { ": " };
             eprintln!("missed: {what} is {measured}, budget {budget}{because}{reason}");
         }
-        if known.is_none() {
-            eprintln!("not in benches/budgets/expected.txt: {benchmark} | {what}");
-        }
+        unlisted.extend(known.is_none().then_some(what));
+    }
+    if let Some(first) = unlisted.first() {
+        let count = unlisted.len();
+        eprintln!("measured, and not in benches/budgets/expected.txt: {count}, first {first:?}");
     }
     for unmeasured in expected(benchmark) {
         if !outcomes.iter().any(|it| it.what == unmeasured.what) {

@@ -267,7 +267,16 @@ fn program_policies() {
         node: NODE.into(),
         ..policy::Settings::default()
     });
-    for delivery in cluster.lists() {
+    for mut delivery in cluster.lists() {
+        if let Event::Apply(Object::Pod(pod)) = &mut delivery.event {
+            // Not those of the services' endpoints, which no policy is to isolate.
+            for address in &mut pod.addresses {
+                if let IpAddr::V4(v4) = address {
+                    let [_, _, c, d] = v4.octets();
+                    *address = Ipv4Addr::new(172, 20, c, d).into();
+                }
+            }
+        }
         engine.apply(delivery.event);
     }
     let mut client = cluster.later_pod(0);
