@@ -26,6 +26,8 @@ mod saved;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::thread::{MembarrierCommand, membarrier};
+
 use crate::compile;
 use crate::netlink::{self, Nftables};
 use crate::policy;
@@ -41,6 +43,8 @@ const OWN_TABLES: [&str; 2] = [compile::TABLE, policy::TABLE];
 /// change at once, and on a busy node takes some tenths of a second for a large table.
 const COME_BACK: Duration = Duration::from_secs(1);
 const LOOK_EVERY: Duration = Duration::from_millis(50);
+/// Longer than a packet takes through the rules, also where the machine stalls.
+const PASSAGE: Duration = Duration::from_millis(100);
 
 /// What to remove.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,18 +100,45 @@ pub fn clean(scope: Scope) -> Result<Report, netlink::Error> {
     Ok(report)
 }
 
-/// Removes tables, each in a transaction of its own.
+/// Removes tables, one after the other.
 fn remove_tables(nftables: &mut Nftables, tables: &[TableId], report: &mut Report) {
     for table in tables {
-        let transaction = Transaction {
-            ops: vec![Op::DeleteTable(table.clone())],
-        };
-        match nftables.apply(&transaction) {
-            Ok(_) => report.removed(format!("table {table}"), "nftables"),
+        match remove_table(nftables, table) {
+            Ok(()) => report.removed(format!("table {table}"), "nftables"),
             // Somebody else was faster.
             Err(error) if error.errno() == Some(libc::ENOENT) => {}
             Err(error) => report.fail(error),
         }
+    }
+}
+
+/// Removes a table such that no packet notices.
+///
+/// A packet walks the rules that were there when it came, but finds no element any more that has
+/// gone since: it would be dropped, or refused, on its way. So first the entrances are closed, and
+/// the rest goes when the packets that are inside have left.
+fn remove_table(nftables: &mut Nftables, table: &TableId) -> Result<(), netlink::Error> {
+    let entrances = nftables.base_chain_names(table)?;
+    let empty = entrances.iter().cloned();
+    let empty = empty.map(|chain| Op::FlushChain(table.clone(), chain));
+    let close = entrances.iter().cloned();
+    let close = close.map(|chain| Op::DeleteChain(table.clone(), chain));
+    nftables.apply(&Transaction {
+        ops: empty.chain(close).collect(),
+    })?;
+    wait_for_packets();
+    nftables.apply(&Transaction {
+        ops: vec![Op::DeleteTable(table.clone())],
+    })?;
+    Ok(())
+}
+
+/// Waits until every packet that the kernel is working on now has left the rules.
+fn wait_for_packets() {
+    // It waits for all critical sections of RCU, in which packets walk the rules. Kernels set up
+    // for undisturbed cores refuse; there some time must do.
+    if membarrier(MembarrierCommand::Global).is_err() {
+        thread::sleep(PASSAGE);
     }
 }
 

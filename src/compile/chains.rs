@@ -7,7 +7,7 @@ use super::layout::{
     target,
 };
 use super::settings::{LocalDetector, Settings};
-use super::skeleton::{DSTNAT, MARK_OFF_CLUSTER, REJECT};
+use super::skeleton::{DSTNAT, MARK_OFF_CLUSTER};
 use crate::model::{Family, Protocol};
 use crate::ruleset::{
     BaseChain, Chain, ChainKind, Comparison, CtState, CtStatus, Hook, Name, Operand, Rule,
@@ -211,8 +211,9 @@ impl Handle {
     ///
     /// A packet keeps walking the rules it started with, but sees the elements of the newest
     /// transaction. If that took endpoints away, the random index may have none; index 0 has one
-    /// as long as there is any. If none is left the packet ends here: falling through, it would
-    /// leave the node with the service's address.
+    /// as long as there is any. If none is left, or the whole table has gone, the packet is dropped:
+    /// falling through, it would leave the node with the service's address, and refused, a client
+    /// would give up that only has to ask again.
     fn balance(self, scope: Scope) -> Vec<Rule> {
         let map = self.by.endpoints(scope).name();
         let pick = |n| Rule::new([Statement::DnatByMap(self.by.endpoint_key(n), map.clone())]);
@@ -220,11 +221,7 @@ impl Handle {
         if self.endpoints > 1 {
             rules.push(pick(1));
         }
-        let end = match scope {
-            Scope::Cluster => Verdict::Goto(REJECT.into()),
-            Scope::Local => Verdict::Drop,
-        };
-        rules.push(Rule::new([Statement::Verdict(end)]));
+        rules.push(Rule::new([Statement::Verdict(Verdict::Drop)]));
         rules
     }
 }

@@ -14,7 +14,7 @@ use super::attr::{Reader, Writer};
 use super::encode::{self, family, family_number, set_attributes};
 use super::error::Error;
 use super::ffi::{self, Scratch, SetAttributes};
-use super::nftables::Nftables;
+use super::nftables::{Dumped, Nftables};
 use super::socket::{DUMP_ATTEMPTS, Message};
 use super::{uapi, udata};
 use crate::ruleset::{
@@ -149,9 +149,28 @@ impl Nftables {
         Ok(self.chains(id)?.into_keys().collect())
     }
 
+    /// The names of the chains of a table at which packets enter, whoever made it.
+    ///
+    /// # Errors
+    ///
+    /// When the dump fails or is interrupted over and over again.
+    pub fn base_chain_names(&mut self, id: &TableId) -> Result<Vec<Name>, Error> {
+        let dumped = self.dump_chains(id.family)?;
+        let found = dumped.iter().filter_map(|message| {
+            let attributes = message.attributes();
+            let name = attributes.string(uapi::NFTA_CHAIN_NAME)?;
+            attributes.nested(uapi::NFTA_CHAIN_HOOK)?;
+            is_of(attributes, message, id, uapi::NFTA_CHAIN_TABLE).then(|| Name::from(name))
+        });
+        Ok(found.collect())
+    }
+
+    fn dump_chains(&mut self, of: Family) -> Result<Dumped, Error> {
+        self.dump("the chains", libc::NFT_MSG_GETCHAIN, family_number(of), &[])
+    }
+
     fn chains(&mut self, id: &TableId) -> Result<BTreeMap<Name, Chain>, Error> {
-        let family = family_number(id.family);
-        let dumped = self.dump("the chains", libc::NFT_MSG_GETCHAIN, family, &[])?;
+        let dumped = self.dump_chains(id.family)?;
         let found = dumped.iter().filter_map(|message| {
             let attributes = message.attributes();
             let name = attributes.string(uapi::NFTA_CHAIN_NAME)?;
