@@ -3,33 +3,26 @@
 //! Flags that kube-proxy has as well keep its names and meanings. A value that cannot be used is
 //! refused here, in one line that tells what to write instead, before anything else begins.
 
-use std::ffi::OsString;
-use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
-use std::str::FromStr;
 use std::sync::LazyLock;
 use std::time::Duration;
 
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{ArgAction, Parser};
-use ipnet::IpNet;
 use thiserror::Error;
 
 pub use cleanup::Cleanup;
 pub use command_line::{Command, CommandLine, one_line};
 pub use conntrack::{ConntrackArgs, duration};
-use detect_local::LONGEST_INTERFACE_NAME;
 pub use detect_local::{DetectLocal, DetectLocalMode, InterfaceName};
 pub use error::Error;
 use kube_proxy::switch;
 pub use kube_proxy::{Ignored, Verbose, verbosity_of};
 pub use network_policy::NetworkPolicyMode;
 pub use process::{OOM_SCORE_ADJ, ProcessArgs, ProxyMode, masquerade_bit, oom_score_adj};
-pub use values::{
-    BindAddress, ClusterCidrs, LogFormat, Manifests, NodePortAddresses, node_name,
-};
 use values::server;
+pub use values::{BindAddress, ClusterCidrs, LogFormat, Manifests, NodePortAddresses, node_name};
 
 mod cleanup;
 mod command_line;

@@ -5,6 +5,8 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use thiserror::Error;
 
+use super::detect_local::LONGEST_INTERFACE_NAME;
+
 /// A value that cannot be used. clap puts the value and its flag before the text.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 pub enum Error {
@@ -99,4 +101,11 @@ pub enum Error {
     /// Not one of the values of `--network-policy`.
     #[error("there is no such value; write on or off")]
     NetworkPolicy,
+}
+
+pub(super) fn family(net: &IpNet) -> &'static str {
+    match net {
+        IpNet::V4(_) => "IPv4",
+        IpNet::V6(_) => "IPv6",
+    }
 }
