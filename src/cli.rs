@@ -3,36 +3,36 @@
 //! Flags that kube-proxy has as well keep its names and meanings. A value that cannot be used is
 //! refused here, in one line that tells what to write instead, before anything else begins.
 
-use std::ffi::OsString;
-use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
-use std::str::FromStr;
 use std::sync::LazyLock;
 use std::time::Duration;
 
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{ArgAction, Parser};
-use ipnet::IpNet;
 use thiserror::Error;
 
 pub use cleanup::Cleanup;
 pub use command_line::{Command, CommandLine, one_line};
 pub use conntrack::{ConntrackArgs, duration};
-use detect_local::LONGEST_INTERFACE_NAME;
 pub use detect_local::{DetectLocal, DetectLocalMode, InterfaceName};
+pub use error::Error;
 use kube_proxy::switch;
 pub use kube_proxy::{Ignored, Verbose, verbosity_of};
 pub use network_policy::NetworkPolicyMode;
 pub use process::{OOM_SCORE_ADJ, ProcessArgs, ProxyMode, masquerade_bit, oom_score_adj};
+use values::server;
+pub use values::{BindAddress, ClusterCidrs, LogFormat, Manifests, NodePortAddresses, node_name};
 
 mod cleanup;
 mod command_line;
 mod conntrack;
 mod detect_local;
+mod error;
 mod kube_proxy;
 mod network_policy;
 mod process;
+mod values;
 
 /// What `--version` says: the version, and the commit where the build was told one by the variable
 /// `NFTLET_COMMIT`.
@@ -420,360 +420,6 @@ impl Args {
                 Some(SocketAddr::new(address, port))
             }
         }
-    }
-}
-
-/// A value that cannot be used. clap puts the value and its flag before the text.
-#[derive(Clone, Debug, Error, PartialEq, Eq)]
-pub enum Error {
-    /// Not a duration.
-    #[error("{0:?} is not a duration; write one such as 24h, 90s or 1h30m, or 0")]
-    Duration(String),
-    /// No range of addresses.
-    #[error("`{0}` is not a range of addresses; write it like 10.244.0.0/16 or fd00:10::/64")]
-    Range(String),
-    /// An address where a range belongs.
-    #[error("`{0}` has no prefix length; write {0}/{bits} for this one address", bits = if .0.is_ipv4() { 32 } else { 128 })]
-    Prefix(IpAddr),
-    /// Nothing between two commas.
-    #[error("there is nothing before or after a comma; write the ranges like {0}")]
-    Gap(&'static str),
-    /// Two pod networks of one family.
-    #[error("{0} and {1} are both {family}; give at most one range per family", family = family(.0))]
-    TwoOfAFamily(IpNet, IpNet),
-    /// `primary` beside ranges.
-    #[error("`primary` stands for itself; write either primary or ranges like 10.0.0.0/8")]
-    PrimaryAndRanges,
-    /// No address to listen on.
-    #[error(
-        "`{0}` is not an IP address; write IP, IP:PORT, [IPv6]:PORT, :PORT or an empty text for nowhere"
-    )]
-    Address(String),
-    /// No port.
-    #[error("`{0}` is not a port; write a number from 0 to 65535, where 0 is any free port")]
-    Port(String),
-    /// No node name.
-    #[error(
-        "a node name has at most 253 of the characters a-z, 0-9, - and . and begins and ends with a letter or digit; see kubectl get nodes"
-    )]
-    NodeName,
-    /// No path.
-    #[error("the path is empty; write a file, a directory, or - for standard input")]
-    Manifests,
-    /// No mode.
-    #[error(
-        "there is no such mode; write ClusterCIDR, NodeCIDR, BridgeInterface or InterfaceNamePrefix"
-    )]
-    DetectLocalMode,
-    /// The mode BridgeInterface alone.
-    #[error(
-        "--detect-local-mode BridgeInterface needs the name of the pods' bridge; give it with --pod-bridge-interface, for example cni0"
-    )]
-    NoBridge,
-    /// The mode InterfaceNamePrefix alone.
-    #[error(
-        "--detect-local-mode InterfaceNamePrefix needs what the names of the pods' interfaces begin with; give it with --pod-interface-name-prefix, for example veth"
-    )]
-    NoPrefix,
-    /// Too long for an interface.
-    #[error("names of interfaces have at most {LONGEST_INTERFACE_NAME} bytes, and this has {0}")]
-    LongInterface(usize),
-    /// Characters that no interface has.
-    #[error(
-        "`{0}` cannot be in the name of an interface; names have letters, digits and marks such as - _ . but no space, / : * or quotes"
-    )]
-    InterfaceCharacter(char),
-    /// Another mode of kube-proxy.
-    #[error(
-        "nftlet works with nftables and has no mode `{0}`; leave the mode out or write nftables (what stands under iptables or ipvs then has no effect; the same settings are under nftables)"
-    )]
-    ProxyMode(String),
-    /// No score.
-    #[error("`{0}` is not a number from -1000 to 1000")]
-    OomScoreAdj(String),
-    /// No bit of a mark.
-    #[error("`{0}` is not the number of a bit; write one from 0 to 31")]
-    MasqueradeBit(String),
-    /// No address of a server.
-    #[error("`{0}` is not the address of an API server; write it like https://192.0.2.10:6443")]
-    Server(String),
-    /// Neither true nor false.
-    #[error("`{0}` is neither true nor false")]
-    Switch(String),
-    /// No verbosity.
-    #[error("`{0}` is not a verbosity; write a number such as 2, or -v, -vv or -vvv")]
-    Verbosity(String),
-    /// A file cannot say it.
-    #[error(
-        "a configuration file cannot say that nothing is answered: an empty {0} means the default there; give an address such as 127.0.0.1 to write a file"
-    )]
-    NowhereInFile(&'static str),
-    /// No log format.
-    #[error("there is no such format; write text or json")]
-    LogFormat,
-    /// Nothing that can be cleaned up.
-    #[error("write all, nftlet or kube-proxy, joined to the flag: --cleanup=nftlet")]
-    Cleanup,
-    /// Not one of the values of `--network-policy`.
-    #[error("there is no such value; write on or off")]
-    NetworkPolicy,
-}
-
-fn family(net: &IpNet) -> &'static str {
-    match net {
-        IpNet::V4(_) => "IPv4",
-        IpNet::V6(_) => "IPv6",
-    }
-}
-
-/// Where objects are read from without a cluster.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Manifests {
-    /// `-`: standard input.
-    StandardInput,
-    /// A file or a directory.
-    Path(PathBuf),
-}
-
-impl Manifests {
-    fn parse(value: OsString) -> Result<Self, Error> {
-        if value.is_empty() {
-            Err(Error::Manifests)
-        } else if value == "-" {
-            Ok(Self::StandardInput)
-        } else {
-            Ok(Self::Path(value.into()))
-        }
-    }
-}
-
-/// The ranges of the pod network, at most one of each family.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct ClusterCidrs(Vec<IpNet>);
-
-impl ClusterCidrs {
-    /// The ranges, each from its first address on.
-    pub fn as_slice(&self) -> &[IpNet] {
-        &self.0
-    }
-}
-
-impl FromStr for ClusterCidrs {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self, Error> {
-        let mut found: Vec<IpNet> = Vec::new();
-        for net in ranges(text, "10.244.0.0/16,fd00:10::/64")? {
-            if let Some(other) = found.iter().find(|other| family(other) == family(&net)) {
-                return Err(Error::TwoOfAFamily(*other, net));
-            }
-            found.push(net);
-        }
-        Ok(Self(found))
-    }
-}
-
-impl fmt::Display for ClusterCidrs {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        join(f, &self.0)
-    }
-}
-
-/// On which of the node's addresses NodePorts answer.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum NodePortAddresses {
-    /// The node's own address of each family.
-    #[default]
-    Primary,
-    /// The local addresses inside these ranges; a family without a range means all of its own.
-    Ranges(Vec<IpNet>),
-}
-
-impl FromStr for NodePortAddresses {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self, Error> {
-        let mut parts = text.split(',').map(str::trim);
-        if text.trim() == "primary" {
-            return Ok(Self::Primary);
-        }
-        if parts.any(|part| part == "primary") {
-            return Err(Error::PrimaryAndRanges);
-        }
-        let ranges = ranges(text, "10.0.0.0/8,fd00::/8")?;
-        if ranges.is_empty() {
-            // An empty list is the default, with kube-proxy too.
-            return Ok(Self::Primary);
-        }
-        Ok(Self::Ranges(ranges))
-    }
-}
-
-impl fmt::Display for NodePortAddresses {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Primary => f.write_str("primary"),
-            Self::Ranges(ranges) => join(f, ranges),
-        }
-    }
-}
-
-/// Parses ranges separated by commas; none in an empty text.
-fn ranges(text: &str, example: &'static str) -> Result<Vec<IpNet>, Error> {
-    if text.trim().is_empty() {
-        return Ok(Vec::new());
-    }
-    text.split(',')
-        .map(|part| {
-            let part = part.trim();
-            if part.is_empty() {
-                return Err(Error::Gap(example));
-            }
-            if let Ok(address) = part.parse::<IpAddr>() {
-                return Err(Error::Prefix(address));
-            }
-            match part.parse::<IpNet>() {
-                Ok(net) => Ok(net.trunc()),
-                Err(_) => Err(Error::Range(part.to_owned())),
-            }
-        })
-        .collect()
-}
-
-fn join(f: &mut fmt::Formatter<'_>, ranges: &[IpNet]) -> fmt::Result {
-    for (position, net) in ranges.iter().enumerate() {
-        if position > 0 {
-            f.write_str(",")?;
-        }
-        write!(f, "{net}")?;
-    }
-    Ok(())
-}
-
-/// An address to listen on, as given.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum BindAddress {
-    /// The empty text.
-    Nowhere,
-    /// An address, with the default port unless one is given.
-    At(IpAddr, Option<u16>),
-}
-
-impl BindAddress {
-    fn resolve(self, default_port: u16) -> Option<SocketAddr> {
-        match self {
-            Self::Nowhere => None,
-            Self::At(address, port) => Some(SocketAddr::new(address, port.unwrap_or(default_port))),
-        }
-    }
-}
-
-impl FromStr for BindAddress {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self, Error> {
-        let text = text.trim();
-        if text.is_empty() {
-            return Ok(Self::Nowhere);
-        }
-        if let Ok(address) = text.parse() {
-            return Ok(Self::At(address, None));
-        }
-        let wrong = || Error::Address(text.to_owned());
-        if let Some(inside) = text.strip_prefix('[') {
-            let (address, rest) = inside.split_once(']').ok_or_else(wrong)?;
-            let address: Ipv6Addr = address.parse().map_err(|_| wrong())?;
-            let port = match rest.strip_prefix(':') {
-                Some(number) => Some(port(number)?),
-                None if rest.is_empty() => None,
-                None => return Err(wrong()),
-            };
-            return Ok(Self::At(address.into(), port));
-        }
-        let (address, number) = text.rsplit_once(':').ok_or_else(wrong)?;
-        let address = if address.is_empty() {
-            // Linux lets a socket on :: answer IPv4 as well.
-            Ipv6Addr::UNSPECIFIED.into()
-        } else {
-            // An IPv6 address has to be in brackets here: where it ended would be a guess.
-            IpAddr::V4(address.parse().map_err(|_| wrong())?)
-        };
-        Ok(Self::At(address, Some(port(number)?)))
-    }
-}
-
-fn port(text: &str) -> Result<u16, Error> {
-    if !text.bytes().all(|byte| byte.is_ascii_digit()) {
-        return Err(Error::Port(text.to_owned()));
-    }
-    text.parse().map_err(|_| Error::Port(text.to_owned()))
-}
-
-/// How log lines are written.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum LogFormat {
-    /// For people.
-    #[default]
-    Text,
-    /// For programs: one JSON object per line.
-    Json,
-}
-
-impl FromStr for LogFormat {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self, Error> {
-        match text {
-            "text" => Ok(Self::Text),
-            "json" => Ok(Self::Json),
-            _ => Err(Error::LogFormat),
-        }
-    }
-}
-
-impl fmt::Display for LogFormat {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Text => "text",
-            Self::Json => "json",
-        })
-    }
-}
-
-/// Checks a node name as the API server would: a DNS subdomain. Capitals pass, since kube-proxy
-/// accepts a host name as the host has it.
-///
-/// # Errors
-///
-/// [`Error::NodeName`] for what no node can be called.
-pub fn node_name(text: &str) -> Result<String, Error> {
-    let name = text.trim().to_lowercase();
-    let label = |label: &str| {
-        let edge = |edge: Option<u8>| edge.is_some_and(|byte| byte.is_ascii_alphanumeric());
-        edge(label.bytes().next())
-            && edge(label.bytes().last())
-            && label
-                .bytes()
-                .all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
-    };
-    if name.len() <= 253 && name.split('.').all(label) {
-        Ok(name)
-    } else {
-        Err(Error::NodeName)
-    }
-}
-
-/// The address of an API server; without a scheme it is HTTP, as kube-proxy has it.
-fn server(text: &str) -> Result<String, Error> {
-    let text = text.trim();
-    let wrong = || Error::Server(text.to_owned());
-    let (scheme, rest) = text.split_once("://").unwrap_or(("http", text));
-    let host = rest.split('/').next().unwrap_or_default();
-    let is_host = |c: char| c.is_ascii_alphanumeric() || "-._:[]".contains(c);
-    if matches!(scheme, "http" | "https") && !host.is_empty() && host.chars().all(is_host) {
-        Ok(format!("{scheme}://{rest}"))
-    } else {
-        Err(wrong())
     }
 }
 

@@ -802,6 +802,64 @@ fn of_more_refusals_than_fit_the_first_is_told_and_the_next_answers_come() {
     });
 }
 
+/// A map of so many endpoints that it is not dumped.
+#[test]
+fn what_others_change_in_a_very_large_set_is_seen() {
+    if !require_net_admin() {
+        return;
+    }
+    let key = |index: u32| {
+        let address = Ipv4Addr::from(0x0a60_0000 + index / 10);
+        Key::build()
+            .address(address.into())
+            .protocol(6)
+            .port(80)
+            .number(index % 10)
+            .finish()
+    };
+    let endpoint = |index: u32| {
+        let address = Ipv4Addr::from(0x0a01_0000 + index % 60_000);
+        let data = Data::build().address(address.into()).port(8080).finish();
+        Element::with_data(key(index), data)
+    };
+    let declaration = Declaration::new(SetKind::Map(endpoint_data()), endpoint_key(1));
+    let elements = (0..160_000).map(endpoint).collect();
+    let table = Table {
+        sets: [("endpoints".into(), set(declaration, elements))].into(),
+        ..Table::default()
+    };
+    let id = TableId::new(Family::Ip, TABLE);
+    let wanted = Ruleset {
+        tables: [(id, table)].into(),
+    };
+    let ns = Namespace::new("very-large");
+    apply(&ns, &diff(&Ruleset::default(), wanted.clone())).unwrap();
+    assert_same(&read(&ns, &wanted), &wanted, "as written");
+    let changes = [
+        (
+            "delete element ip nftlet-test endpoints { 10.96.0.5 . tcp . 80 . 1 }",
+            1,
+        ),
+        (
+            "delete element ip nftlet-test endpoints { 10.96.0.5 . tcp . 80 . 1 }; \
+             add element ip nftlet-test endpoints { 10.96.0.5 . tcp . 80 . 1 : 10.9.9.9 . 80 }",
+            2,
+        ),
+        (
+            "add element ip nftlet-test endpoints { 10.99.0.5 . tcp . 80 . 1 : 10.9.9.9 . 80 }",
+            1,
+        ),
+        ("flush map ip nftlet-test endpoints", 160_000),
+    ];
+    for (change, elements) in changes {
+        ns.nft_load(change);
+        let repair = diff(&read(&ns, &wanted), wanted.clone());
+        assert_eq!(repair.elements(), elements, "{change}");
+        apply(&ns, &repair).unwrap_or_else(|error| panic!("after {change}: {error}"));
+        assert_same(&read(&ns, &wanted), &wanted, change);
+    }
+}
+
 #[test]
 fn a_transaction_of_300_000_elements_is_one_message() {
     if !require_net_admin() {

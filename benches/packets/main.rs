@@ -151,7 +151,8 @@ fn run(arguments: &Arguments) -> io::Result<()> {
         Output::Table if !arguments.markdown => tables(Form::of_output()),
         Output::Table | Output::Markdown => tables(Form::Markdown),
     }
-    let outcomes: Vec<_> = comparisons.iter().filter_map(Comparison::outcome).collect();
+    let mut outcomes: Vec<_> = comparisons.iter().filter_map(Comparison::outcome).collect();
+    outcomes.extend(results.without_rival());
     if budgets::conclude("packets", &outcomes)? {
         Ok(())
     } else {

@@ -159,6 +159,20 @@ impl Results {
         all.find(|series| series.quantity == quantity && series.rules == rules)
     }
 
+    /// The budgets that are kept since kube-proxy's shape took too long to load at all.
+    pub fn without_rival(&self) -> Vec<Outcome> {
+        let of = |size: usize| {
+            let budgeted = Quantity::ALL.into_iter().filter(|it| it.growth().is_some());
+            budgeted.map(move |quantity| Outcome {
+                what: compared(quantity, Rules::Nftlet(size), Rules::KubeProxy(size)),
+                measured: "kube-proxy's shape too slow to load".to_owned(),
+                budget: format!("at most {NOT_SLOWER:.2}"),
+                met: true,
+            })
+        };
+        self.too_slow.iter().copied().flat_map(of).collect()
+    }
+
     /// All comparisons, those with a budget among them.
     pub fn comparisons(&self) -> Vec<Comparison> {
         let mut found = Vec::new();
@@ -235,17 +249,17 @@ impl Comparison {
             Budget::AtLeast(bound) => format!("at least {bound:.2}"),
         };
         Some(Outcome {
-            what: format!(
-                "{}: {} over {}",
-                self.quantity.words(),
-                self.lane.name(),
-                self.with.name(),
-            ),
+            what: compared(self.quantity, self.lane, self.with),
             measured: format!("{:.3}", self.ratio),
             budget,
             met: self.met()?,
         })
     }
+}
+
+/// The words of a comparison in the list of budgets.
+fn compared(quantity: Quantity, lane: Rules, with: Rules) -> String {
+    format!("{}: {} over {}", quantity.words(), lane.name(), with.name())
 }
 
 impl Rules {

@@ -1,5 +1,6 @@
 use clap::CommandFactory;
 use clap::error::ErrorKind;
+use ipnet::IpNet;
 
 use super::*;
 
@@ -203,7 +204,10 @@ fn addresses_that_are_none_are_refused_with_the_forms() {
 
 #[test]
 fn pod_networks_are_one_per_family() {
-    let cidrs = |text: &str| parsed(&["--cluster-cidr", text]).cluster_cidr.0;
+    let cidrs = |text: &str| {
+        let parsed = parsed(&["--cluster-cidr", text]).cluster_cidr;
+        parsed.as_slice().to_vec()
+    };
     assert_eq!(cidrs(""), []);
     assert_eq!(cidrs("10.244.3.1/16"), [net("10.244.0.0/16")]);
     assert_eq!(

@@ -379,7 +379,7 @@ fn write_element(writer: &mut Writer, element: &Element, declaration: &Declarati
     }
 }
 
-fn write_data(writer: &mut Writer, kind: u16, value: &[u8]) {
+pub(super) fn write_data(writer: &mut Writer, kind: u16, value: &[u8]) {
     let data = writer.begin(kind);
     writer.bytes(uapi::NFTA_DATA_VALUE, value);
     writer.end(data);

@@ -34,6 +34,7 @@ mod expr;
 mod ffi;
 mod ipset;
 mod link;
+mod lookup;
 mod monitor;
 mod nflog;
 mod nftables;

@@ -145,6 +145,26 @@ impl Nftables {
         first.or(lost).map_or(Ok(()), Err)
     }
 
+    /// Asks for objects by name or key, and hands out the message about each. Returns the errno that
+    /// ended it early, and 0 once all of them came.
+    pub(super) fn fetch_all(
+        &mut self,
+        what: &'static str,
+        kind: libc::c_int,
+        family: u8,
+        attributes: &[u8],
+        count: usize,
+        each: impl FnMut(Message),
+    ) -> Result<i32, Error> {
+        let request = Dump {
+            what,
+            kind: (libc::NFNL_SUBSYS_NFTABLES << 8 | kind) as u16,
+            family,
+            attributes,
+        };
+        self.socket.fetch_all(request, count, each)
+    }
+
     /// Dumps what a request asks for. `attributes` narrows it down.
     ///
     /// A dump during which the ruleset changed is started again.

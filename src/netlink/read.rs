@@ -40,7 +40,13 @@ impl Nftables {
     /// When a dump fails or is interrupted over and over again.
     pub fn read(&mut self, names: &[&str], wanted: &Ruleset) -> Result<Ruleset, Error> {
         self.read_with(names, wanted, &mut |nftables, id, name, declaration| {
-            nftables.settled_elements(id, name.as_str(), declaration)
+            let set = wanted.tables.get(id).and_then(|table| table.sets.get(name));
+            let expected = set.map(|set| set.elements.as_slice()).unwrap_or_default();
+            let found = nftables.elements_at(id, name, declaration, expected)?;
+            found.map_or_else(
+                || nftables.settled_elements(id, name.as_str(), declaration),
+                |found| Ok(Some(found)),
+            )
         })
     }
 

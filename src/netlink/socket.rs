@@ -42,7 +42,7 @@ pub struct Message<'a> {
     pub bytes: &'a [u8],
 }
 
-/// A request for a dump.
+/// A request for a dump, or for some objects.
 #[derive(Clone, Copy)]
 pub struct Dump<'a> {
     /// What is dumped, for messages.
@@ -336,6 +336,37 @@ impl Socket {
             let unreadable = || failed(io::Error::from(io::ErrorKind::InvalidData));
             return read(answer).ok_or_else(unreadable);
         }
+    }
+
+    /// Asks for some objects, and hands out the message about each. Returns the errno that ended it
+    /// early, and 0 once there were so many.
+    pub fn fetch_all(
+        &mut self,
+        request: Dump,
+        count: usize,
+        mut each: impl FnMut(Message),
+    ) -> Result<i32, Error> {
+        let what = request.what;
+        let failed = |source| Error::Receive { what, source };
+        let seq = self.reserve_numbers(1);
+        let mut bytes = Vec::new();
+        let start = begin_message(&mut bytes, request.kind, 0, seq, request.family);
+        bytes.extend_from_slice(request.attributes);
+        end_message(&mut bytes, start);
+        self.forget_answers().map_err(failed)?;
+        self.send(what, &bytes)?;
+        let mut left = count;
+        while left > 0 {
+            let datagram = self.receive(true).map_err(failed)?.unwrap_or_default();
+            for message in messages(datagram).filter(|message| message.seq() == seq) {
+                if i32::from(message.kind) == libc::NLMSG_ERROR {
+                    return Ok(message.errno());
+                }
+                left = left.saturating_sub(1);
+                each(message);
+            }
+        }
+        Ok(0)
     }
 
     /// Dumps objects one by one. Of an interrupted dump objects are missing, or came up twice.
