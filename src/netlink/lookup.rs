@@ -78,8 +78,12 @@ impl Nftables {
                 return Ok(None);
             }
             // The kernel answers in order and ends with the first that is missing.
-            let told = found.len() - already;
-            rest = rest.get(told + absent..).unwrap_or_default();
+            let done = found.len() - already + absent;
+            if done == 0 {
+                // Answers without an element would be asked for again for ever.
+                return Ok(None);
+            }
+            rest = rest.get(done..).unwrap_or_default();
         }
         // There are others, or somebody wrote meanwhile.
         let whole = found.len() == count && self.generation()? == before;
