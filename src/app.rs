@@ -528,6 +528,7 @@ fn manifests(args: &Args, node_name: &str) -> Option<Manifests> {
     (!paths.is_empty()).then(|| {
         Manifests::new(paths, node_name.to_owned())
             .with_network_policies(args.network_policy.is_on())
+            .with_allow_empty(args.allow_empty || args.dry_run)
     })
 }
 

@@ -13,7 +13,7 @@ use crate::config::{self, Ended, File};
 use crate::events::Recorder;
 use crate::health::{self, CheckError, Checks, Health, Outage, Probe, Router};
 use crate::metrics::Metrics;
-use crate::model::{Delivery, Kind, Notice, ObjectName, ObjectRef, Reason, Subject};
+use crate::model::{Delivery, Event, Kind, Notice, ObjectName, ObjectRef, Reason, Subject};
 use crate::reconcile::{Isolated, LogAndSend, Reporter};
 use crate::source::{ServerFault, SourceStats};
 
@@ -80,6 +80,21 @@ impl Io {
         if let Some(mut manifests) = manifests(&self.args, &self.node_name) {
             let first = load(&mut manifests, &self.node_name)?;
             let once = self.args.once;
+            if let Err(error) = manifests.require_objects() {
+                if once {
+                    let notices = first.iter().filter_map(|event| match event {
+                        Event::Notice(notice) => Some(notice),
+                        _ => None,
+                    });
+                    notices.for_each(|notice| self.reporter.notice(notice));
+                    return Err(error.into());
+                }
+                self.reporter.notice(&Notice {
+                    subject: Subject::Other("manifests".into()),
+                    reason: Reason::InvalidFile,
+                    message: error.to_string(),
+                });
+            }
             tasks.push(tokio::spawn(async move {
                 for event in first {
                     if events.send(Delivery::now(event)).await.is_err() {
