@@ -34,13 +34,15 @@ mod plan;
 mod service;
 mod settings;
 mod skeleton;
+mod sources;
 mod topology;
 
 pub use chains::{Handle, LearnAt, Role, SharedChain};
 pub use layout::{
-    AFFINITY, By, Scope, ServiceSet, TABLE, affinity_declaration, table_family, table_id,
+    AFFINITY, By, Scope, ServiceSet, TABLE, affinity_declaration, digest_of, table_family, table_id,
 };
 pub use plan::{ElementOf, Frontend, Pool, Route, ServicePlan, Target};
 pub use service::plan;
 pub use settings::{DetectLocal, LocalDetector, MasqueradeBit, NodePortAddresses, Settings};
 pub use skeleton::skeleton;
+pub use sources::SourceList;
