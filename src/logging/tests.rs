@@ -108,10 +108,7 @@ fn what_is_missing_is_said_although_no_line_follows() {
     reader.read_line(&mut said).expect("a line");
     assert_eq!(said, "nftlet: 1 line was dropped here\n");
     lines.add(b"a line\n");
-    assert_eq!(
-        read_all(&lines, &mut reader),
-        ["nftlet: 1 line was dropped here", "a line"]
-    );
+    assert_eq!(read_all(&lines, &mut reader), ["a line"]);
     let mut queue = Queue::default();
     assert!(!queue.push(line(0, 2 * ROOM).as_bytes()));
     assert!(!queue.is_done());
