@@ -13,9 +13,11 @@ use smallvec::SmallVec;
 
 use super::index::{Index, Namespaces, PodSelector};
 use super::inventory::Inventory;
-use super::layout::{digest_of, number_key, port_key};
+use super::layout::{number_key, port_key};
 use crate::model::{Family, Pod, Protocol};
-use crate::ruleset::{Declaration, Element, Key, Name, Selector, Set, SetKind, merge_intervals};
+use crate::ruleset::{
+    Declaration, Element, Key, Name, Selector, Set, SetKind, digest_of, merge_intervals,
+};
 
 /// What a set stands for.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -17,7 +17,7 @@
 //! earlier run stay in force and are changed, never flushed. If the kernel refuses an element
 //! even then, the service it belongs to is left out and reported, and the others are written.
 
-mod affinity;
+pub mod affinity;
 mod audit;
 pub mod connections;
 pub mod conntrack;
@@ -28,6 +28,7 @@ mod policies;
 mod portions;
 mod programmed;
 mod questions;
+mod removed;
 mod repair;
 mod report;
 mod run;
@@ -54,7 +55,7 @@ pub use questions::Question;
 pub use report::{Log, LogAndSend, Reporter};
 pub use run::{Exit, Signals, run};
 
-use affinity::Remembered;
+use affinity::Suspects;
 use conntrack::{Front, Work};
 use health_checks::HealthChecks;
 use policies::{Followers, Policies};
@@ -87,6 +88,8 @@ pub struct Reconciler<'a, K> {
     flows: Work,
     /// Where these go then.
     cleaner: Option<conntrack::Queue>,
+    /// Who reads the maps of clients with session affinity.
+    forgetter: Option<affinity::Queue>,
     health_checks: Option<HealthChecks>,
     policies: Option<Policies>,
     followers: Followers,
@@ -187,6 +190,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
             pending: (0, 0),
             flows: Work::default(),
             cleaner: None,
+            forgetter: None,
             health_checks: None,
             policies: None,
             followers: Followers::default(),
@@ -209,6 +213,13 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
     #[must_use]
     pub fn with_cleaner(mut self, cleaner: conntrack::Queue) -> Self {
         self.cleaner = Some(cleaner);
+        self
+    }
+
+    /// With someone to read which clients are remembered, who asks [`Question::Forget`].
+    #[must_use]
+    pub fn with_forgetter(mut self, forgetter: affinity::Queue) -> Self {
+        self.forgetter = Some(forgetter);
         self
     }
 
@@ -328,11 +339,11 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
             return Outcome::Synced;
         }
         let mut portions = portions::cut(&self.store, &mut changes);
-        let mut remembered = Remembered::default();
+        let mut clients = Suspects::default();
         while let Some(portion) = portions.pop_front() {
             changes.services = portion;
             match self.update_portion(&changes) {
-                Ok(of_portion) => remembered.merge(of_portion),
+                Ok(of_portion) => clients.merge(of_portion),
                 Err(error) => {
                     self.metrics.failure();
                     self.reporter.failed(&error);
@@ -345,11 +356,11 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         }
         self.metrics.sync(false, started.elapsed());
         self.settle(&changes);
-        self.forget(remembered);
+        self.forget(clients);
         Outcome::Synced
     }
 
-    fn update_portion(&mut self, changes: &Changes) -> Result<Remembered, netlink::Error> {
+    fn update_portion(&mut self, changes: &Changes) -> Result<Suspects, netlink::Error> {
         for name in &changes.services {
             tracing::trace!("Service {name} is compiled again");
         }
@@ -358,7 +369,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         self.flows.merge(effects.flows);
         let transaction = draft.finish(&self.programmed);
         self.write(transaction)?;
-        Ok(effects.remembered)
+        Ok(effects.clients)
     }
 
     /// Compiles what changed, into the draft if there is one.

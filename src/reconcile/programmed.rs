@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::affinity::Remembered;
+use super::affinity::Suspects;
 use super::conntrack::Work;
 use crate::compile::{
     ElementOf, ServicePlan, ServiceSet, Settings, SharedChain, skeleton, table_id,
@@ -62,8 +62,8 @@ pub struct Draft {
 /// What a batch of changes means besides rules, once these are in force.
 #[derive(Debug, Default)]
 pub struct Effects {
-    /// Clients that are left without their endpoint.
-    pub remembered: Remembered,
+    /// Clients that may be left without their endpoint.
+    pub clients: Suspects,
     /// Frontends whose flows may be stale.
     pub flows: Work,
 }
@@ -133,7 +133,7 @@ impl Programmed {
         let (before, after) = (old.as_deref(), new.as_ref());
         if before != after {
             effects.flows.change(before, after);
-            effects.remembered.replace(before, after);
+            effects.clients.replace(before, after);
             for family in Family::ALL {
                 let table = draft
                     .as_deref_mut()
@@ -191,12 +191,13 @@ impl Programmed {
         mut draft: Option<&mut TableDraft>,
     ) {
         for chain in new.into_iter().flat_map(|plan| plan.chains(family)) {
-            let users = self.chains.entry((family, chain)).or_insert_with(|| {
-                if let Some(draft) = draft.as_deref_mut() {
-                    draft.new_chains.push(chain);
-                }
-                Use::By(0)
-            });
+            let key = (family, chain);
+            if let Some(draft) = draft.as_deref_mut()
+                && !self.chains.contains_key(&key)
+            {
+                draft.new_chains.push(key.1.clone());
+            }
+            let users = self.chains.entry(key).or_insert(Use::By(0));
             *users = match *users {
                 Use::By(count) => Use::By(count + 1),
                 Use::UnusedSince(_) => Use::By(1),
@@ -275,9 +276,12 @@ impl Programmed {
         for (family, skeleton) in &self.skeletons {
             let mut table = skeleton.clone();
             let chains = self.chains.keys().filter(|(of, _)| of == family);
-            table.chains.extend(
-                chains.map(|(_, chain)| (chain.name(), chain.chain(&self.settings, *family))),
-            );
+            for (_, chain) in chains {
+                table
+                    .chains
+                    .insert(chain.name(), chain.chain(&self.settings, *family));
+                table.sets.extend(chain.sets());
+            }
             ruleset.tables.insert(table_id(*family), table);
         }
         ruleset
@@ -322,7 +326,8 @@ impl Programmed {
         unused.min()
     }
 
-    /// The operations that delete the chains that no service has used since a moment.
+    /// The operations that delete the chains that no service has used since a moment, with their
+    /// sets.
     pub fn remove_chains_unused_since(&mut self, moment: Instant) -> Transaction {
         let mut ops = Vec::new();
         let unused: Vec<_> = self
@@ -332,14 +337,18 @@ impl Programmed {
                 Use::By(_) => false,
                 Use::UnusedSince(since) => *since <= moment,
             })
-            .map(|(chain, _)| *chain)
+            .map(|(chain, _)| chain.clone())
             .collect();
         for (family, chain) in &unused {
             ops.push(Op::FlushChain(table_id(*family), chain.name()));
         }
-        for (family, chain) in unused {
-            ops.push(Op::DeleteChain(table_id(family), chain.name()));
-            self.chains.remove(&(family, chain));
+        for (family, chain) in &unused {
+            ops.push(Op::DeleteChain(table_id(*family), chain.name()));
+        }
+        for key in unused {
+            let sets = key.1.sets().into_iter();
+            ops.extend(sets.map(|(name, _)| Op::DeleteSet(table_id(key.0), name)));
+            self.chains.remove(&key);
         }
         Transaction { ops }
     }
@@ -390,6 +399,14 @@ impl Draft {
         let mut ops = self.skeleton;
         for (family, draft) in self.tables {
             let id = table_id(family);
+            for (name, set) in draft.new_chains.iter().flat_map(SharedChain::sets) {
+                let declaration = set.declaration;
+                ops.push(Op::AddSet(id.clone(), name.clone(), declaration.clone()));
+                if !set.elements.is_empty() {
+                    let elements = set.elements;
+                    ops.push(Op::AddElements(id.clone(), name, declaration, elements));
+                }
+            }
             let chains = draft.new_chains.iter();
             let chains: Vec<_> = chains
                 .map(|shared| (shared.name(), shared.chain(&programmed.settings, family)))
