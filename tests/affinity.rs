@@ -106,7 +106,7 @@ impl Sticky {
     /// not after the second one, which are as far apart as the listing took.
     fn forgotten_at(&self, family: &str) -> Option<(Instant, Instant)> {
         let before = Instant::now();
-        let listing = self.map(family, "affinity");
+        let listing = self.map(family, "affinity/shop");
         let after = Instant::now();
         let mut rest = listing.split(" expires ").skip(1);
         let expires = duration(rest.next()?.split_whitespace().next()?);
@@ -117,7 +117,7 @@ impl Sticky {
     /// Waits until clients of a family are remembered for so many seconds.
     #[track_caller]
     fn wait_until_learnt_for(&self, family: &str, seconds: u32) {
-        let chain = format!("learn-{seconds}");
+        let chain = format!("learn-{seconds}/shop");
         wait_for(&format!("the {family} chain {chain}"), PATIENCE, || {
             let listing = self.map(family, "affinity-frontends");
             let mut words = listing.split([' ', ',', '\n']);

@@ -21,7 +21,8 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SendError, Sender, channel};
+use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot};
 
@@ -309,7 +310,7 @@ pub fn queue() -> (Queue, Received) {
 pub struct Queue(Sender<Suspects>);
 
 impl Queue {
-    fn send(&self, suspects: Suspects) -> Result<(), std::sync::mpsc::SendError<Suspects>> {
+    fn send(&self, suspects: Suspects) -> Result<(), SendError<Suspects>> {
         self.0.send(suspects)
     }
 }
@@ -319,9 +320,13 @@ impl Queue {
 pub struct Received(Receiver<Suspects>);
 
 impl Received {
-    /// All that waits, as soon as there is something; `None` at the end.
-    fn next(&self) -> Option<Suspects> {
-        let mut suspects = self.0.recv().ok()?;
+    /// All that waits, as soon as there is something; nothing after so long, and `None` at the end.
+    fn next(&self, within: Duration) -> Option<Suspects> {
+        let mut suspects = match self.0.recv_timeout(within) {
+            Ok(suspects) => suspects,
+            Err(RecvTimeoutError::Timeout) => Suspects::default(),
+            Err(RecvTimeoutError::Disconnected) => return None,
+        };
         self.0.try_iter().for_each(|more| suspects.merge(more));
         Some(suspects)
     }
@@ -350,9 +355,14 @@ impl<K: Kernel> Forgetter<K> {
         }
     }
 
-    /// Works until the reconciler is gone.
-    pub fn run(self) {
-        while let Some(suspects) = self.received.next() {
+    /// Works until the reconciler is gone. Meanwhile it calls `look` every so often.
+    pub fn run(self, every: Duration, mut look: impl FnMut()) {
+        let mut looked = Instant::now();
+        while let Some(suspects) = self.received.next(every.saturating_sub(looked.elapsed())) {
+            if looked.elapsed() >= every {
+                looked = Instant::now();
+                look();
+            }
             for (map, of_map) in suspects.0 {
                 attempts(&map, || {
                     let mut found = read(&mut (self.open)()?, &map, &of_map)?;

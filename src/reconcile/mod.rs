@@ -50,7 +50,7 @@ use crate::ruleset::{Ruleset, Transaction};
 pub use audit::{Audits, EVERY as AUDIT_EVERY, Finding, Snapshot, Step, Verdict};
 pub use kernel::Kernel;
 pub use policies::Isolated;
-pub use programmed::Programmed;
+pub use programmed::{Programmed, Sticky};
 pub use questions::Question;
 pub use report::{Log, LogAndSend, Reporter};
 pub use run::{Exit, Signals, run};
@@ -90,6 +90,8 @@ pub struct Reconciler<'a, K> {
     cleaner: Option<conntrack::Queue>,
     /// Who reads the maps of clients with session affinity.
     forgetter: Option<affinity::Queue>,
+    /// Where the namespaces that remember clients are published.
+    sticky: Option<watch::Sender<Sticky>>,
     health_checks: Option<HealthChecks>,
     policies: Option<Policies>,
     followers: Followers,
@@ -191,6 +193,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
             flows: Work::default(),
             cleaner: None,
             forgetter: None,
+            sticky: None,
             health_checks: None,
             policies: None,
             followers: Followers::default(),
@@ -220,6 +223,13 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
     #[must_use]
     pub fn with_forgetter(mut self, forgetter: affinity::Queue) -> Self {
         self.forgetter = Some(forgetter);
+        self
+    }
+
+    /// Publishes the namespaces that remember clients, each time others do.
+    #[must_use]
+    pub fn with_sticky(mut self, sticky: watch::Sender<Sticky>) -> Self {
+        self.sticky = Some(sticky);
         self
     }
 
@@ -464,8 +474,17 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         }
         self.metrics.refused(self.refused.len());
         self.metrics.chains(self.programmed.chains());
+        self.publish_sticky();
         let no_local = self.programmed.no_local_endpoints();
         self.metrics.no_local_endpoints(no_local);
+    }
+
+    fn publish_sticky(&mut self) {
+        if let Some(sender) = &self.sticky
+            && let Some(sticky) = self.programmed.take_other_clients()
+        {
+            sender.send_replace(sticky);
+        }
     }
 
     /// Hands over the frontends whose flows may be stale, now that the rules are in force.
@@ -504,7 +523,10 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         }
         let transaction = self.programmed.remove_chains_unused_since(moment);
         let outcome = match self.write(transaction) {
-            Ok(()) => Outcome::Synced,
+            Ok(()) => {
+                self.publish_sticky();
+                Outcome::Synced
+            }
             Err(error) => {
                 self.metrics.failure();
                 self.reporter.failed(&error);

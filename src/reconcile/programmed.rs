@@ -5,14 +5,14 @@
 //! operations for just the elements in which it differs.
 
 use std::cmp::Ordering;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Instant;
 
 use super::affinity::Suspects;
 use super::conntrack::Work;
 use crate::compile::{
-    ElementOf, ServicePlan, ServiceSet, Settings, SharedChain, skeleton, table_id,
+    Clients, ElementOf, ServicePlan, ServiceSet, Settings, SharedChain, skeleton, table_id,
 };
 use crate::model::{Family, ObjectName, Store};
 use crate::ruleset::{
@@ -30,6 +30,8 @@ pub struct Programmed {
     shared: HashMap<(Family, ServiceSet, Key), u32>,
     /// Who uses a chain. Chains in the kernel stay here when nobody uses them.
     chains: BTreeMap<(Family, SharedChain), Use>,
+    /// Other namespaces than before remember clients.
+    other_clients: bool,
     no_local_endpoints: NoLocalEndpoints,
 }
 
@@ -47,6 +49,9 @@ impl Use {
         matches!(self, Use::UnusedSince(_))
     }
 }
+
+/// The namespaces whose services remember clients.
+pub type Sticky = Arc<BTreeSet<Clients>>;
 
 /// How many services drop traffic because they have endpoints, but none on this node: for each
 /// family by the internal and by the external policy.
@@ -192,10 +197,11 @@ impl Programmed {
     ) {
         for chain in new.into_iter().flat_map(|plan| plan.chains(family)) {
             let key = (family, chain);
-            if let Some(draft) = draft.as_deref_mut()
-                && !self.chains.contains_key(&key)
-            {
-                draft.new_chains.push(key.1.clone());
+            if !self.chains.contains_key(&key) {
+                self.other_clients |= matches!(key.1, SharedChain::Follow(_));
+                if let Some(draft) = draft.as_deref_mut() {
+                    draft.new_chains.push(key.1.clone());
+                }
             }
             let users = self.chains.entry(key).or_insert(Use::By(0));
             *users = match *users {
@@ -314,6 +320,7 @@ impl Programmed {
 
     /// Forgets chains that no service uses, where the kernel is about to be compared anyway.
     pub fn forget_chains(&mut self) {
+        self.other_clients = true;
         self.chains.retain(|_, users| !users.is_unused());
     }
 
@@ -324,6 +331,18 @@ impl Programmed {
             Use::UnusedSince(since) => Some(*since),
         });
         unused.min()
+    }
+
+    /// The namespaces that remember clients, if they are others than at the last call.
+    pub fn take_other_clients(&mut self) -> Option<Sticky> {
+        if !std::mem::take(&mut self.other_clients) {
+            return None;
+        }
+        let clients = self.chains.keys().filter_map(|(_, chain)| match chain {
+            SharedChain::Follow(clients) => Some(clients.clone()),
+            _ => None,
+        });
+        Some(Arc::new(clients.collect()))
     }
 
     /// The operations that delete the chains that no service has used since a moment, with their
@@ -348,6 +367,7 @@ impl Programmed {
         for key in unused {
             let sets = key.1.sets().into_iter();
             ops.extend(sets.map(|(name, _)| Op::DeleteSet(table_id(key.0), name)));
+            self.other_clients |= matches!(key.1, SharedChain::Follow(_));
             self.chains.remove(&key);
         }
         Transaction { ops }
