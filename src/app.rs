@@ -13,10 +13,12 @@
 //!
 //! More threads wait for work: "flows" deletes stale UDP flows, "monitor" hears of changes that
 //! others make to nftlet's tables, "audit" compares them now and then with what is wanted, "cuts"
-//! removes connections that no policy allows any more, and where a flag asks for it "denied" hears of
+//! removes connections that no policy allows any more, "clients" forgets those with session affinity
+//! whose endpoint is gone, and where a flag asks for it "denied" hears of
 //! denied packets. A last one, "leftovers", waits for the first rules, removes those of another
 //! proxy, and looks for them again now and then.
 
+mod clients;
 mod configure;
 mod drops;
 mod dry_run;
@@ -51,7 +53,9 @@ use crate::model::{Event, Kind, Node, Notice, Object, Reason, Store, Subject};
 use crate::netlink::{self, Heard, Monitor, Nftables};
 use crate::policy::{self, Engine};
 use crate::reconcile::conntrack::{self, Cleaner, KernelFlows};
-use crate::reconcile::{self, Audits, Exit, Isolated, Log, LogAndSend, Reconciler, Signals};
+use crate::reconcile::{
+    self, Audits, Exit, Isolated, Log, LogAndSend, Reconciler, Signals, Sticky,
+};
 use crate::ruleset::Ruleset;
 use crate::source::cluster::Error as ClusterError;
 use crate::source::manifests::Error as ManifestsError;
@@ -267,7 +271,8 @@ pub fn run(mut line: CommandLine, log: &Lines) -> Result<(), Error> {
     if !args.once {
         configure::set_oom_score(args);
     }
-    let observers = observe::start(args, &metrics, known_isolated)?;
+    let (sticky, known_sticky) = watch::channel(Sticky::default());
+    let observers = observe::start(args, &metrics, known_isolated, known_sticky, &reporter)?;
     let (cleaner, pending) = conntrack::queue();
     let flows = start_cleaner(pending, metrics.clone())?;
     let foreign = Arc::new(Notify::new());
@@ -290,9 +295,13 @@ pub fn run(mut line: CommandLine, log: &Lines) -> Result<(), Error> {
         .with_health_checks(health_checks)
         .with_policies(policies(args, &stand_in_name, observers.log_group))
         .with_isolated(isolated)
+        .with_sticky(sticky)
         .with_log_fields(args.log_format == LogFormat::Json);
     if let Some(cutter) = observers.cutter {
         reconciler = reconciler.with_cutter(cutter);
+    }
+    if let Some(forgetter) = observers.forgetter {
+        reconciler = reconciler.with_forgetter(forgetter);
     }
     let signals = Signals {
         stop: stopped,

@@ -12,11 +12,11 @@ use prometheus::{
     IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
 };
 
-use self::drops::Drops;
-pub use self::drops::PolicyDrops;
+use self::counted::Counted;
+pub use self::counted::{NotRemembered, PolicyDrops};
 use self::process::Process;
 
-mod drops;
+mod counted;
 mod process;
 
 /// The values of the label `ip_family`, spelled as in the Kubernetes API.
@@ -306,8 +306,22 @@ impl Metrics {
         &self,
         read: impl Fn() -> Option<Vec<PolicyDrops>> + Send + Sync + 'static,
     ) -> Result<(), Error> {
-        let drops = Drops::new(Box::new(read))?;
+        let drops = Counted::new(Box::new(read))?;
         self.registry.register(Box::new(drops))
+    }
+
+    /// Asks `read` at each scrape for the clients that were not remembered for session affinity.
+    /// Where it answers `None`, that metric is missing from the scrape.
+    ///
+    /// # Errors
+    ///
+    /// When somebody was registered before.
+    pub fn clients_not_remembered(
+        &self,
+        read: impl Fn() -> Option<Vec<NotRemembered>> + Send + Sync + 'static,
+    ) -> Result<(), Error> {
+        let counted = Counted::new(Box::new(read))?;
+        self.registry.register(Box::new(counted))
     }
 
     /// So many connections were cut because no policy allows them any more.

@@ -10,4 +10,5 @@ mod common;
 #[path = "../common/fake_api.rs"]
 mod fake_api;
 
+mod affinity;
 mod neighbour;
