@@ -3,7 +3,8 @@
 //! Each address family has one table. What never depends on a service is its skeleton
 //! ([`skeleton()`]): base chains, the chain that looks frontends up, and the declarations of the
 //! sets. A service adds set elements only ([`ServicePlan`]); the chains its verdict elements
-//! lead to are shared by all services with the same number of endpoints ([`SharedChain`]).
+//! lead to are shared by all services with the same number of endpoints, or the same list of source
+//! ranges ([`SharedChain`]).
 //!
 //! ```text
 //!  prerouting, output ──> services
@@ -12,12 +13,14 @@
 //!    │                      external-3   marks everyone ───────────────────────────┤
 //!    │                      local-3      policy Local: pods and the node ──────────┤
 //!    │                        └─ vmap @local-frontends ──> lb-local-1 (others)     v
-//!    │                      source-ranges  only clients in @allowed-sources     lb-3: dnat to
-//!    │                        └─ vmap @firewalled-frontends ──> any of these    (frontend, random
-//!    │                                                                          of 3) map @endpoints
-//!    ├─ vmap @nodeports ──> nodeport-external-3, nodeport-local-3 (the same by port)
-//!    ├─ @cluster-ips ──> reject-service (a port the service lacks)
-//!    └─ @service-cidrs ──> drop (an address nobody has)
+//!    │                      sources-12ab…  only clients in the set of this name    lb-3: dnat to
+//!    │                        └─ firewalled: vmap @firewalled-frontends            (frontend, random
+//!    │                             └──> any of these                               of 3) map @endpoints
+//!    └─ vmap @nodeports ──> nodeport-external-3, nodeport-local-3 (the same by port)
+//!
+//!  forward, output: new connections, behind the translation of all proxies ──> unassigned
+//!    ├─ @cluster-ips ──> reject-service (a port the service lacks; at the hook input, too)
+//!    └─ @service-cidrs ──> drop (an address that no service has)
 //!
 //!  with session affinity, in the namespace shop:
 //!    lb-sticky-3/shop ─> sticky/shop: dnat to (client, frontend) map @affinity/shop, else lb-3

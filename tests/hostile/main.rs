@@ -12,3 +12,4 @@ mod fake_api;
 
 mod affinity;
 mod neighbour;
+mod ranges;
