@@ -1,5 +1,6 @@
 //! The names and declarations of the policy table.
 
+use std::net::IpAddr;
 use std::sync::{Arc, LazyLock};
 
 use ring::digest;
@@ -75,12 +76,16 @@ impl Direction {
         })
     }
 
-    /// The verdict map from isolated pods to their chains.
-    pub(super) fn pods(self) -> Name {
-        Name::from(match self {
-            Direction::Ingress => "ingress-pods",
-            Direction::Egress => "egress-pods",
-        })
+    /// The verdict map from isolated addresses to the chains of their pods, for the first, second
+    /// and further pods of an address.
+    pub(super) fn pods(self, layer: usize) -> Name {
+        layered(
+            match self {
+                Direction::Ingress => "ingress-pods",
+                Direction::Egress => "egress-pods",
+            },
+            layer,
+        )
     }
 
     /// The chain that denies.
@@ -110,6 +115,15 @@ impl Direction {
         )
     }
 
+    /// The chain of a pod whose object is gone.
+    pub(super) fn departed_chain(self, address: IpAddr) -> Name {
+        let address = address.to_string().replace(':', "-");
+        Name::from(match self {
+            Direction::Ingress => format!("departed-ingress-{address}"),
+            Direction::Egress => format!("departed-egress-{address}"),
+        })
+    }
+
     /// The chain of a policy.
     pub(super) fn policy_chain(self, policy: &ObjectName) -> Name {
         name(
@@ -134,6 +148,14 @@ fn name(prefix: &str, object: &ObjectName) -> Name {
     let readable = whole.chars().map(|c| if plain(c) { c } else { '_' });
     let start: String = readable.take(LONGEST_NAME).collect();
     Name::from(format!("{start}-{}", digest_of(object.as_str())))
+}
+
+/// The name of what there is once, and once more for the second pod of an address and on.
+pub(super) fn layered(name: &str, layer: usize) -> Name {
+    match layer {
+        0 => Name::from(name),
+        _ => Name::from(format!("{name}-{}", layer.saturating_add(1))),
+    }
 }
 
 /// Hexadecimal digits that stand for a text.

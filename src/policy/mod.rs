@@ -31,6 +31,8 @@
 //! operations; its cost follows the pods and policies touched. [`Engine::ruleset`] gives everything
 //! from scratch, for comparing with the kernel.
 
+mod claimants;
+mod departed;
 mod engine;
 mod index;
 mod inventory;

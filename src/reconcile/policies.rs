@@ -4,7 +4,7 @@
 //! and its own comparison with the kernel. Policies come first, so that a new pod is isolated
 //! before a service leads to it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Instant;
@@ -19,7 +19,7 @@ use crate::netlink::{self, Place};
 use crate::policy::{Engine, TABLE};
 use crate::ruleset::diff;
 
-/// The isolated pods of this node by their addresses, sorted by name.
+/// The isolated pods of this node by their addresses, in order.
 pub type Isolated = Arc<[(IpAddr, ObjectName)]>;
 
 /// Who wants to know when other policies are in force.
@@ -234,15 +234,12 @@ impl<K: Kernel> Reconciler<'_, K> {
             policies.engine.take_moved();
         }
         let strict = policies.engine.is_strict();
-        let isolated = policies.engine.isolated();
-        self.metrics
-            .policy_sync(started.elapsed(), isolated.count());
+        let isolated = policies.engine.isolated().map(|(_, pod)| pod);
+        let isolated: HashSet<&ObjectName> = isolated.collect();
+        self.metrics.policy_sync(started.elapsed(), isolated.len());
         if let Some(sender) = &self.followers.isolated {
             let pods = policies.engine.isolated();
-            let addresses = pods.flat_map(|(name, addresses)| {
-                addresses.iter().map(|address| (*address, name.clone()))
-            });
-            let isolated: Isolated = addresses.collect();
+            let isolated: Isolated = pods.map(|(address, pod)| (address, pod.clone())).collect();
             sender.send_if_modified(|known| {
                 let other = *known != isolated;
                 *known = isolated;

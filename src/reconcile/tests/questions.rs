@@ -10,11 +10,11 @@ use crate::reconcile::connections::bell;
 pub(super) fn pod(name: &str, address: &str) -> Event {
     Event::Apply(Object::Pod(Pod {
         name: ObjectName::new("shop", name),
-        created: None,
         node: Some("here".into()),
         host_network: false,
         ended: false,
-        terminating: false,
+        running: false,
+        evidence: Default::default(),
         addresses: [address.parse().unwrap()].into_iter().collect(),
         labels: Default::default(),
         ports: [].into(),
