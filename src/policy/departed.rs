@@ -64,26 +64,27 @@ impl Departed {
         self.order.front().map(|(until, _)| *until)
     }
 
-    /// Forgets those whose time is over, and the oldest of too many. Returns their addresses.
-    pub fn expire(&mut self, now: Instant) -> Vec<IpAddr> {
-        let mut forgotten = Vec::new();
-        while let Some((until, address)) = self.order.front().copied() {
-            if until > now && !self.is_full() {
-                break;
-            }
-            self.order.pop_front();
-            let is_this = |(_, known): &(Pod, Instant)| *known == until;
-            if self.pods.get(&address).is_some_and(is_this) {
-                if until > now {
-                    tracing::warn!(
-                        "more than {MOST} pods were deleted while they ran; the address {address} is \
-                         not kept isolated any more"
-                    );
-                }
-                self.pods.remove(&address);
-                forgotten.push(address);
-            }
+    /// An address whose time is over, or the oldest of too many.
+    pub fn expired(&self, now: Instant) -> Option<IpAddr> {
+        let (until, address) = self.order.front()?;
+        (*until <= now || self.is_full()).then_some(*address)
+    }
+
+    /// Forgets the oldest one, unless the address was another pod's since.
+    pub fn forget_oldest(&mut self, now: Instant) {
+        let Some((until, address)) = self.order.pop_front() else {
+            return;
+        };
+        let is_this = |(_, known): &(Pod, Instant)| *known == until;
+        if !self.pods.get(&address).is_some_and(is_this) {
+            return;
         }
-        forgotten
+        if let Some((pod, _)) = self.pods.remove(&address).filter(|_| until > now) {
+            tracing::warn!(
+                "more than {MOST} pods were deleted while they ran; the address {address} of {} is \
+                 not kept isolated any more",
+                pod.name
+            );
+        }
     }
 }

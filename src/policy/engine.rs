@@ -417,8 +417,14 @@ impl Engine {
 
     /// Forgets the departed pods whose time is over.
     pub(super) fn forget_departed(&mut self, now: Instant) {
-        let forgotten = self.inventory.forget_departed(now);
-        self.touched.addresses.extend(forgotten);
+        while let Some(address) = self.inventory.departed_expired(now) {
+            let claimants: Vec<ObjectName> = self.inventory.claimants(address).cloned().collect();
+            for name in &claimants {
+                self.touch_pod(name);
+            }
+            self.inventory.forget_departed(now);
+            self.touched.addresses.insert(address);
+        }
     }
 
     /// Puts the base chains for addresses with several pods into a side of the tables.

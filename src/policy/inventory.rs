@@ -151,7 +151,7 @@ impl Inventory {
     /// The pod that has an address, if that is certain: the one that selectors of rules which allow
     /// are asked about. None without a sandbox is.
     pub fn owner(&self, address: IpAddr) -> Option<&Pod> {
-        certain(self.holders(address))
+        self.certain(address, self.holders(address))
     }
 
     /// The addresses that a pod has for certain.
@@ -179,10 +179,18 @@ impl Inventory {
 
     /// The pod of this node that has an address, if that is certain.
     pub fn local_owner(&self, address: IpAddr) -> Option<&Pod> {
-        if self.departed.at(address).is_some() {
-            return None;
-        }
-        certain(self.local_holders(address))
+        self.certain(address, self.local_holders(address))
+    }
+
+    /// The one pod that has an address, where there is one alone and it may have a sandbox.
+    fn certain<'a>(
+        &self,
+        address: IpAddr,
+        mut holders: impl Iterator<Item = &'a Pod>,
+    ) -> Option<&'a Pod> {
+        let first = holders.next()?;
+        let alone = holders.next().is_none() && self.departed(address).is_none();
+        (alone && first.evidence.sandbox != Sandbox::Gone).then_some(first)
     }
 
     /// The pods of this node whose policies are asked about an address, without the departed one.
@@ -221,9 +229,21 @@ impl Inventory {
         self.departed.due()
     }
 
-    /// Forgets the departed pods whose time is over. Returns their addresses.
-    pub fn forget_departed(&mut self, now: Instant) -> Vec<IpAddr> {
-        self.departed.expire(now)
+    /// The address of a departed pod that is to be forgotten.
+    pub fn departed_expired(&self, now: Instant) -> Option<IpAddr> {
+        self.departed.expired(now)
+    }
+
+    /// Forgets that one.
+    pub fn forget_departed(&mut self, now: Instant) {
+        self.departed.forget_oldest(now);
+    }
+
+    /// The pods that claim an address.
+    pub fn claimants(&self, address: IpAddr) -> impl Iterator<Item = &ObjectName> {
+        let claimants = self.claimants.get(&address);
+        let all = claimants.into_iter().flat_map(|claimants| &claimants.all);
+        all.map(|claimant| &claimant.name)
     }
 
     /// The pods that claim an address of a pod, itself among them if it is known.
@@ -231,9 +251,8 @@ impl Inventory {
         let mut rivals: Vec<ObjectName> = pod
             .addresses
             .iter()
-            .filter_map(|address| self.claimants.get(address))
-            .flat_map(|claimants| claimants.all.iter())
-            .map(|claimant| claimant.name.clone())
+            .flat_map(|address| self.claimants(*address))
+            .cloned()
             .collect();
         rivals.sort_unstable();
         rivals.dedup();
@@ -361,11 +380,4 @@ fn claims_addresses(pod: &Pod) -> bool {
 
 fn claims(pod: &Pod, address: IpAddr) -> bool {
     claims_addresses(pod) && pod.addresses.contains(&address)
-}
-
-/// The one pod that has an address, where there is one alone and it may have a sandbox.
-fn certain<'a>(mut holders: impl Iterator<Item = &'a Pod>) -> Option<&'a Pod> {
-    let first = holders.next()?;
-    let alone = holders.next().is_none();
-    (alone && first.evidence.sandbox != Sandbox::Gone).then_some(first)
 }

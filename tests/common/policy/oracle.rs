@@ -25,6 +25,8 @@ pub struct Cluster {
     pub namespaces: Vec<Namespace>,
     pub pods: Vec<Pod>,
     pub policies: Vec<NetworkPolicy>,
+    /// Pods whose objects were deleted while a container ran, by their addresses.
+    pub departed: Vec<(IpAddr, Pod)>,
 }
 
 /// What a packet carries.
@@ -343,8 +345,9 @@ pub fn selector_matches(
 /// The pod that an address certainly belongs to: the only one that may have it, and not one
 /// without a sandbox.
 pub fn owner(cluster: &Cluster, address: IpAddr) -> Option<&Pod> {
+    let departed = cluster.departed.iter().any(|(ip, _)| *ip == address);
     match holders(cluster, address).as_slice() {
-        [pod] if !has_no_sandbox(pod) => Some(pod),
+        [pod] if !departed && !has_no_sandbox(pod) => Some(pod),
         _ => None,
     }
 }
@@ -352,17 +355,32 @@ pub fn owner(cluster: &Cluster, address: IpAddr) -> Option<&Pod> {
 /// The pods that may have an address: never one in the host's network, never one that has ended,
 /// and none that another one is known to have followed.
 pub fn holders(cluster: &Cluster, address: IpAddr) -> Vec<&Pod> {
-    let claimants = || {
-        let pods = cluster.pods.iter();
-        pods.filter(|pod| !host_network(pod) && !ended(pod) && addresses(pod).contains(&address))
-    };
-    let followed = |pod: &Pod| claimants().any(|other| follows(other, pod));
-    claimants().filter(|pod| !followed(pod)).collect()
+    let claimants = || cluster.pods.iter().filter(|pod| claims(pod, address));
+    let departed = cluster.departed.iter().filter(|(ip, _)| *ip == address);
+    let departed = departed.map(|(_, pod)| pod);
+    let all = || claimants().chain(departed.clone());
+    let followed = |pod: &Pod| all().any(|other| follows(other, pod));
+    let holders = claimants().filter(|pod| !followed(pod));
+    holders.chain(departed.clone()).collect()
+}
+
+/// Whether an address is in the status of a pod that may still have it.
+pub fn claims(pod: &Pod, address: IpAddr) -> bool {
+    !host_network(pod) && !ended(pod) && addresses(pod).contains(&address)
+}
+
+/// Whether a container runs, by the status.
+pub fn runs(pod: &Pod) -> bool {
+    let phase = pod
+        .status
+        .as_ref()
+        .and_then(|status| status.phase.as_deref());
+    last_start(pod).is_some() || (phase == Some("Running") && container_states(pod).is_empty())
 }
 
 /// Whether a pod got its address after another one: its sandbox was there later, and no container
 /// of the other one started after all of its own.
-fn follows(pod: &Pod, other: &Pod) -> bool {
+pub fn follows(pod: &Pod, other: &Pod) -> bool {
     let later = match (last_seen(pod), last_seen(other)) {
         (None, None) => !has_no_sandbox(pod) && has_no_sandbox(other),
         (seen, before) => seen > before,
@@ -393,13 +411,17 @@ fn last_start(pod: &Pod) -> Option<i64> {
         .max()
 }
 
-fn has_no_sandbox(pod: &Pod) -> bool {
+/// Whether the condition says so, and no container runs.
+pub fn has_no_sandbox(pod: &Pod) -> bool {
     let condition = sandbox_condition(pod);
     condition.is_some_and(|condition| condition.status == "False") && last_start(pod).is_none()
 }
 
 fn sandbox_condition(pod: &Pod) -> Option<&PodCondition> {
-    let conditions = pod.status.iter().flat_map(|it| it.conditions.iter().flatten());
+    let conditions = pod
+        .status
+        .iter()
+        .flat_map(|it| it.conditions.iter().flatten());
     let mut conditions = conditions;
     conditions.find(|condition| condition.type_ == "PodReadyToStartContainers")
 }

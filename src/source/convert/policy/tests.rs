@@ -281,7 +281,11 @@ fn faulty_rules() -> Vec<(Value, &'static str, &'static str)> {
             ".from[1].ipBlock.cidr",
             "\"10.0.0/8\" is not an address range; write one such as",
         ),
-        (block(json!({})), ".from[1].ipBlock.cidr", "is not an address range"),
+        (
+            block(json!({})),
+            ".from[1].ipBlock.cidr",
+            "is not an address range",
+        ),
         (
             block(json!({"cidr": "10.0.0.1"})),
             ".from[1].ipBlock.cidr",
