@@ -206,6 +206,10 @@ pub fn run(mut line: CommandLine) -> Result<(), Error> {
     let metrics = Arc::new(Metrics::new()?);
     metrics.expect_notices(Reason::ALL.map(Reason::as_str));
     let health = Health::new(args.sync_period.unwrap_or(cli::SYNC_PERIOD));
+    if args.network_policy.is_on() {
+        metrics.expect_policies()?;
+        health.expect_policies();
+    }
     let (delivered, received) = mpsc::channel(QUEUE);
     let (stop, stopped) = watch::channel(false);
     let (ready, started) = oneshot::channel();
@@ -236,7 +240,7 @@ pub fn run(mut line: CommandLine) -> Result<(), Error> {
         .spawn(move || io.run(delivered, ready))
         .map_err(system("the I/O thread"))?;
     // The sender is dropped without a message only if the thread panicked.
-    started.blocking_recv().unwrap_or(Err(Error::SourceEnded))?;
+    let stats = started.blocking_recv().unwrap_or(Err(Error::SourceEnded))?;
     let mut ready = Vec::new();
     let settings_thread = kernel::start(args, &metrics, &reporter, &mut ready)?;
     if !args.once {
@@ -268,6 +272,9 @@ pub fn run(mut line: CommandLine) -> Result<(), Error> {
         .with_log_fields(args.log_format == LogFormat::Json);
     if let Some(cutter) = observers.cutter {
         reconciler = reconciler.with_cutter(cutter);
+    }
+    if let Some(stats) = stats {
+        reconciler = reconciler.with_source_stats(stats);
     }
     let signals = Signals {
         stop: stopped,

@@ -84,6 +84,8 @@ pub struct Engine {
     moved: Moved,
     /// Whether the tables exist: while there is any policy.
     exists: bool,
+    /// Whether policies are enforced at all.
+    on: bool,
     touched: Touched,
 }
 
@@ -103,6 +105,7 @@ impl Engine {
             links: BTreeSet::new(),
             moved: Moved::default(),
             exists: false,
+            on: true,
             touched: Touched::default(),
         }
     }
@@ -122,11 +125,24 @@ impl Engine {
 
     /// An engine that keeps the tables away: it needs no list and knows no policy.
     pub fn off(settings: Settings) -> Self {
-        let mut engine = Self::new(settings);
+        let mut engine = Self {
+            on: false,
+            ..Self::new(settings)
+        };
         for kind in Kind::POLICY {
             engine.lists.complete(kind);
         }
         engine
+    }
+
+    /// Whether policies are enforced at all.
+    pub fn is_on(&self) -> bool {
+        self.on
+    }
+
+    /// Whether there are policies now, and were none at the last update.
+    pub fn has_first_policies(&self) -> bool {
+        !self.exists && self.inventory.counts().2 > 0
     }
 
     /// Whether all kinds were listed and none is being listed. Before that the rules would deny

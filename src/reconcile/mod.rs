@@ -34,6 +34,7 @@ mod run;
 mod schedule;
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
@@ -45,6 +46,7 @@ use crate::model::{Changes, Delivery, Event, Family, Kind, Node, Notice, ObjectN
 use crate::netlink;
 use crate::policy::Engine;
 use crate::ruleset::{Ruleset, Transaction};
+use crate::source::SourceStats;
 
 pub use audit::{Audits, EVERY as AUDIT_EVERY, Finding, Snapshot, Step, Verdict};
 pub use kernel::Kernel;
@@ -89,6 +91,8 @@ pub struct Reconciler<'a, K> {
     cleaner: Option<conntrack::Queue>,
     health_checks: Option<HealthChecks>,
     policies: Option<Policies>,
+    /// What keeps lists from being complete is asked there.
+    source_stats: Option<Arc<SourceStats>>,
     followers: Followers,
     /// Whether denied packets are logged with fields.
     log_fields: bool,
@@ -189,6 +193,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
             cleaner: None,
             health_checks: None,
             policies: None,
+            source_stats: None,
             followers: Followers::default(),
             log_fields: false,
             healed: 0,
@@ -223,6 +228,13 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
     #[must_use]
     pub fn with_policies(mut self, engine: Engine) -> Self {
         self.policies = Some(Policies::new(engine));
+        self
+    }
+
+    /// With the counters of the source of events.
+    #[must_use]
+    pub fn with_source_stats(mut self, stats: Arc<SourceStats>) -> Self {
+        self.source_stats = Some(stats);
         self
     }
 
