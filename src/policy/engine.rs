@@ -230,11 +230,13 @@ impl Engine {
         self.touched.policies.append(&mut self.refused);
     }
 
-    /// The isolated addresses of this node with their pods.
-    pub fn isolated(&self) -> impl Iterator<Item = (IpAddr, &ObjectName)> {
-        self.plans.iter().filter_map(|(address, plan)| {
-            let asked = plan.asked.values().flatten().next()?;
-            Some((*address, &asked.pod))
+    /// The isolated addresses of this node with their pods; `None` where the object of the pod is
+    /// gone.
+    pub fn isolated(&self) -> impl Iterator<Item = (IpAddr, Option<&ObjectName>)> {
+        self.plans.iter().map(|(address, plan)| {
+            let mut asked = plan.asked.values().flatten();
+            let present = asked.find(|asked| !asked.departed);
+            (*address, present.map(|asked| &asked.pod))
         })
     }
 

@@ -19,8 +19,8 @@ use crate::netlink::{self, Place};
 use crate::policy::{Engine, TABLE};
 use crate::ruleset::diff;
 
-/// The isolated pods of this node by their addresses, in order.
-pub type Isolated = Arc<[(IpAddr, ObjectName)]>;
+/// The isolated addresses of this node in order, with their pods as far as their objects are there.
+pub type Isolated = Arc<[(IpAddr, Option<ObjectName>)]>;
 
 /// Who wants to know when other policies are in force.
 #[derive(Debug, Default)]
@@ -295,12 +295,12 @@ impl<K: Kernel> Reconciler<'_, K> {
             policies.engine.take_moved();
         }
         let strict = policies.engine.is_strict();
-        let isolated = policies.engine.isolated().map(|(_, pod)| pod);
+        let isolated = policies.engine.isolated().filter_map(|(_, pod)| pod);
         let isolated: HashSet<&ObjectName> = isolated.collect();
         self.metrics.policy_sync(started.elapsed(), isolated.len());
         if let Some(sender) = &self.followers.isolated {
             let pods = policies.engine.isolated();
-            let isolated: Isolated = pods.map(|(address, pod)| (address, pod.clone())).collect();
+            let isolated: Isolated = pods.map(|(address, pod)| (address, pod.cloned())).collect();
             sender.send_if_modified(|known| {
                 let other = *known != isolated;
                 *known = isolated;
