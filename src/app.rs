@@ -207,8 +207,9 @@ pub fn run(mut line: CommandLine) -> Result<(), Error> {
     metrics.expect_notices(Reason::ALL.map(Reason::as_str));
     let health = Health::new(args.sync_period.unwrap_or(cli::SYNC_PERIOD));
     if args.network_policy.is_on() {
-        metrics.expect_policies()?;
         health.expect_policies();
+    } else {
+        metrics.without_policies()?;
     }
     let (delivered, received) = mpsc::channel(QUEUE);
     let (stop, stopped) = watch::channel(false);
