@@ -234,6 +234,11 @@ pub fn run(mut line: CommandLine, log: &Lines) -> Result<(), Error> {
     let metrics = Arc::new(Metrics::new()?);
     metrics.expect_notices(Reason::ALL.map(Reason::as_str));
     let health = Health::new(args.sync_period.unwrap_or(cli::SYNC_PERIOD));
+    if args.network_policy.is_on() {
+        health.expect_policies();
+    } else {
+        metrics.without_policies()?;
+    }
     let (delivered, received) = mpsc::channel(QUEUE);
     let (stop, stopped) = watch::channel(false);
     let (ready, started) = oneshot::channel();
@@ -265,7 +270,7 @@ pub fn run(mut line: CommandLine, log: &Lines) -> Result<(), Error> {
         .spawn(move || io.run(delivered, ready))
         .map_err(system("the I/O thread"))?;
     // The sender is dropped without a message only if the thread panicked.
-    started.blocking_recv().unwrap_or(Err(Error::SourceEnded))?;
+    let stats = started.blocking_recv().unwrap_or(Err(Error::SourceEnded))?;
     let mut ready = Vec::new();
     let settings_thread = kernel::start(args, &metrics, &reporter, &mut ready)?;
     if !args.once {
@@ -302,6 +307,9 @@ pub fn run(mut line: CommandLine, log: &Lines) -> Result<(), Error> {
     }
     if let Some(forgetter) = observers.forgetter {
         reconciler = reconciler.with_forgetter(forgetter);
+    }
+    if let Some(stats) = stats {
+        reconciler = reconciler.with_source_stats(stats);
     }
     let signals = Signals {
         stop: stopped,

@@ -47,6 +47,7 @@ pub struct Metrics {
     conntrack_duration: PerFamily<Histogram>,
     conntrack_deleted: PerFamily<IntCounter>,
     netlink_errors: IntCounter,
+    policies_in_force: IntGauge,
     policy_sync_duration: Histogram,
     isolated_pods: IntGauge,
     connections_cut: IntCounter,
@@ -168,6 +169,10 @@ impl Metrics {
                 "nftlet_netlink_errors_total",
                 "Transactions that failed in the kernel or on the way to it",
             )?,
+            policies_in_force: new.int_gauge(
+                "nftlet_network_policies_in_force",
+                "Whether the network policies are enforced on this node",
+            )?,
             policy_sync_duration: new.histogram(
                 "nftlet_policy_sync_duration_seconds",
                 "Time from compiling changed network policies to the kernel's answer",
@@ -288,6 +293,21 @@ impl Metrics {
     pub fn in_order(&self) {
         let now = unix_seconds(SystemTime::now());
         self.last_sync.each(|gauge| gauge.set(now));
+    }
+
+    /// Leaves out whether network policies are in force, where none are to be.
+    ///
+    /// # Errors
+    ///
+    /// When it is called twice.
+    pub fn without_policies(&self) -> Result<(), prometheus::Error> {
+        let gauge = self.policies_in_force.clone();
+        self.registry.unregister(Box::new(gauge))
+    }
+
+    /// Whether network policies are in force.
+    pub fn policies_in_force(&self, in_force: bool) {
+        self.policies_in_force.set(i64::from(in_force));
     }
 
     /// The policy tables are as wanted again after so long, and isolate so many pods.

@@ -26,13 +26,13 @@ pub(super) struct Reading {
 pub(super) fn read(nftables: &mut Nftables, isolated: &Isolated) -> Result<Reading, Error> {
     let pods: HashMap<Key, &ObjectName> = isolated
         .iter()
-        .map(|(address, pod)| (Key::address(*address), pod))
+        .filter_map(|(address, pod)| Some((Key::address(*address), pod.as_ref()?)))
         .collect();
     let mut reading = Reading::default();
     if pods.is_empty() {
         return Ok(reading);
     }
-    reading.pods = isolated.iter().map(|(_, pod)| pod.clone()).collect();
+    reading.pods = isolated.iter().filter_map(|(_, pod)| pod.clone()).collect();
     for family in Family::ALL {
         for direction in Direction::ALL {
             let table = policy::table_id(family);

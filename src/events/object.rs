@@ -82,7 +82,10 @@ fn action(reason: Reason) -> &'static str {
         | Reason::Conflict
         | Reason::OrphanSlice => "ReadObject",
         Reason::ApiServer | Reason::NodeMissing => "WatchObjects",
-        Reason::KernelRefused | Reason::ForeignChange | Reason::SyncFailed => "WriteRules",
+        Reason::KernelRefused
+        | Reason::ForeignChange
+        | Reason::SyncFailed
+        | Reason::PoliciesNotInForce => "WriteRules",
         Reason::HealthCheckPort => "ServeHealthCheck",
         Reason::BridgeTraffic => "WatchBridges",
         Reason::KernelSetting => "MakeSettings",

@@ -269,6 +269,8 @@ pub enum Reason {
     HealthCheckPort,
     /// Traffic on a bridge passes the network policies by.
     BridgeTraffic,
+    /// Network policies are to be enforced on this node and are not.
+    PoliciesNotInForce,
     /// The rules could not be written to the kernel, or read from it.
     SyncFailed,
     /// A kernel setting that was asked for could not be made.
@@ -279,7 +281,7 @@ pub enum Reason {
 
 impl Reason {
     /// All of them.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::InvalidField,
         Self::InvalidObject,
         Self::InvalidPolicy,
@@ -293,6 +295,7 @@ impl Reason {
         Self::ForeignChange,
         Self::HealthCheckPort,
         Self::BridgeTraffic,
+        Self::PoliciesNotInForce,
         Self::SyncFailed,
         Self::KernelSetting,
         Self::AffinityFull,
@@ -314,6 +317,7 @@ impl Reason {
             Reason::ForeignChange => "ForeignChange",
             Reason::HealthCheckPort => "HealthCheckPort",
             Reason::BridgeTraffic => "BridgeTraffic",
+            Reason::PoliciesNotInForce => "PoliciesNotInForce",
             Reason::SyncFailed => "SyncFailed",
             Reason::KernelSetting => "KernelSetting",
             Reason::AffinityFull => "AffinityFull",
@@ -342,6 +346,7 @@ impl Reason {
             | Reason::ForeignChange
             | Reason::HealthCheckPort
             | Reason::BridgeTraffic
+            | Reason::PoliciesNotInForce
             | Reason::SyncFailed
             | Reason::KernelSetting
             | Reason::AffinityFull => true,

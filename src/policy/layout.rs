@@ -1,5 +1,6 @@
 //! The names and declarations of the policy table.
 
+use std::net::IpAddr;
 use std::sync::{Arc, LazyLock};
 
 use crate::compile::table_family;
@@ -70,12 +71,16 @@ impl Direction {
         })
     }
 
-    /// The verdict map from isolated pods to their chains.
-    pub(super) fn pods(self) -> Name {
-        Name::from(match self {
-            Direction::Ingress => "ingress-pods",
-            Direction::Egress => "egress-pods",
-        })
+    /// The verdict map from isolated addresses to the chains of their pods, for the first, second
+    /// and further pods of an address.
+    pub(super) fn pods(self, layer: usize) -> Name {
+        layered(
+            match self {
+                Direction::Ingress => "ingress-pods",
+                Direction::Egress => "egress-pods",
+            },
+            layer,
+        )
     }
 
     /// The chain that denies.
@@ -105,6 +110,15 @@ impl Direction {
         )
     }
 
+    /// The chain of a pod whose object is gone.
+    pub(super) fn departed_chain(self, address: IpAddr) -> Name {
+        let address = address.to_string().replace(':', "-");
+        Name::from(match self {
+            Direction::Ingress => format!("departed-ingress-{address}"),
+            Direction::Egress => format!("departed-egress-{address}"),
+        })
+    }
+
     /// The chain of a policy.
     pub(super) fn policy_chain(self, policy: &ObjectName) -> Name {
         name(
@@ -119,6 +133,14 @@ impl Direction {
 
 fn name(prefix: &str, object: &ObjectName) -> Name {
     readable_name(&format!("{prefix}{object}"))
+}
+
+/// The name of what there is once, and once more for the second pod of an address and on.
+pub(super) fn layered(name: &str, layer: usize) -> Name {
+    match layer {
+        0 => Name::from(name),
+        _ => Name::from(format!("{name}-{}", layer.saturating_add(1))),
+    }
 }
 
 /// ICMPv6 messages that no policy is asked about: nobody can be reached on a link without them. They

@@ -35,6 +35,7 @@ mod run;
 mod schedule;
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
@@ -46,6 +47,7 @@ use crate::model::{Changes, Delivery, Event, Family, Kind, Node, Notice, ObjectN
 use crate::netlink;
 use crate::policy::Engine;
 use crate::ruleset::{Ruleset, Transaction};
+use crate::source::SourceStats;
 
 pub use audit::{Audits, EVERY as AUDIT_EVERY, Finding, Snapshot, Step, Verdict};
 pub use kernel::Kernel;
@@ -94,6 +96,8 @@ pub struct Reconciler<'a, K> {
     sticky: Option<watch::Sender<Sticky>>,
     health_checks: Option<HealthChecks>,
     policies: Option<Policies>,
+    /// What keeps lists from being complete is asked there.
+    source_stats: Option<Arc<SourceStats>>,
     followers: Followers,
     /// Whether denied packets are logged with fields.
     log_fields: bool,
@@ -196,6 +200,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
             sticky: None,
             health_checks: None,
             policies: None,
+            source_stats: None,
             followers: Followers::default(),
             log_fields: false,
             healed: 0,
@@ -244,6 +249,13 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
     #[must_use]
     pub fn with_policies(mut self, engine: Engine) -> Self {
         self.policies = Some(Policies::new(engine));
+        self
+    }
+
+    /// With the counters of the source of events.
+    #[must_use]
+    pub fn with_source_stats(mut self, stats: Arc<SourceStats>) -> Self {
+        self.source_stats = Some(stats);
         self
     }
 

@@ -2,7 +2,7 @@
 //!
 //! Both sources decode into these types: the cluster from the API server's JSON, the manifests
 //! from YAML or JSON files. Everything else in an object (`managedFields`, pod templates,
-//! conditions, unknown fields of newer servers) is skipped by the deserialiser without being
+//! unknown fields of newer servers) is skipped by the deserialiser without being
 //! allocated. Every field is optional, and `null` is the same as absent, as in the API's own
 //! reading. Numbers are wide integers, so that a port out of range is a fault of that port,
 //! reported by [`convert`](super::convert), and not of the whole object. Texts are borrowed from
@@ -410,6 +410,45 @@ pub(super) struct PodStatus<'a> {
     pub pod_ip: Option<Text<'a>>,
     #[serde(rename = "podIPs")]
     pub pod_ips: Option<Vec<PodIp<'a>>>,
+    pub conditions: Option<Vec<PodCondition<'a>>>,
+    #[serde(rename = "containerStatuses")]
+    pub container_statuses: Option<Vec<ContainerStatus<'a>>>,
+    #[serde(rename = "initContainerStatuses")]
+    pub init_container_statuses: Option<Vec<ContainerStatus<'a>>>,
+    #[serde(rename = "ephemeralContainerStatuses")]
+    pub ephemeral_container_statuses: Option<Vec<ContainerStatus<'a>>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct PodCondition<'a> {
+    #[serde(rename = "type", borrow)]
+    pub type_: Option<Text<'a>>,
+    pub status: Option<Text<'a>>,
+    pub last_transition_time: Option<Text<'a>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct ContainerStatus<'a> {
+    #[serde(borrow)]
+    pub state: Option<ContainerState<'a>>,
+}
+
+/// One of the three; `waiting` is not read.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct ContainerState<'a> {
+    #[serde(borrow)]
+    pub running: Option<RunningContainer<'a>>,
+    pub terminated: Option<IgnoredAny>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct RunningContainer<'a> {
+    #[serde(borrow)]
+    pub started_at: Option<Text<'a>>,
 }
 
 #[derive(Debug, Default, Deserialize)]

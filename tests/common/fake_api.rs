@@ -393,7 +393,9 @@ impl FakeApi {
     pub fn answer_instead(&self, path: &str, text: Option<&str>) {
         let mut state = self.state();
         match text {
-            Some(text) => state.instead.insert(path.to_owned(), text.to_owned().into()),
+            Some(text) => state
+                .instead
+                .insert(path.to_owned(), text.to_owned().into()),
             None => state.instead.remove(path),
         };
     }

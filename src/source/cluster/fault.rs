@@ -274,8 +274,13 @@ impl Faults {
         lasting.len() < before
     }
 
-    /// Lets others know whether changes of services come.
+    /// Lets others know whether changes come.
     fn note(&self, lasting: &BTreeMap<String, Lasting>) {
+        let of_kinds = lasting.values().flat_map(|fault| {
+            let kinds = fault.kinds.iter();
+            kinds.map(|kind| (*kind, fault.message.clone()))
+        });
+        self.stats.set_faults(of_kinds.collect());
         let needed = |fault: &&Lasting| NEEDED.iter().any(|kind| fault.kinds.contains(kind));
         let fault = lasting.values().find(needed);
         self.stats
@@ -376,6 +381,8 @@ mod tests {
         assert_eq!(stats.fault(), None);
         assert!(begin(Kind::ServiceCidr, "403").is_some());
         assert_eq!(stats.fault(), None, "services work without");
+        assert_eq!(stats.fault_of(Kind::ServiceCidr).as_deref(), Some("away"));
+        assert_eq!(stats.fault_of(Kind::Service), None);
         assert!(faults.end(Kind::ServiceCidr));
         assert!(begin(Kind::Node, "unreachable").is_some());
     }
