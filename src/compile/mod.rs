@@ -36,11 +36,12 @@ mod settings;
 mod skeleton;
 mod topology;
 
+pub use crate::model::NodePortAddresses;
 pub use chains::{Handle, LearnAt, Role, SharedChain};
 pub use layout::{
     AFFINITY, By, Scope, ServiceSet, TABLE, affinity_declaration, table_family, table_id,
 };
 pub use plan::{ElementOf, Frontend, Pool, Route, ServicePlan, Target};
 pub use service::plan;
-pub use settings::{DetectLocal, LocalDetector, MasqueradeBit, NodePortAddresses, Settings};
+pub use settings::{DetectLocal, LocalDetector, MasqueradeBit, Settings};
 pub use skeleton::skeleton;

@@ -29,6 +29,7 @@ fn slice(name: &str, service: &str, addresses: &[(&str, bool)]) -> EndpointSlice
     EndpointSlice {
         name: ObjectName::new("shop", name),
         service: ObjectName::new("shop", service),
+        created: None,
         family: Family::V4,
         ports: vec![SlicePort {
             name: "".into(),
