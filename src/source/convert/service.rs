@@ -180,19 +180,13 @@ fn report_repeated_ports(service: &Service, report: &mut Report) {
     let mut node_ports = HashSet::new();
     let mut twice = Vec::new();
     for port in &service.ports {
-        let protocol = port.protocol;
+        let (protocol, name) = (port.protocol, &port.name);
         if !ports.insert((protocol, port.port)) {
-            twice.push(format!(
-                "{} {protocol} of port \"{}\"",
-                port.port, port.name
-            ));
+            twice.push(format!("{} {protocol} of port {name}", port.port));
         }
         let node_port = port.node_port.into_iter();
         for number in node_port.filter(|number| !node_ports.insert((protocol, *number))) {
-            twice.push(format!(
-                "nodePort {number} {protocol} of port \"{}\"",
-                port.name
-            ));
+            twice.push(format!("nodePort {number} {protocol} of port {name}"));
         }
     }
     let health_check = service.health_check_node_port.into_iter();

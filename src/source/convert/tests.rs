@@ -376,7 +376,7 @@ fn a_number_that_comes_up_twice_is_named_once() {
     assert_eq!(notices.len(), 1, "{notices:?}");
     assert!(
         notices[0].contains(
-            "\"80 TCP of port \"b\"\" (1 more: nodePort 30080 TCP of port \"b\") is there already"
+            "\"80 TCP of port b\" (1 more: nodePort 30080 TCP of port b) is there already"
         ),
         "{notices:?}"
     );
