@@ -11,3 +11,4 @@ mod common;
 mod fake_api;
 
 mod neighbour;
+mod theft;
