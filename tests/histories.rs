@@ -62,6 +62,7 @@ fn slice(index: u8, v6: bool, protocol: Protocol, endpoints: &[u8]) -> Object {
     Object::EndpointSlice(EndpointSlice {
         name: ObjectName::new("shop", &format!("s{index}-{tag}")),
         service: ObjectName::new("shop", &format!("s{index}")),
+        created: None,
         family,
         ports: vec![SlicePort {
             name: "main".into(),

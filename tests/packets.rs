@@ -528,6 +528,7 @@ mod churn {
         Event::Apply(Object::EndpointSlice(EndpointSlice {
             name: ObjectName::new("shop", "web-1"),
             service: ObjectName::new("shop", "web"),
+            created: None,
             family: Family::V4,
             ports: vec![SlicePort {
                 name: "http".into(),

@@ -163,6 +163,7 @@ impl Workload {
         Event::Apply(Object::EndpointSlice(EndpointSlice {
             name: self.slice_name(service, slice),
             service: object.name.clone(),
+            created: None,
             family: Family::V4,
             ports: ports.collect(),
             endpoints: endpoints.unwrap_or_default().to_vec(),

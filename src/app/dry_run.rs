@@ -17,7 +17,7 @@ use crate::ruleset::{Ruleset, text};
 
 /// Prints the rules for the objects as they are now.
 pub(super) fn run(args: &Args, node_name: &str, settings: &Settings) -> Result<(), Error> {
-    let (store, mut policies) = single_threaded()?.block_on(collect(args, node_name))?;
+    let (store, mut policies) = single_threaded()?.block_on(collect(args, node_name, settings))?;
     let mut wanted = Reconciler::<Nftables>::wanted(&store, settings);
     policies.update();
     wanted.tables.extend(policies.ruleset().tables);
@@ -25,8 +25,12 @@ pub(super) fn run(args: &Args, node_name: &str, settings: &Settings) -> Result<(
 }
 
 /// Reads all objects once.
-async fn collect(args: &Args, node_name: &str) -> Result<(Store, Engine), Error> {
-    let mut store = Store::with_stand_in(stand_in(node_name));
+async fn collect(
+    args: &Args,
+    node_name: &str,
+    settings: &Settings,
+) -> Result<(Store, Engine), Error> {
+    let mut store = settings.store(Store::with_stand_in(stand_in(node_name)));
     let log_group = args.log_denied.then_some(policy::LOG_GROUP);
     let mut policies = policies(args, node_name, log_group);
     let mut changes = Changes::default();

@@ -43,6 +43,7 @@ mod skeleton;
 mod sources;
 mod topology;
 
+pub use crate::model::NodePortAddresses;
 pub use chains::{Handle, LearnAt, Role, SharedChain, is_bound_to_node};
 pub use layout::{
     By, Clients, MOST_CLIENTS, Scope, ServiceSet, TABLE, affinity_declaration, table_family,
@@ -50,6 +51,6 @@ pub use layout::{
 };
 pub use plan::{Affinity, ElementOf, Frontend, Pool, Route, ServicePlan, Target};
 pub use service::plan;
-pub use settings::{DetectLocal, LocalDetector, MasqueradeBit, NodePortAddresses, Settings};
+pub use settings::{DetectLocal, LocalDetector, MasqueradeBit, Settings};
 pub use skeleton::skeleton;
 pub use sources::SourceList;

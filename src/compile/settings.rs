@@ -6,7 +6,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 use super::layout::POD_NETWORKS;
-use crate::model::{Family, Node};
+use crate::model::{Family, Node, NodePortAddresses, Store};
 use crate::ruleset::{Comparison, Operand, Selector, Statement};
 
 /// Options of the command line that shape the rules.
@@ -99,16 +99,6 @@ impl LocalDetector {
     }
 }
 
-/// On which of the node's addresses NodePorts answer.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum NodePortAddresses {
-    /// The primary address of each family, from the Node object.
-    #[default]
-    Primary,
-    /// Those inside the ranges; a family without a range means all of its addresses.
-    Inside(Vec<IpNet>),
-}
-
 impl Settings {
     /// How rules of a family tell traffic of pods. It does not depend on the Node object, whose
     /// ranges are elements of a set. (Whether there is a range at all decides on one rule of the
@@ -139,81 +129,21 @@ impl Settings {
         own.filter(|net| Family::of(net.addr()) == family).collect()
     }
 
+    /// A store that knows where NodePorts answer.
+    pub fn store(&self, store: Store) -> Store {
+        store.with_node_ports(self.nodeport_addresses.clone(), self.bind_address)
+    }
+
     /// The ranges whose local addresses answer NodePorts. Loopback addresses never do.
     pub fn nodeport_ranges(&self, family: Family, node: Option<&Node>) -> Vec<IpNet> {
-        match &self.nodeport_addresses {
-            NodePortAddresses::Primary => {
-                let bound = self.bind_address.filter(|ip| Family::of(*ip) == family);
-                let primary = bound.or_else(|| node?.primary_ip(family));
-                primary.map(IpNet::from).into_iter().collect()
-            }
-            NodePortAddresses::Inside(ranges) => {
-                let mut given: Vec<IpNet> = ranges
-                    .iter()
-                    .filter(|net| Family::of(net.addr()) == family)
-                    .copied()
-                    .collect();
-                if given.is_empty() || given.iter().any(|net| net.prefix_len() == 0) {
-                    given = everything_but_loopback(family);
-                }
-                given
-            }
-        }
+        self.nodeport_addresses
+            .ranges(family, self.bind_address, node)
     }
-}
-
-/// All addresses of a family without those of the loopback network.
-fn everything_but_loopback(family: Family) -> Vec<IpNet> {
-    let (all, loopback): (IpNet, IpNet) = match family {
-        Family::V4 => (
-            ipnet::Ipv4Net::default().into(),
-            ipnet::Ipv4Net::new_assert([127, 0, 0, 0].into(), 8).into(),
-        ),
-        Family::V6 => (
-            ipnet::Ipv6Net::default().into(),
-            IpNet::from(IpAddr::V6(std::net::Ipv6Addr::LOCALHOST)),
-        ),
-    };
-    // Halving around the loopback network leaves, for each bit of its prefix, the other half.
-    let mut parts = Vec::new();
-    let mut current = all;
-    while current.prefix_len() < loopback.prefix_len() {
-        let Ok(halves) = current.subnets(current.prefix_len() + 1) else {
-            break;
-        };
-        let (with, without): (Vec<IpNet>, Vec<IpNet>) =
-            halves.partition(|half| half.contains(&loopback));
-        parts.extend(without);
-        match with.first() {
-            Some(half) => current = *half,
-            None => break,
-        }
-    }
-    parts
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn all_addresses_are_those_outside_of_loopback() {
-        let v4 = everything_but_loopback(Family::V4);
-        let covers = |nets: &[IpNet], address: &str| {
-            let address: IpAddr = address.parse().unwrap();
-            nets.iter().filter(|net| net.contains(&address)).count()
-        };
-        for address in ["126.255.255.255", "128.0.0.0", "0.0.0.0", "255.255.255.255"] {
-            assert_eq!(covers(&v4, address), 1, "{address}");
-        }
-        for address in ["127.0.0.0", "127.0.0.1", "127.255.255.255"] {
-            assert_eq!(covers(&v4, address), 0, "{address}");
-        }
-        let v6 = everything_but_loopback(Family::V6);
-        assert_eq!(covers(&v6, "::1"), 0);
-        assert_eq!(covers(&v6, "::2"), 1);
-        assert_eq!(covers(&v6, "fe80::1"), 1);
-    }
 
     #[test]
     fn the_primary_address_is_the_bound_one_then_the_internal_then_the_external() {
@@ -240,21 +170,5 @@ mod tests {
         assert_eq!(primary(&settings, &node), ["", "fd00::1/128"]);
         settings.bind_address = Some("192.0.2.1".parse().unwrap());
         assert_eq!(primary(&settings, &node), ["192.0.2.1/32", "fd00::1/128"]);
-    }
-
-    #[test]
-    fn a_family_without_a_range_means_all_of_it() {
-        let settings = Settings {
-            nodeport_addresses: NodePortAddresses::Inside(vec!["10.0.0.0/8".parse().unwrap()]),
-            ..Settings::default()
-        };
-        assert_eq!(
-            settings.nodeport_ranges(Family::V4, None),
-            ["10.0.0.0/8".parse::<IpNet>().unwrap()]
-        );
-        assert_eq!(
-            settings.nodeport_ranges(Family::V6, None),
-            everything_but_loopback(Family::V6)
-        );
     }
 }

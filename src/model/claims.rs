@@ -1,13 +1,20 @@
-//! Who owns a frontend that several services ask for.
+//! Who owns a frontend that several services ask for, and which frontends no service gets.
 //!
-//! An address and port, or a NodePort, can lead to one service only. The oldest service that
-//! claims it has it (by `metadata.creationTimestamp`, then by name); the others are told. When
-//! the owner lets go, the next oldest gets it.
+//! An address and port, or a port of the node, can lead to one service only. A ClusterIP comes
+//! before the address of a load balancer, and that before an external IP; among equals the
+//! oldest service has it (by `metadata.creationTimestamp`, then by name). When the owner lets go,
+//! the next one gets it.
+//!
+//! ClusterIPs are given out by the API server, all other addresses are written by whoever may
+//! write a Service. So the latter get nothing at an address that is the ClusterIP of another
+//! service or lies in a ServiceCIDR, where a NodePort answers, and where nftlet itself reaches the
+//! API server ([`Reserved`]).
 
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
+use ipnet::IpNet;
 use smallvec::SmallVec;
 
 use super::{ObjectName, Protocol, Service};
@@ -25,109 +32,370 @@ impl fmt::Display for Claim {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Claim::Address(address, protocol, port) => {
-                write!(
-                    f,
-                    "{} {protocol}",
-                    std::net::SocketAddr::new(*address, *port)
-                )
+                write!(f, "{} {protocol}", SocketAddr::new(*address, *port))
             }
             Claim::NodePort(protocol, port) => write!(f, "NodePort {port} {protocol}"),
         }
     }
 }
 
-/// A service's place in the queue for a claim; the smallest one owns it.
+/// What a claim is to a service, the strongest first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Rank {
+    ClusterIp,
+    NodePort,
+    LoadBalancerIp,
+    ExternalIp,
+}
+
+/// A service's place in the queue for a claim; the smallest one is the first.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Claimant {
+pub(crate) struct Claimant {
+    rank: Rank,
     created: i64,
-    name: ObjectName,
+    pub(crate) name: ObjectName,
+    /// Whether the port of the node is a `healthCheckNodePort`.
+    health_check: bool,
+}
+
+/// What a service asks for, without the service.
+type Wish = (Claim, Rank, bool);
+
+/// Addresses and ports that are not for services to take, whatever they ask for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Reserved {
+    /// The ranges of ClusterIPs.
+    pub service_ranges: Vec<IpNet>,
+    /// Where nftlet's own connections to the API server lead.
+    pub servers: BTreeSet<SocketAddr>,
+    /// Addresses of the node on which NodePorts answer.
+    pub node_port_addresses: BTreeSet<IpAddr>,
+    /// Those of the servers that may be on this node.
+    pub servers_here: BTreeSet<SocketAddr>,
+}
+
+/// Why a service does not get what it claims.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Cause {
+    /// Another service claims it too, is older, and has no other rank.
+    Older(ObjectName, UsedAs),
+    /// Another service claims it with a better rank.
+    Stronger(ObjectName),
+    /// The address is the ClusterIP of a service.
+    ClusterIp(ObjectName),
+    /// The address lies in a ServiceCIDR.
+    ServiceCidr(IpNet),
+    /// A NodePort of a service answers there.
+    NodePort(ObjectName),
+    /// nftlet reaches the API server there.
+    ApiServer,
+}
+
+/// What the owner of a claim uses it as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum UsedAs {
+    Frontend,
+    HealthCheck,
 }
 
 /// All claims of all services.
 #[derive(Debug, Default)]
 pub struct Claims {
-    claimants: HashMap<Claim, SmallVec<[Claimant; 1]>>,
+    queues: HashMap<Claim, SmallVec<[Claimant; 1]>>,
+    /// The services that have a ClusterIP, whatever their ports.
+    cluster_ips: HashMap<IpAddr, SmallVec<[ObjectName; 1]>>,
+    /// The ports at which addresses are claimed otherwise than as a ClusterIP.
+    others: HashMap<IpAddr, BTreeSet<(Protocol, u16)>>,
+    reserved: Reserved,
 }
 
-/// What a change of one service's claims means for the others.
+/// What a change of claims means for services.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct ClaimChanges {
-    /// Services that gained or lost a claim.
+    /// Other services that gained or lost a claim.
     pub affected: BTreeSet<ObjectName>,
-    /// New conflicts: the claim, its owner, and the service that does not get it.
-    pub conflicts: Vec<(Claim, ObjectName, ObjectName)>,
+    /// Services that ask for something new that they do not get, or lost what they had.
+    pub(crate) lost: Vec<(Claim, Claimant)>,
 }
 
 impl Claims {
     /// The service that has a claim.
     pub fn owner(&self, claim: &Claim) -> Option<&ObjectName> {
-        self.claimants
-            .get(claim)
-            .and_then(|queue| queue.first())
-            .map(|claimant| &claimant.name)
+        self.holder(claim).map(|claimant| &claimant.name)
+    }
+
+    /// Whether a port of the node is the health check of this service and of nothing else.
+    pub fn owns_health_check(&self, name: &ObjectName, port: u16) -> bool {
+        let holder = self.holder(&Claim::NodePort(Protocol::Tcp, port));
+        holder.is_some_and(|holder| holder.health_check && holder.name == *name)
+    }
+
+    fn holder(&self, claim: &Claim) -> Option<&Claimant> {
+        let first = self.queues.get(claim)?.first()?;
+        self.withheld(claim, first).is_none().then_some(first)
+    }
+
+    /// Why nobody of a claimant's rank gets a claim.
+    fn withheld(&self, claim: &Claim, claimant: &Claimant) -> Option<Cause> {
+        if claimant.rank == Rank::ClusterIp {
+            return None;
+        }
+        let reserved = &self.reserved;
+        match *claim {
+            Claim::Address(address, protocol, port) => {
+                if let Some(name) = self
+                    .cluster_ips
+                    .get(&address)
+                    .and_then(|names| names.first())
+                {
+                    return Some(Cause::ClusterIp(name.clone()));
+                }
+                let mut ranges = reserved.service_ranges.iter();
+                if let Some(range) = ranges.find(|range| range.contains(&address)) {
+                    return Some(Cause::ServiceCidr(*range));
+                }
+                let server = SocketAddr::new(address, port);
+                if protocol == Protocol::Tcp && reserved.servers.contains(&server) {
+                    return Some(Cause::ApiServer);
+                }
+                if !reserved.node_port_addresses.contains(&address) {
+                    return None;
+                }
+                let node_port = self.holder(&Claim::NodePort(protocol, port))?;
+                // A service's own NodePort takes nothing away from it.
+                (node_port.name != claimant.name).then(|| Cause::NodePort(node_port.name.clone()))
+            }
+            Claim::NodePort(Protocol::Tcp, port) => {
+                let mut servers = reserved.servers_here.iter();
+                servers
+                    .any(|server| server.port() == port)
+                    .then_some(Cause::ApiServer)
+            }
+            Claim::NodePort(..) => None,
+        }
+    }
+
+    /// Why a claimant does not have a claim; `None` where it has it.
+    pub(crate) fn refusal(&self, claim: &Claim, claimant: &Claimant) -> Option<Cause> {
+        let withheld = self.withheld(claim, claimant);
+        withheld.or_else(|| {
+            let first = self.queues.get(claim)?.first()?;
+            let owner = first.name.clone();
+            if owner == claimant.name {
+                None
+            } else if first.rank == claimant.rank {
+                Some(Cause::Older(owner, first.used_as()))
+            } else {
+                Some(Cause::Stronger(owner))
+            }
+        })
+    }
+
+    /// The claims that a service asks for and does not have.
+    pub(crate) fn lacking(&self, service: &Service) -> Vec<(Claim, Claimant)> {
+        self.lacking_of(service, &wishes(Some(service)))
+    }
+
+    fn lacking_of(&self, service: &Service, wishes: &[Wish]) -> Vec<(Claim, Claimant)> {
+        let lacking = wishes
+            .iter()
+            .filter(|(claim, ..)| self.owner(claim) != Some(&service.name));
+        lacking
+            .map(|wish| (wish.0, claimant(service, wish)))
+            .collect()
     }
 
     /// Replaces the claims of a service by those of its new form; `None` for a form that does
     /// not exist.
     pub fn change(&mut self, old: Option<&Service>, new: Option<&Service>) -> ClaimChanges {
-        let (before, after) = (claims_of(old), claims_of(new));
-        let mut changes = ClaimChanges::default();
+        let Some(name) = new.or(old).map(|service| service.name.clone()) else {
+            return ClaimChanges::default();
+        };
+        let (before, after) = (wishes(old), wishes(new));
         let moved = old.map(age) != new.map(age);
-        for claim in before
-            .iter()
-            .filter(|claim| moved || !after.contains(*claim))
-        {
-            self.release(claim, old, &mut changes);
+        let without = |from: &[Wish], other: &[Wish]| -> Vec<Wish> {
+            let stays = |wish: &Wish| !moved && other.binary_search(wish).is_ok();
+            from.iter().filter(|wish| !stays(wish)).copied().collect()
+        };
+        let (released, taken) = (without(&before, &after), without(&after, &before));
+        let (addresses_before, addresses_after) = (cluster_ips(old), cluster_ips(new));
+        let mut touched: Vec<Claim> = Vec::with_capacity(released.len() + taken.len());
+        for (claim, ..) in released.iter().chain(&taken) {
+            touched.push(*claim);
+            touched.extend(self.beside(claim));
         }
-        for claim in after
-            .iter()
-            .filter(|claim| moved || !before.contains(*claim))
-        {
-            self.take(*claim, new, &mut changes);
+        for address in addresses_before.symmetric_difference(&addresses_after) {
+            touched.extend(self.others_at(*address));
+        }
+        let mut changes = self.compare(touched, &name, |claims| {
+            if let Some(old) = old {
+                claims.release(old, &released);
+            }
+            for address in addresses_before.difference(&addresses_after) {
+                claims.drop_cluster_ip(*address, &name);
+            }
+            for address in addresses_after.difference(&addresses_before) {
+                let names = claims.cluster_ips.entry(*address).or_default();
+                names.push(name.clone());
+            }
+            if let Some(new) = new {
+                claims.take(new, &taken);
+            }
+        });
+        if let Some(new) = new {
+            changes.lost.extend(self.lacking_of(new, &taken));
         }
         changes
     }
 
-    fn release(&mut self, claim: &Claim, service: Option<&Service>, changes: &mut ClaimChanges) {
-        let (Some(service), Some(queue)) = (service, self.claimants.get_mut(claim)) else {
-            return;
+    /// Replaces what no service may take. A change of the servers alone looks at their claims; any
+    /// other one looks at all claims of addresses that are no ClusterIPs.
+    pub fn reserve(&mut self, reserved: Reserved) -> ClaimChanges {
+        let old = &self.reserved;
+        if *old == reserved {
+            return ClaimChanges::default();
+        }
+        let mut touched = Vec::new();
+        for server in old.servers.symmetric_difference(&reserved.servers) {
+            touched.push(Claim::Address(server.ip(), Protocol::Tcp, server.port()));
+        }
+        for server in old
+            .servers_here
+            .symmetric_difference(&reserved.servers_here)
+        {
+            let claim = Claim::NodePort(Protocol::Tcp, server.port());
+            touched.push(claim);
+            touched.extend(self.beside(&claim));
+        }
+        if old.service_ranges != reserved.service_ranges
+            || old.node_port_addresses != reserved.node_port_addresses
+        {
+            for address in self.others.keys() {
+                touched.extend(self.others_at(*address));
+            }
+        }
+        let no_service = ObjectName::new("", "");
+        self.compare(touched, &no_service, |claims| claims.reserved = reserved)
+    }
+
+    /// Makes a change and finds out which services other than the changing one it gave claims to
+    /// or took them from.
+    fn compare(
+        &mut self,
+        mut touched: Vec<Claim>,
+        changing: &ObjectName,
+        change: impl FnOnce(&mut Self),
+    ) -> ClaimChanges {
+        touched.sort_unstable();
+        touched.dedup();
+        let holders = touched.iter().map(|claim| self.holder(claim).cloned());
+        let before: Vec<Option<Claimant>> = holders.collect();
+        change(self);
+        let mut changes = ClaimChanges::default();
+        for (claim, before) in touched.into_iter().zip(before) {
+            let after = self.owner(&claim);
+            if after == before.as_ref().map(|before| &before.name) {
+                continue;
+            }
+            changes
+                .affected
+                .extend(after.filter(|name| *name != changing).cloned());
+            if let Some(loser) = before.filter(|loser| loser.name != *changing) {
+                changes.affected.insert(loser.name.clone());
+                changes.lost.push((claim, loser));
+            }
+        }
+        changes
+    }
+
+    /// The claims of addresses on which a port of the node answers.
+    fn beside(&self, claim: &Claim) -> impl Iterator<Item = Claim> + '_ {
+        let port = match *claim {
+            Claim::NodePort(protocol, port) => Some((protocol, port)),
+            Claim::Address(..) => None,
         };
-        let owned = queue
-            .first()
-            .is_some_and(|first| first.name == service.name);
-        queue.retain(|claimant| claimant.name != service.name);
-        match queue.first() {
-            None => {
-                self.claimants.remove(claim);
+        port.into_iter().flat_map(|(protocol, port)| {
+            let addresses = self.reserved.node_port_addresses.iter();
+            addresses.map(move |address| Claim::Address(*address, protocol, port))
+        })
+    }
+
+    fn others_at(&self, address: IpAddr) -> impl Iterator<Item = Claim> + '_ {
+        let ports = self.others.get(&address).into_iter().flatten();
+        ports.map(move |(protocol, port)| Claim::Address(address, *protocol, *port))
+    }
+
+    fn release(&mut self, service: &Service, wishes: &[Wish]) {
+        for wish in wishes {
+            let claim = wish.0;
+            let Some(queue) = self.queues.get_mut(&claim) else {
+                continue;
+            };
+            if let Ok(place) = queue.binary_search(&claimant(service, wish)) {
+                queue.remove(place);
             }
-            Some(next) if owned => {
-                changes.affected.insert(next.name.clone());
+            if queue.is_empty() {
+                self.queues.remove(&claim);
             }
-            Some(_) => {}
+            self.note_others(claim);
         }
     }
 
-    fn take(&mut self, claim: Claim, service: Option<&Service>, changes: &mut ClaimChanges) {
-        let Some(service) = service else { return };
-        let claimant = Claimant {
-            created: age(service),
-            name: service.name.clone(),
-        };
-        let queue = self.claimants.entry(claim).or_default();
-        let place = queue.partition_point(|other| *other < claimant);
-        queue.insert(place, claimant);
-        match (queue.first(), queue.get(1)) {
-            (Some(first), Some(second)) if place == 0 => {
-                changes.affected.insert(second.name.clone());
-                let conflict = (claim, first.name.clone(), second.name.clone());
-                changes.conflicts.push(conflict);
+    fn take(&mut self, service: &Service, wishes: &[Wish]) {
+        for wish in wishes {
+            let claim = wish.0;
+            let claimant = claimant(service, wish);
+            let queue = self.queues.entry(claim).or_default();
+            if let Err(place) = queue.binary_search(&claimant) {
+                queue.insert(place, claimant);
             }
-            (Some(first), Some(_)) => {
-                let conflict = (claim, first.name.clone(), service.name.clone());
-                changes.conflicts.push(conflict);
-            }
-            _ => {}
+            self.note_others(claim);
         }
+    }
+
+    /// Brings `others` in line with the queue of a claim, whose last claimant has the worst rank.
+    fn note_others(&mut self, claim: Claim) {
+        let Claim::Address(address, protocol, port) = claim else {
+            return;
+        };
+        let last = self.queues.get(&claim).and_then(|queue| queue.last());
+        if last.is_some_and(|last| last.rank != Rank::ClusterIp) {
+            let ports = self.others.entry(address).or_default();
+            ports.insert((protocol, port));
+        } else if let Some(ports) = self.others.get_mut(&address) {
+            ports.remove(&(protocol, port));
+            if ports.is_empty() {
+                self.others.remove(&address);
+            }
+        }
+    }
+
+    fn drop_cluster_ip(&mut self, address: IpAddr, name: &ObjectName) {
+        if let Some(names) = self.cluster_ips.get_mut(&address) {
+            names.retain(|known| known != name);
+            if names.is_empty() {
+                self.cluster_ips.remove(&address);
+            }
+        }
+    }
+}
+
+impl Claimant {
+    pub(crate) fn used_as(&self) -> UsedAs {
+        if self.health_check {
+            UsedAs::HealthCheck
+        } else {
+            UsedAs::Frontend
+        }
+    }
+}
+
+fn claimant(service: &Service, (_, rank, health_check): &Wish) -> Claimant {
+    Claimant {
+        rank: *rank,
+        created: age(service),
+        name: service.name.clone(),
+        health_check: *health_check,
     }
 }
 
@@ -135,31 +403,41 @@ fn age(service: &Service) -> i64 {
     service.created.unwrap_or(i64::MAX)
 }
 
-fn claims_of(service: Option<&Service>) -> BTreeSet<Claim> {
-    service
-        .map(|service| service.claims().collect())
-        .unwrap_or_default()
+fn cluster_ips(service: Option<&Service>) -> BTreeSet<IpAddr> {
+    let addresses = service.into_iter().flat_map(|service| &service.cluster_ips);
+    addresses.copied().collect()
 }
 
-impl Service {
-    /// Everything this service wants for itself alone. An address may come up twice.
-    pub fn claims(&self) -> impl Iterator<Item = Claim> + '_ {
-        let ports = if self.has_frontends() {
-            self.ports.as_slice()
-        } else {
-            &[]
-        };
-        ports.iter().flat_map(|port| {
-            let addresses = self
-                .cluster_ips
-                .iter()
-                .chain(&self.external_ips)
-                .chain(&self.load_balancer_ips)
-                .map(|address| Claim::Address(*address, port.protocol, port.port));
-            let node_port = port
-                .node_port
-                .map(|number| Claim::NodePort(port.protocol, number));
-            addresses.chain(node_port)
-        })
+/// Everything a service wants for itself alone, sorted, each claim once with its best rank.
+fn wishes(service: Option<&Service>) -> Vec<Wish> {
+    let Some(service) = service.filter(|service| service.has_frontends()) else {
+        return Vec::new();
+    };
+    let addresses = [
+        (&service.cluster_ips, Rank::ClusterIp),
+        (&service.load_balancer_ips, Rank::LoadBalancerIp),
+        (&service.external_ips, Rank::ExternalIp),
+    ];
+    let mut wishes = Vec::new();
+    for port in &service.ports {
+        for (addresses, rank) in addresses {
+            let at = |address: &IpAddr| Claim::Address(*address, port.protocol, port.port);
+            wishes.extend(addresses.iter().map(|address| (at(address), rank, false)));
+        }
+        let node_port = port.node_port.into_iter();
+        wishes.extend(node_port.map(|number| {
+            (
+                Claim::NodePort(port.protocol, number),
+                Rank::NodePort,
+                false,
+            )
+        }));
     }
+    let health_check = service.health_check_node_port.into_iter();
+    wishes.extend(
+        health_check.map(|number| (Claim::NodePort(Protocol::Tcp, number), Rank::NodePort, true)),
+    );
+    wishes.sort_unstable();
+    wishes.dedup_by_key(|(claim, ..)| *claim);
+    wishes
 }

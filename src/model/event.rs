@@ -1,6 +1,8 @@
 //! What a source tells the reconciler.
 
+use std::collections::BTreeSet;
 use std::fmt;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
@@ -41,6 +43,8 @@ pub enum Event {
     Apply(Object),
     /// An object is gone.
     Delete(ObjectRef),
+    /// Where the source's own connections to the API server lead: all addresses and ports.
+    Servers(BTreeSet<SocketAddr>),
     /// Something a person should know about; nothing else changes.
     Notice(Notice),
 }
@@ -50,7 +54,9 @@ impl Event {
     pub fn is_about(&self, kinds: &[Kind]) -> bool {
         let kind = match self {
             Event::ListStarted(kind) | Event::ListComplete(kind) => Some(*kind),
-            Event::Apply(_) | Event::Delete(_) | Event::Notice(_) => self.kind(),
+            Event::Apply(_) | Event::Delete(_) | Event::Servers(_) | Event::Notice(_) => {
+                self.kind()
+            }
         };
         kind.is_some_and(|kind| kinds.contains(&kind))
     }
@@ -60,7 +66,10 @@ impl Event {
         match self {
             Event::Apply(object) => Some(object.kind()),
             Event::Delete(reference) => Some(reference.kind),
-            Event::ListStarted(_) | Event::ListComplete(_) | Event::Notice(_) => None,
+            Event::ListStarted(_)
+            | Event::ListComplete(_)
+            | Event::Servers(_)
+            | Event::Notice(_) => None,
         }
     }
 }
@@ -253,10 +262,13 @@ pub enum Reason {
     InvalidFile,
     /// An object of a kind that nftlet does not use.
     UnknownKind,
-    /// Two services claim the same address and port.
+    /// A service claims an address and port that it does not get: another one has it, or no
+    /// service may have it.
     Conflict,
     /// A slice names a service that does not exist.
     OrphanSlice,
+    /// A service is left to another proxy.
+    OtherProxy,
     /// The API server refused or could not be reached.
     ApiServer,
     /// The own Node object is missing.
@@ -281,7 +293,7 @@ pub enum Reason {
 
 impl Reason {
     /// All of them.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 18] = [
         Self::InvalidField,
         Self::InvalidObject,
         Self::InvalidPolicy,
@@ -289,6 +301,7 @@ impl Reason {
         Self::UnknownKind,
         Self::Conflict,
         Self::OrphanSlice,
+        Self::OtherProxy,
         Self::ApiServer,
         Self::NodeMissing,
         Self::KernelRefused,
@@ -311,6 +324,7 @@ impl Reason {
             Reason::UnknownKind => "UnknownKind",
             Reason::Conflict => "Conflict",
             Reason::OrphanSlice => "OrphanSlice",
+            Reason::OtherProxy => "OtherProxy",
             Reason::ApiServer => "ApiServer",
             Reason::NodeMissing => "NodeMissing",
             Reason::KernelRefused => "KernelRefused",
@@ -327,7 +341,10 @@ impl Reason {
     /// Whether it happens all the time in a living cluster, where slices arrive before their
     /// services, and calls for nobody.
     pub fn is_routine(self) -> bool {
-        matches!(self, Reason::OrphanSlice | Reason::UnknownKind)
+        matches!(
+            self,
+            Reason::OrphanSlice | Reason::OtherProxy | Reason::UnknownKind
+        )
     }
 
     /// Whether it is about what this node met, and not about an object that all nodes read alike.
@@ -339,7 +356,8 @@ impl Reason {
             | Reason::InvalidFile
             | Reason::UnknownKind
             | Reason::Conflict
-            | Reason::OrphanSlice => false,
+            | Reason::OrphanSlice
+            | Reason::OtherProxy => false,
             Reason::ApiServer
             | Reason::NodeMissing
             | Reason::KernelRefused

@@ -81,6 +81,8 @@ pub enum ServiceKind {
     ExternalName,
     /// `clusterIP: None` or no address yet: has no rules.
     Headless,
+    /// Left to another proxy (label `service.kubernetes.io/service-proxy-name`): has no rules.
+    OtherProxy,
 }
 
 /// `externalTrafficPolicy` and `internalTrafficPolicy`.
@@ -128,7 +130,10 @@ pub struct Service {
 impl Service {
     /// Whether packets are handled for this service at all.
     pub fn has_frontends(&self) -> bool {
-        !matches!(self.kind, ServiceKind::ExternalName | ServiceKind::Headless)
+        match self.kind {
+            ServiceKind::ClusterIp | ServiceKind::NodePort | ServiceKind::LoadBalancer => true,
+            ServiceKind::ExternalName | ServiceKind::Headless | ServiceKind::OtherProxy => false,
+        }
     }
 }
 
@@ -152,6 +157,9 @@ pub struct EndpointSlice {
     pub name: ObjectName,
     /// The service it belongs to (label `kubernetes.io/service-name`, same namespace).
     pub service: ObjectName,
+    /// `metadata.creationTimestamp` in seconds since 1970. Absent (files written by hand) counts as
+    /// newest.
+    pub created: Option<i64>,
     /// `addressType`.
     pub family: Family,
     /// Ports with a number; entries without one are left out by the source.

@@ -10,10 +10,12 @@ mod event;
 mod facts;
 mod lists;
 mod name;
+mod node_ports;
 mod policy;
+mod refusals;
 mod store;
 
-pub use claims::{Claim, ClaimChanges, Claims};
+pub use claims::{Claim, ClaimChanges, Claims, Reserved};
 pub use event::{Delivery, Event, Kind, Notice, Object, ObjectRef, Reason, Subject};
 pub use facts::{
     Endpoint, EndpointSlice, Family, Hints, Node, Protocol, Service, ServiceCidr, ServiceKind,
@@ -21,6 +23,7 @@ pub use facts::{
 };
 pub use lists::Lists;
 pub use name::ObjectName;
+pub use node_ports::NodePortAddresses;
 pub use policy::{
     Evidence, LabelSelector, Labels, NAMESPACE_NAME, NamedPort, Namespace, NetworkPolicy, Peer,
     Pod, PolicyPort, PolicyRule, PortMatch, Requirement, Sandbox,

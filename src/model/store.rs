@@ -2,16 +2,18 @@
 //!
 //! Events of other kinds ([`Kind::POLICY`]) mean nothing here.
 
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-use super::claims::{Claim, ClaimChanges, Claims};
+use super::claims::{Claim, ClaimChanges, Claims, Reserved};
 use super::{
-    Endpoint, EndpointSlice, Event, Family, Kind, Lists, Node, Notice, Object, ObjectName,
-    ObjectRef, Reason, Service, ServiceCidr, ServicePort, Subject,
+    Endpoint, EndpointSlice, Event, Family, Kind, Lists, Node, NodePortAddresses, Notice, Object,
+    ObjectName, ObjectRef, Reason, Service, ServiceCidr, ServiceKind, ServicePort, Subject,
+    refusals,
 };
 
 /// What a batch of events changed. Collected over events, taken by the reconciler.
@@ -70,6 +72,12 @@ pub struct Store {
     service_cidrs: BTreeMap<ObjectName, ServiceCidr>,
     claims: Claims,
     lists: Lists,
+    /// Where NodePorts answer, and the primary address that counts before the Node's.
+    node_ports: (NodePortAddresses, Option<IpAddr>),
+    /// Where nftlet's own connections to the API server lead.
+    servers: BTreeSet<SocketAddr>,
+    /// The services without an object of which slices were reported.
+    orphaned: HashSet<ObjectName>,
 }
 
 impl Store {
@@ -79,6 +87,18 @@ impl Store {
             stand_in: Some(Arc::new(node)),
             ..Self::default()
         }
+    }
+
+    /// The same store, with NodePorts on these addresses. `bound` is the node's primary address of
+    /// its family, whatever the Node object says.
+    #[must_use]
+    pub fn with_node_ports(self, on: NodePortAddresses, bound: Option<IpAddr>) -> Self {
+        let mut store = Self {
+            node_ports: (on, bound),
+            ..self
+        };
+        store.claims.reserve(store.reserved());
+        store
     }
 
     /// Whether every kind of [`Kind::SERVICES`] was listed completely once.
@@ -135,10 +155,16 @@ impl Store {
         self.claims.owner(claim)
     }
 
+    /// Whether the health check of a service may answer at a port of the node.
+    pub fn owns_health_check(&self, service: &ObjectName, port: u16) -> bool {
+        self.claims.owns_health_check(service, port)
+    }
+
     /// The endpoints of a service port in one family, sorted by address and port, each once.
     ///
-    /// The same address and port in several slices, or twice in one, counts once; of a
-    /// terminating and another entry the other one counts (kube-proxy's `endpointslicecache.go`).
+    /// The same address and port in several slices, or twice in one, counts once: one that is not
+    /// terminating before another, then one that is ready, then one that serves, then the one of
+    /// the newer slice, then the later one.
     pub fn endpoints(
         &self,
         service: &ObjectName,
@@ -146,23 +172,32 @@ impl Store {
         family: Family,
     ) -> Vec<EndpointOf<'_>> {
         let slices = self.slices_of.get(service).into_iter().flatten();
-        let mut found: Vec<EndpointOf> = slices
-            .filter_map(|name| self.slices.get(name))
-            .filter(|slice| slice.family == family)
-            .flat_map(|slice| {
-                let ports = slice
-                    .ports
-                    .iter()
-                    .filter(|p| p.name == port.name && p.protocol == port.protocol);
-                ports.flat_map(|p| {
-                    slice.endpoints.iter().map(|endpoint| EndpointOf {
-                        endpoint,
-                        port: p.port,
-                    })
-                })
-            })
-            .collect();
-        found.sort_by_key(|e| (e.target(), e.endpoint.terminating));
+        let slices = slices.filter_map(|name| self.slices.get(name));
+        let mut slices: Vec<&EndpointSlice> =
+            slices.filter(|slice| slice.family == family).collect();
+        // A file written by hand has no date and counts as new, as for services.
+        slices.sort_by_key(|slice| Reverse((slice.created.unwrap_or(i64::MAX), &slice.name)));
+        let mut found: Vec<EndpointOf> = Vec::new();
+        for slice in slices {
+            let ports = slice.ports.iter();
+            for of in ports.filter(|p| p.name == port.name && p.protocol == port.protocol) {
+                let endpoints = slice.endpoints.iter().rev();
+                found.extend(endpoints.map(|endpoint| EndpointOf {
+                    endpoint,
+                    port: of.port,
+                }));
+            }
+        }
+        // Of equals the first one stays, which is the latest.
+        found.sort_by_key(|e| {
+            let Endpoint {
+                terminating,
+                ready,
+                serving,
+                ..
+            } = *e.endpoint;
+            (e.target(), terminating, !ready, !serving)
+        });
         found.dedup_by_key(|e| e.target());
         found
     }
@@ -188,7 +223,7 @@ impl Store {
                     self.delete(&ObjectRef::new(kind, name), changes);
                 }
                 if first && self.is_complete() {
-                    self.note_orphans(self.slices.keys(), changes);
+                    self.first_notices(changes);
                 }
             }
             Event::Apply(object) => {
@@ -199,7 +234,39 @@ impl Store {
                 self.lists.saw(&reference);
                 self.delete(&reference, changes);
             }
+            Event::Servers(servers) => {
+                self.servers = servers;
+                self.reserve(changes);
+            }
             Event::Notice(notice) => changes.notices.push(notice),
+        }
+    }
+
+    /// Brings what no service may take in line with the node, the ranges and the servers.
+    fn reserve(&mut self, changes: &mut Changes) {
+        let claims = self.claims.reserve(self.reserved());
+        self.note_claims(claims, changes);
+    }
+
+    fn reserved(&self) -> Reserved {
+        let node = self.node().map(|node| &**node);
+        let (on, bound) = &self.node_ports;
+        let ranges = Family::ALL.map(|family| on.ranges(family, *bound, node));
+        let answers = |ip: &IpAddr| ranges.iter().flatten().any(|range| range.contains(ip));
+        let of_node = node.map(|node| node.internal_ips.iter().chain(&node.external_ips));
+        let own: BTreeSet<IpAddr> = of_node
+            .into_iter()
+            .flatten()
+            .chain(bound)
+            .copied()
+            .collect();
+        // An address inside the ranges may be on an interface that the Node does not mention.
+        let is_here = |server: &&SocketAddr| own.contains(&server.ip()) || answers(&server.ip());
+        Reserved {
+            service_ranges: self.service_cidrs().collect(),
+            servers_here: self.servers.iter().filter(is_here).copied().collect(),
+            servers: self.servers.clone(),
+            node_port_addresses: own.into_iter().filter(answers).collect(),
         }
     }
 
@@ -225,12 +292,14 @@ impl Store {
                 changes.node |= !old.is_some_and(|old| old.rules_as(&node));
                 if self.node.as_deref() != Some(&node) {
                     self.node = Some(Arc::new(node));
+                    self.reserve(changes);
                 }
             }
             Object::ServiceCidr(cidr) => {
                 if self.service_cidrs.get(&cidr.name) != Some(&cidr) {
                     self.service_cidrs.insert(cidr.name.clone(), cidr);
                     changes.service_cidrs = true;
+                    self.reserve(changes);
                 }
             }
             Object::Pod(_) | Object::Namespace(_) | Object::NetworkPolicy(_) => {}
@@ -243,7 +312,13 @@ impl Store {
             return;
         }
         let claims = self.claims.change(old.map(|old| &**old), Some(&service));
-        note_claims(claims, changes);
+        if service.kind == ServiceKind::OtherProxy
+            && old.is_none_or(|old| old.kind != ServiceKind::OtherProxy)
+        {
+            changes.notices.push(other_proxy(&service.name));
+        }
+        self.orphaned.remove(&service.name);
+        self.note_claims(claims, changes);
         changes.frontends = true;
         changes.services.insert(service.name.clone());
         self.services
@@ -270,7 +345,7 @@ impl Store {
         }
         self.slices.insert(name.clone(), slice);
         if self.is_complete() {
-            self.note_orphans([&name], changes);
+            self.note_orphan(&name, changes);
         }
     }
 
@@ -279,6 +354,7 @@ impl Store {
             slices.retain(|known| known != slice);
             if slices.is_empty() {
                 self.slices_of.remove(service);
+                self.orphaned.remove(service);
             }
         }
     }
@@ -287,7 +363,8 @@ impl Store {
         match object.kind {
             Kind::Service => {
                 if let Some(old) = self.services.remove(&object.name) {
-                    note_claims(self.claims.change(Some(&old), None), changes);
+                    let claims = self.claims.change(Some(&old), None);
+                    self.note_claims(claims, changes);
                     changes.frontends = true;
                     changes.services.insert(object.name.clone());
                 }
@@ -306,48 +383,65 @@ impl Store {
                 }
             }
             Kind::ServiceCidr => {
-                changes.service_cidrs |= self.service_cidrs.remove(&object.name).is_some();
+                if self.service_cidrs.remove(&object.name).is_some() {
+                    changes.service_cidrs = true;
+                    self.reserve(changes);
+                }
             }
             Kind::Pod | Kind::Namespace | Kind::NetworkPolicy => {}
         }
     }
 
-    fn note_orphans<'a>(
-        &self,
-        slices: impl IntoIterator<Item = &'a ObjectName>,
-        changes: &mut Changes,
-    ) {
-        for name in slices {
-            let Some(slice) = self.slices.get(name) else {
-                continue;
-            };
-            if self.services.contains_key(&slice.service) {
-                continue;
-            }
-            changes.notices.push(Notice {
-                subject: Subject::Object(ObjectRef::new(Kind::EndpointSlice, name.clone())),
-                reason: Reason::OrphanSlice,
-                message: format!(
-                    "belongs to Service {}, which does not exist; its endpoints are kept until \
-                     the service appears (check the label kubernetes.io/service-name)",
-                    slice.service
-                ),
-            });
+    /// Reports what could not be judged before everything was listed.
+    fn first_notices(&mut self, changes: &mut Changes) {
+        let mut slices: Vec<ObjectName> = self.slices.keys().cloned().collect();
+        slices.sort_unstable();
+        for name in &slices {
+            self.note_orphan(name, changes);
+        }
+        let services = self.services.values();
+        let lacking = services.flat_map(|service| self.claims.lacking(service));
+        let notices = refusals::notices(&self.claims, lacking);
+        changes.notices.extend(notices);
+    }
+
+    /// Reports a slice without a service, unless one of the same service was.
+    fn note_orphan(&mut self, name: &ObjectName, changes: &mut Changes) {
+        let Some(slice) = self.slices.get(name) else {
+            return;
+        };
+        let service = &slice.service;
+        if self.services.contains_key(service) || !self.orphaned.insert(service.clone()) {
+            return;
+        }
+        changes.notices.push(Notice {
+            subject: Subject::Object(ObjectRef::new(Kind::EndpointSlice, name.clone())),
+            reason: Reason::OrphanSlice,
+            message: format!(
+                "belongs to Service {service}, which does not exist or is another proxy's; its \
+                 endpoints are kept until there is one to serve (check the label \
+                 kubernetes.io/service-name)"
+            ),
+        });
+    }
+
+    fn note_claims(&self, claims: ClaimChanges, changes: &mut Changes) {
+        // A frontend that moves from one service to another is written at one stroke.
+        changes.frontends |= !claims.affected.is_empty();
+        changes.services.extend(claims.affected);
+        if self.is_complete() {
+            let notices = refusals::notices(&self.claims, claims.lost);
+            changes.notices.extend(notices);
         }
     }
 }
 
-fn note_claims(claims: ClaimChanges, changes: &mut Changes) {
-    changes.services.extend(claims.affected);
-    for (claim, owner, loser) in claims.conflicts {
-        changes.notices.push(Notice {
-            subject: Subject::Object(ObjectRef::new(Kind::Service, loser)),
-            reason: Reason::Conflict,
-            message: format!(
-                "{claim} belongs to the older Service {owner} and does not lead here; choose \
-                 another address or port, or remove it there"
-            ),
-        });
+fn other_proxy(service: &ObjectName) -> Notice {
+    Notice {
+        subject: Subject::Object(ObjectRef::new(Kind::Service, service.clone())),
+        reason: Reason::OtherProxy,
+        message: "is left to another proxy by the label service.kubernetes.io/service-proxy-name"
+            .to_owned(),
     }
 }
 

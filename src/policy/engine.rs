@@ -274,7 +274,10 @@ impl Engine {
                 self.lists.saw(&reference);
                 self.delete(&reference);
             }
-            Event::ListStarted(_) | Event::ListComplete(_) | Event::Notice(_) => {}
+            Event::ListStarted(_)
+            | Event::ListComplete(_)
+            | Event::Servers(_)
+            | Event::Notice(_) => {}
         }
     }
 

@@ -3,13 +3,13 @@
 //! Only the services whose rules were compiled anew are looked at, and the result is published
 //! once those rules are in force: a load balancer is to send traffic where it can arrive.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
 
 use tokio::sync::watch;
 
 use crate::health::{Check, Checks};
-use crate::model::{Family, Kind, Notice, ObjectName, ObjectRef, Reason, Service, Store, Subject};
+use crate::model::{Family, ObjectName, Service, Store};
 
 /// The health checks of all services, published through a watch channel.
 #[derive(Debug)]
@@ -17,24 +17,8 @@ pub struct HealthChecks {
     published: watch::Sender<Checks>,
     /// Services to look at when their rules are in force.
     changed: BTreeSet<ObjectName>,
-    known: HashMap<ObjectName, Known>,
-    /// The services that ask for a port, the oldest first; it has the port.
-    queues: BTreeMap<u16, BTreeSet<Claimant>>,
-}
-
-/// What a service asks for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Known {
-    port: u16,
-    created: i64,
-    local_endpoints: usize,
-}
-
-/// A service's place in the queue for a port.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Claimant {
-    created: i64,
-    name: ObjectName,
+    /// The ports of the services that answer at one.
+    ports: HashMap<ObjectName, u16>,
 }
 
 impl HealthChecks {
@@ -43,8 +27,7 @@ impl HealthChecks {
         Self {
             published,
             changed: BTreeSet::new(),
-            known: HashMap::new(),
-            queues: BTreeMap::new(),
+            ports: HashMap::new(),
         }
     }
 
@@ -54,98 +37,57 @@ impl HealthChecks {
     }
 
     /// The rules of the changed services are in force, except for those that `left_out` names:
-    /// nothing arrives at their endpoints. Returns what a person should know.
-    pub fn publish(&mut self, store: &Store, left_out: &BTreeSet<ObjectName>) -> Vec<Notice> {
-        let mut ports = BTreeSet::new();
-        let mut notices = Vec::new();
-        for name in std::mem::take(&mut self.changed) {
-            let wanted = store
-                .service(&name)
-                .and_then(|service| wanted(store, service, left_out.contains(&name)));
-            self.replace(&name, wanted, &mut ports, &mut notices);
+    /// nothing arrives at their endpoints.
+    pub fn publish(&mut self, store: &Store, left_out: &BTreeSet<ObjectName>) {
+        let changed = std::mem::take(&mut self.changed);
+        // A port may go from one of them to another.
+        let given_up: Vec<u16> = changed
+            .iter()
+            .filter_map(|name| self.ports.remove(name))
+            .collect();
+        let mut wanted = Checks::new();
+        for name in changed {
+            let Some((port, check)) = wanted_of(store, &name, left_out.contains(&name)) else {
+                continue;
+            };
+            self.ports.insert(name, port);
+            wanted.insert(port, check);
         }
         self.published.send_if_modified(|checks| {
             let mut modified = false;
-            for port in &ports {
-                let check = self.winner(*port);
-                if checks.get(port) != check.as_ref() {
+            for port in given_up {
+                if !wanted.contains_key(&port) {
+                    modified |= checks.remove(&port).is_some();
+                }
+            }
+            for (port, check) in wanted {
+                if checks.get(&port) != Some(&check) {
+                    checks.insert(port, check);
                     modified = true;
-                    match check {
-                        Some(check) => checks.insert(*port, check),
-                        None => checks.remove(port),
-                    };
                 }
             }
             modified
         });
-        notices
-    }
-
-    fn replace(
-        &mut self,
-        name: &ObjectName,
-        wanted: Option<Known>,
-        ports: &mut BTreeSet<u16>,
-        notices: &mut Vec<Notice>,
-    ) {
-        let old = match wanted {
-            Some(wanted) => self.known.insert(name.clone(), wanted),
-            None => self.known.remove(name),
-        };
-        if old == wanted {
-            return;
-        }
-        ports.extend(old.into_iter().chain(wanted).map(|known| known.port));
-        let place = |known: &Known| (known.port, known.created);
-        if old.as_ref().map(place) == wanted.as_ref().map(place) {
-            return;
-        }
-        let claimant = |known: &Known| Claimant {
-            created: known.created,
-            name: name.clone(),
-        };
-        if let Some(old) = old
-            && let Some(queue) = self.queues.get_mut(&old.port)
-        {
-            queue.remove(&claimant(&old));
-            if queue.is_empty() {
-                self.queues.remove(&old.port);
-            }
-        }
-        let Some(wanted) = wanted else { return };
-        let queue = self.queues.entry(wanted.port).or_default();
-        queue.insert(claimant(&wanted));
-        let mut in_order = queue.iter().map(|claimant| &claimant.name);
-        if let (Some(first), Some(second)) = (in_order.next(), in_order.next()) {
-            let loser = if first == name { second } else { name };
-            notices.push(conflict(wanted.port, first, loser));
-        }
-    }
-
-    /// The check that a port answers for.
-    fn winner(&self, port: u16) -> Option<Check> {
-        let name = &self.queues.get(&port)?.first()?.name;
-        Some(Check {
-            namespace: name.namespace().to_owned(),
-            name: name.name().to_owned(),
-            local_endpoints: self.known.get(name)?.local_endpoints,
-        })
     }
 }
 
-fn wanted(store: &Store, service: &Service, left_out: bool) -> Option<Known> {
-    Some(Known {
-        port: service
-            .health_check_node_port
-            .filter(|_| service.has_frontends())?,
-        // As for frontends, a service without a date counts as newest.
-        created: service.created.unwrap_or(i64::MAX),
+/// The port at which a service is to answer, and what.
+fn wanted_of(store: &Store, name: &ObjectName, left_out: bool) -> Option<(u16, Check)> {
+    let service = store.service(name)?;
+    let port = service.health_check_node_port?;
+    if !store.owns_health_check(name, port) {
+        return None;
+    }
+    let check = Check {
+        namespace: name.namespace().to_owned(),
+        name: name.name().to_owned(),
         local_endpoints: if left_out {
             0
         } else {
             local_ready_endpoints(store, service)
         },
-    })
+    };
+    Some((port, check))
 }
 
 /// How many addresses on this node are ready to serve a port of the service. Endpoints that
@@ -163,23 +105,12 @@ pub fn local_ready_endpoints(store: &Store, service: &Service) -> usize {
     addresses.len()
 }
 
-fn conflict(port: u16, owner: &ObjectName, loser: &ObjectName) -> Notice {
-    Notice {
-        subject: Subject::Object(ObjectRef::new(Kind::Service, loser.clone())),
-        reason: Reason::Conflict,
-        message: format!(
-            "healthCheckNodePort {port} belongs to the older Service {owner} and does not answer \
-             for this one; choose another port, or remove it there"
-        ),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::model::{
-        Changes, Endpoint, EndpointSlice, Event, Node, Object, Protocol, ServiceKind, ServicePort,
-        SlicePort, TrafficPolicy,
+        Changes, Endpoint, EndpointSlice, Event, Kind, Node, Notice, Object, ObjectRef, Protocol,
+        ServiceKind, ServicePort, SlicePort, TrafficPolicy,
     };
 
     struct Bench {
@@ -230,6 +161,7 @@ mod tests {
         EndpointSlice {
             name: named(name),
             service: named("web"),
+            created: None,
             family: first.map_or(Family::V4, Family::of),
             ports: vec![SlicePort {
                 name: port.into(),
@@ -250,6 +182,10 @@ mod tests {
                 published,
                 left_out: BTreeSet::new(),
             };
+            for kind in Kind::SERVICES {
+                bench.event(Event::ListStarted(kind));
+                bench.event(Event::ListComplete(kind));
+            }
             bench.apply(Object::Node(Node {
                 name: "node-1".into(),
                 internal_ips: vec![],
@@ -267,13 +203,13 @@ mod tests {
             for name in &changes.services {
                 self.checks.changed(name);
             }
-            self.publish()
+            self.publish();
+            let text = |notice: &Notice| format!("{}: {}", notice.subject, notice.message);
+            changes.notices.iter().map(text).collect()
         }
 
-        fn publish(&mut self) -> Vec<String> {
-            let notices = self.checks.publish(&self.store, &self.left_out);
-            let text = |notice: &Notice| format!("{}: {}", notice.subject, notice.message);
-            notices.iter().map(text).collect()
+        fn publish(&mut self) {
+            self.checks.publish(&self.store, &self.left_out);
         }
 
         fn apply(&mut self, object: Object) -> Vec<String> {

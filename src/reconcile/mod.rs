@@ -185,8 +185,8 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         Self {
             kernel,
             programmed: Programmed::new(settings.clone()),
+            store: settings.store(Store::default()),
             settings,
-            store: Store::default(),
             refused: BTreeSet::new(),
             state: State::Listing,
             metrics,
@@ -213,7 +213,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
     /// With what stands in for the own node while its object is missing.
     #[must_use]
     pub fn with_stand_in(mut self, node: Node) -> Self {
-        self.store = Store::with_stand_in(node);
+        self.store = self.settings.store(Store::with_stand_in(node));
         self
     }
 
@@ -319,7 +319,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         let mut changes = std::mem::take(&mut self.changes);
         let (mut services, mut endpoints) = (0, 0);
         for delivery in deliveries {
-            let counts = !matches!(delivery.event, Event::Notice(_));
+            let counts = !matches!(delivery.event, Event::Servers(_) | Event::Notice(_));
             if counts && self.waiting.len() < MOST_WAITING {
                 self.waiting.push(delivery.at);
             }
@@ -475,9 +475,8 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
                 self.metrics.network_programming(since);
             }
         }
-        let checks = self.health_checks.as_mut();
-        for notice in checks.map_or_else(Vec::new, |c| c.publish(&self.store, &self.refused)) {
-            self.report(notice);
+        if let Some(checks) = &mut self.health_checks {
+            checks.publish(&self.store, &self.refused);
         }
         for kind in Kind::ALL {
             let of_policies = self.policies.as_ref().map_or(0, |p| p.engine.count(kind));

@@ -219,6 +219,7 @@ fn slice(name: &str, service: &Service, family: Family, endpoints: &[u8]) -> End
     EndpointSlice {
         name: ObjectName::new("shop", name),
         service: service.name.clone(),
+        created: None,
         family,
         ports: service
             .ports

@@ -13,3 +13,4 @@ mod fake_api;
 mod affinity;
 mod neighbour;
 mod ranges;
+mod theft;

@@ -11,6 +11,7 @@
 //! request (list, watch; lines) ─> reflect (one kind: version) ─> deliver (names, decode) ─> events
 //!     fault (what went wrong, told once)    timing (pauses)    pulse (is it silent?)
 //!     demand (Pods and Namespaces are reflected while there is a NetworkPolicy)
+//!     servers (where the connections lead)
 //! ```
 //!
 //! The watches are nftlet's own and not those of `kube::runtime`, for two reasons: an object is
@@ -29,6 +30,7 @@ mod proxy;
 mod pulse;
 mod reflect;
 mod request;
+mod servers;
 mod stats;
 mod timing;
 
@@ -48,6 +50,7 @@ use self::fault::Faults;
 use self::pulse::Pulse;
 use self::reflect::Reflector;
 use self::request::{Requester, Selection};
+use self::servers::Servers;
 pub use self::stats::{KindStats, ServerFault, SourceStats};
 pub use self::timing::Timing;
 use super::Sender;
@@ -130,6 +133,7 @@ fn first_line(source: &KubeconfigError) -> String {
 pub struct Cluster {
     client: Client,
     server: String,
+    servers: Arc<Servers>,
     node_name: String,
     timing: Timing,
     network_policies: bool,
@@ -183,6 +187,7 @@ impl Cluster {
         config.default_retry = false;
         config.connect_timeout = Some(CONNECT_PATIENCE);
         let server = config.cluster_url.to_string();
+        let servers = Servers::new(&config.cluster_url, config.proxy_url.as_ref());
         let client = Client::try_from(config).map_err(|source| Error::Client {
             server: server.clone(),
             source,
@@ -190,6 +195,7 @@ impl Cluster {
         Ok(Self {
             client,
             server,
+            servers: Arc::new(servers),
             node_name,
             timing: Timing::default(),
             network_policies: true,
@@ -228,7 +234,8 @@ impl Cluster {
         self.stats.clone()
     }
 
-    /// Watches until `shutdown` turns true (or its sender is gone), or the receiver of `sender`
+    /// Delivers where the server is reached ([`Event::Servers`](crate::model::Event::Servers)), then
+    /// watches until `shutdown` turns true (or its sender is gone), or the receiver of `sender`
     /// is gone. Nothing else ends it: whatever is wrong with the server is told in notices and
     /// tried again.
     ///
@@ -238,12 +245,23 @@ impl Cluster {
     /// NetworkPolicy. When the first one comes, `ListStarted` of both comes before its `Apply`;
     /// when the last one is gone for [`Timing::linger`], both are listed empty again.
     pub async fn run(self, sender: Sender, mut shutdown: watch::Receiver<bool>) {
+        let resolved = tokio::select! {
+            resolved = self.servers.announce(&sender) => resolved,
+            _ = shutdown.wait_for(|stop| *stop) => return,
+        };
+        let servers = self.servers.clone();
+        let follow = servers.follow(resolved, sender.clone());
         let pulse = Pulse::new(self.client.clone(), self.stats.clone(), self.timing.clone());
         let silent = pulse.silent();
         let faults = Arc::new(Faults::new(self.server, self.stats.clone()));
         let reflector = |kind, sender| {
             let selection = Selection::of(kind, &self.node_name);
-            let requester = Requester::new(self.client.clone(), selection, self.timing.response);
+            let requester = Requester::new(
+                self.client.clone(),
+                self.servers.clone(),
+                selection,
+                self.timing.response,
+            );
             Reflector::new(
                 requester,
                 sender,
@@ -266,6 +284,7 @@ impl Cluster {
         tokio::select! {
             _ = async { join!(join_all(services), policies) } => {}
             () = pulse.run() => {}
+            () = follow => {}
             // An error says that the sender is gone, and with it whoever could ask.
             _ = shutdown.wait_for(|stop| *stop) => {}
         }

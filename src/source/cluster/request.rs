@@ -2,6 +2,7 @@
 
 use std::io;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::TryStreamExt;
@@ -13,6 +14,7 @@ use kube::api::{ListParams, WatchParams};
 use kube::core::Request;
 
 use super::fault::Fault;
+use super::servers::Servers;
 use super::timing::watch_seconds;
 use crate::model::Kind;
 
@@ -119,6 +121,7 @@ impl Selection {
 #[derive(Clone)]
 pub(super) struct Requester {
     client: Client,
+    servers: Arc<Servers>,
     pub selection: Selection,
     /// How long an answer may take.
     patience: Duration,
@@ -127,9 +130,15 @@ pub(super) struct Requester {
 type Body = Pin<Box<dyn AsyncBufRead + Send>>;
 
 impl Requester {
-    pub(super) fn new(client: Client, selection: Selection, patience: Duration) -> Self {
+    pub(super) fn new(
+        client: Client,
+        servers: Arc<Servers>,
+        selection: Selection,
+        patience: Duration,
+    ) -> Self {
         Self {
             client,
+            servers,
             selection,
             patience,
         }
@@ -186,6 +195,7 @@ impl Requester {
     async fn send(&self, request: hyper::Request<Vec<u8>>) -> Result<Body, Fault> {
         let answer = self.client.send(request.map(Into::into)).await?;
         let (head, body) = answer.into_parts();
+        self.servers.answered(&head.extensions);
         if head.status.is_success() {
             let body = body.into_data_stream().map_err(io::Error::other);
             return Ok(Box::pin(body.into_async_read()));

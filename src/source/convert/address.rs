@@ -11,8 +11,11 @@ pub(super) enum AddressFault {
     #[error("is not an IP address; write one such as 10.0.0.1 or fd00::1")]
     NotAnAddress,
     /// An address that packets of a service can never have.
-    #[error("is unspecified, loopback or multicast; write a unicast address")]
+    #[error("is unspecified, loopback, multicast or broadcast; write a unicast address")]
     Special,
+    /// An address that means something else on each link.
+    #[error("is link-local, which services cannot lead to or be at; write another address")]
+    LinkLocal,
     /// Not a range.
     #[error("is not an address range; write one such as 10.0.0.0/8 or fd00::/64")]
     NotARange,
@@ -33,8 +36,27 @@ pub(super) fn parse_ip(text: &str) -> Result<IpAddr, AddressFault> {
 /// Parses an address that traffic of a service can be sent to.
 pub(super) fn parse_unicast(text: &str) -> Result<IpAddr, AddressFault> {
     let ip = parse_ip(text)?;
-    if ip.is_unspecified() || ip.is_loopback() || ip.is_multicast() {
+    let of_this_network = match ip {
+        IpAddr::V4(v4) => v4.octets()[0] == 0 || v4.is_broadcast(),
+        IpAddr::V6(_) => false,
+    };
+    if ip.is_unspecified() || ip.is_loopback() || ip.is_multicast() || of_this_network {
         return Err(AddressFault::Special);
+    }
+    Ok(ip)
+}
+
+/// Parses an address that the author of an object chose: of an endpoint, of a load balancer, or an
+/// external one. Link-local ones, as that of a cloud's metadata service, are refused as the API
+/// does for endpoints and external IPs.
+pub(super) fn parse_routable(text: &str) -> Result<IpAddr, AddressFault> {
+    let ip = parse_unicast(text)?;
+    let link_local = match ip {
+        IpAddr::V4(v4) => v4.is_link_local(),
+        IpAddr::V6(v6) => v6.is_unicast_link_local(),
+    };
+    if link_local {
+        return Err(AddressFault::LinkLocal);
     }
     Ok(ip)
 }
@@ -100,10 +122,40 @@ mod tests {
 
     #[test]
     fn special_addresses_are_no_destination() {
-        for text in ["0.0.0.0", "::", "127.0.0.1", "::1", "224.0.0.1", "ff02::1"] {
+        for text in [
+            "0.0.0.0",
+            "0.1.2.3",
+            "255.255.255.255",
+            "::ffff:127.0.0.1",
+            "::",
+            "127.0.0.1",
+            "127.255.255.254",
+            "::1",
+            "224.0.0.1",
+            "239.255.255.255",
+            "ff02::1",
+            "ff0e::1",
+        ] {
             assert_eq!(parse_unicast(text), Err(AddressFault::Special), "{text}");
+            assert_eq!(parse_routable(text), Err(AddressFault::Special), "{text}");
         }
-        assert!(parse_unicast("169.254.1.1").is_ok());
+    }
+
+    #[test]
+    fn link_local_addresses_are_no_destination_but_a_cluster_may_be_made_of_them() {
+        for text in [
+            "169.254.169.254",
+            "169.254.0.0",
+            "::ffff:169.254.169.254",
+            "fe80::1",
+            "febf::1",
+        ] {
+            assert_eq!(parse_routable(text), Err(AddressFault::LinkLocal), "{text}");
+            assert!(parse_unicast(text).is_ok(), "{text}");
+        }
+        for text in ["169.253.255.255", "169.255.0.0", "fec0::1", "1.0.0.0"] {
+            assert!(parse_routable(text).is_ok(), "{text}");
+        }
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::address::parse_unicast;
+use super::address::parse_routable;
 use super::report::Report;
 use super::{Converter, PORT_HINT, PROTOCOL_HINT, non_empty, port, protocol, timestamp};
 use crate::model::{Endpoint, EndpointSlice, Family, Hints, ObjectName, SlicePort};
@@ -43,6 +43,9 @@ impl Converter {
         Some(EndpointSlice {
             name: name.clone(),
             service: ObjectName::new(name.namespace(), service),
+            created: meta
+                .and_then(|meta| timestamp(meta.creation_timestamp.as_deref()))
+                .map(|time| time.as_second()),
             family,
             ports: self.slice_ports(from.ports.as_deref().unwrap_or_default(), report),
             endpoints,
@@ -91,7 +94,7 @@ impl Converter {
         // ignored by every proxy.
         let text = from.addresses.as_deref()?.first()?;
         let field = || format!("endpoints[{index}].addresses[0]");
-        let address = match parse_unicast(text) {
+        let address = match parse_routable(text) {
             Ok(address) => address,
             Err(fault) => {
                 report.left_out(field(), text, fault);

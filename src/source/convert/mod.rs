@@ -42,7 +42,7 @@ pub(super) struct Decoded {
     /// `metadata.resourceVersion`.
     pub resource_version: Option<String>,
     /// The facts; `None` for an object that is well-formed but none of nftlet's business (a
-    /// slice of host names, a service of another proxy).
+    /// slice of host names).
     pub object: Option<Object>,
     /// The parts that were left out.
     pub notices: Vec<Notice>,
@@ -72,9 +72,7 @@ impl Converter {
                     declared,
                     service.metadata.as_ref(),
                     |converter, name, report| {
-                        converter
-                            .service(name, &service, report)
-                            .map(Object::Service)
+                        Some(Object::Service(converter.service(name, &service, report)))
                     },
                 )
             }

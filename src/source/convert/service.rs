@@ -1,35 +1,37 @@
 //! Services.
 
+use std::collections::HashSet;
 use std::net::IpAddr;
 use std::str::FromStr;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
-use super::address::{parse_range, parse_unicast};
+use super::address::{parse_range, parse_routable, parse_unicast};
 use super::report::Report;
 use super::{Converter, PORT_HINT, PROTOCOL_HINT, non_empty, port, protocol, timestamp};
-use crate::model::{Family, ObjectName, Service, ServiceKind, ServicePort, TrafficPolicy};
+use crate::model::{
+    Family, ObjectName, Protocol, Service, ServiceKind, ServicePort, TrafficPolicy,
+};
 use crate::source::wire;
 
+/// How many further values a notice shows.
+const MOST_SHOWN: usize = 3;
 /// `sessionAffinityConfig.clientIP.timeoutSeconds` when absent: three hours.
 const DEFAULT_AFFINITY_SECONDS: u32 = 10_800;
 /// The longest affinity the API accepts: one day.
 const LONGEST_AFFINITY_SECONDS: i64 = 86_400;
 
 impl Converter {
-    /// The facts of a Service, or `None` for one that another proxy serves (label
-    /// `service.kubernetes.io/service-proxy-name`).
+    /// The facts of a Service.
     pub(super) fn service(
         &mut self,
         name: &ObjectName,
         from: &wire::Service,
         report: &mut Report,
-    ) -> Option<Service> {
+    ) -> Service {
         let meta = from.metadata.as_ref();
         let labels = meta.and_then(|meta| meta.labels.as_ref());
-        if labels.is_some_and(|labels| labels.service_proxy_name.is_some()) {
-            return None;
-        }
+        let others = labels.is_some_and(|labels| labels.service_proxy_name.is_some());
         let empty = wire::ServiceSpec::default();
         let spec = from.spec.as_ref().unwrap_or(&empty);
         let kind = service_kind(spec, report);
@@ -39,12 +41,16 @@ impl Converter {
             report,
         );
         let has_addresses = !matches!(kind, ServiceKind::ExternalName | ServiceKind::Headless);
-        Some(Service {
+        let service = Service {
             name: name.clone(),
             created: meta
                 .and_then(|meta| timestamp(meta.creation_timestamp.as_deref()))
                 .map(|time| time.as_second()),
-            kind,
+            kind: if others {
+                ServiceKind::OtherProxy
+            } else {
+                kind
+            },
             cluster_ips: if has_addresses {
                 cluster_ips(spec, report)
             } else {
@@ -62,7 +68,14 @@ impl Converter {
             ),
             affinity_seconds: affinity(spec, report),
             health_check_node_port: health_check_node_port(spec, kind, external_policy, report),
-        })
+        };
+        if !service.has_frontends() {
+            return service;
+        }
+        let service = without_other_families(service, report);
+        report_ranges_of_one_family(&service, report);
+        report_repeated_ports(&service, report);
+        service
     }
 
     fn service_ports(&mut self, spec: &wire::ServiceSpec, report: &mut Report) -> Vec<ServicePort> {
@@ -97,6 +110,107 @@ impl Converter {
         }
         ports
     }
+}
+
+/// Leaves out the addresses of families in which the service has no ClusterIP.
+fn without_other_families(mut service: Service, report: &mut Report) -> Service {
+    let families: Vec<Family> = service
+        .cluster_ips
+        .iter()
+        .copied()
+        .map(Family::of)
+        .collect();
+    let mut others = Vec::new();
+    for list in [&mut service.load_balancer_ips, &mut service.external_ips] {
+        list.retain(|address| {
+            let own = families.contains(&Family::of(*address));
+            if !own && !others.contains(address) {
+                others.push(*address);
+            }
+            own
+        });
+    }
+    if let Some((first, more)) = others.split_first() {
+        let family = Family::of(*first);
+        let hint = format!(
+            "{}is of {family}, of which the service has no ClusterIP, and does not lead here; \
+             make the service one of both families (spec.ipFamilyPolicy) or remove the address",
+            and_more(more)
+        );
+        report.left_out("the address", first, hint);
+    }
+    service
+}
+
+/// Reports load balancer addresses of a family that the source ranges do not mention.
+fn report_ranges_of_one_family(service: &Service, report: &mut Report) {
+    let (v4, v6): (Vec<IpNet>, Vec<IpNet>) = service
+        .source_ranges
+        .iter()
+        .copied()
+        .partition(|range| Family::of(range.addr()) == Family::V4);
+    let (present, absent) = match (v4.is_empty(), v6.is_empty()) {
+        (false, true) => (v4, Family::V6),
+        (true, false) => (v6, Family::V4),
+        (true, true) | (false, false) => return,
+    };
+    // A range for everyone means those of the other family too.
+    if present.iter().any(|range| range.prefix_len() == 0) {
+        return;
+    }
+    let mut shut = service.load_balancer_ips.iter().copied();
+    if let Some(address) = shut.find(|address| Family::of(*address) == absent) {
+        let everyone = match absent {
+            Family::V4 => "0.0.0.0/0",
+            Family::V6 => "::/0",
+        };
+        let hint = format!(
+            "has no {absent} range, so nobody may use the load balancer's address {address}; add \
+             ranges, or {everyone} for everyone"
+        );
+        let shown = present.iter().take(MOST_SHOWN).map(ToString::to_string);
+        let shown = shown.collect::<Vec<_>>().join(",");
+        report.left_out("spec.loadBalancerSourceRanges", shown, hint);
+    }
+}
+
+/// Reports numbers that come up twice in one service: the first port has the frontends.
+fn report_repeated_ports(service: &Service, report: &mut Report) {
+    let mut ports = HashSet::new();
+    let mut node_ports = HashSet::new();
+    let mut twice = Vec::new();
+    for port in &service.ports {
+        let (protocol, name) = (port.protocol, &port.name);
+        if !ports.insert((protocol, port.port)) {
+            twice.push(format!("{} {protocol} of port {name}", port.port));
+        }
+        let node_port = port.node_port.into_iter();
+        for number in node_port.filter(|number| !node_ports.insert((protocol, *number))) {
+            twice.push(format!("nodePort {number} {protocol} of port {name}"));
+        }
+    }
+    let health_check = service.health_check_node_port.into_iter();
+    for number in health_check.filter(|number| node_ports.contains(&(Protocol::Tcp, *number))) {
+        twice.push(format!("healthCheckNodePort {number} TCP"));
+    }
+    if let Some((first, more)) = twice.split_first() {
+        let hint = format!(
+            "{}is there already, and the first one has it; use each number once for a protocol",
+            and_more(more)
+        );
+        report.left_out("spec.ports", first, hint);
+    }
+}
+
+/// The first few of many, as a part of a sentence.
+fn and_more<T: ToString>(more: &[T]) -> String {
+    if more.is_empty() {
+        return String::new();
+    }
+    let shown = more.iter().take(MOST_SHOWN).map(ToString::to_string);
+    let shown = shown.collect::<Vec<_>>().join(", ");
+    let dots = if more.len() > MOST_SHOWN { ", ..." } else { "" };
+    format!("({} more: {shown}{dots}) ", more.len())
 }
 
 fn service_kind(spec: &wire::ServiceSpec, report: &mut Report) -> ServiceKind {
@@ -170,7 +284,7 @@ fn addresses(field: &str, texts: Option<&[wire::Text<'_>]>, report: &mut Report)
     let texts = texts.unwrap_or_default();
     let mut addresses = Vec::with_capacity(texts.len());
     for (index, text) in texts.iter().enumerate() {
-        match parse_unicast(text) {
+        match parse_routable(text) {
             Ok(ip) if addresses.contains(&ip) => {}
             Ok(ip) => addresses.push(ip),
             Err(fault) => report.left_out(format!("{field}[{index}]"), text, fault),
@@ -200,7 +314,7 @@ fn load_balancer_ips(status: Option<&wire::ServiceStatus>, report: &mut Report) 
                 continue;
             }
         }
-        match parse_unicast(text) {
+        match parse_routable(text) {
             Ok(ip) if addresses.contains(&ip) => {}
             Ok(ip) => addresses.push(ip),
             Err(fault) => report.left_out(field("ip"), text, fault),

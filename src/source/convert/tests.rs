@@ -255,16 +255,131 @@ fn a_list_of_unusable_source_ranges_lets_nobody_in() {
 }
 
 #[test]
-fn services_of_another_proxy_are_none_of_our_business() {
-    let decoded = decode(
-        Kind::Service,
-        &json!({
-            "metadata": {"name": "web", "labels": {"service.kubernetes.io/service-proxy-name": ""}},
-            "spec": {"clusterIP": "10.0.0.1"}
-        }),
+fn services_of_another_proxy_have_no_frontends() {
+    let (service, notices) = service_with(json!({
+        "metadata": {"name": "web", "labels": {"service.kubernetes.io/service-proxy-name": ""}},
+        "spec": {"clusterIP": "10.0.0.1", "externalIPs": ["fd00::1"], "ports": [{"port": 80}]}
+    }));
+    assert_eq!(service.kind, ServiceKind::OtherProxy);
+    assert!(!service.has_frontends());
+    assert_eq!(texts(&service.cluster_ips), ["10.0.0.1"]);
+    assert!(notices.is_empty(), "{notices:?}");
+}
+
+#[test]
+fn addresses_of_a_family_without_a_cluster_ip_are_left_out_with_one_notice() {
+    let spec = |cluster_ips: &[&str]| {
+        json!({
+            "metadata": {"name": "web"},
+            "spec": {"type": "LoadBalancer", "clusterIPs": cluster_ips,
+                "externalIPs": ["198.51.100.1", "2001:db8::1", "2001:db8::2"],
+                "ports": [{"name": "a", "port": 80}, {"name": "b", "port": 81}]},
+            "status": {"loadBalancer": {"ingress": [{"ip": "198.51.100.2"}, {"ip": "2001:db8::3"}]}}
+        })
+    };
+    let (service, notices) = service_with(spec(&["10.0.0.1"]));
+    assert_eq!(texts(&service.external_ips), ["198.51.100.1"]);
+    assert_eq!(texts(&service.load_balancer_ips), ["198.51.100.2"]);
+    assert_eq!(notices.len(), 1, "{notices:?}");
+    assert!(
+        notices[0].contains(
+            "the address \"2001:db8::3\" (2 more: 2001:db8::1, 2001:db8::2) is of IPv6, of which"
+        ),
+        "{notices:?}"
     );
-    assert_eq!(decoded.object, None);
-    assert_eq!(decoded.name.as_str(), "default/web");
+    let (service, notices) = service_with(spec(&["fd00::1"]));
+    assert_eq!(texts(&service.load_balancer_ips), ["2001:db8::3"]);
+    assert!(notices[0].contains("is of IPv4, of which"), "{notices:?}");
+    let (_, notices) = service_with(spec(&["10.0.0.1", "fd00::1"]));
+    assert!(notices.is_empty(), "{notices:?}");
+    // What has no frontends at all needs no explanation.
+    let (_, notices) = service_with(spec(&["None"]));
+    assert!(notices.is_empty(), "{notices:?}");
+}
+
+#[test]
+fn link_local_addresses_of_services_and_endpoints_are_refused() {
+    let (service, notices) = service_with(json!({
+        "metadata": {"name": "web"},
+        "spec": {"type": "LoadBalancer", "clusterIP": "169.254.20.10",
+            "externalIPs": ["169.254.169.254"], "ports": [{"port": 80}]},
+        "status": {"loadBalancer": {"ingress": [{"ip": "169.254.169.253"}]}}
+    }));
+    assert_eq!(texts(&service.cluster_ips), ["169.254.20.10"]);
+    assert_eq!(
+        service.external_ips.len() + service.load_balancer_ips.len(),
+        0
+    );
+    assert_eq!(notices.len(), 2, "{notices:?}");
+    let refused = [
+        "169.254.169.254",
+        "0.0.0.0",
+        "0.1.2.3",
+        "255.255.255.255",
+        "127.0.0.1",
+        "224.0.0.1",
+    ];
+    for address in refused {
+        let endpoints = json!([{"addresses": [address]}, {"addresses": ["192.168.10.1"]}]);
+        let (slice, notices) = slice(slice_of(endpoints, json!([{"port": 80}])));
+        let addresses = slice.expect("a slice").endpoints;
+        assert_eq!(addresses.len(), 1, "{address}");
+        assert_eq!(notices.len(), 1, "{address}: {notices:?}");
+    }
+}
+
+#[test]
+fn source_ranges_of_one_family_alone_are_reported_where_they_shut_the_other_one_out() {
+    let told = |ranges: &[&str], load_balancers: &[&str]| {
+        let ingress: Vec<Value> = load_balancers.iter().map(|ip| json!({"ip": ip})).collect();
+        let (_, notices) = service_with(json!({
+            "metadata": {"name": "web"},
+            "spec": {"type": "LoadBalancer", "clusterIPs": ["10.0.0.1", "fd00::1"],
+                "loadBalancerSourceRanges": ranges, "ports": [{"port": 80}, {"port": 81}]},
+            "status": {"loadBalancer": {"ingress": ingress}}
+        }));
+        notices
+    };
+    let (v4, v6) = ("198.51.100.9", "2001:db8::9");
+    let notices = told(&["192.168.10.0/24"], &[v4, v6]);
+    assert_eq!(notices.len(), 1, "{notices:?}");
+    assert!(
+        notices[0].contains(
+            "has no IPv6 range, so nobody may use the load balancer's address 2001:db8::9"
+        ),
+        "{notices:?}"
+    );
+    let notices = told(&["2001:db8:1::/64"], &[v4, v6]);
+    assert!(notices[0].contains("has no IPv4 range"), "{notices:?}");
+    for (ranges, load_balancers) in [
+        (&["192.168.10.0/24"][..], &[v4][..]),
+        (&["192.168.10.0/24", "0.0.0.0/0"], &[v4, v6]),
+        (&["192.168.10.0/24", "2001:db8:1::/64"], &[v4, v6]),
+        (&[], &[v4, v6]),
+    ] {
+        let notices = told(ranges, load_balancers);
+        assert!(notices.is_empty(), "{ranges:?}: {notices:?}");
+    }
+}
+
+#[test]
+fn a_number_that_comes_up_twice_is_named_once() {
+    let (service, notices) = service(json!({
+        "type": "NodePort", "clusterIP": "10.0.0.1",
+        "ports": [
+            {"name": "a", "port": 80, "nodePort": 30080},
+            {"name": "b", "port": 80, "nodePort": 30080},
+            {"name": "c", "port": 80, "protocol": "UDP", "nodePort": 30080},
+        ]
+    }));
+    assert_eq!(service.ports.len(), 3);
+    assert_eq!(notices.len(), 1, "{notices:?}");
+    assert!(
+        notices[0].contains(
+            "\"80 TCP of port b\" (1 more: nodePort 30080 TCP of port b) is there already"
+        ),
+        "{notices:?}"
+    );
 }
 
 #[test]

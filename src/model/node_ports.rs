@@ -1,0 +1,109 @@
+//! On which of the node's addresses NodePorts answer.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use super::{Family, Node};
+
+/// The addresses on which NodePorts answer, by what the operator chose.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum NodePortAddresses {
+    /// The primary address of each family, from the Node object.
+    #[default]
+    Primary,
+    /// Those inside the ranges; a family without a range means all of its addresses.
+    Inside(Vec<IpNet>),
+}
+
+impl NodePortAddresses {
+    /// The ranges whose local addresses answer NodePorts. Loopback addresses never do. `bound`
+    /// is the primary address of its family, whatever the Node object says.
+    pub fn ranges(&self, family: Family, bound: Option<IpAddr>, node: Option<&Node>) -> Vec<IpNet> {
+        match self {
+            NodePortAddresses::Primary => {
+                let bound = bound.filter(|ip| Family::of(*ip) == family);
+                let primary = bound.or_else(|| node?.primary_ip(family));
+                primary.map(IpNet::from).into_iter().collect()
+            }
+            NodePortAddresses::Inside(ranges) => {
+                let mut given: Vec<IpNet> = ranges
+                    .iter()
+                    .filter(|net| Family::of(net.addr()) == family)
+                    .copied()
+                    .collect();
+                if given.is_empty() || given.iter().any(|net| net.prefix_len() == 0) {
+                    given = everything_but_loopback(family);
+                }
+                given
+            }
+        }
+    }
+}
+
+/// All addresses of a family without those of the loopback network.
+fn everything_but_loopback(family: Family) -> Vec<IpNet> {
+    let (all, loopback): (IpNet, IpNet) = match family {
+        Family::V4 => (
+            ipnet::Ipv4Net::default().into(),
+            ipnet::Ipv4Net::new_assert([127, 0, 0, 0].into(), 8).into(),
+        ),
+        Family::V6 => (
+            ipnet::Ipv6Net::default().into(),
+            IpNet::from(IpAddr::V6(std::net::Ipv6Addr::LOCALHOST)),
+        ),
+    };
+    // Halving around the loopback network leaves, for each bit of its prefix, the other half.
+    let mut parts = Vec::new();
+    let mut current = all;
+    while current.prefix_len() < loopback.prefix_len() {
+        let Ok(halves) = current.subnets(current.prefix_len() + 1) else {
+            break;
+        };
+        let (with, without): (Vec<IpNet>, Vec<IpNet>) =
+            halves.partition(|half| half.contains(&loopback));
+        parts.extend(without);
+        match with.first() {
+            Some(half) => current = *half,
+            None => break,
+        }
+    }
+    parts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_addresses_are_those_outside_of_loopback() {
+        let v4 = everything_but_loopback(Family::V4);
+        let covers = |nets: &[IpNet], address: &str| {
+            let address: IpAddr = address.parse().unwrap();
+            nets.iter().filter(|net| net.contains(&address)).count()
+        };
+        for address in ["126.255.255.255", "128.0.0.0", "0.0.0.0", "255.255.255.255"] {
+            assert_eq!(covers(&v4, address), 1, "{address}");
+        }
+        for address in ["127.0.0.0", "127.0.0.1", "127.255.255.255"] {
+            assert_eq!(covers(&v4, address), 0, "{address}");
+        }
+        let v6 = everything_but_loopback(Family::V6);
+        assert_eq!(covers(&v6, "::1"), 0);
+        assert_eq!(covers(&v6, "::2"), 1);
+        assert_eq!(covers(&v6, "fe80::1"), 1);
+    }
+
+    #[test]
+    fn a_family_without_a_range_means_all_of_it() {
+        let inside = NodePortAddresses::Inside(vec!["10.0.0.0/8".parse().unwrap()]);
+        assert_eq!(
+            inside.ranges(Family::V4, None, None),
+            ["10.0.0.0/8".parse::<IpNet>().unwrap()]
+        );
+        assert_eq!(
+            inside.ranges(Family::V6, None, None),
+            everything_but_loopback(Family::V6)
+        );
+    }
+}
