@@ -3,6 +3,7 @@
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::thread;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
@@ -13,6 +14,9 @@ use crate::neighbour::{CLUSTER_IP, NODE_IP, NODE_PORT, Neighbour, POD, slice};
 
 /// How many services the namespace has.
 const THIEVES: usize = 100;
+/// The pause between two writes of the attack: 200 a second are many for an API server, while the
+/// one of the tests, which is memory only, would take more than any client could read.
+const BETWEEN_WRITES: Duration = Duration::from_millis(5);
 /// A ClusterIP outside of all ServiceCIDRs, of a service that is yet to come.
 const FUTURE: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 99, 0, 1));
 /// An address of the ServiceCIDR without a service.
@@ -84,6 +88,7 @@ fn a_namespace_full_of_thieves_gets_nothing_of_the_neighbour() {
     neighbour.changes_in_time_while(|call| {
         let changed = thief(call % THIEVES, call, &ports, &targets);
         node.api.put(SERVICES, changed);
+        thread::sleep(BETWEEN_WRITES);
     });
 
     // A ClusterIP is its service's from the moment on that there is one.
