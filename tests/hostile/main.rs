@@ -9,5 +9,9 @@ mod agent;
 mod common;
 #[path = "../common/fake_api.rs"]
 mod fake_api;
+#[path = "../common/stuck.rs"]
+mod stuck;
 
+mod answers;
+mod logging;
 mod neighbour;
