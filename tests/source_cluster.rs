@@ -428,7 +428,7 @@ async fn an_answer_that_is_no_list_is_not_taken_for_an_empty_one() {
     assert!(
         consumer.notices[0]
             .message
-            .contains("not a list of objects"),
+            .contains("the answer is an object that does not say what it is"),
         "{:?}",
         consumer.notices
     );

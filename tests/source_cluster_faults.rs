@@ -675,3 +675,212 @@ async fn a_busy_server_is_asked_again_when_it_said() {
     assert_eq!(consumer.notices.len(), 1, "{:?}", consumer.notices);
     consumer.finish().await;
 }
+
+/// A server with the services `a` and `b`, and a consumer that knows them.
+async fn known_services(streaming: Streaming) -> (FakeApi, Consumer) {
+    let api = FakeApi::start().await;
+    api.set_streaming(streaming);
+    api.put(NODES, node("node-1", "zone-a"));
+    api.put(SERVICES, service("a", "10.0.0.1"));
+    api.put(SERVICES, service("b", "10.0.0.2"));
+    let mut consumer = Consumer::start(&api, hasty()).await;
+    consumer.ready().await;
+    consumer.has("Service shop/b").await;
+    (api, consumer)
+}
+
+/// Answers with something else than Services, until that was told; then properly again, which
+/// must change only what is other on the server.
+async fn assert_not_believed(streaming: Streaming, relist: bool, text: &str, told: &str) {
+    let (api, mut consumer) = known_services(streaming).await;
+    api.answer_instead(SERVICES, Some(text));
+    if relist {
+        api.compact(false);
+    }
+    api.end_watches();
+    consumer
+        .until("a notice", |it| !it.notices.is_empty())
+        .await;
+    let notice = &consumer.notices[0];
+    assert_eq!(notice.reason, Reason::ApiServer, "{text}");
+    let message = &notice.message;
+    let asked = "the API server was asked for services at /api/v1/services, and the answer is ";
+    let rest = message.strip_prefix(asked);
+    let rest = rest.unwrap_or_else(|| panic!("{text}: {message}"));
+    assert!(rest.starts_with(told), "{text}: {message}");
+    assert!(message.contains("a proxy or a load balancer"), "{message}");
+    let fault = consumer.stats.fault().expect("a fault that lasts");
+    assert_eq!(&fault.message, message);
+    api.delete(SERVICES, "shop/b");
+    api.put(SERVICES, service("c", "10.0.0.3"));
+    api.answer_instead(SERVICES, None);
+    consumer.has("Service shop/c").await;
+    consumer.lacks("Service shop/b").await;
+    // A list that is read again tells once more what is known.
+    let deleted = consumer
+        .log
+        .iter()
+        .filter(|line| line.starts_with("delete "));
+    assert_eq!(
+        deleted.collect::<Vec<_>>(),
+        ["delete Service shop/b"],
+        "{text}"
+    );
+    assert_eq!(
+        consumer.stats.kind(Kind::Service).undecodable(),
+        0,
+        "{text}"
+    );
+    assert!(consumer.objects.contains_key("Service shop/a"), "{text}");
+    consumer.finish().await;
+}
+
+#[tokio::test]
+async fn a_list_of_something_else_changes_nothing() {
+    let pods =
+        r#"{"kind":"PodList","apiVersion":"v1","metadata":{"resourceVersion":"900"},"items":[]}"#;
+    for (text, told) in [
+        (pods, "a v1 PodList"),
+        (
+            r#"{"kind":"ServiceList","apiVersion":"v1","metadata":{"resourceVersion":"900"}}"#,
+            "a ServiceList without items",
+        ),
+        (
+            r#"{"kind":"ServiceList","apiVersion":"v1","metadata":{"resourceVersion":"900","continue":"x"}}"#,
+            "a ServiceList without items",
+        ),
+        (
+            r#"{"kind":"ServiceList","apiVersion":"v1","metadata":{"resourceVersion":"900","continue":"x"},"items":[]}"#,
+            "a page of a list that leads to itself",
+        ),
+        (
+            r#"{"kind":"ServiceList","apiVersion":"v1","metadata":{"resourceVersion":"0"},"items":[]}"#,
+            "a ServiceList without a resourceVersion",
+        ),
+        (
+            r#"{"kind":"ServiceList","apiVersion":"v2","metadata":{"resourceVersion":"900"},"items":[]}"#,
+            "a v2 ServiceList",
+        ),
+        (
+            r#"{"kind":"ServiceList","apiVersion":"v1","metadata":{"resourceVersion":"900"},"items":[{"kind":"Pod","apiVersion":"v1","metadata":{"name":"a","namespace":"shop"}}]}"#,
+            "a v1 Pod;",
+        ),
+        (
+            r#"{"kind":"ServiceList","apiVersion":"v1","metadata":{"resourceVersion":"900"},"items":[{"metadata":{"name":"a","namespace":"shop"},"spec":{"ports":7},"kind":"Pod","apiVersion":"v1"}]}"#,
+            "a v1 Pod;",
+        ),
+        (
+            r#"{"kind":"Table","apiVersion":"meta.k8s.io/v1","metadata":{"resourceVersion":"900"},"columnDefinitions":[],"rows":[]}"#,
+            "a meta.k8s.io/v1 Table",
+        ),
+        (
+            r#"{"kind":"Status","apiVersion":"v1","metadata":{},"status":"Success","code":200}"#,
+            "a v1 Status",
+        ),
+        ("", "no list of objects: EOF"),
+        ("null", "no list of objects"),
+        (
+            "<html>\n<body>Sign in</body></html>",
+            "no list of objects: expected value at line 1 column 1: \"<html> <body>Sign in",
+        ),
+    ] {
+        assert_not_believed(Streaming::Rejected, true, text, told).await;
+    }
+}
+
+#[tokio::test]
+async fn an_event_about_something_else_changes_nothing() {
+    let line =
+        |type_: &str, object: &str| format!(r#"{{"type":"{type_}","object":{object}}}"#) + "\n";
+    let pod = r#"{"kind":"Pod","apiVersion":"v1","metadata":{"name":"a","namespace":"shop","resourceVersion":"900"}}"#;
+    let older = r#"{"apiVersion":"v1beta3","kind":"Service","metadata":{"name":"a","namespace":"shop","resourceVersion":"900"}}"#;
+    let untyped = r#"{"metadata":{"name":"a","namespace":"shop","resourceVersion":"900"}}"#;
+    let silent = "an object that does not say what it is";
+    let end = |kind: &str, version: &str| {
+        line(
+            "BOOKMARK",
+            &format!(
+                r#"{{"kind":"{kind}","apiVersion":"v1","metadata":{{"resourceVersion":"{version}","annotations":{{"k8s.io/initial-events-end":"true"}}}}}}"#
+            ),
+        )
+    };
+    for (relist, text, told) in [
+        (false, line("ADDED", pod), "a v1 Pod"),
+        (false, line("MODIFIED", pod), "a v1 Pod"),
+        (false, line("DELETED", pod), "a v1 Pod"),
+        (false, line("BOOKMARK", pod), "a v1 Pod"),
+        (false, line("DELETED", older), "a v1beta3 Service"),
+        (false, line("MODIFIED", older), "a v1beta3 Service"),
+        (false, line("DELETED", untyped), silent),
+        (false, line("MODIFIED", untyped), silent),
+        (
+            false,
+            line("MODIFIED", "null"),
+            "an event without an object",
+        ),
+        (false, line("ERROR", pod), "an error that is no Status"),
+        (true, line("ADDED", pod), "a v1 Pod"),
+        (true, end("Pod", "900"), "a v1 Pod"),
+        (
+            true,
+            end("Service", ""),
+            "the end of a list without a resourceVersion",
+        ),
+        (
+            false,
+            "<html>Sign in</html>\n".to_owned(),
+            "a watch of something else than events: expected value",
+        ),
+    ] {
+        assert_not_believed(Streaming::Yes, relist, &text, told).await;
+    }
+}
+
+#[tokio::test]
+async fn a_list_with_an_object_without_a_name_takes_nothing_away() {
+    let (api, mut consumer) = known_services(Streaming::Rejected).await;
+    api.answer_instead(
+        SERVICES,
+        Some(
+            r#"{"kind":"ServiceList","apiVersion":"v1","metadata":{"resourceVersion":"900"},"items":[{"metadata":{"name":"a","namespace":"shop"},"spec":{"clusterIP":"10.0.0.9"}},{"metadata":{"name":"x/y","namespace":"shop"}},{"spec":{}},null]}"#,
+        ),
+    );
+    api.compact(false);
+    api.end_watches();
+    consumer
+        .until("three notices", |it| it.notices.len() >= 3)
+        .await;
+    for notice in &consumer.notices[..3] {
+        assert_eq!(notice.reason, Reason::InvalidObject, "{notice:?}");
+    }
+    api.answer_instead(SERVICES, None);
+    api.put(SERVICES, service("c", "10.0.0.3"));
+    consumer.has("Service shop/c").await;
+    assert!(
+        !consumer.log.iter().any(|line| line.starts_with("delete ")),
+        "{:?}",
+        consumer.log
+    );
+    assert!(consumer.objects.contains_key("Service shop/b"));
+    consumer.finish().await;
+}
+
+#[tokio::test]
+async fn another_node_is_not_taken_for_the_own_one() {
+    let (api, mut consumer) = known_services(Streaming::Yes).await;
+    api.answer_instead(NODES, Some(concat!(
+        r#"{"type":"MODIFIED","object":{"kind":"Node","apiVersion":"v1","metadata":{"name":"node-2","resourceVersion":"900"}}}"#,
+        "\n"
+    )));
+    api.end_watches();
+    consumer
+        .until("a notice", |it| !it.notices.is_empty())
+        .await;
+    let message = &consumer.notices[0].message;
+    assert!(
+        message.contains("the answer is another one, node-2;"),
+        "{message}"
+    );
+    assert!(!consumer.objects.contains_key("Node node-2"));
+    consumer.finish().await;
+}

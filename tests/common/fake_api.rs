@@ -136,6 +136,12 @@ struct State {
 
 impl State {
     fn put(&mut self, path: &str, mut object: Value) {
+        // As real servers do in a watch, whatever they were given.
+        let (api_version, kind) = type_of(path);
+        for (field, value) in [("apiVersion", api_version), ("kind", kind)] {
+            let known = object.as_object_mut().expect("an object");
+            known.entry(field).or_insert_with(|| value.into());
+        }
         self.version += 1;
         let version = self.version;
         object["metadata"]["resourceVersion"] = json!(version.to_string());
@@ -613,7 +619,14 @@ fn answer(
     if locked.failing.contains(&path) && !recorded.get("continue").is_empty() {
         return status(500, "InternalError", "etcd took too long");
     }
-    if let Some(text) = locked.instead.get(&path) {
+    // Not in place of the answers that lead to another list.
+    let version = recorded.get("resourceVersion").parse::<u64>();
+    let lists_again = recorded.is_watch()
+        && match version {
+            Ok(version) => version < locked.compacted,
+            Err(_) => locked.streaming == Streaming::Rejected,
+        };
+    if let Some(text) = locked.instead.get(&path).filter(|_| !lists_again) {
         return full(StatusCode::OK, text.clone());
     }
     let too_new = locked.old_fields && recorded.get("fieldSelector").contains("spec.clusterIP");

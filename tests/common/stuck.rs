@@ -1,5 +1,7 @@
 //! Files that take nothing.
 
+#![allow(dead_code, reason = "each test uses its own part")]
+
 use std::fs::File;
 use std::io::{PipeReader, PipeWriter, Write as _, pipe};
 

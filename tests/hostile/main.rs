@@ -9,8 +9,12 @@ mod agent;
 mod common;
 #[path = "../common/fake_api.rs"]
 mod fake_api;
+#[path = "../common/stuck.rs"]
+mod stuck;
 
 mod affinity;
+mod answers;
+mod logging;
 mod neighbour;
 mod ranges;
 mod theft;
