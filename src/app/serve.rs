@@ -12,6 +12,7 @@ use crate::cli::{Args, HEALTHZ_BIND_ADDRESS, METRICS_BIND_ADDRESS};
 use crate::config::{self, Ended, File};
 use crate::events::Recorder;
 use crate::health::{self, CheckError, Checks, Health, Outage, Probe, Router};
+use crate::logging::Lines;
 use crate::metrics::Metrics;
 use crate::model::{Delivery, Event, Kind, Notice, ObjectName, ObjectRef, Reason, Subject};
 use crate::reconcile::{Isolated, LogAndSend, Reporter};
@@ -24,6 +25,7 @@ pub(super) struct Io {
     pub(super) file: Option<File>,
     pub(super) pages: Pages,
     pub(super) node_name: String,
+    pub(super) log: Lines,
     pub(super) metrics: Arc<Metrics>,
     pub(super) health: Health,
     pub(super) health_checks: watch::Receiver<Checks>,
@@ -197,8 +199,9 @@ impl Io {
             tasks.push(self.serve(address, name, router).await?);
         }
         if let Some(address) = self.args.metrics_address() {
-            let metrics = self.metrics.clone();
+            let (metrics, log) = (self.metrics.clone(), self.log.clone());
             let page = move || {
+                metrics.log_lines_dropped(log.dropped());
                 if let Some(stats) = &stats {
                     copy_stats(stats, &metrics);
                 }

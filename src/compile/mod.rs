@@ -22,8 +22,11 @@
 //!    ├─ @cluster-ips ──> reject-service (a port the service lacks; at the hook input, too)
 //!    └─ @service-cidrs ──> drop (an address that no service has)
 //!
-//!  with session affinity:  lb-sticky-3: dnat to (client, frontend) map @affinity, else lb-3
-//!    behind the translation: learn-prerouting, learn-output ──> learn-new ──> learn-10800: update @affinity
+//!  with session affinity, in the namespace shop:
+//!    lb-sticky-3/shop ─> sticky/shop: dnat to (client, frontend) map @affinity/shop, else lb-3
+//!    behind the translation: learn-prerouting, learn-output ──> learn-new
+//!      └─ vmap @affinity-frontends ──> learn-10800/shop: update @affinity/shop
+//!                                        full? count in @not-remembered/shop
 //!
 //!  postrouting ── marked, or a pod that reaches itself (@hairpin) ──> masquerade
 //! ```
@@ -40,11 +43,12 @@ mod skeleton;
 mod sources;
 mod topology;
 
-pub use chains::{Handle, LearnAt, Role, SharedChain};
+pub use chains::{Handle, LearnAt, Role, SharedChain, is_bound_to_node};
 pub use layout::{
-    AFFINITY, By, Scope, ServiceSet, TABLE, affinity_declaration, digest_of, table_family, table_id,
+    By, Clients, MOST_CLIENTS, Scope, ServiceSet, TABLE, affinity_declaration, table_family,
+    table_id,
 };
-pub use plan::{ElementOf, Frontend, Pool, Route, ServicePlan, Target};
+pub use plan::{Affinity, ElementOf, Frontend, Pool, Route, ServicePlan, Target};
 pub use service::plan;
 pub use settings::{DetectLocal, LocalDetector, MasqueradeBit, NodePortAddresses, Settings};
 pub use skeleton::skeleton;

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use super::chains::{Handle, Role, SharedChain};
-use super::layout::{By, Scope, ServiceSet};
+use super::layout::{By, Clients, Scope, ServiceSet};
 use super::skeleton::REJECT;
 use super::sources::SourceList;
 use crate::model::{Claim, Family, Protocol};
@@ -28,10 +28,28 @@ pub struct ServicePlan {
     /// Addresses of endpoints that may be on this node.
     pub hairpin: Box<[IpAddr]>,
     /// `sessionAffinity` ClientIP with its timeout.
-    pub affinity_seconds: Option<u32>,
+    pub affinity: Option<Affinity>,
     /// `loadBalancerSourceRanges` that restrict the load balancer's addresses, of each family that
     /// has such addresses.
     pub sources: [Option<SourceList>; 2],
+}
+
+/// Where the clients of a service are remembered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Affinity {
+    /// What remembers them.
+    pub clients: Clients,
+    /// For how long, without another connection.
+    pub seconds: u32,
+}
+
+impl Affinity {
+    fn learn(&self) -> SharedChain {
+        SharedChain::Learn {
+            clients: self.clients.clone(),
+            seconds: self.seconds,
+        }
+    }
 }
 
 /// The endpoints that a service port leads to in one family.
@@ -149,7 +167,7 @@ impl ServicePlan {
         (endpoints > 0).then_some(SharedChain::Handle(Handle {
             by,
             role,
-            sticky: self.affinity_seconds.is_some(),
+            sticky: self.affinity.as_ref().map(|it| it.clients.clone()),
             endpoints,
         }))
     }
@@ -236,9 +254,8 @@ impl ServicePlan {
             lead(by.frontends(Scope::Local), Verdict::Goto(chain.name()));
         }
         let leads_on = matches!(goal, Goal::Chain(_));
-        if let Some(seconds) = self.affinity_seconds.filter(|_| leads_on) {
-            let learn = SharedChain::Learn { seconds };
-            lead(by.affinity(), Verdict::Goto(learn.name()));
+        if let Some(affinity) = self.affinity.as_ref().filter(|_| leads_on) {
+            lead(by.affinity(), Verdict::Goto(affinity.learn().name()));
         }
         // ClusterIPs with internal policy Local find their endpoints where all ClusterIPs do.
         let pools = [(pool, Scope::Cluster)]
@@ -296,8 +313,8 @@ impl ServicePlan {
                 Goal::Refuse | Goal::Drop => None,
             };
             let local = self.local_chain(frontend).map(|(_, chain)| chain);
-            let seconds = self.affinity_seconds.filter(|_| goal.is_some());
-            let learn = seconds.map(|seconds| SharedChain::Learn { seconds });
+            let affinity = self.affinity.as_ref().filter(|_| goal.is_some());
+            let learn = affinity.map(Affinity::learn);
             [goal, local, learn, self.source_chain(frontend, family)]
                 .into_iter()
                 .flatten()

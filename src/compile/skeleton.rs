@@ -3,8 +3,7 @@
 use ipnet::IpNet;
 
 use super::layout::{
-    AFFINITY, By, NODEPORT_ADDRESSES, POD_NETWORKS, SERVICE_CIDRS, ServiceSet,
-    affinity_declaration, table_family,
+    By, NODEPORT_ADDRESSES, POD_NETWORKS, SERVICE_CIDRS, ServiceSet, table_family,
 };
 use super::settings::{LocalDetector, Settings};
 use crate::model::{Family, Node};
@@ -65,11 +64,6 @@ pub fn skeleton(
     }
     let pods = address_ranges(Selector::SourceAddress, settings.pod_networks(family, node));
     table.sets.insert(POD_NETWORKS.into(), pods);
-    let affinity = Set {
-        declaration: affinity_declaration(),
-        elements: Vec::new(),
-    };
-    table.sets.insert(AFFINITY.into(), affinity);
     let mut chain = |name: &str, base: Option<BaseChain>, rules: Vec<Rule>| {
         table.chains.insert(Name::from(name), Chain { base, rules });
     };

@@ -273,11 +273,13 @@ pub enum Reason {
     SyncFailed,
     /// A kernel setting that was asked for could not be made.
     KernelSetting,
+    /// The services of a namespace remember as many clients as they may.
+    AffinityFull,
 }
 
 impl Reason {
     /// All of them.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::InvalidField,
         Self::InvalidObject,
         Self::InvalidPolicy,
@@ -293,6 +295,7 @@ impl Reason {
         Self::BridgeTraffic,
         Self::SyncFailed,
         Self::KernelSetting,
+        Self::AffinityFull,
     ];
 
     /// The stable text form.
@@ -313,6 +316,7 @@ impl Reason {
             Reason::BridgeTraffic => "BridgeTraffic",
             Reason::SyncFailed => "SyncFailed",
             Reason::KernelSetting => "KernelSetting",
+            Reason::AffinityFull => "AffinityFull",
         }
     }
 
@@ -339,7 +343,8 @@ impl Reason {
             | Reason::HealthCheckPort
             | Reason::BridgeTraffic
             | Reason::SyncFailed
-            | Reason::KernelSetting => true,
+            | Reason::KernelSetting
+            | Reason::AffinityFull => true,
         }
     }
 }

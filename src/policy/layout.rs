@@ -2,18 +2,15 @@
 
 use std::sync::{Arc, LazyLock};
 
-use crate::compile::{digest_of, table_family};
+use crate::compile::table_family;
 use crate::model::{self, ObjectName};
-use crate::ruleset::{Declaration, Name, Selector, SetKind, TableId};
+use crate::ruleset::{Declaration, Name, Selector, SetKind, TableId, readable_name};
 
 /// The name of the policy tables, one in the family `ip` and one in `ip6`.
 ///
 /// They are apart from the service tables because whatever changes a rule or a verdict makes
 /// the kernel validate the whole table.
 pub const TABLE: &str = "nftlet-policy";
-
-/// Names of chains longer than this are cut; the kernel takes 255 bytes.
-const LONGEST_NAME: usize = 200;
 
 /// The policy table of an address family.
 pub fn table_id(family: model::Family) -> TableId {
@@ -120,18 +117,8 @@ impl Direction {
     }
 }
 
-/// A name for a chain. One that would be too long, or that nft could not read again, ends in a
-/// digest of the object's; the API server admits none of the latter, files may hold them.
 fn name(prefix: &str, object: &ObjectName) -> Name {
-    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '/');
-    let whole = format!("{prefix}{object}");
-    if whole.len() <= LONGEST_NAME && whole.chars().all(plain) {
-        return Name::from(whole);
-    }
-    // No plain name has the sign that replaces the others, and none is as long as one that was cut.
-    let readable = whole.chars().map(|c| if plain(c) { c } else { '_' });
-    let start: String = readable.take(LONGEST_NAME).collect();
-    Name::from(format!("{start}-{}", digest_of(object.as_str())))
+    readable_name(&format!("{prefix}{object}"))
 }
 
 /// ICMPv6 messages that no policy is asked about: nobody can be reached on a link without them. They

@@ -14,9 +14,10 @@ use smallvec::SmallVec;
 use super::index::{Index, Namespaces, PodSelector};
 use super::inventory::Inventory;
 use super::layout::port_key;
-use crate::compile::digest_of;
 use crate::model::{Family, Pod, Protocol};
-use crate::ruleset::{Declaration, Element, Key, Name, Selector, Set, SetKind, merge_intervals};
+use crate::ruleset::{
+    Declaration, Element, Key, Name, Selector, Set, SetKind, digest_of, merge_intervals,
+};
 
 /// What a set stands for.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
