@@ -224,6 +224,9 @@ impl Store {
                 }
                 if first && self.is_complete() {
                     self.first_notices(changes);
+                    for slice in self.slices.values() {
+                        self.note_service_address(slice, None, changes);
+                    }
                 }
             }
             Event::Apply(object) => {
@@ -343,9 +346,12 @@ impl Store {
         if let Err(place) = slices.binary_search(&name) {
             slices.insert(place, name.clone());
         }
-        self.slices.insert(name.clone(), slice);
+        let old = self.slices.insert(name.clone(), slice);
         if self.is_complete() {
             self.note_orphan(&name, changes);
+            if let Some(slice) = self.slices.get(&name) {
+                self.note_service_address(slice, old.as_ref(), changes);
+            }
         }
     }
 
@@ -433,6 +439,32 @@ impl Store {
             let notices = refusals::notices(&self.claims, claims.lost);
             changes.notices.extend(notices);
         }
+    }
+
+    /// Reports an endpoint of a slice that is a service address, unless the slice had one before.
+    fn note_service_address(
+        &self,
+        slice: &EndpointSlice,
+        old: Option<&EndpointSlice>,
+        changes: &mut Changes,
+    ) {
+        let first = |slice: &EndpointSlice| {
+            let mut addresses = slice.endpoints.iter().map(|endpoint| endpoint.address);
+            addresses.find(|address| self.service_cidrs().any(|range| range.contains(address)))
+        };
+        let Some(address) = first(slice).filter(|_| old.and_then(first).is_none()) else {
+            return;
+        };
+        changes.notices.push(Notice {
+            subject: Subject::Object(ObjectRef::new(Kind::EndpointSlice, slice.name.clone())),
+            reason: Reason::InvalidField,
+            message: format!(
+                "the endpoint {address} of Service {} is an address of services, to which nothing \
+                 is translated a second time; its connections end on the node: use the \
+                 endpoints of that service instead",
+                slice.service
+            ),
+        });
     }
 }
 

@@ -237,6 +237,40 @@ fn orphans_are_reported_when_the_lists_are_complete() {
 }
 
 #[test]
+fn an_endpoint_that_is_a_service_address_is_reported_once() {
+    let mut store = Store::default();
+    for kind in Kind::ALL {
+        apply(&mut store, Event::ListStarted(kind));
+    }
+    let range = ServiceCidr {
+        name: ObjectName::new("", "kubernetes"),
+        cidrs: vec!["10.96.0.0/16".parse().unwrap()],
+    };
+    for name in ["alias", "plain"] {
+        let service = service(name, 1, "198.51.100.1");
+        put(&mut store, Object::Service(service));
+    }
+    let alias = |addresses: &[_]| Object::EndpointSlice(slice("alias-1", "alias", addresses));
+    let (pod, stray) = (("10.0.0.1", false), ("10.96.0.35", false));
+    // The ranges may come after the slices.
+    assert!(put(&mut store, alias(&[pod, stray])).notices.is_empty());
+    put(&mut store, Object::ServiceCidr(range));
+    let mut notices: Vec<_> = Kind::ALL
+        .into_iter()
+        .flat_map(|kind| apply(&mut store, Event::ListComplete(kind)).notices)
+        .filter(|notice| notice.reason == Reason::InvalidField)
+        .collect();
+    let notice = notices.pop().unwrap();
+    assert!(notices.is_empty());
+    assert_eq!(notice.subject.to_string(), "EndpointSlice shop/alias-1");
+    let named = "the endpoint 10.96.0.35 of Service shop/alias is";
+    assert!(notice.message.starts_with(named), "{}", notice.message);
+    assert!(put(&mut store, alias(&[stray])).notices.is_empty());
+    assert!(put(&mut store, alias(&[pod])).notices.is_empty());
+    assert_eq!(put(&mut store, alias(&[stray])).notices.len(), 1);
+}
+
+#[test]
 fn what_policies_are_made_of_is_not_kept_here() {
     let mut store = complete_store();
     let namespace = Object::Namespace(Namespace {
