@@ -12,11 +12,11 @@ use prometheus::{
     IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
 };
 
-use self::drops::Drops;
-pub use self::drops::PolicyDrops;
+use self::counted::Counted;
+pub use self::counted::{NotRemembered, PolicyDrops};
 use self::process::Process;
 
-mod drops;
+mod counted;
 mod process;
 
 /// The values of the label `ip_family`, spelled as in the Kubernetes API.
@@ -65,6 +65,7 @@ pub struct Metrics {
     healthz: IntCounterVec,
     livez: IntCounterVec,
     health_check_port_errors: IntCounter,
+    log_lines_dropped: IntCounter,
 }
 
 impl Metrics {
@@ -246,6 +247,10 @@ impl Metrics {
                 "nftlet_health_check_port_errors_total",
                 "Failed attempts to listen on the healthCheckNodePort of a service",
             )?,
+            log_lines_dropped: new.counter(
+                "nftlet_log_lines_dropped_total",
+                "Lines of the log that standard error did not take in time",
+            )?,
             registry,
         })
     }
@@ -321,8 +326,22 @@ impl Metrics {
         &self,
         read: impl Fn() -> Option<Vec<PolicyDrops>> + Send + Sync + 'static,
     ) -> Result<(), Error> {
-        let drops = Drops::new(Box::new(read))?;
+        let drops = Counted::new(Box::new(read))?;
         self.registry.register(Box::new(drops))
+    }
+
+    /// Asks `read` at each scrape for the clients that were not remembered for session affinity.
+    /// Where it answers `None`, that metric is missing from the scrape.
+    ///
+    /// # Errors
+    ///
+    /// When somebody was registered before.
+    pub fn clients_not_remembered(
+        &self,
+        read: impl Fn() -> Option<Vec<NotRemembered>> + Send + Sync + 'static,
+    ) -> Result<(), Error> {
+        let counted = Counted::new(Box::new(read))?;
+        self.registry.register(Box::new(counted))
     }
 
     /// So many connections were cut because no policy allows them any more.
@@ -435,6 +454,11 @@ impl Metrics {
         raise(&self.watch_lists.with_label_values(&[kind]), lists);
         raise(&self.watch_restarts.with_label_values(&[kind]), restarts);
         raise(&self.watch_events.with_label_values(&[kind]), events);
+    }
+
+    /// So many lines of the log were dropped since the start.
+    pub fn log_lines_dropped(&self, total: u64) {
+        raise(&self.log_lines_dropped, total);
     }
 
     /// `/healthz` was answered with this HTTP status.

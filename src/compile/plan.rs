@@ -3,13 +3,12 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use ipnet::IpNet;
-
 use super::chains::{Handle, Role, SharedChain};
-use super::layout::{By, Scope, ServiceSet};
-use super::skeleton::{FIREWALL, REJECT};
+use super::layout::{By, Clients, Scope, ServiceSet};
+use super::skeleton::REJECT;
+use super::sources::SourceList;
 use crate::model::{Claim, Family, Protocol};
-use crate::ruleset::{Data, Element, Key, KeyBuilder, Verdict, merge_intervals};
+use crate::ruleset::{Data, Element, Key, KeyBuilder, Verdict};
 
 /// Address and port of an endpoint.
 pub type Target = (IpAddr, u16);
@@ -29,9 +28,28 @@ pub struct ServicePlan {
     /// Addresses of endpoints that may be on this node.
     pub hairpin: Box<[IpAddr]>,
     /// `sessionAffinity` ClientIP with its timeout.
-    pub affinity_seconds: Option<u32>,
-    /// `loadBalancerSourceRanges` that restrict the load balancer's addresses.
-    pub source_ranges: Box<[IpNet]>,
+    pub affinity: Option<Affinity>,
+    /// `loadBalancerSourceRanges` that restrict the load balancer's addresses, of each family that
+    /// has such addresses.
+    pub sources: [Option<SourceList>; 2],
+}
+
+/// Where the clients of a service are remembered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Affinity {
+    /// What remembers them.
+    pub clients: Clients,
+    /// For how long, without another connection.
+    pub seconds: u32,
+}
+
+impl Affinity {
+    fn learn(&self) -> SharedChain {
+        SharedChain::Learn {
+            clients: self.clients.clone(),
+            seconds: self.seconds,
+        }
+    }
 }
 
 /// The endpoints that a service port leads to in one family.
@@ -149,7 +167,7 @@ impl ServicePlan {
         (endpoints > 0).then_some(SharedChain::Handle(Handle {
             by,
             role,
-            sticky: self.affinity_seconds.is_some(),
+            sticky: self.affinity.as_ref().map(|it| it.clients.clone()),
             endpoints,
         }))
     }
@@ -224,23 +242,20 @@ impl ServicePlan {
             elements.push((set, element.comment(&pool.label)));
         };
         let goal = self.goal(frontend);
-        if frontend.firewalled {
-            lead(by.frontends(Scope::Cluster), Verdict::Goto(FIREWALL.into()));
-            lead(ServiceSet::FirewalledFrontends, goal.verdict());
-        } else {
-            lead(by.frontends(Scope::Cluster), goal.verdict());
+        match self.source_chain(frontend, pool.family) {
+            Some(chain) => {
+                lead(by.frontends(Scope::Cluster), Verdict::Goto(chain.name()));
+                lead(ServiceSet::FirewalledFrontends, goal.verdict());
+            }
+            None => lead(by.frontends(Scope::Cluster), goal.verdict()),
         }
         let local = self.local_chain(frontend);
-        if let Some((_, chain)) = local {
+        if let Some((_, chain)) = &local {
             lead(by.frontends(Scope::Local), Verdict::Goto(chain.name()));
         }
         let leads_on = matches!(goal, Goal::Chain(_));
-        if let Some(seconds) = self.affinity_seconds.filter(|_| leads_on) {
-            let learn = SharedChain::Learn { seconds };
-            lead(by.affinity(), Verdict::Goto(learn.name()));
-        }
-        if frontend.firewalled {
-            elements.extend(self.allowed_sources(frontend, pool.family));
+        if let Some(affinity) = self.affinity.as_ref().filter(|_| leads_on) {
+            lead(by.affinity(), Verdict::Goto(affinity.learn().name()));
         }
         // ClusterIPs with internal policy Local find their endpoints where all ClusterIPs do.
         let pools = [(pool, Scope::Cluster)]
@@ -257,20 +272,19 @@ impl ServicePlan {
         }
     }
 
-    fn allowed_sources(&self, frontend: &Frontend, family: Family) -> Vec<ElementOf> {
-        let own = self.source_ranges.iter().copied();
-        let own = own.filter(|net| Family::of(net.addr()) == family);
-        let of_client = |client: &Key| frontend.key().bytes(client.as_bytes()).finish();
-        merge_intervals(own)
-            .into_iter()
-            .map(|range| {
-                let element = Element {
-                    key_end: range.key_end.as_deref().map(|end| Box::new(of_client(end))),
-                    ..Element::new(of_client(&range.key))
-                };
-                (ServiceSet::AllowedSources, element)
-            })
-            .collect()
+    /// The source ranges that the packets of a frontend in a family have to come from.
+    fn source_chain(&self, frontend: &Frontend, family: Family) -> Option<SharedChain> {
+        let list = self.sources(family).filter(|_| frontend.firewalled)?;
+        Some(SharedChain::Sources(list.clone()))
+    }
+
+    /// The source ranges in a family, if they keep any client of it out.
+    pub fn sources(&self, family: Family) -> Option<&SourceList> {
+        let [v4, v6] = &self.sources;
+        match family {
+            Family::V4 => v4.as_ref(),
+            Family::V6 => v6.as_ref(),
+        }
     }
 
     /// The elements that other services may ask for too, for the table of a family.
@@ -293,15 +307,15 @@ impl ServicePlan {
     /// The shared chains that the verdicts lead to, with all that those go on to. A chain that
     /// several frontends use comes up as often.
     pub fn chains(&self, family: Family) -> impl Iterator<Item = SharedChain> + '_ {
-        self.of_family(family).flat_map(|(frontend, _)| {
+        self.of_family(family).flat_map(move |(frontend, _)| {
             let goal = match self.goal(frontend) {
                 Goal::Chain(chain) => Some(chain),
                 Goal::Refuse | Goal::Drop => None,
             };
             let local = self.local_chain(frontend).map(|(_, chain)| chain);
-            let seconds = self.affinity_seconds.filter(|_| goal.is_some());
-            let learn = seconds.map(|seconds| SharedChain::Learn { seconds });
-            [goal, local, learn]
+            let affinity = self.affinity.as_ref().filter(|_| goal.is_some());
+            let learn = affinity.map(Affinity::learn);
+            [goal, local, learn, self.source_chain(frontend, family)]
                 .into_iter()
                 .flatten()
                 .flat_map(SharedChain::closure)

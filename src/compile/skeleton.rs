@@ -3,14 +3,13 @@
 use ipnet::IpNet;
 
 use super::layout::{
-    AFFINITY, By, NODEPORT_ADDRESSES, POD_NETWORKS, SERVICE_CIDRS, ServiceSet,
-    affinity_declaration, source_key, table_family,
+    By, NODEPORT_ADDRESSES, POD_NETWORKS, SERVICE_CIDRS, ServiceSet, table_family,
 };
 use super::settings::{LocalDetector, Settings};
 use crate::model::{Family, Node};
 use crate::ruleset::{
-    BaseChain, Chain, ChainKind, Comparison, Declaration, Hook, Name, Operand, RejectWith, Rule,
-    Selector, Set, SetKind, Statement, Table, Verdict, merge_intervals,
+    BaseChain, Chain, ChainKind, Comparison, CtState, Declaration, Hook, Name, Operand, RejectWith,
+    Rule, Selector, Set, SetKind, Statement, Table, Verdict, merge_intervals,
 };
 
 /// Refuses packets.
@@ -19,12 +18,19 @@ pub const REJECT: &str = "reject-service";
 pub const MARK_OFF_CLUSTER: &str = "mark-off-cluster";
 const SERVICES: &str = "services";
 const MASQUERADE: &str = "masquerade-marked";
-/// Checks the client against the source ranges of the frontend.
-pub const FIREWALL: &str = "source-ranges";
+/// Looks up where frontends lead that only clients in source ranges may use.
+pub(super) const FIREWALL: &str = "firewalled";
+/// Refuses or drops what no service has.
+const UNASSIGNED: &str = "unassigned";
+/// Refuses what no service has at an address that one has.
+const UNKNOWN_PORTS: &str = "unknown-ports";
 
 /// Netfilter's priorities of address translation.
 pub(super) const DSTNAT: i32 = -100;
 const SRCNAT: i32 = 100;
+/// Just before the chains of network policies, so that an isolated pod gets the same answer as any
+/// other, and behind the translation of every proxy on the node.
+const AFTER_DSTNAT: i32 = -1;
 
 /// The table of a family without the elements and chains that services bring.
 ///
@@ -58,11 +64,6 @@ pub fn skeleton(
     }
     let pods = address_ranges(Selector::SourceAddress, settings.pod_networks(family, node));
     table.sets.insert(POD_NETWORKS.into(), pods);
-    let affinity = Set {
-        declaration: affinity_declaration(),
-        elements: Vec::new(),
-    };
-    table.sets.insert(AFFINITY.into(), affinity);
     let mut chain = |name: &str, base: Option<BaseChain>, rules: Vec<Rule>| {
         table.chains.insert(Name::from(name), Chain { base, rules });
     };
@@ -77,7 +78,21 @@ pub fn skeleton(
         nat(Hook::Postrouting, SRCNAT),
         postrouting(settings),
     );
+    for (name, hook, judge) in [
+        ("filter-forward", Hook::Forward, UNASSIGNED),
+        ("filter-output", Hook::Output, UNASSIGNED),
+        ("filter-input", Hook::Input, UNKNOWN_PORTS),
+    ] {
+        let base = BaseChain {
+            kind: ChainKind::Filter,
+            hook,
+            priority: AFTER_DSTNAT,
+        };
+        chain(name, Some(base), new_connections(judge));
+    }
     chain(SERVICES, None, services());
+    chain(UNASSIGNED, None, unassigned());
+    chain(UNKNOWN_PORTS, None, vec![unknown_port()]);
     chain(REJECT, None, reject());
     chain(FIREWALL, None, firewall());
     chain(
@@ -137,7 +152,6 @@ fn address_ranges(key: Selector, ranges: Vec<IpNet>) -> Set {
 
 /// Looks up what the packet asks for, from the most specific to the least.
 fn services() -> Vec<Rule> {
-    let to = |set: Name| Statement::InSet(vec![Selector::DestinationAddress], Comparison::Is, set);
     vec![
         Rule::new([Statement::VerdictMap(
             By::Address.key(),
@@ -149,9 +163,37 @@ fn services() -> Vec<Rule> {
             Statement::DestinationIsLocal,
             Statement::VerdictMap(By::NodePort.key(), ServiceSet::NodePorts.name()),
         ]),
-        Rule::new([to(ServiceSet::ClusterIps.name()), goto(REJECT)]),
+    ]
+}
+
+fn to(set: Name) -> Statement {
+    Statement::InSet(vec![Selector::DestinationAddress], Comparison::Is, set)
+}
+
+/// Every packet evaluates this rule, those of known connections no other. What is not tracked
+/// passes: a cache on the node that answers at a ClusterIP of its own exempts it from tracking.
+fn new_connections(judge: &str) -> Vec<Rule> {
+    vec![Rule::new([
+        Statement::CtState(CtState::New.into()),
+        Statement::Verdict(Verdict::Jump(judge.into())),
+    ])]
+}
+
+/// Judges destinations as all translation left them, so that services of another proxy, which has
+/// ClusterIPs of the same ranges, are none of its business (kube-proxy's `cluster-ips-check`). An
+/// endpoint that is a ClusterIP itself is not translated again, and refused here.
+fn unassigned() -> Vec<Rule> {
+    vec![
+        unknown_port(),
         Rule::new([to(SERVICE_CIDRS.into()), Statement::Verdict(Verdict::Drop)]),
     ]
+}
+
+/// At the hook for the node's own processes this is all: a ClusterIP on an interface of the node,
+/// as IPVS leaves them, must not lead to whatever listens on all addresses. A free address there
+/// belongs to who put it there, such as another proxy that uses IPVS.
+fn unknown_port() -> Rule {
+    Rule::new([to(ServiceSet::ClusterIps.name()), goto(REJECT)])
 }
 
 fn postrouting(settings: &Settings) -> Vec<Rule> {
@@ -182,17 +224,14 @@ fn reject() -> Vec<Rule> {
     ]
 }
 
-/// Lets clients inside the source ranges of a frontend on to its chain, and nobody else.
+/// Leads clients that are in the source ranges of a frontend to its chain. The lookup has a chain of
+/// its own, because the kernel walks a verdict map for each chain that is new and reads it.
 fn firewall() -> Vec<Rule> {
     vec![
-        Rule::new([
-            Statement::InSet(
-                source_key(),
-                Comparison::Is,
-                ServiceSet::AllowedSources.name(),
-            ),
-            Statement::VerdictMap(By::Address.key(), ServiceSet::FirewalledFrontends.name()),
-        ]),
+        Rule::new([Statement::VerdictMap(
+            By::Address.key(),
+            ServiceSet::FirewalledFrontends.name(),
+        )]),
         Rule::new([Statement::Verdict(Verdict::Drop)]),
     ]
 }

@@ -89,6 +89,7 @@ fn action(reason: Reason) -> &'static str {
         Reason::HealthCheckPort => "ServeHealthCheck",
         Reason::BridgeTraffic => "WatchBridges",
         Reason::KernelSetting => "MakeSettings",
+        Reason::AffinityFull => "RememberClients",
     }
 }
 

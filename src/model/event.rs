@@ -275,11 +275,13 @@ pub enum Reason {
     SyncFailed,
     /// A kernel setting that was asked for could not be made.
     KernelSetting,
+    /// The services of a namespace remember as many clients as they may.
+    AffinityFull,
 }
 
 impl Reason {
     /// All of them.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::InvalidField,
         Self::InvalidObject,
         Self::InvalidPolicy,
@@ -296,6 +298,7 @@ impl Reason {
         Self::PoliciesNotInForce,
         Self::SyncFailed,
         Self::KernelSetting,
+        Self::AffinityFull,
     ];
 
     /// The stable text form.
@@ -317,6 +320,7 @@ impl Reason {
             Reason::PoliciesNotInForce => "PoliciesNotInForce",
             Reason::SyncFailed => "SyncFailed",
             Reason::KernelSetting => "KernelSetting",
+            Reason::AffinityFull => "AffinityFull",
         }
     }
 
@@ -344,7 +348,8 @@ impl Reason {
             | Reason::BridgeTraffic
             | Reason::PoliciesNotInForce
             | Reason::SyncFailed
-            | Reason::KernelSetting => true,
+            | Reason::KernelSetting
+            | Reason::AffinityFull => true,
         }
     }
 }

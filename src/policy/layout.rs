@@ -3,20 +3,15 @@
 use std::net::IpAddr;
 use std::sync::{Arc, LazyLock};
 
-use ring::digest;
-
 use crate::compile::table_family;
 use crate::model::{self, ObjectName};
-use crate::ruleset::{Declaration, Name, Selector, SetKind, TableId};
+use crate::ruleset::{Declaration, Name, Selector, SetKind, TableId, readable_name};
 
 /// The name of the policy tables, one in the family `ip` and one in `ip6`.
 ///
 /// They are apart from the service tables because whatever changes a rule or a verdict makes
 /// the kernel validate the whole table.
 pub const TABLE: &str = "nftlet-policy";
-
-/// Names of chains longer than this are cut; the kernel takes 255 bytes.
-const LONGEST_NAME: usize = 200;
 
 /// The policy table of an address family.
 pub fn table_id(family: model::Family) -> TableId {
@@ -136,18 +131,8 @@ impl Direction {
     }
 }
 
-/// A name for a chain. One that would be too long, or that nft could not read again, ends in a
-/// digest of the object's; the API server admits none of the latter, files may hold them.
 fn name(prefix: &str, object: &ObjectName) -> Name {
-    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '/');
-    let whole = format!("{prefix}{object}");
-    if whole.len() <= LONGEST_NAME && whole.chars().all(plain) {
-        return Name::from(whole);
-    }
-    // No plain name has the sign that replaces the others, and none is as long as one that was cut.
-    let readable = whole.chars().map(|c| if plain(c) { c } else { '_' });
-    let start: String = readable.take(LONGEST_NAME).collect();
-    Name::from(format!("{start}-{}", digest_of(object.as_str())))
+    readable_name(&format!("{prefix}{object}"))
 }
 
 /// The name of what there is once, and once more for the second pod of an address and on.
@@ -156,16 +141,6 @@ pub(super) fn layered(name: &str, layer: usize) -> Name {
         0 => Name::from(name),
         _ => Name::from(format!("{name}-{}", layer.saturating_add(1))),
     }
-}
-
-/// Hexadecimal digits that stand for a text.
-///
-/// They are 128 bits of a cryptographic digest: whoever may write policies can find two selectors
-/// with the same 64 bits, and two sets of one name would be refused by the kernel for good.
-pub(super) fn digest_of(text: &str) -> String {
-    let digest = digest::digest(&digest::SHA256, text.as_bytes());
-    let bytes = digest.as_ref().iter().take(16);
-    bytes.map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// ICMPv6 messages that no policy is asked about: nobody can be reached on a link without them. They
@@ -203,11 +178,6 @@ pub(super) fn port_key() -> Vec<Selector> {
         Selector::L4Protocol,
         Selector::DestinationPort,
     ]
-}
-
-/// The fields that identify a port of any pod.
-pub(super) fn number_key() -> Vec<Selector> {
-    vec![Selector::L4Protocol, Selector::DestinationPort]
 }
 
 macro_rules! declarations {

@@ -17,7 +17,7 @@
 //! earlier run stay in force and are changed, never flushed. If the kernel refuses an element
 //! even then, the service it belongs to is left out and reported, and the others are written.
 
-mod affinity;
+pub mod affinity;
 mod audit;
 pub mod connections;
 pub mod conntrack;
@@ -28,6 +28,7 @@ mod policies;
 mod portions;
 mod programmed;
 mod questions;
+mod removed;
 mod repair;
 mod report;
 mod run;
@@ -51,12 +52,12 @@ use crate::source::SourceStats;
 pub use audit::{Audits, EVERY as AUDIT_EVERY, Finding, Snapshot, Step, Verdict};
 pub use kernel::Kernel;
 pub use policies::Isolated;
-pub use programmed::Programmed;
+pub use programmed::{Programmed, Sticky};
 pub use questions::Question;
 pub use report::{Log, LogAndSend, Reporter};
 pub use run::{Exit, Signals, run};
 
-use affinity::Remembered;
+use affinity::Suspects;
 use conntrack::{Front, Work};
 use health_checks::HealthChecks;
 use policies::{Followers, Policies};
@@ -89,6 +90,10 @@ pub struct Reconciler<'a, K> {
     flows: Work,
     /// Where these go then.
     cleaner: Option<conntrack::Queue>,
+    /// Who reads the maps of clients with session affinity.
+    forgetter: Option<affinity::Queue>,
+    /// Where the namespaces that remember clients are published.
+    sticky: Option<watch::Sender<Sticky>>,
     health_checks: Option<HealthChecks>,
     policies: Option<Policies>,
     /// What keeps lists from being complete is asked there.
@@ -191,6 +196,8 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
             pending: (0, 0),
             flows: Work::default(),
             cleaner: None,
+            forgetter: None,
+            sticky: None,
             health_checks: None,
             policies: None,
             source_stats: None,
@@ -214,6 +221,20 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
     #[must_use]
     pub fn with_cleaner(mut self, cleaner: conntrack::Queue) -> Self {
         self.cleaner = Some(cleaner);
+        self
+    }
+
+    /// With someone to read which clients are remembered, who asks [`Question::Forget`].
+    #[must_use]
+    pub fn with_forgetter(mut self, forgetter: affinity::Queue) -> Self {
+        self.forgetter = Some(forgetter);
+        self
+    }
+
+    /// Publishes the namespaces that remember clients, each time others do.
+    #[must_use]
+    pub fn with_sticky(mut self, sticky: watch::Sender<Sticky>) -> Self {
+        self.sticky = Some(sticky);
         self
     }
 
@@ -340,11 +361,11 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
             return Outcome::Synced;
         }
         let mut portions = portions::cut(&self.store, &mut changes);
-        let mut remembered = Remembered::default();
+        let mut clients = Suspects::default();
         while let Some(portion) = portions.pop_front() {
             changes.services = portion;
             match self.update_portion(&changes) {
-                Ok(of_portion) => remembered.merge(of_portion),
+                Ok(of_portion) => clients.merge(of_portion),
                 Err(error) => {
                     self.metrics.failure();
                     self.reporter.failed(&error);
@@ -357,11 +378,11 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         }
         self.metrics.sync(false, started.elapsed());
         self.settle(&changes);
-        self.forget(remembered);
+        self.forget(clients);
         Outcome::Synced
     }
 
-    fn update_portion(&mut self, changes: &Changes) -> Result<Remembered, netlink::Error> {
+    fn update_portion(&mut self, changes: &Changes) -> Result<Suspects, netlink::Error> {
         for name in &changes.services {
             tracing::trace!("Service {name} is compiled again");
         }
@@ -370,7 +391,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         self.flows.merge(effects.flows);
         let transaction = draft.finish(&self.programmed);
         self.write(transaction)?;
-        Ok(effects.remembered)
+        Ok(effects.clients)
     }
 
     /// Compiles what changed, into the draft if there is one.
@@ -465,8 +486,17 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         }
         self.metrics.refused(self.refused.len());
         self.metrics.chains(self.programmed.chains());
+        self.publish_sticky();
         let no_local = self.programmed.no_local_endpoints();
         self.metrics.no_local_endpoints(no_local);
+    }
+
+    fn publish_sticky(&mut self) {
+        if let Some(sender) = &self.sticky
+            && let Some(sticky) = self.programmed.take_other_clients()
+        {
+            sender.send_replace(sticky);
+        }
     }
 
     /// Hands over the frontends whose flows may be stale, now that the rules are in force.
@@ -505,7 +535,10 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         }
         let transaction = self.programmed.remove_chains_unused_since(moment);
         let outcome = match self.write(transaction) {
-            Ok(()) => Outcome::Synced,
+            Ok(()) => {
+                self.publish_sticky();
+                Outcome::Synced
+            }
             Err(error) => {
                 self.metrics.failure();
                 self.reporter.failed(&error);

@@ -5,14 +5,14 @@
 //! operations for just the elements in which it differs.
 
 use std::cmp::Ordering;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::affinity::Remembered;
+use super::affinity::Suspects;
 use super::conntrack::Work;
 use crate::compile::{
-    ElementOf, ServicePlan, ServiceSet, Settings, SharedChain, skeleton, table_id,
+    Clients, ElementOf, ServicePlan, ServiceSet, Settings, SharedChain, skeleton, table_id,
 };
 use crate::model::{Family, ObjectName, Store};
 use crate::ruleset::{
@@ -30,6 +30,8 @@ pub struct Programmed {
     shared: HashMap<(Family, ServiceSet, Key), u32>,
     /// Who uses a chain. Chains in the kernel stay here when nobody uses them.
     chains: BTreeMap<(Family, SharedChain), Use>,
+    /// Other namespaces than before remember clients.
+    other_clients: bool,
     no_local_endpoints: NoLocalEndpoints,
 }
 
@@ -48,6 +50,9 @@ impl Use {
     }
 }
 
+/// The namespaces whose services remember clients.
+pub type Sticky = Arc<BTreeSet<Clients>>;
+
 /// How many services drop traffic because they have endpoints, but none on this node: for each
 /// family by the internal and by the external policy.
 pub type NoLocalEndpoints = [[usize; 2]; 2];
@@ -62,8 +67,8 @@ pub struct Draft {
 /// What a batch of changes means besides rules, once these are in force.
 #[derive(Debug, Default)]
 pub struct Effects {
-    /// Clients that are left without their endpoint.
-    pub remembered: Remembered,
+    /// Clients that may be left without their endpoint.
+    pub clients: Suspects,
     /// Frontends whose flows may be stale.
     pub flows: Work,
 }
@@ -133,7 +138,7 @@ impl Programmed {
         let (before, after) = (old.as_deref(), new.as_ref());
         if before != after {
             effects.flows.change(before, after);
-            effects.remembered.replace(before, after);
+            effects.clients.replace(before, after);
             for family in Family::ALL {
                 let table = draft
                     .as_deref_mut()
@@ -191,12 +196,14 @@ impl Programmed {
         mut draft: Option<&mut TableDraft>,
     ) {
         for chain in new.into_iter().flat_map(|plan| plan.chains(family)) {
-            let users = self.chains.entry((family, chain)).or_insert_with(|| {
+            let key = (family, chain);
+            if !self.chains.contains_key(&key) {
+                self.other_clients |= matches!(key.1, SharedChain::Follow(_));
                 if let Some(draft) = draft.as_deref_mut() {
-                    draft.new_chains.push(chain);
+                    draft.new_chains.push(key.1.clone());
                 }
-                Use::By(0)
-            });
+            }
+            let users = self.chains.entry(key).or_insert(Use::By(0));
             *users = match *users {
                 Use::By(count) => Use::By(count + 1),
                 Use::UnusedSince(_) => Use::By(1),
@@ -275,9 +282,12 @@ impl Programmed {
         for (family, skeleton) in &self.skeletons {
             let mut table = skeleton.clone();
             let chains = self.chains.keys().filter(|(of, _)| of == family);
-            table.chains.extend(
-                chains.map(|(_, chain)| (chain.name(), chain.chain(&self.settings, *family))),
-            );
+            for (_, chain) in chains {
+                table
+                    .chains
+                    .insert(chain.name(), chain.chain(&self.settings, *family));
+                table.sets.extend(chain.sets());
+            }
             ruleset.tables.insert(table_id(*family), table);
         }
         ruleset
@@ -310,6 +320,7 @@ impl Programmed {
 
     /// Forgets chains that no service uses, where the kernel is about to be compared anyway.
     pub fn forget_chains(&mut self) {
+        self.other_clients = true;
         self.chains.retain(|_, users| !users.is_unused());
     }
 
@@ -322,7 +333,20 @@ impl Programmed {
         unused.min()
     }
 
-    /// The operations that delete the chains that no service has used since a moment.
+    /// The namespaces that remember clients, if they are others than at the last call.
+    pub fn take_other_clients(&mut self) -> Option<Sticky> {
+        if !std::mem::take(&mut self.other_clients) {
+            return None;
+        }
+        let clients = self.chains.keys().filter_map(|(_, chain)| match chain {
+            SharedChain::Follow(clients) => Some(clients.clone()),
+            _ => None,
+        });
+        Some(Arc::new(clients.collect()))
+    }
+
+    /// The operations that delete the chains that no service has used since a moment, with their
+    /// sets.
     pub fn remove_chains_unused_since(&mut self, moment: Instant) -> Transaction {
         let mut ops = Vec::new();
         let unused: Vec<_> = self
@@ -332,14 +356,19 @@ impl Programmed {
                 Use::By(_) => false,
                 Use::UnusedSince(since) => *since <= moment,
             })
-            .map(|(chain, _)| *chain)
+            .map(|(chain, _)| chain.clone())
             .collect();
         for (family, chain) in &unused {
             ops.push(Op::FlushChain(table_id(*family), chain.name()));
         }
-        for (family, chain) in unused {
-            ops.push(Op::DeleteChain(table_id(family), chain.name()));
-            self.chains.remove(&(family, chain));
+        for (family, chain) in &unused {
+            ops.push(Op::DeleteChain(table_id(*family), chain.name()));
+        }
+        for key in unused {
+            let sets = key.1.sets().into_iter();
+            ops.extend(sets.map(|(name, _)| Op::DeleteSet(table_id(key.0), name)));
+            self.other_clients |= matches!(key.1, SharedChain::Follow(_));
+            self.chains.remove(&key);
         }
         Transaction { ops }
     }
@@ -348,6 +377,9 @@ impl Programmed {
     pub fn owner(&self, table: &TableId, set: &Name, key: &Key) -> Option<ObjectName> {
         let family = Family::ALL.into_iter().find(|f| table_id(*f) == *table)?;
         let mut owners = self.plans.iter().filter(|(_, plan)| {
+            if plan.sources(family).is_some_and(|list| list.name() == *set) {
+                return true;
+            }
             let own = plan.own_elements(family);
             let shared = plan.shared_elements(family);
             own.iter()
@@ -390,6 +422,14 @@ impl Draft {
         let mut ops = self.skeleton;
         for (family, draft) in self.tables {
             let id = table_id(family);
+            for (name, set) in draft.new_chains.iter().flat_map(SharedChain::sets) {
+                let declaration = set.declaration;
+                ops.push(Op::AddSet(id.clone(), name.clone(), declaration.clone()));
+                if !set.elements.is_empty() {
+                    let elements = set.elements;
+                    ops.push(Op::AddElements(id.clone(), name, declaration, elements));
+                }
+            }
             let chains = draft.new_chains.iter();
             let chains: Vec<_> = chains
                 .map(|shared| (shared.name(), shared.chain(&programmed.settings, family)))

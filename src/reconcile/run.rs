@@ -32,7 +32,7 @@ pub struct Signals {
     pub audits: Option<Audits>,
     /// All told when the first rules are in force.
     pub ready: Vec<oneshot::Sender<()>>,
-    /// What others ask the policies.
+    /// What other threads ask.
     pub questions: Option<mpsc::Receiver<Question>>,
 }
 

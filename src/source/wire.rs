@@ -67,6 +67,15 @@ impl<'de: 'a, 'a> Deserialize<'de> for Text<'a> {
     }
 }
 
+/// What an object, or a list of them, says it is.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct Type<'a> {
+    #[serde(borrow)]
+    pub api_version: Option<Text<'a>>,
+    pub kind: Option<Text<'a>>,
+}
+
 /// What every object has; read on its own when the rest of an object cannot be decoded.
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
@@ -162,7 +171,9 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for First<T> {
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct Service<'a> {
-    #[serde(borrow)]
+    #[serde(rename = "apiVersion", borrow)]
+    pub api_version: Option<Text<'a>>,
+    pub kind: Option<Text<'a>>,
     pub metadata: Option<Meta<'a>>,
     pub spec: Option<ServiceSpec<'a>>,
     pub status: Option<ServiceStatus<'a>>,
@@ -238,7 +249,9 @@ pub(super) struct Ingress<'a> {
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub(super) struct EndpointSlice<'a> {
-    #[serde(borrow)]
+    #[serde(rename = "apiVersion", borrow)]
+    pub api_version: Option<Text<'a>>,
+    pub kind: Option<Text<'a>>,
     pub metadata: Option<Meta<'a>>,
     pub address_type: Option<Text<'a>>,
     pub endpoints: Option<Vec<Endpoint<'a>>>,
@@ -291,7 +304,9 @@ pub(super) struct SlicePort<'a> {
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct Node<'a> {
-    #[serde(borrow)]
+    #[serde(rename = "apiVersion", borrow)]
+    pub api_version: Option<Text<'a>>,
+    pub kind: Option<Text<'a>>,
     pub metadata: Option<Meta<'a>>,
     pub spec: Option<NodeSpec<'a>>,
     pub status: Option<NodeStatus<'a>>,
@@ -333,7 +348,9 @@ pub(super) struct NodeAddress<'a> {
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct ServiceCidr<'a> {
-    #[serde(borrow)]
+    #[serde(rename = "apiVersion", borrow)]
+    pub api_version: Option<Text<'a>>,
+    pub kind: Option<Text<'a>>,
     pub metadata: Option<Meta<'a>>,
     pub spec: Option<ServiceCidrSpec<'a>>,
 }
@@ -349,7 +366,9 @@ pub(super) struct ServiceCidrSpec<'a> {
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct Pod<'a> {
-    #[serde(borrow)]
+    #[serde(rename = "apiVersion", borrow)]
+    pub api_version: Option<Text<'a>>,
+    pub kind: Option<Text<'a>>,
     pub metadata: Option<Meta<'a, AllLabels<'a>>>,
     pub spec: Option<PodSpec<'a>>,
     pub status: Option<PodStatus<'a>>,
@@ -443,7 +462,9 @@ pub(super) struct PodIp<'a> {
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct Namespace<'a> {
-    #[serde(borrow)]
+    #[serde(rename = "apiVersion", borrow)]
+    pub api_version: Option<Text<'a>>,
+    pub kind: Option<Text<'a>>,
     pub metadata: Option<Meta<'a, AllLabels<'a>>>,
 }
 
@@ -454,7 +475,10 @@ pub(super) struct Namespace<'a> {
 /// (`form` for `from`) must not pass for an absent one, which would allow everything.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-pub(super) struct NetworkPolicy {
+pub(super) struct NetworkPolicy<'a> {
+    #[serde(rename = "apiVersion", borrow)]
+    pub api_version: Option<Text<'a>>,
+    pub kind: Option<Text<'a>>,
     pub metadata: Option<HeadMeta>,
     pub spec: Option<Value>,
 }

@@ -61,8 +61,8 @@ fn plan(protocol: Protocol, fronts: &[&str], chosen: &[&str], unchosen: &[&str])
         .into(),
         cluster_ips: [].into(),
         hairpin: [].into(),
-        affinity_seconds: None,
-        source_ranges: [].into(),
+        affinity: None,
+        sources: [None, None],
     }
 }
 
