@@ -213,7 +213,7 @@ fn a_pod_deleted_while_it_ran_stays_isolated() {
         checked.apply(apply_pod(running()));
         checked.apply(delete("shop/web"));
         checked.update();
-        assert_eq!(isolated(&checked), [web.clone()]);
+        assert_eq!(isolated(&checked), std::slice::from_ref(&web));
         assert!(passes(&checked, 2, 1, 80) && !passes(&checked, 9, 1, 80));
         checked
     };
@@ -255,7 +255,7 @@ fn a_pod_deleted_while_it_ran_stays_isolated() {
         checked.apply(apply_pod(running()));
         checked.apply(delete("shop/web"));
         checked.update();
-        assert_eq!(isolated(&checked), [web.clone()]);
+        assert_eq!(isolated(&checked), std::slice::from_ref(&web));
         checked.apply(apply_pod(since(20, pod("shop/stale", 1, "here", "free"))));
         checked.update();
         assert_eq!(isolated(&checked), []);
