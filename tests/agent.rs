@@ -688,7 +688,9 @@ fn manifests_without_objects_remove_nothing_unless_that_is_allowed() {
     wait_for_log(&daemon, "waiting for the complete list of");
     assert_eq!(lines_with(&daemon.log(), &no_objects).len(), 1);
     assert_eq!(rules(&ns), before);
-    let other = Service::new("other", 99).port("http", "TCP", 80, None).object();
+    let other = Service::new("other", 99)
+        .port("http", "TCP", 80, None)
+        .object();
     std::fs::write(empty.path().join("other.json"), other.to_string()).unwrap();
     wait_for_log(&daemon, "the rules are in place");
     assert!(rules(&ns).contains("10.96.0.99"));

@@ -160,10 +160,16 @@ mod tests {
         assert!(namespace.take(counted(5), after(1)));
         assert!(!namespace.take(counted(9), after(2)), "it goes on");
         assert!(!namespace.take(counted(9), after(9)));
-        assert!(!namespace.take(counted(10), after(10)), "not quiet for long");
+        assert!(
+            !namespace.take(counted(10), after(10)),
+            "not quiet for long"
+        );
         assert!(!namespace.take(counted(10), after(30)), "nothing new");
         assert!(namespace.take(counted(11), after(31)));
-        assert!(!namespace.take(counted(0), after(32)), "counters begin anew");
+        assert!(
+            !namespace.take(counted(0), after(32)),
+            "counters begin anew"
+        );
         assert_eq!(namespace.seen, 11, "and the sum does not fall");
     }
 }

@@ -125,9 +125,7 @@ impl OfMap {
             .filter_map(|at| self.of_frontend.get(at))
             .collect();
         let bound = of_frontend.iter().any(|it| it.bound);
-        let lost = of_frontend
-            .iter()
-            .any(|it| it.lost.contains(&entry.target));
+        let lost = of_frontend.iter().any(|it| it.lost.contains(&entry.target));
         (self.all || bound || lost).then_some(Suspect {
             element,
             entry,
@@ -264,7 +262,11 @@ impl<K: Kernel> Reconciler<'_, K> {
 }
 
 /// The suspects in a map.
-fn read(kernel: &mut impl Kernel, map: &Map, of_map: &OfMap) -> Result<Vec<Suspect>, netlink::Error> {
+fn read(
+    kernel: &mut impl Kernel,
+    map: &Map,
+    of_map: &OfMap,
+) -> Result<Vec<Suspect>, netlink::Error> {
     let (family, clients) = map;
     let elements = kernel.elements(&compile::table_id(*family), clients.map().as_str())?;
     let suspects = elements.into_iter();

@@ -118,9 +118,8 @@ fn remembered(neighbour: &Neighbour) -> usize {
 /// How many packets the metrics say were not remembered in a namespace.
 fn not_remembered(neighbour: &Neighbour, namespace: &str) -> Option<u64> {
     let page = get(&neighbour.node.ns, METRICS, "/metrics").1;
-    let name = format!(
-        "nftlet_affinity_clients_not_remembered_total{{namespace=\"{namespace}\"}} "
-    );
+    let name =
+        format!("nftlet_affinity_clients_not_remembered_total{{namespace=\"{namespace}\"}} ");
     let line = page.lines().find_map(|line| line.strip_prefix(&name))?;
     line.parse().ok()
 }
@@ -137,23 +136,36 @@ fn a_flood_at_one_service_leaves_the_clients_of_others_with_their_endpoints() {
         Server::start(&node.ns, Protocol::Tcp, at, name)
     });
     for port in [8081, 8082] {
-        node.api.put(SLICES, slice("neighbour", "sticky", "TCP", port));
+        node.api
+            .put(SLICES, slice("neighbour", "sticky", "TCP", port));
     }
-    node.api.put(SERVICES, sticky("neighbour", "sticky", STICKY, "TCP", 80));
+    node.api
+        .put(SERVICES, sticky("neighbour", "sticky", STICKY, "TCP", 80));
     node.api.put(SLICES, slice("flood", "victim", "UDP", 9053));
-    node.api.put(SERVICES, sticky("flood", "victim", FLOODED, "UDP", 53));
-    let metrics = ["--healthz-bind-address=", &format!("--metrics-bind-address={METRICS}")];
+    node.api
+        .put(SERVICES, sticky("flood", "victim", FLOODED, "UDP", 53));
+    let metrics = [
+        "--healthz-bind-address=",
+        &format!("--metrics-bind-address={METRICS}"),
+    ];
     let agent = Daemon::start(&node.ns, crate::agent::NFTLET, node.arguments(&metrics));
     wait_for_log(&agent, "the rules are in place");
     let before = answers(&neighbour);
-    assert!(["a", "b"].iter().all(|name| before.iter().any(|it| it == name)));
+    assert!(
+        ["a", "b"]
+            .iter()
+            .all(|name| before.iter().any(|it| it == name))
+    );
     assert_eq!(answers(&neighbour), before, "they are remembered");
 
     fill(&neighbour);
     flood(&neighbour, MOST_CLIENTS, WAVE);
     assert!(not_remembered(&neighbour, "flood") >= Some(WAVE.into()));
     assert_eq!(not_remembered(&neighbour, "neighbour"), Some(0));
-    wait_for_log(&agent, "Namespace flood: its services with session affinity remember");
+    wait_for_log(
+        &agent,
+        "Namespace flood: its services with session affinity remember",
+    );
     assert_eq!(answers(&neighbour), before);
 
     // The endpoint of all who are remembered goes. To read who that is takes long, and nobody waits.

@@ -106,7 +106,10 @@ fn frontends_that_went_while_nobody_looked_are_handed_over() {
     gone.kind = ServiceKind::NodePort;
     gone.ports[0].node_port = Some(30053);
     gone.external_ips = vec!["192.168.10.1".parse().unwrap()];
-    let (stays, web) = (dns("stays", &["10.96.0.2"]), service("web", &["10.96.0.3"], &[80]));
+    let (stays, web) = (
+        dns("stays", &["10.96.0.2"]),
+        service("web", &["10.96.0.3"], &[80]),
+    );
     let of = |services: &[&Service]| {
         let mut objects: Vec<Object> = vec![node().into()];
         for service in services {

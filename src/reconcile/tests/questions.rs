@@ -114,7 +114,10 @@ fn connections_are_judged_by_what_is_in_force() {
     handle(&mut reconciler, policy_lists(objects));
     assert!(denies(&mut reconciler, "10.1.0.9", "10.1.0.5"));
     assert!(!denies(&mut reconciler, "10.1.0.5", "10.1.0.9"), "egress");
-    assert!(!denies(&mut reconciler, "10.1.0.9", "10.1.0.6"), "not isolated");
+    assert!(
+        !denies(&mut reconciler, "10.1.0.9", "10.1.0.6"),
+        "not isolated"
+    );
 
     bench.kernel.0.borrow_mut().failures = 2;
     handle(&mut reconciler, vec![pod("db", "10.1.0.6")]);

@@ -63,7 +63,10 @@ pub struct Manifests {
 }
 
 fn no_objects(paths: &[PathBuf]) -> String {
-    let paths: Vec<_> = paths.iter().map(|path| path.display().to_string()).collect();
+    let paths: Vec<_> = paths
+        .iter()
+        .map(|path| path.display().to_string())
+        .collect();
     format!(
         "there are no objects in {}; the rules of an earlier run stay in force until there are \
          some (--allow-empty removes them)",
