@@ -381,7 +381,7 @@ fn clients_that_policy_local_does_not_bind_stay_with_their_endpoint() {
         let both = [Protocol::Tcp, Protocol::Udp];
         both.map(|protocol| pod.serve(protocol, 8080))
     };
-    let _servers: Vec<_> = remote.iter().map(|pod| serve(pod)).collect();
+    let _servers: Vec<_> = remote.iter().map(serve).collect();
     let addresses: Vec<String> = (10..18).map(|n| format!("203.0.113.{n}")).collect();
     let mut web = Service::new("web", 10)
         .port("http", "TCP", 80, None)

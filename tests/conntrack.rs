@@ -438,3 +438,59 @@ fn the_kernel_lists_what_is_asked_for_and_deletes_what_was_listed() {
     });
     assert_eq!(flows(node), []);
 }
+
+#[test]
+fn flows_of_a_service_that_went_while_nftlet_was_stopped_end_at_the_start() {
+    if !require_net_admin() {
+        return;
+    }
+    let mut shop = Shop::open();
+    let mut gone = dns("gone", 10);
+    gone.kind = "LoadBalancer".into();
+    gone.load_balancer_ips = vec!["203.0.113.10".into(), "2001:db8:1::10".into()];
+    // One is the node's own.
+    gone.external_ips = vec!["192.168.10.1".into(), "2001:db8:2::7".into()];
+    let mut narrower = dns("narrower", 11);
+    narrower.external_ips = vec!["198.51.100.7".into()];
+    for service in [&gone, &narrower] {
+        shop.manifests.service(service);
+        shop.endpoints(service, &[1]);
+    }
+    let at = |address: &str, port: u16| SocketAddr::new(ip(address), port);
+    let ended = [
+        at("10.96.0.10", 53),
+        at("fd00:10:96::a", 53),
+        at("203.0.113.10", 53),
+        at("2001:db8:1::10", 53),
+        at("192.168.10.1", 53),
+        at("2001:db8:2::7", 53),
+        at("192.168.10.1", 30010),
+        at("fd00:192:168:10::1", 30010),
+        at("198.51.100.7", 53),
+    ];
+    let client = |to| Client::new(shop.lab.client(), 0, to);
+    let clients: Vec<Client> = ended.into_iter().map(client).collect();
+    let stays = client(at("10.96.0.11", 53));
+    for client in clients.iter().chain([&stays]) {
+        client.reaches(&["pod-1"]);
+    }
+    assert!(shop.daemon.stop(LONG).is_some());
+    shop.manifests.remove("Service", "gone");
+    shop.manifests.remove("EndpointSlice", "gone-v4");
+    shop.manifests.remove("EndpointSlice", "gone-v6");
+    narrower.external_ips.clear();
+    shop.manifests.service(&narrower);
+    let arguments = ["--cluster-cidr", CLUSTER_CIDR];
+    shop.daemon = shop.manifests.run(shop.node(), &arguments);
+    for client in &clients {
+        let to = client.0.peer_addr().unwrap();
+        wait_for(&format!("the end of the flow to {to}"), LONG, || {
+            // It goes on asking all the time.
+            let _ = client.0.send(b"?");
+            let flow = flow_of(shop.node(), client);
+            (!flow.is_some_and(|flow| flow.is_translated())).then_some(())
+        });
+    }
+    assert_eq!(stays.ask().unwrap(), "pod-1");
+    assert!(flow_of(shop.node(), &stays).unwrap().is_translated());
+}

@@ -8,7 +8,7 @@ mod schema;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use nftlet::metrics::{Metrics, PolicyDrops};
+use nftlet::metrics::{Metrics, NotRemembered, PolicyDrops};
 use rusty_promql_parser::{Expr, VectorSelector, expr};
 use schema::{Custom, PodMonitorSpec, RuleSpec, typed};
 use serde_json::Value;
@@ -39,6 +39,13 @@ fn series() -> BTreeMap<String, BTreeSet<String>> {
     };
     metrics
         .policy_drops(move || Some(vec![drops.clone()]))
+        .expect("nobody was registered before");
+    let clients = NotRemembered {
+        namespace: "shop".into(),
+        packets: 1,
+    };
+    metrics
+        .clients_not_remembered(move || Some(vec![clients.clone()]))
         .expect("nobody was registered before");
     let mut series: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
     for line in metrics
