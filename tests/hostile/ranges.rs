@@ -1,5 +1,6 @@
 //! A service with thousands of source ranges, all of which change again and again.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use serde_json::json;
@@ -51,6 +52,7 @@ fn a_service_with_thousands_of_source_ranges_holds_up_no_other() {
     let lists = [ranges(0), ranges(1)];
     put(&neighbour, &lists[1]);
     let _agent = neighbour.node.run();
+    let in_force = AtomicUsize::new(0);
     neighbour.changes_in_time_while(|call| {
         let before = leads_to(&neighbour);
         put(&neighbour, &lists[call % 2]);
@@ -58,5 +60,8 @@ fn a_service_with_thousands_of_source_ranges_holds_up_no_other() {
         while leads_to(&neighbour) == before {
             assert!(Instant::now() < deadline, "the list is not in force");
         }
+        in_force.fetch_add(1, Ordering::Relaxed);
     });
+    let in_force = in_force.into_inner();
+    assert!(in_force > 1, "the service changed {in_force} times");
 }
