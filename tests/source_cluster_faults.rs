@@ -842,7 +842,7 @@ async fn a_list_with_an_object_without_a_name_takes_nothing_away() {
     api.answer_instead(
         SERVICES,
         Some(
-            r#"{"kind":"ServiceList","apiVersion":"v1","metadata":{"resourceVersion":"900"},"items":[{"metadata":{"name":"a","namespace":"shop"},"spec":{"clusterIP":"10.0.0.9"}},{"metadata":{"name":"x/y","namespace":"shop"}},{"spec":{}},null]}"#,
+            r#"{"kind":"ServiceList","apiVersion":"v1","metadata":{"resourceVersion":"1"},"items":[{"metadata":{"name":"a","namespace":"shop"},"spec":{"clusterIP":"10.0.0.9"}},{"metadata":{"name":"x/y","namespace":"shop"}},{"spec":{}},null]}"#,
         ),
     );
     api.compact(false);
