@@ -12,4 +12,5 @@ mod fake_api;
 
 mod affinity;
 mod neighbour;
+mod pods;
 mod ranges;
