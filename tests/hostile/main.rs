@@ -16,5 +16,6 @@ mod affinity;
 mod answers;
 mod logging;
 mod neighbour;
+mod pods;
 mod ranges;
 mod theft;
