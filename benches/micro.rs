@@ -140,14 +140,14 @@ fn rules(criterion: &mut Criterion) {
     let settings = settings();
     for size in SIZES {
         let store = store(&Workload::new(size, ENDPOINTS));
-        let wanted = Reconciler::<Absent>::wanted(&store, &settings);
+        let wanted = Reconciler::<Absent>::wanted(&store, &settings).0;
         let first = diff(&Ruleset::default(), wanted.clone());
         let elements = Throughput::Elements(first.elements() as u64);
 
         let mut ruleset = group(criterion, "ruleset");
         ruleset.throughput(elements.clone());
         ruleset.bench_function(BenchmarkId::from_parameter(size), |bencher| {
-            bencher.iter_with_large_drop(|| Reconciler::<Absent>::wanted(&store, &settings));
+            bencher.iter_with_large_drop(|| Reconciler::<Absent>::wanted(&store, &settings).0);
         });
         ruleset.finish();
 

@@ -29,13 +29,16 @@
 //! validating the table again.
 
 mod chains;
+mod change;
 mod layout;
 mod plan;
 mod service;
 mod settings;
+mod size;
 mod skeleton;
 mod topology;
 
+pub use change::{Edit, PlanChange};
 pub use chains::{Handle, LearnAt, Role, SharedChain};
 pub use layout::{
     AFFINITY, By, Scope, ServiceSet, TABLE, affinity_declaration, table_family, table_id,
@@ -43,4 +46,5 @@ pub use layout::{
 pub use plan::{ElementOf, Frontend, Pool, Route, ServicePlan, Target};
 pub use service::plan;
 pub use settings::{DetectLocal, LocalDetector, MasqueradeBit, NodePortAddresses, Settings};
+pub use size::TooLarge;
 pub use skeleton::skeleton;

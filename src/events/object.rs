@@ -80,7 +80,8 @@ fn action(reason: Reason) -> &'static str {
         | Reason::InvalidFile
         | Reason::UnknownKind
         | Reason::Conflict
-        | Reason::OrphanSlice => "ReadObject",
+        | Reason::OrphanSlice
+        | Reason::TooLarge => "ReadObject",
         Reason::ApiServer | Reason::NodeMissing => "WatchObjects",
         Reason::KernelRefused | Reason::ForeignChange | Reason::SyncFailed => "WriteRules",
         Reason::HealthCheckPort => "ServeHealthCheck",

@@ -142,9 +142,10 @@ fn claims_of(service: Option<&Service>) -> BTreeSet<Claim> {
 }
 
 impl Service {
-    /// Everything this service wants for itself alone. An address may come up twice.
+    /// Everything this service wants for itself alone. An address may come up twice. Nothing for
+    /// one with more frontends than a service may have.
     pub fn claims(&self) -> impl Iterator<Item = Claim> + '_ {
-        let ports = if self.has_frontends() {
+        let ports = if self.has_frontends() && !self.is_oversized() {
             self.ports.as_slice()
         } else {
             &[]

@@ -263,6 +263,8 @@ pub enum Reason {
     NodeMissing,
     /// The kernel refused what an object asked for.
     KernelRefused,
+    /// A service asks for more set elements than one may have.
+    TooLarge,
     /// Somebody else changed nftlet's tables.
     ForeignChange,
     /// The port of a health check cannot be listened on.
@@ -277,7 +279,7 @@ pub enum Reason {
 
 impl Reason {
     /// All of them.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::InvalidField,
         Self::InvalidObject,
         Self::InvalidPolicy,
@@ -288,6 +290,7 @@ impl Reason {
         Self::ApiServer,
         Self::NodeMissing,
         Self::KernelRefused,
+        Self::TooLarge,
         Self::ForeignChange,
         Self::HealthCheckPort,
         Self::BridgeTraffic,
@@ -308,6 +311,7 @@ impl Reason {
             Reason::ApiServer => "ApiServer",
             Reason::NodeMissing => "NodeMissing",
             Reason::KernelRefused => "KernelRefused",
+            Reason::TooLarge => "TooLarge",
             Reason::ForeignChange => "ForeignChange",
             Reason::HealthCheckPort => "HealthCheckPort",
             Reason::BridgeTraffic => "BridgeTraffic",
@@ -331,7 +335,8 @@ impl Reason {
             | Reason::InvalidFile
             | Reason::UnknownKind
             | Reason::Conflict
-            | Reason::OrphanSlice => false,
+            | Reason::OrphanSlice
+            | Reason::TooLarge => false,
             Reason::ApiServer
             | Reason::NodeMissing
             | Reason::KernelRefused

@@ -16,7 +16,7 @@ mod store;
 pub use claims::{Claim, ClaimChanges, Claims};
 pub use event::{Delivery, Event, Kind, Notice, Object, ObjectRef, Reason, Subject};
 pub use facts::{
-    Endpoint, EndpointSlice, Family, Hints, Node, Protocol, Service, ServiceCidr, ServiceKind,
+    Endpoint, EndpointSlice, Family, Hints, MOST_ELEMENTS, Node, Protocol, Service, ServiceCidr, ServiceKind,
     ServicePort, SlicePort, TrafficPolicy,
 };
 pub use lists::Lists;
@@ -25,4 +25,4 @@ pub use policy::{
     LabelSelector, Labels, NAMESPACE_NAME, NamedPort, Namespace, NetworkPolicy, Peer, Pod,
     PolicyPort, PolicyRule, PortMatch, Requirement,
 };
-pub use store::{Changes, EndpointOf, Store};
+pub use store::{Changes, EndpointOf, SlicesOf, Store};

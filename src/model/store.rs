@@ -10,9 +10,13 @@ use smallvec::SmallVec;
 
 use super::claims::{Claim, ClaimChanges, Claims};
 use super::{
-    Endpoint, EndpointSlice, Event, Family, Kind, Lists, Node, Notice, Object, ObjectName,
-    ObjectRef, Reason, Service, ServiceCidr, ServicePort, Subject,
+    Endpoint, EndpointSlice, Event, Kind, Lists, Node, Notice, Object, ObjectName,
+    ObjectRef, Reason, Service, ServiceCidr, Subject,
 };
+
+mod slices;
+
+pub use slices::SlicesOf;
 
 /// What a batch of events changed. Collected over events, taken by the reconciler.
 #[derive(Debug, Default)]
@@ -135,43 +139,10 @@ impl Store {
         self.claims.owner(claim)
     }
 
-    /// The endpoints of a service port in one family, sorted by address and port, each once.
-    ///
-    /// The same address and port in several slices, or twice in one, counts once; of a
-    /// terminating and another entry the other one counts (kube-proxy's `endpointslicecache.go`).
-    pub fn endpoints(
-        &self,
-        service: &ObjectName,
-        port: &ServicePort,
-        family: Family,
-    ) -> Vec<EndpointOf<'_>> {
-        let slices = self.slices_of.get(service).into_iter().flatten();
-        let mut found: Vec<EndpointOf> = slices
-            .filter_map(|name| self.slices.get(name))
-            .filter(|slice| slice.family == family)
-            .flat_map(|slice| {
-                let ports = slice
-                    .ports
-                    .iter()
-                    .filter(|p| p.name == port.name && p.protocol == port.protocol);
-                ports.flat_map(|p| {
-                    slice.endpoints.iter().map(|endpoint| EndpointOf {
-                        endpoint,
-                        port: p.port,
-                    })
-                })
-            })
-            .collect();
-        found.sort_by_key(|e| (e.target(), e.endpoint.terminating));
-        found.dedup_by_key(|e| e.target());
-        found
-    }
-
-    /// How many endpoints the slices of a service have, whoever of them is used.
-    pub fn endpoints_of(&self, service: &ObjectName) -> usize {
-        let slices = self.slices_of.get(service).into_iter().flatten();
-        let slices = slices.filter_map(|name| self.slices.get(name));
-        slices.map(|slice| slice.endpoints.len()).sum()
+    /// The slices of a service.
+    pub fn slices_of(&self, service: &ObjectName) -> SlicesOf<'_> {
+        let names = self.slices_of.get(service).into_iter().flatten();
+        SlicesOf::new(names.filter_map(|name| self.slices.get(name)))
     }
 
     /// Takes over one event and notes what it changed.

@@ -53,15 +53,15 @@ impl HealthChecks {
         self.changed.insert(service.clone());
     }
 
-    /// The rules of the changed services are in force, except for those that `left_out` names:
+    /// The rules of the changed services are in force, except for those that `left_out` picks:
     /// nothing arrives at their endpoints. Returns what a person should know.
-    pub fn publish(&mut self, store: &Store, left_out: &BTreeSet<ObjectName>) -> Vec<Notice> {
+    pub fn publish(&mut self, store: &Store, left_out: impl Fn(&ObjectName) -> bool) -> Vec<Notice> {
         let mut ports = BTreeSet::new();
         let mut notices = Vec::new();
         for name in std::mem::take(&mut self.changed) {
             let wanted = store
                 .service(&name)
-                .and_then(|service| wanted(store, service, left_out.contains(&name)));
+                .and_then(|service| wanted(store, service, left_out(&name)));
             self.replace(&name, wanted, &mut ports, &mut notices);
         }
         self.published.send_if_modified(|checks| {
@@ -153,9 +153,10 @@ fn wanted(store: &Store, service: &Service, left_out: bool) -> Option<Known> {
 pub fn local_ready_endpoints(store: &Store, service: &Service) -> usize {
     let Some(node) = store.node() else { return 0 };
     let ports = service.ports.iter();
+    let slices = store.slices_of(&service.name);
     let pairs = ports.flat_map(|port| Family::ALL.map(|family| (port, family)));
     let addresses: BTreeSet<IpAddr> = pairs
-        .flat_map(|(port, family)| store.endpoints(&service.name, port, family))
+        .flat_map(|(port, family)| slices.endpoints(port, family))
         .map(|of| of.endpoint)
         .filter(|endpoint| endpoint.ready && endpoint.node.as_deref() == Some(&node.name))
         .map(|endpoint| endpoint.address)
@@ -271,7 +272,9 @@ mod tests {
         }
 
         fn publish(&mut self) -> Vec<String> {
-            let notices = self.checks.publish(&self.store, &self.left_out);
+            let notices = self
+                .checks
+                .publish(&self.store, |name| self.left_out.contains(name));
             let text = |notice: &Notice| format!("{}: {}", notice.subject, notice.message);
             notices.iter().map(text).collect()
         }

@@ -8,7 +8,7 @@ use tokio::time::{Instant, sleep_until};
 
 use super::questions::{self, Question};
 use super::schedule::{Healing, Retries};
-use super::{Audits, Kernel, Outcome, Outcomes, Reconciler, Step, Verdict};
+use super::{Audits, Kernel, Outcome, Outcomes, Parts, Reconciler, Step, Verdict};
 use crate::health::Health;
 use crate::model::Delivery;
 
@@ -129,7 +129,7 @@ pub async fn run<K: Kernel>(
             received = events.recv_many(&mut batch, BATCH), if open => {
                 if received == 0 {
                     open = false;
-                    if retries.is_empty() {
+                    if retries.is_empty() && !reconciler.has_more() {
                         return Exit::SourcesGone;
                     }
                     continue;
@@ -137,6 +137,11 @@ pub async fn run<K: Kernel>(
                 health.queued();
                 reconciler.take_over(batch.drain(..));
                 reconciler.work(retries.undisturbed())
+            }
+            // After the events, with which a portion is written as well. By way of the runtime,
+            // which would look at no clock otherwise.
+            () = tokio::task::yield_now(), if reconciler.has_more() => {
+                reconciler.work(Parts::SERVICES)
             }
         };
         retries.book(outcomes);
@@ -161,14 +166,14 @@ pub async fn run<K: Kernel>(
                 }
                 tracing::info!("the rules are in place");
             }
-            if signals.once && reconciler.policies_ready() {
+            if signals.once && reconciler.policies_ready() && !reconciler.has_more() {
                 return Exit::Programmed;
             }
             if reconciler.take_doubt() {
                 healing.ask();
             }
         }
-        if !open && retries.is_empty() {
+        if !open && retries.is_empty() && !reconciler.has_more() {
             return Exit::SourcesGone;
         }
     }

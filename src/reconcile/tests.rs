@@ -322,7 +322,7 @@ impl Bench {
     }
 
     fn assert_as_wanted(&self, reconciler: &Reconciler<Fake>) {
-        let wanted = Reconciler::<Fake>::wanted(&reconciler.store, &self.settings);
+        let wanted = Reconciler::<Fake>::wanted(&reconciler.store, &self.settings).0;
         let actual = self.kernel.0.borrow().ruleset.clone();
         assert_eq!(meaning(&actual), meaning(&wanted));
     }

@@ -1,7 +1,9 @@
 //! Tests of the store.
 
 use super::*;
-use crate::model::{Labels, Namespace, Protocol, ServiceKind, SlicePort, TrafficPolicy};
+use crate::model::{
+    Family, Labels, Namespace, Protocol, ServiceKind, ServicePort, SlicePort, TrafficPolicy,
+};
 
 fn service(name: &str, created: i64, external: &str) -> Service {
     Service {
@@ -146,7 +148,7 @@ fn the_entry_that_is_not_terminating_wins() {
     ] {
         put(&mut store, Object::EndpointSlice(part));
     }
-    let found = store.endpoints(&name, &port, Family::V4);
+    let found = store.slices_of(&name).endpoints(&port, Family::V4);
     let described: Vec<_> = found
         .iter()
         .map(|e| {
@@ -164,7 +166,7 @@ fn the_entry_that_is_not_terminating_wins() {
             ("10.0.0.2".to_owned(), 8080, false)
         ]
     );
-    assert!(store.endpoints(&name, &port, Family::V6).is_empty());
+    assert!(store.slices_of(&name).endpoints(&port, Family::V6).is_empty());
 }
 
 #[test]
@@ -184,7 +186,7 @@ fn a_slice_that_moves_changes_both_services() {
     let port = service("a", 1, "198.51.100.1").ports[0].clone();
     let count = |store: &Store, name: &str| {
         let name = ObjectName::new("shop", name);
-        store.endpoints(&name, &port, Family::V4).len()
+        store.slices_of(&name).endpoints(&port, Family::V4).len()
     };
     assert_eq!((count(&store, "a"), count(&store, "b")), (0, 1));
 }
