@@ -62,7 +62,7 @@ fn plan(service: u32, endpoints: std::ops::Range<u32>) -> ServicePlan {
         cluster_ips: [].into(),
         hairpin: [].into(),
         affinity_seconds: None,
-        source_ranges: [].into(),
+        sources: [None, None],
     }
 }
 

@@ -41,6 +41,7 @@ run conntrack --json "$results/conntrack.json"
 run policies --json "$results/policies.json"
 run packets --json "$results/packets.json"
 run neighbours --json "$results/neighbours.json"
+run ranges
 run scale --nftlet "$measured" --sizes "${SIZES:-1000x10,10000x10,30000x10,50000x20}"
 run churn --nftlet "$measured" --seconds "${DURATION:-600}" --json "$results/churn.json"
 

@@ -45,6 +45,7 @@ use crate::config;
 use crate::events;
 use crate::health::{self, Checks, Health};
 use crate::links;
+use crate::logging::Lines;
 use crate::metrics::Metrics;
 use crate::model::{Event, Kind, Node, Notice, Object, Reason, Store, Subject};
 use crate::netlink::{self, Heard, Monitor, Nftables};
@@ -121,9 +122,6 @@ pub enum Error {
     /// With `--cleanup`: something stays.
     #[error("not everything could be removed; the messages above say what stays")]
     NotCleaned,
-    /// With `--cleanup`: the list cannot be printed.
-    #[error("cannot print what was removed: {0}")]
-    PrintRemoved(#[source] io::Error),
     /// With `--once`: the rules could not be written.
     #[error("the rules could not be written; the messages above say why")]
     NotProgrammed,
@@ -149,21 +147,47 @@ impl Error {
 /// with 2 for a command line or a configuration that makes no sense, and with 1 for every other
 /// error.
 pub fn main() -> ExitCode {
-    let line = match CommandLine::parse(std::env::args_os()) {
-        Ok(line) => line,
+    let log = match Lines::start(io::stderr()) {
+        Ok(log) => log,
+        Err(error) => {
+            let error = system("the thread that writes the log")(error);
+            let _ = writeln!(io::stderr(), "nftlet: {error}");
+            return error.exit_code();
+        }
+    };
+    log.take_panics();
+    let code = match CommandLine::parse(std::env::args_os()) {
+        Ok(line) => ended(run(line, &log), &log),
         Err(error) if error.use_stderr() => {
-            eprintln!("{} (nftlet --help shows all flags)", cli::one_line(&error));
-            return ExitCode::from(2);
+            let error = cli::one_line(&error);
+            log.add(format!("{error} (nftlet --help shows all flags)\n").as_bytes());
+            ExitCode::from(2)
         }
         // Help or the version was asked for.
-        Err(error) => error.exit(),
+        Err(asked) => ended(print(|out| help(&asked, out)), &log),
     };
-    match run(line) {
+    log.flush();
+    code
+}
+
+/// Says why it did not end well.
+fn ended(result: Result<(), Error>, log: &Lines) -> ExitCode {
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("nftlet: {error}");
+            log.add(format!("nftlet: {error}\n").as_bytes());
             error.exit_code()
         }
+    }
+}
+
+/// Writes what was asked for in place of work, with colours where a person reads it.
+fn help(asked: &clap::Error, out: &mut dyn Write) -> io::Result<()> {
+    let text = asked.render();
+    if io::stdout().is_terminal() {
+        write!(out, "{}", text.ansi())
+    } else {
+        write!(out, "{text}")
     }
 }
 
@@ -173,19 +197,19 @@ pub fn main() -> ExitCode {
 ///
 /// Everything that keeps nftlet from starting, and for `--dry-run` and `--once` everything that
 /// keeps them from being done.
-pub fn run(mut line: CommandLine) -> Result<(), Error> {
+pub fn run(mut line: CommandLine, log: &Lines) -> Result<(), Error> {
     if let Some(command) = line.args.command {
         return print(|mut out| command.print(&mut out));
     }
     let cleanup = line.args.cleanup;
     if let Some(cleanup) = cleanup.filter(|asked| *asked != Cleanup::Nothing) {
         // Whatever the configuration says, and whether it can be read.
-        start_logging(&line.args);
+        start_logging(&line.args, log);
         return leftovers::clean(cleanup);
     }
     let file = configure::read(&mut line)?;
     let args = &line.args;
-    start_logging(args);
+    start_logging(args, log);
     configure::tell(&line, file.as_ref());
     let node_name = args.node_name(std::env::var("NODE_NAME").ok(), &host_name());
     let settings = settings(args)?;
@@ -221,6 +245,7 @@ pub fn run(mut line: CommandLine) -> Result<(), Error> {
         file,
         pages: Pages::new(&line),
         node_name,
+        log: log.clone(),
         metrics: metrics.clone(),
         health: health.clone(),
         health_checks: wanted_checks,
@@ -372,7 +397,7 @@ fn single_threaded() -> Result<runtime::Runtime, Error> {
         .map_err(system("a runtime"))
 }
 
-fn start_logging(args: &Args) {
+fn start_logging(args: &Args, log: &Lines) {
     use tracing_subscriber::filter::{EnvFilter, LevelFilter};
     let level = match args.verbosity() {
         0 => LevelFilter::INFO,
@@ -387,7 +412,9 @@ fn start_logging(args: &Args) {
         EnvFilter::new("trace")
     };
     let logging = tracing_subscriber::fmt()
-        .with_writer(io::stderr)
+        .with_writer(log.clone())
+        // It would say what is wrong with a line on standard error.
+        .log_internal_errors(false)
         .with_ansi(io::stderr().is_terminal())
         .with_target(args.verbosity() > 0)
         .with_env_filter(filter);
@@ -528,6 +555,7 @@ fn manifests(args: &Args, node_name: &str) -> Option<Manifests> {
     (!paths.is_empty()).then(|| {
         Manifests::new(paths, node_name.to_owned())
             .with_network_policies(args.network_policy.is_on())
+            .with_allow_empty(args.allow_empty || args.dry_run)
     })
 }
 

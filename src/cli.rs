@@ -132,6 +132,11 @@ pub struct Args {
     )]
     pub manifests: Vec<Manifests>,
 
+    /// Remove all rules where the manifests hold no object at the start. Otherwise the rules of an
+    /// earlier run stay in force until there is one.
+    #[arg(long, help_heading = "Source", requires = "manifests")]
+    pub allow_empty: bool,
+
     /// The name of this node in the cluster [default: the variable NODE_NAME, else the host name
     /// in lower case].
     #[arg(

@@ -29,6 +29,7 @@ pub mod config;
 pub mod events;
 pub mod health;
 pub mod links;
+pub mod logging;
 pub mod metrics;
 pub mod model;
 pub mod netlink;

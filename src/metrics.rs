@@ -64,6 +64,7 @@ pub struct Metrics {
     healthz: IntCounterVec,
     livez: IntCounterVec,
     health_check_port_errors: IntCounter,
+    log_lines_dropped: IntCounter,
 }
 
 impl Metrics {
@@ -241,6 +242,10 @@ impl Metrics {
                 "nftlet_health_check_port_errors_total",
                 "Failed attempts to listen on the healthCheckNodePort of a service",
             )?,
+            log_lines_dropped: new.counter(
+                "nftlet_log_lines_dropped_total",
+                "Lines of the log that standard error did not take in time",
+            )?,
             registry,
         })
     }
@@ -415,6 +420,11 @@ impl Metrics {
         raise(&self.watch_lists.with_label_values(&[kind]), lists);
         raise(&self.watch_restarts.with_label_values(&[kind]), restarts);
         raise(&self.watch_events.with_label_values(&[kind]), events);
+    }
+
+    /// So many lines of the log were dropped since the start.
+    pub fn log_lines_dropped(&self, total: u64) {
+        raise(&self.log_lines_dropped, total);
     }
 
     /// `/healthz` was answered with this HTTP status.

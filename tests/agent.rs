@@ -664,6 +664,45 @@ fn inside_a_user_namespace_it_works_too() {
 }
 
 #[test]
+fn manifests_without_objects_remove_nothing_unless_that_is_allowed() {
+    if !require_net_admin() {
+        return;
+    }
+    let (manifests, ns) = (shop(), Namespace::new("node"));
+    manifests.program(&ns, &[]);
+    let before = rules(&ns);
+    let empty = tempfile::tempdir().unwrap();
+    let directory = empty.path().to_str().unwrap();
+    let arguments = ["--manifests", directory, "--hostname-override", "node-1"];
+    // Written once, the rules would be gone.
+    let once = nftlet(&ns, &[&arguments[..], &["--once"]].concat(), "");
+    assert_eq!(once.status.code(), Some(1));
+    let no_objects = format!("there are no objects in {directory}");
+    let lines = lines_with(&said(&once), &no_objects);
+    assert_eq!(lines.len(), 1, "{lines:#?}");
+    assert!(lines[0].contains("--allow-empty"), "{lines:#?}");
+    assert_eq!(rules(&ns), before);
+    // A daemon waits, and follows the first object.
+    let quiet = ["--metrics-bind-address=", "--healthz-bind-address="];
+    let daemon = Daemon::start(&ns, NFTLET, [&arguments[..], &quiet].concat());
+    wait_for_log(&daemon, "waiting for the complete list of");
+    assert_eq!(lines_with(&daemon.log(), &no_objects).len(), 1);
+    assert_eq!(rules(&ns), before);
+    let other = Service::new("other", 99)
+        .port("http", "TCP", 80, None)
+        .object();
+    std::fs::write(empty.path().join("other.json"), other.to_string()).unwrap();
+    wait_for_log(&daemon, "the rules are in place");
+    assert!(rules(&ns).contains("10.96.0.99"));
+    assert!(!rules(&ns).contains("203.0.113.10"));
+    drop(daemon);
+    std::fs::remove_file(empty.path().join("other.json")).unwrap();
+    let allowed = [&arguments[..], &["--once", "--allow-empty"]].concat();
+    printed(&nftlet(&ns, &allowed, ""));
+    assert!(!rules(&ns).contains("10.96.0.99"));
+}
+
+#[test]
 fn a_port_in_use_that_must_be_had_names_its_flag_and_the_rules_stay() {
     if !require_net_admin() {
         return;

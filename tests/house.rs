@@ -23,6 +23,7 @@ const HOUSE: &[(&str, &[&str])] = &[
     ),
     ("bridge", &[]),
     ("links", &[]),
+    ("logging", &[]),
     ("cleanup", &["compile", "policy", "ruleset", "netlink"]),
     ("events", &["model"]),
     ("health", &[]),
@@ -46,6 +47,7 @@ const HOUSE: &[(&str, &[&str])] = &[
             "metrics",
             "bridge",
             "links",
+            "logging",
             "sysctl",
             "cli",
             "config",
@@ -61,6 +63,9 @@ const UNSAFE: &str = "netlink";
 
 /// Macros that must not stay in the source.
 const UNFINISHED: [&str; 3] = ["todo", "unimplemented", "dbg"];
+
+/// Macros that panic where nothing can be written, and wait where nobody reads.
+const PRINTING: [&str; 4] = ["print", "println", "eprint", "eprintln"];
 
 /// A broken rule.
 #[derive(Debug, PartialEq, Eq)]
@@ -290,6 +295,9 @@ fn breaches(path: &Path, source: &str) -> Vec<Breach> {
         if UNFINISHED.contains(&token.text) && followed("!") {
             report(token.line, format!("`{}!` is left over", token.text));
         }
+        if PRINTING.contains(&token.text) && followed("!") {
+            report(token.line, format!("`{}!` may panic", token.text));
+        }
     }
     broken
 }
@@ -358,6 +366,18 @@ fn allowed_imports_pass() {
     assert!(says("main.rs", "fn main() { nftlet::app::run() }").is_empty());
     assert!(says("lib.rs", "pub mod model; pub(crate) mod app;").is_empty());
     assert!(says("cli.rs", "pub(crate) fn f() {}").is_empty());
+}
+
+#[test]
+fn nothing_is_printed_but_through_the_log_or_with_an_error() {
+    for macro_ in PRINTING {
+        let source = format!("fn f() {{\n    {macro_}!(\"x\");\n}}");
+        assert_eq!(
+            says("app.rs", &source),
+            [format!("2: `{macro_}!` may panic")]
+        );
+    }
+    assert!(says("app.rs", "fn print() {} // eprintln!()").is_empty());
 }
 
 #[test]

@@ -137,7 +137,7 @@ fn meaning(node: &Namespace) -> BTreeMap<String, Value> {
             let mut words = name.split(' ');
             let (kind, of, chain) = (words.next(), words.next(), words.next());
             let shared = chain.is_some_and(is_shared);
-            let chains = matches!(kind, Some("chain" | "rules")) && of == Some(family);
+            let chains = matches!(kind, Some("chain" | "rules" | "set")) && of == Some(family);
             !chains || !shared || chain.is_some_and(|chain| used.contains(chain))
         });
     }
@@ -148,7 +148,7 @@ fn is_shared(chain: &str) -> bool {
     let counted = chain
         .rsplit_once('-')
         .is_some_and(|(_, n)| n.parse::<u32>().is_ok());
-    counted || OF_AFFINITY.contains(&chain)
+    counted || chain.starts_with("sources-") || OF_AFFINITY.contains(&chain)
 }
 
 /// What exists while some service has session affinity.

@@ -6,14 +6,13 @@
 //! netlink where nothing is found.
 
 use std::collections::BTreeSet;
-use std::io::{self, Write};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::thread;
 use std::time::Duration;
 
 use tokio::sync::oneshot;
 
-use super::{Error, system};
+use super::{Error, print, system};
 use crate::cleanup::{self, Report, Scope};
 use crate::cli::Cleanup;
 
@@ -29,12 +28,12 @@ pub(super) fn clean(asked: Cleanup) -> Result<(), Error> {
         Cleanup::Nothing => return Ok(()),
     };
     let report = cleanup::clean(scope)?;
-    let printed = write!(io::stdout(), "{report}");
+    let printed = print(|out| write!(out, "{report}"));
     tell(&report);
     if !report.failures().is_empty() {
         return Err(Error::NotCleaned);
     }
-    printed.map_err(Error::PrintRemoved)
+    printed
 }
 
 /// Starts the thread that removes another proxy's rules once the own ones are in force, again

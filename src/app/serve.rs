@@ -12,8 +12,9 @@ use crate::cli::{Args, HEALTHZ_BIND_ADDRESS, METRICS_BIND_ADDRESS};
 use crate::config::{self, Ended, File};
 use crate::events::Recorder;
 use crate::health::{self, CheckError, Checks, Health, Outage, Probe, Router};
+use crate::logging::Lines;
 use crate::metrics::Metrics;
-use crate::model::{Delivery, Kind, Notice, ObjectName, ObjectRef, Reason, Subject};
+use crate::model::{Delivery, Event, Kind, Notice, ObjectName, ObjectRef, Reason, Subject};
 use crate::reconcile::{Isolated, LogAndSend, Reporter};
 use crate::source::{ServerFault, SourceStats};
 
@@ -24,6 +25,7 @@ pub(super) struct Io {
     pub(super) file: Option<File>,
     pub(super) pages: Pages,
     pub(super) node_name: String,
+    pub(super) log: Lines,
     pub(super) metrics: Arc<Metrics>,
     pub(super) health: Health,
     pub(super) health_checks: watch::Receiver<Checks>,
@@ -80,6 +82,21 @@ impl Io {
         if let Some(mut manifests) = manifests(&self.args, &self.node_name) {
             let first = load(&mut manifests, &self.node_name)?;
             let once = self.args.once;
+            if let Err(error) = manifests.require_objects() {
+                if once {
+                    let notices = first.iter().filter_map(|event| match event {
+                        Event::Notice(notice) => Some(notice),
+                        _ => None,
+                    });
+                    notices.for_each(|notice| self.reporter.notice(notice));
+                    return Err(error.into());
+                }
+                self.reporter.notice(&Notice {
+                    subject: Subject::Other("manifests".into()),
+                    reason: Reason::InvalidFile,
+                    message: error.to_string(),
+                });
+            }
             tasks.push(tokio::spawn(async move {
                 for event in first {
                     if events.send(Delivery::now(event)).await.is_err() {
@@ -182,8 +199,9 @@ impl Io {
             tasks.push(self.serve(address, name, router).await?);
         }
         if let Some(address) = self.args.metrics_address() {
-            let metrics = self.metrics.clone();
+            let (metrics, log) = (self.metrics.clone(), self.log.clone());
             let page = move || {
+                metrics.log_lines_dropped(log.dropped());
                 if let Some(stats) = &stats {
                     copy_stats(stats, &metrics);
                 }

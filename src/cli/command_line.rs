@@ -164,7 +164,8 @@ mod tests {
     use super::*;
 
     /// Flags that only nftlet has, and those of kube-proxy that are not in its configuration.
-    const NOT_IN_FILE: [&str; 16] = [
+    const NOT_IN_FILE: [&str; 17] = [
+        "allow_empty",
         "cleanup",
         "config",
         "dry_run",

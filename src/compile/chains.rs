@@ -8,10 +8,11 @@ use super::layout::{
 };
 use super::settings::{LocalDetector, Settings};
 use super::skeleton::{DSTNAT, MARK_OFF_CLUSTER};
+use super::sources::SourceList;
 use crate::model::{Family, Protocol};
 use crate::ruleset::{
     BaseChain, Chain, ChainKind, Comparison, CtState, CtStatus, Hook, Name, Operand, Rule,
-    Selector, Statement, Verdict,
+    Selector, Set, Statement, Verdict,
 };
 
 /// What a shared chain does with the packets of a frontend.
@@ -29,7 +30,7 @@ pub enum Role {
 }
 
 /// A chain shared by all frontends it fits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum SharedChain {
     /// Handles the packets of frontends with the same number of endpoints.
     Handle(Handle),
@@ -44,6 +45,9 @@ pub enum SharedChain {
     /// A base chain that sees translated packets and leads to [`SharedChain::LearnNew`]. It costs
     /// every packet a little, so it exists only while there is a frontend with session affinity.
     LearnHook(LearnAt),
+    /// Lets the clients in a list of ranges on to the verdicts of firewalled frontends, and drops
+    /// all others. The ranges are in a set of its own.
+    Sources(SourceList),
 }
 
 /// A chain that handles the packets of frontends.
@@ -70,18 +74,30 @@ pub enum LearnAt {
 
 impl SharedChain {
     /// The chain's name, such as `lb-10` or `nodeport-external-sticky-3`.
-    pub fn name(self) -> Name {
+    pub fn name(&self) -> Name {
         match self {
             SharedChain::Handle(handle) => handle.name(),
             SharedChain::Learn { seconds } => format!("learn-{seconds}").into(),
             SharedChain::LearnNew => "learn-new".into(),
             SharedChain::LearnHook(LearnAt::Prerouting) => "learn-prerouting".into(),
             SharedChain::LearnHook(LearnAt::Output) => "learn-output".into(),
+            SharedChain::Sources(list) => list.name(),
+        }
+    }
+
+    /// The set that exists as long as the chain does, for its rules alone.
+    pub fn set(&self) -> Option<(Name, Set)> {
+        match self {
+            SharedChain::Sources(list) => Some((list.name(), list.set())),
+            SharedChain::Handle(_)
+            | SharedChain::Learn { .. }
+            | SharedChain::LearnNew
+            | SharedChain::LearnHook(_) => None,
         }
     }
 
     /// The chains that this one goes on to, or needs to be reached.
-    fn onward(self) -> Vec<SharedChain> {
+    fn onward(&self) -> Vec<SharedChain> {
         match self {
             SharedChain::Handle(handle) => handle
                 .onward()
@@ -92,7 +108,7 @@ impl SharedChain {
                 .map(SharedChain::LearnHook)
                 .into(),
             SharedChain::LearnHook(_) => vec![SharedChain::LearnNew],
-            SharedChain::LearnNew => vec![],
+            SharedChain::LearnNew | SharedChain::Sources(_) => vec![],
         }
     }
 
@@ -101,19 +117,21 @@ impl SharedChain {
         let mut found = vec![self];
         let mut next = 0;
         while let Some(chain) = found.get(next) {
-            found.extend(chain.onward());
+            let onward = chain.onward();
+            found.extend(onward);
             next += 1;
         }
         found
     }
 
     /// The rules.
-    pub fn chain(self, settings: &Settings, family: Family) -> Chain {
+    pub fn chain(&self, settings: &Settings, family: Family) -> Chain {
         let (base, rules) = match self {
             SharedChain::Handle(handle) => (None, handle.rules(settings, family)),
-            SharedChain::Learn { seconds } => (None, learn(Duration::from_secs(seconds.into()))),
+            SharedChain::Learn { seconds } => (None, learn(Duration::from_secs((*seconds).into()))),
             SharedChain::LearnNew => (None, learn_new()),
             SharedChain::LearnHook(at) => (Some(at.base()), learn_hook()),
+            SharedChain::Sources(list) => (None, list.rules()),
         };
         Chain { base, rules }
     }

@@ -193,7 +193,10 @@ impl PlanChange {
         let Some(pair) = self.pairs.get(pair) else {
             return (None, None);
         };
-        (side(self.old.as_ref(), pair.old), side(self.new.as_ref(), pair.new))
+        (
+            side(self.old.as_ref(), pair.old),
+            side(self.new.as_ref(), pair.new),
+        )
     }
 
     fn lead_edits(&self, pair: usize, mut then: impl FnMut(Family, Edit)) {
@@ -230,7 +233,6 @@ impl PlanChange {
         let (before, after) = lists(ServiceSet::Hairpin);
         acquire(&mut steps, ServiceSet::Hairpin, before, after);
         let (mut early, mut data, mut late, mut surplus) = (vec![], vec![], vec![], vec![]);
-        let ranges_differ = old.map(|plan| &plan.source_ranges) != new.map(|p| &p.source_ranges);
         let mut elements = 0;
         for (place, _) in self.pairs.iter().enumerate() {
             let (before, after) = self.sides(place);
@@ -238,9 +240,7 @@ impl PlanChange {
             let grows = was.iter().zip(&is).any(|(was, is)| is.len() > was.len());
             // A frontend that comes without endpoints waits as well, so that all of them come last.
             let waits = grows || before.is_none();
-            let firewalled = |side: Side<'_>| side.is_some_and(|(_, f)| f.firewalled);
-            let sources = firewalled(before) || firewalled(after);
-            if leads(before) != leads(after) || (sources && ranges_differ) {
+            if leads(before) != leads(after) {
                 let list = if waits { &mut late } else { &mut early };
                 list.push(Step::Leads(place));
                 elements += lead_count(before) + lead_count(after);
@@ -291,12 +291,7 @@ fn leads(side: Side<'_>) -> Option<Leads<'_>> {
     side.and_then(|(plan, frontend)| plan.leads(frontend))
 }
 
-fn target(
-    plan: &ServicePlan,
-    frontend: &Frontend,
-    scope: Scope,
-    index: usize,
-) -> Option<Target> {
+fn target(plan: &ServicePlan, frontend: &Frontend, scope: Scope, index: usize) -> Option<Target> {
     let mut maps = SCOPES.into_iter().zip(plan.targets(frontend));
     let (_, targets) = maps.find(|(of, _)| *of == scope)?;
     targets.get(index).copied()
@@ -310,14 +305,10 @@ fn key(frontend: &Frontend) -> (Family, Claim) {
     (frontend.family, frontend.at)
 }
 
-/// How many elements say where a frontend's packets go, and who may send any; at most.
+/// About how many elements say where a frontend's packets go.
 fn lead_count(side: Side<'_>) -> usize {
     side.map_or(0, |(plan, frontend)| {
-        if frontend.firewalled {
-            2 + plan.source_ranges.len()
-        } else {
-            1
-        }
+        1 + usize::from(frontend.firewalled) + usize::from(plan.affinity_seconds.is_some())
     })
 }
 

@@ -3,6 +3,8 @@
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
+use ring::digest;
+
 use crate::model;
 use crate::ruleset::{Declaration, Family, Name, Selector, SetKind, TableId};
 
@@ -29,6 +31,16 @@ pub fn table_family(family: model::Family) -> Family {
 /// The service table of an address family.
 pub fn table_id(family: model::Family) -> TableId {
     TableId::new(table_family(family), TABLE)
+}
+
+/// Hexadecimal digits that stand for a text in the name of a chain or set.
+///
+/// They are 128 bits of a cryptographic digest: two texts with the same 64 bits can be found by
+/// anyone who may write objects, and the kernel would refuse two sets of one name for good.
+pub fn digest_of(text: &str) -> String {
+    let digest = digest::digest(&digest::SHA256, text.as_bytes());
+    let bytes = digest.as_ref().iter().take(16);
+    bytes.map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// How a frontend is found in a packet.
@@ -119,13 +131,6 @@ pub(super) fn target() -> Vec<Selector> {
     vec![Selector::DestinationAddress, Selector::DestinationPort]
 }
 
-/// The key of a client that a firewalled frontend lets in.
-pub(super) fn source_key() -> Vec<Selector> {
-    let mut key = By::Address.key();
-    key.push(Selector::SourceAddress);
-    key
-}
-
 /// The declaration of [`AFFINITY`]. Elements get the lifetime of their service; the default
 /// given here is kube-proxy's.
 pub fn affinity_declaration() -> Arc<Declaration> {
@@ -204,11 +209,6 @@ service_sets! {
     AffinityFrontends "affinity-frontends" verdicts(By::Address.key());
     /// NodePort with session affinity to the chain that remembers its clients.
     AffinityNodePorts "affinity-nodeports" verdicts(By::NodePort.key());
-    /// (frontend, client) pairs that `loadBalancerSourceRanges` allow.
-    AllowedSources "allowed-sources" Declaration {
-        interval: true,
-        ..Declaration::new(SetKind::Set, source_key())
-    };
     /// The ClusterIPs in use.
     ClusterIps "cluster-ips" Declaration::new(SetKind::Set, [Selector::DestinationAddress]);
     /// Pairs of an endpoint's address with itself, for endpoints that may be on this node.

@@ -36,15 +36,17 @@ mod service;
 mod settings;
 mod size;
 mod skeleton;
+mod sources;
 mod topology;
 
-pub use change::{Edit, PlanChange};
 pub use chains::{Handle, LearnAt, Role, SharedChain};
+pub use change::{Edit, PlanChange};
 pub use layout::{
-    AFFINITY, By, Scope, ServiceSet, TABLE, affinity_declaration, table_family, table_id,
+    AFFINITY, By, Scope, ServiceSet, TABLE, affinity_declaration, digest_of, table_family, table_id,
 };
 pub use plan::{ElementOf, Frontend, Pool, Route, ServicePlan, Target};
 pub use service::plan;
 pub use settings::{DetectLocal, LocalDetector, MasqueradeBit, NodePortAddresses, Settings};
 pub use size::TooLarge;
 pub use skeleton::skeleton;
+pub use sources::SourceList;

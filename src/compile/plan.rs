@@ -4,13 +4,12 @@ use std::collections::{BTreeSet, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use ipnet::IpNet;
-
 use super::chains::{Handle, Role, SharedChain};
 use super::layout::{By, Scope, ServiceSet};
-use super::skeleton::{FIREWALL, REJECT};
+use super::skeleton::REJECT;
+use super::sources::SourceList;
 use crate::model::{Claim, Family, Protocol};
-use crate::ruleset::{Data, Element, Key, KeyBuilder, Verdict, merge_intervals};
+use crate::ruleset::{Data, Element, Key, KeyBuilder, Verdict};
 
 /// Address and port of an endpoint.
 pub type Target = (IpAddr, u16);
@@ -31,8 +30,9 @@ pub struct ServicePlan {
     pub hairpin: Box<[IpAddr]>,
     /// `sessionAffinity` ClientIP with its timeout.
     pub affinity_seconds: Option<u32>,
-    /// `loadBalancerSourceRanges` that restrict the load balancer's addresses.
-    pub source_ranges: Box<[IpNet]>,
+    /// `loadBalancerSourceRanges` that restrict the load balancer's addresses, of each family that
+    /// has such addresses.
+    pub sources: [Option<SourceList>; 2],
 }
 
 /// The endpoints that a service port leads to in one family.
@@ -119,7 +119,7 @@ impl Frontend {
 }
 
 /// Where a verdict element leads.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(PartialEq, Eq)]
 enum Goal {
     Chain(SharedChain),
     Refuse,
@@ -140,7 +140,8 @@ impl Goal {
 #[derive(PartialEq, Eq)]
 pub(super) struct Leads<'a> {
     goal: Goal,
-    firewalled: bool,
+    /// The source ranges that packets have to come from.
+    sources: Option<&'a SourceList>,
     /// Where clients outside of this node go, with external policy Local.
     local: Option<SharedChain>,
     learn: Option<SharedChain>,
@@ -245,7 +246,9 @@ impl ServicePlan {
         let seconds = self.affinity_seconds.filter(|_| leads_on);
         Some(Leads {
             goal,
-            firewalled: frontend.firewalled,
+            sources: self
+                .sources(frontend.family)
+                .filter(|_| frontend.firewalled),
             local: self.local_chain(frontend).map(|(_, chain)| chain),
             learn: seconds.map(|seconds| SharedChain::Learn { seconds }),
             label: &self.pool(frontend.route.first_pool())?.label,
@@ -262,20 +265,18 @@ impl ServicePlan {
             let element = Element::with_verdict(at.clone().finish(), verdict);
             elements.push((set, element.comment(leads.label)));
         };
-        if leads.firewalled {
-            lead(by.frontends(Scope::Cluster), Verdict::Goto(FIREWALL.into()));
-            lead(ServiceSet::FirewalledFrontends, leads.goal.verdict());
-        } else {
-            lead(by.frontends(Scope::Cluster), leads.goal.verdict());
+        match leads.sources {
+            Some(list) => {
+                lead(by.frontends(Scope::Cluster), Verdict::Goto(list.name()));
+                lead(ServiceSet::FirewalledFrontends, leads.goal.verdict());
+            }
+            None => lead(by.frontends(Scope::Cluster), leads.goal.verdict()),
         }
         if let Some(chain) = leads.local {
             lead(by.frontends(Scope::Local), Verdict::Goto(chain.name()));
         }
         if let Some(learn) = leads.learn {
             lead(by.affinity(), Verdict::Goto(learn.name()));
-        }
-        if frontend.firewalled {
-            elements.extend(self.allowed_sources(frontend, frontend.family));
         }
     }
 
@@ -291,20 +292,13 @@ impl ServicePlan {
         [first, local].map(|pool| pool.map_or(&[][..], |pool| &*pool.targets))
     }
 
-    fn allowed_sources(&self, frontend: &Frontend, family: Family) -> Vec<ElementOf> {
-        let own = self.source_ranges.iter().copied();
-        let own = own.filter(|net| Family::of(net.addr()) == family);
-        let of_client = |client: &Key| frontend.key().bytes(client.as_bytes()).finish();
-        merge_intervals(own)
-            .into_iter()
-            .map(|range| {
-                let element = Element {
-                    key_end: range.key_end.as_deref().map(|end| Box::new(of_client(end))),
-                    ..Element::new(of_client(&range.key))
-                };
-                (ServiceSet::AllowedSources, element)
-            })
-            .collect()
+    /// The source ranges in a family, if they keep any client of it out.
+    pub fn sources(&self, family: Family) -> Option<&SourceList> {
+        let [v4, v6] = &self.sources;
+        match family {
+            Family::V4 => v4.as_ref(),
+            Family::V6 => v6.as_ref(),
+        }
     }
 
     /// The elements that other services may ask for too, for the table of a family.
@@ -327,7 +321,7 @@ impl ServicePlan {
         let mut last = None;
         let mut direct = HashSet::new();
         for (frontend, _) in self.of_family(family) {
-            let led_by = (frontend.by(), &frontend.route);
+            let led_by = (frontend.by(), &frontend.route, frontend.firewalled);
             if last == Some(led_by) {
                 continue;
             }
@@ -339,7 +333,9 @@ impl ServicePlan {
                 Goal::Chain(chain) => Some(chain),
                 Goal::Refuse | Goal::Drop => None,
             };
-            direct.extend([goal, leads.local, leads.learn].into_iter().flatten());
+            let sources = leads.sources.cloned().map(SharedChain::Sources);
+            let all = [goal, leads.local, leads.learn, sources];
+            direct.extend(all.into_iter().flatten());
         }
         direct.into_iter().flat_map(SharedChain::closure).collect()
     }

@@ -11,6 +11,7 @@ use super::layout::Scope;
 use super::plan::{Frontend, Pool, Route, ServicePlan, Target};
 use super::settings::{LocalDetector, Settings};
 use super::size::{self, TooLarge};
+use super::sources::SourceList;
 use super::topology;
 use crate::model::{
     Claim, EndpointOf, Family, Node, ObjectName, Protocol, Service, ServicePort, SlicesOf, Store,
@@ -61,7 +62,8 @@ pub fn plan(
         cluster_ips: cluster_ips.into_iter().collect(),
         hairpin: compiler.hairpin.into(),
         affinity_seconds: service.affinity_seconds,
-        source_ranges: restricting(service, store.node().map(|node| &**node)),
+        sources: Family::ALL
+            .map(|family| sources(service, family, store.node().map(|node| &**node), previous)),
     };
     let empty = plan.frontends.is_empty() && plan.cluster_ips.is_empty();
     Ok((!empty).then_some(plan))
@@ -91,31 +93,29 @@ fn restricts(service: &Service, family: Family) -> bool {
     !deciding.is_empty() && deciding.iter().all(|net| net.prefix_len() > 0)
 }
 
-/// The source ranges of the families in which they keep anyone out. If the node itself is let in,
-/// so are the load balancer's own addresses: that is what the node's traffic to them may come
-/// from.
-fn restricting(service: &Service, node: Option<&Node>) -> Box<[IpNet]> {
-    let mut ranges = Vec::new();
-    for family in Family::ALL {
-        if !restricts(service, family) {
-            continue;
-        }
-        let is_own = |address: IpAddr| Family::of(address) == family;
-        let own = service.source_ranges.iter().copied();
-        ranges.extend(own.filter(|net| is_own(net.addr())));
-        let node_ip = node.and_then(|node| node.primary_ip(family));
-        if node_ip.is_some_and(|ip| ranges.iter().any(|net: &IpNet| net.contains(&ip))) {
-            let addresses = service.load_balancer_ips.iter().copied();
-            ranges.extend(
-                addresses
-                    .filter(|address| is_own(*address))
-                    .map(IpNet::from),
-            );
-        }
+/// The source ranges of a family in which they keep anyone out of the load balancer's addresses. If
+/// the node itself is let in, so are these addresses: that is what the node's traffic to them may
+/// come from.
+fn sources(
+    service: &Service,
+    family: Family,
+    node: Option<&Node>,
+    previous: Option<&ServicePlan>,
+) -> Option<SourceList> {
+    let is_own = |address: IpAddr| Family::of(address) == family;
+    let mut addresses = service.load_balancer_ips.iter().copied();
+    if !restricts(service, family) || !addresses.any(is_own) {
+        return None;
     }
-    ranges.sort_unstable();
-    ranges.dedup();
-    ranges.into()
+    let own = service.source_ranges.iter().copied();
+    let mut ranges: Vec<IpNet> = own.filter(|net| is_own(net.addr())).collect();
+    let node_ip = node.and_then(|node| node.primary_ip(family));
+    if node_ip.is_some_and(|ip| ranges.iter().any(|net| net.contains(&ip))) {
+        let addresses = service.load_balancer_ips.iter().copied();
+        ranges.extend(addresses.filter(|it| is_own(*it)).map(IpNet::from));
+    }
+    let previous = previous.and_then(|plan| plan.sources(family));
+    Some(SourceList::new(&ranges, previous))
 }
 
 struct Compiler<'a> {
@@ -262,12 +262,7 @@ impl<'a> Compiler<'a> {
                 .filter(|e| topology::may_be_on(e, node))
                 .map(|e| e.endpoint.address),
         );
-        let key = (
-            &*pools.label,
-            pools.port.protocol,
-            pools.family,
-            scope,
-        );
+        let key = (&*pools.label, pools.port.protocol, pools.family, scope);
         let previous = self.previous.get(&key).copied().unwrap_or_default();
         let targets = assign(previous, chosen.iter().map(EndpointOf::target).collect());
         self.pools.push(Pool {

@@ -61,7 +61,9 @@ fn elements(service: &Service, slices: &SlicesOf, node: Option<&Node>) -> usize 
         let external_ips = of(&service.external_ips);
         let ranges = service.source_ranges.iter();
         let ranges = ranges.filter(|net| Family::of(net.addr()) == family);
-        let ranges = ranges.count();
+        if balancers > 0 {
+            sum = sum.saturating_add(ranges.count());
+        }
         for port in &service.ports {
             let (mut endpoints, mut local) = (0usize, 0usize);
             for (place, ..) in slices.of(port, family) {
@@ -84,7 +86,8 @@ fn elements(service: &Service, slices: &SlicesOf, node: Option<&Node>) -> usize 
             sum = sum
                 .saturating_add(cluster_ips.saturating_mul(each))
                 .saturating_add(external.saturating_mul(each_external))
-                .saturating_add(balancers.saturating_mul(ranges.saturating_add(1)));
+                // Where clients within the source ranges go.
+                .saturating_add(balancers);
         }
     }
     sum

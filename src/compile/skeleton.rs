@@ -4,13 +4,13 @@ use ipnet::IpNet;
 
 use super::layout::{
     AFFINITY, By, NODEPORT_ADDRESSES, POD_NETWORKS, SERVICE_CIDRS, ServiceSet,
-    affinity_declaration, source_key, table_family,
+    affinity_declaration, table_family,
 };
 use super::settings::{LocalDetector, Settings};
 use crate::model::{Family, Node};
 use crate::ruleset::{
-    BaseChain, Chain, ChainKind, Comparison, Declaration, Hook, Name, Operand, RejectWith, Rule,
-    Selector, Set, SetKind, Statement, Table, Verdict, merge_intervals,
+    BaseChain, Chain, ChainKind, Comparison, CtState, Declaration, Hook, Name, Operand, RejectWith,
+    Rule, Selector, Set, SetKind, Statement, Table, Verdict, merge_intervals,
 };
 
 /// Refuses packets.
@@ -19,12 +19,17 @@ pub const REJECT: &str = "reject-service";
 pub const MARK_OFF_CLUSTER: &str = "mark-off-cluster";
 const SERVICES: &str = "services";
 const MASQUERADE: &str = "masquerade-marked";
-/// Checks the client against the source ranges of the frontend.
-pub const FIREWALL: &str = "source-ranges";
+/// Looks up where frontends lead that only clients in source ranges may use.
+pub(super) const FIREWALL: &str = "firewalled";
+/// Refuses or drops what no service has.
+const UNASSIGNED: &str = "unassigned";
 
 /// Netfilter's priorities of address translation.
 pub(super) const DSTNAT: i32 = -100;
 const SRCNAT: i32 = 100;
+/// Just before the chains of network policies, so that an isolated pod gets the same answer as any
+/// other, and behind the translation of every proxy on the node.
+const AFTER_DSTNAT: i32 = -1;
 
 /// The table of a family without the elements and chains that services bring.
 ///
@@ -77,7 +82,19 @@ pub fn skeleton(
         nat(Hook::Postrouting, SRCNAT),
         postrouting(settings),
     );
+    for (name, hook) in [
+        ("filter-forward", Hook::Forward),
+        ("filter-output", Hook::Output),
+    ] {
+        let base = BaseChain {
+            kind: ChainKind::Filter,
+            hook,
+            priority: AFTER_DSTNAT,
+        };
+        chain(name, Some(base), new_connections());
+    }
     chain(SERVICES, None, services());
+    chain(UNASSIGNED, None, unassigned());
     chain(REJECT, None, reject());
     chain(FIREWALL, None, firewall());
     chain(
@@ -137,7 +154,6 @@ fn address_ranges(key: Selector, ranges: Vec<IpNet>) -> Set {
 
 /// Looks up what the packet asks for, from the most specific to the least.
 fn services() -> Vec<Rule> {
-    let to = |set: Name| Statement::InSet(vec![Selector::DestinationAddress], Comparison::Is, set);
     vec![
         Rule::new([Statement::VerdictMap(
             By::Address.key(),
@@ -149,6 +165,27 @@ fn services() -> Vec<Rule> {
             Statement::DestinationIsLocal,
             Statement::VerdictMap(By::NodePort.key(), ServiceSet::NodePorts.name()),
         ]),
+    ]
+}
+
+fn to(set: Name) -> Statement {
+    Statement::InSet(vec![Selector::DestinationAddress], Comparison::Is, set)
+}
+
+/// Every packet evaluates this rule, those of known connections no other. What is not tracked
+/// passes: a cache on the node that answers at a ClusterIP of its own exempts it from tracking.
+fn new_connections() -> Vec<Rule> {
+    vec![Rule::new([
+        Statement::CtState(CtState::New.into()),
+        Statement::Verdict(Verdict::Jump(UNASSIGNED.into())),
+    ])]
+}
+
+/// Judges destinations as all translation left them, so that services of another proxy, which has
+/// ClusterIPs of the same ranges, are none of its business (kube-proxy's `cluster-ips-check`). An
+/// endpoint that is a ClusterIP itself is not translated again, and refused here.
+fn unassigned() -> Vec<Rule> {
+    vec![
         Rule::new([to(ServiceSet::ClusterIps.name()), goto(REJECT)]),
         Rule::new([to(SERVICE_CIDRS.into()), Statement::Verdict(Verdict::Drop)]),
     ]
@@ -182,17 +219,14 @@ fn reject() -> Vec<Rule> {
     ]
 }
 
-/// Lets clients inside the source ranges of a frontend on to its chain, and nobody else.
+/// Leads clients that are in the source ranges of a frontend to its chain. The lookup has a chain of
+/// its own, because the kernel walks a verdict map for each chain that is new and reads it.
 fn firewall() -> Vec<Rule> {
     vec![
-        Rule::new([
-            Statement::InSet(
-                source_key(),
-                Comparison::Is,
-                ServiceSet::AllowedSources.name(),
-            ),
-            Statement::VerdictMap(By::Address.key(), ServiceSet::FirewalledFrontends.name()),
-        ]),
+        Rule::new([Statement::VerdictMap(
+            By::Address.key(),
+            ServiceSet::FirewalledFrontends.name(),
+        )]),
         Rule::new([Statement::Verdict(Verdict::Drop)]),
     ]
 }

@@ -16,8 +16,8 @@ mod store;
 pub use claims::{Claim, ClaimChanges, Claims};
 pub use event::{Delivery, Event, Kind, Notice, Object, ObjectRef, Reason, Subject};
 pub use facts::{
-    Endpoint, EndpointSlice, Family, Hints, MOST_ELEMENTS, Node, Protocol, Service, ServiceCidr, ServiceKind,
-    ServicePort, SlicePort, TrafficPolicy,
+    Endpoint, EndpointSlice, Family, Hints, MOST_ELEMENTS, Node, Protocol, Service, ServiceCidr,
+    ServiceKind, ServicePort, SlicePort, TrafficPolicy,
 };
 pub use lists::Lists;
 pub use name::ObjectName;

@@ -10,8 +10,8 @@ use smallvec::SmallVec;
 
 use super::claims::{Claim, ClaimChanges, Claims};
 use super::{
-    Endpoint, EndpointSlice, Event, Kind, Lists, Node, Notice, Object, ObjectName,
-    ObjectRef, Reason, Service, ServiceCidr, Subject,
+    Endpoint, EndpointSlice, Event, Kind, Lists, Node, Notice, Object, ObjectName, ObjectRef,
+    Reason, Service, ServiceCidr, Subject,
 };
 
 mod slices;

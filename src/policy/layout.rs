@@ -2,9 +2,7 @@
 
 use std::sync::{Arc, LazyLock};
 
-use ring::digest;
-
-use crate::compile::table_family;
+use crate::compile::{digest_of, table_family};
 use crate::model::{self, ObjectName};
 use crate::ruleset::{Declaration, Name, Selector, SetKind, TableId};
 
@@ -136,16 +134,6 @@ fn name(prefix: &str, object: &ObjectName) -> Name {
     Name::from(format!("{start}-{}", digest_of(object.as_str())))
 }
 
-/// Hexadecimal digits that stand for a text.
-///
-/// They are 128 bits of a cryptographic digest: whoever may write policies can find two selectors
-/// with the same 64 bits, and two sets of one name would be refused by the kernel for good.
-pub(super) fn digest_of(text: &str) -> String {
-    let digest = digest::digest(&digest::SHA256, text.as_bytes());
-    let bytes = digest.as_ref().iter().take(16);
-    bytes.map(|byte| format!("{byte:02x}")).collect()
-}
-
 /// ICMPv6 messages that no policy is asked about: nobody can be reached on a link without them. They
 /// never leave it, which the hop limit proves: a router takes one off.
 pub(super) struct Exempt {
@@ -181,11 +169,6 @@ pub(super) fn port_key() -> Vec<Selector> {
         Selector::L4Protocol,
         Selector::DestinationPort,
     ]
-}
-
-/// The fields that identify a port of any pod.
-pub(super) fn number_key() -> Vec<Selector> {
-    vec![Selector::L4Protocol, Selector::DestinationPort]
 }
 
 macro_rules! declarations {

@@ -1,12 +1,14 @@
 //! The chains of the policy table.
 
-use smallvec::SmallVec;
+use std::collections::BTreeMap;
 use std::sync::Arc;
+
+use smallvec::SmallVec;
 
 use super::Settings;
 use super::index::{Namespaces, PodSelector};
 use super::layout::{
-    Direction, EXEMPT, ISOLATED, addresses, counted, icmp6_types, links, number_key, pods, port_key,
+    Direction, EXEMPT, ISOLATED, addresses, counted, icmp6_types, links, pods, port_key,
 };
 use super::sets::{Meaning, PortRange, SetId};
 use crate::model::{
@@ -278,43 +280,45 @@ fn peers_of(peers: &[Peer], namespace: &str, family: Family) -> Vec<Meaning> {
     meanings
 }
 
-/// What asks for one of the ports of a rule: at most two alternatives, however many ports there
-/// are, because each is asked for with every peer.
+/// What asks for one of the ports of a rule: at most one alternative for each protocol and one for
+/// named ports, however many ports there are, because each is asked for with every peer.
 fn ports_of(
     ports: &[PolicyPort],
     direction: Direction,
     name_of: &mut impl FnMut(Meaning) -> Name,
 ) -> Vec<Statements> {
-    let mut numbers = Vec::new();
+    let mut numbers: BTreeMap<Protocol, Vec<PortRange>> = BTreeMap::new();
     let mut named = Vec::new();
     for PolicyPort { protocol, port } in ports {
         match port {
-            PortMatch::Any => numbers.push((*protocol, 0, u16::MAX)),
-            PortMatch::Range(from, to) => numbers.push((*protocol, *from, *to)),
+            PortMatch::Any => numbers.entry(*protocol).or_default().push((0, u16::MAX)),
+            PortMatch::Range(from, to) => {
+                numbers.entry(*protocol).or_default().push((*from, *to));
+            }
             PortMatch::Named(name) => named.push((Arc::clone(name), *protocol)),
         }
     }
     let mut alternatives = Vec::new();
-    let numbers = joined(numbers);
-    match numbers.as_slice() {
-        [] => {}
-        [(of, from, to)] => {
-            let mut only: Statements = [protocol(of.number())].into_iter().collect();
-            let operand = match (*from, *to) {
-                (0, u16::MAX) => None,
-                (from, to) if from == to => Some(Operand::Port(from)),
-                (from, to) => Some(Operand::Ports(from, to)),
-            };
-            only.extend(operand.map(|operand| {
-                Statement::Match(Selector::DestinationPort, Comparison::Is, operand)
-            }));
-            alternatives.push(only);
-        }
-        _ => {
-            let set = name_of(Meaning::Ports(numbers));
-            let statement = Statement::InSet(number_key(), Comparison::Is, set);
-            alternatives.push([statement].into_iter().collect());
-        }
+    for (of, ranges) in numbers {
+        let ranges = joined(ranges);
+        let port = match *ranges.as_slice() {
+            [(0, u16::MAX)] => None,
+            [(from, to)] => {
+                let operand = if from == to {
+                    Operand::Port(from)
+                } else {
+                    Operand::Ports(from, to)
+                };
+                let selector = Selector::DestinationPort;
+                Some(Statement::Match(selector, Comparison::Is, operand))
+            }
+            _ => {
+                let set = name_of(Meaning::Ports(of, ranges));
+                let key = vec![Selector::DestinationPort];
+                Some(Statement::InSet(key, Comparison::Is, set))
+            }
+        };
+        alternatives.push([protocol(of.number())].into_iter().chain(port).collect());
     }
     if !named.is_empty() {
         named.sort_unstable();
@@ -329,16 +333,14 @@ fn ports_of(
     alternatives
 }
 
-/// Ranges of ports, sorted; those of a protocol that overlap or touch are one.
+/// Ranges of ports, sorted; those that overlap or touch are one.
 fn joined(mut ranges: Vec<PortRange>) -> Vec<PortRange> {
     ranges.sort_unstable();
     let mut joined: Vec<PortRange> = Vec::new();
-    for (protocol, from, to) in ranges {
+    for (from, to) in ranges {
         match joined.last_mut() {
-            Some((same, _, end)) if *same == protocol && from <= end.saturating_add(1) => {
-                *end = (*end).max(to);
-            }
-            _ => joined.push((protocol, from, to)),
+            Some((_, end)) if from <= end.saturating_add(1) => *end = (*end).max(to),
+            _ => joined.push((from, to)),
         }
     }
     joined
@@ -347,32 +349,21 @@ fn joined(mut ranges: Vec<PortRange>) -> Vec<PortRange> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use Protocol::{Tcp, Udp};
 
     #[test]
     fn ranges_that_overlap_or_touch_are_one() {
         let ranges = [
-            (Udp, 80, 80),
-            (Tcp, 443, 443),
-            (Tcp, 80, 90),
-            (Tcp, 85, 100),
-            (Tcp, 101, 101),
-            (Tcp, 65535, 65535),
-            (Tcp, 0, 1),
+            (443, 443),
+            (80, 90),
+            (85, 100),
+            (101, 101),
+            (65535, 65535),
+            (0, 1),
         ];
         assert_eq!(
             joined(ranges.into()),
-            [
-                (Tcp, 0, 1),
-                (Tcp, 80, 101),
-                (Tcp, 443, 443),
-                (Tcp, 65535, 65535),
-                (Udp, 80, 80),
-            ]
+            [(0, 1), (80, 101), (443, 443), (65535, 65535)]
         );
-        assert_eq!(
-            joined(vec![(Tcp, 0, u16::MAX), (Tcp, 80, 80)]),
-            [(Tcp, 0, u16::MAX)]
-        );
+        assert_eq!(joined(vec![(0, u16::MAX), (80, 80)]), [(0, u16::MAX)]);
     }
 }

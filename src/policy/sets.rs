@@ -13,7 +13,8 @@ use smallvec::SmallVec;
 
 use super::index::{Index, Namespaces, PodSelector};
 use super::inventory::Inventory;
-use super::layout::{digest_of, number_key, port_key};
+use super::layout::port_key;
+use crate::compile::digest_of;
 use crate::model::{Family, Pod, Protocol};
 use crate::ruleset::{Declaration, Element, Key, Name, Selector, Set, SetKind, merge_intervals};
 
@@ -24,8 +25,10 @@ pub(super) enum Meaning {
     Pods(PodSelector),
     /// Addresses in networks, without others.
     Blocks(Vec<(IpNet, Vec<IpNet>)>),
-    /// (protocol, port) in ranges that are sorted and apart.
-    Ports(Vec<PortRange>),
+    /// Ports of a protocol in ranges that are sorted and apart. A set of (protocol, range) for all
+    /// protocols would be a concatenation with an interval, which the kernel fills in a time that
+    /// grows with the square of its elements.
+    Ports(Protocol, Vec<PortRange>),
     /// (address, protocol, port) of the pods that give a port one of some names.
     NamedPorts {
         /// The names with their protocols.
@@ -35,8 +38,8 @@ pub(super) enum Meaning {
     },
 }
 
-/// A protocol, and the first and last of some of its ports.
-pub(super) type PortRange = (Protocol, u16, u16);
+/// The first and the last of some ports.
+pub(super) type PortRange = (u16, u16);
 
 impl fmt::Display for Meaning {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -55,10 +58,10 @@ impl fmt::Display for Meaning {
                 }
                 Ok(())
             }
-            Meaning::Ports(ranges) => {
-                f.write_str("ports")?;
-                for (protocol, from, to) in ranges {
-                    write!(f, " {protocol} {from}")?;
+            Meaning::Ports(protocol, ranges) => {
+                write!(f, "{protocol} ports")?;
+                for (from, to) in ranges {
+                    write!(f, " {from}")?;
                     if from != to {
                         write!(f, "-{to}")?;
                     }
@@ -131,7 +134,7 @@ impl Finder {
                     of_name.push((*local, id));
                 }
             }
-            Meaning::Blocks(_) | Meaning::Ports(_) => {}
+            Meaning::Blocks(_) | Meaning::Ports(..) => {}
         }
     }
 
@@ -148,7 +151,7 @@ impl Finder {
                     }
                 }
             }
-            Meaning::Blocks(_) | Meaning::Ports(_) => {}
+            Meaning::Blocks(_) | Meaning::Ports(..) => {}
         }
     }
 
@@ -342,7 +345,7 @@ impl Sets {
                 },
                 Meaning::NamedPorts { local: true, .. } => local = true,
                 Meaning::NamedPorts { local: false, .. } => everywhere = true,
-                Meaning::Blocks(_) | Meaning::Ports(_) => {}
+                Meaning::Blocks(_) | Meaning::Ports(..) => {}
             }
         }
         let mut look_at = |pod: &Pod| finder.of_pod(pod, inventory, &mut found);
@@ -376,15 +379,12 @@ impl Sets {
 fn fixed_elements(meaning: &Meaning) -> Vec<Element> {
     match meaning {
         Meaning::Blocks(blocks) => merge_intervals(remaining(blocks)),
-        Meaning::Ports(ranges) => {
-            let key = |protocol: Protocol, port| {
-                let key = Key::build().protocol(protocol.number());
-                key.port(port).finish()
-            };
+        Meaning::Ports(_, ranges) => {
+            let key = |port| Key::build().port(port).finish();
             let is_interval = has_ranges(ranges);
-            let elements = ranges.iter().map(|(protocol, from, to)| Element {
-                key_end: is_interval.then(|| Box::new(key(*protocol, *to))),
-                ..Element::new(key(*protocol, *from))
+            let elements = ranges.iter().map(|(from, to)| Element {
+                key_end: is_interval.then(|| Box::new(key(*to))),
+                ..Element::new(key(*from))
             });
             elements.collect()
         }
@@ -393,7 +393,7 @@ fn fixed_elements(meaning: &Meaning) -> Vec<Element> {
 }
 
 fn has_ranges(ranges: &[PortRange]) -> bool {
-    ranges.iter().any(|(_, from, to)| from != to)
+    ranges.iter().any(|(from, to)| from != to)
 }
 
 /// The networks that are in the blocks, each without its own exceptions.
@@ -430,7 +430,7 @@ fn name(meaning: &Meaning) -> Name {
     let prefix = match meaning {
         Meaning::Pods(_) => "pods",
         Meaning::Blocks(_) => "blocks",
-        Meaning::Ports(_) => "ports",
+        Meaning::Ports(..) => "ports",
         Meaning::NamedPorts { .. } => "named-ports",
     };
     // The text form is unambiguous only for what the API server admits; the digest must not
@@ -445,9 +445,9 @@ fn declaration(meaning: &Meaning) -> Declaration {
             interval: true,
             ..Declaration::new(SetKind::Set, [Selector::SourceAddress])
         },
-        Meaning::Ports(ranges) => Declaration {
+        Meaning::Ports(_, ranges) => Declaration {
             interval: has_ranges(ranges),
-            ..Declaration::new(SetKind::Set, number_key())
+            ..Declaration::new(SetKind::Set, [Selector::DestinationPort])
         },
         Meaning::NamedPorts { .. } => Declaration::new(SetKind::Set, port_key()),
     };

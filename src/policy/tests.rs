@@ -455,7 +455,10 @@ fn ports_that_are_one_range_need_no_set() {
     );
     assert_eq!(of(&[Range(80, 80), Any]), "meta l4proto tcp accept");
     let set = of(&[Range(80, 80), Range(82, 82)]);
-    assert!(set.starts_with("meta l4proto . th dport @ports-"), "{set}");
+    assert!(
+        set.starts_with("meta l4proto tcp th dport @ports-"),
+        "{set}"
+    );
 }
 
 #[test]

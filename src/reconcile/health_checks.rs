@@ -55,7 +55,11 @@ impl HealthChecks {
 
     /// The rules of the changed services are in force, except for those that `left_out` picks:
     /// nothing arrives at their endpoints. Returns what a person should know.
-    pub fn publish(&mut self, store: &Store, left_out: impl Fn(&ObjectName) -> bool) -> Vec<Notice> {
+    pub fn publish(
+        &mut self,
+        store: &Store,
+        left_out: impl Fn(&ObjectName) -> bool,
+    ) -> Vec<Notice> {
         let mut ports = BTreeSet::new();
         let mut notices = Vec::new();
         for name in std::mem::take(&mut self.changed) {

@@ -276,10 +276,11 @@ impl Programmed {
         let Some(new) = change.new() else { return };
         for family in Family::ALL {
             for chain in new.chains(family) {
-                let users = self.chains.entry((family, chain)).or_insert_with(|| {
+                let users = self.chains.entry((family, chain));
+                let users = users.or_insert_with_key(|(_, chain)| {
                     if let Some(draft) = draft.as_deref_mut() {
                         let table = draft.tables.entry(family).or_default();
-                        table.new_chains.push(chain);
+                        table.new_chains.push(chain.clone());
                     }
                     Use::By(0)
                 });
@@ -348,10 +349,11 @@ impl Programmed {
         let mut ruleset = Ruleset::default();
         for (family, skeleton) in &self.skeletons {
             let mut table = skeleton.clone();
-            let chains = self.chains.keys().filter(|(of, _)| of == family);
-            table.chains.extend(
-                chains.map(|(_, chain)| (chain.name(), chain.chain(&self.settings, *family))),
-            );
+            for (_, chain) in self.chains.keys().filter(|(of, _)| of == family) {
+                let rules = chain.chain(&self.settings, *family);
+                table.chains.insert(chain.name(), rules);
+                table.sets.extend(chain.set());
+            }
             ruleset.tables.insert(table_id(*family), table);
         }
         ruleset
@@ -406,14 +408,19 @@ impl Programmed {
                 Use::By(_) => false,
                 Use::UnusedSince(since) => *since <= moment,
             })
-            .map(|(chain, _)| *chain)
+            .map(|(chain, _)| chain.clone())
             .collect();
         for (family, chain) in &unused {
             ops.push(Op::FlushChain(table_id(*family), chain.name()));
         }
-        for (family, chain) in unused {
-            ops.push(Op::DeleteChain(table_id(family), chain.name()));
-            self.chains.remove(&(family, chain));
+        for (family, chain) in &unused {
+            ops.push(Op::DeleteChain(table_id(*family), chain.name()));
+        }
+        for unused in unused {
+            let (family, chain) = &unused;
+            let set = chain.set();
+            ops.extend(set.map(|(name, _)| Op::DeleteSet(table_id(*family), name)));
+            self.chains.remove(&unused);
         }
         Transaction { ops }
     }
@@ -422,6 +429,9 @@ impl Programmed {
     pub fn owner(&self, table: &TableId, set: &Name, key: &Key) -> Option<ObjectName> {
         let family = Family::ALL.into_iter().find(|f| table_id(*f) == *table)?;
         let mut owners = self.plans.iter().filter(|(_, plan)| {
+            if plan.sources(family).is_some_and(|list| list.name() == *set) {
+                return true;
+            }
             let own = plan.own_elements(family);
             let shared = plan.shared_elements(family);
             own.iter()
@@ -442,6 +452,12 @@ impl Draft {
             let chains: Vec<_> = chains
                 .map(|shared| (shared.name(), shared.chain(&programmed.settings, family)))
                 .collect();
+            for (name, set) in draft.new_chains.iter().filter_map(SharedChain::set) {
+                let declaration = set.declaration;
+                ops.push(Op::AddSet(id.clone(), name.clone(), declaration.clone()));
+                let add = Op::AddElements(id.clone(), name, declaration, set.elements);
+                ops.push(add);
+            }
             for (name, chain) in &chains {
                 ops.push(Op::AddChain(id.clone(), name.clone(), chain.base));
             }

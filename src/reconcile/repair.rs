@@ -225,8 +225,7 @@ impl<K: Kernel> Reconciler<'_, K> {
         };
         let mut effects = Effects::default();
         if let Some(change) = self.programmed.change(&owner, None) {
-            self.programmed
-                .replace(&owner, &change, &mut effects, None);
+            self.programmed.replace(&owner, &change, &mut effects, None);
         }
         self.flows.merge(effects.flows);
         self.report(Notice {

@@ -376,8 +376,12 @@ fn meaning(ruleset: &Ruleset) -> Ruleset {
             let counted = name_text
                 .rsplit_once('-')
                 .is_some_and(|(_, n)| n.parse::<u32>().is_ok());
-            reached.contains(name) || (by_learning && learns) || !(counted || by_learning)
+            let listed = name_text.starts_with("sources-");
+            reached.contains(name) || (by_learning && learns) || !(counted || by_learning || listed)
         });
+        table
+            .sets
+            .retain(|name, _| reached.contains(name) || !name.as_str().starts_with("sources-"));
         for set in [
             ServiceSet::Endpoints,
             ServiceSet::LocalEndpoints,

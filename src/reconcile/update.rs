@@ -48,8 +48,7 @@ impl<K: Kernel> Reconciler<'_, K> {
     fn update_changes(&mut self, mut changes: Changes) -> Result<(), netlink::Error> {
         let mut draft = Draft::default();
         if changes.node || changes.service_cidrs {
-            self.programmed
-                .set_skeletons(&self.store, Some(&mut draft));
+            self.programmed.set_skeletons(&self.store, Some(&mut draft));
         }
         // A service whose change waits, and with which some of what changed has to wait.
         let mut waits_for = None;

@@ -194,7 +194,7 @@ impl Service {
         self
     }
 
-    fn object(&self) -> Value {
+    pub fn object(&self) -> Value {
         let ports: Vec<Value> = self
             .ports
             .iter()

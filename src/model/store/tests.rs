@@ -166,7 +166,12 @@ fn the_entry_that_is_not_terminating_wins() {
             ("10.0.0.2".to_owned(), 8080, false)
         ]
     );
-    assert!(store.slices_of(&name).endpoints(&port, Family::V6).is_empty());
+    assert!(
+        store
+            .slices_of(&name)
+            .endpoints(&port, Family::V6)
+            .is_empty()
+    );
 }
 
 #[test]

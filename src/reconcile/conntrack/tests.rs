@@ -63,7 +63,7 @@ fn plan(protocol: Protocol, fronts: &[&str], chosen: &[&str], unchosen: &[&str])
         cluster_ips: [].into(),
         hairpin: [].into(),
         affinity_seconds: None,
-        source_ranges: [].into(),
+        sources: [None, None],
     }
 }
 

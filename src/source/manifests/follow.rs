@@ -45,7 +45,9 @@ impl Manifests {
             let _ = signal.send(event);
         })
         .map_err(|source| Error::Watch { source })?;
+        let holds_back = self.holds_back();
         let mut follower = Follower {
+            holds_back,
             paths: self
                 .paths
                 .into_iter()
@@ -177,6 +179,8 @@ fn is_link(path: &Path) -> bool {
 }
 
 struct Follower {
+    /// Whether the first lists still wait for an object.
+    holds_back: bool,
     paths: Vec<PathBuf>,
     state: State,
     watcher: RecommendedWatcher,
@@ -261,7 +265,17 @@ impl Follower {
                 Err(fault) => versions.push((path, Version::Unreadable(fault))),
             }
         }
-        events.extend(self.state.update(versions));
+        let changes = self.state.update(versions);
+        if self.holds_back && !self.state.is_empty() {
+            self.holds_back = false;
+            let notices = changes
+                .into_iter()
+                .filter(|event| matches!(event, Event::Notice(_)));
+            events.extend(notices);
+            events.extend(self.state.lists());
+        } else {
+            events.extend(changes);
+        }
         (events, !self.unsettled.is_empty())
     }
 

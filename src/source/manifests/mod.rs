@@ -39,6 +39,12 @@ pub enum Error {
         /// What the kernel said.
         source: io::Error,
     },
+    /// There is no object where some are expected.
+    #[error("{}", no_objects(paths))]
+    Empty {
+        /// The paths as they were given.
+        paths: Vec<PathBuf>,
+    },
     /// The kernel gives no way of noticing changes.
     #[error(
         "cannot watch manifests for changes: {source}; raise the sysctl fs.inotify.max_user_instances"
@@ -53,6 +59,19 @@ pub enum Error {
 pub struct Manifests {
     paths: Vec<PathBuf>,
     state: State,
+    allow_empty: bool,
+}
+
+fn no_objects(paths: &[PathBuf]) -> String {
+    let paths: Vec<_> = paths
+        .iter()
+        .map(|path| path.display().to_string())
+        .collect();
+    format!(
+        "there are no objects in {}; the rules of an earlier run stay in force until there are \
+         some (--allow-empty removes them)",
+        paths.join(", ")
+    )
 }
 
 /// The path that stands for standard input.
@@ -69,7 +88,35 @@ impl Manifests {
                 node_name,
                 network_policies: true,
             }),
+            allow_empty: true,
         }
+    }
+
+    /// Takes manifests without any object for a mistake, such as a directory that is not mounted
+    /// yet, unless `allowed`: no list is complete before the first object is there, so that the
+    /// rules of an earlier run stay in force.
+    #[must_use]
+    pub fn with_allow_empty(mut self, allowed: bool) -> Self {
+        self.allow_empty = allowed;
+        self
+    }
+
+    /// Whether the lists are held back until there is an object.
+    fn holds_back(&self) -> bool {
+        !self.allow_empty && self.state.is_empty()
+    }
+
+    /// Checks that [`load`](Self::load) held nothing back.
+    ///
+    /// # Errors
+    /// [`Error::Empty`] where it did.
+    pub fn require_objects(&self) -> Result<(), Error> {
+        if self.holds_back() {
+            return Err(Error::Empty {
+                paths: self.paths.clone(),
+            });
+        }
+        Ok(())
     }
 
     /// The same with or without Pods, Namespaces and NetworkPolicies. Without, they are skipped
@@ -81,7 +128,9 @@ impl Manifests {
     }
 
     /// Reads everything: notices about what cannot be used, then complete lists of every wanted
-    /// [`Kind`](crate::model::Kind). Blocks while it reads; standard input is read to its end.
+    /// [`Kind`](crate::model::Kind), unless those are held back
+    /// ([`with_allow_empty`](Self::with_allow_empty)). Blocks while it reads; standard input is
+    /// read to its end.
     ///
     /// # Errors
     /// [`Error::Path`] for a path of the command line that does not exist or cannot be read.
@@ -152,7 +201,9 @@ impl Manifests {
                 .into_iter()
                 .filter(|event| matches!(event, Event::Notice(_))),
         );
-        events.extend(self.state.lists());
+        if !self.holds_back() {
+            events.extend(self.state.lists());
+        }
         Ok(events)
     }
 }

@@ -73,6 +73,11 @@ impl State {
         self.files.get(path).map(|known| known.stamp)
     }
 
+    /// Whether no file has an object.
+    pub(super) fn is_empty(&self) -> bool {
+        self.owners.is_empty()
+    }
+
     /// Every object in force, as complete lists of every kind that is wanted.
     pub(super) fn lists(&self) -> Vec<Event> {
         let mut events = Vec::with_capacity(self.owners.len() + 2 * Kind::ALL.len());

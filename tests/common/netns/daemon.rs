@@ -30,7 +30,20 @@ impl Daemon {
         arguments: impl IntoIterator<Item = A>,
     ) -> Self {
         let program = program.as_ref();
-        Self::try_start(namespace, program, arguments)
+        Self::try_start(namespace, program, arguments, None)
+            .unwrap_or_else(|error| panic!("cannot start {}: {error}", program.display()))
+    }
+
+    /// As [`Daemon::start`], with another standard error than the log.
+    #[track_caller]
+    pub fn start_with_stderr<A: AsRef<OsStr>>(
+        namespace: &Namespace,
+        program: impl AsRef<OsStr>,
+        arguments: impl IntoIterator<Item = A>,
+        stderr: impl Into<Stdio>,
+    ) -> Self {
+        let program = program.as_ref();
+        Self::try_start(namespace, program, arguments, Some(stderr.into()))
             .unwrap_or_else(|error| panic!("cannot start {}: {error}", program.display()))
     }
 
@@ -38,8 +51,13 @@ impl Daemon {
         namespace: &Namespace,
         program: &OsStr,
         arguments: impl IntoIterator<Item = A>,
+        stderr: Option<Stdio>,
     ) -> io::Result<Self> {
         let log = tempfile::tempfile()?;
+        let stderr = match stderr {
+            Some(stderr) => stderr,
+            None => log.try_clone()?.into(),
+        };
         let child = namespace
             .command("setpriv")
             .args(["--pdeathsig", "KILL", "--"])
@@ -47,7 +65,7 @@ impl Daemon {
             .args(arguments)
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
-            .stderr(log.try_clone()?)
+            .stderr(stderr)
             .spawn()?;
         Ok(Self { child, log })
     }

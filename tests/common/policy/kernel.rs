@@ -49,6 +49,8 @@ fn step(ruleset: &mut Ruleset, op: &Op) {
             assert!(gone.is_some(), "there is no table {id}");
         }
         Op::AddSet(id, name, declaration) => {
+            let plain = !declaration.interval || declaration.key.len() == 1;
+            assert!(plain, "{id} {name} is slow to fill: {declaration:?}");
             let new = Set {
                 declaration: declaration.clone(),
                 elements: Vec::new(),

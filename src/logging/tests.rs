@@ -1,0 +1,199 @@
+use std::fs::File;
+use std::io::{BufRead, BufReader, PipeReader, Read, Seek, pipe};
+use std::os::fd::OwnedFd;
+
+use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+
+use super::*;
+
+fn piped() -> (Lines, BufReader<PipeReader>) {
+    let (reader, writer) = pipe().expect("a pipe");
+    let lines = Lines::start(writer).expect("a thread");
+    (lines, BufReader::new(reader))
+}
+
+/// Reads lines until there is nothing left to write.
+fn read_all(lines: &Lines, reader: &mut impl BufRead) -> Vec<String> {
+    let end = "the end\n";
+    let read = |lines: &mut dyn Iterator<Item = io::Result<String>>| -> Vec<String> {
+        let lines = lines.map(|line| line.expect("UTF-8"));
+        lines.take_while(|line| line != end.trim_end()).collect()
+    };
+    lines.add(end.as_bytes());
+    read(&mut reader.lines())
+}
+
+fn line(number: usize, length: usize) -> String {
+    format!("{number:08}{}\n", "x".repeat(length - 9))
+}
+
+/// The number of the lines that are said to be missing.
+fn missing(said: &str) -> Option<u64> {
+    let number = said.strip_prefix("nftlet: ")?.split_once(' ')?;
+    let is_it = number.1.ends_with("dropped here");
+    number.0.parse().ok().filter(|_| is_it)
+}
+
+#[test]
+fn lines_come_whole_and_in_order() {
+    let (lines, mut reader) = piped();
+    let read = thread::scope(|scope| {
+        for from in [0, 1] {
+            let lines = lines.clone();
+            scope.spawn(move || {
+                for number in 0..2_000 {
+                    lines.add(line(2 * number + from, 100).as_bytes());
+                }
+            });
+        }
+        let read = (&mut reader).lines().take(4_000);
+        read.collect::<io::Result<Vec<_>>>().expect("UTF-8")
+    });
+    for from in [0, 1] {
+        let numbers = read.iter().map(|line| {
+            assert_eq!(line.len(), 99, "{line}");
+            line[..8].parse::<usize>().expect("a number")
+        });
+        let of_one: Vec<usize> = numbers.filter(|number| number % 2 == from).collect();
+        assert!(of_one.is_sorted() && of_one.len() == 2_000);
+    }
+    assert!(lines.flush());
+    assert_eq!(lines.dropped(), 0);
+}
+
+#[test]
+fn who_logs_does_not_wait_for_a_pipe_that_nothing_reads() {
+    let (lines, mut reader) = piped();
+    // More than the queue and the pipe have room for.
+    let (count, length) = (3 * ROOM / 1_000, 1_000);
+    for number in 0..count {
+        lines.add(line(number, length).as_bytes());
+    }
+    let dropped = lines.dropped();
+    assert!(dropped > 0);
+    assert!(lines.0.lock().bytes <= ROOM);
+    assert!(!lines.flush(), "nothing can be written");
+    // Once lines are read, there is room for others, behind a line about those that are missing.
+    let reading = thread::spawn(move || {
+        let first: Vec<String> = (0..2_000)
+            .map(|_| {
+                (&mut reader)
+                    .lines()
+                    .next()
+                    .expect("a line")
+                    .expect("UTF-8")
+            })
+            .collect();
+        (first, reader)
+    });
+    let (mut read, mut reader) = reading.join().expect("lines");
+    read.extend(read_all(&lines, &mut reader));
+    let said: Vec<u64> = read.iter().filter_map(|line| missing(line)).collect();
+    assert_eq!(said, [dropped]);
+    assert_eq!(missing(read.last().expect("lines")), Some(dropped));
+    let written = &read[..read.len() - 1];
+    assert_eq!(written.len() as u64 + dropped, count as u64);
+    for (number, read) in written.iter().enumerate() {
+        assert_eq!(read, line(number, length).trim_end());
+    }
+    assert_eq!(lines.dropped(), dropped);
+}
+
+#[test]
+fn what_is_missing_is_said_although_no_line_follows() {
+    let (lines, mut reader) = piped();
+    lines.add(line(0, 2 * ROOM).as_bytes());
+    let mut said = String::new();
+    reader.read_line(&mut said).expect("a line");
+    assert_eq!(said, "nftlet: 1 line was dropped here\n");
+    lines.add(b"a line\n");
+    assert_eq!(read_all(&lines, &mut reader), ["a line"]);
+    let mut queue = Queue::default();
+    assert!(!queue.push(line(0, 2 * ROOM).as_bytes()));
+    assert!(!queue.is_done());
+    assert!(matches!(queue.pop(), Some(Entry::Dropped(1))));
+    assert!(queue.pop().is_none() && queue.is_done());
+}
+
+#[test]
+fn short_lines_are_bounded_too() {
+    let mut queue = Queue::default();
+    let pushed = (0..ROOM).take_while(|_| queue.push(b"\n")).count();
+    assert_eq!(pushed, ROOM / (OVERHEAD + 1));
+    while let Some(Entry::Line(_)) = queue.pop() {}
+    assert_eq!(queue.bytes, 0);
+}
+
+#[test]
+fn a_full_disk_takes_lines_away_and_nothing_else() {
+    let full = File::options().write(true).open("/dev/full").expect("it");
+    let lines = Lines::start(full).expect("a thread");
+    for number in 0..10 {
+        lines.add(line(number, 100).as_bytes());
+    }
+    assert!(lines.flush());
+    assert_eq!(lines.dropped(), 10);
+    let (reader, writer) = pipe().expect("a pipe");
+    drop(reader);
+    let lines = Lines::start(writer).expect("a thread");
+    lines.add(b"to nobody\n");
+    assert!(lines.flush());
+    assert_eq!(lines.dropped(), 1);
+}
+
+#[test]
+fn a_line_behind_one_that_was_cut_off_stays_whole() {
+    // A page that cannot grow stands for a disk that becomes full in the middle of a line.
+    let page = 4096;
+    let file = memfd_create(c"full", MFdFlags::MFD_ALLOW_SEALING).expect("a file");
+    let mut file = File::from(file);
+    file.set_len(page).expect("a page");
+    fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_GROW)).expect("a seal");
+    let out = OwnedFd::from(file.try_clone().expect("a copy"));
+    let lines = Lines::start(out).expect("a thread");
+    file.seek(io::SeekFrom::Start(page - 10)).expect("a place");
+    lines.add(b"this is longer than ten bytes\n");
+    assert!(lines.flush());
+    assert_eq!(lines.dropped(), 1);
+    file.rewind().expect("a place");
+    lines.add(b"whole\n");
+    assert!(lines.flush());
+    let mut text = String::new();
+    file.rewind().expect("a place");
+    file.read_to_string(&mut text).expect("UTF-8");
+    let expected = "\nnftlet: 1 line was dropped here\nwhole\n";
+    assert_eq!(&text[..expected.len()], expected);
+    assert!(text.ends_with("this is lo"));
+}
+
+#[test]
+fn a_pipe_that_others_made_non_blocking_is_waited_for() {
+    let (reader, writer) = pipe().expect("a pipe");
+    fcntl(&writer, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).expect("a flag");
+    let lines = Lines::start(writer).expect("a thread");
+    let mut reader = BufReader::new(reader);
+    // Several times what the pipe has room for.
+    for number in 0..500 {
+        lines.add(line(number, 1_000).as_bytes());
+    }
+    assert_eq!(read_all(&lines, &mut reader).len(), 500);
+    assert_eq!(lines.dropped(), 0);
+}
+
+#[test]
+fn last_words_come_even_where_the_queue_is_in_use() {
+    let (lines, mut reader) = piped();
+    lines.add(b"before\n");
+    lines.last_words("last\n");
+    let mut said = String::new();
+    reader.read_line(&mut said).expect("a line");
+    reader.read_line(&mut said).expect("a line");
+    assert_eq!(said, "before\nlast\n");
+    let queue = lines.0.lock();
+    lines.last_words("very last\n");
+    drop(queue);
+    said.clear();
+    reader.read_line(&mut said).expect("a line");
+    assert_eq!(said, "very last\n");
+}

@@ -1,0 +1,13 @@
+//! What one namespace may create never stops, slows or robs another one.
+//!
+//! Each module is an attack. Meanwhile a service in the namespace `neighbour` changes, and each
+//! change must be in force in time.
+
+#[path = "../common/agent.rs"]
+mod agent;
+#[path = "../common/mod.rs"]
+mod common;
+#[path = "../common/fake_api.rs"]
+mod fake_api;
+
+mod neighbour;

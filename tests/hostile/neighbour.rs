@@ -1,0 +1,208 @@
+//! The service of another namespace, and how long its changes take meanwhile.
+
+use std::io::ErrorKind;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::agent::Node;
+use crate::common::netns::{Ask, PATIENCE, Protocol, Server, require_net_admin};
+use crate::fake_api::{CIDRS, NODES, SERVICES, SLICES};
+
+/// The time in which a change is in force. Without optimisation nftlet takes several times as long.
+pub const PROMISED: Duration = if cfg!(debug_assertions) {
+    Duration::from_millis(500)
+} else {
+    Duration::from_millis(100)
+};
+/// The changes that one attempt measures.
+const CHANGES: usize = 20;
+/// The attempts before the promise counts as broken. Other load of the machine only lengthens a
+/// measurement.
+const ATTEMPTS: usize = 5;
+
+/// The ClusterIP of the service.
+pub const CLUSTER_IP: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 96, 200, 1));
+/// The NodePort of the service.
+pub const NODE_PORT: u16 = 30_200;
+/// The address of the node, at which the service's pod listens on port 8080.
+pub const NODE_IP: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 168, 10, 1));
+/// The name with which the pod of the service answers.
+pub const POD: &str = "neighbours-pod";
+
+/// One test at a time: they measure.
+static TURN: Mutex<()> = Mutex::new(());
+
+/// The service `neighbour/web` on a node with an API server.
+pub struct Neighbour {
+    pub node: Node,
+    _pod: Server,
+    _turn: MutexGuard<'static, ()>,
+}
+
+impl Neighbour {
+    /// Sets up the node, its ServiceCIDR, and the service with its pod. `None` where network
+    /// namespaces cannot be created.
+    #[track_caller]
+    pub fn new() -> Option<Self> {
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        if !require_net_admin() {
+            return None;
+        }
+        let node = Node::new();
+        node.ns.addr_add("lo", &format!("{NODE_IP}/32"));
+        node.ns
+            .route_add("10.96.0.0/16", &format!("dev lo src {NODE_IP}"));
+        let pod = Server::start(&node.ns, Protocol::Tcp, SocketAddr::new(NODE_IP, 8080), POD);
+        node.api.put(
+            NODES,
+            json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "node-1"},
+                "spec": {"podCIDRs": ["10.244.1.0/24"]},
+                "status": {"addresses": [{"type": "InternalIP", "address": NODE_IP}]}}),
+        );
+        node.api.put(
+            CIDRS,
+            json!({"apiVersion": "networking.k8s.io/v1", "kind": "ServiceCIDR",
+                "metadata": {"name": "kubernetes"}, "spec": {"cidrs": ["10.96.0.0/16"]}}),
+        );
+        node.api.put(
+            SERVICES,
+            json!({"apiVersion": "v1", "kind": "Service",
+                "metadata": {"namespace": "neighbour", "name": "web"},
+                "spec": {"type": "NodePort", "clusterIP": CLUSTER_IP, "clusterIPs": [CLUSTER_IP],
+                    "ports": [{"name": "http", "port": 80, "protocol": "TCP", "nodePort": NODE_PORT}]}}),
+        );
+        let neighbour = Self {
+            node,
+            _pod: pod,
+            _turn: turn,
+        };
+        neighbour.set_endpoint(true);
+        Some(neighbour)
+    }
+
+    /// Gives the service its endpoint, or takes it away.
+    fn set_endpoint(&self, present: bool) {
+        let endpoints = if present {
+            json!([{"addresses": [NODE_IP], "nodeName": "node-1"}])
+        } else {
+            json!([])
+        };
+        self.node
+            .api
+            .put(SLICES, slice("neighbour", "web", &endpoints));
+    }
+
+    /// Asks the service at its ClusterIP; `None` while it has no endpoint.
+    ///
+    /// # Panics
+    ///
+    /// Panics if anyone but the service's pod answers, and if a request is lost.
+    #[track_caller]
+    pub fn ask(&self) -> Option<()> {
+        let ask = Ask::tcp(CLUSTER_IP, 80).timeout(PATIENCE);
+        match self.node.ns.run(|| ask.send()) {
+            Ok(answer) => {
+                assert_eq!(answer.name, POD, "another pod answers for the neighbour");
+                Some(())
+            }
+            Err(error) if error.kind() == ErrorKind::ConnectionRefused => None,
+            Err(error) => panic!("the neighbour's service does not answer: {error}"),
+        }
+    }
+
+    /// Waits until the service answers.
+    #[track_caller]
+    pub fn is_served(&self) {
+        self.becomes(true);
+    }
+
+    /// Takes the endpoint of the service away and gives it back. Returns the longer of the two
+    /// times from the write to the API server until it is in force.
+    #[track_caller]
+    fn change(&self) -> Duration {
+        let times = [false, true].map(|present| {
+            let started = Instant::now();
+            self.set_endpoint(present);
+            self.becomes(present);
+            started.elapsed()
+        });
+        times.into_iter().max().unwrap_or_default()
+    }
+
+    #[track_caller]
+    fn becomes(&self, served: bool) {
+        let deadline = Instant::now() + PATIENCE;
+        while self.ask().is_some() != served {
+            assert!(
+                Instant::now() < deadline,
+                "the neighbour's endpoint should be in force: {served}"
+            );
+        }
+    }
+
+    /// Calls a closure again and again, with the number of the call, and changes the service
+    /// meanwhile.
+    ///
+    /// # Panics
+    ///
+    /// Panics if some change was not in force in time in each attempt.
+    #[track_caller]
+    pub fn changes_in_time_while(&self, attack: impl Fn(usize) + Sync) {
+        self.is_served();
+        let over = AtomicBool::new(false);
+        let worst = thread::scope(|scope| {
+            let _end = SetOnDrop(&over);
+            scope.spawn(|| {
+                let calls = (0..).take_while(|_| !over.load(Ordering::Relaxed));
+                calls.for_each(&attack);
+            });
+            let mut worst = Vec::new();
+            for _ in 0..ATTEMPTS {
+                let times = (0..CHANGES).map(|_| self.change());
+                let longest = times.max().unwrap_or_default();
+                worst.push(longest);
+                if longest <= PROMISED {
+                    break;
+                }
+            }
+            worst
+        });
+        eprintln!("the longest of {CHANGES} changes, in each attempt: {worst:?}");
+        assert!(
+            worst.last().is_some_and(|longest| *longest <= PROMISED),
+            "a change of the neighbour should be in force within {PROMISED:?}: {worst:?}"
+        );
+    }
+}
+
+/// Ends the attack also where the neighbour's part panics.
+struct SetOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for SetOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// An EndpointSlice with the port 8080 named `http`.
+pub fn slice(namespace: &str, service: &str, endpoints: &Value) -> Value {
+    json!({"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
+        "metadata": {"namespace": namespace, "name": format!("{service}-1"),
+            "labels": {"kubernetes.io/service-name": service}},
+        "addressType": "IPv4", "endpoints": endpoints,
+        "ports": [{"name": "http", "port": 8080, "protocol": "TCP"}]})
+}
+
+#[test]
+fn changes_are_in_force_in_time_without_an_attack() {
+    let Some(neighbour) = Neighbour::new() else {
+        return;
+    };
+    let _agent = neighbour.node.run();
+    neighbour.changes_in_time_while(|_| thread::yield_now());
+}
