@@ -28,6 +28,7 @@ mod flows;
 mod large;
 mod parts;
 mod policies;
+mod portions;
 mod questions;
 
 /// A kernel in memory. Clones share it, so that tests can look and meddle.
