@@ -61,7 +61,7 @@ fn plan(service: u32, endpoints: std::ops::Range<u32>) -> ServicePlan {
         .into(),
         cluster_ips: [].into(),
         hairpin: [].into(),
-        affinity_seconds: None,
+        affinity: None,
         sources: [None, None],
     }
 }

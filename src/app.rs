@@ -13,10 +13,12 @@
 //!
 //! More threads wait for work: "flows" deletes stale UDP flows, "monitor" hears of changes that
 //! others make to nftlet's tables, "audit" compares them now and then with what is wanted, "cuts"
-//! removes connections that no policy allows any more, and where a flag asks for it "denied" hears of
+//! removes connections that no policy allows any more, "clients" forgets those with session affinity
+//! whose endpoint is gone, and where a flag asks for it "denied" hears of
 //! denied packets. A last one, "leftovers", waits for the first rules, removes those of another
 //! proxy, and looks for them again now and then.
 
+mod clients;
 mod configure;
 mod drops;
 mod dry_run;
@@ -51,7 +53,9 @@ use crate::model::{Event, Kind, Node, Notice, Object, Reason, Store, Subject};
 use crate::netlink::{self, Heard, Monitor, Nftables};
 use crate::policy::{self, Engine};
 use crate::reconcile::conntrack::{self, Cleaner, KernelFlows};
-use crate::reconcile::{self, Audits, Exit, Isolated, Log, LogAndSend, Reconciler, Signals};
+use crate::reconcile::{
+    self, Audits, Exit, Isolated, Log, LogAndSend, Reconciler, Signals, Sticky,
+};
 use crate::ruleset::Ruleset;
 use crate::source::cluster::Error as ClusterError;
 use crate::source::manifests::Error as ManifestsError;
@@ -230,6 +234,11 @@ pub fn run(mut line: CommandLine, log: &Lines) -> Result<(), Error> {
     let metrics = Arc::new(Metrics::new()?);
     metrics.expect_notices(Reason::ALL.map(Reason::as_str));
     let health = Health::new(args.sync_period.unwrap_or(cli::SYNC_PERIOD));
+    if args.network_policy.is_on() {
+        health.expect_policies();
+    } else {
+        metrics.without_policies()?;
+    }
     let (delivered, received) = mpsc::channel(QUEUE);
     let (stop, stopped) = watch::channel(false);
     let (ready, started) = oneshot::channel();
@@ -261,13 +270,14 @@ pub fn run(mut line: CommandLine, log: &Lines) -> Result<(), Error> {
         .spawn(move || io.run(delivered, ready))
         .map_err(system("the I/O thread"))?;
     // The sender is dropped without a message only if the thread panicked.
-    started.blocking_recv().unwrap_or(Err(Error::SourceEnded))?;
+    let stats = started.blocking_recv().unwrap_or(Err(Error::SourceEnded))?;
     let mut ready = Vec::new();
     let settings_thread = kernel::start(args, &metrics, &reporter, &mut ready)?;
     if !args.once {
         configure::set_oom_score(args);
     }
-    let observers = observe::start(args, &metrics, known_isolated)?;
+    let (sticky, known_sticky) = watch::channel(Sticky::default());
+    let observers = observe::start(args, &metrics, known_isolated, known_sticky, &reporter)?;
     let (cleaner, pending) = conntrack::queue();
     let flows = start_cleaner(pending, metrics.clone())?;
     let foreign = Arc::new(Notify::new());
@@ -290,9 +300,16 @@ pub fn run(mut line: CommandLine, log: &Lines) -> Result<(), Error> {
         .with_health_checks(health_checks)
         .with_policies(policies(args, &stand_in_name, observers.log_group))
         .with_isolated(isolated)
+        .with_sticky(sticky)
         .with_log_fields(args.log_format == LogFormat::Json);
     if let Some(cutter) = observers.cutter {
         reconciler = reconciler.with_cutter(cutter);
+    }
+    if let Some(forgetter) = observers.forgetter {
+        reconciler = reconciler.with_forgetter(forgetter);
+    }
+    if let Some(stats) = stats {
+        reconciler = reconciler.with_source_stats(stats);
     }
     let signals = Signals {
         stop: stopped,

@@ -2,7 +2,7 @@
 //!
 //! [`Health`] is told what happens and answers the two probes of kube-proxy: `/healthz` says
 //! whether load balancers should send traffic to this node, `/livez` whether restarting nftlet
-//! could help. [`serve`] answers them, and any other page of a [`Router`], on a listener made by
+//! could help. `/readyz` says whether nftlet has taken up all of its work, network policies among it. [`serve`] answers them, and any other page of a [`Router`], on a listener made by
 //! [`bind`]. [`serve_checks`] answers the health checks of single services, each on its own port.
 
 use std::fmt;
@@ -41,6 +41,11 @@ struct State {
     oldest_queued: Option<Instant>,
     failure: Option<String>,
     node_going_away: bool,
+    /// Whether there are network policies to wait for.
+    policies_expected: bool,
+    policies_were_in_force: bool,
+    /// What keeps them from being in force.
+    policies_missing: Option<String>,
 }
 
 /// Something outside of this process that keeps changes from coming.
@@ -72,7 +77,7 @@ impl Moment {
     }
 }
 
-/// The two questions that are asked about nftlet.
+/// The questions that are asked about nftlet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Probe {
     /// `/healthz`: should this node get traffic?
@@ -80,14 +85,20 @@ pub enum Probe {
     /// `/livez`: does nftlet keep up with the changes? Not answered with no while it waits for
     /// the cluster or while the node goes away, since a restart would mend neither.
     Livez,
+    /// `/readyz`: did it write the rules of services and of network policies once?
+    Readyz,
 }
 
 impl Probe {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Healthz, Self::Livez, Self::Readyz];
+
     /// The path of the probe.
     pub fn path(self) -> &'static str {
         match self {
             Self::Healthz => "/healthz",
             Self::Livez => "/livez",
+            Self::Readyz => "/readyz",
         }
     }
 }
@@ -206,6 +217,18 @@ impl Health {
         self.state().node_going_away = going;
     }
 
+    /// Has `/readyz` wait for network policies.
+    pub fn expect_policies(&self) {
+        self.state().policies_expected = true;
+    }
+
+    /// Notes that network policies are in force, or what keeps them from being so.
+    pub fn policies(&self, in_force: Result<(), String>) {
+        let mut state = self.state();
+        state.policies_were_in_force |= in_force.is_ok();
+        state.policies_missing = in_force.err();
+    }
+
     /// Names whom to ask whether changes still come from the cluster. The first one named is asked
     /// with every `/healthz`.
     pub fn depends_on(&self, outage: impl Fn() -> Option<Outage> + Send + Sync + 'static) {
@@ -231,6 +254,7 @@ impl Health {
         match probe {
             Probe::Healthz => self.healthz(),
             Probe::Livez => self.livez(),
+            Probe::Readyz => self.readyz(),
         }
     }
 
@@ -246,14 +270,7 @@ impl Health {
         }
         match self.late(&state, now) {
             Some(late) => reasons.push(late),
-            None if state.last_synced.is_none() => reasons.push(format!(
-                "no rules are written yet: {}",
-                match &state.failure {
-                    Some(failure) => failure,
-                    None => "the services of the cluster have not been read completely",
-                }
-            )),
-            None => {}
+            None => reasons.extend(unwritten(&state)),
         }
         reasons.extend(self.cut_off(now));
         let eligible = !state.node_going_away;
@@ -265,6 +282,20 @@ impl Health {
         let now = self.moment();
         let state = self.state();
         let reasons = self.late(&state, now).into_iter().collect();
+        Status::new(now, &state, None, reasons)
+    }
+
+    /// The answer to `/readyz`: no before the rules of services were written once, and those of
+    /// network policies where they are to be enforced.
+    pub fn readyz(&self) -> Status {
+        let now = self.moment();
+        let state = self.state();
+        let mut reasons: Vec<String> = unwritten(&state).into_iter().collect();
+        if state.policies_expected && !state.policies_were_in_force {
+            let missing = state.policies_missing.as_deref();
+            let missing = missing.unwrap_or("the objects have not been read completely");
+            reasons.push(format!("network policies are not in force: {missing}"));
+        }
         Status::new(now, &state, None, reasons)
     }
 
@@ -306,6 +337,14 @@ impl Health {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Says so where the rules of services have never been written.
+fn unwritten(state: &State) -> Option<String> {
+    let failure = state.failure.as_deref();
+    let failure = failure.unwrap_or("the services of the cluster have not been read completely");
+    let unwritten = state.last_synced.is_none();
+    unwritten.then(|| format!("no rules are written yet: {failure}"))
 }
 
 impl fmt::Debug for Health {
@@ -383,6 +422,30 @@ mod tests {
         health.synced();
         assert!(health.ready());
         assert_eq!(health.healthz().code(), 200);
+    }
+
+    #[test]
+    fn readiness_waits_for_policies_once() {
+        let (health, forward) = at_rest();
+        health.synced();
+        assert_eq!(health.readyz().code(), 200, "nothing more is expected");
+        health.expect_policies();
+        let message = || health.readyz().message;
+        let begin = "network policies are not in force: ";
+        assert_eq!(
+            message(),
+            Some(format!("{begin}the objects have not been read completely"))
+        );
+        health.policies(Err("pods is forbidden".to_owned()));
+        assert_eq!(message(), Some(format!("{begin}pods is forbidden")));
+        assert!(health.healthz().healthy, "services work");
+        health.policies(Ok(()));
+        assert_eq!(message(), None);
+        health.policies(Err("the kernel is away".to_owned()));
+        health.node_going_away(true);
+        health.queued();
+        forward(3600);
+        assert_eq!(health.readyz().code(), 200, "it was ready once");
     }
 
     #[test]

@@ -12,11 +12,11 @@ use prometheus::{
     IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
 };
 
-use self::drops::Drops;
-pub use self::drops::PolicyDrops;
+use self::counted::Counted;
+pub use self::counted::{NotRemembered, PolicyDrops};
 use self::process::Process;
 
-mod drops;
+mod counted;
 mod process;
 
 /// The values of the label `ip_family`, spelled as in the Kubernetes API.
@@ -47,6 +47,7 @@ pub struct Metrics {
     conntrack_duration: PerFamily<Histogram>,
     conntrack_deleted: PerFamily<IntCounter>,
     netlink_errors: IntCounter,
+    policies_in_force: IntGauge,
     policy_sync_duration: Histogram,
     isolated_pods: IntGauge,
     connections_cut: IntCounter,
@@ -167,6 +168,10 @@ impl Metrics {
             netlink_errors: new.counter(
                 "nftlet_netlink_errors_total",
                 "Transactions that failed in the kernel or on the way to it",
+            )?,
+            policies_in_force: new.int_gauge(
+                "nftlet_network_policies_in_force",
+                "Whether the network policies are enforced on this node",
             )?,
             policy_sync_duration: new.histogram(
                 "nftlet_policy_sync_duration_seconds",
@@ -290,6 +295,21 @@ impl Metrics {
         self.last_sync.each(|gauge| gauge.set(now));
     }
 
+    /// Leaves out whether network policies are in force, where none are to be.
+    ///
+    /// # Errors
+    ///
+    /// When it is called twice.
+    pub fn without_policies(&self) -> Result<(), prometheus::Error> {
+        let gauge = self.policies_in_force.clone();
+        self.registry.unregister(Box::new(gauge))
+    }
+
+    /// Whether network policies are in force.
+    pub fn policies_in_force(&self, in_force: bool) {
+        self.policies_in_force.set(i64::from(in_force));
+    }
+
     /// The policy tables are as wanted again after so long, and isolate so many pods.
     pub fn policy_sync(&self, took: Duration, isolated: usize) {
         self.policy_sync_duration.observe(took.as_secs_f64());
@@ -306,8 +326,22 @@ impl Metrics {
         &self,
         read: impl Fn() -> Option<Vec<PolicyDrops>> + Send + Sync + 'static,
     ) -> Result<(), Error> {
-        let drops = Drops::new(Box::new(read))?;
+        let drops = Counted::new(Box::new(read))?;
         self.registry.register(Box::new(drops))
+    }
+
+    /// Asks `read` at each scrape for the clients that were not remembered for session affinity.
+    /// Where it answers `None`, that metric is missing from the scrape.
+    ///
+    /// # Errors
+    ///
+    /// When somebody was registered before.
+    pub fn clients_not_remembered(
+        &self,
+        read: impl Fn() -> Option<Vec<NotRemembered>> + Send + Sync + 'static,
+    ) -> Result<(), Error> {
+        let counted = Counted::new(Box::new(read))?;
+        self.registry.register(Box::new(counted))
     }
 
     /// So many connections were cut because no policy allows them any more.

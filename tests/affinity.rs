@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-use common::manifests::{CLUSTER_CIDR, Manifests};
+use common::manifests::{Backend, CLUSTER_CIDR, Manifests, Service};
 use common::netns::{
     Ask, Client, Lab, LabOptions, Machine, Namespace, PATIENCE, Protocol, Server,
     require_net_admin, wait_for,
@@ -106,7 +106,7 @@ impl Sticky {
     /// not after the second one, which are as far apart as the listing took.
     fn forgotten_at(&self, family: &str) -> Option<(Instant, Instant)> {
         let before = Instant::now();
-        let listing = self.map(family, "affinity");
+        let listing = self.map(family, "affinity/shop");
         let after = Instant::now();
         let mut rest = listing.split(" expires ").skip(1);
         let expires = duration(rest.next()?.split_whitespace().next()?);
@@ -117,7 +117,7 @@ impl Sticky {
     /// Waits until clients of a family are remembered for so many seconds.
     #[track_caller]
     fn wait_until_learnt_for(&self, family: &str, seconds: u32) {
-        let chain = format!("learn-{seconds}");
+        let chain = format!("learn-{seconds}/shop");
         wait_for(&format!("the {family} chain {chain}"), PATIENCE, || {
             let listing = self.map(family, "affinity-frontends");
             let mut words = listing.split([' ', ',', '\n']);
@@ -359,4 +359,86 @@ fn clients_are_forgotten_after_the_timeout_which_can_change() {
             .collect();
         (answers.len() > 1 && sticky.forgotten_at("ip").is_none()).then_some(())
     });
+}
+
+/// Under external policy Local clients inside of the node are sent to endpoints elsewhere. They stay
+/// there however pods are told, and whatever address of the node they use.
+#[test]
+fn clients_that_policy_local_does_not_bind_stay_with_their_endpoint() {
+    if !require_net_admin() {
+        return;
+    }
+    let lab = Lab::new(LabOptions {
+        nodes: 2,
+        pods_per_node: 3,
+        clients: 1,
+    });
+    let (node, remote) = (lab.node(), &lab.nodes[1].pods);
+    let own = ip("192.168.30.1");
+    node.ns().addr_add("lo", &format!("{own}/32"));
+    node.ns().route_add("203.0.113.0/24", "dev lo");
+    let serve = |pod: &Machine| {
+        let both = [Protocol::Tcp, Protocol::Udp];
+        both.map(|protocol| pod.serve(protocol, 8080))
+    };
+    let _servers: Vec<_> = remote.iter().map(|pod| serve(pod)).collect();
+    let addresses: Vec<String> = (10..18).map(|n| format!("203.0.113.{n}")).collect();
+    let mut web = Service::new("web", 10)
+        .port("http", "TCP", 80, None)
+        .port("dns", "UDP", 53, None)
+        .patch(json!({"spec": {"externalTrafficPolicy": "Local", "sessionAffinity": "ClientIP"}}));
+    web.kind = "LoadBalancer".into();
+    web.load_balancer_ips = addresses.clone();
+    let manifests = Manifests::new();
+    manifests.service(&web);
+    let put = |pods: &[&Machine]| {
+        let backends: Vec<Backend> = pods
+            .iter()
+            .map(|pod| Backend::new(pod.v4, "node-2"))
+            .collect();
+        manifests.backends(&web, 8080, &backends);
+    };
+    let remote: Vec<&Machine> = remote.iter().collect();
+    let [gone, stays @ ..] = &remote[..] else {
+        panic!("three pods");
+    };
+    put(&[*gone, stays[0], stays[1]]);
+    let prefix = [
+        "--detect-local-mode",
+        "InterfaceNamePrefix",
+        "--pod-interface-name-prefix",
+        "veth",
+    ];
+    let _daemon = manifests.run(node.ns(), &prefix);
+    let clients = [
+        (Client::new(&node.pods[0].ns), None),
+        (Client::new(node.ns()), Some(own)),
+    ];
+    let all = || -> Vec<String> {
+        let asks = addresses
+            .iter()
+            .flat_map(|at| [Ask::tcp(ip(at), 80), Ask::udp(ip(at), 53)]);
+        let of = |(client, source): &(Client, Option<IpAddr>)| {
+            let ask = |ask: Ask| only_endpoint(client, source.map_or(ask, |it| ask.source(it)));
+            asks.clone().map(ask).collect::<Vec<_>>()
+        };
+        clients.iter().flat_map(of).collect()
+    };
+    let before = all();
+    put(stays);
+    wait_for(
+        "the clients of an endpoint to be forgotten",
+        PATIENCE,
+        || {
+            let rules = node.ns().nft(&["list", "table", "ip", "nftlet"]);
+            (!rules.contains(&format!(": {} .", gone.v4))).then_some(())
+        },
+    );
+    for (before, after) in before.iter().zip(all()) {
+        assert!(
+            *before == after || *before == gone.name,
+            "{before} moved to {after}"
+        );
+        assert_ne!(after, gone.name);
+    }
 }

@@ -20,7 +20,7 @@ use common::manifests::{CLUSTER_CIDR, Manifests, Service};
 use common::netns::{Daemon, Namespace, require_net_admin, wait_for};
 use common::skip::skip;
 use consumer::{cidr, node, service, slice};
-use fake_api::{CIDRS, NODES, SERVICES, SLICES, Streaming};
+use fake_api::{CIDRS, NAMESPACES, NODES, PODS, POLICIES, SERVICES, SLICES, Streaming};
 use nix::sys::signal::Signal;
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
@@ -874,6 +874,59 @@ fn probes_say_no_before_the_first_rules() {
     assert_eq!(get(&node.ns, "127.0.0.1:10256", "/healthz").0, 200);
     let (_, page) = get(&node.ns, "127.0.0.1:10249", "/metrics");
     assert!(metric(&page, "nftlet_watch_lists_total{kind=\"Service\"}") >= 1.0);
+}
+
+#[test]
+fn readiness_waits_for_network_policies_and_services_do_not() {
+    if !require_net_admin() {
+        return;
+    }
+    let (probes, metrics) = ("127.0.0.1:10256", "127.0.0.1:10249");
+    let in_force = |node: &Namespace| {
+        let (_, page) = get(node, metrics, "/metrics");
+        let name = "nftlet_network_policies_in_force ";
+        let mut lines = page.lines();
+        lines.find_map(|line| line.strip_prefix(name).map(str::to_owned))
+    };
+    // Pods and Namespaces are asked for as soon as there is a policy.
+    for (path, plural) in [
+        (POLICIES, "networkpolicies"),
+        (PODS, "pods"),
+        (NAMESPACES, "namespaces"),
+    ] {
+        let node = small_cluster();
+        let closed = json!({
+            "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
+            "metadata": {"name": "closed", "namespace": "shop"}, "spec": {"podSelector": {}},
+        });
+        node.api.put(POLICIES, closed);
+        node.api.forbid(path, true);
+        let nftlet = Daemon::start(&node.ns, NFTLET, node.arguments(&[]));
+        wait_for_log(&nftlet, "network policies are not in force yet");
+        let forbidden = format!("{plural} is forbidden");
+        let (code, body) = wait_for("the reason", PATIENCE, || {
+            Some(get(&node.ns, probes, "/readyz")).filter(|(_, body)| body.contains(&forbidden))
+        });
+        assert_eq!(code, 503, "{body}");
+        assert!(
+            body.contains("network policies are not in force: waiting for"),
+            "{body}"
+        );
+        assert_eq!(get(&node.ns, probes, "/healthz").0, 200);
+        assert_eq!(in_force(&node.ns).as_deref(), Some("0"), "{plural}");
+        node.api.forbid(path, false);
+        wait_for("readiness", PATIENCE, || {
+            (get(&node.ns, probes, "/readyz").0 == 200).then_some(())
+        });
+        wait_for_log(&nftlet, "network policies are in force");
+        assert_eq!(in_force(&node.ns).as_deref(), Some("1"), "{plural}");
+    }
+    let node = small_cluster();
+    let off = ["--network-policy=off"];
+    let nftlet = Daemon::start(&node.ns, NFTLET, node.arguments(&off));
+    wait_for_log(&nftlet, "the rules are in place");
+    assert_eq!(get(&node.ns, probes, "/readyz").0, 200);
+    assert_eq!(in_force(&node.ns), None);
 }
 
 #[test]

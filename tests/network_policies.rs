@@ -16,7 +16,7 @@ use common::manifests::{Backend, Service};
 use common::netns::{Ask, Client, LabOptions, Machine, Protocol, require_net_admin, wait_for};
 use reach::{Case, Probe, check, check_counted, denied};
 use serde_json::{Value, json};
-use shop::{Shop, pod, policy};
+use shop::{Shop, pod, policy, running_since};
 
 use Probe::{Ping, Tcp, Udp};
 
@@ -553,28 +553,30 @@ fn an_address_belongs_to_the_pod_that_has_it_now() {
     ended["status"]["phase"] = json!("Succeeded");
     shop.put_and_apply(&ended);
     check_counted(&[node], &cases(false, false));
-    let mut newcomer = pod("shop", "newcomer", &[("app", "new")], &db);
-    newcomer["metadata"]["creationTimestamp"] = json!("2026-02-01T00:00:00Z");
-    shop.put_and_apply(&newcomer);
+    let newcomer = |app: &str| pod("shop", "newcomer", &[("app", app)], &db);
+    shop.put_and_apply(&newcomer("new"));
     check_counted(&[node], &cases(false, false));
 
-    // The news of the old pod's end is late: the newer pod has the address all the same.
+    // The news of the old pod's end is late: nobody can say which of them it is.
     shop.put_and_apply(&pod("shop", "db", &[("app", "db")], &db));
     check_counted(&[node], &cases(false, false));
-    newcomer["metadata"]["labels"] = json!({"app": "db"});
-    shop.put_and_apply(&newcomer);
-    check_counted(&[node], &cases(true, false));
-
-    // One that is being deleted keeps its address unless somebody else claims it.
-    newcomer["metadata"]["labels"] = json!({"app": "new"});
-    newcomer["metadata"]["deletionTimestamp"] = json!("2026-02-01T01:00:00Z");
-    shop.put_and_apply(&newcomer);
-    check_counted(&[node], &cases(true, false));
-    shop.manifests.remove("Pod", "db");
-    shop.apply();
+    shop.put_and_apply(&newcomer("db"));
     check_counted(&[node], &cases(false, false));
-    newcomer["metadata"]["labels"] = json!({"app": "db"});
-    shop.put_and_apply(&newcomer);
+
+    // The one whose container runs has it, and of two the one whose container is the younger.
+    shop.put_and_apply(&running_since(2, newcomer("db")));
+    check_counted(&[node], &cases(true, false));
+    let old = pod("shop", "db", &[("app", "other")], &db);
+    shop.put_and_apply(&running_since(1, old.clone()));
+    check_counted(&[node], &cases(true, false));
+    shop.put_and_apply(&running_since(3, old));
+    check_counted(&[node], &cases(false, false));
+
+    // One that is being deleted keeps its address.
+    shop.manifests.remove("Pod", "db");
+    let mut leaving = running_since(2, newcomer("db"));
+    leaving["metadata"]["deletionTimestamp"] = json!("2026-02-01T01:00:00Z");
+    shop.put_and_apply(&leaving);
     check_counted(&[node], &cases(true, false));
 
     // Two pods exchange their addresses.
@@ -594,6 +596,54 @@ fn an_address_belongs_to_the_pod_that_has_it_now() {
         Case::both(shop.lab.client(), &web, Tcp(80), true),
     ];
     check_counted(&[node], &moved.concat());
+}
+
+#[test]
+fn while_two_pods_of_a_node_claim_an_address_both_must_allow() {
+    if !require_net_admin() {
+        return;
+    }
+    let shop = Shop::open();
+    let [web, db, api] = shop.pods();
+    let (client, node) = (shop.lab.client(), shop.lab.node().ns());
+    let of = |app: &str, ports: Value| {
+        let rules = json!([{"ports": ports}]);
+        let spec = json!({
+            "podSelector": {"matchLabels": {"app": app}},
+            "policyTypes": ["Ingress", "Egress"], "ingress": rules, "egress": rules,
+        });
+        policy("shop", app, spec)
+    };
+    let (tcp_80, tcp_8080) = (json!({"port": 80}), json!({"port": 8080}));
+    let udp_80 = json!({"port": 80, "protocol": "UDP"});
+    shop.manifests.put(&of("web", json!([tcp_80, tcp_8080])));
+    shop.manifests.put(&of("rival", json!([tcp_8080, udp_80])));
+    let cases = |passing: [bool; 3]| {
+        let mut cases = Vec::new();
+        for (probe, passes) in [Tcp(80), Tcp(8080), Udp(80)].into_iter().zip(passing) {
+            cases.extend(Case::both(client, &web, probe, passes));
+            cases.extend(Case::both(&db, &web, probe, passes));
+            cases.extend(Case::both(&web, &api, probe, passes));
+        }
+        cases
+    };
+    shop.apply();
+    check_counted(&[node], &cases([true, true, false]));
+    let rival = |app: &str| pod("shop", "rival", &[("app", app)], &web);
+    shop.put_and_apply(&rival("rival"));
+    check_counted(&[node], &cases([false, true, false]));
+    let list = |map: &str| node.nft(&["list", "map", "ip", "nftlet-policy", map]);
+    let web_v4 = web.v4.to_string();
+    assert!(list("ingress-pods").contains(&web_v4) && list("ingress-pods-2").contains(&web_v4));
+    // One that nothing isolates takes nothing away.
+    shop.put_and_apply(&rival("free"));
+    check_counted(&[node], &cases([true, true, false]));
+    // After a reboot the newer one has the address; its policy alone counts.
+    let stale = pod("shop", "web", &[("app", "web")], &web);
+    shop.manifests.put(&running_since(1, stale));
+    shop.put_and_apply(&running_since(2, rival("rival")));
+    check_counted(&[node], &cases([false, true, true]));
+    assert!(!shop.rules().contains("ingress-pods-2"));
 }
 
 #[test]

@@ -20,7 +20,7 @@ use common::netns::{
 };
 use reach::{Case, Probe, wrong};
 use serde_json::{Value, json};
-use shop::{Shop, pod, policy};
+use shop::{Shop, pod, policy, running_since};
 
 use Probe::{Tcp, Udp};
 
@@ -349,6 +349,70 @@ fn web_port_1() -> Value {
     spec["policyTypes"] = json!(["Ingress"]);
     spec["podSelector"]["matchLabels"] = json!({"app": "web"});
     spec
+}
+
+#[test]
+fn a_pod_stays_isolated_while_its_containers_may_run() {
+    if !require_net_admin() {
+        return;
+    }
+    let shop = Shop::open();
+    let [web, db, api] = shop.pods();
+    let mut spec = from_app("db");
+    spec["egress"] = json!([]);
+    spec["policyTypes"] = json!(["Ingress", "Egress"]);
+    shop.manifests.put(&policy("shop", "web", spec.clone()));
+    let running = || running_since(1, pod("shop", "web", &[("app", "web")], &web));
+    shop.manifests.put(&running());
+    let metrics = "127.0.0.1:10249";
+    let _daemon = run(&shop, &["--metrics-bind-address", metrics]);
+    let cases = |isolated: bool| {
+        [
+            Case::both(&db, &web, Tcp(80), true),
+            Case::both(&api, &web, Tcp(80), !isolated),
+            Case::both(&web, &db, Tcp(80), !isolated),
+        ]
+        .concat()
+    };
+    become_true(&cases(true));
+    // Evicted: the phase comes before the containers end.
+    let mut failed = running();
+    failed["status"]["phase"] = json!("Failed");
+    shop.manifests.put(&failed);
+    // An event that can be seen tells that the one before was handled.
+    let seen = |name: &str| {
+        let spec = json!({"podSelector": {"matchLabels": {"app": name}}, "ingress": []});
+        shop.manifests
+            .put(&pod("shop", name, &[("app", name)], &api));
+        shop.manifests.put(&policy("shop", name, spec));
+        let chain = format!("policy-ingress-shop/{name}");
+        wait_for(&chain, PATIENCE, || {
+            shop.rules().contains(&chain).then_some(())
+        });
+        shop.manifests.remove("NetworkPolicy", name);
+        wait_for(&chain, PATIENCE, || {
+            (!shop.rules().contains(&chain)).then_some(())
+        });
+    };
+    seen("first");
+    become_true(&cases(true));
+    // Deleted by force.
+    shop.manifests.remove("Pod", "web");
+    wait_for("the pod to depart", PATIENCE, || {
+        let rules = shop.rules();
+        let departed = rules.contains(&format!("departed-ingress-{}", web.v4));
+        (departed && !rules.contains("pod-ingress-shop/web")).then_some(())
+    });
+    let wrong = wrong(&cases(true));
+    assert!(wrong.is_empty(), "{wrong:?}");
+    // Policies go on to count, and another pod at the address ends it.
+    shop.manifests.remove("NetworkPolicy", "web");
+    become_true(&cases(false));
+    shop.manifests.put(&policy("shop", "web", spec));
+    become_true(&cases(true));
+    shop.manifests
+        .put(&pod("shop", "next", &[("app", "next")], &web));
+    become_true(&cases(false));
 }
 
 #[test]

@@ -290,6 +290,10 @@ fn history(directory: &Path, seed: u64) {
         let fresh = Nodes::started(&events, nodes.strict);
         for (lived, fresh) in nodes.nodes.iter().zip(&fresh.nodes) {
             assert_eq!(lived.kernel, lived.engine.ruleset(), "{told:#?}");
+            if !cluster.departed.is_empty() {
+                // A fresh start knows nothing of them.
+                continue;
+            }
             assert!(
                 fresh.kernel == lived.kernel,
                 "a fresh start has other rules: {told:#?}\n{:#?}",
@@ -324,8 +328,8 @@ fn judged(engine: &Engine, index: usize, cluster: &Cluster, asked: Asked, told: 
         return;
     }
     let here = |address| {
-        let owner = oracle::owner(cluster, address);
-        owner.is_some() && node_of(address).is_some_and(|node| usize::from(node) == index + 1)
+        let holders = oracle::holders(cluster, address);
+        !holders.is_empty() && node_of(address).is_some_and(|node| usize::from(node) == index + 1)
     };
     let wanted = (!here(source)
         || oracle::egress_allowed(cluster, source, destination, protocol, port))

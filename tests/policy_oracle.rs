@@ -29,7 +29,6 @@ fn pod(namespace: &str, name: &str, app: &str, node: &str, addresses: &[&str]) -
     json!({
         "metadata": {
             "namespace": namespace, "name": name, "labels": {"app": app},
-            "creationTimestamp": "2026-01-01T00:00:00Z",
         },
         "spec": {"nodeName": node, "containers": [{"name": "one", "ports": [
             {"name": "http", "containerPort": 8080},
@@ -72,6 +71,7 @@ fn world(policies: &[Value]) -> Cluster {
         namespaces: all(namespaces),
         pods: all(pods),
         policies: all(policies),
+        departed: Vec::new(),
     }
 }
 
@@ -344,50 +344,150 @@ fn a_pod_reaches_itself_at_the_same_address() {
     assert!(!allowed(&world, v6[0], v6[1], Tcp, 80));
 }
 
-#[test]
-fn an_address_has_one_owner() {
+/// A pod at the address of `web` with a status.
+fn rival(name: &str, status: Value) -> Pod {
+    let mut object = pod("shop", name, name, "node-1", &[WEB]);
+    let fields = status.as_object().expect("fields").clone();
+    object["status"]
+        .as_object_mut()
+        .expect("fields")
+        .extend(fields);
+    serde_json::from_value(object).expect("a pod")
+}
+
+fn container(state: Value) -> Value {
+    json!([{"name": "one", "image": "x", "imageID": "", "ready": false, "restartCount": 0, "state": state}])
+}
+
+fn since(second: u8) -> Value {
+    let at = format!("2026-01-01T00:00:0{second}Z");
+    json!({"containerStatuses": container(json!({"running": {"startedAt": at}}))})
+}
+
+fn ready(status: &str, second: u8) -> Value {
+    let at = format!("2026-01-01T00:00:0{second}Z");
+    json!({
+        "conditions": [{"type": "PodReadyToStartContainers", "status": status, "lastTransitionTime": at}],
+        "containerStatuses": container(json!({"waiting": {}})),
+    })
+}
+
+/// Who may have the address of `web`, and who certainly has it.
+fn of_web(rivals: &[Pod]) -> (Vec<String>, Option<String>) {
     let mut world = world(&[]);
-    let mut claim = |name: &str, patch: &dyn Fn(&mut Value)| {
+    world.pods.extend_from_slice(rivals);
+    let name = |pod: &Pod| pod.metadata.name.clone().expect("a name");
+    let holders = oracle::holders(&world, ip(WEB));
+    let mut holders: Vec<String> = holders.into_iter().map(name).collect();
+    holders.sort();
+    (holders, oracle::owner(&world, ip(WEB)).map(name))
+}
+
+#[test]
+fn an_address_has_the_pod_whose_sandbox_was_the_last() {
+    let only = |name: &str| (vec![name.to_owned()], Some(name.to_owned()));
+    let either = |names: &[&str]| (names.iter().map(|name| (*name).to_owned()).collect(), None);
+    assert_eq!(of_web(&[]), only("web"));
+    // `web` itself says nothing of its containers.
+    assert_eq!(
+        of_web(&[rival("other", json!({}))]),
+        either(&["other", "web"])
+    );
+    assert_eq!(of_web(&[rival("a", since(1))]), only("a"));
+    assert_eq!(
+        of_web(&[rival("a", since(2)), rival("b", since(1))]),
+        only("a")
+    );
+    assert_eq!(
+        of_web(&[rival("a", since(2)), rival("b", since(2))]),
+        either(&["a", "b"])
+    );
+    assert_eq!(of_web(&[rival("a", ready("False", 5))]), only("web"));
+    assert_eq!(of_web(&[rival("a", ready("True", 5))]), only("a"));
+    // A sandbox that is newer than a container that runs.
+    assert_eq!(
+        of_web(&[rival("a", ready("True", 5)), rival("b", since(2))]),
+        either(&["a", "b"])
+    );
+    for (name, patch) in [
+        (
+            "host",
+            json!({"spec": {"hostNetwork": true, "containers": []}}),
+        ),
+        (
+            "done",
+            json!({"status": {"phase": "Succeeded", "podIPs": [{"ip": WEB}]}}),
+        ),
+        (
+            "failed",
+            json!({"status": {"phase": "Failed", "podIPs": [{"ip": WEB}]}}),
+        ),
+        (
+            "deleted",
+            json!({
+                "metadata": {"namespace": "shop", "name": "deleted", "deletionTimestamp": "2026-01-01T00:00:00Z"},
+                "status": {
+                    "phase": "Running", "podIPs": [{"ip": WEB}],
+                    "containerStatuses": container(json!({"terminated": {"exitCode": 0}})),
+                },
+            }),
+        ),
+    ] {
         let mut object = pod("shop", name, "x", "node-1", &[WEB]);
-        patch(&mut object);
-        world
-            .pods
-            .push(serde_json::from_value(object).expect("a pod"));
-        let owner = oracle::owner(&world, ip(WEB)).expect("an owner");
-        owner.metadata.name.clone().expect("a name")
-    };
-    let created = |time: &'static str| {
-        move |pod: &mut Value| pod["metadata"]["creationTimestamp"] = json!(time)
-    };
-    assert_eq!(claim("abe", &|_| ()), "web", "by name");
-    assert_eq!(claim("zed", &|_| ()), "zed", "by name");
-    assert_eq!(claim("zero", &created("2025-12-31T00:00:00Z")), "zed");
-    assert_eq!(claim("new", &created("2026-01-01T00:00:01Z")), "new");
-    let later = created("2026-01-01T00:00:02Z");
-    let ended = |phase: &'static str| {
-        move |pod: &mut Value| {
-            later(pod);
-            pod["status"]["phase"] = json!(phase);
-        }
-    };
-    assert_eq!(claim("done", &ended("Succeeded")), "new");
-    assert_eq!(claim("failed", &ended("Failed")), "new");
-    assert_eq!(
-        claim("leaving", &|pod| {
-            later(pod);
-            pod["metadata"]["deletionTimestamp"] = json!("2026-01-01T01:00:00Z");
-        }),
-        "new"
-    );
-    assert_eq!(
-        claim("host", &|pod| {
-            later(pod);
-            pod["spec"]["hostNetwork"] = json!(true);
-        }),
-        "new"
-    );
-    assert_eq!(claim("pending", &ended("Pending")), "pending");
+        let fields = patch.as_object().expect("fields").clone();
+        object.as_object_mut().expect("fields").extend(fields);
+        let gone = serde_json::from_value(object).expect("a pod");
+        assert_eq!(of_web(&[gone]), only("web"), "{name}");
+    }
+    let mut failed = rival("failed", since(1));
+    failed.status.get_or_insert_default().phase = Some("Failed".into());
+    assert_eq!(of_web(&[failed]), only("failed"), "its container runs");
+    let mut world = world(&[]);
+    world.pods.push(rival("gone", ready("False", 1)));
+    world
+        .pods
+        .retain(|pod| pod.metadata.name.as_deref() != Some("web"));
+    assert_eq!(oracle::holders(&world, ip(WEB)).len(), 1);
+    assert_eq!(oracle::owner(&world, ip(WEB)), None);
     assert_eq!(oracle::owner(&world, ip(OUTSIDE)), None);
+}
+
+#[test]
+fn while_it_cannot_be_told_every_pod_must_allow() {
+    let lets_in = |app: &str, from: &[&str]| {
+        let blocks = from
+            .iter()
+            .map(|ip| json!({"ipBlock": {"cidr": format!("{ip}/32")}}));
+        let peers: Vec<Value> = blocks.collect();
+        json!({"podSelector": {"matchLabels": {"app": app}}, "ingress": [{"from": peers}]})
+    };
+    let mut world = world(&[
+        lets_in("web", &[DB, OTHER]),
+        lets_in("other", &[OTHER, OUTSIDE]),
+        json!({"podSelector": {"matchLabels": {"app": "db"}}, "ingress": [
+            {"from": [{"podSelector": {"matchLabels": {"app": "web"}}}]},
+        ]}),
+    ]);
+    let passing = |world: &Cluster| {
+        let from = [DB, OTHER, OUTSIDE].into_iter();
+        from.filter(|from| allowed(world, ip(from), ip(WEB), Tcp, 80))
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(passing(&world), [DB, OTHER]);
+    assert!(allowed(&world, ip(WEB), ip(DB), Tcp, 80));
+    world.pods.push(rival("other", json!({})));
+    assert_eq!(passing(&world), [OTHER]);
+    assert!(
+        !allowed(&world, ip(WEB), ip(DB), Tcp, 80),
+        "it may be the other one"
+    );
+    // A pod that was deleted while it ran.
+    let other = world.pods.pop().expect("a pod");
+    world.departed.push((ip(WEB), other));
+    world
+        .pods
+        .retain(|pod| pod.metadata.name.as_deref() != Some("web"));
+    assert_eq!(passing(&world), [OTHER, OUTSIDE]);
 }
 
 #[test]
@@ -539,6 +639,10 @@ fn every_form_of_every_field_comes_up() {
             "NetworkPolicy.spec.policyTypes[2]",
             "Pod.metadata.deletionTimestamp=2026-01-01T01:00:00Z",
             "Pod.spec.hostNetwork=true",
+            "Pod.status.conditions.status=True",
+            "Pod.status.conditions.status=False",
+            "Pod.status.containerStatuses.state.running.startedAt=2026-01-01T00:00:01Z",
+            "Pod.status.initContainerStatuses.state.running.startedAt=2026-01-01T00:00:01Z",
             "Pod.status.phase=Succeeded",
             "Pod.status.podIPs[1]",
             "Pod.status.podIPs[2]",
@@ -554,6 +658,7 @@ fn every_form_of_every_field_comes_up() {
         "terminating ",
         "Failed ",
         "Running ",
+        "news ",
     ] {
         let seen = changes.iter().any(|seen| seen.starts_with(change));
         assert!(seen, "never {change}: {changes:?}");

@@ -276,3 +276,80 @@ fn what_has_no_route_is_unreachable() {
         }
     }
 }
+
+#[test]
+fn a_cluster_ip_on_an_interface_of_the_node_has_the_ports_of_its_service() {
+    if !require_net_admin() {
+        return;
+    }
+    let lab = lab();
+    let node = lab.node().ns();
+    let manifests = Manifests::new();
+    let web = Service::new("web", 10).port("http", "TCP", 80, None);
+    manifests.service(&web);
+    let pods = lab.nodes[1].pods[0].addresses();
+    let pods = pods.map(|pod| Backend::new(pod, "node-2"));
+    manifests.backends(&web, 8080, &pods);
+    let _server = lab.nodes[1].pods[0].serve(Protocol::Tcp, 8080);
+    manifests.program(node, &CIDR);
+    // As kube-proxy leaves them in IPVS mode, with a process that listens on all addresses.
+    for address in ["10.96.0.10/32", "fd00:10:96::a/128"] {
+        node.addr_add("lo", address);
+    }
+    let everywhere: Vec<Server> = ["0.0.0.0", "::"]
+        .into_iter()
+        .flat_map(|address| {
+            [Protocol::Tcp, Protocol::Udp].map(|protocol| {
+                Server::start(node, protocol, SocketAddr::new(ip(address), 22), "node")
+            })
+        })
+        .collect();
+    let name = &lab.nodes[1].pods[0].name;
+    for from in [&lab.node().pods[0], &lab.node().machine] {
+        for address in ["10.96.0.10", "fd00:10:96::a"].map(ip) {
+            assert_eq!(
+                outcome(from, Ask::tcp(address, 80)).as_ref(),
+                Ok(name),
+                "{}",
+                from.name
+            );
+            assert_refused(from, Ask::tcp(address, 22));
+            assert_refused(from, Ask::udp(address, 22));
+        }
+    }
+    let served: u64 = everywhere.iter().map(Server::served).sum();
+    assert_eq!(served, 0, "the node's own process was reached");
+}
+
+#[test]
+fn what_others_translate_is_untouched() {
+    if !require_net_admin() {
+        return;
+    }
+    let lab = lab();
+    let node = lab.node().ns();
+    let manifests = Manifests::new();
+    manifests.service(&Service::new("web", 10).port("http", "TCP", 80, None));
+    manifests.program(node, &CIDR);
+    let pod = &lab.node().pods[0];
+    let _server = pod.serve(Protocol::Tcp, 8080);
+    // A published port, as container runtimes and the CNI plugin `portmap` have them.
+    for (family, to) in [
+        ("ip", format!("{}:8080", pod.v4)),
+        ("ip6", format!("[{}]:8080", pod.v6)),
+    ] {
+        node.nft_load(&format!(
+            "table {family} ports {{
+                chain pre {{
+                    type nat hook prerouting priority -100;
+                    fib daddr type local tcp dport 8888 dnat to {to};
+                }}
+            }}"
+        ));
+    }
+    let machine = &lab.node().machine;
+    for address in [IpAddr::from(machine.v4), IpAddr::from(machine.v6)] {
+        let answered = outcome(lab.client(), Ask::tcp(address, 8888));
+        assert_eq!(answered.as_ref(), Ok(&pod.name), "{address}");
+    }
+}

@@ -103,6 +103,7 @@ async fn ordinary_life_of_policies() {
                 "Namespace shop",
                 "NetworkPolicy shop/deny",
                 "Node node-1",
+                "Pod shop/ended",
                 "Pod shop/web",
                 "Service shop/web"
             ],
@@ -119,10 +120,16 @@ async fn ordinary_life_of_policies() {
             .await;
         api.put(PODS, pod("db", "10.1.0.2"));
         consumer.has("Pod shop/db").await;
-        // A pod that ends leaves the selection.
+        // A pod that ends is seen to do so: it was not deleted while it ran.
         let mut ends = pod("db", "10.1.0.2");
         ends["status"]["phase"] = json!("Failed");
         api.put(PODS, ends);
+        let has_ended = |it: &Consumer| match it.objects.get("Pod shop/db") {
+            Some(Object::Pod(pod)) => pod.ended,
+            _ => false,
+        };
+        consumer.until("the end of the pod", has_ended).await;
+        api.delete(PODS, "shop/db");
         consumer.lacks("Pod shop/db").await;
         api.delete(NAMESPACES, "shop");
         consumer.lacks("Namespace shop").await;
@@ -173,7 +180,7 @@ async fn pods_are_watched_while_there_is_a_policy() {
         let asked = requests.last().expect("a request");
         assert_eq!(
             (asked.get("labelSelector"), asked.get("fieldSelector")),
-            ("", "status.phase!=Succeeded,status.phase!=Failed")
+            ("", "")
         );
         assert_eq!(api.requests_for(NAMESPACES).len(), round);
 

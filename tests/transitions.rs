@@ -136,19 +136,31 @@ fn meaning(node: &Namespace) -> BTreeMap<String, Value> {
         found.retain(|name, _| {
             let mut words = name.split(' ');
             let (kind, of, chain) = (words.next(), words.next(), words.next());
-            let shared = chain.is_some_and(is_shared);
-            let chains = matches!(kind, Some("chain" | "rules" | "set")) && of == Some(family);
-            !chains || !shared || chain.is_some_and(|chain| used.contains(chain))
+            let (true, Some(name)) = (of == Some(family), chain) else {
+                return true;
+            };
+            if !matches!(kind, Some("chain" | "rules")) {
+                // Sets of a namespace are there with the chain that asks who is remembered, those of
+                // source ranges with the chain that lets them in.
+                let namespace = name.split_once('/');
+                return match namespace {
+                    Some((_, of)) => used.contains(&format!("sticky/{of}")),
+                    None => !name.starts_with("sources-") || used.contains(name),
+                };
+            }
+            !is_shared(name) || used.contains(name)
         });
     }
     found
 }
 
 fn is_shared(chain: &str) -> bool {
-    let counted = chain
+    let (role, namespace) = chain.split_once('/').unwrap_or((chain, ""));
+    let counted = role
         .rsplit_once('-')
         .is_some_and(|(_, n)| n.parse::<u32>().is_ok());
-    counted || chain.starts_with("sources-") || OF_AFFINITY.contains(&chain)
+    let listed = chain.starts_with("sources-");
+    counted || listed || !namespace.is_empty() || OF_AFFINITY.contains(&chain)
 }
 
 /// What exists while some service has session affinity.

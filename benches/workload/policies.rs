@@ -11,9 +11,9 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
 use nftlet::model::{
-    Delivery, Event, Kind, LabelSelector, Labels, NamedPort, Namespace as NamespaceFacts,
+    Delivery, Event, Evidence, Kind, LabelSelector, Labels, NamedPort, Namespace as NamespaceFacts,
     NetworkPolicy, Object, ObjectName, Peer, Pod, PolicyPort, PolicyRule, PortMatch, Protocol,
-    Requirement,
+    Requirement, Sandbox,
 };
 
 /// The node that is programmed.
@@ -76,11 +76,14 @@ impl Cluster {
         let node = if number < LOCAL { 0 } else { 1 + number % 199 };
         Pod {
             name: ObjectName::new(namespace, &format!("pod-{number}")),
-            created: Some(number as i64),
             node: Some(self.nodes[node].clone()),
             host_network: false,
             ended: false,
-            terminating: false,
+            running: true,
+            evidence: Evidence {
+                sandbox: Sandbox::RanAt(number as u32),
+                started: Some(number as u32),
+            },
             addresses: [IpAddr::from(Ipv4Addr::from(host))].into_iter().collect(),
             labels: self.labels[number / self.names.len() % APPLICATIONS].clone(),
             ports: self.ports.clone(),

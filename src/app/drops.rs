@@ -4,6 +4,7 @@
 //! what it had counted must stay in the sum for its pod.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::hash::Hash;
 
 use crate::metrics::PolicyDrops;
 use crate::model::{Family, ObjectName};
@@ -25,13 +26,13 @@ pub(super) struct Reading {
 pub(super) fn read(nftables: &mut Nftables, isolated: &Isolated) -> Result<Reading, Error> {
     let pods: HashMap<Key, &ObjectName> = isolated
         .iter()
-        .map(|(address, pod)| (Key::address(*address), pod))
+        .filter_map(|(address, pod)| Some((Key::address(*address), pod.as_ref()?)))
         .collect();
     let mut reading = Reading::default();
     if pods.is_empty() {
         return Ok(reading);
     }
-    reading.pods = isolated.iter().map(|(_, pod)| pod.clone()).collect();
+    reading.pods = isolated.iter().filter_map(|(_, pod)| pod.clone()).collect();
     for family in Family::ALL {
         for direction in Direction::ALL {
             let table = policy::table_id(family);
@@ -48,23 +49,33 @@ pub(super) fn read(nftables: &mut Nftables, isolated: &Isolated) -> Result<Readi
 
 /// The sums of all readings.
 #[derive(Debug, Default)]
-pub(super) struct Totals(BTreeMap<(ObjectName, Direction), Total>);
+pub(super) struct Totals(BTreeMap<(ObjectName, Direction), Total<Key>>);
 
-#[derive(Debug, Default)]
-struct Total {
+/// The sum of counters, each of which may go or begin anew.
+#[derive(Debug)]
+pub(super) struct Total<K> {
     /// What counters had counted that are gone or began anew.
     gone: u64,
-    counters: HashMap<Key, u64>,
+    counters: HashMap<K, u64>,
 }
 
-impl Total {
-    fn sum(&self) -> u64 {
+impl<K> Default for Total<K> {
+    fn default() -> Self {
+        Self {
+            gone: 0,
+            counters: HashMap::new(),
+        }
+    }
+}
+
+impl<K: Eq + Hash> Total<K> {
+    pub(super) fn sum(&self) -> u64 {
         let counted = self.counters.values();
         counted.fold(self.gone, |sum, packets| sum.saturating_add(*packets))
     }
 
     /// Takes over what the counters say now.
-    fn replace(&mut self, counters: HashMap<Key, u64>) {
+    pub(super) fn replace(&mut self, counters: HashMap<K, u64>) {
         let before = std::mem::replace(&mut self.counters, counters);
         for (key, packets) in before {
             let continues = self.counters.get(&key).is_some_and(|now| *now >= packets);

@@ -1,5 +1,5 @@
 //! What hangs around the network policies: who cuts connections, who tells of denied packets,
-//! who counts these, and who looks after bridges.
+//! who counts these, and who looks after bridges; and who forgets clients with session affinity.
 
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -10,15 +10,16 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{MissedTickBehavior, interval};
 
 use super::drops::{self, Totals};
-use super::{Error, system};
+use super::{Error, clients, system};
 use crate::bridge::{self, News, Watch};
 use crate::cli::Args;
 use crate::metrics::Metrics;
 use crate::model::{Notice, Reason, Subject};
 use crate::netlink::{LogReader, Nftables};
 use crate::policy::LOG_GROUP;
+use crate::reconcile::affinity::{self, Forgetter};
 use crate::reconcile::connections::{self, Bell, Cutter};
-use crate::reconcile::{Isolated, LogAndSend, Question, Reporter, denied};
+use crate::reconcile::{Isolated, LogAndSend, Question, Reporter, Sticky, denied};
 
 /// Questions that may wait for the reconciler.
 const QUESTIONS: usize = 64;
@@ -30,6 +31,7 @@ const LOOK_EVERY: Duration = Duration::from_secs(60);
 pub(super) struct Observers {
     pub(super) cutter: Option<Bell>,
     pub(super) questions: Option<mpsc::Receiver<Question>>,
+    pub(super) forgetter: Option<affinity::Queue>,
     /// The group that denied packets are to be sent to.
     pub(super) log_group: Option<u16>,
 }
@@ -44,8 +46,15 @@ pub(super) fn start(
     args: &Args,
     metrics: &Arc<Metrics>,
     isolated: watch::Receiver<Isolated>,
+    sticky: watch::Receiver<Sticky>,
+    reporter: &LogAndSend,
 ) -> Result<Observers, Error> {
     let mut observers = Observers::default();
+    let (ask, questions) = mpsc::channel(QUESTIONS);
+    if !args.once {
+        observers.questions = Some(questions);
+        observers.forgetter = Some(forget(metrics, sticky, reporter, ask.clone())?);
+    }
     // A kernel without such groups would refuse the rules that log, and all others with them.
     let reader = open_log(args);
     observers.log_group = reader.as_ref().map(|_| LOG_GROUP);
@@ -53,7 +62,6 @@ pub(super) fn start(
         return Ok(observers);
     }
     count_drops(metrics, isolated.clone())?;
-    let (ask, questions) = mpsc::channel(QUESTIONS);
     let (bell, woken) = connections::bell();
     let (judge, metrics) = (ask.clone(), metrics.clone());
     let cut = move || {
@@ -65,8 +73,26 @@ pub(super) fn start(
         let follow = move || denied::follow(reader, || LogReader::open(LOG_GROUP), &ask);
         spawn("denied", "the thread that logs denied packets", follow)?;
     }
-    observers.questions = Some(questions);
     Ok(observers)
+}
+
+/// Starts the thread that forgets clients whose endpoint is gone, and looks for those that cannot
+/// be remembered.
+fn forget(
+    metrics: &Arc<Metrics>,
+    sticky: watch::Receiver<Sticky>,
+    reporter: &LogAndSend,
+    ask: mpsc::Sender<Question>,
+) -> Result<affinity::Queue, Error> {
+    let watch = clients::Watch::start(sticky, metrics, reporter.clone())?;
+    let (queue, received) = affinity::queue();
+    let work = move || {
+        Forgetter::new(Nftables::open, received, ask).run(clients::LOOK_EVERY, || {
+            watch.look();
+        });
+    };
+    spawn("clients", "the thread that forgets clients", work)?;
+    Ok(queue)
 }
 
 /// Opens what reads denied packets, where they are to be logged and can be.

@@ -44,7 +44,7 @@ impl Io {
     pub(super) fn run(
         self,
         events: mpsc::Sender<Delivery>,
-        ready: oneshot::Sender<Result<(), Error>>,
+        ready: oneshot::Sender<Result<Option<Arc<SourceStats>>, Error>>,
     ) {
         let runtime = match single_threaded() {
             Ok(runtime) => runtime,
@@ -56,8 +56,8 @@ impl Io {
         let mut stopped = self.stopped.clone();
         runtime.block_on(async {
             match self.start(events).await {
-                Ok(tasks) => {
-                    let _ = ready.send(Ok(()));
+                Ok((tasks, stats)) => {
+                    let _ = ready.send(Ok(stats));
                     let _ = stopped.wait_for(|stop| *stop).await;
                     for task in tasks {
                         task.abort();
@@ -75,7 +75,7 @@ impl Io {
     async fn start(
         mut self,
         events: mpsc::Sender<Delivery>,
-    ) -> Result<Vec<tokio::task::JoinHandle<()>>, Error> {
+    ) -> Result<(Vec<tokio::task::JoinHandle<()>>, Option<Arc<SourceStats>>), Error> {
         let mut tasks = Vec::new();
         let stopped = self.stopped.clone();
         let mut stats = None;
@@ -130,7 +130,7 @@ impl Io {
         // Not before: until here this thread may have waited for standard input, and nobody
         // would have looked at a signal.
         tasks.push(self.handle_signals()?);
-        tasks.extend(self.serve_http(stats).await?);
+        tasks.extend(self.serve_http(stats.clone()).await?);
         tasks.extend(self.follow_configuration());
         if !self.args.once {
             tasks.push(self.serve_health_checks());
@@ -141,7 +141,7 @@ impl Io {
             let watching = observe::watch_bridges(isolated, metrics, reporter);
             tasks.push(tokio::spawn(watching));
         }
-        Ok(tasks)
+        Ok((tasks, stats))
     }
 
     fn handle_signals(&self) -> Result<tokio::task::JoinHandle<()>, Error> {
@@ -238,6 +238,7 @@ impl Io {
         Router::new().probes(&self.health, move |probe, code| match probe {
             Probe::Healthz => metrics.healthz(code),
             Probe::Livez => metrics.livez(code),
+            Probe::Readyz => {}
         })
     }
 

@@ -3,8 +3,7 @@
 use std::time::Duration;
 
 use super::layout::{
-    AFFINITY, By, NODEPORT_ADDRESSES, Scope, ServiceSet, affinity_key, original_affinity_key,
-    target,
+    By, Clients, NODEPORT_ADDRESSES, Scope, ServiceSet, affinity_key, original_affinity_key, target,
 };
 use super::settings::{LocalDetector, Settings};
 use super::skeleton::{DSTNAT, MARK_OFF_CLUSTER};
@@ -29,13 +28,17 @@ pub enum Role {
     LocalPolicy,
 }
 
-/// A chain shared by all frontends it fits.
+/// A chain shared by all frontends it fits. Sets that only it reads exist with it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum SharedChain {
     /// Handles the packets of frontends with the same number of endpoints.
     Handle(Handle),
+    /// Sends the clients that a namespace remembers to their endpoint, and lets others come back.
+    Follow(Clients),
     /// Remembers which endpoint a client was sent to.
     Learn {
+        /// Where.
+        clients: Clients,
         /// For how long, without another connection.
         seconds: u32,
     },
@@ -51,14 +54,14 @@ pub enum SharedChain {
 }
 
 /// A chain that handles the packets of frontends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Handle {
     /// How the frontends are found.
     pub by: By,
     /// What is done.
     pub role: Role,
-    /// Whether clients go to the endpoint they were sent to before.
-    pub sticky: bool,
+    /// Whose clients go to the endpoint they were sent to before.
+    pub sticky: Option<Clients>,
     /// The number of endpoints, at least 1.
     pub endpoints: u32,
 }
@@ -73,11 +76,12 @@ pub enum LearnAt {
 }
 
 impl SharedChain {
-    /// The chain's name, such as `lb-10` or `nodeport-external-sticky-3`.
+    /// The chain's name, such as `lb-10` or `nodeport-external-sticky-3/shop`.
     pub fn name(&self) -> Name {
         match self {
             SharedChain::Handle(handle) => handle.name(),
-            SharedChain::Learn { seconds } => format!("learn-{seconds}").into(),
+            SharedChain::Follow(clients) => clients.name("sticky"),
+            SharedChain::Learn { clients, seconds } => clients.name(&format!("learn-{seconds}")),
             SharedChain::LearnNew => "learn-new".into(),
             SharedChain::LearnHook(LearnAt::Prerouting) => "learn-prerouting".into(),
             SharedChain::LearnHook(LearnAt::Output) => "learn-output".into(),
@@ -85,34 +89,25 @@ impl SharedChain {
         }
     }
 
-    /// The set that exists as long as the chain does, for its rules alone.
-    pub fn set(&self) -> Option<(Name, Set)> {
-        match self {
-            SharedChain::Sources(list) => Some((list.name(), list.set())),
-            SharedChain::Handle(_)
-            | SharedChain::Learn { .. }
-            | SharedChain::LearnNew
-            | SharedChain::LearnHook(_) => None,
-        }
-    }
-
     /// The chains that this one goes on to, or needs to be reached.
     fn onward(&self) -> Vec<SharedChain> {
         match self {
-            SharedChain::Handle(handle) => handle
-                .onward()
-                .into_iter()
-                .map(SharedChain::Handle)
-                .collect(),
-            SharedChain::Learn { .. } => [LearnAt::Prerouting, LearnAt::Output]
-                .map(SharedChain::LearnHook)
-                .into(),
+            SharedChain::Handle(handle) => {
+                let follow = handle.follow().map(SharedChain::Follow);
+                let handles = handle.onward().into_iter().map(SharedChain::Handle);
+                handles.chain(follow).collect()
+            }
+            SharedChain::Learn { clients, .. } => vec![
+                SharedChain::LearnHook(LearnAt::Prerouting),
+                SharedChain::LearnHook(LearnAt::Output),
+                SharedChain::Follow(clients.clone()),
+            ],
             SharedChain::LearnHook(_) => vec![SharedChain::LearnNew],
-            SharedChain::LearnNew | SharedChain::Sources(_) => vec![],
+            SharedChain::Follow(_) | SharedChain::LearnNew | SharedChain::Sources(_) => vec![],
         }
     }
 
-    /// This chain and all that it leads to, directly or not.
+    /// This chain and all that it leads to, directly or not: each behind those that lead to it.
     pub fn closure(self) -> Vec<SharedChain> {
         let mut found = vec![self];
         let mut next = 0;
@@ -124,11 +119,25 @@ impl SharedChain {
         found
     }
 
+    /// The sets that exist with this chain, because only this one and those that lead to it use
+    /// them.
+    pub fn sets(&self) -> Vec<(Name, Set)> {
+        match self {
+            SharedChain::Follow(clients) => clients.sets().into(),
+            SharedChain::Sources(list) => vec![(list.name(), list.set())],
+            SharedChain::Handle(_)
+            | SharedChain::Learn { .. }
+            | SharedChain::LearnNew
+            | SharedChain::LearnHook(_) => vec![],
+        }
+    }
+
     /// The rules.
     pub fn chain(&self, settings: &Settings, family: Family) -> Chain {
         let (base, rules) = match self {
             SharedChain::Handle(handle) => (None, handle.rules(settings, family)),
-            SharedChain::Learn { seconds } => (None, learn(Duration::from_secs((*seconds).into()))),
+            SharedChain::Follow(clients) => (None, follow(clients)),
+            SharedChain::Learn { clients, seconds } => (None, learn(clients, *seconds)),
             SharedChain::LearnNew => (None, learn_new()),
             SharedChain::LearnHook(at) => (Some(at.base()), learn_hook()),
             SharedChain::Sources(list) => (None, list.rules()),
@@ -152,7 +161,7 @@ impl LearnAt {
 }
 
 impl Handle {
-    fn name(self) -> Name {
+    fn name(&self) -> Name {
         let by = match self.by {
             By::Address => "",
             By::NodePort => "nodeport-",
@@ -164,16 +173,28 @@ impl Handle {
             Role::External => "external",
             Role::LocalPolicy => "local",
         };
-        let sticky = if self.sticky { "-sticky" } else { "" };
-        format!("{by}{role}{sticky}-{}", self.endpoints).into()
+        let endpoints = self.endpoints;
+        match &self.sticky {
+            None => format!("{by}{role}-{endpoints}").into(),
+            Some(clients) => clients.name(&format!("{by}{role}-sticky-{endpoints}")),
+        }
     }
 
-    fn onward(self) -> Vec<Handle> {
-        let with = |role| Handle { role, ..self };
+    /// Whose remembered clients are asked for here.
+    fn follow(&self) -> Option<Clients> {
+        let balances = matches!(self.role, Role::Balance(_));
+        self.sticky.clone().filter(|_| balances)
+    }
+
+    fn onward(&self) -> Vec<Handle> {
+        let with = |role| Handle {
+            role,
+            ..self.clone()
+        };
         match self.role {
-            Role::Balance(_) if self.sticky => vec![Handle {
-                sticky: false,
-                ..self
+            Role::Balance(_) if self.sticky.is_some() => vec![Handle {
+                sticky: None,
+                ..self.clone()
             }],
             Role::Balance(_) => vec![],
             Role::Cluster | Role::External => vec![with(Role::Balance(Scope::Cluster))],
@@ -181,12 +202,15 @@ impl Handle {
         }
     }
 
-    fn rules(self, settings: &Settings, family: Family) -> Vec<Rule> {
+    fn rules(&self, settings: &Settings, family: Family) -> Vec<Rule> {
+        if let Some(clients) = self.follow() {
+            // Clients that are known go to their endpoint, the others on to a random one. The map
+            // is asked in a chain of its own: the kernel looks at all of its elements when a rule
+            // comes that reads it, and chains like this one come and go.
+            let follow = SharedChain::Follow(clients).name();
+            return self.then_onward(Statement::Verdict(Verdict::Jump(follow)));
+        }
         match self.role {
-            // Clients that are known go to their endpoint, the others on to a random one.
-            Role::Balance(_) if self.sticky => {
-                self.then_onward(Statement::DnatByMap(affinity_key(), AFFINITY.into()))
-            }
             Role::Balance(scope) => self.balance(scope),
             Role::Cluster => {
                 self.then_onward(Statement::Verdict(Verdict::Jump(MARK_OFF_CLUSTER.into())))
@@ -198,19 +222,19 @@ impl Handle {
         }
     }
 
-    fn then_onward(self, first: Statement) -> Vec<Rule> {
+    fn then_onward(&self, first: Statement) -> Vec<Rule> {
         let onward = self
             .onward()
             .into_iter()
-            .map(|handle| Rule::new([goto(handle)]));
+            .map(|handle| Rule::new([goto(&handle)]));
         std::iter::once(Rule::new([first])).chain(onward).collect()
     }
 
     /// kube-proxy's short circuits of external policy Local: what comes from this node does not
     /// need to be kept on it.
-    fn local_policy(self, detector: &LocalDetector) -> Vec<Rule> {
+    fn local_policy(&self, detector: &LocalDetector) -> Vec<Rule> {
         let onward = self.onward();
-        let (pods, node) = (onward.first().copied(), onward.get(1).copied());
+        let (pods, node) = (onward.first(), onward.get(1));
         let from_pods = detector.from_local_pods(Comparison::Is).zip(pods);
         let mut rules: Vec<Rule> = from_pods
             .map(|(from, handle)| Rule::new([from, goto(handle)]))
@@ -232,7 +256,7 @@ impl Handle {
     /// as long as there is any. If none is left, or the whole table has gone, the packet is dropped:
     /// falling through, it would leave the node with the service's address, and refused, a client
     /// would give up that only has to ask again.
-    fn balance(self, scope: Scope) -> Vec<Rule> {
+    fn balance(&self, scope: Scope) -> Vec<Rule> {
         let map = self.by.endpoints(scope).name();
         let pick = |n| Rule::new([Statement::DnatByMap(self.by.endpoint_key(n), map.clone())]);
         let mut rules = vec![pick(self.endpoints)];
@@ -244,27 +268,49 @@ impl Handle {
     }
 }
 
-fn goto(handle: Handle) -> Statement {
+/// Whether a chain that frontends lead to is one of external policy Local.
+pub fn is_bound_to_node(chain: &Name) -> bool {
+    let name = chain.as_str();
+    name.strip_prefix("nodeport-")
+        .unwrap_or(name)
+        .starts_with("local-")
+}
+
+fn goto(handle: &Handle) -> Statement {
     Statement::Verdict(Verdict::Goto(handle.name()))
 }
 
+/// Sends clients to the endpoint that is remembered for them.
+fn follow(clients: &Clients) -> Vec<Rule> {
+    vec![Rule::new([Statement::DnatByMap(
+        affinity_key(),
+        clients.map(),
+    )])]
+}
+
 /// Remembers the translated destination for the client and the destination before. One rule a
-/// protocol, because nft reads the original port only where it knows the protocol.
-fn learn(timeout: Duration) -> Vec<Rule> {
+/// protocol, because nft reads the original port only where it knows the protocol. The update of a
+/// full map does not match, so that the last rule counts the clients that are not remembered.
+fn learn(clients: &Clients, seconds: u32) -> Vec<Rule> {
     let rule = |protocol: Protocol| {
         Rule::new([
             is_protocol(protocol),
             Statement::UpdateMap {
-                map: AFFINITY.into(),
+                map: clients.map(),
                 key: original_affinity_key(),
-                timeout,
+                timeout: Duration::from_secs(seconds.into()),
                 data: target(),
             },
+            Statement::Verdict(Verdict::Return),
         ])
     };
-    [Protocol::Tcp, Protocol::Udp, Protocol::Sctp]
-        .map(rule)
-        .into()
+    let count = Rule::new([Statement::InSet(
+        vec![Selector::L4Protocol],
+        Comparison::Is,
+        clients.forgotten(),
+    )]);
+    let updates = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp].map(rule);
+    updates.into_iter().chain([count]).collect()
 }
 
 fn is_protocol(protocol: Protocol) -> Statement {

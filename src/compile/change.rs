@@ -308,7 +308,7 @@ fn key(frontend: &Frontend) -> (Family, Claim) {
 /// About how many elements say where a frontend's packets go.
 fn lead_count(side: Side<'_>) -> usize {
     side.map_or(0, |(plan, frontend)| {
-        1 + usize::from(frontend.firewalled) + usize::from(plan.affinity_seconds.is_some())
+        1 + usize::from(frontend.firewalled) + usize::from(plan.affinity.is_some())
     })
 }
 

@@ -3,16 +3,16 @@
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
-use ring::digest;
-
-use crate::model;
-use crate::ruleset::{Declaration, Family, Name, Selector, SetKind, TableId};
+use crate::model::{self, Protocol};
+use crate::ruleset::{
+    Declaration, Element, Family, Key, Name, Selector, Set, SetKind, TableId, readable_name,
+};
 
 /// The name of the service tables, one in the family `ip` and one in `ip6`.
 pub const TABLE: &str = "nftlet";
 
-/// The map that remembers which endpoint a client was sent to; filled by packets.
-pub const AFFINITY: &str = "affinity";
+/// The most clients that the services of a namespace remember, in each family.
+pub const MOST_CLIENTS: u32 = 1 << 18;
 /// The pod network, where it is known by its addresses.
 pub(super) const POD_NETWORKS: &str = "pod-networks";
 /// The addresses NodePorts answer on, as far as they are the host's.
@@ -31,16 +31,6 @@ pub fn table_family(family: model::Family) -> Family {
 /// The service table of an address family.
 pub fn table_id(family: model::Family) -> TableId {
     TableId::new(table_family(family), TABLE)
-}
-
-/// Hexadecimal digits that stand for a text in the name of a chain or set.
-///
-/// They are 128 bits of a cryptographic digest: two texts with the same 64 bits can be found by
-/// anyone who may write objects, and the kernel would refuse two sets of one name for good.
-pub fn digest_of(text: &str) -> String {
-    let digest = digest::digest(&digest::SHA256, text.as_bytes());
-    let bytes = digest.as_ref().iter().take(16);
-    bytes.map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// How a frontend is found in a packet.
@@ -89,7 +79,7 @@ impl By {
     }
 
     /// The verdict map of a scope's frontends.
-    pub(super) fn frontends(self, scope: Scope) -> ServiceSet {
+    pub fn frontends(self, scope: Scope) -> ServiceSet {
         match (self, scope) {
             (By::Address, Scope::Cluster) => ServiceSet::Frontends,
             (By::Address, Scope::Local) => ServiceSet::LocalFrontends,
@@ -131,15 +121,72 @@ pub(super) fn target() -> Vec<Selector> {
     vec![Selector::DestinationAddress, Selector::DestinationPort]
 }
 
-/// The declaration of [`AFFINITY`]. Elements get the lifetime of their service; the default
+/// What remembers the clients of one namespace's services with session affinity.
+///
+/// Each namespace has sets of its own, so that whoever fills them harms no other namespace. They
+/// exist with the chain that looks clients up (`SharedChain::Follow`).
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Clients(Arc<str>);
+
+impl Clients {
+    /// Those of a namespace.
+    pub fn of(namespace: &str) -> Self {
+        Self(Arc::from(namespace))
+    }
+
+    /// The namespace.
+    pub fn namespace(&self) -> &str {
+        &self.0
+    }
+
+    /// A name with the namespace in it. No other name has the sign before it.
+    pub(super) fn name(&self, what: &str) -> Name {
+        readable_name(&format!("{what}/{}", self.0))
+    }
+
+    /// The map that remembers which endpoint a client was sent to; filled by packets.
+    pub fn map(&self) -> Name {
+        self.name("affinity")
+    }
+
+    /// The set that counts the packets of clients that could not be remembered, by protocol.
+    pub fn forgotten(&self) -> Name {
+        self.name("not-remembered")
+    }
+
+    /// Both sets.
+    pub(super) fn sets(&self) -> [(Name, Set); 2] {
+        static FORGOTTEN: LazyLock<Set> = LazyLock::new(|| {
+            let declaration = Declaration {
+                counter: true,
+                ..Declaration::new(SetKind::Set, [Selector::L4Protocol])
+            };
+            let protocols = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp].into_iter();
+            let element = |p: Protocol| Element::new(Key::build().protocol(p.number()).finish());
+            Set {
+                elements: protocols.map(element).collect(),
+                ..Set::from(declaration)
+            }
+        });
+        let map = Set {
+            declaration: affinity_declaration(),
+            elements: Vec::new(),
+        };
+        [(self.map(), map), (self.forgotten(), FORGOTTEN.clone())]
+    }
+}
+
+/// The declaration of [`Clients::map`]. Elements get the lifetime of their service; the default
 /// given here is kube-proxy's.
 pub fn affinity_declaration() -> Arc<Declaration> {
-    Arc::new(Declaration {
-        timeout: Some(Duration::from_secs(10_800)),
-        // More clients than this in three hours are sent to random endpoints.
-        size: Some(1 << 20),
-        ..Declaration::new(SetKind::Map(target()), affinity_key())
-    })
+    static DECLARATION: LazyLock<Arc<Declaration>> = LazyLock::new(|| {
+        Arc::new(Declaration {
+            timeout: Some(Duration::from_secs(10_800)),
+            size: Some(MOST_CLIENTS),
+            ..Declaration::new(SetKind::Map(target()), affinity_key())
+        })
+    });
+    DECLARATION.clone()
 }
 
 macro_rules! service_sets {

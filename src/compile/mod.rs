@@ -3,7 +3,8 @@
 //! Each address family has one table. What never depends on a service is its skeleton
 //! ([`skeleton()`]): base chains, the chain that looks frontends up, and the declarations of the
 //! sets. A service adds set elements only ([`ServicePlan`]); the chains its verdict elements
-//! lead to are shared by all services with the same number of endpoints ([`SharedChain`]).
+//! lead to are shared by all services with the same number of endpoints, or the same list of source
+//! ranges ([`SharedChain`]).
 //!
 //! ```text
 //!  prerouting, output ──> services
@@ -12,15 +13,20 @@
 //!    │                      external-3   marks everyone ───────────────────────────┤
 //!    │                      local-3      policy Local: pods and the node ──────────┤
 //!    │                        └─ vmap @local-frontends ──> lb-local-1 (others)     v
-//!    │                      source-ranges  only clients in @allowed-sources     lb-3: dnat to
-//!    │                        └─ vmap @firewalled-frontends ──> any of these    (frontend, random
-//!    │                                                                          of 3) map @endpoints
-//!    ├─ vmap @nodeports ──> nodeport-external-3, nodeport-local-3 (the same by port)
-//!    ├─ @cluster-ips ──> reject-service (a port the service lacks)
-//!    └─ @service-cidrs ──> drop (an address nobody has)
+//!    │                      sources-12ab…  only clients in the set of this name    lb-3: dnat to
+//!    │                        └─ firewalled: vmap @firewalled-frontends            (frontend, random
+//!    │                             └──> any of these                               of 3) map @endpoints
+//!    └─ vmap @nodeports ──> nodeport-external-3, nodeport-local-3 (the same by port)
 //!
-//!  with session affinity:  lb-sticky-3: dnat to (client, frontend) map @affinity, else lb-3
-//!    behind the translation: learn-prerouting, learn-output ──> learn-new ──> learn-10800: update @affinity
+//!  forward, output: new connections, behind the translation of all proxies ──> unassigned
+//!    ├─ @cluster-ips ──> reject-service (a port the service lacks; at the hook input, too)
+//!    └─ @service-cidrs ──> drop (an address that no service has)
+//!
+//!  with session affinity, in the namespace shop:
+//!    lb-sticky-3/shop ─> sticky/shop: dnat to (client, frontend) map @affinity/shop, else lb-3
+//!    behind the translation: learn-prerouting, learn-output ──> learn-new
+//!      └─ vmap @affinity-frontends ──> learn-10800/shop: update @affinity/shop
+//!                                        full? count in @not-remembered/shop
 //!
 //!  postrouting ── marked, or a pod that reaches itself (@hairpin) ──> masquerade
 //! ```
@@ -39,12 +45,13 @@ mod skeleton;
 mod sources;
 mod topology;
 
-pub use chains::{Handle, LearnAt, Role, SharedChain};
+pub use chains::{Handle, LearnAt, Role, SharedChain, is_bound_to_node};
 pub use change::{Edit, PlanChange};
 pub use layout::{
-    AFFINITY, By, Scope, ServiceSet, TABLE, affinity_declaration, digest_of, table_family, table_id,
+    By, Clients, MOST_CLIENTS, Scope, ServiceSet, TABLE, affinity_declaration, table_family,
+    table_id,
 };
-pub use plan::{ElementOf, Frontend, Pool, Route, ServicePlan, Target};
+pub use plan::{Affinity, ElementOf, Frontend, Pool, Route, ServicePlan, Target};
 pub use service::plan;
 pub use settings::{DetectLocal, LocalDetector, MasqueradeBit, NodePortAddresses, Settings};
 pub use size::TooLarge;

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use super::chains::{Handle, Role, SharedChain};
-use super::layout::{By, Scope, ServiceSet};
+use super::layout::{By, Clients, Scope, ServiceSet};
 use super::skeleton::REJECT;
 use super::sources::SourceList;
 use crate::model::{Claim, Family, Protocol};
@@ -29,10 +29,28 @@ pub struct ServicePlan {
     /// Addresses of endpoints that may be on this node.
     pub hairpin: Box<[IpAddr]>,
     /// `sessionAffinity` ClientIP with its timeout.
-    pub affinity_seconds: Option<u32>,
+    pub affinity: Option<Affinity>,
     /// `loadBalancerSourceRanges` that restrict the load balancer's addresses, of each family that
     /// has such addresses.
     pub sources: [Option<SourceList>; 2],
+}
+
+/// Where the clients of a service are remembered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Affinity {
+    /// What remembers them.
+    pub clients: Clients,
+    /// For how long, without another connection.
+    pub seconds: u32,
+}
+
+impl Affinity {
+    fn learn(&self) -> SharedChain {
+        SharedChain::Learn {
+            clients: self.clients.clone(),
+            seconds: self.seconds,
+        }
+    }
 }
 
 /// The endpoints that a service port leads to in one family.
@@ -165,7 +183,7 @@ impl ServicePlan {
         (endpoints > 0).then_some(SharedChain::Handle(Handle {
             by,
             role,
-            sticky: self.affinity_seconds.is_some(),
+            sticky: self.affinity.as_ref().map(|it| it.clients.clone()),
             endpoints,
         }))
     }
@@ -243,14 +261,14 @@ impl ServicePlan {
     pub(super) fn leads(&self, frontend: &Frontend) -> Option<Leads<'_>> {
         let goal = self.goal(frontend);
         let leads_on = matches!(goal, Goal::Chain(_));
-        let seconds = self.affinity_seconds.filter(|_| leads_on);
+        let affinity = self.affinity.as_ref().filter(|_| leads_on);
         Some(Leads {
             goal,
             sources: self
                 .sources(frontend.family)
                 .filter(|_| frontend.firewalled),
             local: self.local_chain(frontend).map(|(_, chain)| chain),
-            learn: seconds.map(|seconds| SharedChain::Learn { seconds }),
+            learn: affinity.map(Affinity::learn),
             label: &self.pool(frontend.route.first_pool())?.label,
         })
     }

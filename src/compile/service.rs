@@ -7,8 +7,8 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 use super::chains::Role;
-use super::layout::Scope;
-use super::plan::{Frontend, Pool, Route, ServicePlan, Target};
+use super::layout::{Clients, Scope};
+use super::plan::{Affinity, Frontend, Pool, Route, ServicePlan, Target};
 use super::settings::{LocalDetector, Settings};
 use super::size::{self, TooLarge};
 use super::sources::SourceList;
@@ -61,7 +61,10 @@ pub fn plan(
         pools: compiler.pools.into(),
         cluster_ips: cluster_ips.into_iter().collect(),
         hairpin: compiler.hairpin.into(),
-        affinity_seconds: service.affinity_seconds,
+        affinity: service.affinity_seconds.map(|seconds| Affinity {
+            clients: Clients::of(name.namespace()),
+            seconds,
+        }),
         sources: Family::ALL
             .map(|family| sources(service, family, store.node().map(|node| &**node), previous)),
     };

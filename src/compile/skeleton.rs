@@ -3,8 +3,7 @@
 use ipnet::IpNet;
 
 use super::layout::{
-    AFFINITY, By, NODEPORT_ADDRESSES, POD_NETWORKS, SERVICE_CIDRS, ServiceSet,
-    affinity_declaration, table_family,
+    By, NODEPORT_ADDRESSES, POD_NETWORKS, SERVICE_CIDRS, ServiceSet, table_family,
 };
 use super::settings::{LocalDetector, Settings};
 use crate::model::{Family, Node};
@@ -23,6 +22,8 @@ const MASQUERADE: &str = "masquerade-marked";
 pub(super) const FIREWALL: &str = "firewalled";
 /// Refuses or drops what no service has.
 const UNASSIGNED: &str = "unassigned";
+/// Refuses what no service has at an address that one has.
+const UNKNOWN_PORTS: &str = "unknown-ports";
 
 /// Netfilter's priorities of address translation.
 pub(super) const DSTNAT: i32 = -100;
@@ -63,11 +64,6 @@ pub fn skeleton(
     }
     let pods = address_ranges(Selector::SourceAddress, settings.pod_networks(family, node));
     table.sets.insert(POD_NETWORKS.into(), pods);
-    let affinity = Set {
-        declaration: affinity_declaration(),
-        elements: Vec::new(),
-    };
-    table.sets.insert(AFFINITY.into(), affinity);
     let mut chain = |name: &str, base: Option<BaseChain>, rules: Vec<Rule>| {
         table.chains.insert(Name::from(name), Chain { base, rules });
     };
@@ -82,19 +78,21 @@ pub fn skeleton(
         nat(Hook::Postrouting, SRCNAT),
         postrouting(settings),
     );
-    for (name, hook) in [
-        ("filter-forward", Hook::Forward),
-        ("filter-output", Hook::Output),
+    for (name, hook, judge) in [
+        ("filter-forward", Hook::Forward, UNASSIGNED),
+        ("filter-output", Hook::Output, UNASSIGNED),
+        ("filter-input", Hook::Input, UNKNOWN_PORTS),
     ] {
         let base = BaseChain {
             kind: ChainKind::Filter,
             hook,
             priority: AFTER_DSTNAT,
         };
-        chain(name, Some(base), new_connections());
+        chain(name, Some(base), new_connections(judge));
     }
     chain(SERVICES, None, services());
     chain(UNASSIGNED, None, unassigned());
+    chain(UNKNOWN_PORTS, None, vec![unknown_port()]);
     chain(REJECT, None, reject());
     chain(FIREWALL, None, firewall());
     chain(
@@ -174,10 +172,10 @@ fn to(set: Name) -> Statement {
 
 /// Every packet evaluates this rule, those of known connections no other. What is not tracked
 /// passes: a cache on the node that answers at a ClusterIP of its own exempts it from tracking.
-fn new_connections() -> Vec<Rule> {
+fn new_connections(judge: &str) -> Vec<Rule> {
     vec![Rule::new([
         Statement::CtState(CtState::New.into()),
-        Statement::Verdict(Verdict::Jump(UNASSIGNED.into())),
+        Statement::Verdict(Verdict::Jump(judge.into())),
     ])]
 }
 
@@ -186,9 +184,16 @@ fn new_connections() -> Vec<Rule> {
 /// endpoint that is a ClusterIP itself is not translated again, and refused here.
 fn unassigned() -> Vec<Rule> {
     vec![
-        Rule::new([to(ServiceSet::ClusterIps.name()), goto(REJECT)]),
+        unknown_port(),
         Rule::new([to(SERVICE_CIDRS.into()), Statement::Verdict(Verdict::Drop)]),
     ]
+}
+
+/// At the hook for the node's own processes this is all: a ClusterIP on an interface of the node,
+/// as IPVS leaves them, must not lead to whatever listens on all addresses. A free address there
+/// belongs to who put it there, such as another proxy that uses IPVS.
+fn unknown_port() -> Rule {
+    Rule::new([to(ServiceSet::ClusterIps.name()), goto(REJECT)])
 }
 
 fn postrouting(settings: &Settings) -> Vec<Rule> {

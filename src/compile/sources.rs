@@ -10,10 +10,9 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use super::layout::digest_of;
 use super::skeleton::FIREWALL;
 use crate::ruleset::{
-    Comparison, Declaration, Name, Rule, Selector, Set, SetKind, Statement, Verdict,
+    Comparison, Declaration, Name, Rule, Selector, Set, SetKind, Statement, Verdict, digest_of,
     merge_intervals,
 };
 

@@ -83,10 +83,14 @@ fn action(reason: Reason) -> &'static str {
         | Reason::OrphanSlice
         | Reason::TooLarge => "ReadObject",
         Reason::ApiServer | Reason::NodeMissing => "WatchObjects",
-        Reason::KernelRefused | Reason::ForeignChange | Reason::SyncFailed => "WriteRules",
+        Reason::KernelRefused
+        | Reason::ForeignChange
+        | Reason::SyncFailed
+        | Reason::PoliciesNotInForce => "WriteRules",
         Reason::HealthCheckPort => "ServeHealthCheck",
         Reason::BridgeTraffic => "WatchBridges",
         Reason::KernelSetting => "MakeSettings",
+        Reason::AffinityFull => "RememberClients",
     }
 }
 

@@ -139,7 +139,7 @@ impl Router {
         Self::default()
     }
 
-    /// Adds `/healthz` and `/livez`. `answered` is told each answer's HTTP status.
+    /// Adds `/healthz`, `/livez` and `/readyz`. `answered` is told each answer's HTTP status.
     #[must_use]
     pub fn probes(
         mut self,
@@ -147,7 +147,7 @@ impl Router {
         answered: impl Fn(Probe, u16) + Send + Sync + 'static,
     ) -> Self {
         let answered = Arc::new(answered);
-        for probe in [Probe::Healthz, Probe::Livez] {
+        for probe in Probe::ALL {
             let health = health.clone();
             let answered = Arc::clone(&answered);
             self.add(probe.path(), JSON, move || {

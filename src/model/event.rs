@@ -271,15 +271,19 @@ pub enum Reason {
     HealthCheckPort,
     /// Traffic on a bridge passes the network policies by.
     BridgeTraffic,
+    /// Network policies are to be enforced on this node and are not.
+    PoliciesNotInForce,
     /// The rules could not be written to the kernel, or read from it.
     SyncFailed,
     /// A kernel setting that was asked for could not be made.
     KernelSetting,
+    /// The services of a namespace remember as many clients as they may.
+    AffinityFull,
 }
 
 impl Reason {
     /// All of them.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 18] = [
         Self::InvalidField,
         Self::InvalidObject,
         Self::InvalidPolicy,
@@ -294,8 +298,10 @@ impl Reason {
         Self::ForeignChange,
         Self::HealthCheckPort,
         Self::BridgeTraffic,
+        Self::PoliciesNotInForce,
         Self::SyncFailed,
         Self::KernelSetting,
+        Self::AffinityFull,
     ];
 
     /// The stable text form.
@@ -315,8 +321,10 @@ impl Reason {
             Reason::ForeignChange => "ForeignChange",
             Reason::HealthCheckPort => "HealthCheckPort",
             Reason::BridgeTraffic => "BridgeTraffic",
+            Reason::PoliciesNotInForce => "PoliciesNotInForce",
             Reason::SyncFailed => "SyncFailed",
             Reason::KernelSetting => "KernelSetting",
+            Reason::AffinityFull => "AffinityFull",
         }
     }
 
@@ -343,8 +351,10 @@ impl Reason {
             | Reason::ForeignChange
             | Reason::HealthCheckPort
             | Reason::BridgeTraffic
+            | Reason::PoliciesNotInForce
             | Reason::SyncFailed
-            | Reason::KernelSetting => true,
+            | Reason::KernelSetting
+            | Reason::AffinityFull => true,
         }
     }
 }

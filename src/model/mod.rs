@@ -22,7 +22,7 @@ pub use facts::{
 pub use lists::Lists;
 pub use name::ObjectName;
 pub use policy::{
-    LabelSelector, Labels, NAMESPACE_NAME, NamedPort, Namespace, NetworkPolicy, Peer, Pod,
-    PolicyPort, PolicyRule, PortMatch, Requirement,
+    Evidence, LabelSelector, Labels, NAMESPACE_NAME, NamedPort, Namespace, NetworkPolicy, Peer,
+    Pod, PolicyPort, PolicyRule, PortMatch, Requirement, Sandbox,
 };
 pub use store::{Changes, EndpointOf, SlicesOf, Store};

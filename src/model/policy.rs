@@ -63,23 +63,54 @@ impl<K: Into<Arc<str>>, V: Into<Arc<str>>> FromIterator<(K, V)> for Labels {
 pub struct Pod {
     /// Namespace and name.
     pub name: ObjectName,
-    /// `metadata.creationTimestamp` in seconds since 1970; of two pods with one address the
-    /// newer one has it.
-    pub created: Option<i64>,
     /// `spec.nodeName`; absent until the pod is scheduled.
     pub node: Option<Arc<str>>,
     /// `spec.hostNetwork`: the addresses are the node's, and no policy selects the pod.
     pub host_network: bool,
-    /// `status.phase` is Succeeded or Failed: the pod no longer has its addresses.
+    /// Its containers have come to their end, so that the pod no longer has its addresses.
     pub ended: bool,
-    /// Whether it has a deletion timestamp; it keeps its addresses until it has ended.
-    pub terminating: bool,
+    /// A container runs, by the status.
+    pub running: bool,
+    /// What the status says about who has the addresses.
+    pub evidence: Evidence,
     /// `status.podIPs` (or `podIP`), one per family at most.
     pub addresses: SmallVec<[IpAddr; 2]>,
     /// `metadata.labels`.
     pub labels: Labels,
-    /// The container ports that have a name, sorted.
+    /// The container ports that have a name, sorted; each name once per protocol.
     pub ports: Arc<[NamedPort]>,
+}
+
+/// What a pod's status says about having its addresses. A status may be older than a reboot of the
+/// node, so that two pods claim one address.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Evidence {
+    /// The sandbox, which has the addresses.
+    pub sandbox: Sandbox,
+    /// When the latest of the running containers started, in seconds since 1970.
+    pub started: Option<u32>,
+}
+
+/// What is known of a pod's sandbox. Of two pods with one address, the one with the greater value
+/// was the last to have it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Sandbox {
+    /// There is none: the condition `PodReadyToStartContainers` is False and no container runs.
+    Gone,
+    /// The status does not say.
+    #[default]
+    Unknown,
+    /// It ran at this time, in seconds since 1970: that of the condition, or when a container
+    /// started.
+    RanAt(u32),
+}
+
+impl Evidence {
+    /// Whether it shows that another pod had the same address before, and no more. Where the
+    /// condition and the containers contradict each other, neither pod outranks the other.
+    pub fn outranks(&self, other: &Self) -> bool {
+        self.sandbox > other.sandbox && self.started >= other.started
+    }
 }
 
 /// A container port with a name (`spec.containers[].ports[]`, and of init containers that keep
@@ -278,6 +309,32 @@ mod tests {
 
     fn texts(values: &[&str]) -> Vec<Arc<str>> {
         values.iter().map(|value| Arc::from(*value)).collect()
+    }
+
+    #[test]
+    fn the_later_sandbox_outranks_unless_the_containers_contradict() {
+        let of = |sandbox, started| Evidence { sandbox, started };
+        let (gone, unknown) = (of(Sandbox::Gone, None), Evidence::default());
+        let before = of(Sandbox::RanAt(10), Some(10));
+        let after = of(Sandbox::RanAt(20), Some(20));
+        // Its sandbox runs, and no container yet.
+        let ready = of(Sandbox::RanAt(30), None);
+        for (stronger, weaker) in [
+            (unknown, gone),
+            (before, gone),
+            (before, unknown),
+            (after, before),
+            (ready, unknown),
+        ] {
+            assert!(stronger.outranks(&weaker), "{stronger:?} {weaker:?}");
+            assert!(!weaker.outranks(&stronger), "{stronger:?} {weaker:?}");
+        }
+        for (one, other) in [(after, after), (unknown, unknown), (ready, after)] {
+            assert!(
+                !one.outranks(&other) && !other.outranks(&one),
+                "{one:?} {other:?}"
+            );
+        }
     }
 
     #[test]

@@ -1,47 +1,32 @@
 //! Compiles what changed.
 //!
-//! The engine keeps, beside the objects, the plan of each isolated pod of this node and which
+//! The engine keeps, beside the objects, the plan of each isolated address of this node and which
 //! sets each policy's chain uses. A batch of events leaves marks: pods with what they brought to
-//! the sets before, pods of this node to plan again, policies to compile again. [`Engine::update`]
+//! the sets before, addresses to plan again, policies to compile again. [`Engine::update`]
 //! works these off into the parts of the tables that are touched, before and after, and the
 //! difference of the two is the transaction.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
-
-use smallvec::SmallVec;
+use std::time::Instant;
 
 use super::inventory::Inventory;
 use super::layout::{Direction, table_id};
 use super::moved::Moved;
 use super::parts::{self, Parts, isolate, sort};
+use super::plans::Isolation;
 use super::rules::{self, policy_chain, skeleton};
 use super::sets::{Membership, SetId, Sets};
 use super::{FindLinks, Settings};
 use crate::model::{Event, Family, Kind, Lists, Object, ObjectName, ObjectRef, Pod};
 use crate::ruleset::{Chain, Element, Name, Ruleset, Table, TableId, Transaction, diff};
 
-/// An isolated pod of this node.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct PodPlan {
-    pub addresses: SmallVec<[IpAddr; 2]>,
-    /// For each direction in which it is isolated, the policies that select it.
-    pub policies: BTreeMap<Direction, Vec<ObjectName>>,
-}
-
-impl PodPlan {
-    pub fn address(&self, family: Family) -> Option<IpAddr> {
-        let mut addresses = self.addresses.iter().copied();
-        addresses.find(|address| Family::of(*address) == family)
-    }
-}
-
 /// A policy's chain in one family's table.
 #[derive(Debug, Default)]
-struct PolicyUse {
-    /// How many pods jump to it.
-    pods: u32,
+pub(super) struct PolicyUse {
+    /// How many pods' chains jump to it.
+    pub pods: u32,
     chain: Option<Chain>,
     /// The sets that its rules use.
     sets: Vec<SetId>,
@@ -49,15 +34,15 @@ struct PolicyUse {
 
 /// What events touched since the last update.
 #[derive(Debug, Default)]
-struct Touched {
+pub(super) struct Touched {
     /// Pods, with what they brought to sets before.
     pods: HashMap<ObjectName, Vec<Membership>>,
-    /// Pods of this node whose plan may be another one now.
-    local: BTreeSet<ObjectName>,
+    /// Addresses of this node that may be isolated in another way now.
+    addresses: BTreeSet<IpAddr>,
     /// Policies with other rules.
     policies: BTreeSet<ObjectName>,
     /// Whether the host's interfaces are to be looked up although no plan changes.
-    links: bool,
+    pub links: bool,
 }
 
 /// Turns pods, namespaces and policies into rules.
@@ -67,17 +52,21 @@ pub struct Engine {
     pub(super) inventory: Inventory,
     lists: Lists,
     sets: Sets,
-    pub(super) plans: BTreeMap<ObjectName, PodPlan>,
-    uses: BTreeMap<(Family, Direction, ObjectName), PolicyUse>,
+    pub(super) plans: BTreeMap<IpAddr, Isolation>,
+    /// How many addresses have so many pods to ask in a direction and family, from the second on.
+    pub(super) layers: BTreeMap<(Family, Direction, usize), u32>,
+    pub(super) uses: BTreeMap<(Family, Direction, ObjectName), PolicyUse>,
     /// Policies that the kernel refused: closed until they change or [`Engine::forgive`] is called.
     pub(super) refused: BTreeSet<ObjectName>,
-    find_links: FindLinks,
+    pub(super) find_links: FindLinks,
     /// The interfaces that lead to isolated pods.
-    links: BTreeSet<(Direction, Arc<str>)>,
+    pub(super) links: BTreeSet<(Direction, Arc<str>)>,
     moved: Moved,
     /// Whether the tables exist: while there is any policy.
     exists: bool,
-    touched: Touched,
+    /// Whether policies are enforced at all.
+    on: bool,
+    pub(super) touched: Touched,
 }
 
 impl Engine {
@@ -89,12 +78,14 @@ impl Engine {
             lists: Lists::default(),
             sets: Sets::default(),
             plans: BTreeMap::new(),
+            layers: BTreeMap::new(),
             uses: BTreeMap::new(),
             refused: BTreeSet::new(),
             find_links: |_| Vec::new(),
             links: BTreeSet::new(),
             moved: Moved::default(),
             exists: false,
+            on: true,
             touched: Touched::default(),
         }
     }
@@ -114,11 +105,24 @@ impl Engine {
 
     /// An engine that keeps the tables away: it needs no list and knows no policy.
     pub fn off(settings: Settings) -> Self {
-        let mut engine = Self::new(settings);
+        let mut engine = Self {
+            on: false,
+            ..Self::new(settings)
+        };
         for kind in Kind::POLICY {
             engine.lists.complete(kind);
         }
         engine
+    }
+
+    /// Whether policies are enforced at all.
+    pub fn is_on(&self) -> bool {
+        self.on
+    }
+
+    /// Whether there are policies now, and were none at the last update.
+    pub fn has_first_policies(&self) -> bool {
+        !self.exists && self.inventory.counts().2 > 0
     }
 
     /// Whether all kinds were listed and none is being listed. Before that the rules would deny
@@ -148,10 +152,12 @@ impl Engine {
         }
     }
 
-    /// The pod that has an address, for whoever looks at a packet of this node.
+    /// The pod that has an address, or one that may have it: for logs.
     pub fn pod_at(&self, address: IpAddr) -> Option<&ObjectName> {
-        let local = self.inventory.local_owner(address);
-        let pod = local.or_else(|| self.inventory.owner(address));
+        let mut local = self.inventory.isolating(address);
+        let departed = || self.inventory.departed(address);
+        let pod = local.next().or_else(departed);
+        let pod = pod.or_else(|| self.inventory.holders(address).next());
         pod.map(|pod| &pod.name)
     }
 
@@ -204,10 +210,20 @@ impl Engine {
         self.touched.policies.append(&mut self.refused);
     }
 
-    /// The isolated pods of this node with their addresses.
-    pub fn isolated(&self) -> impl Iterator<Item = (&ObjectName, &[IpAddr])> {
-        let plans = self.plans.iter();
-        plans.map(|(name, plan)| (name, plan.addresses.as_slice()))
+    /// The isolated addresses of this node with their pods; `None` where the object of the pod is
+    /// gone.
+    pub fn isolated(&self) -> impl Iterator<Item = (IpAddr, Option<&ObjectName>)> {
+        self.plans.iter().map(|(address, plan)| {
+            let mut asked = plan.asked.values().flatten();
+            let present = asked.find(|asked| !asked.departed);
+            (*address, present.map(|asked| &asked.pod))
+        })
+    }
+
+    /// When the address of a pod that was deleted while it ran is to be isolated no more, which
+    /// [`Engine::update`] does.
+    pub fn departed_due(&self) -> Option<Instant> {
+        self.inventory.departed_due()
     }
 
     /// Takes over one event about pods, namespaces or policies; others are ignored.
@@ -297,14 +313,19 @@ impl Engine {
         for name in &concerned {
             self.touch_pod(name);
         }
-        let owners = |inventory: &Inventory| -> Vec<Option<ObjectName>> {
-            let owners = addresses.iter().map(|address| inventory.owner(*address));
-            owners.map(|pod| pod.map(|pod| pod.name.clone())).collect()
+        let holders = |inventory: &Inventory| -> Vec<Vec<ObjectName>> {
+            let of = |address: &IpAddr| {
+                let holders = inventory.holders(*address);
+                let mut names: Vec<ObjectName> = holders.map(|pod| pod.name.clone()).collect();
+                names.sort_unstable();
+                names
+            };
+            addresses.iter().map(of).collect()
         };
-        let before = owners(&self.inventory);
+        let before = holders(&self.inventory);
         let namespace = name.namespace();
         let known = self.inventory.has_namespace(namespace);
-        self.inventory.set_pod(name, pod);
+        self.inventory.set_pod(name, pod, Instant::now());
         for name in &concerned {
             self.touch_pod(name);
         }
@@ -313,20 +334,20 @@ impl Engine {
         }
         // What a list tells for the first time may have been so for long.
         let listing = self.lists.is_open(Kind::Pod);
-        let after = owners(&self.inventory);
+        let after = holders(&self.inventory);
         for (address, (before, after)) in addresses.iter().zip(before.into_iter().zip(after)) {
-            let local = self.inventory.local_owner(*address).is_some();
+            let local = self.inventory.local_holders(*address).next().is_some();
             self.moved.note(*address, before, after, local && !listing);
+            if local || self.plans.contains_key(address) {
+                self.touched.addresses.insert(*address);
+            }
         }
     }
 
-    /// Notes what a pod brings to sets before it changes, and whether its own rules may change.
+    /// Notes what a pod brings to sets before it changes.
     fn touch_pod(&mut self, name: &ObjectName) {
-        let pod = self.inventory.pod(name);
-        if pod.is_some_and(|pod| self.inventory.is_local(pod)) {
-            self.touched.local.insert(name.clone());
-        }
         if !self.touched.pods.contains_key(name) {
+            let pod = self.inventory.pod(name);
             let brought = pod.map_or_else(Vec::new, |pod| self.sets.of_pod(pod, &self.inventory));
             self.touched.pods.insert(name.clone(), brought);
         }
@@ -336,9 +357,7 @@ impl Engine {
         let pods = self.inventory.pods_of(namespace);
         let names: Vec<ObjectName> = pods.map(|pod| pod.name.clone()).collect();
         for name in &names {
-            if !self.touched.pods.contains_key(name) {
-                self.touch_pod(name);
-            }
+            self.touch_pod(name);
         }
     }
 
@@ -349,21 +368,28 @@ impl Engine {
 
     fn touch_policy(&mut self, name: &ObjectName) {
         self.refused.remove(name);
-        let local = self.inventory.local_of(name.namespace()).cloned();
-        self.touched.local.extend(local);
+        let local = self.inventory.local_of(name.namespace());
+        let pods = local.filter_map(|name| self.inventory.pod(name));
+        let addresses = pods.flat_map(|pod| pod.addresses.iter().copied());
+        self.touched.addresses.extend(addresses);
+        let departed = self.inventory.departed_of(name.namespace());
+        self.touched.addresses.extend(departed);
         self.touched.policies.insert(name.clone());
     }
 
     /// Compiles what changed since the last call. Returns the operations that bring the tables
     /// from what the last call (or [`Engine::ruleset`]) gave to what is wanted now.
     pub fn update(&mut self) -> Transaction {
+        self.forget_departed(Instant::now());
         let touched = std::mem::take(&mut self.touched);
         let mut parts: [Parts; 2] = Default::default();
         let mut uses_touched: BTreeSet<(Family, Direction, ObjectName)> = BTreeSet::new();
         let mut replanned = touched.links;
-        for name in &touched.local {
-            replanned |= self.plan_again(name, &mut parts, &mut uses_touched);
+        self.draft_layers(&mut parts, |parts| &mut parts.before);
+        for address in &touched.addresses {
+            replanned |= self.plan_again(*address, &mut parts, &mut uses_touched);
         }
+        self.draft_layers(&mut parts, |parts| &mut parts.after);
         if replanned {
             self.links_again(&mut parts);
         }
@@ -387,104 +413,16 @@ impl Engine {
         self.finish(parts)
     }
 
-    /// Plans a pod of this node again and notes what is different in its chains and addresses.
-    /// Returns whether anything is.
-    fn plan_again(
-        &mut self,
-        name: &ObjectName,
-        parts: &mut [Parts; 2],
-        uses_touched: &mut BTreeSet<(Family, Direction, ObjectName)>,
-    ) -> bool {
-        let new = self.inventory.pod(name).and_then(|pod| self.plan(pod));
-        let old = self.plans.remove(name);
-        let differs = old != new;
-        if differs {
-            for (family, parts) in Family::ALL.into_iter().zip(parts) {
-                for (plan, table, more) in [
-                    (&old, &mut parts.before, false),
-                    (&new, &mut parts.after, true),
-                ] {
-                    let Some(plan) = plan else {
-                        continue;
-                    };
-                    isolate(table, name, plan, family, self.settings.strict);
-                    if plan.address(family).is_none() {
-                        continue;
-                    }
-                    for (direction, policies) in &plan.policies {
-                        for policy in policies {
-                            let key = (family, *direction, policy.clone());
-                            let used = self.uses.entry(key.clone()).or_default();
-                            used.pods = if more {
-                                used.pods.saturating_add(1)
-                            } else {
-                                used.pods.saturating_sub(1)
-                            };
-                            uses_touched.insert(key);
-                        }
-                    }
-                }
+    /// Forgets the departed pods whose time is over.
+    pub(super) fn forget_departed(&mut self, now: Instant) {
+        while let Some(address) = self.inventory.departed_expired(now) {
+            let claimants: Vec<ObjectName> = self.inventory.claimants(address).cloned().collect();
+            for name in &claimants {
+                self.touch_pod(name);
             }
+            self.inventory.forget_departed(now);
+            self.touched.addresses.insert(address);
         }
-        if let Some(new) = new {
-            self.plans.insert(name.clone(), new);
-        }
-        differs
-    }
-
-    /// Has the next update look up the interfaces of isolated pods: the host may have changed
-    /// without an event.
-    pub fn look_at_links(&mut self) {
-        self.touched.links = true;
-    }
-
-    fn links_of_isolated(&self) -> BTreeSet<(Direction, Arc<str>)> {
-        let plans = self.plans.values();
-        let addresses: Vec<IpAddr> = plans.flat_map(|plan| plan.addresses.clone()).collect();
-        if addresses.is_empty() {
-            return BTreeSet::new();
-        }
-        let found: HashMap<IpAddr, Arc<str>> = (self.find_links)(&addresses).into_iter().collect();
-        let plans = self.plans.values();
-        let links = plans.flat_map(|plan| {
-            let links = plan.addresses.iter().filter_map(|ip| found.get(ip));
-            links.flat_map(|link| plan.policies.keys().map(|it| (*it, link.clone())))
-        });
-        links.collect()
-    }
-
-    fn links_again(&mut self, parts: &mut [Parts; 2]) {
-        let links = self.links_of_isolated();
-        let before = std::mem::replace(&mut self.links, links);
-        if before != self.links {
-            let [_, v6] = parts;
-            parts::lead(&mut v6.before, &before);
-            parts::lead(&mut v6.after, &self.links);
-        }
-    }
-
-    /// What the policies make of a pod of this node; `None` for one that is not isolated.
-    fn plan(&self, pod: &Pod) -> Option<PodPlan> {
-        let addresses = self.inventory.isolated_addresses(pod);
-        if addresses.is_empty() {
-            return None;
-        }
-        let mut policies: BTreeMap<Direction, Vec<ObjectName>> = BTreeMap::new();
-        for policy in self.inventory.policies_for(pod) {
-            for direction in Direction::ALL {
-                if rules::rules_of(policy, direction).is_some() {
-                    policies
-                        .entry(direction)
-                        .or_default()
-                        .push(policy.name.clone());
-                }
-            }
-        }
-        let isolated = !policies.is_empty();
-        isolated.then_some(PodPlan {
-            addresses,
-            policies,
-        })
     }
 
     /// Compiles the chain of a policy again, or drops it if no pod is left that uses it. `changed`
@@ -662,8 +600,15 @@ impl Engine {
         }
         let mut tables = Family::ALL.map(|family| skeleton(family, &self.settings));
         for (family, table) in Family::ALL.into_iter().zip(&mut tables) {
-            for (name, plan) in &self.plans {
-                isolate(table, name, plan, family, self.settings.strict);
+            let of_family = self
+                .plans
+                .iter()
+                .filter(|(ip, _)| Family::of(**ip) == family);
+            for (address, plan) in of_family {
+                isolate(table, *address, plan, self.settings.strict);
+            }
+            for (_, direction, layer) in self.layers.keys().filter(|(of, ..)| *of == family) {
+                rules::add_layer(table, family, *direction, *layer, &self.settings);
             }
             if family == Family::V6 {
                 parts::lead(table, &self.links);

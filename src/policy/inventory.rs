@@ -3,11 +3,14 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::Instant;
 
 use smallvec::SmallVec;
 
+use super::claimants::Claimants;
+use super::departed::Departed;
 use super::index::{Index, Namespaces, PodSelector};
-use crate::model::{Labels, NAMESPACE_NAME, Namespace, NetworkPolicy, ObjectName, Pod};
+use crate::model::{Labels, NAMESPACE_NAME, Namespace, NetworkPolicy, ObjectName, Pod, Sandbox};
 
 /// What policies are compiled from.
 #[derive(Debug, Default)]
@@ -16,7 +19,9 @@ pub struct Inventory {
     pods: HashMap<ObjectName, Box<Pod>>,
     pods_of: HashMap<Box<str>, HashSet<ObjectName>>,
     /// The pods that could have an address.
-    claimants: HashMap<IpAddr, SmallVec<[ObjectName; 1]>>,
+    claimants: HashMap<IpAddr, Claimants>,
+    /// Pods of this node whose objects went while a container ran.
+    departed: Departed,
     /// The pods of this node.
     local: BTreeSet<ObjectName>,
     namespaces: HashMap<Box<str>, Labels>,
@@ -133,13 +138,23 @@ impl Inventory {
         selector.matches(namespace, &of_namespace, &pod.labels)
     }
 
-    /// The pod that has an address: of several that claim it one that is not terminating, of
-    /// those the newest.
-    pub fn owner(&self, address: IpAddr) -> Option<&Pod> {
-        self.best(address, |_| true)
+    /// The pods that may have an address now: of those that claim it, the ones that no other
+    /// outranks. More than one where it cannot be decided.
+    pub fn holders(&self, address: IpAddr) -> impl Iterator<Item = &Pod> {
+        let claimants = self.claimants.get(&address);
+        let holders = claimants
+            .into_iter()
+            .flat_map(|claimants| claimants.holders(|_| true));
+        holders.filter_map(|claimant| self.pod(&claimant.name))
     }
 
-    /// The addresses that a pod has.
+    /// The pod that has an address, if that is certain: the one that selectors of rules which allow
+    /// are asked about. None without a sandbox is.
+    pub fn owner(&self, address: IpAddr) -> Option<&Pod> {
+        self.certain(address, self.holders(address))
+    }
+
+    /// The addresses that a pod has for certain.
     pub fn addresses(&self, pod: &Pod) -> SmallVec<[IpAddr; 2]> {
         let claimed = pod.addresses.iter().copied();
         claimed
@@ -150,14 +165,43 @@ impl Inventory {
             .collect()
     }
 
-    /// The pod of this node that has an address, by the same rule. An object that is left of another
-    /// node's pod must not free a pod of this one from its policies.
-    pub fn local_owner(&self, address: IpAddr) -> Option<&Pod> {
-        self.best(address, |pod| self.is_local(pod))
+    /// The pods of this node that may have an address, by the same order among themselves. An object
+    /// that is left of another node's pod must not free a pod of this one from its policies, unless
+    /// that one has no sandbox.
+    pub fn local_holders(&self, address: IpAddr) -> impl Iterator<Item = &Pod> {
+        let claimants = self.claimants.get(&address);
+        let holders = claimants.into_iter().flat_map(|claimants| {
+            let gone_count = claimants.are_all_gone();
+            claimants.holders(move |it| it.local && (gone_count || !it.is_gone()))
+        });
+        holders.filter_map(|claimant| self.pod(&claimant.name))
     }
 
-    /// The addresses at which a pod of this node is isolated.
-    pub fn isolated_addresses(&self, pod: &Pod) -> SmallVec<[IpAddr; 2]> {
+    /// The pod of this node that has an address, if that is certain.
+    pub fn local_owner(&self, address: IpAddr) -> Option<&Pod> {
+        self.certain(address, self.local_holders(address))
+    }
+
+    /// The one pod that has an address, where there is one alone and it may have a sandbox.
+    fn certain<'a>(
+        &self,
+        address: IpAddr,
+        mut holders: impl Iterator<Item = &'a Pod>,
+    ) -> Option<&'a Pod> {
+        let first = holders.next()?;
+        let alone = holders.next().is_none() && self.departed(address).is_none();
+        (alone && first.evidence.sandbox != Sandbox::Gone).then_some(first)
+    }
+
+    /// The pods of this node whose policies are asked about an address, without the departed one.
+    pub fn isolating(&self, address: IpAddr) -> impl Iterator<Item = &Pod> {
+        let departed = self.departed.at(address).map(|pod| pod.evidence);
+        self.local_holders(address)
+            .filter(move |pod| departed.is_none_or(|departed| !departed.outranks(&pod.evidence)))
+    }
+
+    /// The addresses that a pod of this node has for certain, as far as this node is concerned.
+    pub fn local_addresses(&self, pod: &Pod) -> SmallVec<[IpAddr; 2]> {
         if !self.is_local(pod) {
             return SmallVec::new();
         }
@@ -170,11 +214,36 @@ impl Inventory {
             .collect()
     }
 
-    fn best(&self, address: IpAddr, counts: impl Fn(&Pod) -> bool) -> Option<&Pod> {
-        let claimants = self.claimants.get(&address)?.iter();
-        let pods = claimants.filter_map(|name| self.pod(name));
-        pods.filter(|pod| counts(pod))
-            .max_by_key(|pod| (!pod.terminating, pod.created, &pod.name))
+    /// The pod whose object went while it had an address of this node.
+    pub fn departed(&self, address: IpAddr) -> Option<&Pod> {
+        self.departed.at(address)
+    }
+
+    /// The addresses of departed pods of a namespace.
+    pub fn departed_of(&self, namespace: &str) -> impl Iterator<Item = IpAddr> {
+        self.departed.of(namespace)
+    }
+
+    /// When the first departed pod is to be forgotten.
+    pub fn departed_due(&self) -> Option<Instant> {
+        self.departed.due()
+    }
+
+    /// The address of a departed pod that is to be forgotten.
+    pub fn departed_expired(&self, now: Instant) -> Option<IpAddr> {
+        self.departed.expired(now)
+    }
+
+    /// Forgets that one.
+    pub fn forget_departed(&mut self, now: Instant) {
+        self.departed.forget_oldest(now);
+    }
+
+    /// The pods that claim an address.
+    pub fn claimants(&self, address: IpAddr) -> impl Iterator<Item = &ObjectName> {
+        let claimants = self.claimants.get(&address);
+        let all = claimants.into_iter().flat_map(|claimants| &claimants.all);
+        all.map(|claimant| &claimant.name)
     }
 
     /// The pods that claim an address of a pod, itself among them if it is known.
@@ -182,8 +251,7 @@ impl Inventory {
         let mut rivals: Vec<ObjectName> = pod
             .addresses
             .iter()
-            .filter_map(|address| self.claimants.get(address))
-            .flatten()
+            .flat_map(|address| self.claimants(*address))
             .cloned()
             .collect();
         rivals.sort_unstable();
@@ -191,10 +259,17 @@ impl Inventory {
         rivals
     }
 
-    /// Replaces a pod, `None` for one that is gone.
-    pub fn set_pod(&mut self, name: &ObjectName, pod: Option<Pod>) {
-        if let Some(old) = self.pods.remove(name) {
-            self.unlink(&old);
+    /// Replaces a pod, `None` for one that is gone. One that goes while a container runs is
+    /// remembered from `now` on, since its containers may go on.
+    pub fn set_pod(&mut self, name: &ObjectName, pod: Option<Pod>, now: Instant) {
+        let known = self.pods.get(name).filter(|_| pod.is_none());
+        let held = known.map_or_else(SmallVec::new, |pod| self.held_by(pod));
+        let old = self.pods.remove(name);
+        if let Some(old) = &old {
+            self.unlink(old);
+            for address in held {
+                self.departed.insert(address, old, now);
+            }
         }
         let Some(pod) = pod else {
             return;
@@ -209,17 +284,30 @@ impl Inventory {
             }
         }
         if claims_addresses(&pod) {
+            let local = self.is_local(&pod);
             for address in &pod.addresses {
                 let claimants = self.claimants.entry(*address).or_default();
-                if !claimants.contains(name) {
-                    claimants.push(name.clone());
-                }
+                claimants.insert(name, pod.evidence, local);
+                let is_new = old.as_ref().is_none_or(|old| !claims(old, *address));
+                self.departed.claimed(*address, &pod.evidence, is_new);
             }
-            if self.is_local(&pod) {
+            if local {
                 self.local.insert(name.clone());
             }
         }
         self.pods.insert(name.clone(), Box::new(pod));
+    }
+
+    /// The addresses of this node that a pod may have and at which a container of it runs.
+    fn held_by(&self, pod: &Pod) -> SmallVec<[IpAddr; 2]> {
+        if !pod.running || !self.is_local(pod) {
+            return SmallVec::new();
+        }
+        let holds = |address: &IpAddr| {
+            let mut holders = self.local_holders(*address);
+            holders.any(|holder| holder.name == pod.name)
+        };
+        pod.addresses.iter().copied().filter(holds).collect()
     }
 
     fn unlink(&mut self, pod: &Pod) {
@@ -232,8 +320,8 @@ impl Inventory {
         }
         for address in &pod.addresses {
             if let Some(claimants) = self.claimants.get_mut(address) {
-                claimants.retain(|name| *name != pod.name);
-                if claimants.is_empty() {
+                claimants.remove(&pod.name);
+                if claimants.all.is_empty() {
                     self.claimants.remove(address);
                 }
             }
@@ -288,4 +376,8 @@ fn target(policy: &NetworkPolicy) -> PodSelector {
 /// node's; those of a pod that has ended may be another one's by now.
 fn claims_addresses(pod: &Pod) -> bool {
     !pod.host_network && !pod.ended
+}
+
+fn claims(pod: &Pod, address: IpAddr) -> bool {
+    claims_addresses(pod) && pod.addresses.contains(&address)
 }

@@ -43,26 +43,27 @@ impl Engine {
         peer: IpAddr,
         connection: &Connection,
     ) -> bool {
-        let isolated = self.inventory.local_owner(pod);
-        let plan = isolated.and_then(|pod| self.plans.get(&pod.name));
-        let Some(policies) = plan.and_then(|plan| plan.policies.get(&direction)) else {
+        let plan = self.plans.get(&pod);
+        let Some(asked) = plan.and_then(|plan| plan.asked.get(&direction)) else {
             return true;
         };
         let destination = match direction {
-            Direction::Ingress => isolated,
+            Direction::Ingress => self.inventory.local_owner(pod),
             Direction::Egress => self.inventory.owner(connection.destination),
         };
-        policies
-            .iter()
-            .filter(|name| !self.refused.contains(*name))
-            .filter_map(|name: &ObjectName| self.inventory.policy(name))
-            .any(|policy| {
+        // Each pod that may have the address must allow it.
+        asked.iter().all(|asked| {
+            let policies = asked.policies.iter();
+            let in_force = policies.filter(|name| !self.refused.contains(*name));
+            let mut policies = in_force.filter_map(|name: &ObjectName| self.inventory.policy(name));
+            policies.any(|policy| {
                 let rules = rules_of(policy, direction).unwrap_or_default();
                 rules.iter().any(|rule| {
                     self.peer_matches(policy, rule, peer)
                         && port_matches(rule, connection, destination)
                 })
             })
+        })
     }
 
     fn peer_matches(&self, policy: &NetworkPolicy, rule: &PolicyRule, address: IpAddr) -> bool {

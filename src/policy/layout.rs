@@ -1,19 +1,17 @@
 //! The names and declarations of the policy table.
 
+use std::net::IpAddr;
 use std::sync::{Arc, LazyLock};
 
-use crate::compile::{digest_of, table_family};
+use crate::compile::table_family;
 use crate::model::{self, ObjectName};
-use crate::ruleset::{Declaration, Name, Selector, SetKind, TableId};
+use crate::ruleset::{Declaration, Name, Selector, SetKind, TableId, readable_name};
 
 /// The name of the policy tables, one in the family `ip` and one in `ip6`.
 ///
 /// They are apart from the service tables because whatever changes a rule or a verdict makes
 /// the kernel validate the whole table.
 pub const TABLE: &str = "nftlet-policy";
-
-/// Names of chains longer than this are cut; the kernel takes 255 bytes.
-const LONGEST_NAME: usize = 200;
 
 /// The policy table of an address family.
 pub fn table_id(family: model::Family) -> TableId {
@@ -73,12 +71,16 @@ impl Direction {
         })
     }
 
-    /// The verdict map from isolated pods to their chains.
-    pub(super) fn pods(self) -> Name {
-        Name::from(match self {
-            Direction::Ingress => "ingress-pods",
-            Direction::Egress => "egress-pods",
-        })
+    /// The verdict map from isolated addresses to the chains of their pods, for the first, second
+    /// and further pods of an address.
+    pub(super) fn pods(self, layer: usize) -> Name {
+        layered(
+            match self {
+                Direction::Ingress => "ingress-pods",
+                Direction::Egress => "egress-pods",
+            },
+            layer,
+        )
     }
 
     /// The chain that denies.
@@ -108,6 +110,15 @@ impl Direction {
         )
     }
 
+    /// The chain of a pod whose object is gone.
+    pub(super) fn departed_chain(self, address: IpAddr) -> Name {
+        let address = address.to_string().replace(':', "-");
+        Name::from(match self {
+            Direction::Ingress => format!("departed-ingress-{address}"),
+            Direction::Egress => format!("departed-egress-{address}"),
+        })
+    }
+
     /// The chain of a policy.
     pub(super) fn policy_chain(self, policy: &ObjectName) -> Name {
         name(
@@ -120,18 +131,16 @@ impl Direction {
     }
 }
 
-/// A name for a chain. One that would be too long, or that nft could not read again, ends in a
-/// digest of the object's; the API server admits none of the latter, files may hold them.
 fn name(prefix: &str, object: &ObjectName) -> Name {
-    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '/');
-    let whole = format!("{prefix}{object}");
-    if whole.len() <= LONGEST_NAME && whole.chars().all(plain) {
-        return Name::from(whole);
+    readable_name(&format!("{prefix}{object}"))
+}
+
+/// The name of what there is once, and once more for the second pod of an address and on.
+pub(super) fn layered(name: &str, layer: usize) -> Name {
+    match layer {
+        0 => Name::from(name),
+        _ => Name::from(format!("{name}-{}", layer.saturating_add(1))),
     }
-    // No plain name has the sign that replaces the others, and none is as long as one that was cut.
-    let readable = whole.chars().map(|c| if plain(c) { c } else { '_' });
-    let start: String = readable.take(LONGEST_NAME).collect();
-    Name::from(format!("{start}-{}", digest_of(object.as_str())))
 }
 
 /// ICMPv6 messages that no policy is asked about: nobody can be reached on a link without them. They

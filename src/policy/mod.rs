@@ -5,7 +5,7 @@
 //!                │                                                   v
 //!                └─> Index: which selectors select a pod ─────> Engine ─> Transaction
 //!                                                                │
-//!                              plans of this node's pods, sets that are shared
+//!                        plans of this node's addresses, sets that are shared
 //! ```
 //!
 //! Only pods of this node get chains, and only policies that select one of them do. A packet
@@ -31,6 +31,8 @@
 //! operations; its cost follows the pods and policies touched. [`Engine::ruleset`] gives everything
 //! from scratch, for comparing with the kernel.
 
+mod claimants;
+mod departed;
 mod engine;
 mod index;
 mod inventory;
@@ -38,6 +40,7 @@ mod judge;
 mod layout;
 mod moved;
 mod parts;
+mod plans;
 mod rules;
 mod sets;
 #[cfg(test)]

@@ -23,19 +23,19 @@ pub(super) struct Moved {
 }
 
 impl Moved {
-    /// Notes who has an address before and after a change. `arrived` says that it is one of a pod
+    /// Notes which pods may have an address before and after a change. `arrived` says that it is one of a pod
     /// that came to this node just now: whoever had it before may be long forgotten.
     pub fn note(
         &mut self,
         address: IpAddr,
-        before: Option<ObjectName>,
-        after: Option<ObjectName>,
+        before: Vec<ObjectName>,
+        after: Vec<ObjectName>,
         arrived: bool,
     ) {
         if before == after {
             return;
         }
-        if after.is_none() {
+        if after.is_empty() {
             if self.free.insert(address) {
                 self.order.push_back(address);
             }
@@ -46,7 +46,7 @@ impl Moved {
             }
             return;
         }
-        if self.free.remove(&address) || before.is_some() || arrived {
+        if self.free.remove(&address) || !before.is_empty() || arrived {
             self.untold.insert(address);
         }
     }
@@ -63,35 +63,36 @@ mod tests {
 
     #[test]
     fn an_address_moves_when_another_pod_has_it() {
-        let pod = |name| Some(ObjectName::new("shop", name));
+        let pod = |name| vec![ObjectName::new("shop", name)];
+        let none = Vec::new;
         let ip = |last| IpAddr::from([10, 0, 0, last]);
         let mut moved = Moved::default();
-        moved.note(ip(1), None, pod("first"), false);
+        moved.note(ip(1), none(), pod("first"), false);
         assert!(moved.take().is_empty(), "nobody had it before");
-        moved.note(ip(1), pod("first"), None, false);
+        moved.note(ip(1), pod("first"), none(), false);
         assert!(moved.take().is_empty(), "nobody has it now");
-        moved.note(ip(1), None, pod("first"), false);
+        moved.note(ip(1), none(), pod("first"), false);
         assert_eq!(moved.take(), [ip(1)].into(), "a pod of the same name");
         moved.note(ip(1), pod("first"), pod("second"), false);
         assert_eq!(moved.take(), [ip(1)].into(), "without a pause");
         moved.note(ip(1), pod("second"), pod("second"), true);
         assert!(moved.take().is_empty(), "the same pod");
-        moved.note(ip(2), None, pod("here"), true);
+        moved.note(ip(2), none(), pod("here"), true);
         assert_eq!(moved.take(), [ip(2)].into(), "on this node");
     }
 
     #[test]
     fn what_became_free_long_ago_is_forgotten() {
-        let pod = || Some(ObjectName::new("shop", "web"));
+        let pod = || vec![ObjectName::new("shop", "web")];
         let ip = |number: usize| IpAddr::from(u32::try_from(number).unwrap().to_be_bytes());
         let mut moved = Moved::default();
         for number in 0..MOST_FREE + 1 {
-            moved.note(ip(number), pod(), None, false);
+            moved.note(ip(number), pod(), Vec::new(), false);
         }
         assert_eq!(moved.free.len(), MOST_FREE);
-        moved.note(ip(0), None, pod(), false);
+        moved.note(ip(0), Vec::new(), pod(), false);
         assert!(moved.take().is_empty());
-        moved.note(ip(1), None, pod(), false);
+        moved.note(ip(1), Vec::new(), pod(), false);
         assert_eq!(moved.take(), [ip(1)].into());
     }
 }

@@ -1,12 +1,13 @@
 //! The touched parts of the tables, before and after, of which the difference is written.
 
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 use std::sync::Arc;
 
-use super::engine::PodPlan;
 use super::layout::{self, Direction, ISOLATED};
+use super::plans::{Asked, Isolation};
 use super::rules::pod_chain;
-use crate::model::{Family, ObjectName};
+use crate::model::Family;
 use crate::ruleset::{Declaration, Element, Key, Name, Set, Table, Verdict};
 
 /// The touched parts of one family's table.
@@ -22,7 +23,7 @@ impl Parts {
     pub fn level(&mut self) {
         let both = Direction::ALL.into_iter();
         let names =
-            both.flat_map(|direction| [direction.pods(), direction.denied(), direction.links()]);
+            both.flat_map(|direction| [direction.pods(0), direction.denied(), direction.links()]);
         for name in names.chain([Name::from(ISOLATED)]) {
             let sides = [&self.before, &self.after];
             let declaration = sides
@@ -69,17 +70,9 @@ pub(super) fn sort(set: &mut Set) {
     set.elements.sort_unstable_by(|a, b| a.key.cmp(&b.key));
 }
 
-/// Adds to a table, or to a part of one, what isolates a pod: its chains and what leads there.
-pub(super) fn isolate(
-    table: &mut Table,
-    name: &ObjectName,
-    plan: &PodPlan,
-    family: Family,
-    strict: bool,
-) {
-    let Some(address) = plan.address(family) else {
-        return;
-    };
+/// Adds to a table, or to a part of one, what isolates an address: the chains of its pods and what
+/// leads there.
+pub(super) fn isolate(table: &mut Table, address: IpAddr, plan: &Isolation, strict: bool) {
     let key = Key::address(address);
     let mut add = |set: Name, declaration: Arc<Declaration>, element: Element| {
         let elements = Vec::new();
@@ -89,10 +82,12 @@ pub(super) fn isolate(
         });
         set.elements.push(element);
     };
-    for direction in plan.policies.keys() {
-        let verdict = Verdict::Goto(direction.pod_chain(name));
-        let element = Element::with_verdict(key.clone(), verdict);
-        add(direction.pods(), layout::pods(), element);
+    for (direction, all) in &plan.asked {
+        for (layer, asked) in all.iter().enumerate() {
+            let verdict = Verdict::Goto(asked.chain(*direction, address));
+            let element = Element::with_verdict(key.clone(), verdict);
+            add(direction.pods(layer), layout::pods(), element);
+        }
         add(
             direction.denied(),
             layout::counted(),
@@ -102,8 +97,21 @@ pub(super) fn isolate(
     if strict {
         add(ISOLATED.into(), layout::addresses(), Element::new(key));
     }
-    for (direction, policies) in &plan.policies {
-        let chain = pod_chain(*direction, address, policies.iter().cloned());
-        table.chains.insert(direction.pod_chain(name), chain);
+    for (direction, all) in &plan.asked {
+        for asked in all {
+            let chain = pod_chain(*direction, address, asked.policies.iter().cloned());
+            table.chains.insert(asked.chain(*direction, address), chain);
+        }
+    }
+}
+
+impl Asked {
+    /// The chain of the pod. A departed one may have the name of another that came since.
+    fn chain(&self, direction: Direction, address: IpAddr) -> Name {
+        if self.departed {
+            direction.departed_chain(address)
+        } else {
+            direction.pod_chain(&self.pod)
+        }
     }
 }

@@ -8,7 +8,7 @@ use smallvec::SmallVec;
 use super::Settings;
 use super::index::{Namespaces, PodSelector};
 use super::layout::{
-    Direction, EXEMPT, ISOLATED, addresses, counted, icmp6_types, links, pods, port_key,
+    Direction, EXEMPT, ISOLATED, addresses, counted, icmp6_types, layered, links, pods, port_key,
 };
 use super::sets::{Meaning, PortRange, SetId};
 use crate::model::{
@@ -41,17 +41,11 @@ type Statements = SmallVec<[Statement; 2]>;
 pub(super) fn skeleton(family: Family, settings: &Settings) -> Table {
     let mut table = Table::default();
     for direction in Direction::ALL {
-        let sets = [(direction.pods(), pods()), (direction.denied(), counted())];
-        for (name, declaration) in sets {
-            let elements = Vec::new();
-            table.sets.insert(
-                name,
-                Set {
-                    declaration,
-                    elements,
-                },
-            );
-        }
+        let counters = Set {
+            declaration: counted(),
+            elements: Vec::new(),
+        };
+        table.sets.insert(direction.denied(), counters);
         let deny = Chain {
             base: None,
             rules: deny(direction, settings),
@@ -85,26 +79,53 @@ pub(super) fn skeleton(family: Family, settings: &Settings) -> Table {
             table.sets.insert(direction.links(), set);
         }
     }
-    // `accept` ends only the base chain it is met in, so what a pod may send is then asked of
-    // the pod that receives it.
-    let bases = [
-        ("egress", Direction::Egress, Hook::Forward, FILTER),
-        ("egress-to-node", Direction::Egress, Hook::Input, FILTER),
-        ("ingress", Direction::Ingress, Hook::Forward, FILTER + 1),
-    ];
-    for (name, direction, hook, priority) in bases {
-        let base = Some(BaseChain {
-            kind: ChainKind::Filter,
-            hook,
-            priority,
-        });
-        let rules = base_rules(family, direction, settings);
-        table.chains.insert(Name::from(name), Chain { base, rules });
+    for direction in Direction::ALL {
+        add_layer(&mut table, family, direction, 0, settings);
     }
     table
 }
 
-fn base_rules(family: Family, direction: Direction, settings: &Settings) -> Vec<Rule> {
+/// Adds the base chains that ask the policies of the first, second or a further pod of an address.
+///
+/// `accept` ends only the base chain it is met in. So what a pod may send is then asked of the pod
+/// that receives it, and what the first of several pods with one address allows, of the next one.
+pub(super) fn add_layer(
+    table: &mut Table,
+    family: Family,
+    direction: Direction,
+    layer: usize,
+    settings: &Settings,
+) {
+    let bases: &[(&str, Hook, i32)] = match direction {
+        Direction::Egress => &[
+            ("egress", Hook::Forward, FILTER),
+            ("egress-to-node", Hook::Input, FILTER),
+        ],
+        Direction::Ingress => &[("ingress", Hook::Forward, FILTER + 1)],
+    };
+    table.sets.entry(direction.pods(layer)).or_insert(Set {
+        declaration: pods(),
+        elements: Vec::new(),
+    });
+    for (name, hook, priority) in bases {
+        let base = Some(BaseChain {
+            kind: ChainKind::Filter,
+            hook: *hook,
+            priority: *priority,
+        });
+        let rules = base_rules(family, direction, layer, settings);
+        table
+            .chains
+            .insert(layered(name, layer), Chain { base, rules });
+    }
+}
+
+fn base_rules(
+    family: Family,
+    direction: Direction,
+    layer: usize,
+    settings: &Settings,
+) -> Vec<Rule> {
     let mut rules = vec![Rule::new([
         Statement::CtState([CtState::Established, CtState::Related].into()),
         Statement::Verdict(Verdict::Accept),
@@ -146,7 +167,7 @@ fn base_rules(family: Family, direction: Direction, settings: &Settings) -> Vec<
     }
     rules.push(Rule::new([Statement::VerdictMap(
         vec![direction.pod()],
-        direction.pods(),
+        direction.pods(layer),
     )]));
     rules
 }

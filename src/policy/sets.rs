@@ -14,9 +14,10 @@ use smallvec::SmallVec;
 use super::index::{Index, Namespaces, PodSelector};
 use super::inventory::Inventory;
 use super::layout::port_key;
-use crate::compile::digest_of;
 use crate::model::{Family, Pod, Protocol};
-use crate::ruleset::{Declaration, Element, Key, Name, Selector, Set, SetKind, merge_intervals};
+use crate::ruleset::{
+    Declaration, Element, Key, Name, Selector, Set, SetKind, digest_of, merge_intervals,
+};
 
 /// What a set stands for.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -178,28 +179,24 @@ impl Finder {
         if self.ports.is_empty() {
             return;
         }
-        let of_this_node = inventory.isolated_addresses(pod);
+        let of_this_node = inventory.local_addresses(pod);
         // Two names of one port are one element.
-        let mut seen: SmallVec<[(SetId, Protocol, u16); 4]> = SmallVec::new();
+        let mut ports: Vec<(SetId, bool, Protocol, u16)> = Vec::new();
         for port in pod.ports.iter() {
             let sets = self.ports.get(&(port.name.clone(), port.protocol));
-            for (local, set) in sets.into_iter().flatten() {
-                let element = (*set, port.protocol, port.port);
-                if seen.contains(&element) {
-                    continue;
-                }
-                seen.push(element);
-                for address in if *local { &of_this_node } else { &addresses } {
-                    let key = Key::build().address(*address);
-                    found(Membership {
-                        family: Family::of(*address),
-                        set: *set,
-                        key: key
-                            .protocol(port.protocol.number())
-                            .port(port.port)
-                            .finish(),
-                    });
-                }
+            let sets = sets.into_iter().flatten();
+            ports.extend(sets.map(|(local, set)| (*set, *local, port.protocol, port.port)));
+        }
+        ports.sort_unstable();
+        ports.dedup();
+        for (set, local, protocol, port) in ports {
+            for address in if local { &of_this_node } else { &addresses } {
+                let key = Key::build().address(*address);
+                found(Membership {
+                    family: Family::of(*address),
+                    set,
+                    key: key.protocol(protocol.number()).port(port).finish(),
+                });
             }
         }
     }

@@ -6,8 +6,9 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::model::{
-    Event, Kind, LabelSelector, Labels, NamedPort, Namespace, NetworkPolicy, Object, ObjectName,
-    ObjectRef, Peer, Pod, PolicyPort, PolicyRule, PortMatch, Protocol, Requirement,
+    Event, Evidence, Kind, LabelSelector, Labels, NamedPort, Namespace, NetworkPolicy, Object,
+    ObjectName, ObjectRef, Peer, Pod, PolicyPort, PolicyRule, PortMatch, Protocol, Requirement,
+    Sandbox,
 };
 use crate::ruleset::{Ruleset, simulate, text};
 
@@ -23,11 +24,11 @@ fn pod(name: &str, address: u8, node: &str, app: &str) -> Pod {
     let (namespace, name) = name.split_once('/').unwrap();
     Pod {
         name: ObjectName::new(namespace, name),
-        created: Some(0),
         node: Some(node.into()),
         host_network: false,
         ended: false,
-        terminating: false,
+        running: false,
+        evidence: Evidence::default(),
         addresses: [IpAddr::from([10, 0, 0, address])].into_iter().collect(),
         labels: [("app", app)].into_iter().collect(),
         ports: Arc::new([NamedPort {
@@ -269,11 +270,21 @@ fn any_name() -> impl Strategy<Value = ObjectName> {
     ("[mn]", "[pqrst]").prop_map(|(namespace, name)| ObjectName::new(&namespace, &name))
 }
 
+fn any_evidence() -> impl Strategy<Value = Evidence> {
+    let sandbox = prop_oneof![
+        Just(Sandbox::Gone),
+        Just(Sandbox::Unknown),
+        (0..3u32).prop_map(Sandbox::RanAt),
+    ];
+    let started = prop::option::of(0..3u32);
+    (sandbox, started).prop_map(|(sandbox, started)| Evidence { sandbox, started })
+}
+
 prop_compose! {
     fn any_pod()(
         name in any_name(),
-        created in 0..3i64,
-        (here, host_network, ended, terminating) in (any::<bool>(), prop::bool::weighted(0.1), prop::bool::weighted(0.1), prop::bool::weighted(0.2)),
+        (here, host_network, ended, running) in (any::<bool>(), prop::bool::weighted(0.1), prop::bool::weighted(0.1), any::<bool>()),
+        evidence in any_evidence(),
         v4 in prop::option::weighted(0.9, 0..6u8),
         v6 in prop::option::of(0..6u8),
         labels in any_labels(),
@@ -283,11 +294,11 @@ prop_compose! {
         let v6 = v6.map(|host| IpAddr::from([0xfd00, 0, 0, 0, 0, 0, 0, u16::from(host)]));
         Pod {
             name,
-            created: Some(created),
             node: Some(if here { "here" } else { "there" }.into()),
             host_network,
             ended,
-            terminating,
+            running,
+            evidence,
             addresses: v4.into_iter().chain(v6).collect(),
             labels,
             ports: port
@@ -462,35 +473,6 @@ fn ports_that_are_one_range_need_no_set() {
 }
 
 #[test]
-fn a_pod_of_this_node_is_isolated_whatever_is_claimed_elsewhere() {
-    let mut checked = shop();
-    let stale = Pod {
-        created: Some(9),
-        ..pod("other/stale", 1, "there", "free")
-    };
-    checked.apply(apply_pod(stale));
-    checked.update();
-    assert_eq!(checked.engine.isolated().count(), 1);
-    let printed = format!("{:?}", checked.kernel);
-    assert!(printed.contains("pod-ingress-shop/web"), "{printed}");
-    let connection = Connection {
-        source: [10, 0, 0, 9].into(),
-        destination: [10, 0, 0, 1].into(),
-        protocol: 6,
-        port: Some(80),
-    };
-    assert!(!checked.engine.allows(&connection));
-    // Of two claims on this node the newest counts, as everywhere.
-    let successor = Pod {
-        created: Some(5),
-        ..pod("other/successor", 1, "here", "free")
-    };
-    checked.apply(apply_pod(successor));
-    checked.update();
-    assert_eq!(checked.engine.isolated().count(), 0);
-}
-
-#[test]
 fn the_interfaces_of_isolated_pods_are_known_by_direction() {
     let mut engine = Engine::new(settings(false)).with_links(|addresses| {
         let links = addresses
@@ -560,3 +542,5 @@ fn an_interface_that_comes_later_is_found_when_it_is_looked_for() {
     engine.look_at_links();
     assert!(engine.update().is_empty());
 }
+
+mod addresses;

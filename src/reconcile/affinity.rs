@@ -1,212 +1,401 @@
 //! Forgetting clients whose endpoint went away.
 //!
-//! Packets fill the affinity map: (client, frontend) to the endpoint the client was sent to. It
+//! Packets fill the affinity maps: (client, frontend) to the endpoint the client was sent to. It
 //! is nftlet's task to remove the elements whose endpoint no longer serves the frontend; until
-//! then their clients would go on to be sent there. [`Remembered`] collects, from the plans that
-//! change, which endpoints clients of a frontend may still be sent to.
+//! then their clients would go on to be sent there.
+//!
+//! ```text
+//!  Reconciler ── Suspects ──> queue() ──> Forgetter, a thread of its own: reads the maps
+//!      ^   (after the rules stand)             │ 1,024 clients each
+//!      └──────── Question::Forget ─────────────┘ judged by the plans in force, and deleted
+//! ```
+//!
+//! [`Suspects`] collects, from the plans that change, which endpoints frontends lost. A map that is
+//! full takes seconds to read, for which no change may wait. The clients found are judged where the
+//! plans are kept: meanwhile an endpoint may have come back, or a client may have been sent to one
+//! that is new.
+//!
+//! A client stays as long as its endpoint serves the frontend in any scope: which scope applies
+//! depends on where the client is, and that only the rules can tell. Where the external policy
+//! became Local, clients stay at the endpoints of this node only.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SendError, Sender, channel};
+use std::time::{Duration, Instant};
 
-use ipnet::IpNet;
+use tokio::sync::{mpsc, oneshot};
 
-use super::{Kernel, Reconciler};
-use crate::compile::{self, AFFINITY, Route, Scope, ServicePlan, Target};
-use crate::model::{Claim, Family, Protocol};
+use super::questions::Question;
+use super::{Kernel, Reconciler, State};
+use crate::compile::{self, Clients, Route, Scope, ServicePlan, Target};
+use crate::model::{Claim, Family, ObjectName, Protocol};
 use crate::netlink;
 use crate::ruleset::{Element, Op, Transaction, Value};
 
 /// How often remembered clients are read again when some time out meanwhile.
-const FORGET_ATTEMPTS: usize = 8;
+const ATTEMPTS: usize = 8;
+/// The most clients that are judged and forgotten at once.
+const BATCH: usize = 1024;
 
-/// The endpoints that clients may still be sent to, for the frontends that lost some.
+/// A map of remembered clients.
+type Map = (Family, Clients);
+
+/// The clients that may be left without their endpoint.
 #[derive(Debug, Default)]
-pub struct Remembered {
-    allowed: HashMap<(Family, Claim), Allowed>,
-    /// Whether a frontend that is not listed has no clients to remember at all.
-    complete: bool,
-    /// Where the clients are that external policy Local does not bind: the pods and the node.
-    inside: Vec<IpNet>,
+pub struct Suspects(HashMap<Map, OfMap>);
+
+/// Those in one map.
+#[derive(Debug, Default)]
+struct OfMap {
+    /// All that are in it.
+    all: bool,
+    of_frontend: HashMap<Claim, OfFrontend>,
 }
 
-/// The endpoints of one frontend.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-struct Allowed {
-    /// For pods and the node.
-    inside: BTreeSet<Target>,
-    /// For all others: fewer under external policy Local.
-    outside: BTreeSet<Target>,
+/// Those of one frontend.
+#[derive(Debug, Default)]
+struct OfFrontend {
+    /// Those at these endpoints.
+    lost: BTreeSet<Target>,
+    /// All of them, because only the endpoints of this node count from now on.
+    bound: bool,
 }
 
-impl Allowed {
-    fn extend(&mut self, other: Allowed) {
-        self.inside.extend(other.inside);
-        self.outside.extend(other.outside);
-    }
-
-    fn is_subset(&self, other: &Allowed) -> bool {
-        self.inside.is_subset(&other.inside) && self.outside.is_subset(&other.outside)
-    }
-}
-
-impl Remembered {
-    /// What all plans allow: everything else is stale.
-    pub fn all<'a>(plans: impl IntoIterator<Item = &'a ServicePlan>) -> Self {
-        let mut remembered = Self {
-            complete: true,
-            ..Self::default()
+impl Suspects {
+    /// Notes that all clients of a plan are to be looked at. Those of the frontends for which it is
+    /// said are bound to this node from now on.
+    pub fn all_of(&mut self, plan: &ServicePlan, is_bound: impl Fn(Family, &Claim) -> bool) {
+        let Some(affinity) = &plan.affinity else {
+            return;
         };
-        for plan in plans {
-            remembered.allowed.extend(targets(Some(plan)));
+        for (frontend, pool) in plan.reach() {
+            let of_map = self.of_map(pool.family, &affinity.clients);
+            of_map.all = true;
+            if is_bound(pool.family, &frontend.at) {
+                of_map.of_frontend.entry(frontend.at).or_default().bound = true;
+            }
         }
-        remembered
     }
 
     /// Notes that a plan replaces another.
     pub fn replace(&mut self, old: Option<&ServicePlan>, new: Option<&ServicePlan>) {
-        let mut after = targets(new);
-        for (frontend, before) in targets(old) {
-            let now = after.remove(&frontend).unwrap_or_default();
-            // Two changed services may pass a frontend on to one another, in either order.
-            if !before.is_subset(&now) || self.allowed.contains_key(&frontend) {
-                self.allowed.entry(frontend).or_default().extend(now);
+        let Some((old, affinity)) = old.and_then(|old| Some((old, old.affinity.as_ref()?))) else {
+            return;
+        };
+        let mut after = targets(new.filter(|plan| plan.affinity.is_some()));
+        for ((family, at), before) in targets(Some(old)) {
+            let now = after.remove(&(family, at)).unwrap_or_default();
+            let lost: Vec<Target> = before.targets.difference(&now.targets).copied().collect();
+            let bound = now.bound && !before.bound;
+            if lost.is_empty() && !bound {
+                continue;
             }
-        }
-        for (frontend, now) in after {
-            if let Some(allowed) = self.allowed.get_mut(&frontend) {
-                allowed.extend(now);
-            }
+            let of_map = self.of_map(family, &affinity.clients);
+            let of_frontend = of_map.of_frontend.entry(at).or_default();
+            of_frontend.lost.extend(lost);
+            of_frontend.bound |= bound;
         }
     }
 
-    /// Adds what other changes did, of other services.
+    fn of_map(&mut self, family: Family, clients: &Clients) -> &mut OfMap {
+        self.0.entry((family, clients.clone())).or_default()
+    }
+
+    /// Adds what other changes did.
     pub fn merge(&mut self, others: Self) {
-        for (frontend, allowed) in others.allowed {
-            self.allowed.entry(frontend).or_default().extend(allowed);
+        for (map, of_map) in others.0 {
+            let into = self.0.entry(map).or_default();
+            into.all |= of_map.all;
+            for (at, of_frontend) in of_map.of_frontend {
+                let into = into.of_frontend.entry(at).or_default();
+                into.lost.extend(of_frontend.lost);
+                into.bound |= of_frontend.bound;
+            }
         }
-    }
-
-    /// Sets where pods and the node are, as far as that is known by address.
-    pub fn set_inside(&mut self, networks: Vec<IpNet>) {
-        self.inside = networks;
-    }
-
-    /// Whether no client needs to be forgotten in a family.
-    pub fn is_empty(&self, family: Family) -> bool {
-        !self.complete && self.allowed.keys().all(|(of, _)| *of != family)
-    }
-
-    /// The elements of the affinity map whose endpoint no longer serves their frontend. `owned`
-    /// tells whether a service has a frontend now: where one has the address, a port of the same
-    /// number that another one has on the nodes is not meant.
-    pub fn stale(
-        &self,
-        family: Family,
-        elements: Vec<Element>,
-        owned: impl Fn(&Claim) -> bool,
-    ) -> Vec<Element> {
-        let mut stale = elements;
-        stale.retain(|element| {
-            let Some(entry) = Entry::read(family, element) else {
-                return false;
-            };
-            let address = Claim::Address(entry.address, entry.protocol, entry.port);
-            let node_port = Claim::NodePort(entry.protocol, entry.port);
-            let by_address = self.allowed.get(&(family, address));
-            let known = match by_address {
-                None if !owned(&address) => self.allowed.get(&(family, node_port)),
-                _ => by_address,
-            };
-            known.map_or(self.complete, |allowed| {
-                let inside = self.inside.iter().any(|net| net.contains(&entry.client));
-                let endpoints = if inside {
-                    &allowed.inside
-                } else {
-                    &allowed.outside
-                };
-                !endpoints.contains(&entry.target)
-            })
-        });
-        stale
     }
 }
 
-/// The endpoints of each frontend whose clients are remembered.
-fn targets(plan: Option<&ServicePlan>) -> HashMap<(Family, Claim), Allowed> {
-    let Some(plan) = plan.filter(|plan| plan.affinity_seconds.is_some()) else {
-        return HashMap::new();
-    };
-    let mut found: HashMap<(Family, Claim), Allowed> = HashMap::new();
-    for (frontend, pool) in plan.reach() {
-        let allowed = found.entry((pool.family, frontend.at)).or_default();
-        let bound = matches!(frontend.route, Route::LocalPolicy { .. });
-        if !bound || pool.scope == Scope::Cluster {
-            allowed.inside.extend(&pool.targets);
-        }
-        if !bound || pool.scope == Scope::Local {
-            allowed.outside.extend(&pool.targets);
-        }
+impl OfMap {
+    /// An element as a suspect, if it is one.
+    fn suspect(&self, family: Family, element: Element) -> Option<Suspect> {
+        let entry = Entry::read(family, &element)?;
+        let of_frontend: Vec<_> = [entry.at_address(), entry.at_node_port()]
+            .iter()
+            .filter_map(|at| self.of_frontend.get(at))
+            .collect();
+        let bound = of_frontend.iter().any(|it| it.bound);
+        let lost = of_frontend.iter().any(|it| it.lost.contains(&entry.target));
+        (self.all || bound || lost).then_some(Suspect {
+            element,
+            entry,
+            bound,
+        })
+    }
+}
+
+/// The endpoints of a frontend.
+#[derive(Default)]
+struct Endpoints {
+    targets: HashSet<Target>,
+    /// The external policy is Local.
+    bound: bool,
+}
+
+/// The endpoints of each frontend, in any scope.
+fn targets(plan: Option<&ServicePlan>) -> HashMap<(Family, Claim), Endpoints> {
+    let mut found: HashMap<(Family, Claim), Endpoints> = HashMap::new();
+    for (frontend, pool) in plan.into_iter().flat_map(ServicePlan::reach) {
+        let endpoints = found.entry((pool.family, frontend.at)).or_default();
+        endpoints.targets.extend(&pool.targets);
+        endpoints.bound = matches!(frontend.route, Route::LocalPolicy { .. });
     }
     found
 }
 
+/// A client that may be left without its endpoint.
+#[derive(Debug)]
+pub struct Suspect {
+    element: Element,
+    entry: Entry,
+    /// Only endpoints of this node count, if its frontend has such.
+    bound: bool,
+}
+
 impl<K: Kernel> Reconciler<'_, K> {
-    /// Forgets the clients that are remembered for an endpoint that went away.
+    /// Forgets the clients that are remembered for an endpoint that went away, or has it done by
+    /// the thread for that.
     ///
     /// This follows the transaction that took the endpoint away: the other way round a client
     /// could be sent there, and be remembered for it, once more.
-    pub(super) fn forget(&mut self, mut remembered: Remembered) {
-        let node = self.store.node().map(|node| &**node);
-        let pods = Family::ALL.map(|family| self.settings.pod_networks(family, node));
-        let own = node.map(|node| [&node.internal_ips[..], &node.external_ips].concat());
-        let own = own.unwrap_or_default().into_iter().map(IpNet::from);
-        remembered.set_inside(pods.into_iter().flatten().chain(own).collect());
-        for family in Family::ALL {
-            if remembered.is_empty(family) {
-                continue;
-            }
-            for attempt in 1..=FORGET_ATTEMPTS {
-                match self.forget_once(family, &remembered) {
-                    Ok(()) => break,
-                    Err(error) if attempt < FORGET_ATTEMPTS => {
-                        // An element that times out between reading and deleting fails the
-                        // whole transaction; what is left is read again.
-                        tracing::debug!("session affinity: {error}");
-                    }
-                    Err(error) => tracing::warn!(
-                        "{error}; clients with session affinity may stay with {family} endpoints \
-                         that are gone until the next change of their service"
-                    ),
-                }
-            }
+    pub(super) fn forget(&mut self, suspects: Suspects) {
+        if suspects.0.is_empty() {
+            return;
+        }
+        let suspects = match &self.forgetter {
+            // A thread that is gone has panicked.
+            Some(queue) => match queue.send(suspects) {
+                Ok(()) => return,
+                Err(unsent) => unsent.0,
+            },
+            None => suspects,
+        };
+        for (map, of_map) in suspects.0 {
+            attempts(&map, || {
+                let found = read(&mut self.kernel, &map, &of_map)?;
+                self.forget_some(&map, found)
+            });
         }
     }
 
-    fn forget_once(
+    /// Forgets those of some clients whose endpoint does not serve their frontend, by the plans in
+    /// force. While it is unknown what is in force nobody is forgotten: when it is known again, all
+    /// are looked at.
+    pub(super) fn forget_some(
         &mut self,
-        family: Family,
-        remembered: &Remembered,
+        map: &Map,
+        suspects: Vec<Suspect>,
     ) -> Result<(), netlink::Error> {
-        let table = compile::table_id(family);
-        let known = self.kernel.elements(&table, AFFINITY)?;
-        let stale = remembered.stale(family, known, |claim| self.store.owner(claim).is_some());
+        if self.state != State::Synced || suspects.is_empty() {
+            return Ok(());
+        }
+        let kept = self.kept(map, &suspects);
+        let stale = suspects.into_iter().enumerate();
+        let stale: Vec<Element> = stale
+            .filter(|(index, _)| !kept.contains(index))
+            .map(|(_, suspect)| suspect.element)
+            .collect();
         if stale.is_empty() {
             return Ok(());
         }
-        let declaration = compile::affinity_declaration();
-        let ops = vec![Op::DeleteElements(
-            table,
-            AFFINITY.into(),
-            declaration,
+        let (family, clients) = map;
+        let delete = Op::DeleteElements(
+            compile::table_id(*family),
+            clients.map(),
+            compile::affinity_declaration(),
             stale,
-        )];
-        self.write(Transaction { ops })
+        );
+        self.write(Transaction { ops: vec![delete] })
+    }
+
+    /// Which of these clients, by their index, are at an endpoint of their frontend.
+    fn kept(&self, map: &Map, suspects: &[Suspect]) -> HashSet<usize> {
+        let mut services: BTreeMap<&ObjectName, HashMap<Claim, Vec<usize>>> = BTreeMap::new();
+        for (index, Suspect { entry, .. }) in suspects.iter().enumerate() {
+            // Where a service has the address, a port of the same number that another one has on
+            // the nodes is not meant.
+            let [address, node_port] = [entry.at_address(), entry.at_node_port()];
+            let owner = self.store.owner(&address).map(|owner| (owner, address));
+            let owner = owner.or_else(|| Some((self.store.owner(&node_port)?, node_port)));
+            if let Some((owner, at)) = owner {
+                let of_service = services.entry(owner).or_default();
+                of_service.entry(at).or_default().push(index);
+            }
+        }
+        let (family, clients) = map;
+        let mut kept = HashSet::new();
+        for (service, clients_of) in services {
+            let Some(plan) = self.programmed.plan(service) else {
+                continue;
+            };
+            if plan.affinity.as_ref().map(|it| &it.clients) != Some(clients) {
+                continue;
+            }
+            for (frontend, pool) in plan.reach().filter(|(_, pool)| pool.family == *family) {
+                let Some(of_frontend) = clients_of.get(&frontend.at) else {
+                    continue;
+                };
+                let bound = matches!(frontend.route, Route::LocalPolicy { .. });
+                let elsewhere = bound && pool.scope == Scope::Cluster;
+                let judged = of_frontend.iter().filter_map(|index| {
+                    let suspect = suspects.get(*index)?;
+                    (!(suspect.bound && elsewhere)).then_some((suspect.entry.target, *index))
+                });
+                let mut at: HashMap<Target, Vec<usize>> = HashMap::new();
+                judged.for_each(|(target, index)| at.entry(target).or_default().push(index));
+                let serving = pool.targets.iter().filter_map(|target| at.get(target));
+                kept.extend(serving.flatten());
+            }
+        }
+        kept
     }
 }
 
-/// An element of the affinity map.
+/// The suspects in a map.
+fn read(
+    kernel: &mut impl Kernel,
+    map: &Map,
+    of_map: &OfMap,
+) -> Result<Vec<Suspect>, netlink::Error> {
+    let (family, clients) = map;
+    let elements = kernel.elements(&compile::table_id(*family), clients.map().as_str())?;
+    let suspects = elements.into_iter();
+    Ok(suspects
+        .filter_map(|element| of_map.suspect(*family, element))
+        .collect())
+}
+
+/// Tries again what fails because an element timed out between reading and deleting: that fails the
+/// whole transaction, and what is left is read again.
+fn attempts(map: &Map, mut forget: impl FnMut() -> Result<(), netlink::Error>) {
+    for attempt in 1..=ATTEMPTS {
+        match forget() {
+            Ok(()) => return,
+            Err(error) if attempt < ATTEMPTS => tracing::debug!("session affinity: {error}"),
+            Err(error) => tracing::warn!(
+                "{error}; clients with session affinity of services in namespace {} may stay with \
+                 {} endpoints that are gone until the next change of their service",
+                map.1.namespace(),
+                map.0
+            ),
+        }
+    }
+}
+
+/// Some clients of a map that may have to be forgotten.
+#[derive(Debug)]
+pub struct Forget {
+    pub(super) map: Map,
+    pub(super) suspects: Vec<Suspect>,
+    /// Who waits for it to be done.
+    pub(super) answer: oneshot::Sender<Result<(), netlink::Error>>,
+}
+
+/// Makes the queue from the reconciler to a [`Forgetter`].
+pub fn queue() -> (Queue, Received) {
+    let (sender, receiver) = channel();
+    (Queue(sender), Received(receiver))
+}
+
+/// The reconciler's end of the queue. The [`Forgetter`] ends when it goes away.
+#[derive(Debug)]
+pub struct Queue(Sender<Suspects>);
+
+impl Queue {
+    fn send(&self, suspects: Suspects) -> Result<(), SendError<Suspects>> {
+        self.0.send(suspects)
+    }
+}
+
+/// The other end of a [`Queue`].
+#[derive(Debug)]
+pub struct Received(Receiver<Suspects>);
+
+impl Received {
+    /// All that waits, as soon as there is something; nothing after so long, and `None` at the end.
+    fn next(&self, within: Duration) -> Option<Suspects> {
+        let mut suspects = match self.0.recv_timeout(within) {
+            Ok(suspects) => suspects,
+            Err(RecvTimeoutError::Timeout) => Suspects::default(),
+            Err(RecvTimeoutError::Disconnected) => return None,
+        };
+        self.0.try_iter().for_each(|more| suspects.merge(more));
+        Some(suspects)
+    }
+}
+
+/// Reads who is remembered, on a thread of its own, and asks the reconciler to forget those whose
+/// endpoint is gone.
+#[derive(Debug)]
+pub struct Forgetter<K> {
+    open: fn() -> Result<K, netlink::Error>,
+    received: Received,
+    ask: mpsc::Sender<Question>,
+}
+
+impl<K: Kernel> Forgetter<K> {
+    /// A forgetter that opens its kernel when it has something to do.
+    pub fn new(
+        open: fn() -> Result<K, netlink::Error>,
+        received: Received,
+        ask: mpsc::Sender<Question>,
+    ) -> Self {
+        Self {
+            open,
+            received,
+            ask,
+        }
+    }
+
+    /// Works until the reconciler is gone. Meanwhile it calls `look` every so often.
+    pub fn run(self, every: Duration, mut look: impl FnMut()) {
+        let mut looked = Instant::now();
+        while let Some(suspects) = self.received.next(every.saturating_sub(looked.elapsed())) {
+            if looked.elapsed() >= every {
+                looked = Instant::now();
+                look();
+            }
+            for (map, of_map) in suspects.0 {
+                attempts(&map, || {
+                    let mut found = read(&mut (self.open)()?, &map, &of_map)?;
+                    while !found.is_empty() {
+                        let batch = found.split_off(found.len().saturating_sub(BATCH));
+                        self.forget(&map, batch)?;
+                    }
+                    Ok(())
+                });
+            }
+        }
+    }
+
+    fn forget(&self, map: &Map, suspects: Vec<Suspect>) -> Result<(), netlink::Error> {
+        let (answer, answered) = oneshot::channel();
+        let question = Question::Forget(Forget {
+            map: map.clone(),
+            suspects,
+            answer,
+        });
+        match self.ask.blocking_send(question) {
+            Ok(()) => answered.blocking_recv().unwrap_or(Ok(())),
+            // The reconciler is gone, and its rules stay.
+            Err(_) => Ok(()),
+        }
+    }
+}
+
+/// An element of an affinity map.
+#[derive(Debug)]
 struct Entry {
-    client: IpAddr,
     address: IpAddr,
     protocol: Protocol,
     port: u16,
@@ -222,7 +411,7 @@ impl Entry {
             Family::V4 => 4,
             Family::V6 => 16,
         };
-        let (client, frontend) = element.key.as_bytes().split_at_checked(length)?;
+        let (_, frontend) = element.key.as_bytes().split_at_checked(length)?;
         let (at, rest) = frontend.split_at_checked(length)?;
         let protocol = match rest.first()? {
             6 => Protocol::Tcp,
@@ -232,22 +421,29 @@ impl Entry {
         };
         let (endpoint, endpoint_port) = data.as_bytes().split_at_checked(length)?;
         Some(Self {
-            client: address(client)?,
             address: address(at)?,
             protocol,
             port: number(rest.get(4..)?)?,
             target: (address(endpoint)?, number(endpoint_port)?),
         })
     }
+
+    fn at_address(&self) -> Claim {
+        Claim::Address(self.address, self.protocol, self.port)
+    }
+
+    fn at_node_port(&self) -> Claim {
+        Claim::NodePort(self.protocol, self.port)
+    }
 }
 
-fn address(bytes: &[u8]) -> Option<IpAddr> {
+pub(super) fn address(bytes: &[u8]) -> Option<IpAddr> {
     let v4 = <[u8; 4]>::try_from(bytes).map(IpAddr::from);
     v4.or_else(|_| <[u8; 16]>::try_from(bytes).map(IpAddr::from))
         .ok()
 }
 
-fn number(bytes: &[u8]) -> Option<u16> {
+pub(super) fn number(bytes: &[u8]) -> Option<u16> {
     let (port, _) = bytes.split_first_chunk::<2>()?;
     Some(u16::from_be_bytes(*port))
 }

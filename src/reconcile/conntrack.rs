@@ -114,8 +114,14 @@ impl Work {
             });
             self.set(front, Some(serving), !only_more);
         }
-        for front in before.keys().filter(|front| !after.contains(*front)) {
-            self.entries.entry(*front).or_insert(Entry {
+        let fronts = before.into_keys();
+        self.gone(fronts.filter(|front| !after.contains(front)));
+    }
+
+    /// Notes that frontends are gone, unless they stand.
+    pub fn gone(&mut self, fronts: impl IntoIterator<Item = Front>) {
+        for front in fronts {
+            self.entries.entry(front).or_insert(Entry {
                 serving: None,
                 suspect: true,
             });

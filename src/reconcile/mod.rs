@@ -17,7 +17,7 @@
 //! earlier run stay in force and are changed, never flushed. If the kernel refuses an element
 //! even then, the service it belongs to is left out and reported, and the others are written.
 
-mod affinity;
+pub mod affinity;
 mod audit;
 pub mod connections;
 pub mod conntrack;
@@ -28,6 +28,7 @@ mod policies;
 mod portions;
 mod programmed;
 mod questions;
+mod removed;
 mod repair;
 mod report;
 mod run;
@@ -35,6 +36,7 @@ mod schedule;
 mod update;
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
@@ -49,11 +51,12 @@ use crate::model::{
 use crate::netlink;
 use crate::policy::Engine;
 use crate::ruleset::{Ruleset, Transaction};
+use crate::source::SourceStats;
 
 pub use audit::{Audits, EVERY as AUDIT_EVERY, Finding, Snapshot, Step, Verdict};
 pub use kernel::Kernel;
 pub use policies::Isolated;
-pub use programmed::Programmed;
+pub use programmed::{Programmed, Sticky};
 pub use questions::Question;
 pub use report::{Log, LogAndSend, Reporter};
 pub use run::{Exit, Signals, run};
@@ -97,8 +100,14 @@ pub struct Reconciler<'a, K> {
     flows: Work,
     /// Where these go then.
     cleaner: Option<conntrack::Queue>,
+    /// Who reads the maps of clients with session affinity.
+    forgetter: Option<affinity::Queue>,
+    /// Where the namespaces that remember clients are published.
+    sticky: Option<watch::Sender<Sticky>>,
     health_checks: Option<HealthChecks>,
     policies: Option<Policies>,
+    /// What keeps lists from being complete is asked there.
+    source_stats: Option<Arc<SourceStats>>,
     followers: Followers,
     /// Whether denied packets are logged with fields.
     log_fields: bool,
@@ -205,8 +214,11 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
             pending: (0, 0),
             flows: Work::default(),
             cleaner: None,
+            forgetter: None,
+            sticky: None,
             health_checks: None,
             policies: None,
+            source_stats: None,
             followers: Followers::default(),
             log_fields: false,
             healed: 0,
@@ -237,6 +249,20 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         self
     }
 
+    /// With someone to read which clients are remembered, who asks [`Question::Forget`].
+    #[must_use]
+    pub fn with_forgetter(mut self, forgetter: affinity::Queue) -> Self {
+        self.forgetter = Some(forgetter);
+        self
+    }
+
+    /// Publishes the namespaces that remember clients, each time others do.
+    #[must_use]
+    pub fn with_sticky(mut self, sticky: watch::Sender<Sticky>) -> Self {
+        self.sticky = Some(sticky);
+        self
+    }
+
     /// Publishes the health checks that services want, each time their rules are in force.
     #[must_use]
     pub fn with_health_checks(mut self, checks: watch::Sender<Checks>) -> Self {
@@ -248,6 +274,13 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
     #[must_use]
     pub fn with_policies(mut self, engine: Engine) -> Self {
         self.policies = Some(Policies::new(engine));
+        self
+    }
+
+    /// With the counters of the source of events.
+    #[must_use]
+    pub fn with_source_stats(mut self, stats: Arc<SourceStats>) -> Self {
+        self.source_stats = Some(stats);
         self
     }
 
@@ -419,8 +452,17 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         self.metrics
             .refused(self.refused.len() + self.too_large.len());
         self.metrics.chains(self.programmed.chains());
+        self.publish_sticky();
         let no_local = self.programmed.no_local_endpoints();
         self.metrics.no_local_endpoints(no_local);
+    }
+
+    fn publish_sticky(&mut self) {
+        if let Some(sender) = &self.sticky
+            && let Some(sticky) = self.programmed.take_other_clients()
+        {
+            sender.send_replace(sticky);
+        }
     }
 
     /// Hands over the frontends whose flows may be stale, now that the rules are in force.
@@ -459,7 +501,10 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         }
         let transaction = self.programmed.remove_chains_unused_since(moment);
         let outcome = match self.write(transaction) {
-            Ok(()) => Outcome::Synced,
+            Ok(()) => {
+                self.publish_sticky();
+                Outcome::Synced
+            }
             Err(error) => {
                 self.metrics.failure();
                 self.reporter.failed(&error);

@@ -4,7 +4,7 @@
 //! and its own comparison with the kernel. Policies come first, so that a new pod is isolated
 //! before a service leads to it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Instant;
@@ -19,8 +19,8 @@ use crate::netlink::{self, Place};
 use crate::policy::{Engine, TABLE};
 use crate::ruleset::diff;
 
-/// The isolated pods of this node by their addresses, sorted by name.
-pub type Isolated = Arc<[(IpAddr, ObjectName)]>;
+/// The isolated addresses of this node in order, with their pods as far as their objects are there.
+pub type Isolated = Arc<[(IpAddr, Option<ObjectName>)]>;
 
 /// Who wants to know when other policies are in force.
 #[derive(Debug, Default)]
@@ -39,6 +39,10 @@ pub(super) struct Policies {
     moved: BTreeSet<IpAddr>,
     /// Those that were handed on last. They may not have been looked at yet.
     told: BTreeSet<IpAddr>,
+    /// Whether rules of complete lists were written once.
+    written: bool,
+    /// The last error of the kernel.
+    failure: Option<String>,
 }
 
 impl Policies {
@@ -48,6 +52,17 @@ impl Policies {
             state: State::Listing,
             moved: BTreeSet::new(),
             told: BTreeSet::new(),
+            written: false,
+            failure: None,
+        }
+    }
+
+    /// Whether the rules of complete lists are in the kernel. While lists are read again those of the
+    /// former ones are; but the first policies of a cluster wait for the first lists of pods.
+    fn are_in_force(&self) -> bool {
+        match self.state {
+            State::Unknown => false,
+            State::Listing | State::Synced => self.written && !self.engine.has_first_policies(),
         }
     }
 }
@@ -62,6 +77,50 @@ impl<K: Kernel> Reconciler<'_, K> {
     pub fn policies_ready(&self) -> bool {
         let policies = self.policies.as_ref();
         policies.is_none_or(|policies| policies.engine.is_ready())
+    }
+
+    /// Whether policies are in force, or what keeps them from it; `None` where there is nothing to
+    /// enforce.
+    pub fn policies_in_force(&self) -> Option<Result<(), String>> {
+        let policies = self.policies.as_ref().filter(|it| it.engine.is_on())?;
+        if policies.are_in_force() {
+            return Some(Ok(()));
+        }
+        let failure = policies.failure.as_ref();
+        if let Some(failure) = failure.filter(|_| policies.state == State::Unknown) {
+            return Some(Err(failure.clone()));
+        }
+        let missing = policies.engine.missing();
+        let kinds: Vec<&str> = missing.iter().map(|kind| kind.as_str()).collect();
+        let mut why = format!("waiting for the complete list of {}", kinds.join(", "));
+        let stats = self.source_stats.iter();
+        let faults =
+            stats.flat_map(|stats| missing.iter().filter_map(|kind| stats.fault_of(*kind)));
+        // One fault can be that of several kinds.
+        for fault in faults.collect::<BTreeSet<String>>() {
+            why.push_str("; ");
+            why.push_str(&fault);
+        }
+        Some(Err(why))
+    }
+
+    /// Reports that policies are not in force, and why.
+    pub(super) fn report_not_in_force(&self) {
+        if let Some(Err(why)) = self.policies_in_force() {
+            self.report(Notice {
+                subject: Subject::Other("network policies".into()),
+                reason: Reason::PoliciesNotInForce,
+                message: format!("they are not in force on this node: {why}"),
+            });
+        }
+    }
+
+    /// When something is to be written without an event: an address is to be isolated no more.
+    pub(super) fn policies_due(&self) -> Option<Instant> {
+        let policies = self.policies.as_ref()?;
+        // Otherwise the next attempt does it.
+        let idle = policies.state == State::Synced && policies.engine.is_ready();
+        policies.engine.departed_due().filter(|_| idle)
     }
 
     /// The kinds that were not listed yet, for the person who waits.
@@ -229,20 +288,19 @@ impl<K: Kernel> Reconciler<'_, K> {
             return;
         };
         let first = std::mem::replace(&mut policies.state, State::Synced) == State::Listing;
+        policies.written = true;
+        policies.failure = None;
         if first {
             // Who had the addresses before is not known, and most have the pods for long.
             policies.engine.take_moved();
         }
         let strict = policies.engine.is_strict();
-        let isolated = policies.engine.isolated();
-        self.metrics
-            .policy_sync(started.elapsed(), isolated.count());
+        let isolated = policies.engine.isolated().filter_map(|(_, pod)| pod);
+        let isolated: HashSet<&ObjectName> = isolated.collect();
+        self.metrics.policy_sync(started.elapsed(), isolated.len());
         if let Some(sender) = &self.followers.isolated {
             let pods = policies.engine.isolated();
-            let addresses = pods.flat_map(|(name, addresses)| {
-                addresses.iter().map(|address| (*address, name.clone()))
-            });
-            let isolated: Isolated = addresses.collect();
+            let isolated: Isolated = pods.map(|(address, pod)| (address, pod.cloned())).collect();
             sender.send_if_modified(|known| {
                 let other = *known != isolated;
                 *known = isolated;
@@ -278,6 +336,7 @@ impl<K: Kernel> Reconciler<'_, K> {
         self.reporter.failed(error);
         if let Some(policies) = &mut self.policies {
             policies.state = State::Unknown;
+            policies.failure = Some(error.to_string());
             // Nothing is judged while it is unknown what is in force.
             policies.moved.append(&mut policies.told);
         }

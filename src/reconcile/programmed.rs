@@ -6,14 +6,15 @@
 //! steps at a time ([`Programmed::begin`], [`Programmed::advance`]); meanwhile the tables are what
 //! the steps written so far have made of the old plan.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::affinity::Remembered;
+use super::affinity::Suspects;
 use super::conntrack::Work;
 use crate::compile::{
-    Edit, ElementOf, PlanChange, ServicePlan, ServiceSet, Settings, SharedChain, skeleton, table_id,
+    Clients, Edit, ElementOf, PlanChange, ServicePlan, ServiceSet, Settings, SharedChain, skeleton,
+    table_id,
 };
 use crate::model::{Family, ObjectName, Store};
 use crate::ruleset::{
@@ -33,6 +34,8 @@ pub struct Programmed {
     shared: HashMap<(Family, ServiceSet, Key), u32>,
     /// Who uses a chain. Chains in the kernel stay here when nobody uses them.
     chains: BTreeMap<(Family, SharedChain), Use>,
+    /// Other namespaces than before remember clients.
+    other_clients: bool,
     no_local_endpoints: NoLocalEndpoints,
 }
 
@@ -61,6 +64,9 @@ impl Use {
     }
 }
 
+/// The namespaces whose services remember clients.
+pub type Sticky = Arc<BTreeSet<Clients>>;
+
 /// How many services drop traffic because they have endpoints, but none on this node: for each
 /// family by the internal and by the external policy.
 pub type NoLocalEndpoints = [[usize; 2]; 2];
@@ -75,8 +81,8 @@ pub struct Draft {
 /// What a batch of changes means besides rules, once these are in force.
 #[derive(Debug, Default)]
 pub struct Effects {
-    /// Clients that are left without their endpoint.
-    pub remembered: Remembered,
+    /// Clients that may be left without their endpoint.
+    pub clients: Suspects,
     /// Frontends whose flows may be stale.
     pub flows: Work,
 }
@@ -214,7 +220,7 @@ impl Programmed {
         let old = change.old().map(|plan| &**plan);
         let new = change.new().map(|plan| &**plan);
         effects.flows.change(old, new);
-        effects.remembered.replace(old, new);
+        effects.clients.replace(old, new);
         self.count_no_local(old, new);
         match change.new() {
             Some(new) => self.plans.insert(service.clone(), new.clone()),
@@ -276,14 +282,15 @@ impl Programmed {
         let Some(new) = change.new() else { return };
         for family in Family::ALL {
             for chain in new.chains(family) {
-                let users = self.chains.entry((family, chain));
-                let users = users.or_insert_with_key(|(_, chain)| {
+                let key = (family, chain);
+                if !self.chains.contains_key(&key) {
+                    self.other_clients |= matches!(key.1, SharedChain::Follow(_));
                     if let Some(draft) = draft.as_deref_mut() {
                         let table = draft.tables.entry(family).or_default();
-                        table.new_chains.push(chain.clone());
+                        table.new_chains.push(key.1.clone());
                     }
-                    Use::By(0)
-                });
+                }
+                let users = self.chains.entry(key).or_insert(Use::By(0));
                 *users = match *users {
                     Use::By(count) => Use::By(count + 1),
                     Use::UnusedSince(_) => Use::By(1),
@@ -349,10 +356,12 @@ impl Programmed {
         let mut ruleset = Ruleset::default();
         for (family, skeleton) in &self.skeletons {
             let mut table = skeleton.clone();
-            for (_, chain) in self.chains.keys().filter(|(of, _)| of == family) {
-                let rules = chain.chain(&self.settings, *family);
-                table.chains.insert(chain.name(), rules);
-                table.sets.extend(chain.set());
+            let chains = self.chains.keys().filter(|(of, _)| of == family);
+            for (_, chain) in chains {
+                table
+                    .chains
+                    .insert(chain.name(), chain.chain(&self.settings, *family));
+                table.sets.extend(chain.sets());
             }
             ruleset.tables.insert(table_id(*family), table);
         }
@@ -386,6 +395,7 @@ impl Programmed {
 
     /// Forgets chains that no service uses, where the kernel is about to be compared anyway.
     pub fn forget_chains(&mut self) {
+        self.other_clients = true;
         self.chains.retain(|_, users| !users.is_unused());
     }
 
@@ -398,7 +408,20 @@ impl Programmed {
         unused.min()
     }
 
-    /// The operations that delete the chains that no service has used since a moment.
+    /// The namespaces that remember clients, if they are others than at the last call.
+    pub fn take_other_clients(&mut self) -> Option<Sticky> {
+        if !std::mem::take(&mut self.other_clients) {
+            return None;
+        }
+        let clients = self.chains.keys().filter_map(|(_, chain)| match chain {
+            SharedChain::Follow(clients) => Some(clients.clone()),
+            _ => None,
+        });
+        Some(Arc::new(clients.collect()))
+    }
+
+    /// The operations that delete the chains that no service has used since a moment, with their
+    /// sets.
     pub fn remove_chains_unused_since(&mut self, moment: Instant) -> Transaction {
         let mut ops = Vec::new();
         let unused: Vec<_> = self
@@ -416,11 +439,11 @@ impl Programmed {
         for (family, chain) in &unused {
             ops.push(Op::DeleteChain(table_id(*family), chain.name()));
         }
-        for unused in unused {
-            let (family, chain) = &unused;
-            let set = chain.set();
-            ops.extend(set.map(|(name, _)| Op::DeleteSet(table_id(*family), name)));
-            self.chains.remove(&unused);
+        for key in unused {
+            let sets = key.1.sets().into_iter();
+            ops.extend(sets.map(|(name, _)| Op::DeleteSet(table_id(key.0), name)));
+            self.other_clients |= matches!(key.1, SharedChain::Follow(_));
+            self.chains.remove(&key);
         }
         Transaction { ops }
     }
@@ -448,16 +471,18 @@ impl Draft {
         let mut ops = self.skeleton;
         for (family, draft) in self.tables {
             let id = table_id(family);
+            for (name, set) in draft.new_chains.iter().flat_map(SharedChain::sets) {
+                let declaration = set.declaration;
+                ops.push(Op::AddSet(id.clone(), name.clone(), declaration.clone()));
+                if !set.elements.is_empty() {
+                    let elements = set.elements;
+                    ops.push(Op::AddElements(id.clone(), name, declaration, elements));
+                }
+            }
             let chains = draft.new_chains.iter();
             let chains: Vec<_> = chains
                 .map(|shared| (shared.name(), shared.chain(&programmed.settings, family)))
                 .collect();
-            for (name, set) in draft.new_chains.iter().filter_map(SharedChain::set) {
-                let declaration = set.declaration;
-                ops.push(Op::AddSet(id.clone(), name.clone(), declaration.clone()));
-                let add = Op::AddElements(id.clone(), name, declaration, set.elements);
-                ops.push(add);
-            }
             for (name, chain) in &chains {
                 ops.push(Op::AddChain(id.clone(), name.clone(), chain.base));
             }

@@ -1,14 +1,15 @@
-//! What other threads ask the policies, which only the reconciler's thread can reach.
+//! What other threads ask of the reconciler's thread, which alone has the policies and the plans.
 
 use std::net::IpAddr;
 
 use tokio::sync::{mpsc, oneshot};
 
+use super::affinity::Forget;
 use super::{Kernel, Reconciler, State};
 use crate::netlink::Denied;
 use crate::policy::Connection;
 
-/// Something for the reconciler's loop that is about policies and changes nothing.
+/// Something for the reconciler's loop that changes nothing of what the objects ask for.
 #[derive(Debug)]
 pub enum Question {
     /// Which of these connections the policies deny. The answer has an entry for each, in order.
@@ -20,11 +21,13 @@ pub enum Question {
     },
     /// Rules denied this packet: to be told with the names of the pods.
     Denied(Denied),
+    /// Clients that may be left without their endpoint: to be forgotten where they are.
+    Forget(Forget),
 }
 
 impl<K: Kernel> Reconciler<'_, K> {
     /// Answers a question.
-    pub fn answer(&self, question: Question) {
+    pub fn answer(&mut self, question: Question) {
         match question {
             Question::Judge {
                 connections,
@@ -35,6 +38,10 @@ impl<K: Kernel> Reconciler<'_, K> {
                 let _ = answer.send(denied.collect());
             }
             Question::Denied(packet) => self.tell_denied(&packet),
+            Question::Forget(forget) => {
+                let done = self.forget_some(&forget.map, forget.suspects);
+                let _ = forget.answer.send(done);
+            }
         }
     }
 

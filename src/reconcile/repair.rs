@@ -15,8 +15,10 @@
 
 use std::time::{Duration, Instant};
 
-use super::affinity::Remembered;
+use super::affinity::Suspects;
+use super::conntrack::Front;
 use super::programmed::Effects;
+use super::removed::Removed;
 use super::{Kernel, MOST_REFUSALS, Outcome, Outcomes, Reconciler, State};
 use crate::compile::TABLE;
 use crate::model::{Kind, Notice, ObjectRef, Reason, Subject};
@@ -49,6 +51,12 @@ pub(super) fn judge(error: &netlink::Error, before: &mut Option<Place>) -> Refus
     }
 }
 
+/// What a comparison led to.
+struct Compared {
+    operations: usize,
+    removed: Removed,
+}
+
 impl<K: Kernel> Reconciler<'_, K> {
     /// Compares with what the kernel holds and writes the difference.
     ///
@@ -71,15 +79,20 @@ impl<K: Kernel> Reconciler<'_, K> {
         let mut refused_before = None;
         for _ in 0..=MOST_REFUSALS {
             match self.attempt() {
-                Ok(healed) => {
+                Ok(done) => {
                     if !first {
-                        self.metrics.healed(healed);
+                        self.metrics.healed(done.operations);
                     }
                     self.metrics.sync(true, started.elapsed());
                     self.state = State::Synced;
-                    self.suspect_all_flows();
+                    self.suspect_all_flows(done.removed.fronts);
                     self.settle(changes.triggered_at_ms);
-                    self.forget(Remembered::all(self.programmed.plans()));
+                    let bound = done.removed.bound;
+                    let mut clients = Suspects::default();
+                    for plan in self.programmed.plans() {
+                        clients.all_of(plan, |family, at| bound.contains(&(family, *at)));
+                    }
+                    self.forget(clients);
                     return Outcome::Synced;
                 }
                 Err(error) => {
@@ -160,11 +173,11 @@ impl<K: Kernel> Reconciler<'_, K> {
         }
         let started = Instant::now();
         match self.attempt() {
-            Ok(0) => (Some(Outcome::Synced), false),
-            Ok(operations) => {
+            Ok(Compared { operations: 0, .. }) => (Some(Outcome::Synced), false),
+            Ok(done) => {
                 self.metrics.sync(true, started.elapsed());
-                self.report_healing(TABLE, operations, started.elapsed());
-                self.suspect_all_flows();
+                self.report_healing(TABLE, done.operations, started.elapsed());
+                self.suspect_all_flows(done.removed.fronts);
                 self.clean_flows();
                 (Some(Outcome::Synced), true)
             }
@@ -178,11 +191,12 @@ impl<K: Kernel> Reconciler<'_, K> {
     }
 
     /// Whatever happened while the kernel was not as wanted, the flows of all services may tell
-    /// of it.
-    fn suspect_all_flows(&mut self) {
+    /// of it, and those of frontends that are gone.
+    fn suspect_all_flows(&mut self, gone: Vec<Front>) {
         for plan in self.programmed.plans() {
             self.flows.suspect(plan, |_| true);
         }
+        self.flows.gone(gone);
     }
 
     pub(super) fn report_healing(&mut self, table: &str, operations: usize, took: Duration) {
@@ -198,15 +212,19 @@ impl<K: Kernel> Reconciler<'_, K> {
         });
     }
 
-    /// Reads, compares, writes; returns the number of operations it took.
-    fn attempt(&mut self) -> Result<usize, netlink::Error> {
+    /// Reads, compares, writes.
+    fn attempt(&mut self) -> Result<Compared, netlink::Error> {
         self.vouch();
         let wanted = self.programmed.ruleset();
         let actual = self.kernel.read(&[TABLE], &wanted)?;
         let transaction = diff(&actual, wanted);
+        let removed = Removed::of(&actual, &transaction);
         let operations = transaction.ops.len();
         self.write(transaction)?;
-        Ok(operations)
+        Ok(Compared {
+            operations,
+            removed,
+        })
     }
 
     /// Leaves out the service to which a refused element belongs. False if the error cannot be

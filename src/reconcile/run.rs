@@ -7,7 +7,7 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until};
 
 use super::questions::{self, Question};
-use super::schedule::{Healing, Retries};
+use super::schedule::{Healing, Retries, Unenforced};
 use super::{Audits, Kernel, Outcome, Outcomes, Parts, Reconciler, Step, Verdict};
 use crate::health::Health;
 use crate::model::Delivery;
@@ -32,7 +32,7 @@ pub struct Signals {
     pub audits: Option<Audits>,
     /// All told when the first rules are in force.
     pub ready: Vec<oneshot::Sender<()>>,
-    /// What others ask the policies.
+    /// What other threads ask.
     pub questions: Option<mpsc::Receiver<Question>>,
 }
 
@@ -60,12 +60,15 @@ pub async fn run<K: Kernel>(
 ) -> Exit {
     let mut retries = Retries::default();
     let mut healing = Healing::default();
+    let mut unenforced = Unenforced::default();
     let mut sweep: Option<Instant> = None;
+    let mut policies_due: Option<Instant> = None;
     let mut forgive = Instant::now() + FORGIVE_EVERY;
     let (mut asked, mut answered) = (Instant::now(), Instant::now());
     let mut patience = Instant::now() + PATIENCE;
     let mut batch = Vec::new();
     let (mut open, mut ready) = (true, false);
+    book_policies(reconciler, &mut unenforced, health);
     loop {
         let outcomes = tokio::select! {
             // What the clock asks for is seldom due and comes before the events, or those of a busy
@@ -86,6 +89,14 @@ pub async fn run<K: Kernel>(
             }
             () = sleep_until(sweep.unwrap_or_else(Instant::now)), if sweep.is_some() => {
                 reconciler.remove_unused_chains()
+            }
+            () = sleep_until(policies_due.unwrap_or_else(Instant::now)), if policies_due.is_some() => {
+                reconciler.work(Parts { services: false, policies: true })
+            }
+            () = unenforced.due() => {
+                reconciler.report_not_in_force();
+                unenforced.reported();
+                continue;
             }
             () = sleep_until(forgive) => {
                 forgive = Instant::now() + FORGIVE_EVERY;
@@ -150,6 +161,8 @@ pub async fn run<K: Kernel>(
         sweep = reconciler
             .unused_chains_due()
             .map(|wait| Instant::now() + wait);
+        policies_due = reconciler.policies_due().map(Instant::from_std);
+        book_policies(reconciler, &mut unenforced, health);
         if outcomes.any(Outcome::Failed) {
             if signals.once {
                 return Exit::Failed;
@@ -164,7 +177,15 @@ pub async fn run<K: Kernel>(
                     // Nobody may be waiting for it.
                     let _ = told.send(());
                 }
-                tracing::info!("the rules are in place");
+                match reconciler.policies_in_force() {
+                    Some(Err(_)) => {
+                        tracing::info!(
+                            "the rules are in place; network policies are not in force yet"
+                        );
+                        unenforced.announce();
+                    }
+                    Some(Ok(())) | None => tracing::info!("the rules are in place"),
+                }
             }
             if signals.once && reconciler.policies_ready() && !reconciler.has_more() {
                 return Exit::Programmed;
@@ -176,6 +197,19 @@ pub async fn run<K: Kernel>(
         if !open && retries.is_empty() && !reconciler.has_more() {
             return Exit::SourcesGone;
         }
+    }
+}
+
+/// Notes whether network policies are in force, where they are to be.
+fn book_policies<K: Kernel>(
+    reconciler: &Reconciler<'_, K>,
+    unenforced: &mut Unenforced,
+    health: &Health,
+) {
+    if let Some(in_force) = reconciler.policies_in_force() {
+        reconciler.metrics.policies_in_force(in_force.is_ok());
+        unenforced.book(in_force.is_ok());
+        health.policies(in_force);
     }
 }
 

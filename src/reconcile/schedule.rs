@@ -12,6 +12,10 @@ const LONGEST_RETRY: Duration = Duration::from_secs(30);
 const SHORTEST_PAUSE: Duration = Duration::from_millis(20);
 /// Pauses longer than this are worth a warning.
 const LOUD: Duration = Duration::from_secs(2);
+/// How long policies may wait, for lists or for the kernel, before that is reported.
+const UNENFORCED_AFTER: Duration = Duration::from_secs(30);
+/// How often it is reported while it lasts.
+const UNENFORCED_EVERY: Duration = Duration::from_secs(300);
 /// Tables left alone for so long are answered for at once again.
 const QUIET: Duration = Duration::from_secs(60);
 
@@ -136,6 +140,48 @@ impl Healing {
     }
 }
 
+/// When to report that network policies are not in force: again and again.
+#[derive(Debug, Default)]
+pub(super) struct Unenforced {
+    next: Option<Instant>,
+    /// Whether to say when they are in force again.
+    announce: bool,
+}
+
+impl Unenforced {
+    /// Books whether they are.
+    pub fn book(&mut self, in_force: bool) {
+        if !in_force {
+            self.next
+                .get_or_insert_with(|| Instant::now() + UNENFORCED_AFTER);
+            return;
+        }
+        self.next = None;
+        if std::mem::take(&mut self.announce) {
+            tracing::info!("network policies are in force");
+        }
+    }
+
+    /// Waits until it is to be reported; for ever where they are.
+    pub async fn due(&self) {
+        match self.next {
+            Some(at) => sleep_until(at).await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// It was reported.
+    pub fn reported(&mut self) {
+        self.announce = true;
+        self.next = Some(Instant::now() + UNENFORCED_EVERY);
+    }
+
+    /// Logs it when they are in force.
+    pub fn announce(&mut self) {
+        self.announce = true;
+    }
+}
+
 /// Between three quarters and all of a duration, so that nodes do not retry in step.
 pub(super) fn jittered(wait: Duration) -> Duration {
     let nanos = std::time::SystemTime::now()
@@ -191,6 +237,30 @@ mod tests {
         });
         let undisturbed = retries.undisturbed();
         assert!(undisturbed.services && !undisturbed.policies && !retries.is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn policies_that_are_not_in_force_are_reported_every_five_minutes() {
+        let mut unenforced = Unenforced::default();
+        let waited = async |unenforced: &Unenforced| {
+            let start = Instant::now();
+            unenforced.due().await;
+            start.elapsed().as_secs()
+        };
+        unenforced.book(false);
+        tokio::time::advance(Duration::from_secs(20)).await;
+        unenforced.book(false);
+        assert_eq!(waited(&unenforced).await, 10);
+        for _ in 0..3 {
+            unenforced.reported();
+            unenforced.book(false);
+            assert_eq!(waited(&unenforced).await, 300);
+        }
+        unenforced.book(true);
+        let day = Duration::from_secs(86_400);
+        assert!(tokio::time::timeout(day, unenforced.due()).await.is_err());
+        unenforced.book(false);
+        assert_eq!(waited(&unenforced).await, 30, "it begins anew");
     }
 
     #[tokio::test(start_paused = true)]

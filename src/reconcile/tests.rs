@@ -15,7 +15,7 @@ use proptest::prelude::*;
 use tokio::sync::{mpsc, watch};
 
 use super::*;
-use crate::compile::{AFFINITY, DetectLocal, ServiceSet, table_id};
+use crate::compile::{DetectLocal, ServiceSet, table_id};
 use crate::health::{Health, Moment};
 use crate::model::{
     Endpoint, EndpointSlice, Family, Node, Object, ObjectRef, Protocol, Service, ServiceCidr,
@@ -24,6 +24,7 @@ use crate::model::{
 use crate::netlink::{Applied, Error, Place};
 use crate::ruleset::{Element, Key, Name, Op, SumKeys, TableId, simulate};
 
+mod affinity;
 mod flows;
 mod large;
 mod parts;
@@ -125,7 +126,8 @@ impl Kernel for Fake {
             .retain(|id, _| names.contains(&id.name.as_str()));
         for table in ruleset.tables.values_mut() {
             // As from the kernel: what packets add is left out.
-            if let Some(set) = table.sets.get_mut(AFFINITY) {
+            let sets = table.sets.values_mut();
+            for set in sets.filter(|set| set.declaration.timeout.is_some()) {
                 set.elements.clear();
             }
         }
@@ -340,7 +342,7 @@ fn heal(reconciler: &mut Reconciler<Fake>) -> (Outcome, bool) {
 }
 
 /// A ruleset without what may depend on history: which endpoint has which index, and shared
-/// chains that wait to be used again.
+/// chains, with their sets, that wait to be used again.
 fn meaning(ruleset: &Ruleset) -> Ruleset {
     let mut ruleset = ruleset.clone();
     for table in ruleset.tables.values_mut() {
@@ -374,11 +376,18 @@ fn meaning(ruleset: &Ruleset) -> Ruleset {
             let name_text = name.as_str();
             let by_learning =
                 ["learn-prerouting", "learn-output", "learn-new"].contains(&name_text);
-            let counted = name_text
+            let (role, namespace) = name_text.split_once('/').unwrap_or((name_text, ""));
+            let counted = role
                 .rsplit_once('-')
                 .is_some_and(|(_, n)| n.parse::<u32>().is_ok());
             let listed = name_text.starts_with("sources-");
-            reached.contains(name) || (by_learning && learns) || !(counted || by_learning || listed)
+            let shared = counted || by_learning || listed || !namespace.is_empty();
+            reached.contains(name) || (by_learning && learns) || !shared
+        });
+        let chains = &table.chains;
+        table.sets.retain(|name, _| {
+            let of = name.as_str().split_once('/');
+            of.is_none_or(|(_, of)| chains.contains_key(format!("sticky/{of}").as_str()))
         });
         table
             .sets
@@ -920,143 +929,6 @@ fn what_the_kernel_refuses_is_left_out_and_the_rest_is_written() {
     assert_eq!(handle(&mut reconciler, vec![]), Outcome::Synced);
     assert_eq!(frontends(&v4), 2);
     bench.assert_as_wanted(&reconciler);
-}
-
-#[test]
-fn clients_are_forgotten_with_their_endpoint() {
-    let bench = Bench::new();
-    let mut reconciler = bench.reconciler();
-    let mut web = service("web", &["10.96.0.10"], &[80]);
-    web.affinity_seconds = Some(10_800);
-    web.kind = ServiceKind::NodePort;
-    web.ports[0].node_port = Some(30080);
-    let other = Service {
-        cluster_ips: vec!["10.96.0.11".parse().unwrap()],
-        name: ObjectName::new("shop", "other"),
-        ports: service("other", &[], &[80]).ports,
-        ..web.clone()
-    };
-    handle(
-        &mut reconciler,
-        lists(vec![
-            node().into(),
-            web.clone().into(),
-            other.clone().into(),
-            slice("web-1", &web, Family::V4, &[1, 2]).into(),
-            slice("other-1", &other, Family::V4, &[1, 2]).into(),
-        ]),
-    );
-    let client = |last: u8, frontend: [u8; 4], port: u16, endpoint: u8| {
-        let key = Key::build()
-            .address(IpAddr::from([192, 168, 10, last]))
-            .address(frontend.into())
-            .protocol(6)
-            .port(port)
-            .finish();
-        let target = Key::build()
-            .address(IpAddr::from([10, 244, 1, endpoint]))
-            .port(8080)
-            .finish();
-        Element::with_data(key, target)
-    };
-    let (cluster_ip, other_ip, node_ip) = ([10, 96, 0, 10], [10, 96, 0, 11], [192, 168, 10, 1]);
-    let known = vec![
-        client(100, cluster_ip, 80, 1),
-        client(101, cluster_ip, 80, 2),
-        client(100, other_ip, 80, 2),
-        client(100, node_ip, 30080, 2),
-        client(101, node_ip, 30080, 1),
-    ];
-    let learn = |elements: Vec<Element>| {
-        let mut state = bench.kernel.0.borrow_mut();
-        let table = state.ruleset.tables.get_mut(&table_id(Family::V4)).unwrap();
-        let set = table.sets.get_mut(AFFINITY).unwrap();
-        set.elements = elements;
-        set.elements.sort();
-    };
-    let left = || {
-        let state = bench.kernel.0.borrow();
-        let table = &state.ruleset.tables[&table_id(Family::V4)];
-        table.sets[AFFINITY].elements.clone()
-    };
-    learn(known.clone());
-    let sorted = |mut elements: Vec<Element>| {
-        elements.sort();
-        elements
-    };
-    // A new endpoint forgets nobody.
-    let grown = slice("web-1", &web, Family::V4, &[1, 2, 3]);
-    handle(&mut reconciler, vec![put(grown)]);
-    assert_eq!(left(), sorted(known.clone()));
-    // Endpoint 2 of one service goes; the other service keeps its clients there.
-    let shrunk = slice("web-1", &web, Family::V4, &[1, 3]);
-    handle(&mut reconciler, vec![put(shrunk.clone())]);
-    let rest = [&known[0], &known[2], &known[4]].map(Clone::clone).to_vec();
-    assert_eq!(left(), sorted(rest.clone()));
-    // A new process checks everybody.
-    learn(known);
-    let mut restarted = bench.reconciler();
-    handle(
-        &mut restarted,
-        lists(vec![
-            node().into(),
-            web.clone().into(),
-            other.into(),
-            shrunk.into(),
-            slice("other-1", &web, Family::V4, &[1]).into(),
-        ]),
-    );
-    assert_eq!(left(), sorted(vec![rest[0].clone(), rest[2].clone()]));
-    // Without affinity nobody is remembered.
-    web.affinity_seconds = None;
-    handle(&mut restarted, vec![put(web)]);
-    assert_eq!(left(), []);
-}
-
-#[test]
-fn clients_outside_are_forgotten_when_the_policy_binds_them_to_the_node() {
-    let bench = Bench::new();
-    let mut reconciler = bench.reconciler();
-    let mut web = service("web", &["10.96.0.10"], &[80]);
-    web.affinity_seconds = Some(10_800);
-    web.external_ips = vec!["198.51.100.7".parse().unwrap()];
-    // Endpoint 1 is on node-2, endpoint 2 here.
-    let endpoints = slice("web-1", &web, Family::V4, &[1, 2]);
-    let objects = vec![node().into(), web.clone().into(), endpoints.into()];
-    handle(&mut reconciler, lists(objects));
-    let client = |client: [u8; 4], endpoint: u8| {
-        let key = Key::build()
-            .address(client.into())
-            .address([198, 51, 100, 7].into())
-            .protocol(6)
-            .port(80)
-            .finish();
-        let target = Key::build()
-            .address(IpAddr::from([10, 244, 1, endpoint]))
-            .port(8080)
-            .finish();
-        Element::with_data(key, target)
-    };
-    let (outside, pod, own) = ([203, 0, 113, 9], [10, 244, 1, 77], [192, 168, 10, 1]);
-    let mut known = vec![client(outside, 1), client(pod, 1), client(own, 1)];
-    known.sort();
-    let id = table_id(Family::V4);
-    let affinity = |bench: &Bench| {
-        let state = bench.kernel.0.borrow();
-        state.ruleset.tables[&id].sets[AFFINITY].elements.clone()
-    };
-    {
-        let mut state = bench.kernel.0.borrow_mut();
-        let table = state.ruleset.tables.get_mut(&id).unwrap();
-        table.sets.get_mut(AFFINITY).unwrap().elements = known.clone();
-    }
-    web.external_policy = TrafficPolicy::Local;
-    handle(&mut reconciler, vec![put(web)]);
-    known.retain(|element| *element != client(outside, 1));
-    assert_eq!(affinity(&bench), known);
-    // A new process comes to the same conclusion.
-    reconciler.resync();
-    assert_eq!(affinity(&bench), known);
 }
 
 /// Everything that may happen to a small cluster.

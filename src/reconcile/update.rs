@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::affinity::Remembered;
+use super::affinity::Suspects;
 use super::conntrack::Front;
 use super::portions::{Timings, Waiting};
 use super::programmed::{Draft, Effects};
@@ -102,7 +102,7 @@ impl<K: Kernel> Reconciler<'_, K> {
             triggered_at_ms = rest.triggered_at_ms;
         }
         self.settle(triggered_at_ms);
-        self.forget(effects.remembered);
+        self.forget(effects.clients);
         Ok(())
     }
 
@@ -214,7 +214,7 @@ impl<K: Kernel> Reconciler<'_, K> {
             return Ok(());
         }
         let (mut draft, mut room) = (Draft::default(), self.portion);
-        let mut remembered = Remembered::default();
+        let mut clients = Suspects::default();
         while room > 0
             && let Some(name) = self.queue.next()
         {
@@ -228,7 +228,7 @@ impl<K: Kernel> Reconciler<'_, K> {
             let (elements, done) = self.programmed.advance(&name, most, Some(&mut draft));
             room = room.saturating_sub(elements);
             if done && let Some(waiting) = self.queue.written(&name) {
-                remembered.merge(self.take_back(&name, waiting));
+                clients.merge(self.take_back(&name, waiting));
             }
         }
         let transaction = draft.finish(&self.programmed);
@@ -237,13 +237,13 @@ impl<K: Kernel> Reconciler<'_, K> {
             let triggered = std::mem::take(&mut self.changes.triggered_at_ms);
             self.settle(triggered);
         }
-        self.forget(remembered);
+        self.forget(clients);
         Ok(())
     }
 
     /// Takes over what a change brings with it that no longer waits. What had to wait for it is
     /// compiled again with the next call.
-    fn take_back(&mut self, name: &ObjectName, waiting: Waiting) -> Remembered {
+    fn take_back(&mut self, name: &ObjectName, waiting: Waiting) -> Suspects {
         self.flows.merge(waiting.effects.flows);
         self.waiting.extend(waiting.timings.arrived);
         let triggered = waiting.timings.triggered_at_ms;
@@ -251,7 +251,7 @@ impl<K: Kernel> Reconciler<'_, K> {
         let mut again = self.queue.take_again();
         self.changes.services.append(&mut again);
         self.health_check_changed(name);
-        waiting.effects.remembered
+        waiting.effects.clients
     }
 
     /// Counts all that waits as written, where the tables are going to be compared as a whole.

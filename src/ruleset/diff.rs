@@ -3,7 +3,7 @@
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
 
-use super::table::{Chain, Element, Name, Ruleset, Set, Table, TableId};
+use super::table::{Chain, Element, Name, Ruleset, Set, SetKind, Table, TableId};
 use super::transaction::{Op, Transaction};
 
 /// The transaction that turns `actual` into `wanted`.
@@ -96,6 +96,15 @@ fn diff_table(id: &TableId, before: &Table, after: Table, ops: &mut Vec<Op>) {
         }
     }
     ops.append(&mut additions);
+    // A map leads to its chains until it is empty.
+    for name in &unused_sets {
+        let set = before.sets.get(name);
+        let leads =
+            |set: &Set| set.declaration.kind == SetKind::VerdictMap && !set.elements.is_empty();
+        if set.is_some_and(leads) {
+            ops.push(Op::FlushSet(id.clone(), name.clone()));
+        }
+    }
     for name in gone {
         ops.push(Op::DeleteChain(id.clone(), name));
     }

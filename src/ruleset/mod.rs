@@ -20,6 +20,7 @@
 mod diff;
 mod interval;
 mod key;
+mod name;
 mod rule;
 mod selector;
 #[cfg(test)]
@@ -35,6 +36,7 @@ mod transaction;
 pub use diff::{diff, diff_elements};
 pub use interval::{merge as merge_intervals, network as interval_of};
 pub use key::{Data, FieldType, Key, KeyBuilder, KeyFields};
+pub use name::{digest_of, readable_name};
 pub use rule::{
     Comparison, CtState, CtStates, CtStatus, Operand, RejectWith, Rule, Statement, Verdict,
 };

@@ -2,7 +2,7 @@
 //!
 //! Both sources decode into these types: the cluster from the API server's JSON, the manifests
 //! from YAML or JSON files. Everything else in an object (`managedFields`, pod templates,
-//! conditions, unknown fields of newer servers) is skipped by the deserialiser without being
+//! unknown fields of newer servers) is skipped by the deserialiser without being
 //! allocated. Every field is optional, and `null` is the same as absent, as in the API's own
 //! reading. Numbers are wide integers, so that a port out of range is a fault of that port,
 //! reported by [`convert`](super::convert), and not of the whole object. Texts are borrowed from
@@ -65,6 +65,15 @@ impl<'de: 'a, 'a> Deserialize<'de> for Text<'a> {
         // As for a `String`, which YAML tells from numbers.
         from.deserialize_string(OfText).map(Text)
     }
+}
+
+/// What an object, or a list of them, says it is.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct Type<'a> {
+    #[serde(borrow)]
+    pub api_version: Option<Text<'a>>,
+    pub kind: Option<Text<'a>>,
 }
 
 /// What every object has; read on its own when the rest of an object cannot be decoded.
@@ -162,7 +171,9 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for First<T> {
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct Service<'a> {
-    #[serde(borrow)]
+    #[serde(rename = "apiVersion", borrow)]
+    pub api_version: Option<Text<'a>>,
+    pub kind: Option<Text<'a>>,
     pub metadata: Option<Meta<'a>>,
     pub spec: Option<ServiceSpec<'a>>,
     pub status: Option<ServiceStatus<'a>>,
@@ -238,7 +249,9 @@ pub(super) struct Ingress<'a> {
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub(super) struct EndpointSlice<'a> {
-    #[serde(borrow)]
+    #[serde(rename = "apiVersion", borrow)]
+    pub api_version: Option<Text<'a>>,
+    pub kind: Option<Text<'a>>,
     pub metadata: Option<Meta<'a>>,
     pub address_type: Option<Text<'a>>,
     pub endpoints: Option<Vec<Endpoint<'a>>>,
@@ -291,7 +304,9 @@ pub(super) struct SlicePort<'a> {
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct Node<'a> {
-    #[serde(borrow)]
+    #[serde(rename = "apiVersion", borrow)]
+    pub api_version: Option<Text<'a>>,
+    pub kind: Option<Text<'a>>,
     pub metadata: Option<Meta<'a>>,
     pub spec: Option<NodeSpec<'a>>,
     pub status: Option<NodeStatus<'a>>,
@@ -333,7 +348,9 @@ pub(super) struct NodeAddress<'a> {
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct ServiceCidr<'a> {
-    #[serde(borrow)]
+    #[serde(rename = "apiVersion", borrow)]
+    pub api_version: Option<Text<'a>>,
+    pub kind: Option<Text<'a>>,
     pub metadata: Option<Meta<'a>>,
     pub spec: Option<ServiceCidrSpec<'a>>,
 }
@@ -349,7 +366,9 @@ pub(super) struct ServiceCidrSpec<'a> {
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct Pod<'a> {
-    #[serde(borrow)]
+    #[serde(rename = "apiVersion", borrow)]
+    pub api_version: Option<Text<'a>>,
+    pub kind: Option<Text<'a>>,
     pub metadata: Option<Meta<'a, AllLabels<'a>>>,
     pub spec: Option<PodSpec<'a>>,
     pub status: Option<PodStatus<'a>>,
@@ -391,6 +410,45 @@ pub(super) struct PodStatus<'a> {
     pub pod_ip: Option<Text<'a>>,
     #[serde(rename = "podIPs")]
     pub pod_ips: Option<Vec<PodIp<'a>>>,
+    pub conditions: Option<Vec<PodCondition<'a>>>,
+    #[serde(rename = "containerStatuses")]
+    pub container_statuses: Option<Vec<ContainerStatus<'a>>>,
+    #[serde(rename = "initContainerStatuses")]
+    pub init_container_statuses: Option<Vec<ContainerStatus<'a>>>,
+    #[serde(rename = "ephemeralContainerStatuses")]
+    pub ephemeral_container_statuses: Option<Vec<ContainerStatus<'a>>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct PodCondition<'a> {
+    #[serde(rename = "type", borrow)]
+    pub type_: Option<Text<'a>>,
+    pub status: Option<Text<'a>>,
+    pub last_transition_time: Option<Text<'a>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct ContainerStatus<'a> {
+    #[serde(borrow)]
+    pub state: Option<ContainerState<'a>>,
+}
+
+/// One of the three; `waiting` is not read.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct ContainerState<'a> {
+    #[serde(borrow)]
+    pub running: Option<RunningContainer<'a>>,
+    pub terminated: Option<IgnoredAny>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct RunningContainer<'a> {
+    #[serde(borrow)]
+    pub started_at: Option<Text<'a>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -404,7 +462,9 @@ pub(super) struct PodIp<'a> {
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct Namespace<'a> {
-    #[serde(borrow)]
+    #[serde(rename = "apiVersion", borrow)]
+    pub api_version: Option<Text<'a>>,
+    pub kind: Option<Text<'a>>,
     pub metadata: Option<Meta<'a, AllLabels<'a>>>,
 }
 
@@ -415,7 +475,10 @@ pub(super) struct Namespace<'a> {
 /// (`form` for `from`) must not pass for an absent one, which would allow everything.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-pub(super) struct NetworkPolicy {
+pub(super) struct NetworkPolicy<'a> {
+    #[serde(rename = "apiVersion", borrow)]
+    pub api_version: Option<Text<'a>>,
+    pub kind: Option<Text<'a>>,
     pub metadata: Option<HeadMeta>,
     pub spec: Option<Value>,
 }

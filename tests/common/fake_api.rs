@@ -123,6 +123,8 @@ struct State {
     expiring: BTreeSet<String>,
     /// Collections that cannot be had at present: the seconds after which to come back.
     busy: BTreeMap<String, u32>,
+    /// What is answered in place of a collection, whether it is listed or watched.
+    instead: BTreeMap<String, Bytes>,
     /// The collections of which no page after the first can be had.
     failing: BTreeSet<String>,
     down: bool,
@@ -194,6 +196,7 @@ impl FakeApi {
             expiring: BTreeSet::new(),
             busy: BTreeMap::new(),
             failing: BTreeSet::new(),
+            instead: BTreeMap::new(),
             down: false,
             requests: Vec::new(),
             written: Vec::new(),
@@ -384,6 +387,17 @@ impl FakeApi {
         } else {
             state.failing.remove(path);
         }
+    }
+
+    /// Answers requests for a collection with 200 and this text, or no longer.
+    pub fn answer_instead(&self, path: &str, text: Option<&str>) {
+        let mut state = self.state();
+        match text {
+            Some(text) => state
+                .instead
+                .insert(path.to_owned(), text.to_owned().into()),
+            None => state.instead.remove(path),
+        };
     }
 
     /// Takes a whole API away: 404.
@@ -599,6 +613,9 @@ fn answer(
     if locked.failing.contains(&path) && !recorded.get("continue").is_empty() {
         return status(500, "InternalError", "etcd took too long");
     }
+    if let Some(text) = locked.instead.get(&path) {
+        return full(StatusCode::OK, text.clone());
+    }
     let too_new = locked.old_fields && recorded.get("fieldSelector").contains("spec.clusterIP");
     let selector = Selector::new(recorded.get("labelSelector"), recorded.get("fieldSelector"));
     // The names of the tests' objects are enough to find them.
@@ -632,8 +649,10 @@ fn answer(
                 .filter(|stored| selector.takes(&stored.traits));
             lines.extend(chosen.map(|stored| ("ADDED", stored.json.clone())));
             if initial && locked.streaming == Streaming::Yes {
-                let end = json!({"metadata": {"resourceVersion": locked.version.to_string(),
-                    "annotations": {"k8s.io/initial-events-end": "true"}}});
+                let (api_version, kind) = type_of(&path);
+                let end = json!({"kind": kind, "apiVersion": api_version,
+                    "metadata": {"resourceVersion": locked.version.to_string(),
+                        "annotations": {"k8s.io/initial-events-end": "true"}}});
                 lines.push(("BOOKMARK", end.to_string().into()));
             }
             locked.version
@@ -755,7 +774,9 @@ impl Follow {
             self.from = change.version;
             let Some(object) = &change.object else {
                 if self.bookmarks {
-                    let mark = json!({"metadata": {"resourceVersion": change.version.to_string()}});
+                    let (api_version, kind) = type_of(&self.path);
+                    let mark = json!({"kind": kind, "apiVersion": api_version,
+                        "metadata": {"resourceVersion": change.version.to_string()}});
                     self.lines.push_back(("BOOKMARK", mark.to_string().into()));
                 }
                 continue;
@@ -799,7 +820,11 @@ fn list(state: &State, collection: &Collection, request: &Recorded, selector: &S
         _ => String::new(),
     };
     let head = json!({"resourceVersion": version.to_string(), "continue": token});
-    let mut body = format!("{{\"kind\":\"List\",\"metadata\":{head},\"items\":[").into_bytes();
+    let (api_version, kind) = type_of(&request.path);
+    let mut body = format!(
+        "{{\"kind\":\"{kind}List\",\"apiVersion\":\"{api_version}\",\"metadata\":{head},\"items\":["
+    )
+    .into_bytes();
     for (index, (_, stored)) in page.iter().enumerate() {
         if index > 0 {
             body.push(b',');
@@ -808,6 +833,20 @@ fn list(state: &State, collection: &Collection, request: &Recorded, selector: &S
     }
     body.extend_from_slice(b"]}");
     full(StatusCode::OK, Bytes::from(body))
+}
+
+/// The version and the kind of the objects of a collection.
+fn type_of(path: &str) -> (&'static str, &'static str) {
+    match writes::of_all_namespaces(path).0.as_str() {
+        SERVICES => ("v1", "Service"),
+        NODES => ("v1", "Node"),
+        SLICES => ("discovery.k8s.io/v1", "EndpointSlice"),
+        CIDRS => ("networking.k8s.io/v1", "ServiceCIDR"),
+        PODS => ("v1", "Pod"),
+        NAMESPACES => ("v1", "Namespace"),
+        POLICIES => ("networking.k8s.io/v1", "NetworkPolicy"),
+        other => panic!("the server has no {other}"),
+    }
 }
 
 fn key_of(object: &Value) -> String {

@@ -130,6 +130,14 @@ pub fn pod(namespace: &str, name: &str, labels: &[(&str, &str)], at: &Machine) -
     })
 }
 
+/// The same with a container that runs since a second of the year 2026.
+pub fn running_since(second: u8, mut pod: Value) -> Value {
+    let at = format!("2026-01-01T00:00:{second:02}Z");
+    let state = json!({"running": {"startedAt": at}});
+    pod["status"]["containerStatuses"] = json!([{"name": "main", "state": state}]);
+    pod
+}
+
 /// A NetworkPolicy.
 pub fn policy(namespace: &str, name: &str, spec: Value) -> Value {
     json!({

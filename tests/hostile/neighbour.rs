@@ -124,7 +124,7 @@ impl Neighbour {
     /// Takes the endpoint of the service away and gives it back. Returns the longer of the two
     /// times from the write to the API server until it is in force.
     #[track_caller]
-    fn change(&self) -> Duration {
+    pub fn change(&self) -> Duration {
         let times = [false, true].map(|present| {
             let started = Instant::now();
             self.set_endpoint(present);

@@ -115,12 +115,15 @@ async fn probes_answer_with_status_and_body_and_are_counted() {
     assert_eq!(json.get("nodeEligible"), Some(&true.into()));
     let answer = server.ask("GET", "/livez").await;
     assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+    let answer = server.ask("GET", "/readyz").await;
+    assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
     assert_eq!(
         *server.codes.lock().unwrap(),
         [
             (Probe::Healthz, 503),
             (Probe::Healthz, 200),
-            (Probe::Livez, 200)
+            (Probe::Livez, 200),
+            (Probe::Readyz, 200)
         ]
     );
 }
@@ -160,7 +163,7 @@ async fn other_methods_and_paths_are_refused_with_what_there_is() {
     assert!(answer.starts_with("HTTP/1.1 404 "), "{answer}");
     assert_eq!(
         body(&answer),
-        "no such page; there are /healthz, /livez, /metrics, /proxyMode, /long\n"
+        "no such page; there are /healthz, /livez, /readyz, /metrics, /proxyMode, /long\n"
     );
     assert!(
         server

@@ -200,7 +200,7 @@ impl Bench {
     }
 
     fn isolate(&self) {
-        let pod = ObjectName::new("shop", "web-0");
+        let pod = Some(ObjectName::new("shop", "web-0"));
         let addresses = [(ip("10.1.0.5"), pod.clone()), (ip("fd00::5"), pod)];
         self.isolated.send_replace(addresses.into());
     }

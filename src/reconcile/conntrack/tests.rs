@@ -62,7 +62,7 @@ fn plan(protocol: Protocol, fronts: &[&str], chosen: &[&str], unchosen: &[&str])
         .into(),
         cluster_ips: [].into(),
         hairpin: [].into(),
-        affinity_seconds: None,
+        affinity: None,
         sources: [None, None],
     }
 }

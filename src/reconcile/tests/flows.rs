@@ -98,3 +98,49 @@ fn what_a_failed_transaction_would_have_changed_is_handed_over_later() {
     assert_eq!(reconciler.resync(), Outcome::Synced);
     assert_eq!(suspects(&pending), [vip(1), vip(2)]);
 }
+
+#[test]
+fn frontends_that_went_while_nobody_looked_are_handed_over() {
+    let bench = Bench::new();
+    let mut gone = dns("gone", &["10.96.0.1"]);
+    gone.kind = ServiceKind::NodePort;
+    gone.ports[0].node_port = Some(30053);
+    gone.external_ips = vec!["192.168.10.1".parse().unwrap()];
+    let (stays, web) = (
+        dns("stays", &["10.96.0.2"]),
+        service("web", &["10.96.0.3"], &[80]),
+    );
+    let of = |services: &[&Service]| {
+        let mut objects: Vec<Object> = vec![node().into()];
+        for service in services {
+            objects.push((*service).clone().into());
+            let endpoints = slice(service.name.name(), service, Family::V4, &[1]);
+            objects.push(endpoints.into());
+        }
+        lists(objects)
+    };
+    let mut before = bench.reconciler();
+    handle(&mut before, of(&[&gone, &stays, &web]));
+    let (queue, pending) = conntrack::queue();
+    let mut after = bench.reconciler().with_cleaner(queue);
+    handle(&mut after, of(&[&stays]));
+    let node_ip = Front::Address(([192, 168, 10, 1], 53).into());
+    let node_port = Front::NodePort(Family::V4, 30053);
+    assert_eq!(suspects(&pending), [vip(1), vip(2), node_ip, node_port]);
+    // A table that is made anew has none of the old frontends.
+    bench.kernel.meddle(|ruleset| {
+        let table = ruleset.tables.get_mut(&table_id(Family::V4)).unwrap();
+        table.foreign = true;
+        let [frontends, node_ports] = [ServiceSet::Frontends, ServiceSet::NodePorts];
+        let key = Key::build().protocol(17).port(30054).finish();
+        let other = Element::with_verdict(key, crate::ruleset::Verdict::Drop);
+        table.sets.get_mut(&node_ports.name()).unwrap().elements = vec![other];
+        assert_eq!(table.sets[&frontends.name()].elements.len(), 1);
+    });
+    let mut again = after;
+    again.resync();
+    assert_eq!(
+        suspects(&pending),
+        [vip(2), Front::NodePort(Family::V4, 30054)]
+    );
+}

@@ -59,11 +59,11 @@ fn a_policy_that_the_kernel_refuses_is_closed_and_the_others_are_in_force() {
         "{}",
         heard[0]
     );
-    let judged = |reconciler: &Reconciler<Fake>, source: &str| {
+    let judged = |reconciler: &mut Reconciler<Fake>, source: &str| {
         super::questions::denies(reconciler, source, "10.1.0.5")
     };
-    assert!(judged(&reconciler, "203.0.113.1"));
-    assert!(!judged(&reconciler, "198.51.100.1"));
+    assert!(judged(&mut reconciler, "203.0.113.1"));
+    assert!(!judged(&mut reconciler, "198.51.100.1"));
 
     // Changes of others go through, without another comparison.
     let reads = bench.kernel.0.borrow().reads;
@@ -83,7 +83,7 @@ fn a_policy_that_the_kernel_refuses_is_closed_and_the_others_are_in_force() {
     reconciler.forgive();
     assert_eq!(handle(&mut reconciler, vec![]), Outcome::Synced);
     assert_eq!(rules(&bench, "bad"), Some(1));
-    assert!(!judged(&reconciler, "203.0.113.1"));
+    assert!(!judged(&mut reconciler, "203.0.113.1"));
 }
 
 #[test]

@@ -44,7 +44,10 @@ fn assert_packets_are_safe(ruleset: &Ruleset) -> usize {
                 }
                 for index in 0..count {
                     let key = [element.key.as_bytes(), &index.to_ne_bytes()].concat();
-                    assert!(filled.contains(&*key), "{element:?} has no endpoint {index}");
+                    assert!(
+                        filled.contains(&*key),
+                        "{element:?} has no endpoint {index}"
+                    );
                     drawn += 1;
                 }
             }
@@ -140,7 +143,11 @@ fn others_are_written_between_the_portions_of_a_huge_service() {
     let (huge, endpoints) = huge();
     once(&mut reconciler, vec![put(huge), put(endpoints)]);
     assert!(reconciler.has_more());
-    assert_eq!(elements(&bench, ServiceSet::Frontends), 0, "endpoints first");
+    assert_eq!(
+        elements(&bench, ServiceSet::Frontends),
+        0,
+        "endpoints first"
+    );
     let small = service("small", &["10.96.0.1"], &[80]);
     let pods = slice("small-1", &small, Family::V4, &[1, 2]);
     once(&mut reconciler, vec![put(small), put(pods)]);
@@ -221,7 +228,11 @@ fn a_refusal_between_portions_leaves_the_service_out() {
     let events = vec![put(huge), put(endpoints), put(small), put(pods)];
     assert_eq!(handle(&mut reconciler, events), Outcome::Synced);
     let heard = bench.heard();
-    assert!(heard.iter().any(|line| line.starts_with("Service shop/huge: the kernel refused")));
+    assert!(
+        heard
+            .iter()
+            .any(|line| line.starts_with("Service shop/huge: the kernel refused"))
+    );
     assert_eq!(elements(&bench, ServiceSet::Frontends), 1);
     assert_eq!(elements(&bench, ServiceSet::Endpoints), 2);
 }
@@ -237,9 +248,7 @@ fn a_service_that_asks_for_too_much_is_left_out_until_it_asks_for_less() {
     assert_eq!(elements(&bench, ServiceSet::Frontends), 100);
     let addresses = |count: u32| -> Vec<IpAddr> {
         let first = u32::from(std::net::Ipv4Addr::new(198, 18, 0, 0));
-        (0..count)
-            .map(|n| IpAddr::V4((first + n).into()))
-            .collect()
+        (0..count).map(|n| IpAddr::V4((first + n).into())).collect()
     };
     // 100 ports of 1,300 addresses with three endpoints, or of 5,100 with none.
     for (count, with) in [(1_300, true), (5_100, false)] {
@@ -251,11 +260,14 @@ fn a_service_that_asks_for_too_much_is_left_out_until_it_asks_for_less() {
         assert_eq!(handle(&mut reconciler, events), Outcome::Synced);
         assert_eq!(elements(&bench, ServiceSet::Frontends), 0);
         assert_eq!(elements(&bench, ServiceSet::Endpoints), 0);
-        assert!(bench.metrics.render().contains("nftlet_refused_services 1"));
+        assert!(bench.metrics.encode().contains("nftlet_refused_services 1"));
     }
     let heard = bench.heard();
     assert_eq!(heard.len(), 1, "{heard:?}");
-    assert!(heard[0].starts_with("Service shop/large: asks for "), "{heard:?}");
+    assert!(
+        heard[0].starts_with("Service shop/large: asks for "),
+        "{heard:?}"
+    );
     // One that cannot even be counted claims nothing.
     let other = service("other", &["198.18.0.7"], &[7]);
     handle(&mut reconciler, vec![put(other)]);
@@ -263,7 +275,7 @@ fn a_service_that_asks_for_too_much_is_left_out_until_it_asks_for_less() {
     large.external_ips = addresses(2);
     handle(&mut reconciler, vec![put(large), put(pods)]);
     assert_eq!(elements(&bench, ServiceSet::Frontends), 301);
-    assert!(bench.metrics.render().contains("nftlet_refused_services 0"));
+    assert!(bench.metrics.encode().contains("nftlet_refused_services 0"));
 }
 
 #[test]

@@ -10,11 +10,11 @@ use crate::reconcile::connections::bell;
 pub(super) fn pod(name: &str, address: &str) -> Event {
     Event::Apply(Object::Pod(Pod {
         name: ObjectName::new("shop", name),
-        created: None,
         node: Some("here".into()),
         host_network: false,
         ended: false,
-        terminating: false,
+        running: false,
+        evidence: Default::default(),
         addresses: [address.parse().unwrap()].into_iter().collect(),
         labels: Default::default(),
         ports: [].into(),
@@ -47,7 +47,7 @@ pub(super) fn engine() -> Engine {
 }
 
 /// Whether the reconciler denies what goes from one address to another.
-pub(super) fn denies(reconciler: &Reconciler<Fake>, source: &str, destination: &str) -> bool {
+pub(super) fn denies(reconciler: &mut Reconciler<Fake>, source: &str, destination: &str) -> bool {
     let (answer, mut answered) = oneshot::channel();
     let connection = Connection {
         source: source.parse().unwrap(),
@@ -75,8 +75,13 @@ fn those_around_are_told_when_other_rules_are_in_force() {
         .with_policies(engine())
         .with_isolated(isolated)
         .with_cutter(cutter);
-    let web = ("10.1.0.5".parse().unwrap(), ObjectName::new("shop", "web"));
-    let db = ("10.1.0.6".parse().unwrap(), ObjectName::new("shop", "db"));
+    let of = |address: &str, name| {
+        (
+            address.parse().unwrap(),
+            Some(ObjectName::new("shop", name)),
+        )
+    };
+    let (web, db) = (of("10.1.0.5", "web"), of("10.1.0.6", "db"));
 
     handle(&mut reconciler, policy_lists(vec![pod("web", "10.1.0.5")]));
     assert!(woken.take(), "the first rules, although there are none");
@@ -99,7 +104,7 @@ fn those_around_are_told_when_other_rules_are_in_force() {
     assert!(!watched.has_changed().unwrap());
     handle(&mut reconciler, vec![]);
     assert!(woken.take());
-    assert_eq!(watched.borrow_and_update()[..], [db, web]);
+    assert_eq!(watched.borrow_and_update()[..], [web, db]);
 
     // A look at the kernel that finds everything as it should be.
     reconciler.heal();
@@ -112,16 +117,63 @@ fn connections_are_judged_by_what_is_in_force() {
     let mut reconciler = bench.reconciler().with_policies(engine());
     let objects = vec![pod("web", "10.1.0.5"), closed()];
     handle(&mut reconciler, policy_lists(objects));
-    assert!(denies(&reconciler, "10.1.0.9", "10.1.0.5"));
-    assert!(!denies(&reconciler, "10.1.0.5", "10.1.0.9"), "egress");
-    assert!(!denies(&reconciler, "10.1.0.9", "10.1.0.6"), "not isolated");
+    assert!(denies(&mut reconciler, "10.1.0.9", "10.1.0.5"));
+    assert!(!denies(&mut reconciler, "10.1.0.5", "10.1.0.9"), "egress");
+    assert!(
+        !denies(&mut reconciler, "10.1.0.9", "10.1.0.6"),
+        "not isolated"
+    );
 
     bench.kernel.0.borrow_mut().failures = 2;
     handle(&mut reconciler, vec![pod("db", "10.1.0.6")]);
     assert!(
-        !denies(&reconciler, "10.1.0.9", "10.1.0.5"),
+        !denies(&mut reconciler, "10.1.0.9", "10.1.0.5"),
         "it is unknown what is in force"
     );
     handle(&mut reconciler, vec![]);
-    assert!(denies(&reconciler, "10.1.0.9", "10.1.0.6"));
+    assert!(denies(&mut reconciler, "10.1.0.9", "10.1.0.6"));
+}
+
+#[test]
+fn policies_are_in_force_when_complete_lists_were_written_and_nothing_failed_since() {
+    let bench = Bench::new();
+    let mut reconciler = bench.reconciler().with_policies(engine());
+    let why = |reconciler: &Reconciler<Fake>| {
+        let in_force = reconciler.policies_in_force().expect("policies are on");
+        in_force.err().unwrap_or_default()
+    };
+    handle(&mut reconciler, vec![]);
+    assert_eq!(
+        why(&reconciler),
+        "waiting for the complete list of Pod, Namespace, NetworkPolicy"
+    );
+    handle(&mut reconciler, policy_lists(vec![]));
+    assert_eq!(why(&reconciler), "");
+    // The first policies of a cluster wait for the first pods.
+    let first = vec![Event::ListStarted(Kind::Pod), closed()];
+    handle(&mut reconciler, first);
+    assert_eq!(why(&reconciler), "waiting for the complete list of Pod");
+    let pods = vec![pod("web", "10.1.0.5"), Event::ListComplete(Kind::Pod)];
+    handle(&mut reconciler, pods);
+    assert_eq!(why(&reconciler), "");
+    // What is in force stays so while a list is read again.
+    handle(&mut reconciler, vec![Event::ListStarted(Kind::Pod)]);
+    assert_eq!(why(&reconciler), "");
+    handle(
+        &mut reconciler,
+        vec![pod("web", "10.1.0.5"), Event::ListComplete(Kind::Pod)],
+    );
+    bench.kernel.0.borrow_mut().failures = 2;
+    handle(&mut reconciler, vec![pod("db", "10.1.0.6")]);
+    assert_ne!(why(&reconciler), "");
+    handle(&mut reconciler, vec![]);
+    assert_eq!(why(&reconciler), "");
+}
+
+#[test]
+fn without_policies_there_is_nothing_to_be_in_force() {
+    let bench = Bench::new();
+    let settings = policy::Settings::default();
+    let reconciler = bench.reconciler().with_policies(Engine::off(settings));
+    assert_eq!(reconciler.policies_in_force(), None);
 }

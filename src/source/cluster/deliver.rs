@@ -13,7 +13,7 @@ use super::request::Selection;
 use super::stats::SourceStats;
 use crate::model::{Delivery, Event, Kind, Notice, Object, ObjectName, ObjectRef, Reason, Subject};
 use crate::source::Sender;
-use crate::source::convert::{Converter, Decoded, identify};
+use crate::source::convert::{Converter, Declared, Decoded, identify};
 
 /// Turns what the server sends of one kind into events. Every operation fails only when the
 /// receiver of the events is gone.
@@ -31,6 +31,10 @@ pub(super) struct Deliveries {
     known: HashSet<ObjectName>,
     /// While a list is being read, the names that came up in it.
     listing: Option<HashSet<ObjectName>>,
+    /// Whether objects come as items of a list, which says of what kind they are.
+    in_items: bool,
+    /// Whether an object of that list could not be told by name: what the list lacks may be it.
+    nameless: bool,
     /// What was said about objects at fault, so that it is not repeated with their every change.
     told: HashMap<ObjectName, Vec<Notice>>,
     /// Whether `ListStarted` was sent.
@@ -60,6 +64,8 @@ impl Deliveries {
             node_deadline: is_node.then(|| Deadline::now() + node_wait),
             known: HashSet::new(),
             listing: None,
+            in_items: false,
+            nameless: false,
             told: HashMap::new(),
             started: false,
             complete: false,
@@ -95,10 +101,19 @@ impl Deliveries {
         Ok(decoded)
     }
 
+    /// Takes an item of a list.
+    pub(super) async fn item(&mut self, raw: &RawValue, at: Instant) -> Result<(), Fault> {
+        self.in_items = true;
+        let taken = self.object(raw, at).await;
+        self.in_items = false;
+        taken.map(drop)
+    }
+
     /// A list begins: whatever was listed so far counts no more.
     pub(super) async fn begin_list(&mut self) -> Result<(), Fault> {
         self.stats.kind(self.kind).count_list();
         self.listing = Some(HashSet::new());
+        self.nameless = false;
         if !self.complete {
             // A list that was cut off and begins anew has delivered nothing that counts.
             self.known.clear();
@@ -112,7 +127,9 @@ impl Deliveries {
     /// The list is at its end: what is not in it is gone. Of the own Node nothing may be known yet.
     pub(super) async fn end_list(&mut self, at: Instant) -> Result<(), Fault> {
         let listed = self.listing.take().unwrap_or_default();
-        if self.complete {
+        if self.complete && self.nameless {
+            // Nobody knows which of the known objects is there.
+        } else if self.complete {
             let gone: Vec<ObjectName> = self.known.difference(&listed).cloned().collect();
             for name in gone {
                 self.delete(name, at).await?;
@@ -155,6 +172,7 @@ impl Deliveries {
         match self.converter.decode(kind, &mut json(raw)) {
             Ok(decoded) => self.take(decoded, at).await,
             Err(error) => {
+                self.check_raw(raw)?;
                 self.stats.kind(kind).count_event();
                 let identity = identify(kind, &mut json(raw)).ok();
                 let (name, version) = identity
@@ -169,12 +187,46 @@ impl Deliveries {
         }
     }
 
+    /// Checks that an object that cannot be decoded, or is not there any more, is of the kind that
+    /// was asked for.
+    pub(super) fn check_raw(&self, raw: &RawValue) -> Result<(), Fault> {
+        match Declared::read(self.kind, &mut json(raw)) {
+            Ok(declared) => self.check(&declared),
+            // In a list it is a fault of this entry alone.
+            Err(_) if self.in_items => Ok(()),
+            Err(error) => Err(Fault::Foreign(format!(
+                "an event without an object: {error}"
+            ))),
+        }
+    }
+
+    fn check(&self, declared: &Declared) -> Result<(), Fault> {
+        match declared {
+            Declared::AsAsked => Ok(()),
+            Declared::Nothing if self.in_items => Ok(()),
+            Declared::Nothing => Err(Fault::Foreign(
+                "an object that does not say what it is".to_owned(),
+            )),
+            Declared::Other(what) => Err(Fault::Foreign(format!("a {what}"))),
+        }
+    }
+
+    /// Of the nodes only the own one is asked for.
+    fn check_node(&self, name: &ObjectName) -> Result<(), Fault> {
+        if self.kind == Kind::Node && name.name() != self.node_name {
+            return Err(Fault::Foreign(format!("another one, {name}")));
+        }
+        Ok(())
+    }
+
     /// Delivers what became of an object; returns its version.
     pub(super) async fn take(
         &mut self,
         decoded: Decoded,
         at: Instant,
     ) -> Result<Option<String>, Fault> {
+        self.check(&decoded.declared)?;
+        self.check_node(&decoded.name)?;
         self.stats.kind(self.kind).count_event();
         self.tell(&decoded.name, decoded.notices, at).await?;
         match decoded.object {
@@ -246,7 +298,10 @@ impl Deliveries {
         };
         match name {
             Some(name) => self.tell(&name, vec![notice], at).await,
-            None => self.send(at, Event::Notice(notice)).await,
+            None => {
+                self.nameless = true;
+                self.send(at, Event::Notice(notice)).await
+            }
         }
     }
 

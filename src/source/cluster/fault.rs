@@ -34,6 +34,8 @@ pub(super) enum Fault {
     },
     /// Nothing comes any more, and the server gives no sign of life.
     Silent,
+    /// The answer is not what was asked for, but this.
+    Foreign(String),
     /// No server answers.
     Unreachable(String),
 }
@@ -113,7 +115,7 @@ fn innermost(error: &dyn std::error::Error) -> String {
 }
 
 /// As much of a text as fits into a line.
-fn one_line(text: &str) -> String {
+pub(super) fn one_line(text: &str) -> String {
     const LONGEST: usize = 200;
     let words: Vec<&str> = text.split_whitespace().collect();
     words.join(" ").chars().take(LONGEST).collect()
@@ -180,6 +182,13 @@ impl Fault {
             Fault::Silent => {
                 Fault::Unreachable("it has fallen silent".to_owned()).describe(selection)
             }
+            Fault::Foreign(what) => Some((
+                format!("foreign {}", selection.plural),
+                format!(
+                    "the API server was asked for {} at {}, and the answer is {what}; check what answers at its address, such as a proxy or a load balancer in front of it; {KEPT}",
+                    selection.plural, selection.path
+                ),
+            )),
             Fault::Unreachable(cause) => Some((
                 "unreachable".to_owned(),
                 format!(
@@ -194,7 +203,7 @@ impl Fault {
     pub(super) fn is_certain(&self) -> bool {
         matches!(
             self,
-            Fault::Refused { .. } | Fault::Absent(_) | Fault::Silent
+            Fault::Refused { .. } | Fault::Absent(_) | Fault::Foreign(_) | Fault::Silent
         )
     }
 }
@@ -265,8 +274,13 @@ impl Faults {
         lasting.len() < before
     }
 
-    /// Lets others know whether changes of services come.
+    /// Lets others know whether changes come.
     fn note(&self, lasting: &BTreeMap<String, Lasting>) {
+        let of_kinds = lasting.values().flat_map(|fault| {
+            let kinds = fault.kinds.iter();
+            kinds.map(|kind| (*kind, fault.message.clone()))
+        });
+        self.stats.set_faults(of_kinds.collect());
         let needed = |fault: &&Lasting| NEEDED.iter().any(|kind| fault.kinds.contains(kind));
         let fault = lasting.values().find(needed);
         self.stats
@@ -367,6 +381,8 @@ mod tests {
         assert_eq!(stats.fault(), None);
         assert!(begin(Kind::ServiceCidr, "403").is_some());
         assert_eq!(stats.fault(), None, "services work without");
+        assert_eq!(stats.fault_of(Kind::ServiceCidr).as_deref(), Some("away"));
+        assert_eq!(stats.fault_of(Kind::Service), None);
         assert!(faults.end(Kind::ServiceCidr));
         assert!(begin(Kind::Node, "unreachable").is_some());
     }

@@ -5,8 +5,12 @@
 
 use std::borrow::Cow;
 
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
+
+use super::fault::one_line;
+use crate::model::Kind;
+use crate::source::convert::api_version;
 
 /// One line of a watch.
 #[derive(Deserialize)]
@@ -53,10 +57,52 @@ pub(super) struct MarkerAnnotations {
 
 #[derive(Default, Deserialize)]
 #[serde(default)]
+#[serde(rename_all = "camelCase")]
 pub(super) struct Page<'a> {
-    pub(super) metadata: MarkerMeta,
     #[serde(borrow)]
+    pub(super) api_version: Cow<'a, str>,
+    #[serde(borrow)]
+    pub(super) kind: Cow<'a, str>,
+    pub(super) metadata: MarkerMeta,
+    /// `None` where there is no such field.
+    #[serde(borrow, deserialize_with = "items")]
     pub(super) items: Option<Vec<&'a RawValue>>,
+}
+
+/// Reads the items of a list. Servers before Kubernetes 1.26 may write `null` for none.
+fn items<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Vec<&'de RawValue>>, D::Error> {
+    let items = Option::<Vec<&RawValue>>::deserialize(from)?;
+    Ok(Some(items.unwrap_or_default()))
+}
+
+impl Page<'_> {
+    /// The objects of a page of the list that was asked for, and the version of the list.
+    ///
+    /// An empty list takes everything away, so something else must not pass for one.
+    ///
+    /// # Errors
+    /// What it is instead.
+    pub(super) fn content(&mut self, kind: Kind) -> Result<(Vec<&RawValue>, String), String> {
+        let (version, asked) = (api_version(kind), format!("{kind}List"));
+        if self.api_version != version || self.kind != asked {
+            let (version, kind) = (one_line(&self.api_version), one_line(&self.kind));
+            return Err(match (&*version, &*kind) {
+                ("", "") => "an object that does not say what it is".to_owned(),
+                _ => format!("a {version} {kind}"),
+            });
+        }
+        let items = self.items.take();
+        let items = items.ok_or_else(|| format!("a {asked} without items"))?;
+        let version = usable(self.metadata.resource_version.take());
+        let version = version.ok_or_else(|| format!("a {asked} without a resourceVersion"))?;
+        Ok((items, version))
+    }
+}
+
+/// A version from which a watch can be resumed. The empty one and `0` are none: they ask for a
+/// watch from anywhere.
+pub(super) fn usable(version: Option<String>) -> Option<String> {
+    version.filter(|version| !version.is_empty() && version != "0")
 }
 
 /// A deserialiser for an object.
@@ -67,6 +113,71 @@ pub(super) fn json(raw: &RawValue) -> serde_json::Deserializer<serde_json::de::S
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_the_list_that_was_asked_for_is_one() {
+        let content = |json: &str, kind| {
+            let mut page: Page<'_> = serde_json::from_str(json).expect("JSON");
+            page.content(kind)
+                .map(|(items, version)| (items.len(), version))
+        };
+        for (json, found) in [
+            (
+                r#"{"kind":"ServiceList","apiVersion":"v1","metadata":{"resourceVersion":"5"},"items":[{},{}]}"#,
+                Ok((2, "5")),
+            ),
+            (
+                r#"{"kind":"ServiceList","apiVersion":"v1","metadata":{"resourceVersion":"5"},"items":null}"#,
+                Ok((0, "5")),
+            ),
+            (
+                r#"{"kind":"ServiceList","apiVersion":"v1","metadata":{"resourceVersion":"5"}}"#,
+                Err("a ServiceList without items"),
+            ),
+            (
+                r#"{"kind":"ServiceList","apiVersion":"v1","metadata":{"resourceVersion":"5","continue":"x"}}"#,
+                Err("a ServiceList without items"),
+            ),
+            (
+                r#"{"kind":"ServiceList","apiVersion":"v1","metadata":{"resourceVersion":"0"},"items":[]}"#,
+                Err("a ServiceList without a resourceVersion"),
+            ),
+            (
+                r#"{"kind":"ServiceList","apiVersion":"v1","metadata":{"resourceVersion":""},"items":[]}"#,
+                Err("a ServiceList without a resourceVersion"),
+            ),
+            (
+                r#"{"kind":"ServiceList","apiVersion":"v1","items":[]}"#,
+                Err("a ServiceList without a resourceVersion"),
+            ),
+            (
+                r#"{"kind":"PodList","apiVersion":"v1","metadata":{"resourceVersion":"5"},"items":[]}"#,
+                Err("a v1 PodList"),
+            ),
+            (
+                r#"{"kind":"ServiceList","apiVersion":"v2","metadata":{"resourceVersion":"5"},"items":[]}"#,
+                Err("a v2 ServiceList"),
+            ),
+            (
+                r#"{"kind":"Table","apiVersion":"meta.k8s.io/v1","metadata":{"resourceVersion":"5"},"rows":[]}"#,
+                Err("a meta.k8s.io/v1 Table"),
+            ),
+            (
+                r#"{"metadata":{"resourceVersion":"5"},"items":[]}"#,
+                Err("an object that does not say what it is"),
+            ),
+            ("{}", Err("an object that does not say what it is")),
+        ] {
+            let found = found
+                .map(|(count, version)| (count, version.to_owned()))
+                .map_err(str::to_owned);
+            assert_eq!(content(json, Kind::Service), found, "{json}");
+        }
+        let slices = r#"{"kind":"EndpointSliceList","apiVersion":"discovery.k8s.io/v1","metadata":{"resourceVersion":"5"},"items":[]}"#;
+        assert!(content(slices, Kind::EndpointSlice).is_ok());
+        let older = slices.replace("/v1", "/v1beta1");
+        assert!(content(&older, Kind::EndpointSlice).is_err());
+    }
 
     #[test]
     fn only_lines_as_servers_write_them_are_taken_apart() {

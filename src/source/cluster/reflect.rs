@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 
 use super::deliver::Deliveries;
-use super::fault::{Fault, Faults, Status};
-use super::frames::{Marker, Page, WatchLine, current_object, json};
+use super::fault::{Fault, Faults, Status, one_line};
+use super::frames::{Marker, Page, WatchLine, current_object, json, usable};
 use super::request::{Lines, Requester};
 use super::stats::SourceStats;
 use super::timing::{Backoff, Timing};
@@ -230,10 +230,10 @@ impl Reflector {
 
     async fn line(&mut self, line: &[u8], at: Instant) -> Result<(), Fault> {
         if let Some(decoded) = self.decode_at_once(line) {
+            let version = self.deliveries.take(decoded, at).await?;
             if !self.deliveries.is_listing() {
                 self.healthy();
             }
-            let version = self.deliveries.take(decoded, at).await?;
             self.resume_from(version);
             return Ok(());
         }
@@ -246,35 +246,42 @@ impl Reflector {
                 {
                     return Err(status.into());
                 }
-                return Err(Fault::Unreachable(format!(
-                    "the watch carries something else than events: {error}"
+                let begin = one_line(&String::from_utf8_lossy(line.get(..80).unwrap_or(line)));
+                return Err(Fault::Foreign(format!(
+                    "a watch of something else than events: {error}: {begin:?}"
                 )));
             }
         };
-        if parsed.type_ != "ERROR" && !self.deliveries.is_listing() {
-            self.healthy();
-        }
         match &*parsed.type_ {
             "ADDED" | "MODIFIED" => {
                 let version = self.deliveries.object(parsed.object, at).await?;
                 self.resume_from(version);
             }
-            "DELETED" => match identify(self.kind(), &mut json(parsed.object)) {
-                Ok(identity) => {
-                    self.resume_from(identity.resource_version);
-                    self.deliveries.deleted(identity.name, at).await?;
+            "DELETED" => {
+                self.deliveries.check_raw(parsed.object)?;
+                match identify(self.kind(), &mut json(parsed.object)) {
+                    Ok(identity) => {
+                        self.resume_from(identity.resource_version);
+                        self.deliveries.deleted(identity.name, at).await?;
+                    }
+                    Err(error) => self.deliveries.undecodable(None, &error, at).await?,
                 }
-                Err(error) => self.deliveries.undecodable(None, &error, at).await?,
-            },
+            }
             "BOOKMARK" => {
+                self.deliveries.check_raw(parsed.object)?;
                 let marker = serde_json::from_str::<Marker>(parsed.object.get())
                     .unwrap_or_default()
                     .metadata;
                 let ends_list = marker
                     .annotations
                     .is_some_and(|it| it.list_end.as_deref() == Some("true"));
+                let version = usable(marker.resource_version);
+                if ends_list && version.is_none() {
+                    let cause = "the end of a list without a resourceVersion".to_owned();
+                    return Err(Fault::Foreign(cause));
+                }
                 if !self.deliveries.is_listing() || ends_list {
-                    self.version = marker.resource_version.or(self.version.take());
+                    self.version = version.or(self.version.take());
                 }
                 if ends_list {
                     self.end_list(at).await?;
@@ -283,11 +290,18 @@ impl Reflector {
             "ERROR" => {
                 let status =
                     serde_json::from_str::<Status>(parsed.object.get()).unwrap_or_default();
+                if status.code.is_none() && status.reason.is_none() {
+                    let cause = "an error that is no Status".to_owned();
+                    return Err(Fault::Foreign(cause));
+                }
                 return Err(status.into());
             }
             other => {
                 tracing::debug!(kind = %self.kind(), other, "an event of an unknown type was skipped")
             }
+        }
+        if !self.deliveries.is_listing() {
+            self.healthy();
         }
         Ok(())
     }
@@ -301,6 +315,7 @@ impl Reflector {
 
     /// Notes the version of a change. The objects of a streamed list come in any order of versions.
     fn resume_from(&mut self, version: Option<String>) {
+        let version = usable(version);
         if !self.deliveries.is_listing() && version.is_some() {
             self.version = version;
         }
@@ -329,23 +344,32 @@ impl Reflector {
                 Err(fault) => return Err(fault),
             };
             stats.count_bytes(bytes.len());
-            let page: Page<'_> = serde_json::from_slice(&bytes).map_err(|error| {
-                Fault::Unreachable(format!("the answer is not a list of objects: {error}"))
+            let mut page: Page<'_> = serde_json::from_slice(&bytes).map_err(|error| {
+                let begin = one_line(&String::from_utf8_lossy(bytes.get(..80).unwrap_or(&bytes)));
+                Fault::Foreign(format!("no list of objects: {error}: {begin:?}"))
             })?;
-            // An empty list takes everything away; something else must not pass for one.
-            if page.metadata.resource_version.is_none() {
-                let cause = "the answer is not a list of objects: it has no resourceVersion";
-                return Err(Fault::Unreachable(cause.to_owned()));
+            if page.kind == "Status"
+                && let Ok(status) = serde_json::from_slice::<Status>(&bytes)
+                && status.code.is_some_and(|code| code >= 400)
+            {
+                return Err(status.into());
+            }
+            let next = page.metadata.token.take().filter(|token| !token.is_empty());
+            let content = page.content(self.kind());
+            let (items, version) = content.map_err(Fault::Foreign)?;
+            if next.is_some() && next == token {
+                let cause = "a page of a list that leads to itself".to_owned();
+                return Err(Fault::Foreign(cause));
             }
             if token.is_none() {
                 self.deliveries.begin_list().await?;
             }
-            for item in page.items.unwrap_or_default() {
-                self.deliveries.object(item, at).await?;
+            for item in items {
+                self.deliveries.item(item, at).await?;
             }
-            token = page.metadata.token.filter(|token| !token.is_empty());
+            token = next;
             if token.is_none() {
-                self.version = page.metadata.resource_version;
+                self.version = Some(version);
                 return self.end_list(at).await;
             }
         }

@@ -42,9 +42,9 @@ impl Selection {
         self.kind == Kind::Service && self.fields.take().is_some()
     }
 
-    /// What kube-proxy selects of a kind; of the nodes, the own one; of the pods, those that
-    /// have not ended, since an ended pod has no address any more. (One that ends comes as a
-    /// deletion.)
+    /// What kube-proxy selects of a kind; of the nodes, the own one; all pods, also those that have
+    /// ended: to a selection by phase an end looks like a deletion, and a pod whose phase is Failed
+    /// may run on.
     pub(super) fn of(kind: Kind, node_name: &str) -> Self {
         let node_name = node_name.to_owned();
         match kind {
@@ -91,7 +91,7 @@ impl Selection {
                 group: "",
                 plural: "pods",
                 labels: None,
-                fields: Some("status.phase!=Succeeded,status.phase!=Failed".to_owned()),
+                fields: None,
             },
             Kind::Namespace => Self {
                 node_name,

@@ -1,5 +1,6 @@
 //! Counters of the watches, read by the metrics.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
@@ -10,6 +11,8 @@ use crate::model::Kind;
 #[derive(Debug, Default)]
 pub struct SourceStats {
     fault: Mutex<Option<ServerFault>>,
+    /// What keeps changes of each kind from coming.
+    faults: Mutex<BTreeMap<Kind, String>>,
     services: KindStats,
     endpoint_slices: KindStats,
     nodes: KindStats,
@@ -33,6 +36,17 @@ impl SourceStats {
     pub fn fault(&self) -> Option<ServerFault> {
         let fault = self.fault.lock().unwrap_or_else(PoisonError::into_inner);
         fault.clone()
+    }
+
+    /// What keeps changes of a kind from coming, if anything does.
+    pub fn fault_of(&self, kind: Kind) -> Option<String> {
+        let faults = self.faults.lock().unwrap_or_else(PoisonError::into_inner);
+        faults.get(&kind).cloned()
+    }
+
+    /// Replaces what keeps changes from coming.
+    pub(super) fn set_faults(&self, faults: BTreeMap<Kind, String>) {
+        *self.faults.lock().unwrap_or_else(PoisonError::into_inner) = faults;
     }
 
     /// The bytes of JSON received of all kinds.

@@ -6,6 +6,7 @@
 
 use std::borrow::Cow;
 use std::fmt;
+use std::sync::LazyLock;
 
 use serde_json::{Map, Value};
 
@@ -81,14 +82,17 @@ impl<'a> Reader<'a> {
         Rejected
     }
 
-    /// A mapping.
+    /// A mapping. `null` is an empty one, also as the entry of a list: the API server's decoder
+    /// leaves a struct as it is where it meets `null`.
     pub(super) fn mapping<'v>(
         &mut self,
         at: &Path<'_>,
         value: &'v Value,
     ) -> Read<&'v Map<String, Value>> {
+        static EMPTY: LazyLock<Map<String, Value>> = LazyLock::new(Map::new);
         match value {
             Value::Object(map) => Ok(map),
+            Value::Null => Ok(&EMPTY),
             other => Err(self.reject(at, other, "is not a mapping; write fields and values")),
         }
     }
@@ -151,10 +155,11 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// A string.
+    /// A string. `null` is an empty one, as for the API server.
     pub(super) fn text<'v>(&mut self, at: &Path<'_>, value: &'v Value) -> Read<&'v str> {
         match value {
             Value::String(text) => Ok(text),
+            Value::Null => Ok(""),
             Value::Number(_) | Value::Bool(_) => {
                 Err(self.reject(at, value, "is not a string; put it in quotes"))
             }

@@ -35,6 +35,8 @@ pub(super) struct Converter {
 /// What became of one object.
 #[derive(Debug)]
 pub(super) struct Decoded {
+    /// What the object says it is.
+    pub declared: Declared,
     /// Namespace and name.
     pub name: ObjectName,
     /// `metadata.resourceVersion`.
@@ -60,8 +62,14 @@ impl Converter {
         match kind {
             Kind::Service => {
                 let service = wire::Service::deserialize(from)?;
+                let declared = Declared::of(
+                    kind,
+                    service.api_version.as_deref(),
+                    service.kind.as_deref(),
+                );
                 self.finish(
                     kind,
+                    declared,
                     service.metadata.as_ref(),
                     |converter, name, report| {
                         converter
@@ -72,47 +80,89 @@ impl Converter {
             }
             Kind::EndpointSlice => {
                 let slice = wire::EndpointSlice::deserialize(from)?;
-                self.finish(kind, slice.metadata.as_ref(), |converter, name, report| {
-                    converter
-                        .endpoint_slice(name, &slice, report)
-                        .map(Object::EndpointSlice)
-                })
+                let declared =
+                    Declared::of(kind, slice.api_version.as_deref(), slice.kind.as_deref());
+                self.finish(
+                    kind,
+                    declared,
+                    slice.metadata.as_ref(),
+                    |converter, name, report| {
+                        converter
+                            .endpoint_slice(name, &slice, report)
+                            .map(Object::EndpointSlice)
+                    },
+                )
             }
             Kind::Node => {
                 let node = wire::Node::deserialize(from)?;
-                self.finish(kind, node.metadata.as_ref(), |converter, name, report| {
-                    Some(Object::Node(converter.node(name, &node, report)))
-                })
+                let declared =
+                    Declared::of(kind, node.api_version.as_deref(), node.kind.as_deref());
+                self.finish(
+                    kind,
+                    declared,
+                    node.metadata.as_ref(),
+                    |converter, name, report| {
+                        Some(Object::Node(converter.node(name, &node, report)))
+                    },
+                )
             }
             Kind::ServiceCidr => {
                 let cidr = wire::ServiceCidr::deserialize(from)?;
-                self.finish(kind, cidr.metadata.as_ref(), |converter, name, report| {
-                    Some(Object::ServiceCidr(
-                        converter.service_cidr(name, &cidr, report),
-                    ))
-                })
+                let declared =
+                    Declared::of(kind, cidr.api_version.as_deref(), cidr.kind.as_deref());
+                self.finish(
+                    kind,
+                    declared,
+                    cidr.metadata.as_ref(),
+                    |converter, name, report| {
+                        Some(Object::ServiceCidr(
+                            converter.service_cidr(name, &cidr, report),
+                        ))
+                    },
+                )
             }
             Kind::Pod => {
                 let pod = wire::Pod::deserialize(from)?;
-                self.finish(kind, pod.metadata.as_ref(), |converter, name, report| {
-                    Some(Object::Pod(converter.pod(name, &pod, report)))
-                })
+                let declared = Declared::of(kind, pod.api_version.as_deref(), pod.kind.as_deref());
+                self.finish(
+                    kind,
+                    declared,
+                    pod.metadata.as_ref(),
+                    |converter, name, report| Some(Object::Pod(converter.pod(name, &pod, report))),
+                )
             }
             Kind::Namespace => {
                 let namespace = wire::Namespace::deserialize(from)?;
-                self.finish(kind, namespace.metadata.as_ref(), |converter, name, _| {
-                    Some(Object::Namespace(converter.namespace(name, &namespace)))
-                })
+                let declared = Declared::of(
+                    kind,
+                    namespace.api_version.as_deref(),
+                    namespace.kind.as_deref(),
+                );
+                self.finish(
+                    kind,
+                    declared,
+                    namespace.metadata.as_ref(),
+                    |converter, name, _| {
+                        Some(Object::Namespace(converter.namespace(name, &namespace)))
+                    },
+                )
             }
             Kind::NetworkPolicy => {
                 let policy = wire::NetworkPolicy::deserialize(from)?;
-                self.finish(kind, policy.metadata.as_ref(), |converter, name, report| {
-                    Some(Object::NetworkPolicy(converter.network_policy(
-                        name,
-                        policy.spec.as_ref(),
-                        report,
-                    )))
-                })
+                let declared =
+                    Declared::of(kind, policy.api_version.as_deref(), policy.kind.as_deref());
+                self.finish(
+                    kind,
+                    declared,
+                    policy.metadata.as_ref(),
+                    |converter, name, report| {
+                        Some(Object::NetworkPolicy(converter.network_policy(
+                            name,
+                            policy.spec.as_ref(),
+                            report,
+                        )))
+                    },
+                )
             }
         }
     }
@@ -120,6 +170,7 @@ impl Converter {
     fn finish<'m, E: serde::de::Error>(
         &mut self,
         kind: Kind,
+        declared: Declared,
         meta: Option<impl Into<Names<'m>>>,
         convert: impl FnOnce(&mut Self, &ObjectName, &mut Report) -> Option<Object>,
     ) -> Result<Decoded, E> {
@@ -128,11 +179,68 @@ impl Converter {
         let mut report = Report::new(ObjectRef::new(kind, name.clone()));
         let object = convert(self, &name, &mut report);
         Ok(Decoded {
+            declared,
             name,
             resource_version: meta.resource_version.map(str::to_owned),
             object,
             notices: report.finish(),
         })
+    }
+}
+
+/// What an object says it is, compared with what was asked for.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Declared {
+    /// Nothing, as in a list, which says it for all its items.
+    Nothing,
+    /// What was asked for.
+    AsAsked,
+    /// Something else.
+    Other(String),
+}
+
+impl Declared {
+    fn of(kind: Kind, api_version: Option<&str>, name: Option<&str>) -> Self {
+        match (non_empty(api_version), non_empty(name)) {
+            (None, None) => Self::Nothing,
+            (Some(version), Some(name))
+                if version == self::api_version(kind) && name == kind.as_str() =>
+            {
+                Self::AsAsked
+            }
+            (version, name) => Self::Other(format!(
+                "{} {}",
+                shortened(version.unwrap_or("unversioned")),
+                shortened(name.unwrap_or("object without a kind"))
+            )),
+        }
+    }
+
+    /// Reads what an object says it is, whatever else is in it.
+    ///
+    /// # Errors
+    /// Those of the deserialiser for what is no object.
+    pub(super) fn read<'de, D: Deserializer<'de>>(kind: Kind, from: D) -> Result<Self, D::Error> {
+        let type_ = wire::Type::deserialize(from)?;
+        Ok(Self::of(
+            kind,
+            type_.api_version.as_deref(),
+            type_.kind.as_deref(),
+        ))
+    }
+}
+
+/// As much of a name as belongs into a message.
+fn shortened(name: &str) -> String {
+    name.chars().take(80).collect()
+}
+
+/// The version of the API in which a kind is asked for and described in [`wire`].
+pub(super) fn api_version(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Service | Kind::Node | Kind::Pod | Kind::Namespace => "v1",
+        Kind::EndpointSlice => "discovery.k8s.io/v1",
+        Kind::ServiceCidr | Kind::NetworkPolicy => "networking.k8s.io/v1",
     }
 }
 

@@ -8,7 +8,9 @@ use smallvec::SmallVec;
 use super::address::parse_unicast;
 use super::report::Report;
 use super::{Converter, PORT_HINT, PROTOCOL_HINT, non_empty, port, protocol, timestamp};
-use crate::model::{Family, Labels, NAMESPACE_NAME, NamedPort, Namespace, ObjectName, Pod};
+use crate::model::{
+    Evidence, Family, Labels, NAMESPACE_NAME, NamedPort, Namespace, ObjectName, Pod, Sandbox,
+};
 use crate::source::wire;
 
 impl Converter {
@@ -17,18 +19,18 @@ impl Converter {
         let meta = from.metadata.as_ref();
         let spec = from.spec.as_ref();
         let status = from.status.as_ref();
-        let phase = status.and_then(|status| status.phase.as_deref());
+        let deleted = meta.is_some_and(|meta| meta.deletion_timestamp.is_some());
+        let life = status.map(|status| Life::new(status, deleted));
+        let life = life.unwrap_or_default();
         Pod {
             name: name.clone(),
-            created: meta
-                .and_then(|meta| timestamp(meta.creation_timestamp.as_deref()))
-                .map(|time| time.as_second()),
             node: spec
                 .and_then(|spec| non_empty(spec.node_name.as_deref()))
                 .map(|node| self.interner.string(node)),
             host_network: spec.and_then(|spec| spec.host_network).unwrap_or(false),
-            ended: matches!(phase, Some("Succeeded" | "Failed")),
-            terminating: meta.is_some_and(|meta| meta.deletion_timestamp.is_some()),
+            ended: life.ended,
+            running: life.running,
+            evidence: life.evidence,
             addresses: status.map_or_else(SmallVec::new, |status| pod_ips(status, report)),
             labels: self.labels(meta.and_then(|meta| meta.labels.as_ref()), None),
             ports: self.named_ports(spec, report),
@@ -51,7 +53,7 @@ impl Converter {
         self.interner.labels(written.chain(always))
     }
 
-    /// The ports that have a name, of containers and of init containers that keep running beside
+    /// The ports that have a name, of containers, then of init containers that keep running beside
     /// them.
     fn named_ports(
         &mut self,
@@ -71,8 +73,10 @@ impl Converter {
                 self.container_ports(field, container, &mut found, report);
             }
         }
-        found.sort_unstable();
-        found.dedup();
+        // Of two ports with one name the first counts, as for a named `targetPort` of a service. The
+        // sort is stable.
+        found.sort_by(|a, b| (&a.name, a.protocol).cmp(&(&b.name, b.protocol)));
+        found.dedup_by(|a, b| (&a.name, a.protocol) == (&b.name, b.protocol));
         self.interner.ports(found)
     }
 
@@ -106,6 +110,77 @@ impl Converter {
             });
         }
     }
+}
+
+/// How far a pod is in its life, by its status.
+#[derive(Debug, Default)]
+struct Life {
+    ended: bool,
+    running: bool,
+    evidence: Evidence,
+}
+
+/// The condition that says whether there is a sandbox with a network, and its name before
+/// Kubernetes 1.28.
+const SANDBOX_CONDITIONS: [&str; 2] = ["PodReadyToStartContainers", "PodHasNetwork"];
+
+impl Life {
+    /// `deleted` says that the pod is to be removed, so that no container is started again.
+    fn new(status: &wire::PodStatus, deleted: bool) -> Self {
+        let containers = status.container_statuses.as_deref().unwrap_or_default();
+        let others = [
+            &status.init_container_statuses,
+            &status.ephemeral_container_statuses,
+        ];
+        let others = others.into_iter().flatten().flatten();
+        let states = || {
+            let all = containers.iter().chain(others.clone());
+            all.filter_map(|container| container.state.as_ref())
+        };
+        let started = states()
+            .filter_map(|state| state.running.as_ref())
+            .map(|running| seconds(running.started_at.as_ref()).unwrap_or_default())
+            .max();
+        let phase = status.phase.as_deref();
+        // The kubelet writes this phase together with the containers; a file need not name them.
+        let running = started.is_some() || (phase == Some("Running") && states().next().is_none());
+        let terminated = !containers.is_empty()
+            && containers.iter().all(|container| {
+                let state = container.state.as_ref();
+                state.is_some_and(|state| state.terminated.is_some())
+            });
+        // Kubelets from 1.22 to 1.26 write the phase Failed before they stop the containers.
+        let finished = matches!(phase, Some("Succeeded" | "Failed")) || (deleted && terminated);
+        let conditions = status.conditions.as_deref().unwrap_or_default();
+        let condition = SANDBOX_CONDITIONS.iter().find_map(|name| {
+            let mut conditions = conditions.iter();
+            conditions.find(|condition| condition.type_.as_deref() == Some(*name))
+        });
+        let ready = condition.and_then(|condition| match condition.status.as_deref() {
+            Some("True") => {
+                let since = seconds(condition.last_transition_time.as_ref());
+                Some(Sandbox::RanAt(since.unwrap_or_default()))
+            }
+            Some("False") => Some(Sandbox::Gone),
+            _ => None,
+        });
+        // A container that runs has a sandbox.
+        let sandbox = match (ready, started.map(Sandbox::RanAt)) {
+            (Some(ready), Some(started)) => ready.max(started),
+            (ready, started) => ready.or(started).unwrap_or_default(),
+        };
+        Self {
+            ended: finished && started.is_none(),
+            running,
+            evidence: Evidence { sandbox, started },
+        }
+    }
+}
+
+/// Seconds since 1970, the nearest that fit.
+fn seconds(time: Option<&wire::Text<'_>>) -> Option<u32> {
+    let time = timestamp(time.map(|time| &**time))?.as_second();
+    Some(u32::try_from(time.max(0)).unwrap_or(u32::MAX))
 }
 
 /// `podIPs`, or `podIP` where the list is empty; of each family the first one.

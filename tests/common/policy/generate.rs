@@ -6,13 +6,15 @@
 
 use std::net::IpAddr;
 
-use k8s_openapi::api::core::v1::{Namespace, Node, Pod};
+use k8s_openapi::api::core::v1::{Namespace, Node, Pod, PodStatus};
 use k8s_openapi::api::networking::v1::{NetworkPolicy, NetworkPolicySpec};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
-use super::oracle::{Cluster, Protocol, ended, host_network};
+use super::oracle::{
+    Cluster, Protocol, addresses, claims, ended, follows, has_no_sandbox, host_network, runs,
+};
 
 /// A sequence of numbers that looks random (SplitMix64), the same for every run of a seed.
 #[derive(Clone, Debug)]
@@ -140,17 +142,67 @@ pub fn cluster(random: &mut Random, shape: &Shape) -> Cluster {
 
 /// Changes a cluster, and tells how.
 pub fn mutate(random: &mut Random, shape: &Shape, cluster: &mut Cluster) -> String {
+    let before = cluster.pods.clone();
+    let said = change(random, shape, cluster);
+    // Whoever gets the address of a pod that was deleted while it ran takes its place.
+    let earlier = |pod: &Pod| {
+        before
+            .iter()
+            .find(|old| name_of(&old.metadata) == name_of(&pod.metadata))
+    };
+    let pods = &cluster.pods;
+    cluster.departed.retain(|(address, departed)| {
+        !pods.iter().any(|pod| {
+            let is_new = earlier(pod).is_none_or(|old| !claims(old, *address));
+            claims(pod, *address) && !has_no_sandbox(pod) && (is_new || follows(pod, departed))
+        })
+    });
+    for old in &before {
+        let is_gone = !pods
+            .iter()
+            .any(|pod| name_of(&pod.metadata) == name_of(&old.metadata));
+        if is_gone && runs(old) {
+            let had = addresses(old)
+                .into_iter()
+                .filter(|address| claims(old, *address));
+            let had: Vec<IpAddr> = had.collect();
+            cluster
+                .departed
+                .retain(|(address, _)| !had.contains(address));
+            cluster
+                .departed
+                .extend(had.into_iter().map(|address| (address, old.clone())));
+        }
+    }
+    said
+}
+
+fn change(random: &mut Random, shape: &Shape, cluster: &mut Cluster) -> String {
     let pod = random.below(cluster.pods.len());
     let policy = random.below(cluster.policies.len());
     let has_pod = !cluster.pods.is_empty();
     let has_policy = !cluster.policies.is_empty();
-    match random.below(14) {
+    match random.below(16) {
         0 | 1 if has_pod => {
             let pod = &mut cluster.pods[pod];
             pod.metadata.labels = typed(labels(random, &POD_LABELS));
             format!("relabelled {}", name_of(&pod.metadata))
         }
         2 if has_pod => {
+            let others = || {
+                let others = cluster.pods.iter().enumerate();
+                others
+                    .filter(|(index, _)| *index != pod)
+                    .map(|(_, other)| other)
+            };
+            let shared = addresses(&cluster.pods[pod]).into_iter();
+            let mut shared = shared.filter(|address| others().any(|it| claims(it, *address)));
+            // What only this pod's node knows must not matter to others.
+            if runs(&cluster.pods[pod]) && shared.next().is_some() {
+                let pod = &mut cluster.pods[pod];
+                end(pod, "Failed");
+                return format!("Failed {}", name_of(&pod.metadata));
+            }
             let gone = cluster.pods.remove(pod);
             format!("deleted {}", name_of(&gone.metadata))
         }
@@ -169,7 +221,7 @@ pub fn mutate(random: &mut Random, shape: &Shape, cluster: &mut Cluster) -> Stri
             let other = random.below(cluster.pods.len());
             let (a, b) = (&cluster.pods[pod], &cluster.pods[other]);
             if host_network(a) || host_network(b) {
-                return mutate(random, shape, cluster);
+                return change(random, shape, cluster);
             }
             let said = format!("{} <-> {}", name_of(&a.metadata), name_of(&b.metadata));
             let (a, b) = (place(a), place(b));
@@ -185,8 +237,19 @@ pub fn mutate(random: &mut Random, shape: &Shape, cluster: &mut Cluster) -> Stri
         6 if has_pod => {
             let pod = &mut cluster.pods[pod];
             let phase = if ended(pod) { "Running" } else { "Failed" };
-            pod.status.get_or_insert_default().phase = Some(phase.into());
+            if phase == "Running" || random.percent(30) {
+                pod.status.get_or_insert_default().phase = Some(phase.into());
+            } else {
+                end(pod, phase);
+            }
             format!("{phase} {}", name_of(&pod.metadata))
+        }
+        14 | 15 if has_pod => {
+            let pod = &mut cluster.pods[pod];
+            if let Some(status) = &mut pod.status {
+                show(random, status);
+            }
+            format!("news of {}", name_of(&pod.metadata))
         }
         7 | 8 => {
             let index = random.below(cluster.namespaces.len());
@@ -212,7 +275,7 @@ pub fn mutate(random: &mut Random, shape: &Shape, cluster: &mut Cluster) -> Stri
             let name = add_pod(random, shape, cluster);
             format!("added {name}")
         }
-        _ => mutate(random, shape, cluster),
+        _ => change(random, shape, cluster),
     }
 }
 
@@ -381,8 +444,6 @@ fn new_pod(random: &mut Random, shape: &Shape, namespaces: &[Namespace]) -> Pod 
     let mut metadata = json!({
         "namespace": namespace,
         "labels": labels(random, &POD_LABELS),
-        // Few moments, so that names decide sometimes.
-        "creationTimestamp": format!("2026-01-01T00:00:0{}Z", random.below(4)),
     });
     if random.percent(12) {
         metadata["deletionTimestamp"] = json!("2026-01-01T01:00:00Z");
@@ -409,10 +470,54 @@ fn new_pod(random: &mut Random, shape: &Shape, namespaces: &[Namespace]) -> Pod 
         5 => pod.status = Some(status("Pending", &addresses)),
         _ => pod.status = Some(status("Running", &addresses)),
     }
+    if let Some(status) = &mut pod.status
+        && !random.percent(20)
+    {
+        show(random, status);
+    }
     pod
 }
 
-fn status(phase: &str, addresses: &[IpAddr]) -> k8s_openapi::api::core::v1::PodStatus {
+/// What the kubelet says of the sandbox and the containers. There are few moments, so that some
+/// pods with one address are equal.
+fn show(random: &mut Random, status: &mut PodStatus) {
+    let moment = |random: &mut Random| format!("2026-01-01T00:00:0{}Z", random.below(6));
+    let waiting = json!({"waiting": {"reason": "ContainerCreating"}});
+    let terminated = json!({"terminated": {"exitCode": 0}});
+    let running = json!({"running": {"startedAt": moment(random)}});
+    let (states, init, ready) = match random.below(12) {
+        0 => (vec![waiting], None, Some("False")),
+        1 => (vec![waiting], None, Some("True")),
+        2 => (vec![waiting], Some(running), None),
+        3 => (vec![terminated.clone(), terminated], None, Some("False")),
+        4 => (vec![terminated, running], None, Some("True")),
+        5 => (vec![running], None, Some("False")),
+        6 | 7 => (vec![running], None, Some("True")),
+        _ => (vec![running], None, None),
+    };
+    let container = |state| {
+        typed(json!({
+            "name": "one", "image": "x", "imageID": "", "ready": false, "restartCount": 0, "state": state,
+        }))
+    };
+    status.container_statuses = Some(states.into_iter().map(container).collect());
+    status.init_container_statuses = init.map(|state| vec![container(state)]);
+    status.conditions = ready.map(|ready| {
+        vec![typed(json!({
+            "type": "PodReadyToStartContainers", "status": ready, "lastTransitionTime": moment(random),
+        }))]
+    });
+}
+
+/// Ends a pod with all its containers.
+fn end(pod: &mut Pod, phase: &str) {
+    let status = pod.status.get_or_insert_default();
+    status.phase = Some(phase.into());
+    status.container_statuses = None;
+    status.init_container_statuses = None;
+}
+
+fn status(phase: &str, addresses: &[IpAddr]) -> PodStatus {
     let all: Vec<Value> = addresses.iter().map(|ip| json!({"ip": ip})).collect();
     typed(json!({"phase": phase, "podIP": addresses.first(), "podIPs": all}))
 }
@@ -435,14 +540,14 @@ fn containers(random: &mut Random) -> Value {
     if random.percent(30) {
         second.push(json!({"name": "peer", "containerPort": 443, "protocol": "UDP"}));
     }
+    if random.percent(15) {
+        second.push(json!({"name": "web", "containerPort": *random.pick(&[80, 443])}));
+    }
     json!([{"name": "one", "ports": first}, {"name": "two", "ports": second}])
 }
 
 /// Where a pod is: node, addresses and phase.
-type Place = (
-    Option<String>,
-    Option<k8s_openapi::api::core::v1::PodStatus>,
-);
+type Place = (Option<String>, Option<PodStatus>);
 
 fn place(pod: &Pod) -> Place {
     let node = pod.spec.as_ref().and_then(|spec| spec.node_name.clone());

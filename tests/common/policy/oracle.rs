@@ -4,13 +4,14 @@
 //! slow, and simple enough to be checked by reading. Each function is one sentence of the API.
 //!
 //! What the API leaves open is decided here as nftlet documents it: an address belongs to one
-//! pod ([`owner`]), the node reaches its own pods, pods reach themselves, pods in the host's
-//! network count as the node, and a rule with a fault in it allows nothing.
+//! pod ([`owner`]), and where it is not certain to which, all that may have it ([`holders`]) must
+//! allow; the node reaches its own pods, pods reach themselves, pods in the host's network count as
+//! the node, and a rule with a fault in it allows nothing.
 
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use k8s_openapi::api::core::v1::{Namespace, Node, Pod};
+use k8s_openapi::api::core::v1::{ContainerState, Namespace, Node, Pod, PodCondition};
 use k8s_openapi::api::networking::v1::{
     IPBlock, NetworkPolicy, NetworkPolicyPeer, NetworkPolicyPort, NetworkPolicySpec,
 };
@@ -24,6 +25,8 @@ pub struct Cluster {
     pub namespaces: Vec<Namespace>,
     pub pods: Vec<Pod>,
     pub policies: Vec<NetworkPolicy>,
+    /// Pods whose objects were deleted while a container ran, by their addresses.
+    pub departed: Vec<(IpAddr, Pod)>,
 }
 
 /// What a packet carries.
@@ -80,20 +83,19 @@ pub fn egress_allowed(
     protocol: Protocol,
     port: u16,
 ) -> bool {
-    let Some(pod) = owner(cluster, source) else {
-        return true;
-    };
     // A pod always reaches itself.
     source == destination
-        || direction_allowed(
-            cluster,
-            Direction::Egress,
-            pod,
-            destination,
-            destination,
-            protocol,
-            port,
-        )
+        || holders(cluster, source).into_iter().all(|pod| {
+            direction_allowed(
+                cluster,
+                Direction::Egress,
+                pod,
+                destination,
+                destination,
+                protocol,
+                port,
+            )
+        })
 }
 
 /// Whether the pod at the destination may be sent this.
@@ -104,21 +106,20 @@ pub fn ingress_allowed(
     protocol: Protocol,
     port: u16,
 ) -> bool {
-    let Some(pod) = owner(cluster, destination) else {
-        return true;
-    };
     // A pod always reaches itself; "the traffic source is the pod's local node".
     source == destination
-        || is_own_node(cluster, pod, source)
-        || direction_allowed(
-            cluster,
-            Direction::Ingress,
-            pod,
-            source,
-            destination,
-            protocol,
-            port,
-        )
+        || holders(cluster, destination).into_iter().all(|pod| {
+            is_own_node(cluster, pod, source)
+                || direction_allowed(
+                    cluster,
+                    Direction::Ingress,
+                    pod,
+                    source,
+                    destination,
+                    protocol,
+                    port,
+                )
+        })
 }
 
 /// "Traffic is allowed if there are no NetworkPolicies selecting the pod, or if the traffic
@@ -299,15 +300,15 @@ fn port_matches(
     }
 }
 
+/// The first container with a port of this name and protocol counts.
 fn pod_names_port(pod: &Pod, name: &str, protocol: &str, port: i32) -> bool {
     let containers = pod.spec.iter().flat_map(|spec| &spec.containers);
-    containers
-        .flat_map(|container| container.ports.iter().flatten())
-        .any(|known| {
-            known.name.as_deref() == Some(name)
-                && known.protocol.as_deref().unwrap_or("TCP") == protocol
-                && known.container_port == port
-        })
+    let mut ports = containers.flat_map(|container| container.ports.iter().flatten());
+    let named = ports.find(|known| {
+        known.name.as_deref() == Some(name)
+            && known.protocol.as_deref().unwrap_or("TCP") == protocol
+    });
+    named.is_some_and(|known| known.container_port == port)
 }
 
 /// A label selector: the requirements are ANDed, and none at all matches everything.
@@ -341,23 +342,100 @@ pub fn selector_matches(
     true
 }
 
-/// The pod that an address belongs to: never one in the host's network, never one that has
-/// ended; rather one that stays than one that is being deleted, then the newest, then the last
-/// by namespace and name.
+/// The pod that an address certainly belongs to: the only one that may have it, and not one
+/// without a sandbox.
 pub fn owner(cluster: &Cluster, address: IpAddr) -> Option<&Pod> {
-    let candidates = cluster
-        .pods
+    let departed = cluster.departed.iter().any(|(ip, _)| *ip == address);
+    match holders(cluster, address).as_slice() {
+        [pod] if !departed && !has_no_sandbox(pod) => Some(pod),
+        _ => None,
+    }
+}
+
+/// The pods that may have an address: never one in the host's network, never one that has ended,
+/// and none that another one is known to have followed.
+pub fn holders(cluster: &Cluster, address: IpAddr) -> Vec<&Pod> {
+    let claimants = || cluster.pods.iter().filter(|pod| claims(pod, address));
+    let departed = cluster.departed.iter().filter(|(ip, _)| *ip == address);
+    let departed = departed.map(|(_, pod)| pod);
+    let all = || claimants().chain(departed.clone());
+    let followed = |pod: &Pod| all().any(|other| follows(other, pod));
+    let holders = claimants().filter(|pod| !followed(pod));
+    holders.chain(departed.clone()).collect()
+}
+
+/// Whether an address is in the status of a pod that may still have it.
+pub fn claims(pod: &Pod, address: IpAddr) -> bool {
+    !host_network(pod) && !ended(pod) && addresses(pod).contains(&address)
+}
+
+/// Whether a container runs, by the status.
+pub fn runs(pod: &Pod) -> bool {
+    let phase = pod
+        .status
+        .as_ref()
+        .and_then(|status| status.phase.as_deref());
+    last_start(pod).is_some() || (phase == Some("Running") && container_states(pod).is_empty())
+}
+
+/// Whether a pod got its address after another one: its sandbox was there later, and no container
+/// of the other one started after all of its own.
+pub fn follows(pod: &Pod, other: &Pod) -> bool {
+    let later = match (last_seen(pod), last_seen(other)) {
+        (None, None) => !has_no_sandbox(pod) && has_no_sandbox(other),
+        (seen, before) => seen > before,
+    };
+    let contradicted = match (last_start(pod), last_start(other)) {
+        (_, None) => false,
+        (start, before) => start < before,
+    };
+    later && !contradicted
+}
+
+/// The last time at which there was certainly a sandbox, in seconds.
+fn last_seen(pod: &Pod) -> Option<i64> {
+    let ready = sandbox_condition(pod).filter(|condition| condition.status == "True");
+    let since = ready.map(|condition| {
+        let time = condition.last_transition_time.as_ref();
+        time.expect("a time").0.as_second()
+    });
+    since.max(last_start(pod))
+}
+
+/// When the last of the running containers started, in seconds.
+fn last_start(pod: &Pod) -> Option<i64> {
+    let states = container_states(pod).into_iter();
+    let running = states.filter_map(|state| state.running);
+    running
+        .map(|running| running.started_at.expect("a time").0.as_second())
+        .max()
+}
+
+/// Whether the condition says so, and no container runs.
+pub fn has_no_sandbox(pod: &Pod) -> bool {
+    let condition = sandbox_condition(pod);
+    condition.is_some_and(|condition| condition.status == "False") && last_start(pod).is_none()
+}
+
+fn sandbox_condition(pod: &Pod) -> Option<&PodCondition> {
+    let conditions = pod
+        .status
         .iter()
-        .filter(|pod| !host_network(pod) && !ended(pod) && addresses(pod).contains(&address));
-    candidates.max_by_key(|pod| {
-        let metadata = &pod.metadata;
-        (
-            metadata.deletion_timestamp.is_none(),
-            metadata.creation_timestamp.clone(),
-            metadata.namespace.clone(),
-            metadata.name.clone(),
-        )
-    })
+        .flat_map(|it| it.conditions.iter().flatten());
+    let mut conditions = conditions;
+    conditions.find(|condition| condition.type_ == "PodReadyToStartContainers")
+}
+
+/// Of containers of all sorts.
+fn container_states(pod: &Pod) -> Vec<ContainerState> {
+    let status = pod.status.clone().unwrap_or_default();
+    let all = [
+        status.container_statuses,
+        status.init_container_statuses,
+        status.ephemeral_container_statuses,
+    ];
+    let all = all.into_iter().flatten().flatten();
+    all.filter_map(|container| container.state).collect()
 }
 
 /// `spec.hostNetwork`.
@@ -366,11 +444,19 @@ pub fn host_network(pod: &Pod) -> bool {
     spec.and_then(|spec| spec.host_network).unwrap_or(false)
 }
 
-/// Whether all containers have come to their end.
+/// Whether all containers have come to their end: the phase says so, or none of a deleted pod is
+/// left; and none runs.
 pub fn ended(pod: &Pod) -> bool {
-    let status = pod.status.as_ref();
-    let phase = status.and_then(|status| status.phase.as_deref());
-    matches!(phase, Some("Succeeded" | "Failed"))
+    let status = pod.status.clone().unwrap_or_default();
+    let finished = matches!(status.phase.as_deref(), Some("Succeeded" | "Failed"));
+    let containers = status.container_statuses.unwrap_or_default();
+    let all_terminated = !containers.is_empty()
+        && containers.iter().all(|container| {
+            let state = container.state.as_ref();
+            state.is_some_and(|state| state.terminated.is_some())
+        });
+    let deleted = pod.metadata.deletion_timestamp.is_some();
+    (finished || (deleted && all_terminated)) && last_start(pod).is_none()
 }
 
 /// All addresses of a pod.

@@ -157,6 +157,49 @@ fn absent_lists_of_a_rule_are_everyone_and_every_port() {
 }
 
 #[test]
+fn null_is_what_the_api_server_makes_of_it() {
+    // A struct stays as it is, a string empty, everything else absent.
+    assert_eq!(ingress(json!([null])), [EVERYTHING]);
+    let tcp = ingress(json!([{"ports": [null]}]));
+    assert_eq!(tcp, ingress(json!([{"ports": [{"protocol": "TCP"}]}])));
+    assert_ne!(tcp, [EVERYTHING]);
+    let empty = |selector: Value| ingress(json!([{"from": [{"podSelector": selector}]}]));
+    assert_eq!(
+        empty(json!({"matchLabels": {"a": null}})),
+        empty(json!({"matchLabels": {"a": ""}}))
+    );
+    let of_values = |values: Value| {
+        empty(json!({"matchExpressions": [{"key": "a", "operator": "In", "values": values}]}))
+    };
+    assert_eq!(of_values(json!([null])), of_values(json!([""])));
+    assert_eq!(
+        empty(json!({"matchLabels": null, "matchExpressions": null})),
+        empty(json!({}))
+    );
+    assert_eq!(
+        sound(json!({"podSelector": null, "policyTypes": null, "egress": null})),
+        sound(json!({}))
+    );
+    assert_eq!(sound(json!(null)), sound(json!({})));
+    let absent = policy_with(json!({"metadata": {"namespace": "shop", "name": "web"}}));
+    assert_eq!(absent, (sound(json!({})), Vec::new()));
+    // What the server would refuse for being empty stays a fault.
+    for spec in [
+        json!({"policyTypes": [null]}),
+        json!({"ingress": [{"from": [null]}]}),
+        json!({"ingress": [{"from": [{"ipBlock": null}]}]}),
+        json!({"ingress": [{"from": [{"ipBlock": {"cidr": null}}]}]}),
+        json!({"ingress": [{"from": [{"ipBlock": {"cidr": "10.0.0.0/8", "except": [null]}}]}]}),
+        json!({"ingress": [{"from": [{"podSelector": {"matchExpressions": [null]}}]}]}),
+        json!({"podSelector": {"matchExpressions": [{"key": null, "operator": "Exists"}]}}),
+        json!({"podSelector": {"matchExpressions": [{"key": "a", "operator": null}]}}),
+    ] {
+        let (_, notices) = policy(spec.clone());
+        assert_eq!(notices.len(), 1, "{spec}: {notices:?}");
+    }
+}
+
+#[test]
 fn a_peer_of_pods_is_in_its_own_namespace_unless_it_says_otherwise() {
     let rules = ingress(
         json!([{"from": [{"podSelector": {}}, {"podSelector": null, "namespaceSelector": {}}]}]),
@@ -194,7 +237,6 @@ fn faulty_rules() -> Vec<(Value, &'static str, &'static str)> {
         |expression: Value| json!({"from": [{"podSelector": {"matchExpressions": [expression]}}]});
     let labels = |labels: Value| json!({"from": [{"namespaceSelector": {"matchLabels": labels}}]});
     vec![
-        (json!(null), "", "\"null\" is not a mapping"),
         (json!([]), "", "\"[]\" is not a mapping"),
         (
             json!({"form": [{"podSelector": {}}]}),
@@ -213,7 +255,7 @@ fn faulty_rules() -> Vec<(Value, &'static str, &'static str)> {
             "\"{...}\" is not a list",
         ),
         (json!({"from": [{}]}), ".from[0]", "names nobody"),
-        (json!({"from": [null]}), ".from[0]", "is not a mapping"),
+        (json!({"from": [null]}), ".from[0]", "names nobody"),
         (
             json!({"from": [{"podSelector": null}]}),
             ".from[0]",
@@ -239,7 +281,11 @@ fn faulty_rules() -> Vec<(Value, &'static str, &'static str)> {
             ".from[1].ipBlock.cidr",
             "\"10.0.0/8\" is not an address range; write one such as",
         ),
-        (block(json!({})), ".from[1].ipBlock.cidr", "is not a string"),
+        (
+            block(json!({})),
+            ".from[1].ipBlock.cidr",
+            "is not an address range",
+        ),
         (
             block(json!({"cidr": "10.0.0.1"})),
             ".from[1].ipBlock.cidr",
@@ -438,11 +484,6 @@ fn faulty_rules() -> Vec<(Value, &'static str, &'static str)> {
             "\"5\" is not a string; put it in quotes",
         ),
         (
-            labels(json!({"a": null})),
-            ".from[0].namespaceSelector.matchLabels.a",
-            "is not a string",
-        ),
-        (
             labels(json!({"a b": "c"})),
             ".from[0].namespaceSelector.matchLabels.a b",
             "\"a b\" is not the key",
@@ -583,7 +624,7 @@ fn a_policy_that_is_not_understood_as_a_whole_allows_nothing() {
             "{notices:?}"
         );
     }
-    for spec in [json!(null), json!("x"), json!([])] {
+    for spec in [json!("x"), json!([])] {
         let (policy, notices) = policy(spec);
         assert!(policy.pods.is_everything());
         assert_eq!(policy.ingress, Some(Vec::new()));

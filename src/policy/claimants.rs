@@ -1,0 +1,123 @@
+//! The pods that claim an address, and which of them may have it.
+
+use smallvec::SmallVec;
+
+use crate::model::{Evidence, ObjectName, Sandbox};
+
+/// A pod whose status has the address.
+#[derive(Debug)]
+pub(super) struct Claimant {
+    pub name: ObjectName,
+    /// Whether it is on this node.
+    pub local: bool,
+    evidence: Evidence,
+}
+
+impl Claimant {
+    /// Whether the pod has no sandbox, so that the address in its status is an old one.
+    pub fn is_gone(&self) -> bool {
+        self.evidence.sandbox == Sandbox::Gone
+    }
+}
+
+/// The claimants of one address, those with the latest sandboxes first.
+#[derive(Debug, Default)]
+pub(super) struct Claimants {
+    pub all: SmallVec<[Claimant; 1]>,
+}
+
+impl Claimants {
+    /// Adds a pod.
+    pub fn insert(&mut self, name: &ObjectName, evidence: Evidence, local: bool) {
+        self.remove(name);
+        let later = |it: &Claimant| it.evidence.sandbox >= evidence.sandbox;
+        let place = self.all.partition_point(later);
+        let claimant = Claimant {
+            name: name.clone(),
+            local,
+            evidence,
+        };
+        self.all.insert(place, claimant);
+    }
+
+    /// Takes a pod out.
+    pub fn remove(&mut self, name: &ObjectName) {
+        self.all.retain(|it| it.name != *name);
+    }
+
+    /// Whether none of them has a sandbox.
+    pub fn are_all_gone(&self) -> bool {
+        self.all.first().is_none_or(Claimant::is_gone)
+    }
+
+    /// Those of some claimants that no other of these outranks ([`Evidence::outranks`]).
+    pub fn holders<'a>(
+        &'a self,
+        counts: impl Fn(&Claimant) -> bool + 'a,
+    ) -> impl Iterator<Item = &'a Claimant> {
+        // The latest start among those with a later sandbox, and among those with an equal one.
+        let mut outranking: Option<Option<u32>> = None;
+        let mut equals: Option<(Sandbox, Option<u32>)> = None;
+        let counting = self.all.iter().filter(move |it| counts(it));
+        counting.filter(move |it| {
+            let Evidence { sandbox, started } = it.evidence;
+            match &mut equals {
+                Some((of, latest)) if *of == sandbox => *latest = (*latest).max(started),
+                _ => {
+                    let passed = equals.replace((sandbox, started));
+                    outranking = outranking.max(passed.map(|(_, latest)| latest));
+                }
+            }
+            outranking.is_none_or(|latest| latest < started)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn any_evidence() -> impl Strategy<Value = Evidence> {
+        let sandbox = prop_oneof![
+            Just(Sandbox::Gone),
+            Just(Sandbox::Unknown),
+            (0..4u32).prop_map(Sandbox::RanAt),
+        ];
+        let started = prop::option::of(0..4u32);
+        (sandbox, started).prop_map(|(sandbox, started)| Evidence { sandbox, started })
+    }
+
+    proptest! {
+        #[test]
+        fn holders_are_those_that_no_other_outranks(
+            pods in prop::collection::vec((any_evidence(), any::<bool>()), 1..6),
+        ) {
+            let mut claimants = Claimants::default();
+            let name = |index: usize| ObjectName::new("shop", &index.to_string());
+            for (index, (evidence, local)) in pods.iter().enumerate() {
+                claimants.insert(&name(index), *evidence, *local);
+            }
+            for only_local in [false, true] {
+                let counts = |local: bool| local || !only_local;
+                let mut found: Vec<&ObjectName> = claimants
+                    .holders(|it| counts(it.local))
+                    .map(|it| &it.name)
+                    .collect();
+                found.sort_unstable();
+                let counting = || pods.iter().filter(|(_, local)| counts(*local));
+                let expected: Vec<ObjectName> = pods
+                    .iter()
+                    .enumerate()
+                    .filter(|(_, (one, local))| {
+                        counts(*local) && !counting().any(|(other, _)| other.outranks(one))
+                    })
+                    .map(|(index, _)| name(index))
+                    .collect();
+                prop_assert_eq!(found, expected.iter().collect::<Vec<_>>());
+                prop_assert_eq!(counting().count() > 0, !expected.is_empty());
+            }
+        }
+    }
+}

@@ -1,0 +1,90 @@
+//! Pods of this node whose objects went while a container ran.
+//!
+//! A pod that is deleted by force leaves the API at once; the kubelet stops its containers later, and
+//! never where the node is cut off. The address stays isolated meanwhile.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
+use crate::model::{Evidence, Pod, Sandbox};
+
+/// How long the address of such a pod stays isolated.
+const KEPT_FOR: Duration = Duration::from_secs(300);
+/// The most that are remembered; a node has a few hundred pods.
+const MOST: usize = 1024;
+
+/// The departed pods by their addresses.
+#[derive(Debug, Default)]
+pub(super) struct Departed {
+    pods: BTreeMap<IpAddr, (Pod, Instant)>,
+    /// Addresses in the order in which they are forgotten; some are already, or come again.
+    order: VecDeque<(Instant, IpAddr)>,
+}
+
+impl Departed {
+    /// The pod that had an address.
+    pub fn at(&self, address: IpAddr) -> Option<&Pod> {
+        self.pods.get(&address).map(|(pod, _)| pod)
+    }
+
+    /// The addresses of pods of a namespace.
+    pub fn of(&self, namespace: &str) -> impl Iterator<Item = IpAddr> {
+        let pods = self.pods.iter();
+        pods.filter(move |(_, (pod, _))| pod.name.namespace() == namespace)
+            .map(|(address, _)| *address)
+    }
+
+    /// A pod that had an address went.
+    pub fn insert(&mut self, address: IpAddr, pod: &Pod, now: Instant) {
+        let until = now + KEPT_FOR;
+        self.pods.insert(address, (pod.clone(), until));
+        self.order.push_back((until, address));
+    }
+
+    /// Whether there are more than are remembered.
+    fn is_full(&self) -> bool {
+        self.order.len() > MOST
+    }
+
+    /// A pod claims an address. `is_new` says that it did not do so before: then it has got the
+    /// address since, whatever its status says of its containers yet.
+    pub fn claimed(&mut self, address: IpAddr, evidence: &Evidence, is_new: bool) {
+        let Some((departed, _)) = self.pods.get(&address) else {
+            return;
+        };
+        let has_sandbox = evidence.sandbox != Sandbox::Gone;
+        if has_sandbox && (is_new || evidence.outranks(&departed.evidence)) {
+            self.pods.remove(&address);
+        }
+    }
+
+    /// When the next one is to be forgotten.
+    pub fn due(&self) -> Option<Instant> {
+        self.order.front().map(|(until, _)| *until)
+    }
+
+    /// An address whose time is over, or the oldest of too many.
+    pub fn expired(&self, now: Instant) -> Option<IpAddr> {
+        let (until, address) = self.order.front()?;
+        (*until <= now || self.is_full()).then_some(*address)
+    }
+
+    /// Forgets the oldest one, unless the address was another pod's since.
+    pub fn forget_oldest(&mut self, now: Instant) {
+        let Some((until, address)) = self.order.pop_front() else {
+            return;
+        };
+        let is_this = |(_, known): &(Pod, Instant)| *known == until;
+        if !self.pods.get(&address).is_some_and(is_this) {
+            return;
+        }
+        if let Some((pod, _)) = self.pods.remove(&address).filter(|_| until > now) {
+            tracing::warn!(
+                "more than {MOST} pods were deleted while they ran; the address {address} of {} is \
+                 not kept isolated any more",
+                pod.name
+            );
+        }
+    }
+}

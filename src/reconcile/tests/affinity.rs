@@ -1,0 +1,244 @@
+//! Which clients with session affinity are forgotten.
+
+use super::*;
+
+/// The namespace of the services is `shop`.
+const MAP: &str = "affinity/shop";
+
+/// Has the kernel remember these clients and no others.
+fn learn(bench: &Bench, elements: &[Element]) {
+    let mut state = bench.kernel.0.borrow_mut();
+    let table = state.ruleset.tables.get_mut(&table_id(Family::V4)).unwrap();
+    let set = table.sets.get_mut(MAP).unwrap();
+    set.elements = sorted(elements);
+}
+
+/// The clients that the kernel remembers.
+fn left(bench: &Bench) -> Vec<Element> {
+    let state = bench.kernel.0.borrow();
+    let table = &state.ruleset.tables[&table_id(Family::V4)];
+    table.sets[MAP].elements.clone()
+}
+
+fn sorted(elements: &[Element]) -> Vec<Element> {
+    let mut elements = elements.to_vec();
+    elements.sort();
+    elements
+}
+
+/// A client that is remembered at an endpoint. Those with even numbers are on this node.
+fn client(client: [u8; 4], frontend: [u8; 4], port: u16, endpoint: u8) -> Element {
+    let key = Key::build()
+        .address(client.into())
+        .address(frontend.into())
+        .protocol(6)
+        .port(port)
+        .finish();
+    let target = Key::build()
+        .address(IpAddr::from([10, 244, 1, endpoint]))
+        .port(8080)
+        .finish();
+    Element::with_data(key, target)
+}
+
+/// A service with session affinity, whose pods listen on port 8080.
+fn sticky(name: &str, cluster_ip: &str, node_port: Option<u16>) -> Service {
+    let mut service = service(name, &[cluster_ip], &[80]);
+    service.affinity_seconds = Some(10_800);
+    if node_port.is_some() {
+        service.kind = ServiceKind::NodePort;
+        service.ports[0].node_port = node_port;
+    }
+    service
+}
+
+#[test]
+fn clients_are_forgotten_with_their_endpoint() {
+    let bench = Bench::new();
+    let mut reconciler = bench.reconciler();
+    let mut web = sticky("web", "10.96.0.10", Some(30080));
+    let other = sticky("other", "10.96.0.11", None);
+    handle(
+        &mut reconciler,
+        lists(vec![
+            node().into(),
+            web.clone().into(),
+            other.clone().into(),
+            slice("web-1", &web, Family::V4, &[1, 2]).into(),
+            slice("other-1", &other, Family::V4, &[1, 2]).into(),
+        ]),
+    );
+    let (cluster_ip, other_ip, node_ip) = ([10, 96, 0, 10], [10, 96, 0, 11], [192, 168, 10, 1]);
+    let [a, b] = [[192, 168, 10, 100], [192, 168, 10, 101]];
+    let known = vec![
+        client(a, cluster_ip, 80, 1),
+        client(b, cluster_ip, 80, 2),
+        client(a, other_ip, 80, 2),
+        client(a, node_ip, 30080, 2),
+        client(b, node_ip, 30080, 1),
+    ];
+    learn(&bench, &known);
+    // A new endpoint forgets nobody.
+    let grown = slice("web-1", &web, Family::V4, &[1, 2, 3]);
+    handle(&mut reconciler, vec![put(grown)]);
+    assert_eq!(left(&bench), sorted(&known));
+    // Endpoint 2 of one service goes; the other service keeps its clients there.
+    let shrunk = slice("web-1", &web, Family::V4, &[1, 3]);
+    handle(&mut reconciler, vec![put(shrunk.clone())]);
+    let rest = [&known[0], &known[2], &known[4]].map(Clone::clone).to_vec();
+    assert_eq!(left(&bench), sorted(&rest));
+    // A new process checks everybody.
+    learn(&bench, &known);
+    let mut restarted = bench.reconciler();
+    handle(
+        &mut restarted,
+        lists(vec![
+            node().into(),
+            web.clone().into(),
+            other.into(),
+            shrunk.into(),
+            slice("other-1", &web, Family::V4, &[1]).into(),
+        ]),
+    );
+    assert_eq!(left(&bench), sorted(&[rest[0].clone(), rest[2].clone()]));
+    // Without affinity nobody is remembered.
+    web.affinity_seconds = None;
+    handle(&mut restarted, vec![put(web)]);
+    assert_eq!(left(&bench), []);
+}
+
+#[test]
+fn policy_local_forgets_those_whose_endpoint_is_in_no_scope() {
+    let bench = Bench::new();
+    let mut reconciler = bench.reconciler();
+    let mut web = sticky("web", "10.96.0.10", None);
+    web.external_ips = vec!["198.51.100.7".parse().unwrap()];
+    web.external_policy = TrafficPolicy::Local;
+    let with = |endpoints: &[u8]| slice("web-1", &web, Family::V4, endpoints);
+    handle(
+        &mut reconciler,
+        lists(vec![
+            node().into(),
+            web.clone().into(),
+            with(&[1, 2, 3, 4]).into(),
+        ]),
+    );
+    // Where a client is makes no difference: one from inside may have any address.
+    let external = [198, 51, 100, 7];
+    let known = [
+        client([203, 0, 113, 9], external, 80, 2),
+        client([10, 244, 1, 77], external, 80, 1),
+        client([192, 168, 30, 1], external, 80, 3),
+    ];
+    learn(&bench, &known);
+    handle(&mut reconciler, vec![put(with(&[1, 2, 4]))]);
+    assert_eq!(left(&bench), sorted(&known[..2]), "a remote endpoint goes");
+    handle(&mut reconciler, vec![put(with(&[1, 4]))]);
+    assert_eq!(left(&bench), [known[1].clone()], "one of this node goes");
+    reconciler.resync();
+    assert_eq!(left(&bench), [known[1].clone()]);
+}
+
+#[test]
+fn clients_move_to_this_node_when_the_policy_becomes_local() {
+    let bench = Bench::new();
+    let mut web = sticky("web", "10.96.0.10", None);
+    web.external_ips = vec!["198.51.100.7".parse().unwrap()];
+    let objects = |web: &Service| {
+        let endpoints = slice("web-1", web, Family::V4, &[1, 2]);
+        lists(vec![node().into(), web.clone().into(), endpoints.into()])
+    };
+    let (cluster_ip, external) = ([10, 96, 0, 10], [198, 51, 100, 7]);
+    let known = [
+        client([203, 0, 113, 9], external, 80, 1),
+        client([203, 0, 113, 10], external, 80, 2),
+        client([203, 0, 113, 9], cluster_ip, 80, 1),
+    ];
+    let here = sorted(&known[1..]);
+    let mut local = web.clone();
+    local.external_policy = TrafficPolicy::Local;
+    let mut reconciler = bench.reconciler();
+    handle(&mut reconciler, objects(&web));
+    learn(&bench, &known);
+    handle(&mut reconciler, vec![put(local.clone())]);
+    assert_eq!(left(&bench), here);
+    // Back again nobody has to move, nor while the policy stays as it is.
+    handle(&mut reconciler, vec![put(web)]);
+    assert_eq!(left(&bench), here);
+    learn(&bench, &known);
+    reconciler.resync();
+    assert_eq!(left(&bench), sorted(&known));
+    // The policy changed while nobody looked.
+    let mut restarted = bench.reconciler();
+    handle(&mut restarted, objects(&local));
+    assert_eq!(left(&bench), here);
+}
+
+#[test]
+fn the_clients_of_an_address_are_not_those_of_a_node_port() {
+    let bench = Bench::new();
+    let mut reconciler = bench.reconciler();
+    // One has at its address the number that the other one has on the nodes.
+    let mut at_address = service("a", &["10.96.0.10"], &[30080]);
+    at_address.affinity_seconds = Some(10_800);
+    let on_nodes = sticky("b", "10.96.0.11", Some(30080));
+    let mut endpoints = slice("a-1", &at_address, Family::V4, &[1]);
+    endpoints.ports[0].port = 8080;
+    handle(
+        &mut reconciler,
+        lists(vec![
+            node().into(),
+            at_address.clone().into(),
+            on_nodes.clone().into(),
+            endpoints.into(),
+            slice("b-1", &on_nodes, Family::V4, &[1, 3]).into(),
+        ]),
+    );
+    let known = client([192, 168, 10, 100], [10, 96, 0, 10], 30080, 1);
+    learn(&bench, std::slice::from_ref(&known));
+    let fewer = slice("b-1", &on_nodes, Family::V4, &[3]);
+    handle(&mut reconciler, vec![put(fewer)]);
+    assert_eq!(left(&bench), [known]);
+}
+
+#[test]
+fn a_namespace_has_its_map_while_a_service_of_it_is_sticky() {
+    let bench = Bench::new();
+    let (sender, sticky_now) = watch::channel(Sticky::default());
+    let mut reconciler = bench.reconciler().with_sticky(sender);
+    let mut shop = sticky("web", "10.96.0.10", None);
+    let mut bank = sticky("web", "10.96.0.11", None);
+    bank.name = ObjectName::new("bank", "web");
+    let endpoints = [&shop, &bank].map(|service| {
+        let mut slice = slice("web-1", service, Family::V4, &[1]);
+        slice.name = ObjectName::new(service.name.namespace(), "web-1");
+        slice
+    });
+    let mut objects: Vec<Object> = vec![node().into(), shop.clone().into(), bank.into()];
+    objects.extend(endpoints.map(Object::from));
+    handle(&mut reconciler, lists(objects));
+    let namespaces = || -> Vec<String> {
+        let sticky = sticky_now.borrow();
+        sticky.iter().map(|it| it.namespace().to_owned()).collect()
+    };
+    let maps = || -> Vec<String> {
+        let state = bench.kernel.0.borrow();
+        let table = &state.ruleset.tables[&table_id(Family::V4)];
+        let maps = table.sets.iter();
+        let maps = maps.filter(|(_, set)| set.declaration.timeout.is_some());
+        maps.map(|(name, _)| name.to_string()).collect()
+    };
+    assert_eq!(maps(), ["affinity/bank", "affinity/shop"]);
+    assert_eq!(namespaces(), ["bank", "shop"]);
+    shop.affinity_seconds = None;
+    handle(&mut reconciler, vec![put(shop.clone())]);
+    assert_eq!(maps().len(), 2, "it may be needed again soon");
+    reconciler.remove_chains_unused_since(Instant::now());
+    assert_eq!(maps(), ["affinity/bank"]);
+    assert_eq!(namespaces(), ["bank"]);
+    bench.assert_as_wanted(&reconciler);
+    shop.affinity_seconds = Some(5);
+    handle(&mut reconciler, vec![put(shop)]);
+    assert_eq!(namespaces(), ["bank", "shop"]);
+    bench.assert_as_wanted(&reconciler);
+}
