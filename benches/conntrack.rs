@@ -45,6 +45,7 @@ fn plan(service: u32, endpoints: std::ops::Range<u32>) -> ServicePlan {
     ServicePlan {
         frontends: [Frontend {
             at: Claim::Address((*at.ip()).into(), Protocol::Udp, at.port()),
+            family: Family::V4,
             route: Route::Balance(Role::External, 0),
             firewalled: false,
         }]
@@ -61,7 +62,7 @@ fn plan(service: u32, endpoints: std::ops::Range<u32>) -> ServicePlan {
         cluster_ips: [].into(),
         hairpin: [].into(),
         affinity: None,
-        source_ranges: [].into(),
+        sources: [None, None],
     }
 }
 

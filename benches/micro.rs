@@ -120,12 +120,14 @@ fn compile(criterion: &mut Criterion) {
         group.bench_function(BenchmarkId::new("all", size), |bencher| {
             bencher.iter(|| {
                 for service in &workload.services {
-                    black_box(compile::plan(&before, &service.name, &settings, None));
+                    let plan = compile::plan(&before, &service.name, &settings, None);
+                    black_box(plan).expect("a service of an ordinary size");
                 }
             });
         });
         let name = &workload.services[size / 2].name;
         let previous = compile::plan(&before, name, &settings, None);
+        let previous = previous.expect("a service of an ordinary size");
         let mut changed = workload.clone();
         changed.replace_endpoint(size / 2, 3);
         let after = store(&changed);
@@ -140,14 +142,14 @@ fn rules(criterion: &mut Criterion) {
     let settings = settings();
     for size in SIZES {
         let store = store(&Workload::new(size, ENDPOINTS));
-        let wanted = Reconciler::<Absent>::wanted(&store, &settings);
+        let wanted = Reconciler::<Absent>::wanted(&store, &settings).0;
         let first = diff(&Ruleset::default(), wanted.clone());
         let elements = Throughput::Elements(first.elements() as u64);
 
         let mut ruleset = group(criterion, "ruleset");
         ruleset.throughput(elements.clone());
         ruleset.bench_function(BenchmarkId::from_parameter(size), |bencher| {
-            bencher.iter_with_large_drop(|| Reconciler::<Absent>::wanted(&store, &settings));
+            bencher.iter_with_large_drop(|| Reconciler::<Absent>::wanted(&store, &settings).0);
         });
         ruleset.finish();
 

@@ -288,7 +288,7 @@ fn wanted(workload: &Workload) -> Ruleset {
     for event in workload.lists() {
         store.apply(event, &mut changes);
     }
-    Reconciler::<Nftables>::wanted(&store, &settings())
+    Reconciler::<Nftables>::wanted(&store, &settings()).0
 }
 
 /// What a probe waits while the rules are written so often.

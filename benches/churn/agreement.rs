@@ -67,7 +67,7 @@ fn wanted(api: &FakeApi) -> Ruleset {
         detect_local: DetectLocal::ClusterCidr(cidrs.collect()),
         ..Settings::default()
     };
-    Reconciler::<Nftables>::wanted(&store, &settings)
+    Reconciler::<Nftables>::wanted(&store, &settings).0
 }
 
 /// Takes away the chains that are not wanted and to which no element leads.

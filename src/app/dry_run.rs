@@ -18,7 +18,10 @@ use crate::ruleset::{Ruleset, text};
 /// Prints the rules for the objects as they are now.
 pub(super) fn run(args: &Args, node_name: &str, settings: &Settings) -> Result<(), Error> {
     let (store, mut policies) = single_threaded()?.block_on(collect(args, node_name, settings))?;
-    let mut wanted = Reconciler::<Nftables>::wanted(&store, settings);
+    let (mut wanted, notices) = Reconciler::<Nftables>::wanted(&store, settings);
+    for notice in &notices {
+        Log.notice(notice);
+    }
     policies.update();
     wanted.tables.extend(policies.ruleset().tables);
     print(|out| print_ruleset(&store, &policies, &wanted, out))

@@ -35,16 +35,19 @@
 //! validating the table again.
 
 mod chains;
+mod change;
 mod layout;
 mod plan;
 mod service;
 mod settings;
+mod size;
 mod skeleton;
 mod sources;
 mod topology;
 
 pub use crate::model::NodePortAddresses;
 pub use chains::{Handle, LearnAt, Role, SharedChain, is_bound_to_node};
+pub use change::{Edit, PlanChange};
 pub use layout::{
     By, Clients, MOST_CLIENTS, Scope, ServiceSet, TABLE, affinity_declaration, table_family,
     table_id,
@@ -52,5 +55,6 @@ pub use layout::{
 pub use plan::{Affinity, ElementOf, Frontend, Pool, Route, ServicePlan, Target};
 pub use service::plan;
 pub use settings::{DetectLocal, LocalDetector, MasqueradeBit, Settings};
+pub use size::TooLarge;
 pub use skeleton::skeleton;
 pub use sources::SourceList;

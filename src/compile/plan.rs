@@ -1,5 +1,6 @@
 //! What one service contributes to the tables, and the elements and chains that follow from it.
 
+use std::collections::{BTreeSet, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -76,6 +77,8 @@ pub struct Pool {
 pub struct Frontend {
     /// Address, protocol and port.
     pub at: Claim,
+    /// The family of its packets, which the claim of a NodePort does not say.
+    pub family: Family,
     /// What happens to its packets.
     pub route: Route,
     /// Whether the source ranges of the service apply.
@@ -87,16 +90,16 @@ pub struct Frontend {
 pub enum Route {
     /// They go to the endpoints of a pool, through a chain of this role; without an endpoint
     /// they are refused.
-    Balance(Role, u16),
+    Balance(Role, usize),
     /// They go to the endpoints of a pool; without one they are dropped, because there are
     /// endpoints elsewhere.
-    BalanceOrDrop(Role, u16),
+    BalanceOrDrop(Role, usize),
     /// External policy Local: the pool for traffic of this node, and the one for all others.
     LocalPolicy {
         /// The endpoints of the cluster.
-        cluster: u16,
+        cluster: usize,
         /// The endpoints on this node.
-        local: u16,
+        local: usize,
     },
 }
 
@@ -105,7 +108,7 @@ pub type ElementOf = (ServiceSet, Element);
 
 impl Route {
     /// The pool of the family's endpoints as the policy of the frontend sees them first.
-    pub fn first_pool(&self) -> u16 {
+    pub fn first_pool(&self) -> usize {
         match self {
             Route::Balance(_, pool) | Route::BalanceOrDrop(_, pool) => *pool,
             Route::LocalPolicy { cluster, .. } => *cluster,
@@ -134,6 +137,7 @@ impl Frontend {
 }
 
 /// Where a verdict element leads.
+#[derive(PartialEq, Eq)]
 enum Goal {
     Chain(SharedChain),
     Refuse,
@@ -150,15 +154,27 @@ impl Goal {
     }
 }
 
+/// All that the verdict elements of a frontend say.
+#[derive(PartialEq, Eq)]
+pub(super) struct Leads<'a> {
+    goal: Goal,
+    /// The source ranges that packets have to come from.
+    sources: Option<&'a SourceList>,
+    /// Where clients outside of this node go, with external policy Local.
+    local: Option<SharedChain>,
+    learn: Option<SharedChain>,
+    label: &'a Arc<str>,
+}
+
 impl ServicePlan {
-    fn pool(&self, index: u16) -> Option<&Pool> {
-        self.pools.get(usize::from(index))
+    fn pool(&self, index: usize) -> Option<&Pool> {
+        self.pools.get(index)
     }
 
     fn of_family(&self, family: Family) -> impl Iterator<Item = (&Frontend, &Pool)> + '_ {
         self.frontends.iter().filter_map(move |frontend| {
             let pool = self.pool(frontend.route.first_pool())?;
-            (pool.family == family).then_some((frontend, pool))
+            (frontend.family == family).then_some((frontend, pool))
         })
     }
 
@@ -212,7 +228,7 @@ impl ServicePlan {
     /// Whether a family's traffic is dropped because a policy Local finds endpoints elsewhere and
     /// none on this node: by the internal policy, and by the external one.
     pub fn no_local_endpoints(&self, family: Family) -> [bool; 2] {
-        let lacks = |pool: u16| self.pool(pool).is_some_and(|pool| pool.targets.is_empty());
+        let lacks = |pool: usize| self.pool(pool).is_some_and(|pool| pool.targets.is_empty());
         let (mut internal, mut external) = (false, false);
         for (frontend, _) in self.of_family(family) {
             match frontend.route {
@@ -229,53 +245,69 @@ impl ServicePlan {
     /// The elements that belong to this service alone, for the table of a family.
     pub fn own_elements(&self, family: Family) -> Vec<ElementOf> {
         let mut elements = Vec::new();
-        for (frontend, pool) in self.of_family(family) {
-            self.frontend_elements(frontend, pool, &mut elements);
+        for (frontend, _) in self.of_family(family) {
+            self.lead_elements(frontend, &mut elements);
+            for (scope, targets) in SCOPES.into_iter().zip(self.targets(frontend)) {
+                elements.reserve(targets.len());
+                for (index, target) in targets.iter().enumerate() {
+                    elements.push(endpoint_element(frontend, scope, index, *target));
+                }
+            }
         }
         elements
     }
 
-    fn frontend_elements(&self, frontend: &Frontend, pool: &Pool, elements: &mut Vec<ElementOf>) {
+    /// What the verdict elements of a frontend say.
+    pub(super) fn leads(&self, frontend: &Frontend) -> Option<Leads<'_>> {
+        let goal = self.goal(frontend);
+        let leads_on = matches!(goal, Goal::Chain(_));
+        let affinity = self.affinity.as_ref().filter(|_| leads_on);
+        Some(Leads {
+            goal,
+            sources: self
+                .sources(frontend.family)
+                .filter(|_| frontend.firewalled),
+            local: self.local_chain(frontend).map(|(_, chain)| chain),
+            learn: affinity.map(Affinity::learn),
+            label: &self.pool(frontend.route.first_pool())?.label,
+        })
+    }
+
+    /// The elements that say where a frontend's packets go, and who may send any.
+    pub(super) fn lead_elements(&self, frontend: &Frontend, elements: &mut Vec<ElementOf>) {
+        let Some(leads) = self.leads(frontend) else {
+            return;
+        };
         let (by, at) = (frontend.by(), frontend.key());
         let mut lead = |set: ServiceSet, verdict: Verdict| {
             let element = Element::with_verdict(at.clone().finish(), verdict);
-            elements.push((set, element.comment(&pool.label)));
+            elements.push((set, element.comment(leads.label)));
         };
-        let goal = self.goal(frontend);
-        match self.source_chain(frontend, pool.family) {
-            Some(chain) => {
-                lead(by.frontends(Scope::Cluster), Verdict::Goto(chain.name()));
-                lead(ServiceSet::FirewalledFrontends, goal.verdict());
+        match leads.sources {
+            Some(list) => {
+                lead(by.frontends(Scope::Cluster), Verdict::Goto(list.name()));
+                lead(ServiceSet::FirewalledFrontends, leads.goal.verdict());
             }
-            None => lead(by.frontends(Scope::Cluster), goal.verdict()),
+            None => lead(by.frontends(Scope::Cluster), leads.goal.verdict()),
         }
-        let local = self.local_chain(frontend);
-        if let Some((_, chain)) = &local {
+        if let Some(chain) = leads.local {
             lead(by.frontends(Scope::Local), Verdict::Goto(chain.name()));
         }
-        let leads_on = matches!(goal, Goal::Chain(_));
-        if let Some(affinity) = self.affinity.as_ref().filter(|_| leads_on) {
-            lead(by.affinity(), Verdict::Goto(affinity.learn().name()));
-        }
-        // ClusterIPs with internal policy Local find their endpoints where all ClusterIPs do.
-        let pools = [(pool, Scope::Cluster)]
-            .into_iter()
-            .chain(local.map(|(pool, _)| (pool, Scope::Local)));
-        for (pool, scope) in pools {
-            let map = by.endpoints(scope);
-            elements.reserve(pool.targets.len());
-            for (index, (address, port)) in (0u32..).zip(&pool.targets) {
-                let key = at.clone().number(index).finish();
-                let data = Data::build().address(*address).port(*port).finish();
-                elements.push((map, Element::with_data(key, data)));
-            }
+        if let Some(learn) = leads.learn {
+            lead(by.affinity(), Verdict::Goto(learn.name()));
         }
     }
 
-    /// The source ranges that the packets of a frontend in a family have to come from.
-    fn source_chain(&self, frontend: &Frontend, family: Family) -> Option<SharedChain> {
-        let list = self.sources(family).filter(|_| frontend.firewalled)?;
-        Some(SharedChain::Sources(list.clone()))
+    /// The endpoints of a frontend by index, in the map of each of [`SCOPES`]. As many as the
+    /// chains draw from that its verdict elements lead to.
+    pub(super) fn targets(&self, frontend: &Frontend) -> [&[Target]; 2] {
+        let first = self.pool(frontend.route.first_pool());
+        // ClusterIPs with internal policy Local find their endpoints where all ClusterIPs do.
+        let local = match frontend.route {
+            Route::LocalPolicy { local, .. } => self.pool(local),
+            Route::Balance(..) | Route::BalanceOrDrop(..) => None,
+        };
+        [first, local].map(|pool| pool.map_or(&[][..], |pool| &*pool.targets))
     }
 
     /// The source ranges in a family, if they keep any client of it out.
@@ -289,36 +321,66 @@ impl ServicePlan {
 
     /// The elements that other services may ask for too, for the table of a family.
     pub fn shared_elements(&self, family: Family) -> Vec<ElementOf> {
-        let of_family = |addresses: &'_ [IpAddr]| {
+        let lists = [
+            (ServiceSet::ClusterIps, &self.cluster_ips),
+            (ServiceSet::Hairpin, &self.hairpin),
+        ];
+        let of_family = lists.into_iter().flat_map(|(set, addresses)| {
             let own = addresses.iter().copied();
-            own.filter(|address| Family::of(*address) == family)
-                .collect::<Vec<_>>()
-        };
-        let cluster_ips = of_family(&self.cluster_ips)
-            .into_iter()
-            .map(|address| (ServiceSet::ClusterIps, Element::new(Key::address(address))));
-        let pairs = of_family(&self.hairpin).into_iter().map(|address| {
-            let pair = Key::build().address(address).address(address).finish();
-            (ServiceSet::Hairpin, Element::new(pair))
+            let own = own.filter(|address| Family::of(*address) == family);
+            own.map(move |address| (set, Element::new(shared_key(set, address))))
         });
-        cluster_ips.chain(pairs).collect()
+        of_family.collect()
     }
 
-    /// The shared chains that the verdicts lead to, with all that those go on to. A chain that
-    /// several frontends use comes up as often.
-    pub fn chains(&self, family: Family) -> impl Iterator<Item = SharedChain> + '_ {
-        self.of_family(family).flat_map(move |(frontend, _)| {
-            let goal = match self.goal(frontend) {
+    /// The shared chains that the verdicts lead to, with all that those go on to, each once.
+    pub fn chains(&self, family: Family) -> BTreeSet<SharedChain> {
+        // Frontends of one port, side by side, mostly lead to the same.
+        let mut last = None;
+        let mut direct = HashSet::new();
+        for (frontend, _) in self.of_family(family) {
+            let led_by = (frontend.by(), &frontend.route, frontend.firewalled);
+            if last == Some(led_by) {
+                continue;
+            }
+            last = Some(led_by);
+            let Some(leads) = self.leads(frontend) else {
+                continue;
+            };
+            let goal = match leads.goal {
                 Goal::Chain(chain) => Some(chain),
                 Goal::Refuse | Goal::Drop => None,
             };
-            let local = self.local_chain(frontend).map(|(_, chain)| chain);
-            let affinity = self.affinity.as_ref().filter(|_| goal.is_some());
-            let learn = affinity.map(Affinity::learn);
-            [goal, local, learn, self.source_chain(frontend, family)]
-                .into_iter()
-                .flatten()
-                .flat_map(SharedChain::closure)
-        })
+            let sources = leads.sources.cloned().map(SharedChain::Sources);
+            let all = [goal, leads.local, leads.learn, sources];
+            direct.extend(all.into_iter().flatten());
+        }
+        direct.into_iter().flat_map(SharedChain::closure).collect()
+    }
+}
+
+/// The scopes in the order of [`ServicePlan::targets`].
+pub(super) const SCOPES: [Scope; 2] = [Scope::Cluster, Scope::Local];
+
+/// The element that leads from an index of a frontend to an endpoint.
+pub(super) fn endpoint_element(
+    frontend: &Frontend,
+    scope: Scope,
+    index: usize,
+    (address, port): Target,
+) -> ElementOf {
+    // The kernel draws numbers of 32 bits; a service is left out long before it has so many.
+    let index = u32::try_from(index).unwrap_or(u32::MAX);
+    let key = frontend.key().number(index).finish();
+    let data = Data::build().address(address).port(port).finish();
+    let map = frontend.by().endpoints(scope);
+    (map, Element::with_data(key, data))
+}
+
+/// The key of an element that several services may ask for.
+pub(super) fn shared_key(set: ServiceSet, address: IpAddr) -> Key {
+    match set {
+        ServiceSet::Hairpin => Key::build().address(address).address(address).finish(),
+        _ => Key::address(address),
     }
 }

@@ -1,6 +1,6 @@
 //! Compiles one service: which frontends it has, and which endpoints each of them leads to.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -10,10 +10,11 @@ use super::chains::Role;
 use super::layout::{Clients, Scope};
 use super::plan::{Affinity, Frontend, Pool, Route, ServicePlan, Target};
 use super::settings::{LocalDetector, Settings};
+use super::size::{self, TooLarge};
 use super::sources::SourceList;
 use super::topology;
 use crate::model::{
-    Claim, EndpointOf, Family, Node, ObjectName, Protocol, Service, ServicePort, Store,
+    Claim, EndpointOf, Family, Node, ObjectName, Protocol, Service, ServicePort, SlicesOf, Store,
     TrafficPolicy,
 };
 
@@ -21,32 +22,45 @@ use crate::model::{
 ///
 /// `previous` is the plan in force: endpoints that stay keep their index, so that a change
 /// touches no more elements than endpoints. `None` is returned for a service without any rule.
+///
+/// # Errors
+///
+/// If the service asks for more elements than one may have. Nothing of it is compiled then.
 pub fn plan(
     store: &Store,
     name: &ObjectName,
     settings: &Settings,
     previous: Option<&ServicePlan>,
-) -> Option<ServicePlan> {
-    let service = store.service(name).filter(|s| s.has_frontends())?;
+) -> Result<Option<ServicePlan>, TooLarge> {
+    let Some(service) = store.service(name).filter(|s| s.has_frontends()) else {
+        return Ok(None);
+    };
+    let slices = store.slices_of(name);
+    let node = store.node().map(|node| &**node);
+    size::check(service, &slices, node)?;
     let mut compiler = Compiler {
         store,
         service,
         settings,
-        node: store.node().map(|node| &**node),
-        previous,
+        node,
+        slices,
+        previous: previous.map_or_else(HashMap::new, by_port),
         frontends: Vec::new(),
+        known: HashSet::new(),
         pools: Vec::new(),
-        hairpin: BTreeSet::new(),
+        hairpin: Vec::new(),
     };
     for family in Family::ALL {
         compiler.family(family);
     }
     let cluster_ips: BTreeSet<IpAddr> = service.cluster_ips.iter().copied().collect();
+    compiler.hairpin.sort_unstable();
+    compiler.hairpin.dedup();
     let plan = ServicePlan {
         frontends: compiler.frontends.into(),
         pools: compiler.pools.into(),
         cluster_ips: cluster_ips.into_iter().collect(),
-        hairpin: compiler.hairpin.into_iter().collect(),
+        hairpin: compiler.hairpin.into(),
         affinity: service.affinity_seconds.map(|seconds| Affinity {
             clients: Clients::of(name.namespace()),
             seconds,
@@ -55,7 +69,19 @@ pub fn plan(
             .map(|family| sources(service, family, store.node().map(|node| &**node), previous)),
     };
     let empty = plan.frontends.is_empty() && plan.cluster_ips.is_empty();
-    (!empty).then_some(plan)
+    Ok((!empty).then_some(plan))
+}
+
+/// What identifies a pool: label, protocol, family and scope.
+type PoolKey<'a> = (&'a str, Protocol, Family, Scope);
+
+fn by_port(plan: &ServicePlan) -> HashMap<PoolKey<'_>, &[Target]> {
+    let pools = plan.pools.iter();
+    let keyed = pools.map(|pool| {
+        let key = (&*pool.label, pool.protocol, pool.family, pool.scope);
+        (key, &*pool.targets)
+    });
+    keyed.collect()
 }
 
 /// Whether the source ranges keep anyone of a family out.
@@ -100,10 +126,14 @@ struct Compiler<'a> {
     service: &'a Service,
     settings: &'a Settings,
     node: Option<&'a Node>,
-    previous: Option<&'a ServicePlan>,
+    slices: SlicesOf<'a>,
+    /// The endpoints of the plan in force.
+    previous: HashMap<PoolKey<'a>, &'a [Target]>,
     frontends: Vec<Frontend>,
+    /// What there is a frontend for already.
+    known: HashSet<(Claim, Family)>,
     pools: Vec<Pool>,
-    hairpin: BTreeSet<IpAddr>,
+    hairpin: Vec<IpAddr>,
 }
 
 /// The pools of one service port in one family, as they are needed.
@@ -112,8 +142,8 @@ struct PortPools<'a> {
     label: Arc<str>,
     family: Family,
     endpoints: Vec<EndpointOf<'a>>,
-    cluster: Option<u16>,
-    local: Option<u16>,
+    cluster: Option<usize>,
+    local: Option<usize>,
 }
 
 impl<'a> Compiler<'a> {
@@ -135,7 +165,7 @@ impl<'a> Compiler<'a> {
                 port,
                 label: label(&service.name, &port.name),
                 family,
-                endpoints: self.store.endpoints(&service.name, port, family),
+                endpoints: self.slices.endpoints(port, family),
                 cluster: None,
                 local: None,
             };
@@ -143,51 +173,38 @@ impl<'a> Compiler<'a> {
             // An address that comes up in several roles is handled in the first of them.
             for address in &cluster_ips {
                 let route = self.internal_route(&mut pools);
-                self.add(at(address), route, false);
+                self.add(at(address), family, route, false);
             }
             for address in &load_balancer_ips {
                 let route = self.external_route(&mut pools);
-                self.add(at(address), route, firewalled);
+                self.add(at(address), family, route, firewalled);
             }
             for address in &external_ips {
                 let route = self.external_route(&mut pools);
-                self.add(at(address), route, false);
+                self.add(at(address), family, route, false);
             }
             if let Some(number) = port.node_port.filter(|_| !cluster_ips.is_empty()) {
                 let route = self.external_route(&mut pools);
-                self.add(Claim::NodePort(port.protocol, number), route, false);
+                self.add(Claim::NodePort(port.protocol, number), family, route, false);
             }
         }
     }
 
     /// Adds a frontend unless an older service has it, or this one in another role.
-    fn add(&mut self, at: Claim, route: Option<Route>, firewalled: bool) {
+    fn add(&mut self, at: Claim, family: Family, route: Route, firewalled: bool) {
         let ours = self.store.owner(&at) == Some(&self.service.name);
-        // The NodePort of a dual-stack service comes up once a family.
-        let again = self.frontends.iter().any(|frontend| {
-            frontend.at == at
-                && self.family_of(frontend) == route.as_ref().map(|r| self.family_at(r))
-        });
-        if let (true, false, Some(route)) = (ours, again, route) {
+        if ours && self.known.insert((at, family)) {
             self.frontends.push(Frontend {
                 at,
+                family,
                 route,
                 firewalled,
             });
         }
     }
 
-    fn family_of(&self, frontend: &Frontend) -> Option<Family> {
-        Some(self.family_at(&frontend.route))
-    }
-
-    fn family_at(&self, route: &Route) -> Family {
-        let pool = self.pools.get(usize::from(route.first_pool()));
-        pool.map_or(Family::V4, |pool| pool.family)
-    }
-
     /// The route of a ClusterIP (`internalTrafficPolicy`).
-    fn internal_route(&mut self, pools: &mut PortPools<'a>) -> Option<Route> {
+    fn internal_route(&mut self, pools: &mut PortPools<'a>) -> Route {
         let masquerade_all = self.settings.masquerade_all;
         let role = match self.settings.detector(pools.family) {
             _ if masquerade_all => Role::External,
@@ -195,50 +212,52 @@ impl<'a> Compiler<'a> {
             LocalDetector::PodNetworks | LocalDetector::Interface(_) => Role::Cluster,
         };
         match self.service.internal_policy {
-            TrafficPolicy::Cluster => Some(Route::Balance(role, self.cluster_pool(pools)?)),
+            TrafficPolicy::Cluster => Route::Balance(role, self.cluster_pool(pools)),
             TrafficPolicy::Local => {
                 let elsewhere = !topology::cluster(&pools.endpoints, self.node).is_empty();
-                let local = self.local_pool(pools)?;
-                Some(if elsewhere {
+                let local = self.local_pool(pools);
+                if elsewhere {
                     Route::BalanceOrDrop(role, local)
                 } else {
                     Route::Balance(role, local)
-                })
+                }
             }
         }
     }
 
     /// The route of any other frontend (`externalTrafficPolicy`).
-    fn external_route(&mut self, pools: &mut PortPools<'a>) -> Option<Route> {
-        let cluster = self.cluster_pool(pools)?;
+    fn external_route(&mut self, pools: &mut PortPools<'a>) -> Route {
+        let cluster = self.cluster_pool(pools);
         match self.service.external_policy {
-            TrafficPolicy::Cluster => Some(Route::Balance(Role::External, cluster)),
-            TrafficPolicy::Local => Some(Route::LocalPolicy {
+            TrafficPolicy::Cluster => Route::Balance(Role::External, cluster),
+            TrafficPolicy::Local => Route::LocalPolicy {
                 cluster,
-                local: self.local_pool(pools)?,
-            }),
+                local: self.local_pool(pools),
+            },
         }
     }
 
-    fn cluster_pool(&mut self, pools: &mut PortPools<'a>) -> Option<u16> {
-        if pools.cluster.is_none() {
-            let chosen = topology::cluster(&pools.endpoints, self.node);
-            pools.cluster = self.pool(pools, Scope::Cluster, &chosen);
+    fn cluster_pool(&mut self, pools: &mut PortPools<'a>) -> usize {
+        if let Some(pool) = pools.cluster {
+            return pool;
         }
-        pools.cluster
+        let chosen = topology::cluster(&pools.endpoints, self.node);
+        *pools
+            .cluster
+            .insert(self.pool(pools, Scope::Cluster, &chosen))
     }
 
-    fn local_pool(&mut self, pools: &mut PortPools<'a>) -> Option<u16> {
-        if pools.local.is_none() {
-            let chosen = topology::local(&pools.endpoints, self.node);
-            pools.local = self.pool(pools, Scope::Local, &chosen);
+    fn local_pool(&mut self, pools: &mut PortPools<'a>) -> usize {
+        if let Some(pool) = pools.local {
+            return pool;
         }
-        pools.local
+        let chosen = topology::local(&pools.endpoints, self.node);
+        *pools.local.insert(self.pool(pools, Scope::Local, &chosen))
     }
 
-    /// Makes a pool and returns its index; `None` when a service has more than the index holds.
-    fn pool(&mut self, pools: &PortPools<'a>, scope: Scope, chosen: &[EndpointOf]) -> Option<u16> {
-        let index = u16::try_from(self.pools.len()).ok()?;
+    /// Makes a pool and returns its index.
+    fn pool(&mut self, pools: &PortPools<'a>, scope: Scope, chosen: &[EndpointOf]) -> usize {
+        let index = self.pools.len();
         let node = self.node.map(|node| &*node.name);
         self.hairpin.extend(
             chosen
@@ -246,27 +265,21 @@ impl<'a> Compiler<'a> {
                 .filter(|e| topology::may_be_on(e, node))
                 .map(|e| e.endpoint.address),
         );
-        let previous = self.previous.and_then(|plan| {
-            plan.pools.iter().find(|pool| {
-                pool.label == pools.label
-                    && pool.protocol == pools.port.protocol
-                    && pool.family == pools.family
-                    && pool.scope == scope
-            })
-        });
-        let previous = previous.map_or(&[][..], |pool| &*pool.targets);
+        let key = (&*pools.label, pools.port.protocol, pools.family, scope);
+        let previous = self.previous.get(&key).copied().unwrap_or_default();
+        let targets = assign(previous, chosen.iter().map(EndpointOf::target).collect());
         self.pools.push(Pool {
             label: pools.label.clone(),
             protocol: pools.port.protocol,
             family: pools.family,
             scope,
-            targets: assign(previous, chosen.iter().map(EndpointOf::target).collect()),
+            targets,
             unchosen: match pools.port.protocol {
                 Protocol::Udp => topology::unchosen(&pools.endpoints, chosen),
                 Protocol::Tcp | Protocol::Sctp => Box::default(),
             },
         });
-        Some(index)
+        index
     }
 }
 
@@ -281,7 +294,7 @@ fn label(service: &ObjectName, port: &str) -> Arc<str> {
 /// Gives every endpoint an index: those that stay keep theirs where they can, holes are filled
 /// from the end and with the new ones.
 fn assign(previous: &[Target], wanted: Vec<Target>) -> Box<[Target]> {
-    let kept: BTreeSet<Target> = previous.iter().copied().collect();
+    let kept: HashSet<Target> = previous.iter().copied().collect();
     // `wanted` is sorted and unique.
     let is_wanted = |target: &Target| wanted.binary_search(target).is_ok();
     let mut slots: Vec<Option<Target>> = previous

@@ -81,7 +81,8 @@ fn action(reason: Reason) -> &'static str {
         | Reason::UnknownKind
         | Reason::Conflict
         | Reason::OrphanSlice
-        | Reason::OtherProxy => "ReadObject",
+        | Reason::OtherProxy
+        | Reason::TooLarge => "ReadObject",
         Reason::ApiServer | Reason::NodeMissing => "WatchObjects",
         Reason::KernelRefused
         | Reason::ForeignChange

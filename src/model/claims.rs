@@ -408,9 +408,11 @@ fn cluster_ips(service: Option<&Service>) -> BTreeSet<IpAddr> {
     addresses.copied().collect()
 }
 
-/// Everything a service wants for itself alone, sorted, each claim once with its best rank.
+/// Everything a service wants for itself alone, sorted, each claim once with its best rank. Nothing for
+/// one with more frontends than a service may have.
 fn wishes(service: Option<&Service>) -> Vec<Wish> {
-    let Some(service) = service.filter(|service| service.has_frontends()) else {
+    let wants = |service: &&Service| service.has_frontends() && !service.is_oversized();
+    let Some(service) = service.filter(wants) else {
         return Vec::new();
     };
     let addresses = [

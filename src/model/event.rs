@@ -275,6 +275,8 @@ pub enum Reason {
     NodeMissing,
     /// The kernel refused what an object asked for.
     KernelRefused,
+    /// A service asks for more set elements than one may have.
+    TooLarge,
     /// Somebody else changed nftlet's tables.
     ForeignChange,
     /// The port of a health check cannot be listened on.
@@ -293,7 +295,7 @@ pub enum Reason {
 
 impl Reason {
     /// All of them.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 19] = [
         Self::InvalidField,
         Self::InvalidObject,
         Self::InvalidPolicy,
@@ -305,6 +307,7 @@ impl Reason {
         Self::ApiServer,
         Self::NodeMissing,
         Self::KernelRefused,
+        Self::TooLarge,
         Self::ForeignChange,
         Self::HealthCheckPort,
         Self::BridgeTraffic,
@@ -328,6 +331,7 @@ impl Reason {
             Reason::ApiServer => "ApiServer",
             Reason::NodeMissing => "NodeMissing",
             Reason::KernelRefused => "KernelRefused",
+            Reason::TooLarge => "TooLarge",
             Reason::ForeignChange => "ForeignChange",
             Reason::HealthCheckPort => "HealthCheckPort",
             Reason::BridgeTraffic => "BridgeTraffic",
@@ -357,7 +361,8 @@ impl Reason {
             | Reason::UnknownKind
             | Reason::Conflict
             | Reason::OrphanSlice
-            | Reason::OtherProxy => false,
+            | Reason::OtherProxy
+            | Reason::TooLarge => false,
             Reason::ApiServer
             | Reason::NodeMissing
             | Reason::KernelRefused

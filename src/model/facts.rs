@@ -95,6 +95,9 @@ pub enum TrafficPolicy {
     Local,
 }
 
+/// The most set elements that one service may ask for.
+pub const MOST_ELEMENTS: usize = 500_000;
+
 /// A Service, reduced to the fields that become rules.
 ///
 /// Addresses are already parsed; the source reports and leaves out those that are malformed.
@@ -134,6 +137,17 @@ impl Service {
             ServiceKind::ClusterIp | ServiceKind::NodePort | ServiceKind::LoadBalancer => true,
             ServiceKind::ExternalName | ServiceKind::Headless | ServiceKind::OtherProxy => false,
         }
+    }
+
+    /// Whether its ports and addresses alone ask for more than [`MOST_ELEMENTS`].
+    pub fn is_oversized(&self) -> bool {
+        let lists = [
+            &self.cluster_ips,
+            &self.load_balancer_ips,
+            &self.external_ips,
+        ];
+        let addresses: usize = lists.into_iter().map(Vec::len).sum();
+        self.ports.len().saturating_mul(addresses) > MOST_ELEMENTS
     }
 }
 

@@ -18,8 +18,8 @@ mod store;
 pub use claims::{Claim, ClaimChanges, Claims, Reserved};
 pub use event::{Delivery, Event, Kind, Notice, Object, ObjectRef, Reason, Subject};
 pub use facts::{
-    Endpoint, EndpointSlice, Family, Hints, Node, Protocol, Service, ServiceCidr, ServiceKind,
-    ServicePort, SlicePort, TrafficPolicy,
+    Endpoint, EndpointSlice, Family, Hints, MOST_ELEMENTS, Node, Protocol, Service, ServiceCidr,
+    ServiceKind, ServicePort, SlicePort, TrafficPolicy,
 };
 pub use lists::Lists;
 pub use name::ObjectName;
@@ -28,4 +28,4 @@ pub use policy::{
     Evidence, LabelSelector, Labels, NAMESPACE_NAME, NamedPort, Namespace, NetworkPolicy, Peer,
     Pod, PolicyPort, PolicyRule, PortMatch, Requirement, Sandbox,
 };
-pub use store::{Changes, EndpointOf, Store};
+pub use store::{Changes, EndpointOf, SlicesOf, Store};

@@ -2,7 +2,6 @@
 //!
 //! Events of other kinds ([`Kind::POLICY`]) mean nothing here.
 
-use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -12,9 +11,12 @@ use smallvec::SmallVec;
 use super::claims::{Claim, ClaimChanges, Claims, Reserved};
 use super::{
     Endpoint, EndpointSlice, Event, Family, Kind, Lists, Node, NodePortAddresses, Notice, Object,
-    ObjectName, ObjectRef, Reason, Service, ServiceCidr, ServiceKind, ServicePort, Subject,
-    refusals,
+    ObjectName, ObjectRef, Reason, Service, ServiceCidr, ServiceKind, Subject, refusals,
 };
+
+mod slices;
+
+pub use slices::SlicesOf;
 
 /// What a batch of events changed. Collected over events, taken by the reconciler.
 #[derive(Debug, Default)]
@@ -160,53 +162,10 @@ impl Store {
         self.claims.owns_health_check(service, port)
     }
 
-    /// The endpoints of a service port in one family, sorted by address and port, each once.
-    ///
-    /// The same address and port in several slices, or twice in one, counts once: one that is not
-    /// terminating before another, then one that is ready, then one that serves, then the one of
-    /// the newer slice, then the later one.
-    pub fn endpoints(
-        &self,
-        service: &ObjectName,
-        port: &ServicePort,
-        family: Family,
-    ) -> Vec<EndpointOf<'_>> {
-        let slices = self.slices_of.get(service).into_iter().flatten();
-        let slices = slices.filter_map(|name| self.slices.get(name));
-        let mut slices: Vec<&EndpointSlice> =
-            slices.filter(|slice| slice.family == family).collect();
-        // A file written by hand has no date and counts as new, as for services.
-        slices.sort_by_key(|slice| Reverse((slice.created.unwrap_or(i64::MAX), &slice.name)));
-        let mut found: Vec<EndpointOf> = Vec::new();
-        for slice in slices {
-            let ports = slice.ports.iter();
-            for of in ports.filter(|p| p.name == port.name && p.protocol == port.protocol) {
-                let endpoints = slice.endpoints.iter().rev();
-                found.extend(endpoints.map(|endpoint| EndpointOf {
-                    endpoint,
-                    port: of.port,
-                }));
-            }
-        }
-        // Of equals the first one stays, which is the latest.
-        found.sort_by_key(|e| {
-            let Endpoint {
-                terminating,
-                ready,
-                serving,
-                ..
-            } = *e.endpoint;
-            (e.target(), terminating, !ready, !serving)
-        });
-        found.dedup_by_key(|e| e.target());
-        found
-    }
-
-    /// How many endpoints the slices of a service have, whoever of them is used.
-    pub fn endpoints_of(&self, service: &ObjectName) -> usize {
-        let slices = self.slices_of.get(service).into_iter().flatten();
-        let slices = slices.filter_map(|name| self.slices.get(name));
-        slices.map(|slice| slice.endpoints.len()).sum()
+    /// The slices of a service.
+    pub fn slices_of(&self, service: &ObjectName) -> SlicesOf<'_> {
+        let names = self.slices_of.get(service).into_iter().flatten();
+        SlicesOf::new(names.filter_map(|name| self.slices.get(name)))
     }
 
     /// Takes over one event and notes what it changed.

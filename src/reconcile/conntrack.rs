@@ -208,14 +208,14 @@ impl Work {
 /// The UDP frontends of a plan with their serving endpoints.
 fn fronts(plan: Option<&ServicePlan>) -> impl Iterator<Item = (Front, Serving)> + '_ {
     // Frontends of one port mostly share a pool, and stand side by side.
-    let mut last: Option<(u16, Serving)> = None;
+    let mut last: Option<(usize, Serving)> = None;
     let frontends = plan.into_iter().flat_map(|plan| {
         let frontends = plan.frontends.iter();
         frontends.map(move |frontend| (plan, frontend))
     });
     frontends.filter_map(move |(plan, frontend)| {
         let index = frontend.route.first_pool();
-        let pool = plan.pools.get(usize::from(index))?;
+        let pool = plan.pools.get(index)?;
         let front = match frontend.at {
             Claim::Address(address, Protocol::Udp, port) => {
                 Front::Address(SocketAddr::new(address, port))

@@ -36,9 +36,9 @@ impl HealthChecks {
         self.changed.insert(service.clone());
     }
 
-    /// The rules of the changed services are in force, except for those that `left_out` names:
+    /// The rules of the changed services are in force, except for those that `left_out` picks:
     /// nothing arrives at their endpoints.
-    pub fn publish(&mut self, store: &Store, left_out: &BTreeSet<ObjectName>) {
+    pub fn publish(&mut self, store: &Store, left_out: impl Fn(&ObjectName) -> bool) {
         let changed = std::mem::take(&mut self.changed);
         // A port may go from one of them to another.
         let given_up: Vec<u16> = changed
@@ -47,7 +47,7 @@ impl HealthChecks {
             .collect();
         let mut wanted = Checks::new();
         for name in changed {
-            let Some((port, check)) = wanted_of(store, &name, left_out.contains(&name)) else {
+            let Some((port, check)) = wanted_of(store, &name, left_out(&name)) else {
                 continue;
             };
             self.ports.insert(name, port);
@@ -95,9 +95,10 @@ fn wanted_of(store: &Store, name: &ObjectName, left_out: bool) -> Option<(u16, C
 pub fn local_ready_endpoints(store: &Store, service: &Service) -> usize {
     let Some(node) = store.node() else { return 0 };
     let ports = service.ports.iter();
+    let slices = store.slices_of(&service.name);
     let pairs = ports.flat_map(|port| Family::ALL.map(|family| (port, family)));
     let addresses: BTreeSet<IpAddr> = pairs
-        .flat_map(|(port, family)| store.endpoints(&service.name, port, family))
+        .flat_map(|(port, family)| slices.endpoints(port, family))
         .map(|of| of.endpoint)
         .filter(|endpoint| endpoint.ready && endpoint.node.as_deref() == Some(&node.name))
         .map(|endpoint| endpoint.address)
@@ -209,7 +210,8 @@ mod tests {
         }
 
         fn publish(&mut self) {
-            self.checks.publish(&self.store, &self.left_out);
+            self.checks
+                .publish(&self.store, |name| self.left_out.contains(name));
         }
 
         fn apply(&mut self, object: Object) -> Vec<String> {

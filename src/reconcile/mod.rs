@@ -33,6 +33,7 @@ mod repair;
 mod report;
 mod run;
 mod schedule;
+mod update;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -40,10 +41,13 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
-use crate::compile::{self, Settings};
+use crate::compile::{self, Settings, TooLarge};
 use crate::health::Checks;
 use crate::metrics::Metrics;
-use crate::model::{Changes, Delivery, Event, Family, Kind, Node, Notice, ObjectName, Store};
+use crate::model::{
+    Changes, Delivery, Event, Family, Kind, Node, Notice, ObjectName, ObjectRef, Reason, Store,
+    Subject,
+};
 use crate::netlink;
 use crate::policy::Engine;
 use crate::ruleset::{Ruleset, Transaction};
@@ -57,11 +61,11 @@ pub use questions::Question;
 pub use report::{Log, LogAndSend, Reporter};
 pub use run::{Exit, Signals, run};
 
-use affinity::Suspects;
-use conntrack::{Front, Work};
+use conntrack::Work;
 use health_checks::HealthChecks;
 use policies::{Followers, Policies};
-use programmed::{Draft, Effects};
+use portions::Queue;
+use programmed::Effects;
 
 /// How many events that wait for their rules are timed; the kernel may be out of order for long.
 const MOST_WAITING: usize = 1 << 16;
@@ -78,6 +82,12 @@ pub struct Reconciler<'a, K> {
     programmed: Programmed,
     /// Services the kernel refused; left out until they change or `forgive` is called.
     refused: BTreeSet<ObjectName>,
+    /// Services that ask for more elements than one may have; left out until they ask for fewer.
+    too_large: BTreeSet<ObjectName>,
+    /// Changes that are written in portions.
+    queue: Queue,
+    /// The elements of a portion.
+    portion: usize,
     state: State,
     metrics: &'a Metrics,
     reporter: &'a dyn Reporter,
@@ -149,6 +159,11 @@ impl Parts {
         services: true,
         policies: true,
     };
+    /// The services alone.
+    pub const SERVICES: Self = Self {
+        services: true,
+        policies: false,
+    };
 }
 
 /// What was achieved in each part; `None` in one that was left alone.
@@ -188,6 +203,9 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
             store: settings.store(Store::default()),
             settings,
             refused: BTreeSet::new(),
+            too_large: BTreeSet::new(),
+            queue: Queue::default(),
+            portion: portions::MOST_ELEMENTS,
             state: State::Listing,
             metrics,
             reporter,
@@ -208,6 +226,13 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
             doubtful: false,
             writes: 0,
         }
+    }
+
+    /// With so many elements in a portion of a large change, about.
+    #[must_use]
+    pub fn with_portions_of(mut self, elements: usize) -> Self {
+        self.portion = elements;
+        self
     }
 
     /// With what stands in for the own node while its object is missing.
@@ -285,21 +310,39 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         &self.store
     }
 
-    /// The rules the objects ask for, from scratch, as a new process would compile them.
-    pub fn wanted(store: &Store, settings: &Settings) -> Ruleset {
+    /// The rules the objects ask for, from scratch, as a new process would compile them. Services
+    /// that ask for too much are left out and named.
+    pub fn wanted(store: &Store, settings: &Settings) -> (Ruleset, Vec<Notice>) {
         let mut programmed = Programmed::new(settings.clone());
         programmed.set_skeletons(store, None);
+        let mut notices = Vec::new();
         for service in store.services() {
-            let plan = compile::plan(store, &service.name, settings, None);
-            programmed.set_plan(&service.name, plan, &mut Effects::default(), None);
+            let name = &service.name;
+            let plan = compile::plan(store, name, settings, None).unwrap_or_else(|error| {
+                notices.push(too_large(name, error));
+                None
+            });
+            if let Some(change) = programmed.change(name, plan) {
+                programmed.replace(name, &change, &mut Effects::default(), None);
+            }
         }
-        programmed.ruleset()
+        (programmed.ruleset(), notices)
     }
 
     /// Takes over events and brings the kernel in line with them.
     pub fn handle(&mut self, deliveries: impl IntoIterator<Item = Delivery>) -> Outcome {
         self.take_over(deliveries);
-        self.work(Parts::ALL).together()
+        let mut outcome = self.work(Parts::ALL).together();
+        while outcome == Outcome::Synced && self.has_more() {
+            outcome = self.work(Parts::SERVICES).together();
+        }
+        outcome
+    }
+
+    /// Whether changes of services wait for another call of [`Reconciler::work`], because not all
+    /// of them were to be written at once.
+    pub fn has_more(&self) -> bool {
+        self.state == State::Synced && !(self.queue.is_empty() && self.changes.is_empty())
     }
 
     /// Brings parts of the rules in line with the events taken over.
@@ -352,86 +395,6 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         self.changes = changes;
     }
 
-    /// Writes what changed.
-    fn update(&mut self) -> Outcome {
-        let started = Instant::now();
-        let mut changes = std::mem::take(&mut self.changes);
-        if changes.is_empty() {
-            self.settle(&changes);
-            return Outcome::Synced;
-        }
-        let mut portions = portions::cut(&self.store, &mut changes);
-        let mut clients = Suspects::default();
-        while let Some(portion) = portions.pop_front() {
-            changes.services = portion;
-            match self.update_portion(&changes) {
-                Ok(of_portion) => clients.merge(of_portion),
-                Err(error) => {
-                    self.metrics.failure();
-                    self.reporter.failed(&error);
-                    self.state = State::Unknown;
-                    self.changes.triggered_at_ms = changes.triggered_at_ms;
-                    self.changes.services.extend(portions.into_iter().flatten());
-                    return self.resync();
-                }
-            }
-        }
-        self.metrics.sync(false, started.elapsed());
-        self.settle(&changes);
-        self.forget(clients);
-        Outcome::Synced
-    }
-
-    fn update_portion(&mut self, changes: &Changes) -> Result<Suspects, netlink::Error> {
-        for name in &changes.services {
-            tracing::trace!("Service {name} is compiled again");
-        }
-        let mut draft = Draft::default();
-        let effects = self.draft(changes, Some(&mut draft));
-        self.flows.merge(effects.flows);
-        let transaction = draft.finish(&self.programmed);
-        self.write(transaction)?;
-        Ok(effects.clients)
-    }
-
-    /// Compiles what changed, into the draft if there is one.
-    fn draft(&mut self, changes: &Changes, mut draft: Option<&mut Draft>) -> Effects {
-        if changes.node || changes.service_cidrs {
-            self.programmed
-                .set_skeletons(&self.store, draft.as_deref_mut());
-        }
-        let mut effects = Effects::default();
-        let mut set_plan = |name: &ObjectName| {
-            let plan = if self.refused.contains(name) {
-                None
-            } else {
-                let previous = self.programmed.plan(name);
-                compile::plan(&self.store, name, &self.settings, previous)
-            };
-            self.programmed
-                .set_plan(name, plan, &mut effects, draft.as_deref_mut());
-            if let Some(checks) = &mut self.health_checks {
-                checks.changed(name);
-            }
-        };
-        if changes.node {
-            // Which endpoints are local is in every service's plan.
-            let store = &self.store;
-            let gone = changes.services.iter();
-            gone.filter(|name| store.service(name).is_none())
-                .for_each(&mut set_plan);
-            store.services().for_each(|service| set_plan(&service.name));
-            // NodePorts may answer on other addresses now.
-            for plan in self.programmed.plans() {
-                let node_port = |front: &Front| matches!(front, Front::NodePort(..));
-                effects.flows.suspect(plan, node_port);
-            }
-        } else {
-            changes.services.iter().for_each(set_plan);
-        }
-        effects
-    }
-
     fn write(&mut self, transaction: Transaction) -> Result<(), netlink::Error> {
         for step in transaction.into_steps() {
             let started = Instant::now();
@@ -457,7 +420,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
     }
 
     /// Books what a successful write means.
-    fn settle(&mut self, changes: &Changes) {
+    fn settle(&mut self, triggered_at_ms: Vec<i64>) {
         self.pending = (0, 0);
         self.metrics.pending(0, 0);
         self.clean_flows();
@@ -470,20 +433,24 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
                 self.metrics.programmed(at.elapsed());
             }
         }
-        for triggered in &changes.triggered_at_ms {
-            if let Some(since) = milliseconds_since(*triggered) {
+        for triggered in triggered_at_ms {
+            if let Some(since) = milliseconds_since(triggered) {
                 self.metrics.network_programming(since);
             }
         }
         if let Some(checks) = &mut self.health_checks {
-            checks.publish(&self.store, &self.refused);
+            let (refused, too_large) = (&self.refused, &self.too_large);
+            checks.publish(&self.store, |name| {
+                refused.contains(name) || too_large.contains(name)
+            });
         }
         for kind in Kind::ALL {
             let of_policies = self.policies.as_ref().map_or(0, |p| p.engine.count(kind));
             let count = self.store.count(kind) + of_policies;
             self.metrics.objects(kind.as_str(), count);
         }
-        self.metrics.refused(self.refused.len());
+        self.metrics
+            .refused(self.refused.len() + self.too_large.len());
         self.metrics.chains(self.programmed.chains());
         self.publish_sticky();
         let no_local = self.programmed.no_local_endpoints();
@@ -554,6 +521,14 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
     fn report(&self, notice: Notice) {
         self.metrics.notice(notice.reason.as_str());
         self.reporter.notice(&notice);
+    }
+}
+
+fn too_large(service: &ObjectName, error: TooLarge) -> Notice {
+    Notice {
+        subject: Subject::Object(ObjectRef::new(Kind::Service, service.clone())),
+        reason: Reason::TooLarge,
+        message: error.to_string(),
     }
 }
 

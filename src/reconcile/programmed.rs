@@ -2,9 +2,10 @@
 //!
 //! The tables are the sum of a skeleton, the plans of all services, the elements several
 //! services ask for (counted), and the shared chains (counted). Replacing one plan yields the
-//! operations for just the elements in which it differs.
+//! operations for just the elements in which it differs. A large difference may be written some
+//! steps at a time ([`Programmed::begin`], [`Programmed::advance`]); meanwhile the tables are what
+//! the steps written so far have made of the old plan.
 
-use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Instant;
@@ -12,7 +13,8 @@ use std::time::Instant;
 use super::affinity::Suspects;
 use super::conntrack::Work;
 use crate::compile::{
-    Clients, ElementOf, ServicePlan, ServiceSet, Settings, SharedChain, skeleton, table_id,
+    Clients, Edit, ElementOf, PlanChange, ServicePlan, ServiceSet, Settings, SharedChain, skeleton,
+    table_id,
 };
 use crate::model::{Family, ObjectName, Store};
 use crate::ruleset::{
@@ -26,6 +28,8 @@ pub struct Programmed {
     skeletons: BTreeMap<Family, Table>,
     /// Shared with copies, which cost little then.
     plans: HashMap<ObjectName, Arc<ServicePlan>>,
+    /// Services whose plan is not yet in force as a whole.
+    unfinished: HashMap<ObjectName, Unfinished>,
     /// How many services ask for an element.
     shared: HashMap<(Family, ServiceSet, Key), u32>,
     /// Who uses a chain. Chains in the kernel stay here when nobody uses them.
@@ -35,10 +39,20 @@ pub struct Programmed {
     no_local_endpoints: NoLocalEndpoints,
 }
 
+/// A change of a service that is written some steps at a time.
+#[derive(Clone, Debug)]
+struct Unfinished {
+    change: Arc<PlanChange>,
+    /// How many steps were written.
+    written: usize,
+    /// About how many elements the others make.
+    left: usize,
+}
+
 /// Who uses a shared chain.
 #[derive(Clone, Copy, Debug)]
 enum Use {
-    /// So many frontends.
+    /// So many services.
     By(u32),
     /// Nobody any more, since then.
     UnusedSince(Instant),
@@ -91,12 +105,12 @@ impl Programmed {
         }
     }
 
-    /// The plan in force for a service.
+    /// The plan in force for a service, or on its way there.
     pub fn plan(&self, service: &ObjectName) -> Option<&ServicePlan> {
         self.plans.get(service).map(|plan| &**plan)
     }
 
-    /// All plans in force.
+    /// All plans in force, or on their way there.
     pub fn plans(&self) -> impl Iterator<Item = &ServicePlan> {
         self.plans.values().map(|plan| &**plan)
     }
@@ -123,51 +137,127 @@ impl Programmed {
         }
     }
 
-    /// Replaces the plan of a service, `None` for a service without rules.
+    /// How the plan of a service differs from a new one, `None` for a service without rules.
+    /// `None` is returned if it does not.
+    pub fn change(&self, service: &ObjectName, new: Option<ServicePlan>) -> Option<PlanChange> {
+        PlanChange::between(self.plans.get(service).cloned(), new.map(Arc::new))
+    }
+
+    /// Replaces the plan of a service at once.
     ///
     /// The difference is drafted, unless the tables are going to be compared with the kernel's
     /// as a whole, from which all operations follow.
-    pub fn set_plan(
+    pub fn replace(
         &mut self,
         service: &ObjectName,
-        new: Option<ServicePlan>,
+        change: &PlanChange,
         effects: &mut Effects,
         mut draft: Option<&mut Draft>,
     ) {
-        let old = self.plans.remove(service);
-        let (before, after) = (old.as_deref(), new.as_ref());
-        if before != after {
-            effects.flows.change(before, after);
-            effects.clients.replace(before, after);
-            for family in Family::ALL {
-                let table = draft
-                    .as_deref_mut()
-                    .map(|draft| draft.tables.entry(family).or_default());
-                self.replace(family, before, after, table);
+        self.take_plan(service, change, effects);
+        self.acquire_chains(change, draft.as_deref_mut());
+        for step in 0..change.len() {
+            if draft.is_some() || change.is_shared(step) {
+                change.edits(step, |family, edit| {
+                    self.edit(family, edit, draft.as_deref_mut());
+                });
             }
-            self.count_no_local(before, after);
         }
-        if let Some(new) = new {
-            self.plans.insert(service.clone(), Arc::new(new));
-        }
+        self.release_chains(change);
     }
 
-    fn replace(
+    /// Puts a plan in the place of another, to be written some steps at a time.
+    pub fn begin(&mut self, service: &ObjectName, change: Arc<PlanChange>, effects: &mut Effects) {
+        self.take_plan(service, &change, effects);
+        let unfinished = Unfinished {
+            left: change.elements(),
+            change,
+            written: 0,
+        };
+        self.unfinished.insert(service.clone(), unfinished);
+    }
+
+    /// About how many elements are yet to be written of a service's change.
+    pub fn left(&self, service: &ObjectName) -> usize {
+        let unfinished = self.unfinished.get(service);
+        unfinished.map_or(0, |unfinished| unfinished.left)
+    }
+
+    /// Drafts further steps of a change, until they make so many elements. Returns the number of
+    /// elements, and whether the plan is in force with them.
+    pub fn advance(
         &mut self,
-        family: Family,
-        old: Option<&ServicePlan>,
-        new: Option<&ServicePlan>,
-        mut draft: Option<&mut TableDraft>,
-    ) {
-        self.count_chains(family, old, new, draft.as_deref_mut());
-        self.count_shared(family, old, new, draft.as_deref_mut());
+        service: &ObjectName,
+        most: usize,
+        mut draft: Option<&mut Draft>,
+    ) -> (usize, bool) {
+        let Some(mut unfinished) = self.unfinished.remove(service) else {
+            return (0, true);
+        };
+        let change = unfinished.change.clone();
+        if unfinished.written == 0 {
+            self.acquire_chains(&change, draft.as_deref_mut());
+        }
+        let mut elements = 0;
+        while unfinished.written < change.len() && elements < most {
+            change.edits(unfinished.written, |family, edit| {
+                elements += 1;
+                self.edit(family, edit, draft.as_deref_mut());
+            });
+            unfinished.written += 1;
+        }
+        let finished = unfinished.written == change.len();
+        if finished {
+            self.release_chains(&change);
+        } else {
+            unfinished.left = unfinished.left.saturating_sub(elements);
+            self.unfinished.insert(service.clone(), unfinished);
+        }
+        (elements, finished)
+    }
+
+    fn take_plan(&mut self, service: &ObjectName, change: &PlanChange, effects: &mut Effects) {
+        let old = change.old().map(|plan| &**plan);
+        let new = change.new().map(|plan| &**plan);
+        effects.flows.change(old, new);
+        effects.clients.replace(old, new);
+        self.count_no_local(old, new);
+        match change.new() {
+            Some(new) => self.plans.insert(service.clone(), new.clone()),
+            None => self.plans.remove(service),
+        };
+    }
+
+    fn edit(&mut self, family: Family, edit: Edit, draft: Option<&mut Draft>) {
+        let draft = draft.map(|draft| draft.tables.entry(family).or_default());
+        let (set, key, acquires) = match edit {
+            Edit::Delete(set, element) => {
+                if let Some(draft) = draft {
+                    draft.delete.entry(set).or_default().push(element);
+                }
+                return;
+            }
+            Edit::Add(set, element) => {
+                if let Some(draft) = draft {
+                    draft.add.entry(set).or_default().push(element);
+                }
+                return;
+            }
+            Edit::Acquire(set, key) => (set, key, true),
+            Edit::Release(set, key) => (set, key, false),
+        };
+        let place = (family, set, key);
         if let Some(draft) = draft {
-            let elements = |plan: Option<&ServicePlan>| {
-                let mut elements = plan.map_or_else(Vec::new, |plan| plan.own_elements(family));
-                elements.sort_unstable_by(|(a, x), (b, y)| (a, &x.key).cmp(&(b, &y.key)));
-                elements
-            };
-            draft.replace(elements(old), elements(new));
+            let touched = draft.touched.entry((set, place.2.clone()));
+            touched.or_insert_with(|| self.shared.contains_key(&place));
+        }
+        if acquires {
+            *self.shared.entry(place).or_default() += 1;
+        } else if let Some(count) = self.shared.get_mut(&place) {
+            *count = count.saturating_sub(1);
+            if *count == 0 {
+                self.shared.remove(&place);
+            }
         }
     }
 
@@ -188,85 +278,70 @@ impl Programmed {
         self.no_local_endpoints
     }
 
-    fn count_chains(
-        &mut self,
-        family: Family,
-        old: Option<&ServicePlan>,
-        new: Option<&ServicePlan>,
-        mut draft: Option<&mut TableDraft>,
-    ) {
-        for chain in new.into_iter().flat_map(|plan| plan.chains(family)) {
-            let key = (family, chain);
-            if !self.chains.contains_key(&key) {
-                self.other_clients |= matches!(key.1, SharedChain::Follow(_));
-                if let Some(draft) = draft.as_deref_mut() {
-                    draft.new_chains.push(key.1.clone());
+    fn acquire_chains(&mut self, change: &PlanChange, mut draft: Option<&mut Draft>) {
+        let Some(new) = change.new() else { return };
+        for family in Family::ALL {
+            for chain in new.chains(family) {
+                let key = (family, chain);
+                if !self.chains.contains_key(&key) {
+                    self.other_clients |= matches!(key.1, SharedChain::Follow(_));
+                    if let Some(draft) = draft.as_deref_mut() {
+                        let table = draft.tables.entry(family).or_default();
+                        table.new_chains.push(key.1.clone());
+                    }
                 }
-            }
-            let users = self.chains.entry(key).or_insert(Use::By(0));
-            *users = match *users {
-                Use::By(count) => Use::By(count + 1),
-                Use::UnusedSince(_) => Use::By(1),
-            };
-        }
-        for chain in old.into_iter().flat_map(|plan| plan.chains(family)) {
-            if let Some(users) = self.chains.get_mut(&(family, chain)) {
+                let users = self.chains.entry(key).or_insert(Use::By(0));
                 *users = match *users {
-                    Use::By(count) if count > 1 => Use::By(count - 1),
-                    Use::By(_) => Use::UnusedSince(Instant::now()),
-                    unused @ Use::UnusedSince(_) => unused,
+                    Use::By(count) => Use::By(count + 1),
+                    Use::UnusedSince(_) => Use::By(1),
                 };
             }
         }
     }
 
-    fn count_shared(
-        &mut self,
-        family: Family,
-        old: Option<&ServicePlan>,
-        new: Option<&ServicePlan>,
-        mut draft: Option<&mut TableDraft>,
-    ) {
-        let elements = |plan: Option<&ServicePlan>| {
-            plan.map_or_else(Vec::new, |plan| plan.shared_elements(family))
-        };
-        let mut touch = |set: ServiceSet, key: Key, existed: bool| {
-            if let Some(draft) = draft.as_deref_mut() {
-                draft.touched.entry((set, key)).or_insert(existed);
-            }
-        };
-        for (set, element) in elements(new) {
-            let count = self
-                .shared
-                .entry((family, set, element.key.clone()))
-                .or_default();
-            touch(set, element.key, *count > 0);
-            *count += 1;
-        }
-        for (set, element) in elements(old) {
-            let key = (family, set, element.key);
-            if let Some(count) = self.shared.get_mut(&key) {
-                let existed = *count > 0;
-                *count = count.saturating_sub(1);
-                if *count == 0 {
-                    self.shared.remove(&key);
+    fn release_chains(&mut self, change: &PlanChange) {
+        let Some(old) = change.old() else { return };
+        for family in Family::ALL {
+            for chain in old.chains(family) {
+                if let Some(users) = self.chains.get_mut(&(family, chain)) {
+                    *users = match *users {
+                        Use::By(count) if count > 1 => Use::By(count - 1),
+                        Use::By(_) => Use::UnusedSince(Instant::now()),
+                        unused @ Use::UnusedSince(_) => unused,
+                    };
                 }
-                touch(set, key.2, existed);
             }
         }
+    }
+
+    /// The elements in force that belong to one service alone, of all services, those whose plans
+    /// are in force as a whole in the given order.
+    fn own_elements<'a>(
+        &'a self,
+        plans: impl Iterator<Item = (&'a ObjectName, &'a ServicePlan)> + 'a,
+        family: Family,
+    ) -> impl Iterator<Item = ElementOf> + 'a {
+        let whole = plans.filter(|(name, _)| !self.unfinished.contains_key(*name));
+        let whole = whole.flat_map(move |(_, plan)| plan.own_elements(family));
+        let unfinished = self.unfinished.values();
+        whole.chain(unfinished.flat_map(move |u| u.change.own_elements_after(u.written, family)))
+    }
+
+    fn named_plans(&self) -> impl Iterator<Item = (&ObjectName, &ServicePlan)> {
+        self.plans.iter().map(|(name, plan)| (name, &**plan))
     }
 
     /// Everything in force as a ruleset.
     pub fn ruleset(&self) -> Ruleset {
         let mut ruleset = self.frame();
         // In the order of their first frontends most elements come in the order of their keys.
-        let mut plans: Vec<&ServicePlan> = self.plans().collect();
-        plans.sort_unstable_by_key(|plan| plan.frontends.first().map(|frontend| &frontend.at));
+        let mut plans: Vec<_> = self.named_plans().collect();
+        plans.sort_unstable_by_key(|(_, plan)| plan.frontends.first().map(|first| &first.at));
         for family in self.skeletons.keys() {
             let Some(table) = ruleset.tables.get_mut(&table_id(*family)) else {
                 continue;
             };
-            let own = plans.iter().flat_map(|plan| plan.own_elements(*family));
+            let own = self.own_elements(plans.iter().copied(), *family);
             for (set, elements) in by_set(own.chain(self.shared_elements(*family))) {
                 if let Some(set) = table.sets.get_mut(&set.name()) {
                     set.elements = elements;
@@ -303,7 +378,7 @@ impl Programmed {
             let sets: BTreeMap<ServiceSet, SetOf> = names
                 .map(|set| (*set, sums.set(&id, &set.name())))
                 .collect();
-            let own = self.plans.values().flat_map(|p| p.own_elements(*family));
+            let own = self.own_elements(self.named_plans(), *family);
             for (set, element) in own.chain(self.shared_elements(*family)) {
                 if let Some(set) = sets.get(&set) {
                     sums.add(*set, &element);
@@ -387,32 +462,6 @@ impl Programmed {
                 .any(|(of, element)| of.name() == *set && element.key == *key)
         });
         owners.next().map(|(name, _)| name.clone())
-    }
-}
-
-impl TableDraft {
-    /// Drafts the difference between two lists of elements, both sorted by set and key.
-    fn replace(&mut self, before: Vec<ElementOf>, after: Vec<ElementOf>) {
-        let (mut old, mut new) = (before.into_iter().peekable(), after.into_iter().peekable());
-        loop {
-            let order = match (old.peek(), new.peek()) {
-                (Some((a, x)), Some((b, y))) => (a, &x.key).cmp(&(b, &y.key)),
-                (Some(_), None) => Ordering::Less,
-                (None, Some(_)) => Ordering::Greater,
-                (None, None) => return,
-            };
-            let gone = old.next_if(|_| order.is_le());
-            let come = new.next_if(|_| order.is_ge());
-            if gone == come {
-                continue;
-            }
-            if let Some((set, element)) = gone {
-                self.delete.entry(set).or_default().push(element);
-            }
-            if let Some((set, element)) = come {
-                self.add.entry(set).or_default().push(element);
-            }
-        }
     }
 }
 

@@ -66,6 +66,7 @@ impl<K: Kernel> Reconciler<'_, K> {
             return Outcome::Waiting;
         }
         let started = Instant::now();
+        self.abandon_portions();
         let mut changes = std::mem::take(&mut self.changes);
         let first = self.state == State::Listing;
         if first {
@@ -73,7 +74,7 @@ impl<K: Kernel> Reconciler<'_, K> {
             changes.service_cidrs = true;
             self.programmed.forget_chains();
         }
-        let effects = self.draft(&changes, None);
+        let effects = self.take_changes(&changes);
         self.flows.merge(effects.flows);
         let mut refused_before = None;
         for _ in 0..=MOST_REFUSALS {
@@ -85,7 +86,7 @@ impl<K: Kernel> Reconciler<'_, K> {
                     self.metrics.sync(true, started.elapsed());
                     self.state = State::Synced;
                     self.suspect_all_flows(done.removed.fronts);
-                    self.settle(&changes);
+                    self.settle(changes.triggered_at_ms);
                     let bound = done.removed.bound;
                     let mut clients = Suspects::default();
                     for plan in self.programmed.plans() {
@@ -241,7 +242,9 @@ impl<K: Kernel> Reconciler<'_, K> {
             return false;
         };
         let mut effects = Effects::default();
-        self.programmed.set_plan(&owner, None, &mut effects, None);
+        if let Some(change) = self.programmed.change(&owner, None) {
+            self.programmed.replace(&owner, &change, &mut effects, None);
+        }
         self.flows.merge(effects.flows);
         self.report(Notice {
             subject: Subject::Object(ObjectRef::new(Kind::Service, owner.clone())),

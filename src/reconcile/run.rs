@@ -140,7 +140,7 @@ pub async fn run<K: Kernel>(
             received = events.recv_many(&mut batch, BATCH), if open => {
                 if received == 0 {
                     open = false;
-                    if retries.is_empty() {
+                    if retries.is_empty() && !reconciler.has_more() {
                         return Exit::SourcesGone;
                     }
                     continue;
@@ -148,6 +148,11 @@ pub async fn run<K: Kernel>(
                 health.queued();
                 reconciler.take_over(batch.drain(..));
                 reconciler.work(retries.undisturbed())
+            }
+            // After the events, with which a portion is written as well. By way of the runtime,
+            // which would look at no clock otherwise.
+            () = tokio::task::yield_now(), if reconciler.has_more() => {
+                reconciler.work(Parts::SERVICES)
             }
         };
         retries.book(outcomes);
@@ -182,14 +187,14 @@ pub async fn run<K: Kernel>(
                     Some(Ok(())) | None => tracing::info!("the rules are in place"),
                 }
             }
-            if signals.once && reconciler.policies_ready() {
+            if signals.once && reconciler.policies_ready() && !reconciler.has_more() {
                 return Exit::Programmed;
             }
             if reconciler.take_doubt() {
                 healing.ask();
             }
         }
-        if !open && retries.is_empty() {
+        if !open && retries.is_empty() && !reconciler.has_more() {
             return Exit::SourcesGone;
         }
     }

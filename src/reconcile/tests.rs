@@ -29,6 +29,7 @@ mod flows;
 mod large;
 mod parts;
 mod policies;
+mod portions;
 mod questions;
 
 /// A kernel in memory. Clones share it, so that tests can look and meddle.
@@ -325,7 +326,7 @@ impl Bench {
     }
 
     fn assert_as_wanted(&self, reconciler: &Reconciler<Fake>) {
-        let wanted = Reconciler::<Fake>::wanted(&reconciler.store, &self.settings);
+        let wanted = Reconciler::<Fake>::wanted(&reconciler.store, &self.settings).0;
         let actual = self.kernel.0.borrow().ruleset.clone();
         assert_eq!(meaning(&actual), meaning(&wanted));
     }

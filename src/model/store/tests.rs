@@ -1,7 +1,9 @@
 //! Tests of the store.
 
 use super::*;
-use crate::model::{Labels, Namespace, Protocol, ServiceKind, SlicePort, TrafficPolicy};
+use crate::model::{
+    Family, Labels, Namespace, Protocol, ServiceKind, ServicePort, SlicePort, TrafficPolicy,
+};
 
 fn service(name: &str, created: i64, external: &str) -> Service {
     Service {
@@ -147,7 +149,7 @@ fn the_entry_that_is_not_terminating_wins() {
     ] {
         put(&mut store, Object::EndpointSlice(part));
     }
-    let found = store.endpoints(&name, &port, Family::V4);
+    let found = store.slices_of(&name).endpoints(&port, Family::V4);
     let described: Vec<_> = found
         .iter()
         .map(|e| {
@@ -165,7 +167,12 @@ fn the_entry_that_is_not_terminating_wins() {
             ("10.0.0.2".to_owned(), 8080, false)
         ]
     );
-    assert!(store.endpoints(&name, &port, Family::V6).is_empty());
+    assert!(
+        store
+            .slices_of(&name)
+            .endpoints(&port, Family::V6)
+            .is_empty()
+    );
 }
 
 #[test]
@@ -185,7 +192,7 @@ fn a_slice_that_moves_changes_both_services() {
     let port = service("a", 1, "198.51.100.1").ports[0].clone();
     let count = |store: &Store, name: &str| {
         let name = ObjectName::new("shop", name);
-        store.endpoints(&name, &port, Family::V4).len()
+        store.slices_of(&name).endpoints(&port, Family::V4).len()
     };
     assert_eq!((count(&store, "a"), count(&store, "b")), (0, 1));
 }
@@ -679,7 +686,7 @@ fn of_the_same_address_twice_the_one_that_answers_counts_then_the_newest() {
         for part in parts {
             put(&mut store, Object::EndpointSlice(part.clone()));
         }
-        let found = store.endpoints(&name, &port, Family::V4);
+        let found = store.slices_of(&name).endpoints(&port, Family::V4);
         assert_eq!(found.len(), 1);
         found[0].endpoint.node.clone().unwrap().to_string()
     };

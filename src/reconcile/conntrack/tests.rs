@@ -46,6 +46,7 @@ fn plan(protocol: Protocol, fronts: &[&str], chosen: &[&str], unchosen: &[&str])
             .into_iter()
             .map(|at| Frontend {
                 at,
+                family: Family::V4,
                 route: Route::Balance(Role::External, 0),
                 firewalled: false,
             })

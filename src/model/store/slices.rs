@@ -1,0 +1,77 @@
+//! The slices of one service, by port.
+
+use std::cmp::Reverse;
+use std::collections::HashMap;
+
+use smallvec::SmallVec;
+
+use super::EndpointOf;
+use crate::model::{Endpoint, EndpointSlice, Family, Protocol, ServicePort};
+
+/// The slices of one service, which are looked through once for all of its ports.
+#[derive(Debug)]
+pub struct SlicesOf<'a> {
+    slices: Vec<&'a EndpointSlice>,
+    /// By the name and protocol of a port: the places of the slices that have it, with its number.
+    by_port: HashMap<(&'a str, Protocol), SmallVec<[(usize, u16); 2]>>,
+}
+
+impl<'a> SlicesOf<'a> {
+    pub(super) fn new(slices: impl Iterator<Item = &'a EndpointSlice>) -> Self {
+        let slices: Vec<&EndpointSlice> = slices.collect();
+        let mut by_port: HashMap<_, SmallVec<[(usize, u16); 2]>> = HashMap::new();
+        for (place, slice) in slices.iter().enumerate() {
+            for port in &slice.ports {
+                let key = (&*port.name, port.protocol);
+                by_port.entry(key).or_default().push((place, port.port));
+            }
+        }
+        Self { slices, by_port }
+    }
+
+    /// The slices, sorted by name.
+    pub fn all(&self) -> impl Iterator<Item = &'a EndpointSlice> + '_ {
+        self.slices.iter().copied()
+    }
+
+    /// The slices that have a service port in one family, with their places in [`SlicesOf::all`]
+    /// and the port that the pods listen on.
+    pub fn of(&self, port: &ServicePort, family: Family) -> Vec<(usize, &'a EndpointSlice, u16)> {
+        let found = self.by_port.get(&(&*port.name, port.protocol));
+        let found = found.into_iter().flatten();
+        let of_family = found.filter_map(|(place, number)| {
+            let slice = *self.slices.get(*place)?;
+            (slice.family == family).then_some((*place, slice, *number))
+        });
+        of_family.collect()
+    }
+
+    /// The endpoints of a service port in one family, sorted by address and port, each once.
+    ///
+    /// The same address and port in several slices, or twice in one, counts once: one that is not
+    /// terminating before another, then one that is ready, then one that serves, then the one of
+    /// the newer slice, then the later one.
+    pub fn endpoints(&self, port: &ServicePort, family: Family) -> Vec<EndpointOf<'a>> {
+        let mut slices = self.of(port, family);
+        // A file written by hand has no date and counts as new, as for services.
+        slices
+            .sort_by_key(|(_, slice, _)| Reverse((slice.created.unwrap_or(i64::MAX), &slice.name)));
+        let found = slices.into_iter().flat_map(|(_, slice, port)| {
+            let endpoints = slice.endpoints.iter().rev();
+            endpoints.map(move |endpoint| EndpointOf { endpoint, port })
+        });
+        let mut found: Vec<EndpointOf> = found.collect();
+        // Of equals the first one stays, which is the latest.
+        found.sort_by_key(|e| {
+            let Endpoint {
+                terminating,
+                ready,
+                serving,
+                ..
+            } = *e.endpoint;
+            (e.target(), terminating, !ready, !serving)
+        });
+        found.dedup_by_key(|e| e.target());
+        found
+    }
+}
