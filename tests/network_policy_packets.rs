@@ -83,7 +83,8 @@ impl Net {
                     let output = node
                         .ns()
                         .command(env!("CARGO_BIN_EXE_nftlet"))
-                        .args(["--once", "--hostname-override", &node.machine.name])
+                        .args(["--once", "--allow-empty"])
+                        .args(["--hostname-override", &node.machine.name])
                         .arg("--manifests")
                         .arg(file)
                         .output()
