@@ -33,7 +33,7 @@ use crate::model::{Claim, Family, ObjectName, Protocol};
 use crate::netlink;
 use crate::ruleset::{Element, Op, Transaction, Value};
 
-/// How often remembered clients are read again when some time out meanwhile.
+/// How often it is attempted in a row to forget clients.
 const ATTEMPTS: usize = 8;
 /// The most clients that are judged and forgotten at once.
 const BATCH: usize = 1024;
@@ -63,16 +63,25 @@ struct OfFrontend {
 }
 
 impl Suspects {
-    /// Notes that all clients of a plan are to be looked at. Those of the frontends for which it is
-    /// said are bound to this node from now on.
-    pub fn all_of(&mut self, plan: &ServicePlan, is_bound: impl Fn(Family, &Claim) -> bool) {
+    /// Notes that all clients of a plan are to be looked at.
+    pub fn all_of(&mut self, plan: &ServicePlan) {
+        let Some(affinity) = &plan.affinity else {
+            return;
+        };
+        for (_, pool) in plan.reach() {
+            self.of_map(pool.family, &affinity.clients).all = true;
+        }
+    }
+
+    /// Notes that clients of these frontends are bound to this node from now on, as far as the
+    /// frontends are of a plan.
+    pub fn bind(&mut self, plan: &ServicePlan, bound: &HashSet<(Family, Claim)>) {
         let Some(affinity) = &plan.affinity else {
             return;
         };
         for (frontend, pool) in plan.reach() {
-            let of_map = self.of_map(pool.family, &affinity.clients);
-            of_map.all = true;
-            if is_bound(pool.family, &frontend.at) {
+            if bound.contains(&(pool.family, frontend.at)) {
+                let of_map = self.of_map(pool.family, &affinity.clients);
                 of_map.of_frontend.entry(frontend.at).or_default().bound = true;
             }
         }
@@ -80,21 +89,35 @@ impl Suspects {
 
     /// Notes that a plan replaces another.
     pub fn replace(&mut self, old: Option<&ServicePlan>, new: Option<&ServicePlan>) {
-        let Some((old, affinity)) = old.and_then(|old| Some((old, old.affinity.as_ref()?))) else {
-            return;
-        };
-        let mut after = targets(new.filter(|plan| plan.affinity.is_some()));
-        for ((family, at), before) in targets(Some(old)) {
+        let [old, new] = [old, new].map(|plan| plan.filter(|plan| plan.affinity.is_some()));
+        let (before, mut after) = (targets(old), targets(new));
+        let clients = |plan: Option<&ServicePlan>| Some(plan?.affinity.as_ref()?.clients.clone());
+        let (clients_before, clients_after) = (clients(old), clients(new));
+        for (clients, ((family, at), before)) in clients_before.iter().cycle().zip(before) {
             let now = after.remove(&(family, at)).unwrap_or_default();
             let lost: Vec<Target> = before.targets.difference(&now.targets).copied().collect();
             let bound = now.bound && !before.bound;
             if lost.is_empty() && !bound {
                 continue;
             }
-            let of_map = self.of_map(family, &affinity.clients);
+            let of_map = self.of_map(family, clients);
             let of_frontend = of_map.of_frontend.entry(at).or_default();
             of_frontend.lost.extend(lost);
             of_frontend.bound |= bound;
+        }
+        // Another service of the namespace may have had these, and bound nobody.
+        let fresh = after.into_iter().filter(|(_, endpoints)| endpoints.bound);
+        for (clients, ((family, at), _)) in clients_after.iter().cycle().zip(fresh) {
+            let of_map = self.of_map(family, clients);
+            of_map.of_frontend.entry(at).or_default().bound = true;
+        }
+    }
+
+    /// Notes that clients that are to be bound to this node are not yet.
+    fn put_back(&mut self, (family, clients): &Map, suspects: &[Suspect]) {
+        for at in suspects.iter().filter_map(|suspect| suspect.bound) {
+            let of_map = self.of_map(*family, clients);
+            of_map.of_frontend.entry(at).or_default().bound = true;
         }
     }
 
@@ -105,13 +128,17 @@ impl Suspects {
     /// Adds what other changes did.
     pub fn merge(&mut self, others: Self) {
         for (map, of_map) in others.0 {
-            let into = self.0.entry(map).or_default();
-            into.all |= of_map.all;
-            for (at, of_frontend) in of_map.of_frontend {
-                let into = into.of_frontend.entry(at).or_default();
-                into.lost.extend(of_frontend.lost);
-                into.bound |= of_frontend.bound;
-            }
+            self.add(map, of_map);
+        }
+    }
+
+    fn add(&mut self, map: Map, of_map: OfMap) {
+        let into = self.0.entry(map).or_default();
+        into.all |= of_map.all;
+        for (at, of_frontend) in of_map.of_frontend {
+            let into = into.of_frontend.entry(at).or_default();
+            into.lost.extend(of_frontend.lost);
+            into.bound |= of_frontend.bound;
         }
     }
 }
@@ -121,12 +148,14 @@ impl OfMap {
     fn suspect(&self, family: Family, element: Element) -> Option<Suspect> {
         let entry = Entry::read(family, &element)?;
         let of_frontend: Vec<_> = [entry.at_address(), entry.at_node_port()]
-            .iter()
-            .filter_map(|at| self.of_frontend.get(at))
+            .into_iter()
+            .filter_map(|at| Some((at, self.of_frontend.get(&at)?)))
             .collect();
-        let bound = of_frontend.iter().any(|it| it.bound);
-        let lost = of_frontend.iter().any(|it| it.lost.contains(&entry.target));
-        (self.all || bound || lost).then_some(Suspect {
+        let mut bound = of_frontend.iter().filter(|(_, it)| it.bound);
+        let bound = bound.next().map(|(at, _)| *at);
+        let lost = |(_, it): &(Claim, &OfFrontend)| it.lost.contains(&entry.target);
+        let lost = of_frontend.iter().any(lost);
+        (self.all || bound.is_some() || lost).then_some(Suspect {
             element,
             entry,
             bound,
@@ -154,21 +183,22 @@ fn targets(plan: Option<&ServicePlan>) -> HashMap<(Family, Claim), Endpoints> {
 }
 
 /// A client that may be left without its endpoint.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Suspect {
     element: Element,
     entry: Entry,
-    /// Only endpoints of this node count, if its frontend has such.
-    bound: bool,
+    /// The frontend for which only endpoints of this node count, if it has such.
+    bound: Option<Claim>,
 }
 
 impl<K: Kernel> Reconciler<'_, K> {
-    /// Forgets the clients that are remembered for an endpoint that went away, or has it done by
-    /// the thread for that.
+    /// Forgets the clients noted that are remembered for an endpoint that went away, or has it done
+    /// by the thread for that.
     ///
     /// This follows the transaction that took the endpoint away: the other way round a client
     /// could be sent there, and be remembered for it, once more.
-    pub(super) fn forget(&mut self, suspects: Suspects) {
+    pub(super) fn forget(&mut self) {
+        let suspects = std::mem::take(&mut self.clients);
         if suspects.0.is_empty() {
             return;
         }
@@ -181,22 +211,26 @@ impl<K: Kernel> Reconciler<'_, K> {
             None => suspects,
         };
         for (map, of_map) in suspects.0 {
-            attempts(&map, || {
+            let done = attempts(&map, || {
                 let found = read(&mut self.kernel, &map, &of_map)?;
-                self.forget_some(&map, found)
+                in_batches(found, |batch| self.forget_some(&map, batch))
             });
+            if !done {
+                self.clients.add(map, of_map);
+            }
         }
     }
 
     /// Forgets those of some clients whose endpoint does not serve their frontend, by the plans in
     /// force. While it is unknown what is in force nobody is forgotten: when it is known again, all
-    /// are looked at.
+    /// are looked at. Who is to be bound to this node is noted until then.
     pub(super) fn forget_some(
         &mut self,
         map: &Map,
         suspects: Vec<Suspect>,
     ) -> Result<(), netlink::Error> {
-        if self.state != State::Synced || suspects.is_empty() {
+        if self.state != State::Synced {
+            self.clients.put_back(map, &suspects);
             return Ok(());
         }
         let kept = self.kept(map, &suspects);
@@ -249,7 +283,8 @@ impl<K: Kernel> Reconciler<'_, K> {
                 let elsewhere = bound && pool.scope == Scope::Cluster;
                 let judged = of_frontend.iter().filter_map(|index| {
                     let suspect = suspects.get(*index)?;
-                    (!(suspect.bound && elsewhere)).then_some((suspect.entry.target, *index))
+                    (!(suspect.bound.is_some() && elsewhere))
+                        .then_some((suspect.entry.target, *index))
                 });
                 let mut at: HashMap<Target, Vec<usize>> = HashMap::new();
                 judged.for_each(|(target, index)| at.entry(target).or_default().push(index));
@@ -275,21 +310,49 @@ fn read(
         .collect())
 }
 
-/// Tries again what fails because an element timed out between reading and deleting: that fails the
-/// whole transaction, and what is left is read again.
-fn attempts(map: &Map, mut forget: impl FnMut() -> Result<(), netlink::Error>) {
+/// Forgets clients, not too many at once. One that timed out between reading and deleting fails the
+/// whole transaction: then each half is forgotten for itself, and what is gone is left.
+fn in_batches(
+    mut suspects: Vec<Suspect>,
+    mut forget: impl FnMut(Vec<Suspect>) -> Result<(), netlink::Error>,
+) -> Result<(), netlink::Error> {
+    let mut batches = Vec::new();
+    loop {
+        let mut batch: Vec<Suspect> = match batches.pop() {
+            Some(half) => half,
+            None => suspects.split_off(suspects.len().saturating_sub(BATCH)),
+        };
+        if batch.is_empty() {
+            return Ok(());
+        }
+        match forget(batch.clone()) {
+            Ok(()) => {}
+            Err(error) if error.errno() == Some(libc::ENOENT) => {
+                if batch.len() > 1 {
+                    let half = batch.split_off(batch.len() / 2);
+                    batches.extend([batch, half]);
+                }
+            }
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Tries again what fails. Returns whether it succeeded in the end.
+fn attempts(map: &Map, mut forget: impl FnMut() -> Result<(), netlink::Error>) -> bool {
     for attempt in 1..=ATTEMPTS {
         match forget() {
-            Ok(()) => return,
+            Ok(()) => return true,
             Err(error) if attempt < ATTEMPTS => tracing::debug!("session affinity: {error}"),
             Err(error) => tracing::warn!(
                 "{error}; clients with session affinity of services in namespace {} may stay with \
-                 {} endpoints that are gone until the next change of their service",
+                 {} endpoints that are gone until another attempt succeeds",
                 map.1.namespace(),
                 map.0
             ),
         }
     }
+    false
 }
 
 /// Some clients of a map that may have to be forgotten.
@@ -360,20 +423,22 @@ impl<K: Kernel> Forgetter<K> {
     /// Works until the reconciler is gone. Meanwhile it calls `look` every so often.
     pub fn run(self, every: Duration, mut look: impl FnMut()) {
         let mut looked = Instant::now();
-        while let Some(suspects) = self.received.next(every.saturating_sub(looked.elapsed())) {
+        // What failed is tried again with what comes next.
+        let mut failed = Suspects::default();
+        while let Some(mut suspects) = self.received.next(every.saturating_sub(looked.elapsed())) {
             if looked.elapsed() >= every {
                 looked = Instant::now();
                 look();
             }
+            suspects.merge(std::mem::take(&mut failed));
             for (map, of_map) in suspects.0 {
-                attempts(&map, || {
-                    let mut found = read(&mut (self.open)()?, &map, &of_map)?;
-                    while !found.is_empty() {
-                        let batch = found.split_off(found.len().saturating_sub(BATCH));
-                        self.forget(&map, batch)?;
-                    }
-                    Ok(())
+                let done = attempts(&map, || {
+                    let found = read(&mut (self.open)()?, &map, &of_map)?;
+                    in_batches(found, |batch| self.forget(&map, batch))
                 });
+                if !done {
+                    failed.add(map, of_map);
+                }
             }
         }
     }
@@ -394,7 +459,7 @@ impl<K: Kernel> Forgetter<K> {
 }
 
 /// An element of an affinity map.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Entry {
     address: IpAddr,
     protocol: Protocol,

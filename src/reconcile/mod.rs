@@ -61,6 +61,7 @@ pub use questions::Question;
 pub use report::{Log, LogAndSend, Reporter};
 pub use run::{Exit, Signals, run};
 
+use affinity::Suspects;
 use conntrack::Work;
 use health_checks::HealthChecks;
 use policies::{Followers, Policies};
@@ -98,7 +99,10 @@ pub struct Reconciler<'a, K> {
     pending: (usize, usize),
     /// Frontends whose flows may be stale once the rules are in force.
     flows: Work,
-    /// Where these go then.
+    /// Clients that may be left without their endpoint once the rules are in force. They stay here
+    /// until they are handed over, whatever fails meanwhile.
+    clients: Suspects,
+    /// Where flows go then.
     cleaner: Option<conntrack::Queue>,
     /// Who reads the maps of clients with session affinity.
     forgetter: Option<affinity::Queue>,
@@ -213,6 +217,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
             waiting: Vec::new(),
             pending: (0, 0),
             flows: Work::default(),
+            clients: Suspects::default(),
             cleaner: None,
             forgetter: None,
             sticky: None,
@@ -423,7 +428,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
     fn settle(&mut self, triggered_at_ms: Vec<i64>) {
         self.pending = (0, 0);
         self.metrics.pending(0, 0);
-        self.clean_flows();
+        self.hand_over();
         if !self
             .policies
             .as_ref()
@@ -465,7 +470,20 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         }
     }
 
-    /// Hands over the frontends whose flows may be stale, now that the rules are in force.
+    /// Takes over what changes bring with them once their rules are in force. This precedes the
+    /// write, because steps of one that fails may be in force.
+    fn note(&mut self, effects: Effects) {
+        self.flows.merge(effects.flows);
+        self.clients.merge(effects.clients);
+    }
+
+    /// Hands over what was noted, now that the rules are in force.
+    fn hand_over(&mut self) {
+        self.clean_flows();
+        self.forget();
+    }
+
+    /// Hands over the frontends whose flows may be stale.
     fn clean_flows(&mut self) {
         let mut work = std::mem::take(&mut self.flows);
         let Some(cleaner) = self.cleaner.as_ref().filter(|_| !work.is_empty()) else {

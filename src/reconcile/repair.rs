@@ -16,7 +16,6 @@
 use std::time::{Duration, Instant};
 
 use super::affinity::Suspects;
-use super::conntrack::Front;
 use super::programmed::Effects;
 use super::removed::Removed;
 use super::{Kernel, MOST_REFUSALS, Outcome, Outcomes, Reconciler, State};
@@ -51,12 +50,6 @@ pub(super) fn judge(error: &netlink::Error, before: &mut Option<Place>) -> Refus
     }
 }
 
-/// What a comparison led to.
-struct Compared {
-    operations: usize,
-    removed: Removed,
-}
-
 impl<K: Kernel> Reconciler<'_, K> {
     /// Compares with what the kernel holds and writes the difference.
     ///
@@ -74,25 +67,23 @@ impl<K: Kernel> Reconciler<'_, K> {
             changes.service_cidrs = true;
             self.programmed.forget_chains();
         }
-        let effects = self.take_changes(&changes);
-        self.flows.merge(effects.flows);
+        let mut effects = self.take_changes(&changes);
+        if first {
+            // No plan was in force before: which policies become Local shows in the kernel.
+            effects.clients = Suspects::default();
+        }
+        self.note(effects);
         let mut refused_before = None;
         for _ in 0..=MOST_REFUSALS {
             match self.attempt() {
-                Ok(done) => {
+                Ok(operations) => {
                     if !first {
-                        self.metrics.healed(done.operations);
+                        self.metrics.healed(operations);
                     }
                     self.metrics.sync(true, started.elapsed());
                     self.state = State::Synced;
-                    self.suspect_all_flows(done.removed.fronts);
+                    self.suspect_all();
                     self.settle(changes.triggered_at_ms);
-                    let bound = done.removed.bound;
-                    let mut clients = Suspects::default();
-                    for plan in self.programmed.plans() {
-                        clients.all_of(plan, |family, at| bound.contains(&(family, *at)));
-                    }
-                    self.forget(clients);
                     return Outcome::Synced;
                 }
                 Err(error) => {
@@ -173,12 +164,12 @@ impl<K: Kernel> Reconciler<'_, K> {
         }
         let started = Instant::now();
         match self.attempt() {
-            Ok(Compared { operations: 0, .. }) => (Some(Outcome::Synced), false),
-            Ok(done) => {
+            Ok(0) => (Some(Outcome::Synced), false),
+            Ok(operations) => {
                 self.metrics.sync(true, started.elapsed());
-                self.report_healing(TABLE, done.operations, started.elapsed());
-                self.suspect_all_flows(done.removed.fronts);
-                self.clean_flows();
+                self.report_healing(TABLE, operations, started.elapsed());
+                self.suspect_all();
+                self.hand_over();
                 (Some(Outcome::Synced), true)
             }
             Err(error) => {
@@ -190,13 +181,23 @@ impl<K: Kernel> Reconciler<'_, K> {
         }
     }
 
-    /// Whatever happened while the kernel was not as wanted, the flows of all services may tell
-    /// of it, and those of frontends that are gone.
-    fn suspect_all_flows(&mut self, gone: Vec<Front>) {
+    /// Whatever happened while the kernel was not as wanted, the flows and the remembered clients
+    /// of all services may tell of it.
+    fn suspect_all(&mut self) {
         for plan in self.programmed.plans() {
             self.flows.suspect(plan, |_| true);
+            self.clients.all_of(plan);
         }
-        self.flows.gone(gone);
+    }
+
+    /// Notes what a comparison is about to change of frontends.
+    fn note_removed(&mut self, removed: Removed) {
+        self.flows.gone(removed.fronts);
+        if !removed.bound.is_empty() {
+            for plan in self.programmed.plans() {
+                self.clients.bind(plan, &removed.bound);
+            }
+        }
     }
 
     pub(super) fn report_healing(&mut self, table: &str, operations: usize, took: Duration) {
@@ -212,19 +213,17 @@ impl<K: Kernel> Reconciler<'_, K> {
         });
     }
 
-    /// Reads, compares, writes.
-    fn attempt(&mut self) -> Result<Compared, netlink::Error> {
+    /// Reads, compares, writes. Returns the number of operations.
+    fn attempt(&mut self) -> Result<usize, netlink::Error> {
         self.vouch();
         let wanted = self.programmed.ruleset();
         let actual = self.kernel.read(&[TABLE], &wanted)?;
         let transaction = diff(&actual, wanted);
-        let removed = Removed::of(&actual, &transaction);
+        // If a later step fails, the next comparison does not find what earlier ones removed.
+        self.note_removed(Removed::of(&actual, &transaction));
         let operations = transaction.ops.len();
         self.write(transaction)?;
-        Ok(Compared {
-            operations,
-            removed,
-        })
+        Ok(operations)
     }
 
     /// Leaves out the service to which a refused element belongs. False if the error cannot be
@@ -245,7 +244,7 @@ impl<K: Kernel> Reconciler<'_, K> {
         if let Some(change) = self.programmed.change(&owner, None) {
             self.programmed.replace(&owner, &change, &mut effects, None);
         }
-        self.flows.merge(effects.flows);
+        self.note(effects);
         self.report(Notice {
             subject: Subject::Object(ObjectRef::new(Kind::Service, owner.clone())),
             reason: Reason::KernelRefused,

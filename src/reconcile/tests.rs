@@ -41,6 +41,9 @@ struct FakeState {
     ruleset: Ruleset,
     applied: Vec<Transaction>,
     reads: usize,
+    /// How often what packets add to a set was read, and what timed out thereafter.
+    reads_of_sets: usize,
+    timed_out: Vec<Element>,
     /// Transactions to fail before the next one succeeds.
     failures: usize,
     /// Transactions to take before all later ones fail.
@@ -135,10 +138,14 @@ impl Kernel for Fake {
     }
 
     fn elements(&mut self, table: &TableId, set: &str) -> Result<Vec<Element>, Error> {
-        let state = self.0.borrow();
+        let mut state = self.0.borrow_mut();
+        state.reads_of_sets += 1;
         let table = state.ruleset.tables.get(table);
         let set = table.and_then(|table| table.sets.get(set));
-        Ok(set.map(|set| set.elements.clone()).unwrap_or_default())
+        let mut elements = set.map(|set| set.elements.clone()).unwrap_or_default();
+        elements.extend(state.timed_out.clone());
+        elements.sort();
+        Ok(elements)
     }
 
     fn generation(&mut self) -> Result<u32, Error> {

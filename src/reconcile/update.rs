@@ -9,7 +9,6 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::affinity::Suspects;
 use super::conntrack::Front;
 use super::portions::{Timings, Waiting};
 use super::programmed::{Draft, Effects};
@@ -85,7 +84,7 @@ impl<K: Kernel> Reconciler<'_, K> {
                 effects.flows.suspect(plan, node_port);
             }
         }
-        self.flows.merge(effects.flows);
+        self.note(effects);
         let transaction = draft.finish(&self.programmed);
         if let Err(error) = self.write(transaction) {
             self.changes.triggered_at_ms = changes.triggered_at_ms;
@@ -102,7 +101,6 @@ impl<K: Kernel> Reconciler<'_, K> {
             triggered_at_ms = rest.triggered_at_ms;
         }
         self.settle(triggered_at_ms);
-        self.forget(effects.clients);
         Ok(())
     }
 
@@ -214,7 +212,6 @@ impl<K: Kernel> Reconciler<'_, K> {
             return Ok(());
         }
         let (mut draft, mut room) = (Draft::default(), self.portion);
-        let mut clients = Suspects::default();
         while room > 0
             && let Some(name) = self.queue.next()
         {
@@ -228,7 +225,7 @@ impl<K: Kernel> Reconciler<'_, K> {
             let (elements, done) = self.programmed.advance(&name, most, Some(&mut draft));
             room = room.saturating_sub(elements);
             if done && let Some(waiting) = self.queue.written(&name) {
-                clients.merge(self.take_back(&name, waiting));
+                self.take_back(&name, waiting);
             }
         }
         let transaction = draft.finish(&self.programmed);
@@ -237,21 +234,19 @@ impl<K: Kernel> Reconciler<'_, K> {
             let triggered = std::mem::take(&mut self.changes.triggered_at_ms);
             self.settle(triggered);
         }
-        self.forget(clients);
         Ok(())
     }
 
     /// Takes over what a change brings with it that no longer waits. What had to wait for it is
     /// compiled again with the next call.
-    fn take_back(&mut self, name: &ObjectName, waiting: Waiting) -> Suspects {
-        self.flows.merge(waiting.effects.flows);
+    fn take_back(&mut self, name: &ObjectName, waiting: Waiting) {
+        self.note(waiting.effects);
         self.waiting.extend(waiting.timings.arrived);
         let triggered = waiting.timings.triggered_at_ms;
         self.changes.triggered_at_ms.extend(triggered);
         let mut again = self.queue.take_again();
         self.changes.services.append(&mut again);
         self.health_check_changed(name);
-        waiting.effects.clients
     }
 
     /// Counts all that waits as written, where the tables are going to be compared as a whole.

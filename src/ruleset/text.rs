@@ -190,10 +190,15 @@ fn render_chain(name: &str, chain: &Chain, family: Family, out: &mut impl Write)
     if let Some(base) = &chain.base {
         writeln!(out, "\t\t{}", base_chain(base))?;
     }
-    for rule in &chain.rules {
+    let crashes = |rule: &Rule| rule.statements.iter().any(|s| crashes_nft(s, family));
+    // What follows such a rule is for the packets that it does not match.
+    let follows_one = chain.rules.iter().position(crashes);
+    for (index, rule) in chain.rules.iter().enumerate() {
         let text = self::rule(rule, family);
-        if rule.statements.iter().any(|s| crashes_nft(s, family)) {
+        if crashes(rule) {
             writeln!(out, "\t\t# left out, nft 1.0.6 crashes on it: {text}")?;
+        } else if follows_one.is_some_and(|first| first < index) {
+            writeln!(out, "\t\t# left out with it: {text}")?;
         } else {
             writeln!(out, "\t\t{text}")?;
         }

@@ -1,6 +1,7 @@
 //! Which clients with session affinity are forgotten.
 
 use super::*;
+use crate::reconcile::affinity::{self, Forgetter};
 
 /// The namespace of the services is `shop`.
 const MAP: &str = "affinity/shop";
@@ -241,4 +242,207 @@ fn a_namespace_has_its_map_while_a_service_of_it_is_sticky() {
     handle(&mut reconciler, vec![put(shop)]);
     assert_eq!(namespaces(), ["bank", "shop"]);
     bench.assert_as_wanted(&reconciler);
+}
+
+const OUTSIDE: [[u8; 4]; 2] = [[203, 0, 113, 9], [203, 0, 113, 10]];
+const EXTERNAL: [u8; 4] = [198, 51, 100, 7];
+
+/// Clients at an external address: one at an endpoint elsewhere, one at an endpoint of this node.
+fn outside() -> [Element; 2] {
+    [
+        client(OUTSIDE[0], EXTERNAL, 80, 1),
+        client(OUTSIDE[1], EXTERNAL, 80, 2),
+    ]
+}
+
+/// A service with that address, under both policies, and its endpoints.
+fn external() -> (Service, Service, EndpointSlice) {
+    let mut cluster = sticky("web", "10.96.0.10", None);
+    cluster.external_ips = vec![EXTERNAL.into()];
+    let mut local = cluster.clone();
+    local.external_policy = TrafficPolicy::Local;
+    let endpoints = slice("web-1", &cluster, Family::V4, &[1, 2]);
+    (cluster, local, endpoints)
+}
+
+#[test]
+fn clients_move_to_this_node_whichever_portion_fails() {
+    let (cluster, local, endpoints) = external();
+    let mut writes = 1;
+    let mut fails_after = 0;
+    while fails_after < writes {
+        for again in [false, true] {
+            let bench = Bench::new();
+            let mut reconciler = bench.reconciler().with_portions_of(1);
+            let objects = vec![node().into(), cluster.clone().into()];
+            handle(&mut reconciler, lists(objects));
+            handle(&mut reconciler, vec![put(endpoints.clone())]);
+            learn(&bench, &outside());
+            bench.applied();
+            bench.kernel.0.borrow_mut().most = Some(fails_after);
+            reconciler.take_over([Delivery::now(put(local.clone()))]);
+            while reconciler.work(Parts::ALL).together() == Outcome::Synced && reconciler.has_more()
+            {
+            }
+            if again {
+                reconciler.resync();
+            }
+            bench.kernel.0.borrow_mut().most = None;
+            reconciler.resync();
+            assert_eq!(left(&bench), outside()[1..], "after {fails_after}");
+            writes = bench.applied().len();
+        }
+        fails_after += 1;
+        assert!(fails_after < 100);
+    }
+    assert!(fails_after > 1, "it was written at once");
+}
+
+#[test]
+fn clients_move_to_this_node_when_a_later_step_of_a_restart_fails() {
+    let (cluster, local, endpoints) = external();
+    let objects = |web: &Service| {
+        lists(vec![
+            node().into(),
+            web.clone().into(),
+            endpoints.clone().into(),
+        ])
+    };
+    for fails_after in 0..4 {
+        let bench = Bench::new();
+        handle(&mut bench.reconciler(), objects(&cluster));
+        learn(&bench, &outside());
+        bench.applied();
+        let mut restarted = bench.reconciler();
+        bench.kernel.0.borrow_mut().most = Some(fails_after);
+        handle(&mut restarted, objects(&local));
+        bench.kernel.0.borrow_mut().most = None;
+        restarted.resync();
+        assert_eq!(left(&bench), outside()[1..], "after {fails_after}");
+    }
+}
+
+#[test]
+fn clients_move_to_this_node_when_healing_makes_the_policy_local() {
+    let (cluster, local, endpoints) = external();
+    let bench = Bench::new();
+    let mut reconciler = bench.reconciler();
+    let objects = vec![node().into(), local.into(), endpoints.clone().into()];
+    handle(&mut reconciler, lists(objects));
+    let earlier = Bench::new();
+    let objects = vec![node().into(), cluster.into(), endpoints.into()];
+    handle(&mut earlier.reconciler(), lists(objects));
+    let ruleset = earlier.kernel.0.borrow().ruleset.clone();
+    bench.kernel.meddle(|now| *now = ruleset);
+    learn(&bench, &outside());
+    assert_eq!(heal(&mut reconciler), (Outcome::Synced, true));
+    assert_eq!(left(&bench), outside()[1..]);
+}
+
+#[test]
+fn clients_move_to_this_node_when_a_service_of_policy_local_takes_over() {
+    let bench = Bench::new();
+    let mut reconciler = bench.reconciler();
+    let (a_with, _, endpoints) = external();
+    let (mut b, mut b_with) = (
+        sticky("b", "10.96.0.11", None),
+        sticky("b", "10.96.0.11", None),
+    );
+    b_with.external_ips = a_with.external_ips.clone();
+    b.external_policy = TrafficPolicy::Local;
+    b_with.external_policy = TrafficPolicy::Local;
+    let mut a_without = a_with.clone();
+    a_without.external_ips.clear();
+    let objects: Vec<Object> = vec![
+        node().into(),
+        a_with.into(),
+        slice("b-1", &b, Family::V4, &[1, 2]).into(),
+        b.into(),
+        endpoints.into(),
+    ];
+    handle(&mut reconciler, lists(objects));
+    learn(&bench, &outside());
+    handle(&mut reconciler, vec![put(a_without), put(b_with)]);
+    assert_eq!(left(&bench), outside()[1..]);
+}
+
+/// A kernel that remembers the clients outside for ever.
+struct Remembers;
+
+impl Kernel for Remembers {
+    fn apply(&mut self, _: &Transaction) -> Result<Applied, Error> {
+        Ok(Applied::default())
+    }
+
+    fn read(&mut self, _: &[&str], _: &Ruleset) -> Result<Ruleset, Error> {
+        Ok(Ruleset::default())
+    }
+
+    fn elements(&mut self, _: &TableId, _: &str) -> Result<Vec<Element>, Error> {
+        Ok(outside().into())
+    }
+
+    fn generation(&mut self) -> Result<u32, Error> {
+        Ok(0)
+    }
+}
+
+#[test]
+fn clients_move_to_this_node_although_the_rules_were_unknown_meanwhile() {
+    let (cluster, local, endpoints) = external();
+    let bench = Bench::new();
+    let (queue, received) = affinity::queue();
+    let (ask, mut questions) = mpsc::channel(1);
+    let forgetter = Forgetter::new(|| Ok(Remembers), received, ask);
+    let every = Duration::from_secs(3_600);
+    let thread = std::thread::spawn(move || forgetter.run(every, || {}));
+    let mut reconciler = bench.reconciler().with_forgetter(queue);
+    let mut next = || questions.blocking_recv().unwrap();
+    let objects = vec![node().into(), cluster.into(), endpoints.into()];
+    handle(&mut reconciler, lists(objects));
+    learn(&bench, &outside());
+    reconciler.answer(next());
+    assert_eq!(left(&bench), outside());
+    handle(&mut reconciler, vec![put(local)]);
+    let question = next();
+    bench.kernel.0.borrow_mut().failures = 2;
+    let other = put(service("other", &["10.96.0.20"], &[80]));
+    assert_eq!(handle(&mut reconciler, vec![other]), Outcome::Failed);
+    reconciler.answer(question);
+    assert_eq!(left(&bench), outside());
+    assert_eq!(reconciler.resync(), Outcome::Synced);
+    reconciler.answer(next());
+    assert_eq!(left(&bench), outside()[1..]);
+    drop(reconciler);
+    thread.join().unwrap();
+}
+
+#[test]
+fn clients_that_time_out_meanwhile_keep_no_others_and_end() {
+    let bench = Bench::new();
+    let mut reconciler = bench.reconciler();
+    let web = sticky("web", "10.96.0.10", None);
+    let endpoints = slice("web-1", &web, Family::V4, &[1, 2]);
+    let objects = vec![node().into(), web.clone().into(), endpoints.into()];
+    handle(&mut reconciler, lists(objects));
+    let known = |n: u16| {
+        let [high, low] = n.to_be_bytes();
+        client([203, 0, high, low], [10, 96, 0, 10], 80, 2)
+    };
+    let all: Vec<Element> = (0..3_000).map(known).collect();
+    let (timed_out, there): (Vec<_>, Vec<_>) =
+        all.into_iter().enumerate().partition(|(n, _)| n % 300 == 7);
+    let elements = |of: Vec<(usize, Element)>| of.into_iter().map(|(_, element)| element);
+    learn(&bench, &elements(there).collect::<Vec<_>>());
+    let reads = {
+        let mut state = bench.kernel.0.borrow_mut();
+        state.timed_out = elements(timed_out).collect();
+        state.reads_of_sets
+    };
+    handle(
+        &mut reconciler,
+        vec![put(slice("web-1", &web, Family::V4, &[1]))],
+    );
+    assert_eq!(left(&bench), []);
+    assert_eq!(bench.kernel.0.borrow().reads_of_sets, reads + 1);
 }

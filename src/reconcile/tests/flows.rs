@@ -144,3 +144,41 @@ fn frontends_that_went_while_nobody_looked_are_handed_over() {
         [vip(2), Front::NodePort(Family::V4, 30054)]
     );
 }
+
+#[test]
+fn frontends_that_an_attempt_removed_before_it_failed_are_handed_over() {
+    let bench = Bench::new();
+    let (gone, stays) = (dns("gone", &["10.96.0.1"]), dns("stays", &["10.96.0.2"]));
+    let mut before = bench.reconciler();
+    // The chain that only the first one uses goes with the last step.
+    let objects: Vec<Object> = vec![
+        node().into(),
+        gone.clone().into(),
+        stays.clone().into(),
+        slice("gone-1", &gone, Family::V4, &[1, 2, 3]).into(),
+        slice("stays-1", &stays, Family::V4, &[1]).into(),
+    ];
+    handle(&mut before, lists(objects));
+    bench.applied();
+    let (queue, pending) = conntrack::queue();
+    let mut after = bench.reconciler().with_cleaner(queue);
+    let objects: Vec<Object> = vec![
+        node().into(),
+        stays.clone().into(),
+        slice("stays-1", &stays, Family::V4, &[1]).into(),
+    ];
+    bench.kernel.0.borrow_mut().most = Some(1);
+    assert_eq!(handle(&mut after, lists(objects)), Outcome::Failed);
+    let frontends = ServiceSet::Frontends.name();
+    assert_eq!(
+        bench.kernel.0.borrow().ruleset.tables[&table_id(Family::V4)].sets[&frontends]
+            .elements
+            .len(),
+        1,
+        "it is gone already"
+    );
+    assert_eq!(suspects(&pending), []);
+    bench.kernel.0.borrow_mut().most = None;
+    assert_eq!(after.resync(), Outcome::Synced);
+    assert_eq!(suspects(&pending), [vip(1), vip(2)]);
+}
