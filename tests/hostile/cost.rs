@@ -1,21 +1,25 @@
 //! A service that is small to write and huge to program: every port of every external address.
 
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use serde_json::{Value, json};
 
-use crate::common::netns::{Namespace, PATIENCE};
+use crate::common::netns::{Ask, Namespace, PATIENCE, Protocol, Server};
 use crate::fake_api::{SERVICES, SLICES};
-use crate::neighbour::{Neighbour, slice};
+use crate::neighbour::{AGAIN, NODE_IP, Neighbour, POD, slice};
 
 const PORTS: u16 = 300;
 const ADDRESSES: u16 = 300;
 /// The steps that come into force while the neighbour changes: once round them all.
 const STEPS: usize = 3;
 
-/// The last of the external addresses.
-const LAST: &str = "172.20.1.43";
+/// The first and the last of the external addresses.
+const FIRST: IpAddr = IpAddr::V4(Ipv4Addr::new(172, 20, 0, 0));
+const LAST: IpAddr = IpAddr::V4(Ipv4Addr::new(172, 20, 1, 43));
+/// Where the endpoint is that comes later.
+const LATER: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 168, 10, 2));
 
 fn service() -> Value {
     let addresses = (0..ADDRESSES).map(|n| format!("172.20.{}.{}", n / 256, n % 256));
@@ -26,39 +30,35 @@ fn service() -> Value {
             "externalIPs": addresses.collect::<Vec<_>>(), "ports": ports.collect::<Vec<_>>()}})
 }
 
-/// The EndpointSlice with all the ports and so many endpoints.
-fn endpoints(count: u8) -> Value {
-    let endpoints: Vec<_> = (1..=count)
-        .map(|n| json!({"addresses": [format!("10.244.9.{n}")], "nodeName": "node-2"}))
-        .collect();
-    let mut slice = slice("attacker", "huge", &json!(endpoints));
+/// The EndpointSlice with all the ports and these endpoints.
+fn endpoints(addresses: &[IpAddr]) -> Value {
+    let endpoints = addresses
+        .iter()
+        .map(|ip| json!({"addresses": [ip], "nodeName": "node-1"}));
+    let mut slice = slice("attacker", "huge", &endpoints.collect());
     let ports =
-        (0..PORTS).map(|n| json!({"name": format!("p{n}"), "port": 8000, "protocol": "TCP"}));
+        (0..PORTS).map(|n| json!({"name": format!("p{n}"), "port": 8080, "protocol": "TCP"}));
     slice["ports"] = ports.collect();
     slice
 }
 
-/// How many endpoints a port of an address has. All elements of the table would take too long to
-/// list.
-fn leads_to(ns: &Namespace, address: &str, port: u16) -> Option<usize> {
-    let at = format!("{{ {address} . tcp . {port} }}");
-    let get = ["get", "element", "ip", "nftlet", "frontends", &at];
-    let found = ns.command("nft").args(get).output().expect("nft runs");
-    let text = String::from_utf8_lossy(&found.stdout).into_owned();
-    let (_, count) = text.split_once("goto lb-")?;
-    let digits = count.split(|c: char| !c.is_ascii_digit()).next()?;
-    digits.parse().ok()
-}
-
-/// Waits until the first and the last of the frontends have so many endpoints.
+/// Asks the first and the last of the frontends until each has this answer. All elements of the
+/// table would take too long to list.
 #[track_caller]
-fn becomes(neighbour: &Neighbour, count: Option<usize>) {
+fn answers(ns: &Namespace, wanted: Option<&str>) {
     let deadline = Instant::now() + PATIENCE;
-    for (address, port) in [("172.20.0.0", 1000), (LAST, 999 + PORTS)] {
-        while leads_to(&neighbour.node.ns, address, port) != count {
+    for (address, port) in [(FIRST, 1000), (LAST, 999 + PORTS)] {
+        let ask = Ask::tcp(address, port).timeout(AGAIN);
+        while ns
+            .run(|| ask.send())
+            .ok()
+            .map(|answer| answer.name)
+            .as_deref()
+            != wanted
+        {
             assert!(
                 Instant::now() < deadline,
-                "{address} . tcp . {port} should have {count:?} endpoints"
+                "{address} . tcp . {port} should be answered by {wanted:?}"
             );
         }
     }
@@ -69,8 +69,11 @@ fn a_service_with_very_many_frontends_holds_up_no_other() {
     let Some(neighbour) = Neighbour::new() else {
         return;
     };
+    let (ns, api) = (&neighbour.node.ns, &neighbour.node.api);
+    ns.addr_add("lo", &format!("{LATER}/32"));
+    ns.route_add("172.20.0.0/16", &format!("dev lo src {NODE_IP}"));
+    let _later = Server::start(ns, Protocol::Tcp, SocketAddr::new(LATER, 8080), "later");
     let _agent = neighbour.node.run();
-    let api = &neighbour.node.api;
     let in_force = AtomicUsize::new(0);
     // The neighbour may be done before a step is in force.
     while in_force.load(Ordering::Relaxed) < STEPS {
@@ -79,17 +82,17 @@ fn a_service_with_very_many_frontends_holds_up_no_other() {
             let step = in_force.load(Ordering::Relaxed) % 3;
             match step {
                 0 => {
-                    api.put(SLICES, endpoints(1));
+                    api.put(SLICES, endpoints(&[NODE_IP]));
                     api.put(SERVICES, service());
-                    becomes(&neighbour, Some(1));
+                    answers(ns, Some(POD));
                 }
                 1 => {
-                    api.put(SLICES, endpoints(2));
-                    becomes(&neighbour, Some(2));
+                    api.put(SLICES, endpoints(&[NODE_IP, LATER]));
+                    answers(ns, Some("later"));
                 }
                 _ => {
                     api.delete(SERVICES, "attacker/huge");
-                    becomes(&neighbour, None);
+                    answers(ns, None);
                 }
             }
             eprintln!("step {step} is in force after {:?}", started.elapsed());
