@@ -5,7 +5,6 @@
 
 mod common;
 
-use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
@@ -68,21 +67,17 @@ fn asks() -> Vec<Ask> {
     all.collect()
 }
 
-/// The names of the endpoints in the rules, with the number of elements that lead to each.
-fn elements(node: &Namespace, pod: &Machine) -> usize {
-    let rules = node.nft(&["list", "map", "ip", "nftlet", "endpoints"]);
-    rules.matches(&format!(": {} . 8080", pod.v4)).count()
-}
-
-/// Waits until the service has just these pods of all.
+/// Waits until just these of all pods are in the rules, each behind every frontend.
 #[track_caller]
 fn leads_to(node: &Namespace, all: &[&Machine], pods: &[&Machine]) {
     let frontends = usize::from(PORTS) * (usize::from(ADDRESSES) + 1);
     wait_for(&format!("{} endpoints", pods.len()), PATIENCE, || {
+        let rules = node.nft(&["list", "map", "ip", "nftlet", "endpoints"]);
         let mut all = all.iter();
         all.all(|pod| {
             let wanted = pods.iter().any(|other| other.v4 == pod.v4);
-            elements(node, pod) == if wanted { frontends } else { 0 }
+            let found = rules.matches(&format!(": {} . 8080", pod.v4)).count();
+            found == if wanted { frontends } else { 0 }
         })
         .then_some(())
     });
@@ -187,15 +182,8 @@ fn changes() -> u64 {
     leads_to(node, &pods, &[]);
     kept.ask().expect("an answer after the service");
     for ask in asks() {
-        let error = client
-            .run(|| ask.timeout(PACE).send())
-            .expect_err("no service");
-        assert!(
-            [ErrorKind::ConnectionRefused, ErrorKind::TimedOut].contains(&error.kind())
-                || error.kind() == ErrorKind::HostUnreachable
-                || error.kind() == ErrorKind::NetworkUnreachable,
-            "{error}"
-        );
+        let ask = ask.timeout(Duration::from_millis(100));
+        client.run(|| ask.send()).expect_err("no service");
     }
     lost
 }
