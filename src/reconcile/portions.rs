@@ -98,9 +98,8 @@ impl Queue {
         plan.frontends = free.collect();
     }
 
-    /// Puts a change in line.
+    /// Puts a change in line, whose old plan's frontends are taken already.
     pub fn push(&mut self, service: &ObjectName, change: Arc<PlanChange>, effects: Effects) {
-        self.take(service, change.before());
         self.take(service, change.after());
         let line = self.lines.entry(service.namespace().to_owned());
         line.or_default().push_back(service.clone());

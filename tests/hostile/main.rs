@@ -14,6 +14,7 @@ mod stuck;
 
 mod affinity;
 mod answers;
+mod cost;
 mod logging;
 mod neighbour;
 mod pods;

@@ -26,7 +26,7 @@ const CHANGES: usize = 20;
 const ATTEMPTS: usize = 5;
 
 /// How long a request waits before the next one.
-const AGAIN: Duration = Duration::from_millis(50);
+pub const AGAIN: Duration = Duration::from_millis(50);
 
 /// The ClusterIP of the service.
 pub const CLUSTER_IP: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 96, 200, 1));
