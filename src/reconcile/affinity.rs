@@ -303,7 +303,11 @@ fn read(
     of_map: &OfMap,
 ) -> Result<Vec<Suspect>, netlink::Error> {
     let (family, clients) = map;
-    let elements = kernel.elements(&compile::table_id(*family), clients.map().as_str())?;
+    let elements = match kernel.elements(&compile::table_id(*family), clients.map().as_str()) {
+        // The map went with the last service that used it.
+        Err(error) if error.errno() == Some(libc::ENOENT) => Vec::new(),
+        elements => elements?,
+    };
     let suspects = elements.into_iter();
     Ok(suspects
         .filter_map(|element| of_map.suspect(*family, element))

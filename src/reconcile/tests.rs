@@ -141,8 +141,13 @@ impl Kernel for Fake {
         let mut state = self.0.borrow_mut();
         state.reads_of_sets += 1;
         let table = state.ruleset.tables.get(table);
-        let set = table.and_then(|table| table.sets.get(set));
-        let mut elements = set.map(|set| set.elements.clone()).unwrap_or_default();
+        let Some(set) = table.and_then(|table| table.sets.get(set)) else {
+            return Err(Error::Receive {
+                what: "the elements of a set",
+                source: io::Error::from_raw_os_error(libc::ENOENT),
+            });
+        };
+        let mut elements = set.elements.clone();
         elements.extend(state.timed_out.clone());
         elements.sort();
         Ok(elements)

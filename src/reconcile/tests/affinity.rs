@@ -446,3 +446,23 @@ fn clients_that_time_out_meanwhile_keep_no_others_and_end() {
     assert_eq!(left(&bench), []);
     assert_eq!(bench.kernel.0.borrow().reads_of_sets, reads + 1);
 }
+
+#[test]
+fn a_map_that_is_gone_remembers_nobody() {
+    let bench = Bench::new();
+    let mut reconciler = bench.reconciler();
+    let (cluster, _, endpoints) = external();
+    let mut objects: Vec<Object> = vec![node().into(), cluster.into()];
+    objects.push(endpoints.clone().into());
+    handle(&mut reconciler, lists(objects));
+    let reads = || bench.kernel.0.borrow().reads_of_sets;
+    let before = reads();
+    bench.kernel.meddle(|ruleset| {
+        let table = ruleset.tables.get_mut(&table_id(Family::V4)).unwrap();
+        table.sets.remove(MAP);
+    });
+    let mut fewer = endpoints;
+    fewer.endpoints.pop();
+    handle(&mut reconciler, vec![put(fewer)]);
+    assert_eq!(reads(), before + 1, "it is not tried again");
+}
