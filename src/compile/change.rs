@@ -96,12 +96,12 @@ impl PlanChange {
     }
 
     /// The plan that is left.
-    pub fn old(&self) -> Option<&Arc<ServicePlan>> {
+    pub fn before(&self) -> Option<&Arc<ServicePlan>> {
         self.old.as_ref()
     }
 
     /// The plan that is reached.
-    pub fn new(&self) -> Option<&Arc<ServicePlan>> {
+    pub fn after(&self) -> Option<&Arc<ServicePlan>> {
         self.new.as_ref()
     }
 

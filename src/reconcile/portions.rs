@@ -100,7 +100,7 @@ impl Queue {
 
     /// Puts a change in line, whose old plan's frontends are taken already.
     pub fn push(&mut self, service: &ObjectName, change: Arc<PlanChange>, effects: Effects) {
-        self.take(service, change.new());
+        self.take(service, change.after());
         let line = self.lines.entry(service.namespace().to_owned());
         line.or_default().push_back(service.clone());
         let waiting = Waiting {
@@ -147,8 +147,8 @@ impl Queue {
                 self.lines.remove(service.namespace());
             }
         }
-        self.release(service, waiting.change.old());
-        self.release(service, waiting.change.new());
+        self.release(service, waiting.change.before());
+        self.release(service, waiting.change.after());
         Some(waiting)
     }
 

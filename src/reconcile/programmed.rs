@@ -217,12 +217,12 @@ impl Programmed {
     }
 
     fn take_plan(&mut self, service: &ObjectName, change: &PlanChange, effects: &mut Effects) {
-        let old = change.old().map(|plan| &**plan);
-        let new = change.new().map(|plan| &**plan);
+        let old = change.before().map(|plan| &**plan);
+        let new = change.after().map(|plan| &**plan);
         effects.flows.change(old, new);
         effects.clients.replace(old, new);
         self.count_no_local(old, new);
-        match change.new() {
+        match change.after() {
             Some(new) => self.plans.insert(service.clone(), new.clone()),
             None => self.plans.remove(service),
         };
@@ -279,7 +279,7 @@ impl Programmed {
     }
 
     fn acquire_chains(&mut self, change: &PlanChange, mut draft: Option<&mut Draft>) {
-        let Some(new) = change.new() else { return };
+        let Some(new) = change.after() else { return };
         for family in Family::ALL {
             for chain in new.chains(family) {
                 let key = (family, chain);
@@ -300,7 +300,7 @@ impl Programmed {
     }
 
     fn release_chains(&mut self, change: &PlanChange) {
-        let Some(old) = change.old() else { return };
+        let Some(old) = change.before() else { return };
         for family in Family::ALL {
             for chain in old.chains(family) {
                 if let Some(users) = self.chains.get_mut(&(family, chain)) {

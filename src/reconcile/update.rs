@@ -56,7 +56,7 @@ impl<K: Kernel> Reconciler<'_, K> {
         let later = self.put_off(&mut now);
         // What is to be written later has the frontends of the plans in force until then.
         for (name, change) in &later {
-            self.queue.take(name, change.old());
+            self.queue.take(name, change.before());
         }
         let mut effects = Effects::default();
         for (name, change) in now {
@@ -67,7 +67,7 @@ impl<K: Kernel> Reconciler<'_, K> {
             self.health_check_changed(&name);
         }
         for (name, change) in later {
-            let old = change.old().cloned();
+            let old = change.before().cloned();
             let Some(change) = self.without_taken(&name, change, &mut waits_for) else {
                 self.queue.release(&name, old.as_ref());
                 self.health_check_changed(&name);
@@ -183,7 +183,7 @@ impl<K: Kernel> Reconciler<'_, K> {
         change: PlanChange,
         waits_for: &mut Option<ObjectName>,
     ) -> Option<PlanChange> {
-        match change.new() {
+        match change.after() {
             Some(new) if self.queue.taker(name, new).is_some() => {
                 let plan = ServicePlan::clone(new);
                 self.change(name, Some(plan), waits_for)

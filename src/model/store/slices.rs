@@ -8,18 +8,21 @@ use smallvec::SmallVec;
 use super::EndpointOf;
 use crate::model::{Endpoint, EndpointSlice, Family, Protocol, ServicePort};
 
+/// The places of slices that have a port, with its number.
+type Places = SmallVec<[(usize, u16); 2]>;
+
 /// The slices of one service, which are looked through once for all of its ports.
 #[derive(Debug)]
 pub struct SlicesOf<'a> {
     slices: Vec<&'a EndpointSlice>,
     /// By the name and protocol of a port: the places of the slices that have it, with its number.
-    by_port: HashMap<(&'a str, Protocol), SmallVec<[(usize, u16); 2]>>,
+    by_port: HashMap<(&'a str, Protocol), Places>,
 }
 
 impl<'a> SlicesOf<'a> {
     pub(super) fn new(slices: impl Iterator<Item = &'a EndpointSlice>) -> Self {
         let slices: Vec<&EndpointSlice> = slices.collect();
-        let mut by_port: HashMap<_, SmallVec<[(usize, u16); 2]>> = HashMap::new();
+        let mut by_port: HashMap<_, Places> = HashMap::new();
         for (place, slice) in slices.iter().enumerate() {
             for port in &slice.ports {
                 let key = (&*port.name, port.protocol);
