@@ -24,9 +24,10 @@
 //!
 //! Nothing else may touch the frontends of the two plans until the last step is taken.
 
-use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::Arc;
+
+use foldhash::{HashMap, HashMapExt};
 
 use super::layout::{Scope, ServiceSet};
 use super::plan::{

@@ -10,10 +10,11 @@
 //! service or lies in a ServiceCIDR, where a NodePort answers, and where nftlet itself reaches the
 //! API server ([`Reserved`]).
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
+use foldhash::HashMap;
 use ipnet::IpNet;
 use smallvec::SmallVec;
 

@@ -12,17 +12,19 @@
 //! plan are taken: another service that wants one of them goes without until the change is
 //! written. Both are compiled again then.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Bound;
 use std::sync::Arc;
 use std::time::Instant;
+
+use foldhash::HashMap;
 
 use super::programmed::Effects;
 use crate::compile::{PlanChange, ServicePlan};
 use crate::model::{Claim, Family, ObjectName};
 
 /// The elements that a transaction deletes and adds, about, where it can be chosen.
-pub(super) const MOST_ELEMENTS: usize = 8_000;
+pub(super) const MOST_ELEMENTS: usize = 2_000;
 
 /// When the events arrived that a change follows, for the metrics.
 #[derive(Debug, Default)]

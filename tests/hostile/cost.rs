@@ -2,19 +2,22 @@
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 use crate::common::netns::{Ask, Namespace, PATIENCE, Protocol, Server};
 use crate::fake_api::{SERVICES, SLICES};
-use crate::neighbour::{AGAIN, NODE_IP, Neighbour, POD, slice};
+use crate::neighbour::{NODE_IP, Neighbour, POD, slice};
 
 /// The ports, and the addresses as well. Without optimisation compiling takes more than ten times
 /// as long, while the promise is only five times as long; half of both are a quarter of the work.
 const PORTS: u16 = if cfg!(debug_assertions) { 150 } else { 300 };
 /// The steps that come into force while the neighbour changes: once round them all.
 const STEPS: usize = 3;
+
+/// How long an answer may take; without one the frontend is gone.
+const ANSWERED: Duration = Duration::from_millis(200);
 
 /// The first and the last of the external addresses.
 const FIRST: IpAddr = address(0);
@@ -55,7 +58,7 @@ fn endpoints(addresses: &[IpAddr]) -> Value {
 fn answers(ns: &Namespace, wanted: Option<&str>) {
     let deadline = Instant::now() + PATIENCE;
     for (address, port) in [(FIRST, 1000), (LAST, 999 + PORTS)] {
-        let ask = Ask::tcp(address, port).timeout(AGAIN);
+        let ask = Ask::tcp(address, port).timeout(ANSWERED);
         while ns
             .run(|| ask.send())
             .ok()

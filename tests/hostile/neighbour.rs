@@ -26,7 +26,7 @@ const CHANGES: usize = 20;
 const ATTEMPTS: usize = 5;
 
 /// How long a request waits before the next one.
-pub const AGAIN: Duration = Duration::from_millis(50);
+const AGAIN: Duration = Duration::from_millis(10);
 
 /// The ClusterIP of the service.
 pub const CLUSTER_IP: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 96, 200, 1));
@@ -100,27 +100,23 @@ impl Neighbour {
             .put(SLICES, slice("neighbour", "web", &endpoints));
     }
 
-    /// Asks the service at its ClusterIP; `None` while it has no endpoint.
-    ///
-    /// A request that meets the change on its way is dropped, so that its client asks again. The
-    /// kernel would do so after a second; here it happens at once.
+    /// Asks the service at its ClusterIP: whether it has an endpoint. `None` where that cannot be
+    /// told: a request that meets the change on its way is dropped, so that its client asks again.
+    /// The kernel would do so after a second; here it happens at once.
     ///
     /// # Panics
     ///
     /// Panics if anyone but the service's pod answers.
     #[track_caller]
-    pub fn ask(&self) -> Option<()> {
+    pub fn ask(&self) -> Option<bool> {
         let ask = Ask::tcp(CLUSTER_IP, 80).timeout(AGAIN);
         match self.node.ns.run(|| ask.send()) {
             Ok(answer) => {
                 assert_eq!(answer.name, POD, "another pod answers for the neighbour");
-                Some(())
+                Some(true)
             }
-            Err(error)
-                if [ErrorKind::ConnectionRefused, ErrorKind::TimedOut].contains(&error.kind()) =>
-            {
-                None
-            }
+            Err(error) if error.kind() == ErrorKind::ConnectionRefused => Some(false),
+            Err(error) if error.kind() == ErrorKind::TimedOut => None,
             Err(error) => panic!("the neighbour's service does not answer: {error}"),
         }
     }
@@ -147,7 +143,7 @@ impl Neighbour {
     #[track_caller]
     fn becomes(&self, served: bool) {
         let deadline = Instant::now() + PATIENCE;
-        while self.ask().is_some() != served {
+        while self.ask() != Some(served) {
             assert!(
                 Instant::now() < deadline,
                 "the neighbour's endpoint should be in force: {served}"

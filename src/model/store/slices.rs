@@ -1,8 +1,8 @@
 //! The slices of one service, by port.
 
 use std::cmp::Reverse;
-use std::collections::HashMap;
 
+use foldhash::{HashMap, HashMapExt};
 use smallvec::SmallVec;
 
 use super::EndpointOf;
