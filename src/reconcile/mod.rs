@@ -523,12 +523,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
                 self.publish_sticky();
                 Outcome::Synced
             }
-            Err(error) => {
-                self.metrics.failure();
-                self.reporter.failed(&error);
-                self.state = State::Unknown;
-                self.resync()
-            }
+            Err(error) => self.write_failed(&error),
         };
         Outcomes {
             services: Some(outcome),

@@ -100,6 +100,15 @@ impl<K: Kernel> Reconciler<'_, K> {
         Outcome::Failed
     }
 
+    /// Reports a failed write and compares with what the kernel holds, since steps of the write may
+    /// be in force.
+    pub(super) fn write_failed(&mut self, error: &netlink::Error) -> Outcome {
+        self.metrics.failure();
+        self.reporter.failed(error);
+        self.state = State::Unknown;
+        self.resync()
+    }
+
     /// Compares with what the kernel holds after somebody else changed the tables, and puts back
     /// what was changed. Returns whether anything was. Reads nothing where nobody else can have
     /// changed anything since the last time.
@@ -172,12 +181,7 @@ impl<K: Kernel> Reconciler<'_, K> {
                 self.hand_over();
                 (Some(Outcome::Synced), true)
             }
-            Err(error) => {
-                self.metrics.failure();
-                self.reporter.failed(&error);
-                self.state = State::Unknown;
-                (Some(self.resync()), true)
-            }
+            Err(error) => (Some(self.write_failed(&error)), true),
         }
     }
 

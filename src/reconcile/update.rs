@@ -12,7 +12,7 @@ use std::time::Instant;
 use super::conntrack::Front;
 use super::portions::{Timings, Waiting};
 use super::programmed::{Draft, Effects};
-use super::{Kernel, Outcome, Reconciler, State, too_large};
+use super::{Kernel, Outcome, Reconciler, too_large};
 use crate::compile::{self, PlanChange, ServicePlan};
 use crate::model::{Changes, ObjectName};
 use crate::netlink;
@@ -35,12 +35,7 @@ impl<K: Kernel> Reconciler<'_, K> {
                 self.metrics.sync(false, started.elapsed());
                 Outcome::Synced
             }
-            Err(error) => {
-                self.metrics.failure();
-                self.reporter.failed(&error);
-                self.state = State::Unknown;
-                self.resync()
-            }
+            Err(error) => self.write_failed(&error),
         }
     }
 

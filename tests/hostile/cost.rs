@@ -10,9 +10,8 @@ use crate::common::netns::{Ask, Namespace, PATIENCE, Protocol, Server};
 use crate::fake_api::{SERVICES, SLICES};
 use crate::neighbour::{NODE_IP, Neighbour, POD, slice};
 
-/// The ports, and the addresses as well. Without optimisation compiling takes more than ten times
-/// as long, while the promise is only five times as long; half of both are a quarter of the work.
-const PORTS: u16 = if cfg!(debug_assertions) { 150 } else { 300 };
+/// The ports, and the addresses as well.
+const PORTS: u16 = 300;
 /// The steps that come into force while the neighbour changes: once round them all.
 const STEPS: usize = 3;
 
