@@ -70,6 +70,9 @@ pub enum Rules {
     KubeProxy(usize),
     /// nftlet's rules for so many services.
     Nftlet(usize),
+    /// The same without the base chains of type `filter`, which judge new connections to unassigned
+    /// service addresses: what established connections pay for these hooks is the difference.
+    WithoutFilters(usize),
     /// The same where one in fifty has session affinity: every packet of the node passes the
     /// chains that learn.
     Affinity(usize),
@@ -102,6 +105,9 @@ impl Rules {
             Self::OneRule => "one rule for one service".to_owned(),
             Self::KubeProxy(services) => format!("kube-proxy's shape of {services} services"),
             Self::Nftlet(services) => format!("nftlet with {services} services"),
+            Self::WithoutFilters(services) => {
+                format!("nftlet with {services} services, without its filter hooks")
+            }
             Self::Affinity(services) => {
                 format!("nftlet with {services} services, some with session affinity")
             }
@@ -125,6 +131,10 @@ impl Rules {
             }
             Self::Tracked => node.nft_load(TRACKED),
             Self::Nftlet(_) => program(node, workload),
+            Self::WithoutFilters(_) => {
+                program(node, workload);
+                node.nft_load(WITHOUT_FILTERS);
+            }
             Self::Affinity(_) => {
                 let mut workload = workload.clone();
                 for service in workload.services.iter_mut().step_by(AFFINITY_EVERY) {
@@ -251,6 +261,16 @@ const TRACKED: &str = "table ip tracked {
     chain prerouting { type filter hook prerouting priority 0; ct state invalid counter; }
     chain output { type filter hook output priority 0; ct state invalid counter; }
 }";
+
+/// Removes the base chains of type `filter` from the table of services.
+const WITHOUT_FILTERS: &str = "
+    flush chain ip nftlet filter-forward
+    flush chain ip nftlet filter-input
+    flush chain ip nftlet filter-output
+    delete chain ip nftlet filter-forward
+    delete chain ip nftlet filter-input
+    delete chain ip nftlet filter-output
+";
 
 fn program(node: &Namespace, workload: &Workload) {
     node.run(|| {

@@ -1,11 +1,12 @@
 //! Rounds of traffic through all lanes.
 
 use std::net::SocketAddrV4;
+use std::time::Duration;
 
 use crate::lanes::{Lane, Rules};
 use crate::netns::Namespace;
 use crate::results::{Quantity, Results, Series};
-use crate::traffic::{Connection, connect};
+use crate::traffic::{Connection, Echo, connect};
 use crate::workload::{Random, Workload};
 
 /// What is measured.
@@ -55,6 +56,13 @@ pub fn measure(plan: &Plan, mut progress: impl FnMut(&str)) -> Results {
             connection.for_data()
         })
         .collect();
+    let mut echoes: Vec<Echo> = lanes
+        .iter()
+        .map(|lane| {
+            let to = lane.destinations[0];
+            Echo::new(lane.client.run(|| connect(&lane.listener, to)))
+        })
+        .collect();
     let busy: Vec<Vec<SocketAddrV4>> = lanes.iter().map(|lane| plan.busy(lane)).collect();
     let mut random = Random::new();
     for round in 0..plan.rounds {
@@ -78,7 +86,12 @@ pub fn measure(plan: &Plan, mut progress: impl FnMut(&str)) -> Results {
                     handshakes(plan, lane, from, destinations, &mut random),
                 );
             }
-            note(Quantity::RoundTrip, round_trips(plan, connection));
+            note(
+                Quantity::RoundTrip,
+                repeated(plan, || connection.round_trip()),
+            );
+            let echo = &mut echoes[place];
+            note(Quantity::Exchange, repeated(plan, || echo.exchange()));
             connection.send(BYTES / 10);
             let took = connection.send(BYTES).as_secs_f64();
             note(Quantity::Throughput, vec![BYTES as f64 / took]);
@@ -95,6 +108,7 @@ fn build(plan: &Plan, too_slow: &mut Vec<usize>, progress: &mut impl FnMut(&str)
         let mut wanted = Vec::new();
         if place == 0 {
             wanted.extend([Rules::None, Rules::Tracked, Rules::OneRule]);
+            wanted.push(Rules::WithoutFilters(services));
             wanted.extend([Rules::Affinity(services), Rules::Policies(services)]);
         }
         if place + 1 == plan.sizes.len() {
@@ -137,9 +151,9 @@ fn handshakes(
     all.skip(plan.batch).collect()
 }
 
-/// The seconds of round trips over an established connection.
-fn round_trips(plan: &Plan, connection: &mut Connection) -> Vec<f64> {
+/// The seconds of what is done over an established connection, some of it not counted before.
+fn repeated(plan: &Plan, mut once: impl FnMut() -> Duration) -> Vec<f64> {
     let warm_up = plan.batch / 10;
-    let all = (0..warm_up + plan.batch).map(|_| connection.round_trip().as_secs_f64());
+    let all = (0..warm_up + plan.batch).map(|_| once().as_secs_f64());
     all.skip(warm_up).collect()
 }

@@ -1,4 +1,4 @@
-//! Connections, both ends of which one thread holds.
+//! Connections, both ends of which one thread holds, and those whose server is another thread.
 //!
 //! Over a pair of linked devices a packet is received inside of the call that sends it. With one
 //! thread for both ends nobody is woken, and what is timed is the work of the kernel on the
@@ -43,6 +43,39 @@ pub fn connect(listener: &TcpListener, to: SocketAddrV4) -> Connection {
         client: socket.into(),
         server,
         handshake,
+    }
+}
+
+/// An established connection with a thread at the server's end that returns each byte.
+///
+/// The thread ends with the connection.
+pub struct Echo(TcpStream);
+
+impl Echo {
+    /// Starts the thread.
+    pub fn new(connection: Connection) -> Self {
+        let Connection { client, server, .. } = connection;
+        for end in [&client, &server] {
+            set_tcp_nodelay(end, true).expect("the socket is one of TCP");
+        }
+        set_socket_timeout(&client, Timeout::Recv, Some(PATIENCE)).expect("sockets can wait");
+        std::thread::spawn(move || {
+            let (mut from, mut to) = (&server, &server);
+            let mut byte = [0];
+            while from.read_exact(&mut byte).is_ok() && to.write_all(&byte).is_ok() {}
+        });
+        Self(client)
+    }
+
+    /// A byte there and a byte back.
+    pub fn exchange(&mut self) -> Duration {
+        let mut byte = [0];
+        let started = Instant::now();
+        let sent = self.0.write_all(&byte);
+        let answered = sent.and_then(|()| self.0.read_exact(&mut byte));
+        let took = started.elapsed();
+        answered.unwrap_or_else(|error| panic!("a connection fails: {error}"));
+        took
     }
 }
 
