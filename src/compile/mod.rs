@@ -55,6 +55,6 @@ pub use layout::{
 pub use plan::{Affinity, ElementOf, Frontend, Pool, Route, ServicePlan, Target};
 pub use service::plan;
 pub use settings::{DetectLocal, LocalDetector, MasqueradeBit, Settings};
-pub use size::TooLarge;
+pub use size::{TooLarge, elements};
 pub use skeleton::skeleton;
 pub use sources::SourceList;

@@ -242,6 +242,15 @@ impl ServicePlan {
         [internal, external]
     }
 
+    /// About how many elements belong to this service alone.
+    pub fn elements(&self) -> usize {
+        let each = self.frontends.iter().map(|frontend| {
+            let endpoints: usize = self.targets(frontend).into_iter().map(<[_]>::len).sum();
+            1 + endpoints
+        });
+        each.sum()
+    }
+
     /// The elements that belong to this service alone, for the table of a family.
     pub fn own_elements(&self, family: Family) -> Vec<ElementOf> {
         let mut elements = Vec::new();

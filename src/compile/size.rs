@@ -6,7 +6,9 @@
 
 use thiserror::Error;
 
-use crate::model::{Family, MOST_ELEMENTS, Node, Service, SlicesOf, TrafficPolicy};
+use crate::model::{
+    Family, MOST_ELEMENTS, Node, ObjectName, Service, SlicesOf, Store, TrafficPolicy,
+};
 
 /// A service asks for more set elements than one may have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
@@ -19,20 +21,29 @@ pub struct TooLarge {
     pub elements: usize,
 }
 
+/// How many set elements a service asks for; none if there is no such service.
+pub fn elements(store: &Store, name: &ObjectName) -> usize {
+    let service = store.service(name).filter(|s| s.has_frontends());
+    let node = store.node().map(|node| &**node);
+    service.map_or(0, |service| {
+        elements_of(service, &store.slices_of(name), node)
+    })
+}
+
 /// Checks the number of elements that a service asks for.
 pub(super) fn check(
     service: &Service,
     slices: &SlicesOf,
     node: Option<&Node>,
 ) -> Result<(), TooLarge> {
-    let elements = elements(service, slices, node);
+    let elements = elements_of(service, slices, node);
     if elements > MOST_ELEMENTS {
         return Err(TooLarge { elements });
     }
     Ok(())
 }
 
-fn elements(service: &Service, slices: &SlicesOf, node: Option<&Node>) -> usize {
+fn elements_of(service: &Service, slices: &SlicesOf, node: Option<&Node>) -> usize {
     let node = node.map(|node| &*node.name);
     // In the order of the slices: endpoints, those on this node, and those that may be there.
     let counts: Vec<(usize, usize)> = slices

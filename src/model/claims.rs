@@ -14,7 +14,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
-use foldhash::HashMap;
+use foldhash::{HashMap, HashSet};
 use ipnet::IpNet;
 use smallvec::SmallVec;
 
@@ -106,7 +106,7 @@ pub struct Claims {
     /// The services that have a ClusterIP, whatever their ports.
     cluster_ips: HashMap<IpAddr, SmallVec<[ObjectName; 1]>>,
     /// The ports at which addresses are claimed otherwise than as a ClusterIP.
-    others: HashMap<IpAddr, BTreeSet<(Protocol, u16)>>,
+    others: HashMap<IpAddr, HashSet<(Protocol, u16)>>,
     reserved: Reserved,
 }
 
@@ -194,10 +194,7 @@ impl Claims {
 
     /// The claims that a service asks for and does not have.
     pub(crate) fn lacking(&self, service: &Service) -> Vec<(Claim, Claimant)> {
-        self.lacking_of(service, &wishes(Some(service)))
-    }
-
-    fn lacking_of(&self, service: &Service, wishes: &[Wish]) -> Vec<(Claim, Claimant)> {
+        let wishes = wishes(Some(service));
         let lacking = wishes
             .iter()
             .filter(|(claim, ..)| self.owner(claim) != Some(&service.name));
@@ -228,7 +225,8 @@ impl Claims {
         for address in addresses_before.symmetric_difference(&addresses_after) {
             touched.extend(self.others_at(*address));
         }
-        let mut changes = self.compare(touched, &name, |claims| {
+        let gets = new.map(|new| (new, &*taken));
+        self.compare(touched, &name, gets, |claims| {
             if let Some(old) = old {
                 claims.release(old, &released);
             }
@@ -242,11 +240,7 @@ impl Claims {
             if let Some(new) = new {
                 claims.take(new, &taken);
             }
-        });
-        if let Some(new) = new {
-            changes.lost.extend(self.lacking_of(new, &taken));
-        }
-        changes
+        })
     }
 
     /// Replaces what no service may take. A change of the servers alone looks at their claims; any
@@ -276,15 +270,19 @@ impl Claims {
             }
         }
         let no_service = ObjectName::new("", "");
-        self.compare(touched, &no_service, |claims| claims.reserved = reserved)
+        self.compare(touched, &no_service, None, |claims| {
+            claims.reserved = reserved;
+        })
     }
 
     /// Makes a change and finds out which services other than the changing one it gave claims to
-    /// or took them from.
+    /// or took them from, and which of its new wishes, all of them touched, the changing one does
+    /// not get.
     fn compare(
         &mut self,
         mut touched: Vec<Claim>,
         changing: &ObjectName,
+        wishes: Option<(&Service, &[Wish])>,
         change: impl FnOnce(&mut Self),
     ) -> ClaimChanges {
         touched.sort_unstable();
@@ -295,6 +293,14 @@ impl Claims {
         let mut changes = ClaimChanges::default();
         for (claim, before) in touched.into_iter().zip(before) {
             let after = self.owner(&claim);
+            if after != Some(changing)
+                && let Some((service, wishes)) = wishes
+                && let Ok(place) = wishes.binary_search_by_key(&claim, |wish| wish.0)
+            {
+                let wish = wishes.get(place).into_iter();
+                let lacks = wish.map(|wish| (claim, claimant(service, wish)));
+                changes.lost.extend(lacks);
+            }
             if after == before.as_ref().map(|before| &before.name) {
                 continue;
             }
@@ -343,6 +349,7 @@ impl Claims {
     }
 
     fn take(&mut self, service: &Service, wishes: &[Wish]) {
+        self.queues.reserve(wishes.len());
         for wish in wishes {
             let claim = wish.0;
             let claimant = claimant(service, wish);

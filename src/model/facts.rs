@@ -139,15 +139,23 @@ impl Service {
         }
     }
 
-    /// Whether its ports and addresses alone ask for more than [`MOST_ELEMENTS`].
-    pub fn is_oversized(&self) -> bool {
+    /// How many frontends it asks for, or a few more where an address comes up twice.
+    pub fn frontends(&self) -> usize {
+        if !self.has_frontends() {
+            return 0;
+        }
         let lists = [
             &self.cluster_ips,
             &self.load_balancer_ips,
             &self.external_ips,
         ];
         let addresses: usize = lists.into_iter().map(Vec::len).sum();
-        self.ports.len().saturating_mul(addresses) > MOST_ELEMENTS
+        self.ports.len().saturating_mul(addresses.saturating_add(1))
+    }
+
+    /// Whether its ports and addresses alone ask for more than [`MOST_ELEMENTS`].
+    pub fn is_oversized(&self) -> bool {
+        self.frontends() > MOST_ELEMENTS
     }
 }
 

@@ -118,6 +118,11 @@ impl Store {
         missing.copied().collect()
     }
 
+    /// Whether a list of a kind is being read.
+    pub fn is_listing(&self, kind: Kind) -> bool {
+        self.lists.is_open(kind)
+    }
+
     /// The number of objects of a kind; 0 for the kinds that are not kept here.
     pub fn count(&self, kind: Kind) -> usize {
         match kind {
@@ -166,6 +171,11 @@ impl Store {
     pub fn slices_of(&self, service: &ObjectName) -> SlicesOf<'_> {
         let names = self.slices_of.get(service).into_iter().flatten();
         SlicesOf::new(names.filter_map(|name| self.slices.get(name)))
+    }
+
+    /// Says that an event is to follow with which there is a service: its slices are no orphans.
+    pub fn expect(&mut self, service: &ObjectName) {
+        self.orphaned.insert(service.clone());
     }
 
     /// Takes over one event and notes what it changed.

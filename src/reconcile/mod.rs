@@ -364,18 +364,21 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
 
     /// Takes over events without writing anything.
     pub fn take_over(&mut self, deliveries: impl IntoIterator<Item = Delivery>) {
-        let mut changes = std::mem::take(&mut self.changes);
         let (mut services, mut endpoints) = (0, 0);
+        let mut changes = std::mem::take(&mut self.changes);
         for delivery in deliveries {
-            let counts = !matches!(delivery.event, Event::Servers(_) | Event::Notice(_));
-            if counts && self.waiting.len() < MOST_WAITING {
-                self.waiting.push(delivery.at);
-            }
             match delivery.event.kind() {
                 Some(Kind::Service) => services += 1,
                 Some(Kind::EndpointSlice) => endpoints += 1,
                 Some(Kind::Node | Kind::ServiceCidr) | None => {}
                 Some(Kind::Pod | Kind::Namespace | Kind::NetworkPolicy) => {}
+            }
+            let Some(delivery) = self.put_off_event(delivery) else {
+                continue;
+            };
+            let counts = !matches!(delivery.event, Event::Servers(_) | Event::Notice(_));
+            if counts && self.waiting.len() < MOST_WAITING {
+                self.waiting.push(delivery.at);
             }
             if let Some(event) = self.take_policy_event(delivery) {
                 self.store.apply(event, &mut changes);
@@ -384,6 +387,11 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         self.metrics.changes(services, endpoints);
         self.pending = (self.pending.0 + services, self.pending.1 + endpoints);
         self.metrics.pending(self.pending.0, self.pending.1);
+        self.note_changes(changes);
+    }
+
+    /// Reports what the store found, and keeps what is to be compiled.
+    fn note_changes(&mut self, mut changes: Changes) {
         if !changes.is_empty() {
             self.metrics.queued();
         }

@@ -1,16 +1,22 @@
-//! Changes that are written in portions, so that others get their turn between two of them.
+//! Work on large services, done in portions so that others get their turn between two of them.
 //!
 //! The kernel lets nobody else in while it works on a transaction, and the reconciler handles no
-//! event. So what a batch of events changes is written at once only as far as it makes no more
-//! than so many elements, the smallest changes first. The others wait here and are written by and
-//! by, in the order of their steps. [`PlanChange`] says why packets may come in between. Before
-//! each portion the loop takes over events, and what they change goes first.
+//! event. So what a batch of events changes is done at once only as far as it makes no more than
+//! so many elements, the smallest changes first. A service that has more waits here, until
+//!
+//! 1. its newest event is taken over by the store,
+//! 2. its plan is compiled and compared with the one in force,
+//! 3. the difference is written, portion by portion, in the order of its steps. [`PlanChange`] says
+//!    why packets may come in between.
+//!
+//! Each of these is done with a call of its own. Before each the loop takes over events, and what
+//! they change goes first. Of several events of a service the newest alone counts.
 //!
 //! Namespaces take turns, so that a namespace waits for one portion of each of the others at most.
 //!
-//! While a change waits, its service is not compiled again, and the frontends of its old and new
-//! plan are taken: another service that wants one of them goes without until the change is
-//! written. Both are compiled again then.
+//! While a plan is compiled or written, the frontends of the old plan and of the new one are taken:
+//! another service that wants one of them goes without until the change is written. Both are
+//! compiled again then.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Bound;
@@ -19,9 +25,10 @@ use std::time::Instant;
 
 use foldhash::HashMap;
 
+use super::MOST_WAITING;
 use super::programmed::Effects;
-use crate::compile::{PlanChange, ServicePlan};
-use crate::model::{Claim, Family, ObjectName};
+use crate::compile::ServicePlan;
+use crate::model::{Claim, Delivery, Event, Family, ObjectName};
 
 /// The elements that a transaction deletes and adds, about, where it can be chosen.
 pub(super) const MOST_ELEMENTS: usize = 2_000;
@@ -33,7 +40,7 @@ pub(super) struct Timings {
     pub triggered_at_ms: Vec<i64>,
 }
 
-/// The changes that wait.
+/// The services that wait.
 #[derive(Debug, Default)]
 pub(super) struct Queue {
     waiting: HashMap<ObjectName, Waiting>,
@@ -46,13 +53,39 @@ pub(super) struct Queue {
     again: BTreeSet<ObjectName>,
 }
 
-/// A change that waits.
+/// What is to be done for a service, and what follows.
+#[derive(Debug, Default)]
+struct Waiting {
+    /// The newest event that the store does not know of.
+    event: Option<Event>,
+    /// Its plan is to be compiled.
+    compile: bool,
+    /// What follows once the change is in force that is being written.
+    write: Option<Effects>,
+    /// The plans whose frontends are taken.
+    holds: Vec<Arc<ServicePlan>>,
+    timings: Timings,
+}
+
+/// What is to be done next for a service.
 #[derive(Debug)]
-pub(super) struct Waiting {
-    change: Arc<PlanChange>,
-    /// What follows once it is in force.
+pub(super) enum Task {
+    /// Take over an event, with which the plan is to be compiled.
+    TakeOver(Event),
+    /// Compile its plan.
+    Compile,
+    /// Write a portion of its change.
+    Write,
+}
+
+/// What a service leaves behind for which a task is done.
+#[derive(Debug, Default)]
+pub(super) struct Done {
+    /// What follows.
     pub effects: Effects,
     pub timings: Timings,
+    /// The plan is to be compiled again.
+    pub compile: bool,
 }
 
 impl Queue {
@@ -60,9 +93,60 @@ impl Queue {
         self.waiting.is_empty()
     }
 
-    /// Whether a change of the service waits.
+    /// Whether a service waits for more than that its event is taken over.
     pub fn contains(&self, service: &ObjectName) -> bool {
-        self.waiting.contains_key(service)
+        let waiting = self.waiting.get(service);
+        waiting.is_some_and(|waiting| waiting.compile || waiting.write.is_some())
+    }
+
+    /// Whether an event of the service waits.
+    pub fn has_event(&self, service: &ObjectName) -> bool {
+        let waiting = self.waiting.get(service);
+        waiting.is_some_and(|waiting| waiting.event.is_some())
+    }
+
+    fn enter(&mut self, service: &ObjectName) -> &mut Waiting {
+        if !self.waiting.contains_key(service) {
+            let line = self.lines.entry(service.namespace().to_owned());
+            line.or_default().push_back(service.clone());
+        }
+        self.waiting.entry(service.clone()).or_default()
+    }
+
+    /// Whether a change of the service is being written.
+    pub fn is_written(&self, service: &ObjectName) -> bool {
+        let waiting = self.waiting.get(service);
+        waiting.is_some_and(|waiting| waiting.write.is_some())
+    }
+
+    /// Puts an event in line, in the place of an older one.
+    pub fn put_off(&mut self, service: &ObjectName, delivery: Delivery) {
+        let waiting = self.enter(service);
+        waiting.event = Some(delivery.event);
+        if waiting.timings.arrived.len() < MOST_WAITING {
+            waiting.timings.arrived.push(delivery.at);
+        }
+    }
+
+    /// Drops the event of a service, which a newer one replaces that does not wait.
+    pub fn drop_event(&mut self, service: &ObjectName) {
+        if let Some(waiting) = self.waiting.get_mut(service) {
+            waiting.event = None;
+            self.leave_if_idle(service);
+        }
+    }
+
+    /// Drops all events: a list replaces them.
+    pub fn drop_events(&mut self) {
+        for service in self.services() {
+            self.drop_event(&service);
+        }
+    }
+
+    /// Has a service compiled, whose frontends in the plan in force are taken from now on.
+    pub fn compile(&mut self, service: &ObjectName, in_force: Option<&Arc<ServicePlan>>) {
+        self.enter(service).compile = true;
+        self.take(service, in_force);
     }
 
     /// Compiles a service again once a change is written.
@@ -72,7 +156,13 @@ impl Queue {
 
     /// Takes the frontends of a plan. One that is taken already stays with the first.
     pub fn take(&mut self, service: &ObjectName, plan: Option<&Arc<ServicePlan>>) {
-        for frontend in plan.into_iter().flat_map(|plan| &plan.frontends) {
+        let Some(plan) = plan else { return };
+        let waiting = self.enter(service);
+        if waiting.holds.iter().any(|held| Arc::ptr_eq(held, plan)) {
+            return;
+        }
+        waiting.holds.push(plan.clone());
+        for frontend in &plan.frontends {
             let taken = self.taken.entry((frontend.family, frontend.at));
             taken.or_insert_with(|| service.clone());
         }
@@ -100,17 +190,17 @@ impl Queue {
         plan.frontends = free.collect();
     }
 
-    /// Puts a change in line, whose old plan's frontends are taken already.
-    pub fn push(&mut self, service: &ObjectName, change: Arc<PlanChange>, effects: Effects) {
-        self.take(service, change.after());
-        let line = self.lines.entry(service.namespace().to_owned());
-        line.or_default().push_back(service.clone());
-        let waiting = Waiting {
-            change,
-            effects,
-            timings: Timings::default(),
-        };
-        self.waiting.insert(service.clone(), waiting);
+    /// Has the change to a plan written, with what follows once it is in force.
+    pub fn write(
+        &mut self,
+        service: &ObjectName,
+        plan: Option<&Arc<ServicePlan>>,
+        effects: Effects,
+    ) {
+        self.take(service, plan);
+        let waiting = self.enter(service);
+        waiting.compile = false;
+        waiting.write = Some(effects);
     }
 
     /// Has events timed until the change of a service is written. Gives them back if none waits.
@@ -118,7 +208,9 @@ impl Queue {
         if let Some(waiting) = self.waiting.get_mut(service) {
             let all = &mut waiting.timings;
             all.arrived.append(&mut timings.arrived);
+            all.arrived.truncate(MOST_WAITING);
             all.triggered_at_ms.append(&mut timings.triggered_at_ms);
+            all.triggered_at_ms.truncate(MOST_WAITING);
         }
         timings
     }
@@ -136,9 +228,49 @@ impl Queue {
         service.namespace().clone_into(&mut self.last);
     }
 
-    /// Takes a change out that is written.
-    pub fn written(&mut self, service: &ObjectName) -> Option<Waiting> {
-        let waiting = self.waiting.remove(service)?;
+    /// What is to be done next for a service. An event, or that the service is to be compiled, is
+    /// said once.
+    pub fn task(&mut self, service: &ObjectName) -> Option<Task> {
+        let waiting = self.waiting.get_mut(service)?;
+        if waiting.write.is_some() {
+            return Some(Task::Write);
+        }
+        match waiting.event.take() {
+            Some(event) => Some(Task::TakeOver(event)),
+            None => std::mem::take(&mut waiting.compile).then_some(Task::Compile),
+        }
+    }
+
+    /// Gives the frontends back of a service whose change is written, or whose plan is compiled and
+    /// has none. It stays in line with an event that waits.
+    pub fn done(&mut self, service: &ObjectName) -> Done {
+        let Some(waiting) = self.waiting.get_mut(service) else {
+            return Done::default();
+        };
+        let done = Done {
+            effects: waiting.write.take().unwrap_or_default(),
+            timings: std::mem::take(&mut waiting.timings),
+            compile: std::mem::take(&mut waiting.compile),
+        };
+        for plan in std::mem::take(&mut waiting.holds) {
+            for frontend in &plan.frontends {
+                let key = (frontend.family, frontend.at);
+                if self.taken.get(&key) == Some(service) {
+                    self.taken.remove(&key);
+                }
+            }
+        }
+        self.leave_if_idle(service);
+        done
+    }
+
+    /// Takes a service out for which nothing is to be done.
+    fn leave_if_idle(&mut self, service: &ObjectName) {
+        let waiting = self.waiting.get(service);
+        if waiting.is_none_or(|it| it.event.is_some() || it.compile || it.write.is_some()) {
+            return;
+        }
+        self.waiting.remove(service);
         if let Some(line) = self.lines.get_mut(service.namespace()) {
             if line.front() == Some(service) {
                 line.pop_front();
@@ -147,19 +279,6 @@ impl Queue {
             }
             if line.is_empty() {
                 self.lines.remove(service.namespace());
-            }
-        }
-        self.release(service, waiting.change.before());
-        self.release(service, waiting.change.after());
-        Some(waiting)
-    }
-
-    /// Gives the frontends of a plan back.
-    pub fn release(&mut self, service: &ObjectName, plan: Option<&Arc<ServicePlan>>) {
-        for frontend in plan.into_iter().flat_map(|plan| &plan.frontends) {
-            let key = (frontend.family, frontend.at);
-            if self.taken.get(&key) == Some(service) {
-                self.taken.remove(&key);
             }
         }
     }

@@ -110,6 +110,11 @@ impl Programmed {
         self.plans.get(service).map(|plan| &**plan)
     }
 
+    /// The same, to be kept.
+    pub fn shared_plan(&self, service: &ObjectName) -> Option<&Arc<ServicePlan>> {
+        self.plans.get(service)
+    }
+
     /// All plans in force, or on their way there.
     pub fn plans(&self) -> impl Iterator<Item = &ServicePlan> {
         self.plans.values().map(|plan| &**plan)

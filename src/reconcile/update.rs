@@ -1,7 +1,7 @@
 //! From events that were taken over to transactions.
 //!
-//! What is small is written at once, in one transaction; what is not goes to the [`Queue`] and is
-//! written in portions, one with each call of [`Reconciler::work`].
+//! What is small is written at once, in one transaction; what is not goes to the [`Queue`], from
+//! which one portion of work is done with each call of [`Reconciler::work`].
 //!
 //! [`Queue`]: super::portions::Queue
 
@@ -10,18 +10,45 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::conntrack::Front;
-use super::portions::{Timings, Waiting};
+use super::portions::{Done, Task, Timings};
 use super::programmed::{Draft, Effects};
-use super::{Kernel, Outcome, Reconciler, too_large};
+use super::{Kernel, Outcome, Reconciler, State, too_large};
 use crate::compile::{self, PlanChange, ServicePlan};
-use crate::model::{Changes, ObjectName};
+use crate::model::{Changes, Delivery, Event, Kind, Object, ObjectName};
 use crate::netlink;
 
 /// The changes of services that a batch of events amounts to.
 type ServiceChanges = Vec<(ObjectName, PlanChange)>;
 
 impl<K: Kernel> Reconciler<'_, K> {
-    /// Writes what changed, as far as it is written at once, and then a portion of what waits.
+    /// Puts an event in line that changes more claims at once than a portion has elements. Gives
+    /// all others back. None waits while Services are listed: the list replaces what came before,
+    /// and which objects are gone shows once all others are taken over.
+    pub(super) fn put_off_event(&mut self, delivery: Delivery) -> Option<Delivery> {
+        let (name, new) = match &delivery.event {
+            Event::ListStarted(Kind::Service) => {
+                self.queue.drop_events();
+                return Some(delivery);
+            }
+            Event::Apply(Object::Service(service)) => (&service.name, service.frontends()),
+            Event::Delete(object) if object.kind == Kind::Service => (&object.name, 0),
+            _ => return Some(delivery),
+        };
+        let name = name.clone();
+        let old = self.store.service(&name).map_or(0, |old| old.frontends());
+        let may_wait = self.state == State::Synced && !self.store.is_listing(Kind::Service);
+        if may_wait && (old.max(new) > self.portion || self.queue.has_event(&name)) {
+            if matches!(delivery.event, Event::Apply(_)) {
+                self.store.expect(&name);
+            }
+            self.queue.put_off(&name, delivery);
+            return None;
+        }
+        self.queue.drop_event(&name);
+        Some(delivery)
+    }
+
+    /// Writes what changed, as far as it is written at once, and then does a portion of what waits.
     pub(super) fn update(&mut self) -> Outcome {
         let started = Instant::now();
         let changes = std::mem::take(&mut self.changes);
@@ -30,7 +57,7 @@ impl<K: Kernel> Reconciler<'_, K> {
             return Outcome::Synced;
         }
         let written = self.update_changes(changes);
-        match written.and_then(|()| self.update_portion()) {
+        match written.and_then(|()| self.work_on_queue()) {
             Ok(()) => {
                 self.metrics.sync(false, started.elapsed());
                 Outcome::Synced
@@ -61,15 +88,10 @@ impl<K: Kernel> Reconciler<'_, K> {
             self.health_check_changed(&name);
         }
         for (name, change) in later {
-            let old = change.before().cloned();
-            let Some(change) = self.without_taken(&name, change, &mut waits_for) else {
-                self.queue.release(&name, old.as_ref());
-                self.health_check_changed(&name);
-                continue;
-            };
-            let (change, mut effects) = (Arc::new(change), Effects::default());
-            self.programmed.begin(&name, change.clone(), &mut effects);
-            self.queue.push(&name, change, effects);
+            match self.without_taken(&name, change, &mut waits_for) {
+                Some(change) => self.begin(&name, change),
+                None => self.done(&name),
+            }
             waits_for = Some(name);
         }
         if changes.node {
@@ -99,19 +121,24 @@ impl<K: Kernel> Reconciler<'_, K> {
         Ok(())
     }
 
-    /// Compiles what changed. A service whose former change waits is left for later.
+    /// Compiles what changed. A large service is left for later, and one that waits already.
     fn service_changes(
         &mut self,
         changes: &mut Changes,
         waits_for: &mut Option<ObjectName>,
     ) -> ServiceChanges {
         let mut found = Vec::new();
-        for name in self.concerned(changes) {
-            if self.queue.contains(&name) {
-                self.queue.look_again(&name);
-                *waits_for = Some(name);
-                continue;
-            }
+        // Before any other is compiled, which may get a frontend that one of these has.
+        let (later, now): (Vec<_>, Vec<_>) = self
+            .concerned(changes)
+            .into_iter()
+            .partition(|name| self.queue.contains(name) || self.is_large(name));
+        for name in later {
+            let in_force = self.programmed.shared_plan(&name);
+            self.queue.compile(&name, in_force);
+            *waits_for = Some(name);
+        }
+        for name in now {
             let plan = self.compile(&name);
             match self.change(&name, plan, waits_for) {
                 Some(change) => found.push((name, change)),
@@ -132,6 +159,13 @@ impl<K: Kernel> Reconciler<'_, K> {
             tracing::trace!("Service {name} is compiled again");
         }
         services
+    }
+
+    /// Whether a service has, or is to have, more elements than a portion.
+    fn is_large(&self, name: &ObjectName) -> bool {
+        let plan = self.programmed.plan(name);
+        compile::elements(&self.store, name) > self.portion
+            || plan.is_some_and(|plan| plan.elements() > self.portion)
     }
 
     /// Compiles a service; `None` if it has no rules or is left out.
@@ -201,14 +235,24 @@ impl<K: Kernel> Reconciler<'_, K> {
         changes.split_off(now)
     }
 
-    /// Writes a portion of the changes that wait. Those that fit into one are not divided.
-    fn update_portion(&mut self) -> Result<(), netlink::Error> {
+    /// Begins to write a change.
+    fn begin(&mut self, name: &ObjectName, change: PlanChange) {
+        let (change, mut effects) = (Arc::new(change), Effects::default());
+        self.programmed.begin(name, change.clone(), &mut effects);
+        self.queue.write(name, change.after(), effects);
+    }
+
+    /// Does a portion of what waits: takes over one event, compiles one service, or writes so many
+    /// elements. Changes that fit into one portion are not divided.
+    fn work_on_queue(&mut self) -> Result<(), netlink::Error> {
         if self.queue.is_empty() {
             return Ok(());
         }
         let (mut draft, mut room) = (Draft::default(), self.portion);
+        let mut compiled = false;
         while room > 0
             && let Some(name) = self.queue.next()
+            && (!compiled || self.queue.is_written(&name))
         {
             let left = self.programmed.left(&name);
             let most = match left {
@@ -216,11 +260,29 @@ impl<K: Kernel> Reconciler<'_, K> {
                 _ if room < self.portion => break,
                 _ => room,
             };
-            self.queue.had_turn(&name);
-            let (elements, done) = self.programmed.advance(&name, most, Some(&mut draft));
-            room = room.saturating_sub(elements);
-            if done && let Some(waiting) = self.queue.written(&name) {
-                self.take_back(&name, waiting);
+            match self.queue.task(&name) {
+                None => break,
+                Some(Task::Write) => {
+                    self.queue.had_turn(&name);
+                    let (elements, done) = self.programmed.advance(&name, most, Some(&mut draft));
+                    room = room.saturating_sub(elements);
+                    if done {
+                        self.done(&name);
+                    }
+                }
+                Some(Task::Compile) => {
+                    compiled = true;
+                    let elements = self.compile_one(&name);
+                    if elements > room {
+                        self.queue.had_turn(&name);
+                        break;
+                    }
+                }
+                Some(Task::TakeOver(event)) => {
+                    self.queue.had_turn(&name);
+                    self.take_over_one(&name, event);
+                    break;
+                }
             }
         }
         let transaction = draft.finish(&self.programmed);
@@ -232,25 +294,55 @@ impl<K: Kernel> Reconciler<'_, K> {
         Ok(())
     }
 
-    /// Takes over what a change brings with it that no longer waits. What had to wait for it is
+    /// Takes over an event that waited. Others that it concerns are compiled with the next call.
+    fn take_over_one(&mut self, name: &ObjectName, event: Event) {
+        let in_force = self.programmed.shared_plan(name);
+        self.queue.compile(name, in_force);
+        let mut changes = std::mem::take(&mut self.changes);
+        self.store.apply(event, &mut changes);
+        self.note_changes(changes);
+    }
+
+    /// Compiles a service that waits for it. Returns about how many elements its change has.
+    fn compile_one(&mut self, name: &ObjectName) -> usize {
+        let plan = self.compile(name);
+        match self.change(name, plan, &mut None) {
+            Some(change) => {
+                let elements = change.elements();
+                self.begin(name, change);
+                elements
+            }
+            None => {
+                self.queue.had_turn(name);
+                self.done(name);
+                0
+            }
+        }
+    }
+
+    /// Takes over what a service brings with it that no longer waits. What had to wait for it is
     /// compiled again with the next call.
-    fn take_back(&mut self, name: &ObjectName, waiting: Waiting) {
-        self.note(waiting.effects);
-        self.waiting.extend(waiting.timings.arrived);
-        let triggered = waiting.timings.triggered_at_ms;
-        self.changes.triggered_at_ms.extend(triggered);
-        let mut again = self.queue.take_again();
-        self.changes.services.append(&mut again);
+    fn done(&mut self, name: &ObjectName) {
+        let Done {
+            effects,
+            timings,
+            compile,
+        } = self.queue.done(name);
+        self.note(effects);
+        self.waiting.extend(timings.arrived);
+        let changes = &mut self.changes;
+        changes.triggered_at_ms.extend(timings.triggered_at_ms);
+        changes.services.append(&mut self.queue.take_again());
+        changes.services.extend(compile.then(|| name.clone()));
         self.health_check_changed(name);
     }
 
     /// Counts all that waits as written, where the tables are going to be compared as a whole.
+    /// Events go on waiting.
     pub(super) fn abandon_portions(&mut self) {
         for name in self.queue.services() {
             self.programmed.advance(&name, usize::MAX, None);
-            if let Some(waiting) = self.queue.written(&name) {
-                self.take_back(&name, waiting);
-            }
+            self.done(&name);
         }
     }
 

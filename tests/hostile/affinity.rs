@@ -182,7 +182,7 @@ fn a_flood_at_one_service_leaves_the_clients_of_others_with_their_endpoints() {
     let change = neighbour.change();
     assert!(change < reading / 2, "{change:?} of {reading:?}");
 
-    neighbour.changes_in_time_while(|wave| {
+    neighbour.changes_in_time_while(1, |wave| {
         let wave = u32::try_from(wave).expect("not so many waves");
         move_victim([9053, 9054][wave as usize % 2]);
         flood(&neighbour, MOST_CLIENTS + wave % 100 * WAVE, WAVE);

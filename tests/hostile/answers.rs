@@ -26,7 +26,7 @@ fn lists_of_something_else_take_no_service_away() {
     api.compact(false);
     api.end_watches();
     wait_for_log(&agent, "the answer is a v1 PodList");
-    neighbour.changes_in_time_while(|call| {
+    neighbour.changes_in_time_while(1, |call| {
         api.answer_instead(SERVICES, Some(answers[call % answers.len()]));
         thread::sleep(Duration::from_millis(1));
     });

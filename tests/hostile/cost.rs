@@ -1,7 +1,6 @@
 //! A service that is small to write and huge to program: every port of every external address.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -12,7 +11,7 @@ use crate::neighbour::{NODE_IP, Neighbour, POD, slice};
 
 /// The ports, and the addresses as well.
 const PORTS: u16 = 300;
-/// The steps that come into force while the neighbour changes: once round them all.
+/// The service is created, gets another endpoint and goes, all while the neighbour changes.
 const STEPS: usize = 3;
 
 /// How long an answer may take; without one the frontend is gone.
@@ -83,29 +82,24 @@ fn a_service_with_very_many_frontends_holds_up_no_other() {
     ns.route_add("172.20.0.0/16", &format!("dev lo src {NODE_IP}"));
     let _later = Server::start(ns, Protocol::Tcp, SocketAddr::new(LATER, 8080), "later");
     let _agent = neighbour.node.run();
-    let in_force = AtomicUsize::new(0);
-    // The neighbour may be done before a step is in force.
-    while in_force.load(Ordering::Relaxed) < STEPS {
-        neighbour.changes_in_time_while(|_| {
-            let started = Instant::now();
-            let step = in_force.load(Ordering::Relaxed) % 3;
-            match step {
-                0 => {
-                    api.put(SLICES, endpoints(&[NODE_IP]));
-                    api.put(SERVICES, service());
-                    answers(ns, Some(POD));
-                }
-                1 => {
-                    api.put(SLICES, endpoints(&[NODE_IP, LATER]));
-                    answers(ns, Some("later"));
-                }
-                _ => {
-                    api.delete(SERVICES, "attacker/huge");
-                    answers(ns, None);
-                }
+    neighbour.changes_in_time_while(STEPS, |call| {
+        let started = Instant::now();
+        let step = call % STEPS;
+        match step {
+            0 => {
+                api.put(SLICES, endpoints(&[NODE_IP]));
+                api.put(SERVICES, service());
+                answers(ns, Some(POD));
             }
-            eprintln!("step {step} is in force after {:?}", started.elapsed());
-            in_force.fetch_add(1, Ordering::Relaxed);
-        });
-    }
+            1 => {
+                api.put(SLICES, endpoints(&[NODE_IP, LATER]));
+                answers(ns, Some("later"));
+            }
+            _ => {
+                api.delete(SERVICES, "attacker/huge");
+                answers(ns, None);
+            }
+        }
+        eprintln!("step {step} is in force after {:?}", started.elapsed());
+    });
 }

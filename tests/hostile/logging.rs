@@ -24,7 +24,7 @@ fn lines_that_nothing_takes_stop_nobody() {
         let mut agent = Daemon::start_with_stderr(&neighbour.node.ns, NFTLET, arguments, stderr);
         neighbour.node.has("10.96.200.1");
         // Each change is another fault to tell.
-        neighbour.changes_in_time_while(|call| {
+        neighbour.changes_in_time_while(1, |call| {
             let wrong = format!("no address {call} {}", "x".repeat(2_000));
             neighbour.node.api.put(
                 SERVICES,

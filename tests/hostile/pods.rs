@@ -59,7 +59,7 @@ fn a_pod_with_thousands_of_named_ports_holds_up_nobody() {
     put("p");
     let agent = neighbour.node.run();
     wait_for_log(&agent, "the rules are in place");
-    neighbour.changes_in_time_while(|call| {
+    neighbour.changes_in_time_while(1, |call| {
         put(if call % 2 == 0 { "q" } else { "p" });
         std::thread::sleep(std::time::Duration::from_millis(20));
     });
@@ -81,7 +81,7 @@ fn pods_that_are_deleted_by_force_hold_up_nobody() {
         .arguments(&[&format!("--metrics-bind-address={METRICS}")]);
     let agent = Daemon::start(&neighbour.node.ns, NFTLET, arguments);
     wait_for_log(&agent, "the rules are in place");
-    neighbour.changes_in_time_while(|call| {
+    neighbour.changes_in_time_while(1, |call| {
         if call < DELETED {
             let address = format!("10.244.{}.{}", 1 + call / 250, 1 + call % 250);
             let name = format!("pod-{call}");

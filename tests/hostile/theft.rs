@@ -85,7 +85,7 @@ fn a_namespace_full_of_thieves_gets_nothing_of_the_neighbour() {
     assert_eq!(answers(&node.ns, NODE_IP, NODE_PORT), POD);
     node.lacks(&format!("{FREE} . tcp"));
 
-    neighbour.changes_in_time_while(|call| {
+    neighbour.changes_in_time_while(1, |call| {
         let changed = thief(call % THIEVES, call, &ports, &targets);
         node.api.put(SERVICES, changed);
         thread::sleep(BETWEEN_WRITES);
@@ -168,7 +168,7 @@ fn keeps_its_server_at(address: IpAddr, thief: impl FnOnce(u16) -> Value) {
     neighbour.is_served();
     // New connections still lead to the server, and its news arrive.
     node.break_connections();
-    neighbour.changes_in_time_while(|_| thread::yield_now());
+    neighbour.changes_in_time_while(1, |_| thread::yield_now());
     let rules = node.ns.nft(&["list", "table", "ip", "nftlet"]);
     assert!(rules.contains(&format!("{OWN} . tcp . {PORT}")), "{rules}");
     assert!(

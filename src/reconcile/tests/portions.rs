@@ -163,6 +163,77 @@ fn others_are_written_between_the_portions_of_a_huge_service() {
     assert_eq!(sizes.iter().sum::<usize>(), huge + small, "{sizes:?}");
 }
 
+/// A service of 40 ports at 30 addresses: more frontends than a portion has elements.
+fn vast(number: u8) -> Service {
+    let ports: Vec<u16> = (1..=40).collect();
+    let name = format!("vast-{number}");
+    let mut service = service(&name, &[&format!("10.96.8.{number}")], &ports);
+    let addresses = (1..=30).map(|host| IpAddr::from([198, 18, number, host]));
+    service.external_ips = addresses.collect();
+    service
+}
+
+#[test]
+fn many_vast_services_of_one_batch_wait_for_one_portion_of_work_each() {
+    let bench = Bench::new();
+    let mut reconciler = started(&bench);
+    let small = service("small", &["10.96.0.1"], &[80]);
+    let mut events: Vec<Event> = (1..=5).map(|number| put(vast(number))).collect();
+    events.push(put(slice("vast-1-1", &vast(1), Family::V4, &[])));
+    events.push(put(small));
+    once(&mut reconciler, events);
+    assert_eq!(elements(&bench, ServiceSet::Frontends), 1);
+    assert_eq!(
+        reconciler.store().count(Kind::Service),
+        2,
+        "the small one, and the vast one that has had its turn"
+    );
+    finish(&mut reconciler);
+    bench.assert_as_wanted(&reconciler);
+    assert_eq!(
+        elements(&bench, ServiceSet::Frontends),
+        1 + 5 * 31 * 40,
+        "all of them"
+    );
+    assert_eq!(bench.heard(), Vec::<String>::new(), "no slice is an orphan");
+}
+
+#[test]
+fn the_newest_event_of_a_vast_service_counts() {
+    let bench = Bench::new();
+    let mut reconciler = started(&bench);
+    let mut other = vast(1);
+    other.external_ips.truncate(3);
+    once(&mut reconciler, vec![put(vast(1)), put(other)]);
+    finish(&mut reconciler);
+    assert_eq!(elements(&bench, ServiceSet::Frontends), 4 * 40);
+    once(
+        &mut reconciler,
+        vec![put(vast(1)), delete(Kind::Service, "vast-1")],
+    );
+    finish(&mut reconciler);
+    assert_eq!(elements(&bench, ServiceSet::Frontends), 0);
+    bench.assert_as_wanted(&reconciler);
+}
+
+#[test]
+fn a_list_replaces_the_events_that_wait() {
+    let bench = Bench::new();
+    let mut reconciler = started(&bench);
+    let list = |objects: Vec<Event>| {
+        let mut events = vec![Event::ListStarted(Kind::Service)];
+        events.extend(objects);
+        events.push(Event::ListComplete(Kind::Service));
+        events
+    };
+    once(&mut reconciler, vec![put(vast(1)), put(vast(2))]);
+    once(&mut reconciler, list(vec![put(vast(2)), put(vast(3))]));
+    finish(&mut reconciler);
+    bench.assert_as_wanted(&reconciler);
+    assert_eq!(elements(&bench, ServiceSet::Frontends), 2 * 31 * 40);
+    assert!(reconciler.store().service(&vast(1).name).is_none());
+}
+
 #[test]
 fn one_endpoint_of_a_huge_service_is_two_elements_for_each_port() {
     let bench = Bench::new();
