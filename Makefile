@@ -26,8 +26,8 @@ help: ## List the tasks
 
 demo: ## Show services, failover, rejects and network policies in network namespaces (two minutes)
 	@scripts/install-deps.sh run
-	@echo 'Building nftlet and the demo ...'
-	@cargo build --quiet --bin nftlet --example demo
+	@echo 'Compiling nftlet and the demo: some four minutes on two cores the first time, then seconds'
+	cargo build --locked --bin nftlet --example demo
 	@scripts/netns-run.sh --explain
 	@scripts/netns-run.sh "$${CARGO_TARGET_DIR:-target}/debug/examples/demo" \
 	    --nftlet "$${NFTLET:-$${CARGO_TARGET_DIR:-target}/debug/nftlet}" $(ARGS)
@@ -64,6 +64,7 @@ churn: ## Change 500 endpoints a second with traffic for ten minutes; nothing ma
 
 build: ## Build the release binary, target/release/nftlet
 	@scripts/install-deps.sh build
+	@echo 'Compiling nftlet optimised: some eight minutes on two cores the first time'
 	cargo build --release --locked
 
 lint: ## Check format, lints and documentation only

@@ -141,7 +141,7 @@ if have rustup; then
     if ! { installed rustc --version && installed cargo-fmt --version &&
         installed cargo-clippy --version; }; then
         say "installing the Rust toolchain $toolchain"
-        rustup --quiet toolchain install "$toolchain" \
+        rustup toolchain install "$toolchain" \
             --profile minimal --component rustfmt --component clippy
     fi
 fi
@@ -153,6 +153,6 @@ if [[ $purpose == test ]] && ! have cargo-deny; then
     # Built for a short build, not for speed: it runs for a second.
     CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_OPT_LEVEL=1 \
         CARGO_PROFILE_RELEASE_CODEGEN_UNITS=16 CARGO_PROFILE_RELEASE_DEBUG=false \
-        cargo install --quiet --locked "cargo-deny@$cargo_deny"
+        cargo install --locked "cargo-deny@$cargo_deny"
 fi
 say "everything needed to $purpose is here"

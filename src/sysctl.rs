@@ -43,7 +43,7 @@ pub struct Conntrack {
 
 /// A kernel setting that could not be made.
 #[derive(Debug, Error)]
-#[error("cannot set /{} to {value}: {source}; set it on the host, or ask for nothing with 0", path.display())]
+#[error("cannot set /{} to {value}: {source}; set it on the host or with a privileged nftlet --init-only, or leave it with 0", path.display())]
 pub struct Unset {
     /// The file, relative to the root.
     pub path: PathBuf,

@@ -788,7 +788,7 @@ fn contradictory_flags_end_with_2() {
         &["--manifests", "x", "--master", "http://x"],
         &["--init-only", "--once"],
         &["--write-config-to", "x", "--dry-run"],
-        &["--proxy-mode", "ipvs"],
+        &["--proxy-mode", "userspace"],
         &["--masquerade-bit", "32"],
         &["--oom-score-adj", "-1001"],
         &["--master", "ftp://x"],

@@ -177,6 +177,30 @@ fn flags_beside_a_file_are_ignored_and_named_once() {
 }
 
 #[test]
+fn another_mode_of_kube_proxy_is_one_warning_and_the_same_rules() {
+    if !require_net_admin() {
+        return;
+    }
+    let (manifests, ns) = (shop(), Namespace::new("node"));
+    let plain = nftlet(&ns, &manifests.arguments(&["--dry-run"]), "");
+    let config = Config::with("mode: iptables");
+    let by_file = config.flag();
+    for (flag, warning) in [
+        (
+            "--proxy-mode=ipvs",
+            "--proxy-mode: mode ipvs is for kube-proxy",
+        ),
+        (&by_file, "config.conf: mode iptables is for kube-proxy"),
+    ] {
+        let output = nftlet(&ns, &manifests.arguments(&["--dry-run", flag]), "");
+        assert_eq!(printed(&output), printed(&plain), "{flag}");
+        let warnings = lines_with(&said(&output), "WARN");
+        assert_eq!(warnings.len(), 1, "{warnings:?}");
+        assert!(warnings[0].contains(warning), "{warnings:?}");
+    }
+}
+
+#[test]
 fn a_file_that_cannot_be_used_is_one_line_and_touches_no_rule() {
     if !require_net_admin() {
         return;
@@ -186,7 +210,10 @@ fn a_file_that_cannot_be_used_is_one_line_and_touches_no_rule() {
     let before = rules(&ns);
     let empty = Manifests::new();
     for (fields, wanted) in [
-        ("mode: ipvs", ":3:7: mode: nftlet works with nftables"),
+        (
+            "mode: userspace",
+            ":3:7: mode: there is no mode `userspace`",
+        ),
         ("clusterCIDR: {}", ":3:14: clusterCIDR: "),
         ("conntrack: {min: x}", ":3:18: conntrack.min: "),
         ("nftables: [", ":3:"),
@@ -247,8 +274,8 @@ fn a_change_ends_the_process_and_one_that_cannot_be_used_does_not() {
     swap("..2", "clusterCIDR: 10.0.0.0/33");
     wait_for_log(&daemon, "`10.0.0.0/33` is not a range of addresses");
     swap("..3", "# the old settings");
-    swap("..4", "mode: iptables");
-    wait_for_log(&daemon, "has no mode `iptables`");
+    swap("..4", "mode: userspace");
+    wait_for_log(&daemon, "there is no mode `userspace`");
     assert!(daemon.ended().is_none(), "{}", daemon.log());
     assert_eq!(
         lines_with(&daemon.log(), "ERROR").len(),
@@ -324,6 +351,8 @@ fn init_only_makes_kernel_settings_and_no_rule() {
     let untouched = read("udp_timeout_stream");
     printed(&nftlet(&ns, &[config.flag(), "--init-only".to_owned()], ""));
     assert_eq!(read("udp_timeout"), "71");
+    assert_eq!(read("tcp_timeout_close_wait"), "3600");
+    assert_eq!(read("tcp_timeout_established"), "86400");
     assert_eq!(read("udp_timeout_stream"), untouched);
     assert!(!rules(&ns).contains("nftlet"), "{}", rules(&ns));
     // What cannot be set is said, and keeps nothing from starting behind it.

@@ -20,7 +20,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use agent::{NFTLET, Node, PATIENCE, get, lines_with, of_repository, wait_for_log};
+use agent::{
+    NFTLET, Node, PATIENCE, get, lines_with, nftlet, of_repository, printed, wait_for_log,
+};
 use clap::Parser as _;
 use common::netns::{Daemon, require_net_admin, wait_for};
 use common::skip::skip;
@@ -109,8 +111,6 @@ fn folders() -> Vec<Folder> {
         folders.extend(COMPONENTS.map(|component| Folder::over(base, &[component])));
         folders.push(Folder::over(base, &COMPONENTS));
     }
-    let kubeadm = "overlays/kubeadm";
-    folders.push(Folder::over(kubeadm, &["conntrack-settings-kubeadm"]));
     let of_the_readme = of_the_readme();
     assert!(of_the_readme.len() >= 2, "the README shows how to install");
     folders.extend(of_the_readme);
@@ -480,21 +480,32 @@ struct Installed {
     _mounted: TempDir,
 }
 
+/// kubeadm's ConfigMap as it is mounted, for a kubeconfig.
+fn mounted(kubeconfig: &str) -> TempDir {
+    let mounted = tempfile::tempdir().expect("a directory");
+    fs::copy(kubeconfig, mounted.path().join("kubeconfig.conf")).expect("copied");
+    let fixture = of_repository("tests/fixtures/kube-proxy-config-kubeadm.yaml");
+    let settings = fs::read_to_string(fixture).expect("the fixture");
+    let settings = below(mounted.path(), &settings);
+    fs::write(mounted.path().join("config.conf"), settings).expect("written");
+    mounted
+}
+
+/// A text with the place of the mounted ConfigMap in place of that in a pod.
+fn below(mounted: &Path, text: &str) -> String {
+    text.replace(
+        "/var/lib/kube-proxy",
+        mounted.to_str().expect("a path in UTF-8"),
+    )
+}
+
 fn install(folder: &'static str) -> Installed {
     let objects = build(&Folder::of(folder).path).objects;
     let cluster = busy_cluster();
     let pod = pod_of(&objects);
     let container = nftlet_of(&pod);
-
-    // Where kubeadm's ConfigMap is mounted.
-    let mounted = tempfile::tempdir().expect("a directory");
     let kubeconfig = cluster.kubeconfig();
-    fs::copy(&kubeconfig, mounted.path().join("kubeconfig.conf")).expect("copied");
-    let fixture = of_repository("tests/fixtures/kube-proxy-config-kubeadm.yaml");
-    let here = mounted.path().to_str().expect("UTF-8");
-    let there = |text: &str| text.replace("/var/lib/kube-proxy", here);
-    let settings = there(&fs::read_to_string(fixture).expect("the fixture"));
-    fs::write(mounted.path().join("config.conf"), settings).expect("written");
+    let mounted = mounted(&kubeconfig);
 
     let security = container.security_context.clone();
     let added = security
@@ -505,7 +516,8 @@ fn install(folder: &'static str) -> Installed {
         .map(|name| format!(",+{}", name.to_lowercase()));
     let bounds = format!("--bounding-set=-all{}", added.collect::<String>());
     let mut line = vec![bounds, "--no-new-privs".into(), "--".into(), NFTLET.into()];
-    line.extend(arguments(&objects, container).iter().map(|it| there(it)));
+    let found = arguments(&objects, container);
+    line.extend(found.iter().map(|it| below(mounted.path(), it)));
     if container.volume_mounts.iter().flatten().count() == 1 {
         // In place of the pod's service account.
         line.extend(["--kubeconfig".to_owned(), kubeconfig]);
@@ -574,11 +586,15 @@ fn it_runs_as_installed_and_asks_for_exactly_what_it_has_the_right_to() {
     }
 }
 
-/// What kubeadm's ConfigMap asks for is made by a container that may.
+/// What kubeadm's ConfigMap asks for is made by a container that may, nulls being kube-proxy's
+/// defaults.
 #[test]
 fn the_settings_of_kubeadm_are_made_with_its_own_file() {
-    let folder = Folder::over("overlays/kubeadm", &["conntrack-settings-kubeadm"]);
-    let pod = pod_of(&build(&folder.path).objects);
+    if !require_net_admin() {
+        return;
+    }
+    let objects = build(&Folder::of("overlays/kubeadm").path).objects;
+    let pod = pod_of(&objects);
     let file = |container: &Container| {
         let mut args = container.args.iter().flatten();
         let config = args.find_map(|it| it.strip_prefix("--config="));
@@ -596,6 +612,23 @@ fn the_settings_of_kubeadm_are_made_with_its_own_file() {
     assert_eq!(file(first).1, ["kube-proxy"]);
     let security = first.security_context.clone().expect("a security context");
     assert_eq!(security.privileged, Some(true));
+
+    let cluster = Node::new();
+    let mounted = mounted(&cluster.kubeconfig());
+    let read = |name: &str| {
+        let path = format!("/proc/sys/net/netfilter/nf_conntrack_{name}");
+        let output = cluster.ns.command("cat").arg(&path).output();
+        let output = output.expect("cat runs");
+        String::from_utf8_lossy(&output.stdout).trim().to_owned()
+    };
+    let arguments = arguments(&objects, first);
+    let arguments: Vec<String> = arguments
+        .iter()
+        .map(|it| below(mounted.path(), it))
+        .collect();
+    printed(&nftlet(&cluster.ns, &arguments, ""));
+    assert_eq!(read("tcp_timeout_close_wait"), "3600");
+    assert_eq!(read("tcp_timeout_established"), "86400");
 }
 
 /// A count is written some minutes after an Event, which is longer than the test above waits.

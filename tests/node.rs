@@ -151,7 +151,7 @@ fn the_bind_address_comes_before_the_object() {
 }
 
 #[test]
-fn kernel_settings_are_made_where_they_are_asked_for() {
+fn kernel_settings_are_those_of_kube_proxy_or_what_is_asked_for() {
     if !require_net_admin() {
         return;
     }
@@ -161,8 +161,24 @@ fn kernel_settings_are_made_where_they_are_asked_for() {
         let output = node.command("cat").arg(&path).output().expect("cat runs");
         String::from_utf8_lossy(&output.stdout).trim().to_owned()
     };
-    manifests.program(&node, &[]);
-    let untouched = ["udp_timeout", "tcp_timeout_close_wait", "tcp_be_liberal"].map(read);
+    let zeros = [
+        "--conntrack-max-per-core=0",
+        "--conntrack-tcp-timeout-established=0",
+        "--conntrack-tcp-timeout-close-wait=0",
+    ];
+    manifests.program(&node, &zeros);
+    assert_eq!(read("tcp_timeout_established"), "432000", "the kernel's");
+    assert_eq!(read("tcp_timeout_close_wait"), "60", "the kernel's");
+    let untouched = ["udp_timeout", "udp_timeout_stream", "tcp_be_liberal"].map(read);
+    let said = manifests.program(&node, &[]);
+    assert!(
+        !said.contains("WARN"),
+        "a default that cannot be set: {said}"
+    );
+    assert_eq!(read("tcp_timeout_established"), "86400");
+    assert_eq!(read("tcp_timeout_close_wait"), "3600");
+    let now = ["udp_timeout", "udp_timeout_stream", "tcp_be_liberal"].map(read);
+    assert_eq!(now, untouched, "without a default");
     let asked = [
         "--conntrack-udp-timeout",
         "77s",
@@ -175,14 +191,12 @@ fn kernel_settings_are_made_where_they_are_asked_for() {
     assert_eq!(read("udp_timeout"), "77");
     assert_eq!(read("udp_timeout_stream"), "121");
     assert_eq!(read("tcp_timeout_established"), "7200");
-    let now = ["tcp_timeout_close_wait", "tcp_be_liberal"].map(read);
-    assert_eq!(now, untouched[1..], "what nobody asked for");
     manifests.program(&node, &["--conntrack-tcp-be-liberal"]);
     assert_eq!(read("tcp_be_liberal"), "1");
     // Only the host may change the size of the table; the rules stand all the same.
     let said = manifests.program(&node, &["--conntrack-max-per-core", "1"]);
     assert!(
-        said.contains("cannot set /proc/sys/net/netfilter/nf_conntrack_max"),
+        said.contains("WARN kernel settings: cannot set /proc/sys/net/netfilter/nf_conntrack_max"),
         "{said}"
     );
     assert!(listed(&node, "set", "service-cidrs").contains("10.96.0.0/16"));

@@ -1,6 +1,6 @@
 //! What is shipped beside the binary is what its consumers understand: examples parse as the API's
-//! own types without a field left over, and versions agree everywhere. `tests/deploy.rs` has the
-//! manifests.
+//! own types without a field left over, versions agree everywhere, and the tasks that compile show
+//! it. `tests/deploy.rs` has the manifests.
 
 #[path = "common/schema.rs"]
 mod schema;
@@ -69,4 +69,48 @@ fn versions_agree() {
     assert!(dockerfile.contains(&format!("RUSTUP_TOOLCHAIN={channel}\n")));
     assert!(dockerfile.contains("NFTLET_COMMIT=\"$COMMIT\""));
     assert!(root().join("LICENSE").exists());
+}
+
+/// The lines of the Makefile's recipe of a task.
+fn recipe<'a>(makefile: &'a str, task: &str) -> Vec<&'a str> {
+    let head = format!("{task}: ");
+    let lines = makefile
+        .lines()
+        .skip_while(|line| !line.starts_with(&head))
+        .skip(1);
+    lines.take_while(|line| line.starts_with('\t')).collect()
+}
+
+#[test]
+fn what_takes_minutes_says_so_and_shows_its_progress() {
+    let makefile = read("Makefile");
+    for task in ["demo", "build"] {
+        let lines = recipe(&makefile, task);
+        let compiles = lines.iter().position(|line| line.contains("cargo build"));
+        let compiles = compiles.unwrap_or_else(|| panic!("{task} compiles: {lines:?}"));
+        let before = lines[compiles - 1];
+        assert!(
+            before.contains("echo 'Compiling") && before.contains("minutes"),
+            "{task} says how long it compiles: {before}"
+        );
+    }
+    let mut texts = vec![("Makefile".to_owned(), makefile)];
+    for script in fs::read_dir(root().join("scripts")).expect("the folder can be read") {
+        let name = script.expect("the folder can be read").file_name();
+        let path = format!("scripts/{}", name.to_string_lossy());
+        texts.push((path.clone(), read(&path)));
+    }
+    for (path, text) in texts {
+        let calls = |line: &&str| {
+            ["build", "bench", "test", "install", "clippy", "doc"]
+                .iter()
+                .any(|verb| line.contains(&format!("cargo {verb} ")))
+                || line.contains("rustup ") && line.contains(" install ")
+        };
+        for line in text.lines().filter(calls) {
+            for silencer in ["--quiet", " -q ", "/dev/null"] {
+                assert!(!line.contains(silencer), "{path} hides progress: {line}");
+            }
+        }
+    }
 }

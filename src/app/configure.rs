@@ -29,6 +29,9 @@ pub(super) fn tell(line: &CommandLine, file: Option<&File>) {
         );
     }
     let (Some(path), Some(file)) = (&line.args.process.config, file) else {
+        if let Some(note) = line.args.process.proxy_mode.note() {
+            tracing::warn!("--proxy-mode: {note}");
+        }
         return;
     };
     let path = path.display();

@@ -11,7 +11,7 @@ use std::thread::{self, JoinHandle};
 use tokio::sync::oneshot;
 
 use super::{Error, system};
-use crate::cli::Args;
+use crate::cli::{Args, ConntrackArgs};
 use crate::metrics::Metrics;
 use crate::model::{Notice, Reason, Subject};
 use crate::netlink::{Conntrack, FlowFilter};
@@ -19,17 +19,18 @@ use crate::reconcile::{LogAndSend, Reporter};
 use crate::ruleset::Family;
 use crate::sysctl::{self, Unset};
 
-/// The files with the values that are asked for.
+/// The files with their values.
 type Wanted = Vec<(&'static str, u64)>;
 
 /// Makes the settings and tells what cannot be made, for `--init-only`.
 pub(super) fn initialise(args: &Args) {
-    let unset = make(Path::new("/"), &wanted(args), load);
+    let wanted = of_this_machine(&wanted(&args.conntrack));
+    let unset = make(Path::new("/"), &wanted, load);
     for unset in &unset {
         tracing::warn!("{unset}");
     }
     if unset.is_empty() {
-        tracing::info!("the kernel settings that were asked for are made");
+        tracing::info!("the kernel settings are made");
     }
 }
 
@@ -45,10 +46,11 @@ pub(super) fn start(
     reporter: &LogAndSend,
     ready: &mut Vec<oneshot::Sender<()>>,
 ) -> Result<Option<JoinHandle<()>>, Error> {
-    let wanted = wanted(args);
+    let wanted = of_this_machine(&wanted(&args.conntrack));
+    let explicit = of_this_machine(&explicit(&args.conntrack));
     let unset = make(Path::new("/"), &wanted, load);
     let (later, never): (Vec<_>, Vec<_>) = unset.into_iter().partition(Unset::is_missing);
-    tell(&never, metrics, reporter);
+    report(&never, &explicit, metrics, reporter);
     if later.is_empty() {
         return Ok(None);
     }
@@ -61,7 +63,8 @@ pub(super) fn start(
         }
         let missing = |file: &str| later.iter().any(|unset| unset.path == Path::new(file));
         let wanted: Wanted = wanted.into_iter().filter(|(it, _)| missing(it)).collect();
-        tell(&sysctl::apply(Path::new("/"), &wanted), &metrics, &reporter);
+        let unset = sysctl::apply(Path::new("/"), &wanted);
+        report(&unset, &explicit, &metrics, &reporter);
     };
     thread::Builder::new()
         .name("settings".into())
@@ -70,8 +73,22 @@ pub(super) fn start(
         .map_err(system("the thread that makes kernel settings"))
 }
 
-fn tell(unset: &[Unset], metrics: &Metrics, reporter: &LogAndSend) {
+/// Reports the settings that could not be made. The pod of a DaemonSet may write none, so a default
+/// is worth no warning: the node keeps its own value.
+fn report(
+    unset: &[Unset],
+    explicit: &[(&'static str, u64)],
+    metrics: &Metrics,
+    reporter: &LogAndSend,
+) {
     for unset in unset {
+        if !explicit
+            .iter()
+            .any(|(file, _)| unset.path == Path::new(file))
+        {
+            tracing::info!("{unset}");
+            continue;
+        }
         metrics.notice(Reason::KernelSetting.as_str());
         reporter.notice(&Notice {
             subject: Subject::Other("kernel settings".into()),
@@ -81,18 +98,31 @@ fn tell(unset: &[Unset], metrics: &Metrics, reporter: &LogAndSend) {
     }
 }
 
-fn wanted(args: &Args) -> Wanted {
-    let flags = &args.conntrack;
-    let asked = sysctl::Conntrack {
-        max_per_core: flags.conntrack_max_per_core.unwrap_or_default(),
+/// Returns the settings that are asked for, and the defaults of the others.
+fn wanted(flags: &ConntrackArgs) -> sysctl::Conntrack {
+    sysctl::Conntrack {
+        max_per_core: flags.max_per_core(),
         min: flags.conntrack_min,
-        tcp_established: flags.conntrack_tcp_timeout_established.unwrap_or_default(),
-        tcp_close_wait: flags.conntrack_tcp_timeout_close_wait.unwrap_or_default(),
+        tcp_established: flags.tcp_established(),
+        tcp_close_wait: flags.tcp_close_wait(),
         tcp_be_liberal: flags.conntrack_tcp_be_liberal,
         udp: flags.conntrack_udp_timeout.unwrap_or_default(),
         udp_stream: flags.conntrack_udp_timeout_stream.unwrap_or_default(),
-    };
-    asked.wanted(sysctl::cores(Path::new("/")))
+    }
+}
+
+/// Returns the settings that are asked for.
+fn explicit(flags: &ConntrackArgs) -> sysctl::Conntrack {
+    sysctl::Conntrack {
+        max_per_core: flags.conntrack_max_per_core.unwrap_or_default(),
+        tcp_established: flags.conntrack_tcp_timeout_established.unwrap_or_default(),
+        tcp_close_wait: flags.conntrack_tcp_timeout_close_wait.unwrap_or_default(),
+        ..wanted(flags)
+    }
+}
+
+fn of_this_machine(settings: &sysctl::Conntrack) -> Wanted {
+    settings.wanted(sysctl::cores(Path::new("/")))
 }
 
 /// Makes the settings below a root directory; `load` brings connection tracking, where a file is

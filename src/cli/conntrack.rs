@@ -7,24 +7,24 @@ use clap::{ArgAction, Args};
 use super::Error;
 use super::kube_proxy::switch;
 
-/// Kernel settings of connection tracking, made at the start where a flag asks for them. 0 asks
-/// for nothing.
+/// Kernel settings of connection tracking, made at the start. 0 leaves the kernel's value.
 #[derive(Args, Clone, Debug, Default, PartialEq, Eq)]
-#[command(next_help_heading = "Connection tracking (the kernel's values stay where no flag asks)")]
+#[command(next_help_heading = "Connection tracking (0 leaves the kernel's value)")]
 pub struct ConntrackArgs {
-    /// Connections to track for each core (kube-proxy asks for 32768).
+    /// Connections to track for each core [default: 32768, as far as the process may].
     #[arg(long, value_name = "N")]
     pub conntrack_max_per_core: Option<u32>,
 
-    /// Connections to track at least, where --conntrack-max-per-core asks for any.
+    /// Connections to track at least, unless --conntrack-max-per-core is 0.
     #[arg(long, value_name = "N", default_value_t = 131_072)]
     pub conntrack_min: u32,
 
-    /// How long an idle TCP connection is remembered (kube-proxy asks for 24h).
+    /// How long an idle TCP connection is remembered [default: 24h, as far as the process may].
     #[arg(long, value_name = "DURATION", value_parser = duration)]
     pub conntrack_tcp_timeout_established: Option<Duration>,
 
-    /// How long a TCP connection in CLOSE_WAIT is remembered (kube-proxy asks for 1h).
+    /// How long a TCP connection in CLOSE_WAIT is remembered [default: 1h, as far as the process
+    /// may].
     #[arg(long, value_name = "DURATION", value_parser = duration)]
     pub conntrack_tcp_timeout_close_wait: Option<Duration>,
 
@@ -49,6 +49,25 @@ pub struct ConntrackArgs {
     /// How long a UDP flow with answers is remembered.
     #[arg(long, value_name = "DURATION", value_parser = duration)]
     pub conntrack_udp_timeout_stream: Option<Duration>,
+}
+
+impl ConntrackArgs {
+    /// Returns the connections for each core: those asked for, or kube-proxy's default.
+    pub fn max_per_core(&self) -> u32 {
+        self.conntrack_max_per_core.unwrap_or(32_768)
+    }
+
+    /// Returns the timeout of established TCP connections: the one asked for, or kube-proxy's default.
+    pub fn tcp_established(&self) -> Duration {
+        let default = Duration::from_secs(24 * 60 * 60);
+        self.conntrack_tcp_timeout_established.unwrap_or(default)
+    }
+
+    /// Returns the timeout of TCP connections in CLOSE_WAIT: the one asked for, or kube-proxy's default.
+    pub fn tcp_close_wait(&self) -> Duration {
+        let default = Duration::from_secs(60 * 60);
+        self.conntrack_tcp_timeout_close_wait.unwrap_or(default)
+    }
 }
 
 /// A duration as Go and kube-proxy write it, such as `24h0m0s`.

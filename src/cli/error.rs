@@ -67,9 +67,9 @@ pub enum Error {
         "`{0}` cannot be in the name of an interface; names have letters, digits and marks such as - _ . but no space, / : * or quotes"
     )]
     InterfaceCharacter(char),
-    /// Another mode of kube-proxy.
+    /// A mode that kube-proxy does not have on Linux.
     #[error(
-        "nftlet works with nftables and has no mode `{0}`; leave the mode out or write nftables (what stands under iptables or ipvs then has no effect; the same settings are under nftables)"
+        "there is no mode `{0}`; leave the mode out or write nftables (iptables and ipvs are accepted and mean the same)"
     )]
     ProxyMode(String),
     /// No score.

@@ -26,7 +26,7 @@ pub struct ProcessArgs {
     #[arg(long, value_name = "FILE", conflicts_with_all = ["dry_run", "once", "init_only"])]
     pub write_config_to: Option<PathBuf>,
 
-    /// Make the kernel settings that are asked for, which may need more rights than the rules,
+    /// Make the kernel settings of connection tracking, which may need more rights than the rules,
     /// and exit.
     #[arg(
         long,
@@ -42,7 +42,7 @@ pub struct ProcessArgs {
     )]
     pub init_only: bool,
 
-    /// Accepted for kube-proxy's sake; there is only nftables.
+    /// Accepted for kube-proxy's sake: nftables, iptables and ipvs all mean nftables here.
     #[arg(long, value_name = "MODE", default_value_t)]
     pub proxy_mode: ProxyMode,
 
@@ -57,12 +57,24 @@ pub struct ProcessArgs {
     pub oom_score_adj: Option<i16>,
 }
 
-/// `--proxy-mode`, and `mode` of the configuration file.
+/// `--proxy-mode`, and `mode` of the configuration file. Rules are of nftables in each.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ProxyMode {
-    /// The one mode there is.
+    /// The mode that nftlet implements.
     #[default]
     Nftables,
+    /// Accepted, since kube-proxy may share the configuration.
+    Iptables,
+    /// Accepted, since kube-proxy may share the configuration.
+    Ipvs,
+}
+
+impl ProxyMode {
+    /// Returns what to say where the mode is not nftables.
+    pub fn note(self) -> Option<String> {
+        (self != Self::Nftables)
+            .then(|| format!("mode {self} is for kube-proxy; nftlet works with nftables"))
+    }
 }
 
 impl FromStr for ProxyMode {
@@ -72,6 +84,8 @@ impl FromStr for ProxyMode {
         match text.trim() {
             // An empty text is the default of each system.
             "" | "nftables" => Ok(Self::Nftables),
+            "iptables" => Ok(Self::Iptables),
+            "ipvs" => Ok(Self::Ipvs),
             _ => Err(Error::ProxyMode(text.to_owned())),
         }
     }
@@ -79,7 +93,11 @@ impl FromStr for ProxyMode {
 
 impl fmt::Display for ProxyMode {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("nftables")
+        f.write_str(match self {
+            Self::Nftables => "nftables",
+            Self::Iptables => "iptables",
+            Self::Ipvs => "ipvs",
+        })
     }
 }
 

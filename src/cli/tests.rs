@@ -414,7 +414,7 @@ fn network_policies_are_on_or_off() {
 
 #[test]
 fn flags_that_are_none_are_refused() {
-    assert!(refused(&["--proxy-mode=iptables"]).contains("--proxy-mode"));
+    assert!(refused(&["--proxy-mode=userspace"]).contains("--proxy-mode"));
     assert!(refused(&["services.yaml"]).contains("services.yaml"));
     assert!(refused(&["--kubeconfig"]).contains("--kubeconfig"));
     assert!(refused(&["--once", "--once"]).contains("--once"));

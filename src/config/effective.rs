@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::{KIND, VERSION};
-use crate::cli::{Args, LogFormat, NodePortAddresses, OOM_SCORE_ADJ, SYNC_PERIOD};
+use crate::cli::{Args, LogFormat, NodePortAddresses, OOM_SCORE_ADJ, ProxyMode, SYNC_PERIOD};
 
 /// The name under which `/configz` shows the configuration, as with kube-proxy.
 pub const GROUP: &str = "kubeproxy.config.k8s.io";
@@ -79,7 +79,7 @@ pub fn effective(args: &Args) -> Value {
             "verbosity": verbosity(args.verbosity()),
         },
         "metricsBindAddress": address(args.metrics_address()),
-        "mode": args.process.proxy_mode.to_string(),
+        "mode": ProxyMode::Nftables.to_string(),
         "nftables": {
             "masqueradeAll": args.masquerade_all,
             "masqueradeBit": args.masquerade_bit,
@@ -100,16 +100,16 @@ pub fn effective(args: &Args) -> Value {
     })
 }
 
-/// Zero leaves the kernel's own value, with kube-proxy too.
+/// Returns the settings of connection tracking. Zero leaves the kernel's value.
 fn conntrack(args: &Args) -> Value {
     let asked = &args.conntrack;
     let period = |period: Option<Duration>| go(period.unwrap_or_default());
     json!({
-        "maxPerCore": asked.conntrack_max_per_core.unwrap_or(0),
+        "maxPerCore": asked.max_per_core(),
         "min": asked.conntrack_min,
         "tcpBeLiberal": asked.conntrack_tcp_be_liberal,
-        "tcpCloseWaitTimeout": period(asked.conntrack_tcp_timeout_close_wait),
-        "tcpEstablishedTimeout": period(asked.conntrack_tcp_timeout_established),
+        "tcpCloseWaitTimeout": go(asked.tcp_close_wait()),
+        "tcpEstablishedTimeout": go(asked.tcp_established()),
         "udpStreamTimeout": period(asked.conntrack_udp_timeout_stream),
         "udpTimeout": period(asked.conntrack_udp_timeout),
     })

@@ -8,9 +8,9 @@
 //! Args ─> effective: a complete KubeProxyConfiguration, for --write-config-to and /configz
 //! ```
 //!
-//! A zero value, an empty text and null mean the default, as with kube-proxy; but the kernel's own
-//! settings of connection tracking stay where the file asks for none. What cannot be used is one
-//! line with the place and the name of the field.
+//! A zero value, an empty text and null mean the default, as with kube-proxy. Under `conntrack`
+//! only null does: zero leaves the kernel's value. What cannot be used is one line with the place
+//! and the name of the field.
 
 mod effective;
 mod follow;
@@ -181,9 +181,10 @@ impl File {
         let (asked, flags) = (&wire.conntrack, &mut args.conntrack);
         flags.conntrack_max_per_core = asked.max_per_core.map(|number| number.0);
         flags.conntrack_min = asked.min.map_or(131_072, |number| number.0);
+        let period = |duration: Option<wire::Period>| duration.map(|duration| duration.0);
         let set = |duration: Option<wire::Period>| duration.and_then(wire::Period::set);
-        flags.conntrack_tcp_timeout_established = set(asked.tcp_established_timeout);
-        flags.conntrack_tcp_timeout_close_wait = set(asked.tcp_close_wait_timeout);
+        flags.conntrack_tcp_timeout_established = period(asked.tcp_established_timeout);
+        flags.conntrack_tcp_timeout_close_wait = period(asked.tcp_close_wait_timeout);
         flags.conntrack_tcp_be_liberal = asked.tcp_be_liberal.is_some_and(|liberal| liberal.0);
         flags.conntrack_udp_timeout = set(asked.udp_timeout);
         flags.conntrack_udp_timeout_stream = set(asked.udp_stream_timeout);

@@ -11,7 +11,8 @@ use super::wire::{Flag, Period, Wire};
 
 /// One line for each sort of field that is set and has no effect.
 pub(super) fn notes(wire: &Wire, unknown: &[String]) -> Vec<String> {
-    let mut notes = Vec::new();
+    let mode = wire.mode.unwrap_or_default();
+    let mut notes: Vec<String> = mode.note().into_iter().collect();
     let mut note = |fields: &[String], what: &str| {
         if !fields.is_empty() {
             notes.push(format!("{what}: {}", fields.join(", ")));

@@ -47,19 +47,55 @@ fn the_file_of_kubeadm_changes_nothing_but_the_kubeconfig() {
 }
 
 #[test]
-fn what_kube_proxy_writes_is_read_but_for_its_mode() {
-    let text = parse(WRITTEN)
-        .expect_err("the mode is iptables")
-        .to_string();
-    assert!(
-        text.starts_with("config.conf:53:7: mode: nftlet works with nftables"),
-        "{text}"
+fn what_kube_proxy_writes_is_read_with_a_note_of_its_mode() {
+    let file = parse(WRITTEN).expect("the mode is accepted");
+    assert_eq!(
+        file.notes(),
+        ["mode iptables is for kube-proxy; nftlet works with nftables"]
     );
-    let file = parse(&WRITTEN.replace("mode: iptables", "mode: nftables")).expect("it is used");
-    assert_eq!(file.notes(), Vec::<String>::new());
     let args = applied(&file, &[]);
     assert_eq!(args.conntrack.conntrack_max_per_core, Some(32_768));
     assert_eq!(args.process.oom_score_adj, Some(-999));
+    assert_eq!(effective(&args)["mode"], "nftables");
+}
+
+#[test]
+fn other_modes_are_accepted_with_one_note() {
+    for (mode, notes) in [("''", 0), ("nftables", 0), ("iptables", 1), ("ipvs", 1)] {
+        let file = with(&format!("mode: {mode}"));
+        assert_eq!(file.notes().len(), notes, "{mode}");
+        assert_eq!(applied(&file, &[]), applied(&with(""), &[]), "{mode}");
+    }
+}
+
+#[test]
+fn connection_tracking_has_the_defaults_of_kube_proxy_and_zero_leaves_it() {
+    let defaults = serde_json::json!({
+        "maxPerCore": 32_768,
+        "min": 131_072,
+        "tcpBeLiberal": false,
+        "tcpCloseWaitTimeout": "1h0m0s",
+        "tcpEstablishedTimeout": "24h0m0s",
+        "udpStreamTimeout": "0s",
+        "udpTimeout": "0s",
+    });
+    let plain = CommandLine::parse(["nftlet"]).expect("flags").args;
+    assert_eq!(effective(&plain)["conntrack"], defaults, "no flag");
+    for file in [
+        parse(KUBEADM).expect("kubeadm's"),
+        with(""),
+        with("conntrack: null"),
+    ] {
+        assert_eq!(effective(&applied(&file, &[]))["conntrack"], defaults);
+    }
+    let zeros = with(
+        "conntrack: {maxPerCore: 0, min: 0, tcpCloseWaitTimeout: 0s, tcpEstablishedTimeout: 0s}",
+    );
+    let left = effective(&applied(&zeros, &[]))["conntrack"].clone();
+    assert_eq!(left["maxPerCore"], 0);
+    assert_eq!(left["min"], 0);
+    assert_eq!(left["tcpCloseWaitTimeout"], "0s");
+    assert_eq!(left["tcpEstablishedTimeout"], "0s");
 }
 
 #[test]
@@ -120,7 +156,7 @@ fn null_zero_and_empty_mean_the_defaults() {
         "bindAddress: ''
 clientConnection: null
 clusterCIDR: ~
-conntrack: {maxPerCore: null, min: null, tcpEstablishedTimeout: 0s, udpTimeout: null}
+conntrack: {maxPerCore: null, min: null, tcpEstablishedTimeout: null, udpTimeout: 0s}
 detectLocalMode: ''
 healthzBindAddress: ''
 hostnameOverride: ''
@@ -206,8 +242,8 @@ fn a_value_that_cannot_be_used_is_named_with_its_place() {
             ":3:14: oomScoreAdj: `-1001` is not a number from -1000 to 1000",
         ),
         (
-            "mode: ipvs",
-            ":3:7: mode: nftlet works with nftables and has no mode `ipvs`; leave the mode out or write nftables (what stands under iptables or ipvs then has no effect; the same settings are under nftables)",
+            "mode: userspace",
+            ":3:7: mode: there is no mode `userspace`; leave the mode out or write nftables (iptables and ipvs are accepted and mean the same)",
         ),
         (
             "detectLocalMode: Auto",

@@ -59,7 +59,7 @@ pub(super) struct Wire {
     #[serde(deserialize_with = "single")]
     pub metrics_bind_address: Option<BindAddress>,
     #[serde(deserialize_with = "single")]
-    mode: Option<ProxyMode>,
+    pub mode: Option<ProxyMode>,
     #[serde(deserialize_with = "group")]
     pub nftables: Nftables,
     pub node_port_addresses: Option<NodePorts>,
