@@ -120,7 +120,9 @@ impl Io {
                 Some(Outage { since, message })
             });
             if !self.args.once {
-                let recorder = Recorder::new(cluster.client(), self.node_name.clone());
+                let metrics = self.metrics.clone();
+                let recorder = Recorder::new(cluster.client(), self.node_name.clone())
+                    .counting(move || metrics.event_given_up());
                 let (_, nothing) = mpsc::channel(1);
                 let notices = std::mem::replace(&mut self.notices, nothing);
                 tasks.push(tokio::spawn(recorder.run(notices)));
