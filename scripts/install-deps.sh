@@ -4,7 +4,7 @@
 #   build   what compiling needs: a C compiler, pkg-config, libnftnl, libmnl, Rust
 #   run     and what the demo needs: nft, ip, nsenter
 #   test    and what the checks need: cargo-deny, and iptables, ipset and ipvsadm, with which tests
-#           make hosts as kube-proxy leaves them
+#           make hosts as kube-proxy leaves them; and promtool, where Debian's package has it
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="${CARGO_HOME:-$HOME/.cargo}/bin:$PATH:/usr/local/sbin:/usr/sbin:/sbin"
@@ -155,4 +155,26 @@ if [[ $purpose == test ]] && ! have cargo-deny; then
         CARGO_PROFILE_RELEASE_CODEGEN_UNITS=16 CARGO_PROFILE_RELEASE_DEBUG=false \
         cargo install --locked "cargo-deny@$cargo_deny"
 fi
+# The package would also start a Prometheus, so only the one program is taken out of it.
+install_promtool() {
+    local folder
+    if [[ -z $apt_updated ]]; then
+        as_root apt-get update -qq || return
+        apt_updated=yes
+    fi
+    folder=$(mktemp -d) || return
+    (
+        trap 'rm -rf "$folder"' EXIT
+        cd "$folder" && apt-get download -qq prometheus 2>/dev/null &&
+            dpkg-deb --extract prometheus_*.deb . &&
+            install -D usr/bin/promtool "${CARGO_HOME:-$HOME/.cargo}/bin/promtool"
+    )
+}
+
+if [[ $purpose == test ]] && ! have promtool; then
+    say "taking promtool out of the distribution's package prometheus"
+    { have apt-get && can_be_root && install_promtool; } ||
+        say "promtool cannot be had; the test of alerts is left out"
+fi
+
 say "everything needed to $purpose is here"

@@ -20,6 +20,7 @@
 
 mod clients;
 mod configure;
+mod descriptors;
 mod drops;
 mod dry_run;
 mod kernel;
@@ -45,7 +46,7 @@ use crate::cli::{self, Args, Cleanup, CommandLine, LogFormat};
 use crate::compile::{DetectLocal, MasqueradeBit, NodePortAddresses, Settings, TABLE};
 use crate::config;
 use crate::events;
-use crate::health::{self, Checks, Health};
+use crate::health::{self, Checks, Health, Quota};
 use crate::links;
 use crate::logging::Lines;
 use crate::metrics::Metrics;
@@ -227,6 +228,7 @@ pub fn run(mut line: CommandLine, log: &Lines) -> Result<(), Error> {
     if args.dry_run {
         return dry_run::run(args, &node_name, &settings);
     }
+    let descriptors = descriptors::raise();
     check_kernel()?;
     let mut nftables = Nftables::open()?;
     // The first answer tells about permissions and a missing nf_tables before anything else.
@@ -258,6 +260,7 @@ pub fn run(mut line: CommandLine, log: &Lines) -> Result<(), Error> {
         metrics: metrics.clone(),
         health: health.clone(),
         health_checks: wanted_checks,
+        quota: Quota::of(descriptors),
         isolated: known_isolated.clone(),
         stop,
         stopped: stopped.clone(),

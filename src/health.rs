@@ -10,13 +10,16 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use serde_json::{Value, json};
+use tokio::sync::Notify;
 
 pub use self::checks::{Check, CheckError, Checks, serve_checks};
 pub use self::server::{Error, Router, bind, bind_again, serve};
+pub use self::share::Quota;
 
 mod checks;
 mod listen;
 mod server;
+mod share;
 
 /// How long a round of work may take before it counts as late, twice over; kube-proxy's
 /// `--iptables-sync-period` and the like.
@@ -33,6 +36,8 @@ struct Shared {
     outage: OnceLock<Box<dyn Fn() -> Option<Outage> + Send + Sync>>,
     clock: Box<dyn Fn() -> Moment + Send + Sync>,
     state: Mutex<State>,
+    /// Wakes those that wait for the answer to `/readyz` to change.
+    written: Notify,
 }
 
 #[derive(Default)]
@@ -162,6 +167,7 @@ impl Health {
                 outage: OnceLock::new(),
                 clock: Box::new(clock),
                 state: Mutex::default(),
+                written: Notify::new(),
             }),
         }
     }
@@ -187,6 +193,8 @@ impl Health {
         state.last_synced = Some(now);
         state.oldest_queued = None;
         state.failure = None;
+        drop(state);
+        self.shared.written.notify_waiters();
     }
 
     /// Writing the rules failed. What was to be written waits on, and `message` is shown once it
@@ -227,6 +235,8 @@ impl Health {
         let mut state = self.state();
         state.policies_were_in_force |= in_force.is_ok();
         state.policies_missing = in_force.err();
+        drop(state);
+        self.shared.written.notify_waiters();
     }
 
     /// Names whom to ask whether changes still come from the cluster. The first one named is asked
@@ -239,6 +249,17 @@ impl Health {
     /// Whether the rules have been written once.
     pub fn ready(&self) -> bool {
         self.state().last_synced.is_some()
+    }
+
+    /// Waits until the answer to `/readyz` is yes.
+    pub async fn until_ready(&self) {
+        loop {
+            let written = self.shared.written.notified();
+            if self.readyz().healthy {
+                return;
+            }
+            written.await;
+        }
     }
 
     /// Whether the rules are in place and follow the changes. The fate of the node, which

@@ -25,6 +25,10 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use tracing_subscriber::fmt::MakeWriter;
 
+pub use self::repeats::{Count, Repeats};
+
+mod repeats;
+
 /// The bytes of lines that may wait to be written.
 const ROOM: usize = 4 << 20;
 /// What a line takes besides its text, so that short ones are bounded as well.

@@ -8,19 +8,18 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use prometheus::{
-    Error, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec,
-    IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+    Error, Gauge, Histogram, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry,
+    TextEncoder,
 };
 
 use self::counted::Counted;
 pub use self::counted::{NotRemembered, PolicyDrops};
 use self::process::Process;
+use self::register::{PerFamily, Registrar, doubling, network_programming_buckets, sync_buckets};
 
 mod counted;
 mod process;
-
-/// The values of the label `ip_family`, spelled as in the Kubernetes API.
-const FAMILIES: [&str; 2] = ["IPv4", "IPv6"];
+mod register;
 
 /// All metrics, in a registry of their own.
 #[derive(Debug)]
@@ -44,6 +43,7 @@ pub struct Metrics {
     service_changes_pending: IntGauge,
     endpoint_changes_pending: IntGauge,
     sync_failures: PerFamily<IntCounter>,
+    cleanup_failures: PerFamily<IntCounter>,
     conntrack_duration: PerFamily<Histogram>,
     conntrack_deleted: PerFamily<IntCounter>,
     netlink_errors: IntCounter,
@@ -66,6 +66,7 @@ pub struct Metrics {
     livez: IntCounterVec,
     health_check_port_errors: IntCounter,
     log_lines_dropped: IntCounter,
+    events_given_up: IntCounter,
 }
 
 impl Metrics {
@@ -155,6 +156,10 @@ impl Metrics {
             sync_failures: new.counter_per_family(
                 "kubeproxy_sync_proxy_rules_nftables_sync_failures_total",
                 "Cumulative proxy nftables sync failures",
+            )?,
+            cleanup_failures: new.counter_per_family(
+                "kubeproxy_sync_proxy_rules_nftables_cleanup_failures_total",
+                "Cumulative proxy nftables cleanup failures",
             )?,
             conntrack_duration: new.histogram_per_family(
                 "kubeproxy_conntrack_reconciler_sync_duration_seconds",
@@ -250,6 +255,10 @@ impl Metrics {
             log_lines_dropped: new.counter(
                 "nftlet_log_lines_dropped_total",
                 "Lines of the log that standard error did not take in time",
+            )?,
+            events_given_up: new.counter(
+                "nftlet_events_given_up_total",
+                "Events that the API server refused, or failed to take again and again",
             )?,
             registry,
         })
@@ -392,6 +401,11 @@ impl Metrics {
         self.netlink_errors.inc();
     }
 
+    /// What nothing leads to any more could not be removed from the tables of an IP family.
+    pub fn cleanup_failure(&self, ipv6: bool) {
+        self.cleanup_failures.of(ipv6).inc();
+    }
+
     /// The UDP flows of an IP family were searched for stale ones, and so many were deleted.
     pub fn flows_cleaned(&self, ipv6: bool, took: Duration, deleted: usize) {
         self.conntrack_duration.of(ipv6).observe(took.as_secs_f64());
@@ -461,6 +475,11 @@ impl Metrics {
         raise(&self.log_lines_dropped, total);
     }
 
+    /// An Event was not written and is not tried again.
+    pub fn event_given_up(&self) {
+        self.events_given_up.inc();
+    }
+
     /// `/healthz` was answered with this HTTP status.
     pub fn healthz(&self, code: u16) {
         self.healthz.with_label_values(&[&code.to_string()]).inc();
@@ -475,111 +494,6 @@ impl Metrics {
     pub fn health_check_port_error(&self) {
         self.health_check_port_errors.inc();
     }
-}
-
-/// The same metric for each IP family. Both exist from the start, so that a rate over them is
-/// known from the first scrape on.
-#[derive(Debug)]
-struct PerFamily<T>([T; 2]);
-
-impl<T> PerFamily<T> {
-    fn each(&self, act: impl Fn(&T)) {
-        self.0.iter().for_each(act);
-    }
-
-    fn of(&self, ipv6: bool) -> &T {
-        let [v4, v6] = &self.0;
-        if ipv6 { v6 } else { v4 }
-    }
-}
-
-/// Creates metrics and adds them to the registry.
-struct Registrar<'a>(&'a Registry);
-
-impl Registrar<'_> {
-    fn add<T: prometheus::core::Collector + Clone + 'static>(&self, metric: T) -> Result<T, Error> {
-        self.0.register(Box::new(metric.clone()))?;
-        Ok(metric)
-    }
-
-    fn counter(&self, name: &str, help: &str) -> Result<IntCounter, Error> {
-        self.add(IntCounter::new(name, help)?)
-    }
-
-    fn counter_vec(&self, name: &str, help: &str, labels: &[&str]) -> Result<IntCounterVec, Error> {
-        self.add(IntCounterVec::new(Opts::new(name, help), labels)?)
-    }
-
-    fn counter_per_family(&self, name: &str, help: &str) -> Result<PerFamily<IntCounter>, Error> {
-        let all = self.counter_vec(name, help, &["ip_family"])?;
-        Ok(PerFamily(FAMILIES.map(|f| all.with_label_values(&[f]))))
-    }
-
-    fn int_gauge(&self, name: &str, help: &str) -> Result<IntGauge, Error> {
-        self.add(IntGauge::new(name, help)?)
-    }
-
-    fn int_gauge_vec(&self, name: &str, help: &str, labels: &[&str]) -> Result<IntGaugeVec, Error> {
-        self.add(IntGaugeVec::new(Opts::new(name, help), labels)?)
-    }
-
-    fn no_local_endpoints(&self) -> Result<PerFamily<[IntGauge; 2]>, Error> {
-        let all = self.int_gauge_vec(
-            "kubeproxy_sync_proxy_rules_no_local_endpoints_total",
-            "Number of services with a Local traffic policy and no endpoints",
-            &["ip_family", "traffic_policy"],
-        )?;
-        let of_family = |family| {
-            let policies = ["internal", "external"];
-            policies.map(|policy| all.with_label_values(&[family, policy]))
-        };
-        Ok(PerFamily(FAMILIES.map(of_family)))
-    }
-
-    fn gauge_per_family(&self, name: &str, help: &str) -> Result<PerFamily<Gauge>, Error> {
-        let all = self.add(GaugeVec::new(Opts::new(name, help), &["ip_family"])?)?;
-        Ok(PerFamily(FAMILIES.map(|f| all.with_label_values(&[f]))))
-    }
-
-    fn histogram(&self, name: &str, help: &str, buckets: Vec<f64>) -> Result<Histogram, Error> {
-        let options = HistogramOpts::new(name, help).buckets(buckets);
-        self.add(Histogram::with_opts(options)?)
-    }
-
-    fn histogram_per_family(
-        &self,
-        name: &str,
-        help: &str,
-        buckets: Vec<f64>,
-    ) -> Result<PerFamily<Histogram>, Error> {
-        let options = HistogramOpts::new(name, help).buckets(buckets);
-        let all = self.add(HistogramVec::new(options, &["ip_family"])?)?;
-        Ok(PerFamily(FAMILIES.map(|f| all.with_label_values(&[f]))))
-    }
-}
-
-/// Upper bounds that double from the first one on.
-fn doubling(first: f64, count: usize) -> Vec<f64> {
-    std::iter::successors(Some(first), |bound| Some(bound * 2.0))
-        .take(count)
-        .collect()
-}
-
-/// kube-proxy's bounds, 1 ms to 16 s, with finer ones below: most rounds take less than its first.
-fn sync_buckets() -> Vec<f64> {
-    let mut buckets = vec![0.000_05, 0.000_1, 0.000_25, 0.000_5];
-    buckets.extend(doubling(0.001, 15));
-    buckets
-}
-
-/// kube-proxy's bounds, which follow the service-level objective for network programming: 250 ms
-/// to 5 minutes. Those below tell where in its first one the work of nftlet ends up.
-fn network_programming_buckets() -> Vec<f64> {
-    let mut buckets = vec![0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5];
-    buckets.extend((1..60).map(f64::from));
-    buckets.extend((60..120).step_by(5).map(f64::from));
-    buckets.extend((120..=300).step_by(30).map(f64::from));
-    buckets
 }
 
 /// Lifts a counter to a total counted elsewhere.

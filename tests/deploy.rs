@@ -16,6 +16,7 @@ mod schema;
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -29,7 +30,7 @@ use common::skip::skip;
 use consumer::{cidr, node, service, slice};
 use fake_api::{CIDRS, NAMESPACES, NODES, PODS, POLICIES, Recorded, SERVICES, SLICES, Streaming};
 use k8s_openapi::api::apps::v1::DaemonSet;
-use k8s_openapi::api::core::v1::{Container, PodSpec};
+use k8s_openapi::api::core::v1::{Container, PodSpec, Probe};
 use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding};
 use kustomize::{build, object};
 use nftlet::cli::Args;
@@ -500,8 +501,11 @@ fn below(mounted: &Path, text: &str) -> String {
 }
 
 fn install(folder: &'static str) -> Installed {
+    install_on(busy_cluster(), folder)
+}
+
+fn install_on(cluster: Node, folder: &'static str) -> Installed {
     let objects = build(&Folder::of(folder).path).objects;
-    let cluster = busy_cluster();
     let pod = pod_of(&objects);
     let container = nftlet_of(&pod);
     let kubeconfig = cluster.kubeconfig();
@@ -532,6 +536,59 @@ fn install(folder: &'static str) -> Installed {
     }
 }
 
+/// Where a probe asks, and for what.
+#[track_caller]
+fn target(container: &Container, probe: Option<&Probe>) -> (String, String) {
+    let probe = probe.and_then(|probe| probe.http_get.clone());
+    let probe = probe.expect("a probe");
+    let mut ports = container.ports.iter().flatten();
+    let port = ports.find(|port| json!(port.name) == json!(probe.port));
+    let address = format!("127.0.0.1:{}", port.expect("a port").container_port);
+    (address, probe.path.expect("a path"))
+}
+
+/// The kubelet makes an Event Unhealthy of each probe that fails, and asks the others only after
+/// the startup probe.
+#[test]
+fn no_probe_fails_at_a_start_however_long_the_lists_take() {
+    if !require_net_admin() {
+        return;
+    }
+    let cluster = busy_cluster();
+    cluster.api.set_busy(SLICES, Some(1));
+    let installed = install_on(cluster, "base");
+    let Installed {
+        cluster, objects, ..
+    } = &installed;
+    let pod = pod_of(objects);
+    let container = nftlet_of(&pod);
+    let startup = container.startup_probe.as_ref().expect("a startup probe");
+    let (address, path) = target(container, Some(startup));
+    let wait = path.strip_prefix("/livez?wait=").expect("it waits");
+    let wait: i32 = wait.parse().expect("seconds");
+    assert!(startup.timeout_seconds > Some(wait), "{startup:?}");
+    assert!(startup.initial_delay_seconds >= Some(1), "{startup:?}");
+    // This is what the first seconds are for.
+    let at: SocketAddr = address.parse().expect("an address");
+    wait_for("the port to be open", PATIENCE, || {
+        cluster.ns.run(|| TcpStream::connect(at)).ok()
+    });
+    std::thread::scope(|scope| {
+        let started = scope.spawn(|| get(&cluster.ns, &address, &path));
+        let (address, path) = target(container, container.readiness_probe.as_ref());
+        let (code, _) = get(&cluster.ns, &address, &path);
+        assert_eq!(code, 503, "the lists are not there yet");
+        cluster.api.set_busy(SLICES, None);
+        let (code, body) = started.join().expect("an answer");
+        assert_eq!(code, 200, "{body}");
+    });
+    for probe in [&container.readiness_probe, &container.liveness_probe] {
+        let (address, path) = target(container, probe.as_ref());
+        let (code, body) = get(&cluster.ns, &address, &path);
+        assert_eq!(code, 200, "{path}: {body}");
+    }
+}
+
 #[test]
 fn it_runs_as_installed_and_asks_for_exactly_what_it_has_the_right_to() {
     if !require_net_admin() {
@@ -553,14 +610,7 @@ fn it_runs_as_installed_and_asks_for_exactly_what_it_has_the_right_to() {
             &container.liveness_probe,
             &container.readiness_probe,
         ] {
-            let probe = probe
-                .clone()
-                .and_then(|probe| probe.http_get)
-                .expect("a probe");
-            let mut ports = container.ports.iter().flatten();
-            let port = ports.find(|port| json!(port.name) == json!(probe.port));
-            let address = format!("127.0.0.1:{}", port.expect("a port").container_port);
-            let path = probe.path.expect("a path");
+            let (address, path) = target(container, probe.as_ref());
             let answer = wait_for(&format!("{path} to be well"), PATIENCE, || {
                 Some(get(&cluster.ns, &address, &path)).filter(|(code, _)| *code == 200)
             });

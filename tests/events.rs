@@ -8,6 +8,8 @@ mod consumer;
 #[path = "common/fake_api.rs"]
 mod fake_api;
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use agent::{NFTLET, Node, PATIENCE, get, lines_with, metric, wait_for_log};
@@ -37,12 +39,20 @@ const PACE: Pace = Pace {
 };
 
 async fn bench_with(api: FakeApi, pace: Pace) -> Bench {
+    bench_counting(api, pace, Arc::default()).await
+}
+
+/// The same, counting the Events that are given up.
+async fn bench_counting(api: FakeApi, pace: Pace, given_up: Arc<AtomicUsize>) -> Bench {
     let directory = tempfile::tempdir().expect("a directory");
     let kubeconfig = api.write_kubeconfig(directory.path());
     let cluster = Cluster::connect(Some(kubeconfig), None, "node-1".into()).await;
     let client = cluster.expect("a client").client();
     let (notices, received) = mpsc::channel(QUEUE);
     let recorder = Recorder::with_pace(client, "node-1".into(), pace);
+    let recorder = recorder.counting(move || {
+        given_up.fetch_add(1, Ordering::Relaxed);
+    });
     tokio::spawn(recorder.run(received));
     Bench {
         api,
@@ -164,6 +174,8 @@ async fn a_flood_of_notices_is_a_burst_of_events() {
     }
     // There is room for so many when all others were taken out.
     drop(bench.notices.reserve_many(QUEUE).await.expect("it listens"));
+    let burst = |written: &[Written]| new_about(written, "web").count() >= 25;
+    bench.api.until_written("a burst", burst).await;
     let told = new_about(&bench.api.written(), "web").count();
     // A slow machine may take the five seconds for one more.
     assert!((25..=27).contains(&told), "{told}");
@@ -179,7 +191,101 @@ async fn a_server_that_refuses_is_asked_once_and_left_alone() {
         bench.notices.send(notice).await.expect("it listens");
     }
     drop(bench.notices.reserve_many(QUEUE).await.expect("it listens"));
+    bench.api.until_asked_to_write(1).await;
+    for number in 0..50 {
+        let notice = about("web", Reason::InvalidField, &format!("field {number}"));
+        bench.notices.send(notice).await.expect("it listens");
+    }
+    drop(bench.notices.reserve_many(QUEUE).await.expect("it listens"));
     assert_eq!(bench.api.asked_to_write(), 1);
+}
+
+/// Requests for new Events about an object.
+fn tries(api: &FakeApi, object: &'static str) -> usize {
+    let (asked, of_others) = (api.asked_to_write(), api.written());
+    let refused = asked - of_others.len();
+    assert_eq!(new_about(&of_others, object).count(), 0);
+    refused
+}
+
+/// Sends a notice about an object and waits for its Event.
+async fn write_one(bench: &Bench, object: &str) {
+    let notice = about(object, Reason::InvalidField, "spec.ports[0]: no");
+    bench.notices.send(notice).await.expect("it listens");
+    let written = |written: &[Written]| new_about(written, object).count() == 1;
+    bench.api.until_written(object, written).await;
+}
+
+#[tokio::test]
+async fn an_event_that_is_refused_is_given_up_at_once_and_the_others_are_written() {
+    for refusal in [
+        (400, "BadRequest"),
+        // An admission policy, or a quota.
+        (403, "Forbidden"),
+        (413, "RequestEntityTooLarge"),
+        (422, "Invalid"),
+    ] {
+        let api = FakeApi::start().await;
+        api.answer_writes_about("bad", refusal);
+        let given_up = Arc::new(AtomicUsize::new(0));
+        let bench = bench_counting(api, PACE, given_up.clone()).await;
+        for _ in 0..20 {
+            let notice = about("bad", Reason::InvalidField, "spec.ports[0]: no");
+            bench.notices.send(notice).await.expect("it listens");
+        }
+        for object in ["a", "b", "c"] {
+            write_one(&bench, object).await;
+        }
+        assert_eq!(tries(&bench.api, "bad"), 1, "{refusal:?}");
+        assert_eq!(given_up.load(Ordering::Relaxed), 1, "{refusal:?}");
+    }
+}
+
+#[tokio::test]
+async fn an_event_that_fails_again_and_again_lets_others_go_first_and_is_given_up() {
+    for failure in [
+        (500, "InternalError"),
+        (503, "ServiceUnavailable"),
+        (409, "Conflict"),
+    ] {
+        let api = FakeApi::start().await;
+        api.answer_writes_about("bad", failure);
+        let given_up = Arc::new(AtomicUsize::new(0));
+        let bench = bench_counting(api, PACE, given_up.clone()).await;
+        let notice = about("bad", Reason::InvalidField, "spec.ports[0]: no");
+        bench.notices.send(notice).await.expect("it listens");
+        let mut written = 0;
+        while given_up.load(Ordering::Relaxed) == 0 {
+            assert!(written < 25, "{failure:?}: it is never given up");
+            write_one(&bench, &format!("good-{written}")).await;
+            written += 1;
+        }
+        write_one(&bench, "last").await;
+        let tried = tries(&bench.api, "bad");
+        assert!((5..=25).contains(&tried), "{failure:?}: {tried} tries");
+    }
+}
+
+#[tokio::test]
+async fn nothing_is_given_up_while_the_server_fails_with_everything() {
+    let api = FakeApi::start().await;
+    api.answer_writes(Some((500, "InternalError")));
+    let given_up = Arc::new(AtomicUsize::new(0));
+    let bench = bench_counting(api, PACE, given_up.clone()).await;
+    let objects = ["a", "b", "c"];
+    for object in objects {
+        let notice = about(object, Reason::InvalidField, "spec.ports[0]: no");
+        bench.notices.send(notice).await.expect("it listens");
+    }
+    bench.api.until_asked_to_write(40).await;
+    bench.api.answer_writes(None);
+    let all = |written: &[Written]| {
+        objects
+            .iter()
+            .all(|object| new_about(written, object).count() == 1)
+    };
+    bench.api.until_written("all Events", all).await;
+    assert_eq!(given_up.load(Ordering::Relaxed), 0);
 }
 
 #[tokio::test]
@@ -199,8 +305,11 @@ async fn a_server_that_is_busy_or_away_gets_the_event_later() {
     bench.api.answer_writes(None);
     let told = |written: &[Written]| new_about(written, "web").next().is_some();
     bench.api.until_written("the Event", told).await;
-    let written = bench.api.written();
-    assert_eq!(written[0].text("/reason"), "Starting");
+    let started = |written: &[Written]| {
+        let mut new = written.iter().filter(|it| it.is_new());
+        new.any(|it| it.text("/reason") == "Starting")
+    };
+    bench.api.until_written("the start", started).await;
 }
 
 /// A node whose server has a service with a fault.

@@ -5,8 +5,12 @@
 mod kustomize;
 #[path = "common/schema.rs"]
 mod schema;
+#[path = "common/skip.rs"]
+mod skip;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::process::Command;
 
 use nftlet::metrics::{Metrics, NotRemembered, PolicyDrops};
 use rusty_promql_parser::{Expr, VectorSelector, expr};
@@ -196,6 +200,47 @@ fn alerts_ask_for_what_there_is_and_say_what_to_do() {
         }
     }
     assert!(names.len() > 10);
+}
+
+/// Runs promtool in a folder; returns what it said, and whether it was content.
+fn promtool(arguments: &[&str], folder: &Path) -> std::io::Result<(String, bool)> {
+    let mut promtool = Command::new("promtool");
+    let output = promtool.args(arguments).current_dir(folder).output()?;
+    let said = [output.stdout, output.stderr].concat();
+    let said = String::from_utf8_lossy(&said).into_owned();
+    Ok((said, output.status.success()))
+}
+
+#[test]
+fn alerts_come_and_go_with_their_faults() {
+    let objects = component();
+    let rules = kustomize::object(&objects, "PrometheusRule", "nftlet");
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/alerts.yaml");
+    let tests = std::fs::read_to_string(fixture).expect("the tests of alerts");
+    for alert in typed::<Custom<RuleSpec>>("alerts", rules)
+        .spec
+        .groups
+        .iter()
+        .flat_map(|group| &group.rules)
+    {
+        let firing = format!("alertname=\"{}\"", alert.alert);
+        let samples = tests.lines().filter(|line| line.contains("- labels:"));
+        let tested = samples.filter(|line| line.contains(&firing)).count();
+        assert!(tested > 0, "{} is not tested", alert.alert);
+    }
+    let folder = tempfile::tempdir().expect("a directory");
+    let write = |name: &str, text: &str| std::fs::write(folder.path().join(name), text);
+    write("rules.yaml", &rules["spec"].to_string()).expect("written");
+    write("alerts.yaml", &tests).expect("written");
+    for arguments in [
+        ["check", "rules", "rules.yaml"],
+        ["test", "rules", "alerts.yaml"],
+    ] {
+        match promtool(&arguments, folder.path()) {
+            Ok((said, content)) => assert!(content, "{said}"),
+            Err(error) => skip::skip("promtool", &error.to_string()),
+        }
+    }
 }
 
 #[test]

@@ -11,7 +11,7 @@ use super::{Error, connect, load, manifests, observe, single_threaded, system};
 use crate::cli::{Args, HEALTHZ_BIND_ADDRESS, METRICS_BIND_ADDRESS};
 use crate::config::{self, Ended, File};
 use crate::events::Recorder;
-use crate::health::{self, CheckError, Checks, Health, Outage, Probe, Router};
+use crate::health::{self, CheckError, Checks, Health, Outage, Probe, Quota, Router};
 use crate::logging::Lines;
 use crate::metrics::Metrics;
 use crate::model::{Delivery, Event, Kind, Notice, ObjectName, ObjectRef, Reason, Subject};
@@ -29,6 +29,8 @@ pub(super) struct Io {
     pub(super) metrics: Arc<Metrics>,
     pub(super) health: Health,
     pub(super) health_checks: watch::Receiver<Checks>,
+    /// The descriptors for them.
+    pub(super) quota: Quota,
     pub(super) isolated: watch::Receiver<Isolated>,
     pub(super) stop: watch::Sender<bool>,
     pub(super) stopped: watch::Receiver<bool>,
@@ -120,7 +122,9 @@ impl Io {
                 Some(Outage { since, message })
             });
             if !self.args.once {
-                let recorder = Recorder::new(cluster.client(), self.node_name.clone());
+                let metrics = self.metrics.clone();
+                let recorder = Recorder::new(cluster.client(), self.node_name.clone())
+                    .counting(move || metrics.event_given_up());
                 let (_, nothing) = mpsc::channel(1);
                 let notices = std::mem::replace(&mut self.notices, nothing);
                 tasks.push(tokio::spawn(recorder.run(notices)));
@@ -229,8 +233,8 @@ impl Io {
             }
         };
         let (wanted, health) = (self.health_checks.clone(), self.health.clone());
-        let serve = health::serve_checks(wanted, health, failed, self.stopped.clone());
-        tokio::spawn(serve)
+        let (quota, stopped) = (self.quota, self.stopped.clone());
+        tokio::spawn(health::serve_checks(wanted, health, quota, failed, stopped))
     }
 
     fn probes(&self) -> Router {

@@ -25,7 +25,7 @@ pub(super) enum Advice {
     Nothing,
 }
 
-/// An Event that was written.
+/// An Event that was handed out to be written.
 #[derive(Debug)]
 struct Told {
     draft: Draft,
@@ -33,6 +33,17 @@ struct Told {
     count: i32,
     written_count: i32,
     written: Instant,
+    progress: Progress,
+}
+
+/// How far an Event has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Progress {
+    /// It, or its count, waits to be written.
+    Waiting,
+    Written,
+    /// It cannot be written, and is not handed out again.
+    GivenUp,
 }
 
 /// What was told.
@@ -75,14 +86,15 @@ impl Book {
         if object.has(now) && self.node.has(now) {
             object.take();
             self.node.take();
+            self.hand_out(draft.clone(), now);
             Advice::Create
         } else {
             Advice::Nothing
         }
     }
 
-    /// An Event was written.
-    pub(super) fn created(&mut self, draft: Draft, now: Instant) {
+    /// Notes an Event that is about to be written.
+    pub(super) fn hand_out(&mut self, draft: Draft, now: Instant) {
         if self.told.len() >= MOST {
             let oldest = self.told.iter().min_by_key(|(_, told)| told.written);
             if let Some(oldest) = oldest.map(|(name, _)| name.clone()) {
@@ -93,15 +105,36 @@ impl Book {
             count: 1,
             written_count: 1,
             written: now,
+            progress: Progress::Waiting,
             draft,
         };
         self.told.insert(told.draft.name.clone(), told);
     }
 
+    /// Notes that an Event, or its count, was written.
+    pub(super) fn written(&mut self, name: &str, now: Instant) {
+        if let Some(told) = self.told.get_mut(name) {
+            told.written = now;
+            told.progress = Progress::Written;
+        }
+    }
+
+    /// Notes that an Event cannot be written. It is not handed out again while it is remembered.
+    pub(super) fn gave_up(&mut self, name: &str) {
+        if let Some(told) = self.told.get_mut(name) {
+            told.progress = Progress::GivenUp;
+        }
+    }
+
+    /// Forgets all Events.
+    pub(super) fn forget(&mut self) {
+        self.told.clear();
+    }
+
     /// When the next count is to be written, if any.
     pub(super) fn due(&mut self) -> Option<Instant> {
         let every = self.series_every;
-        let grown = self.told.values().filter(|told| told.has_grown());
+        let grown = self.told.values().filter(|told| told.is_outdated());
         let first = grown.map(|told| told.written + every).min()?;
         Some(first.max(self.node.next()))
     }
@@ -109,21 +142,22 @@ impl Book {
     /// The Event whose count is to be written now, with the count.
     pub(super) fn begin_update(&mut self, now: Instant) -> Option<(Draft, i32)> {
         let every = self.series_every;
-        let due = |told: &&mut Told| told.has_grown() && told.written + every <= now;
+        let due = |told: &&mut Told| told.is_outdated() && told.written + every <= now;
         let told = self.told.values_mut().find(due)?;
         if !self.node.has(now) {
             return None;
         }
         self.node.take();
-        told.written = now;
+        told.progress = Progress::Waiting;
         told.written_count = told.count;
         Some((told.draft.clone(), told.count))
     }
 }
 
 impl Told {
-    fn has_grown(&self) -> bool {
-        self.count > self.written_count
+    /// Whether the Event is written with a lower count.
+    fn is_outdated(&self) -> bool {
+        self.progress == Progress::Written && self.count > self.written_count
     }
 }
 
@@ -223,7 +257,7 @@ mod tests {
         let start = Instant::now();
         let web = draft("web", "bad");
         assert_eq!(book.advise(&web, start), Advice::Create);
-        book.created(web.clone(), start);
+        book.written(&web.name, start);
         assert_eq!(book.due(), None);
         for _ in 0..1_000 {
             assert_eq!(book.advise(&web, start), Advice::Nothing);
@@ -232,8 +266,9 @@ mod tests {
         assert!(book.begin_update(start + SERIES / 2).is_none());
         let (told, count) = book.begin_update(start + SERIES).expect("it is due");
         assert_eq!((told.name, count), (web.name.clone(), 1_001));
-        assert_eq!(book.due(), None);
         assert_eq!(book.advise(&web, start + SERIES), Advice::Nothing);
+        assert_eq!(book.due(), None, "the count before waits to be written");
+        book.written(&web.name, start + SERIES);
         assert_eq!(book.due(), Some(start + SERIES * 2));
     }
 
@@ -245,7 +280,6 @@ mod tests {
             let now = start + NODE_EVERY * number;
             let web = draft(&format!("s{number}"), "bad");
             assert_eq!(book.advise(&web, now), Advice::Create);
-            book.created(web, now);
         }
         assert_eq!(book.told.len(), MOST);
         assert_eq!(book.objects.len(), MOST);
@@ -264,10 +298,25 @@ mod tests {
             };
             Draft::of(&notice, "node-1", run, run)
         };
-        book.created(at("the first"), start);
+        let first = at("the first");
+        assert_eq!(book.advise(&first, start), Advice::Create);
+        book.written(&first.name, start);
         assert_eq!(book.advise(&at("the second"), start), Advice::Nothing);
         let (draft, count) = book.begin_update(start + SERIES).expect("it is due");
         assert_eq!(draft.event(None).note.as_deref(), Some("the second"));
         assert_eq!(count, 2);
+    }
+
+    #[test]
+    fn what_was_given_up_is_not_handed_out_again() {
+        let mut book = Book::new(SERIES);
+        let start = Instant::now();
+        let web = draft("web", "bad");
+        assert_eq!(book.advise(&web, start), Advice::Create);
+        book.gave_up(&web.name);
+        let later = start + SERIES * 2;
+        assert_eq!(book.advise(&web, later), Advice::Nothing);
+        assert_eq!(book.due(), None);
+        assert!(book.begin_update(later).is_none());
     }
 }

@@ -10,29 +10,44 @@
 //! every few minutes.
 //!
 //! Events are a courtesy and hold up nothing: notices come through a bounded channel, whoever
-//! fills it drops what does not fit, and a server that cannot or will not take Events is named in
-//! the log once.
+//! fills it drops what does not fit. While the server cannot be reached they wait; one that fails
+//! lets the others go first, and is given up when these succeed and it does not. A server that
+//! takes no Events at all is named in the log once.
 
 mod book;
 mod object;
 
+use std::collections::VecDeque;
 use std::fmt;
+use std::future::pending;
 use std::time::Duration;
 
+use futures::FutureExt;
+use futures::future::BoxFuture;
 use k8s_openapi::api::events::v1::Event;
 use k8s_openapi::jiff::Timestamp;
 use kube::api::{ApiResource, DynamicObject, ListParams, Patch, PatchParams, PostParams};
 use kube::{Api, Client};
 use serde_json::Value;
 use tokio::sync::mpsc;
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::time::{Instant, sleep_until, timeout};
 
 use self::book::{Advice, Book};
 use self::object::{Draft, resource};
+use crate::logging::{Count, Repeats};
 use crate::model::{Kind, Notice};
 
 /// How many notices may wait to become Events.
 pub const QUEUE: usize = 256;
+
+/// How many Events may wait to be written.
+const MOST_WAITING: usize = 256;
+/// How often an Event may fail while others are written.
+const MOST_TRIES: u32 = 5;
+/// How long an Event is worth writing: an API server keeps it for an hour.
+const WORTH: Duration = Duration::from_secs(3600);
+/// How often lines say how many more Events were given up.
+const COUNT_EVERY: Duration = Duration::from_secs(300);
 
 /// How long a recorder waits for what.
 #[derive(Clone, Copy, Debug)]
@@ -59,17 +74,48 @@ impl Default for Pace {
 }
 
 /// The longest pause between two attempts, in first pauses.
-const LONGEST_RETRY: u32 = 32;
+const LONGEST_RETRY: u32 = 6;
 
 /// Writes Events of one node.
 pub struct Recorder {
-    client: Client,
+    server: Server,
     node: String,
     /// When this run began.
     run: Timestamp,
     pace: Pace,
     book: Book,
+    waiting: VecDeque<Waiting>,
+    /// The one that is on its way.
+    sent: Option<Waiting>,
+    /// How many were written.
+    written: u64,
+    /// The pause after the next failure, in first pauses.
+    pauses: u32,
+    /// Nothing is sent before.
+    not_before: Instant,
     silent_until: Option<Instant>,
+    given_up: Box<dyn Fn() + Send + Sync>,
+    told: Repeats<()>,
+}
+
+/// Something that waits to be written.
+#[derive(Clone, Debug)]
+struct Waiting {
+    draft: Draft,
+    /// The count to write; none for a new Event.
+    count: Option<i32>,
+    since: Instant,
+    /// How often it failed although others were written.
+    tries: u32,
+    /// How many others had been written when it failed last.
+    written_before: Option<u64>,
+}
+
+/// Where Events are written.
+#[derive(Clone)]
+struct Server {
+    client: Client,
+    answer: Duration,
 }
 
 /// What is sent to the server.
@@ -81,19 +127,19 @@ enum Request {
 /// Why an Event was not written.
 enum Fault {
     /// The server does not take Events from nftlet at all.
-    Refused(String),
+    Forbidden(String),
     /// Another attempt may do better.
     Busy(String),
     /// There is no such Event (any more), or no such namespace.
     Absent,
-    /// This Event is not wanted.
-    Invalid(String),
+    /// This Event is refused, and would be again.
+    Refused(String),
 }
 
 impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Fault::Refused(text) | Fault::Busy(text) | Fault::Invalid(text) => f.write_str(text),
+            Fault::Forbidden(text) | Fault::Busy(text) | Fault::Refused(text) => f.write_str(text),
             Fault::Absent => f.write_str("its namespace is gone"),
         }
     }
@@ -111,12 +157,22 @@ impl From<kube::Error> for Fault {
         let terminating = |reason: &str| reason == "NamespaceTerminating";
         match status.code {
             403 if causes.iter().any(|cause| terminating(&cause.reason)) => Fault::Absent,
-            403 => Fault::Refused(message),
+            403 if forbids_events(&message) => Fault::Forbidden(message),
             404 => Fault::Absent,
-            400 | 405 | 409 | 413 | 422 => Fault::Invalid(message),
+            // Credentials that are renewed, and what says itself that it passes.
+            401 | 408 | 409 | 429 => Fault::Busy(message),
+            400..500 => Fault::Refused(message),
             _ => Fault::Busy(message),
         }
     }
+}
+
+/// Whether a message is that of the API server's authorizer: a quota and an admission policy answer
+/// with 403 as well, and mean one Event or one namespace.
+fn forbids_events(message: &str) -> bool {
+    ["create", "patch"]
+        .iter()
+        .any(|verb| message.contains(&format!("cannot {verb} resource \"events\"")))
 }
 
 impl Recorder {
@@ -127,89 +183,215 @@ impl Recorder {
 
     /// The same with other waiting times.
     pub fn with_pace(client: Client, node: String, pace: Pace) -> Self {
+        let answer = pace.answer;
         Self {
-            client,
+            server: Server { client, answer },
             node,
             run: Timestamp::now(),
             book: Book::new(pace.series),
             pace,
+            waiting: VecDeque::new(),
+            sent: None,
+            written: 0,
+            pauses: 1,
+            not_before: Instant::now(),
             silent_until: None,
+            given_up: Box::new(|| {}),
+            told: Repeats::new(1, COUNT_EVERY),
         }
+    }
+
+    /// Calls `given_up` for each Event that is given up.
+    #[must_use]
+    pub fn counting(mut self, given_up: impl Fn() + Send + Sync + 'static) -> Self {
+        self.given_up = Box::new(given_up);
+        self
     }
 
     /// Tells that nftlet has started, and then what comes through the channel, until its sender is
     /// gone.
     pub async fn run(mut self, mut notices: mpsc::Receiver<Notice>) {
-        self.create(Draft::starting(&self.node, self.run)).await;
+        let now = Instant::now();
+        let starting = Draft::starting(&self.node, self.run);
+        self.book.hand_out(starting.clone(), now);
+        self.waiting.push_back(Waiting::new(starting, None, now));
+        let mut answer: Option<BoxFuture<'static, Result<(), Fault>>> = None;
         loop {
             let due = self.book.due();
+            let counts = self.told.due().map(Instant::from_std);
+            let may_send = answer.is_none() && !self.waiting.is_empty();
             tokio::select! {
                 notice = notices.recv() => match notice {
-                    Some(notice) => self.take(&notice).await,
+                    Some(notice) => self.take(&notice),
                     None => return,
                 },
-                () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {
-                    self.update().await;
+                () = until(due), if self.has_room() => self.take_count(),
+                () = sleep_until(self.not_before), if may_send => {
+                    answer = self.send().map(FutureExt::boxed);
+                }
+                result = or_never(&mut answer) => {
+                    answer = None;
+                    self.take_answer(result);
+                }
+                () = until(counts) => self.tell_counts(),
+            }
+        }
+    }
+
+    fn has_room(&self) -> bool {
+        self.waiting.len() < MOST_WAITING
+    }
+
+    fn take(&mut self, notice: &Notice) {
+        let now = Instant::now();
+        if self.silent_until.is_some_and(|until| now < until) || !self.has_room() {
+            return;
+        }
+        let draft = Draft::of(notice, &self.node, self.run, Timestamp::now());
+        match self.book.advise(&draft, now) {
+            Advice::Create => self.waiting.push_back(Waiting::new(draft, None, now)),
+            Advice::Nothing => {}
+        }
+    }
+
+    /// Has the count of a series written.
+    fn take_count(&mut self) {
+        let now = Instant::now();
+        if let Some((draft, count)) = self.book.begin_update(now) {
+            self.waiting
+                .push_back(Waiting::new(draft, Some(count), now));
+        }
+    }
+
+    /// Begins to write what has waited longest.
+    fn send(&mut self) -> Option<impl Future<Output = Result<(), Fault>> + 'static> {
+        let next = self.waiting.pop_front()?;
+        self.sent = Some(next.clone());
+        Some(self.server.clone().write(next))
+    }
+
+    fn take_answer(&mut self, result: Result<(), Fault>) {
+        let Some(mut sent) = self.sent.take() else {
+            return;
+        };
+        match result {
+            Ok(()) => {
+                self.book.written(&sent.draft.name, Instant::now());
+                self.written += 1;
+                self.pauses = 1;
+            }
+            // Events are kept for an hour or so.
+            Err(Fault::Absent) if sent.count.is_some() => {
+                sent.count = None;
+                self.waiting.push_front(sent);
+            }
+            Err(Fault::Busy(message)) => self.try_again(sent, message),
+            Err(fault) => self.give_up(&sent, &fault),
+        }
+    }
+
+    /// Lets the others go first. What fails although they succeed is given up after some tries; a
+    /// server that fails with all of them is to blame itself.
+    fn try_again(&mut self, mut failed: Waiting, message: String) {
+        if self.pauses == 1 {
+            tracing::info!(
+                "Events cannot be written at present: {message}; they are late, and some may be \
+                 missing"
+            );
+        }
+        self.not_before = Instant::now() + self.pace.retry * self.pauses;
+        self.pauses = (self.pauses * 2).min(LONGEST_RETRY);
+        if failed
+            .written_before
+            .is_none_or(|before| before < self.written)
+        {
+            failed.tries += 1;
+        }
+        failed.written_before = Some(self.written);
+        if failed.tries >= MOST_TRIES || failed.since.elapsed() >= WORTH {
+            self.give_up(&failed, &Fault::Busy(message));
+        } else {
+            self.waiting.push_back(failed);
+        }
+    }
+
+    fn give_up(&mut self, lost: &Waiting, fault: &Fault) {
+        self.book.gave_up(&lost.draft.name);
+        (self.given_up)();
+        match fault {
+            Fault::Forbidden(_) => {
+                self.waiting.iter().for_each(|_| (self.given_up)());
+                self.waiting.clear();
+                // What happens after the silence may be written.
+                self.book.forget();
+                self.silent_until = Some(Instant::now() + self.pace.silence);
+                tracing::warn!(
+                    "the API server takes no Events: {fault}; add to nftlet's ClusterRole the rule \
+                     {{apiGroups: [\"events.k8s.io\"], resources: [\"events\"], verbs: [\"create\", \
+                     \"patch\"]}}; everything else works without"
+                );
+            }
+            Fault::Absent => tracing::debug!("an Event was not written: {fault}"),
+            Fault::Refused(_) | Fault::Busy(_) => {
+                let Draft {
+                    namespace, name, ..
+                } = &lost.draft;
+                let text = format!("{namespace}/{name}: {fault}");
+                if self.told.add(&(), &text, Instant::now().into_std()) {
+                    tracing::warn!(
+                        "the API server does not take an Event, which is given up: {text}"
+                    );
                 }
             }
         }
     }
 
-    async fn take(&mut self, notice: &Notice) {
-        let now = Instant::now();
-        if self.silent_until.is_some_and(|until| now < until) {
-            return;
-        }
-        let draft = Draft::of(notice, &self.node, self.run, Timestamp::now());
-        match self.book.advise(&draft, now) {
-            Advice::Create => self.create(draft).await,
-            Advice::Nothing => {}
+    fn tell_counts(&mut self) {
+        for Count { reports, last, .. } in self.told.counts(Instant::now().into_std()) {
+            tracing::warn!("{reports} more Events were given up; the last one: {last}");
         }
     }
+}
 
-    /// Writes a new Event.
-    async fn create(&mut self, draft: Draft) {
-        let uid = self.uid(&draft).await;
-        let event = Box::new(draft.event(uid));
-        match self.insist(&draft, &Request::Create(event)).await {
-            Ok(()) => self.book.created(draft, Instant::now()),
-            Err(fault) => self.give_up(&fault),
+impl Waiting {
+    fn new(draft: Draft, count: Option<i32>, since: Instant) -> Self {
+        Self {
+            draft,
+            count,
+            since,
+            tries: 0,
+            written_before: None,
         }
     }
+}
 
-    /// Writes the count of a series.
-    async fn update(&mut self) {
-        let Some((draft, count)) = self.book.begin_update(Instant::now()) else {
-            return;
+/// Waits for a moment, if there is one.
+async fn until(moment: Option<Instant>) {
+    match moment {
+        Some(moment) => sleep_until(moment).await,
+        None => pending().await,
+    }
+}
+
+/// Waits for an answer, if one is to come.
+async fn or_never<F: Future + Unpin>(future: &mut Option<F>) -> F::Output {
+    match future {
+        Some(future) => future.await,
+        None => pending().await,
+    }
+}
+
+impl Server {
+    /// Writes a new Event, or a count.
+    async fn write(self, what: Waiting) -> Result<(), Fault> {
+        let draft = what.draft;
+        let request = match what.count {
+            Some(count) => Request::Patch(draft.series(count, Timestamp::now())),
+            None => Request::Create(Box::new(draft.event(self.uid(&draft).await))),
         };
-        let series = draft.series(count, Timestamp::now());
-        match self.insist(&draft, &Request::Patch(series)).await {
-            Ok(()) => {}
-            // Events are kept for an hour or so.
-            Err(Fault::Absent) => self.create(draft).await,
-            Err(fault) => self.give_up(&fault),
-        }
-    }
-
-    /// Sends a request until the server has answered it.
-    async fn insist(&self, draft: &Draft, request: &Request) -> Result<(), Fault> {
-        let mut pauses = 1;
-        loop {
-            let answer = match timeout(self.pace.answer, self.send(draft, request)).await {
-                Ok(answer) => answer.map_err(Fault::from),
-                Err(_) => Err(Fault::Busy("the API server does not answer".to_owned())),
-            };
-            let Err(Fault::Busy(message)) = answer else {
-                return answer;
-            };
-            if pauses == 1 {
-                tracing::info!(
-                    "Events cannot be written at present: {message}; they are late, and some \
-                     may be missing"
-                );
-            }
-            sleep(self.pace.retry * pauses).await;
-            pauses = (pauses * 2).min(LONGEST_RETRY);
+        match timeout(self.answer, self.send(&draft, &request)).await {
+            Ok(answer) => answer.map_err(Fault::from),
+            Err(_) => Err(Fault::Busy("the API server does not answer".to_owned())),
         }
     }
 
@@ -225,24 +407,8 @@ impl Recorder {
         };
         match answer {
             // Another node, or this one before a restart, has told what is wrong with an object.
-            Err(kube::Error::Api(status)) if status.code == 409 => Ok(()),
+            Err(kube::Error::Api(status)) if status.reason == "AlreadyExists" => Ok(()),
             other => other.map(drop),
-        }
-    }
-
-    fn give_up(&mut self, fault: &Fault) {
-        match fault {
-            Fault::Refused(_) => {
-                self.silent_until = Some(Instant::now() + self.pace.silence);
-                tracing::warn!(
-                    "the API server takes no Events: {fault}; add to nftlet's ClusterRole the rule \
-                     {{apiGroups: [\"events.k8s.io\"], resources: [\"events\"], verbs: [\"create\", \
-                     \"patch\"]}}; everything else works without"
-                );
-            }
-            Fault::Invalid(_) | Fault::Absent | Fault::Busy(_) => {
-                tracing::debug!("an Event was not written: {fault}");
-            }
         }
     }
 
@@ -268,7 +434,7 @@ impl Recorder {
         let params = ListParams::default()
             .fields(&format!("metadata.name={}", name.name()))
             .limit(1);
-        let listed = timeout(self.pace.answer, api.list_metadata(&params)).await;
+        let listed = timeout(self.answer, api.list_metadata(&params)).await;
         let found = listed.ok()?.ok()?.items.into_iter().next()?;
         found.metadata.uid
     }

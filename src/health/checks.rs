@@ -15,7 +15,8 @@ use std::time::Duration;
 use http_body_util::Full;
 use hyper::body::Bytes;
 use hyper::header::HeaderValue;
-use hyper::{Method, Response, StatusCode};
+use hyper::{Method, Response, StatusCode, Uri};
+use rustix::io::Errno;
 use serde_json::json;
 use thiserror::Error;
 use tokio::net::TcpListener;
@@ -27,6 +28,7 @@ use tracing::{debug, info};
 use super::Health;
 use super::listen::listen;
 use super::server::{Answer, JSON, Limits, TEXT, respond, serve_within, stopped};
+use super::share::{Quota, Share};
 
 /// The header by which load balancers weigh nodes.
 const WEIGHT: &str = "x-load-balancing-endpoint-weight";
@@ -68,6 +70,9 @@ fn hint(error: &io::Error) -> &'static str {
         io::ErrorKind::PermissionDenied => {
             "choose a port above 1023 or grant the capability NET_BIND_SERVICE (it is tried again)"
         }
+        _ if error.raw_os_error() == Some(Errno::MFILE.raw_os_error()) => {
+            "let nftlet open more files (the hard limit of nofile, LimitNOFILE= of the container runtime), or have fewer such services (it is tried again)"
+        }
         _ => "it is tried again",
     }
 }
@@ -86,44 +91,18 @@ const RETRY: Retry = Retry {
 
 /// Listens on the wanted ports, whichever they are at the time, until `shutdown` turns true.
 ///
-/// Every answer says whether the proxy itself is healthy, too. `failed` is called for each
-/// attempt to listen that failed; the first one for a service and port has `again` unset.
+/// Every answer says whether the proxy itself is healthy, too. Ports and connections use no more
+/// descriptors than `quota` says. `failed` is called for each attempt to listen that failed; the
+/// first one for a service and port has `again` unset.
 pub async fn serve_checks(
     wanted: watch::Receiver<Checks>,
     health: Health,
+    quota: Quota,
     failed: impl Fn(&CheckError) + Send + Sync,
     shutdown: watch::Receiver<bool>,
 ) {
-    serve_retrying(RETRY, wanted, health, failed, shutdown).await;
-}
-
-async fn serve_retrying(
-    retry: Retry,
-    mut wanted: watch::Receiver<Checks>,
-    health: Health,
-    failed: impl Fn(&CheckError) + Send + Sync,
-    mut shutdown: watch::Receiver<bool>,
-) {
-    let mut ports = Ports {
-        retry,
-        answers: wanted.clone(),
-        health,
-        known: BTreeMap::new(),
-    };
-    loop {
-        let now: Checks = wanted.borrow_and_update().clone();
-        ports.bring_to(&now, &failed).await;
-        tokio::select! {
-            () = stopped(&mut shutdown) => break,
-            changed = wanted.changed() => if changed.is_err() {
-                // Nothing can change any more; what is open stays open until the end.
-                stopped(&mut shutdown).await;
-                break;
-            },
-            () = until(ports.next_attempt()) => {}
-        }
-    }
-    ports.close().await;
+    let ports = Ports::new(RETRY, quota, wanted.clone(), health);
+    ports.follow(wanted, failed, shutdown).await;
 }
 
 async fn until(moment: Option<Instant>) {
@@ -136,6 +115,9 @@ async fn until(moment: Option<Instant>) {
 /// The ports and how far each has come.
 struct Ports {
     retry: Retry,
+    /// How many may be open.
+    most: usize,
+    connections: Arc<Share>,
     answers: watch::Receiver<Checks>,
     health: Health,
     known: BTreeMap<u16, Port>,
@@ -158,6 +140,40 @@ enum Port {
 }
 
 impl Ports {
+    fn new(retry: Retry, quota: Quota, answers: watch::Receiver<Checks>, health: Health) -> Self {
+        Self {
+            retry,
+            most: quota.ports,
+            connections: Share::new(quota.connections),
+            answers,
+            health,
+            known: BTreeMap::new(),
+        }
+    }
+
+    /// Brings the ports to what is wanted until the shutdown.
+    async fn follow(
+        mut self,
+        mut wanted: watch::Receiver<Checks>,
+        failed: impl Fn(&CheckError) + Send + Sync,
+        mut shutdown: watch::Receiver<bool>,
+    ) {
+        loop {
+            let now: Checks = wanted.borrow_and_update().clone();
+            self.bring_to(&now, &failed).await;
+            tokio::select! {
+                () = stopped(&mut shutdown) => break,
+                changed = wanted.changed() => if changed.is_err() {
+                    // Nothing can change any more; what is open stays open until the end.
+                    stopped(&mut shutdown).await;
+                    break;
+                },
+                () = until(self.next_attempt()) => {}
+            }
+        }
+        self.close().await;
+    }
+
     /// Closes what is not wanted any more and opens what is new or due to be tried again.
     async fn bring_to(&mut self, wanted: &Checks, failed: &(impl Fn(&CheckError) + Send + Sync)) {
         let before = std::mem::take(&mut self.known);
@@ -215,7 +231,7 @@ impl Ports {
             }
             Some(Port::Waiting { .. }) | None => None,
         };
-        let state = match listen((Ipv6Addr::UNSPECIFIED, port).into()) {
+        let state = match self.listen(port) {
             Ok(listener) => {
                 info!(
                     "answering health checks of {}/{} on port {port}",
@@ -243,6 +259,15 @@ impl Ports {
         self.known.insert(port, state);
     }
 
+    fn listen(&self, port: u16) -> io::Result<TcpListener> {
+        let open = self.known.values();
+        let open = open.filter(|port| !matches!(port, Port::Waiting { .. }));
+        if open.count() >= self.most {
+            return Err(Errno::MFILE.into());
+        }
+        listen((Ipv6Addr::UNSPECIFIED, port).into())
+    }
+
     fn open(&self, port: u16, listener: TcpListener) -> Port {
         let (stop, stopped) = watch::channel(false);
         let answers = Arc::new(Answers {
@@ -250,7 +275,10 @@ impl Ports {
             checks: self.answers.clone(),
             health: self.health.clone(),
         });
-        let server = serve_within(Limits::default(), listener, answers, stopped);
+        let share = self.connections.clone();
+        let server = async move {
+            serve_within(Limits::default(), &share, listener, answers, stopped).await;
+        };
         Port::Open {
             stop,
             server: tokio::spawn(server),
@@ -293,7 +321,7 @@ struct Answers {
 }
 
 impl Answer for Answers {
-    async fn answer(&self, _: &Method, _: &str) -> Response<Full<Bytes>> {
+    async fn answer(&self, _: &Method, _: &Uri) -> Response<Full<Bytes>> {
         let healthy = self.health.proxy_healthy();
         match self.checks.borrow().get(&self.port) {
             Some(check) => check.answer(healthy),

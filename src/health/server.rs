@@ -2,10 +2,9 @@
 //!
 //! The health port is open to the network, so the server is built to cost little whoever calls:
 //! requests have a small buffer and a deadline, connections live for a limited time, and when
-//! there are too many of them the oldest gives way. A probe is answered within milliseconds, so
-//! that clients which merely hold connections only ever drive each other out.
+//! there are too many of them the oldest gives way ([`Share`]). A probe is answered within
+//! milliseconds, so that clients which merely hold connections only ever drive each other out.
 
-use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::fmt;
 use std::io;
@@ -19,15 +18,16 @@ use hyper::body::{Body, Bytes};
 use hyper::header::{ALLOW, CONNECTION, CONTENT_TYPE, HeaderValue, X_CONTENT_TYPE_OPTIONS};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
-use hyper::{Method, Request, Response, StatusCode};
+use hyper::{Method, Request, Response, StatusCode, Uri};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use thiserror::Error;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Mutex, watch};
-use tokio::task::{AbortHandle, JoinSet};
+use tokio::task::JoinSet;
 use tracing::{debug, warn};
 
 use super::listen::listen;
+use super::share::{Seat, Share};
 use super::{Health, Probe};
 
 pub(super) const JSON: &str = "application/json";
@@ -109,9 +109,29 @@ struct Page {
     answer: Arc<dyn Fn() -> (StatusCode, String) + Send + Sync>,
     /// Whose turn it is, for a page that takes long to make.
     turn: Option<Arc<Mutex<()>>>,
+    /// Whose readiness a request may ask to wait for.
+    waits_for: Option<Health>,
+}
+
+/// The longest time for which a request may ask to wait.
+const LONGEST_WAIT: Duration = Duration::from_secs(60);
+
+/// For how long a request asks to wait: `wait=SECONDS` in its query.
+fn asked_to_wait(query: Option<&str>) -> Option<Duration> {
+    let seconds = query?.split('&').find_map(|it| it.strip_prefix("wait="))?;
+    let seconds = Duration::from_secs(seconds.parse().ok()?);
+    Some(seconds.min(LONGEST_WAIT))
 }
 
 impl Page {
+    /// Waits until nftlet is ready, where this is a probe whose query asks for it.
+    async fn wait(&self, query: Option<&str>) {
+        if let (Some(health), Some(patience)) = (&self.waits_for, asked_to_wait(query)) {
+            // What the answer is says whether it is.
+            let _ = tokio::time::timeout(patience, health.until_ready()).await;
+        }
+    }
+
     /// Makes the page. One that takes long is made on a thread of its own, so that nothing else
     /// waits for it, and once at a time, however many ask for it and leave again.
     async fn make(&self) -> (StatusCode, String) {
@@ -139,14 +159,15 @@ impl Router {
         Self::default()
     }
 
-    /// Adds `/healthz`, `/livez` and `/readyz`. `answered` is told each answer's HTTP status.
+    /// Adds `/healthz`, `/livez` and `/readyz`. `answered` is told each answer's HTTP status. With
+    /// `?wait=SECONDS` the answer is given when nftlet is ready, or after so many seconds.
     #[must_use]
     pub fn probes(
         mut self,
         health: &Health,
         answered: impl Fn(Probe, u16) + Send + Sync + 'static,
     ) -> Self {
-        let answered = Arc::new(answered);
+        let (asked, answered) = (health.clone(), Arc::new(answered));
         for probe in Probe::ALL {
             let health = health.clone();
             let answered = Arc::clone(&answered);
@@ -160,6 +181,9 @@ impl Router {
                 };
                 (code, status.body())
             });
+        }
+        for page in &mut self.pages {
+            page.waits_for = Some(asked.clone());
         }
         self
     }
@@ -212,6 +236,7 @@ impl Router {
             content_type,
             answer: Arc::new(answer),
             turn: None,
+            waits_for: None,
         });
     }
 }
@@ -222,12 +247,13 @@ pub(super) trait Answer: Send + Sync + 'static {
     fn answer(
         &self,
         method: &Method,
-        path: &str,
+        uri: &Uri,
     ) -> impl Future<Output = Response<Full<Bytes>>> + Send;
 }
 
 impl Answer for Router {
-    async fn answer(&self, method: &Method, path: &str) -> Response<Full<Bytes>> {
+    async fn answer(&self, method: &Method, uri: &Uri) -> Response<Full<Bytes>> {
+        let path = uri.path();
         match self.pages.iter().find(|page| page.path == path) {
             None => {
                 let paths: Vec<&str> = self.paths().collect();
@@ -242,6 +268,7 @@ impl Answer for Router {
                 response
             }
             Some(page) => {
+                page.wait(uri.query()).await;
                 let (code, body) = page.make().await;
                 respond(code, page.content_type, body)
             }
@@ -250,7 +277,7 @@ impl Answer for Router {
 }
 
 async fn answer<B: Body>(by: &impl Answer, request: Request<B>) -> Response<Full<Bytes>> {
-    let mut response = by.answer(request.method(), request.uri().path()).await;
+    let mut response = by.answer(request.method(), request.uri()).await;
     if !request.body().is_end_stream() {
         // Nothing here takes a body: rather than read through it, the connection ends.
         let close = HeaderValue::from_static("close");
@@ -281,7 +308,7 @@ pub(super) fn respond(
 /// What a client may use.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Limits {
-    /// Connections at once; one more drives out the oldest.
+    /// Connections at once of a port; one more drives out the oldest.
     connections: usize,
     /// From the first moment of waiting for a request to its last header: the time for a client
     /// to ask, and for an idle connection to be kept.
@@ -313,42 +340,40 @@ impl Default for Limits {
 /// Answers requests until `shutdown` turns true or its sender is gone; connections then get a
 /// second to finish.
 pub async fn serve(listener: TcpListener, router: Arc<Router>, shutdown: watch::Receiver<bool>) {
-    serve_within(Limits::default(), listener, router, shutdown).await;
+    let limits = Limits::default();
+    let share = Share::new(limits.connections);
+    serve_within(limits, &share, listener, router, shutdown).await;
 }
 
+/// As [`serve`], within limits, and with connections that are part of a share.
 pub(super) async fn serve_within<A: Answer>(
     limits: Limits,
+    share: &Arc<Share>,
     listener: TcpListener,
     answers: Arc<A>,
     mut shutdown: watch::Receiver<bool>,
 ) {
+    let port = listener.local_addr().map_or(0, |address| address.port());
     let mut connections = JoinSet::new();
-    let mut by_age: VecDeque<AbortHandle> = VecDeque::new();
     let mut accepts = true;
     loop {
         let accepted = tokio::select! {
             () = stopped(&mut shutdown) => break,
-            Some(_) = connections.join_next() => {
-                by_age.retain(|connection| !connection.is_finished());
-                continue;
-            }
+            Some(_) = connections.join_next() => continue,
             accepted = listener.accept() => accepted,
         };
         match accepted {
             Ok((stream, client)) => {
                 accepts = true;
-                if by_age.len() >= limits.connections
-                    && let Some(oldest) = by_age.pop_front()
-                {
-                    debug!(
-                        "closing the oldest of {} HTTP connections",
-                        limits.connections
-                    );
-                    oldest.abort();
-                }
+                // Before the next one is accepted, so that connections without a seat are few.
+                let seat = tokio::select! {
+                    () = stopped(&mut shutdown) => break,
+                    seat = share.enter(port, limits.connections) => seat,
+                };
+                let Some(seat) = seat else { continue };
                 let answers = Arc::clone(&answers);
-                let connection = attend(limits, stream, client, answers, shutdown.clone());
-                by_age.push_back(connections.spawn(connection));
+                let attended = attend(limits, stream, client, answers, shutdown.clone());
+                connections.spawn(seated(seat, client, attended));
             }
             // The client left before it was its turn.
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
@@ -356,7 +381,7 @@ pub(super) async fn serve_within<A: Answer>(
                 // Most likely the process has no file descriptor left: trying again at once
                 // would only burn the CPU, and saying it each time would fill the log.
                 if accepts {
-                    warn!("cannot accept HTTP connections, trying on: {error}");
+                    warn!("cannot accept HTTP connections on port {port}, trying on: {error}");
                 }
                 accepts = false;
                 tokio::time::sleep(Duration::from_millis(100)).await;
@@ -365,6 +390,14 @@ pub(super) async fn serve_within<A: Answer>(
     }
     drop(listener);
     while connections.join_next().await.is_some() {}
+}
+
+/// Attends to a connection until it ends or has to give way.
+async fn seated(mut seat: Seat, client: SocketAddr, attended: impl Future<Output = ()>) {
+    tokio::select! {
+        () = attended => {}
+        () = seat.dismissed() => debug!("HTTP connection of {client} gives way to a newer one"),
+    }
 }
 
 /// Answers the requests of one connection.

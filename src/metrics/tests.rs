@@ -1,3 +1,4 @@
+use super::register::FAMILIES;
 use super::*;
 
 /// The value of one series, named as it stands in the exposition.
@@ -90,6 +91,11 @@ fn series_that_alerts_rely_on_exist_from_the_start() {
                 "kubeproxy_sync_proxy_rules_nftables_sync_failures_total{ip_family=\"IPv6\"}",
                 0.0,
             ),
+            (
+                "kubeproxy_sync_proxy_rules_nftables_cleanup_failures_total{ip_family=\"IPv6\"}",
+                0.0,
+            ),
+            ("nftlet_events_given_up_total", 0.0),
             (
                 "kubeproxy_network_programming_duration_seconds_count{ip_family=\"IPv4\"}",
                 0.0,
@@ -313,4 +319,34 @@ fn reasons_are_there_before_anything_happens() {
     ] {
         assert!(page.lines().any(|it| it == line), "{line}: {page}");
     }
+}
+
+#[test]
+fn network_programming_has_all_bounds_of_kube_proxy() {
+    let metrics = Metrics::new().unwrap();
+    metrics.network_programming(Duration::ZERO);
+    metrics.network_programming(Duration::from_millis(300));
+    let mut bounds = vec![0.0, 0.25, 0.5];
+    bounds.extend((1..60).map(f64::from));
+    bounds.extend((60..120).step_by(5).map(f64::from));
+    bounds.extend((120..=300).step_by(30).map(f64::from));
+    for bound in bounds {
+        let series = format!(
+            "kubeproxy_network_programming_duration_seconds_bucket{{ip_family=\"IPv4\",le=\"{bound}\"}}"
+        );
+        let wanted = if bound < 0.3 { 1.0 } else { 2.0 };
+        assert_eq!(value(&metrics, &series), Some(wanted), "{series}");
+    }
+}
+
+#[test]
+fn failed_cleanups_are_counted_by_family() {
+    let metrics = Metrics::new().unwrap();
+    metrics.cleanup_failure(true);
+    let of = |family| {
+        format!(
+            "kubeproxy_sync_proxy_rules_nftables_cleanup_failures_total{{ip_family=\"{family}\"}}"
+        )
+    };
+    expect(&metrics, &[(&of("IPv4"), 0.0), (&of("IPv6"), 1.0)]);
 }

@@ -50,7 +50,7 @@ use crate::model::{
 };
 use crate::netlink;
 use crate::policy::Engine;
-use crate::ruleset::{Ruleset, Transaction};
+use crate::ruleset::{self, Ruleset, Transaction};
 use crate::source::SourceStats;
 
 pub use audit::{Audits, EVERY as AUDIT_EVERY, Finding, Snapshot, Step, Verdict};
@@ -411,7 +411,16 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
     fn write(&mut self, transaction: Transaction) -> Result<(), netlink::Error> {
         for step in transaction.into_steps() {
             let started = Instant::now();
-            let applied = self.kernel.apply(&step)?;
+            let applied = self.kernel.apply(&step);
+            if applied.is_err() && step.is_cleanup() {
+                for family in [ruleset::Family::Ip, ruleset::Family::Ip6] {
+                    if step.ops.iter().any(|op| op.table().family == family) {
+                        let ipv6 = family == ruleset::Family::Ip6;
+                        self.metrics.cleanup_failure(ipv6);
+                    }
+                }
+            }
+            let applied = applied?;
             self.writes += 1;
             self.vouched = self.vouched.map(|generation| generation.wrapping_add(1));
             self.doubtful |= applied.unheard && self.kernel.generation().ok() != self.vouched;

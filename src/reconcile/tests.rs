@@ -856,6 +856,15 @@ fn a_failure_to_remove_unused_chains_is_repaired_at_once() {
     assert_eq!(removed.together(), Outcome::Synced);
     bench.assert_as_wanted(&reconciler);
     assert_eq!(bench.heard().len(), 1);
+    let counted = |family, count| {
+        format!(
+            "kubeproxy_sync_proxy_rules_nftables_cleanup_failures_total{{ip_family=\"{family}\"}} {count}"
+        )
+    };
+    let page = bench.metrics.encode();
+    for line in [counted("IPv4", 1), counted("IPv6", 0)] {
+        assert!(page.lines().any(|it| it == line), "{line}: {page}");
+    }
 }
 
 #[tokio::test]

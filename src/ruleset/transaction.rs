@@ -96,6 +96,22 @@ impl Transaction {
         self.ops.is_empty()
     }
 
+    /// Whether it only removes chains, sets and tables, so that what is in force stays the same.
+    pub fn is_cleanup(&self) -> bool {
+        self.ops.iter().all(|op| match op {
+            Op::FlushChain(..) | Op::DeleteChain(..) | Op::DeleteSet(..) | Op::DeleteTable(_) => {
+                true
+            }
+            Op::AddTable(_)
+            | Op::AddSet(..)
+            | Op::AddChain(..)
+            | Op::AddRule(..)
+            | Op::DeleteElements(..)
+            | Op::AddElements(..)
+            | Op::FlushSet(..) => false,
+        })
+    }
+
     /// The number of elements added and deleted.
     pub fn elements(&self) -> usize {
         self.ops.iter().map(Op::elements).sum()

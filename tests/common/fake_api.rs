@@ -132,6 +132,8 @@ struct State {
     written: Vec<Written>,
     /// The status that answers writes, in place of doing them.
     write_status: Option<(u16, &'static str)>,
+    /// The same for Events about objects of a name.
+    write_status_about: BTreeMap<&'static str, (u16, &'static str)>,
 }
 
 impl State {
@@ -207,6 +209,7 @@ impl FakeApi {
             requests: Vec::new(),
             written: Vec::new(),
             write_status: None,
+            write_status_about: BTreeMap::new(),
         }));
         let (changed, _) = watch::channel(0);
         let (broken, _) = watch::channel((0, 0));

@@ -46,9 +46,22 @@ impl FakeApi {
         self.requests().iter().filter(is_write).count()
     }
 
+    /// Waits until so many writes were asked for.
+    pub async fn until_asked_to_write(&self, count: usize) {
+        let mut changed = self.changed.subscribe();
+        let met = changed.wait_for(|_| self.asked_to_write() >= count);
+        let waited = tokio::time::timeout(std::time::Duration::from_secs(120), met).await;
+        assert!(waited.is_ok(), "{} writes", self.asked_to_write());
+    }
+
     /// Answers writes with a status, or does them again.
     pub fn answer_writes(&self, status: Option<(u16, &'static str)>) {
         self.state().write_status = status;
+    }
+
+    /// Answers writes of Events about objects of a name with a status.
+    pub fn answer_writes_about(&self, name: &'static str, status: (u16, &'static str)) {
+        self.state().write_status_about.insert(name, status);
     }
 
     /// The Events of before are kept no longer.
@@ -106,11 +119,17 @@ fn answer(method: Method, path: &str, body: &Bytes, state: &Arc<Mutex<State>>) -
     let (path, namespace) = of_all_namespaces(path);
     let mut state = state.lock().expect("no test panicked with it");
     if let Some((code, reason)) = state.write_status {
-        return status(code, reason, "events is forbidden: it is not allowed");
+        let message = "events.events.k8s.io is forbidden: User \"nftlet\" cannot create resource \
+                       \"events\" in API group \"events.k8s.io\"";
+        return status(code, reason, message);
     }
     let Ok(body) = serde_json::from_slice::<Value>(body) else {
         return status(400, "BadRequest", "no JSON");
     };
+    let about = body["regarding"]["name"].as_str().unwrap_or_default();
+    if let Some((code, reason)) = state.write_status_about.get(about) {
+        return status(*code, reason, "it is not wanted here");
+    }
     let exists = |name: &str| {
         let mut written = state.written.iter();
         written.any(|it| it.is_new() && it.namespace == namespace && it.name == name)

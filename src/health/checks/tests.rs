@@ -25,6 +25,10 @@ struct Bench {
 
 impl Bench {
     fn start() -> Self {
+        Self::within(Quota::of(1024))
+    }
+
+    fn within(quota: Quota) -> Self {
         let (wanted, receiver) = watch::channel(Checks::new());
         let (stop, stopped) = watch::channel(false);
         let health = Health::new(PERIOD);
@@ -34,7 +38,8 @@ impl Bench {
         let failed = move |error: &CheckError| {
             heard.lock().unwrap().push((error.to_string(), error.again));
         };
-        let manager = serve_retrying(QUICK, receiver, health.clone(), failed, stopped);
+        let ports = Ports::new(QUICK, quota, receiver.clone(), health.clone());
+        let manager = ports.follow(receiver, failed, stopped);
         Self {
             wanted,
             health,
@@ -217,4 +222,49 @@ async fn the_end_closes_the_ports() {
     bench.stop.send_replace(true);
     bench.manager.await.unwrap();
     assert!(ask("127.0.0.1", port).await.is_err());
+}
+
+#[tokio::test]
+async fn held_connections_of_all_ports_are_bounded_together_and_keep_nobody_out() {
+    let quota = Quota {
+        ports: 16,
+        connections: 8,
+    };
+    let bench = Bench::within(quota);
+    let ports = [free_port().await, free_port().await, free_port().await];
+    bench.want(&ports.map(|port| (port, "web", 1)));
+    let mut held = Vec::new();
+    for port in ports.into_iter().cycle().take(60) {
+        expect(port, Some("200")).await;
+        let mut stream = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+        stream.write_all(b"GET / HT").await.unwrap();
+        held.push(stream);
+    }
+    for port in ports {
+        expect(port, Some("200")).await;
+    }
+    // All but those that have a seat were closed: nothing else ends them before ten seconds.
+    let closed = tokio::time::timeout(PATIENCE, async {
+        for stream in &mut held[..52] {
+            let _ = stream.read_to_end(&mut Vec::new()).await;
+        }
+    });
+    closed.await.expect("those that gave way are closed");
+}
+
+#[tokio::test]
+async fn more_ports_than_there_are_descriptors_for_are_told_and_opened_when_others_close() {
+    let quota = Quota {
+        ports: 1,
+        connections: 8,
+    };
+    let bench = Bench::within(quota);
+    let (one, two) = (free_port().await, free_port().await);
+    bench.want(&[(one, "web", 1), (two, "api", 1)]);
+    expect(one, Some("\"name\":\"web\"")).await;
+    expect(two, None).await;
+    let told = bench.failures.lock().unwrap()[0].0.clone();
+    assert!(told.contains("LimitNOFILE"), "{told}");
+    bench.want(&[(two, "api", 1)]);
+    expect(two, Some("\"name\":\"api\"")).await;
 }

@@ -34,7 +34,10 @@ impl Server {
         let listener = bind(ANY_PORT, "--some-address").unwrap();
         let address = listener.local_addr().unwrap();
         let (stop, stopped) = watch::channel(false);
-        let task = tokio::spawn(serve_within(limits, listener, Arc::new(router), stopped));
+        let task = tokio::spawn(async move {
+            let share = Share::new(limits.connections);
+            serve_within(limits, &share, listener, Arc::new(router), stopped).await;
+        });
         Self {
             address,
             health,
@@ -126,6 +129,39 @@ async fn probes_answer_with_status_and_body_and_are_counted() {
             (Probe::Readyz, 200)
         ]
     );
+}
+
+#[tokio::test]
+async fn a_probe_waits_until_all_is_written_where_it_is_asked_to() {
+    let server = Server::start(Limits::default()).await;
+    server.health.expect_policies();
+    let mut client = server.connect().await;
+    client
+        .send("GET /livez?wait=60 HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n")
+        .await;
+    // Those that do not ask for it do not wait, and show that the first one does.
+    let answer = server.ask("GET", "/readyz").await;
+    assert!(answer.starts_with("HTTP/1.1 503 "), "{answer}");
+    server.health.synced();
+    let answer = server.ask("GET", "/readyz?wait=0").await;
+    assert!(answer.starts_with("HTTP/1.1 503 "), "{answer}");
+    let livez = |codes: &[(Probe, u16)]| codes.contains(&(Probe::Livez, 200));
+    assert!(!livez(&server.codes.lock().unwrap()), "it did not wait");
+    server.health.policies(Ok(()));
+    let answer = client.rest().await;
+    assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+    let answer = server.ask("GET", "/readyz?wait=60").await;
+    assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+}
+
+#[test]
+fn a_request_says_how_long_it_waits() {
+    let asked = |query| asked_to_wait(Some(query)).map(|wait| wait.as_secs());
+    assert_eq!(asked("wait=50"), Some(50));
+    assert_eq!(asked("verbose&wait=3600"), Some(60));
+    for query in ["", "wait", "wait=", "wait=-1", "waits=5"] {
+        assert_eq!(asked(query), None, "{query}");
+    }
 }
 
 #[tokio::test]

@@ -38,6 +38,8 @@ pub(super) enum Fault {
     Foreign(String),
     /// No server answers.
     Unreachable(String),
+    /// The process, or the system, has no file descriptor left for a connection.
+    NoDescriptor(String),
 }
 
 /// The `Status` object of the API, as an answer or inside a watch.
@@ -101,8 +103,26 @@ fn blames_a_field(message: &str) -> bool {
 
 impl From<kube::Error> for Fault {
     fn from(error: kube::Error) -> Self {
+        if wants_descriptors(&error) {
+            return Fault::NoDescriptor(innermost(&error));
+        }
         Fault::Unreachable(innermost(&error))
     }
+}
+
+/// Whether an error comes of there being no file descriptor.
+fn wants_descriptors(error: &(dyn std::error::Error + 'static)) -> bool {
+    std::iter::successors(Some(error), |error| error.source()).any(|cause| {
+        let Some(error) = cause.downcast_ref::<std::io::Error>() else {
+            return false;
+        };
+        match (error.raw_os_error(), error.get_ref()) {
+            (Some(errno), _) => [libc::EMFILE, libc::ENFILE].contains(&errno),
+            // What an error is made of is not among its sources.
+            (None, Some(inner)) => wants_descriptors(inner),
+            (None, None) => false,
+        }
+    })
 }
 
 /// The innermost cause says what happened; those around it say who was told.
@@ -187,6 +207,12 @@ impl Fault {
                 format!(
                     "the API server was asked for {} at {}, and the answer is {what}; check what answers at its address, such as a proxy or a load balancer in front of it; {KEPT}",
                     selection.plural, selection.path
+                ),
+            )),
+            Fault::NoDescriptor(cause) => Some((
+                "descriptors".to_owned(),
+                format!(
+                    "there is no file descriptor for a connection to the API server: {cause}; let nftlet open more files (the hard limit of nofile, LimitNOFILE= of the container runtime); {KEPT}"
                 ),
             )),
             Fault::Unreachable(cause) => Some((
@@ -325,6 +351,20 @@ mod tests {
             Fault::from(status),
             Fault::Busy { retry_after: 7, .. }
         ));
+    }
+
+    #[test]
+    fn a_lack_of_descriptors_is_not_the_fault_of_the_server() {
+        let caused_by = |errno| {
+            let cause = std::io::Error::from_raw_os_error(errno);
+            let around = std::io::Error::other(cause);
+            Fault::from(kube::Error::Service(Box::new(around)))
+        };
+        for errno in [libc::EMFILE, libc::ENFILE] {
+            assert!(matches!(caused_by(errno), Fault::NoDescriptor(_)));
+        }
+        let refused = caused_by(libc::ECONNREFUSED);
+        assert!(matches!(refused, Fault::Unreachable(_)));
     }
 
     #[test]

@@ -158,6 +158,8 @@ impl Reflector {
                 let at_least = Duration::from_secs((*retry_after).into());
                 backoff.next_after(&self.timing, at_least)
             }
+            // That spares no server, and ends when any connection of the process does.
+            Fault::NoDescriptor(_) => backoff.next(&self.timing).min(self.timing.first_pause),
             _ => backoff.next(&self.timing),
         })
     }
