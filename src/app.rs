@@ -54,7 +54,7 @@ use crate::netlink::{self, Heard, Monitor, Nftables};
 use crate::policy::{self, Engine};
 use crate::reconcile::conntrack::{self, Cleaner, KernelFlows};
 use crate::reconcile::{
-    self, Audits, Exit, Isolated, Log, LogAndSend, Reconciler, Signals, Sticky,
+    self, Audits, Exit, Isolated, Log, LogAndSend, Reconciler, Reporter as _, Signals, Sticky,
 };
 use crate::ruleset::Ruleset;
 use crate::source::cluster::Error as ClusterError;
@@ -249,6 +249,10 @@ pub fn run(mut line: CommandLine, log: &Lines) -> Result<(), Error> {
     let (sender, notices) = mpsc::channel(events::QUEUE);
     let reporter = LogAndSend(sender);
     let (freed, bell) = std::sync::mpsc::channel();
+    // Before anything that asks over the network.
+    if let Err(error) = reconcile::remove_foreign_hooks(&mut nftables, &metrics, &reporter) {
+        reporter.failed(&error);
+    }
     let io = Io {
         args: args.clone(),
         file,

@@ -1,6 +1,12 @@
 //! What others do to nftlet's tables is undone at once.
 
+#[path = "common/agent.rs"]
+mod agent;
 mod common;
+#[path = "common/consumer.rs"]
+mod consumer;
+#[path = "common/fake_api.rs"]
+mod fake_api;
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
@@ -9,10 +15,13 @@ use std::sync::mpsc::channel;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use agent::wait_for_log;
 use common::manifests::{CLUSTER_CIDR, Manifests};
 use common::netns::{
     Ask, Lab, LabOptions, Machine, Namespace, Protocol, Server, require_net_admin, wait_for,
 };
+use consumer::{service, slice};
+use fake_api::{NODES, SERVICES, SLICES};
 use nftlet::compile::TABLE;
 use nftlet::netlink::{Heard, Monitor, Nftables};
 use nftlet::ruleset::{
@@ -337,4 +346,55 @@ fn traffic_survives_a_flush_of_the_ruleset() {
     }
     stop.store(true, Ordering::Relaxed);
     asking.join().expect("the client ends");
+}
+
+/// A base chain that drops everything may be in nftlet's tables before its first list, and keeps it
+/// from its server.
+#[test]
+fn hooks_that_keep_the_server_away_are_removed_and_the_rules_of_an_earlier_run_stay() {
+    if !require_net_admin() {
+        return;
+    }
+    let node = agent::Node::new();
+    node.api.put(NODES, consumer::node("node-1", "zone-a"));
+    node.api.put(SERVICES, service("a", "10.96.0.11"));
+    node.api.put(SLICES, slice("a-1", "a", &["10.1.0.1"]));
+    drop(node.run());
+    let wanted = listing(&node.ns);
+    let drop_all = "add chain ip nftlet intruder \
+        { type filter hook output priority -300; policy drop; }
+        add rule ip nftlet intruder drop";
+    // Before the start.
+    node.ns.nft_load(drop_all);
+    let daemon = node.run();
+    assert_eq!(listing(&node.ns), wanted);
+    let log = daemon.log();
+    assert!(
+        log.contains("the base chain intruder was not made by nftlet"),
+        "{log}"
+    );
+    drop(daemon);
+    // A policy of an own chain.
+    node.ns
+        .nft_load("chain ip nftlet filter-output { policy drop; }");
+    let daemon = node.run();
+    assert_eq!(listing(&node.ns), wanted);
+    drop(daemon);
+    // While the server is waited for; nothing of the earlier rules goes.
+    node.set_down(true);
+    let daemon = node.start();
+    wait_for_log(&daemon, "cannot be reached");
+    node.ns.nft_load("add table ip6 nftlet-policy");
+    node.ns.nft_load(
+        "add chain ip6 nftlet-policy intruder { type filter hook output priority -300; policy drop; }",
+    );
+    node.ns.nft_load(drop_all);
+    let tables = |ns: &Namespace| ns.nft(&["list", "ruleset"]).contains("intruder");
+    wait_for("the hooks to go", LONG, || {
+        (!tables(&node.ns)).then_some(())
+    });
+    node.ns.nft_load("delete table ip6 nftlet-policy");
+    assert_eq!(listing(&node.ns), wanted);
+    node.set_down(false);
+    wait_for_log(&daemon, "the rules are in place");
 }

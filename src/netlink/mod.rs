@@ -52,3 +52,4 @@ pub use link::Links;
 pub use monitor::{Absence, Heard, Monitor};
 pub use nflog::{Denied, LogReader, Logged};
 pub use nftables::{Applied, Nftables};
+pub use read::FoundBaseChain;

@@ -22,6 +22,17 @@ use crate::ruleset::{
     Ruleset, Set, SetKind, Statement, Table, TableId, Value, Verdict,
 };
 
+/// A base chain in the kernel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FoundBaseChain {
+    /// Its name.
+    pub name: Name,
+    /// Its type, hook and priority; `None` for a type that nftlet never uses.
+    pub base: Option<BaseChain>,
+    /// Its policy is `accept`.
+    pub accepts: bool,
+}
+
 const ELEMENT_INTERVAL_END: u32 = 1;
 const ELEMENTS: &str = "the elements of a set";
 
@@ -155,18 +166,22 @@ impl Nftables {
         Ok(self.chains(id)?.into_keys().collect())
     }
 
-    /// The names of the chains of a table at which packets enter, whoever made it.
+    /// Returns the base chains of a table, whoever made it; none if it does not exist.
     ///
     /// # Errors
     ///
     /// When the dump fails or is interrupted over and over again.
-    pub fn base_chain_names(&mut self, id: &TableId) -> Result<Vec<Name>, Error> {
+    pub fn base_chains(&mut self, id: &TableId) -> Result<Vec<FoundBaseChain>, Error> {
         let dumped = self.dump_chains(id.family)?;
         let found = dumped.iter().filter_map(|message| {
             let attributes = message.attributes();
             let name = attributes.string(uapi::NFTA_CHAIN_NAME)?;
             attributes.nested(uapi::NFTA_CHAIN_HOOK)?;
-            is_of(attributes, message, id, uapi::NFTA_CHAIN_TABLE).then(|| Name::from(name))
+            is_of(attributes, message, id, uapi::NFTA_CHAIN_TABLE).then(|| FoundBaseChain {
+                name: Name::from(name),
+                base: hooked(attributes),
+                accepts: accepts(attributes),
+            })
         });
         Ok(found.collect())
     }
@@ -383,16 +398,24 @@ fn describe(scratch: &mut Scratch, id: &TableId, chain: &Name, rule: &Rule) -> O
 /// Where packets enter a chain. Nowhere in the sense of nftlet if packets that meet no verdict are
 /// not accepted there: nftlet writes no such chain.
 fn base_chain(attributes: Reader) -> Option<BaseChain> {
+    hooked(attributes).filter(|_| accepts(attributes))
+}
+
+/// Whether packets that meet no verdict in a base chain are accepted there.
+fn accepts(attributes: Reader) -> bool {
     let accept = u32::try_from(libc::NF_ACCEPT).ok();
-    if attributes.be32(uapi::NFTA_CHAIN_POLICY) != accept {
-        return None;
-    }
+    attributes.be32(uapi::NFTA_CHAIN_POLICY) == accept
+}
+
+/// Type, hook and priority of a base chain.
+fn hooked(attributes: Reader) -> Option<BaseChain> {
     let hook = attributes.nested(uapi::NFTA_CHAIN_HOOK)?;
     let number = hook.be32(uapi::NFTA_HOOK_HOOKNUM)?;
     let priority = hook.be32(uapi::NFTA_HOOK_PRIORITY)? as i32;
     let kind = match attributes.string(uapi::NFTA_CHAIN_TYPE)? {
         "nat" => ChainKind::Nat,
-        _ => ChainKind::Filter,
+        "filter" => ChainKind::Filter,
+        _ => return None,
     };
     let hook = match i32::try_from(number).ok()? {
         libc::NF_INET_PRE_ROUTING => Hook::Prerouting,

@@ -23,6 +23,7 @@ pub mod connections;
 pub mod conntrack;
 pub mod denied;
 mod health_checks;
+mod hooks;
 mod kernel;
 mod policies;
 mod portions;
@@ -54,6 +55,7 @@ use crate::ruleset::{Ruleset, Transaction};
 use crate::source::SourceStats;
 
 pub use audit::{Audits, EVERY as AUDIT_EVERY, Finding, Snapshot, Step, Verdict};
+pub use hooks::remove_foreign_hooks;
 pub use kernel::Kernel;
 pub use policies::Isolated;
 pub use programmed::{Programmed, Sticky};

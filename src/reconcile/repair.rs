@@ -16,6 +16,7 @@
 use std::time::{Duration, Instant};
 
 use super::affinity::Suspects;
+use super::policies::Policies;
 use super::programmed::Effects;
 use super::removed::Removed;
 use super::{Kernel, MOST_REFUSALS, Outcome, Outcomes, Reconciler, State};
@@ -117,7 +118,10 @@ impl<K: Kernel> Reconciler<'_, K> {
         if self.vouches_for(now) && self.is_synced() {
             return (Outcomes::default(), false);
         }
-        self.vouched = now;
+        if self.waits_for_lists() {
+            self.remove_foreign_hooks();
+        }
+        self.vouched = self.kernel.generation().ok();
         let (policies, policies_changed) = self.heal_policies();
         let (services, services_changed) = self.heal_services();
         let outcomes = Outcomes { services, policies };
@@ -151,6 +155,12 @@ impl<K: Kernel> Reconciler<'_, K> {
     pub fn is_synced(&self) -> bool {
         let policies = self.policies.as_ref();
         self.state == State::Synced && policies.is_none_or(|p| p.state != State::Unknown)
+    }
+
+    /// Whether some tables cannot be compared, because it is not known yet what they are to hold.
+    fn waits_for_lists(&self) -> bool {
+        let of_policies = |it: &Policies| it.state == State::Listing || !it.engine.is_ready();
+        self.state == State::Listing || self.policies.as_ref().is_some_and(of_policies)
     }
 
     /// Whether somebody else wrote to the kernel while the monitor was kept from hearing it; tells
