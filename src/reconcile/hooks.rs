@@ -52,8 +52,9 @@ pub fn remove_foreign_hooks(
                         (ops, "was not made by nftlet and has been removed")
                     }
                 };
-                metrics.healed(ops.len());
+                let operations = ops.len();
                 kernel.apply(&Transaction { ops })?;
+                metrics.healed(operations);
                 metrics.notice(Reason::ForeignChange.as_str());
                 reporter.notice(&Notice {
                     subject: Subject::Other(format!("table {table}").into()),

@@ -69,6 +69,7 @@ use health_checks::HealthChecks;
 use policies::{Followers, Policies};
 use portions::Queue;
 use programmed::Effects;
+use repair::ForeignChange;
 
 /// How many events that wait for their rules are timed; the kernel may be out of order for long.
 const MOST_WAITING: usize = 1 << 16;
@@ -119,6 +120,8 @@ pub struct Reconciler<'a, K> {
     log_fields: bool,
     /// Operations that undid what others had changed.
     healed: usize,
+    /// What others changed in the tables of services.
+    foreign: ForeignChange,
     /// The generation that the kernel is in if nobody else wrote since it was read: own writes
     /// count up. `None` until it is read, or when that is to be done again.
     vouched: Option<u32>,
@@ -229,6 +232,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
             followers: Followers::default(),
             log_fields: false,
             healed: 0,
+            foreign: ForeignChange::default(),
             vouched: None,
             doubtful: false,
             writes: 0,

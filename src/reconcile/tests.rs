@@ -26,6 +26,7 @@ use crate::ruleset::{Element, Key, Name, Op, SumKeys, TableId, simulate};
 
 mod affinity;
 mod flows;
+mod foreign;
 mod large;
 mod parts;
 mod policies;
