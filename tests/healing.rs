@@ -245,8 +245,8 @@ fn a_monitor_says_what_it_missed() {
     namespace.run(|| {
         let mut own = Nftables::open().expect("a socket");
         let mut other = Nftables::open().expect("a socket");
-        let mut monitor = Monitor::open(&[TABLE], &own).expect("a socket");
-        own.write_unheard_by(monitor.absence().expect("a descriptor"));
+        let mut monitor = Monitor::new(&[TABLE], &own);
+        own.write_unheard_by(monitor.absence());
         let add = |table: &str, elements: u32| {
             let id = TableId::new(Family::Ip, table);
             let elements = (0..elements).map(|number| {

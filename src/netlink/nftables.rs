@@ -96,16 +96,17 @@ impl Nftables {
         let batch = encode(transaction, first_seq)?;
         self.socket.reserve_numbers(batch.messages() as u32 + 2);
         let elements = transaction.elements();
-        let absence = self.absence.as_ref();
-        let unheard = elements > LARGE && absence.is_some_and(Absence::begin);
+        let unheard = self.absence.as_ref().filter(|absence| {
+            // Where it could not come back from the last one, this is the next attempt.
+            absence.lasts() || (elements > LARGE && absence.begin())
+        });
         let sent = self.socket.send("a transaction", &batch.bytes);
-        let heard = match &self.absence {
-            Some(absence) if unheard => absence.end(),
-            _ => Ok(()),
-        };
+        if let Some(absence) = unheard {
+            absence.end();
+        }
+        let unheard = unheard.is_some();
         sent?;
         self.answer(&batch, first_seq, transaction)?;
-        heard?;
         Ok(Applied {
             messages: batch.messages(),
             elements,
