@@ -8,17 +8,19 @@ mod consumer;
 #[path = "common/fake_api.rs"]
 mod fake_api;
 
+use std::io::Write as _;
 use std::net::{IpAddr, Ipv4Addr};
+use std::process::{Child, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::channel;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use agent::wait_for_log;
+use agent::{NFTLET, wait_for_log};
 use common::manifests::{CLUSTER_CIDR, Manifests};
 use common::netns::{
-    Ask, Lab, LabOptions, Machine, Namespace, Protocol, Server, require_net_admin, wait_for,
+    Ask, Daemon, Lab, LabOptions, Machine, Namespace, Protocol, Server, require_net_admin, wait_for,
 };
 use consumer::{service, slice};
 use fake_api::{NODES, SERVICES, SLICES};
@@ -396,5 +398,52 @@ fn hooks_that_keep_the_server_away_are_removed_and_the_rules_of_an_earlier_run_s
     node.ns.nft_load("delete table ip6 nftlet-policy");
     assert_eq!(listing(&node.ns), wanted);
     node.set_down(false);
+    wait_for_log(&daemon, "the rules are in place");
+}
+
+/// Another process with a table of its own; it goes with this value.
+struct TableOwner(Child);
+
+impl TableOwner {
+    fn of(ns: &Namespace, table: &str) -> Self {
+        let nft = ns.command("nft").arg("-i").stdin(Stdio::piped()).spawn();
+        let mut nft = nft.expect("nft starts");
+        let input = nft.stdin.as_mut().expect("it is piped");
+        writeln!(input, "add table {table} {{ flags owner; }}").expect("nft reads");
+        wait_for("the table", LONG, || {
+            ns.nft(&["list", "tables"]).contains(table).then_some(())
+        });
+        Self(nft)
+    }
+}
+
+impl Drop for TableOwner {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn the_owner_of_a_table_is_named_and_the_rules_come_when_it_has_ended() {
+    if !require_net_admin() {
+        return;
+    }
+    let (lab, manifests) = lab();
+    let node = lab.node().ns();
+    let owner = TableOwner::of(node, "ip nftlet");
+    let quiet = ["--metrics-bind-address=", "--healthz-bind-address="];
+    let arguments = manifests.arguments(&[&CIDR[..], &quiet[..]].concat());
+    let daemon = Daemon::start(node, NFTLET, arguments);
+    let expected = format!(
+        "table ip nftlet belongs to another process (netlink port {}, which is the id of process \
+         nft)",
+        owner.0.id()
+    );
+    wait_for_log(&daemon, &expected);
+    let log = daemon.log();
+    assert!(log.contains("end that process"), "{log}");
+    assert!(!log.contains("CAP_NET_ADMIN"), "{log}");
+    drop(owner);
     wait_for_log(&daemon, "the rules are in place");
 }

@@ -3,7 +3,7 @@
 use std::io;
 
 use super::encode::{Batch, encode};
-use super::error::Error;
+use super::error::{Error, Place};
 use super::monitor::Absence;
 use super::socket::{DUMP_ATTEMPTS, Dump, Message, Reading, Socket, messages};
 use super::uapi;
@@ -106,13 +106,33 @@ impl Nftables {
         }
         let unheard = unheard.is_some();
         sent?;
-        self.answer(&batch, first_seq, transaction)?;
+        self.answer(&batch, first_seq, transaction)
+            .map_err(|error| self.with_owner(error))?;
         Ok(Applied {
             messages: batch.messages(),
             elements,
             bytes: batch.bytes.len(),
             unheard,
         })
+    }
+
+    /// Names the process to which the table belongs that could not be changed, if there is one.
+    fn with_owner(&mut self, error: Error) -> Error {
+        let table = error.refused().and_then(Place::table).cloned();
+        let permission = error.errno() == Some(libc::EPERM);
+        // An owner that cannot be asked for is none.
+        let owner = table
+            .filter(|_| permission)
+            .and_then(|table| Some((self.owner(&table).ok()??, table)));
+        match (error, owner) {
+            (Error::Refused { place, source, .. }, Some((owner, table))) => Error::Owned {
+                place,
+                table: Box::new(table),
+                owner,
+                source,
+            },
+            (error, _) => error,
+        }
     }
 
     /// Reads what the kernel answered to a batch; silence means success.

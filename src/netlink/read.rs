@@ -8,11 +8,12 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::fs;
 use std::sync::Arc;
 
 use super::attr::{Reader, Writer};
 use super::encode::{self, family, family_number, set_attributes};
-use super::error::Error;
+use super::error::{Error, Owner};
 use super::ffi::{self, Scratch, SetAttributes};
 use super::nftables::{Dumped, Nftables};
 use super::socket::{DUMP_ATTEMPTS, Message};
@@ -87,6 +88,21 @@ impl Nftables {
     pub fn tables(&mut self, names: &[&str]) -> Result<Vec<TableId>, Error> {
         let tables = self.flagged_tables(names)?.into_iter();
         Ok(tables.map(|(id, _)| id).collect())
+    }
+
+    /// Finds the process that a table belongs to, which alone may change it.
+    pub(super) fn owner(&mut self, id: &TableId) -> Result<Option<Owner>, Error> {
+        let dumped = self.dump("the tables", libc::NFT_MSG_GETTABLE, 0, &[])?;
+        let owner = dumped.iter().find_map(|message| {
+            let attributes = message.attributes();
+            let port = attributes.be32(uapi::NFTA_TABLE_OWNER);
+            port.filter(|_| is_of(attributes, message, id, uapi::NFTA_TABLE_NAME))
+        });
+        Ok(owner.map(|port| {
+            let process = fs::read_to_string(format!("/proc/{port}/comm"));
+            let process = process.ok().map(|name| name.trim_end().to_owned());
+            Owner { port, process }
+        }))
     }
 
     /// The same with the flags of each.
