@@ -212,8 +212,7 @@ fn measure(pods: usize, policies: usize) -> Vec<Samples> {
                 return;
             }
             // As in the agent, somebody listens for changes after the first program.
-            let monitor = Monitor::open(&[policy::TABLE], &agent.reconciler_kernel())
-                .unwrap_or_else(|error| panic!("{error}"));
+            let mut monitor = Monitor::new(&[policy::TABLE], &agent.reconciler_kernel());
             monitor.listen().unwrap_or_else(|error| panic!("{error}"));
             for change in 0..CHANGES {
                 let mut pod = cluster.later_pod(change);

@@ -25,6 +25,7 @@ mod drops;
 mod dry_run;
 mod kernel;
 mod leftovers;
+mod monitor;
 mod observe;
 mod pages;
 mod serve;
@@ -43,7 +44,7 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 use self::pages::Pages;
 use self::serve::Io;
 use crate::cli::{self, Args, Cleanup, CommandLine, LogFormat};
-use crate::compile::{DetectLocal, MasqueradeBit, NodePortAddresses, Settings, TABLE};
+use crate::compile::{DetectLocal, MasqueradeBit, NodePortAddresses, Settings};
 use crate::config;
 use crate::events;
 use crate::health::{self, Checks, Health, Quota};
@@ -51,11 +52,11 @@ use crate::links;
 use crate::logging::Lines;
 use crate::metrics::Metrics;
 use crate::model::{Event, Kind, Node, Notice, Object, Reason, Store, Subject};
-use crate::netlink::{self, Heard, Monitor, Nftables};
+use crate::netlink::{self, Nftables};
 use crate::policy::{self, Engine};
 use crate::reconcile::conntrack::{self, Cleaner, KernelFlows};
 use crate::reconcile::{
-    self, Audits, Exit, Isolated, Log, LogAndSend, Reconciler, Signals, Sticky,
+    self, Audits, Exit, Isolated, Log, LogAndSend, Reconciler, Reporter as _, Signals, Sticky,
 };
 use crate::ruleset::Ruleset;
 use crate::source::cluster::Error as ClusterError;
@@ -251,6 +252,10 @@ pub fn run(mut line: CommandLine, log: &Lines) -> Result<(), Error> {
     let (sender, notices) = mpsc::channel(events::QUEUE);
     let reporter = LogAndSend(sender);
     let (freed, bell) = std::sync::mpsc::channel();
+    // Before anything that asks over the network.
+    if let Err(error) = reconcile::remove_foreign_hooks(&mut nftables, &metrics, &reporter) {
+        reporter.failed(&error);
+    }
     let io = Io {
         args: args.clone(),
         file,
@@ -288,7 +293,7 @@ pub fn run(mut line: CommandLine, log: &Lines) -> Result<(), Error> {
     if !args.once {
         let (told, begin) = oneshot::channel();
         ready.push(told);
-        start_monitor(&mut nftables, begin, foreign.clone())?;
+        monitor::start(&mut nftables, begin, foreign.clone())?;
         let audited = Audits::start(Nftables::open()?, reconcile::AUDIT_EVERY);
         audits = Some(audited.map_err(system("the thread that compares rules"))?);
     }
@@ -346,52 +351,6 @@ pub fn run(mut line: CommandLine, log: &Lines) -> Result<(), Error> {
         Exit::Failed => Err(Error::NotProgrammed),
         Exit::SourcesGone => Err(Error::SourceEnded),
     }
-}
-
-/// Starts the thread that hears of changes that others make to nftlet's tables. It ends with the
-/// process. Without the news nftlet works, but heals only what it meets.
-fn start_monitor(
-    own: &mut Nftables,
-    begin: oneshot::Receiver<()>,
-    foreign: Arc<Notify>,
-) -> Result<(), Error> {
-    let opened = Monitor::open(&[TABLE, policy::TABLE], own)
-        .and_then(|monitor| Ok((monitor.absence()?, monitor)));
-    let mut monitor = match opened {
-        Ok((absence, monitor)) => {
-            own.write_unheard_by(absence);
-            monitor
-        }
-        Err(error) => {
-            tracing::warn!("{error}; changes that others make to the rules are not noticed");
-            return Ok(());
-        }
-    };
-    let listen = move || {
-        if begin.blocking_recv().is_err() {
-            return;
-        }
-        if let Err(error) = monitor.listen() {
-            tracing::warn!("{error}; changes that others make to the rules are not noticed");
-            return;
-        }
-        // Something may have happened before; looking costs nothing if not.
-        foreign.notify_one();
-        loop {
-            match monitor.wait() {
-                Ok(Heard::Change | Heard::Lost) => foreign.notify_one(),
-                Err(error) => {
-                    tracing::warn!("{error}; changes of others are not noticed any more");
-                    return;
-                }
-            }
-        }
-    };
-    thread::Builder::new()
-        .name("monitor".into())
-        .spawn(listen)
-        .map(drop)
-        .map_err(system("the thread that hears of foreign changes"))
 }
 
 /// Starts the thread that deletes stale UDP flows: listing flows takes long where there are many,

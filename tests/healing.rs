@@ -1,18 +1,29 @@
 //! What others do to nftlet's tables is undone at once.
 
+#[path = "common/agent.rs"]
+mod agent;
 mod common;
+#[path = "common/consumer.rs"]
+mod consumer;
+#[path = "common/fake_api.rs"]
+mod fake_api;
 
+use std::io::Write as _;
 use std::net::{IpAddr, Ipv4Addr};
+use std::process::{Child, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::channel;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use agent::{NFTLET, wait_for_log};
 use common::manifests::{CLUSTER_CIDR, Manifests};
 use common::netns::{
-    Ask, Lab, LabOptions, Machine, Namespace, Protocol, Server, require_net_admin, wait_for,
+    Ask, Daemon, Lab, LabOptions, Machine, Namespace, Protocol, Server, require_net_admin, wait_for,
 };
+use consumer::{service, slice};
+use fake_api::{NODES, SERVICES, SLICES};
 use nftlet::compile::TABLE;
 use nftlet::netlink::{Heard, Monitor, Nftables};
 use nftlet::ruleset::{
@@ -236,8 +247,8 @@ fn a_monitor_says_what_it_missed() {
     namespace.run(|| {
         let mut own = Nftables::open().expect("a socket");
         let mut other = Nftables::open().expect("a socket");
-        let mut monitor = Monitor::open(&[TABLE], &own).expect("a socket");
-        own.write_unheard_by(monitor.absence().expect("a descriptor"));
+        let mut monitor = Monitor::new(&[TABLE], &own);
+        own.write_unheard_by(monitor.absence());
         let add = |table: &str, elements: u32| {
             let id = TableId::new(Family::Ip, table);
             let elements = (0..elements).map(|number| {
@@ -337,4 +348,102 @@ fn traffic_survives_a_flush_of_the_ruleset() {
     }
     stop.store(true, Ordering::Relaxed);
     asking.join().expect("the client ends");
+}
+
+/// A base chain that drops everything may be in nftlet's tables before its first list, and keeps it
+/// from its server.
+#[test]
+fn hooks_that_keep_the_server_away_are_removed_and_the_rules_of_an_earlier_run_stay() {
+    if !require_net_admin() {
+        return;
+    }
+    let node = agent::Node::new();
+    node.api.put(NODES, consumer::node("node-1", "zone-a"));
+    node.api.put(SERVICES, service("a", "10.96.0.11"));
+    node.api.put(SLICES, slice("a-1", "a", &["10.1.0.1"]));
+    drop(node.run());
+    let wanted = listing(&node.ns);
+    let drop_all = "add chain ip nftlet intruder \
+        { type filter hook output priority -300; policy drop; }
+        add rule ip nftlet intruder drop";
+    // Before the start.
+    node.ns.nft_load(drop_all);
+    let daemon = node.run();
+    assert_eq!(listing(&node.ns), wanted);
+    let log = daemon.log();
+    assert!(
+        log.contains("the base chain intruder was not made by nftlet"),
+        "{log}"
+    );
+    drop(daemon);
+    // A policy of an own chain.
+    node.ns
+        .nft_load("chain ip nftlet filter-output { policy drop; }");
+    let daemon = node.run();
+    assert_eq!(listing(&node.ns), wanted);
+    drop(daemon);
+    // While the server is waited for; nothing of the earlier rules goes.
+    node.set_down(true);
+    let daemon = node.start();
+    wait_for_log(&daemon, "cannot be reached");
+    node.ns.nft_load("add table ip6 nftlet-policy");
+    node.ns.nft_load(
+        "add chain ip6 nftlet-policy intruder { type filter hook output priority -300; policy drop; }",
+    );
+    node.ns.nft_load(drop_all);
+    let tables = |ns: &Namespace| ns.nft(&["list", "ruleset"]).contains("intruder");
+    wait_for("the hooks to go", LONG, || {
+        (!tables(&node.ns)).then_some(())
+    });
+    node.ns.nft_load("delete table ip6 nftlet-policy");
+    assert_eq!(listing(&node.ns), wanted);
+    node.set_down(false);
+    wait_for_log(&daemon, "the rules are in place");
+}
+
+/// Another process with a table of its own; it goes with this value.
+struct TableOwner(Child);
+
+impl TableOwner {
+    fn of(ns: &Namespace, table: &str) -> Self {
+        let nft = ns.command("nft").arg("-i").stdin(Stdio::piped()).spawn();
+        let mut nft = nft.expect("nft starts");
+        let input = nft.stdin.as_mut().expect("it is piped");
+        writeln!(input, "add table {table} {{ flags owner; }}").expect("nft reads");
+        wait_for("the table", LONG, || {
+            ns.nft(&["list", "tables"]).contains(table).then_some(())
+        });
+        Self(nft)
+    }
+}
+
+impl Drop for TableOwner {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn the_owner_of_a_table_is_named_and_the_rules_come_when_it_has_ended() {
+    if !require_net_admin() {
+        return;
+    }
+    let (lab, manifests) = lab();
+    let node = lab.node().ns();
+    let owner = TableOwner::of(node, "ip nftlet");
+    let quiet = ["--metrics-bind-address=", "--healthz-bind-address="];
+    let arguments = manifests.arguments(&[&CIDR[..], &quiet[..]].concat());
+    let daemon = Daemon::start(node, NFTLET, arguments);
+    let expected = format!(
+        "table ip nftlet belongs to another process (netlink port {}, which is the id of process \
+         nft)",
+        owner.0.id()
+    );
+    wait_for_log(&daemon, &expected);
+    let log = daemon.log();
+    assert!(log.contains("end that process"), "{log}");
+    assert!(!log.contains("CAP_NET_ADMIN"), "{log}");
+    drop(owner);
+    wait_for_log(&daemon, "the rules are in place");
 }

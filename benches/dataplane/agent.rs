@@ -132,8 +132,8 @@ impl<'a> Agent<'a> {
     /// A new one for the namespace of the calling thread, which knows nothing of an earlier one.
     pub fn new(metrics: &'a Metrics) -> Self {
         let mut kernel = Nftables::open().unwrap_or_else(failed);
-        let monitor = Monitor::open(&[TABLE], &kernel).unwrap_or_else(failed);
-        kernel.write_unheard_by(monitor.absence().unwrap_or_else(failed));
+        let monitor = Monitor::new(&[TABLE], &kernel);
+        kernel.write_unheard_by(monitor.absence());
         let (cost, split, spent_splitting) = Default::default();
         let metered = Metered {
             kernel,
@@ -166,7 +166,7 @@ impl<'a> Agent<'a> {
         let outcome = self.reconciler.handle(events);
         let took = started.elapsed();
         assert_eq!(outcome, Outcome::Synced);
-        if let Some(monitor) = self.monitor.take() {
+        if let Some(mut monitor) = self.monitor.take() {
             monitor.listen().unwrap_or_else(failed);
             self.listening = Some(monitor);
         }

@@ -31,8 +31,7 @@ impl Ear {
             namespace.enter();
             // Whose changes are not told; it makes none.
             let own = Nftables::open().unwrap_or_else(|error| panic!("{error}"));
-            let mut monitor = Monitor::open(&[TABLE, policy::TABLE], &own)
-                .unwrap_or_else(|error| panic!("{error}"));
+            let mut monitor = Monitor::new(&[TABLE, policy::TABLE], &own);
             monitor.listen().unwrap_or_else(|error| panic!("{error}"));
             let _ = ready.send(());
             // Both ways to hear, and losing news, mean that something was changed just now.

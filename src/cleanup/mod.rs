@@ -118,11 +118,10 @@ fn remove_tables(nftables: &mut Nftables, tables: &[TableId], report: &mut Repor
 /// gone since: it would be dropped, or refused, on its way. So first the entrances are closed, and
 /// the rest goes when the packets that are inside have left.
 fn remove_table(nftables: &mut Nftables, table: &TableId) -> Result<(), netlink::Error> {
-    let entrances = nftables.base_chain_names(table)?;
-    let empty = entrances.iter().cloned();
-    let empty = empty.map(|chain| Op::FlushChain(table.clone(), chain));
-    let close = entrances.iter().cloned();
-    let close = close.map(|chain| Op::DeleteChain(table.clone(), chain));
+    let entrances = nftables.base_chains(table)?;
+    let entrances = || entrances.iter().map(|chain| chain.name.clone());
+    let empty = entrances().map(|chain| Op::FlushChain(table.clone(), chain));
+    let close = entrances().map(|chain| Op::DeleteChain(table.clone(), chain));
     nftables.apply(&Transaction {
         ops: empty.chain(close).collect(),
     })?;

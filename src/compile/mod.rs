@@ -56,5 +56,5 @@ pub use plan::{Affinity, ElementOf, Frontend, Pool, Route, ServicePlan, Target};
 pub use service::plan;
 pub use settings::{DetectLocal, LocalDetector, MasqueradeBit, Settings};
 pub use size::{TooLarge, elements};
-pub use skeleton::skeleton;
+pub use skeleton::{is_base_chain, skeleton};
 pub use sources::SourceList;

@@ -2,6 +2,7 @@
 
 use ipnet::IpNet;
 
+use super::chains::{LearnAt, SharedChain};
 use super::layout::{
     By, NODEPORT_ADDRESSES, POD_NETWORKS, SERVICE_CIDRS, ServiceSet, table_family,
 };
@@ -110,6 +111,16 @@ pub fn skeleton(
     );
     debug_assert!(consistent(&table), "{:?}", table_family(family));
     table
+}
+
+/// Whether nftlet gives this name to a base chain of its service tables. A name that is given up must
+/// stay known here, or the rules of an earlier version would not last until the first lists.
+pub fn is_base_chain(name: &Name) -> bool {
+    let skeleton = skeleton(Family::V4, &Settings::default(), None, &[]);
+    let fixed = skeleton.chains.get(name);
+    let mut learning = [LearnAt::Prerouting, LearnAt::Output].into_iter();
+    fixed.is_some_and(|chain| chain.base.is_some())
+        || learning.any(|at| SharedChain::LearnHook(at).name() == *name)
 }
 
 /// Whether every chain that is led to exists.

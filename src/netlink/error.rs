@@ -51,6 +51,22 @@ pub enum Error {
         /// What the kernel said about it, where it said something.
         detail: String,
     },
+    /// The kernel refused a transaction, because a table belongs to another process.
+    #[error(
+        "the kernel refused {place}: table {table} belongs to another process ({owner}), and only \
+         that one may change it; end that process, with which its table goes, or have it use \
+         another name"
+    )]
+    Owned {
+        /// What it refused.
+        place: Box<Place>,
+        /// The table.
+        table: Box<TableId>,
+        /// Whose it is.
+        owner: Owner,
+        /// Its errno.
+        source: io::Error,
+    },
     /// The answer of the kernel could not be read.
     #[error("cannot read the kernel's answer to {what}: {source}; {hint}", hint = hint(.source))]
     Receive {
@@ -129,7 +145,7 @@ impl Error {
     /// What the kernel refused, if that is what happened.
     pub fn refused(&self) -> Option<&Place> {
         match self {
-            Error::Refused { place, .. } => Some(place),
+            Error::Refused { place, .. } | Error::Owned { place, .. } => Some(place),
             _ => None,
         }
     }
@@ -163,6 +179,7 @@ impl Error {
             Error::Open { source, .. }
             | Error::Send { source, .. }
             | Error::Refused { source, .. }
+            | Error::Owned { source, .. }
             | Error::Receive { source, .. }
             | Error::Flows { source, .. }
             | Error::Flow { source, .. }
@@ -172,6 +189,25 @@ impl Error {
             | Error::IpSet { source, .. }
             | Error::Link { source, .. } => source.raw_os_error(),
             Error::Name { .. } | Error::ForeignRule { .. } | Error::Interrupted { .. } => None,
+        }
+    }
+}
+
+/// The process to which a table belongs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Owner {
+    /// The netlink port by which the kernel knows it.
+    pub port: u32,
+    /// The name of the process that has this number, which by default is the owner.
+    pub process: Option<String>,
+}
+
+impl fmt::Display for Owner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "netlink port {}", self.port)?;
+        match &self.process {
+            Some(process) => write!(f, ", which is the id of process {process}"),
+            None => Ok(()),
         }
     }
 }
@@ -256,6 +292,18 @@ pub enum Place {
 }
 
 impl Place {
+    /// The table that it is in.
+    pub fn table(&self) -> Option<&TableId> {
+        match self {
+            Place::Table(table)
+            | Place::Chain(table, _)
+            | Place::Rule(table, ..)
+            | Place::Set(table, _)
+            | Place::Element(table, ..) => Some(table),
+            Place::Transaction => None,
+        }
+    }
+
     /// The place of an operation, and of one of its elements where that is known.
     pub fn of(op: &Op, element: Option<usize>) -> Self {
         match op {

@@ -46,9 +46,10 @@ mod udata;
 
 pub use conntrack::{Conntrack, Flow, FlowFilter, Handle, Removal, Tracked};
 pub use encode::{Batch, encode};
-pub use error::{Blame, Error, Place};
+pub use error::{Blame, Error, Owner, Place};
 pub use ipset::IpSets;
 pub use link::Links;
 pub use monitor::{Absence, Heard, Monitor};
 pub use nflog::{Denied, LogReader, Logged};
 pub use nftables::{Applied, Nftables};
+pub use read::FoundBaseChain;

@@ -8,8 +8,8 @@
 //! So the monitor leaves the group while its owner writes a lot ([`Absence`]); whether others
 //! wrote meanwhile is seen from the number of commits ([`Nftables::generation`]).
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::error::Error;
 use super::nftables::Nftables;
@@ -24,28 +24,69 @@ const WHAT: &str = "nftables notifications";
 
 /// Hears of changes that others make to some tables.
 pub struct Monitor {
-    socket: Socket,
+    socket: Option<Socket>,
     tables: &'static [&'static str],
-    listening: Arc<AtomicBool>,
+    /// The port whose changes are no news.
+    own: u32,
+    seat: Arc<Mutex<Seat>>,
 }
 
 /// Takes a [`Monitor`] out of the kernel's audience for a while.
 #[derive(Debug)]
-pub struct Absence {
-    membership: Membership,
-    listening: Arc<AtomicBool>,
+pub struct Absence(Arc<Mutex<Seat>>);
+
+/// The place of a monitor in the kernel's audience.
+#[derive(Debug, Default)]
+struct Seat {
+    /// That of the socket which listens; `None` while none does.
+    membership: Option<Membership>,
+    /// The group could not be joined again.
+    lost: bool,
+}
+
+impl Seat {
+    /// Leaves the group. Returns whether the monitor misses from now on what happens.
+    fn leave(&mut self) -> bool {
+        let membership = self.membership.as_ref();
+        self.lost || membership.is_some_and(|membership| membership.leave().is_ok())
+    }
+
+    /// Joins the group again. A failure concerns nothing but the news: it is tried again with each
+    /// write, and by the monitor.
+    fn join(&mut self) {
+        let membership = self.membership.as_ref();
+        self.lost = membership.is_some_and(|membership| membership.join().is_err());
+    }
+
+    /// Joins the group again where this failed before. Returns whether it succeeded now.
+    fn regain(&mut self) -> bool {
+        let lost = self.lost;
+        if lost {
+            self.join();
+        }
+        lost && !self.lost
+    }
+}
+
+fn lock(seat: &Mutex<Seat>) -> MutexGuard<'_, Seat> {
+    seat.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Absence {
-    /// Nothing is composed for the monitor from now on; false if it did not listen before.
+    /// Has the kernel compose no news for the monitor from now on. Returns false if it did not
+    /// listen before.
     pub(super) fn begin(&self) -> bool {
-        self.listening.load(Ordering::Acquire) && self.membership.leave().is_ok()
+        lock(&self.0).leave()
     }
 
-    /// The monitor hears again what happens from now on.
-    pub(super) fn end(&self) -> Result<(), Error> {
-        let failed = |source| Error::Open { what: WHAT, source };
-        self.membership.join().map_err(failed)
+    /// Whether the monitor hears nothing since an absence, because it could not come back.
+    pub(super) fn lasts(&self) -> bool {
+        lock(&self.0).lost
+    }
+
+    /// Lets the monitor hear again what happens from now on.
+    pub(super) fn end(&self) {
+        lock(&self.0).join();
     }
 }
 
@@ -54,54 +95,47 @@ impl Absence {
 pub enum Heard {
     /// Somebody else changed one of the tables.
     Change,
-    /// News were lost, because there were more than the queue holds.
+    /// News were lost: there were more than the queue holds, or the monitor was kept away.
     Lost,
 }
 
 impl Monitor {
-    /// Prepares to listen, in the current network namespace, for changes to the tables of these
-    /// names that come from anyone but `own`.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Open`] when the socket cannot be opened.
-    pub fn open(tables: &'static [&'static str], own: &Nftables) -> Result<Self, Error> {
-        let socket = Socket::open(WHAT)?;
-        let failed = |source| Error::Open { what: WHAT, source };
-        socket.ignore_port(own.port()).map_err(failed)?;
-        Ok(Self {
-            socket,
+    /// Prepares to listen, in the network namespace of the thread that calls
+    /// [`Monitor::listen`], for changes to the tables of these names that come from anyone but
+    /// `own`.
+    pub fn new(tables: &'static [&'static str], own: &Nftables) -> Self {
+        Self {
+            socket: None,
             tables,
-            listening: Arc::default(),
-        })
+            own: own.port(),
+            seat: Arc::default(),
+        }
     }
 
-    /// What keeps the kernel from composing news for this monitor, for whoever writes a lot; see
+    /// Returns what leaves the group during large writes, so that the kernel composes no news; see
     /// [`Nftables::write_unheard_by`].
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Open`] when there are no descriptors left.
-    pub fn absence(&self) -> Result<Absence, Error> {
-        let failed = |source| Error::Open { what: WHAT, source };
-        Ok(Absence {
-            membership: self.socket.membership(GROUP).map_err(failed)?,
-            listening: self.listening.clone(),
-        })
+    pub fn absence(&self) -> Absence {
+        Absence(self.seat.clone())
     }
 
-    /// Begins to listen.
-    ///
-    /// What happened before is not heard: ask [`Nftables::generation`].
+    /// Begins to listen, with a new socket. What happened before is not heard: ask
+    /// [`Nftables::generation`].
     ///
     /// # Errors
     ///
-    /// [`Error::Open`] when the group cannot be joined.
-    pub fn listen(&self) -> Result<(), Error> {
+    /// [`Error::Open`] when the socket cannot be opened or the group cannot be joined.
+    pub fn listen(&mut self) -> Result<(), Error> {
         let failed = |source| Error::Open { what: WHAT, source };
-        let membership = self.socket.membership(GROUP).map_err(failed)?;
+        lock(&self.seat).membership = None;
+        let socket = Socket::open(WHAT)?;
+        socket.ignore_port(self.own).map_err(failed)?;
+        let membership = socket.membership(GROUP).map_err(failed)?;
         membership.join().map_err(failed)?;
-        self.listening.store(true, Ordering::Release);
+        self.socket = Some(socket);
+        *lock(&self.seat) = Seat {
+            membership: Some(membership),
+            lost: false,
+        };
         Ok(())
     }
 
@@ -109,12 +143,20 @@ impl Monitor {
     ///
     /// # Errors
     ///
-    /// [`Error::Receive`] when the socket does not work any more.
+    /// [`Error::Receive`] when the socket does not work any more, or there is none:
+    /// [`Monitor::listen`] again.
     pub fn wait(&mut self) -> Result<Heard, Error> {
+        let failed = |source| Error::Receive { what: WHAT, source };
         let tables = self.tables;
+        let Some(socket) = &mut self.socket else {
+            return Err(failed(io::ErrorKind::NotConnected.into()));
+        };
         loop {
+            if lock(&self.seat).regain() {
+                return Ok(Heard::Lost);
+            }
             let mut concerns = false;
-            let received = self.socket.listen(|message| {
+            let received = socket.listen(|message| {
                 concerns |= changes_one_of(&message, tables);
             });
             match received {
@@ -123,9 +165,7 @@ impl Monitor {
                 Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {
                     return Ok(Heard::Lost);
                 }
-                Err(source) => {
-                    return Err(Error::Receive { what: WHAT, source });
-                }
+                Err(source) => return Err(failed(source)),
             }
         }
     }
@@ -140,4 +180,38 @@ fn changes_one_of(message: &Message, tables: &[&str]) -> bool {
     }
     let table = message.attributes().string(ATTR_TABLE);
     table.is_some_and(|table| tables.contains(&table))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A group of another part of the kernel, which anybody may join, and one that does not exist.
+    const FREE: u32 = 1;
+    const ABSENT: u32 = 9_999;
+
+    fn seat(group: u32) -> Membership {
+        let socket = Socket::open_on(mnl::Bus::Route, "a test").unwrap();
+        socket.membership(group).unwrap()
+    }
+
+    #[test]
+    fn a_group_that_cannot_be_joined_again_is_joined_later() {
+        let shared = Arc::new(Mutex::new(Seat::default()));
+        let absence = Absence(shared.clone());
+        assert!(!absence.begin(), "nobody listens");
+        absence.end();
+        assert!(!absence.lasts());
+        lock(&shared).membership = Some(seat(FREE));
+        assert!(absence.begin());
+        lock(&shared).membership = Some(seat(ABSENT));
+        absence.end();
+        assert!(absence.lasts());
+        assert!(!lock(&shared).regain());
+        assert!(absence.begin(), "it hears nothing in the next write, too");
+        lock(&shared).membership = Some(seat(FREE));
+        assert!(lock(&shared).regain(), "it missed something");
+        assert!(!lock(&shared).regain(), "it has missed nothing since");
+        assert!(!absence.lasts());
+    }
 }

@@ -3,7 +3,7 @@
 use std::io;
 
 use super::encode::{Batch, encode};
-use super::error::Error;
+use super::error::{Error, Place};
 use super::monitor::Absence;
 use super::socket::{DUMP_ATTEMPTS, Dump, Message, Reading, Socket, messages};
 use super::uapi;
@@ -96,22 +96,43 @@ impl Nftables {
         let batch = encode(transaction, first_seq)?;
         self.socket.reserve_numbers(batch.messages() as u32 + 2);
         let elements = transaction.elements();
-        let absence = self.absence.as_ref();
-        let unheard = elements > LARGE && absence.is_some_and(Absence::begin);
+        let unheard = self.absence.as_ref().filter(|absence| {
+            // Where it could not come back from the last one, this is the next attempt.
+            absence.lasts() || (elements > LARGE && absence.begin())
+        });
         let sent = self.socket.send("a transaction", &batch.bytes);
-        let heard = match &self.absence {
-            Some(absence) if unheard => absence.end(),
-            _ => Ok(()),
-        };
+        if let Some(absence) = unheard {
+            absence.end();
+        }
+        let unheard = unheard.is_some();
         sent?;
-        self.answer(&batch, first_seq, transaction)?;
-        heard?;
+        self.answer(&batch, first_seq, transaction)
+            .map_err(|error| self.with_owner(error))?;
         Ok(Applied {
             messages: batch.messages(),
             elements,
             bytes: batch.bytes.len(),
             unheard,
         })
+    }
+
+    /// Names the process to which the table belongs that could not be changed, if there is one.
+    fn with_owner(&mut self, error: Error) -> Error {
+        let table = error.refused().and_then(Place::table).cloned();
+        let permission = error.errno() == Some(libc::EPERM);
+        // An owner that cannot be asked for is none.
+        let owner = table
+            .filter(|_| permission)
+            .and_then(|table| Some((self.owner(&table).ok()??, table)));
+        match (error, owner) {
+            (Error::Refused { place, source, .. }, Some((owner, table))) => Error::Owned {
+                place,
+                table: Box::new(table),
+                owner,
+                source,
+            },
+            (error, _) => error,
+        }
     }
 
     /// Reads what the kernel answered to a batch; silence means success.

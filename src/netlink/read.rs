@@ -8,11 +8,12 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::fs;
 use std::sync::Arc;
 
 use super::attr::{Reader, Writer};
 use super::encode::{self, family, family_number, set_attributes};
-use super::error::Error;
+use super::error::{Error, Owner};
 use super::ffi::{self, Scratch, SetAttributes};
 use super::nftables::{Dumped, Nftables};
 use super::socket::{DUMP_ATTEMPTS, Message};
@@ -21,6 +22,17 @@ use crate::ruleset::{
     BaseChain, Chain, ChainKind, Data, Declaration, Element, Family, Hook, Key, Name, Rule,
     Ruleset, Set, SetKind, Statement, Table, TableId, Value, Verdict,
 };
+
+/// A base chain in the kernel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FoundBaseChain {
+    /// Its name.
+    pub name: Name,
+    /// Its type, hook and priority; `None` for a type that nftlet never uses.
+    pub base: Option<BaseChain>,
+    /// Its policy is `accept`.
+    pub accepts: bool,
+}
 
 const ELEMENT_INTERVAL_END: u32 = 1;
 const ELEMENTS: &str = "the elements of a set";
@@ -76,6 +88,21 @@ impl Nftables {
     pub fn tables(&mut self, names: &[&str]) -> Result<Vec<TableId>, Error> {
         let tables = self.flagged_tables(names)?.into_iter();
         Ok(tables.map(|(id, _)| id).collect())
+    }
+
+    /// Finds the process that a table belongs to, which alone may change it.
+    pub(super) fn owner(&mut self, id: &TableId) -> Result<Option<Owner>, Error> {
+        let dumped = self.dump("the tables", libc::NFT_MSG_GETTABLE, 0, &[])?;
+        let owner = dumped.iter().find_map(|message| {
+            let attributes = message.attributes();
+            let port = attributes.be32(uapi::NFTA_TABLE_OWNER);
+            port.filter(|_| is_of(attributes, message, id, uapi::NFTA_TABLE_NAME))
+        });
+        Ok(owner.map(|port| {
+            let process = fs::read_to_string(format!("/proc/{port}/comm"));
+            let process = process.ok().map(|name| name.trim_end().to_owned());
+            Owner { port, process }
+        }))
     }
 
     /// The same with the flags of each.
@@ -155,18 +182,22 @@ impl Nftables {
         Ok(self.chains(id)?.into_keys().collect())
     }
 
-    /// The names of the chains of a table at which packets enter, whoever made it.
+    /// Returns the base chains of a table, whoever made it; none if it does not exist.
     ///
     /// # Errors
     ///
     /// When the dump fails or is interrupted over and over again.
-    pub fn base_chain_names(&mut self, id: &TableId) -> Result<Vec<Name>, Error> {
+    pub fn base_chains(&mut self, id: &TableId) -> Result<Vec<FoundBaseChain>, Error> {
         let dumped = self.dump_chains(id.family)?;
         let found = dumped.iter().filter_map(|message| {
             let attributes = message.attributes();
             let name = attributes.string(uapi::NFTA_CHAIN_NAME)?;
             attributes.nested(uapi::NFTA_CHAIN_HOOK)?;
-            is_of(attributes, message, id, uapi::NFTA_CHAIN_TABLE).then(|| Name::from(name))
+            is_of(attributes, message, id, uapi::NFTA_CHAIN_TABLE).then(|| FoundBaseChain {
+                name: Name::from(name),
+                base: hooked(attributes),
+                accepts: accepts(attributes),
+            })
         });
         Ok(found.collect())
     }
@@ -383,16 +414,24 @@ fn describe(scratch: &mut Scratch, id: &TableId, chain: &Name, rule: &Rule) -> O
 /// Where packets enter a chain. Nowhere in the sense of nftlet if packets that meet no verdict are
 /// not accepted there: nftlet writes no such chain.
 fn base_chain(attributes: Reader) -> Option<BaseChain> {
+    hooked(attributes).filter(|_| accepts(attributes))
+}
+
+/// Whether packets that meet no verdict in a base chain are accepted there.
+fn accepts(attributes: Reader) -> bool {
     let accept = u32::try_from(libc::NF_ACCEPT).ok();
-    if attributes.be32(uapi::NFTA_CHAIN_POLICY) != accept {
-        return None;
-    }
+    attributes.be32(uapi::NFTA_CHAIN_POLICY) == accept
+}
+
+/// Type, hook and priority of a base chain.
+fn hooked(attributes: Reader) -> Option<BaseChain> {
     let hook = attributes.nested(uapi::NFTA_CHAIN_HOOK)?;
     let number = hook.be32(uapi::NFTA_HOOK_HOOKNUM)?;
     let priority = hook.be32(uapi::NFTA_HOOK_PRIORITY)? as i32;
     let kind = match attributes.string(uapi::NFTA_CHAIN_TYPE)? {
         "nat" => ChainKind::Nat,
-        _ => ChainKind::Filter,
+        "filter" => ChainKind::Filter,
+        _ => return None,
     };
     let hook = match i32::try_from(number).ok()? {
         libc::NF_INET_PRE_ROUTING => Hook::Prerouting,

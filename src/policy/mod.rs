@@ -52,6 +52,7 @@ use std::sync::Arc;
 pub use engine::Engine;
 pub use judge::Connection;
 pub use layout::{Direction, TABLE, table_id};
+pub use rules::is_base_chain;
 
 /// The NFLOG group that denied packets are sent to with `--log-denied`. Other programs mostly
 /// have small numbers.

@@ -96,18 +96,11 @@ pub(super) fn add_layer(
     layer: usize,
     settings: &Settings,
 ) {
-    let bases: &[(&str, Hook, i32)] = match direction {
-        Direction::Egress => &[
-            ("egress", Hook::Forward, FILTER),
-            ("egress-to-node", Hook::Input, FILTER),
-        ],
-        Direction::Ingress => &[("ingress", Hook::Forward, FILTER + 1)],
-    };
     table.sets.entry(direction.pods(layer)).or_insert(Set {
         declaration: pods(),
         elements: Vec::new(),
     });
-    for (name, hook, priority) in bases {
+    for (name, hook, priority) in bases(direction) {
         let base = Some(BaseChain {
             kind: ChainKind::Filter,
             hook: *hook,
@@ -118,6 +111,30 @@ pub(super) fn add_layer(
             .chains
             .insert(layered(name, layer), Chain { base, rules });
     }
+}
+
+/// Name, hook and priority of the base chains of a direction.
+fn bases(direction: Direction) -> &'static [(&'static str, Hook, i32)] {
+    match direction {
+        Direction::Egress => &[
+            ("egress", Hook::Forward, FILTER),
+            ("egress-to-node", Hook::Input, FILTER),
+        ],
+        Direction::Ingress => &[("ingress", Hook::Forward, FILTER + 1)],
+    }
+}
+
+/// Whether nftlet gives this name to a base chain of its policy tables. A name that is given up must
+/// stay known here, or the rules of an earlier version would not last until the first lists.
+pub fn is_base_chain(name: &Name) -> bool {
+    let mut bases = Direction::ALL.into_iter().flat_map(bases);
+    bases.any(|(base, ..)| {
+        let layer = name.as_str().strip_prefix(base);
+        layer.is_some_and(|layer| {
+            let number = layer.strip_prefix('-').map(str::parse::<usize>);
+            layer.is_empty() || matches!(number, Some(Ok(_)))
+        })
+    })
 }
 
 fn base_rules(

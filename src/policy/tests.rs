@@ -89,6 +89,9 @@ impl Checked {
             simulate::apply(&mut self.kernel, &step).unwrap();
         }
         assert_eq!(self.kernel, self.engine.ruleset(), "of the engine itself");
+        for (name, chain) in self.kernel.tables.values().flat_map(|table| &table.chains) {
+            assert_eq!(is_base_chain(name), chain.base.is_some(), "{name}");
+        }
         let mut fresh = Engine::new(self.engine.settings.clone());
         for event in &self.events {
             fresh.apply(event.clone());

@@ -1,6 +1,6 @@
 //! The kernel as the reconciler sees it.
 
-use crate::netlink::{Applied, Error, Nftables};
+use crate::netlink::{Applied, Error, FoundBaseChain, Nftables};
 use crate::ruleset::{Element, Ruleset, SumKeys, Sums, TableId, Transaction};
 
 /// Something rules can be written to and read from.
@@ -37,6 +37,25 @@ pub trait Kernel {
         Ok((found, sums))
     }
 
+    /// Reads which base chains a table has; see [`Nftables::base_chains`].
+    ///
+    /// # Errors
+    ///
+    /// When the chains cannot be read.
+    fn base_chains(&mut self, table: &TableId) -> Result<Vec<FoundBaseChain>, Error> {
+        let mut found = self.read(&[table.name.as_str()], &Ruleset::default())?;
+        let chains = found.tables.remove(table).unwrap_or_default().chains;
+        let hooked = chains.into_iter().filter_map(|(name, chain)| {
+            let base = Some(chain.base?);
+            Some(FoundBaseChain {
+                name,
+                base,
+                accepts: true,
+            })
+        });
+        Ok(hooked.collect())
+    }
+
     /// Reads the elements of a set that packets fill.
     ///
     /// # Errors
@@ -68,6 +87,10 @@ impl Kernel for Nftables {
         keys: &SumKeys,
     ) -> Result<(Ruleset, Sums), Error> {
         Nftables::read_sums(self, names, wanted, keys)
+    }
+
+    fn base_chains(&mut self, table: &TableId) -> Result<Vec<FoundBaseChain>, Error> {
+        Nftables::base_chains(self, table)
     }
 
     fn elements(&mut self, table: &TableId, set: &str) -> Result<Vec<Element>, Error> {

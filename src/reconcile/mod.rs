@@ -23,6 +23,7 @@ pub mod connections;
 pub mod conntrack;
 pub mod denied;
 mod health_checks;
+mod hooks;
 mod kernel;
 mod policies;
 mod portions;
@@ -54,6 +55,7 @@ use crate::ruleset::{self, Ruleset, Transaction};
 use crate::source::SourceStats;
 
 pub use audit::{Audits, EVERY as AUDIT_EVERY, Finding, Snapshot, Step, Verdict};
+pub use hooks::remove_foreign_hooks;
 pub use kernel::Kernel;
 pub use policies::Isolated;
 pub use programmed::{Programmed, Sticky};
@@ -67,6 +69,7 @@ use health_checks::HealthChecks;
 use policies::{Followers, Policies};
 use portions::Queue;
 use programmed::Effects;
+use repair::ForeignChange;
 
 /// How many events that wait for their rules are timed; the kernel may be out of order for long.
 const MOST_WAITING: usize = 1 << 16;
@@ -117,6 +120,8 @@ pub struct Reconciler<'a, K> {
     log_fields: bool,
     /// Operations that undid what others had changed.
     healed: usize,
+    /// What others changed in the tables of services.
+    foreign: ForeignChange,
     /// The generation that the kernel is in if nobody else wrote since it was read: own writes
     /// count up. `None` until it is read, or when that is to be done again.
     vouched: Option<u32>,
@@ -227,6 +232,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
             followers: Followers::default(),
             log_fields: false,
             healed: 0,
+            foreign: ForeignChange::default(),
             vouched: None,
             doubtful: false,
             writes: 0,

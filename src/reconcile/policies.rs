@@ -12,7 +12,7 @@ use std::time::Instant;
 use tokio::sync::watch;
 
 use super::connections::Bell;
-use super::repair::{self, Refusal};
+use super::repair::{self, ForeignChange, Refusal};
 use super::{Kernel, MOST_REFUSALS, Outcome, Reconciler, State};
 use crate::model::{Delivery, Event, Kind, Notice, ObjectName, ObjectRef, Reason, Subject};
 use crate::netlink::{self, Place};
@@ -43,6 +43,8 @@ pub(super) struct Policies {
     written: bool,
     /// The last error of the kernel.
     failure: Option<String>,
+    /// What others changed in the tables.
+    foreign: ForeignChange,
 }
 
 impl Policies {
@@ -54,6 +56,7 @@ impl Policies {
             told: BTreeSet::new(),
             written: false,
             failure: None,
+            foreign: ForeignChange::default(),
         }
     }
 
@@ -175,7 +178,11 @@ impl<K: Kernel> Reconciler<'_, K> {
                 Outcome::Synced
             }
             Err(error) => {
+                let is_foreign = self.is_foreign(&error);
                 self.policies_failed(&error);
+                if let Some(policies) = self.policies.as_mut().filter(|_| is_foreign) {
+                    policies.foreign.suspect();
+                }
                 self.compare_policies(false)
             }
         }
@@ -189,9 +196,9 @@ impl<K: Kernel> Reconciler<'_, K> {
         for _ in 0..=MOST_REFUSALS {
             match self.attempt_policies() {
                 Ok(operations) => {
-                    if healing && operations > 0 {
-                        self.report_healing(TABLE, operations, started.elapsed());
-                    }
+                    let policies = self.policies.as_mut();
+                    let foreign = policies.map_or(0, |policies| policies.foreign.put_back());
+                    self.report_healing(TABLE, foreign, started.elapsed());
                     // At the start and after a failure connections may be left that an earlier
                     // attempt, or process, did not come to look at.
                     self.policies_synced(started, !healing || operations > 0);
@@ -259,7 +266,14 @@ impl<K: Kernel> Reconciler<'_, K> {
             return (None, false);
         }
         let healed = self.healed;
-        let outcome = self.compare_policies(true);
+        // What waits to be written is no change of others.
+        let mut outcome = self.update_policies();
+        if outcome == Outcome::Synced
+            && let Some(policies) = &mut self.policies
+        {
+            policies.foreign.suspect();
+            outcome = self.compare_policies(true);
+        }
         let changed = self.healed > healed || outcome == Outcome::Failed;
         (Some(outcome), changed)
     }
@@ -278,6 +292,9 @@ impl<K: Kernel> Reconciler<'_, K> {
         let actual = self.kernel.read(&[TABLE], &wanted)?;
         let transaction = diff(&actual, wanted);
         let operations = transaction.ops.len();
+        if let Some(policies) = &mut self.policies {
+            policies.foreign.found(operations);
+        }
         self.write(transaction)?;
         Ok(operations)
     }

@@ -16,6 +16,7 @@
 use std::time::{Duration, Instant};
 
 use super::affinity::Suspects;
+use super::policies::Policies;
 use super::programmed::Effects;
 use super::removed::Removed;
 use super::{Kernel, MOST_REFUSALS, Outcome, Outcomes, Reconciler, State};
@@ -50,6 +51,32 @@ pub(super) fn judge(error: &netlink::Error, before: &mut Option<Place>) -> Refus
     }
 }
 
+/// A change of the tables by others that is not put back yet, with the operations that this takes as
+/// far as they are known.
+///
+/// What a comparison finds after a failed write may be nftlet's own and does not count.
+#[derive(Debug, Default)]
+pub(super) struct ForeignChange(Option<usize>);
+
+impl ForeignChange {
+    /// Notes that others changed something, which the next comparison finds.
+    pub fn suspect(&mut self) {
+        self.0.get_or_insert(0);
+    }
+
+    /// Takes the operations that a comparison found. Further ones may be nftlet's own.
+    pub fn found(&mut self, operations: usize) {
+        if let Some(known @ 0) = &mut self.0 {
+            *known = operations;
+        }
+    }
+
+    /// Returns the operations that put it back, and forgets them.
+    pub fn put_back(&mut self) -> usize {
+        self.0.take().unwrap_or_default()
+    }
+}
+
 impl<K: Kernel> Reconciler<'_, K> {
     /// Compares with what the kernel holds and writes the difference.
     ///
@@ -76,11 +103,10 @@ impl<K: Kernel> Reconciler<'_, K> {
         let mut refused_before = None;
         for _ in 0..=MOST_REFUSALS {
             match self.attempt() {
-                Ok(operations) => {
-                    if !first {
-                        self.metrics.healed(operations);
-                    }
+                Ok(_) => {
                     self.metrics.sync(true, started.elapsed());
+                    let foreign = self.foreign.put_back();
+                    self.report_healing(TABLE, foreign, started.elapsed());
                     self.state = State::Synced;
                     self.suspect_all();
                     self.settle(changes.triggered_at_ms);
@@ -106,7 +132,16 @@ impl<K: Kernel> Reconciler<'_, K> {
         self.metrics.failure();
         self.reporter.failed(error);
         self.state = State::Unknown;
+        if self.is_foreign(error) {
+            self.foreign.suspect();
+        }
         self.resync()
+    }
+
+    /// Whether a failed write shows a change by others: what was to be written does not fit what the
+    /// tables hold, and others have written something.
+    pub(super) fn is_foreign(&mut self, error: &netlink::Error) -> bool {
+        error.blame() == Blame::Conflict && !self.is_vouched_for()
     }
 
     /// Compares with what the kernel holds after somebody else changed the tables, and puts back
@@ -117,7 +152,10 @@ impl<K: Kernel> Reconciler<'_, K> {
         if self.vouches_for(now) && self.is_synced() {
             return (Outcomes::default(), false);
         }
-        self.vouched = now;
+        if self.waits_for_lists() {
+            self.remove_foreign_hooks();
+        }
+        self.vouched = self.kernel.generation().ok();
         let (policies, policies_changed) = self.heal_policies();
         let (services, services_changed) = self.heal_services();
         let outcomes = Outcomes { services, policies };
@@ -153,6 +191,12 @@ impl<K: Kernel> Reconciler<'_, K> {
         self.state == State::Synced && policies.is_none_or(|p| p.state != State::Unknown)
     }
 
+    /// Whether some tables cannot be compared, because it is not known yet what they are to hold.
+    fn waits_for_lists(&self) -> bool {
+        let of_policies = |it: &Policies| it.state == State::Listing || !it.engine.is_ready();
+        self.state == State::Listing || self.policies.as_ref().is_some_and(of_policies)
+    }
+
     /// Whether somebody else wrote to the kernel while the monitor was kept from hearing it; tells
     /// so once.
     pub fn take_doubt(&mut self) -> bool {
@@ -172,11 +216,16 @@ impl<K: Kernel> Reconciler<'_, K> {
             return (None, false);
         }
         let started = Instant::now();
+        self.foreign.suspect();
         match self.attempt() {
-            Ok(0) => (Some(Outcome::Synced), false),
-            Ok(operations) => {
+            Ok(0) => {
+                self.foreign.put_back();
+                (Some(Outcome::Synced), false)
+            }
+            Ok(_) => {
                 self.metrics.sync(true, started.elapsed());
-                self.report_healing(TABLE, operations, started.elapsed());
+                let foreign = self.foreign.put_back();
+                self.report_healing(TABLE, foreign, started.elapsed());
                 self.suspect_all();
                 self.hand_over();
                 (Some(Outcome::Synced), true)
@@ -204,7 +253,11 @@ impl<K: Kernel> Reconciler<'_, K> {
         }
     }
 
+    /// Counts and reports operations that put back what others had changed, if there were any.
     pub(super) fn report_healing(&mut self, table: &str, operations: usize, took: Duration) {
+        if operations == 0 {
+            return;
+        }
         self.metrics.healed(operations);
         self.healed = self.healed.wrapping_add(operations);
         self.report(Notice {
@@ -226,6 +279,7 @@ impl<K: Kernel> Reconciler<'_, K> {
         // If a later step fails, the next comparison does not find what earlier ones removed.
         self.note_removed(Removed::of(&actual, &transaction));
         let operations = transaction.ops.len();
+        self.foreign.found(operations);
         self.write(transaction)?;
         Ok(operations)
     }

@@ -14,7 +14,8 @@ use crate::model::Delivery;
 
 /// The most events taken over at once; more wait for the next transaction.
 const BATCH: usize = 4096;
-/// How often someone who waits for the first rules is told what is missing.
+/// How often, while the first rules wait, what is missing is logged and the tables are looked at for
+/// what may keep it away.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// How often services are tried again that the kernel refused.
 const FORGIVE_EVERY: Duration = Duration::from_secs(300);
@@ -126,6 +127,7 @@ pub async fn run<K: Kernel>(
             }
             () = sleep_until(patience), if !ready => {
                 patience += PATIENCE;
+                reconciler.remove_foreign_hooks();
                 let missing = reconciler.missing();
                 if !missing.is_empty() {
                     let kinds: Vec<_> = missing.iter().map(|kind| kind.as_str()).collect();

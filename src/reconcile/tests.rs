@@ -26,6 +26,7 @@ use crate::ruleset::{Element, Key, Name, Op, SumKeys, TableId, simulate};
 
 mod affinity;
 mod flows;
+mod foreign;
 mod large;
 mod parts;
 mod policies;
@@ -341,6 +342,14 @@ impl Bench {
         let wanted = Reconciler::<Fake>::wanted(&reconciler.store, &self.settings).0;
         let actual = self.kernel.0.borrow().ruleset.clone();
         assert_eq!(meaning(&actual), meaning(&wanted));
+        let service_tables = Family::ALL.map(|family| actual.tables.get(&table_id(family)));
+        for (name, chain) in service_tables
+            .iter()
+            .flatten()
+            .flat_map(|table| &table.chains)
+        {
+            assert_eq!(compile::is_base_chain(name), chain.base.is_some(), "{name}");
+        }
     }
 }
 
