@@ -101,8 +101,18 @@ impl fmt::Display for Fault {
 
 impl From<kube::Error> for Fault {
     fn from(error: kube::Error) -> Self {
-        let kube::Error::Api(status) = &error else {
-            return Fault::Busy(error.to_string());
+        let status = match &error {
+            kube::Error::Api(status) => status,
+            // The client says in a sentence why there was no answer.
+            kube::Error::Service(unanswered) => return Fault::Busy(unanswered.to_string()),
+            other => {
+                let chain =
+                    std::iter::successors(Some(other as &dyn std::error::Error), |it| it.source());
+                let cause = chain.last().map(ToString::to_string).unwrap_or_default();
+                return Fault::Busy(format!(
+                    "an answer of the API server cannot be read: {cause}"
+                ));
+            }
         };
         let message = status.message.clone();
         let details = status.details.as_ref();
@@ -191,23 +201,30 @@ impl Recorder {
         }
     }
 
-    /// Sends a request until the server has answered it.
+    /// Sends a request until the server has answered it. A server that has just started refuses
+    /// what is granted, so after an outage only a second refusal counts.
     async fn insist(&self, draft: &Draft, request: &Request) -> Result<(), Fault> {
         let mut pauses = 1;
+        let mut settling = false;
         loop {
             let answer = match timeout(self.pace.answer, self.send(draft, request)).await {
                 Ok(answer) => answer.map_err(Fault::from),
                 Err(_) => Err(Fault::Busy("the API server does not answer".to_owned())),
             };
-            let Err(Fault::Busy(message)) = answer else {
-                return answer;
-            };
-            if pauses == 1 {
-                tracing::info!(
+            match answer {
+                Err(Fault::Refused(_)) if settling => {
+                    settling = false;
+                    sleep(self.pace.retry).await;
+                    continue;
+                }
+                Err(Fault::Busy(message)) if pauses == 1 => tracing::info!(
                     "Events cannot be written at present: {message}; they are late, and some \
                      may be missing"
-                );
+                ),
+                Err(Fault::Busy(_)) => {}
+                answer => return answer,
             }
+            settling = true;
             sleep(self.pace.retry * pauses).await;
             pauses = (pauses * 2).min(LONGEST_RETRY);
         }
