@@ -312,6 +312,47 @@ async fn a_server_that_is_busy_or_away_gets_the_event_later() {
     bench.api.until_written("the start", started).await;
 }
 
+#[tokio::test]
+async fn a_refusal_after_an_outage_counts_when_it_comes_twice() {
+    let api = FakeApi::start().await;
+    api.answer_writes(Some((503, "ServiceUnavailable")));
+    let pace = Pace {
+        retry: Duration::from_millis(300),
+        ..PACE
+    };
+    let bench = bench_with(api, pace).await;
+    let asked = |times: usize| {
+        let api = &bench.api;
+        async move {
+            let enough = async {
+                while api.asked_to_write() < times {
+                    tokio::task::yield_now().await;
+                }
+            };
+            let waited = tokio::time::timeout(PATIENCE, enough).await;
+            assert!(waited.is_ok(), "there never were {times} requests");
+        }
+    };
+    asked(1).await;
+    bench.api.answer_writes(Some((403, "Forbidden")));
+    asked(2).await;
+    bench.api.answer_writes(None);
+    let written = |written: &[Written]| written.len() == 1;
+    bench.api.until_written("the Event", written).await;
+    // Without an end it counts.
+    bench.api.answer_writes(Some((503, "ServiceUnavailable")));
+    let notice = about("web", Reason::InvalidField, "a field");
+    bench.notices.send(notice).await.expect("it listens");
+    asked(4).await;
+    bench.api.answer_writes(Some((403, "Forbidden")));
+    for number in 0..50 {
+        let notice = about("web", Reason::InvalidField, &format!("field {number}"));
+        bench.notices.send(notice).await.expect("it listens");
+    }
+    drop(bench.notices.reserve_many(QUEUE).await.expect("it listens"));
+    assert_eq!(bench.api.asked_to_write(), 6);
+}
+
 /// A node whose server has a service with a fault.
 fn faulty_cluster() -> Node {
     let cluster = Node::new();

@@ -94,6 +94,8 @@ pub struct Recorder {
     /// Nothing is sent before.
     not_before: Instant,
     silent_until: Option<Instant>,
+    /// The server was out of order, and may not know yet what it grants.
+    settling: bool,
     given_up: Box<dyn Fn() + Send + Sync>,
     told: Repeats<()>,
 }
@@ -147,8 +149,18 @@ impl fmt::Display for Fault {
 
 impl From<kube::Error> for Fault {
     fn from(error: kube::Error) -> Self {
-        let kube::Error::Api(status) = &error else {
-            return Fault::Busy(error.to_string());
+        let status = match &error {
+            kube::Error::Api(status) => status,
+            // The client says in a sentence why there was no answer.
+            kube::Error::Service(unanswered) => return Fault::Busy(unanswered.to_string()),
+            other => {
+                let chain =
+                    std::iter::successors(Some(other as &dyn std::error::Error), |it| it.source());
+                let cause = chain.last().map(ToString::to_string).unwrap_or_default();
+                return Fault::Busy(format!(
+                    "an answer of the API server cannot be read: {cause}"
+                ));
+            }
         };
         let message = status.message.clone();
         let details = status.details.as_ref();
@@ -194,6 +206,7 @@ impl Recorder {
             sent: None,
             written: 0,
             pauses: 1,
+            settling: false,
             not_before: Instant::now(),
             silent_until: None,
             given_up: Box::new(|| {}),
@@ -279,6 +292,11 @@ impl Recorder {
                 self.book.written(&sent.draft.name, Instant::now());
                 self.written += 1;
                 self.pauses = 1;
+                self.settling = false;
+            }
+            Err(Fault::Forbidden(_)) if std::mem::take(&mut self.settling) => {
+                self.not_before = Instant::now() + self.pace.retry;
+                self.waiting.push_front(sent);
             }
             // Events are kept for an hour or so.
             Err(Fault::Absent) if sent.count.is_some() => {
@@ -299,6 +317,7 @@ impl Recorder {
                  missing"
             );
         }
+        self.settling = true;
         self.not_before = Instant::now() + self.pace.retry * self.pauses;
         self.pauses = (self.pauses * 2).min(LONGEST_RETRY);
         if failed

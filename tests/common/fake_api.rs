@@ -128,6 +128,8 @@ struct State {
     /// The collections of which no page after the first can be had.
     failing: BTreeSet<String>,
     down: bool,
+    /// Counts the connections that were refused.
+    refused: watch::Sender<usize>,
     requests: Vec<Recorded>,
     written: Vec<Written>,
     /// The status that answers writes, in place of doing them.
@@ -206,6 +208,7 @@ impl FakeApi {
             failing: BTreeSet::new(),
             instead: BTreeMap::new(),
             down: false,
+            refused: watch::Sender::new(0),
             requests: Vec::new(),
             written: Vec::new(),
             write_status: None,
@@ -432,6 +435,15 @@ impl FakeApi {
         }
     }
 
+    /// Waits until this many more connections were refused.
+    pub async fn until_refused_again(&self, times: usize) {
+        let mut refused = self.state().refused.subscribe();
+        let wanted = *refused.borrow() + times;
+        let met = refused.wait_for(|refused| *refused >= wanted);
+        let waited = tokio::time::timeout(std::time::Duration::from_secs(120), met).await;
+        assert!(waited.is_ok(), "there never were {wanted} connections");
+    }
+
     /// Breaks all watches in the middle, as a network does.
     pub async fn break_connections(&self) {
         self.set_down(true).await;
@@ -535,6 +547,7 @@ async fn accept(
             // Under the lock: whoever takes the server down finds the connection, or keeps it out.
             let state = state.lock().expect("no test panicked with it");
             if state.down {
+                state.refused.send_modify(|refused| *refused += 1);
                 continue;
             }
             open.send_modify(|open| *open += 1);
@@ -623,7 +636,8 @@ fn answer(
         return status(500, "InternalError", "etcd took too long");
     }
     // Not in place of the answers that lead to another list.
-    let version = recorded.get("resourceVersion").parse::<u64>();
+    let version = recorded.get("resourceVersion");
+    let version = version.trim_start_matches('0').parse::<u64>();
     let lists_again = recorded.is_watch()
         && match version {
             Ok(version) => version < locked.compacted,

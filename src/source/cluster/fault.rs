@@ -7,6 +7,7 @@ use serde::Deserialize;
 
 use super::request::Selection;
 use super::stats::SourceStats;
+use super::traffic::{Unanswered, innermost};
 use crate::model::{Kind, Notice, Reason, Subject};
 
 /// Why a session with the server ended.
@@ -18,6 +19,9 @@ pub(super) enum Fault {
     Ended,
     /// The version to resume from is no longer in the server's history.
     Gone,
+    /// The server has not come to the version to resume from, and will not for a long time: it has
+    /// lost history, after its etcd was restored from a backup for instance.
+    Ahead,
     /// The server does not stream lists.
     NoStreaming,
     /// The server does not know a field by which objects are selected.
@@ -72,13 +76,12 @@ impl From<Status> for Fault {
         let reason = status.reason.as_deref().unwrap_or_default();
         let details = status.details.unwrap_or_default();
         let causes = details.causes.unwrap_or_default();
-        // The server has lost history, after its etcd was restored from a backup for instance;
-        // the version will not come for a long time.
         let ahead = causes
             .iter()
             .any(|cause| cause.reason.as_deref() == Some("ResourceVersionTooLarge"));
         match code {
-            _ if code == 410 || ahead || matches!(reason, "Expired" | "Gone") => Fault::Gone,
+            _ if ahead => Fault::Ahead,
+            _ if code == 410 || matches!(reason, "Expired" | "Gone") => Fault::Gone,
             400 if blames_a_field(&message) => Fault::UnknownField(message),
             400 | 422 => Fault::NoStreaming,
             401 | 403 => Fault::Refused { code, message },
@@ -103,35 +106,22 @@ fn blames_a_field(message: &str) -> bool {
 
 impl From<kube::Error> for Fault {
     fn from(error: kube::Error) -> Self {
-        if wants_descriptors(&error) {
-            return Fault::NoDescriptor(innermost(&error));
+        match &error {
+            kube::Error::Service(unanswered) => match unanswered.downcast_ref::<Unanswered>() {
+                Some(unanswered) if unanswered.no_descriptor => {
+                    Fault::NoDescriptor(unanswered.to_string())
+                }
+                // A sentence already.
+                _ => Fault::Unreachable(unanswered.to_string()),
+            },
+            _ => Fault::Unreachable(broken_off(&error)),
         }
-        Fault::Unreachable(innermost(&error))
     }
 }
 
-/// Whether an error comes of there being no file descriptor.
-fn wants_descriptors(error: &(dyn std::error::Error + 'static)) -> bool {
-    std::iter::successors(Some(error), |error| error.source()).any(|cause| {
-        let Some(error) = cause.downcast_ref::<std::io::Error>() else {
-            return false;
-        };
-        match (error.raw_os_error(), error.get_ref()) {
-            (Some(errno), _) => [libc::EMFILE, libc::ENFILE].contains(&errno),
-            // What an error is made of is not among its sources.
-            (None, Some(inner)) => wants_descriptors(inner),
-            (None, None) => false,
-        }
-    })
-}
-
-/// The innermost cause says what happened; those around it say who was told.
-fn innermost(error: &dyn std::error::Error) -> String {
-    let mut error = error;
-    while let Some(source) = error.source() {
-        error = source;
-    }
-    error.to_string()
+/// Says why an answer that had begun was not read to its end.
+pub(super) fn broken_off(error: &(dyn std::error::Error + 'static)) -> String {
+    format!("an answer broke off: {}", innermost(error))
 }
 
 /// As much of a text as fits into a line.
@@ -160,7 +150,7 @@ impl Fault {
     pub(super) fn describe(&self, selection: &Selection) -> Option<(String, String)> {
         const KEPT: &str = "what is known stays in force, and nftlet keeps trying";
         match self {
-            Fault::Closed | Fault::Ended | Fault::Gone => None,
+            Fault::Closed | Fault::Ended | Fault::Gone | Fault::Ahead => None,
             Fault::NoStreaming => Some((
                 format!("rejected {}", selection.plural),
                 format!(
@@ -344,7 +334,7 @@ mod tests {
         assert!(matches!(fault(500), Fault::Busy { code: 500, .. }));
         let ahead = r#"{"code": 504, "details": {"causes": [{"reason": "ResourceVersionTooLarge"}], "retryAfterSeconds": 1}}"#;
         let status: Status = serde_json::from_str(ahead).expect("a status");
-        assert!(matches!(Fault::from(status), Fault::Gone));
+        assert!(matches!(Fault::from(status), Fault::Ahead));
         let busy = r#"{"code": 429, "details": {"retryAfterSeconds": 7}}"#;
         let status: Status = serde_json::from_str(busy).expect("a status");
         assert!(matches!(
@@ -358,7 +348,8 @@ mod tests {
         let caused_by = |errno| {
             let cause = std::io::Error::from_raw_os_error(errno);
             let around = std::io::Error::other(cause);
-            Fault::from(kube::Error::Service(Box::new(around)))
+            let unanswered = Unanswered::new(&around, "https://192.0.2.1:6443");
+            Fault::from(kube::Error::Service(Box::new(unanswered)))
         };
         for errno in [libc::EMFILE, libc::ENFILE] {
             assert!(matches!(caused_by(errno), Fault::NoDescriptor(_)));

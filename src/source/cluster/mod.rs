@@ -11,7 +11,8 @@
 //! request (list, watch; lines) ─> reflect (one kind: version) ─> deliver (names, decode) ─> events
 //!     fault (what went wrong, told once)    timing (pauses)    pulse (is it silent?)
 //!     demand (Pods and Namespaces are reflected while there is a NetworkPolicy)
-//!     servers (where the connections lead)
+//!     servers (where the connections lead)    traffic (what every request passes through)
+//!     reach (is the server there? wakes those that wait when it is back)
 //! ```
 //!
 //! The watches are nftlet's own and not those of `kube::runtime`, for two reasons: an object is
@@ -28,11 +29,13 @@ mod fault;
 mod frames;
 mod proxy;
 mod pulse;
+mod reach;
 mod reflect;
 mod request;
 mod servers;
 mod stats;
 mod timing;
+mod traffic;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -41,6 +44,7 @@ use std::time::Duration;
 use futures::future::{OptionFuture, join_all};
 use futures::join;
 use hyper::Uri;
+use kube::client::ClientBuilder;
 use kube::config::{InClusterError, KubeConfigOptions, Kubeconfig, KubeconfigError, NoProxyError};
 use kube::{Client, Config};
 use tokio::sync::watch;
@@ -48,11 +52,13 @@ use tokio::sync::watch;
 use self::demand::Demand;
 use self::fault::Faults;
 use self::pulse::Pulse;
+use self::reach::Reach;
 use self::reflect::Reflector;
 use self::request::{Requester, Selection};
 use self::servers::Servers;
 pub use self::stats::{KindStats, ServerFault, SourceStats};
 pub use self::timing::Timing;
+use self::traffic::{Observed, Traffic, innermost};
 use super::Sender;
 use crate::model::Kind;
 
@@ -113,7 +119,8 @@ pub enum Error {
     },
     /// The credentials or certificates cannot be used.
     #[error(
-        "cannot prepare connections to {server}: {source}; check the certificates and credentials"
+        "cannot prepare connections to {server}: {}; check the certificates and credentials",
+        innermost(source)
     )]
     Client {
         /// The server's address.
@@ -134,6 +141,7 @@ pub struct Cluster {
     client: Client,
     server: String,
     servers: Arc<Servers>,
+    reach: Arc<Reach>,
     node_name: String,
     timing: Timing,
     network_policies: bool,
@@ -187,15 +195,25 @@ impl Cluster {
         config.default_retry = false;
         config.connect_timeout = Some(CONNECT_PATIENCE);
         let server = config.cluster_url.to_string();
-        let servers = Servers::new(&config.cluster_url, config.proxy_url.as_ref());
-        let client = Client::try_from(config).map_err(|source| Error::Client {
+        let (address, proxy) = (config.cluster_url.clone(), config.proxy_url.clone());
+        let servers = Arc::new(Servers::new(&address, proxy.as_ref()));
+        let reach = Arc::new(Reach::default());
+        let traffic = Traffic::new(&address, proxy.as_ref(), reach.clone(), servers.clone());
+        let traffic = Arc::new(traffic);
+        let builder = ClientBuilder::try_from(config).map_err(|source| Error::Client {
             server: server.clone(),
             source,
         })?;
+        let observed = tower::layer::layer_fn(|service| Observed {
+            service,
+            traffic: traffic.clone(),
+        });
+        let client = builder.with_layer(&observed).build();
         Ok(Self {
             client,
             server,
-            servers: Arc::new(servers),
+            servers,
+            reach,
             node_name,
             timing: Timing::default(),
             network_policies: true,
@@ -251,23 +269,24 @@ impl Cluster {
         };
         let servers = self.servers.clone();
         let follow = servers.follow(resolved, sender.clone());
-        let pulse = Pulse::new(self.client.clone(), self.stats.clone(), self.timing.clone());
+        let pulse = Pulse::new(
+            self.client.clone(),
+            self.stats.clone(),
+            self.timing.clone(),
+            self.reach.clone(),
+        );
         let silent = pulse.silent();
         let faults = Arc::new(Faults::new(self.server, self.stats.clone()));
         let reflector = |kind, sender| {
             let selection = Selection::of(kind, &self.node_name);
-            let requester = Requester::new(
-                self.client.clone(),
-                self.servers.clone(),
-                selection,
-                self.timing.response,
-            );
+            let requester = Requester::new(self.client.clone(), selection, self.timing.response);
             Reflector::new(
                 requester,
                 sender,
                 self.timing.clone(),
                 faults.clone(),
                 self.stats.clone(),
+                self.reach.clone(),
                 silent.clone(),
             )
         };

@@ -1,19 +1,27 @@
-//! Noticing that the server has fallen silent.
+//! Noticing that the server has fallen silent, and that it is back.
 //!
 //! A server that goes away without closing its connections, as when a cable is cut, leaves
 //! watches that nothing comes from, and nothing is usual: a quiet cluster sends a bookmark a
 //! minute. So when nothing has come for a while the server is asked for its version. An answer of
 //! any kind is a sign of life. Without one the watches are given up, and requests that wait for an
 //! answer too; their reflectors find out what is wrong.
+//!
+//! While the server is away, it is asked for its version at short intervals, by one request at a
+//! time for all kinds together. The answer wakes the reflectors (see [`Reach`]).
 
 use std::sync::Arc;
 
+use std::time::Duration;
+
+use hyper::Response;
 use kube::Client;
 use kube::client::Body;
 use tokio::sync::watch;
 
+use super::reach::{Reach, is_busy};
+use super::request::retry_after;
 use super::stats::SourceStats;
-use super::timing::Timing;
+use super::timing::{Timing, varied};
 
 /// Where every server tells its version, to everybody.
 const VERSION: &str = "/version";
@@ -23,16 +31,23 @@ pub(super) struct Pulse {
     client: Client,
     stats: Arc<SourceStats>,
     timing: Timing,
+    reach: Arc<Reach>,
     /// Counts how often the server was found silent.
     silent: watch::Sender<u64>,
 }
 
 impl Pulse {
-    pub(super) fn new(client: Client, stats: Arc<SourceStats>, timing: Timing) -> Self {
+    pub(super) fn new(
+        client: Client,
+        stats: Arc<SourceStats>,
+        timing: Timing,
+        reach: Arc<Reach>,
+    ) -> Self {
         Self {
             client,
             stats,
             timing,
+            reach,
             silent: watch::Sender::new(0),
         }
     }
@@ -44,31 +59,47 @@ impl Pulse {
 
     /// Runs for ever.
     pub(super) async fn run(self) {
+        loop {
+            tokio::select! {
+                () = self.notice_silence() => {}
+                () = self.reach.away() => self.await_return().await,
+            }
+        }
+    }
+
+    /// Gives up the watches each time that the server is silent, until it is away.
+    async fn notice_silence(&self) {
         let mut heard = self.stats.bytes();
         loop {
             tokio::time::sleep(self.timing.quiet).await;
             let before = std::mem::replace(&mut heard, self.stats.bytes());
             // Where a fault is known, the reflectors are on it.
-            if heard != before || self.stats.fault().is_some() || self.answers().await {
+            if heard != before || self.stats.fault().is_some() || self.ask().await.is_some() {
                 continue;
             }
             tracing::debug!("the API server is silent; giving up the watches");
             self.silent.send_modify(|times| *times += 1);
+            self.reach.lost();
         }
     }
 
-    async fn answers(&self) -> bool {
-        let Ok(request) = http_get(VERSION) else {
-            return true;
-        };
-        let answer = self.client.send(request);
-        matches!(
-            tokio::time::timeout(self.timing.pulse, answer).await,
-            Ok(Ok(_))
-        )
+    /// Asks again and again, until any request is answered. The client notes the answers.
+    async fn await_return(&self) {
+        let mut at_least = Duration::ZERO;
+        while self.reach.is_away() {
+            tokio::time::sleep(varied(self.timing.probe).max(at_least)).await;
+            let answer = self.ask().await;
+            let busy = answer.filter(|answer| is_busy(answer.status()));
+            let seconds = busy.and_then(|answer| retry_after(answer.headers()));
+            at_least = Duration::from_secs(seconds.unwrap_or_default().into())
+                .min(self.timing.longest_pause);
+        }
     }
-}
 
-fn http_get(path: &str) -> Result<hyper::Request<Body>, hyper::http::Error> {
-    hyper::Request::get(path).body(Body::empty())
+    async fn ask(&self) -> Option<Response<Body>> {
+        let request = hyper::Request::get(VERSION).body(Body::empty()).ok()?;
+        let answer = self.client.send(request);
+        let answer = tokio::time::timeout(self.timing.pulse, answer).await;
+        answer.ok()?.ok()
+    }
 }

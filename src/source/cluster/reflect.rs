@@ -16,9 +16,10 @@ use tokio::sync::watch;
 use super::deliver::Deliveries;
 use super::fault::{Fault, Faults, Status, one_line};
 use super::frames::{Marker, Page, WatchLine, current_object, json, usable};
+use super::reach::Reach;
 use super::request::{Lines, Requester};
 use super::stats::SourceStats;
-use super::timing::{Backoff, Timing};
+use super::timing::{Backoff, Pause, Timing};
 use crate::model::{Event, Kind};
 use crate::source::Sender;
 use crate::source::convert::{Decoded, identify};
@@ -33,6 +34,9 @@ pub(super) struct Reflector {
     faults: Arc<Faults>,
     stats: Arc<SourceStats>,
     deliveries: Deliveries,
+    reach: Arc<Reach>,
+    /// How often the server had come back at the last look.
+    returns: u64,
     /// Changes when the server is found silent, and nothing more is to be expected of it.
     silent: watch::Receiver<u64>,
     /// Whether lists are streamed.
@@ -40,6 +44,11 @@ pub(super) struct Reflector {
     broken_streams: u32,
     /// The version to resume from; `None` asks for a list.
     version: Option<String>,
+    /// Whether the next list may come from the server's watch cache. That of a server which no
+    /// longer has the version to resume from is newer than what is known.
+    cached: bool,
+    /// Whether a list followed at once when a version was gone, since the last success.
+    relisted: bool,
     /// Since when a watch delivers changes; nothing before it is open and its list complete,
     /// since a list that is cut off begins anew and has won nothing.
     following: Option<Instant>,
@@ -54,6 +63,7 @@ impl Reflector {
         timing: Timing,
         faults: Arc<Faults>,
         stats: Arc<SourceStats>,
+        reach: Arc<Reach>,
         silent: watch::Receiver<u64>,
     ) -> Self {
         let selection = &requester.selection;
@@ -63,10 +73,14 @@ impl Reflector {
             timing,
             faults,
             stats,
+            returns: reach.returns(),
+            reach,
             silent,
             streaming: true,
             broken_streams: 0,
             version: None,
+            cached: false,
+            relisted: false,
             following: None,
             faulty: false,
         }
@@ -82,21 +96,26 @@ impl Reflector {
         loop {
             let Err(fault) = self.session().await;
             let followed = self.following.take();
-            if followed.is_some_and(|since| since.elapsed() >= self.timing.stable) {
+            let returns = self.reach.returns();
+            let returned = std::mem::replace(&mut self.returns, returns) != returns;
+            if returned || followed.is_some_and(|since| since.elapsed() >= self.timing.stable) {
                 backoff.reset();
+                self.relisted = false;
             }
             let pause = match self.after(&fault, &mut backoff).await {
                 Ok(pause) => pause,
                 Err(_) => return,
             };
-            if self.waiting(tokio::time::sleep(pause)).await.is_err() {
+            let reach = self.reach.clone();
+            let waited = reach.pause(pause, returns, self.timing.wake);
+            if self.waiting(waited).await.is_err() {
                 return;
             }
         }
     }
 
     /// Draws the conclusions from the end of a session; returns how long to pause.
-    async fn after(&mut self, fault: &Fault, backoff: &mut Backoff) -> Result<Duration, Fault> {
+    async fn after(&mut self, fault: &Fault, backoff: &mut Backoff) -> Result<Pause, Fault> {
         let kind = self.kind();
         tracing::debug!(%kind, ?fault, "a session with the API server ended");
         let unfinished = self.deliveries.break_off();
@@ -107,21 +126,28 @@ impl Reflector {
                 if self.broken_streams >= MOST_BROKEN_STREAMS {
                     tracing::info!(%kind, "the API server does not finish streamed lists; reading lists in pages");
                     self.streaming = false;
-                    return Ok(Duration::ZERO);
+                    return Ok(Pause::default());
                 }
             }
             Fault::Gone => {
                 tracing::info!(%kind, "the API server no longer has the version to resume from; listing again");
-                self.version = None;
+                self.cached = self.version.take().is_some();
+                if self.cached && !std::mem::replace(&mut self.relisted, true) {
+                    return Ok(Pause::default());
+                }
+            }
+            Fault::Ahead => {
+                tracing::info!(%kind, "the API server has lost the version to resume from; listing again");
+                (self.version, self.cached) = (None, false);
             }
             Fault::NoStreaming if self.streaming && self.version.is_none() => {
                 tracing::debug!(%kind, "the API server does not stream lists; reading them in pages");
                 self.streaming = false;
-                return Ok(Duration::ZERO);
+                return Ok(Pause::default());
             }
             Fault::UnknownField(message) if self.requester.selection.spare_fields() => {
                 tracing::info!(%kind, message, "the API server does not know the field to select by (Kubernetes before 1.31); going on without");
-                return Ok(Duration::ZERO);
+                return Ok(Pause::default());
             }
             // The version is not understood by what may be another server at the old address.
             Fault::NoStreaming => self.version = None,
@@ -135,7 +161,7 @@ impl Reflector {
                 // That is an answer, and the right one.
                 backoff.reset();
                 self.healthy();
-                return Ok(self.timing.absent_recheck);
+                return Ok(self.timing.absent_recheck.into());
             }
             // Without the ranges only one kind of rule is missing; no reason to serve nothing.
             Fault::Refused { code: 403, .. } if kind == Kind::ServiceCidr => {
@@ -143,7 +169,10 @@ impl Reflector {
             }
             _ => {}
         }
-        let told = fault.is_certain() || backoff.attempts() > 0;
+        // A server that has just started does not know yet what is granted.
+        let passing =
+            matches!(fault, Fault::Refused { .. }) && self.reach.is_settling(self.timing.settle);
+        let told = !passing && (fault.is_certain() || backoff.attempts() > 0);
         if told && let Some((sort, message)) = fault.describe(&self.requester.selection) {
             self.faulty = true;
             let news = self.faults.begin(kind, sort, message);
@@ -159,8 +188,12 @@ impl Reflector {
                 backoff.next_after(&self.timing, at_least)
             }
             // That spares no server, and ends when any connection of the process does.
-            Fault::NoDescriptor(_) => backoff.next(&self.timing).min(self.timing.first_pause),
-            _ => backoff.next(&self.timing),
+            Fault::NoDescriptor(_) => backoff
+                .next(&self.timing)
+                .min(self.timing.first_pause)
+                .into(),
+            _ if passing => backoff.next(&self.timing).min(self.timing.probe).into(),
+            _ => backoff.next(&self.timing).into(),
         })
     }
 
@@ -170,12 +203,12 @@ impl Reflector {
         if self.version.is_none() && !self.streaming {
             self.paged_list().await?;
         }
-        let version = self.version.clone();
+        let (version, cached) = (self.version.clone(), self.cached);
         let stats = self.stats.clone();
         let stats = stats.kind(self.kind());
         let requester = self.requester.clone();
         let mut lines = self
-            .unless_silent(async move { requester.watch(version.as_deref()).await })
+            .unless_silent(async move { requester.watch(version.as_deref(), cached).await })
             .await?;
         stats.count_watch();
         if self.version.is_none() {
@@ -327,13 +360,15 @@ impl Reflector {
     async fn paged_list(&mut self) -> Result<(), Fault> {
         let stats = self.stats.clone();
         let stats = stats.kind(self.kind());
-        let mut limit = Some(self.timing.page);
+        let cached = self.cached;
+        // The watch cache gives no pages.
+        let mut limit = Some(self.timing.page).filter(|_| !cached);
         let mut token: Option<String> = None;
         loop {
             let requester = self.requester.clone();
             let next = token.clone();
             let answer = self
-                .unless_silent(async move { requester.list(limit, next).await })
+                .unless_silent(async move { requester.list(limit, next, cached).await })
                 .await;
             let at = Instant::now();
             let bytes = match answer {
@@ -380,6 +415,7 @@ impl Reflector {
     /// The server has said all there is at present.
     async fn end_list(&mut self, at: Instant) -> Result<(), Fault> {
         self.broken_streams = 0;
+        self.cached = false;
         self.healthy();
         self.deliveries.end_list(at).await
     }

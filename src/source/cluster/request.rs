@@ -2,19 +2,17 @@
 
 use std::io;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::time::Duration;
 
 use futures::TryStreamExt;
 use futures::io::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt};
 use http_body_util::BodyExt;
-use hyper::header::RETRY_AFTER;
+use hyper::header::{HeaderMap, RETRY_AFTER};
 use kube::Client;
 use kube::api::{ListParams, WatchParams};
 use kube::core::Request;
 
-use super::fault::Fault;
-use super::servers::Servers;
+use super::fault::{Fault, broken_off};
 use super::timing::watch_seconds;
 use crate::model::Kind;
 
@@ -117,11 +115,13 @@ impl Selection {
     }
 }
 
+/// The version of a list that the server takes from its watch cache, without asking etcd.
+const ANY_VERSION: &str = "0";
+
 /// Asks one server for one selection.
 #[derive(Clone)]
 pub(super) struct Requester {
     client: Client,
-    servers: Arc<Servers>,
     pub selection: Selection,
     /// How long an answer may take.
     patience: Duration,
@@ -130,27 +130,23 @@ pub(super) struct Requester {
 type Body = Pin<Box<dyn AsyncBufRead + Send>>;
 
 impl Requester {
-    pub(super) fn new(
-        client: Client,
-        servers: Arc<Servers>,
-        selection: Selection,
-        patience: Duration,
-    ) -> Self {
+    pub(super) fn new(client: Client, selection: Selection, patience: Duration) -> Self {
         Self {
             client,
-            servers,
             selection,
             patience,
         }
     }
 
-    /// One page of a list; without `limit` all of it.
+    /// One page of a list; without `limit` all of it, and `cached` from the server's watch cache.
     pub(super) async fn list(
         &self,
         limit: Option<u32>,
         token: Option<String>,
+        cached: bool,
     ) -> Result<Vec<u8>, Fault> {
         let params = ListParams {
+            resource_version: cached.then(|| ANY_VERSION.to_owned()),
             label_selector: self.selection.labels.map(str::to_owned),
             field_selector: self.selection.fields.clone(),
             limit,
@@ -165,23 +161,26 @@ impl Requester {
             let mut bytes = Vec::new();
             body.read_to_end(&mut bytes)
                 .await
-                .map_err(|error| Fault::Unreachable(error.to_string()))?;
+                .map_err(|error| Fault::Unreachable(broken_off(&error)))?;
             Ok(bytes)
         };
         self.in_time(answer).await
     }
 
-    /// Opens a watch: from a version, or, without one, beginning with a streamed list.
-    pub(super) async fn watch(&self, version: Option<&str>) -> Result<Lines, Fault> {
+    /// Opens a watch: from a version, or, without one, beginning with a streamed list, `cached` as
+    /// the server's watch cache has it at the moment.
+    pub(super) async fn watch(&self, version: Option<&str>, cached: bool) -> Result<Lines, Fault> {
+        let listing = version.is_none();
+        let version = version.unwrap_or(if cached { ANY_VERSION } else { "" });
         let params = WatchParams {
             label_selector: self.selection.labels.map(str::to_owned),
             field_selector: self.selection.fields.clone(),
             timeout: Some(watch_seconds()),
             bookmarks: true,
-            send_initial_events: version.is_none(),
+            send_initial_events: listing,
         };
         let request = Request::new(self.selection.path)
-            .watch(&params, version.unwrap_or_default())
+            .watch(&params, version)
             .map_err(|error| Fault::Unreachable(error.to_string()))?;
         let answer = async {
             let body = self.send(request).await?;
@@ -195,13 +194,11 @@ impl Requester {
     async fn send(&self, request: hyper::Request<Vec<u8>>) -> Result<Body, Fault> {
         let answer = self.client.send(request.map(Into::into)).await?;
         let (head, body) = answer.into_parts();
-        self.servers.answered(&head.extensions);
         if head.status.is_success() {
             let body = body.into_data_stream().map_err(io::Error::other);
             return Ok(Box::pin(body.into_async_read()));
         }
-        let retry_after = head.headers.get(RETRY_AFTER);
-        let retry_after = retry_after.and_then(|value| value.to_str().ok()?.parse().ok());
+        let retry_after = retry_after(&head.headers);
         let body = body.collect().await?.to_bytes();
         Err(Fault::of_answer(head.status.as_u16(), retry_after, &body))
     }
@@ -215,6 +212,11 @@ impl Requester {
             ))),
         }
     }
+}
+
+/// The seconds after which an answer asks to come back.
+pub(super) fn retry_after(headers: &HeaderMap) -> Option<u32> {
+    headers.get(RETRY_AFTER)?.to_str().ok()?.parse().ok()
 }
 
 /// The lines of a watch, one event each.

@@ -22,6 +22,13 @@ pub struct Timing {
     pub quiet: Duration,
     /// How long the sign of life may take.
     pub pulse: Duration,
+    /// The pause between looks whether a server that is away is back, varied at random.
+    pub probe: Duration,
+    /// The watches try again within this time after the server is back, at random.
+    pub wake: Duration,
+    /// How long after its return a server may refuse access although it is granted: one that has
+    /// just started does not know all roles yet. Pauses are at most [`probe`](Self::probe) then.
+    pub settle: Duration,
     /// How long a server may take to answer a request.
     pub response: Duration,
     /// How long the server may be silent before the end of a streamed list, until it counts as
@@ -46,11 +53,32 @@ impl Default for Timing {
             idle: Duration::from_secs(150),
             quiet: Duration::from_secs(15),
             pulse: Duration::from_secs(5),
+            probe: Duration::from_millis(500),
+            wake: Duration::from_millis(400),
+            settle: Duration::from_secs(10),
             response: Duration::from_secs(60),
             list_idle: Duration::from_secs(10),
             absent_recheck: Duration::from_secs(600),
             linger: Duration::from_secs(60),
             page: 500,
+        }
+    }
+}
+
+/// How long to wait before the next attempt.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Pause {
+    /// Without a return of the server.
+    pub usual: Duration,
+    /// In any case: what the server asked for.
+    pub at_least: Duration,
+}
+
+impl From<Duration> for Pause {
+    fn from(usual: Duration) -> Self {
+        Self {
+            usual,
+            at_least: Duration::ZERO,
         }
     }
 }
@@ -74,11 +102,14 @@ impl Backoff {
     }
 
     /// The pause before the next attempt to ask a server that said when to come back.
-    pub(super) fn next_after(&mut self, timing: &Timing, at_least: Duration) -> Duration {
+    pub(super) fn next_after(&mut self, timing: &Timing, at_least: Duration) -> Pause {
         // It said the same to everybody.
         let at_least = at_least.min(timing.longest_pause);
         let at_least = at_least.mul_f64(1.0 + random() / 2.0);
-        self.next(timing).max(at_least)
+        Pause {
+            usual: self.next(timing).max(at_least),
+            at_least,
+        }
     }
 
     /// The pause before the next attempt.
@@ -90,8 +121,7 @@ impl Backoff {
         }
         let factor = 2_u32.saturating_pow(attempt - 1);
         let pause = timing.first_pause.saturating_mul(factor);
-        // 0.5 to 1.5 of it.
-        pause.min(timing.longest_pause).mul_f64(0.5 + random())
+        varied(pause.min(timing.longest_pause))
     }
 }
 
@@ -100,8 +130,13 @@ pub(super) fn watch_seconds() -> u32 {
     270 + (random() * 20.0) as u32
 }
 
+/// A random duration of 0.5 to 1.5 times this one.
+pub(super) fn varied(duration: Duration) -> Duration {
+    duration.mul_f64(0.5 + random())
+}
+
 /// A number from 0 to 1, good enough for spreading load: every `RandomState` hashes differently.
-fn random() -> f64 {
+pub(super) fn random() -> f64 {
     let bits = RandomState::new().build_hasher().finish();
     f64::from((bits >> 32) as u32) / f64::from(u32::MAX)
 }
@@ -135,7 +170,7 @@ mod tests {
             let pause = Backoff::default().next_after(&timing, Duration::from_secs(asked));
             let least = Duration::from_secs(least);
             assert!(
-                pause >= least && pause <= least.mul_f64(1.5),
+                pause.at_least >= least && pause.usual <= least.mul_f64(1.5),
                 "{pause:?} for {asked} s"
             );
         }
