@@ -122,6 +122,16 @@ pub enum Error {
         /// Why not.
         source: io::Error,
     },
+    /// Too few files can be open.
+    #[error(
+        "cannot open {needed} files at once: {source}; allow nftlet more with ulimit -n or LimitNOFILE= of its unit"
+    )]
+    Descriptors {
+        /// How many are needed.
+        needed: usize,
+        /// What the system said.
+        source: io::Error,
+    },
     /// What was asked for cannot be printed.
     #[error("cannot print: {0}")]
     Print(#[source] io::Error),
@@ -217,6 +227,7 @@ pub fn run(mut line: CommandLine, log: &Lines) -> Result<(), Error> {
     let args = &line.args;
     start_logging(args, log);
     configure::tell(&line, file.as_ref());
+    configure::check_descriptors()?;
     let node_name = args.node_name(std::env::var("NODE_NAME").ok(), &host_name());
     let settings = settings(args)?;
     if let Some(path) = &args.process.write_config_to {

@@ -9,11 +9,17 @@
 //!
 //! Standard error is never made non-blocking: that would be a property of the open file, which
 //! other programs write to as well.
+//!
+//! Names of objects, files and tables, and the texts of servers, are in the lines as they were
+//! found. Each line is therefore made safe: control characters are escaped, so that a text
+//! cannot look like another line, and users and passwords are taken out of URLs.
+
+mod safe;
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::fmt;
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
 use std::panic::{self, PanicHookInfo};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -26,6 +32,7 @@ use rustix::io::Errno;
 use tracing_subscriber::fmt::MakeWriter;
 
 pub use self::repeats::{Count, Repeats};
+use self::safe::safe;
 
 mod repeats;
 
@@ -53,6 +60,8 @@ pub struct Lines(Arc<Shared>);
 
 struct Shared {
     out: Box<dyn AsFd + Send + Sync>,
+    /// Whether lines may have the sequences that set colours: `out` is a terminal.
+    colours: bool,
     queue: Mutex<Queue>,
     /// Rings when something is in the queue.
     filled: Condvar,
@@ -122,6 +131,7 @@ impl Lines {
     /// When the system refuses the thread.
     pub fn start(out: impl AsFd + Send + Sync + 'static) -> io::Result<Self> {
         let lines = Self(Arc::new(Shared {
+            colours: out.as_fd().is_terminal(),
             out: Box::new(out),
             queue: Mutex::default(),
             filled: Condvar::new(),
@@ -135,12 +145,15 @@ impl Lines {
         Ok(lines)
     }
 
-    /// Adds a line, which ends with a line feed. Never waits for it to be written.
+    /// Adds a line, which ends with a line feed, in the form of [`safe`]. Never waits for it to be
+    /// written.
     pub fn add(&self, line: &[u8]) {
         if keep_own_line(line) {
             return;
         }
-        let added = self.0.lock().push(line);
+        let text = String::from_utf8_lossy(line.strip_suffix(b"\n").unwrap_or(line));
+        let line = format!("{}\n", safe(&text, self.0.colours));
+        let added = self.0.lock().push(line.as_bytes());
         self.0.note(added);
     }
 
@@ -412,7 +425,7 @@ fn words(panic: &PanicHookInfo<'_>) -> String {
     format!(
         "nftlet: thread {thread} panicked{}: {}\n{trace}",
         place.unwrap_or_default(),
-        message.unwrap_or("no message")
+        safe(message.unwrap_or("no message"), false)
     )
 }
 

@@ -1,12 +1,16 @@
 //! Where the settings come from, and what they ask of the process at the start.
 
 use std::fs;
+use std::os::fd::AsFd;
 use std::path::Path;
 
 use super::Error;
 use crate::cli::{self, Args, BindAddress, CommandLine, OOM_SCORE_ADJ};
 use crate::config::{self, File};
 use crate::sysctl;
+
+/// The files that are open in quiet times, and some more for connections and health checks.
+const DESCRIPTORS: usize = 64;
 
 /// Reads the configuration file, if one is named, and puts its settings in the place of the
 /// flags'.
@@ -66,6 +70,19 @@ pub(super) fn write(args: &Args, path: &Path) -> Result<(), Error> {
     fs::write(path, text).map_err(fault)?;
     tracing::info!("wrote the configuration to {}", path.display());
     Ok(())
+}
+
+/// Checks that what nftlet keeps open can be opened: a runtime without descriptors would end the
+/// process with a panic.
+pub(super) fn check_descriptors() -> Result<(), Error> {
+    let stderr = std::io::stderr();
+    let opened: std::io::Result<Vec<_>> = (0..DESCRIPTORS)
+        .map(|_| stderr.as_fd().try_clone_to_owned())
+        .collect();
+    opened.map(drop).map_err(|source| Error::Descriptors {
+        needed: DESCRIPTORS,
+        source,
+    })
 }
 
 /// Protects the process while memory is short. Lowering the score takes CAP_SYS_RESOURCE, which

@@ -74,7 +74,8 @@ impl ConntrackArgs {
 ///
 /// # Errors
 ///
-/// [`Error::Duration`] for what is none, and for one below zero.
+/// [`Error::Duration`] for what is none, for one below zero, and for one that Go could not hold,
+/// some 292 years.
 pub fn duration(text: &str) -> Result<Duration, Error> {
     if text.trim() == "0" {
         return Ok(Duration::ZERO);
@@ -83,5 +84,6 @@ pub fn duration(text: &str) -> Result<Duration, Error> {
     parsed
         .ok()
         .and_then(|duration| Duration::try_from(duration).ok())
+        .filter(|duration| i64::try_from(duration.as_nanos()).is_ok())
         .ok_or_else(|| Error::Duration(text.to_owned()))
 }

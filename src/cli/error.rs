@@ -11,7 +11,7 @@ use super::detect_local::LONGEST_INTERFACE_NAME;
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 pub enum Error {
     /// Not a duration.
-    #[error("{0:?} is not a duration; write one such as 24h, 90s or 1h30m, or 0")]
+    #[error("{0:?} is not a duration; write one such as 24h, 90s or 1h30m, or 0; at most 2562047h")]
     Duration(String),
     /// No range of addresses.
     #[error("`{0}` is not a range of addresses; write it like 10.244.0.0/16 or fd00:10::/64")]

@@ -251,13 +251,15 @@ pub fn node_name(text: &str) -> Result<String, Error> {
 /// The address of an API server; without a scheme it is HTTP, as kube-proxy has it.
 pub(super) fn server(text: &str) -> Result<String, Error> {
     let text = text.trim();
-    let wrong = || Error::Server(text.to_owned());
     let (scheme, rest) = text.split_once("://").unwrap_or(("http", text));
     let host = rest.split('/').next().unwrap_or_default();
     let is_host = |c: char| c.is_ascii_alphanumeric() || "-._:[]".contains(c);
-    if matches!(scheme, "http" | "https") && !host.is_empty() && host.chars().all(is_host) {
+    let usable =
+        matches!(scheme, "http" | "https") && !host.is_empty() && host.chars().all(is_host);
+    // An address with a password is judged later: here the message would have it.
+    if usable || text.contains('@') {
         Ok(format!("{scheme}://{rest}"))
     } else {
-        Err(wrong())
+        Err(Error::Server(text.to_owned()))
     }
 }

@@ -211,7 +211,7 @@ fn a_value_that_cannot_be_used_is_named_with_its_place() {
         ),
         (
             "conntrack: {udpTimeout: 30}",
-            ":3:25: conntrack.udpTimeout: \"30\" is not a duration; write one such as 24h, 90s or 1h30m, or 0",
+            ":3:25: conntrack.udpTimeout: \"30\" is not a duration; write one such as 24h, 90s or 1h30m, or 0; at most 2562047h",
         ),
         (
             "nftables: {masqueradeAll: 5}",

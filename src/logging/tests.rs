@@ -202,3 +202,34 @@ fn last_words_come_even_where_the_queue_is_in_use() {
     reader.read_line(&mut said).expect("a line");
     assert_eq!(said, "very last\n");
 }
+
+#[test]
+fn texts_of_others_forge_no_line_and_show_no_password() {
+    for (text, written) in [
+        ("a line: \u{e4}\u{65e5}", "a line: \u{e4}\u{65e5}"),
+        ("a\nb\r\n\tc\0", r"a\nb\r\n\tc\u0000"),
+        (
+            "\u{7f}\u{85}\u{9b}2J\u{2028}\u{202e}",
+            r"\u007f\u0085\u009b2J\u2028\u202e",
+        ),
+        (
+            "\x1b[2J\x1b[31mred\x1b[0m",
+            r"\u001b[2J\u001b[31mred\u001b[0m",
+        ),
+        (
+            "https://me:se@cret@192.0.2.1:6443/x?a@b, then",
+            "https://192.0.2.1:6443/x?a@b, then",
+        ),
+        ("`http://me@a` socks5://b:c@d", "`http://a` socks5://d"),
+        ("https://a/b@c", "https://a/b@c"),
+        ("://", "://"),
+    ] {
+        assert_eq!(safe(text, false), written);
+    }
+    let coloured = "\x1b[2m\x1b[38;5;1mx\x1b[0m\x1b[2J\x1b[\x1b";
+    let written = "\x1b[2m\x1b[38;5;1mx\x1b[0m\\u001b[2J\\u001b[\\u001b";
+    assert_eq!(safe(coloured, true), written);
+    let (lines, mut reader) = piped();
+    lines.add(b"a\n\x1b[0mb\xff\n");
+    assert_eq!(read_all(&lines, &mut reader), ["a\\n\\u001b[0mb\u{fffd}"]);
+}

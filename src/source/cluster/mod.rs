@@ -19,14 +19,15 @@
 //! decoded straight into the few fields that are used, and an object that cannot be decoded is a
 //! fault of that object alone, with its last known state in force even across a new list.
 //!
-//! Credentials that change on disk are picked up without a restart: the HTTP client of `kube`
-//! reads a token file again at least once a minute (keeping the last token if that fails), and
-//! inside a pod the CA bundle as well.
+//! Credentials that change on disk are picked up without a restart: a token file is read again at
+//! least once a minute (keeping the last token if that fails), and inside a pod the CA bundle as
+//! well, by the HTTP client of `kube`.
 
 mod deliver;
 mod demand;
 mod fault;
 mod frames;
+mod kubeconfig;
 mod proxy;
 mod pulse;
 mod reach;
@@ -35,19 +36,25 @@ mod request;
 mod servers;
 mod stats;
 mod timing;
+mod token;
 mod traffic;
 
-use std::path::{Path, PathBuf};
+use std::convert::Infallible;
+use std::fmt;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::{OptionFuture, join_all};
 use futures::join;
 use hyper::Uri;
+use hyper::http::uri::{Authority, InvalidUri};
 use kube::client::ClientBuilder;
-use kube::config::{InClusterError, KubeConfigOptions, Kubeconfig, KubeconfigError, NoProxyError};
+use kube::config::{InClusterError, Kubeconfig, KubeconfigError, NoProxyError};
 use kube::{Client, Config};
 use tokio::sync::watch;
+use tower::filter::FilterLayer;
+use tower::layer::layer_fn;
 
 use self::demand::Demand;
 use self::fault::Faults;
@@ -58,6 +65,7 @@ use self::request::{Requester, Selection};
 use self::servers::Servers;
 pub use self::stats::{KindStats, ServerFault, SourceStats};
 pub use self::timing::Timing;
+use self::token::TokenFile;
 use self::traffic::{Observed, Traffic, innermost};
 use super::Sender;
 use crate::model::Kind;
@@ -89,13 +97,23 @@ pub enum Error {
         /// What is wrong with it.
         source: KubeconfigError,
     },
-    /// The address that is to be used in place of the one found is none.
+    /// The address of the server is none.
     #[error(
-        "`{address}` is not the address of an API server: {reason}; write it like https://192.0.2.10:6443"
+        "{place}: `{address}` is not the address of an API server: {reason}; write it like https://192.0.2.10:6443"
     )]
     Address {
+        /// Where it stands.
+        place: String,
         /// What was given.
         address: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The token cannot be used.
+    #[error("cannot use the token in {place}: {reason}; write the token alone, on one line")]
+    Token {
+        /// The file, or where in the kubeconfig it stands.
+        place: String,
         /// What is wrong with it.
         reason: String,
     },
@@ -176,11 +194,11 @@ impl Cluster {
         };
         let from_file = kubeconfig.is_some();
         let (mut config, named_proxy) = match kubeconfig {
-            Some((path, read)) => read_kubeconfig(&path, read).await?,
+            Some((path, read)) => kubeconfig::read(&path, read).await?,
             None => (in_cluster(server.as_deref())?, None),
         };
         if let Some(server) = &server {
-            config.cluster_url = address(server)?;
+            config.cluster_url = address(server, "--master")?;
         }
         if from_file {
             let variable = |name: &str| std::env::var(name).ok();
@@ -191,6 +209,7 @@ impl Cluster {
             let proxy = proxy::without_password(&proxy);
             tracing::info!("the way to the API server leads through the proxy {proxy}");
         }
+        let token = TokenFile::take(&mut config)?;
         // The reflectors do their own retries, which know what can be resumed.
         config.default_retry = false;
         config.connect_timeout = Some(CONNECT_PATIENCE);
@@ -199,16 +218,10 @@ impl Cluster {
         let servers = Arc::new(Servers::new(&address, proxy.as_ref()));
         let reach = Arc::new(Reach::default());
         let traffic = Traffic::new(&address, proxy.as_ref(), reach.clone(), servers.clone());
-        let traffic = Arc::new(traffic);
-        let builder = ClientBuilder::try_from(config).map_err(|source| Error::Client {
+        let client = client(config, token, Arc::new(traffic)).map_err(|source| Error::Client {
             server: server.clone(),
             source,
         })?;
-        let observed = tower::layer::layer_fn(|service| Observed {
-            service,
-            traffic: traffic.clone(),
-        });
-        let client = builder.with_layer(&observed).build();
         Ok(Self {
             client,
             server,
@@ -310,11 +323,65 @@ impl Cluster {
     }
 }
 
-fn address(text: &str) -> Result<Uri, Error> {
-    text.parse::<Uri>().map_err(|error| Error::Address {
-        address: text.to_owned(),
-        reason: error.to_string(),
-    })
+fn client(
+    config: Config,
+    mut token: Option<TokenFile>,
+    traffic: Arc<Traffic>,
+) -> Result<Client, kube::Error> {
+    let builder = ClientBuilder::try_from(config)?;
+    let sign = move |request| {
+        Ok::<_, Infallible>(match &mut token {
+            Some(token) => token.sign(request),
+            None => request,
+        })
+    };
+    let observed = layer_fn(|service| Observed {
+        service,
+        traffic: traffic.clone(),
+    });
+    let builder = builder.with_layer(&FilterLayer::new(sign));
+    Ok(builder.with_layer(&observed).build())
+}
+
+/// Reads the address of a server; `place` is where it stands.
+fn address(text: &str, place: impl fmt::Display) -> Result<Uri, Error> {
+    let fault = |reason: String| Error::Address {
+        place: place.to_string(),
+        address: proxy::without_password(text).to_owned(),
+        reason,
+    };
+    let uri: Uri = text
+        .parse()
+        .map_err(|error: InvalidUri| fault(error.to_string()))?;
+    if !matches!(uri.scheme_str(), Some("http" | "https")) {
+        return Err(fault(
+            "it does not begin with https:// or http://".to_owned(),
+        ));
+    }
+    if uri.host().is_none_or(str::is_empty) {
+        return Err(fault("it names no host".to_owned()));
+    }
+    let authority = uri.authority().map_or("", Authority::as_str);
+    let has_port = !authority.ends_with(uri.host().unwrap_or_default());
+    if has_port && uri.port_u16().is_none() {
+        return Err(fault("its port is not a number up to 65535".to_owned()));
+    }
+    Ok(without_user(uri))
+}
+
+/// Removes the user and password of an address: they are not sent, and would be in the log.
+fn without_user(uri: Uri) -> Uri {
+    let mut parts = uri.clone().into_parts();
+    let authority = parts.authority.as_ref().map(Authority::as_str);
+    let Some((_, host)) = authority.and_then(|authority| authority.rsplit_once('@')) else {
+        return uri;
+    };
+    tracing::warn!(
+        "the user and password in the address of the API server are not used; name them as \
+         username and password of a user in the kubeconfig"
+    );
+    parts.authority = host.parse().ok();
+    Uri::from_parts(parts).unwrap_or(uri)
 }
 
 /// What a pod knows of its cluster. An address without credentials is enough where it is given.
@@ -322,36 +389,9 @@ fn in_cluster(server: Option<&str>) -> Result<Config, Error> {
     match (Config::incluster(), server) {
         (Ok(config), _) => Ok(config),
         (Err(InClusterError::ReadEnvironmentVariable(_)), Some(server)) => {
-            Ok(Config::new(address(server)?))
+            Ok(Config::new(address(server, "--master")?))
         }
         (Err(InClusterError::ReadEnvironmentVariable(_)), None) => Err(Error::NoCluster),
         (Err(source), _) => Err(Error::ServiceAccount { source }),
-    }
-}
-
-/// What a kubeconfig says, and the proxy that it names.
-async fn read_kubeconfig(
-    path: &Path,
-    kubeconfig: Result<Kubeconfig, KubeconfigError>,
-) -> Result<(Config, Option<String>), Error> {
-    let fault = |source| Error::Kubeconfig {
-        path: path.to_owned(),
-        source,
-    };
-    let kubeconfig = kubeconfig.map_err(fault)?;
-    let proxy = proxy::named_in(&kubeconfig);
-    let options = KubeConfigOptions::default();
-    match Config::from_custom_kubeconfig(kubeconfig, &options).await {
-        Ok(config) => Ok((config, proxy)),
-        // kube has read both of the environment, too.
-        Err(KubeconfigError::ParseNoProxy(source)) => Err(Error::NoProxy { source }),
-        Err(KubeconfigError::ParseProxyUrl(source)) => Err(Error::Proxy {
-            proxy: match &proxy {
-                Some(named) => proxy::without_password(named).to_owned(),
-                None => "in HTTPS_PROXY".to_owned(),
-            },
-            reason: source.to_string(),
-        }),
-        Err(source) => Err(fault(source)),
     }
 }

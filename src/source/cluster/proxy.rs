@@ -9,24 +9,11 @@ use std::net::IpAddr;
 
 use hyper::Uri;
 use ipnet::IpNet;
-use kube::config::Kubeconfig;
 
 use super::Error;
 
 /// The forms of proxies that are spoken with.
 const SCHEMES: [&str; 3] = ["http", "https", "socks5"];
-
-/// The `proxy-url` of the cluster that a kubeconfig leads to.
-pub(super) fn named_in(kubeconfig: &Kubeconfig) -> Option<String> {
-    let current = kubeconfig.current_context.as_deref()?;
-    let mut contexts = kubeconfig.contexts.iter();
-    let context = contexts.find(|known| known.name == current)?;
-    let cluster = &context.context.as_ref()?.cluster;
-    let mut clusters = kubeconfig.clusters.iter();
-    let named = clusters.find(|known| known.name == *cluster)?;
-    let url = named.cluster.as_ref()?.proxy_url.clone();
-    url.filter(|url| !url.is_empty())
-}
 
 /// The proxy for a server: the one that the kubeconfig names, else that of the environment.
 ///

@@ -4,9 +4,13 @@
 //! the file. Items of a list are handed out one by one while the document is being read: the
 //! output of `kubectl get -o yaml` for a large cluster is a single list, and never has to be in
 //! memory as a tree.
+//!
+//! A value that aliases refer to is held once, but is decoded for each of them: a few lines may
+//! stand for more than any memory holds. What the aliases of a section stand for is bounded, and so
+//! is how deep they nest.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 
 use serde_saphyr::granit_parser::{
@@ -14,6 +18,14 @@ use serde_saphyr::granit_parser::{
 };
 
 use super::tree::{Node, Position, Value};
+
+/// How much the aliases of a section may stand for: the bytes of all scalars and keys, and
+/// [`OVERHEAD`] for each value.
+const MOST_EXPANDED: usize = 16 << 20;
+/// What a value counts besides its text.
+const OVERHEAD: usize = 16;
+/// How deep values may nest with their aliases resolved. The parser itself has a smaller bound.
+const DEEPEST: usize = 1000;
 
 /// A place where the text is not YAML, and why.
 #[derive(Debug)]
@@ -86,14 +98,18 @@ pub(super) fn read_section<'a>(
         parser: Parser::new_from_str_with_options(section.text, options),
         lines_before: section.lines_before,
         anchors: HashMap::new(),
+        size: 0,
+        expanded: 0,
+        depth: 0,
+        deepest: 0,
     };
     loop {
         match reader.next()? {
             (Event::StreamEnd, _) => return Ok(()),
-            (Event::MappingStart(_, anchor, _), at) => {
-                let entries = reader.root(take)?;
-                let node = reader.anchored(anchor, at, Value::Mapping(merged(entries)));
-                take(Part::Document(node));
+            // No alias can refer to the root: nothing comes after it.
+            (Event::MappingStart(..), at) => {
+                let value = Value::Mapping(merged(reader.root(take)?));
+                take(Part::Document(Node { at, value }));
             }
             (event @ (Event::Scalar(..) | Event::SequenceStart(..) | Event::Alias(_)), at) => {
                 let node = reader.node(event, at)?;
@@ -107,7 +123,22 @@ pub(super) fn read_section<'a>(
 struct Reader<'a> {
     parser: Parser<'a, StrInput<'a>>,
     lines_before: u64,
-    anchors: HashMap<usize, Rc<Node<'a>>>,
+    anchors: HashMap<usize, Anchored<'a>>,
+    /// The size of all values so far, aliases resolved.
+    size: usize,
+    /// That of what aliases stand for.
+    expanded: usize,
+    /// The depth of the current value.
+    depth: usize,
+    /// The largest depth in the current value, aliases resolved.
+    deepest: usize,
+}
+
+/// A value that aliases may refer to.
+struct Anchored<'a> {
+    node: Rc<Node<'a>>,
+    size: usize,
+    height: usize,
 }
 
 impl<'a> Reader<'a> {
@@ -189,40 +220,59 @@ impl<'a> Reader<'a> {
         Ok(())
     }
 
+    /// Reads a value, which other values may refer to from then on if it has an anchor.
     fn node(&mut self, event: Event<'a>, at: Position) -> Result<Node<'a>, SyntaxFault> {
+        let anchor = match &event {
+            Event::Scalar(_, _, anchor, _)
+            | Event::SequenceStart(_, anchor, _)
+            | Event::MappingStart(_, anchor, _) => *anchor,
+            Event::Alias(anchor) => return self.alias(*anchor, at),
+            _ => 0,
+        };
+        self.depth += 1;
+        let (before, outside) = (self.size, self.deepest);
+        self.deepest = self.depth;
+        self.size += OVERHEAD;
+        let value = self.value(event, at)?;
+        let (size, height) = (self.size - before, self.deepest - self.depth + 1);
+        self.deepest = self.deepest.max(outside);
+        self.depth -= 1;
+        let node = Node { at, value };
+        // 0 says that there is no anchor.
+        if anchor == 0 {
+            return Ok(node);
+        }
+        let node = Rc::new(node);
+        let value = Value::Shared(node.clone());
+        self.anchors.insert(anchor, Anchored { node, size, height });
+        Ok(Node { at, value })
+    }
+
+    fn value(&mut self, event: Event<'a>, at: Position) -> Result<Value<'a>, SyntaxFault> {
         match event {
-            Event::Scalar(text, style, anchor, _) => {
+            Event::Scalar(text, style, ..) => {
+                self.size += text.len();
                 let plain = style == ScalarStyle::Plain;
-                Ok(self.anchored(anchor, at, Value::Scalar { text, plain }))
+                Ok(Value::Scalar { text, plain })
             }
-            Event::SequenceStart(_, anchor, _) => {
+            Event::SequenceStart(..) => {
                 let mut items = Vec::new();
                 loop {
                     match self.next()? {
-                        (Event::SequenceEnd, _) => break,
+                        (Event::SequenceEnd, _) => return Ok(Value::Sequence(items)),
                         (event, at) => items.push(self.node(event, at)?),
                     }
                 }
-                Ok(self.anchored(anchor, at, Value::Sequence(items)))
             }
-            Event::MappingStart(_, anchor, _) => {
+            Event::MappingStart(..) => {
                 let mut entries = Vec::new();
                 while let Some(key) = self.key()? {
+                    self.size += key.len();
                     let (event, at) = self.next()?;
                     self.entry(&mut entries, key, event, at)?;
                 }
-                Ok(self.anchored(anchor, at, Value::Mapping(merged(entries))))
+                Ok(Value::Mapping(merged(entries)))
             }
-            Event::Alias(anchor) => match self.anchors.get(&anchor) {
-                Some(node) => Ok(Node {
-                    at,
-                    value: Value::Shared(node.clone()),
-                }),
-                None => Err(SyntaxFault {
-                    at,
-                    message: "an alias cannot refer to the value that contains it".to_owned(),
-                }),
-            },
             _ => Err(SyntaxFault {
                 at,
                 message: "the document ends in the middle of a value".to_owned(),
@@ -230,44 +280,62 @@ impl<'a> Reader<'a> {
         }
     }
 
-    fn anchored(&mut self, anchor: usize, at: Position, value: Value<'a>) -> Node<'a> {
-        let node = Node { at, value };
-        // 0 says that there is no anchor.
-        if anchor == 0 {
-            return node;
+    fn alias(&mut self, anchor: usize, at: Position) -> Result<Node<'a>, SyntaxFault> {
+        let fault = |message: String| SyntaxFault { at, message };
+        let Some(anchored) = self.anchors.get(&anchor) else {
+            let message = "an alias cannot refer to the value that contains it";
+            return Err(fault(message.to_owned()));
+        };
+        self.size += anchored.size;
+        self.expanded += anchored.size;
+        self.deepest = self.deepest.max(self.depth + anchored.height);
+        if self.expanded > MOST_EXPANDED {
+            return Err(fault(format!(
+                "the aliases up to here stand for more than {} MiB; write some of the values out \
+                 in documents of their own",
+                MOST_EXPANDED >> 20
+            )));
         }
-        let shared = Rc::new(node);
-        self.anchors.insert(anchor, shared.clone());
-        Node {
-            at,
-            value: Value::Shared(shared),
+        if self.deepest > DEEPEST {
+            return Err(fault(format!(
+                "values nest more than {DEEPEST} deep here, with aliases resolved; write them with \
+                 fewer levels"
+            )));
         }
+        let value = Value::Shared(anchored.node.clone());
+        Ok(Node { at, value })
     }
 }
 
-/// Resolves `<<: *base`: the entries of the base that the mapping does not have itself.
-fn merged<'a>(mut entries: Vec<(Cow<'a, str>, Node<'a>)>) -> Vec<(Cow<'a, str>, Node<'a>)> {
-    while let Some(index) = entries.iter().position(|(key, _)| key == "<<") {
-        let (_, base) = entries.remove(index);
-        merge(&mut entries, &base);
+/// Resolves `<<: *base`: the entries of the base that the mapping does not have itself, and of
+/// several bases those of the first that has them.
+fn merged<'a>(entries: Vec<(Cow<'a, str>, Node<'a>)>) -> Vec<(Cow<'a, str>, Node<'a>)> {
+    let (bases, mut entries): (Vec<_>, Vec<_>) =
+        entries.into_iter().partition(|(key, _)| key == "<<");
+    if !bases.is_empty() {
+        let mut known: HashSet<_> = entries.iter().map(|(key, _)| key.clone()).collect();
+        for (_, base) in &bases {
+            merge(&mut entries, &mut known, base);
+        }
     }
     entries
 }
 
-fn merge<'a>(entries: &mut Vec<(Cow<'a, str>, Node<'a>)>, base: &Node<'a>) {
+fn merge<'a>(
+    entries: &mut Vec<(Cow<'a, str>, Node<'a>)>,
+    known: &mut HashSet<Cow<'a, str>>,
+    base: &Node<'a>,
+) {
     match &base.resolved().value {
         Value::Mapping(merged) => {
             for (key, node) in merged {
-                if entries.iter().all(|(known, _)| known != key) {
-                    let value = match &node.value {
-                        Value::Shared(shared) => Value::Shared(shared.clone()),
-                        _ => copy(node),
-                    };
+                if known.insert(key.clone()) {
+                    let value = copy(node);
                     entries.push((key.clone(), Node { at: node.at, value }));
                 }
             }
         }
-        Value::Sequence(bases) => bases.iter().for_each(|base| merge(entries, base)),
+        Value::Sequence(bases) => bases.iter().for_each(|base| merge(entries, known, base)),
         _ => {}
     }
 }
@@ -424,5 +492,50 @@ mod tests {
             (first.name.as_deref(), first.number),
             (Some("shared"), Some(1))
         );
+    }
+
+    /// Lines that each refer many times to the line before.
+    fn bomb(lines: usize, references: impl Fn(usize) -> String) -> String {
+        let line = |n: usize| match n {
+            0 => "a0: &a0 {name: x}\n".to_owned(),
+            _ => format!("a{n}: &a{n} {}\n", references(n - 1)),
+        };
+        (0..lines).map(line).collect()
+    }
+
+    #[test]
+    fn aliases_stand_for_so_much_and_nest_so_deep_and_no_more() {
+        let laughs = |n: usize| format!("[{}]", vec![format!("*a{n}"); 10].join(", "));
+        let merges = |n: usize| format!("{{<<: *a{n}, k{n}: x}}");
+        let chain = |n: usize| format!("[*a{n}]");
+        // Each anchor is used once, so that the chain is the one thing too much.
+        for (text, message) in [
+            (bomb(12, laughs), "stand for more than 16 MiB"),
+            (bomb(5_000, merges), "stand for more than 16 MiB"),
+            (bomb(100_000, chain), "nest more than 1000 deep"),
+        ] {
+            let (seen, faults) = documents(&text);
+            assert_eq!(seen, Vec::<String>::new());
+            assert!(faults[0].message.contains(message), "{faults:?}");
+        }
+        for text in [bomb(5, laughs), bomb(500, merges), bomb(900, chain)] {
+            let (seen, faults) = documents(&text);
+            assert!(faults.is_empty() && seen.len() == 1, "{faults:?}");
+        }
+        let pods: String = (0..20_000).map(|_| "- *pod\n").collect();
+        let text = format!("base: &pod {{name: a}}\nlist:\n{pods}");
+        let list = sample(&text).expect("fits").list.expect("a list");
+        assert_eq!(list.len(), 20_000);
+    }
+
+    #[test]
+    fn the_own_entry_comes_before_that_of_a_base_and_the_first_base_before_others() {
+        let read = sample(
+            "a: &a {name: a, number: 1}\nb: &b {name: b, number: 2, flag: yes}\n\
+             <<: [*a, *b]\nname: own\n",
+        );
+        let read = read.expect("fits");
+        assert_eq!(read.name.as_deref(), Some("own"));
+        assert_eq!((read.number, read.flag), (Some(1), Some(true)));
     }
 }

@@ -1,0 +1,135 @@
+//! Bearer tokens.
+//!
+//! kube sends a token as the file has it, and ends the process for an inline one that no header
+//! may have. A file often ends with a line break; as with client-go, space around a token is no
+//! part of it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use hyper::Request;
+use hyper::header::{AUTHORIZATION, HeaderValue};
+use kube::Config;
+use kube::client::Body;
+use kube::config::AuthInfo;
+use secrecy::ExposeSecret;
+
+use super::Error;
+
+/// How often a file is read again: what it holds may be valid for no longer than some minutes.
+const AGAIN: Duration = Duration::from_secs(50);
+
+/// Checks the token that stands in a kubeconfig itself.
+///
+/// # Errors
+/// Where it cannot be sent.
+pub(super) fn check_inline(auth: &AuthInfo, kubeconfig: &Path) -> Result<(), Error> {
+    let Some(token) = &auth.token else {
+        return Ok(());
+    };
+    match header(token.expose_secret()) {
+        Ok(_) => Ok(()),
+        Err(reason) => Err(Error::Token {
+            place: format!("`token` of the user in {}", kubeconfig.display()),
+            reason: reason.to_owned(),
+        }),
+    }
+}
+
+/// The file that a configuration takes the token of its requests from.
+#[derive(Clone)]
+pub(super) struct TokenFile {
+    path: PathBuf,
+    header: HeaderValue,
+    read: Instant,
+}
+
+impl TokenFile {
+    /// Takes the file out of a configuration, unless that has other credentials that count more.
+    ///
+    /// # Errors
+    /// Where the file cannot be read, or its token cannot be sent.
+    pub(super) fn take(config: &mut Config) -> Result<Option<Self>, Error> {
+        let auth = &mut config.auth_info;
+        let has_password = auth.username.is_some() && auth.password.is_some();
+        if auth.auth_provider.is_some() || has_password || auth.token.is_some() {
+            return Ok(None);
+        }
+        let Some(path) = auth.token_file.take().map(PathBuf::from) else {
+            return Ok(None);
+        };
+        let header = read(&path).map_err(|reason| Error::Token {
+            place: path.display().to_string(),
+            reason,
+        })?;
+        let read = Instant::now();
+        Ok(Some(Self { path, header, read }))
+    }
+
+    /// Adds the token to a request. One that cannot be read again or sent leaves the last one in
+    /// use: its file may be in the middle of being replaced.
+    pub(super) fn sign(&mut self, mut request: Request<Body>) -> Request<Body> {
+        if self.read.elapsed() >= AGAIN {
+            self.read = Instant::now();
+            match read(&self.path) {
+                Ok(header) => self.header = header,
+                Err(reason) => tracing::warn!(
+                    "cannot use the token in {}: {reason}; the last one stays in use",
+                    self.path.display()
+                ),
+            }
+        }
+        let headers = request.headers_mut();
+        headers.insert(AUTHORIZATION, self.header.clone());
+        request
+    }
+}
+
+fn read(path: &Path) -> Result<HeaderValue, String> {
+    let text = fs::read_to_string(path).map_err(|error| error.to_string())?;
+    header(text.trim()).map_err(str::to_owned)
+}
+
+fn header(token: &str) -> Result<HeaderValue, &'static str> {
+    if token.is_empty() {
+        return Err("it is empty");
+    }
+    let mut header = HeaderValue::try_from(format!("Bearer {token}"))
+        .map_err(|_| "it has a line break or another control character in it")?;
+    header.set_sensitive(true);
+    Ok(header)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_is_replaced_is_read_again_and_a_broken_one_changes_nothing() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("token");
+        let mut config = Config::new("https://192.0.2.1".parse().expect("an address"));
+        config.auth_info.token_file = path.to_str().map(str::to_owned);
+        fs::write(&path, " \n").expect("written");
+        let mut broken = config.clone();
+        assert!(TokenFile::take(&mut broken).is_err());
+        fs::write(&path, "first\r\n\n").expect("written");
+        let mut file = TokenFile::take(&mut config).expect("a token").expect("it");
+        assert_eq!(config.auth_info.token_file, None, "kube adds none");
+        let mut sent = |content: &str, age: Duration| {
+            fs::write(&path, content).expect("written");
+            file.read = Instant::now().checked_sub(age).expect("an instant");
+            let request = file.sign(Request::new(Body::empty()));
+            let header = request.headers().get(AUTHORIZATION).expect("a header");
+            assert!(header.is_sensitive());
+            header.to_str().expect("ASCII").to_owned()
+        };
+        assert_eq!(sent("second", Duration::ZERO), "Bearer first");
+        assert_eq!(sent("second", AGAIN), "Bearer second");
+        for broken in ["", "th\nird", "th\0ird"] {
+            assert_eq!(sent(broken, AGAIN), "Bearer second");
+        }
+        assert_eq!(sent("\tthird\n", AGAIN), "Bearer third");
+    }
+}
