@@ -64,7 +64,7 @@ churn: ## Change 500 endpoints a second with traffic for ten minutes; nothing ma
 
 build: ## Build the release binary, target/release/nftlet
 	@scripts/install-deps.sh build
-	@echo 'Compiling nftlet optimised: some eight minutes on two cores the first time'
+	@echo 'Compiling nftlet optimised: some five minutes on two cores the first time'
 	cargo build --release --locked
 
 lint: ## Check format, lints and documentation only
