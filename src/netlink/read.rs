@@ -7,7 +7,7 @@
 //! so that the difference replaces it.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::sync::Arc;
 
@@ -20,7 +20,7 @@ use super::socket::{DUMP_ATTEMPTS, Message};
 use super::{uapi, udata};
 use crate::ruleset::{
     BaseChain, Chain, ChainKind, Data, Declaration, Element, Family, Hook, Key, Name, Rule,
-    Ruleset, Set, SetKind, Statement, Table, TableId, Value, Verdict,
+    Ruleset, Set, SetKind, Statement, Stray, StrayKind, Table, TableId, Value, Verdict,
 };
 
 /// A base chain in the kernel.
@@ -34,6 +34,9 @@ pub struct FoundBaseChain {
     pub accepts: bool,
 }
 
+// NFT_SET_* flags of the kernel.
+const SET_ANONYMOUS: u32 = 0x1;
+const SET_CONSTANT: u32 = 0x2;
 const ELEMENT_INTERVAL_END: u32 = 1;
 const ELEMENTS: &str = "the elements of a set";
 
@@ -74,7 +77,7 @@ impl Nftables {
             let empty = Table::default();
             let expected = wanted.tables.get(&id).unwrap_or(&empty);
             let mut table = self.table(&id, expected, elements)?;
-            table.foreign = flags != 0;
+            table.foreign |= flags != 0;
             found.tables.insert(id, table);
         }
         Ok(found)
@@ -128,6 +131,7 @@ impl Nftables {
     ) -> Result<Table, Error> {
         let mut table = Table {
             chains: self.chains(id)?,
+            strays: self.strays(id)?,
             ..Table::default()
         };
         for (chain, rule) in self.rules(id, expected)? {
@@ -150,6 +154,13 @@ impl Nftables {
             let Some(name) = attributes.string(uapi::NFTA_SET_NAME) else {
                 continue;
             };
+            let flags = attributes.be32(uapi::NFTA_SET_FLAGS).unwrap_or_default();
+            if flags & SET_ANONYMOUS != 0 {
+                // It goes with the rule that it is part of.
+                continue;
+            }
+            // Its elements cannot be deleted before the rules that use it are.
+            table.foreign |= flags & SET_CONSTANT != 0;
             let name = Name::from(name);
             let mut declaration = declaration(attributes, expected.sets.get(&name), id.family);
             let elements = if declaration.timeout.is_some() {
@@ -171,6 +182,35 @@ impl Nftables {
             );
         }
         Ok(table)
+    }
+
+    /// The objects of a table of kinds that nftlet does not make.
+    fn strays(&mut self, id: &TableId) -> Result<BTreeSet<Stray>, Error> {
+        let mut found = BTreeSet::new();
+        let of_objects = string_attribute(uapi::NFTA_OBJ_TABLE, id.name.as_str());
+        let dumps = [
+            ("the stateful objects", libc::NFT_MSG_GETOBJ),
+            ("the flowtables", uapi::NFT_MSG_GETFLOWTABLE),
+        ];
+        for (what, kind) in dumps {
+            // Table and name have the same attribute numbers in both messages.
+            let dumped = self.dump(what, kind, family_number(id.family), &of_objects)?;
+            found.extend(dumped.iter().filter_map(|message| {
+                let attributes = message.attributes();
+                let name = attributes.string(uapi::NFTA_OBJ_NAME)?;
+                let kind = match kind {
+                    libc::NFT_MSG_GETOBJ => {
+                        StrayKind::Object(attributes.be32(uapi::NFTA_OBJ_TYPE)?)
+                    }
+                    _ => StrayKind::Flowtable,
+                };
+                is_of(attributes, message, id, uapi::NFTA_OBJ_TABLE).then(|| Stray {
+                    kind,
+                    name: Name::from(name),
+                })
+            }));
+        }
+        Ok(found)
     }
 
     /// The names of the chains of a table, whoever made it; none if it does not exist.
