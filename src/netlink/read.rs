@@ -7,32 +7,20 @@
 //! so that the difference replaces it.
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::attr::{Reader, Writer};
-use super::encode::{self, family, family_number, set_attributes};
-use super::error::{Error, Owner};
+use super::encode::{self, family_number, set_attributes};
+use super::error::Error;
 use super::ffi::{self, Scratch, SetAttributes};
 use super::nftables::{Dumped, Nftables};
 use super::socket::{DUMP_ATTEMPTS, Message};
 use super::{uapi, udata};
 use crate::ruleset::{
     BaseChain, Chain, ChainKind, Data, Declaration, Element, Family, Hook, Key, Name, Rule,
-    Ruleset, Set, SetKind, Statement, Stray, StrayKind, Table, TableId, Value, Verdict,
+    Ruleset, Set, SetKind, Statement, Table, TableId, Value, Verdict,
 };
-
-/// A base chain in the kernel.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct FoundBaseChain {
-    /// Its name.
-    pub name: Name,
-    /// Its type, hook and priority; `None` for a type that nftlet never uses.
-    pub base: Option<BaseChain>,
-    /// Its policy is `accept`.
-    pub accepts: bool,
-}
 
 // NFT_SET_* flags of the kernel.
 const SET_ANONYMOUS: u32 = 0x1;
@@ -81,46 +69,6 @@ impl Nftables {
             found.tables.insert(id, table);
         }
         Ok(found)
-    }
-
-    /// The tables of the families `ip` and `ip6` that have one of these names.
-    ///
-    /// # Errors
-    ///
-    /// When the dump fails or is interrupted over and over again.
-    pub fn tables(&mut self, names: &[&str]) -> Result<Vec<TableId>, Error> {
-        let tables = self.flagged_tables(names)?.into_iter();
-        Ok(tables.map(|(id, _)| id).collect())
-    }
-
-    /// Finds the process that a table belongs to, which alone may change it.
-    pub(super) fn owner(&mut self, id: &TableId) -> Result<Option<Owner>, Error> {
-        let dumped = self.dump("the tables", libc::NFT_MSG_GETTABLE, 0, &[])?;
-        let owner = dumped.iter().find_map(|message| {
-            let attributes = message.attributes();
-            let port = attributes.be32(uapi::NFTA_TABLE_OWNER);
-            port.filter(|_| is_of(attributes, message, id, uapi::NFTA_TABLE_NAME))
-        });
-        Ok(owner.map(|port| {
-            let process = fs::read_to_string(format!("/proc/{port}/comm"));
-            let process = process.ok().map(|name| name.trim_end().to_owned());
-            Owner { port, process }
-        }))
-    }
-
-    /// The same with the flags of each.
-    fn flagged_tables(&mut self, names: &[&str]) -> Result<Vec<(TableId, u32)>, Error> {
-        let dumped = self.dump("the tables", libc::NFT_MSG_GETTABLE, 0, &[])?;
-        let found = dumped.iter().filter_map(|message| {
-            let attributes = message.attributes();
-            let name = attributes.string(uapi::NFTA_TABLE_NAME)?;
-            let family = family(message.family())?;
-            let flags = attributes.be32(uapi::NFTA_TABLE_FLAGS).unwrap_or_default();
-            names
-                .contains(&name)
-                .then(|| (TableId::new(family, name), flags))
-        });
-        Ok(found.collect())
     }
 
     fn table(
@@ -184,69 +132,11 @@ impl Nftables {
         Ok(table)
     }
 
-    /// The objects of a table of kinds that nftlet does not make.
-    fn strays(&mut self, id: &TableId) -> Result<BTreeSet<Stray>, Error> {
-        let mut found = BTreeSet::new();
-        let of_objects = string_attribute(uapi::NFTA_OBJ_TABLE, id.name.as_str());
-        let dumps = [
-            ("the stateful objects", libc::NFT_MSG_GETOBJ),
-            ("the flowtables", uapi::NFT_MSG_GETFLOWTABLE),
-        ];
-        for (what, kind) in dumps {
-            // Table and name have the same attribute numbers in both messages.
-            let dumped = self.dump(what, kind, family_number(id.family), &of_objects)?;
-            found.extend(dumped.iter().filter_map(|message| {
-                let attributes = message.attributes();
-                let name = attributes.string(uapi::NFTA_OBJ_NAME)?;
-                let kind = match kind {
-                    libc::NFT_MSG_GETOBJ => {
-                        StrayKind::Object(attributes.be32(uapi::NFTA_OBJ_TYPE)?)
-                    }
-                    _ => StrayKind::Flowtable,
-                };
-                is_of(attributes, message, id, uapi::NFTA_OBJ_TABLE).then(|| Stray {
-                    kind,
-                    name: Name::from(name),
-                })
-            }));
-        }
-        Ok(found)
-    }
-
-    /// The names of the chains of a table, whoever made it; none if it does not exist.
-    ///
-    /// # Errors
-    ///
-    /// When the dump fails or is interrupted over and over again.
-    pub fn chain_names(&mut self, id: &TableId) -> Result<Vec<Name>, Error> {
-        Ok(self.chains(id)?.into_keys().collect())
-    }
-
-    /// Returns the base chains of a table, whoever made it; none if it does not exist.
-    ///
-    /// # Errors
-    ///
-    /// When the dump fails or is interrupted over and over again.
-    pub fn base_chains(&mut self, id: &TableId) -> Result<Vec<FoundBaseChain>, Error> {
-        let dumped = self.dump_chains(id.family)?;
-        let found = dumped.iter().filter_map(|message| {
-            let attributes = message.attributes();
-            let name = attributes.string(uapi::NFTA_CHAIN_NAME)?;
-            attributes.nested(uapi::NFTA_CHAIN_HOOK)?;
-            is_of(attributes, message, id, uapi::NFTA_CHAIN_TABLE).then(|| FoundBaseChain {
-                name: Name::from(name),
-                base: hooked(attributes),
-                accepts: accepts(attributes),
-            })
-        });
-        Ok(found.collect())
-    }
-
-    fn dump_chains(&mut self, of: Family) -> Result<Dumped, Error> {
+    pub(super) fn dump_chains(&mut self, of: Family) -> Result<Dumped, Error> {
         self.dump("the chains", libc::NFT_MSG_GETCHAIN, family_number(of), &[])
     }
 
-    fn chains(&mut self, id: &TableId) -> Result<BTreeMap<Name, Chain>, Error> {
+    pub(super) fn chains(&mut self, id: &TableId) -> Result<BTreeMap<Name, Chain>, Error> {
         let dumped = self.dump_chains(id.family)?;
         let found = dumped.iter().filter_map(|message| {
             let attributes = message.attributes();
@@ -434,14 +324,14 @@ impl Nftables {
     }
 }
 
-fn string_attribute(kind: u16, value: &str) -> Vec<u8> {
+pub(super) fn string_attribute(kind: u16, value: &str) -> Vec<u8> {
     let mut bytes = Vec::new();
     Writer::new(&mut bytes).string(kind, value);
     bytes
 }
 
 /// Whether a dumped object belongs to a table: kernels differ in what they filter by.
-fn is_of(attributes: Reader, message: Message, id: &TableId, table: u16) -> bool {
+pub(super) fn is_of(attributes: Reader, message: Message, id: &TableId, table: u16) -> bool {
     message.family() == family_number(id.family)
         && attributes.string(table) == Some(id.name.as_str())
 }
@@ -458,13 +348,13 @@ fn base_chain(attributes: Reader) -> Option<BaseChain> {
 }
 
 /// Whether packets that meet no verdict in a base chain are accepted there.
-fn accepts(attributes: Reader) -> bool {
+pub(super) fn accepts(attributes: Reader) -> bool {
     let accept = u32::try_from(libc::NF_ACCEPT).ok();
     attributes.be32(uapi::NFTA_CHAIN_POLICY) == accept
 }
 
 /// Type, hook and priority of a base chain.
-fn hooked(attributes: Reader) -> Option<BaseChain> {
+pub(super) fn hooked(attributes: Reader) -> Option<BaseChain> {
     let hook = attributes.nested(uapi::NFTA_CHAIN_HOOK)?;
     let number = hook.be32(uapi::NFTA_HOOK_HOOKNUM)?;
     let priority = hook.be32(uapi::NFTA_HOOK_PRIORITY)? as i32;
