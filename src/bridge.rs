@@ -8,6 +8,7 @@
 //! [`Watch::look`] compares the isolated pods with the bridges of the host and tells what is new.
 //! It changes no setting: that would concern all bridges of the host.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::fs;
 use std::net::IpAddr;
@@ -90,7 +91,8 @@ pub enum News {
 #[derive(Debug)]
 pub struct Watch {
     root: PathBuf,
-    told: [Option<Unfiltered>; 2],
+    /// By the name of the bridge, and whether it is about IPv6.
+    told: BTreeMap<(String, bool), Unfiltered>,
 }
 
 impl Watch {
@@ -98,55 +100,59 @@ impl Watch {
     pub fn new(root: impl Into<PathBuf>) -> Self {
         Self {
             root: root.into(),
-            told: [None, None],
+            told: BTreeMap::new(),
         }
     }
 
     /// Looks at the host, where these are the addresses of its interfaces and of the isolated
     /// pods, and returns what is new.
     pub fn look(&mut self, attached: &[Attached], pods: &[IpAddr]) -> Vec<News> {
+        let found = all_unfiltered(&self.root, attached, pods);
+        let mut before = std::mem::replace(&mut self.told, found.clone());
         let mut news = Vec::new();
-        for (ipv6, told) in [false, true].into_iter().zip(&mut self.told) {
-            let found = unfiltered(&self.root, attached, pods, ipv6);
-            if found == *told {
-                continue;
+        for (place, unfiltered) in found {
+            if before.remove(&place).as_ref() != Some(&unfiltered) {
+                news.push(News::Begins(unfiltered));
             }
-            let before = std::mem::replace(told, found.clone());
-            news.extend(match (found, before) {
-                (Some(found), _) => Some(News::Begins(found)),
-                (None, before) => before.map(News::Ends),
-            });
         }
+        news.extend(before.into_values().map(News::Ends));
         news
     }
 
-    /// Whether traffic of a family passes the policies by, as of the last look.
+    /// Whether traffic of a family passes the policies by on a bridge, as of the last look.
     pub fn is_unfiltered(&self, ipv6: bool) -> bool {
-        let mut told = self.told.iter().flatten();
-        told.any(|unfiltered| unfiltered.ipv6 == ipv6)
+        self.told.keys().any(|(_, of_ipv6)| *of_ipv6 == ipv6)
     }
 }
 
-/// The first bridge with isolated pods of a family whose packets are not filtered.
-fn unfiltered(
+/// The bridges with isolated pods whose packets are not filtered.
+fn all_unfiltered(
     root: &Path,
     attached: &[Attached],
     pods: &[IpAddr],
-    ipv6: bool,
-) -> Option<Unfiltered> {
-    let is_bridge = |name: &str| {
-        root.join("sys/class/net")
-            .join(name)
-            .join("bridge")
-            .is_dir()
-    };
-    let mut with_pods = attached.iter().filter(|attached| {
-        let network = &attached.network;
-        network.addr().is_ipv6() == ipv6 && pods.iter().any(|pod| network.contains(pod))
-    });
-    let bridge = with_pods.find(|attached| is_bridge(&attached.interface))?;
+) -> BTreeMap<(String, bool), Unfiltered> {
+    let mut found = BTreeMap::new();
+    for Attached { interface, network } in attached {
+        let place = (interface.clone(), network.addr().is_ipv6());
+        let has_pods = pods.iter().any(|pod| network.contains(pod));
+        if has_pods
+            && !found.contains_key(&place)
+            && let Some(unfiltered) = unfiltered(root, interface, place.1)
+        {
+            found.insert(place, unfiltered);
+        }
+    }
+    found
+}
+
+/// An interface as a bridge that passes the policies by, if it is one.
+fn unfiltered(root: &Path, interface: &str, ipv6: bool) -> Option<Unfiltered> {
+    let folder = root.join("sys/class/net").join(interface).join("bridge");
+    if !folder.is_dir() {
+        return None;
+    }
     let found = Unfiltered {
-        bridge: bridge.interface.clone(),
+        bridge: interface.to_owned(),
         ipv6,
         setting: None,
     };
@@ -158,8 +164,7 @@ fn unfiltered(
         .map(|text| text.trim().to_owned());
     // Without br_netfilter, which brings the setting of all bridges, that of one has no effect.
     let of_bridge = || {
-        let folder = root.join("sys/class/net").join(&found.bridge);
-        let file = folder.join("bridge").join(found.of_bridge());
+        let file = folder.join(found.of_bridge());
         setting.is_some() && fs::read_to_string(file).is_ok_and(|text| text.trim() == "1")
     };
     let filtered = setting.as_deref() == Some("1") || of_bridge();
@@ -299,6 +304,42 @@ mod tests {
         assert_eq!(unfiltered(&mut watch), [false, true]);
         fs::write(folder.join("nf_call_ip6tables"), "1\n").unwrap();
         assert_eq!(unfiltered(&mut watch), [false, false]);
+    }
+
+    #[test]
+    fn each_bridge_with_isolated_pods_is_told_of() {
+        let mut host = Host::new();
+        let folder = |bridge: &str| {
+            let net = host.root.path().join("sys/class/net");
+            net.join(bridge).join("bridge")
+        };
+        let (own, other) = (folder("cni0"), folder("cni1"));
+        fs::create_dir_all(&other).unwrap();
+        fs::write(own.join("nf_call_iptables"), "1\n").unwrap();
+        for network in ["10.2.0.1/24", "10.3.0.1/24"] {
+            host.attached.push(Attached {
+                interface: "cni1".into(),
+                network: network.parse().unwrap(),
+            });
+        }
+        host.set("bridge-nf-call-iptables", "0\n");
+        let mut watch = Watch::new(host.root.path());
+        let pods = [ip("10.1.0.5"), ip("10.2.0.5"), ip("10.3.0.5")];
+        let mut look = || -> Vec<(bool, String)> {
+            let news = watch.look(&host.attached, &pods).into_iter();
+            let told = news.map(|news| match news {
+                News::Begins(unfiltered) => (true, unfiltered.bridge),
+                News::Ends(unfiltered) => (false, unfiltered.bridge),
+            });
+            told.collect()
+        };
+        assert_eq!(look(), [(true, "cni1".into())], "the first one is filtered");
+        fs::write(own.join("nf_call_iptables"), "0\n").unwrap();
+        assert_eq!(look(), [(true, "cni0".into())]);
+        fs::write(other.join("nf_call_iptables"), "1\n").unwrap();
+        assert_eq!(look(), [(false, "cni1".into())]);
+        assert_eq!(look(), []);
+        assert!(watch.is_unfiltered(false), "cni0 is not");
     }
 
     #[test]

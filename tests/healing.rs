@@ -101,6 +101,7 @@ fn every_foreign_change_is_undone() {
         "delete element ip nftlet endpoints { 10.96.0.10 . tcp . 80 . 1 }",
         "flush set ip nftlet hairpin",
         "add set ip6 nftlet intruder { type ipv6_addr; }",
+        "add counter ip nftlet intruder",
     ];
     for change in changes {
         node.nft_load(change);

@@ -754,6 +754,30 @@ fn foreign_changes_are_seen_and_undone() {
          add element ip nftlet-test frontends { 10.96.0.5 . tcp . 80 : drop }",
         "add chain ip nftlet-test intruder { tcp dport 1 drop; }",
         "add set ip nftlet-test intruder { type ipv4_addr; elements = { 1.2.3.4 }; }",
+        "add set ip nftlet-test intruder { type ipv4_addr; flags timeout; timeout 1h; }; \
+         add element ip nftlet-test intruder { 1.2.3.4 }",
+        "add chain ip nftlet-test intruder; \
+         add map ip nftlet-test intruders { type ipv4_addr : verdict; \
+         elements = { 1.2.3.4 : jump intruder }; }; \
+         insert rule ip nftlet-test services ip saddr vmap @intruders",
+        "add chain ip nftlet-test intruder; \
+         add map ip nftlet-test intruders { type ipv4_addr : verdict; flags constant; \
+         elements = { 1.2.3.4 : jump intruder }; }; \
+         insert rule ip nftlet-test services ip saddr vmap @intruders",
+        "add chain ip nftlet-test intruder; \
+         insert rule ip nftlet-test services ip saddr { 1.2.3.4, 1.2.3.5 } drop; \
+         insert rule ip nftlet-test services ip saddr vmap { 1.2.3.4 : goto intruder }",
+        "add counter ip nftlet-test intruder; \
+         add quota ip nftlet-test intruder { over 1 mbytes }; \
+         add limit ip nftlet-test intruder { rate 1/second }; \
+         insert rule ip nftlet-test services counter name intruder quota name intruder drop",
+        "add counter ip nftlet-test intruder; \
+         add map ip nftlet-test intruders { type ipv4_addr : counter; \
+         elements = { 1.2.3.4 : \"intruder\" }; }; \
+         insert rule ip nftlet-test services counter name ip saddr map @intruders",
+        "add ct timeout ip nftlet-test intruder { protocol udp; policy = { unreplied : 9 }; }",
+        "add ct expectation ip nftlet-test intruder \
+         { protocol udp; dport 9; timeout 1h; size 9; l3proto ip; }",
         "delete chain ip nftlet-test filter-input",
         "add chain ip nftlet-test filter-input { policy drop; }",
         "add element ip nftlet-test frontends { * : drop }",

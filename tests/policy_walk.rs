@@ -52,7 +52,7 @@ fn table(chains: Vec<(&str, Chain)>, sets: Vec<(&str, Set)>) -> Ruleset {
             .into_iter()
             .map(|(name, chain)| (name.into(), chain))
             .collect(),
-        foreign: false,
+        ..Table::default()
     };
     Ruleset {
         tables: [(TableId::new(Family::Ip, "t"), table)].into(),

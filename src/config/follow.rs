@@ -48,10 +48,13 @@ pub async fn follow(
         path: path.clone(),
         source,
     };
-    let (signal, mut signals) = mpsc::unbounded_channel();
+    // One that waits stands for all that come meanwhile: the file is looked at after it was taken.
+    let (signal, mut signals) = mpsc::channel(1);
     let watcher = notify::recommended_watcher(move |event| {
-        // The receiver is gone only when this has ended.
-        let _ = signal.send(event);
+        if matters(&event) {
+            // The receiver is gone only when this has ended.
+            let _ = signal.try_send(());
+        }
     });
     let mut places = Places {
         watcher: watcher.map_err(fault)?,
@@ -73,18 +76,13 @@ pub async fn follow(
                 told = Some(line);
             }
         }
-        loop {
-            let event = tokio::select! {
-                event = signals.recv() => event,
-                // An error says that the sender is gone, and with it whoever could ask.
-                _ = shutdown.wait_for(|stop| *stop) => return Ok(Ended::Stopped),
-            };
-            if event.is_none_or(|event| matters(&event)) {
-                break;
-            }
+        tokio::select! {
+            _ = signals.recv() => {}
+            // An error says that the sender is gone, and with it whoever could ask.
+            _ = shutdown.wait_for(|stop| *stop) => return Ok(Ended::Stopped),
         }
         tokio::time::sleep(COLLECT).await;
-        while signals.try_recv().is_ok() {}
+        let _ = signals.try_recv();
     }
 }
 

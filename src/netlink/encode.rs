@@ -11,8 +11,8 @@ use super::expr::{Program, verdict_code};
 use super::ffi::{self, Scratch, SetAttributes};
 use super::{uapi, udata};
 use crate::ruleset::{
-    Declaration, Element, Family, FieldType, Name, Op, Rule, Selector, SetKind, TableId,
-    Transaction, Value,
+    Declaration, Element, Family, FieldType, Name, Op, Rule, Selector, SetKind, Stray, StrayKind,
+    TableId, Transaction, Value,
 };
 
 /// Longest list of elements in one message, in bytes. The attribute that holds it has a
@@ -198,6 +198,7 @@ impl Encoder {
             }
             Op::DeleteSet(_, name) => named_set(table, name, libc::NFT_MSG_DELSET),
             Op::FlushSet(_, name) => named_set(table, name, libc::NFT_MSG_DELSETELEM),
+            Op::DeleteStray(_, stray) => deleted_stray(table, stray),
             Op::AddChain(_, name, base) => {
                 let name = c_name(name, place)?;
                 ffi::chain(&mut self.scratch, at, &name, base.as_ref(), MsgType::Add)
@@ -328,6 +329,26 @@ fn named_set(table: &TableId, set: &Name, kind: libc::c_int) -> Vec<u8> {
     // Table and name have the same attribute numbers in both messages.
     writer.string(uapi::NFTA_SET_TABLE, table.name.as_str());
     writer.string(uapi::NFTA_SET_NAME, set.as_str());
+    end_message(&mut bytes, start);
+    bytes
+}
+
+/// A message that deletes an object of a kind that nftlet does not make.
+fn deleted_stray(table: &TableId, stray: &Stray) -> Vec<u8> {
+    let (kind, object) = match stray.kind {
+        StrayKind::Object(object) => (libc::NFT_MSG_DELOBJ, Some(object)),
+        StrayKind::Flowtable => (uapi::NFT_MSG_DELFLOWTABLE, None),
+    };
+    let kind = (libc::NFNL_SUBSYS_NFTABLES << 8 | kind) as u16;
+    let mut bytes = Vec::new();
+    let start = begin_message(&mut bytes, kind, 0, 0, family_number(table.family));
+    let mut writer = Writer::new(&mut bytes);
+    // Table and name have the same attribute numbers in both messages.
+    writer.string(uapi::NFTA_OBJ_TABLE, table.name.as_str());
+    writer.string(uapi::NFTA_OBJ_NAME, stray.name.as_str());
+    if let Some(object) = object {
+        writer.be32(uapi::NFTA_OBJ_TYPE, object);
+    }
     end_message(&mut bytes, start);
     bytes
 }

@@ -6,7 +6,7 @@ use std::io;
 use thiserror::Error;
 
 use super::conntrack::{Flow, Tracked};
-use crate::ruleset::{Declaration, Element, Name, Op, TableId, text};
+use crate::ruleset::{Declaration, Element, Name, Op, Stray, TableId, text};
 
 /// An error of the netlink layer.
 #[derive(Debug, Error)]
@@ -287,6 +287,8 @@ pub enum Place {
     Set(TableId, Name),
     /// An element of a set.
     Element(TableId, Name, Box<Element>, String),
+    /// An object that nftlet does not make.
+    Stray(TableId, Stray),
     /// The transaction as a whole.
     Transaction,
 }
@@ -299,7 +301,8 @@ impl Place {
             | Place::Chain(table, _)
             | Place::Rule(table, ..)
             | Place::Set(table, _)
-            | Place::Element(table, ..) => Some(table),
+            | Place::Element(table, ..)
+            | Place::Stray(table, _) => Some(table),
             Place::Transaction => None,
         }
     }
@@ -314,6 +317,7 @@ impl Place {
             Op::AddChain(table, chain, _)
             | Op::FlushChain(table, chain)
             | Op::DeleteChain(table, chain) => Place::Chain(table.clone(), chain.clone()),
+            Op::DeleteStray(table, stray) => Place::Stray(table.clone(), stray.clone()),
             Op::AddRule(table, chain, rule) => {
                 Place::Rule(table.clone(), chain.clone(), text::rule(rule, table.family))
             }
@@ -350,6 +354,7 @@ impl fmt::Display for Place {
             Place::Element(table, set, _, element) => {
                 write!(f, "element {{ {element} }} of set {set} in table {table}")
             }
+            Place::Stray(table, stray) => write!(f, "{stray} of table {table}"),
             Place::Transaction => f.write_str("the transaction"),
         }
     }

@@ -8,12 +8,11 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::fs;
 use std::sync::Arc;
 
 use super::attr::{Reader, Writer};
-use super::encode::{self, family, family_number, set_attributes};
-use super::error::{Error, Owner};
+use super::encode::{self, family_number, set_attributes};
+use super::error::Error;
 use super::ffi::{self, Scratch, SetAttributes};
 use super::nftables::{Dumped, Nftables};
 use super::socket::{DUMP_ATTEMPTS, Message};
@@ -23,17 +22,9 @@ use crate::ruleset::{
     Ruleset, Set, SetKind, Statement, Table, TableId, Value, Verdict,
 };
 
-/// A base chain in the kernel.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct FoundBaseChain {
-    /// Its name.
-    pub name: Name,
-    /// Its type, hook and priority; `None` for a type that nftlet never uses.
-    pub base: Option<BaseChain>,
-    /// Its policy is `accept`.
-    pub accepts: bool,
-}
-
+// NFT_SET_* flags of the kernel.
+const SET_ANONYMOUS: u32 = 0x1;
+const SET_CONSTANT: u32 = 0x2;
 const ELEMENT_INTERVAL_END: u32 = 1;
 const ELEMENTS: &str = "the elements of a set";
 
@@ -74,50 +65,10 @@ impl Nftables {
             let empty = Table::default();
             let expected = wanted.tables.get(&id).unwrap_or(&empty);
             let mut table = self.table(&id, expected, elements)?;
-            table.foreign = flags != 0;
+            table.foreign |= flags != 0;
             found.tables.insert(id, table);
         }
         Ok(found)
-    }
-
-    /// The tables of the families `ip` and `ip6` that have one of these names.
-    ///
-    /// # Errors
-    ///
-    /// When the dump fails or is interrupted over and over again.
-    pub fn tables(&mut self, names: &[&str]) -> Result<Vec<TableId>, Error> {
-        let tables = self.flagged_tables(names)?.into_iter();
-        Ok(tables.map(|(id, _)| id).collect())
-    }
-
-    /// Finds the process that a table belongs to, which alone may change it.
-    pub(super) fn owner(&mut self, id: &TableId) -> Result<Option<Owner>, Error> {
-        let dumped = self.dump("the tables", libc::NFT_MSG_GETTABLE, 0, &[])?;
-        let owner = dumped.iter().find_map(|message| {
-            let attributes = message.attributes();
-            let port = attributes.be32(uapi::NFTA_TABLE_OWNER);
-            port.filter(|_| is_of(attributes, message, id, uapi::NFTA_TABLE_NAME))
-        });
-        Ok(owner.map(|port| {
-            let process = fs::read_to_string(format!("/proc/{port}/comm"));
-            let process = process.ok().map(|name| name.trim_end().to_owned());
-            Owner { port, process }
-        }))
-    }
-
-    /// The same with the flags of each.
-    fn flagged_tables(&mut self, names: &[&str]) -> Result<Vec<(TableId, u32)>, Error> {
-        let dumped = self.dump("the tables", libc::NFT_MSG_GETTABLE, 0, &[])?;
-        let found = dumped.iter().filter_map(|message| {
-            let attributes = message.attributes();
-            let name = attributes.string(uapi::NFTA_TABLE_NAME)?;
-            let family = family(message.family())?;
-            let flags = attributes.be32(uapi::NFTA_TABLE_FLAGS).unwrap_or_default();
-            names
-                .contains(&name)
-                .then(|| (TableId::new(family, name), flags))
-        });
-        Ok(found.collect())
     }
 
     fn table(
@@ -128,6 +79,7 @@ impl Nftables {
     ) -> Result<Table, Error> {
         let mut table = Table {
             chains: self.chains(id)?,
+            strays: self.strays(id)?,
             ..Table::default()
         };
         for (chain, rule) in self.rules(id, expected)? {
@@ -150,6 +102,13 @@ impl Nftables {
             let Some(name) = attributes.string(uapi::NFTA_SET_NAME) else {
                 continue;
             };
+            let flags = attributes.be32(uapi::NFTA_SET_FLAGS).unwrap_or_default();
+            if flags & SET_ANONYMOUS != 0 {
+                // It goes with the rule that it is part of.
+                continue;
+            }
+            // Its elements cannot be deleted before the rules that use it are.
+            table.foreign |= flags & SET_CONSTANT != 0;
             let name = Name::from(name);
             let mut declaration = declaration(attributes, expected.sets.get(&name), id.family);
             let elements = if declaration.timeout.is_some() {
@@ -173,40 +132,11 @@ impl Nftables {
         Ok(table)
     }
 
-    /// The names of the chains of a table, whoever made it; none if it does not exist.
-    ///
-    /// # Errors
-    ///
-    /// When the dump fails or is interrupted over and over again.
-    pub fn chain_names(&mut self, id: &TableId) -> Result<Vec<Name>, Error> {
-        Ok(self.chains(id)?.into_keys().collect())
-    }
-
-    /// Returns the base chains of a table, whoever made it; none if it does not exist.
-    ///
-    /// # Errors
-    ///
-    /// When the dump fails or is interrupted over and over again.
-    pub fn base_chains(&mut self, id: &TableId) -> Result<Vec<FoundBaseChain>, Error> {
-        let dumped = self.dump_chains(id.family)?;
-        let found = dumped.iter().filter_map(|message| {
-            let attributes = message.attributes();
-            let name = attributes.string(uapi::NFTA_CHAIN_NAME)?;
-            attributes.nested(uapi::NFTA_CHAIN_HOOK)?;
-            is_of(attributes, message, id, uapi::NFTA_CHAIN_TABLE).then(|| FoundBaseChain {
-                name: Name::from(name),
-                base: hooked(attributes),
-                accepts: accepts(attributes),
-            })
-        });
-        Ok(found.collect())
-    }
-
-    fn dump_chains(&mut self, of: Family) -> Result<Dumped, Error> {
+    pub(super) fn dump_chains(&mut self, of: Family) -> Result<Dumped, Error> {
         self.dump("the chains", libc::NFT_MSG_GETCHAIN, family_number(of), &[])
     }
 
-    fn chains(&mut self, id: &TableId) -> Result<BTreeMap<Name, Chain>, Error> {
+    pub(super) fn chains(&mut self, id: &TableId) -> Result<BTreeMap<Name, Chain>, Error> {
         let dumped = self.dump_chains(id.family)?;
         let found = dumped.iter().filter_map(|message| {
             let attributes = message.attributes();
@@ -394,14 +324,14 @@ impl Nftables {
     }
 }
 
-fn string_attribute(kind: u16, value: &str) -> Vec<u8> {
+pub(super) fn string_attribute(kind: u16, value: &str) -> Vec<u8> {
     let mut bytes = Vec::new();
     Writer::new(&mut bytes).string(kind, value);
     bytes
 }
 
 /// Whether a dumped object belongs to a table: kernels differ in what they filter by.
-fn is_of(attributes: Reader, message: Message, id: &TableId, table: u16) -> bool {
+pub(super) fn is_of(attributes: Reader, message: Message, id: &TableId, table: u16) -> bool {
     message.family() == family_number(id.family)
         && attributes.string(table) == Some(id.name.as_str())
 }
@@ -418,13 +348,13 @@ fn base_chain(attributes: Reader) -> Option<BaseChain> {
 }
 
 /// Whether packets that meet no verdict in a base chain are accepted there.
-fn accepts(attributes: Reader) -> bool {
+pub(super) fn accepts(attributes: Reader) -> bool {
     let accept = u32::try_from(libc::NF_ACCEPT).ok();
     attributes.be32(uapi::NFTA_CHAIN_POLICY) == accept
 }
 
 /// Type, hook and priority of a base chain.
-fn hooked(attributes: Reader) -> Option<BaseChain> {
+pub(super) fn hooked(attributes: Reader) -> Option<BaseChain> {
     let hook = attributes.nested(uapi::NFTA_CHAIN_HOOK)?;
     let number = hook.be32(uapi::NFTA_HOOK_HOOKNUM)?;
     let priority = hook.be32(uapi::NFTA_HOOK_PRIORITY)? as i32;

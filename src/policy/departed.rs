@@ -44,7 +44,7 @@ impl Departed {
 
     /// Whether there are more than are remembered.
     fn is_full(&self) -> bool {
-        self.order.len() > MOST
+        self.pods.len() > MOST
     }
 
     /// A pod claims an address. `is_new` says that it did not do so before: then it has got the
@@ -86,5 +86,36 @@ impl Departed {
                 pod.name
             );
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::model::{Labels, ObjectName};
+
+    use super::*;
+
+    #[test]
+    fn an_address_counts_once_however_often_its_pods_depart() {
+        let pod = Pod {
+            name: ObjectName::new("shop", "web"),
+            node: None,
+            host_network: false,
+            ended: false,
+            running: true,
+            evidence: Evidence::default(),
+            addresses: Default::default(),
+            labels: Labels::default(),
+            ports: Default::default(),
+        };
+        let ip = |last| IpAddr::from([10, 0, 0, last]);
+        let (mut departed, now) = (Departed::default(), Instant::now());
+        departed.insert(ip(1), &pod, now);
+        for _ in 0..MOST {
+            departed.insert(ip(2), &pod, now);
+        }
+        assert_eq!(departed.expired(now), None);
+        assert!(departed.at(ip(1)).is_some());
+        assert_eq!(departed.expired(now + KEPT_FOR), Some(ip(1)));
     }
 }

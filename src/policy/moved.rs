@@ -4,22 +4,23 @@
 //! must not reach the one that has its address now, so whoever follows the rules is told of such an
 //! address and looks at its connections.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeSet, HashSet};
 use std::net::IpAddr;
 
 use crate::model::ObjectName;
 
-/// The most addresses that are remembered after their pods went. Connections without packets end
-/// by themselves, so those that became free long ago do not matter.
-const MOST_FREE: usize = 4096;
+/// The most addresses that are remembered after their pods went: as many as a cluster with the usual
+/// range of IPv4 addresses has.
+const MOST_FREE: usize = 1 << 16;
 
 /// Collects such addresses.
 #[derive(Debug, Default)]
 pub(super) struct Moved {
     untold: BTreeSet<IpAddr>,
-    free: BTreeSet<IpAddr>,
-    /// The same, in the order in which they became free; some are not any more.
-    order: VecDeque<IpAddr>,
+    /// Those that a pod had and none has now.
+    free: HashSet<IpAddr>,
+    /// More became free than are remembered: any address may have been another pod's.
+    overflowed: bool,
 }
 
 impl Moved {
@@ -36,17 +37,17 @@ impl Moved {
             return;
         }
         if after.is_empty() {
-            if self.free.insert(address) {
-                self.order.push_back(address);
+            if !self.overflowed {
+                self.free.insert(address);
             }
-            if self.order.len() > MOST_FREE
-                && let Some(oldest) = self.order.pop_front()
-            {
-                self.free.remove(&oldest);
+            if self.free.len() > MOST_FREE {
+                self.overflowed = true;
+                self.free = HashSet::new();
             }
             return;
         }
-        if self.free.remove(&address) || !before.is_empty() || arrived {
+        let was_free = self.free.remove(&address) || self.overflowed;
+        if was_free || !before.is_empty() || arrived {
             self.untold.insert(address);
         }
     }
@@ -82,17 +83,28 @@ mod tests {
     }
 
     #[test]
-    fn what_became_free_long_ago_is_forgotten() {
+    fn an_address_that_became_free_long_ago_moves_too() {
         let pod = || vec![ObjectName::new("shop", "web")];
         let ip = |number: usize| IpAddr::from(u32::try_from(number).unwrap().to_be_bytes());
         let mut moved = Moved::default();
-        for number in 0..MOST_FREE + 1 {
+        moved.note(ip(0), pod(), Vec::new(), false);
+        // Others come and go: they count once while they are free, and not at all while they are not.
+        for _ in 0..MOST_FREE {
+            moved.note(ip(1), pod(), Vec::new(), false);
+            moved.note(ip(1), Vec::new(), pod(), false);
+        }
+        assert_eq!(moved.take(), [ip(1)].into());
+        for number in 1..MOST_FREE {
             moved.note(ip(number), pod(), Vec::new(), false);
         }
-        assert_eq!(moved.free.len(), MOST_FREE);
-        moved.note(ip(0), Vec::new(), pod(), false);
-        assert!(moved.take().is_empty());
-        moved.note(ip(1), Vec::new(), pod(), false);
-        assert_eq!(moved.take(), [ip(1)].into());
+        moved.note(ip(MOST_FREE), Vec::new(), pod(), false);
+        assert!(moved.take().is_empty(), "nobody had it before");
+        // One more, and it is not known any longer who had what.
+        moved.note(ip(MOST_FREE), pod(), Vec::new(), false);
+        for number in [0, MOST_FREE, MOST_FREE + 1] {
+            moved.note(ip(number), Vec::new(), pod(), false);
+            assert_eq!(moved.take(), [ip(number)].into());
+        }
+        assert!(moved.free.is_empty(), "nothing more is remembered");
     }
 }

@@ -237,7 +237,7 @@ impl<K: Kernel> Reconciler<'_, K> {
             Some(Place::Set(table, set) | Place::Element(table, set, ..)) => {
                 policies.engine.policies_of_set(table, set)
             }
-            Some(Place::Table(_) | Place::Transaction) | None => Vec::new(),
+            Some(Place::Table(_) | Place::Stray(..) | Place::Transaction) | None => Vec::new(),
         };
         for policy in &culprits {
             policies.engine.refuse(policy.clone());

@@ -173,6 +173,7 @@ fn table_of(op: &Op) -> &str {
     | Op::AddSet(table, ..)
     | Op::DeleteSet(table, _)
     | Op::FlushSet(table, _)
+    | Op::DeleteStray(table, _)
     | Op::AddChain(table, ..)
     | Op::FlushChain(table, _)
     | Op::DeleteChain(table, _)

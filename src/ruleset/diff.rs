@@ -96,11 +96,14 @@ fn diff_table(id: &TableId, before: &Table, after: Table, ops: &mut Vec<Op>) {
         }
     }
     ops.append(&mut additions);
-    // A map leads to its chains until it is empty.
+    // A map leads to its chains until it is empty. What a foreign one leads to is not known.
     for name in &unused_sets {
         let set = before.sets.get(name);
-        let leads =
-            |set: &Set| set.declaration.kind == SetKind::VerdictMap && !set.elements.is_empty();
+        let leads = |set: &Set| {
+            let declaration = &set.declaration;
+            declaration.is_foreign()
+                || (declaration.kind == SetKind::VerdictMap && !set.elements.is_empty())
+        };
         if set.is_some_and(leads) {
             ops.push(Op::FlushSet(id.clone(), name.clone()));
         }
@@ -110,6 +113,9 @@ fn diff_table(id: &TableId, before: &Table, after: Table, ops: &mut Vec<Op>) {
     }
     for name in unused_sets {
         ops.push(Op::DeleteSet(id.clone(), name));
+    }
+    for stray in &before.strays {
+        ops.push(Op::DeleteStray(id.clone(), stray.clone()));
     }
 }
 

@@ -42,8 +42,9 @@ pub use rule::{
 };
 pub use selector::Selector;
 pub use sums::{SetOf, SumKeys, Sums};
+
 pub use table::{
     BaseChain, Chain, ChainKind, Declaration, Element, Family, Hook, Name, Ruleset, Set, SetKind,
-    Table, TableId, Value,
+    Stray, StrayKind, Table, TableId, Value,
 };
 pub use transaction::{Op, Transaction};

@@ -99,6 +99,11 @@ fn step(ruleset: &mut Ruleset, op: &Op) -> Result<(), String> {
             }
         }
         Op::FlushSet(id, name) => set(ruleset, id, name)?.elements.clear(),
+        Op::DeleteStray(id, stray) => {
+            if !table(ruleset, id)?.strays.remove(stray) {
+                return Err(format!("no {stray}"));
+            }
+        }
     }
     Ok(())
 }

@@ -277,7 +277,8 @@ impl FirstStep {
                 | Op::AddRule(..)
                 | Op::DeleteElements(..)
                 | Op::AddElements(..)
-                | Op::FlushSet(..) => {}
+                | Op::FlushSet(..)
+                | Op::DeleteStray(..) => {}
             }
         }
         first.chains.retain(|(table, _)| !whole.contains(table));
@@ -296,7 +297,8 @@ impl FirstStep {
             | Op::DeleteTable(_)
             | Op::DeleteSet(..)
             | Op::FlushChain(..)
-            | Op::DeleteChain(..) => return false,
+            | Op::DeleteChain(..)
+            | Op::DeleteStray(..) => return false,
         };
         // Most transactions only change elements.
         !names.is_empty()

@@ -1,7 +1,7 @@
 //! Tables, chains, sets and their elements.
 
 use std::borrow::Borrow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -109,9 +109,40 @@ pub struct Table {
     pub sets: BTreeMap<Name, Set>,
     /// Chains.
     pub chains: BTreeMap<Name, Chain>,
+    /// What was read back of kinds that nftlet never makes; empty in what is wanted.
+    pub strays: BTreeSet<Stray>,
     /// It was read back and is a table as nftlet makes none, like one that is dormant: equal to
     /// nothing that is wanted.
     pub foreign: bool,
+}
+
+/// An object of a kind that nftlet never makes.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Stray {
+    /// Its kind.
+    pub kind: StrayKind,
+    /// Its name.
+    pub name: Name,
+}
+
+/// The kinds of objects that nftlet never makes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum StrayKind {
+    /// A stateful object, such as a named counter, quota or limit, by the kernel's number of its
+    /// type.
+    Object(u32),
+    /// A flowtable.
+    Flowtable,
+}
+
+impl fmt::Display for Stray {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = match self.kind {
+            StrayKind::Object(_) => "object",
+            StrayKind::Flowtable => "flowtable",
+        };
+        write!(f, "{kind} {}", self.name)
+    }
 }
 
 /// A chain of rules.
@@ -210,6 +241,11 @@ impl Declaration {
     pub fn comment(mut self, comment: &str) -> Self {
         self.comment = Some(clean_comment(comment));
         self
+    }
+
+    /// Whether it was read back and is such as nftlet makes none.
+    pub fn is_foreign(&self) -> bool {
+        self.key.is_empty()
     }
 
     /// The types of the key's fields.

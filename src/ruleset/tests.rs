@@ -74,7 +74,7 @@ fn ruleset() -> impl Strategy<Value = Ruleset> {
             let mut table = Table {
                 sets: sets.into_iter().map(|(n, s)| (n.into(), s)).collect(),
                 chains: chains.into_iter().map(|(n, c)| (n.into(), c)).collect(),
-                foreign: false,
+                ..Table::default()
             };
             let elements = table.sets.values().flat_map(|set| &set.elements);
             let targets: Vec<_> = elements.filter_map(target).cloned().collect();
@@ -178,7 +178,7 @@ fn only_what_differs_is_touched() {
         let table = Table {
             sets: [("s".into(), set)].into(),
             chains: [("c".into(), Chain::default())].into(),
-            foreign: false,
+            ..Table::default()
         };
         Ruleset {
             tables: [(TableId::new(Family::Ip, "t"), table)].into(),
@@ -194,4 +194,46 @@ fn only_what_differs_is_touched() {
             Op::AddElements(id, "s".into(), Arc::new(declaration()), element(4)),
         ]
     );
+}
+
+#[test]
+fn objects_of_kinds_that_are_never_wanted_go_last() {
+    let table = |strays: &[(StrayKind, &str)]| {
+        let strays = strays.iter().map(|(kind, name)| Stray {
+            kind: *kind,
+            name: Name::from(*name),
+        });
+        let table = Table {
+            strays: strays.collect(),
+            ..Table::default()
+        };
+        Ruleset {
+            tables: [(TableId::new(Family::Ip, "t"), table)].into(),
+        }
+    };
+    let mut before = table(&[(StrayKind::Object(1), "a"), (StrayKind::Flowtable, "a")]);
+    let tables = before.tables.values_mut();
+    for table in tables {
+        table.chains.insert("intruder".into(), Chain::default());
+        let set = Set::from(Declaration::new(SetKind::Set, []));
+        table.sets.insert("intruder".into(), set);
+    }
+    let (id, name) = (TableId::new(Family::Ip, "t"), Name::from("intruder"));
+    let stray = |kind| {
+        let name = Name::from("a");
+        Op::DeleteStray(id.clone(), Stray { kind, name })
+    };
+    let transaction = diff(&before, table(&[]));
+    assert_eq!(
+        transaction.ops,
+        [
+            Op::FlushSet(id.clone(), name.clone()),
+            Op::DeleteChain(id.clone(), name.clone()),
+            Op::DeleteSet(id.clone(), name),
+            stray(StrayKind::Object(1)),
+            stray(StrayKind::Flowtable),
+        ]
+    );
+    simulate::apply(&mut before, &transaction).unwrap();
+    assert_eq!(before, table(&[]));
 }

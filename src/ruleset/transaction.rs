@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::rule::Rule;
-use super::table::{BaseChain, Declaration, Element, Name, TableId};
+use super::table::{BaseChain, Declaration, Element, Name, Stray, TableId};
 
 /// One change to a table.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,6 +30,8 @@ pub enum Op {
     AddElements(TableId, Name, Arc<Declaration>, Vec<Element>),
     /// Remove all elements of a set.
     FlushSet(TableId, Name),
+    /// Remove an object to which nothing refers any more.
+    DeleteStray(TableId, Stray),
 }
 
 impl Op {
@@ -46,11 +48,12 @@ impl Op {
             | Op::AddRule(table, ..)
             | Op::DeleteElements(table, ..)
             | Op::AddElements(table, ..)
-            | Op::FlushSet(table, _) => table,
+            | Op::FlushSet(table, _)
+            | Op::DeleteStray(table, _) => table,
         }
     }
 
-    /// The chain or set that the operation changes; none where it changes a table.
+    /// The chain, set or object that the operation changes; none where it changes a table.
     pub fn name(&self) -> Option<&Name> {
         match self {
             Op::AddTable(_) | Op::DeleteTable(_) => None,
@@ -63,6 +66,7 @@ impl Op {
             | Op::DeleteElements(_, name, ..)
             | Op::AddElements(_, name, ..)
             | Op::FlushSet(_, name) => Some(name),
+            Op::DeleteStray(_, stray) => Some(&stray.name),
         }
     }
 
@@ -78,7 +82,8 @@ impl Op {
             | Op::FlushChain(..)
             | Op::DeleteChain(..)
             | Op::AddRule(..)
-            | Op::FlushSet(..) => 0,
+            | Op::FlushSet(..)
+            | Op::DeleteStray(..) => 0,
         }
     }
 }

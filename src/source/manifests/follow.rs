@@ -14,11 +14,11 @@ use std::time::{Duration, Instant};
 
 use notify::event::{AccessKind, AccessMode, CreateKind, ModifyKind, RenameMode};
 use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 
 use super::files::{self, Stamp, Tree, is_hidden, parent, plain};
 use super::state::{State, Version, file_notice};
-use super::{Error, Manifests, is_standard_input};
+use super::{Error, Manifests, is_standard_input, news};
 use crate::model::{Delivery, Event, Notice, Reason};
 use crate::source::Sender;
 
@@ -39,12 +39,9 @@ impl Manifests {
         sender: Sender,
         mut shutdown: watch::Receiver<bool>,
     ) -> Result<(), Error> {
-        let (signal, mut signals) = mpsc::unbounded_channel();
-        let watcher = notify::recommended_watcher(move |event| {
-            // The receiver is gone only when this loop has ended.
-            let _ = signal.send(event);
-        })
-        .map_err(|source| Error::Watch { source })?;
+        let (inlet, mut news) = news::queue();
+        let watcher = notify::recommended_watcher(move |event| inlet.add(event))
+            .map_err(|source| Error::Watch { source })?;
         let holds_back = self.holds_back();
         let mut follower = Follower {
             holds_back,
@@ -98,7 +95,7 @@ impl Manifests {
                 }
             };
             tokio::select! {
-                Some(event) = signals.recv() => {
+                Some(event) = news.next() => {
                     at = Instant::now();
                     batch.add(event, &follower);
                     tokio::time::sleep(COLLECT).await;
@@ -107,7 +104,7 @@ impl Manifests {
                 () = stopped(&mut shutdown) => return Ok(()),
             }
             batch.walk |= unsettled;
-            while let Ok(event) = signals.try_recv() {
+            for event in news.rest() {
                 batch.add(event, &follower);
             }
         }

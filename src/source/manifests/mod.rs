@@ -16,6 +16,7 @@ mod contents;
 mod files;
 mod follow;
 mod json;
+mod news;
 mod state;
 mod tree;
 mod yaml;

@@ -103,6 +103,9 @@ fn step(ruleset: &mut Ruleset, op: &Op) {
             }
         }
         Op::FlushSet(id, name) => set(ruleset, id, name).elements.clear(),
+        Op::DeleteStray(id, stray) => {
+            assert!(table(ruleset, id).strays.remove(stray), "no {stray}");
+        }
     }
 }
 
