@@ -66,7 +66,7 @@ pub(super) struct Cause {
 impl From<Status> for Fault {
     fn from(status: Status) -> Self {
         let code = status.code.unwrap_or_default();
-        let message = status.message.unwrap_or_default();
+        let message = shortened(status.message.unwrap_or_default());
         let reason = status.reason.as_deref().unwrap_or_default();
         let details = status.details.unwrap_or_default();
         let causes = details.causes.unwrap_or_default();
@@ -112,6 +112,16 @@ fn innermost(error: &dyn std::error::Error) -> String {
         error = source;
     }
     error.to_string()
+}
+
+/// As much of a text of others as a message should have.
+pub(super) fn shortened(mut text: String) -> String {
+    const LONGEST: usize = 1000;
+    if let Some((end, _)) = text.char_indices().nth(LONGEST) {
+        text.truncate(end);
+        text.push_str("...");
+    }
+    text
 }
 
 /// As much of a text as fits into a line.

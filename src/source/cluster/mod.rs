@@ -11,7 +11,7 @@
 //! request (list, watch; lines) ─> reflect (one kind: version) ─> deliver (names, decode) ─> events
 //!     fault (what went wrong, told once)    timing (pauses)    pulse (is it silent?)
 //!     demand (Pods and Namespaces are reflected while there is a NetworkPolicy)
-//!     servers (where the connections lead)
+//!     servers (where the connections lead)    list (objects of a list while it comes)
 //! ```
 //!
 //! The watches are nftlet's own and not those of `kube::runtime`, for two reasons: an object is
@@ -22,11 +22,13 @@
 //! least once a minute (keeping the last token if that fails), and inside a pod the CA bundle as
 //! well, by the HTTP client of `kube`.
 
+mod bounded;
 mod deliver;
 mod demand;
 mod fault;
 mod frames;
 mod kubeconfig;
+mod list;
 mod proxy;
 mod pulse;
 mod reflect;
@@ -238,9 +240,10 @@ impl Cluster {
         }
     }
 
-    /// The way to the server, for what else there is to ask or tell it.
+    /// The way to the server, for what else there is to ask or tell it. Answers with more than an
+    /// object can have are errors.
     pub fn client(&self) -> Client {
-        self.client.clone()
+        bounded::bounded(&self.client)
     }
 
     /// The server's address.
