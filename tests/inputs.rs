@@ -171,9 +171,10 @@ fn space_around_the_token_in_a_file_is_no_part_of_it() {
         ("\n", Some("it is empty")),
     ] {
         let (_token, token) = file("token", text);
+        // The one that stands there is none.
         let (_directory, path) = kubeconfig(
             &format!("server: 'http://{address}'"),
-            &format!("tokenFile: {token}"),
+            &format!("token: '', tokenFile: {token}"),
         );
         let output = dry_run(&node, &["--kubeconfig", &path]);
         let Some(told) = told else {
@@ -185,13 +186,21 @@ fn space_around_the_token_in_a_file_is_no_part_of_it() {
         assert!(line.starts_with(&expected), "{line}");
         assert!(!line.contains("sec\\nret"), "{line}");
     }
-    let (_directory, path) = kubeconfig("server: 'http://192.0.2.1'", r#"token: "secret\n""#);
-    let line = one_line(&dry_run(&node, &["--kubeconfig", &path]));
-    let expected = format!("nftlet: cannot use the token in `token` of the user in {path}: ");
-    assert!(
-        line.starts_with(&expected) && !line.contains("secret"),
-        "{line}"
-    );
+    for (user, field) in [
+        (r#"token: "secret\n""#, "token"),
+        (
+            r#"auth-provider: {name: oidc, config: {id-token: "secret\n"}}"#,
+            "id-token",
+        ),
+    ] {
+        let (_directory, path) = kubeconfig("server: 'http://192.0.2.1'", user);
+        let line = one_line(&dry_run(&node, &["--kubeconfig", &path]));
+        let expected = format!("nftlet: cannot use the token in `{field}` of the user in {path}: ");
+        assert!(
+            line.starts_with(&expected) && !line.contains("secret"),
+            "{line}"
+        );
+    }
 }
 
 #[test]

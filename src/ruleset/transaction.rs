@@ -104,9 +104,11 @@ impl Transaction {
     /// Whether it only removes chains, sets and tables, so that what is in force stays the same.
     pub fn is_cleanup(&self) -> bool {
         self.ops.iter().all(|op| match op {
-            Op::FlushChain(..) | Op::DeleteChain(..) | Op::DeleteSet(..) | Op::DeleteTable(_) => {
-                true
-            }
+            Op::FlushChain(..)
+            | Op::DeleteChain(..)
+            | Op::DeleteSet(..)
+            | Op::DeleteTable(_)
+            | Op::DeleteStray(..) => true,
             Op::AddTable(_)
             | Op::AddSet(..)
             | Op::AddChain(..)

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use serde_json::value::RawValue;
 use tokio::time::Instant as Deadline;
 
-use super::fault::Fault;
+use super::fault::{Fault, shortened};
 use super::frames::json;
 use super::request::Selection;
 use super::stats::SourceStats;
@@ -288,6 +288,7 @@ impl Deliveries {
                 format!("a {kind} without a usable name"),
             ),
         };
+        let error = shortened(error.to_string());
         let message = format!(
             "{who}: the object cannot be decoded: {error}; what was known of it stays in force until it is mended"
         );

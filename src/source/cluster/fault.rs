@@ -72,7 +72,7 @@ pub(super) struct Cause {
 impl From<Status> for Fault {
     fn from(status: Status) -> Self {
         let code = status.code.unwrap_or_default();
-        let message = status.message.unwrap_or_default();
+        let message = shortened(status.message.unwrap_or_default());
         let reason = status.reason.as_deref().unwrap_or_default();
         let details = status.details.unwrap_or_default();
         let causes = details.causes.unwrap_or_default();
@@ -122,6 +122,16 @@ impl From<kube::Error> for Fault {
 /// Says why an answer that had begun was not read to its end.
 pub(super) fn broken_off(error: &(dyn std::error::Error + 'static)) -> String {
     format!("an answer broke off: {}", innermost(error))
+}
+
+/// As much of a text of others as a message should have.
+pub(super) fn shortened(mut text: String) -> String {
+    const LONGEST: usize = 1000;
+    if let Some((end, _)) = text.char_indices().nth(LONGEST) {
+        text.truncate(end);
+        text.push_str("...");
+    }
+    text
 }
 
 /// As much of a text as fits into a line.

@@ -1,10 +1,11 @@
-//! The envelopes in which objects travel: lines of a watch and pages of a list.
+//! The envelopes in which objects travel: lines of a watch and what is around the objects of a list.
 //!
 //! The objects themselves stay unparsed text at first, so that one that cannot be decoded is a
 //! fault of that object and not of the page.
 
 use std::borrow::Cow;
 
+use serde::de::IgnoredAny;
 use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 
@@ -55,6 +56,7 @@ pub(super) struct MarkerAnnotations {
     pub(super) list_end: Option<String>,
 }
 
+/// A list without its objects, which [`super::list`] takes out of it.
 #[derive(Default, Deserialize)]
 #[serde(default)]
 #[serde(rename_all = "camelCase")]
@@ -65,37 +67,46 @@ pub(super) struct Page<'a> {
     pub(super) kind: Cow<'a, str>,
     pub(super) metadata: MarkerMeta,
     /// `None` where there is no such field.
-    #[serde(borrow, deserialize_with = "items")]
-    pub(super) items: Option<Vec<&'a RawValue>>,
+    #[serde(deserialize_with = "items")]
+    items: Option<()>,
 }
 
-/// Reads the items of a list. Servers before Kubernetes 1.26 may write `null` for none.
-fn items<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Vec<&'de RawValue>>, D::Error> {
-    let items = Option::<Vec<&RawValue>>::deserialize(from)?;
-    Ok(Some(items.unwrap_or_default()))
+/// Reads the place of the items. Servers before Kubernetes 1.26 may write `null` for none.
+fn items<'de, D: Deserializer<'de>>(from: D) -> Result<Option<()>, D::Error> {
+    Option::<Vec<IgnoredAny>>::deserialize(from).map(|_| Some(()))
 }
 
 impl Page<'_> {
-    /// The objects of a page of the list that was asked for, and the version of the list.
+    /// Checks that this is the list that was asked for.
     ///
     /// An empty list takes everything away, so something else must not pass for one.
     ///
     /// # Errors
     /// What it is instead.
-    pub(super) fn content(&mut self, kind: Kind) -> Result<(Vec<&RawValue>, String), String> {
+    pub(super) fn check(&self, kind: Kind) -> Result<(), String> {
         let (version, asked) = (api_version(kind), format!("{kind}List"));
-        if self.api_version != version || self.kind != asked {
-            let (version, kind) = (one_line(&self.api_version), one_line(&self.kind));
-            return Err(match (&*version, &*kind) {
-                ("", "") => "an object that does not say what it is".to_owned(),
-                _ => format!("a {version} {kind}"),
-            });
+        if self.api_version == version && self.kind == asked {
+            return Ok(());
         }
-        let items = self.items.take();
-        let items = items.ok_or_else(|| format!("a {asked} without items"))?;
+        let (version, kind) = (one_line(&self.api_version), one_line(&self.kind));
+        Err(match (&*version, &*kind) {
+            ("", "") => "an object that does not say what it is".to_owned(),
+            (_, "") => format!("a {version} that does not say its kind before its items"),
+            _ => format!("a {version} {kind}"),
+        })
+    }
+
+    /// Checks that this is the list that was asked for, and returns its version.
+    ///
+    /// # Errors
+    /// What it is instead.
+    pub(super) fn version(&mut self, kind: Kind) -> Result<String, String> {
+        self.check(kind)?;
+        if self.items.is_none() {
+            return Err(format!("a {kind}List without items"));
+        }
         let version = usable(self.metadata.resource_version.take());
-        let version = version.ok_or_else(|| format!("a {asked} without a resourceVersion"))?;
-        Ok((items, version))
+        version.ok_or_else(|| format!("a {kind}List without a resourceVersion"))
     }
 }
 
@@ -118,17 +129,16 @@ mod tests {
     fn only_the_list_that_was_asked_for_is_one() {
         let content = |json: &str, kind| {
             let mut page: Page<'_> = serde_json::from_str(json).expect("JSON");
-            page.content(kind)
-                .map(|(items, version)| (items.len(), version))
+            page.version(kind)
         };
         for (json, found) in [
             (
-                r#"{"kind":"ServiceList","apiVersion":"v1","metadata":{"resourceVersion":"5"},"items":[{},{}]}"#,
-                Ok((2, "5")),
+                r#"{"kind":"ServiceList","apiVersion":"v1","metadata":{"resourceVersion":"5"},"items":[]}"#,
+                Ok("5"),
             ),
             (
                 r#"{"kind":"ServiceList","apiVersion":"v1","metadata":{"resourceVersion":"5"},"items":null}"#,
-                Ok((0, "5")),
+                Ok("5"),
             ),
             (
                 r#"{"kind":"ServiceList","apiVersion":"v1","metadata":{"resourceVersion":"5"}}"#,
@@ -168,9 +178,7 @@ mod tests {
             ),
             ("{}", Err("an object that does not say what it is")),
         ] {
-            let found = found
-                .map(|(count, version)| (count, version.to_owned()))
-                .map_err(str::to_owned);
+            let found = found.map(str::to_owned).map_err(str::to_owned);
             assert_eq!(content(json, Kind::Service), found, "{json}");
         }
         let slices = r#"{"kind":"EndpointSliceList","apiVersion":"discovery.k8s.io/v1","metadata":{"resourceVersion":"5"},"items":[]}"#;

@@ -43,7 +43,7 @@ pub(super) async fn read(
         }
         Err(source) => return Err(fault(source)),
     };
-    token::check_inline(&config.auth_info, path)?;
+    token::check_inline(&mut config.auth_info, path)?;
     if let Some(server) = server {
         let place = format!("`server` in {}", path.display());
         config.cluster_url = address(&server, place)?;

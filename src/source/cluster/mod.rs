@@ -13,6 +13,7 @@
 //!     demand (Pods and Namespaces are reflected while there is a NetworkPolicy)
 //!     servers (where the connections lead)    traffic (what every request passes through)
 //!     reach (is the server there? wakes those that wait when it is back)
+//!     list (objects of a list while it comes)
 //! ```
 //!
 //! The watches are nftlet's own and not those of `kube::runtime`, for two reasons: an object is
@@ -23,11 +24,13 @@
 //! least once a minute (keeping the last token if that fails), and inside a pod the CA bundle as
 //! well, by the HTTP client of `kube`.
 
+mod bounded;
 mod deliver;
 mod demand;
 mod fault;
 mod frames;
 mod kubeconfig;
+mod list;
 mod proxy;
 mod pulse;
 mod reach;
@@ -250,9 +253,10 @@ impl Cluster {
         }
     }
 
-    /// The way to the server, for what else there is to ask or tell it.
+    /// The way to the server, for what else there is to ask or tell it. Answers with more than an
+    /// object can have are errors.
     pub fn client(&self) -> Client {
-        self.client.clone()
+        bounded::bounded(&self.client)
     }
 
     /// The server's address.

@@ -15,7 +15,7 @@ use tokio::sync::watch;
 
 use super::deliver::Deliveries;
 use super::fault::{Fault, Faults, Status, one_line};
-use super::frames::{Marker, Page, WatchLine, current_object, json, usable};
+use super::frames::{Marker, WatchLine, current_object, json, usable};
 use super::reach::Reach;
 use super::request::{Lines, Requester};
 use super::stats::SourceStats;
@@ -370,9 +370,8 @@ impl Reflector {
             let answer = self
                 .unless_silent(async move { requester.list(limit, next, cached).await })
                 .await;
-            let at = Instant::now();
-            let bytes = match answer {
-                Ok(bytes) => bytes,
+            let mut list = match answer {
+                Ok(list) => list,
                 // The pages have become too old to be continued: all in one, then.
                 Err(Fault::Gone) if token.is_some() => {
                     (limit, token) = (None, None);
@@ -380,34 +379,27 @@ impl Reflector {
                 }
                 Err(fault) => return Err(fault),
             };
-            stats.count_bytes(bytes.len());
-            let mut page: Page<'_> = serde_json::from_slice(&bytes).map_err(|error| {
-                let begin = one_line(&String::from_utf8_lossy(bytes.get(..80).unwrap_or(&bytes)));
-                Fault::Foreign(format!("no list of objects: {error}: {begin:?}"))
-            })?;
-            if page.kind == "Status"
-                && let Ok(status) = serde_json::from_slice::<Status>(&bytes)
-                && status.code.is_some_and(|code| code >= 400)
-            {
-                return Err(status.into());
+            let mut begun = token.is_some();
+            while let Some(item) = self.unless_silent(list.next()).await? {
+                if !std::mem::replace(&mut begun, true) {
+                    self.deliveries.begin_list().await?;
+                }
+                stats.count_bytes(item.get().len());
+                self.deliveries.item(item, Instant::now()).await?;
             }
-            let next = page.metadata.token.take().filter(|token| !token.is_empty());
-            let content = page.content(self.kind());
-            let (items, version) = content.map_err(Fault::Foreign)?;
-            if next.is_some() && next == token {
+            let end = list.end()?;
+            stats.count_bytes(end.bytes);
+            if end.token.is_some() && end.token == token {
                 let cause = "a page of a list that leads to itself".to_owned();
                 return Err(Fault::Foreign(cause));
             }
-            if token.is_none() {
+            if !begun {
                 self.deliveries.begin_list().await?;
             }
-            for item in items {
-                self.deliveries.item(item, at).await?;
-            }
-            token = next;
+            token = end.token;
             if token.is_none() {
-                self.version = Some(version);
-                return self.end_list(at).await;
+                self.version = Some(end.version);
+                return self.end_list(Instant::now()).await;
             }
         }
     }

@@ -13,8 +13,17 @@ use kube::api::{ListParams, WatchParams};
 use kube::core::Request;
 
 use super::fault::{Fault, broken_off};
+use super::list::List;
 use super::timing::watch_seconds;
 use crate::model::Kind;
+
+/// The most bytes of an object as JSON. etcd takes 1.5 MB at once, and 3 MB by the setting of some
+/// clusters; as JSON an object is longer than there.
+pub(super) const MOST_OBJECT: usize = 8 << 20;
+/// The most bytes of what stands around the objects of a list.
+pub(super) const MOST_AROUND: usize = 1 << 20;
+/// The most bytes of a refusal that are read.
+pub(super) const MOST_REFUSAL: usize = 64 << 10;
 
 /// Which objects of a kind are asked for.
 #[derive(Clone, Debug)]
@@ -127,7 +136,8 @@ pub(super) struct Requester {
     patience: Duration,
 }
 
-type Body = Pin<Box<dyn AsyncBufRead + Send>>;
+/// What an answer holds, to be read bit by bit.
+pub(super) type Body = Pin<Box<dyn AsyncBufRead + Send>>;
 
 impl Requester {
     pub(super) fn new(client: Client, selection: Selection, patience: Duration) -> Self {
@@ -138,13 +148,14 @@ impl Requester {
         }
     }
 
-    /// One page of a list; without `limit` all of it, and `cached` from the server's watch cache.
+    /// Opens one page of a list; without `limit` all of it, and `cached` from the server's watch
+    /// cache.
     pub(super) async fn list(
         &self,
         limit: Option<u32>,
         token: Option<String>,
         cached: bool,
-    ) -> Result<Vec<u8>, Fault> {
+    ) -> Result<List, Fault> {
         let params = ListParams {
             resource_version: cached.then(|| ANY_VERSION.to_owned()),
             label_selector: self.selection.labels.map(str::to_owned),
@@ -156,15 +167,8 @@ impl Requester {
         let request = Request::new(self.selection.path)
             .list(&params)
             .map_err(|error| Fault::Unreachable(error.to_string()))?;
-        let answer = async {
-            let mut body = self.send(request).await?;
-            let mut bytes = Vec::new();
-            body.read_to_end(&mut bytes)
-                .await
-                .map_err(|error| Fault::Unreachable(broken_off(&error)))?;
-            Ok(bytes)
-        };
-        self.in_time(answer).await
+        let body = self.in_time(self.send(request)).await?;
+        Ok(List::new(self.selection.kind, body, self.patience))
     }
 
     /// Opens a watch: from a version, or, without one, beginning with a streamed list, `cached` as
@@ -182,25 +186,32 @@ impl Requester {
         let request = Request::new(self.selection.path)
             .watch(&params, version)
             .map_err(|error| Fault::Unreachable(error.to_string()))?;
-        let answer = async {
-            let body = self.send(request).await?;
-            let line = Vec::new();
-            Ok(Lines { body, line })
-        };
-        self.in_time(answer).await
+        let body = self.in_time(self.send(request)).await?;
+        let line = Vec::new();
+        Ok(Lines { body, line })
     }
 
     /// Sends a request; returns the body of the answer, unless that is a refusal.
     async fn send(&self, request: hyper::Request<Vec<u8>>) -> Result<Body, Fault> {
         let answer = self.client.send(request.map(Into::into)).await?;
         let (head, body) = answer.into_parts();
+        let body = body.into_data_stream().map_err(io::Error::other);
+        let body: Body = Box::pin(body.into_async_read());
         if head.status.is_success() {
-            let body = body.into_data_stream().map_err(io::Error::other);
-            return Ok(Box::pin(body.into_async_read()));
+            return Ok(body);
         }
         let retry_after = retry_after(&head.headers);
-        let body = body.collect().await?.to_bytes();
-        Err(Fault::of_answer(head.status.as_u16(), retry_after, &body))
+        let mut text = Vec::new();
+        body.take(MOST_REFUSAL as u64 + 1)
+            .read_to_end(&mut text)
+            .await
+            .map_err(|error| Fault::Unreachable(broken_off(&error)))?;
+        if text.len() > MOST_REFUSAL {
+            let begin = String::from_utf8_lossy(text.get(..200).unwrap_or_default());
+            let most = MOST_REFUSAL >> 10;
+            text = format!("a text of more than {most} KiB, which begins with {begin}").into();
+        }
+        Err(Fault::of_answer(head.status.as_u16(), retry_after, &text))
     }
 
     async fn in_time<T>(&self, answer: impl Future<Output = Result<T, Fault>>) -> Result<T, Fault> {
@@ -231,11 +242,18 @@ impl Lines {
     /// # Errors
     /// [`Fault::Ended`] when the server has closed the connection, it broke, or nothing came for
     /// `patience`. All three are the ways in which watches end, and are resumed alike.
+    /// [`Fault::Foreign`] for a line that is longer than an object can be.
     pub(super) async fn next(&mut self, patience: Duration) -> Result<&[u8], Fault> {
         self.line.clear();
-        match tokio::time::timeout(patience, self.body.read_until(b'\n', &mut self.line)).await {
+        let mut bounded = (&mut self.body).take(MOST_OBJECT as u64 + 1);
+        let read = bounded.read_until(b'\n', &mut self.line);
+        match tokio::time::timeout(patience, read).await {
             // A line that was cut off is as good as none.
             Ok(Ok(_)) if self.line.last() == Some(&b'\n') => Ok(self.line.trim_ascii_end()),
+            Ok(Ok(_)) if self.line.len() > MOST_OBJECT => Err(Fault::Foreign(format!(
+                "an event of more than {} MiB",
+                MOST_OBJECT >> 20
+            ))),
             Ok(Ok(_)) => Err(Fault::Ended),
             Ok(Err(error)) => {
                 tracing::debug!(%error, "a watch connection broke");

@@ -20,21 +20,32 @@ use super::Error;
 /// How often a file is read again: what it holds may be valid for no longer than some minutes.
 const AGAIN: Duration = Duration::from_secs(50);
 
-/// Checks the token that stands in a kubeconfig itself.
+/// Checks the tokens that stand in a kubeconfig itself. An empty one is none, as with client-go.
 ///
 /// # Errors
-/// Where it cannot be sent.
-pub(super) fn check_inline(auth: &AuthInfo, kubeconfig: &Path) -> Result<(), Error> {
-    let Some(token) = &auth.token else {
-        return Ok(());
-    };
-    match header(token.expose_secret()) {
-        Ok(_) => Ok(()),
-        Err(reason) => Err(Error::Token {
-            place: format!("`token` of the user in {}", kubeconfig.display()),
+/// Where one cannot be sent.
+pub(super) fn check_inline(auth: &mut AuthInfo, kubeconfig: &Path) -> Result<(), Error> {
+    auth.token = auth
+        .token
+        .take()
+        .filter(|token| !token.expose_secret().is_empty());
+    let own = auth
+        .token
+        .as_ref()
+        .map(|token| ("token", token.expose_secret()));
+    let provider = auth
+        .auth_provider
+        .iter()
+        .flat_map(|provider| &provider.config);
+    let provided = provider.filter(|(name, _)| ["id-token", "access-token"].contains(&&***name));
+    let provided = provided.map(|(name, token)| (&**name, &**token));
+    for (name, token) in own.into_iter().chain(provided) {
+        header(token).map_err(|reason| Error::Token {
+            place: format!("`{name}` of the user in {}", kubeconfig.display()),
             reason: reason.to_owned(),
-        }),
+        })?;
     }
+    Ok(())
 }
 
 /// The file that a configuration takes the token of its requests from.
