@@ -249,7 +249,7 @@ pub fn run(mut line: CommandLine, log: &Lines) -> Result<(), Error> {
     let stand_in_name = node_name.clone();
     // Where nobody reads the notices they are dropped.
     let (sender, notices) = mpsc::channel(events::QUEUE);
-    let reporter = LogAndSend(sender);
+    let reporter = LogAndSend::new(sender);
     let (freed, bell) = std::sync::mpsc::channel();
     let io = Io {
         args: args.clone(),
@@ -328,6 +328,7 @@ pub fn run(mut line: CommandLine, log: &Lines) -> Result<(), Error> {
     // The cleaner ends when its queue goes away, after what is in it.
     drop(reconciler);
     let _ = flows.join();
+    reporter.tell_last_counts();
     match exit {
         Exit::Programmed => {
             // The end of the process would cut it short.

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 /// Each top-level module of the library with the modules of the library it may use.
 const HOUSE: &[(&str, &[&str])] = &[
-    ("source", &["model"]),
+    ("source", &["model", "logging"]),
     ("model", &[]),
     ("compile", &["model", "ruleset"]),
     ("policy", &["model", "compile", "ruleset"]),

@@ -11,6 +11,8 @@ use crate::model::{Evidence, Pod, Sandbox};
 
 /// How long the address of such a pod stays isolated.
 const KEPT_FOR: Duration = Duration::from_secs(300);
+/// How often it is logged that there are more.
+const TELL_EVERY: Duration = Duration::from_secs(60);
 /// The most that are remembered; a node has a few hundred pods.
 const MOST: usize = 1024;
 
@@ -20,6 +22,27 @@ pub(super) struct Departed {
     pods: BTreeMap<IpAddr, (Pod, Instant)>,
     /// Addresses in the order in which they are forgotten; some are already, or come again.
     order: VecDeque<(Instant, IpAddr)>,
+    too_many: TooMany,
+}
+
+/// Addresses that were forgotten before their time.
+#[derive(Debug, Default)]
+struct TooMany {
+    /// Those that were not logged.
+    unlogged: u64,
+    logged: Option<Instant>,
+}
+
+impl TooMany {
+    /// Takes one more. Returns whether to log it, with the number of those since the last line.
+    fn add(&mut self, now: Instant) -> Option<u64> {
+        if (self.logged).is_some_and(|logged| now < logged + TELL_EVERY) {
+            self.unlogged += 1;
+            return None;
+        }
+        self.logged = Some(now);
+        Some(std::mem::take(&mut self.unlogged))
+    }
 }
 
 impl Departed {
@@ -79,12 +102,33 @@ impl Departed {
         if !self.pods.get(&address).is_some_and(is_this) {
             return;
         }
-        if let Some((pod, _)) = self.pods.remove(&address).filter(|_| until > now) {
+        let early = self.pods.remove(&address).filter(|_| until > now);
+        if let Some((pod, _)) = early
+            && let Some(unlogged) = self.too_many.add(now)
+        {
             tracing::warn!(
+                unlogged,
                 "more than {MOST} pods were deleted while they ran; the address {address} of {} is \
                  not kept isolated any more",
                 pod.name
             );
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_beyond_the_most_are_logged_now_and_then_with_a_count() {
+        let (mut too_many, start) = (TooMany::default(), Instant::now());
+        assert_eq!(too_many.add(start), Some(0));
+        for _ in 0..5_000 {
+            assert_eq!(too_many.add(start), None);
+        }
+        assert_eq!(too_many.add(start + TELL_EVERY), Some(5_000));
+        assert_eq!(too_many.add(start + TELL_EVERY), None);
+        assert_eq!(too_many.add(start + TELL_EVERY * 2), Some(1));
     }
 }

@@ -16,6 +16,8 @@ use crate::model::Delivery;
 const BATCH: usize = 4096;
 /// How often someone who waits for the first rules is told what is missing.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// The longest time between two such lines; each is twice as long as the one before.
+const LONGEST_PATIENCE: Duration = Duration::from_secs(300);
 /// How often services are tried again that the kernel refused.
 const FORGIVE_EVERY: Duration = Duration::from_secs(300);
 
@@ -66,6 +68,7 @@ pub async fn run<K: Kernel>(
     let mut forgive = Instant::now() + FORGIVE_EVERY;
     let (mut asked, mut answered) = (Instant::now(), Instant::now());
     let mut patience = Instant::now() + PATIENCE;
+    let mut waited = PATIENCE;
     let mut batch = Vec::new();
     let (mut open, mut ready) = (true, false);
     book_policies(reconciler, &mut unenforced, health);
@@ -125,7 +128,8 @@ pub async fn run<K: Kernel>(
                 continue;
             }
             () = sleep_until(patience), if !ready => {
-                patience += PATIENCE;
+                patience += waited;
+                waited = (waited * 2).min(LONGEST_PATIENCE);
                 let missing = reconciler.missing();
                 if !missing.is_empty() {
                     let kinds: Vec<_> = missing.iter().map(|kind| kind.as_str()).collect();

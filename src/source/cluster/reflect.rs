@@ -111,7 +111,8 @@ impl Reflector {
                 }
             }
             Fault::Gone => {
-                tracing::info!(%kind, "the API server no longer has the version to resume from; listing again");
+                // Counted as a list.
+                tracing::debug!(%kind, "the API server no longer has the version to resume from; listing again");
                 self.version = None;
             }
             Fault::NoStreaming if self.streaming && self.version.is_none() => {
@@ -388,10 +389,7 @@ impl Reflector {
     /// come as the first event on it.
     fn healthy(&mut self) {
         if std::mem::take(&mut self.faulty) && self.faults.end(self.kind()) {
-            tracing::info!(
-                server = self.faults.server(),
-                "the API server answers again"
-            );
+            self.faults.tell_end();
         }
     }
 
