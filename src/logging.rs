@@ -25,7 +25,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use tracing_subscriber::fmt::MakeWriter;
 
-pub use self::repeats::{Count, Repeats};
+pub use self::repeats::{Count, Repeats, Throttle};
 
 mod repeats;
 

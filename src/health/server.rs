@@ -29,6 +29,7 @@ use tracing::{debug, warn};
 use super::listen::listen;
 use super::share::{Seat, Share};
 use super::{Health, Probe};
+use crate::logging::Throttle;
 
 pub(super) const JSON: &str = "application/json";
 pub(super) const TEXT: &str = "text/plain; charset=utf-8";
@@ -358,7 +359,7 @@ pub(super) async fn serve_within<A: Answer>(
 ) {
     let port = listener.local_addr().map_or(0, |address| address.port());
     let mut connections = JoinSet::new();
-    let mut said: Option<Instant> = None;
+    let mut refused = Throttle::new(SAY_EVERY);
     loop {
         let accepted = tokio::select! {
             () = stopped(&mut shutdown) => break,
@@ -382,8 +383,7 @@ pub(super) async fn serve_within<A: Answer>(
             Err(error) => {
                 // Most likely the process has no file descriptor left: trying again at once
                 // would only burn the CPU, and saying it each time would fill the log.
-                if said.is_none_or(|said| said.elapsed() >= SAY_EVERY) {
-                    said = Some(Instant::now());
+                if refused.add(Instant::now()).is_some() {
                     warn!("cannot accept HTTP connections on port {port}, trying on: {error}");
                 }
                 tokio::time::sleep(Duration::from_millis(100)).await;

@@ -120,6 +120,35 @@ impl Matter {
     }
 }
 
+/// Limits a line to one in each span of time.
+#[derive(Debug)]
+pub struct Throttle {
+    every: Duration,
+    logged: Option<Instant>,
+    unlogged: u64,
+}
+
+impl Throttle {
+    /// Allows a line so often.
+    pub fn new(every: Duration) -> Self {
+        Self {
+            every,
+            logged: None,
+            unlogged: 0,
+        }
+    }
+
+    /// Takes a line. Where it is to be logged, returns how many were not since the last one.
+    pub fn add(&mut self, now: Instant) -> Option<u64> {
+        if (self.logged).is_some_and(|logged| now.saturating_duration_since(logged) < self.every) {
+            self.unlogged += 1;
+            return None;
+        }
+        self.logged = Some(now);
+        Some(std::mem::take(&mut self.unlogged))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -180,5 +209,17 @@ mod tests {
         assert_eq!(repeats.due(), None);
         assert!(!repeats.contains(&"web"));
         assert!(repeats.add(&"web", "bad", fourth));
+    }
+
+    #[test]
+    fn a_line_comes_now_and_then_with_the_number_of_those_between() {
+        let (mut throttle, start) = (Throttle::new(WINDOW), Instant::now());
+        assert_eq!(throttle.add(start), Some(0));
+        for _ in 0..5_000 {
+            assert_eq!(throttle.add(start + WINDOW / 2), None);
+        }
+        assert_eq!(throttle.add(start + WINDOW), Some(5_000));
+        assert_eq!(throttle.add(start + WINDOW), None);
+        assert_eq!(throttle.add(start + WINDOW * 2), Some(1));
     }
 }

@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
+use crate::logging::Throttle;
 use crate::model::{Evidence, Pod, Sandbox};
 
 /// How long the address of such a pod stays isolated.
@@ -17,31 +18,22 @@ const TELL_EVERY: Duration = Duration::from_secs(60);
 const MOST: usize = 1024;
 
 /// The departed pods by their addresses.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Departed {
     pods: BTreeMap<IpAddr, (Pod, Instant)>,
     /// Addresses in the order in which they are forgotten; some are already, or come again.
     order: VecDeque<(Instant, IpAddr)>,
-    too_many: TooMany,
+    /// The lines about addresses that are forgotten before their time.
+    too_many: Throttle,
 }
 
-/// Addresses that were forgotten before their time.
-#[derive(Debug, Default)]
-struct TooMany {
-    /// Those that were not logged.
-    unlogged: u64,
-    logged: Option<Instant>,
-}
-
-impl TooMany {
-    /// Takes one more. Returns whether to log it, with the number of those since the last line.
-    fn add(&mut self, now: Instant) -> Option<u64> {
-        if (self.logged).is_some_and(|logged| now < logged + TELL_EVERY) {
-            self.unlogged += 1;
-            return None;
+impl Default for Departed {
+    fn default() -> Self {
+        Self {
+            pods: BTreeMap::new(),
+            order: VecDeque::new(),
+            too_many: Throttle::new(TELL_EVERY),
         }
-        self.logged = Some(now);
-        Some(std::mem::take(&mut self.unlogged))
     }
 }
 
@@ -113,22 +105,5 @@ impl Departed {
                 pod.name
             );
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn addresses_beyond_the_most_are_logged_now_and_then_with_a_count() {
-        let (mut too_many, start) = (TooMany::default(), Instant::now());
-        assert_eq!(too_many.add(start), Some(0));
-        for _ in 0..5_000 {
-            assert_eq!(too_many.add(start), None);
-        }
-        assert_eq!(too_many.add(start + TELL_EVERY), Some(5_000));
-        assert_eq!(too_many.add(start + TELL_EVERY), None);
-        assert_eq!(too_many.add(start + TELL_EVERY * 2), Some(1));
     }
 }

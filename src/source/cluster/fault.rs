@@ -8,7 +8,7 @@ use serde::Deserialize;
 
 use super::request::Selection;
 use super::stats::SourceStats;
-use crate::logging::Repeats;
+use crate::logging::Throttle;
 use crate::model::{Kind, Notice, Reason, Subject};
 
 /// Why a session with the server ended.
@@ -243,7 +243,7 @@ pub(super) struct Faults {
     server: String,
     lasting: Mutex<BTreeMap<String, Lasting>>,
     stats: Arc<SourceStats>,
-    ends: Mutex<Repeats<()>>,
+    ends: Mutex<Throttle>,
 }
 
 #[derive(Debug, Default)]
@@ -265,23 +265,17 @@ impl Faults {
             server,
             lasting: Mutex::default(),
             stats,
-            ends: Mutex::new(Repeats::new(1, TELL_END_EVERY)),
+            ends: Mutex::new(Throttle::new(TELL_END_EVERY)),
         }
     }
 
     /// Logs that a fault has ended; of a server that comes and goes, now and then.
     pub(super) fn tell_end(&self) {
-        if let Some(unlogged) = self.end_to_tell(Instant::now()) {
+        let mut ends = self.ends.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(unlogged) = ends.add(Instant::now()) {
             let server = &self.server;
             tracing::info!(server, unlogged, "the API server answers again");
         }
-    }
-
-    /// Whether to log that a fault has ended, with the number of ends that were not logged.
-    fn end_to_tell(&self, now: Instant) -> Option<u64> {
-        let mut ends = self.ends.lock().unwrap_or_else(PoisonError::into_inner);
-        let unlogged: u64 = ends.counts(now).iter().map(|count| count.reports).sum();
-        (unlogged > 0 || ends.add(&(), "", now)).then_some(unlogged)
     }
 
     /// Notes a fault of a kind; returns the notice if it is news.
@@ -418,18 +412,6 @@ mod tests {
             "{busy:?}"
         );
         assert!(matches!(Fault::of_answer(404, None, b""), Fault::Absent(_)));
-    }
-
-    #[test]
-    fn ends_of_faults_that_come_and_go_are_counted() {
-        let faults = Faults::new("https://server".to_owned(), Arc::default());
-        let start = Instant::now();
-        assert_eq!(faults.end_to_tell(start), Some(0));
-        for _ in 0..100 {
-            assert_eq!(faults.end_to_tell(start), None);
-        }
-        assert_eq!(faults.end_to_tell(start + TELL_END_EVERY), Some(100));
-        assert_eq!(faults.end_to_tell(start + TELL_END_EVERY), None);
     }
 
     #[test]

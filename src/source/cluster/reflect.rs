@@ -19,12 +19,15 @@ use super::frames::{Marker, Page, WatchLine, current_object, json, usable};
 use super::request::{Lines, Requester};
 use super::stats::SourceStats;
 use super::timing::{Backoff, Timing};
+use crate::logging::Throttle;
 use crate::model::{Event, Kind};
 use crate::source::Sender;
 use crate::source::convert::{Decoded, identify};
 
 /// Streamed lists that may end early before lists are paged instead.
 const MOST_BROKEN_STREAMS: u32 = 2;
+/// How often it is logged that the server no longer has a version.
+const TELL_GONE_EVERY: Duration = Duration::from_secs(60);
 
 /// The watch of one kind.
 pub(super) struct Reflector {
@@ -45,6 +48,8 @@ pub(super) struct Reflector {
     following: Option<Instant>,
     /// Whether a fault of the server was noted that has not ended.
     faulty: bool,
+    /// The lines about versions that the server no longer has.
+    gone: Throttle,
 }
 
 impl Reflector {
@@ -69,6 +74,7 @@ impl Reflector {
             version: None,
             following: None,
             faulty: false,
+            gone: Throttle::new(TELL_GONE_EVERY),
         }
     }
 
@@ -111,8 +117,9 @@ impl Reflector {
                 }
             }
             Fault::Gone => {
-                // Counted as a list.
-                tracing::debug!(%kind, "the API server no longer has the version to resume from; listing again");
+                if let Some(unlogged) = self.gone.add(Instant::now()) {
+                    tracing::info!(%kind, unlogged, "the API server no longer has the version to resume from; listing again");
+                }
                 self.version = None;
             }
             Fault::NoStreaming if self.streaming && self.version.is_none() => {
