@@ -328,7 +328,7 @@ pub fn run(mut line: CommandLine, log: &Lines) -> Result<(), Error> {
     // The cleaner ends when its queue goes away, after what is in it.
     drop(reconciler);
     let _ = flows.join();
-    reporter.tell_last_counts();
+    reporter.log_last_counts();
     match exit {
         Exit::Programmed => {
             // The end of the process would cut it short.

@@ -150,7 +150,7 @@ impl Io {
             again.set_missed_tick_behavior(MissedTickBehavior::Delay);
             loop {
                 again.tick().await;
-                reporter.tell_counts();
+                reporter.log_counts();
             }
         }));
         if observe::is_on(&self.args) {

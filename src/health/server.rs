@@ -338,8 +338,8 @@ impl Default for Limits {
     }
 }
 
-/// How often it is said that a port accepts no connections.
-const SAY_EVERY: Duration = Duration::from_secs(300);
+/// How often it is logged that a port accepts no connections.
+const LOG_EVERY: Duration = Duration::from_secs(300);
 
 /// Answers requests until `shutdown` turns true or its sender is gone; connections then get a
 /// second to finish.
@@ -359,7 +359,7 @@ pub(super) async fn serve_within<A: Answer>(
 ) {
     let port = listener.local_addr().map_or(0, |address| address.port());
     let mut connections = JoinSet::new();
-    let mut refused = Throttle::new(SAY_EVERY);
+    let mut refused = Throttle::new(LOG_EVERY);
     loop {
         let accepted = tokio::select! {
             () = stopped(&mut shutdown) => break,

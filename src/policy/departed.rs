@@ -13,7 +13,7 @@ use crate::model::{Evidence, Pod, Sandbox};
 /// How long the address of such a pod stays isolated.
 const KEPT_FOR: Duration = Duration::from_secs(300);
 /// How often it is logged that there are more.
-const TELL_EVERY: Duration = Duration::from_secs(60);
+const LOG_EVERY: Duration = Duration::from_secs(60);
 /// The most that are remembered; a node has a few hundred pods.
 const MOST: usize = 1024;
 
@@ -32,7 +32,7 @@ impl Default for Departed {
         Self {
             pods: BTreeMap::new(),
             order: VecDeque::new(),
-            too_many: Throttle::new(TELL_EVERY),
+            too_many: Throttle::new(LOG_EVERY),
         }
     }
 }

@@ -78,7 +78,7 @@ pub fn follow<R: Source>(
 
 /// How the reading of denied packets ended.
 enum Failed {
-    /// Nobody wants to know of packets any more.
+    /// The reconciler is gone.
     Over,
     /// Before the first packet.
     AtOnce(Error),

@@ -50,7 +50,7 @@ impl Reporter for Log {
 /// in the log only.
 ///
 /// An object, or something else, has a line for each fault, and after a few of one reason a count
-/// ([`LogAndSend::tell_counts`]); so have all objects of a namespace beyond the first ones.
+/// ([`LogAndSend::log_counts`]); so have all objects of a namespace beyond the first ones.
 #[derive(Clone, Debug)]
 pub struct LogAndSend {
     notices: mpsc::Sender<Notice>,
@@ -149,16 +149,16 @@ impl LogAndSend {
 
     /// Logs how many reports there were without a line, of those of some time ago. Has to be called
     /// now and then.
-    pub fn tell_counts(&self) {
-        self.tell_counts_until(Instant::now());
+    pub fn log_counts(&self) {
+        self.log_counts_until(Instant::now());
     }
 
     /// Logs how many reports there were without a line, because there will be no others.
-    pub fn tell_last_counts(&self) {
-        self.tell_counts_until(Instant::now() + WINDOW);
+    pub fn log_last_counts(&self) {
+        self.log_counts_until(Instant::now() + WINDOW);
     }
 
-    fn tell_counts_until(&self, moment: Instant) {
+    fn log_counts_until(&self, moment: Instant) {
         for Count { key, reports, last } in self.limits().counts(moment) {
             let (subject, reason) = key;
             let line = format!("{subject}: {reports} more like this; the last one: {last}");

@@ -253,7 +253,7 @@ struct Lasting {
 }
 
 /// How often it is logged that the server answers again.
-const TELL_END_EVERY: Duration = Duration::from_secs(60);
+const LOG_END_EVERY: Duration = Duration::from_secs(60);
 
 /// Without these kinds services cannot follow the cluster.
 const NEEDED: [Kind; 3] = [Kind::Service, Kind::EndpointSlice, Kind::Node];
@@ -265,12 +265,12 @@ impl Faults {
             server,
             lasting: Mutex::default(),
             stats,
-            ends: Mutex::new(Throttle::new(TELL_END_EVERY)),
+            ends: Mutex::new(Throttle::new(LOG_END_EVERY)),
         }
     }
 
     /// Logs that a fault has ended; of a server that comes and goes, now and then.
-    pub(super) fn tell_end(&self) {
+    pub(super) fn log_end(&self) {
         let mut ends = self.ends.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(unlogged) = ends.add(Instant::now()) {
             let server = &self.server;

@@ -27,7 +27,7 @@ use crate::source::convert::{Decoded, identify};
 /// Streamed lists that may end early before lists are paged instead.
 const MOST_BROKEN_STREAMS: u32 = 2;
 /// How often it is logged that the server no longer has a version.
-const TELL_GONE_EVERY: Duration = Duration::from_secs(60);
+const LOG_GONE_EVERY: Duration = Duration::from_secs(60);
 
 /// The watch of one kind.
 pub(super) struct Reflector {
@@ -74,7 +74,7 @@ impl Reflector {
             version: None,
             following: None,
             faulty: false,
-            gone: Throttle::new(TELL_GONE_EVERY),
+            gone: Throttle::new(LOG_GONE_EVERY),
         }
     }
 
@@ -396,7 +396,7 @@ impl Reflector {
     /// come as the first event on it.
     fn healthy(&mut self) {
         if std::mem::take(&mut self.faulty) && self.faults.end(self.kind()) {
-            self.faults.tell_end();
+            self.faults.log_end();
         }
     }
 
