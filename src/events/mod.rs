@@ -324,7 +324,7 @@ impl Recorder {
                 self.waiting.iter().for_each(|_| (self.given_up)());
                 self.waiting.clear();
                 // What happens after the silence may be written.
-                self.book.forget();
+                self.book.forget_all();
                 self.silent_until = Some(Instant::now() + self.pace.silence);
                 tracing::warn!(
                     "the API server takes no Events: {fault}; add to nftlet's ClusterRole the rule \
@@ -332,7 +332,11 @@ impl Recorder {
                      \"patch\"]}}; everything else works without"
                 );
             }
-            Fault::Absent => tracing::debug!("an Event was not written: {fault}"),
+            Fault::Absent => {
+                // The namespace may come again.
+                self.book.forget(&lost.draft.name);
+                tracing::debug!("an Event was not written: {fault}");
+            }
             Fault::Refused(_) | Fault::Busy(_) => {
                 let Draft {
                     namespace, name, ..
