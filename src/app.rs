@@ -261,7 +261,7 @@ pub fn run(mut line: CommandLine, log: &Lines) -> Result<(), Error> {
     let stand_in_name = node_name.clone();
     // Where nobody reads the notices they are dropped.
     let (sender, notices) = mpsc::channel(events::QUEUE);
-    let reporter = LogAndSend(sender);
+    let reporter = LogAndSend::new(sender);
     let (freed, bell) = std::sync::mpsc::channel();
     // Before anything that asks over the network.
     if let Err(error) = reconcile::remove_foreign_hooks(&mut nftables, &metrics, &reporter) {
@@ -344,6 +344,7 @@ pub fn run(mut line: CommandLine, log: &Lines) -> Result<(), Error> {
     // The cleaner ends when its queue goes away, after what is in it.
     drop(reconciler);
     let _ = flows.join();
+    reporter.log_last_counts();
     match exit {
         Exit::Programmed => {
             // The end of the process would cut it short.

@@ -31,7 +31,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use tracing_subscriber::fmt::MakeWriter;
 
-pub use self::repeats::{Count, Repeats};
+pub use self::repeats::{Count, Repeats, Throttle};
 use self::safe::safe;
 
 mod repeats;

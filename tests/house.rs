@@ -9,10 +9,10 @@ use std::path::{Path, PathBuf};
 
 /// Each top-level module of the library with the modules of the library it may use.
 const HOUSE: &[(&str, &[&str])] = &[
-    ("source", &["model"]),
+    ("source", &["model", "logging"]),
     ("model", &[]),
     ("compile", &["model", "ruleset"]),
-    ("policy", &["model", "compile", "ruleset"]),
+    ("policy", &["model", "compile", "ruleset", "logging"]),
     ("ruleset", &[]),
     ("netlink", &["ruleset"]),
     (
@@ -27,7 +27,7 @@ const HOUSE: &[(&str, &[&str])] = &[
     ("logging", &[]),
     ("cleanup", &["compile", "policy", "ruleset", "netlink"]),
     ("events", &["model", "logging"]),
-    ("health", &[]),
+    ("health", &["logging"]),
     ("metrics", &[]),
     ("sysctl", &[]),
     ("cli", &[]),

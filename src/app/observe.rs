@@ -171,10 +171,13 @@ pub(super) async fn watch_bridges(
                         message: unfiltered.to_string(),
                     });
                 }
-                News::Ends(unfiltered) => tracing::info!(
-                    "bridge {}: {} between isolated pods passes the network policies by no more",
-                    unfiltered.bridge,
-                    unfiltered.family()
+                News::Ends(unfiltered) => reporter.ended(
+                    Subject::Other(format!("bridge {}", unfiltered.bridge).into()),
+                    Reason::BridgeTraffic,
+                    &format!(
+                        "{} between isolated pods passes the network policies by no more",
+                        unfiltered.family()
+                    ),
                 ),
             }
         }

@@ -2,9 +2,11 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::MissedTickBehavior;
 
 use super::pages::Pages;
 use super::{Error, connect, load, manifests, observe, single_threaded, system};
@@ -17,6 +19,9 @@ use crate::metrics::Metrics;
 use crate::model::{Delivery, Event, Kind, Notice, ObjectName, ObjectRef, Reason, Subject};
 use crate::reconcile::{Isolated, LogAndSend, Reporter};
 use crate::source::{ServerFault, SourceStats};
+
+/// How often reports without a line of their own are counted in the log.
+const COUNT_EVERY: Duration = Duration::from_secs(60);
 
 /// What runs on the I/O thread.
 pub(super) struct Io {
@@ -139,6 +144,15 @@ impl Io {
         if !self.args.once {
             tasks.push(self.serve_health_checks());
         }
+        let reporter = self.reporter.clone();
+        tasks.push(tokio::spawn(async move {
+            let mut again = tokio::time::interval(COUNT_EVERY);
+            again.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            loop {
+                again.tick().await;
+                reporter.log_counts();
+            }
+        }));
         if observe::is_on(&self.args) {
             let (isolated, metrics) = (self.isolated.clone(), self.metrics.clone());
             let reporter = self.reporter.clone();

@@ -126,8 +126,13 @@ impl Book {
         }
     }
 
+    /// Forgets an Event, which may be handed out again.
+    pub(super) fn forget(&mut self, name: &str) {
+        self.told.remove(name);
+    }
+
     /// Forgets all Events.
-    pub(super) fn forget(&mut self) {
+    pub(super) fn forget_all(&mut self) {
         self.told.clear();
     }
 
@@ -318,5 +323,7 @@ mod tests {
         assert_eq!(book.advise(&web, later), Advice::Nothing);
         assert_eq!(book.due(), None);
         assert!(book.begin_update(later).is_none());
+        book.forget(&web.name);
+        assert_eq!(book.advise(&web, later), Advice::Create);
     }
 }

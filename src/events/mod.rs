@@ -9,8 +9,8 @@
 //! Event of it and not a thousand. The same again makes an Event a series, whose count is written
 //! every few minutes.
 //!
-//! Events are a courtesy and hold up nothing: notices come through a bounded channel, whoever
-//! fills it drops what does not fit. While the server cannot be reached they wait; one that fails
+//! Events are a courtesy and hold up nothing: notices come through a bounded channel, and those
+//! that do not fit are dropped. While the server cannot be reached they wait; one that fails
 //! lets the others go first, and is given up when these succeed and it does not. A server that
 //! takes no Events at all is named in the log once.
 
@@ -97,7 +97,8 @@ pub struct Recorder {
     /// The server was out of order, and may not know yet what it grants.
     settling: bool,
     given_up: Box<dyn Fn() + Send + Sync>,
-    told: Repeats<()>,
+    /// The lines about those that are given up.
+    lines: Repeats<()>,
 }
 
 /// Something that waits to be written.
@@ -210,7 +211,7 @@ impl Recorder {
             not_before: Instant::now(),
             silent_until: None,
             given_up: Box::new(|| {}),
-            told: Repeats::new(1, COUNT_EVERY),
+            lines: Repeats::new(1, COUNT_EVERY),
         }
     }
 
@@ -231,7 +232,7 @@ impl Recorder {
         let mut answer: Option<BoxFuture<'static, Result<(), Fault>>> = None;
         loop {
             let due = self.book.due();
-            let counts = self.told.due().map(Instant::from_std);
+            let counts = self.lines.due().map(Instant::from_std);
             let may_send = answer.is_none() && !self.waiting.is_empty();
             tokio::select! {
                 notice = notices.recv() => match notice {
@@ -246,7 +247,7 @@ impl Recorder {
                     answer = None;
                     self.take_answer(result);
                 }
-                () = until(counts) => self.tell_counts(),
+                () = until(counts) => self.log_counts(),
             }
         }
     }
@@ -342,7 +343,7 @@ impl Recorder {
                 self.waiting.iter().for_each(|_| (self.given_up)());
                 self.waiting.clear();
                 // What happens after the silence may be written.
-                self.book.forget();
+                self.book.forget_all();
                 self.silent_until = Some(Instant::now() + self.pace.silence);
                 tracing::warn!(
                     "the API server takes no Events: {fault}; add to nftlet's ClusterRole the rule \
@@ -350,13 +351,17 @@ impl Recorder {
                      \"patch\"]}}; everything else works without"
                 );
             }
-            Fault::Absent => tracing::debug!("an Event was not written: {fault}"),
+            Fault::Absent => {
+                // The namespace may come again.
+                self.book.forget(&lost.draft.name);
+                tracing::debug!("an Event was not written: {fault}");
+            }
             Fault::Refused(_) | Fault::Busy(_) => {
                 let Draft {
                     namespace, name, ..
                 } = &lost.draft;
                 let text = format!("{namespace}/{name}: {fault}");
-                if self.told.add(&(), &text, Instant::now().into_std()) {
+                if self.lines.add(&(), &text, Instant::now().into_std()) {
                     tracing::warn!(
                         "the API server does not take an Event, which is given up: {text}"
                     );
@@ -365,8 +370,8 @@ impl Recorder {
         }
     }
 
-    fn tell_counts(&mut self) {
-        for Count { reports, last, .. } in self.told.counts(Instant::now().into_std()) {
+    fn log_counts(&mut self) {
+        for Count { reports, last, .. } in self.lines.counts(Instant::now().into_std()) {
             tracing::warn!("{reports} more Events were given up; the last one: {last}");
         }
     }

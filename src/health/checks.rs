@@ -23,7 +23,7 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until};
-use tracing::{debug, info};
+use tracing::debug;
 
 use super::Health;
 use super::listen::listen;
@@ -180,7 +180,7 @@ impl Ports {
         for (port, state) in before {
             let kept = match state {
                 Port::Open { stop, server } if !wanted.contains_key(&port) => {
-                    info!("closing healthCheckNodePort {port}");
+                    debug!("closing healthCheckNodePort {port}");
                     drop(stop);
                     Some(Port::Closing(server))
                 }
@@ -233,7 +233,7 @@ impl Ports {
         };
         let state = match self.listen(port) {
             Ok(listener) => {
-                info!(
+                debug!(
                     "answering health checks of {}/{} on port {port}",
                     check.namespace, check.name
                 );

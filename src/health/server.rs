@@ -11,7 +11,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use http_body_util::Full;
 use hyper::body::{Body, Bytes};
@@ -29,6 +29,7 @@ use tracing::{debug, warn};
 use super::listen::listen;
 use super::share::{Seat, Share};
 use super::{Health, Probe};
+use crate::logging::Throttle;
 
 pub(super) const JSON: &str = "application/json";
 pub(super) const TEXT: &str = "text/plain; charset=utf-8";
@@ -337,6 +338,9 @@ impl Default for Limits {
     }
 }
 
+/// How often it is logged that a port accepts no connections.
+const LOG_EVERY: Duration = Duration::from_secs(300);
+
 /// Answers requests until `shutdown` turns true or its sender is gone; connections then get a
 /// second to finish.
 pub async fn serve(listener: TcpListener, router: Arc<Router>, shutdown: watch::Receiver<bool>) {
@@ -355,7 +359,7 @@ pub(super) async fn serve_within<A: Answer>(
 ) {
     let port = listener.local_addr().map_or(0, |address| address.port());
     let mut connections = JoinSet::new();
-    let mut accepts = true;
+    let mut refused = Throttle::new(LOG_EVERY);
     loop {
         let accepted = tokio::select! {
             () = stopped(&mut shutdown) => break,
@@ -364,7 +368,6 @@ pub(super) async fn serve_within<A: Answer>(
         };
         match accepted {
             Ok((stream, client)) => {
-                accepts = true;
                 // Before the next one is accepted, so that connections without a seat are few.
                 let seat = tokio::select! {
                     () = stopped(&mut shutdown) => break,
@@ -380,10 +383,9 @@ pub(super) async fn serve_within<A: Answer>(
             Err(error) => {
                 // Most likely the process has no file descriptor left: trying again at once
                 // would only burn the CPU, and saying it each time would fill the log.
-                if accepts {
+                if refused.add(Instant::now()).is_some() {
                     warn!("cannot accept HTTP connections on port {port}, trying on: {error}");
                 }
-                accepts = false;
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         }

@@ -39,7 +39,7 @@ impl Quota {
 }
 
 /// A bound on connections, and which of them gives way to a new one: the oldest one of the port
-/// that has most, so that who holds many connections drives out his own.
+/// that has most, so that a client that holds many connections drives out its own.
 #[derive(Debug)]
 pub(super) struct Share {
     free: Arc<Semaphore>,

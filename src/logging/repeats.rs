@@ -1,7 +1,7 @@
 //! Which of many reports become lines of the log, and counts of the others.
 
 use std::collections::HashMap;
-use std::hash::Hash;
+use std::hash::{BuildHasher, Hash, RandomState};
 use std::time::{Duration, Instant};
 
 /// Limits the lines about each of several matters.
@@ -14,6 +14,7 @@ pub struct Repeats<K> {
     /// The most lines about a matter in a window.
     lines: usize,
     matters: HashMap<K, Matter>,
+    hasher: RandomState,
     /// No window of a matter ends earlier.
     next: Option<Instant>,
 }
@@ -22,10 +23,15 @@ pub struct Repeats<K> {
 #[derive(Debug)]
 struct Matter {
     end: Instant,
-    logged: Vec<String>,
+    /// The hashes of the texts that were logged: a text may be long.
+    logged: Vec<u64>,
     counted: u64,
     last: String,
+    last_hash: u64,
 }
+
+/// The most characters of a text that are kept.
+const LONGEST: usize = 500;
 
 /// Reports that were counted in place of being logged.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,7 +40,7 @@ pub struct Count<K> {
     pub key: K,
     /// How many they were.
     pub reports: u64,
-    /// The text of the last one.
+    /// The text of the last one, or its beginning.
     pub last: String,
 }
 
@@ -45,6 +51,7 @@ impl<K: Clone + Eq + Hash> Repeats<K> {
             window,
             lines,
             matters: HashMap::new(),
+            hasher: RandomState::new(),
             next: None,
         }
     }
@@ -61,20 +68,21 @@ impl<K: Clone + Eq + Hash> Repeats<K> {
 
     /// Takes a report. Returns whether it is to be logged; it is counted otherwise.
     pub fn add(&mut self, key: &K, text: &str, now: Instant) -> bool {
+        let hash = self.hasher.hash_one(text);
         let Some(matter) = self.matters.get_mut(key) else {
             self.matters
-                .insert(key.clone(), Matter::begin(text, now + self.window));
+                .insert(key.clone(), Matter::begin(hash, now + self.window));
             self.next.get_or_insert(now + self.window);
             return true;
         };
-        if matter.logged.len() < self.lines && !matter.logged.iter().any(|it| it == text) {
-            matter.logged.push(text.to_owned());
+        if matter.logged.len() < self.lines && !matter.logged.contains(&hash) {
+            matter.logged.push(hash);
             return true;
         }
         matter.counted += 1;
-        if matter.last != text {
-            text.clone_into(&mut matter.last);
-        }
+        matter.last_hash = hash;
+        matter.last.clear();
+        matter.last.extend(text.chars().take(LONGEST));
         false
     }
 
@@ -98,7 +106,7 @@ impl<K: Clone + Eq + Hash> Repeats<K> {
             let reports = std::mem::take(&mut matter.counted);
             if reports > 0 {
                 let last = std::mem::take(&mut matter.last);
-                *matter = Matter::begin(&last, now + window);
+                *matter = Matter::begin(matter.last_hash, now + window);
                 let key = key.clone();
                 counts.push(Count { key, reports, last });
             }
@@ -110,13 +118,43 @@ impl<K: Clone + Eq + Hash> Repeats<K> {
 }
 
 impl Matter {
-    fn begin(logged: &str, end: Instant) -> Self {
+    fn begin(logged: u64, end: Instant) -> Self {
         Self {
             end,
-            logged: vec![logged.to_owned()],
+            logged: vec![logged],
             counted: 0,
             last: String::new(),
+            last_hash: logged,
         }
+    }
+}
+
+/// Limits a line to one in each span of time.
+#[derive(Debug)]
+pub struct Throttle {
+    every: Duration,
+    logged: Option<Instant>,
+    unlogged: u64,
+}
+
+impl Throttle {
+    /// Allows a line so often.
+    pub fn new(every: Duration) -> Self {
+        Self {
+            every,
+            logged: None,
+            unlogged: 0,
+        }
+    }
+
+    /// Takes a line. Where it is to be logged, returns how many were not since the last one.
+    pub fn add(&mut self, now: Instant) -> Option<u64> {
+        if (self.logged).is_some_and(|logged| now.saturating_duration_since(logged) < self.every) {
+            self.unlogged += 1;
+            return None;
+        }
+        self.logged = Some(now);
+        Some(std::mem::take(&mut self.unlogged))
     }
 }
 
@@ -164,6 +202,20 @@ mod tests {
     }
 
     #[test]
+    fn of_a_long_text_a_part_is_kept() {
+        let (mut repeats, start) = repeats();
+        let long = "ä".repeat(100_000);
+        assert!(repeats.add(&"web", &long, start));
+        assert!(!repeats.add(&"web", &long, start));
+        let counts = repeats.counts(start + WINDOW);
+        let [count] = &counts[..] else {
+            panic!("{counts:?}");
+        };
+        assert_eq!(count.last, "ä".repeat(LONGEST));
+        assert!(!repeats.add(&"web", &long, start + WINDOW), "no news");
+    }
+
+    #[test]
     fn a_matter_that_goes_on_is_a_count_in_each_window_and_one_that_ends_is_forgotten() {
         let (mut repeats, start) = repeats();
         for now in [start, start] {
@@ -180,5 +232,17 @@ mod tests {
         assert_eq!(repeats.due(), None);
         assert!(!repeats.contains(&"web"));
         assert!(repeats.add(&"web", "bad", fourth));
+    }
+
+    #[test]
+    fn a_line_comes_now_and_then_with_the_number_of_those_between() {
+        let (mut throttle, start) = (Throttle::new(WINDOW), Instant::now());
+        assert_eq!(throttle.add(start), Some(0));
+        for _ in 0..5_000 {
+            assert_eq!(throttle.add(start + WINDOW / 2), None);
+        }
+        assert_eq!(throttle.add(start + WINDOW), Some(5_000));
+        assert_eq!(throttle.add(start + WINDOW), None);
+        assert_eq!(throttle.add(start + WINDOW * 2), Some(1));
     }
 }

@@ -7,19 +7,34 @@ use std::collections::{BTreeMap, VecDeque};
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
+use crate::logging::Throttle;
 use crate::model::{Evidence, Pod, Sandbox};
 
 /// How long the address of such a pod stays isolated.
 const KEPT_FOR: Duration = Duration::from_secs(300);
+/// How often it is logged that there are more.
+const LOG_EVERY: Duration = Duration::from_secs(60);
 /// The most that are remembered; a node has a few hundred pods.
 const MOST: usize = 1024;
 
 /// The departed pods by their addresses.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Departed {
     pods: BTreeMap<IpAddr, (Pod, Instant)>,
     /// Addresses in the order in which they are forgotten; some are already, or come again.
     order: VecDeque<(Instant, IpAddr)>,
+    /// The lines about addresses that are forgotten before their time.
+    too_many: Throttle,
+}
+
+impl Default for Departed {
+    fn default() -> Self {
+        Self {
+            pods: BTreeMap::new(),
+            order: VecDeque::new(),
+            too_many: Throttle::new(LOG_EVERY),
+        }
+    }
 }
 
 impl Departed {
@@ -79,8 +94,12 @@ impl Departed {
         if !self.pods.get(&address).is_some_and(is_this) {
             return;
         }
-        if let Some((pod, _)) = self.pods.remove(&address).filter(|_| until > now) {
+        let early = self.pods.remove(&address).filter(|_| until > now);
+        if let Some((pod, _)) = early
+            && let Some(unlogged) = self.too_many.add(now)
+        {
             tracing::warn!(
+                unlogged,
                 "more than {MOST} pods were deleted while they ran; the address {address} of {} is \
                  not kept isolated any more",
                 pod.name

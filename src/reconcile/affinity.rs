@@ -211,7 +211,7 @@ impl<K: Kernel> Reconciler<'_, K> {
             None => suspects,
         };
         for (map, of_map) in suspects.0 {
-            let done = attempts(&map, || {
+            let done = attempts(&map, false, || {
                 let found = read(&mut self.kernel, &map, &of_map)?;
                 in_batches(found, |batch| self.forget_some(&map, batch))
             });
@@ -342,12 +342,19 @@ fn in_batches(
     }
 }
 
-/// Tries again what fails. Returns whether it succeeded in the end.
-fn attempts(map: &Map, mut forget: impl FnMut() -> Result<(), netlink::Error>) -> bool {
+/// Tries again what fails. Returns whether it succeeded in the end. `again` says that the map failed
+/// before, and that this was logged.
+fn attempts(
+    map: &Map,
+    again: bool,
+    mut forget: impl FnMut() -> Result<(), netlink::Error>,
+) -> bool {
     for attempt in 1..=ATTEMPTS {
         match forget() {
             Ok(()) => return true,
-            Err(error) if attempt < ATTEMPTS => tracing::debug!("session affinity: {error}"),
+            Err(error) if attempt < ATTEMPTS || again => {
+                tracing::debug!("session affinity: {error}")
+            }
             Err(error) => tracing::warn!(
                 "{error}; clients with session affinity of services in namespace {} may stay with \
                  {} endpoints that are gone until another attempt succeeds",
@@ -434,9 +441,11 @@ impl<K: Kernel> Forgetter<K> {
                 looked = Instant::now();
                 look();
             }
-            suspects.merge(std::mem::take(&mut failed));
+            let before = std::mem::take(&mut failed);
+            let failed_before: HashSet<Map> = before.0.keys().cloned().collect();
+            suspects.merge(before);
             for (map, of_map) in suspects.0 {
-                let done = attempts(&map, || {
+                let done = attempts(&map, failed_before.contains(&map), || {
                     let found = read(&mut (self.open)()?, &map, &of_map)?;
                     in_batches(found, |batch| self.forget(&map, batch))
                 });

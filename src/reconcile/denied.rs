@@ -51,44 +51,58 @@ pub fn follow<R: Source>(
 ) {
     let mut losses = Losses::default();
     let mut next = Some(reader);
-    while let Some(reader) = next.take() {
-        let Some(error) = hear(reader, &mut losses, to) else {
-            return;
+    let mut pause = SHORTEST_RETRY;
+    while !to.is_closed() {
+        let failed = match next.take().map_or_else(&mut open, Ok) {
+            Ok(reader) => hear(reader, &mut losses, to),
+            Err(error) => Failed::AtOnce(error),
         };
-        tracing::warn!("{error}; denied packets are not logged until they can be read again");
-        let mut pause = SHORTEST_RETRY;
-        while next.is_none() && !to.is_closed() {
-            match open() {
-                Ok(reader) => {
-                    tracing::info!("denied packets are logged again");
-                    next = Some(reader);
+        match failed {
+            Failed::Over => return,
+            Failed::Later(error) => {
+                tracing::warn!("{error}; denied packets are read anew, and some are not logged");
+                pause = SHORTEST_RETRY;
+            }
+            Failed::AtOnce(error) => {
+                if pause == SHORTEST_RETRY {
+                    tracing::warn!(
+                        "{error}; denied packets are not logged until they can be read again"
+                    );
                 }
-                Err(_) => {
-                    thread::sleep(pause);
-                    pause = (pause * 2).min(LONGEST_RETRY);
-                }
+                thread::sleep(pause);
+                pause = (pause * 2).min(LONGEST_RETRY);
             }
         }
     }
 }
 
-/// Returns why the reader failed; `None` if nobody wants to know of packets any more.
-fn hear(
-    mut reader: impl Source,
-    losses: &mut Losses,
-    to: &mpsc::Sender<Question>,
-) -> Option<Error> {
+/// How the reading of denied packets ended.
+enum Failed {
+    /// The reconciler is gone.
+    Over,
+    /// Before the first packet.
+    AtOnce(Error),
+    /// After some.
+    Later(Error),
+}
+
+/// Hands on packets until the reader fails.
+fn hear(mut reader: impl Source, losses: &mut Losses, to: &mpsc::Sender<Question>) -> Failed {
+    let mut heard = false;
     loop {
-        let lost = match reader.wait() {
+        let packet = reader.wait();
+        let first = !std::mem::replace(&mut heard, packet.is_ok());
+        let lost = match packet {
             // Rules of others may log to the same group.
             Ok(Logged::Denied(packet)) if !is_own(&packet) => 0,
             Ok(Logged::Denied(packet)) => match to.try_send(Question::Denied(packet)) {
                 Ok(()) => 0,
                 Err(TrySendError::Full(_)) => 1,
-                Err(TrySendError::Closed(_)) => return None,
+                Err(TrySendError::Closed(_)) => return Failed::Over,
             },
             Ok(Logged::Lost) => 1,
-            Err(error) => return Some(error),
+            Err(error) if first => return Failed::AtOnce(error),
+            Err(error) => return Failed::Later(error),
         };
         if let Some(lost) = losses.add(lost, Instant::now()) {
             tracing::warn!(
@@ -300,6 +314,18 @@ mod tests {
                 source: std::io::Error::from_raw_os_error(libc::ENOBUFS),
             })
         }
+    }
+
+    #[test]
+    fn a_reader_that_fails_at_once_is_not_opened_again_at_once() {
+        let (to, mut questions) = mpsc::channel(8);
+        let started = Instant::now();
+        let open = || {
+            questions.close();
+            Ok(Short(None))
+        };
+        follow(Short(None), open, &to);
+        assert!(started.elapsed() >= SHORTEST_RETRY);
     }
 
     #[test]

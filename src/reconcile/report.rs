@@ -1,7 +1,12 @@
 //! What people are told.
 
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
 use tokio::sync::mpsc;
 
+use crate::logging::{Count, Repeats};
 use crate::model::{Notice, Reason, Subject};
 use crate::netlink::Error;
 
@@ -43,23 +48,158 @@ impl Reporter for Log {
 
 /// Reports to the log, and hands on what calls for somebody. What the channel has no room for is
 /// in the log only.
+///
+/// An object, or something else, has a line for each fault, and after a few of one reason a count
+/// ([`LogAndSend::log_counts`]); so have all objects of a namespace beyond the first ones.
 #[derive(Clone, Debug)]
-pub struct LogAndSend(pub mpsc::Sender<Notice>);
+pub struct LogAndSend {
+    notices: mpsc::Sender<Notice>,
+    limits: Arc<Mutex<Limits>>,
+}
+
+/// How many lines a subject has for a reason in a window: as many faults as are spelled out of one
+/// object at a time.
+const LINES: usize = 9;
+/// After how long the others are counted.
+const WINDOW: Duration = Duration::from_secs(300);
+/// How many subjects of one namespace have lines of their own in a window, and how many in all.
+const MOST_OF_NAMESPACE: usize = 100;
+const MOST: usize = 2_000;
+
+/// What is limited together.
+type Matter = (Subject, Reason);
+
+/// Which reports become lines.
+#[derive(Debug)]
+struct Limits {
+    repeats: Repeats<Matter>,
+    /// How many subjects of each namespace are among them.
+    of_namespace: HashMap<String, usize>,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            repeats: Repeats::new(LINES, WINDOW),
+            of_namespace: HashMap::new(),
+        }
+    }
+}
+
+impl Limits {
+    /// Whether a report becomes a line.
+    fn allow(&mut self, subject: &Subject, reason: Reason, text: &str, now: Instant) -> bool {
+        let own = (subject.clone(), reason);
+        if self.repeats.contains(&own) {
+            return self.repeats.add(&own, text, now);
+        }
+        let namespace = namespace(subject);
+        let in_all = self.of_namespace.values().sum::<usize>();
+        let known = self.of_namespace.get(namespace).copied().unwrap_or(0);
+        if known < MOST_OF_NAMESPACE && in_all < MOST {
+            let known = self.of_namespace.entry(namespace.to_owned()).or_default();
+            *known += 1;
+            return self.repeats.add(&own, text, now);
+        }
+        let others = if known < MOST_OF_NAMESPACE || namespace.is_empty() {
+            "others".to_owned()
+        } else {
+            format!("others in namespace {namespace}")
+        };
+        let others = (Subject::Other(others.into()), reason);
+        self.repeats
+            .add(&others, &format!("{subject}: {text}"), now)
+    }
+
+    /// What was counted in the windows that are over at a moment.
+    fn counts(&mut self, now: Instant) -> Vec<Count<Matter>> {
+        let counts = self.repeats.counts(now);
+        self.of_namespace.clear();
+        for (subject, _) in self.repeats.keys() {
+            let namespace = namespace(subject).to_owned();
+            *self.of_namespace.entry(namespace).or_default() += 1;
+        }
+        counts
+    }
+}
+
+/// The namespace of what a notice is about; none where it is about something else than an object.
+fn namespace(subject: &Subject) -> &str {
+    match subject {
+        Subject::Object(object) => object.name.namespace(),
+        Subject::File { .. } | Subject::Other(_) => "",
+    }
+}
+
+impl LogAndSend {
+    /// Hands on to a channel.
+    pub fn new(notices: mpsc::Sender<Notice>) -> Self {
+        Self {
+            notices,
+            limits: Arc::default(),
+        }
+    }
+
+    /// Logs that something that was reported has ended.
+    pub fn ended(&self, subject: Subject, reason: Reason, message: &str) {
+        if self.allow(&subject, reason, message) {
+            tracing::info!(reason = reason.as_str(), "{subject}: {message}");
+        }
+    }
+
+    /// Logs how many reports there were without a line, of those of some time ago. Has to be called
+    /// now and then.
+    pub fn log_counts(&self) {
+        self.log_counts_until(Instant::now());
+    }
+
+    /// Logs how many reports there were without a line, because there will be no others.
+    pub fn log_last_counts(&self) {
+        self.log_counts_until(Instant::now() + WINDOW);
+    }
+
+    fn log_counts_until(&self, moment: Instant) {
+        for Count { key, reports, last } in self.limits().counts(moment) {
+            let (subject, reason) = key;
+            let line = format!("{subject}: {reports} more like this; the last one: {last}");
+            if reason.is_routine() {
+                tracing::info!(reason = reason.as_str(), "{line}");
+            } else {
+                tracing::warn!(reason = reason.as_str(), "{line}");
+            }
+        }
+    }
+
+    fn allow(&self, subject: &Subject, reason: Reason, message: &str) -> bool {
+        self.limits()
+            .allow(subject, reason, message, Instant::now())
+    }
+
+    fn limits(&self) -> MutexGuard<'_, Limits> {
+        self.limits.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
 
 impl Reporter for LogAndSend {
     fn notice(&self, notice: &Notice) {
-        Log.notice(notice);
+        if self.allow(&notice.subject, notice.reason, &notice.message) {
+            Log.notice(notice);
+        }
         if !notice.reason.is_routine() {
-            let _ = self.0.try_send(notice.clone());
+            let _ = self.notices.try_send(notice.clone());
         }
     }
 
     fn failed(&self, error: &Error) {
-        Log.failed(error);
-        let _ = self.0.try_send(Notice {
-            subject: Subject::Other("the kernel".into()),
+        let subject = Subject::Other("the kernel".into());
+        let message = error.to_string();
+        if self.allow(&subject, Reason::SyncFailed, &message) {
+            Log.failed(error);
+        }
+        let _ = self.notices.try_send(Notice {
+            subject,
             reason: Reason::SyncFailed,
-            message: format!("{error}; nftlet keeps trying"),
+            message: format!("{message}; nftlet keeps trying"),
         });
     }
 
@@ -71,6 +211,7 @@ impl Reporter for LogAndSend {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::{Kind, ObjectName, ObjectRef};
 
     fn notice(reason: Reason) -> Notice {
         Notice {
@@ -83,7 +224,7 @@ mod tests {
     #[test]
     fn what_calls_for_somebody_is_handed_on_and_nobody_waits_for_room() {
         let (sender, mut receiver) = mpsc::channel(2);
-        let reporter = LogAndSend(sender);
+        let reporter = LogAndSend::new(sender);
         for reason in [Reason::OrphanSlice, Reason::Conflict, Reason::UnknownKind] {
             reporter.notice(&notice(reason));
         }
@@ -94,5 +235,64 @@ mod tests {
         assert_eq!(received.next(), Some(notice(Reason::Conflict)));
         assert_eq!(received.next(), Some(notice(Reason::ForeignChange)));
         assert_eq!(received.next(), None);
+    }
+
+    fn of_service(namespace: &str, name: &str) -> Subject {
+        let name = ObjectName::new(namespace, name);
+        Subject::Object(ObjectRef::new(Kind::Service, name))
+    }
+
+    /// How many of so many reports become lines.
+    fn lines(limits: &mut Limits, now: Instant, reports: impl Iterator<Item = Subject>) -> usize {
+        let reports = reports.enumerate();
+        let allowed = reports.filter(|(number, subject)| {
+            let text = format!("port {number}");
+            limits.allow(subject, Reason::Conflict, &text, now)
+        });
+        allowed.count()
+    }
+
+    #[test]
+    fn a_service_that_changes_all_the_time_has_a_few_lines_and_a_count() {
+        let (mut limits, now) = (Limits::default(), Instant::now());
+        let web = || of_service("shop", "web");
+        let of_web = std::iter::repeat_with(web).take(23_000);
+        assert_eq!(lines(&mut limits, now, of_web), LINES);
+        assert_eq!(limits.counts(now + WINDOW / 2), []);
+        let counts = limits.counts(now + WINDOW);
+        let [Count { key, reports, last }] = &counts[..] else {
+            panic!("{counts:?}");
+        };
+        assert_eq!(key, &(web(), Reason::Conflict));
+        assert_eq!((*reports, &**last), (22_991, "port 22999"));
+    }
+
+    #[test]
+    fn a_namespace_of_many_faults_leaves_lines_to_the_others() {
+        let (mut limits, now) = (Limits::default(), Instant::now());
+        let many = |namespace: &'static str, count: usize| {
+            (0..count).map(move |number| of_service(namespace, &format!("web-{number}")))
+        };
+        let of_loud = lines(&mut limits, now, many("loud", 5_000));
+        assert_eq!(of_loud, MOST_OF_NAMESPACE + LINES);
+        assert_eq!(lines(&mut limits, now, many("shop", 20)), 20);
+        let counts = limits.counts(now + WINDOW);
+        let [Count { key, reports, last }] = &counts[..] else {
+            panic!("{counts:?}");
+        };
+        assert_eq!(key.0.to_string(), "others in namespace loud");
+        assert_eq!(*reports, 5_000 - 100 - 9);
+        assert_eq!(last, "Service loud/web-4999: port 4999");
+        // Later they have lines again.
+        let later = now + WINDOW * 2;
+        limits.counts(later);
+        assert_eq!(lines(&mut limits, later, many("loud", 20)), 20);
+    }
+
+    #[test]
+    fn all_lines_of_a_window_are_bounded() {
+        let (mut limits, now) = (Limits::default(), Instant::now());
+        let all = (0..10_000).map(|number| of_service(&format!("team-{number}"), "web"));
+        assert_eq!(lines(&mut limits, now, all), MOST + LINES);
     }
 }

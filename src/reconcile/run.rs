@@ -17,6 +17,8 @@ const BATCH: usize = 4096;
 /// How often, while the first rules wait, what is missing is logged and the tables are looked at for
 /// what may keep it away.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// The longest time between two such lines; each is twice as long as the one before.
+const LONGEST_PATIENCE: Duration = Duration::from_secs(300);
 /// How often services are tried again that the kernel refused.
 const FORGIVE_EVERY: Duration = Duration::from_secs(300);
 
@@ -67,6 +69,7 @@ pub async fn run<K: Kernel>(
     let mut forgive = Instant::now() + FORGIVE_EVERY;
     let (mut asked, mut answered) = (Instant::now(), Instant::now());
     let mut patience = Instant::now() + PATIENCE;
+    let (mut waited, mut tell) = (PATIENCE, patience);
     let mut batch = Vec::new();
     let (mut open, mut ready) = (true, false);
     book_policies(reconciler, &mut unenforced, health);
@@ -128,6 +131,11 @@ pub async fn run<K: Kernel>(
             () = sleep_until(patience), if !ready => {
                 patience += PATIENCE;
                 reconciler.remove_foreign_hooks();
+                if patience < tell {
+                    continue;
+                }
+                tell = patience + waited;
+                waited = (waited * 2).min(LONGEST_PATIENCE);
                 let missing = reconciler.missing();
                 if !missing.is_empty() {
                     let kinds: Vec<_> = missing.iter().map(|kind| kind.as_str()).collect();

@@ -128,8 +128,9 @@ impl Healing {
             self.pause = Duration::ZERO;
         }
         if changed {
+            let before = self.pause;
             self.pause = (self.pause * 2).clamp(SHORTEST_PAUSE, LONGEST_RETRY);
-            if self.pause > LOUD {
+            if self.pause > LOUD && self.pause != before {
                 tracing::warn!(
                     "something keeps changing nftlet's tables; they are compared again in {:?}",
                     self.pause

@@ -4,7 +4,7 @@ use std::process::Stdio;
 
 use serde_json::json;
 
-use crate::agent::NFTLET;
+use crate::agent::{NFTLET, lines_with};
 use crate::common::netns::Daemon;
 use crate::fake_api::SERVICES;
 use crate::neighbour::Neighbour;
@@ -37,4 +37,44 @@ fn lines_that_nothing_takes_stop_nobody() {
         });
         assert!(agent.ended().is_none());
     }
+}
+
+/// A service that asks for what others have, at many ports and with each write at others.
+#[test]
+fn a_conflict_that_is_another_one_at_each_write_has_a_few_lines() {
+    const WRITES: usize = 45;
+    const PORTS: usize = 100;
+    let Some(neighbour) = Neighbour::new() else {
+        return;
+    };
+    let agent = neighbour.node.run();
+    let service = |name: &str, created: &str, first: usize| {
+        let ports = (first..first + PORTS)
+            .map(|port| json!({"name": format!("p{port}"), "port": port}))
+            .collect::<Vec<_>>();
+        json!({"apiVersion": "v1", "kind": "Service",
+            "metadata": {"namespace": "loud", "name": name, "creationTimestamp": created},
+            "spec": {"clusterIP": "None", "type": "ClusterIP", "externalIPs": ["203.0.113.9"],
+                "ports": ports}})
+    };
+    let with_address = |mut service: serde_json::Value, address: &str| {
+        service["spec"]["clusterIP"] = json!(address);
+        service["spec"]["clusterIPs"] = json!([address]);
+        service
+    };
+    let owner = service("owner", "2026-01-01T00:00:00Z", 1);
+    let owner = with_address(owner, "10.96.100.1");
+    neighbour.node.api.put(SERVICES, owner);
+    for write in 0..WRITES {
+        let claimant = service("claimant", "2026-02-01T00:00:00Z", 1 + write % 2 * 50);
+        let claimant = with_address(claimant, "10.96.100.2");
+        neighbour.node.api.put(SERVICES, claimant);
+        // What is written shows that the write was seen.
+        neighbour.node.has(&format!(
+            "10.96.100.2 . tcp . {} ",
+            if write % 2 == 0 { 1 } else { 101 }
+        ));
+    }
+    let told = lines_with(&agent.log(), "Service loud/claimant");
+    assert!((1..=9).contains(&told.len()), "{} lines", told.len());
 }

@@ -2,12 +2,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use serde::Deserialize;
 
 use super::request::Selection;
 use super::stats::SourceStats;
 use super::traffic::{Unanswered, innermost};
+use crate::logging::Throttle;
 use crate::model::{Kind, Notice, Reason, Subject};
 
 /// Why a session with the server ended.
@@ -241,6 +243,7 @@ pub(super) struct Faults {
     server: String,
     lasting: Mutex<BTreeMap<String, Lasting>>,
     stats: Arc<SourceStats>,
+    ends: Mutex<Throttle>,
 }
 
 #[derive(Debug, Default)]
@@ -248,6 +251,9 @@ struct Lasting {
     kinds: BTreeSet<Kind>,
     message: String,
 }
+
+/// How often it is logged that the server answers again.
+const LOG_END_EVERY: Duration = Duration::from_secs(60);
 
 /// Without these kinds services cannot follow the cluster.
 const NEEDED: [Kind; 3] = [Kind::Service, Kind::EndpointSlice, Kind::Node];
@@ -259,12 +265,17 @@ impl Faults {
             server,
             lasting: Mutex::default(),
             stats,
+            ends: Mutex::new(Throttle::new(LOG_END_EVERY)),
         }
     }
 
-    /// The server's address.
-    pub(super) fn server(&self) -> &str {
-        &self.server
+    /// Logs that a fault has ended; of a server that comes and goes, now and then.
+    pub(super) fn log_end(&self) {
+        let mut ends = self.ends.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(unlogged) = ends.add(Instant::now()) {
+            let server = &self.server;
+            tracing::info!(server, unlogged, "the API server answers again");
+        }
     }
 
     /// Notes a fault of a kind; returns the notice if it is news.

@@ -20,12 +20,15 @@ use super::reach::Reach;
 use super::request::{Lines, Requester};
 use super::stats::SourceStats;
 use super::timing::{Backoff, Pause, Timing};
+use crate::logging::Throttle;
 use crate::model::{Event, Kind};
 use crate::source::Sender;
 use crate::source::convert::{Decoded, identify};
 
 /// Streamed lists that may end early before lists are paged instead.
 const MOST_BROKEN_STREAMS: u32 = 2;
+/// How often it is logged that the server no longer has a version.
+const LOG_GONE_EVERY: Duration = Duration::from_secs(60);
 
 /// The watch of one kind.
 pub(super) struct Reflector {
@@ -54,6 +57,8 @@ pub(super) struct Reflector {
     following: Option<Instant>,
     /// Whether a fault of the server was noted that has not ended.
     faulty: bool,
+    /// The lines about versions that the server no longer has.
+    gone: Throttle,
 }
 
 impl Reflector {
@@ -83,6 +88,7 @@ impl Reflector {
             relisted: false,
             following: None,
             faulty: false,
+            gone: Throttle::new(LOG_GONE_EVERY),
         }
     }
 
@@ -130,14 +136,18 @@ impl Reflector {
                 }
             }
             Fault::Gone => {
-                tracing::info!(%kind, "the API server no longer has the version to resume from; listing again");
+                if let Some(unlogged) = self.gone.add(Instant::now()) {
+                    tracing::info!(%kind, unlogged, "the API server no longer has the version to resume from; listing again");
+                }
                 self.cached = self.version.take().is_some();
                 if self.cached && !std::mem::replace(&mut self.relisted, true) {
                     return Ok(Pause::default());
                 }
             }
             Fault::Ahead => {
-                tracing::info!(%kind, "the API server has lost the version to resume from; listing again");
+                if let Some(unlogged) = self.gone.add(Instant::now()) {
+                    tracing::info!(%kind, unlogged, "the API server has lost the version to resume from; listing again");
+                }
                 (self.version, self.cached) = (None, false);
             }
             Fault::NoStreaming if self.streaming && self.version.is_none() => {
@@ -416,10 +426,7 @@ impl Reflector {
     /// come as the first event on it.
     fn healthy(&mut self) {
         if std::mem::take(&mut self.faulty) && self.faults.end(self.kind()) {
-            tracing::info!(
-                server = self.faults.server(),
-                "the API server answers again"
-            );
+            self.faults.log_end();
         }
     }
 
