@@ -314,6 +314,19 @@ impl Metrics {
         self.registry.unregister(Box::new(gauge))
     }
 
+    /// Adds the metrics of another module.
+    ///
+    /// # Errors
+    ///
+    /// When one of them has a name that is taken.
+    pub fn include(
+        &self,
+        collectors: impl IntoIterator<Item = Box<dyn prometheus::core::Collector>>,
+    ) -> Result<(), Error> {
+        let mut collectors = collectors.into_iter();
+        collectors.try_for_each(|collector| self.registry.register(collector))
+    }
+
     /// Whether network policies are in force.
     pub fn policies_in_force(&self, in_force: bool) {
         self.policies_in_force.set(i64::from(in_force));

@@ -807,6 +807,47 @@ fn contradictory_flags_end_with_2() {
     }
 }
 
+/// client-go's metrics, with its labels.
+#[test]
+fn requests_to_the_server_are_counted_and_timed() {
+    if !require_net_admin() {
+        return;
+    }
+    let node = small_cluster();
+    let address = "127.0.0.1:10249";
+    let arguments = node.arguments(&["--metrics-bind-address", address]);
+    let nftlet = Daemon::start(&node.ns, NFTLET, arguments);
+    wait_for_log(&nftlet, "the rules are in place");
+    let host = node.api.address();
+    let count = |page: &str, series: &str| {
+        let mut lines = page.lines();
+        let value = lines.find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
+        value.map_or(0.0, |value| value.parse().expect("a number"))
+    };
+    let requests = |page: &str, code: &str, method: &str| {
+        let labels = format!("code=\"{code}\",host=\"{host}\",method=\"{method}\"");
+        count(page, &format!("rest_client_requests_total{{{labels}}}"))
+    };
+    let timed = |page: &str, method: &str| {
+        let labels = format!("host=\"{host}\",verb=\"{method}\"");
+        let name = "rest_client_request_duration_seconds_count";
+        count(page, &format!("{name}{{{labels}}}"))
+    };
+    // Five watches, and the Event of the start.
+    let page = wait_for("the metrics of requests", PATIENCE, || {
+        let (_, page) = get(&node.ns, address, "/metrics");
+        let all = requests(&page, "200", "GET") >= 5.0 && timed(&page, "POST") >= 1.0;
+        all.then_some(page)
+    });
+    assert_eq!(requests(&page, "201", "POST"), timed(&page, "POST"));
+    assert_eq!(timed(&page, "GET"), 0.0, "watches are not timed");
+    node.set_down(true);
+    wait_for("requests without an answer", PATIENCE, || {
+        let (_, page) = get(&node.ns, address, "/metrics");
+        (requests(&page, "<error>", "GET") >= 5.0).then_some(())
+    });
+}
+
 #[test]
 fn metrics_and_probes_tell_of_the_rules() {
     if !require_net_admin() {

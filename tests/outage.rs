@@ -1,20 +1,30 @@
-//! How long services are away when somebody flushes the ruleset. A program of its own, so that no
-//! other test runs beside it.
+//! How long services are away when somebody flushes the ruleset, and how long changes wait after an
+//! outage of the API server. A program of its own, so that no other test runs beside it.
 
+#[path = "common/agent.rs"]
+mod agent;
 mod common;
+#[path = "common/fake_api.rs"]
+mod fake_api;
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use agent::{Node, wait_for_log};
 use common::manifests::{CLUSTER_CIDR, Manifests, Service};
 use common::netns::{
     Ask, Daemon, Lab, LabOptions, Namespace, PATIENCE, Protocol, require_net_admin, wait_for,
 };
+use fake_api::{NODES, SERVICES, SLICES};
+use serde_json::json;
 
+/// Held by the test that has the machine for itself.
+static ALONE: Mutex<()> = Mutex::new(());
 const CIDR: [&str; 2] = ["--cluster-cidr", CLUSTER_CIDR];
-const SERVICES: u16 = 1000;
+const MANY: u16 = 1000;
 const ENDPOINTS: u16 = 10;
 /// How often the ruleset is flushed for one median.
 const FLUSHES: usize = 5;
@@ -149,6 +159,7 @@ fn a_flush_of_the_ruleset_is_a_short_outage() {
     if !require_net_admin() {
         return;
     }
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let lab = Lab::new(LabOptions::default());
     let manifests = Manifests::new();
     let service = |name: &str, address: String, endpoints: &[(String, bool)]| {
@@ -160,7 +171,7 @@ fn a_flush_of_the_ruleset_is_a_short_outage() {
     let pods = lab.pods();
     let addresses: Vec<_> = pods.iter().map(|pod| (pod.v4.to_string(), true)).collect();
     service("web", ADDRESS.to_string(), &addresses);
-    for index in 0..SERVICES - 1 {
+    for index in 0..MANY - 1 {
         let address = format!("10.96.{}.{}", 1 + index / 250, 1 + index % 250);
         let endpoint = |last: u16| (format!("10.244.{}.{}", 2 + index % 250, 1 + last), true);
         let endpoints: Vec<_> = (0..ENDPOINTS).map(endpoint).collect();
@@ -180,4 +191,71 @@ fn a_flush_of_the_ruleset_is_a_short_outage() {
         seen.push(outages);
     }
     panic!("the median is {PROMISED:?} or more each time: {seen:.1?}");
+}
+
+/// How long it may take until all changes of an outage are in force: much longer than it does, and
+/// much shorter than the pauses that have grown by then.
+const RECOVERED: Duration = Duration::from_secs(6);
+/// How many connections are refused before the server is back.
+const REFUSED: usize = 60;
+
+/// The server comes back without the history that the watches would resume from.
+#[test]
+fn all_changes_of_an_outage_are_in_force_soon_after_it() {
+    if !require_net_admin() {
+        return;
+    }
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let node = Node::new();
+    node.api.put(
+        NODES,
+        json!({"kind": "Node", "apiVersion": "v1", "metadata": {"name": "node-1"}}),
+    );
+    let slices = |range: u16| {
+        (0..MANY).map(move |index| {
+            let endpoints = (0..ENDPOINTS).map(|last| {
+                let address = format!("10.{range}.{}.{}", index / 20, index % 20 * 10 + last);
+                json!({"addresses": [address]})
+            });
+            let endpoints: Vec<_> = endpoints.collect();
+            let name = format!("s{index}");
+            let slice = json!({"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
+                "metadata": {"namespace": "shop", "name": name,
+                    "labels": {"kubernetes.io/service-name": name}},
+                "addressType": "IPv4", "endpoints": endpoints,
+                "ports": [{"name": "http", "port": 8080, "protocol": "TCP"}]});
+            (SLICES, slice)
+        })
+    };
+    let services = (0..MANY).map(|index| {
+        let address = format!("10.96.{}.{}", 1 + index / 250, 1 + index % 250);
+        let service = json!({"apiVersion": "v1", "kind": "Service",
+            "metadata": {"namespace": "shop", "name": format!("s{index}")},
+            "spec": {"clusterIP": address, "clusterIPs": [address],
+                "ports": [{"name": "http", "port": 80, "protocol": "TCP"}]}});
+        (SERVICES, service)
+    });
+    node.api.put_all(services);
+    node.api.put_all(slices(1));
+    let nftlet = node.run();
+    let in_force = |range: u16| {
+        let listed = node.ns.nft(&["list", "map", "ip", "nftlet", "endpoints"]);
+        let leads = format!(": 10.{range}.");
+        listed.matches(&leads).count() == usize::from(MANY * ENDPOINTS)
+    };
+    assert!(in_force(1));
+    node.set_down(true);
+    wait_for_log(&nftlet, "cannot be reached");
+    let down = Instant::now();
+    node.wait_for_refusals(REFUSED);
+    node.api.put_all(slices(2));
+    node.api.compact(false);
+    let (lasted, back) = (down.elapsed(), Instant::now());
+    node.set_down(false);
+    wait_for("all changes to be in force", PATIENCE, || {
+        in_force(2).then_some(())
+    });
+    let recovered = back.elapsed();
+    println!("in force {recovered:.2?} after an outage of {lasted:.1?}");
+    assert!(recovered < RECOVERED, "{recovered:?}");
 }

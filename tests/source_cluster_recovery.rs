@@ -13,7 +13,7 @@ use fake_api::{
     CIDRS, FakeApi, NAMESPACES, NODES, PODS, POLICIES, Recorded, SERVICES, SLICES, Streaming,
 };
 use nftlet::model::{Kind, Object};
-use nftlet::source::cluster::Timing;
+use nftlet::source::cluster::{Cluster, Timing};
 use serde_json::{Value, json};
 
 const ALL: [&str; 7] = [SERVICES, SLICES, NODES, CIDRS, PODS, NAMESPACES, POLICIES];
@@ -239,4 +239,55 @@ async fn a_server_that_is_back_sets_the_pace() {
     api.set_busy(SERVICES, None);
     has_each(&mut consumer, "after").await;
     consumer.finish().await;
+}
+
+#[tokio::test]
+async fn what_fails_on_the_way_to_the_server_is_said_in_sentences() {
+    let port = || std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let unused = port().local_addr().expect("an address");
+    let closing = port();
+    let closed = closing.local_addr().expect("an address");
+    closing.set_nonblocking(true).expect("a socket");
+    let closing = tokio::net::TcpListener::from_std(closing).expect("a socket");
+    tokio::spawn(async move { while closing.accept().await.is_ok() {} });
+    let plain = FakeApi::start().await;
+    for (server, sentence) in [
+        (
+            format!("http://{unused}"),
+            format!(
+                "connecting to http://{unused} failed: connection refused (no process listens there);"
+            ),
+        ),
+        (
+            format!("http://{closed}"),
+            format!("the connection to http://{closed} ended before the answer"),
+        ),
+        (
+            "http://api.invalid:6443".to_owned(),
+            "the name in http://api.invalid:6443 cannot be resolved: ".to_owned(),
+        ),
+        (
+            format!("https://{}", plain.address()),
+            format!(
+                "connecting to https://{} failed: the TLS handshake: ",
+                plain.address()
+            ),
+        ),
+    ] {
+        let cluster = Cluster::connect(None, Some(server), "node-1".into()).await;
+        let cluster = cluster.expect("an address is enough");
+        let cluster = cluster.with_timing(hasty()).with_network_policies(false);
+        let directory = tempfile::tempdir().expect("a directory");
+        let mut consumer = Consumer::of(cluster, directory);
+        consumer
+            .until("a notice", |it| !it.notices.is_empty())
+            .await;
+        let told = &consumer.notices[0].message;
+        let wanted = format!("the API server cannot be reached: {sentence}");
+        assert!(told.starts_with(&wanted), "{told}");
+        for jargon in ["client error", "ServiceError", "HyperError", "deadline"] {
+            assert!(!told.contains(jargon), "{told}");
+        }
+        consumer.finish().await;
+    }
 }

@@ -120,6 +120,7 @@ impl Io {
         } else {
             let cluster = connect(&self.args, &self.node_name).await?;
             tracing::info!("watching {}", cluster.server());
+            self.metrics.include(cluster.request_metrics())?;
             let source = cluster.stats();
             stats = Some(source.clone());
             self.health.depends_on(move || {

@@ -99,6 +99,11 @@ impl Node {
         self.runtime.block_on(self.api.set_down(down));
     }
 
+    /// Waits until the server has refused this many more connections.
+    pub fn wait_for_refusals(&self, more: usize) {
+        self.runtime.block_on(self.api.until_refused_again(more));
+    }
+
     /// Breaks all connections to the server.
     pub fn break_connections(&self) {
         self.runtime.block_on(self.api.break_connections());

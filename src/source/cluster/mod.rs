@@ -36,6 +36,7 @@ mod pulse;
 mod reach;
 mod reflect;
 mod request;
+mod requests;
 mod servers;
 mod stats;
 mod timing;
@@ -55,6 +56,7 @@ use hyper::http::uri::{Authority, InvalidUri};
 use kube::client::ClientBuilder;
 use kube::config::{InClusterError, Kubeconfig, KubeconfigError, NoProxyError};
 use kube::{Client, Config};
+use prometheus::core::Collector;
 use tokio::sync::watch;
 use tower::filter::FilterLayer;
 use tower::layer::layer_fn;
@@ -65,6 +67,7 @@ use self::pulse::Pulse;
 use self::reach::Reach;
 use self::reflect::Reflector;
 use self::request::{Requester, Selection};
+use self::requests::RequestMetrics;
 use self::servers::Servers;
 pub use self::stats::{KindStats, ServerFault, SourceStats};
 pub use self::timing::Timing;
@@ -138,6 +141,11 @@ pub enum Error {
         /// What is wrong with it.
         source: NoProxyError,
     },
+    /// The metrics of the requests cannot be created.
+    #[error(
+        "cannot create the metrics of requests to the API server: {0}; this is a fault of nftlet"
+    )]
+    Metrics(#[source] prometheus::Error),
     /// The credentials or certificates cannot be used.
     #[error(
         "cannot prepare connections to {server}: {}; check the certificates and credentials",
@@ -163,6 +171,7 @@ pub struct Cluster {
     server: String,
     servers: Arc<Servers>,
     reach: Arc<Reach>,
+    request_metrics: RequestMetrics,
     node_name: String,
     timing: Timing,
     network_policies: bool,
@@ -183,6 +192,7 @@ impl Cluster {
         server: Option<String>,
         node_name: String,
     ) -> Result<Self, Error> {
+        let given = server;
         let from_environment = std::env::var_os("KUBECONFIG").filter(|value| !value.is_empty());
         let kubeconfig = match (kubeconfig, from_environment) {
             (Some(path), _) => {
@@ -198,9 +208,9 @@ impl Cluster {
         let from_file = kubeconfig.is_some();
         let (mut config, named_proxy) = match kubeconfig {
             Some((path, read)) => kubeconfig::read(&path, read).await?,
-            None => (in_cluster(server.as_deref())?, None),
+            None => (in_cluster(given.as_deref())?, None),
         };
-        if let Some(server) = &server {
+        if let Some(server) = &given {
             config.cluster_url = address(server, "--master")?;
         }
         if from_file {
@@ -220,7 +230,15 @@ impl Cluster {
         let (address, proxy) = (config.cluster_url.clone(), config.proxy_url.clone());
         let servers = Arc::new(Servers::new(&address, proxy.as_ref()));
         let reach = Arc::new(Reach::default());
-        let traffic = Traffic::new(&address, proxy.as_ref(), reach.clone(), servers.clone());
+        let in_cluster = !from_file && given.is_none();
+        let request_metrics = RequestMetrics::new(&address, in_cluster).map_err(Error::Metrics)?;
+        let traffic = Traffic::new(
+            &address,
+            proxy.as_ref(),
+            reach.clone(),
+            servers.clone(),
+            request_metrics.clone(),
+        );
         let client = client(config, token, Arc::new(traffic)).map_err(|source| Error::Client {
             server: server.clone(),
             source,
@@ -230,6 +248,7 @@ impl Cluster {
             server,
             servers,
             reach,
+            request_metrics,
             node_name,
             timing: Timing::default(),
             network_policies: true,
@@ -262,6 +281,12 @@ impl Cluster {
     /// The server's address.
     pub fn server(&self) -> &str {
         &self.server
+    }
+
+    /// The metrics of all requests to the server, also those of [`client`](Cluster::client), for a
+    /// registry.
+    pub fn request_metrics(&self) -> [Box<dyn Collector>; 2] {
+        self.request_metrics.collectors()
     }
 
     /// The counters, which go on counting while [`run`](Cluster::run) has taken the cluster.

@@ -17,6 +17,7 @@ use tower::{BoxError, Service};
 
 use super::proxy::without_password;
 use super::reach::Reach;
+use super::requests::RequestMetrics;
 use super::servers::Servers;
 
 /// Observes the requests of a client.
@@ -26,6 +27,7 @@ pub(super) struct Traffic {
     way: String,
     reach: Arc<Reach>,
     servers: Arc<Servers>,
+    metrics: RequestMetrics,
 }
 
 impl Traffic {
@@ -34,6 +36,7 @@ impl Traffic {
         proxy: Option<&Uri>,
         reach: Arc<Reach>,
         servers: Arc<Servers>,
+        metrics: RequestMetrics,
     ) -> Self {
         let mut way = server.to_string().trim_end_matches('/').to_owned();
         if let Some(proxy) = proxy {
@@ -44,6 +47,7 @@ impl Traffic {
             way,
             reach,
             servers,
+            metrics,
         }
     }
 
@@ -103,11 +107,18 @@ where
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
         let traffic = self.traffic.clone();
+        let mut in_flight = traffic.metrics.begin(&request);
         let answer = self.service.call(request);
         async move {
             let answer = answer.await.map_err(|error| traffic.failed(error))?;
             traffic.answered(&answer);
-            Ok(answer.map(BodyExt::boxed_unsync))
+            in_flight.answered(answer.status());
+            // Dropped with the body, thus when that was read.
+            let timed = move |frame| {
+                let _in_flight = &in_flight;
+                frame
+            };
+            Ok(answer.map(|body| body.map_frame(timed).boxed_unsync()))
         }
         .boxed()
     }
@@ -145,6 +156,8 @@ fn explain(error: &(dyn StdError + 'static), way: &str) -> String {
         Some(io::ErrorKind::ConnectionReset | io::ErrorKind::UnexpectedEof) => {
             "the connection was closed at once"
         }
+        // What the TLS library finds wrong.
+        Some(io::ErrorKind::InvalidData) => &*format!("the TLS handshake: {cause}"),
         _ => &*cause,
     };
     format!("connecting to {way} failed: {why}")
@@ -158,22 +171,23 @@ pub(super) fn innermost(error: &(dyn StdError + 'static)) -> String {
 
 /// Whether an error comes of there being no file descriptor.
 fn wants_descriptors(error: &(dyn StdError + 'static)) -> bool {
-    chain(error).any(|cause| {
-        let Some(error) = cause.downcast_ref::<io::Error>() else {
-            return false;
-        };
-        match (error.raw_os_error(), error.get_ref()) {
-            (Some(errno), _) => [libc::EMFILE, libc::ENFILE].contains(&errno),
-            // What an error is made of is not among its sources.
-            (None, Some(inner)) => wants_descriptors(inner),
-            (None, None) => false,
-        }
-    })
+    let errors = chain(error).filter_map(|cause| cause.downcast_ref::<io::Error>());
+    errors
+        .filter_map(io::Error::raw_os_error)
+        .any(|errno| [libc::EMFILE, libc::ENFILE].contains(&errno))
 }
 
-/// An error and its causes.
+/// An error and its causes. `io::Error` passes over the error that it wraps.
 fn chain<'e>(
     error: &'e (dyn StdError + 'static),
 ) -> impl Iterator<Item = &'e (dyn StdError + 'static)> {
-    std::iter::successors(Some(error), |&error| error.source())
+    std::iter::successors(Some(error), |&error| {
+        let wrapped = error
+            .downcast_ref::<io::Error>()
+            .and_then(io::Error::get_ref);
+        match wrapped {
+            Some(wrapped) => Some(wrapped as &(dyn StdError + 'static)),
+            None => error.source(),
+        }
+    })
 }
