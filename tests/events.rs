@@ -345,6 +345,7 @@ async fn a_refusal_after_an_outage_counts_when_it_comes_twice() {
     bench.notices.send(notice).await.expect("it listens");
     asked(4).await;
     bench.api.answer_writes(Some((403, "Forbidden")));
+    asked(6).await;
     for number in 0..50 {
         let notice = about("web", Reason::InvalidField, &format!("field {number}"));
         bench.notices.send(notice).await.expect("it listens");
