@@ -145,8 +145,8 @@ impl Lines {
         Ok(lines)
     }
 
-    /// Adds a line, which ends with a line feed, in the form of [`safe`]. Never waits for it to be
-    /// written.
+    /// Adds a line, which ends with a line feed. Escapes its control characters and removes the
+    /// passwords of URLs. Never waits for it to be written.
     pub fn add(&self, line: &[u8]) {
         if keep_own_line(line) {
             return;

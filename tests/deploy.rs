@@ -16,7 +16,7 @@ mod schema;
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::net::{SocketAddr, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -25,7 +25,7 @@ use agent::{
     NFTLET, Node, PATIENCE, get, lines_with, nftlet, of_repository, printed, wait_for_log,
 };
 use clap::Parser as _;
-use common::netns::{Daemon, require_net_admin, wait_for};
+use common::netns::{Daemon, Namespace, require_net_admin, wait_for};
 use common::skip::skip;
 use consumer::{cidr, node, service, slice};
 use fake_api::{CIDRS, NAMESPACES, NODES, PODS, POLICIES, Recorded, SERVICES, SLICES, Streaming};
@@ -679,6 +679,31 @@ fn the_settings_of_kubeadm_are_made_with_its_own_file() {
     printed(&nftlet(&cluster.ns, &arguments, ""));
     assert_eq!(read("tcp_timeout_close_wait"), "3600");
     assert_eq!(read("tcp_timeout_established"), "86400");
+    let left = seconds_left_in_close_wait(&cluster.ns);
+    assert!((3540..=3600).contains(&left), "{left}");
+}
+
+/// Closes one end of a connection. Returns for how long the kernel goes on knowing it, in seconds,
+/// as the e2e test of kube-proxy reads it.
+fn seconds_left_in_close_wait(ns: &Namespace) -> u64 {
+    ns.nft_load(
+        "table ip tracked { chain all { type filter hook input priority 0; ct state new; } }",
+    );
+    let _server = ns.run(|| {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port is free");
+        let address = listener.local_addr().expect("it is bound");
+        let client = TcpStream::connect(address).expect("it listens");
+        let (server, _) = listener.accept().expect("it is connected");
+        drop(client);
+        server
+    });
+    wait_for("a connection in CLOSE_WAIT", PATIENCE, || {
+        let known = ns.command("cat").arg("/proc/net/nf_conntrack").output();
+        let known = String::from_utf8(known.expect("cat runs").stdout).expect("a text");
+        let mut lines = known.lines();
+        let line = lines.find(|line| line.contains("CLOSE_WAIT"))?;
+        line.split_whitespace().nth(4)?.parse().ok()
+    })
 }
 
 /// A count is written some minutes after an Event, which is longer than the test above waits.
