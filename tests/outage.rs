@@ -195,7 +195,7 @@ fn a_flush_of_the_ruleset_is_a_short_outage() {
 
 /// How long it may take until all changes of an outage are in force: much longer than it does, and
 /// much shorter than the pauses that have grown by then.
-const RECOVERED: Duration = Duration::from_secs(6);
+const RECOVERED: Duration = Duration::from_secs(if cfg!(debug_assertions) { 12 } else { 5 });
 /// How many connections are refused before the server is back.
 const REFUSED: usize = 60;
 
