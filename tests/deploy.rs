@@ -687,7 +687,9 @@ fn the_settings_of_kubeadm_are_made_with_its_own_file() {
 /// as the e2e test of kube-proxy reads it.
 fn seconds_left_in_close_wait(ns: &Namespace) -> u64 {
     ns.nft_load(
-        "table ip tracked { chain all { type filter hook input priority 0; ct state new; } }",
+        "table ip tracked {
+            chain incoming { type filter hook input priority 0; ct state new counter; }
+        }",
     );
     let _server = ns.run(|| {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port is free");
