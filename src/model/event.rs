@@ -50,6 +50,16 @@ pub enum Event {
 }
 
 impl Event {
+    /// The service that a Service or an EndpointSlice is about, where the event says it.
+    pub fn service(&self) -> Option<&ObjectName> {
+        match self {
+            Event::Apply(Object::Service(service)) => Some(&service.name),
+            Event::Apply(Object::EndpointSlice(slice)) => Some(&slice.service),
+            Event::Delete(object) if object.kind == Kind::Service => Some(&object.name),
+            _ => None,
+        }
+    }
+
     /// Whether it concerns objects of these kinds: one of them or a list.
     pub fn is_about(&self, kinds: &[Kind]) -> bool {
         let kind = match self {

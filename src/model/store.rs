@@ -32,9 +32,9 @@ pub struct Changes {
     pub service_cidrs: bool,
     /// Objects to tell a person about.
     pub notices: Vec<Notice>,
-    /// Endpoint changes with a trigger time: the service's slice changed at that moment,
-    /// milliseconds since 1970.
-    pub triggered_at_ms: Vec<i64>,
+    /// Services whose endpoints changed, with the trigger time of the change in milliseconds since
+    /// 1970.
+    pub triggered_at_ms: Vec<(ObjectName, i64)>,
 }
 
 impl Changes {
@@ -310,7 +310,9 @@ impl Store {
             }
         }
         changes.services.insert(slice.service.clone());
-        changes.triggered_at_ms.extend(slice.triggered_at_ms);
+        let triggered = slice.triggered_at_ms.into_iter();
+        let triggered = triggered.map(|at| (slice.service.clone(), at));
+        changes.triggered_at_ms.extend(triggered);
         let slices = self.slices_of.entry(slice.service.clone()).or_default();
         if let Err(place) = slices.binary_search(&name) {
             slices.insert(place, name.clone());

@@ -67,7 +67,7 @@ use affinity::Suspects;
 use conntrack::Work;
 use health_checks::HealthChecks;
 use policies::{Followers, Policies};
-use portions::Queue;
+use portions::{Queue, Timings};
 use programmed::Effects;
 use repair::ForeignChange;
 
@@ -96,8 +96,10 @@ pub struct Reconciler<'a, K> {
     metrics: &'a Metrics,
     reporter: &'a dyn Reporter,
     changes: Changes,
-    /// Arrival times of events whose rules are not in force yet.
-    waiting: Vec<Instant>,
+    /// Arrival times of events whose rules are not in force yet, with the service of each.
+    waiting: Vec<(Option<ObjectName>, Instant)>,
+    /// Times of events whose rules are in force with the next write.
+    in_time: Timings,
     /// How many service and endpoint changes these are.
     pending: (usize, usize),
     /// Frontends whose flows may be stale once the rules are in force.
@@ -220,6 +222,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
             reporter,
             changes: Changes::default(),
             waiting: Vec::new(),
+            in_time: Timings::default(),
             pending: (0, 0),
             flows: Work::default(),
             clients: Suspects::default(),
@@ -384,7 +387,8 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
             };
             let counts = !matches!(delivery.event, Event::Servers(_) | Event::Notice(_));
             if counts && self.waiting.len() < MOST_WAITING {
-                self.waiting.push(delivery.at);
+                let service = delivery.event.service().cloned();
+                self.waiting.push((service, delivery.at));
             }
             if let Some(event) = self.take_policy_event(delivery) {
                 self.store.apply(event, &mut changes);
@@ -448,7 +452,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
     }
 
     /// Books what a successful write means.
-    fn settle(&mut self, triggered_at_ms: Vec<i64>) {
+    fn settle(&mut self) {
         self.pending = (0, 0);
         self.metrics.pending(0, 0);
         self.hand_over();
@@ -457,11 +461,14 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
             .as_ref()
             .is_some_and(|p| p.state == State::Unknown)
         {
-            for at in self.waiting.drain(..) {
+            let waiting = self.waiting.drain(..).map(|(_, at)| at);
+            for at in waiting.chain(self.in_time.arrived.drain(..)) {
                 self.metrics.programmed(at.elapsed());
             }
         }
-        for triggered in triggered_at_ms {
+        let triggered = std::mem::take(&mut self.changes.triggered_at_ms);
+        let triggered = triggered.into_iter().map(|(_, at)| at);
+        for triggered in triggered.chain(self.in_time.triggered_at_ms.drain(..)) {
             if let Some(since) = milliseconds_since(triggered) {
                 self.metrics.network_programming(since);
             }

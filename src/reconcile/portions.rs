@@ -33,11 +33,33 @@ use crate::model::{Claim, Delivery, Event, Family, ObjectName};
 /// The elements that a transaction deletes and adds, about, where it can be chosen.
 pub(super) const MOST_ELEMENTS: usize = 2_000;
 
-/// When the events arrived that a change follows, for the metrics.
+/// When events arrived and what they report happened, for the metrics. The kernel may be out of
+/// order for long, so their number is bounded.
 #[derive(Debug, Default)]
 pub(super) struct Timings {
     pub arrived: Vec<Instant>,
     pub triggered_at_ms: Vec<i64>,
+}
+
+impl Timings {
+    pub fn add(&mut self, arrived: Instant) {
+        if self.arrived.len() < MOST_WAITING {
+            self.arrived.push(arrived);
+        }
+    }
+
+    pub fn add_trigger(&mut self, at_ms: i64) {
+        if self.triggered_at_ms.len() < MOST_WAITING {
+            self.triggered_at_ms.push(at_ms);
+        }
+    }
+
+    pub fn append(&mut self, mut other: Self) {
+        self.arrived.append(&mut other.arrived);
+        self.arrived.truncate(MOST_WAITING);
+        self.triggered_at_ms.append(&mut other.triggered_at_ms);
+        self.triggered_at_ms.truncate(MOST_WAITING);
+    }
 }
 
 /// The services that wait.
@@ -123,9 +145,7 @@ impl Queue {
     pub fn put_off(&mut self, service: &ObjectName, delivery: Delivery) {
         let waiting = self.enter(service);
         waiting.event = Some(delivery.event);
-        if waiting.timings.arrived.len() < MOST_WAITING {
-            waiting.timings.arrived.push(delivery.at);
-        }
+        waiting.timings.add(delivery.at);
     }
 
     /// Drops the event of a service, which a newer one replaces that does not wait.
@@ -203,16 +223,10 @@ impl Queue {
         waiting.write = Some(effects);
     }
 
-    /// Has events timed until the change of a service is written. Gives them back if none waits.
-    pub fn add_timings(&mut self, service: &ObjectName, mut timings: Timings) -> Timings {
-        if let Some(waiting) = self.waiting.get_mut(service) {
-            let all = &mut waiting.timings;
-            all.arrived.append(&mut timings.arrived);
-            all.arrived.truncate(MOST_WAITING);
-            all.triggered_at_ms.append(&mut timings.triggered_at_ms);
-            all.triggered_at_ms.truncate(MOST_WAITING);
-        }
-        timings
+    /// The times of the events of a service that waits.
+    pub fn timings(&mut self, service: &ObjectName) -> Option<&mut Timings> {
+        let waiting = self.waiting.get_mut(service)?;
+        Some(&mut waiting.timings)
     }
 
     /// The service whose turn it is.

@@ -109,7 +109,8 @@ impl<K: Kernel> Reconciler<'_, K> {
                     self.report_healing(TABLE, foreign, started.elapsed());
                     self.state = State::Synced;
                     self.suspect_all();
-                    self.settle(changes.triggered_at_ms);
+                    self.changes.triggered_at_ms = changes.triggered_at_ms;
+                    self.settle();
                     return Outcome::Synced;
                 }
                 Err(error) => {

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::conntrack::Front;
-use super::portions::{Done, Task, Timings};
+use super::portions::{Done, Task};
 use super::programmed::{Draft, Effects};
 use super::{Kernel, Outcome, Reconciler, State, too_large};
 use crate::compile::{self, PlanChange, ServicePlan};
@@ -53,7 +53,8 @@ impl<K: Kernel> Reconciler<'_, K> {
         let started = Instant::now();
         let changes = std::mem::take(&mut self.changes);
         if changes.is_empty() && self.queue.is_empty() {
-            self.settle(changes.triggered_at_ms);
+            self.changes.triggered_at_ms = changes.triggered_at_ms;
+            self.settle();
             return Outcome::Synced;
         }
         let written = self.update_changes(changes);
@@ -71,9 +72,7 @@ impl<K: Kernel> Reconciler<'_, K> {
         if changes.node || changes.service_cidrs {
             self.programmed.set_skeletons(&self.store, Some(&mut draft));
         }
-        // A service whose change waits, and with which some of what changed has to wait.
-        let mut waits_for = None;
-        let mut now = self.service_changes(&mut changes, &mut waits_for);
+        let mut now = self.service_changes(&mut changes);
         let later = self.put_off(&mut now);
         // What is to be written later has the frontends of the plans in force until then.
         for (name, change) in &later {
@@ -81,18 +80,17 @@ impl<K: Kernel> Reconciler<'_, K> {
         }
         let mut effects = Effects::default();
         for (name, change) in now {
-            if let Some(change) = self.without_taken(&name, change, &mut waits_for) {
+            if let Some(change) = self.without_taken(&name, change) {
                 self.programmed
                     .replace(&name, &change, &mut effects, Some(&mut draft));
             }
             self.health_check_changed(&name);
         }
         for (name, change) in later {
-            match self.without_taken(&name, change, &mut waits_for) {
+            match self.without_taken(&name, change) {
                 Some(change) => self.begin(&name, change),
                 None => self.done(&name),
             }
-            waits_for = Some(name);
         }
         if changes.node {
             // NodePorts may answer on other addresses now.
@@ -103,30 +101,30 @@ impl<K: Kernel> Reconciler<'_, K> {
         }
         self.note(effects);
         let transaction = draft.finish(&self.programmed);
-        if let Err(error) = self.write(transaction) {
-            self.changes.triggered_at_ms = changes.triggered_at_ms;
-            return Err(error);
-        }
-        let mut triggered_at_ms = changes.triggered_at_ms;
-        if let Some(name) = waits_for {
-            let timings = Timings {
-                arrived: std::mem::take(&mut self.waiting),
-                triggered_at_ms,
-            };
-            let rest = self.queue.add_timings(&name, timings);
-            self.waiting = rest.arrived;
-            triggered_at_ms = rest.triggered_at_ms;
-        }
-        self.settle(triggered_at_ms);
+        self.changes
+            .triggered_at_ms
+            .append(&mut changes.triggered_at_ms);
+        self.write(transaction)?;
+        self.put_times_in_line();
+        self.settle();
         Ok(())
     }
 
+    /// Has the events of services that wait timed until these are written.
+    fn put_times_in_line(&mut self) {
+        let queue = &mut self.queue;
+        self.waiting.retain(|(service, at)| {
+            let line = service.as_ref().and_then(|it| queue.timings(it));
+            line.map(|timings| timings.add(*at)).is_none()
+        });
+        self.changes.triggered_at_ms.retain(|(service, at)| {
+            let line = queue.timings(service);
+            line.map(|timings| timings.add_trigger(*at)).is_none()
+        });
+    }
+
     /// Compiles what changed. A large service is left for later, and one that waits already.
-    fn service_changes(
-        &mut self,
-        changes: &mut Changes,
-        waits_for: &mut Option<ObjectName>,
-    ) -> ServiceChanges {
+    fn service_changes(&mut self, changes: &mut Changes) -> ServiceChanges {
         let mut found = Vec::new();
         // Before any other is compiled, which may get a frontend that one of these has.
         let (later, now): (Vec<_>, Vec<_>) = self
@@ -136,11 +134,10 @@ impl<K: Kernel> Reconciler<'_, K> {
         for name in later {
             let in_force = self.programmed.shared_plan(&name);
             self.queue.compile(&name, in_force);
-            *waits_for = Some(name);
         }
         for name in now {
             let plan = self.compile(&name);
-            match self.change(&name, plan, waits_for) {
+            match self.change(&name, plan) {
                 Some(change) => found.push((name, change)),
                 None => self.health_check_changed(&name),
             }
@@ -187,16 +184,10 @@ impl<K: Kernel> Reconciler<'_, K> {
 
     /// What a new plan changes, apart from frontends that another service has until its change is
     /// written.
-    fn change(
-        &mut self,
-        name: &ObjectName,
-        mut plan: Option<ServicePlan>,
-        waits_for: &mut Option<ObjectName>,
-    ) -> Option<PlanChange> {
+    fn change(&mut self, name: &ObjectName, mut plan: Option<ServicePlan>) -> Option<PlanChange> {
         if let Some(plan) = &mut plan
-            && let Some(taker) = self.queue.taker(name, plan)
+            && self.queue.taker(name, plan).is_some()
         {
-            *waits_for = Some(taker.clone());
             self.queue.withhold(name, plan);
             self.queue.look_again(name);
         }
@@ -204,16 +195,11 @@ impl<K: Kernel> Reconciler<'_, K> {
     }
 
     /// The change that is left of one since others of the same events took their frontends.
-    fn without_taken(
-        &mut self,
-        name: &ObjectName,
-        change: PlanChange,
-        waits_for: &mut Option<ObjectName>,
-    ) -> Option<PlanChange> {
+    fn without_taken(&mut self, name: &ObjectName, change: PlanChange) -> Option<PlanChange> {
         match change.after() {
             Some(new) if self.queue.taker(name, new).is_some() => {
                 let plan = ServicePlan::clone(new);
-                self.change(name, Some(plan), waits_for)
+                self.change(name, Some(plan))
             }
             _ => Some(change),
         }
@@ -288,8 +274,7 @@ impl<K: Kernel> Reconciler<'_, K> {
         let transaction = draft.finish(&self.programmed);
         self.write(transaction)?;
         if self.changes.is_empty() {
-            let triggered = std::mem::take(&mut self.changes.triggered_at_ms);
-            self.settle(triggered);
+            self.settle();
         }
         Ok(())
     }
@@ -306,7 +291,7 @@ impl<K: Kernel> Reconciler<'_, K> {
     /// Compiles a service that waits for it. Returns about how many elements its change has.
     fn compile_one(&mut self, name: &ObjectName) -> usize {
         let plan = self.compile(name);
-        match self.change(name, plan, &mut None) {
+        match self.change(name, plan) {
             Some(change) => {
                 let elements = change.elements();
                 self.begin(name, change);
@@ -329,9 +314,8 @@ impl<K: Kernel> Reconciler<'_, K> {
             compile,
         } = self.queue.done(name);
         self.note(effects);
-        self.waiting.extend(timings.arrived);
+        self.in_time.append(timings);
         let changes = &mut self.changes;
-        changes.triggered_at_ms.extend(timings.triggered_at_ms);
         changes.services.append(&mut self.queue.take_again());
         changes.services.extend(compile.then(|| name.clone()));
         self.health_check_changed(name);
