@@ -36,7 +36,7 @@ pub(super) fn check(
     slices: &SlicesOf,
     node: Option<&Node>,
 ) -> Result<(), TooLarge> {
-    let elements = elements_of(service, slices, node);
+    let elements = elements_of(service, slices, node).max(service.frontends());
     if elements > MOST_ELEMENTS {
         return Err(TooLarge { elements });
     }

@@ -92,6 +92,19 @@ pub(crate) enum Cause {
     ApiServer,
 }
 
+impl Cause {
+    /// The service that has the claim, or keeps others from it.
+    pub(crate) fn owner(&self) -> Option<&ObjectName> {
+        match self {
+            Cause::Older(name, _)
+            | Cause::Stronger(name)
+            | Cause::ClusterIp(name)
+            | Cause::NodePort(name) => Some(name),
+            Cause::ServiceCidr(_) | Cause::ApiServer => None,
+        }
+    }
+}
+
 /// What the owner of a claim uses it as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum UsedAs {

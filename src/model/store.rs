@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-use super::claims::{Claim, ClaimChanges, Claims, Reserved};
+use super::claims::{Cause, Claim, ClaimChanges, Claims, Reserved};
 use super::{
     Endpoint, EndpointSlice, Event, Family, Kind, Lists, Node, NodePortAddresses, Notice, Object,
     ObjectName, ObjectRef, Reason, Service, ServiceCidr, ServiceKind, Subject, refusals,
@@ -80,6 +80,8 @@ pub struct Store {
     servers: BTreeSet<SocketAddr>,
     /// The services without an object of which slices were reported.
     orphaned: HashSet<ObjectName>,
+    /// Services of which an event is to follow: whether there is a service with it.
+    expected: HashMap<ObjectName, bool>,
 }
 
 impl Store {
@@ -173,9 +175,10 @@ impl Store {
         SlicesOf::new(names.filter_map(|name| self.slices.get(name)))
     }
 
-    /// Says that an event is to follow with which there is a service: its slices are no orphans.
-    pub fn expect(&mut self, service: &ObjectName) {
-        self.orphaned.insert(service.clone());
+    /// Says that an event of a service is to follow, and whether there is a service with it. If so,
+    /// its slices are no orphans; if not, what it claims is no conflict.
+    pub fn expect(&mut self, service: &ObjectName, exists: bool) {
+        self.expected.insert(service.clone(), exists);
     }
 
     /// Takes over one event and notes what it changed.
@@ -184,6 +187,9 @@ impl Store {
             Event::ListStarted(kind) | Event::ListComplete(kind)
                 if !Kind::SERVICES.contains(&kind) => {}
             Event::ListStarted(kind) => {
+                if kind == Kind::Service {
+                    self.expected.clear();
+                }
                 self.lists.start(kind, self.names(kind));
             }
             Event::ListComplete(kind) => {
@@ -199,11 +205,11 @@ impl Store {
                 }
             }
             Event::Apply(object) => {
-                self.lists.saw(&object.reference());
+                self.saw(&object.reference());
                 self.insert(object, changes);
             }
             Event::Delete(reference) => {
-                self.lists.saw(&reference);
+                self.saw(&reference);
                 self.delete(&reference, changes);
             }
             Event::Servers(servers) => {
@@ -211,6 +217,13 @@ impl Store {
                 self.reserve(changes);
             }
             Event::Notice(notice) => changes.notices.push(notice),
+        }
+    }
+
+    fn saw(&mut self, object: &ObjectRef) {
+        self.lists.saw(object);
+        if object.kind == Kind::Service {
+            self.expected.remove(&object.name);
         }
     }
 
@@ -388,7 +401,9 @@ impl Store {
             return;
         };
         let service = &slice.service;
-        if self.services.contains_key(service) || !self.orphaned.insert(service.clone()) {
+        let known =
+            self.services.contains_key(service) || self.expected.get(service) == Some(&true);
+        if known || !self.orphaned.insert(service.clone()) {
             return;
         }
         changes.notices.push(Notice {
@@ -402,11 +417,18 @@ impl Store {
         });
     }
 
-    fn note_claims(&self, claims: ClaimChanges, changes: &mut Changes) {
+    fn note_claims(&self, mut claims: ClaimChanges, changes: &mut Changes) {
         // A frontend that moves from one service to another is written at one stroke.
         changes.frontends |= !claims.affected.is_empty();
         changes.services.extend(claims.affected);
         if self.is_complete() {
+            if !self.expected.is_empty() {
+                claims.lost.retain(|(claim, claimant)| {
+                    let cause = self.claims.refusal(claim, claimant);
+                    let owner = cause.as_ref().and_then(Cause::owner);
+                    owner.is_none_or(|owner| self.expected.get(owner) != Some(&false))
+                });
+            }
             let notices = refusals::notices(&self.claims, claims.lost);
             changes.notices.extend(notices);
         }

@@ -82,6 +82,8 @@ struct Waiting {
     event: Option<Event>,
     /// Its plan is to be compiled.
     compile: bool,
+    /// An event was taken over with which it is not compiled yet.
+    taken_over: bool,
     /// What follows once the change is in force that is being written.
     write: Option<Effects>,
     /// The plans whose frontends are taken.
@@ -249,10 +251,15 @@ impl Queue {
         if waiting.write.is_some() {
             return Some(Task::Write);
         }
-        match waiting.event.take() {
-            Some(event) => Some(Task::TakeOver(event)),
-            None => std::mem::take(&mut waiting.compile).then_some(Task::Compile),
+        // Events may come again and again, but what one of them brought is compiled.
+        if !waiting.taken_over
+            && let Some(event) = waiting.event.take()
+        {
+            waiting.taken_over = true;
+            return Some(Task::TakeOver(event));
         }
+        waiting.taken_over = false;
+        std::mem::take(&mut waiting.compile).then_some(Task::Compile)
     }
 
     /// Gives the frontends back of a service whose change is written, or whose plan is compiled and
@@ -273,6 +280,12 @@ impl Queue {
                     self.taken.remove(&key);
                 }
             }
+        }
+        // With an event that waits it goes on behind the others of its namespace.
+        if let Some(line) = self.lines.get_mut(service.namespace())
+            && line.front() == Some(service)
+        {
+            line.rotate_left(1);
         }
         self.leave_if_idle(service);
         done

@@ -32,6 +32,7 @@ mod parts;
 mod policies;
 mod portions;
 mod questions;
+mod turns;
 
 /// A kernel in memory. Clones share it, so that tests can look and meddle.
 #[derive(Clone, Default)]

@@ -38,9 +38,8 @@ impl<K: Kernel> Reconciler<'_, K> {
         let old = self.store.service(&name).map_or(0, |old| old.frontends());
         let may_wait = self.state == State::Synced && !self.store.is_listing(Kind::Service);
         if may_wait && (old.max(new) > self.portion || self.queue.has_event(&name)) {
-            if matches!(delivery.event, Event::Apply(_)) {
-                self.store.expect(&name);
-            }
+            let exists = matches!(delivery.event, Event::Apply(_));
+            self.store.expect(&name, exists);
             self.queue.put_off(&name, delivery);
             return None;
         }
@@ -89,7 +88,9 @@ impl<K: Kernel> Reconciler<'_, K> {
         for (name, change) in later {
             match self.without_taken(&name, change) {
                 Some(change) => self.begin(&name, change),
-                None => self.done(&name),
+                None => {
+                    self.done(&name);
+                }
             }
         }
         if changes.node {
@@ -252,8 +253,8 @@ impl<K: Kernel> Reconciler<'_, K> {
                     self.queue.had_turn(&name);
                     let (elements, done) = self.programmed.advance(&name, most, Some(&mut draft));
                     room = room.saturating_sub(elements);
-                    if done {
-                        self.done(&name);
+                    if done && self.done(&name) {
+                        break;
                     }
                 }
                 Some(Task::Compile) => {
@@ -307,7 +308,10 @@ impl<K: Kernel> Reconciler<'_, K> {
 
     /// Takes over what a service brings with it that no longer waits. What had to wait for it is
     /// compiled again with the next call.
-    fn done(&mut self, name: &ObjectName) {
+    ///
+    /// Returns whether it is to be compiled again. Nothing else may be compiled before: the store may
+    /// have given frontends to others that its plan in force still has.
+    fn done(&mut self, name: &ObjectName) -> bool {
         let Done {
             effects,
             timings,
@@ -319,6 +323,7 @@ impl<K: Kernel> Reconciler<'_, K> {
         changes.services.append(&mut self.queue.take_again());
         changes.services.extend(compile.then(|| name.clone()));
         self.health_check_changed(name);
+        compile
     }
 
     /// Counts all that waits as written, where the tables are going to be compared as a whole.

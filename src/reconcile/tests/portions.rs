@@ -101,7 +101,7 @@ proptest! {
     }
 }
 
-const PORTION: usize = 1_000;
+pub(super) const PORTION: usize = 1_000;
 
 /// A service of 40 ports with 100 endpoints each: more than four portions.
 fn huge() -> (Service, EndpointSlice) {
@@ -112,7 +112,7 @@ fn huge() -> (Service, EndpointSlice) {
     (service, slice)
 }
 
-fn started(bench: &Bench) -> Reconciler<'_, Fake> {
+pub(super) fn started(bench: &Bench) -> Reconciler<'_, Fake> {
     let mut reconciler = bench.reconciler().with_portions_of(PORTION);
     handle(&mut reconciler, lists(vec![node().into()]));
     bench.applied();
@@ -120,17 +120,17 @@ fn started(bench: &Bench) -> Reconciler<'_, Fake> {
 }
 
 /// Takes over events and writes a portion.
-fn once(reconciler: &mut Reconciler<Fake>, events: Vec<Event>) {
+pub(super) fn once(reconciler: &mut Reconciler<Fake>, events: Vec<Event>) {
     reconciler.take_over(events.into_iter().map(Delivery::now));
     assert_eq!(reconciler.work(Parts::ALL).together(), Outcome::Synced);
 }
 
-fn finish(reconciler: &mut Reconciler<Fake>) {
+pub(super) fn finish(reconciler: &mut Reconciler<Fake>) {
     assert_eq!(handle(reconciler, vec![]), Outcome::Synced);
     assert!(!reconciler.has_more());
 }
 
-fn elements(bench: &Bench, set: ServiceSet) -> usize {
+pub(super) fn elements(bench: &Bench, set: ServiceSet) -> usize {
     let state = bench.kernel.0.borrow();
     let table = &state.ruleset.tables[&table_id(Family::V4)];
     table.sets[&set.name()].elements.len()
@@ -164,7 +164,7 @@ fn others_are_written_between_the_portions_of_a_huge_service() {
 }
 
 /// A service of 40 ports at 30 addresses: more frontends than a portion has elements.
-fn vast(number: u8) -> Service {
+pub(super) fn vast(number: u8) -> Service {
     let ports: Vec<u16> = (1..=40).collect();
     let name = format!("vast-{number}");
     let mut service = service(&name, &[&format!("10.96.8.{number}")], &ports);
