@@ -227,7 +227,6 @@ pub fn run(mut line: CommandLine, log: &Lines) -> Result<(), Error> {
     let args = &line.args;
     start_logging(args, log);
     configure::tell(&line, file.as_ref());
-    configure::check_descriptors()?;
     let node_name = args.node_name(std::env::var("NODE_NAME").ok(), &host_name());
     let settings = settings(args)?;
     if let Some(path) = &args.process.write_config_to {
@@ -237,10 +236,11 @@ pub fn run(mut line: CommandLine, log: &Lines) -> Result<(), Error> {
         kernel::initialise(args);
         return Ok(());
     }
+    let descriptors = descriptors::raise();
+    configure::check_descriptors()?;
     if args.dry_run {
         return dry_run::run(args, &node_name, &settings);
     }
-    let descriptors = descriptors::raise();
     check_kernel()?;
     let mut nftables = Nftables::open()?;
     // The first answer tells about permissions and a missing nf_tables before anything else.

@@ -640,8 +640,10 @@ fn answer(
     let version = version.trim_start_matches('0').parse::<u64>();
     let lists_again = recorded.is_watch()
         && match version {
-            Ok(version) => version < locked.compacted,
-            Err(_) => locked.streaming == Streaming::Rejected,
+            Ok(version) if recorded.get("sendInitialEvents").is_empty() => {
+                version < locked.compacted
+            }
+            _ => locked.streaming == Streaming::Rejected,
         };
     if let Some(text) = locked.instead.get(&path).filter(|_| !lists_again) {
         return full(StatusCode::OK, text.clone());
@@ -672,7 +674,8 @@ fn answer(
 
     let mut lines = Vec::new();
     let from = match recorded.get("resourceVersion") {
-        "" | "0" => {
+        // A streamed list is of now; its version says how old it may be at most.
+        version if initial || ["", "0"].contains(&version) => {
             let chosen = collection
                 .objects
                 .values()

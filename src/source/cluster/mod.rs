@@ -116,7 +116,9 @@ pub enum Error {
         reason: String,
     },
     /// The token cannot be used.
-    #[error("cannot use the token in {place}: {reason}; write the token alone, on one line")]
+    #[error(
+        "cannot use the token in {place}: {reason}; the file has to be readable and hold the token alone, on one line"
+    )]
     Token {
         /// The file, or where in the kubeconfig it stands.
         place: String,

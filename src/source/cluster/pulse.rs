@@ -10,8 +10,7 @@
 //! time for all kinds together. The answer wakes the reflectors (see [`Reach`]).
 
 use std::sync::Arc;
-
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hyper::Response;
 use kube::Client;
@@ -22,6 +21,7 @@ use super::reach::{Reach, is_busy};
 use super::request::retry_after;
 use super::stats::SourceStats;
 use super::timing::{Timing, varied};
+use super::traffic::Unanswered;
 
 /// Where every server tells its version, to everybody.
 const VERSION: &str = "/version";
@@ -74,32 +74,74 @@ impl Pulse {
             tokio::time::sleep(self.timing.quiet).await;
             let before = std::mem::replace(&mut heard, self.stats.bytes());
             // Where a fault is known, the reflectors are on it.
-            if heard != before || self.stats.fault().is_some() || self.ask().await.is_some() {
+            if heard != before || self.stats.fault().is_some() || !self.ask().await.is_silent() {
                 continue;
             }
-            tracing::debug!("the API server is silent; giving up the watches");
-            self.silent.send_modify(|times| *times += 1);
+            self.give_up();
             self.reach.lost();
         }
+    }
+
+    fn give_up(&self) {
+        tracing::debug!("the API server is silent; giving up the watches");
+        self.silent.send_modify(|times| *times += 1);
     }
 
     /// Asks again and again, until any request is answered. The client notes the answers.
     async fn await_return(&self) {
         let mut at_least = Duration::ZERO;
+        // A request that failed says nothing about the watches, which may wait for the same server.
+        let (began, heard) = (Instant::now(), self.stats.bytes());
+        let mut given_up = false;
         while self.reach.is_away() {
             tokio::time::sleep(varied(self.timing.probe).max(at_least)).await;
-            let answer = self.ask().await;
-            let busy = answer.filter(|answer| is_busy(answer.status()));
+            let asked = self.ask().await;
+            let quiet = began.elapsed() >= self.timing.quiet && self.stats.bytes() == heard;
+            if asked.is_silent() && quiet && !std::mem::replace(&mut given_up, true) {
+                self.give_up();
+            }
+            let busy = asked.answer().filter(|answer| is_busy(answer.status()));
             let seconds = busy.and_then(|answer| retry_after(answer.headers()));
             at_least = Duration::from_secs(seconds.unwrap_or_default().into())
                 .min(self.timing.longest_pause);
         }
     }
 
-    async fn ask(&self) -> Option<Response<Body>> {
-        let request = hyper::Request::get(VERSION).body(Body::empty()).ok()?;
+    async fn ask(&self) -> Asked {
+        let Ok(request) = hyper::Request::get(VERSION).body(Body::empty()) else {
+            return Asked::Not;
+        };
         let answer = self.client.send(request);
-        let answer = tokio::time::timeout(self.timing.pulse, answer).await;
-        answer.ok()?.ok()
+        match tokio::time::timeout(self.timing.pulse, answer).await {
+            Ok(Ok(answer)) => Asked::Answered(answer),
+            Ok(Err(kube::Error::Service(error))) if lacks_descriptor(&*error) => Asked::Not,
+            Ok(Err(_)) | Err(_) => Asked::InVain,
+        }
     }
+}
+
+/// What came of a question.
+enum Asked {
+    Answered(Response<Body>),
+    InVain,
+    /// It could not be sent: this process has no file descriptor for a connection.
+    Not,
+}
+
+impl Asked {
+    fn is_silent(&self) -> bool {
+        matches!(self, Self::InVain)
+    }
+
+    fn answer(self) -> Option<Response<Body>> {
+        match self {
+            Self::Answered(answer) => Some(answer),
+            Self::InVain | Self::Not => None,
+        }
+    }
+}
+
+fn lacks_descriptor(error: &(dyn std::error::Error + 'static)) -> bool {
+    let unanswered = error.downcast_ref::<Unanswered>();
+    unanswered.is_some_and(|unanswered| unanswered.no_descriptor)
 }

@@ -55,6 +55,13 @@ impl Reach {
         self.0.borrow().returns
     }
 
+    /// Waits until the server has come back more often than so.
+    pub(super) async fn returned_since(&self, returns: u64) {
+        let mut states = self.0.subscribe();
+        // The sender is in `self`.
+        let _ = states.wait_for(|state| state.returns != returns).await;
+    }
+
     /// Whether the server is away or came back less than so long ago.
     pub(super) fn is_settling(&self, settle: Duration) -> bool {
         let state = self.0.borrow();

@@ -40,6 +40,8 @@ pub(super) struct Reflector {
     reach: Arc<Reach>,
     /// How often the server had come back at the last look.
     returns: u64,
+    /// The same when the watch was opened.
+    opened: u64,
     /// Changes when the server is found silent, and nothing more is to be expected of it.
     silent: watch::Receiver<u64>,
     /// Whether lists are streamed.
@@ -47,9 +49,9 @@ pub(super) struct Reflector {
     broken_streams: u32,
     /// The version to resume from; `None` asks for a list.
     version: Option<String>,
-    /// Whether the next list may come from the server's watch cache. That of a server which no
-    /// longer has the version to resume from is newer than what is known.
-    cached: bool,
+    /// The version that the next list must have come to, so that it may come from the server's watch
+    /// cache. Another server behind the same address may be behind the one that answered before.
+    at_least: Option<String>,
     /// Whether a list followed at once when a version was gone, since the last success.
     relisted: bool,
     /// Since when a watch delivers changes; nothing before it is open and its list complete,
@@ -79,12 +81,13 @@ impl Reflector {
             faults,
             stats,
             returns: reach.returns(),
+            opened: 0,
             reach,
             silent,
             streaming: true,
             broken_streams: 0,
             version: None,
-            cached: false,
+            at_least: None,
             relisted: false,
             following: None,
             faulty: false,
@@ -104,14 +107,21 @@ impl Reflector {
             let followed = self.following.take();
             let returns = self.reach.returns();
             let returned = std::mem::replace(&mut self.returns, returns) != returns;
-            if returned || followed.is_some_and(|since| since.elapsed() >= self.timing.stable) {
+            // A server that answers others and breaks off the requests of this kind is not back.
+            let flaps = returned && matches!(fault, Fault::Unreachable(_));
+            if (returned && !flaps)
+                || followed.is_some_and(|since| since.elapsed() >= self.timing.stable)
+            {
                 backoff.reset();
                 self.relisted = false;
             }
-            let pause = match self.after(&fault, &mut backoff).await {
+            let mut pause = match self.after(&fault, &mut backoff).await {
                 Ok(pause) => pause,
                 Err(_) => return,
             };
+            if flaps {
+                pause.at_least = pause.usual;
+            }
             let reach = self.reach.clone();
             let waited = reach.pause(pause, returns, self.timing.wake);
             if self.waiting(waited).await.is_err() {
@@ -139,8 +149,8 @@ impl Reflector {
                 if let Some(unlogged) = self.gone.add(Instant::now()) {
                     tracing::info!(%kind, unlogged, "the API server no longer has the version to resume from; listing again");
                 }
-                self.cached = self.version.take().is_some();
-                if self.cached && !std::mem::replace(&mut self.relisted, true) {
+                self.at_least = self.version.take();
+                if self.at_least.is_some() && !std::mem::replace(&mut self.relisted, true) {
                     return Ok(Pause::default());
                 }
             }
@@ -148,7 +158,7 @@ impl Reflector {
                 if let Some(unlogged) = self.gone.add(Instant::now()) {
                     tracing::info!(%kind, unlogged, "the API server has lost the version to resume from; listing again");
                 }
-                (self.version, self.cached) = (None, false);
+                (self.version, self.at_least) = (None, None);
             }
             Fault::NoStreaming if self.streaming && self.version.is_none() => {
                 tracing::debug!(%kind, "the API server does not stream lists; reading them in pages");
@@ -213,14 +223,18 @@ impl Reflector {
         if self.version.is_none() && !self.streaming {
             self.paged_list().await?;
         }
-        let (version, cached) = (self.version.clone(), self.cached);
+        let (version, at_least) = (self.version.clone(), self.at_least.clone());
         let stats = self.stats.clone();
         let stats = stats.kind(self.kind());
         let requester = self.requester.clone();
         let mut lines = self
-            .unless_silent(async move { requester.watch(version.as_deref(), cached).await })
+            .unless_silent(async move {
+                let (version, at_least) = (version.as_deref(), at_least.as_deref());
+                requester.watch(version, at_least).await
+            })
             .await?;
         stats.count_watch();
+        self.opened = self.reach.returns();
         if self.version.is_none() {
             self.deliveries.begin_list().await?;
         }
@@ -247,7 +261,17 @@ impl Reflector {
         lines: &'l mut Lines,
         patience: Duration,
     ) -> Result<&'l [u8], Fault> {
-        let mut next = pin!(or_silent(self.silent.clone(), lines.next(patience)));
+        let (reach, opened) = (self.reach.clone(), self.opened);
+        let listing = self.deliveries.is_listing();
+        let next = async move {
+            tokio::select! {
+                biased;
+                line = lines.next(patience) => line,
+                // After an outage, a watch from before may be dead without a sign.
+                () = reach.returned_since(opened), if !listing => Err(Fault::Ended),
+            }
+        };
+        let mut next = pin!(or_silent(self.silent.clone(), next));
         if self.faulty && self.following.is_some() {
             let stable = tokio::time::sleep(self.timing.stable);
             let first = async {
@@ -370,15 +394,15 @@ impl Reflector {
     async fn paged_list(&mut self) -> Result<(), Fault> {
         let stats = self.stats.clone();
         let stats = stats.kind(self.kind());
-        let cached = self.cached;
+        let at_least = self.at_least.clone();
         // The watch cache gives no pages.
-        let mut limit = Some(self.timing.page).filter(|_| !cached);
+        let mut limit = Some(self.timing.page).filter(|_| at_least.is_none());
         let mut token: Option<String> = None;
         loop {
             let requester = self.requester.clone();
-            let next = token.clone();
+            let (next, at_least) = (token.clone(), at_least.clone());
             let answer = self
-                .unless_silent(async move { requester.list(limit, next, cached).await })
+                .unless_silent(async move { requester.list(limit, next, at_least).await })
                 .await;
             let mut list = match answer {
                 Ok(list) => list,
@@ -417,7 +441,7 @@ impl Reflector {
     /// The server has said all there is at present.
     async fn end_list(&mut self, at: Instant) -> Result<(), Fault> {
         self.broken_streams = 0;
-        self.cached = false;
+        self.at_least = None;
         self.healthy();
         self.deliveries.end_list(at).await
     }

@@ -9,7 +9,7 @@ use futures::io::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt};
 use http_body_util::BodyExt;
 use hyper::header::{HeaderMap, RETRY_AFTER};
 use kube::Client;
-use kube::api::{ListParams, WatchParams};
+use kube::api::{ListParams, VersionMatch, WatchParams};
 use kube::core::Request;
 
 use super::fault::{Fault, broken_off};
@@ -124,9 +124,6 @@ impl Selection {
     }
 }
 
-/// The version of a list that the server takes from its watch cache, without asking etcd.
-const ANY_VERSION: &str = "0";
-
 /// Asks one server for one selection.
 #[derive(Clone)]
 pub(super) struct Requester {
@@ -148,16 +145,17 @@ impl Requester {
         }
     }
 
-    /// Opens one page of a list; without `limit` all of it, and `cached` from the server's watch
-    /// cache.
+    /// Opens one page of a list; without `limit` all of it. With `at_least` the server may take it
+    /// from its watch cache, where that has come to this version.
     pub(super) async fn list(
         &self,
         limit: Option<u32>,
         token: Option<String>,
-        cached: bool,
+        at_least: Option<String>,
     ) -> Result<List, Fault> {
         let params = ListParams {
-            resource_version: cached.then(|| ANY_VERSION.to_owned()),
+            version_match: at_least.as_ref().map(|_| VersionMatch::NotOlderThan),
+            resource_version: at_least,
             label_selector: self.selection.labels.map(str::to_owned),
             field_selector: self.selection.fields.clone(),
             limit,
@@ -171,11 +169,15 @@ impl Requester {
         Ok(List::new(self.selection.kind, body, self.patience))
     }
 
-    /// Opens a watch: from a version, or, without one, beginning with a streamed list, `cached` as
-    /// the server's watch cache has it at the moment.
-    pub(super) async fn watch(&self, version: Option<&str>, cached: bool) -> Result<Lines, Fault> {
+    /// Opens a watch: from a version, or, without one, beginning with a streamed list, which may
+    /// come from the server's watch cache where that has come to the version `at_least`.
+    pub(super) async fn watch(
+        &self,
+        version: Option<&str>,
+        at_least: Option<&str>,
+    ) -> Result<Lines, Fault> {
         let listing = version.is_none();
-        let version = version.unwrap_or(if cached { ANY_VERSION } else { "" });
+        let version = version.or(at_least).unwrap_or_default();
         let params = WatchParams {
             label_selector: self.selection.labels.map(str::to_owned),
             field_selector: self.selection.fields.clone(),
