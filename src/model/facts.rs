@@ -139,7 +139,8 @@ impl Service {
         }
     }
 
-    /// How many frontends it asks for, or a few more where an address comes up twice.
+    /// Returns the most frontends that it can ask for: one for each port of each address, and a
+    /// NodePort for each port.
     pub fn frontends(&self) -> usize {
         if !self.has_frontends() {
             return 0;
