@@ -15,7 +15,7 @@ use crate::fake_api::{CIDRS, NODES, SERVICES, SLICES};
 
 /// The time in which a change is in force. Without optimisation nftlet takes several times as long.
 pub const PROMISED: Duration = if cfg!(debug_assertions) {
-    Duration::from_secs(1)
+    Duration::from_millis(500)
 } else {
     Duration::from_millis(100)
 };
