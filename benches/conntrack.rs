@@ -20,7 +20,7 @@ use nftlet::metrics::Metrics;
 use nftlet::model::{Claim, Family, Protocol};
 use nftlet::netlink::{Conntrack, FlowFilter};
 use nftlet::reconcile::Log;
-use nftlet::reconcile::conntrack::{Cleaner, KernelFlows, Work, queue};
+use nftlet::reconcile::conntrack::{Cleaner, KernelFlows, Pending, Work};
 use nftlet::ruleset;
 
 const SERVICES: u32 = 1_000;
@@ -186,7 +186,8 @@ impl Bench {
                     (plan(service, 0..ENDPOINTS), plan(service, 0..ENDPOINTS - 1));
                 work.change(Some(&before), Some(&after));
             }
-            let (_queue, pending) = queue();
+            let (_changes, received) = std::sync::mpsc::channel();
+            let pending = Pending::new(received);
             let mut cleaner = Cleaner::new(KernelFlows::open, pending, &self.metrics, &Log);
             let before = self.deleted();
             let started = Instant::now();
@@ -239,25 +240,6 @@ fn list(name: &str, filter: FlowFilter, kernel_filters: bool) -> Duration {
     row(name, took, &format!("{found} flows"))
 }
 
-/// What the thread that writes rules spends on it.
-fn work_list() {
-    let plans: Vec<_> = (0..SERVICES)
-        .map(|s| (plan(s, 0..ENDPOINTS), plan(s, 0..ENDPOINTS - 1)))
-        .collect();
-    let took = (0..RUNS).map(|_| {
-        let (queue, _pending) = queue();
-        let started = Instant::now();
-        let mut work = Work::default();
-        for (before, after) in &plans {
-            work.change(Some(before), Some(after));
-        }
-        queue.send(work);
-        started.elapsed()
-    });
-    let name = "work list of 1000 changed frontends, handed over";
-    row(name, took.collect(), "");
-}
-
 fn measure(flows: u32) {
     let mut bench = Bench {
         metrics: Metrics::new().expect("metrics"),
@@ -292,7 +274,6 @@ fn measure(flows: u32) {
     }
     bench.clean(SERVICES, 0);
     bench.clean(SERVICES, 10);
-    work_list();
     println!(
         "\npicked by the kernel : picked by nftlet = 1 : {:.1}; one dump of all costs as much as \
          {:.1} of single frontends",

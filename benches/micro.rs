@@ -40,6 +40,7 @@ use criterion::{
     measurement::WallTime,
 };
 use nftlet::compile;
+use nftlet::engine::{BUDGET, Engine as _};
 use nftlet::metrics::Metrics;
 use nftlet::model::{Changes, Event, Kind, Notice, Object, Store};
 use nftlet::netlink::{Applied, Error, encode};
@@ -142,14 +143,14 @@ fn rules(criterion: &mut Criterion) {
     let settings = settings();
     for size in SIZES {
         let store = store(&Workload::new(size, ENDPOINTS));
-        let wanted = Reconciler::<Absent>::wanted(&store, &settings).0;
+        let wanted = nftlet::compile::wanted(&store, &settings).0;
         let first = diff(&Ruleset::default(), wanted.clone());
         let elements = Throughput::Elements(first.elements() as u64);
 
         let mut ruleset = group(criterion, "ruleset");
         ruleset.throughput(elements.clone());
         ruleset.bench_function(BenchmarkId::from_parameter(size), |bencher| {
-            bencher.iter_with_large_drop(|| Reconciler::<Absent>::wanted(&store, &settings).0);
+            bencher.iter_with_large_drop(|| nftlet::compile::wanted(&store, &settings).0);
         });
         ruleset.finish();
 
@@ -313,9 +314,9 @@ fn selectors(criterion: &mut Criterion) {
             ..policy::Settings::default()
         });
         for delivery in cluster.lists() {
-            engine.apply(delivery.event);
+            engine.apply(&delivery.event);
         }
-        engine.update();
+        engine.update(BUDGET);
         let mut pod = cluster.later_pod(0);
         let all: Vec<_> = (0..policies)
             .map(|number| cluster.policy(number).pods)
@@ -332,8 +333,8 @@ fn selectors(criterion: &mut Criterion) {
                     Event::Apply(Object::Pod(pod.clone()))
                 },
                 |event| {
-                    engine.apply(event);
-                    let transaction = engine.update();
+                    engine.apply(&event);
+                    let transaction = engine.update(BUDGET).transaction;
                     assert!(!transaction.ops.is_empty());
                     transaction
                 },

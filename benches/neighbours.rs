@@ -50,7 +50,6 @@ use clap::Parser;
 use nftlet::compile::ServiceSet;
 use nftlet::model::{Changes, Store};
 use nftlet::netlink::Nftables;
-use nftlet::reconcile::Reconciler;
 use nftlet::ruleset::{
     Declaration, Element, Family, Key, Op, Ruleset, Selector, SetKind, TableId, Transaction, diff,
 };
@@ -288,7 +287,7 @@ fn wanted(workload: &Workload) -> Ruleset {
     for event in workload.lists() {
         store.apply(event, &mut changes);
     }
-    Reconciler::<Nftables>::wanted(&store, &settings()).0
+    nftlet::compile::wanted(&store, &settings()).0
 }
 
 /// What a probe waits while the rules are written so often.

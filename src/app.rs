@@ -46,6 +46,7 @@ use self::serve::Io;
 use crate::cli::{self, Args, Cleanup, CommandLine, LogFormat};
 use crate::compile::{DetectLocal, MasqueradeBit, NodePortAddresses, Settings};
 use crate::config;
+use crate::engine::Engine as _;
 use crate::events;
 use crate::health::{self, Checks, Health, Quota};
 use crate::links;
@@ -54,9 +55,11 @@ use crate::metrics::Metrics;
 use crate::model::{Event, Kind, Node, Notice, Object, Reason, Store, Subject};
 use crate::netlink::{self, Nftables};
 use crate::policy::{self, Engine};
+use crate::reconcile::affinity::Forgetter;
 use crate::reconcile::conntrack::{self, Cleaner, KernelFlows};
+use crate::reconcile::health_checks::HealthChecks;
 use crate::reconcile::{
-    self, Audits, Exit, Isolated, Log, LogAndSend, Reconciler, Reporter as _, Signals, Sticky,
+    self, Audits, Exit, Followers, Log, LogAndSend, Reconciler, Reporter as _, Signals,
 };
 use crate::ruleset::Ruleset;
 use crate::source::cluster::Error as ClusterError;
@@ -257,7 +260,7 @@ pub fn run(mut line: CommandLine, log: &Lines) -> Result<(), Error> {
     let (stop, stopped) = watch::channel(false);
     let (ready, started) = oneshot::channel();
     let (health_checks, wanted_checks) = watch::channel(Checks::new());
-    let (isolated, known_isolated) = watch::channel(Isolated::default());
+    let mut followers = Followers::default();
     let stand_in_name = node_name.clone();
     // Where nobody reads the notices they are dropped.
     let (sender, notices) = mpsc::channel(events::QUEUE);
@@ -277,7 +280,7 @@ pub fn run(mut line: CommandLine, log: &Lines) -> Result<(), Error> {
         health: health.clone(),
         health_checks: wanted_checks,
         quota: Quota::of(descriptors),
-        isolated: known_isolated.clone(),
+        isolated: followers.isolated(),
         stop,
         stopped: stopped.clone(),
         reporter: reporter.clone(),
@@ -295,10 +298,16 @@ pub fn run(mut line: CommandLine, log: &Lines) -> Result<(), Error> {
     if !args.once {
         configure::set_oom_score(args);
     }
-    let (sticky, known_sticky) = watch::channel(Sticky::default());
-    let observers = observe::start(args, &metrics, known_isolated, known_sticky, &reporter)?;
-    let (cleaner, pending) = conntrack::queue();
+    let observers = observe::start(args, &metrics, &mut followers, &reporter)?;
+    // The end of the process would cut it short.
+    let forgetter = args
+        .once
+        .then(|| Forgetter::new(Nftables::open, followers.services()));
+    let pending = conntrack::Pending::new(followers.services());
     let flows = start_cleaner(pending, metrics.clone())?;
+    let changes = followers.services();
+    let publish = move || HealthChecks::new(health_checks).run(&changes);
+    observe::spawn("health-checks", "the thread for health checks", publish)?;
     let foreign = Arc::new(Notify::new());
     let mut audits = None;
     if !args.once {
@@ -314,19 +323,10 @@ pub fn run(mut line: CommandLine, log: &Lines) -> Result<(), Error> {
         leftovers::start(begin, bell)?;
     }
     let mut reconciler = Reconciler::new(nftables, settings, &metrics, &reporter)
-        .with_stand_in(stand_in(&stand_in_name))
-        .with_cleaner(cleaner)
-        .with_health_checks(health_checks)
+        .with_fallback_node(stand_in(&stand_in_name))
         .with_policies(policies(args, &stand_in_name, observers.log_group))
-        .with_isolated(isolated)
-        .with_sticky(sticky)
+        .with_followers(followers)
         .with_log_fields(args.log_format == LogFormat::Json);
-    if let Some(cutter) = observers.cutter {
-        reconciler = reconciler.with_cutter(cutter);
-    }
-    if let Some(forgetter) = observers.forgetter {
-        reconciler = reconciler.with_forgetter(forgetter);
-    }
     if let Some(stats) = stats {
         reconciler = reconciler.with_source_stats(stats);
     }
@@ -340,6 +340,9 @@ pub fn run(mut line: CommandLine, log: &Lines) -> Result<(), Error> {
     };
     let exit =
         single_threaded()?.block_on(reconcile::run(&mut reconciler, received, signals, &health));
+    if let Some(mut forgetter) = forgetter {
+        forgetter.work(|transaction, version| reconciler.remove(transaction, version));
+    }
     let summary = summary(reconciler.store(), reconciler.policies());
     // The cleaner ends when its queue goes away, after what is in it.
     drop(reconciler);

@@ -26,6 +26,7 @@ pub mod cleanup;
 pub mod cli;
 pub mod compile;
 pub mod config;
+pub mod engine;
 pub mod events;
 pub mod health;
 pub mod links;

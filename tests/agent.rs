@@ -986,7 +986,7 @@ fn tables_deleted_by_others_come_back() {
         let (_, page) = get(&ns, metrics, "/metrics");
         metric(&page, "nftlet_foreign_changes_healed_total")
     };
-    let told = "somebody else changed it";
+    let told = "modified by another process";
     for (last, family) in [(21, "ip"), (22, "ip6")] {
         let (before, lines) = (healed(), lines_with(&daemon.log(), told).len());
         ns.nft(&["delete", "table", family, "nftlet"]);

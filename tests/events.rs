@@ -407,7 +407,7 @@ fn services_work_where_events_are_forbidden() {
     wait_for_log(&nftlet, "takes no Events");
     node.leads("10.96.0.11", &["10.1.0.1"]);
     node.ns.nft_load("flush chain ip nftlet services");
-    wait_for_log(&nftlet, "somebody else changed it");
+    wait_for_log(&nftlet, "modified by another process");
     node.api.put(SLICES, slice("a-1", "a", &["10.1.0.3"]));
     node.leads("10.96.0.11", &["10.1.0.3"]);
     assert_eq!(lines_with(&nftlet.log(), "Events").len(), 1);

@@ -108,7 +108,7 @@ fn every_foreign_change_is_undone() {
         wait_for(change, LONG, || (listing(node) == wanted).then_some(()));
     }
     let log = daemon.log();
-    assert!(log.contains("somebody else changed it"), "{log}");
+    assert!(log.contains("modified by another process"), "{log}");
     // Somebody who minds their own tables is left alone. What came before a service was told of
     // before the service is there.
     let next_service = |index: u16| {

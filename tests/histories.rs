@@ -195,7 +195,7 @@ fn histories_end_in_the_kernel_where_a_fresh_start_would() {
         let list = |ns: &Namespace| meaning(&ns.nft(&["list", "ruleset"]));
         prop_assert_eq!(list(&lived), list(&fresh));
         // The kernel holds nothing that the reconciler does not know of.
-        let wanted = Reconciler::<Nftables>::wanted(restarted.store(), &settings).0;
+        let wanted = nftlet::compile::wanted(restarted.store(), &settings).0;
         let held = open(&fresh).read(&[TABLE], &wanted).unwrap();
         prop_assert!(held == wanted, "the kernel differs from what was compiled");
         Ok(())

@@ -11,15 +11,19 @@ use std::path::{Path, PathBuf};
 const HOUSE: &[(&str, &[&str])] = &[
     ("source", &["model", "logging"]),
     ("model", &[]),
-    ("compile", &["model", "ruleset"]),
-    ("policy", &["model", "compile", "ruleset", "logging"]),
+    ("engine", &["model", "ruleset"]),
+    ("compile", &["model", "engine", "ruleset"]),
+    (
+        "policy",
+        &["model", "engine", "compile", "ruleset", "logging"],
+    ),
     ("ruleset", &[]),
     ("netlink", &["ruleset"]),
     (
         "reconcile",
         &[
-            "source", "model", "compile", "policy", "ruleset", "netlink", "metrics", "health",
-            "logging",
+            "source", "model", "engine", "compile", "policy", "ruleset", "netlink", "metrics",
+            "health", "logging",
         ],
     ),
     ("bridge", &[]),
@@ -37,6 +41,7 @@ const HOUSE: &[(&str, &[&str])] = &[
         &[
             "source",
             "model",
+            "engine",
             "compile",
             "policy",
             "ruleset",

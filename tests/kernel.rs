@@ -8,11 +8,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use common::netns::{Namespace, require_net_admin};
-use nftlet::netlink::{Error, Nftables, Place};
+use nftlet::netlink::{Error, Nftables};
 use nftlet::ruleset::{
     BaseChain, Chain, ChainKind, Comparison, CtState, CtStatus, Data, Declaration, Element, Family,
-    Hook, Key, Name, Op, Operand, RejectWith, Rule, Ruleset, Selector, Set, SetKind, Statement,
-    Table, TableId, Transaction, Value, Verdict, diff, merge_intervals, text,
+    Hook, Key, Name, ObjectPath, Op, Operand, RejectWith, Rule, Ruleset, Selector, Set, SetKind,
+    Statement, Table, TableId, Transaction, Value, Verdict, diff, merge_intervals, text,
 };
 
 const TABLE: &str = "nftlet-test";
@@ -815,7 +815,7 @@ fn of_more_refusals_than_fit_the_first_is_told_and_the_next_answers_come() {
     ns.run(|| {
         let mut nftables = Nftables::open().unwrap();
         let error = nftables.apply(&transaction).unwrap_err();
-        let first = Place::Chain(id.clone(), "missing-0".into());
+        let first = ObjectPath::Chain(id.clone(), "missing-0".into());
         assert_eq!(error.refused(), Some(&first), "{error}");
         let before = nftables.generation().unwrap();
         let one = Transaction {
@@ -918,7 +918,7 @@ fn a_transaction_of_300_000_elements_is_one_message() {
     let error = apply(&ns, &refused).unwrap_err();
     assert_eq!(
         error.refused(),
-        Some(&Place::Element(
+        Some(&ObjectPath::Element(
             id,
             "s".into(),
             Box::new(last),

@@ -12,6 +12,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use k8s_openapi::api::networking::v1::NetworkPolicy;
+use nftlet::engine::{BUDGET, Engine as _};
 use nftlet::model::{Event, Kind};
 use nftlet::policy::{Connection, Engine, Settings};
 use nftlet::ruleset::{Hook, Ruleset};
@@ -57,7 +58,7 @@ impl Node {
     /// Hands over events and commits what follows, step by step.
     fn feed(&mut self, events: &[Event], mut between: impl FnMut(&Ruleset)) {
         for event in events {
-            self.engine.apply(event.clone());
+            self.engine.apply(event);
         }
         assert!(self.engine.is_ready());
         let applied = |kind| {
@@ -67,7 +68,12 @@ impl Node {
         for kind in [Kind::Pod, Kind::Namespace, Kind::NetworkPolicy] {
             assert_eq!(self.engine.count(kind), applied(kind), "{kind}");
         }
-        let steps: Vec<_> = self.engine.update().into_steps().collect();
+        let steps: Vec<_> = self
+            .engine
+            .update(BUDGET)
+            .transaction
+            .into_steps()
+            .collect();
         let last = steps.len();
         for (index, step) in steps.iter().enumerate() {
             commit(&mut self.kernel, step);

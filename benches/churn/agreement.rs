@@ -11,7 +11,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use nftlet::compile::{DetectLocal, Settings, TABLE};
 use nftlet::model::{Changes, Event, Store};
 use nftlet::netlink::Nftables;
-use nftlet::reconcile::Reconciler;
 use nftlet::ruleset::{
     Element, Key, Name, Ruleset, Selector, Set, Table, Transaction, Value, diff,
 };
@@ -67,7 +66,7 @@ fn wanted(api: &FakeApi) -> Ruleset {
         detect_local: DetectLocal::ClusterCidr(cidrs.collect()),
         ..Settings::default()
     };
-    Reconciler::<Nftables>::wanted(&store, &settings).0
+    nftlet::compile::wanted(&store, &settings).0
 }
 
 /// Takes away the chains that are not wanted and to which no element leads.

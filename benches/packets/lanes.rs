@@ -13,6 +13,7 @@ use std::collections::HashSet;
 use std::net::{IpAddr, Ipv4Addr, SocketAddrV4, TcpListener};
 use std::time::Duration;
 
+use nftlet::engine::{BUDGET, Engine as _};
 use nftlet::metrics::Metrics;
 use nftlet::model::{Event, LabelSelector, NetworkPolicy, Object, ObjectName, PolicyRule};
 use nftlet::netlink::Nftables;
@@ -297,7 +298,7 @@ fn program_policies() {
                 }
             }
         }
-        engine.apply(delivery.event);
+        engine.apply(&delivery.event);
     }
     let mut client = cluster.later_pod(0);
     client.node = Some(NODE.into());
@@ -312,9 +313,9 @@ fn program_policies() {
             ports: None,
         }]),
     };
-    engine.apply(Event::Apply(Object::Pod(client)));
-    engine.apply(Event::Apply(Object::NetworkPolicy(to_everyone)));
-    engine.update();
+    engine.apply(&Event::Apply(Object::Pod(client)));
+    engine.apply(&Event::Apply(Object::NetworkPolicy(to_everyone)));
+    engine.update(BUDGET);
     let mut kernel = Nftables::open().unwrap_or_else(|error| panic!("{error}"));
     for step in diff(&Ruleset::default(), engine.ruleset()).into_steps() {
         kernel

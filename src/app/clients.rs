@@ -8,11 +8,11 @@ use tokio::sync::watch;
 
 use super::Error;
 use super::drops::Total;
-use crate::compile::{Clients, MOST_CLIENTS, table_id};
+use crate::compile::{Clients, MOST_CLIENTS, Sticky, table_id};
 use crate::metrics::{Metrics, NotRemembered};
 use crate::model::{Family, Kind, Notice, ObjectName, ObjectRef, Reason, Subject};
 use crate::netlink::{self, Nftables};
-use crate::reconcile::{LogAndSend, Reporter, Sticky};
+use crate::reconcile::{LogAndSend, Reporter};
 use crate::ruleset::Key;
 
 /// How often the counters are looked at where nobody asks for the metrics.

@@ -9,8 +9,7 @@ use std::hash::Hash;
 use crate::metrics::PolicyDrops;
 use crate::model::{Family, ObjectName};
 use crate::netlink::{Error, Nftables};
-use crate::policy::{self, Direction};
-use crate::reconcile::Isolated;
+use crate::policy::{self, Direction, Isolated};
 use crate::ruleset::Key;
 
 /// What one look at the counters found.

@@ -8,21 +8,21 @@ use super::{
     Error, QUEUE, connect, load, manifests, policies, print, single_threaded, stand_in, summary,
 };
 use crate::cli::Args;
-use crate::compile::Settings;
+use crate::compile::{self, Settings};
+use crate::engine::{BUDGET, Engine as _};
 use crate::model::{Changes, ServiceKind, Store};
-use crate::netlink::Nftables;
 use crate::policy::{self, Engine};
-use crate::reconcile::{Log, Reconciler, Reporter};
+use crate::reconcile::{Log, Reporter};
 use crate::ruleset::{Ruleset, text};
 
 /// Prints the rules for the objects as they are now.
 pub(super) fn run(args: &Args, node_name: &str, settings: &Settings) -> Result<(), Error> {
     let (store, mut policies) = single_threaded()?.block_on(collect(args, node_name, settings))?;
-    let (mut wanted, notices) = Reconciler::<Nftables>::wanted(&store, settings);
+    let (mut wanted, notices) = compile::wanted(&store, settings);
     for notice in &notices {
         Log.notice(notice);
     }
-    policies.update();
+    policies.update(BUDGET);
     wanted.tables.extend(policies.ruleset().tables);
     print(|out| print_ruleset(&store, &policies, &wanted, out))
 }
@@ -39,7 +39,7 @@ async fn collect(
     let mut changes = Changes::default();
     if let Some(mut manifests) = manifests(args, node_name) {
         for event in load(&mut manifests, node_name)? {
-            policies.apply(event.clone());
+            policies.apply(&event);
             store.apply(event, &mut changes);
         }
     } else {
@@ -51,7 +51,7 @@ async fn collect(
             let Some(delivery) = events.recv().await else {
                 return Err(Error::SourceEnded);
             };
-            policies.apply(delivery.event.clone());
+            policies.apply(&delivery.event);
             store.apply(delivery.event, &mut changes);
             report(&mut changes);
         }

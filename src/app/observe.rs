@@ -16,10 +16,11 @@ use crate::cli::Args;
 use crate::metrics::Metrics;
 use crate::model::{Notice, Reason, Subject};
 use crate::netlink::{LogReader, Nftables};
+use crate::policy::Isolated;
 use crate::policy::LOG_GROUP;
-use crate::reconcile::affinity::{self, Forgetter};
-use crate::reconcile::connections::{self, Bell, Cutter};
-use crate::reconcile::{Isolated, LogAndSend, Question, Reporter, Sticky, denied};
+use crate::reconcile::affinity::Forgetter;
+use crate::reconcile::connections::{self, Cutter};
+use crate::reconcile::{Followers, LogAndSend, Question, Reporter, denied};
 
 /// Questions that may wait for the reconciler.
 const QUESTIONS: usize = 64;
@@ -29,9 +30,7 @@ const LOOK_EVERY: Duration = Duration::from_secs(60);
 /// What the reconciler and its loop need to know of those around.
 #[derive(Default)]
 pub(super) struct Observers {
-    pub(super) cutter: Option<Bell>,
     pub(super) questions: Option<mpsc::Receiver<Question>>,
-    pub(super) forgetter: Option<affinity::Queue>,
     /// The group that denied packets are to be sent to.
     pub(super) log_group: Option<u16>,
 }
@@ -45,15 +44,14 @@ pub(super) fn is_on(args: &Args) -> bool {
 pub(super) fn start(
     args: &Args,
     metrics: &Arc<Metrics>,
-    isolated: watch::Receiver<Isolated>,
-    sticky: watch::Receiver<Sticky>,
+    followers: &mut Followers,
     reporter: &LogAndSend,
 ) -> Result<Observers, Error> {
     let mut observers = Observers::default();
     let (ask, questions) = mpsc::channel(QUESTIONS);
     if !args.once {
         observers.questions = Some(questions);
-        observers.forgetter = Some(forget(metrics, sticky, reporter, ask.clone())?);
+        forget(metrics, followers, reporter, ask.clone())?;
     }
     // A kernel without such groups would refuse the rules that log, and all others with them.
     let reader = open_log(args);
@@ -61,14 +59,13 @@ pub(super) fn start(
     if !is_on(args) {
         return Ok(observers);
     }
-    count_drops(metrics, isolated.clone())?;
-    let (bell, woken) = connections::bell();
+    count_drops(metrics, followers.isolated())?;
+    let (changes, strict) = (followers.policies(), args.network_policy_strict);
     let (judge, metrics) = (ask.clone(), metrics.clone());
     let cut = move || {
-        Cutter::new(connections::open, woken, isolated, judge, &metrics).run();
+        Cutter::new(connections::open, changes, judge, strict, &metrics).run();
     };
     spawn("cuts", "the thread that cuts connections", cut)?;
-    observers.cutter = Some(bell);
     if let Some(reader) = reader {
         let follow = move || denied::follow(reader, || LogReader::open(LOG_GROUP), &ask);
         spawn("denied", "the thread that logs denied packets", follow)?;
@@ -80,19 +77,18 @@ pub(super) fn start(
 /// be remembered.
 fn forget(
     metrics: &Arc<Metrics>,
-    sticky: watch::Receiver<Sticky>,
+    followers: &mut Followers,
     reporter: &LogAndSend,
     ask: mpsc::Sender<Question>,
-) -> Result<affinity::Queue, Error> {
-    let watch = clients::Watch::start(sticky, metrics, reporter.clone())?;
-    let (queue, received) = affinity::queue();
+) -> Result<(), Error> {
+    let watch = clients::Watch::start(followers.sticky(), metrics, reporter.clone())?;
+    let forgetter = Forgetter::new(Nftables::open, followers.services());
     let work = move || {
-        Forgetter::new(Nftables::open, received, ask).run(clients::LOOK_EVERY, || {
+        forgetter.run(&ask, clients::LOOK_EVERY, || {
             watch.look();
         });
     };
-    spawn("clients", "the thread that forgets clients", work)?;
-    Ok(queue)
+    spawn("clients", "the thread that forgets clients", work)
 }
 
 /// Opens what reads denied packets, where they are to be logged and can be.
@@ -105,7 +101,7 @@ fn open_log(args: &Args) -> Option<LogReader> {
     told.ok()
 }
 
-fn spawn(
+pub(super) fn spawn(
     name: &str,
     what: &'static str,
     work: impl FnOnce() + Send + 'static,

@@ -17,7 +17,8 @@ use crate::health::{self, CheckError, Checks, Health, Outage, Probe, Quota, Rout
 use crate::logging::Lines;
 use crate::metrics::Metrics;
 use crate::model::{Delivery, Event, Kind, Notice, ObjectName, ObjectRef, Reason, Subject};
-use crate::reconcile::{Isolated, LogAndSend, Reporter};
+use crate::policy::Isolated;
+use crate::reconcile::{LogAndSend, Reporter};
 use crate::source::{ServerFault, SourceStats};
 
 /// How often reports without a line of their own are counted in the log.

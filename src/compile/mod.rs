@@ -36,25 +36,34 @@
 
 mod chains;
 mod change;
+mod engine;
 mod layout;
 mod plan;
+mod queue;
+mod removed;
+mod replaced;
 mod service;
 mod settings;
 mod size;
 mod skeleton;
 mod sources;
+mod tables;
 mod topology;
 
 pub use crate::model::NodePortAddresses;
 pub use chains::{Handle, LearnAt, Role, SharedChain, is_bound_to_node};
 pub use change::{Edit, PlanChange};
+pub use engine::{Engine, wanted};
 pub use layout::{
     By, Clients, MOST_CLIENTS, Scope, ServiceSet, TABLE, affinity_declaration, table_family,
     table_id,
 };
 pub use plan::{Affinity, ElementOf, Frontend, Pool, Route, ServicePlan, Target};
+pub use removed::{Removed, address, number};
+pub use replaced::{HealthCheck, Replaced, ServiceChanges};
 pub use service::plan;
 pub use settings::{DetectLocal, LocalDetector, MasqueradeBit, Settings};
 pub use size::{TooLarge, elements};
 pub use skeleton::{is_base_chain, skeleton};
 pub use sources::SourceList;
+pub use tables::{NoLocalEndpoints, Sticky, Tables};

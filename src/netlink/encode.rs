@@ -6,13 +6,13 @@ use std::ops::Range;
 use nftnl::MsgType;
 
 use super::attr::Writer;
-use super::error::{Error, Place};
+use super::error::Error;
 use super::expr::{Program, verdict_code};
 use super::ffi::{self, Scratch, SetAttributes};
 use super::{uapi, udata};
 use crate::ruleset::{
-    Declaration, Element, Family, FieldType, Name, Op, Rule, Selector, SetKind, Stray, StrayKind,
-    TableId, Transaction, Value,
+    Declaration, Element, Family, FieldType, Name, ObjectPath, Op, Rule, Selector, SetKind, Stray,
+    StrayKind, TableId, Transaction, Value,
 };
 
 /// Longest list of elements in one message, in bytes. The attribute that holds it has a
@@ -57,21 +57,21 @@ impl Batch {
 
     /// What the message with a sequence number (counted from that of BATCH_BEGIN) and an offset
     /// in it stand for.
-    pub fn place(&self, transaction: &Transaction, index: u32, offset: Option<u32>) -> Place {
+    pub fn path(&self, transaction: &Transaction, index: u32, offset: Option<u32>) -> ObjectPath {
         let origin = (index as usize)
             .checked_sub(1)
             .and_then(|index| self.origins.get(index));
         let Some((origin, op)) =
             origin.and_then(|origin| Some((origin, transaction.ops.get(origin.op)?)))
         else {
-            return Place::Transaction;
+            return ObjectPath::Transaction;
         };
         let element = offset.and_then(|offset| {
             let offset = u16::try_from(offset).ok()?;
             let before = origin.offsets.partition_point(|start| *start <= offset);
             Some(origin.elements.start + before.checked_sub(1)?)
         });
-        Place::of(op, element)
+        ObjectPath::of(op, element)
     }
 }
 
@@ -110,17 +110,17 @@ pub fn rule_message(
     chain: &Name,
     rule: &Rule,
 ) -> Result<Vec<u8>, Error> {
-    let place = || {
-        Place::Rule(
+    let path = || {
+        ObjectPath::Rule(
             table.clone(),
             chain.clone(),
             crate::ruleset::text::rule(rule, table.family),
         )
     };
     let exprs =
-        Program::rule(rule, table.family).map_err(|_| Error::ForeignRule { place: place() })?;
+        Program::rule(rule, table.family).map_err(|_| Error::ForeignRule { path: path() })?;
     let user_data = rule.comment.as_deref().map(udata::comment);
-    let (table_name, chain_name) = (c_name(&table.name, place)?, c_name(chain, place)?);
+    let (table_name, chain_name) = (c_name(&table.name, path)?, c_name(chain, path)?);
     Ok(ffi::rule(
         scratch,
         (table.family, &table_name, &chain_name),
@@ -130,12 +130,12 @@ pub fn rule_message(
     ))
 }
 
-fn c_name(name: &Name, place: impl Fn() -> Place) -> Result<CString, Error> {
+fn c_name(name: &Name, path: impl Fn() -> ObjectPath) -> Result<CString, Error> {
     /// `NFT_NAME_MAXLEN` of the kernel, without the terminating zero.
     const LONGEST: usize = 255;
     ffi::c_name(name.as_str())
         .filter(|name| name.as_bytes().len() <= LONGEST)
-        .ok_or_else(|| Error::Name { place: place() })
+        .ok_or_else(|| Error::Name { path: path() })
 }
 
 struct Encoder {
@@ -179,9 +179,9 @@ impl Encoder {
     }
 
     fn op(&mut self, index: usize, op: &Op) -> Result<(), Error> {
-        let place = || Place::of(op, None);
+        let path = || ObjectPath::of(op, None);
         let table = op.table();
-        let table_name = c_name(&table.name, place)?;
+        let table_name = c_name(&table.name, path)?;
         let at = (table.family, table_name.as_c_str());
         let message = match op {
             Op::AddTable(_) => {
@@ -193,22 +193,22 @@ impl Encoder {
             Op::AddSet(_, name, declaration) => {
                 self.sets += 1;
                 let attributes = set_attributes(declaration, table.family);
-                let name = c_name(name, place)?;
+                let name = c_name(name, path)?;
                 ffi::new_set(&mut self.scratch, at, &name, self.sets, &attributes)
             }
             Op::DeleteSet(_, name) => named_set(table, name, libc::NFT_MSG_DELSET),
             Op::FlushSet(_, name) => named_set(table, name, libc::NFT_MSG_DELSETELEM),
             Op::DeleteStray(_, stray) => deleted_stray(table, stray),
             Op::AddChain(_, name, base) => {
-                let name = c_name(name, place)?;
+                let name = c_name(name, path)?;
                 ffi::chain(&mut self.scratch, at, &name, base.as_ref(), MsgType::Add)
             }
             Op::DeleteChain(_, name) => {
-                let name = c_name(name, place)?;
+                let name = c_name(name, path)?;
                 ffi::chain(&mut self.scratch, at, &name, None, MsgType::Del)
             }
             Op::FlushChain(_, name) => {
-                let name = c_name(name, place)?;
+                let name = c_name(name, path)?;
                 let at = (table.family, table_name.as_c_str(), name.as_c_str());
                 ffi::rule(&mut self.scratch, at, &[], &[], MsgType::Del)
             }
@@ -508,23 +508,23 @@ mod tests {
         let batch = encode(&transaction, 7).unwrap();
         assert!(batch.messages() > 2, "{} messages", batch.messages());
         assert_eq!(
-            batch.place(&transaction, 1, None),
-            Place::Table(table.clone())
+            batch.path(&transaction, 1, None),
+            ObjectPath::Table(table.clone())
         );
         let mut seen = 0;
         for (message, origin) in batch.origins.iter().enumerate().skip(1) {
             for (index, offset) in origin.elements.clone().zip(&origin.offsets) {
                 let inside = u32::from(*offset) + 4;
-                let place = batch.place(&transaction, message as u32 + 1, Some(inside));
-                let Place::Element(_, _, element, _) = place else {
-                    panic!("{place}")
+                let path = batch.path(&transaction, message as u32 + 1, Some(inside));
+                let ObjectPath::Element(_, _, element, _) = path else {
+                    panic!("{path}")
                 };
                 assert_eq!(*element, elements[index]);
                 seen += 1;
             }
         }
         assert_eq!(seen, elements.len());
-        assert_eq!(batch.place(&transaction, 0, None), Place::Transaction);
-        assert_eq!(batch.place(&transaction, 999, None), Place::Transaction);
+        assert_eq!(batch.path(&transaction, 0, None), ObjectPath::Transaction);
+        assert_eq!(batch.path(&transaction, 999, None), ObjectPath::Transaction);
     }
 }

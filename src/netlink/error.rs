@@ -6,7 +6,7 @@ use std::io;
 use thiserror::Error;
 
 use super::conntrack::{Flow, Tracked};
-use crate::ruleset::{Declaration, Element, Name, Op, Stray, TableId, text};
+use crate::ruleset::{ObjectPath, TableId};
 
 /// An error of the netlink layer.
 #[derive(Debug, Error)]
@@ -20,16 +20,16 @@ pub enum Error {
         source: io::Error,
     },
     /// A name cannot be given to the kernel.
-    #[error("{place}: the name contains a zero byte or is longer than the kernel allows")]
+    #[error("{path}: the name contains a zero byte or is longer than the kernel allows")]
     Name {
         /// Where the name stands.
-        place: Place,
+        path: ObjectPath,
     },
     /// Something read back from the kernel was about to be written.
-    #[error("{place}: a rule that nftlet did not write cannot be written")]
+    #[error("{path}: a rule that nftlet did not write cannot be written")]
     ForeignRule {
         /// The rule.
-        place: Place,
+        path: ObjectPath,
     },
     /// A message did not reach the kernel.
     #[error("cannot send {what} of {bytes} bytes to the kernel: {source}; {hint}", hint = hint(.source))]
@@ -42,24 +42,22 @@ pub enum Error {
         source: io::Error,
     },
     /// The kernel refused a transaction; nothing of it took effect.
-    #[error("the kernel refused {place}: {source}{detail}; {hint}", hint = hint(.source))]
+    #[error("the kernel refused {}{}", .first, more(.others))]
     Refused {
-        /// What it refused.
-        place: Box<Place>,
-        /// Its errno.
-        source: io::Error,
-        /// What the kernel said about it, where it said something.
-        detail: String,
+        /// The refusal that the kernel reported first.
+        first: Box<Refusal>,
+        /// The other ones, in the order of the transaction. They may follow from the first.
+        others: Vec<Refusal>,
     },
     /// The kernel refused a transaction, because a table belongs to another process.
     #[error(
-        "the kernel refused {place}: table {table} belongs to another process ({owner}), and only \
+        "the kernel refused {path}: table {table} belongs to another process ({owner}), and only \
          that one may change it; end that process, with which its table goes, or have it use \
          another name"
     )]
     Owned {
         /// What it refused.
-        place: Box<Place>,
+        path: Box<ObjectPath>,
         /// The table.
         table: Box<TableId>,
         /// Whose it is.
@@ -142,43 +140,35 @@ pub enum Error {
 }
 
 impl Error {
-    /// What the kernel refused, if that is what happened.
-    pub fn refused(&self) -> Option<&Place> {
+    /// Returns the object that the kernel refused first, if it refused a transaction.
+    pub fn refused(&self) -> Option<&ObjectPath> {
         match self {
-            Error::Refused { place, .. } | Error::Owned { place, .. } => Some(place),
+            Error::Refused { first, .. } => Some(&first.path),
+            Error::Owned { path, .. } => Some(path),
             _ => None,
         }
     }
 
-    /// What the errno of a refusal says about what was refused: the kernel names the element it was
-    /// at, whatever went wrong there.
-    pub fn blame(&self) -> Blame {
-        match (self, self.errno()) {
-            (Error::Refused { .. }, Some(libc::ENOENT | libc::EEXIST | libc::EBUSY)) => {
-                Blame::Conflict
-            }
-            (
-                Error::Refused { .. },
-                Some(
-                    libc::ENOMEM
-                    | libc::ENOBUFS
-                    | libc::EAGAIN
-                    | libc::EINTR
-                    | libc::EPERM
-                    | libc::EACCES,
-                ),
-            ) => Blame::Nothing,
-            (Error::Refused { .. }, _) => Blame::Named,
-            _ => Blame::Nothing,
-        }
+    /// Returns all refusals of a transaction.
+    pub fn refusals(&self) -> impl Iterator<Item = &Refusal> {
+        let (first, others) = match self {
+            Error::Refused { first, others } => (Some(&**first), &others[..]),
+            _ => (None, &[][..]),
+        };
+        first.into_iter().chain(others)
+    }
+
+    /// Whether what was to be written does not fit what the tables hold.
+    pub fn is_conflict(&self) -> bool {
+        self.refusals().next().map(Refusal::class) == Some(ErrorClass::Conflict)
     }
 
     /// The system's error behind it, where there is one.
     pub fn errno(&self) -> Option<i32> {
         match self {
+            Error::Refused { first, .. } => first.source.raw_os_error(),
             Error::Open { source, .. }
             | Error::Send { source, .. }
-            | Error::Refused { source, .. }
             | Error::Owned { source, .. }
             | Error::Receive { source, .. }
             | Error::Flows { source, .. }
@@ -212,15 +202,62 @@ impl fmt::Display for Owner {
     }
 }
 
-/// What a refusal says about the object that the kernel names with it.
+/// An object that the kernel refused, with the reason.
+#[derive(Debug)]
+pub struct Refusal {
+    /// The object.
+    pub path: ObjectPath,
+    /// The errno.
+    pub source: io::Error,
+    /// The message of the extended acknowledgement; empty if there was none.
+    pub detail: String,
+}
+
+impl Refusal {
+    /// Classifies the errno. The kernel names the element that it was at, whatever went wrong there.
+    pub fn class(&self) -> ErrorClass {
+        match self.source.raw_os_error() {
+            Some(libc::ENOENT | libc::EEXIST | libc::EBUSY) => ErrorClass::Conflict,
+            Some(
+                libc::ENOMEM
+                | libc::ENOBUFS
+                | libc::EAGAIN
+                | libc::EINTR
+                | libc::EPERM
+                | libc::EACCES,
+            ) => ErrorClass::Transient,
+            _ => ErrorClass::Permanent,
+        }
+    }
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            path,
+            source,
+            detail,
+        } = self;
+        write!(f, "{path}: {source}{detail}; {}", hint(source))
+    }
+}
+
+fn more(others: &[Refusal]) -> String {
+    match others.len() {
+        0 => String::new(),
+        count => format!(" (and {count} more)"),
+    }
+}
+
+/// What a refusal says about the object that it names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Blame {
-    /// It cannot be had as it is.
-    Named,
-    /// It does not fit what the tables hold.
+pub enum ErrorClass {
+    /// The object itself is at fault: it is refused again until it changes.
+    Permanent,
+    /// The object does not fit what the tables hold.
     Conflict,
-    /// Nothing: any other one would have met the same.
-    Nothing,
+    /// Any other object would have been refused, too.
+    Transient,
 }
 
 /// A hint for the errno values that a person can do something about.
@@ -271,91 +308,5 @@ fn log_hint(error: &io::Error) -> &'static str {
             "this kernel cannot log over netlink (load the module nfnetlink_log)"
         }
         _ => hint(error),
-    }
-}
-
-/// A part of a transaction, printed as a person would name it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Place {
-    /// A table.
-    Table(TableId),
-    /// A chain.
-    Chain(TableId, Name),
-    /// A rule, as text.
-    Rule(TableId, Name, String),
-    /// A set.
-    Set(TableId, Name),
-    /// An element of a set.
-    Element(TableId, Name, Box<Element>, String),
-    /// An object that nftlet does not make.
-    Stray(TableId, Stray),
-    /// The transaction as a whole.
-    Transaction,
-}
-
-impl Place {
-    /// The table that it is in.
-    pub fn table(&self) -> Option<&TableId> {
-        match self {
-            Place::Table(table)
-            | Place::Chain(table, _)
-            | Place::Rule(table, ..)
-            | Place::Set(table, _)
-            | Place::Element(table, ..)
-            | Place::Stray(table, _) => Some(table),
-            Place::Transaction => None,
-        }
-    }
-
-    /// The place of an operation, and of one of its elements where that is known.
-    pub fn of(op: &Op, element: Option<usize>) -> Self {
-        match op {
-            Op::AddTable(table) | Op::DeleteTable(table) => Place::Table(table.clone()),
-            Op::AddSet(table, set, _) | Op::DeleteSet(table, set) | Op::FlushSet(table, set) => {
-                Place::Set(table.clone(), set.clone())
-            }
-            Op::AddChain(table, chain, _)
-            | Op::FlushChain(table, chain)
-            | Op::DeleteChain(table, chain) => Place::Chain(table.clone(), chain.clone()),
-            Op::DeleteStray(table, stray) => Place::Stray(table.clone(), stray.clone()),
-            Op::AddRule(table, chain, rule) => {
-                Place::Rule(table.clone(), chain.clone(), text::rule(rule, table.family))
-            }
-            Op::AddElements(table, set, declaration, elements)
-            | Op::DeleteElements(table, set, declaration, elements) => {
-                element.and_then(|index| elements.get(index)).map_or_else(
-                    || Place::Set(table.clone(), set.clone()),
-                    |element| Self::element(table, set, declaration, element),
-                )
-            }
-        }
-    }
-
-    fn element(table: &TableId, set: &Name, declaration: &Declaration, element: &Element) -> Self {
-        let printed = text::element(element, declaration, table.family);
-        Place::Element(
-            table.clone(),
-            set.clone(),
-            Box::new(element.clone()),
-            printed,
-        )
-    }
-}
-
-impl fmt::Display for Place {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Place::Table(table) => write!(f, "table {table}"),
-            Place::Chain(table, chain) => write!(f, "chain {chain} of table {table}"),
-            Place::Rule(table, chain, rule) => {
-                write!(f, "rule \"{rule}\" of chain {chain} in table {table}")
-            }
-            Place::Set(table, set) => write!(f, "set {set} of table {table}"),
-            Place::Element(table, set, _, element) => {
-                write!(f, "element {{ {element} }} of set {set} in table {table}")
-            }
-            Place::Stray(table, stray) => write!(f, "{stray} of table {table}"),
-            Place::Transaction => f.write_str("the transaction"),
-        }
     }
 }

@@ -47,7 +47,7 @@ mod udata;
 
 pub use conntrack::{Conntrack, Flow, FlowFilter, Handle, Removal, Tracked};
 pub use encode::{Batch, encode};
-pub use error::{Blame, Error, Owner, Place};
+pub use error::{Error, ErrorClass, Owner, Refusal};
 pub use inventory::FoundBaseChain;
 pub use ipset::IpSets;
 pub use link::Links;

@@ -3,11 +3,11 @@
 use std::io;
 
 use super::encode::{Batch, encode};
-use super::error::{Error, Place};
+use super::error::{Error, Refusal};
 use super::monitor::Absence;
 use super::socket::{DUMP_ATTEMPTS, Dump, Message, Reading, Socket, messages};
 use super::uapi;
-use crate::ruleset::Transaction;
+use crate::ruleset::{ObjectPath, Transaction};
 
 /// A connection to the kernel's nftables, in the network namespace it was opened in.
 pub struct Nftables {
@@ -18,6 +18,9 @@ pub struct Nftables {
 /// Transactions with more elements are large: telling others of them takes longer than a
 /// listener's leaving and coming back.
 const LARGE: usize = 1_000;
+
+/// The most refusals of one transaction that are kept.
+const MOST_REFUSALS: usize = 256;
 
 /// What a transaction took.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -86,8 +89,8 @@ impl Nftables {
     ///
     /// # Errors
     ///
-    /// [`Error::Refused`] names the operation (or element) the kernel refused first; the others
-    /// tell why the transaction could not be encoded or sent.
+    /// [`Error::Refused`] names the operations (or elements) that the kernel refused; the other
+    /// variants say why the transaction could not be encoded or sent.
     pub fn apply(&mut self, transaction: &Transaction) -> Result<Applied, Error> {
         if transaction.is_empty() {
             return Ok(Applied::default());
@@ -118,18 +121,18 @@ impl Nftables {
 
     /// Names the process to which the table belongs that could not be changed, if there is one.
     fn with_owner(&mut self, error: Error) -> Error {
-        let table = error.refused().and_then(Place::table).cloned();
+        let table = error.refused().and_then(ObjectPath::table).cloned();
         let permission = error.errno() == Some(libc::EPERM);
         // An owner that cannot be asked for is none.
         let owner = table
             .filter(|_| permission)
             .and_then(|table| Some((self.owner(&table).ok()??, table)));
         match (error, owner) {
-            (Error::Refused { place, source, .. }, Some((owner, table))) => Error::Owned {
-                place,
+            (Error::Refused { first, .. }, Some((owner, table))) => Error::Owned {
+                path: Box::new(first.path),
                 table: Box::new(table),
                 owner,
-                source,
+                source: first.source,
             },
             (error, _) => error,
         }
@@ -142,16 +145,15 @@ impl Nftables {
         first_seq: u32,
         transaction: &Transaction,
     ) -> Result<(), Error> {
-        let mut first: Option<Error> = None;
+        let mut refusals = Vec::new();
         let read = self.socket.errors(|report| {
             let index = report.seq.wrapping_sub(first_seq);
             // Answers to an earlier batch whose reading failed must not be taken for ours.
-            if index as usize > batch.messages() + 1 || first.is_some() {
+            if index as usize > batch.messages() + 1 || refusals.len() >= MOST_REFUSALS {
                 return;
             }
-            let place = batch.place(transaction, index, report.offset);
-            first = Some(Error::Refused {
-                place: Box::new(place),
+            refusals.push(Refusal {
+                path: batch.path(transaction, index, report.offset),
                 source: io::Error::from_raw_os_error(report.errno),
                 detail: report
                     .text
@@ -163,7 +165,12 @@ impl Nftables {
             what: "a transaction",
             source,
         });
-        first.or(lost).map_or(Ok(()), Err)
+        let mut refusals = refusals.into_iter();
+        let refused = refusals.next().map(|first| Error::Refused {
+            first: Box::new(first),
+            others: refusals.collect(),
+        });
+        refused.or(lost).map_or(Ok(()), Err)
     }
 
     /// Asks for objects by name or key, and hands out the message about each. Returns the errno that

@@ -2,7 +2,7 @@
 //!
 //! The engine keeps, beside the objects, the plan of each isolated address of this node and which
 //! sets each policy's chain uses. A batch of events leaves marks: pods with what they brought to
-//! the sets before, addresses to plan again, policies to compile again. [`Engine::update`]
+//! the sets before, addresses to plan again, policies to compile again. `update`
 //! works these off into the parts of the tables that are touched, before and after, and the
 //! difference of the two is the transaction.
 
@@ -12,35 +12,34 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::inventory::Inventory;
-use super::layout::{Direction, table_id};
+use super::layout::{Direction, TABLE, table_id};
 use super::moved::Moved;
-use super::parts::{self, Parts, isolate, sort};
 use super::plans::Isolation;
-use super::rules::{self, policy_chain, skeleton};
 use super::sets::{Membership, SetId, Sets};
-use super::{FindLinks, Settings};
-use crate::model::{Event, Family, Kind, Lists, Object, ObjectName, ObjectRef, Pod};
-use crate::ruleset::{Chain, Element, Name, Ruleset, Table, TableId, Transaction, diff};
+use super::{FindLinks, PolicyChanges, Settings};
+use crate::engine::{self, Update};
+use crate::model::{Event, Family, Kind, Lists, Notice, Object, ObjectName, ObjectRef, Pod};
+use crate::ruleset::{Chain, Name, ObjectPath, Ruleset, TableId};
 
 /// A policy's chain in one family's table.
 #[derive(Debug, Default)]
 pub(super) struct PolicyUse {
     /// How many pods' chains jump to it.
     pub pods: u32,
-    chain: Option<Chain>,
+    pub chain: Option<Chain>,
     /// The sets that its rules use.
-    sets: Vec<SetId>,
+    pub sets: Vec<SetId>,
 }
 
 /// What events touched since the last update.
 #[derive(Debug, Default)]
 pub(super) struct Touched {
     /// Pods, with what they brought to sets before.
-    pods: HashMap<ObjectName, Vec<Membership>>,
+    pub pods: HashMap<ObjectName, Vec<Membership>>,
     /// Addresses of this node that may be isolated in another way now.
-    addresses: BTreeSet<IpAddr>,
+    pub addresses: BTreeSet<IpAddr>,
     /// Policies with other rules.
-    policies: BTreeSet<ObjectName>,
+    pub policies: BTreeSet<ObjectName>,
     /// Whether the host's interfaces are to be looked up although no plan changes.
     pub links: bool,
 }
@@ -51,7 +50,7 @@ pub struct Engine {
     pub(super) settings: Settings,
     pub(super) inventory: Inventory,
     lists: Lists,
-    sets: Sets,
+    pub(super) sets: Sets,
     pub(super) plans: BTreeMap<IpAddr, Isolation>,
     /// How many addresses have so many pods to ask in a direction and family, from the second on.
     pub(super) layers: BTreeMap<(Family, Direction, usize), u32>,
@@ -61,9 +60,9 @@ pub struct Engine {
     pub(super) find_links: FindLinks,
     /// The interfaces that lead to isolated pods.
     pub(super) links: BTreeSet<(Direction, Arc<str>)>,
-    moved: Moved,
+    pub(super) moved: Moved,
     /// Whether the tables exist: while there is any policy.
-    exists: bool,
+    pub(super) exists: bool,
     /// Whether policies are enforced at all.
     on: bool,
     pub(super) touched: Touched,
@@ -125,31 +124,8 @@ impl Engine {
         !self.exists && self.inventory.counts().2 > 0
     }
 
-    /// Whether all kinds were listed and none is being listed. Before that the rules would deny
-    /// what the missing objects allow.
-    pub fn is_ready(&self) -> bool {
-        Kind::POLICY.iter().all(|kind| self.is_listed(*kind))
-    }
-
-    /// The kinds that are not listed completely.
-    pub fn missing(&self) -> Vec<Kind> {
-        let kinds = Kind::POLICY.into_iter();
-        kinds.filter(|kind| !self.is_listed(*kind)).collect()
-    }
-
     fn is_listed(&self, kind: Kind) -> bool {
         self.lists.is_complete(kind) && !self.lists.is_open(kind)
-    }
-
-    /// The number of objects of a kind.
-    pub fn count(&self, kind: Kind) -> usize {
-        let (pods, namespaces, policies) = self.inventory.counts();
-        match kind {
-            Kind::Pod => pods,
-            Kind::Namespace => namespaces,
-            Kind::NetworkPolicy => policies,
-            _ => 0,
-        }
     }
 
     /// The pod that has an address, or one that may have it: for logs.
@@ -161,21 +137,15 @@ impl Engine {
         pod.map(|pod| &pod.name)
     }
 
-    /// The addresses that other pods have than at the last call, so that connections may be left
-    /// of the former ones.
-    pub fn take_moved(&mut self) -> BTreeSet<IpAddr> {
-        self.moved.take()
-    }
-
     /// The policies to which a chain of a table belongs.
-    pub fn policies_of_chain(&self, table: &TableId, chain: &Name) -> Vec<ObjectName> {
+    fn policies_of_chain(&self, table: &TableId, chain: &Name) -> Vec<ObjectName> {
         self.users(table, |direction, name, _| {
             direction.policy_chain(name) == *chain
         })
     }
 
     /// The policies that use a set of a table.
-    pub fn policies_of_set(&self, table: &TableId, set: &Name) -> Vec<ObjectName> {
+    fn policies_of_set(&self, table: &TableId, set: &Name) -> Vec<ObjectName> {
         let Some(id) = self.sets.named(set) else {
             return Vec::new();
         };
@@ -199,15 +169,18 @@ impl Engine {
         names
     }
 
-    /// Closes a policy that the kernel refused: it selects its pods and allows nothing.
-    pub fn refuse(&mut self, policy: ObjectName) {
-        self.touched.policies.insert(policy.clone());
-        self.refused.insert(policy);
-    }
-
-    /// Has the policies tried again that were refused.
-    pub fn forgive(&mut self) {
-        self.touched.policies.append(&mut self.refused);
+    /// Takes what changed for followers.
+    fn change(&mut self, changed: bool) -> PolicyChanges {
+        let isolated = changed.then(|| {
+            let isolated = self.isolated();
+            let isolated = isolated.map(|(address, pod)| (address, pod.cloned()));
+            isolated.collect()
+        });
+        PolicyChanges {
+            isolated,
+            moved: self.moved.take(),
+            rewritten: false,
+        }
     }
 
     /// The isolated addresses of this node with their pods; `None` where the object of the pod is
@@ -220,16 +193,9 @@ impl Engine {
         })
     }
 
-    /// When the address of a pod that was deleted while it ran is to be isolated no more, which
-    /// [`Engine::update`] does.
-    pub fn departed_due(&self) -> Option<Instant> {
-        self.inventory.departed_due()
-    }
-
-    /// Takes over one event about pods, namespaces or policies; others are ignored.
-    pub fn apply(&mut self, event: Event) {
+    fn take_over(&mut self, event: &Event) {
         match event {
-            Event::ListStarted(kind) if Kind::POLICY.contains(&kind) => {
+            &Event::ListStarted(kind) if Kind::POLICY.contains(&kind) => {
                 let known = match kind {
                     Kind::Pod => self.inventory.pod_names(),
                     Kind::Namespace => self.inventory.namespace_names(),
@@ -237,7 +203,7 @@ impl Engine {
                 };
                 self.lists.start(kind, known);
             }
-            Event::ListComplete(kind) if Kind::POLICY.contains(&kind) => {
+            &Event::ListComplete(kind) if Kind::POLICY.contains(&kind) => {
                 for name in self.lists.complete(kind) {
                     self.delete(&ObjectRef::new(kind, name));
                 }
@@ -245,34 +211,31 @@ impl Engine {
             Event::Apply(object) => {
                 self.lists.saw(&object.reference());
                 match object {
-                    Object::Pod(pod) => self.set_pod(&pod.name.clone(), Some(pod)),
+                    Object::Pod(pod) => self.set_pod(&pod.name, Some(pod)),
                     Object::Namespace(namespace) => {
-                        let name = namespace.name.clone();
-                        if self.inventory.knows(&namespace) {
+                        if self.inventory.knows(namespace) {
                             return;
                         }
-                        self.touch_namespace(name.name());
-                        self.inventory.set_namespace(name.name(), Some(namespace));
-                        self.sets.namespace_changed(name.name(), &self.inventory);
+                        let name = namespace.name.name();
+                        self.touch_namespace(name);
+                        self.inventory.set_namespace(name, Some(namespace.clone()));
+                        self.sets.namespace_changed(name, &self.inventory);
                     }
                     Object::NetworkPolicy(policy) => {
-                        let name = policy.name.clone();
-                        if self
-                            .inventory
-                            .policy(&name)
-                            .is_some_and(|old| **old == policy)
-                        {
+                        let known = self.inventory.policy(&policy.name);
+                        if known.is_some_and(|known| **known == *policy) {
                             return;
                         }
-                        self.touch_policy(&name);
-                        self.inventory.set_policy(&name, Some(policy));
+                        self.touch_policy(&policy.name);
+                        self.inventory
+                            .set_policy(&policy.name, Some(policy.clone()));
                     }
                     _ => {}
                 }
             }
             Event::Delete(reference) => {
-                self.lists.saw(&reference);
-                self.delete(&reference);
+                self.lists.saw(reference);
+                self.delete(reference);
             }
             Event::ListStarted(_)
             | Event::ListComplete(_)
@@ -298,19 +261,19 @@ impl Engine {
         }
     }
 
-    fn set_pod(&mut self, name: &ObjectName, pod: Option<Pod>) {
+    fn set_pod(&mut self, name: &ObjectName, pod: Option<&Pod>) {
         let old = self.inventory.pod(name);
-        if old == pod.as_ref() {
+        if old == pod {
             return;
         }
         // Whoever has an address of the old or the new version may lose or gain it.
         let mut concerned = BTreeSet::from([name.clone()]);
-        for version in old.into_iter().chain(&pod) {
+        for version in old.into_iter().chain(pod) {
             concerned.extend(self.inventory.rivals(version));
         }
         let addresses: BTreeSet<IpAddr> = old
             .into_iter()
-            .chain(&pod)
+            .chain(pod)
             .flat_map(|version| version.addresses.iter().copied())
             .collect();
         for name in &concerned {
@@ -328,7 +291,7 @@ impl Engine {
         let before = holders(&self.inventory);
         let namespace = name.namespace();
         let known = self.inventory.has_namespace(namespace);
-        self.inventory.set_pod(name, pod, Instant::now());
+        self.inventory.set_pod(name, pod.cloned(), Instant::now());
         for name in &concerned {
             self.touch_pod(name);
         }
@@ -348,7 +311,7 @@ impl Engine {
     }
 
     /// Notes what a pod brings to sets before it changes.
-    fn touch_pod(&mut self, name: &ObjectName) {
+    pub(super) fn touch_pod(&mut self, name: &ObjectName) {
         if !self.touched.pods.contains_key(name) {
             let pod = self.inventory.pod(name);
             let brought = pod.map_or_else(Vec::new, |pod| self.sets.of_pod(pod, &self.inventory));
@@ -379,269 +342,99 @@ impl Engine {
         self.touched.addresses.extend(departed);
         self.touched.policies.insert(name.clone());
     }
+}
 
-    /// Compiles what changed since the last call. Returns the operations that bring the tables
-    /// from what the last call (or [`Engine::ruleset`]) gave to what is wanted now.
-    pub fn update(&mut self) -> Transaction {
-        self.forget_departed(Instant::now());
-        let touched = std::mem::take(&mut self.touched);
-        let mut parts: [Parts; 2] = Default::default();
-        let mut uses_touched: BTreeSet<(Family, Direction, ObjectName)> = BTreeSet::new();
-        let mut replanned = touched.links;
-        self.draft_layers(&mut parts, |parts| &mut parts.before);
-        for address in &touched.addresses {
-            replanned |= self.plan_again(*address, &mut parts, &mut uses_touched);
-        }
-        self.draft_layers(&mut parts, |parts| &mut parts.after);
-        if replanned {
-            self.links_again(&mut parts);
-        }
-        for policy in &touched.policies {
-            let keys = Family::ALL.into_iter().flat_map(|family| {
-                let directions = Direction::ALL.into_iter();
-                directions.map(move |direction| (family, direction, policy.clone()))
-            });
-            uses_touched.extend(keys.filter(|key| self.uses.contains_key(key)));
-        }
-        // The sets whose uses change, with whether a table used them before.
-        let mut was_used: BTreeMap<(Family, SetId), bool> = BTreeMap::new();
-        for key in &uses_touched {
-            let changed = touched.policies.contains(&key.2);
-            self.compile_again(key, changed, parts::of(&mut parts, key.0), &mut was_used);
-        }
-        self.fill_sets(touched.pods, &was_used, &mut parts);
-        for (_, set) in was_used.into_keys() {
-            self.sets.sweep(set);
-        }
-        self.finish(parts)
+impl engine::Engine for Engine {
+    type Change = PolicyChanges;
+
+    const TABLE: &'static str = TABLE;
+    const QUARANTINE: &'static str = "the policy allows nothing until it changes";
+
+    fn apply(&mut self, event: &Event) {
+        self.take_over(event);
     }
 
-    /// Forgets the departed pods whose time is over.
-    pub(super) fn forget_departed(&mut self, now: Instant) {
-        while let Some(address) = self.inventory.departed_expired(now) {
-            let claimants: Vec<ObjectName> = self.inventory.claimants(address).cloned().collect();
-            for name in &claimants {
-                self.touch_pod(name);
+    /// Before all kinds are listed, and while one is listed again, the rules would deny what the
+    /// missing objects allow.
+    fn is_ready(&self) -> bool {
+        Kind::POLICY.iter().all(|kind| self.is_listed(*kind))
+    }
+
+    fn missing(&self) -> Vec<Kind> {
+        let kinds = Kind::POLICY.into_iter();
+        kinds.filter(|kind| !self.is_listed(*kind)).collect()
+    }
+
+    fn count(&self, kind: Kind) -> usize {
+        let (pods, namespaces, policies) = self.inventory.counts();
+        match kind {
+            Kind::Pod => pods,
+            Kind::Namespace => namespaces,
+            Kind::NetworkPolicy => policies,
+            Kind::Service | Kind::EndpointSlice | Kind::Node | Kind::ServiceCidr => 0,
+        }
+    }
+
+    /// Policies are compiled at once: their changes are never large.
+    fn update(&mut self, _budget: usize) -> Update<PolicyChanges> {
+        let transaction = self.compile();
+        let changed = !transaction.is_empty();
+        Update {
+            transaction,
+            change: self.change(changed),
+            more: false,
+        }
+    }
+
+    fn rebuild(&mut self, first: bool) -> PolicyChanges {
+        self.look_at_links();
+        self.compile();
+        if first {
+            // Who had the addresses before is not known, and most have the pods for long.
+            self.moved.take();
+        }
+        self.change(true)
+    }
+
+    fn ruleset(&self) -> Ruleset {
+        self.tables()
+    }
+
+    fn blame(&self, refused: &ObjectPath) -> Vec<ObjectRef> {
+        let policies = match refused {
+            ObjectPath::Chain(table, chain) | ObjectPath::Rule(table, chain, _) => {
+                self.policies_of_chain(table, chain)
             }
-            self.inventory.forget_departed(now);
-            self.touched.addresses.insert(address);
-        }
-    }
-
-    /// Compiles the chain of a policy again, or drops it if no pod is left that uses it. `changed`
-    /// says that the policy is another one than before.
-    fn compile_again(
-        &mut self,
-        key: &(Family, Direction, ObjectName),
-        changed: bool,
-        parts: &mut Parts,
-        was_used: &mut BTreeMap<(Family, SetId), bool>,
-    ) {
-        let (family, direction, name) = key;
-        let Some(old) = self.uses.remove(key) else {
-            return;
+            ObjectPath::Set(table, set) | ObjectPath::Element(table, set, ..) => {
+                self.policies_of_set(table, set)
+            }
+            ObjectPath::Table(_) | ObjectPath::Stray(..) | ObjectPath::Transaction => Vec::new(),
         };
-        if !changed && old.pods > 0 && old.chain.is_some() {
-            self.uses.insert(key.clone(), old);
-            return;
-        }
-        let policy = self.inventory.policy(name).filter(|_| old.pods > 0);
-        let (chain, sets) = policy.map_or((None, Vec::new()), |policy| {
-            if self.refused.contains(name) {
-                return (Some(Chain::default()), Vec::new());
-            }
-            let (chain, sets) = policy_chain(policy, *direction, *family, |meaning| {
-                self.sets.get(meaning, &self.inventory)
-            });
-            (Some(chain), sets)
-        });
-        for (sets, more) in [(&old.sets, false), (&sets, true)] {
-            for set in sets {
-                let before = self.sets.count(*set, *family, more);
-                was_used.entry((*family, *set)).or_insert(before > 0);
-            }
-        }
-        let chain_name = direction.policy_chain(name);
-        if let Some(chain) = old.chain {
-            parts.before.chains.insert(chain_name.clone(), chain);
-        }
-        if let Some(chain) = &chain {
-            parts.after.chains.insert(chain_name, chain.clone());
-        }
-        if old.pods > 0 {
-            let pods = old.pods;
-            self.uses
-                .insert(key.clone(), PolicyUse { pods, chain, sets });
-        }
+        let policies = policies.into_iter();
+        policies
+            .map(|name| ObjectRef::new(Kind::NetworkPolicy, name))
+            .collect()
     }
 
-    /// Drafts the sets that come and go, and what the touched pods change in the others.
-    fn fill_sets(
-        &self,
-        touched: HashMap<ObjectName, Vec<Membership>>,
-        was_used: &BTreeMap<(Family, SetId), bool>,
-        parts: &mut [Parts; 2],
-    ) {
-        let mut fresh = Vec::new();
-        for (key, was_used) in was_used {
-            let (family, set) = *key;
-            let is_used = self.sets.is_used(set, family);
-            let Some((name, declared)) = self.sets.declared(set) else {
-                continue;
-            };
-            match (was_used, is_used) {
-                (true, false) => {
-                    let before = &mut parts::of(parts, family).before;
-                    before.sets.insert(name, declared);
-                }
-                (false, true) => fresh.push((family, set)),
-                _ => {}
-            }
-        }
-        let [v4, v6] = parts;
-        self.fill(&fresh, [&mut v4.after, &mut v6.after]);
-        let stays = |family: Family, set: SetId| {
-            let used_before = was_used.get(&(family, set)).copied().unwrap_or(true);
-            used_before && self.sets.is_used(set, family)
-        };
-        if Family::ALL
-            .iter()
-            .all(|family| !self.sets.used(*family).any(|set| stays(*family, set)))
-        {
-            return;
-        }
-        for (name, before) in touched {
-            let pod = self.inventory.pod(&name);
-            let after = pod.map_or_else(Vec::new, |pod| self.sets.of_pod(pod, &self.inventory));
-            if before == after {
-                continue;
-            }
-            for (memberships, is_after) in [(before, false), (after, true)] {
-                for Membership { family, set, key } in memberships {
-                    if !stays(family, set) {
-                        continue;
-                    }
-                    let Some((name, declared)) = self.sets.declared(set) else {
-                        continue;
-                    };
-                    let parts = parts::of(parts, family);
-                    // A set that one of the two lacks would be made or deleted.
-                    for table in [&mut parts.before, &mut parts.after] {
-                        table
-                            .sets
-                            .entry(name.clone())
-                            .or_insert_with(|| declared.clone());
-                    }
-                    let table = if is_after {
-                        &mut parts.after
-                    } else {
-                        &mut parts.before
-                    };
-                    if let Some(set) = table.sets.get_mut(&name) {
-                        set.elements.push(Element::new(key));
-                    }
-                }
-            }
-        }
+    /// Closes a policy: it selects its pods and allows nothing.
+    fn quarantine(&mut self, object: &ObjectRef) -> PolicyChanges {
+        self.touched.policies.insert(object.name.clone());
+        self.refused.insert(object.name.clone());
+        self.compile();
+        self.change(true)
     }
 
-    /// Puts complete sets into the tables.
-    fn fill(&self, fresh: &[(Family, SetId)], tables: [&mut Table; 2]) {
-        let mut ids: Vec<SetId> = fresh.iter().map(|(_, set)| *set).collect();
-        ids.sort_unstable();
-        ids.dedup();
-        let mut elements: HashMap<(Family, SetId), Vec<Element>> = HashMap::new();
-        for (family, set) in fresh {
-            elements.insert((*family, *set), self.sets.fixed_elements(*set));
-        }
-        self.sets
-            .for_each_member(&ids, &self.inventory, |membership| {
-                let Membership { family, set, key } = membership;
-                if let Some(elements) = elements.get_mut(&(family, set)) {
-                    elements.push(Element::new(key));
-                }
-            });
-        let mut tables = Family::ALL.into_iter().zip(tables).collect::<Vec<_>>();
-        for ((of, id), elements) in elements {
-            let declared = self.sets.declared(id);
-            let table = tables.iter_mut().find(|(family, _)| *family == of);
-            if let (Some((name, mut set)), Some((_, table))) = (declared, table) {
-                set.elements = elements;
-                sort(&mut set);
-                table.sets.insert(name, set);
-            }
-        }
+    fn retry_quarantined(&mut self) {
+        self.touched.policies.append(&mut self.refused);
+        self.look_at_links();
     }
 
-    fn finish(&mut self, parts: [Parts; 2]) -> Transaction {
-        let wanted = self.inventory.counts().2 > 0;
-        let existed = std::mem::replace(&mut self.exists, wanted);
-        if existed && wanted {
-            let (mut before, mut after) = (Ruleset::default(), Ruleset::default());
-            for (family, mut parts) in Family::ALL.into_iter().zip(parts) {
-                parts.level();
-                before.tables.insert(table_id(family), parts.before);
-                after.tables.insert(table_id(family), parts.after);
-            }
-            return diff(&before, after);
-        }
-        let tables = Family::ALL.map(|family| (table_id(family), Table::default()));
-        let before = if existed {
-            Ruleset {
-                tables: tables.into(),
-            }
-        } else {
-            Ruleset::default()
-        };
-        diff(&before, self.ruleset())
+    /// The address of a pod that was deleted while it ran is isolated for a while only.
+    fn due(&self) -> Option<Instant> {
+        self.inventory.departed_due().filter(|_| self.is_ready())
     }
 
-    /// The tables as they are after the last [`Engine::update`], from scratch.
-    pub fn ruleset(&self) -> Ruleset {
-        if !self.exists {
-            return Ruleset::default();
-        }
-        let mut tables = Family::ALL.map(|family| skeleton(family, &self.settings));
-        for (family, table) in Family::ALL.into_iter().zip(&mut tables) {
-            let of_family = self
-                .plans
-                .iter()
-                .filter(|(ip, _)| Family::of(**ip) == family);
-            for (address, plan) in of_family {
-                isolate(table, *address, plan, self.settings.strict);
-            }
-            for (_, direction, layer) in self.layers.keys().filter(|(of, ..)| *of == family) {
-                rules::add_layer(table, family, *direction, *layer, &self.settings);
-            }
-            if family == Family::V6 {
-                parts::lead(table, &self.links);
-            }
-            table.sets.values_mut().for_each(sort);
-        }
-        for ((family, direction, name), used) in &self.uses {
-            if let Some(chain) = &used.chain {
-                let [v4, v6] = &mut tables;
-                let table = match family {
-                    Family::V4 => v4,
-                    Family::V6 => v6,
-                };
-                table
-                    .chains
-                    .insert(direction.policy_chain(name), chain.clone());
-            }
-        }
-        let used = Family::ALL.into_iter().flat_map(|family| {
-            let sets = self.sets.used(family);
-            sets.map(move |set| (family, set))
-        });
-        let used: Vec<(Family, SetId)> = used.collect();
-        let [v4, v6] = &mut tables;
-        self.fill(&used, [v4, v6]);
-        let tables = Family::ALL.into_iter().zip(tables);
-        Ruleset {
-            tables: tables
-                .map(|(family, table)| (table_id(family), table))
-                .collect(),
-        }
+    fn take_notices(&mut self) -> Vec<Notice> {
+        Vec::new()
     }
 }

@@ -27,11 +27,11 @@
 //!   that was chosen, and clients by their own address. The node's own traffic to its pods passes
 //!   the output hook only, where no policy is asked.
 //!
-//! [`Engine::apply`] takes events. [`Engine::update`] compiles what they touched and returns the
-//! operations; its cost follows the pods and policies touched. [`Engine::ruleset`] gives everything
-//! from scratch, for comparing with the kernel.
+//! The cost of an update follows the pods and policies that events touched.
 
+mod changes;
 mod claimants;
+mod compile;
 mod departed;
 mod engine;
 mod index;
@@ -49,6 +49,7 @@ mod tests;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+pub use changes::{Isolated, PolicyChanges};
 pub use engine::Engine;
 pub use judge::Connection;
 pub use layout::{Direction, TABLE, table_id};

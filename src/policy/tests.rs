@@ -5,6 +5,7 @@ use std::sync::Arc;
 use proptest::prelude::*;
 
 use super::*;
+use crate::engine::{BUDGET, Engine as _};
 use crate::model::{
     Event, Evidence, Kind, LabelSelector, Labels, NamedPort, Namespace, NetworkPolicy, Object,
     ObjectName, ObjectRef, Peer, Pod, PolicyPort, PolicyRule, PortMatch, Protocol, Requirement,
@@ -68,22 +69,22 @@ impl Checked {
             events: Vec::new(),
         };
         for kind in Kind::POLICY {
-            checked.engine.apply(Event::ListStarted(kind));
-            checked.engine.apply(Event::ListComplete(kind));
+            checked.engine.apply(&Event::ListStarted(kind));
+            checked.engine.apply(&Event::ListComplete(kind));
         }
         assert!(checked.engine.is_ready());
         checked
     }
 
     fn apply(&mut self, event: Event) {
-        self.engine.apply(event.clone());
+        self.engine.apply(&event);
         self.events.push(event);
     }
 
     /// Writes what changed, and checks that the kernel is then as a new engine wants it.
     /// Returns how many elements and how many operations it took.
     fn update(&mut self) -> (usize, usize) {
-        let transaction = self.engine.update();
+        let transaction = self.engine.update(BUDGET).transaction;
         let work = (transaction.elements(), transaction.ops.len());
         for step in transaction.into_steps() {
             simulate::apply(&mut self.kernel, &step).unwrap();
@@ -94,9 +95,9 @@ impl Checked {
         }
         let mut fresh = Engine::new(self.engine.settings.clone());
         for event in &self.events {
-            fresh.apply(event.clone());
+            fresh.apply(event);
         }
-        fresh.update();
+        fresh.update(BUDGET);
         assert_eq!(self.kernel, fresh.ruleset(), "of a new engine");
         work
     }
@@ -199,12 +200,12 @@ fn nothing_is_compiled_while_a_list_is_read() {
     let mut engine = Engine::new(settings(false));
     assert!(!engine.is_ready());
     for kind in Kind::POLICY {
-        engine.apply(Event::ListStarted(kind));
+        engine.apply(&Event::ListStarted(kind));
         assert!(!engine.is_ready());
-        engine.apply(Event::ListComplete(kind));
+        engine.apply(&Event::ListComplete(kind));
     }
     assert!(engine.is_ready());
-    engine.apply(Event::ListStarted(Kind::Pod));
+    engine.apply(&Event::ListStarted(Kind::Pod));
     assert!(!engine.is_ready());
 }
 
@@ -484,15 +485,15 @@ fn the_interfaces_of_isolated_pods_are_known_by_direction() {
         links.map(|ip| (*ip, "br0".into())).collect()
     });
     for kind in Kind::POLICY {
-        engine.apply(Event::ListStarted(kind));
-        engine.apply(Event::ListComplete(kind));
+        engine.apply(&Event::ListStarted(kind));
+        engine.apply(&Event::ListComplete(kind));
     }
     let mut kernel = Ruleset::default();
     let mut update = |events: Vec<Event>| {
         for event in events {
-            engine.apply(event);
+            engine.apply(&event);
         }
-        for step in engine.update().into_steps() {
+        for step in engine.update(BUDGET).transaction.into_steps() {
             simulate::apply(&mut kernel, &step).unwrap();
         }
         assert_eq!(kernel, engine.ruleset());
@@ -529,21 +530,21 @@ fn an_interface_that_comes_later_is_found_when_it_is_looked_for() {
         found.filter(|_| THERE.load(Ordering::Relaxed)).collect()
     });
     for kind in Kind::POLICY {
-        engine.apply(Event::ListStarted(kind));
-        engine.apply(Event::ListComplete(kind));
+        engine.apply(&Event::ListStarted(kind));
+        engine.apply(&Event::ListComplete(kind));
     }
-    engine.apply(apply_pod(pod("shop/web", 1, "here", "web")));
-    engine.apply(apply_policy(NetworkPolicy {
+    engine.apply(&apply_pod(pod("shop/web", 1, "here", "web")));
+    engine.apply(&apply_policy(NetworkPolicy {
         ingress: Some(Vec::new()),
         ..policy("shop/closed", app("web"))
     }));
-    engine.update();
+    engine.update(BUDGET);
     THERE.store(true, Ordering::Relaxed);
-    assert!(engine.update().is_empty());
+    assert!(engine.update(BUDGET).transaction.is_empty());
     engine.look_at_links();
-    assert_eq!(engine.update().elements(), 1);
+    assert_eq!(engine.update(BUDGET).transaction.elements(), 1);
     engine.look_at_links();
-    assert!(engine.update().is_empty());
+    assert!(engine.update(BUDGET).transaction.is_empty());
 }
 
 mod addresses;

@@ -1,19 +1,19 @@
-//! Forgetting clients whose endpoint went away.
+//! Forgets clients with session affinity whose endpoint went away.
 //!
 //! Packets fill the affinity maps: (client, frontend) to the endpoint the client was sent to. It
 //! is nftlet's task to remove the elements whose endpoint no longer serves the frontend; until
 //! then their clients would go on to be sent there.
 //!
 //! ```text
-//!  Reconciler ── Suspects ──> queue() ──> Forgetter, a thread of its own: reads the maps
-//!      ^   (after the rules stand)             │ 1,024 clients each
-//!      └──────── Question::Forget ─────────────┘ judged by the plans in force, and deleted
+//!  rules in force ── ServiceChanges ──> Forgetter, a thread of its own: reads the maps
+//!      ^                                    │ 1,024 clients each
+//!      └──────── Question::Remove ──────────┘ by the plans that it knows to be in force
 //! ```
 //!
 //! [`Suspects`] collects, from the plans that change, which endpoints frontends lost. A map that is
-//! full takes seconds to read, for which no change may wait. The clients found are judged where the
-//! plans are kept: meanwhile an endpoint may have come back, or a client may have been sent to one
-//! that is new.
+//! full takes seconds to read. The clients found are judged by the newest plans: an endpoint may have
+//! come back, or a client may have been sent to one that is new. A removal is refused if the plans in
+//! force have changed since ([`Removed::Outdated`]), and then the clients are judged again.
 //!
 //! A client stays as long as its endpoint serves the frontend in any scope: which scope applies
 //! depends on where the client is, and that only the rules can tell. Where the external policy
@@ -21,14 +21,17 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SendError, Sender, channel};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot};
 
-use super::questions::Question;
-use super::{Kernel, Reconciler, State};
-use crate::compile::{self, Clients, Route, Scope, ServicePlan, Target};
+use super::Kernel;
+use super::questions::{Question, Removal, Removed};
+use crate::compile::{
+    self, Clients, Route, Scope, ServiceChanges, ServicePlan, Target, address, number,
+};
 use crate::model::{Claim, Family, ObjectName, Protocol};
 use crate::netlink;
 use crate::ruleset::{Element, Op, Transaction, Value};
@@ -113,14 +116,6 @@ impl Suspects {
         }
     }
 
-    /// Notes that clients that are to be bound to this node are not yet.
-    fn put_back(&mut self, (family, clients): &Map, suspects: &[Suspect]) {
-        for at in suspects.iter().filter_map(|suspect| suspect.bound) {
-            let of_map = self.of_map(*family, clients);
-            of_map.of_frontend.entry(at).or_default().bound = true;
-        }
-    }
-
     fn of_map(&mut self, family: Family, clients: &Clients) -> &mut OfMap {
         self.0.entry((family, clients.clone())).or_default()
     }
@@ -191,65 +186,73 @@ pub struct Suspect {
     bound: Option<Claim>,
 }
 
-impl<K: Kernel> Reconciler<'_, K> {
-    /// Forgets the clients noted that are remembered for an endpoint that went away, or has it done
-    /// by the thread for that.
-    ///
-    /// This follows the transaction that took the endpoint away: the other way round a client
-    /// could be sent there, and be remembered for it, once more.
-    pub(super) fn forget(&mut self) {
-        let suspects = std::mem::take(&mut self.clients);
-        if suspects.0.is_empty() {
-            return;
-        }
-        let suspects = match &self.forgetter {
-            // A thread that is gone has panicked.
-            Some(queue) => match queue.send(suspects) {
-                Ok(()) => return,
-                Err(unsent) => unsent.0,
-            },
-            None => suspects,
-        };
-        for (map, of_map) in suspects.0 {
-            let done = attempts(&map, false, || {
-                let found = read(&mut self.kernel, &map, &of_map)?;
-                in_batches(found, |batch| self.forget_some(&map, batch))
-            });
-            if !done {
-                self.clients.add(map, of_map);
+/// The plans with session affinity in force, and the clients to look at.
+#[derive(Debug, Default)]
+struct View {
+    plans: HashMap<ObjectName, Arc<ServicePlan>>,
+    /// The services that have the frontends.
+    owners: HashMap<Claim, ObjectName>,
+    version: u64,
+    suspects: Suspects,
+}
+
+impl View {
+    fn take_over(&mut self, changes: &ServiceChanges) {
+        for replaced in changes.replaced.iter().filter(|it| it.is_other_plan()) {
+            let [old, new] = [&replaced.old, &replaced.new]
+                .map(|plan| plan.as_ref().filter(|plan| plan.affinity.is_some()));
+            if old.is_none() && new.is_none() {
+                continue;
             }
+            // Which policies become Local at the start shows in the kernel.
+            if !replaced.adopted {
+                self.suspects
+                    .replace(old.map(|plan| &**plan), new.map(|plan| &**plan));
+            }
+            let service = &replaced.service;
+            for frontend in old.iter().flat_map(|plan| &plan.frontends) {
+                if self.owners.get(&frontend.at) == Some(service) {
+                    self.owners.remove(&frontend.at);
+                }
+            }
+            for frontend in new.iter().flat_map(|plan| &plan.frontends) {
+                self.owners.insert(frontend.at, service.clone());
+            }
+            match new {
+                Some(new) => self.plans.insert(service.clone(), new.clone()),
+                None => self.plans.remove(service),
+            };
         }
+        let bound = &changes.removed.bound;
+        for plan in self.plans.values().filter(|_| !bound.is_empty()) {
+            self.suspects.bind(plan, bound);
+        }
+        for plan in self.plans.values().filter(|_| changes.rewritten) {
+            self.suspects.all_of(plan);
+        }
+        self.version = changes.affinity_version;
     }
 
-    /// Forgets those of some clients whose endpoint does not serve their frontend, by the plans in
-    /// force. While it is unknown what is in force nobody is forgotten: when it is known again, all
-    /// are looked at. Who is to be bound to this node is noted until then.
-    pub(super) fn forget_some(
-        &mut self,
-        map: &Map,
-        suspects: Vec<Suspect>,
-    ) -> Result<(), netlink::Error> {
-        if self.state != State::Synced {
-            self.clients.put_back(map, &suspects);
-            return Ok(());
-        }
-        let kept = self.kept(map, &suspects);
-        let stale = suspects.into_iter().enumerate();
+    /// The operations that forget those of some clients whose endpoint does not serve their frontend.
+    fn removal(&self, map: &Map, suspects: &[Suspect]) -> Transaction {
+        let kept = self.kept(map, suspects);
+        let stale = suspects.iter().enumerate();
         let stale: Vec<Element> = stale
             .filter(|(index, _)| !kept.contains(index))
-            .map(|(_, suspect)| suspect.element)
+            .map(|(_, suspect)| suspect.element.clone())
             .collect();
-        if stale.is_empty() {
-            return Ok(());
-        }
         let (family, clients) = map;
-        let delete = Op::DeleteElements(
-            compile::table_id(*family),
-            clients.map(),
-            compile::affinity_declaration(),
-            stale,
-        );
-        self.write(Transaction { ops: vec![delete] })
+        let delete = (!stale.is_empty()).then(|| {
+            Op::DeleteElements(
+                compile::table_id(*family),
+                clients.map(),
+                compile::affinity_declaration(),
+                stale,
+            )
+        });
+        Transaction {
+            ops: delete.into_iter().collect(),
+        }
     }
 
     /// Which of these clients, by their index, are at an endpoint of their frontend.
@@ -259,8 +262,8 @@ impl<K: Kernel> Reconciler<'_, K> {
             // Where a service has the address, a port of the same number that another one has on
             // the nodes is not meant.
             let [address, node_port] = [entry.at_address(), entry.at_node_port()];
-            let owner = self.store.owner(&address).map(|owner| (owner, address));
-            let owner = owner.or_else(|| Some((self.store.owner(&node_port)?, node_port)));
+            let owner = self.owners.get(&address).map(|owner| (owner, address));
+            let owner = owner.or_else(|| Some((self.owners.get(&node_port)?, node_port)));
             if let Some((owner, at)) = owner {
                 let of_service = services.entry(owner).or_default();
                 of_service.entry(at).or_default().push(index);
@@ -269,7 +272,7 @@ impl<K: Kernel> Reconciler<'_, K> {
         let (family, clients) = map;
         let mut kept = HashSet::new();
         for (service, clients_of) in services {
-            let Some(plan) = self.programmed.plan(service) else {
+            let Some(plan) = self.plans.get(service) else {
                 continue;
             };
             if plan.affinity.as_ref().map(|it| &it.clients) != Some(clients) {
@@ -314,12 +317,25 @@ fn read(
         .collect())
 }
 
+/// Why clients could not be forgotten.
+enum Failure {
+    Kernel(netlink::Error),
+    /// It is unknown what is in force.
+    Unknown,
+}
+
+impl From<netlink::Error> for Failure {
+    fn from(error: netlink::Error) -> Self {
+        Failure::Kernel(error)
+    }
+}
+
 /// Forgets clients, not too many at once. One that timed out between reading and deleting fails the
 /// whole transaction: then each half is forgotten for itself, and what is gone is left.
 fn in_batches(
     mut suspects: Vec<Suspect>,
-    mut forget: impl FnMut(Vec<Suspect>) -> Result<(), netlink::Error>,
-) -> Result<(), netlink::Error> {
+    mut forget: impl FnMut(&[Suspect]) -> Result<(), Failure>,
+) -> Result<(), Failure> {
     let mut batches = Vec::new();
     loop {
         let mut batch: Vec<Suspect> = match batches.pop() {
@@ -329,145 +345,147 @@ fn in_batches(
         if batch.is_empty() {
             return Ok(());
         }
-        match forget(batch.clone()) {
+        match forget(&batch) {
             Ok(()) => {}
-            Err(error) if error.errno() == Some(libc::ENOENT) => {
+            Err(Failure::Kernel(error)) if error.errno() == Some(libc::ENOENT) => {
                 if batch.len() > 1 {
                     let half = batch.split_off(batch.len() / 2);
                     batches.extend([batch, half]);
                 }
             }
-            Err(error) => return Err(error),
+            Err(failure) => return Err(failure),
         }
     }
 }
 
-/// Tries again what fails. Returns whether it succeeded in the end. `again` says that the map failed
-/// before, and that this was logged.
-fn attempts(
-    map: &Map,
-    again: bool,
-    mut forget: impl FnMut() -> Result<(), netlink::Error>,
-) -> bool {
-    for attempt in 1..=ATTEMPTS {
-        match forget() {
-            Ok(()) => return true,
-            Err(error) if attempt < ATTEMPTS || again => {
-                tracing::debug!("session affinity: {error}")
-            }
-            Err(error) => tracing::warn!(
-                "{error}; clients with session affinity of services in namespace {} may stay with \
-                 {} endpoints that are gone until another attempt succeeds",
-                map.1.namespace(),
-                map.0
-            ),
-        }
-    }
-    false
-}
-
-/// Some clients of a map that may have to be forgotten.
+/// Reads which clients are remembered, and has those removed whose endpoint is gone.
 #[derive(Debug)]
-pub struct Forget {
-    pub(super) map: Map,
-    pub(super) suspects: Vec<Suspect>,
-    /// Who waits for it to be done.
-    pub(super) answer: oneshot::Sender<Result<(), netlink::Error>>,
+pub struct Forgetter<O> {
+    open: O,
+    changes: Receiver<Arc<ServiceChanges>>,
+    view: View,
+    /// What failed, to be tried again with what comes next.
+    failed: Suspects,
 }
 
-/// Makes the queue from the reconciler to a [`Forgetter`].
-pub fn queue() -> (Queue, Received) {
-    let (sender, receiver) = channel();
-    (Queue(sender), Received(receiver))
-}
-
-/// The reconciler's end of the queue. The [`Forgetter`] ends when it goes away.
-#[derive(Debug)]
-pub struct Queue(Sender<Suspects>);
-
-impl Queue {
-    fn send(&self, suspects: Suspects) -> Result<(), SendError<Suspects>> {
-        self.0.send(suspects)
-    }
-}
-
-/// The other end of a [`Queue`].
-#[derive(Debug)]
-pub struct Received(Receiver<Suspects>);
-
-impl Received {
-    /// All that waits, as soon as there is something; nothing after so long, and `None` at the end.
-    fn next(&self, within: Duration) -> Option<Suspects> {
-        let mut suspects = match self.0.recv_timeout(within) {
-            Ok(suspects) => suspects,
-            Err(RecvTimeoutError::Timeout) => Suspects::default(),
-            Err(RecvTimeoutError::Disconnected) => return None,
-        };
-        self.0.try_iter().for_each(|more| suspects.merge(more));
-        Some(suspects)
-    }
-}
-
-/// Reads who is remembered, on a thread of its own, and asks the reconciler to forget those whose
-/// endpoint is gone.
-#[derive(Debug)]
-pub struct Forgetter<K> {
-    open: fn() -> Result<K, netlink::Error>,
-    received: Received,
-    ask: mpsc::Sender<Question>,
-}
-
-impl<K: Kernel> Forgetter<K> {
-    /// A forgetter that opens its kernel when it has something to do.
-    pub fn new(
-        open: fn() -> Result<K, netlink::Error>,
-        received: Received,
-        ask: mpsc::Sender<Question>,
-    ) -> Self {
+impl<K: Kernel, O: FnMut() -> Result<K, netlink::Error>> Forgetter<O> {
+    /// Creates a forgetter that opens its kernel when it has something to do.
+    pub fn new(open: O, changes: Receiver<Arc<ServiceChanges>>) -> Self {
         Self {
             open,
-            received,
-            ask,
+            changes,
+            view: View::default(),
+            failed: Suspects::default(),
         }
     }
 
-    /// Works until the reconciler is gone. Meanwhile it calls `look` every so often.
-    pub fn run(self, every: Duration, mut look: impl FnMut()) {
+    /// Works until no more changes come, asking the loop to remove clients. Meanwhile it calls `look`
+    /// every so often.
+    pub fn run(mut self, ask: &mpsc::Sender<Question>, every: Duration, mut look: impl FnMut()) {
         let mut looked = Instant::now();
-        // What failed is tried again with what comes next.
-        let mut failed = Suspects::default();
-        while let Some(mut suspects) = self.received.next(every.saturating_sub(looked.elapsed())) {
+        loop {
+            let wait = every.saturating_sub(looked.elapsed());
+            match self.changes.recv_timeout(wait) {
+                Ok(changes) => self.view.take_over(&changes),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
             if looked.elapsed() >= every {
                 looked = Instant::now();
                 look();
             }
-            let before = std::mem::take(&mut failed);
-            let failed_before: HashSet<Map> = before.0.keys().cloned().collect();
-            suspects.merge(before);
-            for (map, of_map) in suspects.0 {
-                let done = attempts(&map, failed_before.contains(&map), || {
-                    let found = read(&mut (self.open)()?, &map, &of_map)?;
-                    in_batches(found, |batch| self.forget(&map, batch))
+            self.work(|transaction, affinity_version| {
+                let (answer, answered) = oneshot::channel();
+                let question = Question::Remove(Removal {
+                    transaction,
+                    affinity_version,
+                    answer,
                 });
-                if !done {
-                    failed.add(map, of_map);
+                let asked = ask.blocking_send(question).ok();
+                // When the loop has ended its rules stay, and so do the clients.
+                let answer = asked.and_then(|()| answered.blocking_recv().ok());
+                answer.unwrap_or(Removed::Unknown)
+            });
+        }
+    }
+
+    /// Forgets the clients that the changes so far concern. `remove` writes a transaction for which so
+    /// many changes of services with session affinity were taken into account.
+    pub fn work(&mut self, mut remove: impl FnMut(Transaction, u64) -> Removed) {
+        self.take_over_all();
+        loop {
+            let failed = std::mem::take(&mut self.failed);
+            let failed_before: HashSet<Map> = failed.0.keys().cloned().collect();
+            let mut suspects = std::mem::take(&mut self.view.suspects);
+            suspects.merge(failed);
+            for (map, of_map) in suspects.0 {
+                let again = failed_before.contains(&map);
+                if !self.attempts(&map, &of_map, again, &mut remove) {
+                    self.failed.add(map, of_map);
                 }
+            }
+            if self.view.suspects.0.is_empty() {
+                return;
             }
         }
     }
 
-    fn forget(&self, map: &Map, suspects: Vec<Suspect>) -> Result<(), netlink::Error> {
-        let (answer, answered) = oneshot::channel();
-        let question = Question::Forget(Forget {
-            map: map.clone(),
-            suspects,
-            answer,
-        });
-        match self.ask.blocking_send(question) {
-            Ok(()) => answered.blocking_recv().unwrap_or(Ok(())),
-            // The reconciler is gone, and its rules stay.
-            Err(_) => Ok(()),
+    fn take_over_all(&mut self) {
+        while let Ok(changes) = self.changes.try_recv() {
+            self.view.take_over(&changes);
         }
+    }
+
+    /// Forgets clients of a map, and tries again what fails. Returns whether it succeeded in the end.
+    /// `again` says that the map failed before, and that this was logged.
+    fn attempts(
+        &mut self,
+        map: &Map,
+        of_map: &OfMap,
+        again: bool,
+        remove: &mut impl FnMut(Transaction, u64) -> Removed,
+    ) -> bool {
+        for attempt in 1..=ATTEMPTS {
+            let error = match self.forget(map, of_map, remove) {
+                Ok(()) => return true,
+                Err(Failure::Unknown) => return false,
+                Err(Failure::Kernel(error)) => error,
+            };
+            if attempt < ATTEMPTS || again {
+                tracing::debug!("session affinity: {error}");
+            } else {
+                tracing::warn!(
+                    "{error}; clients with session affinity of services in namespace {} may stay \
+                     with {} endpoints that are gone until another attempt succeeds",
+                    map.1.namespace(),
+                    map.0
+                );
+            }
+        }
+        false
+    }
+
+    fn forget(
+        &mut self,
+        map: &Map,
+        of_map: &OfMap,
+        remove: &mut impl FnMut(Transaction, u64) -> Removed,
+    ) -> Result<(), Failure> {
+        let found = read(&mut (self.open)()?, map, of_map)?;
+        in_batches(found, |batch| {
+            loop {
+                let transaction = self.view.removal(map, batch);
+                if transaction.is_empty() {
+                    return Ok(());
+                }
+                match remove(transaction, self.view.version) {
+                    Removed::Done => return Ok(()),
+                    Removed::Outdated => self.take_over_all(),
+                    Removed::Unknown => return Err(Failure::Unknown),
+                    Removed::Failed(error) => return Err(error.into()),
+                }
+            }
+        })
     }
 }
 
@@ -513,15 +531,4 @@ impl Entry {
     fn at_node_port(&self) -> Claim {
         Claim::NodePort(self.protocol, self.port)
     }
-}
-
-pub(super) fn address(bytes: &[u8]) -> Option<IpAddr> {
-    let v4 = <[u8; 4]>::try_from(bytes).map(IpAddr::from);
-    v4.or_else(|_| <[u8; 16]>::try_from(bytes).map(IpAddr::from))
-        .ok()
-}
-
-pub(super) fn number(bytes: &[u8]) -> Option<u16> {
-    let (port, _) = bytes.split_first_chunk::<2>()?;
-    Some(u16::from_be_bytes(*port))
 }

@@ -28,10 +28,11 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until};
 
-use super::programmed::Programmed;
 use super::schedule::jittered;
+use super::session::Moment;
 use super::{Kernel, State};
-use crate::compile::TABLE;
+use crate::compile::{TABLE, Tables};
+use crate::engine::Engine as _;
 use crate::netlink::Error;
 use crate::policy;
 use crate::ruleset::{Ruleset, SumKeys, Sums, Transaction, diff};
@@ -49,18 +50,9 @@ const MOST_LOOKS: u32 = 60;
 /// What was written, for a thread that compares it with the kernel.
 #[derive(Clone, Debug)]
 pub struct Snapshot {
-    services: Programmed,
+    services: Tables,
     policies: Option<Ruleset>,
     moment: Moment,
-}
-
-/// When a snapshot was taken.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Moment {
-    /// How many transactions had been written.
-    pub writes: u64,
-    /// The generation of the kernel's ruleset, if the kernel told it.
-    pub generation: Option<u32>,
 }
 
 /// In what the kernel differs: operations, and places of elements, as hashes.
@@ -328,56 +320,45 @@ impl<K: Kernel> super::Reconciler<'_, K> {
         if !self.is_synced() {
             return None;
         }
-        let moment = Moment {
-            writes: self.writes,
-            generation: self.kernel.generation().ok(),
-        };
         let policies = self.policies.as_ref();
         // While lists are read the engine knows of more than was written.
         let policies = policies.filter(|it| it.state == State::Synced && it.engine.is_ready());
         Some(Snapshot {
-            services: self.programmed.clone(),
+            services: self.services.engine.tables().clone(),
             policies: policies.map(|policies| policies.engine.ruleset()),
-            moment,
+            moment: self.kernel.moment(),
         })
     }
 
     /// Begins an audit that is due, unless it is to wait, or need not read anything.
     pub fn audit(&mut self, audits: &mut Audits) {
-        if self.is_synced() && self.is_vouched_for() {
+        if self.is_synced() && self.kernel.is_as_expected() {
             if let Some(result) = Verdict::Same.as_str() {
-                self.metrics.audit(result);
+                self.kernel.metrics.audit(result);
             }
             audits.put_off();
-        } else if audits.is_time(self.writes) {
+        } else if audits.is_time(self.kernel.writes()) {
             audits.begin(self.snapshot());
         }
     }
 
     /// Judges what an audit found. If the kernel differs, the next [`heal`] reads it, although
-    /// nobody else may be known to have written.
+    /// no other program may be known to have written.
     ///
     /// [`heal`]: super::Reconciler::heal
     pub fn judge(&mut self, audits: &mut Audits, finding: Finding) -> Verdict {
         let moment = finding.moment;
-        let verdict = audits.judge(finding, self.writes);
+        let verdict = audits.judge(finding, self.kernel.writes());
         if let Some(result) = verdict.as_str() {
-            self.metrics.audit(result);
+            self.kernel.metrics.audit(result);
         }
         match verdict {
-            Verdict::Different => self.vouched = None,
+            Verdict::Different => self.kernel.expect_nothing(),
             // Others have committed something else, such as a table of their own.
-            Verdict::Same => self.vouched = self.generation_after(moment),
+            Verdict::Same => self.kernel.expect(moment),
             Verdict::Again | Verdict::Unknown => {}
         }
         verdict
-    }
-
-    /// The generation that the kernel is in if nobody else has written since a moment.
-    fn generation_after(&self, moment: Moment) -> Option<u32> {
-        let own = self.writes.wrapping_sub(moment.writes);
-        let generation = moment.generation?;
-        Some(generation.wrapping_add(own as u32))
     }
 }
 
@@ -476,7 +457,7 @@ mod tests {
         bench.audits.due = Instant::now();
         let snapshot = || {
             Some(Snapshot {
-                services: Programmed::default(),
+                services: Tables::default(),
                 policies: None,
                 moment: MOMENT,
             })

@@ -8,9 +8,9 @@
 //! before: they were allowed with the former one.
 //!
 //! ```text
-//!  Reconciler ── wake() ──> Cutter, a thread of its own: lists what isolated pods take part in
-//!      ^   (rules in force)    │                ^
-//!      └── Question::Judge ────┘  1,024 each    └── which of them are denied: these are removed
+//!  rules in force ── PolicyChanges ──> Cutter, a thread of its own: lists what isolated pods take
+//!      ^                                  │     part in                  ^
+//!      └── Question::Judge ───────────────┘  1,024 each                  └── the denied are removed
 //! ```
 //!
 //! Listing walks all connections of the node and waits for nobody. The policies are asked where
@@ -22,20 +22,19 @@
 
 use std::collections::HashSet;
 use std::net::IpAddr;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, oneshot};
 
-use super::Isolated;
 use super::conntrack::own_addresses;
 use super::questions::Question;
 use crate::compile::table_family;
 use crate::metrics::Metrics;
 use crate::model::{Family, Protocol};
 use crate::netlink::{Conntrack, Error, Removal, Tracked};
-use crate::policy::Connection;
+use crate::policy::{Connection, PolicyChanges};
 
 /// The most connections that are judged at once.
 const BATCH: usize = 1024;
@@ -50,18 +49,7 @@ const MOST_FOLLOWED: usize = 2048;
 const SHORTEST_RETRY: Duration = Duration::from_secs(1);
 const LONGEST_RETRY: Duration = Duration::from_secs(60);
 
-/// Makes the bell by which the reconciler wakes a [`Cutter`].
-pub fn bell() -> (Bell, Woken) {
-    let (sender, receiver) = sync_channel(1);
-    let asked = Arc::<Mutex<Asked>>::default();
-    let bell = Bell {
-        sender,
-        asked: asked.clone(),
-    };
-    (bell, Woken { receiver, asked })
-}
-
-/// The connections that a [`Cutter`] is asked to look at.
+/// The connections to look at.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Asked {
     /// Those of all isolated pods.
@@ -83,71 +71,6 @@ impl Asked {
     fn concerns(&self, connection: &Connection) -> bool {
         let ends = [connection.source, connection.destination];
         self.all || ends.iter().any(|end| self.addresses.contains(end))
-    }
-}
-
-/// Tells a [`Cutter`] that other rules are in force. It ends when this goes away.
-#[derive(Debug)]
-pub struct Bell {
-    sender: SyncSender<()>,
-    asked: Arc<Mutex<Asked>>,
-}
-
-impl Bell {
-    /// Wakes it to look at the connections of all isolated pods.
-    pub fn ring(&self) {
-        self.ask(Asked {
-            all: true,
-            ..Asked::default()
-        });
-    }
-
-    /// Wakes it to look at the connections of some addresses.
-    pub fn ring_for(&self, addresses: impl IntoIterator<Item = IpAddr>) {
-        self.ask(Asked {
-            addresses: addresses.into_iter().collect(),
-            ..Asked::default()
-        });
-    }
-
-    /// Does not wait: what was asked for before and not looked at yet is looked at together.
-    fn ask(&self, more: Asked) {
-        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
-        asked.add(more);
-        // Fails where it was rung already, or the thread is gone.
-        let _ = self.sender.try_send(());
-    }
-}
-
-/// The other end of a [`Bell`].
-#[derive(Debug)]
-pub struct Woken {
-    receiver: Receiver<()>,
-    asked: Arc<Mutex<Asked>>,
-}
-
-impl Woken {
-    /// What was asked for since the last call.
-    fn asked(&self) -> Asked {
-        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
-        std::mem::take(&mut asked)
-    }
-}
-
-#[cfg(test)]
-impl Woken {
-    /// Whether the bell was rung for all since the last call.
-    pub(in crate::reconcile) fn take(&self) -> bool {
-        let rung = self.receiver.try_recv().is_ok();
-        let asked = self.asked();
-        assert_eq!(rung, !asked.is_empty());
-        asked.all
-    }
-
-    /// The addresses that it was rung for since the last call.
-    pub(in crate::reconcile) fn take_addresses(&self) -> HashSet<IpAddr> {
-        let _ = self.receiver.try_recv();
-        self.asked().addresses
     }
 }
 
@@ -206,6 +129,8 @@ pub fn open() -> Result<(Conntrack, Conntrack), Error> {
 enum Broken {
     /// The connection tracking failed; it is worth another attempt.
     Kernel(Error),
+    /// It is unknown what is in force. When it is known again, changes come.
+    Unknown,
     /// The reconciler is gone.
     Over,
 }
@@ -220,10 +145,13 @@ impl From<Error> for Broken {
 pub struct Cutter<'a, T, R> {
     open: Open<T, R>,
     tables: Option<(T, R)>,
-    woken: Woken,
-    isolated: watch::Receiver<Isolated>,
+    changes: Receiver<Arc<PolicyChanges>>,
     policies: mpsc::Sender<Question>,
+    /// All connections are to be allowed, not only those of addresses with another pod.
+    strict: bool,
     metrics: &'a Metrics,
+    /// The isolated addresses.
+    isolated: HashSet<IpAddr>,
     /// What to look at.
     asked: Asked,
     /// When to look for connections.
@@ -239,23 +167,23 @@ pub struct Cutter<'a, T, R> {
 }
 
 impl<'a, T: Table, R: Remover> Cutter<'a, T, R> {
-    /// A cutter that opens the connection tracking when it has something to do, and again after
-    /// a failure. `isolated` tells the isolated pods, and whoever holds the other end of
-    /// `policies` judges.
+    /// Creates a cutter that opens the connection tracking when it has something to do, and again
+    /// after a failure. The thread at the other end of `policies` judges connections.
     pub fn new(
         open: Open<T, R>,
-        woken: Woken,
-        isolated: watch::Receiver<Isolated>,
+        changes: Receiver<Arc<PolicyChanges>>,
         policies: mpsc::Sender<Question>,
+        strict: bool,
         metrics: &'a Metrics,
     ) -> Self {
         Self {
             open,
             tables: None,
-            woken,
-            isolated,
+            changes,
             policies,
+            strict,
             metrics,
+            isolated: HashSet::new(),
             asked: Asked::default(),
             due: None,
             rest: Instant::now(),
@@ -271,23 +199,16 @@ impl<'a, T: Table, R: Remover> Cutter<'a, T, R> {
         loop {
             let follow = (!self.followed.is_empty()).then_some(self.follow_at);
             let next = self.due.into_iter().chain(follow).min();
-            let woken = match next {
-                None => self.woken.receiver.recv().map_err(RecvTimeoutError::from),
+            let received = match next {
+                None => self.changes.recv().map_err(RecvTimeoutError::from),
                 Some(at) => {
                     let wait = at.saturating_duration_since(Instant::now());
-                    self.woken.receiver.recv_timeout(wait)
+                    self.changes.recv_timeout(wait)
                 }
             };
             let now = Instant::now();
-            match woken {
-                Ok(()) => {
-                    self.asked.add(self.woken.asked());
-                    let mut collected = now + COLLECT;
-                    if !self.asked.all {
-                        collected = collected.max(self.rest);
-                    }
-                    self.due = Some(self.due.map_or(collected, |due| due.min(collected)));
-                }
+            match received {
+                Ok(changes) => self.take_over(&changes, now),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return,
             }
@@ -306,6 +227,7 @@ impl<'a, T: Table, R: Remover> Cutter<'a, T, R> {
                         self.asked.add(asked);
                         self.failed(&error);
                     }
+                    Err(Broken::Unknown) => self.asked.add(asked),
                     Err(Broken::Over) => return,
                 }
             }
@@ -313,6 +235,25 @@ impl<'a, T: Table, R: Remover> Cutter<'a, T, R> {
                 self.follow();
             }
         }
+    }
+
+    fn take_over(&mut self, changes: &PolicyChanges, now: Instant) {
+        if let Some(isolated) = &changes.isolated {
+            self.isolated = isolated.iter().map(|(address, _)| *address).collect();
+        }
+        let others = changes.isolated.is_some() || changes.rewritten;
+        self.asked.add(Asked {
+            all: self.strict && others,
+            addresses: changes.moved.iter().copied().collect(),
+        });
+        if self.asked.is_empty() {
+            return;
+        }
+        let mut collected = now + COLLECT;
+        if !self.asked.all {
+            collected = collected.max(self.rest);
+        }
+        self.due = Some(self.due.map_or(collected, |due| due.min(collected)));
     }
 
     fn failed(&mut self, error: &Error) {
@@ -329,10 +270,7 @@ impl<'a, T: Table, R: Remover> Cutter<'a, T, R> {
 
     /// Looks for connections that the policies deny, and cuts them.
     fn sweep(&mut self, asked: &Asked) -> Result<(), Broken> {
-        let isolated: HashSet<IpAddr> = {
-            let isolated = self.isolated.borrow();
-            isolated.iter().map(|(address, _)| *address).collect()
-        };
+        let isolated = &self.isolated;
         if isolated.is_empty() || asked.is_empty() {
             return Ok(());
         }
@@ -349,14 +287,14 @@ impl<'a, T: Table, R: Remover> Cutter<'a, T, R> {
             followed: &mut self.followed,
             cut: 0,
             failed: None,
-            over: false,
+            broken: None,
         };
         let listed = Family::ALL
             .into_iter()
             .filter(|family| isolated.iter().any(|ip| Family::of(*ip) == *family))
             .try_for_each(|family| {
                 table.list(family, &mut |tracked| {
-                    let judged = judged(&tracked, &isolated, &own);
+                    let judged = judged(&tracked, isolated, &own);
                     if let Some(connection) = judged.filter(|it| asked.concerns(it)) {
                         batch.add(tracked, connection);
                     }
@@ -368,8 +306,8 @@ impl<'a, T: Table, R: Remover> Cutter<'a, T, R> {
             let cut = batch.cut;
             tracing::debug!("cut {cut} connections that the network policies allow no more");
         }
-        if batch.over {
-            return Err(Broken::Over);
+        if let Some(broken) = batch.broken {
+            return Err(broken);
         }
         listed?;
         batch.failed.map_or(Ok(()), |error| Err(error.into()))
@@ -403,8 +341,8 @@ struct Batch<'a, R> {
     cut: usize,
     /// Why the first that could not be cut could not.
     failed: Option<Error>,
-    /// Whether nobody judges any more.
-    over: bool,
+    /// Why no further connections are judged.
+    broken: Option<Broken>,
 }
 
 impl<R: Remover> Batch<'_, R> {
@@ -420,7 +358,7 @@ impl<R: Remover> Batch<'_, R> {
     fn finish(&mut self) {
         let connections = std::mem::take(&mut self.connections);
         let tracked = std::mem::take(&mut self.tracked);
-        if connections.is_empty() || self.over {
+        if connections.is_empty() || self.broken.is_some() {
             return;
         }
         let (answer, answered) = oneshot::channel();
@@ -429,9 +367,16 @@ impl<R: Remover> Batch<'_, R> {
             answer,
         };
         let asked = self.policies.blocking_send(question).ok();
-        let Some(denied) = asked.and_then(|()| answered.blocking_recv().ok()) else {
-            self.over = true;
-            return;
+        let denied = match asked.and_then(|()| answered.blocking_recv().ok()) {
+            Some(Some(denied)) => denied,
+            Some(None) => {
+                self.broken = Some(Broken::Unknown);
+                return;
+            }
+            None => {
+                self.broken = Some(Broken::Over);
+                return;
+            }
         };
         for (tracked, denied) in tracked.into_iter().zip(denied) {
             if denied {

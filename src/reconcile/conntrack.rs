@@ -6,10 +6,10 @@
 //! their next packets meet the rules in force.
 //!
 //! ```text
-//!  Reconciler ── plan before, plan after ──> Work ──> queue() ──> Cleaner (a thread of its own)
-//!               (after the rules stand)               merges         │ one dump a frontend, or
-//!                                                                    v one of all UDP flows
-//!                                                                 Tracker: list, judge, delete
+//!  rules in force ── ServiceChanges ──> Pending ── Work ──> Cleaner, on a thread of its own
+//!                                                              │ one dump a frontend, or
+//!                                                              v one of all UDP flows
+//!                                                            Tracker: list, judge, delete
 //! ```
 //!
 //! A flow belongs to a frontend by its original destination: address and port, or for a NodePort
@@ -36,7 +36,7 @@ use crate::netlink::Flow;
 
 pub(super) use cleaner::own_addresses;
 pub use cleaner::{Cleaner, KernelFlows, Tracker};
-pub use queue::{Pending, Queue, queue};
+pub use queue::{Pending, Received};
 
 /// What the flows of a UDP service port are recognised by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -216,13 +216,7 @@ fn fronts(plan: Option<&ServicePlan>) -> impl Iterator<Item = (Front, Serving)> 
     frontends.filter_map(move |(plan, frontend)| {
         let index = frontend.route.first_pool();
         let pool = plan.pools.get(index)?;
-        let front = match frontend.at {
-            Claim::Address(address, Protocol::Udp, port) => {
-                Front::Address(SocketAddr::new(address, port))
-            }
-            Claim::NodePort(Protocol::Udp, port) => Front::NodePort(pool.family, port),
-            _ => return None,
-        };
+        let front = front(pool.family, &frontend.at)?;
         let serving = match &last {
             Some((of, serving)) if *of == index => serving.clone(),
             _ => serving(pool),
@@ -230,6 +224,23 @@ fn fronts(plan: Option<&ServicePlan>) -> impl Iterator<Item = (Front, Serving)> 
         last = Some((index, serving.clone()));
         Some((front, serving))
     })
+}
+
+/// The UDP frontend with a claim.
+fn front(family: Family, at: &Claim) -> Option<Front> {
+    match *at {
+        Claim::Address(address, Protocol::Udp, port) => {
+            Some(Front::Address(SocketAddr::new(address, port)))
+        }
+        Claim::NodePort(Protocol::Udp, port) => Some(Front::NodePort(family, port)),
+        Claim::Address(..) | Claim::NodePort(..) => None,
+    }
+}
+
+/// Whether a plan has UDP frontends.
+fn has_udp(plan: &ServicePlan) -> bool {
+    let mut frontends = plan.frontends.iter();
+    frontends.any(|frontend| front(frontend.family, &frontend.at).is_some())
 }
 
 fn serving(pool: &Pool) -> Serving {

@@ -1,57 +1,62 @@
-//! Which health checks services want (`healthCheckNodePort`), with their endpoints counted.
-//!
-//! Only the services whose rules were compiled anew are looked at, and the result is published
-//! once those rules are in force: a load balancer is to send traffic where it can arrive.
+//! Publishes the health checks of services (`healthCheckNodePort`), once their rules are in force: a
+//! load balancer is to send traffic where it can arrive.
 
-use std::collections::{BTreeSet, HashMap};
-use std::net::IpAddr;
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::sync::mpsc::Receiver;
 
 use tokio::sync::watch;
 
+use crate::compile::{Replaced, ServiceChanges};
 use crate::health::{Check, Checks};
-use crate::model::{Family, ObjectName, Service, Store};
+use crate::model::ObjectName;
 
-/// The health checks of all services, published through a watch channel.
+/// Publishes the health checks of all services through a watch channel.
 #[derive(Debug)]
 pub struct HealthChecks {
     published: watch::Sender<Checks>,
-    /// Services to look at when their rules are in force.
-    changed: BTreeSet<ObjectName>,
     /// The ports of the services that answer at one.
     ports: HashMap<ObjectName, u16>,
 }
 
 impl HealthChecks {
-    /// Nothing wanted yet.
+    /// Creates a publisher of no health checks.
     pub fn new(published: watch::Sender<Checks>) -> Self {
         Self {
             published,
-            changed: BTreeSet::new(),
             ports: HashMap::new(),
         }
     }
 
-    /// The rules of a service are about to change.
-    pub fn changed(&mut self, service: &ObjectName) {
-        self.changed.insert(service.clone());
+    /// Works until no more changes come.
+    pub fn run(mut self, changes: &Receiver<Arc<ServiceChanges>>) {
+        while let Ok(changes) = changes.recv() {
+            self.take_over(&changes);
+        }
     }
 
-    /// The rules of the changed services are in force, except for those that `left_out` picks:
-    /// nothing arrives at their endpoints.
-    pub fn publish(&mut self, store: &Store, left_out: impl Fn(&ObjectName) -> bool) {
-        let changed = std::mem::take(&mut self.changed);
+    /// Publishes the health checks of the services that changed.
+    pub fn take_over(&mut self, changes: &ServiceChanges) {
+        let mut seen = HashSet::new();
+        // Of several changes of a service the last one counts.
+        let last = changes.replaced.iter().rev();
+        let last: Vec<&Replaced> = last.filter(|it| seen.insert(&it.service)).collect();
         // A port may go from one of them to another.
-        let given_up: Vec<u16> = changed
-            .iter()
-            .filter_map(|name| self.ports.remove(name))
-            .collect();
+        let given_up = last.iter().filter_map(|it| self.ports.remove(&it.service));
+        let given_up: Vec<u16> = given_up.collect();
         let mut wanted = Checks::new();
-        for name in changed {
-            let Some((port, check)) = wanted_of(store, &name, left_out(&name)) else {
+        for replaced in last {
+            let Some(health_check) = replaced.health_check else {
                 continue;
             };
-            self.ports.insert(name, port);
-            wanted.insert(port, check);
+            let service = &replaced.service;
+            self.ports.insert(service.clone(), health_check.port);
+            let check = Check {
+                namespace: service.namespace().to_owned(),
+                name: service.name().to_owned(),
+                local_endpoints: health_check.local_endpoints,
+            };
+            wanted.insert(health_check.port, check);
         }
         self.published.send_if_modified(|checks| {
             let mut modified = false;
@@ -71,54 +76,22 @@ impl HealthChecks {
     }
 }
 
-/// The port at which a service is to answer, and what.
-fn wanted_of(store: &Store, name: &ObjectName, left_out: bool) -> Option<(u16, Check)> {
-    let service = store.service(name)?;
-    let port = service.health_check_node_port?;
-    if !store.owns_health_check(name, port) {
-        return None;
-    }
-    let check = Check {
-        namespace: name.namespace().to_owned(),
-        name: name.name().to_owned(),
-        local_endpoints: if left_out {
-            0
-        } else {
-            local_ready_endpoints(store, service)
-        },
-    };
-    Some((port, check))
-}
-
-/// How many addresses on this node are ready to serve a port of the service. Endpoints that
-/// terminate take traffic where there are no others, but do not ask for more of it.
-pub fn local_ready_endpoints(store: &Store, service: &Service) -> usize {
-    let Some(node) = store.node() else { return 0 };
-    let ports = service.ports.iter();
-    let slices = store.slices_of(&service.name);
-    let pairs = ports.flat_map(|port| Family::ALL.map(|family| (port, family)));
-    let addresses: BTreeSet<IpAddr> = pairs
-        .flat_map(|(port, family)| slices.endpoints(port, family))
-        .map(|of| of.endpoint)
-        .filter(|endpoint| endpoint.ready && endpoint.node.as_deref() == Some(&node.name))
-        .map(|endpoint| endpoint.address)
-        .collect();
-    addresses.len()
-}
-
 #[cfg(test)]
 mod tests {
+    use std::net::IpAddr;
+
     use super::*;
+    use crate::compile::{Engine, Settings};
+    use crate::engine::{BUDGET, Engine as _};
     use crate::model::{
-        Changes, Endpoint, EndpointSlice, Event, Kind, Node, Notice, Object, ObjectRef, Protocol,
-        ServiceKind, ServicePort, SlicePort, TrafficPolicy,
+        Endpoint, EndpointSlice, Event, Family, Kind, Node, Notice, Object, ObjectRef, Protocol,
+        Service, ServiceKind, ServicePort, SlicePort, TrafficPolicy,
     };
 
     struct Bench {
-        store: Store,
+        engine: Engine,
         checks: HealthChecks,
         published: watch::Receiver<Checks>,
-        left_out: BTreeSet<ObjectName>,
     }
 
     fn named(name: &str) -> ObjectName {
@@ -178,15 +151,15 @@ mod tests {
         fn new() -> Self {
             let (sender, published) = watch::channel(Checks::new());
             let mut bench = Self {
-                store: Store::default(),
+                engine: Engine::new(Settings::default()),
                 checks: HealthChecks::new(sender),
                 published,
-                left_out: BTreeSet::new(),
             };
             for kind in Kind::SERVICES {
-                bench.event(Event::ListStarted(kind));
-                bench.event(Event::ListComplete(kind));
+                bench.engine.apply(&Event::ListStarted(kind));
+                bench.engine.apply(&Event::ListComplete(kind));
             }
+            bench.engine.rebuild(true);
             bench.apply(Object::Node(Node {
                 name: "node-1".into(),
                 internal_ips: vec![],
@@ -198,28 +171,25 @@ mod tests {
             bench
         }
 
-        fn event(&mut self, event: Event) -> Vec<String> {
-            let mut changes = Changes::default();
-            self.store.apply(event, &mut changes);
-            for name in &changes.services {
-                self.checks.changed(name);
-            }
+        fn event(&mut self, event: &Event) -> Vec<String> {
+            self.engine.apply(event);
+            let notices = self.engine.take_notices();
             self.publish();
             let text = |notice: &Notice| format!("{}: {}", notice.subject, notice.message);
-            changes.notices.iter().map(text).collect()
+            notices.iter().map(text).collect()
         }
 
         fn publish(&mut self) {
-            self.checks
-                .publish(&self.store, |name| self.left_out.contains(name));
+            let update = self.engine.update(BUDGET);
+            self.checks.take_over(&update.change);
         }
 
         fn apply(&mut self, object: Object) -> Vec<String> {
-            self.event(Event::Apply(object))
+            self.event(&Event::Apply(object))
         }
 
         fn delete(&mut self, name: &str) -> Vec<String> {
-            self.event(Event::Delete(ObjectRef::new(Kind::Service, named(name))))
+            self.event(&Event::Delete(ObjectRef::new(Kind::Service, named(name))))
         }
 
         /// What is published: port, service and count.
@@ -272,12 +242,11 @@ mod tests {
         )));
         assert_eq!(bench.now(), [check(30100, "web", 4)]);
         assert!(!bench.published.has_changed().unwrap());
-        bench.event(Event::Delete(ObjectRef::new(
+        bench.event(&Event::Delete(ObjectRef::new(
             Kind::Node,
             ObjectName::new("", "node-1"),
         )));
-        bench.checks.changed(&named("web"));
-        bench.publish();
+        bench.apply(Object::EndpointSlice(slice("web-5", "http", &[])));
         assert_eq!(bench.now(), [check(30100, "web", 4)], "its pods are there");
     }
 
@@ -341,13 +310,15 @@ mod tests {
     #[test]
     fn a_service_that_is_left_out_has_no_endpoints() {
         let mut bench = Bench::new();
-        bench.left_out.insert(named("web"));
         bench.apply(Object::Service(service("web", Some(30100), None)));
         let endpoints = [("10.0.0.1", "node-1", true)];
         bench.apply(Object::EndpointSlice(slice("web-1", "http", &endpoints)));
+        assert_eq!(bench.now(), [check(30100, "web", 1)]);
+        let web = ObjectRef::new(Kind::Service, named("web"));
+        let change = bench.engine.quarantine(&web);
+        bench.checks.take_over(&change);
         assert_eq!(bench.now(), [check(30100, "web", 0)]);
-        bench.left_out.clear();
-        bench.checks.changed(&named("web"));
+        bench.engine.retry_quarantined();
         bench.publish();
         assert_eq!(bench.now(), [check(30100, "web", 1)]);
     }

@@ -5,7 +5,7 @@
 //! by which the tables are compared and repaired. So base chains of names that nftlet does not use
 //! are removed without any list. All else that an earlier run left stays in force.
 
-use super::{Kernel, Reconciler, Reporter};
+use super::{Kernel, Reporter};
 use crate::compile;
 use crate::metrics::Metrics;
 use crate::model::{Notice, Reason, Subject};
@@ -80,17 +80,6 @@ fn clean_table(
         });
     }
     Ok(())
-}
-
-impl<K: Kernel> Reconciler<'_, K> {
-    /// Does the same for the kernel that rules are written to; a failure is reported.
-    pub(super) fn remove_foreign_hooks(&mut self) {
-        let removed = remove_foreign_hooks(&mut self.kernel, self.metrics, self.reporter);
-        if let Err(error) = removed {
-            self.metrics.failure();
-            self.reporter.failed(&error);
-        }
-    }
 }
 
 #[cfg(test)]

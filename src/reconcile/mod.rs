@@ -1,147 +1,70 @@
 //! The loop that keeps the kernel as the objects ask for.
 //!
 //! ```text
-//! deliveries ─> Store ─> changed services ─> plans ─> difference ─> Kernel
-//!                                             │                       │
-//!                              Programmed (what was written) <────────┘ refused or failed:
-//!                                                                       read back, compare, retry
+//! deliveries ─> Engine (services, policies) ─> Driver ─> KernelSession ─> kernel
+//!                                                │
+//!                                                └─ what changed, once it is in force ─> followers
 //! ```
 //!
-//! [`Reconciler::handle`] takes all events that arrived since the last call, compiles only the
-//! services they touch, and writes the difference to what was written before. There is no delay
-//! and no timer in the way of a change: what arrives while the kernel works forms the next
-//! transaction.
+//! [`Reconciler::handle`] takes all events that arrived since the last call, compiles only what they
+//! touch, and writes the difference to what was written before. There is no delay and no timer in the
+//! way of a change: what arrives while the kernel works forms the next transaction.
 //!
-//! Nothing is written before every kind was listed once. The first write, and the one after a
-//! failure, compares with what the kernel really holds ([`Reconciler::resync`]): rules left by an
-//! earlier run stay in force and are changed, never flushed. If the kernel refuses an element
-//! even then, the service it belongs to is left out and reported, and the others are written.
+//! Services and policies have a [`Driver`] each: a failure of one does not hold up the other. Policies
+//! come first, so that a new pod is isolated before a service leads to it.
 
 pub mod affinity;
 mod audit;
 pub mod connections;
 pub mod conntrack;
 pub mod denied;
-mod health_checks;
+mod driver;
+mod followers;
+pub mod health_checks;
 mod hooks;
 mod kernel;
-mod policies;
-mod portions;
-mod programmed;
+mod latency;
 mod questions;
-mod removed;
-mod repair;
 mod report;
 mod run;
 mod schedule;
-mod update;
+mod session;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use tokio::sync::watch;
-
-use crate::compile::{self, Settings, TooLarge};
-use crate::health::Checks;
+use crate::compile::{self, Settings};
+use crate::engine::Engine as _;
 use crate::metrics::Metrics;
-use crate::model::{
-    Changes, Delivery, Event, Family, Kind, Node, Notice, ObjectName, ObjectRef, Reason, Store,
-    Subject,
-};
+use crate::model::{Delivery, Event, Kind, Node, Notice, Reason, Store, Subject};
 use crate::netlink;
-use crate::policy::Engine;
-use crate::ruleset::{self, Ruleset, Transaction};
+use crate::policy;
 use crate::source::SourceStats;
 
 pub use audit::{Audits, EVERY as AUDIT_EVERY, Finding, Snapshot, Step, Verdict};
+pub use driver::{Driver, Healed, InForce, State};
+pub use followers::Followers;
 pub use hooks::remove_foreign_hooks;
 pub use kernel::Kernel;
-pub use policies::Isolated;
-pub use programmed::{Programmed, Sticky};
-pub use questions::Question;
+pub use questions::{Question, Removal, Removed};
 pub use report::{Log, LogAndSend, Reporter};
 pub use run::{Exit, Signals, run};
+pub use session::KernelSession;
 
-use affinity::Suspects;
-use conntrack::Work;
-use health_checks::HealthChecks;
-use policies::{Followers, Policies};
-use portions::{Queue, Timings};
-use programmed::Effects;
-use repair::ForeignChange;
-
-/// How many events that wait for their rules are timed; the kernel may be out of order for long.
-const MOST_WAITING: usize = 1 << 16;
-/// How many services or policies are left out in one attempt before giving up until the next.
-const MOST_REFUSALS: usize = 64;
-/// How long unused shared chains stay: a service that scales up and down finds its chain again.
-const KEEP_UNUSED_CHAINS: Duration = Duration::from_secs(60);
+use latency::Latency;
 
 /// Keeps the kernel as the objects ask for.
 pub struct Reconciler<'a, K> {
-    kernel: K,
-    settings: Settings,
-    store: Store,
-    programmed: Programmed,
-    /// Services the kernel refused; left out until they change or `forgive` is called.
-    refused: BTreeSet<ObjectName>,
-    /// Services that ask for more elements than one may have; left out until they ask for fewer.
-    too_large: BTreeSet<ObjectName>,
-    /// Changes that are written in portions.
-    queue: Queue,
-    /// The elements of a portion.
-    portion: usize,
-    state: State,
-    metrics: &'a Metrics,
-    reporter: &'a dyn Reporter,
-    changes: Changes,
-    /// Arrival times of events whose rules are not in force yet, with the service of each.
-    waiting: Vec<(Option<ObjectName>, Instant)>,
-    /// Times of events whose rules are in force with the next write.
-    in_time: Timings,
-    /// How many service and endpoint changes these are.
-    pending: (usize, usize),
-    /// Frontends whose flows may be stale once the rules are in force.
-    flows: Work,
-    /// Clients that may be left without their endpoint once the rules are in force. They stay here
-    /// until they are handed over, whatever fails meanwhile.
-    clients: Suspects,
-    /// Where flows go then.
-    cleaner: Option<conntrack::Queue>,
-    /// Who reads the maps of clients with session affinity.
-    forgetter: Option<affinity::Queue>,
-    /// Where the namespaces that remember clients are published.
-    sticky: Option<watch::Sender<Sticky>>,
-    health_checks: Option<HealthChecks>,
-    policies: Option<Policies>,
-    /// What keeps lists from being complete is asked there.
-    source_stats: Option<Arc<SourceStats>>,
+    kernel: KernelSession<'a, K>,
+    services: Driver<compile::Engine>,
+    policies: Option<Driver<policy::Engine>>,
+    latency: Latency,
     followers: Followers,
+    /// What keeps lists from being complete.
+    source_stats: Option<Arc<SourceStats>>,
     /// Whether denied packets are logged with fields.
     log_fields: bool,
-    /// Operations that undid what others had changed.
-    healed: usize,
-    /// What others changed in the tables of services.
-    foreign: ForeignChange,
-    /// The generation that the kernel is in if nobody else wrote since it was read: own writes
-    /// count up. `None` until it is read, or when that is to be done again.
-    vouched: Option<u32>,
-    /// Somebody else wrote while nobody listened.
-    doubtful: bool,
-    /// How many transactions were written.
-    writes: u64,
-}
-
-/// How far the kernel is known to agree.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
-    /// Waiting for the first complete lists.
-    Listing,
-    /// What was written is what `Programmed` says.
-    Synced,
-    /// A write failed; the kernel must be read again.
-    Unknown,
 }
 
 /// What [`Reconciler::handle`] and [`Reconciler::resync`] achieved.
@@ -201,7 +124,7 @@ impl Outcomes {
 }
 
 impl<'a, K: Kernel> Reconciler<'a, K> {
-    /// A reconciler that has seen nothing yet.
+    /// Creates a reconciler that has seen nothing yet.
     pub fn new(
         kernel: K,
         settings: Settings,
@@ -209,106 +132,49 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         reporter: &'a dyn Reporter,
     ) -> Self {
         Self {
-            kernel,
-            programmed: Programmed::new(settings.clone()),
-            store: settings.store(Store::default()),
-            settings,
-            refused: BTreeSet::new(),
-            too_large: BTreeSet::new(),
-            queue: Queue::default(),
-            portion: portions::MOST_ELEMENTS,
-            state: State::Listing,
-            metrics,
-            reporter,
-            changes: Changes::default(),
-            waiting: Vec::new(),
-            in_time: Timings::default(),
-            pending: (0, 0),
-            flows: Work::default(),
-            clients: Suspects::default(),
-            cleaner: None,
-            forgetter: None,
-            sticky: None,
-            health_checks: None,
+            kernel: KernelSession::new(kernel, metrics, reporter),
+            services: Driver::new(compile::Engine::new(settings)),
             policies: None,
-            source_stats: None,
+            latency: Latency::default(),
             followers: Followers::default(),
+            source_stats: None,
             log_fields: false,
-            healed: 0,
-            foreign: ForeignChange::default(),
-            vouched: None,
-            doubtful: false,
-            writes: 0,
         }
     }
 
-    /// With so many elements in a portion of a large change, about.
+    /// Divides changes of services with more elements.
     #[must_use]
     pub fn with_portions_of(mut self, elements: usize) -> Self {
-        self.portion = elements;
+        self.services.set_budget(elements);
+        self.services.engine = self.services.engine.with_portions_of(elements);
         self
     }
 
-    /// With what stands in for the own node while its object is missing.
+    /// Sets the Node that is used while the own Node object is missing.
     #[must_use]
-    pub fn with_stand_in(mut self, node: Node) -> Self {
-        self.store = self.settings.store(Store::with_stand_in(node));
+    pub fn with_fallback_node(mut self, node: Node) -> Self {
+        self.services.engine = self.services.engine.with_fallback_node(node);
         self
     }
 
-    /// With someone to delete the UDP flows that changes of the rules leave stale.
+    /// Enforces the policies of an engine. Without one the policy tables are left alone.
     #[must_use]
-    pub fn with_cleaner(mut self, cleaner: conntrack::Queue) -> Self {
-        self.cleaner = Some(cleaner);
+    pub fn with_policies(mut self, engine: policy::Engine) -> Self {
+        self.policies = Some(Driver::new(engine));
         self
     }
 
-    /// With someone to read which clients are remembered, who asks [`Question::Forget`].
+    /// Sets who acts once rules are in force.
     #[must_use]
-    pub fn with_forgetter(mut self, forgetter: affinity::Queue) -> Self {
-        self.forgetter = Some(forgetter);
+    pub fn with_followers(mut self, followers: Followers) -> Self {
+        self.followers = followers;
         self
     }
 
-    /// Publishes the namespaces that remember clients, each time others do.
-    #[must_use]
-    pub fn with_sticky(mut self, sticky: watch::Sender<Sticky>) -> Self {
-        self.sticky = Some(sticky);
-        self
-    }
-
-    /// Publishes the health checks that services want, each time their rules are in force.
-    #[must_use]
-    pub fn with_health_checks(mut self, checks: watch::Sender<Checks>) -> Self {
-        self.health_checks = Some(HealthChecks::new(checks));
-        self
-    }
-
-    /// With the policies of an engine. Without one the policy tables are left alone.
-    #[must_use]
-    pub fn with_policies(mut self, engine: Engine) -> Self {
-        self.policies = Some(Policies::new(engine));
-        self
-    }
-
-    /// With the counters of the source of events.
+    /// Sets the counters of the source of events.
     #[must_use]
     pub fn with_source_stats(mut self, stats: Arc<SourceStats>) -> Self {
         self.source_stats = Some(stats);
-        self
-    }
-
-    /// Publishes the isolated pods of this node, each time others are.
-    #[must_use]
-    pub fn with_isolated(mut self, isolated: watch::Sender<Isolated>) -> Self {
-        self.followers.isolated = Some(isolated);
-        self
-    }
-
-    /// With someone to cut the connections that the policies allow no more.
-    #[must_use]
-    pub fn with_cutter(mut self, cutter: connections::Bell) -> Self {
-        self.followers.cutter = Some(cutter);
         self
     }
 
@@ -319,28 +185,14 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         self
     }
 
-    /// The objects as they are known.
+    /// Returns the objects that services are made of.
     pub fn store(&self) -> &Store {
-        &self.store
+        self.services.engine.store()
     }
 
-    /// The rules the objects ask for, from scratch, as a new process would compile them. Services
-    /// that ask for too much are left out and named.
-    pub fn wanted(store: &Store, settings: &Settings) -> (Ruleset, Vec<Notice>) {
-        let mut programmed = Programmed::new(settings.clone());
-        programmed.set_skeletons(store, None);
-        let mut notices = Vec::new();
-        for service in store.services() {
-            let name = &service.name;
-            let plan = compile::plan(store, name, settings, None).unwrap_or_else(|error| {
-                notices.push(too_large(name, error));
-                None
-            });
-            if let Some(change) = programmed.change(name, plan) {
-                programmed.replace(name, &change, &mut Effects::default(), None);
-            }
-        }
-        (programmed.ruleset(), notices)
+    /// Returns the engine of the policies.
+    pub fn policies(&self) -> Option<&policy::Engine> {
+        self.policies.as_ref().map(|policies| &policies.engine)
     }
 
     /// Takes over events and brings the kernel in line with them.
@@ -356,230 +208,255 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
     /// Whether changes of services wait for another call of [`Reconciler::work`], because not all
     /// of them were to be written at once.
     pub fn has_more(&self) -> bool {
-        self.state == State::Synced && !(self.queue.is_empty() && self.changes.is_empty())
+        self.services.has_more()
+    }
+
+    /// Takes over events without writing anything.
+    pub fn take_over(&mut self, deliveries: impl IntoIterator<Item = Delivery>) {
+        let (services, endpoints) = self.latency.pending();
+        for delivery in deliveries {
+            self.latency.arrived(&delivery);
+            if let Event::Notice(notice) = &delivery.event {
+                self.kernel.report(notice);
+            }
+            self.services.engine.apply(&delivery.event);
+            if let Some(policies) = &mut self.policies {
+                policies.engine.apply(&delivery.event);
+            }
+        }
+        for notice in self.services.engine.take_notices() {
+            self.kernel.report(&notice);
+        }
+        let triggers = self.services.engine.take_triggers();
+        self.latency.triggered(triggers);
+        let metrics = self.kernel.metrics;
+        let pending = self.latency.pending();
+        metrics.changes(pending.0 - services, pending.1 - endpoints);
+        metrics.pending(pending.0, pending.1);
+        if self.services.engine.is_marked() {
+            metrics.queued();
+        }
     }
 
     /// Brings parts of the rules in line with the events taken over.
     pub fn work(&mut self, parts: Parts) -> Outcomes {
         // In this order: a new pod is isolated before a service leads to it.
-        let policies = parts.policies.then(|| self.handle_policies());
-        let services = parts.services.then(|| match self.state {
-            State::Listing if !self.store.is_complete() => Outcome::Waiting,
-            State::Listing | State::Unknown => self.resync(),
-            State::Synced => self.update(),
-        });
+        let policies = parts.policies.then(|| self.work_on_policies());
+        let services = parts.services.then(|| self.work_on_services());
         Outcomes { services, policies }
     }
 
-    /// Takes over events without writing anything.
-    pub fn take_over(&mut self, deliveries: impl IntoIterator<Item = Delivery>) {
-        let (mut services, mut endpoints) = (0, 0);
-        let mut changes = std::mem::take(&mut self.changes);
-        for delivery in deliveries {
-            match delivery.event.kind() {
-                Some(Kind::Service) => services += 1,
-                Some(Kind::EndpointSlice) => endpoints += 1,
-                Some(Kind::Node | Kind::ServiceCidr) | None => {}
-                Some(Kind::Pod | Kind::Namespace | Kind::NetworkPolicy) => {}
-            }
-            let Some(delivery) = self.put_off_event(delivery) else {
-                continue;
-            };
-            let counts = !matches!(delivery.event, Event::Servers(_) | Event::Notice(_));
-            if counts && self.waiting.len() < MOST_WAITING {
-                let service = delivery.event.service().cloned();
-                self.waiting.push((service, delivery.at));
-            }
-            if let Some(event) = self.take_policy_event(delivery) {
-                self.store.apply(event, &mut changes);
-            }
+    /// What new events changed is written first, and then a portion of what waits.
+    fn work_on_services(&mut self) -> Outcome {
+        let marked = self.services.engine.is_marked();
+        let mut outcome = self.services.work(&mut self.kernel);
+        self.services_in_force();
+        if marked && outcome == Outcome::Synced && self.has_more() {
+            outcome = self.services.work(&mut self.kernel);
+            self.services_in_force();
         }
-        self.metrics.changes(services, endpoints);
-        self.pending = (self.pending.0 + services, self.pending.1 + endpoints);
-        self.metrics.pending(self.pending.0, self.pending.1);
-        self.note_changes(changes);
+        outcome
     }
 
-    /// Reports what the store found, and keeps what is to be compiled.
-    fn note_changes(&mut self, mut changes: Changes) {
-        if !changes.is_empty() {
-            self.metrics.queued();
+    fn work_on_policies(&mut self) -> Outcome {
+        let Some(policies) = &mut self.policies else {
+            return Outcome::Synced;
+        };
+        let outcome = policies.work(&mut self.kernel);
+        let state = policies.state;
+        self.policies_in_force_now();
+        match outcome {
+            // The first lists of policies hold up nothing else.
+            Outcome::Waiting if state == State::Listing => Outcome::Synced,
+            outcome => outcome,
         }
-        for notice in changes.notices.drain(..) {
-            self.report(notice);
-        }
-        // While lists are read the names of all services pile up here, over many calls.
-        if !self.refused.is_empty() {
-            for name in &changes.services {
-                self.refused.remove(name);
-            }
-        }
-        changes.triggered_at_ms.truncate(MOST_WAITING);
-        self.changes = changes;
     }
 
-    fn write(&mut self, transaction: Transaction) -> Result<(), netlink::Error> {
-        for step in transaction.into_steps() {
-            let started = Instant::now();
-            let applied = self.kernel.apply(&step);
-            if applied.is_err() && step.is_cleanup() {
-                for family in [ruleset::Family::Ip, ruleset::Family::Ip6] {
-                    if step.ops.iter().any(|op| op.table().family == family) {
-                        let ipv6 = family == ruleset::Family::Ip6;
-                        self.metrics.cleanup_failure(ipv6);
-                    }
-                }
-            }
-            let applied = applied?;
-            self.writes += 1;
-            self.vouched = self.vouched.map(|generation| generation.wrapping_add(1));
-            self.doubtful |= applied.unheard && self.kernel.generation().ok() != self.vouched;
-            tracing::debug!(
-                operations = step.ops.len(),
-                elements = applied.elements,
-                bytes = applied.bytes,
-                took = ?started.elapsed(),
-                "transaction"
-            );
-            self.metrics.transaction(
-                started.elapsed(),
-                applied.messages,
-                applied.elements,
-                applied.bytes,
-            );
+    /// Compares the services with what the kernel holds and writes the difference.
+    ///
+    /// Does nothing before the lists are complete.
+    pub fn resync(&mut self) -> Outcome {
+        let outcome = self.services.compare(&mut self.kernel);
+        self.services_in_force();
+        outcome
+    }
+
+    /// Measures and hands over what became of services.
+    fn services_in_force(&mut self) {
+        let Some((in_force, change)) = self.services.take_in_force() else {
+            return;
+        };
+        let metrics = self.kernel.metrics;
+        if in_force.wrote {
+            metrics.sync(in_force.compared, in_force.took);
+        }
+        self.followers.hand_services(change);
+        let engine = &self.services.engine;
+        let is_waiting = |service: &_| engine.is_waiting(service);
+        let policies = self.policies.as_ref();
+        if policies.is_some_and(|policies| policies.state == State::Unknown) {
+            self.latency.triggers_in_force(metrics, is_waiting);
+        } else {
+            self.latency.in_force(metrics, is_waiting);
+        }
+        metrics.pending(0, 0);
+        for kind in Kind::ALL {
+            let of_policies = policies.map_or(0, |policies| policies.engine.count(kind));
+            metrics.objects(kind.as_str(), engine.count(kind) + of_policies);
+        }
+        metrics.refused(engine.left_out());
+        metrics.chains(engine.chains());
+        metrics.no_local_endpoints(engine.no_local_endpoints());
+    }
+
+    /// Measures and hands over what became of policies.
+    fn policies_in_force_now(&mut self) {
+        let Some(policies) = &mut self.policies else {
+            return;
+        };
+        let Some((in_force, change)) = policies.take_in_force() else {
+            return;
+        };
+        if in_force.wrote {
+            let isolated = policies.engine.isolated().filter_map(|(_, pod)| pod);
+            let isolated: BTreeSet<_> = isolated.collect();
+            let metrics = self.kernel.metrics;
+            metrics.policy_sync(in_force.took, isolated.len());
+        }
+        self.followers.hand_policies(change);
+    }
+
+    /// Compares with what the kernel holds after another program changed the tables, and puts back
+    /// what was changed. Returns whether anything was. Reads nothing if no other program can have
+    /// changed anything since the last time.
+    pub fn heal(&mut self) -> (Outcomes, bool) {
+        if self.is_synced() && self.kernel.is_as_expected() {
+            return (Outcomes::default(), false);
+        }
+        if self.waits_for_lists() {
+            self.kernel.remove_foreign_hooks();
+        }
+        self.kernel.expect_present();
+        let policies = self.policies.as_mut();
+        let policies = policies.map_or_else(Healed::default, |it| it.heal(&mut self.kernel));
+        self.policies_in_force_now();
+        let services = self.services.heal(&mut self.kernel);
+        self.services_in_force();
+        let outcomes = Outcomes {
+            services: services.outcome,
+            policies: policies.outcome,
+        };
+        (outcomes, policies.changed || services.changed)
+    }
+
+    /// Asks the kernel for its generation, and notes the time if all rules are as wanted.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel does not answer.
+    pub fn ping_kernel(&mut self) -> Result<(), netlink::Error> {
+        self.kernel.generation()?;
+        if self.is_synced() && !self.services.engine.is_marked() {
+            self.kernel.metrics.in_order();
         }
         Ok(())
     }
 
-    /// Books what a successful write means.
-    fn settle(&mut self) {
-        self.pending = (0, 0);
-        self.metrics.pending(0, 0);
-        self.hand_over();
-        if !self
-            .policies
-            .as_ref()
-            .is_some_and(|p| p.state == State::Unknown)
-        {
-            let waiting = self.waiting.drain(..).map(|(_, at)| at);
-            for at in waiting.chain(self.in_time.arrived.drain(..)) {
-                self.metrics.programmed(at.elapsed());
-            }
+    /// Whether what was written is known to be in force, as far as something was to be written.
+    pub fn is_synced(&self) -> bool {
+        let policies = self.policies.as_ref();
+        let unknown = policies.is_some_and(|policies| policies.state == State::Unknown);
+        self.services.state == State::Synced && !unknown
+    }
+
+    /// Whether some tables cannot be compared, because it is not known yet what they are to hold.
+    fn waits_for_lists(&self) -> bool {
+        let policies = self.policies.as_ref();
+        let policies =
+            policies.is_some_and(|it| it.state == State::Listing || !it.engine.is_ready());
+        self.services.state == State::Listing || policies
+    }
+
+    /// Whether another program wrote to the kernel while the monitor received no notifications; says
+    /// so once.
+    pub fn take_missed_notifications(&mut self) -> bool {
+        self.kernel.take_missed_notifications()
+    }
+
+    /// Tries the objects again with the next call that the kernel refused earlier.
+    pub fn retry_quarantined(&mut self) {
+        if let Some(policies) = &mut self.policies {
+            policies.engine.retry_quarantined();
         }
-        let triggered = std::mem::take(&mut self.changes.triggered_at_ms);
-        let triggered = triggered.into_iter().map(|(_, at)| at);
-        for triggered in triggered.chain(self.in_time.triggered_at_ms.drain(..)) {
-            if let Some(since) = milliseconds_since(triggered) {
-                self.metrics.network_programming(since);
-            }
+        self.services.engine.retry_quarantined();
+    }
+
+    /// Returns when a part has something to do although no event came.
+    pub fn due(&self) -> Option<Instant> {
+        let policies = self.policies.as_ref().and_then(Driver::due);
+        self.services.due().into_iter().chain(policies).min()
+    }
+
+    /// Whether the policies' kinds were listed, or no policies are enforced.
+    pub fn policies_ready(&self) -> bool {
+        let policies = self.policies.as_ref();
+        policies.is_none_or(|policies| policies.engine.is_ready())
+    }
+
+    /// Whether policies are in force, or what keeps them from it; `None` where there is nothing to
+    /// enforce.
+    pub fn policies_in_force(&self) -> Option<Result<(), String>> {
+        let policies = self.policies.as_ref().filter(|it| it.engine.is_on())?;
+        // While lists are read again the rules of the former ones are in force; but the first policies
+        // of a cluster wait for the first lists of pods.
+        let known = policies.has_written() && !policies.engine.has_first_policies();
+        if known && policies.state != State::Unknown {
+            return Some(Ok(()));
         }
-        if let Some(checks) = &mut self.health_checks {
-            let (refused, too_large) = (&self.refused, &self.too_large);
-            checks.publish(&self.store, |name| {
-                refused.contains(name) || too_large.contains(name)
+        if let Some(failure) = policies.failure() {
+            return Some(Err(failure.to_owned()));
+        }
+        let missing = policies.engine.missing();
+        let kinds: Vec<&str> = missing.iter().map(|kind| kind.as_str()).collect();
+        let mut why = format!("waiting for the complete list of {}", kinds.join(", "));
+        let stats = self.source_stats.iter();
+        let faults =
+            stats.flat_map(|stats| missing.iter().filter_map(|kind| stats.fault_of(*kind)));
+        // One fault can be that of several kinds.
+        for fault in faults.collect::<BTreeSet<String>>() {
+            why.push_str("; ");
+            why.push_str(&fault);
+        }
+        Some(Err(why))
+    }
+
+    /// Reports that policies are not in force, and why.
+    fn report_not_in_force(&self) {
+        if let Some(Err(why)) = self.policies_in_force() {
+            self.kernel.report(&Notice {
+                subject: Subject::Other("network policies".into()),
+                reason: Reason::PoliciesNotInForce,
+                message: format!("they are not in force on this node: {why}"),
             });
         }
-        for kind in Kind::ALL {
-            let of_policies = self.policies.as_ref().map_or(0, |p| p.engine.count(kind));
-            let count = self.store.count(kind) + of_policies;
-            self.metrics.objects(kind.as_str(), count);
-        }
-        self.metrics
-            .refused(self.refused.len() + self.too_large.len());
-        self.metrics.chains(self.programmed.chains());
-        self.publish_sticky();
-        let no_local = self.programmed.no_local_endpoints();
-        self.metrics.no_local_endpoints(no_local);
     }
 
-    fn publish_sticky(&mut self) {
-        if let Some(sender) = &self.sticky
-            && let Some(sticky) = self.programmed.take_other_clients()
-        {
-            sender.send_replace(sticky);
-        }
-    }
-
-    /// Takes over what changes bring with them once their rules are in force. This precedes the
-    /// write, because steps of one that fails may be in force.
-    fn note(&mut self, effects: Effects) {
-        self.flows.merge(effects.flows);
-        self.clients.merge(effects.clients);
-    }
-
-    /// Hands over what was noted, now that the rules are in force.
-    fn hand_over(&mut self) {
-        self.clean_flows();
-        self.forget();
-    }
-
-    /// Hands over the frontends whose flows may be stale.
-    fn clean_flows(&mut self) {
-        let mut work = std::mem::take(&mut self.flows);
-        let Some(cleaner) = self.cleaner.as_ref().filter(|_| !work.is_empty()) else {
-            return;
-        };
-        let node = self.store.node().map(|node| &**node);
-        let ranges = Family::ALL.map(|family| self.settings.nodeport_ranges(family, node));
-        work.set_node_ports(ranges.concat());
-        cleaner.send(work);
-    }
-
-    /// How long to wait until a shared chain was unused for as long as such are kept; `None` while
-    /// all are used.
-    pub fn unused_chains_due(&self) -> Option<Duration> {
-        let synced = self.state == State::Synced;
-        let since = self.programmed.unused_since().filter(|_| synced)?;
-        Some(KEEP_UNUSED_CHAINS.saturating_sub(since.elapsed()))
-    }
-
-    /// Removes the shared chains that were unused for as long as such are kept.
-    pub fn remove_unused_chains(&mut self) -> Outcomes {
-        let moment = Instant::now().checked_sub(KEEP_UNUSED_CHAINS);
-        moment.map_or_else(Outcomes::default, |moment| {
-            self.remove_chains_unused_since(moment)
-        })
+    /// Returns the kinds that were not listed yet.
+    pub fn missing(&self) -> Vec<Kind> {
+        let policies = self.policies.as_ref();
+        let missing = policies.map_or_else(Vec::new, |policies| policies.engine.missing());
+        [self.services.engine.missing(), missing].concat()
     }
 
     /// Removes the shared chains that no service has used since a moment. Does nothing while it is
     /// unknown what is in force.
     pub fn remove_chains_unused_since(&mut self, moment: Instant) -> Outcomes {
-        if self.state != State::Synced {
+        if self.services.state != State::Synced {
             return Outcomes::default();
         }
-        let transaction = self.programmed.remove_chains_unused_since(moment);
-        let outcome = match self.write(transaction) {
-            Ok(()) => {
-                self.publish_sticky();
-                Outcome::Synced
-            }
-            Err(error) => self.write_failed(&error),
-        };
-        Outcomes {
-            services: Some(outcome),
-            policies: None,
-        }
+        self.services.engine.expire_unused_chains(moment);
+        self.work(Parts::SERVICES)
     }
-
-    fn report(&self, notice: Notice) {
-        self.metrics.notice(notice.reason.as_str());
-        self.reporter.notice(&notice);
-    }
-}
-
-fn too_large(service: &ObjectName, error: TooLarge) -> Notice {
-    Notice {
-        subject: Subject::Object(ObjectRef::new(Kind::Service, service.clone())),
-        reason: Reason::TooLarge,
-        message: error.to_string(),
-    }
-}
-
-/// The time from a moment in milliseconds since 1970 until now; `None` for the future.
-fn milliseconds_since(moment: i64) -> Option<Duration> {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    now.ok()?
-        .checked_sub(Duration::from_millis(u64::try_from(moment).ok()?))
 }
 
 #[cfg(test)]

@@ -20,7 +20,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// The longest time between two such lines; each is twice as long as the one before.
 const LONGEST_PATIENCE: Duration = Duration::from_secs(300);
 /// How often services are tried again that the kernel refused.
-const FORGIVE_EVERY: Duration = Duration::from_secs(300);
+const RETRY_QUARANTINED_EVERY: Duration = Duration::from_secs(300);
 
 /// What tells the task to do something else than handling events.
 #[derive(Debug)]
@@ -64,9 +64,8 @@ pub async fn run<K: Kernel>(
     let mut retries = Retries::default();
     let mut healing = Healing::default();
     let mut unenforced = Unenforced::default();
-    let mut sweep: Option<Instant> = None;
-    let mut policies_due: Option<Instant> = None;
-    let mut forgive = Instant::now() + FORGIVE_EVERY;
+    let mut due: Option<Instant> = None;
+    let mut forgive = Instant::now() + RETRY_QUARANTINED_EVERY;
     let (mut asked, mut answered) = (Instant::now(), Instant::now());
     let mut patience = Instant::now() + PATIENCE;
     let (mut waited, mut tell) = (PATIENCE, patience);
@@ -91,11 +90,8 @@ pub async fn run<K: Kernel>(
                 healing.done(changed, started.elapsed());
                 outcomes
             }
-            () = sleep_until(sweep.unwrap_or_else(Instant::now)), if sweep.is_some() => {
-                reconciler.remove_unused_chains()
-            }
-            () = sleep_until(policies_due.unwrap_or_else(Instant::now)), if policies_due.is_some() => {
-                reconciler.work(Parts { services: false, policies: true })
+            () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {
+                reconciler.work(retries.undisturbed())
             }
             () = unenforced.due() => {
                 reconciler.report_not_in_force();
@@ -103,13 +99,13 @@ pub async fn run<K: Kernel>(
                 continue;
             }
             () = sleep_until(forgive) => {
-                forgive = Instant::now() + FORGIVE_EVERY;
-                reconciler.forgive();
+                forgive = Instant::now() + RETRY_QUARANTINED_EVERY;
+                reconciler.retry_quarantined();
                 reconciler.work(retries.undisturbed())
             }
             () = sleep_until(asked + health.period()) => {
                 asked = Instant::now();
-                if let Err(error) = reconciler.sign_of_life() {
+                if let Err(error) = reconciler.ping_kernel() {
                     health.unanswered(answered.into_std(), error.to_string());
                     continue;
                 }
@@ -130,7 +126,7 @@ pub async fn run<K: Kernel>(
             }
             () = sleep_until(patience), if !ready => {
                 patience += PATIENCE;
-                reconciler.remove_foreign_hooks();
+                reconciler.kernel.remove_foreign_hooks();
                 if patience < tell {
                     continue;
                 }
@@ -168,10 +164,7 @@ pub async fn run<K: Kernel>(
         retries.book(outcomes);
         let node = reconciler.store().node();
         health.node_going_away(node.is_some_and(|node| node.going_away));
-        sweep = reconciler
-            .unused_chains_due()
-            .map(|wait| Instant::now() + wait);
-        policies_due = reconciler.policies_due().map(Instant::from_std);
+        due = reconciler.due().map(Instant::from_std);
         book_policies(reconciler, &mut unenforced, health);
         if outcomes.any(Outcome::Failed) {
             if signals.once {
@@ -200,7 +193,7 @@ pub async fn run<K: Kernel>(
             if signals.once && reconciler.policies_ready() && !reconciler.has_more() {
                 return Exit::Programmed;
             }
-            if reconciler.take_doubt() {
+            if reconciler.take_missed_notifications() {
                 healing.ask();
             }
         }
@@ -217,7 +210,10 @@ fn book_policies<K: Kernel>(
     health: &Health,
 ) {
     if let Some(in_force) = reconciler.policies_in_force() {
-        reconciler.metrics.policies_in_force(in_force.is_ok());
+        reconciler
+            .kernel
+            .metrics
+            .policies_in_force(in_force.is_ok());
         unenforced.book(in_force.is_ok());
         health.policies(in_force);
     }

@@ -21,6 +21,7 @@ mod diff;
 mod interval;
 mod key;
 mod name;
+mod path;
 mod rule;
 mod selector;
 #[cfg(test)]
@@ -37,6 +38,7 @@ pub use diff::{diff, diff_elements};
 pub use interval::{merge as merge_intervals, network as interval_of};
 pub use key::{Data, FieldType, Key, KeyBuilder, KeyFields};
 pub use name::{digest_of, readable_name};
+pub use path::ObjectPath;
 pub use rule::{
     Comparison, CtState, CtStates, CtStatus, Operand, RejectWith, Rule, Statement, Verdict,
 };

@@ -228,15 +228,15 @@ fn a_pod_deleted_while_it_ran_stays_isolated() {
     checked.update();
     assert!(!passes(&checked, 2, 1, 80));
     // For five minutes.
-    let due = checked.engine.departed_due().expect("a time");
+    let due = checked.engine.inventory.departed_due().expect("a time");
     checked.engine.forget_departed(due - Duration::from_secs(1));
     checked.update();
     assert_eq!(isolated(&checked).len(), 1);
     assert!(due > Instant::now() + Duration::from_secs(290));
     checked.engine.forget_departed(due);
-    checked.engine.update();
+    checked.engine.update(BUDGET);
     assert_eq!(isolated(&checked), []);
-    assert_eq!(checked.engine.departed_due(), None);
+    assert_eq!(checked.engine.inventory.departed_due(), None);
 
     // Or until another pod has the address, on whichever node.
     for node in ["here", "there"] {
@@ -315,12 +315,12 @@ fn the_deleted_pods_that_are_remembered_are_bounded() {
 #[test]
 fn connections_are_looked_at_while_it_is_doubtful_who_has_an_address() {
     let mut checked = shop();
-    checked.engine.take_moved();
+    checked.engine.moved.take();
     checked.apply(apply_pod(pod("shop/other", 2, "there", "free")));
     let address = IpAddr::from([10, 0, 0, 2]);
-    assert_eq!(checked.engine.take_moved(), [address].into());
+    assert_eq!(checked.engine.moved.take(), [address].into());
     checked.apply(apply_pod(since(1, pod("shop/other", 2, "there", "free"))));
-    assert_eq!(checked.engine.take_moved(), [address].into());
+    assert_eq!(checked.engine.moved.take(), [address].into());
     checked.apply(apply_pod(since(2, pod("shop/other", 2, "there", "free"))));
-    assert_eq!(checked.engine.take_moved(), [].into());
+    assert_eq!(checked.engine.moved.take(), [].into());
 }

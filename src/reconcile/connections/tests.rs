@@ -1,5 +1,6 @@
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
 
@@ -146,52 +147,69 @@ fn open_here() -> Result<(Fake, Fake), Error> {
     Ok(HERE.with_borrow(|fake| (fake.clone(), fake.clone())))
 }
 
+/// The change that isolates a pod.
+fn isolated() -> PolicyChanges {
+    let pod = Some(ObjectName::new("shop", "web-0"));
+    let addresses = [(ip("10.1.0.5"), pod.clone()), (ip("fd00::5"), pod)];
+    PolicyChanges {
+        isolated: Some(addresses.into()),
+        ..PolicyChanges::default()
+    }
+}
+
 /// A cutter at work, and someone who denies what goes to port 666.
 struct Bench {
     fake: Fake,
-    bell: Bell,
-    isolated: watch::Sender<Isolated>,
+    changes: Sender<Arc<PolicyChanges>>,
+    /// It is unknown what is in force for so many questions.
+    unknown: Arc<AtomicUsize>,
     metrics: Arc<Metrics>,
     largest_batch: Arc<AtomicUsize>,
     cutter: thread::JoinHandle<()>,
     judge: thread::JoinHandle<()>,
 }
 
+/// Denies what goes to one port, until the cutter ends.
+fn judge(mut questions: mpsc::Receiver<Question>, largest: &AtomicUsize, unknown: &AtomicUsize) {
+    while let Some(question) = questions.blocking_recv() {
+        let Question::Judge {
+            connections,
+            answer,
+        } = question
+        else {
+            panic!("{question:?}");
+        };
+        largest.fetch_max(connections.len(), Ordering::Relaxed);
+        let left = unknown.load(Ordering::Relaxed);
+        unknown.store(left.saturating_sub(1), Ordering::Relaxed);
+        let denied = connections.iter().map(|c| c.port == Some(DENIED));
+        answer.send((left == 0).then(|| denied.collect())).unwrap();
+    }
+}
+
 impl Bench {
     fn new(connections: Vec<Tracked>) -> Self {
         let fake = Fake::default();
         fake.state().connections = connections;
-        let (bell, woken) = bell();
-        let (isolated, watched) = watch::channel(Isolated::default());
-        let (ask, mut questions) = mpsc::channel(4);
+        let (changes, received) = channel();
+        let (ask, questions) = mpsc::channel(4);
         let metrics = Arc::new(Metrics::new().unwrap());
         let cutter = {
             let (fake, metrics) = (fake.clone(), metrics.clone());
             thread::spawn(move || {
                 HERE.set(fake);
-                Cutter::new(open_here, woken, watched, ask, &metrics).run();
+                Cutter::new(open_here, received, ask, true, &metrics).run();
             })
         };
         let largest_batch = Arc::new(AtomicUsize::new(0));
         let largest = largest_batch.clone();
-        let judge = thread::spawn(move || {
-            while let Some(question) = questions.blocking_recv() {
-                let Question::Judge {
-                    connections,
-                    answer,
-                } = question
-                else {
-                    panic!("{question:?}");
-                };
-                largest.fetch_max(connections.len(), Ordering::Relaxed);
-                let denied = connections.iter().map(|c| c.port == Some(DENIED));
-                answer.send(denied.collect()).unwrap();
-            }
-        });
+        let unknown = Arc::new(AtomicUsize::new(0));
+        let unknown_now = unknown.clone();
+        let judge = thread::spawn(move || judge(questions, &largest, &unknown_now));
         Self {
             fake,
-            bell,
-            isolated,
+            changes,
+            unknown,
             metrics,
             largest_batch,
             cutter,
@@ -200,14 +218,16 @@ impl Bench {
     }
 
     fn isolate(&self) {
-        let pod = Some(ObjectName::new("shop", "web-0"));
-        let addresses = [(ip("10.1.0.5"), pod.clone()), (ip("fd00::5"), pod)];
-        self.isolated.send_replace(addresses.into());
+        self.hand(isolated());
+    }
+
+    fn hand(&self, changes: PolicyChanges) {
+        self.changes.send(Arc::new(changes)).unwrap();
     }
 
     /// Ends the two threads.
     fn end(self) -> Fake {
-        drop(self.bell);
+        drop(self.changes);
         self.cutter.join().unwrap();
         self.judge.join().unwrap();
         self.fake
@@ -228,7 +248,6 @@ fn what_is_denied_is_cut_and_the_rest_stays() {
     ];
     let bench = Bench::new([&stays[..], &denied].concat());
     bench.isolate();
-    bench.bell.ring();
     bench.fake.wait(|state| state.connections == stays);
     let [tcp, udp] = denied;
     // The datagrams alone are kept from coming back.
@@ -259,7 +278,6 @@ fn connections_are_judged_in_batches() {
     };
     let bench = Bench::new((0..many).map(connection).collect());
     bench.isolate();
-    bench.bell.ring();
     bench.fake.wait(|state| state.connections.is_empty());
     assert_eq!(bench.largest_batch.load(Ordering::Relaxed), BATCH);
     let fake = bench.end();
@@ -272,7 +290,6 @@ fn a_failure_is_tried_again() {
     let bench = Bench::new(vec![denied]);
     bench.fake.state().failures = 1;
     bench.isolate();
-    bench.bell.ring();
     bench.fake.wait(|state| state.connections.is_empty());
     let fake = bench.end();
     // One list that failed, and one a family after it.
@@ -282,13 +299,10 @@ fn a_failure_is_tried_again() {
 #[test]
 fn nobody_isolated_means_no_list() {
     let bench = Bench::new(vec![tracked("10.1.0.6", "10.1.0.5", TCP, Some(DENIED))]);
-    let mut cutter = {
-        let (_, woken) = bell();
-        let (ask, _) = mpsc::channel(1);
-        let watched = bench.isolated.subscribe();
-        HERE.set(bench.fake.clone());
-        Cutter::new(open_here, woken, watched, ask, &bench.metrics)
-    };
+    let (_, received) = channel();
+    let (ask, _) = mpsc::channel(1);
+    HERE.set(bench.fake.clone());
+    let mut cutter = Cutter::new(open_here, received, ask, true, &bench.metrics);
     let all = Asked {
         all: true,
         ..Asked::default()
@@ -296,7 +310,7 @@ fn nobody_isolated_means_no_list() {
     assert!(cutter.sweep(&all).is_ok());
     assert_eq!(bench.fake.state().lists, 0);
     // With an isolated pod, and nobody to judge, it is over.
-    bench.isolate();
+    cutter.take_over(&isolated(), Instant::now());
     assert!(matches!(cutter.sweep(&all), Err(Broken::Over)));
     assert_eq!(bench.fake.state().connections.len(), 1);
     drop(cutter);
@@ -314,12 +328,45 @@ fn of_some_addresses_only_theirs_are_looked_at() {
         tracked("10.1.0.5", "10.1.0.6", UDP, Some(DENIED)),
         tracked("fd00::9", "fd00::5", UDP, Some(DENIED)),
     ];
-    let bench = Bench::new([&stays[..], &denied].concat());
+    let fake = Fake::default();
+    fake.state().connections = [&stays[..], &denied].concat();
+    HERE.set(fake.clone());
+    let (changes, received) = channel();
+    let (ask, questions) = mpsc::channel(4);
+    let metrics = Metrics::new().unwrap();
+    let cutter = Cutter::new(open_here, received, ask, false, &metrics);
+    let judge = thread::spawn(move || judge(questions, &AtomicUsize::new(0), &AtomicUsize::new(0)));
+    // What was asked for is kept over a failure, and all is judged although nothing comes any more.
+    fake.state().failures = 1;
+    let moved = |address| PolicyChanges {
+        moved: [ip(address)].into(),
+        ..PolicyChanges::default()
+    };
+    for change in [isolated(), moved("10.1.0.6"), moved("fd00::5")] {
+        changes.send(Arc::new(change)).unwrap();
+    }
+    let watched = fake.clone();
+    let ended = thread::spawn(move || {
+        watched.wait(|state| state.connections == stays);
+        drop(changes);
+    });
+    cutter.run();
+    ended.join().unwrap();
+    judge.join().unwrap();
+}
+
+#[test]
+fn what_cannot_be_judged_yet_is_judged_when_it_is_known_what_is_in_force() {
+    let bench = Bench::new(vec![tracked("10.1.0.6", "10.1.0.5", TCP, Some(DENIED))]);
+    bench.unknown.store(1, Ordering::Relaxed);
     bench.isolate();
-    // What was asked for is kept over a failure.
-    bench.fake.state().failures = 1;
-    bench.bell.ring_for([ip("10.1.0.6")]);
-    bench.bell.ring_for([ip("fd00::5")]);
-    bench.fake.wait(|state| state.connections == stays);
+    while bench.unknown.load(Ordering::Relaxed) > 0 {
+        thread::yield_now();
+    }
+    bench.hand(PolicyChanges {
+        rewritten: true,
+        ..PolicyChanges::default()
+    });
+    bench.fake.wait(|state| state.connections.is_empty());
     bench.end();
 }

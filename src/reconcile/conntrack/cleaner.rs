@@ -187,7 +187,7 @@ impl<'a, T: Tracker> Cleaner<'a, T> {
         } else {
             HashSet::new()
         };
-        let pending = &self.pending;
+        let pending = &mut self.pending;
         let mut stale =
             |flow: &Flow| work.judge(flow, &own) == Judgement::Stale && !pending.keeps(flow, &own);
         for family in Family::ALL {

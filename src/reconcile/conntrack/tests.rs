@@ -1,14 +1,15 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Mutex;
+use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use super::cleaner::filters;
 use super::queue::Received;
 use super::*;
-use crate::compile::{Frontend, Role, Route, Scope};
+use crate::compile::{Frontend, Replaced, Role, Route, Scope, ServiceChanges};
 use crate::metrics::Metrics;
-use crate::model::Notice;
+use crate::model::{Notice, ObjectName};
 use crate::netlink::{Error, FlowFilter};
 use crate::reconcile::Reporter;
 use crate::ruleset;
@@ -199,20 +200,59 @@ fn later_work_wins_and_suspicion_stays() {
     assert_eq!(judge(&work, "192.168.10.1:53", VIP), Judgement::Unconcerned);
 }
 
+/// The change from one plan of a service to another.
+fn changes(old: Option<&ServicePlan>, new: Option<&ServicePlan>) -> Arc<ServiceChanges> {
+    let plan = |plan: Option<&ServicePlan>| plan.cloned().map(Arc::new);
+    Arc::new(ServiceChanges {
+        replaced: vec![Replaced {
+            service: ObjectName::new("shop", "dns"),
+            old: plan(old),
+            new: plan(new),
+            adopted: false,
+            health_check: None,
+        }],
+        node_ports: Some(["192.168.10.0/24".parse().unwrap()].into()),
+        ..ServiceChanges::default()
+    })
+}
+
 #[test]
-fn the_queue_merges_what_waits() {
-    let (queue, pending) = queue();
+fn changes_that_wait_are_merged() {
+    let (sender, receiver) = channel();
+    let mut pending = Pending::new(receiver);
     let (none, one) = (udp(&[VIP], &[]), udp(&[VIP], &["10.0.0.1:53"]));
     assert_eq!(pending.receive(Some(Duration::ZERO)), Received::Nothing);
-    queue.send(changed(None, Some(&none)));
-    queue.send(changed(Some(&none), Some(&one)));
+    sender.send(changes(None, Some(&none))).unwrap();
+    sender.send(changes(Some(&none), Some(&one))).unwrap();
     assert!(pending.keeps(&flow(VIP, "10.0.0.1:53"), &HashSet::new()));
     assert!(!pending.keeps(&flow(VIP, "10.0.0.2:53"), &HashSet::new()));
-    drop(queue);
+    drop(sender);
     let mut both = changed(None, Some(&none));
     both.merge(changed(Some(&none), Some(&one)));
     assert_eq!(pending.receive(None), Received::Work(both));
     assert_eq!(pending.receive(None), Received::Closed);
+}
+
+#[test]
+fn node_ports_are_suspect_when_they_answer_elsewhere_and_all_when_the_tables_were_rewritten() {
+    let (sender, receiver) = channel();
+    let mut pending = Pending::new(receiver);
+    let plan = udp(&[VIP, "node:30053"], &["10.0.0.1:53"]);
+    sender.send(changes(None, Some(&plan))).unwrap();
+    assert_eq!(pending.take().unwrap().suspects().count(), 2);
+    let others = ServiceChanges {
+        node_ports: Some(Arc::default()),
+        ..ServiceChanges::default()
+    };
+    sender.send(Arc::new(others)).unwrap();
+    let suspects: Vec<Front> = pending.take().unwrap().suspects().collect();
+    assert_eq!(suspects, [Front::NodePort(Family::V4, 30053)]);
+    let rewritten = ServiceChanges {
+        rewritten: true,
+        ..ServiceChanges::default()
+    };
+    sender.send(Arc::new(rewritten)).unwrap();
+    assert_eq!(pending.take().unwrap().suspects().count(), 2);
 }
 
 #[test]
@@ -296,7 +336,8 @@ fn the_cleaner_deletes_counts_and_outlives_failures() {
     table.0.borrow_mut().flows = vec![stale, kept, other];
     table.0.borrow_mut().broken = true;
     let (metrics, heard) = (Metrics::new().unwrap(), Heard::default());
-    let (queue, pending) = queue();
+    let (sender, receiver) = channel();
+    let pending = Pending::new(receiver);
     let open = || Ok(TABLE.with(Clone::clone));
     let mut cleaner = Cleaner::new(open, pending, &metrics, &heard);
     let work = changed(None, Some(&udp(&[VIP], &["10.0.0.2:53"])));
@@ -306,8 +347,9 @@ fn the_cleaner_deletes_counts_and_outlives_failures() {
     assert_eq!(table.0.borrow().flows.len(), 3);
     table.0.borrow_mut().broken = false;
     // What failed is tried again with the next work, here by the loop itself.
-    queue.send(changed(None, Some(&udp(&["10.96.0.12:53"], &[]))));
-    drop(queue);
+    let another = udp(&["10.96.0.12:53"], &[]);
+    sender.send(changes(None, Some(&another))).unwrap();
+    drop(sender);
     cleaner.run();
     assert_eq!(table.0.borrow().flows, [kept, other]);
     let page = metrics.encode();
@@ -326,16 +368,17 @@ fn endpoints_that_come_while_the_cleaner_works_keep_their_flows() {
     let fresh = flow(VIP, "10.0.0.2:53");
     table.0.borrow_mut().flows = vec![fresh];
     let (metrics, heard) = (Metrics::new().unwrap(), Heard::default());
-    let (queue, pending) = queue();
+    let (sender, receiver) = channel();
+    let pending = Pending::new(receiver);
     let mut cleaner = Cleaner::new(|| Ok(TABLE.with(Clone::clone)), pending, &metrics, &heard);
     let one = udp(&[VIP], &["10.0.0.1:53"]);
     let two = udp(&[VIP], &["10.0.0.1:53", "10.0.0.2:53"]);
-    queue.send(changed(Some(&one), Some(&two)));
+    sender.send(changes(Some(&one), Some(&two))).unwrap();
     assert!(cleaner.clean(changed(None, Some(&one))));
     assert_eq!(table.0.borrow().flows, [fresh]);
     // More endpoints alone are no reason to list anything.
     let sweeps = table.0.borrow().sweeps;
-    drop(queue);
+    drop(sender);
     cleaner.run();
     assert_eq!(table.0.borrow().sweeps, sweeps);
 }

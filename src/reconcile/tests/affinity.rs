@@ -1,10 +1,55 @@
 //! Which clients with session affinity are forgotten.
 
 use super::*;
-use crate::reconcile::affinity::{self, Forgetter};
+use crate::compile::Sticky;
+use crate::reconcile::affinity::Forgetter;
 
 /// The namespace of the services is `shop`.
 const MAP: &str = "affinity/shop";
+
+/// A reconciler with a follower that forgets clients after each call.
+struct Forgetting<'a> {
+    reconciler: Reconciler<'a, Fake>,
+    forgetter: Forgetter<Box<dyn Fn() -> Result<Fake, Error>>>,
+}
+
+fn forgetting(bench: &Bench) -> Forgetting<'_> {
+    forgetting_in(bench, bench.reconciler())
+}
+
+fn forgetting_in<'a>(bench: &Bench, reconciler: Reconciler<'a, Fake>) -> Forgetting<'a> {
+    let mut followers = Followers::default();
+    let kernel = bench.kernel.clone();
+    let forgetter = Forgetter::new(
+        Box::new(move || Ok(kernel.clone())) as Box<dyn Fn() -> _>,
+        followers.services(),
+    );
+    Forgetting {
+        reconciler: reconciler.with_followers(followers),
+        forgetter,
+    }
+}
+
+impl Forgetting<'_> {
+    fn forget(&mut self) {
+        let Self {
+            reconciler,
+            forgetter,
+        } = self;
+        forgetter.work(|transaction, version| reconciler.remove(transaction, version));
+    }
+
+    fn resync(&mut self) {
+        self.reconciler.resync();
+        self.forget();
+    }
+}
+
+fn handle(forgetting: &mut Forgetting, events: Vec<Event>) -> Outcome {
+    let outcome = super::handle(&mut forgetting.reconciler, events);
+    forgetting.forget();
+    outcome
+}
 
 /// Has the kernel remember these clients and no others.
 fn learn(bench: &Bench, elements: &[Element]) {
@@ -56,7 +101,7 @@ fn sticky(name: &str, cluster_ip: &str, node_port: Option<u16>) -> Service {
 #[test]
 fn clients_are_forgotten_with_their_endpoint() {
     let bench = Bench::new();
-    let mut reconciler = bench.reconciler();
+    let mut reconciler = forgetting(&bench);
     let mut web = sticky("web", "10.96.0.10", Some(30080));
     let other = sticky("other", "10.96.0.11", None);
     handle(
@@ -90,7 +135,7 @@ fn clients_are_forgotten_with_their_endpoint() {
     assert_eq!(left(&bench), sorted(&rest));
     // A new process checks everybody.
     learn(&bench, &known);
-    let mut restarted = bench.reconciler();
+    let mut restarted = forgetting(&bench);
     handle(
         &mut restarted,
         lists(vec![
@@ -111,7 +156,7 @@ fn clients_are_forgotten_with_their_endpoint() {
 #[test]
 fn policy_local_forgets_those_whose_endpoint_is_in_no_scope() {
     let bench = Bench::new();
-    let mut reconciler = bench.reconciler();
+    let mut reconciler = forgetting(&bench);
     let mut web = sticky("web", "10.96.0.10", None);
     web.external_ips = vec!["198.51.100.7".parse().unwrap()];
     web.external_policy = TrafficPolicy::Local;
@@ -158,7 +203,7 @@ fn clients_move_to_this_node_when_the_policy_becomes_local() {
     let here = sorted(&known[1..]);
     let mut local = web.clone();
     local.external_policy = TrafficPolicy::Local;
-    let mut reconciler = bench.reconciler();
+    let mut reconciler = forgetting(&bench);
     handle(&mut reconciler, objects(&web));
     learn(&bench, &known);
     handle(&mut reconciler, vec![put(local.clone())]);
@@ -170,7 +215,7 @@ fn clients_move_to_this_node_when_the_policy_becomes_local() {
     reconciler.resync();
     assert_eq!(left(&bench), sorted(&known));
     // The policy changed while nobody looked.
-    let mut restarted = bench.reconciler();
+    let mut restarted = forgetting(&bench);
     handle(&mut restarted, objects(&local));
     assert_eq!(left(&bench), here);
 }
@@ -178,7 +223,7 @@ fn clients_move_to_this_node_when_the_policy_becomes_local() {
 #[test]
 fn the_clients_of_an_address_are_not_those_of_a_node_port() {
     let bench = Bench::new();
-    let mut reconciler = bench.reconciler();
+    let mut reconciler = forgetting(&bench);
     // One has at its address the number that the other one has on the nodes.
     let mut at_address = service("a", &["10.96.0.10"], &[30080]);
     at_address.affinity_seconds = Some(10_800);
@@ -205,8 +250,9 @@ fn the_clients_of_an_address_are_not_those_of_a_node_port() {
 #[test]
 fn a_namespace_has_its_map_while_a_service_of_it_is_sticky() {
     let bench = Bench::new();
-    let (sender, sticky_now) = watch::channel(Sticky::default());
-    let mut reconciler = bench.reconciler().with_sticky(sender);
+    let mut followers = Followers::default();
+    let sticky_now = followers.sticky();
+    let mut reconciler = bench.reconciler().with_followers(followers);
     let mut shop = sticky("web", "10.96.0.10", None);
     let mut bank = sticky("web", "10.96.0.11", None);
     bank.name = ObjectName::new("bank", "web");
@@ -217,9 +263,9 @@ fn a_namespace_has_its_map_while_a_service_of_it_is_sticky() {
     });
     let mut objects: Vec<Object> = vec![node().into(), shop.clone().into(), bank.into()];
     objects.extend(endpoints.map(Object::from));
-    handle(&mut reconciler, lists(objects));
+    super::handle(&mut reconciler, lists(objects));
     let namespaces = || -> Vec<String> {
-        let sticky = sticky_now.borrow();
+        let sticky: Sticky = sticky_now.borrow().clone();
         sticky.iter().map(|it| it.namespace().to_owned()).collect()
     };
     let maps = || -> Vec<String> {
@@ -232,14 +278,14 @@ fn a_namespace_has_its_map_while_a_service_of_it_is_sticky() {
     assert_eq!(maps(), ["affinity/bank", "affinity/shop"]);
     assert_eq!(namespaces(), ["bank", "shop"]);
     shop.affinity_seconds = None;
-    handle(&mut reconciler, vec![put(shop.clone())]);
+    super::handle(&mut reconciler, vec![put(shop.clone())]);
     assert_eq!(maps().len(), 2, "it may be needed again soon");
     reconciler.remove_chains_unused_since(Instant::now());
     assert_eq!(maps(), ["affinity/bank"]);
     assert_eq!(namespaces(), ["bank"]);
     bench.assert_as_wanted(&reconciler);
     shop.affinity_seconds = Some(5);
-    handle(&mut reconciler, vec![put(shop)]);
+    super::handle(&mut reconciler, vec![put(shop)]);
     assert_eq!(namespaces(), ["bank", "shop"]);
     bench.assert_as_wanted(&reconciler);
 }
@@ -273,17 +319,15 @@ fn clients_move_to_this_node_whichever_portion_fails() {
     while fails_after < writes {
         for again in [false, true] {
             let bench = Bench::new();
-            let mut reconciler = bench.reconciler().with_portions_of(1);
+            let reconciler = bench.reconciler().with_portions_of(1);
+            let mut reconciler = forgetting_in(&bench, reconciler);
             let objects = vec![node().into(), cluster.clone().into()];
             handle(&mut reconciler, lists(objects));
             handle(&mut reconciler, vec![put(endpoints.clone())]);
             learn(&bench, &outside());
             bench.applied();
             bench.kernel.0.borrow_mut().most = Some(fails_after);
-            reconciler.take_over([Delivery::now(put(local.clone()))]);
-            while reconciler.work(Parts::ALL).together() == Outcome::Synced && reconciler.has_more()
-            {
-            }
+            handle(&mut reconciler, vec![put(local.clone())]);
             if again {
                 reconciler.resync();
             }
@@ -310,10 +354,10 @@ fn clients_move_to_this_node_when_a_later_step_of_a_restart_fails() {
     };
     for fails_after in 0..4 {
         let bench = Bench::new();
-        handle(&mut bench.reconciler(), objects(&cluster));
+        handle(&mut forgetting(&bench), objects(&cluster));
         learn(&bench, &outside());
         bench.applied();
-        let mut restarted = bench.reconciler();
+        let mut restarted = forgetting(&bench);
         bench.kernel.0.borrow_mut().most = Some(fails_after);
         handle(&mut restarted, objects(&local));
         bench.kernel.0.borrow_mut().most = None;
@@ -326,23 +370,24 @@ fn clients_move_to_this_node_when_a_later_step_of_a_restart_fails() {
 fn clients_move_to_this_node_when_healing_makes_the_policy_local() {
     let (cluster, local, endpoints) = external();
     let bench = Bench::new();
-    let mut reconciler = bench.reconciler();
+    let mut reconciler = forgetting(&bench);
     let objects = vec![node().into(), local.into(), endpoints.clone().into()];
     handle(&mut reconciler, lists(objects));
     let earlier = Bench::new();
     let objects = vec![node().into(), cluster.into(), endpoints.into()];
-    handle(&mut earlier.reconciler(), lists(objects));
+    handle(&mut forgetting(&earlier), lists(objects));
     let ruleset = earlier.kernel.0.borrow().ruleset.clone();
     bench.kernel.meddle(|now| *now = ruleset);
     learn(&bench, &outside());
-    assert_eq!(heal(&mut reconciler), (Outcome::Synced, true));
+    assert_eq!(heal(&mut reconciler.reconciler), (Outcome::Synced, true));
+    reconciler.forget();
     assert_eq!(left(&bench), outside()[1..]);
 }
 
 #[test]
 fn clients_move_to_this_node_when_a_service_of_policy_local_takes_over() {
     let bench = Bench::new();
-    let mut reconciler = bench.reconciler();
+    let mut reconciler = forgetting(&bench);
     let (a_with, _, endpoints) = external();
     let (mut b, mut b_with) = (
         sticky("b", "10.96.0.11", None),
@@ -391,23 +436,22 @@ impl Kernel for Remembers {
 fn clients_move_to_this_node_although_the_rules_were_unknown_meanwhile() {
     let (cluster, local, endpoints) = external();
     let bench = Bench::new();
-    let (queue, received) = affinity::queue();
+    let mut followers = Followers::default();
+    let forgetter = Forgetter::new(|| Ok(Remembers), followers.services());
     let (ask, mut questions) = mpsc::channel(1);
-    let forgetter = Forgetter::new(|| Ok(Remembers), received, ask);
     let every = Duration::from_secs(3_600);
-    let thread = std::thread::spawn(move || forgetter.run(every, || {}));
-    let mut reconciler = bench.reconciler().with_forgetter(queue);
+    let thread = std::thread::spawn(move || forgetter.run(&ask, every, || {}));
+    let mut reconciler = bench.reconciler().with_followers(followers);
     let mut next = || questions.blocking_recv().unwrap();
     let objects = vec![node().into(), cluster.into(), endpoints.into()];
-    handle(&mut reconciler, lists(objects));
+    super::handle(&mut reconciler, lists(objects));
     learn(&bench, &outside());
-    reconciler.answer(next());
-    assert_eq!(left(&bench), outside());
-    handle(&mut reconciler, vec![put(local)]);
+    super::handle(&mut reconciler, vec![put(local)]);
     let question = next();
     bench.kernel.0.borrow_mut().failures = 2;
     let other = put(service("other", &["10.96.0.20"], &[80]));
-    assert_eq!(handle(&mut reconciler, vec![other]), Outcome::Failed);
+    let outcome = super::handle(&mut reconciler, vec![other]);
+    assert_eq!(outcome, Outcome::Failed);
     reconciler.answer(question);
     assert_eq!(left(&bench), outside());
     assert_eq!(reconciler.resync(), Outcome::Synced);
@@ -418,9 +462,37 @@ fn clients_move_to_this_node_although_the_rules_were_unknown_meanwhile() {
 }
 
 #[test]
+fn a_removal_by_older_plans_is_refused_and_judged_again() {
+    let (cluster, local, endpoints) = external();
+    let bench = Bench::new();
+    let mut reconciler = forgetting(&bench);
+    let objects = vec![node().into(), cluster.clone().into(), endpoints.into()];
+    handle(&mut reconciler, lists(objects));
+    learn(&bench, &outside());
+    super::handle(&mut reconciler.reconciler, vec![put(local)]);
+    // The policy is Cluster again before the clients are removed.
+    let Forgetting {
+        reconciler,
+        forgetter,
+    } = &mut reconciler;
+    let mut back = Some(put(cluster));
+    let mut outcomes = Vec::new();
+    forgetter.work(|transaction, version| {
+        if let Some(back) = back.take() {
+            super::handle(reconciler, vec![back]);
+        }
+        let removed = reconciler.remove(transaction, version);
+        outcomes.push(matches!(removed, Removed::Outdated));
+        removed
+    });
+    assert_eq!(outcomes.first(), Some(&true));
+    assert_eq!(left(&bench), outside(), "no client has to move any more");
+}
+
+#[test]
 fn clients_that_time_out_meanwhile_keep_no_others_and_end() {
     let bench = Bench::new();
-    let mut reconciler = bench.reconciler();
+    let mut reconciler = forgetting(&bench);
     let web = sticky("web", "10.96.0.10", None);
     let endpoints = slice("web-1", &web, Family::V4, &[1, 2]);
     let objects = vec![node().into(), web.clone().into(), endpoints.into()];
@@ -450,7 +522,7 @@ fn clients_that_time_out_meanwhile_keep_no_others_and_end() {
 #[test]
 fn a_map_that_is_gone_remembers_nobody() {
     let bench = Bench::new();
-    let mut reconciler = bench.reconciler();
+    let mut reconciler = forgetting(&bench);
     let (cluster, _, endpoints) = external();
     let mut objects: Vec<Object> = vec![node().into(), cluster.into()];
     objects.push(endpoints.clone().into());

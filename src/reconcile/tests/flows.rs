@@ -1,7 +1,7 @@
 //! What the reconciler hands over for the cleaning of UDP flows.
 
 use super::*;
-use crate::reconcile::conntrack::{self, Front, Pending};
+use crate::reconcile::conntrack::{Front, Pending};
 
 fn dns(name: &str, cluster_ips: &[&str]) -> Service {
     let mut service = service(name, cluster_ips, &[53]);
@@ -16,7 +16,7 @@ fn vip(last: u8) -> Front {
 }
 
 /// The frontends whose flows are to be looked for, in order.
-fn suspects(pending: &Pending) -> Vec<Front> {
+fn suspects(pending: &mut Pending) -> Vec<Front> {
     let work = pending.take().unwrap_or_default();
     let mut suspects: Vec<Front> = work.suspects().collect();
     suspects.sort_unstable();
@@ -26,8 +26,9 @@ fn suspects(pending: &Pending) -> Vec<Front> {
 #[test]
 fn changes_of_udp_services_are_handed_over_once_the_rules_stand() {
     let bench = Bench::new();
-    let (queue, pending) = conntrack::queue();
-    let mut reconciler = bench.reconciler().with_cleaner(queue);
+    let mut followers = Followers::default();
+    let mut pending = Pending::new(followers.services());
+    let mut reconciler = bench.reconciler().with_followers(followers);
     let (a, b) = (dns("a", &["10.96.0.1"]), dns("b", &["10.96.0.2"]));
     let web = service("web", &["10.96.0.3"], &[80]);
     let slices = [&a, &b, &web].map(|s| slice(s.name.as_str(), s, Family::V4, &[1, 2]));
@@ -35,7 +36,7 @@ fn changes_of_udp_services_are_handed_over_once_the_rules_stand() {
     objects.push(web.clone().into());
     objects.extend(slices.map(Object::from));
     handle(&mut reconciler, lists(objects));
-    assert_eq!(suspects(&pending), [vip(1), vip(2)], "all at first");
+    assert_eq!(suspects(&mut pending), [vip(1), vip(2)], "all at first");
 
     let put_slice = |service: &Service, endpoints: &[u8]| {
         put(slice(service.name.as_str(), service, Family::V4, endpoints))
@@ -44,59 +45,61 @@ fn changes_of_udp_services_are_handed_over_once_the_rules_stand() {
         &mut reconciler,
         vec![put_slice(&a, &[1]), put_slice(&web, &[1])],
     );
-    assert_eq!(suspects(&pending), [vip(1)], "an endpoint less");
+    assert_eq!(suspects(&mut pending), [vip(1)], "an endpoint less");
     handle(&mut reconciler, vec![put_slice(&a, &[1, 2])]);
-    assert_eq!(suspects(&pending), [], "one more");
+    assert_eq!(suspects(&mut pending), [], "one more");
     handle(&mut reconciler, vec![put_slice(&a, &[])]);
-    assert_eq!(suspects(&pending), [vip(1)], "none left");
+    assert_eq!(suspects(&mut pending), [vip(1)], "none left");
 
     let mut wider = b.clone();
     wider.external_ips = vec!["10.96.0.9".parse().unwrap()];
     handle(&mut reconciler, vec![put(wider)]);
     assert_eq!(
-        suspects(&pending),
+        suspects(&mut pending),
         [vip(9)],
         "a change of the service alone"
     );
     handle(&mut reconciler, vec![delete(Kind::Service, "b")]);
-    assert_eq!(suspects(&pending), [vip(2), vip(9)]);
+    assert_eq!(suspects(&mut pending), [vip(2), vip(9)]);
 }
 
 #[test]
 fn endpoints_that_drain_are_no_reason_to_look_until_they_are_gone() {
     let bench = Bench::new();
-    let (queue, pending) = conntrack::queue();
-    let mut reconciler = bench.reconciler().with_cleaner(queue);
+    let mut followers = Followers::default();
+    let mut pending = Pending::new(followers.services());
+    let mut reconciler = bench.reconciler().with_followers(followers);
     let a = dns("a", &["10.96.0.1"]);
     let full = slice("a", &a, Family::V4, &[1, 2]);
     let objects = vec![node().into(), a.clone().into(), full.clone().into()];
     handle(&mut reconciler, lists(objects));
-    assert_eq!(suspects(&pending), [vip(1)]);
+    assert_eq!(suspects(&mut pending), [vip(1)]);
     let mut draining = full.clone();
     draining.endpoints[0].ready = false;
     draining.endpoints[0].terminating = true;
     handle(&mut reconciler, vec![put(draining)]);
-    assert_eq!(suspects(&pending), []);
+    assert_eq!(suspects(&mut pending), []);
     assert!(!bench.applied().is_empty(), "the rules changed");
     handle(&mut reconciler, vec![put(slice("a", &a, Family::V4, &[2]))]);
-    assert_eq!(suspects(&pending), [vip(1)]);
+    assert_eq!(suspects(&mut pending), [vip(1)]);
 }
 
 #[test]
 fn what_a_failed_transaction_would_have_changed_is_handed_over_later() {
     let bench = Bench::new();
-    let (queue, pending) = conntrack::queue();
-    let mut reconciler = bench.reconciler().with_cleaner(queue);
+    let mut followers = Followers::default();
+    let mut pending = Pending::new(followers.services());
+    let mut reconciler = bench.reconciler().with_followers(followers);
     let (a, b) = (dns("a", &["10.96.0.1"]), dns("b", &["10.96.0.2"]));
     let objects = vec![node().into(), a.into(), b.into()];
     handle(&mut reconciler, lists(objects));
-    assert_eq!(suspects(&pending).len(), 2);
+    assert_eq!(suspects(&mut pending).len(), 2);
     bench.kernel.0.borrow_mut().failures = 2;
     let outcome = handle(&mut reconciler, vec![delete(Kind::Service, "b")]);
     assert_eq!(outcome, Outcome::Failed);
-    assert_eq!(suspects(&pending), []);
+    assert_eq!(suspects(&mut pending), []);
     assert_eq!(reconciler.resync(), Outcome::Synced);
-    assert_eq!(suspects(&pending), [vip(1), vip(2)]);
+    assert_eq!(suspects(&mut pending), [vip(1), vip(2)]);
 }
 
 #[test]
@@ -121,12 +124,13 @@ fn frontends_that_went_while_nobody_looked_are_handed_over() {
     };
     let mut before = bench.reconciler();
     handle(&mut before, of(&[&gone, &stays, &web]));
-    let (queue, pending) = conntrack::queue();
-    let mut after = bench.reconciler().with_cleaner(queue);
+    let mut followers = Followers::default();
+    let mut pending = Pending::new(followers.services());
+    let mut after = bench.reconciler().with_followers(followers);
     handle(&mut after, of(&[&stays]));
     let node_ip = Front::Address(([192, 168, 10, 1], 53).into());
     let node_port = Front::NodePort(Family::V4, 30053);
-    assert_eq!(suspects(&pending), [vip(1), vip(2), node_ip, node_port]);
+    assert_eq!(suspects(&mut pending), [vip(1), vip(2), node_ip, node_port]);
     // A table that is made anew has none of the old frontends.
     bench.kernel.meddle(|ruleset| {
         let table = ruleset.tables.get_mut(&table_id(Family::V4)).unwrap();
@@ -140,7 +144,7 @@ fn frontends_that_went_while_nobody_looked_are_handed_over() {
     let mut again = after;
     again.resync();
     assert_eq!(
-        suspects(&pending),
+        suspects(&mut pending),
         [vip(2), Front::NodePort(Family::V4, 30054)]
     );
 }
@@ -160,8 +164,9 @@ fn frontends_that_an_attempt_removed_before_it_failed_are_handed_over() {
     ];
     handle(&mut before, lists(objects));
     bench.applied();
-    let (queue, pending) = conntrack::queue();
-    let mut after = bench.reconciler().with_cleaner(queue);
+    let mut followers = Followers::default();
+    let mut pending = Pending::new(followers.services());
+    let mut after = bench.reconciler().with_followers(followers);
     let objects: Vec<Object> = vec![
         node().into(),
         stays.clone().into(),
@@ -177,8 +182,8 @@ fn frontends_that_an_attempt_removed_before_it_failed_are_handed_over() {
         1,
         "it is gone already"
     );
-    assert_eq!(suspects(&pending), []);
+    assert_eq!(suspects(&mut pending), []);
     bench.kernel.0.borrow_mut().most = None;
     assert_eq!(after.resync(), Outcome::Synced);
-    assert_eq!(suspects(&pending), [vip(1), vip(2)]);
+    assert_eq!(suspects(&mut pending), [vip(1), vip(2)]);
 }

@@ -11,7 +11,9 @@ fn healed(bench: &Bench) -> (u64, usize) {
     let (_, rest) = text.split_once(name).unwrap();
     let count = rest.lines().next().unwrap().parse().unwrap();
     let heard = bench.heard();
-    let reports = heard.iter().filter(|line| line.contains("somebody else"));
+    let reports = heard
+        .iter()
+        .filter(|line| line.contains("modified by another process"));
     (count, reports.count())
 }
 

@@ -3,7 +3,7 @@
 use super::questions::{closed, engine, pod, policy_lists};
 use super::*;
 use crate::policy;
-use crate::reconcile::conntrack;
+use crate::reconcile::conntrack::Pending;
 
 /// How often a test looks before it takes something for absent. The clock of these tests moves on
 /// only while nobody has anything to do, so that looking takes no time.
@@ -166,7 +166,7 @@ fn while_it_is_unknown_what_is_in_force_no_chain_is_removed() {
     handle(&mut reconciler, lists(objects));
     handle(&mut reconciler, policy_lists(vec![]));
     handle(&mut reconciler, vec![put(of(&[1]))]);
-    assert!(reconciler.unused_chains_due().is_some());
+    assert!(reconciler.services.due().is_some());
 
     // What becomes of the policies is not told by what is done for the services.
     bench.kernel.0.borrow_mut().stuck = Some(policy::TABLE);
@@ -180,7 +180,7 @@ fn while_it_is_unknown_what_is_in_force_no_chain_is_removed() {
     handle(&mut reconciler, vec![put(of(&[1, 3]))]);
     bench.kernel.0.borrow_mut().failures = 3;
     handle(&mut reconciler, vec![put(of(&[1]))]);
-    assert_eq!(reconciler.unused_chains_due(), None);
+    assert_eq!(reconciler.services.due(), None);
     let removed = reconciler.remove_chains_unused_since(Instant::now());
     assert_eq!(removed, Outcomes::default());
 }
@@ -204,7 +204,7 @@ fn each_chain_stays_for_its_own_time() {
     };
     assert!(!has("lb-3"));
     assert!(has("lb-2"), "it was used after that");
-    assert!(reconciler.unused_chains_due().is_some());
+    assert!(reconciler.services.due().is_some());
     // A chain that is used again and left again begins anew.
     handle(&mut reconciler, vec![of(&[1, 3])]);
     let two_is_used = Instant::now();
@@ -213,7 +213,7 @@ fn each_chain_stays_for_its_own_time() {
     assert!(has("lb-2"));
     reconciler.remove_chains_unused_since(Instant::now());
     assert!(!has("lb-2"));
-    assert_eq!(reconciler.unused_chains_due(), None);
+    assert_eq!(reconciler.services.due(), None);
 }
 
 /// Writes a service whose frontend the kernel refuses so often, for this reason; returns what was
@@ -250,8 +250,9 @@ fn a_service_is_left_out_only_for_what_is_wrong_with_it() {
 #[test]
 fn flows_are_looked_for_after_healing() {
     let bench = Bench::new();
-    let (queue, pending) = conntrack::queue();
-    let mut reconciler = bench.reconciler().with_cleaner(queue);
+    let mut followers = Followers::default();
+    let mut pending = Pending::new(followers.services());
+    let mut reconciler = bench.reconciler().with_followers(followers);
     let mut dns = service("dns", &["10.96.0.53"], &[53]);
     dns.ports[0].protocol = Protocol::Udp;
     let endpoints = slice("dns-1", &dns, Family::V4, &[1]);

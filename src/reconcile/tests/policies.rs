@@ -3,8 +3,7 @@
 use super::questions::{closed, engine, pod, policy_lists};
 use super::*;
 use crate::model::{LabelSelector, NetworkPolicy, Peer, PolicyRule};
-use crate::policy;
-use crate::reconcile::connections::bell;
+use crate::policy::{self, Engine};
 
 /// A policy for all pods of the shop that allows a block.
 fn allowing(name: &str, block: &str) -> Event {
@@ -60,7 +59,7 @@ fn a_policy_that_the_kernel_refuses_is_closed_and_the_others_are_in_force() {
         heard[0]
     );
     let judged = |reconciler: &mut Reconciler<Fake>, source: &str| {
-        super::questions::denies(reconciler, source, "10.1.0.5")
+        super::questions::denies(reconciler, source, "10.1.0.5").unwrap()
     };
     assert!(judged(&mut reconciler, "203.0.113.1"));
     assert!(!judged(&mut reconciler, "198.51.100.1"));
@@ -80,7 +79,7 @@ fn a_policy_that_the_kernel_refuses_is_closed_and_the_others_are_in_force() {
     assert_eq!(handle(&mut reconciler, vec![bad]), Outcome::Synced);
     assert_eq!(rules(&bench, "bad"), Some(0));
     bench.kernel.0.borrow_mut().unwanted = None;
-    reconciler.forgive();
+    reconciler.retry_quarantined();
     assert_eq!(handle(&mut reconciler, vec![]), Outcome::Synced);
     assert_eq!(rules(&bench, "bad"), Some(1));
     assert!(!judged(&mut reconciler, "203.0.113.1"));
@@ -107,45 +106,43 @@ fn what_two_policies_share_closes_both() {
 }
 
 #[test]
-fn the_connections_of_an_address_with_another_pod_are_looked_at_in_every_mode() {
+fn addresses_with_another_pod_are_handed_over_once_the_rules_are_in_force() {
     let bench = Bench::new();
-    let (cutter, woken) = bell();
+    let mut followers = Followers::default();
+    let changes = followers.policies();
     let engine = Engine::new(policy::Settings {
         node: "here".into(),
         ..policy::Settings::default()
     });
-    let mut reconciler = bench.reconciler().with_policies(engine).with_cutter(cutter);
+    let reconciler = bench.reconciler().with_policies(engine);
+    let mut reconciler = reconciler.with_followers(followers);
     let delete = |name| Event::Delete(ObjectRef::new(Kind::Pod, ObjectName::new("shop", name)));
     handle(&mut reconciler, lists(Vec::new()));
     let objects = vec![pod("web", "10.1.0.5"), closed()];
     handle(&mut reconciler, policy_lists(objects));
-    let told = || {
-        let mut told: Vec<String> = woken
-            .take_addresses()
-            .iter()
-            .map(IpAddr::to_string)
-            .collect();
-        told.sort();
-        told
+    let moved = || -> Vec<String> {
+        let changes = changes.try_iter();
+        let moved: BTreeSet<IpAddr> = changes.flat_map(|it| it.moved.clone()).collect();
+        moved.iter().map(IpAddr::to_string).collect()
     };
-    assert!(told().is_empty(), "it may have been there for long");
+    assert!(moved().is_empty(), "it may have been there for long");
     handle(&mut reconciler, vec![delete("web")]);
-    assert!(told().is_empty(), "nobody has the address");
-    // Nobody is asked before the rules are in force, and again if it is unknown whether they are.
+    assert!(moved().is_empty(), "no pod has the address");
     bench.kernel.0.borrow_mut().failures = 2;
     handle(&mut reconciler, vec![pod("other", "10.1.0.5")]);
-    assert!(told().is_empty());
+    assert!(changes.try_recv().is_err(), "the rules are not in force");
     handle(&mut reconciler, vec![]);
-    assert_eq!(told(), ["10.1.0.5"]);
+    assert_eq!(moved(), ["10.1.0.5"]);
     bench.kernel.0.borrow_mut().failures = 2;
     handle(&mut reconciler, vec![pod("new", "10.1.0.7")]);
     handle(&mut reconciler, vec![]);
-    assert_eq!(told(), ["10.1.0.5", "10.1.0.7"]);
-    // A list that is read again tells nothing new.
+    let change = changes.try_recv().unwrap();
+    assert!(change.rewritten, "what was asked meanwhile is asked again");
+    assert_eq!(change.moved, ["10.1.0.7".parse().unwrap()].into());
+    // A list that is read again brings nothing new.
     let objects = vec![pod("other", "10.1.0.5"), pod("new", "10.1.0.7"), closed()];
     handle(&mut reconciler, policy_lists(objects));
-    assert!(told().is_empty());
-    assert!(!woken.take(), "connections are cut in strict mode");
+    assert!(moved().is_empty());
 }
 
 #[test]

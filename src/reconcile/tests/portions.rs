@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::compile;
+use crate::model::Changes;
 use crate::ruleset::Value;
 
 /// The verdict maps with the maps from which the chains draw that they lead to.
@@ -97,7 +98,7 @@ proptest! {
             assert_packets_are_safe(&ruleset);
         }
         bench.assert_as_wanted(&reconciler);
-        prop_assert!(reconciler.waiting.is_empty(), "some events are timed for ever");
+        prop_assert!(reconciler.latency.is_empty(), "some events are timed for ever");
     }
 }
 

@@ -22,7 +22,8 @@ fn frontends_stay_taken_until_the_service_that_lost_them_is_compiled_again() {
         let (young, pods) = at_one_address("young", 2, 1);
         let name = young.name.clone();
         once(&mut reconciler, vec![put(young), put(pods)]);
-        while reconciler.programmed.left(&name) == 0 || reconciler.programmed.left(&name) > PORTION
+        while reconciler.services.engine.tables().left(&name) == 0
+            || reconciler.services.engine.tables().left(&name) > PORTION
         {
             once(&mut reconciler, vec![]);
         }
@@ -60,7 +61,7 @@ fn a_service_that_keeps_changing_does_not_hold_up_its_namespace() {
     for _ in 0..100 {
         let mut events = vec![];
         // Another change each time that one is being written.
-        if reconciler.queue.is_written(&changing) && !reconciler.queue.has_event(&changing) {
+        if reconciler.services.engine.is_being_written(&changing) {
             changes += 1;
             let mut other = vast(1);
             other.external_ips.truncate(1 + 29 * ((changes + 1) % 2));
@@ -154,7 +155,7 @@ proptest! {
             prop_assert!(calls < 2_000, "there is no end to the portions");
         }
         bench.assert_as_wanted(&reconciler);
-        prop_assert!(reconciler.queue.is_empty());
-        prop_assert!(reconciler.waiting.is_empty(), "some events are timed for ever");
+        prop_assert!(reconciler.services.engine.is_idle());
+        prop_assert!(reconciler.latency.is_empty(), "some events are timed for ever");
     }
 }

@@ -1,20 +1,19 @@
-//! What a comparison with the kernel changes of frontends that this process has no plan of: those
-//! that an earlier one wrote, or somebody else.
+//! Frontends that a comparison with the kernel changes although this process has no plan of them:
+//! an earlier process wrote them, or another program.
 
 use std::collections::{BTreeMap, HashSet};
-use std::net::SocketAddr;
+use std::net::IpAddr;
 
-use super::affinity::{address, number};
-use super::conntrack::Front;
-use crate::compile::{By, Scope, ServiceSet, is_bound_to_node, table_id};
+use super::chains::is_bound_to_node;
+use super::layout::{By, Scope, ServiceSet, table_id};
 use crate::model::{Claim, Family, Protocol};
 use crate::ruleset::{Element, Key, Name, Op, Ruleset, TableId, Transaction, Value};
 
 /// Changes of frontends in the kernel.
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Removed {
-    /// UDP frontends that are gone.
-    pub fronts: Vec<Front>,
+    /// Frontends that were deleted.
+    pub deleted: HashSet<(Family, Claim)>,
     /// Frontends whose external policy became Local.
     pub bound: HashSet<(Family, Claim)>,
 }
@@ -27,7 +26,13 @@ const FRONTENDS: [(ServiceSet, By); 3] = [
 ];
 
 impl Removed {
-    /// What a transaction changes of what the kernel holds.
+    /// Adds what a later comparison changed.
+    pub fn append(&mut self, later: Self) {
+        self.deleted.extend(later.deleted);
+        self.bound.extend(later.bound);
+    }
+
+    /// Returns what a transaction changes of what the kernel holds.
     pub fn of(actual: &Ruleset, transaction: &Transaction) -> Self {
         let mut removed = Self::default();
         for family in Family::ALL {
@@ -39,7 +44,7 @@ impl Removed {
                         continue;
                     };
                     if set == by.frontends(Scope::Cluster) && after.is_none() {
-                        removed.fronts.extend(front(family, claim));
+                        removed.deleted.insert((family, claim));
                     }
                     let is_bound = |element: Option<&Element>| element.is_some_and(leads_to_node);
                     if before.is_some() && is_bound(after) && !is_bound(before) {
@@ -117,10 +122,15 @@ fn claim(family: Family, by: By, key: &Key) -> Option<Claim> {
     })
 }
 
-fn front(family: Family, claim: Claim) -> Option<Front> {
-    match claim {
-        Claim::Address(at, Protocol::Udp, port) => Some(Front::Address(SocketAddr::new(at, port))),
-        Claim::NodePort(Protocol::Udp, port) => Some(Front::NodePort(family, port)),
-        Claim::Address(..) | Claim::NodePort(..) => None,
-    }
+/// Reads an address from the bytes of a key.
+pub fn address(bytes: &[u8]) -> Option<IpAddr> {
+    let v4 = <[u8; 4]>::try_from(bytes).map(IpAddr::from);
+    v4.or_else(|_| <[u8; 16]>::try_from(bytes).map(IpAddr::from))
+        .ok()
+}
+
+/// Reads a port from the bytes of a key.
+pub fn number(bytes: &[u8]) -> Option<u16> {
+    let (port, _) = bytes.split_first_chunk::<2>()?;
+    Some(u16::from_be_bytes(*port))
 }

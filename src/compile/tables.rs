@@ -3,19 +3,19 @@
 //! The tables are the sum of a skeleton, the plans of all services, the elements several
 //! services ask for (counted), and the shared chains (counted). Replacing one plan yields the
 //! operations for just the elements in which it differs. A large difference may be written some
-//! steps at a time ([`Programmed::begin`], [`Programmed::advance`]); meanwhile the tables are what
+//! steps at a time ([`Tables::begin`], [`Tables::advance`]); meanwhile the tables are what
 //! the steps written so far have made of the old plan.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::affinity::Suspects;
-use super::conntrack::Work;
-use crate::compile::{
-    Clients, Edit, ElementOf, PlanChange, ServicePlan, ServiceSet, Settings, SharedChain, skeleton,
-    table_id,
-};
+use super::chains::SharedChain;
+use super::change::{Edit, PlanChange};
+use super::layout::{Clients, ServiceSet, table_id};
+use super::plan::{ElementOf, ServicePlan};
+use super::settings::Settings;
+use super::skeleton::skeleton;
 use crate::model::{Family, ObjectName, Store};
 use crate::ruleset::{
     Element, Key, Name, Op, Ruleset, SetOf, Sums, Table, TableId, Transaction, diff,
@@ -23,7 +23,7 @@ use crate::ruleset::{
 
 /// The rules in force.
 #[derive(Clone, Debug, Default)]
-pub struct Programmed {
+pub struct Tables {
     settings: Settings,
     skeletons: BTreeMap<Family, Table>,
     /// Shared with copies, which cost little then.
@@ -78,15 +78,6 @@ pub struct Draft {
     tables: BTreeMap<Family, TableDraft>,
 }
 
-/// What a batch of changes means besides rules, once these are in force.
-#[derive(Debug, Default)]
-pub struct Effects {
-    /// Clients that may be left without their endpoint.
-    pub clients: Suspects,
-    /// Frontends whose flows may be stale.
-    pub flows: Work,
-}
-
 #[derive(Debug, Default)]
 struct TableDraft {
     new_chains: Vec<SharedChain>,
@@ -96,7 +87,7 @@ struct TableDraft {
     touched: BTreeMap<(ServiceSet, Key), bool>,
 }
 
-impl Programmed {
+impl Tables {
     /// Nothing in force yet.
     pub fn new(settings: Settings) -> Self {
         Self {
@@ -156,10 +147,9 @@ impl Programmed {
         &mut self,
         service: &ObjectName,
         change: &PlanChange,
-        effects: &mut Effects,
         mut draft: Option<&mut Draft>,
     ) {
-        self.take_plan(service, change, effects);
+        self.take_plan(service, change);
         self.acquire_chains(change, draft.as_deref_mut());
         for step in 0..change.len() {
             if draft.is_some() || change.is_shared(step) {
@@ -172,8 +162,8 @@ impl Programmed {
     }
 
     /// Puts a plan in the place of another, to be written some steps at a time.
-    pub fn begin(&mut self, service: &ObjectName, change: Arc<PlanChange>, effects: &mut Effects) {
-        self.take_plan(service, &change, effects);
+    pub fn begin(&mut self, service: &ObjectName, change: Arc<PlanChange>) {
+        self.take_plan(service, &change);
         let unfinished = Unfinished {
             left: change.elements(),
             change,
@@ -221,11 +211,9 @@ impl Programmed {
         (elements, finished)
     }
 
-    fn take_plan(&mut self, service: &ObjectName, change: &PlanChange, effects: &mut Effects) {
+    fn take_plan(&mut self, service: &ObjectName, change: &PlanChange) {
         let old = change.before().map(|plan| &**plan);
         let new = change.after().map(|plan| &**plan);
-        effects.flows.change(old, new);
-        effects.clients.replace(old, new);
         self.count_no_local(old, new);
         match change.after() {
             Some(new) => self.plans.insert(service.clone(), new.clone()),
@@ -472,7 +460,7 @@ impl Programmed {
 
 impl Draft {
     /// The drafted operations in the order the kernel must see them.
-    pub fn finish(self, programmed: &Programmed) -> Transaction {
+    pub fn finish(self, tables: &Tables) -> Transaction {
         let mut ops = self.skeleton;
         for (family, draft) in self.tables {
             let id = table_id(family);
@@ -486,7 +474,7 @@ impl Draft {
             }
             let chains = draft.new_chains.iter();
             let chains: Vec<_> = chains
-                .map(|shared| (shared.name(), shared.chain(&programmed.settings, family)))
+                .map(|shared| (shared.name(), shared.chain(&tables.settings, family)))
                 .collect();
             for (name, chain) in &chains {
                 ops.push(Op::AddChain(id.clone(), name.clone(), chain.base));
@@ -498,7 +486,7 @@ impl Draft {
             let (mut delete, mut add) = (draft.delete, draft.add);
             for ((set, key), existed) in draft.touched {
                 let shared = (family, set, key);
-                let exists = programmed.shared.contains_key(&shared);
+                let exists = tables.shared.contains_key(&shared);
                 let list = match (existed, exists) {
                     (false, true) => &mut add,
                     (true, false) => &mut delete,

@@ -21,46 +21,12 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Bound;
 use std::sync::Arc;
-use std::time::Instant;
 
 use foldhash::HashMap;
 
-use super::MOST_WAITING;
-use super::programmed::Effects;
-use crate::compile::ServicePlan;
-use crate::model::{Claim, Delivery, Event, Family, ObjectName};
-
-/// The elements that a transaction deletes and adds, about, where it can be chosen.
-pub(super) const MOST_ELEMENTS: usize = 2_000;
-
-/// When events arrived and what they report happened, for the metrics. The kernel may be out of
-/// order for long, so their number is bounded.
-#[derive(Debug, Default)]
-pub(super) struct Timings {
-    pub arrived: Vec<Instant>,
-    pub triggered_at_ms: Vec<i64>,
-}
-
-impl Timings {
-    pub fn add(&mut self, arrived: Instant) {
-        if self.arrived.len() < MOST_WAITING {
-            self.arrived.push(arrived);
-        }
-    }
-
-    pub fn add_trigger(&mut self, at_ms: i64) {
-        if self.triggered_at_ms.len() < MOST_WAITING {
-            self.triggered_at_ms.push(at_ms);
-        }
-    }
-
-    pub fn append(&mut self, mut other: Self) {
-        self.arrived.append(&mut other.arrived);
-        self.arrived.truncate(MOST_WAITING);
-        self.triggered_at_ms.append(&mut other.triggered_at_ms);
-        self.triggered_at_ms.truncate(MOST_WAITING);
-    }
-}
+use super::plan::ServicePlan;
+use super::replaced::Replaced;
+use crate::model::{Claim, Event, Family, ObjectName};
 
 /// The services that wait.
 #[derive(Debug, Default)]
@@ -85,10 +51,9 @@ struct Waiting {
     /// An event was taken over with which it is not compiled yet.
     taken_over: bool,
     /// What follows once the change is in force that is being written.
-    write: Option<Effects>,
+    write: Option<Replaced>,
     /// The plans whose frontends are taken.
     holds: Vec<Arc<ServicePlan>>,
-    timings: Timings,
 }
 
 /// What is to be done next for a service.
@@ -105,9 +70,8 @@ pub(super) enum Task {
 /// What a service leaves behind for which a task is done.
 #[derive(Debug, Default)]
 pub(super) struct Done {
-    /// What follows.
-    pub effects: Effects,
-    pub timings: Timings,
+    /// What its change replaced.
+    pub replaced: Option<Replaced>,
     /// The plan is to be compiled again.
     pub compile: bool,
 }
@@ -115,6 +79,11 @@ pub(super) struct Done {
 impl Queue {
     pub fn is_empty(&self) -> bool {
         self.waiting.is_empty()
+    }
+
+    /// Whether something is to be done for a service.
+    pub fn has(&self, service: &ObjectName) -> bool {
+        self.waiting.contains_key(service)
     }
 
     /// Whether a service waits for more than that its event is taken over.
@@ -144,10 +113,8 @@ impl Queue {
     }
 
     /// Puts an event in line, in the place of an older one.
-    pub fn put_off(&mut self, service: &ObjectName, delivery: Delivery) {
-        let waiting = self.enter(service);
-        waiting.event = Some(delivery.event);
-        waiting.timings.add(delivery.at);
+    pub fn put_off(&mut self, service: &ObjectName, event: Event) {
+        self.enter(service).event = Some(event);
     }
 
     /// Drops the event of a service, which a newer one replaces that does not wait.
@@ -217,18 +184,12 @@ impl Queue {
         &mut self,
         service: &ObjectName,
         plan: Option<&Arc<ServicePlan>>,
-        effects: Effects,
+        replaced: Replaced,
     ) {
         self.take(service, plan);
         let waiting = self.enter(service);
         waiting.compile = false;
-        waiting.write = Some(effects);
-    }
-
-    /// The times of the events of a service that waits.
-    pub fn timings(&mut self, service: &ObjectName) -> Option<&mut Timings> {
-        let waiting = self.waiting.get_mut(service)?;
-        Some(&mut waiting.timings)
+        waiting.write = Some(replaced);
     }
 
     /// The service whose turn it is.
@@ -269,8 +230,7 @@ impl Queue {
             return Done::default();
         };
         let done = Done {
-            effects: waiting.write.take().unwrap_or_default(),
-            timings: std::mem::take(&mut waiting.timings),
+            replaced: waiting.write.take(),
             compile: std::mem::take(&mut waiting.compile),
         };
         for plan in std::mem::take(&mut waiting.holds) {
