@@ -17,6 +17,10 @@ use crate::compile::{self, PlanChange, ServicePlan};
 use crate::model::{Changes, Delivery, Event, Kind, Object, ObjectName};
 use crate::netlink;
 
+/// So many claims are taken over at once for each element of a portion: what a claim takes is a
+/// fraction of what an element takes in the kernel.
+const CLAIMS: usize = 4;
+
 /// The changes of services that a batch of events amounts to.
 type ServiceChanges = Vec<(ObjectName, PlanChange)>;
 
@@ -37,7 +41,8 @@ impl<K: Kernel> Reconciler<'_, K> {
         let name = name.clone();
         let old = self.store.service(&name).map_or(0, |old| old.frontends());
         let may_wait = self.state == State::Synced && !self.store.is_listing(Kind::Service);
-        if may_wait && (old.max(new) > self.portion || self.queue.has_event(&name)) {
+        let waits = self.queue.has_event(&name) || self.store.is_taking_over(&name);
+        if may_wait && (old.max(new) > self.portion || waits) {
             let exists = matches!(delivery.event, Event::Apply(_));
             self.store.expect(&name, exists);
             self.queue.put_off(&name, delivery);
@@ -247,6 +252,11 @@ impl<K: Kernel> Reconciler<'_, K> {
                 _ if room < self.portion => break,
                 _ => room,
             };
+            if self.store.is_taking_over(&name) {
+                self.queue.had_turn(&name);
+                self.take_over_some(&name);
+                break;
+            }
             match self.queue.task(&name) {
                 None => break,
                 Some(Task::Write) => {
@@ -280,12 +290,21 @@ impl<K: Kernel> Reconciler<'_, K> {
         Ok(())
     }
 
-    /// Takes over an event that waited. Others that it concerns are compiled with the next call.
+    /// Begins to take over an event that waited.
     fn take_over_one(&mut self, name: &ObjectName, event: Event) {
         let in_force = self.programmed.shared_plan(name);
         self.queue.compile(name, in_force);
         let mut changes = std::mem::take(&mut self.changes);
-        self.store.apply(event, &mut changes);
+        self.store.begin(event, &mut changes);
+        self.note_changes(changes);
+        self.take_over_some(name);
+    }
+
+    /// Takes over some claims of a service. Others that it concerns are compiled with the next call.
+    fn take_over_some(&mut self, name: &ObjectName) {
+        let most = self.portion.saturating_mul(CLAIMS);
+        let mut changes = std::mem::take(&mut self.changes);
+        self.store.go_on(name, most, &mut changes);
         self.note_changes(changes);
     }
 
@@ -329,6 +348,9 @@ impl<K: Kernel> Reconciler<'_, K> {
     /// Counts all that waits as written, where the tables are going to be compared as a whole.
     /// Events go on waiting.
     pub(super) fn abandon_portions(&mut self) {
+        let mut changes = std::mem::take(&mut self.changes);
+        self.store.finish(&mut changes);
+        self.note_changes(changes);
         for name in self.queue.services() {
             self.programmed.advance(&name, usize::MAX, None);
             self.done(&name);
