@@ -53,7 +53,7 @@ pub use layout::{
     table_id,
 };
 pub use plan::{Affinity, ElementOf, Frontend, Pool, Route, ServicePlan, Target};
-pub use service::plan;
+pub use service::{Compilation, plan};
 pub use settings::{DetectLocal, LocalDetector, MasqueradeBit, Settings};
 pub use size::{TooLarge, elements};
 pub use skeleton::{is_base_chain, skeleton};

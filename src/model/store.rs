@@ -194,8 +194,7 @@ impl Store {
             _ => return self.apply(event, changes),
         };
         self.go_on(&name, usize::MAX, changes);
-        self.lists
-            .saw(&ObjectRef::new(Kind::Service, name.clone()));
+        self.lists.saw(&ObjectRef::new(Kind::Service, name.clone()));
         let old = self.services.get(&name).cloned();
         if old == new {
             self.expected.remove(&name);
@@ -468,7 +467,12 @@ impl Store {
     }
 
     /// Notes the services that gained or lost claims, and what is refused to them.
-    fn note_claims(&self, mut claims: ClaimChanges, refusals: &mut Refusals, changes: &mut Changes) {
+    fn note_claims(
+        &self,
+        mut claims: ClaimChanges,
+        refusals: &mut Refusals,
+        changes: &mut Changes,
+    ) {
         // A frontend that moves from one service to another is written at one stroke.
         changes.frontends |= !claims.affected.is_empty();
         changes.services.extend(claims.affected);

@@ -13,13 +13,13 @@ use super::conntrack::Front;
 use super::portions::{Done, Task};
 use super::programmed::{Draft, Effects};
 use super::{Kernel, Outcome, Reconciler, State, too_large};
-use crate::compile::{self, PlanChange, ServicePlan};
+use crate::compile::{self, Compilation, PlanChange, ServicePlan, TooLarge};
 use crate::model::{Changes, Delivery, Event, Kind, Object, ObjectName};
 use crate::netlink;
 
-/// So many claims are taken over at once for each element of a portion: what a claim takes is a
-/// fraction of what an element takes in the kernel.
-const CLAIMS: usize = 4;
+/// So many claims are taken over at once for each element of a portion, and so many frontends
+/// compiled: each takes a fraction of what an element takes in the kernel.
+const CLAIMS: usize = 2;
 
 /// The changes of services that a batch of events amounts to.
 type ServiceChanges = Vec<(ObjectName, PlanChange)>;
@@ -174,10 +174,17 @@ impl<K: Kernel> Reconciler<'_, K> {
     /// Compiles a service; `None` if it has no rules or is left out.
     fn compile(&mut self, name: &ObjectName) -> Option<ServicePlan> {
         let previous = self.programmed.plan(name);
-        match compile::plan(&self.store, name, &self.settings, previous) {
-            Ok(plan) => {
+        let plan = compile::plan(&self.store, name, &self.settings, previous);
+        let plan = self.unless_too_large(name, plan).flatten();
+        plan.filter(|_| !self.refused.contains(name))
+    }
+
+    /// Notes whether a service asks for too much.
+    fn unless_too_large<T>(&mut self, name: &ObjectName, found: Result<T, TooLarge>) -> Option<T> {
+        match found {
+            Ok(found) => {
                 self.too_large.remove(name);
-                plan.filter(|_| !self.refused.contains(name))
+                Some(found)
             }
             Err(error) => {
                 if self.too_large.insert(name.clone()) {
@@ -270,7 +277,7 @@ impl<K: Kernel> Reconciler<'_, K> {
                 Some(Task::Compile) => {
                     compiled = true;
                     let elements = self.compile_one(&name);
-                    if elements > room {
+                    if elements.is_none_or(|elements| elements > room) {
                         self.queue.had_turn(&name);
                         break;
                     }
@@ -308,19 +315,45 @@ impl<K: Kernel> Reconciler<'_, K> {
         self.note_changes(changes);
     }
 
-    /// Compiles a service that waits for it. Returns about how many elements its change has.
-    fn compile_one(&mut self, name: &ObjectName) -> usize {
-        let plan = self.compile(name);
-        match self.change(name, plan) {
+    /// Compiles some frontends of a service that waits for it. With the last of them, its change is
+    /// begun; about how many elements that has is returned.
+    fn compile_one(&mut self, name: &ObjectName) -> Option<usize> {
+        let begun = self.queue.take_compilation(name).or_else(|| {
+            let begun = Compilation::begin(&self.store, name);
+            let begun = self.unless_too_large(name, begun).flatten();
+            begun.filter(|_| !self.refused.contains(name))
+        });
+        let previous = self.programmed.plan(name);
+        let mut plan = None;
+        if let Some(mut compilation) = begun {
+            let (most, queue) = (self.portion.saturating_mul(CLAIMS), &mut self.queue);
+            let mut withheld = false;
+            let (store, settings) = (&self.store, &self.settings);
+            let complete = compilation.advance(store, settings, previous, most, |frontend| {
+                let is_free = queue.take_frontend(name, frontend);
+                withheld |= !is_free;
+                is_free
+            });
+            if withheld {
+                queue.look_again(name);
+            }
+            if !complete {
+                queue.compile_on(name, compilation);
+                return None;
+            }
+            plan = compilation.finish(store, previous);
+        }
+        match self.programmed.change(name, plan) {
             Some(change) => {
+                self.queue.compiled(name, change.after());
                 let elements = change.elements();
                 self.begin(name, change);
-                elements
+                Some(elements)
             }
             None => {
                 self.queue.had_turn(name);
                 self.done(name);
-                0
+                Some(0)
             }
         }
     }
