@@ -29,9 +29,9 @@ use std::sync::Arc;
 
 use foldhash::{HashMap, HashMapExt};
 
-use super::layout::{Scope, ServiceSet};
+use super::layout::{By, Scope, ServiceSet};
 use super::plan::{
-    ElementOf, Frontend, Leads, SCOPES, ServicePlan, Target, endpoint_element, shared_key,
+    ElementOf, Frontend, Leads, Route, SCOPES, ServicePlan, Target, endpoint_element, shared_key,
 };
 use crate::model::{Claim, Family};
 use crate::ruleset::{Element, Key};
@@ -235,13 +235,21 @@ impl PlanChange {
         acquire(&mut steps, ServiceSet::Hairpin, before, after);
         let (mut early, mut data, mut late, mut surplus) = (vec![], vec![], vec![], vec![]);
         let mut elements = 0;
+        // Frontends of one port, side by side, mostly lead to the same.
+        let mut last = None;
         for (place, _) in self.pairs.iter().enumerate() {
             let (before, after) = self.sides(place);
             let (was, is) = (targets(before), targets(after));
             let grows = was.iter().zip(&is).any(|(was, is)| is.len() > was.len());
             // A frontend that comes without endpoints waits as well, so that all of them come last.
             let waits = grows || before.is_none();
-            if leads(before) != leads(after) {
+            let led_by = (led_by(before), led_by(after));
+            let differs = match last {
+                Some((of, differs)) if of == led_by => differs,
+                _ => leads(before) != leads(after),
+            };
+            last = Some((led_by, differs));
+            if differs {
                 let list = if waits { &mut late } else { &mut early };
                 list.push(Step::Leads(place));
                 elements += lead_count(before) + lead_count(after);
@@ -292,6 +300,11 @@ fn leads(side: Side<'_>) -> Option<Leads<'_>> {
     side.and_then(|(plan, frontend)| plan.leads(frontend))
 }
 
+/// What the verdicts of a frontend follow from, in one plan.
+fn led_by(side: Side<'_>) -> Option<(By, Family, Route, bool)> {
+    side.map(|(_, it)| (it.by(), it.family, it.route, it.firewalled))
+}
+
 fn target(plan: &ServicePlan, frontend: &Frontend, scope: Scope, index: usize) -> Option<Target> {
     let mut maps = SCOPES.into_iter().zip(plan.targets(frontend));
     let (_, targets) = maps.find(|(of, _)| *of == scope)?;
@@ -323,8 +336,10 @@ fn pairs(old: &[Frontend], new: &[Frontend]) -> Vec<Pair> {
         };
         return (0..old.len()).map(both).collect();
     }
-    let mut places: HashMap<(Family, Claim), usize> = HashMap::with_capacity(old.len());
-    places.extend(old.iter().map(key).zip(0..));
+    let mut places: HashMap<(Family, Claim), usize> = HashMap::new();
+    if !new.is_empty() {
+        places.extend(old.iter().map(key).zip(0..));
+    }
     let mut kept = vec![false; old.len()];
     let mut pairs = Vec::with_capacity(old.len().max(new.len()));
     for (place, frontend) in new.iter().enumerate() {

@@ -17,10 +17,10 @@ use super::plan::ServicePlan;
 use super::queue::{Done, Queue, Task};
 use super::removed::Removed;
 use super::replaced::{HealthCheck, Replaced, ServiceChanges};
+use super::service::{Compilation, plan};
 use super::settings::Settings;
-use super::size::TooLarge;
+use super::size::{TooLarge, elements};
 use super::tables::{Draft, NoLocalEndpoints, Tables};
-use super::{elements, plan};
 use crate::engine::{self, BUDGET, Update};
 use crate::model::{
     Changes, Event, Family, Kind, Node, Notice, Object, ObjectName, ObjectRef, Reason, Store,
@@ -30,6 +30,10 @@ use crate::ruleset::{ObjectPath, Ruleset, Transaction};
 
 /// How long unused shared chains stay: a service that scales up and down finds its chain again.
 const KEEP_UNUSED_CHAINS: Duration = Duration::from_secs(60);
+
+/// So many claims are taken over at once for each element of a portion, and so many frontends
+/// compiled: each takes a fraction of what an element takes in the kernel.
+const CLAIMS: usize = 2;
 
 /// The engine of the services' rules.
 #[derive(Debug)]
@@ -160,6 +164,10 @@ impl Engine {
 
     fn take_over(&mut self, event: Event) {
         self.store.apply(event, &mut self.marks);
+        self.note_marks();
+    }
+
+    fn note_marks(&mut self) {
         self.notices.append(&mut self.marks.notices);
         // While lists are read the names of all services pile up here, over many calls.
         if !self.quarantined.is_empty() {
@@ -185,7 +193,8 @@ impl Engine {
         let name = name.clone();
         let old = self.store.service(&name).map_or(0, |old| old.frontends());
         let may_wait = self.started && !self.store.is_listing(Kind::Service);
-        if may_wait && (old.max(new) > self.portion || self.queue.has_event(&name)) {
+        let waits = self.queue.has_event(&name) || self.store.is_taking_over(&name);
+        if may_wait && (old.max(new) > self.portion || waits) {
             let exists = matches!(event, Event::Apply(_));
             self.store.expect(&name, exists);
             self.queue.put_off(&name, event);
@@ -271,10 +280,17 @@ impl Engine {
     /// Compiles a service; `None` if it has no rules or is left out.
     fn compile(&mut self, name: &ObjectName) -> Option<ServicePlan> {
         let previous = self.tables.plan(name);
-        match plan(&self.store, name, &self.settings, previous) {
-            Ok(plan) => {
+        let plan = plan(&self.store, name, &self.settings, previous);
+        let plan = self.unless_too_large(name, plan).flatten();
+        plan.filter(|_| !self.quarantined.contains(name))
+    }
+
+    /// Notes whether a service asks for too much.
+    fn unless_too_large<T>(&mut self, name: &ObjectName, found: Result<T, TooLarge>) -> Option<T> {
+        match found {
+            Ok(found) => {
                 self.too_large.remove(name);
-                plan.filter(|_| !self.quarantined.contains(name))
+                Some(found)
             }
             Err(error) => {
                 if self.too_large.insert(name.clone()) {
@@ -353,6 +369,11 @@ impl Engine {
                 _ if room < self.portion => break,
                 _ => room,
             };
+            if self.store.is_taking_over(&name) {
+                self.queue.had_turn(&name);
+                self.take_over_some(&name);
+                break;
+            }
             match self.queue.task(&name) {
                 None => break,
                 Some(Task::Write) => {
@@ -366,7 +387,7 @@ impl Engine {
                 Some(Task::Compile) => {
                     compiled = true;
                     let elements = self.compile_one(&name);
-                    if elements > room {
+                    if elements.is_none_or(|elements| elements > room) {
                         self.queue.had_turn(&name);
                         break;
                     }
@@ -380,26 +401,61 @@ impl Engine {
         }
     }
 
-    /// Takes over an event that waited. Others that it concerns are compiled with the next call.
+    /// Begins to take over an event that waited.
     fn take_over_one(&mut self, name: &ObjectName, event: Event) {
         let in_force = self.tables.shared_plan(name);
         self.queue.compile(name, in_force);
-        self.take_over(event);
+        self.store.begin(event, &mut self.marks);
+        self.note_marks();
+        self.take_over_some(name);
     }
 
-    /// Compiles a service that waits for it. Returns about how many elements its change has.
-    fn compile_one(&mut self, name: &ObjectName) -> usize {
-        let plan = self.compile(name);
-        match self.change(name, plan) {
+    /// Takes over some claims of a service. Others that it concerns are compiled with the next call.
+    fn take_over_some(&mut self, name: &ObjectName) {
+        let most = self.portion.saturating_mul(CLAIMS);
+        self.store.go_on(name, most, &mut self.marks);
+        self.note_marks();
+    }
+
+    /// Compiles some frontends of a service that waits for it. With the last of them, its change is
+    /// begun; about how many elements that has is returned.
+    fn compile_one(&mut self, name: &ObjectName) -> Option<usize> {
+        let begun = self.queue.take_compilation(name).or_else(|| {
+            let begun = Compilation::begin(&self.store, name);
+            let begun = self.unless_too_large(name, begun).flatten();
+            begun.filter(|_| !self.quarantined.contains(name))
+        });
+        let previous = self.tables.plan(name);
+        let mut plan = None;
+        if let Some(mut compilation) = begun {
+            let (most, queue) = (self.portion.saturating_mul(CLAIMS), &mut self.queue);
+            let mut withheld = false;
+            let (store, settings) = (&self.store, &self.settings);
+            let complete = compilation.advance(store, settings, previous, most, |frontend| {
+                let is_free = queue.take_frontend(name, frontend);
+                withheld |= !is_free;
+                is_free
+            });
+            if withheld {
+                queue.look_again(name);
+            }
+            if !complete {
+                queue.compile_on(name, compilation);
+                return None;
+            }
+            plan = compilation.finish(store, previous);
+        }
+        match self.tables.change(name, plan) {
             Some(change) => {
+                self.queue.compiled(name, change.after());
                 let elements = change.elements();
                 self.begin(name, change);
-                elements
+                Some(elements)
             }
             None => {
                 self.queue.had_turn(name);
                 self.done(name);
-                0
+                Some(0)
             }
         }
     }
@@ -424,6 +480,8 @@ impl Engine {
     /// Counts all that waits as written, where the tables are going to be compared as a whole.
     /// Events go on waiting.
     fn abandon_portions(&mut self) {
+        self.store.finish(&mut self.marks);
+        self.note_marks();
         for name in self.queue.services() {
             self.tables.advance(&name, usize::MAX, None);
             self.done(&name);

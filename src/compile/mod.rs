@@ -61,7 +61,7 @@ pub use layout::{
 pub use plan::{Affinity, ElementOf, Frontend, Pool, Route, ServicePlan, Target};
 pub use removed::{Removed, address, number};
 pub use replaced::{HealthCheck, Replaced, ServiceChanges};
-pub use service::plan;
+pub use service::{Compilation, plan};
 pub use settings::{DetectLocal, LocalDetector, MasqueradeBit, Settings};
 pub use size::{TooLarge, elements};
 pub use skeleton::{is_base_chain, skeleton};

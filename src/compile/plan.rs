@@ -86,7 +86,7 @@ pub struct Frontend {
 }
 
 /// What happens to the packets of a frontend. Pools are given by their index in the plan.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Route {
     /// They go to the endpoints of a pool, through a chain of this role; without an endpoint
     /// they are refused.

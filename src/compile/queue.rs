@@ -9,8 +9,8 @@
 //! 3. the difference is written, portion by portion, in the order of its steps. [`PlanChange`] says
 //!    why packets may come in between.
 //!
-//! Each of these is done with a call of its own. Before each the loop takes over events, and what
-//! they change goes first. Of several events of a service the newest alone counts.
+//! Each of these is done with as many calls as it takes. Before each the loop takes over events, and
+//! what they change goes first. Of several events of a service the newest alone counts.
 //!
 //! Namespaces take turns, so that a namespace waits for one portion of each of the others at most.
 //!
@@ -18,14 +18,16 @@
 //! another service that wants one of them goes without until the change is written. Both are
 //! compiled again then.
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Bound;
 use std::sync::Arc;
 
 use foldhash::HashMap;
 
-use super::plan::ServicePlan;
+use super::plan::{Frontend, ServicePlan};
 use super::replaced::Replaced;
+use super::service::Compilation;
 use crate::model::{Claim, Event, Family, ObjectName};
 
 /// The services that wait.
@@ -48,6 +50,8 @@ struct Waiting {
     event: Option<Event>,
     /// Its plan is to be compiled.
     compile: bool,
+    /// Its plan is being compiled. The frontends that are compiled are taken.
+    compilation: Option<Compilation>,
     /// An event was taken over with which it is not compiled yet.
     taken_over: bool,
     /// What follows once the change is in force that is being written.
@@ -56,12 +60,18 @@ struct Waiting {
     holds: Vec<Arc<ServicePlan>>,
 }
 
+impl Waiting {
+    fn is_busy(&self) -> bool {
+        self.compile || self.compilation.is_some() || self.write.is_some()
+    }
+}
+
 /// What is to be done next for a service.
 #[derive(Debug)]
 pub(super) enum Task {
     /// Take over an event, with which the plan is to be compiled.
     TakeOver(Event),
-    /// Compile its plan.
+    /// Compile its plan, or some more of it.
     Compile,
     /// Write a portion of its change.
     Write,
@@ -89,7 +99,7 @@ impl Queue {
     /// Whether a service waits for more than that its event is taken over.
     pub fn contains(&self, service: &ObjectName) -> bool {
         let waiting = self.waiting.get(service);
-        waiting.is_some_and(|waiting| waiting.compile || waiting.write.is_some())
+        waiting.is_some_and(Waiting::is_busy)
     }
 
     /// Whether an event of the service waits.
@@ -151,10 +161,33 @@ impl Queue {
             return;
         }
         waiting.holds.push(plan.clone());
+        self.taken.reserve(plan.frontends.len());
         for frontend in &plan.frontends {
             let taken = self.taken.entry((frontend.family, frontend.at));
             taken.or_insert_with(|| service.clone());
         }
+    }
+
+    /// Takes a frontend. Returns whether no other service has it.
+    pub fn take_frontend(&mut self, service: &ObjectName, frontend: &Frontend) -> bool {
+        let taken = self.taken.entry((frontend.family, frontend.at));
+        taken.or_insert_with(|| service.clone()) == service
+    }
+
+    /// Goes on to compile a service with a later call.
+    pub fn compile_on(&mut self, service: &ObjectName, compilation: Compilation) {
+        self.enter(service).compilation = Some(compilation);
+    }
+
+    /// What is compiled of a service.
+    pub fn take_compilation(&mut self, service: &ObjectName) -> Option<Compilation> {
+        self.waiting.get_mut(service)?.compilation.take()
+    }
+
+    /// Notes the plan whose frontends are taken already.
+    pub fn compiled(&mut self, service: &ObjectName, plan: Option<&Arc<ServicePlan>>) {
+        let waiting = self.enter(service);
+        waiting.holds.extend(plan.cloned());
     }
 
     /// The service that has a frontend of this plan until its change is written.
@@ -187,9 +220,7 @@ impl Queue {
         replaced: Replaced,
     ) {
         self.take(service, plan);
-        let waiting = self.enter(service);
-        waiting.compile = false;
-        waiting.write = Some(replaced);
+        self.enter(service).write = Some(replaced);
     }
 
     /// The service whose turn it is.
@@ -212,6 +243,9 @@ impl Queue {
         if waiting.write.is_some() {
             return Some(Task::Write);
         }
+        if waiting.compilation.is_some() {
+            return Some(Task::Compile);
+        }
         // Events may come again and again, but what one of them brought is compiled.
         if !waiting.taken_over
             && let Some(event) = waiting.event.take()
@@ -229,16 +263,18 @@ impl Queue {
         let Some(waiting) = self.waiting.get_mut(service) else {
             return Done::default();
         };
+        let plans = std::mem::take(&mut waiting.holds);
+        let compilation = waiting.compilation.take();
         let done = Done {
             replaced: waiting.write.take(),
-            compile: std::mem::take(&mut waiting.compile),
+            compile: std::mem::take(&mut waiting.compile) || compilation.is_some(),
         };
-        for plan in std::mem::take(&mut waiting.holds) {
-            for frontend in &plan.frontends {
-                let key = (frontend.family, frontend.at);
-                if self.taken.get(&key) == Some(service) {
-                    self.taken.remove(&key);
-                }
+        let held = plans.iter().flat_map(|plan| &plan.frontends);
+        for frontend in held.chain(compilation.iter().flat_map(Compilation::frontends)) {
+            if let Entry::Occupied(taken) = self.taken.entry((frontend.family, frontend.at))
+                && taken.get() == service
+            {
+                taken.remove();
             }
         }
         // With an event that waits it goes on behind the others of its namespace.
@@ -254,7 +290,7 @@ impl Queue {
     /// Takes a service out for which nothing is to be done.
     fn leave_if_idle(&mut self, service: &ObjectName) {
         let waiting = self.waiting.get(service);
-        if waiting.is_none_or(|it| it.event.is_some() || it.compile || it.write.is_some()) {
+        if waiting.is_none_or(|it| it.event.is_some() || it.is_busy()) {
             return;
         }
         self.waiting.remove(service);

@@ -33,44 +33,224 @@ pub fn plan(
     settings: &Settings,
     previous: Option<&ServicePlan>,
 ) -> Result<Option<ServicePlan>, TooLarge> {
-    let Some(service) = store.service(name).filter(|s| s.has_frontends()) else {
+    let Some(mut compilation) = Compilation::begin(store, name)? else {
         return Ok(None);
     };
-    let slices = store.slices_of(name);
-    let node = store.node().map(|node| &**node);
-    size::check(service, &slices, node)?;
-    let mut compiler = Compiler {
-        store,
-        service,
-        settings,
-        node,
-        slices,
-        previous: previous.map_or_else(HashMap::new, by_port),
-        frontends: Vec::new(),
-        known: HashSet::new(),
-        pools: Vec::new(),
-        hairpin: Vec::new(),
-    };
-    for family in Family::ALL {
-        compiler.family(family);
+    compilation.advance(store, settings, previous, usize::MAX, |_| true);
+    Ok(compilation.finish(store, previous))
+}
+
+/// A service on the way to its plan, of which some frontends at a time are compiled.
+///
+/// What changes in the meantime is in the part that is compiled later. So the service has to be
+/// compiled once more then. The plan is one that can be in force nevertheless: each frontend belonged
+/// to the service when it was compiled, and each pool was one of the service's endpoints.
+#[derive(Debug)]
+pub struct Compilation {
+    service: Arc<Service>,
+    /// How many ports are compiled, first all of one family, then all of the other.
+    place: usize,
+    /// The port that follows, if it was begun.
+    port: Option<PortFrontends>,
+    frontends: Vec<Frontend>,
+    /// What there is a frontend for already.
+    known: HashSet<(Claim, Family)>,
+    pools: Vec<Pool>,
+    hairpin: Vec<IpAddr>,
+}
+
+/// The frontends of one service port in one family, in their order.
+#[derive(Debug)]
+struct PortFrontends {
+    /// The route of ClusterIPs, if there are any.
+    internal: Option<Route>,
+    /// The route of all others.
+    external: Option<Route>,
+    /// How many were looked at.
+    place: usize,
+}
+
+/// An address of a service, in one of its roles.
+struct Address {
+    ip: IpAddr,
+    /// Whether it is a ClusterIP.
+    internal: bool,
+    /// Whether the source ranges of the service apply.
+    firewalled: bool,
+}
+
+/// The addresses of a service in a family, in the order of their roles and then sorted. One that
+/// comes up in several roles is handled in the first of them.
+fn addresses(service: &Service, family: Family) -> Vec<Address> {
+    let mut found = Vec::new();
+    for (addresses, internal, firewalled) in [
+        (&service.cluster_ips, true, false),
+        (
+            &service.load_balancer_ips,
+            false,
+            restricts(service, family),
+        ),
+        (&service.external_ips, false, false),
+    ] {
+        let own = addresses.iter().copied();
+        let own: BTreeSet<IpAddr> = own.filter(|ip| Family::of(*ip) == family).collect();
+        found.extend(own.into_iter().map(|ip| Address {
+            ip,
+            internal,
+            firewalled,
+        }));
     }
-    let cluster_ips: BTreeSet<IpAddr> = service.cluster_ips.iter().copied().collect();
-    compiler.hairpin.sort_unstable();
-    compiler.hairpin.dedup();
-    let plan = ServicePlan {
-        frontends: compiler.frontends.into(),
-        pools: compiler.pools.into(),
-        cluster_ips: cluster_ips.into_iter().collect(),
-        hairpin: compiler.hairpin.into(),
-        affinity: service.affinity_seconds.map(|seconds| Affinity {
-            clients: Clients::of(name.namespace()),
-            seconds,
-        }),
-        sources: Family::ALL
-            .map(|family| sources(service, family, store.node().map(|node| &**node), previous)),
-    };
-    let empty = plan.frontends.is_empty() && plan.cluster_ips.is_empty();
-    Ok((!empty).then_some(plan))
+    found
+}
+
+impl Compilation {
+    /// Begins to compile a service; `None` is returned for one without frontends.
+    ///
+    /// # Errors
+    ///
+    /// If the service asks for more elements than one may have.
+    pub fn begin(store: &Store, name: &ObjectName) -> Result<Option<Self>, TooLarge> {
+        let Some(service) = store.service(name).filter(|s| s.has_frontends()) else {
+            return Ok(None);
+        };
+        let node = store.node().map(|node| &**node);
+        size::check(service, &store.slices_of(name), node)?;
+        let frontends = service.frontends();
+        Ok(Some(Self {
+            service: service.clone(),
+            place: 0,
+            port: None,
+            frontends: Vec::with_capacity(frontends),
+            known: HashSet::with_capacity(frontends),
+            pools: Vec::new(),
+            hairpin: Vec::new(),
+        }))
+    }
+
+    /// Goes on with so many frontends and endpoints, about, leaving out the frontends that are not
+    /// free. Returns whether these were the last.
+    pub fn advance(
+        &mut self,
+        store: &Store,
+        settings: &Settings,
+        previous: Option<&ServicePlan>,
+        most: usize,
+        mut is_free: impl FnMut(&Frontend) -> bool,
+    ) -> bool {
+        let service = self.service.clone();
+        let mut compiler = Compiler {
+            service: &service,
+            settings,
+            node: store.node().map(|node| &**node),
+            slices: store.slices_of(&service.name),
+            previous: previous.map_or_else(HashMap::new, by_port),
+            pools: &mut self.pools,
+            hairpin: &mut self.hairpin,
+        };
+        let addresses = Family::ALL.map(|family| addresses(&service, family));
+        let families = Family::ALL.into_iter().zip(&addresses);
+        let families = families.filter(|(_, addresses)| !addresses.is_empty());
+        let ports = families.flat_map(|(family, addresses)| {
+            let ports = service.ports.iter();
+            ports.map(move |port| (family, addresses, port))
+        });
+        let done = self.place;
+        let mut left = most;
+        for (family, addresses, port) in ports.skip(done) {
+            let frontends = match &mut self.port {
+                Some(port) => port,
+                none => {
+                    let (frontends, endpoints) = compiler.port(port, family, addresses);
+                    left = left.saturating_sub(endpoints);
+                    none.insert(frontends)
+                }
+            };
+            while let Some((at, route, firewalled)) = frontends.next(port, addresses) {
+                // Unless an older service has it, or this one in another role.
+                if store.owner(&at) == Some(&service.name) && self.known.insert((at, family)) {
+                    let frontend = Frontend {
+                        at,
+                        family,
+                        route,
+                        firewalled,
+                    };
+                    if is_free(&frontend) {
+                        self.frontends.push(frontend);
+                    }
+                }
+                left = left.saturating_sub(1);
+                if left == 0 {
+                    return false;
+                }
+            }
+            self.port = None;
+            self.place += 1;
+        }
+        true
+    }
+
+    /// The frontends compiled so far.
+    pub fn frontends(&self) -> &[Frontend] {
+        &self.frontends
+    }
+
+    /// The plan, once the last frontend is compiled; `None` for a service without any rule.
+    pub fn finish(mut self, store: &Store, previous: Option<&ServicePlan>) -> Option<ServicePlan> {
+        let service = &*self.service;
+        let cluster_ips: BTreeSet<IpAddr> = service.cluster_ips.iter().copied().collect();
+        self.hairpin.sort_unstable();
+        self.hairpin.dedup();
+        let node = store.node().map(|node| &**node);
+        let plan = ServicePlan {
+            frontends: self.frontends.into(),
+            pools: self.pools.into(),
+            cluster_ips: cluster_ips.into_iter().collect(),
+            hairpin: self.hairpin.into(),
+            affinity: service.affinity_seconds.map(|seconds| Affinity {
+                clients: Clients::of(service.name.namespace()),
+                seconds,
+            }),
+            sources: Family::ALL.map(|family| sources(service, family, node, previous)),
+        };
+        let empty = plan.frontends.is_empty() && plan.cluster_ips.is_empty();
+        (!empty).then_some(plan)
+    }
+}
+
+impl PortFrontends {
+    /// The next frontend: its claim, its route, and whether the source ranges apply.
+    fn next(&mut self, port: &ServicePort, addresses: &[Address]) -> Option<(Claim, Route, bool)> {
+        while self.place <= addresses.len() {
+            let address = addresses.get(self.place);
+            self.place += 1;
+            let (at, route, firewalled) = match address {
+                Some(address) => {
+                    let at = Claim::Address(address.ip, port.protocol, port.port);
+                    let route = if address.internal {
+                        self.internal
+                    } else {
+                        self.external
+                    };
+                    (at, route, address.firewalled)
+                }
+                None => {
+                    let number = node_port(port, addresses)?;
+                    (Claim::NodePort(port.protocol, number), self.external, false)
+                }
+            };
+            if let Some(route) = route {
+                return Some((at, route, firewalled));
+            }
+        }
+        None
+    }
+}
+
+/// The NodePort of a port in the family of these addresses. NodePorts follow the ClusterIPs
+/// (`ipFamilies`).
+fn node_port(port: &ServicePort, addresses: &[Address]) -> Option<u16> {
+    let has_cluster_ip = addresses.first().is_some_and(|first| first.internal);
+    port.node_port.filter(|_| has_cluster_ip)
 }
 
 /// What identifies a pool: label, protocol, family and scope.
@@ -123,18 +303,14 @@ fn sources(
 }
 
 struct Compiler<'a> {
-    store: &'a Store,
     service: &'a Service,
     settings: &'a Settings,
     node: Option<&'a Node>,
     slices: SlicesOf<'a>,
     /// The endpoints of the plan in force.
     previous: HashMap<PoolKey<'a>, &'a [Target]>,
-    frontends: Vec<Frontend>,
-    /// What there is a frontend for already.
-    known: HashSet<(Claim, Family)>,
-    pools: Vec<Pool>,
-    hairpin: Vec<IpAddr>,
+    pools: &'a mut Vec<Pool>,
+    hairpin: &'a mut Vec<IpAddr>,
 }
 
 /// The pools of one service port in one family, as they are needed.
@@ -148,60 +324,30 @@ struct PortPools<'a> {
 }
 
 impl<'a> Compiler<'a> {
-    /// A service has frontends in a family if it has an address of it; NodePorts follow the
-    /// ClusterIPs (`ipFamilies`).
-    fn family(&mut self, family: Family) {
-        let service = self.service;
-        let own = |addresses: &[IpAddr]| -> BTreeSet<IpAddr> {
-            let own = addresses.iter().copied();
-            own.filter(|address| Family::of(*address) == family)
-                .collect()
+    /// Begins with a port. Returns its frontends, and how many endpoints it has.
+    fn port(
+        &mut self,
+        port: &'a ServicePort,
+        family: Family,
+        addresses: &[Address],
+    ) -> (PortFrontends, usize) {
+        let mut pools = PortPools {
+            port,
+            label: label(&self.service.name, &port.name),
+            family,
+            endpoints: self.slices.endpoints(port, family),
+            cluster: None,
+            local: None,
         };
-        let cluster_ips = own(&service.cluster_ips);
-        let load_balancer_ips = own(&service.load_balancer_ips);
-        let external_ips = own(&service.external_ips);
-        let firewalled = restricts(service, family);
-        for port in &service.ports {
-            let mut pools = PortPools {
-                port,
-                label: label(&service.name, &port.name),
-                family,
-                endpoints: self.slices.endpoints(port, family),
-                cluster: None,
-                local: None,
-            };
-            let at = |address: &IpAddr| Claim::Address(*address, port.protocol, port.port);
-            // An address that comes up in several roles is handled in the first of them.
-            for address in &cluster_ips {
-                let route = self.internal_route(&mut pools);
-                self.add(at(address), family, route, false);
-            }
-            for address in &load_balancer_ips {
-                let route = self.external_route(&mut pools);
-                self.add(at(address), family, route, firewalled);
-            }
-            for address in &external_ips {
-                let route = self.external_route(&mut pools);
-                self.add(at(address), family, route, false);
-            }
-            if let Some(number) = port.node_port.filter(|_| !cluster_ips.is_empty()) {
-                let route = self.external_route(&mut pools);
-                self.add(Claim::NodePort(port.protocol, number), family, route, false);
-            }
-        }
-    }
-
-    /// Adds a frontend unless an older service has it, or this one in another role.
-    fn add(&mut self, at: Claim, family: Family, route: Route, firewalled: bool) {
-        let ours = self.store.owner(&at) == Some(&self.service.name);
-        if ours && self.known.insert((at, family)) {
-            self.frontends.push(Frontend {
-                at,
-                family,
-                route,
-                firewalled,
-            });
-        }
+        let internal = addresses.first().is_some_and(|first| first.internal);
+        let external = addresses.last().is_some_and(|last| !last.internal)
+            || node_port(port, addresses).is_some();
+        let frontends = PortFrontends {
+            internal: internal.then(|| self.internal_route(&mut pools)),
+            external: external.then(|| self.external_route(&mut pools)),
+            place: 0,
+        };
+        (frontends, pools.endpoints.len())
     }
 
     /// The route of a ClusterIP (`internalTrafficPolicy`).
@@ -324,6 +470,7 @@ fn assign(previous: &[Target], wanted: Vec<Target>) -> Box<[Target]> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::{Changes, Endpoint, EndpointSlice, Event, Object, ServiceKind, SlicePort};
 
     fn target(n: u8) -> Target {
         (IpAddr::from([10, 0, 0, n]), 80)
@@ -357,5 +504,93 @@ mod tests {
         );
         assert_eq!(assigned(&[1, 2, 3, 4], &[4]), [4]);
         assert!(assigned(&[1, 2], &[]).is_empty());
+    }
+
+    /// A store with a service of 20 ports at 30 addresses of each family, with NodePorts and two
+    /// endpoints.
+    fn store() -> (Store, ObjectName) {
+        let name = ObjectName::new("shop", "large");
+        let port = |number: u16| ServicePort {
+            name: format!("p{number}").into(),
+            protocol: Protocol::Udp,
+            port: number,
+            node_port: Some(30_000 + number),
+        };
+        let v4 = (1..=30).map(|last| IpAddr::from([198, 18, 0, last]));
+        let v6 = (1..=30).map(|last| IpAddr::from([0x2001, 0xdb8, 0, 0, 0, 0, 0, last]));
+        let service = Service {
+            name: name.clone(),
+            created: None,
+            kind: ServiceKind::LoadBalancer,
+            cluster_ips: vec!["10.96.0.1".parse().unwrap(), "fd00::1".parse().unwrap()],
+            ports: (1..=20).map(port).collect(),
+            external_ips: v4.chain(v6).collect(),
+            // One address in two roles.
+            load_balancer_ips: vec!["198.18.0.7".parse().unwrap()],
+            source_ranges: vec!["192.0.2.0/24".parse().unwrap()],
+            external_policy: TrafficPolicy::Local,
+            internal_policy: TrafficPolicy::Local,
+            affinity_seconds: Some(60),
+            health_check_node_port: None,
+        };
+        let endpoint = |last: u8| Endpoint {
+            address: IpAddr::from([10, 244, 0, last]),
+            ready: true,
+            serving: true,
+            terminating: false,
+            node: None,
+            hints: None,
+        };
+        let slice = EndpointSlice {
+            name: ObjectName::new("shop", "large-1"),
+            service: name.clone(),
+            created: None,
+            family: Family::V4,
+            ports: (1..=20)
+                .map(|number| SlicePort {
+                    name: format!("p{number}").into(),
+                    protocol: Protocol::Udp,
+                    port: 8080,
+                })
+                .collect(),
+            endpoints: vec![endpoint(1), endpoint(2)],
+            triggered_at_ms: None,
+        };
+        let (mut store, mut changes) = (Store::default(), Changes::default());
+        for object in [Object::Service(service), Object::EndpointSlice(slice)] {
+            store.apply(Event::Apply(object), &mut changes);
+        }
+        (store, name)
+    }
+
+    #[test]
+    fn no_turn_compiles_more_frontends_than_it_may() {
+        let (store, name) = store();
+        let settings = Settings::default();
+        let at_once = plan(&store, &name, &settings, None).unwrap().unwrap();
+        assert_eq!(at_once.frontends.len(), 2 * 20 * 32);
+        for most in [1, 7, 100] {
+            let mut compilation = Compilation::begin(&store, &name).unwrap().unwrap();
+            let (mut before, mut complete) = (0, false);
+            while !complete {
+                complete = compilation.advance(&store, &settings, None, most, |_| true);
+                let now = compilation.frontends().len();
+                assert!(now - before <= most, "{before} to {now}");
+                before = now;
+            }
+            assert_eq!(compilation.finish(&store, None), Some(at_once.clone()));
+        }
+    }
+
+    #[test]
+    fn frontends_that_are_not_free_are_left_out() {
+        let (store, name) = store();
+        let settings = Settings::default();
+        let mut compilation = Compilation::begin(&store, &name).unwrap().unwrap();
+        let of_v6 = |frontend: &Frontend| frontend.family == Family::V6;
+        compilation.advance(&store, &settings, None, usize::MAX, of_v6);
+        let plan = compilation.finish(&store, None).unwrap();
+        assert_eq!(plan.frontends.len(), 20 * 32);
+        assert!(plan.frontends.iter().all(of_v6));
     }
 }

@@ -19,6 +19,11 @@ use ipnet::IpNet;
 use smallvec::SmallVec;
 
 use super::{ObjectName, Protocol, Service};
+use takeover::{Difference, Wishes};
+
+mod takeover;
+
+pub(crate) use takeover::Takeover;
 
 /// Something that only one service can have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -207,49 +212,81 @@ impl Claims {
 
     /// The claims that a service asks for and does not have.
     pub(crate) fn lacking(&self, service: &Service) -> Vec<(Claim, Claimant)> {
-        let wishes = wishes(Some(service));
+        let wishes = Wishes::of(Some(service));
         let lacking = wishes
             .iter()
             .filter(|(claim, ..)| self.owner(claim) != Some(&service.name));
         lacking
-            .map(|wish| (wish.0, claimant(service, wish)))
+            .map(|wish| (wish.0, claimant(service, &wish)))
             .collect()
     }
 
-    /// Replaces the claims of a service by those of its new form; `None` for a form that does
-    /// not exist.
-    pub fn change(&mut self, old: Option<&Service>, new: Option<&Service>) -> ClaimChanges {
-        let Some(name) = new.or(old).map(|service| service.name.clone()) else {
+    /// Makes a change as far as so many claims of addresses are compared; with the first call also
+    /// what changes together. Returns what that means, and whether the change is complete.
+    pub(crate) fn advance(&mut self, takeover: &mut Takeover, most: usize) -> (ClaimChanges, bool) {
+        let mut changes = ClaimChanges::default();
+        if !takeover.is_begun() {
+            changes = self.change_together(takeover);
+        }
+        let (differences, more) = takeover.next(most);
+        let touched = differences.iter().map(|it| it.claim).collect();
+        let others = self.change(takeover, touched, &differences, |_| ());
+        changes.affected.extend(others.affected);
+        changes.lost.extend(others.lost);
+        (changes, !more)
+    }
+
+    /// Makes the part of a change in which claims depend on each other.
+    fn change_together(&mut self, takeover: &mut Takeover) -> ClaimChanges {
+        let Some(name) = takeover.name().cloned() else {
             return ClaimChanges::default();
         };
-        let (before, after) = (wishes(old), wishes(new));
-        let moved = old.map(age) != new.map(age);
-        let without = |from: &[Wish], other: &[Wish]| -> Vec<Wish> {
-            let stays = |wish: &Wish| !moved && other.binary_search(wish).is_ok();
-            from.iter().filter(|wish| !stays(wish)).copied().collect()
-        };
-        let (released, taken) = (without(&before, &after), without(&after, &before));
-        let (addresses_before, addresses_after) = (cluster_ips(old), cluster_ips(new));
-        let mut touched: Vec<Claim> = Vec::with_capacity(released.len() + taken.len());
-        for (claim, ..) in released.iter().chain(&taken) {
-            touched.push(*claim);
-            touched.extend(self.beside(claim));
+        let (before, after) = takeover.cluster_ips();
+        let mut touched = Vec::new();
+        for difference in takeover.node_ports() {
+            touched.push(difference.claim);
+            touched.extend(self.beside(&difference.claim));
         }
-        for address in addresses_before.symmetric_difference(&addresses_after) {
+        for address in before.symmetric_difference(&after) {
             touched.extend(self.others_at(*address));
         }
-        let gets = new.map(|new| (new, &*taken));
-        self.compare(touched, &name, gets, |claims| {
-            if let Some(old) = old {
-                claims.release(old, &released);
-            }
-            for address in addresses_before.difference(&addresses_after) {
+        touched.sort_unstable();
+        touched.dedup();
+        let differences = touched.iter().filter_map(|claim| takeover.at(*claim));
+        let differences: Vec<Difference> = differences.collect();
+        let changes = self.change(takeover, touched.clone(), &differences, |claims| {
+            for address in before.difference(&after) {
                 claims.drop_cluster_ip(*address, &name);
             }
-            for address in addresses_after.difference(&addresses_before) {
+            for address in after.difference(&before) {
                 let names = claims.cluster_ips.entry(*address).or_default();
                 names.push(name.clone());
             }
+        });
+        takeover.begin(touched);
+        changes
+    }
+
+    /// Changes some claims of a service, and what else is to change with them.
+    fn change(
+        &mut self,
+        takeover: &Takeover,
+        touched: Vec<Claim>,
+        differences: &[Difference],
+        also: impl FnOnce(&mut Self),
+    ) -> ClaimChanges {
+        let Some(name) = takeover.name() else {
+            return ClaimChanges::default();
+        };
+        let released: Vec<Wish> = differences.iter().filter_map(|it| it.released).collect();
+        let taken: Vec<Wish> = differences.iter().filter_map(|it| it.taken).collect();
+        let (old, new) = (takeover.old(), takeover.target());
+        let gets = new.map(|new| (&**new, &*taken));
+        self.compare(touched, name, gets, |claims| {
+            if let Some(old) = old {
+                claims.release(old, &released);
+            }
+            also(claims);
             if let Some(new) = new {
                 claims.take(new, &taken);
             }
@@ -422,45 +459,4 @@ fn claimant(service: &Service, (_, rank, health_check): &Wish) -> Claimant {
 
 fn age(service: &Service) -> i64 {
     service.created.unwrap_or(i64::MAX)
-}
-
-fn cluster_ips(service: Option<&Service>) -> BTreeSet<IpAddr> {
-    let addresses = service.into_iter().flat_map(|service| &service.cluster_ips);
-    addresses.copied().collect()
-}
-
-/// Everything a service wants for itself alone, sorted, each claim once with its best rank. Nothing for
-/// one with more frontends than a service may have.
-fn wishes(service: Option<&Service>) -> Vec<Wish> {
-    let wants = |service: &&Service| service.has_frontends() && !service.is_oversized();
-    let Some(service) = service.filter(wants) else {
-        return Vec::new();
-    };
-    let addresses = [
-        (&service.cluster_ips, Rank::ClusterIp),
-        (&service.load_balancer_ips, Rank::LoadBalancerIp),
-        (&service.external_ips, Rank::ExternalIp),
-    ];
-    let mut wishes = Vec::new();
-    for port in &service.ports {
-        for (addresses, rank) in addresses {
-            let at = |address: &IpAddr| Claim::Address(*address, port.protocol, port.port);
-            wishes.extend(addresses.iter().map(|address| (at(address), rank, false)));
-        }
-        let node_port = port.node_port.into_iter();
-        wishes.extend(node_port.map(|number| {
-            (
-                Claim::NodePort(port.protocol, number),
-                Rank::NodePort,
-                false,
-            )
-        }));
-    }
-    let health_check = service.health_check_node_port.into_iter();
-    wishes.extend(
-        health_check.map(|number| (Claim::NodePort(Protocol::Tcp, number), Rank::NodePort, true)),
-    );
-    wishes.sort_unstable();
-    wishes.dedup_by_key(|(claim, ..)| *claim);
-    wishes
 }

@@ -9,36 +9,93 @@ use super::{Kind, Notice, ObjectName, ObjectRef, Reason, Subject};
 /// How many claims of one service a notice names.
 const MOST_NAMED: usize = 4;
 
-/// One notice for each service and sort of cause, sorted by service.
-pub(crate) fn notices(
-    claims: &Claims,
-    lost: impl IntoIterator<Item = (Claim, Claimant)>,
-) -> Vec<Notice> {
-    let mut by_service: BTreeMap<ObjectName, Vec<Refusal>> = BTreeMap::new();
-    for (claim, claimant) in lost {
-        if let Some(cause) = claims.refusal(&claim, &claimant) {
+/// What services ask for and do not get, in as much as notices say.
+#[derive(Debug, Default)]
+pub(crate) struct Refusals(BTreeMap<ObjectName, Vec<Alike>>);
+
+/// The claims of a service that it does not get because of one sort of cause.
+#[derive(Debug)]
+struct Alike {
+    /// The first of them.
+    named: Vec<Refusal>,
+    count: usize,
+}
+
+impl Refusals {
+    /// Adds claims that services may have lost, as far as they do not have them.
+    pub(crate) fn add(
+        &mut self,
+        claims: &Claims,
+        lost: impl IntoIterator<Item = (Claim, Claimant)>,
+    ) {
+        for (claim, claimant) in lost {
+            let Some(cause) = claims.refusal(&claim, &claimant) else {
+                continue;
+            };
             let used_as = claimant.used_as();
-            let refusals = by_service.entry(claimant.name).or_default();
-            refusals.push(Refusal {
+            let refusal = Refusal {
                 claim,
                 cause,
                 used_as,
-            });
+            };
+            let of_service = self.0.entry(claimant.name).or_default();
+            let mut others = of_service.iter_mut();
+            match others.find(|alike| alike.fits(&refusal)) {
+                Some(alike) => alike.add(refusal),
+                None => of_service.push(Alike {
+                    named: vec![refusal],
+                    count: 1,
+                }),
+            }
         }
     }
-    let mut notices = Vec::new();
-    for (name, mut refusals) in by_service {
-        while let Some(first) = refusals.first() {
-            let sort = (discriminant(&first.cause), first.used_as);
-            let is_alike = |other: &Refusal| (discriminant(&other.cause), other.used_as) == sort;
-            let (alike, rest) = refusals.into_iter().partition(is_alike);
-            notices.extend(notice(&name, alike));
-            refusals = rest;
+
+    /// One notice for each service and sort of cause, sorted by service.
+    pub(crate) fn notices(self) -> Vec<Notice> {
+        let mut notices = Vec::new();
+        for (name, mut causes) in self.0 {
+            causes.sort_by_key(|alike| alike.named.first().map(|refusal| refusal.claim));
+            notices.extend(causes.iter().filter_map(|alike| alike.notice(&name)));
         }
+        notices
     }
-    notices
 }
 
+impl Alike {
+    fn fits(&self, refusal: &Refusal) -> bool {
+        let sort = |refusal: &Refusal| (discriminant(&refusal.cause), refusal.used_as);
+        self.named.first().map(sort) == Some(sort(refusal))
+    }
+
+    fn add(&mut self, refusal: Refusal) {
+        self.count += 1;
+        let place = self.named.partition_point(|it| it.claim <= refusal.claim);
+        if place < MOST_NAMED {
+            self.named.insert(place, refusal);
+            self.named.truncate(MOST_NAMED);
+        }
+    }
+
+    fn notice(&self, name: &ObjectName) -> Option<Notice> {
+        let (first, others) = self.named.split_first()?;
+        let more = match self.count - 1 {
+            0 => String::new(),
+            count => {
+                let named = others.iter().map(Refusal::what);
+                let named = named.collect::<Vec<_>>().join(", ");
+                let dots = if count < MOST_NAMED { "" } else { ", ..." };
+                format!(" ({count} more in the same way: {named}{dots})")
+            }
+        };
+        Some(Notice {
+            subject: Subject::Object(ObjectRef::new(Kind::Service, name.clone())),
+            reason: Reason::Conflict,
+            message: format!("{}{more}; {}", first.sentence(), first.hint()),
+        })
+    }
+}
+
+#[derive(Debug)]
 struct Refusal {
     claim: Claim,
     cause: Cause,
@@ -107,22 +164,4 @@ impl Refusal {
             Cause::NodePort(_) | Cause::ApiServer => "choose another address or port",
         }
     }
-}
-
-fn notice(name: &ObjectName, refusals: Vec<Refusal>) -> Option<Notice> {
-    let (first, others) = refusals.split_first()?;
-    let more = match others.len() {
-        0 => String::new(),
-        count => {
-            let named = others.iter().take(MOST_NAMED - 1).map(Refusal::what);
-            let named = named.collect::<Vec<_>>().join(", ");
-            let dots = if count < MOST_NAMED { "" } else { ", ..." };
-            format!(" ({count} more in the same way: {named}{dots})")
-        }
-    };
-    Some(Notice {
-        subject: Subject::Object(ObjectRef::new(Kind::Service, name.clone())),
-        reason: Reason::Conflict,
-        message: format!("{}{more}; {}", first.sentence(), first.hint()),
-    })
 }

@@ -8,10 +8,10 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-use super::claims::{Cause, Claim, ClaimChanges, Claims, Reserved};
+use super::claims::{Cause, Claim, ClaimChanges, Claims, Reserved, Takeover};
 use super::{
     Endpoint, EndpointSlice, Event, Family, Kind, Lists, Node, NodePortAddresses, Notice, Object,
-    ObjectName, ObjectRef, Reason, Service, ServiceCidr, ServiceKind, Subject, refusals,
+    ObjectName, ObjectRef, Reason, Service, ServiceCidr, ServiceKind, Subject, refusals::Refusals,
 };
 
 mod slices;
@@ -73,6 +73,8 @@ pub struct Store {
     stand_in: Option<Arc<Node>>,
     service_cidrs: BTreeMap<ObjectName, ServiceCidr>,
     claims: Claims,
+    /// Changes of services whose claims are on the way from one form to the next.
+    takeovers: HashMap<ObjectName, Takeover>,
     lists: Lists,
     /// Where NodePorts answer, and the primary address that counts before the Node's.
     node_ports: (NodePortAddresses, Option<IpAddr>),
@@ -181,6 +183,75 @@ impl Store {
         self.expected.insert(service.clone(), exists);
     }
 
+    /// Begins to take over an event, which [`Store::go_on`] does some claims at a time if it is one
+    /// of a service. The service stays what it was until all of them are changed.
+    pub fn begin(&mut self, event: Event, changes: &mut Changes) {
+        let (name, new) = match event {
+            Event::Apply(Object::Service(service)) => {
+                (service.name.clone(), Some(Arc::new(service)))
+            }
+            Event::Delete(object) if object.kind == Kind::Service => (object.name, None),
+            _ => return self.apply(event, changes),
+        };
+        self.go_on(&name, usize::MAX, changes);
+        self.lists.saw(&ObjectRef::new(Kind::Service, name.clone()));
+        let old = self.services.get(&name).cloned();
+        if old == new {
+            self.expected.remove(&name);
+        } else {
+            if let Some(exists) = self.expected.get_mut(&name) {
+                *exists = new.is_some();
+            }
+            self.takeovers.insert(name, Takeover::new(old, new));
+        }
+    }
+
+    /// Whether an event of a service is being taken over.
+    pub fn is_taking_over(&self, service: &ObjectName) -> bool {
+        self.takeovers.contains_key(service)
+    }
+
+    /// Goes on to take over an event of a service, with so many of its claims at most. It is taken
+    /// over with the last of them.
+    pub fn go_on(&mut self, name: &ObjectName, most: usize, changes: &mut Changes) {
+        let Some(mut takeover) = self.takeovers.remove(name) else {
+            return;
+        };
+        let (claims, complete) = self.claims.advance(&mut takeover, most);
+        self.note_claims(claims, &mut takeover.refusals, changes);
+        if !complete {
+            self.takeovers.insert(name.clone(), takeover);
+            return;
+        }
+        self.expected.remove(name);
+        match takeover.target() {
+            Some(service) => {
+                let old = self.services.insert(name.clone(), service.clone());
+                if service.kind == ServiceKind::OtherProxy
+                    && old.is_none_or(|old| old.kind != ServiceKind::OtherProxy)
+                {
+                    changes.notices.push(other_proxy(name));
+                }
+                self.orphaned.remove(name);
+            }
+            None => {
+                self.services.remove(name);
+            }
+        }
+        changes.notices.extend(takeover.refusals.notices());
+        changes.frontends = true;
+        changes.services.insert(name.clone());
+    }
+
+    /// Takes over what was begun.
+    pub fn finish(&mut self, changes: &mut Changes) {
+        let mut names: Vec<ObjectName> = self.takeovers.keys().cloned().collect();
+        names.sort_unstable();
+        for name in names {
+            self.go_on(&name, usize::MAX, changes);
+        }
+    }
+
     /// Takes over one event and notes what it changed.
     pub fn apply(&mut self, event: Event, changes: &mut Changes) {
         match event {
@@ -188,6 +259,7 @@ impl Store {
                 if !Kind::SERVICES.contains(&kind) => {}
             Event::ListStarted(kind) => {
                 if kind == Kind::Service {
+                    self.finish(changes);
                     self.expected.clear();
                 }
                 self.lists.start(kind, self.names(kind));
@@ -205,11 +277,11 @@ impl Store {
                 }
             }
             Event::Apply(object) => {
-                self.saw(&object.reference());
+                self.lists.saw(&object.reference());
                 self.insert(object, changes);
             }
             Event::Delete(reference) => {
-                self.saw(&reference);
+                self.lists.saw(&reference);
                 self.delete(&reference, changes);
             }
             Event::Servers(servers) => {
@@ -220,17 +292,12 @@ impl Store {
         }
     }
 
-    fn saw(&mut self, object: &ObjectRef) {
-        self.lists.saw(object);
-        if object.kind == Kind::Service {
-            self.expected.remove(&object.name);
-        }
-    }
-
     /// Brings what no service may take in line with the node, the ranges and the servers.
     fn reserve(&mut self, changes: &mut Changes) {
         let claims = self.claims.reserve(self.reserved());
-        self.note_claims(claims, changes);
+        let mut refusals = Refusals::default();
+        self.note_claims(claims, &mut refusals, changes);
+        changes.notices.extend(refusals.notices());
     }
 
     fn reserved(&self) -> Reserved {
@@ -270,7 +337,11 @@ impl Store {
 
     fn insert(&mut self, object: Object, changes: &mut Changes) {
         match object {
-            Object::Service(service) => self.insert_service(service, changes),
+            Object::Service(service) => {
+                let name = service.name.clone();
+                self.begin(Event::Apply(Object::Service(service)), changes);
+                self.go_on(&name, usize::MAX, changes);
+            }
             Object::EndpointSlice(slice) => self.insert_slice(slice, changes),
             Object::Node(node) => {
                 let old = self.node();
@@ -289,25 +360,6 @@ impl Store {
             }
             Object::Pod(_) | Object::Namespace(_) | Object::NetworkPolicy(_) => {}
         }
-    }
-
-    fn insert_service(&mut self, service: Service, changes: &mut Changes) {
-        let old = self.services.get(&service.name);
-        if old.is_some_and(|old| **old == service) {
-            return;
-        }
-        let claims = self.claims.change(old.map(|old| &**old), Some(&service));
-        if service.kind == ServiceKind::OtherProxy
-            && old.is_none_or(|old| old.kind != ServiceKind::OtherProxy)
-        {
-            changes.notices.push(other_proxy(&service.name));
-        }
-        self.orphaned.remove(&service.name);
-        self.note_claims(claims, changes);
-        changes.frontends = true;
-        changes.services.insert(service.name.clone());
-        self.services
-            .insert(service.name.clone(), Arc::new(service));
     }
 
     fn insert_slice(&mut self, slice: EndpointSlice, changes: &mut Changes) {
@@ -352,12 +404,8 @@ impl Store {
     fn delete(&mut self, object: &ObjectRef, changes: &mut Changes) {
         match object.kind {
             Kind::Service => {
-                if let Some(old) = self.services.remove(&object.name) {
-                    let claims = self.claims.change(Some(&old), None);
-                    self.note_claims(claims, changes);
-                    changes.frontends = true;
-                    changes.services.insert(object.name.clone());
-                }
+                self.begin(Event::Delete(object.clone()), changes);
+                self.go_on(&object.name, usize::MAX, changes);
             }
             Kind::EndpointSlice => {
                 if let Some(old) = self.slices.remove(&object.name) {
@@ -391,8 +439,9 @@ impl Store {
         }
         let services = self.services.values();
         let lacking = services.flat_map(|service| self.claims.lacking(service));
-        let notices = refusals::notices(&self.claims, lacking);
-        changes.notices.extend(notices);
+        let mut refusals = Refusals::default();
+        refusals.add(&self.claims, lacking);
+        changes.notices.extend(refusals.notices());
     }
 
     /// Reports a slice without a service, unless one of the same service was.
@@ -417,7 +466,13 @@ impl Store {
         });
     }
 
-    fn note_claims(&self, mut claims: ClaimChanges, changes: &mut Changes) {
+    /// Notes the services that gained or lost claims, and what is refused to them.
+    fn note_claims(
+        &self,
+        mut claims: ClaimChanges,
+        refusals: &mut Refusals,
+        changes: &mut Changes,
+    ) {
         // A frontend that moves from one service to another is written at one stroke.
         changes.frontends |= !claims.affected.is_empty();
         changes.services.extend(claims.affected);
@@ -429,8 +484,7 @@ impl Store {
                     owner.is_none_or(|owner| self.expected.get(owner) != Some(&false))
                 });
             }
-            let notices = refusals::notices(&self.claims, claims.lost);
-            changes.notices.extend(notices);
+            refusals.add(&self.claims, claims.lost);
         }
     }
 

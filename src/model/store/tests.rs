@@ -5,6 +5,8 @@ use crate::model::{
     Family, Labels, Namespace, Protocol, ServiceKind, ServicePort, SlicePort, TrafficPolicy,
 };
 
+mod takeover;
+
 fn service(name: &str, created: i64, external: &str) -> Service {
     Service {
         name: ObjectName::new("shop", name),

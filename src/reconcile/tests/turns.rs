@@ -114,6 +114,34 @@ fn the_heir_of_a_service_whose_end_waits_is_no_conflict() {
     bench.assert_as_wanted(&reconciler);
 }
 
+/// The frontends of a vast service that are compiled belong to it, though none is written yet.
+#[test]
+fn a_failure_while_a_service_is_compiled_leaves_nothing_out() {
+    let bench = Bench::new();
+    let mut reconciler = bench.reconciler().with_portions_of(100);
+    handle(&mut reconciler, lists(vec![node().into()]));
+    let name = vast(1).name;
+    once(&mut reconciler, vec![put(vast(1))]);
+    while reconciler.store().service(&name).is_none() {
+        once(&mut reconciler, vec![]);
+    }
+    for _ in 0..3 {
+        once(&mut reconciler, vec![]);
+        assert!(!reconciler.services.engine.is_being_written(&name));
+    }
+    bench.kernel.0.borrow_mut().failures = 1;
+    let small = service("small", &["10.96.0.1"], &[80]);
+    let events = [put(small)].into_iter().map(Delivery::now);
+    reconciler.take_over(events);
+    let mut outcome = reconciler.work(Parts::ALL).together();
+    while outcome != Outcome::Synced {
+        outcome = reconciler.resync();
+    }
+    finish(&mut reconciler);
+    bench.assert_as_wanted(&reconciler);
+    assert_eq!(elements(&bench, ServiceSet::Frontends), 31 * 40 + 1);
+}
+
 /// What claims nothing since it has too many frontends is said to be too large.
 #[test]
 fn a_service_at_the_bound_of_frontends_is_written_or_named() {
