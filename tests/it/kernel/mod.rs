@@ -1,0 +1,9 @@
+//! What is written to the kernel, read back, and put back after changes by others.
+
+mod audit;
+mod counters;
+mod golden;
+mod healing;
+mod histories;
+mod nflog;
+mod tables;

@@ -1,0 +1,152 @@
+//! A node with three pods in two namespaces, for tests of network policies.
+
+use serde_json::{Map, Value, json};
+
+use crate::support::manifests::{CLUSTER_CIDR, Manifests};
+use crate::support::reach::allow_ping;
+use nftlet_lab::netns::{Lab, LabOptions, Machine, Namespace, Protocol, Server};
+
+/// The ports that everyone serves, over TCP and UDP.
+pub const SERVED: [u16; 2] = [80, 8080];
+
+/// `shop/web`, `shop/db` and `store/api` are the pods of node-1, with the label `app` each; the
+/// namespaces have the label `team`, `a` and `b`. All serve TCP and UDP at [`SERVED`], of which
+/// 8080 is called `http`, and so do nodes and clients.
+pub struct Shop {
+    pub lab: Lab,
+    pub manifests: Manifests,
+    _servers: Vec<Server>,
+}
+
+impl Shop {
+    /// One node and one client.
+    pub fn open() -> Self {
+        Self::with(LabOptions::default())
+    }
+
+    /// Pods of further nodes are not described by manifests.
+    pub fn with(options: LabOptions) -> Self {
+        let lab = Lab::new(options);
+        let manifests = Manifests::new();
+        manifests.put(&namespace("shop", &[("team", "a")]));
+        manifests.put(&namespace("store", &[("team", "b")]));
+        let shop = Self {
+            _servers: serve(&machines(&lab)),
+            lab,
+            manifests,
+        };
+        let [web, db, api] = shop.pods();
+        let pods = [
+            ("shop", "web", &web),
+            ("shop", "db", &db),
+            ("store", "api", &api),
+        ];
+        for (namespace, name, machine) in pods {
+            let object = pod(namespace, name, &[("app", name)], machine);
+            shop.manifests.put(&object);
+        }
+        shop
+    }
+
+    /// web, db and api.
+    pub fn pods(&self) -> [Machine; 3] {
+        let pods = &self.lab.node().pods;
+        [0, 1, 2].map(|index| pods[index].clone())
+    }
+
+    /// The first node.
+    pub fn node(&self) -> &Namespace {
+        self.lab.node().ns()
+    }
+
+    /// Programs the node with the manifests as they are; what nftlet said.
+    #[track_caller]
+    pub fn apply(&self) -> String {
+        self.manifests
+            .program(self.node(), &["--cluster-cidr", CLUSTER_CIDR])
+    }
+
+    /// Writes an object and programs the node.
+    #[track_caller]
+    pub fn put_and_apply(&self, object: &Value) {
+        self.manifests.put(object);
+        self.apply();
+    }
+
+    /// The rules of the node.
+    #[track_caller]
+    pub fn rules(&self) -> String {
+        self.node().nft(&["list", "ruleset"])
+    }
+}
+
+fn machines(lab: &Lab) -> Vec<&Machine> {
+    let nodes = lab.nodes.iter().map(|node| &node.machine);
+    nodes
+        .chain(lab.node().pods.iter())
+        .chain(&lab.clients)
+        .collect()
+}
+
+/// Serves [`SERVED`] on all these machines, and lets them ping.
+pub fn serve(machines: &[&Machine]) -> Vec<Server> {
+    let mut servers = Vec::new();
+    for machine in machines {
+        allow_ping(machine);
+        for port in SERVED {
+            servers.extend(machine.serve(Protocol::Tcp, port));
+            servers.extend(machine.serve(Protocol::Udp, port));
+        }
+    }
+    servers
+}
+
+/// A Namespace.
+pub fn namespace(name: &str, labels: &[(&str, &str)]) -> Value {
+    json!({
+        "apiVersion": "v1", "kind": "Namespace",
+        "metadata": {"name": name, "labels": map(labels)},
+    })
+}
+
+/// A running Pod of node-1 with the addresses of a machine.
+pub fn pod(namespace: &str, name: &str, labels: &[(&str, &str)], at: &Machine) -> Value {
+    json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {
+            "namespace": namespace, "name": name, "labels": map(labels),
+            "creationTimestamp": "2026-01-01T00:00:00Z",
+        },
+        "spec": {
+            "nodeName": "node-1",
+            "containers": [{"name": "main", "ports": [{"name": "http", "containerPort": 8080}]}],
+        },
+        "status": {
+            "phase": "Running", "podIP": at.v4,
+            "podIPs": [{"ip": at.v4}, {"ip": at.v6}],
+        },
+    })
+}
+
+/// The same with a container that runs since a second of the year 2026.
+pub fn running_since(second: u8, mut pod: Value) -> Value {
+    let at = format!("2026-01-01T00:00:{second:02}Z");
+    let state = json!({"running": {"startedAt": at}});
+    pod["status"]["containerStatuses"] = json!([{"name": "main", "state": state}]);
+    pod
+}
+
+/// A NetworkPolicy.
+pub fn policy(namespace: &str, name: &str, spec: Value) -> Value {
+    json!({
+        "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
+        "metadata": {"namespace": namespace, "name": name}, "spec": spec,
+    })
+}
+
+fn map(pairs: &[(&str, &str)]) -> Map<String, Value> {
+    let pairs = pairs.iter();
+    pairs
+        .map(|(key, value)| ((*key).into(), json!(value)))
+        .collect()
+}
