@@ -6,4 +6,7 @@ mod descriptors;
 mod events;
 mod inputs;
 mod logging;
+mod ports;
 mod process;
+mod server;
+mod signals;

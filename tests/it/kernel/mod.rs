@@ -2,6 +2,7 @@
 
 mod audit;
 mod counters;
+mod everything;
 mod golden;
 mod healing;
 mod histories;

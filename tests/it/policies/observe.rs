@@ -1,40 +1,39 @@
-//! What hangs around the network policies: connections that are cut, what is logged and counted,
-//! and bridges that pass them by.
+//! What hangs around the network policies: what is logged and counted, and bridges that pass them
+//! by.
 
 use std::io::{self, Read as _, Write as _};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
+use std::time::Duration;
 
 use crate::support::manifests::{CLUSTER_CIDR, Manifests};
 use nftlet::netlink::{Conntrack, LogReader, Tracked};
 use nftlet::policy::LOG_GROUP;
 use nftlet::ruleset::Family;
 use nftlet_lab::netns::{
-    Ask, Daemon, HttpConnection, Lab, LabOptions, Machine, Namespace, Protocol, Server, drain,
-    require_net_admin, wait_for,
+    Ask, Daemon, Lab, LabOptions, Machine, Namespace, Protocol, Server, require_net_admin, wait_for,
 };
 use serde_json::{Value, json};
 
 /// Reached by a test that fails, and by no other.
-const LONG: Duration = nftlet_lab::netns::PATIENCE;
+pub const LONG: Duration = nftlet_lab::netns::PATIENCE;
+
 /// How long a request waits for which nothing may come back.
-const SILENCE: Duration = Duration::from_millis(400);
+pub const SILENCE: Duration = Duration::from_millis(400);
 /// After that long without an answer a datagram is taken for lost, and another one sent.
-const LOST: Duration = Duration::from_secs(5);
-const PORT: u16 = 8080;
+pub const LOST: Duration = Duration::from_secs(5);
+
+pub const PORT: u16 = 8080;
 const METRICS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 10249);
 
 /// A node with three pods in the namespace `shop`, all of which serve TCP and UDP.
-struct Shop {
-    lab: Lab,
-    manifests: Manifests,
+pub struct Shop {
+    pub lab: Lab,
+    pub manifests: Manifests,
     _servers: Vec<Server>,
 }
 
 impl Shop {
-    fn open() -> Self {
+    pub fn open() -> Self {
         let lab = Lab::new(LabOptions::default());
         // The kernel forgets flows without packets after 30 s, which a test may take.
         lab.node().ns().sysctls(&[
@@ -60,26 +59,26 @@ impl Shop {
         }
     }
 
-    fn run(&self, more: &[&str]) -> Daemon {
+    pub fn run(&self, more: &[&str]) -> Daemon {
         let arguments = [&["--cluster-cidr", CLUSTER_CIDR], more].concat();
         self.manifests.run(self.node(), &arguments)
     }
 
-    fn node(&self) -> &Namespace {
+    pub fn node(&self) -> &Namespace {
         self.lab.node().ns()
     }
 
-    fn pod(&self, number: usize) -> &Machine {
+    pub fn pod(&self, number: usize) -> &Machine {
         self.lab.pods()[number - 1]
     }
 
     /// Isolates pod-1; the outside reaches it still, and nobody else does.
-    fn isolate(&self) {
+    pub fn isolate(&self) {
         self.policy("web", &json!({}));
         self.wait_until_in_force("policy-ingress-shop/web");
     }
 
-    fn policy(&self, name: &str, patch: &Value) {
+    pub fn policy(&self, name: &str, patch: &Value) {
         let client = self.lab.client();
         let mut spec = json!({
             "podSelector": {"matchLabels": {"pod": "pod-1"}},
@@ -99,7 +98,7 @@ impl Shop {
     }
 
     /// Waits until the rules of both families have a word in them.
-    fn wait_until_in_force(&self, word: &str) {
+    pub fn wait_until_in_force(&self, word: &str) {
         for family in ["ip", "ip6"] {
             wait_for(&format!("{word} in the rules"), LONG, || {
                 let rules = self.node().nft(&["list", "tables", family]);
@@ -113,7 +112,7 @@ impl Shop {
     }
 
     /// The connections that the node tracks between two machines, whoever opened them.
-    fn tracked(&self, one: &Machine, other: &Machine) -> Vec<Tracked> {
+    pub fn tracked(&self, one: &Machine, other: &Machine) -> Vec<Tracked> {
         let has = |machine: &Machine, tracked: &Tracked| {
             let ends = [tracked.source, tracked.replier];
             machine.addresses().iter().any(|ip| ends.contains(ip))
@@ -134,7 +133,7 @@ impl Shop {
     }
 }
 
-fn put_pod(manifests: &Manifests, name: &str, addresses: &[IpAddr]) {
+pub fn put_pod(manifests: &Manifests, name: &str, addresses: &[IpAddr]) {
     let ips: Vec<Value> = addresses.iter().map(|ip| json!({"ip": ip})).collect();
     manifests.put(&json!({
         "apiVersion": "v1", "kind": "Pod",
@@ -142,245 +141,6 @@ fn put_pod(manifests: &Manifests, name: &str, addresses: &[IpAddr]) {
         "spec": {"nodeName": "node-1"},
         "status": {"phase": "Running", "podIPs": ips},
     }));
-}
-
-/// A UDP client that asks from one socket for all of its life.
-struct Datagrams(UdpSocket);
-
-impl Datagrams {
-    fn new(from: &Machine, to: SocketAddr) -> Self {
-        let socket = from.ns.run(|| {
-            let socket = UdpSocket::bind((from.address_like(to.ip()), 0))?;
-            socket.connect(to)?;
-            io::Result::Ok(socket)
-        });
-        Self(socket.unwrap())
-    }
-
-    /// Sends a datagram, before which nothing waits any more.
-    fn send(&self) {
-        drain(&self.0);
-        // A refusal that came since is reported here; what counts is the answer.
-        let _ = self.0.send(b"?\n");
-    }
-
-    fn is_answered(&self, within: Duration) -> bool {
-        // None at all would mean to wait for ever.
-        let within = within.max(Duration::from_millis(1));
-        self.0.set_read_timeout(Some(within)).unwrap();
-        self.0.recv(&mut [0; 512]).is_ok()
-    }
-
-    fn ask(&self, within: Duration) -> bool {
-        self.send();
-        self.is_answered(within)
-    }
-}
-
-/// TCP and UDP from one machine to another, in both families.
-struct Talk {
-    tcp: Vec<HttpConnection>,
-    udp: Vec<Datagrams>,
-}
-
-impl Talk {
-    #[track_caller]
-    fn begin(from: &Machine, to: &Machine) -> Self {
-        let (mut tcp, mut udp) = (Vec::new(), Vec::new());
-        for address in to.addresses() {
-            let ask = Ask::http(address, PORT).timeout(LONG);
-            tcp.push(from.ns.run(|| ask.open()).expect("a connection"));
-            udp.push(Datagrams::new(from, SocketAddr::new(address, PORT)));
-        }
-        let mut talk = Self { tcp, udp };
-        talk.goes_on();
-        talk
-    }
-
-    /// The same where a policy may still have to go.
-    #[track_caller]
-    fn begin_at_last(from: &Machine, to: &Machine) -> Self {
-        for address in to.addresses() {
-            let ask = Ask::http(address, PORT).timeout(LOST);
-            wait_for("an answer", LONG, || from.ns.run(|| ask.send()).ok());
-        }
-        Self::begin(from, to)
-    }
-
-    /// Everything is answered.
-    #[track_caller]
-    fn goes_on(&mut self) {
-        for connection in &mut self.tcp {
-            connection.set_timeout(LONG);
-            connection.ask().expect("the connection lives");
-        }
-        for udp in &self.udp {
-            wait_for("an answer over UDP", LONG, || udp.ask(LOST).then_some(()));
-        }
-    }
-}
-
-/// Nothing of all this is answered.
-#[track_caller]
-fn are_cut(talks: &mut [Talk]) {
-    for talk in &mut *talks {
-        for connection in &mut talk.tcp {
-            connection.send().expect("the kernel takes it");
-        }
-        talk.udp.iter().for_each(Datagrams::send);
-    }
-    // All wait at the same time.
-    let until = Instant::now() + SILENCE;
-    let left = || until.saturating_duration_since(Instant::now());
-    for talk in talks {
-        for connection in &mut talk.tcp {
-            connection.set_timeout(left().max(Duration::from_millis(1)));
-            let error = connection.answer().expect_err("the connection is cut");
-            assert_eq!(error.kind(), io::ErrorKind::TimedOut, "{error}");
-        }
-        for udp in &talk.udp {
-            assert!(!udp.is_answered(left()), "an answer over UDP");
-        }
-    }
-}
-
-#[test]
-fn strict_policies_cut_what_they_deny_within_a_second() {
-    if !require_net_admin() {
-        return;
-    }
-    let shop = Shop::open();
-    let daemon = shop.run(&["--network-policy-strict", "--metrics-bind-address=:10249"]);
-    let (web, other, third) = (shop.pod(1), shop.pod(2), shop.pod(3));
-    let node = &shop.lab.node().machine;
-    let mut denied = [
-        Talk::begin(other, web),
-        Talk::begin(web, third),
-        Talk::begin(web, shop.lab.client()),
-    ];
-    let mut allowed = [
-        Talk::begin(shop.lab.client(), web),
-        Talk::begin(node, web),
-        Talk::begin(other, third),
-    ];
-    let cut = |machines: &[&Machine]| -> Duration {
-        shop.isolate();
-        let in_force = Instant::now();
-        for machine in machines {
-            wait_for("the cut", LONG, || {
-                shop.tracked(web, machine).is_empty().then_some(())
-            });
-        }
-        in_force.elapsed()
-    };
-    let mut took = vec![cut(&[other, third])];
-    are_cut(&mut denied);
-    allowed.iter_mut().for_each(Talk::goes_on);
-    // Of each of the three, TCP and UDP of two families.
-    wait_for("the count", LONG, || {
-        let count = scrape(shop.node()).value("nftlet_policy_connections_cut_total");
-        (count? >= 12.0).then_some(())
-    });
-    assert!(!daemon.log().contains("WARN"), "{}", daemon.log());
-
-    // A later policy that allows less than the one before.
-    shop.policy("web", &json!({"ingress": []}));
-    wait_for("the cut", LONG, || {
-        let tracked = shop.tracked(shop.lab.client(), web);
-        tracked.is_empty().then_some(())
-    });
-    let [mut from_outside, mut from_node, mut others] = allowed;
-    are_cut(std::slice::from_mut(&mut from_outside));
-    from_node.goes_on();
-    others.goes_on();
-
-    // A machine that stalls makes it longer, and never shorter.
-    while took.iter().all(|took| *took >= Duration::from_secs(1)) {
-        assert!(took.len() < 5, "{took:?}");
-        shop.manifests.remove("NetworkPolicy", "web");
-        let _talk = Talk::begin_at_last(other, web);
-        took.push(cut(&[other]));
-    }
-}
-
-/// Ends clients also where a wait is in vain.
-struct Stop<'a>(&'a AtomicBool);
-
-impl Drop for Stop<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-}
-
-/// Eight clients go on asking while a policy comes that denies them; whether the server's answers
-/// opened their flows again.
-fn udp_comes_back() -> bool {
-    let shop = Shop::open();
-    let _daemon = shop.run(&["--network-policy-strict"]);
-    let (web, other) = (shop.pod(1), shop.pod(2));
-    let clients: Vec<Datagrams> = (0..8)
-        .map(|number| {
-            let address = web.addresses()[number % 2];
-            Datagrams::new(other, SocketAddr::new(address, PORT))
-        })
-        .collect();
-    let stop = AtomicBool::new(false);
-    thread::scope(|scope| {
-        let _stop = Stop(&stop);
-        for client in &clients {
-            scope.spawn(|| {
-                while !stop.load(Ordering::Relaxed) {
-                    client.ask(SILENCE);
-                }
-            });
-        }
-        wait_for("flows", LONG, || {
-            (shop.tracked(web, other).len() >= 8).then_some(())
-        });
-        // Only ingress is isolated: an answer may open a connection.
-        shop.policy("web", &json!({"policyTypes": ["Ingress"], "ingress": []}));
-        wait_for("the cut", LONG, || {
-            shop.tracked(web, other).is_empty().then_some(())
-        });
-    });
-    let answered = clients.iter().any(|client| client.ask(SILENCE));
-    answered || !shop.tracked(web, other).is_empty()
-}
-
-/// A server that the machine stalls for longer than answers are waited for may still answer what
-/// came before the policy, so a flow that comes back counts if it does each time.
-#[test]
-fn udp_under_load_does_not_come_back_the_other_way_round() {
-    if !require_net_admin() {
-        return;
-    }
-    assert!(
-        (0..4).any(|_| !udp_comes_back()),
-        "answers open the flows again"
-    );
-}
-
-#[test]
-fn without_strict_connections_end_by_themselves() {
-    if !require_net_admin() {
-        return;
-    }
-    let shop = Shop::open();
-    let daemon = shop.run(&["--metrics-bind-address=:10249"]);
-    let (web, other) = (shop.pod(1), shop.pod(2));
-    let mut before = [Talk::begin(other, web), Talk::begin(web, other)];
-    shop.isolate();
-    for address in web.addresses() {
-        let ask = Ask::http(address, PORT).timeout(SILENCE);
-        let refused = other
-            .ns
-            .run(|| ask.send())
-            .expect_err("new ones are denied");
-        assert_eq!(refused.kind(), io::ErrorKind::TimedOut, "{refused}");
-    }
-    before.iter_mut().for_each(Talk::goes_on);
-    let cut = scrape(shop.node()).value("nftlet_policy_connections_cut_total");
-    assert_eq!(cut, Some(0.0), "{}", daemon.log());
 }
 
 /// One datagram or opening segment from a port.
@@ -475,10 +235,10 @@ fn a_log_group_of_somebody_else_is_a_warning_and_policies_are_enforced() {
 }
 
 /// What a scrape gave.
-struct Scrape(String);
+pub struct Scrape(String);
 
 impl Scrape {
-    fn value(&self, series: &str) -> Option<f64> {
+    pub fn value(&self, series: &str) -> Option<f64> {
         let mut lines = self.0.lines();
         let value = lines.find_map(|line| line.strip_prefix(series)?.strip_prefix(' '))?;
         Some(value.parse().unwrap())
@@ -491,7 +251,7 @@ impl Scrape {
     }
 }
 
-fn scrape(node: &Namespace) -> Scrape {
+pub fn scrape(node: &Namespace) -> Scrape {
     let answer = node.run(|| {
         let mut stream = TcpStream::connect(METRICS)?;
         stream.set_read_timeout(Some(LONG))?;
@@ -608,42 +368,6 @@ fn a_bridge_that_passes_the_policies_by_is_told_of() {
     wait_for(over, LONG, || daemon.log().contains(over).then_some(()));
     wait_for("the gauge", LONG, || (gauge() == Some(0.0)).then_some(()));
     assert_eq!(daemon.log().matches(warning).count(), 1, "{}", daemon.log());
-}
-
-#[test]
-fn connections_of_a_pod_that_is_gone_do_not_reach_its_successor() {
-    if !require_net_admin() {
-        return;
-    }
-    let shop = Shop::open();
-    let daemon = shop.run(&[]);
-    let (web, other) = (shop.pod(1), shop.pod(2));
-    let new = json!({"podSelector": {"matchLabels": {"pod": "new"}}});
-    shop.policy("web", &new);
-    // The successor takes over the place as it is: what serves there never ends.
-    let mut denied = Talk::begin(other, web);
-    let mut allowed = Talk::begin(shop.lab.client(), web);
-    shop.manifests.remove("Pod", "pod-1");
-    put_pod(&shop.manifests, "new", &web.addresses());
-    shop.wait_until_in_force("pod-ingress-shop/new");
-    wait_for("the cut", LONG * 3, || {
-        shop.tracked(web, other).is_empty().then_some(())
-    });
-    for udp in &denied.udp {
-        assert!(!udp.ask(SILENCE), "an answer over UDP");
-    }
-    denied.tcp.clear();
-    allowed.goes_on();
-
-    // What the pod itself outlives stays, whatever the policies say later.
-    let mut before = Talk::begin(shop.pod(3), other);
-    shop.policy(
-        "other",
-        &json!({"podSelector": {"matchLabels": {"pod": "pod-2"}}}),
-    );
-    shop.wait_until_in_force("pod-ingress-shop/pod-2");
-    before.goes_on();
-    assert!(!daemon.log().contains("WARN"), "{}", daemon.log());
 }
 
 #[test]

@@ -3,6 +3,10 @@
 mod between;
 mod cluster;
 mod faults;
+mod follow;
 mod manifests;
+mod outages;
 mod policies;
+mod proxy;
+mod recorded;
 mod recovery;

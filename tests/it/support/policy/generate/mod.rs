@@ -4,17 +4,22 @@
 //! addresses, so that selectors, blocks and ports meet often. `tests/it/policies/oracle.rs` measures
 //! that both answers are frequent and that every form of every field comes up.
 
+mod pods;
+mod policies;
+
 use std::net::IpAddr;
 
 use k8s_openapi::api::core::v1::{Namespace, Node, Pod, PodStatus};
-use k8s_openapi::api::networking::v1::{NetworkPolicy, NetworkPolicySpec};
+use k8s_openapi::api::networking::v1::NetworkPolicy;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
-use super::oracle::{
+use crate::support::policy::oracle::{
     Cluster, Protocol, addresses, claims, ended, follows, has_no_sandbox, host_network, runs,
 };
+use pods::{end, new_pod, show};
+use policies::spec;
 
 /// A sequence of numbers that looks random (SplitMix64), the same for every run of a seed.
 #[derive(Clone, Debug)]
@@ -79,6 +84,7 @@ impl Default for Shape {
 
 /// The ports that the worlds use.
 pub const PORTS: [u16; 5] = [53, 80, 443, 8080, 9090];
+
 /// An address that is no pod's and no node's.
 pub const OUTSIDE: [&str; 4] = [
     "192.168.10.100",
@@ -88,39 +94,14 @@ pub const OUTSIDE: [&str; 4] = [
 ];
 
 const NAMESPACES: [&str; 3] = ["shop", "store", "lab"];
+
 const POD_LABELS: [(&str, &[&str]); 3] = [
     ("app", &["web", "db", "cache"]),
     ("tier", &["front", "back"]),
     ("canary", &[""]),
 ];
+
 const NAMESPACE_LABELS: [(&str, &[&str]); 2] = [("team", &["a", "b"]), ("env", &["prod", "dev"])];
-const BLOCKS: [(&str, &[&str]); 15] = [
-    (
-        "0.0.0.0/0",
-        &["10.244.0.0/16", "10.244.1.11/32", "192.168.10.0/24"],
-    ),
-    ("10.244.0.0/16", &["10.244.1.0/24", "10.244.2.12/32"]),
-    ("10.244.1.0/24", &["10.244.1.12/31", "10.244.1.11/32"]),
-    ("10.244.2.0/24", &["10.244.2.8/29"]),
-    ("10.244.1.11/32", &[]),
-    // Bits below the prefix mean nothing.
-    ("10.244.1.77/24", &["10.244.1.13/30"]),
-    ("192.168.10.0/24", &["192.168.10.1/32", "192.168.10.2/32"]),
-    ("203.0.113.0/24", &["203.0.113.9/32"]),
-    ("::/0", &["fd00:10:244::/48", "fd00:10:244:1::11/128"]),
-    (
-        "fd00:10:244::/48",
-        &["fd00:10:244:1::/64", "fd00:10:244:2::12/128"],
-    ),
-    (
-        "fd00:10:244:1::/64",
-        &["fd00:10:244:1::12/127", "fd00:10:244:1::11/128"],
-    ),
-    ("fd00:10:244:2::/64", &["fd00:10:244:2::10/125"]),
-    ("fd00:10:244:2::11/128", &[]),
-    ("fd00:192:168:10::/64", &["fd00:192:168:10::1/128"]),
-    ("2001:db8::/32", &["2001:db8:1::/48"]),
-];
 
 /// A cluster of this shape.
 pub fn cluster(random: &mut Random, shape: &Shape) -> Cluster {
@@ -289,7 +270,7 @@ pub fn connection(
     let owned: Vec<IpAddr> = cluster
         .pods
         .iter()
-        .flat_map(super::oracle::addresses)
+        .flat_map(addresses)
         .filter(|address| address.is_ipv6() == v6 && !is_node(*address))
         .collect();
     let mut end = || -> IpAddr {
@@ -437,115 +418,6 @@ fn add_pod(random: &mut Random, shape: &Shape, cluster: &mut Cluster) -> String 
     name
 }
 
-/// A pod without a name. Its address may be another pod's, too.
-fn new_pod(random: &mut Random, shape: &Shape, namespaces: &[Namespace]) -> Pod {
-    let namespace = &random.pick(namespaces).metadata.name;
-    let number = 1 + random.below(shape.nodes.into()) as u8;
-    let mut metadata = json!({
-        "namespace": namespace,
-        "labels": labels(random, &POD_LABELS),
-    });
-    if random.percent(12) {
-        metadata["deletionTimestamp"] = json!("2026-01-01T01:00:00Z");
-    }
-    let spec = json!({
-        "nodeName": format!("node-{number}"),
-        "containers": containers(random),
-    });
-    let mut pod: Pod = typed(json!({"metadata": metadata, "spec": spec}));
-    let addresses = slot(number, 1 + random.below(shape.slots.into()) as u8);
-    match random.below(12) {
-        0 => {
-            pod.spec.get_or_insert_default().host_network = Some(true);
-            pod.status = Some(status("Running", &node_addresses(number)));
-        }
-        1 => pod.status = Some(status("Succeeded", &addresses)),
-        2 => {
-            pod.status = typed(json!({"phase": "Pending"}));
-            pod.spec.get_or_insert_default().node_name = None;
-        }
-        3 => pod.status = Some(status("Running", &addresses[..1])),
-        4 => pod.status = Some(status("Running", &addresses[1..])),
-        // Init containers run while the pod is pending.
-        5 => pod.status = Some(status("Pending", &addresses)),
-        _ => pod.status = Some(status("Running", &addresses)),
-    }
-    if let Some(status) = &mut pod.status
-        && !random.percent(20)
-    {
-        show(random, status);
-    }
-    pod
-}
-
-/// What the kubelet says of the sandbox and the containers. There are few moments, so that some
-/// pods with one address are equal.
-fn show(random: &mut Random, status: &mut PodStatus) {
-    let moment = |random: &mut Random| format!("2026-01-01T00:00:0{}Z", random.below(6));
-    let waiting = json!({"waiting": {"reason": "ContainerCreating"}});
-    let terminated = json!({"terminated": {"exitCode": 0}});
-    let running = json!({"running": {"startedAt": moment(random)}});
-    let (states, init, ready) = match random.below(12) {
-        0 => (vec![waiting], None, Some("False")),
-        1 => (vec![waiting], None, Some("True")),
-        2 => (vec![waiting], Some(running), None),
-        3 => (vec![terminated.clone(), terminated], None, Some("False")),
-        4 => (vec![terminated, running], None, Some("True")),
-        5 => (vec![running], None, Some("False")),
-        6 | 7 => (vec![running], None, Some("True")),
-        _ => (vec![running], None, None),
-    };
-    let container = |state| {
-        typed(json!({
-            "name": "one", "image": "x", "imageID": "", "ready": false, "restartCount": 0, "state": state,
-        }))
-    };
-    status.container_statuses = Some(states.into_iter().map(container).collect());
-    status.init_container_statuses = init.map(|state| vec![container(state)]);
-    status.conditions = ready.map(|ready| {
-        vec![typed(json!({
-            "type": "PodReadyToStartContainers", "status": ready, "lastTransitionTime": moment(random),
-        }))]
-    });
-}
-
-/// Ends a pod with all its containers.
-fn end(pod: &mut Pod, phase: &str) {
-    let status = pod.status.get_or_insert_default();
-    status.phase = Some(phase.into());
-    status.container_statuses = None;
-    status.init_container_statuses = None;
-}
-
-fn status(phase: &str, addresses: &[IpAddr]) -> PodStatus {
-    let all: Vec<Value> = addresses.iter().map(|ip| json!({"ip": ip})).collect();
-    typed(json!({"phase": phase, "podIP": addresses.first(), "podIPs": all}))
-}
-
-/// The ports of a pod, some with names: the same names at different ports of different pods.
-fn containers(random: &mut Random) -> Value {
-    let mut first = vec![json!({"containerPort": 9090})];
-    if random.percent(70) {
-        let port = *random.pick(&[80, 8080]);
-        first.push(json!({"name": "web", "containerPort": port, "protocol": "TCP"}));
-    }
-    if random.percent(40) {
-        first.push(json!({"name": "peer", "containerPort": *random.pick(&[443, 9090])}));
-    }
-    let mut second = Vec::new();
-    if random.percent(50) {
-        let port = *random.pick(&[53, 8080]);
-        second.push(json!({"name": "dns", "containerPort": port, "protocol": "UDP"}));
-    }
-    if random.percent(30) {
-        second.push(json!({"name": "peer", "containerPort": 443, "protocol": "UDP"}));
-    }
-    if random.percent(15) {
-        second.push(json!({"name": "web", "containerPort": *random.pick(&[80, 443])}));
-    }
-    json!([{"name": "one", "ports": first}, {"name": "two", "ports": second}])
-}
-
 /// Where a pod is: node, addresses and phase.
 type Place = (Option<String>, Option<PodStatus>);
 
@@ -570,189 +442,4 @@ fn add_policy(random: &mut Random, shape: &Shape, cluster: &mut Cluster) -> Stri
     let said = name_of(&policy.metadata);
     cluster.policies.push(policy);
     said
-}
-
-fn spec(random: &mut Random, shape: &Shape) -> NetworkPolicySpec {
-    let mut spec = Map::new();
-    match random.below(10) {
-        0 => {}
-        1..=4 => {
-            spec.insert("podSelector".into(), json!({}));
-        }
-        _ => {
-            let fault = random.percent(shape.faults);
-            let selector = selector(random, &POD_LABELS, fault);
-            spec.insert("podSelector".into(), selector);
-        }
-    }
-    let types: &[&[&str]] = &[&["Ingress"], &["Egress"], &["Ingress", "Egress"], &[]];
-    if random.percent(70) {
-        spec.insert("policyTypes".into(), json!(random.pick(types)));
-    }
-    for (direction, peers) in [("ingress", "from"), ("egress", "to")] {
-        match random.below(10) {
-            0 => {}
-            1 => {
-                spec.insert(direction.into(), json!([]));
-            }
-            _ => {
-                let rules: Vec<Value> = (0..1 + random.below(3))
-                    .map(|_| rule(random, shape, peers))
-                    .collect();
-                spec.insert(direction.into(), json!(rules));
-            }
-        }
-    }
-    typed(spec)
-}
-
-fn rule(random: &mut Random, shape: &Shape, peers: &str) -> Value {
-    let fault = random.percent(shape.faults);
-    let fault_in_peers = fault && random.percent(50);
-    let mut rule = Map::new();
-    if fault_in_peers || random.percent(80) {
-        let mut list: Vec<Value> = Vec::new();
-        if !random.percent(5) {
-            list.extend((0..1 + random.below(2)).map(|_| peer(random)));
-        }
-        if fault_in_peers {
-            list.push(faulty_peer(random));
-        }
-        rule.insert(peers.into(), json!(list));
-    }
-    if (fault && !fault_in_peers) || random.percent(50) {
-        let mut list: Vec<Value> = Vec::new();
-        if !random.percent(5) {
-            list.extend((0..1 + random.below(2)).map(|_| port(random)));
-        }
-        if fault && !fault_in_peers {
-            list.push(faulty_port(random));
-        }
-        rule.insert("ports".into(), json!(list));
-    }
-    Value::Object(rule)
-}
-
-fn peer(random: &mut Random) -> Value {
-    match random.below(10) {
-        0..=2 => json!({"podSelector": any_selector(random, &POD_LABELS)}),
-        3..=4 => json!({"namespaceSelector": namespace_selector(random)}),
-        5..=6 => json!({
-            "namespaceSelector": namespace_selector(random),
-            "podSelector": any_selector(random, &POD_LABELS),
-        }),
-        _ => {
-            let (cidr, excepts) = random.pick(&BLOCKS);
-            let mut block = json!({"cidr": cidr});
-            if random.percent(60) {
-                let but: Vec<&&str> = excepts.iter().filter(|_| random.percent(60)).collect();
-                block["except"] = json!(but);
-            }
-            json!({"ipBlock": block})
-        }
-    }
-}
-
-fn namespace_selector(random: &mut Random) -> Value {
-    if random.percent(30) {
-        let name = random.pick(&NAMESPACES);
-        return json!({"matchLabels": {"kubernetes.io/metadata.name": name}});
-    }
-    any_selector(random, &NAMESPACE_LABELS)
-}
-
-fn any_selector(random: &mut Random, known: &[(&str, &[&str])]) -> Value {
-    if random.percent(25) {
-        return json!({});
-    }
-    selector(random, known, false)
-}
-
-/// A selector with at least one requirement, one of them faulty where that is asked for.
-fn selector(random: &mut Random, known: &[(&str, &[&str])], fault: bool) -> Value {
-    let mut selector = Map::new();
-    let by_labels = random.percent(55);
-    if by_labels {
-        let (key, values) = random.pick(known);
-        let value = random.pick(values);
-        selector.insert("matchLabels".into(), json!({*key: value}));
-    }
-    let mut expressions = Vec::new();
-    if !by_labels || random.percent(25) {
-        let (key, values) = random.pick(known);
-        let wanted: Vec<&&str> = values.iter().filter(|_| random.percent(60)).collect();
-        let wanted = if wanted.is_empty() {
-            vec![&values[0]]
-        } else {
-            wanted
-        };
-        expressions.push(match random.below(4) {
-            0 => json!({"key": key, "operator": "In", "values": wanted}),
-            1 => json!({"key": key, "operator": "NotIn", "values": wanted}),
-            2 => json!({"key": key, "operator": "Exists"}),
-            _ => json!({"key": key, "operator": "DoesNotExist", "values": []}),
-        });
-    }
-    if fault {
-        expressions.push(faulty_requirement(random));
-    }
-    if !expressions.is_empty() {
-        selector.insert("matchExpressions".into(), json!(expressions));
-    }
-    Value::Object(selector)
-}
-
-fn port(random: &mut Random) -> Value {
-    let mut port = Map::new();
-    if random.percent(65) {
-        let protocol = random.pick(&["TCP", "TCP", "UDP", "UDP", "SCTP"]);
-        port.insert("protocol".into(), json!(protocol));
-    }
-    match random.below(10) {
-        0 => {}
-        1..=4 => {
-            port.insert("port".into(), json!(random.pick(&PORTS)));
-        }
-        5..=6 => {
-            let (a, b) = (*random.pick(&PORTS), *random.pick(&PORTS));
-            port.insert("port".into(), json!(a.min(b)));
-            port.insert("endPort".into(), json!(a.max(b)));
-        }
-        _ => {
-            port.insert("port".into(), json!(random.pick(&["web", "dns", "peer"])));
-        }
-    }
-    Value::Object(port)
-}
-
-fn faulty_requirement(random: &mut Random) -> Value {
-    match random.below(3) {
-        0 => json!({"key": "app", "operator": "Like", "values": ["web"]}),
-        1 => json!({"key": "app", "operator": "In", "values": []}),
-        _ => json!({"key": "app", "operator": "Exists", "values": ["web"]}),
-    }
-}
-
-fn faulty_peer(random: &mut Random) -> Value {
-    match random.below(7) {
-        0 => json!({}),
-        1 => json!({"ipBlock": {"cidr": "10.244.0.0"}}),
-        2 => json!({"ipBlock": {"cidr": "10.244.0.0/33"}}),
-        3 => json!({"ipBlock": {"cidr": "10.244.0.0/16", "except": ["192.168.10.0/24"]}}),
-        4 => json!({"ipBlock": {"cidr": "0.0.0.0/0", "except": ["everything"]}}),
-        5 => json!({"ipBlock": {"cidr": "0.0.0.0/0"}, "podSelector": {}}),
-        _ => json!({"podSelector": {"matchExpressions": [faulty_requirement(random)]}}),
-    }
-}
-
-fn faulty_port(random: &mut Random) -> Value {
-    match random.below(7) {
-        0 => json!({"port": 0}),
-        1 => json!({"port": 70_000}),
-        2 => json!({"port": 443, "endPort": 80}),
-        3 => json!({"endPort": 9090}),
-        4 => json!({"port": "web", "endPort": 9090}),
-        5 => json!({"protocol": "ICMP"}),
-        _ => json!({"protocol": "tcp", "port": 80}),
-    }
 }
