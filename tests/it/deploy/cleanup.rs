@@ -1,13 +1,14 @@
 //! `--cleanup` on a host full of other people's rules.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt as _;
+use std::io::Write as _;
 use std::path::Path;
-use std::process::Output;
+use std::process::{Command, Output, Stdio};
 
 use super::neighbours::{
     add_kube_proxy, assert_same, everything, host, kinds, kube_proxy_iptables, kube_proxy_nftables,
 };
+use crate::support::agent::said;
 use crate::support::kube_proxy::Iptables;
 use crate::support::manifests::{CLUSTER_CIDR, Manifests, Service};
 use crate::support::skip::skip;
@@ -16,10 +17,6 @@ use nftlet_lab::netns::{Namespace, PATIENCE, require_net_admin, wait_for};
 fn nftlet(node: &Namespace, arguments: &[&str]) -> Output {
     let mut command = node.command(env!("CARGO_BIN_EXE_nftlet"));
     command.args(arguments).output().expect("nftlet runs")
-}
-
-fn said(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
 /// Cleans up and returns the list.
@@ -251,9 +248,18 @@ fn ipvs(node: &Namespace) -> bool {
 fn programs(links: &[(&str, &str)]) -> tempfile::TempDir {
     let directory = tempfile::tempdir().expect("a temporary directory");
     for (name, script) in links {
-        let path = directory.path().join(name);
-        fs::write(&path, format!("#!/bin/sh\n{script}\n")).expect("a program is written");
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("made executable");
+        // Not written by this process: children that other tests start meanwhile would have the
+        // file open for a moment, in which it cannot be run.
+        let mut install = Command::new("install")
+            .args(["--mode=755", "/dev/stdin"])
+            .arg(directory.path().join(name))
+            .stdin(Stdio::piped())
+            .spawn()
+            .expect("install runs");
+        let mut stdin = install.stdin.take().expect("standard input is piped");
+        write!(stdin, "#!/bin/sh\n{script}\n").expect("a program is written");
+        drop(stdin);
+        assert!(install.wait().expect("install ends").success());
     }
     directory
 }

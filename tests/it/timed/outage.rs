@@ -1,12 +1,12 @@
-//! How long services are away when somebody flushes the ruleset, and how long changes wait after an
-//! outage of the API server. A program of its own, so that no other test runs beside it.
+//! How long services are away after a flush of the ruleset, and how long changes wait after an
+//! outage of the API server.
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::alone;
 use crate::support::agent::{Node, wait_for_log};
 use crate::support::manifests::{CLUSTER_CIDR, Manifests, Service};
 use nftlet_lab::fake_api::{NODES, SERVICES, SLICES};
@@ -15,8 +15,6 @@ use nftlet_lab::netns::{
 };
 use serde_json::json;
 
-/// Held by the test that has the machine for itself.
-static ALONE: Mutex<()> = Mutex::new(());
 const CIDR: [&str; 2] = ["--cluster-cidr", CLUSTER_CIDR];
 const MANY: u16 = 1000;
 const ENDPOINTS: u16 = 10;
@@ -153,7 +151,7 @@ fn a_flush_of_the_ruleset_is_a_short_outage() {
     if !require_net_admin() {
         return;
     }
-    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let _alone = alone();
     let lab = Lab::new(LabOptions::default());
     let manifests = Manifests::new();
     let service = |name: &str, address: String, endpoints: &[(String, bool)]| {
@@ -199,7 +197,7 @@ fn all_changes_of_an_outage_are_in_force_soon_after_it() {
     if !require_net_admin() {
         return;
     }
-    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let _alone = alone();
     let node = Node::new();
     node.api.put(
         NODES,

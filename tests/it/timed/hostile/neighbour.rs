@@ -2,14 +2,15 @@
 
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::MutexGuard;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 use crate::support::agent::Node;
+use crate::timed::alone;
 use nftlet_lab::fake_api::{CIDRS, NODES, SERVICES, SLICES};
 use nftlet_lab::netns::{Ask, PATIENCE, Protocol, Server, require_net_admin};
 
@@ -37,9 +38,6 @@ pub const NODE_IP: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 168, 10, 1));
 /// The name with which the pod of the service answers.
 pub const POD: &str = "neighbours-pod";
 
-/// One test at a time: they measure.
-static TURN: Mutex<()> = Mutex::new(());
-
 /// The service `neighbour/web` on a node with an API server.
 pub struct Neighbour {
     pub node: Node,
@@ -52,7 +50,7 @@ impl Neighbour {
     /// namespaces cannot be created.
     #[track_caller]
     pub fn new() -> Option<Self> {
-        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        let turn = alone();
         if !require_net_admin() {
             return None;
         }
