@@ -10,8 +10,8 @@ use crate::support::agent::{
     NFTLET, Node, PATIENCE, confined, get, lines_with, nftlet, of_repository, one_line, printed,
     rules, said, wait_for_log,
 };
-use crate::support::consumer::{node, service, slice};
 use crate::support::manifests::{CLUSTER_CIDR, Manifests, Service};
+use crate::support::objects::{node, service, slice};
 use nftlet_lab::fake_api::{NODES, SERVICES, SLICES};
 use nftlet_lab::netns::{Daemon, Namespace, require_net_admin, wait_for};
 use serde_json::Value;

@@ -4,7 +4,7 @@ use std::io::Write as _;
 use std::net::TcpStream;
 
 use crate::support::agent::{NFTLET, Node, PATIENCE, get, metric, wait_for_log};
-use crate::support::consumer::{cidr, node, service, slice};
+use crate::support::objects::{cidr, node, service, slice};
 use nftlet_lab::fake_api::{CIDRS, NODES, SERVICES, SLICES};
 use nftlet_lab::netns::{Daemon, require_net_admin, wait_for};
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
@@ -23,7 +23,7 @@ fn cluster(checks: u16) -> Node {
         .put(SLICES, slice("web-1", "web", &["10.1.0.1"]));
     for number in 0..checks {
         let name = format!("checked-{number}");
-        let mut checked = service(&name, &format!("10.96.1.{number}"));
+        let mut checked = service(&name, format!("10.96.1.{number}"));
         checked["spec"]["type"] = json!("LoadBalancer");
         checked["spec"]["externalTrafficPolicy"] = json!("Local");
         checked["spec"]["healthCheckNodePort"] = json!(FIRST_CHECK + number);

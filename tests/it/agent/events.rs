@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use crate::support::agent::{NFTLET, Node, PATIENCE, get, lines_with, metric, wait_for_log};
-use crate::support::consumer::{cidr, node, service, slice};
+use crate::support::objects::{cidr, node, policy, service, slice, with};
 use nftlet::events::{Pace, QUEUE, Recorder};
 use nftlet::model::{Kind, Notice, ObjectName, ObjectRef, Reason, Subject};
 use nftlet::source::Cluster;
@@ -484,14 +484,15 @@ fn a_policy_with_a_fault_has_an_event_and_is_counted() {
     let node = faulty_cluster();
     node.api.put(
         POLICIES,
-        json!({
-            "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
-            "metadata": {"namespace": "shop", "name": "faulty", "uid": "9c1d"},
-            "spec": {
-                "podSelector": {},
-                "ingress": [{"from": [{"ipBlock": {"cidr": "10.0.0.0/33"}}]}],
-            },
-        }),
+        with(
+            policy(
+                "faulty",
+                json!({"podSelector": {}, "ingress": [
+                    {"from": [{"ipBlock": {"cidr": "10.0.0.0/33"}}]},
+                ]}),
+            ),
+            json!({"metadata": {"uid": "9c1d"}}),
+        ),
     );
     let ports = [
         "--metrics-bind-address=127.0.0.1:10249",

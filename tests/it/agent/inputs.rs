@@ -5,8 +5,8 @@ use std::fs;
 use std::process::{Command, Output, Stdio};
 
 use crate::support::agent::{NFTLET, Node, one_line, printed, said, wait_for_log};
-use crate::support::consumer;
-use crate::support::consumer::{node, service};
+use crate::support::objects::{self, with};
+use crate::support::objects::{node, service};
 use nftlet_lab::fake_api;
 use nftlet_lab::fake_api::{NODES, SERVICES};
 use nftlet_lab::netns::{Daemon, Namespace, require_net_admin};
@@ -332,9 +332,10 @@ fn names_forge_no_line() {
         assert!(log.contains("ERROR forged"), "{log}");
     };
     // In a manifest, and in the name of its file.
-    let object = json!({"apiVersion": "v1", "kind": "Service",
-        "metadata": {"namespace": "a", "name": FORGED},
-        "spec": {"clusterIP": FORGED, "ports": [{"port": 80, "protocol": FORGED}]}});
+    let object = with(
+        service(&format!("a/{FORGED}"), FORGED),
+        json!({"spec": {"ports": [{"port": 80, "protocol": FORGED}]}}),
+    );
     for format in ["text", "json"] {
         let (_directory, path) = file(&format!("{}.yaml", FORGED), &object.to_string());
         let format = format!("--log-format={format}");
@@ -369,7 +370,7 @@ fn names_forge_no_line() {
     }
     // In objects and in texts of a server.
     let node = Node::new();
-    node.api.put(NODES, consumer::node("node-1", "zone-a"));
+    node.api.put(NODES, objects::node("node-1", "zone-a"));
     node.api.put(SERVICES, object);
     let agent = node.run();
     wait_for_log(&agent, "ERROR forged");

@@ -6,12 +6,12 @@ use std::os::unix::process::CommandExt as _;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::{panic, thread};
 
-use crate::support::agent::{NFTLET, Node, PATIENCE, get, metric, said};
-use crate::support::consumer::{cidr, node, service, slice};
+use crate::support::agent::{NFTLET, Node, PATIENCE, get, metric, said, small_cluster};
 use crate::support::manifests::Manifests;
+use crate::support::objects::slice;
 use crate::support::stuck::{broken_pipe, full_disk, full_pipe};
 use nftlet::logging::Lines;
-use nftlet_lab::fake_api::{CIDRS, NODES, SERVICES, SLICES};
+use nftlet_lab::fake_api::SLICES;
 use nftlet_lab::netns::{Daemon, require_net_admin, wait_for};
 use nix::sys::signal::Signal;
 
@@ -163,16 +163,6 @@ fn a_cleanup_says_what_it_could_not_print() {
     assert_eq!(full.status.code(), Some(1));
     assert!(said(&full).contains("nftlet: cannot print: No space left on device"));
     assert!(cleanup(broken_pipe().into()).status.success());
-}
-
-/// A node whose server has the service `a` with an endpoint.
-fn small_cluster() -> Node {
-    let node_1 = Node::new();
-    node_1.api.put(NODES, node("node-1", "zone-a"));
-    node_1.api.put(CIDRS, cidr("kubernetes", "10.96.0.0/16"));
-    node_1.api.put(SERVICES, service("a", "10.96.0.11"));
-    node_1.api.put(SLICES, slice("a-1", "a", &["10.1.0.1"]));
-    node_1
 }
 
 fn arguments(node: &Node) -> Vec<String> {

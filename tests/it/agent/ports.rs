@@ -3,13 +3,12 @@
 use std::io::Write as _;
 
 use super::process::shop;
-use super::server::small_cluster;
 use crate::support::agent::{
-    NFTLET, PATIENCE, get, lines_with, metric, nftlet, one_line, rules, wait_for_log,
-    wait_for_rules,
+    NFTLET, PATIENCE, get, lines_with, metric, nftlet, one_line, rules, small_cluster,
+    wait_for_log, wait_for_rules,
 };
-use crate::support::consumer::{node, slice};
 use crate::support::manifests::{Manifests, Service};
+use crate::support::objects::{node, policy, slice, with};
 use nftlet_lab::fake_api::{NAMESPACES, NODES, PODS, POLICIES, SLICES};
 use nftlet_lab::netns::{Daemon, Namespace, require_net_admin, wait_for};
 use serde_json::json;
@@ -249,11 +248,8 @@ fn readiness_waits_for_network_policies_and_services_do_not() {
         (NAMESPACES, "namespaces"),
     ] {
         let node = small_cluster();
-        let closed = json!({
-            "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
-            "metadata": {"name": "closed", "namespace": "shop"}, "spec": {"podSelector": {}},
-        });
-        node.api.put(POLICIES, closed);
+        node.api
+            .put(POLICIES, policy("closed", json!({"podSelector": {}})));
         node.api.forbid(path, true);
         let nftlet = Daemon::start(&node.ns, NFTLET, node.arguments(&[]));
         wait_for_log(&nftlet, "network policies are not in force yet");
@@ -300,19 +296,12 @@ fn a_change_with_a_trigger_time_is_measured_from_there() {
         measured() < 0.5,
         "the slices of the shop have no trigger time"
     );
-    manifests.put(&serde_json::json!({
-        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
-        "metadata": {
-            "name": "web-triggered", "namespace": "shop",
-            "labels": {"kubernetes.io/service-name": "web"},
-            "annotations": {
-                "endpoints.kubernetes.io/last-change-trigger-time": "2026-01-01T00:00:00Z",
-            },
-        },
-        "addressType": "IPv4",
-        "ports": [{"name": "http", "port": 8080, "protocol": "TCP"}],
-        "endpoints": [{"addresses": ["10.244.1.99"]}],
-    }));
+    manifests.put(&with(
+        slice("web-triggered", "web", &["10.244.1.99"]),
+        json!({"metadata": {"annotations": {
+            "endpoints.kubernetes.io/last-change-trigger-time": "2026-01-01T00:00:00Z",
+        }}}),
+    ));
     wait_for("the change to be measured", PATIENCE, || {
         (measured() > 0.5).then_some(())
     });

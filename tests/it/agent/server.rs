@@ -2,24 +2,14 @@
 
 use super::process::shop;
 use crate::support::agent::{
-    Node, PATIENCE, assert_has, get, lines_with, metric, nftlet, printed, rules, wait_for_log,
-    wait_for_rules,
+    Node, PATIENCE, assert_has, get, lines_with, metric, nftlet, printed, rules, small_cluster,
+    wait_for_log, wait_for_rules,
 };
-use crate::support::consumer::{cidr, node, service, slice};
 use crate::support::manifests::Service;
+use crate::support::objects::{service, slice};
 use nftlet_lab::fake_api;
 use nftlet_lab::fake_api::{CIDRS, NODES, SERVICES, SLICES, Streaming};
 use nftlet_lab::netns::{Namespace, require_net_admin, wait_for};
-
-/// A node whose server has the service `a`, 10.96.0.11, with one endpoint, 10.1.0.1.
-pub fn small_cluster() -> Node {
-    let node_1 = Node::new();
-    node_1.api.put(NODES, node("node-1", "zone-a"));
-    node_1.api.put(CIDRS, cidr("kubernetes", "10.96.0.0/16"));
-    node_1.api.put(SERVICES, service("a", "10.96.0.11"));
-    node_1.api.put(SLICES, slice("a-1", "a", &["10.1.0.1"]));
-    node_1
-}
 
 /// Checks that the kernel has what a new process would write for the server's objects.
 #[track_caller]

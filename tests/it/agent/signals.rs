@@ -4,8 +4,7 @@ use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
 use super::process::shop;
-use super::server::small_cluster;
-use crate::support::agent::{NFTLET, PATIENCE, lines_with, rules, wait_for_log};
+use crate::support::agent::{NFTLET, PATIENCE, lines_with, rules, small_cluster, wait_for_log};
 use nftlet_lab::netns::{Daemon, Namespace, require_net_admin, wait_for};
 use nix::sys::signal::Signal;
 use nix::sys::stat::Mode;

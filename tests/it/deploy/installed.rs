@@ -10,8 +10,8 @@ use super::manifests::{Folder, WHOLE, arguments, nftlet_of, pod_of};
 use crate::support::agent::{
     NFTLET, Node, PATIENCE, get, lines_with, nftlet, of_repository, printed, wait_for_log,
 };
-use crate::support::consumer::{cidr, node, service, slice};
 use crate::support::kustomize::build;
+use crate::support::objects::{cidr, deny_all, namespace, node, pod, service, slice};
 use crate::support::schema::typed;
 use k8s_openapi::api::core::v1::{Container, Probe};
 use k8s_openapi::api::rbac::v1::ClusterRole;
@@ -95,23 +95,9 @@ fn busy_cluster() -> Node {
     api.put(SERVICES, service("a", "10.96.0.11"));
     api.put(SERVICES, service("claims-the-same", "10.96.0.11"));
     api.put(SLICES, slice("a-1", "a", &["10.1.0.1"]));
-    api.put(
-        NAMESPACES,
-        json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "shop"}}),
-    );
-    api.put(
-        PODS,
-        json!({"apiVersion": "v1", "kind": "Pod",
-            "metadata": {"namespace": "shop", "name": "a"},
-            "spec": {"nodeName": "node-1", "containers": []},
-            "status": {"phase": "Running", "podIP": "10.1.0.1", "podIPs": [{"ip": "10.1.0.1"}]}}),
-    );
-    api.put(
-        POLICIES,
-        json!({"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
-            "metadata": {"namespace": "shop", "name": "deny"},
-            "spec": {"podSelector": {}, "policyTypes": ["Ingress"]}}),
-    );
+    api.put(NAMESPACES, namespace("shop", &[]));
+    api.put(PODS, pod("a", "node-1", &[], &["10.1.0.1"]));
+    api.put(POLICIES, deny_all("deny"));
     cluster
 }
 

@@ -6,6 +6,7 @@ use std::thread;
 use std::time::Duration;
 
 use crate::support::manifests::Manifests;
+use crate::support::objects::{deny_all, list, namespace, pod, service, slice};
 use nftlet::compile::Settings;
 use nftlet::health::Health;
 use nftlet::metrics::Metrics;
@@ -15,7 +16,6 @@ use nftlet::policy::{self, Engine};
 use nftlet::reconcile::{Audits, Log, Reconciler, Signals, run};
 use nftlet::source;
 use nftlet_lab::netns::{Namespace, require_net_admin, wait_for};
-use serde_json::json;
 use tokio::sync::{mpsc, oneshot, watch};
 
 const LONG: Duration = nftlet_lab::netns::PATIENCE;
@@ -23,35 +23,16 @@ const LONG: Duration = nftlet_lab::netns::PATIENCE;
 /// A service with one endpoint, and a policy for its pod.
 fn shop() -> Manifests {
     let manifests = Manifests::new();
-    let named = |name: &str| json!({"name": name, "namespace": "shop"});
-    manifests.put(&json!({
-        "apiVersion": "v1", "kind": "List", "metadata": {"name": "all"}, "items": [
-            {
-                "apiVersion": "v1", "kind": "Service", "metadata": named("web"),
-                "spec": {"clusterIP": "10.96.0.10", "ports": [{"port": 80}]},
-            },
-            {
-                "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
-                "metadata": {
-                    "name": "web", "namespace": "shop",
-                    "labels": {"kubernetes.io/service-name": "web"},
-                },
-                "addressType": "IPv4", "ports": [{"port": 8080}],
-                "endpoints": [{"addresses": ["10.244.1.1"], "nodeName": "node-1"}],
-            },
-            {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "shop"}},
-            {
-                "apiVersion": "v1", "kind": "Pod", "metadata": named("web"),
-                "spec": {"nodeName": "node-1"},
-                "status": {"phase": "Running", "podIPs": [{"ip": "10.244.1.1"}]},
-            },
-            {
-                "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
-                "metadata": named("closed"),
-                "spec": {"podSelector": {}, "policyTypes": ["Ingress"]},
-            },
+    manifests.put(&list(
+        "all",
+        &[
+            service("web", "10.96.0.10"),
+            slice("web", "web", &["10.244.1.1"]),
+            namespace("shop", &[]),
+            pod("web", "node-1", &[], &["10.244.1.1"]),
+            deny_all("closed"),
         ],
-    }));
+    ));
     manifests
 }
 

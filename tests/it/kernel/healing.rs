@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 
 use crate::support::agent;
 use crate::support::agent::{NFTLET, wait_for_log};
-use crate::support::consumer;
-use crate::support::consumer::{service, slice};
 use crate::support::manifests::{CLUSTER_CIDR, Manifests};
+use crate::support::objects::{self, deny_all, list, namespace, pod, slice_of};
+use crate::support::objects::{service, slice};
 use nftlet::compile::TABLE;
 use nftlet::netlink::{Heard, Monitor, Nftables};
 use nftlet::ruleset::{
@@ -33,27 +33,16 @@ const LONG: Duration = nftlet_lab::netns::PATIENCE;
 fn put_service(manifests: &Manifests, index: u16, endpoints: &[IpAddr]) {
     let [high, low] = index.to_be_bytes();
     let name = format!("web-{index}");
-    let endpoints: Vec<_> = endpoints
+    let endpoints = endpoints
         .iter()
-        .map(|address| json!({"addresses": [address], "nodeName": "node-1"}))
-        .collect();
-    manifests.put(&json!({
-        "apiVersion": "v1", "kind": "List", "metadata": {"name": name}, "items": [
-            {
-                "apiVersion": "v1", "kind": "Service",
-                "metadata": {"name": name, "namespace": "shop"},
-                "spec": {"clusterIP": format!("10.96.{high}.{low}"), "ports": [{"port": 80}]},
-            },
-            {
-                "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
-                "metadata": {
-                    "name": name, "namespace": "shop",
-                    "labels": {"kubernetes.io/service-name": name},
-                },
-                "addressType": "IPv4", "ports": [{"port": 8080}], "endpoints": endpoints,
-            },
+        .map(|address| json!({"addresses": [address], "nodeName": "node-1"}));
+    manifests.put(&list(
+        &name,
+        &[
+            service(&name, format!("10.96.{high}.{low}")),
+            slice_of(&name, &name, endpoints.collect()),
         ],
-    }));
+    ));
 }
 
 /// The ruleset as others list it, sorted because the kernel lists tables by age.
@@ -151,24 +140,13 @@ fn serve(pods: &[&Machine]) -> Vec<Server> {
 
 /// A policy for the pods of this node, and the pods that make it one.
 fn put_policy(manifests: &Manifests, pods: &[&Machine]) {
-    let pods = pods.iter().zip(1..).map(|(pod, number)| {
-        json!({
-            "apiVersion": "v1", "kind": "Pod",
-            "metadata": {"name": format!("web-{number}"), "namespace": "shop"},
-            "spec": {"nodeName": "node-1"},
-            "status": {"phase": "Running", "podIPs": [{"ip": pod.v4.to_string()}]},
-        })
-    });
+    let pods = pods
+        .iter()
+        .zip(1..)
+        .map(|(it, number)| pod(&format!("web-{number}"), "node-1", &[], &[it.v4]));
     let mut items: Vec<_> = pods.collect();
-    items.push(json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "shop"}}));
-    items.push(json!({
-        "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
-        "metadata": {"name": "closed", "namespace": "shop"},
-        "spec": {"podSelector": {}, "policyTypes": ["Ingress"]},
-    }));
-    manifests.put(&json!({
-        "apiVersion": "v1", "kind": "List", "metadata": {"name": "policy"}, "items": items,
-    }));
+    items.extend([namespace("shop", &[]), deny_all("closed")]);
+    manifests.put(&list("policy", &items));
 }
 
 #[test]
@@ -353,7 +331,7 @@ fn hooks_that_keep_the_server_away_are_removed_and_the_rules_of_an_earlier_run_s
         return;
     }
     let node = agent::Node::new();
-    node.api.put(NODES, consumer::node("node-1", "zone-a"));
+    node.api.put(NODES, objects::node("node-1", "zone-a"));
     node.api.put(SERVICES, service("a", "10.96.0.11"));
     node.api.put(SLICES, slice("a-1", "a", &["10.1.0.1"]));
     drop(node.run());

@@ -5,9 +5,10 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::time::Duration;
 
 use crate::support::manifests::{Backend, Manifests, Service};
+use crate::support::objects::{namespace, policy};
 use crate::support::reach::{Case, Probe, check, check_counted};
 use crate::support::shop;
-use crate::support::shop::{pod, policy};
+use crate::support::shop::pod;
 use crate::support::skip::skip;
 use nftlet_lab::netns::{Ask, Machine, Namespace, Protocol, Server, require_net_admin, wait_for};
 use serde_json::json;
@@ -61,7 +62,7 @@ impl Bridge {
             pod
         });
         let manifests = Manifests::new();
-        manifests.put(&shop::namespace("shop", &[]));
+        manifests.put(&namespace("shop", &[]));
         for machine in &pods {
             let name = machine.name.as_str();
             manifests.put(&pod("shop", name, &[("app", name)], machine));
@@ -126,10 +127,10 @@ fn policies_hold_between_pods_of_one_bridge() {
         "podSelector": {"matchLabels": {"app": "web"}},
         "ingress": [{"from": [{"podSelector": {"matchLabels": {"app": "db"}}}]}],
     });
-    bridge.put_and_apply(&policy("shop", "web", spec.clone()));
+    bridge.put_and_apply(&policy("web", spec.clone()));
     check_counted(&nodes, &cases(true, false, true));
     spec["policyTypes"] = json!(["Ingress", "Egress"]);
-    bridge.put_and_apply(&policy("shop", "web", spec.clone()));
+    bridge.put_and_apply(&policy("web", spec.clone()));
     // Neighbours must be found anew, past all that is denied.
     for machine in bridge.pods.iter().chain([&bridge.node]) {
         machine.ns.ip("neigh flush all");
@@ -161,7 +162,7 @@ fn services_of_bridged_pods_are_judged_by_the_pod() {
             "ports": [{"port": "http"}],
         }],
     });
-    bridge.put_and_apply(&policy("shop", "web", spec));
+    bridge.put_and_apply(&policy("web", spec));
     let to_service = |from: &Machine, passes| {
         ["10.96.0.10", "fd00:10:96::a"].map(|to| Case {
             from: from.clone(),
@@ -263,10 +264,10 @@ fn link_local_addresses_are_no_way_past_the_policies() {
     bridge.manifests.program(node, &[]);
     check(true, true);
     let mut spec = json!({"podSelector": {"matchLabels": {"app": "web"}}});
-    bridge.put_and_apply(&policy("shop", "web", spec.clone()));
+    bridge.put_and_apply(&policy("web", spec.clone()));
     check(false, true);
     spec["policyTypes"] = json!(["Egress"]);
-    bridge.put_and_apply(&policy("shop", "web", spec));
+    bridge.put_and_apply(&policy("web", spec));
     for machine in bridge.pods.iter().chain([&bridge.node]) {
         machine.ns.ip("neigh flush all");
     }

@@ -3,8 +3,9 @@
 use std::net::IpAddr;
 
 use crate::support::manifests::{Backend, Service};
+use crate::support::objects::policy;
 use crate::support::reach::{Case, Probe, check, check_counted};
-use crate::support::shop::{Shop, pod, policy};
+use crate::support::shop::{Shop, pod};
 use nftlet_lab::netns::{LabOptions, Machine, require_net_admin};
 use serde_json::json;
 
@@ -38,20 +39,20 @@ fn egress_is_judged_to_pods_to_the_outside_and_to_the_node() {
     let mut spec = json!({
         "podSelector": {"matchLabels": {"app": "web"}}, "policyTypes": ["Egress"],
     });
-    shop.put_and_apply(&policy("shop", "out", spec.clone()));
+    shop.put_and_apply(&policy("out", spec.clone()));
     check_counted(&[&node.ns], &from_web(false, false, false, false));
     spec["egress"] = json!([{"to": [{"podSelector": {"matchLabels": {"app": "db"}}}]}]);
-    shop.put_and_apply(&policy("shop", "out", spec.clone()));
+    shop.put_and_apply(&policy("out", spec.clone()));
     check_counted(&[&node.ns], &from_web(true, false, false, false));
     spec["egress"] = json!([{"to": [
         {"ipBlock": {"cidr": format!("{}/32", node.v4)}},
         {"ipBlock": {"cidr": format!("{}/128", node.v6)}},
         {"namespaceSelector": {"matchLabels": {"team": "b"}}},
     ]}]);
-    shop.put_and_apply(&policy("shop", "out", spec.clone()));
+    shop.put_and_apply(&policy("out", spec.clone()));
     check_counted(&[&node.ns], &from_web(false, true, false, true));
     spec["egress"] = json!([{}]);
-    shop.put_and_apply(&policy("shop", "out", spec));
+    shop.put_and_apply(&policy("out", spec));
     check(&from_web(true, true, true, true));
 }
 
@@ -71,8 +72,8 @@ fn both_ends_must_allow_a_connection() {
         "podSelector": {"matchLabels": {"app": "web"}},
         "ingress": [{"ports": [{"port": 80}, {"port": 80, "protocol": "UDP"}]}],
     });
-    shop.manifests.put(&policy("shop", "out", out));
-    shop.put_and_apply(&policy("shop", "in", into));
+    shop.manifests.put(&policy("out", out));
+    shop.put_and_apply(&policy("in", into));
     let cases = [(Tcp(80), true), (Tcp(8080), false), (Udp(80), false)];
     let cases = cases.map(|(probe, passes)| Case::both(&db, &web, probe, passes));
     check_counted(&[node], &cases.concat());
@@ -93,7 +94,6 @@ fn every_pod_reaches_itself_and_its_node_reaches_it() {
     let own = web.addresses().map(|address| (address.to_string(), true));
     shop.manifests.endpoints(&service, 8080, &own);
     shop.put_and_apply(&policy(
-        "shop",
         "closed",
         json!({"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}),
     ));
@@ -144,8 +144,8 @@ fn services_are_judged_by_the_pod_behind_them() {
             {"ipBlock": {"cidr": "10.96.0.0/16"}}, {"ipBlock": {"cidr": "fd00:10:96::/112"}},
         ]}],
     });
-    shop.manifests.put(&policy("shop", "out", out));
-    shop.put_and_apply(&policy("store", "vip", vip_only));
+    shop.manifests.put(&policy("out", out));
+    shop.put_and_apply(&policy("store/vip", vip_only));
     let to_service = |from: &Machine, passes| {
         ["10.96.0.10", "fd00:10:96::a"].map(|to| Case {
             from: from.clone(),
@@ -173,7 +173,7 @@ fn services_are_judged_by_the_pod_behind_them() {
             {"from": [block(a), block(b)]},
         ]})
     };
-    shop.put_and_apply(&policy("shop", "in", blocks("128")));
+    shop.put_and_apply(&policy("in", blocks("128")));
     let node_port = |from: &Machine, passes| {
         shop.lab.node().machine.addresses().map(|to| Case {
             from: from.clone(),
@@ -191,7 +191,7 @@ fn services_are_judged_by_the_pod_behind_them() {
     let other = json!({"podSelector": {"matchLabels": {"app": "web"}}, "ingress": [
         {"from": [{"podSelector": {}}]},
     ]});
-    shop.put_and_apply(&policy("shop", "in", other));
+    shop.put_and_apply(&policy("in", other));
     let cases = [
         to_service(client, false),
         node_port(client, false),
@@ -217,7 +217,7 @@ fn another_node_is_a_peer_like_any_other_address() {
     host["spec"]["nodeName"] = json!("node-2");
     shop.manifests.put(&host);
     let mut spec = json!({"podSelector": {}, "ingress": [{"from": [{"podSelector": {}}]}]});
-    shop.put_and_apply(&policy("shop", "in", spec.clone()));
+    shop.put_and_apply(&policy("in", spec.clone()));
     let cases = |from_other| {
         let mut cases = Case::both(&other, &web, Tcp(80), from_other).to_vec();
         cases.extend(Case::both(&own, &web, Tcp(80), true));
@@ -232,7 +232,7 @@ fn another_node_is_a_peer_like_any_other_address() {
         {"ipBlock": {"cidr": format!("{}/32", other.v4)}},
         {"ipBlock": {"cidr": format!("{}/128", other.v6)}},
     ]);
-    shop.put_and_apply(&policy("shop", "in", spec));
+    shop.put_and_apply(&policy("in", spec));
     check_counted(&[&own.ns], &cases(true));
 }
 
@@ -268,7 +268,7 @@ fn an_endpoint_in_the_network_of_the_host_is_judged_where_it_is_reached() {
     };
     // The port is that of the endpoint.
     for (port, passes) in [(8080, true), (80, false)] {
-        shop.put_and_apply(&policy("shop", "out", out(port)));
+        shop.put_and_apply(&policy("out", out(port)));
         let cases = [to_service(&web, passes), to_service(&db, true)];
         check_counted(&[&node.ns], &cases.concat());
     }
@@ -292,9 +292,9 @@ fn a_policy_with_egress_rules_isolates_egress_without_saying_so() {
         ]
         .concat()
     };
-    shop.put_and_apply(&policy("shop", "web", spec.clone()));
+    shop.put_and_apply(&policy("web", spec.clone()));
     check_counted(&[node], &cases(false));
     spec["ingress"] = json!([{}]);
-    shop.put_and_apply(&policy("shop", "web", spec));
+    shop.put_and_apply(&policy("web", spec));
     check_counted(&[node], &cases(true));
 }

@@ -8,9 +8,9 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use crate::support::objects::{namespace, policy};
 use crate::support::reach::{Case, Probe, wrong};
-use crate::support::shop;
-use crate::support::shop::{Shop, pod, policy, running_since};
+use crate::support::shop::{Shop, pod, running_since};
 use nftlet_lab::netns::{
     Ask, Client, Daemon, HttpConnection, Machine, Namespace, Protocol, Server, require_net_admin,
     wait_for,
@@ -46,7 +46,7 @@ fn become_true(cases: &[Case]) {
 }
 
 fn closed() -> Value {
-    policy("shop", "web", web(json!([])))
+    policy("web", web(json!([])))
 }
 
 /// A spec for the pod web.
@@ -78,7 +78,7 @@ fn changes_count_at_once() {
     become_true(&cases(true, true));
     shop.manifests.put(&closed());
     become_true(&cases(false, false));
-    shop.manifests.put(&policy("shop", "web", from_app("db")));
+    shop.manifests.put(&policy("web", from_app("db")));
     become_true(&cases(true, false));
     shop.manifests.put(&pod("shop", "db", &[("app", "x")], &db));
     become_true(&cases(false, false));
@@ -87,10 +87,9 @@ fn changes_count_at_once() {
     become_true(&cases(true, false));
     let team = json!({"namespaceSelector": {"matchLabels": {"team": "new"}}});
     shop.manifests
-        .put(&policy("shop", "web", self::web(json!([{"from": [team]}]))));
+        .put(&policy("web", self::web(json!([{"from": [team]}]))));
     become_true(&cases(false, false));
-    shop.manifests
-        .put(&shop::namespace("store", &[("team", "new")]));
+    shop.manifests.put(&namespace("store", &[("team", "new")]));
     become_true(&cases(false, true));
     shop.manifests.remove("Pod", "api");
     become_true(&cases(false, false));
@@ -113,7 +112,7 @@ fn an_isolated_pod_that_comes_is_isolated_from_its_first_packet_on() {
     let to_db = json!({"podSelector": {"matchLabels": {"app": "db"}}, "ingress": [
         {"from": [{"podSelector": {"matchLabels": {"app": "web"}}}]},
     ]});
-    shop.manifests.put(&policy("shop", "db", to_db));
+    shop.manifests.put(&policy("db", to_db));
     let _daemon = run(&shop, &[]);
     become_true(&Case::both(&web, &db, Udp(80), false));
     // Nobody knows of a pod there.
@@ -165,7 +164,6 @@ fn established_connections_are_left_to_end() {
     let _daemon = run(&shop, &[]);
     let (mut connections, _servers) = connections(&shop);
     shop.manifests.put(&policy(
-        "shop",
         "all",
         json!({"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}),
     ));
@@ -276,7 +274,7 @@ fn a_restart_opens_nothing_and_interrupts_nothing() {
     }
     let shop = Shop::open();
     let [web, db, api] = shop.pods();
-    shop.put_and_apply(&policy("shop", "web", from_app("db")));
+    shop.put_and_apply(&policy("web", from_app("db")));
     let load = Load::start(&web, &db, &[&api, shop.lab.client()]);
     for _ in 0..2 {
         let mut daemon = run(&shop, &[]);
@@ -304,7 +302,7 @@ fn changes_of_others_disturb_nobody() {
     }
     let shop = Shop::open();
     let [web, db, api] = shop.pods();
-    shop.manifests.put(&policy("shop", "web", from_app("db")));
+    shop.manifests.put(&policy("web", from_app("db")));
     let _daemon = run(&shop, &[]);
     become_true(&Case::both(&api, &web, Tcp(80), false));
     let load = Load::start(&web, &db, &[&api]);
@@ -319,12 +317,11 @@ fn changes_of_others_disturb_nobody() {
         shop.manifests.put(&other);
         match round % 6 {
             0 => shop.manifests.put(&policy(
-                "shop",
                 "web",
                 web_twice(json!({"podSelector": {"matchLabels": {"app": "db"}}})),
             )),
-            2 => shop.manifests.put(&policy("shop", "web", from_app("db"))),
-            3 => shop.manifests.put(&policy("shop", "more", web_port_1())),
+            2 => shop.manifests.put(&policy("web", from_app("db"))),
+            3 => shop.manifests.put(&policy("more", web_port_1())),
             5 => shop.manifests.remove("NetworkPolicy", "more"),
             _ => {}
         }
@@ -356,7 +353,7 @@ fn a_pod_stays_isolated_while_its_containers_may_run() {
     let mut spec = from_app("db");
     spec["egress"] = json!([]);
     spec["policyTypes"] = json!(["Ingress", "Egress"]);
-    shop.manifests.put(&policy("shop", "web", spec.clone()));
+    shop.manifests.put(&policy("web", spec.clone()));
     let running = || running_since(1, pod("shop", "web", &[("app", "web")], &web));
     shop.manifests.put(&running());
     let metrics = "127.0.0.1:10249";
@@ -379,7 +376,7 @@ fn a_pod_stays_isolated_while_its_containers_may_run() {
         let spec = json!({"podSelector": {"matchLabels": {"app": name}}, "ingress": []});
         shop.manifests
             .put(&pod("shop", name, &[("app", name)], &api));
-        shop.manifests.put(&policy("shop", name, spec));
+        shop.manifests.put(&policy(name, spec));
         let chain = format!("policy-ingress-shop/{name}");
         wait_for(&chain, PATIENCE, || {
             shop.rules().contains(&chain).then_some(())
@@ -403,7 +400,7 @@ fn a_pod_stays_isolated_while_its_containers_may_run() {
     // Policies go on to count, and another pod at the address ends it.
     shop.manifests.remove("NetworkPolicy", "web");
     become_true(&cases(false));
-    shop.manifests.put(&policy("shop", "web", spec));
+    shop.manifests.put(&policy("web", spec));
     become_true(&cases(true));
     shop.manifests
         .put(&pod("shop", "next", &[("app", "next")], &web));

@@ -6,6 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
 use std::time::Duration;
 
 use crate::support::manifests::{CLUSTER_CIDR, Manifests};
+use crate::support::objects::{namespace, pod, policy};
 use nftlet::netlink::{Conntrack, LogReader, Tracked};
 use nftlet::policy::LOG_GROUP;
 use nftlet::ruleset::Family;
@@ -41,9 +42,7 @@ impl Shop {
             ("net.netfilter.nf_conntrack_udp_timeout_stream", "3600"),
         ]);
         let manifests = Manifests::new();
-        manifests.put(&json!({
-            "apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "shop"},
-        }));
+        manifests.put(&namespace("shop", &[]));
         for pod in lab.pods() {
             put_pod(&manifests, &pod.name, &pod.addresses());
         }
@@ -91,10 +90,7 @@ impl Shop {
         for (field, value) in patch.as_object().unwrap() {
             spec[field] = value.clone();
         }
-        self.manifests.put(&json!({
-            "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
-            "metadata": {"name": name, "namespace": "shop"}, "spec": spec,
-        }));
+        self.manifests.put(&policy(name, spec));
     }
 
     /// Waits until the rules of both families have a word in them.
@@ -134,13 +130,7 @@ impl Shop {
 }
 
 pub fn put_pod(manifests: &Manifests, name: &str, addresses: &[IpAddr]) {
-    let ips: Vec<Value> = addresses.iter().map(|ip| json!({"ip": ip})).collect();
-    manifests.put(&json!({
-        "apiVersion": "v1", "kind": "Pod",
-        "metadata": {"name": name, "namespace": "shop", "labels": {"pod": name}},
-        "spec": {"nodeName": "node-1"},
-        "status": {"phase": "Running", "podIPs": ips},
-    }));
+    manifests.put(&pod(name, "node-1", &[("pod", name)], addresses));
 }
 
 /// One datagram or opening segment from a port.
@@ -347,12 +337,7 @@ fn a_bridge_that_passes_the_policies_by_is_told_of() {
     }
     let gauge = || scrape(&node).value("nftlet_policy_bridge_unfiltered{ip_family=\"IPv4\"}");
     assert_eq!(gauge(), Some(0.0), "nobody is isolated");
-    let policy = json!({
-        "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
-        "metadata": {"name": "closed", "namespace": "shop"},
-        "spec": {"podSelector": {}},
-    });
-    manifests.put(&policy);
+    manifests.put(&policy("closed", json!({"podSelector": {}})));
     let warning = "bridge cni0: IPv4 between pods of this node passes the network policies by";
     wait_for(warning, LONG, || {
         daemon.log().contains(warning).then_some(())

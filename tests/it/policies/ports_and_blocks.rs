@@ -3,8 +3,9 @@
 use std::io::Write as _;
 use std::time::Duration;
 
+use crate::support::objects::policy;
 use crate::support::reach::{Case, Probe, check_counted};
-use crate::support::shop::{Shop, pod, policy};
+use crate::support::shop::{Shop, pod};
 use nftlet_lab::netns::{Ask, Machine, Protocol, require_net_admin};
 use serde_json::{Value, json};
 
@@ -23,7 +24,7 @@ fn ports_are_numbers_ranges_and_names() {
             "podSelector": {"matchLabels": {"app": "web"}},
             "ingress": [{"ports": ports, "from": [{"podSelector": {}}]}],
         });
-        shop.put_and_apply(&policy("shop", "ports", spec));
+        shop.put_and_apply(&policy("ports", spec));
         let mut cases = Vec::new();
         for probe in [Tcp(80), Tcp(8080), Udp(80), Udp(8080), Ping] {
             cases.extend(Case::both(&db, &web, probe, passing.contains(&probe)));
@@ -64,7 +65,7 @@ fn a_named_port_moves_with_the_destination() {
         "policyTypes": ["Egress"],
         "egress": [{"ports": [{"port": "http"}]}],
     });
-    shop.put_and_apply(&policy("shop", "named", spec));
+    shop.put_and_apply(&policy("named", spec));
     let cases = |web_at_80, api_at_80| {
         let mut cases = Vec::new();
         for (to, at_80) in [(&web, web_at_80), (&api, api_at_80)] {
@@ -93,7 +94,7 @@ fn blocks_match_addresses_as_they_are_and_each_family_for_itself() {
             "podSelector": {"matchLabels": {"app": "web"}},
             "ingress": [{"from": blocks}],
         });
-        shop.put_and_apply(&policy("shop", "blocks", spec));
+        shop.put_and_apply(&policy("blocks", spec));
         let cases = passing.iter().flat_map(|(from, v4, v6)| {
             let [mut a, mut b] = Case::both(from, &web, Tcp(80), true);
             (a.passes, b.passes) = (*v4, *v6);
@@ -158,7 +159,7 @@ fn exceptions_of_a_block_hold_for_egress_too() {
             without("::/0", [format!("{}/128", db.v6), format!("{}/128", node.v6)]),
         ]}],
     });
-    shop.put_and_apply(&policy("shop", "out", spec));
+    shop.put_and_apply(&policy("out", spec));
     let cases = [
         Case::both(&web, &db, Tcp(80), false),
         Case::both(&web, node, Tcp(80), false),
@@ -185,7 +186,7 @@ fn many_ports_and_peers_of_one_rule_are_all_asked_for() {
                 {"ipBlock": {"cidr": "192.0.2.0/24"}},
             ]}],
         });
-        shop.put_and_apply(&policy("shop", "ports", spec));
+        shop.put_and_apply(&policy("ports", spec));
         let mut cases = Vec::new();
         for probe in [Tcp(80), Tcp(8080), Udp(80), Udp(8080), Ping] {
             cases.extend(Case::both(&db, &web, probe, passing.contains(&probe)));
@@ -229,7 +230,7 @@ fn sctp_is_judged_by_its_ports() {
         "podSelector": {"matchLabels": {"app": "web"}},
         "ingress": [{"ports": [{"port": 80, "protocol": "SCTP"}, {"port": 8080}]}],
     });
-    shop.put_and_apply(&policy("shop", "sctp", spec));
+    shop.put_and_apply(&policy("sctp", spec));
     for address in web.addresses() {
         let ask = |port, timeout| {
             let ask = Ask::sctp(address, port).timeout(Duration::from_millis(timeout));

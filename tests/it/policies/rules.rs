@@ -6,8 +6,9 @@ use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
+use crate::support::objects::policy;
 use crate::support::reach::{Case, Probe, check, check_counted, denied};
-use crate::support::shop::{Shop, pod, policy};
+use crate::support::shop::{Shop, pod};
 use nftlet_lab::netns::{Ask, Client, LabOptions, Machine, Protocol, require_net_admin, wait_for};
 use serde_json::json;
 
@@ -34,7 +35,7 @@ fn errors_about_allowed_packets_come_back() {
             {"ipBlock": {"cidr": format!("{}/128", far.v6)}},
         ]}],
     });
-    shop.put_and_apply(&policy("shop", "web", spec));
+    shop.put_and_apply(&policy("web", spec));
     // Port unreachable, from the pod that was asked.
     let client = Client::new(&web.ns);
     for address in far.addresses() {
@@ -80,10 +81,9 @@ fn neighbours_are_found_whatever_is_denied() {
     let [web, db, api] = shop.pods();
     let node = &shop.lab.node().machine;
     let closed = json!({"podSelector": {}, "policyTypes": ["Ingress", "Egress"]});
-    shop.manifests.put(&policy("shop", "closed", closed));
+    shop.manifests.put(&policy("closed", closed));
     shop.put_and_apply(&policy(
-        "store",
-        "open",
+        "store/open",
         json!({"podSelector": {}, "policyTypes": ["Ingress", "Egress"],
                "egress": [{}], "ingress": [{}]}),
     ));
@@ -113,8 +113,8 @@ fn what_was_denied_is_counted_for_the_pod_and_its_direction() {
     let out = json!({
         "podSelector": {"matchLabels": {"app": "db"}}, "policyTypes": ["Egress"],
     });
-    shop.manifests.put(&policy("shop", "in", into));
-    shop.put_and_apply(&policy("shop", "out", out));
+    shop.manifests.put(&policy("in", into));
+    shop.put_and_apply(&policy("out", out));
     let count = |direction: &str, address: IpAddr| {
         let counted = denied(&[node]);
         counted.get(&(direction.to_owned(), address)).copied()
@@ -160,7 +160,7 @@ fn a_policy_with_a_fault_closes_and_is_named() {
         {"from": [{"ipBlock": {"cidr": "10.244.0.0/40"}}, {"podSelector": {}}]},
         {"from": [{"namespaceSelector": {"matchLabels": {"team": "b"}}}]},
     ]});
-    shop.manifests.put(&policy("shop", "faulty", spec));
+    shop.manifests.put(&policy("faulty", spec));
     let said = shop.apply();
     let lines: Vec<&str> = said
         .lines()
@@ -186,7 +186,7 @@ fn switched_off_nothing_is_enforced() {
     }
     let shop = Shop::open();
     let [web, db, _] = shop.pods();
-    shop.put_and_apply(&policy("shop", "closed", json!({"podSelector": {}})));
+    shop.put_and_apply(&policy("closed", json!({"podSelector": {}})));
     check_counted(
         &[shop.lab.node().ns()],
         &Case::both(&db, &web, Tcp(80), false),
@@ -224,7 +224,7 @@ fn neighbour_discovery_carries_nothing_through_a_router() {
     let [web, db, _] = shop.pods();
     let node = shop.lab.node().ns();
     let out = json!({"podSelector": {"matchLabels": {"app": "web"}}, "policyTypes": ["Egress"]});
-    shop.put_and_apply(&policy("shop", "out", out));
+    shop.put_and_apply(&policy("out", out));
     let key = ("egress".to_owned(), web.v6.into());
     let count = || denied(&[node]).get(&key).copied().unwrap_or_default();
     for kind in [130, 131, 132, 133, 134, 135, 136, 143] {
@@ -260,7 +260,7 @@ fn strict_mode_lets_untracked_connections_live() {
     let into = json!({"podSelector": {"matchLabels": {"app": "web"}}, "ingress": [
         {"from": [{"podSelector": {"matchLabels": {"app": "db"}}}]},
     ]});
-    shop.manifests.put(&policy("shop", "in", into));
+    shop.manifests.put(&policy("in", into));
     shop.manifests.program(node, &["--network-policy-strict"]);
     let cases = [
         Case::both(&db, &web, Tcp(80), true),

@@ -1,8 +1,8 @@
 //! Which pods a policy selects, and whose an address is.
 
+use crate::support::objects::{list, namespace, policy};
 use crate::support::reach::{Case, Probe, check, check_counted};
-use crate::support::shop;
-use crate::support::shop::{Shop, pod, policy, running_since};
+use crate::support::shop::{Shop, pod, running_since};
 use nftlet_lab::netns::require_net_admin;
 use serde_json::{Value, json};
 
@@ -33,14 +33,14 @@ fn labels_policies_and_their_changes_decide_who_gets_in() {
     assert!(!shop.rules().contains("nftlet-policy"));
 
     let web_only = json!({"matchLabels": {"app": "web"}});
-    let closed = policy("shop", "web", json!({"podSelector": web_only}));
+    let closed = policy("web", json!({"podSelector": web_only}));
     shop.put_and_apply(&closed);
     check_counted(&[&node.ns], &to_web(false, false, false));
 
     let from_db = json!({"podSelector": web_only, "ingress": [
         {"from": [{"podSelector": {"matchLabels": {"app": "db"}}}]},
     ]});
-    shop.put_and_apply(&policy("shop", "web", from_db));
+    shop.put_and_apply(&policy("web", from_db));
     check_counted(&[&node.ns], &to_web(true, false, false));
 
     // A label of the same text in another namespace is another thing.
@@ -56,7 +56,7 @@ fn labels_policies_and_their_changes_decide_who_gets_in() {
             {"key": "app", "operator": "NotIn", "values": ["web"]},
         ]}},
     ]}]});
-    shop.put_and_apply(&policy("shop", "more", anywhere));
+    shop.put_and_apply(&policy("more", anywhere));
     let mut cases = to_web(true, true, false);
     cases.retain(|case| case.from.name != web.name);
     check_counted(&[&node.ns], &cases);
@@ -83,15 +83,15 @@ fn labels_of_namespaces_decide_and_change() {
     let from_team = json!({"podSelector": {}, "ingress": [
         {"from": [{"namespaceSelector": {"matchLabels": {"team": "b"}}}]},
     ]});
-    shop.put_and_apply(&policy("shop", "team", from_team));
+    shop.put_and_apply(&policy("team", from_team));
     let cases = |from_db, from_api| {
         let db = Case::both(&db, &web, Tcp(80), from_db);
         [db, Case::both(&api, &web, Tcp(80), from_api)].concat()
     };
     check_counted(&[node], &cases(false, true));
-    shop.put_and_apply(&shop::namespace("store", &[("team", "a")]));
+    shop.put_and_apply(&namespace("store", &[("team", "a")]));
     check_counted(&[node], &cases(false, false));
-    shop.put_and_apply(&shop::namespace("shop", &[("team", "b")]));
+    shop.put_and_apply(&namespace("shop", &[("team", "b")]));
     check_counted(&[node], &cases(true, false));
     // By the label that every namespace has, without being written.
     let by_name = json!({"podSelector": {}, "ingress": [{"from": [{"namespaceSelector": {
@@ -99,7 +99,7 @@ fn labels_of_namespaces_decide_and_change() {
             {"key": "kubernetes.io/metadata.name", "operator": "In", "values": ["store"]},
         ],
     }}]}]});
-    shop.put_and_apply(&policy("shop", "team", by_name));
+    shop.put_and_apply(&policy("team", by_name));
     check_counted(&[node], &cases(false, true));
 }
 
@@ -114,7 +114,7 @@ fn an_address_belongs_to_the_pod_that_has_it_now() {
     let from_db = json!({"podSelector": {"matchLabels": {"app": "web"}}, "ingress": [
         {"from": [{"podSelector": {"matchLabels": {"app": "db"}}}]},
     ]});
-    shop.put_and_apply(&policy("shop", "web", from_db));
+    shop.put_and_apply(&policy("web", from_db));
     let cases = |from_db, from_api| {
         let db = Case::both(&db, &web, Tcp(80), from_db);
         [db, Case::both(&api, &web, Tcp(80), from_api)].concat()
@@ -185,7 +185,7 @@ fn while_two_pods_of_a_node_claim_an_address_both_must_allow() {
             "podSelector": {"matchLabels": {"app": app}},
             "policyTypes": ["Ingress", "Egress"], "ingress": rules, "egress": rules,
         });
-        policy("shop", app, spec)
+        policy(app, spec)
     };
     let (tcp_80, tcp_8080) = (json!({"port": 80}), json!({"port": 8080}));
     let udp_80 = json!({"port": 80, "protocol": "UDP"});
@@ -235,7 +235,7 @@ fn pods_of_the_host_and_pods_of_one_family() {
     web_v4["status"]["podIPs"] = json!([{"ip": web.v4}]);
     shop.manifests.put(&web_v4);
     let closed = json!({"podSelector": {}, "policyTypes": ["Ingress", "Egress"]});
-    shop.put_and_apply(&policy("shop", "closed", closed));
+    shop.put_and_apply(&policy("closed", closed));
     let [v4, mut v6] = Case::both(client, &web, Tcp(80), false);
     v6.passes = true;
     let mut cases = vec![v4, v6];
@@ -256,29 +256,21 @@ fn names_as_long_as_the_api_allows_are_told_apart() {
     // A namespace has 63 characters at most, pods and policies have 253.
     let long_namespace = "n".repeat(63);
     let long = |end: char| format!("{}{end}", "x.".repeat(126));
-    let namespace = long_namespace.as_str();
-    shop.manifests.put(&shop::namespace(namespace, &[]));
+    shop.manifests.put(&namespace(&long_namespace, &[]));
     let pods = [('1', "web", &web), ('2', "db", &db), ('3', "api", &api)];
     for (end, app, machine) in pods {
         shop.manifests.remove("Pod", app);
         // The file is named after the object, and no file name is that long.
-        let list = |object: Value| {
-            json!({
-                "apiVersion": "v1", "kind": "List", "metadata": {"name": format!("{app}-{end}")},
-                "items": [object],
-            })
-        };
-        let object = pod(namespace, &long(end), &[("app", app)], machine);
-        shop.manifests.put(&list(object));
+        let object = pod(&long_namespace, &long(end), &[("app", app)], machine);
+        shop.manifests.put(&list(&format!("pod-{end}"), &[object]));
     }
     for (end, app, from) in [('1', "web", "db"), ('2', "db", "api")] {
         let spec = json!({"podSelector": {"matchLabels": {"app": app}}, "ingress": [
             {"from": [{"podSelector": {"matchLabels": {"app": from}}}]},
         ]});
-        shop.manifests.put(&json!({
-            "apiVersion": "v1", "kind": "List", "metadata": {"name": format!("policy-{end}")},
-            "items": [policy(namespace, &long(end), spec)],
-        }));
+        let object = policy(&format!("{long_namespace}/{}", long(end)), spec);
+        shop.manifests
+            .put(&list(&format!("policy-{end}"), &[object]));
     }
     shop.apply();
     let cases = [
@@ -302,7 +294,7 @@ fn a_pod_that_failed_or_went_to_another_node_is_not_isolated_here() {
     let from_db = json!({"podSelector": {"matchLabels": {"app": "web"}}, "ingress": [
         {"from": [{"podSelector": {"matchLabels": {"app": "db"}}}]},
     ]});
-    shop.put_and_apply(&policy("shop", "web", from_db));
+    shop.put_and_apply(&policy("web", from_db));
     let cases = |from_db, from_api| {
         let from_db = Case::both(&db, &web, Tcp(80), from_db);
         [from_db, Case::both(&api, &web, Tcp(80), from_api)].concat()
@@ -336,10 +328,8 @@ fn namespaces_are_selected_by_every_operator() {
     let [web, db, api] = shop.pods();
     let node = shop.lab.node().ns();
     // db is in shop (team a, no stage), api in store (team b, stage test).
-    shop.manifests.put(&shop::namespace(
-        "store",
-        &[("team", "b"), ("stage", "test")],
-    ));
+    shop.manifests
+        .put(&namespace("store", &[("team", "b"), ("stage", "test")]));
     for (expression, from_db, from_api) in [
         (
             json!({"key": "team", "operator": "In", "values": ["b", "c"]}),
@@ -367,7 +357,7 @@ fn namespaces_are_selected_by_every_operator() {
         let spec = json!({
             "podSelector": {"matchLabels": {"app": "web"}}, "ingress": [{"from": from}],
         });
-        shop.put_and_apply(&policy("shop", "web", spec));
+        shop.put_and_apply(&policy("web", spec));
         let from_db = Case::both(&db, &web, Tcp(80), from_db);
         let from_api = Case::both(&api, &web, Tcp(80), from_api);
         check_counted(&[node], &[from_db, from_api].concat());

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use crate::support::manifests::{Backend, CLUSTER_CIDR, Manifests, Service};
+use crate::support::objects::{slice_of, with};
 use nftlet_lab::netns::{
     Ask, Client, Lab, LabOptions, Machine, Namespace, PATIENCE, Protocol, Server,
     require_net_admin, wait_for,
@@ -19,42 +20,31 @@ fn ip(text: &str) -> IpAddr {
 
 /// Writes the service; no affinity without a timeout.
 fn put_service(manifests: &Manifests, timeout: Option<u32>) {
-    manifests.put(&json!({
-        "apiVersion": "v1", "kind": "Service",
-        "metadata": {"name": "web", "namespace": "shop"},
-        "spec": {
-            "type": "LoadBalancer",
-            "clusterIP": "10.96.0.10", "clusterIPs": ["10.96.0.10", "fd00:10:96::a"],
-            "ports": [
-                {"name": "http", "port": 80, "protocol": "TCP", "nodePort": 30080},
-                {"name": "dns", "port": 53, "protocol": "UDP", "nodePort": 30053},
-            ],
+    let mut web = Service::new("web", 10)
+        .port("http", "TCP", 80, Some(30080))
+        .port("dns", "UDP", 53, Some(30053))
+        .patch(json!({"spec": {
             "sessionAffinity": timeout.map_or("None", |_| "ClientIP"),
             "sessionAffinityConfig": timeout.map(|t| json!({"clientIP": {"timeoutSeconds": t}})),
-        },
-        "status": {"loadBalancer": {"ingress": [{"ip": "203.0.113.10"}, {"ip": "2001:db8:1::10"}]}},
-    }));
+        }}));
+    web.kind = "LoadBalancer".into();
+    web.load_balancer_ips = vec!["203.0.113.10".into(), "2001:db8:1::10".into()];
+    manifests.service(&web);
 }
 
 fn put_endpoints(manifests: &Manifests, pods: &[&Machine]) {
     for (family, v6) in [("IPv4", false), ("IPv6", true)] {
-        let endpoints: Vec<_> = pods
-            .iter()
-            .map(|pod| json!({"addresses": [pod.addresses()[usize::from(v6)]], "nodeName": "node-1"}))
-            .collect();
-        manifests.put(&json!({
-            "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
-            "metadata": {
-                "name": format!("web-{}", family.to_lowercase()), "namespace": "shop",
-                "labels": {"kubernetes.io/service-name": "web"},
-            },
-            "addressType": family,
-            "ports": [
+        let endpoints = pods.iter().map(
+            |pod| json!({"addresses": [pod.addresses()[usize::from(v6)]], "nodeName": "node-1"}),
+        );
+        let name = format!("web-{}", family.to_lowercase());
+        manifests.put(&with(
+            slice_of(&name, "web", endpoints.collect()),
+            json!({"addressType": family, "ports": [
                 {"name": "http", "port": 8080, "protocol": "TCP"},
                 {"name": "dns", "port": 8080, "protocol": "UDP"},
-            ],
-            "endpoints": endpoints,
-        }));
+            ]}),
+        ));
     }
 }
 

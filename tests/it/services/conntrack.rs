@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::time::Duration;
 
 use crate::support::manifests::{CLUSTER_CIDR, Manifests, Service};
+use crate::support::objects::{slice_of, with};
 use nftlet::netlink::{Conntrack, Flow, FlowFilter};
 use nftlet::ruleset::Family;
 use nftlet_lab::netns::{
@@ -347,16 +348,13 @@ fn a_draining_endpoint_keeps_its_flows_until_it_is_gone() {
                 "conditions": {"ready": ready, "serving": true, "terminating": !ready},
             })
         };
-        shop.manifests.put(&json!({
-            "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
-            "metadata": {
-                "name": format!("dns-{}", family.to_lowercase().replace("ip", "")),
-                "namespace": "shop", "labels": {"kubernetes.io/service-name": "dns"},
-            },
-            "addressType": family,
-            "ports": [{"name": "dns", "protocol": "UDP", "port": 8080}],
-            "endpoints": [endpoint(pods[0], false), endpoint(pods[1], true)],
-        }));
+        let name = format!("dns-{}", family.to_lowercase().replace("ip", ""));
+        let endpoints = json!([endpoint(pods[0], false), endpoint(pods[1], true)]);
+        shop.manifests.put(&with(
+            slice_of(&name, "dns", endpoints),
+            json!({"addressType": family,
+                "ports": [{"name": "dns", "protocol": "UDP", "port": 8080}]}),
+        ));
     }
     shop.wait_until_unchosen(pods[0]);
     for client in &clients {

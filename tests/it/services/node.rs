@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::support::manifests::{CLUSTER_CIDR, Manifests};
+use crate::support::objects::{self, cidr, slice_of, with};
 use nftlet_lab::netns::{
     Ask, Client, Lab, LabOptions, Namespace, Protocol, require_net_admin, wait_for,
 };
@@ -27,25 +28,20 @@ fn wait_for_elements(node: &Namespace, (kind, name): (&str, &str), has: &[&str],
 }
 
 fn service(policy: &str) -> Value {
-    json!({
-        "apiVersion": "v1", "kind": "Service",
-        "metadata": {"name": "web", "namespace": "shop"},
-        "spec": {
-            "type": "NodePort", "clusterIP": "10.96.0.10", "externalTrafficPolicy": policy,
+    with(
+        objects::service("web", "10.96.0.10"),
+        json!({"spec": {
+            "type": "NodePort", "externalTrafficPolicy": policy,
             "ports": [{"port": 80, "nodePort": 30080}],
-        },
-    })
+        }}),
+    )
 }
 
 fn slice(endpoints: &Value) -> Value {
-    json!({
-        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
-        "metadata": {
-            "name": "web-1", "namespace": "shop",
-            "labels": {"kubernetes.io/service-name": "web"},
-        },
-        "addressType": "IPv4", "ports": [{"port": 8080}], "endpoints": endpoints,
-    })
+    with(
+        slice_of("web-1", "web", endpoints.clone()),
+        json!({"ports": [{"port": 8080}]}),
+    )
 }
 
 #[test]
@@ -57,11 +53,7 @@ fn service_ranges_are_followed_at_once() {
     let _daemon = manifests.run(&node, &CIDR);
     let ranges = ("set", "service-cidrs");
     wait_for_elements(&node, ranges, &["10.96.0.0/16"], &["10.97"]);
-    let more = json!({
-        "apiVersion": "networking.k8s.io/v1", "kind": "ServiceCIDR",
-        "metadata": {"name": "more"}, "spec": {"cidrs": ["10.97.0.0/24"]},
-    });
-    manifests.put(&more);
+    manifests.put(&cidr("more", "10.97.0.0/24"));
     wait_for_elements(&node, ranges, &["10.96.0.0-10.97.0.255"], &[]);
     manifests.remove("ServiceCIDR", "more");
     wait_for_elements(&node, ranges, &["10.96.0.0/16"], &["10.97"]);
@@ -85,11 +77,11 @@ fn the_zone_of_the_node_is_followed_at_once() {
         hinted("10.244.2.2", "b")
     ])));
     let in_zone = |zone: &str| {
-        manifests.put(&json!({
-            "apiVersion": "v1", "kind": "Node",
-            "metadata": {"name": "node-1", "labels": {"topology.kubernetes.io/zone": zone}},
-            "status": {"addresses": [{"type": "InternalIP", "address": "192.168.10.1"}]},
-        }));
+        let addresses = json!([{"type": "InternalIP", "address": "192.168.10.1"}]);
+        manifests.put(&with(
+            objects::node("node-1", zone),
+            json!({"status": {"addresses": addresses}}),
+        ));
     };
     in_zone("a");
     let _daemon = manifests.run(&node, &CIDR);

@@ -9,6 +9,7 @@ use std::thread;
 use std::time::Duration;
 
 use crate::support::manifests::{CLUSTER_CIDR, Manifests};
+use crate::support::objects::{service, slice_of, with};
 use nftlet_lab::netns::{
     Ask, Lab, LabOptions, Machine, Namespace, PATIENCE, Protocol, Server, loses_nothing,
     require_net_admin, wait_for,
@@ -29,11 +30,11 @@ fn external(number: u8) -> IpAddr {
 fn put_service(manifests: &Manifests) {
     let ports = (0..PORTS).map(|n| json!({"name": format!("p{n}"), "port": 1000 + n}));
     let addresses = (0..ADDRESSES).map(external);
-    manifests.put(&json!({"apiVersion": "v1", "kind": "Service",
-        "metadata": {"name": "wide", "namespace": "shop"},
-        "spec": {"clusterIP": CLUSTER_IP, "externalIPs": addresses.collect::<Vec<_>>(),
-            "ports": ports.collect::<Vec<_>>()},
-        "status": {}}));
+    manifests.put(&with(
+        service("wide", CLUSTER_IP),
+        json!({"spec": {"externalIPs": addresses.collect::<Vec<_>>(),
+            "ports": ports.collect::<Vec<_>>()}}),
+    ));
 }
 
 fn put_slice(manifests: &Manifests, pods: &[&Machine]) {
@@ -41,13 +42,10 @@ fn put_slice(manifests: &Manifests, pods: &[&Machine]) {
     let endpoints = pods.iter().map(
         |pod| json!({"addresses": [pod.v4], "nodeName": "node-1", "conditions": {"ready": true}}),
     );
-    manifests.put(
-        &json!({"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
-        "metadata": {"name": "wide-1", "namespace": "shop",
-            "labels": {"kubernetes.io/service-name": "wide"}},
-        "addressType": "IPv4", "ports": ports.collect::<Value>(),
-        "endpoints": endpoints.collect::<Value>()}),
-    );
+    manifests.put(&with(
+        slice_of("wide-1", "wide", endpoints.collect()),
+        json!({"ports": ports.collect::<Value>()}),
+    ));
 }
 
 /// A client at each of some frontends: the first ones, ones in the middle, and the last ones.

@@ -10,6 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::support::manifests::{CLUSTER_CIDR, Manifests};
+use crate::support::objects::{service, slice_of};
 use nftlet_lab::netns::{
     Ask, Client, Lab, LabOptions, Machine, Namespace, PATIENCE, Protocol, Server, loses_nothing,
     require_net_admin, wait_for,
@@ -27,12 +28,7 @@ fn ip(text: &str) -> IpAddr {
 }
 
 fn put_service(manifests: &Manifests, name: &str, address: &str) {
-    manifests.put(&json!({
-        "apiVersion": "v1", "kind": "Service",
-        "metadata": {"name": name, "namespace": "shop"},
-        "spec": {"clusterIP": address, "ports": [{"port": 80}]},
-        "status": {},
-    }));
+    manifests.put(&service(name, address));
 }
 
 fn put_slice(manifests: &Manifests, service: &str, endpoints: &[Value]) {
@@ -50,14 +46,7 @@ fn put_slice_in(directory: &Path, service: &str, endpoints: &[Value]) {
 }
 
 fn slice(service: &str, endpoints: &[Value]) -> Value {
-    json!({
-        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
-        "metadata": {
-            "name": format!("{service}-1"), "namespace": "shop",
-            "labels": {"kubernetes.io/service-name": service},
-        },
-        "addressType": "IPv4", "ports": [{"port": 8080}], "endpoints": endpoints,
-    })
+    slice_of(&format!("{service}-1"), service, endpoints.into())
 }
 
 /// The life of a pod as its endpoint conditions tell it.

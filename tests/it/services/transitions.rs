@@ -9,6 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::support::manifests::{Backend, CLUSTER_CIDR, Manifests, Service};
+use crate::support::objects::{slice_of, with};
 use nftlet_lab::netns::{Daemon, Namespace, PATIENCE, require_net_admin};
 use serde_json::{Value, json};
 
@@ -464,18 +465,15 @@ fn slices_change_come_and_go() {
 }
 
 fn slice(name: &str, service: &str, hosts: std::ops::RangeInclusive<u8>) -> Value {
-    let endpoints: Vec<Value> = hosts
-        .map(|host| json!({"addresses": [format!("10.244.1.{host}")], "nodeName": "node-1"}))
-        .collect();
-    json!({
-        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
-        "metadata": {
-            "name": name, "namespace": "shop",
-            "labels": {"kubernetes.io/service-name": service},
-        },
-        "addressType": "IPv4", "endpoints": endpoints,
-        "ports": [{"name": "http", "port": 8080}, {"name": "dns", "port": 5353, "protocol": "UDP"}],
-    })
+    let endpoints =
+        hosts.map(|host| json!({"addresses": [format!("10.244.1.{host}")], "nodeName": "node-1"}));
+    with(
+        slice_of(name, service, endpoints.collect()),
+        json!({"ports": [
+            {"name": "http", "port": 8080},
+            {"name": "dns", "port": 5353, "protocol": "UDP"},
+        ]}),
+    )
 }
 
 #[test]

@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use crate::support::consumer::{Consumer, hasty, node, service};
+use crate::support::consumer::{Consumer, hasty};
+use crate::support::objects::{node, service};
 use nftlet::source::cluster::{Cluster, Timing};
 use nftlet_lab::fake_api::{FakeApi, NODES, SERVICES};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional};

@@ -6,7 +6,8 @@
 
 use std::time::Duration;
 
-use crate::support::consumer::{Consumer, cidr, hasty, node, service, slice};
+use crate::support::consumer::{Consumer, hasty};
+use crate::support::objects::{cidr, node, service, slice};
 use crate::support::real_api::RealApi;
 use nftlet::model::{Kind, Object};
 use nftlet::source::cluster::Timing;
@@ -178,7 +179,7 @@ async fn lists_are_paged_where_they_are_not_streamed() {
         for number in 0..5 {
             api.put(
                 SERVICES,
-                service(&format!("s{number}"), &format!("10.0.0.{}", number + 1)),
+                service(&format!("s{number}"), format!("10.0.0.{}", number + 1)),
             );
         }
         let timing = Timing {

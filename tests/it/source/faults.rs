@@ -3,7 +3,8 @@
 
 use std::time::Duration;
 
-use crate::support::consumer::{Consumer, cidr, hasty, node, service, slice};
+use crate::support::consumer::{Consumer, hasty};
+use crate::support::objects::{cidr, node, service, slice};
 use nftlet::model::{Kind, Object, Reason, Subject};
 use nftlet::source::cluster::{Cluster, Error, Timing};
 use nftlet_lab::fake_api::{CIDRS, FakeApi, NODES, SERVICES, SLICES, Streaming};

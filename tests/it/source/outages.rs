@@ -2,7 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use crate::support::consumer::{Consumer, hasty, node, service, slice};
+use crate::support::consumer::{Consumer, hasty};
+use crate::support::objects::{node, service, slice};
 use nftlet::model::{Kind, Object, Reason};
 use nftlet::source::cluster::{Cluster, Timing};
 use nftlet_lab::fake_api::{CIDRS, FakeApi, NODES, SERVICES, SLICES, Streaming};
@@ -28,7 +29,7 @@ async fn a_broken_connection_is_resumed_where_it_broke() {
             api.end_watches();
         }
         let name = format!("between-{round}");
-        api.put(SERVICES, service(&name, &format!("10.0.0.{}", 20 + round)));
+        api.put(SERVICES, service(&name, format!("10.0.0.{}", 20 + round)));
         consumer.has(&format!("Service shop/{name}")).await;
     }
     let requests = api.requests_for(SERVICES);
@@ -253,7 +254,7 @@ async fn lists_that_fail_late_are_asked_for_after_growing_pauses() {
     for number in 0..3 {
         api.put(
             SERVICES,
-            service(&format!("s{number}"), &format!("10.0.0.{number}")),
+            service(&format!("s{number}"), format!("10.0.0.{number}")),
         );
     }
     api.fail_next_pages(SERVICES, true);
@@ -309,7 +310,7 @@ async fn an_outage_ends_for_an_api_that_is_absent() {
         api.until_asked_again(CIDRS, 2).await;
         let name = format!("after-{outage}");
         for (path, object) in [
-            (SERVICES, service(&name, &format!("10.0.0.{outage}"))),
+            (SERVICES, service(&name, format!("10.0.0.{outage}"))),
             (SLICES, slice(&name, "a", &["10.1.0.1"])),
             (NODES, node("node-1", &name)),
         ] {

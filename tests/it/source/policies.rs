@@ -4,27 +4,19 @@
 use std::path::Path;
 use std::time::Duration;
 
-use crate::support::consumer::{Consumer, hasty, node, service};
+use crate::support::consumer::{Consumer, hasty};
+use crate::support::objects::{self, deny_all, node, service};
 use nftlet::model::{Kind, Object, Reason};
 use nftlet::source::cluster::Timing;
 use nftlet_lab::fake_api::{FakeApi, NAMESPACES, NODES, PODS, POLICIES, SERVICES, Streaming};
 use serde_json::{Value, json};
 
-fn policy(name: &str) -> Value {
-    json!({"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
-        "metadata": {"namespace": "shop", "name": name},
-        "spec": {"podSelector": {}, "policyTypes": ["Ingress"]}})
-}
-
 fn pod(name: &str, ip: &str) -> Value {
-    json!({"apiVersion": "v1", "kind": "Pod",
-        "metadata": {"namespace": "shop", "name": name, "labels": {"app": name}},
-        "spec": {"nodeName": "node-2", "containers": []},
-        "status": {"phase": "Running", "podIP": ip, "podIPs": [{"ip": ip}]}})
+    objects::pod(name, "node-2", &[("app", name)], &[ip])
 }
 
 fn namespace(name: &str, team: &str) -> Value {
-    json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": {"team": team}}})
+    objects::namespace(name, &[("team", team)])
 }
 
 /// Pods and Namespaces are given up at once.
@@ -81,7 +73,7 @@ async fn ordinary_life_of_policies() {
     ] {
         let api = shop().await;
         api.set_streaming(streaming);
-        api.put(POLICIES, policy("deny"));
+        api.put(POLICIES, deny_all("deny"));
         let mut ended = pod("ended", "10.1.0.9");
         ended["status"]["phase"] = json!("Succeeded");
         api.put(PODS, ended);
@@ -128,7 +120,7 @@ async fn ordinary_life_of_policies() {
         consumer.lacks("Pod shop/db").await;
         api.delete(NAMESPACES, "shop");
         consumer.lacks("Namespace shop").await;
-        let mut faulty = policy("deny");
+        let mut faulty = deny_all("deny");
         faulty["spec"]["ingress"] = json!([{"from": [{"ipBlock": {"cidr": "10.0.0/8"}}]}]);
         api.put(POLICIES, faulty);
         consumer
@@ -154,7 +146,7 @@ async fn pods_are_watched_while_there_is_a_policy() {
         consumer.log.clear();
         consumer.complete.remove(&Kind::Pod);
         consumer.complete.remove(&Kind::Namespace);
-        api.put(POLICIES, policy("deny"));
+        api.put(POLICIES, deny_all("deny"));
         all_lists(&mut consumer).await;
         assert!(
             consumer.objects.contains_key("Pod shop/web")
@@ -205,7 +197,7 @@ async fn pods_are_watched_while_there_is_a_policy() {
 #[tokio::test]
 async fn a_policy_that_is_replaced_does_not_end_the_watch_of_pods() {
     let api = shop().await;
-    api.put(POLICIES, policy("first"));
+    api.put(POLICIES, deny_all("first"));
     let timing = Timing {
         linger: Duration::from_secs(3600),
         ..hasty()
@@ -218,7 +210,7 @@ async fn a_policy_that_is_replaced_does_not_end_the_watch_of_pods() {
     api.put(PODS, pod("db", "10.1.0.2"));
     consumer.has("Pod shop/db").await;
     consumer.log.clear();
-    api.put(POLICIES, policy("second"));
+    api.put(POLICIES, deny_all("second"));
     consumer.has("NetworkPolicy shop/second").await;
     assert_eq!(
         about_policies(&consumer),
@@ -231,8 +223,8 @@ async fn a_policy_that_is_replaced_does_not_end_the_watch_of_pods() {
 #[tokio::test]
 async fn one_of_two_policies_keeps_the_watch_of_pods() {
     let api = shop().await;
-    api.put(POLICIES, policy("one"));
-    api.put(POLICIES, policy("other"));
+    api.put(POLICIES, deny_all("one"));
+    api.put(POLICIES, deny_all("other"));
     let mut consumer = Consumer::with_policies(&api, impatient()).await;
     all_lists(&mut consumer).await;
     api.delete(POLICIES, "shop/one");
@@ -246,7 +238,7 @@ async fn one_of_two_policies_keeps_the_watch_of_pods() {
 #[tokio::test]
 async fn switched_off_nothing_of_policies_is_asked_for() {
     let api = shop().await;
-    api.put(POLICIES, policy("deny"));
+    api.put(POLICIES, deny_all("deny"));
     let mut consumer = Consumer::start(&api, impatient()).await;
     consumer.ready().await;
     // The server has answered everything that was asked.
@@ -262,7 +254,7 @@ async fn switched_off_nothing_of_policies_is_asked_for() {
 #[tokio::test]
 async fn forbidden_pods_hold_up_the_policies_and_not_the_services() {
     let api = shop().await;
-    api.put(POLICIES, policy("deny"));
+    api.put(POLICIES, deny_all("deny"));
     api.forbid(PODS, true);
     let mut consumer = Consumer::with_policies(&api, impatient()).await;
     consumer.ready().await;
@@ -282,7 +274,7 @@ async fn forbidden_pods_hold_up_the_policies_and_not_the_services() {
             it.complete.contains(&Kind::Pod)
         })
         .await;
-    api.put(POLICIES, policy("deny"));
+    api.put(POLICIES, deny_all("deny"));
     consumer
         .until("a second notice", |it| it.notices.len() == 2)
         .await;
@@ -323,7 +315,7 @@ async fn a_server_without_policies_holds_up_nothing_else() {
         }
         api.forbid(POLICIES, false);
         api.add_api(POLICIES);
-        api.put(POLICIES, policy("deny"));
+        api.put(POLICIES, deny_all("deny"));
         consumer.has("Pod shop/web").await;
         consumer.finish().await;
     }
@@ -332,7 +324,7 @@ async fn a_server_without_policies_holds_up_nothing_else() {
 #[tokio::test]
 async fn a_policy_that_went_while_the_server_was_away_ends_the_watch_of_pods() {
     let api = shop().await;
-    api.put(POLICIES, policy("deny"));
+    api.put(POLICIES, deny_all("deny"));
     let mut consumer = Consumer::with_policies(&api, impatient()).await;
     all_lists(&mut consumer).await;
     api.set_down(true).await;

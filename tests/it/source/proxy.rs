@@ -2,7 +2,8 @@
 
 use std::net::SocketAddr;
 
-use crate::support::consumer::{Consumer, hasty, node, service};
+use crate::support::consumer::{Consumer, hasty};
+use crate::support::objects::{node, service};
 use nftlet::source::cluster::Cluster;
 use nftlet_lab::fake_api::{FakeApi, NODES, SERVICES};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};

@@ -3,7 +3,8 @@
 
 use std::time::{Duration, Instant};
 
-use crate::support::consumer::{Consumer, cidr, hasty, node, service, slice};
+use crate::support::consumer::{Consumer, hasty};
+use crate::support::objects::{cidr, node, service, slice};
 use nftlet::model::{Kind, Object};
 use nftlet::source::cluster::{Cluster, Timing};
 use nftlet_lab::fake_api::{
@@ -33,7 +34,7 @@ fn put_each(api: &FakeApi, name: &str, octet: u8) {
     };
     let policy = json!({"podSelector": {}, "policyTypes": ["Ingress"]});
     api.put_all([
-        (SERVICES, service(name, &format!("10.0.1.{octet}"))),
+        (SERVICES, service(name, format!("10.0.1.{octet}"))),
         (SLICES, slice(name, name, &["10.1.0.1"])),
         (NODES, node("node-1", name)),
         (CIDRS, cidr(name, "10.96.0.0/12")),

@@ -12,6 +12,7 @@ use tempfile::TempDir;
 use tokio::runtime::Runtime;
 
 use crate::support::manifests::Manifests;
+use crate::support::objects::{cidr, node, service, slice};
 use nftlet_lab::fake_api::{CIDRS, FakeApi, NODES, SERVICES, SLICES};
 pub use nftlet_lab::netns::PATIENCE;
 use nftlet_lab::netns::{Daemon, Namespace, wait_for};
@@ -142,6 +143,16 @@ impl Node {
             !rules.contains(text)
         });
     }
+}
+
+/// A node whose server has the service `a`, 10.96.0.11, with one endpoint, 10.1.0.1.
+pub fn small_cluster() -> Node {
+    let cluster = Node::new();
+    cluster.api.put(NODES, node("node-1", "zone-a"));
+    cluster.api.put(CIDRS, cidr("kubernetes", "10.96.0.0/16"));
+    cluster.api.put(SERVICES, service("a", "10.96.0.11"));
+    cluster.api.put(SLICES, slice("a-1", "a", &["10.1.0.1"]));
+    cluster
 }
 
 /// What the kernel sends where: frontends of the table of a family with their targets. Which of

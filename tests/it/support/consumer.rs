@@ -1,4 +1,4 @@
-//! A receiver of a source's events, and objects to send.
+//! A receiver of a source's events.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -7,35 +7,9 @@ use std::time::Duration;
 
 use nftlet::model::{Delivery, Event, Kind, Notice, Object};
 use nftlet::source::cluster::{Cluster, SourceStats, Timing};
-use serde_json::{Value, json};
 use tokio::sync::{mpsc, watch};
 
 use nftlet_lab::fake_api::FakeApi;
-
-pub fn service(name: &str, ip: &str) -> Value {
-    json!({"apiVersion": "v1", "kind": "Service", "metadata": {"namespace": "shop", "name": name},
-        "spec": {"clusterIP": ip, "clusterIPs": [ip], "ports": [{"name": "http", "port": 80, "protocol": "TCP"}]}})
-}
-
-pub fn slice(name: &str, service: &str, addresses: &[&str]) -> Value {
-    let endpoints: Vec<_> = addresses
-        .iter()
-        .map(|address| json!({"addresses": [address]}))
-        .collect();
-    json!({"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
-        "metadata": {"namespace": "shop", "name": name, "labels": {"kubernetes.io/service-name": service}},
-        "addressType": "IPv4", "endpoints": endpoints, "ports": [{"name": "http", "port": 8080, "protocol": "TCP"}]})
-}
-
-pub fn node(name: &str, zone: &str) -> Value {
-    json!({"apiVersion": "v1", "kind": "Node",
-        "metadata": {"name": name, "labels": {"topology.kubernetes.io/zone": zone}}})
-}
-
-pub fn cidr(name: &str, range: &str) -> Value {
-    json!({"apiVersion": "networking.k8s.io/v1", "kind": "ServiceCIDR", "metadata": {"name": name},
-        "spec": {"cidrs": [range]}})
-}
 
 pub fn hasty() -> Timing {
     Timing {

@@ -6,6 +6,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use super::objects::merge;
 use nftlet_lab::netns::{Daemon, Namespace, PATIENCE, wait_for};
 
 /// The pod network of the harness, as `--cluster-cidr` wants it.
@@ -265,25 +266,5 @@ impl Backend {
     pub fn patch(mut self, patch: Value) -> Self {
         merge(&mut self.0, &patch);
         self
-    }
-}
-
-/// A JSON merge patch (RFC 7396), except that a patch of null changes nothing.
-fn merge(object: &mut Value, patch: &Value) {
-    match patch {
-        Value::Null => {}
-        Value::Object(fields) => {
-            if !object.is_object() {
-                *object = json!({});
-            }
-            for (name, patch) in fields {
-                if patch.is_null() {
-                    object.as_object_mut().map(|fields| fields.remove(name));
-                } else {
-                    merge(&mut object[name], patch);
-                }
-            }
-        }
-        other => *object = other.clone(),
     }
 }

@@ -5,6 +5,7 @@ pub mod consumer;
 pub mod kube_proxy;
 pub mod kustomize;
 pub mod manifests;
+pub mod objects;
 pub mod policy;
 pub mod reach;
 pub mod real_api;

@@ -1,8 +1,9 @@
 //! A node with three pods in two namespaces, for tests of network policies.
 
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use crate::support::manifests::{CLUSTER_CIDR, Manifests};
+use crate::support::objects::{self, namespace, with};
 use crate::support::reach::allow_ping;
 use nftlet_lab::netns::{Lab, LabOptions, Machine, Namespace, Protocol, Server};
 
@@ -101,31 +102,18 @@ pub fn serve(machines: &[&Machine]) -> Vec<Server> {
     servers
 }
 
-/// A Namespace.
-pub fn namespace(name: &str, labels: &[(&str, &str)]) -> Value {
-    json!({
-        "apiVersion": "v1", "kind": "Namespace",
-        "metadata": {"name": name, "labels": map(labels)},
-    })
-}
-
 /// A running Pod of node-1 with the addresses of a machine.
 pub fn pod(namespace: &str, name: &str, labels: &[(&str, &str)], at: &Machine) -> Value {
-    json!({
-        "apiVersion": "v1", "kind": "Pod",
-        "metadata": {
-            "namespace": namespace, "name": name, "labels": map(labels),
-            "creationTimestamp": "2026-01-01T00:00:00Z",
-        },
-        "spec": {
-            "nodeName": "node-1",
-            "containers": [{"name": "main", "ports": [{"name": "http", "containerPort": 8080}]}],
-        },
-        "status": {
-            "phase": "Running", "podIP": at.v4,
-            "podIPs": [{"ip": at.v4}, {"ip": at.v6}],
-        },
-    })
+    let name = format!("{namespace}/{name}");
+    with(
+        objects::pod(&name, "node-1", labels, &at.addresses()),
+        json!({
+            "metadata": {"creationTimestamp": "2026-01-01T00:00:00Z"},
+            "spec": {"containers": [
+                {"name": "main", "ports": [{"name": "http", "containerPort": 8080}]},
+            ]},
+        }),
+    )
 }
 
 /// The same with a container that runs since a second of the year 2026.
@@ -134,19 +122,4 @@ pub fn running_since(second: u8, mut pod: Value) -> Value {
     let state = json!({"running": {"startedAt": at}});
     pod["status"]["containerStatuses"] = json!([{"name": "main", "state": state}]);
     pod
-}
-
-/// A NetworkPolicy.
-pub fn policy(namespace: &str, name: &str, spec: Value) -> Value {
-    json!({
-        "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
-        "metadata": {"namespace": namespace, "name": name}, "spec": spec,
-    })
-}
-
-fn map(pairs: &[(&str, &str)]) -> Map<String, Value> {
-    let pairs = pairs.iter();
-    pairs
-        .map(|(key, value)| ((*key).into(), json!(value)))
-        .collect()
 }

@@ -9,11 +9,11 @@ use std::time::{Duration, Instant};
 use super::alone;
 use crate::support::agent::{Node, wait_for_log};
 use crate::support::manifests::{CLUSTER_CIDR, Manifests, Service};
+use crate::support::objects::{self, service, slice};
 use nftlet_lab::fake_api::{NODES, SERVICES, SLICES};
 use nftlet_lab::netns::{
     Ask, Daemon, Lab, LabOptions, Namespace, PATIENCE, Protocol, require_net_admin, wait_for,
 };
-use serde_json::json;
 
 const CIDR: [&str; 2] = ["--cluster-cidr", CLUSTER_CIDR];
 const MANY: u16 = 1000;
@@ -199,33 +199,18 @@ fn all_changes_of_an_outage_are_in_force_soon_after_it() {
     }
     let _alone = alone();
     let node = Node::new();
-    node.api.put(
-        NODES,
-        json!({"kind": "Node", "apiVersion": "v1", "metadata": {"name": "node-1"}}),
-    );
+    node.api.put(NODES, objects::node("node-1", "zone-a"));
     let slices = |range: u16| {
         (0..MANY).map(move |index| {
-            let endpoints = (0..ENDPOINTS).map(|last| {
-                let address = format!("10.{range}.{}.{}", index / 20, index % 20 * 10 + last);
-                json!({"addresses": [address]})
-            });
-            let endpoints: Vec<_> = endpoints.collect();
+            let address = |last| format!("10.{range}.{}.{}", index / 20, index % 20 * 10 + last);
+            let addresses: Vec<_> = (0..ENDPOINTS).map(address).collect();
             let name = format!("s{index}");
-            let slice = json!({"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
-                "metadata": {"namespace": "shop", "name": name,
-                    "labels": {"kubernetes.io/service-name": name}},
-                "addressType": "IPv4", "endpoints": endpoints,
-                "ports": [{"name": "http", "port": 8080, "protocol": "TCP"}]});
-            (SLICES, slice)
+            (SLICES, slice(&name, &name, &addresses))
         })
     };
     let services = (0..MANY).map(|index| {
         let address = format!("10.96.{}.{}", 1 + index / 250, 1 + index % 250);
-        let service = json!({"apiVersion": "v1", "kind": "Service",
-            "metadata": {"namespace": "shop", "name": format!("s{index}")},
-            "spec": {"clusterIP": address, "clusterIPs": [address],
-                "ports": [{"name": "http", "port": 80, "protocol": "TCP"}]}});
-        (SERVICES, service)
+        (SERVICES, service(&format!("s{index}"), address))
     });
     node.api.put_all(services);
     node.api.put_all(slices(1));

@@ -3,6 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::time::Instant;
 
+use crate::support::objects::{service, slice_of, with};
 use nftlet::compile::{Clients, MOST_CLIENTS, affinity_declaration, table_id};
 use nftlet::model::Family;
 use nftlet::netlink::Nftables;
@@ -28,23 +29,25 @@ const WAVE: u32 = 200;
 /// The clients of the neighbour's service.
 const CLIENTS: u8 = 16;
 
-fn sticky(namespace: &str, name: &str, ip: Ipv4Addr, protocol: &str, port: u16) -> Value {
-    json!({"apiVersion": "v1", "kind": "Service",
-        "metadata": {"namespace": namespace, "name": name},
-        "spec": {"clusterIP": ip, "clusterIPs": [ip],
+fn sticky(name: &str, ip: Ipv4Addr, protocol: &str, port: u16) -> Value {
+    with(
+        service(name, ip),
+        json!({"spec": {
             "ports": [{"name": "p", "port": port, "protocol": protocol}],
             "sessionAffinity": "ClientIP",
-            "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": 86_400}}}})
+            "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": 86_400}},
+        }}),
+    )
 }
 
 /// A slice of a service with one endpoint, on the node.
 fn slice(namespace: &str, service: &str, protocol: &str, port: u16) -> Value {
-    json!({"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
-        "metadata": {"namespace": namespace, "name": format!("{service}-{port}"),
-            "labels": {"kubernetes.io/service-name": service}},
-        "addressType": "IPv4",
-        "ports": [{"name": "p", "port": port, "protocol": protocol}],
-        "endpoints": [{"addresses": [NODE_IP], "nodeName": "node-1"}]})
+    let name = format!("{namespace}/{service}-{port}");
+    let endpoints = json!([{"addresses": [NODE_IP], "nodeName": "node-1"}]);
+    with(
+        slice_of(&name, service, endpoints),
+        json!({"ports": [{"name": "p", "port": port, "protocol": protocol}]}),
+    )
 }
 
 fn forged(number: u32) -> IpAddr {
@@ -140,10 +143,10 @@ fn a_flood_at_one_service_leaves_the_clients_of_others_with_their_endpoints() {
             .put(SLICES, slice("neighbour", "sticky", "TCP", port));
     }
     node.api
-        .put(SERVICES, sticky("neighbour", "sticky", STICKY, "TCP", 80));
+        .put(SERVICES, sticky("neighbour/sticky", STICKY, "TCP", 80));
     node.api.put(SLICES, slice("flood", "victim", "UDP", 9053));
     node.api
-        .put(SERVICES, sticky("flood", "victim", FLOODED, "UDP", 53));
+        .put(SERVICES, sticky("flood/victim", FLOODED, "UDP", 53));
     let metrics = [
         "--healthz-bind-address=",
         &format!("--metrics-bind-address={METRICS}"),

@@ -3,6 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
+use crate::support::objects::{self, with};
 use serde_json::{Value, json};
 
 use super::neighbour::{NODE_IP, Neighbour, POD, slice};
@@ -32,10 +33,11 @@ const fn address(number: u16) -> IpAddr {
 fn service() -> Value {
     let addresses = (0..PORTS).map(address);
     let ports = (0..PORTS).map(|n| json!({"name": format!("p{n}"), "port": 1000 + n}));
-    json!({"apiVersion": "v1", "kind": "Service",
-        "metadata": {"namespace": "attacker", "name": "huge"},
-        "spec": {"clusterIP": "10.96.0.66", "clusterIPs": ["10.96.0.66"],
-            "externalIPs": addresses.collect::<Vec<_>>(), "ports": ports.collect::<Vec<_>>()}})
+    with(
+        objects::service("attacker/huge", "10.96.0.66"),
+        json!({"spec": {"externalIPs": addresses.collect::<Vec<_>>(),
+            "ports": ports.collect::<Vec<_>>()}}),
+    )
 }
 
 /// The EndpointSlice with all the ports and these endpoints.

@@ -2,6 +2,7 @@
 
 use std::process::Stdio;
 
+use crate::support::objects::{self, service, with};
 use serde_json::json;
 
 use super::neighbour::Neighbour;
@@ -28,10 +29,10 @@ fn lines_that_nothing_takes_stop_nobody() {
             let wrong = format!("no address {call} {}", "x".repeat(2_000));
             neighbour.node.api.put(
                 SERVICES,
-                json!({"apiVersion": "v1", "kind": "Service",
-                    "metadata": {"namespace": "loud", "name": "web"},
-                    "spec": {"clusterIP": "10.96.100.1", "clusterIPs": ["10.96.100.1"],
-                        "externalIPs": [wrong], "ports": [{"port": 80}]}}),
+                with(
+                    service("loud/web", "10.96.100.1"),
+                    json!({"spec": {"externalIPs": [wrong]}}),
+                ),
             );
             std::thread::sleep(std::time::Duration::from_millis(1));
         });
@@ -52,10 +53,11 @@ fn a_conflict_that_is_another_one_at_each_write_has_a_few_lines() {
         let ports = (first..first + PORTS)
             .map(|port| json!({"name": format!("p{port}"), "port": port}))
             .collect::<Vec<_>>();
-        json!({"apiVersion": "v1", "kind": "Service",
-            "metadata": {"namespace": "loud", "name": name, "creationTimestamp": created},
-            "spec": {"clusterIP": "None", "type": "ClusterIP", "externalIPs": ["203.0.113.9"],
-                "ports": ports}})
+        with(
+            objects::service(&format!("loud/{name}"), "None"),
+            json!({"metadata": {"creationTimestamp": created},
+                "spec": {"externalIPs": ["203.0.113.9"], "ports": ports}}),
+        )
     };
     let with_address = |mut service: serde_json::Value, address: &str| {
         service["spec"]["clusterIP"] = json!(address);

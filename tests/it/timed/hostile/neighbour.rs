@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::support::objects::{self, cidr, service, slice_of, with};
 use serde_json::{Value, json};
 
 use crate::support::agent::Node;
@@ -61,21 +62,21 @@ impl Neighbour {
         let pod = Server::start(&node.ns, Protocol::Tcp, SocketAddr::new(NODE_IP, 8080), POD);
         node.api.put(
             NODES,
-            json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "node-1"},
-                "spec": {"podCIDRs": ["10.244.1.0/24"]},
-                "status": {"addresses": [{"type": "InternalIP", "address": NODE_IP}]}}),
+            with(
+                objects::node("node-1", "zone-a"),
+                json!({"spec": {"podCIDRs": ["10.244.1.0/24"]},
+                    "status": {"addresses": [{"type": "InternalIP", "address": NODE_IP}]}}),
+            ),
         );
-        node.api.put(
-            CIDRS,
-            json!({"apiVersion": "networking.k8s.io/v1", "kind": "ServiceCIDR",
-                "metadata": {"name": "kubernetes"}, "spec": {"cidrs": ["10.96.0.0/16"]}}),
-        );
+        node.api.put(CIDRS, cidr("kubernetes", "10.96.0.0/16"));
         node.api.put(
             SERVICES,
-            json!({"apiVersion": "v1", "kind": "Service",
-                "metadata": {"namespace": "neighbour", "name": "web"},
-                "spec": {"type": "NodePort", "clusterIP": CLUSTER_IP, "clusterIPs": [CLUSTER_IP],
-                    "ports": [{"name": "http", "port": 80, "protocol": "TCP", "nodePort": NODE_PORT}]}}),
+            with(
+                service("neighbour/web", CLUSTER_IP),
+                json!({"spec": {"type": "NodePort", "ports": [
+                    {"name": "http", "port": 80, "protocol": "TCP", "nodePort": NODE_PORT},
+                ]}}),
+            ),
         );
         let neighbour = Self {
             node,
@@ -205,11 +206,8 @@ impl Drop for SetOnDrop<'_> {
 
 /// An EndpointSlice with the port 8080 named `http`.
 pub fn slice(namespace: &str, service: &str, endpoints: &Value) -> Value {
-    json!({"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
-        "metadata": {"namespace": namespace, "name": format!("{service}-1"),
-            "labels": {"kubernetes.io/service-name": service}},
-        "addressType": "IPv4", "endpoints": endpoints,
-        "ports": [{"name": "http", "port": 8080, "protocol": "TCP"}]})
+    let name = format!("{namespace}/{service}-1");
+    slice_of(&name, service, endpoints.clone())
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! Pods with very many named ports, and pods that are deleted by force one after the other.
 
+use crate::support::objects::{self, namespace, policy, with};
 use serde_json::{Value, json};
 
 use super::neighbour::Neighbour;
@@ -17,20 +18,12 @@ const METRICS: &str = "127.0.0.1:10249";
 /// A pod of this node with a container that runs.
 fn pod(name: &str, address: &str, labels: &Value, ports: &[Value]) -> Value {
     let running = json!({"running": {"startedAt": "2026-01-01T00:00:00Z"}});
-    json!({"apiVersion": "v1", "kind": "Pod",
-        "metadata": {"namespace": "crowd", "name": name, "labels": labels},
-        "spec": {"nodeName": "node-1", "containers": [{"name": "main", "ports": ports}]},
-        "status": {"phase": "Running", "podIPs": [{"ip": address}],
-            "containerStatuses": [{"name": "main", "state": running}]}})
-}
-
-fn policy(spec: &Value) -> Value {
-    json!({"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
-        "metadata": {"namespace": "crowd", "name": "crowd"}, "spec": spec})
-}
-
-fn namespace() -> Value {
-    json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "crowd"}})
+    with(
+        objects::pod(&format!("crowd/{name}"), "node-1", &[], &[address]),
+        json!({"metadata": {"labels": labels},
+            "spec": {"containers": [{"name": "main", "ports": ports}]},
+            "status": {"containerStatuses": [{"name": "main", "state": running}]}}),
+    )
 }
 
 #[test]
@@ -39,7 +32,7 @@ fn a_pod_with_thousands_of_named_ports_holds_up_nobody() {
         return;
     };
     let api = &neighbour.node.api;
-    api.put(NAMESPACES, namespace());
+    api.put(NAMESPACES, namespace("crowd", &[]));
     let ports = |prefix: &str| -> Vec<Value> {
         let names = (1..=PORTS)
             .map(|port| json!({"name": format!("{prefix}{port}"), "containerPort": port}));
@@ -51,7 +44,8 @@ fn a_pod_with_thousands_of_named_ports_holds_up_nobody() {
     api.put(
         POLICIES,
         policy(
-            &json!({"podSelector": {}, "policyTypes": ["Ingress", "Egress"],
+            "crowd/crowd",
+            json!({"podSelector": {}, "policyTypes": ["Ingress", "Egress"],
             "ingress": [{"ports": named}], "egress": [{"ports": named}]}),
         ),
     );
@@ -71,10 +65,13 @@ fn pods_that_are_deleted_by_force_hold_up_nobody() {
         return;
     };
     let api = &neighbour.node.api;
-    api.put(NAMESPACES, namespace());
+    api.put(NAMESPACES, namespace("crowd", &[]));
     api.put(
         POLICIES,
-        policy(&json!({"podSelector": {}, "policyTypes": ["Ingress", "Egress"]})),
+        policy(
+            "crowd/crowd",
+            json!({"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}),
+        ),
     );
     let arguments = neighbour
         .node

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::Instant;
 
+use crate::support::objects::{service, with};
 use serde_json::json;
 
 use super::neighbour::Neighbour;
@@ -28,12 +29,16 @@ fn ranges(list: usize) -> Vec<String> {
 fn put(neighbour: &Neighbour, ranges: &[String]) {
     neighbour.node.api.put(
         SERVICES,
-        json!({"apiVersion": "v1", "kind": "Service",
-            "metadata": {"namespace": "attacker", "name": "huge"},
-            "spec": {"type": "LoadBalancer", "clusterIP": "10.96.0.66",
-                "clusterIPs": ["10.96.0.66"], "loadBalancerSourceRanges": ranges,
-                "ports": [{"name": "http", "port": 80, "protocol": "TCP", "nodePort": 30066}]},
-            "status": {"loadBalancer": {"ingress": [{"ip": "203.0.113.66"}]}}}),
+        with(
+            service("attacker/huge", "10.96.0.66"),
+            json!({
+                "spec": {
+                    "type": "LoadBalancer", "loadBalancerSourceRanges": ranges,
+                    "ports": [{"name": "http", "port": 80, "protocol": "TCP", "nodePort": 30066}],
+                },
+                "status": {"loadBalancer": {"ingress": [{"ip": "203.0.113.66"}]}},
+            }),
+        ),
     );
 }
 

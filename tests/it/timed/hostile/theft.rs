@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::thread;
 use std::time::Duration;
 
+use crate::support::objects::{service, with};
 use serde_json::{Value, json};
 
 use super::neighbour::{CLUSTER_IP, NODE_IP, NODE_PORT, Neighbour, POD, slice};
@@ -31,15 +32,23 @@ fn thief(number: usize, state: usize, ports: &[u16], targets: &[IpAddr]) -> Valu
         json!({"name": format!("p{port}"), "port": port, "protocol": "TCP", "targetPort": 6666})
     });
     let ingress = targets.iter().map(|ip| json!({"ip": ip}));
-    json!({"apiVersion": "v1", "kind": "Service",
-        "metadata": {"namespace": "thieves", "name": format!("thief-{number}"),
-            "creationTimestamp": "2020-01-01T00:00:00Z"},
-        "spec": {"type": "LoadBalancer", "clusterIP": format!("10.96.100.{number}"),
-            "externalIPs": targets,
-            "sessionAffinity": "ClientIP",
-            "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": 1000 + state % 1000}},
-            "ports": ports.collect::<Vec<_>>()},
-        "status": {"loadBalancer": {"ingress": ingress.collect::<Vec<_>>()}}})
+    with(
+        service(
+            &format!("thieves/thief-{number}"),
+            format!("10.96.100.{number}"),
+        ),
+        json!({
+            "metadata": {"creationTimestamp": "2020-01-01T00:00:00Z"},
+            "spec": {
+                "type": "LoadBalancer",
+                "externalIPs": targets,
+                "sessionAffinity": "ClientIP",
+                "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": 1000 + state % 1000}},
+                "ports": ports.collect::<Vec<_>>(),
+            },
+            "status": {"loadBalancer": {"ingress": ingress.collect::<Vec<_>>()}},
+        }),
+    )
 }
 
 /// Puts a thief and its endpoint on the server.
@@ -96,12 +105,7 @@ fn a_namespace_full_of_thieves_gets_nothing_of_the_neighbour() {
         SLICES,
         slice("neighbour", "late", &json!([{"addresses": [NODE_IP]}])),
     );
-    node.api.put(
-        SERVICES,
-        json!({"apiVersion": "v1", "kind": "Service",
-            "metadata": {"namespace": "neighbour", "name": "late"},
-            "spec": {"clusterIP": FUTURE, "ports": [{"name": "http", "port": 80}]}}),
-    );
+    node.api.put(SERVICES, service("neighbour/late", FUTURE));
     node.has(&format!("{FUTURE} . tcp . 80 comment \"neighbour/late"));
     assert_eq!(answers(&node.ns, FUTURE, 80), POD);
     node.lacks(&format!("{FUTURE} . tcp . 443"));
