@@ -7,8 +7,7 @@
 //! Flows of 1,000 services are made through ctnetlink in a network namespace of its own; the
 //! limit on their number (`nf_conntrack_max`) is the host's and is not changed.
 
-#[path = "../tests/common/netns/mod.rs"]
-mod netns;
+use nftlet_lab::netns;
 
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};

@@ -31,8 +31,7 @@ mod budgets;
 mod cluster;
 #[path = "machine/mod.rs"]
 mod machine;
-#[path = "../tests/common/netns/mod.rs"]
-mod netns;
+use nftlet_lab::netns;
 #[path = "table/mod.rs"]
 mod table;
 #[path = "workload/mod.rs"]

@@ -10,8 +10,7 @@
 
 #[path = "workload/policies.rs"]
 mod cluster;
-#[path = "../tests/common/netns/mod.rs"]
-mod netns;
+use nftlet_lab::netns;
 
 use std::hint::black_box;
 use std::process::{Command, ExitCode};

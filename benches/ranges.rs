@@ -11,8 +11,7 @@
 
 #[path = "budgets/mod.rs"]
 mod budgets;
-#[path = "../tests/common/netns/mod.rs"]
-mod netns;
+use nftlet_lab::netns;
 
 use std::process::ExitCode;
 use std::sync::Arc;

@@ -11,9 +11,9 @@ else
     bold='' red='' green='' yellow='' plain=''
 fi
 
-format() { cargo fmt --check; }
-lints() { cargo clippy --locked --all-targets -- -D warnings; }
-documentation() { RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps; }
+format() { cargo fmt --all --check; }
+lints() { cargo clippy --locked --workspace --all-targets -- -D warnings; }
+documentation() { RUSTDOCFLAGS='-D warnings' cargo doc --locked --workspace --no-deps; }
 dependencies() { cargo deny --locked check licenses bans sources; }
 
 advisories() {
@@ -27,7 +27,9 @@ advisories() {
 
 tests() {
     scripts/netns-run.sh --explain || return
-    scripts/with-runner.sh cargo test --locked
+    # Tests that measure time run last, with nothing beside them.
+    scripts/with-runner.sh cargo test --locked -- --skip timed:: &&
+        scripts/with-runner.sh cargo test --locked --test it timed::
 }
 
 image() {

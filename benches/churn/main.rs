@@ -29,15 +29,13 @@ mod budgets;
 mod changes;
 #[path = "../objects/mod.rs"]
 mod cluster;
-#[path = "../../tests/common/fake_api.rs"]
-mod fake_api;
+use nftlet_lab::fake_api;
 mod lab;
 mod live;
 #[path = "../machine/mod.rs"]
 mod machine;
 mod measure;
-#[path = "../../tests/common/netns/mod.rs"]
-mod netns;
+use nftlet_lab::netns;
 mod plot;
 #[path = "../scale/process.rs"]
 mod process;

@@ -18,8 +18,7 @@ mod budgets;
 #[path = "../machine/mod.rs"]
 mod machine;
 mod measure;
-#[path = "../../tests/common/netns/mod.rs"]
-mod netns;
+use nftlet_lab::netns;
 mod report;
 #[path = "../table/mod.rs"]
 mod table;

@@ -20,8 +20,7 @@ mod lanes;
 #[path = "../machine/mod.rs"]
 mod machine;
 mod measure;
-#[path = "../../tests/common/netns/mod.rs"]
-mod netns;
+use nftlet_lab::netns;
 #[path = "../workload/policies.rs"]
 mod policies;
 mod report;

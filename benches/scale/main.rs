@@ -31,13 +31,11 @@ mod budgets;
 #[path = "../objects/mod.rs"]
 mod cluster;
 mod ear;
-#[path = "../../tests/common/fake_api.rs"]
-mod fake_api;
+use nftlet_lab::fake_api;
 #[path = "../machine/mod.rs"]
 mod machine;
 mod measure;
-#[path = "../../tests/common/netns/mod.rs"]
-mod netns;
+use nftlet_lab::netns;
 mod plot;
 mod pods;
 mod process;

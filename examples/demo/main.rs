@@ -5,8 +5,7 @@
 //! what is refused, and what network policies do. `make demo` builds and runs it. Everything it creates lives in this
 //! process and goes away with it.
 
-#[path = "../../tests/common/netns/mod.rs"]
-mod netns;
+use nftlet_lab::netns;
 mod policies;
 mod print;
 mod shop;

@@ -1,0 +1,10 @@
+//! What is written to the kernel, read back, and put back after changes by others.
+
+mod audit;
+mod counters;
+mod everything;
+mod golden;
+mod healing;
+mod histories;
+mod nflog;
+mod tables;

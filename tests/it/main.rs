@@ -1,0 +1,13 @@
+//! The integration tests.
+
+mod agent;
+mod compatibility;
+mod deploy;
+mod kernel;
+mod laboratory;
+mod layering;
+mod policies;
+mod services;
+mod source;
+mod support;
+mod timed;

@@ -1,0 +1,15 @@
+//! Network policies, by their packets and their rules, and the judges of both.
+
+mod bridge;
+mod cut;
+mod directions;
+mod live;
+mod observe;
+mod oracle;
+mod ports_and_blocks;
+mod random;
+mod random_packets;
+mod rules;
+mod selection;
+mod walk;
+mod worlds;

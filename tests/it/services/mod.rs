@@ -1,0 +1,14 @@
+//! Services, by their packets and their rules.
+
+mod addresses;
+mod affinity;
+mod conntrack;
+mod health_checks;
+mod local_modes;
+mod node;
+mod packets;
+mod portions;
+mod restarts;
+mod rollout;
+mod traffic_policies;
+mod transitions;

@@ -1,0 +1,12 @@
+//! Where objects come from: an API server or files.
+
+mod between;
+mod cluster;
+mod faults;
+mod follow;
+mod manifests;
+mod outages;
+mod policies;
+mod proxy;
+mod recorded;
+mod recovery;
