@@ -43,9 +43,7 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use self::pages::Pages;
 use self::serve::Io;
-use crate::cli::{self, Args, Cleanup, CommandLine, LogFormat};
-use crate::compile::{DetectLocal, MasqueradeBit, NodePortAddresses, Settings};
-use crate::config;
+use crate::compile::{self, DetectLocal, MasqueradeBit, NodePortAddresses};
 use crate::engine::Engine as _;
 use crate::events;
 use crate::health::{self, Checks, Health, Quota};
@@ -62,6 +60,8 @@ use crate::reconcile::{
     self, Audits, Exit, Followers, Log, LogAndSend, Reconciler, Reporter as _, Signals,
 };
 use crate::ruleset::Ruleset;
+use crate::settings::file;
+use crate::settings::{self, Cleanup, CommandLine, LogFormat, Settings};
 use crate::source::cluster::Error as ClusterError;
 use crate::source::manifests::Error as ManifestsError;
 use crate::source::{Cluster, Manifests};
@@ -76,10 +76,10 @@ const QUEUE: usize = 4096;
 pub enum Error {
     /// Arguments that do not go together.
     #[error(transparent)]
-    Arguments(#[from] cli::Error),
+    Arguments(#[from] settings::Error),
     /// The configuration file cannot be used.
     #[error(transparent)]
-    Configuration(#[from] config::Error),
+    Configuration(#[from] file::Error),
     /// The settings cannot be written.
     #[error("cannot write the configuration to {}: {source}", path.display())]
     WriteConfiguration {
@@ -178,7 +178,7 @@ pub fn main() -> ExitCode {
     let code = match CommandLine::parse(std::env::args_os()) {
         Ok(line) => ended(run(line, &log), &log),
         Err(error) if error.use_stderr() => {
-            let error = cli::one_line(&error);
+            let error = settings::one_line(&error);
             log.add(format!("{error} (nftlet --help shows all flags)\n").as_bytes());
             ExitCode::from(2)
         }
@@ -250,7 +250,7 @@ pub fn run(mut line: CommandLine, log: &Lines) -> Result<(), Error> {
     nftables.read(&[], &Ruleset::default())?;
     let metrics = Arc::new(Metrics::new()?);
     metrics.expect_notices(Reason::ALL.map(Reason::as_str));
-    let health = Health::new(args.sync_period.unwrap_or(cli::SYNC_PERIOD));
+    let health = Health::new(args.sync_period.unwrap_or(settings::SYNC_PERIOD));
     if args.network_policy.is_on() {
         health.expect_policies();
     } else {
@@ -391,7 +391,7 @@ fn single_threaded() -> Result<runtime::Runtime, Error> {
         .map_err(system("a runtime"))
 }
 
-fn start_logging(args: &Args, log: &Lines) {
+fn start_logging(args: &Settings, log: &Lines) {
     use tracing_subscriber::filter::{EnvFilter, LevelFilter};
     let level = match args.verbosity() {
         0 => LevelFilter::INFO,
@@ -419,20 +419,22 @@ fn start_logging(args: &Args, log: &Lines) {
     };
 }
 
-fn settings(args: &Args) -> Result<Settings, Error> {
-    Ok(Settings {
+fn settings(args: &Settings) -> Result<compile::Settings, Error> {
+    Ok(compile::Settings {
         detect_local: match args.detect_local()? {
-            cli::DetectLocal::ClusterCidr(ranges) => DetectLocal::ClusterCidr(ranges),
-            cli::DetectLocal::NodeCidr => DetectLocal::NodeCidr,
-            cli::DetectLocal::BridgeInterface(name) => DetectLocal::BridgeInterface(name.into()),
-            cli::DetectLocal::InterfaceNamePrefix(prefix) => {
+            settings::DetectLocal::ClusterCidr(ranges) => DetectLocal::ClusterCidr(ranges),
+            settings::DetectLocal::NodeCidr => DetectLocal::NodeCidr,
+            settings::DetectLocal::BridgeInterface(name) => {
+                DetectLocal::BridgeInterface(name.into())
+            }
+            settings::DetectLocal::InterfaceNamePrefix(prefix) => {
                 DetectLocal::InterfaceNamePrefix(prefix.into())
             }
         },
         masquerade_all: args.masquerade_all,
         nodeport_addresses: match args.nodeport_addresses()? {
-            cli::NodePortAddresses::Primary => NodePortAddresses::Primary,
-            cli::NodePortAddresses::Ranges(ranges) => NodePortAddresses::Inside(ranges),
+            settings::NodePortAddresses::Primary => NodePortAddresses::Primary,
+            settings::NodePortAddresses::Ranges(ranges) => NodePortAddresses::Inside(ranges),
         },
         bind_address: args.bind_address.filter(|ip| !ip.is_unspecified()),
         masquerade_bit: MasqueradeBit::new(args.masquerade_bit).unwrap_or_default(),
@@ -452,7 +454,7 @@ fn print(write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<(), Err
 }
 
 /// Compiles the policies, or keeps their tables away.
-fn policies(args: &Args, node_name: &str, log_group: Option<u16>) -> Engine {
+fn policies(args: &Settings, node_name: &str, log_group: Option<u16>) -> Engine {
     let settings = policy::Settings {
         node: node_name.into(),
         strict: args.network_policy_strict,
@@ -537,13 +539,13 @@ fn summary(store: &Store, policies: Option<&Engine>) -> String {
 /// The path by which the manifests source knows standard input.
 const STANDARD_INPUT: &str = "-";
 
-fn manifests(args: &Args, node_name: &str) -> Option<Manifests> {
+fn manifests(args: &Settings, node_name: &str) -> Option<Manifests> {
     let paths: Vec<PathBuf> = args
         .manifests
         .iter()
         .map(|source| match source {
-            cli::Manifests::StandardInput => PathBuf::from(STANDARD_INPUT),
-            cli::Manifests::Path(path) => path.clone(),
+            settings::Manifests::StandardInput => PathBuf::from(STANDARD_INPUT),
+            settings::Manifests::Path(path) => path.clone(),
         })
         .collect();
     (!paths.is_empty()).then(|| {
@@ -571,7 +573,7 @@ fn load(manifests: &mut Manifests, node_name: &str) -> Result<Vec<Event>, Error>
     Ok(events)
 }
 
-async fn connect(args: &Args, node_name: &str) -> Result<Cluster, Error> {
+async fn connect(args: &Settings, node_name: &str) -> Result<Cluster, Error> {
     let (kubeconfig, server) = (args.kubeconfig.clone(), args.master.clone());
     Cluster::connect(kubeconfig, server, node_name.to_owned())
         .await

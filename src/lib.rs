@@ -23,9 +23,7 @@
 pub mod app;
 pub mod bridge;
 pub mod cleanup;
-pub mod cli;
 pub mod compile;
-pub mod config;
 pub mod engine;
 pub mod events;
 pub mod health;
@@ -37,5 +35,6 @@ pub mod netlink;
 pub mod policy;
 pub mod reconcile;
 pub mod ruleset;
+pub mod settings;
 pub mod source;
 pub mod sysctl;

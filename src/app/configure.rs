@@ -5,8 +5,8 @@ use std::os::fd::AsFd;
 use std::path::Path;
 
 use super::Error;
-use crate::cli::{self, Args, BindAddress, CommandLine, OOM_SCORE_ADJ};
-use crate::config::{self, File};
+use crate::settings::file::{self, File};
+use crate::settings::{self, BindAddress, CommandLine, OOM_SCORE_ADJ, Settings};
 use crate::sysctl;
 
 /// The files that are open in quiet times, and some more for connections and health checks.
@@ -52,20 +52,20 @@ pub(super) fn tell(line: &CommandLine, file: Option<&File>) {
 }
 
 /// Writes the settings in force as a configuration file.
-pub(super) fn write(args: &Args, path: &Path) -> Result<(), Error> {
+pub(super) fn write(args: &Settings, path: &Path) -> Result<(), Error> {
     for (address, field) in [
         (args.healthz_bind_address, "healthzBindAddress"),
         (args.metrics_bind_address, "metricsBindAddress"),
     ] {
         if address == Some(BindAddress::Nowhere) {
-            return Err(cli::Error::NowhereInFile(field).into());
+            return Err(settings::Error::NowhereInFile(field).into());
         }
     }
     let fault = |source| Error::WriteConfiguration {
         path: path.to_owned(),
         source,
     };
-    let text = serde_saphyr::to_string(&config::effective(args));
+    let text = serde_saphyr::to_string(&file::effective(args));
     let text = text.map_err(|error| fault(std::io::Error::other(error)))?;
     fs::write(path, text).map_err(fault)?;
     tracing::info!("wrote the configuration to {}", path.display());
@@ -88,7 +88,7 @@ pub(super) fn check_descriptors() -> Result<(), Error> {
 /// Protects the process while memory is short. Lowering the score takes CAP_SYS_RESOURCE, which
 /// nftlet does not need otherwise, and kubelet gives critical pods a low score of its own: so it
 /// is a warning only where somebody asked for it.
-pub(super) fn set_oom_score(args: &Args) {
+pub(super) fn set_oom_score(args: &Settings) {
     let asked = args.process.oom_score_adj;
     let score = asked.unwrap_or(OOM_SCORE_ADJ);
     if let Err(unset) = sysctl::set_oom_score(Path::new("/"), score) {

@@ -11,19 +11,19 @@ use std::thread::{self, JoinHandle};
 use tokio::sync::oneshot;
 
 use super::{Error, system};
-use crate::cli::{Args, ConntrackArgs};
 use crate::metrics::Metrics;
 use crate::model::{Notice, Reason, Subject};
 use crate::netlink::{Conntrack, FlowFilter};
 use crate::reconcile::{LogAndSend, Reporter};
 use crate::ruleset::Family;
+use crate::settings::{ConntrackArgs, Settings};
 use crate::sysctl::{self, Unset};
 
 /// The files with their values.
 type Wanted = Vec<(&'static str, u64)>;
 
 /// Makes the settings and tells what cannot be made, for `--init-only`.
-pub(super) fn initialise(args: &Args) {
+pub(super) fn initialise(args: &Settings) {
     let wanted = of_this_machine(&wanted(&args.conntrack));
     let unset = make(Path::new("/"), &wanted, load);
     for unset in &unset {
@@ -41,7 +41,7 @@ pub(super) fn initialise(args: &Args) {
 ///
 /// When the system refuses the thread.
 pub(super) fn start(
-    args: &Args,
+    args: &Settings,
     metrics: &Arc<Metrics>,
     reporter: &LogAndSend,
     ready: &mut Vec<oneshot::Sender<()>>,

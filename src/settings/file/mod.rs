@@ -1,11 +1,11 @@
 //! The configuration file of kube-proxy, `KubeProxyConfiguration` (kubeproxy.config.k8s.io/v1alpha1).
 //!
 //! ```text
-//! file ─> wire (fields with places) ─> File::apply ─> Args, as if flags had said it
+//! file ─> wire (fields with places) ─> File::apply ─> Settings, as if flags had said it
 //!    │          └─> notes (what is in it and has no effect)
 //!    └─> follow (a change that can be used ends the process)
 //!
-//! Args ─> effective: a complete KubeProxyConfiguration, for --write-config-to and /configz
+//! Settings ─> effective: a complete KubeProxyConfiguration, for --write-config-to and /configz
 //! ```
 //!
 //! A zero value, an empty text and null mean the default, as with kube-proxy. Under `conntrack`
@@ -27,7 +27,7 @@ use thiserror::Error;
 pub use self::effective::{GROUP, effective};
 pub use self::follow::{Ended, follow};
 use self::wire::Wire;
-use crate::cli::{CommandLine, DetectLocalMode, LogFormat, Verbose, verbosity_of};
+use crate::settings::{CommandLine, DetectLocalMode, LogFormat, Verbose, verbosity_of};
 
 /// The largest file that is read: ConfigMaps have at most 1 MiB.
 const LARGEST: u64 = 1 << 20;

@@ -4,12 +4,12 @@ use ipnet::IpNet;
 
 use super::*;
 
-fn parse(args: &[&str]) -> Result<Args, clap::Error> {
-    Args::try_parse_from(["nftlet"].iter().chain(args))
+fn parse(args: &[&str]) -> Result<Settings, clap::Error> {
+    Settings::try_parse_from(["nftlet"].iter().chain(args))
 }
 
 #[track_caller]
-fn parsed(args: &[&str]) -> Args {
+fn parsed(args: &[&str]) -> Settings {
     parse(args).unwrap_or_else(|error| panic!("{args:?}: {error}"))
 }
 
@@ -30,7 +30,7 @@ fn net(text: &str) -> IpNet {
 
 #[test]
 fn the_definition_is_consistent() {
-    Args::command().debug_assert();
+    Settings::command().debug_assert();
 }
 
 #[test]

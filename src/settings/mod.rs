@@ -29,6 +29,7 @@ mod command_line;
 mod conntrack;
 mod detect_local;
 mod error;
+pub mod file;
 mod kube_proxy;
 mod network_policy;
 mod process;
@@ -97,7 +98,7 @@ Examples:
     override_usage = "nftlet [--kubeconfig FILE | --manifests PATH...] [--dry-run | --once] [OPTIONS]\n       nftlet --cleanup[=all|nftlet|kube-proxy]\n       nftlet completion bash|zsh|fish\n       nftlet man"
 )]
 #[command(args_conflicts_with_subcommands = true, disable_help_subcommand = true)]
-pub struct Args {
+pub struct Settings {
     /// What to print instead of doing any work.
     #[command(subcommand)]
     pub command: Option<Command>,
@@ -330,7 +331,7 @@ pub struct Args {
     pub sync_period: Option<Duration>,
 }
 
-impl Args {
+impl Settings {
     /// Where the probes are answered, if anywhere.
     pub fn healthz_address(&self) -> Option<SocketAddr> {
         self.address(self.healthz_bind_address, self.healthz_port, &HEALTHZ)

@@ -5,7 +5,9 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::{KIND, VERSION};
-use crate::cli::{Args, LogFormat, NodePortAddresses, OOM_SCORE_ADJ, ProxyMode, SYNC_PERIOD};
+use crate::settings::{
+    LogFormat, NodePortAddresses, OOM_SCORE_ADJ, ProxyMode, SYNC_PERIOD, Settings,
+};
 
 /// The name under which `/configz` shows the configuration, as with kube-proxy.
 pub const GROUP: &str = "kubeproxy.config.k8s.io";
@@ -13,7 +15,7 @@ pub const GROUP: &str = "kubeproxy.config.k8s.io";
 /// The settings of a command line, the configuration file having been applied to it. Every field
 /// of v1alpha1 is there. Those that nftlet has no use for hold zero values, those of other modes
 /// kube-proxy's defaults.
-pub fn effective(args: &Args) -> Value {
+pub fn effective(args: &Settings) -> Value {
     let address = |address: Option<std::net::SocketAddr>| match address {
         Some(address) => address.to_string(),
         None => String::new(),
@@ -101,7 +103,7 @@ pub fn effective(args: &Args) -> Value {
 }
 
 /// Returns the settings of connection tracking. Zero leaves the kernel's value.
-fn conntrack(args: &Args) -> Value {
+fn conntrack(args: &Settings) -> Value {
     let asked = &args.conntrack;
     let period = |period: Option<Duration>| go(period.unwrap_or_default());
     json!({
@@ -144,7 +146,7 @@ fn go(duration: Duration) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::{duration, verbosity_of};
+    use crate::settings::{duration, verbosity_of};
 
     #[test]
     fn durations_are_written_as_go_does_and_read_back() {

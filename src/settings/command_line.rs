@@ -12,7 +12,7 @@ use clap::parser::ValueSource;
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Subcommand};
 use clap_complete::Shell;
 
-use super::{Args, Ignored};
+use super::{Ignored, Settings};
 
 /// The flags whose settings are in a KubeProxyConfiguration too. Beside `--config` they are
 /// ignored, as kube-proxy ignores them.
@@ -62,7 +62,7 @@ impl Command {
     ///
     /// When it cannot be written.
     pub fn print(self, out: &mut impl Write) -> io::Result<()> {
-        let mut nftlet = Args::command();
+        let mut nftlet = Settings::command();
         match self {
             Self::Completion { shell } => {
                 let mut script = Vec::new();
@@ -78,7 +78,7 @@ impl Command {
 #[derive(Clone, Debug)]
 pub struct CommandLine {
     /// The values, defaults included.
-    pub args: Args,
+    pub args: Settings,
     given: BTreeSet<String>,
     values: BTreeMap<String, String>,
 }
@@ -92,9 +92,9 @@ impl CommandLine {
     pub fn parse(
         arguments: impl IntoIterator<Item = impl Into<OsString> + Clone>,
     ) -> Result<Self, clap::Error> {
-        let command = Args::command();
+        let command = Settings::command();
         let matches = command.clone().try_get_matches_from(arguments)?;
-        let args = Args::from_arg_matches(&matches)?;
+        let args = Settings::from_arg_matches(&matches)?;
         let (mut given, mut values) = (BTreeSet::new(), BTreeMap::new());
         for argument in command.get_arguments() {
             let (id, name) = (argument.get_id().as_str(), argument.get_long());
@@ -113,7 +113,7 @@ impl CommandLine {
         })
     }
 
-    /// Whether a flag was given; by its name in [`Args`].
+    /// Whether a flag was given; by its name in [`Settings`].
     pub fn is_given(&self, flag: &str) -> bool {
         self.given.contains(flag)
     }
@@ -191,7 +191,7 @@ mod tests {
 
     #[test]
     fn every_flag_is_known_to_be_in_the_file_or_not() {
-        for argument in Args::command().get_arguments() {
+        for argument in Settings::command().get_arguments() {
             let id = argument.get_id().as_str();
             if Ignored::contains(id) {
                 continue;
@@ -203,7 +203,7 @@ mod tests {
             );
         }
         for id in IN_FILE {
-            let known = Args::command()
+            let known = Settings::command()
                 .get_arguments()
                 .any(|arg| arg.get_id() == id);
             assert!(known, "there is no {id}");

@@ -16,7 +16,7 @@ use serde::de::{Deserializer, Error as _, SeqAccess, Visitor};
 use serde::{Deserialize, de};
 use serde_json::Value;
 
-use crate::cli::{
+use crate::settings::{
     self, BindAddress, ClusterCidrs, DetectLocalMode, InterfaceName, LogFormat, NodePortAddresses,
     ProxyMode,
 };
@@ -286,20 +286,20 @@ parsed!(
 parsed!(
     /// A duration, such as `15m0s`.
     copy Period(Duration),
-    |text| cli::duration(text).map_err(|error| error.to_string())
+    |text| settings::duration(text).map_err(|error| error.to_string())
 );
 
 parsed!(
     copy MasqueradeBit(u8),
-    |text| cli::masquerade_bit(text).map_err(|error| error.to_string())
+    |text| settings::masquerade_bit(text).map_err(|error| error.to_string())
 );
 
 parsed!(
     copy OomScoreAdj(i16),
-    |text| cli::oom_score_adj(text).map_err(|error| error.to_string())
+    |text| settings::oom_score_adj(text).map_err(|error| error.to_string())
 );
 
-parsed!(NodeName(String), |text| cli::node_name(text)
+parsed!(NodeName(String), |text| settings::node_name(text)
     .map_err(|error| error.to_string()));
 
 impl Period {

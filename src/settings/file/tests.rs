@@ -1,11 +1,12 @@
 use serde_json::Value;
 
 use super::*;
-use crate::cli::{Args, NodePortAddresses};
+use crate::settings::{NodePortAddresses, Settings};
 
 const HEAD: &str = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n";
-const KUBEADM: &str = include_str!("../../tests/fixtures/kube-proxy-config-kubeadm.yaml");
-const WRITTEN: &str = include_str!("../../tests/fixtures/kube-proxy-config-written-by-1.36.yaml");
+const KUBEADM: &str = include_str!("../../../tests/fixtures/kube-proxy-config-kubeadm.yaml");
+const WRITTEN: &str =
+    include_str!("../../../tests/fixtures/kube-proxy-config-written-by-1.36.yaml");
 
 fn parse(text: &str) -> Result<File, Error> {
     File::parse(Path::new("config.conf"), text)
@@ -26,7 +27,7 @@ fn refused(fields: &str) -> String {
 }
 
 /// The command line after a file was applied to it.
-fn applied(file: &File, flags: &[&str]) -> Args {
+fn applied(file: &File, flags: &[&str]) -> Settings {
     let all = ["nftlet"].iter().chain(flags);
     let mut line = CommandLine::parse(all).expect("flags");
     file.apply(&mut line);
