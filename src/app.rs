@@ -73,7 +73,7 @@ const QUEUE: usize = 4096;
 
 /// Why nftlet ended without having done what it was asked for.
 #[derive(Debug, Error)]
-pub enum Error {
+pub(crate) enum Error {
     /// Arguments that do not go together.
     #[error(transparent)]
     Arguments(#[from] settings::Error),
@@ -216,26 +216,26 @@ fn help(asked: &clap::Error, out: &mut dyn Write) -> io::Result<()> {
 ///
 /// Everything that keeps nftlet from starting, and for `--dry-run` and `--once` everything that
 /// keeps them from being done.
-pub fn run(mut line: CommandLine, log: &Lines) -> Result<(), Error> {
-    if let Some(command) = line.args.command {
+fn run(mut line: CommandLine, log: &Lines) -> Result<(), Error> {
+    if let Some(command) = line.command {
         return print(|mut out| command.print(&mut out));
     }
-    let cleanup = line.args.cleanup;
+    let cleanup = line.settings.cleanup;
     if let Some(cleanup) = cleanup.filter(|asked| *asked != Cleanup::Nothing) {
         // Whatever the configuration says, and whether it can be read.
-        start_logging(&line.args, log);
+        start_logging(&line.settings, log);
         return leftovers::clean(cleanup);
     }
     let file = configure::read(&mut line)?;
-    let args = &line.args;
+    let args = &line.settings;
     start_logging(args, log);
     configure::tell(&line, file.as_ref());
     let node_name = args.node_name(std::env::var("NODE_NAME").ok(), &host_name());
     let settings = settings(args)?;
-    if let Some(path) = &args.process.write_config_to {
+    if let Some(path) = &args.write_config_to {
         return configure::write(args, path);
     }
-    if args.process.init_only {
+    if args.init_only {
         kernel::initialise(args);
         return Ok(());
     }
@@ -250,7 +250,7 @@ pub fn run(mut line: CommandLine, log: &Lines) -> Result<(), Error> {
     nftables.read(&[], &Ruleset::default())?;
     let metrics = Arc::new(Metrics::new()?);
     metrics.expect_notices(Reason::ALL.map(Reason::as_str));
-    let health = Health::new(args.sync_period.unwrap_or(settings::SYNC_PERIOD));
+    let health = Health::new(args.sync_period());
     if args.network_policy.is_on() {
         health.expect_policies();
     } else {

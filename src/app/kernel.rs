@@ -16,7 +16,7 @@ use crate::model::{Notice, Reason, Subject};
 use crate::netlink::{Conntrack, FlowFilter};
 use crate::reconcile::{LogAndSend, Reporter};
 use crate::ruleset::Family;
-use crate::settings::{ConntrackArgs, Settings};
+use crate::settings::{self, Settings};
 use crate::sysctl::{self, Unset};
 
 /// The files with their values.
@@ -99,7 +99,7 @@ fn report(
 }
 
 /// Returns the settings that are asked for, and the defaults of the others.
-fn wanted(flags: &ConntrackArgs) -> sysctl::Conntrack {
+fn wanted(flags: &settings::Conntrack) -> sysctl::Conntrack {
     sysctl::Conntrack {
         max_per_core: flags.max_per_core(),
         min: flags.conntrack_min,
@@ -112,7 +112,7 @@ fn wanted(flags: &ConntrackArgs) -> sysctl::Conntrack {
 }
 
 /// Returns the settings that are asked for.
-fn explicit(flags: &ConntrackArgs) -> sysctl::Conntrack {
+fn explicit(flags: &settings::Conntrack) -> sysctl::Conntrack {
     sysctl::Conntrack {
         max_per_core: flags.conntrack_max_per_core.unwrap_or_default(),
         tcp_established: flags.conntrack_tcp_timeout_established.unwrap_or_default(),

@@ -32,7 +32,7 @@ impl Pages {
             let _ = writeln!(flags, "{name}={value}");
         }
         Self {
-            configuration: json!({ file::GROUP: file::effective(&line.args) }),
+            configuration: json!({ file::GROUP: file::effective(&line.settings) }),
             flags,
             started: Timestamp::now(),
             clock: Instant::now(),

@@ -17,8 +17,8 @@ use crate::metrics::Metrics;
 use crate::model::{Delivery, Event, Kind, Notice, ObjectName, ObjectRef, Reason, Subject};
 use crate::policy::Isolated;
 use crate::reconcile::{LogAndSend, Reporter};
+use crate::settings::Settings;
 use crate::settings::file::{self, Ended, File};
-use crate::settings::{HEALTHZ_BIND_ADDRESS, METRICS_BIND_ADDRESS, Settings};
 use crate::source::{ServerFault, SourceStats};
 
 /// How often reports without a line of their own are counted in the log.
@@ -180,7 +180,7 @@ impl Io {
 
     /// Ends the process when the configuration file becomes another one that can be used.
     fn follow_configuration(&self) -> Option<tokio::task::JoinHandle<()>> {
-        let (path, file) = (self.args.process.config.clone()?, self.file.clone()?);
+        let (path, file) = (self.args.config.clone()?, self.file.clone()?);
         if self.args.once {
             return None;
         }
@@ -214,7 +214,7 @@ impl Io {
     ) -> Result<Vec<tokio::task::JoinHandle<()>>, Error> {
         let mut tasks = Vec::new();
         if let Some(address) = self.args.healthz_address() {
-            let name = self.name_of(HEALTHZ_BIND_ADDRESS, "healthzBindAddress");
+            let name = self.name_of("--healthz-bind-address", "healthzBindAddress");
             let router = self.probes();
             tasks.push(self.serve(address, name, router).await?);
         }
@@ -231,7 +231,7 @@ impl Io {
                 .probes()
                 .metrics(page)
                 .text("/proxyMode", || "nftables".into());
-            let name = self.name_of(METRICS_BIND_ADDRESS, "metricsBindAddress");
+            let name = self.name_of("--metrics-bind-address", "metricsBindAddress");
             let router = self.pages.on(router);
             tasks.push(self.serve(address, name, router).await?);
         }

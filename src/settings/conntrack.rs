@@ -1,32 +1,31 @@
-//! The flags of connection tracking, with kube-proxy's names.
+//! The settings of connection tracking, with kube-proxy's names.
 
 use std::time::Duration;
 
 use clap::{ArgAction, Args};
 
-use super::Error;
-use super::kube_proxy::switch;
+use super::values::{count, duration, switch};
 
 /// Kernel settings of connection tracking, made at the start. 0 leaves the kernel's value.
-#[derive(Args, Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Args, Clone, Debug, PartialEq, Eq)]
 #[command(next_help_heading = "Connection tracking (0 leaves the kernel's value)")]
-pub struct ConntrackArgs {
+pub(crate) struct Conntrack {
     /// Connections to track for each core [default: 32768, as far as the process may].
-    #[arg(long, value_name = "N")]
-    pub conntrack_max_per_core: Option<u32>,
+    #[arg(long, value_name = "N", value_parser = count)]
+    pub(crate) conntrack_max_per_core: Option<u32>,
 
     /// Connections to track at least, unless --conntrack-max-per-core is 0.
-    #[arg(long, value_name = "N", default_value_t = 131_072)]
-    pub conntrack_min: u32,
+    #[arg(long, value_name = "N", default_value_t = 131_072, value_parser = count)]
+    pub(crate) conntrack_min: u32,
 
     /// How long an idle TCP connection is remembered [default: 24h, as far as the process may].
     #[arg(long, value_name = "DURATION", value_parser = duration)]
-    pub conntrack_tcp_timeout_established: Option<Duration>,
+    pub(crate) conntrack_tcp_timeout_established: Option<Duration>,
 
     /// How long a TCP connection in CLOSE_WAIT is remembered [default: 1h, as far as the process
     /// may].
     #[arg(long, value_name = "DURATION", value_parser = duration)]
-    pub conntrack_tcp_timeout_close_wait: Option<Duration>,
+    pub(crate) conntrack_tcp_timeout_close_wait: Option<Duration>,
 
     /// Accept TCP packets outside of the window.
     #[arg(
@@ -40,50 +39,32 @@ pub struct ConntrackArgs {
         value_parser = switch,
         action = ArgAction::Set
     )]
-    pub conntrack_tcp_be_liberal: bool,
+    pub(crate) conntrack_tcp_be_liberal: bool,
 
     /// How long a UDP flow without an answer is remembered.
     #[arg(long, value_name = "DURATION", value_parser = duration)]
-    pub conntrack_udp_timeout: Option<Duration>,
+    pub(crate) conntrack_udp_timeout: Option<Duration>,
 
     /// How long a UDP flow with answers is remembered.
     #[arg(long, value_name = "DURATION", value_parser = duration)]
-    pub conntrack_udp_timeout_stream: Option<Duration>,
+    pub(crate) conntrack_udp_timeout_stream: Option<Duration>,
 }
 
-impl ConntrackArgs {
-    /// Returns the connections for each core: those asked for, or kube-proxy's default.
-    pub fn max_per_core(&self) -> u32 {
+impl Conntrack {
+    /// Returns the connections for each core: the setting, or kube-proxy's default.
+    pub(crate) fn max_per_core(&self) -> u32 {
         self.conntrack_max_per_core.unwrap_or(32_768)
     }
 
-    /// Returns the timeout of established TCP connections: the one asked for, or kube-proxy's default.
-    pub fn tcp_established(&self) -> Duration {
+    /// Returns the timeout of established TCP connections: the setting, or kube-proxy's default.
+    pub(crate) fn tcp_established(&self) -> Duration {
         let default = Duration::from_secs(24 * 60 * 60);
         self.conntrack_tcp_timeout_established.unwrap_or(default)
     }
 
-    /// Returns the timeout of TCP connections in CLOSE_WAIT: the one asked for, or kube-proxy's default.
-    pub fn tcp_close_wait(&self) -> Duration {
+    /// Returns the timeout of TCP connections in CLOSE_WAIT: the setting, or kube-proxy's default.
+    pub(crate) fn tcp_close_wait(&self) -> Duration {
         let default = Duration::from_secs(60 * 60);
         self.conntrack_tcp_timeout_close_wait.unwrap_or(default)
     }
-}
-
-/// A duration as Go and kube-proxy write it, such as `24h0m0s`.
-///
-/// # Errors
-///
-/// [`Error::Duration`] for what is none, for one below zero, and for one that Go could not hold,
-/// some 292 years.
-pub fn duration(text: &str) -> Result<Duration, Error> {
-    if text.trim() == "0" {
-        return Ok(Duration::ZERO);
-    }
-    let parsed = text.trim().parse::<jiff::SignedDuration>();
-    parsed
-        .ok()
-        .and_then(|duration| Duration::try_from(duration).ok())
-        .filter(|duration| i64::try_from(duration.as_nanos()).is_ok())
-        .ok_or_else(|| Error::Duration(text.to_owned()))
 }

@@ -1,15 +1,15 @@
-//! What can be wrong with a value.
+//! What is wrong with a value.
 
 use std::net::IpAddr;
 
 use ipnet::IpNet;
 use thiserror::Error;
 
-use super::detect_local::LONGEST_INTERFACE_NAME;
+use super::values::LONGEST_INTERFACE_NAME;
 
 /// A value that cannot be used. clap puts the value and its flag before the text.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
-pub enum Error {
+pub(crate) enum Error {
     /// Not a duration.
     #[error("{0:?} is not a duration; write one such as 24h, 90s or 1h30m, or 0; at most 2562047h")]
     Duration(String),
@@ -84,10 +84,19 @@ pub enum Error {
     /// Neither true nor false.
     #[error("`{0}` is neither true nor false")]
     Switch(String),
+    /// Not a whole number that kube-proxy can hold.
+    #[error("`{0}` is not a whole number up to {max}", max = i32::MAX)]
+    Number(String),
+    /// A negative number.
+    #[error("{0} is below zero; write 0 or more")]
+    Negative(i32),
     /// No verbosity.
     #[error("`{0}` is not a verbosity; write a number such as 2, or -v, -vv or -vvv")]
     Verbosity(String),
-    /// A file cannot say it.
+    /// An empty entry in the list of a file.
+    #[error("an entry is empty; write primary or ranges like 10.0.0.0/8")]
+    EmptyEntry,
+    /// A setting that a file cannot express.
     #[error(
         "a configuration file cannot say that nothing is answered: an empty {0} means the default there; give an address such as 127.0.0.1 to write a file"
     )]

@@ -1,10 +1,11 @@
-//! The values of flags: how they are written, and what they mean.
+//! The values of settings, as flags and the configuration file write them.
 
 use std::ffi::OsString;
 use std::fmt;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::time::Duration;
 
 use ipnet::IpNet;
 
@@ -13,7 +14,7 @@ use super::error::family;
 
 /// Where objects are read from without a cluster.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Manifests {
+pub(crate) enum Manifests {
     /// `-`: standard input.
     StandardInput,
     /// A file or a directory.
@@ -34,11 +35,11 @@ impl Manifests {
 
 /// The ranges of the pod network, at most one of each family.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct ClusterCidrs(Vec<IpNet>);
+pub(crate) struct ClusterCidrs(Vec<IpNet>);
 
 impl ClusterCidrs {
-    /// The ranges, each from its first address on.
-    pub fn as_slice(&self) -> &[IpNet] {
+    /// Returns the ranges, each truncated to its network.
+    pub(crate) fn as_slice(&self) -> &[IpNet] {
         &self.0
     }
 }
@@ -66,7 +67,7 @@ impl fmt::Display for ClusterCidrs {
 
 /// On which of the node's addresses NodePorts answer.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum NodePortAddresses {
+pub(crate) enum NodePortAddresses {
     /// The node's own address of each family.
     #[default]
     Primary,
@@ -103,8 +104,8 @@ impl fmt::Display for NodePortAddresses {
     }
 }
 
-/// Parses ranges separated by commas; none in an empty text.
-pub(super) fn ranges(text: &str, example: &'static str) -> Result<Vec<IpNet>, Error> {
+/// Parses ranges separated by commas. An empty text has none.
+fn ranges(text: &str, example: &'static str) -> Result<Vec<IpNet>, Error> {
     if text.trim().is_empty() {
         return Ok(Vec::new());
     }
@@ -125,7 +126,7 @@ pub(super) fn ranges(text: &str, example: &'static str) -> Result<Vec<IpNet>, Er
         .collect()
 }
 
-pub(super) fn join(f: &mut fmt::Formatter<'_>, ranges: &[IpNet]) -> fmt::Result {
+fn join(f: &mut fmt::Formatter<'_>, ranges: &[IpNet]) -> fmt::Result {
     for (position, net) in ranges.iter().enumerate() {
         if position > 0 {
             f.write_str(",")?;
@@ -135,9 +136,37 @@ pub(super) fn join(f: &mut fmt::Formatter<'_>, ranges: &[IpNet]) -> fmt::Result 
     Ok(())
 }
 
-/// An address to listen on, as given.
+/// The kernel's limit, without the byte that ends the name.
+pub(super) const LONGEST_INTERFACE_NAME: usize = 15;
+
+/// The name of an interface, or the beginning of one. An empty one is none.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct InterfaceName(pub(super) String);
+
+impl fmt::Display for InterfaceName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl FromStr for InterfaceName {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        let name = text.trim();
+        // The kernel takes a few more, which would have to be quoted wherever rules are shown.
+        let fits = |c: char| c.is_ascii_graphic() && !"/:*\"'`\\".contains(c);
+        match name.chars().find(|c| !fits(*c)) {
+            Some(wrong) => Err(Error::InterfaceCharacter(wrong)),
+            None if name.len() > LONGEST_INTERFACE_NAME => Err(Error::LongInterface(name.len())),
+            None => Ok(Self(name.to_owned())),
+        }
+    }
+}
+
+/// An address to listen on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum BindAddress {
+pub(crate) enum BindAddress {
     /// The empty text.
     Nowhere,
     /// An address, with the default port unless one is given.
@@ -187,51 +216,16 @@ impl FromStr for BindAddress {
     }
 }
 
-pub(super) fn port(text: &str) -> Result<u16, Error> {
+fn port(text: &str) -> Result<u16, Error> {
     if !text.bytes().all(|byte| byte.is_ascii_digit()) {
         return Err(Error::Port(text.to_owned()));
     }
     text.parse().map_err(|_| Error::Port(text.to_owned()))
 }
 
-/// How log lines are written.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum LogFormat {
-    /// For people.
-    #[default]
-    Text,
-    /// For programs: one JSON object per line.
-    Json,
-}
-
-impl FromStr for LogFormat {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self, Error> {
-        match text {
-            "text" => Ok(Self::Text),
-            "json" => Ok(Self::Json),
-            _ => Err(Error::LogFormat),
-        }
-    }
-}
-
-impl fmt::Display for LogFormat {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Text => "text",
-            Self::Json => "json",
-        })
-    }
-}
-
-/// Checks a node name as the API server would: a DNS subdomain. Capitals pass, since kube-proxy
-/// accepts a host name as the host has it.
-///
-/// # Errors
-///
-/// [`Error::NodeName`] for what no node can be called.
-pub fn node_name(text: &str) -> Result<String, Error> {
+/// Checks a node name as the API server does: it is a DNS subdomain. Capitals are accepted and made
+/// small, since kube-proxy accepts any host name.
+pub(super) fn node_name(text: &str) -> Result<String, Error> {
     let name = text.trim().to_lowercase();
     let label = |label: &str| {
         let edge = |edge: Option<u8>| edge.is_some_and(|byte| byte.is_ascii_alphanumeric());
@@ -248,7 +242,7 @@ pub fn node_name(text: &str) -> Result<String, Error> {
     }
 }
 
-/// The address of an API server; without a scheme it is HTTP, as kube-proxy has it.
+/// Checks the address of an API server. Without a scheme it is HTTP, as with kube-proxy.
 pub(super) fn server(text: &str) -> Result<String, Error> {
     let text = text.trim();
     let (scheme, rest) = text.split_once("://").unwrap_or(("http", text));
@@ -261,5 +255,100 @@ pub(super) fn server(text: &str) -> Result<String, Error> {
         Ok(format!("{scheme}://{rest}"))
     } else {
         Err(Error::Server(text.to_owned()))
+    }
+}
+
+/// Parses the value of a switch with the words that kube-proxy's flags accept.
+pub(super) fn switch(text: &str) -> Result<bool, Error> {
+    match text {
+        "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(true),
+        "0" | "f" | "F" | "false" | "FALSE" | "False" => Ok(false),
+        _ => Err(Error::Switch(text.to_owned())),
+    }
+}
+
+/// Parses the value of a switch with the words of YAML 1.1, which Kubernetes reads.
+pub(super) fn yaml_switch(text: &str) -> Result<bool, Error> {
+    match text.to_ascii_lowercase().as_str() {
+        "true" | "yes" | "on" => Ok(true),
+        "false" | "no" | "off" => Ok(false),
+        _ => Err(Error::Switch(text.to_owned())),
+    }
+}
+
+/// Parses a number that is not negative and that kube-proxy can hold.
+pub(super) fn count(text: &str) -> Result<u32, Error> {
+    let number: i32 = text
+        .trim()
+        .parse()
+        .map_err(|_| Error::Number(text.to_owned()))?;
+    number.try_into().map_err(|_| Error::Negative(number))
+}
+
+/// Parses a number that fits the kernel's `/proc/self/oom_score_adj`.
+pub(super) fn oom_score_adj(text: &str) -> Result<i16, Error> {
+    let number = text.trim().parse().ok();
+    number
+        .filter(|number| (-1000..=1000).contains(number))
+        .ok_or_else(|| Error::OomScoreAdj(text.to_owned()))
+}
+
+/// Parses the number of a bit of the packet mark.
+pub(super) fn masquerade_bit(text: &str) -> Result<u8, Error> {
+    let number = text.trim().parse().ok();
+    number
+        .filter(|number| *number < 32)
+        .ok_or_else(|| Error::MasqueradeBit(text.to_owned()))
+}
+
+/// Parses a duration as Go and kube-proxy write it, such as `24h0m0s`. Refuses what Go cannot hold,
+/// more than 292 years.
+pub(super) fn duration(text: &str) -> Result<Duration, Error> {
+    if text.trim() == "0" {
+        return Ok(Duration::ZERO);
+    }
+    let parsed = text.trim().parse::<jiff::SignedDuration>();
+    parsed
+        .ok()
+        .and_then(|duration| Duration::try_from(duration).ok())
+        .filter(|duration| i64::try_from(duration.as_nanos()).is_ok())
+        .ok_or_else(|| Error::Duration(text.to_owned()))
+}
+
+/// Writes a duration as Go does, to the millisecond.
+pub(super) fn go_duration(duration: Duration) -> String {
+    let (all, millis) = (duration.as_secs(), duration.subsec_millis());
+    let (hours, minutes, seconds) = (all / 3600, all / 60 % 60, all % 60);
+    let seconds = match millis {
+        0 => format!("{seconds}s"),
+        _ if all == 0 => return format!("{millis}ms"),
+        _ => format!("{seconds}.{millis:03}s"),
+    };
+    match (hours, minutes) {
+        (0, 0) => seconds,
+        (0, _) => format!("{minutes}m{seconds}"),
+        _ => format!("{hours}h{minutes}m{seconds}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_are_written_as_go_does_and_read_back() {
+        for (text, wanted) in [
+            ("0", "0s"),
+            ("15m", "15m0s"),
+            ("24h", "24h0m0s"),
+            ("1h30m5s", "1h30m5s"),
+            ("90s", "1m30s"),
+            ("250ms", "250ms"),
+            ("1s 500ms", "1.500s"),
+        ] {
+            let read = duration(text).expect("a duration");
+            assert_eq!(go_duration(read), wanted);
+            assert_eq!(duration(wanted), Ok(read), "{wanted}");
+        }
     }
 }

@@ -26,7 +26,7 @@ const MOST_LINKS: usize = 40;
 
 /// Why there is nothing to follow any more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ended {
+pub(crate) enum Ended {
     /// The file now says something else, which can be used.
     Changed,
     /// The shutdown was asked for.
@@ -39,7 +39,7 @@ pub enum Ended {
 /// # Errors
 ///
 /// [`Error::Follow`] when inotify is not available.
-pub async fn follow(
+pub(crate) async fn follow(
     path: PathBuf,
     known: File,
     mut shutdown: watch::Receiver<bool>,
