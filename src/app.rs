@@ -536,20 +536,9 @@ fn summary(store: &Store, policies: Option<&Engine>) -> String {
     summary
 }
 
-/// The path by which the manifests source knows standard input.
-const STANDARD_INPUT: &str = "-";
-
 fn manifests(args: &Settings, node_name: &str) -> Option<Manifests> {
-    let paths: Vec<PathBuf> = args
-        .manifests
-        .iter()
-        .map(|source| match source {
-            settings::Manifests::StandardInput => PathBuf::from(STANDARD_INPUT),
-            settings::Manifests::Path(path) => path.clone(),
-        })
-        .collect();
-    (!paths.is_empty()).then(|| {
-        Manifests::new(paths, node_name.to_owned())
+    (!args.manifests.is_empty()).then(|| {
+        Manifests::new(args.manifests.clone(), node_name.to_owned())
             .with_network_policies(args.network_policy.is_on())
             .with_allow_empty(args.allow_empty || args.dry_run)
     })

@@ -296,7 +296,7 @@ fn what_is_referred_to_is_there() {
             let parsed = Settings::try_parse_from(line);
             let parsed = parsed.unwrap_or_else(|error| panic!("{name}: {error}"));
             let for_the_node = parsed.hostname_override.is_some();
-            assert!(for_the_node != parsed.process.init_only, "{name}");
+            assert!(for_the_node != parsed.init_only, "{name}");
         }
         assert_eq!(volumes, mounted, "{name}");
 

@@ -16,7 +16,7 @@ use crate::model::{Notice, Reason, Subject};
 use crate::netlink::{Conntrack, FlowFilter};
 use crate::reconcile::{LogAndSend, Reporter};
 use crate::ruleset::Family;
-use crate::settings::{self, Settings};
+use crate::settings::Settings;
 use crate::sysctl::{self, Unset};
 
 /// The files with their values.
@@ -24,7 +24,7 @@ type Wanted = Vec<(&'static str, u64)>;
 
 /// Makes the settings and tells what cannot be made, for `--init-only`.
 pub(super) fn initialise(args: &Settings) {
-    let wanted = of_this_machine(&wanted(&args.conntrack));
+    let wanted = of_this_machine(&wanted(args));
     let unset = make(Path::new("/"), &wanted, load);
     for unset in &unset {
         tracing::warn!("{unset}");
@@ -46,8 +46,8 @@ pub(super) fn start(
     reporter: &LogAndSend,
     ready: &mut Vec<oneshot::Sender<()>>,
 ) -> Result<Option<JoinHandle<()>>, Error> {
-    let wanted = of_this_machine(&wanted(&args.conntrack));
-    let explicit = of_this_machine(&explicit(&args.conntrack));
+    let wanted = of_this_machine(&wanted(args));
+    let explicit = of_this_machine(&explicit(args));
     let unset = make(Path::new("/"), &wanted, load);
     let (later, never): (Vec<_>, Vec<_>) = unset.into_iter().partition(Unset::is_missing);
     report(&never, &explicit, metrics, reporter);
@@ -99,25 +99,25 @@ fn report(
 }
 
 /// Returns the settings that are asked for, and the defaults of the others.
-fn wanted(flags: &settings::Conntrack) -> sysctl::Conntrack {
+fn wanted(args: &Settings) -> sysctl::Conntrack {
     sysctl::Conntrack {
-        max_per_core: flags.max_per_core(),
-        min: flags.conntrack_min,
-        tcp_established: flags.tcp_established(),
-        tcp_close_wait: flags.tcp_close_wait(),
-        tcp_be_liberal: flags.conntrack_tcp_be_liberal,
-        udp: flags.conntrack_udp_timeout.unwrap_or_default(),
-        udp_stream: flags.conntrack_udp_timeout_stream.unwrap_or_default(),
+        max_per_core: args.conntrack_max_per_core(),
+        min: args.conntrack_min,
+        tcp_established: args.conntrack_tcp_timeout_established(),
+        tcp_close_wait: args.conntrack_tcp_timeout_close_wait(),
+        tcp_be_liberal: args.conntrack_tcp_be_liberal,
+        udp: args.conntrack_udp_timeout.unwrap_or_default(),
+        udp_stream: args.conntrack_udp_timeout_stream.unwrap_or_default(),
     }
 }
 
 /// Returns the settings that are asked for.
-fn explicit(flags: &settings::Conntrack) -> sysctl::Conntrack {
+fn explicit(args: &Settings) -> sysctl::Conntrack {
     sysctl::Conntrack {
-        max_per_core: flags.conntrack_max_per_core.unwrap_or_default(),
-        tcp_established: flags.conntrack_tcp_timeout_established.unwrap_or_default(),
-        tcp_close_wait: flags.conntrack_tcp_timeout_close_wait.unwrap_or_default(),
-        ..wanted(flags)
+        max_per_core: args.conntrack_max_per_core.unwrap_or_default(),
+        tcp_established: args.conntrack_tcp_timeout_established.unwrap_or_default(),
+        tcp_close_wait: args.conntrack_tcp_timeout_close_wait.unwrap_or_default(),
+        ..wanted(args)
     }
 }
 

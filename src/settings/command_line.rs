@@ -15,7 +15,7 @@ use clap_complete::Shell;
 use super::file::FIELDS;
 use super::{Ignored, Settings};
 
-/// What to print instead of doing any work.
+// Without a doc comment, which would be the text above the flags in --help.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Subcommand)]
 pub(crate) enum Command {
     /// Print a script with which a shell completes nftlet's flags.

@@ -22,15 +22,15 @@ use clap::{ArgAction, Parser};
 use ipnet::IpNet;
 
 pub(crate) use command_line::{CommandLine, one_line};
-pub(crate) use conntrack::Conntrack;
 pub(crate) use error::Error;
 use kube_proxy::{Ignored, Verbose};
 pub(crate) use modes::{Cleanup, DetectLocalMode, LogFormat, NetworkPolicyMode, ProxyMode};
-pub(crate) use values::{BindAddress, ClusterCidrs, InterfaceName, Manifests, NodePortAddresses};
-use values::{masquerade_bit, node_name, oom_score_adj, server, switch};
+pub(crate) use values::{BindAddress, ClusterCidrs, InterfaceName, NodePortAddresses};
+use values::{
+    count, duration, manifests, masquerade_bit, node_name, oom_score_adj, server, switch,
+};
 
 mod command_line;
-mod conntrack;
 mod error;
 pub(crate) mod file;
 mod kube_proxy;
@@ -69,6 +69,8 @@ struct Defaults {
     v4: Ipv4Addr,
     v6: Ipv6Addr,
 }
+
+const CONNTRACK: &str = "Connection tracking (0 leaves the kernel's value)";
 
 const AFTER_HELP: &str = "\
 Without --kubeconfig and --manifests, nftlet uses the service account of its pod.
@@ -162,10 +164,10 @@ pub struct Settings {
         long,
         value_name = "PATH",
         help_heading = "Source",
-        value_parser = OsStringValueParser::new().try_map(Manifests::parse),
+        value_parser = OsStringValueParser::new().try_map(manifests),
         conflicts_with = "kubeconfig"
     )]
-    pub(crate) manifests: Vec<Manifests>,
+    pub(crate) manifests: Vec<PathBuf>,
 
     /// Remove all rules where the manifests hold no object at the start. Otherwise the rules of an
     /// earlier run stay in force until there is one.
@@ -275,8 +277,51 @@ pub struct Settings {
     #[arg(long, value_name = "IP", help_heading = "Services")]
     pub(crate) bind_address: Option<IpAddr>,
 
-    #[command(flatten)]
-    pub(crate) conntrack: Conntrack,
+    /// Connections to track for each core [default: 32768, as far as the process may].
+    #[arg(long, value_name = "N", help_heading = CONNTRACK, value_parser = count)]
+    pub(crate) conntrack_max_per_core: Option<u32>,
+
+    /// Connections to track at least, unless --conntrack-max-per-core is 0.
+    #[arg(
+        long,
+        value_name = "N",
+        help_heading = CONNTRACK,
+        default_value_t = 131_072,
+        value_parser = count
+    )]
+    pub(crate) conntrack_min: u32,
+
+    /// How long an idle TCP connection is remembered [default: 24h, as far as the process may].
+    #[arg(long, value_name = "DURATION", help_heading = CONNTRACK, value_parser = duration)]
+    pub(crate) conntrack_tcp_timeout_established: Option<Duration>,
+
+    /// How long a TCP connection in CLOSE_WAIT is remembered [default: 1h, as far as the process
+    /// may].
+    #[arg(long, value_name = "DURATION", help_heading = CONNTRACK, value_parser = duration)]
+    pub(crate) conntrack_tcp_timeout_close_wait: Option<Duration>,
+
+    /// Accept TCP packets outside of the window.
+    #[arg(
+        long,
+        help_heading = CONNTRACK,
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true",
+        default_value_t = false,
+        hide_default_value = true,
+        value_name = "true|false",
+        value_parser = switch,
+        action = ArgAction::Set
+    )]
+    pub(crate) conntrack_tcp_be_liberal: bool,
+
+    /// How long a UDP flow without an answer is remembered.
+    #[arg(long, value_name = "DURATION", help_heading = CONNTRACK, value_parser = duration)]
+    pub(crate) conntrack_udp_timeout: Option<Duration>,
+
+    /// How long a UDP flow with answers is remembered.
+    #[arg(long, value_name = "DURATION", help_heading = CONNTRACK, value_parser = duration)]
+    pub(crate) conntrack_udp_timeout_stream: Option<Duration>,
 
     /// Enforce the cluster's NetworkPolicies (on), or neither read nor enforce them (off).
     #[arg(
@@ -449,6 +494,23 @@ impl Settings {
                 Error::NoPrefix,
             )?),
         })
+    }
+
+    /// Returns the connections for each core: the setting, or kube-proxy's default.
+    pub(crate) fn conntrack_max_per_core(&self) -> u32 {
+        self.conntrack_max_per_core.unwrap_or(32_768)
+    }
+
+    /// Returns the timeout of established TCP connections: the setting, or kube-proxy's default.
+    pub(crate) fn conntrack_tcp_timeout_established(&self) -> Duration {
+        let default = Duration::from_secs(24 * 60 * 60);
+        self.conntrack_tcp_timeout_established.unwrap_or(default)
+    }
+
+    /// Returns the timeout of TCP connections in CLOSE_WAIT: the setting, or kube-proxy's default.
+    pub(crate) fn conntrack_tcp_timeout_close_wait(&self) -> Duration {
+        let default = Duration::from_secs(60 * 60);
+        self.conntrack_tcp_timeout_close_wait.unwrap_or(default)
     }
 
     /// Returns the score against being ended when memory runs out: the setting, or kube-proxy's

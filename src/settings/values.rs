@@ -12,25 +12,12 @@ use ipnet::IpNet;
 use super::Error;
 use super::error::family;
 
-/// Where objects are read from without a cluster.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Manifests {
-    /// `-`: standard input.
-    StandardInput,
-    /// A file or a directory.
-    Path(PathBuf),
-}
-
-impl Manifests {
-    pub(super) fn parse(value: OsString) -> Result<Self, Error> {
-        if value.is_empty() {
-            Err(Error::Manifests)
-        } else if value == "-" {
-            Ok(Self::StandardInput)
-        } else {
-            Ok(Self::Path(value.into()))
-        }
+/// Checks the path of manifests, where `-` is standard input.
+pub(super) fn manifests(path: OsString) -> Result<PathBuf, Error> {
+    if path.is_empty() {
+        return Err(Error::Manifests);
     }
+    Ok(path.into())
 }
 
 /// The ranges of the pod network, at most one of each family.
@@ -73,6 +60,16 @@ pub(crate) enum NodePortAddresses {
     Primary,
     /// The local addresses inside these ranges; a family without a range means all of its own.
     Ranges(Vec<IpNet>),
+}
+
+impl NodePortAddresses {
+    /// Returns the entries of the list that the file has.
+    pub(super) fn entries(&self) -> Vec<String> {
+        match self {
+            Self::Primary => vec![self.to_string()],
+            Self::Ranges(ranges) => ranges.iter().map(IpNet::to_string).collect(),
+        }
+    }
 }
 
 impl FromStr for NodePortAddresses {
@@ -178,6 +175,22 @@ impl BindAddress {
         match self {
             Self::Nowhere => None,
             Self::At(address, port) => Some(SocketAddr::new(address, port.unwrap_or(default_port))),
+        }
+    }
+}
+
+impl From<SocketAddr> for BindAddress {
+    fn from(address: SocketAddr) -> Self {
+        Self::At(address.ip(), Some(address.port()))
+    }
+}
+
+impl fmt::Display for BindAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Nowhere => Ok(()),
+            Self::At(address, Some(port)) => SocketAddr::new(*address, *port).fmt(f),
+            Self::At(address, None) => address.fmt(f),
         }
     }
 }

@@ -1,53 +1,62 @@
 //! The fields of a KubeProxyConfiguration (kubeproxy.config.k8s.io/v1alpha1): one line for each.
 
 use std::error::Error;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
 use super::{KIND, VERSION};
-use crate::settings::kube_proxy::Verbose;
+use crate::settings::kube_proxy::{Verbose, to_kube_proxy};
 use crate::settings::values::{
     count, duration, go_duration, masquerade_bit, node_name, oom_score_adj, yaml_switch,
 };
-use crate::settings::{self, kube_proxy};
-use crate::settings::{NodePortAddresses, ProxyMode, Settings};
+use crate::settings::{
+    self, BindAddress, ClusterCidrs, DetectLocalMode, InterfaceName, LogFormat, NodePortAddresses,
+    ProxyMode, Settings,
+};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
-/// A field that stands for flags.
+/// A field that stands for a setting.
 pub(in crate::settings) struct Field {
     /// The names of its group and itself, joined by dots.
     pub(super) path: &'static str,
-    /// The names of the flags in [`Settings`].
+    /// The flags of the setting, by their names in [`Settings`].
     pub(in crate::settings) flags: &'static [&'static str],
     /// Whether a given flag counts for more than the file, as with kube-proxy.
     pub(in crate::settings) flag_wins: bool,
-    /// Whether it is a list. Its entries are read one by one, and then joined by commas.
+    /// Whether it is a list, of which each entry is read, and then all of them joined by commas.
     pub(super) is_list: bool,
     /// Reads a text that is not empty.
     pub(super) read: fn(&mut Settings, &str) -> Result<()>,
-    /// Returns the value in force.
-    pub(super) write: fn(&Settings) -> Value,
+    write: fn(&Settings) -> Value,
+}
+
+/// Declares a field by its path, the setting, and the function that parses a text. The flag has the
+/// name of the setting.
+macro_rules! field {
+    ($path:literal, $setting:ident, $parse:expr) => {
+        Field {
+            path: $path,
+            flags: &[stringify!($setting)],
+            flag_wins: false,
+            is_list: false,
+            read: |settings, text| {
+                settings.$setting = $parse(text)?.into();
+                Ok(())
+            },
+            write: |settings| settings.$setting.written(),
+        }
+    };
 }
 
 impl Field {
-    const fn new(
-        path: &'static str,
-        flags: &'static [&'static str],
-        read: fn(&mut Settings, &str) -> Result<()>,
-        write: fn(&Settings) -> Value,
-    ) -> Self {
-        Self {
-            path,
-            flags,
-            flag_wins: false,
-            is_list: false,
-            read,
-            write,
-        }
+    const fn flags(mut self, flags: &'static [&'static str]) -> Self {
+        self.flags = flags;
+        self
     }
 
     const fn unless_given(mut self) -> Self {
@@ -118,11 +127,12 @@ impl Unused {
 
 /// A field that is accepted without a word.
 const fn silent(path: &'static str, kind: Kind, written: Option<&'static str>) -> Unused {
+    let (is_noted, usual) = (false, "");
     Unused {
         path,
         kind,
-        is_noted: false,
-        usual: "",
+        is_noted,
+        usual,
         written,
     }
 }
@@ -135,255 +145,108 @@ const fn noted(
     written: Option<&'static str>,
 ) -> Unused {
     Unused {
-        path,
-        kind,
         is_noted: true,
         usual,
-        written,
+        ..silent(path, kind, written)
     }
 }
 
-/// Sets a value that could be read.
-fn put<T, E: Error + 'static>(place: &mut T, read: std::result::Result<T, E>) -> Result<()> {
-    *place = read?;
-    Ok(())
+type Read<T> = std::result::Result<T, settings::Error>;
+
+fn parse<T: FromStr>(text: &str) -> std::result::Result<T, T::Err> {
+    text.parse()
 }
 
-fn parsed<T: FromStr>(text: &str) -> std::result::Result<Option<T>, T::Err> {
-    text.parse().map(Some)
-}
-
-/// Reads a duration of which zero is none.
-fn period_or_none(text: &str) -> std::result::Result<Option<Duration>, settings::Error> {
+/// Parses a duration of which zero is none.
+fn period(text: &str) -> Read<Option<Duration>> {
     let period = duration(text)?;
     Ok(Some(period).filter(|period| !period.is_zero()))
 }
 
-/// Reads a verbosity of kube-proxy. One that changes nothing is none.
-fn verbosity(text: &str) -> std::result::Result<Vec<Verbose>, settings::Error> {
-    let level = Verbose::of_kube_proxy(count(text)?);
-    Ok(Some(level)
+/// Parses a verbosity of kube-proxy. One that shows no more than usual is none.
+fn verbosity(text: &str) -> Read<Vec<Verbose>> {
+    let level = Some(Verbose::of_kube_proxy(count(text)?));
+    Ok(level
         .filter(|it| Verbose::sum(&[*it]) > 0)
         .into_iter()
         .collect())
 }
 
-fn written(value: &impl ToString) -> Value {
-    value.to_string().into()
+fn nodeport_addresses(text: &str) -> Read<Vec<NodePortAddresses>> {
+    Ok(vec![text.parse()?])
 }
 
-fn written_or_empty(value: Option<impl ToString>) -> Value {
-    value.map_or("".into(), |value| written(&value))
+/// The value of a setting in the file.
+trait Written {
+    fn written(&self) -> Value;
 }
 
-fn period(duration: Duration) -> Value {
-    go_duration(duration).into()
-}
-
-fn nodeport_ranges(settings: &Settings) -> Value {
-    match settings.nodeport_addresses().unwrap_or_default() {
-        primary @ NodePortAddresses::Primary => Value::Array(vec![written(&primary)]),
-        NodePortAddresses::Ranges(ranges) => ranges.iter().map(written).collect(),
+impl<T: Written> Written for Option<T> {
+    fn written(&self) -> Value {
+        self.as_ref().map_or("".into(), T::written)
     }
 }
 
-/// The fields that stand for flags, and `nftables.syncPeriod`, which has none.
+macro_rules! written {
+    ($($type:ty: |$it:ident| $value:expr,)+) => {
+        $(impl Written for $type {
+            fn written(&self) -> Value {
+                let $it = self;
+                Value::from($value)
+            }
+        })+
+    };
+}
+
+written! {
+    bool: |it| *it,
+    u8: |it| *it,
+    i16: |it| *it,
+    u32: |it| *it,
+    String: |it| it.as_str(),
+    Duration: |it| go_duration(*it),
+    PathBuf: |it| it.display().to_string(),
+    IpAddr: |it| it.to_string(),
+    BindAddress: |it| it.to_string(),
+    ClusterCidrs: |it| it.to_string(),
+    DetectLocalMode: |it| it.to_string(),
+    InterfaceName: |it| it.to_string(),
+    LogFormat: |it| it.to_string(),
+    ProxyMode: |it| it.to_string(),
+    Vec<Verbose>: |it| to_kube_proxy(Verbose::sum(it)),
+    Vec<NodePortAddresses>: |it| it.iter().flat_map(NodePortAddresses::entries).collect::<Vec<_>>(),
+}
+
+/// The fields that stand for settings. `nftables.syncPeriod` has no flag.
+#[rustfmt::skip]
 pub(in crate::settings) const FIELDS: &[Field] = &[
-    Field::new(
-        "bindAddress",
-        &["bind_address"],
-        |it, text| put(&mut it.bind_address, parsed(text)),
-        |it| written(&it.bind_address.unwrap_or(Ipv4Addr::UNSPECIFIED.into())),
-    ),
-    Field::new(
-        "bindAddressHardFail",
-        &["bind_address_hard_fail"],
-        |it, text| put(&mut it.bind_address_hard_fail, yaml_switch(text)),
-        |it| it.bind_address_hard_fail.into(),
-    ),
-    Field::new(
-        "clientConnection.kubeconfig",
-        &["kubeconfig"],
-        |it, text| put(&mut it.kubeconfig, parsed(text)),
-        |it| written_or_empty(it.kubeconfig.as_ref().map(|path| path.display())),
-    ),
-    Field::new(
-        "clusterCIDR",
-        &["cluster_cidr"],
-        |it, text| put(&mut it.cluster_cidr, text.parse()),
-        |it| written(&it.cluster_cidr),
-    ),
-    Field::new(
-        "conntrack.maxPerCore",
-        &["conntrack_max_per_core"],
-        |it, text| {
-            put(
-                &mut it.conntrack.conntrack_max_per_core,
-                count(text).map(Some),
-            )
-        },
-        |it| it.conntrack.max_per_core().into(),
-    ),
-    Field::new(
-        "conntrack.min",
-        &["conntrack_min"],
-        |it, text| put(&mut it.conntrack.conntrack_min, count(text)),
-        |it| it.conntrack.conntrack_min.into(),
-    ),
-    Field::new(
-        "conntrack.tcpBeLiberal",
-        &["conntrack_tcp_be_liberal"],
-        |it, text| {
-            put(
-                &mut it.conntrack.conntrack_tcp_be_liberal,
-                yaml_switch(text),
-            )
-        },
-        |it| it.conntrack.conntrack_tcp_be_liberal.into(),
-    ),
-    Field::new(
-        "conntrack.tcpCloseWaitTimeout",
-        &["conntrack_tcp_timeout_close_wait"],
-        |it, text| {
-            put(
-                &mut it.conntrack.conntrack_tcp_timeout_close_wait,
-                duration(text).map(Some),
-            )
-        },
-        |it| period(it.conntrack.tcp_close_wait()),
-    ),
-    Field::new(
-        "conntrack.tcpEstablishedTimeout",
-        &["conntrack_tcp_timeout_established"],
-        |it, text| {
-            put(
-                &mut it.conntrack.conntrack_tcp_timeout_established,
-                duration(text).map(Some),
-            )
-        },
-        |it| period(it.conntrack.tcp_established()),
-    ),
-    Field::new(
-        "conntrack.udpStreamTimeout",
-        &["conntrack_udp_timeout_stream"],
-        |it, text| {
-            put(
-                &mut it.conntrack.conntrack_udp_timeout_stream,
-                period_or_none(text),
-            )
-        },
-        |it| {
-            period(
-                it.conntrack
-                    .conntrack_udp_timeout_stream
-                    .unwrap_or_default(),
-            )
-        },
-    ),
-    Field::new(
-        "conntrack.udpTimeout",
-        &["conntrack_udp_timeout"],
-        |it, text| {
-            put(
-                &mut it.conntrack.conntrack_udp_timeout,
-                period_or_none(text),
-            )
-        },
-        |it| period(it.conntrack.conntrack_udp_timeout.unwrap_or_default()),
-    ),
-    Field::new(
-        "detectLocal.bridgeInterface",
-        &["pod_bridge_interface"],
-        |it, text| put(&mut it.pod_bridge_interface, parsed(text)),
-        |it| written_or_empty(it.pod_bridge_interface.as_ref()),
-    ),
-    Field::new(
-        "detectLocal.interfaceNamePrefix",
-        &["pod_interface_name_prefix"],
-        |it, text| put(&mut it.pod_interface_name_prefix, parsed(text)),
-        |it| written_or_empty(it.pod_interface_name_prefix.as_ref()),
-    ),
-    Field::new(
-        "detectLocalMode",
-        &["detect_local_mode"],
-        |it, text| put(&mut it.detect_local_mode, text.parse()),
-        |it| written(&it.detect_local_mode),
-    ),
-    Field::new(
-        "healthzBindAddress",
-        &["healthz_bind_address", "healthz_port"],
-        |it, text| put(&mut it.healthz_bind_address, parsed(text)),
-        |it| written_or_empty(it.healthz_address()),
-    ),
-    Field::new(
-        "hostnameOverride",
-        &["hostname_override"],
-        |it, text| put(&mut it.hostname_override, node_name(text).map(Some)),
-        |it| written_or_empty(it.hostname_override.as_ref()),
-    )
-    .unless_given(),
-    Field::new(
-        "logging.format",
-        &["log_format"],
-        |it, text| put(&mut it.log_format, text.parse()),
-        |it| written(&it.log_format),
-    )
-    .unless_given(),
-    Field::new(
-        "logging.verbosity",
-        &["verbose"],
-        |it, text| put(&mut it.verbose, verbosity(text)),
-        |it| kube_proxy::to_kube_proxy(it.verbosity()).into(),
-    )
-    .unless_given(),
-    Field::new(
-        "metricsBindAddress",
-        &["metrics_bind_address", "metrics_port"],
-        |it, text| put(&mut it.metrics_bind_address, parsed(text)),
-        |it| written_or_empty(it.metrics_address()),
-    ),
-    Field::new(
-        "mode",
-        &["proxy_mode"],
-        |it, text| put(&mut it.proxy_mode, text.parse()),
-        |_| written(&ProxyMode::Nftables),
-    ),
-    Field::new(
-        "nftables.masqueradeAll",
-        &["masquerade_all"],
-        |it, text| put(&mut it.masquerade_all, yaml_switch(text)),
-        |it| it.masquerade_all.into(),
-    ),
-    Field::new(
-        "nftables.masqueradeBit",
-        &["masquerade_bit"],
-        |it, text| put(&mut it.masquerade_bit, masquerade_bit(text)),
-        |it| it.masquerade_bit.into(),
-    ),
-    Field::new(
-        "nftables.syncPeriod",
-        &[],
-        |it, text| put(&mut it.sync_period, period_or_none(text)),
-        |it| period(it.sync_period()),
-    ),
-    Field::new(
-        "nodePortAddresses",
-        &["nodeport_addresses"],
-        |it, text| {
-            put(
-                &mut it.nodeport_addresses,
-                text.parse().map(|all| vec![all]),
-            )
-        },
-        |it| nodeport_ranges(it),
-    )
-    .list(),
-    Field::new(
-        "oomScoreAdj",
-        &["oom_score_adj"],
-        |it, text| put(&mut it.oom_score_adj, oom_score_adj(text).map(Some)),
-        |it| it.oom_score_adj().into(),
-    ),
+    field!("bindAddress", bind_address, parse::<IpAddr>),
+    field!("bindAddressHardFail", bind_address_hard_fail, yaml_switch),
+    field!("clientConnection.kubeconfig", kubeconfig, parse::<PathBuf>),
+    field!("clusterCIDR", cluster_cidr, parse::<ClusterCidrs>),
+    field!("conntrack.maxPerCore", conntrack_max_per_core, count),
+    field!("conntrack.min", conntrack_min, count),
+    field!("conntrack.tcpBeLiberal", conntrack_tcp_be_liberal, yaml_switch),
+    field!("conntrack.tcpCloseWaitTimeout", conntrack_tcp_timeout_close_wait, duration),
+    field!("conntrack.tcpEstablishedTimeout", conntrack_tcp_timeout_established, duration),
+    field!("conntrack.udpStreamTimeout", conntrack_udp_timeout_stream, period),
+    field!("conntrack.udpTimeout", conntrack_udp_timeout, period),
+    field!("detectLocal.bridgeInterface", pod_bridge_interface, parse::<InterfaceName>),
+    field!("detectLocal.interfaceNamePrefix", pod_interface_name_prefix, parse::<InterfaceName>),
+    field!("detectLocalMode", detect_local_mode, parse::<DetectLocalMode>),
+    field!("healthzBindAddress", healthz_bind_address, parse::<BindAddress>)
+        .flags(&["healthz_bind_address", "healthz_port"]),
+    field!("hostnameOverride", hostname_override, node_name).unless_given(),
+    field!("logging.format", log_format, parse::<LogFormat>).unless_given(),
+    field!("logging.verbosity", verbose, verbosity).unless_given(),
+    field!("metricsBindAddress", metrics_bind_address, parse::<BindAddress>)
+        .flags(&["metrics_bind_address", "metrics_port"]),
+    field!("mode", proxy_mode, parse::<ProxyMode>),
+    field!("nftables.masqueradeAll", masquerade_all, yaml_switch),
+    field!("nftables.masqueradeBit", masquerade_bit, masquerade_bit),
+    field!("nftables.syncPeriod", sync_period, period).flags(&[]),
+    field!("nodePortAddresses", nodeport_addresses, nodeport_addresses).list(),
+    field!("oomScoreAdj", oom_score_adj, oom_score_adj),
 ];
 
 /// The fields without effect.
@@ -440,7 +303,8 @@ pub(super) fn is_of_other_mode(path: &str) -> bool {
 /// Returns the settings in force as a complete KubeProxyConfiguration. Fields that nftlet has no use
 /// for hold zero values, those of other modes kube-proxy's defaults.
 pub(crate) fn effective(settings: &Settings) -> Value {
-    let fields = FIELDS.iter().map(|it| (it.path, (it.write)(settings)));
+    let settings = with_defaults(settings);
+    let fields = FIELDS.iter().map(|it| (it.path, (it.write)(&settings)));
     let unused = UNUSED.iter().filter_map(|it| Some((it.path, it.write()?)));
     let mut all = Value::Null;
     for (path, value) in fields.chain(unused) {
@@ -450,4 +314,25 @@ pub(crate) fn effective(settings: &Settings) -> Value {
         *place = value;
     }
     all
+}
+
+/// Returns the settings with what those mean that are not set.
+fn with_defaults(settings: &Settings) -> Settings {
+    let unspecified = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
+    Settings {
+        bind_address: Some(settings.bind_address.unwrap_or(unspecified)),
+        conntrack_max_per_core: Some(settings.conntrack_max_per_core()),
+        conntrack_tcp_timeout_established: Some(settings.conntrack_tcp_timeout_established()),
+        conntrack_tcp_timeout_close_wait: Some(settings.conntrack_tcp_timeout_close_wait()),
+        conntrack_udp_timeout: Some(settings.conntrack_udp_timeout.unwrap_or_default()),
+        conntrack_udp_timeout_stream: Some(
+            settings.conntrack_udp_timeout_stream.unwrap_or_default(),
+        ),
+        healthz_bind_address: settings.healthz_address().map(BindAddress::from),
+        metrics_bind_address: settings.metrics_address().map(BindAddress::from),
+        oom_score_adj: Some(settings.oom_score_adj()),
+        proxy_mode: ProxyMode::default(),
+        sync_period: Some(settings.sync_period()),
+        ..settings.clone()
+    }
 }

@@ -29,45 +29,26 @@ const LARGEST: u64 = 1 << 20;
 /// Why a configuration file cannot be used.
 #[derive(Debug, Error)]
 pub(crate) enum Error {
-    /// It cannot be read.
     #[error("cannot read the configuration {}: {source}; name a file that nftlet may read with --config", path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// What the system said.
-        source: io::Error,
-    },
-    /// It is no such configuration.
+    Read { path: PathBuf, source: io::Error },
     #[error("{}: this is {found}; --config wants a KubeProxyConfiguration of {VERSION}", path.display())]
-    Kind {
-        /// The file.
-        path: PathBuf,
-        /// What it says it is.
-        found: String,
-    },
-    /// It is not YAML, or a field cannot be used.
+    Kind { path: PathBuf, found: String },
     #[error("{}{place}: {field}{message}", path.display())]
     Field {
-        /// The file.
         path: PathBuf,
         /// `:line:column`, where it is known.
         place: String,
         /// The path of the field with a colon, where it is known.
         field: String,
-        /// What is wrong, and what to write.
         message: String,
     },
-    /// The changes of the file cannot be followed.
     #[error("cannot follow the changes of {}: {source}; raise the sysctl fs.inotify.max_user_instances", path.display())]
     Follow {
-        /// The file.
         path: PathBuf,
-        /// What inotify said.
         source: notify::Error,
     },
 }
 
-/// The version that is understood.
 const VERSION: &str = "kubeproxy.config.k8s.io/v1alpha1";
 const KIND: &str = "KubeProxyConfiguration";
 

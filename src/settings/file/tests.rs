@@ -55,7 +55,7 @@ fn what_kube_proxy_writes_is_read_with_a_note_of_its_mode() {
         ["mode iptables is for kube-proxy; nftlet works with nftables"]
     );
     let args = applied(&file, &[]);
-    assert_eq!(args.conntrack.conntrack_max_per_core, Some(32_768));
+    assert_eq!(args.conntrack_max_per_core, Some(32_768));
     assert_eq!(args.oom_score_adj, Some(-999));
     assert_eq!(effective(&args)["mode"], "nftables");
 }
@@ -427,7 +427,9 @@ fn what_is_wrong_with_other_modes_is_wrong_with_the_file() {
         let line = refused(fields);
         assert!(line.starts_with(&format!("config.conf{wanted}")), "{line}");
     }
-    let notes = with("iptables: {masqueradeBit: 7}\nipvs: {tcpTimeout: 5s, odd: 1}").notes().to_vec();
+    let notes = with("iptables: {masqueradeBit: 7}\nipvs: {tcpTimeout: 5s, odd: 1}")
+        .notes()
+        .to_vec();
     assert_eq!(
         notes,
         [
