@@ -23,15 +23,14 @@ mod configure;
 mod descriptors;
 mod drops;
 mod dry_run;
-mod kernel;
 mod leftovers;
 mod monitor;
 mod observe;
 mod pages;
 mod serve;
+mod sysctls;
 
 use std::io::{self, IsTerminal, Write};
-use std::net::IpAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -47,7 +46,7 @@ use crate::compile::{self, DetectLocal, MasqueradeBit, NodePortAddresses};
 use crate::engine::Engine as _;
 use crate::events;
 use crate::health::{self, Checks, Health, Quota};
-use crate::links;
+use crate::host::{addresses, routes};
 use crate::logging::Lines;
 use crate::metrics::Metrics;
 use crate::model::{Event, Kind, Node, Notice, Object, Reason, Store, Subject};
@@ -236,7 +235,7 @@ fn run(mut line: CommandLine, log: &Lines) -> Result<(), Error> {
         return configure::write(args, path);
     }
     if args.init_only {
-        kernel::initialise(args);
+        sysctls::initialise(args);
         return Ok(());
     }
     let descriptors = descriptors::raise();
@@ -294,7 +293,7 @@ fn run(mut line: CommandLine, log: &Lines) -> Result<(), Error> {
     // The sender is dropped without a message only if the thread panicked.
     let stats = started.blocking_recv().unwrap_or(Err(Error::SourceEnded))?;
     let mut ready = Vec::new();
-    let settings_thread = kernel::start(args, &metrics, &reporter, &mut ready)?;
+    let settings_thread = sysctls::start(args, &metrics, &reporter, &mut ready)?;
     if !args.once {
         configure::set_oom_score(args);
     }
@@ -461,7 +460,7 @@ fn policies(args: &Settings, node_name: &str, log_group: Option<u16>) -> Engine 
         log_group,
     };
     if args.network_policy.is_on() {
-        Engine::new(settings).with_links(links::find)
+        Engine::new(settings).with_links(routes::find)
     } else {
         Engine::off(settings)
     }
@@ -477,29 +476,12 @@ fn host_name() -> String {
 fn stand_in(name: &str) -> Node {
     Node {
         name: name.into(),
-        internal_ips: host_addresses(),
+        internal_ips: addresses::global(),
         external_ips: Vec::new(),
         pod_cidrs: Vec::new(),
         zone: None,
         going_away: false,
     }
-}
-
-/// The host's own global addresses.
-fn host_addresses() -> Vec<IpAddr> {
-    let Ok(interfaces) = nix::ifaddrs::getifaddrs() else {
-        return Vec::new();
-    };
-    let addresses = interfaces.filter_map(|interface| {
-        let address = interface.address?;
-        let v4 = address.as_sockaddr_in().map(|a| IpAddr::V4(a.ip()));
-        v4.or_else(|| address.as_sockaddr_in6().map(|a| IpAddr::V6(a.ip())))
-    });
-    let global = |address: &IpAddr| match address {
-        IpAddr::V4(v4) => !v4.is_loopback() && !v4.is_link_local(),
-        IpAddr::V6(v6) => !v6.is_loopback() && !v6.is_unicast_link_local(),
-    };
-    addresses.filter(global).collect()
 }
 
 fn check_kernel() -> Result<(), Error> {

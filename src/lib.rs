@@ -21,13 +21,12 @@
 #![warn(missing_docs)]
 
 pub mod app;
-pub mod bridge;
 pub mod cleanup;
 pub mod compile;
 pub mod engine;
 pub mod events;
 pub mod health;
-pub mod links;
+pub mod host;
 pub mod logging;
 pub mod metrics;
 pub mod model;
@@ -37,4 +36,3 @@ pub mod reconcile;
 pub mod ruleset;
 pub mod settings;
 pub mod source;
-pub mod sysctl;

@@ -5,9 +5,9 @@ use std::os::fd::AsFd;
 use std::path::Path;
 
 use super::Error;
+use crate::host::sysctls;
 use crate::settings::file::{self, File};
 use crate::settings::{self, BindAddress, CommandLine, Settings};
-use crate::sysctl;
 
 /// The files that are open in quiet times, and some more for connections and health checks.
 const DESCRIPTORS: usize = 64;
@@ -90,7 +90,7 @@ pub(super) fn check_descriptors() -> Result<(), Error> {
 /// is a warning only where somebody asked for it.
 pub(super) fn set_oom_score(args: &Settings) {
     let asked = args.oom_score_adj.is_some();
-    if let Err(unset) = sysctl::set_oom_score(Path::new("/"), args.oom_score_adj()) {
+    if let Err(unset) = sysctls::set_oom_score(Path::new("/"), args.oom_score_adj()) {
         if asked {
             tracing::warn!("{unset}");
         } else {

@@ -11,7 +11,8 @@ use tokio::time::{MissedTickBehavior, interval};
 
 use super::drops::{self, Totals};
 use super::{Error, clients, system};
-use crate::bridge::{self, News, Watch};
+use crate::host::addresses;
+use crate::host::bridges::{News, Watch};
 use crate::metrics::Metrics;
 use crate::model::{Notice, Reason, Subject};
 use crate::netlink::{LogReader, Nftables};
@@ -157,7 +158,7 @@ pub(super) async fn watch_bridges(
             let isolated = isolated.borrow_and_update();
             isolated.iter().map(|(address, _)| *address).collect()
         };
-        for news in watch.look(&bridge::attached(), &pods) {
+        for news in watch.look(&addresses::attached(), &pods) {
             match news {
                 News::Begins(unfiltered) => {
                     metrics.notice(Reason::BridgeTraffic.as_str());

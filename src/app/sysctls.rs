@@ -11,13 +11,13 @@ use std::thread::{self, JoinHandle};
 use tokio::sync::oneshot;
 
 use super::{Error, system};
+use crate::host::sysctls::{self, Unset};
 use crate::metrics::Metrics;
 use crate::model::{Notice, Reason, Subject};
 use crate::netlink::{Conntrack, FlowFilter};
 use crate::reconcile::{LogAndSend, Reporter};
 use crate::ruleset::Family;
 use crate::settings::Settings;
-use crate::sysctl::{self, Unset};
 
 /// The files with their values.
 type Wanted = Vec<(&'static str, u64)>;
@@ -63,7 +63,7 @@ pub(super) fn start(
         }
         let missing = |file: &str| later.iter().any(|unset| unset.path == Path::new(file));
         let wanted: Wanted = wanted.into_iter().filter(|(it, _)| missing(it)).collect();
-        let unset = sysctl::apply(Path::new("/"), &wanted);
+        let unset = sysctls::apply(Path::new("/"), &wanted);
         report(&unset, &explicit, &metrics, &reporter);
     };
     thread::Builder::new()
@@ -99,8 +99,8 @@ fn report(
 }
 
 /// Returns the settings that are asked for, and the defaults of the others.
-fn wanted(args: &Settings) -> sysctl::Conntrack {
-    sysctl::Conntrack {
+fn wanted(args: &Settings) -> sysctls::Conntrack {
+    sysctls::Conntrack {
         max_per_core: args.conntrack_max_per_core(),
         min: args.conntrack_min,
         tcp_established: args.conntrack_tcp_timeout_established(),
@@ -112,8 +112,8 @@ fn wanted(args: &Settings) -> sysctl::Conntrack {
 }
 
 /// Returns the settings that are asked for.
-fn explicit(args: &Settings) -> sysctl::Conntrack {
-    sysctl::Conntrack {
+fn explicit(args: &Settings) -> sysctls::Conntrack {
+    sysctls::Conntrack {
         max_per_core: args.conntrack_max_per_core.unwrap_or_default(),
         tcp_established: args.conntrack_tcp_timeout_established.unwrap_or_default(),
         tcp_close_wait: args.conntrack_tcp_timeout_close_wait.unwrap_or_default(),
@@ -121,8 +121,8 @@ fn explicit(args: &Settings) -> sysctl::Conntrack {
     }
 }
 
-fn of_this_machine(settings: &sysctl::Conntrack) -> Wanted {
-    settings.wanted(sysctl::cores(Path::new("/")))
+fn of_this_machine(settings: &sysctls::Conntrack) -> Wanted {
+    settings.wanted(sysctls::cores(Path::new("/")))
 }
 
 /// Makes the settings below a root directory; `load` brings connection tracking, where a file is
@@ -131,7 +131,7 @@ fn make(root: &Path, wanted: &[(&'static str, u64)], load: impl FnOnce()) -> Vec
     if wanted.iter().any(|(file, _)| !root.join(file).exists()) {
         load();
     }
-    sysctl::apply(root, wanted)
+    sysctls::apply(root, wanted)
 }
 
 /// Has the kernel load connection tracking.

@@ -14,16 +14,7 @@ use std::fs;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
-use ipnet::IpNet;
-
-/// An address of an interface, with its network.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Attached {
-    /// The name of the interface.
-    pub interface: String,
-    /// Its address and prefix length.
-    pub network: IpNet,
-}
+use super::addresses::Attached;
 
 /// A bridge over which isolated pods talk past their policies.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -169,26 +160,6 @@ fn unfiltered(root: &Path, interface: &str, ipv6: bool) -> Option<Unfiltered> {
     };
     let filtered = setting.as_deref() == Some("1") || of_bridge();
     (!filtered).then_some(Unfiltered { setting, ..found })
-}
-
-/// The addresses of the interfaces in the network namespace of the calling thread.
-pub fn attached() -> Vec<Attached> {
-    // Fails for want of memory only.
-    let Ok(interfaces) = nix::ifaddrs::getifaddrs() else {
-        return Vec::new();
-    };
-    let attached = interfaces.filter_map(|interface| {
-        let ip = |address: nix::sys::socket::SockaddrStorage| {
-            let v4 = address.as_sockaddr_in().map(|a| IpAddr::V4(a.ip()));
-            v4.or_else(|| address.as_sockaddr_in6().map(|a| IpAddr::V6(a.ip())))
-        };
-        let (address, mask) = (ip(interface.address?)?, ip(interface.netmask?)?);
-        Some(Attached {
-            interface: interface.interface_name,
-            network: IpNet::with_netmask(address, mask).ok()?,
-        })
-    });
-    attached.collect()
 }
 
 #[cfg(test)]
@@ -348,16 +319,5 @@ mod tests {
         let mut watch = Watch::new(host.root.path());
         // In the network of eth0, which is no bridge.
         assert_eq!(watch.look(&host.attached, &[ip("10.2.0.5")]), []);
-    }
-
-    #[test]
-    fn the_loopback_is_attached() {
-        let loopback = attached();
-        assert!(
-            loopback
-                .iter()
-                .any(|a| a.network.addr() == ip("127.0.0.1") && a.network.prefix_len() == 8),
-            "{loopback:?}"
-        );
     }
 }
