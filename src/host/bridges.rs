@@ -1,12 +1,11 @@
-//! Whether traffic between pods of this node passes the network policies by on a bridge.
+//! Bridges on which traffic between pods of this node bypasses network policies.
 //!
-//! With many network plugins the pods of a node are ports of one Linux bridge. What one of them
-//! sends to another is then switched and not routed, and meets the forward hook, where policies
-//! are asked, only while br_netfilter is loaded and its setting for the family is 1, that of all
-//! bridges or that of the one.
+//! With many network plugins the pods of a node are ports of one Linux bridge. Packets between them
+//! are switched, not routed. They pass the forward hook, where policies are enforced, only while
+//! br_netfilter is loaded and its setting for the family is 1, for all bridges or for this one.
 //!
-//! [`Watch::look`] compares the isolated pods with the bridges of the host and tells what is new.
-//! It changes no setting: that would concern all bridges of the host.
+//! [`Watch::look`] compares the isolated pods with the bridges of the host and returns what changed.
+//! It changes no setting, since that would concern all bridges of the host.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -16,14 +15,14 @@ use std::path::{Path, PathBuf};
 
 use super::addresses::Attached;
 
-/// A bridge over which isolated pods talk past their policies.
+/// A bridge on which traffic of isolated pods bypasses their policies.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unfiltered {
     /// The bridge.
     pub bridge: String,
     /// Whether it is about IPv6.
     pub ipv6: bool,
-    /// The setting as it is; `None` if there is none, because br_netfilter is not loaded.
+    /// The current setting; `None` without br_netfilter.
     pub setting: Option<String>,
 }
 
@@ -36,7 +35,7 @@ impl Unfiltered {
         }
     }
 
-    /// The file with the setting of one bridge, which asks for the rules as well.
+    /// The file with the setting of a single bridge.
     fn of_bridge(&self) -> &'static str {
         if self.ipv6 {
             "nf_call_ip6tables"
@@ -45,7 +44,7 @@ impl Unfiltered {
         }
     }
 
-    /// The family, as people write it.
+    /// The name of the family.
     pub fn family(&self) -> &'static str {
         if self.ipv6 { "IPv6" } else { "IPv4" }
     }
@@ -69,37 +68,37 @@ impl fmt::Display for Unfiltered {
     }
 }
 
-/// Something that was not so at the look before.
+/// A difference from the previous look.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum News {
-    /// Traffic passes the policies by.
+    /// Traffic bypasses the policies.
     Begins(Unfiltered),
-    /// It does so no more.
+    /// It no longer does.
     Ends(Unfiltered),
 }
 
-/// Remembers what was told.
+/// Remembers what the previous look found.
 #[derive(Debug)]
 pub struct Watch {
     root: PathBuf,
     /// By the name of the bridge, and whether it is about IPv6.
-    told: BTreeMap<(String, bool), Unfiltered>,
+    found: BTreeMap<(String, bool), Unfiltered>,
 }
 
 impl Watch {
-    /// A watch that has told nothing, over the files below a root directory (`/`).
+    /// Creates a watch over the files below a root directory (`/`), without a previous look.
     pub fn new(root: impl Into<PathBuf>) -> Self {
         Self {
             root: root.into(),
-            told: BTreeMap::new(),
+            found: BTreeMap::new(),
         }
     }
 
-    /// Looks at the host, where these are the addresses of its interfaces and of the isolated
-    /// pods, and returns what is new.
+    /// Looks at the settings of the bridges, given the addresses of the host's interfaces and of the
+    /// isolated pods, and returns what changed.
     pub fn look(&mut self, attached: &[Attached], pods: &[IpAddr]) -> Vec<News> {
         let found = all_unfiltered(&self.root, attached, pods);
-        let mut before = std::mem::replace(&mut self.told, found.clone());
+        let mut before = std::mem::replace(&mut self.found, found.clone());
         let mut news = Vec::new();
         for (place, unfiltered) in found {
             if before.remove(&place).as_ref() != Some(&unfiltered) {
@@ -110,13 +109,13 @@ impl Watch {
         news
     }
 
-    /// Whether traffic of a family passes the policies by on a bridge, as of the last look.
+    /// Returns whether the last look found a bridge on which traffic of a family bypasses policies.
     pub fn is_unfiltered(&self, ipv6: bool) -> bool {
-        self.told.keys().any(|(_, of_ipv6)| *of_ipv6 == ipv6)
+        self.found.keys().any(|(_, of_ipv6)| *of_ipv6 == ipv6)
     }
 }
 
-/// The bridges with isolated pods whose packets are not filtered.
+/// Returns the bridges with isolated pods whose packets are not filtered.
 fn all_unfiltered(
     root: &Path,
     attached: &[Attached],
@@ -136,7 +135,7 @@ fn all_unfiltered(
     found
 }
 
-/// An interface as a bridge that passes the policies by, if it is one.
+/// Returns an interface if it is a bridge whose packets are not filtered.
 fn unfiltered(root: &Path, interface: &str, ipv6: bool) -> Option<Unfiltered> {
     let folder = root.join("sys/class/net").join(interface).join("bridge");
     if !folder.is_dir() {

@@ -220,7 +220,7 @@ pub struct Settings {
     )]
     pub(crate) cluster_cidr: ClusterCidrs,
 
-    /// Tell traffic of pods by ClusterCIDR (the range of --cluster-cidr), NodeCIDR (the ranges in
+    /// Recognise traffic of pods by ClusterCIDR (the range of --cluster-cidr), NodeCIDR (the ranges in
     /// spec.podCIDRs of the Node), BridgeInterface (the bridge it comes in by) or
     /// InterfaceNamePrefix (the name of the interface it comes in by).
     #[arg(long, value_name = "MODE", help_heading = "Services", default_value_t)]
@@ -353,7 +353,7 @@ pub struct Settings {
     #[arg(long, value_name = "ADDR", help_heading = "Observability")]
     pub(crate) healthz_bind_address: Option<BindAddress>,
 
-    /// Do not start while one of the two ports cannot be had, instead of trying on.
+    /// Exit if the address for metrics or for probes cannot be bound, instead of retrying.
     #[arg(
         long,
         help_heading = "Observability",

@@ -98,7 +98,7 @@ const COUNT: Kind = Kind::Single(|text| Ok(count(text)?.into()));
 const BIT: Kind = Kind::Single(|text| Ok(masquerade_bit(text)?.into()));
 const PERIOD: Kind = Kind::Single(|text| Ok(go_duration(duration(text)?).into()));
 const RATE: Kind = Kind::Single(|text| match text.parse::<f64>() {
-    Ok(rate) if rate == 0.0 => Ok(0.into()),
+    Ok(0.0) => Ok(0.into()),
     Ok(rate) => Ok(rate.into()),
     Err(_) => Err(format!("`{text}` is not a number").into()),
 });
