@@ -18,7 +18,7 @@ use std::time::Instant;
 
 use clap::Parser;
 use nftlet::compile::Settings;
-use nftlet::links;
+use nftlet::host::routes;
 use nftlet::metrics::Metrics;
 use nftlet::model::{Delivery, Event, Kind, Object, ObjectName, ObjectRef, Pod};
 use nftlet::netlink::{Applied, Error, Monitor, Nftables};
@@ -124,7 +124,7 @@ impl<'a> Agent<'a> {
             node: NODE.into(),
             ..policy::Settings::default()
         })
-        .with_links(links::find);
+        .with_links(routes::find);
         let reconciler =
             Reconciler::new(counted, Settings::default(), metrics, &Log).with_policies(engine);
         Self {

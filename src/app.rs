@@ -23,15 +23,14 @@ mod configure;
 mod descriptors;
 mod drops;
 mod dry_run;
-mod kernel;
 mod leftovers;
 mod monitor;
 mod observe;
 mod pages;
 mod serve;
+mod sysctls;
 
 use std::io::{self, IsTerminal, Write};
-use std::net::IpAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -43,13 +42,11 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use self::pages::Pages;
 use self::serve::Io;
-use crate::cli::{self, Args, Cleanup, CommandLine, LogFormat};
-use crate::compile::{DetectLocal, MasqueradeBit, NodePortAddresses, Settings};
-use crate::config;
+use crate::compile::{self, DetectLocal, MasqueradeBit, NodePortAddresses};
 use crate::engine::Engine as _;
 use crate::events;
 use crate::health::{self, Checks, Health, Quota};
-use crate::links;
+use crate::host::{addresses, routes};
 use crate::logging::Lines;
 use crate::metrics::Metrics;
 use crate::model::{Event, Kind, Node, Notice, Object, Reason, Store, Subject};
@@ -62,6 +59,8 @@ use crate::reconcile::{
     self, Audits, Exit, Followers, Log, LogAndSend, Reconciler, Reporter as _, Signals,
 };
 use crate::ruleset::Ruleset;
+use crate::settings::file;
+use crate::settings::{self, Cleanup, CommandLine, LogFormat, Settings};
 use crate::source::cluster::Error as ClusterError;
 use crate::source::manifests::Error as ManifestsError;
 use crate::source::{Cluster, Manifests};
@@ -73,13 +72,13 @@ const QUEUE: usize = 4096;
 
 /// Why nftlet ended without having done what it was asked for.
 #[derive(Debug, Error)]
-pub enum Error {
+pub(crate) enum Error {
     /// Arguments that do not go together.
     #[error(transparent)]
-    Arguments(#[from] cli::Error),
+    Arguments(#[from] settings::Error),
     /// The configuration file cannot be used.
     #[error(transparent)]
-    Configuration(#[from] config::Error),
+    Configuration(#[from] file::Error),
     /// The settings cannot be written.
     #[error("cannot write the configuration to {}: {source}", path.display())]
     WriteConfiguration {
@@ -178,7 +177,7 @@ pub fn main() -> ExitCode {
     let code = match CommandLine::parse(std::env::args_os()) {
         Ok(line) => ended(run(line, &log), &log),
         Err(error) if error.use_stderr() => {
-            let error = cli::one_line(&error);
+            let error = settings::one_line(&error);
             log.add(format!("{error} (nftlet --help shows all flags)\n").as_bytes());
             ExitCode::from(2)
         }
@@ -216,27 +215,27 @@ fn help(asked: &clap::Error, out: &mut dyn Write) -> io::Result<()> {
 ///
 /// Everything that keeps nftlet from starting, and for `--dry-run` and `--once` everything that
 /// keeps them from being done.
-pub fn run(mut line: CommandLine, log: &Lines) -> Result<(), Error> {
-    if let Some(command) = line.args.command {
+fn run(mut line: CommandLine, log: &Lines) -> Result<(), Error> {
+    if let Some(command) = line.command {
         return print(|mut out| command.print(&mut out));
     }
-    let cleanup = line.args.cleanup;
+    let cleanup = line.settings.cleanup;
     if let Some(cleanup) = cleanup.filter(|asked| *asked != Cleanup::Nothing) {
         // Whatever the configuration says, and whether it can be read.
-        start_logging(&line.args, log);
+        start_logging(&line.settings, log);
         return leftovers::clean(cleanup);
     }
     let file = configure::read(&mut line)?;
-    let args = &line.args;
+    let args = &line.settings;
     start_logging(args, log);
     configure::tell(&line, file.as_ref());
     let node_name = args.node_name(std::env::var("NODE_NAME").ok(), &host_name());
     let settings = settings(args)?;
-    if let Some(path) = &args.process.write_config_to {
+    if let Some(path) = &args.write_config_to {
         return configure::write(args, path);
     }
-    if args.process.init_only {
-        kernel::initialise(args);
+    if args.init_only {
+        sysctls::initialise(args);
         return Ok(());
     }
     let descriptors = descriptors::raise();
@@ -250,7 +249,7 @@ pub fn run(mut line: CommandLine, log: &Lines) -> Result<(), Error> {
     nftables.read(&[], &Ruleset::default())?;
     let metrics = Arc::new(Metrics::new()?);
     metrics.expect_notices(Reason::ALL.map(Reason::as_str));
-    let health = Health::new(args.sync_period.unwrap_or(cli::SYNC_PERIOD));
+    let health = Health::new(args.sync_period());
     if args.network_policy.is_on() {
         health.expect_policies();
     } else {
@@ -294,7 +293,7 @@ pub fn run(mut line: CommandLine, log: &Lines) -> Result<(), Error> {
     // The sender is dropped without a message only if the thread panicked.
     let stats = started.blocking_recv().unwrap_or(Err(Error::SourceEnded))?;
     let mut ready = Vec::new();
-    let settings_thread = kernel::start(args, &metrics, &reporter, &mut ready)?;
+    let settings_thread = sysctls::start(args, &metrics, &reporter, &mut ready)?;
     if !args.once {
         configure::set_oom_score(args);
     }
@@ -391,7 +390,7 @@ fn single_threaded() -> Result<runtime::Runtime, Error> {
         .map_err(system("a runtime"))
 }
 
-fn start_logging(args: &Args, log: &Lines) {
+fn start_logging(args: &Settings, log: &Lines) {
     use tracing_subscriber::filter::{EnvFilter, LevelFilter};
     let level = match args.verbosity() {
         0 => LevelFilter::INFO,
@@ -419,20 +418,22 @@ fn start_logging(args: &Args, log: &Lines) {
     };
 }
 
-fn settings(args: &Args) -> Result<Settings, Error> {
-    Ok(Settings {
+fn settings(args: &Settings) -> Result<compile::Settings, Error> {
+    Ok(compile::Settings {
         detect_local: match args.detect_local()? {
-            cli::DetectLocal::ClusterCidr(ranges) => DetectLocal::ClusterCidr(ranges),
-            cli::DetectLocal::NodeCidr => DetectLocal::NodeCidr,
-            cli::DetectLocal::BridgeInterface(name) => DetectLocal::BridgeInterface(name.into()),
-            cli::DetectLocal::InterfaceNamePrefix(prefix) => {
+            settings::DetectLocal::ClusterCidr(ranges) => DetectLocal::ClusterCidr(ranges),
+            settings::DetectLocal::NodeCidr => DetectLocal::NodeCidr,
+            settings::DetectLocal::BridgeInterface(name) => {
+                DetectLocal::BridgeInterface(name.into())
+            }
+            settings::DetectLocal::InterfaceNamePrefix(prefix) => {
                 DetectLocal::InterfaceNamePrefix(prefix.into())
             }
         },
         masquerade_all: args.masquerade_all,
         nodeport_addresses: match args.nodeport_addresses()? {
-            cli::NodePortAddresses::Primary => NodePortAddresses::Primary,
-            cli::NodePortAddresses::Ranges(ranges) => NodePortAddresses::Inside(ranges),
+            settings::NodePortAddresses::Primary => NodePortAddresses::Primary,
+            settings::NodePortAddresses::Ranges(ranges) => NodePortAddresses::Inside(ranges),
         },
         bind_address: args.bind_address.filter(|ip| !ip.is_unspecified()),
         masquerade_bit: MasqueradeBit::new(args.masquerade_bit).unwrap_or_default(),
@@ -452,14 +453,14 @@ fn print(write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<(), Err
 }
 
 /// Compiles the policies, or keeps their tables away.
-fn policies(args: &Args, node_name: &str, log_group: Option<u16>) -> Engine {
+fn policies(args: &Settings, node_name: &str, log_group: Option<u16>) -> Engine {
     let settings = policy::Settings {
         node: node_name.into(),
         strict: args.network_policy_strict,
         log_group,
     };
     if args.network_policy.is_on() {
-        Engine::new(settings).with_links(links::find)
+        Engine::new(settings).with_links(routes::find)
     } else {
         Engine::off(settings)
     }
@@ -475,29 +476,12 @@ fn host_name() -> String {
 fn stand_in(name: &str) -> Node {
     Node {
         name: name.into(),
-        internal_ips: host_addresses(),
+        internal_ips: addresses::global(),
         external_ips: Vec::new(),
         pod_cidrs: Vec::new(),
         zone: None,
         going_away: false,
     }
-}
-
-/// The host's own global addresses.
-fn host_addresses() -> Vec<IpAddr> {
-    let Ok(interfaces) = nix::ifaddrs::getifaddrs() else {
-        return Vec::new();
-    };
-    let addresses = interfaces.filter_map(|interface| {
-        let address = interface.address?;
-        let v4 = address.as_sockaddr_in().map(|a| IpAddr::V4(a.ip()));
-        v4.or_else(|| address.as_sockaddr_in6().map(|a| IpAddr::V6(a.ip())))
-    });
-    let global = |address: &IpAddr| match address {
-        IpAddr::V4(v4) => !v4.is_loopback() && !v4.is_link_local(),
-        IpAddr::V6(v6) => !v6.is_loopback() && !v6.is_unicast_link_local(),
-    };
-    addresses.filter(global).collect()
 }
 
 fn check_kernel() -> Result<(), Error> {
@@ -534,20 +518,9 @@ fn summary(store: &Store, policies: Option<&Engine>) -> String {
     summary
 }
 
-/// The path by which the manifests source knows standard input.
-const STANDARD_INPUT: &str = "-";
-
-fn manifests(args: &Args, node_name: &str) -> Option<Manifests> {
-    let paths: Vec<PathBuf> = args
-        .manifests
-        .iter()
-        .map(|source| match source {
-            cli::Manifests::StandardInput => PathBuf::from(STANDARD_INPUT),
-            cli::Manifests::Path(path) => path.clone(),
-        })
-        .collect();
-    (!paths.is_empty()).then(|| {
-        Manifests::new(paths, node_name.to_owned())
+fn manifests(args: &Settings, node_name: &str) -> Option<Manifests> {
+    (!args.manifests.is_empty()).then(|| {
+        Manifests::new(args.manifests.clone(), node_name.to_owned())
             .with_network_policies(args.network_policy.is_on())
             .with_allow_empty(args.allow_empty || args.dry_run)
     })
@@ -571,7 +544,7 @@ fn load(manifests: &mut Manifests, node_name: &str) -> Result<Vec<Event>, Error>
     Ok(events)
 }
 
-async fn connect(args: &Args, node_name: &str) -> Result<Cluster, Error> {
+async fn connect(args: &Settings, node_name: &str) -> Result<Cluster, Error> {
     let (kubeconfig, server) = (args.kubeconfig.clone(), args.master.clone());
     Cluster::connect(kubeconfig, server, node_name.to_owned())
         .await

@@ -21,15 +21,12 @@
 #![warn(missing_docs)]
 
 pub mod app;
-pub mod bridge;
 pub mod cleanup;
-pub mod cli;
 pub mod compile;
-pub mod config;
 pub mod engine;
 pub mod events;
 pub mod health;
-pub mod links;
+pub mod host;
 pub mod logging;
 pub mod metrics;
 pub mod model;
@@ -37,5 +34,5 @@ pub mod netlink;
 pub mod policy;
 pub mod reconcile;
 pub mod ruleset;
+pub mod settings;
 pub mod source;
-pub mod sysctl;

@@ -5,9 +5,9 @@ use std::os::fd::AsFd;
 use std::path::Path;
 
 use super::Error;
-use crate::cli::{self, Args, BindAddress, CommandLine, OOM_SCORE_ADJ};
-use crate::config::{self, File};
-use crate::sysctl;
+use crate::host::sysctls;
+use crate::settings::file::{self, File};
+use crate::settings::{self, BindAddress, CommandLine, Settings};
 
 /// The files that are open in quiet times, and some more for connections and health checks.
 const DESCRIPTORS: usize = 64;
@@ -15,7 +15,7 @@ const DESCRIPTORS: usize = 64;
 /// Reads the configuration file, if one is named, and puts its settings in the place of the
 /// flags'.
 pub(super) fn read(line: &mut CommandLine) -> Result<Option<File>, Error> {
-    let Some(path) = line.args.process.config.clone() else {
+    let Some(path) = line.settings.config.clone() else {
         return Ok(None);
     };
     let file = File::read(&path)?;
@@ -25,15 +25,15 @@ pub(super) fn read(line: &mut CommandLine) -> Result<Option<File>, Error> {
 
 /// Tells what of the command line and of the file has no effect.
 pub(super) fn tell(line: &CommandLine, file: Option<&File>) {
-    let ignored = line.args.ignored.given();
+    let ignored = line.settings.ignored.given();
     if !ignored.is_empty() {
         tracing::warn!(
             "these flags of kube-proxy have no effect here: {}",
             ignored.join(", ")
         );
     }
-    let (Some(path), Some(file)) = (&line.args.process.config, file) else {
-        if let Some(note) = line.args.process.proxy_mode.note() {
+    let (Some(path), Some(file)) = (&line.settings.config, file) else {
+        if let Some(note) = line.settings.proxy_mode.note() {
             tracing::warn!("--proxy-mode: {note}");
         }
         return;
@@ -52,20 +52,20 @@ pub(super) fn tell(line: &CommandLine, file: Option<&File>) {
 }
 
 /// Writes the settings in force as a configuration file.
-pub(super) fn write(args: &Args, path: &Path) -> Result<(), Error> {
+pub(super) fn write(args: &Settings, path: &Path) -> Result<(), Error> {
     for (address, field) in [
         (args.healthz_bind_address, "healthzBindAddress"),
         (args.metrics_bind_address, "metricsBindAddress"),
     ] {
         if address == Some(BindAddress::Nowhere) {
-            return Err(cli::Error::NowhereInFile(field).into());
+            return Err(settings::Error::NowhereInFile(field).into());
         }
     }
     let fault = |source| Error::WriteConfiguration {
         path: path.to_owned(),
         source,
     };
-    let text = serde_saphyr::to_string(&config::effective(args));
+    let text = serde_saphyr::to_string(&file::effective(args));
     let text = text.map_err(|error| fault(std::io::Error::other(error)))?;
     fs::write(path, text).map_err(fault)?;
     tracing::info!("wrote the configuration to {}", path.display());
@@ -88,11 +88,10 @@ pub(super) fn check_descriptors() -> Result<(), Error> {
 /// Protects the process while memory is short. Lowering the score takes CAP_SYS_RESOURCE, which
 /// nftlet does not need otherwise, and kubelet gives critical pods a low score of its own: so it
 /// is a warning only where somebody asked for it.
-pub(super) fn set_oom_score(args: &Args) {
-    let asked = args.process.oom_score_adj;
-    let score = asked.unwrap_or(OOM_SCORE_ADJ);
-    if let Err(unset) = sysctl::set_oom_score(Path::new("/"), score) {
-        if asked.is_some() {
+pub(super) fn set_oom_score(args: &Settings) {
+    let asked = args.oom_score_adj.is_some();
+    if let Err(unset) = sysctls::set_oom_score(Path::new("/"), args.oom_score_adj()) {
+        if asked {
             tracing::warn!("{unset}");
         } else {
             tracing::debug!("{unset}");

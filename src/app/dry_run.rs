@@ -7,16 +7,20 @@ use tokio::sync::{mpsc, watch};
 use super::{
     Error, QUEUE, connect, load, manifests, policies, print, single_threaded, stand_in, summary,
 };
-use crate::cli::Args;
-use crate::compile::{self, Settings};
+use crate::compile;
 use crate::engine::{BUDGET, Engine as _};
 use crate::model::{Changes, ServiceKind, Store};
 use crate::policy::{self, Engine};
 use crate::reconcile::{Log, Reporter};
 use crate::ruleset::{Ruleset, text};
+use crate::settings::Settings;
 
 /// Prints the rules for the objects as they are now.
-pub(super) fn run(args: &Args, node_name: &str, settings: &Settings) -> Result<(), Error> {
+pub(super) fn run(
+    args: &Settings,
+    node_name: &str,
+    settings: &compile::Settings,
+) -> Result<(), Error> {
     let (store, mut policies) = single_threaded()?.block_on(collect(args, node_name, settings))?;
     let (mut wanted, notices) = compile::wanted(&store, settings);
     for notice in &notices {
@@ -29,9 +33,9 @@ pub(super) fn run(args: &Args, node_name: &str, settings: &Settings) -> Result<(
 
 /// Reads all objects once.
 async fn collect(
-    args: &Args,
+    args: &Settings,
     node_name: &str,
-    settings: &Settings,
+    settings: &compile::Settings,
 ) -> Result<(Store, Engine), Error> {
     let mut store = settings.store(Store::with_stand_in(stand_in(node_name)));
     let log_group = args.log_denied.then_some(policy::LOG_GROUP);

@@ -14,7 +14,7 @@ use tokio::sync::oneshot;
 
 use super::{Error, print, system};
 use crate::cleanup::{self, Report, Scope};
-use crate::cli::Cleanup;
+use crate::settings::Cleanup;
 
 /// How often rules of another proxy are looked for.
 const LOOK_EVERY: Duration = Duration::from_secs(600);

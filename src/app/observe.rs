@@ -11,8 +11,8 @@ use tokio::time::{MissedTickBehavior, interval};
 
 use super::drops::{self, Totals};
 use super::{Error, clients, system};
-use crate::bridge::{self, News, Watch};
-use crate::cli::Args;
+use crate::host::addresses;
+use crate::host::bridges::{News, Watch};
 use crate::metrics::Metrics;
 use crate::model::{Notice, Reason, Subject};
 use crate::netlink::{LogReader, Nftables};
@@ -21,6 +21,7 @@ use crate::policy::LOG_GROUP;
 use crate::reconcile::affinity::Forgetter;
 use crate::reconcile::connections::{self, Cutter};
 use crate::reconcile::{Followers, LogAndSend, Question, Reporter, denied};
+use crate::settings::Settings;
 
 /// Questions that may wait for the reconciler.
 const QUESTIONS: usize = 64;
@@ -36,13 +37,13 @@ pub(super) struct Observers {
 }
 
 /// Whether there are policies to be looked after.
-pub(super) fn is_on(args: &Args) -> bool {
+pub(super) fn is_on(args: &Settings) -> bool {
     args.network_policy.is_on() && !args.once
 }
 
 /// Starts the threads that are asked for. They end with the reconciler or the process.
 pub(super) fn start(
-    args: &Args,
+    args: &Settings,
     metrics: &Arc<Metrics>,
     followers: &mut Followers,
     reporter: &LogAndSend,
@@ -92,7 +93,7 @@ fn forget(
 }
 
 /// Opens what reads denied packets, where they are to be logged and can be.
-fn open_log(args: &Args) -> Option<LogReader> {
+fn open_log(args: &Settings) -> Option<LogReader> {
     let wanted = args.log_denied && args.network_policy.is_on();
     let opened = wanted.then(|| LogReader::open(LOG_GROUP))?;
     let told = opened.inspect_err(|error| {
@@ -157,7 +158,7 @@ pub(super) async fn watch_bridges(
             let isolated = isolated.borrow_and_update();
             isolated.iter().map(|(address, _)| *address).collect()
         };
-        for news in watch.look(&bridge::attached(), &pods) {
+        for news in watch.look(&addresses::attached(), &pods) {
             match news {
                 News::Begins(unfiltered) => {
                     metrics.notice(Reason::BridgeTraffic.as_str());

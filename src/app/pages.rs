@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-use crate::cli::CommandLine;
-use crate::config;
 use crate::health::Router;
+use crate::settings::CommandLine;
+use crate::settings::file;
 
 const FOR_PEOPLE: &str = "Warning: this page is for people; its form may change at any time.";
 
@@ -32,7 +32,7 @@ impl Pages {
             let _ = writeln!(flags, "{name}={value}");
         }
         Self {
-            configuration: json!({ config::GROUP: config::effective(&line.args) }),
+            configuration: json!({ file::GROUP: file::effective(&line.settings) }),
             flags,
             started: Timestamp::now(),
             clock: Instant::now(),

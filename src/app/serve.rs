@@ -10,8 +10,6 @@ use tokio::time::MissedTickBehavior;
 
 use super::pages::Pages;
 use super::{Error, connect, load, manifests, observe, single_threaded, system};
-use crate::cli::{Args, HEALTHZ_BIND_ADDRESS, METRICS_BIND_ADDRESS};
-use crate::config::{self, Ended, File};
 use crate::events::Recorder;
 use crate::health::{self, CheckError, Checks, Health, Outage, Probe, Quota, Router};
 use crate::logging::Lines;
@@ -19,6 +17,8 @@ use crate::metrics::Metrics;
 use crate::model::{Delivery, Event, Kind, Notice, ObjectName, ObjectRef, Reason, Subject};
 use crate::policy::Isolated;
 use crate::reconcile::{LogAndSend, Reporter};
+use crate::settings::Settings;
+use crate::settings::file::{self, Ended, File};
 use crate::source::{ServerFault, SourceStats};
 
 /// How often reports without a line of their own are counted in the log.
@@ -26,7 +26,7 @@ const COUNT_EVERY: Duration = Duration::from_secs(60);
 
 /// What runs on the I/O thread.
 pub(super) struct Io {
-    pub(super) args: Args,
+    pub(super) args: Settings,
     /// The configuration file that the settings come from.
     pub(super) file: Option<File>,
     pub(super) pages: Pages,
@@ -180,13 +180,13 @@ impl Io {
 
     /// Ends the process when the configuration file becomes another one that can be used.
     fn follow_configuration(&self) -> Option<tokio::task::JoinHandle<()>> {
-        let (path, file) = (self.args.process.config.clone()?, self.file.clone()?);
+        let (path, file) = (self.args.config.clone()?, self.file.clone()?);
         if self.args.once {
             return None;
         }
         let (stop, stopped) = (self.stop.clone(), self.stopped.clone());
         Some(tokio::spawn(async move {
-            match config::follow(path.clone(), file, stopped).await {
+            match file::follow(path.clone(), file, stopped).await {
                 Ok(Ended::Changed) => {
                     tracing::info!(
                         "{} has changed; ending, to be started again with it",
@@ -214,7 +214,7 @@ impl Io {
     ) -> Result<Vec<tokio::task::JoinHandle<()>>, Error> {
         let mut tasks = Vec::new();
         if let Some(address) = self.args.healthz_address() {
-            let name = self.name_of(HEALTHZ_BIND_ADDRESS, "healthzBindAddress");
+            let name = self.name_of("--healthz-bind-address", "healthzBindAddress");
             let router = self.probes();
             tasks.push(self.serve(address, name, router).await?);
         }
@@ -231,7 +231,7 @@ impl Io {
                 .probes()
                 .metrics(page)
                 .text("/proxyMode", || "nftables".into());
-            let name = self.name_of(METRICS_BIND_ADDRESS, "metricsBindAddress");
+            let name = self.name_of("--metrics-bind-address", "metricsBindAddress");
             let router = self.pages.on(router);
             tasks.push(self.serve(address, name, router).await?);
         }

@@ -17,6 +17,7 @@ use super::error::Error;
 use super::iptables::{counted, directories, program, run};
 use super::owned::{self, IPVS_INTERFACE};
 use super::report::Report;
+use crate::host;
 use crate::netlink::{self, IpSets, Links};
 
 /// Is there while the kernel has ipvs, and lists the virtual services.
@@ -176,18 +177,11 @@ fn remove(ipvsadm: &Path, service: &Service) -> Result<(), Error> {
     .map(drop)
 }
 
-/// The addresses of kube-proxy's interface.
+/// Returns the addresses of kube-proxy's interface.
 fn addresses() -> Vec<IpAddr> {
-    let Ok(interfaces) = nix::ifaddrs::getifaddrs() else {
-        return Vec::new();
-    };
-    let own = interfaces.filter(|interface| interface.interface_name == IPVS_INTERFACE);
-    own.filter_map(|interface| {
-        let address = interface.address?;
-        let v4 = address.as_sockaddr_in().map(|a| IpAddr::V4(a.ip()));
-        v4.or_else(|| address.as_sockaddr_in6().map(|a| IpAddr::V6(a.ip())))
-    })
-    .collect()
+    let attached = host::addresses::attached().into_iter();
+    let own = attached.filter(|it| it.interface == IPVS_INTERFACE);
+    own.map(|it| it.network.addr()).collect()
 }
 
 /// Those of the listed virtual services that are kube-proxy's.

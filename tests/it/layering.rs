@@ -26,16 +26,16 @@ const HOUSE: &[(&str, &[&str])] = &[
             "health", "logging",
         ],
     ),
-    ("bridge", &[]),
-    ("links", &[]),
+    ("host", &[]),
     ("logging", &[]),
-    ("cleanup", &["compile", "policy", "ruleset", "netlink"]),
+    (
+        "cleanup",
+        &["compile", "policy", "ruleset", "netlink", "host"],
+    ),
     ("events", &["model", "logging"]),
     ("health", &["logging"]),
     ("metrics", &[]),
-    ("sysctl", &[]),
-    ("cli", &[]),
-    ("config", &["cli"]),
+    ("settings", &[]),
     (
         "app",
         &[
@@ -51,12 +51,9 @@ const HOUSE: &[(&str, &[&str])] = &[
             "cleanup",
             "health",
             "metrics",
-            "bridge",
-            "links",
+            "host",
             "logging",
-            "sysctl",
-            "cli",
-            "config",
+            "settings",
         ],
     ),
     // The root of the library only declares modules; the binary only hands over to `app`.
@@ -371,7 +368,7 @@ fn allowed_imports_pass() {
     );
     assert!(says("main.rs", "fn main() { nftlet::app::run() }").is_empty());
     assert!(says("lib.rs", "pub mod model; pub(crate) mod app;").is_empty());
-    assert!(says("cli.rs", "pub(crate) fn f() {}").is_empty());
+    assert!(says("settings.rs", "pub(crate) fn f() {}").is_empty());
 }
 
 #[test]
@@ -425,9 +422,9 @@ fn forbidden_imports_fail() {
         "1: `health` must not use `metrics`",
     );
     one(
-        "cli.rs",
+        "settings.rs",
         "use crate::*;",
-        "1: `cli` imports the root as a whole",
+        "1: `settings` imports the root as a whole",
     );
     one(
         "main.rs",
@@ -435,7 +432,7 @@ fn forbidden_imports_fail() {
         "1: `main` must not use `model`",
     );
     one(
-        "config.rs",
+        "settings.rs",
         "use crate::helpers;",
         "1: `helpers` is no module of the table",
     );
@@ -484,9 +481,9 @@ fn unsafe_and_unfinished_code_fail() {
     );
     assert!(says("netlink/sys.rs", "fn f() { unsafe { g() } }").is_empty());
     for left_over in ["todo!()", "unimplemented!(\"x\")", "dbg!(1)"] {
-        let found = says("cli.rs", &format!("fn f() {{\n {left_over};\n}}"));
+        let found = says("settings.rs", &format!("fn f() {{\n {left_over};\n}}"));
         assert_eq!(found.len(), 1, "{left_over}");
         assert!(found[0].starts_with("2: "), "{found:?}");
     }
-    assert!(says("cli.rs", "#![deny(unsafe_code)] fn dbg() {}").is_empty());
+    assert!(says("settings.rs", "#![deny(unsafe_code)] fn dbg() {}").is_empty());
 }

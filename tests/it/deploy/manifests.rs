@@ -16,7 +16,7 @@ use clap::Parser as _;
 use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::core::v1::{Container, PodSpec};
 use k8s_openapi::api::rbac::v1::ClusterRoleBinding;
-use nftlet::cli::Args;
+use nftlet::settings::Settings;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -273,10 +273,10 @@ fn what_is_referred_to_is_there() {
             mounted.extend(container.volume_mounts.iter().flatten().map(|it| &it.name));
             let line = arguments(&objects, container);
             let line = std::iter::once("nftlet".to_owned()).chain(line);
-            let parsed = Args::try_parse_from(line);
+            let parsed = Settings::try_parse_from(line);
             let parsed = parsed.unwrap_or_else(|error| panic!("{name}: {error}"));
             let for_the_node = parsed.hostname_override.is_some();
-            assert!(for_the_node != parsed.process.init_only, "{name}");
+            assert!(for_the_node != parsed.init_only, "{name}");
         }
         assert_eq!(volumes, mounted, "{name}");
 

@@ -1,11 +1,12 @@
 use serde_json::Value;
 
 use super::*;
-use crate::cli::{Args, NodePortAddresses};
+use crate::settings::{LogFormat, NodePortAddresses};
 
 const HEAD: &str = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n";
-const KUBEADM: &str = include_str!("../../tests/fixtures/kube-proxy-config-kubeadm.yaml");
-const WRITTEN: &str = include_str!("../../tests/fixtures/kube-proxy-config-written-by-1.36.yaml");
+const KUBEADM: &str = include_str!("../../../tests/fixtures/kube-proxy-config-kubeadm.yaml");
+const WRITTEN: &str =
+    include_str!("../../../tests/fixtures/kube-proxy-config-written-by-1.36.yaml");
 
 fn parse(text: &str) -> Result<File, Error> {
     File::parse(Path::new("config.conf"), text)
@@ -26,11 +27,11 @@ fn refused(fields: &str) -> String {
 }
 
 /// The command line after a file was applied to it.
-fn applied(file: &File, flags: &[&str]) -> Args {
+fn applied(file: &File, flags: &[&str]) -> Settings {
     let all = ["nftlet"].iter().chain(flags);
     let mut line = CommandLine::parse(all).expect("flags");
     file.apply(&mut line);
-    line.args
+    line.settings
 }
 
 #[test]
@@ -43,7 +44,7 @@ fn the_file_of_kubeadm_changes_nothing_but_the_kubeconfig() {
         Some("/var/lib/kube-proxy/kubeconfig.conf".into())
     );
     let plain = CommandLine::parse(["nftlet", "--bind-address=0.0.0.0"]).expect("flags");
-    assert_eq!(args, plain.args);
+    assert_eq!(args, plain.settings);
 }
 
 #[test]
@@ -54,8 +55,8 @@ fn what_kube_proxy_writes_is_read_with_a_note_of_its_mode() {
         ["mode iptables is for kube-proxy; nftlet works with nftables"]
     );
     let args = applied(&file, &[]);
-    assert_eq!(args.conntrack.conntrack_max_per_core, Some(32_768));
-    assert_eq!(args.process.oom_score_adj, Some(-999));
+    assert_eq!(args.conntrack_max_per_core, Some(32_768));
+    assert_eq!(args.oom_score_adj, Some(-999));
     assert_eq!(effective(&args)["mode"], "nftables");
 }
 
@@ -79,7 +80,7 @@ fn connection_tracking_has_the_defaults_of_kube_proxy_and_zero_leaves_it() {
         "udpStreamTimeout": "0s",
         "udpTimeout": "0s",
     });
-    let plain = CommandLine::parse(["nftlet"]).expect("flags").args;
+    let plain = CommandLine::parse(["nftlet"]).expect("flags").settings;
     assert_eq!(effective(&plain)["conntrack"], defaults, "no flag");
     for file in [
         parse(KUBEADM).expect("kubeadm's"),
@@ -144,14 +145,14 @@ oomScoreAdj: -5",
         "--oom-score-adj=-5",
     ])
     .expect("flags");
-    let mut wanted = from_flags.args;
+    let mut wanted = from_flags.settings;
     wanted.sync_period = Some(std::time::Duration::from_secs(10));
     assert_eq!(applied(&file, &[]), wanted);
 }
 
 #[test]
 fn null_zero_and_empty_mean_the_defaults() {
-    let nothing = CommandLine::parse(["nftlet"]).expect("flags").args;
+    let nothing = CommandLine::parse(["nftlet"]).expect("flags").settings;
     let empty = with(
         "bindAddress: ''
 clientConnection: null
@@ -332,7 +333,8 @@ ipvs: {strictARP: true, excludeCIDRs: [10.0.0.0/8], scheduler: rr}
 portRange: ''
 ",
     )
-    .notes();
+    .notes()
+    .to_vec();
     assert_eq!(
         notes,
         [
@@ -371,7 +373,7 @@ fn what_is_written_is_complete_and_read_back_as_the_same() {
     ];
     samples.push(vec!["nftlet", "--hostname-override=80"]);
     for flags in samples {
-        let args = CommandLine::parse(&flags).expect("flags").args;
+        let args = CommandLine::parse(&flags).expect("flags").settings;
         let value = effective(&args);
         assert_eq!(paths(&value), paths(&reference));
         let text = serde_saphyr::to_string(&value).expect("YAML");
@@ -425,7 +427,9 @@ fn what_is_wrong_with_other_modes_is_wrong_with_the_file() {
         let line = refused(fields);
         assert!(line.starts_with(&format!("config.conf{wanted}")), "{line}");
     }
-    let notes = with("iptables: {masqueradeBit: 7}\nipvs: {tcpTimeout: 5s, odd: 1}").notes();
+    let notes = with("iptables: {masqueradeBit: 7}\nipvs: {tcpTimeout: 5s, odd: 1}")
+        .notes()
+        .to_vec();
     assert_eq!(
         notes,
         [

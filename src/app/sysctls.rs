@@ -11,20 +11,20 @@ use std::thread::{self, JoinHandle};
 use tokio::sync::oneshot;
 
 use super::{Error, system};
-use crate::cli::{Args, ConntrackArgs};
+use crate::host::sysctls::{self, Unset};
 use crate::metrics::Metrics;
 use crate::model::{Notice, Reason, Subject};
 use crate::netlink::{Conntrack, FlowFilter};
 use crate::reconcile::{LogAndSend, Reporter};
 use crate::ruleset::Family;
-use crate::sysctl::{self, Unset};
+use crate::settings::Settings;
 
 /// The files with their values.
 type Wanted = Vec<(&'static str, u64)>;
 
 /// Makes the settings and tells what cannot be made, for `--init-only`.
-pub(super) fn initialise(args: &Args) {
-    let wanted = of_this_machine(&wanted(&args.conntrack));
+pub(super) fn initialise(args: &Settings) {
+    let wanted = of_this_machine(&wanted(args));
     let unset = make(Path::new("/"), &wanted, load);
     for unset in &unset {
         tracing::warn!("{unset}");
@@ -41,13 +41,13 @@ pub(super) fn initialise(args: &Args) {
 ///
 /// When the system refuses the thread.
 pub(super) fn start(
-    args: &Args,
+    args: &Settings,
     metrics: &Arc<Metrics>,
     reporter: &LogAndSend,
     ready: &mut Vec<oneshot::Sender<()>>,
 ) -> Result<Option<JoinHandle<()>>, Error> {
-    let wanted = of_this_machine(&wanted(&args.conntrack));
-    let explicit = of_this_machine(&explicit(&args.conntrack));
+    let wanted = of_this_machine(&wanted(args));
+    let explicit = of_this_machine(&explicit(args));
     let unset = make(Path::new("/"), &wanted, load);
     let (later, never): (Vec<_>, Vec<_>) = unset.into_iter().partition(Unset::is_missing);
     report(&never, &explicit, metrics, reporter);
@@ -63,7 +63,7 @@ pub(super) fn start(
         }
         let missing = |file: &str| later.iter().any(|unset| unset.path == Path::new(file));
         let wanted: Wanted = wanted.into_iter().filter(|(it, _)| missing(it)).collect();
-        let unset = sysctl::apply(Path::new("/"), &wanted);
+        let unset = sysctls::apply(Path::new("/"), &wanted);
         report(&unset, &explicit, &metrics, &reporter);
     };
     thread::Builder::new()
@@ -99,30 +99,30 @@ fn report(
 }
 
 /// Returns the settings that are asked for, and the defaults of the others.
-fn wanted(flags: &ConntrackArgs) -> sysctl::Conntrack {
-    sysctl::Conntrack {
-        max_per_core: flags.max_per_core(),
-        min: flags.conntrack_min,
-        tcp_established: flags.tcp_established(),
-        tcp_close_wait: flags.tcp_close_wait(),
-        tcp_be_liberal: flags.conntrack_tcp_be_liberal,
-        udp: flags.conntrack_udp_timeout.unwrap_or_default(),
-        udp_stream: flags.conntrack_udp_timeout_stream.unwrap_or_default(),
+fn wanted(args: &Settings) -> sysctls::Conntrack {
+    sysctls::Conntrack {
+        max_per_core: args.conntrack_max_per_core(),
+        min: args.conntrack_min,
+        tcp_established: args.conntrack_tcp_timeout_established(),
+        tcp_close_wait: args.conntrack_tcp_timeout_close_wait(),
+        tcp_be_liberal: args.conntrack_tcp_be_liberal,
+        udp: args.conntrack_udp_timeout.unwrap_or_default(),
+        udp_stream: args.conntrack_udp_timeout_stream.unwrap_or_default(),
     }
 }
 
 /// Returns the settings that are asked for.
-fn explicit(flags: &ConntrackArgs) -> sysctl::Conntrack {
-    sysctl::Conntrack {
-        max_per_core: flags.conntrack_max_per_core.unwrap_or_default(),
-        tcp_established: flags.conntrack_tcp_timeout_established.unwrap_or_default(),
-        tcp_close_wait: flags.conntrack_tcp_timeout_close_wait.unwrap_or_default(),
-        ..wanted(flags)
+fn explicit(args: &Settings) -> sysctls::Conntrack {
+    sysctls::Conntrack {
+        max_per_core: args.conntrack_max_per_core.unwrap_or_default(),
+        tcp_established: args.conntrack_tcp_timeout_established.unwrap_or_default(),
+        tcp_close_wait: args.conntrack_tcp_timeout_close_wait.unwrap_or_default(),
+        ..wanted(args)
     }
 }
 
-fn of_this_machine(settings: &sysctl::Conntrack) -> Wanted {
-    settings.wanted(sysctl::cores(Path::new("/")))
+fn of_this_machine(settings: &sysctls::Conntrack) -> Wanted {
+    settings.wanted(sysctls::cores(Path::new("/")))
 }
 
 /// Makes the settings below a root directory; `load` brings connection tracking, where a file is
@@ -131,7 +131,7 @@ fn make(root: &Path, wanted: &[(&'static str, u64)], load: impl FnOnce()) -> Vec
     if wanted.iter().any(|(file, _)| !root.join(file).exists()) {
         load();
     }
-    sysctl::apply(root, wanted)
+    sysctls::apply(root, wanted)
 }
 
 /// Has the kernel load connection tracking.

@@ -1,7 +1,16 @@
-//! The command line.
+//! The settings: flags, and the configuration file of kube-proxy.
 //!
-//! Flags that kube-proxy has as well keep its names and meanings. A value that cannot be used is
-//! refused here, in one line that tells what to write instead, before anything else begins.
+//! [`Settings`] declares each setting once, as a flag with a typed value. A field of the
+//! configuration file is one line in `file/fields.rs`, which names the flag, and reads and writes
+//! the same value. Flags that kube-proxy has as well keep its names and meanings. A value that
+//! cannot be used is refused at the start, in one line that says what to write instead.
+//!
+//! ```text
+//! arguments ─> CommandLine ─────────┐
+//!                                   ├─> Settings ─> --write-config-to, /configz
+//! file ─> File (fields, notes) ─────┘
+//!   └─> follow (a change that can be used ends the process)
+//! ```
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
@@ -10,31 +19,25 @@ use std::time::Duration;
 
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{ArgAction, Parser};
-use thiserror::Error;
+use ipnet::IpNet;
 
-pub use cleanup::Cleanup;
-pub use command_line::{Command, CommandLine, one_line};
-pub use conntrack::{ConntrackArgs, duration};
-pub use detect_local::{DetectLocal, DetectLocalMode, InterfaceName};
-pub use error::Error;
-use kube_proxy::switch;
-pub use kube_proxy::{Ignored, Verbose, verbosity_of};
-pub use network_policy::NetworkPolicyMode;
-pub use process::{OOM_SCORE_ADJ, ProcessArgs, ProxyMode, masquerade_bit, oom_score_adj};
-use values::server;
-pub use values::{BindAddress, ClusterCidrs, LogFormat, Manifests, NodePortAddresses, node_name};
+pub(crate) use command_line::{CommandLine, one_line};
+pub(crate) use error::Error;
+use kube_proxy::{Ignored, Verbose};
+pub(crate) use modes::{Cleanup, DetectLocalMode, LogFormat, NetworkPolicyMode, ProxyMode};
+pub(crate) use values::{BindAddress, ClusterCidrs, InterfaceName, NodePortAddresses};
+use values::{
+    count, duration, manifests, masquerade_bit, node_name, oom_score_adj, server, switch,
+};
 
-mod cleanup;
 mod command_line;
-mod conntrack;
-mod detect_local;
 mod error;
+pub(crate) mod file;
 mod kube_proxy;
-mod network_policy;
-mod process;
+mod modes;
 mod values;
 
-/// What `--version` says: the version, and the commit where the build was told one by the variable
+/// The text of `--version`: the version, and the commit if the build had the variable
 /// `NFTLET_COMMIT`.
 static VERSION: LazyLock<String> = LazyLock::new(|| version(option_env!("NFTLET_COMMIT")));
 
@@ -46,37 +49,28 @@ fn version(commit: Option<&str>) -> String {
     }
 }
 
-/// The flag with the address of the probes.
-pub const HEALTHZ_BIND_ADDRESS: &str = "--healthz-bind-address";
-
-/// The flag with the address of the metrics.
-pub const METRICS_BIND_ADDRESS: &str = "--metrics-bind-address";
-
-/// How long a round of work may take before it counts as late, twice over; kube-proxy's
-/// `nftables.syncPeriod`.
-pub const SYNC_PERIOD: Duration = Duration::from_secs(30);
-
-/// Where kube-proxy answers probes: on all addresses, since load balancers ask from outside.
+/// kube-proxy's address for probes: any, since load balancers ask from outside.
 const HEALTHZ: Defaults = Defaults {
     port: 10256,
     v4: Ipv4Addr::UNSPECIFIED,
     v6: Ipv6Addr::UNSPECIFIED,
 };
 
-/// Where kube-proxy answers Prometheus: inside the node only.
+/// kube-proxy's address for Prometheus: inside the node only.
 const METRICS: Defaults = Defaults {
     port: 10249,
     v4: Ipv4Addr::LOCALHOST,
     v6: Ipv6Addr::LOCALHOST,
 };
 
-/// What an address to listen on has where nothing else is said; the family is that of the node's
-/// own address (`--bind-address`).
+/// The defaults of an address to listen on. The family is that of `--bind-address`.
 struct Defaults {
     port: u16,
     v4: Ipv4Addr,
     v6: Ipv6Addr,
 }
+
+const CONNTRACK: &str = "Connection tracking (0 leaves the kernel's value)";
 
 const AFTER_HELP: &str = "\
 Without --kubeconfig and --manifests, nftlet uses the service account of its pod.
@@ -96,19 +90,62 @@ Examples:
 #[command(
     override_usage = "nftlet [--kubeconfig FILE | --manifests PATH...] [--dry-run | --once] [OPTIONS]\n       nftlet --cleanup[=all|nftlet|kube-proxy]\n       nftlet completion bash|zsh|fish\n       nftlet man"
 )]
-#[command(args_conflicts_with_subcommands = true, disable_help_subcommand = true)]
-pub struct Args {
-    /// What to print instead of doing any work.
-    #[command(subcommand)]
-    pub command: Option<Command>,
+pub struct Settings {
+    /// Read the settings from a KubeProxyConfiguration (kubeproxy.config.k8s.io/v1alpha1), such as
+    /// the one kubeadm writes. Flags for what is in it are ignored, except --hostname-override,
+    /// -v and --log-format. nftlet ends when the file changes, to be started again.
+    #[arg(long, value_name = "FILE", help_heading = "Configuration")]
+    pub(crate) config: Option<PathBuf>,
 
-    /// The configuration file and what is done with the process.
-    #[command(flatten)]
-    pub process: ProcessArgs,
+    /// Write the settings as a complete KubeProxyConfiguration and exit.
+    #[arg(
+        long,
+        value_name = "FILE",
+        help_heading = "Configuration",
+        conflicts_with_all = ["dry_run", "once", "init_only"]
+    )]
+    pub(crate) write_config_to: Option<PathBuf>,
+
+    /// Make the kernel settings of connection tracking, which may need more rights than the rules,
+    /// and exit.
+    #[arg(
+        long,
+        help_heading = "Configuration",
+        conflicts_with_all = ["dry_run", "once"],
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true",
+        default_value_t = false,
+        hide_default_value = true,
+        value_name = "true|false",
+        value_parser = switch,
+        action = ArgAction::Set
+    )]
+    pub init_only: bool,
+
+    /// Accepted for kube-proxy's sake: nftables, iptables and ipvs all mean nftables here.
+    #[arg(
+        long,
+        value_name = "MODE",
+        help_heading = "Configuration",
+        default_value_t
+    )]
+    pub(crate) proxy_mode: ProxyMode,
+
+    /// How readily the kernel ends this process when memory runs out, from -1000 to 1000
+    /// [default: -999, as far as the process may].
+    #[arg(
+        long,
+        value_name = "N",
+        help_heading = "Configuration",
+        allow_negative_numbers = true,
+        value_parser = oom_score_adj
+    )]
+    pub(crate) oom_score_adj: Option<i16>,
 
     /// Read the address of the API server and the credentials for it from this file.
     #[arg(long, value_name = "FILE", help_heading = "Source")]
-    pub kubeconfig: Option<PathBuf>,
+    pub(crate) kubeconfig: Option<PathBuf>,
 
     /// The address of the API server, in place of the one in the kubeconfig or the pod's
     /// environment, whose credentials are used.
@@ -119,7 +156,7 @@ pub struct Args {
         value_parser = server,
         conflicts_with = "manifests"
     )]
-    pub master: Option<String>,
+    pub(crate) master: Option<String>,
 
     /// Read the objects from a YAML or JSON file, a directory of such files, or standard input
     /// (-) instead of a cluster, and follow the changes of files. May be given several times.
@@ -127,15 +164,15 @@ pub struct Args {
         long,
         value_name = "PATH",
         help_heading = "Source",
-        value_parser = OsStringValueParser::new().try_map(Manifests::parse),
+        value_parser = OsStringValueParser::new().try_map(manifests),
         conflicts_with = "kubeconfig"
     )]
-    pub manifests: Vec<Manifests>,
+    pub(crate) manifests: Vec<PathBuf>,
 
     /// Remove all rules where the manifests hold no object at the start. Otherwise the rules of an
     /// earlier run stay in force until there is one.
     #[arg(long, help_heading = "Source", requires = "manifests")]
-    pub allow_empty: bool,
+    pub(crate) allow_empty: bool,
 
     /// The name of this node in the cluster [default: the variable NODE_NAME, else the host name
     /// in lower case].
@@ -149,11 +186,11 @@ pub struct Args {
 
     /// Print the rules as `nft` would read them and exit; change nothing.
     #[arg(long, help_heading = "Mode", conflicts_with = "once")]
-    pub dry_run: bool,
+    pub(crate) dry_run: bool,
 
     /// Write the rules once and exit; they stay.
     #[arg(long, help_heading = "Mode")]
-    pub once: bool,
+    pub(crate) once: bool,
 
     /// Remove rules, print what was removed, and exit: those of nftlet and of kube-proxy (all), or
     /// of one of them. Connections that exist go on.
@@ -166,11 +203,11 @@ pub struct Args {
         default_missing_value = "all",
         conflicts_with_all = ["dry_run", "once", "manifests", "keep_kube_proxy"]
     )]
-    pub cleanup: Option<Cleanup>,
+    pub(crate) cleanup: Option<Cleanup>,
 
     /// Leave kube-proxy's rules where they are. Otherwise they are removed once nftlet's own stand.
     #[arg(long, help_heading = "Mode")]
-    pub keep_kube_proxy: bool,
+    pub(crate) keep_kube_proxy: bool,
 
     /// The pod network, at most one range per IP family. Traffic to ClusterIPs from elsewhere is
     /// masqueraded; without a range of a family none of that family is.
@@ -181,21 +218,21 @@ pub struct Args {
         default_value_t,
         hide_default_value = true
     )]
-    pub cluster_cidr: ClusterCidrs,
+    pub(crate) cluster_cidr: ClusterCidrs,
 
-    /// Tell traffic of pods by ClusterCIDR (the range of --cluster-cidr), NodeCIDR (the ranges in
+    /// Recognise traffic of pods by ClusterCIDR (the range of --cluster-cidr), NodeCIDR (the ranges in
     /// spec.podCIDRs of the Node), BridgeInterface (the bridge it comes in by) or
     /// InterfaceNamePrefix (the name of the interface it comes in by).
     #[arg(long, value_name = "MODE", help_heading = "Services", default_value_t)]
-    pub detect_local_mode: DetectLocalMode,
+    pub(crate) detect_local_mode: DetectLocalMode,
 
     /// The bridge that the pods of this node are attached to; with BridgeInterface.
     #[arg(long, value_name = "NAME", help_heading = "Services")]
-    pub pod_bridge_interface: Option<InterfaceName>,
+    pub(crate) pod_bridge_interface: Option<InterfaceName>,
 
     /// What the names of the interfaces of this node's pods begin with; with InterfaceNamePrefix.
     #[arg(long, value_name = "PREFIX", help_heading = "Services")]
-    pub pod_interface_name_prefix: Option<InterfaceName>,
+    pub(crate) pod_interface_name_prefix: Option<InterfaceName>,
 
     /// Answer NodePorts on the local addresses inside these ranges, or on the node's own address
     /// of each family (primary). A family without a range means all of its local addresses. May be
@@ -206,7 +243,7 @@ pub struct Args {
         help_heading = "Services",
         default_values_t = [NodePortAddresses::Primary]
     )]
-    pub nodeport_addresses: Vec<NodePortAddresses>,
+    pub(crate) nodeport_addresses: Vec<NodePortAddresses>,
 
     /// Masquerade all traffic to ClusterIPs, wherever it comes from.
     #[arg(
@@ -221,7 +258,7 @@ pub struct Args {
         value_parser = switch,
         action = ArgAction::Set
     )]
-    pub masquerade_all: bool,
+    pub(crate) masquerade_all: bool,
 
     /// The bit of the packet mark, from 0 to 31, that asks for masquerading; others must not use
     /// it.
@@ -233,16 +270,58 @@ pub struct Args {
         default_value_t = 14,
         value_parser = masquerade_bit
     )]
-    pub masquerade_bit: u8,
+    pub(crate) masquerade_bit: u8,
 
     /// The node's own address, in place of those in its Node object; an unspecified address
     /// (0.0.0.0, ::) means those.
     #[arg(long, value_name = "IP", help_heading = "Services")]
-    pub bind_address: Option<IpAddr>,
+    pub(crate) bind_address: Option<IpAddr>,
 
-    /// Kernel settings of connection tracking.
-    #[command(flatten)]
-    pub conntrack: ConntrackArgs,
+    /// Connections to track for each core [default: 32768, as far as the process may].
+    #[arg(long, value_name = "N", help_heading = CONNTRACK, value_parser = count)]
+    pub(crate) conntrack_max_per_core: Option<u32>,
+
+    /// Connections to track at least, unless --conntrack-max-per-core is 0.
+    #[arg(
+        long,
+        value_name = "N",
+        help_heading = CONNTRACK,
+        default_value_t = 131_072,
+        value_parser = count
+    )]
+    pub(crate) conntrack_min: u32,
+
+    /// How long an idle TCP connection is remembered [default: 24h, as far as the process may].
+    #[arg(long, value_name = "DURATION", help_heading = CONNTRACK, value_parser = duration)]
+    pub(crate) conntrack_tcp_timeout_established: Option<Duration>,
+
+    /// How long a TCP connection in CLOSE_WAIT is remembered [default: 1h, as far as the process
+    /// may].
+    #[arg(long, value_name = "DURATION", help_heading = CONNTRACK, value_parser = duration)]
+    pub(crate) conntrack_tcp_timeout_close_wait: Option<Duration>,
+
+    /// Accept TCP packets outside of the window.
+    #[arg(
+        long,
+        help_heading = CONNTRACK,
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true",
+        default_value_t = false,
+        hide_default_value = true,
+        value_name = "true|false",
+        value_parser = switch,
+        action = ArgAction::Set
+    )]
+    pub(crate) conntrack_tcp_be_liberal: bool,
+
+    /// How long a UDP flow without an answer is remembered.
+    #[arg(long, value_name = "DURATION", help_heading = CONNTRACK, value_parser = duration)]
+    pub(crate) conntrack_udp_timeout: Option<Duration>,
+
+    /// How long a UDP flow with answers is remembered.
+    #[arg(long, value_name = "DURATION", help_heading = CONNTRACK, value_parser = duration)]
+    pub(crate) conntrack_udp_timeout_stream: Option<Duration>,
 
     /// Enforce the cluster's NetworkPolicies (on), or neither read nor enforce them (off).
     #[arg(
@@ -251,30 +330,30 @@ pub struct Args {
         help_heading = "Policies",
         default_value_t
     )]
-    pub network_policy: NetworkPolicyMode,
+    pub(crate) network_policy: NetworkPolicyMode,
 
     /// Cut established connections of this node's pods within a second when the NetworkPolicies
     /// allow them no more, instead of letting them end by themselves. Not with --once.
     #[arg(long, help_heading = "Policies")]
-    pub network_policy_strict: bool,
+    pub(crate) network_policy_strict: bool,
 
     /// Log the packets that NetworkPolicies deny, with the names of the pods: of each direction
     /// and IP family 10 a second at most. Not with --once.
     #[arg(long, help_heading = "Policies")]
-    pub log_denied: bool,
+    pub(crate) log_denied: bool,
 
     /// Answer /metrics here: `IP`, `IP:PORT`, `[IPv6]:PORT`, `:PORT` for all addresses, or an
     /// empty text for nowhere [default: 127.0.0.1:10249, or `[::1]:10249` where --bind-address is
     /// IPv6; nowhere with --manifests, --dry-run or --once].
     #[arg(long, value_name = "ADDR", help_heading = "Observability")]
-    pub metrics_bind_address: Option<BindAddress>,
+    pub(crate) metrics_bind_address: Option<BindAddress>,
 
     /// Answer /healthz and /livez here, in the same forms [default: 0.0.0.0:10256, or `[::]:10256`
     /// where --bind-address is IPv6; nowhere with --manifests, --dry-run or --once].
     #[arg(long, value_name = "ADDR", help_heading = "Observability")]
-    pub healthz_bind_address: Option<BindAddress>,
+    pub(crate) healthz_bind_address: Option<BindAddress>,
 
-    /// Do not start while one of the two ports cannot be had, instead of trying on.
+    /// Exit if the address for metrics or for probes cannot be bound, instead of retrying.
     #[arg(
         long,
         help_heading = "Observability",
@@ -287,7 +366,7 @@ pub struct Args {
         value_parser = switch,
         action = ArgAction::Set
     )]
-    pub bind_address_hard_fail: bool,
+    pub(crate) bind_address_hard_fail: bool,
 
     /// Log more: -v what is done with each change, -vv every step, -vvv the libraries too. A
     /// number is a verbosity of kube-proxy: 4 and 5 are -v, 6 and 7 -vv, more -vvv.
@@ -300,19 +379,18 @@ pub struct Args {
         default_missing_value = "",
         value_parser = Verbose::parse
     )]
-    pub verbose: Vec<Verbose>,
+    pub(crate) verbose: Vec<Verbose>,
 
-    /// kube-proxy's way to say the port of `--healthz-bind-address`, or nowhere by 0.
+    /// The port of `--healthz-bind-address` on its own; 0 for nowhere.
     #[arg(long, value_name = "PORT", hide = true)]
-    pub healthz_port: Option<u16>,
+    pub(crate) healthz_port: Option<u16>,
 
-    /// The same of `--metrics-bind-address`.
+    /// The port of `--metrics-bind-address` on its own; 0 for nowhere.
     #[arg(long, value_name = "PORT", hide = true)]
-    pub metrics_port: Option<u16>,
+    pub(crate) metrics_port: Option<u16>,
 
-    /// Flags of kube-proxy that have no effect.
     #[command(flatten)]
-    pub ignored: Ignored,
+    pub(crate) ignored: Ignored,
 
     /// Write the log as text or as json.
     #[arg(
@@ -322,36 +400,52 @@ pub struct Args {
         help_heading = "Observability",
         default_value_t
     )]
-    pub log_format: LogFormat,
+    pub(crate) log_format: LogFormat,
 
-    /// `nftables.syncPeriod` of the configuration file, which has no flag: how long a round of
-    /// work may take before it counts as late, twice over.
+    /// `nftables.syncPeriod` of the configuration file, which has no flag: a round of work that takes
+    /// twice as long is late.
     #[arg(skip)]
-    pub sync_period: Option<Duration>,
+    pub(crate) sync_period: Option<Duration>,
 }
 
-impl Args {
-    /// Where the probes are answered, if anywhere.
-    pub fn healthz_address(&self) -> Option<SocketAddr> {
+/// A detect-local mode with what it needs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum DetectLocal {
+    ClusterCidr(Vec<IpNet>),
+    NodeCidr,
+    BridgeInterface(String),
+    InterfaceNamePrefix(String),
+}
+
+impl Default for Settings {
+    /// Returns the settings of a command line without flags.
+    fn default() -> Self {
+        Self::parse_from(["nftlet"])
+    }
+}
+
+impl Settings {
+    /// Returns the address for probes.
+    pub(crate) fn healthz_address(&self) -> Option<SocketAddr> {
         self.address(self.healthz_bind_address, self.healthz_port, &HEALTHZ)
     }
 
-    /// Where the metrics are answered, if anywhere.
-    pub fn metrics_address(&self) -> Option<SocketAddr> {
+    /// Returns the address for metrics.
+    pub(crate) fn metrics_address(&self) -> Option<SocketAddr> {
         self.address(self.metrics_bind_address, self.metrics_port, &METRICS)
     }
 
-    /// How much is logged, from 0 to 3.
-    pub fn verbosity(&self) -> u8 {
+    /// Returns the level of the log, from 0 to 3.
+    pub(crate) fn verbosity(&self) -> u8 {
         Verbose::sum(&self.verbose)
     }
 
-    /// On which of the node's addresses NodePorts answer.
+    /// Returns the node's addresses on which NodePorts answer.
     ///
     /// # Errors
     ///
     /// When `primary` stands beside ranges.
-    pub fn nodeport_addresses(&self) -> Result<NodePortAddresses, Error> {
+    pub(crate) fn nodeport_addresses(&self) -> Result<NodePortAddresses, Error> {
         let mut all = self.nodeport_addresses.iter();
         let mut sum = all.next().cloned().unwrap_or_default();
         for more in all {
@@ -366,9 +460,9 @@ impl Args {
         Ok(sum)
     }
 
-    /// The name of this node: the flag's, else that of the variable `NODE_NAME`, else the host's.
+    /// Returns the name of this node: the setting, else the variable `NODE_NAME`, else the host name.
     /// Kubernetes knows nodes in lower case only.
-    pub fn node_name(&self, env: Option<String>, hostname: &str) -> String {
+    pub(crate) fn node_name(&self, env: Option<String>, hostname: &str) -> String {
         let given = [self.hostname_override.as_deref(), env.as_deref()];
         let mut names = given.into_iter().flatten().map(str::trim);
         names
@@ -377,12 +471,12 @@ impl Args {
             .to_lowercase()
     }
 
-    /// How traffic of pods is told.
+    /// Returns how traffic of pods is recognised.
     ///
     /// # Errors
     ///
     /// When the mode needs the name of an interface and there is none.
-    pub fn detect_local(&self) -> Result<DetectLocal, Error> {
+    pub(crate) fn detect_local(&self) -> Result<DetectLocal, Error> {
         let needed = |name: &Option<InterfaceName>, error| match name {
             Some(InterfaceName(name)) if !name.is_empty() => Ok(name.clone()),
             _ => Err(error),
@@ -400,6 +494,34 @@ impl Args {
                 Error::NoPrefix,
             )?),
         })
+    }
+
+    /// Returns the connections for each core: the setting, or kube-proxy's default.
+    pub(crate) fn conntrack_max_per_core(&self) -> u32 {
+        self.conntrack_max_per_core.unwrap_or(32_768)
+    }
+
+    /// Returns the timeout of established TCP connections: the setting, or kube-proxy's default.
+    pub(crate) fn conntrack_tcp_timeout_established(&self) -> Duration {
+        let default = Duration::from_secs(24 * 60 * 60);
+        self.conntrack_tcp_timeout_established.unwrap_or(default)
+    }
+
+    /// Returns the timeout of TCP connections in CLOSE_WAIT: the setting, or kube-proxy's default.
+    pub(crate) fn conntrack_tcp_timeout_close_wait(&self) -> Duration {
+        let default = Duration::from_secs(60 * 60);
+        self.conntrack_tcp_timeout_close_wait.unwrap_or(default)
+    }
+
+    /// Returns the score against being ended when memory runs out: the setting, or kube-proxy's
+    /// default.
+    pub(crate) fn oom_score_adj(&self) -> i16 {
+        self.oom_score_adj.unwrap_or(-999)
+    }
+
+    /// Returns how long a round of work may take, half the time after which it is late.
+    pub(crate) fn sync_period(&self) -> Duration {
+        self.sync_period.unwrap_or(Duration::from_secs(30))
     }
 
     fn address(

@@ -1,11 +1,11 @@
-//! Which interfaces of this host lead to its pods.
+//! The interfaces of this host that lead to its pods.
 //!
-//! Every pod has an IPv6 link-local address that no object tells. What comes from it, or goes to it,
-//! can only be told by the interface. The routes name it: of the network of a bridge with many pods
-//! as of a single pod with an interface of its own.
+//! Every pod has an IPv6 link-local address that no object contains. Traffic from and to it can only
+//! be recognised by the interface. The routes name it, both for the network of a bridge with many
+//! pods and for a single pod with an interface of its own.
 //!
-//! An interface with a default route leads to others than pods, too, who need link-local
-//! addresses; it is never among them.
+//! An interface with a default route also leads to other hosts, which need link-local addresses. It
+//! is therefore never returned.
 
 use std::collections::HashSet;
 use std::fs;
@@ -27,8 +27,8 @@ struct Route {
     flags: u32,
 }
 
-/// The interfaces by which the host reaches addresses without a router in between, in the network
-/// namespace of the calling thread.
+/// Returns the interfaces by which the host reaches addresses without a router in between, in the
+/// network namespace of the calling thread.
 pub fn find(addresses: &[IpAddr]) -> Vec<(IpAddr, Arc<str>)> {
     find_below(Path::new("/proc/thread-self/net"), addresses)
 }

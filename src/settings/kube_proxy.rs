@@ -1,8 +1,8 @@
-//! What kube-proxy's command lines have that nftlet would say in another way.
+//! Flags that exist for the sake of kube-proxy's command lines.
 //!
 //! A DaemonSet, a systemd unit or an installer that starts kube-proxy starts nftlet as well. The
 //! flags of other modes and of kube-proxy's log library are accepted and named in a warning
-//! ([`Ignored`]); those with a meaning here lead to the setting that they mean.
+//! ([`Ignored`]); the others set what they mean.
 
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Command, FromArgMatches};
@@ -68,18 +68,18 @@ const UNDERLINED: [(&str, &str); 8] = [
     ("skip-log-headers", "skip_log_headers"),
 ];
 
-/// The flags of kube-proxy that were given and have no effect, by name.
+/// The names of the given flags of kube-proxy that have no effect.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Ignored(Vec<&'static str>);
+pub(crate) struct Ignored(Vec<&'static str>);
 
 impl Ignored {
-    /// Whether a flag has never any effect.
-    pub fn contains(flag: &str) -> bool {
+    /// Returns whether a flag never has an effect.
+    pub(crate) fn contains(flag: &str) -> bool {
         Self::all().any(|name| name == flag)
     }
 
-    /// The flags that were given, as they are written.
-    pub fn given(&self) -> Vec<String> {
+    /// Returns the given flags, as they are written.
+    pub(crate) fn given(&self) -> Vec<String> {
         self.0.iter().map(|name| format!("--{name}")).collect()
     }
 
@@ -123,30 +123,34 @@ impl FromArgMatches for Ignored {
     }
 }
 
-/// How much more is logged.
+/// The value of one `-v`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Verbose {
-    /// So many levels more, as nftlet counts them.
+pub(crate) enum Verbose {
+    /// A number of levels more.
     More(u8),
-    /// So many levels in all, as nftlet counts them.
+    /// A number of levels in all.
     Level(u8),
 }
 
 impl Verbose {
-    /// Reads what follows `-v`: nothing, more of them as in `-vvv`, or a verbosity as kube-proxy
-    /// counts them.
+    /// Parses what follows `-v`: nothing, more of them as in `-vvv`, or a verbosity of kube-proxy.
     pub(super) fn parse(text: &str) -> Result<Self, Error> {
         if text.bytes().all(|byte| byte == b'v') {
             let more = u8::try_from(text.len()).unwrap_or(u8::MAX);
             return Ok(Self::More(more.saturating_add(1)));
         }
         match text.trim().parse() {
-            Ok(level) => Ok(Self::Level(verbosity_of(level))),
+            Ok(level) => Ok(Self::of_kube_proxy(level)),
             Err(_) => Err(Error::Verbosity(text.to_owned())),
         }
     }
 
-    /// What several of them come to.
+    /// Returns what a verbosity of kube-proxy means.
+    pub(super) fn of_kube_proxy(level: u32) -> Self {
+        Self::Level(from_kube_proxy(level))
+    }
+
+    /// Returns the level that several of them result in.
     pub(super) fn sum(all: &[Self]) -> u8 {
         all.iter().fold(0, |sum, one| match one {
             Self::More(levels) => sum.saturating_add(*levels),
@@ -155,8 +159,9 @@ impl Verbose {
     }
 }
 
-/// The number of `-v` that shows about as much as a verbosity of kube-proxy, whose 2 is usual.
-pub fn verbosity_of(level: u32) -> u8 {
+/// Converts a verbosity of kube-proxy, whose 2 is usual, to the number of `-v` that shows about as
+/// much.
+fn from_kube_proxy(level: u32) -> u8 {
     match level {
         0..=3 => 0,
         4..=5 => 1,
@@ -165,11 +170,24 @@ pub fn verbosity_of(level: u32) -> u8 {
     }
 }
 
-/// Reads the value of a switch in the words that kube-proxy takes.
-pub(super) fn switch(text: &str) -> Result<bool, Error> {
-    match text {
-        "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(true),
-        "0" | "f" | "F" | "false" | "FALSE" | "False" => Ok(false),
-        _ => Err(Error::Switch(text.to_owned())),
+/// Converts a number of `-v` to the verbosity of kube-proxy that shows about as much.
+pub(super) fn to_kube_proxy(level: u8) -> u8 {
+    match level {
+        0 => 0,
+        1 => 4,
+        2 => 6,
+        3.. => 8,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn verbosities_survive_being_written() {
+        for level in 0..=3 {
+            assert_eq!(from_kube_proxy(to_kube_proxy(level).into()), level);
+        }
     }
 }

@@ -1,12 +1,11 @@
-//! Whether traffic between pods of this node passes the network policies by on a bridge.
+//! Bridges on which traffic between pods of this node bypasses network policies.
 //!
-//! With many network plugins the pods of a node are ports of one Linux bridge. What one of them
-//! sends to another is then switched and not routed, and meets the forward hook, where policies
-//! are asked, only while br_netfilter is loaded and its setting for the family is 1, that of all
-//! bridges or that of the one.
+//! With many network plugins the pods of a node are ports of one Linux bridge. Packets between them
+//! are switched, not routed. They pass the forward hook, where policies are enforced, only while
+//! br_netfilter is loaded and its setting for the family is 1, for all bridges or for this one.
 //!
-//! [`Watch::look`] compares the isolated pods with the bridges of the host and tells what is new.
-//! It changes no setting: that would concern all bridges of the host.
+//! [`Watch::look`] compares the isolated pods with the bridges of the host and returns what changed.
+//! It changes no setting, since that would concern all bridges of the host.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -14,25 +13,16 @@ use std::fs;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
-use ipnet::IpNet;
+use super::addresses::Attached;
 
-/// An address of an interface, with its network.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Attached {
-    /// The name of the interface.
-    pub interface: String,
-    /// Its address and prefix length.
-    pub network: IpNet,
-}
-
-/// A bridge over which isolated pods talk past their policies.
+/// A bridge on which traffic of isolated pods bypasses their policies.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unfiltered {
     /// The bridge.
     pub bridge: String,
     /// Whether it is about IPv6.
     pub ipv6: bool,
-    /// The setting as it is; `None` if there is none, because br_netfilter is not loaded.
+    /// The current setting; `None` without br_netfilter.
     pub setting: Option<String>,
 }
 
@@ -45,7 +35,7 @@ impl Unfiltered {
         }
     }
 
-    /// The file with the setting of one bridge, which asks for the rules as well.
+    /// The file with the setting of a single bridge.
     fn of_bridge(&self) -> &'static str {
         if self.ipv6 {
             "nf_call_ip6tables"
@@ -54,7 +44,7 @@ impl Unfiltered {
         }
     }
 
-    /// The family, as people write it.
+    /// The name of the family.
     pub fn family(&self) -> &'static str {
         if self.ipv6 { "IPv6" } else { "IPv4" }
     }
@@ -78,37 +68,37 @@ impl fmt::Display for Unfiltered {
     }
 }
 
-/// Something that was not so at the look before.
+/// A difference from the previous look.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum News {
-    /// Traffic passes the policies by.
+    /// Traffic bypasses the policies.
     Begins(Unfiltered),
-    /// It does so no more.
+    /// It no longer does.
     Ends(Unfiltered),
 }
 
-/// Remembers what was told.
+/// Remembers what the previous look found.
 #[derive(Debug)]
 pub struct Watch {
     root: PathBuf,
     /// By the name of the bridge, and whether it is about IPv6.
-    told: BTreeMap<(String, bool), Unfiltered>,
+    found: BTreeMap<(String, bool), Unfiltered>,
 }
 
 impl Watch {
-    /// A watch that has told nothing, over the files below a root directory (`/`).
+    /// Creates a watch over the files below a root directory (`/`), without a previous look.
     pub fn new(root: impl Into<PathBuf>) -> Self {
         Self {
             root: root.into(),
-            told: BTreeMap::new(),
+            found: BTreeMap::new(),
         }
     }
 
-    /// Looks at the host, where these are the addresses of its interfaces and of the isolated
-    /// pods, and returns what is new.
+    /// Looks at the settings of the bridges, given the addresses of the host's interfaces and of the
+    /// isolated pods, and returns what changed.
     pub fn look(&mut self, attached: &[Attached], pods: &[IpAddr]) -> Vec<News> {
         let found = all_unfiltered(&self.root, attached, pods);
-        let mut before = std::mem::replace(&mut self.told, found.clone());
+        let mut before = std::mem::replace(&mut self.found, found.clone());
         let mut news = Vec::new();
         for (place, unfiltered) in found {
             if before.remove(&place).as_ref() != Some(&unfiltered) {
@@ -119,13 +109,13 @@ impl Watch {
         news
     }
 
-    /// Whether traffic of a family passes the policies by on a bridge, as of the last look.
+    /// Returns whether the last look found a bridge on which traffic of a family bypasses policies.
     pub fn is_unfiltered(&self, ipv6: bool) -> bool {
-        self.told.keys().any(|(_, of_ipv6)| *of_ipv6 == ipv6)
+        self.found.keys().any(|(_, of_ipv6)| *of_ipv6 == ipv6)
     }
 }
 
-/// The bridges with isolated pods whose packets are not filtered.
+/// Returns the bridges with isolated pods whose packets are not filtered.
 fn all_unfiltered(
     root: &Path,
     attached: &[Attached],
@@ -145,7 +135,7 @@ fn all_unfiltered(
     found
 }
 
-/// An interface as a bridge that passes the policies by, if it is one.
+/// Returns an interface if it is a bridge whose packets are not filtered.
 fn unfiltered(root: &Path, interface: &str, ipv6: bool) -> Option<Unfiltered> {
     let folder = root.join("sys/class/net").join(interface).join("bridge");
     if !folder.is_dir() {
@@ -169,26 +159,6 @@ fn unfiltered(root: &Path, interface: &str, ipv6: bool) -> Option<Unfiltered> {
     };
     let filtered = setting.as_deref() == Some("1") || of_bridge();
     (!filtered).then_some(Unfiltered { setting, ..found })
-}
-
-/// The addresses of the interfaces in the network namespace of the calling thread.
-pub fn attached() -> Vec<Attached> {
-    // Fails for want of memory only.
-    let Ok(interfaces) = nix::ifaddrs::getifaddrs() else {
-        return Vec::new();
-    };
-    let attached = interfaces.filter_map(|interface| {
-        let ip = |address: nix::sys::socket::SockaddrStorage| {
-            let v4 = address.as_sockaddr_in().map(|a| IpAddr::V4(a.ip()));
-            v4.or_else(|| address.as_sockaddr_in6().map(|a| IpAddr::V6(a.ip())))
-        };
-        let (address, mask) = (ip(interface.address?)?, ip(interface.netmask?)?);
-        Some(Attached {
-            interface: interface.interface_name,
-            network: IpNet::with_netmask(address, mask).ok()?,
-        })
-    });
-    attached.collect()
 }
 
 #[cfg(test)]
@@ -348,16 +318,5 @@ mod tests {
         let mut watch = Watch::new(host.root.path());
         // In the network of eth0, which is no bridge.
         assert_eq!(watch.look(&host.attached, &[ip("10.2.0.5")]), []);
-    }
-
-    #[test]
-    fn the_loopback_is_attached() {
-        let loopback = attached();
-        assert!(
-            loopback
-                .iter()
-                .any(|a| a.network.addr() == ip("127.0.0.1") && a.network.prefix_len() == 8),
-            "{loopback:?}"
-        );
     }
 }

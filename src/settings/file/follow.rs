@@ -1,12 +1,12 @@
-//! Noticing that the configuration file has changed.
+//! Follows changes of the configuration file.
 //!
 //! Settings are read once, at the start. A change that can be used therefore ends the process, so
-//! that whoever started it starts it again; with a file that cannot be used it would not start,
-//! and it is better off with the settings it has.
+//! that its supervisor starts it again. With a file that cannot be used it would not start, so the
+//! settings in force stay.
 //!
 //! A mounted ConfigMap changes by a symbolic link (`..data`) that is replaced in its directory.
-//! So the directories are watched in which the file and everything that leads to it can be
-//! replaced, and any news from there means to look at the file again.
+//! The watched directories are therefore those in which the file or a link that leads to it can be
+//! replaced, and the file is read again after any notification from them.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -24,22 +24,22 @@ const COLLECT: Duration = Duration::from_millis(10);
 /// The most links that are followed from the file; the kernel's own limit.
 const MOST_LINKS: usize = 40;
 
-/// Why there is nothing to follow any more.
+/// Why following ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ended {
-    /// The file now says something else, which can be used.
+pub(crate) enum Ended {
+    /// The file has another content that can be used.
     Changed,
-    /// The shutdown was asked for.
+    /// The shutdown was requested.
     Stopped,
 }
 
-/// Waits until a file says something else than `known` and can be used, or until `shutdown` turns
-/// true (or its sender is gone). A content that cannot be used is one line in the log.
+/// Waits until a file has another content than `known` that can be used, or until `shutdown` turns
+/// true or its sender is dropped. A content that cannot be used is one line in the log.
 ///
 /// # Errors
 ///
 /// [`Error::Follow`] when inotify is not available.
-pub async fn follow(
+pub(crate) async fn follow(
     path: PathBuf,
     known: File,
     mut shutdown: watch::Receiver<bool>,
@@ -48,11 +48,11 @@ pub async fn follow(
         path: path.clone(),
         source,
     };
-    // One that waits stands for all that come meanwhile: the file is looked at after it was taken.
+    // One signal stands for all that come before it is taken: the file is read afterwards.
     let (signal, mut signals) = mpsc::channel(1);
     let watcher = notify::recommended_watcher(move |event| {
         if matters(&event) {
-            // The receiver is gone only when this has ended.
+            // The receiver is dropped at the end of this function.
             let _ = signal.try_send(());
         }
     });
@@ -60,25 +60,25 @@ pub async fn follow(
         watcher: watcher.map_err(fault)?,
         watched: BTreeSet::new(),
     };
-    let mut told = None;
+    let mut logged = None;
     loop {
         places.watch(&path).map_err(fault)?;
         match File::read(&path) {
             Ok(now) if now != known => return Ok(Ended::Changed),
-            Ok(_) => told = None,
+            Ok(_) => logged = None,
             // Between the old file and the new one there may be none.
             Err(Error::Read { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {}
             Err(error) => {
                 let line = error.to_string();
-                if told.as_ref() != Some(&line) {
+                if logged.as_ref() != Some(&line) {
                     tracing::error!("{line}; the settings in force stay");
                 }
-                told = Some(line);
+                logged = Some(line);
             }
         }
         tokio::select! {
             _ = signals.recv() => {}
-            // An error says that the sender is gone, and with it whoever could ask.
+            // An error says that the sender was dropped, so that nothing can ask any more.
             _ = shutdown.wait_for(|stop| *stop) => return Ok(Ended::Stopped),
         }
         tokio::time::sleep(COLLECT).await;
@@ -86,8 +86,8 @@ pub async fn follow(
     }
 }
 
-/// Whether a file may have become another one. While it is being written it is not whole; once
-/// it is closed there is another event.
+/// Returns whether a file may have been replaced. While it is being written it is not whole; its
+/// closing is another event.
 fn matters(event: &notify::Result<notify::Event>) -> bool {
     let Ok(event) = event else {
         return true;
@@ -106,7 +106,7 @@ struct Places {
 }
 
 impl Places {
-    /// Watches where the file can be replaced now; what does not lead to it any more is let go.
+    /// Watches the directories in which the file can be replaced now, and no others.
     fn watch(&mut self, path: &Path) -> Result<(), notify::Error> {
         let wanted = directories(path);
         for gone in self.watched.difference(&wanted) {
@@ -126,7 +126,7 @@ impl Places {
     }
 }
 
-/// The directories of the file, of the links that lead to it, and of those that lead to them.
+/// Returns the directories of the file and of all links that lead to it.
 fn directories(path: &Path) -> BTreeSet<PathBuf> {
     let mut found = BTreeSet::new();
     let mut at = path.to_owned();

@@ -1,9 +1,9 @@
 //! Kernel settings, as kube-proxy makes them: those of connection tracking, and the process's own
 //! score for the moment when memory runs out.
 //!
-//! [`Conntrack`] says what is asked for, [`Conntrack::wanted`] which values that means on a
-//! machine, and [`apply`] writes those that differ. A value that cannot be written is reported
-//! and left: in a container `/proc/sys` is often read-only, and services work without.
+//! [`Conntrack`] has the settings, [`Conntrack::wanted`] returns the values that they mean on a
+//! machine, and [`apply`] writes the values that differ. One that cannot be written is returned and
+//! not an error: in a container `/proc/sys` is often read-only, and services work without.
 
 use std::fs;
 use std::io;
@@ -22,7 +22,7 @@ const MOST_CORES: u64 = 1 << 16;
 const OOM_SCORE: &str = "proc/self/oom_score_adj";
 const HASH_SIZE: &str = "sys/module/nf_conntrack/parameters/hashsize";
 
-/// What is asked for (`conntrack` of KubeProxyConfiguration). Zero or `false` asks for nothing.
+/// The settings of connection tracking. Zero or `false` leaves the kernel's value.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Conntrack {
     /// Connections for each core (`maxPerCore`).
@@ -54,14 +54,13 @@ pub struct Unset {
 }
 
 impl Unset {
-    /// Whether the kernel has no such setting, or none yet.
+    /// Returns whether the kernel has no such setting, or none yet.
     pub fn is_missing(&self) -> bool {
         self.source.kind() == io::ErrorKind::NotFound
     }
 }
 
-/// How many cores a machine has, below a root directory (`/`), whatever a container may use of
-/// them.
+/// Returns the cores of a machine below a root directory (`/`), whatever a container may use of them.
 pub fn cores(root: &Path) -> u64 {
     let online = fs::read_to_string(root.join(ONLINE)).ok();
     let online = online.and_then(|ranges| count(&ranges));
@@ -70,7 +69,7 @@ pub fn cores(root: &Path) -> u64 {
     })
 }
 
-/// The sum of ranges such as `0-3,6`.
+/// Counts the numbers in ranges such as `0-3,6`.
 fn count(ranges: &str) -> Option<u64> {
     let ranges = ranges.trim().split(',').map(|range| {
         let (first, last) = range.split_once('-').unwrap_or((range, range));
@@ -111,7 +110,7 @@ pub struct Unscored {
 }
 
 impl Conntrack {
-    /// The files to write with their values, for a machine with so many cores.
+    /// Returns the files to write with their values, for a machine with a number of cores.
     pub fn wanted(&self, cores: u64) -> Vec<(&'static str, u64)> {
         let seconds = |duration: Duration| duration.as_secs();
         let timeouts = [
@@ -154,7 +153,7 @@ impl Conntrack {
 }
 
 /// Writes the values that differ, below a root directory (`/`), and returns those that could not
-/// be written. A hash table that is large enough already is left as it is.
+/// be written. A hash table that is large enough is not changed.
 pub fn apply(root: &Path, wanted: &[(&'static str, u64)]) -> Vec<Unset> {
     let mut unset = Vec::new();
     for (file, value) in wanted {

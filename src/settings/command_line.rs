@@ -1,9 +1,9 @@
-//! The command line as it was given: the flags with their values, and which of them were there.
+//! The command line: the flags with their values, and which of them were given.
 //!
 //! Which flags were given matters beside a configuration file, and the page `/flagz` shows all
 //! values. The subcommands print something and have nothing to do with the flags.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::io::{self, Write};
 
@@ -12,39 +12,12 @@ use clap::parser::ValueSource;
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Subcommand};
 use clap_complete::Shell;
 
-use super::{Args, Ignored};
+use super::file::FIELDS;
+use super::{Ignored, Settings};
 
-/// The flags whose settings are in a KubeProxyConfiguration too. Beside `--config` they are
-/// ignored, as kube-proxy ignores them.
-const IN_FILE: [&str; 23] = [
-    "bind_address",
-    "bind_address_hard_fail",
-    "cluster_cidr",
-    "conntrack_max_per_core",
-    "conntrack_min",
-    "conntrack_tcp_be_liberal",
-    "conntrack_tcp_timeout_close_wait",
-    "conntrack_tcp_timeout_established",
-    "conntrack_udp_timeout",
-    "conntrack_udp_timeout_stream",
-    "detect_local_mode",
-    "healthz_bind_address",
-    "healthz_port",
-    "kubeconfig",
-    "masquerade_all",
-    "masquerade_bit",
-    "metrics_bind_address",
-    "metrics_port",
-    "nodeport_addresses",
-    "oom_score_adj",
-    "pod_bridge_interface",
-    "pod_interface_name_prefix",
-    "proxy_mode",
-];
-
-/// What is printed instead of doing any work.
+// Without a doc comment, which would be the text above the flags in --help.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Subcommand)]
-pub enum Command {
+pub(crate) enum Command {
     /// Print a script with which a shell completes nftlet's flags.
     Completion {
         /// The shell.
@@ -56,13 +29,8 @@ pub enum Command {
 }
 
 impl Command {
-    /// Prints it.
-    ///
-    /// # Errors
-    ///
-    /// When it cannot be written.
-    pub fn print(self, out: &mut impl Write) -> io::Result<()> {
-        let mut nftlet = Args::command();
+    pub(crate) fn print(self, out: &mut impl Write) -> io::Result<()> {
+        let mut nftlet = parser();
         match self {
             Self::Completion { shell } => {
                 let mut script = Vec::new();
@@ -74,13 +42,20 @@ impl Command {
     }
 }
 
+/// Returns the flags and the subcommands.
+fn parser() -> clap::Command {
+    Command::augment_subcommands(Settings::command())
+        .args_conflicts_with_subcommands(true)
+        .disable_help_subcommand(true)
+}
+
 /// A parsed command line.
 #[derive(Clone, Debug)]
-pub struct CommandLine {
+pub(crate) struct CommandLine {
+    pub(crate) command: Option<Command>,
     /// The values, defaults included.
-    pub args: Args,
-    given: BTreeSet<String>,
-    values: BTreeMap<String, String>,
+    pub(crate) settings: Settings,
+    matches: ArgMatches,
 }
 
 impl CommandLine {
@@ -89,50 +64,72 @@ impl CommandLine {
     /// # Errors
     ///
     /// Those of the arguments, and the requests for help and the version.
-    pub fn parse(
+    pub(crate) fn parse(
         arguments: impl IntoIterator<Item = impl Into<OsString> + Clone>,
     ) -> Result<Self, clap::Error> {
-        let command = Args::command();
-        let matches = command.clone().try_get_matches_from(arguments)?;
-        let args = Args::from_arg_matches(&matches)?;
-        let (mut given, mut values) = (BTreeSet::new(), BTreeMap::new());
-        for argument in command.get_arguments() {
-            let (id, name) = (argument.get_id().as_str(), argument.get_long());
-            if matches.value_source(id) == Some(ValueSource::CommandLine) {
-                given.insert(id.to_owned());
-            }
-            if Ignored::contains(id) && !given.contains(id) {
-                continue;
-            }
-            values.insert(name.unwrap_or(id).to_owned(), shown(&matches, id));
-        }
+        let matches = parser().try_get_matches_from(arguments)?;
+        let command = matches
+            .subcommand()
+            .map(|_| Command::from_arg_matches(&matches));
         Ok(Self {
-            args,
-            given,
-            values,
+            command: command.transpose()?,
+            settings: Settings::from_arg_matches(&matches)?,
+            matches,
         })
     }
 
-    /// Whether a flag was given; by its name in [`Args`].
-    pub fn is_given(&self, flag: &str) -> bool {
-        self.given.contains(flag)
+    /// Replaces the settings by those of a file. Flags for what a file does not have keep their
+    /// effect, and so do the given flags that count for more than the file.
+    pub(super) fn replace(&mut self, mut settings: Settings) {
+        let mut flags = self.matches.clone();
+        for field in FIELDS {
+            for flag in field.flags {
+                if !(field.flag_wins && self.is_given(flag)) {
+                    // Fails for a name that no flag has, which a test excludes.
+                    let _ = flags.try_clear_id(flag);
+                }
+            }
+        }
+        match settings.update_from_arg_matches(&flags) {
+            Ok(()) => self.settings = settings,
+            // The flags have been read without an error before.
+            Err(error) => error.exit(),
+        }
     }
 
-    /// The flags that a configuration file makes ineffective, as they are written.
-    pub fn overruled(&self) -> Vec<String> {
-        let covered = IN_FILE.iter().filter(|flag| self.is_given(flag));
-        covered
+    /// Returns whether a flag was given, by its name in [`Settings`].
+    fn is_given(&self, flag: &str) -> bool {
+        self.matches.value_source(flag) == Some(ValueSource::CommandLine)
+    }
+
+    /// Returns the given flags that have no effect beside a configuration file, as they are written.
+    pub(crate) fn overruled(&self) -> Vec<String> {
+        let fields = FIELDS.iter().filter(|field| !field.flag_wins);
+        let flags = fields.flat_map(|field| field.flags);
+        let given = flags.filter(|flag| self.is_given(flag));
+        let mut names: Vec<_> = given
             .map(|flag| format!("--{}", flag.replace('_', "-")))
-            .collect()
+            .collect();
+        names.sort();
+        names
     }
 
-    /// All flags with their values, defaults included, sorted by name.
-    pub fn values(&self) -> &BTreeMap<String, String> {
-        &self.values
+    /// Returns the values of all flags by name, defaults included. Of flags that never have an
+    /// effect only the given ones are there.
+    pub(crate) fn values(&self) -> BTreeMap<String, String> {
+        let command = Settings::command();
+        let flags = command.get_arguments();
+        let shown = flags.filter_map(|flag| {
+            let id = flag.get_id().as_str();
+            let name = flag.get_long().unwrap_or(id);
+            (!Ignored::contains(id) || self.is_given(id))
+                .then(|| (name.to_owned(), shown(&self.matches, id)))
+        });
+        shown.collect()
     }
 }
 
-/// The value of a flag as one would write it.
+/// Returns the value of a flag as it is written.
 fn shown(matches: &ArgMatches, id: &str) -> String {
     let Ok(Some(raw)) = matches.try_get_raw(id) else {
         return String::new();
@@ -141,8 +138,8 @@ fn shown(matches: &ArgMatches, id: &str) -> String {
     texts.join(",")
 }
 
-/// The error in one line: what is wrong, and what may have been meant.
-pub fn one_line(error: &clap::Error) -> String {
+/// Returns an error in one line: what is wrong, and what may have been meant.
+pub(crate) fn one_line(error: &clap::Error) -> String {
     let rendered = error.render().to_string();
     let mut line = rendered.lines().next().unwrap_or_default().to_owned();
     let meant = [ContextKind::SuggestedArg, ContextKind::SuggestedValue]
@@ -163,51 +160,22 @@ pub fn one_line(error: &clap::Error) -> String {
 mod tests {
     use super::*;
 
-    /// Flags that only nftlet has, and those of kube-proxy that are not in its configuration.
-    const NOT_IN_FILE: [&str; 17] = [
-        "allow_empty",
-        "cleanup",
-        "config",
-        "dry_run",
-        "help",
-        "hostname_override",
-        "init_only",
-        "keep_kube_proxy",
-        "log_denied",
-        "log_format",
-        "manifests",
-        "master",
-        "network_policy",
-        "network_policy_strict",
-        "once",
-        "verbose",
-        "write_config_to",
-    ];
-
     fn parsed(args: &[&str]) -> CommandLine {
         let all = ["nftlet"].iter().chain(args);
         CommandLine::parse(all).unwrap_or_else(|error| panic!("{args:?}: {error}"))
     }
 
     #[test]
-    fn every_flag_is_known_to_be_in_the_file_or_not() {
-        for argument in Args::command().get_arguments() {
-            let id = argument.get_id().as_str();
-            if Ignored::contains(id) {
-                continue;
-            }
-            let in_file = IN_FILE.contains(&id);
-            assert!(
-                in_file != NOT_IN_FILE.contains(&id),
-                "{id}: is it a setting of KubeProxyConfiguration?"
-            );
+    fn fields_of_the_file_name_flags_and_no_flag_twice() {
+        let command = Settings::command();
+        let mut seen = Vec::new();
+        for flag in FIELDS.iter().flat_map(|field| field.flags) {
+            let known = command.get_arguments().any(|arg| arg.get_id() == flag);
+            assert!(known, "there is no {flag}");
+            assert!(!seen.contains(flag), "{flag} has two fields");
+            seen.push(flag);
         }
-        for id in IN_FILE {
-            let known = Args::command()
-                .get_arguments()
-                .any(|arg| arg.get_id() == id);
-            assert!(known, "there is no {id}");
-        }
+        assert!(seen.len() > 20, "{seen:?}");
     }
 
     #[test]
@@ -225,7 +193,8 @@ mod tests {
     #[test]
     fn all_flags_have_a_value_to_show() {
         let line = parsed(&["--manifests=a", "--manifests=b", "-vv", "--dry-run"]);
-        let value = |name: &str| line.values()[name].as_str();
+        let values = line.values();
+        let value = |name: &str| values[name].as_str();
         assert_eq!(value("manifests"), "a,b");
         assert_eq!(value("dry-run"), "true");
         assert_eq!(value("once"), "false");
@@ -263,7 +232,7 @@ mod tests {
             (&["completion", "fish"], "-l cluster-cidr"),
             (&["man"], "cluster\\-cidr"),
         ] {
-            let command = parsed(args).args.command.expect("a subcommand");
+            let command = parsed(args).command.expect("a subcommand");
             let mut text = Vec::new();
             command.print(&mut text).expect("it is written");
             let text = String::from_utf8(text).expect("UTF-8");

@@ -1,0 +1,148 @@
+//! Settings whose value is one of a few words.
+
+use std::fmt;
+use std::str::FromStr;
+
+use super::Error;
+
+/// Implements `FromStr` and `Display` by a table of the words for each value, the first of which is
+/// written.
+macro_rules! words {
+    ($type:ident, $error:expr, $($value:ident = $word:literal $(| $other:literal)*),+ $(,)?) => {
+        impl FromStr for $type {
+            type Err = Error;
+
+            fn from_str(text: &str) -> Result<Self, Error> {
+                match text.trim() {
+                    $($word $(| $other)* => Ok(Self::$value),)+
+                    other => Err($error(other)),
+                }
+            }
+        }
+
+        impl fmt::Display for $type {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(match self {
+                    $(Self::$value => $word,)+
+                })
+            }
+        }
+    };
+}
+
+/// What `--cleanup` removes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Cleanup {
+    /// Everything that nftlet and kube-proxy wrote.
+    All,
+    /// nftlet's own rules.
+    Nftlet,
+    /// What kube-proxy wrote.
+    KubeProxy,
+    /// Nothing, as without the flag.
+    Nothing,
+}
+
+// kube-proxy's flag is true or false.
+words!(
+    Cleanup,
+    |_| Error::Cleanup,
+    All = "all" | "true",
+    Nftlet = "nftlet",
+    KubeProxy = "kube-proxy",
+    Nothing = "false",
+);
+
+/// How traffic of pods is recognised: `--detect-local-mode`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum DetectLocalMode {
+    /// By the pod network of the cluster.
+    #[default]
+    ClusterCidr,
+    /// By the pod networks of this node.
+    NodeCidr,
+    /// By the bridge of the pods.
+    BridgeInterface,
+    /// By the names of the pods' interfaces.
+    InterfaceNamePrefix,
+}
+
+// An empty text is the default, with kube-proxy too.
+words!(
+    DetectLocalMode,
+    |_| Error::DetectLocalMode,
+    ClusterCidr = "ClusterCIDR" | "",
+    NodeCidr = "NodeCIDR",
+    BridgeInterface = "BridgeInterface",
+    InterfaceNamePrefix = "InterfaceNamePrefix",
+);
+
+/// The format of log lines: `--log-format`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum LogFormat {
+    /// Text for people.
+    #[default]
+    Text,
+    /// One JSON object per line.
+    Json,
+}
+
+words!(
+    LogFormat,
+    |_| Error::LogFormat,
+    Text = "text",
+    Json = "json"
+);
+
+/// Whether NetworkPolicies are enforced: `--network-policy`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum NetworkPolicyMode {
+    /// Enforced.
+    #[default]
+    On,
+    /// Neither read nor enforced.
+    Off,
+}
+
+words!(
+    NetworkPolicyMode,
+    |_| Error::NetworkPolicy,
+    On = "on",
+    Off = "off"
+);
+
+impl NetworkPolicyMode {
+    /// Returns whether policies are enforced.
+    pub(crate) fn is_on(self) -> bool {
+        self == Self::On
+    }
+}
+
+/// The mode of kube-proxy: `--proxy-mode`, and `mode` in the file. nftlet works with nftables in
+/// each.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum ProxyMode {
+    /// The mode that nftlet implements.
+    #[default]
+    Nftables,
+    /// Accepted, since kube-proxy may share the configuration.
+    Iptables,
+    /// Accepted, since kube-proxy may share the configuration.
+    Ipvs,
+}
+
+words!(
+    ProxyMode,
+    |text: &str| Error::ProxyMode(text.to_owned()),
+    Nftables = "nftables" | "",
+    Iptables = "iptables",
+    Ipvs = "ipvs",
+);
+
+impl ProxyMode {
+    /// Returns the warning about a mode other than nftables.
+    pub(crate) fn note(self) -> Option<String> {
+        (self != Self::Nftables)
+            .then(|| format!("mode {self} is for kube-proxy; nftlet works with nftables"))
+    }
+}
