@@ -11,7 +11,7 @@ use super::documents::{
     Captured, Document, Position, SyntaxFault, inside, json_documents, yaml_documents,
 };
 use super::state::file_notice;
-use crate::model::{Kind, Notice, Object, ObjectRef, Reason};
+use crate::model::{Kind, Notice, Object, ObjectRef, Reason, group_of};
 use crate::source::convert::{Converter, object_name};
 
 /// What a file holds, and what is wrong with it.
@@ -89,37 +89,22 @@ enum Class {
 }
 
 fn classify(api_version: &str, kind: &str) -> Class {
-    let (used, expected) = match kind {
-        "Service" => (Kind::Service, "v1"),
-        "Node" => (Kind::Node, "v1"),
-        "Pod" => (Kind::Pod, "v1"),
-        "Namespace" => (Kind::Namespace, "v1"),
-        "EndpointSlice" => (Kind::EndpointSlice, "discovery.k8s.io/v1"),
+    let Some(used) = Kind::named(kind) else {
+        return if kind.ends_with("List") {
+            Class::List
+        } else {
+            Class::Unknown
+        };
+    };
+    match (used, api_version) {
+        _ if api_version == used.api_version() => Class::Used(used),
         // The beta has the same fields.
-        "ServiceCIDR" if api_version == "networking.k8s.io/v1beta1" => {
-            return Class::Used(Kind::ServiceCidr);
-        }
-        "ServiceCIDR" => (Kind::ServiceCidr, "networking.k8s.io/v1"),
-        // Where the kind was before; whoever kept such a file wants it enforced.
-        "NetworkPolicy" if api_version == "extensions/v1beta1" => {
-            return Class::OtherVersion("networking.k8s.io/v1");
-        }
-        "NetworkPolicy" => (Kind::NetworkPolicy, "networking.k8s.io/v1"),
-        _ if kind.ends_with("List") => return Class::List,
-        _ => return Class::Unknown,
-    };
-    // `Service` of another group, such as serving.knative.dev/v1, is another kind altogether.
-    let group = |api_version: &str| {
-        api_version
-            .split_once('/')
-            .map(|(group, _)| group.to_owned())
-    };
-    if api_version == expected {
-        Class::Used(used)
-    } else if group(api_version) == group(expected) {
-        Class::OtherVersion(expected)
-    } else {
-        Class::Unknown
+        (Kind::ServiceCidr, "networking.k8s.io/v1beta1") => Class::Used(used),
+        // Where the kind was before: such a file is there to be enforced.
+        (Kind::NetworkPolicy, "extensions/v1beta1") => Class::OtherVersion(used.api_version()),
+        _ if group_of(api_version) == used.group() => Class::OtherVersion(used.api_version()),
+        // `Service` of another group, such as serving.knative.dev/v1, is another kind altogether.
+        _ => Class::Unknown,
     }
 }
 

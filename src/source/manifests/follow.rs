@@ -236,7 +236,8 @@ impl Follower {
                 // Could not be read, or is being made.
                 None => !stamp.is_empty(),
             };
-            if !finished && !(changed && settled(path, Some(*stamp))) {
+            let ready = finished || (changed && settled(path, Some(*stamp)));
+            if !ready {
                 continue;
             }
             let version = match files::read(path) {
