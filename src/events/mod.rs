@@ -27,13 +27,14 @@ use futures::future::BoxFuture;
 use k8s_openapi::api::events::v1::Event;
 use k8s_openapi::jiff::Timestamp;
 use kube::api::{ApiResource, DynamicObject, ListParams, Patch, PatchParams, PostParams};
+use kube::core::GroupVersionKind;
 use kube::{Api, Client};
 use serde_json::Value;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until, timeout};
 
 use self::book::{Advice, Book};
-use self::object::{Draft, resource};
+use self::object::Draft;
 use crate::logging::{Count, Repeats};
 use crate::model::{Kind, Notice};
 
@@ -442,8 +443,8 @@ impl Server {
     async fn uid(&self, draft: &Draft) -> Option<String> {
         let object = draft.object.as_ref()?;
         let resource = ApiResource::from_gvk_with_plural(
-            &resource(object.kind).gvk(),
-            resource(object.kind).plural,
+            &GroupVersionKind::gvk(object.kind.group(), "v1", object.kind.as_str()),
+            object.kind.plural(),
         );
         if object.kind == Kind::Node {
             // By convention the Events of a Node carry its name.

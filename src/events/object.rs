@@ -4,7 +4,6 @@ use k8s_openapi::api::core::v1::ObjectReference;
 use k8s_openapi::api::events::v1::Event;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta};
 use k8s_openapi::jiff::Timestamp;
-use kube::core::GroupVersionKind;
 use ring::digest::{SHA256, digest};
 use serde_json::{Value, json};
 
@@ -34,41 +33,6 @@ pub(super) struct Draft {
     action: &'static str,
     note: String,
     at: Timestamp,
-}
-
-/// How the API calls a kind.
-pub(super) struct Resource {
-    group: &'static str,
-    kind: &'static str,
-    pub plural: &'static str,
-}
-
-impl Resource {
-    pub(super) fn gvk(&self) -> GroupVersionKind {
-        GroupVersionKind::gvk(self.group, "v1", self.kind)
-    }
-
-    fn api_version(&self) -> String {
-        self.gvk().api_version()
-    }
-}
-
-/// The group, kind and plural of a kind; all are `v1`.
-pub(super) fn resource(kind: Kind) -> Resource {
-    let (group, plural) = match kind {
-        Kind::Service => ("", "services"),
-        Kind::EndpointSlice => ("discovery.k8s.io", "endpointslices"),
-        Kind::Node => ("", "nodes"),
-        Kind::ServiceCidr => ("networking.k8s.io", "servicecidrs"),
-        Kind::Pod => ("", "pods"),
-        Kind::Namespace => ("", "namespaces"),
-        Kind::NetworkPolicy => ("networking.k8s.io", "networkpolicies"),
-    };
-    Resource {
-        group,
-        kind: kind.as_str(),
-        plural,
-    }
 }
 
 /// What nftlet was doing, as the API asks for.
@@ -161,7 +125,7 @@ impl Draft {
         let about = self.object.clone().unwrap_or_else(|| node_of(&self.node));
         let namespace = Some(about.name.namespace()).filter(|name| !name.is_empty());
         let regarding = ObjectReference {
-            api_version: Some(resource(about.kind).api_version()),
+            api_version: Some(about.kind.api_version().to_owned()),
             kind: Some(about.kind.as_str().to_owned()),
             name: Some(about.name.name().to_owned()),
             namespace: namespace.map(str::to_owned),

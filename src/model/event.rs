@@ -7,7 +7,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::{EndpointSlice, Namespace, NetworkPolicy, Node, ObjectName, Pod, Service, ServiceCidr};
+use super::{
+    EndpointSlice, Kind, Namespace, NetworkPolicy, Node, ObjectName, Pod, Service, ServiceCidr,
+};
 
 /// An event with the moment it reached nftlet, from which latencies are counted.
 #[derive(Clone, Debug)]
@@ -81,68 +83,6 @@ impl Event {
             | Event::Servers(_)
             | Event::Notice(_) => None,
         }
-    }
-}
-
-/// The object kinds that sources deliver.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Kind {
-    /// core/v1 Service.
-    Service,
-    /// discovery.k8s.io/v1 EndpointSlice.
-    EndpointSlice,
-    /// core/v1 Node: the one nftlet runs on.
-    Node,
-    /// networking.k8s.io/v1 ServiceCIDR.
-    ServiceCidr,
-    /// core/v1 Pod.
-    Pod,
-    /// core/v1 Namespace.
-    Namespace,
-    /// networking.k8s.io/v1 NetworkPolicy.
-    NetworkPolicy,
-}
-
-impl Kind {
-    /// Every kind.
-    pub const ALL: [Kind; 7] = [
-        Kind::Service,
-        Kind::EndpointSlice,
-        Kind::Node,
-        Kind::ServiceCidr,
-        Kind::Pod,
-        Kind::Namespace,
-        Kind::NetworkPolicy,
-    ];
-
-    /// What services are made of; the [`Store`](super::Store) keeps these.
-    pub const SERVICES: [Kind; 4] = [
-        Kind::Service,
-        Kind::EndpointSlice,
-        Kind::Node,
-        Kind::ServiceCidr,
-    ];
-
-    /// What network policies are made of.
-    pub const POLICY: [Kind; 3] = [Kind::Pod, Kind::Namespace, Kind::NetworkPolicy];
-
-    /// The `kind` of the API object.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Kind::Service => "Service",
-            Kind::EndpointSlice => "EndpointSlice",
-            Kind::Node => "Node",
-            Kind::ServiceCidr => "ServiceCIDR",
-            Kind::Pod => "Pod",
-            Kind::Namespace => "Namespace",
-            Kind::NetworkPolicy => "NetworkPolicy",
-        }
-    }
-}
-
-impl fmt::Display for Kind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.as_str())
     }
 }
 

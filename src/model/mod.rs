@@ -8,6 +8,7 @@
 mod claims;
 mod event;
 mod facts;
+mod kind;
 mod lists;
 mod name;
 mod node_ports;
@@ -16,11 +17,13 @@ mod refusals;
 mod store;
 
 pub use claims::{Claim, ClaimChanges, Claims, Reserved};
-pub use event::{Delivery, Event, Kind, Notice, Object, ObjectRef, Reason, Subject};
+pub use event::{Delivery, Event, Notice, Object, ObjectRef, Reason, Subject};
 pub use facts::{
     Endpoint, EndpointSlice, Family, Hints, MOST_ELEMENTS, Node, Protocol, Service, ServiceCidr,
     ServiceKind, ServicePort, SlicePort, TrafficPolicy,
 };
+pub use kind::Kind;
+pub(crate) use kind::group_of;
 pub use lists::Lists;
 pub use name::ObjectName;
 pub use node_ports::NodePortAddresses;

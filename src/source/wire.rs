@@ -78,10 +78,8 @@ pub(super) struct Type<'a> {
 
 /// What every object has; read on its own when the rest of an object cannot be decoded.
 #[derive(Debug, Default, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
+#[serde(default)]
 pub(super) struct Head {
-    pub api_version: Option<String>,
-    pub kind: Option<String>,
     pub metadata: Option<HeadMeta>,
 }
 

@@ -55,7 +55,7 @@ impl Deliveries {
         let is_node = selection.kind == Kind::Node;
         Self {
             kind: selection.kind,
-            plural: selection.plural,
+            plural: selection.kind.plural(),
             node_name: selection.node_name().to_owned(),
             sender,
             stats,

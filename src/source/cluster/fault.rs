@@ -164,24 +164,25 @@ impl Fault {
         match self {
             Fault::Closed | Fault::Ended | Fault::Gone | Fault::Ahead => None,
             Fault::NoStreaming => Some((
-                format!("rejected {}", selection.plural),
+                format!("rejected {}", selection.kind.plural()),
                 format!(
                     "the API server rejects requests for {}; check that the server's address is that of a Kubernetes API server; {KEPT}",
-                    selection.plural
+                    selection.kind.plural()
                 ),
             )),
             Fault::UnknownField(message) => Some((
-                format!("rejected {}", selection.plural),
+                format!("rejected {}", selection.kind.plural()),
                 format!(
                     "the API server cannot select {} by their fields ({message}); check that the server's address is that of a Kubernetes API server; {KEPT}",
-                    selection.plural
+                    selection.kind.plural()
                 ),
             )),
             Fault::Absent(message) => Some((
-                format!("absent {}", selection.plural),
+                format!("absent {}", selection.kind.plural()),
                 format!(
                     "the API server has no {} at {} ({message}); check that the server's address is that of a Kubernetes API server; {KEPT}",
-                    selection.plural, selection.path
+                    selection.kind.plural(),
+                    selection.path
                 ),
             )),
             Fault::Refused { code: 401, message } => Some((
@@ -191,10 +192,11 @@ impl Fault {
                 ),
             )),
             Fault::Refused { message, .. } => Some((
-                format!("403 {}", selection.plural),
+                format!("403 {}", selection.kind.plural()),
                 format!(
                     "the API server refuses access: {message}; add to nftlet's ClusterRole the rule {{apiGroups: [\"{}\"], resources: [\"{}\"], verbs: [\"list\", \"watch\"]}}; {KEPT}",
-                    selection.group, selection.plural
+                    selection.kind.group(),
+                    selection.kind.plural()
                 ),
             )),
             Fault::Busy { code, message, .. } => Some((
@@ -205,10 +207,11 @@ impl Fault {
                 Fault::Unreachable("it has fallen silent".to_owned()).describe(selection)
             }
             Fault::Foreign(what) => Some((
-                format!("foreign {}", selection.plural),
+                format!("foreign {}", selection.kind.plural()),
                 format!(
                     "the API server was asked for {} at {}, and the answer is {what}; check what answers at its address, such as a proxy or a load balancer in front of it; {KEPT}",
-                    selection.plural, selection.path
+                    selection.kind.plural(),
+                    selection.path
                 ),
             )),
             Fault::NoDescriptor(cause) => Some((

@@ -11,7 +11,6 @@ use serde_json::value::RawValue;
 
 use super::fault::one_line;
 use crate::model::Kind;
-use crate::source::convert::api_version;
 
 /// One line of a watch.
 #[derive(Deserialize)]
@@ -84,7 +83,7 @@ impl Page<'_> {
     /// # Errors
     /// What it is instead.
     pub(super) fn check(&self, kind: Kind) -> Result<(), String> {
-        let (version, asked) = (api_version(kind), format!("{kind}List"));
+        let (version, asked) = (kind.api_version(), format!("{kind}List"));
         if self.api_version == version && self.kind == asked {
             return Ok(());
         }

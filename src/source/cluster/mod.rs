@@ -16,9 +16,18 @@
 //!     list (objects of a list while it comes)
 //! ```
 //!
-//! The watches are nftlet's own and not those of `kube::runtime`, for two reasons: an object is
-//! decoded straight into the few fields that are used, and an object that cannot be decoded is a
-//! fault of that object alone, with its last known state in force even across a new list.
+//! The watches are nftlet's own and not those of `kube::runtime`, which lack:
+//!
+//! - bounds: on the bytes of an object, of what is around the objects of a list, and of a refusal;
+//! - checks that an answer is of the kind that was asked for, so that a proxy's page or another
+//!   API's list is no empty list;
+//! - an end of all pauses when any kind finds the server back, and `Retry-After` as their least;
+//! - a new list after 410 that sends only what differs, with the last known state of an object that
+//!   cannot be decoded still in force;
+//! - streamed lists, with pages from the servers that refuse them, decided once for each kind;
+//! - a silent connection noticed within 15 s, by a question that all kinds share;
+//! - decoding from the bytes of the connection into the few fields that are used, without copies of
+//!   their text.
 //!
 //! Credentials that change on disk are picked up without a restart: a token file is read again at
 //! least once a minute (keeping the last token if that fails), and inside a pod the CA bundle as

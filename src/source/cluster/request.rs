@@ -30,10 +30,7 @@ pub(super) const MOST_REFUSAL: usize = 64 << 10;
 pub(super) struct Selection {
     pub kind: Kind,
     /// The path of the collection.
-    pub path: &'static str,
-    /// The API group and the plural, as a ClusterRole names them.
-    pub group: &'static str,
-    pub plural: &'static str,
+    pub path: String,
     labels: Option<&'static str>,
     fields: Option<String>,
     node_name: String,
@@ -55,71 +52,26 @@ impl Selection {
     /// ended: to a selection by phase an end looks like a deletion, and a pod whose phase is Failed
     /// may run on.
     pub(super) fn of(kind: Kind, node_name: &str) -> Self {
-        let node_name = node_name.to_owned();
-        match kind {
-            Kind::Service => Self {
-                node_name,
-                kind,
-                path: "/api/v1/services",
-                group: "",
-                plural: "services",
-                labels: Some("!service.kubernetes.io/service-proxy-name"),
-                fields: Some("spec.clusterIP!=None".to_owned()),
-            },
-            Kind::EndpointSlice => Self {
-                node_name,
-                kind,
-                path: "/apis/discovery.k8s.io/v1/endpointslices",
-                group: "discovery.k8s.io",
-                plural: "endpointslices",
-                labels: Some("!service.kubernetes.io/headless"),
-                fields: None,
-            },
-            Kind::Node => Self {
-                kind,
-                path: "/api/v1/nodes",
-                group: "",
-                plural: "nodes",
-                labels: None,
-                fields: Some(format!("metadata.name={node_name}")),
-                node_name,
-            },
-            Kind::ServiceCidr => Self {
-                node_name,
-                kind,
-                path: "/apis/networking.k8s.io/v1/servicecidrs",
-                group: "networking.k8s.io",
-                plural: "servicecidrs",
-                labels: None,
-                fields: None,
-            },
-            Kind::Pod => Self {
-                node_name,
-                kind,
-                path: "/api/v1/pods",
-                group: "",
-                plural: "pods",
-                labels: None,
-                fields: None,
-            },
-            Kind::Namespace => Self {
-                node_name,
-                kind,
-                path: "/api/v1/namespaces",
-                group: "",
-                plural: "namespaces",
-                labels: None,
-                fields: None,
-            },
-            Kind::NetworkPolicy => Self {
-                node_name,
-                kind,
-                path: "/apis/networking.k8s.io/v1/networkpolicies",
-                group: "networking.k8s.io",
-                plural: "networkpolicies",
-                labels: None,
-                fields: None,
-            },
+        let (labels, fields) = match kind {
+            Kind::Service => (
+                Some("!service.kubernetes.io/service-proxy-name"),
+                Some("spec.clusterIP!=None".to_owned()),
+            ),
+            Kind::EndpointSlice => (Some("!service.kubernetes.io/headless"), None),
+            Kind::Node => (None, Some(format!("metadata.name={node_name}"))),
+            Kind::ServiceCidr | Kind::Pod | Kind::Namespace | Kind::NetworkPolicy => (None, None),
+        };
+        let prefix = if kind.group().is_empty() {
+            "api"
+        } else {
+            "apis"
+        };
+        Self {
+            kind,
+            path: format!("/{prefix}/{}/{}", kind.api_version(), kind.plural()),
+            labels,
+            fields,
+            node_name: node_name.to_owned(),
         }
     }
 }
@@ -162,7 +114,7 @@ impl Requester {
             continue_token: token,
             ..ListParams::default()
         };
-        let request = Request::new(self.selection.path)
+        let request = Request::new(&self.selection.path)
             .list(&params)
             .map_err(|error| Fault::Unreachable(error.to_string()))?;
         let body = self.in_time(self.send(request)).await?;
@@ -185,7 +137,7 @@ impl Requester {
             bookmarks: true,
             send_initial_events: listing,
         };
-        let request = Request::new(self.selection.path)
+        let request = Request::new(&self.selection.path)
             .watch(&params, version)
             .map_err(|error| Fault::Unreachable(error.to_string()))?;
         let body = self.in_time(self.send(request)).await?;

@@ -202,7 +202,7 @@ impl Declared {
         match (non_empty(api_version), non_empty(name)) {
             (None, None) => Self::Nothing,
             (Some(version), Some(name))
-                if version == self::api_version(kind) && name == kind.as_str() =>
+                if version == kind.api_version() && name == kind.as_str() =>
             {
                 Self::AsAsked
             }
@@ -231,15 +231,6 @@ impl Declared {
 /// As much of a name as belongs into a message.
 fn shortened(name: &str) -> String {
     name.chars().take(80).collect()
-}
-
-/// The version of the API in which a kind is asked for and described in [`wire`].
-pub(super) fn api_version(kind: Kind) -> &'static str {
-    match kind {
-        Kind::Service | Kind::Node | Kind::Pod | Kind::Namespace => "v1",
-        Kind::EndpointSlice => "discovery.k8s.io/v1",
-        Kind::ServiceCidr | Kind::NetworkPolicy => "networking.k8s.io/v1",
-    }
 }
 
 /// The part of `metadata` that identifies an object and its version.
@@ -307,11 +298,10 @@ pub(super) fn object_name(
     namespace: Option<&str>,
 ) -> Result<ObjectName, String> {
     let name = non_empty(name).ok_or("metadata.name is missing; give the object a name")?;
-    let namespace = match kind {
-        Kind::Service | Kind::EndpointSlice | Kind::Pod | Kind::NetworkPolicy => {
-            non_empty(namespace).unwrap_or("default")
-        }
-        Kind::Node | Kind::ServiceCidr | Kind::Namespace => "",
+    let namespace = if kind.is_namespaced() {
+        non_empty(namespace).unwrap_or("default")
+    } else {
+        ""
     };
     for (field, text) in [("name", name), ("namespace", namespace)] {
         let usable = |byte: u8| byte.is_ascii_graphic() && byte != b'/';

@@ -1,25 +1,26 @@
 //! The objects of one file.
 
-use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use serde::Deserialize;
-use serde_json::value::RawValue;
+use serde_json::Value;
+use serde_path_to_error::Track;
 
-use super::json::{Locator, without_place};
-use super::tree::{Node, Position, Value};
-use super::yaml::{Part, read_section, sections};
-use crate::model::{Kind, Notice, Object, ObjectRef, Reason, Subject};
-use crate::source::convert::{Converter, Decoded, object_name};
-use crate::source::wire::{Head, HeadMeta};
+use super::documents::{
+    Captured, Document, Position, SyntaxFault, inside, json_documents, yaml_documents,
+};
+use super::state::file_notice;
+use crate::model::{Kind, Notice, Object, ObjectRef, Reason, group_of};
+use crate::source::convert::{Converter, object_name};
 
 /// What a file holds, and what is wrong with it.
 #[derive(Debug, Default)]
 pub(super) struct Contents {
-    /// The usable objects, each with the place where it begins.
-    pub objects: Vec<(Object, Position)>,
+    /// The usable objects.
+    pub objects: BTreeMap<ObjectRef, Object>,
     /// Objects that are in the file but could not be decoded.
-    pub damaged: Vec<ObjectRef>,
+    pub damaged: BTreeSet<ObjectRef>,
     /// Whether some part of the file could not even be attributed to an object.
     pub unreadable: bool,
     /// What is wrong, with places.
@@ -29,9 +30,9 @@ pub(super) struct Contents {
 /// Which of the objects in files count.
 #[derive(Debug)]
 pub(super) struct Wanted {
-    /// The own Node; others are none of this node's business.
+    /// The own Node; others do not matter to this node.
     pub node_name: String,
-    /// Whether those of network policies do.
+    /// Whether the objects of network policies do.
     pub network_policies: bool,
 }
 
@@ -64,19 +65,16 @@ pub(super) fn read(
         .extension()
         .is_some_and(|extension| extension == "json");
     let looks_like_json = text.trim_start().starts_with('{');
-    if is_json || looks_like_json {
-        if let Err((at, message)) = reader.json(text) {
-            if is_json {
-                reader.syntax(at, &message);
-            } else {
-                // `{a: b}` is YAML though it is no JSON.
-                reader.out = Contents::default();
-                reader.skipped.clear();
-                reader.yaml(text);
-            }
-        }
-    } else {
-        reader.yaml(text);
+    let (documents, fault) = match (is_json || looks_like_json).then(|| json_documents(text)) {
+        // `{a: b}` is YAML though it is no JSON.
+        Some((documents, fault)) if is_json || fault.is_none() => (documents, fault),
+        _ => (yaml_documents(text), None),
+    };
+    for document in documents {
+        reader.document(&document);
+    }
+    if let Some(fault) = fault {
+        reader.syntax(&fault);
     }
     reader.finish()
 }
@@ -91,38 +89,66 @@ enum Class {
 }
 
 fn classify(api_version: &str, kind: &str) -> Class {
-    let (used, expected) = match kind {
-        "Service" => (Kind::Service, "v1"),
-        "Node" => (Kind::Node, "v1"),
-        "Pod" => (Kind::Pod, "v1"),
-        "Namespace" => (Kind::Namespace, "v1"),
-        "EndpointSlice" => (Kind::EndpointSlice, "discovery.k8s.io/v1"),
+    let Some(used) = Kind::named(kind) else {
+        return if kind.ends_with("List") {
+            Class::List
+        } else {
+            Class::Unknown
+        };
+    };
+    match (used, api_version) {
+        _ if api_version == used.api_version() => Class::Used(used),
         // The beta has the same fields.
-        "ServiceCIDR" if api_version == "networking.k8s.io/v1beta1" => {
-            return Class::Used(Kind::ServiceCidr);
-        }
-        "ServiceCIDR" => (Kind::ServiceCidr, "networking.k8s.io/v1"),
-        // Where the kind was before; whoever kept such a file wants it enforced.
-        "NetworkPolicy" if api_version == "extensions/v1beta1" => {
-            return Class::OtherVersion("networking.k8s.io/v1");
-        }
-        "NetworkPolicy" => (Kind::NetworkPolicy, "networking.k8s.io/v1"),
-        _ if kind.ends_with("List") => return Class::List,
-        _ => return Class::Unknown,
-    };
-    // `Service` of another group, such as serving.knative.dev/v1, is another kind altogether.
-    let group = |api_version: &str| {
-        api_version
-            .split_once('/')
-            .map(|(group, _)| group.to_owned())
-    };
-    if api_version == expected {
-        Class::Used(used)
-    } else if group(api_version) == group(expected) {
-        Class::OtherVersion(expected)
-    } else {
-        Class::Unknown
+        (Kind::ServiceCidr, "networking.k8s.io/v1beta1") => Class::Used(used),
+        // Where the kind was before: such a file is there to be enforced.
+        (Kind::NetworkPolicy, "extensions/v1beta1") => Class::OtherVersion(used.api_version()),
+        _ if group_of(api_version) == used.group() => Class::OtherVersion(used.api_version()),
+        // `Service` of another group, such as serving.knative.dev/v1, is another kind altogether.
+        _ => Class::Unknown,
     }
+}
+
+/// What an object says it is, and its name.
+struct Head<'v> {
+    api_version: Option<&'v str>,
+    kind: Option<&'v str>,
+    name: Option<&'v str>,
+    namespace: Option<&'v str>,
+}
+
+impl<'v> Head<'v> {
+    /// The head of an object; of an item of a typed list, `implied` is the type.
+    fn of(object: &'v Value, implied: Option<(&'v str, &'v str)>) -> Self {
+        let text = |object: &'v Value, field| object.get(field).and_then(Value::as_str);
+        let metadata = object.get("metadata").unwrap_or(&Value::Null);
+        Self {
+            api_version: text(object, "apiVersion").or(implied.map(|(version, _)| version)),
+            kind: text(object, "kind").or(implied.map(|(_, kind)| kind)),
+            name: text(metadata, "name"),
+            namespace: text(metadata, "namespace"),
+        }
+    }
+
+    fn class(&self) -> Class {
+        let api_version = self.api_version.unwrap_or_default();
+        classify(api_version, self.kind.unwrap_or_default())
+    }
+
+    /// What the items of a typed list are; a plain `List` does not say.
+    fn item_type(&self) -> Option<(&'v str, &'v str)> {
+        let kind = self.kind?.strip_suffix("List")?;
+        (!kind.is_empty()).then_some((self.api_version.unwrap_or_default(), kind))
+    }
+}
+
+/// What is found in one document, with the paths of what is wrong.
+#[derive(Default)]
+struct Found {
+    objects: Vec<(Object, String)>,
+    damaged: Vec<ObjectRef>,
+    unreadable: bool,
+    notices: Vec<(Reason, String, String)>,
+    skipped: BTreeMap<String, usize>,
 }
 
 struct Reader<'c> {
@@ -151,293 +177,248 @@ impl Reader<'_> {
     }
 
     fn notice(&mut self, reason: Reason, at: Option<Position>, message: String) {
-        self.out.notices.push(Notice {
-            subject: Subject::File {
-                path: self.path.to_owned(),
-                position: at.map(|at| (at.line, at.column)),
-            },
-            reason,
-            message,
-        });
+        let notice = file_notice(self.path, at, reason, message);
+        self.out.notices.push(notice);
     }
 
-    fn syntax(&mut self, at: Position, message: &str) {
+    fn syntax(&mut self, fault: &SyntaxFault) {
         self.out.unreadable = true;
-        self.notice(
-            Reason::InvalidFile,
-            Some(at),
-            format!("the file cannot be parsed here: {message}; the document it is in is not used beyond this point"),
+        let message = format!(
+            "the file cannot be parsed here: {}; the document it is in is not used beyond this \
+             point",
+            fault.message
         );
+        self.notice(Reason::InvalidFile, Some(fault.at), message);
     }
 
-    fn yaml(&mut self, text: &str) {
-        for section in sections(text) {
-            let mut list = PendingList::new(self);
-            let read = read_section(&section, &mut |part| match part {
-                Part::Item(item) => {
-                    let head = yaml_head(&item);
-                    if head.kind.is_some() || head.api_version.is_some() {
-                        self.yaml_object(&item, None);
-                    } else {
-                        list.without_kind.push(item);
+    fn document(&mut self, document: &Document<'_>) {
+        let mut found = Found::default();
+        let mut untyped = Vec::new();
+        let root = document.read(&mut |number, item| {
+            let head = Head::of(&item.value, None);
+            if head.kind.is_some() || head.api_version.is_some() {
+                self.object(&mut found, &item, item_path("", number), None);
+            } else {
+                // The list names their type after its items.
+                untyped.push((number, item));
+            }
+        });
+        match root {
+            Ok(root) => {
+                let head = Head::of(&root.value, None);
+                if matches!(head.class(), Class::List) && root.value.get("items").is_some() {
+                    for (number, item) in untyped {
+                        let at = item_path("", number);
+                        self.object(&mut found, &item, at, head.item_type());
                     }
+                } else {
+                    // Something else that happens to have a field `items`.
+                    found = Found::default();
+                    self.object(&mut found, &root, String::new(), None);
                 }
-                Part::Document(root) => {
-                    let list = std::mem::replace(&mut list, PendingList::new(self));
-                    self.yaml_root(&root, list);
-                }
-            });
-            if let Err(fault) = read {
-                self.syntax(fault.at, &fault.message);
+                self.take(document, found);
+            }
+            Err(fault) => {
+                self.take(document, found);
+                self.syntax(&fault);
             }
         }
     }
 
-    fn yaml_root(&mut self, root: &Node<'_>, list: PendingList<'_>) {
-        let head = yaml_head(root);
-        let api_version = head.api_version.as_deref().unwrap_or_default();
-        let kind = head.kind.as_deref().unwrap_or_default();
-        if matches!(classify(api_version, kind), Class::List) && root.get("items").is_some() {
-            let implied = item_kind(api_version, kind);
-            for item in &list.without_kind {
-                self.yaml_object(item, implied);
+    /// Takes what was found in a document.
+    fn take(&mut self, document: &Document<'_>, mut found: Found) {
+        for (object, at) in found.objects {
+            match self.out.objects.entry(object.reference()) {
+                Entry::Vacant(place) => {
+                    place.insert(object);
+                }
+                Entry::Occupied(first) => {
+                    let message = format!(
+                        "{} is in this file twice; the first one counts, remove this one",
+                        first.key()
+                    );
+                    found.notices.push((Reason::InvalidObject, at, message));
+                }
             }
-        } else {
-            // Something else that happens to have a field `items`.
-            list.forget_items(self);
-            self.yaml_object(root, None);
+        }
+        self.out.damaged.extend(found.damaged);
+        self.out.unreadable |= found.unreadable;
+        for (kind, count) in found.skipped {
+            *self.skipped.entry(kind).or_default() += count;
+        }
+        if !found.notices.is_empty() {
+            let places = document.places(found.notices.iter().map(|(_, at, _)| at.clone()));
+            for (reason, at, message) in found.notices {
+                self.notice(reason, places.get(&at).copied(), message);
+            }
         }
     }
 
     /// Takes an object or, recursively, the items of a list. `implied` is what a typed list
     /// says its items are.
-    fn yaml_object(&mut self, node: &Node<'_>, implied: Option<(&str, &str)>) {
-        if node.is_null() {
-            return;
-        }
-        let head = yaml_head(node);
-        match (self.class(&head, implied, node.at), &head.kind) {
-            (Some(Class::List), Some(kind)) => {
-                let api_version = head.api_version.as_deref().unwrap_or_default();
-                let implied = item_kind(api_version, kind);
-                if let Some(Value::Sequence(items)) =
-                    node.get("items").map(|items| &items.resolved().value)
-                {
-                    for item in items {
-                        self.yaml_object(item, implied);
-                    }
-                }
-            }
-            (Some(Class::Used(kind)), _) => {
-                let decoded = self.converter.decode(kind, node).map_err(|fault| {
-                    let at = fault.at.unwrap_or(node.at);
-                    (at, fault.to_string())
-                });
-                self.object(kind, &head, node.at, decoded);
-            }
-            _ => {}
-        }
-    }
-
-    /// # Errors
-    /// Where the text stops being JSON.
-    fn json(&mut self, text: &str) -> Result<(), (Position, String)> {
-        let mut locator = Locator::new(text);
-        for document in serde_json::Deserializer::from_str(text).into_iter::<&RawValue>() {
-            match document {
-                Ok(raw) => self.json_object(raw, None, &mut locator),
-                Err(fault) => {
-                    let at = Position {
-                        line: fault.line() as u64,
-                        column: fault.column() as u64,
-                    };
-                    return Err((at, without_place(&fault)));
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn json_object(
-        &mut self,
-        raw: &RawValue,
-        implied: Option<(&str, &str)>,
-        locator: &mut Locator<'_>,
-    ) {
-        #[derive(Deserialize, Default)]
-        #[serde(default)]
-        struct Items<'a> {
-            #[serde(borrow)]
-            items: Option<Vec<&'a RawValue>>,
-        }
-        let at = locator.position_of(raw);
-        let head = match serde_json::from_str::<Head>(raw.get()) {
-            Ok(head) => head,
-            Err(fault) => {
-                return self.misfit(
-                    at.of_fault(&fault),
-                    &Head::default(),
-                    None,
-                    &without_place(&fault),
-                );
-            }
-        };
-        match (self.class(&head, implied, at), &head.kind) {
-            (Some(Class::List), Some(kind)) => {
-                let api_version = head.api_version.as_deref().unwrap_or_default();
-                let implied = item_kind(api_version, kind);
-                match serde_json::from_str::<Items<'_>>(raw.get()) {
-                    Ok(list) => {
-                        for item in list.items.unwrap_or_default() {
-                            self.json_object(item, implied, locator);
-                        }
-                    }
-                    Err(fault) => {
-                        self.misfit(at.of_fault(&fault), &head, None, &without_place(&fault))
-                    }
-                }
-            }
-            (Some(Class::Used(kind)), _) => {
-                let mut from = serde_json::Deserializer::from_str(raw.get());
-                let decoded = self
-                    .converter
-                    .decode(kind, &mut from)
-                    .map_err(|fault| (at.of_fault(&fault), without_place(&fault)));
-                self.object(kind, &head, at, decoded);
-            }
-            _ => {}
-        }
-    }
-
-    /// What an object is; notes it when it is of no use.
-    fn class(&mut self, head: &Head, implied: Option<(&str, &str)>, at: Position) -> Option<Class> {
-        let (implied_version, implied_kind) = implied.unwrap_or_default();
-        let api_version = head.api_version.as_deref().unwrap_or(implied_version);
-        let kind = head.kind.as_deref().unwrap_or(implied_kind);
-        if kind.is_empty() || api_version.is_empty() {
-            self.misfit(
-                at,
-                head,
-                None,
-                "apiVersion or kind is missing; every object needs both",
-            );
-            return None;
-        }
-        let class = classify(api_version, kind);
-        match class {
-            Class::Unknown => *self.skipped.entry(kind.to_owned()).or_default() += 1,
-            Class::OtherVersion(expected) => {
-                let message =
-                    format!("apiVersion \"{api_version}\" is not understood; write {expected}");
-                self.misfit(at, head, None, &message);
-            }
-            // Whoever switched them off need not be told.
-            Class::Used(kind) if !self.wanted.kinds().contains(&kind) => return None,
-            Class::Used(_) | Class::List => {}
-        }
-        Some(class)
-    }
-
     fn object(
         &mut self,
-        kind: Kind,
-        head: &Head,
-        at: Position,
-        decoded: Result<Decoded, (Position, String)>,
+        found: &mut Found,
+        Captured { value, twice }: &Captured,
+        at: String,
+        implied: Option<(&str, &str)>,
     ) {
-        let decoded = match decoded {
-            Ok(decoded) => decoded,
-            Err((at, message)) => return self.misfit(at, head, Some(kind), &message),
-        };
-        if kind == Kind::Node && decoded.name.name() != self.wanted.node_name {
+        if value.is_null() {
             return;
         }
-        for notice in decoded.notices {
-            self.notice(notice.reason, Some(at), notice.message);
-        }
-        if let Some(object) = decoded.object {
-            self.out.objects.push((object, at));
+        let head = Head::of(value, implied);
+        let (Some(api_version), Some(kind)) = (head.api_version, head.kind) else {
+            let message = "apiVersion or kind is missing; every object needs both";
+            return found.misfit(at, &head, message);
+        };
+        match (head.class(), twice) {
+            (Class::Unknown, _) => *found.skipped.entry(kind.to_owned()).or_default() += 1,
+            (Class::OtherVersion(expected), _) => {
+                let message =
+                    format!("apiVersion \"{api_version}\" is not understood; write {expected}");
+                found.misfit(at, &head, &message);
+            }
+            (Class::Used(kind), _) if !self.wanted.kinds().contains(&kind) => {}
+            (Class::Used(_) | Class::List, Some(field)) => {
+                let message = format!("{field} is there twice; leave one of them");
+                found.misfit(inside(&at, field), &head, &message);
+            }
+            (Class::List, None) => {
+                let items = value.get("items").and_then(Value::as_array);
+                for (number, item) in items.into_iter().flatten().enumerate() {
+                    let item = item.clone().into();
+                    self.object(found, &item, item_path(&at, number), head.item_type());
+                }
+            }
+            (Class::Used(kind), None) => match self.converter.decode(kind, value) {
+                Ok(other) if kind == Kind::Node && other.name.name() != self.wanted.node_name => {}
+                Ok(decoded) => {
+                    for notice in decoded.notices {
+                        let notice = (notice.reason, at.clone(), notice.message);
+                        found.notices.push(notice);
+                    }
+                    found
+                        .objects
+                        .extend(decoded.object.map(|object| (object, at)));
+                }
+                Err(fault) => {
+                    // Keeping the path costs more than decoding, so that is done again for it.
+                    let mut track = Track::new();
+                    let tracked = serde_path_to_error::Deserializer::new(value, &mut track);
+                    let _ = self.converter.decode(kind, tracked);
+                    let field = track.path().to_string();
+                    let field = if field == "." { "" } else { &field };
+                    let message = misfit_message(field, &fault);
+                    found.misfit(inside(&at, field), &head, &message);
+                }
+            },
         }
     }
+}
 
+impl Found {
     /// Notes an object that cannot be used, by name as far as it has one.
-    fn misfit(&mut self, at: Position, head: &Head, kind: Option<Kind>, message: &str) {
-        let meta = head.metadata.as_ref();
-        let name = meta.and_then(|meta| meta.name.as_deref());
-        let namespace = meta.and_then(|meta| meta.namespace.as_deref());
-        let used = kind.and_then(|kind| {
-            let name = object_name(kind, name, namespace).ok()?;
-            Some(ObjectRef::new(kind, name))
-        });
+    fn misfit(&mut self, at: String, head: &Head<'_>, message: &str) {
+        let used = match head.class() {
+            Class::Used(kind) => object_name(kind, head.name, head.namespace)
+                .ok()
+                .map(|name| ObjectRef::new(kind, name)),
+            _ => None,
+        };
         let subject = match &used {
             Some(object) => object.to_string(),
             None => format!(
                 "{} {}",
-                head.kind.as_deref().unwrap_or("an object"),
-                name.unwrap_or("without a name")
+                head.kind.unwrap_or("an object"),
+                head.name.unwrap_or("without a name")
             ),
         };
         match used {
-            Some(object) => self.out.damaged.push(object),
-            None => self.out.unreadable = true,
+            Some(object) => self.damaged.push(object),
+            None => self.unreadable = true,
         }
-        self.notice(
-            Reason::InvalidObject,
-            Some(at),
-            format!("{subject}: {message}; the object is not used until it is mended"),
+        let message = format!("{subject}: {message}; the object is not used until it is mended");
+        self.notices.push((Reason::InvalidObject, at, message));
+    }
+}
+
+fn misfit_message(field: &str, fault: &serde_json::Error) -> String {
+    let fault = fault.to_string();
+    let colon = if field.is_empty() { "" } else { ": " };
+    // Plain scalars that look like another type, which the API server does not accept either.
+    let scalar = ["integer", "floating point", "boolean"]
+        .iter()
+        .any(|kind| fault.starts_with(&format!("invalid type: {kind} ")));
+    let hint = if scalar && fault.ends_with("expected a string") {
+        "; put it in quotes"
+    } else {
+        ""
+    };
+    format!("{field}{colon}{fault}{hint}")
+}
+
+/// The path of an item of the list at a path.
+fn item_path(list: &str, number: usize) -> String {
+    inside(list, &format!("items[{number}]"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn contents(text: &str) -> (Vec<String>, Vec<String>) {
+        let wanted = Wanted {
+            node_name: "node-1".to_owned(),
+            network_policies: true,
+        };
+        let path = Path::new("a.yaml");
+        let contents = read(path, text, &wanted, &mut Converter::default());
+        let notices = contents.notices.iter();
+        (
+            contents.objects.keys().map(ToString::to_string).collect(),
+            notices
+                .map(|notice| format!("{}: {}", notice.subject, notice.message))
+                .collect(),
+        )
+    }
+
+    #[test]
+    fn what_does_not_fit_is_named_with_its_field_and_place() {
+        let list = "apiVersion: v1\nkind: List\nitems:\n\
+                    - {apiVersion: v1, kind: Service, metadata: {name: a}, spec: {ports: [{}, {port: eighty}]}}\n\
+                    - {apiVersion: v1, kind: Pod, metadata: {name: b, labels: {tier: 1}}}\n\
+                    - {apiVersion: v1, kind: Service, metadata: {name: c}, spec: {}, spec: {}}\n\
+                    - {apiVersion: v1, kind: ConfigMap, metadata: {name: d}, data: {a: 1, a: 2}}\n\
+                    - {apiVersion: v1, kind: List, items: [{apiVersion: v1, kind: Node, metadata: 5}]}\n\
+                    - {apiVersion: v1, kind: Service, metadata: {name: e}}\n\
+                    - {apiVersion: v1, kind: Service, metadata: {name: e}}\n";
+        let (objects, notices) = contents(list);
+        assert_eq!(objects, ["Service default/e"]);
+        let wanted = [
+            "a.yaml:4:82: Service default/a: spec.ports[1].port: invalid type: string \"eighty\", expected i64; the object is not used",
+            "a.yaml:5:66: Pod default/b: metadata.labels.tier: invalid type: integer `1`, expected a string; put it in quotes; the object",
+            "a.yaml:6:72: Service default/c: spec is there twice; leave one of them; the object",
+            "a.yaml:8:79: Node without a name: metadata: invalid type: integer `5`",
+            "a.yaml:10:3: Service default/e is in this file twice; the first one counts",
+            "a.yaml: skipped 1 ConfigMap",
+        ];
+        assert_eq!(notices.len(), wanted.len(), "{notices:#?}");
+        for (notice, wanted) in notices.iter().zip(wanted) {
+            assert!(notice.starts_with(wanted), "{notice}\n{wanted}");
+        }
+    }
+
+    #[test]
+    fn items_of_what_is_no_list_are_nothing() {
+        let items = "items:\n- {apiVersion: v1, kind: Service, metadata: {name: a}}\n- {a: 1}\n";
+        let (objects, notices) = contents(&format!("{items}apiVersion: x.org/v1\nkind: Menu\n"));
+        assert!(objects.is_empty());
+        assert_eq!(notices.len(), 1);
+        assert!(
+            notices[0].starts_with("a.yaml: skipped 1 Menu"),
+            "{notices:?}"
         );
+        let (objects, _) = contents(&format!("{items}apiVersion: v1\nkind: List\n"));
+        assert_eq!(objects, ["Service default/a"]);
     }
-}
-
-/// Items of a list that is still being read: a YAML list names its own kind after its items.
-struct PendingList<'a> {
-    without_kind: Vec<Node<'a>>,
-    objects: usize,
-    damaged: usize,
-    notices: usize,
-    unreadable: bool,
-    skipped: BTreeMap<String, usize>,
-}
-
-impl PendingList<'_> {
-    fn new(reader: &Reader<'_>) -> Self {
-        Self {
-            without_kind: Vec::new(),
-            objects: reader.out.objects.len(),
-            damaged: reader.out.damaged.len(),
-            notices: reader.out.notices.len(),
-            unreadable: reader.out.unreadable,
-            skipped: reader.skipped.clone(),
-        }
-    }
-
-    /// Takes back everything that the items gave.
-    fn forget_items(self, reader: &mut Reader<'_>) {
-        reader.out.objects.truncate(self.objects);
-        reader.out.damaged.truncate(self.damaged);
-        reader.out.notices.truncate(self.notices);
-        reader.out.unreadable = self.unreadable;
-        reader.skipped = self.skipped;
-    }
-}
-
-fn yaml_head(node: &Node<'_>) -> Head {
-    let text = |node: Option<&Node<'_>>| node.and_then(Node::text).map(str::to_owned);
-    let meta = node.get("metadata");
-    Head {
-        api_version: text(node.get("apiVersion")),
-        kind: text(node.get("kind")),
-        metadata: Some(HeadMeta {
-            name: text(meta.and_then(|meta| meta.get("name"))),
-            namespace: text(meta.and_then(|meta| meta.get("namespace"))),
-            resource_version: None,
-        }),
-    }
-}
-
-/// What the items of a typed list are; a plain `List` says nothing.
-fn item_kind<'a>(api_version: &'a str, kind: &'a str) -> Option<(&'a str, &'a str)> {
-    kind.strip_suffix("List")
-        .filter(|kind| !kind.is_empty())
-        .map(|kind| (api_version, kind))
 }

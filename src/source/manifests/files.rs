@@ -16,7 +16,11 @@ pub(super) struct Stamp {
     inode: u64,
     size: u64,
     modified: (i64, i64),
+    changed: (i64, i64),
 }
+
+/// What identifies a file or directory, whatever it holds and by whatever path it is reached.
+pub(super) type Identity = (u64, u64);
 
 impl Stamp {
     fn of(metadata: &Metadata) -> Self {
@@ -25,6 +29,7 @@ impl Stamp {
             inode: metadata.ino(),
             size: metadata.size(),
             modified: (metadata.mtime(), metadata.mtime_nsec()),
+            changed: (metadata.ctime(), metadata.ctime_nsec()),
         }
     }
 
@@ -33,10 +38,15 @@ impl Stamp {
         self.size == 0
     }
 
-    /// Whether the two are versions of one and the same file.
-    pub(super) fn same_file(&self, other: &Stamp) -> bool {
-        (self.device, self.inode) == (other.device, other.inode)
+    pub(super) fn identity(&self) -> Identity {
+        (self.device, self.inode)
     }
+}
+
+/// The identity of what is at a path, if it exists.
+pub(super) fn identity(path: &Path) -> Option<Identity> {
+    let metadata = fs::metadata(path).ok()?;
+    Some((metadata.dev(), metadata.ino()))
 }
 
 /// The files and directories below the paths of the command line.
@@ -68,7 +78,10 @@ impl Tree {
                 Ok(metadata) if metadata.is_dir() => {
                     tree.directory(path, &metadata, enter, &mut seen);
                 }
-                Ok(metadata) => tree.file(path, &metadata, enter),
+                Ok(metadata) => {
+                    tree.links(path, enter);
+                    tree.files.insert(path.clone(), Stamp::of(&metadata));
+                }
                 Err(fault) => tree.missing.push((path.clone(), fault)),
             }
         }
@@ -81,29 +94,31 @@ impl Tree {
         path: &Path,
         metadata: &Metadata,
         enter: &mut dyn FnMut(&Path),
-        seen: &mut HashSet<(u64, u64)>,
+        seen: &mut HashSet<Identity>,
     ) {
         if !seen.insert((metadata.dev(), metadata.ino())) {
             return;
         }
         self.directories.insert(path.to_owned());
         enter(path);
-        let mut entries = match fs::read_dir(path) {
-            Ok(entries) => entries
-                .filter_map(Result::ok)
-                .map(|entry| entry.path())
-                .collect::<Vec<_>>(),
+        let entries = match fs::read_dir(path) {
+            Ok(entries) => entries,
             Err(fault) => return self.faults.push((path.to_owned(), fault)),
         };
+        let entries = entries.filter_map(Result::ok).map(|entry| {
+            let is_link = entry.file_type().is_ok_and(|it| it.is_symlink());
+            (entry.path(), is_link)
+        });
+        let mut entries: Vec<_> = entries.filter(|(path, _)| !is_hidden(path)).collect();
         entries.sort();
-        for entry in entries {
-            if is_hidden(&entry) {
-                continue;
-            }
+        for (entry, is_link) in entries {
             match fs::metadata(&entry) {
                 Ok(metadata) if metadata.is_dir() => self.directory(&entry, &metadata, enter, seen),
                 Ok(metadata) if metadata.is_file() && is_manifest(&entry) => {
-                    self.file(&entry, &metadata, enter);
+                    if is_link {
+                        self.links(&entry, enter);
+                    }
+                    self.files.insert(entry, Stamp::of(&metadata));
                 }
                 Ok(_) => {}
                 // A file that vanished since the directory was listed is not worth a word; a
@@ -113,11 +128,6 @@ impl Tree {
                 Err(_) => {}
             }
         }
-    }
-
-    fn file(&mut self, path: &Path, metadata: &Metadata, enter: &mut dyn FnMut(&Path)) {
-        self.links(path, enter);
-        self.files.insert(path.to_owned(), Stamp::of(metadata));
     }
 
     /// Notes the places that a symbolic link leads through: what it leads to changes there.

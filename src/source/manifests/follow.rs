@@ -1,31 +1,37 @@
 //! Noticing changes of files.
 //!
-//! A file is read again when its writer closes it or when another file takes its place: at those
-//! moments its content is whole. What a walk over the directories finds changed without such a
-//! sign (a new or vanished file, a directory moved in, a symbolic link that leads elsewhere) must
-//! look the same twice, a moment apart, before it counts; so an editor that moves a file away and
-//! writes a new one does not make its objects vanish in between.
+//! On any notification the directories are walked again, and the files are read that are not what
+//! they were. A file that is written in place is read when its writer closes it, and one that takes
+//! the place of another by a rename at once: at those moments its content is whole. Anything else
+//! that a walk finds changed (a vanished file, a directory moved in, a symbolic link that leads
+//! elsewhere) must look the same twice, a moment apart, before it counts; so an editor that moves
+//! a file away and writes a new one does not make its objects vanish in between.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
+use std::mem;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use notify::event::{AccessKind, AccessMode, CreateKind, ModifyKind, RenameMode};
 use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher};
 use tokio::sync::watch;
+use tokio::time::sleep;
 
-use super::files::{self, Stamp, Tree, is_hidden, parent, plain};
+use super::files::{self, Identity, Stamp, Tree, identity, is_hidden, parent, plain};
 use super::state::{State, Version, file_notice};
-use super::{Error, Manifests, is_standard_input, news};
+use super::{Error, Manifests, is_standard_input};
 use crate::model::{Delivery, Event, Notice, Reason};
 use crate::source::Sender;
 
-/// How long further events are collected once one has arrived: a rename is two of them.
+/// How long further notifications are collected once one has arrived: a rename is two of them.
 const COLLECT: Duration = Duration::from_millis(2);
 /// How long what a walk finds must stay the same before it counts.
 const SETTLE: Duration = Duration::from_millis(10);
+/// The most paths that are kept until the next walk.
+const MOST_PATHS: usize = 4096;
 
 impl Manifests {
     /// Sends every change of the files until `shutdown` turns true (or its sender is gone), or
@@ -39,37 +45,39 @@ impl Manifests {
         sender: Sender,
         mut shutdown: watch::Receiver<bool>,
     ) -> Result<(), Error> {
-        let (inlet, mut news) = news::queue();
-        let watcher = notify::recommended_watcher(move |event| inlet.add(event))
-            .map_err(|source| Error::Watch { source })?;
-        let holds_back = self.holds_back();
+        let (inlet, mut arrived) = watch::channel(News::default());
+        let inlet = Arc::new(inlet);
+        let add = inlet.clone();
+        let watcher = notify::recommended_watcher(move |event| {
+            add.send_if_modified(|news| news.add(event));
+        });
         let mut follower = Follower {
-            holds_back,
             paths: self
                 .paths
                 .into_iter()
                 .filter(|path| !is_standard_input(path))
                 .collect(),
             state: self.state,
-            watcher,
+            watcher: watcher.map_err(|source| Error::Watch { source })?,
             watched: HashMap::new(),
             tree: Tree::default(),
             unsettled: HashMap::new(),
+            lost: false,
         };
-        let mut batch = Batch {
-            walk: true,
-            thorough: true,
-            ..Batch::default()
+        // What happened since the files were loaded.
+        let mut news = News {
+            lost: true,
+            ..News::default()
         };
         let mut at = Instant::now();
         loop {
             // Reading and parsing may take a while; it must not hold up the reconciler.
             let work = tokio::task::spawn_blocking(move || {
-                let (events, unsettled) = follower.process(&batch);
-                (follower, events, unsettled)
+                let events = follower.look(&news);
+                (follower, events)
             });
-            let (events, unsettled);
-            (follower, events, unsettled) = tokio::select! {
+            let events;
+            (follower, events) = tokio::select! {
                 done = work => match done {
                     Ok(done) => done,
                     // Only when the runtime shuts down.
@@ -86,88 +94,83 @@ impl Manifests {
                     return Ok(());
                 }
             }
-            batch = Batch::default();
-            let settle = async {
-                if unsettled {
-                    tokio::time::sleep(SETTLE).await;
+            let settles = !follower.unsettled.is_empty();
+            let wait = async {
+                if settles {
+                    sleep(SETTLE).await;
                 } else {
-                    std::future::pending::<()>().await;
+                    // The watcher, which sends, is there as long as this.
+                    let _ = arrived.changed().await;
+                    at = Instant::now();
+                    sleep(COLLECT).await;
                 }
             };
             tokio::select! {
-                Some(event) = news.next() => {
-                    at = Instant::now();
-                    batch.add(event, &follower);
-                    tokio::time::sleep(COLLECT).await;
-                }
-                () = settle => {}
+                () = wait => {}
                 () = stopped(&mut shutdown) => return Ok(()),
             }
-            batch.walk |= unsettled;
-            for event in news.rest() {
-                batch.add(event, &follower);
-            }
+            news = News::default();
+            inlet.send_if_modified(|waiting| {
+                news = mem::take(waiting);
+                false
+            });
         }
     }
 }
 
 /// Waits until the shutdown is asked for.
 async fn stopped(shutdown: &mut watch::Receiver<bool>) {
-    // An error says that the sender is gone, and with it whoever could ask.
+    // An error says that the sender is gone, so that nothing else can ask.
     let _ = shutdown.wait_for(|stop| *stop).await;
 }
 
-/// What the events of a moment ask for.
-#[derive(Default)]
-struct Batch {
-    /// Files whose content is new and whole.
-    touched: BTreeSet<PathBuf>,
-    /// Whether to look for files that came, went or were replaced.
-    walk: bool,
-    /// Whether events were lost, so that any file may have changed.
-    thorough: bool,
+/// What inotify has reported since the last walk.
+#[derive(Debug, Default)]
+struct News {
+    /// The paths, with whether the content of the file is whole.
+    paths: BTreeMap<PathBuf, bool>,
+    /// Whether reports were lost, so that any file may have changed.
+    lost: bool,
 }
 
-impl Batch {
-    fn add(&mut self, event: notify::Result<notify::Event>, follower: &Follower) {
+impl News {
+    /// Adds a report. Returns whether there is something to look at.
+    fn add(&mut self, event: notify::Result<notify::Event>) -> bool {
         let event = match event {
             Ok(event) => event,
             Err(fault) => {
                 tracing::warn!(%fault, "inotify reports a fault; looking at all manifests again");
-                (self.walk, self.thorough) = (true, true);
-                return;
+                self.lost = true;
+                return true;
             }
         };
-        if event.need_rescan() {
-            (self.walk, self.thorough) = (true, true);
-            return;
-        }
+        let whole = match event.kind {
+            EventKind::Access(AccessKind::Close(AccessMode::Write))
+            | EventKind::Modify(ModifyKind::Name(RenameMode::To)) => true,
+            // A file that is being written is read once it is closed; a link is whole as soon as
+            // it exists.
+            EventKind::Create(CreateKind::File) if !event.paths.iter().any(|it| is_link(it)) => {
+                return false;
+            }
+            // A change of mode may let nftlet read what it could not.
+            EventKind::Create(_)
+            | EventKind::Remove(_)
+            | EventKind::Modify(ModifyKind::Name(_) | ModifyKind::Metadata(_)) => false,
+            _ if event.need_rescan() => {
+                self.lost = true;
+                return true;
+            }
+            _ => return false,
+        };
         for path in event.paths {
-            let path = plain(&path);
-            if !follower.concerns(&path) {
-                continue;
-            }
-            match event.kind {
-                EventKind::Access(AccessKind::Close(AccessMode::Write)) => {
-                    self.touched.insert(path);
-                }
-                EventKind::Modify(ModifyKind::Name(RenameMode::To)) => {
-                    self.walk = true;
-                    self.touched.insert(path);
-                }
-                // A file that is being written is read once it is closed; a link is whole as
-                // soon as it exists.
-                EventKind::Create(CreateKind::File) => self.walk |= is_link(&path),
-                EventKind::Create(_)
-                | EventKind::Remove(_)
-                | EventKind::Modify(ModifyKind::Name(_)) => {
-                    self.walk = true;
-                }
-                // A change of mode may let nftlet read what it could not.
-                EventKind::Modify(ModifyKind::Metadata(_)) => self.walk = true,
-                _ => {}
-            }
+            *self.paths.entry(plain(&path)).or_default() |= whole;
         }
+        // A writer may be faster than the walks.
+        if self.paths.len() > MOST_PATHS {
+            self.paths.clear();
+            self.lost = true;
+        }
+        true
     }
 }
 
@@ -176,21 +179,21 @@ fn is_link(path: &Path) -> bool {
 }
 
 struct Follower {
-    /// Whether the first lists still wait for an object.
-    holds_back: bool,
     paths: Vec<PathBuf>,
     state: State,
     watcher: RecommendedWatcher,
     /// Watched directories, with what they were when the watch was set: a directory that was
     /// removed and made again needs a new watch.
-    watched: HashMap<PathBuf, (u64, u64)>,
+    watched: HashMap<PathBuf, Identity>,
     tree: Tree,
     /// What the last walk found changed without a sign that it is whole.
     unsettled: HashMap<PathBuf, Option<Stamp>>,
+    /// Whether files may have been closed unnoticed since all was settled.
+    lost: bool,
 }
 
 impl Follower {
-    /// Whether an event at a path can matter.
+    /// Whether something at a path can matter.
     fn concerns(&self, path: &Path) -> bool {
         let name = path.file_name().unwrap_or_default().as_encoded_bytes();
         // Kubernetes swaps the link `..data` when a mounted ConfigMap changes.
@@ -200,128 +203,76 @@ impl Follower {
             || (self.tree.directories.contains(&plain(parent(path))) && !is_hidden(path))
     }
 
-    /// Reads what a batch asks for; returns the changes, and whether to look again soon.
-    fn process(&mut self, batch: &Batch) -> (Vec<Event>, bool) {
-        let mut events = Vec::new();
-        if batch.walk {
-            let notices = self.walk();
-            events.extend(notices.into_iter().map(Event::Notice));
+    /// Looks at all files and reads those that changed; returns what changes by that. It is to be
+    /// called again where something is unsettled.
+    fn look(&mut self, news: &News) -> Vec<Event> {
+        self.lost |= news.lost;
+        let concerned = news.paths.keys().any(|path| self.concerns(path));
+        if !concerned && !self.lost && self.unsettled.is_empty() {
+            return Vec::new();
         }
-        let mut wanted: BTreeSet<PathBuf> = BTreeSet::new();
-        // A file may be reached through links, by a path other than the one that was written.
-        for (path, stamp) in &self.tree.files {
-            let written =
-                batch.touched.contains(path) || self.reached_through(path, &batch.touched);
-            let changed = batch.thorough && self.state.stamp(path) != Some(Some(*stamp));
-            if written || changed {
-                wanted.insert(path.clone());
-            }
-        }
-        // A file written and closed for the first time is not in the last walk.
-        for path in &batch.touched {
-            let known_place = self.tree.directories.contains(&plain(parent(path)));
-            if !wanted.contains(path) && known_place && files::is_manifest(path) && path.is_file() {
-                wanted.insert(path.clone());
-            }
-        }
-        let mut versions = Vec::new();
+        // By identity, since a file may be reached through links.
+        let whole: HashSet<Identity> = news
+            .paths
+            .iter()
+            .filter_map(|(path, whole)| whole.then(|| identity(path))?)
+            .collect();
+        let mut events: Vec<Event> = self.walk().into_iter().map(Event::Notice).collect();
+        let before = mem::take(&mut self.unsettled);
         let mut unsettled = HashMap::new();
-        if batch.walk {
-            for (path, found) in self.unexplained(&wanted) {
-                if batch.thorough || self.unsettled.get(&path) == Some(&found) {
-                    match found {
-                        Some(_) => {
-                            wanted.insert(path);
-                        }
-                        None => versions.push((path, Version::Gone)),
-                    }
-                } else {
-                    unsettled.insert(path, found);
-                }
+        let mut settled = |path: &Path, found| {
+            let settled = before.get(path) == Some(&found);
+            if !settled {
+                unsettled.insert(path.to_owned(), found);
             }
-            self.unsettled = unsettled;
-        } else {
-            self.unsettled.retain(|path, _| !wanted.contains(path));
-        }
-        for path in wanted {
-            let finished = batch.touched.contains(&path);
-            match files::read(&path) {
-                Ok((bytes, stamp)) => {
-                    let stamp = Some(stamp);
-                    versions.push((
-                        path,
-                        Version::Read {
-                            bytes,
-                            stamp,
-                            finished,
-                        },
-                    ));
-                }
-                // It went away in between; a walk will tell.
-                Err(fault) if fault.kind() == std::io::ErrorKind::NotFound => {}
-                Err(fault) => versions.push((path, Version::Unreadable(fault))),
-            }
-        }
-        let changes = self.state.update(versions);
-        if self.holds_back && !self.state.is_empty() {
-            self.holds_back = false;
-            let notices = changes
-                .into_iter()
-                .filter(|event| matches!(event, Event::Notice(_)));
-            events.extend(notices);
-            events.extend(self.state.lists());
-        } else {
-            events.extend(changes);
-        }
-        (events, !self.unsettled.is_empty())
-    }
-
-    /// Files that came, were replaced or vanished since they were last read, apart from those
-    /// that are about to be read anyway.
-    fn unexplained(&self, wanted: &BTreeSet<PathBuf>) -> Vec<(PathBuf, Option<Stamp>)> {
-        let mut found = Vec::new();
+            settled
+        };
+        let mut versions = Vec::new();
         for (path, stamp) in &self.tree.files {
-            let same = match self.state.stamp(path) {
-                Some(Some(known)) => known.same_file(stamp),
-                // Could not be read, or was empty: try again when it has content.
-                Some(None) | None => stamp.is_empty(),
+            let finished = whole.contains(&stamp.identity());
+            let changed = match self.state.stamp(path) {
+                Some(known) if known.identity() == stamp.identity() => self.lost && known != *stamp,
+                Some(_) => true,
+                // Could not be read, or is being made.
+                None => !stamp.is_empty(),
             };
-            if !same && !wanted.contains(path) {
-                found.push((path.clone(), Some(*stamp)));
+            let ready = finished || (changed && settled(path, Some(*stamp)));
+            if !ready {
+                continue;
+            }
+            let version = match files::read(path) {
+                Ok((bytes, stamp)) => Version::Read {
+                    bytes,
+                    stamp: Some(stamp),
+                    finished,
+                },
+                // It went away in between; the next walk does not find it.
+                Err(fault) if fault.kind() == std::io::ErrorKind::NotFound => continue,
+                Err(fault) => Version::Unreadable(fault),
+            };
+            versions.push((path.clone(), version));
+        }
+        for path in self.state.files() {
+            let found = self.tree.files.contains_key(path) || is_standard_input(path);
+            if !found && settled(path, None) {
+                versions.push((path.to_owned(), Version::Gone));
             }
         }
-        for (path, _) in self.state.files() {
-            if !is_standard_input(path)
-                && !self.tree.files.contains_key(path)
-                && !wanted.contains(path)
-            {
-                found.push((path.to_owned(), None));
-            }
-        }
-        found
+        self.lost &= !unsettled.is_empty();
+        self.unsettled = unsettled;
+        events.extend(self.state.update(versions));
+        events
     }
 
-    /// Whether a symbolic link leads through one of the touched places.
-    fn reached_through(&self, path: &Path, touched: &BTreeSet<PathBuf>) -> bool {
-        !touched.is_empty()
-            && fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_symlink())
-            && fs::canonicalize(path).is_ok_and(|target| {
-                touched
-                    .iter()
-                    .any(|touched| fs::canonicalize(touched).is_ok_and(|touched| touched == target))
-            })
-    }
-
-    /// Looks at all files again, watching directories that are new.
+    /// Walks the files again, watching directories that are new.
     fn walk(&mut self) -> Vec<Notice> {
         let (watcher, watched) = (&mut self.watcher, &mut self.watched);
         let mut notices = Vec::new();
         self.tree = Tree::walk(&self.paths, &mut |directory| {
             let directory = plain(directory);
-            let Ok(metadata) = fs::metadata(&directory) else {
+            let Some(identity) = identity(&directory) else {
                 return;
             };
-            let identity = (metadata.dev(), metadata.ino());
             if watched.get(&directory) == Some(&identity) {
                 return;
             }
@@ -341,14 +292,46 @@ impl Follower {
                 }
             }
         });
-        let exists = |directory: &PathBuf| directory.is_dir();
         watched.retain(|directory, _| {
-            let keep = exists(directory);
+            let keep = directory.is_dir();
             if !keep {
                 let _ = watcher.unwatch(directory);
             }
             keep
         });
         notices
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use notify::event::Flag;
+
+    use super::*;
+
+    #[test]
+    fn of_more_than_may_wait_everything_is_looked_at_again() {
+        let mut news = News::default();
+        let closed = EventKind::Access(AccessKind::Close(AccessMode::Write));
+        let mut add = |name: usize| {
+            let event = notify::Event::new(closed).add_path(PathBuf::from(name.to_string()));
+            assert!(news.add(Ok(event)));
+            (news.paths.len(), news.lost)
+        };
+        assert_eq!(
+            (0..MOST_PATHS).map(&mut add).last(),
+            Some((MOST_PATHS, false))
+        );
+        assert_eq!(add(0), (MOST_PATHS, false));
+        assert_eq!(add(MOST_PATHS), (0, true));
+    }
+
+    #[test]
+    fn a_loss_that_inotify_reports_counts() {
+        let mut news = News::default();
+        assert!(!news.add(Ok(notify::Event::new(EventKind::Any))));
+        assert!(!news.lost);
+        let rescan = notify::Event::new(EventKind::Other).set_flag(Flag::Rescan);
+        assert!(news.add(Ok(rescan)) && news.lost);
     }
 }

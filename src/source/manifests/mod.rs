@@ -4,7 +4,7 @@
 //! then watches the files through inotify and sends only what changed.
 //!
 //! ```text
-//! files (which, and their bytes) ─> yaml, json (documents, items, places)
+//! files (which, and their bytes) ─> documents (values, places)
 //!        ─> contents (objects of one file) ─> state (all files, differences) ─> events
 //! ```
 //!
@@ -13,13 +13,10 @@
 //! is taken from the file whose path sorts first.
 
 mod contents;
+mod documents;
 mod files;
 mod follow;
-mod json;
-mod news;
 mod state;
-mod tree;
-mod yaml;
 
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -60,7 +57,6 @@ pub enum Error {
 pub struct Manifests {
     paths: Vec<PathBuf>,
     state: State,
-    allow_empty: bool,
 }
 
 fn no_objects(paths: &[PathBuf]) -> String {
@@ -89,7 +85,6 @@ impl Manifests {
                 node_name,
                 network_policies: true,
             }),
-            allow_empty: true,
         }
     }
 
@@ -98,13 +93,8 @@ impl Manifests {
     /// rules of an earlier run stay in force.
     #[must_use]
     pub fn with_allow_empty(mut self, allowed: bool) -> Self {
-        self.allow_empty = allowed;
+        self.state.allow_empty(allowed);
         self
-    }
-
-    /// Whether the lists are held back until there is an object.
-    fn holds_back(&self) -> bool {
-        !self.allow_empty && self.state.is_empty()
     }
 
     /// Checks that [`load`](Self::load) held nothing back.
@@ -112,7 +102,7 @@ impl Manifests {
     /// # Errors
     /// [`Error::Empty`] where it did.
     pub fn require_objects(&self) -> Result<(), Error> {
-        if self.holds_back() {
+        if !self.state.is_listed() {
             return Err(Error::Empty {
                 paths: self.paths.clone(),
             });
@@ -137,74 +127,41 @@ impl Manifests {
     /// [`Error::Path`] for a path of the command line that does not exist or cannot be read.
     /// Files that cannot be parsed are notices.
     pub fn load(&mut self) -> Result<Vec<Event>, Error> {
+        let error = |path: &Path, source| Error::Path {
+            path: path.to_owned(),
+            source,
+        };
         let mut versions = Vec::new();
-        let named: Vec<PathBuf> = self
+        let (input, named): (Vec<PathBuf>, Vec<PathBuf>) = self
             .paths
             .iter()
-            .filter(|path| !is_standard_input(path))
             .cloned()
-            .collect();
-        if named.len() < self.paths.len() {
+            .partition(|path| is_standard_input(path));
+        if let Some(path) = input.into_iter().next() {
             let mut bytes = Vec::new();
-            let path = PathBuf::from(STANDARD_INPUT);
-            match io::stdin().read_to_end(&mut bytes) {
-                Ok(_) => versions.push((
-                    path,
-                    Version::Read {
-                        bytes,
-                        stamp: None,
-                        finished: true,
-                    },
-                )),
-                Err(source) => return Err(Error::Path { path, source }),
-            }
+            io::stdin()
+                .read_to_end(&mut bytes)
+                .map_err(|source| error(&path, source))?;
+            versions.push((path, Version::whole(bytes, None)));
         }
         let tree = Tree::walk(&named, &mut |_| {});
-        if let Some((path, source)) = tree.missing.into_iter().next() {
-            return Err(Error::Path { path, source });
-        }
         let mut events = Vec::new();
-        for (path, fault) in tree.faults {
+        for (path, fault) in tree.missing.into_iter().chain(tree.faults) {
             if named.contains(&path) {
-                return Err(Error::Path {
-                    path,
-                    source: fault,
-                });
+                return Err(error(&path, fault));
             }
             let message = format!("this cannot be read: {fault}; give nftlet access to it");
-            events.push(Event::Notice(file_notice(
-                &path,
-                None,
-                Reason::InvalidFile,
-                message,
-            )));
+            let notice = file_notice(&path, None, Reason::InvalidFile, message);
+            events.push(Event::Notice(notice));
         }
         for path in tree.files.into_keys() {
             match files::read(&path) {
-                Ok((bytes, stamp)) => {
-                    let stamp = Some(stamp);
-                    versions.push((
-                        path,
-                        Version::Read {
-                            bytes,
-                            stamp,
-                            finished: true,
-                        },
-                    ));
-                }
-                Err(source) if named.contains(&path) => return Err(Error::Path { path, source }),
+                Ok((bytes, stamp)) => versions.push((path, Version::whole(bytes, Some(stamp)))),
+                Err(source) if named.contains(&path) => return Err(error(&path, source)),
                 Err(fault) => versions.push((path, Version::Unreadable(fault))),
             }
         }
-        let changes = self.state.update(versions);
-        events.extend(
-            changes
-                .into_iter()
-                .filter(|event| matches!(event, Event::Notice(_))),
-        );
-        if !self.holds_back() {
-            events.extend(self.state.lists());
-        }
+        events.extend(self.state.update(versions));
         Ok(events)
     }
 }

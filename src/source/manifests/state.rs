@@ -1,15 +1,14 @@
 //! What is known of every file, and what a new version of some of them changes.
 
-use std::collections::btree_map::Entry;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use smallvec::SmallVec;
 
 use super::contents::{self, Contents, Wanted};
+use super::documents::Position;
 use super::files::Stamp;
-use super::tree::Position;
 use crate::model::{Event, Kind, Notice, Object, ObjectRef, Reason, Subject};
 use crate::source::convert::Converter;
 
@@ -25,6 +24,9 @@ struct Known {
 /// All files, and which of them speaks for an object that several contain.
 pub(super) struct State {
     wanted: Wanted,
+    allow_empty: bool,
+    /// Whether the complete lists were returned.
+    listed: bool,
     converter: Converter,
     files: BTreeMap<Arc<Path>, Known>,
     /// The files that contain an object, sorted: the first one counts.
@@ -46,10 +48,23 @@ pub(super) enum Version {
     Gone,
 }
 
+impl Version {
+    /// What a writer was done with when it was read.
+    pub(super) fn whole(bytes: Vec<u8>, stamp: Option<Stamp>) -> Self {
+        Self::Read {
+            bytes,
+            stamp,
+            finished: true,
+        }
+    }
+}
+
 impl State {
     pub(super) fn new(wanted: Wanted) -> Self {
         Self {
             wanted,
+            allow_empty: true,
+            listed: false,
             converter: Converter::default(),
             files: BTreeMap::new(),
             owners: HashMap::new(),
@@ -61,25 +76,29 @@ impl State {
         self.wanted.network_policies = wanted;
     }
 
-    /// The files that are known, with the version that was read last.
-    pub(super) fn files(&self) -> impl Iterator<Item = (&Path, Option<Stamp>)> {
-        self.files
-            .iter()
-            .map(|(path, known)| (&**path, known.stamp))
+    /// Whether lists without any object are worth returning; otherwise the first object is waited
+    /// for.
+    pub(super) fn allow_empty(&mut self, allowed: bool) {
+        self.allow_empty = allowed;
     }
 
-    /// The version of a file that was read last, if it is known.
-    pub(super) fn stamp(&self, path: &Path) -> Option<Option<Stamp>> {
-        self.files.get(path).map(|known| known.stamp)
+    /// Whether [`update`](Self::update) returned complete lists.
+    pub(super) fn is_listed(&self) -> bool {
+        self.listed
     }
 
-    /// Whether no file has an object.
-    pub(super) fn is_empty(&self) -> bool {
-        self.owners.is_empty()
+    /// The files that are known.
+    pub(super) fn files(&self) -> impl Iterator<Item = &Path> {
+        self.files.keys().map(|path| &**path)
+    }
+
+    /// The version of a file that was read last; `None` also when it could not be read.
+    pub(super) fn stamp(&self, path: &Path) -> Option<Stamp> {
+        self.files.get(path)?.stamp
     }
 
     /// Every object in force, as complete lists of every kind that is wanted.
-    pub(super) fn lists(&self) -> Vec<Event> {
+    fn lists(&self) -> Vec<Event> {
         let mut events = Vec::with_capacity(self.owners.len() + 2 * Kind::ALL.len());
         let mut names: Vec<&ObjectRef> = self.owners.keys().collect();
         names.sort_unstable();
@@ -100,35 +119,37 @@ impl State {
 
     /// Takes new versions of files and returns what changes: the notices, then the objects that
     /// are new or different, then those that are gone. The order leaves no gap when an object is
-    /// renamed.
+    /// renamed. The first time, complete lists stand for the changes.
     pub(super) fn update(&mut self, versions: Vec<(PathBuf, Version)>) -> Vec<Event> {
         let mut events = Vec::new();
         let mut before: BTreeMap<ObjectRef, Option<Object>> = BTreeMap::new();
         for (path, version) in versions {
             let path: Arc<Path> = Arc::from(path);
             let mut notices = Vec::new();
-            let objects = self.objects_of(&path, version, &mut notices);
-            let old_notices = match objects {
-                Some(Replacement::Objects(objects, stamp)) => {
-                    self.replace(&path, objects, stamp, &mut before, &mut notices)
-                }
-                Some(Replacement::Nothing) => {
-                    self.replace(&path, BTreeMap::new(), None, &mut before, &mut notices);
+            let stamp = match &version {
+                Version::Read { stamp, .. } => *stamp,
+                Version::Unreadable(_) => None,
+                Version::Gone => {
+                    self.replace(&path, BTreeMap::new(), &mut before, &mut notices);
                     self.files.remove(&path);
                     continue;
                 }
-                None => {
-                    let known = self.files.entry(path.clone()).or_default();
-                    std::mem::take(&mut known.notices)
-                }
             };
-            let news = notices
-                .iter()
-                .filter(|notice| !old_notices.contains(notice));
-            events.extend(news.cloned().map(Event::Notice));
-            if let Some(known) = self.files.get_mut(&path) {
-                known.notices = notices;
+            if let Some(objects) = self.objects_of(&path, version, &mut notices) {
+                self.replace(&path, objects, &mut before, &mut notices);
             }
+            let known = self.files.entry(path).or_default();
+            known.stamp = stamp;
+            let old = std::mem::replace(&mut known.notices, notices);
+            let news = known.notices.iter().filter(|notice| !old.contains(notice));
+            events.extend(news.cloned().map(Event::Notice));
+        }
+        if !self.listed {
+            self.listed = self.allow_empty || !self.owners.is_empty();
+            if self.listed {
+                events.extend(self.lists());
+            }
+            return events;
         }
         let mut gone = Vec::new();
         for (name, old) in before {
@@ -149,89 +170,73 @@ impl State {
         path: &Path,
         version: Version,
         notices: &mut Vec<Notice>,
-    ) -> Option<Replacement> {
-        let (bytes, stamp, finished) = match version {
+    ) -> Option<BTreeMap<ObjectRef, Object>> {
+        let mut unusable = |at: Option<Position>, message: String| {
+            notices.push(file_notice(path, at, Reason::InvalidFile, message));
+            None
+        };
+        let (bytes, finished) = match version {
             Version::Read {
-                bytes,
-                stamp,
-                finished,
-            } => (bytes, stamp, finished),
-            Version::Gone => return Some(Replacement::Nothing),
+                bytes, finished, ..
+            } => (bytes, finished),
             Version::Unreadable(fault) => {
-                let message = format!(
-                    "the file cannot be read: {fault}; what was known of it stays in force"
+                return unusable(
+                    None,
+                    format!(
+                        "the file cannot be read: {fault}; what was known of it stays in force"
+                    ),
                 );
-                notices.push(file_notice(path, None, Reason::InvalidFile, message));
-                return None;
             }
+            Version::Gone => return None,
         };
         let text = match String::from_utf8(bytes) {
             Ok(text) => text,
             Err(fault) => {
-                let at = end_of(fault.as_bytes().get(..fault.utf8_error().valid_up_to()));
+                let usable = fault.as_bytes().get(..fault.utf8_error().valid_up_to());
                 let message =
                     "the file is not UTF-8 text from here on; what was known of it stays in force";
-                notices.push(file_notice(
-                    path,
-                    Some(at),
-                    Reason::InvalidFile,
+                return unusable(
+                    Some(Position::START.after(usable.unwrap_or_default())),
                     message.to_owned(),
-                ));
-                return None;
+                );
             }
         };
-        let known = self.files.get(path);
+        let old = self.files.get(path).map(|known| &known.objects);
         if text.trim().is_empty() {
-            // An editor empties a file before it writes it anew, or a disk ran full; either way
-            // nobody meant to take all services away.
-            if finished && known.is_some_and(|known| !known.objects.is_empty()) {
+            // An editor empties a file before it writes it anew, or a disk ran full; in neither
+            // case are all services to go.
+            if finished && old.is_some_and(|old| !old.is_empty()) {
                 let message = "the file is empty; what was known of it stays in force until it has \
                     content again (remove the file, or leave a comment in it, to drop its objects)";
-                notices.push(file_notice(
-                    path,
-                    None,
-                    Reason::InvalidFile,
-                    message.to_owned(),
-                ));
+                return unusable(None, message.to_owned());
             }
             return None;
         }
         let contents = contents::read(path, &text, &self.wanted, &mut self.converter);
-        let old = known.map(|known| &known.objects);
-        Some(Replacement::Objects(
-            settle(path, contents, old, notices),
-            stamp,
-        ))
+        notices.extend(contents.notices.iter().cloned());
+        Some(settle(contents, old))
     }
 
-    /// Puts new objects in the place of a file's old ones; returns what was said about the old.
+    /// Puts new objects in the place of a file's old ones. What was in force is noted in `before`,
+    /// unless an earlier file did so.
     fn replace(
         &mut self,
         path: &Arc<Path>,
         objects: BTreeMap<ObjectRef, Object>,
-        stamp: Option<Stamp>,
         before: &mut BTreeMap<ObjectRef, Option<Object>>,
         notices: &mut Vec<Notice>,
-    ) -> Vec<Notice> {
-        let old = self.files.remove(path).unwrap_or_default();
-        // Looking up what was in force needs the old version of this very file.
-        for name in old.objects.keys().chain(objects.keys()) {
-            if before.contains_key(name) {
-                continue;
+    ) {
+        let old = self
+            .files
+            .get(path)
+            .map(|known| known.objects.keys().cloned().collect::<Vec<_>>());
+        let old = old.unwrap_or_default();
+        for name in old.iter().chain(objects.keys()) {
+            if !before.contains_key(name) {
+                before.insert(name.clone(), self.in_force(name).cloned());
             }
-            let speaker = self.owners.get(name).and_then(|owners| owners.first());
-            let object = match speaker {
-                Some(speaker) if speaker == path => old.objects.get(name),
-                Some(_) => self.in_force(name),
-                None => None,
-            };
-            before.insert(name.clone(), object.cloned());
         }
-        for name in old
-            .objects
-            .keys()
-            .filter(|name| !objects.contains_key(*name))
-        {
+        for name in old.iter().filter(|name| !objects.contains_key(*name)) {
             if let Some(owners) = self.owners.get_mut(name) {
                 owners.retain(|owner| owner != path);
                 if owners.is_empty() {
@@ -244,70 +249,29 @@ impl State {
             if let Err(place) = owners.binary_search(path) {
                 owners.insert(place, path.clone());
             }
-            if let [first, rest @ ..] = owners.as_slice()
-                && let Some(other) = rest.first()
-            {
-                let (loser, message) = if first == path {
-                    (
-                        other,
-                        format!("{name} is in {} too, which comes first", first.display()),
-                    )
-                } else {
-                    (
-                        path,
-                        format!("{name} is in {} too, which comes first", first.display()),
-                    )
-                };
-                let message = format!("{message}; this copy is not used, remove one of them");
-                notices.push(file_notice(loser, None, Reason::InvalidObject, message));
+            if let [first, second, ..] = owners.as_slice() {
+                let unused = if first == path { second } else { path };
+                let message = format!(
+                    "{name} is in {} too, which comes first; this copy is not used, remove one of \
+                     them",
+                    first.display()
+                );
+                notices.push(file_notice(unused, None, Reason::InvalidObject, message));
             }
         }
-        let notices = old.notices;
-        self.files.insert(
-            path.clone(),
-            Known {
-                stamp,
-                objects,
-                notices: Vec::new(),
-            },
-        );
-        notices
+        self.files.entry(path.clone()).or_default().objects = objects;
     }
-}
-
-enum Replacement {
-    Objects(BTreeMap<ObjectRef, Object>, Option<Stamp>),
-    Nothing,
 }
 
 /// The objects of a new version of a file. What is damaged in it stays as it was known; where
 /// something could not even be attributed, it may be any of the objects that are not there now.
 fn settle(
-    path: &Path,
     contents: Contents,
     old: Option<&BTreeMap<ObjectRef, Object>>,
-    notices: &mut Vec<Notice>,
 ) -> BTreeMap<ObjectRef, Object> {
-    let mut objects = BTreeMap::new();
-    notices.extend(contents.notices);
-    for (object, at) in contents.objects {
-        let name = object.reference();
-        match objects.entry(name) {
-            Entry::Vacant(place) => {
-                place.insert(object);
-            }
-            Entry::Occupied(first) => {
-                let message = format!(
-                    "{} is in this file twice; the first one counts, remove this one",
-                    first.key()
-                );
-                notices.push(file_notice(path, Some(at), Reason::InvalidObject, message));
-            }
-        }
-    }
-    let damaged: BTreeSet<ObjectRef> = contents.damaged.into_iter().collect();
+    let mut objects = contents.objects;
     for (name, object) in old.into_iter().flatten() {
-        if (contents.unreadable || damaged.contains(name)) && !objects.contains_key(name) {
+        if (contents.unreadable || contents.damaged.contains(name)) && !objects.contains_key(name) {
             objects.insert(name.clone(), object.clone());
         }
     }
@@ -327,19 +291,5 @@ pub(super) fn file_notice(
         },
         reason,
         message,
-    }
-}
-
-/// The place just after some text.
-fn end_of(text: Option<&[u8]>) -> Position {
-    let text = text.unwrap_or_default();
-    let lines = text.iter().filter(|byte| **byte == b'\n').count();
-    let last = text
-        .rsplit(|byte| *byte == b'\n')
-        .next()
-        .unwrap_or_default();
-    Position {
-        line: lines as u64 + 1,
-        column: String::from_utf8_lossy(last).chars().count() as u64 + 1,
     }
 }

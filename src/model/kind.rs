@@ -1,0 +1,109 @@
+//! The kinds of API objects that nftlet reads, and what the API calls them.
+
+use std::fmt;
+
+/// The object kinds that sources deliver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Kind {
+    /// core/v1 Service.
+    Service,
+    /// discovery.k8s.io/v1 EndpointSlice.
+    EndpointSlice,
+    /// core/v1 Node: the one nftlet runs on.
+    Node,
+    /// networking.k8s.io/v1 ServiceCIDR.
+    ServiceCidr,
+    /// core/v1 Pod.
+    Pod,
+    /// core/v1 Namespace.
+    Namespace,
+    /// networking.k8s.io/v1 NetworkPolicy.
+    NetworkPolicy,
+}
+
+impl Kind {
+    /// Every kind.
+    pub const ALL: [Kind; 7] = [
+        Kind::Service,
+        Kind::EndpointSlice,
+        Kind::Node,
+        Kind::ServiceCidr,
+        Kind::Pod,
+        Kind::Namespace,
+        Kind::NetworkPolicy,
+    ];
+
+    /// What services are made of; the [`Store`](super::Store) keeps these.
+    pub const SERVICES: [Kind; 4] = [
+        Kind::Service,
+        Kind::EndpointSlice,
+        Kind::Node,
+        Kind::ServiceCidr,
+    ];
+
+    /// What network policies are made of.
+    pub const POLICY: [Kind; 3] = [Kind::Pod, Kind::Namespace, Kind::NetworkPolicy];
+
+    /// The kind of a name, `kind` of its objects.
+    pub(crate) fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.as_str() == name)
+    }
+
+    /// The `kind` of the API object.
+    pub fn as_str(self) -> &'static str {
+        self.row().0
+    }
+
+    /// The `apiVersion` that is asked for and understood.
+    pub(crate) fn api_version(self) -> &'static str {
+        self.row().1
+    }
+
+    /// The API group; empty for the core.
+    pub(crate) fn group(self) -> &'static str {
+        group_of(self.api_version())
+    }
+
+    /// The plural, as in paths and in roles.
+    pub(crate) fn plural(self) -> &'static str {
+        self.row().2
+    }
+
+    /// Whether the objects are in namespaces.
+    pub(crate) fn is_namespaced(self) -> bool {
+        self.row().3
+    }
+
+    fn row(self) -> (&'static str, &'static str, &'static str, bool) {
+        match self {
+            Self::Service => ("Service", "v1", "services", true),
+            Self::EndpointSlice => (
+                "EndpointSlice",
+                "discovery.k8s.io/v1",
+                "endpointslices",
+                true,
+            ),
+            Self::Node => ("Node", "v1", "nodes", false),
+            Self::ServiceCidr => ("ServiceCIDR", "networking.k8s.io/v1", "servicecidrs", false),
+            Self::Pod => ("Pod", "v1", "pods", true),
+            Self::Namespace => ("Namespace", "v1", "namespaces", false),
+            Self::NetworkPolicy => (
+                "NetworkPolicy",
+                "networking.k8s.io/v1",
+                "networkpolicies",
+                true,
+            ),
+        }
+    }
+}
+
+/// The group of an `apiVersion`; empty for the core.
+pub(crate) fn group_of(api_version: &str) -> &str {
+    api_version.split_once('/').map_or("", |(group, _)| group)
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
