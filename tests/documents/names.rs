@@ -19,7 +19,7 @@ const TROUBLESHOOTING: &str = "docs/troubleshooting.md";
 const FOREIGN_FLAGS: [&str; 1] = ["--skip-phases"];
 
 /// Documents about programs with flags of their own.
-const OTHER_PROGRAMS: [&str; 2] = ["benches/README.md", "docs/benchmarks.md"];
+const OTHER_PROGRAMS: [&str; 1] = ["docs/benchmarks.md"];
 
 /// How names of metrics begin.
 const METRICS: [&str; 4] = ["kubeproxy_", "nftlet_", "process_", "rest_client_"];
