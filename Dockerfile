@@ -3,7 +3,7 @@
 # For amd64 and arm64; one builds the other without emulation:
 #
 #   docker buildx build --platform linux/amd64,linux/arm64 --sbom=true \
-#       --build-arg VERSION=0.1.0 --build-arg COMMIT=$(git rev-parse HEAD) --tag NAME --push .
+#       --build-arg VERSION=0.2.0 --build-arg COMMIT=$(git rev-parse HEAD) --tag NAME --push .
 #
 # The builder has the Debian release of the runtime, so that the libraries fit.
 FROM --platform=$BUILDPLATFORM rust:1.95.0-slim-bookworm AS builder

@@ -3,6 +3,7 @@
 mod agent;
 mod compatibility;
 mod deploy;
+mod documents;
 mod kernel;
 mod laboratory;
 mod layering;

@@ -74,16 +74,18 @@ impl Folder {
     }
 }
 
-/// What the README shows.
-fn of_the_readme() -> Vec<Folder> {
-    let readme = fs::read_to_string(of_repository("README.md")).expect("a README");
-    let blocks = readme.split("```yaml\n").skip(1);
+/// The kustomizations that a page of the documents shows.
+fn of_the_page(page: &str) -> Vec<Folder> {
+    let text = fs::read_to_string(of_repository(page)).expect("a page");
+    let blocks = text.split("```yaml\n").skip(1);
     let texts = blocks.filter_map(|block| block.split("```").next());
     let texts = texts.filter(|text| text.starts_with("apiVersion: kustomize.config.k8s.io/"));
-    texts
+    let folders: Vec<Folder> = texts
         .enumerate()
-        .map(|(index, text)| Folder::beside(&format!("README {index}"), text))
-        .collect()
+        .map(|(index, text)| Folder::beside(&format!("{page} {index}"), text))
+        .collect();
+    assert!(!folders.is_empty(), "{page} shows how to install");
+    folders
 }
 
 fn folders() -> Vec<Folder> {
@@ -92,9 +94,8 @@ fn folders() -> Vec<Folder> {
         folders.extend(COMPONENTS.map(|component| Folder::over(base, &[component])));
         folders.push(Folder::over(base, &COMPONENTS));
     }
-    let of_the_readme = of_the_readme();
-    assert!(of_the_readme.len() >= 2, "the README shows how to install");
-    folders.extend(of_the_readme);
+    let pages = ["docs/install.md", "docs/monitoring.md"];
+    folders.extend(pages.into_iter().flat_map(of_the_page));
     folders
 }
 
