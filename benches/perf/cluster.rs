@@ -11,7 +11,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 
 use nftlet::model::Kind;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 /// The node that is programmed.
 pub const NODE: &str = "node-0";
@@ -292,7 +292,7 @@ impl Cluster {
                     "helm.sh/chart": "service-1.2.3",
                 },
                 "annotations": {"meta.helm.sh/release-name": name},
-                "managedFields": [managed("helm", &SERVICE_FIELDS)],
+                "managedFields": [managed("helm")],
             },
             "spec": spec,
             "status": {"loadBalancer": status},
@@ -344,7 +344,7 @@ impl Cluster {
                     "apiVersion": "v1", "kind": "Service", "name": name,
                     "uid": uid("5", service), "controller": true, "blockOwnerDeletion": true,
                 }],
-                "managedFields": [managed("kube-controller-manager", &SLICE_FIELDS)],
+                "managedFields": [managed("kube-controller-manager")],
             },
             "addressType": if v6 { "IPv6" } else { "IPv4" },
             "ports": [{"name": "http", "protocol": self.protocol(), "port": TARGET_PORT}],
@@ -365,44 +365,20 @@ fn twin(range: &str, number: usize) -> String {
     Ipv6Addr::from(u128::from(base) + number as u128).to_string()
 }
 
-const SERVICE_FIELDS: [&str; 8] = [
-    "metadata/annotations/meta.helm.sh~1release-name",
-    "metadata/labels/app.kubernetes.io~1managed-by",
-    "metadata/labels/app.kubernetes.io~1name",
-    "metadata/labels/helm.sh~1chart",
-    "spec/internalTrafficPolicy",
-    "spec/ports/k:{\"port\":80,\"protocol\":\"TCP\"}",
-    "spec/selector",
-    "spec/type",
-];
-const SLICE_FIELDS: [&str; 7] = [
-    "addressType",
-    "endpoints",
-    "metadata/generateName",
-    "metadata/labels/endpointslice.kubernetes.io~1managed-by",
-    "metadata/labels/kubernetes.io~1service-name",
-    "metadata/ownerReferences/k:{\"uid\":\"owner\"}",
-    "ports",
-];
-
-/// Returns an entry of `managedFields`, which nftlet skips in every object.
-pub fn managed(manager: &str, fields: &[&str]) -> Value {
-    let mut tree = Map::new();
-    for path in fields {
-        let mut at = &mut tree;
-        for part in path.split('/') {
-            let part = part.replace("~1", "/");
-            let key = if part.contains(':') {
-                part
-            } else {
-                format!("f:{part}")
-            };
-            let below = at.entry(key).or_insert_with(|| json!({}));
-            at = below.as_object_mut().expect("only objects are put in");
-        }
-    }
-    json!({"manager": manager, "operation": "Update", "apiVersion": "v1",
-        "time": timestamp(0), "fieldsType": "FieldsV1", "fieldsV1": tree})
+/// Returns an entry of `managedFields`, of the usual length. nftlet skips it in every object.
+pub fn managed(manager: &str) -> Value {
+    json!({
+        "manager": manager, "operation": "Update", "apiVersion": "v1",
+        "time": timestamp(0), "fieldsType": "FieldsV1",
+        "fieldsV1": {
+            "f:metadata": {
+                "f:generateName": {},
+                "f:labels": {".": {}, "f:app.kubernetes.io/name": {}, "f:helm.sh/chart": {}},
+                "f:ownerReferences": {"k:{\"uid\":\"owner\"}": {}},
+            },
+            "f:spec": {"f:ports": {"k:{\"port\":80,\"protocol\":\"TCP\"}": {}}, "f:type": {}},
+        },
+    })
 }
 
 /// Returns a UID of the usual form; the same for the same number.

@@ -6,24 +6,17 @@ use std::{fs, thread};
 
 use nix::sched::{CloneFlags, unshare};
 
-/// Returns why this process cannot measure in network namespaces.
+/// Returns why this process cannot program network namespaces with large rulesets.
 pub fn refusal() -> Option<String> {
     // On a thread of its own, so that this one stays where it is.
     let attempt = thread::spawn(|| unshare(CloneFlags::CLONE_NEWNET)).join();
-    match attempt {
-        Ok(Err(error)) => Some(format!("creating a network namespace fails: {error}")),
-        _ => None,
+    if let Ok(Err(error)) = attempt {
+        return Some(format!("creating a network namespace fails: {error}"));
     }
-}
-
-/// Returns why this process cannot load kube-proxy's shape of many services.
-pub fn refusal_of_large_rulesets() -> Option<String> {
-    refusal().or_else(|| {
-        // The map of the first user namespace covers every number.
-        let map = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
-        let first = map.split_whitespace().eq(["0", "0", "4294967295"]);
-        (!first).then(|| "a user namespace limits the transactions of nft".to_owned())
-    })
+    // The map of the first user namespace covers every number; others limit transactions of nft.
+    let map = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
+    let first = map.split_whitespace().eq(["0", "0", "4294967295"]);
+    (!first).then(|| "this is a user namespace".to_owned())
 }
 
 /// Returns what identifies a measurement: source, time and machine.

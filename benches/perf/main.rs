@@ -87,15 +87,6 @@ impl Context {
 }
 
 impl Scene {
-    fn refusal(&self) -> Option<String> {
-        match self {
-            Self::First(_) | Self::Changes(_) | Self::Packets(_) => {
-                machine::refusal_of_large_rulesets()
-            }
-            _ => machine::refusal(),
-        }
-    }
-
     fn run(&self, context: &Context) -> Report {
         match self {
             Self::First(scene) => scene.run(context),
@@ -112,7 +103,7 @@ impl Scene {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    if let Some(reason) = arguments.scene.refusal() {
+    if let Some(reason) = machine::refusal() {
         eprintln!(
             "perf needs root, to program the kernel in network namespaces: {reason}. \
              `make bench` asks for it."

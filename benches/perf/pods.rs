@@ -129,10 +129,7 @@ impl Pods {
                 "ownerReferences": [{"apiVersion": "apps/v1", "kind": "ReplicaSet",
                     "name": deployment, "uid": uid("8", pod.number),
                     "controller": true, "blockOwnerDeletion": true}],
-                "managedFields": [
-                    managed("kube-controller-manager", &SPEC_FIELDS),
-                    managed("kubelet", &STATUS_FIELDS),
-                ],
+                "managedFields": [managed("kube-controller-manager"), managed("kubelet")],
             },
             "spec": {
                 "nodeName": node,
@@ -206,16 +203,6 @@ pub fn policy(namespace: &str, name: &str, spec: Value) -> Put {
     });
     (Kind::NetworkPolicy, object)
 }
-
-const SPEC_FIELDS: [&str; 6] = [
-    "metadata/generateName",
-    "metadata/labels/app",
-    "metadata/labels/pod-template-hash",
-    "metadata/ownerReferences",
-    "spec/containers/k:{\"name\":\"main\"}",
-    "spec/restartPolicy",
-];
-const STATUS_FIELDS: [&str; 3] = ["status/conditions", "status/podIP", "status/podIPs"];
 
 fn team(namespace: usize) -> String {
     format!("team-{}", namespace % TEAMS)

@@ -60,7 +60,7 @@ impl Process {
         let (sender, lines) = channel();
         std::thread::spawn(move || {
             for line in BufReader::new(stderr).lines().map_while(Result::ok) {
-                // Nobody may be waiting for lines any more.
+                // Fails when lines are no longer waited for.
                 let _ = sender.send((Instant::now(), line));
             }
         });
@@ -73,8 +73,7 @@ impl Process {
         }
     }
 
-    /// Waits until the first rules are in force, and tells how long that took from the start of
-    /// the process.
+    /// Waits until the first rules are in force; returns the time since the start of the process.
     pub fn until_in_place(&mut self) -> Duration {
         let deadline = self.started + PATIENCE;
         loop {

@@ -49,7 +49,7 @@ impl Samples {
         self.percentile(100)
     }
 
-    /// Returns the 99th percentile, where there are enough to tell it.
+    /// Returns the 99th percentile, if there are samples enough.
     pub fn p99(&self) -> Option<f64> {
         (self.0.len() >= 100).then(|| self.percentile(99))
     }

@@ -2,6 +2,7 @@
 //! its program.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
@@ -89,56 +90,56 @@ impl Ranges {
     /// Returns the transaction that fills a new set with so many ranges. Where `concatenated`,
     /// their keys begin with a part that is equal in all: a frontend, or a protocol.
     pub fn fill(self, count: u32, concatenated: bool) -> Transaction {
-        let prefix = |key: Key| match self {
-            Self::Sources => {
-                let address = Key::build().address([203, 0, 113, 10].into());
-                let frontend = address.protocol(6).port(80);
-                frontend.bytes(key.as_bytes()).finish()
-            }
-            Self::Ports => Key::build().protocol(6).bytes(key.as_bytes()).finish(),
-        };
-        let range = |number: u32| match self {
-            Self::Sources => {
-                let first = 0x0a00_0000 + number * 8;
-                [first, first + 3].map(|address| Key::address(std::net::IpAddr::V4(address.into())))
-            }
-            Self::Ports => {
-                let port = u16::try_from(number * 2).expect("a port");
-                [(); 2].map(|()| Key::build().port(port).finish())
-            }
-        };
-        let elements = (0..count).map(|number| {
-            let [first, last] =
-                range(number).map(|key| if concatenated { prefix(key) } else { key });
-            Element {
-                key_end: Some(Box::new(last)),
-                ..Element::new(first)
-            }
-        });
-        let (range, before) = match self {
+        let (before, selector) = match self {
             Self::Sources => (
-                Selector::SourceAddress,
                 vec![
                     Selector::DestinationAddress,
                     Selector::L4Protocol,
                     Selector::DestinationPort,
                 ],
+                Selector::SourceAddress,
             ),
-            Self::Ports => (Selector::DestinationPort, vec![Selector::L4Protocol]),
+            Self::Ports => (vec![Selector::L4Protocol], Selector::DestinationPort),
         };
+        let key = |number: u32| {
+            let (prefix, key) = match self {
+                Self::Sources => {
+                    let address = Key::build().address([203, 0, 113, 10].into());
+                    let key = Key::address(Ipv4Addr::from(number).into());
+                    (address.protocol(6).port(80), key)
+                }
+                Self::Ports => {
+                    let key = Key::build().port(number as u16).finish();
+                    (Key::build().protocol(6), key)
+                }
+            };
+            match concatenated {
+                true => prefix.bytes(key.as_bytes()).finish(),
+                false => key,
+            }
+        };
+        let elements = (0..count).map(|number| {
+            let [first, last] = match self {
+                Self::Sources => [0x0a00_0000 + number * 8, 0x0a00_0003 + number * 8],
+                Self::Ports => [number * 2; 2],
+            };
+            Element {
+                key_end: Some(Box::new(key(last))),
+                ..Element::new(key(first))
+            }
+        });
         let mut selectors = if concatenated { before } else { Vec::new() };
-        selectors.push(range);
+        selectors.push(selector);
         let declaration = Arc::new(Declaration {
             interval: true,
             ..Declaration::new(SetKind::Set, selectors)
         });
         let (table, elements) = (TableId::new(Family::Ip, "ranges"), elements.collect());
-        let (declared, filled) = (Arc::clone(&declaration), table.clone());
         Transaction {
             ops: vec![
                 Op::AddTable(table.clone()),
-                Op::AddSet(table, "ranges".into(), declared),
-                Op::AddElements(filled, "ranges".into(), declaration, elements),
+                Op::AddSet(table.clone(), "ranges".into(), Arc::clone(&declaration)),
+                Op::AddElements(table, "ranges".into(), declaration, elements),
             ],
         }
     }

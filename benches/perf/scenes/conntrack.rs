@@ -181,31 +181,28 @@ struct Maker {
     bytes: Vec<u8>,
 }
 
-fn attribute(bytes: &mut Vec<u8>, kind: u16, value: &[u8]) {
-    bytes.extend_from_slice(&(4 + value.len() as u16).to_ne_bytes());
-    bytes.extend_from_slice(&kind.to_ne_bytes());
-    bytes.extend_from_slice(value);
+/// Returns a netlink attribute.
+fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
+    let length = (4 + value.len() as u16).to_ne_bytes();
+    let mut bytes = [&length, &kind.to_ne_bytes(), value].concat();
     bytes.resize(bytes.len().next_multiple_of(4), 0);
+    bytes
 }
 
-fn nested(bytes: &mut Vec<u8>, kind: u16, fill: impl FnOnce(&mut Vec<u8>)) {
-    let mut value = Vec::new();
-    fill(&mut value);
-    attribute(bytes, kind | 0x8000, &value);
+/// Returns an attribute that consists of others.
+fn nested(kind: u16, attributes: &[(u16, &[u8])]) -> Vec<u8> {
+    let attributes = attributes.iter();
+    let value = attributes.flat_map(|(kind, value)| attribute(*kind, value));
+    attribute(kind | 0x8000, &value.collect::<Vec<u8>>())
 }
 
-fn tuple(bytes: &mut Vec<u8>, kind: u16, from: SocketAddrV4, to: SocketAddrV4) {
-    nested(bytes, kind, |tuple| {
-        nested(tuple, 1, |addresses| {
-            attribute(addresses, 1, &from.ip().octets());
-            attribute(addresses, 2, &to.ip().octets());
-        });
-        nested(tuple, 2, |protocol| {
-            attribute(protocol, 1, &[libc::IPPROTO_UDP as u8]);
-            attribute(protocol, 2, &from.port().to_be_bytes());
-            attribute(protocol, 3, &to.port().to_be_bytes());
-        });
-    });
+fn tuple(kind: u16, from: SocketAddrV4, to: SocketAddrV4) -> Vec<u8> {
+    let (source, destination) = (from.ip().octets(), to.ip().octets());
+    let addresses = nested(1, &[(1, &source), (2, &destination)]);
+    let (source, destination) = (from.port().to_be_bytes(), to.port().to_be_bytes());
+    let protocol = [libc::IPPROTO_UDP as u8];
+    let ports = nested(2, &[(1, &protocol), (2, &source), (3, &destination)]);
+    attribute(kind | 0x8000, &[addresses, ports].concat())
 }
 
 impl Maker {
@@ -217,20 +214,21 @@ impl Maker {
     }
 
     fn make(&mut self, client: SocketAddrV4, to: SocketAddrV4, replier: SocketAddrV4) {
-        let start = self.bytes.len();
+        let message = [
+            // Family, version and resource.
+            vec![libc::AF_INET as u8, 0, 0, 0],
+            tuple(1, client, to),
+            tuple(2, replier, client),
+            attribute(7, &3_600_u32.to_be_bytes()),
+        ]
+        .concat();
         let kind = (libc::NFNL_SUBSYS_CTNETLINK as u16) << 8;
         let flags = (libc::NLM_F_REQUEST | libc::NLM_F_CREATE) as u16;
-        self.bytes.extend_from_slice(&[0; 4]);
-        self.bytes.extend_from_slice(&kind.to_ne_bytes());
-        self.bytes.extend_from_slice(&flags.to_ne_bytes());
-        self.bytes.extend_from_slice(&[0; 8]);
+        self.bytes.extend((16 + message.len() as u32).to_ne_bytes());
         self.bytes
-            .extend_from_slice(&[libc::AF_INET as u8, 0, 0, 0]);
-        tuple(&mut self.bytes, 1, client, to);
-        tuple(&mut self.bytes, 2, replier, client);
-        attribute(&mut self.bytes, 7, &3_600_u32.to_be_bytes());
-        let length = (self.bytes.len() - start) as u32;
-        self.bytes[start..start + 4].copy_from_slice(&length.to_ne_bytes());
+            .extend([kind.to_ne_bytes(), flags.to_ne_bytes()].concat());
+        self.bytes.extend([0; 8]);
+        self.bytes.extend(message);
         if self.bytes.len() > 32_000 {
             self.flush();
         }

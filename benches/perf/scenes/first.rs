@@ -4,7 +4,7 @@
 //! everything: from the end of the last list to the kernel's answer. That of the start ends with
 //! the line of the log that reports the rules; the process is not asked meanwhile. Then the
 //! process is left alone, `nft flush ruleset` is repaired, and nftlet starts once more with its
-//! rules in place and once where the server gives lists in pages.
+//! rules in place.
 
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -12,10 +12,9 @@ use std::time::{Duration, Instant};
 use super::SIZES;
 use crate::Context;
 use crate::cluster::{Cluster, Size};
-use crate::fake_api::Streaming;
 use crate::kube_proxy;
 use crate::netns::Namespace;
-use crate::process::{Memory, Process, tick};
+use crate::process::{Process, tick};
 use crate::report::Value::{Bytes, Number, Ratio, Seconds, Text};
 use crate::report::{Report, Table, Value};
 use crate::samples::Samples;
@@ -80,9 +79,6 @@ impl Arguments {
         table: &mut Table,
     ) -> f64 {
         let progress = |step: &str| context.progress(format_args!("{size}  {step}"));
-        let mut note = |what: &str, value| {
-            table.row(what, size, "nftlet", value);
-        };
         let cluster = Cluster::new(size);
         let mut server = Server::new(Namespace::new("node"), &context.nftlet);
         server.put(cluster.objects());
@@ -131,14 +127,14 @@ impl Arguments {
         let (comparison, _) = restarted.metrics().histogram(FULL, FAMILY);
         let peak_restart = restarted.memory().peak;
         restarted.stop();
-        progress("start with lists in pages");
-        server.another_node();
-        server.api.set_streaming(Streaming::Rejected);
-        let (paged, took_paged) = server.start();
-        let peak_paged = paged.memory().peak;
-        paged.stop();
 
+        let other = self.kube_proxy(&cluster, size, progress);
         let first = firsts.median();
+        let row = table.row("first program", size, "nftlet", Seconds(first));
+        row.and("kube-proxy's shape", other.clone());
+        let mut note = |what: &str, value| {
+            table.row(what, size, "nftlet", value);
+        };
         note(
             "first program, of it transactions",
             Seconds(transactions.median()),
@@ -155,7 +151,8 @@ impl Arguments {
             "processor ticks in 10 s without change",
             Number(idle as f64),
         );
-        note_memory(&mut note, memory);
+        note("memory after settling", Bytes(memory.resident as f64));
+        note("memory, peak", Bytes(memory.peak as f64));
         note("`flush ruleset` healed", Seconds(healed.median()));
         if size.services > SMALL {
             let over = healed.median() / first;
@@ -173,24 +170,16 @@ impl Arguments {
             "memory, peak, rules in place already",
             Bytes(peak_restart as f64),
         );
-        note(
-            "process start, lists in pages",
-            Seconds(took_paged.as_secs_f64()),
-        );
-        note("memory, peak, lists in pages", Bytes(peak_paged as f64));
         if let Some(smaller) = compared.filter(|_| size.endpoints == COMPARED.endpoints) {
             let what = "first program over that of 10,000 x 10";
             note(what, Ratio(first / smaller));
         }
-        let other = self.kube_proxy(&cluster, size, progress);
         if let Seconds(other) = other {
             note(
                 "first program over kube-proxy's shape",
                 Ratio(first / other),
             );
         }
-        let row = table.row("first program", size, "nftlet", Seconds(first));
-        row.and("kube-proxy's shape", other);
         first
     }
 
@@ -207,11 +196,6 @@ impl Arguments {
             |took| Seconds(took.as_secs_f64()),
         )
     }
-}
-
-fn note_memory(note: &mut impl FnMut(&str, Value), memory: Memory) {
-    note("memory after settling", Bytes(memory.resident as f64));
-    note("memory, peak", Bytes(memory.peak as f64));
 }
 
 /// Empties the ruleset, as the reload of a firewall does, and returns the seconds from then until

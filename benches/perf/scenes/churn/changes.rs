@@ -1,4 +1,4 @@
-//! What changes, and when.
+//! The changes, and their times.
 //!
 //! Nineteen of twenty changes replace an endpoint by one with another address; the others add or
 //! take one, which moves the service's frontend to another shared chain. One change in five is
@@ -38,7 +38,7 @@ pub struct Changes {
     newest: Vec<u8>,
 }
 
-/// What the sender did.
+/// The times of the sender.
 #[derive(Clone, Copy, Debug)]
 pub struct Sent {
     /// The time of the last change.

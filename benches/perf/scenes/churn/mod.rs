@@ -20,6 +20,7 @@ mod changes;
 mod live;
 mod traffic;
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
@@ -32,7 +33,7 @@ use crate::cluster::{Put, Size, grouped};
 use crate::fake_api::{CIDRS, NODES, SERVICES, SLICES};
 use crate::process::{Metrics, Process, tick};
 use crate::report::Value::{Bytes, Number, Ratio, Seconds};
-use crate::report::{Report, Table};
+use crate::report::{Report, Table, Value};
 use crate::samples::Samples;
 use crate::server::{LATENCY, Server};
 use crate::subject;
@@ -145,41 +146,56 @@ impl Arguments {
         let metrics = process.metrics();
         context.progress("comparing the kernel with the objects");
         let difference = subject::difference(&lab.node, objects(&server)).ops;
-        let calm = [&before, &after];
-        self.judge(&windows, calm, &mut report, |note| {
-            let failures: f64 = FAILURES.iter().map(|name| metrics.get(name)).sum();
-            note("from the last change to all in force", Seconds(settled));
-            note(
-                "operations that the kernel differs by",
-                Number(difference.len() as f64),
-            );
-            note("failed transactions, healed changes", Number(failures));
-            note(
-                "lists read again",
-                Number(server.lists_since(asked).len() as f64),
-            );
-            let audited = !metrics.labelled(AUDITS).is_empty();
-            if audited && self.size == BUDGETED {
-                let peak = process.memory().peak;
-                note("memory, peak, an audit included", Bytes(peak as f64));
-            }
-        });
-        let audits = metrics.labelled(AUDITS).into_iter();
-        let audits = audits.map(|(label, count)| format!("{count} {label}"));
+        let failures: f64 = FAILURES.iter().map(|name| metrics.get(name)).sum();
+        let lists = server.lists_since(asked).len();
+        let audits = metrics.labelled(AUDITS);
+        let tallies = || {
+            let changing = windows.iter().map(|window| &window.connections);
+            changing.chain([&before, &after])
+        };
+        let failed: u64 = tallies().map(|tally| tally.failed).sum();
+        let slow: u64 = tallies().map(|tally| tally.slow).sum();
+
+        let mut table = Table::new("Endpoints change, clients connect", "changes");
+        windows.iter().for_each(|window| window.note(&mut table));
+        report.table(table);
+        let of = format!(
+            "{} changes, {} connections a second at {} for {} s",
+            grouped(self.rate.into()),
+            grouped(self.connections.into()),
+            self.size,
+            self.seconds
+        );
+        let mut table = Table::new("Churn: what may not fail or grow", "load");
+        let mut note = |what: &str, value| {
+            table.row(what, &of, "measured", value);
+        };
+        let count = |count: u64| Number(count as f64);
+        note("failed connections", count(failed));
+        note("connections of a second or more", count(slow));
+        self.note_growth(&windows, &mut note);
+        note("from the last change to all in force", Seconds(settled));
+        let operations = count(difference.len() as u64);
+        note("operations that the kernel differs by", operations);
+        note("failed transactions, healed changes", Number(failures));
+        note("lists read again", count(lists as u64));
+        if !audits.is_empty() && self.size == BUDGETED {
+            let peak = Bytes(process.memory().peak as f64);
+            note("memory, peak, an audit included", peak);
+        }
+        report.table(table);
+        let late = Seconds(sent.late.as_secs_f64());
+        let audits: Vec<_> = audits.iter().map(|(it, n)| format!("{n} {it}")).collect();
         report.note(format!(
-            "a burst of changes was sent {} late at most; {repeated} requests for connections \
+            "a burst of changes was sent {late} late at most; {repeated} requests for connections \
              were repeated; audits: {}",
-            Seconds(sent.late.as_secs_f64()),
-            audits.collect::<Vec<_>>().join(", ")
+            audits.join(", ")
         ));
         if let Some(first) = difference.first() {
             let text: String = format!("{first:?}").chars().take(400).collect();
             report.note(format!("the kernel differs, first by {text}"));
         }
-        let tallies = calm
-            .into_iter()
-            .chain(windows.iter().map(|window| &window.connections));
-        for fault in tallies.flat_map(|tally| &tally.faults) {
+        for fault in tallies().flat_map(|tally| &tally.faults) {
             report.note(format!("failed: {fault}"));
         }
         process.stop();
@@ -235,79 +251,35 @@ impl Arguments {
         (windows, sent)
     }
 
-    /// Writes the windows as a table, and what has budgets as another one.
-    fn judge(
-        &self,
-        windows: &[Window],
-        calm: [&Tally; 2],
-        report: &mut Report,
-        more: impl FnOnce(&mut dyn FnMut(&str, crate::report::Value)),
-    ) {
-        let mut table = Table::new("Endpoints change, clients connect", "changes");
-        windows.iter().for_each(|window| window.note(&mut table));
-        report.table(table);
-
-        let of = format!(
-            "{} changes, {} connections a second at {} for {} s",
-            grouped(self.rate.into()),
-            grouped(self.connections.into()),
-            self.size,
-            self.seconds
-        );
-        let mut table = Table::new("Churn: what may not fail or grow", "load");
-        let mut note = |what: &str, value| {
-            table.row(what, &of, "measured", value);
-        };
+    /// Compares the second quarter of the time with the last, and the work done with that wanted.
+    fn note_growth(&self, windows: &[Window], note: &mut impl FnMut(&str, Value)) {
         let quarter = windows.len() / 4;
-        let (second, last) = (
-            &windows[quarter..2 * quarter],
-            &windows[windows.len() - quarter..],
-        );
-        let samples = |windows: &[Window], of: fn(&Window) -> f64| -> Samples {
-            windows.iter().map(of).collect()
+        let (second, last) = (quarter..2 * quarter, windows.len() - quarter..windows.len());
+        let quarters = |of: fn(&Window) -> f64| -> [Samples; 2] {
+            let part = |part: Range<usize>| windows[part].iter().map(of).collect();
+            [part(second.clone()), part(last.clone())]
         };
-        let all = || {
-            calm.into_iter()
-                .chain(windows.iter().map(|window| &window.connections))
-        };
-        let failed: u64 = all().map(|tally| tally.failed).sum();
-        let slow: u64 = all().map(|tally| tally.slow).sum();
-        note("failed connections", Number(failed as f64));
-        note("connections of a second or more", Number(slow as f64));
-        let memory = [second, last].map(|part| samples(part, |it| it.resident).mean());
-        note(
-            "memory, growth beyond 5 %",
-            Bytes((memory[1] - memory[0] * GROWTH).max(0.0)),
-        );
+        let [before, after] = quarters(|it| it.resident).map(|memory| memory.mean());
+        let growth = (after - before * GROWTH).max(0.0);
+        note("memory, growth beyond 5 %", Bytes(growth));
         // Other work on the machine holds up a window now and then: medians leave it out.
-        let backlog = [second, last].map(|part| samples(part, |it| it.backlog.mean()).median());
+        let [before, after] = quarters(|it| it.backlog.mean()).map(|backlog| backlog.median());
         let burst = f64::from(self.rate) * changes::PAUSE.as_secs_f64();
-        note(
-            "backlog, growth beyond one burst",
-            Number((backlog[1] - backlog[0] - burst).max(0.0)),
-        );
-        let latency = [second, last].map(|part| samples(part, |it| it.latency).median());
-        note(
-            "a change, from the bytes read, last quarter over second",
-            Ratio(latency[1] / latency[0]),
-        );
+        let growth = (after - before - burst).max(0.0);
+        note("backlog, growth beyond one burst", Number(growth));
+        let [before, after] = quarters(|it| it.latency).map(|latency| latency.median());
+        let what = "a change, from the bytes read, last quarter over second";
+        note(what, Ratio(after / before));
         let length = windows.last().map_or(0.0, |window| window.to);
         let missing = |rate: u32, made: u64| {
             let wanted = f64::from(rate) * length;
             Ratio((1.0 - made as f64 / wanted).max(0.0))
         };
-        let made: u64 = windows.iter().map(|window| window.changes).sum();
-        let connected: u64 = windows
-            .iter()
-            .map(|window| window.connections.count())
-            .sum();
+        let made = windows.iter().map(|it| it.changes).sum();
         note("changes not made in time, part", missing(self.rate, made));
-        note(
-            "connections not made in time, part",
-            missing(self.connections, connected),
-        );
-        more(&mut note);
-        report.table(table);
+        let made = windows.iter().map(|it| it.connections.count()).sum();
+        let missing = missing(self.connections, made);
+        note("connections not made in time, part", missing);
     }
 }
 

@@ -70,7 +70,7 @@ pub enum Rules {
     /// chains that learn.
     Affinity(usize),
     /// The same with a thousand policies, of which some isolate the client: every packet passes
-    /// the chains that tell whether it may.
+    /// the chains that judge it.
     Policies(usize),
 }
 
