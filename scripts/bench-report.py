@@ -143,7 +143,7 @@ def section(report):
             continue  # The picture has it.
         if scene == "packets" and any(row["budget"] for row in table["rows"]):
             table = only(table, lambda row: row["budget"] or "again" in row["of"])
-        wide = scene in ("first", "changes") or (scene == "packets" and table["of"] == "lane")
+        wide = scene in ("first", "changes", "churn", "micro") or (scene == "packets" and table["of"] == "lane")
         if wide and scene == "packets":
             kept = [{**row, "values": {"median": row["values"]["median"]}} for row in table["rows"]]
             table = {**table, "rows": kept}
@@ -217,7 +217,7 @@ def panel(left, title, label, below, series, logarithmic):
 
 
 def picture(file, title, panels, logarithmic):
-    width, height = LEFT + len(panels) * (PANEL + GAP) - GAP + 24, TOP + HEIGHT + BOTTOM
+    width, height = LEFT + len(panels) * (PANEL + GAP) - GAP + 40, TOP + HEIGHT + BOTTOM
     body = "".join(
         panel(LEFT + place * (PANEL + GAP), *it, logarithmic) for place, it in enumerate(panels)
     )
