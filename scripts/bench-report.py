@@ -105,8 +105,10 @@ def across(table):
     columns, lines = [], {}
     for row in table["rows"]:
         columns += [row["of"]] if row["of"] not in columns else []
-        (_, first), *others = row["values"].items()
-        lines.setdefault(row["what"], {})[row["of"]] = judged(row, show(first))
+        (name, first), *others = row["values"].items()
+        plain = name in ("nftlet", "measured", "median", "p99")
+        what = row["what"] if plain else f"{row['what']}, {name}"
+        lines.setdefault(what, {})[row["of"]] = judged(row, show(first))
         for name, value in others:
             lines.setdefault(f"{row['what']}, {name}", {})[row["of"]] = show(value)
     body = [[what] + [cells.get(it, "-") for it in columns] for what, cells in lines.items()]
@@ -241,7 +243,7 @@ def scale_picture(results):
     def seconds(value):
         return show({"s": value}).replace(".00", "").replace(".0", "")
 
-    replaced, other = "one endpoint replaced, from the server", "kube-proxy's shape"
+    replaced, other = "one endpoint replaced", "kube-proxy's shape"
     below = "endpoints of all services"
     picture(
         results / "scale.svg",
@@ -254,8 +256,8 @@ def scale_picture(results):
             ]),
             ("One endpoint replaced", seconds, below, [
                 ("kube-proxy's shape, nft -f", OTHER, points(replaced, other)),
-                ("99th percentile", LIGHT, points(f"{replaced}, p99")),
-                ("nftlet, from the server", NFTLET, points(replaced)),
+                ("99th percentile", LIGHT, points(replaced, "from the server, p99")),
+                ("nftlet, from the server", NFTLET, points(replaced, "from the server")),
             ]),
             ("Resident memory", lambda it: f"{it:g} MiB", below, [
                 ("peak", LIGHT, points("memory, peak", per=MEBIBYTE)),

@@ -71,11 +71,14 @@ impl Server {
             .put_all(objects.map(|(kind, object)| (collection(kind), object)))
     }
 
-    /// Deletes an object; returns the moment before.
-    pub fn delete(&self, kind: Kind, namespace: &str, name: &str) -> Instant {
+    /// Deletes objects; returns the moment before.
+    pub fn delete(&self, objects: &[Put]) -> Instant {
         let started = Instant::now();
-        self.api
-            .delete(collection(kind), &format!("{namespace}/{name}"));
+        for (kind, object) in objects {
+            let field = |name: &str| object["metadata"][name].as_str().expect("a string");
+            let key = format!("{}/{}", field("namespace"), field("name"));
+            self.api.delete(collection(*kind), &key);
+        }
         started
     }
 

@@ -12,7 +12,7 @@ use crate::kube_proxy;
 use crate::netns::Namespace;
 use crate::process::tick;
 use crate::report::Value::{Bytes, Number, Seconds};
-use crate::report::{Report, Table, Value};
+use crate::report::{Report, Row, Table, Value};
 use crate::samples::Samples;
 use crate::server::{QUIET_AT_ONCE, Server, Took, Watched};
 
@@ -51,26 +51,13 @@ impl Times {
         self.end_to_end.push(took.end_to_end);
     }
 
-    /// Writes both as rows.
-    fn note(&self, what: &str, of: Size, other: Option<Value>, table: &mut Table) {
-        let names = ["from the bytes read", "from the server"];
-        for (samples, name) in [&self.own, &self.end_to_end].into_iter().zip(names) {
-            let what = format!("{what}, {name}");
-            let row = table.row(&what, of, "nftlet", Seconds(samples.median()));
-            if name == names[1] {
-                row.and("kube-proxy's shape", other.clone());
-            }
-            if let Some(p99) = samples.p99() {
-                table.row(format!("{what}, p99"), of, "nftlet", Seconds(p99));
-            }
-        }
-    }
-
-    /// Writes them as one row.
-    pub fn note_together(&self, what: &str, of: &str, table: &mut Table) {
-        let row = table.row(what, of, "from the bytes read", Seconds(self.own.median()));
-        row.and("p99", self.own.p99().map(Seconds));
-        row.and("from the server", Seconds(self.end_to_end.median()));
+    /// Writes them as a row, which is returned.
+    pub fn note<'a>(&self, what: &str, of: impl ToString, table: &'a mut Table) -> &'a mut Row {
+        let own = Seconds(self.own.median());
+        let row = table.row(what, of, "from the bytes read", own);
+        row.and("p99", self.own.p99().map(Seconds))
+            .and("from the server", Seconds(self.end_to_end.median()))
+            .and("from the server, p99", self.end_to_end.p99().map(Seconds))
     }
 }
 
@@ -79,15 +66,17 @@ impl Arguments {
     pub fn run(&self, context: &Context) -> Report {
         let mut report = Report::new("changes");
         report.parameter("changes", self.changes);
-        let mut table = Table::new("Changes of services and endpoints", "cluster");
+        let mut single = Table::new("Changes, one at a time", "cluster");
+        let mut whole = Table::new("Changes, all together", "cluster");
         for size in &self.sizes {
-            self.measure(*size, context, &mut table);
+            self.measure(*size, context, [&mut single, &mut whole]);
         }
-        report.table(table);
+        report.table(single);
+        report.table(whole);
         report
     }
 
-    fn measure(&self, size: Size, context: &Context, table: &mut Table) {
+    fn measure(&self, size: Size, context: &Context, [single, whole]: [&mut Table; 2]) {
         let progress = |step: &str| context.progress(format_args!("{size}  {step}"));
         let Size {
             services,
@@ -134,19 +123,8 @@ impl Arguments {
             let service = cluster.add_service(endpoints);
             let objects: Vec<_> = cluster.service_objects(service).collect();
             let count = objects.len() as u64;
-            let names: Vec<_> = objects
-                .iter()
-                .map(|(kind, object)| (*kind, object["metadata"].clone()))
-                .collect();
-            added.push(watched.change(count, |server| server.put(objects)));
-            deleted.push(watched.change(count, |server| {
-                let delete = |(kind, metadata): &(_, serde_json::Value)| {
-                    let field = |name: &str| metadata[name].as_str().expect("a string");
-                    server.delete(*kind, field("namespace"), field("name"))
-                };
-                let times: Vec<_> = names.iter().map(delete).collect();
-                times[0]
-            }));
+            added.push(watched.change(count, |server| server.put(objects.clone())));
+            deleted.push(watched.change(count, |server| server.delete(&objects)));
             cluster.endpoints.pop();
         }
 
@@ -170,12 +148,15 @@ impl Arguments {
         watched.process.stop();
 
         let other = self.kube_proxy(&mut cluster, services, progress);
-        replaced.note("one endpoint replaced", size, other, table);
-        number.note("one endpoint more or less", size, None, table);
-        added.note("a service added", size, None, table);
-        deleted.note("a service deleted", size, None, table);
+        let row = replaced.note("one endpoint replaced", size, single);
+        row.and("kube-proxy's shape", other);
+        let p99 = Seconds(replaced.own.percentile(99));
+        single.row("one endpoint replaced, p99", size, "p99", p99);
+        number.note("one endpoint more or less", size, single);
+        added.note("a service added", size, single);
+        deleted.note("a service deleted", size, single);
         let mut note = |what, value| {
-            table.row(what, size, "nftlet", value);
+            whole.row(what, size, "nftlet", value);
         };
         note(
             "1,000 changes at once, from the server",

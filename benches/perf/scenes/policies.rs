@@ -94,11 +94,9 @@ impl Arguments {
         note("memory of policies and pods", Bytes(memory));
 
         let watched = Watched::new(process, &server);
-        let delete = |(kind, object): &Put| {
-            let field = |name: &str| object["metadata"][name].as_str().expect("a string");
-            watched.change(1, |server| {
-                server.delete(*kind, field("namespace"), field("name"))
-            })
+        let delete = |object: &Put| {
+            let object = std::slice::from_ref(object);
+            watched.change(1, |server| server.delete(object))
         };
         let [
             mut added,
@@ -142,7 +140,7 @@ impl Arguments {
             ("policy added", policy),
             ("policy removed", policy_removed),
         ] {
-            times.note_together(what, &of, single);
+            times.note(what, &of, single);
         }
     }
 }
