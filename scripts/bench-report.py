@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Tables, pictures and a summary from the results of benchmarks (benches/results/*.json).
 
-  bench-report.py budgets RESULTS [SCENE...]   report missed budgets; fail if there are any
+  bench-report.py budgets RESULTS [SCENE...]   report missed budgets; fail if there are any, or,
+                                               without names, if one was not measured
   bench-report.py docs [RESULTS]               write docs/benchmarks.md's tables, and the pictures
   bench-report.py micro CRITERION RESULTS      write micro.json from what criterion left
 """
@@ -63,6 +64,7 @@ def bound(budget):
 
 
 def summarize(results, scenes):
+    all_scenes = not scenes
     scenes = scenes or sorted(file.stem for file in results.glob("*.json"))
     met, missed, absent = 0, [], []
     for scene in scenes:
@@ -83,7 +85,7 @@ def summarize(results, scenes):
     print("".join(f"not measured: {it}\n" for it in absent), end="")
     print("".join(f"missed: {it}\n" for it in missed), end="")
     print(f"{met} budgets met, {len(missed)} missed, {len(absent)} not measured.")
-    return bool(missed or absent)
+    return bool(missed or all_scenes and absent)
 
 
 # Tables
@@ -318,6 +320,7 @@ def write_micro(criterion, results):
     }
     report = {"scene": "micro", "facts": facts, "parameters": {}, "tables": [table],
         "notes": [], "not_measured": []}
+    results.mkdir(parents=True, exist_ok=True)
     (results / "micro.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
 

@@ -7,12 +7,14 @@
 # one. SIZES and DURATION change the clusters of `first` and `changes`, and the seconds of `churn`.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
+command -v python3 >/dev/null || { echo 'bench.sh needs python3' >&2; exit 1; }
 
 target=$(realpath -m "${CARGO_TARGET_DIR:-target}")
 results=${RESULTS:-benches/results}
 scenes=()
 while (($#)) && [[ $1 != -- ]]; do scenes+=("$1") && shift; done
 (($#)) && shift
+named=("${scenes[@]}")
 ((${#scenes[@]})) ||
     scenes=(micro first changes policies packets conntrack neighbours ranges churn)
 
@@ -42,7 +44,7 @@ for scene in "${scenes[@]}"; do
 done
 
 printf '\n==> budgets\n'
-scripts/bench-report.py budgets "$results" "${scenes[@]}"
+scripts/bench-report.py budgets "$results" "${named[@]}"
 budgets=$?
 if ((${#failed[@]})); then
     printf 'Missed a budget, or failed: %s. See above.\n' "${failed[*]}"
