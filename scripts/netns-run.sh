@@ -41,8 +41,7 @@ sudo)
     # sudo keeps little of the environment; these are what tests look at.
     keep=()
     for name in PATH HOME CI TERM NO_COLOR RUST_BACKTRACE RUST_LOG KUBEBUILDER_ASSETS CARGO \
-        CARGO_MANIFEST_DIR CARGO_TARGET_DIR CARGO_PKG_VERSION LD_LIBRARY_PATH CRITERION_HOME \
-        NFTLET_BENCH_BUDGETS NFTLET_BENCH_JSON NFTLET_MAY_SKIP; do
+        CARGO_MANIFEST_DIR CARGO_TARGET_DIR CARGO_PKG_VERSION LD_LIBRARY_PATH NFTLET_MAY_SKIP; do
         if [[ -v $name ]]; then keep+=("$name=${!name}"); fi
     done
     exec sudo env "${keep[@]}" "$@"

@@ -1,0 +1,57 @@
+//! The facts and the rules that nftlet's library makes of objects.
+
+use nftlet::compile::{self, DetectLocal, Settings};
+use nftlet::model::{Changes, Event, Kind, Store};
+use nftlet::ruleset::Ruleset;
+use nftlet::source::Decoder;
+
+use crate::cluster::{POD_CIDRS, Put};
+
+/// Returns the events of complete lists of objects, as a source sends them when it starts.
+pub fn events(objects: impl IntoIterator<Item = Put>) -> Vec<Event> {
+    let mut decoder = Decoder::default();
+    let mut events: Vec<Event> = Kind::ALL.map(Event::ListStarted).into();
+    events.extend(
+        objects
+            .into_iter()
+            .map(|object| event(&mut decoder, &object)),
+    );
+    events.extend(Kind::ALL.map(Event::ListComplete));
+    events
+}
+
+/// Returns the event of a new or replaced object.
+pub fn event(decoder: &mut Decoder, (kind, object): &Put) -> Event {
+    let decoded = decoder.decode(*kind, object.to_string().as_bytes());
+    let (object, notices) = decoded.expect("the objects fit their kinds");
+    assert!(notices.is_empty(), "the objects are sound: {notices:?}");
+    Event::Apply(object.expect("nftlet keeps all of the objects"))
+}
+
+/// Returns the settings of the nodes that are measured.
+pub fn settings() -> Settings {
+    let cidrs = POD_CIDRS.map(|cidr| cidr.parse().expect("a range"));
+    Settings {
+        detect_local: DetectLocal::ClusterCidr(cidrs.into()),
+        ..Settings::default()
+    }
+}
+
+/// Returns a store with the facts of events.
+pub fn store(events: Vec<Event>) -> Store {
+    let (mut store, mut changes) = (Store::default(), Changes::default());
+    for event in events {
+        store.apply(event, &mut changes);
+    }
+    store
+}
+
+/// Returns the rules for services that objects ask for, compiled from scratch.
+pub fn ruleset(objects: impl IntoIterator<Item = Put>) -> Ruleset {
+    wanted(&store(events(objects)))
+}
+
+/// Returns the rules for services that facts ask for, compiled from scratch.
+pub fn wanted(store: &Store) -> Ruleset {
+    compile::wanted(store, &settings()).0
+}

@@ -1,0 +1,226 @@
+//! First rules: nftlet starts beside an API server that has a whole cluster.
+//!
+//! The time of the first program is nftlet's metric of a comparison with the kernel that writes
+//! everything: from the end of the last list to the kernel's answer. That of the start ends with
+//! the line of the log that reports the rules; the process is not asked meanwhile. Then the
+//! process is left alone, `nft flush ruleset` is repaired, and nftlet starts once more with its
+//! rules in place.
+
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use super::SIZES;
+use crate::Context;
+use crate::cluster::{Cluster, Size};
+use crate::kube_proxy;
+use crate::netns::Namespace;
+use crate::process::{Process, tick};
+use crate::report::Value::{Bytes, Number, Ratio, Seconds, Text};
+use crate::report::{Report, Table, Value};
+use crate::samples::Samples;
+use crate::server::Server;
+
+/// How long a process is left alone before its memory is read, and then before its idleness is.
+pub const SETTLE: Duration = Duration::from_secs(2);
+const IDLE: Duration = Duration::from_secs(10);
+/// How often the ruleset is flushed, and how often nftlet is asked whether it is repaired.
+const FLUSHES: usize = 3;
+const ASK: Duration = Duration::from_millis(2);
+/// Up to so many services the time of a repair has a budget of its own.
+const SMALL: usize = 1_000;
+/// With which cluster others with as many endpoints per service are compared.
+const COMPARED: Size = Size {
+    services: 10_000,
+    endpoints: 10,
+};
+const FULL: &str = "kubeproxy_sync_full_proxy_rules_duration_seconds";
+const FAMILY: &str = "{ip_family=\"IPv4\"}";
+const TRANSACTION: &str = "nftlet_transaction_duration_seconds";
+const HEALED: &str = "nftlet_foreign_changes_healed_total";
+
+#[derive(Debug, clap::Args)]
+pub struct Arguments {
+    /// Clusters: services x endpoints of each, with commas between.
+    #[arg(long, value_delimiter = ',', default_value = SIZES)]
+    sizes: Vec<Size>,
+    /// Starts from empty rules.
+    #[arg(long, default_value = "3", value_parser = clap::value_parser!(u32).range(1..))]
+    starts: u32,
+    /// The most services that are loaded in kube-proxy's shape, too, for five minutes at most.
+    #[arg(long, default_value = "50000", value_name = "SERVICES")]
+    kube_proxy_up_to: usize,
+}
+
+impl Arguments {
+    /// Measures.
+    pub fn run(&self, context: &Context) -> Report {
+        let mut report = Report::new("first");
+        report.parameter("starts", self.starts);
+        let mut table = Table::new("First rules of a cluster", "cluster");
+        let mut sizes = self.sizes.clone();
+        sizes.sort_by_key(|size| size.services * size.endpoints);
+        let mut compared = None;
+        for size in sizes {
+            let first = self.measure(size, compared, context, &mut table);
+            if size == COMPARED {
+                compared = Some(first);
+            }
+        }
+        report.table(table);
+        report
+    }
+
+    /// Measures a cluster and returns the time of its first program.
+    fn measure(
+        &self,
+        size: Size,
+        compared: Option<f64>,
+        context: &Context,
+        table: &mut Table,
+    ) -> f64 {
+        let progress = |step: &str| context.progress(format_args!("{size}  {step}"));
+        let cluster = Cluster::new(size);
+        let mut server = Server::new(Namespace::new("node"), &context.nftlet);
+        server.put(cluster.objects());
+
+        let [mut starts, mut processor, mut firsts, mut transactions] =
+            [(); 4].map(|()| Samples::default());
+        let (mut sent, mut asked) = (0, 0);
+        let mut running: Option<Process> = None;
+        for number in 1..=self.starts {
+            progress(&format!("start {number} of {}", self.starts));
+            if let Some(process) = running.take() {
+                process.stop();
+                server.another_node();
+            }
+            (sent, asked) = (server.api.sent(), server.api.requests().len());
+            let (process, took) = server.start();
+            starts.push(took.as_secs_f64());
+            processor.push(process.ticks() as f64 * tick());
+            transactions.push(process.metrics().histogram(TRANSACTION, "").0);
+            let (sum, count) = process.metrics().histogram(FULL, FAMILY);
+            assert_eq!(count, 1, "the first rules are written once");
+            firsts.push(sum);
+            running = Some(process);
+        }
+        let process = running.expect("there is at least one start");
+        let sent = server.api.sent() - sent;
+        let requests = server.api.requests().len() - asked;
+        let mut lists = server.lists_since(asked);
+        let all = lists.len();
+        lists.sort_unstable();
+        lists.dedup();
+
+        progress("idle");
+        std::thread::sleep(SETTLE);
+        let before = process.ticks();
+        std::thread::sleep(IDLE);
+        let idle = process.ticks() - before;
+        let memory = process.memory();
+
+        progress("`nft flush ruleset`");
+        let healed: Samples = (0..FLUSHES).map(|_| heal(&process, &server)).collect();
+        process.stop();
+
+        progress("start with rules in place");
+        let (restarted, restart) = server.start();
+        let (comparison, _) = restarted.metrics().histogram(FULL, FAMILY);
+        let peak_restart = restarted.memory().peak;
+        restarted.stop();
+
+        let other = self.kube_proxy(&cluster, size, progress);
+        let first = firsts.median();
+        let row = table.row("first program", size, "nftlet", Seconds(first));
+        row.and("kube-proxy's shape", other.clone());
+        let mut note = |what: &str, value| {
+            table.row(what, size, "nftlet", value);
+        };
+        note(
+            "first program, of it transactions",
+            Seconds(transactions.median()),
+        );
+        note("process start to rules in place", Seconds(starts.median()));
+        note("process start, processor time", Seconds(processor.median()));
+        note("sent by the server, start", Bytes(sent as f64));
+        note("requests, start", Number(requests as f64));
+        note(
+            "lists read again, start",
+            Number((all - lists.len()) as f64),
+        );
+        note(
+            "processor ticks in 10 s without change",
+            Number(idle as f64),
+        );
+        note("memory after settling", Bytes(memory.resident as f64));
+        note("memory, peak", Bytes(memory.peak as f64));
+        note("`flush ruleset` healed", Seconds(healed.median()));
+        if size.services > SMALL {
+            let over = healed.median() / first;
+            note("`flush ruleset` healed over first program", Ratio(over));
+        }
+        note(
+            "process start, rules in place already",
+            Seconds(restart.as_secs_f64()),
+        );
+        note(
+            "rules in place already, of it the comparison",
+            Seconds(comparison),
+        );
+        note(
+            "memory, peak, rules in place already",
+            Bytes(peak_restart as f64),
+        );
+        if let Some(smaller) = compared.filter(|_| size.endpoints == COMPARED.endpoints) {
+            let what = "first program over that of 10,000 x 10";
+            note(what, Ratio(first / smaller));
+        }
+        if let Seconds(other) = other {
+            note(
+                "first program over kube-proxy's shape",
+                Ratio(first / other),
+            );
+        }
+        first
+    }
+
+    /// Loads the same services in kube-proxy's shape.
+    fn kube_proxy(&self, cluster: &Cluster, size: Size, progress: impl Fn(&str)) -> Value {
+        if size.services > self.kube_proxy_up_to {
+            return Text("not tried".to_owned());
+        }
+        let limit = kube_proxy::PATIENCE.as_secs();
+        progress(&format!("kube-proxy's shape, {limit} s at most"));
+        let took = kube_proxy::load(&Namespace::new("kube-proxy"), &kube_proxy::table(cluster));
+        took.map_or_else(
+            || Text(format!("> {limit} s")),
+            |took| Seconds(took.as_secs_f64()),
+        )
+    }
+}
+
+/// Empties the ruleset, as the reload of a firewall does, and returns the seconds from then until
+/// nftlet reports its rules to be in force again.
+fn heal(process: &Process, server: &Server) -> f64 {
+    let seen = || {
+        let metrics = process.metrics();
+        (metrics.histogram(FULL, FAMILY).1, metrics.get(HEALED))
+    };
+    let before = seen();
+    let mut flush = Command::new("nft");
+    let status = server
+        .namespace()
+        .run(|| flush.args(["flush", "ruleset"]).status());
+    let started = Instant::now();
+    assert!(
+        status.is_ok_and(|status| status.success()),
+        "nft flushes the ruleset"
+    );
+    loop {
+        let took = started.elapsed();
+        let now = seen();
+        if now.0 > before.0 && now.1 > before.1 {
+            return took.as_secs_f64();
+        }
+        std::thread::sleep(ASK);
+    }
+}

@@ -1,0 +1,159 @@
+//! Network policies: first rules, memory, and changes of pods and policies, by nftlet's clock and
+//! from the server, as in the scene `changes`.
+//!
+//! A remote pod is one of another node that a policy for pods of this node allows. Memory is what is
+//! resident beyond that of the same services without policies.
+
+use std::time::Duration;
+
+use super::changes::Times;
+use super::first::SETTLE;
+use crate::Context;
+use crate::cluster::{Cluster, Put, Size, grouped};
+use crate::fake_api::PODS;
+use crate::netns::Namespace;
+use crate::pods::{Pod, Pods};
+use crate::process::Process;
+use crate::report::Value::{Bytes, Seconds};
+use crate::report::{Report, Table};
+use crate::server::{Server, Watched};
+
+const POLICY: &str = "nftlet_policy_sync_duration_seconds";
+const ASK: Duration = Duration::from_millis(20);
+
+#[derive(Debug, clap::Args)]
+pub struct Arguments {
+    /// Numbers of pods, with commas between.
+    #[arg(long, value_delimiter = ',', default_value = "10000,100000",
+        value_parser = clap::value_parser!(u32).range(1_000..=1_000_000))]
+    pods: Vec<u32>,
+    /// Policies.
+    #[arg(long, default_value = "1000", value_parser = clap::value_parser!(u32).range(10..))]
+    policies: u32,
+    /// The services that are there as well: services x endpoints of each.
+    #[arg(long, default_value = "10000x10")]
+    size: Size,
+    /// Single changes of each kind.
+    #[arg(long, default_value = "300", value_parser = clap::value_parser!(u32).range(1..))]
+    changes: u32,
+}
+
+impl Arguments {
+    /// Measures.
+    pub fn run(&self, context: &Context) -> Report {
+        let mut report = Report::new("policies");
+        report.parameter("policies", self.policies);
+        report.parameter("services", self.size);
+        report.parameter("changes", self.changes);
+        context.progress("start without policies");
+        let cluster = Cluster::new(self.size);
+        let server = Server::new(Namespace::new("node"), &context.nftlet);
+        server.put(cluster.objects());
+        let process = server.start().0;
+        std::thread::sleep(SETTLE);
+        let without = process.memory().resident as f64;
+        process.stop();
+        drop(server);
+        let mut whole = Table::new("Network policies: first rules", "pods");
+        let mut single = Table::new("Network policies: changes", "pods");
+        for pods in &self.pods {
+            let pods = Pods::new(*pods as usize, self.policies as usize);
+            self.measure(&cluster, pods, without, context, [&mut whole, &mut single]);
+        }
+        report.table(whole);
+        report.table(single);
+        report
+    }
+
+    fn measure(
+        &self,
+        cluster: &Cluster,
+        pods: Pods,
+        without: f64,
+        context: &Context,
+        [whole, single]: [&mut Table; 2],
+    ) {
+        let of = format!("{} pods", grouped(pods.pods as f64));
+        let progress = |step: &str| context.progress(format_args!("{of}  {step}"));
+        let server = Server::new(Namespace::new("node"), &context.nftlet);
+        server.put(cluster.objects().chain(pods.objects()));
+        progress("start");
+        let (process, _) = server.start();
+        let first = policies_in_force(&process, &server);
+        std::thread::sleep(SETTLE);
+        let memory = process.memory().resident as f64 - without;
+        process.stop();
+        progress("start with rules in place");
+        let (process, _) = server.start();
+        let again = policies_in_force(&process, &server);
+        let mut note = |what: &str, value| {
+            whole.row(what, &of, "nftlet", value);
+        };
+        note("first program", Seconds(first));
+        note("restart, nothing changed", Seconds(again));
+        note("memory of policies and pods", Bytes(memory));
+
+        let watched = Watched::new(process, &server);
+        let delete = |object: &Put| {
+            let object = std::slice::from_ref(object);
+            watched.change(1, |server| server.delete(object))
+        };
+        let [
+            mut added,
+            mut relabelled,
+            mut removed,
+            mut local,
+            mut local_removed,
+        ] = [(); 5].map(|()| Times::default());
+        progress("remote pods");
+        for number in 0..self.changes as usize {
+            let pod = pods.later(number);
+            added.push(watched.put(pods.object(&pod)));
+            let application = pods.later(number + 1).application;
+            let other = pods.object(&Pod { application, ..pod });
+            relabelled.push(watched.put(other.clone()));
+            removed.push(delete(&other));
+        }
+        progress("local pods");
+        for number in 0..self.changes as usize {
+            let pod = pods.object(&Pod {
+                local: true,
+                ..pods.later(number)
+            });
+            local.push(watched.put(pod.clone()));
+            local_removed.push(delete(&pod));
+        }
+        progress("policies");
+        let (mut policy, mut policy_removed) = (Times::default(), Times::default());
+        for number in 0..self.changes as usize {
+            let another = pods.another_policy(number % (pods.policies / 2));
+            policy.push(watched.put(another.clone()));
+            policy_removed.push(delete(&another));
+        }
+        watched.process.stop();
+        for (what, times) in [
+            ("remote pod added", added),
+            ("remote pod relabelled", relabelled),
+            ("remote pod removed", removed),
+            ("local pod added", local),
+            ("local pod removed", local_removed),
+            ("policy added", policy),
+            ("policy removed", policy_removed),
+        ] {
+            times.note(what, &of, single);
+        }
+    }
+}
+
+/// Waits until policies are in force; returns the seconds that the first comparison with the
+/// kernel took.
+pub fn policies_in_force(process: &Process, server: &Server) -> f64 {
+    server.runtime.block_on(server.api.until_watched(PODS, 1));
+    loop {
+        let (sum, count) = process.metrics().histogram(POLICY, "");
+        if count > 0 {
+            return sum / count as f64;
+        }
+        std::thread::sleep(ASK);
+    }
+}
