@@ -336,7 +336,10 @@ fn the_source_obeys() {
             report.push_str(&format!("src/{}:{breach}\n", path.display()));
         }
     }
-    assert!(report.is_empty(), "rules of the source are broken:\n{report}");
+    assert!(
+        report.is_empty(),
+        "rules of the source are broken:\n{report}"
+    );
 }
 
 /// What the rules say about one line in a file.
