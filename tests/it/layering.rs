@@ -1,4 +1,4 @@
-//! The house rules of the source tree: which module may use which, and where `unsafe` may be.
+//! Layering: which module of the source may use which, and where `unsafe` may be.
 //!
 //! Data flows one way (see the crate's documentation), so each top-level module lists here what
 //! it may import. A module that is not in the table fails the test: add it with its neighbours.
@@ -8,7 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Each top-level module of the library with the modules of the library it may use.
-const HOUSE: &[(&str, &[&str])] = &[
+const LAYERS: &[(&str, &[&str])] = &[
     ("source", &["model", "logging"]),
     ("model", &[]),
     ("engine", &["model", "ruleset"]),
@@ -271,7 +271,7 @@ fn breaches(path: &Path, source: &str) -> Vec<Breach> {
     let mut broken = Vec::new();
     let mut report = |line, what: String| broken.push(Breach { line, what });
 
-    let Some((_, allowed)) = HOUSE.iter().find(|(module, _)| *module == own) else {
+    let Some((_, allowed)) = LAYERS.iter().find(|(module, _)| *module == own) else {
         report(1, format!("the module `{own}` is not in the table"));
         return broken;
     };
@@ -281,7 +281,7 @@ fn breaches(path: &Path, source: &str) -> Vec<Breach> {
     let depth = parts.len() - usize::from(is_folder || is_root);
     for import in imports(&tokens, depth) {
         let to = import.text;
-        let known = HOUSE.iter().any(|(module, _)| *module == to);
+        let known = LAYERS.iter().any(|(module, _)| *module == to);
         if to == "*" || to == "self" {
             report(import.line, format!("`{own}` imports the root as a whole"));
         } else if known && to != own && !allowed.contains(&to) {
@@ -319,7 +319,7 @@ fn files(folder: &Path, found: &mut Vec<PathBuf>) {
 }
 
 #[test]
-fn the_house_is_in_order() {
+fn the_source_obeys() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut sources = Vec::new();
     files(&root, &mut sources);
@@ -333,7 +333,10 @@ fn the_house_is_in_order() {
             report.push_str(&format!("src/{}:{breach}\n", path.display()));
         }
     }
-    assert!(report.is_empty(), "house rules are broken:\n{report}");
+    assert!(
+        report.is_empty(),
+        "rules of the source are broken:\n{report}"
+    );
 }
 
 /// What the rules say about one line in a file.

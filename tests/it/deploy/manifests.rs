@@ -1,6 +1,4 @@
-//! The manifests, as they are installed: every combination builds into objects that the API knows
-//! and that fit together, the binary runs with the command line and the powers of its container,
-//! and its rights are exactly the requests that it makes.
+//! Every combination of the manifests builds into objects that the API knows and that fit together.
 
 use std::collections::BTreeSet;
 use std::fs;

@@ -1,4 +1,5 @@
-//! Network policies, by their packets and their rules, and the judges of both.
+//! Network policies, by their packets and their rules, and the judges of both. Pods hang on routed
+//! links, one each, except in `bridge`.
 
 mod bridge;
 mod cut;

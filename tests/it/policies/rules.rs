@@ -1,6 +1,5 @@
-//! Network policies with real packets, one property of the API after the other, over the changes
-//! that clusters go through. Pods hang on routed links, one each; `network_policy_bridge.rs` has
-//! them on a bridge.
+//! Packets beside the allowed and the denied ones: errors about packets, neighbour discovery, counters,
+//! and policies with a fault.
 
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr};

@@ -1,5 +1,5 @@
-//! An API server as a source of objects: connections that break, history that is lost, refusals,
-//! and objects that cannot be decoded. Nothing of it stops the source or loses anything.
+//! An API server as a source of objects: refusals, and answers that cannot be decoded or are about
+//! something else. None of it stops the source or loses an object.
 
 use std::time::Duration;
 

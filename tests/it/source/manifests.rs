@@ -1,4 +1,4 @@
-//! Manifest files as a source: what is read at the start, and what live changes lead to.
+//! Manifest files as a source: what is read at the start, and faults with their places.
 
 use std::fs;
 use std::path::{Path, PathBuf};
