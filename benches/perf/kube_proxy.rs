@@ -14,7 +14,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::cluster::{Cluster, NODE_IP, POD_CIDRS, SERVICE_CIDRS, TARGET_PORT};
-use crate::netns::Namespace;
+use nftlet_lab::netns::Namespace;
 
 const TABLE: &str = "ip kube-proxy";
 /// How long all services may take. The time grows with the square of their number.

@@ -13,12 +13,8 @@
 mod budgets;
 mod cluster;
 mod facts;
-#[path = "../../tests/common/fake_api.rs"]
-mod fake_api;
 mod kube_proxy;
 mod machine;
-#[path = "../../tests/common/netns/mod.rs"]
-mod netns;
 mod pods;
 mod process;
 mod report;

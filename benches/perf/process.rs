@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, SysconfVar, sysconf};
 
-use crate::netns::Namespace;
+use nftlet_lab::netns::Namespace;
 
 /// What nftlet writes when its first rules are in force.
 const IN_PLACE: &str = "the rules are in place";

@@ -19,12 +19,12 @@ use tempfile::TempDir;
 use tokio::runtime::Runtime;
 
 use crate::cluster::{NODE, POD_CIDRS, Put};
-use crate::fake_api::{
-    CIDRS, FakeApi, NAMESPACES, NODES, PODS, POLICIES, Recorded, SERVICES, SLICES,
-};
-use crate::netns::Namespace;
 use crate::process::Process;
 use crate::subject::News;
+use nftlet_lab::fake_api::{
+    CIDRS, FakeApi, NAMESPACES, NODES, PODS, POLICIES, Recorded, SERVICES, SLICES,
+};
+use nftlet_lab::netns::Namespace;
 
 /// How long nothing may be heard after a single change, and after many, until it is over.
 const QUIET: Duration = Duration::from_millis(1);

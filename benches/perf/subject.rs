@@ -17,7 +17,7 @@ use nftlet::ruleset::{
 
 use crate::cluster::Put;
 use crate::facts::ruleset;
-use crate::netns::Namespace;
+use nftlet_lab::netns::Namespace;
 
 pub use nftlet::ruleset::{Family, Ruleset, Transaction};
 

@@ -9,12 +9,12 @@ use super::SIZES;
 use crate::Context;
 use crate::cluster::{Cluster, Random, Size};
 use crate::kube_proxy;
-use crate::netns::Namespace;
 use crate::process::tick;
 use crate::report::Value::{Bytes, Number, Seconds};
 use crate::report::{Report, Row, Table, Value};
 use crate::samples::Samples;
 use crate::server::{QUIET_AT_ONCE, Server, Took, Watched};
+use nftlet_lab::netns::Namespace;
 
 /// The changes whose processor time is counted together.
 const COUNTED: usize = 1_000;

@@ -10,11 +10,11 @@ use std::time::Duration;
 
 use crate::Context;
 use crate::cluster::{Cluster, Size, TARGET_PORT, above, grouped};
-use crate::netns::Namespace;
 use crate::report::Value::{Number, Seconds};
 use crate::report::{Report, Table};
 use crate::samples::Samples;
 use crate::server::{Server, Watched};
+use nftlet_lab::netns::Namespace;
 
 const SIZE: Size = Size {
     services: 1_000,

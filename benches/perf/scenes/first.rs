@@ -13,12 +13,12 @@ use super::SIZES;
 use crate::Context;
 use crate::cluster::{Cluster, Size};
 use crate::kube_proxy;
-use crate::netns::Namespace;
 use crate::process::{Process, tick};
 use crate::report::Value::{Bytes, Number, Ratio, Seconds, Text};
 use crate::report::{Report, Table, Value};
 use crate::samples::Samples;
 use crate::server::Server;
+use nftlet_lab::netns::Namespace;
 
 /// How long a process is left alone before its memory is read, and then before its idleness is.
 pub const SETTLE: Duration = Duration::from_secs(2);

@@ -24,11 +24,11 @@ use std::time::{Duration, Instant};
 use crate::Context;
 use crate::cluster::{Cluster, Size};
 use crate::facts::ruleset;
-use crate::netns::Namespace;
 use crate::report::Value::Seconds;
 use crate::report::{Report, Table};
 use crate::samples::Samples;
 use crate::subject::{self, Ruleset, Writer};
+use nftlet_lab::netns::Namespace;
 
 /// How long the probes go on while nothing else is written.
 const UNDISTURBED: Duration = Duration::from_secs(1);

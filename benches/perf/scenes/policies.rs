@@ -10,13 +10,13 @@ use super::changes::Times;
 use super::first::SETTLE;
 use crate::Context;
 use crate::cluster::{Cluster, Put, Size, grouped};
-use crate::fake_api::PODS;
-use crate::netns::Namespace;
 use crate::pods::{Pod, Pods};
 use crate::process::Process;
 use crate::report::Value::{Bytes, Seconds};
 use crate::report::{Report, Table};
 use crate::server::{Server, Watched};
+use nftlet_lab::fake_api::PODS;
+use nftlet_lab::netns::Namespace;
 
 const POLICY: &str = "nftlet_policy_sync_duration_seconds";
 const ASK: Duration = Duration::from_millis(20);

@@ -8,11 +8,11 @@ use std::time::Instant;
 
 use crate::Context;
 use crate::cluster::grouped;
-use crate::netns::Namespace;
 use crate::report::Value::{Ratio, Seconds};
 use crate::report::{Report, Table};
 use crate::samples::Samples;
 use crate::subject::{Ranges, Writer};
+use nftlet_lab::netns::Namespace;
 
 const CASES: [(Ranges, &str, u32); 3] = [
     (Ranges::Sources, "source ranges", 10_000),

@@ -30,7 +30,6 @@ use nftlet::model::Kind;
 
 use crate::Context;
 use crate::cluster::{Put, Size, grouped};
-use crate::fake_api::{CIDRS, NODES, SERVICES, SLICES};
 use crate::process::{Metrics, Process, tick};
 use crate::report::Value::{Bytes, Number, Ratio, Seconds};
 use crate::report::{Report, Table, Value};
@@ -39,6 +38,7 @@ use crate::server::{LATENCY, Server};
 use crate::subject;
 use changes::{Changes, Sent};
 use live::Live;
+use nftlet_lab::fake_api::{CIDRS, NODES, SERVICES, SLICES};
 use traffic::{Lab, Tally, Traffic};
 
 const WINDOWS: u32 = 20;

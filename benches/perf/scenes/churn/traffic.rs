@@ -24,8 +24,8 @@ use std::time::{Duration, Instant};
 
 use super::live::{self, Live};
 use crate::cluster::{Cluster, NODE_IP, Random, SERVICE_CIDRS, TARGET_PORT};
-use crate::netns::{Ask, Namespace, Protocol, Server as Answering};
 use crate::samples::Samples;
+use nftlet_lab::netns::{Ask, Namespace, Protocol, Server as Answering};
 
 /// The addresses of live endpoints.
 const LIVE: &str = "10.200.0.0/16";

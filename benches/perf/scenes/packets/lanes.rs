@@ -20,10 +20,10 @@ use serde_json::json;
 use super::traffic;
 use crate::cluster::{Cluster, NODE_IP, Random, TARGET_PORT, grouped};
 use crate::kube_proxy;
-use crate::netns::Namespace;
 use crate::pods::{self, Pod, Pods};
 use crate::scenes::policies::policies_in_force;
 use crate::server::Server;
+use nftlet_lab::netns::Namespace;
 
 /// The addresses of the client and of its node, both inside of the workload's pod network.
 const CLIENT: &str = "10.192.0.2";

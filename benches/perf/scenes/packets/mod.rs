@@ -14,11 +14,11 @@ use std::time::Duration;
 
 use crate::Context;
 use crate::cluster::{Cluster, Random, Size};
-use crate::netns::Namespace;
 use crate::report::Value::{BytesPerSecond, Ratio, Seconds, Text};
 use crate::report::{Report, Table, Value};
 use crate::samples::Samples;
 use lanes::{Lane, Rules};
+use nftlet_lab::netns::Namespace;
 use traffic::{Connection, Echo, connect};
 
 /// Busy services: few enough for the processor's caches to hold what their connections read.
