@@ -37,15 +37,15 @@ use criterion::measurement::WallTime;
 use criterion::{
     BatchSize, BenchmarkGroup, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main,
 };
-use nftlet::compile;
 use nftlet::engine::{BUDGET, Engine as _};
-use nftlet::metrics::Metrics;
 use nftlet::model::{Delivery, Event, Kind, Notice, ObjectName};
 use nftlet::netlink::{Applied, Error, encode};
-use nftlet::policy::{self, Engine};
-use nftlet::reconcile::{Kernel, Outcome, Reconciler, Reporter};
-use nftlet::ruleset::{Element, Ruleset, TableId, Transaction, diff, text};
+use nftlet::nft::{Element, Ruleset, TableId, Transaction, diff, text};
+use nftlet::policies::{self, Engine};
+use nftlet::serve::metrics::Metrics;
+use nftlet::services;
 use nftlet::source::{Decoder, Manifests};
+use nftlet::sync::{Kernel, Outcome, Reconciler, Reporter};
 use serde::Deserialize;
 use serde_json::json;
 use serde_json::value::RawValue;
@@ -86,7 +86,7 @@ fn compile(criterion: &mut Criterion) {
             })
             .collect();
         let plan = |name, previous: Option<_>| {
-            let plan = compile::plan(&before, name, &settings, previous);
+            let plan = services::plan(&before, name, &settings, previous);
             plan.expect("a service of an ordinary size")
         };
         group.throughput(Throughput::Elements(size as u64));
@@ -102,7 +102,7 @@ fn compile(criterion: &mut Criterion) {
         let after = store(events(cluster.objects()));
         group.throughput(Throughput::Elements(1));
         group.bench_function(BenchmarkId::new("one", size), |bencher| {
-            bencher.iter(|| compile::plan(&after, changed, &settings, previous.as_ref()));
+            bencher.iter(|| services::plan(&after, changed, &settings, previous.as_ref()));
         });
     }
 }
@@ -296,9 +296,9 @@ fn selectors(criterion: &mut Criterion) {
     group.sample_size(50);
     for policies in SIZES {
         let pods = Pods::new(PODS, policies);
-        let mut engine = Engine::new(policy::Settings {
+        let mut engine = Engine::new(policies::Settings {
             node: NODE.into(),
-            ..policy::Settings::default()
+            ..policies::Settings::default()
         });
         let events = events(pods.objects()).into_iter();
         events.for_each(|event| engine.apply(&event));

@@ -42,28 +42,29 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use self::pages::Pages;
 use self::serve::Io;
-use crate::compile::{self, DetectLocal, MasqueradeBit, NodePortAddresses};
 use crate::engine::Engine as _;
 use crate::events;
-use crate::health::{self, Checks, Health, Quota};
+use crate::followers::affinity::Forgetter;
+use crate::followers::conntrack::{self, Cleaner, KernelFlows};
+use crate::followers::health_checks::HealthChecks;
 use crate::host::{addresses, routes};
 use crate::logging::Lines;
-use crate::metrics::Metrics;
-use crate::model::{Event, Kind, Node, Notice, Object, Reason, Store, Subject};
+use crate::model::{Event, Kind, Node, Notice, Object, Reason, Subject};
 use crate::netlink::{self, Nftables};
-use crate::policy::{self, Engine};
-use crate::reconcile::affinity::Forgetter;
-use crate::reconcile::conntrack::{self, Cleaner, KernelFlows};
-use crate::reconcile::health_checks::HealthChecks;
-use crate::reconcile::{
-    self, Audits, Exit, Followers, Log, LogAndSend, Reconciler, Reporter as _, Signals,
-};
-use crate::ruleset::Ruleset;
+use crate::nft::Ruleset;
+use crate::policies::{self, Engine};
+use crate::serve::health::{self, Checks, Health, Quota};
+use crate::serve::metrics::Metrics;
+use crate::services::Store;
+use crate::services::{self, DetectLocal, MasqueradeBit, NodePortAddresses};
 use crate::settings::file;
 use crate::settings::{self, Cleanup, CommandLine, LogFormat, Settings};
 use crate::source::cluster::Error as ClusterError;
 use crate::source::manifests::Error as ManifestsError;
 use crate::source::{Cluster, Manifests};
+use crate::sync::{
+    self, Audits, Exit, Followers, Log, LogAndSend, Reconciler, Reporter as _, Signals,
+};
 
 /// The oldest kernel nftlet works on, as kube-proxy's nftables mode.
 const OLDEST_KERNEL: (u32, u32) = (5, 13);
@@ -266,7 +267,7 @@ fn run(mut line: CommandLine, log: &Lines) -> Result<(), Error> {
     let reporter = LogAndSend::new(sender);
     let (freed, bell) = std::sync::mpsc::channel();
     // Before anything that asks over the network.
-    if let Err(error) = reconcile::remove_foreign_hooks(&mut nftables, &metrics, &reporter) {
+    if let Err(error) = sync::remove_foreign_hooks(&mut nftables, &metrics, &reporter) {
         reporter.failed(&error);
     }
     let io = Io {
@@ -313,7 +314,7 @@ fn run(mut line: CommandLine, log: &Lines) -> Result<(), Error> {
         let (told, begin) = oneshot::channel();
         ready.push(told);
         monitor::start(&mut nftables, begin, foreign.clone())?;
-        let audited = Audits::start(Nftables::open()?, reconcile::AUDIT_EVERY);
+        let audited = Audits::start(Nftables::open()?, sync::AUDIT_EVERY);
         audits = Some(audited.map_err(system("the thread that compares rules"))?);
     }
     if !args.once && !args.keep_kube_proxy {
@@ -324,8 +325,7 @@ fn run(mut line: CommandLine, log: &Lines) -> Result<(), Error> {
     let mut reconciler = Reconciler::new(nftables, settings, &metrics, &reporter)
         .with_fallback_node(stand_in(&stand_in_name))
         .with_policies(policies(args, &stand_in_name, observers.log_group))
-        .with_followers(followers)
-        .with_log_fields(args.log_format == LogFormat::Json);
+        .with_followers(followers);
     if let Some(stats) = stats {
         reconciler = reconciler.with_source_stats(stats);
     }
@@ -337,8 +337,7 @@ fn run(mut line: CommandLine, log: &Lines) -> Result<(), Error> {
         ready,
         questions: observers.questions,
     };
-    let exit =
-        single_threaded()?.block_on(reconcile::run(&mut reconciler, received, signals, &health));
+    let exit = single_threaded()?.block_on(sync::run(&mut reconciler, received, signals, &health));
     if let Some(mut forgetter) = forgetter {
         forgetter.work(|transaction, version| reconciler.remove(transaction, version));
     }
@@ -418,8 +417,8 @@ fn start_logging(args: &Settings, log: &Lines) {
     };
 }
 
-fn settings(args: &Settings) -> Result<compile::Settings, Error> {
-    Ok(compile::Settings {
+fn settings(args: &Settings) -> Result<services::Settings, Error> {
+    Ok(services::Settings {
         detect_local: match args.detect_local()? {
             settings::DetectLocal::ClusterCidr(ranges) => DetectLocal::ClusterCidr(ranges),
             settings::DetectLocal::NodeCidr => DetectLocal::NodeCidr,
@@ -454,7 +453,7 @@ fn print(write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<(), Err
 
 /// Compiles the policies, or keeps their tables away.
 fn policies(args: &Settings, node_name: &str, log_group: Option<u16>) -> Engine {
-    let settings = policy::Settings {
+    let settings = policies::Settings {
         node: node_name.into(),
         strict: args.network_policy_strict,
         log_group,

@@ -12,7 +12,7 @@
 use std::time::Instant;
 
 use crate::model::{Event, Kind, Notice, ObjectRef};
-use crate::ruleset::{ObjectPath, Ruleset, Transaction};
+use crate::nft::{ObjectPath, Ruleset, Transaction};
 
 /// About how many elements a transaction deletes and adds, where it can be chosen. The kernel lets no
 /// other transaction in meanwhile, and no event is handled.

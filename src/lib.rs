@@ -22,17 +22,17 @@
 
 pub mod app;
 pub mod cleanup;
-pub mod compile;
 pub mod engine;
 pub mod events;
-pub mod health;
+pub mod followers;
 pub mod host;
 pub mod logging;
-pub mod metrics;
 pub mod model;
 pub mod netlink;
-pub mod policy;
-pub mod reconcile;
-pub mod ruleset;
+pub mod nft;
+pub mod policies;
+pub mod serve;
+pub mod services;
 pub mod settings;
 pub mod source;
+pub mod sync;

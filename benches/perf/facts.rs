@@ -1,8 +1,9 @@
 //! The facts and the rules that nftlet's library makes of objects.
 
-use nftlet::compile::{self, DetectLocal, Settings};
-use nftlet::model::{Changes, Event, Kind, Store};
-use nftlet::ruleset::Ruleset;
+use nftlet::model::{Event, Kind};
+use nftlet::nft::Ruleset;
+use nftlet::services::{self, DetectLocal, Settings};
+use nftlet::services::{Changes, Store};
 use nftlet::source::Decoder;
 
 use crate::cluster::{POD_CIDRS, Put};
@@ -53,5 +54,5 @@ pub fn ruleset(objects: impl IntoIterator<Item = Put>) -> Ruleset {
 
 /// Returns the rules for services that facts ask for, compiled from scratch.
 pub fn wanted(store: &Store) -> Ruleset {
-    compile::wanted(store, &settings()).0
+    services::wanted(store, &settings()).0
 }

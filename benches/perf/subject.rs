@@ -8,18 +8,18 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nftlet::compile::{ServiceSet, TABLE};
 use nftlet::netlink::{Monitor, Nftables};
-use nftlet::policy;
-use nftlet::ruleset::{
+use nftlet::nft::{
     Declaration, Element, Key, Name, Op, Selector, Set, SetKind, Table, TableId, Value, diff,
 };
+use nftlet::policies;
+use nftlet::services::{ServiceSet, TABLE};
 
 use crate::cluster::Put;
 use crate::facts::ruleset;
 use nftlet_lab::netns::Namespace;
 
-pub use nftlet::ruleset::{Family, Ruleset, Transaction};
+pub use nftlet::nft::{Family, Ruleset, Transaction};
 
 /// Far beyond every budget.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -158,7 +158,7 @@ impl News {
             namespace.enter();
             // The socket whose own changes are left out; it makes none.
             let own = Nftables::open().unwrap_or_else(|error| panic!("{error}"));
-            let mut monitor = Monitor::new(&[TABLE, policy::TABLE], &own);
+            let mut monitor = Monitor::new(&[TABLE, policies::TABLE], &own);
             monitor.listen().unwrap_or_else(|error| panic!("{error}"));
             let _ = ready.send(());
             // Lost notifications mean a change just now, too.

@@ -8,12 +8,12 @@ use tokio::sync::watch;
 
 use super::Error;
 use super::drops::Total;
-use crate::compile::{Clients, MOST_CLIENTS, Sticky, table_id};
-use crate::metrics::{Metrics, NotRemembered};
 use crate::model::{Family, Kind, Notice, ObjectName, ObjectRef, Reason, Subject};
 use crate::netlink::{self, Nftables};
-use crate::reconcile::{LogAndSend, Reporter};
-use crate::ruleset::Key;
+use crate::nft::Key;
+use crate::serve::metrics::{Metrics, NotRemembered};
+use crate::services::{Clients, MOST_CLIENTS, Sticky, table_id};
+use crate::sync::{LogAndSend, Reporter};
 
 /// How often the counters are looked at where nobody asks for the metrics.
 pub(super) const LOOK_EVERY: Duration = Duration::from_secs(60);

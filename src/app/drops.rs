@@ -6,11 +6,11 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::hash::Hash;
 
-use crate::metrics::PolicyDrops;
 use crate::model::{Family, ObjectName};
 use crate::netlink::{Error, Nftables};
-use crate::policy::{self, Direction, Isolated};
-use crate::ruleset::Key;
+use crate::nft::Key;
+use crate::policies::{self, Direction, Isolated};
+use crate::serve::metrics::PolicyDrops;
 
 /// What one look at the counters found.
 #[derive(Debug, Default)]
@@ -34,7 +34,7 @@ pub(super) fn read(nftables: &mut Nftables, isolated: &Isolated) -> Result<Readi
     reading.pods = isolated.iter().filter_map(|(_, pod)| pod.clone()).collect();
     for family in Family::ALL {
         for direction in Direction::ALL {
-            let table = policy::table_id(family);
+            let table = policies::table_id(family);
             let counters = nftables.counters(&table, direction.denied().as_str())?;
             let known = counters.into_iter().filter_map(|(key, packets, _)| {
                 let pod = (*pods.get(&key)?).clone();

@@ -7,22 +7,23 @@ use tokio::sync::{mpsc, watch};
 use super::{
     Error, QUEUE, connect, load, manifests, policies, print, single_threaded, stand_in, summary,
 };
-use crate::compile;
 use crate::engine::{BUDGET, Engine as _};
-use crate::model::{Changes, ServiceKind, Store};
-use crate::policy::{self, Engine};
-use crate::reconcile::{Log, Reporter};
-use crate::ruleset::{Ruleset, text};
+use crate::model::ServiceKind;
+use crate::nft::{Ruleset, text};
+use crate::policies::{Engine, LOG_GROUP};
+use crate::services;
+use crate::services::{Changes, Store};
 use crate::settings::Settings;
+use crate::sync::{Log, Reporter};
 
 /// Prints the rules for the objects as they are now.
 pub(super) fn run(
     args: &Settings,
     node_name: &str,
-    settings: &compile::Settings,
+    settings: &services::Settings,
 ) -> Result<(), Error> {
     let (store, mut policies) = single_threaded()?.block_on(collect(args, node_name, settings))?;
-    let (mut wanted, notices) = compile::wanted(&store, settings);
+    let (mut wanted, notices) = services::wanted(&store, settings);
     for notice in &notices {
         Log.notice(notice);
     }
@@ -35,10 +36,10 @@ pub(super) fn run(
 async fn collect(
     args: &Settings,
     node_name: &str,
-    settings: &compile::Settings,
+    settings: &services::Settings,
 ) -> Result<(Store, Engine), Error> {
     let mut store = settings.store(Store::with_stand_in(stand_in(node_name)));
-    let log_group = args.log_denied.then_some(policy::LOG_GROUP);
+    let log_group = args.log_denied.then_some(LOG_GROUP);
     let mut policies = policies(args, node_name, log_group);
     let mut changes = Changes::default();
     if let Some(mut manifests) = manifests(args, node_name) {

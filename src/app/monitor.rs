@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Notify, oneshot};
 
 use super::{Error, system};
-use crate::compile;
 use crate::netlink::{self, Heard, Monitor, Nftables};
-use crate::policy;
+use crate::policies;
+use crate::services;
 
 /// The pause before the second attempt to listen; each further one is twice as long.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
@@ -25,7 +25,7 @@ pub(super) fn start(
     begin: oneshot::Receiver<()>,
     foreign: Arc<Notify>,
 ) -> Result<(), Error> {
-    let mut monitor = Monitor::new(&[compile::TABLE, policy::TABLE], own);
+    let mut monitor = Monitor::new(&[services::TABLE, policies::TABLE], own);
     own.write_unheard_by(monitor.absence());
     let listen = move || {
         if begin.blocking_recv().is_ok() {

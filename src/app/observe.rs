@@ -11,17 +11,18 @@ use tokio::time::{MissedTickBehavior, interval};
 
 use super::drops::{self, Totals};
 use super::{Error, clients, system};
+use crate::followers::affinity::Forgetter;
+use crate::followers::connections::{self, Cutter};
+use crate::followers::denied;
 use crate::host::addresses;
 use crate::host::bridges::{News, Watch};
-use crate::metrics::Metrics;
 use crate::model::{Notice, Reason, Subject};
 use crate::netlink::{LogReader, Nftables};
-use crate::policy::Isolated;
-use crate::policy::LOG_GROUP;
-use crate::reconcile::affinity::Forgetter;
-use crate::reconcile::connections::{self, Cutter};
-use crate::reconcile::{Followers, LogAndSend, Question, Reporter, denied};
-use crate::settings::Settings;
+use crate::policies::Isolated;
+use crate::policies::LOG_GROUP;
+use crate::serve::metrics::Metrics;
+use crate::settings::{LogFormat, Settings};
+use crate::sync::{Followers, LogAndSend, Query, Reporter};
 
 /// Questions that may wait for the reconciler.
 const QUESTIONS: usize = 64;
@@ -31,7 +32,7 @@ const LOOK_EVERY: Duration = Duration::from_secs(60);
 /// What the reconciler and its loop need to know of those around.
 #[derive(Default)]
 pub(super) struct Observers {
-    pub(super) questions: Option<mpsc::Receiver<Question>>,
+    pub(super) questions: Option<mpsc::Receiver<Query>>,
     /// The group that denied packets are to be sent to.
     pub(super) log_group: Option<u16>,
 }
@@ -68,7 +69,8 @@ pub(super) fn start(
     };
     spawn("cuts", "the thread that cuts connections", cut)?;
     if let Some(reader) = reader {
-        let follow = move || denied::follow(reader, || LogReader::open(LOG_GROUP), &ask);
+        let fields = args.log_format == LogFormat::Json;
+        let follow = move || denied::follow(reader, || LogReader::open(LOG_GROUP), &ask, fields);
         spawn("denied", "the thread that logs denied packets", follow)?;
     }
     Ok(observers)
@@ -80,7 +82,7 @@ fn forget(
     metrics: &Arc<Metrics>,
     followers: &mut Followers,
     reporter: &LogAndSend,
-    ask: mpsc::Sender<Question>,
+    ask: mpsc::Sender<Query>,
 ) -> Result<(), Error> {
     let watch = clients::Watch::start(followers.sticky(), metrics, reporter.clone())?;
     let forgetter = Forgetter::new(Nftables::open, followers.services());

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-use crate::health::Router;
+use crate::serve::health::Router;
 use crate::settings::CommandLine;
 use crate::settings::file;
 

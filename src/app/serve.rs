@@ -11,15 +11,15 @@ use tokio::time::MissedTickBehavior;
 use super::pages::Pages;
 use super::{Error, connect, load, manifests, observe, single_threaded, system};
 use crate::events::Recorder;
-use crate::health::{self, CheckError, Checks, Health, Outage, Probe, Quota, Router};
 use crate::logging::Lines;
-use crate::metrics::Metrics;
 use crate::model::{Delivery, Event, Kind, Notice, ObjectName, ObjectRef, Reason, Subject};
-use crate::policy::Isolated;
-use crate::reconcile::{LogAndSend, Reporter};
+use crate::policies::Isolated;
+use crate::serve::health::{self, CheckError, Checks, Health, Outage, Probe, Quota, Router};
+use crate::serve::metrics::Metrics;
 use crate::settings::Settings;
 use crate::settings::file::{self, Ended, File};
 use crate::source::{ServerFault, SourceStats};
+use crate::sync::{LogAndSend, Reporter};
 
 /// How often reports without a line of their own are counted in the log.
 const COUNT_EVERY: Duration = Duration::from_secs(60);

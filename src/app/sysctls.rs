@@ -12,12 +12,12 @@ use tokio::sync::oneshot;
 
 use super::{Error, system};
 use crate::host::sysctls::{self, Unset};
-use crate::metrics::Metrics;
 use crate::model::{Notice, Reason, Subject};
 use crate::netlink::{Conntrack, FlowFilter};
-use crate::reconcile::{LogAndSend, Reporter};
-use crate::ruleset::Family;
+use crate::nft::Family;
+use crate::serve::metrics::Metrics;
 use crate::settings::Settings;
+use crate::sync::{LogAndSend, Reporter};
 
 /// The files with their values.
 type Wanted = Vec<(&'static str, u64)>;

@@ -8,7 +8,7 @@ use thiserror::Error;
 
 use super::iptables::Iptables;
 use crate::netlink;
-use crate::ruleset::TableId;
+use crate::nft::TableId;
 
 /// Why something stays that should have gone.
 #[derive(Debug, Error)]

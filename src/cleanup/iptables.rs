@@ -28,7 +28,7 @@ use super::owned::{self, IPTABLES_TABLES};
 use super::report::Report;
 use super::saved::{self, Removal};
 use crate::netlink::Nftables;
-use crate::ruleset::{Family, TableId};
+use crate::nft::{Family, TableId};
 
 /// Where programs of an administrator are, whatever the variable PATH says.
 const SBIN: [&str; 3] = ["/usr/local/sbin", "/usr/sbin", "/sbin"];

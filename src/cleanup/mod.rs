@@ -28,17 +28,17 @@ use std::time::{Duration, Instant};
 
 use rustix::thread::{MembarrierCommand, membarrier};
 
-use crate::compile;
 use crate::netlink::{self, Nftables};
-use crate::policy;
-use crate::ruleset::{Op, TableId, Transaction};
+use crate::nft::{Op, TableId, Transaction};
+use crate::policies;
+use crate::services;
 
 pub use error::Error;
 pub use iptables::{Iptables, Variant};
 pub use report::Report;
 
 /// Every table that nftlet has ever written, in either family.
-const OWN_TABLES: [&str; 2] = [compile::TABLE, policy::TABLE];
+const OWN_TABLES: [&str; 2] = [services::TABLE, policies::TABLE];
 /// How long an nftlet that still runs may take to put its tables back. It answers to the first
 /// change at once, and on a busy node takes some tenths of a second for a large table.
 const COME_BACK: Duration = Duration::from_secs(1);

@@ -2,10 +2,8 @@
 //!
 //! The types here hold what nftlet needs to know of the Kubernetes objects and nothing else: no
 //! client types, no serialisation, no I/O. A [source](crate::source) makes them and sends them
-//! as [`Event`]s; the [`Store`] keeps them, joins slices to services, settles which service
-//! owns a contested frontend, and tells for every event which services have to be compiled again.
+//! as [`Event`]s; an [engine](crate::engine) keeps them.
 
-mod claims;
 mod event;
 mod facts;
 mod kind;
@@ -13,10 +11,7 @@ mod lists;
 mod name;
 mod node_ports;
 mod policy;
-mod refusals;
-mod store;
 
-pub use claims::{Claim, ClaimChanges, Claims, Reserved};
 pub use event::{Delivery, Event, Notice, Object, ObjectRef, Reason, Subject};
 pub use facts::{
     Endpoint, EndpointSlice, Family, Hints, MOST_ELEMENTS, Node, Protocol, Service, ServiceCidr,
@@ -31,4 +26,3 @@ pub use policy::{
     Evidence, LabelSelector, Labels, NAMESPACE_NAME, NamedPort, Namespace, NetworkPolicy, Peer,
     Pod, PolicyPort, PolicyRule, PortMatch, Requirement, Sandbox,
 };
-pub use store::{Changes, EndpointOf, SlicesOf, Store};

@@ -17,7 +17,7 @@ use super::encode::family_number;
 use super::error::Error;
 use super::socket::{DUMP_ATTEMPTS, Dump, Message, Reading, Socket};
 use super::uapi;
-use crate::ruleset::Family;
+use crate::nft::Family;
 
 mod connections;
 

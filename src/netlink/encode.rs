@@ -10,7 +10,7 @@ use super::error::Error;
 use super::expr::{Program, verdict_code};
 use super::ffi::{self, Scratch, SetAttributes};
 use super::{uapi, udata};
-use crate::ruleset::{
+use crate::nft::{
     Declaration, Element, Family, FieldType, Name, ObjectPath, Op, Rule, Selector, SetKind, Stray,
     StrayKind, TableId, Transaction, Value,
 };
@@ -114,7 +114,7 @@ pub fn rule_message(
         ObjectPath::Rule(
             table.clone(),
             chain.clone(),
-            crate::ruleset::text::rule(rule, table.family),
+            crate::nft::text::rule(rule, table.family),
         )
     };
     let exprs =
@@ -481,7 +481,7 @@ fn type_number(selectors: &[Selector], family: Family) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ruleset::Key;
+    use crate::nft::Key;
 
     #[test]
     fn the_key_behind_an_interval() {

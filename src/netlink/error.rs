@@ -6,7 +6,7 @@ use std::io;
 use thiserror::Error;
 
 use super::conntrack::{Flow, Tracked};
-use crate::ruleset::{ObjectPath, TableId};
+use crate::nft::{ObjectPath, TableId};
 
 /// An error of the netlink layer.
 #[derive(Debug, Error)]

@@ -12,7 +12,7 @@ use std::net::IpAddr;
 use nftnl::nftnl_sys as sys;
 
 use super::uapi;
-use crate::ruleset::{
+use crate::nft::{
     Comparison, CtState, CtStatus, Family, FieldType, Name, Operand, RejectWith, Rule, Selector,
     Statement, Verdict,
 };

@@ -16,7 +16,7 @@ use nftnl::{Chain, ChainType, Hook, MsgType, NlMsg, Policy, ProtoFamily, Rule, T
 use super::attr::Writer;
 use super::expr::{Attribute, Expr};
 use super::uapi;
-use crate::ruleset::{BaseChain, ChainKind, Family, Hook as ChainHook};
+use crate::nft::{BaseChain, ChainKind, Family, Hook as ChainHook};
 
 /// Room for one message of libnftnl, which does not check the size of its buffer.
 pub struct Scratch(Vec<u64>);

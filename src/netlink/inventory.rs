@@ -9,7 +9,7 @@ use super::error::{Error, Owner};
 use super::nftables::Nftables;
 use super::read::{accepts, hooked, is_of, string_attribute};
 use super::uapi;
-use crate::ruleset::{BaseChain, Name, Stray, StrayKind, TableId};
+use crate::nft::{BaseChain, Name, Stray, StrayKind, TableId};
 
 /// A base chain in the kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -12,7 +12,7 @@ use super::error::Error;
 use super::nftables::Nftables;
 use super::read::element;
 use super::uapi;
-use crate::ruleset::{Declaration, Element, Name, TableId};
+use crate::nft::{Declaration, Element, Name, TableId};
 
 /// From that many elements on a dump takes longer.
 const LARGE: usize = 150_000;

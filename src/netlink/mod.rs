@@ -1,9 +1,9 @@
 //! nftables rulesets to and from the kernel.
 //!
 //! [`Nftables`] holds a netlink socket. [`Nftables::apply`] encodes a
-//! [`Transaction`](crate::ruleset::Transaction), hands it to the kernel in one `sendmsg`, and
+//! [`Transaction`](crate::nft::Transaction), hands it to the kernel in one `sendmsg`, and
 //! tells exactly which operation the kernel refused if it did. [`Nftables::read`] dumps tables
-//! back as a [`Ruleset`](crate::ruleset::Ruleset), so that what is in force can be compared with
+//! back as a [`Ruleset`](crate::nft::Ruleset), so that what is in force can be compared with
 //! what is wanted.
 //!
 //! ```text

@@ -19,7 +19,7 @@ use super::encode::{begin_message, end_message, family, set_resource};
 use super::error::Error;
 use super::socket::{Message, Socket};
 use super::uapi;
-use crate::ruleset::Family;
+use crate::nft::Family;
 
 mod header;
 

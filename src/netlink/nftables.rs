@@ -7,7 +7,7 @@ use super::error::{Error, Refusal};
 use super::monitor::Absence;
 use super::socket::{DUMP_ATTEMPTS, Dump, Message, Reading, Socket, messages};
 use super::uapi;
-use crate::ruleset::{ObjectPath, Transaction};
+use crate::nft::{ObjectPath, Transaction};
 
 /// A connection to the kernel's nftables, in the network namespace it was opened in.
 pub struct Nftables {

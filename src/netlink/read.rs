@@ -17,7 +17,7 @@ use super::ffi::{self, Scratch, SetAttributes};
 use super::nftables::{Dumped, Nftables};
 use super::socket::{DUMP_ATTEMPTS, Message};
 use super::{uapi, udata};
-use crate::ruleset::{
+use crate::nft::{
     BaseChain, Chain, ChainKind, Data, Declaration, Element, Family, Hook, Key, Name, Rule,
     Ruleset, Set, SetKind, Statement, Table, TableId, Value, Verdict,
 };

@@ -3,7 +3,7 @@
 use super::error::Error;
 use super::nftables::Nftables;
 use super::read::element;
-use crate::ruleset::{Declaration, Name, Ruleset, SumKeys, Sums, TableId};
+use crate::nft::{Declaration, Name, Ruleset, SumKeys, Sums, TableId};
 
 impl Nftables {
     /// Reads the tables with the given names in both families as [`Nftables::read`] does, but of

@@ -4,7 +4,7 @@
 //! nft: sets carry the byte order of their key and value, and for keys and values that were
 //! declared by example (`typeof`) the expressions themselves, which `nft list` prints back.
 
-use crate::ruleset::{Declaration, Family, Selector, SetKind};
+use crate::nft::{Declaration, Family, Selector, SetKind};
 
 const RULE_OR_ELEMENT_COMMENT: u8 = 0;
 

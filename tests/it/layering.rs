@@ -9,51 +9,56 @@ use std::path::{Path, PathBuf};
 
 /// Each top-level module of the library with the modules of the library it may use.
 const LAYERS: &[(&str, &[&str])] = &[
-    ("source", &["model", "logging"]),
     ("model", &[]),
-    ("engine", &["model", "ruleset"]),
-    ("compile", &["model", "engine", "ruleset"]),
+    ("logging", &[]),
+    ("host", &[]),
+    ("settings", &[]),
+    ("serve", &["logging"]),
+    ("nft", &[]),
+    ("netlink", &["nft"]),
+    ("engine", &["model", "nft"]),
+    ("source", &["model", "logging"]),
+    ("services", &["model", "nft", "engine"]),
     (
-        "policy",
-        &["model", "engine", "compile", "ruleset", "logging"],
+        "policies",
+        &["model", "nft", "engine", "services", "logging"],
     ),
-    ("ruleset", &[]),
-    ("netlink", &["ruleset"]),
     (
-        "reconcile",
+        "sync",
         &[
-            "source", "model", "engine", "compile", "policy", "ruleset", "netlink", "metrics",
-            "health", "logging",
+            "model", "nft", "netlink", "engine", "services", "policies", "source", "serve",
+            "logging",
         ],
     ),
-    ("host", &[]),
-    ("logging", &[]),
     (
-        "cleanup",
-        &["compile", "policy", "ruleset", "netlink", "host"],
+        "followers",
+        &[
+            "model", "nft", "netlink", "services", "policies", "sync", "serve", "host", "engine",
+        ],
     ),
     ("events", &["model", "logging"]),
-    ("health", &["logging"]),
-    ("metrics", &[]),
-    ("settings", &[]),
+    (
+        "cleanup",
+        &["services", "policies", "nft", "netlink", "host"],
+    ),
     (
         "app",
         &[
-            "source",
             "model",
-            "engine",
-            "compile",
-            "policy",
-            "ruleset",
+            "logging",
+            "host",
+            "settings",
+            "serve",
+            "nft",
             "netlink",
-            "reconcile",
+            "engine",
+            "source",
+            "services",
+            "policies",
+            "sync",
+            "followers",
             "events",
             "cleanup",
-            "health",
-            "metrics",
-            "host",
-            "logging",
-            "settings",
         ],
     ),
     // The root of the library only declares modules; the binary only hands over to `app`.
@@ -365,7 +370,7 @@ fn allowed_imports_pass() {
     assert!(
         says(
             "reconcile.rs",
-            "use crate::health::Health; fn f() { crate::netlink::x() }"
+            "use crate::serve::health::Health; fn f() { crate::netlink::x() }"
         )
         .is_empty()
     );

@@ -13,7 +13,7 @@ use crate::netlink::encode::{begin_message, end_message, family_number};
 use crate::netlink::error::Error;
 use crate::netlink::socket::Message;
 use crate::netlink::uapi;
-use crate::ruleset::Family;
+use crate::nft::Family;
 
 const CONNECTIONS: &str = "the tracked connections";
 

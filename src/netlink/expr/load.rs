@@ -3,7 +3,7 @@
 use nftnl::nftnl_sys as sys;
 
 use super::{Attribute, Expr, Program, register};
-use crate::ruleset::{Family, Selector};
+use crate::nft::{Family, Selector};
 
 impl Program {
     /// Loads a selector's value into the register at a word.

@@ -5,7 +5,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use crate::ruleset::Family;
+use crate::nft::Family;
 
 /// What the headers of a packet tell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

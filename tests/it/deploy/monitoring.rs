@@ -8,7 +8,7 @@ use std::process::Command;
 use crate::support::kustomize;
 use crate::support::schema::{Custom, PodMonitorSpec, RuleSpec, typed};
 use crate::support::skip;
-use nftlet::metrics::{Metrics, NotRemembered, PolicyDrops};
+use nftlet::serve::metrics::{Metrics, NotRemembered, PolicyDrops};
 use rusty_promql_parser::{Expr, VectorSelector, expr};
 use serde_json::Value;
 

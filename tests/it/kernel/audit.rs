@@ -7,14 +7,14 @@ use std::time::Duration;
 
 use crate::support::manifests::Manifests;
 use crate::support::objects::{deny_all, list, namespace, pod, service, slice};
-use nftlet::compile::Settings;
-use nftlet::health::Health;
-use nftlet::metrics::Metrics;
 use nftlet::model::{Delivery, Event, Object};
 use nftlet::netlink::Nftables;
-use nftlet::policy::{self, Engine};
-use nftlet::reconcile::{Audits, Log, Reconciler, Signals, run};
+use nftlet::policies::{self, Engine};
+use nftlet::serve::health::Health;
+use nftlet::serve::metrics::Metrics;
+use nftlet::services::Settings;
 use nftlet::source;
+use nftlet::sync::{Audits, Log, Reconciler, Signals, run};
 use nftlet_lab::netns::{Namespace, require_net_admin, wait_for};
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -83,9 +83,9 @@ fn an_audit_finds_what_nobody_heard_of() {
             namespace.enter();
             let kernel = Nftables::open().expect("a socket");
             let audited = Nftables::open().expect("a socket");
-            let settings = policy::Settings {
+            let settings = policies::Settings {
                 node: "node-1".into(),
-                ..policy::Settings::default()
+                ..policies::Settings::default()
             };
             let mut reconciler = Reconciler::new(kernel, Settings::default(), &metrics, &Log)
                 .with_policies(Engine::new(settings));

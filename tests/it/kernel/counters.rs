@@ -5,7 +5,7 @@ use std::net::UdpSocket;
 use std::sync::Arc;
 
 use nftlet::netlink::{Error, Nftables};
-use nftlet::ruleset::{
+use nftlet::nft::{
     BaseChain, Chain, ChainKind, Comparison, Declaration, Element, Family, Hook, Key, Op, Operand,
     Rule, Ruleset, Selector, Set, SetKind, Statement, Table, TableId, Transaction, Verdict, diff,
 };

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use nftlet::ruleset::{
+use nftlet::nft::{
     BaseChain, Chain, ChainKind, Comparison, CtState, CtStatus, Data, Declaration, Element, Family,
     Hook, Key, Name, Operand, RejectWith, Rule, Ruleset, Selector, Set, SetKind, Statement, Table,
     TableId, Verdict, merge_intervals,

@@ -14,12 +14,12 @@ use crate::support::agent::{NFTLET, wait_for_log};
 use crate::support::manifests::{CLUSTER_CIDR, Manifests};
 use crate::support::objects::{self, deny_all, list, namespace, pod, slice_of};
 use crate::support::objects::{service, slice};
-use nftlet::compile::TABLE;
 use nftlet::netlink::{Heard, Monitor, Nftables};
-use nftlet::ruleset::{
+use nftlet::nft::{
     Declaration, Element, Family, Key, Op, Ruleset, Selector, Set, SetKind, Table, TableId,
     Transaction, diff,
 };
+use nftlet::services::TABLE;
 use nftlet_lab::fake_api::{NODES, SERVICES, SLICES};
 use nftlet_lab::netns::{
     Ask, Daemon, Lab, LabOptions, Machine, Namespace, Protocol, Server, require_net_admin, wait_for,

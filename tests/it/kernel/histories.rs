@@ -4,14 +4,14 @@
 use std::net::IpAddr;
 use std::time::Instant;
 
-use nftlet::compile::{DetectLocal, Settings, TABLE};
-use nftlet::metrics::Metrics;
 use nftlet::model::{
     Delivery, Endpoint, EndpointSlice, Event, Family, Kind, Node, Object, ObjectName, ObjectRef,
     Protocol, Service, ServiceKind, ServicePort, SlicePort, TrafficPolicy,
 };
 use nftlet::netlink::Nftables;
-use nftlet::reconcile::{Log, Outcome, Reconciler};
+use nftlet::serve::metrics::Metrics;
+use nftlet::services::{DetectLocal, Settings, TABLE};
+use nftlet::sync::{Log, Outcome, Reconciler};
 use nftlet_lab::netns::{Namespace, require_net_admin};
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -193,7 +193,7 @@ fn histories_end_in_the_kernel_where_a_fresh_start_would() {
         let list = |ns: &Namespace| meaning(&ns.nft(&["list", "ruleset"]));
         prop_assert_eq!(list(&lived), list(&fresh));
         // The kernel holds nothing that the reconciler does not know of.
-        let wanted = nftlet::compile::wanted(restarted.store(), &settings).0;
+        let wanted = nftlet::services::wanted(restarted.store(), &settings).0;
         let held = open(&fresh).read(&[TABLE], &wanted).unwrap();
         prop_assert!(held == wanted, "the kernel differs from what was compiled");
         Ok(())

@@ -6,7 +6,7 @@ use std::thread;
 use std::time::Duration;
 
 use nftlet::netlink::{Denied, Error, LogReader, Logged, Nftables};
-use nftlet::ruleset::{
+use nftlet::nft::{
     BaseChain, Chain, ChainKind, Comparison, Family, Hook, Operand, Rule, Ruleset, Selector,
     Statement, Table, TableId, Verdict, diff,
 };

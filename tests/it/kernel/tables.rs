@@ -9,7 +9,7 @@ use super::everything::{
     TABLE, address, endpoint_data, endpoint_key, everything, goto, plain, set,
 };
 use nftlet::netlink::{Error, Nftables};
-use nftlet::ruleset::{
+use nftlet::nft::{
     Data, Declaration, Element, Family, Key, ObjectPath, Op, Rule, Ruleset, Selector, SetKind,
     Statement, Table, TableId, Transaction, Value, Verdict, diff, text,
 };

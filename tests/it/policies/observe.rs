@@ -8,8 +8,8 @@ use std::time::Duration;
 use crate::support::manifests::{CLUSTER_CIDR, Manifests};
 use crate::support::objects::{namespace, pod, policy};
 use nftlet::netlink::{Conntrack, LogReader, Tracked};
-use nftlet::policy::LOG_GROUP;
-use nftlet::ruleset::Family;
+use nftlet::nft::Family;
+use nftlet::policies::LOG_GROUP;
 use nftlet_lab::netns::{
     Ask, Daemon, Lab, LabOptions, Machine, Namespace, Protocol, Server, require_net_admin, wait_for,
 };

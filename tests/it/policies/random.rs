@@ -15,8 +15,8 @@ use crate::support::policy::walk::{Packet, Walked, walk};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use nftlet::engine::{BUDGET, Engine as _};
 use nftlet::model::{Event, Kind};
-use nftlet::policy::{Connection, Engine, Settings};
-use nftlet::ruleset::{Hook, Ruleset};
+use nftlet::nft::{Hook, Ruleset};
+use nftlet::policies::{Connection, Engine, Settings};
 use nftlet::source::Manifests;
 
 const SHAPE: Shape = Shape {
@@ -300,7 +300,7 @@ fn history(directory: &Path, seed: u64) {
             assert!(
                 fresh.kernel == lived.kernel,
                 "a fresh start has other rules: {told:#?}\n{:#?}",
-                nftlet::ruleset::diff(&lived.kernel, fresh.kernel.clone())
+                nftlet::nft::diff(&lived.kernel, fresh.kernel.clone())
             );
         }
         let kernels = nodes.kernels();

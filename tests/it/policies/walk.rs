@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use crate::support::policy::walk::{Outcome, Packet, walk};
-use nftlet::ruleset::{
+use nftlet::nft::{
     BaseChain, Chain, ChainKind, Comparison, CtState, Declaration, Element, Family, Hook, Key,
     Operand, RejectWith, Rule, Ruleset, Selector, Set, SetKind, Statement, Table, TableId, Verdict,
 };

@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::support::manifests::{CLUSTER_CIDR, Manifests, Service};
 use crate::support::objects::{slice_of, with};
 use nftlet::netlink::{Conntrack, Flow, FlowFilter};
-use nftlet::ruleset::Family;
+use nftlet::nft::Family;
 use nftlet_lab::netns::{
     Answer, Ask, Daemon, Lab, LabOptions, Machine, Namespace, Protocol, Server, drain,
     require_net_admin, wait_for,

@@ -164,14 +164,14 @@ mod churn {
     //! Endpoints come and go as fast as the kernel takes it, while clients connect.
 
     use super::*;
-    use nftlet::compile::Settings;
-    use nftlet::metrics::Metrics;
     use nftlet::model::{
         Delivery, Endpoint, EndpointSlice, Event, Family, Kind, Object, ObjectName, ServiceKind,
         ServicePort, SlicePort, TrafficPolicy,
     };
     use nftlet::netlink::Nftables;
-    use nftlet::reconcile::{Log, Outcome, Reconciler};
+    use nftlet::serve::metrics::Metrics;
+    use nftlet::services::Settings;
+    use nftlet::sync::{Log, Outcome, Reconciler};
 
     fn slice(pods: &[IpAddr]) -> Event {
         let endpoints = pods.iter().map(|address| Endpoint {

@@ -1,6 +1,6 @@
 //! What the kernel makes of a transaction, and what it refuses.
 
-use nftlet::ruleset::{
+use nftlet::nft::{
     Chain, Element, Name, Op, Ruleset, Set, Statement, Table, TableId, Transaction, Value,
 };
 

@@ -10,7 +10,7 @@
 use std::fmt;
 use std::net::IpAddr;
 
-use nftlet::ruleset::{
+use nftlet::nft::{
     ChainKind, Comparison, CtState, Declaration, Element, Family, Hook, Key, KeyBuilder, Name,
     Operand, Rule, Ruleset, Selector, Statement, Table, TableId, Value, Verdict, text,
 };

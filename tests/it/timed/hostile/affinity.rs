@@ -4,10 +4,10 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::time::Instant;
 
 use crate::support::objects::{service, slice_of, with};
-use nftlet::compile::{Clients, MOST_CLIENTS, affinity_declaration, table_id};
 use nftlet::model::Family;
 use nftlet::netlink::Nftables;
-use nftlet::ruleset::{Data, Element, Key, Op, Transaction};
+use nftlet::nft::{Data, Element, Key, Op, Transaction};
+use nftlet::services::{Clients, MOST_CLIENTS, affinity_declaration, table_id};
 use serde_json::{Value, json};
 
 use super::neighbour::{NODE_IP, Neighbour};

@@ -1,0 +1,279 @@
+//! Compiles what events touched into the parts of the tables that change.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::time::Instant;
+
+use super::engine::{Engine, PolicyUse};
+use super::layout::{Direction, table_id};
+use super::parts::{self, Parts, isolate, sort};
+use super::rules::{self, policy_chain, skeleton};
+use super::sets::{Membership, SetId};
+use crate::model::{Family, ObjectName};
+use crate::nft::{Chain, Element, Ruleset, Table, Transaction, diff};
+
+impl Engine {
+    /// Compiles what changed since the last call. Returns the operations that bring the tables
+    /// from what the last call gave to what is wanted now.
+    pub(super) fn compile(&mut self) -> Transaction {
+        self.forget_departed(Instant::now());
+        let touched = std::mem::take(&mut self.touched);
+        let mut parts: [Parts; 2] = Default::default();
+        let mut uses_touched: BTreeSet<(Family, Direction, ObjectName)> = BTreeSet::new();
+        let mut replanned = touched.links;
+        self.draft_layers(&mut parts, |parts| &mut parts.before);
+        for address in &touched.addresses {
+            replanned |= self.plan_again(*address, &mut parts, &mut uses_touched);
+        }
+        self.draft_layers(&mut parts, |parts| &mut parts.after);
+        if replanned {
+            self.links_again(&mut parts);
+        }
+        for policy in &touched.policies {
+            let keys = Family::ALL.into_iter().flat_map(|family| {
+                let directions = Direction::ALL.into_iter();
+                directions.map(move |direction| (family, direction, policy.clone()))
+            });
+            uses_touched.extend(keys.filter(|key| self.uses.contains_key(key)));
+        }
+        // The sets whose uses change, with whether a table used them before.
+        let mut was_used: BTreeMap<(Family, SetId), bool> = BTreeMap::new();
+        for key in &uses_touched {
+            let changed = touched.policies.contains(&key.2);
+            self.compile_again(key, changed, parts::of(&mut parts, key.0), &mut was_used);
+        }
+        self.fill_sets(touched.pods, &was_used, &mut parts);
+        for (_, set) in was_used.into_keys() {
+            self.sets.sweep(set);
+        }
+        self.finish(parts)
+    }
+
+    /// Forgets the departed pods whose time is over.
+    pub(super) fn forget_departed(&mut self, now: Instant) {
+        while let Some(address) = self.inventory.departed_expired(now) {
+            let claimants: Vec<ObjectName> = self.inventory.claimants(address).cloned().collect();
+            for name in &claimants {
+                self.touch_pod(name);
+            }
+            self.inventory.forget_departed(now);
+            self.touched.addresses.insert(address);
+        }
+    }
+
+    /// Compiles the chain of a policy again, or drops it if no pod is left that uses it. `changed`
+    /// says that the policy is another one than before.
+    fn compile_again(
+        &mut self,
+        key: &(Family, Direction, ObjectName),
+        changed: bool,
+        parts: &mut Parts,
+        was_used: &mut BTreeMap<(Family, SetId), bool>,
+    ) {
+        let (family, direction, name) = key;
+        let Some(old) = self.uses.remove(key) else {
+            return;
+        };
+        if !changed && old.pods > 0 && old.chain.is_some() {
+            self.uses.insert(key.clone(), old);
+            return;
+        }
+        let policy = self.inventory.policy(name).filter(|_| old.pods > 0);
+        let (chain, sets) = policy.map_or((None, Vec::new()), |policy| {
+            if self.refused.contains(name) {
+                return (Some(Chain::default()), Vec::new());
+            }
+            let (chain, sets) = policy_chain(policy, *direction, *family, |meaning| {
+                self.sets.get(meaning, &self.inventory)
+            });
+            (Some(chain), sets)
+        });
+        for (sets, more) in [(&old.sets, false), (&sets, true)] {
+            for set in sets {
+                let before = self.sets.count(*set, *family, more);
+                was_used.entry((*family, *set)).or_insert(before > 0);
+            }
+        }
+        let chain_name = direction.policy_chain(name);
+        if let Some(chain) = old.chain {
+            parts.before.chains.insert(chain_name.clone(), chain);
+        }
+        if let Some(chain) = &chain {
+            parts.after.chains.insert(chain_name, chain.clone());
+        }
+        if old.pods > 0 {
+            let pods = old.pods;
+            self.uses
+                .insert(key.clone(), PolicyUse { pods, chain, sets });
+        }
+    }
+
+    /// Drafts the sets that come and go, and what the touched pods change in the others.
+    fn fill_sets(
+        &self,
+        touched: HashMap<ObjectName, Vec<Membership>>,
+        was_used: &BTreeMap<(Family, SetId), bool>,
+        parts: &mut [Parts; 2],
+    ) {
+        let mut fresh = Vec::new();
+        for (key, was_used) in was_used {
+            let (family, set) = *key;
+            let is_used = self.sets.is_used(set, family);
+            let Some((name, declared)) = self.sets.declared(set) else {
+                continue;
+            };
+            match (was_used, is_used) {
+                (true, false) => {
+                    let before = &mut parts::of(parts, family).before;
+                    before.sets.insert(name, declared);
+                }
+                (false, true) => fresh.push((family, set)),
+                _ => {}
+            }
+        }
+        let [v4, v6] = parts;
+        self.fill(&fresh, [&mut v4.after, &mut v6.after]);
+        let stays = |family: Family, set: SetId| {
+            let used_before = was_used.get(&(family, set)).copied().unwrap_or(true);
+            used_before && self.sets.is_used(set, family)
+        };
+        if Family::ALL
+            .iter()
+            .all(|family| !self.sets.used(*family).any(|set| stays(*family, set)))
+        {
+            return;
+        }
+        for (name, before) in touched {
+            let pod = self.inventory.pod(&name);
+            let after = pod.map_or_else(Vec::new, |pod| self.sets.of_pod(pod, &self.inventory));
+            if before == after {
+                continue;
+            }
+            for (memberships, is_after) in [(before, false), (after, true)] {
+                for Membership { family, set, key } in memberships {
+                    if !stays(family, set) {
+                        continue;
+                    }
+                    let Some((name, declared)) = self.sets.declared(set) else {
+                        continue;
+                    };
+                    let parts = parts::of(parts, family);
+                    // A set that one of the two lacks would be made or deleted.
+                    for table in [&mut parts.before, &mut parts.after] {
+                        table
+                            .sets
+                            .entry(name.clone())
+                            .or_insert_with(|| declared.clone());
+                    }
+                    let table = if is_after {
+                        &mut parts.after
+                    } else {
+                        &mut parts.before
+                    };
+                    if let Some(set) = table.sets.get_mut(&name) {
+                        set.elements.push(Element::new(key));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Puts complete sets into the tables.
+    fn fill(&self, fresh: &[(Family, SetId)], tables: [&mut Table; 2]) {
+        let mut ids: Vec<SetId> = fresh.iter().map(|(_, set)| *set).collect();
+        ids.sort_unstable();
+        ids.dedup();
+        let mut elements: HashMap<(Family, SetId), Vec<Element>> = HashMap::new();
+        for (family, set) in fresh {
+            elements.insert((*family, *set), self.sets.fixed_elements(*set));
+        }
+        self.sets
+            .for_each_member(&ids, &self.inventory, |membership| {
+                let Membership { family, set, key } = membership;
+                if let Some(elements) = elements.get_mut(&(family, set)) {
+                    elements.push(Element::new(key));
+                }
+            });
+        let mut tables = Family::ALL.into_iter().zip(tables).collect::<Vec<_>>();
+        for ((of, id), elements) in elements {
+            let declared = self.sets.declared(id);
+            let table = tables.iter_mut().find(|(family, _)| *family == of);
+            if let (Some((name, mut set)), Some((_, table))) = (declared, table) {
+                set.elements = elements;
+                sort(&mut set);
+                table.sets.insert(name, set);
+            }
+        }
+    }
+
+    fn finish(&mut self, parts: [Parts; 2]) -> Transaction {
+        let wanted = self.inventory.counts().2 > 0;
+        let existed = std::mem::replace(&mut self.exists, wanted);
+        if existed && wanted {
+            let (mut before, mut after) = (Ruleset::default(), Ruleset::default());
+            for (family, mut parts) in Family::ALL.into_iter().zip(parts) {
+                parts.level();
+                before.tables.insert(table_id(family), parts.before);
+                after.tables.insert(table_id(family), parts.after);
+            }
+            return diff(&before, after);
+        }
+        let tables = Family::ALL.map(|family| (table_id(family), Table::default()));
+        let before = if existed {
+            Ruleset {
+                tables: tables.into(),
+            }
+        } else {
+            Ruleset::default()
+        };
+        diff(&before, self.tables())
+    }
+
+    /// The tables as they are after the last [`Engine::compile`], from scratch.
+    pub(super) fn tables(&self) -> Ruleset {
+        if !self.exists {
+            return Ruleset::default();
+        }
+        let mut tables = Family::ALL.map(|family| skeleton(family, &self.settings));
+        for (family, table) in Family::ALL.into_iter().zip(&mut tables) {
+            let of_family = self
+                .plans
+                .iter()
+                .filter(|(ip, _)| Family::of(**ip) == family);
+            for (address, plan) in of_family {
+                isolate(table, *address, plan, self.settings.strict);
+            }
+            for (_, direction, layer) in self.layers.keys().filter(|(of, ..)| *of == family) {
+                rules::add_layer(table, family, *direction, *layer, &self.settings);
+            }
+            if family == Family::V6 {
+                parts::lead(table, &self.links);
+            }
+            table.sets.values_mut().for_each(sort);
+        }
+        for ((family, direction, name), used) in &self.uses {
+            if let Some(chain) = &used.chain {
+                let [v4, v6] = &mut tables;
+                let table = match family {
+                    Family::V4 => v4,
+                    Family::V6 => v6,
+                };
+                table
+                    .chains
+                    .insert(direction.policy_chain(name), chain.clone());
+            }
+        }
+        let used = Family::ALL.into_iter().flat_map(|family| {
+            let sets = self.sets.used(family);
+            sets.map(move |set| (family, set))
+        });
+        let used: Vec<(Family, SetId)> = used.collect();
+        let [v4, v6] = &mut tables;
+        self.fill(&used, [v4, v6]);
+        let tables = Family::ALL.into_iter().zip(tables);
+        Ruleset {
+            tables: tables
+                .map(|(family, table)| (table_id(family), table))
+                .collect(),
+        }
+    }
+}

@@ -1,0 +1,440 @@
+//! Compiles what changed.
+//!
+//! The engine keeps, beside the objects, the plan of each isolated address of this node and which
+//! sets each policy's chain uses. A batch of events leaves marks: pods with what they brought to
+//! the sets before, addresses to plan again, policies to compile again. `update`
+//! works these off into the parts of the tables that are touched, before and after, and the
+//! difference of the two is the transaction.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::inventory::Inventory;
+use super::layout::{Direction, TABLE, table_id};
+use super::moved::Moved;
+use super::plans::Isolation;
+use super::sets::{Membership, SetId, Sets};
+use super::{FindLinks, PolicyChanges, Settings};
+use crate::engine::{self, Update};
+use crate::model::{Event, Family, Kind, Lists, Notice, Object, ObjectName, ObjectRef, Pod};
+use crate::nft::{Chain, Name, ObjectPath, Ruleset, TableId};
+
+/// A policy's chain in one family's table.
+#[derive(Debug, Default)]
+pub(super) struct PolicyUse {
+    /// How many pods' chains jump to it.
+    pub pods: u32,
+    pub chain: Option<Chain>,
+    /// The sets that its rules use.
+    pub sets: Vec<SetId>,
+}
+
+/// What events touched since the last update.
+#[derive(Debug, Default)]
+pub(super) struct Touched {
+    /// Pods, with what they brought to sets before.
+    pub pods: HashMap<ObjectName, Vec<Membership>>,
+    /// Addresses of this node that may be isolated in another way now.
+    pub addresses: BTreeSet<IpAddr>,
+    /// Policies with other rules.
+    pub policies: BTreeSet<ObjectName>,
+    /// Whether the host's interfaces are to be looked up although no plan changes.
+    pub links: bool,
+}
+
+/// Turns pods, namespaces and policies into rules.
+#[derive(Debug)]
+pub struct Engine {
+    pub(super) settings: Settings,
+    pub(super) inventory: Inventory,
+    lists: Lists,
+    pub(super) sets: Sets,
+    pub(super) plans: BTreeMap<IpAddr, Isolation>,
+    /// How many addresses have so many pods to ask in a direction and family, from the second on.
+    pub(super) layers: BTreeMap<(Family, Direction, usize), u32>,
+    pub(super) uses: BTreeMap<(Family, Direction, ObjectName), PolicyUse>,
+    /// Policies that the kernel refused: closed until they change or [`Engine::forgive`] is called.
+    pub(super) refused: BTreeSet<ObjectName>,
+    pub(super) find_links: FindLinks,
+    /// The interfaces that lead to isolated pods.
+    pub(super) links: BTreeSet<(Direction, Arc<str>)>,
+    pub(super) moved: Moved,
+    /// Whether the tables exist: while there is any policy.
+    pub(super) exists: bool,
+    /// Whether policies are enforced at all.
+    on: bool,
+    pub(super) touched: Touched,
+}
+
+impl Engine {
+    /// An engine that has seen nothing yet.
+    pub fn new(settings: Settings) -> Self {
+        Self {
+            inventory: Inventory::new(settings.node.clone()),
+            settings,
+            lists: Lists::default(),
+            sets: Sets::default(),
+            plans: BTreeMap::new(),
+            layers: BTreeMap::new(),
+            uses: BTreeMap::new(),
+            refused: BTreeSet::new(),
+            find_links: |_| Vec::new(),
+            links: BTreeSet::new(),
+            moved: Moved::default(),
+            exists: false,
+            on: true,
+            touched: Touched::default(),
+        }
+    }
+
+    /// With someone who knows the interfaces of the host. Without one link-local addresses are as
+    /// those of pods that nobody isolates.
+    #[must_use]
+    pub fn with_links(mut self, find: FindLinks) -> Self {
+        self.find_links = find;
+        self
+    }
+
+    /// Whether connections shall be cut that no policy allows any more.
+    pub fn is_strict(&self) -> bool {
+        self.settings.strict
+    }
+
+    /// An engine that keeps the tables away: it needs no list and knows no policy.
+    pub fn off(settings: Settings) -> Self {
+        let mut engine = Self {
+            on: false,
+            ..Self::new(settings)
+        };
+        for kind in Kind::POLICY {
+            engine.lists.complete(kind);
+        }
+        engine
+    }
+
+    /// Whether policies are enforced at all.
+    pub fn is_on(&self) -> bool {
+        self.on
+    }
+
+    /// Whether there are policies now, and were none at the last update.
+    pub fn has_first_policies(&self) -> bool {
+        !self.exists && self.inventory.counts().2 > 0
+    }
+
+    fn is_listed(&self, kind: Kind) -> bool {
+        self.lists.is_complete(kind) && !self.lists.is_open(kind)
+    }
+
+    /// The pod that has an address, or one that may have it: for logs.
+    pub fn pod_at(&self, address: IpAddr) -> Option<&ObjectName> {
+        let mut local = self.inventory.isolating(address);
+        let departed = || self.inventory.departed(address);
+        let pod = local.next().or_else(departed);
+        let pod = pod.or_else(|| self.inventory.holders(address).next());
+        pod.map(|pod| &pod.name)
+    }
+
+    /// The policies to which a chain of a table belongs.
+    fn policies_of_chain(&self, table: &TableId, chain: &Name) -> Vec<ObjectName> {
+        self.users(table, |direction, name, _| {
+            direction.policy_chain(name) == *chain
+        })
+    }
+
+    /// The policies that use a set of a table.
+    fn policies_of_set(&self, table: &TableId, set: &Name) -> Vec<ObjectName> {
+        let Some(id) = self.sets.named(set) else {
+            return Vec::new();
+        };
+        self.users(table, |_, _, used| used.sets.contains(&id))
+    }
+
+    /// Those that are in force and not closed yet.
+    fn users(
+        &self,
+        table: &TableId,
+        is_user: impl Fn(Direction, &ObjectName, &PolicyUse) -> bool,
+    ) -> Vec<ObjectName> {
+        let uses = self.uses.iter();
+        let of_table = uses.filter(|((family, ..), _)| table_id(*family) == *table);
+        let users = of_table.filter(|((_, direction, name), used)| {
+            !self.refused.contains(name) && is_user(*direction, name, used)
+        });
+        let mut names: Vec<ObjectName> = users.map(|((.., name), _)| name.clone()).collect();
+        names.sort_unstable();
+        names.dedup();
+        names
+    }
+
+    /// Takes what changed for followers.
+    fn change(&mut self, changed: bool) -> PolicyChanges {
+        let isolated = changed.then(|| {
+            let isolated = self.isolated();
+            let isolated = isolated.map(|(address, pod)| (address, pod.cloned()));
+            isolated.collect()
+        });
+        PolicyChanges {
+            isolated,
+            moved: self.moved.take(),
+            rewritten: false,
+        }
+    }
+
+    /// The isolated addresses of this node with their pods; `None` where the object of the pod is
+    /// gone.
+    pub fn isolated(&self) -> impl Iterator<Item = (IpAddr, Option<&ObjectName>)> {
+        self.plans.iter().map(|(address, plan)| {
+            let mut asked = plan.asked.values().flatten();
+            let present = asked.find(|asked| !asked.departed);
+            (*address, present.map(|asked| &asked.pod))
+        })
+    }
+
+    fn take_over(&mut self, event: &Event) {
+        match event {
+            &Event::ListStarted(kind) if Kind::POLICY.contains(&kind) => {
+                let known = match kind {
+                    Kind::Pod => self.inventory.pod_names(),
+                    Kind::Namespace => self.inventory.namespace_names(),
+                    _ => self.inventory.policy_names(),
+                };
+                self.lists.start(kind, known);
+            }
+            &Event::ListComplete(kind) if Kind::POLICY.contains(&kind) => {
+                for name in self.lists.complete(kind) {
+                    self.delete(&ObjectRef::new(kind, name));
+                }
+            }
+            Event::Apply(object) => {
+                self.lists.saw(&object.reference());
+                match object {
+                    Object::Pod(pod) => self.set_pod(&pod.name, Some(pod)),
+                    Object::Namespace(namespace) => {
+                        if self.inventory.knows(namespace) {
+                            return;
+                        }
+                        let name = namespace.name.name();
+                        self.touch_namespace(name);
+                        self.inventory.set_namespace(name, Some(namespace.clone()));
+                        self.sets.namespace_changed(name, &self.inventory);
+                    }
+                    Object::NetworkPolicy(policy) => {
+                        let known = self.inventory.policy(&policy.name);
+                        if known.is_some_and(|known| **known == *policy) {
+                            return;
+                        }
+                        self.touch_policy(&policy.name);
+                        self.inventory
+                            .set_policy(&policy.name, Some(policy.clone()));
+                    }
+                    _ => {}
+                }
+            }
+            Event::Delete(reference) => {
+                self.lists.saw(reference);
+                self.delete(reference);
+            }
+            Event::ListStarted(_)
+            | Event::ListComplete(_)
+            | Event::Servers(_)
+            | Event::Notice(_) => {}
+        }
+    }
+
+    fn delete(&mut self, object: &ObjectRef) {
+        match object.kind {
+            Kind::Pod => self.set_pod(&object.name, None),
+            Kind::Namespace => {
+                let name = object.name.name();
+                self.touch_namespace(name);
+                self.inventory.set_namespace(name, None);
+                self.sets.namespace_changed(name, &self.inventory);
+            }
+            Kind::NetworkPolicy => {
+                self.touch_policy(&object.name);
+                self.inventory.set_policy(&object.name, None);
+            }
+            _ => {}
+        }
+    }
+
+    fn set_pod(&mut self, name: &ObjectName, pod: Option<&Pod>) {
+        let old = self.inventory.pod(name);
+        if old == pod {
+            return;
+        }
+        // Whoever has an address of the old or the new version may lose or gain it.
+        let mut concerned = BTreeSet::from([name.clone()]);
+        for version in old.into_iter().chain(pod) {
+            concerned.extend(self.inventory.rivals(version));
+        }
+        let addresses: BTreeSet<IpAddr> = old
+            .into_iter()
+            .chain(pod)
+            .flat_map(|version| version.addresses.iter().copied())
+            .collect();
+        for name in &concerned {
+            self.touch_pod(name);
+        }
+        let holders = |inventory: &Inventory| -> Vec<Vec<ObjectName>> {
+            let of = |address: &IpAddr| {
+                let holders = inventory.holders(*address);
+                let mut names: Vec<ObjectName> = holders.map(|pod| pod.name.clone()).collect();
+                names.sort_unstable();
+                names
+            };
+            addresses.iter().map(of).collect()
+        };
+        let before = holders(&self.inventory);
+        let namespace = name.namespace();
+        let known = self.inventory.has_namespace(namespace);
+        self.inventory.set_pod(name, pod.cloned(), Instant::now());
+        for name in &concerned {
+            self.touch_pod(name);
+        }
+        if known != self.inventory.has_namespace(namespace) {
+            self.sets.namespace_changed(namespace, &self.inventory);
+        }
+        // What a list tells for the first time may have been so for long.
+        let listing = self.lists.is_open(Kind::Pod);
+        let after = holders(&self.inventory);
+        for (address, (before, after)) in addresses.iter().zip(before.into_iter().zip(after)) {
+            let local = self.inventory.local_holders(*address).next().is_some();
+            self.moved.note(*address, before, after, local && !listing);
+            if local || self.plans.contains_key(address) {
+                self.touched.addresses.insert(*address);
+            }
+        }
+    }
+
+    /// Notes what a pod brings to sets before it changes.
+    pub(super) fn touch_pod(&mut self, name: &ObjectName) {
+        if !self.touched.pods.contains_key(name) {
+            let pod = self.inventory.pod(name);
+            let brought = pod.map_or_else(Vec::new, |pod| self.sets.of_pod(pod, &self.inventory));
+            self.touched.pods.insert(name.clone(), brought);
+        }
+    }
+
+    fn touch_namespace(&mut self, namespace: &str) {
+        let pods = self.inventory.pods_of(namespace);
+        let names: Vec<ObjectName> = pods.map(|pod| pod.name.clone()).collect();
+        for name in &names {
+            self.touch_pod(name);
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn has_touched_pods(&self) -> bool {
+        !self.touched.pods.is_empty()
+    }
+
+    fn touch_policy(&mut self, name: &ObjectName) {
+        self.refused.remove(name);
+        let local = self.inventory.local_of(name.namespace());
+        let pods = local.filter_map(|name| self.inventory.pod(name));
+        let addresses = pods.flat_map(|pod| pod.addresses.iter().copied());
+        self.touched.addresses.extend(addresses);
+        let departed = self.inventory.departed_of(name.namespace());
+        self.touched.addresses.extend(departed);
+        self.touched.policies.insert(name.clone());
+    }
+}
+
+impl engine::Engine for Engine {
+    type Change = PolicyChanges;
+
+    const TABLE: &'static str = TABLE;
+    const QUARANTINE: &'static str = "the policy allows nothing until it changes";
+
+    fn apply(&mut self, event: &Event) {
+        self.take_over(event);
+    }
+
+    /// Before all kinds are listed, and while one is listed again, the rules would deny what the
+    /// missing objects allow.
+    fn is_ready(&self) -> bool {
+        Kind::POLICY.iter().all(|kind| self.is_listed(*kind))
+    }
+
+    fn missing(&self) -> Vec<Kind> {
+        let kinds = Kind::POLICY.into_iter();
+        kinds.filter(|kind| !self.is_listed(*kind)).collect()
+    }
+
+    fn count(&self, kind: Kind) -> usize {
+        let (pods, namespaces, policies) = self.inventory.counts();
+        match kind {
+            Kind::Pod => pods,
+            Kind::Namespace => namespaces,
+            Kind::NetworkPolicy => policies,
+            Kind::Service | Kind::EndpointSlice | Kind::Node | Kind::ServiceCidr => 0,
+        }
+    }
+
+    /// Policies are compiled at once: their changes are never large.
+    fn update(&mut self, _budget: usize) -> Update<PolicyChanges> {
+        let transaction = self.compile();
+        let changed = !transaction.is_empty();
+        Update {
+            transaction,
+            change: self.change(changed),
+            more: false,
+        }
+    }
+
+    fn rebuild(&mut self, first: bool) -> PolicyChanges {
+        self.look_at_links();
+        self.compile();
+        if first {
+            // Who had the addresses before is not known, and most have the pods for long.
+            self.moved.take();
+        }
+        self.change(true)
+    }
+
+    fn ruleset(&self) -> Ruleset {
+        self.tables()
+    }
+
+    fn blame(&self, refused: &ObjectPath) -> Vec<ObjectRef> {
+        let policies = match refused {
+            ObjectPath::Chain(table, chain) | ObjectPath::Rule(table, chain, _) => {
+                self.policies_of_chain(table, chain)
+            }
+            ObjectPath::Set(table, set) | ObjectPath::Element(table, set, ..) => {
+                self.policies_of_set(table, set)
+            }
+            ObjectPath::Table(_) | ObjectPath::Stray(..) | ObjectPath::Transaction => Vec::new(),
+        };
+        let policies = policies.into_iter();
+        policies
+            .map(|name| ObjectRef::new(Kind::NetworkPolicy, name))
+            .collect()
+    }
+
+    /// Closes a policy: it selects its pods and allows nothing.
+    fn quarantine(&mut self, object: &ObjectRef) -> PolicyChanges {
+        self.touched.policies.insert(object.name.clone());
+        self.refused.insert(object.name.clone());
+        self.compile();
+        self.change(true)
+    }
+
+    fn retry_quarantined(&mut self) {
+        self.touched.policies.append(&mut self.refused);
+        self.look_at_links();
+    }
+
+    /// The address of a pod that was deleted while it ran is isolated for a while only.
+    fn due(&self) -> Option<Instant> {
+        self.inventory.departed_due().filter(|_| self.is_ready())
+    }
+
+    fn take_notices(&mut self) -> Vec<Notice> {
+        Vec::new()
+    }
+}

@@ -1,0 +1,239 @@
+//! The names and declarations of the policy table.
+
+use std::net::IpAddr;
+use std::sync::{Arc, LazyLock};
+
+use crate::model::{self, ObjectName};
+use crate::nft::{Declaration, Name, Selector, SetKind, TableId, readable_name};
+use crate::services::table_family;
+
+/// The name of the policy tables, one in the family `ip` and one in `ip6`.
+///
+/// They are apart from the service tables because whatever changes a rule or a verdict makes
+/// the kernel validate the whole table.
+pub const TABLE: &str = "nftlet-policy";
+
+/// The policy table of an address family.
+pub fn table_id(family: model::Family) -> TableId {
+    TableId::new(table_family(family), TABLE)
+}
+
+/// Whether traffic to a pod or from it is concerned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Direction {
+    /// To the pod.
+    Ingress,
+    /// From the pod.
+    Egress,
+}
+
+impl Direction {
+    /// Both.
+    pub const ALL: [Direction; 2] = [Direction::Ingress, Direction::Egress];
+
+    /// The word for it in names, metrics and logs.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Direction::Ingress => "ingress",
+            Direction::Egress => "egress",
+        }
+    }
+
+    /// The field of a packet that holds the isolated pod's address.
+    pub(super) fn pod(self) -> Selector {
+        match self {
+            Direction::Ingress => Selector::DestinationAddress,
+            Direction::Egress => Selector::SourceAddress,
+        }
+    }
+
+    /// The field of a packet that holds the peer's address.
+    pub(super) fn peer(self) -> Selector {
+        match self {
+            Direction::Ingress => Selector::SourceAddress,
+            Direction::Egress => Selector::DestinationAddress,
+        }
+    }
+
+    /// The interface of a packet that leads to the isolated pod.
+    pub(super) fn link(self) -> Selector {
+        match self {
+            Direction::Ingress => Selector::OutputInterface,
+            Direction::Egress => Selector::InputInterface,
+        }
+    }
+
+    /// The interfaces that lead to isolated pods.
+    pub(super) fn links(self) -> Name {
+        Name::from(match self {
+            Direction::Ingress => "ingress-links",
+            Direction::Egress => "egress-links",
+        })
+    }
+
+    /// The verdict map from isolated addresses to the chains of their pods, for the first, second
+    /// and further pods of an address.
+    pub(super) fn pods(self, layer: usize) -> Name {
+        layered(
+            match self {
+                Direction::Ingress => "ingress-pods",
+                Direction::Egress => "egress-pods",
+            },
+            layer,
+        )
+    }
+
+    /// The chain that denies.
+    pub(super) fn deny(self) -> Name {
+        Name::from(match self {
+            Direction::Ingress => "deny-ingress",
+            Direction::Egress => "deny-egress",
+        })
+    }
+
+    /// The set that counts what was denied, by pod.
+    pub fn denied(self) -> Name {
+        Name::from(match self {
+            Direction::Ingress => "denied-ingress",
+            Direction::Egress => "denied-egress",
+        })
+    }
+
+    /// The chain of an isolated pod.
+    pub(super) fn pod_chain(self, pod: &ObjectName) -> Name {
+        name(
+            match self {
+                Direction::Ingress => "pod-ingress-",
+                Direction::Egress => "pod-egress-",
+            },
+            pod,
+        )
+    }
+
+    /// The chain of a pod whose object is gone.
+    pub(super) fn departed_chain(self, address: IpAddr) -> Name {
+        let address = address.to_string().replace(':', "-");
+        Name::from(match self {
+            Direction::Ingress => format!("departed-ingress-{address}"),
+            Direction::Egress => format!("departed-egress-{address}"),
+        })
+    }
+
+    /// The chain of a policy.
+    pub(super) fn policy_chain(self, policy: &ObjectName) -> Name {
+        name(
+            match self {
+                Direction::Ingress => "policy-ingress-",
+                Direction::Egress => "policy-egress-",
+            },
+            policy,
+        )
+    }
+}
+
+fn name(prefix: &str, object: &ObjectName) -> Name {
+    readable_name(&format!("{prefix}{object}"))
+}
+
+/// The name of what there is once, and once more for the second pod of an address and on.
+pub(super) fn layered(name: &str, layer: usize) -> Name {
+    match layer {
+        0 => Name::from(name),
+        _ => Name::from(format!("{name}-{}", layer.saturating_add(1))),
+    }
+}
+
+/// ICMPv6 messages that no policy is asked about: nobody can be reached on a link without them. They
+/// never leave it, which the hop limit proves: a router takes one off.
+pub(super) struct Exempt {
+    /// The set of their types.
+    pub set: &'static str,
+    /// What is in it.
+    pub types: &'static [u8],
+    /// The hop limit that all of them have.
+    pub hop_limit: u8,
+}
+
+/// Neighbour and router discovery, and multicast listeners.
+pub(super) const EXEMPT: [Exempt; 2] = [
+    Exempt {
+        set: "neighbour-discovery",
+        types: &[133, 134, 135, 136],
+        hop_limit: 255,
+    },
+    Exempt {
+        set: "multicast-listeners",
+        types: &[130, 131, 132, 143],
+        hop_limit: 1,
+    },
+];
+
+/// The addresses of all isolated pods, for strict mode.
+pub(super) const ISOLATED: &str = "isolated-pods";
+
+/// The fields that identify the port of a destination pod.
+pub(super) fn port_key() -> Vec<Selector> {
+    vec![
+        Selector::DestinationAddress,
+        Selector::L4Protocol,
+        Selector::DestinationPort,
+    ]
+}
+
+macro_rules! declarations {
+    ($($(#[$doc:meta])* $name:ident $declaration:expr;)*) => {
+        $($(#[$doc])*
+        pub(super) fn $name() -> Arc<Declaration> {
+            static DECLARATION: LazyLock<Arc<Declaration>> =
+                LazyLock::new(|| Arc::new($declaration));
+            DECLARATION.clone()
+        })*
+    };
+}
+
+declarations! {
+    /// Address to the chain of the pod.
+    pods Declaration::new(SetKind::VerdictMap, [Selector::SourceAddress]);
+    /// Addresses that count what they match.
+    counted Declaration {
+        counter: true,
+        ..Declaration::new(SetKind::Set, [Selector::SourceAddress])
+    };
+    /// Addresses.
+    addresses Declaration::new(SetKind::Set, [Selector::SourceAddress]);
+    /// Names of interfaces.
+    links Declaration::new(SetKind::Set, [Selector::InputInterface]);
+    /// ICMPv6 types.
+    icmp6_types Declaration::new(SetKind::Set, [Selector::Icmp6Type]);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn chain(name: &str) -> String {
+        Direction::Ingress
+            .pod_chain(&ObjectName::new("shop", name))
+            .to_string()
+    }
+
+    #[test]
+    fn names_are_those_of_the_objects_where_nft_can_read_them() {
+        assert_eq!(chain("web-0.a"), "pod-ingress-shop/web-0.a");
+        for odd in ["a{drop}", "a;b", "a\"b", "a_b", "a#b", "a$b"] {
+            let name = chain(odd);
+            let plain = |c: char| c.is_ascii_alphanumeric() || "-_./".contains(c);
+            assert!(name.chars().all(plain), "{name}");
+            assert!(name.contains('_'), "{name}");
+        }
+        assert_ne!(chain("a{b"), chain("a}b"));
+    }
+
+    #[test]
+    fn long_names_fit_and_are_told_apart() {
+        let long = "x".repeat(253);
+        let other = format!("{}y", "x".repeat(252));
+        assert!(chain(&long).len() <= 255);
+        assert_ne!(chain(&long), chain(&other));
+    }
+}

@@ -1,0 +1,117 @@
+//! The touched parts of the tables, before and after, of which the difference is written.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use super::layout::{self, Direction, ISOLATED};
+use super::plans::{Asked, Isolation};
+use super::rules::pod_chain;
+use crate::model::Family;
+use crate::nft::{Declaration, Element, Key, Name, Set, Table, Verdict};
+
+/// The touched parts of one family's table.
+#[derive(Debug, Default)]
+pub(super) struct Parts {
+    pub before: Table,
+    pub after: Table,
+}
+
+impl Parts {
+    /// Makes the two sides fit to be compared: elements in order, and the sets that every table has
+    /// on both sides, since one that only one side has would be made or deleted.
+    pub fn level(&mut self) {
+        let both = Direction::ALL.into_iter();
+        let names =
+            both.flat_map(|direction| [direction.pods(0), direction.denied(), direction.links()]);
+        for name in names.chain([Name::from(ISOLATED)]) {
+            let sides = [&self.before, &self.after];
+            let declaration = sides
+                .into_iter()
+                .find_map(|table| table.sets.get(&name).map(|set| set.declaration.clone()));
+            for table in [&mut self.before, &mut self.after] {
+                if let Some(declaration) = declaration.clone() {
+                    table.sets.entry(name.clone()).or_insert(Set {
+                        declaration,
+                        elements: Vec::new(),
+                    });
+                }
+            }
+        }
+        for table in [&mut self.before, &mut self.after] {
+            table.sets.values_mut().for_each(sort);
+        }
+    }
+}
+
+/// The parts of a family.
+pub(super) fn of(parts: &mut [Parts; 2], family: Family) -> &mut Parts {
+    let [v4, v6] = parts;
+    match family {
+        Family::V4 => v4,
+        Family::V6 => v6,
+    }
+}
+
+/// Adds to a table, or to a part of one, the interfaces that lead to isolated pods.
+pub(super) fn lead(table: &mut Table, links: &BTreeSet<(Direction, Arc<str>)>) {
+    for (direction, link) in links {
+        let set = table.sets.entry(direction.links()).or_insert(Set {
+            declaration: layout::links(),
+            elements: Vec::new(),
+        });
+        let key = Key::build().interface(link).finish();
+        set.elements.push(Element::new(key));
+    }
+}
+
+/// Puts the elements of a set in order.
+pub(super) fn sort(set: &mut Set) {
+    set.elements.sort_unstable_by(|a, b| a.key.cmp(&b.key));
+}
+
+/// Adds to a table, or to a part of one, what isolates an address: the chains of its pods and what
+/// leads there.
+pub(super) fn isolate(table: &mut Table, address: IpAddr, plan: &Isolation, strict: bool) {
+    let key = Key::address(address);
+    let mut add = |set: Name, declaration: Arc<Declaration>, element: Element| {
+        let elements = Vec::new();
+        let set = table.sets.entry(set).or_insert(Set {
+            declaration,
+            elements,
+        });
+        set.elements.push(element);
+    };
+    for (direction, all) in &plan.asked {
+        for (layer, asked) in all.iter().enumerate() {
+            let verdict = Verdict::Goto(asked.chain(*direction, address));
+            let element = Element::with_verdict(key.clone(), verdict);
+            add(direction.pods(layer), layout::pods(), element);
+        }
+        add(
+            direction.denied(),
+            layout::counted(),
+            Element::new(key.clone()),
+        );
+    }
+    if strict {
+        add(ISOLATED.into(), layout::addresses(), Element::new(key));
+    }
+    for (direction, all) in &plan.asked {
+        for asked in all {
+            let chain = pod_chain(*direction, address, asked.policies.iter().cloned());
+            table.chains.insert(asked.chain(*direction, address), chain);
+        }
+    }
+}
+
+impl Asked {
+    /// The chain of the pod. A departed one may have the name of another that came since.
+    fn chain(&self, direction: Direction, address: IpAddr) -> Name {
+        if self.departed {
+            direction.departed_chain(address)
+        } else {
+            direction.pod_chain(&self.pod)
+        }
+    }
+}

@@ -1,0 +1,174 @@
+//! Which addresses of this node are isolated, and whose policies are asked about them.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use super::Engine;
+use super::layout::Direction;
+use super::parts::{self, Parts, isolate};
+use super::rules;
+use crate::model::{Family, ObjectName, Pod};
+use crate::nft::Table;
+
+/// The most pods with one address that are asked one after the other.
+const MOST_ASKED: usize = 4;
+
+/// An isolated address of this node.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Isolation {
+    /// For each direction in which it is isolated, whose policies are asked: what one of them does
+    /// not allow is denied. More than one where it is not certain which pod has the address.
+    pub asked: BTreeMap<Direction, Vec<Asked>>,
+}
+
+/// A pod that may have an isolated address.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Asked {
+    pub pod: ObjectName,
+    /// Whether its object is gone.
+    pub departed: bool,
+    /// The policies of a direction that select it.
+    pub policies: Vec<ObjectName>,
+}
+
+impl Engine {
+    /// Puts the base chains for addresses with several pods into a side of the tables.
+    pub(super) fn draft_layers(
+        &self,
+        parts: &mut [Parts; 2],
+        side: impl Fn(&mut Parts) -> &mut Table,
+    ) {
+        for (family, direction, layer) in self.layers.keys() {
+            let table = side(parts::of(parts, *family));
+            rules::add_layer(table, *family, *direction, *layer, &self.settings);
+        }
+    }
+
+    /// Plans an address of this node again and notes what is different in its chains. Returns
+    /// whether anything is.
+    pub(super) fn plan_again(
+        &mut self,
+        address: IpAddr,
+        parts: &mut [Parts; 2],
+        uses_touched: &mut BTreeSet<(Family, Direction, ObjectName)>,
+    ) -> bool {
+        let new = self.plan(address);
+        let old = self.plans.remove(&address);
+        let differs = old != new;
+        if differs {
+            let family = Family::of(address);
+            let parts = parts::of(parts, family);
+            for (plan, table, more) in [
+                (&old, &mut parts.before, false),
+                (&new, &mut parts.after, true),
+            ] {
+                let Some(plan) = plan else {
+                    continue;
+                };
+                isolate(table, address, plan, self.settings.strict);
+                for (direction, all) in &plan.asked {
+                    for layer in 1..all.len() {
+                        let key = (family, *direction, layer);
+                        let count = self.layers.entry(key).or_default();
+                        *count = changed(*count, more);
+                        if *count == 0 {
+                            self.layers.remove(&key);
+                        }
+                    }
+                    for policy in all.iter().flat_map(|asked| &asked.policies) {
+                        let key = (family, *direction, policy.clone());
+                        let used = self.uses.entry(key.clone()).or_default();
+                        used.pods = changed(used.pods, more);
+                        uses_touched.insert(key);
+                    }
+                }
+            }
+        }
+        if let Some(new) = new {
+            self.plans.insert(address, new);
+        }
+        differs
+    }
+
+    /// Has the next update look up the interfaces of isolated pods: the host may have changed
+    /// without an event.
+    pub fn look_at_links(&mut self) {
+        self.touched.links = true;
+    }
+
+    fn links_of_isolated(&self) -> BTreeSet<(Direction, Arc<str>)> {
+        let addresses: Vec<IpAddr> = self.plans.keys().copied().collect();
+        if addresses.is_empty() {
+            return BTreeSet::new();
+        }
+        let found: HashMap<IpAddr, Arc<str>> = (self.find_links)(&addresses).into_iter().collect();
+        let links = self.plans.iter().flat_map(|(address, plan)| {
+            let link = found.get(address).into_iter();
+            link.flat_map(|link| plan.asked.keys().map(|it| (*it, link.clone())))
+        });
+        links.collect()
+    }
+
+    pub(super) fn links_again(&mut self, parts: &mut [Parts; 2]) {
+        let links = self.links_of_isolated();
+        let before = std::mem::replace(&mut self.links, links);
+        if before != self.links {
+            let [_, v6] = parts;
+            parts::lead(&mut v6.before, &before);
+            parts::lead(&mut v6.after, &self.links);
+        }
+    }
+
+    /// What the policies make of an address of this node; `None` for one that is not isolated.
+    fn plan(&self, address: IpAddr) -> Option<Isolation> {
+        let mut holders: Vec<&Pod> = self.inventory.isolating(address).collect();
+        holders.sort_unstable_by(|a, b| a.name.cmp(&b.name));
+        let departed = self.inventory.departed(address);
+        let holders = holders.into_iter().map(|pod| (pod, false));
+        let mut asked: BTreeMap<Direction, Vec<Asked>> = BTreeMap::new();
+        for (pod, departed) in holders.chain(departed.map(|pod| (pod, true))) {
+            for (direction, policies) in self.isolating_policies(pod) {
+                let all = asked.entry(direction).or_default();
+                // Pods of one workload say the same.
+                if !all.iter().any(|asked| asked.policies == policies) {
+                    all.push(Asked {
+                        pod: pod.name.clone(),
+                        departed,
+                        policies,
+                    });
+                }
+            }
+        }
+        for all in asked.values_mut().filter(|all| all.len() > MOST_ASKED) {
+            all.truncate(1);
+            all.iter_mut().for_each(|asked| asked.policies.clear());
+        }
+        (!asked.is_empty()).then_some(Isolation { asked })
+    }
+
+    /// For each direction in which a pod is isolated, the policies that select it.
+    fn isolating_policies(&self, pod: &Pod) -> BTreeMap<Direction, Vec<ObjectName>> {
+        let mut policies: BTreeMap<Direction, Vec<ObjectName>> = BTreeMap::new();
+        for policy in self.inventory.policies_for(pod) {
+            for direction in Direction::ALL {
+                if rules::rules_of(policy, direction).is_some() {
+                    policies
+                        .entry(direction)
+                        .or_default()
+                        .push(policy.name.clone());
+                }
+            }
+        }
+        policies
+    }
+}
+
+/// A count with one more or one less.
+fn changed(count: u32, more: bool) -> u32 {
+    if more {
+        count.saturating_add(1)
+    } else {
+        count.saturating_sub(1)
+    }
+}

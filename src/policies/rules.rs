@@ -1,0 +1,407 @@
+//! The chains of the policy table.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use smallvec::SmallVec;
+
+use super::Settings;
+use super::index::{Namespaces, PodSelector};
+use super::layout::{
+    Direction, EXEMPT, ISOLATED, addresses, counted, icmp6_types, layered, links, pods, port_key,
+};
+use super::sets::{Meaning, PortRange, SetId};
+use crate::model::{
+    Family, NetworkPolicy, ObjectName, Peer, PolicyPort, PolicyRule, PortMatch, Protocol,
+};
+use crate::nft::{
+    BaseChain, Chain, ChainKind, Comparison, CtState, Element, Hook, Key, Name, Operand, Rule,
+    Selector, Set, Statement, Table, Verdict,
+};
+use ipnet::{IpNet, Ipv6Net};
+use std::net::{IpAddr, Ipv6Addr};
+
+/// `filter`: behind the translation of destinations, before that of sources.
+const FILTER: i32 = 0;
+const ICMPV6: u8 = 58;
+/// `fe80::/10`, without its length.
+const LINK_LOCAL: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0);
+
+/// A packet is logged at most so often in a second, in either direction and family.
+const LOGS_PER_SECOND: u32 = 10;
+/// What is logged above that rate at once.
+const LOG_BURST: u32 = 20;
+/// How much of a packet is logged: its headers.
+const LOG_BYTES: u32 = 128;
+
+/// The statements that ask for a port.
+type Statements = SmallVec<[Statement; 2]>;
+
+/// The table of a family while no pod is isolated.
+pub(super) fn skeleton(family: Family, settings: &Settings) -> Table {
+    let mut table = Table::default();
+    for direction in Direction::ALL {
+        let counters = Set {
+            declaration: counted(),
+            elements: Vec::new(),
+        };
+        table.sets.insert(direction.denied(), counters);
+        let deny = Chain {
+            base: None,
+            rules: deny(direction, settings),
+        };
+        table.chains.insert(direction.deny(), deny);
+    }
+    if settings.strict {
+        let set = Set {
+            declaration: addresses(),
+            elements: Vec::new(),
+        };
+        table.sets.insert(ISOLATED.into(), set);
+    }
+    if family == Family::V6 {
+        for exempt in EXEMPT {
+            let elements = exempt
+                .types
+                .iter()
+                .map(|number| Element::new(Key::build().icmp6_type(*number).finish()));
+            let set = Set {
+                declaration: icmp6_types(),
+                elements: elements.collect(),
+            };
+            table.sets.insert(exempt.set.into(), set);
+        }
+        for direction in Direction::ALL {
+            let set = Set {
+                declaration: links(),
+                elements: Vec::new(),
+            };
+            table.sets.insert(direction.links(), set);
+        }
+    }
+    for direction in Direction::ALL {
+        add_layer(&mut table, family, direction, 0, settings);
+    }
+    table
+}
+
+/// Adds the base chains that ask the policies of the first, second or a further pod of an address.
+///
+/// `accept` ends only the base chain it is met in. So what a pod may send is then asked of the pod
+/// that receives it, and what the first of several pods with one address allows, of the next one.
+pub(super) fn add_layer(
+    table: &mut Table,
+    family: Family,
+    direction: Direction,
+    layer: usize,
+    settings: &Settings,
+) {
+    table.sets.entry(direction.pods(layer)).or_insert(Set {
+        declaration: pods(),
+        elements: Vec::new(),
+    });
+    for (name, hook, priority) in bases(direction) {
+        let base = Some(BaseChain {
+            kind: ChainKind::Filter,
+            hook: *hook,
+            priority: *priority,
+        });
+        let rules = base_rules(family, direction, layer, settings);
+        table
+            .chains
+            .insert(layered(name, layer), Chain { base, rules });
+    }
+}
+
+/// Name, hook and priority of the base chains of a direction.
+fn bases(direction: Direction) -> &'static [(&'static str, Hook, i32)] {
+    match direction {
+        Direction::Egress => &[
+            ("egress", Hook::Forward, FILTER),
+            ("egress-to-node", Hook::Input, FILTER),
+        ],
+        Direction::Ingress => &[("ingress", Hook::Forward, FILTER + 1)],
+    }
+}
+
+/// Whether nftlet gives this name to a base chain of its policy tables. A name that is given up must
+/// stay known here, or the rules of an earlier version would not last until the first lists.
+pub fn is_base_chain(name: &Name) -> bool {
+    let mut bases = Direction::ALL.into_iter().flat_map(bases);
+    bases.any(|(base, ..)| {
+        let layer = name.as_str().strip_prefix(base);
+        layer.is_some_and(|layer| {
+            let number = layer.strip_prefix('-').map(str::parse::<usize>);
+            layer.is_empty() || matches!(number, Some(Ok(_)))
+        })
+    })
+}
+
+fn base_rules(
+    family: Family,
+    direction: Direction,
+    layer: usize,
+    settings: &Settings,
+) -> Vec<Rule> {
+    let mut rules = vec![Rule::new([
+        Statement::CtState([CtState::Established, CtState::Related].into()),
+        Statement::Verdict(Verdict::Accept),
+    ])];
+    if family == Family::V6 {
+        for exempt in EXEMPT {
+            rules.push(Rule::new([
+                protocol(ICMPV6),
+                Statement::InSet(vec![Selector::Icmp6Type], Comparison::Is, exempt.set.into()),
+                Statement::HopLimit(exempt.hop_limit),
+                Statement::Verdict(Verdict::Accept),
+            ]));
+        }
+        // The address that every pod has beside those in its status. It is of no use to a policy,
+        // so what has it is told by the interface alone.
+        let link_local = IpNet::V6(Ipv6Net::new_assert(LINK_LOCAL, 10));
+        rules.push(Rule::new([
+            Statement::Match(
+                direction.pod(),
+                Comparison::Is,
+                Operand::Network(link_local),
+            ),
+            Statement::InSet(vec![direction.link()], Comparison::Is, direction.links()),
+            Statement::Verdict(Verdict::Goto(direction.deny())),
+        ]));
+    }
+    if settings.strict {
+        // The reply to a connection that was cut must not pass for a new one. What is not tracked
+        // was never cut.
+        for end in [Selector::SourceAddress, Selector::DestinationAddress] {
+            rules.push(Rule::new([
+                Statement::CtState([CtState::Invalid, CtState::New].into()),
+                protocol(Protocol::Tcp.number()),
+                Statement::TcpNotOpening,
+                Statement::InSet(vec![end], Comparison::Is, ISOLATED.into()),
+                Statement::Verdict(Verdict::Drop),
+            ]));
+        }
+    }
+    rules.push(Rule::new([Statement::VerdictMap(
+        vec![direction.pod()],
+        direction.pods(layer),
+    )]));
+    rules
+}
+
+fn deny(direction: Direction, settings: &Settings) -> Vec<Rule> {
+    let mut rules = Vec::new();
+    if let Some(group) = settings.log_group {
+        rules.push(Rule::new([
+            Statement::Limit {
+                per_second: LOGS_PER_SECOND,
+                burst: LOG_BURST,
+            },
+            Statement::Log {
+                prefix: direction.as_str().into(),
+                group,
+                snaplen: LOG_BYTES,
+            },
+        ]));
+    }
+    rules.push(Rule::new([
+        Statement::InSet(vec![direction.pod()], Comparison::Is, direction.denied()),
+        Statement::Verdict(Verdict::Drop),
+    ]));
+    rules.push(Rule::new([Statement::Verdict(Verdict::Drop)]));
+    rules
+}
+
+fn protocol(number: u8) -> Statement {
+    Statement::Match(
+        Selector::L4Protocol,
+        Comparison::Is,
+        Operand::Protocol(number),
+    )
+}
+
+/// The chain of an isolated pod: it reaches itself, whoever a policy allows passes, and nobody
+/// else.
+pub(super) fn pod_chain(
+    direction: Direction,
+    address: IpAddr,
+    policies: impl IntoIterator<Item = ObjectName>,
+) -> Chain {
+    let itself = Operand::Network(IpNet::from(address));
+    let mut rules = vec![Rule::new([
+        Statement::Match(direction.peer(), Comparison::Is, itself),
+        Statement::Verdict(Verdict::Accept),
+    ])];
+    rules.extend(policies.into_iter().map(|policy| {
+        let chain = direction.policy_chain(&policy);
+        Rule::new([Statement::Verdict(Verdict::Jump(chain))])
+    }));
+    rules.push(Rule::new([Statement::Verdict(Verdict::Goto(
+        direction.deny(),
+    ))]));
+    Chain { base: None, rules }
+}
+
+/// The rules of a policy for one direction; `None` if it does not concern that direction.
+pub(super) fn rules_of(policy: &NetworkPolicy, direction: Direction) -> Option<&[PolicyRule]> {
+    match direction {
+        Direction::Ingress => policy.ingress.as_deref(),
+        Direction::Egress => policy.egress.as_deref(),
+    }
+}
+
+/// The chain of a policy in one family, which accepts what the policy allows. `set` gives the
+/// set for a meaning, with its name.
+pub(super) fn policy_chain(
+    policy: &NetworkPolicy,
+    direction: Direction,
+    family: Family,
+    mut set: impl FnMut(Meaning) -> (SetId, Name),
+) -> (Chain, Vec<SetId>) {
+    let mut used = Vec::new();
+    let mut name_of = |meaning| {
+        let (id, name) = set(meaning);
+        used.push(id);
+        name
+    };
+    let mut rules = Vec::new();
+    for rule in rules_of(policy, direction).unwrap_or_default() {
+        let peers: Vec<Option<Statement>> = match &rule.peers {
+            None => vec![None],
+            Some(peers) => {
+                let meanings = peers_of(peers, policy.name.namespace(), family);
+                let statements = meanings.into_iter().map(|meaning| {
+                    let set = name_of(meaning);
+                    Statement::InSet(vec![direction.peer()], Comparison::Is, set)
+                });
+                statements.map(Some).collect()
+            }
+        };
+        let ports: Vec<Statements> = match &rule.ports {
+            None => vec![Statements::new()],
+            Some(ports) => ports_of(ports, direction, &mut name_of),
+        };
+        for peer in &peers {
+            for port in &ports {
+                let accept = Statement::Verdict(Verdict::Accept);
+                let statements = peer.iter().chain(port).cloned().chain([accept]);
+                rules.push(Rule::new(statements.collect::<Vec<_>>()));
+            }
+        }
+    }
+    used.sort_unstable();
+    used.dedup();
+    (Chain { base: None, rules }, used)
+}
+
+/// The sets that stand for the peers of a rule: one for each selector, and one for all blocks
+/// of the family.
+fn peers_of(peers: &[Peer], namespace: &str, family: Family) -> Vec<Meaning> {
+    let mut meanings = Vec::new();
+    let mut blocks = Vec::new();
+    for peer in peers {
+        match peer {
+            Peer::Pods { namespaces, pods } => meanings.push(Meaning::Pods(PodSelector {
+                namespaces: Namespaces::new(namespaces.as_ref(), namespace),
+                pods: pods.clone(),
+            })),
+            Peer::Block { cidr, except } if Family::of(cidr.addr()) == family => {
+                blocks.push((*cidr, except.clone()));
+            }
+            Peer::Block { .. } => {}
+        }
+    }
+    if !blocks.is_empty() {
+        blocks.sort_unstable();
+        meanings.push(Meaning::Blocks(blocks));
+    }
+    meanings
+}
+
+/// What asks for one of the ports of a rule: at most one alternative for each protocol and one for
+/// named ports, however many ports there are, because each is asked for with every peer.
+fn ports_of(
+    ports: &[PolicyPort],
+    direction: Direction,
+    name_of: &mut impl FnMut(Meaning) -> Name,
+) -> Vec<Statements> {
+    let mut numbers: BTreeMap<Protocol, Vec<PortRange>> = BTreeMap::new();
+    let mut named = Vec::new();
+    for PolicyPort { protocol, port } in ports {
+        match port {
+            PortMatch::Any => numbers.entry(*protocol).or_default().push((0, u16::MAX)),
+            PortMatch::Range(from, to) => {
+                numbers.entry(*protocol).or_default().push((*from, *to));
+            }
+            PortMatch::Named(name) => named.push((Arc::clone(name), *protocol)),
+        }
+    }
+    let mut alternatives = Vec::new();
+    for (of, ranges) in numbers {
+        let ranges = joined(ranges);
+        let port = match *ranges.as_slice() {
+            [(0, u16::MAX)] => None,
+            [(from, to)] => {
+                let operand = if from == to {
+                    Operand::Port(from)
+                } else {
+                    Operand::Ports(from, to)
+                };
+                let selector = Selector::DestinationPort;
+                Some(Statement::Match(selector, Comparison::Is, operand))
+            }
+            _ => {
+                let set = name_of(Meaning::Ports(of, ranges));
+                let key = vec![Selector::DestinationPort];
+                Some(Statement::InSet(key, Comparison::Is, set))
+            }
+        };
+        alternatives.push([protocol(of.number())].into_iter().chain(port).collect());
+    }
+    if !named.is_empty() {
+        named.sort_unstable();
+        named.dedup();
+        let set = name_of(Meaning::NamedPorts {
+            ports: named,
+            local: direction == Direction::Ingress,
+        });
+        let statement = Statement::InSet(port_key(), Comparison::Is, set);
+        alternatives.push([statement].into_iter().collect());
+    }
+    alternatives
+}
+
+/// Ranges of ports, sorted; those that overlap or touch are one.
+fn joined(mut ranges: Vec<PortRange>) -> Vec<PortRange> {
+    ranges.sort_unstable();
+    let mut joined: Vec<PortRange> = Vec::new();
+    for (from, to) in ranges {
+        match joined.last_mut() {
+            Some((_, end)) if from <= end.saturating_add(1) => *end = (*end).max(to),
+            _ => joined.push((from, to)),
+        }
+    }
+    joined
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_that_overlap_or_touch_are_one() {
+        let ranges = [
+            (443, 443),
+            (80, 90),
+            (85, 100),
+            (101, 101),
+            (65535, 65535),
+            (0, 1),
+        ];
+        assert_eq!(
+            joined(ranges.into()),
+            [(0, 1), (80, 101), (443, 443), (65535, 65535)]
+        );
+        assert_eq!(joined(vec![(0, u16::MAX), (80, 80)]), [(0, u16::MAX)]);
+    }
+}

@@ -1,0 +1,497 @@
+//! The sets that policies share: pods by selector, address blocks, and named ports.
+//!
+//! A set is identified by what it stands for ([`Meaning`]), and named by a digest of that, so
+//! that the same policies get the same names in every run. It exists in a table while a rule of
+//! that table uses it.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fmt;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use smallvec::SmallVec;
+
+use super::index::{Index, Namespaces, PodSelector};
+use super::inventory::Inventory;
+use super::layout::port_key;
+use crate::model::{Family, Pod, Protocol};
+use crate::nft::{
+    Declaration, Element, Key, Name, Selector, Set, SetKind, digest_of, merge_intervals,
+};
+
+/// What a set stands for.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) enum Meaning {
+    /// The addresses of the pods that a selector selects.
+    Pods(PodSelector),
+    /// Addresses in networks, without others.
+    Blocks(Vec<(IpNet, Vec<IpNet>)>),
+    /// Ports of a protocol in ranges that are sorted and apart. A set of (protocol, range) for all
+    /// protocols would be a concatenation with an interval, which the kernel fills in a time that
+    /// grows with the square of its elements.
+    Ports(Protocol, Vec<PortRange>),
+    /// (address, protocol, port) of the pods that give a port one of some names.
+    NamedPorts {
+        /// The names with their protocols.
+        ports: Vec<(Arc<str>, Protocol)>,
+        /// Whether only pods of this node are in it: ingress asks for no others.
+        local: bool,
+    },
+}
+
+/// The first and the last of some ports.
+pub(super) type PortRange = (u16, u16);
+
+impl fmt::Display for Meaning {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Meaning::Pods(PodSelector { namespaces, pods }) => match namespaces {
+                Namespaces::Named(name) => write!(f, "pods {pods} in namespace {name}"),
+                Namespaces::Labelled(labels) => write!(f, "pods {pods} in namespaces {labels}"),
+            },
+            Meaning::Blocks(blocks) => {
+                f.write_str("blocks")?;
+                for (block, except) in blocks {
+                    write!(f, " {block}")?;
+                    for (index, except) in except.iter().enumerate() {
+                        write!(f, "{}{except}", if index == 0 { " except " } else { "," })?;
+                    }
+                }
+                Ok(())
+            }
+            Meaning::Ports(protocol, ranges) => {
+                write!(f, "{protocol} ports")?;
+                for (from, to) in ranges {
+                    write!(f, " {from}")?;
+                    if from != to {
+                        write!(f, "-{to}")?;
+                    }
+                }
+                Ok(())
+            }
+            Meaning::NamedPorts { ports, local } => {
+                f.write_str("ports")?;
+                for (name, protocol) in ports {
+                    write!(f, " {name} ({protocol})")?;
+                }
+                f.write_str(if *local {
+                    " of pods of this node"
+                } else {
+                    " of all pods"
+                })
+            }
+        }
+    }
+}
+
+/// Identifies a set while it is in use.
+pub(super) type SetId = u32;
+
+/// An element that a pod brings to a set.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Membership {
+    pub family: Family,
+    pub set: SetId,
+    pub key: Key,
+}
+
+#[derive(Debug)]
+struct Entry {
+    meaning: Arc<Meaning>,
+    name: Name,
+    declaration: Arc<Declaration>,
+    /// The elements that it has whatever pods there are.
+    fixed: Vec<Element>,
+    /// How many rules of either family's table use it.
+    uses: [u32; 2],
+}
+
+/// All sets in use.
+#[derive(Debug, Default)]
+pub(super) struct Sets {
+    entries: BTreeMap<SetId, Entry>,
+    ids: HashMap<Arc<Meaning>, (SetId, Name)>,
+    next: SetId,
+    finder: Finder,
+}
+
+/// The sets of a named port, and whether only pods of this node are in them.
+type PortSets = SmallVec<[(bool, SetId); 2]>;
+
+/// Finds the sets that a pod belongs to.
+#[derive(Debug, Default)]
+struct Finder {
+    selectors: Index<SetId>,
+    ports: HashMap<(Arc<str>, Protocol), PortSets>,
+}
+
+impl Finder {
+    fn insert(&mut self, id: SetId, meaning: &Meaning, inventory: &Inventory) {
+        match meaning {
+            Meaning::Pods(selector) => self.selectors.insert(id, selector, inventory.namespaces()),
+            Meaning::NamedPorts { ports, local } => {
+                for port in ports {
+                    let of_name = self.ports.entry(port.clone()).or_default();
+                    of_name.push((*local, id));
+                }
+            }
+            Meaning::Blocks(_) | Meaning::Ports(..) => {}
+        }
+    }
+
+    fn remove(&mut self, id: SetId, meaning: &Meaning) {
+        match meaning {
+            Meaning::Pods(selector) => self.selectors.remove(&id, selector),
+            Meaning::NamedPorts { ports, .. } => {
+                for of_name in ports {
+                    if let Some(ids) = self.ports.get_mut(of_name) {
+                        ids.retain(|(_, known)| *known != id);
+                        if ids.is_empty() {
+                            self.ports.remove(of_name);
+                        }
+                    }
+                }
+            }
+            Meaning::Blocks(_) | Meaning::Ports(..) => {}
+        }
+    }
+
+    /// Calls `found` once with each element that a pod brings to a set.
+    fn of_pod(&self, pod: &Pod, inventory: &Inventory, mut found: impl FnMut(Membership)) {
+        if self.selectors.is_empty() && self.ports.is_empty() {
+            return;
+        }
+        let addresses = inventory.addresses(pod);
+        if !addresses.is_empty() {
+            let namespace = pod.name.namespace();
+            let of_namespace = inventory.namespace(namespace);
+            self.selectors
+                .of_pod(namespace, &of_namespace, &pod.labels, |set| {
+                    for address in &addresses {
+                        found(Membership {
+                            family: Family::of(*address),
+                            set: *set,
+                            key: Key::address(*address),
+                        });
+                    }
+                });
+        }
+        if self.ports.is_empty() {
+            return;
+        }
+        let of_this_node = inventory.local_addresses(pod);
+        // Two names of one port are one element.
+        let mut ports: Vec<(SetId, bool, Protocol, u16)> = Vec::new();
+        for port in pod.ports.iter() {
+            let sets = self.ports.get(&(port.name.clone(), port.protocol));
+            let sets = sets.into_iter().flatten();
+            ports.extend(sets.map(|(local, set)| (*set, *local, port.protocol, port.port)));
+        }
+        ports.sort_unstable();
+        ports.dedup();
+        for (set, local, protocol, port) in ports {
+            for address in if local { &of_this_node } else { &addresses } {
+                let key = Key::build().address(*address);
+                found(Membership {
+                    family: Family::of(*address),
+                    set,
+                    key: key.protocol(protocol.number()).port(port).finish(),
+                });
+            }
+        }
+    }
+}
+
+fn index(family: Family) -> usize {
+    match family {
+        Family::V4 => 0,
+        Family::V6 => 1,
+    }
+}
+
+impl Sets {
+    /// The set of a meaning and its name, made if there is none yet.
+    pub fn get(&mut self, meaning: Meaning, inventory: &Inventory) -> (SetId, Name) {
+        if let Some((id, name)) = self.ids.get(&meaning) {
+            return (*id, name.clone());
+        }
+        let id = self.next;
+        self.next = self.next.wrapping_add(1);
+        self.finder.insert(id, &meaning, inventory);
+        let meaning = Arc::new(meaning);
+        let name = name(&meaning);
+        self.ids.insert(meaning.clone(), (id, name.clone()));
+        self.entries.insert(
+            id,
+            Entry {
+                name: name.clone(),
+                declaration: Arc::new(declaration(&meaning)),
+                fixed: fixed_elements(&meaning),
+                meaning,
+                uses: [0, 0],
+            },
+        );
+        (id, name)
+    }
+
+    /// A set without its elements.
+    pub fn declared(&self, id: SetId) -> Option<(Name, Set)> {
+        let entry = self.entries.get(&id)?;
+        let set = Set {
+            declaration: entry.declaration.clone(),
+            elements: Vec::new(),
+        };
+        Some((entry.name.clone(), set))
+    }
+
+    /// Counts one more or one less use in a family's table. Returns how many there were before.
+    pub fn count(&mut self, id: SetId, family: Family, more: bool) -> u32 {
+        let Some(uses) = self
+            .entries
+            .get_mut(&id)
+            .and_then(|entry| entry.uses.get_mut(index(family)))
+        else {
+            return 0;
+        };
+        let before = *uses;
+        *uses = if more {
+            before.saturating_add(1)
+        } else {
+            before.saturating_sub(1)
+        };
+        before
+    }
+
+    /// Whether a family's table uses a set.
+    pub fn is_used(&self, id: SetId, family: Family) -> bool {
+        let uses = self
+            .entries
+            .get(&id)
+            .and_then(|entry| entry.uses.get(index(family)));
+        uses.is_some_and(|uses| *uses > 0)
+    }
+
+    /// The sets that a family's table uses.
+    pub fn used(&self, family: Family) -> impl Iterator<Item = SetId> {
+        let ids = self.entries.keys().copied();
+        ids.filter(move |id| self.is_used(*id, family))
+    }
+
+    /// Forgets a set that no table uses.
+    pub fn sweep(&mut self, id: SetId) {
+        let unused = self
+            .entries
+            .get(&id)
+            .is_some_and(|entry| entry.uses == [0, 0]);
+        if !unused {
+            return;
+        }
+        let Some(entry) = self.entries.remove(&id) else {
+            return;
+        };
+        self.ids.remove(&entry.meaning);
+        self.finder.remove(id, &entry.meaning);
+    }
+
+    /// Notes that a namespace is new, has other labels, or is gone.
+    pub fn namespace_changed(&mut self, name: &str, inventory: &Inventory) {
+        let known = inventory.has_namespace(name);
+        let labels = known.then(|| inventory.namespace(name));
+        self.finder
+            .selectors
+            .namespace_changed(name, labels.as_ref());
+    }
+
+    /// The elements that a pod brings to sets, sorted.
+    pub fn of_pod(&self, pod: &Pod, inventory: &Inventory) -> Vec<Membership> {
+        let mut found = Vec::new();
+        self.finder
+            .of_pod(pod, inventory, |membership| found.push(membership));
+        found.sort_unstable();
+        found.dedup();
+        found
+    }
+
+    /// Calls `found` with the elements that all pods bring to some of the sets, in no order.
+    ///
+    /// Only pods that may be in one of them are looked at, and only for these sets.
+    pub fn for_each_member(
+        &self,
+        ids: &[SetId],
+        inventory: &Inventory,
+        mut found: impl FnMut(Membership),
+    ) {
+        let mut finder = Finder::default();
+        let mut namespaces: BTreeSet<&str> = BTreeSet::new();
+        let (mut everywhere, mut local) = (false, false);
+        for id in ids {
+            let Some(entry) = self.entries.get(id) else {
+                continue;
+            };
+            finder.insert(*id, &entry.meaning, inventory);
+            match &*entry.meaning {
+                Meaning::Pods(selector) => match &selector.namespaces {
+                    Namespaces::Named(name) => {
+                        namespaces.insert(name);
+                    }
+                    Namespaces::Labelled(labels) if labels.is_everything() => everywhere = true,
+                    Namespaces::Labelled(labels) => {
+                        let selected = inventory.namespaces().filter(|(_, of)| labels.matches(of));
+                        namespaces.extend(selected.map(|(name, _)| name));
+                    }
+                },
+                Meaning::NamedPorts { local: true, .. } => local = true,
+                Meaning::NamedPorts { local: false, .. } => everywhere = true,
+                Meaning::Blocks(_) | Meaning::Ports(..) => {}
+            }
+        }
+        let mut look_at = |pod: &Pod| finder.of_pod(pod, inventory, &mut found);
+        if everywhere {
+            inventory.pods().for_each(look_at);
+            return;
+        }
+        let pods = namespaces.iter().flat_map(|name| inventory.pods_of(name));
+        pods.for_each(&mut look_at);
+        if local {
+            let pods = inventory.local().filter_map(|name| inventory.pod(name));
+            let others = pods.filter(|pod| !namespaces.contains(pod.name.namespace()));
+            others.for_each(look_at);
+        }
+    }
+
+    /// The elements that a set has whatever pods there are.
+    pub fn fixed_elements(&self, id: SetId) -> Vec<Element> {
+        let entry = self.entries.get(&id);
+        entry.map_or_else(Vec::new, |entry| entry.fixed.clone())
+    }
+
+    /// The set of a name.
+    pub fn named(&self, name: &Name) -> Option<SetId> {
+        let mut entries = self.entries.iter();
+        let found = entries.find(|(_, entry)| entry.name == *name);
+        found.map(|(id, _)| *id)
+    }
+}
+
+fn fixed_elements(meaning: &Meaning) -> Vec<Element> {
+    match meaning {
+        Meaning::Blocks(blocks) => merge_intervals(remaining(blocks)),
+        Meaning::Ports(_, ranges) => {
+            let key = |port| Key::build().port(port).finish();
+            let is_interval = has_ranges(ranges);
+            let elements = ranges.iter().map(|(from, to)| Element {
+                key_end: is_interval.then(|| Box::new(key(*to))),
+                ..Element::new(key(*from))
+            });
+            elements.collect()
+        }
+        Meaning::Pods(_) | Meaning::NamedPorts { .. } => Vec::new(),
+    }
+}
+
+fn has_ranges(ranges: &[PortRange]) -> bool {
+    ranges.iter().any(|(from, to)| from != to)
+}
+
+/// The networks that are in the blocks, each without its own exceptions.
+fn remaining(blocks: &[(IpNet, Vec<IpNet>)]) -> Vec<IpNet> {
+    let mut remaining = Vec::new();
+    for (block, except) in blocks {
+        // Sorted and apart, so that those inside of a network stand together.
+        let except = IpNet::aggregate(&except.iter().map(IpNet::trunc).collect());
+        subtract(block.trunc(), &except, &mut remaining);
+    }
+    remaining
+}
+
+/// Splits a network until no part of it is both inside and outside of an exception.
+fn subtract(network: IpNet, except: &[IpNet], remaining: &mut Vec<IpNet>) {
+    let (first, last) = (network.network(), network.broadcast());
+    let from = except.partition_point(|net| net.broadcast() < first);
+    let to = except.partition_point(|net| net.network() <= last);
+    let Some(inside @ [one, ..]) = except.get(from..to) else {
+        remaining.push(network);
+        return;
+    };
+    if one.contains(&network) {
+        return;
+    }
+    if let Ok(halves) = network.subnets(network.prefix_len().saturating_add(1)) {
+        for half in halves {
+            subtract(half, inside, remaining);
+        }
+    }
+}
+
+fn name(meaning: &Meaning) -> Name {
+    let prefix = match meaning {
+        Meaning::Pods(_) => "pods",
+        Meaning::Blocks(_) => "blocks",
+        Meaning::Ports(..) => "ports",
+        Meaning::NamedPorts { .. } => "named-ports",
+    };
+    // The text form is unambiguous only for what the API server admits; the digest must not
+    // depend on that.
+    Name::from(format!("{prefix}-{}", digest_of(&format!("{meaning:?}"))))
+}
+
+fn declaration(meaning: &Meaning) -> Declaration {
+    let declaration = match meaning {
+        Meaning::Pods(_) => Declaration::new(SetKind::Set, [Selector::SourceAddress]),
+        Meaning::Blocks(_) => Declaration {
+            interval: true,
+            ..Declaration::new(SetKind::Set, [Selector::SourceAddress])
+        },
+        Meaning::Ports(_, ranges) => Declaration {
+            interval: has_ranges(ranges),
+            ..Declaration::new(SetKind::Set, [Selector::DestinationPort])
+        },
+        Meaning::NamedPorts { .. } => Declaration::new(SetKind::Set, port_key()),
+    };
+    declaration.comment(&meaning.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::IpAddr;
+
+    use super::*;
+
+    fn nets(texts: &[&str]) -> Vec<IpNet> {
+        texts.iter().map(|text| text.parse().unwrap()).collect()
+    }
+
+    #[test]
+    fn exceptions_are_cut_out() {
+        let block = |net: &str, except: &[&str]| (net.parse().unwrap(), nets(except));
+        let blocks = [
+            block("10.0.0.0/30", &["10.0.0.1/32"]),
+            block("192.168.0.0/24", &["192.168.0.0/24"]),
+            block("172.16.0.0/31", &["172.16.0.0/32", "172.0.0.0/8"]),
+            block("fd00::/64", &[]),
+        ];
+        assert_eq!(
+            remaining(&blocks),
+            nets(&["10.0.0.0/32", "10.0.0.2/31", "fd00::/64"])
+        );
+        let host = [block("10.0.0.7/32", &["10.0.0.7/32"])];
+        assert!(remaining(&host).is_empty());
+        let nested = [block(
+            "10.0.0.0/29",
+            &["10.0.0.0/30", "10.0.0.1/32", "10.0.0.7/32"],
+        )];
+        assert_eq!(remaining(&nested), nets(&["10.0.0.4/31", "10.0.0.6/32"]));
+    }
+
+    #[test]
+    fn the_cost_of_exceptions_grows_with_their_number() {
+        // Every second address: nothing can be joined. Pair by pair this would be 10^10 steps.
+        let hosts = (0..100_000u32).map(|host| 0x0a00_0000 + 2 * host);
+        let except: Vec<IpNet> = hosts
+            .map(|host| IpNet::from(IpAddr::V4(host.into())))
+            .collect();
+        let block = ("10.0.0.0/8".parse().unwrap(), except);
+        let left = merge_intervals(remaining(&[block]));
+        assert_eq!(left.len(), 100_000);
+    }
+}

@@ -1,0 +1,550 @@
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::engine::{BUDGET, Engine as _};
+use crate::model::{
+    Event, Evidence, Kind, LabelSelector, Labels, NamedPort, Namespace, NetworkPolicy, Object,
+    ObjectName, ObjectRef, Peer, Pod, PolicyPort, PolicyRule, PortMatch, Protocol, Requirement,
+    Sandbox,
+};
+use crate::nft::{Ruleset, simulate, text};
+
+fn settings(strict: bool) -> Settings {
+    Settings {
+        node: "here".into(),
+        strict,
+        log_group: None,
+    }
+}
+
+fn pod(name: &str, address: u8, node: &str, app: &str) -> Pod {
+    let (namespace, name) = name.split_once('/').unwrap();
+    Pod {
+        name: ObjectName::new(namespace, name),
+        node: Some(node.into()),
+        host_network: false,
+        ended: false,
+        running: false,
+        evidence: Evidence::default(),
+        addresses: [IpAddr::from([10, 0, 0, address])].into_iter().collect(),
+        labels: [("app", app)].into_iter().collect(),
+        ports: Arc::new([NamedPort {
+            name: "http".into(),
+            protocol: Protocol::Tcp,
+            port: 8000 + u16::from(address % 2),
+        }]),
+    }
+}
+
+fn app(value: &str) -> LabelSelector {
+    LabelSelector::new([Requirement::In("app".into(), vec![value.into()])])
+}
+
+fn policy(name: &str, pods: LabelSelector) -> NetworkPolicy {
+    let (namespace, name) = name.split_once('/').unwrap();
+    NetworkPolicy {
+        name: ObjectName::new(namespace, name),
+        pods,
+        ingress: None,
+        egress: None,
+    }
+}
+
+/// An engine and a model of the kernel that takes its transactions.
+struct Checked {
+    engine: Engine,
+    kernel: Ruleset,
+    events: Vec<Event>,
+}
+
+impl Checked {
+    fn new(strict: bool) -> Self {
+        let mut checked = Self {
+            engine: Engine::new(settings(strict)),
+            kernel: Ruleset::default(),
+            events: Vec::new(),
+        };
+        for kind in Kind::POLICY {
+            checked.engine.apply(&Event::ListStarted(kind));
+            checked.engine.apply(&Event::ListComplete(kind));
+        }
+        assert!(checked.engine.is_ready());
+        checked
+    }
+
+    fn apply(&mut self, event: Event) {
+        self.engine.apply(&event);
+        self.events.push(event);
+    }
+
+    /// Writes what changed, and checks that the kernel is then as a new engine wants it.
+    /// Returns how many elements and how many operations it took.
+    fn update(&mut self) -> (usize, usize) {
+        let transaction = self.engine.update(BUDGET).transaction;
+        let work = (transaction.elements(), transaction.ops.len());
+        for step in transaction.into_steps() {
+            simulate::apply(&mut self.kernel, &step).unwrap();
+        }
+        assert_eq!(self.kernel, self.engine.ruleset(), "of the engine itself");
+        for (name, chain) in self.kernel.tables.values().flat_map(|table| &table.chains) {
+            assert_eq!(is_base_chain(name), chain.base.is_some(), "{name}");
+        }
+        let mut fresh = Engine::new(self.engine.settings.clone());
+        for event in &self.events {
+            fresh.apply(event);
+        }
+        fresh.update(BUDGET);
+        assert_eq!(self.kernel, fresh.ruleset(), "of a new engine");
+        work
+    }
+}
+
+fn apply_pod(pod: Pod) -> Event {
+    Event::Apply(Object::Pod(pod))
+}
+
+fn apply_policy(policy: NetworkPolicy) -> Event {
+    Event::Apply(Object::NetworkPolicy(policy))
+}
+
+/// `web` of this node may be reached by `client`s of the namespace.
+fn shop() -> Checked {
+    let mut checked = Checked::new(false);
+    checked.apply(apply_pod(pod("shop/web", 1, "here", "web")));
+    checked.apply(apply_pod(pod("shop/client", 2, "there", "client")));
+    let from = Peer::Pods {
+        namespaces: None,
+        pods: app("client"),
+    };
+    let rule = PolicyRule {
+        peers: Some(vec![from]),
+        ports: Some(vec![PolicyPort {
+            protocol: Protocol::Tcp,
+            port: PortMatch::Range(80, 80),
+        }]),
+    };
+    checked.apply(apply_policy(NetworkPolicy {
+        ingress: Some(vec![rule]),
+        ..policy("shop/web", app("web"))
+    }));
+    checked.update();
+    checked
+}
+
+#[test]
+fn a_remote_pod_is_one_element() {
+    let mut checked = shop();
+    checked.apply(apply_pod(pod("shop/another", 3, "there", "client")));
+    assert_eq!(checked.update(), (1, 1), "added");
+    checked.apply(apply_pod(pod("shop/another", 3, "there", "other")));
+    assert_eq!(checked.update(), (1, 1), "relabelled");
+    checked.apply(apply_pod(pod("shop/another", 3, "there", "client")));
+    checked.update();
+    let name = ObjectName::new("shop", "another");
+    checked.apply(Event::Delete(ObjectRef::new(Kind::Pod, name)));
+    assert_eq!(checked.update(), (1, 1), "removed");
+    checked.apply(apply_pod(pod("other/another", 3, "there", "client")));
+    assert_eq!(checked.update(), (0, 0), "of another namespace");
+}
+
+#[test]
+fn a_namespace_that_stays_the_same_touches_no_pod() {
+    let mut checked = shop();
+    let namespace = Namespace {
+        name: ObjectName::new("", "shop"),
+        labels: [("team", "a")].into_iter().collect(),
+    };
+    let event = Event::Apply(Object::Namespace(namespace));
+    checked.apply(event.clone());
+    assert!(checked.engine.has_touched_pods());
+    checked.update();
+    checked.apply(event);
+    assert!(!checked.engine.has_touched_pods());
+}
+
+#[test]
+fn without_policies_there_is_no_table() {
+    let mut checked = shop();
+    assert_eq!(checked.kernel.tables.len(), 2);
+    let name = ObjectName::new("shop", "web");
+    checked.apply(Event::Delete(ObjectRef::new(Kind::NetworkPolicy, name)));
+    checked.update();
+    assert!(checked.kernel.tables.is_empty());
+}
+
+#[test]
+fn a_pod_without_policies_has_no_chain() {
+    let mut checked = shop();
+    let before = checked.kernel.clone();
+    checked.apply(apply_pod(pod("shop/free", 4, "here", "free")));
+    checked.update();
+    assert_eq!(checked.kernel, before);
+    let policy = policy("far/away", app("web"));
+    checked.apply(apply_policy(NetworkPolicy {
+        egress: Some(Vec::new()),
+        ..policy
+    }));
+    checked.update();
+    assert_eq!(
+        checked.kernel, before,
+        "a policy that selects no pod of this node"
+    );
+}
+
+#[test]
+fn nothing_is_compiled_while_a_list_is_read() {
+    let mut engine = Engine::new(settings(false));
+    assert!(!engine.is_ready());
+    for kind in Kind::POLICY {
+        engine.apply(&Event::ListStarted(kind));
+        assert!(!engine.is_ready());
+        engine.apply(&Event::ListComplete(kind));
+    }
+    assert!(engine.is_ready());
+    engine.apply(&Event::ListStarted(Kind::Pod));
+    assert!(!engine.is_ready());
+}
+
+#[test]
+fn the_rules_read_like_the_policy() {
+    let checked = shop();
+    let mut printed = Vec::new();
+    text::render(&checked.kernel, &mut printed).unwrap();
+    let printed = String::from_utf8(printed).unwrap();
+    for line in [
+        "comment \"pods app=client in namespace shop\"",
+        "10.0.0.1 : goto pod-ingress-shop/web",
+        "ip saddr 10.0.0.1 accept",
+        "jump policy-ingress-shop/web",
+        "goto deny-ingress",
+        "meta l4proto tcp th dport 80 accept",
+    ] {
+        assert!(printed.contains(line), "{line} is not in\n{printed}");
+    }
+}
+
+/// One step of a history.
+#[derive(Clone, Debug)]
+enum Step {
+    Pod(Pod),
+    DeletePod(ObjectName),
+    Namespace(Namespace),
+    DeleteNamespace(ObjectName),
+    Policy(NetworkPolicy),
+    DeletePolicy(ObjectName),
+}
+
+impl From<Step> for Event {
+    fn from(step: Step) -> Self {
+        let delete = |kind, name| Event::Delete(ObjectRef::new(kind, name));
+        match step {
+            Step::Pod(pod) => apply_pod(pod),
+            Step::DeletePod(name) => delete(Kind::Pod, name),
+            Step::Namespace(namespace) => Event::Apply(Object::Namespace(namespace)),
+            Step::DeleteNamespace(name) => delete(Kind::Namespace, name),
+            Step::Policy(policy) => apply_policy(policy),
+            Step::DeletePolicy(name) => delete(Kind::NetworkPolicy, name),
+        }
+    }
+}
+
+fn any_labels() -> impl Strategy<Value = Labels> {
+    prop::collection::vec(("[ab]", "[xy]"), 0..3)
+        .prop_map(|labels| labels.into_iter().collect::<Labels>())
+}
+
+fn any_selector() -> impl Strategy<Value = LabelSelector> {
+    let requirement = (0..4, "[ab]", "[xy]").prop_map(|(sort, key, value)| {
+        let (key, values) = (Arc::from(key), vec![Arc::from(value)]);
+        match sort {
+            0 => Requirement::In(key, values),
+            1 => Requirement::NotIn(key, values),
+            2 => Requirement::Exists(key),
+            _ => Requirement::DoesNotExist(key),
+        }
+    });
+    prop::collection::vec(requirement, 0..2).prop_map(LabelSelector::new)
+}
+
+fn any_name() -> impl Strategy<Value = ObjectName> {
+    ("[mn]", "[pqrst]").prop_map(|(namespace, name)| ObjectName::new(&namespace, &name))
+}
+
+fn any_evidence() -> impl Strategy<Value = Evidence> {
+    let sandbox = prop_oneof![
+        Just(Sandbox::Gone),
+        Just(Sandbox::Unknown),
+        (0..3u32).prop_map(Sandbox::RanAt),
+    ];
+    let started = prop::option::of(0..3u32);
+    (sandbox, started).prop_map(|(sandbox, started)| Evidence { sandbox, started })
+}
+
+prop_compose! {
+    fn any_pod()(
+        name in any_name(),
+        (here, host_network, ended, running) in (any::<bool>(), prop::bool::weighted(0.1), prop::bool::weighted(0.1), any::<bool>()),
+        evidence in any_evidence(),
+        v4 in prop::option::weighted(0.9, 0..6u8),
+        v6 in prop::option::of(0..6u8),
+        labels in any_labels(),
+        port in prop::option::of(("[hg]", 80..83u16)),
+    ) -> Pod {
+        let v4 = v4.map(|host| IpAddr::from([10, 0, 0, host]));
+        let v6 = v6.map(|host| IpAddr::from([0xfd00, 0, 0, 0, 0, 0, 0, u16::from(host)]));
+        Pod {
+            name,
+            node: Some(if here { "here" } else { "there" }.into()),
+            host_network,
+            ended,
+            running,
+            evidence,
+            addresses: v4.into_iter().chain(v6).collect(),
+            labels,
+            ports: port
+                .into_iter()
+                .map(|(name, port)| NamedPort { name: name.into(), protocol: Protocol::Tcp, port })
+                .collect(),
+        }
+    }
+}
+
+fn any_peer() -> impl Strategy<Value = Peer> {
+    let pods = (prop::option::of(any_selector()), any_selector())
+        .prop_map(|(namespaces, pods)| Peer::Pods { namespaces, pods });
+    let except = prop::collection::vec(0..8u8, 0..3);
+    let block = (0..2u8, except).prop_map(|(half, except)| Peer::Block {
+        cidr: format!("10.0.0.{}/29", half * 8).parse().unwrap(),
+        except: except
+            .into_iter()
+            .map(|host| format!("10.0.0.{}/32", half * 8 + host).parse().unwrap())
+            .collect(),
+    });
+    prop_oneof![3 => pods, 1 => block]
+}
+
+fn any_rules() -> impl Strategy<Value = Option<Vec<PolicyRule>>> {
+    let port = prop_oneof![
+        Just(PortMatch::Any),
+        (80..83u16).prop_map(|port| PortMatch::Range(port, 82)),
+        "[hg]".prop_map(|name| PortMatch::Named(name.into())),
+    ];
+    let port = port.prop_map(|port| PolicyPort {
+        protocol: Protocol::Tcp,
+        port,
+    });
+    let peers = prop::option::of(prop::collection::vec(any_peer(), 1..3));
+    let ports = prop::option::of(prop::collection::vec(port, 1..3));
+    let rule = (peers, ports).prop_map(|(peers, ports)| PolicyRule { peers, ports });
+    prop::option::of(prop::collection::vec(rule, 0..3))
+}
+
+fn any_step() -> impl Strategy<Value = Step> {
+    let policy = (any_name(), any_selector(), any_rules(), any_rules());
+    let policy = policy.prop_map(|(name, pods, ingress, egress)| {
+        Step::Policy(NetworkPolicy {
+            name,
+            pods,
+            ingress,
+            egress,
+        })
+    });
+    let namespace = "[mn]".prop_map(|name| ObjectName::new("", &name));
+    let relabel = (namespace.clone(), any_labels())
+        .prop_map(|(name, labels)| Step::Namespace(Namespace { name, labels }));
+    prop_oneof![
+        8 => any_pod().prop_map(Step::Pod),
+        2 => any_name().prop_map(Step::DeletePod),
+        2 => relabel,
+        1 => namespace.prop_map(Step::DeleteNamespace),
+        5 => policy,
+        2 => any_name().prop_map(Step::DeletePolicy),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    #[test]
+    fn every_history_ends_where_a_new_engine_would(
+        strict: bool,
+        batches in prop::collection::vec(prop::collection::vec(any_step(), 1..6), 1..10),
+    ) {
+        let mut checked = Checked::new(strict);
+        for batch in batches {
+            for step in batch {
+                checked.apply(step.into());
+            }
+            checked.update();
+        }
+    }
+}
+
+#[test]
+fn names_of_sets_do_not_depend_on_the_order_of_events() {
+    let sets = |ruleset: &Ruleset| -> BTreeMap<_, Vec<_>> {
+        let tables = ruleset.tables.iter();
+        tables
+            .map(|(id, table)| (id.clone(), table.sets.keys().cloned().collect()))
+            .collect()
+    };
+    let one = shop();
+    let mut other = Checked::new(false);
+    for event in one.events.iter().rev() {
+        other.apply(event.clone());
+    }
+    other.update();
+    assert_eq!(sets(&one.kernel), sets(&other.kernel));
+}
+
+/// The rules of a chain, as text.
+fn chain(ruleset: &Ruleset, name: &str) -> Vec<String> {
+    let table = &ruleset.tables[&table_id(crate::model::Family::V4)];
+    let rules = table.chains[name].rules.iter();
+    rules
+        .map(|rule| text::rule(rule, crate::nft::Family::Ip))
+        .collect()
+}
+
+#[test]
+fn the_rules_of_a_policy_grow_with_its_peers_and_its_ports_and_not_with_their_product() {
+    let mut checked = shop();
+    let peers = (0..100).map(|number| Peer::Pods {
+        namespaces: None,
+        pods: app(&format!("client-{number}")),
+    });
+    let ports = (0..100u16).map(|number| PolicyPort {
+        protocol: Protocol::Tcp,
+        port: match number % 2 {
+            0 => PortMatch::Range(1000 + 10 * number, 1000 + 10 * number),
+            _ => PortMatch::Named(format!("port-{number}").into()),
+        },
+    });
+    let rule = PolicyRule {
+        peers: Some(peers.collect()),
+        ports: Some(ports.collect()),
+    };
+    checked.apply(apply_policy(NetworkPolicy {
+        ingress: Some(vec![rule]),
+        ..policy("shop/web", app("web"))
+    }));
+    checked.update();
+    let rules = chain(&checked.kernel, "policy-ingress-shop/web");
+    assert_eq!(rules.len(), 200);
+    let table = &checked.kernel.tables[&table_id(crate::model::Family::V4)];
+    let ports = table
+        .sets
+        .iter()
+        .find(|(name, _)| name.as_str().starts_with("ports-"));
+    assert_eq!(ports.map(|(_, set)| set.elements.len()), Some(50));
+}
+
+#[test]
+fn ports_that_are_one_range_need_no_set() {
+    let mut checked = shop();
+    let of = |ports: &[PortMatch]| {
+        let ports = ports.iter().map(|port| PolicyPort {
+            protocol: Protocol::Tcp,
+            port: port.clone(),
+        });
+        let rule = PolicyRule {
+            peers: None,
+            ports: Some(ports.collect()),
+        };
+        checked.apply(apply_policy(NetworkPolicy {
+            ingress: Some(vec![rule]),
+            ..policy("shop/web", app("web"))
+        }));
+        checked.update();
+        chain(&checked.kernel, "policy-ingress-shop/web").join("; ")
+    };
+    let mut of = of;
+    use PortMatch::{Any, Range};
+    assert_eq!(
+        of(&[Range(80, 81), Range(82, 90)]),
+        "meta l4proto tcp th dport 80-90 accept"
+    );
+    assert_eq!(of(&[Range(80, 80), Any]), "meta l4proto tcp accept");
+    let set = of(&[Range(80, 80), Range(82, 82)]);
+    assert!(
+        set.starts_with("meta l4proto tcp th dport @ports-"),
+        "{set}"
+    );
+}
+
+#[test]
+fn the_interfaces_of_isolated_pods_are_known_by_direction() {
+    let mut engine = Engine::new(settings(false)).with_links(|addresses| {
+        let links = addresses
+            .iter()
+            .filter(|ip| **ip != IpAddr::from([10, 0, 0, 3]));
+        links.map(|ip| (*ip, "br0".into())).collect()
+    });
+    for kind in Kind::POLICY {
+        engine.apply(&Event::ListStarted(kind));
+        engine.apply(&Event::ListComplete(kind));
+    }
+    let mut kernel = Ruleset::default();
+    let mut update = |events: Vec<Event>| {
+        for event in events {
+            engine.apply(&event);
+        }
+        for step in engine.update(BUDGET).transaction.into_steps() {
+            simulate::apply(&mut kernel, &step).unwrap();
+        }
+        assert_eq!(kernel, engine.ruleset());
+        let table = &kernel.tables[&table_id(crate::model::Family::V6)];
+        ["ingress-links", "egress-links"].map(|name| table.sets[name].elements.len())
+    };
+    let closed = NetworkPolicy {
+        ingress: Some(Vec::new()),
+        ..policy("shop/closed", app("web"))
+    };
+    let events = vec![
+        apply_pod(pod("shop/web", 1, "here", "web")),
+        apply_pod(pod("shop/more", 2, "here", "web")),
+        apply_pod(pod("shop/far", 3, "here", "web")),
+        apply_policy(closed.clone()),
+    ];
+    assert_eq!(update(events), [1, 0], "one bridge has them all");
+    let both = NetworkPolicy {
+        egress: Some(Vec::new()),
+        ..closed
+    };
+    assert_eq!(update(vec![apply_policy(both)]), [1, 1]);
+    let relabelled = |name, address| apply_pod(pod(name, address, "here", "free"));
+    assert_eq!(update(vec![relabelled("shop/web", 1)]), [1, 1]);
+    assert_eq!(update(vec![relabelled("shop/more", 2)]), [0, 0]);
+}
+
+#[test]
+fn an_interface_that_comes_later_is_found_when_it_is_looked_for() {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    static THERE: AtomicBool = AtomicBool::new(false);
+    let mut engine = Engine::new(settings(false)).with_links(|addresses| {
+        let found = addresses.iter().map(|ip| (*ip, "br0".into()));
+        found.filter(|_| THERE.load(Ordering::Relaxed)).collect()
+    });
+    for kind in Kind::POLICY {
+        engine.apply(&Event::ListStarted(kind));
+        engine.apply(&Event::ListComplete(kind));
+    }
+    engine.apply(&apply_pod(pod("shop/web", 1, "here", "web")));
+    engine.apply(&apply_policy(NetworkPolicy {
+        ingress: Some(Vec::new()),
+        ..policy("shop/closed", app("web"))
+    }));
+    engine.update(BUDGET);
+    THERE.store(true, Ordering::Relaxed);
+    assert!(engine.update(BUDGET).transaction.is_empty());
+    engine.look_at_links();
+    assert_eq!(engine.update(BUDGET).transaction.elements(), 1);
+    engine.look_at_links();
+    assert!(engine.update(BUDGET).transaction.is_empty());
+}
+
+mod addresses;

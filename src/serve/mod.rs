@@ -1,0 +1,4 @@
+//! What nftlet answers over HTTP: probes, health checks of services, metrics.
+
+pub mod health;
+pub mod metrics;

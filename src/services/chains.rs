@@ -1,0 +1,352 @@
+//! The chains that services share.
+
+use std::time::Duration;
+
+use super::layout::{
+    By, Clients, NODEPORT_ADDRESSES, Scope, ServiceSet, affinity_key, original_affinity_key, target,
+};
+use super::settings::{LocalDetector, Settings};
+use super::skeleton::{DSTNAT, MARK_OFF_CLUSTER};
+use super::sources::SourceList;
+use crate::model::{Family, Protocol};
+use crate::nft::{
+    BaseChain, Chain, ChainKind, Comparison, CtState, CtStatus, Hook, Name, Operand, Rule,
+    Selector, Set, Statement, Verdict,
+};
+
+/// What a shared chain does with the packets of a frontend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Role {
+    /// Translates them to a random endpoint of the scope.
+    Balance(Scope),
+    /// Marks them for masquerading if the client is outside of the pod network, then balances.
+    Cluster,
+    /// Marks them for masquerading, then balances.
+    External,
+    /// External policy Local: balances those of this node's pods, marks and balances those of
+    /// the node itself, and looks up local endpoints for all others.
+    LocalPolicy,
+}
+
+/// A chain shared by all frontends it fits. Sets that only it reads exist with it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum SharedChain {
+    /// Handles the packets of frontends with the same number of endpoints.
+    Handle(Handle),
+    /// Sends the clients that a namespace remembers to their endpoint, and lets others come back.
+    Follow(Clients),
+    /// Remembers which endpoint a client was sent to.
+    Learn {
+        /// Where.
+        clients: Clients,
+        /// For how long, without another connection.
+        seconds: u32,
+    },
+    /// Passes new connections that were translated on to be remembered if their frontend has
+    /// session affinity.
+    LearnNew,
+    /// A base chain that sees translated packets and leads to [`SharedChain::LearnNew`]. It costs
+    /// every packet a little, so it exists only while there is a frontend with session affinity.
+    LearnHook(LearnAt),
+    /// Lets the clients in a list of ranges on to the verdicts of firewalled frontends, and drops
+    /// all others. The ranges are in a set of its own.
+    Sources(SourceList),
+}
+
+/// A chain that handles the packets of frontends.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Handle {
+    /// How the frontends are found.
+    pub by: By,
+    /// What is done.
+    pub role: Role,
+    /// Whose clients go to the endpoint they were sent to before.
+    pub sticky: Option<Clients>,
+    /// The number of endpoints, at least 1.
+    pub endpoints: u32,
+}
+
+/// Where packets are seen after their destination was translated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum LearnAt {
+    /// Those that came from elsewhere.
+    Prerouting,
+    /// Those of the node itself.
+    Output,
+}
+
+impl SharedChain {
+    /// The chain's name, such as `lb-10` or `nodeport-external-sticky-3/shop`.
+    pub fn name(&self) -> Name {
+        match self {
+            SharedChain::Handle(handle) => handle.name(),
+            SharedChain::Follow(clients) => clients.name("sticky"),
+            SharedChain::Learn { clients, seconds } => clients.name(&format!("learn-{seconds}")),
+            SharedChain::LearnNew => "learn-new".into(),
+            SharedChain::LearnHook(LearnAt::Prerouting) => "learn-prerouting".into(),
+            SharedChain::LearnHook(LearnAt::Output) => "learn-output".into(),
+            SharedChain::Sources(list) => list.name(),
+        }
+    }
+
+    /// The chains that this one goes on to, or needs to be reached.
+    fn onward(&self) -> Vec<SharedChain> {
+        match self {
+            SharedChain::Handle(handle) => {
+                let follow = handle.follow().map(SharedChain::Follow);
+                let handles = handle.onward().into_iter().map(SharedChain::Handle);
+                handles.chain(follow).collect()
+            }
+            SharedChain::Learn { clients, .. } => vec![
+                SharedChain::LearnHook(LearnAt::Prerouting),
+                SharedChain::LearnHook(LearnAt::Output),
+                SharedChain::Follow(clients.clone()),
+            ],
+            SharedChain::LearnHook(_) => vec![SharedChain::LearnNew],
+            SharedChain::Follow(_) | SharedChain::LearnNew | SharedChain::Sources(_) => vec![],
+        }
+    }
+
+    /// This chain and all that it leads to, directly or not: each behind those that lead to it.
+    pub fn closure(self) -> Vec<SharedChain> {
+        let mut found = vec![self];
+        let mut next = 0;
+        while let Some(chain) = found.get(next) {
+            let onward = chain.onward();
+            found.extend(onward);
+            next += 1;
+        }
+        found
+    }
+
+    /// The sets that exist with this chain, because only this one and those that lead to it use
+    /// them.
+    pub fn sets(&self) -> Vec<(Name, Set)> {
+        match self {
+            SharedChain::Follow(clients) => clients.sets().into(),
+            SharedChain::Sources(list) => vec![(list.name(), list.set())],
+            SharedChain::Handle(_)
+            | SharedChain::Learn { .. }
+            | SharedChain::LearnNew
+            | SharedChain::LearnHook(_) => vec![],
+        }
+    }
+
+    /// The rules.
+    pub fn chain(&self, settings: &Settings, family: Family) -> Chain {
+        let (base, rules) = match self {
+            SharedChain::Handle(handle) => (None, handle.rules(settings, family)),
+            SharedChain::Follow(clients) => (None, follow(clients)),
+            SharedChain::Learn { clients, seconds } => (None, learn(clients, *seconds)),
+            SharedChain::LearnNew => (None, learn_new()),
+            SharedChain::LearnHook(at) => (Some(at.base()), learn_hook()),
+            SharedChain::Sources(list) => (None, list.rules()),
+        };
+        Chain { base, rules }
+    }
+}
+
+impl LearnAt {
+    /// Just behind the translation of destinations.
+    fn base(self) -> BaseChain {
+        BaseChain {
+            kind: ChainKind::Filter,
+            hook: match self {
+                LearnAt::Prerouting => Hook::Prerouting,
+                LearnAt::Output => Hook::Output,
+            },
+            priority: DSTNAT + 1,
+        }
+    }
+}
+
+impl Handle {
+    fn name(&self) -> Name {
+        let by = match self.by {
+            By::Address => "",
+            By::NodePort => "nodeport-",
+        };
+        let role = match self.role {
+            Role::Balance(Scope::Cluster) => "lb",
+            Role::Balance(Scope::Local) => "lb-local",
+            Role::Cluster => "cluster",
+            Role::External => "external",
+            Role::LocalPolicy => "local",
+        };
+        let endpoints = self.endpoints;
+        match &self.sticky {
+            None => format!("{by}{role}-{endpoints}").into(),
+            Some(clients) => clients.name(&format!("{by}{role}-sticky-{endpoints}")),
+        }
+    }
+
+    /// Whose remembered clients are asked for here.
+    fn follow(&self) -> Option<Clients> {
+        let balances = matches!(self.role, Role::Balance(_));
+        self.sticky.clone().filter(|_| balances)
+    }
+
+    fn onward(&self) -> Vec<Handle> {
+        let with = |role| Handle {
+            role,
+            ..self.clone()
+        };
+        match self.role {
+            Role::Balance(_) if self.sticky.is_some() => vec![Handle {
+                sticky: None,
+                ..self.clone()
+            }],
+            Role::Balance(_) => vec![],
+            Role::Cluster | Role::External => vec![with(Role::Balance(Scope::Cluster))],
+            Role::LocalPolicy => vec![with(Role::Balance(Scope::Cluster)), with(Role::External)],
+        }
+    }
+
+    fn rules(&self, settings: &Settings, family: Family) -> Vec<Rule> {
+        if let Some(clients) = self.follow() {
+            // Clients that are known go to their endpoint, the others on to a random one. The map
+            // is asked in a chain of its own: the kernel looks at all of its elements when a rule
+            // comes that reads it, and chains like this one come and go.
+            let follow = SharedChain::Follow(clients).name();
+            return self.then_onward(Statement::Verdict(Verdict::Jump(follow)));
+        }
+        match self.role {
+            Role::Balance(scope) => self.balance(scope),
+            Role::Cluster => {
+                self.then_onward(Statement::Verdict(Verdict::Jump(MARK_OFF_CLUSTER.into())))
+            }
+            Role::External => {
+                self.then_onward(Statement::SetMarkBits(settings.masquerade_bit.mark()))
+            }
+            Role::LocalPolicy => self.local_policy(&settings.detector(family)),
+        }
+    }
+
+    fn then_onward(&self, first: Statement) -> Vec<Rule> {
+        let onward = self
+            .onward()
+            .into_iter()
+            .map(|handle| Rule::new([goto(&handle)]));
+        std::iter::once(Rule::new([first])).chain(onward).collect()
+    }
+
+    /// kube-proxy's short circuits of external policy Local: what comes from this node does not
+    /// need to be kept on it.
+    fn local_policy(&self, detector: &LocalDetector) -> Vec<Rule> {
+        let onward = self.onward();
+        let (pods, node) = (onward.first(), onward.get(1));
+        let from_pods = detector.from_local_pods(Comparison::Is).zip(pods);
+        let mut rules: Vec<Rule> = from_pods
+            .map(|(from, handle)| Rule::new([from, goto(handle)]))
+            .into_iter()
+            .collect();
+        rules.extend(node.map(|handle| Rule::new([Statement::SourceIsLocal, goto(handle)])));
+        rules.push(Rule::new([Statement::VerdictMap(
+            self.by.key(),
+            self.by.frontends(Scope::Local).name(),
+        )]));
+        rules.push(Rule::new([Statement::Verdict(Verdict::Drop)]));
+        rules
+    }
+
+    /// Translation to a random endpoint.
+    ///
+    /// A packet keeps walking the rules it started with, but sees the elements of the newest
+    /// transaction. If that took endpoints away, the random index may have none; index 0 has one
+    /// as long as there is any. If none is left, or the whole table has gone, the packet is dropped:
+    /// falling through, it would leave the node with the service's address, and refused, a client
+    /// would give up that only has to ask again.
+    fn balance(&self, scope: Scope) -> Vec<Rule> {
+        let map = self.by.endpoints(scope).name();
+        let pick = |n| Rule::new([Statement::DnatByMap(self.by.endpoint_key(n), map.clone())]);
+        let mut rules = vec![pick(self.endpoints)];
+        if self.endpoints > 1 {
+            rules.push(pick(1));
+        }
+        rules.push(Rule::new([Statement::Verdict(Verdict::Drop)]));
+        rules
+    }
+}
+
+/// Whether a chain that frontends lead to is one of external policy Local.
+pub fn is_bound_to_node(chain: &Name) -> bool {
+    let name = chain.as_str();
+    name.strip_prefix("nodeport-")
+        .unwrap_or(name)
+        .starts_with("local-")
+}
+
+fn goto(handle: &Handle) -> Statement {
+    Statement::Verdict(Verdict::Goto(handle.name()))
+}
+
+/// Sends clients to the endpoint that is remembered for them.
+fn follow(clients: &Clients) -> Vec<Rule> {
+    vec![Rule::new([Statement::DnatByMap(
+        affinity_key(),
+        clients.map(),
+    )])]
+}
+
+/// Remembers the translated destination for the client and the destination before. One rule a
+/// protocol, because nft reads the original port only where it knows the protocol. The update of a
+/// full map does not match, so that the last rule counts the clients that are not remembered.
+fn learn(clients: &Clients, seconds: u32) -> Vec<Rule> {
+    let rule = |protocol: Protocol| {
+        Rule::new([
+            is_protocol(protocol),
+            Statement::UpdateMap {
+                map: clients.map(),
+                key: original_affinity_key(),
+                timeout: Duration::from_secs(seconds.into()),
+                data: target(),
+            },
+            Statement::Verdict(Verdict::Return),
+        ])
+    };
+    let count = Rule::new([Statement::InSet(
+        vec![Selector::L4Protocol],
+        Comparison::Is,
+        clients.forgotten(),
+    )]);
+    let updates = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp].map(rule);
+    updates.into_iter().chain([count]).collect()
+}
+
+fn is_protocol(protocol: Protocol) -> Statement {
+    Statement::Match(
+        Selector::L4Protocol,
+        Comparison::Is,
+        Operand::Protocol(protocol.number()),
+    )
+}
+
+/// Every packet of the node evaluates this rule, those of known connections no other.
+fn learn_hook() -> Vec<Rule> {
+    vec![Rule::new([
+        Statement::CtState(CtState::New.into()),
+        Statement::CtStatus(CtStatus::Dnat),
+        Statement::Verdict(Verdict::Jump(SharedChain::LearnNew.name())),
+    ])]
+}
+
+/// Looks up who is remembered, and for how long. One rule a protocol, as for [`learn`].
+fn learn_new() -> Vec<Rule> {
+    let look_up = |protocol: Protocol, by: By| {
+        let mut statements = vec![is_protocol(protocol)];
+        if by == By::NodePort {
+            statements.push(Statement::InSet(
+                vec![Selector::OriginalDestinationAddress],
+                Comparison::Is,
+                NODEPORT_ADDRESSES.into(),
+            ));
+        }
+        let map: ServiceSet = by.affinity();
+        statements.push(Statement::VerdictMap(by.original_key(), map.name()));
+        Rule::new(statements)
+    };
+    [Protocol::Tcp, Protocol::Udp, Protocol::Sctp]
+        .into_iter()
+        .flat_map(|protocol| [By::Address, By::NodePort].map(|by| look_up(protocol, by)))
+        .collect()
+}

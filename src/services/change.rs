@@ -1,0 +1,389 @@
+//! From one plan of a service to the next, in steps that may be taken some at a time.
+//!
+//! Most changes are written in one transaction. Those of a very large service are not, so that
+//! others get their turn in between; packets come in between, too. They are safe because of the
+//! order of the steps:
+//!
+//! 1. The shared chains that the new plan needs, and the pairs in `hairpin` of its endpoints.
+//! 2. The verdicts of frontends that go, and of those that need no index that is not there: fewer
+//!    endpoints than before or as many.
+//! 3. The endpoints: for each index the old one out and the new one in, both in one step.
+//! 4. The verdicts of frontends that come, and of those that need further indexes.
+//! 5. Indexes that such a frontend no longer needs in one of its maps, where it needs more in the
+//!    other.
+//! 6. What several services may ask for, and the shared chains of the old plan.
+//!
+//! All verdict elements of a frontend change in one step, and so in one transaction. Before and
+//! after each step the following holds: a verdict that exists leads to a chain that draws an index
+//! for which there is an endpoint, an old or a new one. A verdict is there only between step 4 of
+//! the change that brings it and step 2 of the one that takes it, and its indexes are added before
+//! and removed after. A frontend whose number shrinks leads to the smaller chain before its last
+//! indexes go, and one whose number grows leads to the larger chain after they have come. A packet
+//! that entered the larger chain before finds index 0 instead, as it does after a change that is
+//! written at once.
+//!
+//! Nothing else may touch the frontends of the two plans until the last step is taken.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use foldhash::{HashMap, HashMapExt};
+
+use super::layout::{By, Scope, ServiceSet};
+use super::plan::{
+    ElementOf, Frontend, Leads, Route, SCOPES, ServicePlan, Target, endpoint_element, shared_key,
+};
+use crate::model::Family;
+use crate::nft::{Element, Key};
+use crate::services::Claim;
+
+/// The way from one plan of a service to the next.
+#[derive(Debug)]
+pub struct PlanChange {
+    old: Option<Arc<ServicePlan>>,
+    new: Option<Arc<ServicePlan>>,
+    pairs: Vec<Pair>,
+    steps: Vec<Step>,
+    elements: usize,
+}
+
+/// A frontend that differs: its places in the two plans.
+#[derive(Clone, Copy, Debug)]
+struct Pair {
+    old: Option<usize>,
+    new: Option<usize>,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Step {
+    /// The new plan asks for an element that others may ask for too: its place in the list.
+    Acquire(ServiceSet, usize),
+    /// The old plan no longer does.
+    Release(ServiceSet, usize),
+    /// All verdicts of a frontend, given by the place of its pair.
+    Leads(usize),
+    /// One index of a frontend.
+    Endpoint(usize, Scope, usize),
+}
+
+/// A change of one element.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Edit {
+    /// Remove it.
+    Delete(ServiceSet, Element),
+    /// Add it.
+    Add(ServiceSet, Element),
+    /// The service asks for it, and others may too.
+    Acquire(ServiceSet, Key),
+    /// The service no longer asks for it.
+    Release(ServiceSet, Key),
+}
+
+impl PlanChange {
+    /// The way from one plan to another; `None` if they are equal.
+    pub fn between(old: Option<Arc<ServicePlan>>, new: Option<Arc<ServicePlan>>) -> Option<Self> {
+        if old == new {
+            return None;
+        }
+        let pairs = pairs(frontends(old.as_ref()), frontends(new.as_ref()));
+        let mut change = Self {
+            old,
+            new,
+            pairs,
+            steps: Vec::new(),
+            elements: 0,
+        };
+        change.plan_steps();
+        Some(change)
+    }
+
+    /// The plan that is left.
+    pub fn before(&self) -> Option<&Arc<ServicePlan>> {
+        self.old.as_ref()
+    }
+
+    /// The plan that is reached.
+    pub fn after(&self) -> Option<&Arc<ServicePlan>> {
+        self.new.as_ref()
+    }
+
+    /// The number of steps.
+    pub fn len(&self) -> usize {
+        self.steps.len()
+    }
+
+    /// Whether no element differs.
+    pub fn is_empty(&self) -> bool {
+        self.steps.is_empty()
+    }
+
+    /// About how many elements are deleted and added.
+    pub fn elements(&self) -> usize {
+        self.elements
+    }
+
+    /// Whether a step changes an element that several services may ask for.
+    pub fn is_shared(&self, step: usize) -> bool {
+        let step = self.steps.get(step);
+        matches!(step, Some(Step::Acquire(..) | Step::Release(..)))
+    }
+
+    /// What a step does.
+    pub fn edits(&self, step: usize, mut then: impl FnMut(Family, Edit)) {
+        match self.steps.get(step) {
+            None => {}
+            Some(Step::Acquire(set, place)) => {
+                if let Some(address) = shared(self.new.as_ref(), *set).get(*place) {
+                    then(
+                        Family::of(*address),
+                        Edit::Acquire(*set, shared_key(*set, *address)),
+                    );
+                }
+            }
+            Some(Step::Release(set, place)) => {
+                if let Some(address) = shared(self.old.as_ref(), *set).get(*place) {
+                    then(
+                        Family::of(*address),
+                        Edit::Release(*set, shared_key(*set, *address)),
+                    );
+                }
+            }
+            Some(Step::Leads(pair)) => self.lead_edits(*pair, then),
+            Some(Step::Endpoint(pair, scope, index)) => {
+                let (old, new) = self.sides(*pair);
+                for (side, make) in [
+                    (old, Edit::Delete as fn(ServiceSet, Element) -> Edit),
+                    (new, Edit::Add),
+                ] {
+                    let Some((plan, frontend)) = side else {
+                        continue;
+                    };
+                    if let Some(target) = target(plan, frontend, *scope, *index) {
+                        let (set, element) = endpoint_element(frontend, *scope, *index, target);
+                        then(frontend.family, make(set, element));
+                    }
+                }
+            }
+        }
+    }
+
+    /// The service's own elements in the table of a family when so many steps are taken.
+    pub fn own_elements_after(&self, steps: usize, family: Family) -> Vec<ElementOf> {
+        let old = self.old.as_ref();
+        let mut found: HashMap<(ServiceSet, Key), Element> = old
+            .map_or_else(Vec::new, |plan| plan.own_elements(family))
+            .into_iter()
+            .map(|(set, element)| ((set, element.key.clone()), element))
+            .collect();
+        for step in 0..steps {
+            self.edits(step, |of, edit| match edit {
+                _ if of != family => {}
+                Edit::Delete(set, element) => {
+                    found.remove(&(set, element.key));
+                }
+                Edit::Add(set, element) => {
+                    found.insert((set, element.key.clone()), element);
+                }
+                Edit::Acquire(..) | Edit::Release(..) => {}
+            });
+        }
+        let found = found.into_iter();
+        found.map(|((set, _), element)| (set, element)).collect()
+    }
+
+    fn sides(&self, pair: usize) -> (Side<'_>, Side<'_>) {
+        let Some(pair) = self.pairs.get(pair) else {
+            return (None, None);
+        };
+        (
+            side(self.old.as_ref(), pair.old),
+            side(self.new.as_ref(), pair.new),
+        )
+    }
+
+    fn lead_edits(&self, pair: usize, mut then: impl FnMut(Family, Edit)) {
+        let (old, new) = self.sides(pair);
+        let elements = |side: Side| {
+            let mut elements = Vec::new();
+            if let Some((plan, frontend)) = side {
+                plan.lead_elements(frontend, &mut elements);
+            }
+            elements.sort_unstable_by(|(a, x), (b, y)| (a, &x.key).cmp(&(b, &y.key)));
+            elements
+        };
+        let Some(family) = old.or(new).map(|(_, frontend)| frontend.family) else {
+            return;
+        };
+        let (before, after) = (elements(old), elements(new));
+        let place = |element: &ElementOf, list: &[ElementOf]| {
+            let key = (element.0, &element.1.key);
+            let found = list.binary_search_by(|(set, other)| (*set, &other.key).cmp(&key));
+            found.is_ok_and(|place| list.get(place) == Some(element))
+        };
+        for element in before.iter().filter(|element| !place(element, &after)) {
+            then(family, Edit::Delete(element.0, element.1.clone()));
+        }
+        for element in after.iter().filter(|element| !place(element, &before)) {
+            then(family, Edit::Add(element.0, element.1.clone()));
+        }
+    }
+
+    fn plan_steps(&mut self) {
+        let mut steps = Vec::new();
+        let (old, new) = (self.old.as_ref(), self.new.as_ref());
+        let lists = |set| (shared(old, set), shared(new, set));
+        let (before, after) = lists(ServiceSet::Hairpin);
+        acquire(&mut steps, ServiceSet::Hairpin, before, after);
+        let (mut early, mut data, mut late, mut surplus) = (vec![], vec![], vec![], vec![]);
+        let mut elements = 0;
+        // Frontends of one port, side by side, mostly lead to the same.
+        let mut last = None;
+        for (place, _) in self.pairs.iter().enumerate() {
+            let (before, after) = self.sides(place);
+            let (was, is) = (targets(before), targets(after));
+            let grows = was.iter().zip(&is).any(|(was, is)| is.len() > was.len());
+            // A frontend that comes without endpoints waits as well, so that all of them come last.
+            let waits = grows || before.is_none();
+            let led_by = (led_by(before), led_by(after));
+            let differs = match last {
+                Some((of, differs)) if of == led_by => differs,
+                _ => leads(before) != leads(after),
+            };
+            last = Some((led_by, differs));
+            if differs {
+                let list = if waits { &mut late } else { &mut early };
+                list.push(Step::Leads(place));
+                elements += lead_count(before) + lead_count(after);
+            }
+            for (scope, (was, is)) in SCOPES.into_iter().zip(was.iter().zip(is)) {
+                for index in 0..was.len().max(is.len()) {
+                    let (out, into) = (was.get(index), is.get(index));
+                    if out == into {
+                        continue;
+                    }
+                    let list = if waits && into.is_none() {
+                        &mut surplus
+                    } else {
+                        &mut data
+                    };
+                    list.push(Step::Endpoint(place, scope, index));
+                    elements += usize::from(out.is_some()) + usize::from(into.is_some());
+                }
+            }
+        }
+        for mut list in [early, data, late, surplus] {
+            steps.append(&mut list);
+        }
+        let (before, after) = lists(ServiceSet::Hairpin);
+        release(&mut steps, ServiceSet::Hairpin, before, after);
+        let (before, after) = lists(ServiceSet::ClusterIps);
+        release(&mut steps, ServiceSet::ClusterIps, before, after);
+        acquire(&mut steps, ServiceSet::ClusterIps, before, after);
+        let shared = |step: &&Step| matches!(step, Step::Acquire(..) | Step::Release(..));
+        self.elements = elements + steps.iter().filter(shared).count();
+        self.steps = steps;
+    }
+}
+
+/// A frontend with its plan.
+type Side<'a> = Option<(&'a ServicePlan, &'a Frontend)>;
+
+fn side(plan: Option<&Arc<ServicePlan>>, place: Option<usize>) -> Side<'_> {
+    let plan = plan?;
+    Some((plan, plan.frontends.get(place?)?))
+}
+
+fn targets(side: Side<'_>) -> [&[Target]; 2] {
+    side.map_or([&[]; 2], |(plan, frontend)| plan.targets(frontend))
+}
+
+fn leads(side: Side<'_>) -> Option<Leads<'_>> {
+    side.and_then(|(plan, frontend)| plan.leads(frontend))
+}
+
+/// What the verdicts of a frontend follow from, in one plan.
+fn led_by(side: Side<'_>) -> Option<(By, Family, Route, bool)> {
+    side.map(|(_, it)| (it.by(), it.family, it.route, it.firewalled))
+}
+
+fn target(plan: &ServicePlan, frontend: &Frontend, scope: Scope, index: usize) -> Option<Target> {
+    let mut maps = SCOPES.into_iter().zip(plan.targets(frontend));
+    let (_, targets) = maps.find(|(of, _)| *of == scope)?;
+    targets.get(index).copied()
+}
+
+fn frontends(plan: Option<&Arc<ServicePlan>>) -> &[Frontend] {
+    plan.map_or(&[], |plan| &plan.frontends)
+}
+
+fn key(frontend: &Frontend) -> (Family, Claim) {
+    (frontend.family, frontend.at)
+}
+
+/// About how many elements say where a frontend's packets go.
+fn lead_count(side: Side<'_>) -> usize {
+    side.map_or(0, |(plan, frontend)| {
+        1 + usize::from(frontend.firewalled) + usize::from(plan.affinity.is_some())
+    })
+}
+
+/// Every frontend of two plans, those that are in both as one.
+fn pairs(old: &[Frontend], new: &[Frontend]) -> Vec<Pair> {
+    let same = old.len() == new.len() && old.iter().map(key).eq(new.iter().map(key));
+    if same {
+        let both = |place| Pair {
+            old: Some(place),
+            new: Some(place),
+        };
+        return (0..old.len()).map(both).collect();
+    }
+    let mut places: HashMap<(Family, Claim), usize> = HashMap::new();
+    if !new.is_empty() {
+        places.extend(old.iter().map(key).zip(0..));
+    }
+    let mut kept = vec![false; old.len()];
+    let mut pairs = Vec::with_capacity(old.len().max(new.len()));
+    for (place, frontend) in new.iter().enumerate() {
+        let before = places.get(&key(frontend)).copied();
+        if let Some(kept) = before.and_then(|place| kept.get_mut(place)) {
+            *kept = true;
+        }
+        pairs.push(Pair {
+            old: before,
+            new: Some(place),
+        });
+    }
+    let gone = kept.iter().enumerate().filter(|(_, kept)| !**kept);
+    pairs.extend(gone.map(|(place, _)| Pair {
+        old: Some(place),
+        new: None,
+    }));
+    pairs
+}
+
+/// The sorted addresses whose elements in a set several services may ask for.
+fn shared(plan: Option<&Arc<ServicePlan>>, set: ServiceSet) -> &[IpAddr] {
+    plan.map_or(&[], |plan| match set {
+        ServiceSet::Hairpin => &plan.hairpin,
+        _ => &plan.cluster_ips,
+    })
+}
+
+fn acquire(steps: &mut Vec<Step>, set: ServiceSet, before: &[IpAddr], after: &[IpAddr]) {
+    let places = missing(before, after);
+    steps.extend(places.map(|place| Step::Acquire(set, place)));
+}
+
+fn release(steps: &mut Vec<Step>, set: ServiceSet, before: &[IpAddr], after: &[IpAddr]) {
+    let places = missing(after, before);
+    steps.extend(places.map(|place| Step::Release(set, place)));
+}
+
+/// The places in a sorted list of what another one lacks.
+fn missing<'a>(lacks: &'a [IpAddr], has: &'a [IpAddr]) -> impl Iterator<Item = usize> + 'a {
+    let mut rest = lacks.iter().peekable();
+    has.iter().enumerate().filter_map(move |(place, address)| {
+        while rest.next_if(|other| *other < address).is_some() {}
+        rest.next_if_eq(&address).is_none().then_some(place)
+    })
+}

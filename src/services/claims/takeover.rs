@@ -1,0 +1,227 @@
+//! The claims of a service on the way from one form of it to the next.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use super::{Claim, Rank, Wish, age};
+use crate::model::{ObjectName, Protocol, Service};
+use crate::services::refusals::Refusals;
+
+/// A change of the claims of one service, which [`Claims::advance`] makes some claims at a time.
+///
+/// Claims of addresses are independent of each other and change in the order of their addresses
+/// and ports. Before them, and together, change those that are not: NodePorts and ClusterIPs, with
+/// the claims of addresses from which they keep others.
+///
+/// [`Claims::advance`]: super::Claims::advance
+#[derive(Debug)]
+pub(crate) struct Takeover {
+    old: Option<Arc<Service>>,
+    new: Option<Arc<Service>>,
+    before: Wishes,
+    after: Wishes,
+    /// The place of the service in all queues is another one.
+    moved: bool,
+    /// The claims that changed together, sorted; `None` before that.
+    together: Option<Vec<Claim>>,
+    /// How many claims of addresses were compared, before and after.
+    places: (usize, usize),
+    /// What services lost with the claims that changed so far.
+    pub(crate) refusals: Refusals,
+}
+
+/// How a claim changes.
+#[derive(Debug)]
+pub(super) struct Difference {
+    pub claim: Claim,
+    pub released: Option<Wish>,
+    pub taken: Option<Wish>,
+}
+
+impl Takeover {
+    /// Compares two forms of a service; `None` stands for one that does not exist.
+    pub(crate) fn new(old: Option<Arc<Service>>, new: Option<Arc<Service>>) -> Self {
+        Self {
+            before: Wishes::of(old.as_deref()),
+            after: Wishes::of(new.as_deref()),
+            moved: old.as_deref().map(age) != new.as_deref().map(age),
+            old,
+            new,
+            together: None,
+            places: (0, 0),
+            refusals: Refusals::default(),
+        }
+    }
+
+    pub(super) fn old(&self) -> Option<&Service> {
+        self.old.as_deref()
+    }
+
+    /// The new form of the service.
+    pub(crate) fn target(&self) -> Option<&Arc<Service>> {
+        self.new.as_ref()
+    }
+
+    pub(super) fn is_begun(&self) -> bool {
+        self.together.is_some()
+    }
+
+    /// Notes which claims changed together, sorted.
+    pub(super) fn begin(&mut self, together: Vec<Claim>) {
+        self.together = Some(together);
+    }
+
+    /// The name of the service, if there is one at all.
+    pub(super) fn name(&self) -> Option<&ObjectName> {
+        let service = self.new.as_ref().or(self.old.as_ref());
+        service.map(|service| &service.name)
+    }
+
+    /// The ClusterIPs before and after.
+    pub(super) fn cluster_ips(&self) -> (BTreeSet<IpAddr>, BTreeSet<IpAddr>) {
+        let of = |service: Option<&Arc<Service>>| {
+            let addresses = service.into_iter().flat_map(|service| &service.cluster_ips);
+            addresses.copied().collect()
+        };
+        (of(self.old.as_ref()), of(self.new.as_ref()))
+    }
+
+    /// How the claims of ports of the node change.
+    pub(super) fn node_ports(&self) -> Vec<Difference> {
+        let claims = self.before.node_ports.iter().chain(&self.after.node_ports);
+        let claims: BTreeSet<Claim> = claims.map(|wish| wish.0).collect();
+        claims.into_iter().filter_map(|it| self.at(it)).collect()
+    }
+
+    /// How one claim changes, if it does.
+    pub(super) fn at(&self, claim: Claim) -> Option<Difference> {
+        self.difference(claim, self.before.find(&claim), self.after.find(&claim))
+    }
+
+    /// Compares the next claims of addresses, so many at most. Returns those that differ, and
+    /// whether others follow.
+    pub(super) fn next(&mut self, most: usize) -> (Vec<Difference>, bool) {
+        let (mut found, mut compared) = (Vec::new(), 0);
+        loop {
+            let (before, after) = self.places;
+            let (before, after) = (self.before.address(before), self.after.address(after));
+            let next = [before, after].into_iter().flatten().map(|wish| wish.0);
+            let Some(claim) = next.min() else {
+                return (found, false);
+            };
+            if compared == most {
+                return (found, true);
+            }
+            compared += 1;
+            let before = before.filter(|wish| wish.0 == claim);
+            let after = after.filter(|wish| wish.0 == claim);
+            self.places.0 += usize::from(before.is_some());
+            self.places.1 += usize::from(after.is_some());
+            let together = self.together.as_deref().unwrap_or_default();
+            if together.binary_search(&claim).is_err() {
+                found.extend(self.difference(claim, before, after));
+            }
+        }
+    }
+
+    fn difference(
+        &self,
+        claim: Claim,
+        before: Option<Wish>,
+        after: Option<Wish>,
+    ) -> Option<Difference> {
+        let differs = before != after || (self.moved && before.is_some());
+        differs.then_some(Difference {
+            claim,
+            released: before,
+            taken: after,
+        })
+    }
+}
+
+/// Everything a service wants for itself alone, each claim once with its best rank. Nothing for
+/// one with more frontends than a service may have.
+///
+/// The claims of addresses are not listed: each address has all ports.
+#[derive(Debug, Default)]
+pub(super) struct Wishes {
+    /// Sorted, each once.
+    addresses: Vec<(IpAddr, Rank)>,
+    /// Sorted, each once.
+    ports: Vec<(Protocol, u16)>,
+    /// Sorted, each claim once.
+    node_ports: Vec<Wish>,
+}
+
+impl Wishes {
+    pub(super) fn of(service: Option<&Service>) -> Self {
+        let wants = |service: &&Service| service.has_frontends() && !service.is_oversized();
+        let Some(service) = service.filter(wants) else {
+            return Self::default();
+        };
+        let mut addresses = Vec::new();
+        for (of_rank, rank) in [
+            (&service.cluster_ips, Rank::ClusterIp),
+            (&service.load_balancer_ips, Rank::LoadBalancerIp),
+            (&service.external_ips, Rank::ExternalIp),
+        ] {
+            addresses.extend(of_rank.iter().map(|address| (*address, rank)));
+        }
+        addresses.sort_unstable();
+        addresses.dedup_by_key(|(address, _)| *address);
+        let ports = service.ports.iter();
+        let mut ports: Vec<_> = ports.map(|port| (port.protocol, port.port)).collect();
+        ports.sort_unstable();
+        ports.dedup();
+        let wish = |protocol, number, health_check| {
+            let claim = Claim::NodePort(protocol, number);
+            (claim, Rank::NodePort, health_check)
+        };
+        let of_ports = service.ports.iter();
+        let of_ports = of_ports.filter_map(|it| Some(wish(it.protocol, it.node_port?, false)));
+        let health_check = service.health_check_node_port;
+        let health_check = health_check.map(|number| wish(Protocol::Tcp, number, true));
+        let mut node_ports: Vec<Wish> = of_ports.chain(health_check).collect();
+        node_ports.sort_unstable();
+        node_ports.dedup_by_key(|(claim, ..)| *claim);
+        Self {
+            addresses,
+            ports,
+            node_ports,
+        }
+    }
+
+    /// All of them, sorted.
+    pub(super) fn iter(&self) -> impl Iterator<Item = Wish> + '_ {
+        let addresses = (0..).map_while(|place| self.address(place));
+        addresses.chain(self.node_ports.iter().copied())
+    }
+
+    /// A claim of an address by its place in their order.
+    fn address(&self, place: usize) -> Option<Wish> {
+        let (address, port) = (
+            place.checked_div(self.ports.len())?,
+            place.checked_rem(self.ports.len())?,
+        );
+        let (address, rank) = *self.addresses.get(address)?;
+        let (protocol, port) = *self.ports.get(port)?;
+        Some((Claim::Address(address, protocol, port), rank, false))
+    }
+
+    fn find(&self, claim: &Claim) -> Option<Wish> {
+        match *claim {
+            Claim::Address(address, protocol, port) => {
+                self.ports.binary_search(&(protocol, port)).ok()?;
+                let addresses = &self.addresses;
+                let place = addresses.binary_search_by_key(&address, |(address, _)| *address);
+                let (_, rank) = *addresses.get(place.ok()?)?;
+                Some((*claim, rank, false))
+            }
+            Claim::NodePort(..) => {
+                let place = self.node_ports.binary_search_by_key(claim, |wish| wish.0);
+                self.node_ports.get(place.ok()?).copied()
+            }
+        }
+    }
+}

@@ -1,0 +1,706 @@
+//! Turns services and their endpoints into rules.
+//!
+//! [`Engine::apply`] joins objects in the [`Store`], which marks the services that an event
+//! concerns. [`Engine::update`] compiles these into plans, compares each with the one in force, and
+//! returns the operations for just the elements that differ.
+//!
+//! What is small is returned at once, in one transaction; what is not goes to the [`Queue`], of which
+//! one portion is done with each call.
+
+use std::collections::{BTreeSet, HashSet};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::change::PlanChange;
+use super::layout::TABLE;
+use super::plan::ServicePlan;
+use super::queue::{Done, Queue, Task};
+use super::removed::Removed;
+use super::replaced::{HealthCheck, Replaced, ServiceChanges};
+use super::service::{Compilation, plan};
+use super::settings::Settings;
+use super::size::{TooLarge, elements};
+use super::tables::{Draft, NoLocalEndpoints, Tables};
+use crate::engine::{self, BUDGET, Update};
+use crate::model::{
+    Event, Family, Kind, Node, Notice, Object, ObjectName, ObjectRef, Reason, Subject,
+};
+use crate::nft::{ObjectPath, Ruleset, Transaction};
+use crate::services::{Changes, Store};
+
+/// How long unused shared chains stay: a service that scales up and down finds its chain again.
+const KEEP_UNUSED_CHAINS: Duration = Duration::from_secs(60);
+
+/// So many claims are taken over at once for each element of a portion, and so many frontends
+/// compiled: each takes a fraction of what an element takes in the kernel.
+const CLAIMS: usize = 2;
+
+/// The engine of the services' rules.
+#[derive(Debug)]
+pub struct Engine {
+    settings: Settings,
+    store: Store,
+    tables: Tables,
+    /// Services left out because the kernel refused them.
+    quarantined: BTreeSet<ObjectName>,
+    /// Services left out because they ask for more elements than one may have.
+    too_large: BTreeSet<ObjectName>,
+    /// Services whose changes are compiled and written in portions.
+    queue: Queue,
+    /// The elements of a portion.
+    portion: usize,
+    /// Whether the rules were compiled as a whole, so that events may wait.
+    started: bool,
+    marks: Changes,
+    change: ServiceChanges,
+    notices: Vec<Notice>,
+    /// Services with a health check in their last change.
+    checked: HashSet<ObjectName>,
+    /// Remove the chains that are unused since then with the next update.
+    expire: Option<Instant>,
+}
+
+/// The changes of services that a batch of events amounts to.
+type PlanChanges = Vec<(ObjectName, PlanChange)>;
+
+impl Engine {
+    /// Creates an engine that knows no objects.
+    pub fn new(settings: Settings) -> Self {
+        Self {
+            tables: Tables::new(settings.clone()),
+            store: settings.store(Store::default()),
+            settings,
+            quarantined: BTreeSet::new(),
+            too_large: BTreeSet::new(),
+            queue: Queue::default(),
+            portion: BUDGET,
+            started: false,
+            marks: Changes::default(),
+            change: ServiceChanges::default(),
+            notices: Vec::new(),
+            checked: HashSet::new(),
+            expire: None,
+        }
+    }
+
+    /// Sets the Node that is used while the own Node object is missing, before the first event.
+    #[must_use]
+    pub fn with_fallback_node(mut self, node: Node) -> Self {
+        self.store = self.settings.store(Store::with_stand_in(node));
+        self
+    }
+
+    /// Sets the number of elements from which on a change is divided, before the first event.
+    #[must_use]
+    pub fn with_portions_of(mut self, elements: usize) -> Self {
+        self.portion = elements;
+        self
+    }
+
+    /// Returns the objects.
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// Returns what was compiled so far.
+    pub fn tables(&self) -> &Tables {
+        &self.tables
+    }
+
+    /// Whether a change of a service is written in portions and no newer event of it waits.
+    #[cfg(test)]
+    pub(crate) fn is_being_written(&self, service: &ObjectName) -> bool {
+        self.queue.is_written(service) && !self.queue.has_event(service)
+    }
+
+    /// Whether no service waits.
+    #[cfg(test)]
+    pub(crate) fn is_idle(&self) -> bool {
+        self.queue.is_empty()
+    }
+
+    /// Returns the number of services without rules: the kernel refused them, or they ask for too
+    /// much.
+    pub fn left_out(&self) -> usize {
+        self.quarantined.len() + self.too_large.len()
+    }
+
+    /// Returns the number of shared chains in the kernel.
+    pub fn chains(&self) -> usize {
+        self.tables.chains()
+    }
+
+    /// Returns how many services have endpoints, but none where a policy Local wants them.
+    pub fn no_local_endpoints(&self) -> NoLocalEndpoints {
+        self.tables.no_local_endpoints()
+    }
+
+    /// Returns the plan in force for a service, or on its way there.
+    pub fn plan(&self, service: &ObjectName) -> Option<&Arc<ServicePlan>> {
+        self.tables.shared_plan(service)
+    }
+
+    /// Whether a change of a service is known that is not compiled or not written as a whole.
+    pub fn is_waiting(&self, service: &ObjectName) -> bool {
+        self.queue.has(service) || self.marks.services.contains(service)
+    }
+
+    /// Whether something changed since the last update.
+    pub fn is_marked(&self) -> bool {
+        !self.marks.is_empty()
+    }
+
+    /// Takes the services whose endpoints changed, with the time of each change in milliseconds since
+    /// 1970 (annotation `endpoints.kubernetes.io/last-change-trigger-time`).
+    pub fn take_triggers(&mut self) -> Vec<(ObjectName, i64)> {
+        std::mem::take(&mut self.marks.triggered_at_ms)
+    }
+
+    /// Removes the chains that no service has used since a moment with the next update that has
+    /// nothing else to do.
+    pub fn expire_unused_chains(&mut self, unused_since: Instant) {
+        self.expire = Some(unused_since);
+    }
+
+    fn take_over(&mut self, event: Event) {
+        self.store.apply(event, &mut self.marks);
+        self.note_marks();
+    }
+
+    fn note_marks(&mut self) {
+        self.notices.append(&mut self.marks.notices);
+        // While lists are read the names of all services pile up here, over many calls.
+        if !self.quarantined.is_empty() {
+            for name in &self.marks.services {
+                self.quarantined.remove(name);
+            }
+        }
+    }
+
+    /// Puts an event in line that changes more claims at once than a portion has elements, and gives
+    /// all others back. None waits while Services are listed: the list replaces what came before, and
+    /// which objects are gone shows once all others are taken over.
+    fn put_off_event(&mut self, event: Event) -> Option<Event> {
+        let (name, new) = match &event {
+            Event::ListStarted(Kind::Service) => {
+                self.queue.drop_events();
+                return Some(event);
+            }
+            Event::Apply(Object::Service(service)) => (&service.name, service.frontends()),
+            Event::Delete(object) if object.kind == Kind::Service => (&object.name, 0),
+            _ => return Some(event),
+        };
+        let name = name.clone();
+        let old = self.store.service(&name).map_or(0, |old| old.frontends());
+        let may_wait = self.started && !self.store.is_listing(Kind::Service);
+        let waits = self.queue.has_event(&name) || self.store.is_taking_over(&name);
+        if may_wait && (old.max(new) > self.portion || waits) {
+            let exists = matches!(event, Event::Apply(_));
+            self.store.expect(&name, exists);
+            self.queue.put_off(&name, event);
+            return None;
+        }
+        self.queue.drop_event(&name);
+        Some(event)
+    }
+
+    fn update_marked(&mut self, draft: &mut Draft) {
+        let mut marks = std::mem::take(&mut self.marks);
+        self.marks.triggered_at_ms = std::mem::take(&mut marks.triggered_at_ms);
+        if marks.node || marks.service_cidrs {
+            self.tables.set_skeletons(&self.store, Some(draft));
+        }
+        let mut now = self.plan_changes(&mut marks);
+        let later = self.split_off_large(&mut now);
+        // What is to be written later has the frontends of the plans in force until then.
+        for (name, change) in &later {
+            self.queue.take(name, change.before());
+        }
+        for (name, change) in now {
+            match self.without_taken(&name, change) {
+                Some(change) => self.replace(&name, &change, Some(draft)),
+                None => self.note_unchanged(&name),
+            }
+        }
+        for (name, change) in later {
+            match self.without_taken(&name, change) {
+                Some(change) => self.begin(&name, change),
+                None => {
+                    self.done(&name);
+                }
+            }
+        }
+        if marks.node {
+            self.note_node_ports();
+        }
+    }
+
+    /// Compiles what changed. A large service is left for later, and one that waits already.
+    fn plan_changes(&mut self, marks: &mut Changes) -> PlanChanges {
+        let mut found = Vec::new();
+        // Before any other is compiled, which may get a frontend that one of these has.
+        let (later, now): (Vec<_>, Vec<_>) = self
+            .concerned(marks)
+            .into_iter()
+            .partition(|name| self.queue.contains(name) || self.is_large(name));
+        for name in later {
+            let in_force = self.tables.shared_plan(&name);
+            self.queue.compile(&name, in_force);
+        }
+        for name in now {
+            let plan = self.compile(&name);
+            match self.change(&name, plan) {
+                Some(change) => found.push((name, change)),
+                None => self.note_unchanged(&name),
+            }
+        }
+        found
+    }
+
+    /// The services to compile again.
+    fn concerned(&self, marks: &mut Changes) -> BTreeSet<ObjectName> {
+        let mut services = std::mem::take(&mut marks.services);
+        if marks.node {
+            // Which endpoints are local is in every service's plan.
+            services.extend(self.store.services().map(|service| service.name.clone()));
+        }
+        for name in &services {
+            tracing::trace!("Service {name} is compiled again");
+        }
+        services
+    }
+
+    /// Whether a service has, or is to have, more elements than a portion.
+    fn is_large(&self, name: &ObjectName) -> bool {
+        let plan = self.tables.plan(name);
+        elements(&self.store, name) > self.portion
+            || plan.is_some_and(|plan| plan.elements() > self.portion)
+    }
+
+    /// Compiles a service; `None` if it has no rules or is left out.
+    fn compile(&mut self, name: &ObjectName) -> Option<ServicePlan> {
+        let previous = self.tables.plan(name);
+        let plan = plan(&self.store, name, &self.settings, previous);
+        let plan = self.unless_too_large(name, plan).flatten();
+        plan.filter(|_| !self.quarantined.contains(name))
+    }
+
+    /// Notes whether a service asks for too much.
+    fn unless_too_large<T>(&mut self, name: &ObjectName, found: Result<T, TooLarge>) -> Option<T> {
+        match found {
+            Ok(found) => {
+                self.too_large.remove(name);
+                Some(found)
+            }
+            Err(error) => {
+                if self.too_large.insert(name.clone()) {
+                    self.notices.push(too_large(name, error));
+                }
+                None
+            }
+        }
+    }
+
+    /// What a new plan changes, apart from frontends that another service has until its change is
+    /// written.
+    fn change(&mut self, name: &ObjectName, mut plan: Option<ServicePlan>) -> Option<PlanChange> {
+        if let Some(plan) = &mut plan
+            && self.queue.taker(name, plan).is_some()
+        {
+            self.queue.withhold(name, plan);
+            self.queue.look_again(name);
+        }
+        self.tables.change(name, plan)
+    }
+
+    /// The change that is left of one since others of the same events took their frontends.
+    fn without_taken(&mut self, name: &ObjectName, change: PlanChange) -> Option<PlanChange> {
+        match change.after() {
+            Some(new) if self.queue.taker(name, new).is_some() => {
+                let plan = ServicePlan::clone(new);
+                self.change(name, Some(plan))
+            }
+            _ => Some(change),
+        }
+    }
+
+    /// Takes out the changes that are not written at once: all but the smallest ones.
+    fn split_off_large(&self, changes: &mut PlanChanges) -> PlanChanges {
+        let elements = |(_, change): &(ObjectName, PlanChange)| change.elements();
+        if changes.iter().map(elements).sum::<usize>() <= self.portion {
+            return Vec::new();
+        }
+        changes.sort_by_key(elements);
+        let mut sum = 0;
+        let now = changes.iter().take_while(|change| {
+            sum += elements(change);
+            sum <= self.portion
+        });
+        let now = now.count();
+        changes.split_off(now)
+    }
+
+    /// Replaces the plan of a service at once.
+    fn replace(&mut self, name: &ObjectName, change: &PlanChange, draft: Option<&mut Draft>) {
+        self.tables.replace(name, change, draft);
+        self.note(replaced(name, change));
+    }
+
+    /// Begins to write a change.
+    fn begin(&mut self, name: &ObjectName, change: PlanChange) {
+        let change = Arc::new(change);
+        let replaced = replaced(name, &change);
+        self.tables.begin(name, change.clone());
+        self.queue.write(name, change.after(), replaced);
+    }
+
+    /// Does a portion of what waits: takes over one event, compiles one service, or writes so many
+    /// elements. Changes that fit into one portion are not divided.
+    fn work_on_queue(&mut self, draft: &mut Draft) {
+        let mut room = self.portion;
+        let mut compiled = false;
+        while room > 0
+            && let Some(name) = self.queue.next()
+            && (!compiled || self.queue.is_written(&name))
+        {
+            let left = self.tables.left(&name);
+            let most = match left {
+                _ if left <= room => usize::MAX,
+                _ if room < self.portion => break,
+                _ => room,
+            };
+            if self.store.is_taking_over(&name) {
+                self.queue.had_turn(&name);
+                self.take_over_some(&name);
+                break;
+            }
+            match self.queue.task(&name) {
+                None => break,
+                Some(Task::Write) => {
+                    self.queue.had_turn(&name);
+                    let (elements, done) = self.tables.advance(&name, most, Some(draft));
+                    room = room.saturating_sub(elements);
+                    if done && self.done(&name) {
+                        break;
+                    }
+                }
+                Some(Task::Compile) => {
+                    compiled = true;
+                    let elements = self.compile_one(&name);
+                    if elements.is_none_or(|elements| elements > room) {
+                        self.queue.had_turn(&name);
+                        break;
+                    }
+                }
+                Some(Task::TakeOver(event)) => {
+                    self.queue.had_turn(&name);
+                    self.take_over_one(&name, event);
+                    break;
+                }
+            }
+        }
+    }
+
+    /// Begins to take over an event that waited.
+    fn take_over_one(&mut self, name: &ObjectName, event: Event) {
+        let in_force = self.tables.shared_plan(name);
+        self.queue.compile(name, in_force);
+        self.store.begin(event, &mut self.marks);
+        self.note_marks();
+        self.take_over_some(name);
+    }
+
+    /// Takes over some claims of a service. Others that it concerns are compiled with the next call.
+    fn take_over_some(&mut self, name: &ObjectName) {
+        let most = self.portion.saturating_mul(CLAIMS);
+        self.store.go_on(name, most, &mut self.marks);
+        self.note_marks();
+    }
+
+    /// Compiles some frontends of a service that waits for it. With the last of them, its change is
+    /// begun; about how many elements that has is returned.
+    fn compile_one(&mut self, name: &ObjectName) -> Option<usize> {
+        let begun = self.queue.take_compilation(name).or_else(|| {
+            let begun = Compilation::begin(&self.store, name);
+            let begun = self.unless_too_large(name, begun).flatten();
+            begun.filter(|_| !self.quarantined.contains(name))
+        });
+        let previous = self.tables.plan(name);
+        let mut plan = None;
+        if let Some(mut compilation) = begun {
+            let (most, queue) = (self.portion.saturating_mul(CLAIMS), &mut self.queue);
+            let mut withheld = false;
+            let (store, settings) = (&self.store, &self.settings);
+            let complete = compilation.advance(store, settings, previous, most, |frontend| {
+                let is_free = queue.take_frontend(name, frontend);
+                withheld |= !is_free;
+                is_free
+            });
+            if withheld {
+                queue.look_again(name);
+            }
+            if !complete {
+                queue.compile_on(name, compilation);
+                return None;
+            }
+            plan = compilation.finish(store, previous);
+        }
+        match self.tables.change(name, plan) {
+            Some(change) => {
+                self.queue.compiled(name, change.after());
+                let elements = change.elements();
+                self.begin(name, change);
+                Some(elements)
+            }
+            None => {
+                self.queue.had_turn(name);
+                self.done(name);
+                Some(0)
+            }
+        }
+    }
+
+    /// Notes what a service changed that no longer waits. What had to wait for it is compiled again
+    /// with the next call.
+    ///
+    /// Returns whether it is to be compiled again. Nothing else may be compiled before: the store may
+    /// have given frontends to others that its plan in force still has.
+    fn done(&mut self, name: &ObjectName) -> bool {
+        let Done { replaced, compile } = self.queue.done(name);
+        match replaced {
+            Some(replaced) => self.note(replaced),
+            None => self.note_unchanged(name),
+        }
+        let services = &mut self.marks.services;
+        services.append(&mut self.queue.take_again());
+        services.extend(compile.then(|| name.clone()));
+        compile
+    }
+
+    /// Counts all that waits as written, where the tables are going to be compared as a whole.
+    /// Events go on waiting.
+    fn abandon_portions(&mut self) {
+        self.store.finish(&mut self.marks);
+        self.note_marks();
+        for name in self.queue.services() {
+            self.tables.advance(&name, usize::MAX, None);
+            self.done(&name);
+        }
+    }
+
+    fn note(&mut self, replaced: Replaced) {
+        let name = &replaced.service;
+        let left_out = self.quarantined.contains(name) || self.too_large.contains(name);
+        let health_check = HealthCheck::of(&self.store, name, left_out);
+        if health_check.is_some() {
+            self.checked.insert(name.clone());
+        } else {
+            self.checked.remove(name);
+        }
+        self.change.replaced.push(Replaced {
+            health_check,
+            ..replaced
+        });
+    }
+
+    /// Notes a service whose plan stays the same, if it has or had a health check.
+    fn note_unchanged(&mut self, name: &ObjectName) {
+        let service = self.store.service(name);
+        let has_port = service.is_some_and(|service| service.health_check_node_port.is_some());
+        if !has_port && !self.checked.contains(name) {
+            return;
+        }
+        let plan = self.tables.shared_plan(name).cloned();
+        self.note(Replaced {
+            service: name.clone(),
+            old: plan.clone(),
+            new: plan,
+            adopted: false,
+            health_check: None,
+        });
+    }
+
+    fn note_node_ports(&mut self) {
+        let node = self.store.node().map(|node| &**node);
+        let ranges = Family::ALL.map(|family| self.settings.nodeport_ranges(family, node));
+        self.change.node_ports = Some(ranges.concat().into());
+    }
+
+    fn take_change(&mut self) -> ServiceChanges {
+        ServiceChanges {
+            sticky: self.tables.take_other_clients(),
+            ..std::mem::take(&mut self.change)
+        }
+    }
+
+    /// When a shared chain has been unused for as long as such are kept.
+    fn chain_expires(&self) -> Option<Instant> {
+        Some(self.tables.unused_since()? + KEEP_UNUSED_CHAINS)
+    }
+
+    /// Removes the chains whose time is over.
+    fn remove_expired_chains(&mut self) -> Transaction {
+        let now = Instant::now();
+        let moment = self.expire.take().or_else(|| {
+            let is_due = self.chain_expires().is_some_and(|due| due <= now);
+            now.checked_sub(KEEP_UNUSED_CHAINS).filter(|_| is_due)
+        });
+        moment.map_or_else(Transaction::default, |moment| {
+            self.tables.remove_chains_unused_since(moment)
+        })
+    }
+}
+
+impl engine::Engine for Engine {
+    type Change = ServiceChanges;
+
+    const TABLE: &'static str = TABLE;
+    const QUARANTINE: &'static str = "the service is left out until it changes";
+
+    fn apply(&mut self, event: &Event) {
+        let is_ours = matches!(event, Event::Servers(_)) || event.is_about(&Kind::SERVICES);
+        if is_ours && let Some(event) = self.put_off_event(event.clone()) {
+            self.take_over(event);
+        }
+    }
+
+    fn is_ready(&self) -> bool {
+        self.store.is_complete()
+    }
+
+    fn missing(&self) -> Vec<Kind> {
+        self.store.missing()
+    }
+
+    fn count(&self, kind: Kind) -> usize {
+        self.store.count(kind)
+    }
+
+    fn update(&mut self, budget: usize) -> Update<ServiceChanges> {
+        self.portion = budget;
+        let mut draft = Draft::default();
+        let transaction = if self.is_marked() {
+            self.update_marked(&mut draft);
+            draft.finish(&self.tables)
+        } else if !self.queue.is_empty() {
+            self.work_on_queue(&mut draft);
+            draft.finish(&self.tables)
+        } else {
+            self.remove_expired_chains()
+        };
+        Update {
+            transaction,
+            change: self.take_change(),
+            more: self.is_marked() || !self.queue.is_empty(),
+        }
+    }
+
+    fn rebuild(&mut self, first: bool) -> ServiceChanges {
+        self.abandon_portions();
+        let mut marks = std::mem::take(&mut self.marks);
+        self.marks.triggered_at_ms = std::mem::take(&mut marks.triggered_at_ms);
+        if first {
+            marks.node = true;
+            marks.service_cidrs = true;
+            self.tables.forget_chains();
+        }
+        if marks.node || marks.service_cidrs {
+            self.tables.set_skeletons(&self.store, None);
+        }
+        for name in self.concerned(&mut marks) {
+            let plan = self.compile(&name);
+            match self.tables.change(&name, plan) {
+                Some(change) => self.replace(&name, &change, None),
+                None => self.note_unchanged(&name),
+            }
+        }
+        if marks.node {
+            self.note_node_ports();
+        }
+        self.started = true;
+        let mut change = self.take_change();
+        for replaced in &mut change.replaced {
+            replaced.adopted = first;
+        }
+        change
+    }
+
+    fn ruleset(&self) -> Ruleset {
+        self.tables.ruleset()
+    }
+
+    fn compared(&self, actual: &Ruleset, transaction: &Transaction) -> ServiceChanges {
+        ServiceChanges {
+            removed: Removed::of(actual, transaction),
+            ..ServiceChanges::default()
+        }
+    }
+
+    fn blame(&self, refused: &ObjectPath) -> Vec<ObjectRef> {
+        let ObjectPath::Element(table, set, element, _) = refused else {
+            return Vec::new();
+        };
+        let owner = self.tables.owner(table, set, &element.key);
+        let owner = owner.map(|name| ObjectRef::new(Kind::Service, name));
+        owner.into_iter().collect()
+    }
+
+    fn quarantine(&mut self, object: &ObjectRef) -> ServiceChanges {
+        let name = &object.name;
+        self.quarantined.insert(name.clone());
+        match self.tables.change(name, None) {
+            Some(change) => self.replace(name, &change, None),
+            None => self.note_unchanged(name),
+        }
+        self.take_change()
+    }
+
+    fn retry_quarantined(&mut self) {
+        self.marks.services.append(&mut self.quarantined);
+    }
+
+    fn due(&self) -> Option<Instant> {
+        self.chain_expires()
+    }
+
+    fn take_notices(&mut self) -> Vec<Notice> {
+        std::mem::take(&mut self.notices)
+    }
+}
+
+/// Returns the rules that the objects ask for, from scratch, as a new process would compile them.
+/// Services that ask for too much are left out and named.
+pub fn wanted(store: &Store, settings: &Settings) -> (Ruleset, Vec<Notice>) {
+    let mut tables = Tables::new(settings.clone());
+    tables.set_skeletons(store, None);
+    let mut notices = Vec::new();
+    for service in store.services() {
+        let name = &service.name;
+        let plan = plan(store, name, settings, None).unwrap_or_else(|error| {
+            notices.push(too_large(name, error));
+            None
+        });
+        if let Some(change) = tables.change(name, plan) {
+            tables.replace(name, &change, None);
+        }
+    }
+    (tables.ruleset(), notices)
+}
+
+fn replaced(name: &ObjectName, change: &PlanChange) -> Replaced {
+    Replaced {
+        service: name.clone(),
+        old: change.before().cloned(),
+        new: change.after().cloned(),
+        adopted: false,
+        health_check: None,
+    }
+}
+
+fn too_large(service: &ObjectName, error: TooLarge) -> Notice {
+    Notice {
+        subject: Subject::Object(ObjectRef::new(Kind::Service, service.clone())),
+        reason: Reason::TooLarge,
+        message: error.to_string(),
+    }
+}

@@ -1,0 +1,74 @@
+//! Facts to rules: pure functions from [`model`](crate::model) to [`ruleset`](crate::nft).
+//!
+//! Each address family has one table. What never depends on a service is its skeleton
+//! ([`skeleton()`]): base chains, the chain that looks frontends up, and the declarations of the
+//! sets. A service adds set elements only ([`ServicePlan`]); the chains its verdict elements
+//! lead to are shared by all services with the same number of endpoints, or the same list of source
+//! ranges ([`SharedChain`]).
+//!
+//! ```text
+//!  prerouting, output ──> services
+//!    │
+//!    ├─ vmap @frontends ──> cluster-3    marks clients outside of the pod network ─┐
+//!    │                      external-3   marks everyone ───────────────────────────┤
+//!    │                      local-3      policy Local: pods and the node ──────────┤
+//!    │                        └─ vmap @local-frontends ──> lb-local-1 (others)     v
+//!    │                      sources-12ab…  only clients in the set of this name    lb-3: dnat to
+//!    │                        └─ firewalled: vmap @firewalled-frontends            (frontend, random
+//!    │                             └──> any of these                               of 3) map @endpoints
+//!    └─ vmap @nodeports ──> nodeport-external-3, nodeport-local-3 (the same by port)
+//!
+//!  forward, output: new connections, behind the translation of all proxies ──> unassigned
+//!    ├─ @cluster-ips ──> reject-service (a port the service lacks; at the hook input, too)
+//!    └─ @service-cidrs ──> drop (an address that no service has)
+//!
+//!  with session affinity, in the namespace shop:
+//!    lb-sticky-3/shop ─> sticky/shop: dnat to (client, frontend) map @affinity/shop, else lb-3
+//!    behind the translation: learn-prerouting, learn-output ──> learn-new
+//!      └─ vmap @affinity-frontends ──> learn-10800/shop: update @affinity/shop
+//!                                        full? count in @not-remembered/shop
+//!
+//!  postrouting ── marked, or a pod that reaches itself (@hairpin) ──> masquerade
+//! ```
+//!
+//! Changing an endpoint is thus a change of plain map data, which the kernel accepts without
+//! validating the table again.
+
+mod chains;
+mod change;
+mod claims;
+mod engine;
+mod layout;
+mod plan;
+mod queue;
+mod refusals;
+mod removed;
+mod replaced;
+mod service;
+mod settings;
+mod size;
+mod skeleton;
+mod sources;
+mod store;
+mod tables;
+mod topology;
+
+pub use crate::model::NodePortAddresses;
+pub use chains::{Handle, LearnAt, Role, SharedChain, is_bound_to_node};
+pub use change::{Edit, PlanChange};
+pub use claims::{Claim, ClaimChanges, Claims, Reserved};
+pub use engine::{Engine, wanted};
+pub use layout::{
+    By, Clients, MOST_CLIENTS, Scope, ServiceSet, TABLE, affinity_declaration, table_family,
+    table_id,
+};
+pub use plan::{Affinity, ElementOf, Frontend, Pool, Route, ServicePlan, Target};
+pub use removed::{Removed, address, number};
+pub use replaced::{HealthCheck, Replaced, ServiceChanges};
+pub use service::{Compilation, plan};
+pub use settings::{DetectLocal, LocalDetector, MasqueradeBit, Settings};
+pub use size::{TooLarge, elements};
+pub use skeleton::{is_base_chain, skeleton};
+pub use sources::SourceList;
+pub use store::{Changes, EndpointOf, SlicesOf, Store};
+pub use tables::{NoLocalEndpoints, Sticky, Tables};

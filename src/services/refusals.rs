@@ -1,0 +1,167 @@
+//! Notices about frontends that services ask for and do not get.
+
+use std::collections::BTreeMap;
+use std::mem::discriminant;
+
+use super::claims::{Cause, Claim, Claimant, Claims, UsedAs};
+use crate::model::{Kind, Notice, ObjectName, ObjectRef, Reason, Subject};
+
+/// How many claims of one service a notice names.
+const MOST_NAMED: usize = 4;
+
+/// What services ask for and do not get, in as much as notices say.
+#[derive(Debug, Default)]
+pub(crate) struct Refusals(BTreeMap<ObjectName, Vec<Alike>>);
+
+/// The claims of a service that it does not get because of one sort of cause.
+#[derive(Debug)]
+struct Alike {
+    /// The first of them.
+    named: Vec<Refusal>,
+    count: usize,
+}
+
+impl Refusals {
+    /// Adds claims that services may have lost, as far as they do not have them.
+    pub(crate) fn add(
+        &mut self,
+        claims: &Claims,
+        lost: impl IntoIterator<Item = (Claim, Claimant)>,
+    ) {
+        for (claim, claimant) in lost {
+            let Some(cause) = claims.refusal(&claim, &claimant) else {
+                continue;
+            };
+            let used_as = claimant.used_as();
+            let refusal = Refusal {
+                claim,
+                cause,
+                used_as,
+            };
+            let of_service = self.0.entry(claimant.name).or_default();
+            let mut others = of_service.iter_mut();
+            match others.find(|alike| alike.fits(&refusal)) {
+                Some(alike) => alike.add(refusal),
+                None => of_service.push(Alike {
+                    named: vec![refusal],
+                    count: 1,
+                }),
+            }
+        }
+    }
+
+    /// One notice for each service and sort of cause, sorted by service.
+    pub(crate) fn notices(self) -> Vec<Notice> {
+        let mut notices = Vec::new();
+        for (name, mut causes) in self.0 {
+            causes.sort_by_key(|alike| alike.named.first().map(|refusal| refusal.claim));
+            notices.extend(causes.iter().filter_map(|alike| alike.notice(&name)));
+        }
+        notices
+    }
+}
+
+impl Alike {
+    fn fits(&self, refusal: &Refusal) -> bool {
+        let sort = |refusal: &Refusal| (discriminant(&refusal.cause), refusal.used_as);
+        self.named.first().map(sort) == Some(sort(refusal))
+    }
+
+    fn add(&mut self, refusal: Refusal) {
+        self.count += 1;
+        let place = self.named.partition_point(|it| it.claim <= refusal.claim);
+        if place < MOST_NAMED {
+            self.named.insert(place, refusal);
+            self.named.truncate(MOST_NAMED);
+        }
+    }
+
+    fn notice(&self, name: &ObjectName) -> Option<Notice> {
+        let (first, others) = self.named.split_first()?;
+        let more = match self.count - 1 {
+            0 => String::new(),
+            count => {
+                let named = others.iter().map(Refusal::what);
+                let named = named.collect::<Vec<_>>().join(", ");
+                let dots = if count < MOST_NAMED { "" } else { ", ..." };
+                format!(" ({count} more in the same way: {named}{dots})")
+            }
+        };
+        Some(Notice {
+            subject: Subject::Object(ObjectRef::new(Kind::Service, name.clone())),
+            reason: Reason::Conflict,
+            message: format!("{}{more}; {}", first.sentence(), first.hint()),
+        })
+    }
+}
+
+#[derive(Debug)]
+struct Refusal {
+    claim: Claim,
+    cause: Cause,
+    used_as: UsedAs,
+}
+
+impl Refusal {
+    /// The claim as a person knows it.
+    fn what(&self) -> String {
+        match (self.used_as, self.claim) {
+            (UsedAs::HealthCheck, Claim::NodePort(_, port)) => {
+                format!("healthCheckNodePort {port}")
+            }
+            (_, claim) => claim.to_string(),
+        }
+    }
+
+    fn sentence(&self) -> String {
+        let what = self.what();
+        let leads = match self.used_as {
+            UsedAs::Frontend => "lead here",
+            UsedAs::HealthCheck => "answer for this one",
+        };
+        match &self.cause {
+            Cause::Older(owner, used_as) if *used_as == self.used_as => {
+                format!("{what} belongs to the older Service {owner} and does not {leads}")
+            }
+            Cause::Older(owner, used_as) => {
+                let port = match used_as {
+                    UsedAs::Frontend => "nodePort",
+                    UsedAs::HealthCheck => "healthCheckNodePort",
+                };
+                format!("{what} is the {port} of the older Service {owner} and does not {leads}")
+            }
+            Cause::Stronger(owner) => {
+                format!(
+                    "{what} is a load balancer's address of Service {owner} and does not {leads}"
+                )
+            }
+            Cause::ClusterIp(owner) => {
+                format!("{what} does not {leads}: the address is the ClusterIP of Service {owner}")
+            }
+            Cause::ServiceCidr(range) => {
+                format!("{what} does not {leads}: the address is in the ServiceCIDR {range}")
+            }
+            Cause::NodePort(owner) => {
+                format!("{what} does not {leads}: Service {owner} has this NodePort on the node")
+            }
+            Cause::ApiServer => {
+                format!("{what} does not {leads}: nftlet itself reaches the API server there")
+            }
+        }
+    }
+
+    fn hint(&self) -> &'static str {
+        match &self.cause {
+            Cause::Older(..) if self.used_as == UsedAs::HealthCheck => {
+                "choose another port, or remove it there"
+            }
+            Cause::Older(..) | Cause::Stronger(..) => {
+                "choose another address or port, or remove it there"
+            }
+            Cause::ClusterIp(_) | Cause::ServiceCidr(_) => {
+                "remove the address from spec.externalIPs and status.loadBalancer"
+            }
+            Cause::NodePort(_) | Cause::ApiServer => "choose another address or port",
+        }
+    }
+}

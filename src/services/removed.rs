@@ -1,0 +1,137 @@
+//! Frontends that a comparison with the kernel changes although this process has no plan of them:
+//! an earlier process wrote them, or another program.
+
+use std::collections::{BTreeMap, HashSet};
+use std::net::IpAddr;
+
+use super::chains::is_bound_to_node;
+use super::layout::{By, Scope, ServiceSet, table_id};
+use crate::model::{Family, Protocol};
+use crate::nft::{Element, Key, Name, Op, Ruleset, TableId, Transaction, Value};
+use crate::services::Claim;
+
+/// Changes of frontends in the kernel.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Removed {
+    /// Frontends that were deleted.
+    pub deleted: HashSet<(Family, Claim)>,
+    /// Frontends whose external policy became Local.
+    pub bound: HashSet<(Family, Claim)>,
+}
+
+/// The sets in which frontends are found, and those that hold their verdict in their stead.
+const FRONTENDS: [(ServiceSet, By); 3] = [
+    (ServiceSet::Frontends, By::Address),
+    (ServiceSet::NodePorts, By::NodePort),
+    (ServiceSet::FirewalledFrontends, By::Address),
+];
+
+impl Removed {
+    /// Adds what a later comparison changed.
+    pub fn append(&mut self, later: Self) {
+        self.deleted.extend(later.deleted);
+        self.bound.extend(later.bound);
+    }
+
+    /// Returns what a transaction changes of what the kernel holds.
+    pub fn of(actual: &Ruleset, transaction: &Transaction) -> Self {
+        let mut removed = Self::default();
+        for family in Family::ALL {
+            let id = table_id(family);
+            for (set, by) in FRONTENDS {
+                let changed = changed(actual, transaction, &id, &set.name());
+                for (key, (before, after)) in changed {
+                    let Some(claim) = claim(family, by, key) else {
+                        continue;
+                    };
+                    if set == by.frontends(Scope::Cluster) && after.is_none() {
+                        removed.deleted.insert((family, claim));
+                    }
+                    let is_bound = |element: Option<&Element>| element.is_some_and(leads_to_node);
+                    if before.is_some() && is_bound(after) && !is_bound(before) {
+                        removed.bound.insert((family, claim));
+                    }
+                }
+            }
+        }
+        removed
+    }
+}
+
+type Change<'a> = (Option<&'a Element>, Option<&'a Element>);
+
+/// The elements of a set that a transaction deletes or replaces: before and after.
+fn changed<'a>(
+    actual: &'a Ruleset,
+    transaction: &'a Transaction,
+    id: &TableId,
+    name: &Name,
+) -> BTreeMap<&'a Key, Change<'a>> {
+    let mut changed: BTreeMap<&Key, Change> = BTreeMap::new();
+    for op in &transaction.ops {
+        let deleted = match op {
+            Op::DeleteElements(table, set, _, elements) if table == id && set == name => elements,
+            Op::DeleteTable(table) if table == id => {
+                let set = actual.tables.get(id).and_then(|table| table.sets.get(name));
+                let Some(set) = set else { continue };
+                &set.elements
+            }
+            Op::AddElements(table, set, _, elements) if table == id && set == name => {
+                for element in elements {
+                    if let Some((_, after)) = changed.get_mut(&element.key) {
+                        *after = Some(element);
+                    }
+                }
+                continue;
+            }
+            _ => continue,
+        };
+        for element in deleted {
+            changed.insert(&element.key, (Some(element), None));
+        }
+    }
+    changed
+}
+
+fn leads_to_node(element: &Element) -> bool {
+    match &element.value {
+        Value::Verdict(verdict) => verdict.target().is_some_and(is_bound_to_node),
+        Value::None | Value::Data(_) => false,
+    }
+}
+
+/// The frontend with a key; `None` where the key is none of nftlet's.
+fn claim(family: Family, by: By, key: &Key) -> Option<Claim> {
+    let bytes = key.as_bytes();
+    let (at, port) = match by {
+        By::Address => {
+            let (at, port) = bytes.split_at_checked(match family {
+                Family::V4 => 4,
+                Family::V6 => 16,
+            })?;
+            (Some(address(at)?), port)
+        }
+        By::NodePort => (None, bytes),
+    };
+    let protocol = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp]
+        .into_iter()
+        .find(|protocol| port.first() == Some(&protocol.number()))?;
+    let port = number(port.get(4..)?)?;
+    Some(match at {
+        Some(at) => Claim::Address(at, protocol, port),
+        None => Claim::NodePort(protocol, port),
+    })
+}
+
+/// Reads an address from the bytes of a key.
+pub fn address(bytes: &[u8]) -> Option<IpAddr> {
+    let v4 = <[u8; 4]>::try_from(bytes).map(IpAddr::from);
+    v4.or_else(|_| <[u8; 16]>::try_from(bytes).map(IpAddr::from))
+        .ok()
+}
+
+/// Reads a port from the bytes of a key.
+pub fn number(bytes: &[u8]) -> Option<u16> {
+    let (port, _) = bytes.split_first_chunk::<2>()?;
+    Some(u16::from_be_bytes(*port))
+}

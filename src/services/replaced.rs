@@ -1,0 +1,147 @@
+//! What changed in the rules of services, for those that act once the rules are in force.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+
+use super::plan::ServicePlan;
+use super::removed::Removed;
+use super::tables::Sticky;
+use crate::engine::Change;
+use crate::model::{Family, ObjectName, Service};
+use crate::services::Store;
+
+/// Changes of plans that took effect.
+#[derive(Clone, Debug, Default)]
+pub struct ServiceChanges {
+    /// The services whose plans or health checks changed, in order. One may occur several times.
+    pub replaced: Vec<Replaced>,
+    /// What a comparison changed beyond that.
+    pub removed: Removed,
+    /// The tables were compared with the kernel: other rules may have been in force for a while.
+    pub rewritten: bool,
+    /// The networks whose local addresses answer NodePorts, if others may do than before.
+    pub node_ports: Option<Arc<[IpNet]>>,
+    /// The namespaces with session affinity, if they are others than before.
+    pub sticky: Option<Sticky>,
+    /// How many changes concerned session affinity so far.
+    pub affinity_version: u64,
+}
+
+/// The plan of a service before and after a change.
+#[derive(Clone, Debug)]
+pub struct Replaced {
+    /// The service.
+    pub service: ObjectName,
+    /// The plan that was in force; `None` if the service had no rules.
+    pub old: Option<Arc<ServicePlan>>,
+    /// The plan that is in force now.
+    pub new: Option<Arc<ServicePlan>>,
+    /// It is unknown what was in force before: an earlier process wrote it.
+    pub adopted: bool,
+    /// The health check that the service has now.
+    pub health_check: Option<HealthCheck>,
+}
+
+/// The answer at the `healthCheckNodePort` of a service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HealthCheck {
+    /// The port.
+    pub port: u16,
+    /// How many endpoints on this node are ready; 0 for a service without rules in the kernel.
+    pub local_endpoints: usize,
+}
+
+impl Replaced {
+    /// Whether the plan is another one.
+    pub fn is_other_plan(&self) -> bool {
+        match (&self.old, &self.new) {
+            (Some(old), Some(new)) => !Arc::ptr_eq(old, new),
+            (None, None) => false,
+            _ => true,
+        }
+    }
+}
+
+impl Change for ServiceChanges {
+    fn append(&mut self, later: Self) {
+        self.replaced.extend(later.replaced);
+        self.removed.append(later.removed);
+        self.rewritten |= later.rewritten;
+        self.node_ports = later.node_ports.or(self.node_ports.take());
+        self.sticky = later.sticky.or(self.sticky.take());
+    }
+
+    fn set_rewritten(&mut self) {
+        self.rewritten = true;
+    }
+}
+
+impl ServiceChanges {
+    /// Whether nothing changed.
+    pub fn is_empty(&self) -> bool {
+        let Self {
+            replaced,
+            removed,
+            rewritten,
+            node_ports,
+            sticky,
+            affinity_version: _,
+        } = self;
+        let same = node_ports.is_none() && sticky.is_none();
+        replaced.is_empty() && *removed == Removed::default() && !rewritten && same
+    }
+}
+
+impl ServiceChanges {
+    /// Whether clients of services with session affinity may be left without their endpoint.
+    pub fn concerns_affinity(&self) -> bool {
+        let has = |plan: &Option<Arc<ServicePlan>>| {
+            plan.as_ref().is_some_and(|plan| plan.affinity.is_some())
+        };
+        let mut replaced = self.replaced.iter();
+        let bound = !self.removed.bound.is_empty();
+        self.rewritten || bound || replaced.any(|it| has(&it.old) || has(&it.new))
+    }
+}
+
+impl HealthCheck {
+    /// Returns the health check of a service, unless another service has its port.
+    ///
+    /// `is_left_out` says that the service has no rules in the kernel, so that nothing arrives at its
+    /// endpoints.
+    pub fn of(store: &Store, service: &ObjectName, is_left_out: bool) -> Option<Self> {
+        let service = store.service(service)?;
+        let port = service.health_check_node_port?;
+        if !store.owns_health_check(&service.name, port) {
+            return None;
+        }
+        let local_endpoints = if is_left_out {
+            0
+        } else {
+            local_ready_endpoints(store, service)
+        };
+        Some(Self {
+            port,
+            local_endpoints,
+        })
+    }
+}
+
+/// Returns how many addresses on this node are ready to serve a port of the service. Endpoints that
+/// terminate take traffic where there are no others, but do not ask for more of it.
+fn local_ready_endpoints(store: &Store, service: &Service) -> usize {
+    let Some(node) = store.node() else { return 0 };
+    let ports = service.ports.iter();
+    let slices = store.slices_of(&service.name);
+    let pairs = ports.flat_map(|port| Family::ALL.map(|family| (port, family)));
+    let addresses: BTreeSet<IpAddr> = pairs
+        .flat_map(|(port, family)| slices.endpoints(port, family))
+        .map(|of| of.endpoint)
+        .filter(|endpoint| endpoint.ready && endpoint.node.as_deref() == Some(&node.name))
+        .map(|endpoint| endpoint.address)
+        .collect();
+    addresses.len()
+}

@@ -1,0 +1,175 @@
+//! What the operator decides about rules.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+
+use super::layout::POD_NETWORKS;
+use crate::model::{Family, Node, NodePortAddresses};
+use crate::nft::{Comparison, Operand, Selector, Statement};
+use crate::services::Store;
+
+/// Options of the command line that shape the rules.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Settings {
+    /// `--detect-local-mode` with what it needs to know: which traffic comes from pods.
+    pub detect_local: DetectLocal,
+    /// `--masquerade-all`: masquerade all traffic to ClusterIPs.
+    pub masquerade_all: bool,
+    /// `--nodeport-addresses`.
+    pub nodeport_addresses: NodePortAddresses,
+    /// `--bind-address`: the primary address of its family, whatever the Node object says.
+    pub bind_address: Option<IpAddr>,
+    /// `--masquerade-bit`.
+    pub masquerade_bit: MasqueradeBit,
+}
+
+/// The bit of the packet mark that asks for masquerading, by its number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MasqueradeBit(u8);
+
+impl MasqueradeBit {
+    /// The bit with this number, from 0 to 31; `None` for a number beyond.
+    pub fn new(number: u8) -> Option<Self> {
+        (number < 32).then_some(Self(number))
+    }
+
+    /// The mark with this bit alone.
+    pub fn mark(self) -> u32 {
+        1 << self.0
+    }
+}
+
+impl Default for MasqueradeBit {
+    /// kube-proxy's default, 0x4000, which other software on Kubernetes nodes leaves alone.
+    fn default() -> Self {
+        Self(14)
+    }
+}
+
+/// How traffic of pods is told from other traffic (kube-proxy's `--detect-local-mode`).
+///
+/// Traffic to ClusterIPs that does not come from pods is masqueraded, and pods of this node are
+/// exempt from external policy Local.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DetectLocal {
+    /// By the pod network of the cluster; a family without a range is not told apart.
+    ClusterCidr(Vec<IpNet>),
+    /// By the pod network of this node, from `spec.podCIDRs` of the Node object.
+    NodeCidr,
+    /// By the bridge that the node's pods are attached to.
+    BridgeInterface(Arc<str>),
+    /// By the beginning of the names of the pods' interfaces.
+    InterfaceNamePrefix(Arc<str>),
+}
+
+impl Default for DetectLocal {
+    fn default() -> Self {
+        DetectLocal::ClusterCidr(Vec::new())
+    }
+}
+
+/// What a rule looks at to tell traffic of pods, in one family.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LocalDetector {
+    /// Nothing: pods cannot be told.
+    None,
+    /// The source address.
+    PodNetworks,
+    /// The interface the packet came in by.
+    Interface(Operand),
+}
+
+impl LocalDetector {
+    /// Matches packets that come from pods, or those that do not; `None` where nothing tells.
+    pub fn from_local_pods(&self, comparison: Comparison) -> Option<Statement> {
+        match self {
+            LocalDetector::None => None,
+            LocalDetector::PodNetworks => Some(Statement::InSet(
+                vec![Selector::SourceAddress],
+                comparison,
+                POD_NETWORKS.into(),
+            )),
+            LocalDetector::Interface(operand) => Some(Statement::Match(
+                Selector::InputInterface,
+                comparison,
+                operand.clone(),
+            )),
+        }
+    }
+}
+
+impl Settings {
+    /// How rules of a family tell traffic of pods. It does not depend on the Node object, whose
+    /// ranges are elements of a set. (Whether there is a range at all decides on one rule of the
+    /// skeleton.)
+    pub fn detector(&self, family: Family) -> LocalDetector {
+        match &self.detect_local {
+            DetectLocal::ClusterCidr(_) if self.pod_networks(family, None).is_empty() => {
+                LocalDetector::None
+            }
+            DetectLocal::ClusterCidr(_) | DetectLocal::NodeCidr => LocalDetector::PodNetworks,
+            DetectLocal::BridgeInterface(name) => {
+                LocalDetector::Interface(Operand::Interface(name.clone()))
+            }
+            DetectLocal::InterfaceNamePrefix(prefix) => {
+                LocalDetector::Interface(Operand::InterfacePrefix(prefix.clone()))
+            }
+        }
+    }
+
+    /// The ranges of pod addresses in a family, where pods are told by address.
+    pub fn pod_networks(&self, family: Family, node: Option<&Node>) -> Vec<IpNet> {
+        let ranges = match &self.detect_local {
+            DetectLocal::ClusterCidr(ranges) => ranges.as_slice(),
+            DetectLocal::NodeCidr => node.map_or(&[][..], |node| &node.pod_cidrs),
+            DetectLocal::BridgeInterface(_) | DetectLocal::InterfaceNamePrefix(_) => &[],
+        };
+        let own = ranges.iter().copied();
+        own.filter(|net| Family::of(net.addr()) == family).collect()
+    }
+
+    /// A store that knows where NodePorts answer.
+    pub fn store(&self, store: Store) -> Store {
+        store.with_node_ports(self.nodeport_addresses.clone(), self.bind_address)
+    }
+
+    /// The ranges whose local addresses answer NodePorts. Loopback addresses never do.
+    pub fn nodeport_ranges(&self, family: Family, node: Option<&Node>) -> Vec<IpNet> {
+        self.nodeport_addresses
+            .ranges(family, self.bind_address, node)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_primary_address_is_the_bound_one_then_the_internal_then_the_external() {
+        let ips = |texts: &[&str]| texts.iter().map(|ip| ip.parse().unwrap()).collect();
+        let mut node = Node {
+            name: "node-1".into(),
+            internal_ips: ips(&["fd00::1", "10.0.0.1", "10.0.0.2"]),
+            external_ips: ips(&["203.0.113.1", "2001:db8::1"]),
+            pod_cidrs: vec![],
+            zone: None,
+            going_away: false,
+        };
+        let mut settings = Settings::default();
+        let primary = |settings: &Settings, node: &Node| {
+            Family::ALL.map(|family| {
+                let ranges = settings.nodeport_ranges(family, Some(node));
+                ranges.iter().map(ToString::to_string).collect::<String>()
+            })
+        };
+        assert_eq!(primary(&settings, &node), ["10.0.0.1/32", "fd00::1/128"]);
+        node.internal_ips = ips(&["fd00::1"]);
+        assert_eq!(primary(&settings, &node), ["203.0.113.1/32", "fd00::1/128"]);
+        node.external_ips = vec![];
+        assert_eq!(primary(&settings, &node), ["", "fd00::1/128"]);
+        settings.bind_address = Some("192.0.2.1".parse().unwrap());
+        assert_eq!(primary(&settings, &node), ["192.0.2.1/32", "fd00::1/128"]);
+    }
+}

@@ -1,0 +1,104 @@
+//! How many set elements a service asks for, known before any of them is made.
+//!
+//! Every frontend has an element for each of its endpoints, so a small object can ask for a great
+//! many. The count is that of the objects: endpoints that take no traffic count as well, because
+//! they may at any time.
+
+use thiserror::Error;
+
+use crate::model::{Family, MOST_ELEMENTS, Node, ObjectName, Service, TrafficPolicy};
+use crate::services::{SlicesOf, Store};
+
+/// A service asks for more set elements than one may have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+#[error(
+    "asks for {elements} set elements (each port of each address, times its endpoints), more than \
+     {MOST_ELEMENTS}; it has no rules until it asks for fewer: divide it into several services"
+)]
+pub struct TooLarge {
+    /// How many it asks for; [`usize::MAX`] where that is too many to count.
+    pub elements: usize,
+}
+
+/// How many set elements a service asks for; none if there is no such service.
+pub fn elements(store: &Store, name: &ObjectName) -> usize {
+    let service = store.service(name).filter(|s| s.has_frontends());
+    let node = store.node().map(|node| &**node);
+    service.map_or(0, |service| {
+        elements_of(service, &store.slices_of(name), node)
+    })
+}
+
+/// Checks the number of elements that a service asks for.
+pub(super) fn check(
+    service: &Service,
+    slices: &SlicesOf,
+    node: Option<&Node>,
+) -> Result<(), TooLarge> {
+    let elements = elements_of(service, slices, node).max(service.frontends());
+    if elements > MOST_ELEMENTS {
+        return Err(TooLarge { elements });
+    }
+    Ok(())
+}
+
+fn elements_of(service: &Service, slices: &SlicesOf, node: Option<&Node>) -> usize {
+    let node = node.map(|node| &*node.name);
+    // In the order of the slices: endpoints, those on this node, and those that may be there.
+    let counts: Vec<(usize, usize)> = slices
+        .all()
+        .map(|slice| {
+            let mine = slice.endpoints.iter();
+            let mine = mine.filter(|e| node.is_some() && e.node.as_deref() == node);
+            (slice.endpoints.len(), mine.count())
+        })
+        .collect();
+    let on_any_node = slices.all().map(|slice| {
+        let unknown = slice.endpoints.iter();
+        unknown
+            .filter(|e| e.node.is_none() || node.is_none() || e.node.as_deref() == node)
+            .count()
+    });
+    let mut sum = on_any_node.fold(service.cluster_ips.len(), usize::saturating_add);
+    let policy_local = service.external_policy == TrafficPolicy::Local;
+    for family in Family::ALL {
+        let of = |addresses: &[std::net::IpAddr]| {
+            let own = addresses.iter().filter(|a| Family::of(**a) == family);
+            own.count()
+        };
+        let cluster_ips = of(&service.cluster_ips);
+        let balancers = of(&service.load_balancer_ips);
+        let external_ips = of(&service.external_ips);
+        let ranges = service.source_ranges.iter();
+        let ranges = ranges.filter(|net| Family::of(net.addr()) == family);
+        if balancers > 0 {
+            sum = sum.saturating_add(ranges.count());
+        }
+        for port in &service.ports {
+            let (mut endpoints, mut local) = (0usize, 0usize);
+            for (place, ..) in slices.of(port, family) {
+                let (all, mine) = counts.get(place).copied().unwrap_or_default();
+                endpoints = endpoints.saturating_add(all);
+                local = local.saturating_add(mine);
+            }
+            let node_port = usize::from(port.node_port.is_some() && cluster_ips > 0);
+            let external = balancers
+                .saturating_add(external_ips)
+                .saturating_add(node_port);
+            // One says where the frontend leads, one that its clients are remembered.
+            let leads = 1 + usize::from(service.affinity_seconds.is_some());
+            let each = endpoints.saturating_add(leads);
+            let each_external = if policy_local {
+                each.saturating_add(local).saturating_add(1)
+            } else {
+                each
+            };
+            sum = sum
+                .saturating_add(cluster_ips.saturating_mul(each))
+                .saturating_add(external.saturating_mul(each_external))
+                // Where clients within the source ranges go.
+                .saturating_add(balancers);
+        }
+    }
+    sum
+}

@@ -1,0 +1,101 @@
+//! Lists of source ranges (`loadBalancerSourceRanges`), which services share.
+//!
+//! Each distinct list of a family is one interval set and one chain, however many frontends it
+//! restricts. A set of (frontend, client range) would be a concatenation with an interval, which
+//! the kernel fills in a time that grows with the square of its elements (`nft_set_pipapo`).
+
+use std::cmp::Ordering;
+use std::hash::{Hash, Hasher};
+use std::sync::Arc;
+
+use ipnet::IpNet;
+
+use super::skeleton::FIREWALL;
+use crate::nft::{
+    Comparison, Declaration, Name, Rule, Selector, Set, SetKind, Statement, Verdict, digest_of,
+    merge_intervals,
+};
+
+/// The ranges of one family that clients of a frontend may come from. Lists with the same ranges
+/// are equal and have the same name; comparing two costs the same whatever their length.
+#[derive(Clone, Debug)]
+pub struct SourceList {
+    name: Name,
+    ranges: Arc<[IpNet]>,
+}
+
+impl SourceList {
+    /// A list of ranges of one family, which may overlap; `previous` again if it has the same.
+    pub fn new(ranges: &[IpNet], previous: Option<&Self>) -> Self {
+        let ranges = IpNet::aggregate(&ranges.iter().map(IpNet::trunc).collect());
+        if let Some(previous) = previous.filter(|list| *list.ranges == *ranges) {
+            return previous.clone();
+        }
+        let texts: Vec<String> = ranges.iter().map(ToString::to_string).collect();
+        Self {
+            name: Name::from(format!("sources-{}", digest_of(&texts.join(" ")))),
+            ranges: ranges.into(),
+        }
+    }
+
+    /// The ranges, sorted and apart.
+    pub fn ranges(&self) -> &[IpNet] {
+        &self.ranges
+    }
+
+    /// The name, that of the chain and of the set.
+    pub fn name(&self) -> Name {
+        self.name.clone()
+    }
+
+    /// The set of the ranges.
+    pub(super) fn set(&self) -> Set {
+        let mut set = Set::from(Declaration {
+            interval: true,
+            ..Declaration::new(SetKind::Set, [Selector::SourceAddress])
+        });
+        set.elements = merge_intervals(self.ranges.iter().copied());
+        set
+    }
+
+    /// The rules of the chain.
+    pub(super) fn rules(&self) -> Vec<Rule> {
+        vec![
+            Rule::new([
+                Statement::InSet(
+                    vec![Selector::SourceAddress],
+                    Comparison::Is,
+                    self.name.clone(),
+                ),
+                Statement::Verdict(Verdict::Goto(FIREWALL.into())),
+            ]),
+            Rule::new([Statement::Verdict(Verdict::Drop)]),
+        ]
+    }
+}
+
+impl PartialEq for SourceList {
+    fn eq(&self, other: &Self) -> bool {
+        self.name == other.name
+    }
+}
+
+impl Eq for SourceList {}
+
+impl PartialOrd for SourceList {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for SourceList {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.name.cmp(&other.name)
+    }
+}
+
+impl Hash for SourceList {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.name.hash(state);
+    }
+}

@@ -1,0 +1,524 @@
+//! What was written to the kernel, in the compact form of plans.
+//!
+//! The tables are the sum of a skeleton, the plans of all services, the elements several
+//! services ask for (counted), and the shared chains (counted). Replacing one plan yields the
+//! operations for just the elements in which it differs. A large difference may be written some
+//! steps at a time ([`Tables::begin`], [`Tables::advance`]); meanwhile the tables are what
+//! the steps written so far have made of the old plan.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::chains::SharedChain;
+use super::change::{Edit, PlanChange};
+use super::layout::{Clients, ServiceSet, table_id};
+use super::plan::{ElementOf, ServicePlan};
+use super::settings::Settings;
+use super::skeleton::skeleton;
+use crate::model::{Family, ObjectName};
+use crate::nft::{Element, Key, Name, Op, Ruleset, SetOf, Sums, Table, TableId, Transaction, diff};
+use crate::services::Store;
+
+/// The rules in force.
+#[derive(Clone, Debug, Default)]
+pub struct Tables {
+    settings: Settings,
+    skeletons: BTreeMap<Family, Table>,
+    /// Shared with copies, which cost little then.
+    plans: HashMap<ObjectName, Arc<ServicePlan>>,
+    /// Services whose plan is not yet in force as a whole.
+    unfinished: HashMap<ObjectName, Unfinished>,
+    /// How many services ask for an element.
+    shared: HashMap<(Family, ServiceSet, Key), u32>,
+    /// Who uses a chain. Chains in the kernel stay here when nobody uses them.
+    chains: BTreeMap<(Family, SharedChain), Use>,
+    /// Other namespaces than before remember clients.
+    other_clients: bool,
+    no_local_endpoints: NoLocalEndpoints,
+}
+
+/// A change of a service that is written some steps at a time.
+#[derive(Clone, Debug)]
+struct Unfinished {
+    change: Arc<PlanChange>,
+    /// How many steps were written.
+    written: usize,
+    /// About how many elements the others make.
+    left: usize,
+}
+
+/// Who uses a shared chain.
+#[derive(Clone, Copy, Debug)]
+enum Use {
+    /// So many services.
+    By(u32),
+    /// Nobody any more, since then.
+    UnusedSince(Instant),
+}
+
+impl Use {
+    fn is_unused(self) -> bool {
+        matches!(self, Use::UnusedSince(_))
+    }
+}
+
+/// The namespaces whose services remember clients.
+pub type Sticky = Arc<BTreeSet<Clients>>;
+
+/// How many services drop traffic because they have endpoints, but none on this node: for each
+/// family by the internal and by the external policy.
+pub type NoLocalEndpoints = [[usize; 2]; 2];
+
+/// The operations that a batch of changes amounts to.
+#[derive(Debug, Default)]
+pub struct Draft {
+    skeleton: Vec<Op>,
+    tables: BTreeMap<Family, TableDraft>,
+}
+
+#[derive(Debug, Default)]
+struct TableDraft {
+    new_chains: Vec<SharedChain>,
+    delete: BTreeMap<ServiceSet, Vec<Element>>,
+    add: BTreeMap<ServiceSet, Vec<Element>>,
+    /// Counted elements that were touched, with whether they existed before.
+    touched: BTreeMap<(ServiceSet, Key), bool>,
+}
+
+impl Tables {
+    /// Nothing in force yet.
+    pub fn new(settings: Settings) -> Self {
+        Self {
+            settings,
+            ..Self::default()
+        }
+    }
+
+    /// The plan in force for a service, or on its way there.
+    pub fn plan(&self, service: &ObjectName) -> Option<&ServicePlan> {
+        self.plans.get(service).map(|plan| &**plan)
+    }
+
+    /// The same, to be kept.
+    pub fn shared_plan(&self, service: &ObjectName) -> Option<&Arc<ServicePlan>> {
+        self.plans.get(service)
+    }
+
+    /// All plans in force, or on their way there.
+    pub fn plans(&self) -> impl Iterator<Item = &ServicePlan> {
+        self.plans.values().map(|plan| &**plan)
+    }
+
+    /// The number of shared chains in the kernel.
+    pub fn chains(&self) -> usize {
+        self.chains.len()
+    }
+
+    /// Compiles the skeletons anew and drafts what changed in them.
+    pub fn set_skeletons(&mut self, store: &Store, mut draft: Option<&mut Draft>) {
+        let cidrs: Vec<_> = store.service_cidrs().collect();
+        for family in Family::ALL {
+            let node = store.node().map(|node| &**node);
+            let table = skeleton(family, &self.settings, node, &cidrs);
+            let old = self.skeletons.insert(family, table.clone());
+            if let (Some(old), Some(draft)) = (old, draft.as_deref_mut()) {
+                let as_ruleset = |table: Table| Ruleset {
+                    tables: [(table_id(family), table)].into(),
+                };
+                let change = diff(&as_ruleset(old), as_ruleset(table));
+                draft.skeleton.extend(change.ops);
+            }
+        }
+    }
+
+    /// How the plan of a service differs from a new one, `None` for a service without rules.
+    /// `None` is returned if it does not.
+    pub fn change(&self, service: &ObjectName, new: Option<ServicePlan>) -> Option<PlanChange> {
+        PlanChange::between(self.plans.get(service).cloned(), new.map(Arc::new))
+    }
+
+    /// Replaces the plan of a service at once.
+    ///
+    /// The difference is drafted, unless the tables are going to be compared with the kernel's
+    /// as a whole, from which all operations follow.
+    pub fn replace(
+        &mut self,
+        service: &ObjectName,
+        change: &PlanChange,
+        mut draft: Option<&mut Draft>,
+    ) {
+        self.take_plan(service, change);
+        self.acquire_chains(change, draft.as_deref_mut());
+        for step in 0..change.len() {
+            if draft.is_some() || change.is_shared(step) {
+                change.edits(step, |family, edit| {
+                    self.edit(family, edit, draft.as_deref_mut());
+                });
+            }
+        }
+        self.release_chains(change);
+    }
+
+    /// Puts a plan in the place of another, to be written some steps at a time.
+    pub fn begin(&mut self, service: &ObjectName, change: Arc<PlanChange>) {
+        self.take_plan(service, &change);
+        let unfinished = Unfinished {
+            left: change.elements(),
+            change,
+            written: 0,
+        };
+        self.unfinished.insert(service.clone(), unfinished);
+    }
+
+    /// About how many elements are yet to be written of a service's change.
+    pub fn left(&self, service: &ObjectName) -> usize {
+        let unfinished = self.unfinished.get(service);
+        unfinished.map_or(0, |unfinished| unfinished.left)
+    }
+
+    /// Drafts further steps of a change, until they make so many elements. Returns the number of
+    /// elements, and whether the plan is in force with them.
+    pub fn advance(
+        &mut self,
+        service: &ObjectName,
+        most: usize,
+        mut draft: Option<&mut Draft>,
+    ) -> (usize, bool) {
+        let Some(mut unfinished) = self.unfinished.remove(service) else {
+            return (0, true);
+        };
+        let change = unfinished.change.clone();
+        if unfinished.written == 0 {
+            self.acquire_chains(&change, draft.as_deref_mut());
+        }
+        let mut elements = 0;
+        while unfinished.written < change.len() && elements < most {
+            change.edits(unfinished.written, |family, edit| {
+                elements += 1;
+                self.edit(family, edit, draft.as_deref_mut());
+            });
+            unfinished.written += 1;
+        }
+        let finished = unfinished.written == change.len();
+        if finished {
+            self.release_chains(&change);
+        } else {
+            unfinished.left = unfinished.left.saturating_sub(elements);
+            self.unfinished.insert(service.clone(), unfinished);
+        }
+        (elements, finished)
+    }
+
+    fn take_plan(&mut self, service: &ObjectName, change: &PlanChange) {
+        let old = change.before().map(|plan| &**plan);
+        let new = change.after().map(|plan| &**plan);
+        self.count_no_local(old, new);
+        match change.after() {
+            Some(new) => self.plans.insert(service.clone(), new.clone()),
+            None => self.plans.remove(service),
+        };
+    }
+
+    fn edit(&mut self, family: Family, edit: Edit, draft: Option<&mut Draft>) {
+        let draft = draft.map(|draft| draft.tables.entry(family).or_default());
+        let (set, key, acquires) = match edit {
+            Edit::Delete(set, element) => {
+                if let Some(draft) = draft {
+                    draft.delete.entry(set).or_default().push(element);
+                }
+                return;
+            }
+            Edit::Add(set, element) => {
+                if let Some(draft) = draft {
+                    draft.add.entry(set).or_default().push(element);
+                }
+                return;
+            }
+            Edit::Acquire(set, key) => (set, key, true),
+            Edit::Release(set, key) => (set, key, false),
+        };
+        let place = (family, set, key);
+        if let Some(draft) = draft {
+            let touched = draft.touched.entry((set, place.2.clone()));
+            touched.or_insert_with(|| self.shared.contains_key(&place));
+        }
+        if acquires {
+            *self.shared.entry(place).or_default() += 1;
+        } else if let Some(count) = self.shared.get_mut(&place) {
+            *count = count.saturating_sub(1);
+            if *count == 0 {
+                self.shared.remove(&place);
+            }
+        }
+    }
+
+    fn count_no_local(&mut self, old: Option<&ServicePlan>, new: Option<&ServicePlan>) {
+        let of = |plan: Option<&ServicePlan>, family| {
+            plan.map_or([false; 2], |plan| plan.no_local_endpoints(family))
+        };
+        for (counts, family) in self.no_local_endpoints.iter_mut().zip(Family::ALL) {
+            let change = of(old, family).into_iter().zip(of(new, family));
+            for (count, (before, now)) in counts.iter_mut().zip(change) {
+                *count = (*count + usize::from(now)).saturating_sub(usize::from(before));
+            }
+        }
+    }
+
+    /// How many services have endpoints, but none where a policy Local wants them.
+    pub fn no_local_endpoints(&self) -> NoLocalEndpoints {
+        self.no_local_endpoints
+    }
+
+    fn acquire_chains(&mut self, change: &PlanChange, mut draft: Option<&mut Draft>) {
+        let Some(new) = change.after() else { return };
+        for family in Family::ALL {
+            for chain in new.chains(family) {
+                let key = (family, chain);
+                if !self.chains.contains_key(&key) {
+                    self.other_clients |= matches!(key.1, SharedChain::Follow(_));
+                    if let Some(draft) = draft.as_deref_mut() {
+                        let table = draft.tables.entry(family).or_default();
+                        table.new_chains.push(key.1.clone());
+                    }
+                }
+                let users = self.chains.entry(key).or_insert(Use::By(0));
+                *users = match *users {
+                    Use::By(count) => Use::By(count + 1),
+                    Use::UnusedSince(_) => Use::By(1),
+                };
+            }
+        }
+    }
+
+    fn release_chains(&mut self, change: &PlanChange) {
+        let Some(old) = change.before() else { return };
+        for family in Family::ALL {
+            for chain in old.chains(family) {
+                if let Some(users) = self.chains.get_mut(&(family, chain)) {
+                    *users = match *users {
+                        Use::By(count) if count > 1 => Use::By(count - 1),
+                        Use::By(_) => Use::UnusedSince(Instant::now()),
+                        unused @ Use::UnusedSince(_) => unused,
+                    };
+                }
+            }
+        }
+    }
+
+    /// The elements in force that belong to one service alone, of all services, those whose plans
+    /// are in force as a whole in the given order.
+    fn own_elements<'a>(
+        &'a self,
+        plans: impl Iterator<Item = (&'a ObjectName, &'a ServicePlan)> + 'a,
+        family: Family,
+    ) -> impl Iterator<Item = ElementOf> + 'a {
+        let whole = plans.filter(|(name, _)| !self.unfinished.contains_key(*name));
+        let whole = whole.flat_map(move |(_, plan)| plan.own_elements(family));
+        let unfinished = self.unfinished.values();
+        whole.chain(unfinished.flat_map(move |u| u.change.own_elements_after(u.written, family)))
+    }
+
+    fn named_plans(&self) -> impl Iterator<Item = (&ObjectName, &ServicePlan)> {
+        self.plans.iter().map(|(name, plan)| (name, &**plan))
+    }
+
+    /// Everything in force as a ruleset.
+    pub fn ruleset(&self) -> Ruleset {
+        let mut ruleset = self.frame();
+        // In the order of their first frontends most elements come in the order of their keys.
+        let mut plans: Vec<_> = self.named_plans().collect();
+        plans.sort_unstable_by_key(|(_, plan)| plan.frontends.first().map(|first| &first.at));
+        for family in self.skeletons.keys() {
+            let Some(table) = ruleset.tables.get_mut(&table_id(*family)) else {
+                continue;
+            };
+            let own = self.own_elements(plans.iter().copied(), *family);
+            for (set, elements) in by_set(own.chain(self.shared_elements(*family))) {
+                if let Some(set) = table.sets.get_mut(&set.name()) {
+                    set.elements = elements;
+                }
+            }
+        }
+        ruleset
+    }
+
+    /// Everything in force as a ruleset but the elements that services make.
+    fn frame(&self) -> Ruleset {
+        let mut ruleset = Ruleset::default();
+        for (family, skeleton) in &self.skeletons {
+            let mut table = skeleton.clone();
+            let chains = self.chains.keys().filter(|(of, _)| of == family);
+            for (_, chain) in chains {
+                table
+                    .chains
+                    .insert(chain.name(), chain.chain(&self.settings, *family));
+                table.sets.extend(chain.sets());
+            }
+            ruleset.tables.insert(table_id(*family), table);
+        }
+        ruleset
+    }
+
+    /// Everything in force as a ruleset without elements, of which the sums take note.
+    pub fn summed(&self, sums: &mut Sums) -> Ruleset {
+        let mut frame = self.frame();
+        sums.take(&mut frame);
+        for family in self.skeletons.keys() {
+            let id = table_id(*family);
+            let names = ServiceSet::ALL.iter();
+            let sets: BTreeMap<ServiceSet, SetOf> = names
+                .map(|set| (*set, sums.set(&id, &set.name())))
+                .collect();
+            let own = self.own_elements(self.named_plans(), *family);
+            for (set, element) in own.chain(self.shared_elements(*family)) {
+                if let Some(set) = sets.get(&set) {
+                    sums.add(*set, &element);
+                }
+            }
+        }
+        frame
+    }
+
+    fn shared_elements(&self, family: Family) -> impl Iterator<Item = ElementOf> + '_ {
+        let shared = self.shared.keys().filter(move |(of, ..)| *of == family);
+        shared.map(|(_, set, key)| (*set, Element::new(key.clone())))
+    }
+
+    /// Forgets chains that no service uses, where the kernel is about to be compared anyway.
+    pub fn forget_chains(&mut self) {
+        self.other_clients = true;
+        self.chains.retain(|_, users| !users.is_unused());
+    }
+
+    /// When the first of the chains that no service uses now lost its last user.
+    pub fn unused_since(&self) -> Option<Instant> {
+        let unused = self.chains.values().filter_map(|users| match users {
+            Use::By(_) => None,
+            Use::UnusedSince(since) => Some(*since),
+        });
+        unused.min()
+    }
+
+    /// The namespaces that remember clients, if they are others than at the last call.
+    pub fn take_other_clients(&mut self) -> Option<Sticky> {
+        if !std::mem::take(&mut self.other_clients) {
+            return None;
+        }
+        let clients = self.chains.keys().filter_map(|(_, chain)| match chain {
+            SharedChain::Follow(clients) => Some(clients.clone()),
+            _ => None,
+        });
+        Some(Arc::new(clients.collect()))
+    }
+
+    /// The operations that delete the chains that no service has used since a moment, with their
+    /// sets.
+    pub fn remove_chains_unused_since(&mut self, moment: Instant) -> Transaction {
+        let mut ops = Vec::new();
+        let unused: Vec<_> = self
+            .chains
+            .iter()
+            .filter(|(_, users)| match users {
+                Use::By(_) => false,
+                Use::UnusedSince(since) => *since <= moment,
+            })
+            .map(|(chain, _)| chain.clone())
+            .collect();
+        for (family, chain) in &unused {
+            ops.push(Op::FlushChain(table_id(*family), chain.name()));
+        }
+        for (family, chain) in &unused {
+            ops.push(Op::DeleteChain(table_id(*family), chain.name()));
+        }
+        for key in unused {
+            let sets = key.1.sets().into_iter();
+            ops.extend(sets.map(|(name, _)| Op::DeleteSet(table_id(key.0), name)));
+            self.other_clients |= matches!(key.1, SharedChain::Follow(_));
+            self.chains.remove(&key);
+        }
+        Transaction { ops }
+    }
+
+    /// The service to which an element belongs. Walks all plans: for errors only.
+    pub fn owner(&self, table: &TableId, set: &Name, key: &Key) -> Option<ObjectName> {
+        let family = Family::ALL.into_iter().find(|f| table_id(*f) == *table)?;
+        let mut owners = self.plans.iter().filter(|(_, plan)| {
+            if plan.sources(family).is_some_and(|list| list.name() == *set) {
+                return true;
+            }
+            let own = plan.own_elements(family);
+            let shared = plan.shared_elements(family);
+            own.iter()
+                .chain(&shared)
+                .any(|(of, element)| of.name() == *set && element.key == *key)
+        });
+        owners.next().map(|(name, _)| name.clone())
+    }
+}
+
+impl Draft {
+    /// The drafted operations in the order the kernel must see them.
+    pub fn finish(self, tables: &Tables) -> Transaction {
+        let mut ops = self.skeleton;
+        for (family, draft) in self.tables {
+            let id = table_id(family);
+            for (name, set) in draft.new_chains.iter().flat_map(SharedChain::sets) {
+                let declaration = set.declaration;
+                ops.push(Op::AddSet(id.clone(), name.clone(), declaration.clone()));
+                if !set.elements.is_empty() {
+                    let elements = set.elements;
+                    ops.push(Op::AddElements(id.clone(), name, declaration, elements));
+                }
+            }
+            let chains = draft.new_chains.iter();
+            let chains: Vec<_> = chains
+                .map(|shared| (shared.name(), shared.chain(&tables.settings, family)))
+                .collect();
+            for (name, chain) in &chains {
+                ops.push(Op::AddChain(id.clone(), name.clone(), chain.base));
+            }
+            for (name, chain) in chains {
+                let rules = chain.rules.into_iter();
+                ops.extend(rules.map(|rule| Op::AddRule(id.clone(), name.clone(), rule)));
+            }
+            let (mut delete, mut add) = (draft.delete, draft.add);
+            for ((set, key), existed) in draft.touched {
+                let shared = (family, set, key);
+                let exists = tables.shared.contains_key(&shared);
+                let list = match (existed, exists) {
+                    (false, true) => &mut add,
+                    (true, false) => &mut delete,
+                    _ => continue,
+                };
+                list.entry(set).or_default().push(Element::new(shared.2));
+            }
+            let operation = |make: fn(_, _, _, _) -> Op, set: ServiceSet, elements| {
+                make(id.clone(), set.name(), set.declaration(), elements)
+            };
+            ops.extend(
+                delete
+                    .into_iter()
+                    .map(|(set, elements)| operation(Op::DeleteElements, set, elements)),
+            );
+            ops.extend(
+                add.into_iter()
+                    .map(|(set, elements)| operation(Op::AddElements, set, elements)),
+            );
+        }
+        Transaction { ops }
+    }
+}
+
+/// Elements by their set, sorted by key.
+fn by_set(elements: impl IntoIterator<Item = ElementOf>) -> BTreeMap<ServiceSet, Vec<Element>> {
+    let mut sets: BTreeMap<ServiceSet, Vec<Element>> = BTreeMap::new();
+    for (set, element) in elements {
+        sets.entry(set).or_default().push(element);
+    }
+    for elements in sets.values_mut() {
+        // Stable for its speed: it makes use of what is in order already.
+        elements.sort_by(|a, b| a.key.cmp(&b.key));
+    }
+    sets
+}

@@ -1,0 +1,94 @@
+//! Hands what changed to the threads that act once rules are in force.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+
+use tokio::sync::watch;
+
+use crate::policies::{Isolated, PolicyChanges};
+use crate::services::{ServiceChanges, Sticky};
+
+/// Where changes are handed over. Nothing waits: each follower has a queue of its own.
+#[derive(Default)]
+pub struct Followers {
+    services: Vec<Sender<Arc<ServiceChanges>>>,
+    policies: Vec<Sender<Arc<PolicyChanges>>>,
+    isolated: Option<watch::Sender<Isolated>>,
+    sticky: Option<watch::Sender<Sticky>>,
+    /// The number of changes of services with session affinity.
+    affinity_version: u64,
+}
+
+impl fmt::Debug for Followers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Followers").finish_non_exhaustive()
+    }
+}
+
+impl Followers {
+    /// Returns the changes of services to come.
+    pub fn services(&mut self) -> Receiver<Arc<ServiceChanges>> {
+        let (sender, receiver) = channel();
+        self.services.push(sender);
+        receiver
+    }
+
+    /// Returns the changes of policies to come.
+    pub fn policies(&mut self) -> Receiver<Arc<PolicyChanges>> {
+        let (sender, receiver) = channel();
+        self.policies.push(sender);
+        receiver
+    }
+
+    /// Returns the isolated addresses of this node, as they are from time to time.
+    pub fn isolated(&mut self) -> watch::Receiver<Isolated> {
+        self.isolated
+            .get_or_insert_with(|| watch::channel(Isolated::default()).0)
+            .subscribe()
+    }
+
+    /// Returns the namespaces with session affinity, as they are from time to time.
+    pub fn sticky(&mut self) -> watch::Receiver<Sticky> {
+        self.sticky
+            .get_or_insert_with(|| watch::channel(Sticky::default()).0)
+            .subscribe()
+    }
+
+    /// Returns the number of changes of services with session affinity that were handed over.
+    pub(super) fn affinity_version(&self) -> u64 {
+        self.affinity_version
+    }
+
+    pub(super) fn hand_services(&mut self, mut change: ServiceChanges) {
+        if change.is_empty() {
+            return;
+        }
+        if let (Some(sender), Some(sticky)) = (&self.sticky, &change.sticky) {
+            sender.send_replace(sticky.clone());
+        }
+        self.affinity_version += u64::from(change.concerns_affinity());
+        change.affinity_version = self.affinity_version;
+        hand(&mut self.services, change);
+    }
+
+    pub(super) fn hand_policies(&mut self, change: PolicyChanges) {
+        if change.is_empty() {
+            return;
+        }
+        if let (Some(sender), Some(isolated)) = (&self.isolated, &change.isolated) {
+            sender.send_if_modified(|known| {
+                let is_other = known != isolated;
+                *known = isolated.clone();
+                is_other
+            });
+        }
+        hand(&mut self.policies, change);
+    }
+}
+
+/// Hands over to all threads that have not ended.
+fn hand<C>(to: &mut Vec<Sender<Arc<C>>>, change: C) {
+    let change = Arc::new(change);
+    to.retain(|sender| sender.send(change.clone()).is_ok());
+}

@@ -1,0 +1,103 @@
+//! The kernel as the reconciler sees it.
+
+use crate::netlink::{Applied, Error, FoundBaseChain, Nftables};
+use crate::nft::{Element, Ruleset, SumKeys, Sums, TableId, Transaction};
+
+/// Something rules can be written to and read from.
+pub trait Kernel {
+    /// Writes a transaction, all or nothing.
+    ///
+    /// # Errors
+    ///
+    /// What was refused and why, or why it could not be sent.
+    fn apply(&mut self, transaction: &Transaction) -> Result<Applied, Error>;
+
+    /// Reads the tables of the given names; see [`Nftables::read`].
+    ///
+    /// # Errors
+    ///
+    /// When the tables cannot be read.
+    fn read(&mut self, names: &[&str], wanted: &Ruleset) -> Result<Ruleset, Error>;
+
+    /// Reads the tables of the given names with sums in place of elements; see
+    /// [`Nftables::read_sums`].
+    ///
+    /// # Errors
+    ///
+    /// When the tables cannot be read.
+    fn read_sums(
+        &mut self,
+        names: &[&str],
+        wanted: &Ruleset,
+        keys: &SumKeys,
+    ) -> Result<(Ruleset, Sums), Error> {
+        let mut found = self.read(names, wanted)?;
+        let mut sums = Sums::new(keys.clone());
+        sums.take(&mut found);
+        Ok((found, sums))
+    }
+
+    /// Reads which base chains a table has; see [`Nftables::base_chains`].
+    ///
+    /// # Errors
+    ///
+    /// When the chains cannot be read.
+    fn base_chains(&mut self, table: &TableId) -> Result<Vec<FoundBaseChain>, Error> {
+        let mut found = self.read(&[table.name.as_str()], &Ruleset::default())?;
+        let chains = found.tables.remove(table).unwrap_or_default().chains;
+        let hooked = chains.into_iter().filter_map(|(name, chain)| {
+            let base = Some(chain.base?);
+            Some(FoundBaseChain {
+                name,
+                base,
+                accepts: true,
+            })
+        });
+        Ok(hooked.collect())
+    }
+
+    /// Reads the elements of a set that packets fill.
+    ///
+    /// # Errors
+    ///
+    /// When the set cannot be read.
+    fn elements(&mut self, table: &TableId, set: &str) -> Result<Vec<Element>, Error>;
+
+    /// A number that every change of any table adds one to; see [`Nftables::generation`].
+    ///
+    /// # Errors
+    ///
+    /// When the kernel does not answer.
+    fn generation(&mut self) -> Result<u32, Error>;
+}
+
+impl Kernel for Nftables {
+    fn apply(&mut self, transaction: &Transaction) -> Result<Applied, Error> {
+        Nftables::apply(self, transaction)
+    }
+
+    fn read(&mut self, names: &[&str], wanted: &Ruleset) -> Result<Ruleset, Error> {
+        Nftables::read(self, names, wanted)
+    }
+
+    fn read_sums(
+        &mut self,
+        names: &[&str],
+        wanted: &Ruleset,
+        keys: &SumKeys,
+    ) -> Result<(Ruleset, Sums), Error> {
+        Nftables::read_sums(self, names, wanted, keys)
+    }
+
+    fn base_chains(&mut self, table: &TableId) -> Result<Vec<FoundBaseChain>, Error> {
+        Nftables::base_chains(self, table)
+    }
+
+    fn elements(&mut self, table: &TableId, set: &str) -> Result<Vec<Element>, Error> {
+        Nftables::elements(self, table, set)
+    }
+
+    fn generation(&mut self) -> Result<u32, Error> {
+        Nftables::generation(self)
+    }
+}

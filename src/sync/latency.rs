@@ -1,0 +1,126 @@
+//! How long changes take until their rules are in force.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use crate::model::{Delivery, Event, Kind, ObjectName};
+use crate::serve::metrics::Metrics;
+
+/// How many events are timed at once; the kernel may be out of order for long.
+const MOST_WAITING: usize = 1 << 16;
+
+/// The times of events whose rules are not in force yet.
+#[derive(Debug, Default)]
+pub(super) struct Latency {
+    /// Arrival times, with the service that the event is about.
+    arrived: Vec<(Option<ObjectName>, Instant)>,
+    /// When endpoints changed, in milliseconds since 1970.
+    triggered: Vec<(ObjectName, i64)>,
+    /// The times of services that are written in portions.
+    deferred: HashMap<ObjectName, Times>,
+    /// How many Services and EndpointSlices changed.
+    pending: (usize, usize),
+}
+
+#[derive(Debug, Default)]
+struct Times {
+    arrived: Vec<Instant>,
+    triggered: Vec<i64>,
+}
+
+impl Latency {
+    /// Notes an event.
+    pub fn arrived(&mut self, delivery: &Delivery) {
+        match delivery.event.kind() {
+            Some(Kind::Service) => self.pending.0 += 1,
+            Some(Kind::EndpointSlice) => self.pending.1 += 1,
+            Some(Kind::Node | Kind::ServiceCidr) | None => {}
+            Some(Kind::Pod | Kind::Namespace | Kind::NetworkPolicy) => {}
+        }
+        let counts = !matches!(delivery.event, Event::Servers(_) | Event::Notice(_));
+        if counts && self.arrived.len() < MOST_WAITING {
+            let service = delivery.event.service().cloned();
+            self.arrived.push((service, delivery.at));
+        }
+    }
+
+    /// Notes changes of endpoints.
+    pub fn triggered(&mut self, changes: Vec<(ObjectName, i64)>) {
+        self.triggered.extend(changes);
+        self.triggered.truncate(MOST_WAITING);
+    }
+
+    /// Returns how many Services and EndpointSlices changed and are not in force.
+    pub fn pending(&self) -> (usize, usize) {
+        self.pending
+    }
+
+    /// Measures the events that are in force, all but those of services that `is_waiting` names.
+    pub fn in_force(&mut self, metrics: &Metrics, is_waiting: impl Fn(&ObjectName) -> bool) {
+        self.pending = (0, 0);
+        for (service, at) in self.arrived.drain(..) {
+            match service.filter(&is_waiting) {
+                Some(service) => {
+                    let times = self.deferred.entry(service).or_default();
+                    push(&mut times.arrived, at);
+                }
+                None => metrics.programmed(at.elapsed()),
+            }
+        }
+        self.triggers_in_force(metrics, &is_waiting);
+        self.deferred.retain(|service, times| {
+            if is_waiting(service) {
+                return true;
+            }
+            for at in &times.arrived {
+                metrics.programmed(at.elapsed());
+            }
+            for at in &times.triggered {
+                observe_trigger(metrics, *at);
+            }
+            false
+        });
+    }
+
+    /// Measures the changes of endpoints that are in force, as [`Latency::in_force`].
+    pub fn triggers_in_force(
+        &mut self,
+        metrics: &Metrics,
+        is_waiting: impl Fn(&ObjectName) -> bool,
+    ) {
+        self.pending = (0, 0);
+        for (service, at) in self.triggered.drain(..) {
+            if is_waiting(&service) {
+                let times = self.deferred.entry(service).or_default();
+                push(&mut times.triggered, at);
+            } else {
+                observe_trigger(metrics, at);
+            }
+        }
+    }
+
+    /// Whether all events were measured.
+    #[cfg(test)]
+    pub fn is_empty(&self) -> bool {
+        self.arrived.is_empty() && self.triggered.is_empty() && self.deferred.is_empty()
+    }
+}
+
+fn push<T>(times: &mut Vec<T>, time: T) {
+    if times.len() < MOST_WAITING {
+        times.push(time);
+    }
+}
+
+fn observe_trigger(metrics: &Metrics, at_ms: i64) {
+    if let Some(since) = milliseconds_since(at_ms) {
+        metrics.network_programming(since);
+    }
+}
+
+/// The time from a moment in milliseconds since 1970 until now; `None` for the future.
+fn milliseconds_since(moment: i64) -> Option<Duration> {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.ok()?
+        .checked_sub(Duration::from_millis(u64::try_from(moment).ok()?))
+}
