@@ -102,10 +102,13 @@ fn every_foreign_change_is_undone() {
         });
     };
     next_service(11);
-    let notices = daemon.log().matches("somebody else").count();
+    let notices = daemon.log().matches("modified by another process").count();
     node.nft_load("table ip other { chain c { type filter hook input priority 0; }; }");
     next_service(12);
-    assert_eq!(daemon.log().matches("somebody else").count(), notices);
+    assert_eq!(
+        daemon.log().matches("modified by another process").count(),
+        notices
+    );
     assert!(node.nft(&["list", "tables"]).contains("table ip other"));
 }
 
@@ -126,7 +129,7 @@ fn somebody_who_does_not_stop_is_answered_more_and_more_slowly() {
         node.nft_load("flush chain ip nftlet services");
         changes += 1;
     }
-    let answers = daemon.log().matches("somebody else").count();
+    let answers = daemon.log().matches("modified by another process").count();
     assert!(answers < changes, "{answers} answers to {changes} changes");
     wait_for("the last change to be undone", LONG, || {
         (listing(node) == wanted).then_some(())
@@ -175,7 +178,10 @@ fn the_policy_tables_are_put_back_too_and_whoever_does_not_stop_is_warned_of() {
         wait_for(change, LONG, || (listing(node) == wanted).then_some(()));
     }
     let log = daemon.log();
-    assert!(log.contains("table nftlet-policy: somebody else"), "{log}");
+    assert!(
+        log.contains("table nftlet-policy: modified by another process"),
+        "{log}"
+    );
     let started = Instant::now();
     while !daemon.log().contains("something keeps changing") {
         assert!(started.elapsed() < LONG * 2, "{}", daemon.log());
