@@ -8,7 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Each top-level module of the library with the modules of the library it may use.
-const LAYERS: &[(&str, &[&str])] = &[
+pub const LAYERS: &[(&str, &[&str])] = &[
     ("model", &[]),
     ("logging", &[]),
     ("host", &[]),

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use super::{code, documents, is_word, lines, read, root, words};
+use crate::layering::LAYERS;
 
 /// The anchors of a document, as GitHub makes them from its headings.
 fn anchors(text: &str) -> BTreeSet<String> {
@@ -155,6 +156,32 @@ fn links_lead_to_files_headings_and_items_that_exist() {
         })
         .collect();
     assert!(faults.is_empty(), "{}", faults.join("\n"));
+}
+
+#[test]
+fn the_table_of_modules_is_that_of_the_layering_test() {
+    let text = read("ARCHITECTURE.md");
+    let section = text.split("\n## ").find(|it| it.starts_with("Modules\n"));
+    let rows = section
+        .expect("a section")
+        .lines()
+        .filter(|line| line.starts_with("| [`"));
+    let mut found: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
+    for row in rows {
+        let [_, module, _, imports, _] = row.split('|').collect::<Vec<_>>()[..] else {
+            panic!("a row has three cells: {row}");
+        };
+        let module = code(module).next().expect("a module");
+        found.insert(module, code(imports).collect());
+    }
+    // The composition root may import everything.
+    let composed = found.remove("app");
+    assert_eq!(composed, Some(BTreeSet::new()));
+    let layers = LAYERS
+        .iter()
+        .filter(|(module, _)| !["app", "lib", "main"].contains(module));
+    let layers = layers.map(|(module, imports)| (*module, imports.iter().copied().collect()));
+    assert_eq!(found, layers.collect());
 }
 
 #[test]

@@ -256,6 +256,23 @@ fn messages_that_are_quoted_exist() {
 }
 
 #[test]
+fn images_have_the_version_of_the_package() {
+    let version = env!("CARGO_PKG_VERSION");
+    for (path, text) in documents() {
+        for tag in text.split("/nftlet:").skip(1) {
+            let end = tag.find(|c: char| !(c.is_ascii_digit() || c == '.'));
+            let tag = tag[..end.unwrap_or(tag.len())].trim_end_matches('.');
+            assert_eq!(tag, version, "{path}");
+        }
+    }
+    let entry = format!("\n## {version}\n");
+    assert!(
+        read("CHANGELOG.md").contains(&entry),
+        "CHANGELOG.md has no entry {version}"
+    );
+}
+
+#[test]
 fn names_are_found() {
     let text =
         "`--a-flag=x`, `--some-*`, `cargo --no`\n\n```sh\nx | nftlet --b \\\n  --c FILE\n```\n";
