@@ -10,3 +10,6 @@ pub mod connections;
 pub mod conntrack;
 pub mod denied;
 pub mod health_checks;
+
+#[cfg(test)]
+mod tests;

@@ -446,4 +446,4 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -26,8 +26,6 @@ use crate::nft::{
 use crate::serve::health::{Health, Moment};
 use crate::services::{DetectLocal, ServiceSet, table_id};
 
-mod affinity;
-mod flows;
 mod foreign;
 mod large;
 mod parts;
@@ -38,39 +36,39 @@ mod turns;
 
 /// A kernel in memory. Clones share it, so that tests can look and meddle.
 #[derive(Clone, Default)]
-struct Fake(Rc<RefCell<FakeState>>);
+pub(crate) struct Fake(pub(crate) Rc<RefCell<FakeState>>);
 
 #[derive(Default)]
-struct FakeState {
-    ruleset: Ruleset,
-    applied: Vec<Transaction>,
-    reads: usize,
+pub(crate) struct FakeState {
+    pub(crate) ruleset: Ruleset,
+    pub(crate) applied: Vec<Transaction>,
+    pub(crate) reads: usize,
     /// How often what packets add to a set was read, and what timed out thereafter.
-    reads_of_sets: usize,
-    timed_out: Vec<Element>,
+    pub(crate) reads_of_sets: usize,
+    pub(crate) timed_out: Vec<Element>,
     /// Transactions to fail before the next one succeeds.
-    failures: usize,
+    pub(crate) failures: usize,
     /// Transactions to take before all later ones fail.
-    most: Option<usize>,
+    pub(crate) most: Option<usize>,
     /// The kernel does not want elements with this key.
-    unwanted: Option<Key>,
+    pub(crate) unwanted: Option<Key>,
     /// Nor with these.
-    others_unwanted: Vec<Key>,
+    pub(crate) others_unwanted: Vec<Key>,
     /// The errno it says that with, `EINVAL` if none is given, and how often it does.
-    unwanted_because: Option<i32>,
-    unwanted_times: Option<usize>,
+    pub(crate) unwanted_because: Option<i32>,
+    pub(crate) unwanted_times: Option<usize>,
     /// Nothing can be written to tables of this name.
-    stuck: Option<&'static str>,
+    pub(crate) stuck: Option<&'static str>,
     /// The kernel does not answer.
-    mute: bool,
-    generation: u32,
+    pub(crate) mute: bool,
+    pub(crate) generation: u32,
     /// Nobody hears of others' changes during a write, and somebody makes one.
-    unheard: bool,
+    pub(crate) unheard: bool,
 }
 
 impl Fake {
     /// Changes something as somebody else.
-    fn meddle(&self, change: impl FnOnce(&mut Ruleset)) {
+    pub(crate) fn meddle(&self, change: impl FnOnce(&mut Ruleset)) {
         let mut state = self.0.borrow_mut();
         change(&mut state.ruleset);
         state.generation += 1;
@@ -226,7 +224,7 @@ fn table_of(op: &Op) -> &str {
 }
 
 #[derive(Default)]
-struct Heard(Mutex<Vec<String>>);
+pub(crate) struct Heard(Mutex<Vec<String>>);
 
 impl Reporter for Heard {
     fn notice(&self, notice: &Notice) {
@@ -243,7 +241,7 @@ impl Reporter for Heard {
     }
 }
 
-fn service(name: &str, cluster_ips: &[&str], ports: &[u16]) -> Service {
+pub(crate) fn service(name: &str, cluster_ips: &[&str], ports: &[u16]) -> Service {
     Service {
         name: ObjectName::new("shop", name),
         created: None,
@@ -268,7 +266,12 @@ fn service(name: &str, cluster_ips: &[&str], ports: &[u16]) -> Service {
     }
 }
 
-fn slice(name: &str, service: &Service, family: Family, endpoints: &[u8]) -> EndpointSlice {
+pub(crate) fn slice(
+    name: &str,
+    service: &Service,
+    family: Family,
+    endpoints: &[u8],
+) -> EndpointSlice {
     let address = |last: u8| match family {
         Family::V4 => IpAddr::from([10, 244, 1, last]),
         Family::V6 => format!("fd00:10:244:1::{last:x}").parse().unwrap(),
@@ -302,7 +305,7 @@ fn slice(name: &str, service: &Service, family: Family, endpoints: &[u8]) -> End
     }
 }
 
-fn node() -> Node {
+pub(crate) fn node() -> Node {
     Node {
         name: "node-1".into(),
         internal_ips: vec!["192.168.10.1".parse().unwrap()],
@@ -313,7 +316,7 @@ fn node() -> Node {
     }
 }
 
-fn put(object: impl Into<Object>) -> Event {
+pub(crate) fn put(object: impl Into<Object>) -> Event {
     Event::Apply(object.into())
 }
 
@@ -335,27 +338,27 @@ impl From<Node> for Object {
     }
 }
 
-fn delete(kind: Kind, name: &str) -> Event {
+pub(crate) fn delete(kind: Kind, name: &str) -> Event {
     Event::Delete(ObjectRef::new(kind, ObjectName::new("shop", name)))
 }
 
 /// The events of complete lists that hold the given objects.
-fn lists(objects: Vec<Object>) -> Vec<Event> {
+pub(crate) fn lists(objects: Vec<Object>) -> Vec<Event> {
     let mut events: Vec<_> = Kind::SERVICES.map(Event::ListStarted).into();
     events.extend(objects.into_iter().map(Event::Apply));
     events.extend(Kind::SERVICES.map(Event::ListComplete));
     events
 }
 
-struct Bench {
-    kernel: Fake,
-    metrics: Metrics,
-    heard: Heard,
-    settings: Settings,
+pub(crate) struct Bench {
+    pub(crate) kernel: Fake,
+    pub(crate) metrics: Metrics,
+    pub(crate) heard: Heard,
+    pub(crate) settings: Settings,
 }
 
 impl Bench {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self {
             kernel: Fake::default(),
             metrics: Metrics::new().unwrap(),
@@ -367,21 +370,21 @@ impl Bench {
         }
     }
 
-    fn reconciler(&self) -> Reconciler<'_, Fake> {
+    pub(crate) fn reconciler(&self) -> Reconciler<'_, Fake> {
         let (kernel, settings) = (self.kernel.clone(), self.settings.clone());
         Reconciler::new(kernel, settings, &self.metrics, &self.heard)
     }
 
-    fn heard(&self) -> Vec<String> {
+    pub(crate) fn heard(&self) -> Vec<String> {
         std::mem::take(&mut *self.heard.0.lock().unwrap())
     }
 
     /// The transactions since the last call.
-    fn applied(&self) -> Vec<Transaction> {
+    pub(crate) fn applied(&self) -> Vec<Transaction> {
         std::mem::take(&mut self.kernel.0.borrow_mut().applied)
     }
 
-    fn assert_as_wanted(&self, reconciler: &Reconciler<Fake>) {
+    pub(crate) fn assert_as_wanted(&self, reconciler: &Reconciler<Fake>) {
         let wanted = services::wanted(reconciler.store(), &self.settings).0;
         let actual = self.kernel.0.borrow().ruleset.clone();
         assert_eq!(meaning(&actual), meaning(&wanted));
@@ -400,19 +403,19 @@ impl Bench {
     }
 }
 
-fn handle(reconciler: &mut Reconciler<Fake>, events: Vec<Event>) -> Outcome {
+pub(crate) fn handle(reconciler: &mut Reconciler<Fake>, events: Vec<Event>) -> Outcome {
     reconciler.handle(events.into_iter().map(Delivery::now))
 }
 
 /// Heals, and tells what was achieved and whether something was put back.
-fn heal(reconciler: &mut Reconciler<Fake>) -> (Outcome, bool) {
+pub(crate) fn heal(reconciler: &mut Reconciler<Fake>) -> (Outcome, bool) {
     let (outcomes, changed) = reconciler.heal();
     (outcomes.together(), changed)
 }
 
 /// A ruleset without what may depend on history: which endpoint has which index, and shared
 /// chains, with their sets, that wait to be used again.
-fn meaning(ruleset: &Ruleset) -> Ruleset {
+pub(crate) fn meaning(ruleset: &Ruleset) -> Ruleset {
     let mut ruleset = ruleset.clone();
     for table in ruleset.tables.values_mut() {
         let verdicts = |elements: &[Element]| -> Vec<Name> {

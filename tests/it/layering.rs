@@ -352,14 +352,8 @@ fn says(path: &str, source: &str) -> Vec<String> {
 
 #[test]
 fn allowed_imports_pass() {
-    assert!(says("compile/service.rs", "use crate::model::Service;").is_empty());
-    assert!(
-        says(
-            "compile/mod.rs",
-            "use crate::{model::{Port, Name}, ruleset};"
-        )
-        .is_empty()
-    );
+    assert!(says("services/service.rs", "use crate::model::Service;").is_empty());
+    assert!(says("services/mod.rs", "use crate::{model::{Port, Name}, nft};").is_empty());
     assert!(
         says(
             "model/store.rs",
@@ -369,7 +363,7 @@ fn allowed_imports_pass() {
     );
     assert!(
         says(
-            "reconcile.rs",
+            "sync.rs",
             "use crate::serve::health::Health; fn f() { crate::netlink::x() }"
         )
         .is_empty()
@@ -400,24 +394,24 @@ fn forbidden_imports_fail() {
         "2: `model` must not use `source`",
     );
     one(
-        "compile/mod.rs",
+        "services/mod.rs",
         "use crate::{model, netlink::{A, B}};",
-        "1: `compile` must not use `netlink`",
+        "1: `services` must not use `netlink`",
     );
     one(
-        "ruleset.rs",
+        "nft.rs",
         "fn f(x: crate::model::Name) {}",
-        "1: `ruleset` must not use `model`",
+        "1: `nft` must not use `model`",
     );
     one(
-        "reconcile/mod.rs",
+        "sync/mod.rs",
         "use crate::app::run;",
-        "1: `reconcile` must not use `app`",
+        "1: `sync` must not use `app`",
     );
     one(
         "source/mod.rs",
-        "use super::compile;",
-        "1: `source` must not use `compile`",
+        "use super::services;",
+        "1: `source` must not use `services`",
     );
     one(
         "source/cluster/watch.rs",
@@ -425,9 +419,9 @@ fn forbidden_imports_fail() {
         "1: `source` must not use `netlink`",
     );
     one(
-        "health.rs",
-        "mod tests { use super::super::metrics; }",
-        "1: `health` must not use `metrics`",
+        "serve.rs",
+        "mod tests { use super::super::settings; }",
+        "1: `serve` must not use `settings`",
     );
     one(
         "settings.rs",
@@ -459,13 +453,13 @@ fn tests_inside_the_source_obey_too() {
         ["4: `model` must not use `netlink`"]
     );
     // `super` inside the inner module is the file itself.
-    assert!(says("health.rs", "mod tests { use super::metrics; }").is_empty());
+    assert!(says("serve.rs", "mod tests { use super::settings; }").is_empty());
     assert_eq!(
         says(
-            "health.rs",
-            "mod tests { use super::x; }\nuse super::metrics;"
+            "serve.rs",
+            "mod tests { use super::x; }\nuse super::settings;"
         ),
-        ["2: `health` must not use `metrics`"]
+        ["2: `serve` must not use `settings`"]
     );
 }
 
@@ -484,7 +478,7 @@ fn words_in_comments_and_strings_do_not_count() {
 #[test]
 fn unsafe_and_unfinished_code_fail() {
     assert_eq!(
-        says("compile/mod.rs", "fn f() { unsafe { g() } }"),
+        says("services/mod.rs", "fn f() { unsafe { g() } }"),
         ["1: `unsafe` outside of `netlink`"]
     );
     assert!(says("netlink/sys.rs", "fn f() { unsafe { g() } }").is_empty());

@@ -2,7 +2,6 @@
 
 use super::queries::{closed, engine, pod, policy_lists};
 use super::*;
-use crate::followers::conntrack::Pending;
 use crate::policies;
 
 /// How often a test looks before it takes something for absent. The clock of these tests moves on
@@ -245,21 +244,4 @@ fn a_service_is_left_out_only_for_what_is_wrong_with_it() {
     // Any other element would have met the same.
     assert_eq!(refuse(libc::ENOMEM, 2), (Outcome::Failed, true));
     assert_eq!(refuse(libc::EPERM, 2), (Outcome::Failed, true));
-}
-
-#[test]
-fn flows_are_looked_for_after_healing() {
-    let bench = Bench::new();
-    let mut followers = Followers::default();
-    let mut pending = Pending::new(followers.services());
-    let mut reconciler = bench.reconciler().with_followers(followers);
-    let mut dns = service("dns", &["10.96.0.53"], &[53]);
-    dns.ports[0].protocol = Protocol::Udp;
-    let endpoints = slice("dns-1", &dns, Family::V4, &[1]);
-    handle(&mut reconciler, lists(vec![dns.into(), endpoints.into()]));
-    assert!(pending.take().is_some());
-    bench.kernel.meddle(|ruleset| ruleset.tables.clear());
-    assert_eq!(heal(&mut reconciler), (Outcome::Synced, true));
-    // A flow that began while the rules were gone is not translated for as long as it lasts.
-    assert_eq!(pending.take().map(|work| work.suspects().count()), Some(1));
 }

@@ -1,8 +1,18 @@
 //! Which clients with session affinity are forgotten.
 
-use super::*;
 use crate::followers::affinity::Forgetter;
-use crate::services::Sticky;
+use crate::model::{
+    EndpointSlice, Event, Family, Object, ObjectName, Service, ServiceKind, TrafficPolicy,
+};
+use crate::netlink::{Applied, Error};
+use crate::nft::{Element, Key, Ruleset, TableId, Transaction};
+use crate::services::{Sticky, table_id};
+use crate::sync::tests::{Bench, Fake, heal, lists, node, put, service, slice};
+use crate::sync::{Followers, Kernel, Outcome, Reconciler, Removed, tests as sync};
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
+use tokio::sync::mpsc;
 
 /// The namespace of the services is `shop`.
 const MAP: &str = "affinity/shop";
@@ -46,7 +56,7 @@ impl Forgetting<'_> {
 }
 
 fn handle(forgetting: &mut Forgetting, events: Vec<Event>) -> Outcome {
-    let outcome = super::handle(&mut forgetting.reconciler, events);
+    let outcome = sync::handle(&mut forgetting.reconciler, events);
     forgetting.forget();
     outcome
 }
@@ -263,7 +273,7 @@ fn a_namespace_has_its_map_while_a_service_of_it_is_sticky() {
     });
     let mut objects: Vec<Object> = vec![node().into(), shop.clone().into(), bank.into()];
     objects.extend(endpoints.map(Object::from));
-    super::handle(&mut reconciler, lists(objects));
+    sync::handle(&mut reconciler, lists(objects));
     let namespaces = || -> Vec<String> {
         let sticky: Sticky = sticky_now.borrow().clone();
         sticky.iter().map(|it| it.namespace().to_owned()).collect()
@@ -278,14 +288,14 @@ fn a_namespace_has_its_map_while_a_service_of_it_is_sticky() {
     assert_eq!(maps(), ["affinity/bank", "affinity/shop"]);
     assert_eq!(namespaces(), ["bank", "shop"]);
     shop.affinity_seconds = None;
-    super::handle(&mut reconciler, vec![put(shop.clone())]);
+    sync::handle(&mut reconciler, vec![put(shop.clone())]);
     assert_eq!(maps().len(), 2, "it may be needed again soon");
     reconciler.remove_chains_unused_since(Instant::now());
     assert_eq!(maps(), ["affinity/bank"]);
     assert_eq!(namespaces(), ["bank"]);
     bench.assert_as_wanted(&reconciler);
     shop.affinity_seconds = Some(5);
-    super::handle(&mut reconciler, vec![put(shop)]);
+    sync::handle(&mut reconciler, vec![put(shop)]);
     assert_eq!(namespaces(), ["bank", "shop"]);
     bench.assert_as_wanted(&reconciler);
 }
@@ -444,13 +454,13 @@ fn clients_move_to_this_node_although_the_rules_were_unknown_meanwhile() {
     let mut reconciler = bench.reconciler().with_followers(followers);
     let mut next = || questions.blocking_recv().unwrap();
     let objects = vec![node().into(), cluster.into(), endpoints.into()];
-    super::handle(&mut reconciler, lists(objects));
+    sync::handle(&mut reconciler, lists(objects));
     learn(&bench, &outside());
-    super::handle(&mut reconciler, vec![put(local)]);
+    sync::handle(&mut reconciler, vec![put(local)]);
     let question = next();
     bench.kernel.0.borrow_mut().failures = 2;
     let other = put(service("other", &["10.96.0.20"], &[80]));
-    let outcome = super::handle(&mut reconciler, vec![other]);
+    let outcome = sync::handle(&mut reconciler, vec![other]);
     assert_eq!(outcome, Outcome::Failed);
     reconciler.answer(question);
     assert_eq!(left(&bench), outside());
@@ -469,7 +479,7 @@ fn a_removal_by_older_plans_is_refused_and_judged_again() {
     let objects = vec![node().into(), cluster.clone().into(), endpoints.into()];
     handle(&mut reconciler, lists(objects));
     learn(&bench, &outside());
-    super::handle(&mut reconciler.reconciler, vec![put(local)]);
+    sync::handle(&mut reconciler.reconciler, vec![put(local)]);
     // The policy is Cluster again before the clients are removed.
     let Forgetting {
         reconciler,
@@ -479,7 +489,7 @@ fn a_removal_by_older_plans_is_refused_and_judged_again() {
     let mut outcomes = Vec::new();
     forgetter.work(|transaction, version| {
         if let Some(back) = back.take() {
-            super::handle(reconciler, vec![back]);
+            sync::handle(reconciler, vec![back]);
         }
         let removed = reconciler.remove(transaction, version);
         outcomes.push(matches!(removed, Removed::Outdated));

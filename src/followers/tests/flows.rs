@@ -1,7 +1,11 @@
-//! What the reconciler hands over for the cleaning of UDP flows.
+//! The UDP flows that changes of services leave stale.
 
-use super::*;
 use crate::followers::conntrack::{Front, Pending};
+use crate::model::{Family, Kind, Object, Protocol, Service, ServiceKind};
+use crate::nft::{Element, Key, Verdict};
+use crate::services::{ServiceSet, table_id};
+use crate::sync::tests::{Bench, delete, handle, heal, lists, node, put, service, slice};
+use crate::sync::{Followers, Outcome};
 
 fn dns(name: &str, cluster_ips: &[&str]) -> Service {
     let mut service = service(name, cluster_ips, &[53]);
@@ -137,7 +141,7 @@ fn frontends_that_went_while_nobody_looked_are_handed_over() {
         table.foreign = true;
         let [frontends, node_ports] = [ServiceSet::Frontends, ServiceSet::NodePorts];
         let key = Key::build().protocol(17).port(30054).finish();
-        let other = Element::with_verdict(key, crate::nft::Verdict::Drop);
+        let other = Element::with_verdict(key, Verdict::Drop);
         table.sets.get_mut(&node_ports.name()).unwrap().elements = vec![other];
         assert_eq!(table.sets[&frontends.name()].elements.len(), 1);
     });
@@ -186,4 +190,21 @@ fn frontends_that_an_attempt_removed_before_it_failed_are_handed_over() {
     bench.kernel.0.borrow_mut().most = None;
     assert_eq!(after.resync(), Outcome::Synced);
     assert_eq!(suspects(&mut pending), [vip(1), vip(2)]);
+}
+
+#[test]
+fn flows_are_looked_for_after_healing() {
+    let bench = Bench::new();
+    let mut followers = Followers::default();
+    let mut pending = Pending::new(followers.services());
+    let mut reconciler = bench.reconciler().with_followers(followers);
+    let mut dns = service("dns", &["10.96.0.53"], &[53]);
+    dns.ports[0].protocol = Protocol::Udp;
+    let endpoints = slice("dns-1", &dns, Family::V4, &[1]);
+    handle(&mut reconciler, lists(vec![dns.into(), endpoints.into()]));
+    assert!(pending.take().is_some());
+    bench.kernel.meddle(|ruleset| ruleset.tables.clear());
+    assert_eq!(heal(&mut reconciler), (Outcome::Synced, true));
+    // A flow that began while the rules were gone is not translated for as long as it lasts.
+    assert_eq!(pending.take().map(|work| work.suspects().count()), Some(1));
 }
