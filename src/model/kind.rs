@@ -33,7 +33,7 @@ impl Kind {
         Kind::NetworkPolicy,
     ];
 
-    /// What services are made of; the [`Store`](super::Store) keeps these.
+    /// What services are made of.
     pub const SERVICES: [Kind; 4] = [
         Kind::Service,
         Kind::EndpointSlice,
