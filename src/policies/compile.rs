@@ -82,8 +82,8 @@ impl Engine {
             if self.refused.contains(name) {
                 return (Some(Chain::default()), Vec::new());
             }
-            let (chain, sets) = policy_chain(policy, *direction, *family, |meaning| {
-                self.sets.get(meaning, &self.inventory)
+            let (chain, sets) = policy_chain(policy, *direction, *family, |spec| {
+                self.sets.get(spec, &self.inventory)
             });
             (Some(chain), sets)
         });

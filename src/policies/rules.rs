@@ -10,7 +10,7 @@ use super::index::{Namespaces, PodSelector};
 use super::layout::{
     Direction, EXEMPT, ISOLATED, addresses, counted, icmp6_types, layered, links, pods, port_key,
 };
-use super::sets::{Meaning, PortRange, SetId};
+use super::sets::{PortRange, SetId, SetSpec};
 use crate::model::{
     Family, NetworkPolicy, ObjectName, Peer, PolicyPort, PolicyRule, PortMatch, Protocol,
 };
@@ -251,16 +251,16 @@ pub(super) fn rules_of(policy: &NetworkPolicy, direction: Direction) -> Option<&
 }
 
 /// The chain of a policy in one family, which accepts what the policy allows. `set` gives the
-/// set for a meaning, with its name.
+/// set for a spec, with its name.
 pub(super) fn policy_chain(
     policy: &NetworkPolicy,
     direction: Direction,
     family: Family,
-    mut set: impl FnMut(Meaning) -> (SetId, Name),
+    mut set: impl FnMut(SetSpec) -> (SetId, Name),
 ) -> (Chain, Vec<SetId>) {
     let mut used = Vec::new();
-    let mut name_of = |meaning| {
-        let (id, name) = set(meaning);
+    let mut name_of = |spec| {
+        let (id, name) = set(spec);
         used.push(id);
         name
     };
@@ -269,9 +269,9 @@ pub(super) fn policy_chain(
         let peers: Vec<Option<Statement>> = match &rule.peers {
             None => vec![None],
             Some(peers) => {
-                let meanings = peers_of(peers, policy.name.namespace(), family);
-                let statements = meanings.into_iter().map(|meaning| {
-                    let set = name_of(meaning);
+                let specs = peers_of(peers, policy.name.namespace(), family);
+                let statements = specs.into_iter().map(|spec| {
+                    let set = name_of(spec);
                     Statement::InSet(vec![direction.peer()], Comparison::Is, set)
                 });
                 statements.map(Some).collect()
@@ -296,12 +296,12 @@ pub(super) fn policy_chain(
 
 /// The sets that stand for the peers of a rule: one for each selector, and one for all blocks
 /// of the family.
-fn peers_of(peers: &[Peer], namespace: &str, family: Family) -> Vec<Meaning> {
-    let mut meanings = Vec::new();
+fn peers_of(peers: &[Peer], namespace: &str, family: Family) -> Vec<SetSpec> {
+    let mut specs = Vec::new();
     let mut blocks = Vec::new();
     for peer in peers {
         match peer {
-            Peer::Pods { namespaces, pods } => meanings.push(Meaning::Pods(PodSelector {
+            Peer::Pods { namespaces, pods } => specs.push(SetSpec::Pods(PodSelector {
                 namespaces: Namespaces::new(namespaces.as_ref(), namespace),
                 pods: pods.clone(),
             })),
@@ -313,9 +313,9 @@ fn peers_of(peers: &[Peer], namespace: &str, family: Family) -> Vec<Meaning> {
     }
     if !blocks.is_empty() {
         blocks.sort_unstable();
-        meanings.push(Meaning::Blocks(blocks));
+        specs.push(SetSpec::Blocks(blocks));
     }
-    meanings
+    specs
 }
 
 /// What asks for one of the ports of a rule: at most one alternative for each protocol and one for
@@ -323,7 +323,7 @@ fn peers_of(peers: &[Peer], namespace: &str, family: Family) -> Vec<Meaning> {
 fn ports_of(
     ports: &[PolicyPort],
     direction: Direction,
-    name_of: &mut impl FnMut(Meaning) -> Name,
+    name_of: &mut impl FnMut(SetSpec) -> Name,
 ) -> Vec<Statements> {
     let mut numbers: BTreeMap<Protocol, Vec<PortRange>> = BTreeMap::new();
     let mut named = Vec::new();
@@ -351,7 +351,7 @@ fn ports_of(
                 Some(Statement::Match(selector, Comparison::Is, operand))
             }
             _ => {
-                let set = name_of(Meaning::Ports(of, ranges));
+                let set = name_of(SetSpec::Ports(of, ranges));
                 let key = vec![Selector::DestinationPort];
                 Some(Statement::InSet(key, Comparison::Is, set))
             }
@@ -361,7 +361,7 @@ fn ports_of(
     if !named.is_empty() {
         named.sort_unstable();
         named.dedup();
-        let set = name_of(Meaning::NamedPorts {
+        let set = name_of(SetSpec::NamedPorts {
             ports: named,
             local: direction == Direction::Ingress,
         });

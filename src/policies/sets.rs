@@ -1,6 +1,6 @@
 //! The sets that policies share: pods by selector, address blocks, and named ports.
 //!
-//! A set is identified by what it stands for ([`Meaning`]), and named by a digest of that, so
+//! A set is identified by what it stands for ([`SetSpec`]), and named by a digest of that, so
 //! that the same policies get the same names in every run. It exists in a table while a rule of
 //! that table uses it.
 
@@ -21,7 +21,7 @@ use crate::nft::{
 
 /// What a set stands for.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(super) enum Meaning {
+pub(super) enum SetSpec {
     /// The addresses of the pods that a selector selects.
     Pods(PodSelector),
     /// Addresses in networks, without others.
@@ -42,14 +42,14 @@ pub(super) enum Meaning {
 /// The first and the last of some ports.
 pub(super) type PortRange = (u16, u16);
 
-impl fmt::Display for Meaning {
+impl fmt::Display for SetSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Meaning::Pods(PodSelector { namespaces, pods }) => match namespaces {
+            SetSpec::Pods(PodSelector { namespaces, pods }) => match namespaces {
                 Namespaces::Named(name) => write!(f, "pods {pods} in namespace {name}"),
                 Namespaces::Labelled(labels) => write!(f, "pods {pods} in namespaces {labels}"),
             },
-            Meaning::Blocks(blocks) => {
+            SetSpec::Blocks(blocks) => {
                 f.write_str("blocks")?;
                 for (block, except) in blocks {
                     write!(f, " {block}")?;
@@ -59,7 +59,7 @@ impl fmt::Display for Meaning {
                 }
                 Ok(())
             }
-            Meaning::Ports(protocol, ranges) => {
+            SetSpec::Ports(protocol, ranges) => {
                 write!(f, "{protocol} ports")?;
                 for (from, to) in ranges {
                     write!(f, " {from}")?;
@@ -69,7 +69,7 @@ impl fmt::Display for Meaning {
                 }
                 Ok(())
             }
-            Meaning::NamedPorts { ports, local } => {
+            SetSpec::NamedPorts { ports, local } => {
                 f.write_str("ports")?;
                 for (name, protocol) in ports {
                     write!(f, " {name} ({protocol})")?;
@@ -97,7 +97,7 @@ pub(super) struct Membership {
 
 #[derive(Debug)]
 struct Entry {
-    meaning: Arc<Meaning>,
+    spec: Arc<SetSpec>,
     name: Name,
     declaration: Arc<Declaration>,
     /// The elements that it has whatever pods there are.
@@ -110,7 +110,7 @@ struct Entry {
 #[derive(Debug, Default)]
 pub(super) struct Sets {
     entries: BTreeMap<SetId, Entry>,
-    ids: HashMap<Arc<Meaning>, (SetId, Name)>,
+    ids: HashMap<Arc<SetSpec>, (SetId, Name)>,
     next: SetId,
     finder: Finder,
 }
@@ -126,23 +126,23 @@ struct Finder {
 }
 
 impl Finder {
-    fn insert(&mut self, id: SetId, meaning: &Meaning, inventory: &Inventory) {
-        match meaning {
-            Meaning::Pods(selector) => self.selectors.insert(id, selector, inventory.namespaces()),
-            Meaning::NamedPorts { ports, local } => {
+    fn insert(&mut self, id: SetId, spec: &SetSpec, inventory: &Inventory) {
+        match spec {
+            SetSpec::Pods(selector) => self.selectors.insert(id, selector, inventory.namespaces()),
+            SetSpec::NamedPorts { ports, local } => {
                 for port in ports {
                     let of_name = self.ports.entry(port.clone()).or_default();
                     of_name.push((*local, id));
                 }
             }
-            Meaning::Blocks(_) | Meaning::Ports(..) => {}
+            SetSpec::Blocks(_) | SetSpec::Ports(..) => {}
         }
     }
 
-    fn remove(&mut self, id: SetId, meaning: &Meaning) {
-        match meaning {
-            Meaning::Pods(selector) => self.selectors.remove(&id, selector),
-            Meaning::NamedPorts { ports, .. } => {
+    fn remove(&mut self, id: SetId, spec: &SetSpec) {
+        match spec {
+            SetSpec::Pods(selector) => self.selectors.remove(&id, selector),
+            SetSpec::NamedPorts { ports, .. } => {
                 for of_name in ports {
                     if let Some(ids) = self.ports.get_mut(of_name) {
                         ids.retain(|(_, known)| *known != id);
@@ -152,7 +152,7 @@ impl Finder {
                     }
                 }
             }
-            Meaning::Blocks(_) | Meaning::Ports(..) => {}
+            SetSpec::Blocks(_) | SetSpec::Ports(..) => {}
         }
     }
 
@@ -210,24 +210,24 @@ fn index(family: Family) -> usize {
 }
 
 impl Sets {
-    /// The set of a meaning and its name, made if there is none yet.
-    pub fn get(&mut self, meaning: Meaning, inventory: &Inventory) -> (SetId, Name) {
-        if let Some((id, name)) = self.ids.get(&meaning) {
+    /// The set of a spec and its name, made if there is none yet.
+    pub fn get(&mut self, spec: SetSpec, inventory: &Inventory) -> (SetId, Name) {
+        if let Some((id, name)) = self.ids.get(&spec) {
             return (*id, name.clone());
         }
         let id = self.next;
         self.next = self.next.wrapping_add(1);
-        self.finder.insert(id, &meaning, inventory);
-        let meaning = Arc::new(meaning);
-        let name = name(&meaning);
-        self.ids.insert(meaning.clone(), (id, name.clone()));
+        self.finder.insert(id, &spec, inventory);
+        let spec = Arc::new(spec);
+        let name = name(&spec);
+        self.ids.insert(spec.clone(), (id, name.clone()));
         self.entries.insert(
             id,
             Entry {
                 name: name.clone(),
-                declaration: Arc::new(declaration(&meaning)),
-                fixed: fixed_elements(&meaning),
-                meaning,
+                declaration: Arc::new(declaration(&spec)),
+                fixed: fixed_elements(&spec),
+                spec,
                 uses: [0, 0],
             },
         );
@@ -289,8 +289,8 @@ impl Sets {
         let Some(entry) = self.entries.remove(&id) else {
             return;
         };
-        self.ids.remove(&entry.meaning);
-        self.finder.remove(id, &entry.meaning);
+        self.ids.remove(&entry.spec);
+        self.finder.remove(id, &entry.spec);
     }
 
     /// Notes that a namespace is new, has other labels, or is gone.
@@ -328,9 +328,9 @@ impl Sets {
             let Some(entry) = self.entries.get(id) else {
                 continue;
             };
-            finder.insert(*id, &entry.meaning, inventory);
-            match &*entry.meaning {
-                Meaning::Pods(selector) => match &selector.namespaces {
+            finder.insert(*id, &entry.spec, inventory);
+            match &*entry.spec {
+                SetSpec::Pods(selector) => match &selector.namespaces {
                     Namespaces::Named(name) => {
                         namespaces.insert(name);
                     }
@@ -340,9 +340,9 @@ impl Sets {
                         namespaces.extend(selected.map(|(name, _)| name));
                     }
                 },
-                Meaning::NamedPorts { local: true, .. } => local = true,
-                Meaning::NamedPorts { local: false, .. } => everywhere = true,
-                Meaning::Blocks(_) | Meaning::Ports(..) => {}
+                SetSpec::NamedPorts { local: true, .. } => local = true,
+                SetSpec::NamedPorts { local: false, .. } => everywhere = true,
+                SetSpec::Blocks(_) | SetSpec::Ports(..) => {}
             }
         }
         let mut look_at = |pod: &Pod| finder.of_pod(pod, inventory, &mut found);
@@ -373,10 +373,10 @@ impl Sets {
     }
 }
 
-fn fixed_elements(meaning: &Meaning) -> Vec<Element> {
-    match meaning {
-        Meaning::Blocks(blocks) => merge_intervals(remaining(blocks)),
-        Meaning::Ports(_, ranges) => {
+fn fixed_elements(spec: &SetSpec) -> Vec<Element> {
+    match spec {
+        SetSpec::Blocks(blocks) => merge_intervals(remaining(blocks)),
+        SetSpec::Ports(_, ranges) => {
             let key = |port| Key::build().port(port).finish();
             let is_interval = has_ranges(ranges);
             let elements = ranges.iter().map(|(from, to)| Element {
@@ -385,7 +385,7 @@ fn fixed_elements(meaning: &Meaning) -> Vec<Element> {
             });
             elements.collect()
         }
-        Meaning::Pods(_) | Meaning::NamedPorts { .. } => Vec::new(),
+        SetSpec::Pods(_) | SetSpec::NamedPorts { .. } => Vec::new(),
     }
 }
 
@@ -423,32 +423,32 @@ fn subtract(network: IpNet, except: &[IpNet], remaining: &mut Vec<IpNet>) {
     }
 }
 
-fn name(meaning: &Meaning) -> Name {
-    let prefix = match meaning {
-        Meaning::Pods(_) => "pods",
-        Meaning::Blocks(_) => "blocks",
-        Meaning::Ports(..) => "ports",
-        Meaning::NamedPorts { .. } => "named-ports",
+fn name(spec: &SetSpec) -> Name {
+    let prefix = match spec {
+        SetSpec::Pods(_) => "pods",
+        SetSpec::Blocks(_) => "blocks",
+        SetSpec::Ports(..) => "ports",
+        SetSpec::NamedPorts { .. } => "named-ports",
     };
     // The text form is unambiguous only for what the API server admits; the digest must not
     // depend on that.
-    Name::from(format!("{prefix}-{}", digest_of(&format!("{meaning:?}"))))
+    Name::from(format!("{prefix}-{}", digest_of(&format!("{spec:?}"))))
 }
 
-fn declaration(meaning: &Meaning) -> Declaration {
-    let declaration = match meaning {
-        Meaning::Pods(_) => Declaration::new(SetKind::Set, [Selector::SourceAddress]),
-        Meaning::Blocks(_) => Declaration {
+fn declaration(spec: &SetSpec) -> Declaration {
+    let declaration = match spec {
+        SetSpec::Pods(_) => Declaration::new(SetKind::Set, [Selector::SourceAddress]),
+        SetSpec::Blocks(_) => Declaration {
             interval: true,
             ..Declaration::new(SetKind::Set, [Selector::SourceAddress])
         },
-        Meaning::Ports(_, ranges) => Declaration {
+        SetSpec::Ports(_, ranges) => Declaration {
             interval: has_ranges(ranges),
             ..Declaration::new(SetKind::Set, [Selector::DestinationPort])
         },
-        Meaning::NamedPorts { .. } => Declaration::new(SetKind::Set, port_key()),
+        SetSpec::NamedPorts { .. } => Declaration::new(SetKind::Set, port_key()),
     };
-    declaration.comment(&meaning.to_string())
+    declaration.comment(&spec.to_string())
 }
 
 #[cfg(test)]
