@@ -261,7 +261,7 @@ fn run(mut line: CommandLine, log: &Lines) -> Result<(), Error> {
     let (ready, started) = oneshot::channel();
     let (health_checks, wanted_checks) = watch::channel(Checks::new());
     let mut followers = Followers::default();
-    let stand_in_name = node_name.clone();
+    let own_name = node_name.clone();
     // Where nobody reads the notices they are dropped.
     let (sender, notices) = mpsc::channel(events::QUEUE);
     let reporter = LogAndSend::new(sender);
@@ -323,8 +323,8 @@ fn run(mut line: CommandLine, log: &Lines) -> Result<(), Error> {
         leftovers::start(begin, bell)?;
     }
     let mut reconciler = Reconciler::new(nftables, settings, &metrics, &reporter)
-        .with_fallback_node(stand_in(&stand_in_name))
-        .with_policies(policies(args, &stand_in_name, observers.log_group))
+        .with_fallback_node(fallback_node(&own_name))
+        .with_policies(policies(args, &own_name, observers.log_group))
         .with_followers(followers);
     if let Some(stats) = stats {
         reconciler = reconciler.with_source_stats(stats);
@@ -472,7 +472,7 @@ fn host_name() -> String {
 
 /// What is used of a node whose object is missing: its name, by which endpoints are local, and the
 /// host's addresses.
-fn stand_in(name: &str) -> Node {
+fn fallback_node(name: &str) -> Node {
     Node {
         name: name.into(),
         internal_ips: addresses::global(),

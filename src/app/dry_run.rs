@@ -5,7 +5,8 @@ use std::io::{self, Write};
 use tokio::sync::{mpsc, watch};
 
 use super::{
-    Error, QUEUE, connect, load, manifests, policies, print, single_threaded, stand_in, summary,
+    Error, QUEUE, connect, fallback_node, load, manifests, policies, print, single_threaded,
+    summary,
 };
 use crate::engine::{BUDGET, Engine as _};
 use crate::model::ServiceKind;
@@ -38,7 +39,7 @@ async fn collect(
     node_name: &str,
     settings: &services::Settings,
 ) -> Result<(Store, Engine), Error> {
-    let mut store = settings.store(Store::with_stand_in(stand_in(node_name)));
+    let mut store = settings.store(Store::with_fallback_node(fallback_node(node_name)));
     let log_group = args.log_denied.then_some(LOG_GROUP);
     let mut policies = policies(args, node_name, log_group);
     let mut changes = Changes::default();

@@ -86,7 +86,7 @@ impl Engine {
     /// Sets the Node that is used while the own Node object is missing, before the first event.
     #[must_use]
     pub fn with_fallback_node(mut self, node: Node) -> Self {
-        self.store = self.settings.store(Store::with_stand_in(node));
+        self.store = self.settings.store(Store::with_fallback_node(node));
         self
     }
 

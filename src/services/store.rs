@@ -71,7 +71,7 @@ pub struct Store {
     node: Option<Arc<Node>>,
     /// What is used while there is no own node: what was given for that, or what was known of a
     /// node that was deleted.
-    stand_in: Option<Arc<Node>>,
+    fallback_node: Option<Arc<Node>>,
     service_cidrs: BTreeMap<ObjectName, ServiceCidr>,
     claims: Claims,
     /// Changes of services whose claims are on the way from one form to the next.
@@ -89,9 +89,9 @@ pub struct Store {
 
 impl Store {
     /// An empty store that knows a stand-in for the own node, used while its object is missing.
-    pub fn with_stand_in(node: Node) -> Self {
+    pub fn with_fallback_node(node: Node) -> Self {
         Self {
-            stand_in: Some(Arc::new(node)),
+            fallback_node: Some(Arc::new(node)),
             ..Self::default()
         }
     }
@@ -152,7 +152,7 @@ impl Store {
     /// The own node, or what stands in for it. One that was deleted is going away, and stays as
     /// it last was until there is another one.
     pub fn node(&self) -> Option<&Arc<Node>> {
-        self.node.as_ref().or(self.stand_in.as_ref())
+        self.node.as_ref().or(self.fallback_node.as_ref())
     }
 
     /// The ranges of service addresses.
@@ -418,7 +418,7 @@ impl Store {
             Kind::Node => {
                 if let Some(mut old) = self.node.take() {
                     Arc::make_mut(&mut old).going_away = true;
-                    self.stand_in = Some(old);
+                    self.fallback_node = Some(old);
                 }
             }
             Kind::ServiceCidr => {

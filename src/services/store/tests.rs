@@ -335,7 +335,7 @@ fn of_a_node_only_what_rules_are_made_of_is_a_change() {
 
 #[test]
 fn a_deleted_node_is_going_away_and_stays_as_it_last_was() {
-    let stand_in = Node {
+    let fallback_node = Node {
         name: "node-1".into(),
         internal_ips: vec!["192.0.2.9".parse().unwrap()],
         external_ips: vec![],
@@ -347,13 +347,13 @@ fn a_deleted_node_is_going_away_and_stays_as_it_last_was() {
         internal_ips: vec!["192.0.2.1".parse().unwrap()],
         pod_cidrs: vec!["10.244.1.0/24".parse().unwrap()],
         zone: Some("zone-a".into()),
-        ..stand_in.clone()
+        ..fallback_node.clone()
     };
-    let mut store = Store::with_stand_in(stand_in.clone());
+    let mut store = Store::with_fallback_node(fallback_node.clone());
     let name = Object::Node(node.clone()).reference();
     // One that was never there cannot go.
     assert!(apply(&mut store, Event::Delete(name.clone())).is_empty());
-    assert_eq!(store.node().map(|node| &**node), Some(&stand_in));
+    assert_eq!(store.node().map(|node| &**node), Some(&fallback_node));
     assert!(put(&mut store, Object::Node(node.clone())).node);
     let gone = Node {
         going_away: true,
