@@ -79,7 +79,7 @@ impl Engine {
         }
         let policy = self.inventory.policy(name).filter(|_| old.pods > 0);
         let (chain, sets) = policy.map_or((None, Vec::new()), |policy| {
-            if self.refused.contains(name) {
+            if self.quarantined.contains(name) {
                 return (Some(Chain::default()), Vec::new());
             }
             let (chain, sets) = policy_chain(policy, *direction, *family, |spec| {

@@ -55,8 +55,8 @@ pub struct Engine {
     /// How many addresses have so many pods to ask in a direction and family, from the second on.
     pub(super) layers: BTreeMap<(Family, Direction, usize), u32>,
     pub(super) uses: BTreeMap<(Family, Direction, ObjectName), PolicyUse>,
-    /// Policies that the kernel refused: closed until they change or [`Engine::forgive`] is called.
-    pub(super) refused: BTreeSet<ObjectName>,
+    /// Policies that the kernel refused. They allow nothing until they change or are retried.
+    pub(super) quarantined: BTreeSet<ObjectName>,
     pub(super) find_links: FindLinks,
     /// The interfaces that lead to isolated pods.
     pub(super) links: BTreeSet<(Direction, Arc<str>)>,
@@ -79,7 +79,7 @@ impl Engine {
             plans: BTreeMap::new(),
             layers: BTreeMap::new(),
             uses: BTreeMap::new(),
-            refused: BTreeSet::new(),
+            quarantined: BTreeSet::new(),
             find_links: |_| Vec::new(),
             links: BTreeSet::new(),
             moved: Moved::default(),
@@ -161,7 +161,7 @@ impl Engine {
         let uses = self.uses.iter();
         let of_table = uses.filter(|((family, ..), _)| table_id(*family) == *table);
         let users = of_table.filter(|((_, direction, name), used)| {
-            !self.refused.contains(name) && is_user(*direction, name, used)
+            !self.quarantined.contains(name) && is_user(*direction, name, used)
         });
         let mut names: Vec<ObjectName> = users.map(|((.., name), _)| name.clone()).collect();
         names.sort_unstable();
@@ -333,7 +333,7 @@ impl Engine {
     }
 
     fn touch_policy(&mut self, name: &ObjectName) {
-        self.refused.remove(name);
+        self.quarantined.remove(name);
         let local = self.inventory.local_of(name.namespace());
         let pods = local.filter_map(|name| self.inventory.pod(name));
         let addresses = pods.flat_map(|pod| pod.addresses.iter().copied());
@@ -419,13 +419,13 @@ impl engine::Engine for Engine {
     /// Closes a policy: it selects its pods and allows nothing.
     fn quarantine(&mut self, object: &ObjectRef) -> PolicyChanges {
         self.touched.policies.insert(object.name.clone());
-        self.refused.insert(object.name.clone());
+        self.quarantined.insert(object.name.clone());
         self.compile();
         self.change(true)
     }
 
     fn retry_quarantined(&mut self) {
-        self.touched.policies.append(&mut self.refused);
+        self.touched.policies.append(&mut self.quarantined);
         self.look_at_links();
     }
 

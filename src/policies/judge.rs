@@ -54,7 +54,7 @@ impl Engine {
         // Each pod that may have the address must allow it.
         asked.iter().all(|asked| {
             let policies = asked.policies.iter();
-            let in_force = policies.filter(|name| !self.refused.contains(*name));
+            let in_force = policies.filter(|name| !self.quarantined.contains(*name));
             let mut policies = in_force.filter_map(|name: &ObjectName| self.inventory.policy(name));
             policies.any(|policy| {
                 let rules = rules_of(policy, direction).unwrap_or_default();
