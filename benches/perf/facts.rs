@@ -3,7 +3,7 @@
 use nftlet::model::{Event, Kind};
 use nftlet::nft::Ruleset;
 use nftlet::services::{self, DetectLocal, Settings};
-use nftlet::services::{Changes, Store};
+use nftlet::services::{Marks, Store};
 use nftlet::source::Decoder;
 
 use crate::cluster::{POD_CIDRS, Put};
@@ -40,9 +40,9 @@ pub fn settings() -> Settings {
 
 /// Returns a store with the facts of events.
 pub fn store(events: Vec<Event>) -> Store {
-    let (mut store, mut changes) = (Store::default(), Changes::default());
+    let (mut store, mut marks) = (Store::default(), Marks::default());
     for event in events {
-        store.apply(event, &mut changes);
+        store.apply(event, &mut marks);
     }
     store
 }

@@ -26,7 +26,7 @@ use crate::model::{
     Event, Family, Kind, Node, Notice, Object, ObjectName, ObjectRef, Reason, Subject,
 };
 use crate::nft::{ObjectPath, Ruleset, Transaction};
-use crate::services::{Changes, Store};
+use crate::services::{Marks, Store};
 
 /// How long unused shared chains stay: a service that scales up and down finds its chain again.
 const KEEP_UNUSED_CHAINS: Duration = Duration::from_secs(60);
@@ -51,7 +51,7 @@ pub struct Engine {
     portion: usize,
     /// Whether the rules were compiled as a whole, so that events may wait.
     started: bool,
-    marks: Changes,
+    marks: Marks,
     change: ServiceChanges,
     notices: Vec<Notice>,
     /// Services with a health check in their last change.
@@ -75,7 +75,7 @@ impl Engine {
             queue: Queue::default(),
             portion: BUDGET,
             started: false,
-            marks: Changes::default(),
+            marks: Marks::default(),
             change: ServiceChanges::default(),
             notices: Vec::new(),
             checked: HashSet::new(),
@@ -236,7 +236,7 @@ impl Engine {
     }
 
     /// Compiles what changed. A large service is left for later, and one that waits already.
-    fn plan_changes(&mut self, marks: &mut Changes) -> PlanChanges {
+    fn plan_changes(&mut self, marks: &mut Marks) -> PlanChanges {
         let mut found = Vec::new();
         // Before any other is compiled, which may get a frontend that one of these has.
         let (later, now): (Vec<_>, Vec<_>) = self
@@ -258,7 +258,7 @@ impl Engine {
     }
 
     /// The services to compile again.
-    fn concerned(&self, marks: &mut Changes) -> BTreeSet<ObjectName> {
+    fn concerned(&self, marks: &mut Marks) -> BTreeSet<ObjectName> {
         let mut services = std::mem::take(&mut marks.services);
         if marks.node {
             // Which endpoints are local is in every service's plan.

@@ -70,5 +70,5 @@ pub use settings::{DetectLocal, LocalDetector, MasqueradeBit, Settings};
 pub use size::{TooLarge, elements};
 pub use skeleton::{is_base_chain, skeleton};
 pub use sources::SourceList;
-pub use store::{Changes, EndpointOf, SlicesOf, Store};
+pub use store::{EndpointOf, Marks, SlicesOf, Store};
 pub use tables::{NoLocalEndpoints, Sticky, Tables};

@@ -469,7 +469,7 @@ fn assign(previous: &[Target], wanted: Vec<Target>) -> Box<[Target]> {
 mod tests {
     use super::*;
     use crate::model::{Endpoint, EndpointSlice, Event, Object, ServiceKind, SlicePort};
-    use crate::services::Changes;
+    use crate::services::Marks;
 
     fn target(n: u8) -> Target {
         (IpAddr::from([10, 0, 0, n]), 80)
@@ -555,9 +555,9 @@ mod tests {
             endpoints: vec![endpoint(1), endpoint(2)],
             triggered_at_ms: None,
         };
-        let (mut store, mut changes) = (Store::default(), Changes::default());
+        let (mut store, mut marks) = (Store::default(), Marks::default());
         for object in [Object::Service(service), Object::EndpointSlice(slice)] {
-            store.apply(Event::Apply(object), &mut changes);
+            store.apply(Event::Apply(object), &mut marks);
         }
         (store, name)
     }
