@@ -34,9 +34,9 @@ mod claimants;
 mod compile;
 mod departed;
 mod engine;
+mod evaluate;
 mod index;
 mod inventory;
-mod judge;
 mod layout;
 mod moved;
 mod parts;
@@ -51,7 +51,7 @@ use std::sync::Arc;
 
 pub use changes::{Isolated, PolicyChanges};
 pub use engine::Engine;
-pub use judge::Connection;
+pub use evaluate::Connection;
 pub use layout::{Direction, TABLE, table_id};
 pub use rules::is_base_chain;
 

@@ -79,7 +79,7 @@ pub fn skeleton(
         nat(Hook::Postrouting, SRCNAT),
         postrouting(settings),
     );
-    for (name, hook, judge) in [
+    for (name, hook, target) in [
         ("filter-forward", Hook::Forward, UNASSIGNED),
         ("filter-output", Hook::Output, UNASSIGNED),
         ("filter-input", Hook::Input, UNKNOWN_PORTS),
@@ -89,7 +89,7 @@ pub fn skeleton(
             hook,
             priority: AFTER_DSTNAT,
         };
-        chain(name, Some(base), new_connections(judge));
+        chain(name, Some(base), new_connections(target));
     }
     chain(SERVICES, None, services());
     chain(UNASSIGNED, None, unassigned());
@@ -183,10 +183,10 @@ fn to(set: Name) -> Statement {
 
 /// Every packet evaluates this rule, those of known connections no other. What is not tracked
 /// passes: a cache on the node that answers at a ClusterIP of its own exempts it from tracking.
-fn new_connections(judge: &str) -> Vec<Rule> {
+fn new_connections(target: &str) -> Vec<Rule> {
     vec![Rule::new([
         Statement::CtState(CtState::New.into()),
-        Statement::Verdict(Verdict::Jump(judge.into())),
+        Statement::Verdict(Verdict::Jump(target.into())),
     ])]
 }
 
