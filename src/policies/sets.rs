@@ -112,7 +112,7 @@ pub(super) struct Sets {
     entries: BTreeMap<SetId, Entry>,
     ids: HashMap<Arc<SetSpec>, (SetId, Name)>,
     next: SetId,
-    finder: Finder,
+    index: SetIndex,
 }
 
 /// The sets of a named port, and whether only pods of this node are in them.
@@ -120,12 +120,12 @@ type PortSets = SmallVec<[(bool, SetId); 2]>;
 
 /// Finds the sets that a pod belongs to.
 #[derive(Debug, Default)]
-struct Finder {
+struct SetIndex {
     selectors: Index<SetId>,
     ports: HashMap<(Arc<str>, Protocol), PortSets>,
 }
 
-impl Finder {
+impl SetIndex {
     fn insert(&mut self, id: SetId, spec: &SetSpec, inventory: &Inventory) {
         match spec {
             SetSpec::Pods(selector) => self.selectors.insert(id, selector, inventory.namespaces()),
@@ -202,7 +202,7 @@ impl Finder {
     }
 }
 
-fn index(family: Family) -> usize {
+fn place_of(family: Family) -> usize {
     match family {
         Family::V4 => 0,
         Family::V6 => 1,
@@ -217,7 +217,7 @@ impl Sets {
         }
         let id = self.next;
         self.next = self.next.wrapping_add(1);
-        self.finder.insert(id, &spec, inventory);
+        self.index.insert(id, &spec, inventory);
         let spec = Arc::new(spec);
         let name = name(&spec);
         self.ids.insert(spec.clone(), (id, name.clone()));
@@ -249,7 +249,7 @@ impl Sets {
         let Some(uses) = self
             .entries
             .get_mut(&id)
-            .and_then(|entry| entry.uses.get_mut(index(family)))
+            .and_then(|entry| entry.uses.get_mut(place_of(family)))
         else {
             return 0;
         };
@@ -267,7 +267,7 @@ impl Sets {
         let uses = self
             .entries
             .get(&id)
-            .and_then(|entry| entry.uses.get(index(family)));
+            .and_then(|entry| entry.uses.get(place_of(family)));
         uses.is_some_and(|uses| *uses > 0)
     }
 
@@ -290,14 +290,14 @@ impl Sets {
             return;
         };
         self.ids.remove(&entry.spec);
-        self.finder.remove(id, &entry.spec);
+        self.index.remove(id, &entry.spec);
     }
 
     /// Notes that a namespace is new, has other labels, or is gone.
     pub fn namespace_changed(&mut self, name: &str, inventory: &Inventory) {
         let known = inventory.has_namespace(name);
         let labels = known.then(|| inventory.namespace(name));
-        self.finder
+        self.index
             .selectors
             .namespace_changed(name, labels.as_ref());
     }
@@ -305,7 +305,7 @@ impl Sets {
     /// The elements that a pod brings to sets, sorted.
     pub fn of_pod(&self, pod: &Pod, inventory: &Inventory) -> Vec<Membership> {
         let mut found = Vec::new();
-        self.finder
+        self.index
             .of_pod(pod, inventory, |membership| found.push(membership));
         found.sort_unstable();
         found.dedup();
@@ -321,14 +321,14 @@ impl Sets {
         inventory: &Inventory,
         mut found: impl FnMut(Membership),
     ) {
-        let mut finder = Finder::default();
+        let mut index = SetIndex::default();
         let mut namespaces: BTreeSet<&str> = BTreeSet::new();
         let (mut everywhere, mut local) = (false, false);
         for id in ids {
             let Some(entry) = self.entries.get(id) else {
                 continue;
             };
-            finder.insert(*id, &entry.spec, inventory);
+            index.insert(*id, &entry.spec, inventory);
             match &*entry.spec {
                 SetSpec::Pods(selector) => match &selector.namespaces {
                     Namespaces::Named(name) => {
@@ -345,7 +345,7 @@ impl Sets {
                 SetSpec::Blocks(_) | SetSpec::Ports(..) => {}
             }
         }
-        let mut look_at = |pod: &Pod| finder.of_pod(pod, inventory, &mut found);
+        let mut look_at = |pod: &Pod| index.of_pod(pod, inventory, &mut found);
         if everywhere {
             inventory.pods().for_each(look_at);
             return;
