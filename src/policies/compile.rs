@@ -7,7 +7,7 @@ use super::engine::{Engine, PolicyUse};
 use super::layout::{Direction, table_id};
 use super::parts::{self, Parts, isolate, sort};
 use super::rules::{self, policy_chain, skeleton};
-use super::sets::{Membership, SetId};
+use super::sets::{PodElement, SetId};
 use crate::model::{Family, ObjectName};
 use crate::nft::{Chain, Element, Ruleset, Table, Transaction, diff};
 
@@ -110,7 +110,7 @@ impl Engine {
     /// Drafts the sets that come and go, and what the touched pods change in the others.
     fn fill_sets(
         &self,
-        touched: HashMap<ObjectName, Vec<Membership>>,
+        touched: HashMap<ObjectName, Vec<PodElement>>,
         was_used: &BTreeMap<(Family, SetId), bool>,
         parts: &mut [Parts; 2],
     ) {
@@ -148,8 +148,8 @@ impl Engine {
             if before == after {
                 continue;
             }
-            for (memberships, is_after) in [(before, false), (after, true)] {
-                for Membership { family, set, key } in memberships {
+            for (elements, is_after) in [(before, false), (after, true)] {
+                for PodElement { family, set, key } in elements {
                     if !stays(family, set) {
                         continue;
                     }
@@ -186,13 +186,12 @@ impl Engine {
         for (family, set) in fresh {
             elements.insert((*family, *set), self.sets.fixed_elements(*set));
         }
-        self.sets
-            .for_each_member(&ids, &self.inventory, |membership| {
-                let Membership { family, set, key } = membership;
-                if let Some(elements) = elements.get_mut(&(family, set)) {
-                    elements.push(Element::new(key));
-                }
-            });
+        self.sets.for_each_member(&ids, &self.inventory, |element| {
+            let PodElement { family, set, key } = element;
+            if let Some(elements) = elements.get_mut(&(family, set)) {
+                elements.push(Element::new(key));
+            }
+        });
         let mut tables = Family::ALL.into_iter().zip(tables).collect::<Vec<_>>();
         for ((of, id), elements) in elements {
             let declared = self.sets.declared(id);

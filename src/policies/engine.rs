@@ -15,7 +15,7 @@ use super::inventory::Inventory;
 use super::layout::{Direction, TABLE, table_id};
 use super::moved::Moved;
 use super::plans::Isolation;
-use super::sets::{Membership, SetId, Sets};
+use super::sets::{PodElement, SetId, Sets};
 use super::{FindLinks, PolicyChanges, Settings};
 use crate::engine::{self, Update};
 use crate::model::{Event, Family, Kind, Lists, Notice, Object, ObjectName, ObjectRef, Pod};
@@ -35,7 +35,7 @@ pub(super) struct PolicyUse {
 #[derive(Debug, Default)]
 pub(super) struct Touched {
     /// Pods, with what they brought to sets before.
-    pub pods: HashMap<ObjectName, Vec<Membership>>,
+    pub pods: HashMap<ObjectName, Vec<PodElement>>,
     /// Addresses of this node that may be isolated in another way now.
     pub addresses: BTreeSet<IpAddr>,
     /// Policies with other rules.

@@ -89,7 +89,7 @@ pub(super) type SetId = u32;
 
 /// An element that a pod brings to a set.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Membership {
+pub(super) struct PodElement {
     pub family: Family,
     pub set: SetId,
     pub key: Key,
@@ -157,7 +157,7 @@ impl SetIndex {
     }
 
     /// Calls `found` once with each element that a pod brings to a set.
-    fn of_pod(&self, pod: &Pod, inventory: &Inventory, mut found: impl FnMut(Membership)) {
+    fn of_pod(&self, pod: &Pod, inventory: &Inventory, mut found: impl FnMut(PodElement)) {
         if self.selectors.is_empty() && self.ports.is_empty() {
             return;
         }
@@ -168,7 +168,7 @@ impl SetIndex {
             self.selectors
                 .of_pod(namespace, &of_namespace, &pod.labels, |set| {
                     for address in &addresses {
-                        found(Membership {
+                        found(PodElement {
                             family: Family::of(*address),
                             set: *set,
                             key: Key::address(*address),
@@ -192,7 +192,7 @@ impl SetIndex {
         for (set, local, protocol, port) in ports {
             for address in if local { &of_this_node } else { &addresses } {
                 let key = Key::build().address(*address);
-                found(Membership {
+                found(PodElement {
                     family: Family::of(*address),
                     set,
                     key: key.protocol(protocol.number()).port(port).finish(),
@@ -303,10 +303,10 @@ impl Sets {
     }
 
     /// The elements that a pod brings to sets, sorted.
-    pub fn of_pod(&self, pod: &Pod, inventory: &Inventory) -> Vec<Membership> {
+    pub fn of_pod(&self, pod: &Pod, inventory: &Inventory) -> Vec<PodElement> {
         let mut found = Vec::new();
         self.index
-            .of_pod(pod, inventory, |membership| found.push(membership));
+            .of_pod(pod, inventory, |element| found.push(element));
         found.sort_unstable();
         found.dedup();
         found
@@ -319,7 +319,7 @@ impl Sets {
         &self,
         ids: &[SetId],
         inventory: &Inventory,
-        mut found: impl FnMut(Membership),
+        mut found: impl FnMut(PodElement),
     ) {
         let mut index = SetIndex::default();
         let mut namespaces: BTreeSet<&str> = BTreeSet::new();
