@@ -244,7 +244,7 @@ impl<'a, T: Table, R: Remover> Cutter<'a, T, R> {
         let others = changes.isolated.is_some() || changes.rewritten;
         self.asked.add(Asked {
             all: self.strict && others,
-            addresses: changes.moved.iter().copied().collect(),
+            addresses: changes.reassigned.iter().copied().collect(),
         });
         if self.asked.is_empty() {
             return;

@@ -13,8 +13,8 @@ use std::time::Instant;
 
 use super::inventory::Inventory;
 use super::layout::{Direction, TABLE, table_id};
-use super::moved::Moved;
 use super::plans::Isolation;
+use super::reassigned::ReassignedAddresses;
 use super::sets::{PodElement, SetId, Sets};
 use super::{FindLinks, PolicyChanges, Settings};
 use crate::engine::{self, Update};
@@ -60,7 +60,7 @@ pub struct Engine {
     pub(super) find_links: FindLinks,
     /// The interfaces that lead to isolated pods.
     pub(super) links: BTreeSet<(Direction, Arc<str>)>,
-    pub(super) moved: Moved,
+    pub(super) reassigned: ReassignedAddresses,
     /// Whether the tables exist: while there is any policy.
     pub(super) exists: bool,
     /// Whether policies are enforced at all.
@@ -82,7 +82,7 @@ impl Engine {
             quarantined: BTreeSet::new(),
             find_links: |_| Vec::new(),
             links: BTreeSet::new(),
-            moved: Moved::default(),
+            reassigned: ReassignedAddresses::default(),
             exists: false,
             on: true,
             touched: Touched::default(),
@@ -178,7 +178,7 @@ impl Engine {
         });
         PolicyChanges {
             isolated,
-            moved: self.moved.take(),
+            reassigned: self.reassigned.take(),
             rewritten: false,
         }
     }
@@ -303,7 +303,8 @@ impl Engine {
         let after = holders(&self.inventory);
         for (address, (before, after)) in addresses.iter().zip(before.into_iter().zip(after)) {
             let local = self.inventory.local_holders(*address).next().is_some();
-            self.moved.note(*address, before, after, local && !listing);
+            self.reassigned
+                .note(*address, before, after, local && !listing);
             if local || self.plans.contains_key(address) {
                 self.touched.addresses.insert(*address);
             }
@@ -391,7 +392,7 @@ impl engine::Engine for Engine {
         self.compile();
         if first {
             // Who had the addresses before is not known, and most have the pods for long.
-            self.moved.take();
+            self.reassigned.take();
         }
         self.change(true)
     }

@@ -38,9 +38,9 @@ mod evaluate;
 mod index;
 mod inventory;
 mod layout;
-mod moved;
 mod parts;
 mod plans;
+mod reassigned;
 mod rules;
 mod sets;
 #[cfg(test)]

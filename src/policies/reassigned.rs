@@ -15,15 +15,15 @@ const MOST_FREE: usize = 1 << 16;
 
 /// Collects such addresses.
 #[derive(Debug, Default)]
-pub(super) struct Moved {
-    untold: BTreeSet<IpAddr>,
+pub(super) struct ReassignedAddresses {
+    reassigned: BTreeSet<IpAddr>,
     /// Those that a pod had and none has now.
     free: HashSet<IpAddr>,
     /// More became free than are remembered: any address may have been another pod's.
     overflowed: bool,
 }
 
-impl Moved {
+impl ReassignedAddresses {
     /// Notes which pods may have an address before and after a change. `arrived` says that it is one of a pod
     /// that came to this node just now: whoever had it before may be long forgotten.
     pub fn note(
@@ -48,13 +48,13 @@ impl Moved {
         }
         let was_free = self.free.remove(&address) || self.overflowed;
         if was_free || !before.is_empty() || arrived {
-            self.untold.insert(address);
+            self.reassigned.insert(address);
         }
     }
 
     /// Those that were not told yet.
     pub fn take(&mut self) -> BTreeSet<IpAddr> {
-        std::mem::take(&mut self.untold)
+        std::mem::take(&mut self.reassigned)
     }
 }
 
@@ -67,7 +67,7 @@ mod tests {
         let pod = |name| vec![ObjectName::new("shop", name)];
         let none = Vec::new;
         let ip = |last| IpAddr::from([10, 0, 0, last]);
-        let mut moved = Moved::default();
+        let mut moved = ReassignedAddresses::default();
         moved.note(ip(1), none(), pod("first"), false);
         assert!(moved.take().is_empty(), "nobody had it before");
         moved.note(ip(1), pod("first"), none(), false);
@@ -86,7 +86,7 @@ mod tests {
     fn an_address_that_became_free_long_ago_moves_too() {
         let pod = || vec![ObjectName::new("shop", "web")];
         let ip = |number: usize| IpAddr::from(u32::try_from(number).unwrap().to_be_bytes());
-        let mut moved = Moved::default();
+        let mut moved = ReassignedAddresses::default();
         moved.note(ip(0), pod(), Vec::new(), false);
         // Others come and go: they count once while they are free, and not at all while they are not.
         for _ in 0..MOST_FREE {
