@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use smallvec::SmallVec;
 
-use super::claimants::Claimants;
+use super::claimants::AddressClaimants;
 use super::departed::Departed;
 use super::index::{Index, Namespaces, PodSelector};
 use crate::model::{Labels, NAMESPACE_NAME, Namespace, NetworkPolicy, ObjectName, Pod, Sandbox};
@@ -19,7 +19,7 @@ pub struct Inventory {
     pods: HashMap<ObjectName, Box<Pod>>,
     pods_of: HashMap<Box<str>, HashSet<ObjectName>>,
     /// The pods that could have an address.
-    claimants: HashMap<IpAddr, Claimants>,
+    claimants: HashMap<IpAddr, AddressClaimants>,
     /// Pods of this node whose objects went while a container ran.
     departed: Departed,
     /// The pods of this node.
