@@ -15,7 +15,7 @@ use super::change::PlanChange;
 use super::layout::TABLE;
 use super::plan::ServicePlan;
 use super::queue::{Done, Queue, Task};
-use super::removed::Removed;
+use super::removed::RemovedFrontends;
 use super::replaced::{HealthCheck, Replaced, ServiceChanges};
 use super::service::{Compilation, plan};
 use super::settings::Settings;
@@ -631,7 +631,7 @@ impl engine::Engine for Engine {
 
     fn compared(&self, actual: &Ruleset, transaction: &Transaction) -> ServiceChanges {
         ServiceChanges {
-            removed: Removed::of(actual, transaction),
+            removed: RemovedFrontends::of(actual, transaction),
             ..ServiceChanges::default()
         }
     }

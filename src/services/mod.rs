@@ -63,7 +63,7 @@ pub use layout::{
     table_id,
 };
 pub use plan::{Affinity, ElementOf, Frontend, Pool, Route, ServicePlan, Target};
-pub use removed::{Removed, address, number};
+pub use removed::{RemovedFrontends, address, number};
 pub use replaced::{HealthCheck, Replaced, ServiceChanges};
 pub use service::{Compilation, plan};
 pub use settings::{DetectLocal, LocalDetector, MasqueradeBit, Settings};
