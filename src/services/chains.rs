@@ -32,7 +32,7 @@ pub enum Role {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum SharedChain {
     /// Handles the packets of frontends with the same number of endpoints.
-    Handle(Handle),
+    Frontend(FrontendChain),
     /// Sends the clients that a namespace remembers to their endpoint, and lets others come back.
     Follow(Clients),
     /// Remembers which endpoint a client was sent to.
@@ -55,7 +55,7 @@ pub enum SharedChain {
 
 /// A chain that handles the packets of frontends.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Handle {
+pub struct FrontendChain {
     /// How the frontends are found.
     pub by: By,
     /// What is done.
@@ -79,7 +79,7 @@ impl SharedChain {
     /// The chain's name, such as `lb-10` or `nodeport-external-sticky-3/shop`.
     pub fn name(&self) -> Name {
         match self {
-            SharedChain::Handle(handle) => handle.name(),
+            SharedChain::Frontend(handle) => handle.name(),
             SharedChain::Follow(clients) => clients.name("sticky"),
             SharedChain::Learn { clients, seconds } => clients.name(&format!("learn-{seconds}")),
             SharedChain::LearnNew => "learn-new".into(),
@@ -92,9 +92,9 @@ impl SharedChain {
     /// The chains that this one goes on to, or needs to be reached.
     fn onward(&self) -> Vec<SharedChain> {
         match self {
-            SharedChain::Handle(handle) => {
+            SharedChain::Frontend(handle) => {
                 let follow = handle.follow().map(SharedChain::Follow);
-                let handles = handle.onward().into_iter().map(SharedChain::Handle);
+                let handles = handle.onward().into_iter().map(SharedChain::Frontend);
                 handles.chain(follow).collect()
             }
             SharedChain::Learn { clients, .. } => vec![
@@ -125,7 +125,7 @@ impl SharedChain {
         match self {
             SharedChain::Follow(clients) => clients.sets().into(),
             SharedChain::Sources(list) => vec![(list.name(), list.set())],
-            SharedChain::Handle(_)
+            SharedChain::Frontend(_)
             | SharedChain::Learn { .. }
             | SharedChain::LearnNew
             | SharedChain::LearnHook(_) => vec![],
@@ -135,7 +135,7 @@ impl SharedChain {
     /// The rules.
     pub fn chain(&self, settings: &Settings, family: Family) -> Chain {
         let (base, rules) = match self {
-            SharedChain::Handle(handle) => (None, handle.rules(settings, family)),
+            SharedChain::Frontend(handle) => (None, handle.rules(settings, family)),
             SharedChain::Follow(clients) => (None, follow(clients)),
             SharedChain::Learn { clients, seconds } => (None, learn(clients, *seconds)),
             SharedChain::LearnNew => (None, learn_new()),
@@ -160,7 +160,7 @@ impl LearnAt {
     }
 }
 
-impl Handle {
+impl FrontendChain {
     fn name(&self) -> Name {
         let by = match self.by {
             By::Address => "",
@@ -186,13 +186,13 @@ impl Handle {
         self.sticky.clone().filter(|_| balances)
     }
 
-    fn onward(&self) -> Vec<Handle> {
-        let with = |role| Handle {
+    fn onward(&self) -> Vec<FrontendChain> {
+        let with = |role| FrontendChain {
             role,
             ..self.clone()
         };
         match self.role {
-            Role::Balance(_) if self.sticky.is_some() => vec![Handle {
+            Role::Balance(_) if self.sticky.is_some() => vec![FrontendChain {
                 sticky: None,
                 ..self.clone()
             }],
@@ -276,7 +276,7 @@ pub fn is_bound_to_node(chain: &Name) -> bool {
         .starts_with("local-")
 }
 
-fn goto(handle: &Handle) -> Statement {
+fn goto(handle: &FrontendChain) -> Statement {
     Statement::Verdict(Verdict::Goto(handle.name()))
 }
 

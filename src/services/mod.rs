@@ -54,7 +54,7 @@ mod tables;
 mod topology;
 
 pub use crate::model::NodePortAddresses;
-pub use chains::{Handle, LearnAt, Role, SharedChain, is_bound_to_node};
+pub use chains::{FrontendChain, LearnAt, Role, SharedChain, is_bound_to_node};
 pub use change::{Edit, PlanChange};
 pub use claims::{Claim, ClaimChanges, Claims, Reserved};
 pub use engine::{Engine, wanted};

@@ -4,7 +4,7 @@ use std::collections::{BTreeSet, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use super::chains::{Handle, Role, SharedChain};
+use super::chains::{FrontendChain, Role, SharedChain};
 use super::layout::{By, Clients, Scope, ServiceSet};
 use super::skeleton::REJECT;
 use super::sources::SourceList;
@@ -181,7 +181,7 @@ impl ServicePlan {
 
     fn handle(&self, by: By, role: Role, pool: &Pool) -> Option<SharedChain> {
         let endpoints = u32::try_from(pool.targets.len()).ok()?;
-        (endpoints > 0).then_some(SharedChain::Handle(Handle {
+        (endpoints > 0).then_some(SharedChain::Frontend(FrontendChain {
             by,
             role,
             sticky: self.affinity.as_ref().map(|it| it.clients.clone()),
