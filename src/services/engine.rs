@@ -20,7 +20,7 @@ use super::replaced::{HealthCheck, Replaced, ServiceChanges};
 use super::service::{Compilation, plan};
 use super::settings::Settings;
 use super::size::{TooLarge, elements};
-use super::tables::{Draft, NoLocalEndpoints, Tables};
+use super::tables::{NoLocalEndpoints, Tables, TransactionDraft};
 use crate::engine::{self, BUDGET, Update};
 use crate::model::{
     Event, Family, Kind, Node, Notice, Object, ObjectName, ObjectRef, Reason, Subject,
@@ -204,7 +204,7 @@ impl Engine {
         Some(event)
     }
 
-    fn update_marked(&mut self, draft: &mut Draft) {
+    fn update_marked(&mut self, draft: &mut TransactionDraft) {
         let mut marks = std::mem::take(&mut self.marks);
         self.marks.triggered_at_ms = std::mem::take(&mut marks.triggered_at_ms);
         if marks.node || marks.service_cidrs {
@@ -341,7 +341,12 @@ impl Engine {
     }
 
     /// Replaces the plan of a service at once.
-    fn replace(&mut self, name: &ObjectName, change: &PlanChange, draft: Option<&mut Draft>) {
+    fn replace(
+        &mut self,
+        name: &ObjectName,
+        change: &PlanChange,
+        draft: Option<&mut TransactionDraft>,
+    ) {
         self.tables.replace(name, change, draft);
         self.note(replaced(name, change));
     }
@@ -356,7 +361,7 @@ impl Engine {
 
     /// Does a portion of what waits: takes over one event, compiles one service, or writes so many
     /// elements. Changes that fit into one portion are not divided.
-    fn work_on_queue(&mut self, draft: &mut Draft) {
+    fn work_on_queue(&mut self, draft: &mut TransactionDraft) {
         let mut room = self.portion;
         let mut compiled = false;
         while room > 0
@@ -578,7 +583,7 @@ impl engine::Engine for Engine {
 
     fn update(&mut self, budget: usize) -> Update<ServiceChanges> {
         self.portion = budget;
-        let mut draft = Draft::default();
+        let mut draft = TransactionDraft::default();
         let transaction = if self.is_marked() {
             self.update_marked(&mut draft);
             draft.finish(&self.tables)

@@ -72,7 +72,7 @@ pub type NoLocalEndpoints = [[usize; 2]; 2];
 
 /// The operations that a batch of changes amounts to.
 #[derive(Debug, Default)]
-pub struct Draft {
+pub struct TransactionDraft {
     skeleton: Vec<Op>,
     tables: BTreeMap<Family, TableDraft>,
 }
@@ -116,7 +116,7 @@ impl Tables {
     }
 
     /// Compiles the skeletons anew and drafts what changed in them.
-    pub fn set_skeletons(&mut self, store: &Store, mut draft: Option<&mut Draft>) {
+    pub fn set_skeletons(&mut self, store: &Store, mut draft: Option<&mut TransactionDraft>) {
         let cidrs: Vec<_> = store.service_cidrs().collect();
         for family in Family::ALL {
             let node = store.node().map(|node| &**node);
@@ -146,7 +146,7 @@ impl Tables {
         &mut self,
         service: &ObjectName,
         change: &PlanChange,
-        mut draft: Option<&mut Draft>,
+        mut draft: Option<&mut TransactionDraft>,
     ) {
         self.take_plan(service, change);
         self.acquire_chains(change, draft.as_deref_mut());
@@ -183,7 +183,7 @@ impl Tables {
         &mut self,
         service: &ObjectName,
         most: usize,
-        mut draft: Option<&mut Draft>,
+        mut draft: Option<&mut TransactionDraft>,
     ) -> (usize, bool) {
         let Some(mut unfinished) = self.unfinished.remove(service) else {
             return (0, true);
@@ -220,7 +220,7 @@ impl Tables {
         };
     }
 
-    fn edit(&mut self, family: Family, edit: Edit, draft: Option<&mut Draft>) {
+    fn edit(&mut self, family: Family, edit: Edit, draft: Option<&mut TransactionDraft>) {
         let draft = draft.map(|draft| draft.tables.entry(family).or_default());
         let (set, key, acquires) = match edit {
             Edit::Delete(set, element) => {
@@ -270,7 +270,7 @@ impl Tables {
         self.no_local_endpoints
     }
 
-    fn acquire_chains(&mut self, change: &PlanChange, mut draft: Option<&mut Draft>) {
+    fn acquire_chains(&mut self, change: &PlanChange, mut draft: Option<&mut TransactionDraft>) {
         let Some(new) = change.after() else { return };
         for family in Family::ALL {
             for chain in new.chains(family) {
@@ -457,7 +457,7 @@ impl Tables {
     }
 }
 
-impl Draft {
+impl TransactionDraft {
     /// The drafted operations in the order the kernel must see them.
     pub fn finish(self, tables: &Tables) -> Transaction {
         let mut ops = self.skeleton;
