@@ -37,11 +37,11 @@
 mod chains;
 mod change;
 mod claims;
+mod conflicts;
 mod engine;
 mod layout;
 mod plan;
 mod queue;
-mod refusals;
 mod removed;
 mod replaced;
 mod service;

@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-use super::claims::{Cause, Claim, ClaimChanges, Claims, Reserved, Takeover};
-use super::refusals::Refusals;
+use super::claims::{Claim, ClaimChanges, Claims, ConflictCause, Reserved, Takeover};
+use super::conflicts::Conflicts;
 use crate::model::{
     Endpoint, EndpointSlice, Event, Family, Kind, Lists, Node, NodePortAddresses, Notice, Object,
     ObjectName, ObjectRef, Reason, Service, ServiceCidr, ServiceKind, Subject,
@@ -219,7 +219,7 @@ impl Store {
             return;
         };
         let (claims, complete) = self.claims.advance(&mut takeover, most);
-        self.note_claims(claims, &mut takeover.refusals, marks);
+        self.note_claims(claims, &mut takeover.conflicts, marks);
         if !complete {
             self.takeovers.insert(name.clone(), takeover);
             return;
@@ -239,7 +239,7 @@ impl Store {
                 self.services.remove(name);
             }
         }
-        marks.notices.extend(takeover.refusals.notices());
+        marks.notices.extend(takeover.conflicts.notices());
         marks.frontends = true;
         marks.services.insert(name.clone());
     }
@@ -296,9 +296,9 @@ impl Store {
     /// Brings what no service may take in line with the node, the ranges and the servers.
     fn reserve(&mut self, marks: &mut Marks) {
         let claims = self.claims.reserve(self.reserved());
-        let mut refusals = Refusals::default();
-        self.note_claims(claims, &mut refusals, marks);
-        marks.notices.extend(refusals.notices());
+        let mut conflicts = Conflicts::default();
+        self.note_claims(claims, &mut conflicts, marks);
+        marks.notices.extend(conflicts.notices());
     }
 
     fn reserved(&self) -> Reserved {
@@ -440,9 +440,9 @@ impl Store {
         }
         let services = self.services.values();
         let lacking = services.flat_map(|service| self.claims.lacking(service));
-        let mut refusals = Refusals::default();
-        refusals.add(&self.claims, lacking);
-        marks.notices.extend(refusals.notices());
+        let mut conflicts = Conflicts::default();
+        conflicts.add(&self.claims, lacking);
+        marks.notices.extend(conflicts.notices());
     }
 
     /// Reports a slice without a service, unless one of the same service was.
@@ -468,19 +468,19 @@ impl Store {
     }
 
     /// Notes the services that gained or lost claims, and what is refused to them.
-    fn note_claims(&self, mut claims: ClaimChanges, refusals: &mut Refusals, marks: &mut Marks) {
+    fn note_claims(&self, mut claims: ClaimChanges, conflicts: &mut Conflicts, marks: &mut Marks) {
         // A frontend that moves from one service to another is written at one stroke.
         marks.frontends |= !claims.affected.is_empty();
         marks.services.extend(claims.affected);
         if self.is_complete() {
             if !self.expected.is_empty() {
                 claims.lost.retain(|(claim, claimant)| {
-                    let cause = self.claims.refusal(claim, claimant);
-                    let owner = cause.as_ref().and_then(Cause::owner);
+                    let cause = self.claims.conflict(claim, claimant);
+                    let owner = cause.as_ref().and_then(ConflictCause::owner);
                     owner.is_none_or(|owner| self.expected.get(owner) != Some(&false))
                 });
             }
-            refusals.add(&self.claims, claims.lost);
+            conflicts.add(&self.claims, claims.lost);
         }
     }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::{Claim, Rank, Wish, age};
 use crate::model::{ObjectName, Protocol, Service};
-use crate::services::refusals::Refusals;
+use crate::services::conflicts::Conflicts;
 
 /// A change of the claims of one service, which [`Claims::advance`] makes some claims at a time.
 ///
@@ -28,7 +28,7 @@ pub(crate) struct Takeover {
     /// How many claims of addresses were compared, before and after.
     places: (usize, usize),
     /// What services lost with the claims that changed so far.
-    pub(crate) refusals: Refusals,
+    pub(crate) conflicts: Conflicts,
 }
 
 /// How a claim changes.
@@ -50,7 +50,7 @@ impl Takeover {
             new,
             together: None,
             places: (0, 0),
-            refusals: Refusals::default(),
+            conflicts: Conflicts::default(),
         }
     }
 
