@@ -19,7 +19,7 @@ use ipnet::IpNet;
 use smallvec::SmallVec;
 
 use crate::model::{ObjectName, Protocol, Service};
-use takeover::{Difference, Wishes};
+use takeover::{ClaimDifference, Wishes};
 
 mod takeover;
 
@@ -254,7 +254,7 @@ impl Claims {
         touched.sort_unstable();
         touched.dedup();
         let differences = touched.iter().filter_map(|claim| takeover.at(*claim));
-        let differences: Vec<Difference> = differences.collect();
+        let differences: Vec<ClaimDifference> = differences.collect();
         let changes = self.change(takeover, touched.clone(), &differences, |claims| {
             for address in before.difference(&after) {
                 claims.drop_cluster_ip(*address, &name);
@@ -273,7 +273,7 @@ impl Claims {
         &mut self,
         takeover: &Takeover,
         touched: Vec<Claim>,
-        differences: &[Difference],
+        differences: &[ClaimDifference],
         also: impl FnOnce(&mut Self),
     ) -> ClaimChanges {
         let Some(name) = takeover.name() else {

@@ -33,7 +33,7 @@ pub(crate) struct Takeover {
 
 /// How a claim changes.
 #[derive(Debug)]
-pub(super) struct Difference {
+pub(super) struct ClaimDifference {
     pub claim: Claim,
     pub released: Option<Wish>,
     pub taken: Option<Wish>,
@@ -88,20 +88,20 @@ impl Takeover {
     }
 
     /// How the claims of ports of the node change.
-    pub(super) fn node_ports(&self) -> Vec<Difference> {
+    pub(super) fn node_ports(&self) -> Vec<ClaimDifference> {
         let claims = self.before.node_ports.iter().chain(&self.after.node_ports);
         let claims: BTreeSet<Claim> = claims.map(|wish| wish.0).collect();
         claims.into_iter().filter_map(|it| self.at(it)).collect()
     }
 
     /// How one claim changes, if it does.
-    pub(super) fn at(&self, claim: Claim) -> Option<Difference> {
+    pub(super) fn at(&self, claim: Claim) -> Option<ClaimDifference> {
         self.difference(claim, self.before.find(&claim), self.after.find(&claim))
     }
 
     /// Compares the next claims of addresses, so many at most. Returns those that differ, and
     /// whether others follow.
-    pub(super) fn next(&mut self, most: usize) -> (Vec<Difference>, bool) {
+    pub(super) fn next(&mut self, most: usize) -> (Vec<ClaimDifference>, bool) {
         let (mut found, mut compared) = (Vec::new(), 0);
         loop {
             let (before, after) = self.places;
@@ -130,9 +130,9 @@ impl Takeover {
         claim: Claim,
         before: Option<Wish>,
         after: Option<Wish>,
-    ) -> Option<Difference> {
+    ) -> Option<ClaimDifference> {
         let differs = before != after || (self.moved && before.is_some());
-        differs.then_some(Difference {
+        differs.then_some(ClaimDifference {
             claim,
             released: before,
             taken: after,
