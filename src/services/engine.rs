@@ -4,7 +4,7 @@
 //! concerns. [`Engine::update`] compiles these into plans, compares each with the one in force, and
 //! returns the operations for just the elements that differ.
 //!
-//! What is small is returned at once, in one transaction; what is not goes to the [`Queue`], of which
+//! What is small is returned at once, in one transaction; what is not goes to the [`ServiceQueue`], of which
 //! one portion is done with each call.
 
 use std::collections::{BTreeSet, HashSet};
@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use super::change::PlanChange;
 use super::layout::TABLE;
 use super::plan::ServicePlan;
-use super::queue::{Done, Queue, Task};
+use super::queue::{Done, ServiceQueue, Task};
 use super::removed::RemovedFrontends;
 use super::replaced::{HealthCheck, Replaced, ServiceChanges};
 use super::service::{Compilation, plan};
@@ -46,7 +46,7 @@ pub struct Engine {
     /// Services left out because they ask for more elements than one may have.
     too_large: BTreeSet<ObjectName>,
     /// Services whose changes are compiled and written in portions.
-    queue: Queue,
+    queue: ServiceQueue,
     /// The elements of a portion.
     portion: usize,
     /// Whether the rules were compiled as a whole, so that events may wait.
@@ -72,7 +72,7 @@ impl Engine {
             settings,
             quarantined: BTreeSet::new(),
             too_large: BTreeSet::new(),
-            queue: Queue::default(),
+            queue: ServiceQueue::default(),
             portion: BUDGET,
             started: false,
             marks: Marks::default(),

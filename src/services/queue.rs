@@ -33,8 +33,8 @@ use crate::services::Claim;
 
 /// The services that wait.
 #[derive(Debug, Default)]
-pub(super) struct Queue {
-    waiting: HashMap<ObjectName, Waiting>,
+pub(super) struct ServiceQueue {
+    waiting: HashMap<ObjectName, QueuedService>,
     /// The services in line, by their namespace.
     lines: BTreeMap<String, VecDeque<ObjectName>>,
     /// The namespace that had its turn last.
@@ -46,7 +46,7 @@ pub(super) struct Queue {
 
 /// What is to be done for a service, and what follows.
 #[derive(Debug, Default)]
-struct Waiting {
+struct QueuedService {
     /// The newest event that the store does not know of.
     event: Option<Event>,
     /// Its plan is to be compiled.
@@ -61,7 +61,7 @@ struct Waiting {
     holds: Vec<Arc<ServicePlan>>,
 }
 
-impl Waiting {
+impl QueuedService {
     fn is_busy(&self) -> bool {
         self.compile || self.compilation.is_some() || self.write.is_some()
     }
@@ -87,7 +87,7 @@ pub(super) struct Done {
     pub compile: bool,
 }
 
-impl Queue {
+impl ServiceQueue {
     pub fn is_empty(&self) -> bool {
         self.waiting.is_empty()
     }
@@ -100,7 +100,7 @@ impl Queue {
     /// Whether a service waits for more than that its event is taken over.
     pub fn contains(&self, service: &ObjectName) -> bool {
         let waiting = self.waiting.get(service);
-        waiting.is_some_and(Waiting::is_busy)
+        waiting.is_some_and(QueuedService::is_busy)
     }
 
     /// Whether an event of the service waits.
@@ -109,7 +109,7 @@ impl Queue {
         waiting.is_some_and(|waiting| waiting.event.is_some())
     }
 
-    fn enter(&mut self, service: &ObjectName) -> &mut Waiting {
+    fn enter(&mut self, service: &ObjectName) -> &mut QueuedService {
         if !self.waiting.contains_key(service) {
             let line = self.lines.entry(service.namespace().to_owned());
             line.or_default().push_back(service.clone());
