@@ -187,9 +187,9 @@ impl Engine {
     /// gone.
     pub fn isolated(&self) -> impl Iterator<Item = (IpAddr, Option<&ObjectName>)> {
         self.plans.iter().map(|(address, plan)| {
-            let mut asked = plan.asked.values().flatten();
-            let present = asked.find(|asked| !asked.departed);
-            (*address, present.map(|asked| &asked.pod))
+            let mut holders = plan.holders.values().flatten();
+            let present = holders.find(|holders| !holders.departed);
+            (*address, present.map(|holders| &holders.pod))
         })
     }
 

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use super::layout::{self, Direction, ISOLATED};
-use super::plans::{Asked, Isolation};
+use super::plans::{Holder, Isolation};
 use super::rules::pod_chain;
 use crate::model::Family;
 use crate::nft::{Declaration, Element, Key, Name, Set, Table, Verdict};
@@ -82,9 +82,9 @@ pub(super) fn isolate(table: &mut Table, address: IpAddr, plan: &Isolation, stri
         });
         set.elements.push(element);
     };
-    for (direction, all) in &plan.asked {
-        for (layer, asked) in all.iter().enumerate() {
-            let verdict = Verdict::Goto(asked.chain(*direction, address));
+    for (direction, all) in &plan.holders {
+        for (layer, holders) in all.iter().enumerate() {
+            let verdict = Verdict::Goto(holders.chain(*direction, address));
             let element = Element::with_verdict(key.clone(), verdict);
             add(direction.pods(layer), layout::pods(), element);
         }
@@ -97,15 +97,17 @@ pub(super) fn isolate(table: &mut Table, address: IpAddr, plan: &Isolation, stri
     if strict {
         add(ISOLATED.into(), layout::addresses(), Element::new(key));
     }
-    for (direction, all) in &plan.asked {
-        for asked in all {
-            let chain = pod_chain(*direction, address, asked.policies.iter().cloned());
-            table.chains.insert(asked.chain(*direction, address), chain);
+    for (direction, all) in &plan.holders {
+        for holders in all {
+            let chain = pod_chain(*direction, address, holders.policies.iter().cloned());
+            table
+                .chains
+                .insert(holders.chain(*direction, address), chain);
         }
     }
 }
 
-impl Asked {
+impl Holder {
     /// The chain of the pod. A departed one may have the name of another that came since.
     fn chain(&self, direction: Direction, address: IpAddr) -> Name {
         if self.departed {

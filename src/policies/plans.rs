@@ -12,19 +12,19 @@ use crate::model::{Family, ObjectName, Pod};
 use crate::nft::Table;
 
 /// The most pods with one address that are asked one after the other.
-const MOST_ASKED: usize = 4;
+const MAX_HOLDERS: usize = 4;
 
 /// An isolated address of this node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Isolation {
     /// For each direction in which it is isolated, whose policies are asked: what one of them does
     /// not allow is denied. More than one where it is not certain which pod has the address.
-    pub asked: BTreeMap<Direction, Vec<Asked>>,
+    pub holders: BTreeMap<Direction, Vec<Holder>>,
 }
 
 /// A pod that may have an isolated address.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Asked {
+pub(super) struct Holder {
     pub pod: ObjectName,
     /// Whether its object is gone.
     pub departed: bool,
@@ -67,7 +67,7 @@ impl Engine {
                     continue;
                 };
                 isolate(table, address, plan, self.settings.strict);
-                for (direction, all) in &plan.asked {
+                for (direction, all) in &plan.holders {
                     for layer in 1..all.len() {
                         let key = (family, *direction, layer);
                         let count = self.layers.entry(key).or_default();
@@ -76,7 +76,7 @@ impl Engine {
                             self.layers.remove(&key);
                         }
                     }
-                    for policy in all.iter().flat_map(|asked| &asked.policies) {
+                    for policy in all.iter().flat_map(|holders| &holders.policies) {
                         let key = (family, *direction, policy.clone());
                         let used = self.uses.entry(key.clone()).or_default();
                         used.pods = changed(used.pods, more);
@@ -105,7 +105,7 @@ impl Engine {
         let found: HashMap<IpAddr, Arc<str>> = (self.find_links)(&addresses).into_iter().collect();
         let links = self.plans.iter().flat_map(|(address, plan)| {
             let link = found.get(address).into_iter();
-            link.flat_map(|link| plan.asked.keys().map(|it| (*it, link.clone())))
+            link.flat_map(|link| plan.holders.keys().map(|it| (*it, link.clone())))
         });
         links.collect()
     }
@@ -126,13 +126,13 @@ impl Engine {
         holders.sort_unstable_by(|a, b| a.name.cmp(&b.name));
         let departed = self.inventory.departed(address);
         let holders = holders.into_iter().map(|pod| (pod, false));
-        let mut asked: BTreeMap<Direction, Vec<Asked>> = BTreeMap::new();
+        let mut holders: BTreeMap<Direction, Vec<Holder>> = BTreeMap::new();
         for (pod, departed) in holders.chain(departed.map(|pod| (pod, true))) {
             for (direction, policies) in self.isolating_policies(pod) {
-                let all = asked.entry(direction).or_default();
+                let all = holders.entry(direction).or_default();
                 // Pods of one workload say the same.
-                if !all.iter().any(|asked| asked.policies == policies) {
-                    all.push(Asked {
+                if !all.iter().any(|holders| holders.policies == policies) {
+                    all.push(Holder {
                         pod: pod.name.clone(),
                         departed,
                         policies,
@@ -140,11 +140,11 @@ impl Engine {
                 }
             }
         }
-        for all in asked.values_mut().filter(|all| all.len() > MOST_ASKED) {
+        for all in holders.values_mut().filter(|all| all.len() > MAX_HOLDERS) {
             all.truncate(1);
-            all.iter_mut().for_each(|asked| asked.policies.clear());
+            all.iter_mut().for_each(|holders| holders.policies.clear());
         }
-        (!asked.is_empty()).then_some(Isolation { asked })
+        (!holders.is_empty()).then_some(Isolation { holders })
     }
 
     /// For each direction in which a pod is isolated, the policies that select it.
