@@ -188,8 +188,8 @@ impl Engine {
     pub fn isolated(&self) -> impl Iterator<Item = (IpAddr, Option<&ObjectName>)> {
         self.plans.iter().map(|(address, plan)| {
             let mut holders = plan.holders.values().flatten();
-            let present = holders.find(|holders| !holders.departed);
-            (*address, present.map(|holders| &holders.pod))
+            let present = holders.find(|holder| !holder.departed);
+            (*address, present.map(|holder| &holder.pod))
         })
     }
 

@@ -52,8 +52,8 @@ impl Engine {
             Direction::Egress => self.inventory.owner(connection.destination),
         };
         // Each pod that may have the address must allow it.
-        holders.iter().all(|holders| {
-            let policies = holders.policies.iter();
+        holders.iter().all(|holder| {
+            let policies = holder.policies.iter();
             let in_force = policies.filter(|name| !self.quarantined.contains(*name));
             let mut policies = in_force.filter_map(|name: &ObjectName| self.inventory.policy(name));
             policies.any(|policy| {

@@ -83,8 +83,8 @@ pub(super) fn isolate(table: &mut Table, address: IpAddr, plan: &Isolation, stri
         set.elements.push(element);
     };
     for (direction, all) in &plan.holders {
-        for (layer, holders) in all.iter().enumerate() {
-            let verdict = Verdict::Goto(holders.chain(*direction, address));
+        for (layer, holder) in all.iter().enumerate() {
+            let verdict = Verdict::Goto(holder.chain(*direction, address));
             let element = Element::with_verdict(key.clone(), verdict);
             add(direction.pods(layer), layout::pods(), element);
         }
@@ -98,11 +98,11 @@ pub(super) fn isolate(table: &mut Table, address: IpAddr, plan: &Isolation, stri
         add(ISOLATED.into(), layout::addresses(), Element::new(key));
     }
     for (direction, all) in &plan.holders {
-        for holders in all {
-            let chain = pod_chain(*direction, address, holders.policies.iter().cloned());
+        for holder in all {
+            let chain = pod_chain(*direction, address, holder.policies.iter().cloned());
             table
                 .chains
-                .insert(holders.chain(*direction, address), chain);
+                .insert(holder.chain(*direction, address), chain);
         }
     }
 }

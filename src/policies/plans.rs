@@ -76,7 +76,7 @@ impl Engine {
                             self.layers.remove(&key);
                         }
                     }
-                    for policy in all.iter().flat_map(|holders| &holders.policies) {
+                    for policy in all.iter().flat_map(|holder| &holder.policies) {
                         let key = (family, *direction, policy.clone());
                         let used = self.uses.entry(key.clone()).or_default();
                         used.pods = changed(used.pods, more);
@@ -122,16 +122,16 @@ impl Engine {
 
     /// What the policies make of an address of this node; `None` for one that is not isolated.
     fn plan(&self, address: IpAddr) -> Option<Isolation> {
-        let mut holders: Vec<&Pod> = self.inventory.isolating(address).collect();
-        holders.sort_unstable_by(|a, b| a.name.cmp(&b.name));
+        let mut pods: Vec<&Pod> = self.inventory.isolating(address).collect();
+        pods.sort_unstable_by(|a, b| a.name.cmp(&b.name));
         let departed = self.inventory.departed(address);
-        let holders = holders.into_iter().map(|pod| (pod, false));
+        let pods = pods.into_iter().map(|pod| (pod, false));
         let mut holders: BTreeMap<Direction, Vec<Holder>> = BTreeMap::new();
-        for (pod, departed) in holders.chain(departed.map(|pod| (pod, true))) {
+        for (pod, departed) in pods.chain(departed.map(|pod| (pod, true))) {
             for (direction, policies) in self.isolating_policies(pod) {
                 let all = holders.entry(direction).or_default();
                 // Pods of one workload say the same.
-                if !all.iter().any(|holders| holders.policies == policies) {
+                if !all.iter().any(|holder| holder.policies == policies) {
                     all.push(Holder {
                         pod: pod.name.clone(),
                         departed,
@@ -142,7 +142,7 @@ impl Engine {
         }
         for all in holders.values_mut().filter(|all| all.len() > MAX_HOLDERS) {
             all.truncate(1);
-            all.iter_mut().for_each(|holders| holders.policies.clear());
+            all.iter_mut().for_each(|holder| holder.policies.clear());
         }
         (!holders.is_empty()).then_some(Isolation { holders })
     }

@@ -67,44 +67,44 @@ mod tests {
         let pod = |name| vec![ObjectName::new("shop", name)];
         let none = Vec::new;
         let ip = |last| IpAddr::from([10, 0, 0, last]);
-        let mut moved = ReassignedAddresses::default();
-        moved.note(ip(1), none(), pod("first"), false);
-        assert!(moved.take().is_empty(), "nobody had it before");
-        moved.note(ip(1), pod("first"), none(), false);
-        assert!(moved.take().is_empty(), "nobody has it now");
-        moved.note(ip(1), none(), pod("first"), false);
-        assert_eq!(moved.take(), [ip(1)].into(), "a pod of the same name");
-        moved.note(ip(1), pod("first"), pod("second"), false);
-        assert_eq!(moved.take(), [ip(1)].into(), "without a pause");
-        moved.note(ip(1), pod("second"), pod("second"), true);
-        assert!(moved.take().is_empty(), "the same pod");
-        moved.note(ip(2), none(), pod("here"), true);
-        assert_eq!(moved.take(), [ip(2)].into(), "on this node");
+        let mut addresses = ReassignedAddresses::default();
+        addresses.note(ip(1), none(), pod("first"), false);
+        assert!(addresses.take().is_empty(), "nobody had it before");
+        addresses.note(ip(1), pod("first"), none(), false);
+        assert!(addresses.take().is_empty(), "nobody has it now");
+        addresses.note(ip(1), none(), pod("first"), false);
+        assert_eq!(addresses.take(), [ip(1)].into(), "a pod of the same name");
+        addresses.note(ip(1), pod("first"), pod("second"), false);
+        assert_eq!(addresses.take(), [ip(1)].into(), "without a pause");
+        addresses.note(ip(1), pod("second"), pod("second"), true);
+        assert!(addresses.take().is_empty(), "the same pod");
+        addresses.note(ip(2), none(), pod("here"), true);
+        assert_eq!(addresses.take(), [ip(2)].into(), "on this node");
     }
 
     #[test]
     fn an_address_that_became_free_long_ago_moves_too() {
         let pod = || vec![ObjectName::new("shop", "web")];
         let ip = |number: usize| IpAddr::from(u32::try_from(number).unwrap().to_be_bytes());
-        let mut moved = ReassignedAddresses::default();
-        moved.note(ip(0), pod(), Vec::new(), false);
+        let mut addresses = ReassignedAddresses::default();
+        addresses.note(ip(0), pod(), Vec::new(), false);
         // Others come and go: they count once while they are free, and not at all while they are not.
         for _ in 0..MOST_FREE {
-            moved.note(ip(1), pod(), Vec::new(), false);
-            moved.note(ip(1), Vec::new(), pod(), false);
+            addresses.note(ip(1), pod(), Vec::new(), false);
+            addresses.note(ip(1), Vec::new(), pod(), false);
         }
-        assert_eq!(moved.take(), [ip(1)].into());
+        assert_eq!(addresses.take(), [ip(1)].into());
         for number in 1..MOST_FREE {
-            moved.note(ip(number), pod(), Vec::new(), false);
+            addresses.note(ip(number), pod(), Vec::new(), false);
         }
-        moved.note(ip(MOST_FREE), Vec::new(), pod(), false);
-        assert!(moved.take().is_empty(), "nobody had it before");
+        addresses.note(ip(MOST_FREE), Vec::new(), pod(), false);
+        assert!(addresses.take().is_empty(), "nobody had it before");
         // One more, and it is not known any longer who had what.
-        moved.note(ip(MOST_FREE), pod(), Vec::new(), false);
+        addresses.note(ip(MOST_FREE), pod(), Vec::new(), false);
         for number in [0, MOST_FREE, MOST_FREE + 1] {
-            moved.note(ip(number), Vec::new(), pod(), false);
-            assert_eq!(moved.take(), [ip(number)].into());
+            addresses.note(ip(number), Vec::new(), pod(), false);
+            assert_eq!(addresses.take(), [ip(number)].into());
         }
-        assert!(moved.free.is_empty(), "nothing more is remembered");
+        assert!(addresses.free.is_empty(), "nothing more is remembered");
     }
 }
