@@ -32,13 +32,13 @@
 mod changes;
 mod claimants;
 mod compile;
+mod delta;
 mod departed;
 mod engine;
 mod evaluate;
 mod index;
 mod inventory;
 mod layout;
-mod parts;
 mod plans;
 mod reassigned;
 mod rules;

@@ -5,8 +5,8 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use super::Engine;
+use super::delta::{self, TableDelta, isolate};
 use super::layout::Direction;
-use super::parts::{self, Parts, isolate};
 use super::rules;
 use crate::model::{Family, ObjectName, Pod};
 use crate::nft::Table;
@@ -36,11 +36,11 @@ impl Engine {
     /// Puts the base chains for addresses with several pods into a side of the tables.
     pub(super) fn draft_layers(
         &self,
-        parts: &mut [Parts; 2],
-        side: impl Fn(&mut Parts) -> &mut Table,
+        deltas: &mut [TableDelta; 2],
+        side: impl Fn(&mut TableDelta) -> &mut Table,
     ) {
         for (family, direction, layer) in self.layers.keys() {
-            let table = side(parts::of(parts, *family));
+            let table = side(delta::of(deltas, *family));
             rules::add_layer(table, *family, *direction, *layer, &self.settings);
         }
     }
@@ -50,7 +50,7 @@ impl Engine {
     pub(super) fn plan_again(
         &mut self,
         address: IpAddr,
-        parts: &mut [Parts; 2],
+        deltas: &mut [TableDelta; 2],
         uses_touched: &mut BTreeSet<(Family, Direction, ObjectName)>,
     ) -> bool {
         let new = self.plan(address);
@@ -58,10 +58,10 @@ impl Engine {
         let differs = old != new;
         if differs {
             let family = Family::of(address);
-            let parts = parts::of(parts, family);
+            let delta = delta::of(deltas, family);
             for (plan, table, more) in [
-                (&old, &mut parts.before, false),
-                (&new, &mut parts.after, true),
+                (&old, &mut delta.before, false),
+                (&new, &mut delta.after, true),
             ] {
                 let Some(plan) = plan else {
                     continue;
@@ -110,13 +110,13 @@ impl Engine {
         links.collect()
     }
 
-    pub(super) fn links_again(&mut self, parts: &mut [Parts; 2]) {
+    pub(super) fn links_again(&mut self, deltas: &mut [TableDelta; 2]) {
         let links = self.links_of_isolated();
         let before = std::mem::replace(&mut self.links, links);
         if before != self.links {
-            let [_, v6] = parts;
-            parts::lead(&mut v6.before, &before);
-            parts::lead(&mut v6.after, &self.links);
+            let [_, v6] = deltas;
+            delta::add_links(&mut v6.before, &before);
+            delta::add_links(&mut v6.after, &self.links);
         }
     }
 

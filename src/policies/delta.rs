@@ -12,15 +12,15 @@ use crate::nft::{Declaration, Element, Key, Name, Set, Table, Verdict};
 
 /// The touched parts of one family's table.
 #[derive(Debug, Default)]
-pub(super) struct Parts {
+pub(super) struct TableDelta {
     pub before: Table,
     pub after: Table,
 }
 
-impl Parts {
+impl TableDelta {
     /// Makes the two sides fit to be compared: elements in order, and the sets that every table has
     /// on both sides, since one that only one side has would be made or deleted.
-    pub fn level(&mut self) {
+    pub fn align(&mut self) {
         let both = Direction::ALL.into_iter();
         let names =
             both.flat_map(|direction| [direction.pods(0), direction.denied(), direction.links()]);
@@ -45,8 +45,8 @@ impl Parts {
 }
 
 /// The parts of a family.
-pub(super) fn of(parts: &mut [Parts; 2], family: Family) -> &mut Parts {
-    let [v4, v6] = parts;
+pub(super) fn of(deltas: &mut [TableDelta; 2], family: Family) -> &mut TableDelta {
+    let [v4, v6] = deltas;
     match family {
         Family::V4 => v4,
         Family::V6 => v6,
@@ -54,7 +54,7 @@ pub(super) fn of(parts: &mut [Parts; 2], family: Family) -> &mut Parts {
 }
 
 /// Adds to a table, or to a part of one, the interfaces that lead to isolated pods.
-pub(super) fn lead(table: &mut Table, links: &BTreeSet<(Direction, Arc<str>)>) {
+pub(super) fn add_links(table: &mut Table, links: &BTreeSet<(Direction, Arc<str>)>) {
     for (direction, link) in links {
         let set = table.sets.entry(direction.links()).or_insert(Set {
             declaration: layout::links(),
