@@ -59,8 +59,7 @@ pub use change::{Edit, PlanChange};
 pub use claims::{Claim, ClaimChanges, Claims, Reserved};
 pub use engine::{Engine, wanted};
 pub use layout::{
-    By, Clients, MOST_CLIENTS, Scope, ServiceSet, TABLE, affinity_declaration, table_family,
-    table_id,
+    By, Clients, MOST_CLIENTS, Scope, ServiceSet, TABLE, affinity_declaration, table_id,
 };
 pub use plan::{Affinity, ElementOf, Frontend, Pool, Route, ServicePlan, Target};
 pub use removed::{RemovedFrontends, address, number};

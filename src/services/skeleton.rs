@@ -3,10 +3,9 @@
 use ipnet::IpNet;
 
 use super::chains::{LearnAt, SharedChain};
-use super::layout::{
-    By, NODEPORT_ADDRESSES, POD_NETWORKS, SERVICE_CIDRS, ServiceSet, table_family,
-};
+use super::layout::{By, NODEPORT_ADDRESSES, POD_NETWORKS, SERVICE_CIDRS, ServiceSet};
 use super::settings::{LocalDetector, Settings};
+use crate::engine::table_family;
 use crate::model::{Family, Node};
 use crate::nft::{
     BaseChain, Chain, ChainKind, Comparison, CtState, Declaration, Hook, Name, Operand, RejectWith,
