@@ -453,7 +453,7 @@ fn print(write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<(), Err
 
 /// Compiles the policies, or keeps their tables away.
 fn policies(args: &Settings, node_name: &str, log_group: Option<u16>) -> Engine {
-    let settings = policies::Settings {
+    let settings = policies::PolicySettings {
         node: node_name.into(),
         strict: args.network_policy_strict,
         log_group,

@@ -16,7 +16,7 @@ use super::layout::{Direction, TABLE, table_id};
 use super::plans::Isolation;
 use super::reassigned::ReassignedAddresses;
 use super::sets::{PodElement, SetId, Sets};
-use super::{FindLinks, PolicyChanges, Settings};
+use super::{FindLinks, PolicyChanges, PolicySettings};
 use crate::engine::{self, Update};
 use crate::model::{Event, Family, Kind, Lists, Notice, Object, ObjectName, ObjectRef, Pod};
 use crate::nft::{Chain, Name, ObjectPath, Ruleset, TableId};
@@ -47,7 +47,7 @@ pub(super) struct Touched {
 /// Turns pods, namespaces and policies into rules.
 #[derive(Debug)]
 pub struct Engine {
-    pub(super) settings: Settings,
+    pub(super) settings: PolicySettings,
     pub(super) inventory: Inventory,
     lists: Lists,
     pub(super) sets: Sets,
@@ -70,7 +70,7 @@ pub struct Engine {
 
 impl Engine {
     /// An engine that has seen nothing yet.
-    pub fn new(settings: Settings) -> Self {
+    pub fn new(settings: PolicySettings) -> Self {
         Self {
             inventory: Inventory::new(settings.node.clone()),
             settings,
@@ -103,7 +103,7 @@ impl Engine {
     }
 
     /// An engine that keeps the tables away: it needs no list and knows no policy.
-    pub fn off(settings: Settings) -> Self {
+    pub fn off(settings: PolicySettings) -> Self {
         let mut engine = Self {
             on: false,
             ..Self::new(settings)

@@ -65,7 +65,7 @@ pub type FindLinks = fn(&[IpAddr]) -> Vec<(IpAddr, Arc<str>)>;
 
 /// What the command line says about policies.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Settings {
+pub struct PolicySettings {
     /// The name of the own node.
     pub node: Arc<str>,
     /// Connections are cut that no policy allows any more.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-use super::Settings;
+use super::PolicySettings;
 use super::index::{Namespaces, PodSelector};
 use super::layout::{
     Direction, EXEMPT, ISOLATED, addresses, counted, icmp6_types, layered, links, pods, port_key,
@@ -38,7 +38,7 @@ const LOG_BYTES: u32 = 128;
 type Statements = SmallVec<[Statement; 2]>;
 
 /// The table of a family while no pod is isolated.
-pub(super) fn skeleton(family: Family, settings: &Settings) -> Table {
+pub(super) fn skeleton(family: Family, settings: &PolicySettings) -> Table {
     let mut table = Table::default();
     for direction in Direction::ALL {
         let counters = Set {
@@ -94,7 +94,7 @@ pub(super) fn add_layer(
     family: Family,
     direction: Direction,
     layer: usize,
-    settings: &Settings,
+    settings: &PolicySettings,
 ) {
     table.sets.entry(direction.pods(layer)).or_insert(Set {
         declaration: pods(),
@@ -141,7 +141,7 @@ fn base_rules(
     family: Family,
     direction: Direction,
     layer: usize,
-    settings: &Settings,
+    settings: &PolicySettings,
 ) -> Vec<Rule> {
     let mut rules = vec![Rule::new([
         Statement::CtState([CtState::Established, CtState::Related].into()),
@@ -189,7 +189,7 @@ fn base_rules(
     rules
 }
 
-fn deny(direction: Direction, settings: &Settings) -> Vec<Rule> {
+fn deny(direction: Direction, settings: &PolicySettings) -> Vec<Rule> {
     let mut rules = Vec::new();
     if let Some(group) = settings.log_group {
         rules.push(Rule::new([

@@ -110,9 +110,9 @@ fn addresses_with_another_pod_are_handed_over_once_the_rules_are_in_force() {
     let bench = Bench::new();
     let mut followers = Followers::default();
     let changes = followers.policies();
-    let engine = Engine::new(policies::Settings {
+    let engine = Engine::new(policies::PolicySettings {
         node: "here".into(),
-        ..policies::Settings::default()
+        ..policies::PolicySettings::default()
     });
     let reconciler = bench.reconciler().with_policies(engine);
     let mut reconciler = reconciler.with_followers(followers);

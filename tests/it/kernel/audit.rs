@@ -83,9 +83,9 @@ fn an_audit_finds_what_nobody_heard_of() {
             namespace.enter();
             let kernel = Nftables::open().expect("a socket");
             let audited = Nftables::open().expect("a socket");
-            let settings = policies::Settings {
+            let settings = policies::PolicySettings {
                 node: "node-1".into(),
-                ..policies::Settings::default()
+                ..policies::PolicySettings::default()
             };
             let mut reconciler = Reconciler::new(kernel, Settings::default(), &metrics, &Log)
                 .with_policies(Engine::new(settings));
