@@ -417,8 +417,8 @@ fn start_logging(args: &Settings, log: &Lines) {
     };
 }
 
-fn settings(args: &Settings) -> Result<services::Settings, Error> {
-    Ok(services::Settings {
+fn settings(args: &Settings) -> Result<services::ServiceSettings, Error> {
+    Ok(services::ServiceSettings {
         detect_local: match args.detect_local()? {
             settings::DetectLocal::ClusterCidr(ranges) => DetectLocal::ClusterCidr(ranges),
             settings::DetectLocal::NodeCidr => DetectLocal::NodeCidr,

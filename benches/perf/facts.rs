@@ -2,7 +2,7 @@
 
 use nftlet::model::{Event, Kind};
 use nftlet::nft::Ruleset;
-use nftlet::services::{self, DetectLocal, Settings};
+use nftlet::services::{self, DetectLocal, ServiceSettings};
 use nftlet::services::{Marks, Store};
 use nftlet::source::Decoder;
 
@@ -30,11 +30,11 @@ pub fn event(decoder: &mut Decoder, (kind, object): &Put) -> Event {
 }
 
 /// Returns the settings of the nodes that are measured.
-pub fn settings() -> Settings {
+pub fn settings() -> ServiceSettings {
     let cidrs = POD_CIDRS.map(|cidr| cidr.parse().expect("a range"));
-    Settings {
+    ServiceSettings {
         detect_local: DetectLocal::ClusterCidr(cidrs.into()),
-        ..Settings::default()
+        ..ServiceSettings::default()
     }
 }
 

@@ -21,7 +21,7 @@ use crate::sync::{Log, Reporter};
 pub(super) fn run(
     args: &Settings,
     node_name: &str,
-    settings: &services::Settings,
+    settings: &services::ServiceSettings,
 ) -> Result<(), Error> {
     let (store, mut policies) = single_threaded()?.block_on(collect(args, node_name, settings))?;
     let (mut wanted, notices) = services::wanted(&store, settings);
@@ -37,7 +37,7 @@ pub(super) fn run(
 async fn collect(
     args: &Settings,
     node_name: &str,
-    settings: &services::Settings,
+    settings: &services::ServiceSettings,
 ) -> Result<(Store, Engine), Error> {
     let mut store = settings.store(Store::with_fallback_node(fallback_node(node_name)));
     let log_group = args.log_denied.then_some(LOG_GROUP);

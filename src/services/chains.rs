@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::layout::{
     By, Clients, NODEPORT_ADDRESSES, Scope, ServiceSet, affinity_key, original_affinity_key, target,
 };
-use super::settings::{LocalDetector, Settings};
+use super::settings::{LocalDetector, ServiceSettings};
 use super::skeleton::{DSTNAT, MARK_OFF_CLUSTER};
 use super::sources::SourceList;
 use crate::model::{Family, Protocol};
@@ -133,7 +133,7 @@ impl SharedChain {
     }
 
     /// The rules.
-    pub fn chain(&self, settings: &Settings, family: Family) -> Chain {
+    pub fn chain(&self, settings: &ServiceSettings, family: Family) -> Chain {
         let (base, rules) = match self {
             SharedChain::Frontend(handle) => (None, handle.rules(settings, family)),
             SharedChain::Follow(clients) => (None, follow(clients)),
@@ -202,7 +202,7 @@ impl FrontendChain {
         }
     }
 
-    fn rules(&self, settings: &Settings, family: Family) -> Vec<Rule> {
+    fn rules(&self, settings: &ServiceSettings, family: Family) -> Vec<Rule> {
         if let Some(clients) = self.follow() {
             // Clients that are known go to their endpoint, the others on to a random one. The map
             // is asked in a chain of its own: the kernel looks at all of its elements when a rule

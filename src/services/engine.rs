@@ -18,7 +18,7 @@ use super::queue::{Done, ServiceQueue, Task};
 use super::removed::RemovedFrontends;
 use super::replaced::{HealthCheck, Replaced, ServiceChanges};
 use super::service::{Compilation, plan};
-use super::settings::Settings;
+use super::settings::ServiceSettings;
 use super::size::{TooLarge, elements};
 use super::tables::{NoLocalEndpoints, Tables, TransactionDraft};
 use crate::engine::{self, BUDGET, Update};
@@ -38,7 +38,7 @@ const CLAIMS: usize = 2;
 /// The engine of the services' rules.
 #[derive(Debug)]
 pub struct Engine {
-    settings: Settings,
+    settings: ServiceSettings,
     store: Store,
     tables: Tables,
     /// Services left out because the kernel refused them.
@@ -65,7 +65,7 @@ type PlanChanges = Vec<(ObjectName, PlanChange)>;
 
 impl Engine {
     /// Creates an engine that knows no objects.
-    pub fn new(settings: Settings) -> Self {
+    pub fn new(settings: ServiceSettings) -> Self {
         Self {
             tables: Tables::new(settings.clone()),
             store: settings.store(Store::default()),
@@ -675,7 +675,7 @@ impl engine::Engine for Engine {
 
 /// Returns the rules that the objects ask for, from scratch, as a new process would compile them.
 /// Services that ask for too much are left out and named.
-pub fn wanted(store: &Store, settings: &Settings) -> (Ruleset, Vec<Notice>) {
+pub fn wanted(store: &Store, settings: &ServiceSettings) -> (Ruleset, Vec<Notice>) {
     let mut tables = Tables::new(settings.clone());
     tables.set_skeletons(store, None);
     let mut notices = Vec::new();

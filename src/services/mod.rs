@@ -65,7 +65,7 @@ pub use plan::{Affinity, ElementOf, Frontend, Pool, Route, ServicePlan, Target};
 pub use removed::{RemovedFrontends, address, number};
 pub use replaced::{HealthCheck, Replaced, ServiceChanges};
 pub use service::{Compilation, plan};
-pub use settings::{DetectLocal, LocalDetector, MasqueradeBit, Settings};
+pub use settings::{DetectLocal, LocalDetector, MasqueradeBit, ServiceSettings};
 pub use size::{TooLarge, elements};
 pub use skeleton::{is_base_chain, skeleton};
 pub use sources::SourceList;

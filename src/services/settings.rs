@@ -12,7 +12,7 @@ use crate::services::Store;
 
 /// Options of the command line that shape the rules.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Settings {
+pub struct ServiceSettings {
     /// `--detect-local-mode` with what it needs to know: which traffic comes from pods.
     pub detect_local: DetectLocal,
     /// `--masquerade-all`: masquerade all traffic to ClusterIPs.
@@ -100,7 +100,7 @@ impl LocalDetector {
     }
 }
 
-impl Settings {
+impl ServiceSettings {
     /// How rules of a family tell traffic of pods. It does not depend on the Node object, whose
     /// ranges are elements of a set. (Whether there is a range at all decides on one rule of the
     /// skeleton.)
@@ -157,8 +157,8 @@ mod tests {
             zone: None,
             going_away: false,
         };
-        let mut settings = Settings::default();
-        let primary = |settings: &Settings, node: &Node| {
+        let mut settings = ServiceSettings::default();
+        let primary = |settings: &ServiceSettings, node: &Node| {
             Family::ALL.map(|family| {
                 let ranges = settings.nodeport_ranges(family, Some(node));
                 ranges.iter().map(ToString::to_string).collect::<String>()

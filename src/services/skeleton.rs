@@ -4,7 +4,7 @@ use ipnet::IpNet;
 
 use super::chains::{LearnAt, SharedChain};
 use super::layout::{By, NODEPORT_ADDRESSES, POD_NETWORKS, SERVICE_CIDRS, ServiceSet};
-use super::settings::{LocalDetector, Settings};
+use super::settings::{LocalDetector, ServiceSettings};
 use crate::engine::table_family;
 use crate::model::{Family, Node};
 use crate::nft::{
@@ -37,7 +37,7 @@ const AFTER_DSTNAT: i32 = -1;
 /// `service_cidrs` may hold ranges of both families.
 pub fn skeleton(
     family: Family,
-    settings: &Settings,
+    settings: &ServiceSettings,
     node: Option<&Node>,
     service_cidrs: &[IpNet],
 ) -> Table {
@@ -115,7 +115,7 @@ pub fn skeleton(
 /// Whether nftlet gives this name to a base chain of its service tables. A name that is given up must
 /// stay known here, or the rules of an earlier version would not last until the first lists.
 pub fn is_base_chain(name: &Name) -> bool {
-    let skeleton = skeleton(Family::V4, &Settings::default(), None, &[]);
+    let skeleton = skeleton(Family::V4, &ServiceSettings::default(), None, &[]);
     let fixed = skeleton.chains.get(name);
     let mut learning = [LearnAt::Prerouting, LearnAt::Output].into_iter();
     fixed.is_some_and(|chain| chain.base.is_some())
@@ -206,7 +206,7 @@ fn unknown_port() -> Rule {
     Rule::new([to(ServiceSet::ClusterIps.name()), goto(REJECT)])
 }
 
-fn postrouting(settings: &Settings) -> Vec<Rule> {
+fn postrouting(settings: &ServiceSettings) -> Vec<Rule> {
     let mark = settings.masquerade_bit.mark();
     vec![
         Rule::new([Statement::MarkBits(Comparison::Is, mark), goto(MASQUERADE)]),
@@ -250,7 +250,7 @@ fn firewall() -> Vec<Rule> {
 fn mark_off_cluster(
     detector: LocalDetector,
     family: Family,
-    settings: &Settings,
+    settings: &ServiceSettings,
     node: Option<&Node>,
 ) -> Vec<Rule> {
     if detector == LocalDetector::PodNetworks && settings.pod_networks(family, node).is_empty() {

@@ -14,7 +14,7 @@ use super::chains::SharedChain;
 use super::change::{Edit, PlanChange};
 use super::layout::{Clients, ServiceSet, table_id};
 use super::plan::{ElementOf, ServicePlan};
-use super::settings::Settings;
+use super::settings::ServiceSettings;
 use super::skeleton::skeleton;
 use crate::model::{Family, ObjectName};
 use crate::nft::{Element, Key, Name, Op, Ruleset, SetOf, Sums, Table, TableId, Transaction, diff};
@@ -23,7 +23,7 @@ use crate::services::Store;
 /// The rules in force.
 #[derive(Clone, Debug, Default)]
 pub struct Tables {
-    settings: Settings,
+    settings: ServiceSettings,
     skeletons: BTreeMap<Family, Table>,
     /// Shared with copies, which cost little then.
     plans: HashMap<ObjectName, Arc<ServicePlan>>,
@@ -88,7 +88,7 @@ struct TableDraft {
 
 impl Tables {
     /// Nothing in force yet.
-    pub fn new(settings: Settings) -> Self {
+    pub fn new(settings: ServiceSettings) -> Self {
         Self {
             settings,
             ..Self::default()

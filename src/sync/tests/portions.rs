@@ -385,7 +385,7 @@ fn many_ports_and_many_endpoints_are_within_the_bound() {
         for event in [put(service), put(slice)] {
             store.apply(event, &mut marks);
         }
-        let plan = services::plan(&store, &name, &Settings::default(), None);
+        let plan = services::plan(&store, &name, &ServiceSettings::default(), None);
         let plan = plan.unwrap().unwrap();
         assert_eq!(plan.frontends.len(), usize::from(ports));
         let reached = plan.reach().map(|(_, pool)| pool.targets.len());
