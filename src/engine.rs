@@ -19,7 +19,7 @@ use crate::nft::{self, ObjectPath, Ruleset, Transaction};
 pub const BUDGET: usize = 2_000;
 
 /// Returns the family of the tables for an address family.
-pub fn table_family(family: model::Family) -> nft::Family {
+pub(crate) fn table_family(family: model::Family) -> nft::Family {
     match family {
         model::Family::V4 => nft::Family::Ip,
         model::Family::V6 => nft::Family::Ip6,

@@ -46,7 +46,7 @@ impl AddressClaimants {
     }
 
     /// Whether none of them has a sandbox.
-    pub fn are_all_gone(&self) -> bool {
+    pub(crate) fn are_all_gone(&self) -> bool {
         self.all.first().is_none_or(AddressClaimant::is_gone)
     }
 

@@ -20,7 +20,7 @@ pub(super) struct TableDelta {
 impl TableDelta {
     /// Makes the two sides fit to be compared: elements in order, and the sets that every table has
     /// on both sides, since one that only one side has would be made or deleted.
-    pub fn align(&mut self) {
+    pub(crate) fn align(&mut self) {
         let both = Direction::ALL.into_iter();
         let names =
             both.flat_map(|direction| [direction.pods(0), direction.denied(), direction.links()]);

@@ -92,14 +92,9 @@ impl Engine {
     /// With someone who knows the interfaces of the host. Without one link-local addresses are as
     /// those of pods that nobody isolates.
     #[must_use]
-    pub fn with_links(mut self, find: FindLinks) -> Self {
+    pub(crate) fn with_links(mut self, find: FindLinks) -> Self {
         self.find_links = find;
         self
-    }
-
-    /// Whether connections shall be cut that no policy allows any more.
-    pub fn is_strict(&self) -> bool {
-        self.settings.strict
     }
 
     /// An engine that keeps the tables away: it needs no list and knows no policy.
@@ -115,12 +110,12 @@ impl Engine {
     }
 
     /// Whether policies are enforced at all.
-    pub fn is_on(&self) -> bool {
+    pub(crate) fn is_on(&self) -> bool {
         self.on
     }
 
     /// Whether there are policies now, and were none at the last update.
-    pub fn has_first_policies(&self) -> bool {
+    pub(crate) fn has_first_policies(&self) -> bool {
         !self.exists && self.inventory.counts().2 > 0
     }
 
@@ -129,7 +124,7 @@ impl Engine {
     }
 
     /// The pod that has an address, or one that may have it: for logs.
-    pub fn pod_at(&self, address: IpAddr) -> Option<&ObjectName> {
+    pub(crate) fn pod_at(&self, address: IpAddr) -> Option<&ObjectName> {
         let mut local = self.inventory.isolating(address);
         let departed = || self.inventory.departed(address);
         let pod = local.next().or_else(departed);

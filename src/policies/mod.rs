@@ -49,11 +49,11 @@ mod tests;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-pub use changes::{Isolated, PolicyChanges};
+pub(crate) use changes::{Isolated, PolicyChanges};
 pub use engine::Engine;
 pub use evaluate::Connection;
 pub use layout::{Direction, TABLE, table_id};
-pub use rules::is_base_chain;
+pub(crate) use rules::is_base_chain;
 
 /// The NFLOG group that denied packets are sent to with `--log-denied`. Other programs mostly
 /// have small numbers.

@@ -93,7 +93,7 @@ impl Engine {
 
     /// Has the next update look up the interfaces of isolated pods: the host may have changed
     /// without an event.
-    pub fn look_at_links(&mut self) {
+    pub(crate) fn look_at_links(&mut self) {
         self.touched.links = true;
     }
 

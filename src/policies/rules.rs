@@ -126,7 +126,7 @@ fn bases(direction: Direction) -> &'static [(&'static str, Hook, i32)] {
 
 /// Whether nftlet gives this name to a base chain of its policy tables. A name that is given up must
 /// stay known here, or the rules of an earlier version would not last until the first lists.
-pub fn is_base_chain(name: &Name) -> bool {
+pub(crate) fn is_base_chain(name: &Name) -> bool {
     let mut bases = Direction::ALL.into_iter().flat_map(bases);
     bases.any(|(base, ..)| {
         let layer = name.as_str().strip_prefix(base);

@@ -263,7 +263,7 @@ impl Sets {
     }
 
     /// Whether a family's table uses a set.
-    pub fn is_used(&self, id: SetId, family: Family) -> bool {
+    pub(crate) fn is_used(&self, id: SetId, family: Family) -> bool {
         let uses = self
             .entries
             .get(&id)
@@ -278,7 +278,7 @@ impl Sets {
     }
 
     /// Forgets a set that no table uses.
-    pub fn sweep(&mut self, id: SetId) {
+    pub(crate) fn sweep(&mut self, id: SetId) {
         let unused = self
             .entries
             .get(&id)
@@ -294,7 +294,7 @@ impl Sets {
     }
 
     /// Notes that a namespace is new, has other labels, or is gone.
-    pub fn namespace_changed(&mut self, name: &str, inventory: &Inventory) {
+    pub(crate) fn namespace_changed(&mut self, name: &str, inventory: &Inventory) {
         let known = inventory.has_namespace(name);
         let labels = known.then(|| inventory.namespace(name));
         self.index
@@ -315,7 +315,7 @@ impl Sets {
     /// Calls `found` with the elements that all pods bring to some of the sets, in no order.
     ///
     /// Only pods that may be in one of them are looked at, and only for these sets.
-    pub fn for_each_member(
+    pub(crate) fn for_each_member(
         &self,
         ids: &[SetId],
         inventory: &Inventory,
@@ -360,7 +360,7 @@ impl Sets {
     }
 
     /// The elements that a set has whatever pods there are.
-    pub fn fixed_elements(&self, id: SetId) -> Vec<Element> {
+    pub(crate) fn fixed_elements(&self, id: SetId) -> Vec<Element> {
         let entry = self.entries.get(&id);
         entry.map_or_else(Vec::new, |entry| entry.fixed.clone())
     }

@@ -269,7 +269,7 @@ impl FrontendChain {
 }
 
 /// Whether a chain that frontends lead to is one of external policy Local.
-pub fn is_bound_to_node(chain: &Name) -> bool {
+pub(crate) fn is_bound_to_node(chain: &Name) -> bool {
     let name = chain.as_str();
     name.strip_prefix("nodeport-")
         .unwrap_or(name)

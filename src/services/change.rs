@@ -129,7 +129,7 @@ impl PlanChange {
     }
 
     /// What a step does.
-    pub fn edits(&self, step: usize, mut then: impl FnMut(Family, Edit)) {
+    pub(crate) fn edits(&self, step: usize, mut then: impl FnMut(Family, Edit)) {
         match self.steps.get(step) {
             None => {}
             Some(PlanStep::Acquire(set, place)) => {
@@ -168,7 +168,7 @@ impl PlanChange {
     }
 
     /// The service's own elements in the table of a family when so many steps are taken.
-    pub fn own_elements_after(&self, steps: usize, family: Family) -> Vec<ElementOf> {
+    pub(crate) fn own_elements_after(&self, steps: usize, family: Family) -> Vec<ElementOf> {
         let old = self.old.as_ref();
         let mut found: HashMap<(ServiceSet, Key), Element> = old
             .map_or_else(Vec::new, |plan| plan.own_elements(family))

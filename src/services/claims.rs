@@ -144,7 +144,7 @@ impl Claims {
     }
 
     /// Whether a port of the node is the health check of this service and of nothing else.
-    pub fn owns_health_check(&self, name: &ObjectName, port: u16) -> bool {
+    pub(crate) fn owns_health_check(&self, name: &ObjectName, port: u16) -> bool {
         let holder = self.holder(&Claim::NodePort(Protocol::Tcp, port));
         holder.is_some_and(|holder| holder.health_check && holder.name == *name)
     }
@@ -296,7 +296,7 @@ impl Claims {
 
     /// Replaces what no service may take. A change of the servers alone looks at their claims; any
     /// other one looks at all claims of addresses that are no ClusterIPs.
-    pub fn reserve(&mut self, reserved: Reserved) -> ClaimChanges {
+    pub(crate) fn reserve(&mut self, reserved: Reserved) -> ClaimChanges {
         let old = &self.reserved;
         if *old == reserved {
             return ClaimChanges::default();

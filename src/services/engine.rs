@@ -85,14 +85,14 @@ impl Engine {
 
     /// Sets the Node that is used while the own Node object is missing, before the first event.
     #[must_use]
-    pub fn with_fallback_node(mut self, node: Node) -> Self {
+    pub(crate) fn with_fallback_node(mut self, node: Node) -> Self {
         self.store = self.settings.store(Store::with_fallback_node(node));
         self
     }
 
     /// Sets the number of elements from which on a change is divided, before the first event.
     #[must_use]
-    pub fn with_portions_of(mut self, elements: usize) -> Self {
+    pub(crate) fn with_portions_of(mut self, elements: usize) -> Self {
         self.portion = elements;
         self
     }
@@ -131,7 +131,7 @@ impl Engine {
     }
 
     /// Returns how many services have endpoints, but none where a policy Local wants them.
-    pub fn no_local_endpoints(&self) -> NoLocalEndpoints {
+    pub(crate) fn no_local_endpoints(&self) -> NoLocalEndpoints {
         self.tables.no_local_endpoints()
     }
 
@@ -141,24 +141,24 @@ impl Engine {
     }
 
     /// Whether a change of a service is known that is not compiled or not written as a whole.
-    pub fn is_waiting(&self, service: &ObjectName) -> bool {
+    pub(crate) fn is_waiting(&self, service: &ObjectName) -> bool {
         self.queue.has(service) || self.marks.services.contains(service)
     }
 
     /// Whether something changed since the last update.
-    pub fn is_marked(&self) -> bool {
+    pub(crate) fn is_marked(&self) -> bool {
         !self.marks.is_empty()
     }
 
     /// Takes the services whose endpoints changed, with the time of each change in milliseconds since
     /// 1970 (annotation `endpoints.kubernetes.io/last-change-trigger-time`).
-    pub fn take_triggers(&mut self) -> Vec<(ObjectName, i64)> {
+    pub(crate) fn take_triggers(&mut self) -> Vec<(ObjectName, i64)> {
         std::mem::take(&mut self.marks.triggered_at_ms)
     }
 
     /// Removes the chains that no service has used since a moment with the next update that has
     /// nothing else to do.
-    pub fn expire_unused_chains(&mut self, unused_since: Instant) {
+    pub(crate) fn expire_unused_chains(&mut self, unused_since: Instant) {
         self.expire = Some(unused_since);
     }
 

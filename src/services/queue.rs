@@ -104,7 +104,7 @@ impl ServiceQueue {
     }
 
     /// Whether an event of the service waits.
-    pub fn has_event(&self, service: &ObjectName) -> bool {
+    pub(crate) fn has_event(&self, service: &ObjectName) -> bool {
         let waiting = self.waiting.get(service);
         waiting.is_some_and(|waiting| waiting.event.is_some())
     }
@@ -118,18 +118,18 @@ impl ServiceQueue {
     }
 
     /// Whether a change of the service is being written.
-    pub fn is_written(&self, service: &ObjectName) -> bool {
+    pub(crate) fn is_written(&self, service: &ObjectName) -> bool {
         let waiting = self.waiting.get(service);
         waiting.is_some_and(|waiting| waiting.write.is_some())
     }
 
     /// Puts an event in line, in the place of an older one.
-    pub fn put_off(&mut self, service: &ObjectName, event: Event) {
+    pub(crate) fn put_off(&mut self, service: &ObjectName, event: Event) {
         self.enter(service).event = Some(event);
     }
 
     /// Drops the event of a service, which a newer one replaces that does not wait.
-    pub fn drop_event(&mut self, service: &ObjectName) {
+    pub(crate) fn drop_event(&mut self, service: &ObjectName) {
         if let Some(waiting) = self.waiting.get_mut(service) {
             waiting.event = None;
             self.leave_if_idle(service);
@@ -137,7 +137,7 @@ impl ServiceQueue {
     }
 
     /// Drops all events: a list replaces them.
-    pub fn drop_events(&mut self) {
+    pub(crate) fn drop_events(&mut self) {
         for service in self.services() {
             self.drop_event(&service);
         }
@@ -150,7 +150,7 @@ impl ServiceQueue {
     }
 
     /// Compiles a service again once a change is written.
-    pub fn look_again(&mut self, service: &ObjectName) {
+    pub(crate) fn look_again(&mut self, service: &ObjectName) {
         self.again.insert(service.clone());
     }
 
@@ -170,18 +170,18 @@ impl ServiceQueue {
     }
 
     /// Takes a frontend. Returns whether no other service has it.
-    pub fn take_frontend(&mut self, service: &ObjectName, frontend: &Frontend) -> bool {
+    pub(crate) fn take_frontend(&mut self, service: &ObjectName, frontend: &Frontend) -> bool {
         let taken = self.taken.entry((frontend.family, frontend.at));
         taken.or_insert_with(|| service.clone()) == service
     }
 
     /// Goes on to compile a service with a later call.
-    pub fn compile_on(&mut self, service: &ObjectName, compilation: Compilation) {
+    pub(crate) fn compile_on(&mut self, service: &ObjectName, compilation: Compilation) {
         self.enter(service).compilation = Some(compilation);
     }
 
     /// What is compiled of a service.
-    pub fn take_compilation(&mut self, service: &ObjectName) -> Option<Compilation> {
+    pub(crate) fn take_compilation(&mut self, service: &ObjectName) -> Option<Compilation> {
         self.waiting.get_mut(service)?.compilation.take()
     }
 
@@ -192,7 +192,7 @@ impl ServiceQueue {
     }
 
     /// The service that has a frontend of this plan until its change is written.
-    pub fn taker(&self, service: &ObjectName, plan: &ServicePlan) -> Option<&ObjectName> {
+    pub(crate) fn taker(&self, service: &ObjectName, plan: &ServicePlan) -> Option<&ObjectName> {
         if self.taken.is_empty() {
             return None;
         }
@@ -204,7 +204,7 @@ impl ServiceQueue {
     }
 
     /// Leaves the frontends out of a plan that others have until their changes are written.
-    pub fn withhold(&self, service: &ObjectName, plan: &mut ServicePlan) {
+    pub(crate) fn withhold(&self, service: &ObjectName, plan: &mut ServicePlan) {
         let frontends = std::mem::take(&mut plan.frontends).into_vec();
         let free = frontends.into_iter().filter(|frontend| {
             let taker = self.taken.get(&(frontend.family, frontend.at));
@@ -233,7 +233,7 @@ impl ServiceQueue {
     }
 
     /// Notes that a service has had its turn, and with it the namespace.
-    pub fn had_turn(&mut self, service: &ObjectName) {
+    pub(crate) fn had_turn(&mut self, service: &ObjectName) {
         service.namespace().clone_into(&mut self.last);
     }
 
@@ -308,7 +308,7 @@ impl ServiceQueue {
     }
 
     /// The services that were to be compiled again.
-    pub fn take_again(&mut self) -> BTreeSet<ObjectName> {
+    pub(crate) fn take_again(&mut self) -> BTreeSet<ObjectName> {
         std::mem::take(&mut self.again)
     }
 

@@ -56,7 +56,7 @@ pub struct HealthCheck {
 
 impl Replaced {
     /// Whether the plan is another one.
-    pub fn is_other_plan(&self) -> bool {
+    pub(crate) fn is_other_plan(&self) -> bool {
         match (&self.old, &self.new) {
             (Some(old), Some(new)) => !Arc::ptr_eq(old, new),
             (None, None) => false,
@@ -97,7 +97,7 @@ impl ServiceChanges {
 
 impl ServiceChanges {
     /// Whether clients of services with session affinity may be left without their endpoint.
-    pub fn concerns_affinity(&self) -> bool {
+    pub(crate) fn concerns_affinity(&self) -> bool {
         let has = |plan: &Option<Arc<ServicePlan>>| {
             plan.as_ref().is_some_and(|plan| plan.affinity.is_some())
         };

@@ -127,7 +127,7 @@ impl Compilation {
 
     /// Goes on with so many frontends and endpoints, about, leaving out the frontends that are not
     /// free. Returns whether these were the last.
-    pub fn advance(
+    pub(crate) fn advance(
         &mut self,
         store: &Store,
         settings: &ServiceSettings,

@@ -83,7 +83,7 @@ pub enum LocalDetector {
 
 impl LocalDetector {
     /// Matches packets that come from pods, or those that do not; `None` where nothing tells.
-    pub fn from_local_pods(&self, comparison: Comparison) -> Option<Statement> {
+    pub(crate) fn from_local_pods(&self, comparison: Comparison) -> Option<Statement> {
         match self {
             LocalDetector::None => None,
             LocalDetector::PodNetworks => Some(Statement::InSet(
@@ -104,7 +104,7 @@ impl ServiceSettings {
     /// How rules of a family tell traffic of pods. It does not depend on the Node object, whose
     /// ranges are elements of a set. (Whether there is a range at all decides on one rule of the
     /// skeleton.)
-    pub fn detector(&self, family: Family) -> LocalDetector {
+    pub(crate) fn detector(&self, family: Family) -> LocalDetector {
         match &self.detect_local {
             DetectLocal::ClusterCidr(_) if self.pod_networks(family, None).is_empty() => {
                 LocalDetector::None
@@ -120,7 +120,7 @@ impl ServiceSettings {
     }
 
     /// The ranges of pod addresses in a family, where pods are told by address.
-    pub fn pod_networks(&self, family: Family, node: Option<&Node>) -> Vec<IpNet> {
+    pub(crate) fn pod_networks(&self, family: Family, node: Option<&Node>) -> Vec<IpNet> {
         let ranges = match &self.detect_local {
             DetectLocal::ClusterCidr(ranges) => ranges.as_slice(),
             DetectLocal::NodeCidr => node.map_or(&[][..], |node| &node.pod_cidrs),
@@ -136,7 +136,7 @@ impl ServiceSettings {
     }
 
     /// The ranges whose local addresses answer NodePorts. Loopback addresses never do.
-    pub fn nodeport_ranges(&self, family: Family, node: Option<&Node>) -> Vec<IpNet> {
+    pub(crate) fn nodeport_ranges(&self, family: Family, node: Option<&Node>) -> Vec<IpNet> {
         self.nodeport_addresses
             .ranges(family, self.bind_address, node)
     }

@@ -15,7 +15,7 @@ use crate::nft::{
 /// Refuses packets.
 pub const REJECT: &str = "reject-service";
 /// Marks packets from outside of the pod network.
-pub const MARK_OFF_CLUSTER: &str = "mark-off-cluster";
+pub(crate) const MARK_OFF_CLUSTER: &str = "mark-off-cluster";
 const SERVICES: &str = "services";
 const MASQUERADE: &str = "masquerade-marked";
 /// Looks up where frontends lead that only clients in source ranges may use.
@@ -114,7 +114,7 @@ pub fn skeleton(
 
 /// Whether nftlet gives this name to a base chain of its service tables. A name that is given up must
 /// stay known here, or the rules of an earlier version would not last until the first lists.
-pub fn is_base_chain(name: &Name) -> bool {
+pub(crate) fn is_base_chain(name: &Name) -> bool {
     let skeleton = skeleton(Family::V4, &ServiceSettings::default(), None, &[]);
     let fixed = skeleton.chains.get(name);
     let mut learning = [LearnAt::Prerouting, LearnAt::Output].into_iter();

@@ -89,7 +89,7 @@ pub struct Store {
 
 impl Store {
     /// An empty store that knows a stand-in for the own node, used while its object is missing.
-    pub fn with_fallback_node(node: Node) -> Self {
+    pub(crate) fn with_fallback_node(node: Node) -> Self {
         Self {
             fallback_node: Some(Arc::new(node)),
             ..Self::default()
@@ -99,7 +99,7 @@ impl Store {
     /// The same store, with NodePorts on these addresses. `bound` is the node's primary address of
     /// its family, whatever the Node object says.
     #[must_use]
-    pub fn with_node_ports(self, on: NodePortAddresses, bound: Option<IpAddr>) -> Self {
+    pub(crate) fn with_node_ports(self, on: NodePortAddresses, bound: Option<IpAddr>) -> Self {
         let mut store = Self {
             node_ports: (on, bound),
             ..self
@@ -109,7 +109,7 @@ impl Store {
     }
 
     /// Whether every kind of [`Kind::SERVICES`] was listed completely once.
-    pub fn is_complete(&self) -> bool {
+    pub(crate) fn is_complete(&self) -> bool {
         Kind::SERVICES
             .iter()
             .all(|kind| self.lists.is_complete(*kind))
@@ -124,7 +124,7 @@ impl Store {
     }
 
     /// Whether a list of a kind is being read.
-    pub fn is_listing(&self, kind: Kind) -> bool {
+    pub(crate) fn is_listing(&self, kind: Kind) -> bool {
         self.lists.is_open(kind)
     }
 
@@ -156,7 +156,7 @@ impl Store {
     }
 
     /// The ranges of service addresses.
-    pub fn service_cidrs(&self) -> impl Iterator<Item = ipnet::IpNet> + '_ {
+    pub(crate) fn service_cidrs(&self) -> impl Iterator<Item = ipnet::IpNet> + '_ {
         self.service_cidrs
             .values()
             .flat_map(|o| o.cidrs.iter().copied())
@@ -168,12 +168,12 @@ impl Store {
     }
 
     /// Whether the health check of a service may answer at a port of the node.
-    pub fn owns_health_check(&self, service: &ObjectName, port: u16) -> bool {
+    pub(crate) fn owns_health_check(&self, service: &ObjectName, port: u16) -> bool {
         self.claims.owns_health_check(service, port)
     }
 
     /// The slices of a service.
-    pub fn slices_of(&self, service: &ObjectName) -> SlicesOf<'_> {
+    pub(crate) fn slices_of(&self, service: &ObjectName) -> SlicesOf<'_> {
         let names = self.slices_of.get(service).into_iter().flatten();
         SlicesOf::new(names.filter_map(|name| self.slices.get(name)))
     }
@@ -208,7 +208,7 @@ impl Store {
     }
 
     /// Whether an event of a service is being taken over.
-    pub fn is_taking_over(&self, service: &ObjectName) -> bool {
+    pub(crate) fn is_taking_over(&self, service: &ObjectName) -> bool {
         self.takeovers.contains_key(service)
     }
 

@@ -101,7 +101,7 @@ impl Tables {
     }
 
     /// The same, to be kept.
-    pub fn shared_plan(&self, service: &ObjectName) -> Option<&Arc<ServicePlan>> {
+    pub(crate) fn shared_plan(&self, service: &ObjectName) -> Option<&Arc<ServicePlan>> {
         self.plans.get(service)
     }
 
@@ -116,7 +116,11 @@ impl Tables {
     }
 
     /// Compiles the skeletons anew and drafts what changed in them.
-    pub fn set_skeletons(&mut self, store: &Store, mut draft: Option<&mut TransactionDraft>) {
+    pub(crate) fn set_skeletons(
+        &mut self,
+        store: &Store,
+        mut draft: Option<&mut TransactionDraft>,
+    ) {
         let cidrs: Vec<_> = store.service_cidrs().collect();
         for family in Family::ALL {
             let node = store.node().map(|node| &**node);
@@ -179,7 +183,7 @@ impl Tables {
 
     /// Drafts further steps of a change, until they make so many elements. Returns the number of
     /// elements, and whether the plan is in force with them.
-    pub fn advance(
+    pub(crate) fn advance(
         &mut self,
         service: &ObjectName,
         most: usize,
@@ -266,7 +270,7 @@ impl Tables {
     }
 
     /// How many services have endpoints, but none where a policy Local wants them.
-    pub fn no_local_endpoints(&self) -> NoLocalEndpoints {
+    pub(crate) fn no_local_endpoints(&self) -> NoLocalEndpoints {
         self.no_local_endpoints
     }
 
@@ -361,7 +365,7 @@ impl Tables {
     }
 
     /// Everything in force as a ruleset without elements, of which the sums take note.
-    pub fn summed(&self, sums: &mut Sums) -> Ruleset {
+    pub(crate) fn summed(&self, sums: &mut Sums) -> Ruleset {
         let mut frame = self.frame();
         sums.take(&mut frame);
         for family in self.skeletons.keys() {
@@ -386,13 +390,13 @@ impl Tables {
     }
 
     /// Forgets chains that no service uses, where the kernel is about to be compared anyway.
-    pub fn forget_chains(&mut self) {
+    pub(crate) fn forget_chains(&mut self) {
         self.other_clients = true;
         self.chains.retain(|_, users| !users.is_unused());
     }
 
     /// When the first of the chains that no service uses now lost its last user.
-    pub fn unused_since(&self) -> Option<Instant> {
+    pub(crate) fn unused_since(&self) -> Option<Instant> {
         let unused = self.chains.values().filter_map(|users| match users {
             Use::By(_) => None,
             Use::UnusedSince(since) => Some(*since),
@@ -401,7 +405,7 @@ impl Tables {
     }
 
     /// The namespaces that remember clients, if they are others than at the last call.
-    pub fn take_other_clients(&mut self) -> Option<Sticky> {
+    pub(crate) fn take_other_clients(&mut self) -> Option<Sticky> {
         if !std::mem::take(&mut self.other_clients) {
             return None;
         }
