@@ -296,9 +296,9 @@ fn selectors(criterion: &mut Criterion) {
     group.sample_size(50);
     for policies in SIZES {
         let pods = Pods::new(PODS, policies);
-        let mut engine = Engine::new(policies::Settings {
+        let mut engine = Engine::new(policies::PolicySettings {
             node: NODE.into(),
-            ..policies::Settings::default()
+            ..policies::PolicySettings::default()
         });
         let events = events(pods.objects()).into_iter();
         events.for_each(|event| engine.apply(&event));

@@ -49,14 +49,14 @@ use crate::followers::conntrack::{self, Cleaner, KernelFlows};
 use crate::followers::health_checks::HealthChecks;
 use crate::host::{addresses, routes};
 use crate::logging::Lines;
-use crate::model::{Event, Kind, Node, Notice, Object, Reason, Subject};
+use crate::model::{Event, Kind, Node, NodePortAddresses, Notice, Object, Reason, Subject};
 use crate::netlink::{self, Nftables};
 use crate::nft::Ruleset;
 use crate::policies::{self, Engine};
 use crate::serve::health::{self, Checks, Health, Quota};
 use crate::serve::metrics::Metrics;
 use crate::services::Store;
-use crate::services::{self, DetectLocal, MasqueradeBit, NodePortAddresses};
+use crate::services::{self, DetectLocal, MasqueradeBit};
 use crate::settings::file;
 use crate::settings::{self, Cleanup, CommandLine, LogFormat, Settings};
 use crate::source::cluster::Error as ClusterError;
@@ -261,7 +261,7 @@ fn run(mut line: CommandLine, log: &Lines) -> Result<(), Error> {
     let (ready, started) = oneshot::channel();
     let (health_checks, wanted_checks) = watch::channel(Checks::new());
     let mut followers = Followers::default();
-    let stand_in_name = node_name.clone();
+    let own_name = node_name.clone();
     // Where nobody reads the notices they are dropped.
     let (sender, notices) = mpsc::channel(events::QUEUE);
     let reporter = LogAndSend::new(sender);
@@ -323,8 +323,8 @@ fn run(mut line: CommandLine, log: &Lines) -> Result<(), Error> {
         leftovers::start(begin, bell)?;
     }
     let mut reconciler = Reconciler::new(nftables, settings, &metrics, &reporter)
-        .with_fallback_node(stand_in(&stand_in_name))
-        .with_policies(policies(args, &stand_in_name, observers.log_group))
+        .with_fallback_node(fallback_node(&own_name))
+        .with_policies(policies(args, &own_name, observers.log_group))
         .with_followers(followers);
     if let Some(stats) = stats {
         reconciler = reconciler.with_source_stats(stats);
@@ -417,8 +417,8 @@ fn start_logging(args: &Settings, log: &Lines) {
     };
 }
 
-fn settings(args: &Settings) -> Result<services::Settings, Error> {
-    Ok(services::Settings {
+fn settings(args: &Settings) -> Result<services::ServiceSettings, Error> {
+    Ok(services::ServiceSettings {
         detect_local: match args.detect_local()? {
             settings::DetectLocal::ClusterCidr(ranges) => DetectLocal::ClusterCidr(ranges),
             settings::DetectLocal::NodeCidr => DetectLocal::NodeCidr,
@@ -453,7 +453,7 @@ fn print(write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<(), Err
 
 /// Compiles the policies, or keeps their tables away.
 fn policies(args: &Settings, node_name: &str, log_group: Option<u16>) -> Engine {
-    let settings = policies::Settings {
+    let settings = policies::PolicySettings {
         node: node_name.into(),
         strict: args.network_policy_strict,
         log_group,
@@ -472,7 +472,7 @@ fn host_name() -> String {
 
 /// What is used of a node whose object is missing: its name, by which endpoints are local, and the
 /// host's addresses.
-fn stand_in(name: &str) -> Node {
+fn fallback_node(name: &str) -> Node {
     Node {
         name: name.into(),
         internal_ips: addresses::global(),

@@ -11,12 +11,20 @@
 
 use std::time::Instant;
 
-use crate::model::{Event, Kind, Notice, ObjectRef};
-use crate::nft::{ObjectPath, Ruleset, Transaction};
+use crate::model::{self, Event, Kind, Notice, ObjectRef};
+use crate::nft::{self, ObjectPath, Ruleset, Transaction};
 
 /// About how many elements a transaction deletes and adds, where it can be chosen. The kernel lets no
 /// other transaction in meanwhile, and no event is handled.
 pub const BUDGET: usize = 2_000;
+
+/// Returns the family of the tables for an address family.
+pub(crate) fn table_family(family: model::Family) -> nft::Family {
+    match family {
+        model::Family::V4 => nft::Family::Ip,
+        model::Family::V6 => nft::Family::Ip6,
+    }
+}
 
 /// A part of the rules, compiled from objects.
 pub trait Engine {

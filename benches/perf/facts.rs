@@ -2,8 +2,8 @@
 
 use nftlet::model::{Event, Kind};
 use nftlet::nft::Ruleset;
-use nftlet::services::{self, DetectLocal, Settings};
-use nftlet::services::{Changes, Store};
+use nftlet::services::{self, DetectLocal, ServiceSettings};
+use nftlet::services::{Marks, Store};
 use nftlet::source::Decoder;
 
 use crate::cluster::{POD_CIDRS, Put};
@@ -30,19 +30,19 @@ pub fn event(decoder: &mut Decoder, (kind, object): &Put) -> Event {
 }
 
 /// Returns the settings of the nodes that are measured.
-pub fn settings() -> Settings {
+pub fn settings() -> ServiceSettings {
     let cidrs = POD_CIDRS.map(|cidr| cidr.parse().expect("a range"));
-    Settings {
+    ServiceSettings {
         detect_local: DetectLocal::ClusterCidr(cidrs.into()),
-        ..Settings::default()
+        ..ServiceSettings::default()
     }
 }
 
 /// Returns a store with the facts of events.
 pub fn store(events: Vec<Event>) -> Store {
-    let (mut store, mut changes) = (Store::default(), Changes::default());
+    let (mut store, mut marks) = (Store::default(), Marks::default());
     for event in events {
-        store.apply(event, &mut changes);
+        store.apply(event, &mut marks);
     }
     store
 }

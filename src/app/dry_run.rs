@@ -5,14 +5,15 @@ use std::io::{self, Write};
 use tokio::sync::{mpsc, watch};
 
 use super::{
-    Error, QUEUE, connect, load, manifests, policies, print, single_threaded, stand_in, summary,
+    Error, QUEUE, connect, fallback_node, load, manifests, policies, print, single_threaded,
+    summary,
 };
 use crate::engine::{BUDGET, Engine as _};
 use crate::model::ServiceKind;
 use crate::nft::{Ruleset, text};
 use crate::policies::{Engine, LOG_GROUP};
 use crate::services;
-use crate::services::{Changes, Store};
+use crate::services::{Marks, Store};
 use crate::settings::Settings;
 use crate::sync::{Log, Reporter};
 
@@ -20,7 +21,7 @@ use crate::sync::{Log, Reporter};
 pub(super) fn run(
     args: &Settings,
     node_name: &str,
-    settings: &services::Settings,
+    settings: &services::ServiceSettings,
 ) -> Result<(), Error> {
     let (store, mut policies) = single_threaded()?.block_on(collect(args, node_name, settings))?;
     let (mut wanted, notices) = services::wanted(&store, settings);
@@ -36,16 +37,16 @@ pub(super) fn run(
 async fn collect(
     args: &Settings,
     node_name: &str,
-    settings: &services::Settings,
+    settings: &services::ServiceSettings,
 ) -> Result<(Store, Engine), Error> {
-    let mut store = settings.store(Store::with_stand_in(stand_in(node_name)));
+    let mut store = settings.store(Store::with_fallback_node(fallback_node(node_name)));
     let log_group = args.log_denied.then_some(LOG_GROUP);
     let mut policies = policies(args, node_name, log_group);
-    let mut changes = Changes::default();
+    let mut marks = Marks::default();
     if let Some(mut manifests) = manifests(args, node_name) {
         for event in load(&mut manifests, node_name)? {
             policies.apply(&event);
-            store.apply(event, &mut changes);
+            store.apply(event, &mut marks);
         }
     } else {
         let cluster = connect(args, node_name).await?;
@@ -57,19 +58,19 @@ async fn collect(
                 return Err(Error::SourceEnded);
             };
             policies.apply(&delivery.event);
-            store.apply(delivery.event, &mut changes);
-            report(&mut changes);
+            store.apply(delivery.event, &mut marks);
+            report(&mut marks);
         }
         stop.send_replace(true);
         drop(events);
         let _ = source.await;
     }
-    report(&mut changes);
+    report(&mut marks);
     Ok((store, policies))
 }
 
-fn report(changes: &mut Changes) {
-    for notice in changes.notices.drain(..) {
+fn report(marks: &mut Marks) {
+    for notice in marks.notices.drain(..) {
         Log.notice(&notice);
     }
 }

@@ -28,12 +28,12 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot};
 
+use crate::engine::table_family;
 use crate::host::addresses;
 use crate::model::{Family, Protocol};
 use crate::netlink::{Conntrack, Error, Removal, Tracked};
 use crate::policies::{Connection, PolicyChanges};
 use crate::serve::metrics::Metrics;
-use crate::services::table_family;
 use crate::sync::Query;
 
 /// The most connections that are judged at once.
@@ -244,7 +244,7 @@ impl<'a, T: Table, R: Remover> Cutter<'a, T, R> {
         let others = changes.isolated.is_some() || changes.rewritten;
         self.asked.add(Asked {
             all: self.strict && others,
-            addresses: changes.moved.iter().copied().collect(),
+            addresses: changes.reassigned.iter().copied().collect(),
         });
         if self.asked.is_empty() {
             return;

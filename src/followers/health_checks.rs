@@ -86,7 +86,7 @@ mod tests {
         Endpoint, EndpointSlice, Event, Family, Kind, Node, Notice, Object, ObjectRef, Protocol,
         Service, ServiceKind, ServicePort, SlicePort, TrafficPolicy,
     };
-    use crate::services::{Engine, Settings};
+    use crate::services::{Engine, ServiceSettings};
 
     struct Bench {
         engine: Engine,
@@ -151,7 +151,7 @@ mod tests {
         fn new() -> Self {
             let (sender, published) = watch::channel(Checks::new());
             let mut bench = Self {
-                engine: Engine::new(Settings::default()),
+                engine: Engine::new(ServiceSettings::default()),
                 checks: HealthChecks::new(sender),
                 published,
             };

@@ -63,7 +63,7 @@ impl Event {
     }
 
     /// Whether it concerns objects of these kinds: one of them or a list.
-    pub fn is_about(&self, kinds: &[Kind]) -> bool {
+    pub(crate) fn is_about(&self, kinds: &[Kind]) -> bool {
         let kind = match self {
             Event::ListStarted(kind) | Event::ListComplete(kind) => Some(*kind),
             Event::Apply(_) | Event::Delete(_) | Event::Servers(_) | Event::Notice(_) => {
@@ -294,7 +294,7 @@ impl Reason {
 
     /// Whether it happens all the time in a living cluster, where slices arrive before their
     /// services, and calls for nobody.
-    pub fn is_routine(self) -> bool {
+    pub(crate) fn is_routine(self) -> bool {
         matches!(
             self,
             Reason::OrphanSlice | Reason::OtherProxy | Reason::UnknownKind
@@ -302,7 +302,7 @@ impl Reason {
     }
 
     /// Whether it is about what this node met, and not about an object that all nodes read alike.
-    pub fn is_of_the_node(self) -> bool {
+    pub(crate) fn is_of_the_node(self) -> bool {
         match self {
             Reason::InvalidField
             | Reason::InvalidObject

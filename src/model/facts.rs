@@ -96,7 +96,7 @@ pub enum TrafficPolicy {
 }
 
 /// The most set elements that one service may ask for.
-pub const MOST_ELEMENTS: usize = 500_000;
+pub(crate) const MOST_ELEMENTS: usize = 500_000;
 
 /// A Service, reduced to the fields that become rules.
 ///
@@ -155,7 +155,7 @@ impl Service {
     }
 
     /// Whether its ports and addresses alone ask for more than [`MOST_ELEMENTS`].
-    pub fn is_oversized(&self) -> bool {
+    pub(crate) fn is_oversized(&self) -> bool {
         self.frontends() > MOST_ELEMENTS
     }
 }
@@ -226,12 +226,12 @@ const _: () = assert!(size_of::<Endpoint>() <= 48);
 
 impl Endpoint {
     /// The zones it is hinted for; `None` when it carries no zone hints.
-    pub fn zone_hints(&self) -> Option<&[Arc<str>]> {
+    pub(crate) fn zone_hints(&self) -> Option<&[Arc<str>]> {
         self.hints.as_ref()?.zones.as_deref()
     }
 
     /// The nodes it is hinted for; `None` when it carries no node hints.
-    pub fn node_hints(&self) -> Option<&[Arc<str>]> {
+    pub(crate) fn node_hints(&self) -> Option<&[Arc<str>]> {
         self.hints.as_ref()?.nodes.as_deref()
     }
 }
@@ -266,7 +266,7 @@ pub struct Node {
 impl Node {
     /// Whether the rules are the same for both. Being about to go away matters to health checks
     /// alone.
-    pub fn rules_as(&self, other: &Self) -> bool {
+    pub(crate) fn rules_as(&self, other: &Self) -> bool {
         let with_mine = |other: &Self| Self {
             going_away: self.going_away,
             ..other.clone()
@@ -276,7 +276,7 @@ impl Node {
 
     /// The node's primary address of a family: the first InternalIP, else the first ExternalIP
     /// (kube-proxy's order).
-    pub fn primary_ip(&self, family: Family) -> Option<IpAddr> {
+    pub(crate) fn primary_ip(&self, family: Family) -> Option<IpAddr> {
         self.internal_ips
             .iter()
             .chain(&self.external_ips)

@@ -13,16 +13,18 @@ mod node_ports;
 mod policy;
 
 pub use event::{Delivery, Event, Notice, Object, ObjectRef, Reason, Subject};
+pub(crate) use facts::MOST_ELEMENTS;
 pub use facts::{
-    Endpoint, EndpointSlice, Family, Hints, MOST_ELEMENTS, Node, Protocol, Service, ServiceCidr,
-    ServiceKind, ServicePort, SlicePort, TrafficPolicy,
+    Endpoint, EndpointSlice, Family, Hints, Node, Protocol, Service, ServiceCidr, ServiceKind,
+    ServicePort, SlicePort, TrafficPolicy,
 };
 pub use kind::Kind;
 pub(crate) use kind::group_of;
-pub use lists::Lists;
+pub(crate) use lists::Lists;
 pub use name::ObjectName;
-pub use node_ports::NodePortAddresses;
-pub use policy::{
-    Evidence, LabelSelector, Labels, NAMESPACE_NAME, NamedPort, Namespace, NetworkPolicy, Peer,
-    Pod, PolicyPort, PolicyRule, PortMatch, Requirement, Sandbox,
+pub(crate) use node_ports::NodePortAddresses;
+pub(crate) use policy::{
+    Evidence, NAMESPACE_NAME, NamedPort, Peer, PolicyPort, PolicyRule, PortMatch, Requirement,
+    Sandbox,
 };
+pub use policy::{LabelSelector, Labels, Namespace, NetworkPolicy, Pod};

@@ -108,7 +108,7 @@ pub enum Sandbox {
 impl Evidence {
     /// Whether it shows that another pod had the same address before, and no more. Where the
     /// condition and the containers contradict each other, neither pod outranks the other.
-    pub fn outranks(&self, other: &Self) -> bool {
+    pub(crate) fn outranks(&self, other: &Self) -> bool {
         self.sandbox > other.sandbox && self.started >= other.started
     }
 }
@@ -126,7 +126,7 @@ pub struct NamedPort {
 }
 
 /// The label by which the API server tells the name of every namespace.
-pub const NAMESPACE_NAME: &str = "kubernetes.io/metadata.name";
+pub(crate) const NAMESPACE_NAME: &str = "kubernetes.io/metadata.name";
 
 /// A Namespace.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -238,7 +238,7 @@ impl LabelSelector {
     }
 
     /// Whether it selects everything.
-    pub fn is_everything(&self) -> bool {
+    pub(crate) fn is_everything(&self) -> bool {
         self.0.is_empty()
     }
 

@@ -193,7 +193,7 @@ fn set_ops(
 ///
 /// An element whose value or comment changed is in both lists: the kernel does not change
 /// elements in place.
-pub fn diff_elements(before: &[Element], after: &[Element]) -> (Vec<Element>, Vec<Element>) {
+pub(crate) fn diff_elements(before: &[Element], after: &[Element]) -> (Vec<Element>, Vec<Element>) {
     let (mut delete, mut add) = (Vec::new(), Vec::new());
     let (mut old, mut new) = (before.iter().peekable(), after.iter().peekable());
     loop {

@@ -7,11 +7,6 @@ use ipnet::IpNet;
 use super::key::Key;
 use super::table::Element;
 
-/// First and last address of a network, as a pair of keys.
-pub fn network(net: IpNet) -> (Key, Key) {
-    (Key::address(net.network()), Key::address(net.broadcast()))
-}
-
 /// The elements that cover just the given networks.
 ///
 /// Overlapping and adjacent networks are joined: the kernel refuses overlapping intervals, and

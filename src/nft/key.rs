@@ -59,7 +59,7 @@ impl FieldType {
     }
 
     /// Whether the value is kept in host byte order.
-    pub fn host_order(self) -> bool {
+    pub(crate) fn host_order(self) -> bool {
         matches!(
             self,
             FieldType::Integer | FieldType::Mark | FieldType::IfName

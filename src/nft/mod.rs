@@ -34,19 +34,19 @@ mod tests;
 pub mod text;
 mod transaction;
 
-pub use diff::{diff, diff_elements};
-pub use interval::{merge as merge_intervals, network as interval_of};
-pub use key::{Data, FieldType, Key, KeyBuilder, KeyFields};
-pub use name::{digest_of, readable_name};
+pub use diff::diff;
+pub use interval::merge as merge_intervals;
+pub(crate) use key::FieldType;
+pub use key::{Data, Key, KeyBuilder};
+pub(crate) use name::{digest_of, readable_name};
 pub use path::ObjectPath;
-pub use rule::{
-    Comparison, CtState, CtStates, CtStatus, Operand, RejectWith, Rule, Statement, Verdict,
-};
+pub use rule::{Comparison, CtState, CtStatus, Operand, RejectWith, Rule, Statement, Verdict};
 pub use selector::Selector;
-pub use sums::{SetOf, SumKeys, Sums};
+pub(crate) use sums::{SetOf, SumKeys, Sums};
 
 pub use table::{
     BaseChain, Chain, ChainKind, Declaration, Element, Family, Hook, Name, Ruleset, Set, SetKind,
-    Stray, StrayKind, Table, TableId, Value,
+    Table, TableId, Value,
 };
+pub(crate) use table::{Stray, StrayKind};
 pub use transaction::{Op, Transaction};

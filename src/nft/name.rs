@@ -9,7 +9,7 @@ const LONGEST: usize = 200;
 
 /// The name that holds the text of an object's name. One that would be too long, or that nft could
 /// not read again, ends in a digest; the API server admits none of the latter, files may hold them.
-pub fn readable_name(whole: &str) -> Name {
+pub(crate) fn readable_name(whole: &str) -> Name {
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '/');
     if whole.len() <= LONGEST && whole.chars().all(plain) {
         return Name::from(whole);
@@ -24,7 +24,7 @@ pub fn readable_name(whole: &str) -> Name {
 ///
 /// They are 128 bits of a cryptographic digest: whoever may write objects can find two texts with
 /// the same 64 bits, and two sets of one name would be refused by the kernel for good.
-pub fn digest_of(text: &str) -> String {
+pub(crate) fn digest_of(text: &str) -> String {
     let digest = digest::digest(&digest::SHA256, text.as_bytes());
     let bytes = digest.as_ref().iter().take(16);
     bytes.map(|byte| format!("{byte:02x}")).collect()

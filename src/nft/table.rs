@@ -244,7 +244,7 @@ impl Declaration {
     }
 
     /// Whether it was read back and is such as nftlet makes none.
-    pub fn is_foreign(&self) -> bool {
+    pub(crate) fn is_foreign(&self) -> bool {
         self.key.is_empty()
     }
 
@@ -254,7 +254,7 @@ impl Declaration {
     }
 
     /// The types of the value's fields; empty for sets and verdict maps.
-    pub fn data_types(&self, family: Family) -> Vec<FieldType> {
+    pub(crate) fn data_types(&self, family: Family) -> Vec<FieldType> {
         match &self.kind {
             SetKind::Map(data) => data.iter().map(|s| s.field_type(family)).collect(),
             SetKind::Set | SetKind::VerdictMap => Vec::new(),
@@ -267,7 +267,7 @@ impl Declaration {
     }
 
     /// Whether nft can only declare it by example (`typeof`): an index has no named type.
-    pub fn needs_typeof(&self, family: Family) -> bool {
+    pub(crate) fn needs_typeof(&self, family: Family) -> bool {
         self.key_types(family)
             .iter()
             .chain(&self.data_types(family))

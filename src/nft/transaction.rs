@@ -102,7 +102,7 @@ impl Transaction {
     }
 
     /// Whether it only removes chains, sets and tables, so that what is in force stays the same.
-    pub fn is_cleanup(&self) -> bool {
+    pub(crate) fn is_cleanup(&self) -> bool {
         self.ops.iter().all(|op| match op {
             Op::FlushChain(..)
             | Op::DeleteChain(..)

@@ -16,7 +16,7 @@ pub struct PolicyChanges {
     /// The isolated addresses, if any rule changed.
     pub isolated: Option<Isolated>,
     /// Addresses with another pod than before.
-    pub moved: BTreeSet<IpAddr>,
+    pub reassigned: BTreeSet<IpAddr>,
     /// The tables were compared with the kernel: other rules may have been in force for a while.
     pub rewritten: bool,
 }
@@ -24,14 +24,14 @@ pub struct PolicyChanges {
 impl PolicyChanges {
     /// Whether nothing changed.
     pub fn is_empty(&self) -> bool {
-        self.isolated.is_none() && self.moved.is_empty() && !self.rewritten
+        self.isolated.is_none() && self.reassigned.is_empty() && !self.rewritten
     }
 }
 
 impl Change for PolicyChanges {
     fn append(&mut self, mut later: Self) {
         self.isolated = later.isolated.or(self.isolated.take());
-        self.moved.append(&mut later.moved);
+        self.reassigned.append(&mut later.reassigned);
         self.rewritten |= later.rewritten;
     }
 

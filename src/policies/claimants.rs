@@ -6,14 +6,14 @@ use crate::model::{Evidence, ObjectName, Sandbox};
 
 /// A pod whose status has the address.
 #[derive(Debug)]
-pub(super) struct Claimant {
+pub(super) struct AddressClaimant {
     pub name: ObjectName,
     /// Whether it is on this node.
     pub local: bool,
     evidence: Evidence,
 }
 
-impl Claimant {
+impl AddressClaimant {
     /// Whether the pod has no sandbox, so that the address in its status is an old one.
     pub fn is_gone(&self) -> bool {
         self.evidence.sandbox == Sandbox::Gone
@@ -22,17 +22,17 @@ impl Claimant {
 
 /// The claimants of one address, those with the latest sandboxes first.
 #[derive(Debug, Default)]
-pub(super) struct Claimants {
-    pub all: SmallVec<[Claimant; 1]>,
+pub(super) struct AddressClaimants {
+    pub all: SmallVec<[AddressClaimant; 1]>,
 }
 
-impl Claimants {
+impl AddressClaimants {
     /// Adds a pod.
     pub fn insert(&mut self, name: &ObjectName, evidence: Evidence, local: bool) {
         self.remove(name);
-        let later = |it: &Claimant| it.evidence.sandbox >= evidence.sandbox;
+        let later = |it: &AddressClaimant| it.evidence.sandbox >= evidence.sandbox;
         let place = self.all.partition_point(later);
-        let claimant = Claimant {
+        let claimant = AddressClaimant {
             name: name.clone(),
             local,
             evidence,
@@ -46,15 +46,15 @@ impl Claimants {
     }
 
     /// Whether none of them has a sandbox.
-    pub fn are_all_gone(&self) -> bool {
-        self.all.first().is_none_or(Claimant::is_gone)
+    pub(crate) fn are_all_gone(&self) -> bool {
+        self.all.first().is_none_or(AddressClaimant::is_gone)
     }
 
     /// Those of some claimants that no other of these outranks ([`Evidence::outranks`]).
     pub fn holders<'a>(
         &'a self,
-        counts: impl Fn(&Claimant) -> bool + 'a,
-    ) -> impl Iterator<Item = &'a Claimant> {
+        counts: impl Fn(&AddressClaimant) -> bool + 'a,
+    ) -> impl Iterator<Item = &'a AddressClaimant> {
         // The latest start among those with a later sandbox, and among those with an equal one.
         let mut outranking: Option<Option<u32>> = None;
         let mut equals: Option<(Sandbox, Option<u32>)> = None;
@@ -94,7 +94,7 @@ mod tests {
         fn holders_are_those_that_no_other_outranks(
             pods in prop::collection::vec((any_evidence(), any::<bool>()), 1..6),
         ) {
-            let mut claimants = Claimants::default();
+            let mut claimants = AddressClaimants::default();
             let name = |index: usize| ObjectName::new("shop", &index.to_string());
             for (index, (evidence, local)) in pods.iter().enumerate() {
                 claimants.insert(&name(index), *evidence, *local);

@@ -3,11 +3,11 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Instant;
 
+use super::delta::{self, TableDelta, isolate, sort};
 use super::engine::{Engine, PolicyUse};
 use super::layout::{Direction, table_id};
-use super::parts::{self, Parts, isolate, sort};
 use super::rules::{self, policy_chain, skeleton};
-use super::sets::{Membership, SetId};
+use super::sets::{PodElement, SetId};
 use crate::model::{Family, ObjectName};
 use crate::nft::{Chain, Element, Ruleset, Table, Transaction, diff};
 
@@ -17,16 +17,16 @@ impl Engine {
     pub(super) fn compile(&mut self) -> Transaction {
         self.forget_departed(Instant::now());
         let touched = std::mem::take(&mut self.touched);
-        let mut parts: [Parts; 2] = Default::default();
+        let mut deltas: [TableDelta; 2] = Default::default();
         let mut uses_touched: BTreeSet<(Family, Direction, ObjectName)> = BTreeSet::new();
         let mut replanned = touched.links;
-        self.draft_layers(&mut parts, |parts| &mut parts.before);
+        self.draft_layers(&mut deltas, |delta| &mut delta.before);
         for address in &touched.addresses {
-            replanned |= self.plan_again(*address, &mut parts, &mut uses_touched);
+            replanned |= self.plan_again(*address, &mut deltas, &mut uses_touched);
         }
-        self.draft_layers(&mut parts, |parts| &mut parts.after);
+        self.draft_layers(&mut deltas, |delta| &mut delta.after);
         if replanned {
-            self.links_again(&mut parts);
+            self.links_again(&mut deltas);
         }
         for policy in &touched.policies {
             let keys = Family::ALL.into_iter().flat_map(|family| {
@@ -39,13 +39,13 @@ impl Engine {
         let mut was_used: BTreeMap<(Family, SetId), bool> = BTreeMap::new();
         for key in &uses_touched {
             let changed = touched.policies.contains(&key.2);
-            self.compile_again(key, changed, parts::of(&mut parts, key.0), &mut was_used);
+            self.compile_again(key, changed, delta::of(&mut deltas, key.0), &mut was_used);
         }
-        self.fill_sets(touched.pods, &was_used, &mut parts);
+        self.fill_sets(touched.pods, &was_used, &mut deltas);
         for (_, set) in was_used.into_keys() {
             self.sets.sweep(set);
         }
-        self.finish(parts)
+        self.finish(deltas)
     }
 
     /// Forgets the departed pods whose time is over.
@@ -66,7 +66,7 @@ impl Engine {
         &mut self,
         key: &(Family, Direction, ObjectName),
         changed: bool,
-        parts: &mut Parts,
+        delta: &mut TableDelta,
         was_used: &mut BTreeMap<(Family, SetId), bool>,
     ) {
         let (family, direction, name) = key;
@@ -79,11 +79,11 @@ impl Engine {
         }
         let policy = self.inventory.policy(name).filter(|_| old.pods > 0);
         let (chain, sets) = policy.map_or((None, Vec::new()), |policy| {
-            if self.refused.contains(name) {
+            if self.quarantined.contains(name) {
                 return (Some(Chain::default()), Vec::new());
             }
-            let (chain, sets) = policy_chain(policy, *direction, *family, |meaning| {
-                self.sets.get(meaning, &self.inventory)
+            let (chain, sets) = policy_chain(policy, *direction, *family, |spec| {
+                self.sets.get(spec, &self.inventory)
             });
             (Some(chain), sets)
         });
@@ -95,10 +95,10 @@ impl Engine {
         }
         let chain_name = direction.policy_chain(name);
         if let Some(chain) = old.chain {
-            parts.before.chains.insert(chain_name.clone(), chain);
+            delta.before.chains.insert(chain_name.clone(), chain);
         }
         if let Some(chain) = &chain {
-            parts.after.chains.insert(chain_name, chain.clone());
+            delta.after.chains.insert(chain_name, chain.clone());
         }
         if old.pods > 0 {
             let pods = old.pods;
@@ -110,9 +110,9 @@ impl Engine {
     /// Drafts the sets that come and go, and what the touched pods change in the others.
     fn fill_sets(
         &self,
-        touched: HashMap<ObjectName, Vec<Membership>>,
+        touched: HashMap<ObjectName, Vec<PodElement>>,
         was_used: &BTreeMap<(Family, SetId), bool>,
-        parts: &mut [Parts; 2],
+        deltas: &mut [TableDelta; 2],
     ) {
         let mut fresh = Vec::new();
         for (key, was_used) in was_used {
@@ -123,14 +123,14 @@ impl Engine {
             };
             match (was_used, is_used) {
                 (true, false) => {
-                    let before = &mut parts::of(parts, family).before;
+                    let before = &mut delta::of(deltas, family).before;
                     before.sets.insert(name, declared);
                 }
                 (false, true) => fresh.push((family, set)),
                 _ => {}
             }
         }
-        let [v4, v6] = parts;
+        let [v4, v6] = deltas;
         self.fill(&fresh, [&mut v4.after, &mut v6.after]);
         let stays = |family: Family, set: SetId| {
             let used_before = was_used.get(&(family, set)).copied().unwrap_or(true);
@@ -148,26 +148,26 @@ impl Engine {
             if before == after {
                 continue;
             }
-            for (memberships, is_after) in [(before, false), (after, true)] {
-                for Membership { family, set, key } in memberships {
+            for (elements, is_after) in [(before, false), (after, true)] {
+                for PodElement { family, set, key } in elements {
                     if !stays(family, set) {
                         continue;
                     }
                     let Some((name, declared)) = self.sets.declared(set) else {
                         continue;
                     };
-                    let parts = parts::of(parts, family);
+                    let delta = delta::of(deltas, family);
                     // A set that one of the two lacks would be made or deleted.
-                    for table in [&mut parts.before, &mut parts.after] {
+                    for table in [&mut delta.before, &mut delta.after] {
                         table
                             .sets
                             .entry(name.clone())
                             .or_insert_with(|| declared.clone());
                     }
                     let table = if is_after {
-                        &mut parts.after
+                        &mut delta.after
                     } else {
-                        &mut parts.before
+                        &mut delta.before
                     };
                     if let Some(set) = table.sets.get_mut(&name) {
                         set.elements.push(Element::new(key));
@@ -186,13 +186,12 @@ impl Engine {
         for (family, set) in fresh {
             elements.insert((*family, *set), self.sets.fixed_elements(*set));
         }
-        self.sets
-            .for_each_member(&ids, &self.inventory, |membership| {
-                let Membership { family, set, key } = membership;
-                if let Some(elements) = elements.get_mut(&(family, set)) {
-                    elements.push(Element::new(key));
-                }
-            });
+        self.sets.for_each_member(&ids, &self.inventory, |element| {
+            let PodElement { family, set, key } = element;
+            if let Some(elements) = elements.get_mut(&(family, set)) {
+                elements.push(Element::new(key));
+            }
+        });
         let mut tables = Family::ALL.into_iter().zip(tables).collect::<Vec<_>>();
         for ((of, id), elements) in elements {
             let declared = self.sets.declared(id);
@@ -205,15 +204,15 @@ impl Engine {
         }
     }
 
-    fn finish(&mut self, parts: [Parts; 2]) -> Transaction {
+    fn finish(&mut self, deltas: [TableDelta; 2]) -> Transaction {
         let wanted = self.inventory.counts().2 > 0;
         let existed = std::mem::replace(&mut self.exists, wanted);
         if existed && wanted {
             let (mut before, mut after) = (Ruleset::default(), Ruleset::default());
-            for (family, mut parts) in Family::ALL.into_iter().zip(parts) {
-                parts.level();
-                before.tables.insert(table_id(family), parts.before);
-                after.tables.insert(table_id(family), parts.after);
+            for (family, mut delta) in Family::ALL.into_iter().zip(deltas) {
+                delta.align();
+                before.tables.insert(table_id(family), delta.before);
+                after.tables.insert(table_id(family), delta.after);
             }
             return diff(&before, after);
         }
@@ -246,7 +245,7 @@ impl Engine {
                 rules::add_layer(table, family, *direction, *layer, &self.settings);
             }
             if family == Family::V6 {
-                parts::lead(table, &self.links);
+                delta::add_links(table, &self.links);
             }
             table.sets.values_mut().for_each(sort);
         }

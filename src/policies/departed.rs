@@ -64,7 +64,7 @@ impl Departed {
 
     /// A pod claims an address. `is_new` says that it did not do so before: then it has got the
     /// address since, whatever its status says of its containers yet.
-    pub fn claimed(&mut self, address: IpAddr, evidence: &Evidence, is_new: bool) {
+    pub(crate) fn claimed(&mut self, address: IpAddr, evidence: &Evidence, is_new: bool) {
         let Some((departed, _)) = self.pods.get(&address) else {
             return;
         };
@@ -80,13 +80,13 @@ impl Departed {
     }
 
     /// An address whose time is over, or the oldest of too many.
-    pub fn expired(&self, now: Instant) -> Option<IpAddr> {
+    pub(crate) fn expired(&self, now: Instant) -> Option<IpAddr> {
         let (until, address) = self.order.front()?;
         (*until <= now || self.is_full()).then_some(*address)
     }
 
     /// Forgets the oldest one, unless the address was another pod's since.
-    pub fn forget_oldest(&mut self, now: Instant) {
+    pub(crate) fn forget_oldest(&mut self, now: Instant) {
         let Some((until, address)) = self.order.pop_front() else {
             return;
         };

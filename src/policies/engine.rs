@@ -13,10 +13,10 @@ use std::time::Instant;
 
 use super::inventory::Inventory;
 use super::layout::{Direction, TABLE, table_id};
-use super::moved::Moved;
 use super::plans::Isolation;
-use super::sets::{Membership, SetId, Sets};
-use super::{FindLinks, PolicyChanges, Settings};
+use super::reassigned::ReassignedAddresses;
+use super::sets::{PodElement, SetId, Sets};
+use super::{FindLinks, PolicyChanges, PolicySettings};
 use crate::engine::{self, Update};
 use crate::model::{Event, Family, Kind, Lists, Notice, Object, ObjectName, ObjectRef, Pod};
 use crate::nft::{Chain, Name, ObjectPath, Ruleset, TableId};
@@ -35,7 +35,7 @@ pub(super) struct PolicyUse {
 #[derive(Debug, Default)]
 pub(super) struct Touched {
     /// Pods, with what they brought to sets before.
-    pub pods: HashMap<ObjectName, Vec<Membership>>,
+    pub pods: HashMap<ObjectName, Vec<PodElement>>,
     /// Addresses of this node that may be isolated in another way now.
     pub addresses: BTreeSet<IpAddr>,
     /// Policies with other rules.
@@ -47,7 +47,7 @@ pub(super) struct Touched {
 /// Turns pods, namespaces and policies into rules.
 #[derive(Debug)]
 pub struct Engine {
-    pub(super) settings: Settings,
+    pub(super) settings: PolicySettings,
     pub(super) inventory: Inventory,
     lists: Lists,
     pub(super) sets: Sets,
@@ -55,12 +55,12 @@ pub struct Engine {
     /// How many addresses have so many pods to ask in a direction and family, from the second on.
     pub(super) layers: BTreeMap<(Family, Direction, usize), u32>,
     pub(super) uses: BTreeMap<(Family, Direction, ObjectName), PolicyUse>,
-    /// Policies that the kernel refused: closed until they change or [`Engine::forgive`] is called.
-    pub(super) refused: BTreeSet<ObjectName>,
+    /// Policies that the kernel refused. They allow nothing until they change or are retried.
+    pub(super) quarantined: BTreeSet<ObjectName>,
     pub(super) find_links: FindLinks,
     /// The interfaces that lead to isolated pods.
     pub(super) links: BTreeSet<(Direction, Arc<str>)>,
-    pub(super) moved: Moved,
+    pub(super) reassigned: ReassignedAddresses,
     /// Whether the tables exist: while there is any policy.
     pub(super) exists: bool,
     /// Whether policies are enforced at all.
@@ -70,7 +70,7 @@ pub struct Engine {
 
 impl Engine {
     /// An engine that has seen nothing yet.
-    pub fn new(settings: Settings) -> Self {
+    pub fn new(settings: PolicySettings) -> Self {
         Self {
             inventory: Inventory::new(settings.node.clone()),
             settings,
@@ -79,10 +79,10 @@ impl Engine {
             plans: BTreeMap::new(),
             layers: BTreeMap::new(),
             uses: BTreeMap::new(),
-            refused: BTreeSet::new(),
+            quarantined: BTreeSet::new(),
             find_links: |_| Vec::new(),
             links: BTreeSet::new(),
-            moved: Moved::default(),
+            reassigned: ReassignedAddresses::default(),
             exists: false,
             on: true,
             touched: Touched::default(),
@@ -92,18 +92,13 @@ impl Engine {
     /// With someone who knows the interfaces of the host. Without one link-local addresses are as
     /// those of pods that nobody isolates.
     #[must_use]
-    pub fn with_links(mut self, find: FindLinks) -> Self {
+    pub(crate) fn with_links(mut self, find: FindLinks) -> Self {
         self.find_links = find;
         self
     }
 
-    /// Whether connections shall be cut that no policy allows any more.
-    pub fn is_strict(&self) -> bool {
-        self.settings.strict
-    }
-
     /// An engine that keeps the tables away: it needs no list and knows no policy.
-    pub fn off(settings: Settings) -> Self {
+    pub fn off(settings: PolicySettings) -> Self {
         let mut engine = Self {
             on: false,
             ..Self::new(settings)
@@ -115,12 +110,12 @@ impl Engine {
     }
 
     /// Whether policies are enforced at all.
-    pub fn is_on(&self) -> bool {
+    pub(crate) fn is_on(&self) -> bool {
         self.on
     }
 
     /// Whether there are policies now, and were none at the last update.
-    pub fn has_first_policies(&self) -> bool {
+    pub(crate) fn has_first_policies(&self) -> bool {
         !self.exists && self.inventory.counts().2 > 0
     }
 
@@ -129,7 +124,7 @@ impl Engine {
     }
 
     /// The pod that has an address, or one that may have it: for logs.
-    pub fn pod_at(&self, address: IpAddr) -> Option<&ObjectName> {
+    pub(crate) fn pod_at(&self, address: IpAddr) -> Option<&ObjectName> {
         let mut local = self.inventory.isolating(address);
         let departed = || self.inventory.departed(address);
         let pod = local.next().or_else(departed);
@@ -161,7 +156,7 @@ impl Engine {
         let uses = self.uses.iter();
         let of_table = uses.filter(|((family, ..), _)| table_id(*family) == *table);
         let users = of_table.filter(|((_, direction, name), used)| {
-            !self.refused.contains(name) && is_user(*direction, name, used)
+            !self.quarantined.contains(name) && is_user(*direction, name, used)
         });
         let mut names: Vec<ObjectName> = users.map(|((.., name), _)| name.clone()).collect();
         names.sort_unstable();
@@ -178,7 +173,7 @@ impl Engine {
         });
         PolicyChanges {
             isolated,
-            moved: self.moved.take(),
+            reassigned: self.reassigned.take(),
             rewritten: false,
         }
     }
@@ -187,9 +182,9 @@ impl Engine {
     /// gone.
     pub fn isolated(&self) -> impl Iterator<Item = (IpAddr, Option<&ObjectName>)> {
         self.plans.iter().map(|(address, plan)| {
-            let mut asked = plan.asked.values().flatten();
-            let present = asked.find(|asked| !asked.departed);
-            (*address, present.map(|asked| &asked.pod))
+            let mut holders = plan.holders.values().flatten();
+            let present = holders.find(|holder| !holder.departed);
+            (*address, present.map(|holder| &holder.pod))
         })
     }
 
@@ -303,7 +298,8 @@ impl Engine {
         let after = holders(&self.inventory);
         for (address, (before, after)) in addresses.iter().zip(before.into_iter().zip(after)) {
             let local = self.inventory.local_holders(*address).next().is_some();
-            self.moved.note(*address, before, after, local && !listing);
+            self.reassigned
+                .note(*address, before, after, local && !listing);
             if local || self.plans.contains_key(address) {
                 self.touched.addresses.insert(*address);
             }
@@ -333,7 +329,7 @@ impl Engine {
     }
 
     fn touch_policy(&mut self, name: &ObjectName) {
-        self.refused.remove(name);
+        self.quarantined.remove(name);
         let local = self.inventory.local_of(name.namespace());
         let pods = local.filter_map(|name| self.inventory.pod(name));
         let addresses = pods.flat_map(|pod| pod.addresses.iter().copied());
@@ -391,7 +387,7 @@ impl engine::Engine for Engine {
         self.compile();
         if first {
             // Who had the addresses before is not known, and most have the pods for long.
-            self.moved.take();
+            self.reassigned.take();
         }
         self.change(true)
     }
@@ -419,13 +415,13 @@ impl engine::Engine for Engine {
     /// Closes a policy: it selects its pods and allows nothing.
     fn quarantine(&mut self, object: &ObjectRef) -> PolicyChanges {
         self.touched.policies.insert(object.name.clone());
-        self.refused.insert(object.name.clone());
+        self.quarantined.insert(object.name.clone());
         self.compile();
         self.change(true)
     }
 
     fn retry_quarantined(&mut self) {
-        self.touched.policies.append(&mut self.refused);
+        self.touched.policies.append(&mut self.quarantined);
         self.look_at_links();
     }
 

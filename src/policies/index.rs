@@ -238,7 +238,7 @@ impl<Id: Clone + Ord> Index<Id> {
 
     /// Notes that a namespace is new, has other labels, or is gone (`None`): those that name it are
     /// kept, since a pod may come before its namespace does.
-    pub fn namespace_changed(&mut self, name: &str, labels: Option<&Labels>) {
+    pub(crate) fn namespace_changed(&mut self, name: &str, labels: Option<&Labels>) {
         let mut ids = BTreeSet::new();
         let name: Arc<str> = name.into();
         for (id, Unanchored { selector, filed }) in &mut self.unanchored {

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use smallvec::SmallVec;
 
-use super::claimants::Claimants;
+use super::claimants::AddressClaimants;
 use super::departed::Departed;
 use super::index::{Index, Namespaces, PodSelector};
 use crate::model::{Labels, NAMESPACE_NAME, Namespace, NetworkPolicy, ObjectName, Pod, Sandbox};
@@ -19,7 +19,7 @@ pub struct Inventory {
     pods: HashMap<ObjectName, Box<Pod>>,
     pods_of: HashMap<Box<str>, HashSet<ObjectName>>,
     /// The pods that could have an address.
-    claimants: HashMap<IpAddr, Claimants>,
+    claimants: HashMap<IpAddr, AddressClaimants>,
     /// Pods of this node whose objects went while a container ran.
     departed: Departed,
     /// The pods of this node.
@@ -50,7 +50,7 @@ impl Inventory {
     }
 
     /// The pods of a namespace, in no order.
-    pub fn pods_of(&self, namespace: &str) -> impl Iterator<Item = &Pod> {
+    pub(crate) fn pods_of(&self, namespace: &str) -> impl Iterator<Item = &Pod> {
         let names = self.pods_of.get(namespace).into_iter().flatten();
         names.filter_map(|name| self.pod(name))
     }
@@ -61,30 +61,33 @@ impl Inventory {
     }
 
     /// The pods of this node that are in a namespace.
-    pub fn local_of<'a>(&'a self, namespace: &'a str) -> impl Iterator<Item = &'a ObjectName> {
+    pub(crate) fn local_of<'a>(
+        &'a self,
+        namespace: &'a str,
+    ) -> impl Iterator<Item = &'a ObjectName> {
         let first = ObjectName::new(namespace, "");
         let rest = self.local.range(first..);
         rest.take_while(move |name| name.namespace() == namespace)
     }
 
     /// Whether a pod runs on this node.
-    pub fn is_local(&self, pod: &Pod) -> bool {
+    pub(crate) fn is_local(&self, pod: &Pod) -> bool {
         pod.node.as_deref() == Some(&*self.node)
     }
 
     /// The names of a kind's objects.
-    pub fn pod_names(&self) -> HashSet<ObjectName> {
+    pub(crate) fn pod_names(&self) -> HashSet<ObjectName> {
         self.pods.keys().cloned().collect()
     }
 
     /// The names of the namespaces that have an object.
-    pub fn namespace_names(&self) -> HashSet<ObjectName> {
+    pub(crate) fn namespace_names(&self) -> HashSet<ObjectName> {
         let names = self.namespaces.keys();
         names.map(|name| ObjectName::new("", name)).collect()
     }
 
     /// The names of the policies.
-    pub fn policy_names(&self) -> HashSet<ObjectName> {
+    pub(crate) fn policy_names(&self) -> HashSet<ObjectName> {
         self.policies.keys().cloned().collect()
     }
 
@@ -99,7 +102,7 @@ impl Inventory {
     }
 
     /// The policies that select a pod, sorted by name.
-    pub fn policies_for(&self, pod: &Pod) -> Vec<&Arc<NetworkPolicy>> {
+    pub(crate) fn policies_for(&self, pod: &Pod) -> Vec<&Arc<NetworkPolicy>> {
         let mut names = Vec::new();
         let namespace = pod.name.namespace();
         // A policy selects pods of its own namespace, whatever that namespace's labels are.
@@ -168,7 +171,7 @@ impl Inventory {
     /// The pods of this node that may have an address, by the same order among themselves. An object
     /// that is left of another node's pod must not free a pod of this one from its policies, unless
     /// that one has no sandbox.
-    pub fn local_holders(&self, address: IpAddr) -> impl Iterator<Item = &Pod> {
+    pub(crate) fn local_holders(&self, address: IpAddr) -> impl Iterator<Item = &Pod> {
         let claimants = self.claimants.get(&address);
         let holders = claimants.into_iter().flat_map(|claimants| {
             let gone_count = claimants.are_all_gone();
@@ -178,7 +181,7 @@ impl Inventory {
     }
 
     /// The pod of this node that has an address, if that is certain.
-    pub fn local_owner(&self, address: IpAddr) -> Option<&Pod> {
+    pub(crate) fn local_owner(&self, address: IpAddr) -> Option<&Pod> {
         self.certain(address, self.local_holders(address))
     }
 
@@ -194,14 +197,14 @@ impl Inventory {
     }
 
     /// The pods of this node whose policies are asked about an address, without the departed one.
-    pub fn isolating(&self, address: IpAddr) -> impl Iterator<Item = &Pod> {
+    pub(crate) fn isolating(&self, address: IpAddr) -> impl Iterator<Item = &Pod> {
         let departed = self.departed.at(address).map(|pod| pod.evidence);
         self.local_holders(address)
             .filter(move |pod| departed.is_none_or(|departed| !departed.outranks(&pod.evidence)))
     }
 
     /// The addresses that a pod of this node has for certain, as far as this node is concerned.
-    pub fn local_addresses(&self, pod: &Pod) -> SmallVec<[IpAddr; 2]> {
+    pub(crate) fn local_addresses(&self, pod: &Pod) -> SmallVec<[IpAddr; 2]> {
         if !self.is_local(pod) {
             return SmallVec::new();
         }
@@ -220,22 +223,22 @@ impl Inventory {
     }
 
     /// The addresses of departed pods of a namespace.
-    pub fn departed_of(&self, namespace: &str) -> impl Iterator<Item = IpAddr> {
+    pub(crate) fn departed_of(&self, namespace: &str) -> impl Iterator<Item = IpAddr> {
         self.departed.of(namespace)
     }
 
     /// When the first departed pod is to be forgotten.
-    pub fn departed_due(&self) -> Option<Instant> {
+    pub(crate) fn departed_due(&self) -> Option<Instant> {
         self.departed.due()
     }
 
     /// The address of a departed pod that is to be forgotten.
-    pub fn departed_expired(&self, now: Instant) -> Option<IpAddr> {
+    pub(crate) fn departed_expired(&self, now: Instant) -> Option<IpAddr> {
         self.departed.expired(now)
     }
 
     /// Forgets that one.
-    pub fn forget_departed(&mut self, now: Instant) {
+    pub(crate) fn forget_departed(&mut self, now: Instant) {
         self.departed.forget_oldest(now);
     }
 
@@ -261,7 +264,7 @@ impl Inventory {
 
     /// Replaces a pod, `None` for one that is gone. One that goes while a container runs is
     /// remembered from `now` on, since its containers may go on.
-    pub fn set_pod(&mut self, name: &ObjectName, pod: Option<Pod>, now: Instant) {
+    pub(crate) fn set_pod(&mut self, name: &ObjectName, pod: Option<Pod>, now: Instant) {
         let known = self.pods.get(name).filter(|_| pod.is_none());
         let held = known.map_or_else(SmallVec::new, |pod| self.held_by(pod));
         let old = self.pods.remove(name);
@@ -329,7 +332,7 @@ impl Inventory {
     }
 
     /// Whether a namespace has an object or a pod.
-    pub fn has_namespace(&self, name: &str) -> bool {
+    pub(crate) fn has_namespace(&self, name: &str) -> bool {
         self.namespaces.contains_key(name) || self.pods_of.contains_key(name)
     }
 
@@ -339,7 +342,7 @@ impl Inventory {
     }
 
     /// Replaces a namespace, `None` for one that is gone.
-    pub fn set_namespace(&mut self, name: &str, namespace: Option<Namespace>) {
+    pub(crate) fn set_namespace(&mut self, name: &str, namespace: Option<Namespace>) {
         match namespace {
             Some(namespace) => self.namespaces.insert(name.into(), namespace.labels),
             None => self.namespaces.remove(name),
@@ -347,7 +350,7 @@ impl Inventory {
     }
 
     /// Replaces a policy, `None` for one that is gone. Returns the old one.
-    pub fn set_policy(
+    pub(crate) fn set_policy(
         &mut self,
         name: &ObjectName,
         policy: Option<NetworkPolicy>,

@@ -3,9 +3,9 @@
 use std::net::IpAddr;
 use std::sync::{Arc, LazyLock};
 
+use crate::engine::table_family;
 use crate::model::{self, ObjectName};
 use crate::nft::{Declaration, Name, Selector, SetKind, TableId, readable_name};
-use crate::services::table_family;
 
 /// The name of the policy tables, one in the family `ip` and one in `ip6`.
 ///

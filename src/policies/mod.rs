@@ -32,15 +32,15 @@
 mod changes;
 mod claimants;
 mod compile;
+mod delta;
 mod departed;
 mod engine;
+mod evaluate;
 mod index;
 mod inventory;
-mod judge;
 mod layout;
-mod moved;
-mod parts;
 mod plans;
+mod reassigned;
 mod rules;
 mod sets;
 #[cfg(test)]
@@ -49,11 +49,11 @@ mod tests;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-pub use changes::{Isolated, PolicyChanges};
+pub(crate) use changes::{Isolated, PolicyChanges};
 pub use engine::Engine;
-pub use judge::Connection;
+pub use evaluate::Connection;
 pub use layout::{Direction, TABLE, table_id};
-pub use rules::is_base_chain;
+pub(crate) use rules::is_base_chain;
 
 /// The NFLOG group that denied packets are sent to with `--log-denied`. Other programs mostly
 /// have small numbers.
@@ -65,7 +65,7 @@ pub type FindLinks = fn(&[IpAddr]) -> Vec<(IpAddr, Arc<str>)>;
 
 /// What the command line says about policies.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Settings {
+pub struct PolicySettings {
     /// The name of the own node.
     pub node: Arc<str>,
     /// Connections are cut that no policy allows any more.

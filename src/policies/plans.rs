@@ -5,26 +5,26 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use super::Engine;
+use super::delta::{self, TableDelta, isolate};
 use super::layout::Direction;
-use super::parts::{self, Parts, isolate};
 use super::rules;
 use crate::model::{Family, ObjectName, Pod};
 use crate::nft::Table;
 
 /// The most pods with one address that are asked one after the other.
-const MOST_ASKED: usize = 4;
+const MAX_HOLDERS: usize = 4;
 
 /// An isolated address of this node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Isolation {
     /// For each direction in which it is isolated, whose policies are asked: what one of them does
     /// not allow is denied. More than one where it is not certain which pod has the address.
-    pub asked: BTreeMap<Direction, Vec<Asked>>,
+    pub holders: BTreeMap<Direction, Vec<Holder>>,
 }
 
 /// A pod that may have an isolated address.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Asked {
+pub(super) struct Holder {
     pub pod: ObjectName,
     /// Whether its object is gone.
     pub departed: bool,
@@ -36,11 +36,11 @@ impl Engine {
     /// Puts the base chains for addresses with several pods into a side of the tables.
     pub(super) fn draft_layers(
         &self,
-        parts: &mut [Parts; 2],
-        side: impl Fn(&mut Parts) -> &mut Table,
+        deltas: &mut [TableDelta; 2],
+        side: impl Fn(&mut TableDelta) -> &mut Table,
     ) {
         for (family, direction, layer) in self.layers.keys() {
-            let table = side(parts::of(parts, *family));
+            let table = side(delta::of(deltas, *family));
             rules::add_layer(table, *family, *direction, *layer, &self.settings);
         }
     }
@@ -50,7 +50,7 @@ impl Engine {
     pub(super) fn plan_again(
         &mut self,
         address: IpAddr,
-        parts: &mut [Parts; 2],
+        deltas: &mut [TableDelta; 2],
         uses_touched: &mut BTreeSet<(Family, Direction, ObjectName)>,
     ) -> bool {
         let new = self.plan(address);
@@ -58,16 +58,16 @@ impl Engine {
         let differs = old != new;
         if differs {
             let family = Family::of(address);
-            let parts = parts::of(parts, family);
+            let delta = delta::of(deltas, family);
             for (plan, table, more) in [
-                (&old, &mut parts.before, false),
-                (&new, &mut parts.after, true),
+                (&old, &mut delta.before, false),
+                (&new, &mut delta.after, true),
             ] {
                 let Some(plan) = plan else {
                     continue;
                 };
                 isolate(table, address, plan, self.settings.strict);
-                for (direction, all) in &plan.asked {
+                for (direction, all) in &plan.holders {
                     for layer in 1..all.len() {
                         let key = (family, *direction, layer);
                         let count = self.layers.entry(key).or_default();
@@ -76,7 +76,7 @@ impl Engine {
                             self.layers.remove(&key);
                         }
                     }
-                    for policy in all.iter().flat_map(|asked| &asked.policies) {
+                    for policy in all.iter().flat_map(|holder| &holder.policies) {
                         let key = (family, *direction, policy.clone());
                         let used = self.uses.entry(key.clone()).or_default();
                         used.pods = changed(used.pods, more);
@@ -93,7 +93,7 @@ impl Engine {
 
     /// Has the next update look up the interfaces of isolated pods: the host may have changed
     /// without an event.
-    pub fn look_at_links(&mut self) {
+    pub(crate) fn look_at_links(&mut self) {
         self.touched.links = true;
     }
 
@@ -105,34 +105,34 @@ impl Engine {
         let found: HashMap<IpAddr, Arc<str>> = (self.find_links)(&addresses).into_iter().collect();
         let links = self.plans.iter().flat_map(|(address, plan)| {
             let link = found.get(address).into_iter();
-            link.flat_map(|link| plan.asked.keys().map(|it| (*it, link.clone())))
+            link.flat_map(|link| plan.holders.keys().map(|it| (*it, link.clone())))
         });
         links.collect()
     }
 
-    pub(super) fn links_again(&mut self, parts: &mut [Parts; 2]) {
+    pub(super) fn links_again(&mut self, deltas: &mut [TableDelta; 2]) {
         let links = self.links_of_isolated();
         let before = std::mem::replace(&mut self.links, links);
         if before != self.links {
-            let [_, v6] = parts;
-            parts::lead(&mut v6.before, &before);
-            parts::lead(&mut v6.after, &self.links);
+            let [_, v6] = deltas;
+            delta::add_links(&mut v6.before, &before);
+            delta::add_links(&mut v6.after, &self.links);
         }
     }
 
     /// What the policies make of an address of this node; `None` for one that is not isolated.
     fn plan(&self, address: IpAddr) -> Option<Isolation> {
-        let mut holders: Vec<&Pod> = self.inventory.isolating(address).collect();
-        holders.sort_unstable_by(|a, b| a.name.cmp(&b.name));
+        let mut pods: Vec<&Pod> = self.inventory.isolating(address).collect();
+        pods.sort_unstable_by(|a, b| a.name.cmp(&b.name));
         let departed = self.inventory.departed(address);
-        let holders = holders.into_iter().map(|pod| (pod, false));
-        let mut asked: BTreeMap<Direction, Vec<Asked>> = BTreeMap::new();
-        for (pod, departed) in holders.chain(departed.map(|pod| (pod, true))) {
+        let pods = pods.into_iter().map(|pod| (pod, false));
+        let mut holders: BTreeMap<Direction, Vec<Holder>> = BTreeMap::new();
+        for (pod, departed) in pods.chain(departed.map(|pod| (pod, true))) {
             for (direction, policies) in self.isolating_policies(pod) {
-                let all = asked.entry(direction).or_default();
+                let all = holders.entry(direction).or_default();
                 // Pods of one workload say the same.
-                if !all.iter().any(|asked| asked.policies == policies) {
-                    all.push(Asked {
+                if !all.iter().any(|holder| holder.policies == policies) {
+                    all.push(Holder {
                         pod: pod.name.clone(),
                         departed,
                         policies,
@@ -140,11 +140,11 @@ impl Engine {
                 }
             }
         }
-        for all in asked.values_mut().filter(|all| all.len() > MOST_ASKED) {
+        for all in holders.values_mut().filter(|all| all.len() > MAX_HOLDERS) {
             all.truncate(1);
-            all.iter_mut().for_each(|asked| asked.policies.clear());
+            all.iter_mut().for_each(|holder| holder.policies.clear());
         }
-        (!asked.is_empty()).then_some(Isolation { asked })
+        (!holders.is_empty()).then_some(Isolation { holders })
     }
 
     /// For each direction in which a pod is isolated, the policies that select it.

@@ -5,12 +5,12 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-use super::Settings;
+use super::PolicySettings;
 use super::index::{Namespaces, PodSelector};
 use super::layout::{
     Direction, EXEMPT, ISOLATED, addresses, counted, icmp6_types, layered, links, pods, port_key,
 };
-use super::sets::{Meaning, PortRange, SetId};
+use super::sets::{PortRange, SetId, SetSpec};
 use crate::model::{
     Family, NetworkPolicy, ObjectName, Peer, PolicyPort, PolicyRule, PortMatch, Protocol,
 };
@@ -38,7 +38,7 @@ const LOG_BYTES: u32 = 128;
 type Statements = SmallVec<[Statement; 2]>;
 
 /// The table of a family while no pod is isolated.
-pub(super) fn skeleton(family: Family, settings: &Settings) -> Table {
+pub(super) fn skeleton(family: Family, settings: &PolicySettings) -> Table {
     let mut table = Table::default();
     for direction in Direction::ALL {
         let counters = Set {
@@ -94,7 +94,7 @@ pub(super) fn add_layer(
     family: Family,
     direction: Direction,
     layer: usize,
-    settings: &Settings,
+    settings: &PolicySettings,
 ) {
     table.sets.entry(direction.pods(layer)).or_insert(Set {
         declaration: pods(),
@@ -126,7 +126,7 @@ fn bases(direction: Direction) -> &'static [(&'static str, Hook, i32)] {
 
 /// Whether nftlet gives this name to a base chain of its policy tables. A name that is given up must
 /// stay known here, or the rules of an earlier version would not last until the first lists.
-pub fn is_base_chain(name: &Name) -> bool {
+pub(crate) fn is_base_chain(name: &Name) -> bool {
     let mut bases = Direction::ALL.into_iter().flat_map(bases);
     bases.any(|(base, ..)| {
         let layer = name.as_str().strip_prefix(base);
@@ -141,7 +141,7 @@ fn base_rules(
     family: Family,
     direction: Direction,
     layer: usize,
-    settings: &Settings,
+    settings: &PolicySettings,
 ) -> Vec<Rule> {
     let mut rules = vec![Rule::new([
         Statement::CtState([CtState::Established, CtState::Related].into()),
@@ -189,7 +189,7 @@ fn base_rules(
     rules
 }
 
-fn deny(direction: Direction, settings: &Settings) -> Vec<Rule> {
+fn deny(direction: Direction, settings: &PolicySettings) -> Vec<Rule> {
     let mut rules = Vec::new();
     if let Some(group) = settings.log_group {
         rules.push(Rule::new([
@@ -251,16 +251,16 @@ pub(super) fn rules_of(policy: &NetworkPolicy, direction: Direction) -> Option<&
 }
 
 /// The chain of a policy in one family, which accepts what the policy allows. `set` gives the
-/// set for a meaning, with its name.
+/// set for a spec, with its name.
 pub(super) fn policy_chain(
     policy: &NetworkPolicy,
     direction: Direction,
     family: Family,
-    mut set: impl FnMut(Meaning) -> (SetId, Name),
+    mut set: impl FnMut(SetSpec) -> (SetId, Name),
 ) -> (Chain, Vec<SetId>) {
     let mut used = Vec::new();
-    let mut name_of = |meaning| {
-        let (id, name) = set(meaning);
+    let mut name_of = |spec| {
+        let (id, name) = set(spec);
         used.push(id);
         name
     };
@@ -269,9 +269,9 @@ pub(super) fn policy_chain(
         let peers: Vec<Option<Statement>> = match &rule.peers {
             None => vec![None],
             Some(peers) => {
-                let meanings = peers_of(peers, policy.name.namespace(), family);
-                let statements = meanings.into_iter().map(|meaning| {
-                    let set = name_of(meaning);
+                let specs = peers_of(peers, policy.name.namespace(), family);
+                let statements = specs.into_iter().map(|spec| {
+                    let set = name_of(spec);
                     Statement::InSet(vec![direction.peer()], Comparison::Is, set)
                 });
                 statements.map(Some).collect()
@@ -296,12 +296,12 @@ pub(super) fn policy_chain(
 
 /// The sets that stand for the peers of a rule: one for each selector, and one for all blocks
 /// of the family.
-fn peers_of(peers: &[Peer], namespace: &str, family: Family) -> Vec<Meaning> {
-    let mut meanings = Vec::new();
+fn peers_of(peers: &[Peer], namespace: &str, family: Family) -> Vec<SetSpec> {
+    let mut specs = Vec::new();
     let mut blocks = Vec::new();
     for peer in peers {
         match peer {
-            Peer::Pods { namespaces, pods } => meanings.push(Meaning::Pods(PodSelector {
+            Peer::Pods { namespaces, pods } => specs.push(SetSpec::Pods(PodSelector {
                 namespaces: Namespaces::new(namespaces.as_ref(), namespace),
                 pods: pods.clone(),
             })),
@@ -313,9 +313,9 @@ fn peers_of(peers: &[Peer], namespace: &str, family: Family) -> Vec<Meaning> {
     }
     if !blocks.is_empty() {
         blocks.sort_unstable();
-        meanings.push(Meaning::Blocks(blocks));
+        specs.push(SetSpec::Blocks(blocks));
     }
-    meanings
+    specs
 }
 
 /// What asks for one of the ports of a rule: at most one alternative for each protocol and one for
@@ -323,7 +323,7 @@ fn peers_of(peers: &[Peer], namespace: &str, family: Family) -> Vec<Meaning> {
 fn ports_of(
     ports: &[PolicyPort],
     direction: Direction,
-    name_of: &mut impl FnMut(Meaning) -> Name,
+    name_of: &mut impl FnMut(SetSpec) -> Name,
 ) -> Vec<Statements> {
     let mut numbers: BTreeMap<Protocol, Vec<PortRange>> = BTreeMap::new();
     let mut named = Vec::new();
@@ -351,7 +351,7 @@ fn ports_of(
                 Some(Statement::Match(selector, Comparison::Is, operand))
             }
             _ => {
-                let set = name_of(Meaning::Ports(of, ranges));
+                let set = name_of(SetSpec::Ports(of, ranges));
                 let key = vec![Selector::DestinationPort];
                 Some(Statement::InSet(key, Comparison::Is, set))
             }
@@ -361,7 +361,7 @@ fn ports_of(
     if !named.is_empty() {
         named.sort_unstable();
         named.dedup();
-        let set = name_of(Meaning::NamedPorts {
+        let set = name_of(SetSpec::NamedPorts {
             ports: named,
             local: direction == Direction::Ingress,
         });

@@ -1,6 +1,6 @@
 //! The sets that policies share: pods by selector, address blocks, and named ports.
 //!
-//! A set is identified by what it stands for ([`Meaning`]), and named by a digest of that, so
+//! A set is identified by what it stands for ([`SetSpec`]), and named by a digest of that, so
 //! that the same policies get the same names in every run. It exists in a table while a rule of
 //! that table uses it.
 
@@ -21,7 +21,7 @@ use crate::nft::{
 
 /// What a set stands for.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(super) enum Meaning {
+pub(super) enum SetSpec {
     /// The addresses of the pods that a selector selects.
     Pods(PodSelector),
     /// Addresses in networks, without others.
@@ -42,14 +42,14 @@ pub(super) enum Meaning {
 /// The first and the last of some ports.
 pub(super) type PortRange = (u16, u16);
 
-impl fmt::Display for Meaning {
+impl fmt::Display for SetSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Meaning::Pods(PodSelector { namespaces, pods }) => match namespaces {
+            SetSpec::Pods(PodSelector { namespaces, pods }) => match namespaces {
                 Namespaces::Named(name) => write!(f, "pods {pods} in namespace {name}"),
                 Namespaces::Labelled(labels) => write!(f, "pods {pods} in namespaces {labels}"),
             },
-            Meaning::Blocks(blocks) => {
+            SetSpec::Blocks(blocks) => {
                 f.write_str("blocks")?;
                 for (block, except) in blocks {
                     write!(f, " {block}")?;
@@ -59,7 +59,7 @@ impl fmt::Display for Meaning {
                 }
                 Ok(())
             }
-            Meaning::Ports(protocol, ranges) => {
+            SetSpec::Ports(protocol, ranges) => {
                 write!(f, "{protocol} ports")?;
                 for (from, to) in ranges {
                     write!(f, " {from}")?;
@@ -69,7 +69,7 @@ impl fmt::Display for Meaning {
                 }
                 Ok(())
             }
-            Meaning::NamedPorts { ports, local } => {
+            SetSpec::NamedPorts { ports, local } => {
                 f.write_str("ports")?;
                 for (name, protocol) in ports {
                     write!(f, " {name} ({protocol})")?;
@@ -89,7 +89,7 @@ pub(super) type SetId = u32;
 
 /// An element that a pod brings to a set.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Membership {
+pub(super) struct PodElement {
     pub family: Family,
     pub set: SetId,
     pub key: Key,
@@ -97,7 +97,7 @@ pub(super) struct Membership {
 
 #[derive(Debug)]
 struct Entry {
-    meaning: Arc<Meaning>,
+    spec: Arc<SetSpec>,
     name: Name,
     declaration: Arc<Declaration>,
     /// The elements that it has whatever pods there are.
@@ -110,9 +110,9 @@ struct Entry {
 #[derive(Debug, Default)]
 pub(super) struct Sets {
     entries: BTreeMap<SetId, Entry>,
-    ids: HashMap<Arc<Meaning>, (SetId, Name)>,
+    ids: HashMap<Arc<SetSpec>, (SetId, Name)>,
     next: SetId,
-    finder: Finder,
+    index: SetIndex,
 }
 
 /// The sets of a named port, and whether only pods of this node are in them.
@@ -120,29 +120,29 @@ type PortSets = SmallVec<[(bool, SetId); 2]>;
 
 /// Finds the sets that a pod belongs to.
 #[derive(Debug, Default)]
-struct Finder {
+struct SetIndex {
     selectors: Index<SetId>,
     ports: HashMap<(Arc<str>, Protocol), PortSets>,
 }
 
-impl Finder {
-    fn insert(&mut self, id: SetId, meaning: &Meaning, inventory: &Inventory) {
-        match meaning {
-            Meaning::Pods(selector) => self.selectors.insert(id, selector, inventory.namespaces()),
-            Meaning::NamedPorts { ports, local } => {
+impl SetIndex {
+    fn insert(&mut self, id: SetId, spec: &SetSpec, inventory: &Inventory) {
+        match spec {
+            SetSpec::Pods(selector) => self.selectors.insert(id, selector, inventory.namespaces()),
+            SetSpec::NamedPorts { ports, local } => {
                 for port in ports {
                     let of_name = self.ports.entry(port.clone()).or_default();
                     of_name.push((*local, id));
                 }
             }
-            Meaning::Blocks(_) | Meaning::Ports(..) => {}
+            SetSpec::Blocks(_) | SetSpec::Ports(..) => {}
         }
     }
 
-    fn remove(&mut self, id: SetId, meaning: &Meaning) {
-        match meaning {
-            Meaning::Pods(selector) => self.selectors.remove(&id, selector),
-            Meaning::NamedPorts { ports, .. } => {
+    fn remove(&mut self, id: SetId, spec: &SetSpec) {
+        match spec {
+            SetSpec::Pods(selector) => self.selectors.remove(&id, selector),
+            SetSpec::NamedPorts { ports, .. } => {
                 for of_name in ports {
                     if let Some(ids) = self.ports.get_mut(of_name) {
                         ids.retain(|(_, known)| *known != id);
@@ -152,12 +152,12 @@ impl Finder {
                     }
                 }
             }
-            Meaning::Blocks(_) | Meaning::Ports(..) => {}
+            SetSpec::Blocks(_) | SetSpec::Ports(..) => {}
         }
     }
 
     /// Calls `found` once with each element that a pod brings to a set.
-    fn of_pod(&self, pod: &Pod, inventory: &Inventory, mut found: impl FnMut(Membership)) {
+    fn of_pod(&self, pod: &Pod, inventory: &Inventory, mut found: impl FnMut(PodElement)) {
         if self.selectors.is_empty() && self.ports.is_empty() {
             return;
         }
@@ -168,7 +168,7 @@ impl Finder {
             self.selectors
                 .of_pod(namespace, &of_namespace, &pod.labels, |set| {
                     for address in &addresses {
-                        found(Membership {
+                        found(PodElement {
                             family: Family::of(*address),
                             set: *set,
                             key: Key::address(*address),
@@ -192,7 +192,7 @@ impl Finder {
         for (set, local, protocol, port) in ports {
             for address in if local { &of_this_node } else { &addresses } {
                 let key = Key::build().address(*address);
-                found(Membership {
+                found(PodElement {
                     family: Family::of(*address),
                     set,
                     key: key.protocol(protocol.number()).port(port).finish(),
@@ -202,7 +202,7 @@ impl Finder {
     }
 }
 
-fn index(family: Family) -> usize {
+fn place_of(family: Family) -> usize {
     match family {
         Family::V4 => 0,
         Family::V6 => 1,
@@ -210,24 +210,24 @@ fn index(family: Family) -> usize {
 }
 
 impl Sets {
-    /// The set of a meaning and its name, made if there is none yet.
-    pub fn get(&mut self, meaning: Meaning, inventory: &Inventory) -> (SetId, Name) {
-        if let Some((id, name)) = self.ids.get(&meaning) {
+    /// The set of a spec and its name, made if there is none yet.
+    pub fn get(&mut self, spec: SetSpec, inventory: &Inventory) -> (SetId, Name) {
+        if let Some((id, name)) = self.ids.get(&spec) {
             return (*id, name.clone());
         }
         let id = self.next;
         self.next = self.next.wrapping_add(1);
-        self.finder.insert(id, &meaning, inventory);
-        let meaning = Arc::new(meaning);
-        let name = name(&meaning);
-        self.ids.insert(meaning.clone(), (id, name.clone()));
+        self.index.insert(id, &spec, inventory);
+        let spec = Arc::new(spec);
+        let name = name(&spec);
+        self.ids.insert(spec.clone(), (id, name.clone()));
         self.entries.insert(
             id,
             Entry {
                 name: name.clone(),
-                declaration: Arc::new(declaration(&meaning)),
-                fixed: fixed_elements(&meaning),
-                meaning,
+                declaration: Arc::new(declaration(&spec)),
+                fixed: fixed_elements(&spec),
+                spec,
                 uses: [0, 0],
             },
         );
@@ -249,7 +249,7 @@ impl Sets {
         let Some(uses) = self
             .entries
             .get_mut(&id)
-            .and_then(|entry| entry.uses.get_mut(index(family)))
+            .and_then(|entry| entry.uses.get_mut(place_of(family)))
         else {
             return 0;
         };
@@ -263,11 +263,11 @@ impl Sets {
     }
 
     /// Whether a family's table uses a set.
-    pub fn is_used(&self, id: SetId, family: Family) -> bool {
+    pub(crate) fn is_used(&self, id: SetId, family: Family) -> bool {
         let uses = self
             .entries
             .get(&id)
-            .and_then(|entry| entry.uses.get(index(family)));
+            .and_then(|entry| entry.uses.get(place_of(family)));
         uses.is_some_and(|uses| *uses > 0)
     }
 
@@ -278,7 +278,7 @@ impl Sets {
     }
 
     /// Forgets a set that no table uses.
-    pub fn sweep(&mut self, id: SetId) {
+    pub(crate) fn sweep(&mut self, id: SetId) {
         let unused = self
             .entries
             .get(&id)
@@ -289,24 +289,24 @@ impl Sets {
         let Some(entry) = self.entries.remove(&id) else {
             return;
         };
-        self.ids.remove(&entry.meaning);
-        self.finder.remove(id, &entry.meaning);
+        self.ids.remove(&entry.spec);
+        self.index.remove(id, &entry.spec);
     }
 
     /// Notes that a namespace is new, has other labels, or is gone.
-    pub fn namespace_changed(&mut self, name: &str, inventory: &Inventory) {
+    pub(crate) fn namespace_changed(&mut self, name: &str, inventory: &Inventory) {
         let known = inventory.has_namespace(name);
         let labels = known.then(|| inventory.namespace(name));
-        self.finder
+        self.index
             .selectors
             .namespace_changed(name, labels.as_ref());
     }
 
     /// The elements that a pod brings to sets, sorted.
-    pub fn of_pod(&self, pod: &Pod, inventory: &Inventory) -> Vec<Membership> {
+    pub fn of_pod(&self, pod: &Pod, inventory: &Inventory) -> Vec<PodElement> {
         let mut found = Vec::new();
-        self.finder
-            .of_pod(pod, inventory, |membership| found.push(membership));
+        self.index
+            .of_pod(pod, inventory, |element| found.push(element));
         found.sort_unstable();
         found.dedup();
         found
@@ -315,22 +315,22 @@ impl Sets {
     /// Calls `found` with the elements that all pods bring to some of the sets, in no order.
     ///
     /// Only pods that may be in one of them are looked at, and only for these sets.
-    pub fn for_each_member(
+    pub(crate) fn for_each_member(
         &self,
         ids: &[SetId],
         inventory: &Inventory,
-        mut found: impl FnMut(Membership),
+        mut found: impl FnMut(PodElement),
     ) {
-        let mut finder = Finder::default();
+        let mut index = SetIndex::default();
         let mut namespaces: BTreeSet<&str> = BTreeSet::new();
         let (mut everywhere, mut local) = (false, false);
         for id in ids {
             let Some(entry) = self.entries.get(id) else {
                 continue;
             };
-            finder.insert(*id, &entry.meaning, inventory);
-            match &*entry.meaning {
-                Meaning::Pods(selector) => match &selector.namespaces {
+            index.insert(*id, &entry.spec, inventory);
+            match &*entry.spec {
+                SetSpec::Pods(selector) => match &selector.namespaces {
                     Namespaces::Named(name) => {
                         namespaces.insert(name);
                     }
@@ -340,12 +340,12 @@ impl Sets {
                         namespaces.extend(selected.map(|(name, _)| name));
                     }
                 },
-                Meaning::NamedPorts { local: true, .. } => local = true,
-                Meaning::NamedPorts { local: false, .. } => everywhere = true,
-                Meaning::Blocks(_) | Meaning::Ports(..) => {}
+                SetSpec::NamedPorts { local: true, .. } => local = true,
+                SetSpec::NamedPorts { local: false, .. } => everywhere = true,
+                SetSpec::Blocks(_) | SetSpec::Ports(..) => {}
             }
         }
-        let mut look_at = |pod: &Pod| finder.of_pod(pod, inventory, &mut found);
+        let mut look_at = |pod: &Pod| index.of_pod(pod, inventory, &mut found);
         if everywhere {
             inventory.pods().for_each(look_at);
             return;
@@ -360,7 +360,7 @@ impl Sets {
     }
 
     /// The elements that a set has whatever pods there are.
-    pub fn fixed_elements(&self, id: SetId) -> Vec<Element> {
+    pub(crate) fn fixed_elements(&self, id: SetId) -> Vec<Element> {
         let entry = self.entries.get(&id);
         entry.map_or_else(Vec::new, |entry| entry.fixed.clone())
     }
@@ -373,10 +373,10 @@ impl Sets {
     }
 }
 
-fn fixed_elements(meaning: &Meaning) -> Vec<Element> {
-    match meaning {
-        Meaning::Blocks(blocks) => merge_intervals(remaining(blocks)),
-        Meaning::Ports(_, ranges) => {
+fn fixed_elements(spec: &SetSpec) -> Vec<Element> {
+    match spec {
+        SetSpec::Blocks(blocks) => merge_intervals(remaining(blocks)),
+        SetSpec::Ports(_, ranges) => {
             let key = |port| Key::build().port(port).finish();
             let is_interval = has_ranges(ranges);
             let elements = ranges.iter().map(|(from, to)| Element {
@@ -385,7 +385,7 @@ fn fixed_elements(meaning: &Meaning) -> Vec<Element> {
             });
             elements.collect()
         }
-        Meaning::Pods(_) | Meaning::NamedPorts { .. } => Vec::new(),
+        SetSpec::Pods(_) | SetSpec::NamedPorts { .. } => Vec::new(),
     }
 }
 
@@ -423,32 +423,32 @@ fn subtract(network: IpNet, except: &[IpNet], remaining: &mut Vec<IpNet>) {
     }
 }
 
-fn name(meaning: &Meaning) -> Name {
-    let prefix = match meaning {
-        Meaning::Pods(_) => "pods",
-        Meaning::Blocks(_) => "blocks",
-        Meaning::Ports(..) => "ports",
-        Meaning::NamedPorts { .. } => "named-ports",
+fn name(spec: &SetSpec) -> Name {
+    let prefix = match spec {
+        SetSpec::Pods(_) => "pods",
+        SetSpec::Blocks(_) => "blocks",
+        SetSpec::Ports(..) => "ports",
+        SetSpec::NamedPorts { .. } => "named-ports",
     };
     // The text form is unambiguous only for what the API server admits; the digest must not
     // depend on that.
-    Name::from(format!("{prefix}-{}", digest_of(&format!("{meaning:?}"))))
+    Name::from(format!("{prefix}-{}", digest_of(&format!("{spec:?}"))))
 }
 
-fn declaration(meaning: &Meaning) -> Declaration {
-    let declaration = match meaning {
-        Meaning::Pods(_) => Declaration::new(SetKind::Set, [Selector::SourceAddress]),
-        Meaning::Blocks(_) => Declaration {
+fn declaration(spec: &SetSpec) -> Declaration {
+    let declaration = match spec {
+        SetSpec::Pods(_) => Declaration::new(SetKind::Set, [Selector::SourceAddress]),
+        SetSpec::Blocks(_) => Declaration {
             interval: true,
             ..Declaration::new(SetKind::Set, [Selector::SourceAddress])
         },
-        Meaning::Ports(_, ranges) => Declaration {
+        SetSpec::Ports(_, ranges) => Declaration {
             interval: has_ranges(ranges),
             ..Declaration::new(SetKind::Set, [Selector::DestinationPort])
         },
-        Meaning::NamedPorts { .. } => Declaration::new(SetKind::Set, port_key()),
+        SetSpec::NamedPorts { .. } => Declaration::new(SetKind::Set, port_key()),
     };
-    declaration.comment(&meaning.to_string())
+    declaration.comment(&spec.to_string())
 }
 
 #[cfg(test)]

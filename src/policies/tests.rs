@@ -13,8 +13,8 @@ use crate::model::{
 };
 use crate::nft::{Ruleset, simulate, text};
 
-fn settings(strict: bool) -> Settings {
-    Settings {
+fn settings(strict: bool) -> PolicySettings {
+    PolicySettings {
         node: "here".into(),
         strict,
         log_group: None,

@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::layout::{
     By, Clients, NODEPORT_ADDRESSES, Scope, ServiceSet, affinity_key, original_affinity_key, target,
 };
-use super::settings::{LocalDetector, Settings};
+use super::settings::{LocalDetector, ServiceSettings};
 use super::skeleton::{DSTNAT, MARK_OFF_CLUSTER};
 use super::sources::SourceList;
 use crate::model::{Family, Protocol};
@@ -32,7 +32,7 @@ pub enum Role {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum SharedChain {
     /// Handles the packets of frontends with the same number of endpoints.
-    Handle(Handle),
+    Frontend(FrontendChain),
     /// Sends the clients that a namespace remembers to their endpoint, and lets others come back.
     Follow(Clients),
     /// Remembers which endpoint a client was sent to.
@@ -55,7 +55,7 @@ pub enum SharedChain {
 
 /// A chain that handles the packets of frontends.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Handle {
+pub struct FrontendChain {
     /// How the frontends are found.
     pub by: By,
     /// What is done.
@@ -79,7 +79,7 @@ impl SharedChain {
     /// The chain's name, such as `lb-10` or `nodeport-external-sticky-3/shop`.
     pub fn name(&self) -> Name {
         match self {
-            SharedChain::Handle(handle) => handle.name(),
+            SharedChain::Frontend(handle) => handle.name(),
             SharedChain::Follow(clients) => clients.name("sticky"),
             SharedChain::Learn { clients, seconds } => clients.name(&format!("learn-{seconds}")),
             SharedChain::LearnNew => "learn-new".into(),
@@ -92,9 +92,9 @@ impl SharedChain {
     /// The chains that this one goes on to, or needs to be reached.
     fn onward(&self) -> Vec<SharedChain> {
         match self {
-            SharedChain::Handle(handle) => {
+            SharedChain::Frontend(handle) => {
                 let follow = handle.follow().map(SharedChain::Follow);
-                let handles = handle.onward().into_iter().map(SharedChain::Handle);
+                let handles = handle.onward().into_iter().map(SharedChain::Frontend);
                 handles.chain(follow).collect()
             }
             SharedChain::Learn { clients, .. } => vec![
@@ -125,7 +125,7 @@ impl SharedChain {
         match self {
             SharedChain::Follow(clients) => clients.sets().into(),
             SharedChain::Sources(list) => vec![(list.name(), list.set())],
-            SharedChain::Handle(_)
+            SharedChain::Frontend(_)
             | SharedChain::Learn { .. }
             | SharedChain::LearnNew
             | SharedChain::LearnHook(_) => vec![],
@@ -133,9 +133,9 @@ impl SharedChain {
     }
 
     /// The rules.
-    pub fn chain(&self, settings: &Settings, family: Family) -> Chain {
+    pub fn chain(&self, settings: &ServiceSettings, family: Family) -> Chain {
         let (base, rules) = match self {
-            SharedChain::Handle(handle) => (None, handle.rules(settings, family)),
+            SharedChain::Frontend(handle) => (None, handle.rules(settings, family)),
             SharedChain::Follow(clients) => (None, follow(clients)),
             SharedChain::Learn { clients, seconds } => (None, learn(clients, *seconds)),
             SharedChain::LearnNew => (None, learn_new()),
@@ -160,7 +160,7 @@ impl LearnAt {
     }
 }
 
-impl Handle {
+impl FrontendChain {
     fn name(&self) -> Name {
         let by = match self.by {
             By::Address => "",
@@ -186,13 +186,13 @@ impl Handle {
         self.sticky.clone().filter(|_| balances)
     }
 
-    fn onward(&self) -> Vec<Handle> {
-        let with = |role| Handle {
+    fn onward(&self) -> Vec<FrontendChain> {
+        let with = |role| FrontendChain {
             role,
             ..self.clone()
         };
         match self.role {
-            Role::Balance(_) if self.sticky.is_some() => vec![Handle {
+            Role::Balance(_) if self.sticky.is_some() => vec![FrontendChain {
                 sticky: None,
                 ..self.clone()
             }],
@@ -202,7 +202,7 @@ impl Handle {
         }
     }
 
-    fn rules(&self, settings: &Settings, family: Family) -> Vec<Rule> {
+    fn rules(&self, settings: &ServiceSettings, family: Family) -> Vec<Rule> {
         if let Some(clients) = self.follow() {
             // Clients that are known go to their endpoint, the others on to a random one. The map
             // is asked in a chain of its own: the kernel looks at all of its elements when a rule
@@ -269,14 +269,14 @@ impl Handle {
 }
 
 /// Whether a chain that frontends lead to is one of external policy Local.
-pub fn is_bound_to_node(chain: &Name) -> bool {
+pub(crate) fn is_bound_to_node(chain: &Name) -> bool {
     let name = chain.as_str();
     name.strip_prefix("nodeport-")
         .unwrap_or(name)
         .starts_with("local-")
 }
 
-fn goto(handle: &Handle) -> Statement {
+fn goto(handle: &FrontendChain) -> Statement {
     Statement::Verdict(Verdict::Goto(handle.name()))
 }
 

@@ -43,7 +43,7 @@ pub struct PlanChange {
     old: Option<Arc<ServicePlan>>,
     new: Option<Arc<ServicePlan>>,
     pairs: Vec<Pair>,
-    steps: Vec<Step>,
+    steps: Vec<PlanStep>,
     elements: usize,
 }
 
@@ -55,7 +55,7 @@ struct Pair {
 }
 
 #[derive(Clone, Copy, Debug)]
-enum Step {
+enum PlanStep {
     /// The new plan asks for an element that others may ask for too: its place in the list.
     Acquire(ServiceSet, usize),
     /// The old plan no longer does.
@@ -125,14 +125,14 @@ impl PlanChange {
     /// Whether a step changes an element that several services may ask for.
     pub fn is_shared(&self, step: usize) -> bool {
         let step = self.steps.get(step);
-        matches!(step, Some(Step::Acquire(..) | Step::Release(..)))
+        matches!(step, Some(PlanStep::Acquire(..) | PlanStep::Release(..)))
     }
 
     /// What a step does.
-    pub fn edits(&self, step: usize, mut then: impl FnMut(Family, Edit)) {
+    pub(crate) fn edits(&self, step: usize, mut then: impl FnMut(Family, Edit)) {
         match self.steps.get(step) {
             None => {}
-            Some(Step::Acquire(set, place)) => {
+            Some(PlanStep::Acquire(set, place)) => {
                 if let Some(address) = shared(self.new.as_ref(), *set).get(*place) {
                     then(
                         Family::of(*address),
@@ -140,7 +140,7 @@ impl PlanChange {
                     );
                 }
             }
-            Some(Step::Release(set, place)) => {
+            Some(PlanStep::Release(set, place)) => {
                 if let Some(address) = shared(self.old.as_ref(), *set).get(*place) {
                     then(
                         Family::of(*address),
@@ -148,8 +148,8 @@ impl PlanChange {
                     );
                 }
             }
-            Some(Step::Leads(pair)) => self.lead_edits(*pair, then),
-            Some(Step::Endpoint(pair, scope, index)) => {
+            Some(PlanStep::Leads(pair)) => self.lead_edits(*pair, then),
+            Some(PlanStep::Endpoint(pair, scope, index)) => {
                 let (old, new) = self.sides(*pair);
                 for (side, make) in [
                     (old, Edit::Delete as fn(ServiceSet, Element) -> Edit),
@@ -168,7 +168,7 @@ impl PlanChange {
     }
 
     /// The service's own elements in the table of a family when so many steps are taken.
-    pub fn own_elements_after(&self, steps: usize, family: Family) -> Vec<ElementOf> {
+    pub(crate) fn own_elements_after(&self, steps: usize, family: Family) -> Vec<ElementOf> {
         let old = self.old.as_ref();
         let mut found: HashMap<(ServiceSet, Key), Element> = old
             .map_or_else(Vec::new, |plan| plan.own_elements(family))
@@ -252,7 +252,7 @@ impl PlanChange {
             last = Some((led_by, differs));
             if differs {
                 let list = if waits { &mut late } else { &mut early };
-                list.push(Step::Leads(place));
+                list.push(PlanStep::Leads(place));
                 elements += lead_count(before) + lead_count(after);
             }
             for (scope, (was, is)) in SCOPES.into_iter().zip(was.iter().zip(is)) {
@@ -266,7 +266,7 @@ impl PlanChange {
                     } else {
                         &mut data
                     };
-                    list.push(Step::Endpoint(place, scope, index));
+                    list.push(PlanStep::Endpoint(place, scope, index));
                     elements += usize::from(out.is_some()) + usize::from(into.is_some());
                 }
             }
@@ -279,7 +279,8 @@ impl PlanChange {
         let (before, after) = lists(ServiceSet::ClusterIps);
         release(&mut steps, ServiceSet::ClusterIps, before, after);
         acquire(&mut steps, ServiceSet::ClusterIps, before, after);
-        let shared = |step: &&Step| matches!(step, Step::Acquire(..) | Step::Release(..));
+        let shared =
+            |step: &&PlanStep| matches!(step, PlanStep::Acquire(..) | PlanStep::Release(..));
         self.elements = elements + steps.iter().filter(shared).count();
         self.steps = steps;
     }
@@ -369,14 +370,14 @@ fn shared(plan: Option<&Arc<ServicePlan>>, set: ServiceSet) -> &[IpAddr] {
     })
 }
 
-fn acquire(steps: &mut Vec<Step>, set: ServiceSet, before: &[IpAddr], after: &[IpAddr]) {
+fn acquire(steps: &mut Vec<PlanStep>, set: ServiceSet, before: &[IpAddr], after: &[IpAddr]) {
     let places = missing(before, after);
-    steps.extend(places.map(|place| Step::Acquire(set, place)));
+    steps.extend(places.map(|place| PlanStep::Acquire(set, place)));
 }
 
-fn release(steps: &mut Vec<Step>, set: ServiceSet, before: &[IpAddr], after: &[IpAddr]) {
+fn release(steps: &mut Vec<PlanStep>, set: ServiceSet, before: &[IpAddr], after: &[IpAddr]) {
     let places = missing(after, before);
-    steps.extend(places.map(|place| Step::Release(set, place)));
+    steps.extend(places.map(|place| PlanStep::Release(set, place)));
 }
 
 /// The places in a sorted list of what another one lacks.

@@ -19,7 +19,7 @@ use ipnet::IpNet;
 use smallvec::SmallVec;
 
 use crate::model::{ObjectName, Protocol, Service};
-use takeover::{Difference, Wishes};
+use takeover::{ClaimDifference, Wishes};
 
 mod takeover;
 
@@ -82,7 +82,7 @@ pub struct Reserved {
 
 /// Why a service does not get what it claims.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Cause {
+pub(crate) enum ConflictCause {
     /// Another service claims it too, is older, and has no other rank.
     Older(ObjectName, UsedAs),
     /// Another service claims it with a better rank.
@@ -97,15 +97,15 @@ pub(crate) enum Cause {
     ApiServer,
 }
 
-impl Cause {
+impl ConflictCause {
     /// The service that has the claim, or keeps others from it.
     pub(crate) fn owner(&self) -> Option<&ObjectName> {
         match self {
-            Cause::Older(name, _)
-            | Cause::Stronger(name)
-            | Cause::ClusterIp(name)
-            | Cause::NodePort(name) => Some(name),
-            Cause::ServiceCidr(_) | Cause::ApiServer => None,
+            ConflictCause::Older(name, _)
+            | ConflictCause::Stronger(name)
+            | ConflictCause::ClusterIp(name)
+            | ConflictCause::NodePort(name) => Some(name),
+            ConflictCause::ServiceCidr(_) | ConflictCause::ApiServer => None,
         }
     }
 }
@@ -144,7 +144,7 @@ impl Claims {
     }
 
     /// Whether a port of the node is the health check of this service and of nothing else.
-    pub fn owns_health_check(&self, name: &ObjectName, port: u16) -> bool {
+    pub(crate) fn owns_health_check(&self, name: &ObjectName, port: u16) -> bool {
         let holder = self.holder(&Claim::NodePort(Protocol::Tcp, port));
         holder.is_some_and(|holder| holder.health_check && holder.name == *name)
     }
@@ -155,7 +155,7 @@ impl Claims {
     }
 
     /// Why nobody of a claimant's rank gets a claim.
-    fn withheld(&self, claim: &Claim, claimant: &Claimant) -> Option<Cause> {
+    fn withheld(&self, claim: &Claim, claimant: &Claimant) -> Option<ConflictCause> {
         if claimant.rank == Rank::ClusterIp {
             return None;
         }
@@ -167,35 +167,36 @@ impl Claims {
                     .get(&address)
                     .and_then(|names| names.first())
                 {
-                    return Some(Cause::ClusterIp(name.clone()));
+                    return Some(ConflictCause::ClusterIp(name.clone()));
                 }
                 let mut ranges = reserved.service_ranges.iter();
                 if let Some(range) = ranges.find(|range| range.contains(&address)) {
-                    return Some(Cause::ServiceCidr(*range));
+                    return Some(ConflictCause::ServiceCidr(*range));
                 }
                 let server = SocketAddr::new(address, port);
                 if protocol == Protocol::Tcp && reserved.servers.contains(&server) {
-                    return Some(Cause::ApiServer);
+                    return Some(ConflictCause::ApiServer);
                 }
                 if !reserved.node_port_addresses.contains(&address) {
                     return None;
                 }
                 let node_port = self.holder(&Claim::NodePort(protocol, port))?;
                 // A service's own NodePort takes nothing away from it.
-                (node_port.name != claimant.name).then(|| Cause::NodePort(node_port.name.clone()))
+                (node_port.name != claimant.name)
+                    .then(|| ConflictCause::NodePort(node_port.name.clone()))
             }
             Claim::NodePort(Protocol::Tcp, port) => {
                 let mut servers = reserved.servers_here.iter();
                 servers
                     .any(|server| server.port() == port)
-                    .then_some(Cause::ApiServer)
+                    .then_some(ConflictCause::ApiServer)
             }
             Claim::NodePort(..) => None,
         }
     }
 
     /// Why a claimant does not have a claim; `None` where it has it.
-    pub(crate) fn refusal(&self, claim: &Claim, claimant: &Claimant) -> Option<Cause> {
+    pub(crate) fn conflict(&self, claim: &Claim, claimant: &Claimant) -> Option<ConflictCause> {
         let withheld = self.withheld(claim, claimant);
         withheld.or_else(|| {
             let first = self.queues.get(claim)?.first()?;
@@ -203,9 +204,9 @@ impl Claims {
             if owner == claimant.name {
                 None
             } else if first.rank == claimant.rank {
-                Some(Cause::Older(owner, first.used_as()))
+                Some(ConflictCause::Older(owner, first.used_as()))
             } else {
-                Some(Cause::Stronger(owner))
+                Some(ConflictCause::Stronger(owner))
             }
         })
     }
@@ -253,7 +254,7 @@ impl Claims {
         touched.sort_unstable();
         touched.dedup();
         let differences = touched.iter().filter_map(|claim| takeover.at(*claim));
-        let differences: Vec<Difference> = differences.collect();
+        let differences: Vec<ClaimDifference> = differences.collect();
         let changes = self.change(takeover, touched.clone(), &differences, |claims| {
             for address in before.difference(&after) {
                 claims.drop_cluster_ip(*address, &name);
@@ -272,7 +273,7 @@ impl Claims {
         &mut self,
         takeover: &Takeover,
         touched: Vec<Claim>,
-        differences: &[Difference],
+        differences: &[ClaimDifference],
         also: impl FnOnce(&mut Self),
     ) -> ClaimChanges {
         let Some(name) = takeover.name() else {
@@ -295,7 +296,7 @@ impl Claims {
 
     /// Replaces what no service may take. A change of the servers alone looks at their claims; any
     /// other one looks at all claims of addresses that are no ClusterIPs.
-    pub fn reserve(&mut self, reserved: Reserved) -> ClaimChanges {
+    pub(crate) fn reserve(&mut self, reserved: Reserved) -> ClaimChanges {
         let old = &self.reserved;
         if *old == reserved {
             return ClaimChanges::default();

@@ -4,7 +4,7 @@
 //! concerns. [`Engine::update`] compiles these into plans, compares each with the one in force, and
 //! returns the operations for just the elements that differ.
 //!
-//! What is small is returned at once, in one transaction; what is not goes to the [`Queue`], of which
+//! What is small is returned at once, in one transaction; what is not goes to the [`ServiceQueue`], of which
 //! one portion is done with each call.
 
 use std::collections::{BTreeSet, HashSet};
@@ -14,19 +14,19 @@ use std::time::{Duration, Instant};
 use super::change::PlanChange;
 use super::layout::TABLE;
 use super::plan::ServicePlan;
-use super::queue::{Done, Queue, Task};
-use super::removed::Removed;
+use super::queue::{Done, ServiceQueue, Task};
+use super::removed::RemovedFrontends;
 use super::replaced::{HealthCheck, Replaced, ServiceChanges};
 use super::service::{Compilation, plan};
-use super::settings::Settings;
+use super::settings::ServiceSettings;
 use super::size::{TooLarge, elements};
-use super::tables::{Draft, NoLocalEndpoints, Tables};
+use super::tables::{NoLocalEndpoints, Tables, TransactionDraft};
 use crate::engine::{self, BUDGET, Update};
 use crate::model::{
     Event, Family, Kind, Node, Notice, Object, ObjectName, ObjectRef, Reason, Subject,
 };
 use crate::nft::{ObjectPath, Ruleset, Transaction};
-use crate::services::{Changes, Store};
+use crate::services::{Marks, Store};
 
 /// How long unused shared chains stay: a service that scales up and down finds its chain again.
 const KEEP_UNUSED_CHAINS: Duration = Duration::from_secs(60);
@@ -38,7 +38,7 @@ const CLAIMS: usize = 2;
 /// The engine of the services' rules.
 #[derive(Debug)]
 pub struct Engine {
-    settings: Settings,
+    settings: ServiceSettings,
     store: Store,
     tables: Tables,
     /// Services left out because the kernel refused them.
@@ -46,12 +46,12 @@ pub struct Engine {
     /// Services left out because they ask for more elements than one may have.
     too_large: BTreeSet<ObjectName>,
     /// Services whose changes are compiled and written in portions.
-    queue: Queue,
+    queue: ServiceQueue,
     /// The elements of a portion.
     portion: usize,
     /// Whether the rules were compiled as a whole, so that events may wait.
     started: bool,
-    marks: Changes,
+    marks: Marks,
     change: ServiceChanges,
     notices: Vec<Notice>,
     /// Services with a health check in their last change.
@@ -65,17 +65,17 @@ type PlanChanges = Vec<(ObjectName, PlanChange)>;
 
 impl Engine {
     /// Creates an engine that knows no objects.
-    pub fn new(settings: Settings) -> Self {
+    pub fn new(settings: ServiceSettings) -> Self {
         Self {
             tables: Tables::new(settings.clone()),
             store: settings.store(Store::default()),
             settings,
             quarantined: BTreeSet::new(),
             too_large: BTreeSet::new(),
-            queue: Queue::default(),
+            queue: ServiceQueue::default(),
             portion: BUDGET,
             started: false,
-            marks: Changes::default(),
+            marks: Marks::default(),
             change: ServiceChanges::default(),
             notices: Vec::new(),
             checked: HashSet::new(),
@@ -85,14 +85,14 @@ impl Engine {
 
     /// Sets the Node that is used while the own Node object is missing, before the first event.
     #[must_use]
-    pub fn with_fallback_node(mut self, node: Node) -> Self {
-        self.store = self.settings.store(Store::with_stand_in(node));
+    pub(crate) fn with_fallback_node(mut self, node: Node) -> Self {
+        self.store = self.settings.store(Store::with_fallback_node(node));
         self
     }
 
     /// Sets the number of elements from which on a change is divided, before the first event.
     #[must_use]
-    pub fn with_portions_of(mut self, elements: usize) -> Self {
+    pub(crate) fn with_portions_of(mut self, elements: usize) -> Self {
         self.portion = elements;
         self
     }
@@ -131,7 +131,7 @@ impl Engine {
     }
 
     /// Returns how many services have endpoints, but none where a policy Local wants them.
-    pub fn no_local_endpoints(&self) -> NoLocalEndpoints {
+    pub(crate) fn no_local_endpoints(&self) -> NoLocalEndpoints {
         self.tables.no_local_endpoints()
     }
 
@@ -141,24 +141,24 @@ impl Engine {
     }
 
     /// Whether a change of a service is known that is not compiled or not written as a whole.
-    pub fn is_waiting(&self, service: &ObjectName) -> bool {
+    pub(crate) fn is_waiting(&self, service: &ObjectName) -> bool {
         self.queue.has(service) || self.marks.services.contains(service)
     }
 
     /// Whether something changed since the last update.
-    pub fn is_marked(&self) -> bool {
+    pub(crate) fn is_marked(&self) -> bool {
         !self.marks.is_empty()
     }
 
     /// Takes the services whose endpoints changed, with the time of each change in milliseconds since
     /// 1970 (annotation `endpoints.kubernetes.io/last-change-trigger-time`).
-    pub fn take_triggers(&mut self) -> Vec<(ObjectName, i64)> {
+    pub(crate) fn take_triggers(&mut self) -> Vec<(ObjectName, i64)> {
         std::mem::take(&mut self.marks.triggered_at_ms)
     }
 
     /// Removes the chains that no service has used since a moment with the next update that has
     /// nothing else to do.
-    pub fn expire_unused_chains(&mut self, unused_since: Instant) {
+    pub(crate) fn expire_unused_chains(&mut self, unused_since: Instant) {
         self.expire = Some(unused_since);
     }
 
@@ -204,7 +204,7 @@ impl Engine {
         Some(event)
     }
 
-    fn update_marked(&mut self, draft: &mut Draft) {
+    fn update_marked(&mut self, draft: &mut TransactionDraft) {
         let mut marks = std::mem::take(&mut self.marks);
         self.marks.triggered_at_ms = std::mem::take(&mut marks.triggered_at_ms);
         if marks.node || marks.service_cidrs {
@@ -236,7 +236,7 @@ impl Engine {
     }
 
     /// Compiles what changed. A large service is left for later, and one that waits already.
-    fn plan_changes(&mut self, marks: &mut Changes) -> PlanChanges {
+    fn plan_changes(&mut self, marks: &mut Marks) -> PlanChanges {
         let mut found = Vec::new();
         // Before any other is compiled, which may get a frontend that one of these has.
         let (later, now): (Vec<_>, Vec<_>) = self
@@ -258,7 +258,7 @@ impl Engine {
     }
 
     /// The services to compile again.
-    fn concerned(&self, marks: &mut Changes) -> BTreeSet<ObjectName> {
+    fn concerned(&self, marks: &mut Marks) -> BTreeSet<ObjectName> {
         let mut services = std::mem::take(&mut marks.services);
         if marks.node {
             // Which endpoints are local is in every service's plan.
@@ -341,7 +341,12 @@ impl Engine {
     }
 
     /// Replaces the plan of a service at once.
-    fn replace(&mut self, name: &ObjectName, change: &PlanChange, draft: Option<&mut Draft>) {
+    fn replace(
+        &mut self,
+        name: &ObjectName,
+        change: &PlanChange,
+        draft: Option<&mut TransactionDraft>,
+    ) {
         self.tables.replace(name, change, draft);
         self.note(replaced(name, change));
     }
@@ -356,7 +361,7 @@ impl Engine {
 
     /// Does a portion of what waits: takes over one event, compiles one service, or writes so many
     /// elements. Changes that fit into one portion are not divided.
-    fn work_on_queue(&mut self, draft: &mut Draft) {
+    fn work_on_queue(&mut self, draft: &mut TransactionDraft) {
         let mut room = self.portion;
         let mut compiled = false;
         while room > 0
@@ -578,7 +583,7 @@ impl engine::Engine for Engine {
 
     fn update(&mut self, budget: usize) -> Update<ServiceChanges> {
         self.portion = budget;
-        let mut draft = Draft::default();
+        let mut draft = TransactionDraft::default();
         let transaction = if self.is_marked() {
             self.update_marked(&mut draft);
             draft.finish(&self.tables)
@@ -631,7 +636,7 @@ impl engine::Engine for Engine {
 
     fn compared(&self, actual: &Ruleset, transaction: &Transaction) -> ServiceChanges {
         ServiceChanges {
-            removed: Removed::of(actual, transaction),
+            removed: RemovedFrontends::of(actual, transaction),
             ..ServiceChanges::default()
         }
     }
@@ -670,7 +675,7 @@ impl engine::Engine for Engine {
 
 /// Returns the rules that the objects ask for, from scratch, as a new process would compile them.
 /// Services that ask for too much are left out and named.
-pub fn wanted(store: &Store, settings: &Settings) -> (Ruleset, Vec<Notice>) {
+pub fn wanted(store: &Store, settings: &ServiceSettings) -> (Ruleset, Vec<Notice>) {
     let mut tables = Tables::new(settings.clone());
     tables.set_skeletons(store, None);
     let mut notices = Vec::new();

@@ -3,10 +3,9 @@
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
+use crate::engine::table_family;
 use crate::model::{self, Protocol};
-use crate::nft::{
-    Declaration, Element, Family, Key, Name, Selector, Set, SetKind, TableId, readable_name,
-};
+use crate::nft::{Declaration, Element, Key, Name, Selector, Set, SetKind, TableId, readable_name};
 
 /// The name of the service tables, one in the family `ip` and one in `ip6`.
 pub const TABLE: &str = "nftlet";
@@ -19,14 +18,6 @@ pub(super) const POD_NETWORKS: &str = "pod-networks";
 pub(super) const NODEPORT_ADDRESSES: &str = "nodeport-addresses";
 /// The ranges ClusterIPs are taken from.
 pub(super) const SERVICE_CIDRS: &str = "service-cidrs";
-
-/// The table family of an address family.
-pub fn table_family(family: model::Family) -> Family {
-    match family {
-        model::Family::V4 => Family::Ip,
-        model::Family::V6 => Family::Ip6,
-    }
-}
 
 /// The service table of an address family.
 pub fn table_id(family: model::Family) -> TableId {

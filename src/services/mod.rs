@@ -37,11 +37,11 @@
 mod chains;
 mod change;
 mod claims;
+mod conflicts;
 mod engine;
 mod layout;
 mod plan;
 mod queue;
-mod refusals;
 mod removed;
 mod replaced;
 mod service;
@@ -53,22 +53,19 @@ mod store;
 mod tables;
 mod topology;
 
-pub use crate::model::NodePortAddresses;
-pub use chains::{Handle, LearnAt, Role, SharedChain, is_bound_to_node};
-pub use change::{Edit, PlanChange};
-pub use claims::{Claim, ClaimChanges, Claims, Reserved};
+pub(crate) use claims::Claim;
 pub use engine::{Engine, wanted};
-pub use layout::{
-    By, Clients, MOST_CLIENTS, Scope, ServiceSet, TABLE, affinity_declaration, table_family,
-    table_id,
-};
-pub use plan::{Affinity, ElementOf, Frontend, Pool, Route, ServicePlan, Target};
-pub use removed::{Removed, address, number};
-pub use replaced::{HealthCheck, Replaced, ServiceChanges};
-pub use service::{Compilation, plan};
-pub use settings::{DetectLocal, LocalDetector, MasqueradeBit, Settings};
-pub use size::{TooLarge, elements};
-pub use skeleton::{is_base_chain, skeleton};
-pub use sources::SourceList;
-pub use store::{Changes, EndpointOf, SlicesOf, Store};
-pub use tables::{NoLocalEndpoints, Sticky, Tables};
+pub(crate) use layout::Scope;
+pub use layout::{Clients, MOST_CLIENTS, ServiceSet, TABLE, affinity_declaration, table_id};
+pub(crate) use plan::{Pool, Route, ServicePlan, Target};
+pub(crate) use removed::{address, number};
+pub(crate) use replaced::{Replaced, ServiceChanges};
+pub use service::plan;
+pub(crate) use settings::MasqueradeBit;
+pub use settings::{DetectLocal, ServiceSettings};
+pub(crate) use skeleton::is_base_chain;
+pub(crate) use store::{EndpointOf, SlicesOf};
+pub use store::{Marks, Store};
+pub(crate) use tables::{Sticky, Tables};
+#[cfg(test)]
+pub(crate) use {chains::Role, plan::Frontend};

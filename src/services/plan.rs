@@ -4,7 +4,7 @@ use std::collections::{BTreeSet, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use super::chains::{Handle, Role, SharedChain};
+use super::chains::{FrontendChain, Role, SharedChain};
 use super::layout::{By, Clients, Scope, ServiceSet};
 use super::skeleton::REJECT;
 use super::sources::SourceList;
@@ -109,7 +109,7 @@ pub type ElementOf = (ServiceSet, Element);
 
 impl Route {
     /// The pool of the family's endpoints as the policy of the frontend sees them first.
-    pub fn first_pool(&self) -> usize {
+    pub(crate) fn first_pool(&self) -> usize {
         match self {
             Route::Balance(_, pool) | Route::BalanceOrDrop(_, pool) => *pool,
             Route::LocalPolicy { cluster, .. } => *cluster,
@@ -181,7 +181,7 @@ impl ServicePlan {
 
     fn handle(&self, by: By, role: Role, pool: &Pool) -> Option<SharedChain> {
         let endpoints = u32::try_from(pool.targets.len()).ok()?;
-        (endpoints > 0).then_some(SharedChain::Handle(Handle {
+        (endpoints > 0).then_some(SharedChain::Frontend(FrontendChain {
             by,
             role,
             sticky: self.affinity.as_ref().map(|it| it.clients.clone()),
@@ -228,7 +228,7 @@ impl ServicePlan {
 
     /// Whether a family's traffic is dropped because a policy Local finds endpoints elsewhere and
     /// none on this node: by the internal policy, and by the external one.
-    pub fn no_local_endpoints(&self, family: Family) -> [bool; 2] {
+    pub(crate) fn no_local_endpoints(&self, family: Family) -> [bool; 2] {
         let lacks = |pool: usize| self.pool(pool).is_some_and(|pool| pool.targets.is_empty());
         let (mut internal, mut external) = (false, false);
         for (frontend, _) in self.of_family(family) {
@@ -253,7 +253,7 @@ impl ServicePlan {
     }
 
     /// The elements that belong to this service alone, for the table of a family.
-    pub fn own_elements(&self, family: Family) -> Vec<ElementOf> {
+    pub(crate) fn own_elements(&self, family: Family) -> Vec<ElementOf> {
         let mut elements = Vec::new();
         for (frontend, _) in self.of_family(family) {
             self.lead_elements(frontend, &mut elements);
@@ -330,7 +330,7 @@ impl ServicePlan {
     }
 
     /// The elements that other services may ask for too, for the table of a family.
-    pub fn shared_elements(&self, family: Family) -> Vec<ElementOf> {
+    pub(crate) fn shared_elements(&self, family: Family) -> Vec<ElementOf> {
         let lists = [
             (ServiceSet::ClusterIps, &self.cluster_ips),
             (ServiceSet::Hairpin, &self.hairpin),

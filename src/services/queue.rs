@@ -33,8 +33,8 @@ use crate::services::Claim;
 
 /// The services that wait.
 #[derive(Debug, Default)]
-pub(super) struct Queue {
-    waiting: HashMap<ObjectName, Waiting>,
+pub(super) struct ServiceQueue {
+    waiting: HashMap<ObjectName, QueuedService>,
     /// The services in line, by their namespace.
     lines: BTreeMap<String, VecDeque<ObjectName>>,
     /// The namespace that had its turn last.
@@ -46,7 +46,7 @@ pub(super) struct Queue {
 
 /// What is to be done for a service, and what follows.
 #[derive(Debug, Default)]
-struct Waiting {
+struct QueuedService {
     /// The newest event that the store does not know of.
     event: Option<Event>,
     /// Its plan is to be compiled.
@@ -61,7 +61,7 @@ struct Waiting {
     holds: Vec<Arc<ServicePlan>>,
 }
 
-impl Waiting {
+impl QueuedService {
     fn is_busy(&self) -> bool {
         self.compile || self.compilation.is_some() || self.write.is_some()
     }
@@ -87,7 +87,7 @@ pub(super) struct Done {
     pub compile: bool,
 }
 
-impl Queue {
+impl ServiceQueue {
     pub fn is_empty(&self) -> bool {
         self.waiting.is_empty()
     }
@@ -100,16 +100,16 @@ impl Queue {
     /// Whether a service waits for more than that its event is taken over.
     pub fn contains(&self, service: &ObjectName) -> bool {
         let waiting = self.waiting.get(service);
-        waiting.is_some_and(Waiting::is_busy)
+        waiting.is_some_and(QueuedService::is_busy)
     }
 
     /// Whether an event of the service waits.
-    pub fn has_event(&self, service: &ObjectName) -> bool {
+    pub(crate) fn has_event(&self, service: &ObjectName) -> bool {
         let waiting = self.waiting.get(service);
         waiting.is_some_and(|waiting| waiting.event.is_some())
     }
 
-    fn enter(&mut self, service: &ObjectName) -> &mut Waiting {
+    fn enter(&mut self, service: &ObjectName) -> &mut QueuedService {
         if !self.waiting.contains_key(service) {
             let line = self.lines.entry(service.namespace().to_owned());
             line.or_default().push_back(service.clone());
@@ -118,18 +118,18 @@ impl Queue {
     }
 
     /// Whether a change of the service is being written.
-    pub fn is_written(&self, service: &ObjectName) -> bool {
+    pub(crate) fn is_written(&self, service: &ObjectName) -> bool {
         let waiting = self.waiting.get(service);
         waiting.is_some_and(|waiting| waiting.write.is_some())
     }
 
     /// Puts an event in line, in the place of an older one.
-    pub fn put_off(&mut self, service: &ObjectName, event: Event) {
+    pub(crate) fn put_off(&mut self, service: &ObjectName, event: Event) {
         self.enter(service).event = Some(event);
     }
 
     /// Drops the event of a service, which a newer one replaces that does not wait.
-    pub fn drop_event(&mut self, service: &ObjectName) {
+    pub(crate) fn drop_event(&mut self, service: &ObjectName) {
         if let Some(waiting) = self.waiting.get_mut(service) {
             waiting.event = None;
             self.leave_if_idle(service);
@@ -137,7 +137,7 @@ impl Queue {
     }
 
     /// Drops all events: a list replaces them.
-    pub fn drop_events(&mut self) {
+    pub(crate) fn drop_events(&mut self) {
         for service in self.services() {
             self.drop_event(&service);
         }
@@ -150,7 +150,7 @@ impl Queue {
     }
 
     /// Compiles a service again once a change is written.
-    pub fn look_again(&mut self, service: &ObjectName) {
+    pub(crate) fn look_again(&mut self, service: &ObjectName) {
         self.again.insert(service.clone());
     }
 
@@ -170,18 +170,18 @@ impl Queue {
     }
 
     /// Takes a frontend. Returns whether no other service has it.
-    pub fn take_frontend(&mut self, service: &ObjectName, frontend: &Frontend) -> bool {
+    pub(crate) fn take_frontend(&mut self, service: &ObjectName, frontend: &Frontend) -> bool {
         let taken = self.taken.entry((frontend.family, frontend.at));
         taken.or_insert_with(|| service.clone()) == service
     }
 
     /// Goes on to compile a service with a later call.
-    pub fn compile_on(&mut self, service: &ObjectName, compilation: Compilation) {
+    pub(crate) fn compile_on(&mut self, service: &ObjectName, compilation: Compilation) {
         self.enter(service).compilation = Some(compilation);
     }
 
     /// What is compiled of a service.
-    pub fn take_compilation(&mut self, service: &ObjectName) -> Option<Compilation> {
+    pub(crate) fn take_compilation(&mut self, service: &ObjectName) -> Option<Compilation> {
         self.waiting.get_mut(service)?.compilation.take()
     }
 
@@ -192,7 +192,7 @@ impl Queue {
     }
 
     /// The service that has a frontend of this plan until its change is written.
-    pub fn taker(&self, service: &ObjectName, plan: &ServicePlan) -> Option<&ObjectName> {
+    pub(crate) fn taker(&self, service: &ObjectName, plan: &ServicePlan) -> Option<&ObjectName> {
         if self.taken.is_empty() {
             return None;
         }
@@ -204,7 +204,7 @@ impl Queue {
     }
 
     /// Leaves the frontends out of a plan that others have until their changes are written.
-    pub fn withhold(&self, service: &ObjectName, plan: &mut ServicePlan) {
+    pub(crate) fn withhold(&self, service: &ObjectName, plan: &mut ServicePlan) {
         let frontends = std::mem::take(&mut plan.frontends).into_vec();
         let free = frontends.into_iter().filter(|frontend| {
             let taker = self.taken.get(&(frontend.family, frontend.at));
@@ -233,7 +233,7 @@ impl Queue {
     }
 
     /// Notes that a service has had its turn, and with it the namespace.
-    pub fn had_turn(&mut self, service: &ObjectName) {
+    pub(crate) fn had_turn(&mut self, service: &ObjectName) {
         service.namespace().clone_into(&mut self.last);
     }
 
@@ -308,7 +308,7 @@ impl Queue {
     }
 
     /// The services that were to be compiled again.
-    pub fn take_again(&mut self) -> BTreeSet<ObjectName> {
+    pub(crate) fn take_again(&mut self) -> BTreeSet<ObjectName> {
         std::mem::take(&mut self.again)
     }
 

@@ -12,7 +12,7 @@ use crate::services::Claim;
 
 /// Changes of frontends in the kernel.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Removed {
+pub struct RemovedFrontends {
     /// Frontends that were deleted.
     pub deleted: HashSet<(Family, Claim)>,
     /// Frontends whose external policy became Local.
@@ -26,7 +26,7 @@ const FRONTENDS: [(ServiceSet, By); 3] = [
     (ServiceSet::FirewalledFrontends, By::Address),
 ];
 
-impl Removed {
+impl RemovedFrontends {
     /// Adds what a later comparison changed.
     pub fn append(&mut self, later: Self) {
         self.deleted.extend(later.deleted);
@@ -58,7 +58,7 @@ impl Removed {
     }
 }
 
-type Change<'a> = (Option<&'a Element>, Option<&'a Element>);
+type BeforeAfter<'a> = (Option<&'a Element>, Option<&'a Element>);
 
 /// The elements of a set that a transaction deletes or replaces: before and after.
 fn changed<'a>(
@@ -66,8 +66,8 @@ fn changed<'a>(
     transaction: &'a Transaction,
     id: &TableId,
     name: &Name,
-) -> BTreeMap<&'a Key, Change<'a>> {
-    let mut changed: BTreeMap<&Key, Change> = BTreeMap::new();
+) -> BTreeMap<&'a Key, BeforeAfter<'a>> {
+    let mut changed: BTreeMap<&Key, BeforeAfter> = BTreeMap::new();
     for op in &transaction.ops {
         let deleted = match op {
             Op::DeleteElements(table, set, _, elements) if table == id && set == name => elements,

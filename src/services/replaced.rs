@@ -7,7 +7,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 use super::plan::ServicePlan;
-use super::removed::Removed;
+use super::removed::RemovedFrontends;
 use super::tables::Sticky;
 use crate::engine::Change;
 use crate::model::{Family, ObjectName, Service};
@@ -19,7 +19,7 @@ pub struct ServiceChanges {
     /// The services whose plans or health checks changed, in order. One may occur several times.
     pub replaced: Vec<Replaced>,
     /// What a comparison changed beyond that.
-    pub removed: Removed,
+    pub removed: RemovedFrontends,
     /// The tables were compared with the kernel: other rules may have been in force for a while.
     pub rewritten: bool,
     /// The networks whose local addresses answer NodePorts, if others may do than before.
@@ -56,7 +56,7 @@ pub struct HealthCheck {
 
 impl Replaced {
     /// Whether the plan is another one.
-    pub fn is_other_plan(&self) -> bool {
+    pub(crate) fn is_other_plan(&self) -> bool {
         match (&self.old, &self.new) {
             (Some(old), Some(new)) => !Arc::ptr_eq(old, new),
             (None, None) => false,
@@ -91,13 +91,13 @@ impl ServiceChanges {
             affinity_version: _,
         } = self;
         let same = node_ports.is_none() && sticky.is_none();
-        replaced.is_empty() && *removed == Removed::default() && !rewritten && same
+        replaced.is_empty() && *removed == RemovedFrontends::default() && !rewritten && same
     }
 }
 
 impl ServiceChanges {
     /// Whether clients of services with session affinity may be left without their endpoint.
-    pub fn concerns_affinity(&self) -> bool {
+    pub(crate) fn concerns_affinity(&self) -> bool {
         let has = |plan: &Option<Arc<ServicePlan>>| {
             plan.as_ref().is_some_and(|plan| plan.affinity.is_some())
         };

@@ -10,7 +10,7 @@ use ipnet::IpNet;
 use super::chains::Role;
 use super::layout::{Clients, Scope};
 use super::plan::{Affinity, Frontend, Pool, Route, ServicePlan, Target};
-use super::settings::{LocalDetector, Settings};
+use super::settings::{LocalDetector, ServiceSettings};
 use super::size::{self, TooLarge};
 use super::sources::SourceList;
 use super::topology;
@@ -28,7 +28,7 @@ use crate::services::{Claim, EndpointOf, SlicesOf, Store};
 pub fn plan(
     store: &Store,
     name: &ObjectName,
-    settings: &Settings,
+    settings: &ServiceSettings,
     previous: Option<&ServicePlan>,
 ) -> Result<Option<ServicePlan>, TooLarge> {
     let Some(mut compilation) = Compilation::begin(store, name)? else {
@@ -127,10 +127,10 @@ impl Compilation {
 
     /// Goes on with so many frontends and endpoints, about, leaving out the frontends that are not
     /// free. Returns whether these were the last.
-    pub fn advance(
+    pub(crate) fn advance(
         &mut self,
         store: &Store,
-        settings: &Settings,
+        settings: &ServiceSettings,
         previous: Option<&ServicePlan>,
         most: usize,
         mut is_free: impl FnMut(&Frontend) -> bool,
@@ -302,7 +302,7 @@ fn sources(
 
 struct Compiler<'a> {
     service: &'a Service,
-    settings: &'a Settings,
+    settings: &'a ServiceSettings,
     node: Option<&'a Node>,
     slices: SlicesOf<'a>,
     /// The endpoints of the plan in force.
@@ -469,7 +469,7 @@ fn assign(previous: &[Target], wanted: Vec<Target>) -> Box<[Target]> {
 mod tests {
     use super::*;
     use crate::model::{Endpoint, EndpointSlice, Event, Object, ServiceKind, SlicePort};
-    use crate::services::Changes;
+    use crate::services::Marks;
 
     fn target(n: u8) -> Target {
         (IpAddr::from([10, 0, 0, n]), 80)
@@ -555,9 +555,9 @@ mod tests {
             endpoints: vec![endpoint(1), endpoint(2)],
             triggered_at_ms: None,
         };
-        let (mut store, mut changes) = (Store::default(), Changes::default());
+        let (mut store, mut marks) = (Store::default(), Marks::default());
         for object in [Object::Service(service), Object::EndpointSlice(slice)] {
-            store.apply(Event::Apply(object), &mut changes);
+            store.apply(Event::Apply(object), &mut marks);
         }
         (store, name)
     }
@@ -565,7 +565,7 @@ mod tests {
     #[test]
     fn no_turn_compiles_more_frontends_than_it_may() {
         let (store, name) = store();
-        let settings = Settings::default();
+        let settings = ServiceSettings::default();
         let at_once = plan(&store, &name, &settings, None).unwrap().unwrap();
         assert_eq!(at_once.frontends.len(), 2 * 20 * 32);
         for most in [1, 7, 100] {
@@ -584,7 +584,7 @@ mod tests {
     #[test]
     fn frontends_that_are_not_free_are_left_out() {
         let (store, name) = store();
-        let settings = Settings::default();
+        let settings = ServiceSettings::default();
         let mut compilation = Compilation::begin(&store, &name).unwrap().unwrap();
         let of_v6 = |frontend: &Frontend| frontend.family == Family::V6;
         compilation.advance(&store, &settings, None, usize::MAX, of_v6);

@@ -12,7 +12,7 @@ use crate::services::Store;
 
 /// Options of the command line that shape the rules.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Settings {
+pub struct ServiceSettings {
     /// `--detect-local-mode` with what it needs to know: which traffic comes from pods.
     pub detect_local: DetectLocal,
     /// `--masquerade-all`: masquerade all traffic to ClusterIPs.
@@ -83,7 +83,7 @@ pub enum LocalDetector {
 
 impl LocalDetector {
     /// Matches packets that come from pods, or those that do not; `None` where nothing tells.
-    pub fn from_local_pods(&self, comparison: Comparison) -> Option<Statement> {
+    pub(crate) fn from_local_pods(&self, comparison: Comparison) -> Option<Statement> {
         match self {
             LocalDetector::None => None,
             LocalDetector::PodNetworks => Some(Statement::InSet(
@@ -100,11 +100,11 @@ impl LocalDetector {
     }
 }
 
-impl Settings {
+impl ServiceSettings {
     /// How rules of a family tell traffic of pods. It does not depend on the Node object, whose
     /// ranges are elements of a set. (Whether there is a range at all decides on one rule of the
     /// skeleton.)
-    pub fn detector(&self, family: Family) -> LocalDetector {
+    pub(crate) fn detector(&self, family: Family) -> LocalDetector {
         match &self.detect_local {
             DetectLocal::ClusterCidr(_) if self.pod_networks(family, None).is_empty() => {
                 LocalDetector::None
@@ -120,7 +120,7 @@ impl Settings {
     }
 
     /// The ranges of pod addresses in a family, where pods are told by address.
-    pub fn pod_networks(&self, family: Family, node: Option<&Node>) -> Vec<IpNet> {
+    pub(crate) fn pod_networks(&self, family: Family, node: Option<&Node>) -> Vec<IpNet> {
         let ranges = match &self.detect_local {
             DetectLocal::ClusterCidr(ranges) => ranges.as_slice(),
             DetectLocal::NodeCidr => node.map_or(&[][..], |node| &node.pod_cidrs),
@@ -136,7 +136,7 @@ impl Settings {
     }
 
     /// The ranges whose local addresses answer NodePorts. Loopback addresses never do.
-    pub fn nodeport_ranges(&self, family: Family, node: Option<&Node>) -> Vec<IpNet> {
+    pub(crate) fn nodeport_ranges(&self, family: Family, node: Option<&Node>) -> Vec<IpNet> {
         self.nodeport_addresses
             .ranges(family, self.bind_address, node)
     }
@@ -157,8 +157,8 @@ mod tests {
             zone: None,
             going_away: false,
         };
-        let mut settings = Settings::default();
-        let primary = |settings: &Settings, node: &Node| {
+        let mut settings = ServiceSettings::default();
+        let primary = |settings: &ServiceSettings, node: &Node| {
             Family::ALL.map(|family| {
                 let ranges = settings.nodeport_ranges(family, Some(node));
                 ranges.iter().map(ToString::to_string).collect::<String>()

@@ -3,10 +3,9 @@
 use ipnet::IpNet;
 
 use super::chains::{LearnAt, SharedChain};
-use super::layout::{
-    By, NODEPORT_ADDRESSES, POD_NETWORKS, SERVICE_CIDRS, ServiceSet, table_family,
-};
-use super::settings::{LocalDetector, Settings};
+use super::layout::{By, NODEPORT_ADDRESSES, POD_NETWORKS, SERVICE_CIDRS, ServiceSet};
+use super::settings::{LocalDetector, ServiceSettings};
+use crate::engine::table_family;
 use crate::model::{Family, Node};
 use crate::nft::{
     BaseChain, Chain, ChainKind, Comparison, CtState, Declaration, Hook, Name, Operand, RejectWith,
@@ -16,7 +15,7 @@ use crate::nft::{
 /// Refuses packets.
 pub const REJECT: &str = "reject-service";
 /// Marks packets from outside of the pod network.
-pub const MARK_OFF_CLUSTER: &str = "mark-off-cluster";
+pub(crate) const MARK_OFF_CLUSTER: &str = "mark-off-cluster";
 const SERVICES: &str = "services";
 const MASQUERADE: &str = "masquerade-marked";
 /// Looks up where frontends lead that only clients in source ranges may use.
@@ -38,7 +37,7 @@ const AFTER_DSTNAT: i32 = -1;
 /// `service_cidrs` may hold ranges of both families.
 pub fn skeleton(
     family: Family,
-    settings: &Settings,
+    settings: &ServiceSettings,
     node: Option<&Node>,
     service_cidrs: &[IpNet],
 ) -> Table {
@@ -79,7 +78,7 @@ pub fn skeleton(
         nat(Hook::Postrouting, SRCNAT),
         postrouting(settings),
     );
-    for (name, hook, judge) in [
+    for (name, hook, target) in [
         ("filter-forward", Hook::Forward, UNASSIGNED),
         ("filter-output", Hook::Output, UNASSIGNED),
         ("filter-input", Hook::Input, UNKNOWN_PORTS),
@@ -89,7 +88,7 @@ pub fn skeleton(
             hook,
             priority: AFTER_DSTNAT,
         };
-        chain(name, Some(base), new_connections(judge));
+        chain(name, Some(base), new_connections(target));
     }
     chain(SERVICES, None, services());
     chain(UNASSIGNED, None, unassigned());
@@ -115,8 +114,8 @@ pub fn skeleton(
 
 /// Whether nftlet gives this name to a base chain of its service tables. A name that is given up must
 /// stay known here, or the rules of an earlier version would not last until the first lists.
-pub fn is_base_chain(name: &Name) -> bool {
-    let skeleton = skeleton(Family::V4, &Settings::default(), None, &[]);
+pub(crate) fn is_base_chain(name: &Name) -> bool {
+    let skeleton = skeleton(Family::V4, &ServiceSettings::default(), None, &[]);
     let fixed = skeleton.chains.get(name);
     let mut learning = [LearnAt::Prerouting, LearnAt::Output].into_iter();
     fixed.is_some_and(|chain| chain.base.is_some())
@@ -183,10 +182,10 @@ fn to(set: Name) -> Statement {
 
 /// Every packet evaluates this rule, those of known connections no other. What is not tracked
 /// passes: a cache on the node that answers at a ClusterIP of its own exempts it from tracking.
-fn new_connections(judge: &str) -> Vec<Rule> {
+fn new_connections(target: &str) -> Vec<Rule> {
     vec![Rule::new([
         Statement::CtState(CtState::New.into()),
-        Statement::Verdict(Verdict::Jump(judge.into())),
+        Statement::Verdict(Verdict::Jump(target.into())),
     ])]
 }
 
@@ -207,7 +206,7 @@ fn unknown_port() -> Rule {
     Rule::new([to(ServiceSet::ClusterIps.name()), goto(REJECT)])
 }
 
-fn postrouting(settings: &Settings) -> Vec<Rule> {
+fn postrouting(settings: &ServiceSettings) -> Vec<Rule> {
     let mark = settings.masquerade_bit.mark();
     vec![
         Rule::new([Statement::MarkBits(Comparison::Is, mark), goto(MASQUERADE)]),
@@ -251,7 +250,7 @@ fn firewall() -> Vec<Rule> {
 fn mark_off_cluster(
     detector: LocalDetector,
     family: Family,
-    settings: &Settings,
+    settings: &ServiceSettings,
     node: Option<&Node>,
 ) -> Vec<Rule> {
     if detector == LocalDetector::PodNetworks && settings.pod_networks(family, node).is_empty() {

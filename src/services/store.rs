@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-use super::claims::{Cause, Claim, ClaimChanges, Claims, Reserved, Takeover};
-use super::refusals::Refusals;
+use super::claims::{Claim, ClaimChanges, Claims, ConflictCause, Reserved, Takeover};
+use super::conflicts::Conflicts;
 use crate::model::{
     Endpoint, EndpointSlice, Event, Family, Kind, Lists, Node, NodePortAddresses, Notice, Object,
     ObjectName, ObjectRef, Reason, Service, ServiceCidr, ServiceKind, Subject,
@@ -21,7 +21,7 @@ pub use slices::SlicesOf;
 
 /// What a batch of events changed. Collected over events, taken by the reconciler.
 #[derive(Debug, Default)]
-pub struct Changes {
+pub struct Marks {
     /// Services whose rules may be different now: they, or their endpoints, or their claims
     /// changed.
     pub services: BTreeSet<ObjectName>,
@@ -38,7 +38,7 @@ pub struct Changes {
     pub triggered_at_ms: Vec<(ObjectName, i64)>,
 }
 
-impl Changes {
+impl Marks {
     /// Whether nothing changed that could matter to rules.
     pub fn is_empty(&self) -> bool {
         self.services.is_empty() && !self.node && !self.service_cidrs
@@ -71,7 +71,7 @@ pub struct Store {
     node: Option<Arc<Node>>,
     /// What is used while there is no own node: what was given for that, or what was known of a
     /// node that was deleted.
-    stand_in: Option<Arc<Node>>,
+    fallback_node: Option<Arc<Node>>,
     service_cidrs: BTreeMap<ObjectName, ServiceCidr>,
     claims: Claims,
     /// Changes of services whose claims are on the way from one form to the next.
@@ -89,9 +89,9 @@ pub struct Store {
 
 impl Store {
     /// An empty store that knows a stand-in for the own node, used while its object is missing.
-    pub fn with_stand_in(node: Node) -> Self {
+    pub(crate) fn with_fallback_node(node: Node) -> Self {
         Self {
-            stand_in: Some(Arc::new(node)),
+            fallback_node: Some(Arc::new(node)),
             ..Self::default()
         }
     }
@@ -99,7 +99,7 @@ impl Store {
     /// The same store, with NodePorts on these addresses. `bound` is the node's primary address of
     /// its family, whatever the Node object says.
     #[must_use]
-    pub fn with_node_ports(self, on: NodePortAddresses, bound: Option<IpAddr>) -> Self {
+    pub(crate) fn with_node_ports(self, on: NodePortAddresses, bound: Option<IpAddr>) -> Self {
         let mut store = Self {
             node_ports: (on, bound),
             ..self
@@ -109,7 +109,7 @@ impl Store {
     }
 
     /// Whether every kind of [`Kind::SERVICES`] was listed completely once.
-    pub fn is_complete(&self) -> bool {
+    pub(crate) fn is_complete(&self) -> bool {
         Kind::SERVICES
             .iter()
             .all(|kind| self.lists.is_complete(*kind))
@@ -124,7 +124,7 @@ impl Store {
     }
 
     /// Whether a list of a kind is being read.
-    pub fn is_listing(&self, kind: Kind) -> bool {
+    pub(crate) fn is_listing(&self, kind: Kind) -> bool {
         self.lists.is_open(kind)
     }
 
@@ -152,11 +152,11 @@ impl Store {
     /// The own node, or what stands in for it. One that was deleted is going away, and stays as
     /// it last was until there is another one.
     pub fn node(&self) -> Option<&Arc<Node>> {
-        self.node.as_ref().or(self.stand_in.as_ref())
+        self.node.as_ref().or(self.fallback_node.as_ref())
     }
 
     /// The ranges of service addresses.
-    pub fn service_cidrs(&self) -> impl Iterator<Item = ipnet::IpNet> + '_ {
+    pub(crate) fn service_cidrs(&self) -> impl Iterator<Item = ipnet::IpNet> + '_ {
         self.service_cidrs
             .values()
             .flat_map(|o| o.cidrs.iter().copied())
@@ -168,12 +168,12 @@ impl Store {
     }
 
     /// Whether the health check of a service may answer at a port of the node.
-    pub fn owns_health_check(&self, service: &ObjectName, port: u16) -> bool {
+    pub(crate) fn owns_health_check(&self, service: &ObjectName, port: u16) -> bool {
         self.claims.owns_health_check(service, port)
     }
 
     /// The slices of a service.
-    pub fn slices_of(&self, service: &ObjectName) -> SlicesOf<'_> {
+    pub(crate) fn slices_of(&self, service: &ObjectName) -> SlicesOf<'_> {
         let names = self.slices_of.get(service).into_iter().flatten();
         SlicesOf::new(names.filter_map(|name| self.slices.get(name)))
     }
@@ -186,15 +186,15 @@ impl Store {
 
     /// Begins to take over an event, which [`Store::go_on`] does some claims at a time if it is one
     /// of a service. The service stays what it was until all of them are changed.
-    pub fn begin(&mut self, event: Event, changes: &mut Changes) {
+    pub fn begin(&mut self, event: Event, marks: &mut Marks) {
         let (name, new) = match event {
             Event::Apply(Object::Service(service)) => {
                 (service.name.clone(), Some(Arc::new(service)))
             }
             Event::Delete(object) if object.kind == Kind::Service => (object.name, None),
-            _ => return self.apply(event, changes),
+            _ => return self.apply(event, marks),
         };
-        self.go_on(&name, usize::MAX, changes);
+        self.go_on(&name, usize::MAX, marks);
         self.lists.saw(&ObjectRef::new(Kind::Service, name.clone()));
         let old = self.services.get(&name).cloned();
         if old == new {
@@ -208,18 +208,18 @@ impl Store {
     }
 
     /// Whether an event of a service is being taken over.
-    pub fn is_taking_over(&self, service: &ObjectName) -> bool {
+    pub(crate) fn is_taking_over(&self, service: &ObjectName) -> bool {
         self.takeovers.contains_key(service)
     }
 
     /// Goes on to take over an event of a service, with so many of its claims at most. It is taken
     /// over with the last of them.
-    pub fn go_on(&mut self, name: &ObjectName, most: usize, changes: &mut Changes) {
+    pub fn go_on(&mut self, name: &ObjectName, most: usize, marks: &mut Marks) {
         let Some(mut takeover) = self.takeovers.remove(name) else {
             return;
         };
         let (claims, complete) = self.claims.advance(&mut takeover, most);
-        self.note_claims(claims, &mut takeover.refusals, changes);
+        self.note_claims(claims, &mut takeover.conflicts, marks);
         if !complete {
             self.takeovers.insert(name.clone(), takeover);
             return;
@@ -231,7 +231,7 @@ impl Store {
                 if service.kind == ServiceKind::OtherProxy
                     && old.is_none_or(|old| old.kind != ServiceKind::OtherProxy)
                 {
-                    changes.notices.push(other_proxy(name));
+                    marks.notices.push(other_proxy(name));
                 }
                 self.orphaned.remove(name);
             }
@@ -239,28 +239,28 @@ impl Store {
                 self.services.remove(name);
             }
         }
-        changes.notices.extend(takeover.refusals.notices());
-        changes.frontends = true;
-        changes.services.insert(name.clone());
+        marks.notices.extend(takeover.conflicts.notices());
+        marks.frontends = true;
+        marks.services.insert(name.clone());
     }
 
     /// Takes over what was begun.
-    pub fn finish(&mut self, changes: &mut Changes) {
+    pub fn finish(&mut self, marks: &mut Marks) {
         let mut names: Vec<ObjectName> = self.takeovers.keys().cloned().collect();
         names.sort_unstable();
         for name in names {
-            self.go_on(&name, usize::MAX, changes);
+            self.go_on(&name, usize::MAX, marks);
         }
     }
 
     /// Takes over one event and notes what it changed.
-    pub fn apply(&mut self, event: Event, changes: &mut Changes) {
+    pub fn apply(&mut self, event: Event, marks: &mut Marks) {
         match event {
             Event::ListStarted(kind) | Event::ListComplete(kind)
                 if !Kind::SERVICES.contains(&kind) => {}
             Event::ListStarted(kind) => {
                 if kind == Kind::Service {
-                    self.finish(changes);
+                    self.finish(marks);
                     self.expected.clear();
                 }
                 self.lists.start(kind, self.names(kind));
@@ -268,37 +268,37 @@ impl Store {
             Event::ListComplete(kind) => {
                 let first = !self.lists.is_complete(kind);
                 for name in self.lists.complete(kind) {
-                    self.delete(&ObjectRef::new(kind, name), changes);
+                    self.delete(&ObjectRef::new(kind, name), marks);
                 }
                 if first && self.is_complete() {
-                    self.first_notices(changes);
+                    self.first_notices(marks);
                     for slice in self.slices.values() {
-                        self.note_service_address(slice, None, changes);
+                        self.note_service_address(slice, None, marks);
                     }
                 }
             }
             Event::Apply(object) => {
                 self.lists.saw(&object.reference());
-                self.insert(object, changes);
+                self.insert(object, marks);
             }
             Event::Delete(reference) => {
                 self.lists.saw(&reference);
-                self.delete(&reference, changes);
+                self.delete(&reference, marks);
             }
             Event::Servers(servers) => {
                 self.servers = servers;
-                self.reserve(changes);
+                self.reserve(marks);
             }
-            Event::Notice(notice) => changes.notices.push(notice),
+            Event::Notice(notice) => marks.notices.push(notice),
         }
     }
 
     /// Brings what no service may take in line with the node, the ranges and the servers.
-    fn reserve(&mut self, changes: &mut Changes) {
+    fn reserve(&mut self, marks: &mut Marks) {
         let claims = self.claims.reserve(self.reserved());
-        let mut refusals = Refusals::default();
-        self.note_claims(claims, &mut refusals, changes);
-        changes.notices.extend(refusals.notices());
+        let mut conflicts = Conflicts::default();
+        self.note_claims(claims, &mut conflicts, marks);
+        marks.notices.extend(conflicts.notices());
     }
 
     fn reserved(&self) -> Reserved {
@@ -336,58 +336,58 @@ impl Store {
         }
     }
 
-    fn insert(&mut self, object: Object, changes: &mut Changes) {
+    fn insert(&mut self, object: Object, marks: &mut Marks) {
         match object {
             Object::Service(service) => {
                 let name = service.name.clone();
-                self.begin(Event::Apply(Object::Service(service)), changes);
-                self.go_on(&name, usize::MAX, changes);
+                self.begin(Event::Apply(Object::Service(service)), marks);
+                self.go_on(&name, usize::MAX, marks);
             }
-            Object::EndpointSlice(slice) => self.insert_slice(slice, changes),
+            Object::EndpointSlice(slice) => self.insert_slice(slice, marks),
             Object::Node(node) => {
                 let old = self.node();
-                changes.node |= !old.is_some_and(|old| old.rules_as(&node));
+                marks.node |= !old.is_some_and(|old| old.rules_as(&node));
                 if self.node.as_deref() != Some(&node) {
                     self.node = Some(Arc::new(node));
-                    self.reserve(changes);
+                    self.reserve(marks);
                 }
             }
             Object::ServiceCidr(cidr) => {
                 if self.service_cidrs.get(&cidr.name) != Some(&cidr) {
                     self.service_cidrs.insert(cidr.name.clone(), cidr);
-                    changes.service_cidrs = true;
-                    self.reserve(changes);
+                    marks.service_cidrs = true;
+                    self.reserve(marks);
                 }
             }
             Object::Pod(_) | Object::Namespace(_) | Object::NetworkPolicy(_) => {}
         }
     }
 
-    fn insert_slice(&mut self, slice: EndpointSlice, changes: &mut Changes) {
+    fn insert_slice(&mut self, slice: EndpointSlice, marks: &mut Marks) {
         let name = slice.name.clone();
         let old = self.slices.get(&name);
         if old == Some(&slice) {
             return;
         }
         if let Some(old_service) = old.map(|old| old.service.clone()) {
-            changes.services.insert(old_service.clone());
+            marks.services.insert(old_service.clone());
             if old_service != slice.service {
                 self.detach(&old_service, &name);
             }
         }
-        changes.services.insert(slice.service.clone());
+        marks.services.insert(slice.service.clone());
         let triggered = slice.triggered_at_ms.into_iter();
         let triggered = triggered.map(|at| (slice.service.clone(), at));
-        changes.triggered_at_ms.extend(triggered);
+        marks.triggered_at_ms.extend(triggered);
         let slices = self.slices_of.entry(slice.service.clone()).or_default();
         if let Err(place) = slices.binary_search(&name) {
             slices.insert(place, name.clone());
         }
         let old = self.slices.insert(name.clone(), slice);
         if self.is_complete() {
-            self.note_orphan(&name, changes);
+            self.note_orphan(&name, marks);
             if let Some(slice) = self.slices.get(&name) {
-                self.note_service_address(slice, old.as_ref(), changes);
+                self.note_service_address(slice, old.as_ref(), marks);
             }
         }
     }
@@ -402,29 +402,29 @@ impl Store {
         }
     }
 
-    fn delete(&mut self, object: &ObjectRef, changes: &mut Changes) {
+    fn delete(&mut self, object: &ObjectRef, marks: &mut Marks) {
         match object.kind {
             Kind::Service => {
-                self.begin(Event::Delete(object.clone()), changes);
-                self.go_on(&object.name, usize::MAX, changes);
+                self.begin(Event::Delete(object.clone()), marks);
+                self.go_on(&object.name, usize::MAX, marks);
             }
             Kind::EndpointSlice => {
                 if let Some(old) = self.slices.remove(&object.name) {
                     self.detach(&old.service, &object.name);
-                    changes.services.insert(old.service);
+                    marks.services.insert(old.service);
                 }
             }
             // The rules stay those of a node on which pods may go on.
             Kind::Node => {
                 if let Some(mut old) = self.node.take() {
                     Arc::make_mut(&mut old).going_away = true;
-                    self.stand_in = Some(old);
+                    self.fallback_node = Some(old);
                 }
             }
             Kind::ServiceCidr => {
                 if self.service_cidrs.remove(&object.name).is_some() {
-                    changes.service_cidrs = true;
-                    self.reserve(changes);
+                    marks.service_cidrs = true;
+                    self.reserve(marks);
                 }
             }
             Kind::Pod | Kind::Namespace | Kind::NetworkPolicy => {}
@@ -432,21 +432,21 @@ impl Store {
     }
 
     /// Reports what could not be judged before everything was listed.
-    fn first_notices(&mut self, changes: &mut Changes) {
+    fn first_notices(&mut self, marks: &mut Marks) {
         let mut slices: Vec<ObjectName> = self.slices.keys().cloned().collect();
         slices.sort_unstable();
         for name in &slices {
-            self.note_orphan(name, changes);
+            self.note_orphan(name, marks);
         }
         let services = self.services.values();
         let lacking = services.flat_map(|service| self.claims.lacking(service));
-        let mut refusals = Refusals::default();
-        refusals.add(&self.claims, lacking);
-        changes.notices.extend(refusals.notices());
+        let mut conflicts = Conflicts::default();
+        conflicts.add(&self.claims, lacking);
+        marks.notices.extend(conflicts.notices());
     }
 
     /// Reports a slice without a service, unless one of the same service was.
-    fn note_orphan(&mut self, name: &ObjectName, changes: &mut Changes) {
+    fn note_orphan(&mut self, name: &ObjectName, marks: &mut Marks) {
         let Some(slice) = self.slices.get(name) else {
             return;
         };
@@ -456,7 +456,7 @@ impl Store {
         if known || !self.orphaned.insert(service.clone()) {
             return;
         }
-        changes.notices.push(Notice {
+        marks.notices.push(Notice {
             subject: Subject::Object(ObjectRef::new(Kind::EndpointSlice, name.clone())),
             reason: Reason::OrphanSlice,
             message: format!(
@@ -468,24 +468,19 @@ impl Store {
     }
 
     /// Notes the services that gained or lost claims, and what is refused to them.
-    fn note_claims(
-        &self,
-        mut claims: ClaimChanges,
-        refusals: &mut Refusals,
-        changes: &mut Changes,
-    ) {
+    fn note_claims(&self, mut claims: ClaimChanges, conflicts: &mut Conflicts, marks: &mut Marks) {
         // A frontend that moves from one service to another is written at one stroke.
-        changes.frontends |= !claims.affected.is_empty();
-        changes.services.extend(claims.affected);
+        marks.frontends |= !claims.affected.is_empty();
+        marks.services.extend(claims.affected);
         if self.is_complete() {
             if !self.expected.is_empty() {
                 claims.lost.retain(|(claim, claimant)| {
-                    let cause = self.claims.refusal(claim, claimant);
-                    let owner = cause.as_ref().and_then(Cause::owner);
+                    let cause = self.claims.conflict(claim, claimant);
+                    let owner = cause.as_ref().and_then(ConflictCause::owner);
                     owner.is_none_or(|owner| self.expected.get(owner) != Some(&false))
                 });
             }
-            refusals.add(&self.claims, claims.lost);
+            conflicts.add(&self.claims, claims.lost);
         }
     }
 
@@ -494,7 +489,7 @@ impl Store {
         &self,
         slice: &EndpointSlice,
         old: Option<&EndpointSlice>,
-        changes: &mut Changes,
+        marks: &mut Marks,
     ) {
         let first = |slice: &EndpointSlice| {
             let mut addresses = slice.endpoints.iter().map(|endpoint| endpoint.address);
@@ -503,7 +498,7 @@ impl Store {
         let Some(address) = first(slice).filter(|_| old.and_then(first).is_none()) else {
             return;
         };
-        changes.notices.push(Notice {
+        marks.notices.push(Notice {
             subject: Subject::Object(ObjectRef::new(Kind::EndpointSlice, slice.name.clone())),
             reason: Reason::InvalidField,
             message: format!(

@@ -14,7 +14,7 @@ use super::chains::SharedChain;
 use super::change::{Edit, PlanChange};
 use super::layout::{Clients, ServiceSet, table_id};
 use super::plan::{ElementOf, ServicePlan};
-use super::settings::Settings;
+use super::settings::ServiceSettings;
 use super::skeleton::skeleton;
 use crate::model::{Family, ObjectName};
 use crate::nft::{Element, Key, Name, Op, Ruleset, SetOf, Sums, Table, TableId, Transaction, diff};
@@ -23,7 +23,7 @@ use crate::services::Store;
 /// The rules in force.
 #[derive(Clone, Debug, Default)]
 pub struct Tables {
-    settings: Settings,
+    settings: ServiceSettings,
     skeletons: BTreeMap<Family, Table>,
     /// Shared with copies, which cost little then.
     plans: HashMap<ObjectName, Arc<ServicePlan>>,
@@ -72,7 +72,7 @@ pub type NoLocalEndpoints = [[usize; 2]; 2];
 
 /// The operations that a batch of changes amounts to.
 #[derive(Debug, Default)]
-pub struct Draft {
+pub struct TransactionDraft {
     skeleton: Vec<Op>,
     tables: BTreeMap<Family, TableDraft>,
 }
@@ -88,7 +88,7 @@ struct TableDraft {
 
 impl Tables {
     /// Nothing in force yet.
-    pub fn new(settings: Settings) -> Self {
+    pub fn new(settings: ServiceSettings) -> Self {
         Self {
             settings,
             ..Self::default()
@@ -101,7 +101,7 @@ impl Tables {
     }
 
     /// The same, to be kept.
-    pub fn shared_plan(&self, service: &ObjectName) -> Option<&Arc<ServicePlan>> {
+    pub(crate) fn shared_plan(&self, service: &ObjectName) -> Option<&Arc<ServicePlan>> {
         self.plans.get(service)
     }
 
@@ -116,7 +116,11 @@ impl Tables {
     }
 
     /// Compiles the skeletons anew and drafts what changed in them.
-    pub fn set_skeletons(&mut self, store: &Store, mut draft: Option<&mut Draft>) {
+    pub(crate) fn set_skeletons(
+        &mut self,
+        store: &Store,
+        mut draft: Option<&mut TransactionDraft>,
+    ) {
         let cidrs: Vec<_> = store.service_cidrs().collect();
         for family in Family::ALL {
             let node = store.node().map(|node| &**node);
@@ -146,7 +150,7 @@ impl Tables {
         &mut self,
         service: &ObjectName,
         change: &PlanChange,
-        mut draft: Option<&mut Draft>,
+        mut draft: Option<&mut TransactionDraft>,
     ) {
         self.take_plan(service, change);
         self.acquire_chains(change, draft.as_deref_mut());
@@ -179,11 +183,11 @@ impl Tables {
 
     /// Drafts further steps of a change, until they make so many elements. Returns the number of
     /// elements, and whether the plan is in force with them.
-    pub fn advance(
+    pub(crate) fn advance(
         &mut self,
         service: &ObjectName,
         most: usize,
-        mut draft: Option<&mut Draft>,
+        mut draft: Option<&mut TransactionDraft>,
     ) -> (usize, bool) {
         let Some(mut unfinished) = self.unfinished.remove(service) else {
             return (0, true);
@@ -220,7 +224,7 @@ impl Tables {
         };
     }
 
-    fn edit(&mut self, family: Family, edit: Edit, draft: Option<&mut Draft>) {
+    fn edit(&mut self, family: Family, edit: Edit, draft: Option<&mut TransactionDraft>) {
         let draft = draft.map(|draft| draft.tables.entry(family).or_default());
         let (set, key, acquires) = match edit {
             Edit::Delete(set, element) => {
@@ -266,11 +270,11 @@ impl Tables {
     }
 
     /// How many services have endpoints, but none where a policy Local wants them.
-    pub fn no_local_endpoints(&self) -> NoLocalEndpoints {
+    pub(crate) fn no_local_endpoints(&self) -> NoLocalEndpoints {
         self.no_local_endpoints
     }
 
-    fn acquire_chains(&mut self, change: &PlanChange, mut draft: Option<&mut Draft>) {
+    fn acquire_chains(&mut self, change: &PlanChange, mut draft: Option<&mut TransactionDraft>) {
         let Some(new) = change.after() else { return };
         for family in Family::ALL {
             for chain in new.chains(family) {
@@ -361,7 +365,7 @@ impl Tables {
     }
 
     /// Everything in force as a ruleset without elements, of which the sums take note.
-    pub fn summed(&self, sums: &mut Sums) -> Ruleset {
+    pub(crate) fn summed(&self, sums: &mut Sums) -> Ruleset {
         let mut frame = self.frame();
         sums.take(&mut frame);
         for family in self.skeletons.keys() {
@@ -386,13 +390,13 @@ impl Tables {
     }
 
     /// Forgets chains that no service uses, where the kernel is about to be compared anyway.
-    pub fn forget_chains(&mut self) {
+    pub(crate) fn forget_chains(&mut self) {
         self.other_clients = true;
         self.chains.retain(|_, users| !users.is_unused());
     }
 
     /// When the first of the chains that no service uses now lost its last user.
-    pub fn unused_since(&self) -> Option<Instant> {
+    pub(crate) fn unused_since(&self) -> Option<Instant> {
         let unused = self.chains.values().filter_map(|users| match users {
             Use::By(_) => None,
             Use::UnusedSince(since) => Some(*since),
@@ -401,7 +405,7 @@ impl Tables {
     }
 
     /// The namespaces that remember clients, if they are others than at the last call.
-    pub fn take_other_clients(&mut self) -> Option<Sticky> {
+    pub(crate) fn take_other_clients(&mut self) -> Option<Sticky> {
         if !std::mem::take(&mut self.other_clients) {
             return None;
         }
@@ -457,7 +461,7 @@ impl Tables {
     }
 }
 
-impl Draft {
+impl TransactionDraft {
     /// The drafted operations in the order the kernel must see them.
     pub fn finish(self, tables: &Tables) -> Transaction {
         let mut ops = self.skeleton;

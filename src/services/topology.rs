@@ -32,7 +32,7 @@ pub fn local<'a>(endpoints: &[EndpointOf<'a>], node: Option<&Node>) -> Vec<Endpo
 }
 
 /// The endpoints that serve, ready or terminating, but were not chosen.
-pub fn unchosen(endpoints: &[EndpointOf], chosen: &[EndpointOf]) -> Box<[Target]> {
+pub(crate) fn unchosen(endpoints: &[EndpointOf], chosen: &[EndpointOf]) -> Box<[Target]> {
     let chosen: BTreeSet<Target> = chosen.iter().map(EndpointOf::target).collect();
     let serving = select(endpoints, |e| e.ready || serving_terminating(e));
     let targets = serving.iter().map(EndpointOf::target);
@@ -40,7 +40,7 @@ pub fn unchosen(endpoints: &[EndpointOf], chosen: &[EndpointOf]) -> Box<[Target]
 }
 
 /// Whether an endpoint may be on the node of this name. Slices made by hand often name no node.
-pub fn may_be_on(endpoint: &EndpointOf, node: Option<&str>) -> bool {
+pub(crate) fn may_be_on(endpoint: &EndpointOf, node: Option<&str>) -> bool {
     match (endpoint.endpoint.node.as_deref(), node) {
         (Some(theirs), Some(ours)) => theirs == ours,
         _ => true,

@@ -35,7 +35,7 @@ use crate::netlink;
 use crate::policies;
 use crate::serve::metrics::Metrics;
 use crate::services::Store;
-use crate::services::{self, Settings};
+use crate::services::{self, ServiceSettings};
 use crate::source::SourceStats;
 
 pub use audit::{Audits, EVERY as AUDIT_EVERY, Finding, Snapshot, Step, Verdict};
@@ -121,7 +121,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
     /// Creates a reconciler that has seen nothing yet.
     pub fn new(
         kernel: K,
-        settings: Settings,
+        settings: ServiceSettings,
         metrics: &'a Metrics,
         reporter: &'a dyn Reporter,
     ) -> Self {

@@ -354,7 +354,7 @@ pub(crate) struct Bench {
     pub(crate) kernel: Fake,
     pub(crate) metrics: Metrics,
     pub(crate) heard: Heard,
-    pub(crate) settings: Settings,
+    pub(crate) settings: ServiceSettings,
 }
 
 impl Bench {
@@ -363,9 +363,9 @@ impl Bench {
             kernel: Fake::default(),
             metrics: Metrics::new().unwrap(),
             heard: Heard::default(),
-            settings: Settings {
+            settings: ServiceSettings {
                 detect_local: DetectLocal::ClusterCidr(vec!["10.244.0.0/16".parse().unwrap()]),
-                ..Settings::default()
+                ..ServiceSettings::default()
             },
         }
     }

@@ -19,10 +19,7 @@ pub const LAYERS: &[(&str, &[&str])] = &[
     ("engine", &["model", "nft"]),
     ("source", &["model", "logging"]),
     ("services", &["model", "nft", "engine"]),
-    (
-        "policies",
-        &["model", "nft", "engine", "services", "logging"],
-    ),
+    ("policies", &["model", "nft", "engine", "logging"]),
     (
         "sync",
         &[

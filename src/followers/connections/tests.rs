@@ -339,7 +339,7 @@ fn of_some_addresses_only_theirs_are_looked_at() {
     // What was asked for is kept over a failure, and all is judged although nothing comes any more.
     fake.state().failures = 1;
     let moved = |address| PolicyChanges {
-        moved: [ip(address)].into(),
+        reassigned: [ip(address)].into(),
         ..PolicyChanges::default()
     };
     for change in [isolated(), moved("10.1.0.6"), moved("fd00::5")] {

@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 
 use super::queue::{Pending, Received};
 use super::{Front, Judgement, Work};
+use crate::engine::table_family;
 use crate::host::addresses;
 use crate::model::Family;
 use crate::netlink::{Conntrack, Error, Flow, FlowFilter};
 use crate::serve::metrics::Metrics;
-use crate::services::table_family;
 use crate::sync::Reporter;
 
 /// The most dumps of single frontends before one of all UDP flows is the better way. Every dump

@@ -315,12 +315,12 @@ fn the_deleted_pods_that_are_remembered_are_bounded() {
 #[test]
 fn connections_are_looked_at_while_it_is_doubtful_who_has_an_address() {
     let mut checked = shop();
-    checked.engine.moved.take();
+    checked.engine.reassigned.take();
     checked.apply(apply_pod(pod("shop/other", 2, "there", "free")));
     let address = IpAddr::from([10, 0, 0, 2]);
-    assert_eq!(checked.engine.moved.take(), [address].into());
+    assert_eq!(checked.engine.reassigned.take(), [address].into());
     checked.apply(apply_pod(since(1, pod("shop/other", 2, "there", "free"))));
-    assert_eq!(checked.engine.moved.take(), [address].into());
+    assert_eq!(checked.engine.reassigned.take(), [address].into());
     checked.apply(apply_pod(since(2, pod("shop/other", 2, "there", "free"))));
-    assert_eq!(checked.engine.moved.take(), [].into());
+    assert_eq!(checked.engine.reassigned.take(), [].into());
 }

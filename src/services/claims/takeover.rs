@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::{Claim, Rank, Wish, age};
 use crate::model::{ObjectName, Protocol, Service};
-use crate::services::refusals::Refusals;
+use crate::services::conflicts::Conflicts;
 
 /// A change of the claims of one service, which [`Claims::advance`] makes some claims at a time.
 ///
@@ -28,12 +28,12 @@ pub(crate) struct Takeover {
     /// How many claims of addresses were compared, before and after.
     places: (usize, usize),
     /// What services lost with the claims that changed so far.
-    pub(crate) refusals: Refusals,
+    pub(crate) conflicts: Conflicts,
 }
 
 /// How a claim changes.
 #[derive(Debug)]
-pub(super) struct Difference {
+pub(super) struct ClaimDifference {
     pub claim: Claim,
     pub released: Option<Wish>,
     pub taken: Option<Wish>,
@@ -50,7 +50,7 @@ impl Takeover {
             new,
             together: None,
             places: (0, 0),
-            refusals: Refusals::default(),
+            conflicts: Conflicts::default(),
         }
     }
 
@@ -88,20 +88,20 @@ impl Takeover {
     }
 
     /// How the claims of ports of the node change.
-    pub(super) fn node_ports(&self) -> Vec<Difference> {
+    pub(super) fn node_ports(&self) -> Vec<ClaimDifference> {
         let claims = self.before.node_ports.iter().chain(&self.after.node_ports);
         let claims: BTreeSet<Claim> = claims.map(|wish| wish.0).collect();
         claims.into_iter().filter_map(|it| self.at(it)).collect()
     }
 
     /// How one claim changes, if it does.
-    pub(super) fn at(&self, claim: Claim) -> Option<Difference> {
+    pub(super) fn at(&self, claim: Claim) -> Option<ClaimDifference> {
         self.difference(claim, self.before.find(&claim), self.after.find(&claim))
     }
 
     /// Compares the next claims of addresses, so many at most. Returns those that differ, and
     /// whether others follow.
-    pub(super) fn next(&mut self, most: usize) -> (Vec<Difference>, bool) {
+    pub(super) fn next(&mut self, most: usize) -> (Vec<ClaimDifference>, bool) {
         let (mut found, mut compared) = (Vec::new(), 0);
         loop {
             let (before, after) = self.places;
@@ -130,9 +130,9 @@ impl Takeover {
         claim: Claim,
         before: Option<Wish>,
         after: Option<Wish>,
-    ) -> Option<Difference> {
+    ) -> Option<ClaimDifference> {
         let differs = before != after || (self.moved && before.is_some());
-        differs.then_some(Difference {
+        differs.then_some(ClaimDifference {
             claim,
             released: before,
             taken: after,

@@ -55,18 +55,18 @@ fn slice(name: &str, service: &str, addresses: &[(&str, bool)]) -> EndpointSlice
     }
 }
 
-fn apply(store: &mut Store, event: Event) -> Changes {
-    let mut changes = Changes::default();
-    store.apply(event, &mut changes);
-    changes
+fn apply(store: &mut Store, event: Event) -> Marks {
+    let mut marks = Marks::default();
+    store.apply(event, &mut marks);
+    marks
 }
 
-fn put(store: &mut Store, object: Object) -> Changes {
+fn put(store: &mut Store, object: Object) -> Marks {
     apply(store, Event::Apply(object))
 }
 
-fn names(changes: &Changes) -> Vec<&str> {
-    changes.services.iter().map(|name| name.name()).collect()
+fn names(marks: &Marks) -> Vec<&str> {
+    marks.services.iter().map(|name| name.name()).collect()
 }
 
 fn complete_store() -> Store {
@@ -90,8 +90,8 @@ fn the_same_object_again_changes_nothing() {
     );
     assert!(put(&mut store, Object::Service(web)).is_empty());
     let web_1 = slice("web-1", "web", &[("10.0.0.1", false)]);
-    let changes = put(&mut store, Object::EndpointSlice(web_1.clone()));
-    assert_eq!(names(&changes), ["web"]);
+    let marks = put(&mut store, Object::EndpointSlice(web_1.clone()));
+    assert_eq!(names(&marks), ["web"]);
     assert!(put(&mut store, Object::EndpointSlice(web_1)).is_empty());
 }
 
@@ -104,10 +104,10 @@ fn the_older_service_owns_a_contested_frontend() {
 
     put(&mut store, Object::Service(service("young", 9, address)));
     assert_eq!(owner(&store).as_deref(), Some("young"));
-    let changes = put(&mut store, Object::Service(service("old", 1, address)));
+    let marks = put(&mut store, Object::Service(service("old", 1, address)));
     assert_eq!(owner(&store).as_deref(), Some("old"));
-    assert_eq!(names(&changes), ["old", "young"]);
-    let notice = &changes.notices[0];
+    assert_eq!(names(&marks), ["old", "young"]);
+    let notice = &marks.notices[0];
     assert_eq!(notice.subject.to_string(), "Service shop/young");
     assert!(
         notice
@@ -117,25 +117,22 @@ fn the_older_service_owns_a_contested_frontend() {
         notice.message
     );
 
-    let changes = put(&mut store, Object::Service(service("middle", 5, address)));
-    assert_eq!(names(&changes), ["middle"]);
-    assert_eq!(
-        changes.notices[0].subject.to_string(),
-        "Service shop/middle"
-    );
+    let marks = put(&mut store, Object::Service(service("middle", 5, address)));
+    assert_eq!(names(&marks), ["middle"]);
+    assert_eq!(marks.notices[0].subject.to_string(), "Service shop/middle");
 
     let gone = ObjectRef::new(Kind::Service, ObjectName::new("shop", "old"));
-    let changes = apply(&mut store, Event::Delete(gone));
-    assert_eq!(names(&changes), ["middle", "old"]);
+    let marks = apply(&mut store, Event::Delete(gone));
+    assert_eq!(names(&marks), ["middle", "old"]);
     assert_eq!(owner(&store).as_deref(), Some("middle"));
 
-    let changes = put(
+    let marks = put(
         &mut store,
         Object::Service(service("middle", 5, "198.51.100.2")),
     );
-    assert_eq!(names(&changes), ["middle", "young"]);
+    assert_eq!(names(&marks), ["middle", "young"]);
     assert_eq!(owner(&store).as_deref(), Some("young"));
-    assert!(changes.notices.is_empty());
+    assert!(marks.notices.is_empty());
 }
 
 #[test]
@@ -186,11 +183,11 @@ fn a_slice_that_moves_changes_both_services() {
         &mut store,
         Object::EndpointSlice(slice("s", "a", &[("10.0.0.1", false)])),
     );
-    let changes = put(
+    let marks = put(
         &mut store,
         Object::EndpointSlice(slice("s", "b", &[("10.0.0.1", false)])),
     );
-    assert_eq!(names(&changes), ["a", "b"]);
+    assert_eq!(names(&marks), ["a", "b"]);
     let port = service("a", 1, "198.51.100.1").ports[0].clone();
     let count = |store: &Store, name: &str| {
         let name = ObjectName::new("shop", name);
@@ -212,12 +209,8 @@ fn what_a_new_list_does_not_hold_is_gone() {
     put(&mut store, Object::Service(service("b", 1, "198.51.100.1")));
     let gone = ObjectRef::new(Kind::Service, ObjectName::new("shop", "c"));
     assert_eq!(names(&apply(&mut store, Event::Delete(gone))), ["c"]);
-    let changes = apply(&mut store, Event::ListComplete(Kind::Service));
-    assert_eq!(
-        names(&changes),
-        ["a", "b"],
-        "a is gone, b inherits its claim"
-    );
+    let marks = apply(&mut store, Event::ListComplete(Kind::Service));
+    assert_eq!(names(&marks), ["a", "b"], "a is gone, b inherits its claim");
     assert_eq!(store.count(Kind::Service), 1);
 }
 
@@ -319,13 +312,13 @@ fn of_a_node_only_what_rules_are_made_of_is_a_change() {
     };
     assert!(put(&mut store, Object::Node(cordoned)).is_empty());
     assert!(store.node().is_some_and(|node| node.going_away));
-    let changes: [fn(&mut Node); 4] = [
+    let marks: [fn(&mut Node); 4] = [
         |node| node.internal_ips.push("192.0.2.2".parse().unwrap()),
         |node| node.external_ips.push("198.51.100.1".parse().unwrap()),
         |node| node.pod_cidrs.push("10.244.1.0/24".parse().unwrap()),
         |node| node.zone = Some("zone-a".into()),
     ];
-    for change in changes {
+    for change in marks {
         put(&mut store, Object::Node(node.clone()));
         let mut other = node.clone();
         change(&mut other);
@@ -335,7 +328,7 @@ fn of_a_node_only_what_rules_are_made_of_is_a_change() {
 
 #[test]
 fn a_deleted_node_is_going_away_and_stays_as_it_last_was() {
-    let stand_in = Node {
+    let fallback_node = Node {
         name: "node-1".into(),
         internal_ips: vec!["192.0.2.9".parse().unwrap()],
         external_ips: vec![],
@@ -347,13 +340,13 @@ fn a_deleted_node_is_going_away_and_stays_as_it_last_was() {
         internal_ips: vec!["192.0.2.1".parse().unwrap()],
         pod_cidrs: vec!["10.244.1.0/24".parse().unwrap()],
         zone: Some("zone-a".into()),
-        ..stand_in.clone()
+        ..fallback_node.clone()
     };
-    let mut store = Store::with_stand_in(stand_in.clone());
+    let mut store = Store::with_fallback_node(fallback_node.clone());
     let name = Object::Node(node.clone()).reference();
     // One that was never there cannot go.
     assert!(apply(&mut store, Event::Delete(name.clone())).is_empty());
-    assert_eq!(store.node().map(|node| &**node), Some(&stand_in));
+    assert_eq!(store.node().map(|node| &**node), Some(&fallback_node));
     assert!(put(&mut store, Object::Node(node.clone())).node);
     let gone = Node {
         going_away: true,
@@ -415,8 +408,8 @@ fn node_at(ip: &str) -> Object {
     })
 }
 
-fn told(changes: &Changes) -> Vec<String> {
-    let notices = changes.notices.iter();
+fn told(marks: &Marks) -> Vec<String> {
+    let notices = marks.notices.iter();
     let text = |notice: &Notice| format!("{}: {}", notice.subject, notice.message);
     notices.map(text).collect()
 }
@@ -435,14 +428,14 @@ fn a_cluster_ip_is_the_victims_on_every_port_however_old_the_thief_is() {
     let claims = [address("10.96.0.1", 80), address("10.96.0.1", 81)];
     assert_eq!(owner(&store, &claims[0]), Some("thief"));
 
-    let changes = put(&mut store, Object::Service(victim("web", "10.96.0.1")));
-    assert_eq!(names(&changes), ["thief", "web"]);
+    let marks = put(&mut store, Object::Service(victim("web", "10.96.0.1")));
+    assert_eq!(names(&marks), ["thief", "web"]);
     assert_eq!(
         claims.map(|claim| owner(&store, &claim).is_none()),
         [false, true]
     );
     assert_eq!(owner(&store, &claims[0]), Some("web"));
-    let notices = told(&changes);
+    let notices = told(&marks);
     assert_eq!(notices.len(), 1, "{notices:?}");
     assert!(
         notices[0].starts_with(
@@ -454,12 +447,12 @@ fn a_cluster_ip_is_the_victims_on_every_port_however_old_the_thief_is() {
 
     // A change of the thief that keeps the claim is not reported again.
     thief.affinity_seconds = Some(5);
-    let changes = put(&mut store, Object::Service(thief));
-    assert_eq!((names(&changes), told(&changes)), (vec!["thief"], vec![]));
+    let marks = put(&mut store, Object::Service(thief));
+    assert_eq!((names(&marks), told(&marks)), (vec!["thief"], vec![]));
 
     let gone = ObjectRef::new(Kind::Service, ObjectName::new("shop", "web"));
-    let changes = apply(&mut store, Event::Delete(gone));
-    assert_eq!(names(&changes), ["thief", "web"]);
+    let marks = apply(&mut store, Event::Delete(gone));
+    assert_eq!(names(&marks), ["thief", "web"]);
     assert_eq!(
         claims.map(|claim| owner(&store, &claim) == Some("thief")),
         [true, true]
@@ -479,13 +472,13 @@ fn a_range_of_cluster_ips_takes_addresses_away_and_gives_them_back() {
         Object::Service(service("other", 1, "198.51.100.1")),
     );
     assert_eq!(owner(&store, &claim), Some("thief"));
-    let changes = put(&mut store, range("a", "10.96.0.0/16"));
-    assert_eq!(names(&changes), ["thief"]);
-    assert!(changes.service_cidrs && changes.frontends);
+    let marks = put(&mut store, range("a", "10.96.0.0/16"));
+    assert_eq!(names(&marks), ["thief"]);
+    assert!(marks.service_cidrs && marks.frontends);
     assert_eq!(owner(&store, &claim), None);
     assert!(
-        told(&changes)[0].contains("the address is in the ServiceCIDR 10.96.0.0/16"),
-        "{changes:?}"
+        told(&marks)[0].contains("the address is in the ServiceCIDR 10.96.0.0/16"),
+        "{marks:?}"
     );
     // The ClusterIPs in it are not touched.
     put(&mut store, Object::Service(victim("web", "10.96.7.8")));
@@ -511,25 +504,25 @@ fn a_better_rank_comes_before_age() {
     );
     let mut balanced = victim("balanced", "10.96.0.5");
     balanced.load_balancer_ips = vec!["198.51.100.1".parse().unwrap()];
-    let changes = put(&mut store, Object::Service(balanced.clone()));
+    let marks = put(&mut store, Object::Service(balanced.clone()));
     assert_eq!(owner(&store, &claim), Some("balanced"));
-    assert_eq!(names(&changes), ["balanced", "external"]);
+    assert_eq!(names(&marks), ["balanced", "external"]);
     assert!(
-        told(&changes)[0].contains("is a load balancer's address of Service shop/balanced"),
-        "{changes:?}"
+        told(&marks)[0].contains("is a load balancer's address of Service shop/balanced"),
+        "{marks:?}"
     );
     // The address of a load balancer is shared where the ports differ.
     let mut beside = victim("beside", "10.96.0.6");
     beside.load_balancer_ips = balanced.load_balancer_ips.clone();
     beside.ports[0].port = 443;
-    let changes = put(&mut store, Object::Service(beside));
-    assert_eq!((names(&changes), told(&changes)), (vec!["beside"], vec![]));
+    let marks = put(&mut store, Object::Service(beside));
+    assert_eq!((names(&marks), told(&marks)), (vec!["beside"], vec![]));
     assert_eq!(owner(&store, &address("198.51.100.1", 443)), Some("beside"));
     // A service's own ClusterIP as its load balancer's address.
     let mut tunnel = victim("tunnel", "10.96.0.7");
     tunnel.load_balancer_ips = tunnel.cluster_ips.clone();
-    let changes = put(&mut store, Object::Service(tunnel));
-    assert_eq!((names(&changes), told(&changes)), (vec!["tunnel"], vec![]));
+    let marks = put(&mut store, Object::Service(tunnel));
+    assert_eq!((names(&marks), told(&marks)), (vec!["tunnel"], vec![]));
     assert_eq!(owner(&store, &address("10.96.0.7", 80)), Some("tunnel"));
 }
 
@@ -550,15 +543,15 @@ fn a_node_port_comes_before_external_addresses_of_the_node() {
     let (here, elsewhere) = (address("192.0.2.1", 30080), address("192.0.2.2", 30080));
     assert_eq!(owner(&store, &here), Some("thief"));
     let web = with_node_port("web", "10.96.0.1", 30080);
-    let changes = put(&mut store, Object::Service(web.clone()));
-    assert_eq!(names(&changes), ["thief", "web"]);
+    let marks = put(&mut store, Object::Service(web.clone()));
+    assert_eq!(names(&marks), ["thief", "web"]);
     assert_eq!(
         (owner(&store, &here), owner(&store, &elsewhere)),
         (None, Some("thief"))
     );
     assert!(
-        told(&changes)[0].contains("Service shop/web has this NodePort on the node"),
-        "{changes:?}"
+        told(&marks)[0].contains("Service shop/web has this NodePort on the node"),
+        "{marks:?}"
     );
     // Another node address moves the conflict.
     assert_eq!(names(&put(&mut store, node_at("192.0.2.2"))), ["thief"]);
@@ -591,31 +584,31 @@ fn a_port_of_the_node_is_a_node_port_or_a_health_check() {
     let name = checked.name.clone();
     put(&mut store, Object::Service(checked.clone()));
     assert!(store.owns_health_check(&name, 30080));
-    let changes = put(
+    let marks = put(
         &mut store,
         Object::Service(with_node_port("web", "10.96.0.1", 30080)),
     );
-    assert_eq!(names(&changes), ["web"]);
+    assert_eq!(names(&marks), ["web"]);
     assert!(
-        told(&changes)[0].starts_with(
+        told(&marks)[0].starts_with(
             "Service shop/web: NodePort 30080 TCP is the healthCheckNodePort of the older \
              Service shop/checked"
         ),
-        "{changes:?}"
+        "{marks:?}"
     );
     assert_eq!(
         owner(&store, &Claim::NodePort(Protocol::Tcp, 30080)),
         Some("checked")
     );
     checked.created = Some(101);
-    let changes = put(&mut store, Object::Service(checked));
-    assert_eq!(names(&changes), ["checked", "web"]);
+    let marks = put(&mut store, Object::Service(checked));
+    assert_eq!(names(&marks), ["checked", "web"]);
     assert!(!store.owns_health_check(&name, 30080));
     assert!(
-        told(&changes)[0].starts_with(
+        told(&marks)[0].starts_with(
             "Service shop/checked: healthCheckNodePort 30080 is the nodePort of the older"
         ),
-        "{changes:?}"
+        "{marks:?}"
     );
 }
 
@@ -644,9 +637,9 @@ fn nothing_but_a_cluster_ip_takes_the_way_to_the_api_server() {
     assert_eq!(free(&store), [false; 4]);
     let mut reach = |servers: &[&str]| {
         let servers = servers.iter().map(|text| text.parse().unwrap()).collect();
-        let changes = apply(&mut store, Event::Servers(servers));
-        let told = told(&changes).len();
-        (names(&changes).join(" "), told, free(&store))
+        let marks = apply(&mut store, Event::Servers(servers));
+        let told = told(&marks).len();
+        (names(&marks).join(" "), told, free(&store))
     };
     assert_eq!(
         reach(&["192.0.2.50:6443", "10.96.0.1:443"]),
@@ -727,9 +720,9 @@ fn slices_of_another_proxys_service_are_no_orphans_and_orphans_are_reported_once
     let mut store = complete_store();
     let mut foreign = victim("foreign", "10.96.0.1");
     foreign.kind = ServiceKind::OtherProxy;
-    let changes = put(&mut store, Object::Service(foreign.clone()));
-    assert_eq!(changes.notices.len(), 1);
-    assert_eq!(changes.notices[0].reason, Reason::OtherProxy);
+    let marks = put(&mut store, Object::Service(foreign.clone()));
+    assert_eq!(marks.notices.len(), 1);
+    assert_eq!(marks.notices[0].reason, Reason::OtherProxy);
     foreign.affinity_seconds = Some(1);
     assert!(put(&mut store, Object::Service(foreign)).notices.is_empty());
     let some = [("10.0.0.1", false)];
@@ -771,14 +764,14 @@ fn what_services_lack_is_reported_when_all_is_listed_and_once() {
             ..young.ports[0].clone()
         });
         young.ports = ports.collect();
-        let changes = put(&mut store, Object::Service(young));
-        assert!(changes.notices.is_empty());
+        let marks = put(&mut store, Object::Service(young));
+        assert!(marks.notices.is_empty());
     }
     put(&mut store, range("a", "198.51.100.0/24"));
     let mut notices = Vec::new();
     for kind in Kind::SERVICES {
-        let changes = apply(&mut store, Event::ListComplete(kind));
-        notices.extend(told(&changes));
+        let marks = apply(&mut store, Event::ListComplete(kind));
+        notices.extend(told(&marks));
     }
     assert_eq!(notices.len(), 20);
     for (index, notice) in notices.iter().enumerate() {

@@ -110,9 +110,9 @@ fn addresses_with_another_pod_are_handed_over_once_the_rules_are_in_force() {
     let bench = Bench::new();
     let mut followers = Followers::default();
     let changes = followers.policies();
-    let engine = Engine::new(policies::Settings {
+    let engine = Engine::new(policies::PolicySettings {
         node: "here".into(),
-        ..policies::Settings::default()
+        ..policies::PolicySettings::default()
     });
     let reconciler = bench.reconciler().with_policies(engine);
     let mut reconciler = reconciler.with_followers(followers);
@@ -122,7 +122,7 @@ fn addresses_with_another_pod_are_handed_over_once_the_rules_are_in_force() {
     handle(&mut reconciler, policy_lists(objects));
     let moved = || -> Vec<String> {
         let changes = changes.try_iter();
-        let moved: BTreeSet<IpAddr> = changes.flat_map(|it| it.moved.clone()).collect();
+        let moved: BTreeSet<IpAddr> = changes.flat_map(|it| it.reassigned.clone()).collect();
         moved.iter().map(IpAddr::to_string).collect()
     };
     assert!(moved().is_empty(), "it may have been there for long");
@@ -138,7 +138,7 @@ fn addresses_with_another_pod_are_handed_over_once_the_rules_are_in_force() {
     handle(&mut reconciler, vec![]);
     let change = changes.try_recv().unwrap();
     assert!(change.rewritten, "what was asked meanwhile is asked again");
-    assert_eq!(change.moved, ["10.1.0.7".parse().unwrap()].into());
+    assert_eq!(change.reassigned, ["10.1.0.7".parse().unwrap()].into());
     // A list that is read again brings nothing new.
     let objects = vec![pod("other", "10.1.0.5"), pod("new", "10.1.0.7"), closed()];
     handle(&mut reconciler, policy_lists(objects));

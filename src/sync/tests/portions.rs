@@ -3,7 +3,7 @@
 use super::*;
 use crate::nft::Value;
 use crate::services;
-use crate::services::Changes;
+use crate::services::Marks;
 
 /// The verdict maps with the maps from which the chains draw that they lead to.
 const DRAWN: [(ServiceSet, ServiceSet); 5] = [
@@ -380,12 +380,12 @@ fn many_ports_and_many_endpoints_are_within_the_bound() {
         for port in &mut slice.ports {
             port.port = 80;
         }
-        let (mut store, mut changes) = (Store::default(), Changes::default());
+        let (mut store, mut marks) = (Store::default(), Marks::default());
         let name = service.name.clone();
         for event in [put(service), put(slice)] {
-            store.apply(event, &mut changes);
+            store.apply(event, &mut marks);
         }
-        let plan = services::plan(&store, &name, &Settings::default(), None);
+        let plan = services::plan(&store, &name, &ServiceSettings::default(), None);
         let plan = plan.unwrap().unwrap();
         assert_eq!(plan.frontends.len(), usize::from(ports));
         let reached = plan.reach().map(|(_, pool)| pool.targets.len());

@@ -38,7 +38,7 @@ pub(super) fn policy_lists(objects: Vec<Event>) -> Vec<Event> {
 }
 
 pub(super) fn engine() -> Engine {
-    Engine::new(policies::Settings {
+    Engine::new(policies::PolicySettings {
         node: "here".into(),
         strict: true,
         log_group: None,
@@ -170,7 +170,7 @@ fn policies_are_in_force_when_complete_lists_were_written_and_nothing_failed_sin
 #[test]
 fn without_policies_there_is_nothing_to_be_in_force() {
     let bench = Bench::new();
-    let settings = policies::Settings::default();
+    let settings = policies::PolicySettings::default();
     let reconciler = bench.reconciler().with_policies(Engine::off(settings));
     assert_eq!(reconciler.policies_in_force(), None);
 }

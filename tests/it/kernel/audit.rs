@@ -12,7 +12,7 @@ use nftlet::netlink::Nftables;
 use nftlet::policies::{self, Engine};
 use nftlet::serve::health::Health;
 use nftlet::serve::metrics::Metrics;
-use nftlet::services::Settings;
+use nftlet::services::ServiceSettings;
 use nftlet::source;
 use nftlet::sync::{Audits, Log, Reconciler, Signals, run};
 use nftlet_lab::netns::{Namespace, require_net_admin, wait_for};
@@ -83,12 +83,13 @@ fn an_audit_finds_what_nobody_heard_of() {
             namespace.enter();
             let kernel = Nftables::open().expect("a socket");
             let audited = Nftables::open().expect("a socket");
-            let settings = policies::Settings {
+            let settings = policies::PolicySettings {
                 node: "node-1".into(),
-                ..policies::Settings::default()
+                ..policies::PolicySettings::default()
             };
-            let mut reconciler = Reconciler::new(kernel, Settings::default(), &metrics, &Log)
-                .with_policies(Engine::new(settings));
+            let mut reconciler =
+                Reconciler::new(kernel, ServiceSettings::default(), &metrics, &Log)
+                    .with_policies(Engine::new(settings));
             let every = Duration::from_millis(20);
             let signals = Signals {
                 stop: stopped,

@@ -10,7 +10,7 @@ use nftlet::model::{
 };
 use nftlet::netlink::Nftables;
 use nftlet::serve::metrics::Metrics;
-use nftlet::services::{DetectLocal, Settings, TABLE};
+use nftlet::services::{DetectLocal, ServiceSettings, TABLE};
 use nftlet::sync::{Log, Outcome, Reconciler};
 use nftlet_lab::netns::{Namespace, require_net_admin};
 use proptest::collection::vec;
@@ -151,12 +151,12 @@ fn histories_end_in_the_kernel_where_a_fresh_start_would() {
         return;
     }
     let metrics = Metrics::new().unwrap();
-    let settings = Settings {
+    let settings = ServiceSettings {
         detect_local: DetectLocal::ClusterCidr(vec![
             "10.244.0.0/16".parse().unwrap(),
             "fd00:10:244::/48".parse().unwrap(),
         ]),
-        ..Settings::default()
+        ..ServiceSettings::default()
     };
     let mut runner = TestRunner::new(Config {
         cases: 24,

@@ -16,7 +16,7 @@ use k8s_openapi::api::networking::v1::NetworkPolicy;
 use nftlet::engine::{BUDGET, Engine as _};
 use nftlet::model::{Event, Kind};
 use nftlet::nft::{Hook, Ruleset};
-use nftlet::policies::{Connection, Engine, Settings};
+use nftlet::policies::{Connection, Engine, PolicySettings};
 use nftlet::source::Manifests;
 
 const SHAPE: Shape = Shape {
@@ -41,10 +41,10 @@ struct Node {
 
 impl Node {
     fn new(number: u8, strict: bool) -> Self {
-        let settings = Settings {
+        let settings = PolicySettings {
             node: Arc::from(format!("node-{number}")),
             strict,
-            ..Settings::default()
+            ..PolicySettings::default()
         };
         Self {
             engine: Engine::new(settings),

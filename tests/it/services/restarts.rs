@@ -170,7 +170,7 @@ mod churn {
     };
     use nftlet::netlink::Nftables;
     use nftlet::serve::metrics::Metrics;
-    use nftlet::services::Settings;
+    use nftlet::services::ServiceSettings;
     use nftlet::sync::{Log, Outcome, Reconciler};
 
     fn slice(pods: &[IpAddr]) -> Event {
@@ -237,7 +237,7 @@ mod churn {
         let pods: Vec<IpAddr> = lab.pods().iter().map(|pod| pod.v4.into()).collect();
         let metrics = Metrics::new().unwrap();
         let nftables = lab.node().ns().run(|| Nftables::open().unwrap());
-        let mut reconciler = Reconciler::new(nftables, Settings::default(), &metrics, &Log);
+        let mut reconciler = Reconciler::new(nftables, ServiceSettings::default(), &metrics, &Log);
         let mut first: Vec<_> = Kind::ALL.map(Event::ListStarted).into();
         first.extend([service(), slice(&pods)]);
         first.extend(Kind::ALL.map(Event::ListComplete));

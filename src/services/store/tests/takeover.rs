@@ -43,15 +43,15 @@ fn take_over(
     event: Event,
     most: usize,
     mut between: impl FnMut(&Store),
-) -> Changes {
+) -> Marks {
     let name = event.service().unwrap().clone();
-    let mut changes = Changes::default();
-    store.begin(event, &mut changes);
+    let mut marks = Marks::default();
+    store.begin(event, &mut marks);
     while store.is_taking_over(&name) {
-        store.go_on(&name, most, &mut changes);
+        store.go_on(&name, most, &mut marks);
         between(store);
     }
-    changes
+    marks
 }
 
 #[test]
@@ -68,7 +68,7 @@ fn no_turn_changes_more_claims_than_it_may() {
         (delete, true, 0),
     ] {
         let (mut before, mut turns) = (owned(&store, "old"), 0);
-        let changes = take_over(&mut store, event, MOST, |store| {
+        let marks = take_over(&mut store, event, MOST, |store| {
             let now = owned(store, "old");
             assert!(now.abs_diff(before) <= MOST, "{before} to {now}");
             assert!(!store.is_taking_over(&name) || store.service(&name).is_some() == exists);
@@ -77,9 +77,9 @@ fn no_turn_changes_more_claims_than_it_may() {
         });
         assert!(turns > 15, "{turns}");
         assert_eq!(owned(&store, "old"), owns);
-        assert_eq!(names(&changes), ["old", "young"]);
+        assert_eq!(names(&marks), ["old", "young"]);
         let losses = usize::from(!exists);
-        assert_eq!(changes.notices.len(), losses, "{:?}", changes.notices);
+        assert_eq!(marks.notices.len(), losses, "{:?}", marks.notices);
     }
     assert_eq!(owned(&store, "young"), 1_200);
 }
@@ -87,38 +87,38 @@ fn no_turn_changes_more_claims_than_it_may() {
 #[test]
 fn others_change_their_claims_in_between() {
     let mut store = complete_store();
-    let mut changes = Changes::default();
+    let mut marks = Marks::default();
     let old = large("old", 1, 0..40);
     let name = old.name.clone();
-    store.begin(applied(old), &mut changes);
-    store.go_on(&name, 100, &mut changes);
+    store.begin(applied(old), &mut marks);
+    store.go_on(&name, 100, &mut marks);
     let young = put(&mut store, Object::Service(large("young", 2, 0..40)));
     assert_eq!((owned(&store, "old"), owned(&store, "young")), (100, 1_500));
     assert_eq!(young.notices.len(), 1, "{:?}", young.notices);
-    store.finish(&mut changes);
+    store.finish(&mut marks);
     assert_eq!((owned(&store, "old"), owned(&store, "young")), (1_600, 0));
-    assert_eq!(names(&changes), ["old", "young"]);
-    assert_eq!(changes.notices.len(), 1, "{:?}", changes.notices);
+    assert_eq!(names(&marks), ["old", "young"]);
+    assert_eq!(marks.notices.len(), 1, "{:?}", marks.notices);
 }
 
 #[test]
 fn a_newer_event_or_a_list_ends_what_was_begun() {
     let mut store = complete_store();
-    let mut changes = Changes::default();
+    let mut marks = Marks::default();
     let old = large("old", 1, 0..40);
     let name = old.name.clone();
-    store.begin(applied(old.clone()), &mut changes);
-    store.go_on(&name, 100, &mut changes);
+    store.begin(applied(old.clone()), &mut marks);
+    store.go_on(&name, 100, &mut marks);
     put(&mut store, Object::Service(large("old", 1, 0..2)));
     assert!(!store.is_taking_over(&name));
     assert_eq!(owned(&store, "old"), 80);
-    store.begin(applied(old), &mut changes);
-    store.go_on(&name, 100, &mut changes);
+    store.begin(applied(old), &mut marks);
+    store.go_on(&name, 100, &mut marks);
     for event in [
         Event::ListStarted(Kind::Service),
         Event::ListComplete(Kind::Service),
     ] {
-        store.apply(event, &mut changes);
+        store.apply(event, &mut marks);
     }
     assert_eq!((store.count(Kind::Service), owned(&store, "old")), (0, 0));
 }
@@ -175,9 +175,9 @@ proptest! {
                 None => Event::Delete(ObjectRef::new(Kind::Service, name)),
             };
             let expected = apply(&mut at_once, event.clone());
-            let changes = take_over(&mut in_turns, event, most, |_| ());
-            prop_assert_eq!(names(&changes), names(&expected));
-            prop_assert_eq!(changes.notices, expected.notices);
+            let marks = take_over(&mut in_turns, event, most, |_| ());
+            prop_assert_eq!(names(&marks), names(&expected));
+            prop_assert_eq!(marks.notices, expected.notices);
             for last in 0..4u8 {
                 for port in 1..4 {
                     let claim = Claim::Address([10, 0, 0, last].into(), Protocol::Tcp, port);

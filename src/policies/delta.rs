@@ -5,22 +5,22 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use super::layout::{self, Direction, ISOLATED};
-use super::plans::{Asked, Isolation};
+use super::plans::{Holder, Isolation};
 use super::rules::pod_chain;
 use crate::model::Family;
 use crate::nft::{Declaration, Element, Key, Name, Set, Table, Verdict};
 
 /// The touched parts of one family's table.
 #[derive(Debug, Default)]
-pub(super) struct Parts {
+pub(super) struct TableDelta {
     pub before: Table,
     pub after: Table,
 }
 
-impl Parts {
+impl TableDelta {
     /// Makes the two sides fit to be compared: elements in order, and the sets that every table has
     /// on both sides, since one that only one side has would be made or deleted.
-    pub fn level(&mut self) {
+    pub(crate) fn align(&mut self) {
         let both = Direction::ALL.into_iter();
         let names =
             both.flat_map(|direction| [direction.pods(0), direction.denied(), direction.links()]);
@@ -45,8 +45,8 @@ impl Parts {
 }
 
 /// The parts of a family.
-pub(super) fn of(parts: &mut [Parts; 2], family: Family) -> &mut Parts {
-    let [v4, v6] = parts;
+pub(super) fn of(deltas: &mut [TableDelta; 2], family: Family) -> &mut TableDelta {
+    let [v4, v6] = deltas;
     match family {
         Family::V4 => v4,
         Family::V6 => v6,
@@ -54,7 +54,7 @@ pub(super) fn of(parts: &mut [Parts; 2], family: Family) -> &mut Parts {
 }
 
 /// Adds to a table, or to a part of one, the interfaces that lead to isolated pods.
-pub(super) fn lead(table: &mut Table, links: &BTreeSet<(Direction, Arc<str>)>) {
+pub(super) fn add_links(table: &mut Table, links: &BTreeSet<(Direction, Arc<str>)>) {
     for (direction, link) in links {
         let set = table.sets.entry(direction.links()).or_insert(Set {
             declaration: layout::links(),
@@ -82,9 +82,9 @@ pub(super) fn isolate(table: &mut Table, address: IpAddr, plan: &Isolation, stri
         });
         set.elements.push(element);
     };
-    for (direction, all) in &plan.asked {
-        for (layer, asked) in all.iter().enumerate() {
-            let verdict = Verdict::Goto(asked.chain(*direction, address));
+    for (direction, all) in &plan.holders {
+        for (layer, holder) in all.iter().enumerate() {
+            let verdict = Verdict::Goto(holder.chain(*direction, address));
             let element = Element::with_verdict(key.clone(), verdict);
             add(direction.pods(layer), layout::pods(), element);
         }
@@ -97,15 +97,17 @@ pub(super) fn isolate(table: &mut Table, address: IpAddr, plan: &Isolation, stri
     if strict {
         add(ISOLATED.into(), layout::addresses(), Element::new(key));
     }
-    for (direction, all) in &plan.asked {
-        for asked in all {
-            let chain = pod_chain(*direction, address, asked.policies.iter().cloned());
-            table.chains.insert(asked.chain(*direction, address), chain);
+    for (direction, all) in &plan.holders {
+        for holder in all {
+            let chain = pod_chain(*direction, address, holder.policies.iter().cloned());
+            table
+                .chains
+                .insert(holder.chain(*direction, address), chain);
         }
     }
 }
 
-impl Asked {
+impl Holder {
     /// The chain of the pod. A departed one may have the name of another that came since.
     fn chain(&self, direction: Direction, address: IpAddr) -> Name {
         if self.departed {

@@ -44,7 +44,7 @@ impl Engine {
         connection: &Connection,
     ) -> bool {
         let plan = self.plans.get(&pod);
-        let Some(asked) = plan.and_then(|plan| plan.asked.get(&direction)) else {
+        let Some(holders) = plan.and_then(|plan| plan.holders.get(&direction)) else {
             return true;
         };
         let destination = match direction {
@@ -52,9 +52,9 @@ impl Engine {
             Direction::Egress => self.inventory.owner(connection.destination),
         };
         // Each pod that may have the address must allow it.
-        asked.iter().all(|asked| {
-            let policies = asked.policies.iter();
-            let in_force = policies.filter(|name| !self.refused.contains(*name));
+        holders.iter().all(|holder| {
+            let policies = holder.policies.iter();
+            let in_force = policies.filter(|name| !self.quarantined.contains(*name));
             let mut policies = in_force.filter_map(|name: &ObjectName| self.inventory.policy(name));
             policies.any(|policy| {
                 let rules = rules_of(policy, direction).unwrap_or_default();

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::mem::discriminant;
 
-use super::claims::{Cause, Claim, Claimant, Claims, UsedAs};
+use super::claims::{Claim, Claimant, Claims, ConflictCause, UsedAs};
 use crate::model::{Kind, Notice, ObjectName, ObjectRef, Reason, Subject};
 
 /// How many claims of one service a notice names.
@@ -11,17 +11,17 @@ const MOST_NAMED: usize = 4;
 
 /// What services ask for and do not get, in as much as notices say.
 #[derive(Debug, Default)]
-pub(crate) struct Refusals(BTreeMap<ObjectName, Vec<Alike>>);
+pub(crate) struct Conflicts(BTreeMap<ObjectName, Vec<ConflictGroup>>);
 
 /// The claims of a service that it does not get because of one sort of cause.
 #[derive(Debug)]
-struct Alike {
+struct ConflictGroup {
     /// The first of them.
-    named: Vec<Refusal>,
+    named: Vec<Conflict>,
     count: usize,
 }
 
-impl Refusals {
+impl Conflicts {
     /// Adds claims that services may have lost, as far as they do not have them.
     pub(crate) fn add(
         &mut self,
@@ -29,21 +29,21 @@ impl Refusals {
         lost: impl IntoIterator<Item = (Claim, Claimant)>,
     ) {
         for (claim, claimant) in lost {
-            let Some(cause) = claims.refusal(&claim, &claimant) else {
+            let Some(cause) = claims.conflict(&claim, &claimant) else {
                 continue;
             };
             let used_as = claimant.used_as();
-            let refusal = Refusal {
+            let conflict = Conflict {
                 claim,
                 cause,
                 used_as,
             };
             let of_service = self.0.entry(claimant.name).or_default();
             let mut others = of_service.iter_mut();
-            match others.find(|alike| alike.fits(&refusal)) {
-                Some(alike) => alike.add(refusal),
-                None => of_service.push(Alike {
-                    named: vec![refusal],
+            match others.find(|group| group.fits(&conflict)) {
+                Some(group) => group.add(conflict),
+                None => of_service.push(ConflictGroup {
+                    named: vec![conflict],
                     count: 1,
                 }),
             }
@@ -54,24 +54,24 @@ impl Refusals {
     pub(crate) fn notices(self) -> Vec<Notice> {
         let mut notices = Vec::new();
         for (name, mut causes) in self.0 {
-            causes.sort_by_key(|alike| alike.named.first().map(|refusal| refusal.claim));
-            notices.extend(causes.iter().filter_map(|alike| alike.notice(&name)));
+            causes.sort_by_key(|group| group.named.first().map(|conflict| conflict.claim));
+            notices.extend(causes.iter().filter_map(|group| group.notice(&name)));
         }
         notices
     }
 }
 
-impl Alike {
-    fn fits(&self, refusal: &Refusal) -> bool {
-        let sort = |refusal: &Refusal| (discriminant(&refusal.cause), refusal.used_as);
-        self.named.first().map(sort) == Some(sort(refusal))
+impl ConflictGroup {
+    fn fits(&self, conflict: &Conflict) -> bool {
+        let sort = |conflict: &Conflict| (discriminant(&conflict.cause), conflict.used_as);
+        self.named.first().map(sort) == Some(sort(conflict))
     }
 
-    fn add(&mut self, refusal: Refusal) {
+    fn add(&mut self, conflict: Conflict) {
         self.count += 1;
-        let place = self.named.partition_point(|it| it.claim <= refusal.claim);
+        let place = self.named.partition_point(|it| it.claim <= conflict.claim);
         if place < MOST_NAMED {
-            self.named.insert(place, refusal);
+            self.named.insert(place, conflict);
             self.named.truncate(MOST_NAMED);
         }
     }
@@ -81,7 +81,7 @@ impl Alike {
         let more = match self.count - 1 {
             0 => String::new(),
             count => {
-                let named = others.iter().map(Refusal::what);
+                let named = others.iter().map(Conflict::what);
                 let named = named.collect::<Vec<_>>().join(", ");
                 let dots = if count < MOST_NAMED { "" } else { ", ..." };
                 format!(" ({count} more in the same way: {named}{dots})")
@@ -96,13 +96,13 @@ impl Alike {
 }
 
 #[derive(Debug)]
-struct Refusal {
+struct Conflict {
     claim: Claim,
-    cause: Cause,
+    cause: ConflictCause,
     used_as: UsedAs,
 }
 
-impl Refusal {
+impl Conflict {
     /// The claim as a person knows it.
     fn what(&self) -> String {
         match (self.used_as, self.claim) {
@@ -120,31 +120,31 @@ impl Refusal {
             UsedAs::HealthCheck => "answer for this one",
         };
         match &self.cause {
-            Cause::Older(owner, used_as) if *used_as == self.used_as => {
+            ConflictCause::Older(owner, used_as) if *used_as == self.used_as => {
                 format!("{what} belongs to the older Service {owner} and does not {leads}")
             }
-            Cause::Older(owner, used_as) => {
+            ConflictCause::Older(owner, used_as) => {
                 let port = match used_as {
                     UsedAs::Frontend => "nodePort",
                     UsedAs::HealthCheck => "healthCheckNodePort",
                 };
                 format!("{what} is the {port} of the older Service {owner} and does not {leads}")
             }
-            Cause::Stronger(owner) => {
+            ConflictCause::Stronger(owner) => {
                 format!(
                     "{what} is a load balancer's address of Service {owner} and does not {leads}"
                 )
             }
-            Cause::ClusterIp(owner) => {
+            ConflictCause::ClusterIp(owner) => {
                 format!("{what} does not {leads}: the address is the ClusterIP of Service {owner}")
             }
-            Cause::ServiceCidr(range) => {
+            ConflictCause::ServiceCidr(range) => {
                 format!("{what} does not {leads}: the address is in the ServiceCIDR {range}")
             }
-            Cause::NodePort(owner) => {
+            ConflictCause::NodePort(owner) => {
                 format!("{what} does not {leads}: Service {owner} has this NodePort on the node")
             }
-            Cause::ApiServer => {
+            ConflictCause::ApiServer => {
                 format!("{what} does not {leads}: nftlet itself reaches the API server there")
             }
         }
@@ -152,16 +152,18 @@ impl Refusal {
 
     fn hint(&self) -> &'static str {
         match &self.cause {
-            Cause::Older(..) if self.used_as == UsedAs::HealthCheck => {
+            ConflictCause::Older(..) if self.used_as == UsedAs::HealthCheck => {
                 "choose another port, or remove it there"
             }
-            Cause::Older(..) | Cause::Stronger(..) => {
+            ConflictCause::Older(..) | ConflictCause::Stronger(..) => {
                 "choose another address or port, or remove it there"
             }
-            Cause::ClusterIp(_) | Cause::ServiceCidr(_) => {
+            ConflictCause::ClusterIp(_) | ConflictCause::ServiceCidr(_) => {
                 "remove the address from spec.externalIPs and status.loadBalancer"
             }
-            Cause::NodePort(_) | Cause::ApiServer => "choose another address or port",
+            ConflictCause::NodePort(_) | ConflictCause::ApiServer => {
+                "choose another address or port"
+            }
         }
     }
 }
