@@ -7,10 +7,10 @@
 mod event;
 mod facts;
 mod kind;
-mod lists;
 mod name;
 mod node_ports;
 mod policy;
+mod relist;
 
 pub use event::{Delivery, Event, Notice, Object, ObjectRef, Reason, Subject};
 pub use facts::{
@@ -19,10 +19,10 @@ pub use facts::{
 };
 pub use kind::Kind;
 pub(crate) use kind::group_of;
-pub use lists::Lists;
 pub use name::ObjectName;
 pub use node_ports::NodePortAddresses;
 pub use policy::{
     Evidence, LabelSelector, Labels, NAMESPACE_NAME, NamedPort, Namespace, NetworkPolicy, Peer,
     Pod, PolicyPort, PolicyRule, PortMatch, Requirement, Sandbox,
 };
+pub use relist::RelistTracker;
