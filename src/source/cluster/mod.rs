@@ -9,7 +9,7 @@
 //!
 //! ```text
 //! request (list, watch; lines) ─> reflect (one kind: version) ─> deliver (names, decode) ─> events
-//!     fault (what went wrong, told once)    timing (pauses)    pulse (is it silent?)
+//!     fault (what went wrong, told once)    timing (pauses)    liveness (is it silent?)
 //!     demand (Pods and Namespaces are reflected while there is a NetworkPolicy)
 //!     servers (where the connections lead)    traffic (what every request passes through)
 //!     reach (is the server there? wakes those that wait when it is back)
@@ -41,7 +41,7 @@ mod frames;
 mod kubeconfig;
 mod list;
 mod proxy;
-mod pulse;
+mod liveness;
 mod reach;
 mod reflect;
 mod request;
@@ -72,7 +72,7 @@ use tower::layer::layer_fn;
 
 use self::demand::Demand;
 use self::fault::Faults;
-use self::pulse::Pulse;
+use self::liveness::Liveness;
 use self::reach::Reach;
 use self::reflect::Reflector;
 use self::request::{Requester, Selection};
@@ -322,13 +322,13 @@ impl Cluster {
         };
         let servers = self.servers.clone();
         let follow = servers.follow(resolved, sender.clone());
-        let pulse = Pulse::new(
+        let liveness = Liveness::new(
             self.client.clone(),
             self.stats.clone(),
             self.timing.clone(),
             self.reach.clone(),
         );
-        let silent = pulse.silent();
+        let silent = liveness.silent();
         let faults = Arc::new(Faults::new(self.server, self.stats.clone()));
         let reflector = |kind, sender| {
             let selection = Selection::of(kind, &self.node_name);
@@ -355,7 +355,7 @@ impl Cluster {
         drop(sender);
         tokio::select! {
             _ = async { join!(join_all(services), policies) } => {}
-            () = pulse.run() => {}
+            () = liveness.run() => {}
             () = follow => {}
             // An error says that the sender is gone, and with it whoever could ask.
             _ = shutdown.wait_for(|stop| *stop) => {}
