@@ -12,7 +12,7 @@ use kube::Client;
 use kube::api::{ListParams, VersionMatch, WatchParams};
 use kube::core::Request;
 
-use super::fault::{Fault, broken_off};
+use super::fault::{WatchError, broken_off};
 use super::list::List;
 use super::timing::watch_seconds;
 use crate::model::Kind;
@@ -104,7 +104,7 @@ impl Requester {
         limit: Option<u32>,
         token: Option<String>,
         at_least: Option<String>,
-    ) -> Result<List, Fault> {
+    ) -> Result<List, WatchError> {
         let params = ListParams {
             version_match: at_least.as_ref().map(|_| VersionMatch::NotOlderThan),
             resource_version: at_least,
@@ -116,7 +116,7 @@ impl Requester {
         };
         let request = Request::new(&self.selection.path)
             .list(&params)
-            .map_err(|error| Fault::Unreachable(error.to_string()))?;
+            .map_err(|error| WatchError::Unreachable(error.to_string()))?;
         let body = self.in_time(self.send(request)).await?;
         Ok(List::new(self.selection.kind, body, self.patience))
     }
@@ -127,7 +127,7 @@ impl Requester {
         &self,
         version: Option<&str>,
         at_least: Option<&str>,
-    ) -> Result<Lines, Fault> {
+    ) -> Result<WatchLines, WatchError> {
         let listing = version.is_none();
         let version = version.or(at_least).unwrap_or_default();
         let params = WatchParams {
@@ -139,14 +139,14 @@ impl Requester {
         };
         let request = Request::new(&self.selection.path)
             .watch(&params, version)
-            .map_err(|error| Fault::Unreachable(error.to_string()))?;
+            .map_err(|error| WatchError::Unreachable(error.to_string()))?;
         let body = self.in_time(self.send(request)).await?;
         let line = Vec::new();
-        Ok(Lines { body, line })
+        Ok(WatchLines { body, line })
     }
 
     /// Sends a request; returns the body of the answer, unless that is a refusal.
-    async fn send(&self, request: hyper::Request<Vec<u8>>) -> Result<Body, Fault> {
+    async fn send(&self, request: hyper::Request<Vec<u8>>) -> Result<Body, WatchError> {
         let answer = self.client.send(request.map(Into::into)).await?;
         let (head, body) = answer.into_parts();
         let body = body.into_data_stream().map_err(io::Error::other);
@@ -159,19 +159,26 @@ impl Requester {
         body.take(MOST_REFUSAL as u64 + 1)
             .read_to_end(&mut text)
             .await
-            .map_err(|error| Fault::Unreachable(broken_off(&error)))?;
+            .map_err(|error| WatchError::Unreachable(broken_off(&error)))?;
         if text.len() > MOST_REFUSAL {
             let begin = String::from_utf8_lossy(text.get(..200).unwrap_or_default());
             let most = MOST_REFUSAL >> 10;
             text = format!("a text of more than {most} KiB, which begins with {begin}").into();
         }
-        Err(Fault::of_answer(head.status.as_u16(), retry_after, &text))
+        Err(WatchError::of_answer(
+            head.status.as_u16(),
+            retry_after,
+            &text,
+        ))
     }
 
-    async fn in_time<T>(&self, answer: impl Future<Output = Result<T, Fault>>) -> Result<T, Fault> {
+    async fn in_time<T>(
+        &self,
+        answer: impl Future<Output = Result<T, WatchError>>,
+    ) -> Result<T, WatchError> {
         match tokio::time::timeout(self.patience, answer).await {
             Ok(answer) => answer,
-            Err(_) => Err(Fault::Unreachable(format!(
+            Err(_) => Err(WatchError::Unreachable(format!(
                 "no answer within {:?}",
                 self.patience
             ))),
@@ -185,37 +192,37 @@ pub(super) fn retry_after(headers: &HeaderMap) -> Option<u32> {
 }
 
 /// The lines of a watch, one event each.
-pub(super) struct Lines {
+pub(super) struct WatchLines {
     body: Body,
     line: Vec<u8>,
 }
 
-impl Lines {
+impl WatchLines {
     /// The next line without its end.
     ///
     /// # Errors
-    /// [`Fault::Ended`] when the server has closed the connection, it broke, or nothing came for
+    /// [`WatchError::Ended`] when the server has closed the connection, it broke, or nothing came for
     /// `patience`. All three are the ways in which watches end, and are resumed alike.
-    /// [`Fault::Foreign`] for a line that is longer than an object can be.
-    pub(super) async fn next(&mut self, patience: Duration) -> Result<&[u8], Fault> {
+    /// [`WatchError::Foreign`] for a line that is longer than an object can be.
+    pub(super) async fn next(&mut self, patience: Duration) -> Result<&[u8], WatchError> {
         self.line.clear();
         let mut bounded = (&mut self.body).take(MOST_OBJECT as u64 + 1);
         let read = bounded.read_until(b'\n', &mut self.line);
         match tokio::time::timeout(patience, read).await {
             // A line that was cut off is as good as none.
             Ok(Ok(_)) if self.line.last() == Some(&b'\n') => Ok(self.line.trim_ascii_end()),
-            Ok(Ok(_)) if self.line.len() > MOST_OBJECT => Err(Fault::Foreign(format!(
+            Ok(Ok(_)) if self.line.len() > MOST_OBJECT => Err(WatchError::Foreign(format!(
                 "an event of more than {} MiB",
                 MOST_OBJECT >> 20
             ))),
-            Ok(Ok(_)) => Err(Fault::Ended),
+            Ok(Ok(_)) => Err(WatchError::Ended),
             Ok(Err(error)) => {
                 tracing::debug!(%error, "a watch connection broke");
-                Err(Fault::Ended)
+                Err(WatchError::Ended)
             }
             Err(_) => {
                 tracing::debug!(?patience, "a watch connection was silent");
-                Err(Fault::Ended)
+                Err(WatchError::Ended)
             }
         }
     }
