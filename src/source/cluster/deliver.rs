@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 use serde_json::value::RawValue;
 use tokio::time::Instant as Deadline;
 
-use super::fault::{WatchError, shortened};
 use super::frames::json;
-use super::request::Selection;
+use super::selection::Selection;
 use super::stats::SourceStats;
+use super::watch_error::{WatchError, shortened};
 use crate::model::{Delivery, Event, Kind, Notice, Object, ObjectName, ObjectRef, Reason, Subject};
 use crate::source::Sender;
 use crate::source::convert::{Converter, Declared, Decoded, identify};

@@ -9,7 +9,7 @@ use serde::de::IgnoredAny;
 use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 
-use super::fault::one_line;
+use super::watch_error::one_line;
 use crate::model::Kind;
 
 /// One line of a watch.

@@ -3,15 +3,19 @@
 //! A list has any number of objects, and is never in memory as a whole: what is bounded is each
 //! object, and what stands around them.
 
+use std::pin::Pin;
 use std::time::Duration;
 
-use futures::io::AsyncBufReadExt;
+use futures::io::{AsyncBufRead, AsyncBufReadExt};
 use serde_json::value::RawValue;
 
-use super::fault::{ApiStatus, WatchError, broken_off, one_line};
 use super::frames::ListPage;
-use super::request::{Body, MOST_AROUND, MOST_OBJECT};
+use super::limits::{MOST_AROUND, MOST_OBJECT};
+use super::watch_error::{ApiStatus, WatchError, broken_off, one_line};
 use crate::model::Kind;
+
+/// The body of an answer, read in pieces.
+pub(super) type Body = Pin<Box<dyn AsyncBufRead + Send>>;
 
 /// One list of objects, or one page of it.
 pub(super) struct List {

@@ -14,12 +14,13 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 
 use super::deliver::Deliveries;
-use super::fault::{ApiStatus, Faults, WatchError, one_line};
+use super::faults::Faults;
 use super::frames::{Marker, WatchLine, current_object, json, usable};
 use super::reach::Reach;
 use super::request::{Requester, WatchLines};
 use super::stats::SourceStats;
 use super::timing::{Backoff, Pause, Timing};
+use super::watch_error::{ApiStatus, WatchError, one_line};
 use crate::logging::Throttle;
 use crate::model::{Event, Kind};
 use crate::source::Sender;

@@ -1,80 +1,21 @@
 //! Requests to the API server, and reading its answers.
 
 use std::io;
-use std::pin::Pin;
 use std::time::Duration;
 
 use futures::TryStreamExt;
-use futures::io::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt};
+use futures::io::{AsyncBufReadExt, AsyncReadExt};
 use http_body_util::BodyExt;
 use hyper::header::{HeaderMap, RETRY_AFTER};
 use kube::Client;
 use kube::api::{ListParams, VersionMatch, WatchParams};
 use kube::core::Request;
 
-use super::fault::{WatchError, broken_off};
-use super::list::List;
+use super::limits::{MOST_OBJECT, MOST_REFUSAL};
+use super::list::{Body, List};
+use super::selection::Selection;
 use super::timing::watch_seconds;
-use crate::model::Kind;
-
-/// The most bytes of an object as JSON. etcd takes 1.5 MB at once, and 3 MB by the setting of some
-/// clusters; as JSON an object is longer than there.
-pub(super) const MOST_OBJECT: usize = 8 << 20;
-/// The most bytes of what stands around the objects of a list.
-pub(super) const MOST_AROUND: usize = 1 << 20;
-/// The most bytes of a refusal that are read.
-pub(super) const MOST_REFUSAL: usize = 64 << 10;
-
-/// Which objects of a kind are asked for.
-#[derive(Clone, Debug)]
-pub(super) struct Selection {
-    pub kind: Kind,
-    /// The path of the collection.
-    pub path: String,
-    labels: Option<&'static str>,
-    fields: Option<String>,
-    node_name: String,
-}
-
-impl Selection {
-    /// The name of the own Node.
-    pub(super) fn node_name(&self) -> &str {
-        &self.node_name
-    }
-
-    /// Asks without fields from now on, because the server does not know them, as that of Services
-    /// before Kubernetes 1.31. Returns false where they do more than to spare what has no rules.
-    pub(super) fn spare_fields(&mut self) -> bool {
-        self.kind == Kind::Service && self.fields.take().is_some()
-    }
-
-    /// What kube-proxy selects of a kind; of the nodes, the own one; all pods, also those that have
-    /// ended: to a selection by phase an end looks like a deletion, and a pod whose phase is Failed
-    /// may run on.
-    pub(super) fn of(kind: Kind, node_name: &str) -> Self {
-        let (labels, fields) = match kind {
-            Kind::Service => (
-                Some("!service.kubernetes.io/service-proxy-name"),
-                Some("spec.clusterIP!=None".to_owned()),
-            ),
-            Kind::EndpointSlice => (Some("!service.kubernetes.io/headless"), None),
-            Kind::Node => (None, Some(format!("metadata.name={node_name}"))),
-            Kind::ServiceCidr | Kind::Pod | Kind::Namespace | Kind::NetworkPolicy => (None, None),
-        };
-        let prefix = if kind.group().is_empty() {
-            "api"
-        } else {
-            "apis"
-        };
-        Self {
-            kind,
-            path: format!("/{prefix}/{}/{}", kind.api_version(), kind.plural()),
-            labels,
-            fields,
-            node_name: node_name.to_owned(),
-        }
-    }
-}
+use super::watch_error::{WatchError, broken_off};
 
 /// Asks one server for one selection.
 #[derive(Clone)]
@@ -84,9 +25,6 @@ pub(super) struct Requester {
     /// How long an answer may take.
     patience: Duration,
 }
-
-/// What an answer holds, to be read bit by bit.
-pub(super) type Body = Pin<Box<dyn AsyncBufRead + Send>>;
 
 impl Requester {
     pub(super) fn new(client: Client, selection: Selection, patience: Duration) -> Self {

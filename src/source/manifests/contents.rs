@@ -10,7 +10,7 @@ use serde_path_to_error::Track;
 use super::documents::{
     Captured, Document, Position, SyntaxFault, inside, json_documents, yaml_documents,
 };
-use super::store::file_notice;
+use super::notice::file_notice;
 use crate::model::{Kind, Notice, Object, ObjectRef, Reason, group_of};
 use crate::source::convert::{Converter, object_name};
 

@@ -21,7 +21,8 @@ use tokio::sync::watch;
 use tokio::time::sleep;
 
 use super::files::{self, FileId, Stamp, Tree, identity, is_hidden, parent, plain};
-use super::store::{FileVersion, ManifestStore, file_notice};
+use super::notice::file_notice;
+use super::store::{FileVersion, ManifestStore};
 use super::{Error, Manifests, is_standard_input};
 use crate::model::{Delivery, Event, Notice, Reason};
 use crate::source::Sender;

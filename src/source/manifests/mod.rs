@@ -21,6 +21,7 @@ mod contents;
 mod documents;
 mod files;
 mod follow;
+mod notice;
 mod store;
 
 use std::io::{self, Read};
@@ -28,7 +29,8 @@ use std::path::{Path, PathBuf};
 
 use self::contents::ManifestFilter;
 use self::files::{Tree, plain};
-use self::store::{FileVersion, ManifestStore, file_notice};
+use self::notice::file_notice;
+use self::store::{FileVersion, ManifestStore};
 use crate::model::{Event, Reason};
 
 /// Why manifests cannot be used at all.

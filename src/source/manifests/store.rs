@@ -9,7 +9,8 @@ use smallvec::SmallVec;
 use super::contents::{self, Contents, ManifestFilter};
 use super::documents::Position;
 use super::files::Stamp;
-use crate::model::{Event, Kind, Notice, Object, ObjectRef, Reason, Subject};
+use super::notice::file_notice;
+use crate::model::{Event, Kind, Notice, Object, ObjectRef, Reason};
 use crate::source::convert::Converter;
 
 /// One file as it was last understood.
@@ -276,20 +277,4 @@ fn settle(
         }
     }
     objects
-}
-
-pub(super) fn file_notice(
-    path: &Path,
-    at: Option<Position>,
-    reason: Reason,
-    message: String,
-) -> Notice {
-    Notice {
-        subject: Subject::File {
-            path: path.to_owned(),
-            position: at.map(|at| (at.line, at.column)),
-        },
-        reason,
-        message,
-    }
 }
