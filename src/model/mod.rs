@@ -7,10 +7,10 @@
 mod event;
 mod facts;
 mod kind;
-mod lists;
 mod name;
 mod node_ports;
 mod policy;
+mod relist;
 
 pub use event::{Delivery, Event, Notice, Object, ObjectRef, Reason, Subject};
 pub(crate) use facts::MOST_ELEMENTS;
@@ -20,7 +20,6 @@ pub use facts::{
 };
 pub use kind::Kind;
 pub(crate) use kind::group_of;
-pub(crate) use lists::Lists;
 pub use name::ObjectName;
 pub(crate) use node_ports::NodePortAddresses;
 pub(crate) use policy::{
@@ -28,3 +27,4 @@ pub(crate) use policy::{
     Sandbox,
 };
 pub use policy::{LabelSelector, Labels, Namespace, NetworkPolicy, Pod};
+pub(crate) use relist::RelistTracker;

@@ -18,7 +18,9 @@ use super::reassigned::ReassignedAddresses;
 use super::sets::{PodElement, SetId, Sets};
 use super::{FindLinks, PolicyChanges, PolicySettings};
 use crate::engine::{self, Update};
-use crate::model::{Event, Family, Kind, Lists, Notice, Object, ObjectName, ObjectRef, Pod};
+use crate::model::{
+    Event, Family, Kind, Notice, Object, ObjectName, ObjectRef, Pod, RelistTracker,
+};
 use crate::nft::{Chain, Name, ObjectPath, Ruleset, TableId};
 
 /// A policy's chain in one family's table.
@@ -49,7 +51,7 @@ pub(super) struct Touched {
 pub struct Engine {
     pub(super) settings: PolicySettings,
     pub(super) inventory: Inventory,
-    lists: Lists,
+    lists: RelistTracker,
     pub(super) sets: Sets,
     pub(super) plans: BTreeMap<IpAddr, Isolation>,
     /// How many addresses have so many pods to ask in a direction and family, from the second on.
@@ -74,7 +76,7 @@ impl Engine {
         Self {
             inventory: Inventory::new(settings.node.clone()),
             settings,
-            lists: Lists::default(),
+            lists: RelistTracker::default(),
             sets: Sets::default(),
             plans: BTreeMap::new(),
             layers: BTreeMap::new(),
@@ -204,7 +206,7 @@ impl Engine {
                 }
             }
             Event::Apply(object) => {
-                self.lists.saw(&object.reference());
+                self.lists.observe(&object.reference());
                 match object {
                     Object::Pod(pod) => self.set_pod(&pod.name, Some(pod)),
                     Object::Namespace(namespace) => {
@@ -229,7 +231,7 @@ impl Engine {
                 }
             }
             Event::Delete(reference) => {
-                self.lists.saw(reference);
+                self.lists.observe(reference);
                 self.delete(reference);
             }
             Event::ListStarted(_)

@@ -11,8 +11,8 @@ use smallvec::SmallVec;
 use super::claims::{Claim, ClaimChanges, Claims, ConflictCause, Reserved, Takeover};
 use super::conflicts::Conflicts;
 use crate::model::{
-    Endpoint, EndpointSlice, Event, Family, Kind, Lists, Node, NodePortAddresses, Notice, Object,
-    ObjectName, ObjectRef, Reason, Service, ServiceCidr, ServiceKind, Subject,
+    Endpoint, EndpointSlice, Event, Family, Kind, Node, NodePortAddresses, Notice, Object,
+    ObjectName, ObjectRef, Reason, RelistTracker, Service, ServiceCidr, ServiceKind, Subject,
 };
 
 mod slices;
@@ -76,7 +76,7 @@ pub struct Store {
     claims: Claims,
     /// Changes of services whose claims are on the way from one form to the next.
     takeovers: HashMap<ObjectName, Takeover>,
-    lists: Lists,
+    lists: RelistTracker,
     /// Where NodePorts answer, and the primary address that counts before the Node's.
     node_ports: (NodePortAddresses, Option<IpAddr>),
     /// Where nftlet's own connections to the API server lead.
@@ -195,7 +195,8 @@ impl Store {
             _ => return self.apply(event, marks),
         };
         self.go_on(&name, usize::MAX, marks);
-        self.lists.saw(&ObjectRef::new(Kind::Service, name.clone()));
+        self.lists
+            .observe(&ObjectRef::new(Kind::Service, name.clone()));
         let old = self.services.get(&name).cloned();
         if old == new {
             self.expected.remove(&name);
@@ -278,11 +279,11 @@ impl Store {
                 }
             }
             Event::Apply(object) => {
-                self.lists.saw(&object.reference());
+                self.lists.observe(&object.reference());
                 self.insert(object, marks);
             }
             Event::Delete(reference) => {
-                self.lists.saw(&reference);
+                self.lists.observe(&reference);
                 self.delete(&reference, marks);
             }
             Event::Servers(servers) => {

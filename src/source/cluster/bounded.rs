@@ -6,7 +6,7 @@ use kube::Client;
 use kube::client::Body;
 use tower::{BoxError, service_fn};
 
-use super::request::{MOST_OBJECT, MOST_REFUSAL};
+use super::limits::{MOST_OBJECT, MOST_REFUSAL};
 
 /// Returns a client that sends with another one, and reads no more of an answer than an object can
 /// have.

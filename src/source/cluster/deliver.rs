@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 use serde_json::value::RawValue;
 use tokio::time::Instant as Deadline;
 
-use super::fault::{Fault, shortened};
 use super::frames::json;
-use super::request::Selection;
+use super::selection::Selection;
 use super::stats::SourceStats;
+use super::watch_error::{WatchError, shortened};
 use crate::model::{Delivery, Event, Kind, Notice, Object, ObjectName, ObjectRef, Reason, Subject};
 use crate::source::Sender;
 use crate::source::convert::{Converter, Declared, Decoded, identify};
@@ -102,7 +102,7 @@ impl Deliveries {
     }
 
     /// Takes an item of a list.
-    pub(super) async fn item(&mut self, raw: &RawValue, at: Instant) -> Result<(), Fault> {
+    pub(super) async fn item(&mut self, raw: &RawValue, at: Instant) -> Result<(), WatchError> {
         self.in_items = true;
         let taken = self.object(raw, at).await;
         self.in_items = false;
@@ -110,7 +110,7 @@ impl Deliveries {
     }
 
     /// A list begins: whatever was listed so far counts no more.
-    pub(super) async fn begin_list(&mut self) -> Result<(), Fault> {
+    pub(super) async fn begin_list(&mut self) -> Result<(), WatchError> {
         self.stats.kind(self.kind).count_list();
         self.listing = Some(HashSet::new());
         self.nameless = false;
@@ -125,7 +125,7 @@ impl Deliveries {
     }
 
     /// The list is at its end: what is not in it is gone. Of the own Node nothing may be known yet.
-    pub(super) async fn end_list(&mut self, at: Instant) -> Result<(), Fault> {
+    pub(super) async fn end_list(&mut self, at: Instant) -> Result<(), WatchError> {
         let listed = self.listing.take().unwrap_or_default();
         if self.complete && self.nameless {
             // Nobody knows which of the known objects is there.
@@ -142,7 +142,7 @@ impl Deliveries {
         Ok(())
     }
 
-    async fn complete(&mut self, at: Instant) -> Result<(), Fault> {
+    async fn complete(&mut self, at: Instant) -> Result<(), WatchError> {
         self.complete = true;
         self.node_deadline = None;
         self.waiting_for_node = false;
@@ -150,7 +150,7 @@ impl Deliveries {
     }
 
     /// Delivers an empty list, so that the other kinds are not held up.
-    pub(super) async fn complete_without(&mut self) -> Result<(), Fault> {
+    pub(super) async fn complete_without(&mut self) -> Result<(), WatchError> {
         if self.complete {
             return Ok(());
         }
@@ -167,7 +167,7 @@ impl Deliveries {
         &mut self,
         raw: &RawValue,
         at: Instant,
-    ) -> Result<Option<String>, Fault> {
+    ) -> Result<Option<String>, WatchError> {
         let kind = self.kind;
         match self.converter.decode(kind, &mut json(raw)) {
             Ok(decoded) => self.take(decoded, at).await,
@@ -189,32 +189,32 @@ impl Deliveries {
 
     /// Checks that an object that cannot be decoded, or is not there any more, is of the kind that
     /// was asked for.
-    pub(super) fn check_raw(&self, raw: &RawValue) -> Result<(), Fault> {
+    pub(super) fn check_raw(&self, raw: &RawValue) -> Result<(), WatchError> {
         match Declared::read(self.kind, &mut json(raw)) {
             Ok(declared) => self.check(&declared),
             // In a list it is a fault of this entry alone.
             Err(_) if self.in_items => Ok(()),
-            Err(error) => Err(Fault::Foreign(format!(
+            Err(error) => Err(WatchError::Foreign(format!(
                 "an event without an object: {error}"
             ))),
         }
     }
 
-    fn check(&self, declared: &Declared) -> Result<(), Fault> {
+    fn check(&self, declared: &Declared) -> Result<(), WatchError> {
         match declared {
             Declared::AsAsked => Ok(()),
             Declared::Nothing if self.in_items => Ok(()),
-            Declared::Nothing => Err(Fault::Foreign(
+            Declared::Nothing => Err(WatchError::Foreign(
                 "an object that does not say what it is".to_owned(),
             )),
-            Declared::Other(what) => Err(Fault::Foreign(format!("a {what}"))),
+            Declared::Other(what) => Err(WatchError::Foreign(format!("a {what}"))),
         }
     }
 
     /// Of the nodes only the own one is asked for.
-    fn check_node(&self, name: &ObjectName) -> Result<(), Fault> {
+    fn check_node(&self, name: &ObjectName) -> Result<(), WatchError> {
         if self.kind == Kind::Node && name.name() != self.node_name {
-            return Err(Fault::Foreign(format!("another one, {name}")));
+            return Err(WatchError::Foreign(format!("another one, {name}")));
         }
         Ok(())
     }
@@ -224,7 +224,7 @@ impl Deliveries {
         &mut self,
         decoded: Decoded,
         at: Instant,
-    ) -> Result<Option<String>, Fault> {
+    ) -> Result<Option<String>, WatchError> {
         self.check(&decoded.declared)?;
         self.check_node(&decoded.name)?;
         self.stats.kind(self.kind).count_event();
@@ -243,7 +243,7 @@ impl Deliveries {
         Ok(decoded.resource_version)
     }
 
-    async fn apply(&mut self, object: Object, at: Instant) -> Result<(), Fault> {
+    async fn apply(&mut self, object: Object, at: Instant) -> Result<(), WatchError> {
         self.send(at, Event::Apply(object)).await?;
         if self.waiting_for_node {
             self.complete(at).await?;
@@ -252,7 +252,11 @@ impl Deliveries {
     }
 
     /// Takes the deletion of an object.
-    pub(super) async fn deleted(&mut self, name: ObjectName, at: Instant) -> Result<(), Fault> {
+    pub(super) async fn deleted(
+        &mut self,
+        name: ObjectName,
+        at: Instant,
+    ) -> Result<(), WatchError> {
         self.stats.kind(self.kind).count_event();
         if let Some(listed) = &mut self.listing {
             listed.remove(&name);
@@ -260,7 +264,7 @@ impl Deliveries {
         self.delete(name, at).await
     }
 
-    async fn delete(&mut self, name: ObjectName, at: Instant) -> Result<(), Fault> {
+    async fn delete(&mut self, name: ObjectName, at: Instant) -> Result<(), WatchError> {
         self.told.remove(&name);
         if !self.known.remove(&name) {
             return Ok(());
@@ -275,7 +279,7 @@ impl Deliveries {
         name: Option<ObjectName>,
         error: &serde_json::Error,
         at: Instant,
-    ) -> Result<(), Fault> {
+    ) -> Result<(), WatchError> {
         let kind = self.kind;
         self.stats.kind(kind).count_undecodable();
         let (subject, who) = match &name {
@@ -312,7 +316,7 @@ impl Deliveries {
         name: &ObjectName,
         notices: Vec<Notice>,
         at: Instant,
-    ) -> Result<(), Fault> {
+    ) -> Result<(), WatchError> {
         if notices.is_empty() {
             self.told.remove(name);
             return Ok(());
@@ -328,15 +332,15 @@ impl Deliveries {
     }
 
     /// Delivers an event.
-    pub(super) async fn send(&mut self, at: Instant, event: Event) -> Result<(), Fault> {
+    pub(super) async fn send(&mut self, at: Instant, event: Event) -> Result<(), WatchError> {
         self.sender
             .send(Delivery { at, event })
             .await
-            .map_err(|_| Fault::Closed)
+            .map_err(|_| WatchError::Closed)
     }
 
     /// The own Node has been missing for too long.
-    pub(super) async fn go_on_without_node(&mut self) -> Result<(), Fault> {
+    pub(super) async fn go_on_without_node(&mut self) -> Result<(), WatchError> {
         self.node_deadline = None;
         let node_name = &self.node_name;
         let message = format!(

@@ -26,7 +26,7 @@ use futures::future::{BoxFuture, join_all};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until};
 
-use super::fault::Faults;
+use super::faults::Faults;
 use super::reflect::Reflector;
 use crate::model::{Delivery, Event, Kind, ObjectName};
 use crate::source::Sender;

@@ -9,7 +9,7 @@ use serde::de::IgnoredAny;
 use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 
-use super::fault::one_line;
+use super::watch_error::one_line;
 use crate::model::Kind;
 
 /// One line of a watch.
@@ -59,7 +59,7 @@ pub(super) struct MarkerAnnotations {
 #[derive(Default, Deserialize)]
 #[serde(default)]
 #[serde(rename_all = "camelCase")]
-pub(super) struct Page<'a> {
+pub(super) struct ListPage<'a> {
     #[serde(borrow)]
     pub(super) api_version: Cow<'a, str>,
     #[serde(borrow)]
@@ -75,7 +75,7 @@ fn items<'de, D: Deserializer<'de>>(from: D) -> Result<Option<()>, D::Error> {
     Option::<Vec<IgnoredAny>>::deserialize(from).map(|_| Some(()))
 }
 
-impl Page<'_> {
+impl ListPage<'_> {
     /// Checks that this is the list that was asked for.
     ///
     /// An empty list takes everything away, so something else must not pass for one.
@@ -127,7 +127,7 @@ mod tests {
     #[test]
     fn only_the_list_that_was_asked_for_is_one() {
         let content = |json: &str, kind| {
-            let mut page: Page<'_> = serde_json::from_str(json).expect("JSON");
+            let mut page: ListPage<'_> = serde_json::from_str(json).expect("JSON");
             page.version(kind)
         };
         for (json, found) in [

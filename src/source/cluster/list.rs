@@ -3,15 +3,19 @@
 //! A list has any number of objects, and is never in memory as a whole: what is bounded is each
 //! object, and what stands around them.
 
+use std::pin::Pin;
 use std::time::Duration;
 
-use futures::io::AsyncBufReadExt;
+use futures::io::{AsyncBufRead, AsyncBufReadExt};
 use serde_json::value::RawValue;
 
-use super::fault::{Fault, Status, broken_off, one_line};
-use super::frames::Page;
-use super::request::{Body, MOST_AROUND, MOST_OBJECT};
+use super::frames::ListPage;
+use super::limits::{MOST_AROUND, MOST_OBJECT};
+use super::watch_error::{ApiStatus, WatchError, broken_off, one_line};
 use crate::model::Kind;
+
+/// The body of an answer, read in pieces.
+pub(super) type Body = Pin<Box<dyn AsyncBufRead + Send>>;
 
 /// One list of objects, or one page of it.
 pub(super) struct List {
@@ -26,7 +30,7 @@ pub(super) struct List {
 
 /// What a list says besides its objects.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct End {
+pub(super) struct ListEnd {
     /// The version of the list.
     pub version: String,
     /// What leads to the next page.
@@ -50,16 +54,16 @@ impl List {
     ///
     /// # Errors
     /// When this is no list of such objects, or does not come to its end.
-    pub(super) async fn next(&mut self) -> Result<Option<&RawValue>, Fault> {
+    pub(super) async fn next(&mut self) -> Result<Option<&RawValue>, WatchError> {
         self.splitter.object.clear();
         loop {
             let read = tokio::time::timeout(self.patience, self.body.fill_buf()).await;
             let bytes = match read {
                 Ok(Ok(bytes)) => bytes,
-                Ok(Err(error)) => return Err(Fault::Unreachable(broken_off(&error))),
+                Ok(Err(error)) => return Err(WatchError::Unreachable(broken_off(&error))),
                 Err(_) => {
                     let cause = format!("nothing came for {:?} in a list", self.patience);
-                    return Err(Fault::Unreachable(cause));
+                    return Err(WatchError::Unreachable(cause));
                 }
             };
             if bytes.is_empty() {
@@ -77,8 +81,8 @@ impl List {
             self.is_known = true;
             let end = if self.splitter.in_items { "]}" } else { "}" };
             let head = [&self.splitter.around, end.as_bytes()].concat();
-            let page: Page<'_> = parse(&head)?;
-            page.check(self.kind).map_err(Fault::Foreign)?;
+            let page: ListPage<'_> = parse(&head)?;
+            page.check(self.kind).map_err(WatchError::Foreign)?;
         }
         parse(&self.splitter.object).map(Some)
     }
@@ -87,18 +91,18 @@ impl List {
     ///
     /// # Errors
     /// When it is not the list that was asked for; also with an object of another kind before.
-    pub(super) fn end(self) -> Result<End, Fault> {
+    pub(super) fn end(self) -> Result<ListEnd, WatchError> {
         let text = self.splitter.around;
-        let mut page: Page<'_> = parse(&text)?;
+        let mut page: ListPage<'_> = parse(&text)?;
         if page.kind == "Status"
-            && let Ok(status) = serde_json::from_slice::<Status>(&text)
+            && let Ok(status) = serde_json::from_slice::<ApiStatus>(&text)
             && status.code.is_some_and(|code| code >= 400)
         {
             return Err(status.into());
         }
-        let version = page.version(self.kind).map_err(Fault::Foreign)?;
+        let version = page.version(self.kind).map_err(WatchError::Foreign)?;
         let token = page.metadata.token.take();
-        Ok(End {
+        Ok(ListEnd {
             version,
             token: token.filter(|token| !token.is_empty()),
             bytes: text.len(),
@@ -106,10 +110,10 @@ impl List {
     }
 }
 
-fn parse<'a, T: serde::Deserialize<'a>>(text: &'a [u8]) -> Result<T, Fault> {
+fn parse<'a, T: serde::Deserialize<'a>>(text: &'a [u8]) -> Result<T, WatchError> {
     serde_json::from_slice(text).map_err(|error| {
         let begin = one_line(&String::from_utf8_lossy(text.get(..80).unwrap_or(text)));
-        Fault::Foreign(format!("no list of objects: {error}: {begin:?}"))
+        WatchError::Foreign(format!("no list of objects: {error}: {begin:?}"))
     })
 }
 
@@ -186,14 +190,16 @@ impl Splitter {
         (bytes.len(), false)
     }
 
-    fn check_size(&self) -> Result<(), Fault> {
+    fn check_size(&self) -> Result<(), WatchError> {
         for (text, most, what) in [
             (&self.object, MOST_OBJECT, "an object"),
             (&self.around, MOST_AROUND, "a text around objects"),
         ] {
             if text.len() > most {
                 let most = most >> 20;
-                return Err(Fault::Foreign(format!("{what} of more than {most} MiB")));
+                return Err(WatchError::Foreign(format!(
+                    "{what} of more than {most} MiB"
+                )));
             }
         }
         Ok(())
@@ -218,7 +224,7 @@ mod tests {
     use super::*;
 
     /// Reads a list that comes in pieces of a length.
-    async fn read(text: &str, piece: usize) -> Result<(Vec<String>, End), Fault> {
+    async fn read(text: &str, piece: usize) -> Result<(Vec<String>, ListEnd), WatchError> {
         let pieces: Vec<io::Result<Vec<u8>>> = text
             .as_bytes()
             .chunks(piece)
@@ -293,7 +299,9 @@ mod tests {
         ] {
             for piece in [1, 1000] {
                 match read(&text, piece).await {
-                    Err(Fault::Foreign(what)) => assert!(what.contains(told), "{text}: {what}"),
+                    Err(WatchError::Foreign(what)) => {
+                        assert!(what.contains(told), "{text}: {what}")
+                    }
                     other => panic!("{text}: {other:?}"),
                 }
             }
@@ -316,7 +324,7 @@ mod tests {
         ] {
             let fault = read(&text, 1 << 16).await;
             assert!(
-                matches!(&fault, Err(Fault::Foreign(what)) if what == told),
+                matches!(&fault, Err(WatchError::Foreign(what)) if what == told),
                 "{fault:?}"
             );
         }

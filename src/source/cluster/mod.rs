@@ -9,7 +9,7 @@
 //!
 //! ```text
 //! request (list, watch; lines) ─> reflect (one kind: version) ─> deliver (names, decode) ─> events
-//!     fault (what went wrong, told once)    timing (pauses)    pulse (is it silent?)
+//!     fault (what went wrong, told once)    timing (pauses)    liveness (is it silent?)
 //!     demand (Pods and Namespaces are reflected while there is a NetworkPolicy)
 //!     servers (where the connections lead)    traffic (what every request passes through)
 //!     reach (is the server there? wakes those that wait when it is back)
@@ -36,21 +36,24 @@
 mod bounded;
 mod deliver;
 mod demand;
-mod fault;
+mod faults;
 mod frames;
 mod kubeconfig;
+mod limits;
 mod list;
+mod liveness;
 mod proxy;
-mod pulse;
 mod reach;
 mod reflect;
 mod request;
 mod requests;
+mod selection;
 mod servers;
 mod stats;
 mod timing;
 mod token;
 mod traffic;
+mod watch_error;
 
 use std::convert::Infallible;
 use std::fmt;
@@ -71,12 +74,13 @@ use tower::filter::FilterLayer;
 use tower::layer::layer_fn;
 
 use self::demand::Demand;
-use self::fault::Faults;
-use self::pulse::Pulse;
+use self::faults::Faults;
+use self::liveness::Liveness;
 use self::reach::Reach;
 use self::reflect::Reflector;
-use self::request::{Requester, Selection};
+use self::request::Requester;
 use self::requests::RequestMetrics;
+use self::selection::Selection;
 use self::servers::Servers;
 pub use self::stats::{KindStats, ServerFault, SourceStats};
 pub use self::timing::Timing;
@@ -322,13 +326,13 @@ impl Cluster {
         };
         let servers = self.servers.clone();
         let follow = servers.follow(resolved, sender.clone());
-        let pulse = Pulse::new(
+        let liveness = Liveness::new(
             self.client.clone(),
             self.stats.clone(),
             self.timing.clone(),
             self.reach.clone(),
         );
-        let silent = pulse.silent();
+        let silent = liveness.silent();
         let faults = Arc::new(Faults::new(self.server, self.stats.clone()));
         let reflector = |kind, sender| {
             let selection = Selection::of(kind, &self.node_name);
@@ -355,7 +359,7 @@ impl Cluster {
         drop(sender);
         tokio::select! {
             _ = async { join!(join_all(services), policies) } => {}
-            () = pulse.run() => {}
+            () = liveness.run() => {}
             () = follow => {}
             // An error says that the sender is gone, and with it whoever could ask.
             _ = shutdown.wait_for(|stop| *stop) => {}

@@ -16,10 +16,10 @@ use super::timing::{Pause, random};
 
 /// Knows whether the server answers, and when it came back.
 #[derive(Debug, Default)]
-pub(super) struct Reach(watch::Sender<State>);
+pub(super) struct Reach(watch::Sender<Reachability>);
 
 #[derive(Debug, Default)]
-struct State {
+struct Reachability {
     /// Whether the server could not be reached, and has not answered since.
     away: bool,
     /// Counts how often it came back.

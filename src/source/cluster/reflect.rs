@@ -14,12 +14,13 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 
 use super::deliver::Deliveries;
-use super::fault::{Fault, Faults, Status, one_line};
+use super::faults::Faults;
 use super::frames::{Marker, WatchLine, current_object, json, usable};
 use super::reach::Reach;
-use super::request::{Lines, Requester};
+use super::request::{Requester, WatchLines};
 use super::stats::SourceStats;
 use super::timing::{Backoff, Pause, Timing};
+use super::watch_error::{ApiStatus, WatchError, one_line};
 use crate::logging::Throttle;
 use crate::model::{Event, Kind};
 use crate::source::Sender;
@@ -108,7 +109,7 @@ impl Reflector {
             let returns = self.reach.returns();
             let returned = std::mem::replace(&mut self.returns, returns) != returns;
             // A server that answers others and breaks off the requests of this kind is not back.
-            let flaps = returned && matches!(fault, Fault::Unreachable(_));
+            let flaps = returned && matches!(fault, WatchError::Unreachable(_));
             if (returned && !flaps)
                 || followed.is_some_and(|since| since.elapsed() >= self.timing.stable)
             {
@@ -131,13 +132,17 @@ impl Reflector {
     }
 
     /// Draws the conclusions from the end of a session; returns how long to pause.
-    async fn after(&mut self, fault: &Fault, backoff: &mut Backoff) -> Result<Pause, Fault> {
+    async fn after(
+        &mut self,
+        fault: &WatchError,
+        backoff: &mut Backoff,
+    ) -> Result<Pause, WatchError> {
         let kind = self.kind();
         tracing::debug!(%kind, ?fault, "a session with the API server ended");
         let unfinished = self.deliveries.break_off();
         match fault {
-            Fault::Closed => return Err(Fault::Closed),
-            Fault::Ended if unfinished && self.streaming => {
+            WatchError::Closed => return Err(WatchError::Closed),
+            WatchError::Ended if unfinished && self.streaming => {
                 self.broken_streams += 1;
                 if self.broken_streams >= MOST_BROKEN_STREAMS {
                     tracing::info!(%kind, "the API server does not finish streamed lists; reading lists in pages");
@@ -145,7 +150,7 @@ impl Reflector {
                     return Ok(Pause::default());
                 }
             }
-            Fault::Gone => {
+            WatchError::Gone => {
                 if let Some(unlogged) = self.gone.add(Instant::now()) {
                     tracing::info!(%kind, unlogged, "the API server no longer has the version to resume from; listing again");
                 }
@@ -154,24 +159,24 @@ impl Reflector {
                     return Ok(Pause::default());
                 }
             }
-            Fault::Ahead => {
+            WatchError::Ahead => {
                 if let Some(unlogged) = self.gone.add(Instant::now()) {
                     tracing::info!(%kind, unlogged, "the API server has lost the version to resume from; listing again");
                 }
                 (self.version, self.at_least) = (None, None);
             }
-            Fault::NoStreaming if self.streaming && self.version.is_none() => {
+            WatchError::NoStreaming if self.streaming && self.version.is_none() => {
                 tracing::debug!(%kind, "the API server does not stream lists; reading them in pages");
                 self.streaming = false;
                 return Ok(Pause::default());
             }
-            Fault::UnknownField(message) if self.requester.selection.spare_fields() => {
+            WatchError::UnknownField(message) if self.requester.selection.spare_fields() => {
                 tracing::info!(%kind, message, "the API server does not know the field to select by (Kubernetes before 1.31); going on without");
                 return Ok(Pause::default());
             }
             // The version is not understood by what may be another server at the old address.
-            Fault::NoStreaming => self.version = None,
-            Fault::Absent(_) if kind == Kind::ServiceCidr => {
+            WatchError::NoStreaming => self.version = None,
+            WatchError::Absent(_) if kind == Kind::ServiceCidr => {
                 if !self.deliveries.is_complete() {
                     tracing::info!(
                         "the API server has no ServiceCIDRs (Kubernetes before 1.33); going on without"
@@ -184,14 +189,14 @@ impl Reflector {
                 return Ok(self.timing.absent_recheck.into());
             }
             // Without the ranges only one kind of rule is missing; no reason to serve nothing.
-            Fault::Refused { code: 403, .. } if kind == Kind::ServiceCidr => {
+            WatchError::Refused { code: 403, .. } if kind == Kind::ServiceCidr => {
                 self.deliveries.complete_without().await?
             }
             _ => {}
         }
         // A server that has just started does not know yet what is granted.
-        let passing =
-            matches!(fault, Fault::Refused { .. }) && self.reach.is_settling(self.timing.settle);
+        let passing = matches!(fault, WatchError::Refused { .. })
+            && self.reach.is_settling(self.timing.settle);
         let told = !passing && (fault.is_certain() || backoff.attempts() > 0);
         if told && let Some((sort, message)) = fault.describe(&self.requester.selection) {
             self.faulty = true;
@@ -203,12 +208,12 @@ impl Reflector {
             }
         }
         Ok(match fault {
-            Fault::Busy { retry_after, .. } => {
+            WatchError::Busy { retry_after, .. } => {
                 let at_least = Duration::from_secs((*retry_after).into());
                 backoff.next_after(&self.timing, at_least)
             }
             // That spares no server, and ends when any connection of the process does.
-            Fault::NoDescriptor(_) => backoff
+            WatchError::NoDescriptor(_) => backoff
                 .next(&self.timing)
                 .min(self.timing.first_pause)
                 .into(),
@@ -218,7 +223,7 @@ impl Reflector {
     }
 
     /// Lists if necessary, then watches until that ends.
-    async fn session(&mut self) -> Result<std::convert::Infallible, Fault> {
+    async fn session(&mut self) -> Result<std::convert::Infallible, WatchError> {
         self.silent.mark_unchanged();
         if self.version.is_none() && !self.streaming {
             self.paged_list().await?;
@@ -258,9 +263,9 @@ impl Reflector {
     /// after a while, whether something comes or not.
     async fn line_of<'l>(
         &mut self,
-        lines: &'l mut Lines,
+        lines: &'l mut WatchLines,
         patience: Duration,
-    ) -> Result<&'l [u8], Fault> {
+    ) -> Result<&'l [u8], WatchError> {
         let (reach, opened) = (self.reach.clone(), self.opened);
         let listing = self.deliveries.is_listing();
         let next = async move {
@@ -268,7 +273,7 @@ impl Reflector {
                 biased;
                 line = lines.next(patience) => line,
                 // After an outage, a watch from before may be dead without a sign.
-                () = reach.returned_since(opened), if !listing => Err(Fault::Ended),
+                () = reach.returned_since(opened), if !listing => Err(WatchError::Ended),
             }
         };
         let mut next = pin!(or_silent(self.silent.clone(), next));
@@ -291,13 +296,13 @@ impl Reflector {
     /// Waits for the answer to a request, unless the server is found silent meanwhile.
     async fn unless_silent<T>(
         &mut self,
-        answer: impl Future<Output = Result<T, Fault>>,
-    ) -> Result<T, Fault> {
+        answer: impl Future<Output = Result<T, WatchError>>,
+    ) -> Result<T, WatchError> {
         let answer = or_silent(self.silent.clone(), answer);
         self.waiting(answer).await?
     }
 
-    async fn line(&mut self, line: &[u8], at: Instant) -> Result<(), Fault> {
+    async fn line(&mut self, line: &[u8], at: Instant) -> Result<(), WatchError> {
         if let Some(decoded) = self.decode_at_once(line) {
             let version = self.deliveries.take(decoded, at).await?;
             if !self.deliveries.is_listing() {
@@ -310,13 +315,13 @@ impl Reflector {
             Ok(parsed) => parsed,
             Err(error) => {
                 // Some servers put a bare Status on the stream.
-                if let Ok(status) = serde_json::from_slice::<Status>(line)
+                if let Ok(status) = serde_json::from_slice::<ApiStatus>(line)
                     && status.code.is_some()
                 {
                     return Err(status.into());
                 }
                 let begin = one_line(&String::from_utf8_lossy(line.get(..80).unwrap_or(line)));
-                return Err(Fault::Foreign(format!(
+                return Err(WatchError::Foreign(format!(
                     "a watch of something else than events: {error}: {begin:?}"
                 )));
             }
@@ -347,7 +352,7 @@ impl Reflector {
                 let version = usable(marker.resource_version);
                 if ends_list && version.is_none() {
                     let cause = "the end of a list without a resourceVersion".to_owned();
-                    return Err(Fault::Foreign(cause));
+                    return Err(WatchError::Foreign(cause));
                 }
                 if !self.deliveries.is_listing() || ends_list {
                     self.version = version.or(self.version.take());
@@ -358,10 +363,10 @@ impl Reflector {
             }
             "ERROR" => {
                 let status =
-                    serde_json::from_str::<Status>(parsed.object.get()).unwrap_or_default();
+                    serde_json::from_str::<ApiStatus>(parsed.object.get()).unwrap_or_default();
                 if status.code.is_none() && status.reason.is_none() {
                     let cause = "an error that is no Status".to_owned();
-                    return Err(Fault::Foreign(cause));
+                    return Err(WatchError::Foreign(cause));
                 }
                 return Err(status.into());
             }
@@ -391,7 +396,7 @@ impl Reflector {
     }
 
     /// Reads a list page by page.
-    async fn paged_list(&mut self) -> Result<(), Fault> {
+    async fn paged_list(&mut self) -> Result<(), WatchError> {
         let stats = self.stats.clone();
         let stats = stats.kind(self.kind());
         let at_least = self.at_least.clone();
@@ -407,7 +412,7 @@ impl Reflector {
             let mut list = match answer {
                 Ok(list) => list,
                 // The pages have become too old to be continued: all in one, then.
-                Err(Fault::Gone) if token.is_some() => {
+                Err(WatchError::Gone) if token.is_some() => {
                     (limit, token) = (None, None);
                     continue;
                 }
@@ -425,7 +430,7 @@ impl Reflector {
             stats.count_bytes(end.bytes);
             if end.token.is_some() && end.token == token {
                 let cause = "a page of a list that leads to itself".to_owned();
-                return Err(Fault::Foreign(cause));
+                return Err(WatchError::Foreign(cause));
             }
             if !begun {
                 self.deliveries.begin_list().await?;
@@ -439,7 +444,7 @@ impl Reflector {
     }
 
     /// The server has said all there is at present.
-    async fn end_list(&mut self, at: Instant) -> Result<(), Fault> {
+    async fn end_list(&mut self, at: Instant) -> Result<(), WatchError> {
         self.broken_streams = 0;
         self.at_least = None;
         self.healthy();
@@ -455,7 +460,7 @@ impl Reflector {
     }
 
     /// Waits for something, and meanwhile for the moment to go on without the own Node.
-    async fn waiting<F: Future>(&mut self, future: F) -> Result<F::Output, Fault> {
+    async fn waiting<F: Future>(&mut self, future: F) -> Result<F::Output, WatchError> {
         let mut future = pin!(future);
         loop {
             let Some(deadline) = self.deliveries.node_deadline() else {
@@ -472,8 +477,8 @@ impl Reflector {
 /// What comes of waiting for the server, or that it was found silent before.
 async fn or_silent<T>(
     mut silent: watch::Receiver<u64>,
-    answer: impl Future<Output = Result<T, Fault>>,
-) -> Result<T, Fault> {
+    answer: impl Future<Output = Result<T, WatchError>>,
+) -> Result<T, WatchError> {
     let given_up = async move {
         // The sender ends with everything else.
         match silent.changed().await {
@@ -483,6 +488,6 @@ async fn or_silent<T>(
     };
     tokio::select! {
         answer = answer => answer,
-        () = given_up => Err(Fault::Silent),
+        () = given_up => Err(WatchError::Silent),
     }
 }

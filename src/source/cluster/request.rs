@@ -1,80 +1,21 @@
 //! Requests to the API server, and reading its answers.
 
 use std::io;
-use std::pin::Pin;
 use std::time::Duration;
 
 use futures::TryStreamExt;
-use futures::io::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt};
+use futures::io::{AsyncBufReadExt, AsyncReadExt};
 use http_body_util::BodyExt;
 use hyper::header::{HeaderMap, RETRY_AFTER};
 use kube::Client;
 use kube::api::{ListParams, VersionMatch, WatchParams};
 use kube::core::Request;
 
-use super::fault::{Fault, broken_off};
-use super::list::List;
+use super::limits::{MOST_OBJECT, MOST_REFUSAL};
+use super::list::{Body, List};
+use super::selection::Selection;
 use super::timing::watch_seconds;
-use crate::model::Kind;
-
-/// The most bytes of an object as JSON. etcd takes 1.5 MB at once, and 3 MB by the setting of some
-/// clusters; as JSON an object is longer than there.
-pub(super) const MOST_OBJECT: usize = 8 << 20;
-/// The most bytes of what stands around the objects of a list.
-pub(super) const MOST_AROUND: usize = 1 << 20;
-/// The most bytes of a refusal that are read.
-pub(super) const MOST_REFUSAL: usize = 64 << 10;
-
-/// Which objects of a kind are asked for.
-#[derive(Clone, Debug)]
-pub(super) struct Selection {
-    pub kind: Kind,
-    /// The path of the collection.
-    pub path: String,
-    labels: Option<&'static str>,
-    fields: Option<String>,
-    node_name: String,
-}
-
-impl Selection {
-    /// The name of the own Node.
-    pub(super) fn node_name(&self) -> &str {
-        &self.node_name
-    }
-
-    /// Asks without fields from now on, because the server does not know them, as that of Services
-    /// before Kubernetes 1.31. Returns false where they do more than to spare what has no rules.
-    pub(super) fn spare_fields(&mut self) -> bool {
-        self.kind == Kind::Service && self.fields.take().is_some()
-    }
-
-    /// What kube-proxy selects of a kind; of the nodes, the own one; all pods, also those that have
-    /// ended: to a selection by phase an end looks like a deletion, and a pod whose phase is Failed
-    /// may run on.
-    pub(super) fn of(kind: Kind, node_name: &str) -> Self {
-        let (labels, fields) = match kind {
-            Kind::Service => (
-                Some("!service.kubernetes.io/service-proxy-name"),
-                Some("spec.clusterIP!=None".to_owned()),
-            ),
-            Kind::EndpointSlice => (Some("!service.kubernetes.io/headless"), None),
-            Kind::Node => (None, Some(format!("metadata.name={node_name}"))),
-            Kind::ServiceCidr | Kind::Pod | Kind::Namespace | Kind::NetworkPolicy => (None, None),
-        };
-        let prefix = if kind.group().is_empty() {
-            "api"
-        } else {
-            "apis"
-        };
-        Self {
-            kind,
-            path: format!("/{prefix}/{}/{}", kind.api_version(), kind.plural()),
-            labels,
-            fields,
-            node_name: node_name.to_owned(),
-        }
-    }
-}
+use super::watch_error::{WatchError, broken_off};
 
 /// Asks one server for one selection.
 #[derive(Clone)]
@@ -84,9 +25,6 @@ pub(super) struct Requester {
     /// How long an answer may take.
     patience: Duration,
 }
-
-/// What an answer holds, to be read bit by bit.
-pub(super) type Body = Pin<Box<dyn AsyncBufRead + Send>>;
 
 impl Requester {
     pub(super) fn new(client: Client, selection: Selection, patience: Duration) -> Self {
@@ -104,7 +42,7 @@ impl Requester {
         limit: Option<u32>,
         token: Option<String>,
         at_least: Option<String>,
-    ) -> Result<List, Fault> {
+    ) -> Result<List, WatchError> {
         let params = ListParams {
             version_match: at_least.as_ref().map(|_| VersionMatch::NotOlderThan),
             resource_version: at_least,
@@ -116,7 +54,7 @@ impl Requester {
         };
         let request = Request::new(&self.selection.path)
             .list(&params)
-            .map_err(|error| Fault::Unreachable(error.to_string()))?;
+            .map_err(|error| WatchError::Unreachable(error.to_string()))?;
         let body = self.in_time(self.send(request)).await?;
         Ok(List::new(self.selection.kind, body, self.patience))
     }
@@ -127,7 +65,7 @@ impl Requester {
         &self,
         version: Option<&str>,
         at_least: Option<&str>,
-    ) -> Result<Lines, Fault> {
+    ) -> Result<WatchLines, WatchError> {
         let listing = version.is_none();
         let version = version.or(at_least).unwrap_or_default();
         let params = WatchParams {
@@ -139,14 +77,14 @@ impl Requester {
         };
         let request = Request::new(&self.selection.path)
             .watch(&params, version)
-            .map_err(|error| Fault::Unreachable(error.to_string()))?;
+            .map_err(|error| WatchError::Unreachable(error.to_string()))?;
         let body = self.in_time(self.send(request)).await?;
         let line = Vec::new();
-        Ok(Lines { body, line })
+        Ok(WatchLines { body, line })
     }
 
     /// Sends a request; returns the body of the answer, unless that is a refusal.
-    async fn send(&self, request: hyper::Request<Vec<u8>>) -> Result<Body, Fault> {
+    async fn send(&self, request: hyper::Request<Vec<u8>>) -> Result<Body, WatchError> {
         let answer = self.client.send(request.map(Into::into)).await?;
         let (head, body) = answer.into_parts();
         let body = body.into_data_stream().map_err(io::Error::other);
@@ -159,19 +97,26 @@ impl Requester {
         body.take(MOST_REFUSAL as u64 + 1)
             .read_to_end(&mut text)
             .await
-            .map_err(|error| Fault::Unreachable(broken_off(&error)))?;
+            .map_err(|error| WatchError::Unreachable(broken_off(&error)))?;
         if text.len() > MOST_REFUSAL {
             let begin = String::from_utf8_lossy(text.get(..200).unwrap_or_default());
             let most = MOST_REFUSAL >> 10;
             text = format!("a text of more than {most} KiB, which begins with {begin}").into();
         }
-        Err(Fault::of_answer(head.status.as_u16(), retry_after, &text))
+        Err(WatchError::of_answer(
+            head.status.as_u16(),
+            retry_after,
+            &text,
+        ))
     }
 
-    async fn in_time<T>(&self, answer: impl Future<Output = Result<T, Fault>>) -> Result<T, Fault> {
+    async fn in_time<T>(
+        &self,
+        answer: impl Future<Output = Result<T, WatchError>>,
+    ) -> Result<T, WatchError> {
         match tokio::time::timeout(self.patience, answer).await {
             Ok(answer) => answer,
-            Err(_) => Err(Fault::Unreachable(format!(
+            Err(_) => Err(WatchError::Unreachable(format!(
                 "no answer within {:?}",
                 self.patience
             ))),
@@ -185,37 +130,37 @@ pub(super) fn retry_after(headers: &HeaderMap) -> Option<u32> {
 }
 
 /// The lines of a watch, one event each.
-pub(super) struct Lines {
+pub(super) struct WatchLines {
     body: Body,
     line: Vec<u8>,
 }
 
-impl Lines {
+impl WatchLines {
     /// The next line without its end.
     ///
     /// # Errors
-    /// [`Fault::Ended`] when the server has closed the connection, it broke, or nothing came for
+    /// [`WatchError::Ended`] when the server has closed the connection, it broke, or nothing came for
     /// `patience`. All three are the ways in which watches end, and are resumed alike.
-    /// [`Fault::Foreign`] for a line that is longer than an object can be.
-    pub(super) async fn next(&mut self, patience: Duration) -> Result<&[u8], Fault> {
+    /// [`WatchError::Foreign`] for a line that is longer than an object can be.
+    pub(super) async fn next(&mut self, patience: Duration) -> Result<&[u8], WatchError> {
         self.line.clear();
         let mut bounded = (&mut self.body).take(MOST_OBJECT as u64 + 1);
         let read = bounded.read_until(b'\n', &mut self.line);
         match tokio::time::timeout(patience, read).await {
             // A line that was cut off is as good as none.
             Ok(Ok(_)) if self.line.last() == Some(&b'\n') => Ok(self.line.trim_ascii_end()),
-            Ok(Ok(_)) if self.line.len() > MOST_OBJECT => Err(Fault::Foreign(format!(
+            Ok(Ok(_)) if self.line.len() > MOST_OBJECT => Err(WatchError::Foreign(format!(
                 "an event of more than {} MiB",
                 MOST_OBJECT >> 20
             ))),
-            Ok(Ok(_)) => Err(Fault::Ended),
+            Ok(Ok(_)) => Err(WatchError::Ended),
             Ok(Err(error)) => {
                 tracing::debug!(%error, "a watch connection broke");
-                Err(Fault::Ended)
+                Err(WatchError::Ended)
             }
             Err(_) => {
                 tracing::debug!(?patience, "a watch connection was silent");
-                Err(Fault::Ended)
+                Err(WatchError::Ended)
             }
         }
     }

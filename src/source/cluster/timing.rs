@@ -21,7 +21,7 @@ pub struct Timing {
     /// How long nothing may come on any watch before the server is asked for a sign of life.
     pub quiet: Duration,
     /// How long the sign of life may take.
-    pub pulse: Duration,
+    pub liveness_timeout: Duration,
     /// The pause between looks whether a server that is away is back, varied at random.
     pub probe: Duration,
     /// The watches try again within this time after the server is back, at random.
@@ -52,7 +52,7 @@ impl Default for Timing {
             stable: Duration::from_secs(5),
             idle: Duration::from_secs(150),
             quiet: Duration::from_secs(15),
-            pulse: Duration::from_secs(5),
+            liveness_timeout: Duration::from_secs(5),
             probe: Duration::from_millis(500),
             wake: Duration::from_millis(400),
             settle: Duration::from_secs(10),

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::address::parse_routable;
-use super::report::Report;
+use super::report::FieldReport;
 use super::{Converter, PORT_HINT, PROTOCOL_HINT, non_empty, port, protocol, timestamp};
 use crate::model::{Endpoint, EndpointSlice, Family, Hints, ObjectName, SlicePort};
 use crate::source::wire;
@@ -16,7 +16,7 @@ impl Converter {
         &mut self,
         name: &ObjectName,
         from: &wire::EndpointSlice,
-        report: &mut Report,
+        report: &mut FieldReport,
     ) -> Option<EndpointSlice> {
         let meta = from.metadata.as_ref();
         let labels = meta.and_then(|meta| meta.labels.as_ref())?;
@@ -56,7 +56,11 @@ impl Converter {
         })
     }
 
-    fn slice_ports(&mut self, entries: &[wire::SlicePort], report: &mut Report) -> Vec<SlicePort> {
+    fn slice_ports(
+        &mut self,
+        entries: &[wire::SlicePort],
+        report: &mut FieldReport,
+    ) -> Vec<SlicePort> {
         let mut ports = Vec::with_capacity(entries.len());
         for (index, entry) in entries.iter().enumerate() {
             // Absent means every port, which only consumers other than a service proxy can use.
@@ -88,7 +92,7 @@ impl Converter {
         index: usize,
         from: &wire::Endpoint,
         family: Family,
-        report: &mut Report,
+        report: &mut FieldReport,
     ) -> Option<Endpoint> {
         // The addresses of an endpoint are interchangeable by definition; all but the first are
         // ignored by every proxy.

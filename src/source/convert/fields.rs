@@ -1,6 +1,6 @@
 //! Reading a part of an object field by field, where a fault must not pass for an absent field.
 //!
-//! A [`Reader`] walks over a JSON value with the [`Path`] to where it is. Whatever it does not
+//! A [`FieldReader`] walks over a JSON value with the [`Path`] to where it is. Whatever it does not
 //! understand (a wrong type, a field that does not exist) it reports and gives back as
 //! [`Rejected`], so that the caller can leave out what the fault is part of.
 
@@ -11,7 +11,7 @@ use std::sync::LazyLock;
 use serde_json::{Map, Value};
 
 use super::intern::Interner;
-use super::report::Report;
+use super::report::FieldReport;
 
 /// Where a value stands in its object; printed as `spec.ingress[0].from`.
 #[derive(Clone, Copy)]
@@ -46,20 +46,20 @@ impl fmt::Display for Path<'_> {
 pub(super) struct Rejected;
 
 /// What was read, or that a fault was reported.
-pub(super) type Read<T> = Result<T, Rejected>;
+pub(super) type FieldResult<T> = Result<T, Rejected>;
 
 /// Reads values and reports what it does not understand.
-pub(super) struct Reader<'a> {
+pub(super) struct FieldReader<'a> {
     pub interner: &'a mut Interner,
-    report: &'a mut Report,
+    report: &'a mut FieldReport,
     /// What follows from a fault; the end of every sentence about one.
     consequence: &'static str,
 }
 
-impl<'a> Reader<'a> {
+impl<'a> FieldReader<'a> {
     pub(super) fn new(
         interner: &'a mut Interner,
-        report: &'a mut Report,
+        report: &'a mut FieldReport,
         consequence: &'static str,
     ) -> Self {
         Self {
@@ -88,7 +88,7 @@ impl<'a> Reader<'a> {
         &mut self,
         at: &Path<'_>,
         value: &'v Value,
-    ) -> Read<&'v Map<String, Value>> {
+    ) -> FieldResult<&'v Map<String, Value>> {
         static EMPTY: LazyLock<Map<String, Value>> = LazyLock::new(Map::new);
         match value {
             Value::Object(map) => Ok(map),
@@ -104,7 +104,7 @@ impl<'a> Reader<'a> {
         at: &Path<'_>,
         map: &Map<String, Value>,
         known: &[&str],
-    ) -> Read<()> {
+    ) -> FieldResult<()> {
         let mut sound = Ok(());
         for (name, value) in map {
             if !known.contains(&&**name) {
@@ -124,7 +124,7 @@ impl<'a> Reader<'a> {
         at: &Path<'_>,
         value: &'v Value,
         known: [&str; N],
-    ) -> Read<[Option<&'v Value>; N]> {
+    ) -> FieldResult<[Option<&'v Value>; N]> {
         let map = self.mapping(at, value)?;
         self.no_others(at, map, &known)?;
         Ok(known.map(|name| present(map, name)))
@@ -136,10 +136,10 @@ impl<'a> Reader<'a> {
         &mut self,
         at: &Path<'_>,
         value: &Value,
-        mut read: impl FnMut(&mut Self, &Path<'_>, &Value) -> Read<T>,
-    ) -> Read<Vec<T>> {
+        mut read: impl FnMut(&mut Self, &Path<'_>, &Value) -> FieldResult<T>,
+    ) -> FieldResult<Vec<T>> {
         let entries = self.entries(at, value)?;
-        let read: Vec<Read<T>> = entries
+        let read: Vec<FieldResult<T>> = entries
             .iter()
             .enumerate()
             .map(|(index, entry)| read(self, &Path::Entry(at, index), entry))
@@ -148,7 +148,11 @@ impl<'a> Reader<'a> {
     }
 
     /// The entries of a list.
-    pub(super) fn entries<'v>(&mut self, at: &Path<'_>, value: &'v Value) -> Read<&'v [Value]> {
+    pub(super) fn entries<'v>(
+        &mut self,
+        at: &Path<'_>,
+        value: &'v Value,
+    ) -> FieldResult<&'v [Value]> {
         match value {
             Value::Array(entries) => Ok(entries),
             other => Err(self.reject(at, other, "is not a list; begin each entry with \"-\"")),
@@ -156,7 +160,7 @@ impl<'a> Reader<'a> {
     }
 
     /// A string. `null` is an empty one, as for the API server.
-    pub(super) fn text<'v>(&mut self, at: &Path<'_>, value: &'v Value) -> Read<&'v str> {
+    pub(super) fn text<'v>(&mut self, at: &Path<'_>, value: &'v Value) -> FieldResult<&'v str> {
         match value {
             Value::String(text) => Ok(text),
             Value::Null => Ok(""),

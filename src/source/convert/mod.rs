@@ -22,7 +22,7 @@ use k8s_openapi::jiff::Timestamp;
 use serde::{Deserialize, Deserializer, de::Error as _};
 
 use self::intern::Interner;
-use self::report::Report;
+use self::report::FieldReport;
 use super::wire;
 use crate::model::{Kind, Notice, Object, ObjectName, ObjectRef, Protocol};
 
@@ -170,11 +170,11 @@ impl Converter {
         kind: Kind,
         declared: Declared,
         meta: Option<impl Into<Names<'m>>>,
-        convert: impl FnOnce(&mut Self, &ObjectName, &mut Report) -> Option<Object>,
+        convert: impl FnOnce(&mut Self, &ObjectName, &mut FieldReport) -> Option<Object>,
     ) -> Result<Decoded, E> {
         let meta = meta.map(Into::into).unwrap_or_default();
         let name = object_name(kind, meta.name, meta.namespace).map_err(E::custom)?;
-        let mut report = Report::new(ObjectRef::new(kind, name.clone()));
+        let mut report = FieldReport::new(ObjectRef::new(kind, name.clone()));
         let object = convert(self, &name, &mut report);
         Ok(Decoded {
             declared,

@@ -3,7 +3,7 @@
 use ipnet::IpNet;
 
 use super::address::{parse_ip, parse_range};
-use super::report::Report;
+use super::report::FieldReport;
 use super::{Converter, non_empty};
 use crate::model::{Node, ObjectName, ServiceCidr};
 use crate::source::wire;
@@ -17,7 +17,7 @@ impl Converter {
         &mut self,
         name: &ObjectName,
         from: &wire::Node,
-        report: &mut Report,
+        report: &mut FieldReport,
     ) -> Node {
         let mut internal_ips = Vec::new();
         let mut external_ips = Vec::new();
@@ -64,7 +64,7 @@ impl Converter {
         &mut self,
         name: &ObjectName,
         from: &wire::ServiceCidr,
-        report: &mut Report,
+        report: &mut FieldReport,
     ) -> ServiceCidr {
         let cidrs = from.spec.as_ref().and_then(|spec| spec.cidrs.as_deref());
         ServiceCidr {
@@ -74,7 +74,7 @@ impl Converter {
     }
 }
 
-fn pod_cidrs(spec: &wire::NodeSpec, report: &mut Report) -> Vec<IpNet> {
+fn pod_cidrs(spec: &wire::NodeSpec, report: &mut FieldReport) -> Vec<IpNet> {
     let listed = spec.pod_cidrs.as_deref().unwrap_or_default();
     if listed.is_empty() {
         let single = spec.pod_cidr.as_slice();
@@ -89,7 +89,7 @@ fn pod_cidrs(spec: &wire::NodeSpec, report: &mut Report) -> Vec<IpNet> {
     }
 }
 
-fn ranges(field: &str, texts: &[wire::Text<'_>], report: &mut Report) -> Vec<IpNet> {
+fn ranges(field: &str, texts: &[wire::Text<'_>], report: &mut FieldReport) -> Vec<IpNet> {
     let mut ranges = Vec::with_capacity(texts.len());
     for (index, text) in texts.iter().enumerate() {
         match parse_range(text) {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use smallvec::SmallVec;
 
 use super::address::parse_unicast;
-use super::report::Report;
+use super::report::FieldReport;
 use super::{Converter, PORT_HINT, PROTOCOL_HINT, non_empty, port, protocol, timestamp};
 use crate::model::{
     Evidence, Family, Labels, NAMESPACE_NAME, NamedPort, Namespace, ObjectName, Pod, Sandbox,
@@ -15,7 +15,12 @@ use crate::source::wire;
 
 impl Converter {
     /// The facts of a Pod.
-    pub(super) fn pod(&mut self, name: &ObjectName, from: &wire::Pod, report: &mut Report) -> Pod {
+    pub(super) fn pod(
+        &mut self,
+        name: &ObjectName,
+        from: &wire::Pod,
+        report: &mut FieldReport,
+    ) -> Pod {
         let meta = from.metadata.as_ref();
         let spec = from.spec.as_ref();
         let status = from.status.as_ref();
@@ -58,7 +63,7 @@ impl Converter {
     fn named_ports(
         &mut self,
         spec: Option<&wire::PodSpec>,
-        report: &mut Report,
+        report: &mut FieldReport,
     ) -> Arc<[NamedPort]> {
         let mut found = Vec::new();
         let containers = spec.and_then(|spec| spec.containers.as_deref());
@@ -85,7 +90,7 @@ impl Converter {
         container_field: std::fmt::Arguments<'_>,
         container: &wire::Container,
         found: &mut Vec<NamedPort>,
-        report: &mut Report,
+        report: &mut FieldReport,
     ) {
         let entries = container.ports.as_deref().unwrap_or_default();
         for (index, entry) in entries.iter().enumerate() {
@@ -184,7 +189,7 @@ fn seconds(time: Option<&wire::Text<'_>>) -> Option<u32> {
 }
 
 /// `podIPs`, or `podIP` where the list is empty; of each family the first one.
-fn pod_ips(status: &wire::PodStatus, report: &mut Report) -> SmallVec<[IpAddr; 2]> {
+fn pod_ips(status: &wire::PodStatus, report: &mut FieldReport) -> SmallVec<[IpAddr; 2]> {
     let mut addresses = SmallVec::<[IpAddr; 2]>::new();
     let mut take = |field: std::fmt::Arguments<'_>, text: &str| match parse_unicast(text) {
         Ok(ip) if addresses.contains(&ip) => {}

@@ -8,8 +8,8 @@
 use serde_json::{Map, Value};
 
 use super::address::parse_range;
-use super::fields::{Path, Read, Reader, present};
-use super::report::Report;
+use super::fields::{FieldReader, FieldResult, Path, present};
+use super::report::FieldReport;
 use super::{Converter, PORT_HINT, PROTOCOL_HINT, port};
 use crate::model::{
     LabelSelector, NetworkPolicy, ObjectName, Peer, PolicyPort, PolicyRule, PortMatch, Protocol,
@@ -48,7 +48,7 @@ impl Converter {
         &mut self,
         name: &ObjectName,
         spec: Option<&Value>,
-        report: &mut Report,
+        report: &mut FieldReport,
     ) -> NetworkPolicy {
         let at = Path::Top("spec");
         let closed = |pods| NetworkPolicy {
@@ -57,13 +57,13 @@ impl Converter {
             ingress: Some(Vec::new()),
             egress: Some(Vec::new()),
         };
-        let mut reader = Reader::new(&mut self.interner, report, POLICY_CLOSED);
+        let mut reader = FieldReader::new(&mut self.interner, report, POLICY_CLOSED);
         let Ok(spec) = reader.mapping(&at, spec.unwrap_or(&Value::Null)) else {
             return closed(LabelSelector::default());
         };
         let fields_known = reader.no_others(&at, spec, &FIELDS);
 
-        let mut reader = Reader::new(&mut self.interner, report, SELECTOR_WIDENED);
+        let mut reader = FieldReader::new(&mut self.interner, report, SELECTOR_WIDENED);
         let (pods, pods_known) = match present(spec, "podSelector") {
             Some(selector) => {
                 let found = reader.requirements(&at.field("podSelector"), selector);
@@ -76,7 +76,7 @@ impl Converter {
             return closed(pods);
         }
 
-        let mut reader = Reader::new(&mut self.interner, report, BOTH_DIRECTIONS);
+        let mut reader = FieldReader::new(&mut self.interner, report, BOTH_DIRECTIONS);
         let directions = reader.directions(&at, spec);
         if pods_known.is_err() {
             return NetworkPolicy {
@@ -107,14 +107,14 @@ impl Converter {
         at: &Path<'_>,
         rules: Option<&Value>,
         peers: &str,
-        report: &mut Report,
+        report: &mut FieldReport,
     ) -> Vec<PolicyRule> {
-        let mut reader = Reader::new(&mut self.interner, report, RULES_LEFT_OUT);
+        let mut reader = FieldReader::new(&mut self.interner, report, RULES_LEFT_OUT);
         let entries = match rules.map(|rules| reader.entries(at, rules)) {
             Some(Ok(entries)) => entries,
             Some(Err(_)) | None => return Vec::new(),
         };
-        let mut reader = Reader::new(&mut self.interner, report, RULE_LEFT_OUT);
+        let mut reader = FieldReader::new(&mut self.interner, report, RULE_LEFT_OUT);
         entries
             .iter()
             .enumerate()
@@ -123,7 +123,7 @@ impl Converter {
     }
 }
 
-impl Reader<'_> {
+impl FieldReader<'_> {
     /// `policyTypes`. Absent or empty it is Ingress, and Egress if there are egress rules (the
     /// API server's defaults: `SetDefaults_NetworkPolicy` in `pkg/apis/networking/v1`).
     fn directions(&mut self, spec_at: &Path<'_>, spec: &Map<String, Value>) -> Directions {
@@ -146,7 +146,7 @@ impl Reader<'_> {
         }
     }
 
-    fn direction(&mut self, at: &Path<'_>, value: &Value) -> Read<Directions> {
+    fn direction(&mut self, at: &Path<'_>, value: &Value) -> FieldResult<Directions> {
         match value.as_str() {
             Some("Ingress") => Ok(Directions {
                 ingress: true,
@@ -160,7 +160,7 @@ impl Reader<'_> {
         }
     }
 
-    fn rule(&mut self, at: &Path<'_>, value: &Value, peers_field: &str) -> Read<PolicyRule> {
+    fn rule(&mut self, at: &Path<'_>, value: &Value, peers_field: &str) -> FieldResult<PolicyRule> {
         let [peers, ports] = self.fields(at, value, [peers_field, "ports"])?;
         // Both are read before one of them ends it, so that every fault is told.
         let peers = self.unless_empty(&at.field(peers_field), peers, Self::peer);
@@ -176,8 +176,8 @@ impl Reader<'_> {
         &mut self,
         at: &Path<'_>,
         value: Option<&Value>,
-        read: impl FnMut(&mut Self, &Path<'_>, &Value) -> Read<T>,
-    ) -> Read<Option<Vec<T>>> {
+        read: impl FnMut(&mut Self, &Path<'_>, &Value) -> FieldResult<T>,
+    ) -> FieldResult<Option<Vec<T>>> {
         let list = match value {
             Some(value) => self.list(at, value, read)?,
             None => Vec::new(),
@@ -185,7 +185,7 @@ impl Reader<'_> {
         Ok(Some(list).filter(|list| !list.is_empty()))
     }
 
-    fn peer(&mut self, at: &Path<'_>, value: &Value) -> Read<Peer> {
+    fn peer(&mut self, at: &Path<'_>, value: &Value) -> FieldResult<Peer> {
         let known = ["podSelector", "namespaceSelector", "ipBlock"];
         let [pods, namespaces, block] = self.fields(at, value, known)?;
         let pods = pods.map(|it| self.selector(&at.field("podSelector"), it));
@@ -208,7 +208,7 @@ impl Reader<'_> {
         }
     }
 
-    fn block(&mut self, at: &Path<'_>, value: &Value) -> Read<Peer> {
+    fn block(&mut self, at: &Path<'_>, value: &Value) -> FieldResult<Peer> {
         let [cidr, except] = self.fields(at, value, ["cidr", "except"])?;
         let cidr = self.range(&at.field("cidr"), cidr.unwrap_or(&Value::Null))?;
         let except = match except {
@@ -226,7 +226,7 @@ impl Reader<'_> {
         Ok(Peer::Block { cidr, except })
     }
 
-    fn range(&mut self, at: &Path<'_>, value: &Value) -> Read<IpNet> {
+    fn range(&mut self, at: &Path<'_>, value: &Value) -> FieldResult<IpNet> {
         let text = self.text(at, value)?;
         match parse_range(text) {
             // Packets never carry such an address, so an exception of this kind would except
@@ -240,7 +240,7 @@ impl Reader<'_> {
         }
     }
 
-    fn policy_port(&mut self, at: &Path<'_>, value: &Value) -> Read<PolicyPort> {
+    fn policy_port(&mut self, at: &Path<'_>, value: &Value) -> FieldResult<PolicyPort> {
         let [protocol, port, end] = self.fields(at, value, ["protocol", "port", "endPort"])?;
         let protocol = match protocol {
             None => Ok(Protocol::Tcp),
@@ -263,7 +263,7 @@ impl Reader<'_> {
         at: &Path<'_>,
         first: Option<&Value>,
         last: Option<&Value>,
-    ) -> Read<PortMatch> {
+    ) -> FieldResult<PortMatch> {
         let (port_at, end_at) = (at.field("port"), at.field("endPort"));
         let first = match first {
             None => PortMatch::Any,

@@ -9,13 +9,13 @@ use crate::model::{Kind, Notice, ObjectRef, Reason, Subject};
 const MOST_DETAILS: usize = 8;
 
 /// The notices about one object.
-pub(super) struct Report {
+pub(super) struct FieldReport {
     object: ObjectRef,
     notices: Vec<Notice>,
     beyond: usize,
 }
 
-impl Report {
+impl FieldReport {
     pub(super) fn new(object: ObjectRef) -> Self {
         Self {
             object,

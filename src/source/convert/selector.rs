@@ -4,18 +4,18 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
-use super::fields::{Path, Read, Reader, Rejected};
+use super::fields::{FieldReader, FieldResult, Path, Rejected};
 use crate::model::{LabelSelector, Requirement};
 
 /// The requirements of a selector that are understood, and whether these are all.
 pub(super) struct Requirements {
     pub understood: Vec<Requirement>,
-    pub all: Read<()>,
+    pub all: FieldResult<()>,
 }
 
-impl Reader<'_> {
+impl FieldReader<'_> {
     /// A selector of which everything is understood.
-    pub(super) fn selector(&mut self, at: &Path<'_>, value: &Value) -> Read<LabelSelector> {
+    pub(super) fn selector(&mut self, at: &Path<'_>, value: &Value) -> FieldResult<LabelSelector> {
         let found = self.requirements(at, value);
         found.all?;
         Ok(LabelSelector::new(found.understood))
@@ -74,7 +74,7 @@ impl Reader<'_> {
         }
     }
 
-    fn expression(&mut self, at: &Path<'_>, value: &Value) -> Read<Requirement> {
+    fn expression(&mut self, at: &Path<'_>, value: &Value) -> FieldResult<Requirement> {
         let [key, operator, values] = self.fields(at, value, ["key", "operator", "values"])?;
         let key_at = at.field("key");
         let key = match key {
@@ -112,7 +112,7 @@ impl Reader<'_> {
         })
     }
 
-    fn label_key(&mut self, at: &Path<'_>, key: &str) -> Read<Arc<str>> {
+    fn label_key(&mut self, at: &Path<'_>, key: &str) -> FieldResult<Arc<str>> {
         if is_label_key(key) {
             return Ok(self.interner.string(key));
         }
@@ -120,7 +120,7 @@ impl Reader<'_> {
         Err(self.reject(at, &Value::from(key), hint))
     }
 
-    fn label_value(&mut self, at: &Path<'_>, value: &Value) -> Read<Arc<str>> {
+    fn label_value(&mut self, at: &Path<'_>, value: &Value) -> FieldResult<Arc<str>> {
         let text = self.text(at, value)?;
         if text.is_empty() || is_label_name(text) {
             return Ok(self.interner.string(text));
@@ -131,7 +131,7 @@ impl Reader<'_> {
 }
 
 impl Requirements {
-    fn take(&mut self, read: Read<Requirement>) {
+    fn take(&mut self, read: FieldResult<Requirement>) {
         match read {
             Ok(requirement) => self.understood.push(requirement),
             Err(Rejected) => self.all = Err(Rejected),

@@ -7,7 +7,7 @@ use std::str::FromStr;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use super::address::{parse_range, parse_routable, parse_unicast};
-use super::report::Report;
+use super::report::FieldReport;
 use super::{Converter, PORT_HINT, PROTOCOL_HINT, non_empty, port, protocol, timestamp};
 use crate::model::{
     Family, ObjectName, Protocol, Service, ServiceKind, ServicePort, TrafficPolicy,
@@ -27,7 +27,7 @@ impl Converter {
         &mut self,
         name: &ObjectName,
         from: &wire::Service,
-        report: &mut Report,
+        report: &mut FieldReport,
     ) -> Service {
         let meta = from.metadata.as_ref();
         let labels = meta.and_then(|meta| meta.labels.as_ref());
@@ -78,7 +78,11 @@ impl Converter {
         service
     }
 
-    fn service_ports(&mut self, spec: &wire::ServiceSpec, report: &mut Report) -> Vec<ServicePort> {
+    fn service_ports(
+        &mut self,
+        spec: &wire::ServiceSpec,
+        report: &mut FieldReport,
+    ) -> Vec<ServicePort> {
         let entries = spec.ports.as_deref().unwrap_or_default();
         let mut ports = Vec::with_capacity(entries.len());
         for (index, entry) in entries.iter().enumerate() {
@@ -113,7 +117,7 @@ impl Converter {
 }
 
 /// Leaves out the addresses of families in which the service has no ClusterIP.
-fn without_other_families(mut service: Service, report: &mut Report) -> Service {
+fn without_other_families(mut service: Service, report: &mut FieldReport) -> Service {
     let families: Vec<Family> = service
         .cluster_ips
         .iter()
@@ -143,7 +147,7 @@ fn without_other_families(mut service: Service, report: &mut Report) -> Service 
 }
 
 /// Reports load balancer addresses of a family that the source ranges do not mention.
-fn report_ranges_of_one_family(service: &Service, report: &mut Report) {
+fn report_ranges_of_one_family(service: &Service, report: &mut FieldReport) {
     let (v4, v6): (Vec<IpNet>, Vec<IpNet>) = service
         .source_ranges
         .iter()
@@ -175,7 +179,7 @@ fn report_ranges_of_one_family(service: &Service, report: &mut Report) {
 }
 
 /// Reports numbers that come up twice in one service: the first port has the frontends.
-fn report_repeated_ports(service: &Service, report: &mut Report) {
+fn report_repeated_ports(service: &Service, report: &mut FieldReport) {
     let mut ports = HashSet::new();
     let mut node_ports = HashSet::new();
     let mut twice = Vec::new();
@@ -213,7 +217,7 @@ fn and_more<T: ToString>(more: &[T]) -> String {
     format!("({} more: {shown}{dots}) ", more.len())
 }
 
-fn service_kind(spec: &wire::ServiceSpec, report: &mut Report) -> ServiceKind {
+fn service_kind(spec: &wire::ServiceSpec, report: &mut FieldReport) -> ServiceKind {
     let kind = match non_empty(spec.type_.as_deref()) {
         Some("ExternalName") => return ServiceKind::ExternalName,
         None | Some("ClusterIP") => ServiceKind::ClusterIp,
@@ -237,7 +241,7 @@ fn service_kind(spec: &wire::ServiceSpec, report: &mut Report) -> ServiceKind {
     }
 }
 
-fn cluster_ips(spec: &wire::ServiceSpec, report: &mut Report) -> Vec<IpAddr> {
+fn cluster_ips(spec: &wire::ServiceSpec, report: &mut FieldReport) -> Vec<IpAddr> {
     let listed = spec.cluster_ips.as_deref().unwrap_or_default();
     let single = spec.cluster_ip.iter();
     let entries: Vec<(String, &wire::Text<'_>)> = if listed.is_empty() {
@@ -280,7 +284,11 @@ fn cluster_ips(spec: &wire::ServiceSpec, report: &mut Report) -> Vec<IpAddr> {
     addresses
 }
 
-fn addresses(field: &str, texts: Option<&[wire::Text<'_>]>, report: &mut Report) -> Vec<IpAddr> {
+fn addresses(
+    field: &str,
+    texts: Option<&[wire::Text<'_>]>,
+    report: &mut FieldReport,
+) -> Vec<IpAddr> {
     let texts = texts.unwrap_or_default();
     let mut addresses = Vec::with_capacity(texts.len());
     for (index, text) in texts.iter().enumerate() {
@@ -293,7 +301,10 @@ fn addresses(field: &str, texts: Option<&[wire::Text<'_>]>, report: &mut Report)
     addresses
 }
 
-fn load_balancer_ips(status: Option<&wire::ServiceStatus>, report: &mut Report) -> Vec<IpAddr> {
+fn load_balancer_ips(
+    status: Option<&wire::ServiceStatus>,
+    report: &mut FieldReport,
+) -> Vec<IpAddr> {
     let ingress = status
         .and_then(|status| status.load_balancer.as_ref())
         .and_then(|balancer| balancer.ingress.as_deref())
@@ -325,7 +336,7 @@ fn load_balancer_ips(status: Option<&wire::ServiceStatus>, report: &mut Report) 
 
 /// `loadBalancerSourceRanges`. A list in which nothing is usable closes the load balancer
 /// instead of opening it to everyone: whoever wrote it wanted a restriction.
-fn source_ranges(spec: &wire::ServiceSpec, report: &mut Report) -> Vec<IpNet> {
+fn source_ranges(spec: &wire::ServiceSpec, report: &mut FieldReport) -> Vec<IpNet> {
     let texts = spec
         .load_balancer_source_ranges
         .as_deref()
@@ -356,7 +367,7 @@ fn source_ranges(spec: &wire::ServiceSpec, report: &mut Report) -> Vec<IpNet> {
     ranges
 }
 
-fn policy(field: &str, text: Option<&str>, report: &mut Report) -> TrafficPolicy {
+fn policy(field: &str, text: Option<&str>, report: &mut FieldReport) -> TrafficPolicy {
     match non_empty(text) {
         None | Some("Cluster") => TrafficPolicy::Cluster,
         Some("Local") => TrafficPolicy::Local,
@@ -367,7 +378,7 @@ fn policy(field: &str, text: Option<&str>, report: &mut Report) -> TrafficPolicy
     }
 }
 
-fn affinity(spec: &wire::ServiceSpec, report: &mut Report) -> Option<u32> {
+fn affinity(spec: &wire::ServiceSpec, report: &mut FieldReport) -> Option<u32> {
     match non_empty(spec.session_affinity.as_deref()) {
         None | Some("None") => return None,
         Some("ClientIP") => {}
@@ -403,7 +414,7 @@ fn health_check_node_port(
     spec: &wire::ServiceSpec,
     kind: ServiceKind,
     external_policy: TrafficPolicy,
-    report: &mut Report,
+    report: &mut FieldReport,
 ) -> Option<u16> {
     if kind != ServiceKind::LoadBalancer || external_policy != TrafficPolicy::Local {
         return None;

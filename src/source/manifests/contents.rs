@@ -10,7 +10,7 @@ use serde_path_to_error::Track;
 use super::documents::{
     Captured, Document, Position, SyntaxFault, inside, json_documents, yaml_documents,
 };
-use super::state::file_notice;
+use super::notice::file_notice;
 use crate::model::{Kind, Notice, Object, ObjectRef, Reason, group_of};
 use crate::source::convert::{Converter, object_name};
 
@@ -29,14 +29,14 @@ pub(super) struct Contents {
 
 /// Which of the objects in files count.
 #[derive(Debug)]
-pub(super) struct Wanted {
+pub(super) struct ManifestFilter {
     /// The own Node; others do not matter to this node.
     pub node_name: String,
     /// Whether the objects of network policies do.
     pub network_policies: bool,
 }
 
-impl Wanted {
+impl ManifestFilter {
     /// The kinds that count.
     pub(super) fn kinds(&self) -> &'static [Kind] {
         if self.network_policies {
@@ -51,10 +51,10 @@ impl Wanted {
 pub(super) fn read(
     path: &Path,
     text: &str,
-    wanted: &Wanted,
+    wanted: &ManifestFilter,
     converter: &mut Converter,
 ) -> Contents {
-    let mut reader = Reader {
+    let mut reader = ManifestReader {
         path,
         wanted,
         converter,
@@ -109,14 +109,14 @@ fn classify(api_version: &str, kind: &str) -> Class {
 }
 
 /// What an object says it is, and its name.
-struct Head<'v> {
+struct ObjectHead<'v> {
     api_version: Option<&'v str>,
     kind: Option<&'v str>,
     name: Option<&'v str>,
     namespace: Option<&'v str>,
 }
 
-impl<'v> Head<'v> {
+impl<'v> ObjectHead<'v> {
     /// The head of an object; of an item of a typed list, `implied` is the type.
     fn of(object: &'v Value, implied: Option<(&'v str, &'v str)>) -> Self {
         let text = |object: &'v Value, field| object.get(field).and_then(Value::as_str);
@@ -151,15 +151,15 @@ struct Found {
     skipped: BTreeMap<String, usize>,
 }
 
-struct Reader<'c> {
+struct ManifestReader<'c> {
     path: &'c Path,
-    wanted: &'c Wanted,
+    wanted: &'c ManifestFilter,
     converter: &'c mut Converter,
     out: Contents,
     skipped: BTreeMap<String, usize>,
 }
 
-impl Reader<'_> {
+impl ManifestReader<'_> {
     fn finish(mut self) -> Contents {
         if !self.skipped.is_empty() {
             let list: Vec<String> = self
@@ -195,7 +195,7 @@ impl Reader<'_> {
         let mut found = Found::default();
         let mut untyped = Vec::new();
         let root = document.read(&mut |number, item| {
-            let head = Head::of(&item.value, None);
+            let head = ObjectHead::of(&item.value, None);
             if head.kind.is_some() || head.api_version.is_some() {
                 self.object(&mut found, &item, item_path("", number), None);
             } else {
@@ -205,7 +205,7 @@ impl Reader<'_> {
         });
         match root {
             Ok(root) => {
-                let head = Head::of(&root.value, None);
+                let head = ObjectHead::of(&root.value, None);
                 if matches!(head.class(), Class::List) && root.value.get("items").is_some() {
                     for (number, item) in untyped {
                         let at = item_path("", number);
@@ -266,7 +266,7 @@ impl Reader<'_> {
         if value.is_null() {
             return;
         }
-        let head = Head::of(value, implied);
+        let head = ObjectHead::of(value, implied);
         let (Some(api_version), Some(kind)) = (head.api_version, head.kind) else {
             let message = "apiVersion or kind is missing; every object needs both";
             return found.misfit(at, &head, message);
@@ -318,7 +318,7 @@ impl Reader<'_> {
 
 impl Found {
     /// Notes an object that cannot be used, by name as far as it has one.
-    fn misfit(&mut self, at: String, head: &Head<'_>, message: &str) {
+    fn misfit(&mut self, at: String, head: &ObjectHead<'_>, message: &str) {
         let used = match head.class() {
             Class::Used(kind) => object_name(kind, head.name, head.namespace)
                 .ok()
@@ -367,7 +367,7 @@ mod tests {
     use super::*;
 
     fn contents(text: &str) -> (Vec<String>, Vec<String>) {
-        let wanted = Wanted {
+        let wanted = ManifestFilter {
             node_name: "node-1".to_owned(),
             network_policies: true,
         };

@@ -170,7 +170,7 @@ impl Document<'_> {
     /// # Errors
     /// Where the text cannot be parsed; what was handed out before that is sound.
     pub(super) fn read(&self, take: &mut TakeItem<'_>) -> Result<Captured, SyntaxFault> {
-        let root = Capture(Role::Root(take));
+        let root = Capture(CaptureRole::Root(take));
         match self.syntax {
             Syntax::Json => root
                 .deserialize(&mut serde_json::Deserializer::from_str(self.text))
@@ -254,9 +254,9 @@ fn options(length: usize) -> Options {
 }
 
 /// Reads a value.
-struct Capture<'t>(Role<'t>);
+struct Capture<'t>(CaptureRole<'t>);
 
-enum Role<'t> {
+enum CaptureRole<'t> {
     Root(&'t mut TakeItem<'t>),
     Items(&'t mut TakeItem<'t>),
     Inside,
@@ -319,10 +319,10 @@ impl<'de> Visitor<'de> for Capture<'_> {
     fn visit_seq<A: SeqAccess<'de>>(mut self, mut access: A) -> Result<Captured, A::Error> {
         let (mut items, mut twice) = (Vec::new(), None);
         for number in 0.. {
-            let Some(item) = access.next_element_seed(Capture(Role::Inside))? else {
+            let Some(item) = access.next_element_seed(Capture(CaptureRole::Inside))? else {
                 break;
             };
-            if let Role::Items(take) = &mut self.0 {
+            if let CaptureRole::Items(take) = &mut self.0 {
                 take(number, item);
                 continue;
             }
@@ -339,8 +339,8 @@ impl<'de> Visitor<'de> for Capture<'_> {
         let (mut fields, mut twice) = (Map::new(), None);
         while let Some(name) = access.next_key::<String>()? {
             let role = match &mut self.0 {
-                Role::Root(take) if name == "items" => Role::Items(*take),
-                _ => Role::Inside,
+                CaptureRole::Root(take) if name == "items" => CaptureRole::Items(*take),
+                _ => CaptureRole::Inside,
             };
             let value = access.next_value_seed(Capture(role))?;
             let again = fields.contains_key(&name).then(String::new);

@@ -20,7 +20,7 @@ pub(super) struct Stamp {
 }
 
 /// What identifies a file or directory, whatever it holds and by whatever path it is reached.
-pub(super) type Identity = (u64, u64);
+pub(super) type FileId = (u64, u64);
 
 impl Stamp {
     fn of(metadata: &Metadata) -> Self {
@@ -38,13 +38,13 @@ impl Stamp {
         self.size == 0
     }
 
-    pub(super) fn identity(&self) -> Identity {
+    pub(super) fn identity(&self) -> FileId {
         (self.device, self.inode)
     }
 }
 
 /// The identity of what is at a path, if it exists.
-pub(super) fn identity(path: &Path) -> Option<Identity> {
+pub(super) fn identity(path: &Path) -> Option<FileId> {
     let metadata = fs::metadata(path).ok()?;
     Some((metadata.dev(), metadata.ino()))
 }
@@ -94,7 +94,7 @@ impl Tree {
         path: &Path,
         metadata: &Metadata,
         enter: &mut dyn FnMut(&Path),
-        seen: &mut HashSet<Identity>,
+        seen: &mut HashSet<FileId>,
     ) {
         if !seen.insert((metadata.dev(), metadata.ino())) {
             return;

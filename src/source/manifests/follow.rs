@@ -20,8 +20,9 @@ use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher};
 use tokio::sync::watch;
 use tokio::time::sleep;
 
-use super::files::{self, Identity, Stamp, Tree, identity, is_hidden, parent, plain};
-use super::state::{State, Version, file_notice};
+use super::files::{self, FileId, Stamp, Tree, identity, is_hidden, parent, plain};
+use super::notice::file_notice;
+use super::store::{FileVersion, ManifestStore};
 use super::{Error, Manifests, is_standard_input};
 use crate::model::{Delivery, Event, Notice, Reason};
 use crate::source::Sender;
@@ -45,7 +46,7 @@ impl Manifests {
         sender: Sender,
         mut shutdown: watch::Receiver<bool>,
     ) -> Result<(), Error> {
-        let (inlet, mut arrived) = watch::channel(News::default());
+        let (inlet, mut arrived) = watch::channel(FileChanges::default());
         let inlet = Arc::new(inlet);
         let add = inlet.clone();
         let watcher = notify::recommended_watcher(move |event| {
@@ -65,9 +66,9 @@ impl Manifests {
             lost: false,
         };
         // What happened since the files were loaded.
-        let mut news = News {
+        let mut news = FileChanges {
             lost: true,
-            ..News::default()
+            ..FileChanges::default()
         };
         let mut at = Instant::now();
         loop {
@@ -109,7 +110,7 @@ impl Manifests {
                 () = wait => {}
                 () = stopped(&mut shutdown) => return Ok(()),
             }
-            news = News::default();
+            news = FileChanges::default();
             inlet.send_if_modified(|waiting| {
                 news = mem::take(waiting);
                 false
@@ -126,14 +127,14 @@ async fn stopped(shutdown: &mut watch::Receiver<bool>) {
 
 /// What inotify has reported since the last walk.
 #[derive(Debug, Default)]
-struct News {
+struct FileChanges {
     /// The paths, with whether the content of the file is whole.
     paths: BTreeMap<PathBuf, bool>,
     /// Whether reports were lost, so that any file may have changed.
     lost: bool,
 }
 
-impl News {
+impl FileChanges {
     /// Adds a report. Returns whether there is something to look at.
     fn add(&mut self, event: notify::Result<notify::Event>) -> bool {
         let event = match event {
@@ -180,11 +181,11 @@ fn is_link(path: &Path) -> bool {
 
 struct Follower {
     paths: Vec<PathBuf>,
-    state: State,
+    state: ManifestStore,
     watcher: RecommendedWatcher,
     /// Watched directories, with what they were when the watch was set: a directory that was
     /// removed and made again needs a new watch.
-    watched: HashMap<PathBuf, Identity>,
+    watched: HashMap<PathBuf, FileId>,
     tree: Tree,
     /// What the last walk found changed without a sign that it is whole.
     unsettled: HashMap<PathBuf, Option<Stamp>>,
@@ -205,14 +206,14 @@ impl Follower {
 
     /// Looks at all files and reads those that changed; returns what changes by that. It is to be
     /// called again where something is unsettled.
-    fn look(&mut self, news: &News) -> Vec<Event> {
+    fn look(&mut self, news: &FileChanges) -> Vec<Event> {
         self.lost |= news.lost;
         let concerned = news.paths.keys().any(|path| self.concerns(path));
         if !concerned && !self.lost && self.unsettled.is_empty() {
             return Vec::new();
         }
         // By identity, since a file may be reached through links.
-        let whole: HashSet<Identity> = news
+        let whole: HashSet<FileId> = news
             .paths
             .iter()
             .filter_map(|(path, whole)| whole.then(|| identity(path))?)
@@ -241,21 +242,21 @@ impl Follower {
                 continue;
             }
             let version = match files::read(path) {
-                Ok((bytes, stamp)) => Version::Read {
+                Ok((bytes, stamp)) => FileVersion::Read {
                     bytes,
                     stamp: Some(stamp),
                     finished,
                 },
                 // It went away in between; the next walk does not find it.
                 Err(fault) if fault.kind() == std::io::ErrorKind::NotFound => continue,
-                Err(fault) => Version::Unreadable(fault),
+                Err(fault) => FileVersion::Unreadable(fault),
             };
             versions.push((path.clone(), version));
         }
         for path in self.state.files() {
             let found = self.tree.files.contains_key(path) || is_standard_input(path);
             if !found && settled(path, None) {
-                versions.push((path.to_owned(), Version::Gone));
+                versions.push((path.to_owned(), FileVersion::Gone));
             }
         }
         self.lost &= !unsettled.is_empty();
@@ -311,7 +312,7 @@ mod tests {
 
     #[test]
     fn of_more_than_may_wait_everything_is_looked_at_again() {
-        let mut news = News::default();
+        let mut news = FileChanges::default();
         let closed = EventKind::Access(AccessKind::Close(AccessMode::Write));
         let mut add = |name: usize| {
             let event = notify::Event::new(closed).add_path(PathBuf::from(name.to_string()));
@@ -328,7 +329,7 @@ mod tests {
 
     #[test]
     fn a_loss_that_inotify_reports_counts() {
-        let mut news = News::default();
+        let mut news = FileChanges::default();
         assert!(!news.add(Ok(notify::Event::new(EventKind::Any))));
         assert!(!news.lost);
         let rescan = notify::Event::new(EventKind::Other).set_flag(Flag::Rescan);

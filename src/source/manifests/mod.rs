@@ -21,14 +21,16 @@ mod contents;
 mod documents;
 mod files;
 mod follow;
-mod state;
+mod notice;
+mod store;
 
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
-use self::contents::Wanted;
+use self::contents::ManifestFilter;
 use self::files::{Tree, plain};
-use self::state::{State, Version, file_notice};
+use self::notice::file_notice;
+use self::store::{FileVersion, ManifestStore};
 use crate::model::{Event, Reason};
 
 /// Why manifests cannot be used at all.
@@ -61,7 +63,7 @@ pub enum Error {
 /// Manifest files as a source of objects.
 pub struct Manifests {
     paths: Vec<PathBuf>,
-    state: State,
+    state: ManifestStore,
 }
 
 fn no_objects(paths: &[PathBuf]) -> String {
@@ -86,7 +88,7 @@ impl Manifests {
     pub fn new(paths: Vec<PathBuf>, node_name: String) -> Self {
         Self {
             paths: paths.iter().map(|path| plain(path)).collect(),
-            state: State::new(Wanted {
+            state: ManifestStore::new(ManifestFilter {
                 node_name,
                 network_policies: true,
             }),
@@ -147,7 +149,7 @@ impl Manifests {
             io::stdin()
                 .read_to_end(&mut bytes)
                 .map_err(|source| error(&path, source))?;
-            versions.push((path, Version::whole(bytes, None)));
+            versions.push((path, FileVersion::whole(bytes, None)));
         }
         let tree = Tree::walk(&named, &mut |_| {});
         let mut events = Vec::new();
@@ -161,9 +163,9 @@ impl Manifests {
         }
         for path in tree.files.into_keys() {
             match files::read(&path) {
-                Ok((bytes, stamp)) => versions.push((path, Version::whole(bytes, Some(stamp)))),
+                Ok((bytes, stamp)) => versions.push((path, FileVersion::whole(bytes, Some(stamp)))),
                 Err(source) if named.contains(&path) => return Err(error(&path, source)),
-                Err(fault) => versions.push((path, Version::Unreadable(fault))),
+                Err(fault) => versions.push((path, FileVersion::Unreadable(fault))),
             }
         }
         events.extend(self.state.update(versions));

@@ -163,7 +163,7 @@ async fn a_server_that_falls_silent_is_noticed_and_followed_when_it_is_back() {
     // As by default, an attempt that fails takes longer than a connection needs to be a success.
     let timing = Timing {
         quiet: Duration::from_millis(50),
-        pulse: Duration::from_secs(4),
+        liveness_timeout: Duration::from_secs(4),
         response: Duration::from_secs(2),
         stable: Duration::from_millis(100),
         ..hasty()
@@ -225,7 +225,7 @@ async fn a_server_that_never_answers_is_told() {
             stable: short,
             response,
             quiet,
-            pulse: short,
+            liveness_timeout: short,
             ..hasty()
         };
         let cluster = Cluster::connect(None, Some(format!("http://{address}")), "node-1".into());

@@ -27,7 +27,7 @@ use super::traffic::Unanswered;
 const VERSION: &str = "/version";
 
 /// Looks after the watches of one server.
-pub(super) struct Pulse {
+pub(super) struct Liveness {
     client: Client,
     stats: Arc<SourceStats>,
     timing: Timing,
@@ -36,7 +36,7 @@ pub(super) struct Pulse {
     silent: watch::Sender<u64>,
 }
 
-impl Pulse {
+impl Liveness {
     pub(super) fn new(
         client: Client,
         stats: Arc<SourceStats>,
@@ -107,28 +107,28 @@ impl Pulse {
         }
     }
 
-    async fn ask(&self) -> Asked {
+    async fn ask(&self) -> ProbeResult {
         let Ok(request) = hyper::Request::get(VERSION).body(Body::empty()) else {
-            return Asked::Not;
+            return ProbeResult::Not;
         };
         let answer = self.client.send(request);
-        match tokio::time::timeout(self.timing.pulse, answer).await {
-            Ok(Ok(answer)) => Asked::Answered(answer),
-            Ok(Err(kube::Error::Service(error))) if lacks_descriptor(&*error) => Asked::Not,
-            Ok(Err(_)) | Err(_) => Asked::InVain,
+        match tokio::time::timeout(self.timing.liveness_timeout, answer).await {
+            Ok(Ok(answer)) => ProbeResult::Answered(answer),
+            Ok(Err(kube::Error::Service(error))) if lacks_descriptor(&*error) => ProbeResult::Not,
+            Ok(Err(_)) | Err(_) => ProbeResult::InVain,
         }
     }
 }
 
 /// What came of a question.
-enum Asked {
+enum ProbeResult {
     Answered(Response<Body>),
     InVain,
     /// It could not be sent: this process has no file descriptor for a connection.
     Not,
 }
 
-impl Asked {
+impl ProbeResult {
     fn is_silent(&self) -> bool {
         matches!(self, Self::InVain)
     }

@@ -6,15 +6,16 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-use super::contents::{self, Contents, Wanted};
+use super::contents::{self, Contents, ManifestFilter};
 use super::documents::Position;
 use super::files::Stamp;
-use crate::model::{Event, Kind, Notice, Object, ObjectRef, Reason, Subject};
+use super::notice::file_notice;
+use crate::model::{Event, Kind, Notice, Object, ObjectRef, Reason};
 use crate::source::convert::Converter;
 
 /// One file as it was last understood.
 #[derive(Debug, Default)]
-struct Known {
+struct KnownFile {
     stamp: Option<Stamp>,
     objects: BTreeMap<ObjectRef, Object>,
     /// What was said about it, so that saving it again does not repeat the same complaint.
@@ -22,19 +23,19 @@ struct Known {
 }
 
 /// All files, and which of them speaks for an object that several contain.
-pub(super) struct State {
-    wanted: Wanted,
+pub(super) struct ManifestStore {
+    wanted: ManifestFilter,
     allow_empty: bool,
     /// Whether the complete lists were returned.
     listed: bool,
     converter: Converter,
-    files: BTreeMap<Arc<Path>, Known>,
+    files: BTreeMap<Arc<Path>, KnownFile>,
     /// The files that contain an object, sorted: the first one counts.
     owners: HashMap<ObjectRef, SmallVec<[Arc<Path>; 1]>>,
 }
 
 /// A new version of a file.
-pub(super) enum Version {
+pub(super) enum FileVersion {
     /// The bytes that were read.
     Read {
         bytes: Vec<u8>,
@@ -48,7 +49,7 @@ pub(super) enum Version {
     Gone,
 }
 
-impl Version {
+impl FileVersion {
     /// What a writer was done with when it was read.
     pub(super) fn whole(bytes: Vec<u8>, stamp: Option<Stamp>) -> Self {
         Self::Read {
@@ -59,8 +60,8 @@ impl Version {
     }
 }
 
-impl State {
-    pub(super) fn new(wanted: Wanted) -> Self {
+impl ManifestStore {
+    pub(super) fn new(wanted: ManifestFilter) -> Self {
         Self {
             wanted,
             allow_empty: true,
@@ -120,16 +121,16 @@ impl State {
     /// Takes new versions of files and returns what changes: the notices, then the objects that
     /// are new or different, then those that are gone. The order leaves no gap when an object is
     /// renamed. The first time, complete lists stand for the changes.
-    pub(super) fn update(&mut self, versions: Vec<(PathBuf, Version)>) -> Vec<Event> {
+    pub(super) fn update(&mut self, versions: Vec<(PathBuf, FileVersion)>) -> Vec<Event> {
         let mut events = Vec::new();
         let mut before: BTreeMap<ObjectRef, Option<Object>> = BTreeMap::new();
         for (path, version) in versions {
             let path: Arc<Path> = Arc::from(path);
             let mut notices = Vec::new();
             let stamp = match &version {
-                Version::Read { stamp, .. } => *stamp,
-                Version::Unreadable(_) => None,
-                Version::Gone => {
+                FileVersion::Read { stamp, .. } => *stamp,
+                FileVersion::Unreadable(_) => None,
+                FileVersion::Gone => {
                     self.replace(&path, BTreeMap::new(), &mut before, &mut notices);
                     self.files.remove(&path);
                     continue;
@@ -168,7 +169,7 @@ impl State {
     fn objects_of(
         &mut self,
         path: &Path,
-        version: Version,
+        version: FileVersion,
         notices: &mut Vec<Notice>,
     ) -> Option<BTreeMap<ObjectRef, Object>> {
         let mut unusable = |at: Option<Position>, message: String| {
@@ -176,10 +177,10 @@ impl State {
             None
         };
         let (bytes, finished) = match version {
-            Version::Read {
+            FileVersion::Read {
                 bytes, finished, ..
             } => (bytes, finished),
-            Version::Unreadable(fault) => {
+            FileVersion::Unreadable(fault) => {
                 return unusable(
                     None,
                     format!(
@@ -187,7 +188,7 @@ impl State {
                     ),
                 );
             }
-            Version::Gone => return None,
+            FileVersion::Gone => return None,
         };
         let text = match String::from_utf8(bytes) {
             Ok(text) => text,
@@ -276,20 +277,4 @@ fn settle(
         }
     }
     objects
-}
-
-pub(super) fn file_notice(
-    path: &Path,
-    at: Option<Position>,
-    reason: Reason,
-    message: String,
-) -> Notice {
-    Notice {
-        subject: Subject::File {
-            path: path.to_owned(),
-            position: at.map(|at| (at.line, at.column)),
-        },
-        reason,
-        message,
-    }
 }
