@@ -1,9 +1,9 @@
-//! `--cleanup`, and the removal of another proxy's rules behind the own ones.
+//! Removes kube-proxy's rules: on `--cleanup`, and while nftlet runs.
 //!
-//! Another proxy may still run when the own rules stand: it writes its own again, and once it has
-//! ended they age into translations to pods that are gone. So they are removed again when a port
-//! that it had becomes free, and looked for every few minutes. A look costs a few questions over
-//! netlink where nothing is found.
+//! kube-proxy may still run when nftlet's rules are in force, and writes its own again. Once it
+//! has ended, they would translate to pods that no longer exist. They are therefore removed again
+//! when a port that kube-proxy had becomes free, and every few minutes. A pass that finds nothing
+//! costs a few netlink requests.
 
 use std::collections::BTreeSet;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
@@ -16,12 +16,11 @@ use super::{Error, print, system};
 use crate::cleanup::{self, Report, Scope};
 use crate::settings::Cleanup;
 
-/// How often rules of another proxy are looked for.
-const LOOK_EVERY: Duration = Duration::from_secs(600);
+const PASS_EVERY: Duration = Duration::from_secs(600);
 
-/// Removes what was asked for and prints the list.
-pub(super) fn clean(asked: Cleanup) -> Result<(), Error> {
-    let scope = match asked {
+/// Removes rules for `--cleanup`, and prints what was removed.
+pub(super) fn clean(requested: Cleanup) -> Result<(), Error> {
+    let scope = match requested {
         Cleanup::All => Scope::All,
         Cleanup::Nftlet => Scope::Own,
         Cleanup::KubeProxy => Scope::KubeProxy,
@@ -29,66 +28,59 @@ pub(super) fn clean(asked: Cleanup) -> Result<(), Error> {
     };
     let report = cleanup::clean(scope)?;
     let printed = print(|out| write!(out, "{report}"));
-    tell(&report);
+    for line in problems(&report) {
+        tracing::warn!("{line}");
+    }
     if !report.failures().is_empty() {
         return Err(Error::NotCleaned);
     }
     printed
 }
 
-/// Starts the thread that removes another proxy's rules once the own ones are in force, again
-/// whenever the bell rings, and now and then. What it cannot remove it tells in warnings. It ends
-/// with whoever rings.
-///
-/// # Errors
-///
-/// When the system refuses the thread.
-pub(super) fn start(begin: oneshot::Receiver<()>, bell: Receiver<()>) -> Result<(), Error> {
-    let remove = move || {
-        // The rules were never in force.
-        if begin.blocking_recv().is_err() {
+/// Starts the thread that removes kube-proxy's rules: when `first_rules` receives a message, for
+/// each message on `port_freed`, and every few minutes. It ends when `port_freed` is closed.
+pub(super) fn start(
+    first_rules: oneshot::Receiver<()>,
+    port_freed: Receiver<()>,
+) -> Result<(), Error> {
+    let work = move || {
+        // Closed without a message, nftlet's rules were never in force.
+        if first_rules.blocking_recv().is_err() {
             return;
         }
-        let mut told = BTreeSet::new();
+        let mut logged = BTreeSet::new();
         loop {
-            told = remove(&told);
-            if let Err(RecvTimeoutError::Disconnected) = bell.recv_timeout(LOOK_EVERY) {
+            logged = run_pass(&logged);
+            if let Err(RecvTimeoutError::Disconnected) = port_freed.recv_timeout(PASS_EVERY) {
                 return;
             }
         }
     };
     thread::Builder::new()
-        .name("leftovers".into())
-        .spawn(remove)
+        .name("kube-proxy".into())
+        .spawn(work)
         .map(drop)
-        .map_err(system("the thread that removes another proxy's rules"))
+        .map_err(system("the thread that removes kube-proxy's rules"))
 }
 
-/// Removes what there is. What stays is told unless it was told the last time; returned is what to
-/// say nothing of the next time.
-fn remove(told: &BTreeSet<String>) -> BTreeSet<String> {
-    let lines: Vec<String> = match cleanup::clean(Scope::Superseded) {
+/// Runs one cleanup pass and logs new problems. Returns the problems already logged.
+fn run_pass(logged: &BTreeSet<String>) -> BTreeSet<String> {
+    let problems: Vec<String> = match cleanup::clean(Scope::Superseded) {
         Ok(report) => {
-            for (what, place) in report.gone() {
+            for (what, place) in report.removals() {
                 tracing::info!("removed what kube-proxy left: {what} ({place})");
             }
-            lines(&report).collect()
+            problems(&report).collect()
         }
-        Err(error) => vec![format!("{error}; the rules that another proxy left stay")],
+        Err(error) => vec![format!("{error}; kube-proxy's rules stay")],
     };
-    for line in lines.iter().filter(|line| !told.contains(*line)) {
+    for line in problems.iter().filter(|line| !logged.contains(*line)) {
         tracing::warn!("{line}");
     }
-    lines.into_iter().collect()
+    problems.into_iter().collect()
 }
 
-fn tell(report: &Report) {
-    for line in lines(report) {
-        tracing::warn!("{line}");
-    }
-}
-
-fn lines(report: &Report) -> impl Iterator<Item = String> {
+fn problems(report: &Report) -> impl Iterator<Item = String> {
     let failures = report.failures().iter().map(ToString::to_string);
     report.notes().iter().cloned().chain(failures)
 }

@@ -34,7 +34,7 @@ use crate::policies;
 use crate::services;
 
 pub use error::Error;
-pub use iptables::{Iptables, Variant};
+pub use iptables::Iptables;
 pub use report::Report;
 
 /// Every table that nftlet has ever written, in either family.

@@ -29,7 +29,7 @@ impl Report {
     }
 
     /// What is gone, and where it was.
-    pub fn gone(&self) -> impl Iterator<Item = (&str, &str)> {
+    pub fn removals(&self) -> impl Iterator<Item = (&str, &str)> {
         self.removed
             .iter()
             .map(|(what, place)| (what.as_str(), place.as_str()))
