@@ -13,7 +13,7 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 
 use super::{Error, print, system};
-use crate::cleanup::{self, Report, Scope};
+use crate::cleanup::{self, CleanupReport, CleanupScope};
 use crate::settings::Cleanup;
 
 const PASS_EVERY: Duration = Duration::from_secs(600);
@@ -21,9 +21,9 @@ const PASS_EVERY: Duration = Duration::from_secs(600);
 /// Removes rules for `--cleanup`, and prints what was removed.
 pub(super) fn clean(requested: Cleanup) -> Result<(), Error> {
     let scope = match requested {
-        Cleanup::All => Scope::All,
-        Cleanup::Nftlet => Scope::Own,
-        Cleanup::KubeProxy => Scope::KubeProxy,
+        Cleanup::All => CleanupScope::All,
+        Cleanup::Nftlet => CleanupScope::Own,
+        Cleanup::KubeProxy => CleanupScope::KubeProxy,
         Cleanup::Nothing => return Ok(()),
     };
     let report = cleanup::clean(scope)?;
@@ -65,7 +65,7 @@ pub(super) fn start(
 
 /// Runs one cleanup pass and logs new problems. Returns the problems already logged.
 fn run_pass(logged: &BTreeSet<String>) -> BTreeSet<String> {
-    let problems: Vec<String> = match cleanup::clean(Scope::Superseded) {
+    let problems: Vec<String> = match cleanup::clean(CleanupScope::Superseded) {
         Ok(report) => {
             for (what, place) in report.removals() {
                 tracing::info!("removed what kube-proxy left: {what} ({place})");
@@ -80,7 +80,7 @@ fn run_pass(logged: &BTreeSet<String>) -> BTreeSet<String> {
     problems.into_iter().collect()
 }
 
-fn problems(report: &Report) -> impl Iterator<Item = String> {
+fn problems(report: &CleanupReport) -> impl Iterator<Item = String> {
     let failures = report.failures().iter().map(ToString::to_string);
     report.notes().iter().cloned().chain(failures)
 }
