@@ -1,31 +1,34 @@
-//! nftlet programs Kubernetes services on a node with the Linux kernel's nftables.
-//!
-//! Data flows one way:
+//! nftlet programs Kubernetes services and network policies on a node with nftables.
 //!
 //! ```text
-//! source  ->  model  ->  compile  ->  ruleset  ->  netlink
-//! objects     facts      pure         values       one atomic
-//!                        functions    and diffs    transaction
+//! source ──Event──> services::Engine, policies::Engine ──Transaction──> sync ──> netlink ──> kernel
+//!                                                                        │
+//!                                                            followers <─┘ what changed
 //! ```
 //!
-//! [`source`] turns Kubernetes objects (watched, or read from files) into the plain facts of
-//! [`model`], whose store tells what changed. [`compile`] turns the facts of one service into
-//! the set elements and the shared chains it needs, as the typed values of [`ruleset`], which
-//! knows how to compare them and how to print them. [`netlink`] writes the difference to the
-//! kernel and reads back what is there. [`policy`] does for NetworkPolicies, in tables of their
-//! own, what [`compile`] does for services. [`reconcile`] is the loop that joins these steps,
-//! [`events`] tells the cluster what a person should know, and [`app`] is the composition root that
-//! the binary calls.
+//! [`source`] reads objects from the API server or from files, and converts them to the events of
+//! [`model`]. Two engines, [`services`] and [`policies`], compile them to the tables, chains, sets
+//! and rules of [`nft`]; they implement [`engine::Engine`] and do no I/O. [`sync`] has a driver for
+//! each engine, which writes what changed through [`netlink`], compares the kernel with the wanted
+//! rules, and repairs differences. [`followers`] act once rules are in force: they delete conntrack
+//! entries and affinity, cut connections, publish health checks and log denied packets.
+//!
+//! [`serve`] has the HTTP ports and metrics, [`events`] the Events of the API server, `cleanup`
+//! removes nftlet's and kube-proxy's rules, [`settings`] parses flags and the configuration file,
+//! `host` reads the node's addresses, routes, bridges and sysctls, and [`logging`] writes the log.
+//! [`app`] connects all of them.
+//!
+//! ARCHITECTURE.md has the reasons, and the table of which module may import which.
 
 #![deny(unsafe_code)]
 #![warn(missing_docs)]
 
 pub mod app;
-pub mod cleanup;
+mod cleanup;
 pub mod engine;
 pub mod events;
 pub mod followers;
-pub mod host;
+mod host;
 pub mod logging;
 pub mod model;
 pub mod netlink;

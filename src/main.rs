@@ -1,4 +1,4 @@
-//! The `nftlet` binary; see the library's `app`.
+//! The `nftlet` binary; [`nftlet::app`] is its composition root.
 
 use std::process::ExitCode;
 

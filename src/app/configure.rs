@@ -1,19 +1,44 @@
-//! Where the settings come from, and what they ask of the process at the start.
+//! Reads and writes the settings, and applies those of the process itself.
 
 use std::fs;
-use std::os::fd::AsFd;
+use std::io::{self, IsTerminal};
 use std::path::Path;
 
 use super::Error;
 use crate::host::sysctls;
+use crate::logging::Lines;
 use crate::settings::file::{self, File};
-use crate::settings::{self, BindAddress, CommandLine, Settings};
+use crate::settings::{self, BindAddress, CommandLine, LogFormat, Settings};
 
-/// The files that are open in quiet times, and some more for connections and health checks.
-const DESCRIPTORS: usize = 64;
+/// Directs the log to `log`, with the verbosity and format of the settings.
+pub(super) fn start_logging(settings: &Settings, log: &Lines) {
+    use tracing_subscriber::filter::{EnvFilter, LevelFilter};
+    let level = match settings.verbosity() {
+        0 => LevelFilter::INFO,
+        1 => LevelFilter::DEBUG,
+        2.. => LevelFilter::TRACE,
+    };
+    let filter = if settings.verbosity() < 3 {
+        // kube_client logs each failed request; the source logs an outage once.
+        EnvFilter::new(format!("error,kube_client=off,nftlet={level}"))
+    } else {
+        EnvFilter::new("trace")
+    };
+    let logging = tracing_subscriber::fmt()
+        .with_writer(log.clone())
+        // It would write to standard error directly, which can block.
+        .log_internal_errors(false)
+        .with_ansi(io::stderr().is_terminal())
+        .with_target(settings.verbosity() > 0)
+        .with_env_filter(filter);
+    // Fails only if a subscriber is installed, as in tests.
+    let _ = match settings.log_format {
+        LogFormat::Text => logging.try_init(),
+        LogFormat::Json => logging.json().try_init(),
+    };
+}
 
-/// Reads the configuration file, if one is named, and puts its settings in the place of the
-/// flags'.
+/// Reads the configuration file, if there is one, and replaces the flags that it overrules.
 pub(super) fn read(line: &mut CommandLine) -> Result<Option<File>, Error> {
     let Some(path) = line.settings.config.clone() else {
         return Ok(None);
@@ -23,8 +48,8 @@ pub(super) fn read(line: &mut CommandLine) -> Result<Option<File>, Error> {
     Ok(Some(file))
 }
 
-/// Tells what of the command line and of the file has no effect.
-pub(super) fn tell(line: &CommandLine, file: Option<&File>) {
+/// Logs which flags and fields of the file have no effect.
+pub(super) fn warn_of_ignored(line: &CommandLine, file: Option<&File>) {
     let ignored = line.settings.ignored.given();
     if !ignored.is_empty() {
         tracing::warn!(
@@ -52,10 +77,10 @@ pub(super) fn tell(line: &CommandLine, file: Option<&File>) {
 }
 
 /// Writes the settings in force as a configuration file.
-pub(super) fn write(args: &Settings, path: &Path) -> Result<(), Error> {
+pub(super) fn write(settings: &Settings, path: &Path) -> Result<(), Error> {
     for (address, field) in [
-        (args.healthz_bind_address, "healthzBindAddress"),
-        (args.metrics_bind_address, "metricsBindAddress"),
+        (settings.healthz_bind_address, "healthzBindAddress"),
+        (settings.metrics_bind_address, "metricsBindAddress"),
     ] {
         if address == Some(BindAddress::Nowhere) {
             return Err(settings::Error::NowhereInFile(field).into());
@@ -65,36 +90,24 @@ pub(super) fn write(args: &Settings, path: &Path) -> Result<(), Error> {
         path: path.to_owned(),
         source,
     };
-    let text = serde_saphyr::to_string(&file::effective(args));
-    let text = text.map_err(|error| fault(std::io::Error::other(error)))?;
+    let text = serde_saphyr::to_string(&file::effective(settings));
+    let text = text.map_err(|error| fault(io::Error::other(error)))?;
     fs::write(path, text).map_err(fault)?;
     tracing::info!("wrote the configuration to {}", path.display());
     Ok(())
 }
 
-/// Checks that what nftlet keeps open can be opened: a runtime without descriptors would end the
-/// process with a panic.
-pub(super) fn check_descriptors() -> Result<(), Error> {
-    let stderr = std::io::stderr();
-    let opened: std::io::Result<Vec<_>> = (0..DESCRIPTORS)
-        .map(|_| stderr.as_fd().try_clone_to_owned())
-        .collect();
-    opened.map(drop).map_err(|source| Error::Descriptors {
-        needed: DESCRIPTORS,
-        source,
-    })
-}
-
-/// Protects the process while memory is short. Lowering the score takes CAP_SYS_RESOURCE, which
-/// nftlet does not need otherwise, and kubelet gives critical pods a low score of its own: so it
-/// is a warning only where somebody asked for it.
-pub(super) fn set_oom_score(args: &Settings) {
-    let asked = args.oom_score_adj.is_some();
-    if let Err(unset) = sysctls::set_oom_score(Path::new("/"), args.oom_score_adj()) {
-        if asked {
-            tracing::warn!("{unset}");
+/// Sets the score by which the kernel selects a process to kill when memory is short.
+///
+/// Lowering it takes CAP_SYS_RESOURCE, which nftlet needs for nothing else, and the kubelet gives
+/// critical pods a low score anyway: a failure is a warning only if a score was requested.
+pub(super) fn set_oom_score(settings: &Settings) {
+    let requested = settings.oom_score_adj.is_some();
+    if let Err(error) = sysctls::set_oom_score(Path::new("/"), settings.oom_score_adj()) {
+        if requested {
+            tracing::warn!("{error}");
         } else {
-            tracing::debug!("{unset}");
+            tracing::debug!("{error}");
         }
     }
 }

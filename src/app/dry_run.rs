@@ -1,13 +1,11 @@
-//! Reads all objects once and prints their rules.
+//! `--dry-run`: reads all objects once and prints their rules.
 
 use std::io::{self, Write};
 
 use tokio::sync::{mpsc, watch};
 
-use super::{
-    Error, QUEUE, connect, fallback_node, load, manifests, policies, print, single_threaded,
-    summary,
-};
+use super::objects::{connect, fallback_node, load, manifests, policy_engine, summary};
+use super::{Error, QUEUE, print, single_threaded};
 use crate::engine::{BUDGET, Engine as _};
 use crate::model::ServiceKind;
 use crate::nft::{Ruleset, text};
@@ -17,14 +15,14 @@ use crate::services::{Marks, Store};
 use crate::settings::Settings;
 use crate::sync::{Log, Reporter};
 
-/// Prints the rules for the objects as they are now.
 pub(super) fn run(
-    args: &Settings,
+    settings: &Settings,
     node_name: &str,
-    settings: &services::ServiceSettings,
+    service_settings: &services::ServiceSettings,
 ) -> Result<(), Error> {
-    let (store, mut policies) = single_threaded()?.block_on(collect(args, node_name, settings))?;
-    let (mut wanted, notices) = services::wanted(&store, settings);
+    let collect = collect(settings, node_name, service_settings);
+    let (store, mut policies) = single_threaded()?.block_on(collect)?;
+    let (mut wanted, notices) = services::wanted(&store, service_settings);
     for notice in &notices {
         Log.notice(notice);
     }
@@ -35,21 +33,21 @@ pub(super) fn run(
 
 /// Reads all objects once.
 async fn collect(
-    args: &Settings,
+    settings: &Settings,
     node_name: &str,
-    settings: &services::ServiceSettings,
+    service_settings: &services::ServiceSettings,
 ) -> Result<(Store, Engine), Error> {
-    let mut store = settings.store(Store::with_fallback_node(fallback_node(node_name)));
-    let log_group = args.log_denied.then_some(LOG_GROUP);
-    let mut policies = policies(args, node_name, log_group);
-    let mut marks = Marks::default();
-    if let Some(mut manifests) = manifests(args, node_name) {
+    let mut store = service_settings.store(Store::with_fallback_node(fallback_node(node_name)));
+    let log_group = settings.log_denied.then_some(LOG_GROUP);
+    let mut policies = policy_engine(settings, node_name, log_group);
+    let mut changes = Marks::default();
+    if let Some(mut manifests) = manifests(settings, node_name) {
         for event in load(&mut manifests, node_name)? {
             policies.apply(&event);
-            store.apply(event, &mut marks);
+            store.apply(event, &mut changes);
         }
     } else {
-        let cluster = connect(args, node_name).await?;
+        let cluster = connect(settings, node_name).await?;
         let (sender, mut events) = mpsc::channel(QUEUE);
         let (stop, stopped) = watch::channel(false);
         let source = tokio::spawn(cluster.run(sender, stopped));
@@ -58,19 +56,19 @@ async fn collect(
                 return Err(Error::SourceEnded);
             };
             policies.apply(&delivery.event);
-            store.apply(delivery.event, &mut marks);
-            report(&mut marks);
+            store.apply(delivery.event, &mut changes);
+            report(&mut changes);
         }
         stop.send_replace(true);
         drop(events);
         let _ = source.await;
     }
-    report(&mut marks);
+    report(&mut changes);
     Ok((store, policies))
 }
 
-fn report(marks: &mut Marks) {
-    for notice in marks.notices.drain(..) {
+fn report(changes: &mut Marks) {
+    for notice in changes.notices.drain(..) {
         Log.notice(&notice);
     }
 }
@@ -87,7 +85,7 @@ fn print_ruleset(
         env!("CARGO_PKG_VERSION"),
         summary(store, Some(policies))
     )?;
-    let mut without: Vec<_> = store
+    let mut without_rules: Vec<_> = store
         .services()
         .filter_map(|service| {
             let why = match service.kind {
@@ -98,8 +96,8 @@ fn print_ruleset(
             Some(format!("# {}: {why}, no rules", service.name))
         })
         .collect();
-    without.sort();
-    for line in without {
+    without_rules.sort();
+    for line in without_rules {
         writeln!(out, "{line}")?;
     }
     writeln!(out)?;

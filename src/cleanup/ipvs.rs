@@ -1,11 +1,9 @@
 //! What kube-proxy's ipvs mode leaves outside of iptables: an interface with the addresses of all
 //! services, virtual services at these addresses and at NodePorts, and ipsets.
 //!
-//! The virtual services of others stay, such as those of keepalived: kube-proxy's are at an
-//! address of its interface, or at a port that is in its ipsets of NodePorts. So both are read
-//! before they go.
+//! Virtual services of other programs, such as keepalived, stay: kube-proxy's have an address of
+//! its interface, or a port in its ipsets of NodePorts. Both are read before they are removed.
 
-use std::env;
 use std::fs;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -14,36 +12,34 @@ use std::thread;
 use std::time::Duration;
 
 use super::error::Error;
-use super::iptables::{counted, directories, program, run};
 use super::owned::{self, IPVS_INTERFACE};
-use super::report::Report;
+use super::program;
+use super::report::{CleanupReport, counted};
 use crate::host;
 use crate::netlink::{self, IpSets, Links};
 
-/// Is there while the kernel has ipvs, and lists the virtual services.
+/// Lists the virtual services; exists while the kernel has ipvs.
 const SERVICES: &str = "/proc/net/ip_vs";
-/// The kernel frees rules a moment after they are gone, and an ipset is in use until then.
+/// The kernel frees rules some time after their removal, and an ipset is in use until then.
 const BUSY_PAUSE: Duration = Duration::from_millis(50);
 const BUSY_ATTEMPTS: usize = 40;
 
-/// A virtual service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Service {
-    protocol: Protocol,
+struct VirtualService {
+    protocol: IpvsProtocol,
     at: SocketAddr,
 }
 
-/// A port on the node.
-type NodePort = (Protocol, u16);
+type NodePort = (IpvsProtocol, u16);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Protocol {
+enum IpvsProtocol {
     Tcp,
     Udp,
     Sctp,
 }
 
-impl Protocol {
+impl IpvsProtocol {
     fn parse(name: &str) -> Option<Self> {
         match name {
             "TCP" => Some(Self::Tcp),
@@ -53,7 +49,7 @@ impl Protocol {
         }
     }
 
-    /// The flag by which ipvsadm names a service of the protocol.
+    /// Returns the flag of ipvsadm for a virtual service of the protocol.
     fn flag(self) -> &'static str {
         match self {
             Self::Tcp => "--tcp-service",
@@ -63,8 +59,8 @@ impl Protocol {
     }
 }
 
-/// Whether there is anything of the ipvs mode.
-pub fn is_there() -> Result<bool, Error> {
+/// Returns whether the ipvs mode left anything.
+pub(super) fn is_present() -> Result<bool, Error> {
     if !addresses().is_empty() || nix::net::if_::if_nametoindex(IPVS_INTERFACE).is_ok() {
         return Ok(true);
     }
@@ -74,8 +70,7 @@ pub fn is_there() -> Result<bool, Error> {
     Ok(sets.names()?.iter().any(|name| owned::is_ipset(name)))
 }
 
-/// Removes all of it.
-pub fn clean(report: &mut Report) {
+pub(super) fn clean(report: &mut CleanupReport) {
     let mut sets = match IpSets::open() {
         Ok(sets) => sets,
         Err(error) => {
@@ -110,13 +105,13 @@ pub fn clean(report: &mut Report) {
     }
 }
 
-/// The names of kube-proxy's ipsets, and the NodePorts in them.
+/// Returns the names of kube-proxy's ipsets, and the NodePorts in them.
 fn own_sets(sets: &mut IpSets) -> Result<(Vec<String>, Vec<NodePort>), Error> {
     let mut names = sets.names()?;
     names.retain(|name| owned::is_ipset(name));
     let mut node_ports = Vec::new();
     for name in &names {
-        if let Some(protocol) = owned::node_ports(name).and_then(Protocol::parse) {
+        if let Some(protocol) = owned::node_ports(name).and_then(IpvsProtocol::parse) {
             let ports = sets.ports(name)?;
             node_ports.extend(ports.into_iter().map(|port| (protocol, port)));
         }
@@ -134,7 +129,7 @@ fn destroy(sets: &mut IpSets, name: &str) -> Result<bool, netlink::Error> {
     sets.destroy(name)
 }
 
-fn remove_services(node_ports: &[NodePort], report: &mut Report) -> Result<(), Error> {
+fn remove_services(node_ports: &[NodePort], report: &mut CleanupReport) -> Result<(), Error> {
     let listed = match fs::read_to_string(SERVICES) {
         Ok(listed) => listed,
         // The kernel has no ipvs, or has not loaded it.
@@ -149,8 +144,7 @@ fn remove_services(node_ports: &[NodePort], report: &mut Report) -> Result<(), E
         return Ok(());
     }
     let services = own.len();
-    let ipvsadm =
-        program(&directories(env::var_os("PATH")), "ipvsadm").ok_or(Error::Ipvsadm { services })?;
+    let ipvsadm = program::find("ipvsadm").ok_or(Error::Ipvsadm { services })?;
     let removed = own
         .iter()
         .filter(|service| match remove(&ipvsadm, service) {
@@ -167,14 +161,10 @@ fn remove_services(node_ports: &[NodePort], report: &mut Report) -> Result<(), E
     Ok(())
 }
 
-fn remove(ipvsadm: &Path, service: &Service) -> Result<(), Error> {
+fn remove(ipvsadm: &Path, service: &VirtualService) -> Result<(), Error> {
     let at = service.at.to_string();
-    run(
-        ipvsadm,
-        &["--delete-service", service.protocol.flag(), &at],
-        "",
-    )
-    .map(drop)
+    let arguments = ["--delete-service", service.protocol.flag(), &at];
+    program::run(ipvsadm, &arguments, "").map(drop)
 }
 
 /// Returns the addresses of kube-proxy's interface.
@@ -184,9 +174,13 @@ fn addresses() -> Vec<IpAddr> {
     own.map(|it| it.network.addr()).collect()
 }
 
-/// Those of the listed virtual services that are kube-proxy's.
-fn own_services(listed: &str, addresses: &[IpAddr], node_ports: &[NodePort]) -> Vec<Service> {
-    let services = listed.lines().filter_map(service);
+/// Returns kube-proxy's virtual services out of the list.
+fn own_services(
+    listed: &str,
+    addresses: &[IpAddr],
+    node_ports: &[NodePort],
+) -> Vec<VirtualService> {
+    let services = listed.lines().filter_map(parse);
     services
         .filter(|service| {
             addresses.contains(&service.at.ip())
@@ -195,18 +189,18 @@ fn own_services(listed: &str, addresses: &[IpAddr], node_ports: &[NodePort]) -> 
         .collect()
 }
 
-/// Reads a line such as `TCP  0A60000A:0050 rr` or `UDP  [fd00:...:000a]:0035 rr`, all numbers in
-/// base 16. Lines of real servers begin with an arrow.
-fn service(line: &str) -> Option<Service> {
+/// Parses a line such as `TCP  0A60000A:0050 rr` or `UDP  [fd00:...:000a]:0035 rr`, with all
+/// numbers in base 16. Lines of real servers begin with an arrow.
+fn parse(line: &str) -> Option<VirtualService> {
     let mut words = line.split_whitespace();
-    let protocol = Protocol::parse(words.next()?)?;
+    let protocol = IpvsProtocol::parse(words.next()?)?;
     let (address, port) = words.next()?.rsplit_once(':')?;
     let port = u16::from_str_radix(port, 16).ok()?;
     let ip = match address.strip_prefix('[') {
         Some(v6) => IpAddr::V6(v6.strip_suffix(']')?.parse().ok()?),
         None => IpAddr::V4(Ipv4Addr::from(u32::from_str_radix(address, 16).ok()?)),
     };
-    Some(Service {
+    Some(VirtualService {
         protocol,
         at: SocketAddr::new(ip, port),
     })
@@ -232,7 +226,7 @@ FWM  00000001 wlc
     #[test]
     fn virtual_services_of_others_stay() {
         let addresses = ["10.96.0.10", "fd00:10:96::a"].map(|ip| ip.parse().unwrap());
-        let node_ports = [(Protocol::Tcp, 30080), (Protocol::Sctp, 30081)];
+        let node_ports = [(IpvsProtocol::Tcp, 30080), (IpvsProtocol::Sctp, 30081)];
         let own = own_services(LISTED, &addresses, &node_ports);
         let named: Vec<String> = own
             .iter()

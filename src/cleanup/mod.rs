@@ -8,20 +8,22 @@
 //!  ipvs               x              x                     interface, virtual services, ipsets
 //! ```
 //!
-//! [`clean`] goes through these one by one. What cannot be removed is noted in the [`Report`], and
-//! the rest is removed all the same. Connections go on: the kernel translates them as it began to,
-//! whatever becomes of the rules. Those through ipvs are the exception, since ipvs itself leads
-//! them on. [`Scope::Superseded`], which a starting nftlet takes, therefore leaves ipvs alone.
+//! [`clean`] removes these one by one, and adds each failure to the [`CleanupReport`]. Existing
+//! connections continue, since conntrack translates them without the rules. Connections through
+//! ipvs would break, since ipvs forwards each packet; [`CleanupScope::Superseded`], which a starting
+//! nftlet uses, therefore leaves ipvs alone.
 //!
-//! What is whose is decided by name, in `owned`. Rules of others are neither read nor written:
-//! tables are removed by name over netlink, chains of iptables by name with iptables' own programs.
+//! Tables are removed by name over netlink, chains of iptables by name with iptables' own programs;
+//! `owned` has the names. Rules of other programs are not changed.
 
 mod error;
 mod iptables;
 mod ipvs;
 mod owned;
+mod program;
 mod report;
 mod saved;
+mod variant;
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -33,57 +35,57 @@ use crate::nft::{Op, TableId, Transaction};
 use crate::policies;
 use crate::services;
 
-pub use error::Error;
-pub use iptables::{Iptables, Variant};
-pub use report::Report;
+use self::error::Error;
+pub(crate) use self::report::CleanupReport;
+use self::variant::Iptables;
 
-/// Every table that nftlet has ever written, in either family.
+/// The names of the tables that nftlet writes, in both families.
 const OWN_TABLES: [&str; 2] = [services::TABLE, policies::TABLE];
-/// How long an nftlet that still runs may take to put its tables back. It answers to the first
-/// change at once, and on a busy node takes some tenths of a second for a large table.
-const COME_BACK: Duration = Duration::from_secs(1);
-const LOOK_EVERY: Duration = Duration::from_millis(50);
-/// Longer than a packet takes through the rules, also where the machine stalls.
-const PASSAGE: Duration = Duration::from_millis(100);
+/// How long an nftlet that still runs takes to restore its tables at most. It reacts to the first
+/// change at once, but needs some tenths of a second for a large table on a busy node.
+const RESTORE_TIME: Duration = Duration::from_secs(1);
+const CHECK_EVERY: Duration = Duration::from_millis(50);
+/// Longer than a packet takes to traverse the rules, even on a machine that stalls.
+const TRAVERSAL_TIME: Duration = Duration::from_millis(100);
 
 /// What to remove.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Scope {
-    /// Everything that nftlet and kube-proxy ever wrote.
+pub(crate) enum CleanupScope {
+    /// All that nftlet and kube-proxy wrote.
     All,
-    /// nftlet's own rules.
+    /// nftlet's rules.
     Own,
     /// What kube-proxy wrote.
     KubeProxy,
-    /// What kube-proxy wrote and no connection needs, now that other rules are in force.
+    /// What kube-proxy wrote, except what existing connections need.
     Superseded,
 }
 
-/// Removes what is asked for, in the current network namespace. Blocks meanwhile.
+/// Removes rules in the network namespace of the calling thread. Blocks.
 ///
 /// # Errors
 ///
-/// When nftables cannot be spoken to at all, usually for want of `CAP_NET_ADMIN`. Everything else
-/// is in the report.
-pub fn clean(scope: Scope) -> Result<Report, netlink::Error> {
+/// If nftables cannot be opened, usually without `CAP_NET_ADMIN`. All other failures are in the
+/// report.
+pub(crate) fn clean(scope: CleanupScope) -> Result<CleanupReport, netlink::Error> {
     let mut nftables = Nftables::open()?;
-    let mut report = Report::default();
+    let mut report = CleanupReport::default();
     let own = match scope {
-        Scope::All | Scope::Own => nftables.tables(&OWN_TABLES)?,
-        Scope::KubeProxy | Scope::Superseded => Vec::new(),
+        CleanupScope::All | CleanupScope::Own => nftables.tables(&OWN_TABLES)?,
+        CleanupScope::KubeProxy | CleanupScope::Superseded => Vec::new(),
     };
     let removed = Instant::now();
     remove_tables(&mut nftables, &own, &mut report);
-    if scope != Scope::Own {
+    if scope != CleanupScope::Own {
         let tables = nftables.tables(&[owned::KUBE_PROXY_TABLE])?;
         remove_tables(&mut nftables, &tables, &mut report);
         for iptables in Iptables::ALL {
-            iptables.clean(&mut nftables, &mut report);
+            iptables::clean(iptables, &mut nftables, &mut report);
         }
     }
     match scope {
-        Scope::All | Scope::KubeProxy => ipvs::clean(&mut report),
-        Scope::Superseded => match ipvs::is_there() {
+        CleanupScope::All | CleanupScope::KubeProxy => ipvs::clean(&mut report),
+        CleanupScope::Superseded => match ipvs::is_present() {
             Ok(true) => report.note(
                 "what kube-proxy's ipvs mode left outside of iptables stays, because existing \
                  connections go through it; remove it later with nftlet --cleanup=kube-proxy"
@@ -92,38 +94,37 @@ pub fn clean(scope: Scope) -> Result<Report, netlink::Error> {
             Ok(false) => {}
             Err(error) => report.fail(error),
         },
-        Scope::Own => {}
+        CleanupScope::Own => {}
     }
     if !own.is_empty() {
-        watch(&mut nftables, removed, &mut report)?;
+        check_not_restored(&mut nftables, removed, &mut report)?;
     }
     Ok(report)
 }
 
-/// Removes tables, one after the other.
-fn remove_tables(nftables: &mut Nftables, tables: &[TableId], report: &mut Report) {
+fn remove_tables(nftables: &mut Nftables, tables: &[TableId], report: &mut CleanupReport) {
     for table in tables {
         match remove_table(nftables, table) {
             Ok(()) => report.removed(format!("table {table}"), "nftables"),
-            // Somebody else was faster.
+            // Another process has removed it.
             Err(error) if error.errno() == Some(libc::ENOENT) => {}
             Err(error) => report.fail(error),
         }
     }
 }
 
-/// Removes a table such that no packet notices.
+/// Removes a table without dropping packets that traverse it.
 ///
-/// A packet walks the rules that were there when it came, but finds no element any more that has
-/// gone since: it would be dropped, or refused, on its way. So first the entrances are closed, and
-/// the rest goes when the packets that are inside have left.
+/// A packet traverses the rules that existed when it entered, but a lookup does not find elements
+/// that were removed since: the packet would be dropped or rejected. So the base chains are removed
+/// first, and the rest when the packets inside have left.
 fn remove_table(nftables: &mut Nftables, table: &TableId) -> Result<(), netlink::Error> {
-    let entrances = nftables.base_chains(table)?;
-    let entrances = || entrances.iter().map(|chain| chain.name.clone());
-    let empty = entrances().map(|chain| Op::FlushChain(table.clone(), chain));
-    let close = entrances().map(|chain| Op::DeleteChain(table.clone(), chain));
+    let base_chains = nftables.base_chains(table)?;
+    let names = || base_chains.iter().map(|chain| chain.name.clone());
+    let flush = names().map(|chain| Op::FlushChain(table.clone(), chain));
+    let delete = names().map(|chain| Op::DeleteChain(table.clone(), chain));
     nftables.apply(&Transaction {
-        ops: empty.chain(close).collect(),
+        ops: flush.chain(delete).collect(),
     })?;
     wait_for_packets();
     nftables.apply(&Transaction {
@@ -132,29 +133,29 @@ fn remove_table(nftables: &mut Nftables, table: &TableId) -> Result<(), netlink:
     Ok(())
 }
 
-/// Waits until every packet that the kernel is working on now has left the rules.
+/// Waits until every packet that traverses the rules now has left them.
 fn wait_for_packets() {
-    // It waits for all critical sections of RCU, in which packets walk the rules. Kernels set up
-    // for undisturbed cores refuse; there some time must do.
+    // This waits for all RCU critical sections, in which packets traverse the rules. Kernels with
+    // nohz_full refuse it; there, a pause has to do.
     if membarrier(MembarrierCommand::Global).is_err() {
-        thread::sleep(PASSAGE);
+        thread::sleep(TRAVERSAL_TIME);
     }
 }
 
-/// Notices an nftlet that puts back what was just removed.
-fn watch(
+/// Reports an nftlet that still runs and restores the tables.
+fn check_not_restored(
     nftables: &mut Nftables,
     removed: Instant,
-    report: &mut Report,
+    report: &mut CleanupReport,
 ) -> Result<(), netlink::Error> {
     loop {
         if let Some(table) = nftables.tables(&OWN_TABLES)?.into_iter().next() {
-            report.fail(Error::CameBack { table });
+            report.fail(Error::WrittenAgain { table });
             return Ok(());
         }
-        if removed.elapsed() > COME_BACK {
+        if removed.elapsed() > RESTORE_TIME {
             return Ok(());
         }
-        thread::sleep(LOOK_EVERY);
+        thread::sleep(CHECK_EVERY);
     }
 }

@@ -1,24 +1,23 @@
-//! Which names are whose.
+//! The names that kube-proxy uses in its modes iptables, ipvs and nftables.
 //!
-//! Software on Kubernetes nodes likes names that begin with `KUBE-`: kube-proxy, the kubelet and
-//! kube-router have such chains, often in the same table. kube-proxy's are listed here one by one,
-//! those of its modes iptables, ipvs and nftables; a name that is not listed is somebody else's.
+//! The kubelet and kube-router have chains whose names begin with `KUBE-` as well, often in the
+//! same table. A name that is not listed here belongs to another program.
 
-/// The tables that kube-proxy's nftables mode makes, one per family.
-pub const KUBE_PROXY_TABLE: &str = "kube-proxy";
+/// The name of the tables of the nftables mode, one per family.
+pub(super) const KUBE_PROXY_TABLE: &str = "kube-proxy";
 /// The tables of iptables in which kube-proxy has chains.
-pub const IPTABLES_TABLES: [&str; 4] = ["raw", "mangle", "nat", "filter"];
+pub(super) const IPTABLES_TABLES: [&str; 4] = ["raw", "mangle", "nat", "filter"];
 /// The interface of the ipvs mode, with the addresses of all services.
-pub const IPVS_INTERFACE: &str = "kube-ipvs0";
-/// Marks packets for masquerading. Other software jumps there as well, for example the CNI plugin
-/// portmap when its `externalSetMarkChain` says so.
-pub const MARK_MASQ: &str = "KUBE-MARK-MASQ";
-/// Masquerades what is marked.
-pub const POSTROUTING: &str = "KUBE-POSTROUTING";
-/// Accepts what is marked and what answers, whatever the policy of `FORWARD`.
-pub const FORWARD: &str = "KUBE-FORWARD";
+pub(super) const IPVS_INTERFACE: &str = "kube-ipvs0";
+/// Marks packets for masquerading. Other programs jump to it as well, such as the CNI plugin
+/// portmap with `externalSetMarkChain`.
+pub(super) const MARK_MASQ: &str = "KUBE-MARK-MASQ";
+/// Masquerades marked packets.
+pub(super) const POSTROUTING: &str = "KUBE-POSTROUTING";
+/// Accepts marked packets and replies, whatever the policy of `FORWARD`.
+pub(super) const FORWARD: &str = "KUBE-FORWARD";
 
-/// Chains with a name of their own.
+/// Chains with fixed names.
 const CHAINS: [&str; 13] = [
     "KUBE-EXTERNAL-SERVICES",
     FORWARD,
@@ -35,7 +34,7 @@ const CHAINS: [&str; 13] = [
     "KUBE-SOURCE-RANGES-FIREWALL",
 ];
 
-/// What the chains of services and endpoints begin with; a hash follows.
+/// The prefixes of the chains of services and endpoints; a hash follows.
 const PREFIXES: [&str; 6] = [
     "KUBE-EXT-",
     "KUBE-FW-",
@@ -45,7 +44,7 @@ const PREFIXES: [&str; 6] = [
     "KUBE-XLB-",
 ];
 
-/// The length of that hash, which is in base 32.
+/// The length of that hash, in base 32.
 const HASH: usize = 16;
 
 /// The ipsets of the ipvs mode. Those for IPv6 begin with `KUBE-6-` instead.
@@ -74,11 +73,11 @@ const NODE_PORTS_SCTP: &str = "NODE-PORT-SCTP-HASH";
 const NODE_PORTS_TCP: &str = "NODE-PORT-TCP";
 const NODE_PORTS_UDP: &str = "NODE-PORT-UDP";
 
-/// The longest name of an ipset; kube-proxy cuts longer ones.
+/// The longest name of an ipset; kube-proxy truncates longer ones.
 const LONGEST_IPSET: usize = 31;
 
-/// Whether a chain of iptables is kube-proxy's.
-pub fn is_chain(name: &str) -> bool {
+/// Returns whether a chain of iptables is kube-proxy's.
+pub(super) fn is_chain(name: &str) -> bool {
     let hash = |rest: &str| {
         rest.len() == HASH
             && rest
@@ -91,8 +90,8 @@ pub fn is_chain(name: &str) -> bool {
             .any(|prefix| name.strip_prefix(prefix).is_some_and(hash))
 }
 
-/// Whether an ipset is kube-proxy's.
-pub fn is_ipset(name: &str) -> bool {
+/// Returns whether an ipset is kube-proxy's.
+pub(super) fn is_ipset(name: &str) -> bool {
     IPSETS.iter().any(|own| {
         let v6 = format!("KUBE-6-{own}");
         let cut = v6.get(..LONGEST_IPSET).unwrap_or(&v6);
@@ -100,8 +99,8 @@ pub fn is_ipset(name: &str) -> bool {
     })
 }
 
-/// The protocol whose NodePorts are in an ipset of kube-proxy's, if any are.
-pub fn node_ports(name: &str) -> Option<&'static str> {
+/// Returns the protocol of an ipset of kube-proxy with NodePorts.
+pub(super) fn node_ports(name: &str) -> Option<&'static str> {
     let name = name.strip_prefix("KUBE-")?;
     match name.strip_prefix("6-").unwrap_or(name) {
         NODE_PORTS_TCP => Some("TCP"),

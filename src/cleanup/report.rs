@@ -4,50 +4,45 @@ use std::fmt;
 
 use super::error::Error;
 
-/// What became of a cleanup.
+/// The result of one cleanup pass. Its text is the list of what was removed, in two columns.
 #[derive(Debug, Default)]
-pub struct Report {
+pub(crate) struct CleanupReport {
     removed: Vec<(String, String)>,
     notes: Vec<String>,
     failures: Vec<Error>,
 }
 
-impl Report {
-    /// Notes that something is gone, and from where.
+impl CleanupReport {
     pub(super) fn removed(&mut self, what: impl Into<String>, place: impl Into<String>) {
         self.removed.push((what.into(), place.into()));
     }
 
-    /// Notes something that a person should know.
+    /// Adds advice for the administrator.
     pub(super) fn note(&mut self, note: String) {
         self.notes.push(note);
     }
 
-    /// Notes that something stays.
     pub(super) fn fail(&mut self, error: impl Into<Error>) {
         self.failures.push(error.into());
     }
 
-    /// What is gone, and where it was.
-    pub fn gone(&self) -> impl Iterator<Item = (&str, &str)> {
+    /// Returns what was removed, and where it was.
+    pub(crate) fn removals(&self) -> impl Iterator<Item = (&str, &str)> {
         self.removed
             .iter()
             .map(|(what, place)| (what.as_str(), place.as_str()))
     }
 
-    /// What a person should know besides.
-    pub fn notes(&self) -> &[String] {
+    pub(crate) fn notes(&self) -> &[String] {
         &self.notes
     }
 
-    /// Why something stays that should have gone.
-    pub fn failures(&self) -> &[Error] {
+    pub(crate) fn failures(&self) -> &[Error] {
         &self.failures
     }
 }
 
-/// What is gone as a list in two columns.
-impl fmt::Display for Report {
+impl fmt::Display for CleanupReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         const WHAT: &str = "REMOVED";
         if self.removed.is_empty() {
@@ -63,13 +58,19 @@ impl fmt::Display for Report {
     }
 }
 
+/// Returns a number of things, such as `3 chains`.
+pub(super) fn counted(number: usize, what: &str) -> String {
+    let plural = if number == 1 { "" } else { "s" };
+    format!("{number} {what}{plural}")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn the_list_is_aligned() {
-        let mut report = Report::default();
+        let mut report = CleanupReport::default();
         assert_eq!(report.to_string(), "nothing to remove\n");
         report.removed("table ip nftlet", "nftables");
         report.removed("3 chains of kube-proxy", "iptables-nft, table nat");

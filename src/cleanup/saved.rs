@@ -1,5 +1,5 @@
-//! What `iptables-save` prints, and what `iptables-restore` has to read to take kube-proxy's part
-//! out of it.
+//! Parses the output of `iptables-save`, and makes the input of `iptables-restore` that removes
+//! kube-proxy's chains.
 //!
 //! ```text
 //! *nat                                              *nat
@@ -10,58 +10,53 @@
 //! COMMIT
 //! ```
 //!
-//! With `--noflush` a table keeps whatever is not named. Nothing else is ever named, so the rules
-//! of others are not even read back.
+//! With `--noflush` a table keeps everything that the input does not name, so rules of other
+//! programs are not written back.
 
 use std::fmt::Write;
 
 use super::owned;
 
-/// One table as it was printed.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Table<'a> {
-    /// Its name.
-    pub name: &'a str,
-    /// The chains with their policies; `-` for those that are no hook's.
-    pub chains: Vec<(&'a str, &'a str)>,
-    /// The rules.
-    pub rules: Vec<Rule<'a>>,
+pub(super) struct SavedTable<'a> {
+    pub(super) name: &'a str,
+    /// The chains with their policies; `-` for all but base chains.
+    chains: Vec<(&'a str, &'a str)>,
+    rules: Vec<SavedRule<'a>>,
 }
 
-/// One rule as it was printed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Rule<'a> {
-    /// The chain it is in.
-    pub chain: &'a str,
-    /// The chain or target it leads to.
-    pub target: Option<&'a str>,
+struct SavedRule<'a> {
+    chain: &'a str,
+    /// The argument of `-j` or `-g`.
+    target: Option<&'a str>,
     /// What follows `-A CHAIN `.
-    pub body: &'a str,
+    body: &'a str,
 }
 
-/// What there is to remove from a table.
+/// What to remove from a table.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Removal {
+pub(super) struct Removal {
     /// The input of `iptables-restore --noflush`; empty if there is nothing to remove.
-    pub input: String,
-    /// The number of chains that go.
-    pub chains: usize,
-    /// The number of rules that go because they lead to such chains from other ones.
-    pub jumps: usize,
-    /// Chains that stay because rules of others lead there.
-    pub kept: Vec<String>,
-    /// Whether a chain goes that accepted forwarded packets against a policy that drops them.
-    pub forward_drops: bool,
+    pub(super) input: String,
+    /// The number of removed chains.
+    pub(super) chains: usize,
+    /// The number of rules in other chains that are removed with them, since they jump to them.
+    pub(super) jumps: usize,
+    /// Chains of kube-proxy that stay because rules of other programs need them.
+    pub(super) kept: Vec<String>,
+    /// Whether `KUBE-FORWARD` is removed, and the policy of `FORWARD` is to drop.
+    pub(super) forward_drops: bool,
 }
 
 /// Splits the output of `iptables-save` into tables.
-pub fn parse(saved: &str) -> Vec<Table<'_>> {
-    let mut tables: Vec<Table> = Vec::new();
+pub(super) fn parse(saved: &str) -> Vec<SavedTable<'_>> {
+    let mut tables: Vec<SavedTable> = Vec::new();
     for line in saved.lines() {
         if let Some(name) = line.strip_prefix('*') {
-            tables.push(Table {
+            tables.push(SavedTable {
                 name: name.trim(),
-                ..Table::default()
+                ..SavedTable::default()
             });
             continue;
         }
@@ -78,7 +73,7 @@ pub fn parse(saved: &str) -> Vec<Table<'_>> {
             .and_then(|rule| rule.split_once(' '))
         {
             let target = target(body);
-            table.rules.push(Rule {
+            table.rules.push(SavedRule {
                 chain,
                 target,
                 body,
@@ -88,7 +83,7 @@ pub fn parse(saved: &str) -> Vec<Table<'_>> {
     tables
 }
 
-/// What a rule leads to. Comments may hold anything, so quoted words are skipped as such.
+/// Returns the target of a rule. Quoted words are skipped, since comments may contain anything.
 fn target(body: &str) -> Option<&str> {
     let mut words = Words(body);
     while let Some(word) = words.next() {
@@ -126,13 +121,12 @@ impl<'a> Iterator for Words<'a> {
     }
 }
 
-impl Table<'_> {
-    /// What of kube-proxy is in the table, and how to remove it.
+impl SavedTable<'_> {
+    /// Returns how to remove kube-proxy's chains from the table.
     ///
-    /// The rule of somebody else that leads to one of kube-proxy's entrances has no meaning
-    /// without it, and goes as well. One that marks a packet for masquerading has: then the chain
-    /// that marks stays, and so does the one that masquerades.
-    pub fn removal(&self) -> Removal {
+    /// Rules in other chains that jump to them are removed with them. Rules of other programs that
+    /// jump to `KUBE-MARK-MASQ` are not: then this chain and `KUBE-POSTROUTING` stay.
+    pub(super) fn removal(&self) -> Removal {
         let foreign_marks = self
             .rules
             .iter()

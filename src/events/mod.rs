@@ -1,7 +1,7 @@
 //! What a person should know, as Events (events.k8s.io/v1) of the cluster.
 //!
 //! ```text
-//! notices ─> Book: new? often enough told? ─> object: Event ─> API server (create, or patch)
+//! notices ─> Dedup: new? often enough told? ─> object: Event ─> API server (create, or patch)
 //! ```
 //!
 //! An Event stands at the object that it is about, or else at the Node. What every node finds
@@ -14,7 +14,7 @@
 //! lets the others go first, and is given up when these succeed and it does not. A server that
 //! takes no Events at all is named in the log once.
 
-mod book;
+mod dedup;
 mod object;
 
 use std::collections::VecDeque;
@@ -33,7 +33,7 @@ use serde_json::Value;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until, timeout};
 
-use self::book::{Advice, Book};
+use self::dedup::{Advice, Dedup};
 use self::object::Draft;
 use crate::logging::{Count, Repeats};
 use crate::model::{Kind, Notice};
@@ -84,7 +84,7 @@ pub struct Recorder {
     /// When this run began.
     run: Timestamp,
     pace: Pace,
-    book: Book,
+    dedup: Dedup,
     waiting: VecDeque<Waiting>,
     /// The one that is on its way.
     sent: Option<Waiting>,
@@ -202,7 +202,7 @@ impl Recorder {
             server: Server { client, answer },
             node,
             run: Timestamp::now(),
-            book: Book::new(pace.series),
+            dedup: Dedup::new(pace.series),
             pace,
             waiting: VecDeque::new(),
             sent: None,
@@ -228,11 +228,11 @@ impl Recorder {
     pub async fn run(mut self, mut notices: mpsc::Receiver<Notice>) {
         let now = Instant::now();
         let starting = Draft::starting(&self.node, self.run);
-        self.book.hand_out(starting.clone(), now);
+        self.dedup.hand_out(starting.clone(), now);
         self.waiting.push_back(Waiting::new(starting, None, now));
         let mut answer: Option<BoxFuture<'static, Result<(), Fault>>> = None;
         loop {
-            let due = self.book.due();
+            let due = self.dedup.due();
             let counts = self.lines.due().map(Instant::from_std);
             let may_send = answer.is_none() && !self.waiting.is_empty();
             tokio::select! {
@@ -263,7 +263,7 @@ impl Recorder {
             return;
         }
         let draft = Draft::of(notice, &self.node, self.run, Timestamp::now());
-        match self.book.advise(&draft, now) {
+        match self.dedup.advise(&draft, now) {
             Advice::Create => self.waiting.push_back(Waiting::new(draft, None, now)),
             Advice::Nothing => {}
         }
@@ -272,7 +272,7 @@ impl Recorder {
     /// Has the count of a series written.
     fn take_count(&mut self) {
         let now = Instant::now();
-        if let Some((draft, count)) = self.book.begin_update(now) {
+        if let Some((draft, count)) = self.dedup.begin_update(now) {
             self.waiting
                 .push_back(Waiting::new(draft, Some(count), now));
         }
@@ -291,7 +291,7 @@ impl Recorder {
         };
         match result {
             Ok(()) => {
-                self.book.written(&sent.draft.name, Instant::now());
+                self.dedup.written(&sent.draft.name, Instant::now());
                 self.written += 1;
                 self.pauses = 1;
                 self.settling = false;
@@ -337,14 +337,14 @@ impl Recorder {
     }
 
     fn give_up(&mut self, lost: &Waiting, fault: &Fault) {
-        self.book.gave_up(&lost.draft.name);
+        self.dedup.gave_up(&lost.draft.name);
         (self.given_up)();
         match fault {
             Fault::Forbidden(_) => {
                 self.waiting.iter().for_each(|_| (self.given_up)());
                 self.waiting.clear();
                 // What happens after the silence may be written.
-                self.book.forget_all();
+                self.dedup.forget_all();
                 self.silent_until = Some(Instant::now() + self.pace.silence);
                 tracing::warn!(
                     "the API server takes no Events: {fault}; add to nftlet's ClusterRole the rule \
@@ -354,7 +354,7 @@ impl Recorder {
             }
             Fault::Absent => {
                 // The namespace may come again.
-                self.book.forget(&lost.draft.name);
+                self.dedup.forget(&lost.draft.name);
                 tracing::debug!("an Event was not written: {fault}");
             }
             Fault::Refused(_) | Fault::Busy(_) => {

@@ -331,7 +331,7 @@ fn without_iptables_programs_what_stays_is_told() {
                 iptables-nft-save; install iptables";
     assert_eq!(told.matches(line).count(), 1, "{told}");
     if kinds.contains(&Iptables::Legacy) {
-        let line = "iptables-legacy has tables (filter, mangle, nat) that cannot be looked into";
+        let line = "iptables-legacy has tables (filter, mangle, nat) whose chains cannot be listed";
         assert_eq!(told.matches(line).count(), 1, "{told}");
     }
     assert_eq!(told.lines().count(), kinds.len() + 1, "{told}");

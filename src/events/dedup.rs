@@ -48,14 +48,14 @@ enum Progress {
 
 /// What was told.
 #[derive(Debug)]
-pub(super) struct Book {
+pub(super) struct Dedup {
     series_every: Duration,
     told: HashMap<String, Told>,
     node: Bucket,
     objects: HashMap<Option<ObjectRef>, Bucket>,
 }
 
-impl Book {
+impl Dedup {
     /// Nothing was told yet. The count of a series is written so often.
     pub(super) fn new(series_every: Duration) -> Self {
         Self {
@@ -225,74 +225,74 @@ mod tests {
     }
 
     /// How many of so many different things about an object are told at a time.
-    fn told(book: &mut Book, service: &str, count: usize, now: Instant) -> usize {
+    fn told(dedup: &mut Dedup, service: &str, count: usize, now: Instant) -> usize {
         let drafts = (0..count).map(|number| draft(service, &format!("{number} {now:?}")));
-        let advices = drafts.map(|draft| book.advise(&draft, now));
+        let advices = drafts.map(|draft| dedup.advise(&draft, now));
         advices.filter(|advice| *advice == Advice::Create).count()
     }
 
     #[test]
     fn a_burst_is_told_and_then_one_every_five_seconds() {
-        let mut book = Book::new(SERIES);
+        let mut dedup = Dedup::new(SERIES);
         let start = Instant::now();
-        let of_each = (0..40).map(|service| told(&mut book, &format!("s{service}"), 1, start));
+        let of_each = (0..40).map(|service| told(&mut dedup, &format!("s{service}"), 1, start));
         assert_eq!(of_each.sum::<usize>(), 25);
-        assert_eq!(told(&mut book, "a", 1, start + NODE_EVERY.mul_f64(0.9)), 0);
-        assert_eq!(told(&mut book, "a", 5, start + NODE_EVERY.mul_f64(1.1)), 1);
+        assert_eq!(told(&mut dedup, "a", 1, start + NODE_EVERY.mul_f64(0.9)), 0);
+        assert_eq!(told(&mut dedup, "a", 5, start + NODE_EVERY.mul_f64(1.1)), 1);
         // A quiet hour allows the burst again, and no more.
         let later = start + Duration::from_secs(3600);
-        let of_each = (0..40).map(|service| told(&mut book, &format!("t{service}"), 1, later));
+        let of_each = (0..40).map(|service| told(&mut dedup, &format!("t{service}"), 1, later));
         assert_eq!(of_each.sum::<usize>(), 25);
     }
 
     #[test]
     fn one_object_does_not_use_up_what_others_may_tell() {
-        let mut book = Book::new(SERIES);
+        let mut dedup = Dedup::new(SERIES);
         let start = Instant::now();
-        assert_eq!(told(&mut book, "noisy", 100, start), 25);
+        assert_eq!(told(&mut dedup, "noisy", 100, start), 25);
         let later = start + NODE_EVERY * 10;
-        assert_eq!(told(&mut book, "noisy", 100, later), 0);
-        assert_eq!(told(&mut book, "quiet", 100, later), 10);
-        assert_eq!(told(&mut book, "noisy", 100, start + OBJECT_EVERY * 2), 2);
+        assert_eq!(told(&mut dedup, "noisy", 100, later), 0);
+        assert_eq!(told(&mut dedup, "quiet", 100, later), 10);
+        assert_eq!(told(&mut dedup, "noisy", 100, start + OBJECT_EVERY * 2), 2);
     }
 
     #[test]
     fn the_same_again_is_counted_and_the_count_is_written_now_and_then() {
-        let mut book = Book::new(SERIES);
+        let mut dedup = Dedup::new(SERIES);
         let start = Instant::now();
         let web = draft("web", "bad");
-        assert_eq!(book.advise(&web, start), Advice::Create);
-        book.written(&web.name, start);
-        assert_eq!(book.due(), None);
+        assert_eq!(dedup.advise(&web, start), Advice::Create);
+        dedup.written(&web.name, start);
+        assert_eq!(dedup.due(), None);
         for _ in 0..1_000 {
-            assert_eq!(book.advise(&web, start), Advice::Nothing);
+            assert_eq!(dedup.advise(&web, start), Advice::Nothing);
         }
-        assert_eq!(book.due(), Some(start + SERIES));
-        assert!(book.begin_update(start + SERIES / 2).is_none());
-        let (told, count) = book.begin_update(start + SERIES).expect("it is due");
+        assert_eq!(dedup.due(), Some(start + SERIES));
+        assert!(dedup.begin_update(start + SERIES / 2).is_none());
+        let (told, count) = dedup.begin_update(start + SERIES).expect("it is due");
         assert_eq!((told.name, count), (web.name.clone(), 1_001));
-        assert_eq!(book.advise(&web, start + SERIES), Advice::Nothing);
-        assert_eq!(book.due(), None, "the count before waits to be written");
-        book.written(&web.name, start + SERIES);
-        assert_eq!(book.due(), Some(start + SERIES * 2));
+        assert_eq!(dedup.advise(&web, start + SERIES), Advice::Nothing);
+        assert_eq!(dedup.due(), None, "the count before waits to be written");
+        dedup.written(&web.name, start + SERIES);
+        assert_eq!(dedup.due(), Some(start + SERIES * 2));
     }
 
     #[test]
     fn what_is_remembered_is_bounded() {
-        let mut book = Book::new(SERIES);
+        let mut dedup = Dedup::new(SERIES);
         let start = Instant::now();
         for number in 0..u32::try_from(MOST).expect("small") + 10 {
             let now = start + NODE_EVERY * number;
             let web = draft(&format!("s{number}"), "bad");
-            assert_eq!(book.advise(&web, now), Advice::Create);
+            assert_eq!(dedup.advise(&web, now), Advice::Create);
         }
-        assert_eq!(book.told.len(), MOST);
-        assert_eq!(book.objects.len(), MOST);
+        assert_eq!(dedup.told.len(), MOST);
+        assert_eq!(dedup.objects.len(), MOST);
     }
 
     #[test]
     fn a_series_tells_what_happened_last() {
-        let mut book = Book::new(SERIES);
+        let mut dedup = Dedup::new(SERIES);
         let start = Instant::now();
         let run = Timestamp::UNIX_EPOCH;
         let at = |message: &str| {
@@ -304,26 +304,26 @@ mod tests {
             Draft::of(&notice, "node-1", run, run)
         };
         let first = at("the first");
-        assert_eq!(book.advise(&first, start), Advice::Create);
-        book.written(&first.name, start);
-        assert_eq!(book.advise(&at("the second"), start), Advice::Nothing);
-        let (draft, count) = book.begin_update(start + SERIES).expect("it is due");
+        assert_eq!(dedup.advise(&first, start), Advice::Create);
+        dedup.written(&first.name, start);
+        assert_eq!(dedup.advise(&at("the second"), start), Advice::Nothing);
+        let (draft, count) = dedup.begin_update(start + SERIES).expect("it is due");
         assert_eq!(draft.event(None).note.as_deref(), Some("the second"));
         assert_eq!(count, 2);
     }
 
     #[test]
     fn what_was_given_up_is_not_handed_out_again() {
-        let mut book = Book::new(SERIES);
+        let mut dedup = Dedup::new(SERIES);
         let start = Instant::now();
         let web = draft("web", "bad");
-        assert_eq!(book.advise(&web, start), Advice::Create);
-        book.gave_up(&web.name);
+        assert_eq!(dedup.advise(&web, start), Advice::Create);
+        dedup.gave_up(&web.name);
         let later = start + SERIES * 2;
-        assert_eq!(book.advise(&web, later), Advice::Nothing);
-        assert_eq!(book.due(), None);
-        assert!(book.begin_update(later).is_none());
-        book.forget(&web.name);
-        assert_eq!(book.advise(&web, later), Advice::Create);
+        assert_eq!(dedup.advise(&web, later), Advice::Nothing);
+        assert_eq!(dedup.due(), None);
+        assert!(dedup.begin_update(later).is_none());
+        dedup.forget(&web.name);
+        assert_eq!(dedup.advise(&web, later), Advice::Create);
     }
 }

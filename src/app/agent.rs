@@ -1,0 +1,205 @@
+//! The agent: connects the parts, runs the reconciler, and ends with it.
+
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use tokio::sync::{Notify, mpsc, oneshot, watch};
+
+use super::objects::{fallback_node, policy_engine, summary};
+use super::pages::Pages;
+use super::serve::Io;
+use super::{
+    Error, QUEUE, configure, kube_proxy_cleanup, monitor, observe, single_threaded, sysctls, system,
+};
+use crate::events;
+use crate::followers::affinity::Forgetter;
+use crate::followers::conntrack::{self, Cleaner, KernelFlows};
+use crate::followers::health_checks::HealthChecks;
+use crate::logging::Lines;
+use crate::model::{Delivery, Reason};
+use crate::netlink::Nftables;
+use crate::nft::Ruleset;
+use crate::serve::health::{Checks, Health, Quota};
+use crate::serve::metrics::Metrics;
+use crate::services;
+use crate::settings::{CommandLine, Settings, file::File};
+use crate::source::SourceStats;
+use crate::sync::{
+    self, Audits, Exit, Followers, Log, LogAndSend, Reconciler, Reporter as _, Signals,
+};
+
+pub(super) struct Start<'a> {
+    pub line: &'a CommandLine,
+    pub file: Option<File>,
+    pub node_name: String,
+    pub service_settings: services::ServiceSettings,
+    /// The limit of open files.
+    pub descriptors: usize,
+    pub log: &'a Lines,
+}
+
+/// Keeps the kernel's rules up to date until a signal stops it; with `--once` until the rules of
+/// the first complete lists are in force.
+pub(super) fn run(start: Start) -> Result<(), Error> {
+    let settings = &start.line.settings;
+    let mut nftables = open_nftables()?;
+    let metrics = Arc::new(Metrics::new()?);
+    metrics.expect_notices(Reason::ALL.map(Reason::as_str));
+    let health = health(settings, &metrics)?;
+    let (sender, notices) = mpsc::channel(events::QUEUE);
+    let reporter = LogAndSend::new(sender);
+    // First of all: a foreign chain could block nftlet's own requests over the network.
+    if let Err(error) = sync::remove_foreign_hooks(&mut nftables, &metrics, &reporter) {
+        reporter.failed(&error);
+    }
+    let mut followers = Followers::default();
+    let (delivered, received) = mpsc::channel(QUEUE);
+    let (stop, stopped) = watch::channel(false);
+    let (freed, port_freed) = std::sync::mpsc::channel();
+    let (publish_checks, health_checks) = watch::channel(Checks::new());
+    let io = Io {
+        args: settings.clone(),
+        file: start.file,
+        pages: Pages::new(start.line),
+        node_name: start.node_name.clone(),
+        log: start.log.clone(),
+        metrics: metrics.clone(),
+        health: health.clone(),
+        health_checks,
+        quota: Quota::of(start.descriptors),
+        isolated: followers.isolated(),
+        stop,
+        stopped: stopped.clone(),
+        reporter: reporter.clone(),
+        notices,
+        freed,
+    };
+    let (io, stats) = start_io(io, delivered)?;
+
+    // What waits for the first rules.
+    let mut ready = Vec::new();
+    let sysctls = sysctls::start(settings, &metrics, &reporter, &mut ready)?;
+    if !settings.once {
+        configure::set_oom_score(settings);
+    }
+    let observers = observe::start(settings, &metrics, &mut followers, &reporter)?;
+    // With --once the process would end before the thread of the follower has worked.
+    let affinity = settings
+        .once
+        .then(|| Forgetter::new(Nftables::open, followers.services()));
+    let cleaner = start_cleaner(&mut followers, metrics.clone())?;
+    let changes = followers.services();
+    observe::spawn("health-checks", "the thread for health checks", move || {
+        HealthChecks::new(publish_checks).run(&changes);
+    })?;
+    let foreign = Arc::new(Notify::new());
+    let mut audits = None;
+    if !settings.once {
+        monitor::start(&mut nftables, first_rules(&mut ready), foreign.clone())?;
+        let audit = Audits::start(Nftables::open()?, sync::AUDIT_EVERY);
+        audits = Some(audit.map_err(system("the thread that compares rules"))?);
+        if !settings.keep_kube_proxy {
+            kube_proxy_cleanup::start(first_rules(&mut ready), port_freed)?;
+        }
+    }
+
+    let mut reconciler = Reconciler::new(nftables, start.service_settings, &metrics, &reporter)
+        .with_fallback_node(fallback_node(&start.node_name))
+        .with_policies(policy_engine(
+            settings,
+            &start.node_name,
+            observers.log_group,
+        ))
+        .with_followers(followers);
+    if let Some(stats) = stats {
+        reconciler = reconciler.with_source_stats(stats);
+    }
+    let signals = Signals {
+        stop: stopped,
+        once: settings.once,
+        foreign,
+        audits,
+        ready,
+        questions: observers.questions,
+    };
+    let exit = single_threaded()?.block_on(sync::run(&mut reconciler, received, signals, &health));
+
+    if let Some(mut affinity) = affinity {
+        affinity.work(|transaction, version| reconciler.remove(transaction, version));
+    }
+    let summary = summary(reconciler.store(), reconciler.policies());
+    // This closes the cleaner's channel; it works off what is in it.
+    drop(reconciler);
+    let _ = cleaner.join();
+    reporter.log_last_counts();
+    match exit {
+        Exit::Programmed => {
+            let _ = sysctls.map(JoinHandle::join);
+            tracing::info!("{summary}");
+            Ok(())
+        }
+        Exit::Stopped => {
+            let _ = io.join();
+            if settings.once {
+                return Err(Error::Interrupted);
+            }
+            tracing::info!("stopped; the rules stay in force");
+            Ok(())
+        }
+        Exit::Failed => Err(Error::NotProgrammed),
+        Exit::SourcesGone => Err(Error::SourceEnded),
+    }
+}
+
+/// Opens nftables and reads from it, so that a missing capability or kernel module is reported
+/// before anything else.
+fn open_nftables() -> Result<Nftables, Error> {
+    let mut nftables = Nftables::open()?;
+    nftables.read(&[], &Ruleset::default())?;
+    Ok(nftables)
+}
+
+fn health(settings: &Settings, metrics: &Metrics) -> Result<Health, Error> {
+    let health = Health::new(settings.sync_period());
+    if settings.network_policy.is_on() {
+        health.expect_policies();
+    } else {
+        metrics.without_policies()?;
+    }
+    Ok(health)
+}
+
+/// Starts the I/O thread, and waits until its ports are open and its source is connected.
+fn start_io(
+    io: Io,
+    events: mpsc::Sender<Delivery>,
+) -> Result<(JoinHandle<()>, Option<Arc<SourceStats>>), Error> {
+    let (ready, started) = oneshot::channel();
+    let thread = std::thread::Builder::new()
+        .name("io".into())
+        .spawn(move || io.run(events, ready))
+        .map_err(system("the I/O thread"))?;
+    // The thread drops the sender without a message only if it panics.
+    let stats = started.blocking_recv().unwrap_or(Err(Error::SourceEnded))?;
+    Ok((thread, stats))
+}
+
+/// Starts the thread that deletes stale conntrack entries of UDP. Reading a large conntrack table
+/// takes long, and changes of the rules must not wait for it.
+fn start_cleaner(
+    followers: &mut Followers,
+    metrics: Arc<Metrics>,
+) -> Result<JoinHandle<()>, Error> {
+    let pending = conntrack::Pending::new(followers.services());
+    std::thread::Builder::new()
+        .name("flows".into())
+        .spawn(move || Cleaner::new(KernelFlows::open, pending, &metrics, &Log).run())
+        .map_err(system("the thread for UDP flows"))
+}
+
+/// Returns a channel that receives a message once the first rules are in force.
+fn first_rules(ready: &mut Vec<oneshot::Sender<()>>) -> oneshot::Receiver<()> {
+    let (sender, receiver) = oneshot::channel();
+    ready.push(sender);
+    receiver
+}

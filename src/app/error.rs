@@ -1,0 +1,86 @@
+//! Why nftlet exits with a status other than 0.
+
+use std::io;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use thiserror::Error;
+
+use super::OLDEST_KERNEL;
+use crate::netlink;
+use crate::serve::health;
+use crate::settings::{self, file};
+use crate::source::cluster::Error as ClusterError;
+use crate::source::manifests::Error as ManifestsError;
+
+/// Why nftlet exits with a status other than 0.
+#[derive(Debug, Error)]
+pub(crate) enum Error {
+    /// Flags or values that exclude each other.
+    #[error(transparent)]
+    Arguments(#[from] settings::Error),
+    /// The configuration file cannot be read or is invalid.
+    #[error(transparent)]
+    Configuration(#[from] file::Error),
+    #[error("cannot write the configuration to {}: {source}", path.display())]
+    WriteConfiguration { path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    Netlink(#[from] netlink::Error),
+    #[error(
+        "this kernel is Linux {found}; nftlet needs {}.{} or newer: upgrade the kernel",
+        OLDEST_KERNEL.0, OLDEST_KERNEL.1
+    )]
+    OldKernel {
+        /// Its release, as `uname -r` prints it.
+        found: String,
+    },
+    #[error(transparent)]
+    Manifests(#[from] ManifestsError),
+    #[error("{0}")]
+    Cluster(#[source] ClusterError),
+    /// Neither a cluster nor manifests.
+    #[error("{0}; name a cluster with --kubeconfig FILE, or run without one with --manifests PATH")]
+    NoSource(#[source] ClusterError),
+    #[error(transparent)]
+    Http(#[from] health::Error),
+    #[error("cannot register the metrics: {0}")]
+    Metrics(#[from] prometheus::Error),
+    #[error("cannot start {what}: {source}")]
+    System {
+        /// A thread, a runtime or a signal handler.
+        what: &'static str,
+        source: io::Error,
+    },
+    #[error(
+        "cannot open {needed} files at once: {source}; raise the limit with ulimit -n, or with LimitNOFILE= of the systemd unit"
+    )]
+    Descriptors { needed: usize, source: io::Error },
+    #[error("cannot print: {0}")]
+    Print(#[source] io::Error),
+    /// With `--cleanup`.
+    #[error("not everything was removed; the messages above give the reasons")]
+    NotCleaned,
+    /// With `--once`.
+    #[error("the rules were not written; the messages above give the reason")]
+    NotProgrammed,
+    /// With `--once`: a signal arrived first.
+    #[error("stopped before the rules were written; the rules in the kernel did not change")]
+    Interrupted,
+    #[error("the source of objects ended unexpectedly; the rules stay in force")]
+    SourceEnded,
+}
+
+impl Error {
+    /// Returns 2 for an invalid command line or configuration, and 1 for everything else.
+    pub(super) fn exit_code(&self) -> ExitCode {
+        match self {
+            Self::Arguments(_) | Self::Configuration(_) => ExitCode::from(2),
+            _ => ExitCode::FAILURE,
+        }
+    }
+}
+
+/// Returns a function that adds to an error what could not be started.
+pub(super) fn system(what: &'static str) -> impl Fn(io::Error) -> Error {
+    move |source| Error::System { what, source }
+}

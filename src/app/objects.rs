@@ -1,0 +1,119 @@
+//! Sources and engines as the settings describe them.
+
+use super::Error;
+use crate::engine::Engine as _;
+use crate::host::{addresses, routes};
+use crate::model::{Event, Kind, Node, NodePortAddresses, Notice, Object, Reason, Subject};
+use crate::policies::{self, Engine};
+use crate::services::{self, DetectLocal, MasqueradeBit, Store};
+use crate::settings::{self, Settings};
+use crate::source::cluster::Error as ClusterError;
+use crate::source::{Cluster, Manifests};
+
+/// Returns the source of manifests, unless the objects come from a cluster.
+pub(super) fn manifests(settings: &Settings, node_name: &str) -> Option<Manifests> {
+    (!settings.manifests.is_empty()).then(|| {
+        Manifests::new(settings.manifests.clone(), node_name.to_owned())
+            .with_network_policies(settings.network_policy.is_on())
+            .with_allow_empty(settings.allow_empty || settings.dry_run)
+    })
+}
+
+/// Reads the manifests, and adds a notice if this node is not among them.
+pub(super) fn load(manifests: &mut Manifests, node_name: &str) -> Result<Vec<Event>, Error> {
+    let mut events = manifests.load()?;
+    let known = events
+        .iter()
+        .any(|event| matches!(event, Event::Apply(Object::Node(_))));
+    if !known {
+        events.push(Event::Notice(Notice {
+            subject: Subject::Other(format!("Node {node_name}").into()),
+            reason: Reason::NodeMissing,
+            message: "the manifests hold no such Node; NodePorts answer on this host's first \
+                      address of each family (name another node with --hostname-override)"
+                .into(),
+        }));
+    }
+    Ok(events)
+}
+
+pub(super) async fn connect(settings: &Settings, node_name: &str) -> Result<Cluster, Error> {
+    let (kubeconfig, server) = (settings.kubeconfig.clone(), settings.master.clone());
+    Cluster::connect(kubeconfig, server, node_name.to_owned())
+        .await
+        .map(|cluster| cluster.with_network_policies(settings.network_policy.is_on()))
+        .map_err(|error| match error {
+            ClusterError::NoCluster => Error::NoSource(error),
+            other => Error::Cluster(other),
+        })
+}
+
+pub(super) fn service_settings(settings: &Settings) -> Result<services::ServiceSettings, Error> {
+    Ok(services::ServiceSettings {
+        detect_local: match settings.detect_local()? {
+            settings::DetectLocal::ClusterCidr(ranges) => DetectLocal::ClusterCidr(ranges),
+            settings::DetectLocal::NodeCidr => DetectLocal::NodeCidr,
+            settings::DetectLocal::BridgeInterface(name) => {
+                DetectLocal::BridgeInterface(name.into())
+            }
+            settings::DetectLocal::InterfaceNamePrefix(prefix) => {
+                DetectLocal::InterfaceNamePrefix(prefix.into())
+            }
+        },
+        masquerade_all: settings.masquerade_all,
+        nodeport_addresses: match settings.nodeport_addresses()? {
+            settings::NodePortAddresses::Primary => NodePortAddresses::Primary,
+            settings::NodePortAddresses::Ranges(ranges) => NodePortAddresses::Inside(ranges),
+        },
+        bind_address: settings.bind_address.filter(|ip| !ip.is_unspecified()),
+        masquerade_bit: MasqueradeBit::new(settings.masquerade_bit).unwrap_or_default(),
+    })
+}
+
+/// Returns the engine of policies. Without policies it deletes the tables of an earlier run.
+pub(super) fn policy_engine(
+    settings: &Settings,
+    node_name: &str,
+    log_group: Option<u16>,
+) -> Engine {
+    let policy_settings = policies::PolicySettings {
+        node: node_name.into(),
+        strict: settings.network_policy_strict,
+        log_group,
+    };
+    if settings.network_policy.is_on() {
+        Engine::new(policy_settings).with_links(routes::find)
+    } else {
+        Engine::off(policy_settings)
+    }
+}
+
+/// Returns the Node that is used while the node's own object is missing: its name makes endpoints
+/// local, and the host's addresses serve NodePorts.
+pub(super) fn fallback_node(name: &str) -> Node {
+    Node {
+        name: name.into(),
+        internal_ips: addresses::global(),
+        external_ips: Vec::new(),
+        pod_cidrs: Vec::new(),
+        zone: None,
+        going_away: false,
+    }
+}
+
+/// Returns the number of objects of each kind, in one line.
+pub(super) fn summary(store: &Store, policies: Option<&Engine>) -> String {
+    let count = |kind: Kind| store.count(kind);
+    let mut summary = format!(
+        "{} services, {} endpoint slices, {} service ranges, node {}",
+        count(Kind::Service),
+        count(Kind::EndpointSlice),
+        count(Kind::ServiceCidr),
+        store.node().map_or("unknown", |node| &*node.name)
+    );
+    let policies = policies.map_or(0, |policies| policies.count(Kind::NetworkPolicy));
+    if policies > 0 {
+        summary.push_str(&format!(", {policies} network policies"));
+    }
+    summary
+}
