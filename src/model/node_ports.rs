@@ -8,7 +8,7 @@ use super::{Family, Node};
 
 /// The addresses on which NodePorts answer, by what the operator chose.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum NodePortAddresses {
+pub(crate) enum NodePortAddresses {
     /// The primary address of each family, from the Node object.
     #[default]
     Primary,

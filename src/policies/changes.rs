@@ -8,7 +8,7 @@ use crate::engine::Change;
 use crate::model::ObjectName;
 
 /// The isolated addresses of this node in order, with their pods as far as their objects exist.
-pub type Isolated = Arc<[(IpAddr, Option<ObjectName>)]>;
+pub(crate) type Isolated = Arc<[(IpAddr, Option<ObjectName>)]>;
 
 /// Changes of policies that took effect.
 #[derive(Clone, Debug, Default)]

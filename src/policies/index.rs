@@ -14,7 +14,7 @@ use crate::model::{LabelSelector, Labels, NAMESPACE_NAME, Requirement};
 /// Pods by their labels and those of their namespaces, in a form in which equal selectors of
 /// different policies are equal.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct PodSelector {
+pub(crate) struct PodSelector {
     /// The namespaces.
     pub namespaces: Namespaces,
     /// The pods in these.
@@ -23,7 +23,7 @@ pub struct PodSelector {
 
 /// Namespaces by name or by labels.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Namespaces {
+pub(crate) enum Namespaces {
     /// The one with this name.
     Named(Arc<str>),
     /// Those with the labels.
@@ -88,7 +88,7 @@ enum Anchor<'a> {
 
 /// Selectors with an identity each.
 #[derive(Debug)]
-pub struct Index<Id> {
+pub(crate) struct Index<Id> {
     by_key: HashMap<Arc<str>, OfKey<Id>>,
     /// Selectors without an anchor.
     unanchored: BTreeMap<Id, Unanchored>,

@@ -14,7 +14,7 @@ use crate::model::{Labels, NAMESPACE_NAME, Namespace, NetworkPolicy, ObjectName,
 
 /// What policies are compiled from.
 #[derive(Debug, Default)]
-pub struct Inventory {
+pub(crate) struct Inventory {
     node: Arc<str>,
     pods: HashMap<ObjectName, Box<Pod>>,
     pods_of: HashMap<Box<str>, HashSet<ObjectName>>,

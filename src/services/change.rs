@@ -68,7 +68,7 @@ enum PlanStep {
 
 /// A change of one element.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Edit {
+pub(crate) enum Edit {
     /// Remove it.
     Delete(ServiceSet, Element),
     /// Add it.

@@ -69,7 +69,7 @@ type Wish = (Claim, Rank, bool);
 
 /// Addresses and ports that are not for services to take, whatever they ask for.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Reserved {
+pub(crate) struct Reserved {
     /// The ranges of ClusterIPs.
     pub service_ranges: Vec<IpNet>,
     /// Where nftlet's own connections to the API server lead.
@@ -119,7 +119,7 @@ pub(crate) enum UsedAs {
 
 /// All claims of all services.
 #[derive(Debug, Default)]
-pub struct Claims {
+pub(crate) struct Claims {
     queues: HashMap<Claim, SmallVec<[Claimant; 1]>>,
     /// The services that have a ClusterIP, whatever their ports.
     cluster_ips: HashMap<IpAddr, SmallVec<[ObjectName; 1]>>,
@@ -130,7 +130,7 @@ pub struct Claims {
 
 /// What a change of claims means for services.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct ClaimChanges {
+pub(crate) struct ClaimChanges {
     /// Other services that gained or lost a claim.
     pub affected: BTreeSet<ObjectName>,
     /// Services that ask for something new that they do not get, or lost what they had.

@@ -13,7 +13,7 @@ use crate::nft::{Data, Element, Key, KeyBuilder, Verdict};
 use crate::services::Claim;
 
 /// Address and port of an endpoint.
-pub type Target = (IpAddr, u16);
+pub(crate) type Target = (IpAddr, u16);
 
 /// Everything a service contributes to the tables, in a compact form.
 ///
@@ -105,7 +105,7 @@ pub enum Route {
 }
 
 /// An element and the set it belongs to.
-pub type ElementOf = (ServiceSet, Element);
+pub(crate) type ElementOf = (ServiceSet, Element);
 
 impl Route {
     /// The pool of the family's endpoints as the policy of the frontend sees them first.

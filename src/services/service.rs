@@ -44,7 +44,7 @@ pub fn plan(
 /// compiled once more then. The plan is one that can be in force nevertheless: each frontend belonged
 /// to the service when it was compiled, and each pool was one of the service's endpoints.
 #[derive(Debug)]
-pub struct Compilation {
+pub(crate) struct Compilation {
     service: Arc<Service>,
     /// How many ports are compiled, first all of one family, then all of the other.
     place: usize,

@@ -72,7 +72,7 @@ impl Default for DetectLocal {
 
 /// What a rule looks at to tell traffic of pods, in one family.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum LocalDetector {
+pub(crate) enum LocalDetector {
     /// Nothing: pods cannot be told.
     None,
     /// The source address.

@@ -17,7 +17,7 @@ use crate::model::{
 
 mod slices;
 
-pub use slices::SlicesOf;
+pub(crate) use slices::SlicesOf;
 
 /// What a batch of events changed. Collected over events, taken by the reconciler.
 #[derive(Debug, Default)]
@@ -47,7 +47,7 @@ impl Marks {
 
 /// An endpoint of one service port, with the port its pods listen on.
 #[derive(Clone, Copy, Debug)]
-pub struct EndpointOf<'a> {
+pub(crate) struct EndpointOf<'a> {
     /// The endpoint.
     pub endpoint: &'a Endpoint,
     /// The target port.

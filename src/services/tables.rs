@@ -64,11 +64,11 @@ impl Use {
 }
 
 /// The namespaces whose services remember clients.
-pub type Sticky = Arc<BTreeSet<Clients>>;
+pub(crate) type Sticky = Arc<BTreeSet<Clients>>;
 
 /// How many services drop traffic because they have endpoints, but none on this node: for each
 /// family by the internal and by the external policy.
-pub type NoLocalEndpoints = [[usize; 2]; 2];
+pub(crate) type NoLocalEndpoints = [[usize; 2]; 2];
 
 /// The operations that a batch of changes amounts to.
 #[derive(Debug, Default)]

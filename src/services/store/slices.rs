@@ -13,7 +13,7 @@ type Places = SmallVec<[(usize, u16); 2]>;
 
 /// The slices of one service, which are looked through once for all of its ports.
 #[derive(Debug)]
-pub struct SlicesOf<'a> {
+pub(crate) struct SlicesOf<'a> {
     slices: Vec<&'a EndpointSlice>,
     /// By the name and protocol of a port.
     by_port: HashMap<(&'a str, Protocol), Places>,
