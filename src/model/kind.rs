@@ -33,7 +33,7 @@ impl Kind {
         Kind::NetworkPolicy,
     ];
 
-    /// What services are made of.
+    /// The kinds that the rules of services are compiled from.
     pub const SERVICES: [Kind; 4] = [
         Kind::Service,
         Kind::EndpointSlice,
