@@ -8,7 +8,7 @@ use super::{Family, Node};
 
 /// The value of `--nodeport-addresses`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) enum NodePortAddresses {
+pub enum NodePortAddresses {
     /// The primary address of each family, from the Node object.
     #[default]
     Primary,
