@@ -100,8 +100,8 @@ impl Departed {
         {
             tracing::warn!(
                 unlogged,
-                "more than {MOST} pods were deleted while they ran; the address {address} of {} is \
-                 not kept isolated any more",
+                "more than {MOST} pods of this node were deleted while they ran; the address \
+                 {address} of pod {} is no longer isolated",
                 pod.name
             );
         }

@@ -12,8 +12,8 @@ use crate::services::{SlicesOf, Store};
 /// A service asks for more set elements than one may have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 #[error(
-    "asks for {elements} set elements (each port of each address, times its endpoints), more than \
-     {MOST_ELEMENTS}; it has no rules until it asks for fewer: divide it into several services"
+    "needs {elements} set elements (ports times addresses times endpoints), more than the limit of \
+     {MOST_ELEMENTS}; it has no rules: divide it into several services"
 )]
 pub struct TooLarge {
     /// How many it asks for; [`usize::MAX`] where that is too many to count.

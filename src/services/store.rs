@@ -460,8 +460,9 @@ impl Store {
             subject: Subject::Object(ObjectRef::new(Kind::EndpointSlice, name.clone())),
             reason: Reason::OrphanSlice,
             message: format!(
-                "belongs to Service {service}, which does not exist or is another proxy's; its \
-                 endpoints are kept until there is one to serve (check the label \
+                "belongs to Service {service}, \
+                 which does not exist or is handled by another proxy; \
+                 its endpoints are not used until it exists (check the label \
                  kubernetes.io/service-name)"
             ),
         });
@@ -502,9 +503,9 @@ impl Store {
             subject: Subject::Object(ObjectRef::new(Kind::EndpointSlice, slice.name.clone())),
             reason: Reason::InvalidField,
             message: format!(
-                "the endpoint {address} of Service {} is an address of services, to which nothing \
-                 is translated a second time; its connections end on the node: use the \
-                 endpoints of that service instead",
+                "the endpoint {address} of Service {} is in a ServiceCIDR; a packet is translated \
+                 only once, so connections to it fail: use the endpoints of that service \
+                 instead",
                 slice.service
             ),
         });
@@ -515,7 +516,7 @@ fn other_proxy(service: &ObjectName) -> Notice {
     Notice {
         subject: Subject::Object(ObjectRef::new(Kind::Service, service.clone())),
         reason: Reason::OtherProxy,
-        message: "is left to another proxy by the label service.kubernetes.io/service-proxy-name"
+        message: "is handled by another proxy (label service.kubernetes.io/service-proxy-name)"
             .to_owned(),
     }
 }
