@@ -1,8 +1,8 @@
-//! What the two parts of the rules, services and network policies, have in common.
+//! The interface that the engines for services and for network policies have in common.
 //!
-//! An [`Engine`] turns events into rules. It performs no I/O and knows neither threads nor metrics. A
-//! driver writes what it compiles, compares it with the kernel, and hands what changed to the followers
-//! once the rules are in force.
+//! An [`Engine`] turns events into rules. It performs no I/O and has neither threads nor metrics. A
+//! driver writes the rules, compares them with the kernel, and hands each change to the followers
+//! once it is in force.
 //!
 //! ```text
 //! events ─> apply ─> marks ─> update(budget) ─> Transaction ─> kernel
@@ -14,8 +14,9 @@ use std::time::Instant;
 use crate::model::{self, Event, Kind, Notice, ObjectRef};
 use crate::nft::{self, ObjectPath, Ruleset, Transaction};
 
-/// About how many elements a transaction deletes and adds, where it can be chosen. The kernel lets no
-/// other transaction in meanwhile, and no event is handled.
+/// The approximate number of set elements that one transaction deletes and adds, where a change can
+/// be divided. While the kernel processes a transaction, no other transaction runs and no event is
+/// handled.
 pub const BUDGET: usize = 2_000;
 
 /// Returns the family of the tables for an address family.
@@ -26,21 +27,21 @@ pub(crate) fn table_family(family: model::Family) -> nft::Family {
     }
 }
 
-/// A part of the rules, compiled from objects.
+/// Compiles objects into the rules of its tables.
 pub trait Engine {
-    /// What an update changes, as far as followers need it.
+    /// The part of an update that followers need.
     type Change: Change;
 
-    /// The name of its tables, one for each address family.
+    /// The name of its tables; there is one for each address family.
     const TABLE: &'static str;
 
-    /// What becomes of an object in quarantine, for messages.
+    /// The effect of quarantine on an object, for messages.
     const QUARANTINE: &'static str;
 
-    /// Takes over an event. Events about other kinds are ignored.
+    /// Applies an event. Ignores events about kinds of other engines.
     fn apply(&mut self, event: &Event);
 
-    /// Whether the rules may be written: all kinds are known completely.
+    /// Returns whether all kinds are listed completely, so that the rules may be written.
     fn is_ready(&self) -> bool;
 
     /// Returns the kinds that are not listed completely.
@@ -50,56 +51,58 @@ pub trait Engine {
     fn count(&self, kind: Kind) -> usize;
 
     /// Compiles what changed since the last call, up to about `budget` elements, and returns the
-    /// operations that lead there from what the last call gave.
+    /// operations that bring the tables from the state after the last call to the new one.
     fn update(&mut self, budget: usize) -> Update<Self::Change>;
 
-    /// Compiles everything that changed at once, for a comparison of the whole. `first` says that
-    /// it is unknown what an earlier process has written.
+    /// Compiles everything that changed at once, before a comparison of the whole tables with the
+    /// kernel. `first` says that this is the first comparison, so that rules of an earlier process
+    /// may be in force.
     fn rebuild(&mut self, first: bool) -> Self::Change;
 
-    /// Returns the rules that all transactions so far amount to.
+    /// Returns the rules that all transactions so far add up to.
     fn ruleset(&self) -> Ruleset;
 
-    /// Returns what a comparison is about to change of rules that this process has not written.
+    /// Returns what the transaction of a comparison changes in rules that this process did not
+    /// write.
     fn compared(&self, actual: &Ruleset, transaction: &Transaction) -> Self::Change {
         let _ = (actual, transaction);
         Self::Change::default()
     }
 
-    /// Returns the objects to which something belongs that the kernel refused. Objects in quarantine
-    /// are not among them.
+    /// Returns the objects, except those in quarantine, to which a refused nftables object belongs.
     fn blame(&self, refused: &ObjectPath) -> Vec<ObjectRef>;
 
-    /// Compiles an object in such a way that the kernel accepts it, until it changes or
+    /// Compiles an object to rules that the kernel accepts, until it changes or
     /// [`Engine::retry_quarantined`] is called.
     fn quarantine(&mut self, object: &ObjectRef) -> Self::Change;
 
-    /// Compiles the objects in quarantine as they are with the next update.
+    /// Ends the quarantine of all objects; the next update compiles them.
     fn retry_quarantined(&mut self);
 
-    /// Returns when [`Engine::update`] has something to do although no event came.
+    /// Returns when [`Engine::update`] has something to do without an event.
     fn due(&self) -> Option<Instant>;
 
-    /// Returns what was found about objects since the last call.
+    /// Returns the notices about objects since the last call.
     fn take_notices(&mut self) -> Vec<Notice>;
 }
 
-/// What changed in the rules. Changes that take effect together are appended to each other.
+/// A change of the rules. Changes that take effect together are appended to each other.
 pub trait Change: Default {
     /// Adds a later change.
     fn append(&mut self, later: Self);
 
-    /// Notes that the tables were compared as a whole and may have been different before.
+    /// Marks the change as the result of a comparison of the whole tables, before which other rules
+    /// may have been in force.
     fn set_rewritten(&mut self);
 }
 
-/// A step towards the wanted rules.
+/// The result of [`Engine::update`].
 #[derive(Debug, Default)]
 pub struct Update<C> {
     /// The operations.
     pub transaction: Transaction,
-    /// What they change.
+    /// The change that they make.
     pub change: C,
-    /// Whether more waits for another call.
+    /// Whether another call has something to do.
     pub more: bool,
 }

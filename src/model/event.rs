@@ -1,4 +1,4 @@
-//! What a source tells the reconciler.
+//! Events: what a source sends to the engines.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -11,7 +11,7 @@ use super::{
     EndpointSlice, Kind, Namespace, NetworkPolicy, Node, ObjectName, Pod, Service, ServiceCidr,
 };
 
-/// An event with the moment it reached nftlet, from which latencies are counted.
+/// An event with the time of its arrival, from which latencies are measured.
 #[derive(Clone, Debug)]
 pub struct Delivery {
     /// When the bytes of the event were read.
@@ -21,7 +21,7 @@ pub struct Delivery {
 }
 
 impl Delivery {
-    /// Stamps an event with the current time.
+    /// Returns an event that arrived now.
     pub fn now(event: Event) -> Self {
         Self {
             at: Instant::now(),
@@ -30,29 +30,30 @@ impl Delivery {
     }
 }
 
-/// What happened to the objects of a source.
+/// A change of the objects of a source.
 ///
-/// A source first sends, for every [`Kind`] it covers, `ListStarted`, the objects as `Apply`,
-/// and `ListComplete`; nothing is programmed before all kinds are complete. Later a source may
-/// list a kind again in the same way: objects that do not come up again are gone.
+/// A source first sends, for every [`Kind`] it covers, `ListStarted`, the objects as `Apply`, and
+/// `ListComplete`; no rule is written before all kinds are complete. Later a source may list a kind
+/// again in the same way: objects that are missing from the new list are deleted.
 #[derive(Clone, Debug)]
 pub enum Event {
     /// A complete list of a kind begins.
     ListStarted(Kind),
-    /// The list that began is complete; known objects of the kind that were not in it are gone.
+    /// The list is complete; known objects of the kind that were not in it are deleted.
     ListComplete(Kind),
-    /// An object is as given.
+    /// An object was created or changed.
     Apply(Object),
-    /// An object is gone.
+    /// An object was deleted.
     Delete(ObjectRef),
-    /// Where the source's own connections to the API server lead: all addresses and ports.
+    /// The addresses and ports of the API server that the source connects to, all of them.
     Servers(BTreeSet<SocketAddr>),
-    /// Something a person should know about; nothing else changes.
+    /// A problem to report to the operator; no object changes.
     Notice(Notice),
 }
 
 impl Event {
-    /// The service that a Service or an EndpointSlice is about, where the event says it.
+    /// Returns the service that the event concerns. The deletion of an EndpointSlice does not name
+    /// its service.
     pub fn service(&self) -> Option<&ObjectName> {
         match self {
             Event::Apply(Object::Service(service)) => Some(&service.name),
@@ -62,7 +63,7 @@ impl Event {
         }
     }
 
-    /// Whether it concerns objects of these kinds: one of them or a list.
+    /// Returns whether the event is about an object or a list of one of these kinds.
     pub(crate) fn is_about(&self, kinds: &[Kind]) -> bool {
         let kind = match self {
             Event::ListStarted(kind) | Event::ListComplete(kind) => Some(*kind),
@@ -73,7 +74,7 @@ impl Event {
         kind.is_some_and(|kind| kinds.contains(&kind))
     }
 
-    /// The kind of the object that changed; `None` for all other events.
+    /// Returns the kind of the object that changed; `None` for all other events.
     pub fn kind(&self) -> Option<Kind> {
         match self {
             Event::Apply(object) => Some(object.kind()),
@@ -106,7 +107,7 @@ pub enum Object {
 }
 
 impl Object {
-    /// The kind.
+    /// Returns the kind.
     pub fn kind(&self) -> Kind {
         match self {
             Object::Service(_) => Kind::Service,
@@ -119,7 +120,7 @@ impl Object {
         }
     }
 
-    /// Kind and name.
+    /// Returns kind and name.
     pub fn reference(&self) -> ObjectRef {
         match self {
             Object::Service(o) => ObjectRef::new(Kind::Service, o.name.clone()),
@@ -143,7 +144,7 @@ pub struct ObjectRef {
 }
 
 impl ObjectRef {
-    /// Joins a kind and a name.
+    /// Creates a reference to an object.
     pub fn new(kind: Kind, name: ObjectName) -> Self {
         Self { kind, name }
     }
@@ -155,14 +156,14 @@ impl fmt::Display for ObjectRef {
     }
 }
 
-/// One clear sentence about something that is wrong with the input or cannot be done.
+/// A message to the operator about input that cannot be used or an operation that failed.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Notice {
-    /// What it is about.
+    /// The object, file or host that it is about.
     pub subject: Subject,
     /// A short stable word for metrics and events.
     pub reason: Reason,
-    /// What, where and how to mend it, on one line.
+    /// One line: the fault, its place, and the remedy.
     pub message: String,
 }
 
@@ -173,12 +174,12 @@ pub enum Subject {
     Object(ObjectRef),
     /// A place in a file.
     File {
-        /// The file as it was named on the command line or found below it.
+        /// The path as given on the command line or found below such a directory.
         path: PathBuf,
         /// Line and column, both counted from 1.
         position: Option<(u64, u64)>,
     },
-    /// Something else with a name of its own, such as an API server's address.
+    /// Anything else, by its name, such as the address of an API server.
     Other(Arc<str>),
 }
 
@@ -199,52 +200,51 @@ impl fmt::Display for Subject {
     }
 }
 
-/// Why a [`Notice`] was given; the text form is stable and used as a metric label.
+/// The reason of a [`Notice`]. Its text form is stable: metrics use it as a label.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Reason {
     /// A field of an object cannot be used and was left out.
     InvalidField,
     /// An object could not be decoded at all.
     InvalidObject,
-    /// A part of a NetworkPolicy cannot be understood; what it was to allow stays denied.
+    /// A part of a NetworkPolicy cannot be used; the traffic that it should allow stays denied.
     InvalidPolicy,
     /// A file could not be read or parsed.
     InvalidFile,
     /// An object of a kind that nftlet does not use.
     UnknownKind,
-    /// A service claims an address and port that it does not get: another one has it, or no
-    /// service may have it.
+    /// A service claims an address and port that belongs to another service or is reserved.
     Conflict,
     /// A slice names a service that does not exist.
     OrphanSlice,
-    /// A service is left to another proxy.
+    /// A service is handled by another proxy.
     OtherProxy,
     /// The API server refused or could not be reached.
     ApiServer,
     /// The own Node object is missing.
     NodeMissing,
-    /// The kernel refused what an object asked for.
+    /// The kernel refused the rules of an object.
     KernelRefused,
-    /// A service asks for more set elements than one may have.
+    /// A service needs more set elements than [`MOST_ELEMENTS`](super::MOST_ELEMENTS).
     TooLarge,
-    /// Somebody else changed nftlet's tables.
+    /// Another process changed nftlet's tables.
     ForeignChange,
-    /// The port of a health check cannot be listened on.
+    /// The port of a health check cannot be bound.
     HealthCheckPort,
-    /// Traffic on a bridge passes the network policies by.
+    /// Traffic on a bridge bypasses the network policies.
     BridgeTraffic,
-    /// Network policies are to be enforced on this node and are not.
+    /// Network policies are not enforced on this node although they should be.
     PoliciesNotInForce,
     /// The rules could not be written to the kernel, or read from it.
     SyncFailed,
-    /// A kernel setting that was asked for could not be made.
+    /// A kernel setting could not be changed.
     KernelSetting,
-    /// The services of a namespace remember as many clients as they may.
+    /// The session affinity of a namespace has reached the limit of clients.
     AffinityFull,
 }
 
 impl Reason {
-    /// All of them.
+    /// All reasons.
     pub const ALL: [Self; 19] = [
         Self::InvalidField,
         Self::InvalidObject,
@@ -267,7 +267,7 @@ impl Reason {
         Self::AffinityFull,
     ];
 
-    /// The stable text form.
+    /// Returns the stable text form.
     pub fn as_str(self) -> &'static str {
         match self {
             Reason::InvalidField => "InvalidField",
@@ -292,8 +292,8 @@ impl Reason {
         }
     }
 
-    /// Whether it happens all the time in a living cluster, where slices arrive before their
-    /// services, and calls for nobody.
+    /// Returns whether it occurs in normal operation, as when a slice arrives before its service,
+    /// and needs no action.
     pub(crate) fn is_routine(self) -> bool {
         matches!(
             self,
@@ -301,7 +301,7 @@ impl Reason {
         )
     }
 
-    /// Whether it is about what this node met, and not about an object that all nodes read alike.
+    /// Returns whether it is about this node, and not about an object that all nodes read.
     pub(crate) fn is_of_the_node(self) -> bool {
         match self {
             Reason::InvalidField

@@ -1,4 +1,4 @@
-//! The facts nftlet keeps of each object kind.
+//! Services, endpoints, nodes and service address ranges.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -8,7 +8,7 @@ use ipnet::IpNet;
 
 use super::ObjectName;
 
-/// An IP address family; each has a table of its own in the kernel.
+/// An IP address family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Family {
     /// IPv4.
@@ -21,7 +21,7 @@ impl Family {
     /// Both families, IPv4 first.
     pub const ALL: [Family; 2] = [Family::V4, Family::V6];
 
-    /// The family of an address.
+    /// Returns the family of an address.
     pub fn of(address: IpAddr) -> Self {
         match address {
             IpAddr::V4(_) => Family::V4,
@@ -52,7 +52,7 @@ pub enum Protocol {
 }
 
 impl Protocol {
-    /// The IP protocol number.
+    /// Returns the IP protocol number.
     pub fn number(self) -> u8 {
         self as u8
     }
@@ -68,7 +68,7 @@ impl fmt::Display for Protocol {
     }
 }
 
-/// What sort of service an object is, as far as rules are concerned.
+/// The type of a service, as far as rules depend on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ServiceKind {
     /// `type: ClusterIP` with an address.
@@ -95,20 +95,20 @@ pub enum TrafficPolicy {
     Local,
 }
 
-/// The most set elements that one service may ask for.
+/// The maximum number of set elements of one service. A service that needs more has no rules.
 pub(crate) const MOST_ELEMENTS: usize = 500_000;
 
 /// A Service, reduced to the fields that become rules.
 ///
-/// Addresses are already parsed; the source reports and leaves out those that are malformed.
+/// The source reports malformed addresses and leaves them out.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Service {
     /// Namespace and name.
     pub name: ObjectName,
-    /// `metadata.creationTimestamp` in seconds since 1970; the older of two services wins a
-    /// contested frontend. Absent (files written by hand) counts as newest.
+    /// `metadata.creationTimestamp` in seconds since 1970: of two services with one frontend the
+    /// older has it. `None` (files written by hand) counts as newest.
     pub created: Option<i64>,
-    /// The sort of service.
+    /// The type, with the cases in which the service has no rules.
     pub kind: ServiceKind,
     /// `clusterIPs` (or `clusterIP`), one per address family at most.
     pub cluster_ips: Vec<IpAddr>,
@@ -118,7 +118,7 @@ pub struct Service {
     pub external_ips: Vec<IpAddr>,
     /// `status.loadBalancer.ingress[].ip` with `ipMode` VIP or absent.
     pub load_balancer_ips: Vec<IpAddr>,
-    /// `loadBalancerSourceRanges`; empty means everyone.
+    /// `loadBalancerSourceRanges`; empty allows all clients.
     pub source_ranges: Vec<IpNet>,
     /// `externalTrafficPolicy`.
     pub external_policy: TrafficPolicy,
@@ -131,7 +131,7 @@ pub struct Service {
 }
 
 impl Service {
-    /// Whether packets are handled for this service at all.
+    /// Returns whether the service has frontends, and so rules.
     pub fn has_frontends(&self) -> bool {
         match self.kind {
             ServiceKind::ClusterIp | ServiceKind::NodePort | ServiceKind::LoadBalancer => true,
@@ -139,7 +139,7 @@ impl Service {
         }
     }
 
-    /// Returns the most frontends that it can ask for: one for each port of each address, and a
+    /// Returns the maximum number of its frontends: one for each port of each address, and a
     /// NodePort for each port.
     pub fn frontends(&self) -> usize {
         if !self.has_frontends() {
@@ -154,7 +154,7 @@ impl Service {
         self.ports.len().saturating_mul(addresses.saturating_add(1))
     }
 
-    /// Whether its ports and addresses alone ask for more than [`MOST_ELEMENTS`].
+    /// Returns whether the frontends alone need more than [`MOST_ELEMENTS`].
     pub(crate) fn is_oversized(&self) -> bool {
         self.frontends() > MOST_ELEMENTS
     }
@@ -163,7 +163,7 @@ impl Service {
 /// One entry of `spec.ports`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ServicePort {
-    /// The name that joins it to a port of the EndpointSlices; empty for the only port.
+    /// The name, by which EndpointSlices refer to the port; empty for the only port.
     pub name: Arc<str>,
     /// The protocol.
     pub protocol: Protocol,
@@ -180,14 +180,14 @@ pub struct EndpointSlice {
     pub name: ObjectName,
     /// The service it belongs to (label `kubernetes.io/service-name`, same namespace).
     pub service: ObjectName,
-    /// `metadata.creationTimestamp` in seconds since 1970. Absent (files written by hand) counts as
+    /// `metadata.creationTimestamp` in seconds since 1970. `None` (files written by hand) counts as
     /// newest.
     pub created: Option<i64>,
     /// `addressType`.
     pub family: Family,
-    /// Ports with a number; entries without one are left out by the source.
+    /// The ports; the source leaves out entries without a number.
     pub ports: Vec<SlicePort>,
-    /// The endpoints, first address of each.
+    /// The endpoints, each with its first address.
     pub endpoints: Vec<Endpoint>,
     /// Annotation `endpoints.kubernetes.io/last-change-trigger-time`, milliseconds since 1970.
     pub triggered_at_ms: Option<i64>,
@@ -217,35 +217,35 @@ pub struct Endpoint {
     pub terminating: bool,
     /// `nodeName`.
     pub node: Option<Arc<str>>,
-    /// `hints`, if there are any; shared, because most endpoints have none and many the same.
+    /// `hints`, shared by endpoints with the same ones.
     pub hints: Option<Arc<Hints>>,
 }
 
-// There can be a million.
+// A cluster can have a million.
 const _: () = assert!(size_of::<Endpoint>() <= 48);
 
 impl Endpoint {
-    /// The zones it is hinted for; `None` when it carries no zone hints.
+    /// Returns the zones of its hints; `None` without zone hints.
     pub(crate) fn zone_hints(&self) -> Option<&[Arc<str>]> {
         self.hints.as_ref()?.zones.as_deref()
     }
 
-    /// The nodes it is hinted for; `None` when it carries no node hints.
+    /// Returns the nodes of its hints; `None` without node hints.
     pub(crate) fn node_hints(&self) -> Option<&[Arc<str>]> {
         self.hints.as_ref()?.nodes.as_deref()
     }
 }
 
-/// Where the traffic of an endpoint should come from.
+/// The zones and nodes whose traffic an endpoint should receive.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Hints {
-    /// `forZones[].name`, if that is there.
+    /// `forZones[].name`.
     pub zones: Option<Box<[Arc<str>]>>,
-    /// `forNodes[].name`, if that is there.
+    /// `forNodes[].name`.
     pub nodes: Option<Box<[Arc<str>]>>,
 }
 
-/// The node nftlet runs on.
+/// The node that nftlet runs on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Node {
     /// `metadata.name`.
@@ -258,14 +258,13 @@ pub struct Node {
     pub pod_cidrs: Vec<IpNet>,
     /// Label `topology.kubernetes.io/zone`.
     pub zone: Option<Arc<str>>,
-    /// Whether the node is going away: it has a deletion timestamp or the taint
-    /// `ToBeDeletedByClusterAutoscaler`.
+    /// Whether the node is about to be removed: it has a deletion timestamp or the taint
+    /// `ToBeDeletedByClusterAutoscaler`. Health checks of load balancers fail then.
     pub going_away: bool,
 }
 
 impl Node {
-    /// Whether the rules are the same for both. Being about to go away matters to health checks
-    /// alone.
+    /// Returns whether the rules are the same for both; they do not depend on `going_away`.
     pub(crate) fn rules_as(&self, other: &Self) -> bool {
         let with_mine = |other: &Self| Self {
             going_away: self.going_away,
@@ -274,8 +273,8 @@ impl Node {
         *self == with_mine(other)
     }
 
-    /// The node's primary address of a family: the first InternalIP, else the first ExternalIP
-    /// (kube-proxy's order).
+    /// Returns the node's primary address of a family: the first InternalIP, else the first
+    /// ExternalIP, as in kube-proxy.
     pub(crate) fn primary_ip(&self, family: Family) -> Option<IpAddr> {
         self.internal_ips
             .iter()
@@ -285,7 +284,7 @@ impl Node {
     }
 }
 
-/// A ServiceCIDR: a range that ClusterIPs are allocated from.
+/// A ServiceCIDR: ranges that ClusterIPs are allocated from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServiceCidr {
     /// `metadata.name`.

@@ -1,15 +1,15 @@
-//! The kinds of API objects that nftlet reads, and what the API calls them.
+//! The kinds of API objects that nftlet reads, with their names in the API.
 
 use std::fmt;
 
-/// The object kinds that sources deliver.
+/// A kind of API objects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Kind {
     /// core/v1 Service.
     Service,
     /// discovery.k8s.io/v1 EndpointSlice.
     EndpointSlice,
-    /// core/v1 Node: the one nftlet runs on.
+    /// core/v1 Node: the one that nftlet runs on.
     Node,
     /// networking.k8s.io/v1 ServiceCIDR.
     ServiceCidr,
@@ -22,7 +22,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// Every kind.
+    /// All kinds.
     pub const ALL: [Kind; 7] = [
         Kind::Service,
         Kind::EndpointSlice,
@@ -33,7 +33,7 @@ impl Kind {
         Kind::NetworkPolicy,
     ];
 
-    /// What services are made of.
+    /// The kinds that the rules of services are compiled from.
     pub const SERVICES: [Kind; 4] = [
         Kind::Service,
         Kind::EndpointSlice,
@@ -41,35 +41,35 @@ impl Kind {
         Kind::ServiceCidr,
     ];
 
-    /// What network policies are made of.
+    /// The kinds that the rules of network policies are compiled from.
     pub const POLICY: [Kind; 3] = [Kind::Pod, Kind::Namespace, Kind::NetworkPolicy];
 
-    /// The kind of a name, `kind` of its objects.
+    /// Returns the kind whose API objects have this `kind`.
     pub(crate) fn named(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|kind| kind.as_str() == name)
     }
 
-    /// The `kind` of the API object.
+    /// Returns the `kind` of the API object.
     pub fn as_str(self) -> &'static str {
         self.row().0
     }
 
-    /// The `apiVersion` that is asked for and understood.
+    /// Returns the `apiVersion` that nftlet reads.
     pub(crate) fn api_version(self) -> &'static str {
         self.row().1
     }
 
-    /// The API group; empty for the core.
+    /// Returns the API group; empty for the core group.
     pub(crate) fn group(self) -> &'static str {
         group_of(self.api_version())
     }
 
-    /// The plural, as in paths and in roles.
+    /// Returns the plural, as in paths and roles.
     pub(crate) fn plural(self) -> &'static str {
         self.row().2
     }
 
-    /// Whether the objects are in namespaces.
+    /// Returns whether the objects are in namespaces.
     pub(crate) fn is_namespaced(self) -> bool {
         self.row().3
     }
@@ -97,7 +97,7 @@ impl Kind {
     }
 }
 
-/// The group of an `apiVersion`; empty for the core.
+/// Returns the group of an `apiVersion`; empty for the core group.
 pub(crate) fn group_of(api_version: &str) -> &str {
     api_version.split_once('/').map_or("", |(group, _)| group)
 }

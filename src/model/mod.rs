@@ -1,8 +1,8 @@
 //! Services, endpoints and nodes as plain facts.
 //!
-//! The types here hold what nftlet needs to know of the Kubernetes objects and nothing else: no
-//! client types, no serialisation, no I/O. A [source](crate::source) makes them and sends them
-//! as [`Event`]s; an [engine](crate::engine) keeps them.
+//! The types hold the fields of Kubernetes objects that nftlet uses: no client types, no
+//! serialisation, no I/O. A [source](crate::source) creates them and sends them as [`Event`]s; an
+//! [engine](crate::engine) keeps them.
 
 mod event;
 mod facts;

@@ -10,7 +10,7 @@ use std::sync::Arc;
 pub struct ObjectName(Arc<str>);
 
 impl ObjectName {
-    /// Joins a namespace and a name. An empty namespace stands for a cluster-scoped object.
+    /// Joins a namespace, empty for a cluster-scoped object, and a name.
     pub fn new(namespace: &str, name: &str) -> Self {
         if namespace.is_empty() {
             Self(Arc::from(name))
@@ -19,19 +19,19 @@ impl ObjectName {
         }
     }
 
-    /// The namespace, or an empty string for a cluster-scoped object.
+    /// Returns the namespace; empty for a cluster-scoped object.
     pub fn namespace(&self) -> &str {
         self.0
             .split_once('/')
             .map_or("", |(namespace, _)| namespace)
     }
 
-    /// The name without its namespace.
+    /// Returns the name without its namespace.
     pub fn name(&self) -> &str {
         self.0.split_once('/').map_or(&*self.0, |(_, name)| name)
     }
 
-    /// The form `namespace/name`.
+    /// Returns the printed form.
     pub fn as_str(&self) -> &str {
         &self.0
     }

@@ -1,4 +1,4 @@
-//! On which of the node's addresses NodePorts answer.
+//! The addresses of the node on which NodePorts answer.
 
 use std::net::IpAddr;
 
@@ -6,19 +6,19 @@ use ipnet::IpNet;
 
 use super::{Family, Node};
 
-/// The addresses on which NodePorts answer, by what the operator chose.
+/// The value of `--nodeport-addresses`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum NodePortAddresses {
     /// The primary address of each family, from the Node object.
     #[default]
     Primary,
-    /// Those inside the ranges; a family without a range means all of its addresses.
+    /// The addresses inside the ranges; in a family without a range, all addresses.
     Inside(Vec<IpNet>),
 }
 
 impl NodePortAddresses {
-    /// The ranges whose local addresses answer NodePorts. Loopback addresses never do. `bound`
-    /// is the primary address of its family, whatever the Node object says.
+    /// Returns the ranges whose local addresses answer NodePorts. Loopback addresses never do.
+    /// `bound` overrides the Node's primary address of its family.
     pub fn ranges(&self, family: Family, bound: Option<IpAddr>, node: Option<&Node>) -> Vec<IpNet> {
         match self {
             NodePortAddresses::Primary => {
@@ -41,7 +41,7 @@ impl NodePortAddresses {
     }
 }
 
-/// All addresses of a family without those of the loopback network.
+/// Returns ranges that cover a family except its loopback network.
 fn everything_but_loopback(family: Family) -> Vec<IpNet> {
     let (all, loopback): (IpNet, IpNet) = match family {
         Family::V4 => (
@@ -53,7 +53,8 @@ fn everything_but_loopback(family: Family) -> Vec<IpNet> {
             IpNet::from(IpAddr::V6(std::net::Ipv6Addr::LOCALHOST)),
         ),
     };
-    // Halving around the loopback network leaves, for each bit of its prefix, the other half.
+    // Halves the range that contains the loopback network and keeps the other half, for each bit of
+    // its prefix.
     let mut parts = Vec::new();
     let mut current = all;
     while current.prefix_len() < loopback.prefix_len() {

@@ -1,4 +1,4 @@
-//! The facts nftlet keeps of pods, namespaces and network policies.
+//! Pods, namespaces and network policies.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -15,37 +15,37 @@ use super::{ObjectName, Protocol};
 pub struct Labels(Arc<[(Arc<str>, Arc<str>)]>);
 
 impl Labels {
-    /// The value of a label.
+    /// Returns the value of a label.
     pub fn get(&self, key: &str) -> Option<&Arc<str>> {
         let found = self.0.binary_search_by(|(known, _)| (**known).cmp(key));
         let (_, value) = self.0.get(found.ok()?)?;
         Some(value)
     }
 
-    /// Keys and values, sorted by key.
+    /// Returns keys and values, sorted by key.
     pub fn iter(&self) -> impl Iterator<Item = (&Arc<str>, &Arc<str>)> {
         self.0.iter().map(|(key, value)| (key, value))
     }
 
-    /// The number of labels.
+    /// Returns the number of labels.
     pub fn len(&self) -> usize {
         self.0.len()
     }
 
-    /// Whether there is none.
+    /// Returns whether there are no labels.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// Whether there is another clone of these labels: the question of whoever keeps one to
-    /// share.
+    /// Returns whether another clone of these labels exists. A cache of labels drops those that
+    /// only it holds.
     pub fn is_shared(&self) -> bool {
         Arc::strong_count(&self.0) > 1
     }
 }
 
 impl<K: Into<Arc<str>>, V: Into<Arc<str>>> FromIterator<(K, V)> for Labels {
-    /// Of equal keys the last one counts, as in JSON.
+    /// Collects labels. Of equal keys the last one counts, as in JSON.
     fn from_iter<I: IntoIterator<Item = (K, V)>>(labels: I) -> Self {
         let mut labels: Vec<(Arc<str>, Arc<str>)> = labels
             .into_iter()
@@ -58,7 +58,7 @@ impl<K: Into<Arc<str>>, V: Into<Arc<str>>> FromIterator<(K, V)> for Labels {
     }
 }
 
-/// A Pod, reduced to what network policies ask of it.
+/// A Pod, reduced to the fields that network policies depend on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pod {
     /// Namespace and name.
@@ -67,11 +67,11 @@ pub struct Pod {
     pub node: Option<Arc<str>>,
     /// `spec.hostNetwork`: the addresses are the node's, and no policy selects the pod.
     pub host_network: bool,
-    /// Its containers have come to their end, so that the pod no longer has its addresses.
+    /// Whether all containers have terminated, so that the pod no longer has its addresses.
     pub ended: bool,
-    /// A container runs, by the status.
+    /// Whether a container runs, by the status.
     pub running: bool,
-    /// What the status says about who has the addresses.
+    /// The evidence in the status that the pod has its addresses.
     pub evidence: Evidence,
     /// `status.podIPs` (or `podIP`), one per family at most.
     pub addresses: SmallVec<[IpAddr; 2]>,
@@ -81,21 +81,21 @@ pub struct Pod {
     pub ports: Arc<[NamedPort]>,
 }
 
-/// What a pod's status says about having its addresses. A status may be older than a reboot of the
-/// node, so that two pods claim one address.
+/// The evidence in a pod's status that the pod has its addresses. A status may be older than a
+/// reboot of the node, so that two pods claim one address.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Evidence {
-    /// The sandbox, which has the addresses.
+    /// The sandbox, to which the addresses belong.
     pub sandbox: Sandbox,
     /// When the latest of the running containers started, in seconds since 1970.
     pub started: Option<u32>,
 }
 
-/// What is known of a pod's sandbox. Of two pods with one address, the one with the greater value
-/// was the last to have it.
+/// The state of a pod's sandbox. Of two pods with one address, the one with the greater value had
+/// it last.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Sandbox {
-    /// There is none: the condition `PodReadyToStartContainers` is False and no container runs.
+    /// It does not exist: the condition `PodReadyToStartContainers` is False and no container runs.
     Gone,
     /// The status does not say.
     #[default]
@@ -106,8 +106,8 @@ pub enum Sandbox {
 }
 
 impl Evidence {
-    /// Whether it shows that another pod had the same address before, and no more. Where the
-    /// condition and the containers contradict each other, neither pod outranks the other.
+    /// Returns whether a pod with this evidence took the address over from one with the other. If
+    /// the condition and the containers contradict each other, neither pod outranks the other.
     pub(crate) fn outranks(&self, other: &Self) -> bool {
         self.sandbox > other.sandbox && self.started >= other.started
     }
@@ -125,7 +125,7 @@ pub struct NamedPort {
     pub port: u16,
 }
 
-/// The label by which the API server tells the name of every namespace.
+/// The label with the name of a namespace, which the API server sets.
 pub(crate) const NAMESPACE_NAME: &str = "kubernetes.io/metadata.name";
 
 /// A Namespace.
@@ -139,26 +139,26 @@ pub struct Namespace {
 
 /// A NetworkPolicy (networking.k8s.io/v1).
 ///
-/// A rule that cannot be understood is left out by the source, which reports it: it allows
-/// nothing, and what it was to allow stays denied.
+/// The source reports a rule that cannot be used and leaves it out, so that the traffic that it
+/// should allow stays denied.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NetworkPolicy {
     /// Namespace and name.
     pub name: ObjectName,
     /// `spec.podSelector`: the pods of the namespace that the policy applies to.
     pub pods: LabelSelector,
-    /// What may reach these pods; `None` if the policy says nothing about ingress.
+    /// The allowed ingress; `None` if the policy does not isolate the pods for ingress.
     pub ingress: Option<Vec<PolicyRule>>,
-    /// What these pods may reach; `None` if the policy says nothing about egress.
+    /// The allowed egress; `None` if the policy does not isolate the pods for egress.
     pub egress: Option<Vec<PolicyRule>>,
 }
 
 /// One entry of `spec.ingress` or `spec.egress`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PolicyRule {
-    /// `from` or `to`; `None` (absent or empty in the API) is everyone.
+    /// `from` or `to`; `None` (absent or empty in the API) allows all peers.
     pub peers: Option<Vec<Peer>>,
-    /// `ports`; `None` (absent or empty in the API) is every port and protocol.
+    /// `ports`; `None` (absent or empty in the API) allows all ports and protocols.
     pub ports: Option<Vec<PolicyPort>>,
 }
 
@@ -193,17 +193,17 @@ pub struct PolicyPort {
 /// Which destination ports a [`PolicyPort`] allows.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum PortMatch {
-    /// Without a `port`: all of the protocol.
+    /// All ports of the protocol (no `port`).
     Any,
-    /// From a port to another one, both included.
+    /// The first to the last port, inclusive.
     Range(u16, u16),
-    /// The port that the destination pod gives this name, for this protocol.
+    /// The port of the destination pod that has this name and protocol.
     Named(Arc<str>),
 }
 
-/// A label selector: all requirements must be met. Without any it selects everything.
+/// A label selector: all requirements must be met. Without requirements it selects everything.
 ///
-/// Two selectors that are written in different order are equal.
+/// Selectors with the same requirements in another order are equal.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct LabelSelector(Arc<[Requirement]>);
 
@@ -221,7 +221,7 @@ pub enum Requirement {
 }
 
 impl LabelSelector {
-    /// A selector of all these requirements.
+    /// Creates a selector that combines requirements.
     pub fn new(requirements: impl IntoIterator<Item = Requirement>) -> Self {
         let mut requirements: Vec<Requirement> = requirements
             .into_iter()
@@ -232,24 +232,25 @@ impl LabelSelector {
         Self(requirements.into())
     }
 
-    /// The requirements, sorted.
+    /// Returns the requirements, sorted.
     pub fn requirements(&self) -> &[Requirement] {
         &self.0
     }
 
-    /// Whether it selects everything.
+    /// Returns whether it selects everything.
     pub(crate) fn is_everything(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// Whether an object with these labels is selected.
+    /// Returns whether an object with these labels is selected.
     pub fn matches(&self, labels: &Labels) -> bool {
         self.0.iter().all(|requirement| requirement.met(labels))
     }
 }
 
 impl Requirement {
-    /// Whether labels meet it (apimachinery's rules: `NotIn` is met where the label is absent).
+    /// Returns whether labels meet it. As in apimachinery, `NotIn` is met where the label is
+    /// absent.
     pub fn met(&self, labels: &Labels) -> bool {
         match self {
             Requirement::In(key, values) => {
@@ -273,7 +274,7 @@ impl Requirement {
 }
 
 impl fmt::Display for LabelSelector {
-    /// The notation of kubectl: `app=web,tier in (a,b),!old`; everything is `*`.
+    /// Prints the notation of kubectl: `app=web,tier in (a,b),!old`; everything is `*`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.is_everything() {
             return f.write_str("*");
@@ -317,7 +318,7 @@ mod tests {
         let (gone, unknown) = (of(Sandbox::Gone, None), Evidence::default());
         let before = of(Sandbox::RanAt(10), Some(10));
         let after = of(Sandbox::RanAt(20), Some(20));
-        // Its sandbox runs, and no container yet.
+        // Its sandbox runs, but no container does yet.
         let ready = of(Sandbox::RanAt(30), None);
         for (stronger, weaker) in [
             (unknown, gone),

@@ -6,15 +6,14 @@ use std::collections::BTreeMap;
 use super::table::{Chain, Element, Name, Ruleset, Set, SetKind, Table, TableId};
 use super::transaction::{Op, Transaction};
 
-/// The transaction that turns `actual` into `wanted`.
+/// Returns the transaction that turns `actual` into `wanted`.
 ///
-/// Equal parts are not touched. A chain whose rules differ is emptied and filled again; a set
-/// whose elements differ gets just the difference. A table with a set that is declared in
-/// another way is replaced as a whole, because the kernel cannot redeclare a set that rules use;
-/// so is one that is foreign.
-/// Tables that `wanted` does not name are deleted.
+/// Equal parts are not touched. A chain whose rules differ is flushed and filled again; of a set
+/// only the elements that differ are changed. A table is replaced as a whole if it is foreign or
+/// the declaration of a set differs, because the kernel cannot redeclare a set in use. Tables that
+/// are not in `wanted` are deleted.
 ///
-/// `wanted` is consumed so that the elements of new sets need not be copied.
+/// `wanted` is consumed to avoid copies of the elements of new sets.
 pub fn diff(actual: &Ruleset, mut wanted: Ruleset) -> Transaction {
     let mut ops = Vec::new();
     for id in actual.tables.keys() {
@@ -39,7 +38,7 @@ pub fn diff(actual: &Ruleset, mut wanted: Ruleset) -> Transaction {
     Transaction { ops }
 }
 
-/// Whether one table can become the other without being replaced.
+/// Returns whether one table can become the other without being replaced.
 fn updatable(before: &Table, after: &Table) -> bool {
     !before.foreign
         && after.sets.iter().all(|(name, set)| {
@@ -96,7 +95,7 @@ fn diff_table(id: &TableId, before: &Table, after: Table, ops: &mut Vec<Op>) {
         }
     }
     ops.append(&mut additions);
-    // A map leads to its chains until it is empty. What a foreign one leads to is not known.
+    // A verdict map refers to chains until it is empty; a foreign one may refer to any.
     for name in &unused_sets {
         let set = before.sets.get(name);
         let leads = |set: &Set| {
@@ -119,8 +118,8 @@ fn diff_table(id: &TableId, before: &Table, after: Table, ops: &mut Vec<Op>) {
     }
 }
 
-/// Empties the chains that change or go, deletes at once those that must be made anew, and
-/// returns the names of those to delete when nothing leads to them any more.
+/// Flushes the chains that change or are removed, and deletes those that have to be created anew.
+/// Returns the chains to delete once nothing refers to them.
 fn emptied_chains(
     id: &TableId,
     before: &BTreeMap<Name, Chain>,
@@ -161,8 +160,8 @@ fn set_ops(
 ) {
     let declaration = new.declaration;
     if declaration.interval {
-        // The kernel's interval trees judge overlaps while a transaction is half way; these sets
-        // are small, so they are filled anew.
+        // The kernel checks intervals for overlaps after each operation, not at the end of the
+        // transaction. These sets are small, so they are flushed and filled again.
         if old.elements == new.elements {
             return;
         }
@@ -189,10 +188,11 @@ fn set_ops(
     }
 }
 
-/// The elements to delete and to add so that `before` becomes `after`; both are sorted by key.
+/// Returns the elements to delete and to add so that `before` becomes `after`; both are sorted by
+/// key.
 ///
-/// An element whose value or comment changed is in both lists: the kernel does not change
-/// elements in place.
+/// An element with another value or comment is in both lists: the kernel does not change elements
+/// in place.
 pub(crate) fn diff_elements(before: &[Element], after: &[Element]) -> (Vec<Element>, Vec<Element>) {
     let (mut delete, mut add) = (Vec::new(), Vec::new());
     let (mut old, mut new) = (before.iter().peekable(), after.iter().peekable());

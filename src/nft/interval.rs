@@ -7,10 +7,10 @@ use ipnet::IpNet;
 use super::key::Key;
 use super::table::Element;
 
-/// The elements that cover just the given networks.
+/// Returns the elements that cover exactly the given networks.
 ///
-/// Overlapping and adjacent networks are joined: the kernel refuses overlapping intervals, and
-/// equal sets of addresses get equal elements. All networks must be of one family.
+/// Joins networks that overlap or touch: the kernel refuses overlapping intervals, and equal sets
+/// of addresses get equal elements. All networks must be of one family.
 pub fn merge(networks: impl IntoIterator<Item = IpNet>) -> Vec<Element> {
     let mut ranges: Vec<(IpAddr, IpAddr)> = networks
         .into_iter()

@@ -18,7 +18,7 @@ pub enum FieldType {
     InetProto,
     /// `inet_service`, a port, two bytes in network order.
     InetService,
-    /// An untyped number as `numgen` yields it, four bytes in host order.
+    /// An untyped number, the result of `numgen`, four bytes in host order.
     Integer,
     /// `mark`, four bytes in host order.
     Mark,
@@ -29,7 +29,7 @@ pub enum FieldType {
 }
 
 impl FieldType {
-    /// The length of the value in bytes.
+    /// Returns the length of the value in bytes.
     pub fn bytes(self) -> usize {
         match self {
             FieldType::Ipv4Addr | FieldType::Integer | FieldType::Mark => 4,
@@ -39,12 +39,12 @@ impl FieldType {
         }
     }
 
-    /// The room the value takes in a concatenation, in bytes.
+    /// Returns the length of the value in a concatenation, in bytes.
     pub fn padded_len(self) -> usize {
         self.bytes().next_multiple_of(4)
     }
 
-    /// The name nft gives the type.
+    /// Returns the name of the type in nft.
     pub fn name(self) -> &'static str {
         match self {
             FieldType::Ipv4Addr => "ipv4_addr",
@@ -58,7 +58,7 @@ impl FieldType {
         }
     }
 
-    /// Whether the value is kept in host byte order.
+    /// Returns whether the value is in host byte order.
     pub(crate) fn host_order(self) -> bool {
         matches!(
             self,
@@ -67,13 +67,13 @@ impl FieldType {
     }
 }
 
-/// The key of a set element: its fields one after the other, each padded to four bytes.
+/// The key of a set element: a concatenation of fields, each padded to four bytes.
 ///
-/// A key of a single field is not padded. The type of the fields is known by the set.
+/// A key of a single field is not padded. The declaration of the set has the types of the fields.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Key(SmallVec<[u8; 32]>);
 
-/// The value of a map element, built like a [`Key`].
+/// The value of a map element, in the same form as a [`Key`].
 pub type Data = Key;
 
 impl Key {
@@ -85,23 +85,23 @@ impl Key {
         }
     }
 
-    /// A key of one address.
+    /// Returns a key of one address.
     pub fn address(address: IpAddr) -> Self {
         Self::build().address(address).finish()
     }
 
-    /// A key as it came from the kernel.
+    /// Returns the key with these bytes, as read from the kernel.
     pub fn from_bytes(bytes: &[u8]) -> Self {
         Self(SmallVec::from_slice(bytes))
     }
 
-    /// The bytes as the kernel takes them.
+    /// Returns the bytes for the kernel.
     pub fn as_bytes(&self) -> &[u8] {
         &self.0
     }
 
-    /// Reads the key with the types of its fields, for printing. Yields fewer fields when the
-    /// key is shorter than the types ask for.
+    /// Returns the printed fields, given their types; fewer if the key is too short for all of
+    /// them.
     pub fn fields<'a>(&'a self, types: &'a [FieldType]) -> KeyFields<'a> {
         KeyFields {
             bytes: &self.0,
@@ -119,7 +119,7 @@ impl fmt::Debug for Key {
     }
 }
 
-/// Puts the fields of a [`Key`] together.
+/// Builds a [`Key`] from its fields.
 #[derive(Clone, Debug)]
 pub struct KeyBuilder {
     bytes: SmallVec<[u8; 32]>,
@@ -162,7 +162,7 @@ impl KeyBuilder {
         self.field(&number.to_ne_bytes())
     }
 
-    /// Appends an interface name; names longer than the kernel's 15 bytes are cut.
+    /// Appends an interface name, cut after 15 bytes, the maximum in the kernel.
     pub fn interface(self, name: &str) -> Self {
         let mut padded = [0u8; 16];
         for (to, from) in padded.iter_mut().take(15).zip(name.bytes()) {
@@ -176,7 +176,7 @@ impl KeyBuilder {
         self.field(value)
     }
 
-    /// The finished key.
+    /// Returns the key.
     pub fn finish(mut self) -> Key {
         if self.last_field > 0 {
             self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
@@ -185,7 +185,7 @@ impl KeyBuilder {
     }
 }
 
-/// Iterates over the printable fields of a [`Key`].
+/// An iterator over the printed fields of a [`Key`].
 pub struct KeyFields<'a> {
     bytes: &'a [u8],
     types: &'a [FieldType],
@@ -230,7 +230,7 @@ fn print_field(field: FieldType, value: &[u8]) -> String {
     }
 }
 
-/// The name of an IP protocol, where nft has one that nftlet needs, or its number.
+/// Returns the name in nft of an IP protocol that nftlet uses, else its number.
 pub(super) fn protocol(number: u8) -> String {
     match number {
         1 => "icmp".into(),
@@ -242,7 +242,7 @@ pub(super) fn protocol(number: u8) -> String {
     }
 }
 
-/// The name of a type of ICMPv6 message, where nft has one, or its number.
+/// Returns the name in nft of an ICMPv6 type, else its number.
 fn icmp6_type(number: u8) -> String {
     let name = match number {
         1 => "destination-unreachable",

@@ -1,14 +1,14 @@
 //! nftables rulesets as plain, typed, comparable values.
 //!
-//! A [`Ruleset`] is what a set of tables should contain: chains with their rules, and sets, maps
-//! and verdict maps with their elements. Nothing here touches the kernel or knows Kubernetes.
+//! A [`Ruleset`] holds tables: chains with their rules, and sets, maps and verdict maps with their
+//! elements. This module depends neither on the kernel nor on Kubernetes.
 //!
-//! * [`diff()`] compares two rulesets and gives the [`Transaction`] that turns one into the other;
-//!   [`Transaction::into_steps`] cuts it where one atomic step would not do.
+//! * [`diff()`] compares two rulesets and returns the [`Transaction`] that turns one into the
+//!   other; [`Transaction::into_steps`] divides it where one atomic step does not suffice.
 //! * [`Sums`] compare elements of which no side is in memory as a whole.
 //! * [`text::render`] prints a ruleset in the syntax of `nft -f`.
-//! * `netlink` encodes the very same values for the kernel. Renderer and encoder match the same
-//!   enums exhaustively, so a construct cannot exist in one and be missing in the other.
+//! * `netlink` encodes the same values for the kernel. Renderer and encoder match the same enums
+//!   exhaustively, so that neither can lack a construct of the other.
 //!
 //! ```text
 //! Ruleset

@@ -1,4 +1,4 @@
-//! The objects of nftables, named in errors.
+//! Names of nftables objects in errors.
 
 use std::fmt;
 
@@ -6,7 +6,7 @@ use super::table::{Declaration, Element, Name, Stray, TableId};
 use super::text;
 use super::transaction::Op;
 
-/// The path of an nftables object that an operation of a transaction is about.
+/// The nftables object that an operation of a transaction concerns.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ObjectPath {
     /// A table.
@@ -19,7 +19,7 @@ pub enum ObjectPath {
     Set(TableId, Name),
     /// An element of a set.
     Element(TableId, Name, Box<Element>, String),
-    /// An object that nftlet does not make.
+    /// An object of a kind that nftlet never creates.
     Stray(TableId, Stray),
     /// The transaction as a whole.
     Transaction,
@@ -39,7 +39,8 @@ impl ObjectPath {
         }
     }
 
-    /// Returns the path of what an operation changes, and of one of its elements if its index is known.
+    /// Returns the path of the object that an operation changes, or of one of its elements, given
+    /// its index.
     pub fn of(op: &Op, element: Option<usize>) -> Self {
         match op {
             Op::AddTable(table) | Op::DeleteTable(table) => ObjectPath::Table(table.clone()),

@@ -8,17 +8,17 @@ use ipnet::IpNet;
 use super::selector::Selector;
 use super::table::{Name, clean_comment};
 
-/// A rule: statements evaluated in order until one does not match or gives a verdict.
+/// A rule: statements that are evaluated in order until one does not match or issues a verdict.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Rule {
     /// The statements.
     pub statements: Vec<Statement>,
-    /// A word for the person who reads the ruleset.
+    /// A comment for the reader of the ruleset.
     pub comment: Option<Arc<str>>,
 }
 
 impl Rule {
-    /// A rule without a comment.
+    /// Creates a rule without a comment.
     pub fn new(statements: impl Into<Vec<Statement>>) -> Self {
         Self {
             statements: statements.into(),
@@ -26,7 +26,7 @@ impl Rule {
         }
     }
 
-    /// The same rule with a comment.
+    /// Sets the comment.
     #[must_use]
     pub fn comment(mut self, comment: &str) -> Self {
         self.comment = Some(clean_comment(comment));
@@ -34,7 +34,7 @@ impl Rule {
     }
 }
 
-/// Whether a comparison asks for equality.
+/// A comparison operator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Comparison {
     /// Equal, or inside the prefix.
@@ -43,7 +43,7 @@ pub enum Comparison {
     IsNot,
 }
 
-/// The constant a selector is compared with.
+/// The constant that a selector is compared with.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Operand {
     /// An address prefix, for the address selectors.
@@ -61,10 +61,10 @@ pub enum Operand {
     InterfacePrefix(Arc<str>),
 }
 
-/// The conntrack states nftlet matches (`ct state`).
+/// A conntrack state (`ct state`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum CtState {
-    /// A packet that belongs to nothing.
+    /// A packet that belongs to no connection.
     Invalid,
     /// A packet of a known connection.
     Established,
@@ -92,7 +92,7 @@ impl CtState {
 pub struct CtStates(u8);
 
 impl CtStates {
-    /// The states, in the order in which nft lists them.
+    /// Returns the states in the order of nft.
     pub fn iter(self) -> impl Iterator<Item = CtState> {
         let states = CtState::ALL.into_iter();
         states.filter(move |state| self.0 & state.bit() != 0)
@@ -111,7 +111,7 @@ impl<const N: usize> From<[CtState; N]> for CtStates {
     }
 }
 
-/// The conntrack status bits nftlet matches (`ct status`).
+/// A conntrack status bit (`ct status`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum CtStatus {
     /// The destination was translated.
@@ -120,7 +120,7 @@ pub enum CtStatus {
     Snat,
 }
 
-/// How a packet is refused.
+/// The answer to a rejected packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum RejectWith {
     /// A TCP reset. The rule must have matched the protocol before.
@@ -129,7 +129,7 @@ pub enum RejectWith {
     PortUnreachable,
 }
 
-/// What becomes of a packet.
+/// A verdict on a packet.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Verdict {
     /// Leave the base chain; other base chains of the hook still see the packet.
@@ -138,14 +138,14 @@ pub enum Verdict {
     Drop,
     /// Go back to the calling chain.
     Return,
-    /// Continue in a chain and come back after its end.
+    /// Continue in a chain and return after its end.
     Jump(Name),
-    /// Continue in a chain without coming back to this one.
+    /// Continue in a chain without returning to this one.
     Goto(Name),
 }
 
 impl Verdict {
-    /// The chain that the verdict leads to.
+    /// Returns the chain that it leads to.
     pub fn target(&self) -> Option<&Name> {
         match self {
             Verdict::Jump(chain) | Verdict::Goto(chain) => Some(chain),
@@ -154,38 +154,36 @@ impl Verdict {
     }
 }
 
-/// One step of a rule.
+/// One statement of a rule.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Statement {
-    /// Continue if a selector compares as asked with a constant.
+    /// Continue if the comparison of a selector with a constant holds.
     Match(Selector, Comparison, Operand),
-    /// Continue if all these bits of `meta mark` are set, or if they are not all set.
+    /// Continue if all these bits of `meta mark` are set (`Is`), or not all of them (`IsNot`).
     MarkBits(Comparison, u32),
-    /// Continue if the packet's connection is in one of the states, of which there is at least
-    /// one.
+    /// Continue if the connection is in one of the states, at least one.
     CtState(CtStates),
     /// Continue if the connection has the status.
     CtStatus(CtStatus),
     /// Continue if a TCP segment does not open a connection: of the flags FIN, SYN, RST and ACK it
     /// has others than SYN alone. The rule must have matched the protocol before.
     TcpNotOpening,
-    /// Continue if the packet may pass just so many more routers (`ip6 hoplimit`, `ip ttl`).
+    /// Continue if the packet has this hop limit (`ip6 hoplimit`, `ip ttl`).
     HopLimit(u8),
-    /// Continue for so many packets, and for none beyond them (`limit rate`). All packets that
-    /// reach the rule share the limit.
+    /// Continue up to a rate (`limit rate`), which all packets that reach the rule share.
     Limit {
-        /// Packets a second on the long run, at least 1.
+        /// The average number of packets per second, at least 1.
         per_second: u32,
-        /// Packets that may come at once after a pause, at least 1.
+        /// The number of packets that may exceed the rate after a pause, at least 1.
         burst: u32,
     },
-    /// Hand a copy of the packet to whoever listens to an NFLOG group, and continue.
+    /// Send a copy of the packet to an NFLOG group, and continue.
     Log {
-        /// What the listener gets with the packet; [`Statement::log`] makes it fit.
+        /// A text for the listener, in the form that [`Statement::log`] ensures.
         prefix: Arc<str>,
         /// The group.
         group: u16,
-        /// How many bytes of the packet are copied, from its network header on; 0 for all.
+        /// The number of bytes to copy, from the network header on; 0 for all.
         snaplen: u32,
     },
     /// Continue if the destination is an address of this host (`fib daddr type local`).
@@ -194,42 +192,42 @@ pub enum Statement {
     SourceIsLocal,
     /// Continue if the key is (or is not) an element of the set.
     InSet(Vec<Selector>, Comparison, Name),
-    /// Take the verdict that the map holds for the key; without an element continue.
+    /// Issue the verdict of the key in the map; without an element continue.
     VerdictMap(Vec<Selector>, Name),
-    /// Translate the destination to the address and port that the map holds for the key;
-    /// without an element the rule does not match.
+    /// Translate the destination to the address and port of the key in the map; without an element
+    /// the rule does not match.
     DnatByMap(Vec<Selector>, Name),
     /// Set bits of `meta mark`.
     SetMarkBits(u32),
     /// Invert bits of `meta mark`.
     FlipMarkBits(u32),
-    /// Add or refresh the element of a dynamic map, from the packet path.
+    /// Add or refresh an element of a dynamic map.
     UpdateMap {
         /// The map.
         map: Name,
         /// The key of the element.
         key: Vec<Selector>,
-        /// How long it lives without a refresh.
+        /// The time after which it expires without a refresh.
         timeout: Duration,
         /// Its value.
         data: Vec<Selector>,
     },
     /// Translate the source to the address of the outgoing interface, with random ports.
     Masquerade,
-    /// Refuse the packet.
+    /// Reject the packet.
     Reject(RejectWith),
     /// Count packets and bytes.
     Counter,
-    /// A verdict.
+    /// Issue a verdict.
     Verdict(Verdict),
-    /// Something found in the kernel that nftlet did not write, in libnftnl's notation. It is
+    /// A statement read from the kernel that nftlet did not write, in libnftnl's notation. It is
     /// compared and printed, never written.
     Foreign(Arc<str>),
 }
 
 impl Statement {
-    /// [`Statement::Log`] with a prefix made of a text: nft has no escapes inside a quoted string
-    /// and takes `$` for a variable, and the kernel keeps at most 127 bytes.
+    /// Returns a [`Statement::Log`] whose prefix nft can read: a quoted string has no escapes, `$`
+    /// starts a variable, and the kernel stores at most 127 bytes.
     pub fn log(prefix: &str, group: u16, snaplen: u32) -> Self {
         Statement::Log {
             prefix: clean_comment(&prefix.replace('$', "?")),

@@ -1,4 +1,4 @@
-//! What a rule reads from a packet or its connection.
+//! The values that a rule reads from a packet or its connection.
 
 use std::fmt::Write;
 
@@ -18,13 +18,13 @@ pub enum Selector {
     SourcePort,
     /// `th dport`.
     DestinationPort,
-    /// `numgen random mod N`: an even random number below N. In the declaration of a set it
-    /// stands for an index.
+    /// `numgen random mod N`: a uniform random number below N. In the declaration of a set it is an
+    /// index.
     RandomIndex {
         /// N, at least 1.
         modulus: u32,
     },
-    /// `jhash ip saddr mod N`: a number below N that is always the same for a client.
+    /// `jhash ip saddr mod N`: a number below N, the same for all packets of a client.
     SourceHash {
         /// N, at least 1.
         modulus: u32,
@@ -37,16 +37,15 @@ pub enum Selector {
     OutputInterface,
     /// `ct original ip daddr`: the destination before DNAT.
     OriginalDestinationAddress,
-    /// `ct original proto-dst`: the destination port before DNAT. nft accepts it only in a rule
-    /// that has matched `meta l4proto` before.
+    /// `ct original proto-dst`: the destination port before DNAT. nft accepts it only after a match
+    /// of `meta l4proto`.
     OriginalDestinationPort,
-    /// `icmpv6 type`. nft accepts it only in a rule that has matched `meta l4proto ipv6-icmp`
-    /// before.
+    /// `icmpv6 type`. nft accepts it only after a match of `meta l4proto ipv6-icmp`.
     Icmp6Type,
 }
 
 impl Selector {
-    /// The type of the value.
+    /// Returns the type of the value.
     pub fn field_type(self, family: Family) -> FieldType {
         match self {
             Selector::SourceAddress
@@ -66,7 +65,7 @@ impl Selector {
         }
     }
 
-    /// The selector in the syntax of nft.
+    /// Returns the selector in the syntax of nft.
     pub fn text(self, family: Family) -> String {
         let ip = family.keyword();
         match self {
@@ -87,7 +86,7 @@ impl Selector {
     }
 }
 
-/// A concatenation of selectors in the syntax of nft.
+/// Returns a concatenation of selectors in the syntax of nft.
 pub(super) fn concatenation(selectors: &[Selector], family: Family) -> String {
     let mut text = String::new();
     for (index, selector) in selectors.iter().enumerate() {

@@ -1,4 +1,4 @@
-//! A model of the kernel for tests: applies transactions to a ruleset by the kernel's rules.
+//! A model of the kernel for tests: applies transactions to a ruleset with the kernel's checks.
 
 use super::table::{Chain, Element, Name, Ruleset, Set, Table, TableId};
 use super::transaction::{Op, Transaction};
@@ -126,7 +126,7 @@ fn add(set: &mut Set, element: &Element) -> Result<(), String> {
     }
 }
 
-/// The set that a statement reads.
+/// Returns the set that a statement reads.
 fn reads(statement: &Statement) -> Option<&Name> {
     match statement {
         Statement::InSet(_, _, set)
@@ -153,7 +153,7 @@ fn reads(statement: &Statement) -> Option<&Name> {
     }
 }
 
-/// Every chain that something leads to must exist when a transaction ends, and be no base chain.
+/// Checks that each target of a verdict exists at the end of a transaction and is no base chain.
 fn check_targets(table: &Table) -> Result<(), String> {
     let from_rules = table
         .chains

@@ -1,4 +1,4 @@
-//! Cuts a transaction into steps, each of which is atomic and correct by itself.
+//! Divides a transaction into steps, each of which is atomic and leaves correct rules.
 //!
 //! ```text
 //!  Transaction ── into_steps ──> foundation   tables that are made: sets without elements, chains;
@@ -9,25 +9,24 @@
 //!                                last         chains that nothing leads to any more
 //! ```
 //!
-//! Most transactions have one step, *main*. There are three reasons for others.
+//! Most transactions have one step, *main*. There are three reasons for more.
 //!
-//! **Packets on their way.** A packet walks chains as they were when it entered the base chain, but
-//! finds elements as they are. If one transaction brought a chain and the verdict element that
-//! leads to it, such a packet could be led into a chain that has no rules for it yet. New chains of
-//! a table in use therefore come before. The table's new sets come with them, filled: whoever is
-//! led to a new chain must find there what its rules look for.
+//! **Packets in flight.** A packet evaluates the rules of the generation in which it entered the
+//! base chain, but looks up the elements of the newest one. If one transaction added a chain and
+//! the verdict element that leads to it, such a packet could enter a chain without rules. New
+//! chains of a table in use are therefore written first, together with the table's new sets and
+//! their elements, which the rules of these chains look up.
 //!
-//! **Large tables that are made.** The kernel lets no other transaction in while it works on one,
-//! and the hash table of a set, small at first, is moved to a larger one by a worker that may have
-//! to wait for the processor until the transaction ends; meanwhile each element is looked for in
-//! every table that is not yet moved. So elements come so many at a time. Rules come before them,
-//! because the kernel looks at every element of a map when a rule comes that reads it. Base chains
-//! come when all else is there: no packet can meet a part of the table, and the kernel need not
-//! follow all verdicts from the base chains each time some are added.
+//! **Large new tables.** No other transaction runs while the kernel processes one. The hash table
+//! of a set starts small and a worker grows it, which may not get the processor until the
+//! transaction ends; meanwhile each lookup searches all tables that are not yet merged. So elements
+//! are added in portions. Rules are added before them, because adding a rule validates every
+//! element of the maps that it reads. Base chains are added last: no packet meets a partial table,
+//! and the kernel does not follow all verdicts from the base chains again with each portion.
 //!
-//! **Kernels before 6.2** let go of a chain only some time after the transaction that deletes the
-//! element that led to it, and refuse to delete it until then. What is asked for is in force by
-//! that time.
+//! **Kernels before 6.2** release a chain some time after the transaction that deletes the last
+//! element that leads to it, and refuse to delete it until then. The wanted rules are in force by
+//! then.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -36,11 +35,11 @@ use std::vec;
 use super::table::{Declaration, Element, Name, SetKind, TableId};
 use super::transaction::{Op, Transaction};
 
-/// The number of elements that a table is filled with at a time. With four times as many the
-/// kernel does not get faster, and others wait longer.
+/// The number of elements of one portion. With four times as many the kernel is not faster, and
+/// other programs wait longer.
 const MOST_ELEMENTS: usize = 8_000;
 
-/// When an operation comes, in this order.
+/// The stage of an operation, in order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Stage {
     Foundation,
@@ -51,15 +50,15 @@ enum Stage {
 }
 
 impl Transaction {
-    /// The transaction as steps to apply one after the other, none of which is ever empty. If one
-    /// fails, those before it stay in force, and none after it may be tried.
+    /// Returns the steps to apply in order; none is empty. If one fails, the steps before it stay
+    /// in force, and those after it must not be applied.
     ///
-    /// Steps are cut as they are asked for, so that not all of them are in memory at once.
+    /// The iterator is lazy, so that not all steps are in memory at once.
     pub fn into_steps(self) -> impl Iterator<Item = Transaction> {
         self.into_steps_of(MOST_ELEMENTS)
     }
 
-    /// [`Transaction::into_steps`] with so many elements at a time where a table is made.
+    /// [`Transaction::into_steps`] with portions of `most` elements.
     pub(super) fn into_steps_of(self, most: usize) -> impl Iterator<Item = Transaction> {
         let plan = Plan {
             built: Built::of(&self.ops, most),
@@ -85,11 +84,11 @@ impl Transaction {
     }
 }
 
-/// Operations in pieces that add so many elements. Interval sets stay whole, because the kernel
-/// judges overlaps while they are half filled.
+/// Divides operations into portions of `most` elements. Interval sets are not divided, because the
+/// kernel checks them for overlaps after each portion.
 struct Cut {
     ops: vec::IntoIter<Op>,
-    /// What is left of an operation that did not fit into the piece before.
+    /// The rest of an operation that did not fit into the last portion.
     rest: Option<Rest>,
     most: usize,
 }
@@ -102,7 +101,7 @@ struct Rest {
 }
 
 impl Cut {
-    /// The next operation, with at most so many elements if it can be cut.
+    /// Returns the next operation, with at most `room` elements if it can be divided.
     fn next_op(&mut self, room: usize) -> Option<Op> {
         if self.rest.is_none() {
             match self.ops.next()? {
@@ -149,7 +148,7 @@ impl Iterator for Cut {
     }
 }
 
-/// Where each operation of a transaction belongs.
+/// Assigns the operations of a transaction to stages.
 struct Plan {
     built: Built,
     first: FirstStep,
@@ -185,7 +184,7 @@ impl Plan {
     }
 }
 
-/// The large tables that are made, with the names of their base chains.
+/// The large new tables, with the names of their base chains.
 struct Built(BTreeMap<TableId, BTreeSet<Name>>);
 
 impl Built {
@@ -201,7 +200,7 @@ impl Built {
         }
         for op in ops {
             match op {
-                // Its rules are in force until the new ones are.
+                // A table that is replaced stays in force until the new one does.
                 Op::DeleteTable(id) => {
                     made.remove(id);
                 }
@@ -228,11 +227,10 @@ impl Built {
     }
 }
 
-/// The chains and sets that come before everything else of a transaction.
+/// The chains and sets that are written before everything else.
 ///
-/// Verdicts in the new sets lead to chains that exist already or come in the same step. The only
-/// chains that come later are base chains, to which no verdict can lead, and those of tables that
-/// are not split.
+/// Verdicts in the new sets lead to chains that exist or are added in the same step. Only base
+/// chains, to which no verdict can lead, and chains of tables that are not split are added later.
 #[derive(Default)]
 struct FirstStep {
     chains: BTreeSet<(TableId, Name)>,
@@ -242,8 +240,8 @@ struct FirstStep {
 impl FirstStep {
     fn of(ops: &[Op]) -> Self {
         let mut first = Self::default();
-        // Nothing leads into a table that is made. In a table where a chain or set is deleted and
-        // made again, as happens in repairs, new objects may refer to either of the two.
+        // No packet is in a new table. Where a chain or set is deleted and created again, as in
+        // repairs, new objects may refer to either of the two.
         let mut whole: BTreeSet<&TableId> = BTreeSet::new();
         let mut deleted_chains = BTreeSet::new();
         let mut deleted_sets = BTreeSet::new();
@@ -308,7 +306,7 @@ impl FirstStep {
     }
 }
 
-/// The tables whose chains are deleted when all else is in force.
+/// The tables whose chains are deleted after everything else.
 #[derive(Default)]
 struct LastStep(BTreeSet<TableId>);
 
@@ -332,7 +330,7 @@ impl LastStep {
                 Op::DeleteChain(table, name) => {
                     deleted.insert((table, name));
                 }
-                // A name cannot be given twice.
+                // The old chain has to be deleted before one with the same name is created.
                 Op::AddChain(table, name, _) if deleted.contains(&(table, name)) => {
                     tables.remove(table);
                 }

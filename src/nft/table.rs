@@ -20,7 +20,7 @@ pub enum Family {
 }
 
 impl Family {
-    /// The keyword of nft: `ip` or `ip6`.
+    /// Returns the keyword in nft: `ip` or `ip6`.
     pub fn keyword(self) -> &'static str {
         match self {
             Family::Ip => "ip",
@@ -29,12 +29,12 @@ impl Family {
     }
 }
 
-/// The name of a chain, set or table, cheap to clone.
+/// The name of a chain, set or table. Cheap to clone.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Name(Arc<str>);
 
 impl Name {
-    /// The name as text.
+    /// Returns the name as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -80,7 +80,7 @@ pub struct TableId {
 }
 
 impl TableId {
-    /// Joins family and name.
+    /// Creates the identifier of a table.
     pub fn new(family: Family, name: impl Into<Name>) -> Self {
         Self {
             family,
@@ -95,7 +95,7 @@ impl fmt::Display for TableId {
     }
 }
 
-/// Tables and what they contain.
+/// Tables with their contents.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Ruleset {
     /// The tables.
@@ -109,14 +109,14 @@ pub struct Table {
     pub sets: BTreeMap<Name, Set>,
     /// Chains.
     pub chains: BTreeMap<Name, Chain>,
-    /// What was read back of kinds that nftlet never makes; empty in what is wanted.
+    /// Objects in the kernel of kinds that nftlet never creates; empty in a wanted table.
     pub strays: BTreeSet<Stray>,
-    /// It was read back and is a table as nftlet makes none, like one that is dormant: equal to
-    /// nothing that is wanted.
+    /// Whether it was read from the kernel and has flags that nftlet never sets, such as dormant.
+    /// It differs from every wanted table.
     pub foreign: bool,
 }
 
-/// An object of a kind that nftlet never makes.
+/// An object of a kind that nftlet never creates.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Stray {
     /// Its kind.
@@ -125,11 +125,11 @@ pub struct Stray {
     pub name: Name,
 }
 
-/// The kinds of objects that nftlet never makes.
+/// The kinds of objects that nftlet never creates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum StrayKind {
-    /// A stateful object, such as a named counter, quota or limit, by the kernel's number of its
-    /// type.
+    /// A stateful object, such as a named counter, quota or limit, with its type number in the
+    /// kernel.
     Object(u32),
     /// A flowtable.
     Flowtable,
@@ -148,7 +148,7 @@ impl fmt::Display for Stray {
 /// A chain of rules.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Chain {
-    /// Where packets enter, for a base chain.
+    /// Hook and priority of a base chain.
     pub base: Option<BaseChain>,
     /// The rules.
     pub rules: Vec<Rule>,
@@ -178,7 +178,7 @@ pub enum Hook {
     Postrouting,
 }
 
-/// Where and when packets enter a chain. The policy is always `accept`.
+/// Type, hook and priority of a base chain. The policy is always `accept`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct BaseChain {
     /// The type.
@@ -189,7 +189,7 @@ pub struct BaseChain {
     pub priority: i32,
 }
 
-/// What a set maps its keys to.
+/// The kind of a set, by the value of its elements.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SetKind {
     /// Nothing: a plain set.
@@ -207,22 +207,22 @@ pub struct Declaration {
     pub kind: SetKind,
     /// The fields of the key.
     pub key: Vec<Selector>,
-    /// Whether elements are intervals, from their key to their `key_end`.
+    /// Whether elements are intervals from `key` to `key_end`.
     pub interval: bool,
-    /// The default lifetime of elements. A set with a timeout is filled from the packet path
-    /// too (`flags dynamic,timeout`); its elements are not nftlet's to compare.
+    /// The default lifetime of elements. Rules fill a set with a timeout (`flags dynamic,timeout`),
+    /// so its elements are not compared.
     pub timeout: Option<Duration>,
-    /// The greatest number of elements; the kernel wants it for sets with a timeout.
+    /// The maximum number of elements; the kernel requires it for sets with a timeout.
     pub size: Option<u32>,
-    /// Whether every element counts the packets and bytes that it matched. The counts are no part
-    /// of an element's value.
+    /// Whether each element counts the packets and bytes that it matched. The counts are not
+    /// compared.
     pub counter: bool,
-    /// A word for the person who reads the ruleset; [`Declaration::comment`] makes it fit.
+    /// A comment for the reader of the ruleset, in the form that [`Declaration::comment`] ensures.
     pub comment: Option<Arc<str>>,
 }
 
 impl Declaration {
-    /// A set or map with the given key and without any flag.
+    /// Creates the declaration of a set or map without flags.
     pub fn new(kind: SetKind, key: impl Into<Vec<Selector>>) -> Self {
         Self {
             kind,
@@ -235,25 +235,25 @@ impl Declaration {
         }
     }
 
-    /// The same declaration with a comment. A set that nft can declare by example only
-    /// (`typeof`) has little room for one: the kernel keeps 256 bytes for both.
+    /// Sets the comment. It must be short for a set that is declared with `typeof`: the kernel
+    /// stores 256 bytes for both.
     #[must_use]
     pub fn comment(mut self, comment: &str) -> Self {
         self.comment = Some(clean_comment(comment));
         self
     }
 
-    /// Whether it was read back and is such as nftlet makes none.
+    /// Returns whether it was read from the kernel and is none that nftlet creates.
     pub(crate) fn is_foreign(&self) -> bool {
         self.key.is_empty()
     }
 
-    /// The types of the key's fields.
+    /// Returns the types of the key's fields.
     pub fn key_types(&self, family: Family) -> Vec<FieldType> {
         self.key.iter().map(|s| s.field_type(family)).collect()
     }
 
-    /// The types of the value's fields; empty for sets and verdict maps.
+    /// Returns the types of the value's fields; empty for sets and verdict maps.
     pub(crate) fn data_types(&self, family: Family) -> Vec<FieldType> {
         match &self.kind {
             SetKind::Map(data) => data.iter().map(|s| s.field_type(family)).collect(),
@@ -261,12 +261,12 @@ impl Declaration {
         }
     }
 
-    /// Whether the key has several fields.
+    /// Returns whether the key has several fields.
     pub fn concatenated(&self) -> bool {
         self.key.len() > 1
     }
 
-    /// Whether nft can only declare it by example (`typeof`): an index has no named type.
+    /// Returns whether nft needs `typeof` to declare it: an index has no named type.
     pub(crate) fn needs_typeof(&self, family: Family) -> bool {
         self.key_types(family)
             .iter()
@@ -293,8 +293,8 @@ impl From<Declaration> for Set {
     }
 }
 
-/// Makes a text fit for a comment: nft has no escapes inside a quoted string, and the kernel
-/// keeps at most 127 bytes.
+/// Returns a text that fits into a comment: a quoted string in nft has no escapes, and the kernel
+/// stores at most 127 bytes.
 pub(super) fn clean_comment(text: &str) -> Arc<str> {
     const LONGEST: usize = 127;
     let cleaned: String = text
@@ -318,19 +318,19 @@ pub(super) fn clean_comment(text: &str) -> Arc<str> {
 pub struct Element {
     /// The key, or the first key of an interval.
     pub key: Key,
-    /// The last key of an interval, inclusive; apart, because few elements have one.
+    /// The last key of an interval, inclusive. Boxed, because few elements have one.
     pub key_end: Option<Box<Key>>,
-    /// What the key is mapped to.
+    /// The value.
     pub value: Value,
-    /// A word for the person who reads the ruleset.
+    /// A comment for the reader of the ruleset.
     pub comment: Option<Arc<str>>,
 }
 
-// There can be a million, of both sides of a comparison.
+// A comparison can hold two million.
 const _: () = assert!(size_of::<Element>() <= 112);
 
 impl Element {
-    /// An element of a plain set.
+    /// Creates an element of a plain set.
     pub fn new(key: Key) -> Self {
         Self {
             key,
@@ -340,7 +340,7 @@ impl Element {
         }
     }
 
-    /// An element of a map.
+    /// Creates an element of a map.
     pub fn with_data(key: Key, data: Data) -> Self {
         Self {
             value: Value::Data(data),
@@ -348,7 +348,7 @@ impl Element {
         }
     }
 
-    /// An element of a verdict map.
+    /// Creates an element of a verdict map.
     pub fn with_verdict(key: Key, verdict: Verdict) -> Self {
         Self {
             value: Value::Verdict(verdict),
@@ -356,7 +356,7 @@ impl Element {
         }
     }
 
-    /// The same element with a comment.
+    /// Sets the comment.
     #[must_use]
     pub fn comment(mut self, comment: &str) -> Self {
         self.comment = Some(clean_comment(comment));
@@ -367,10 +367,10 @@ impl Element {
 /// The value of an element.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Value {
-    /// A plain set has none.
+    /// No value, in a plain set.
     None,
-    /// A map's.
+    /// The value in a map.
     Data(Data),
-    /// A verdict map's.
+    /// The value in a verdict map.
     Verdict(Verdict),
 }

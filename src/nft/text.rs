@@ -1,7 +1,7 @@
 //! Rulesets as text that `nft -f` accepts.
 //!
-//! The text and the netlink messages of the same ruleset mean the same to the kernel. The order
-//! is stable: tables, sets and chains by name, elements by key.
+//! The text describes the same rules as the netlink messages. The order is stable: tables, sets and
+//! chains by name, elements by key.
 
 use std::io::{self, Write};
 
@@ -13,7 +13,7 @@ use super::table::{
     TableId, Value,
 };
 
-/// Writes the ruleset such that `nft -f` replaces the tables it names.
+/// Writes a ruleset for `nft -f`, which replaces the tables in it.
 ///
 /// # Errors
 ///
@@ -23,7 +23,7 @@ pub fn render(ruleset: &Ruleset, out: &mut impl Write) -> io::Result<()> {
         if index > 0 {
             writeln!(out)?;
         }
-        // Declaring the table first lets the deletion succeed where it does not exist yet.
+        // Without the declaration, deleting a table that does not exist would fail.
         writeln!(out, "table {id}\ndelete table {id}")?;
         render_table(id, table, out)?;
     }
@@ -94,7 +94,7 @@ fn render_set(name: &str, set: &Set, family: Family, out: &mut impl Write) -> io
     writeln!(out, "\t}}")
 }
 
-/// The `type` or `typeof` line.
+/// Returns the `type` or `typeof` line.
 fn set_type(set: &Declaration, family: Family) -> String {
     let typeof_needed = set.needs_typeof(family);
     let describe = |selectors: &[Selector]| {
@@ -117,7 +117,7 @@ fn set_type(set: &Declaration, family: Family) -> String {
     }
 }
 
-/// An element in the syntax of nft, given the types of its key and its value.
+/// Returns an element in the syntax of nft.
 pub fn element(element: &Element, declaration: &Declaration, family: Family) -> String {
     let mut text = Vec::new();
     // Writing to a vector cannot fail.
@@ -154,7 +154,7 @@ fn join(key: &Key, types: &[FieldType]) -> String {
     key.fields(types).collect::<Vec<_>>().join(" . ")
 }
 
-/// Each field as a value, a prefix or a range.
+/// Returns each field as a value, a prefix or a range.
 fn interval(start: &Key, end: &Key, types: &[FieldType]) -> String {
     let fields = start.fields(types).zip(end.fields(types));
     let printed: Vec<_> = fields
@@ -169,7 +169,7 @@ fn interval(start: &Key, end: &Key, types: &[FieldType]) -> String {
     printed.join(" . ")
 }
 
-/// The CIDR notation of a range of addresses, where it has one.
+/// Returns the CIDR notation of a range of addresses, if there is one.
 fn prefix(from: &str, to: &str) -> Option<String> {
     let (from, to): (std::net::IpAddr, std::net::IpAddr) = (from.parse().ok()?, to.parse().ok()?);
     let mut subnets = match (from, to) {
@@ -191,7 +191,7 @@ fn render_chain(name: &str, chain: &Chain, family: Family, out: &mut impl Write)
         writeln!(out, "\t\t{}", base_chain(base))?;
     }
     let crashes = |rule: &Rule| rule.statements.iter().any(|s| crashes_nft(s, family));
-    // What follows such a rule is for the packets that it does not match.
+    // The rules after it handle packets that it does not match, so they are left out, too.
     let follows_one = chain.rules.iter().position(crashes);
     for (index, rule) in chain.rules.iter().enumerate() {
         let text = self::rule(rule, family);
@@ -224,8 +224,8 @@ fn base_chain(base: &BaseChain) -> String {
     )
 }
 
-/// Whether nft 1.0.6 ends with a failed assertion when it reads the statement: it holds only one
-/// register of 16 bytes for the key of a map update. It prints such a rule without trouble.
+/// Returns whether nft 1.0.6 fails an assertion when it reads the statement: it reserves one
+/// register of 16 bytes for the key of a map update. It can print such a rule.
 fn crashes_nft(statement: &Statement, family: Family) -> bool {
     const REGISTER: usize = 16;
     let length = |selectors: &[Selector]| -> usize {
@@ -238,7 +238,7 @@ fn crashes_nft(statement: &Statement, family: Family) -> bool {
     }
 }
 
-/// A rule in the syntax of nft.
+/// Returns a rule in the syntax of nft.
 pub fn rule(rule: &Rule, family: Family) -> String {
     let mut parts: Vec<String> = rule
         .statements

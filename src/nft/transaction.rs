@@ -1,41 +1,41 @@
-//! What is to be changed in the kernel, as an ordered list of operations.
+//! Changes of tables as an ordered list of operations.
 
 use std::sync::Arc;
 
 use super::rule::Rule;
 use super::table::{BaseChain, Declaration, Element, Name, Stray, TableId};
 
-/// One change to a table.
+/// One operation on a table.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Op {
-    /// Make a table.
+    /// Create a table.
     AddTable(TableId),
-    /// Remove a table with all it contains.
+    /// Delete a table with its contents.
     DeleteTable(TableId),
-    /// Declare a set; its elements come separately.
+    /// Create a set without elements.
     AddSet(TableId, Name, Arc<Declaration>),
-    /// Remove a set that no rule uses any more.
+    /// Delete a set that no rule uses.
     DeleteSet(TableId, Name),
-    /// Make an empty chain.
+    /// Create an empty chain.
     AddChain(TableId, Name, Option<BaseChain>),
-    /// Remove all rules of a chain.
+    /// Delete all rules of a chain.
     FlushChain(TableId, Name),
-    /// Remove an empty chain that nothing leads to any more.
+    /// Delete an empty chain to which nothing refers.
     DeleteChain(TableId, Name),
     /// Append a rule to a chain.
     AddRule(TableId, Name, Rule),
-    /// Remove elements.
+    /// Delete elements.
     DeleteElements(TableId, Name, Arc<Declaration>, Vec<Element>),
     /// Add elements.
     AddElements(TableId, Name, Arc<Declaration>, Vec<Element>),
-    /// Remove all elements of a set.
+    /// Delete all elements of a set.
     FlushSet(TableId, Name),
-    /// Remove an object to which nothing refers any more.
+    /// Delete an object to which nothing refers.
     DeleteStray(TableId, Stray),
 }
 
 impl Op {
-    /// The table the operation changes.
+    /// Returns the table that it changes.
     pub fn table(&self) -> &TableId {
         match self {
             Op::AddTable(table)
@@ -53,7 +53,7 @@ impl Op {
         }
     }
 
-    /// The chain, set or object that the operation changes; none where it changes a table.
+    /// Returns the chain, set or object that it changes; `None` if it changes a table.
     pub fn name(&self) -> Option<&Name> {
         match self {
             Op::AddTable(_) | Op::DeleteTable(_) => None,
@@ -70,7 +70,7 @@ impl Op {
         }
     }
 
-    /// The number of set elements the operation names.
+    /// Returns the number of set elements in it.
     pub fn elements(&self) -> usize {
         match self {
             Op::DeleteElements(.., elements) | Op::AddElements(.., elements) => elements.len(),
@@ -88,20 +88,21 @@ impl Op {
     }
 }
 
-/// Operations that take effect together or not at all.
+/// Operations that take effect atomically.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Transaction {
-    /// The operations, in the order the kernel must see them.
+    /// The operations, in the order in which the kernel performs them.
     pub ops: Vec<Op>,
 }
 
 impl Transaction {
-    /// Whether there is nothing to do.
+    /// Returns whether there are no operations.
     pub fn is_empty(&self) -> bool {
         self.ops.is_empty()
     }
 
-    /// Whether it only removes chains, sets and tables, so that what is in force stays the same.
+    /// Returns whether it only deletes objects to which nothing refers, so that no packet is
+    /// handled differently.
     pub(crate) fn is_cleanup(&self) -> bool {
         self.ops.iter().all(|op| match op {
             Op::FlushChain(..)
@@ -119,7 +120,7 @@ impl Transaction {
         })
     }
 
-    /// The number of elements added and deleted.
+    /// Returns the number of elements added and deleted.
     pub fn elements(&self) -> usize {
         self.ops.iter().map(Op::elements).sum()
     }

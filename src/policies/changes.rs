@@ -1,4 +1,4 @@
-//! What changed in the rules of policies, for those that act once the rules are in force.
+//! Changes in the rules of network policies, for followers.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -7,22 +7,22 @@ use std::sync::Arc;
 use crate::engine::Change;
 use crate::model::ObjectName;
 
-/// The isolated addresses of this node in order, with their pods as far as their objects exist.
-pub type Isolated = Arc<[(IpAddr, Option<ObjectName>)]>;
+/// The isolated addresses of this node, sorted, each with its pod if the Pod object exists.
+pub(crate) type Isolated = Arc<[(IpAddr, Option<ObjectName>)]>;
 
-/// Changes of policies that took effect.
+/// The changes of an update.
 #[derive(Clone, Debug, Default)]
 pub struct PolicyChanges {
-    /// The isolated addresses, if any rule changed.
+    /// All isolated addresses, if any rule changed.
     pub isolated: Option<Isolated>,
-    /// Addresses with another pod than before.
+    /// Addresses that may belong to another pod than before.
     pub reassigned: BTreeSet<IpAddr>,
-    /// The tables were compared with the kernel: other rules may have been in force for a while.
+    /// Whether the tables were compared with the kernel: other rules may have been in force before.
     pub rewritten: bool,
 }
 
 impl PolicyChanges {
-    /// Whether nothing changed.
+    /// Returns whether nothing changed.
     pub fn is_empty(&self) -> bool {
         self.isolated.is_none() && self.reassigned.is_empty() && !self.rewritten
     }

@@ -1,26 +1,26 @@
-//! The pods that claim an address, and which of them may have it.
+//! The pods that claim an address, and those of them that may have it.
 
 use smallvec::SmallVec;
 
 use crate::model::{Evidence, ObjectName, Sandbox};
 
-/// A pod whose status has the address.
+/// A pod with the address in its status.
 #[derive(Debug)]
 pub(super) struct AddressClaimant {
     pub name: ObjectName,
-    /// Whether it is on this node.
+    /// Whether the pod is on this node.
     pub local: bool,
     evidence: Evidence,
 }
 
 impl AddressClaimant {
-    /// Whether the pod has no sandbox, so that the address in its status is an old one.
+    /// Returns whether the pod has no sandbox, so that the address in its status is outdated.
     pub fn is_gone(&self) -> bool {
         self.evidence.sandbox == Sandbox::Gone
     }
 }
 
-/// The claimants of one address, those with the latest sandboxes first.
+/// The claimants of one address, the latest sandboxes first.
 #[derive(Debug, Default)]
 pub(super) struct AddressClaimants {
     pub all: SmallVec<[AddressClaimant; 1]>,
@@ -40,22 +40,23 @@ impl AddressClaimants {
         self.all.insert(place, claimant);
     }
 
-    /// Takes a pod out.
+    /// Removes a pod.
     pub fn remove(&mut self, name: &ObjectName) {
         self.all.retain(|it| it.name != *name);
     }
 
-    /// Whether none of them has a sandbox.
+    /// Returns whether none of them has a sandbox.
     pub(crate) fn are_all_gone(&self) -> bool {
         self.all.first().is_none_or(AddressClaimant::is_gone)
     }
 
-    /// Those of some claimants that no other of these outranks ([`Evidence::outranks`]).
+    /// Returns the claimants that no other outranks ([`Evidence::outranks`]), among those for which
+    /// `counts` returns true.
     pub fn holders<'a>(
         &'a self,
         counts: impl Fn(&AddressClaimant) -> bool + 'a,
     ) -> impl Iterator<Item = &'a AddressClaimant> {
-        // The latest start among those with a later sandbox, and among those with an equal one.
+        // The latest start among those with a later sandbox, and among those with the same one.
         let mut outranking: Option<Option<u32>> = None;
         let mut equals: Option<(Sandbox, Option<u32>)> = None;
         let counting = self.all.iter().filter(move |it| counts(it));

@@ -1,4 +1,4 @@
-//! Compiles what events touched into the parts of the tables that change.
+//! Compiles the touched objects into the parts of the tables that change.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Instant;
@@ -12,8 +12,8 @@ use crate::model::{Family, ObjectName};
 use crate::nft::{Chain, Element, Ruleset, Table, Transaction, diff};
 
 impl Engine {
-    /// Compiles what changed since the last call. Returns the operations that bring the tables
-    /// from what the last call gave to what is wanted now.
+    /// Compiles what changed since the last call. Returns the operations that bring the tables from
+    /// the state after the last call to the new one.
     pub(super) fn compile(&mut self) -> Transaction {
         self.forget_departed(Instant::now());
         let touched = std::mem::take(&mut self.touched);
@@ -35,7 +35,7 @@ impl Engine {
             });
             uses_touched.extend(keys.filter(|key| self.uses.contains_key(key)));
         }
-        // The sets whose uses change, with whether a table used them before.
+        // The sets whose use changes, and whether a table used them before.
         let mut was_used: BTreeMap<(Family, SetId), bool> = BTreeMap::new();
         for key in &uses_touched {
             let changed = touched.policies.contains(&key.2);
@@ -48,7 +48,7 @@ impl Engine {
         self.finish(deltas)
     }
 
-    /// Forgets the departed pods whose time is over.
+    /// Forgets the departed pods that have expired.
     pub(super) fn forget_departed(&mut self, now: Instant) {
         while let Some(address) = self.inventory.departed_expired(now) {
             let claimants: Vec<ObjectName> = self.inventory.claimants(address).cloned().collect();
@@ -60,8 +60,8 @@ impl Engine {
         }
     }
 
-    /// Compiles the chain of a policy again, or drops it if no pod is left that uses it. `changed`
-    /// says that the policy is another one than before.
+    /// Compiles the chain of a policy again, or drops it if no pod uses it. `changed` says that the
+    /// policy itself changed.
     fn compile_again(
         &mut self,
         key: &(Family, Direction, ObjectName),
@@ -107,7 +107,7 @@ impl Engine {
         }
     }
 
-    /// Drafts the sets that come and go, and what the touched pods change in the others.
+    /// Drafts new and removed sets, and the changes of the touched pods in the others.
     fn fill_sets(
         &self,
         touched: HashMap<ObjectName, Vec<PodElement>>,
@@ -157,7 +157,7 @@ impl Engine {
                         continue;
                     };
                     let delta = delta::of(deltas, family);
-                    // A set that one of the two lacks would be made or deleted.
+                    // A set on one side only would be created or deleted.
                     for table in [&mut delta.before, &mut delta.after] {
                         table
                             .sets
@@ -177,7 +177,7 @@ impl Engine {
         }
     }
 
-    /// Puts complete sets into the tables.
+    /// Adds complete sets to the tables.
     fn fill(&self, fresh: &[(Family, SetId)], tables: [&mut Table; 2]) {
         let mut ids: Vec<SetId> = fresh.iter().map(|(_, set)| *set).collect();
         ids.sort_unstable();
@@ -227,7 +227,7 @@ impl Engine {
         diff(&before, self.tables())
     }
 
-    /// The tables as they are after the last [`Engine::compile`], from scratch.
+    /// Compiles the tables after the last [`Engine::compile`] from scratch.
     pub(super) fn tables(&self) -> Ruleset {
         if !self.exists {
             return Ruleset::default();

@@ -1,4 +1,4 @@
-//! The touched parts of the tables, before and after, of which the difference is written.
+//! The touched parts of the tables, before and after; their difference is written.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -18,8 +18,8 @@ pub(super) struct TableDelta {
 }
 
 impl TableDelta {
-    /// Makes the two sides fit to be compared: elements in order, and the sets that every table has
-    /// on both sides, since one that only one side has would be made or deleted.
+    /// Prepares the two sides for comparison: sorts elements, and adds the sets that every table
+    /// has to both sides, since a set on one side only would be created or deleted.
     pub(crate) fn align(&mut self) {
         let both = Direction::ALL.into_iter();
         let names =
@@ -44,7 +44,7 @@ impl TableDelta {
     }
 }
 
-/// The parts of a family.
+/// Returns the delta of a family.
 pub(super) fn of(deltas: &mut [TableDelta; 2], family: Family) -> &mut TableDelta {
     let [v4, v6] = deltas;
     match family {
@@ -53,7 +53,7 @@ pub(super) fn of(deltas: &mut [TableDelta; 2], family: Family) -> &mut TableDelt
     }
 }
 
-/// Adds to a table, or to a part of one, the interfaces that lead to isolated pods.
+/// Adds the interfaces that lead to isolated pods to a table or a part of one.
 pub(super) fn add_links(table: &mut Table, links: &BTreeSet<(Direction, Arc<str>)>) {
     for (direction, link) in links {
         let set = table.sets.entry(direction.links()).or_insert(Set {
@@ -65,13 +65,13 @@ pub(super) fn add_links(table: &mut Table, links: &BTreeSet<(Direction, Arc<str>
     }
 }
 
-/// Puts the elements of a set in order.
+/// Sorts the elements of a set.
 pub(super) fn sort(set: &mut Set) {
     set.elements.sort_unstable_by(|a, b| a.key.cmp(&b.key));
 }
 
-/// Adds to a table, or to a part of one, what isolates an address: the chains of its pods and what
-/// leads there.
+/// Adds the chains that isolate an address, and the elements that lead to them, to a table or a
+/// part of one.
 pub(super) fn isolate(table: &mut Table, address: IpAddr, plan: &Isolation, strict: bool) {
     let key = Key::address(address);
     let mut add = |set: Name, declaration: Arc<Declaration>, element: Element| {
@@ -108,7 +108,8 @@ pub(super) fn isolate(table: &mut Table, address: IpAddr, plan: &Isolation, stri
 }
 
 impl Holder {
-    /// The chain of the pod. A departed one may have the name of another that came since.
+    /// Returns the chain of the pod. A departed pod may have the same name as a new one, so its
+    /// chain is named by the address.
     fn chain(&self, direction: Direction, address: IpAddr) -> Name {
         if self.departed {
             direction.departed_chain(address)

@@ -1,7 +1,7 @@
-//! Pods of this node whose objects went while a container ran.
+//! Pods of this node whose objects were deleted while a container ran.
 //!
-//! A pod that is deleted by force leaves the API at once; the kubelet stops its containers later, and
-//! never where the node is cut off. The address stays isolated meanwhile.
+//! A pod that is deleted by force is removed from the API at once. The kubelet stops its containers
+//! later, or never if the node is disconnected. The address stays isolated meanwhile.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::IpAddr;
@@ -10,20 +10,20 @@ use std::time::{Duration, Instant};
 use crate::logging::Throttle;
 use crate::model::{Evidence, Pod, Sandbox};
 
-/// How long the address of such a pod stays isolated.
+/// The time for which the address of such a pod stays isolated.
 const KEPT_FOR: Duration = Duration::from_secs(300);
-/// How often it is logged that there are more.
+/// The minimum interval of log lines about too many departed pods.
 const LOG_EVERY: Duration = Duration::from_secs(60);
-/// The most that are remembered; a node has a few hundred pods.
+/// The maximum number of departed pods; a node has a few hundred pods.
 const MOST: usize = 1024;
 
-/// The departed pods by their addresses.
+/// The departed pods by address.
 #[derive(Debug)]
 pub(super) struct Departed {
     pods: BTreeMap<IpAddr, (Pod, Instant)>,
-    /// Addresses in the order in which they are forgotten; some are already, or come again.
+    /// Addresses in the order of expiry. Some are removed already, or occur again later.
     order: VecDeque<(Instant, IpAddr)>,
-    /// The lines about addresses that are forgotten before their time.
+    /// Limits the log lines about addresses that are forgotten early.
     too_many: Throttle,
 }
 
@@ -38,32 +38,33 @@ impl Default for Departed {
 }
 
 impl Departed {
-    /// The pod that had an address.
+    /// Returns the departed pod with an address.
     pub fn at(&self, address: IpAddr) -> Option<&Pod> {
         self.pods.get(&address).map(|(pod, _)| pod)
     }
 
-    /// The addresses of pods of a namespace.
+    /// Returns the addresses of departed pods of a namespace.
     pub fn of(&self, namespace: &str) -> impl Iterator<Item = IpAddr> {
         let pods = self.pods.iter();
         pods.filter(move |(_, (pod, _))| pod.name.namespace() == namespace)
             .map(|(address, _)| *address)
     }
 
-    /// A pod that had an address went.
+    /// Adds the address of a pod that was deleted.
     pub fn insert(&mut self, address: IpAddr, pod: &Pod, now: Instant) {
         let until = now + KEPT_FOR;
         self.pods.insert(address, (pod.clone(), until));
         self.order.push_back((until, address));
     }
 
-    /// Whether there are more than are remembered.
+    /// Returns whether there are too many.
     fn is_full(&self) -> bool {
         self.pods.len() > MOST
     }
 
-    /// A pod claims an address. `is_new` says that it did not do so before: then it has got the
-    /// address since, whatever its status says of its containers yet.
+    /// Forgets the departed pod of an address if a pod took it over. `is_new` says that the pod did
+    /// not claim it before, so that it got the address since, whatever its status says about
+    /// containers.
     pub(crate) fn claimed(&mut self, address: IpAddr, evidence: &Evidence, is_new: bool) {
         let Some((departed, _)) = self.pods.get(&address) else {
             return;
@@ -74,18 +75,18 @@ impl Departed {
         }
     }
 
-    /// When the next one is to be forgotten.
+    /// Returns when the next one expires.
     pub fn due(&self) -> Option<Instant> {
         self.order.front().map(|(until, _)| *until)
     }
 
-    /// An address whose time is over, or the oldest of too many.
+    /// Returns an expired address, or the oldest of too many.
     pub(crate) fn expired(&self, now: Instant) -> Option<IpAddr> {
         let (until, address) = self.order.front()?;
         (*until <= now || self.is_full()).then_some(*address)
     }
 
-    /// Forgets the oldest one, unless the address was another pod's since.
+    /// Forgets the oldest one, unless its address was taken over since.
     pub(crate) fn forget_oldest(&mut self, now: Instant) {
         let Some((until, address)) = self.order.pop_front() else {
             return;
@@ -100,8 +101,8 @@ impl Departed {
         {
             tracing::warn!(
                 unlogged,
-                "more than {MOST} pods were deleted while they ran; the address {address} of {} is \
-                 not kept isolated any more",
+                "more than {MOST} pods of this node were deleted while they ran; the address \
+                 {address} of pod {} is no longer isolated",
                 pod.name
             );
         }

@@ -1,10 +1,9 @@
-//! Compiles what changed.
+//! Turns pods, namespaces and policies into rules.
 //!
-//! The engine keeps, beside the objects, the plan of each isolated address of this node and which
-//! sets each policy's chain uses. A batch of events leaves marks: pods with what they brought to
-//! the sets before, addresses to plan again, policies to compile again. `update`
-//! works these off into the parts of the tables that are touched, before and after, and the
-//! difference of the two is the transaction.
+//! The engine keeps, beside the objects, the plan of each isolated address of this node and the
+//! sets that each policy's chain uses. A batch of events leaves marks: pods with the set elements
+//! that they had before, addresses to plan again, policies to compile again. `update` compiles the
+//! touched parts of the tables, before and after; the difference of the two is the transaction.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
@@ -26,21 +25,21 @@ use crate::nft::{Chain, Name, ObjectPath, Ruleset, TableId};
 /// A policy's chain in one family's table.
 #[derive(Debug, Default)]
 pub(super) struct PolicyUse {
-    /// How many pods' chains jump to it.
+    /// The number of pods' chains that jump to it.
     pub pods: u32,
     pub chain: Option<Chain>,
-    /// The sets that its rules use.
+    /// The sets in its rules.
     pub sets: Vec<SetId>,
 }
 
-/// What events touched since the last update.
+/// The marks of events since the last update.
 #[derive(Debug, Default)]
 pub(super) struct Touched {
-    /// Pods, with what they brought to sets before.
+    /// Pods, with their set elements before.
     pub pods: HashMap<ObjectName, Vec<PodElement>>,
-    /// Addresses of this node that may be isolated in another way now.
+    /// Addresses of this node whose isolation may have changed.
     pub addresses: BTreeSet<IpAddr>,
-    /// Policies with other rules.
+    /// Policies that changed.
     pub policies: BTreeSet<ObjectName>,
     /// Whether the host's interfaces are to be looked up although no plan changes.
     pub links: bool,
@@ -54,7 +53,7 @@ pub struct Engine {
     lists: RelistTracker,
     pub(super) sets: Sets,
     pub(super) plans: BTreeMap<IpAddr, Isolation>,
-    /// How many addresses have so many pods to ask in a direction and family, from the second on.
+    /// The number of addresses with a second and further holder, by family, direction and layer.
     pub(super) layers: BTreeMap<(Family, Direction, usize), u32>,
     pub(super) uses: BTreeMap<(Family, Direction, ObjectName), PolicyUse>,
     /// Policies that the kernel refused. They allow nothing until they change or are retried.
@@ -63,15 +62,15 @@ pub struct Engine {
     /// The interfaces that lead to isolated pods.
     pub(super) links: BTreeSet<(Direction, Arc<str>)>,
     pub(super) reassigned: ReassignedAddresses,
-    /// Whether the tables exist: while there is any policy.
+    /// Whether the tables exist, as they do while there is a policy.
     pub(super) exists: bool,
-    /// Whether policies are enforced at all.
+    /// Whether policies are enforced.
     on: bool,
     pub(super) touched: Touched,
 }
 
 impl Engine {
-    /// An engine that has seen nothing yet.
+    /// Creates an engine without objects.
     pub fn new(settings: PolicySettings) -> Self {
         Self {
             inventory: Inventory::new(settings.node.clone()),
@@ -99,7 +98,7 @@ impl Engine {
         self
     }
 
-    /// An engine that keeps the tables away: it needs no list and knows no policy.
+    /// Creates an engine that removes the tables: it needs no lists and has no policies.
     pub fn off(settings: PolicySettings) -> Self {
         let mut engine = Self {
             on: false,
@@ -111,12 +110,12 @@ impl Engine {
         engine
     }
 
-    /// Whether policies are enforced at all.
+    /// Returns whether policies are enforced.
     pub(crate) fn is_on(&self) -> bool {
         self.on
     }
 
-    /// Whether there are policies now, and were none at the last update.
+    /// Returns whether the first policies were added since the last update.
     pub(crate) fn has_first_policies(&self) -> bool {
         !self.exists && self.inventory.counts().2 > 0
     }
@@ -125,7 +124,7 @@ impl Engine {
         self.lists.is_complete(kind) && !self.lists.is_open(kind)
     }
 
-    /// The pod that has an address, or one that may have it: for logs.
+    /// Returns a pod that may have an address, for logs.
     pub(crate) fn pod_at(&self, address: IpAddr) -> Option<&ObjectName> {
         let mut local = self.inventory.isolating(address);
         let departed = || self.inventory.departed(address);
@@ -134,14 +133,14 @@ impl Engine {
         pod.map(|pod| &pod.name)
     }
 
-    /// The policies to which a chain of a table belongs.
+    /// Returns the policies to which a chain of a table belongs.
     fn policies_of_chain(&self, table: &TableId, chain: &Name) -> Vec<ObjectName> {
         self.users(table, |direction, name, _| {
             direction.policy_chain(name) == *chain
         })
     }
 
-    /// The policies that use a set of a table.
+    /// Returns the policies that use a set of a table.
     fn policies_of_set(&self, table: &TableId, set: &Name) -> Vec<ObjectName> {
         let Some(id) = self.sets.named(set) else {
             return Vec::new();
@@ -149,7 +148,7 @@ impl Engine {
         self.users(table, |_, _, used| used.sets.contains(&id))
     }
 
-    /// Those that are in force and not closed yet.
+    /// Returns the policies in force, except those in quarantine, for which `is_user` returns true.
     fn users(
         &self,
         table: &TableId,
@@ -166,7 +165,7 @@ impl Engine {
         names
     }
 
-    /// Takes what changed for followers.
+    /// Returns the change for followers.
     fn change(&mut self, changed: bool) -> PolicyChanges {
         let isolated = changed.then(|| {
             let isolated = self.isolated();
@@ -180,8 +179,8 @@ impl Engine {
         }
     }
 
-    /// The isolated addresses of this node with their pods; `None` where the object of the pod is
-    /// gone.
+    /// Returns the isolated addresses of this node, each with its pod; `None` if the Pod object was
+    /// deleted.
     pub fn isolated(&self) -> impl Iterator<Item = (IpAddr, Option<&ObjectName>)> {
         self.plans.iter().map(|(address, plan)| {
             let mut holders = plan.holders.values().flatten();
@@ -263,7 +262,7 @@ impl Engine {
         if old == pod {
             return;
         }
-        // Whoever has an address of the old or the new version may lose or gain it.
+        // Other pods that claim an address of the old or the new version may lose or gain it.
         let mut concerned = BTreeSet::from([name.clone()]);
         for version in old.into_iter().chain(pod) {
             concerned.extend(self.inventory.rivals(version));
@@ -295,7 +294,7 @@ impl Engine {
         if known != self.inventory.has_namespace(namespace) {
             self.sets.namespace_changed(namespace, &self.inventory);
         }
-        // What a list tells for the first time may have been so for long.
+        // A pod that is new in a list may have had the address for long.
         let listing = self.lists.is_open(Kind::Pod);
         let after = holders(&self.inventory);
         for (address, (before, after)) in addresses.iter().zip(before.into_iter().zip(after)) {
@@ -308,7 +307,7 @@ impl Engine {
         }
     }
 
-    /// Notes what a pod brings to sets before it changes.
+    /// Records the set elements of a pod before it changes.
     pub(super) fn touch_pod(&mut self, name: &ObjectName) {
         if !self.touched.pods.contains_key(name) {
             let pod = self.inventory.pod(name);
@@ -352,8 +351,8 @@ impl engine::Engine for Engine {
         self.take_over(event);
     }
 
-    /// Before all kinds are listed, and while one is listed again, the rules would deny what the
-    /// missing objects allow.
+    /// Before all kinds are listed, and while one is listed again, the rules would deny traffic
+    /// that missing objects allow.
     fn is_ready(&self) -> bool {
         Kind::POLICY.iter().all(|kind| self.is_listed(*kind))
     }
@@ -373,7 +372,7 @@ impl engine::Engine for Engine {
         }
     }
 
-    /// Policies are compiled at once: their changes are never large.
+    /// Ignores the budget: changes of policies are never large.
     fn update(&mut self, _budget: usize) -> Update<PolicyChanges> {
         let transaction = self.compile();
         let changed = !transaction.is_empty();
@@ -388,7 +387,7 @@ impl engine::Engine for Engine {
         self.look_at_links();
         self.compile();
         if first {
-            // Who had the addresses before is not known, and most have the pods for long.
+            // The earlier pods of the addresses are unknown, and most pods have had them for long.
             self.reassigned.take();
         }
         self.change(true)
@@ -414,7 +413,7 @@ impl engine::Engine for Engine {
             .collect()
     }
 
-    /// Closes a policy: it selects its pods and allows nothing.
+    /// Compiles a policy that still isolates its pods but allows nothing.
     fn quarantine(&mut self, object: &ObjectRef) -> PolicyChanges {
         self.touched.policies.insert(object.name.clone());
         self.quarantined.insert(object.name.clone());
@@ -427,7 +426,7 @@ impl engine::Engine for Engine {
         self.look_at_links();
     }
 
-    /// The address of a pod that was deleted while it ran is isolated for a while only.
+    /// Addresses of departed pods expire.
     fn due(&self) -> Option<Instant> {
         self.inventory.departed_due().filter(|_| self.is_ready())
     }

@@ -1,4 +1,4 @@
-//! Whether the policies allow a connection, asked of the objects and not of the rules.
+//! Evaluates policies for a connection, from the objects instead of the rules.
 
 use std::net::IpAddr;
 
@@ -10,12 +10,12 @@ use crate::model::{
     NetworkPolicy, ObjectName, Peer, Pod, PolicyPort, PolicyRule, PortMatch, Protocol,
 };
 
-/// A connection as the pods see it: after DNAT and before masquerading.
+/// A connection after DNAT and before masquerading, as the rules see it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Connection {
-    /// Who opened it.
+    /// The address that opened it.
     pub source: IpAddr,
-    /// Who answers.
+    /// The address that answers.
     pub destination: IpAddr,
     /// The IP protocol number.
     pub protocol: u8,
@@ -51,7 +51,7 @@ impl Engine {
             Direction::Ingress => self.inventory.local_owner(pod),
             Direction::Egress => self.inventory.owner(connection.destination),
         };
-        // Each pod that may have the address must allow it.
+        // The policies of each holder must allow it.
         holders.iter().all(|holder| {
             let policies = holder.policies.iter();
             let in_force = policies.filter(|name| !self.quarantined.contains(*name));

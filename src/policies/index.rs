@@ -1,43 +1,42 @@
-//! Which selectors select a pod, found by the pod's labels.
+//! Finds the selectors that select a pod by the pod's labels.
 //!
-//! A selector is filed under one label that every pod it selects must have (its *anchor*): a
-//! value that an `In` asks for, else a key that an `Exists` asks for. Looking up a pod tries the
-//! labels it has, and tests only the selectors that are filed there. The few selectors without
-//! an anchor (everything, `NotIn`, `DoesNotExist`) are filed under the namespaces that they
-//! select. So the cost of a pod follows the number of its labels and not the number of selectors.
+//! A selector is indexed by one label that every selected pod must have (its *anchor*): the values
+//! of an `In`, else the key of an `Exists`. A lookup tests only the selectors at the labels of the
+//! pod. The few selectors without an anchor (everything, `NotIn`, `DoesNotExist`) are indexed by
+//! the namespaces that they select. So the cost of a lookup depends on the number of the pod's
+//! labels and not on the number of selectors.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use crate::model::{LabelSelector, Labels, NAMESPACE_NAME, Requirement};
 
-/// Pods by their labels and those of their namespaces, in a form in which equal selectors of
-/// different policies are equal.
+/// Selects pods by their labels and namespaces. Equal selectors of different policies are equal.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct PodSelector {
+pub(crate) struct PodSelector {
     /// The namespaces.
     pub namespaces: Namespaces,
-    /// The pods in these.
+    /// The pods in these namespaces.
     pub pods: LabelSelector,
 }
 
-/// Namespaces by name or by labels.
+/// Selects namespaces by name or by labels.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Namespaces {
-    /// The one with this name.
+pub(crate) enum Namespaces {
+    /// The namespace with this name.
     Named(Arc<str>),
-    /// Those with the labels.
+    /// The namespaces with these labels.
     Labelled(LabelSelector),
 }
 
 impl Namespaces {
-    /// The namespaces that a `namespaceSelector` selects, in a policy of namespace `own`.
+    /// Returns the namespaces of a `namespaceSelector`, in a policy of namespace `own`.
     pub fn new(selector: Option<&LabelSelector>, own: &str) -> Self {
         let Some(selector) = selector else {
             return Namespaces::Named(own.into());
         };
         match selector.requirements() {
-            // The usual way to name a namespace, since its labels always tell its name.
+            // The usual way to name a namespace: the API server sets this label.
             [Requirement::In(key, names)] if &**key == NAMESPACE_NAME => match names.as_slice() {
                 [name] => Namespaces::Named(name.clone()),
                 _ => Namespaces::Labelled(selector.clone()),
@@ -46,7 +45,7 @@ impl Namespaces {
         }
     }
 
-    /// Whether a namespace is among them.
+    /// Returns whether a namespace is selected.
     pub fn contain(&self, name: &str, labels: &Labels) -> bool {
         match self {
             Namespaces::Named(own) => **own == *name,
@@ -56,12 +55,12 @@ impl Namespaces {
 }
 
 impl PodSelector {
-    /// Whether a pod with these labels, in such a namespace, is selected.
+    /// Returns whether a pod is selected, given its labels and those of its namespace.
     pub fn matches(&self, namespace: &str, of_namespace: &Labels, of_pod: &Labels) -> bool {
         self.namespaces.contain(namespace, of_namespace) && self.pods.matches(of_pod)
     }
 
-    /// The label that all pods it selects have.
+    /// Returns the label that all selected pods have.
     fn anchor(&self) -> Option<Anchor<'_>> {
         let requirements = self.pods.requirements();
         let one_of = requirements
@@ -86,20 +85,20 @@ enum Anchor<'a> {
     Key(&'a Arc<str>),
 }
 
-/// Selectors with an identity each.
+/// An index of selectors, each with an identifier.
 #[derive(Debug)]
-pub struct Index<Id> {
+pub(crate) struct Index<Id> {
     by_key: HashMap<Arc<str>, OfKey<Id>>,
     /// Selectors without an anchor.
     unanchored: BTreeMap<Id, Unanchored>,
-    /// These by the namespaces that they select.
+    /// Selectors without an anchor by the namespaces that they select.
     of_namespace: HashMap<Arc<str>, BTreeSet<Id>>,
 }
 
 #[derive(Debug)]
 struct Unanchored {
     selector: PodSelector,
-    /// The namespaces that it is filed under.
+    /// The namespaces under which it is indexed.
     filed: BTreeSet<Arc<str>>,
 }
 
@@ -109,7 +108,7 @@ struct OfKey<Id> {
     values: HashMap<Arc<str>, Filed<Id>>,
 }
 
-/// What is filed under one label.
+/// The selectors at one label.
 #[derive(Debug)]
 struct Filed<Id> {
     /// Selectors of one namespace, by its name.
@@ -147,7 +146,7 @@ impl<Id> Default for Filed<Id> {
 }
 
 impl<Id: Clone + Ord> Index<Id> {
-    /// Files a selector. `namespaces` are those that are known, with their labels.
+    /// Adds a selector. `namespaces` are the known namespaces with their labels.
     pub fn insert<'n>(
         &mut self,
         id: Id,
@@ -187,12 +186,12 @@ impl<Id: Clone + Ord> Index<Id> {
         }
     }
 
-    /// Whether there is no selector.
+    /// Returns whether there are no selectors.
     pub fn is_empty(&self) -> bool {
         self.by_key.is_empty() && self.unanchored.is_empty()
     }
 
-    /// Takes a selector out.
+    /// Removes a selector.
     pub fn remove(&mut self, id: &Id, selector: &PodSelector) {
         match selector.anchor() {
             Some(Anchor::Values(key, values)) => {
@@ -236,8 +235,8 @@ impl<Id: Clone + Ord> Index<Id> {
         }
     }
 
-    /// Notes that a namespace is new, has other labels, or is gone (`None`): those that name it are
-    /// kept, since a pod may come before its namespace does.
+    /// Updates the index after a namespace was created, got other labels, or was deleted (`None`).
+    /// Selectors that name it are kept, since a pod may be added before its namespace.
     pub(crate) fn namespace_changed(&mut self, name: &str, labels: Option<&Labels>) {
         let mut ids = BTreeSet::new();
         let name: Arc<str> = name.into();
@@ -261,9 +260,9 @@ impl<Id: Clone + Ord> Index<Id> {
         }
     }
 
-    /// Calls `found` for each selector that selects a pod, once each, in no order.
+    /// Calls `found` once for each selector that selects a pod, in no order.
     ///
-    /// The labels of the namespace must be those that [`Index::namespace_changed`] was told.
+    /// The labels of the namespace must be those of the last call of [`Index::namespace_changed`].
     pub fn of_pod(
         &self,
         namespace: &str,

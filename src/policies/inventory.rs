@@ -1,4 +1,4 @@
-//! The pods, namespaces and policies that are known.
+//! The known pods, namespaces and policies.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
@@ -12,26 +12,26 @@ use super::departed::Departed;
 use super::index::{Index, Namespaces, PodSelector};
 use crate::model::{Labels, NAMESPACE_NAME, Namespace, NetworkPolicy, ObjectName, Pod, Sandbox};
 
-/// What policies are compiled from.
+/// The objects from which policies are compiled.
 #[derive(Debug, Default)]
-pub struct Inventory {
+pub(crate) struct Inventory {
     node: Arc<str>,
     pods: HashMap<ObjectName, Box<Pod>>,
     pods_of: HashMap<Box<str>, HashSet<ObjectName>>,
-    /// The pods that could have an address.
+    /// Returns the pods that claim an address.
     claimants: HashMap<IpAddr, AddressClaimants>,
-    /// Pods of this node whose objects went while a container ran.
+    /// Pods of this node that were deleted while a container ran.
     departed: Departed,
-    /// The pods of this node.
+    /// The names of this node's pods.
     local: BTreeSet<ObjectName>,
     namespaces: HashMap<Box<str>, Labels>,
     policies: BTreeMap<ObjectName, Arc<NetworkPolicy>>,
-    /// Which policies select a pod.
+    /// The policies by the pods that they select.
     targets: Index<ObjectName>,
 }
 
 impl Inventory {
-    /// Nothing known yet, on a node of this name.
+    /// Creates an empty inventory for the node of this name.
     pub fn new(node: Arc<str>) -> Self {
         Self {
             node,
@@ -39,28 +39,28 @@ impl Inventory {
         }
     }
 
-    /// A pod.
+    /// Returns a pod.
     pub fn pod(&self, name: &ObjectName) -> Option<&Pod> {
         self.pods.get(name).map(|pod| &**pod)
     }
 
-    /// All pods, in no order.
+    /// Returns all pods, in no order.
     pub fn pods(&self) -> impl Iterator<Item = &Pod> {
         self.pods.values().map(|pod| &**pod)
     }
 
-    /// The pods of a namespace, in no order.
+    /// Returns the pods of a namespace, in no order.
     pub(crate) fn pods_of(&self, namespace: &str) -> impl Iterator<Item = &Pod> {
         let names = self.pods_of.get(namespace).into_iter().flatten();
         names.filter_map(|name| self.pod(name))
     }
 
-    /// The pods of this node.
+    /// Returns the pods of this node.
     pub fn local(&self) -> impl Iterator<Item = &ObjectName> {
         self.local.iter()
     }
 
-    /// The pods of this node that are in a namespace.
+    /// Returns the pods of this node in a namespace.
     pub(crate) fn local_of<'a>(
         &'a self,
         namespace: &'a str,
@@ -70,42 +70,42 @@ impl Inventory {
         rest.take_while(move |name| name.namespace() == namespace)
     }
 
-    /// Whether a pod runs on this node.
+    /// Returns whether a pod runs on this node.
     pub(crate) fn is_local(&self, pod: &Pod) -> bool {
         pod.node.as_deref() == Some(&*self.node)
     }
 
-    /// The names of a kind's objects.
+    /// Returns the names of the pods.
     pub(crate) fn pod_names(&self) -> HashSet<ObjectName> {
         self.pods.keys().cloned().collect()
     }
 
-    /// The names of the namespaces that have an object.
+    /// Returns the names of the namespaces that have an object.
     pub(crate) fn namespace_names(&self) -> HashSet<ObjectName> {
         let names = self.namespaces.keys();
         names.map(|name| ObjectName::new("", name)).collect()
     }
 
-    /// The names of the policies.
+    /// Returns the names of the policies.
     pub(crate) fn policy_names(&self) -> HashSet<ObjectName> {
         self.policies.keys().cloned().collect()
     }
 
-    /// The numbers of pods, namespaces and policies.
+    /// Returns the numbers of pods, namespaces and policies.
     pub fn counts(&self) -> (usize, usize, usize) {
         (self.pods.len(), self.namespaces.len(), self.policies.len())
     }
 
-    /// A policy.
+    /// Returns a policy.
     pub fn policy(&self, name: &ObjectName) -> Option<&Arc<NetworkPolicy>> {
         self.policies.get(name)
     }
 
-    /// The policies that select a pod, sorted by name.
+    /// Returns the policies that select a pod, sorted by name.
     pub(crate) fn policies_for(&self, pod: &Pod) -> Vec<&Arc<NetworkPolicy>> {
         let mut names = Vec::new();
         let namespace = pod.name.namespace();
-        // A policy selects pods of its own namespace, whatever that namespace's labels are.
+        // A policy selects pods of its own namespace, regardless of the namespace's labels.
         let labels = Labels::default();
         self.targets
             .of_pod(namespace, &labels, &pod.labels, |name| {
@@ -115,13 +115,13 @@ impl Inventory {
         names.iter().filter_map(|name| self.policy(name)).collect()
     }
 
-    /// The labels of a namespace; of one without an object just its name.
+    /// Returns the labels of a namespace; only its name if it has no object.
     pub fn namespace(&self, name: &str) -> Labels {
         let known = self.namespaces.get(name).cloned();
         known.unwrap_or_else(|| [(NAMESPACE_NAME, name)].into_iter().collect())
     }
 
-    /// The namespaces that have an object or a pod, with their labels.
+    /// Returns the namespaces that have an object or a pod, with their labels.
     pub fn namespaces(&self) -> impl Iterator<Item = (&str, Labels)> {
         let without_object = self
             .pods_of
@@ -131,7 +131,7 @@ impl Inventory {
         names.map(|name| (&**name, self.namespace(name)))
     }
 
-    /// Whether a selector selects a pod.
+    /// Returns whether a selector selects a pod.
     pub fn selects(&self, selector: &PodSelector, pod: &Pod) -> bool {
         let namespace = pod.name.namespace();
         let of_namespace = match &selector.namespaces {
@@ -141,8 +141,8 @@ impl Inventory {
         selector.matches(namespace, &of_namespace, &pod.labels)
     }
 
-    /// The pods that may have an address now: of those that claim it, the ones that no other
-    /// outranks. More than one where it cannot be decided.
+    /// Returns the pods that may have an address: the claimants that no other outranks. There are
+    /// several if the statuses do not decide.
     pub fn holders(&self, address: IpAddr) -> impl Iterator<Item = &Pod> {
         let claimants = self.claimants.get(&address);
         let holders = claimants
@@ -151,13 +151,13 @@ impl Inventory {
         holders.filter_map(|claimant| self.pod(&claimant.name))
     }
 
-    /// The pod that has an address, if that is certain: the one that selectors of rules which allow
-    /// are asked about. None without a sandbox is.
+    /// Returns the pod that has an address, if that is certain. Selectors of peers match only such
+    /// a pod. A pod without a sandbox is never certain.
     pub fn owner(&self, address: IpAddr) -> Option<&Pod> {
         self.certain(address, self.holders(address))
     }
 
-    /// The addresses that a pod has for certain.
+    /// Returns the addresses that a pod has for certain.
     pub fn addresses(&self, pod: &Pod) -> SmallVec<[IpAddr; 2]> {
         let claimed = pod.addresses.iter().copied();
         claimed
@@ -168,9 +168,9 @@ impl Inventory {
             .collect()
     }
 
-    /// The pods of this node that may have an address, by the same order among themselves. An object
-    /// that is left of another node's pod must not free a pod of this one from its policies, unless
-    /// that one has no sandbox.
+    /// Returns the pods of this node that may have an address, by the same order among themselves.
+    /// An outdated object of another node's pod must not exempt a pod of this node from its
+    /// policies, unless that pod has no sandbox.
     pub(crate) fn local_holders(&self, address: IpAddr) -> impl Iterator<Item = &Pod> {
         let claimants = self.claimants.get(&address);
         let holders = claimants.into_iter().flat_map(|claimants| {
@@ -180,12 +180,12 @@ impl Inventory {
         holders.filter_map(|claimant| self.pod(&claimant.name))
     }
 
-    /// The pod of this node that has an address, if that is certain.
+    /// Returns the pod of this node that has an address, if that is certain.
     pub(crate) fn local_owner(&self, address: IpAddr) -> Option<&Pod> {
         self.certain(address, self.local_holders(address))
     }
 
-    /// The one pod that has an address, where there is one alone and it may have a sandbox.
+    /// Returns the only holder of an address, if there is one and it may have a sandbox.
     fn certain<'a>(
         &self,
         address: IpAddr,
@@ -196,14 +196,14 @@ impl Inventory {
         (alone && first.evidence.sandbox != Sandbox::Gone).then_some(first)
     }
 
-    /// The pods of this node whose policies are asked about an address, without the departed one.
+    /// Returns the pods of this node whose policies isolate an address, without the departed one.
     pub(crate) fn isolating(&self, address: IpAddr) -> impl Iterator<Item = &Pod> {
         let departed = self.departed.at(address).map(|pod| pod.evidence);
         self.local_holders(address)
             .filter(move |pod| departed.is_none_or(|departed| !departed.outranks(&pod.evidence)))
     }
 
-    /// The addresses that a pod of this node has for certain, as far as this node is concerned.
+    /// Returns the addresses that a pod of this node has for certain among the pods of this node.
     pub(crate) fn local_addresses(&self, pod: &Pod) -> SmallVec<[IpAddr; 2]> {
         if !self.is_local(pod) {
             return SmallVec::new();
@@ -217,27 +217,27 @@ impl Inventory {
             .collect()
     }
 
-    /// The pod whose object went while it had an address of this node.
+    /// Returns the departed pod with an address.
     pub fn departed(&self, address: IpAddr) -> Option<&Pod> {
         self.departed.at(address)
     }
 
-    /// The addresses of departed pods of a namespace.
+    /// Returns the addresses of departed pods of a namespace.
     pub(crate) fn departed_of(&self, namespace: &str) -> impl Iterator<Item = IpAddr> {
         self.departed.of(namespace)
     }
 
-    /// When the first departed pod is to be forgotten.
+    /// Returns when the first departed pod expires.
     pub(crate) fn departed_due(&self) -> Option<Instant> {
         self.departed.due()
     }
 
-    /// The address of a departed pod that is to be forgotten.
+    /// Returns the address of an expired departed pod.
     pub(crate) fn departed_expired(&self, now: Instant) -> Option<IpAddr> {
         self.departed.expired(now)
     }
 
-    /// Forgets that one.
+    /// Forgets the departed pod of [`Inventory::departed_expired`].
     pub(crate) fn forget_departed(&mut self, now: Instant) {
         self.departed.forget_oldest(now);
     }
@@ -249,7 +249,7 @@ impl Inventory {
         all.map(|claimant| &claimant.name)
     }
 
-    /// The pods that claim an address of a pod, itself among them if it is known.
+    /// Returns the pods that claim an address of a pod, including the pod itself if it is known.
     pub fn rivals(&self, pod: &Pod) -> Vec<ObjectName> {
         let mut rivals: Vec<ObjectName> = pod
             .addresses
@@ -262,8 +262,8 @@ impl Inventory {
         rivals
     }
 
-    /// Replaces a pod, `None` for one that is gone. One that goes while a container runs is
-    /// remembered from `now` on, since its containers may go on.
+    /// Replaces a pod; `None` deletes it. A pod that is deleted while a container runs is
+    /// remembered as departed from `now` on, since its containers may keep running.
     pub(crate) fn set_pod(&mut self, name: &ObjectName, pod: Option<Pod>, now: Instant) {
         let known = self.pods.get(name).filter(|_| pod.is_none());
         let held = known.map_or_else(SmallVec::new, |pod| self.held_by(pod));
@@ -301,7 +301,7 @@ impl Inventory {
         self.pods.insert(name.clone(), Box::new(pod));
     }
 
-    /// The addresses of this node that a pod may have and at which a container of it runs.
+    /// Returns the addresses that a pod of this node may have, if a container of it runs.
     fn held_by(&self, pod: &Pod) -> SmallVec<[IpAddr; 2]> {
         if !pod.running || !self.is_local(pod) {
             return SmallVec::new();
@@ -331,17 +331,17 @@ impl Inventory {
         }
     }
 
-    /// Whether a namespace has an object or a pod.
+    /// Returns whether a namespace has an object or a pod.
     pub(crate) fn has_namespace(&self, name: &str) -> bool {
         self.namespaces.contains_key(name) || self.pods_of.contains_key(name)
     }
 
-    /// Whether a namespace is known just so.
+    /// Returns whether a namespace is known with the same labels.
     pub fn knows(&self, namespace: &Namespace) -> bool {
         self.namespaces.get(namespace.name.name()) == Some(&namespace.labels)
     }
 
-    /// Replaces a namespace, `None` for one that is gone.
+    /// Replaces a namespace; `None` deletes it.
     pub(crate) fn set_namespace(&mut self, name: &str, namespace: Option<Namespace>) {
         match namespace {
             Some(namespace) => self.namespaces.insert(name.into(), namespace.labels),
@@ -349,7 +349,7 @@ impl Inventory {
         };
     }
 
-    /// Replaces a policy, `None` for one that is gone. Returns the old one.
+    /// Replaces a policy; `None` deletes it. Returns the old one.
     pub(crate) fn set_policy(
         &mut self,
         name: &ObjectName,
@@ -367,7 +367,7 @@ impl Inventory {
     }
 }
 
-/// The pods that a policy applies to.
+/// Returns the selector of the pods that a policy applies to.
 fn target(policy: &NetworkPolicy) -> PodSelector {
     PodSelector {
         namespaces: Namespaces::Named(policy.name.namespace().into()),
@@ -375,8 +375,8 @@ fn target(policy: &NetworkPolicy) -> PodSelector {
     }
 }
 
-/// Whether the addresses in a pod's status are its own. Those of a host-network pod are the
-/// node's; those of a pod that has ended may be another one's by now.
+/// Returns whether the addresses in a pod's status are its own. Those of a host-network pod are the
+/// node's; those of a terminated pod may belong to another pod by now.
 fn claims_addresses(pod: &Pod) -> bool {
     !pod.host_network && !pod.ended
 }

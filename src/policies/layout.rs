@@ -1,4 +1,4 @@
-//! The names and declarations of the policy table.
+//! Names and declarations of the policy tables.
 
 use std::net::IpAddr;
 use std::sync::{Arc, LazyLock};
@@ -9,16 +9,16 @@ use crate::nft::{Declaration, Name, Selector, SetKind, TableId, readable_name};
 
 /// The name of the policy tables, one in the family `ip` and one in `ip6`.
 ///
-/// They are apart from the service tables because whatever changes a rule or a verdict makes
-/// the kernel validate the whole table.
+/// They are separate from the service tables because a change of a rule or verdict makes the kernel
+/// validate the whole table.
 pub const TABLE: &str = "nftlet-policy";
 
-/// The policy table of an address family.
+/// Returns the policy table of an address family.
 pub fn table_id(family: model::Family) -> TableId {
     TableId::new(table_family(family), TABLE)
 }
 
-/// Whether traffic to a pod or from it is concerned.
+/// The direction of traffic, seen from the pod.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Direction {
     /// To the pod.
@@ -28,10 +28,10 @@ pub enum Direction {
 }
 
 impl Direction {
-    /// Both.
+    /// Both directions.
     pub const ALL: [Direction; 2] = [Direction::Ingress, Direction::Egress];
 
-    /// The word for it in names, metrics and logs.
+    /// Returns the word for it in names, metrics and logs.
     pub fn as_str(self) -> &'static str {
         match self {
             Direction::Ingress => "ingress",
@@ -39,7 +39,7 @@ impl Direction {
         }
     }
 
-    /// The field of a packet that holds the isolated pod's address.
+    /// Returns the field of a packet with the isolated pod's address.
     pub(super) fn pod(self) -> Selector {
         match self {
             Direction::Ingress => Selector::DestinationAddress,
@@ -47,7 +47,7 @@ impl Direction {
         }
     }
 
-    /// The field of a packet that holds the peer's address.
+    /// Returns the field of a packet with the peer's address.
     pub(super) fn peer(self) -> Selector {
         match self {
             Direction::Ingress => Selector::SourceAddress,
@@ -55,7 +55,7 @@ impl Direction {
         }
     }
 
-    /// The interface of a packet that leads to the isolated pod.
+    /// Returns the interface of a packet that leads to the isolated pod.
     pub(super) fn link(self) -> Selector {
         match self {
             Direction::Ingress => Selector::OutputInterface,
@@ -63,7 +63,7 @@ impl Direction {
         }
     }
 
-    /// The interfaces that lead to isolated pods.
+    /// Returns the set of interfaces that lead to isolated pods.
     pub(super) fn links(self) -> Name {
         Name::from(match self {
             Direction::Ingress => "ingress-links",
@@ -71,8 +71,8 @@ impl Direction {
         })
     }
 
-    /// The verdict map from isolated addresses to the chains of their pods, for the first, second
-    /// and further pods of an address.
+    /// Returns the verdict map from isolated addresses to the chains of pods, for a holder of an
+    /// address by its place (layer).
     pub(super) fn pods(self, layer: usize) -> Name {
         layered(
             match self {
@@ -83,7 +83,7 @@ impl Direction {
         )
     }
 
-    /// The chain that denies.
+    /// Returns the chain that denies.
     pub(super) fn deny(self) -> Name {
         Name::from(match self {
             Direction::Ingress => "deny-ingress",
@@ -91,7 +91,7 @@ impl Direction {
         })
     }
 
-    /// The set that counts what was denied, by pod.
+    /// Returns the set that counts denied packets by pod address.
     pub fn denied(self) -> Name {
         Name::from(match self {
             Direction::Ingress => "denied-ingress",
@@ -99,7 +99,7 @@ impl Direction {
         })
     }
 
-    /// The chain of an isolated pod.
+    /// Returns the chain of an isolated pod.
     pub(super) fn pod_chain(self, pod: &ObjectName) -> Name {
         name(
             match self {
@@ -110,7 +110,7 @@ impl Direction {
         )
     }
 
-    /// The chain of a pod whose object is gone.
+    /// Returns the chain of a departed pod.
     pub(super) fn departed_chain(self, address: IpAddr) -> Name {
         let address = address.to_string().replace(':', "-");
         Name::from(match self {
@@ -119,7 +119,7 @@ impl Direction {
         })
     }
 
-    /// The chain of a policy.
+    /// Returns the chain of a policy.
     pub(super) fn policy_chain(self, policy: &ObjectName) -> Name {
         name(
             match self {
@@ -135,7 +135,7 @@ fn name(prefix: &str, object: &ObjectName) -> Name {
     readable_name(&format!("{prefix}{object}"))
 }
 
-/// The name of what there is once, and once more for the second pod of an address and on.
+/// Returns a name for a layer; the first layer has no suffix.
 pub(super) fn layered(name: &str, layer: usize) -> Name {
     match layer {
         0 => Name::from(name),
@@ -143,14 +143,14 @@ pub(super) fn layered(name: &str, layer: usize) -> Name {
     }
 }
 
-/// ICMPv6 messages that no policy is asked about: nobody can be reached on a link without them. They
-/// never leave it, which the hop limit proves: a router takes one off.
+/// ICMPv6 messages that no policy applies to, because hosts on a link cannot be reached without
+/// them. The hop limit proves that they come from the link: a router decrements it.
 pub(super) struct Exempt {
-    /// The set of their types.
+    /// The name of the set of their types.
     pub set: &'static str,
-    /// What is in it.
+    /// The types.
     pub types: &'static [u8],
-    /// The hop limit that all of them have.
+    /// The hop limit with which they are sent.
     pub hop_limit: u8,
 }
 
@@ -168,10 +168,10 @@ pub(super) const EXEMPT: [Exempt; 2] = [
     },
 ];
 
-/// The addresses of all isolated pods, for strict mode.
+/// The set of all isolated addresses, for strict mode.
 pub(super) const ISOLATED: &str = "isolated-pods";
 
-/// The fields that identify the port of a destination pod.
+/// Returns the key of a port of a destination pod.
 pub(super) fn port_key() -> Vec<Selector> {
     vec![
         Selector::DestinationAddress,
@@ -192,9 +192,9 @@ macro_rules! declarations {
 }
 
 declarations! {
-    /// Address to the chain of the pod.
+    /// Verdict map from address to the chain of the pod.
     pods Declaration::new(SetKind::VerdictMap, [Selector::SourceAddress]);
-    /// Addresses that count what they match.
+    /// Addresses with counters.
     counted Declaration {
         counter: true,
         ..Declaration::new(SetKind::Set, [Selector::SourceAddress])

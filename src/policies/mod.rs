@@ -1,4 +1,4 @@
-//! NetworkPolicies as rules, in tables of their own.
+//! The engine of network policies: compiles them into rules, in tables of their own.
 //!
 //! ```text
 //! events ─> Inventory (pods, namespaces, policies) ── what changed ──┐
@@ -9,7 +9,7 @@
 //! ```
 //!
 //! Only pods of this node get chains, and only policies that select one of them do. A packet
-//! between two pods, or between a pod and the outside, meets
+//! between two pods, or between a pod and another host, evaluates
 //!
 //! ```text
 //!  forward  egress ──── source ────> pod-egress-NS/POD ──jump──> policy-egress-NS/POLICY: accept
@@ -19,15 +19,15 @@
 //!  input    egress-to-node ─ source ─> as egress
 //! ```
 //!
-//! - A pod that no policy of a direction selects is in no verdict map: its packets pass.
-//! - A policy is one chain for all pods that it selects. Its peers are sets of addresses
-//!   (`sets`), one for each distinct selector, shared by all policies. What a pod of another
-//!   node does is thus a matter of set elements and of no rule.
-//! - The forward hook is behind DNAT and before masquerading: services are judged by the pod
-//!   that was chosen, and clients by their own address. The node's own traffic to its pods passes
-//!   the output hook only, where no policy is asked.
+//! - A pod that no policy selects for a direction is in no verdict map, so its packets pass.
+//! - A policy is one chain for all pods that it selects. Its peers are sets of addresses (`sets`),
+//!   one for each distinct selector, shared by all policies. So a change of a pod on another node
+//!   changes set elements but no rule.
+//! - The forward hook is behind DNAT and before masquerading: the rules see the endpoint of a
+//!   service and the client's own address. Traffic of the node itself to its pods passes the output
+//!   hook only, where no policy applies.
 //!
-//! The cost of an update follows the pods and policies that events touched.
+//! The cost of an update is proportional to the pods and policies that events touched.
 
 mod changes;
 mod claimants;
@@ -55,21 +55,20 @@ pub use evaluate::Connection;
 pub use layout::{Direction, TABLE, table_id};
 pub(crate) use rules::is_base_chain;
 
-/// The NFLOG group that denied packets are sent to with `--log-denied`. Other programs mostly
-/// have small numbers.
+/// The NFLOG group of denied packets with `--log-denied`. Other programs mostly use small numbers.
 pub const LOG_GROUP: u16 = 1729;
 
 /// Tells the interfaces of this host that lead to addresses of its pods; those that it does not know
 /// are left out.
 pub type FindLinks = fn(&[IpAddr]) -> Vec<(IpAddr, Arc<str>)>;
 
-/// What the command line says about policies.
+/// The settings of the rules for network policies.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PolicySettings {
     /// The name of the own node.
     pub node: Arc<str>,
-    /// Connections are cut that no policy allows any more.
+    /// Whether connections are cut that no policy allows any more.
     pub strict: bool,
-    /// The NFLOG group that denied packets are sent to.
+    /// The NFLOG group of denied packets, if they are logged.
     pub log_group: Option<u16>,
 }

@@ -1,4 +1,4 @@
-//! Which addresses of this node are isolated, and whose policies are asked about them.
+//! The plans of isolated addresses of this node: the pods whose policies apply to them.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
@@ -11,14 +11,15 @@ use super::rules;
 use crate::model::{Family, ObjectName, Pod};
 use crate::nft::Table;
 
-/// The most pods with one address that are asked one after the other.
+/// The maximum number of holders of an address whose policies are evaluated one after the other. An
+/// address with more is denied everything.
 const MAX_HOLDERS: usize = 4;
 
 /// An isolated address of this node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Isolation {
-    /// For each direction in which it is isolated, whose policies are asked: what one of them does
-    /// not allow is denied. More than one where it is not certain which pod has the address.
+    /// For each direction in which it is isolated, the pods that may have the address. Traffic must
+    /// be allowed by the policies of each of them.
     pub holders: BTreeMap<Direction, Vec<Holder>>,
 }
 
@@ -26,14 +27,14 @@ pub(super) struct Isolation {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Holder {
     pub pod: ObjectName,
-    /// Whether its object is gone.
+    /// Whether its object was deleted while it ran.
     pub departed: bool,
-    /// The policies of a direction that select it.
+    /// The policies that select it for the direction.
     pub policies: Vec<ObjectName>,
 }
 
 impl Engine {
-    /// Puts the base chains for addresses with several pods into a side of the tables.
+    /// Adds the base chains for addresses with several holders to a side of the deltas.
     pub(super) fn draft_layers(
         &self,
         deltas: &mut [TableDelta; 2],
@@ -45,8 +46,8 @@ impl Engine {
         }
     }
 
-    /// Plans an address of this node again and notes what is different in its chains. Returns
-    /// whether anything is.
+    /// Plans an address of this node again and drafts the changes of its chains. Returns whether
+    /// there are any.
     pub(super) fn plan_again(
         &mut self,
         address: IpAddr,
@@ -120,7 +121,7 @@ impl Engine {
         }
     }
 
-    /// What the policies make of an address of this node; `None` for one that is not isolated.
+    /// Plans an address of this node. Returns `None` if it is not isolated.
     fn plan(&self, address: IpAddr) -> Option<Isolation> {
         let mut pods: Vec<&Pod> = self.inventory.isolating(address).collect();
         pods.sort_unstable_by(|a, b| a.name.cmp(&b.name));
@@ -130,7 +131,7 @@ impl Engine {
         for (pod, departed) in pods.chain(departed.map(|pod| (pod, true))) {
             for (direction, policies) in self.isolating_policies(pod) {
                 let all = holders.entry(direction).or_default();
-                // Pods of one workload say the same.
+                // Pods of one workload mostly have the same policies.
                 if !all.iter().any(|holder| holder.policies == policies) {
                     all.push(Holder {
                         pod: pod.name.clone(),
@@ -147,7 +148,7 @@ impl Engine {
         (!holders.is_empty()).then_some(Isolation { holders })
     }
 
-    /// For each direction in which a pod is isolated, the policies that select it.
+    /// Returns the policies that select a pod, for each direction in which it is isolated.
     fn isolating_policies(&self, pod: &Pod) -> BTreeMap<Direction, Vec<ObjectName>> {
         let mut policies: BTreeMap<Direction, Vec<ObjectName>> = BTreeMap::new();
         for policy in self.inventory.policies_for(pod) {
@@ -164,7 +165,7 @@ impl Engine {
     }
 }
 
-/// A count with one more or one less.
+/// Returns a count incremented or decremented.
 fn changed(count: u32, more: bool) -> u32 {
     if more {
         count.saturating_add(1)

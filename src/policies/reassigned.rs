@@ -1,31 +1,31 @@
-//! Addresses that went from one pod to another.
+//! Addresses that were reassigned from one pod to another.
 //!
-//! Rules let a connection pass once it is established. What was established with a pod that is gone
-//! must not reach the one that has its address now, so whoever follows the rules is told of such an
-//! address and looks at its connections.
+//! The rules accept packets of established connections. A connection that was established with a
+//! deleted pod must not reach the pod that has its address now, so the follower that cuts
+//! connections gets such addresses.
 
 use std::collections::{BTreeSet, HashSet};
 use std::net::IpAddr;
 
 use crate::model::ObjectName;
 
-/// The most addresses that are remembered after their pods went: as many as a cluster with the usual
-/// range of IPv4 addresses has.
+/// The maximum number of free addresses to remember: as many as the usual IPv4 range of a cluster
+/// has.
 const MOST_FREE: usize = 1 << 16;
 
-/// Collects such addresses.
+/// Collects reassigned addresses.
 #[derive(Debug, Default)]
 pub(super) struct ReassignedAddresses {
     reassigned: BTreeSet<IpAddr>,
-    /// Those that a pod had and none has now.
+    /// Addresses that a pod had and no pod has now.
     free: HashSet<IpAddr>,
-    /// More became free than are remembered: any address may have been another pod's.
+    /// Whether too many became free to remember: any address may have belonged to another pod.
     overflowed: bool,
 }
 
 impl ReassignedAddresses {
-    /// Notes which pods may have an address before and after a change. `arrived` says that it is one of a pod
-    /// that came to this node just now: whoever had it before may be long forgotten.
+    /// Records the pods that may have an address before and after a change. `arrived` says that a
+    /// pod of this node got the address just now; its former pod may not be remembered.
     pub fn note(
         &mut self,
         address: IpAddr,
@@ -52,7 +52,7 @@ impl ReassignedAddresses {
         }
     }
 
-    /// Those that were not told yet.
+    /// Removes and returns the reassigned addresses.
     pub fn take(&mut self) -> BTreeSet<IpAddr> {
         std::mem::take(&mut self.reassigned)
     }

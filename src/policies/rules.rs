@@ -1,4 +1,4 @@
-//! The chains of the policy table.
+//! The chains of the policy tables.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -27,17 +27,17 @@ const ICMPV6: u8 = 58;
 /// `fe80::/10`, without its length.
 const LINK_LOCAL: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0);
 
-/// A packet is logged at most so often in a second, in either direction and family.
+/// The average number of logged packets per second, for each direction and family.
 const LOGS_PER_SECOND: u32 = 10;
-/// What is logged above that rate at once.
+/// The number of packets that may exceed that rate.
 const LOG_BURST: u32 = 20;
-/// How much of a packet is logged: its headers.
+/// The number of logged bytes of a packet: its headers.
 const LOG_BYTES: u32 = 128;
 
-/// The statements that ask for a port.
+/// The statements that match ports.
 type Statements = SmallVec<[Statement; 2]>;
 
-/// The table of a family while no pod is isolated.
+/// Returns the table of a family without isolated pods.
 pub(super) fn skeleton(family: Family, settings: &PolicySettings) -> Table {
     let mut table = Table::default();
     for direction in Direction::ALL {
@@ -85,10 +85,11 @@ pub(super) fn skeleton(family: Family, settings: &PolicySettings) -> Table {
     table
 }
 
-/// Adds the base chains that ask the policies of the first, second or a further pod of an address.
+/// Adds the base chains for the first, second or a further holder of an address.
 ///
-/// `accept` ends only the base chain it is met in. So what a pod may send is then asked of the pod
-/// that receives it, and what the first of several pods with one address allows, of the next one.
+/// `accept` ends only the current base chain. So the egress policies of the sender are followed by
+/// the ingress policies of the receiver, and those of the first holder of an address by those of
+/// the next.
 pub(super) fn add_layer(
     table: &mut Table,
     family: Family,
@@ -113,7 +114,7 @@ pub(super) fn add_layer(
     }
 }
 
-/// Name, hook and priority of the base chains of a direction.
+/// Returns name, hook and priority of the base chains of a direction.
 fn bases(direction: Direction) -> &'static [(&'static str, Hook, i32)] {
     match direction {
         Direction::Egress => &[
@@ -124,8 +125,9 @@ fn bases(direction: Direction) -> &'static [(&'static str, Hook, i32)] {
     }
 }
 
-/// Whether nftlet gives this name to a base chain of its policy tables. A name that is given up must
-/// stay known here, or the rules of an earlier version would not last until the first lists.
+/// Returns whether this is the name of a base chain in the policy tables of this or an earlier
+/// version of nftlet. At start, other base chains are removed before the first lists; a former name
+/// must therefore stay in this list.
 pub(crate) fn is_base_chain(name: &Name) -> bool {
     let mut bases = Direction::ALL.into_iter().flat_map(bases);
     bases.any(|(base, ..)| {
@@ -156,8 +158,8 @@ fn base_rules(
                 Statement::Verdict(Verdict::Accept),
             ]));
         }
-        // The address that every pod has beside those in its status. It is of no use to a policy,
-        // so what has it is told by the interface alone.
+        // Every pod has a link-local address, which is not in its status. It does not identify the
+        // pod, so the interface is matched instead, and the packet is denied.
         let link_local = IpNet::V6(Ipv6Net::new_assert(LINK_LOCAL, 10));
         rules.push(Rule::new([
             Statement::Match(
@@ -170,8 +172,8 @@ fn base_rules(
         ]));
     }
     if settings.strict {
-        // The reply to a connection that was cut must not pass for a new one. What is not tracked
-        // was never cut.
+        // A packet of a connection that was cut must not open a new one. Untracked connections are
+        // never cut.
         for end in [Selector::SourceAddress, Selector::DestinationAddress] {
             rules.push(Rule::new([
                 Statement::CtState([CtState::Invalid, CtState::New].into()),
@@ -220,8 +222,8 @@ fn protocol(number: u8) -> Statement {
     )
 }
 
-/// The chain of an isolated pod: it reaches itself, whoever a policy allows passes, and nobody
-/// else.
+/// Returns the chain of an isolated pod: accepts packets of the pod to itself and those that a
+/// policy allows, and denies all others.
 pub(super) fn pod_chain(
     direction: Direction,
     address: IpAddr,
@@ -242,7 +244,7 @@ pub(super) fn pod_chain(
     Chain { base: None, rules }
 }
 
-/// The rules of a policy for one direction; `None` if it does not concern that direction.
+/// Returns the rules of a policy for one direction; `None` if it does not apply to that direction.
 pub(super) fn rules_of(policy: &NetworkPolicy, direction: Direction) -> Option<&[PolicyRule]> {
     match direction {
         Direction::Ingress => policy.ingress.as_deref(),
@@ -250,8 +252,8 @@ pub(super) fn rules_of(policy: &NetworkPolicy, direction: Direction) -> Option<&
     }
 }
 
-/// The chain of a policy in one family, which accepts what the policy allows. `set` gives the
-/// set for a spec, with its name.
+/// Compiles the chain of a policy in one family, which accepts what the policy allows. `set`
+/// returns the set of a specification, with its name.
 pub(super) fn policy_chain(
     policy: &NetworkPolicy,
     direction: Direction,
@@ -294,8 +296,8 @@ pub(super) fn policy_chain(
     (Chain { base: None, rules }, used)
 }
 
-/// The sets that stand for the peers of a rule: one for each selector, and one for all blocks
-/// of the family.
+/// Returns the sets of the peers of a rule: one for each selector, and one for all blocks of the
+/// family.
 fn peers_of(peers: &[Peer], namespace: &str, family: Family) -> Vec<SetSpec> {
     let mut specs = Vec::new();
     let mut blocks = Vec::new();
@@ -318,8 +320,8 @@ fn peers_of(peers: &[Peer], namespace: &str, family: Family) -> Vec<SetSpec> {
     specs
 }
 
-/// What asks for one of the ports of a rule: at most one alternative for each protocol and one for
-/// named ports, however many ports there are, because each is asked for with every peer.
+/// Returns the alternatives that match the ports of a rule: at most one for each protocol and one
+/// for named ports, however many ports there are, because each is combined with every peer.
 fn ports_of(
     ports: &[PolicyPort],
     direction: Direction,
@@ -371,7 +373,7 @@ fn ports_of(
     alternatives
 }
 
-/// Ranges of ports, sorted; those that overlap or touch are one.
+/// Sorts ranges of ports and joins those that overlap or touch.
 fn joined(mut ranges: Vec<PortRange>) -> Vec<PortRange> {
     ranges.sort_unstable();
     let mut joined: Vec<PortRange> = Vec::new();

@@ -1,8 +1,8 @@
 //! The sets that policies share: pods by selector, address blocks, and named ports.
 //!
-//! A set is identified by what it stands for ([`SetSpec`]), and named by a digest of that, so
-//! that the same policies get the same names in every run. It exists in a table while a rule of
-//! that table uses it.
+//! A set is identified by its specification ([`SetSpec`]) and named by a digest of it, so that the
+//! same policies get the same names in every run. It exists in a table while a rule of that table
+//! uses it.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
@@ -19,27 +19,27 @@ use crate::nft::{
     Declaration, Element, Key, Name, Selector, Set, SetKind, digest_of, merge_intervals,
 };
 
-/// What a set stands for.
+/// The specification of a set: the elements that it contains.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) enum SetSpec {
     /// The addresses of the pods that a selector selects.
     Pods(PodSelector),
-    /// Addresses in networks, without others.
+    /// The addresses in networks, each without its exceptions.
     Blocks(Vec<(IpNet, Vec<IpNet>)>),
-    /// Ports of a protocol in ranges that are sorted and apart. A set of (protocol, range) for all
-    /// protocols would be a concatenation with an interval, which the kernel fills in a time that
-    /// grows with the square of its elements.
+    /// Ports of a protocol, in sorted, disjoint ranges. A set of (protocol, range) for all
+    /// protocols would be a concatenation with an interval, which the kernel fills in quadratic
+    /// time.
     Ports(Protocol, Vec<PortRange>),
-    /// (address, protocol, port) of the pods that give a port one of some names.
+    /// (address, protocol, port) of the named ports of pods.
     NamedPorts {
         /// The names with their protocols.
         ports: Vec<(Arc<str>, Protocol)>,
-        /// Whether only pods of this node are in it: ingress asks for no others.
+        /// Whether only pods of this node are in it; ingress needs no others.
         local: bool,
     },
 }
 
-/// The first and the last of some ports.
+/// First and last port of a range.
 pub(super) type PortRange = (u16, u16);
 
 impl fmt::Display for SetSpec {
@@ -84,10 +84,10 @@ impl fmt::Display for SetSpec {
     }
 }
 
-/// Identifies a set while it is in use.
+/// The identifier of a set while it is in use.
 pub(super) type SetId = u32;
 
-/// An element that a pod brings to a set.
+/// An element of a set that belongs to a pod.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct PodElement {
     pub family: Family,
@@ -96,26 +96,26 @@ pub(super) struct PodElement {
 }
 
 #[derive(Debug)]
-struct Entry {
+struct SetEntry {
     spec: Arc<SetSpec>,
     name: Name,
     declaration: Arc<Declaration>,
-    /// The elements that it has whatever pods there are.
+    /// The elements that do not depend on pods.
     fixed: Vec<Element>,
-    /// How many rules of either family's table use it.
+    /// The number of chains in each family's table that use it.
     uses: [u32; 2],
 }
 
 /// All sets in use.
 #[derive(Debug, Default)]
 pub(super) struct Sets {
-    entries: BTreeMap<SetId, Entry>,
+    entries: BTreeMap<SetId, SetEntry>,
     ids: HashMap<Arc<SetSpec>, (SetId, Name)>,
     next: SetId,
     index: SetIndex,
 }
 
-/// The sets of a named port, and whether only pods of this node are in them.
+/// The sets of a named port, with whether they contain only pods of this node.
 type PortSets = SmallVec<[(bool, SetId); 2]>;
 
 /// Finds the sets that a pod belongs to.
@@ -156,7 +156,7 @@ impl SetIndex {
         }
     }
 
-    /// Calls `found` once with each element that a pod brings to a set.
+    /// Calls `found` with each set element of a pod.
     fn of_pod(&self, pod: &Pod, inventory: &Inventory, mut found: impl FnMut(PodElement)) {
         if self.selectors.is_empty() && self.ports.is_empty() {
             return;
@@ -210,7 +210,7 @@ fn place_of(family: Family) -> usize {
 }
 
 impl Sets {
-    /// The set of a spec and its name, made if there is none yet.
+    /// Returns the set of a specification and its name, and creates it if necessary.
     pub fn get(&mut self, spec: SetSpec, inventory: &Inventory) -> (SetId, Name) {
         if let Some((id, name)) = self.ids.get(&spec) {
             return (*id, name.clone());
@@ -223,7 +223,7 @@ impl Sets {
         self.ids.insert(spec.clone(), (id, name.clone()));
         self.entries.insert(
             id,
-            Entry {
+            SetEntry {
                 name: name.clone(),
                 declaration: Arc::new(declaration(&spec)),
                 fixed: fixed_elements(&spec),
@@ -234,7 +234,7 @@ impl Sets {
         (id, name)
     }
 
-    /// A set without its elements.
+    /// Returns name and declaration of a set.
     pub fn declared(&self, id: SetId) -> Option<(Name, Set)> {
         let entry = self.entries.get(&id)?;
         let set = Set {
@@ -244,7 +244,7 @@ impl Sets {
         Some((entry.name.clone(), set))
     }
 
-    /// Counts one more or one less use in a family's table. Returns how many there were before.
+    /// Increments or decrements the uses of a set in a family's table. Returns the number before.
     pub fn count(&mut self, id: SetId, family: Family, more: bool) -> u32 {
         let Some(uses) = self
             .entries
@@ -262,7 +262,7 @@ impl Sets {
         before
     }
 
-    /// Whether a family's table uses a set.
+    /// Returns whether a family's table uses a set.
     pub(crate) fn is_used(&self, id: SetId, family: Family) -> bool {
         let uses = self
             .entries
@@ -271,7 +271,7 @@ impl Sets {
         uses.is_some_and(|uses| *uses > 0)
     }
 
-    /// The sets that a family's table uses.
+    /// Returns the sets that a family's table uses.
     pub fn used(&self, family: Family) -> impl Iterator<Item = SetId> {
         let ids = self.entries.keys().copied();
         ids.filter(move |id| self.is_used(*id, family))
@@ -293,7 +293,7 @@ impl Sets {
         self.index.remove(id, &entry.spec);
     }
 
-    /// Notes that a namespace is new, has other labels, or is gone.
+    /// Updates the index after a namespace was created, got other labels, or was deleted.
     pub(crate) fn namespace_changed(&mut self, name: &str, inventory: &Inventory) {
         let known = inventory.has_namespace(name);
         let labels = known.then(|| inventory.namespace(name));
@@ -302,7 +302,7 @@ impl Sets {
             .namespace_changed(name, labels.as_ref());
     }
 
-    /// The elements that a pod brings to sets, sorted.
+    /// Returns the set elements of a pod, sorted.
     pub fn of_pod(&self, pod: &Pod, inventory: &Inventory) -> Vec<PodElement> {
         let mut found = Vec::new();
         self.index
@@ -312,9 +312,9 @@ impl Sets {
         found
     }
 
-    /// Calls `found` with the elements that all pods bring to some of the sets, in no order.
+    /// Calls `found` with the elements of all pods in some of the sets, in no order.
     ///
-    /// Only pods that may be in one of them are looked at, and only for these sets.
+    /// It examines only pods that may be in one of these sets.
     pub(crate) fn for_each_member(
         &self,
         ids: &[SetId],
@@ -359,13 +359,13 @@ impl Sets {
         }
     }
 
-    /// The elements that a set has whatever pods there are.
+    /// Returns the elements of a set that do not depend on pods.
     pub(crate) fn fixed_elements(&self, id: SetId) -> Vec<Element> {
         let entry = self.entries.get(&id);
         entry.map_or_else(Vec::new, |entry| entry.fixed.clone())
     }
 
-    /// The set of a name.
+    /// Returns the set with a name.
     pub fn named(&self, name: &Name) -> Option<SetId> {
         let mut entries = self.entries.iter();
         let found = entries.find(|(_, entry)| entry.name == *name);
@@ -393,18 +393,18 @@ fn has_ranges(ranges: &[PortRange]) -> bool {
     ranges.iter().any(|(from, to)| from != to)
 }
 
-/// The networks that are in the blocks, each without its own exceptions.
+/// Returns the networks of the blocks, each without its own exceptions.
 fn remaining(blocks: &[(IpNet, Vec<IpNet>)]) -> Vec<IpNet> {
     let mut remaining = Vec::new();
     for (block, except) in blocks {
-        // Sorted and apart, so that those inside of a network stand together.
+        // Sorted and disjoint, so that those inside of a network are adjacent.
         let except = IpNet::aggregate(&except.iter().map(IpNet::trunc).collect());
         subtract(block.trunc(), &except, &mut remaining);
     }
     remaining
 }
 
-/// Splits a network until no part of it is both inside and outside of an exception.
+/// Splits a network until each part is completely inside or outside of an exception.
 fn subtract(network: IpNet, except: &[IpNet], remaining: &mut Vec<IpNet>) {
     let (first, last) = (network.network(), network.broadcast());
     let from = except.partition_point(|net| net.broadcast() < first);
@@ -430,8 +430,8 @@ fn name(spec: &SetSpec) -> Name {
         SetSpec::Ports(..) => "ports",
         SetSpec::NamedPorts { .. } => "named-ports",
     };
-    // The text form is unambiguous only for what the API server admits; the digest must not
-    // depend on that.
+    // The printed form is ambiguous for names that the API server would refuse, but files can
+    // contain.
     Name::from(format!("{prefix}-{}", digest_of(&format!("{spec:?}"))))
 }
 

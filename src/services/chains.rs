@@ -14,69 +14,68 @@ use crate::nft::{
     Selector, Set, Statement, Verdict,
 };
 
-/// What a shared chain does with the packets of a frontend.
+/// The task of a shared chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Role {
-    /// Translates them to a random endpoint of the scope.
+    /// Translates packets to a random endpoint of the scope.
     Balance(Scope),
-    /// Marks them for masquerading if the client is outside of the pod network, then balances.
+    /// Marks packets for masquerading if the client is outside of the pod network, then balances.
     Cluster,
-    /// Marks them for masquerading, then balances.
+    /// Marks packets for masquerading, then balances.
     External,
-    /// External policy Local: balances those of this node's pods, marks and balances those of
-    /// the node itself, and looks up local endpoints for all others.
+    /// External policy Local: balances packets of this node's pods over all endpoints, marks and
+    /// balances those of the node itself, and looks up local endpoints for all others.
     LocalPolicy,
 }
 
-/// A chain shared by all frontends it fits. Sets that only it reads exist with it.
+/// A chain that frontends share. Sets that only it reads are created and deleted with it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum SharedChain {
-    /// Handles the packets of frontends with the same number of endpoints.
+    /// Handles packets of frontends with the same number of endpoints.
     Frontend(FrontendChain),
-    /// Sends the clients that a namespace remembers to their endpoint, and lets others come back.
+    /// Translates packets of remembered clients to their endpoint, and returns for others.
     Follow(Clients),
-    /// Remembers which endpoint a client was sent to.
+    /// Remembers the endpoint of a client.
     Learn {
-        /// Where.
+        /// The sets of the namespace.
         clients: Clients,
-        /// For how long, without another connection.
+        /// The time after the last connection for which a client is remembered.
         seconds: u32,
     },
-    /// Passes new connections that were translated on to be remembered if their frontend has
-    /// session affinity.
+    /// Looks up whether the frontend of a new, translated connection has session affinity.
     LearnNew,
-    /// A base chain that sees translated packets and leads to [`SharedChain::LearnNew`]. It costs
-    /// every packet a little, so it exists only while there is a frontend with session affinity.
+    /// A base chain behind the translation that leads to [`SharedChain::LearnNew`]. Every packet
+    /// evaluates it, so it exists only while a frontend has session affinity.
     LearnHook(LearnAt),
-    /// Lets the clients in a list of ranges on to the verdicts of firewalled frontends, and drops
-    /// all others. The ranges are in a set of its own.
+    /// Sends clients in a list of source ranges to the verdicts of firewalled frontends, and drops
+    /// packets of all others. The ranges are in a set of its own.
     Sources(SourceList),
 }
 
-/// A chain that handles the packets of frontends.
+/// A chain that handles packets of frontends.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct FrontendChain {
-    /// How the frontends are found.
+    /// The key by which its frontends are looked up.
     pub by: By,
-    /// What is done.
+    /// Its task.
     pub role: Role,
-    /// Whose clients go to the endpoint they were sent to before.
+    /// The remembered clients, for frontends with session affinity.
     pub sticky: Option<Clients>,
     /// The number of endpoints, at least 1.
     pub endpoints: u32,
 }
 
-/// Where packets are seen after their destination was translated.
+/// The hook at which translated packets are seen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum LearnAt {
-    /// Those that came from elsewhere.
+    /// Packets from other hosts and pods.
     Prerouting,
-    /// Those of the node itself.
+    /// Packets of the node itself.
     Output,
 }
 
 impl SharedChain {
-    /// The chain's name, such as `lb-10` or `nodeport-external-sticky-3/shop`.
+    /// Returns the chain's name, such as `lb-10` or `nodeport-external-sticky-3/shop`.
     pub fn name(&self) -> Name {
         match self {
             SharedChain::Frontend(handle) => handle.name(),
@@ -89,7 +88,7 @@ impl SharedChain {
         }
     }
 
-    /// The chains that this one goes on to, or needs to be reached.
+    /// Returns the chains that this one leads to, or through which it is reached.
     fn onward(&self) -> Vec<SharedChain> {
         match self {
             SharedChain::Frontend(handle) => {
@@ -107,7 +106,7 @@ impl SharedChain {
         }
     }
 
-    /// This chain and all that it leads to, directly or not: each behind those that lead to it.
+    /// Returns this chain and all chains that it needs, each after those that lead to it.
     pub fn closure(self) -> Vec<SharedChain> {
         let mut found = vec![self];
         let mut next = 0;
@@ -119,8 +118,7 @@ impl SharedChain {
         found
     }
 
-    /// The sets that exist with this chain, because only this one and those that lead to it use
-    /// them.
+    /// Returns the sets that are created and deleted with this chain.
     pub fn sets(&self) -> Vec<(Name, Set)> {
         match self {
             SharedChain::Follow(clients) => clients.sets().into(),
@@ -132,7 +130,7 @@ impl SharedChain {
         }
     }
 
-    /// The rules.
+    /// Returns the chain with its rules.
     pub fn chain(&self, settings: &ServiceSettings, family: Family) -> Chain {
         let (base, rules) = match self {
             SharedChain::Frontend(handle) => (None, handle.rules(settings, family)),
@@ -147,7 +145,7 @@ impl SharedChain {
 }
 
 impl LearnAt {
-    /// Just behind the translation of destinations.
+    /// Returns a base chain just behind the translation of destinations.
     fn base(self) -> BaseChain {
         BaseChain {
             kind: ChainKind::Filter,
@@ -180,7 +178,7 @@ impl FrontendChain {
         }
     }
 
-    /// Whose remembered clients are asked for here.
+    /// Returns the clients to look up before balancing.
     fn follow(&self) -> Option<Clients> {
         let balances = matches!(self.role, Role::Balance(_));
         self.sticky.clone().filter(|_| balances)
@@ -204,9 +202,9 @@ impl FrontendChain {
 
     fn rules(&self, settings: &ServiceSettings, family: Family) -> Vec<Rule> {
         if let Some(clients) = self.follow() {
-            // Clients that are known go to their endpoint, the others on to a random one. The map
-            // is asked in a chain of its own: the kernel looks at all of its elements when a rule
-            // comes that reads it, and chains like this one come and go.
+            // Remembered clients go to their endpoint, others to a random one. The lookup has a
+            // chain of its own: adding a rule validates all elements of the map that it reads, and
+            // chains like this one are added often.
             let follow = SharedChain::Follow(clients).name();
             return self.then_onward(Statement::Verdict(Verdict::Jump(follow)));
         }
@@ -230,8 +228,8 @@ impl FrontendChain {
         std::iter::once(Rule::new([first])).chain(onward).collect()
     }
 
-    /// kube-proxy's short circuits of external policy Local: what comes from this node does not
-    /// need to be kept on it.
+    /// Returns the rules of external policy Local. As in kube-proxy, traffic from this node may
+    /// leave it.
     fn local_policy(&self, detector: &LocalDetector) -> Vec<Rule> {
         let onward = self.onward();
         let (pods, node) = (onward.first(), onward.get(1));
@@ -249,13 +247,13 @@ impl FrontendChain {
         rules
     }
 
-    /// Translation to a random endpoint.
+    /// Returns the rules that translate packets to a random endpoint.
     ///
-    /// A packet keeps walking the rules it started with, but sees the elements of the newest
-    /// transaction. If that took endpoints away, the random index may have none; index 0 has one
-    /// as long as there is any. If none is left, or the whole table has gone, the packet is dropped:
-    /// falling through, it would leave the node with the service's address, and refused, a client
-    /// would give up that only has to ask again.
+    /// A packet evaluates the rules of the generation in which it started, but looks up the
+    /// elements of the newest one. If endpoints were removed since, the random index may have none;
+    /// index 0 has one as long as any endpoint exists. Otherwise, or if the table was deleted, the
+    /// packet is dropped and the client retries: without a verdict it would leave the node with the
+    /// service's address, and after a rejection the client would give up.
     fn balance(&self, scope: Scope) -> Vec<Rule> {
         let map = self.by.endpoints(scope).name();
         let pick = |n| Rule::new([Statement::DnatByMap(self.by.endpoint_key(n), map.clone())]);
@@ -268,7 +266,7 @@ impl FrontendChain {
     }
 }
 
-/// Whether a chain that frontends lead to is one of external policy Local.
+/// Returns whether a chain that frontends lead to is one of external policy Local.
 pub(crate) fn is_bound_to_node(chain: &Name) -> bool {
     let name = chain.as_str();
     name.strip_prefix("nodeport-")
@@ -280,7 +278,7 @@ fn goto(handle: &FrontendChain) -> Statement {
     Statement::Verdict(Verdict::Goto(handle.name()))
 }
 
-/// Sends clients to the endpoint that is remembered for them.
+/// Returns the rule that translates packets of remembered clients to their endpoint.
 fn follow(clients: &Clients) -> Vec<Rule> {
     vec![Rule::new([Statement::DnatByMap(
         affinity_key(),
@@ -288,8 +286,8 @@ fn follow(clients: &Clients) -> Vec<Rule> {
     )])]
 }
 
-/// Remembers the translated destination for the client and the destination before. One rule a
-/// protocol, because nft reads the original port only where it knows the protocol. The update of a
+/// Returns the rules that remember the endpoint by client and frontend. There is one rule for each
+/// protocol, because nft reads the original port only after a match of the protocol. An update of a
 /// full map does not match, so that the last rule counts the clients that are not remembered.
 fn learn(clients: &Clients, seconds: u32) -> Vec<Rule> {
     let rule = |protocol: Protocol| {
@@ -321,7 +319,7 @@ fn is_protocol(protocol: Protocol) -> Statement {
     )
 }
 
-/// Every packet of the node evaluates this rule, those of known connections no other.
+/// Returns the one rule that every packet evaluates; only new connections continue.
 fn learn_hook() -> Vec<Rule> {
     vec![Rule::new([
         Statement::CtState(CtState::New.into()),
@@ -330,7 +328,8 @@ fn learn_hook() -> Vec<Rule> {
     ])]
 }
 
-/// Looks up who is remembered, and for how long. One rule a protocol, as for [`learn`].
+/// Returns the rules that look up whether a frontend has session affinity, and with which timeout.
+/// There is one rule for each protocol, as in [`learn`].
 fn learn_new() -> Vec<Rule> {
     let look_up = |protocol: Protocol, by: By| {
         let mut statements = vec![is_protocol(protocol)];

@@ -1,28 +1,29 @@
-//! From one plan of a service to the next, in steps that may be taken some at a time.
+//! The change from one plan of a service to the next, in steps that can be written in portions.
 //!
 //! Most changes are written in one transaction. Those of a very large service are not, so that
-//! others get their turn in between; packets come in between, too. They are safe because of the
-//! order of the steps:
+//! other services are written in between. Packets meet the intermediate states, which are correct
+//! because of the order of the steps:
 //!
-//! 1. The shared chains that the new plan needs, and the pairs in `hairpin` of its endpoints.
-//! 2. The verdicts of frontends that go, and of those that need no index that is not there: fewer
-//!    endpoints than before or as many.
-//! 3. The endpoints: for each index the old one out and the new one in, both in one step.
-//! 4. The verdicts of frontends that come, and of those that need further indexes.
-//! 5. Indexes that such a frontend no longer needs in one of its maps, where it needs more in the
-//!    other.
-//! 6. What several services may ask for, and the shared chains of the old plan.
+//! 1. Add the shared chains that the new plan needs, and the elements of `hairpin` for its
+//!    endpoints.
+//! 2. Delete the verdicts of removed frontends, and replace those of frontends that do not get more
+//!    endpoints.
+//! 3. Replace the endpoints, each index in one step.
+//! 4. Add the verdicts of new frontends, and replace those of frontends that get more endpoints.
+//! 5. Delete indexes that such a frontend no longer needs in one of its maps while it needs more in
+//!    the other.
+//! 6. Delete elements that several services can need, and release the shared chains of the old
+//!    plan.
 //!
-//! All verdict elements of a frontend change in one step, and so in one transaction. Before and
-//! after each step the following holds: a verdict that exists leads to a chain that draws an index
-//! for which there is an endpoint, an old or a new one. A verdict is there only between step 4 of
-//! the change that brings it and step 2 of the one that takes it, and its indexes are added before
-//! and removed after. A frontend whose number shrinks leads to the smaller chain before its last
-//! indexes go, and one whose number grows leads to the larger chain after they have come. A packet
-//! that entered the larger chain before finds index 0 instead, as it does after a change that is
-//! written at once.
+//! All verdict elements of a frontend change in one step, and so in one transaction. The invariant:
+//! each verdict leads to a chain that draws only indexes that have an endpoint, old or new. A
+//! verdict exists from step 4 of the change that adds it to step 2 of the one that deletes it; its
+//! indexes are added before and deleted after. A frontend with fewer endpoints leads to the smaller
+//! chain before its last indexes are deleted, one with more leads to the larger chain after they
+//! are added. A packet that entered the larger chain before finds index 0 instead, as after a
+//! change in one transaction.
 //!
-//! Nothing else may touch the frontends of the two plans until the last step is taken.
+//! No other change may touch the frontends of the two plans until the last step is written.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -37,7 +38,7 @@ use crate::model::Family;
 use crate::nft::{Element, Key};
 use crate::services::Claim;
 
-/// The way from one plan of a service to the next.
+/// A change from one plan of a service to the next.
 #[derive(Debug)]
 pub struct PlanChange {
     old: Option<Arc<ServicePlan>>,
@@ -47,7 +48,7 @@ pub struct PlanChange {
     elements: usize,
 }
 
-/// A frontend that differs: its places in the two plans.
+/// The places of a frontend in the two plans.
 #[derive(Clone, Copy, Debug)]
 struct Pair {
     old: Option<usize>,
@@ -56,31 +57,31 @@ struct Pair {
 
 #[derive(Clone, Copy, Debug)]
 enum PlanStep {
-    /// The new plan asks for an element that others may ask for too: its place in the list.
+    /// The new plan needs a shared element, given by its place in the list.
     Acquire(ServiceSet, usize),
-    /// The old plan no longer does.
+    /// The old plan no longer needs it.
     Release(ServiceSet, usize),
-    /// All verdicts of a frontend, given by the place of its pair.
+    /// All verdicts of a frontend, given by its place in the pairs.
     Leads(usize),
-    /// One index of a frontend.
+    /// One endpoint of a frontend, given by its index.
     Endpoint(usize, Scope, usize),
 }
 
 /// A change of one element.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Edit {
-    /// Remove it.
+pub(crate) enum Edit {
+    /// Delete it.
     Delete(ServiceSet, Element),
     /// Add it.
     Add(ServiceSet, Element),
-    /// The service asks for it, and others may too.
+    /// Count one more service that needs it.
     Acquire(ServiceSet, Key),
-    /// The service no longer asks for it.
+    /// Count one service less that needs it.
     Release(ServiceSet, Key),
 }
 
 impl PlanChange {
-    /// The way from one plan to another; `None` if they are equal.
+    /// Compares two plans; `None` if they are equal.
     pub fn between(old: Option<Arc<ServicePlan>>, new: Option<Arc<ServicePlan>>) -> Option<Self> {
         if old == new {
             return None;
@@ -97,38 +98,38 @@ impl PlanChange {
         Some(change)
     }
 
-    /// The plan that is left.
+    /// Returns the old plan.
     pub fn before(&self) -> Option<&Arc<ServicePlan>> {
         self.old.as_ref()
     }
 
-    /// The plan that is reached.
+    /// Returns the new plan.
     pub fn after(&self) -> Option<&Arc<ServicePlan>> {
         self.new.as_ref()
     }
 
-    /// The number of steps.
+    /// Returns the number of steps.
     pub fn len(&self) -> usize {
         self.steps.len()
     }
 
-    /// Whether no element differs.
+    /// Returns whether no element differs.
     pub fn is_empty(&self) -> bool {
         self.steps.is_empty()
     }
 
-    /// About how many elements are deleted and added.
+    /// Returns the approximate number of elements that are deleted and added.
     pub fn elements(&self) -> usize {
         self.elements
     }
 
-    /// Whether a step changes an element that several services may ask for.
+    /// Returns whether a step changes an element that several services can need.
     pub fn is_shared(&self, step: usize) -> bool {
         let step = self.steps.get(step);
         matches!(step, Some(PlanStep::Acquire(..) | PlanStep::Release(..)))
     }
 
-    /// What a step does.
+    /// Calls `then` with each edit of a step.
     pub(crate) fn edits(&self, step: usize, mut then: impl FnMut(Family, Edit)) {
         match self.steps.get(step) {
             None => {}
@@ -167,7 +168,7 @@ impl PlanChange {
         }
     }
 
-    /// The service's own elements in the table of a family when so many steps are taken.
+    /// Returns the service's own elements in the table of a family after a number of steps.
     pub(crate) fn own_elements_after(&self, steps: usize, family: Family) -> Vec<ElementOf> {
         let old = self.old.as_ref();
         let mut found: HashMap<(ServiceSet, Key), Element> = old
@@ -236,13 +237,14 @@ impl PlanChange {
         acquire(&mut steps, ServiceSet::Hairpin, before, after);
         let (mut early, mut data, mut late, mut surplus) = (vec![], vec![], vec![], vec![]);
         let mut elements = 0;
-        // Frontends of one port, side by side, mostly lead to the same.
+        // Adjacent frontends belong to one port and mostly have the same verdicts.
         let mut last = None;
         for (place, _) in self.pairs.iter().enumerate() {
             let (before, after) = self.sides(place);
             let (was, is) = (targets(before), targets(after));
             let grows = was.iter().zip(&is).any(|(was, is)| is.len() > was.len());
-            // A frontend that comes without endpoints waits as well, so that all of them come last.
+            // A new frontend without endpoints waits as well, so that all new ones are written
+            // last.
             let waits = grows || before.is_none();
             let led_by = (led_by(before), led_by(after));
             let differs = match last {
@@ -302,7 +304,7 @@ fn leads(side: Side<'_>) -> Option<Leads<'_>> {
     side.and_then(|(plan, frontend)| plan.leads(frontend))
 }
 
-/// What the verdicts of a frontend follow from, in one plan.
+/// Returns what determines the verdicts of a frontend within one plan.
 fn led_by(side: Side<'_>) -> Option<(By, Family, Route, bool)> {
     side.map(|(_, it)| (it.by(), it.family, it.route, it.firewalled))
 }
@@ -321,14 +323,14 @@ fn key(frontend: &Frontend) -> (Family, Claim) {
     (frontend.family, frontend.at)
 }
 
-/// About how many elements say where a frontend's packets go.
+/// Returns the approximate number of verdict elements of a frontend.
 fn lead_count(side: Side<'_>) -> usize {
     side.map_or(0, |(plan, frontend)| {
         1 + usize::from(frontend.firewalled) + usize::from(plan.affinity.is_some())
     })
 }
 
-/// Every frontend of two plans, those that are in both as one.
+/// Pairs the frontends of two plans.
 fn pairs(old: &[Frontend], new: &[Frontend]) -> Vec<Pair> {
     let same = old.len() == new.len() && old.iter().map(key).eq(new.iter().map(key));
     if same {
@@ -362,7 +364,7 @@ fn pairs(old: &[Frontend], new: &[Frontend]) -> Vec<Pair> {
     pairs
 }
 
-/// The sorted addresses whose elements in a set several services may ask for.
+/// Returns the sorted addresses of a plan's elements in a shared set.
 fn shared(plan: Option<&Arc<ServicePlan>>, set: ServiceSet) -> &[IpAddr] {
     plan.map_or(&[], |plan| match set {
         ServiceSet::Hairpin => &plan.hairpin,
@@ -380,7 +382,7 @@ fn release(steps: &mut Vec<PlanStep>, set: ServiceSet, before: &[IpAddr], after:
     steps.extend(places.map(|place| PlanStep::Release(set, place)));
 }
 
-/// The places in a sorted list of what another one lacks.
+/// Returns the places in the sorted list `has` of addresses that `lacks` does not contain.
 fn missing<'a>(lacks: &'a [IpAddr], has: &'a [IpAddr]) -> impl Iterator<Item = usize> + 'a {
     let mut rest = lacks.iter().peekable();
     has.iter().enumerate().filter_map(move |(place, address)| {

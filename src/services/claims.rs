@@ -1,14 +1,13 @@
-//! Who owns a frontend that several services ask for, and which frontends no service gets.
+//! Which service owns a frontend that several claim, and which frontends no service gets.
 //!
-//! An address and port, or a port of the node, can lead to one service only. A ClusterIP comes
-//! before the address of a load balancer, and that before an external IP; among equals the
-//! oldest service has it (by `metadata.creationTimestamp`, then by name). When the owner lets go,
-//! the next one gets it.
+//! An address and port, or a port of the node, belongs to one service only. A claim as ClusterIP
+//! precedes one as load balancer IP, and that one as external IP; among equal claims the oldest
+//! service wins (by `metadata.creationTimestamp`, then by name). When the owner releases the claim,
+//! the next service gets it.
 //!
-//! ClusterIPs are given out by the API server, all other addresses are written by whoever may
-//! write a Service. So the latter get nothing at an address that is the ClusterIP of another
-//! service or lies in a ServiceCIDR, where a NodePort answers, and where nftlet itself reaches the
-//! API server ([`Reserved`]).
+//! The API server allocates ClusterIPs; all other addresses are set by users who may write a
+//! Service. So the latter have no effect at the ClusterIP of another service, in a ServiceCIDR,
+//! where a NodePort answers, and where nftlet itself connects to the API server ([`Reserved`]).
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -25,7 +24,7 @@ mod takeover;
 
 pub(crate) use takeover::Takeover;
 
-/// Something that only one service can have.
+/// A frontend or port that only one service can have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Claim {
     /// A port on a ClusterIP, external IP or load balancer IP.
@@ -45,7 +44,7 @@ impl fmt::Display for Claim {
     }
 }
 
-/// What a claim is to a service, the strongest first.
+/// The use of a claim by a service, the strongest first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Rank {
     ClusterIp,
@@ -54,38 +53,38 @@ pub(crate) enum Rank {
     ExternalIp,
 }
 
-/// A service's place in the queue for a claim; the smallest one is the first.
+/// A service's place in the queue for a claim; the smallest one owns the claim.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Claimant {
     rank: Rank,
     created: i64,
     pub(crate) name: ObjectName,
-    /// Whether the port of the node is a `healthCheckNodePort`.
+    /// Whether the claim is a `healthCheckNodePort`.
     health_check: bool,
 }
 
-/// What a service asks for, without the service.
+/// A claim of a service, with its rank and whether it is a health check.
 type Wish = (Claim, Rank, bool);
 
-/// Addresses and ports that are not for services to take, whatever they ask for.
+/// Addresses and ports that services cannot claim, except as ClusterIPs.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Reserved {
+pub(crate) struct Reserved {
     /// The ranges of ClusterIPs.
     pub service_ranges: Vec<IpNet>,
-    /// Where nftlet's own connections to the API server lead.
+    /// The addresses and ports of the API server that nftlet connects to.
     pub servers: BTreeSet<SocketAddr>,
     /// Addresses of the node on which NodePorts answer.
     pub node_port_addresses: BTreeSet<IpAddr>,
-    /// Those of the servers that may be on this node.
+    /// Those of `servers` that may be on this node.
     pub servers_here: BTreeSet<SocketAddr>,
 }
 
-/// Why a service does not get what it claims.
+/// Why a service does not own what it claims.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum ConflictCause {
-    /// Another service claims it too, is older, and has no other rank.
+    /// Another service with the same rank is older.
     Older(ObjectName, UsedAs),
-    /// Another service claims it with a better rank.
+    /// Another service has a stronger rank.
     Stronger(ObjectName),
     /// The address is the ClusterIP of a service.
     ClusterIp(ObjectName),
@@ -93,12 +92,12 @@ pub(crate) enum ConflictCause {
     ServiceCidr(IpNet),
     /// A NodePort of a service answers there.
     NodePort(ObjectName),
-    /// nftlet reaches the API server there.
+    /// nftlet connects to the API server there.
     ApiServer,
 }
 
 impl ConflictCause {
-    /// The service that has the claim, or keeps others from it.
+    /// Returns the service that owns the claim or prevents others from owning it.
     pub(crate) fn owner(&self) -> Option<&ObjectName> {
         match self {
             ConflictCause::Older(name, _)
@@ -110,7 +109,7 @@ impl ConflictCause {
     }
 }
 
-/// What the owner of a claim uses it as.
+/// The use of a claim.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum UsedAs {
     Frontend,
@@ -119,31 +118,31 @@ pub(crate) enum UsedAs {
 
 /// All claims of all services.
 #[derive(Debug, Default)]
-pub struct Claims {
+pub(crate) struct Claims {
     queues: HashMap<Claim, SmallVec<[Claimant; 1]>>,
-    /// The services that have a ClusterIP, whatever their ports.
+    /// The services that have a ClusterIP, regardless of ports.
     cluster_ips: HashMap<IpAddr, SmallVec<[ObjectName; 1]>>,
-    /// The ports at which addresses are claimed otherwise than as a ClusterIP.
+    /// The ports of addresses that are claimed as other than a ClusterIP.
     others: HashMap<IpAddr, HashSet<(Protocol, u16)>>,
     reserved: Reserved,
 }
 
-/// What a change of claims means for services.
+/// The effect of a change of claims on services.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct ClaimChanges {
+pub(crate) struct ClaimChanges {
     /// Other services that gained or lost a claim.
     pub affected: BTreeSet<ObjectName>,
-    /// Services that ask for something new that they do not get, or lost what they had.
+    /// New claims that were not granted, and claims that services lost.
     pub(crate) lost: Vec<(Claim, Claimant)>,
 }
 
 impl Claims {
-    /// The service that has a claim.
+    /// Returns the service that owns a claim.
     pub fn owner(&self, claim: &Claim) -> Option<&ObjectName> {
         self.holder(claim).map(|claimant| &claimant.name)
     }
 
-    /// Whether a port of the node is the health check of this service and of nothing else.
+    /// Returns whether a service owns a port of the node as its health check.
     pub(crate) fn owns_health_check(&self, name: &ObjectName, port: u16) -> bool {
         let holder = self.holder(&Claim::NodePort(Protocol::Tcp, port));
         holder.is_some_and(|holder| holder.health_check && holder.name == *name)
@@ -154,7 +153,7 @@ impl Claims {
         self.withheld(claim, first).is_none().then_some(first)
     }
 
-    /// Why nobody of a claimant's rank gets a claim.
+    /// Returns why no service with the claimant's rank can own a claim.
     fn withheld(&self, claim: &Claim, claimant: &Claimant) -> Option<ConflictCause> {
         if claimant.rank == Rank::ClusterIp {
             return None;
@@ -181,7 +180,7 @@ impl Claims {
                     return None;
                 }
                 let node_port = self.holder(&Claim::NodePort(protocol, port))?;
-                // A service's own NodePort takes nothing away from it.
+                // A service's own NodePort does not conflict with its addresses.
                 (node_port.name != claimant.name)
                     .then(|| ConflictCause::NodePort(node_port.name.clone()))
             }
@@ -195,7 +194,7 @@ impl Claims {
         }
     }
 
-    /// Why a claimant does not have a claim; `None` where it has it.
+    /// Returns why a claimant does not own a claim; `None` if it does.
     pub(crate) fn conflict(&self, claim: &Claim, claimant: &Claimant) -> Option<ConflictCause> {
         let withheld = self.withheld(claim, claimant);
         withheld.or_else(|| {
@@ -211,7 +210,7 @@ impl Claims {
         })
     }
 
-    /// The claims that a service asks for and does not have.
+    /// Returns the claims of a service that it does not own.
     pub(crate) fn lacking(&self, service: &Service) -> Vec<(Claim, Claimant)> {
         let wishes = Wishes::of(Some(service));
         let lacking = wishes
@@ -222,8 +221,9 @@ impl Claims {
             .collect()
     }
 
-    /// Makes a change as far as so many claims of addresses are compared; with the first call also
-    /// what changes together. Returns what that means, and whether the change is complete.
+    /// Continues a change until `most` claims of addresses are compared; the first call also
+    /// changes the claims that depend on each other. Returns the effect, and whether the change is
+    /// complete.
     pub(crate) fn advance(&mut self, takeover: &mut Takeover, most: usize) -> (ClaimChanges, bool) {
         let mut changes = ClaimChanges::default();
         if !takeover.is_begun() {
@@ -237,7 +237,7 @@ impl Claims {
         (changes, !more)
     }
 
-    /// Makes the part of a change in which claims depend on each other.
+    /// Changes the claims that depend on each other.
     fn change_together(&mut self, takeover: &mut Takeover) -> ClaimChanges {
         let Some(name) = takeover.name().cloned() else {
             return ClaimChanges::default();
@@ -268,7 +268,7 @@ impl Claims {
         changes
     }
 
-    /// Changes some claims of a service, and what else is to change with them.
+    /// Changes some claims of a service, and calls `also` at the same time.
     fn change(
         &mut self,
         takeover: &Takeover,
@@ -294,8 +294,8 @@ impl Claims {
         })
     }
 
-    /// Replaces what no service may take. A change of the servers alone looks at their claims; any
-    /// other one looks at all claims of addresses that are no ClusterIPs.
+    /// Replaces the reserved addresses and ports. A change of the servers alone examines their
+    /// claims; any other one examines all claims of addresses that are not ClusterIPs.
     pub(crate) fn reserve(&mut self, reserved: Reserved) -> ClaimChanges {
         let old = &self.reserved;
         if *old == reserved {
@@ -326,8 +326,8 @@ impl Claims {
         })
     }
 
-    /// Makes a change and finds out which services other than the changing one it gave claims to
-    /// or took them from, and which of its new wishes, all of them touched, the changing one does
+    /// Applies `change` and compares the owners of the touched claims before and after. Finds other
+    /// services that gained or lost a claim, and new wishes of the changing service that it does
     /// not get.
     fn compare(
         &mut self,
@@ -366,7 +366,7 @@ impl Claims {
         changes
     }
 
-    /// The claims of addresses on which a port of the node answers.
+    /// Returns the claims of the addresses on which a port of the node answers.
     fn beside(&self, claim: &Claim) -> impl Iterator<Item = Claim> + '_ {
         let port = match *claim {
             Claim::NodePort(protocol, port) => Some((protocol, port)),
@@ -412,7 +412,8 @@ impl Claims {
         }
     }
 
-    /// Brings `others` in line with the queue of a claim, whose last claimant has the worst rank.
+    /// Updates `others` after a change of a claim's queue, whose last claimant has the weakest
+    /// rank.
     fn note_others(&mut self, claim: Claim) {
         let Claim::Address(address, protocol, port) = claim else {
             return;

@@ -1,4 +1,4 @@
-//! Notices about frontends that services ask for and do not get.
+//! Notices about frontends that services claim and do not get.
 
 use std::collections::BTreeMap;
 use std::mem::discriminant;
@@ -6,23 +6,23 @@ use std::mem::discriminant;
 use super::claims::{Claim, Claimant, Claims, ConflictCause, UsedAs};
 use crate::model::{Kind, Notice, ObjectName, ObjectRef, Reason, Subject};
 
-/// How many claims of one service a notice names.
+/// The maximum number of claims that a notice names.
 const MOST_NAMED: usize = 4;
 
-/// What services ask for and do not get, in as much as notices say.
+/// The conflicts of services.
 #[derive(Debug, Default)]
 pub(crate) struct Conflicts(BTreeMap<ObjectName, Vec<ConflictGroup>>);
 
-/// The claims of a service that it does not get because of one sort of cause.
+/// The claims of a service that it does not get for the same kind of cause.
 #[derive(Debug)]
 struct ConflictGroup {
-    /// The first of them.
+    /// The first claims.
     named: Vec<Conflict>,
     count: usize,
 }
 
 impl Conflicts {
-    /// Adds claims that services may have lost, as far as they do not have them.
+    /// Adds those of the claims that their claimants do not own.
     pub(crate) fn add(
         &mut self,
         claims: &Claims,
@@ -50,7 +50,7 @@ impl Conflicts {
         }
     }
 
-    /// One notice for each service and sort of cause, sorted by service.
+    /// Returns one notice for each service and kind of cause, sorted by service.
     pub(crate) fn notices(self) -> Vec<Notice> {
         let mut notices = Vec::new();
         for (name, mut causes) in self.0 {
@@ -84,7 +84,7 @@ impl ConflictGroup {
                 let named = others.iter().map(Conflict::what);
                 let named = named.collect::<Vec<_>>().join(", ");
                 let dots = if count < MOST_NAMED { "" } else { ", ..." };
-                format!(" ({count} more in the same way: {named}{dots})")
+                format!(" (and {count} more: {named}{dots})")
             }
         };
         Some(Notice {
@@ -103,7 +103,7 @@ struct Conflict {
 }
 
 impl Conflict {
-    /// The claim as a person knows it.
+    /// Returns the claim in the terms of a Service object.
     fn what(&self) -> String {
         match (self.used_as, self.claim) {
             (UsedAs::HealthCheck, Claim::NodePort(_, port)) => {
@@ -116,8 +116,8 @@ impl Conflict {
     fn sentence(&self) -> String {
         let what = self.what();
         let leads = match self.used_as {
-            UsedAs::Frontend => "lead here",
-            UsedAs::HealthCheck => "answer for this one",
+            UsedAs::Frontend => "lead to this Service",
+            UsedAs::HealthCheck => "answer for this Service",
         };
         match &self.cause {
             ConflictCause::Older(owner, used_as) if *used_as == self.used_as => {
@@ -142,7 +142,7 @@ impl Conflict {
                 format!("{what} does not {leads}: the address is in the ServiceCIDR {range}")
             }
             ConflictCause::NodePort(owner) => {
-                format!("{what} does not {leads}: Service {owner} has this NodePort on the node")
+                format!("{what} does not {leads}: the NodePort of Service {owner} answers there")
             }
             ConflictCause::ApiServer => {
                 format!("{what} does not {leads}: nftlet itself reaches the API server there")
@@ -153,10 +153,10 @@ impl Conflict {
     fn hint(&self) -> &'static str {
         match &self.cause {
             ConflictCause::Older(..) if self.used_as == UsedAs::HealthCheck => {
-                "choose another port, or remove it there"
+                "choose another port, or remove it from that Service"
             }
             ConflictCause::Older(..) | ConflictCause::Stronger(..) => {
-                "choose another address or port, or remove it there"
+                "choose another address or port, or remove it from that Service"
             }
             ConflictCause::ClusterIp(_) | ConflictCause::ServiceCidr(_) => {
                 "remove the address from spec.externalIPs and status.loadBalancer"

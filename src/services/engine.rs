@@ -1,11 +1,11 @@
 //! Turns services and their endpoints into rules.
 //!
-//! [`Engine::apply`] joins objects in the [`Store`], which marks the services that an event
-//! concerns. [`Engine::update`] compiles these into plans, compares each with the one in force, and
-//! returns the operations for just the elements that differ.
+//! `apply` stores objects in the [`Store`], which marks the services that an event concerns.
+//! `update` compiles these into plans, compares each plan with the one in force, and returns the
+//! operations for the elements that differ.
 //!
-//! What is small is returned at once, in one transaction; what is not goes to the [`ServiceQueue`], of which
-//! one portion is done with each call.
+//! Small changes are returned at once, in one transaction; large ones enter the [`ServiceQueue`], of
+//! which each call processes one portion.
 
 use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
@@ -28,14 +28,15 @@ use crate::model::{
 use crate::nft::{ObjectPath, Ruleset, Transaction};
 use crate::services::{Marks, Store};
 
-/// How long unused shared chains stay: a service that scales up and down finds its chain again.
+/// The time for which unused shared chains are kept: a service that scales up and down uses its
+/// chain again.
 const KEEP_UNUSED_CHAINS: Duration = Duration::from_secs(60);
 
-/// So many claims are taken over at once for each element of a portion, and so many frontends
-/// compiled: each takes a fraction of what an element takes in the kernel.
+/// The number of claims that are applied, and of frontends that are compiled, for each element of a
+/// portion: each takes a fraction of the time that an element takes in the kernel.
 const CLAIMS: usize = 2;
 
-/// The engine of the services' rules.
+/// The engine of the rules for services.
 #[derive(Debug)]
 pub struct Engine {
     settings: ServiceSettings,
@@ -43,24 +44,24 @@ pub struct Engine {
     tables: Tables,
     /// Services left out because the kernel refused them.
     quarantined: BTreeSet<ObjectName>,
-    /// Services left out because they ask for more elements than one may have.
+    /// Services left out because they need too many elements.
     too_large: BTreeSet<ObjectName>,
-    /// Services whose changes are compiled and written in portions.
+    /// Services whose changes are applied, compiled and written in portions.
     queue: ServiceQueue,
-    /// The elements of a portion.
+    /// The number of elements of a portion.
     portion: usize,
-    /// Whether the rules were compiled as a whole, so that events may wait.
+    /// Whether the rules were compiled as a whole once; only then may events wait.
     started: bool,
     marks: Marks,
     change: ServiceChanges,
     notices: Vec<Notice>,
-    /// Services with a health check in their last change.
+    /// Services that had a health check in their last change.
     checked: HashSet<ObjectName>,
-    /// Remove the chains that are unused since then with the next update.
+    /// The next update removes the chains that are unused since this time.
     expire: Option<Instant>,
 }
 
-/// The changes of services that a batch of events amounts to.
+/// The changes of plans after a batch of events.
 type PlanChanges = Vec<(ObjectName, PlanChange)>;
 
 impl Engine {
@@ -83,44 +84,44 @@ impl Engine {
         }
     }
 
-    /// Sets the Node that is used while the own Node object is missing, before the first event.
+    /// Sets the Node to use while the own Node object is missing. Call it before the first event.
     #[must_use]
     pub(crate) fn with_fallback_node(mut self, node: Node) -> Self {
         self.store = self.settings.store(Store::with_fallback_node(node));
         self
     }
 
-    /// Sets the number of elements from which on a change is divided, before the first event.
+    /// Sets the number of elements above which a change is divided. Call it before the first event.
     #[must_use]
     pub(crate) fn with_portions_of(mut self, elements: usize) -> Self {
         self.portion = elements;
         self
     }
 
-    /// Returns the objects.
+    /// Returns the known objects.
     pub fn store(&self) -> &Store {
         &self.store
     }
 
-    /// Returns what was compiled so far.
+    /// Returns the compiled tables.
     pub fn tables(&self) -> &Tables {
         &self.tables
     }
 
-    /// Whether a change of a service is written in portions and no newer event of it waits.
+    /// Returns whether a change of a service is being written and no newer event of it waits.
     #[cfg(test)]
     pub(crate) fn is_being_written(&self, service: &ObjectName) -> bool {
         self.queue.is_written(service) && !self.queue.has_event(service)
     }
 
-    /// Whether no service waits.
+    /// Returns whether no service waits.
     #[cfg(test)]
     pub(crate) fn is_idle(&self) -> bool {
         self.queue.is_empty()
     }
 
-    /// Returns the number of services without rules: the kernel refused them, or they ask for too
-    /// much.
+    /// Returns the number of services that have no rules because the kernel refused them or they
+    /// are too large.
     pub fn left_out(&self) -> usize {
         self.quarantined.len() + self.too_large.len()
     }
@@ -130,34 +131,35 @@ impl Engine {
         self.tables.chains()
     }
 
-    /// Returns how many services have endpoints, but none where a policy Local wants them.
+    /// Returns how many services drop traffic because of a policy Local and no endpoint on this
+    /// node.
     pub(crate) fn no_local_endpoints(&self) -> NoLocalEndpoints {
         self.tables.no_local_endpoints()
     }
 
-    /// Returns the plan in force for a service, or on its way there.
+    /// Returns the plan of a service that is in force or being written.
     pub fn plan(&self, service: &ObjectName) -> Option<&Arc<ServicePlan>> {
         self.tables.shared_plan(service)
     }
 
-    /// Whether a change of a service is known that is not compiled or not written as a whole.
+    /// Returns whether a change of a service is not yet written completely.
     pub(crate) fn is_waiting(&self, service: &ObjectName) -> bool {
         self.queue.has(service) || self.marks.services.contains(service)
     }
 
-    /// Whether something changed since the last update.
+    /// Returns whether an event changed something since the last update.
     pub(crate) fn is_marked(&self) -> bool {
         !self.marks.is_empty()
     }
 
-    /// Takes the services whose endpoints changed, with the time of each change in milliseconds since
-    /// 1970 (annotation `endpoints.kubernetes.io/last-change-trigger-time`).
+    /// Removes and returns the services whose endpoints changed, with the time of each change in
+    /// milliseconds since 1970 (annotation `endpoints.kubernetes.io/last-change-trigger-time`).
     pub(crate) fn take_triggers(&mut self) -> Vec<(ObjectName, i64)> {
         std::mem::take(&mut self.marks.triggered_at_ms)
     }
 
-    /// Removes the chains that no service has used since a moment with the next update that has
-    /// nothing else to do.
+    /// Lets the next update without other work remove the chains that are unused since
+    /// `unused_since`.
     pub(crate) fn expire_unused_chains(&mut self, unused_since: Instant) {
         self.expire = Some(unused_since);
     }
@@ -169,7 +171,7 @@ impl Engine {
 
     fn note_marks(&mut self) {
         self.notices.append(&mut self.marks.notices);
-        // While lists are read the names of all services pile up here, over many calls.
+        // While lists are read, the marks grow to all services over many calls.
         if !self.quarantined.is_empty() {
             for name in &self.marks.services {
                 self.quarantined.remove(name);
@@ -177,9 +179,9 @@ impl Engine {
         }
     }
 
-    /// Puts an event in line that changes more claims at once than a portion has elements, and gives
-    /// all others back. None waits while Services are listed: the list replaces what came before, and
-    /// which objects are gone shows once all others are taken over.
+    /// Queues an event that changes more claims than a portion has elements, and returns all
+    /// others. No event waits while Services are listed: the list replaces earlier events, and the
+    /// objects missing from it are known only after all others are applied.
     fn put_off_event(&mut self, event: Event) -> Option<Event> {
         let (name, new) = match &event {
             Event::ListStarted(Kind::Service) => {
@@ -212,7 +214,7 @@ impl Engine {
         }
         let mut now = self.plan_changes(&mut marks);
         let later = self.split_off_large(&mut now);
-        // What is to be written later has the frontends of the plans in force until then.
+        // A change that is written later keeps the frontends of the old plan until then.
         for (name, change) in &later {
             self.queue.take(name, change.before());
         }
@@ -235,10 +237,10 @@ impl Engine {
         }
     }
 
-    /// Compiles what changed. A large service is left for later, and one that waits already.
+    /// Compiles the marked services, except large ones and those that wait already.
     fn plan_changes(&mut self, marks: &mut Marks) -> PlanChanges {
         let mut found = Vec::new();
-        // Before any other is compiled, which may get a frontend that one of these has.
+        // Before others are compiled, which may get a frontend that one of these has.
         let (later, now): (Vec<_>, Vec<_>) = self
             .concerned(marks)
             .into_iter()
@@ -257,11 +259,11 @@ impl Engine {
         found
     }
 
-    /// The services to compile again.
+    /// Returns the services to compile.
     fn concerned(&self, marks: &mut Marks) -> BTreeSet<ObjectName> {
         let mut services = std::mem::take(&mut marks.services);
         if marks.node {
-            // Which endpoints are local is in every service's plan.
+            // Every plan depends on which endpoints are on this node.
             services.extend(self.store.services().map(|service| service.name.clone()));
         }
         for name in &services {
@@ -270,14 +272,14 @@ impl Engine {
         services
     }
 
-    /// Whether a service has, or is to have, more elements than a portion.
+    /// Returns whether a service has or needs more elements than a portion.
     fn is_large(&self, name: &ObjectName) -> bool {
         let plan = self.tables.plan(name);
         elements(&self.store, name) > self.portion
             || plan.is_some_and(|plan| plan.elements() > self.portion)
     }
 
-    /// Compiles a service; `None` if it has no rules or is left out.
+    /// Compiles a service. Returns `None` if it has no rules or is left out.
     fn compile(&mut self, name: &ObjectName) -> Option<ServicePlan> {
         let previous = self.tables.plan(name);
         let plan = plan(&self.store, name, &self.settings, previous);
@@ -285,7 +287,7 @@ impl Engine {
         plan.filter(|_| !self.quarantined.contains(name))
     }
 
-    /// Notes whether a service asks for too much.
+    /// Records whether a service is too large, and reports it once.
     fn unless_too_large<T>(&mut self, name: &ObjectName, found: Result<T, TooLarge>) -> Option<T> {
         match found {
             Ok(found) => {
@@ -301,8 +303,8 @@ impl Engine {
         }
     }
 
-    /// What a new plan changes, apart from frontends that another service has until its change is
-    /// written.
+    /// Returns the change to a new plan, without frontends that another service has until its
+    /// change is written.
     fn change(&mut self, name: &ObjectName, mut plan: Option<ServicePlan>) -> Option<PlanChange> {
         if let Some(plan) = &mut plan
             && self.queue.taker(name, plan).is_some()
@@ -313,7 +315,7 @@ impl Engine {
         self.tables.change(name, plan)
     }
 
-    /// The change that is left of one since others of the same events took their frontends.
+    /// Returns a change without the frontends that other changes of the same update have taken.
     fn without_taken(&mut self, name: &ObjectName, change: PlanChange) -> Option<PlanChange> {
         match change.after() {
             Some(new) if self.queue.taker(name, new).is_some() => {
@@ -324,7 +326,7 @@ impl Engine {
         }
     }
 
-    /// Takes out the changes that are not written at once: all but the smallest ones.
+    /// Removes and returns the changes that do not fit into one portion; the smallest ones stay.
     fn split_off_large(&self, changes: &mut PlanChanges) -> PlanChanges {
         let elements = |(_, change): &(ObjectName, PlanChange)| change.elements();
         if changes.iter().map(elements).sum::<usize>() <= self.portion {
@@ -351,7 +353,7 @@ impl Engine {
         self.note(replaced(name, change));
     }
 
-    /// Begins to write a change.
+    /// Starts to write a change in portions.
     fn begin(&mut self, name: &ObjectName, change: PlanChange) {
         let change = Arc::new(change);
         let replaced = replaced(name, &change);
@@ -359,7 +361,7 @@ impl Engine {
         self.queue.write(name, change.after(), replaced);
     }
 
-    /// Does a portion of what waits: takes over one event, compiles one service, or writes so many
+    /// Processes one portion of the queue: applies one event, compiles one service, or writes
     /// elements. Changes that fit into one portion are not divided.
     fn work_on_queue(&mut self, draft: &mut TransactionDraft) {
         let mut room = self.portion;
@@ -406,7 +408,7 @@ impl Engine {
         }
     }
 
-    /// Begins to take over an event that waited.
+    /// Starts to apply an event that waited.
     fn take_over_one(&mut self, name: &ObjectName, event: Event) {
         let in_force = self.tables.shared_plan(name);
         self.queue.compile(name, in_force);
@@ -415,15 +417,16 @@ impl Engine {
         self.take_over_some(name);
     }
 
-    /// Takes over some claims of a service. Others that it concerns are compiled with the next call.
+    /// Applies a portion of the claims of a service. Other services that it concerns are compiled
+    /// with the next call.
     fn take_over_some(&mut self, name: &ObjectName) {
         let most = self.portion.saturating_mul(CLAIMS);
         self.store.go_on(name, most, &mut self.marks);
         self.note_marks();
     }
 
-    /// Compiles some frontends of a service that waits for it. With the last of them, its change is
-    /// begun; about how many elements that has is returned.
+    /// Compiles a portion of the frontends of a service. After the last one, starts to write the
+    /// change and returns its approximate number of elements.
     fn compile_one(&mut self, name: &ObjectName) -> Option<usize> {
         let begun = self.queue.take_compilation(name).or_else(|| {
             let begun = Compilation::begin(&self.store, name);
@@ -465,11 +468,11 @@ impl Engine {
         }
     }
 
-    /// Notes what a service changed that no longer waits. What had to wait for it is compiled again
-    /// with the next call.
+    /// Records the change of a service that no longer waits. The services that waited for its
+    /// frontends are compiled with the next call.
     ///
-    /// Returns whether it is to be compiled again. Nothing else may be compiled before: the store may
-    /// have given frontends to others that its plan in force still has.
+    /// Returns whether it has to be compiled again. No other service may be compiled before: the
+    /// store may have assigned frontends to others that its plan in force still has.
     fn done(&mut self, name: &ObjectName) -> bool {
         let Done { replaced, compile } = self.queue.done(name);
         match replaced {
@@ -482,8 +485,8 @@ impl Engine {
         compile
     }
 
-    /// Counts all that waits as written, where the tables are going to be compared as a whole.
-    /// Events go on waiting.
+    /// Treats all started changes as written, before a comparison of the whole tables. Events
+    /// continue to wait.
     fn abandon_portions(&mut self) {
         self.store.finish(&mut self.marks);
         self.note_marks();
@@ -508,7 +511,7 @@ impl Engine {
         });
     }
 
-    /// Notes a service whose plan stays the same, if it has or had a health check.
+    /// Records a service with the same plan as before, if it has or had a health check.
     fn note_unchanged(&mut self, name: &ObjectName) {
         let service = self.store.service(name);
         let has_port = service.is_some_and(|service| service.health_check_node_port.is_some());
@@ -538,12 +541,12 @@ impl Engine {
         }
     }
 
-    /// When a shared chain has been unused for as long as such are kept.
+    /// Returns when the first unused shared chain expires.
     fn chain_expires(&self) -> Option<Instant> {
         Some(self.tables.unused_since()? + KEEP_UNUSED_CHAINS)
     }
 
-    /// Removes the chains whose time is over.
+    /// Returns the operations that remove expired chains.
     fn remove_expired_chains(&mut self) -> Transaction {
         let now = Instant::now();
         let moment = self.expire.take().or_else(|| {
@@ -673,8 +676,8 @@ impl engine::Engine for Engine {
     }
 }
 
-/// Returns the rules that the objects ask for, from scratch, as a new process would compile them.
-/// Services that ask for too much are left out and named.
+/// Compiles the rules for the objects of a store from scratch, as a new process does. Returns
+/// notices about services that are too large and therefore left out.
 pub fn wanted(store: &Store, settings: &ServiceSettings) -> (Ruleset, Vec<Notice>) {
     let mut tables = Tables::new(settings.clone());
     tables.set_skeletons(store, None);

@@ -1,4 +1,4 @@
-//! The names and declarations of the tables' sets.
+//! Names and declarations of the sets in the service tables.
 
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
@@ -10,31 +10,31 @@ use crate::nft::{Declaration, Element, Key, Name, Selector, Set, SetKind, TableI
 /// The name of the service tables, one in the family `ip` and one in `ip6`.
 pub const TABLE: &str = "nftlet";
 
-/// The most clients that the services of a namespace remember, in each family.
+/// The maximum number of clients that the services of a namespace remember, in each family.
 pub const MOST_CLIENTS: u32 = 1 << 18;
-/// The pod network, where it is known by its addresses.
+/// The pod network, if pods are recognised by address.
 pub(super) const POD_NETWORKS: &str = "pod-networks";
-/// The addresses NodePorts answer on, as far as they are the host's.
+/// The ranges in which local addresses answer NodePorts.
 pub(super) const NODEPORT_ADDRESSES: &str = "nodeport-addresses";
-/// The ranges ClusterIPs are taken from.
+/// The ranges of ClusterIPs.
 pub(super) const SERVICE_CIDRS: &str = "service-cidrs";
 
-/// The service table of an address family.
+/// Returns the service table of an address family.
 pub fn table_id(family: model::Family) -> TableId {
     TableId::new(table_family(family), TABLE)
 }
 
-/// How a frontend is found in a packet.
+/// The key by which the frontend of a packet is looked up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum By {
-    /// By destination address, protocol and port.
+    /// Destination address, protocol and port.
     Address,
-    /// By protocol and port, on the node's own addresses.
+    /// Protocol and port, at the node's own addresses.
     NodePort,
 }
 
 impl By {
-    /// The fields of a packet that identify the frontend.
+    /// Returns the fields of a packet that identify the frontend.
     pub(super) fn key(self) -> Vec<Selector> {
         let port = [Selector::L4Protocol, Selector::DestinationPort];
         match self {
@@ -43,7 +43,7 @@ impl By {
         }
     }
 
-    /// The same fields of a packet whose destination was translated already.
+    /// Returns the same fields for a packet whose destination is already translated.
     pub(super) fn original_key(self) -> Vec<Selector> {
         let port = [Selector::L4Protocol, Selector::OriginalDestinationPort];
         match self {
@@ -52,14 +52,14 @@ impl By {
         }
     }
 
-    /// The key of an endpoint: the frontend's and a random number below the number of endpoints.
+    /// Returns the key of an endpoint: that of the frontend, and a random index.
     pub(super) fn endpoint_key(self, endpoints: u32) -> Vec<Selector> {
         let mut key = self.key();
         key.push(Selector::RandomIndex { modulus: endpoints });
         key
     }
 
-    /// The map of a scope's endpoints.
+    /// Returns the map of a scope's endpoints.
     pub(super) fn endpoints(self, scope: Scope) -> ServiceSet {
         match (self, scope) {
             (By::Address, Scope::Cluster) => ServiceSet::Endpoints,
@@ -69,7 +69,7 @@ impl By {
         }
     }
 
-    /// The verdict map of a scope's frontends.
+    /// Returns the verdict map of a scope's frontends.
     pub fn frontends(self, scope: Scope) -> ServiceSet {
         match (self, scope) {
             (By::Address, Scope::Cluster) => ServiceSet::Frontends,
@@ -79,7 +79,7 @@ impl By {
         }
     }
 
-    /// The verdict map of the frontends whose clients are remembered.
+    /// Returns the verdict map of the frontends with session affinity.
     pub(super) fn affinity(self) -> ServiceSet {
         match self {
             By::Address => ServiceSet::AffinityFrontends,
@@ -88,64 +88,64 @@ impl By {
     }
 }
 
-/// Which endpoints traffic may reach.
+/// The endpoints that traffic may reach.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Scope {
-    /// Those of the cluster, narrowed by topology.
+    /// Those of the cluster, after topology hints.
     Cluster,
     /// Those on this node.
     Local,
 }
 
-/// The key by which a client's endpoint is remembered: the client and the frontend.
+/// Returns the key by which an endpoint is remembered: client and frontend.
 pub(super) fn affinity_key() -> Vec<Selector> {
     [&[Selector::SourceAddress][..], &By::Address.key()].concat()
 }
 
-/// The same key for a packet whose destination was translated already.
+/// Returns the same key for a packet whose destination is already translated.
 pub(super) fn original_affinity_key() -> Vec<Selector> {
     [&[Selector::SourceAddress][..], &By::Address.original_key()].concat()
 }
 
-/// The value of maps to an endpoint.
+/// Returns the fields of an endpoint, the value of maps.
 pub(super) fn target() -> Vec<Selector> {
     vec![Selector::DestinationAddress, Selector::DestinationPort]
 }
 
-/// What remembers the clients of one namespace's services with session affinity.
+/// The sets that remember the clients of one namespace's services with session affinity.
 ///
-/// Each namespace has sets of its own, so that whoever fills them harms no other namespace. They
-/// exist with the chain that looks clients up (`SharedChain::Follow`).
+/// Each namespace has its own sets, so that filling them affects no other namespace. They are
+/// created and deleted with the chain that looks clients up (`SharedChain::Follow`).
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Clients(Arc<str>);
 
 impl Clients {
-    /// Those of a namespace.
+    /// Returns the sets of a namespace.
     pub fn of(namespace: &str) -> Self {
         Self(Arc::from(namespace))
     }
 
-    /// The namespace.
+    /// Returns the namespace.
     pub fn namespace(&self) -> &str {
         &self.0
     }
 
-    /// A name with the namespace in it. No other name has the sign before it.
+    /// Returns a name that contains the namespace. No other name in the table contains a `/`.
     pub(super) fn name(&self, what: &str) -> Name {
         readable_name(&format!("{what}/{}", self.0))
     }
 
-    /// The map that remembers which endpoint a client was sent to; filled by packets.
+    /// Returns the map from client and frontend to endpoint, which packets fill.
     pub fn map(&self) -> Name {
         self.name("affinity")
     }
 
-    /// The set that counts the packets of clients that could not be remembered, by protocol.
+    /// Returns the set that counts packets of clients that could not be remembered, by protocol.
     pub fn forgotten(&self) -> Name {
         self.name("not-remembered")
     }
 
-    /// Both sets.
+    /// Returns both sets.
     pub(super) fn sets(&self) -> [(Name, Set); 2] {
         static FORGOTTEN: LazyLock<Set> = LazyLock::new(|| {
             let declaration = Declaration {
@@ -167,8 +167,8 @@ impl Clients {
     }
 }
 
-/// The declaration of [`Clients::map`]. Elements get the lifetime of their service; the default
-/// given here is kube-proxy's.
+/// Returns the declaration of [`Clients::map`]. Elements have the timeout of their service; the
+/// default here is that of kube-proxy.
 pub fn affinity_declaration() -> Arc<Declaration> {
     static DECLARATION: LazyLock<Arc<Declaration>> = LazyLock::new(|| {
         Arc::new(Declaration {
@@ -182,17 +182,17 @@ pub fn affinity_declaration() -> Arc<Declaration> {
 
 macro_rules! service_sets {
     ($($(#[$doc:meta])* $set:ident $name:literal $declaration:expr;)*) => {
-        /// A set whose elements services make.
+        /// A set whose elements belong to services.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
         pub enum ServiceSet {
             $($(#[$doc])* $set,)*
         }
 
         impl ServiceSet {
-            /// Every such set.
+            /// All such sets.
             pub const ALL: &[ServiceSet] = &[$(ServiceSet::$set,)*];
 
-            /// The name in the table.
+            /// Returns the name in the table.
             pub fn name(self) -> Name {
                 match self {
                     $(ServiceSet::$set => {
@@ -202,7 +202,7 @@ macro_rules! service_sets {
                 }
             }
 
-            /// The declaration, the same in both families.
+            /// Returns the declaration, the same in both families.
             pub fn declaration(self) -> Arc<Declaration> {
                 match self {
                     $(ServiceSet::$set => {

@@ -1,10 +1,10 @@
-//! Facts to rules: pure functions from [`model`](crate::model) to [`ruleset`](crate::nft).
+//! The engine of services: compiles objects ([`model`](crate::model)) into rules
+//! ([`nft`](crate::nft)).
 //!
-//! Each address family has one table. What never depends on a service is its skeleton
-//! ([`skeleton()`]): base chains, the chain that looks frontends up, and the declarations of the
-//! sets. A service adds set elements only ([`ServicePlan`]); the chains its verdict elements
-//! lead to are shared by all services with the same number of endpoints, or the same list of source
-//! ranges ([`SharedChain`]).
+//! Each address family has one table. Its skeleton (`skeleton`) does not depend on services: base
+//! chains, the chain that looks up frontends, and the declarations of the sets. A service adds set
+//! elements only ([`ServicePlan`]). The chains to which its verdict elements lead are shared by all
+//! services with the same number of endpoints, or the same list of source ranges (`SharedChain`).
 //!
 //! ```text
 //!  prerouting, output ──> services
@@ -31,8 +31,8 @@
 //!  postrouting ── marked, or a pod that reaches itself (@hairpin) ──> masquerade
 //! ```
 //!
-//! Changing an endpoint is thus a change of plain map data, which the kernel accepts without
-//! validating the table again.
+//! So a change of an endpoint changes map data only, which the kernel accepts without validating
+//! the table again.
 
 mod chains;
 mod change;

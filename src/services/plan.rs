@@ -1,4 +1,4 @@
-//! What one service contributes to the tables, and the elements and chains that follow from it.
+//! The rules of one service in a compact form, and the elements and chains that result from it.
 
 use std::collections::{BTreeSet, HashSet};
 use std::net::IpAddr;
@@ -13,35 +13,33 @@ use crate::nft::{Data, Element, Key, KeyBuilder, Verdict};
 use crate::services::Claim;
 
 /// Address and port of an endpoint.
-pub type Target = (IpAddr, u16);
+pub(crate) type Target = (IpAddr, u16);
 
-/// Everything a service contributes to the tables, in a compact form.
+/// The rules of one service in a compact form.
 ///
-/// It is kept for as long as its rules stand: the elements to delete later are those of the plan
-/// that was in force.
+/// It is kept while its rules are in force: the elements to delete later result from it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServicePlan {
-    /// What packets can be addressed to.
+    /// The frontends.
     pub frontends: Box<[Frontend]>,
     /// The endpoints of each service port and family.
     pub pools: Box<[Pool]>,
-    /// The ClusterIPs: other ports on them are refused.
+    /// The ClusterIPs. Other ports of them are rejected.
     pub cluster_ips: Box<[IpAddr]>,
-    /// Addresses of endpoints that may be on this node.
+    /// Addresses of endpoints that may be on this node and so can reach themselves.
     pub hairpin: Box<[IpAddr]>,
-    /// `sessionAffinity` ClientIP with its timeout.
+    /// `sessionAffinity: ClientIP`.
     pub affinity: Option<Affinity>,
-    /// `loadBalancerSourceRanges` that restrict the load balancer's addresses, of each family that
-    /// has such addresses.
+    /// `loadBalancerSourceRanges`, in each family with restricted load balancer addresses.
     pub sources: [Option<SourceList>; 2],
 }
 
-/// Where the clients of a service are remembered.
+/// Session affinity of a service.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Affinity {
-    /// What remembers them.
+    /// The sets that remember the clients.
     pub clients: Clients,
-    /// For how long, without another connection.
+    /// The time after the last connection for which a client is remembered.
     pub seconds: u32,
 }
 
@@ -54,12 +52,12 @@ impl Affinity {
     }
 }
 
-/// The endpoints that a service port leads to in one family.
+/// The endpoints of a service port in one family.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pool {
-    /// `namespace/name` or `namespace/name:port`, for the person who reads the ruleset.
+    /// `namespace/name` or `namespace/name:port`, the comment in the ruleset.
     pub label: Arc<str>,
-    /// The protocol of the port; with label, family and scope it identifies the pool.
+    /// The protocol of the port. Label, protocol, family and scope identify the pool.
     pub protocol: Protocol,
     /// The family of the endpoints.
     pub family: Family,
@@ -67,35 +65,35 @@ pub struct Pool {
     pub scope: Scope,
     /// The endpoints by index.
     pub targets: Box<[Target]>,
-    /// Endpoints that serve although they were not chosen, by policy or topology or because they
-    /// terminate: no new flow leads to them, but those that do go on. Known for UDP only, where
-    /// flows to all others have to be ended.
+    /// Endpoints that serve but were not chosen because of policy or topology or because they
+    /// terminate: existing flows to them continue. For UDP only, where flows to all other former
+    /// endpoints are deleted.
     pub unchosen: Box<[Target]>,
 }
 
-/// Something packets can be addressed to.
+/// A destination that the rules translate.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Frontend {
     /// Address, protocol and port.
     pub at: Claim,
-    /// The family of its packets, which the claim of a NodePort does not say.
+    /// The family of its packets, which the claim of a NodePort does not contain.
     pub family: Family,
-    /// What happens to its packets.
+    /// The handling of its packets.
     pub route: Route,
     /// Whether the source ranges of the service apply.
     pub firewalled: bool,
 }
 
-/// What happens to the packets of a frontend. Pools are given by their index in the plan.
+/// The handling of a frontend's packets. Pools are given by their index in the plan.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Route {
-    /// They go to the endpoints of a pool, through a chain of this role; without an endpoint
-    /// they are refused.
+    /// Packets go to the endpoints of a pool, through a chain of this role; without an endpoint
+    /// they are rejected.
     Balance(Role, usize),
-    /// They go to the endpoints of a pool; without one they are dropped, because there are
-    /// endpoints elsewhere.
+    /// Packets go to the endpoints of a pool; without one they are dropped, because other nodes
+    /// have endpoints.
     BalanceOrDrop(Role, usize),
-    /// External policy Local: the pool for traffic of this node, and the one for all others.
+    /// External policy Local: a pool for traffic of this node, and one for all other traffic.
     LocalPolicy {
         /// The endpoints of the cluster.
         cluster: usize,
@@ -104,11 +102,11 @@ pub enum Route {
     },
 }
 
-/// An element and the set it belongs to.
-pub type ElementOf = (ServiceSet, Element);
+/// An element with its set.
+pub(crate) type ElementOf = (ServiceSet, Element);
 
 impl Route {
-    /// The pool of the family's endpoints as the policy of the frontend sees them first.
+    /// Returns the pool that determines the verdict of the frontend.
     pub(crate) fn first_pool(&self) -> usize {
         match self {
             Route::Balance(_, pool) | Route::BalanceOrDrop(_, pool) => *pool,
@@ -118,7 +116,7 @@ impl Route {
 }
 
 impl Frontend {
-    /// How packets to it are recognised.
+    /// Returns the key by which it is looked up.
     pub fn by(&self) -> By {
         match self.at {
             Claim::Address(..) => By::Address,
@@ -137,7 +135,7 @@ impl Frontend {
     }
 }
 
-/// Where a verdict element leads.
+/// The target of a verdict element.
 #[derive(PartialEq, Eq)]
 enum Goal {
     Chain(SharedChain),
@@ -155,13 +153,13 @@ impl Goal {
     }
 }
 
-/// All that the verdict elements of a frontend say.
+/// The content of the verdict elements of a frontend.
 #[derive(PartialEq, Eq)]
 pub(super) struct Leads<'a> {
     goal: Goal,
-    /// The source ranges that packets have to come from.
+    /// The source ranges, if they apply.
     sources: Option<&'a SourceList>,
-    /// Where clients outside of this node go, with external policy Local.
+    /// The chain for clients outside of this node, with external policy Local.
     local: Option<SharedChain>,
     learn: Option<SharedChain>,
     label: &'a Arc<str>,
@@ -189,7 +187,7 @@ impl ServicePlan {
         }))
     }
 
-    /// Where a frontend's packets go at first.
+    /// Returns the first target of a frontend's packets.
     fn goal(&self, frontend: &Frontend) -> Goal {
         let chain = |role, pool| {
             self.pool(pool)
@@ -204,7 +202,8 @@ impl ServicePlan {
         }
     }
 
-    /// Where packets of a frontend with external policy Local go that do not come from this node.
+    /// Returns the chain and pool for packets from outside of this node, with external policy
+    /// Local.
     fn local_chain(&self, frontend: &Frontend) -> Option<(&Pool, SharedChain)> {
         let Route::LocalPolicy { local, .. } = frontend.route else {
             return None;
@@ -214,7 +213,7 @@ impl ServicePlan {
         Some((pool, chain))
     }
 
-    /// Every frontend with each pool that its packets may go to.
+    /// Returns each frontend with each pool that its packets can reach.
     pub fn reach(&self) -> impl Iterator<Item = (&Frontend, &Pool)> + '_ {
         self.frontends.iter().flat_map(move |frontend| {
             let pools = match frontend.route {
@@ -226,8 +225,8 @@ impl ServicePlan {
         })
     }
 
-    /// Whether a family's traffic is dropped because a policy Local finds endpoints elsewhere and
-    /// none on this node: by the internal policy, and by the external one.
+    /// Returns whether traffic of a family is dropped because a policy Local finds endpoints on
+    /// other nodes only: by the internal policy, and by the external one.
     pub(crate) fn no_local_endpoints(&self, family: Family) -> [bool; 2] {
         let lacks = |pool: usize| self.pool(pool).is_some_and(|pool| pool.targets.is_empty());
         let (mut internal, mut external) = (false, false);
@@ -243,7 +242,7 @@ impl ServicePlan {
         [internal, external]
     }
 
-    /// About how many elements belong to this service alone.
+    /// Returns the approximate number of elements that belong to this service alone.
     pub fn elements(&self) -> usize {
         let each = self.frontends.iter().map(|frontend| {
             let endpoints: usize = self.targets(frontend).into_iter().map(<[_]>::len).sum();
@@ -252,7 +251,7 @@ impl ServicePlan {
         each.sum()
     }
 
-    /// The elements that belong to this service alone, for the table of a family.
+    /// Returns the elements in the table of a family that belong to this service alone.
     pub(crate) fn own_elements(&self, family: Family) -> Vec<ElementOf> {
         let mut elements = Vec::new();
         for (frontend, _) in self.of_family(family) {
@@ -267,7 +266,7 @@ impl ServicePlan {
         elements
     }
 
-    /// What the verdict elements of a frontend say.
+    /// Returns the content of the verdict elements of a frontend.
     pub(super) fn leads(&self, frontend: &Frontend) -> Option<Leads<'_>> {
         let goal = self.goal(frontend);
         let leads_on = matches!(goal, Goal::Chain(_));
@@ -283,7 +282,7 @@ impl ServicePlan {
         })
     }
 
-    /// The elements that say where a frontend's packets go, and who may send any.
+    /// Appends the verdict elements of a frontend.
     pub(super) fn lead_elements(&self, frontend: &Frontend, elements: &mut Vec<ElementOf>) {
         let Some(leads) = self.leads(frontend) else {
             return;
@@ -308,11 +307,10 @@ impl ServicePlan {
         }
     }
 
-    /// The endpoints of a frontend by index, in the map of each of [`SCOPES`]. As many as the
-    /// chains draw from that its verdict elements lead to.
+    /// Returns the endpoints of a frontend by index, in the map of each of [`SCOPES`].
     pub(super) fn targets(&self, frontend: &Frontend) -> [&[Target]; 2] {
         let first = self.pool(frontend.route.first_pool());
-        // ClusterIPs with internal policy Local find their endpoints where all ClusterIPs do.
+        // The local endpoints of internal policy Local are in the same map as those of the cluster.
         let local = match frontend.route {
             Route::LocalPolicy { local, .. } => self.pool(local),
             Route::Balance(..) | Route::BalanceOrDrop(..) => None,
@@ -320,7 +318,7 @@ impl ServicePlan {
         [first, local].map(|pool| pool.map_or(&[][..], |pool| &*pool.targets))
     }
 
-    /// The source ranges in a family, if they keep any client of it out.
+    /// Returns the source ranges in a family, if they exclude any client.
     pub fn sources(&self, family: Family) -> Option<&SourceList> {
         let [v4, v6] = &self.sources;
         match family {
@@ -329,7 +327,7 @@ impl ServicePlan {
         }
     }
 
-    /// The elements that other services may ask for too, for the table of a family.
+    /// Returns the elements in the table of a family that other services can need, too.
     pub(crate) fn shared_elements(&self, family: Family) -> Vec<ElementOf> {
         let lists = [
             (ServiceSet::ClusterIps, &self.cluster_ips),
@@ -343,9 +341,9 @@ impl ServicePlan {
         of_family.collect()
     }
 
-    /// The shared chains that the verdicts lead to, with all that those go on to, each once.
+    /// Returns the shared chains that the verdicts lead to, directly or not, each once.
     pub fn chains(&self, family: Family) -> BTreeSet<SharedChain> {
-        // Frontends of one port, side by side, mostly lead to the same.
+        // Adjacent frontends belong to one port and mostly have the same verdicts.
         let mut last = None;
         let mut direct = HashSet::new();
         for (frontend, _) in self.of_family(family) {
@@ -372,14 +370,14 @@ impl ServicePlan {
 /// The scopes in the order of [`ServicePlan::targets`].
 pub(super) const SCOPES: [Scope; 2] = [Scope::Cluster, Scope::Local];
 
-/// The element that leads from an index of a frontend to an endpoint.
+/// Returns the element that maps an index of a frontend to an endpoint.
 pub(super) fn endpoint_element(
     frontend: &Frontend,
     scope: Scope,
     index: usize,
     (address, port): Target,
 ) -> ElementOf {
-    // The kernel draws numbers of 32 bits; a service is left out long before it has so many.
+    // Never exceeded: a service with so many endpoints is left out.
     let index = u32::try_from(index).unwrap_or(u32::MAX);
     let key = frontend.key().number(index).finish();
     let data = Data::build().address(address).port(port).finish();
@@ -387,7 +385,7 @@ pub(super) fn endpoint_element(
     (map, Element::with_data(key, data))
 }
 
-/// The key of an element that several services may ask for.
+/// Returns the key of an element that several services can need.
 pub(super) fn shared_key(set: ServiceSet, address: IpAddr) -> Key {
     match set {
         ServiceSet::Hairpin => Key::build().address(address).address(address).finish(),

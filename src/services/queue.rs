@@ -1,22 +1,22 @@
-//! Work on large services, done in portions so that others get their turn between two of them.
+//! The queue of large services, whose changes are processed in portions.
 //!
-//! The kernel lets nobody else in while it works on a transaction, and the reconciler handles no
-//! event. So what a batch of events changes is done at once only as far as it makes no more than
-//! so many elements, the smallest changes first. A service that has more waits here, until
+//! While the kernel processes a transaction, no other transaction runs and no event is handled. So
+//! the changes of a batch of events are written at once only up to the size of a portion, the
+//! smallest first. A service with a larger change waits here, until
 //!
-//! 1. its newest event is taken over by the store,
+//! 1. its newest event is applied to the store,
 //! 2. its plan is compiled and compared with the one in force,
 //! 3. the difference is written, portion by portion, in the order of its steps. [`PlanChange`] says
 //!    why packets may come in between.
 //!
-//! Each of these is done with as many calls as it takes. Before each the loop takes over events, and
-//! what they change goes first. Of several events of a service the newest alone counts.
+//! Each of these takes as many calls as necessary. Events that arrive between calls are handled
+//! first. Of several events of a service only the newest is applied.
 //!
-//! Namespaces take turns, so that a namespace waits for one portion of each of the others at most.
+//! Namespaces take turns, so that a namespace waits for at most one portion of each other one.
 //!
-//! While a plan is compiled or written, the frontends of the old plan and of the new one are taken:
-//! another service that wants one of them goes without until the change is written. Both are
-//! compiled again then.
+//! While a plan is compiled or written, the frontends of the old and the new plan are taken:
+//! another service that owns one of them by now goes without until the change is written, and is
+//! then compiled again.
 
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -35,27 +35,27 @@ use crate::services::Claim;
 #[derive(Debug, Default)]
 pub(super) struct ServiceQueue {
     waiting: HashMap<ObjectName, QueuedService>,
-    /// The services in line, by their namespace.
+    /// The waiting services in order, by namespace.
     lines: BTreeMap<String, VecDeque<ObjectName>>,
     /// The namespace that had its turn last.
     last: String,
     taken: HashMap<(Family, Claim), ObjectName>,
-    /// Services to compile again once a change is written.
+    /// Services to compile again when a change is written.
     again: BTreeSet<ObjectName>,
 }
 
-/// What is to be done for a service, and what follows.
+/// The pending tasks of a service.
 #[derive(Debug, Default)]
 struct QueuedService {
-    /// The newest event that the store does not know of.
+    /// The newest event, not yet applied to the store.
     event: Option<Event>,
-    /// Its plan is to be compiled.
+    /// Whether its plan has to be compiled.
     compile: bool,
-    /// Its plan is being compiled. The frontends that are compiled are taken.
+    /// The plan that is being compiled. Its frontends are taken.
     compilation: Option<Compilation>,
-    /// An event was taken over with which it is not compiled yet.
+    /// Whether an event was applied and the plan was not compiled since.
     taken_over: bool,
-    /// What follows once the change is in force that is being written.
+    /// The change that is being written, for followers.
     write: Option<Replaced>,
     /// The plans whose frontends are taken.
     holds: Vec<Arc<ServicePlan>>,
@@ -67,23 +67,23 @@ impl QueuedService {
     }
 }
 
-/// What is to be done next for a service.
+/// The next task of a service.
 #[derive(Debug)]
 pub(super) enum Task {
-    /// Take over an event, with which the plan is to be compiled.
+    /// Apply an event, after which the plan has to be compiled.
     TakeOver(Event),
-    /// Compile its plan, or some more of it.
+    /// Compile its plan, or a portion of it.
     Compile,
     /// Write a portion of its change.
     Write,
 }
 
-/// What a service leaves behind for which a task is done.
+/// The result of the completed tasks of a service.
 #[derive(Debug, Default)]
 pub(super) struct Done {
-    /// What its change replaced.
+    /// The change that was written.
     pub replaced: Option<Replaced>,
-    /// The plan is to be compiled again.
+    /// Whether the plan has to be compiled again.
     pub compile: bool,
 }
 
@@ -92,18 +92,18 @@ impl ServiceQueue {
         self.waiting.is_empty()
     }
 
-    /// Whether something is to be done for a service.
+    /// Returns whether a service has a task.
     pub fn has(&self, service: &ObjectName) -> bool {
         self.waiting.contains_key(service)
     }
 
-    /// Whether a service waits for more than that its event is taken over.
+    /// Returns whether a service has a task other than to apply an event.
     pub fn contains(&self, service: &ObjectName) -> bool {
         let waiting = self.waiting.get(service);
         waiting.is_some_and(QueuedService::is_busy)
     }
 
-    /// Whether an event of the service waits.
+    /// Returns whether an event of the service waits.
     pub(crate) fn has_event(&self, service: &ObjectName) -> bool {
         let waiting = self.waiting.get(service);
         waiting.is_some_and(|waiting| waiting.event.is_some())
@@ -117,18 +117,18 @@ impl ServiceQueue {
         self.waiting.entry(service.clone()).or_default()
     }
 
-    /// Whether a change of the service is being written.
+    /// Returns whether a change of the service is being written.
     pub(crate) fn is_written(&self, service: &ObjectName) -> bool {
         let waiting = self.waiting.get(service);
         waiting.is_some_and(|waiting| waiting.write.is_some())
     }
 
-    /// Puts an event in line, in the place of an older one.
+    /// Queues an event, which replaces an older one of the service.
     pub(crate) fn put_off(&mut self, service: &ObjectName, event: Event) {
         self.enter(service).event = Some(event);
     }
 
-    /// Drops the event of a service, which a newer one replaces that does not wait.
+    /// Drops the queued event of a service.
     pub(crate) fn drop_event(&mut self, service: &ObjectName) {
         if let Some(waiting) = self.waiting.get_mut(service) {
             waiting.event = None;
@@ -136,25 +136,25 @@ impl ServiceQueue {
         }
     }
 
-    /// Drops all events: a list replaces them.
+    /// Drops all queued events.
     pub(crate) fn drop_events(&mut self) {
         for service in self.services() {
             self.drop_event(&service);
         }
     }
 
-    /// Has a service compiled, whose frontends in the plan in force are taken from now on.
+    /// Queues a service to be compiled, and takes the frontends of its plan in force.
     pub fn compile(&mut self, service: &ObjectName, in_force: Option<&Arc<ServicePlan>>) {
         self.enter(service).compile = true;
         self.take(service, in_force);
     }
 
-    /// Compiles a service again once a change is written.
+    /// Marks a service to be compiled again when a change is written.
     pub(crate) fn look_again(&mut self, service: &ObjectName) {
         self.again.insert(service.clone());
     }
 
-    /// Takes the frontends of a plan. One that is taken already stays with the first.
+    /// Takes the frontends of a plan, except those that another service has taken.
     pub fn take(&mut self, service: &ObjectName, plan: Option<&Arc<ServicePlan>>) {
         let Some(plan) = plan else { return };
         let waiting = self.enter(service);
@@ -169,29 +169,29 @@ impl ServiceQueue {
         }
     }
 
-    /// Takes a frontend. Returns whether no other service has it.
+    /// Takes a frontend. Returns `false` if another service has taken it.
     pub(crate) fn take_frontend(&mut self, service: &ObjectName, frontend: &Frontend) -> bool {
         let taken = self.taken.entry((frontend.family, frontend.at));
         taken.or_insert_with(|| service.clone()) == service
     }
 
-    /// Goes on to compile a service with a later call.
+    /// Stores a partial compilation, to continue with a later call.
     pub(crate) fn compile_on(&mut self, service: &ObjectName, compilation: Compilation) {
         self.enter(service).compilation = Some(compilation);
     }
 
-    /// What is compiled of a service.
+    /// Removes and returns the partial compilation of a service.
     pub(crate) fn take_compilation(&mut self, service: &ObjectName) -> Option<Compilation> {
         self.waiting.get_mut(service)?.compilation.take()
     }
 
-    /// Notes the plan whose frontends are taken already.
+    /// Records the compiled plan, whose frontends are already taken.
     pub fn compiled(&mut self, service: &ObjectName, plan: Option<&Arc<ServicePlan>>) {
         let waiting = self.enter(service);
         waiting.holds.extend(plan.cloned());
     }
 
-    /// The service that has a frontend of this plan until its change is written.
+    /// Returns another service that has taken a frontend of this plan.
     pub(crate) fn taker(&self, service: &ObjectName, plan: &ServicePlan) -> Option<&ObjectName> {
         if self.taken.is_empty() {
             return None;
@@ -203,7 +203,7 @@ impl ServiceQueue {
         })
     }
 
-    /// Leaves the frontends out of a plan that others have until their changes are written.
+    /// Removes the frontends from a plan that other services have taken.
     pub(crate) fn withhold(&self, service: &ObjectName, plan: &mut ServicePlan) {
         let frontends = std::mem::take(&mut plan.frontends).into_vec();
         let free = frontends.into_iter().filter(|frontend| {
@@ -213,7 +213,7 @@ impl ServiceQueue {
         plan.frontends = free.collect();
     }
 
-    /// Has the change to a plan written, with what follows once it is in force.
+    /// Queues the change to a plan to be written; `replaced` is for followers.
     pub fn write(
         &mut self,
         service: &ObjectName,
@@ -224,7 +224,7 @@ impl ServiceQueue {
         self.enter(service).write = Some(replaced);
     }
 
-    /// The service whose turn it is.
+    /// Returns the service whose turn it is.
     pub fn next(&self) -> Option<ObjectName> {
         let after = (Bound::Excluded(&*self.last), Bound::Unbounded);
         let mut lines = self.lines.range::<str, _>(after).chain(&self.lines);
@@ -232,13 +232,12 @@ impl ServiceQueue {
         line.front().cloned()
     }
 
-    /// Notes that a service has had its turn, and with it the namespace.
+    /// Ends the turn of a service's namespace.
     pub(crate) fn had_turn(&mut self, service: &ObjectName) {
         service.namespace().clone_into(&mut self.last);
     }
 
-    /// What is to be done next for a service. An event, or that the service is to be compiled, is
-    /// said once.
+    /// Returns the next task of a service. Removes it, unless it is to write.
     pub fn task(&mut self, service: &ObjectName) -> Option<Task> {
         let waiting = self.waiting.get_mut(service)?;
         if waiting.write.is_some() {
@@ -247,7 +246,7 @@ impl ServiceQueue {
         if waiting.compilation.is_some() {
             return Some(Task::Compile);
         }
-        // Events may come again and again, but what one of them brought is compiled.
+        // A service is compiled after each event, however many follow.
         if !waiting.taken_over
             && let Some(event) = waiting.event.take()
         {
@@ -258,8 +257,8 @@ impl ServiceQueue {
         std::mem::take(&mut waiting.compile).then_some(Task::Compile)
     }
 
-    /// Gives the frontends back of a service whose change is written, or whose plan is compiled and
-    /// has none. It stays in line with an event that waits.
+    /// Releases the frontends of a service whose change is written, or that has nothing to change.
+    /// It keeps its place if an event waits.
     pub fn done(&mut self, service: &ObjectName) -> Done {
         let Some(waiting) = self.waiting.get_mut(service) else {
             return Done::default();
@@ -278,7 +277,7 @@ impl ServiceQueue {
                 taken.remove();
             }
         }
-        // With an event that waits it goes on behind the others of its namespace.
+        // If an event waits, the service continues behind the others of its namespace.
         if let Some(line) = self.lines.get_mut(service.namespace())
             && line.front() == Some(service)
         {
@@ -288,7 +287,7 @@ impl ServiceQueue {
         done
     }
 
-    /// Takes a service out for which nothing is to be done.
+    /// Removes a service without tasks.
     fn leave_if_idle(&mut self, service: &ObjectName) {
         let waiting = self.waiting.get(service);
         if waiting.is_none_or(|it| it.event.is_some() || it.is_busy()) {
@@ -307,12 +306,12 @@ impl ServiceQueue {
         }
     }
 
-    /// The services that were to be compiled again.
+    /// Removes and returns the services to compile again.
     pub(crate) fn take_again(&mut self) -> BTreeSet<ObjectName> {
         std::mem::take(&mut self.again)
     }
 
-    /// All services in line.
+    /// Returns all waiting services.
     pub fn services(&self) -> Vec<ObjectName> {
         self.waiting.keys().cloned().collect()
     }

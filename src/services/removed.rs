@@ -1,5 +1,5 @@
-//! Frontends that a comparison with the kernel changes although this process has no plan of them:
-//! an earlier process wrote them, or another program.
+//! Frontends that a comparison with the kernel changes and that an earlier process, or another
+//! program, wrote.
 
 use std::collections::{BTreeMap, HashSet};
 use std::net::IpAddr;
@@ -10,7 +10,7 @@ use crate::model::{Family, Protocol};
 use crate::nft::{Element, Key, Name, Op, Ruleset, TableId, Transaction, Value};
 use crate::services::Claim;
 
-/// Changes of frontends in the kernel.
+/// Frontends in the kernel that a comparison changes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RemovedFrontends {
     /// Frontends that were deleted.
@@ -19,7 +19,7 @@ pub struct RemovedFrontends {
     pub bound: HashSet<(Family, Claim)>,
 }
 
-/// The sets in which frontends are found, and those that hold their verdict in their stead.
+/// The sets with verdicts of frontends.
 const FRONTENDS: [(ServiceSet, By); 3] = [
     (ServiceSet::Frontends, By::Address),
     (ServiceSet::NodePorts, By::NodePort),
@@ -27,13 +27,13 @@ const FRONTENDS: [(ServiceSet, By); 3] = [
 ];
 
 impl RemovedFrontends {
-    /// Adds what a later comparison changed.
+    /// Adds the frontends of a later comparison.
     pub fn append(&mut self, later: Self) {
         self.deleted.extend(later.deleted);
         self.bound.extend(later.bound);
     }
 
-    /// Returns what a transaction changes of what the kernel holds.
+    /// Returns the frontends of the actual ruleset that a transaction changes.
     pub fn of(actual: &Ruleset, transaction: &Transaction) -> Self {
         let mut removed = Self::default();
         for family in Family::ALL {
@@ -60,7 +60,7 @@ impl RemovedFrontends {
 
 type BeforeAfter<'a> = (Option<&'a Element>, Option<&'a Element>);
 
-/// The elements of a set that a transaction deletes or replaces: before and after.
+/// Returns the elements of a set that a transaction deletes or replaces, before and after.
 fn changed<'a>(
     actual: &'a Ruleset,
     transaction: &'a Transaction,
@@ -100,7 +100,7 @@ fn leads_to_node(element: &Element) -> bool {
     }
 }
 
-/// The frontend with a key; `None` where the key is none of nftlet's.
+/// Returns the frontend with a key; `None` if nftlet never writes such a key.
 fn claim(family: Family, by: By, key: &Key) -> Option<Claim> {
     let bytes = key.as_bytes();
     let (at, port) = match by {

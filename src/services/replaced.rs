@@ -1,4 +1,4 @@
-//! What changed in the rules of services, for those that act once the rules are in force.
+//! Changes in the rules of services, for followers.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -13,18 +13,18 @@ use crate::engine::Change;
 use crate::model::{Family, ObjectName, Service};
 use crate::services::Store;
 
-/// Changes of plans that took effect.
+/// The changes of an update.
 #[derive(Clone, Debug, Default)]
 pub struct ServiceChanges {
     /// The services whose plans or health checks changed, in order. One may occur several times.
     pub replaced: Vec<Replaced>,
-    /// What a comparison changed beyond that.
+    /// Frontends of earlier processes that a comparison changed.
     pub removed: RemovedFrontends,
-    /// The tables were compared with the kernel: other rules may have been in force for a while.
+    /// Whether the tables were compared with the kernel: other rules may have been in force before.
     pub rewritten: bool,
-    /// The networks whose local addresses answer NodePorts, if others may do than before.
+    /// The networks whose local addresses answer NodePorts, if they may have changed.
     pub node_ports: Option<Arc<[IpNet]>>,
-    /// The namespaces with session affinity, if they are others than before.
+    /// The namespaces with session affinity, if they changed.
     pub sticky: Option<Sticky>,
     /// How many changes concerned session affinity so far.
     pub affinity_version: u64,
@@ -39,23 +39,23 @@ pub struct Replaced {
     pub old: Option<Arc<ServicePlan>>,
     /// The plan that is in force now.
     pub new: Option<Arc<ServicePlan>>,
-    /// It is unknown what was in force before: an earlier process wrote it.
+    /// Whether the rules before are those of an earlier process, and so unknown.
     pub adopted: bool,
-    /// The health check that the service has now.
+    /// The health check of the service after the change.
     pub health_check: Option<HealthCheck>,
 }
 
-/// The answer at the `healthCheckNodePort` of a service.
+/// The state of a `healthCheckNodePort`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HealthCheck {
     /// The port.
     pub port: u16,
-    /// How many endpoints on this node are ready; 0 for a service without rules in the kernel.
+    /// The number of ready endpoints on this node; 0 for a service without rules.
     pub local_endpoints: usize,
 }
 
 impl Replaced {
-    /// Whether the plan is another one.
+    /// Returns whether the plan changed.
     pub(crate) fn is_other_plan(&self) -> bool {
         match (&self.old, &self.new) {
             (Some(old), Some(new)) => !Arc::ptr_eq(old, new),
@@ -80,7 +80,7 @@ impl Change for ServiceChanges {
 }
 
 impl ServiceChanges {
-    /// Whether nothing changed.
+    /// Returns whether nothing changed.
     pub fn is_empty(&self) -> bool {
         let Self {
             replaced,
@@ -96,7 +96,7 @@ impl ServiceChanges {
 }
 
 impl ServiceChanges {
-    /// Whether clients of services with session affinity may be left without their endpoint.
+    /// Returns whether remembered clients may refer to endpoints that are not in use.
     pub(crate) fn concerns_affinity(&self) -> bool {
         let has = |plan: &Option<Arc<ServicePlan>>| {
             plan.as_ref().is_some_and(|plan| plan.affinity.is_some())
@@ -108,10 +108,9 @@ impl ServiceChanges {
 }
 
 impl HealthCheck {
-    /// Returns the health check of a service, unless another service has its port.
+    /// Returns the health check of a service, unless another service owns its port.
     ///
-    /// `is_left_out` says that the service has no rules in the kernel, so that nothing arrives at its
-    /// endpoints.
+    /// With `is_left_out` the service has no rules, so that no endpoint is reachable.
     pub fn of(store: &Store, service: &ObjectName, is_left_out: bool) -> Option<Self> {
         let service = store.service(service)?;
         let port = service.health_check_node_port?;
@@ -130,8 +129,8 @@ impl HealthCheck {
     }
 }
 
-/// Returns how many addresses on this node are ready to serve a port of the service. Endpoints that
-/// terminate take traffic where there are no others, but do not ask for more of it.
+/// Returns the number of ready endpoint addresses on this node. Terminating endpoints are not
+/// counted, although they receive traffic if there are no others.
 fn local_ready_endpoints(store: &Store, service: &Service) -> usize {
     let Some(node) = store.node() else { return 0 };
     let ports = service.ports.iter();

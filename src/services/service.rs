@@ -1,4 +1,4 @@
-//! Compiles one service: which frontends it has, and which endpoints each of them leads to.
+//! Compiles one service into its plan.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -19,12 +19,12 @@ use crate::services::{Claim, EndpointOf, SlicesOf, Store};
 
 /// Compiles one service.
 ///
-/// `previous` is the plan in force: endpoints that stay keep their index, so that a change
-/// touches no more elements than endpoints. `None` is returned for a service without any rule.
+/// `previous` is the plan in force: remaining endpoints keep their index, so that a change touches
+/// about as many elements as endpoints. Returns `None` for a service without rules.
 ///
 /// # Errors
 ///
-/// If the service asks for more elements than one may have. Nothing of it is compiled then.
+/// If the service needs more elements than the limit.
 pub fn plan(
     store: &Store,
     name: &ObjectName,
@@ -38,37 +38,37 @@ pub fn plan(
     Ok(compilation.finish(store, previous))
 }
 
-/// A service on the way to its plan, of which some frontends at a time are compiled.
+/// A partially compiled service.
 ///
-/// What changes in the meantime is in the part that is compiled later. So the service has to be
-/// compiled once more then. The plan is one that can be in force nevertheless: each frontend belonged
-/// to the service when it was compiled, and each pool was one of the service's endpoints.
+/// If objects change meanwhile, only the frontends compiled later see the change, and the service
+/// has to be compiled again. The plan can be in force nevertheless: each frontend belonged to the
+/// service when it was compiled, and each pool held endpoints of the service.
 #[derive(Debug)]
-pub struct Compilation {
+pub(crate) struct Compilation {
     service: Arc<Service>,
-    /// How many ports are compiled, first all of one family, then all of the other.
+    /// The number of compiled ports, first all of one family, then all of the other.
     place: usize,
-    /// The port that follows, if it was begun.
+    /// The port that is partially compiled.
     port: Option<PortFrontends>,
     frontends: Vec<Frontend>,
-    /// What there is a frontend for already.
+    /// The claims that have a frontend already.
     known: HashSet<(Claim, Family)>,
     pools: Vec<Pool>,
     hairpin: Vec<IpAddr>,
 }
 
-/// The frontends of one service port in one family, in their order.
+/// An iterator over the frontends of one service port in one family.
 #[derive(Debug)]
 struct PortFrontends {
-    /// The route of ClusterIPs, if there are any.
+    /// The route of ClusterIPs, if any.
     internal: Option<Route>,
-    /// The route of all others.
+    /// The route of all other frontends, if any.
     external: Option<Route>,
-    /// How many were looked at.
+    /// The number of addresses that were visited.
     place: usize,
 }
 
-/// An address of a service, in one of its roles.
+/// An address of a service.
 struct Address {
     ip: IpAddr,
     /// Whether it is a ClusterIP.
@@ -77,8 +77,8 @@ struct Address {
     firewalled: bool,
 }
 
-/// The addresses of a service in a family, in the order of their roles and then sorted. One that
-/// comes up in several roles is handled in the first of them.
+/// Returns the addresses of a service in a family: ClusterIPs, load balancer IPs and external IPs,
+/// each sorted. An address in several of them counts in the first.
 fn addresses(service: &Service, family: Family) -> Vec<Address> {
     let mut found = Vec::new();
     for (addresses, internal, firewalled) in [
@@ -102,11 +102,11 @@ fn addresses(service: &Service, family: Family) -> Vec<Address> {
 }
 
 impl Compilation {
-    /// Begins to compile a service; `None` is returned for one without frontends.
+    /// Starts to compile a service. Returns `None` for one without frontends.
     ///
     /// # Errors
     ///
-    /// If the service asks for more elements than one may have.
+    /// If the service needs more elements than the limit.
     pub fn begin(store: &Store, name: &ObjectName) -> Result<Option<Self>, TooLarge> {
         let Some(service) = store.service(name).filter(|s| s.has_frontends()) else {
             return Ok(None);
@@ -125,8 +125,8 @@ impl Compilation {
         }))
     }
 
-    /// Goes on with so many frontends and endpoints, about, leaving out the frontends that are not
-    /// free. Returns whether these were the last.
+    /// Compiles about `most` further frontends and endpoints, without frontends for which `is_free`
+    /// returns false. Returns whether the compilation is complete.
     pub(crate) fn advance(
         &mut self,
         store: &Store,
@@ -164,7 +164,7 @@ impl Compilation {
                 }
             };
             while let Some((at, route, firewalled)) = frontends.next(port, addresses) {
-                // Unless an older service has it, or this one in another role.
+                // Skips claims of other services, and repeated ones.
                 if store.owner(&at) == Some(&service.name) && self.known.insert((at, family)) {
                     let frontend = Frontend {
                         at,
@@ -187,12 +187,12 @@ impl Compilation {
         true
     }
 
-    /// The frontends compiled so far.
+    /// Returns the frontends compiled so far.
     pub fn frontends(&self) -> &[Frontend] {
         &self.frontends
     }
 
-    /// The plan, once the last frontend is compiled; `None` for a service without any rule.
+    /// Returns the plan after the last frontend is compiled; `None` for a service without rules.
     pub fn finish(mut self, store: &Store, previous: Option<&ServicePlan>) -> Option<ServicePlan> {
         let service = &*self.service;
         let cluster_ips: BTreeSet<IpAddr> = service.cluster_ips.iter().copied().collect();
@@ -216,7 +216,7 @@ impl Compilation {
 }
 
 impl PortFrontends {
-    /// The next frontend: its claim, its route, and whether the source ranges apply.
+    /// Returns the next frontend: its claim, its route, and whether the source ranges apply.
     fn next(&mut self, port: &ServicePort, addresses: &[Address]) -> Option<(Claim, Route, bool)> {
         while self.place <= addresses.len() {
             let address = addresses.get(self.place);
@@ -244,14 +244,14 @@ impl PortFrontends {
     }
 }
 
-/// The NodePort of a port in the family of these addresses. NodePorts follow the ClusterIPs
-/// (`ipFamilies`).
+/// Returns the NodePort of a port in the family of these addresses. A family without a ClusterIP
+/// has no NodePorts (`ipFamilies`).
 fn node_port(port: &ServicePort, addresses: &[Address]) -> Option<u16> {
     let has_cluster_ip = addresses.first().is_some_and(|first| first.internal);
     port.node_port.filter(|_| has_cluster_ip)
 }
 
-/// What identifies a pool: label, protocol, family and scope.
+/// The identity of a pool: label, protocol, family and scope.
 type PoolKey<'a> = (&'a str, Protocol, Family, Scope);
 
 fn by_port(plan: &ServicePlan) -> HashMap<PoolKey<'_>, &[Target]> {
@@ -263,11 +263,11 @@ fn by_port(plan: &ServicePlan) -> HashMap<PoolKey<'_>, &[Target]> {
     keyed.collect()
 }
 
-/// Whether the source ranges keep anyone of a family out.
+/// Returns whether the source ranges exclude any client of a family.
 ///
-/// A range of prefix length 0 means everyone of its family (kube-proxy's `serviceport.go`), and of
-/// the other one too if that has no range of its own. Ranges of one family alone, none of them
-/// for everyone, do not mention the clients of the other one, which are kept out.
+/// A range of prefix length 0 allows all clients of its family (kube-proxy's `serviceport.go`), and
+/// of the other family if that has no range of its own. Otherwise a family without a range has no
+/// allowed clients.
 fn restricts(service: &Service, family: Family) -> bool {
     let is_own = |net: &&IpNet| Family::of(net.addr()) == family;
     let (own, others): (Vec<&IpNet>, Vec<&IpNet>) = service.source_ranges.iter().partition(is_own);
@@ -275,9 +275,9 @@ fn restricts(service: &Service, family: Family) -> bool {
     !deciding.is_empty() && deciding.iter().all(|net| net.prefix_len() > 0)
 }
 
-/// The source ranges of a family in which they keep anyone out of the load balancer's addresses. If
-/// the node itself is let in, so are these addresses: that is what the node's traffic to them may
-/// come from.
+/// Returns the source ranges of a family if they exclude any client from the load balancer's
+/// addresses. If they contain the node, these addresses are added: the node's traffic to them may
+/// have them as its source.
 fn sources(
     service: &Service,
     family: Family,
@@ -305,13 +305,13 @@ struct Compiler<'a> {
     settings: &'a ServiceSettings,
     node: Option<&'a Node>,
     slices: SlicesOf<'a>,
-    /// The endpoints of the plan in force.
+    /// The endpoints of the plan in force, by pool.
     previous: HashMap<PoolKey<'a>, &'a [Target]>,
     pools: &'a mut Vec<Pool>,
     hairpin: &'a mut Vec<IpAddr>,
 }
 
-/// The pools of one service port in one family, as they are needed.
+/// The pools of one service port in one family, created on demand.
 struct PortPools<'a> {
     port: &'a ServicePort,
     label: Arc<str>,
@@ -322,7 +322,7 @@ struct PortPools<'a> {
 }
 
 impl<'a> Compiler<'a> {
-    /// Begins with a port. Returns its frontends, and how many endpoints it has.
+    /// Compiles the routes of a port. Returns its frontends, and the number of its endpoints.
     fn port(
         &mut self,
         port: &'a ServicePort,
@@ -348,7 +348,7 @@ impl<'a> Compiler<'a> {
         (frontends, pools.endpoints.len())
     }
 
-    /// The route of a ClusterIP (`internalTrafficPolicy`).
+    /// Returns the route of a ClusterIP (`internalTrafficPolicy`).
     fn internal_route(&mut self, pools: &mut PortPools<'a>) -> Route {
         let masquerade_all = self.settings.masquerade_all;
         let role = match self.settings.detector(pools.family) {
@@ -370,7 +370,7 @@ impl<'a> Compiler<'a> {
         }
     }
 
-    /// The route of any other frontend (`externalTrafficPolicy`).
+    /// Returns the route of any other frontend (`externalTrafficPolicy`).
     fn external_route(&mut self, pools: &mut PortPools<'a>) -> Route {
         let cluster = self.cluster_pool(pools);
         match self.service.external_policy {
@@ -400,7 +400,7 @@ impl<'a> Compiler<'a> {
         *pools.local.insert(self.pool(pools, Scope::Local, &chosen))
     }
 
-    /// Makes a pool and returns its index.
+    /// Adds a pool and returns its index.
     fn pool(&mut self, pools: &PortPools<'a>, scope: Scope, chosen: &[EndpointOf]) -> usize {
         let index = self.pools.len();
         let node = self.node.map(|node| &*node.name);
@@ -436,8 +436,8 @@ fn label(service: &ObjectName, port: &str) -> Arc<str> {
     }
 }
 
-/// Gives every endpoint an index: those that stay keep theirs where they can, holes are filled
-/// from the end and with the new ones.
+/// Assigns an index to each endpoint. Remaining endpoints keep theirs if it is below the new
+/// number; the free indexes go to those from the end and to new ones.
 fn assign(previous: &[Target], wanted: Vec<Target>) -> Box<[Target]> {
     let kept: HashSet<Target> = previous.iter().copied().collect();
     // `wanted` is sorted and unique.

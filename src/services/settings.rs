@@ -1,4 +1,4 @@
-//! What the operator decides about rules.
+//! The settings of the rules for services.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -10,57 +10,57 @@ use crate::model::{Family, Node, NodePortAddresses};
 use crate::nft::{Comparison, Operand, Selector, Statement};
 use crate::services::Store;
 
-/// Options of the command line that shape the rules.
+/// The options on which the rules for services depend.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ServiceSettings {
-    /// `--detect-local-mode` with what it needs to know: which traffic comes from pods.
+    /// `--detect-local-mode` with its ranges or interface: which traffic comes from pods.
     pub detect_local: DetectLocal,
     /// `--masquerade-all`: masquerade all traffic to ClusterIPs.
     pub masquerade_all: bool,
     /// `--nodeport-addresses`.
     pub nodeport_addresses: NodePortAddresses,
-    /// `--bind-address`: the primary address of its family, whatever the Node object says.
+    /// `--bind-address`, which overrides the Node's primary address of its family.
     pub bind_address: Option<IpAddr>,
     /// `--masquerade-bit`.
     pub masquerade_bit: MasqueradeBit,
 }
 
-/// The bit of the packet mark that asks for masquerading, by its number.
+/// The number of the bit in the packet mark that requests masquerading.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MasqueradeBit(u8);
 
 impl MasqueradeBit {
-    /// The bit with this number, from 0 to 31; `None` for a number beyond.
+    /// Returns the bit with a number from 0 to 31; `None` for greater numbers.
     pub fn new(number: u8) -> Option<Self> {
         (number < 32).then_some(Self(number))
     }
 
-    /// The mark with this bit alone.
+    /// Returns the mark with only this bit set.
     pub fn mark(self) -> u32 {
         1 << self.0
     }
 }
 
 impl Default for MasqueradeBit {
-    /// kube-proxy's default, 0x4000, which other software on Kubernetes nodes leaves alone.
+    /// Returns kube-proxy's default, 0x4000, which other software on Kubernetes nodes does not use.
     fn default() -> Self {
         Self(14)
     }
 }
 
-/// How traffic of pods is told from other traffic (kube-proxy's `--detect-local-mode`).
+/// How traffic of pods is recognised (kube-proxy's `--detect-local-mode`).
 ///
 /// Traffic to ClusterIPs that does not come from pods is masqueraded, and pods of this node are
 /// exempt from external policy Local.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DetectLocal {
-    /// By the pod network of the cluster; a family without a range is not told apart.
+    /// By the pod network of the cluster. In a family without a range it is not recognised.
     ClusterCidr(Vec<IpNet>),
     /// By the pod network of this node, from `spec.podCIDRs` of the Node object.
     NodeCidr,
-    /// By the bridge that the node's pods are attached to.
+    /// By the bridge to which the node's pods are attached.
     BridgeInterface(Arc<str>),
-    /// By the beginning of the names of the pods' interfaces.
+    /// By the prefix of the pods' interface names.
     InterfaceNamePrefix(Arc<str>),
 }
 
@@ -70,19 +70,20 @@ impl Default for DetectLocal {
     }
 }
 
-/// What a rule looks at to tell traffic of pods, in one family.
+/// The property of a packet by which rules of one family recognise traffic of pods.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum LocalDetector {
-    /// Nothing: pods cannot be told.
+pub(crate) enum LocalDetector {
+    /// None: traffic of pods is not recognised.
     None,
     /// The source address.
     PodNetworks,
-    /// The interface the packet came in by.
+    /// The input interface.
     Interface(Operand),
 }
 
 impl LocalDetector {
-    /// Matches packets that come from pods, or those that do not; `None` where nothing tells.
+    /// Returns a match of packets that come from pods, or do not; `None` if they are not
+    /// recognised.
     pub(crate) fn from_local_pods(&self, comparison: Comparison) -> Option<Statement> {
         match self {
             LocalDetector::None => None,
@@ -101,9 +102,9 @@ impl LocalDetector {
 }
 
 impl ServiceSettings {
-    /// How rules of a family tell traffic of pods. It does not depend on the Node object, whose
-    /// ranges are elements of a set. (Whether there is a range at all decides on one rule of the
-    /// skeleton.)
+    /// Returns how rules of a family recognise traffic of pods. It does not depend on the Node
+    /// object, whose ranges are elements of a set. (One rule of the skeleton exists only if there
+    /// is a range.)
     pub(crate) fn detector(&self, family: Family) -> LocalDetector {
         match &self.detect_local {
             DetectLocal::ClusterCidr(_) if self.pod_networks(family, None).is_empty() => {
@@ -119,7 +120,7 @@ impl ServiceSettings {
         }
     }
 
-    /// The ranges of pod addresses in a family, where pods are told by address.
+    /// Returns the ranges of pod addresses in a family, if pods are recognised by address.
     pub(crate) fn pod_networks(&self, family: Family, node: Option<&Node>) -> Vec<IpNet> {
         let ranges = match &self.detect_local {
             DetectLocal::ClusterCidr(ranges) => ranges.as_slice(),
@@ -130,12 +131,12 @@ impl ServiceSettings {
         own.filter(|net| Family::of(net.addr()) == family).collect()
     }
 
-    /// A store that knows where NodePorts answer.
+    /// Returns the store with the addresses on which NodePorts answer.
     pub fn store(&self, store: Store) -> Store {
         store.with_node_ports(self.nodeport_addresses.clone(), self.bind_address)
     }
 
-    /// The ranges whose local addresses answer NodePorts. Loopback addresses never do.
+    /// Returns the ranges whose local addresses answer NodePorts. Loopback addresses never do.
     pub(crate) fn nodeport_ranges(&self, family: Family, node: Option<&Node>) -> Vec<IpNet> {
         self.nodeport_addresses
             .ranges(family, self.bind_address, node)

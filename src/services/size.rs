@@ -1,26 +1,25 @@
-//! How many set elements a service asks for, known before any of them is made.
+//! The number of set elements of a service, computed before it is compiled.
 //!
-//! Every frontend has an element for each of its endpoints, so a small object can ask for a great
-//! many. The count is that of the objects: endpoints that take no traffic count as well, because
-//! they may at any time.
+//! Every frontend has an element for each of its endpoints, so a small object can need very many.
+//! Endpoints without traffic are counted as well, because they may become ready at any time.
 
 use thiserror::Error;
 
 use crate::model::{Family, MOST_ELEMENTS, Node, ObjectName, Service, TrafficPolicy};
 use crate::services::{SlicesOf, Store};
 
-/// A service asks for more set elements than one may have.
+/// A service needs more set elements than the limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 #[error(
-    "asks for {elements} set elements (each port of each address, times its endpoints), more than \
-     {MOST_ELEMENTS}; it has no rules until it asks for fewer: divide it into several services"
+    "needs {elements} set elements (ports times addresses times endpoints), more than the limit of \
+     {MOST_ELEMENTS}; it has no rules: divide it into several services"
 )]
 pub struct TooLarge {
-    /// How many it asks for; [`usize::MAX`] where that is too many to count.
+    /// The number that it needs; [`usize::MAX`] for an overflow.
     pub elements: usize,
 }
 
-/// How many set elements a service asks for; none if there is no such service.
+/// Returns the number of set elements of a service; 0 if it does not exist.
 pub fn elements(store: &Store, name: &ObjectName) -> usize {
     let service = store.service(name).filter(|s| s.has_frontends());
     let node = store.node().map(|node| &**node);
@@ -29,7 +28,7 @@ pub fn elements(store: &Store, name: &ObjectName) -> usize {
     })
 }
 
-/// Checks the number of elements that a service asks for.
+/// Checks the number of set elements of a service.
 pub(super) fn check(
     service: &Service,
     slices: &SlicesOf,
@@ -44,7 +43,7 @@ pub(super) fn check(
 
 fn elements_of(service: &Service, slices: &SlicesOf, node: Option<&Node>) -> usize {
     let node = node.map(|node| &*node.name);
-    // In the order of the slices: endpoints, those on this node, and those that may be there.
+    // For each slice: the endpoints, and those on this node.
     let counts: Vec<(usize, usize)> = slices
         .all()
         .map(|slice| {
@@ -85,7 +84,7 @@ fn elements_of(service: &Service, slices: &SlicesOf, node: Option<&Node>) -> usi
             let external = balancers
                 .saturating_add(external_ips)
                 .saturating_add(node_port);
-            // One says where the frontend leads, one that its clients are remembered.
+            // One verdict for the frontend, one for session affinity.
             let leads = 1 + usize::from(service.affinity_seconds.is_some());
             let each = endpoints.saturating_add(leads);
             let each_external = if policy_local {
@@ -96,7 +95,7 @@ fn elements_of(service: &Service, slices: &SlicesOf, node: Option<&Node>) -> usi
             sum = sum
                 .saturating_add(cluster_ips.saturating_mul(each))
                 .saturating_add(external.saturating_mul(each_external))
-                // Where clients within the source ranges go.
+                // The verdicts for clients in the source ranges.
                 .saturating_add(balancers);
         }
     }

@@ -1,4 +1,4 @@
-//! The part of a table that exists without any service.
+//! The part of a service table that does not depend on services.
 
 use ipnet::IpNet;
 
@@ -12,27 +12,27 @@ use crate::nft::{
     Rule, Selector, Set, SetKind, Statement, Table, Verdict, merge_intervals,
 };
 
-/// Refuses packets.
+/// Rejects packets.
 pub const REJECT: &str = "reject-service";
 /// Marks packets from outside of the pod network.
 pub(crate) const MARK_OFF_CLUSTER: &str = "mark-off-cluster";
 const SERVICES: &str = "services";
 const MASQUERADE: &str = "masquerade-marked";
-/// Looks up where frontends lead that only clients in source ranges may use.
+/// Looks up the verdicts of frontends with source ranges.
 pub(super) const FIREWALL: &str = "firewalled";
-/// Refuses or drops what no service has.
+/// Rejects or drops packets to unassigned service addresses and ports.
 const UNASSIGNED: &str = "unassigned";
-/// Refuses what no service has at an address that one has.
+/// Rejects packets to unassigned ports of a ClusterIP.
 const UNKNOWN_PORTS: &str = "unknown-ports";
 
 /// Netfilter's priorities of address translation.
 pub(super) const DSTNAT: i32 = -100;
 const SRCNAT: i32 = 100;
-/// Just before the chains of network policies, so that an isolated pod gets the same answer as any
+/// Before the chains of network policies, so that an isolated pod gets the same answer as any
 /// other, and behind the translation of every proxy on the node.
 const AFTER_DSTNAT: i32 = -1;
 
-/// The table of a family without the elements and chains that services bring.
+/// Returns the table of a family without the elements and chains of services.
 ///
 /// `service_cidrs` may hold ranges of both families.
 pub fn skeleton(
@@ -112,8 +112,9 @@ pub fn skeleton(
     table
 }
 
-/// Whether nftlet gives this name to a base chain of its service tables. A name that is given up must
-/// stay known here, or the rules of an earlier version would not last until the first lists.
+/// Returns whether this is the name of a base chain in the service tables of this or an earlier
+/// version of nftlet. At start, other base chains are removed before the first lists; a former name
+/// must therefore stay in this list.
 pub(crate) fn is_base_chain(name: &Name) -> bool {
     let skeleton = skeleton(Family::V4, &ServiceSettings::default(), None, &[]);
     let fixed = skeleton.chains.get(name);
@@ -122,7 +123,7 @@ pub(crate) fn is_base_chain(name: &Name) -> bool {
         || learning.any(|at| SharedChain::LearnHook(at).name() == *name)
 }
 
-/// Whether every chain that is led to exists.
+/// Returns whether every target of a verdict exists.
 fn consistent(table: &Table) -> bool {
     let targets = table.chains.values().flat_map(|chain| &chain.rules);
     targets.flat_map(|rule| &rule.statements).all(|statement| {
@@ -160,7 +161,7 @@ fn address_ranges(key: Selector, ranges: Vec<IpNet>) -> Set {
     set
 }
 
-/// Looks up what the packet asks for, from the most specific to the least.
+/// Returns the rules that look up the frontend, the most specific first.
 fn services() -> Vec<Rule> {
     vec![
         Rule::new([Statement::VerdictMap(
@@ -169,7 +170,8 @@ fn services() -> Vec<Rule> {
         )]),
         Rule::new([
             to(NODEPORT_ADDRESSES.into()),
-            // The kernel knows the host's addresses best: ranges need no update when they change.
+            // The kernel looks up the host's addresses, so that the set needs no update when they
+            // change.
             Statement::DestinationIsLocal,
             Statement::VerdictMap(By::NodePort.key(), ServiceSet::NodePorts.name()),
         ]),
@@ -180,8 +182,8 @@ fn to(set: Name) -> Statement {
     Statement::InSet(vec![Selector::DestinationAddress], Comparison::Is, set)
 }
 
-/// Every packet evaluates this rule, those of known connections no other. What is not tracked
-/// passes: a cache on the node that answers at a ClusterIP of its own exempts it from tracking.
+/// Returns the one rule that every packet evaluates; only new connections continue. Untracked
+/// packets pass: a DNS cache on the node that answers at a ClusterIP exempts it from tracking.
 fn new_connections(target: &str) -> Vec<Rule> {
     vec![Rule::new([
         Statement::CtState(CtState::New.into()),
@@ -189,9 +191,9 @@ fn new_connections(target: &str) -> Vec<Rule> {
     ])]
 }
 
-/// Judges destinations as all translation left them, so that services of another proxy, which has
-/// ClusterIPs of the same ranges, are none of its business (kube-proxy's `cluster-ips-check`). An
-/// endpoint that is a ClusterIP itself is not translated again, and refused here.
+/// Returns the rules for destinations after all translation, so that ClusterIPs of another proxy's
+/// services do not match (kube-proxy's `cluster-ips-check`). An endpoint that is itself a ClusterIP
+/// is not translated again, and rejected here.
 fn unassigned() -> Vec<Rule> {
     vec![
         unknown_port(),
@@ -199,9 +201,10 @@ fn unassigned() -> Vec<Rule> {
     ]
 }
 
-/// At the hook for the node's own processes this is all: a ClusterIP on an interface of the node,
-/// as IPVS leaves them, must not lead to whatever listens on all addresses. A free address there
-/// belongs to who put it there, such as another proxy that uses IPVS.
+/// Returns the rule that rejects packets to unassigned ports of a ClusterIP. It is the only one at
+/// the input hook: a ClusterIP on an interface of the node, as IPVS leaves them, must not lead to
+/// processes that listen on all addresses. Unassigned addresses pass there, because another proxy
+/// that uses IPVS may have them.
 fn unknown_port() -> Rule {
     Rule::new([to(ServiceSet::ClusterIps.name()), goto(REJECT)])
 }
@@ -221,8 +224,8 @@ fn postrouting(settings: &ServiceSettings) -> Vec<Rule> {
     ]
 }
 
-/// TCP clients get a reset: the kernel limits the rate of ICMP errors, so that a client might
-/// wait for a timeout otherwise.
+/// Returns the rules that reject packets. TCP clients get a reset, because the kernel limits the
+/// rate of ICMP errors and a client could wait for a timeout.
 fn reject() -> Vec<Rule> {
     const TCP: u8 = 6;
     vec![
@@ -234,8 +237,9 @@ fn reject() -> Vec<Rule> {
     ]
 }
 
-/// Leads clients that are in the source ranges of a frontend to its chain. The lookup has a chain of
-/// its own, because the kernel walks a verdict map for each chain that is new and reads it.
+/// Returns the rules for clients in the source ranges of a frontend. The lookup has a chain of its
+/// own, because the kernel validates all elements of a verdict map for each new chain that reads
+/// it.
 fn firewall() -> Vec<Rule> {
     vec![
         Rule::new([Statement::VerdictMap(
@@ -246,7 +250,7 @@ fn firewall() -> Vec<Rule> {
     ]
 }
 
-/// Without a known pod network nothing can be told to come from outside of it.
+/// Returns the rule that marks packets from outside of the pod network; none if that is not known.
 fn mark_off_cluster(
     detector: LocalDetector,
     family: Family,

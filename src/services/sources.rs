@@ -2,7 +2,7 @@
 //!
 //! Each distinct list of a family is one interval set and one chain, however many frontends it
 //! restricts. A set of (frontend, client range) would be a concatenation with an interval, which
-//! the kernel fills in a time that grows with the square of its elements (`nft_set_pipapo`).
+//! the kernel fills in quadratic time (`nft_set_pipapo`).
 
 use std::cmp::Ordering;
 use std::hash::{Hash, Hasher};
@@ -16,8 +16,8 @@ use crate::nft::{
     merge_intervals,
 };
 
-/// The ranges of one family that clients of a frontend may come from. Lists with the same ranges
-/// are equal and have the same name; comparing two costs the same whatever their length.
+/// The ranges of one family that contain the allowed clients of a frontend. Lists with the same
+/// ranges have the same name; only names are compared, in constant time.
 #[derive(Clone, Debug)]
 pub struct SourceList {
     name: Name,
@@ -25,7 +25,8 @@ pub struct SourceList {
 }
 
 impl SourceList {
-    /// A list of ranges of one family, which may overlap; `previous` again if it has the same.
+    /// Creates a list of ranges of one family, which may overlap. Returns a clone of `previous` if
+    /// it has the same ranges.
     pub fn new(ranges: &[IpNet], previous: Option<&Self>) -> Self {
         let ranges = IpNet::aggregate(&ranges.iter().map(IpNet::trunc).collect());
         if let Some(previous) = previous.filter(|list| *list.ranges == *ranges) {
@@ -38,17 +39,17 @@ impl SourceList {
         }
     }
 
-    /// The ranges, sorted and apart.
+    /// Returns the ranges, sorted and disjoint.
     pub fn ranges(&self) -> &[IpNet] {
         &self.ranges
     }
 
-    /// The name, that of the chain and of the set.
+    /// Returns the name of both the chain and the set.
     pub fn name(&self) -> Name {
         self.name.clone()
     }
 
-    /// The set of the ranges.
+    /// Returns the set of the ranges.
     pub(super) fn set(&self) -> Set {
         let mut set = Set::from(Declaration {
             interval: true,
@@ -58,7 +59,7 @@ impl SourceList {
         set
     }
 
-    /// The rules of the chain.
+    /// Returns the rules of the chain.
     pub(super) fn rules(&self) -> Vec<Rule> {
         vec![
             Rule::new([

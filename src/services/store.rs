@@ -1,6 +1,6 @@
-//! The state of the cluster as nftlet sees it: all that services are made of.
+//! The objects from which services are compiled.
 //!
-//! Events of other kinds ([`Kind::POLICY`]) mean nothing here.
+//! Events of other kinds ([`Kind::POLICY`]) are ignored.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
@@ -17,37 +17,36 @@ use crate::model::{
 
 mod slices;
 
-pub use slices::SlicesOf;
+pub(crate) use slices::SlicesOf;
 
-/// What a batch of events changed. Collected over events, taken by the reconciler.
+/// The changes of a batch of events.
 #[derive(Debug, Default)]
 pub struct Marks {
-    /// Services whose rules may be different now: they, or their endpoints, or their claims
-    /// changed.
+    /// Services to compile: they, their endpoints or their claims changed.
     pub services: BTreeSet<ObjectName>,
-    /// A service itself changed, not just its endpoints: frontends may move from one to another.
+    /// Whether a service itself changed, not just its endpoints: frontends may move between
+    /// services.
     pub frontends: bool,
-    /// The own node changed.
+    /// Whether the own node changed.
     pub node: bool,
-    /// The ranges of service addresses changed.
+    /// Whether the ranges of service addresses changed.
     pub service_cidrs: bool,
-    /// Objects to tell a person about.
+    /// Notices about objects.
     pub notices: Vec<Notice>,
-    /// Services whose endpoints changed, with the trigger time of the change in milliseconds since
-    /// 1970.
+    /// Services whose endpoints changed, with the time of each change in milliseconds since 1970.
     pub triggered_at_ms: Vec<(ObjectName, i64)>,
 }
 
 impl Marks {
-    /// Whether nothing changed that could matter to rules.
+    /// Returns whether no change concerns the rules.
     pub fn is_empty(&self) -> bool {
         self.services.is_empty() && !self.node && !self.service_cidrs
     }
 }
 
-/// An endpoint of one service port, with the port its pods listen on.
+/// An endpoint of one service port, with its target port.
 #[derive(Clone, Copy, Debug)]
-pub struct EndpointOf<'a> {
+pub(crate) struct EndpointOf<'a> {
     /// The endpoint.
     pub endpoint: &'a Endpoint,
     /// The target port.
@@ -55,7 +54,7 @@ pub struct EndpointOf<'a> {
 }
 
 impl EndpointOf<'_> {
-    /// Address and port.
+    /// Returns address and port.
     pub fn target(&self) -> (IpAddr, u16) {
         (self.endpoint.address, self.port)
     }
@@ -66,29 +65,28 @@ impl EndpointOf<'_> {
 pub struct Store {
     services: HashMap<ObjectName, Arc<Service>>,
     slices: HashMap<ObjectName, EndpointSlice>,
-    /// Sorted. Nearly every service has one for each family.
+    /// The slices of each service, sorted.
     slices_of: HashMap<ObjectName, SmallVec<[ObjectName; 1]>>,
     node: Option<Arc<Node>>,
-    /// What is used while there is no own node: what was given for that, or what was known of a
-    /// node that was deleted.
+    /// The Node to use while the own Node object is missing: a given one, or the deleted one.
     fallback_node: Option<Arc<Node>>,
     service_cidrs: BTreeMap<ObjectName, ServiceCidr>,
     claims: Claims,
-    /// Changes of services whose claims are on the way from one form to the next.
+    /// Changes of services whose claims are applied in portions.
     takeovers: HashMap<ObjectName, Takeover>,
     lists: RelistTracker,
-    /// Where NodePorts answer, and the primary address that counts before the Node's.
+    /// The addresses of NodePorts, and the address that overrides the Node's primary one.
     node_ports: (NodePortAddresses, Option<IpAddr>),
-    /// Where nftlet's own connections to the API server lead.
+    /// The addresses and ports of the API server that nftlet connects to.
     servers: BTreeSet<SocketAddr>,
-    /// The services without an object of which slices were reported.
+    /// Services that do not exist, for which a notice about an orphaned slice was given.
     orphaned: HashSet<ObjectName>,
-    /// Services of which an event is to follow: whether there is a service with it.
+    /// Services with an event in the queue: whether they exist after it.
     expected: HashMap<ObjectName, bool>,
 }
 
 impl Store {
-    /// An empty store that knows a stand-in for the own node, used while its object is missing.
+    /// Creates an empty store with the Node to use while the own Node object is missing.
     pub(crate) fn with_fallback_node(node: Node) -> Self {
         Self {
             fallback_node: Some(Arc::new(node)),
@@ -96,8 +94,7 @@ impl Store {
         }
     }
 
-    /// The same store, with NodePorts on these addresses. `bound` is the node's primary address of
-    /// its family, whatever the Node object says.
+    /// Sets the addresses of NodePorts. `bound` overrides the Node's primary address of its family.
     #[must_use]
     pub(crate) fn with_node_ports(self, on: NodePortAddresses, bound: Option<IpAddr>) -> Self {
         let mut store = Self {
@@ -108,14 +105,14 @@ impl Store {
         store
     }
 
-    /// Whether every kind of [`Kind::SERVICES`] was listed completely once.
+    /// Returns whether every kind of [`Kind::SERVICES`] was listed completely.
     pub(crate) fn is_complete(&self) -> bool {
         Kind::SERVICES
             .iter()
             .all(|kind| self.lists.is_complete(*kind))
     }
 
-    /// The kinds that were not listed yet, for the person who waits.
+    /// Returns the kinds that were not listed completely.
     pub fn missing(&self) -> Vec<Kind> {
         let missing = Kind::SERVICES
             .iter()
@@ -123,12 +120,12 @@ impl Store {
         missing.copied().collect()
     }
 
-    /// Whether a list of a kind is being read.
+    /// Returns whether a list of a kind is being read.
     pub(crate) fn is_listing(&self, kind: Kind) -> bool {
         self.lists.is_open(kind)
     }
 
-    /// The number of objects of a kind; 0 for the kinds that are not kept here.
+    /// Returns the number of objects of a kind; 0 for kinds of other engines.
     pub fn count(&self, kind: Kind) -> usize {
         match kind {
             Kind::Service => self.services.len(),
@@ -139,53 +136,53 @@ impl Store {
         }
     }
 
-    /// A service.
+    /// Returns a service.
     pub fn service(&self, name: &ObjectName) -> Option<&Arc<Service>> {
         self.services.get(name)
     }
 
-    /// All services, in no order.
+    /// Returns all services, in no order.
     pub fn services(&self) -> impl Iterator<Item = &Arc<Service>> {
         self.services.values()
     }
 
-    /// The own node, or what stands in for it. One that was deleted is going away, and stays as
-    /// it last was until there is another one.
+    /// Returns the own node, or the fallback. A deleted Node remains in use, marked as going away,
+    /// until it is created again.
     pub fn node(&self) -> Option<&Arc<Node>> {
         self.node.as_ref().or(self.fallback_node.as_ref())
     }
 
-    /// The ranges of service addresses.
+    /// Returns the ranges of service addresses.
     pub(crate) fn service_cidrs(&self) -> impl Iterator<Item = ipnet::IpNet> + '_ {
         self.service_cidrs
             .values()
             .flat_map(|o| o.cidrs.iter().copied())
     }
 
-    /// The service that owns a claim.
+    /// Returns the service that owns a claim.
     pub fn owner(&self, claim: &Claim) -> Option<&ObjectName> {
         self.claims.owner(claim)
     }
 
-    /// Whether the health check of a service may answer at a port of the node.
+    /// Returns whether a service owns a port of the node as its health check.
     pub(crate) fn owns_health_check(&self, service: &ObjectName, port: u16) -> bool {
         self.claims.owns_health_check(service, port)
     }
 
-    /// The slices of a service.
+    /// Returns the slices of a service.
     pub(crate) fn slices_of(&self, service: &ObjectName) -> SlicesOf<'_> {
         let names = self.slices_of.get(service).into_iter().flatten();
         SlicesOf::new(names.filter_map(|name| self.slices.get(name)))
     }
 
-    /// Says that an event of a service is to follow, and whether there is a service with it. If so,
-    /// its slices are no orphans; if not, what it claims is no conflict.
+    /// Announces an event of a service that waits in the queue, and whether the service exists
+    /// after it. If so, its slices are not orphaned; if not, its claims do not conflict.
     pub fn expect(&mut self, service: &ObjectName, exists: bool) {
         self.expected.insert(service.clone(), exists);
     }
 
-    /// Begins to take over an event, which [`Store::go_on`] does some claims at a time if it is one
-    /// of a service. The service stays what it was until all of them are changed.
+    /// Starts to apply an event. One of a service is applied in portions by [`Store::go_on`]; the
+    /// old version of the service stays until all its claims are changed.
     pub fn begin(&mut self, event: Event, marks: &mut Marks) {
         let (name, new) = match event {
             Event::Apply(Object::Service(service)) => {
@@ -208,13 +205,12 @@ impl Store {
         }
     }
 
-    /// Whether an event of a service is being taken over.
+    /// Returns whether an event of a service is being applied.
     pub(crate) fn is_taking_over(&self, service: &ObjectName) -> bool {
         self.takeovers.contains_key(service)
     }
 
-    /// Goes on to take over an event of a service, with so many of its claims at most. It is taken
-    /// over with the last of them.
+    /// Applies up to `most` claims of a service's event, and the event with the last of them.
     pub fn go_on(&mut self, name: &ObjectName, most: usize, marks: &mut Marks) {
         let Some(mut takeover) = self.takeovers.remove(name) else {
             return;
@@ -245,7 +241,7 @@ impl Store {
         marks.services.insert(name.clone());
     }
 
-    /// Takes over what was begun.
+    /// Applies all started events completely.
     pub fn finish(&mut self, marks: &mut Marks) {
         let mut names: Vec<ObjectName> = self.takeovers.keys().cloned().collect();
         names.sort_unstable();
@@ -254,7 +250,7 @@ impl Store {
         }
     }
 
-    /// Takes over one event and notes what it changed.
+    /// Applies one event and records the changes.
     pub fn apply(&mut self, event: Event, marks: &mut Marks) {
         match event {
             Event::ListStarted(kind) | Event::ListComplete(kind)
@@ -294,7 +290,8 @@ impl Store {
         }
     }
 
-    /// Brings what no service may take in line with the node, the ranges and the servers.
+    /// Updates the reserved addresses and ports after a change of the node, the ranges or the
+    /// servers.
     fn reserve(&mut self, marks: &mut Marks) {
         let claims = self.claims.reserve(self.reserved());
         let mut conflicts = Conflicts::default();
@@ -314,7 +311,7 @@ impl Store {
             .chain(bound)
             .copied()
             .collect();
-        // An address inside the ranges may be on an interface that the Node does not mention.
+        // An address inside the ranges may be on an interface that is not in the Node object.
         let is_here = |server: &&SocketAddr| own.contains(&server.ip()) || answers(&server.ip());
         Reserved {
             service_ranges: self.service_cidrs().collect(),
@@ -415,7 +412,7 @@ impl Store {
                     marks.services.insert(old.service);
                 }
             }
-            // The rules stay those of a node on which pods may go on.
+            // Pods may keep running on a node without an object, so the rules stay.
             Kind::Node => {
                 if let Some(mut old) = self.node.take() {
                     Arc::make_mut(&mut old).going_away = true;
@@ -432,7 +429,7 @@ impl Store {
         }
     }
 
-    /// Reports what could not be judged before everything was listed.
+    /// Reports orphaned slices and conflicts after the first complete lists.
     fn first_notices(&mut self, marks: &mut Marks) {
         let mut slices: Vec<ObjectName> = self.slices.keys().cloned().collect();
         slices.sort_unstable();
@@ -446,7 +443,7 @@ impl Store {
         marks.notices.extend(conflicts.notices());
     }
 
-    /// Reports a slice without a service, unless one of the same service was.
+    /// Reports a slice whose service does not exist, once for each service.
     fn note_orphan(&mut self, name: &ObjectName, marks: &mut Marks) {
         let Some(slice) = self.slices.get(name) else {
             return;
@@ -461,16 +458,17 @@ impl Store {
             subject: Subject::Object(ObjectRef::new(Kind::EndpointSlice, name.clone())),
             reason: Reason::OrphanSlice,
             message: format!(
-                "belongs to Service {service}, which does not exist or is another proxy's; its \
-                 endpoints are kept until there is one to serve (check the label \
+                "belongs to Service {service}, \
+                 which does not exist or is handled by another proxy; \
+                 its endpoints are not used until it exists (check the label \
                  kubernetes.io/service-name)"
             ),
         });
     }
 
-    /// Notes the services that gained or lost claims, and what is refused to them.
+    /// Records the services that gained or lost claims, and their conflicts.
     fn note_claims(&self, mut claims: ClaimChanges, conflicts: &mut Conflicts, marks: &mut Marks) {
-        // A frontend that moves from one service to another is written at one stroke.
+        // A frontend that moves between services is written in one transaction.
         marks.frontends |= !claims.affected.is_empty();
         marks.services.extend(claims.affected);
         if self.is_complete() {
@@ -485,7 +483,7 @@ impl Store {
         }
     }
 
-    /// Reports an endpoint of a slice that is a service address, unless the slice had one before.
+    /// Reports a slice with an endpoint in a ServiceCIDR, unless it had one before.
     fn note_service_address(
         &self,
         slice: &EndpointSlice,
@@ -503,9 +501,9 @@ impl Store {
             subject: Subject::Object(ObjectRef::new(Kind::EndpointSlice, slice.name.clone())),
             reason: Reason::InvalidField,
             message: format!(
-                "the endpoint {address} of Service {} is an address of services, to which nothing \
-                 is translated a second time; its connections end on the node: use the \
-                 endpoints of that service instead",
+                "the endpoint {address} of Service {} is in a ServiceCIDR; a packet is translated \
+                 only once, so connections to it fail: use the endpoints of that service \
+                 instead",
                 slice.service
             ),
         });
@@ -516,7 +514,7 @@ fn other_proxy(service: &ObjectName) -> Notice {
     Notice {
         subject: Subject::Object(ObjectRef::new(Kind::Service, service.clone())),
         reason: Reason::OtherProxy,
-        message: "is left to another proxy by the label service.kubernetes.io/service-proxy-name"
+        message: "is handled by another proxy (label service.kubernetes.io/service-proxy-name)"
             .to_owned(),
     }
 }

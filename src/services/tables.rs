@@ -1,10 +1,9 @@
-//! What was written to the kernel, in the compact form of plans.
+//! The rules in the kernel, in the compact form of plans.
 //!
-//! The tables are the sum of a skeleton, the plans of all services, the elements several
-//! services ask for (counted), and the shared chains (counted). Replacing one plan yields the
-//! operations for just the elements in which it differs. A large difference may be written some
-//! steps at a time ([`Tables::begin`], [`Tables::advance`]); meanwhile the tables are what
-//! the steps written so far have made of the old plan.
+//! The tables consist of a skeleton, the plans of all services, the elements that several services
+//! need (counted), and the shared chains (counted). Replacing a plan returns operations for the
+//! elements that differ. A large change is written in portions ([`Tables::begin`],
+//! [`Tables::advance`]); meanwhile the tables are the old plan after the steps written so far.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
@@ -25,35 +24,35 @@ use crate::services::Store;
 pub struct Tables {
     settings: ServiceSettings,
     skeletons: BTreeMap<Family, Table>,
-    /// Shared with copies, which cost little then.
+    /// Shared, so that a clone of the tables is cheap.
     plans: HashMap<ObjectName, Arc<ServicePlan>>,
-    /// Services whose plan is not yet in force as a whole.
+    /// Services whose plan is partially written.
     unfinished: HashMap<ObjectName, Unfinished>,
-    /// How many services ask for an element.
+    /// The number of services that need a shared element.
     shared: HashMap<(Family, ServiceSet, Key), u32>,
-    /// Who uses a chain. Chains in the kernel stay here when nobody uses them.
+    /// The use of each shared chain in the kernel; an unused chain stays for a while.
     chains: BTreeMap<(Family, SharedChain), Use>,
-    /// Other namespaces than before remember clients.
+    /// Whether the namespaces with session affinity changed.
     other_clients: bool,
     no_local_endpoints: NoLocalEndpoints,
 }
 
-/// A change of a service that is written some steps at a time.
+/// A change of a service that is written in portions.
 #[derive(Clone, Debug)]
 struct Unfinished {
     change: Arc<PlanChange>,
-    /// How many steps were written.
+    /// The number of steps that are written.
     written: usize,
-    /// About how many elements the others make.
+    /// The approximate number of elements in the other steps.
     left: usize,
 }
 
-/// Who uses a shared chain.
+/// The use of a shared chain.
 #[derive(Clone, Copy, Debug)]
 enum Use {
-    /// So many services.
+    /// A number of services use it.
     By(u32),
-    /// Nobody any more, since then.
+    /// No service uses it, since this time.
     UnusedSince(Instant),
 }
 
@@ -63,14 +62,14 @@ impl Use {
     }
 }
 
-/// The namespaces whose services remember clients.
-pub type Sticky = Arc<BTreeSet<Clients>>;
+/// The sets of the namespaces with session affinity.
+pub(crate) type Sticky = Arc<BTreeSet<Clients>>;
 
-/// How many services drop traffic because they have endpoints, but none on this node: for each
+/// The number of services that drop traffic because only other nodes have endpoints: for each
 /// family by the internal and by the external policy.
-pub type NoLocalEndpoints = [[usize; 2]; 2];
+pub(crate) type NoLocalEndpoints = [[usize; 2]; 2];
 
-/// The operations that a batch of changes amounts to.
+/// The operations of a batch of changes.
 #[derive(Debug, Default)]
 pub struct TransactionDraft {
     skeleton: Vec<Op>,
@@ -82,12 +81,12 @@ struct TableDraft {
     new_chains: Vec<SharedChain>,
     delete: BTreeMap<ServiceSet, Vec<Element>>,
     add: BTreeMap<ServiceSet, Vec<Element>>,
-    /// Counted elements that were touched, with whether they existed before.
+    /// Shared elements that were touched, and whether they existed before.
     touched: BTreeMap<(ServiceSet, Key), bool>,
 }
 
 impl Tables {
-    /// Nothing in force yet.
+    /// Creates tables without rules.
     pub fn new(settings: ServiceSettings) -> Self {
         Self {
             settings,
@@ -95,27 +94,27 @@ impl Tables {
         }
     }
 
-    /// The plan in force for a service, or on its way there.
+    /// Returns the plan of a service that is in force or being written.
     pub fn plan(&self, service: &ObjectName) -> Option<&ServicePlan> {
         self.plans.get(service).map(|plan| &**plan)
     }
 
-    /// The same, to be kept.
+    /// Returns the same plan as a shared pointer.
     pub(crate) fn shared_plan(&self, service: &ObjectName) -> Option<&Arc<ServicePlan>> {
         self.plans.get(service)
     }
 
-    /// All plans in force, or on their way there.
+    /// Returns all plans that are in force or being written.
     pub fn plans(&self) -> impl Iterator<Item = &ServicePlan> {
         self.plans.values().map(|plan| &**plan)
     }
 
-    /// The number of shared chains in the kernel.
+    /// Returns the number of shared chains in the kernel.
     pub fn chains(&self) -> usize {
         self.chains.len()
     }
 
-    /// Compiles the skeletons anew and drafts what changed in them.
+    /// Compiles the skeletons again and drafts their changes.
     pub(crate) fn set_skeletons(
         &mut self,
         store: &Store,
@@ -136,16 +135,16 @@ impl Tables {
         }
     }
 
-    /// How the plan of a service differs from a new one, `None` for a service without rules.
-    /// `None` is returned if it does not.
+    /// Compares the plan of a service with a new one, `None` for a service without rules. Returns
+    /// `None` if they are equal.
     pub fn change(&self, service: &ObjectName, new: Option<ServicePlan>) -> Option<PlanChange> {
         PlanChange::between(self.plans.get(service).cloned(), new.map(Arc::new))
     }
 
     /// Replaces the plan of a service at once.
     ///
-    /// The difference is drafted, unless the tables are going to be compared with the kernel's
-    /// as a whole, from which all operations follow.
+    /// Without a draft no operations are recorded: a comparison of the whole tables with the kernel
+    /// follows, which finds them.
     pub fn replace(
         &mut self,
         service: &ObjectName,
@@ -164,7 +163,7 @@ impl Tables {
         self.release_chains(change);
     }
 
-    /// Puts a plan in the place of another, to be written some steps at a time.
+    /// Replaces the plan of a service by one that is written in portions.
     pub fn begin(&mut self, service: &ObjectName, change: Arc<PlanChange>) {
         self.take_plan(service, &change);
         let unfinished = Unfinished {
@@ -175,14 +174,14 @@ impl Tables {
         self.unfinished.insert(service.clone(), unfinished);
     }
 
-    /// About how many elements are yet to be written of a service's change.
+    /// Returns the approximate number of elements of a service's change that are not yet written.
     pub fn left(&self, service: &ObjectName) -> usize {
         let unfinished = self.unfinished.get(service);
         unfinished.map_or(0, |unfinished| unfinished.left)
     }
 
-    /// Drafts further steps of a change, until they make so many elements. Returns the number of
-    /// elements, and whether the plan is in force with them.
+    /// Drafts further steps of a change, up to about `most` elements. Returns the number of
+    /// elements, and whether the change is complete.
     pub(crate) fn advance(
         &mut self,
         service: &ObjectName,
@@ -269,7 +268,8 @@ impl Tables {
         }
     }
 
-    /// How many services have endpoints, but none where a policy Local wants them.
+    /// Returns how many services drop traffic because of a policy Local and no endpoint on this
+    /// node.
     pub(crate) fn no_local_endpoints(&self) -> NoLocalEndpoints {
         self.no_local_endpoints
     }
@@ -310,8 +310,8 @@ impl Tables {
         }
     }
 
-    /// The elements in force that belong to one service alone, of all services, those whose plans
-    /// are in force as a whole in the given order.
+    /// Returns the elements in force that belong to one service each. Those of completely written
+    /// plans come first, in the order of `plans`.
     fn own_elements<'a>(
         &'a self,
         plans: impl Iterator<Item = (&'a ObjectName, &'a ServicePlan)> + 'a,
@@ -327,10 +327,10 @@ impl Tables {
         self.plans.iter().map(|(name, plan)| (name, &**plan))
     }
 
-    /// Everything in force as a ruleset.
+    /// Returns the rules in force.
     pub fn ruleset(&self) -> Ruleset {
         let mut ruleset = self.frame();
-        // In the order of their first frontends most elements come in the order of their keys.
+        // Sorted by their first frontends, most elements are already in the order of their keys.
         let mut plans: Vec<_> = self.named_plans().collect();
         plans.sort_unstable_by_key(|(_, plan)| plan.frontends.first().map(|first| &first.at));
         for family in self.skeletons.keys() {
@@ -347,7 +347,7 @@ impl Tables {
         ruleset
     }
 
-    /// Everything in force as a ruleset but the elements that services make.
+    /// Returns the rules in force without the elements of services.
     fn frame(&self) -> Ruleset {
         let mut ruleset = Ruleset::default();
         for (family, skeleton) in &self.skeletons {
@@ -364,7 +364,7 @@ impl Tables {
         ruleset
     }
 
-    /// Everything in force as a ruleset without elements, of which the sums take note.
+    /// Returns the rules in force without elements, which are added to the sums.
     pub(crate) fn summed(&self, sums: &mut Sums) -> Ruleset {
         let mut frame = self.frame();
         sums.take(&mut frame);
@@ -389,13 +389,13 @@ impl Tables {
         shared.map(|(_, set, key)| (*set, Element::new(key.clone())))
     }
 
-    /// Forgets chains that no service uses, where the kernel is about to be compared anyway.
+    /// Forgets unused chains, before a comparison of the whole tables.
     pub(crate) fn forget_chains(&mut self) {
         self.other_clients = true;
         self.chains.retain(|_, users| !users.is_unused());
     }
 
-    /// When the first of the chains that no service uses now lost its last user.
+    /// Returns since when the longest unused chain is unused.
     pub(crate) fn unused_since(&self) -> Option<Instant> {
         let unused = self.chains.values().filter_map(|users| match users {
             Use::By(_) => None,
@@ -404,7 +404,8 @@ impl Tables {
         unused.min()
     }
 
-    /// The namespaces that remember clients, if they are others than at the last call.
+    /// Returns the sets of the namespaces with session affinity, if they changed since the last
+    /// call.
     pub(crate) fn take_other_clients(&mut self) -> Option<Sticky> {
         if !std::mem::take(&mut self.other_clients) {
             return None;
@@ -416,8 +417,7 @@ impl Tables {
         Some(Arc::new(clients.collect()))
     }
 
-    /// The operations that delete the chains that no service has used since a moment, with their
-    /// sets.
+    /// Returns the operations that delete the chains that are unused since a time, with their sets.
     pub fn remove_chains_unused_since(&mut self, moment: Instant) -> Transaction {
         let mut ops = Vec::new();
         let unused: Vec<_> = self
@@ -444,7 +444,7 @@ impl Tables {
         Transaction { ops }
     }
 
-    /// The service to which an element belongs. Walks all plans: for errors only.
+    /// Returns the service to which an element belongs. Walks all plans: use it for errors only.
     pub fn owner(&self, table: &TableId, set: &Name, key: &Key) -> Option<ObjectName> {
         let family = Family::ALL.into_iter().find(|f| table_id(*f) == *table)?;
         let mut owners = self.plans.iter().filter(|(_, plan)| {
@@ -462,7 +462,7 @@ impl Tables {
 }
 
 impl TransactionDraft {
-    /// The drafted operations in the order the kernel must see them.
+    /// Returns the operations in the order in which the kernel has to perform them.
     pub fn finish(self, tables: &Tables) -> Transaction {
         let mut ops = self.skeleton;
         for (family, draft) in self.tables {
@@ -514,14 +514,14 @@ impl TransactionDraft {
     }
 }
 
-/// Elements by their set, sorted by key.
+/// Groups elements by set, sorted by key.
 fn by_set(elements: impl IntoIterator<Item = ElementOf>) -> BTreeMap<ServiceSet, Vec<Element>> {
     let mut sets: BTreeMap<ServiceSet, Vec<Element>> = BTreeMap::new();
     for (set, element) in elements {
         sets.entry(set).or_default().push(element);
     }
     for elements in sets.values_mut() {
-        // Stable for its speed: it makes use of what is in order already.
+        // The stable sort is faster, because the elements are mostly in order.
         elements.sort_by(|a, b| a.key.cmp(&b.key));
     }
     sets

@@ -1,4 +1,4 @@
-//! Which of a service port's endpoints take traffic (kube-proxy's `topology.go`).
+//! Selects the endpoints of a service port that receive traffic (kube-proxy's `topology.go`).
 
 use std::collections::BTreeSet;
 
@@ -6,7 +6,7 @@ use super::plan::Target;
 use crate::model::{Endpoint, Node};
 use crate::services::EndpointOf;
 
-/// The endpoints for the policy Cluster: those that are ready, narrowed by topology hints. If
+/// Returns the endpoints for the policy Cluster: the ready ones that match the topology hints; if
 /// none is ready, those that still serve while they terminate.
 pub fn cluster<'a>(endpoints: &[EndpointOf<'a>], node: Option<&Node>) -> Vec<EndpointOf<'a>> {
     let ready = select(endpoints, |e| e.ready);
@@ -16,8 +16,8 @@ pub fn cluster<'a>(endpoints: &[EndpointOf<'a>], node: Option<&Node>) -> Vec<End
     by_topology(&ready, node).unwrap_or(ready)
 }
 
-/// The endpoints for the policy Local: those of this node that are ready, else those of this
-/// node that still serve while they terminate.
+/// Returns the endpoints for the policy Local: the ready ones of this node; if none is ready, those
+/// of this node that still serve while they terminate.
 pub fn local<'a>(endpoints: &[EndpointOf<'a>], node: Option<&Node>) -> Vec<EndpointOf<'a>> {
     let Some(node) = node else {
         return Vec::new();
@@ -31,7 +31,7 @@ pub fn local<'a>(endpoints: &[EndpointOf<'a>], node: Option<&Node>) -> Vec<Endpo
     }
 }
 
-/// The endpoints that serve, ready or terminating, but were not chosen.
+/// Returns the endpoints that serve, ready or terminating, but were not chosen.
 pub(crate) fn unchosen(endpoints: &[EndpointOf], chosen: &[EndpointOf]) -> Box<[Target]> {
     let chosen: BTreeSet<Target> = chosen.iter().map(EndpointOf::target).collect();
     let serving = select(endpoints, |e| e.ready || serving_terminating(e));
@@ -39,7 +39,7 @@ pub(crate) fn unchosen(endpoints: &[EndpointOf], chosen: &[EndpointOf]) -> Box<[
     targets.filter(|target| !chosen.contains(target)).collect()
 }
 
-/// Whether an endpoint may be on the node of this name. Slices made by hand often name no node.
+/// Returns whether an endpoint may be on a node. Slices written by hand often name no node.
 pub(crate) fn may_be_on(endpoint: &EndpointOf, node: Option<&str>) -> bool {
     match (endpoint.endpoint.node.as_deref(), node) {
         (Some(theirs), Some(ours)) => theirs == ours,
@@ -59,8 +59,8 @@ fn serving_terminating(endpoint: &Endpoint) -> bool {
     endpoint.serving && endpoint.terminating
 }
 
-/// The endpoints hinted for this node; else those hinted for its zone. Hints count only if every
-/// ready endpoint has them and at least one names the place; `None` if they do not.
+/// Returns the endpoints with a hint for this node, else those with a hint for its zone. Hints are
+/// used only if every ready endpoint has them and at least one matches; otherwise `None`.
 fn by_topology<'a>(ready: &[EndpointOf<'a>], node: Option<&Node>) -> Option<Vec<EndpointOf<'a>>> {
     let node = node?;
     let hinted = |place: &str, hints: fn(&Endpoint) -> Option<&[std::sync::Arc<str>]>| {

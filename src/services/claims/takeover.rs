@@ -1,4 +1,4 @@
-//! The claims of a service on the way from one form of it to the next.
+//! A change of the claims of a service that is applied in portions.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -8,11 +8,11 @@ use super::{Claim, Rank, Wish, age};
 use crate::model::{ObjectName, Protocol, Service};
 use crate::services::conflicts::Conflicts;
 
-/// A change of the claims of one service, which [`Claims::advance`] makes some claims at a time.
+/// A change of the claims of one service, which [`Claims::advance`] applies in portions.
 ///
-/// Claims of addresses are independent of each other and change in the order of their addresses
-/// and ports. Before them, and together, change those that are not: NodePorts and ClusterIPs, with
-/// the claims of addresses from which they keep others.
+/// Claims of addresses are independent of each other and change in the order of address and port.
+/// Before them, all at once, change those that are not: NodePorts and ClusterIPs, with the claims
+/// of addresses that they prevent.
 ///
 /// [`Claims::advance`]: super::Claims::advance
 #[derive(Debug)]
@@ -21,17 +21,17 @@ pub(crate) struct Takeover {
     new: Option<Arc<Service>>,
     before: Wishes,
     after: Wishes,
-    /// The place of the service in all queues is another one.
+    /// Whether the age of the service changed, and with it its place in all queues.
     moved: bool,
-    /// The claims that changed together, sorted; `None` before that.
+    /// The claims that changed at once, sorted; `None` before that.
     together: Option<Vec<Claim>>,
-    /// How many claims of addresses were compared, before and after.
+    /// How many claims of addresses of the old and the new version were compared.
     places: (usize, usize),
-    /// What services lost with the claims that changed so far.
+    /// The conflicts of the claims that changed so far.
     pub(crate) conflicts: Conflicts,
 }
 
-/// How a claim changes.
+/// A change of one claim.
 #[derive(Debug)]
 pub(super) struct ClaimDifference {
     pub claim: Claim,
@@ -40,7 +40,7 @@ pub(super) struct ClaimDifference {
 }
 
 impl Takeover {
-    /// Compares two forms of a service; `None` stands for one that does not exist.
+    /// Compares two versions of a service; `None` if it does not exist.
     pub(crate) fn new(old: Option<Arc<Service>>, new: Option<Arc<Service>>) -> Self {
         Self {
             before: Wishes::of(old.as_deref()),
@@ -58,7 +58,7 @@ impl Takeover {
         self.old.as_deref()
     }
 
-    /// The new form of the service.
+    /// Returns the new version of the service.
     pub(crate) fn target(&self) -> Option<&Arc<Service>> {
         self.new.as_ref()
     }
@@ -67,18 +67,18 @@ impl Takeover {
         self.together.is_some()
     }
 
-    /// Notes which claims changed together, sorted.
+    /// Records the claims that changed at once, sorted.
     pub(super) fn begin(&mut self, together: Vec<Claim>) {
         self.together = Some(together);
     }
 
-    /// The name of the service, if there is one at all.
+    /// Returns the name of the service.
     pub(super) fn name(&self) -> Option<&ObjectName> {
         let service = self.new.as_ref().or(self.old.as_ref());
         service.map(|service| &service.name)
     }
 
-    /// The ClusterIPs before and after.
+    /// Returns the ClusterIPs before and after.
     pub(super) fn cluster_ips(&self) -> (BTreeSet<IpAddr>, BTreeSet<IpAddr>) {
         let of = |service: Option<&Arc<Service>>| {
             let addresses = service.into_iter().flat_map(|service| &service.cluster_ips);
@@ -87,20 +87,20 @@ impl Takeover {
         (of(self.old.as_ref()), of(self.new.as_ref()))
     }
 
-    /// How the claims of ports of the node change.
+    /// Returns the changes of ports of the node.
     pub(super) fn node_ports(&self) -> Vec<ClaimDifference> {
         let claims = self.before.node_ports.iter().chain(&self.after.node_ports);
         let claims: BTreeSet<Claim> = claims.map(|wish| wish.0).collect();
         claims.into_iter().filter_map(|it| self.at(it)).collect()
     }
 
-    /// How one claim changes, if it does.
+    /// Returns the change of one claim, if any.
     pub(super) fn at(&self, claim: Claim) -> Option<ClaimDifference> {
         self.difference(claim, self.before.find(&claim), self.after.find(&claim))
     }
 
-    /// Compares the next claims of addresses, so many at most. Returns those that differ, and
-    /// whether others follow.
+    /// Compares the next claims of addresses, up to `most`. Returns those that differ, and whether
+    /// more remain.
     pub(super) fn next(&mut self, most: usize) -> (Vec<ClaimDifference>, bool) {
         let (mut found, mut compared) = (Vec::new(), 0);
         loop {
@@ -140,10 +140,10 @@ impl Takeover {
     }
 }
 
-/// Everything a service wants for itself alone, each claim once with its best rank. Nothing for
-/// one with more frontends than a service may have.
+/// All claims of a service, each once with its strongest rank; none for a service with too many
+/// frontends.
 ///
-/// The claims of addresses are not listed: each address has all ports.
+/// The claims of addresses are the product of addresses and ports.
 #[derive(Debug, Default)]
 pub(super) struct Wishes {
     /// Sorted, each once.
@@ -192,13 +192,13 @@ impl Wishes {
         }
     }
 
-    /// All of them, sorted.
+    /// Returns all claims, sorted.
     pub(super) fn iter(&self) -> impl Iterator<Item = Wish> + '_ {
         let addresses = (0..).map_while(|place| self.address(place));
         addresses.chain(self.node_ports.iter().copied())
     }
 
-    /// A claim of an address by its place in their order.
+    /// Returns the claim of an address with a place in their order.
     fn address(&self, place: usize) -> Option<Wish> {
         let (address, port) = (
             place.checked_div(self.ports.len())?,

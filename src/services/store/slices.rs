@@ -13,7 +13,7 @@ type Places = SmallVec<[(usize, u16); 2]>;
 
 /// The slices of one service, which are looked through once for all of its ports.
 #[derive(Debug)]
-pub struct SlicesOf<'a> {
+pub(crate) struct SlicesOf<'a> {
     slices: Vec<&'a EndpointSlice>,
     /// By the name and protocol of a port.
     by_port: HashMap<(&'a str, Protocol), Places>,
@@ -32,13 +32,13 @@ impl<'a> SlicesOf<'a> {
         Self { slices, by_port }
     }
 
-    /// The slices, sorted by name.
+    /// Returns the slices, sorted by name.
     pub fn all(&self) -> impl Iterator<Item = &'a EndpointSlice> + '_ {
         self.slices.iter().copied()
     }
 
-    /// The slices that have a service port in one family, with their places in [`SlicesOf::all`]
-    /// and the port that the pods listen on.
+    /// Returns the slices of one family with a service port, with their places in [`SlicesOf::all`]
+    /// and the target port.
     pub fn of(&self, port: &ServicePort, family: Family) -> Vec<(usize, &'a EndpointSlice, u16)> {
         let found = self.by_port.get(&(&*port.name, port.protocol));
         let found = found.into_iter().flatten();
@@ -49,14 +49,14 @@ impl<'a> SlicesOf<'a> {
         of_family.collect()
     }
 
-    /// The endpoints of a service port in one family, sorted by address and port, each once.
+    /// Returns the endpoints of a service port in one family, sorted by address and port, each
+    /// once.
     ///
-    /// The same address and port in several slices, or twice in one, counts once: one that is not
-    /// terminating before another, then one that is ready, then one that serves, then the one of
-    /// the newer slice, then the later one.
+    /// Of several with the same address and port the first of these wins: not terminating, ready,
+    /// serving, in the newer slice, later in its slice.
     pub fn endpoints(&self, port: &ServicePort, family: Family) -> Vec<EndpointOf<'a>> {
         let mut slices = self.of(port, family);
-        // A file written by hand has no date and counts as new, as for services.
+        // A slice in a file has no date and counts as newest, as services do.
         slices
             .sort_by_key(|(_, slice, _)| Reverse((slice.created.unwrap_or(i64::MAX), &slice.name)));
         let found = slices.into_iter().flat_map(|(_, slice, port)| {
@@ -64,7 +64,7 @@ impl<'a> SlicesOf<'a> {
             endpoints.map(move |endpoint| EndpointOf { endpoint, port })
         });
         let mut found: Vec<EndpointOf> = found.collect();
-        // Of equals the first one stays, which is the latest.
+        // The sort is stable, so the newest of equal ones stays first.
         found.sort_by_key(|e| {
             let Endpoint {
                 terminating,

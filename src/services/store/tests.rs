@@ -439,8 +439,8 @@ fn a_cluster_ip_is_the_victims_on_every_port_however_old_the_thief_is() {
     assert_eq!(notices.len(), 1, "{notices:?}");
     assert!(
         notices[0].starts_with(
-            "Service shop/thief: 10.96.0.1:80 TCP does not lead here: the address is the \
-             ClusterIP of Service shop/web (1 more in the same way: 10.96.0.1:81 TCP)"
+            "Service shop/thief: 10.96.0.1:80 TCP does not lead to this Service: the address is the \
+             ClusterIP of Service shop/web (and 1 more: 10.96.0.1:81 TCP)"
         ),
         "{notices:?}"
     );
@@ -550,7 +550,7 @@ fn a_node_port_comes_before_external_addresses_of_the_node() {
         (None, Some("thief"))
     );
     assert!(
-        told(&marks)[0].contains("Service shop/web has this NodePort on the node"),
+        told(&marks)[0].contains("the NodePort of Service shop/web answers there"),
         "{marks:?}"
     );
     // Another node address moves the conflict.
@@ -778,7 +778,7 @@ fn what_services_lack_is_reported_when_all_is_listed_and_once() {
         let start = format!("Service shop/young-{index:02}: 198.51.100.1:80 TCP does not lead");
         assert!(notice.starts_with(&start), "{notice}");
         assert!(
-            notice.contains("(99 more in the same way: ") && notice.len() < 400,
+            notice.contains("(and 99 more: ") && notice.len() < 400,
             "{notice}"
         );
     }
