@@ -205,9 +205,9 @@ impl Deliveries {
 
     fn check(&self, declared: &Declared) -> Result<(), WatchError> {
         match declared {
-            Declared::AsAsked => Ok(()),
-            Declared::Nothing if self.in_items => Ok(()),
-            Declared::Nothing => Err(WatchError::Foreign(
+            Declared::Requested => Ok(()),
+            Declared::Absent if self.in_items => Ok(()),
+            Declared::Absent => Err(WatchError::Foreign(
                 "an object without apiVersion and kind".to_owned(),
             )),
             Declared::Other(what) => Err(WatchError::Foreign(format!("a {what}"))),

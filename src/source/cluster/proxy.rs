@@ -206,7 +206,10 @@ mod tests {
     fn a_proxy_that_cannot_be_used_is_named_without_its_password() {
         let server = "https://192.0.2.10".parse().expect("an address");
         for (url, reason) in [
-            ("ftp://me:secret@192.0.2.20", "the scheme ftp is not supported"),
+            (
+                "ftp://me:secret@192.0.2.20",
+                "the scheme ftp is not supported",
+            ),
             ("http://me:secret@proxy example", "invalid uri"),
         ] {
             let error = choose(Some(url.to_owned()), &server, |_| None);

@@ -405,7 +405,9 @@ async fn a_busy_server_is_asked_again_when_it_said() {
     assert!(began.elapsed() >= Duration::from_secs(1), "{began:?}");
     let told = &consumer.notices[0].message;
     assert!(
-        told.starts_with("the API server cannot answer now (429: Too many requests, please try again later.);"),
+        told.starts_with(
+            "the API server cannot answer now (429: Too many requests, please try again later.);"
+        ),
         "{told}"
     );
     api.set_busy(SERVICES, None);
