@@ -1,7 +1,7 @@
-//! Where Kubernetes objects come from.
+//! Sources of Kubernetes objects.
 //!
-//! Two sources send the same [`Event`](crate::model::Event)s through a bounded channel and wait
-//! when the reconciler is busy, so that memory stays bounded:
+//! Two sources send the same [`Event`](crate::model::Event)s through a bounded channel, and wait
+//! while it is full, so that memory stays bounded:
 //!
 //! - [`Manifests`] reads files, directories and standard input, and follows their changes;
 //! - [`Cluster`] watches an API server.
@@ -12,9 +12,9 @@
 //! files ── YAML, JSON ───────┘
 //! ```
 //!
-//! Both first deliver every [`Kind`] completely (`ListStarted`, `Apply`...,
-//! `ListComplete`) and afterwards only what changes. Neither lets one bad object stop the
-//! others: it is reported by name, and what was known of it stays in force.
+//! Both first deliver a complete list of every [`Kind`] (`ListStarted`, `Apply`...,
+//! `ListComplete`), then only changes. An invalid object does not hold up the others: it is
+//! reported by name, and its last valid state stays in force.
 
 pub mod cluster;
 mod convert;
@@ -28,10 +28,10 @@ use convert::Converter;
 
 use crate::model::{Delivery, Kind, Notice, Object};
 
-/// The channel into which a source delivers. It is bounded: a source waits while it is full.
+/// The bounded channel that a source delivers to.
 pub type Sender = tokio::sync::mpsc::Sender<Delivery>;
 
-/// Reads single objects as the API server sends them, the way both sources do.
+/// Decodes single objects of the API as both sources do.
 ///
 /// ```
 /// use nftlet::{model::Kind, source::Decoder};
@@ -45,12 +45,12 @@ pub type Sender = tokio::sync::mpsc::Sender<Delivery>;
 pub struct Decoder(Converter);
 
 impl Decoder {
-    /// What nftlet keeps of an object of a kind, if it is any of its business, and the faults of
-    /// the parts that were left out.
+    /// Decodes an object of a kind. Returns what nftlet keeps of it (`None` for an object that has
+    /// no rules) and notices about the parts that were left out.
     ///
     /// # Errors
     ///
-    /// JSON that does not fit the kind, and an object without a usable name.
+    /// If the JSON does not fit the kind, or the object has no usable name.
     pub fn decode(
         &mut self,
         kind: Kind,

@@ -1,12 +1,11 @@
-//! The few fields of the API objects that nftlet reads, as they are on the wire.
+//! The fields of API objects that nftlet reads, as serialised.
 //!
-//! Both sources decode into these types: the cluster from the API server's JSON, the manifests
-//! from YAML or JSON files. Everything else in an object (`managedFields`, pod templates,
-//! unknown fields of newer servers) is skipped by the deserialiser without being
-//! allocated. Every field is optional, and `null` is the same as absent, as in the API's own
-//! reading. Numbers are wide integers, so that a port out of range is a fault of that port,
-//! reported by [`convert`](super::convert), and not of the whole object. Texts are borrowed from
-//! the input where they can be: most of them are compared, or looked up, and forgotten.
+//! Both sources decode into these types: the cluster from the JSON of the API server, the manifests
+//! from YAML or JSON files. The deserialiser skips everything else (`managedFields`, pod templates,
+//! unknown fields of newer servers) without allocating. Every field is optional, and `null` is
+//! absent, as in the API. Numbers are wide integers, so that a port out of range is reported by
+//! [`convert`](super::convert) for that port only. Texts are borrowed from the input if possible:
+//! most are only compared or looked up.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -18,9 +17,9 @@ use serde::Deserialize;
 use serde::de::{self, Deserializer, IgnoredAny, SeqAccess, Visitor};
 use serde_json::Value;
 
-/// A text, borrowed from the input unless it is written there with escapes.
+/// A text, borrowed from the input unless it has escapes.
 ///
-/// (`serde` borrows for a `Cow` only where it is the field itself, not in an `Option` or a `Vec`.)
+/// (`serde` borrows for a `Cow` only as a field, not inside an `Option` or a `Vec`.)
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Text<'a>(Cow<'a, str>);
 
@@ -62,12 +61,12 @@ impl<'de: 'a, 'a> Deserialize<'de> for Text<'a> {
             }
         }
 
-        // As for a `String`, which YAML tells from numbers.
+        // As for a `String`, so that YAML numbers are rejected.
         from.deserialize_string(OfText).map(Text)
     }
 }
 
-/// What an object, or a list of them, says it is.
+/// The type of an object or of a list.
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub(super) struct Type<'a> {
@@ -76,7 +75,7 @@ pub(super) struct Type<'a> {
     pub kind: Option<Text<'a>>,
 }
 
-/// What every object has; read on its own when the rest of an object cannot be decoded.
+/// An object of any kind, read if the rest of it cannot be decoded.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct Head {
@@ -92,7 +91,7 @@ pub(super) struct HeadMeta {
     pub resource_version: Option<String>,
 }
 
-/// `metadata` of an object; `L` says which labels are read.
+/// `metadata` of an object; `L` has the labels to read.
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub(super) struct Meta<'a, L = Labels<'a>> {
@@ -106,10 +105,10 @@ pub(super) struct Meta<'a, L = Labels<'a>> {
     pub annotations: Option<Annotations<'a>>,
 }
 
-/// Every label, for objects that selectors look at.
+/// All labels, for objects that selectors match.
 pub(super) type AllLabels<'a> = BTreeMap<Text<'a>, Option<Text<'a>>>;
 
-/// The labels that mean something to services.
+/// The labels that are read of Services, EndpointSlices and Nodes.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct Labels<'a> {
@@ -123,7 +122,7 @@ pub(super) struct Labels<'a> {
     pub zone: Option<Text<'a>>,
 }
 
-/// The annotations that mean something to nftlet.
+/// The annotations that are read.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct Annotations<'a> {
@@ -131,7 +130,7 @@ pub(super) struct Annotations<'a> {
     pub trigger_time: Option<Text<'a>>,
 }
 
-/// A list of which only the first entry is read, and the others are skipped.
+/// A list of which only the first entry is kept.
 #[derive(Debug, Default)]
 pub(super) struct First<T>(Option<T>);
 
@@ -433,7 +432,7 @@ pub(super) struct ContainerStatus<'a> {
     pub state: Option<ContainerState<'a>>,
 }
 
-/// One of the three; `waiting` is not read.
+/// The state of a container; `waiting` is not read.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct ContainerState<'a> {
@@ -468,9 +467,9 @@ pub(super) struct Namespace<'a> {
 
 /// networking.k8s.io/v1 NetworkPolicy.
 ///
-/// The `spec` stays as it is, because what is wrong in it must close what it was to open, rule
-/// by rule: a field of the wrong type must not make the whole object useless, and a misspelt one
-/// (`form` for `from`) must not pass for an absent one, which would allow everything.
+/// The `spec` is kept as a value, to be read strictly: a field of the wrong type must only disable
+/// its rule, and a misspelt one (`form` for `from`) must not count as absent, which would allow
+/// everything.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct NetworkPolicy<'a> {

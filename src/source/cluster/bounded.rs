@@ -1,4 +1,4 @@
-//! A client for single objects, whose answers are bounded.
+//! A client for single objects that limits the length of answers.
 
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use hyper::Request;
@@ -8,8 +8,7 @@ use tower::{BoxError, service_fn};
 
 use super::limits::{MOST_OBJECT, MOST_REFUSAL};
 
-/// Returns a client that sends with another one, and reads no more of an answer than an object can
-/// have.
+/// Wraps a client: answers that are longer than an object can be are errors.
 pub(super) fn bounded(client: &Client) -> Client {
     let namespace = client.default_namespace().to_owned();
     let client = client.clone();
@@ -22,19 +21,19 @@ pub(super) fn bounded(client: &Client) -> Client {
                 true => MOST_OBJECT,
                 false => MOST_REFUSAL,
             };
-            let told = move |error| told(error, &asked, most);
-            let body = |body| Limited::new(body, most).map_err(told);
+            let explain = move |error| explain(error, &asked, most);
+            let body = |body| Limited::new(body, most).map_err(explain);
             Ok::<_, kube::Error>(answer.map(body))
         }
     };
     Client::new(service_fn(send), namespace)
 }
 
-fn told(error: BoxError, asked: &str, most: usize) -> BoxError {
+fn explain(error: BoxError, asked: &str, most: usize) -> BoxError {
     match error.downcast::<LengthLimitError>() {
         Ok(_) => format!(
-            "the answer to {asked} has more than {} KiB; check what answers at the address of the \
-             API server, such as a proxy or a load balancer in front of it",
+            "the answer to {asked} is longer than {} KiB; check what answers at the address of \
+             the API server, such as a proxy or a load balancer",
             most >> 10
         )
         .into(),

@@ -1,4 +1,4 @@
-//! Delivering the objects of one kind: what is known of them, and what was said about them.
+//! Delivery of the objects of one kind as events.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -15,8 +15,11 @@ use crate::model::{Delivery, Event, Kind, Notice, Object, ObjectName, ObjectRef,
 use crate::source::Sender;
 use crate::source::convert::{Converter, Declared, Decoded, identify};
 
-/// Turns what the server sends of one kind into events. Every operation fails only when the
-/// receiver of the events is gone.
+/// Turns the objects of one kind into events.
+///
+/// Keeps the names it has delivered, to find those that a new list lacks. Operations fail with
+/// [`WatchError::Closed`] once the receiver of the events was dropped, and with
+/// [`WatchError::Foreign`] if the server sends objects of another kind.
 pub(super) struct Deliveries {
     kind: Kind,
     plural: &'static str,
@@ -24,24 +27,25 @@ pub(super) struct Deliveries {
     sender: Sender,
     stats: Arc<SourceStats>,
     converter: Converter,
-    /// How long the own Node may be missing, and when to go on without it.
+    /// How long to wait for the node's own Node object, and until when.
     node_wait: Duration,
     node_deadline: Option<Deadline>,
     /// The names that were delivered and not deleted.
     known: HashSet<ObjectName>,
-    /// While a list is being read, the names that came up in it.
+    /// While a list is read, the names that it has contained so far.
     listing: Option<HashSet<ObjectName>>,
-    /// Whether objects come as items of a list, which says of what kind they are.
+    /// Whether objects are items of a list, whose kind is that of the list.
     in_items: bool,
-    /// Whether an object of that list could not be told by name: what the list lacks may be it.
+    /// Whether the list has an object without a readable name. It may be any known object that the
+    /// list seems to lack.
     nameless: bool,
-    /// What was said about objects at fault, so that it is not repeated with their every change.
-    told: HashMap<ObjectName, Vec<Notice>>,
+    /// The last notices about each object, so that a change does not repeat them.
+    reported: HashMap<ObjectName, Vec<Notice>>,
     /// Whether `ListStarted` was sent.
     started: bool,
     /// Whether `ListComplete` was sent.
     complete: bool,
-    /// Whether the list was read to its end, though its node is still missing.
+    /// Whether the list of Nodes ended without the own Node.
     waiting_for_node: bool,
 }
 
@@ -66,29 +70,28 @@ impl Deliveries {
             listing: None,
             in_items: false,
             nameless: false,
-            told: HashMap::new(),
+            reported: HashMap::new(),
             started: false,
             complete: false,
             waiting_for_node: false,
         }
     }
 
-    /// Whether a list is being read.
     pub(super) fn is_listing(&self) -> bool {
         self.listing.is_some()
     }
 
-    /// Gives up the list that is being read; returns whether there was one.
+    /// Abandons the list that is being read. Returns whether there was one.
     pub(super) fn break_off(&mut self) -> bool {
         self.listing.take().is_some()
     }
 
-    /// Whether a first list was delivered completely.
+    /// Returns whether a first list was delivered completely.
     pub(super) fn is_complete(&self) -> bool {
         self.complete
     }
 
-    /// When to go on without the own Node.
+    /// Returns when to stop waiting for the own Node.
     pub(super) fn node_deadline(&self) -> Option<Deadline> {
         self.node_deadline
     }
@@ -101,7 +104,7 @@ impl Deliveries {
         Ok(decoded)
     }
 
-    /// Takes an item of a list.
+    /// Delivers an item of a list.
     pub(super) async fn item(&mut self, raw: &RawValue, at: Instant) -> Result<(), WatchError> {
         self.in_items = true;
         let taken = self.object(raw, at).await;
@@ -109,13 +112,13 @@ impl Deliveries {
         taken.map(drop)
     }
 
-    /// A list begins: whatever was listed so far counts no more.
+    /// Starts a list. One that was abandoned has no effect.
     pub(super) async fn begin_list(&mut self) -> Result<(), WatchError> {
         self.stats.kind(self.kind).count_list();
         self.listing = Some(HashSet::new());
         self.nameless = false;
         if !self.complete {
-            // A list that was cut off and begins anew has delivered nothing that counts.
+            // `ListStarted` discards what an incomplete list has delivered.
             self.known.clear();
             self.started = true;
             self.send(Instant::now(), Event::ListStarted(self.kind))
@@ -124,11 +127,12 @@ impl Deliveries {
         Ok(())
     }
 
-    /// The list is at its end: what is not in it is gone. Of the own Node nothing may be known yet.
+    /// Ends the list: known objects that it lacks are deleted. The first list of Nodes stays
+    /// incomplete until the own Node exists or its deadline has passed.
     pub(super) async fn end_list(&mut self, at: Instant) -> Result<(), WatchError> {
         let listed = self.listing.take().unwrap_or_default();
         if self.complete && self.nameless {
-            // Nobody knows which of the known objects is there.
+            // Any known object may be the one whose name could not be read.
         } else if self.complete {
             let gone: Vec<ObjectName> = self.known.difference(&listed).cloned().collect();
             for name in gone {
@@ -149,7 +153,7 @@ impl Deliveries {
         self.send(at, Event::ListComplete(self.kind)).await
     }
 
-    /// Delivers an empty list, so that the other kinds are not held up.
+    /// Completes the first list without objects, so that the other kinds can be used.
     pub(super) async fn complete_without(&mut self) -> Result<(), WatchError> {
         if self.complete {
             return Ok(());
@@ -162,7 +166,7 @@ impl Deliveries {
         self.complete(now).await
     }
 
-    /// Takes an object of a list or a change; returns its version.
+    /// Decodes and delivers an object of a list or of a change. Returns its version.
     pub(super) async fn object(
         &mut self,
         raw: &RawValue,
@@ -187,12 +191,11 @@ impl Deliveries {
         }
     }
 
-    /// Checks that an object that cannot be decoded, or is not there any more, is of the kind that
-    /// was asked for.
+    /// Checks that an object that cannot be decoded, or was deleted, is of the requested kind.
     pub(super) fn check_raw(&self, raw: &RawValue) -> Result<(), WatchError> {
         match Declared::read(self.kind, &mut json(raw)) {
             Ok(declared) => self.check(&declared),
-            // In a list it is a fault of this entry alone.
+            // In a list, only this entry is invalid.
             Err(_) if self.in_items => Ok(()),
             Err(error) => Err(WatchError::Foreign(format!(
                 "an event without an object: {error}"
@@ -202,24 +205,24 @@ impl Deliveries {
 
     fn check(&self, declared: &Declared) -> Result<(), WatchError> {
         match declared {
-            Declared::AsAsked => Ok(()),
-            Declared::Nothing if self.in_items => Ok(()),
-            Declared::Nothing => Err(WatchError::Foreign(
-                "an object that does not say what it is".to_owned(),
+            Declared::Requested => Ok(()),
+            Declared::Absent if self.in_items => Ok(()),
+            Declared::Absent => Err(WatchError::Foreign(
+                "an object without apiVersion and kind".to_owned(),
             )),
             Declared::Other(what) => Err(WatchError::Foreign(format!("a {what}"))),
         }
     }
 
-    /// Of the nodes only the own one is asked for.
+    /// Checks that a Node is the own one, the only one requested.
     fn check_node(&self, name: &ObjectName) -> Result<(), WatchError> {
         if self.kind == Kind::Node && name.name() != self.node_name {
-            return Err(WatchError::Foreign(format!("another one, {name}")));
+            return Err(WatchError::Foreign(format!("another Node, {name}")));
         }
         Ok(())
     }
 
-    /// Delivers what became of an object; returns its version.
+    /// Delivers a decoded object. Returns its version.
     pub(super) async fn take(
         &mut self,
         decoded: Decoded,
@@ -228,7 +231,7 @@ impl Deliveries {
         self.check(&decoded.declared)?;
         self.check_node(&decoded.name)?;
         self.stats.kind(self.kind).count_event();
-        self.tell(&decoded.name, decoded.notices, at).await?;
+        self.report(&decoded.name, decoded.notices, at).await?;
         match decoded.object {
             Some(object) => {
                 if let Some(listed) = &mut self.listing {
@@ -237,7 +240,7 @@ impl Deliveries {
                 self.known.insert(decoded.name);
                 self.apply(object, at).await?;
             }
-            // It has become none of nftlet's business.
+            // An object without rules, such as a slice of host names.
             None => self.delete(decoded.name, at).await?,
         }
         Ok(decoded.resource_version)
@@ -251,7 +254,7 @@ impl Deliveries {
         Ok(())
     }
 
-    /// Takes the deletion of an object.
+    /// Delivers the deletion of an object.
     pub(super) async fn deleted(
         &mut self,
         name: ObjectName,
@@ -265,7 +268,7 @@ impl Deliveries {
     }
 
     async fn delete(&mut self, name: ObjectName, at: Instant) -> Result<(), WatchError> {
-        self.told.remove(&name);
+        self.reported.remove(&name);
         if !self.known.remove(&name) {
             return Ok(());
         }
@@ -273,7 +276,7 @@ impl Deliveries {
         self.send(at, Event::Delete(object)).await
     }
 
-    /// Tells of an object that cannot be decoded.
+    /// Reports an object that cannot be decoded.
     pub(super) async fn undecodable(
         &mut self,
         name: Option<ObjectName>,
@@ -294,7 +297,7 @@ impl Deliveries {
         };
         let error = shortened(error.to_string());
         let message = format!(
-            "{who}: the object cannot be decoded: {error}; what was known of it stays in force until it is mended"
+            "{who}: the object cannot be decoded: {error}; its last valid state stays in force until the object is corrected"
         );
         let notice = Notice {
             subject,
@@ -302,7 +305,7 @@ impl Deliveries {
             message,
         };
         match name {
-            Some(name) => self.tell(&name, vec![notice], at).await,
+            Some(name) => self.report(&name, vec![notice], at).await,
             None => {
                 self.nameless = true;
                 self.send(at, Event::Notice(notice)).await
@@ -310,28 +313,27 @@ impl Deliveries {
         }
     }
 
-    /// Sends what is wrong with an object, unless that was said before.
-    async fn tell(
+    /// Sends the notices about an object, unless they are those sent last.
+    async fn report(
         &mut self,
         name: &ObjectName,
         notices: Vec<Notice>,
         at: Instant,
     ) -> Result<(), WatchError> {
         if notices.is_empty() {
-            self.told.remove(name);
+            self.reported.remove(name);
             return Ok(());
         }
-        if self.told.get(name) == Some(&notices) {
+        if self.reported.get(name) == Some(&notices) {
             return Ok(());
         }
-        self.told.insert(name.clone(), notices.clone());
+        self.reported.insert(name.clone(), notices.clone());
         for notice in notices {
             self.send(at, Event::Notice(notice)).await?;
         }
         Ok(())
     }
 
-    /// Delivers an event.
     pub(super) async fn send(&mut self, at: Instant, event: Event) -> Result<(), WatchError> {
         self.sender
             .send(Delivery { at, event })
@@ -339,12 +341,12 @@ impl Deliveries {
             .map_err(|_| WatchError::Closed)
     }
 
-    /// The own Node has been missing for too long.
+    /// Stops waiting for the own Node.
     pub(super) async fn go_on_without_node(&mut self) -> Result<(), WatchError> {
         self.node_deadline = None;
         let node_name = &self.node_name;
         let message = format!(
-            "the Node \"{node_name}\" has been missing for {:?}; nftlet goes on without its addresses and zone (if the node has another name, give it with --hostname-override)",
+            "the Node \"{node_name}\" has not existed for {:?}; continuing without its addresses and zone (if the node has another name, set --hostname-override)",
             self.node_wait
         );
         let notice = Notice {

@@ -1,7 +1,7 @@
-//! Pods and Namespaces are watched while there is a NetworkPolicy, and not before.
+//! Watches of Pods and Namespaces while a NetworkPolicy exists.
 //!
-//! A cluster without policies asks for none of them, and pods are by far the most that there is
-//! to watch. The events of the NetworkPolicies pass through here on their way out:
+//! Without policies neither is needed, and Pods are by far the most objects to watch. The events of
+//! the NetworkPolicies pass through here:
 //!
 //! ```text
 //! Reflector of NetworkPolicies ─> Demand ─> events
@@ -9,11 +9,11 @@
 //!              Reflectors of Pods and Namespaces ─> events
 //! ```
 //!
-//! - There is no policy: the lists of Pods and Namespaces are complete, and empty.
-//! - The first policy comes: both lists begin *before* it is passed on, so that whoever acts on it
-//!   waits for the pods it selects; then the watches deliver them.
-//! - The last policy goes: after a while in which none came the watches are dropped, and both
-//!   lists are empty again, which frees what was known.
+//! - While there is no policy, the lists of Pods and Namespaces are complete and empty.
+//! - On the first policy, both lists start *before* it is passed on, so that its receiver waits for
+//!   the pods it selects; then the watches deliver them.
+//! - Some time after the last policy was deleted, the watches are dropped and both lists are empty
+//!   again, which frees the memory of their objects.
 
 use std::collections::HashSet;
 use std::future::pending;
@@ -31,25 +31,25 @@ use super::reflect::Reflector;
 use crate::model::{Delivery, Event, Kind, ObjectName};
 use crate::source::Sender;
 
-/// What is watched while there is a policy.
+/// The kinds that are watched only while a policy exists.
 const ON_DEMAND: [Kind; 2] = [Kind::Pod, Kind::Namespace];
 
-/// The receiver of the events is gone.
+/// The receiver of the events was dropped.
 struct Closed;
 
-/// The watches of everything that network policies are made of.
+/// The watches of NetworkPolicies, Pods and Namespaces.
 pub(super) struct Demand<F> {
-    /// Makes the watch of a kind that delivers to a sender.
+    /// Creates the reflector of a kind that delivers to a sender.
     reflector: F,
     sender: Sender,
     faults: Arc<Faults>,
-    /// How long the watches go on without a policy.
+    /// How long the watches continue without a policy.
     linger: Duration,
     /// The policies that were passed on and not deleted.
     policies: HashSet<ObjectName>,
-    /// Whether the list of policies is not complete yet.
+    /// Whether the list of policies is incomplete.
     listing: bool,
-    /// The watches on demand, if there is one.
+    /// The watches of Pods and Namespaces, if they run.
     watches: Option<BoxFuture<'static, ()>>,
     /// When to end them.
     end: Option<Instant>,
@@ -69,14 +69,14 @@ impl<F: Fn(Kind, Sender) -> Reflector> Demand<F> {
         }
     }
 
-    /// Runs until the receiver of the events is gone.
+    /// Runs until the receiver of the events is dropped.
     pub(super) async fn run(mut self) {
-        // Nothing waits here: an event is passed on before the next one is taken.
+        // An event is passed on before the next one is received, so none need be queued here.
         let (sender, mut policies) = mpsc::channel(1);
         let mut reflector = pin!((self.reflector)(Kind::NetworkPolicy, sender).run());
         loop {
             let passed_on = tokio::select! {
-                // Both end only when nobody takes their events any more.
+                // Both end only if the receiver of their events was dropped.
                 () = &mut reflector => return,
                 () = or_never(&mut self.watches) => return,
                 Some(delivery) = policies.recv() => self.pass_on(delivery).await,
@@ -88,7 +88,7 @@ impl<F: Fn(Kind, Sender) -> Reflector> Demand<F> {
         }
     }
 
-    /// Passes on an event about policies, with what follows from it.
+    /// Passes on an event about policies, and starts or schedules the end of the watches.
     async fn pass_on(&mut self, delivery: Delivery) -> Result<(), Closed> {
         match &delivery.event {
             Event::ListStarted(_) => {
@@ -123,7 +123,7 @@ impl<F: Fn(Kind, Sender) -> Reflector> Demand<F> {
     }
 
     async fn begin_watches(&mut self) -> Result<(), Closed> {
-        tracing::info!("there are NetworkPolicies; watching Pods and Namespaces");
+        tracing::info!("a NetworkPolicy exists; watching Pods and Namespaces");
         for kind in ON_DEMAND {
             self.send(Delivery::now(Event::ListStarted(kind))).await?;
         }
@@ -134,12 +134,11 @@ impl<F: Fn(Kind, Sender) -> Reflector> Demand<F> {
 
     async fn end_watches(&mut self) -> Result<(), Closed> {
         tracing::info!(
-            "there is no NetworkPolicy any more; no longer watching Pods and Namespaces"
+            "the last NetworkPolicy was deleted; no longer watching Pods and Namespaces"
         );
         self.end = None;
         self.watches = None;
         for kind in ON_DEMAND {
-            // Who does not ask has no trouble with the answers.
             self.faults.end(kind);
         }
         self.deliver_empty_lists().await
@@ -158,7 +157,7 @@ impl<F: Fn(Kind, Sender) -> Reflector> Demand<F> {
     }
 }
 
-/// The end of what may not even be there.
+/// Awaits a future, if there is one, else never returns.
 async fn or_never(future: &mut Option<BoxFuture<'static, ()>>) {
     match future {
         Some(future) => future.await,
@@ -166,7 +165,7 @@ async fn or_never(future: &mut Option<BoxFuture<'static, ()>>) {
     }
 }
 
-/// A moment that may never come.
+/// Sleeps until an instant, if there is one, else never returns.
 async fn at(moment: Option<Instant>) {
     match moment {
         Some(moment) => sleep_until(moment).await,

@@ -8,8 +8,8 @@ use super::stats::SourceStats;
 use crate::logging::Throttle;
 use crate::model::{Kind, Notice, Reason, Subject};
 
-/// The faults that have been told and last, shared by the watches of all kinds, so that a
-/// server that is away is told once and not per kind and attempt.
+/// The faults that were reported and last. The watches of all kinds share it, so that an
+/// unreachable server is reported once, not per kind and attempt.
 #[derive(Debug)]
 pub(super) struct Faults {
     server: String,
@@ -24,14 +24,13 @@ struct LastingFault {
     message: String,
 }
 
-/// How often it is logged that the server answers again.
+/// The shortest time between log lines about a server that answers again.
 const LOG_END_EVERY: Duration = Duration::from_secs(60);
 
-/// Without these kinds services cannot follow the cluster.
+/// The kinds without which the rules of services are out of date.
 const NEEDED: [Kind; 3] = [Kind::Service, Kind::EndpointSlice, Kind::Node];
 
 impl Faults {
-    /// No faults with a server yet.
     pub(super) fn new(server: String, stats: Arc<SourceStats>) -> Self {
         Self {
             server,
@@ -41,7 +40,7 @@ impl Faults {
         }
     }
 
-    /// Logs that a fault has ended; of a server that comes and goes, now and then.
+    /// Logs that a fault has ended, at most once a minute.
     pub(super) fn log_end(&self) {
         let mut ends = self.ends.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(unlogged) = ends.add(Instant::now()) {
@@ -50,7 +49,7 @@ impl Faults {
         }
     }
 
-    /// Notes a fault of a kind; returns the notice if it is news.
+    /// Records a fault of a kind, in place of its last one. Returns a notice if no kind had it.
     pub(super) fn begin(&self, kind: Kind, sort: String, message: String) -> Option<Notice> {
         let mut lasting = self.lasting.lock().unwrap_or_else(PoisonError::into_inner);
         for (known, fault) in lasting.iter_mut() {
@@ -60,18 +59,18 @@ impl Faults {
         }
         lasting.retain(|known, fault| *known == sort || !fault.kinds.is_empty());
         let fault = lasting.entry(sort).or_default();
-        let news = fault.kinds.is_empty();
+        let is_new = fault.kinds.is_empty();
         fault.kinds.insert(kind);
         fault.message.clone_from(&message);
-        self.note(&lasting);
-        news.then(|| Notice {
+        self.publish(&lasting);
+        is_new.then(|| Notice {
             subject: Subject::Other(self.server.as_str().into()),
             reason: Reason::ApiServer,
             message,
         })
     }
 
-    /// Notes that a kind has no fault; returns whether that ended one.
+    /// Clears the fault of a kind. Returns whether no kind has that fault any more.
     pub(super) fn end(&self, kind: Kind) -> bool {
         let mut lasting = self.lasting.lock().unwrap_or_else(PoisonError::into_inner);
         let before = lasting.len();
@@ -79,12 +78,12 @@ impl Faults {
             fault.kinds.remove(&kind);
             !fault.kinds.is_empty()
         });
-        self.note(&lasting);
+        self.publish(&lasting);
         lasting.len() < before
     }
 
-    /// Lets others know whether changes come.
-    fn note(&self, lasting: &BTreeMap<String, LastingFault>) {
+    /// Copies the faults to the statistics.
+    fn publish(&self, lasting: &BTreeMap<String, LastingFault>) {
         let of_kinds = lasting.values().flat_map(|fault| {
             let kinds = fault.kinds.iter();
             kinds.map(|kind| (*kind, fault.message.clone()))
@@ -102,7 +101,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_fault_of_all_kinds_is_told_once_and_ends_once() {
+    fn a_fault_of_all_kinds_is_reported_once_and_ends_once() {
         let stats = Arc::new(SourceStats::default());
         let faults = Faults::new("https://server".to_owned(), stats.clone());
         let begin = |kind, sort: &str| faults.begin(kind, sort.to_owned(), "away".to_owned());

@@ -1,7 +1,7 @@
-//! The envelopes in which objects travel: lines of a watch and what is around the objects of a list.
+//! The lines of a watch, and the text of a list around its objects.
 //!
-//! The objects themselves stay unparsed text at first, so that one that cannot be decoded is a
-//! fault of that object and not of the page.
+//! The objects themselves stay unparsed text at first, so that one that cannot be decoded does not
+//! spoil the page.
 
 use std::borrow::Cow;
 
@@ -21,9 +21,10 @@ pub(super) struct WatchLine<'a> {
     pub(super) object: &'a RawValue,
 }
 
-/// The object of a line that says what an object is like now, where the line is written the way
-/// servers write it. The object may turn out to be none, and is to be read from the whole
-/// [`WatchLine`] then: this only spares looking for its end before it is decoded.
+/// Returns the object of an `ADDED` or `MODIFIED` line that is written as API servers write it.
+///
+/// The text may not be valid JSON; then the line must be parsed as a [`WatchLine`]. This saves
+/// scanning the object once to find its end before it is decoded.
 pub(super) fn current_object(line: &str) -> Option<&str> {
     let rest = line.strip_prefix(r#"{"type":""#)?;
     let rest = rest
@@ -55,7 +56,7 @@ pub(super) struct MarkerAnnotations {
     pub(super) list_end: Option<String>,
 }
 
-/// A list without its objects, which [`super::list`] takes out of it.
+/// A list from which [`super::list`] has removed the objects.
 #[derive(Default, Deserialize)]
 #[serde(default)]
 #[serde(rename_all = "camelCase")]
@@ -65,23 +66,23 @@ pub(super) struct ListPage<'a> {
     #[serde(borrow)]
     pub(super) kind: Cow<'a, str>,
     pub(super) metadata: MarkerMeta,
-    /// `None` where there is no such field.
+    /// `None` if there is no such field.
     #[serde(deserialize_with = "items")]
     items: Option<()>,
 }
 
-/// Reads the place of the items. Servers before Kubernetes 1.26 may write `null` for none.
+/// Reads the array without its items. Servers before Kubernetes 1.26 may write `null` for an
+/// empty one.
 fn items<'de, D: Deserializer<'de>>(from: D) -> Result<Option<()>, D::Error> {
     Option::<Vec<IgnoredAny>>::deserialize(from).map(|_| Some(()))
 }
 
 impl ListPage<'_> {
-    /// Checks that this is the list that was asked for.
-    ///
-    /// An empty list takes everything away, so something else must not pass for one.
+    /// Checks that this is a list of a kind. Anything else must not be taken for an empty list,
+    /// which would delete all objects.
     ///
     /// # Errors
-    /// What it is instead.
+    /// A description of what it is instead.
     pub(super) fn check(&self, kind: Kind) -> Result<(), String> {
         let (version, asked) = (kind.api_version(), format!("{kind}List"));
         if self.api_version == version && self.kind == asked {
@@ -89,16 +90,16 @@ impl ListPage<'_> {
         }
         let (version, kind) = (one_line(&self.api_version), one_line(&self.kind));
         Err(match (&*version, &*kind) {
-            ("", "") => "an object that does not say what it is".to_owned(),
-            (_, "") => format!("a {version} that does not say its kind before its items"),
+            ("", "") => "an object without apiVersion and kind".to_owned(),
+            (_, "") => format!("an object of {version} without a kind before its items"),
             _ => format!("a {version} {kind}"),
         })
     }
 
-    /// Checks that this is the list that was asked for, and returns its version.
+    /// Checks that this is a list of a kind. Returns its version.
     ///
     /// # Errors
-    /// What it is instead.
+    /// A description of what it is instead.
     pub(super) fn version(&mut self, kind: Kind) -> Result<String, String> {
         self.check(kind)?;
         if self.items.is_none() {
@@ -109,13 +110,13 @@ impl ListPage<'_> {
     }
 }
 
-/// A version from which a watch can be resumed. The empty one and `0` are none: they ask for a
-/// watch from anywhere.
+/// Filters out versions that a watch cannot be resumed from: the empty one and `0` start a watch
+/// at any version.
 pub(super) fn usable(version: Option<String>) -> Option<String> {
     version.filter(|version| !version.is_empty() && version != "0")
 }
 
-/// A deserialiser for an object.
+/// Returns a deserialiser of an object.
 pub(super) fn json(raw: &RawValue) -> serde_json::Deserializer<serde_json::de::StrRead<'_>> {
     serde_json::Deserializer::from_str(raw.get())
 }
@@ -173,9 +174,9 @@ mod tests {
             ),
             (
                 r#"{"metadata":{"resourceVersion":"5"},"items":[]}"#,
-                Err("an object that does not say what it is"),
+                Err("an object without apiVersion and kind"),
             ),
-            ("{}", Err("an object that does not say what it is")),
+            ("{}", Err("an object without apiVersion and kind")),
         ] {
             let found = found.map(str::to_owned).map_err(str::to_owned);
             assert_eq!(content(json, Kind::Service), found, "{json}");

@@ -1,4 +1,4 @@
-//! What a kubeconfig says.
+//! Reading a kubeconfig.
 
 use std::path::Path;
 
@@ -7,11 +7,11 @@ use kube::config::{AuthInfo, Cluster, Context, KubeConfigOptions, Kubeconfig, Ku
 
 use super::{Error, address, proxy, token};
 
-/// Returns the configuration that a kubeconfig leads to, and the proxy that it names; `path` is for
-/// messages.
+/// Returns the configuration of a kubeconfig's current context, and the value of its `proxy-url`.
+/// `path` is used in messages.
 ///
 /// # Errors
-/// Where it cannot be used.
+/// If the kubeconfig cannot be used.
 pub(super) async fn read(
     path: &Path,
     kubeconfig: Result<Kubeconfig, KubeconfigError>,
@@ -30,7 +30,7 @@ pub(super) async fn read(
     let options = KubeConfigOptions::default();
     let mut config = match Config::from_custom_kubeconfig(kubeconfig, &options).await {
         Ok(config) => config,
-        // kube has read both of the environment, too.
+        // `kube` also reads both from the environment.
         Err(KubeconfigError::ParseNoProxy(source)) => return Err(Error::NoProxy { source }),
         Err(KubeconfigError::ParseProxyUrl(source)) => {
             return Err(Error::Proxy {
@@ -51,8 +51,8 @@ pub(super) async fn read(
     Ok((config, proxy))
 }
 
-/// The server's address. Without a scheme it has the one that client-go gives it: https where
-/// certificates are spoken of.
+/// Returns the server's address. Without a scheme it gets the one of client-go: https if the
+/// kubeconfig has certificates.
 fn server(kubeconfig: &Kubeconfig) -> Option<String> {
     let context = context(kubeconfig)?;
     let mut users = kubeconfig.auth_infos.iter();

@@ -1,7 +1,7 @@
-//! Reading a list object by object while it comes.
+//! Reading a list object by object while it arrives.
 //!
-//! A list has any number of objects, and is never in memory as a whole: what is bounded is each
-//! object, and what stands around them.
+//! A list of any length is never in memory as a whole. Each object, and the text around the
+//! objects, have a maximum size.
 
 use std::pin::Pin;
 use std::time::Duration;
@@ -21,21 +21,21 @@ pub(super) type Body = Pin<Box<dyn AsyncBufRead + Send>>;
 pub(super) struct List {
     kind: Kind,
     body: Body,
-    /// How long the server may be silent.
+    /// How long to wait for more bytes.
     patience: Duration,
     splitter: Splitter,
-    /// Whether what stands before the objects has been looked at.
-    is_known: bool,
+    /// Whether the text before the objects was checked.
+    is_checked: bool,
 }
 
-/// What a list says besides its objects.
+/// The fields of a list other than its objects.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct ListEnd {
     /// The version of the list.
     pub version: String,
-    /// What leads to the next page.
+    /// The `continue` token of the next page.
     pub token: Option<String>,
-    /// How long the text around the objects was.
+    /// The length of the text around the objects.
     pub bytes: usize,
 }
 
@@ -46,14 +46,14 @@ impl List {
             body,
             patience,
             splitter: Splitter::default(),
-            is_known: false,
+            is_checked: false,
         }
     }
 
     /// Returns the next object, or `None` after the last one.
     ///
     /// # Errors
-    /// When this is no list of such objects, or does not come to its end.
+    /// If this is not a list of the kind, or it breaks off.
     pub(super) async fn next(&mut self) -> Result<Option<&RawValue>, WatchError> {
         self.splitter.object.clear();
         loop {
@@ -76,9 +76,9 @@ impl List {
                 break;
             }
         }
-        // A list of something else must not pass for one, not even for a while.
-        if !self.is_known {
-            self.is_known = true;
+        // No object of a list of another kind may be delivered.
+        if !self.is_checked {
+            self.is_checked = true;
             let end = if self.splitter.in_items { "]}" } else { "}" };
             let head = [&self.splitter.around, end.as_bytes()].concat();
             let page: ListPage<'_> = parse(&head)?;
@@ -87,10 +87,10 @@ impl List {
         parse(&self.splitter.object).map(Some)
     }
 
-    /// Returns what the list said besides its objects.
+    /// Returns the other fields, after the last object.
     ///
     /// # Errors
-    /// When it is not the list that was asked for; also with an object of another kind before.
+    /// If this is not a complete list of the kind.
     pub(super) fn end(self) -> Result<ListEnd, WatchError> {
         let text = self.splitter.around;
         let mut page: ListPage<'_> = parse(&text)?;
@@ -117,7 +117,7 @@ fn parse<'a, T: serde::Deserialize<'a>>(text: &'a [u8]) -> Result<T, WatchError>
     })
 }
 
-/// Takes the text of a list apart: its objects, and what stands around them.
+/// Separates the objects of a list from the text around them.
 #[derive(Default)]
 struct Splitter {
     /// The list without its objects.
@@ -127,15 +127,15 @@ struct Splitter {
     depth: u32,
     in_string: bool,
     escaped: bool,
-    /// Whether the objects are being read: the values of the array `items` of the root.
+    /// Whether the array `items` of the root is being read.
     in_items: bool,
-    /// Whether there was an object.
+    /// Whether that array has had an object.
     any: bool,
 }
 
 impl Splitter {
-    /// Reads on to the end of the next object. Returns how many bytes that took, and whether
-    /// there is one.
+    /// Consumes bytes up to the end of the next object. Returns their number, and whether an object
+    /// is complete.
     fn take(&mut self, bytes: &[u8]) -> (usize, bool) {
         let mut begin = 0;
         for (at, &byte) in bytes.iter().enumerate() {
@@ -167,7 +167,7 @@ impl Splitter {
                     } else {
                         begin += 1;
                     }
-                    // The end of an array without values is the end of none.
+                    // The `]` of an empty array ends no object.
                     let is_object =
                         byte == b',' || self.any || !self.object.trim_ascii().is_empty();
                     if is_object {
@@ -206,7 +206,7 @@ impl Splitter {
     }
 }
 
-/// Whether a text ends where the array of the field `items` begins.
+/// Returns whether a text ends with the start of the array of the field `items`.
 fn ends_with_items(text: &[u8]) -> bool {
     let colon = text.strip_suffix(b"[").map(<[u8]>::trim_ascii_end);
     let key = colon.and_then(|text| text.strip_suffix(b":"));
@@ -289,7 +289,7 @@ mod tests {
             (format!("{{{pods},\"items\":[]}}"), "a v1 PodList"),
             (
                 format!("{{\"items\":[{{}}],{HEAD}}}"),
-                "does not say what it is",
+                "without apiVersion and kind",
             ),
             (
                 "<html>[\"items\":[1]]</html>".to_owned(),

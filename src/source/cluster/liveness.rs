@@ -1,13 +1,13 @@
-//! Noticing that the server has fallen silent, and that it is back.
+//! Detection of a silent server, and of its return.
 //!
-//! A server that goes away without closing its connections, as when a cable is cut, leaves
-//! watches that nothing comes from, and nothing is usual: a quiet cluster sends a bookmark a
-//! minute. So when nothing has come for a while the server is asked for its version. An answer of
-//! any kind is a sign of life. Without one the watches are given up, and requests that wait for an
-//! answer too; their reflectors find out what is wrong.
+//! If the server disappears without closing its connections, for example because a cable was cut,
+//! its watches are silent. So are those of a quiet cluster, which sends one bookmark a minute. After
+//! [`Timing::quiet`] without a byte, the server is therefore asked for its version. Any answer shows
+//! that it is alive. Without one, all watches and pending requests are abandoned, and the reflectors
+//! connect again.
 //!
-//! While the server is away, it is asked for its version at short intervals, by one request at a
-//! time for all kinds together. The answer wakes the reflectors (see [`Reach`]).
+//! While the server is unreachable, its version is requested at short intervals, by one request at
+//! a time for all kinds. The answer wakes the reflectors (see [`Reach`]).
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -23,10 +23,10 @@ use super::stats::SourceStats;
 use super::timing::{Timing, varied};
 use super::traffic::Unanswered;
 
-/// Where every server tells its version, to everybody.
+/// A path that every server answers, without authorization.
 const VERSION: &str = "/version";
 
-/// Looks after the watches of one server.
+/// Checks the liveness of one server.
 pub(super) struct Liveness {
     client: Client,
     stats: Arc<SourceStats>,
@@ -52,91 +52,95 @@ impl Liveness {
         }
     }
 
-    /// Changes when the watches are to be given up.
+    /// Returns a receiver that changes when watches and pending requests must be abandoned.
     pub(super) fn silent(&self) -> watch::Receiver<u64> {
         self.silent.subscribe()
     }
 
-    /// Runs for ever.
+    /// Checks the server until the future is dropped.
     pub(super) async fn run(self) {
         loop {
             tokio::select! {
-                () = self.notice_silence() => {}
+                () = self.detect_silence() => {}
                 () = self.reach.away() => self.await_return().await,
             }
         }
     }
 
-    /// Gives up the watches each time that the server is silent, until it is away.
-    async fn notice_silence(&self) {
-        let mut heard = self.stats.bytes();
+    /// Abandons the watches each time the server is found silent. Never returns.
+    async fn detect_silence(&self) {
+        let mut received = self.stats.bytes();
         loop {
             tokio::time::sleep(self.timing.quiet).await;
-            let before = std::mem::replace(&mut heard, self.stats.bytes());
-            // Where a fault is known, the reflectors are on it.
-            if heard != before || self.stats.fault().is_some() || !self.ask().await.is_silent() {
+            let before = std::mem::replace(&mut received, self.stats.bytes());
+            // During a known fault, the reflectors retry already.
+            if received != before || self.stats.fault().is_some() || !self.probe().await.is_silent()
+            {
                 continue;
             }
-            self.give_up();
+            self.abandon_watches();
             self.reach.lost();
         }
     }
 
-    fn give_up(&self) {
-        tracing::debug!("the API server is silent; giving up the watches");
+    fn abandon_watches(&self) {
+        tracing::debug!("the API server is silent; abandoning its watches");
         self.silent.send_modify(|times| *times += 1);
     }
 
-    /// Asks again and again, until any request is answered. The client notes the answers.
+    /// Probes the server until any request is answered, which [`Traffic`](super::traffic) notes.
     async fn await_return(&self) {
         let mut at_least = Duration::ZERO;
-        // A request that failed says nothing about the watches, which may wait for the same server.
-        let (began, heard) = (Instant::now(), self.stats.bytes());
-        let mut given_up = false;
+        // A failed request alone does not show that the watches are dead: they are abandoned only
+        // after `quiet` without a byte.
+        let (began, received) = (Instant::now(), self.stats.bytes());
+        let mut abandoned = false;
         while self.reach.is_away() {
             tokio::time::sleep(varied(self.timing.probe).max(at_least)).await;
-            let asked = self.ask().await;
-            let quiet = began.elapsed() >= self.timing.quiet && self.stats.bytes() == heard;
-            if asked.is_silent() && quiet && !std::mem::replace(&mut given_up, true) {
-                self.give_up();
+            let result = self.probe().await;
+            let quiet = began.elapsed() >= self.timing.quiet && self.stats.bytes() == received;
+            if result.is_silent() && quiet && !std::mem::replace(&mut abandoned, true) {
+                self.abandon_watches();
             }
-            let busy = asked.answer().filter(|answer| is_busy(answer.status()));
+            let busy = result.answer().filter(|answer| is_busy(answer.status()));
             let seconds = busy.and_then(|answer| retry_after(answer.headers()));
             at_least = Duration::from_secs(seconds.unwrap_or_default().into())
                 .min(self.timing.longest_pause);
         }
     }
 
-    async fn ask(&self) -> ProbeResult {
+    async fn probe(&self) -> ProbeResult {
         let Ok(request) = hyper::Request::get(VERSION).body(Body::empty()) else {
-            return ProbeResult::Not;
+            return ProbeResult::NotSent;
         };
         let answer = self.client.send(request);
         match tokio::time::timeout(self.timing.liveness_timeout, answer).await {
             Ok(Ok(answer)) => ProbeResult::Answered(answer),
-            Ok(Err(kube::Error::Service(error))) if lacks_descriptor(&*error) => ProbeResult::Not,
-            Ok(Err(_)) | Err(_) => ProbeResult::InVain,
+            Ok(Err(kube::Error::Service(error))) if lacks_descriptor(&*error) => {
+                ProbeResult::NotSent
+            }
+            Ok(Err(_)) | Err(_) => ProbeResult::NoAnswer,
         }
     }
 }
 
-/// What came of a question.
+/// The outcome of a request for the version.
 enum ProbeResult {
     Answered(Response<Body>),
-    InVain,
-    /// It could not be sent: this process has no file descriptor for a connection.
-    Not,
+    NoAnswer,
+    /// Not sent, since this process has no file descriptor for a connection.
+    NotSent,
 }
 
 impl ProbeResult {
     fn is_silent(&self) -> bool {
-        matches!(self, Self::InVain)
+        matches!(self, Self::NoAnswer)
     }
 
     fn answer(self) -> Option<Response<Body>> {
         match self {
             Self::Answered(answer) => Some(answer),
-            Self::InVain | Self::Not => None,
+            Self::NoAnswer | Self::NotSent => None,
         }
     }
 }

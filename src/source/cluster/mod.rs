@@ -1,37 +1,39 @@
 //! Objects from a Kubernetes API server.
 //!
-//! [`Cluster::connect`] finds the server and credentials, [`Cluster::run`] watches Services,
-//! EndpointSlices, the own Node and the ServiceCIDRs with the selectors that kube-proxy uses, so
-//! that headless services and those of other proxies never leave the server. (A service that
-//! turns headless comes as a deletion. Servers before Kubernetes 1.31 cannot select by that, and
-//! send headless services too, which have no rules.) NetworkPolicies are watched too, and Pods and
-//! Namespaces while there is a policy.
+//! [`Cluster::connect`] finds the server and credentials. [`Cluster::run`] watches Services,
+//! EndpointSlices, the node's own Node object and ServiceCIDRs with the selectors of kube-proxy, so
+//! that the server does not send headless services and those of other proxies. (A service that
+//! becomes headless is received as a deletion. Servers before Kubernetes 1.31 cannot select by
+//! `spec.clusterIP` and send headless services too; they have no rules.) NetworkPolicies are
+//! watched too, and Pods and Namespaces while a NetworkPolicy exists.
 //!
 //! ```text
-//! request (list, watch; lines) ─> reflect (one kind: version) ─> deliver (names, decode) ─> events
-//!     fault (what went wrong, told once)    timing (pauses)    liveness (is it silent?)
-//!     demand (Pods and Namespaces are reflected while there is a NetworkPolicy)
-//!     servers (where the connections lead)    traffic (what every request passes through)
-//!     reach (is the server there? wakes those that wait when it is back)
-//!     list (objects of a list while it comes)
+//! request (list, watch) ─> reflect (state of one kind) ─> deliver (decode, names) ─> events
+//!
+//!     list         objects of a list, as they arrive
+//!     watch_error  why a session ended            faults   lasting faults, reported once
+//!     timing       timeouts and pauses            reach    ends the pauses when the server is back
+//!     liveness     finds a silent server          demand   Pods and Namespaces, on demand
+//!     traffic      observes every request         servers  addresses of the server
 //! ```
 //!
 //! The watches are nftlet's own and not those of `kube::runtime`, which lack:
 //!
-//! - bounds: on the bytes of an object, of what is around the objects of a list, and of a refusal;
-//! - checks that an answer is of the kind that was asked for, so that a proxy's page or another
-//!   API's list is no empty list;
-//! - an end of all pauses when any kind finds the server back, and `Retry-After` as their least;
-//! - a new list after 410 that sends only what differs, with the last known state of an object that
-//!   cannot be decoded still in force;
-//! - streamed lists, with pages from the servers that refuse them, decided once for each kind;
-//! - a silent connection noticed within 15 s, by a question that all kinds share;
+//! - limits on the size of an object, of the text around the objects of a list, and of an error;
+//! - checks that an answer is of the requested kind, so that a proxy's error page or the list of
+//!   another API is not taken for an empty list;
+//! - an end of all pauses as soon as any request finds the server back, with `Retry-After` as their
+//!   minimum;
+//! - a new list after 410 Gone that delivers only the differences, and keeps the last valid state
+//!   of an object that cannot be decoded;
+//! - streamed lists with a fallback to pages, chosen once for each kind;
+//! - detection of a silent connection within 15 s, by one request for all kinds;
 //! - decoding from the bytes of the connection into the few fields that are used, without copies of
 //!   their text.
 //!
-//! Credentials that change on disk are picked up without a restart: a token file is read again at
-//! least once a minute (keeping the last token if that fails), and inside a pod the CA bundle as
-//! well, by the HTTP client of `kube`.
+//! Credentials that change on disk are used without a restart: a token file is read again at least
+//! once a minute (the last token stays in use if that fails), and in a pod `kube` reads the CA
+//! bundle again.
 
 mod bounded;
 mod deliver;
@@ -89,23 +91,23 @@ use self::traffic::{Observed, Traffic, innermost};
 use super::Sender;
 use crate::model::Kind;
 
-/// How long the TCP and TLS handshakes with the server may take.
+/// Time limit of the TCP and TLS handshakes with the server.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(10);
 
-/// Why there is no cluster to watch.
+/// Why a cluster cannot be watched.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// nftlet runs outside of a cluster and was given no kubeconfig.
+    /// nftlet does not run in a pod, and no kubeconfig was given.
     #[error(
-        "there is no cluster around: nftlet does not run in a pod, and no kubeconfig was given"
+        "no cluster to connect to: nftlet does not run in a pod, and no kubeconfig was given; use --kubeconfig or --manifests"
     )]
     NoCluster,
-    /// nftlet runs in a pod whose service account cannot be used.
+    /// The service account of the pod cannot be used.
     #[error(
         "cannot use the pod's service account: {source}; check that automountServiceAccountToken is not false"
     )]
     ServiceAccount {
-        /// What is wrong with it.
+        /// The cause.
         source: InClusterError,
     },
     /// The kubeconfig cannot be used.
@@ -113,52 +115,52 @@ pub enum Error {
     Kubeconfig {
         /// The file, or the value of the variable KUBECONFIG.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The cause.
         source: KubeconfigError,
     },
-    /// The address of the server is none.
+    /// The address of the server is not valid.
     #[error(
         "{place}: `{address}` is not the address of an API server: {reason}; write it like https://192.0.2.10:6443"
     )]
     Address {
-        /// Where it stands.
+        /// The flag or the field that holds it.
         place: String,
-        /// What was given.
+        /// The address as it was given, without a password.
         address: String,
-        /// What is wrong with it.
+        /// The cause.
         reason: String,
     },
     /// The token cannot be used.
     #[error(
-        "cannot use the token in {place}: {reason}; the file has to be readable and hold the token alone, on one line"
+        "cannot use the token in {place}: {reason}; the file must be readable and contain only the token, on one line"
     )]
     Token {
-        /// The file, or where in the kubeconfig it stands.
+        /// The file, or the field of the kubeconfig.
         place: String,
-        /// What is wrong with it.
+        /// The cause.
         reason: String,
     },
-    /// The proxy on the way to the server cannot be used.
+    /// The proxy to the server cannot be used.
     #[error(
-        "cannot use the proxy {proxy}: {reason}; write it like http://192.0.2.20:3128 in proxy-url of the kubeconfig or in the variable HTTPS_PROXY"
+        "cannot use the proxy {proxy}: {reason}; write it like http://192.0.2.20:3128 in proxy-url of the kubeconfig or in the environment variable HTTPS_PROXY"
     )]
     Proxy {
-        /// Its address.
+        /// Its address, without a password.
         proxy: String,
-        /// What is wrong with it.
+        /// The cause.
         reason: String,
     },
-    /// The list of servers without a proxy cannot be understood.
+    /// The variable NO_PROXY cannot be parsed.
     #[error(
-        "cannot use the variable NO_PROXY: {source}; write addresses, ranges and names of hosts with a comma between them"
+        "cannot use the environment variable NO_PROXY: {source}; write addresses, ranges and host names, separated by commas"
     )]
     NoProxy {
-        /// What is wrong with it.
+        /// The cause.
         source: NoProxyError,
     },
     /// The metrics of the requests cannot be created.
     #[error(
-        "cannot create the metrics of requests to the API server: {0}; this is a fault of nftlet"
+        "cannot create the metrics of requests to the API server: {0}; this is a bug of nftlet"
     )]
     Metrics(#[source] prometheus::Error),
     /// The credentials or certificates cannot be used.
@@ -169,12 +171,12 @@ pub enum Error {
     Client {
         /// The server's address.
         server: String,
-        /// What is wrong.
+        /// The cause.
         source: kube::Error,
     },
 }
 
-/// What is wrong, without the lines of the file around it: they may hold a token.
+/// Returns the first line of an error. The others quote the file, which may contain a token.
 fn first_line(source: &KubeconfigError) -> String {
     let text = source.to_string();
     text.lines().next().unwrap_or_default().to_owned()
@@ -194,14 +196,14 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    /// Prepares to watch a cluster: the one of the kubeconfig file, else of the files in the
-    /// environment variable KUBECONFIG, else the one that nftlet runs in. Nothing is sent yet.
+    /// Prepares to watch a cluster: that of the kubeconfig file, else that of the files in the
+    /// environment variable KUBECONFIG, else that of the pod. Sends no request.
     ///
-    /// `server` is an address to use in place of the one found, with the credentials found; where
-    /// nothing is found, without credentials.
+    /// `server` replaces the address of the configuration, whose credentials are used. Without a
+    /// configuration, requests to `server` have no credentials.
     ///
     /// # Errors
-    /// When there is no such configuration, or it cannot be used.
+    /// If there is neither a configuration nor a `server`, or one of them cannot be used.
     pub async fn connect(
         kubeconfig: Option<PathBuf>,
         server: Option<String>,
@@ -235,10 +237,10 @@ impl Cluster {
         if let Some(proxy) = &config.proxy_url {
             let proxy = proxy.to_string();
             let proxy = proxy::without_password(&proxy);
-            tracing::info!("the way to the API server leads through the proxy {proxy}");
+            tracing::info!("connecting to the API server through the proxy {proxy}");
         }
         let token = TokenFile::take(&mut config)?;
-        // The reflectors do their own retries, which know what can be resumed.
+        // The reflectors retry, since they know what can be resumed.
         config.default_retry = false;
         config.connect_timeout = Some(CONNECT_PATIENCE);
         let server = config.cluster_url.to_string();
@@ -271,14 +273,14 @@ impl Cluster {
         })
     }
 
-    /// The same with other waiting times.
+    /// Sets the timeouts and pauses.
     #[must_use]
     pub fn with_timing(self, timing: Timing) -> Self {
         Self { timing, ..self }
     }
 
-    /// The same with or without Pods, Namespaces and NetworkPolicies. Without, none of them is
-    /// asked for, and no event is about them.
+    /// Sets whether Pods, Namespaces and NetworkPolicies are watched. If not, no request and no
+    /// event is about them.
     #[must_use]
     pub fn with_network_policies(self, network_policies: bool) -> Self {
         Self {
@@ -287,38 +289,38 @@ impl Cluster {
         }
     }
 
-    /// The way to the server, for what else there is to ask or tell it. Answers with more than an
-    /// object can have are errors.
+    /// Returns a client for other requests to the server. An answer that is longer than an object
+    /// can be is an error.
     pub fn client(&self) -> Client {
         bounded::bounded(&self.client)
     }
 
-    /// The server's address.
-    pub fn server(&self) -> &str {
+    /// Returns the server's address.
+    pub(crate) fn server(&self) -> &str {
         &self.server
     }
 
-    /// The metrics of all requests to the server, also those of [`client`](Cluster::client), for a
-    /// registry.
-    pub fn request_metrics(&self) -> [Box<dyn Collector>; 2] {
+    /// Returns the metrics of all requests to the server, including those of
+    /// [`client`](Cluster::client), for a registry.
+    pub(crate) fn request_metrics(&self) -> [Box<dyn Collector>; 2] {
         self.request_metrics.collectors()
     }
 
-    /// The counters, which go on counting while [`run`](Cluster::run) has taken the cluster.
+    /// Returns the counters, which [`run`](Cluster::run) updates.
     pub fn stats(&self) -> Arc<SourceStats> {
         self.stats.clone()
     }
 
-    /// Delivers where the server is reached ([`Event::Servers`](crate::model::Event::Servers)), then
-    /// watches until `shutdown` turns true (or its sender is gone), or the receiver of `sender`
-    /// is gone. Nothing else ends it: whatever is wrong with the server is told in notices and
-    /// tried again.
+    /// Delivers the addresses of the server ([`Event::Servers`](crate::model::Event::Servers)), then
+    /// watches until `shutdown` becomes true or its sender is dropped, or the receiver of `sender`
+    /// is dropped. Nothing else ends it: faults of the server are reported in notices and requests
+    /// are retried.
     ///
-    /// `ListStarted` of a kind comes again when a first list is cut off before its
-    /// `ListComplete`. The Node's list is complete once the Node exists, or after
-    /// [`Timing::node_wait`]. The lists of Pods and Namespaces are empty while there is no
-    /// NetworkPolicy. When the first one comes, `ListStarted` of both comes before its `Apply`;
-    /// when the last one is gone for [`Timing::linger`], both are listed empty again.
+    /// `ListStarted` of a kind is repeated if the first list breaks off before its `ListComplete`.
+    /// The list of the Node is complete once the Node exists, or after [`Timing::node_wait`]. The
+    /// lists of Pods and Namespaces are empty while there is no NetworkPolicy. `ListStarted` of both
+    /// precedes the `Apply` of the first policy; [`Timing::linger`] after the deletion of the last
+    /// one, both are listed as empty again.
     pub async fn run(self, sender: Sender, mut shutdown: watch::Receiver<bool>) {
         let resolved = tokio::select! {
             resolved = self.servers.announce(&sender) => resolved,
@@ -355,13 +357,13 @@ impl Cluster {
                 Demand::new(reflector, sender.clone(), faults.clone(), linger).run()
             })
             .into();
-        // Otherwise the receiver would never see the end of the events.
+        // With this sender the channel would stay open after the watches have ended.
         drop(sender);
         tokio::select! {
             _ = async { join!(join_all(services), policies) } => {}
             () = liveness.run() => {}
             () = follow => {}
-            // An error says that the sender is gone, and with it whoever could ask.
+            // The wait fails if the sender was dropped, which also ends the source.
             _ = shutdown.wait_for(|stop| *stop) => {}
         }
     }
@@ -387,7 +389,7 @@ fn client(
     Ok(builder.with_layer(&observed).build())
 }
 
-/// Reads the address of a server; `place` is where it stands.
+/// Parses the address of a server; `place` is the flag or field that holds it.
 fn address(text: &str, place: impl fmt::Display) -> Result<Uri, Error> {
     let fault = |reason: String| Error::Address {
         place: place.to_string(),
@@ -403,7 +405,7 @@ fn address(text: &str, place: impl fmt::Display) -> Result<Uri, Error> {
         ));
     }
     if uri.host().is_none_or(str::is_empty) {
-        return Err(fault("it names no host".to_owned()));
+        return Err(fault("it has no host".to_owned()));
     }
     let authority = uri.authority().map_or("", Authority::as_str);
     let has_port = !authority.ends_with(uri.host().unwrap_or_default());
@@ -413,7 +415,7 @@ fn address(text: &str, place: impl fmt::Display) -> Result<Uri, Error> {
     Ok(without_user(uri))
 }
 
-/// Removes the user and password of an address: they are not sent, and would be in the log.
+/// Removes user and password from an address, since they are not sent and must not be logged.
 fn without_user(uri: Uri) -> Uri {
     let mut parts = uri.clone().into_parts();
     let authority = parts.authority.as_ref().map(Authority::as_str);
@@ -421,14 +423,15 @@ fn without_user(uri: Uri) -> Uri {
         return uri;
     };
     tracing::warn!(
-        "the user and password in the address of the API server are not used; name them as \
-         username and password of a user in the kubeconfig"
+        "user and password in the address of the API server are ignored; set username and \
+         password of the user in the kubeconfig"
     );
     parts.authority = host.parse().ok();
     Uri::from_parts(parts).unwrap_or(uri)
 }
 
-/// What a pod knows of its cluster. An address without credentials is enough where it is given.
+/// Returns the configuration of the pod. Outside of a pod, `server` alone is used, without
+/// credentials.
 fn in_cluster(server: Option<&str>) -> Result<Config, Error> {
     match (Config::incluster(), server) {
         (Ok(config), _) => Ok(config),

@@ -1,9 +1,9 @@
-//! Which proxy leads to the API server, if one does.
+//! Choice of the proxy to the API server.
 //!
-//! `proxy-url` of the kubeconfig counts, else the environment as Go programs read it: HTTPS_PROXY
-//! (HTTP_PROXY for a server without TLS), unless NO_PROXY names the server. kube compares NO_PROXY
-//! with the proxy's own address, so the choice is made here. In a pod without a kubeconfig there
-//! is no proxy: its server is an address of the cluster.
+//! `proxy-url` of the kubeconfig has precedence over the environment, which is read as Go programs
+//! do: HTTPS_PROXY (HTTP_PROXY for a server without TLS), unless NO_PROXY matches the server. `kube`
+//! compares NO_PROXY with the proxy's own address, so the choice is made here. In a pod without a
+//! kubeconfig no proxy is used, since the server has an address of the cluster.
 
 use std::net::IpAddr;
 
@@ -12,13 +12,13 @@ use ipnet::IpNet;
 
 use super::Error;
 
-/// The forms of proxies that are spoken with.
+/// The supported schemes of proxies.
 const SCHEMES: [&str; 3] = ["http", "https", "socks5"];
 
-/// The proxy for a server: the one that the kubeconfig names, else that of the environment.
+/// Returns the proxy for a server: `named`, from the kubeconfig, else that of the environment.
 ///
 /// # Errors
-/// When the chosen one cannot be used.
+/// If the chosen one cannot be used.
 pub(super) fn choose(
     named: Option<String>,
     server: &Uri,
@@ -44,7 +44,7 @@ pub(super) fn choose(
     read(&proxy).map(Some)
 }
 
-/// Reads the address of a proxy; without a scheme it is one of HTTP.
+/// Parses the address of a proxy. The default scheme is http.
 fn read(text: &str) -> Result<Uri, Error> {
     let with_scheme = match text.contains("://") {
         true => text.to_owned(),
@@ -60,13 +60,13 @@ fn read(text: &str) -> Result<Uri, Error> {
     match uri.scheme_str() {
         Some(scheme) if SCHEMES.contains(&scheme) => Ok(uri),
         other => Err(fault(format!(
-            "nftlet does not speak {} with proxies",
-            other.unwrap_or("this")
+            "the scheme {} is not supported",
+            other.unwrap_or("of this address")
         ))),
     }
 }
 
-/// The address of a proxy as it may be shown.
+/// Returns the address of a proxy without user and password.
 pub(super) fn without_password(proxy: &str) -> &str {
     match proxy.rsplit_once('@') {
         Some((_, rest)) => rest,
@@ -74,7 +74,7 @@ pub(super) fn without_password(proxy: &str) -> &str {
     }
 }
 
-/// Whether a list in the form of NO_PROXY names a server. Loopback never needs a proxy.
+/// Returns whether a list in the form of NO_PROXY matches a server. Loopback addresses always match.
 fn is_excepted(server: &Uri, list: &str) -> bool {
     let host = server.host().unwrap_or_default();
     let host = host.trim_start_matches('[').trim_end_matches(']');
@@ -112,7 +112,7 @@ fn is_excepted(server: &Uri, list: &str) -> bool {
             return name.parse() == Ok(ip);
         }
         let (host, name) = (host.to_lowercase(), name.to_lowercase());
-        // A name is that of a domain and of all in it; with a dot before it, of the latter only.
+        // A name matches a domain and all names in it, with a leading dot only the latter.
         let name = name.strip_prefix('*').unwrap_or(&name);
         match name.strip_prefix('.') {
             Some(domain) => is_inside(&host, domain),
@@ -206,7 +206,10 @@ mod tests {
     fn a_proxy_that_cannot_be_used_is_named_without_its_password() {
         let server = "https://192.0.2.10".parse().expect("an address");
         for (url, reason) in [
-            ("ftp://me:secret@192.0.2.20", "does not speak ftp"),
+            (
+                "ftp://me:secret@192.0.2.20",
+                "the scheme ftp is not supported",
+            ),
             ("http://me:secret@proxy example", "invalid uri"),
         ] {
             let error = choose(Some(url.to_owned()), &server, |_| None);

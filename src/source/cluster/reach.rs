@@ -1,9 +1,9 @@
-//! Whether the API server can be reached, as the requests of all kinds find together.
+//! Reachability of the API server, learned from all requests.
 //!
-//! Each watch pauses longer and longer between attempts, up to half a minute. When the server comes
-//! back, the first answer to any request ends the pauses of all: each watch tries again after a
-//! random part of [`Timing::wake`](super::Timing::wake), but not before the time that the server
-//! set with `Retry-After`.
+//! Each watch doubles its pauses between attempts, up to half a minute. When the server is back,
+//! the first answer to any request ends all pauses: each watch retries after a random part of
+//! [`Timing::wake`](super::Timing::wake), but not before the time that the server set with
+//! `Retry-After`.
 
 use std::time::Duration;
 
@@ -14,28 +14,28 @@ use tokio::time::{Instant, sleep, sleep_until};
 
 use super::timing::{Pause, random};
 
-/// Knows whether the server answers, and when it came back.
+/// Whether the server answers, and when it last returned from an outage.
 #[derive(Debug, Default)]
 pub(super) struct Reach(watch::Sender<Reachability>);
 
 #[derive(Debug, Default)]
 struct Reachability {
-    /// Whether the server could not be reached, and has not answered since.
+    /// Whether the server was unreachable and has not answered since.
     away: bool,
-    /// Counts how often it came back.
+    /// The number of outages that have ended.
     returns: u64,
     returned: Option<Instant>,
 }
 
 impl Reach {
-    /// Notes that the server cannot be reached.
+    /// Records that the server cannot be reached.
     pub(super) fn lost(&self) {
         self.0
             .send_if_modified(|state| !std::mem::replace(&mut state.away, true));
     }
 
-    /// Notes an answer. One that says that the server (or what stands before it) has no answer at
-    /// present does not end an outage.
+    /// Records an answer. One with a status of [`is_busy`], which may come from a proxy or a load
+    /// balancer, does not end an outage.
     pub(super) fn answered(&self, status: StatusCode) {
         if is_busy(status) {
             return;
@@ -50,19 +50,19 @@ impl Reach {
         });
     }
 
-    /// How often the server came back.
+    /// Returns the number of outages that have ended.
     pub(super) fn returns(&self) -> u64 {
         self.0.borrow().returns
     }
 
-    /// Waits until the server has come back more often than so.
+    /// Waits until the number of ended outages differs from `returns`.
     pub(super) async fn returned_since(&self, returns: u64) {
         let mut states = self.0.subscribe();
-        // The sender is in `self`.
+        // The wait cannot fail, since `self` has the sender.
         let _ = states.wait_for(|state| state.returns != returns).await;
     }
 
-    /// Whether the server is away or came back less than so long ago.
+    /// Returns whether the server is unreachable, or returned less than `settle` ago.
     pub(super) fn is_settling(&self, settle: Duration) -> bool {
         let state = self.0.borrow();
         state.away || state.returned.is_some_and(|at| at.elapsed() < settle)
@@ -72,14 +72,14 @@ impl Reach {
         self.0.borrow().away
     }
 
-    /// Waits until the server is away.
+    /// Waits until the server is unreachable.
     pub(super) async fn away(&self) {
-        // The sender is in `self`.
+        // The wait cannot fail, since `self` has the sender.
         let _ = self.0.subscribe().wait_for(|state| state.away).await;
     }
 
-    /// Waits for a pause, which ends early, within `jitter`, when the server has come back more
-    /// often than `returns`.
+    /// Waits for a pause. It ends early, within `jitter`, once the number of ended outages differs
+    /// from `returns`.
     pub(super) async fn pause(&self, pause: Pause, returns: u64, jitter: Duration) {
         let began = Instant::now();
         let mut states = self.0.subscribe();
@@ -94,7 +94,7 @@ impl Reach {
     }
 }
 
-/// Whether a status asks to come back later.
+/// Returns whether a status asks to retry later.
 pub(super) fn is_busy(status: StatusCode) -> bool {
     status == StatusCode::TOO_MANY_REQUESTS || status.is_server_error()
 }
@@ -117,7 +117,7 @@ mod tests {
         };
         let back = async {
             sleep(Duration::from_secs(5)).await;
-            // What stands before the server answers in its place.
+            // A load balancer answers in place of the server.
             reach.answered(StatusCode::BAD_GATEWAY);
             reach.answered(StatusCode::TOO_MANY_REQUESTS);
             assert!(reach.is_away());
@@ -139,7 +139,7 @@ mod tests {
         assert!(asked >= wanted && asked < wanted + JITTER, "{asked:?}");
         assert_eq!(short.as_secs(), 1);
         assert_eq!(reach.returns(), 1);
-        // Who has seen the return is not woken by it.
+        // A return that was seen before does not end the pause.
         let began = Instant::now();
         let pause = Pause::from(Duration::from_secs(9));
         reach.pause(pause, 1, JITTER).await;

@@ -1,11 +1,11 @@
-//! Keeping up with the objects of one kind.
+//! Watching the objects of one kind.
 //!
-//! A reflector first reads a complete list, streamed over the watch where the server offers
-//! that, else in pages, and then follows the changes from the version of the list on. When the
-//! connection ends it resumes from the last version it saw, and nothing is listed again. Only
-//! when the server has forgotten that version (410 Gone) is there another list; the reflector
-//! knows the names it has delivered, and sends what the new list lacks as deletions. An object
-//! of that list that cannot be decoded is thus not taken for a deleted one.
+//! A reflector first reads a complete list, streamed over the watch if the server supports that,
+//! else in pages, then follows the changes from the version of the list. When the connection ends,
+//! it resumes from the last version received, without another list. Only if the server no longer
+//! has that version (410 Gone) does it list again: it knows the names it has delivered, and sends
+//! deletions for those that the new list lacks. An object of that list that cannot be decoded is
+//! not taken for a deleted one.
 
 use std::pin::pin;
 use std::sync::Arc;
@@ -26,9 +26,9 @@ use crate::model::{Event, Kind};
 use crate::source::Sender;
 use crate::source::convert::{Decoded, identify};
 
-/// Streamed lists that may end early before lists are paged instead.
+/// How many streamed lists may break off before lists are read in pages.
 const MOST_BROKEN_STREAMS: u32 = 2;
-/// How often it is logged that the server no longer has a version.
+/// The shortest time between log lines about a version that the server no longer has.
 const LOG_GONE_EVERY: Duration = Duration::from_secs(60);
 
 /// The watch of one kind.
@@ -39,28 +39,28 @@ pub(super) struct Reflector {
     stats: Arc<SourceStats>,
     deliveries: Deliveries,
     reach: Arc<Reach>,
-    /// How often the server had come back at the last look.
+    /// [`Reach::returns`] at the end of the last session.
     returns: u64,
-    /// The same when the watch was opened.
-    opened: u64,
-    /// Changes when the server is found silent, and nothing more is to be expected of it.
+    /// [`Reach::returns`] when the watch was opened.
+    returns_at_open: u64,
+    /// Changes when the server is found silent.
     silent: watch::Receiver<u64>,
     /// Whether lists are streamed.
     streaming: bool,
     broken_streams: u32,
-    /// The version to resume from; `None` asks for a list.
+    /// The version to resume from; without one, a list is read first.
     version: Option<String>,
-    /// The version that the next list must have come to, so that it may come from the server's watch
-    /// cache. Another server behind the same address may be behind the one that answered before.
+    /// The minimum version of the next list, which lets the server answer from its watch cache.
+    /// Another server behind the same address may be behind the one that answered before.
     at_least: Option<String>,
-    /// Whether a list followed at once when a version was gone, since the last success.
+    /// Whether a list was read without a pause after 410 Gone, since the last success.
     relisted: bool,
-    /// Since when a watch delivers changes; nothing before it is open and its list complete,
-    /// since a list that is cut off begins anew and has won nothing.
+    /// Since when a watch delivers changes. `None` until its list is complete, since a list that
+    /// breaks off must start again.
     following: Option<Instant>,
-    /// Whether a fault of the server was noted that has not ended.
+    /// Whether the kind has a fault in `faults`.
     faulty: bool,
-    /// The lines about versions that the server no longer has.
+    /// Limits the log lines about versions that the server no longer has.
     gone: Throttle,
 }
 
@@ -82,7 +82,7 @@ impl Reflector {
             faults,
             stats,
             returns: reach.returns(),
-            opened: 0,
+            returns_at_open: 0,
             reach,
             silent,
             streaming: true,
@@ -100,7 +100,7 @@ impl Reflector {
         self.requester.selection.kind
     }
 
-    /// Runs until the receiver of the events is gone.
+    /// Runs until the receiver of the events is dropped.
     pub(super) async fn run(mut self) {
         let mut backoff = Backoff::default();
         loop {
@@ -108,7 +108,7 @@ impl Reflector {
             let followed = self.following.take();
             let returns = self.reach.returns();
             let returned = std::mem::replace(&mut self.returns, returns) != returns;
-            // A server that answers others and breaks off the requests of this kind is not back.
+            // A server that answers other requests but not those of this kind is not back.
             let flaps = returned && matches!(fault, WatchError::Unreachable(_));
             if (returned && !flaps)
                 || followed.is_some_and(|since| since.elapsed() >= self.timing.stable)
@@ -125,13 +125,13 @@ impl Reflector {
             }
             let reach = self.reach.clone();
             let waited = reach.pause(pause, returns, self.timing.wake);
-            if self.waiting(waited).await.is_err() {
+            if self.wait_with_deadline(waited).await.is_err() {
                 return;
             }
         }
     }
 
-    /// Draws the conclusions from the end of a session; returns how long to pause.
+    /// Handles the end of a session. Returns how long to pause.
     async fn after(
         &mut self,
         fault: &WatchError,
@@ -174,7 +174,7 @@ impl Reflector {
                 tracing::info!(%kind, message, "the API server does not know the field to select by (Kubernetes before 1.31); going on without");
                 return Ok(Pause::default());
             }
-            // The version is not understood by what may be another server at the old address.
+            // Another server at the same address may not know the version.
             WatchError::NoStreaming => self.version = None,
             WatchError::Absent(_) if kind == Kind::ServiceCidr => {
                 if !self.deliveries.is_complete() {
@@ -183,25 +183,24 @@ impl Reflector {
                     );
                     self.deliveries.complete_without().await?;
                 }
-                // That is an answer, and the right one.
+                // The server is healthy, it only lacks the API.
                 backoff.reset();
                 self.healthy();
                 return Ok(self.timing.absent_recheck.into());
             }
-            // Without the ranges only one kind of rule is missing; no reason to serve nothing.
+            // Services work without the ranges, so they must not wait for them.
             WatchError::Refused { code: 403, .. } if kind == Kind::ServiceCidr => {
                 self.deliveries.complete_without().await?
             }
             _ => {}
         }
-        // A server that has just started does not know yet what is granted.
+        // A server that has just started may not have loaded all roles.
         let passing = matches!(fault, WatchError::Refused { .. })
             && self.reach.is_settling(self.timing.settle);
-        let told = !passing && (fault.is_certain() || backoff.attempts() > 0);
-        if told && let Some((sort, message)) = fault.describe(&self.requester.selection) {
+        let reported = !passing && (fault.is_certain() || backoff.attempts() > 0);
+        if reported && let Some((sort, message)) = fault.describe(&self.requester.selection) {
             self.faulty = true;
-            let news = self.faults.begin(kind, sort, message);
-            if let Some(notice) = news {
+            if let Some(notice) = self.faults.begin(kind, sort, message) {
                 self.deliveries
                     .send(Instant::now(), Event::Notice(notice))
                     .await?;
@@ -212,7 +211,7 @@ impl Reflector {
                 let at_least = Duration::from_secs((*retry_after).into());
                 backoff.next_after(&self.timing, at_least)
             }
-            // That spares no server, and ends when any connection of the process does.
+            // Long pauses would spare no server, and a descriptor may be free at any time.
             WatchError::NoDescriptor(_) => backoff
                 .next(&self.timing)
                 .min(self.timing.first_pause)
@@ -222,7 +221,7 @@ impl Reflector {
         })
     }
 
-    /// Lists if necessary, then watches until that ends.
+    /// Reads a list if necessary, then watches until the connection ends.
     async fn session(&mut self) -> Result<std::convert::Infallible, WatchError> {
         self.silent.mark_unchanged();
         if self.version.is_none() && !self.streaming {
@@ -239,7 +238,7 @@ impl Reflector {
             })
             .await?;
         stats.count_watch();
-        self.opened = self.reach.returns();
+        self.returns_at_open = self.reach.returns();
         if self.version.is_none() {
             self.deliveries.begin_list().await?;
         }
@@ -250,7 +249,7 @@ impl Reflector {
                 self.following.get_or_insert_with(Instant::now);
                 self.timing.idle
             };
-            let line = self.line_of(&mut lines, patience).await?;
+            let line = self.next_line(&mut lines, patience).await?;
             let at = Instant::now();
             stats.count_bytes(line.len());
             if !line.is_empty() {
@@ -259,20 +258,20 @@ impl Reflector {
         }
     }
 
-    /// Waits for the next line. A watch that follows changes and from which no fault comes is well
-    /// after a while, whether something comes or not.
-    async fn line_of<'l>(
+    /// Waits for the next line. A watch of changes that stays open for [`Timing::stable`] ends the
+    /// fault of the kind even without a line.
+    async fn next_line<'l>(
         &mut self,
         lines: &'l mut WatchLines,
         patience: Duration,
     ) -> Result<&'l [u8], WatchError> {
-        let (reach, opened) = (self.reach.clone(), self.opened);
+        let (reach, opened) = (self.reach.clone(), self.returns_at_open);
         let listing = self.deliveries.is_listing();
         let next = async move {
             tokio::select! {
                 biased;
                 line = lines.next(patience) => line,
-                // After an outage, a watch from before may be dead without a sign.
+                // A watch from before an outage may be dead without an error.
                 () = reach.returned_since(opened), if !listing => Err(WatchError::Ended),
             }
         };
@@ -285,21 +284,21 @@ impl Reflector {
                     () = stable => None,
                 }
             };
-            match self.waiting(first).await? {
+            match self.wait_with_deadline(first).await? {
                 Some(line) => return line,
                 None => self.healthy(),
             }
         }
-        self.waiting(next).await?
+        self.wait_with_deadline(next).await?
     }
 
-    /// Waits for the answer to a request, unless the server is found silent meanwhile.
+    /// Waits for an answer, or fails once the server is found silent.
     async fn unless_silent<T>(
         &mut self,
         answer: impl Future<Output = Result<T, WatchError>>,
     ) -> Result<T, WatchError> {
         let answer = or_silent(self.silent.clone(), answer);
-        self.waiting(answer).await?
+        self.wait_with_deadline(answer).await?
     }
 
     async fn line(&mut self, line: &[u8], at: Instant) -> Result<(), WatchError> {
@@ -314,7 +313,7 @@ impl Reflector {
         let parsed = match serde_json::from_slice::<WatchLine<'_>>(line) {
             Ok(parsed) => parsed,
             Err(error) => {
-                // Some servers put a bare Status on the stream.
+                // Some servers send a Status without an event around it.
                 if let Ok(status) = serde_json::from_slice::<ApiStatus>(line)
                     && status.code.is_some()
                 {
@@ -322,7 +321,7 @@ impl Reflector {
                 }
                 let begin = one_line(&String::from_utf8_lossy(line.get(..80).unwrap_or(line)));
                 return Err(WatchError::Foreign(format!(
-                    "a watch of something else than events: {error}: {begin:?}"
+                    "a line that is not a watch event: {error}: {begin:?}"
                 )));
             }
         };
@@ -351,7 +350,7 @@ impl Reflector {
                     .is_some_and(|it| it.list_end.as_deref() == Some("true"));
                 let version = usable(marker.resource_version);
                 if ends_list && version.is_none() {
-                    let cause = "the end of a list without a resourceVersion".to_owned();
+                    let cause = "a bookmark that ends a list without a resourceVersion".to_owned();
                     return Err(WatchError::Foreign(cause));
                 }
                 if !self.deliveries.is_listing() || ends_list {
@@ -365,13 +364,13 @@ impl Reflector {
                 let status =
                     serde_json::from_str::<ApiStatus>(parsed.object.get()).unwrap_or_default();
                 if status.code.is_none() && status.reason.is_none() {
-                    let cause = "an error that is no Status".to_owned();
+                    let cause = "an error event without a Status".to_owned();
                     return Err(WatchError::Foreign(cause));
                 }
                 return Err(status.into());
             }
             other => {
-                tracing::debug!(kind = %self.kind(), other, "an event of an unknown type was skipped")
+                tracing::debug!(kind = %self.kind(), other, "skipped a watch event of an unknown type")
             }
         }
         if !self.deliveries.is_listing() {
@@ -380,14 +379,14 @@ impl Reflector {
         Ok(())
     }
 
-    /// Decodes a line that is as most are. Of the others, and of those with faults, the whole is
-    /// to be read first.
+    /// Decodes an `ADDED` or `MODIFIED` line as servers write it. Returns `None` for other lines and
+    /// invalid objects, which need the whole event.
     fn decode_at_once(&mut self, line: &[u8]) -> Option<Decoded> {
         let line = std::str::from_utf8(line).ok()?;
         self.deliveries.decode(current_object(line)?).ok()
     }
 
-    /// Notes the version of a change. The objects of a streamed list come in any order of versions.
+    /// Records the version of a change. The objects of a streamed list are not in order of version.
     fn resume_from(&mut self, version: Option<String>) {
         let version = usable(version);
         if !self.deliveries.is_listing() && version.is_some() {
@@ -400,7 +399,7 @@ impl Reflector {
         let stats = self.stats.clone();
         let stats = stats.kind(self.kind());
         let at_least = self.at_least.clone();
-        // The watch cache gives no pages.
+        // The watch cache ignores the limit, so all is requested at once.
         let mut limit = Some(self.timing.page).filter(|_| at_least.is_none());
         let mut token: Option<String> = None;
         loop {
@@ -411,7 +410,7 @@ impl Reflector {
                 .await;
             let mut list = match answer {
                 Ok(list) => list,
-                // The pages have become too old to be continued: all in one, then.
+                // The continue token has expired: read all in one page.
                 Err(WatchError::Gone) if token.is_some() => {
                     (limit, token) = (None, None);
                     continue;
@@ -429,7 +428,7 @@ impl Reflector {
             let end = list.end()?;
             stats.count_bytes(end.bytes);
             if end.token.is_some() && end.token == token {
-                let cause = "a page of a list that leads to itself".to_owned();
+                let cause = "a page of a list whose continue token is its own".to_owned();
                 return Err(WatchError::Foreign(cause));
             }
             if !begun {
@@ -443,7 +442,6 @@ impl Reflector {
         }
     }
 
-    /// The server has said all there is at present.
     async fn end_list(&mut self, at: Instant) -> Result<(), WatchError> {
         self.broken_streams = 0;
         self.at_least = None;
@@ -451,16 +449,16 @@ impl Reflector {
         self.deliveries.end_list(at).await
     }
 
-    /// The server does what it should. An open connection alone does not show that: a fault can
-    /// come as the first event on it.
+    /// Ends the fault of the kind. An open connection alone is no reason to call this: its first
+    /// event may be an error.
     fn healthy(&mut self) {
         if std::mem::take(&mut self.faulty) && self.faults.end(self.kind()) {
             self.faults.log_end();
         }
     }
 
-    /// Waits for something, and meanwhile for the moment to go on without the own Node.
-    async fn waiting<F: Future>(&mut self, future: F) -> Result<F::Output, WatchError> {
+    /// Awaits a future. Meanwhile stops waiting for the own Node when its deadline passes.
+    async fn wait_with_deadline<F: Future>(&mut self, future: F) -> Result<F::Output, WatchError> {
         let mut future = pin!(future);
         loop {
             let Some(deadline) = self.deliveries.node_deadline() else {
@@ -474,13 +472,13 @@ impl Reflector {
     }
 }
 
-/// What comes of waiting for the server, or that it was found silent before.
+/// Waits for an answer, or fails once the server is found silent.
 async fn or_silent<T>(
     mut silent: watch::Receiver<u64>,
     answer: impl Future<Output = Result<T, WatchError>>,
 ) -> Result<T, WatchError> {
-    let given_up = async move {
-        // The sender ends with everything else.
+    let found_silent = async move {
+        // The sender is dropped only when the source ends.
         match silent.changed().await {
             Ok(()) => (),
             Err(_) => std::future::pending().await,
@@ -488,6 +486,6 @@ async fn or_silent<T>(
     };
     tokio::select! {
         answer = answer => answer,
-        () = given_up => Err(WatchError::Silent),
+        () = found_silent => Err(WatchError::Silent),
     }
 }

@@ -1,4 +1,4 @@
-//! Requests to the API server, and reading its answers.
+//! List and watch requests to the API server.
 
 use std::io;
 use std::time::Duration;
@@ -17,12 +17,12 @@ use super::selection::Selection;
 use super::timing::watch_seconds;
 use super::watch_error::{WatchError, broken_off};
 
-/// Asks one server for one selection.
+/// Sends the requests for one selection.
 #[derive(Clone)]
 pub(super) struct Requester {
     client: Client,
     pub selection: Selection,
-    /// How long an answer may take.
+    /// Time limit of an answer.
     patience: Duration,
 }
 
@@ -35,8 +35,8 @@ impl Requester {
         }
     }
 
-    /// Opens one page of a list; without `limit` all of it. With `at_least` the server may take it
-    /// from its watch cache, where that has come to this version.
+    /// Requests one page of a list, or all of it without `limit`. With `at_least` the server may
+    /// answer from its watch cache once that has reached this version.
     pub(super) async fn list(
         &self,
         limit: Option<u32>,
@@ -59,8 +59,8 @@ impl Requester {
         Ok(List::new(self.selection.kind, body, self.patience))
     }
 
-    /// Opens a watch: from a version, or, without one, beginning with a streamed list, which may
-    /// come from the server's watch cache where that has come to the version `at_least`.
+    /// Opens a watch from a version. Without one, it begins with a streamed list, which the server
+    /// may send from its watch cache once that has reached the version `at_least`.
     pub(super) async fn watch(
         &self,
         version: Option<&str>,
@@ -83,7 +83,7 @@ impl Requester {
         Ok(WatchLines { body, line })
     }
 
-    /// Sends a request; returns the body of the answer, unless that is a refusal.
+    /// Sends a request. Returns the body of a successful answer.
     async fn send(&self, request: hyper::Request<Vec<u8>>) -> Result<Body, WatchError> {
         let answer = self.client.send(request.map(Into::into)).await?;
         let (head, body) = answer.into_parts();
@@ -101,7 +101,7 @@ impl Requester {
         if text.len() > MOST_REFUSAL {
             let begin = String::from_utf8_lossy(text.get(..200).unwrap_or_default());
             let most = MOST_REFUSAL >> 10;
-            text = format!("a text of more than {most} KiB, which begins with {begin}").into();
+            text = format!("a text of more than {most} KiB that begins with {begin}").into();
         }
         Err(WatchError::of_answer(
             head.status.as_u16(),
@@ -124,7 +124,7 @@ impl Requester {
     }
 }
 
-/// The seconds after which an answer asks to come back.
+/// Returns the seconds in the header `Retry-After`.
 pub(super) fn retry_after(headers: &HeaderMap) -> Option<u32> {
     headers.get(RETRY_AFTER)?.to_str().ok()?.parse().ok()
 }
@@ -136,18 +136,18 @@ pub(super) struct WatchLines {
 }
 
 impl WatchLines {
-    /// The next line without its end.
+    /// Returns the next line without its line break.
     ///
     /// # Errors
-    /// [`WatchError::Ended`] when the server has closed the connection, it broke, or nothing came for
-    /// `patience`. All three are the ways in which watches end, and are resumed alike.
+    /// [`WatchError::Ended`] if the server closed the connection, it broke, or nothing was received
+    /// for `patience`; the watch is resumed alike after each of them.
     /// [`WatchError::Foreign`] for a line that is longer than an object can be.
     pub(super) async fn next(&mut self, patience: Duration) -> Result<&[u8], WatchError> {
         self.line.clear();
         let mut bounded = (&mut self.body).take(MOST_OBJECT as u64 + 1);
         let read = bounded.read_until(b'\n', &mut self.line);
         match tokio::time::timeout(patience, read).await {
-            // A line that was cut off is as good as none.
+            // An incomplete last line is dropped.
             Ok(Ok(_)) if self.line.last() == Some(&b'\n') => Ok(self.line.trim_ascii_end()),
             Ok(Ok(_)) if self.line.len() > MOST_OBJECT => Err(WatchError::Foreign(format!(
                 "an event of more than {} MiB",

@@ -1,4 +1,4 @@
-//! Metrics of the requests to the API server, with the names, labels and buckets of client-go.
+//! Metrics of requests to the API server, with the names, labels and buckets of client-go.
 
 use std::time::Instant;
 
@@ -6,7 +6,7 @@ use hyper::{Method, StatusCode, Uri};
 use prometheus::core::Collector;
 use prometheus::{HistogramOpts, HistogramVec, IntCounterVec, Opts};
 
-/// The code of a request without an answer.
+/// The label `code` of a request without an answer.
 const NO_ANSWER: &str = "<error>";
 
 /// Counts and times the requests of one client.
@@ -18,8 +18,8 @@ pub(super) struct RequestMetrics {
 }
 
 impl RequestMetrics {
-    /// Creates the metrics, without registering them. Inside a cluster Go programs always name the
-    /// port of the server.
+    /// Creates the metrics without registering them. As with client-go, the label `host` of a server
+    /// found in the pod's environment always has a port.
     pub(super) fn new(server: &Uri, in_cluster: bool) -> Result<Self, prometheus::Error> {
         let authority = server.authority().map_or("none", |host| host.as_str());
         let host = match server.port() {
@@ -44,7 +44,7 @@ impl RequestMetrics {
         })
     }
 
-    /// What a registry takes.
+    /// Returns the metrics for a registry.
     pub(super) fn collectors(&self) -> [Box<dyn Collector>; 2] {
         [
             Box::new(self.requests.clone()),
@@ -52,7 +52,7 @@ impl RequestMetrics {
         ]
     }
 
-    /// Begins to time a request.
+    /// Starts to time a request.
     pub(super) fn begin<B>(&self, request: &hyper::Request<B>) -> InFlight {
         let query = request.uri().query().unwrap_or_default();
         InFlight {
@@ -65,8 +65,8 @@ impl RequestMetrics {
     }
 }
 
-/// A request whose answer has not been read to its end. Dropping it ends the time; client-go does
-/// not time watches.
+/// A request whose answer was not read to its end. Dropping it records the time, except for
+/// watches, as with client-go.
 #[derive(Debug)]
 pub(super) struct InFlight {
     metrics: RequestMetrics,

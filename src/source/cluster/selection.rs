@@ -2,7 +2,7 @@
 
 use crate::model::Kind;
 
-/// Which objects of a kind are asked for.
+/// The objects of a kind to request.
 #[derive(Clone, Debug)]
 pub(super) struct Selection {
     pub kind: Kind,
@@ -14,20 +14,21 @@ pub(super) struct Selection {
 }
 
 impl Selection {
-    /// The name of the own Node.
+    /// Returns the name of the own Node.
     pub(super) fn node_name(&self) -> &str {
         &self.node_name
     }
 
-    /// Asks without fields from now on, because the server does not know them, as that of Services
-    /// before Kubernetes 1.31. Returns false where they do more than to spare what has no rules.
+    /// Removes the field selector, which servers before Kubernetes 1.31 do not know for Services.
+    /// Returns false if it is needed, or was removed before. For Services it only filters out
+    /// objects without rules.
     pub(super) fn spare_fields(&mut self) -> bool {
         self.kind == Kind::Service && self.fields.take().is_some()
     }
 
-    /// What kube-proxy selects of a kind; of the nodes, the own one; all pods, also those that have
-    /// ended: to a selection by phase an end looks like a deletion, and a pod whose phase is Failed
-    /// may run on.
+    /// Selects what kube-proxy does, the own Node, and all Pods. Ended pods are included, since in
+    /// a selection by phase the end of a pod would look like its deletion, and the containers of a
+    /// pod in phase Failed may still run.
     pub(super) fn of(kind: Kind, node_name: &str) -> Self {
         let (labels, fields) = match kind {
             Kind::Service => (

@@ -1,8 +1,8 @@
-//! Where the connections to the API server lead.
+//! The addresses of the API server, which no service may use.
 //!
-//! No service may take these addresses and ports: a service that did would cut nftlet off from the
-//! news that end it. They are what the server's name (or that of the proxy on the way) resolves to,
-//! asked again and again, and the peers of the connections that answers came by.
+//! A service with one of these addresses and ports would cut nftlet off from the server, and with
+//! it from the deletion of that service. They are what the name of the server, or of the proxy to
+//! it, resolves to at intervals, and the peers of connections on which answers were received.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::net::SocketAddr;
@@ -17,9 +17,9 @@ use crate::source::Sender;
 
 /// How often the name is resolved again.
 const AGAIN: Duration = Duration::from_secs(30);
-/// How long the lists wait for the name to be resolved, and any later attempt takes at most.
+/// Time limit of resolving the name. The first lists wait for it.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// How many peers are remembered.
+/// How many of the latest peers are kept.
 const MOST_PEERS: usize = 8;
 
 /// The addresses and ports of one server.
@@ -32,7 +32,7 @@ pub(super) struct Servers {
 }
 
 impl Servers {
-    /// Of what is connected to: the server, or the proxy on the way to it.
+    /// Takes the host and port to connect to: those of the proxy if there is one, else the server's.
     pub(super) fn new(server: &Uri, proxy: Option<&Uri>) -> Self {
         let target = proxy.unwrap_or(server);
         let host = target.host().unwrap_or_default();
@@ -47,7 +47,7 @@ impl Servers {
         }
     }
 
-    /// Notes the peer that an answer came from.
+    /// Notes the peer of the connection on which an answer was received.
     pub(super) fn answered(&self, extensions: &hyper::http::Extensions) {
         let Some(info) = extensions.get::<HttpInfo>() else {
             return;
@@ -65,21 +65,21 @@ impl Servers {
         });
     }
 
-    /// Delivers the addresses before anything else is asked for.
+    /// Resolves the name and delivers the addresses. Returns them without the peers.
     pub(super) async fn announce(&self, sender: &Sender) -> BTreeSet<SocketAddr> {
         let resolved = self.resolve().await.unwrap_or_default();
         self.send(&resolved, sender).await;
         resolved
     }
 
-    /// Delivers the addresses each time they are others than before, for ever.
+    /// Delivers the addresses whenever they change. Never returns.
     pub(super) async fn follow(&self, mut resolved: BTreeSet<SocketAddr>, sender: Sender) {
         let mut peers = self.peers.subscribe();
         let mut known = self.all(&resolved);
         loop {
-            // The sender of the peers is in `self`, so there is no end of them.
+            // The wait cannot fail, since `self` has the sender.
             let _ = tokio::time::timeout(AGAIN, peers.changed()).await;
-            // A name that cannot be resolved now has the addresses that it had.
+            // If resolving fails, the last addresses stay.
             resolved = self.resolve().await.unwrap_or(resolved);
             let now = self.all(&resolved);
             if now != known {
@@ -96,7 +96,7 @@ impl Servers {
 
     async fn send(&self, resolved: &BTreeSet<SocketAddr>, sender: &Sender) {
         let event = Event::Servers(self.all(resolved));
-        // Without a receiver the source ends elsewhere.
+        // If the receiver was dropped, the watches end the source.
         let _ = sender.send(Delivery::now(event)).await;
     }
 

@@ -1,4 +1,4 @@
-//! Counters of the watches, read by the metrics.
+//! Counters and faults of the watches, for the metrics and the readiness check.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -7,11 +7,11 @@ use std::time::Instant;
 
 use crate::model::Kind;
 
-/// Counters of a [`Cluster`](super::Cluster), by kind; they only grow.
+/// Counters of a [`Cluster`](super::Cluster) by kind, and its lasting faults.
 #[derive(Debug, Default)]
 pub struct SourceStats {
     fault: Mutex<Option<ServerFault>>,
-    /// What keeps changes of each kind from coming.
+    /// The fault of each kind that has one.
     faults: Mutex<BTreeMap<Kind, String>>,
     services: KindStats,
     endpoint_slices: KindStats,
@@ -22,40 +22,39 @@ pub struct SourceStats {
     network_policies: KindStats,
 }
 
-/// A fault of the server that lasts.
+/// A lasting fault of the server.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServerFault {
-    /// When it was told.
+    /// When it was first reported.
     pub since: Instant,
-    /// What it is, for a person.
+    /// A sentence about it.
     pub message: String,
 }
 
 impl SourceStats {
-    /// What keeps changes of services from coming, if anything does.
+    /// Returns the fault because of which changes of services are not received.
     pub fn fault(&self) -> Option<ServerFault> {
         let fault = self.fault.lock().unwrap_or_else(PoisonError::into_inner);
         fault.clone()
     }
 
-    /// What keeps changes of a kind from coming, if anything does.
+    /// Returns the fault because of which changes of a kind are not received.
     pub fn fault_of(&self, kind: Kind) -> Option<String> {
         let faults = self.faults.lock().unwrap_or_else(PoisonError::into_inner);
         faults.get(&kind).cloned()
     }
 
-    /// Replaces what keeps changes from coming.
+    /// Replaces the faults of all kinds.
     pub(super) fn set_faults(&self, faults: BTreeMap<Kind, String>) {
         *self.faults.lock().unwrap_or_else(PoisonError::into_inner) = faults;
     }
 
-    /// The bytes of JSON received of all kinds.
+    /// Returns the bytes of JSON received of all kinds.
     pub(super) fn bytes(&self) -> u64 {
         Kind::ALL.iter().map(|kind| self.kind(*kind).bytes()).sum()
     }
 
-    /// Notes that changes do not come, and why; or that they do. A fault that turns into another
-    /// one has lasted since the first.
+    /// Sets or clears the fault of services. A fault that replaces another keeps its start.
     pub(super) fn set_fault(&self, message: Option<String>) {
         let mut fault = self.fault.lock().unwrap_or_else(PoisonError::into_inner);
         *fault = message.map(|message| ServerFault {
@@ -66,7 +65,7 @@ impl SourceStats {
         });
     }
 
-    /// The counters of a kind.
+    /// Returns the counters of a kind.
     pub fn kind(&self, kind: Kind) -> &KindStats {
         match kind {
             Kind::Service => &self.services,
@@ -91,28 +90,28 @@ pub struct KindStats {
 }
 
 impl KindStats {
-    /// Complete lists begun, streamed or paged; more than one means that the server could not
+    /// Returns the lists begun, streamed or paged. More than one means that the server could not
     /// resume a watch.
     pub fn lists(&self) -> u64 {
         self.lists.get()
     }
 
-    /// Watch connections established; one more than the number of times a watch was resumed.
+    /// Returns the watch connections established, one more than the watches resumed.
     pub fn watches(&self) -> u64 {
         self.watches.get()
     }
 
-    /// Objects received, in lists and as changes.
+    /// Returns the objects received, in lists and as changes.
     pub fn events(&self) -> u64 {
         self.events.get()
     }
 
-    /// Bytes of JSON received.
+    /// Returns the bytes of JSON received.
     pub fn bytes(&self) -> u64 {
         self.bytes.get()
     }
 
-    /// Objects that could not be decoded.
+    /// Returns the objects that could not be decoded.
     pub fn undecodable(&self) -> u64 {
         self.undecodable.get()
     }

@@ -1,45 +1,42 @@
-//! How long the watches wait for what.
+//! Timeouts of the watches, and the pauses between attempts.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::time::Duration;
 
-/// How long a [`Cluster`](super::Cluster) waits for what. The defaults suit real clusters;
-/// tests use shorter ones.
+/// Timeouts and pauses of a [`Cluster`](super::Cluster). Tests use shorter ones than the defaults.
 #[derive(Clone, Debug)]
 pub struct Timing {
-    /// How long the own Node may be missing before nftlet goes on without it.
+    /// How long to wait for the own Node before continuing without it.
     pub node_wait: Duration,
-    /// The pause before the second attempt in a row; the first is made at once.
+    /// The pause before the second attempt in a row; there is none before the first.
     pub first_pause: Duration,
     /// The longest pause between attempts.
     pub longest_pause: Duration,
-    /// A watch that followed changes this long was a success: the next attempt is made at once.
+    /// How long a watch must follow changes for the next attempt to be made without a pause.
     pub stable: Duration,
-    /// How long a watch may be silent before it counts as dead. API servers send a bookmark
-    /// about once a minute.
+    /// How long a watch may be silent. API servers send a bookmark about once a minute.
     pub idle: Duration,
-    /// How long nothing may come on any watch before the server is asked for a sign of life.
+    /// How long all watches may be silent before the liveness of the server is checked.
     pub quiet: Duration,
-    /// How long the sign of life may take.
+    /// Time limit of a liveness check.
     pub liveness_timeout: Duration,
-    /// The pause between looks whether a server that is away is back, varied at random.
+    /// The pause between liveness checks of an unreachable server, varied at random.
     pub probe: Duration,
-    /// The watches try again within this time after the server is back, at random.
+    /// The watches retry at random within this time after the server is back.
     pub wake: Duration,
-    /// How long after its return a server may refuse access although it is granted: one that has
-    /// just started does not know all roles yet. Pauses are at most [`probe`](Self::probe) then.
+    /// How long after its return the server may refuse access because it has not loaded all roles.
+    /// Until then pauses are at most [`probe`](Self::probe).
     pub settle: Duration,
-    /// How long a server may take to answer a request.
+    /// Time limit of the answer to a request.
     pub response: Duration,
-    /// How long the server may be silent before the end of a streamed list, until it counts as
-    /// one that does not know streamed lists.
+    /// How long a streamed list may be silent before lists are read in pages.
     pub list_idle: Duration,
-    /// How often to look whether an API that the server does not have has come.
+    /// How often an API that the server lacks is requested again.
     pub absent_recheck: Duration,
-    /// How long Pods and Namespaces are still watched after the last NetworkPolicy is gone, so
-    /// that one that is replaced does not make all of them be listed again.
+    /// How long Pods and Namespaces are watched after the last NetworkPolicy was deleted, so that
+    /// replacing a policy does not list them again.
     pub linger: Duration,
-    /// How many objects to ask for at once in a paged list.
+    /// The number of objects in a page of a list.
     pub page: u32,
 }
 
@@ -65,12 +62,12 @@ impl Default for Timing {
     }
 }
 
-/// How long to wait before the next attempt.
+/// A pause before the next attempt.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Pause {
-    /// Without a return of the server.
+    /// The pause unless the server returns earlier.
     pub usual: Duration,
-    /// In any case: what the server asked for.
+    /// The minimum set by the server, in any case.
     pub at_least: Duration,
 }
 
@@ -83,27 +80,26 @@ impl From<Duration> for Pause {
     }
 }
 
-/// The pauses between attempts: none, then growing ones, each varied at random so that the nodes
-/// of a cluster do not come back all at once.
+/// The pauses between attempts: none, then doubling ones, varied at random so that the nodes of a
+/// cluster do not retry in step.
 #[derive(Debug, Default)]
 pub(super) struct Backoff {
     attempts: u32,
 }
 
 impl Backoff {
-    /// Forgets the failures.
     pub(super) fn reset(&mut self) {
         self.attempts = 0;
     }
 
-    /// How many attempts in a row have failed.
+    /// Returns the number of attempts that failed in a row.
     pub(super) fn attempts(&self) -> u32 {
         self.attempts
     }
 
-    /// The pause before the next attempt to ask a server that said when to come back.
+    /// Returns the pause before the next attempt, with a minimum set by the server.
     pub(super) fn next_after(&mut self, timing: &Timing, at_least: Duration) -> Pause {
-        // It said the same to everybody.
+        // Every client was given the same time, so it is varied too.
         let at_least = at_least.min(timing.longest_pause);
         let at_least = at_least.mul_f64(1.0 + random() / 2.0);
         Pause {
@@ -112,7 +108,7 @@ impl Backoff {
         }
     }
 
-    /// The pause before the next attempt.
+    /// Returns the pause before the next attempt.
     pub(super) fn next(&mut self, timing: &Timing) -> Duration {
         let attempt = self.attempts;
         self.attempts = attempt.saturating_add(1);
@@ -125,17 +121,19 @@ impl Backoff {
     }
 }
 
-/// How long the server is asked to keep a watch open, in seconds; varied for the same reason.
+/// Returns the seconds after which the server should end a watch, varied so that the watches of a
+/// cluster do not end in step.
 pub(super) fn watch_seconds() -> u32 {
     270 + (random() * 20.0) as u32
 }
 
-/// A random duration of 0.5 to 1.5 times this one.
+/// Returns a random duration of 0.5 to 1.5 times this one.
 pub(super) fn varied(duration: Duration) -> Duration {
     duration.mul_f64(0.5 + random())
 }
 
-/// A number from 0 to 1, good enough for spreading load: every `RandomState` hashes differently.
+/// Returns a random number from 0 to 1. Every `RandomState` has different keys, which is good
+/// enough to spread load.
 pub(super) fn random() -> f64 {
     let bits = RandomState::new().build_hasher().finish();
     f64::from((bits >> 32) as u32) / f64::from(u32::MAX)

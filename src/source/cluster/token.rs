@@ -1,8 +1,8 @@
 //! Bearer tokens.
 //!
-//! kube sends a token as the file has it, and ends the process for an inline one that no header
-//! may have. A file often ends with a line break; as with client-go, space around a token is no
-//! part of it.
+//! `kube` sends the content of a token file unchanged, and panics on an inline token that is not
+//! valid in a header. A file often ends with a line break; as with client-go, white space around a
+//! token is removed.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -17,13 +17,13 @@ use secrecy::ExposeSecret;
 
 use super::Error;
 
-/// How often a file is read again: what it holds may be valid for no longer than some minutes.
+/// How often a file is read again. Its token may be valid for only a few minutes.
 const AGAIN: Duration = Duration::from_secs(50);
 
-/// Checks the tokens that stand in a kubeconfig itself. An empty one is none, as with client-go.
+/// Checks the tokens written in a kubeconfig. As with client-go, an empty one is ignored.
 ///
 /// # Errors
-/// Where one cannot be sent.
+/// If a token is not valid in a header.
 pub(super) fn check_inline(auth: &mut AuthInfo, kubeconfig: &Path) -> Result<(), Error> {
     auth.token = auth
         .token
@@ -48,7 +48,7 @@ pub(super) fn check_inline(auth: &mut AuthInfo, kubeconfig: &Path) -> Result<(),
     Ok(())
 }
 
-/// The file that a configuration takes the token of its requests from.
+/// A token file of a configuration, and its last valid token.
 #[derive(Clone)]
 pub(super) struct TokenFile {
     path: PathBuf,
@@ -57,10 +57,10 @@ pub(super) struct TokenFile {
 }
 
 impl TokenFile {
-    /// Takes the file out of a configuration, unless that has other credentials that count more.
+    /// Takes the token file out of a configuration, unless other credentials in it have precedence.
     ///
     /// # Errors
-    /// Where the file cannot be read, or its token cannot be sent.
+    /// If the file cannot be read, or its token is not valid in a header.
     pub(super) fn take(config: &mut Config) -> Result<Option<Self>, Error> {
         let auth = &mut config.auth_info;
         let has_password = auth.username.is_some() && auth.password.is_some();
@@ -78,8 +78,8 @@ impl TokenFile {
         Ok(Some(Self { path, header, read }))
     }
 
-    /// Adds the token to a request. One that cannot be read again or sent leaves the last one in
-    /// use: its file may be in the middle of being replaced.
+    /// Adds the token to a request. If the file has no valid token, as while it is being replaced,
+    /// the last one stays in use.
     pub(super) fn sign(&mut self, mut request: Request<Body>) -> Request<Body> {
         if self.read.elapsed() >= AGAIN {
             self.read = Instant::now();
@@ -107,7 +107,7 @@ fn header(token: &str) -> Result<HeaderValue, &'static str> {
         return Err("it is empty");
     }
     let mut header = HeaderValue::try_from(format!("Bearer {token}"))
-        .map_err(|_| "it has a line break or another control character in it")?;
+        .map_err(|_| "it contains a line break or another control character")?;
     header.set_sensitive(true);
     Ok(header)
 }

@@ -1,4 +1,4 @@
-//! What all requests to the API server pass through, those of the watches and those for Events.
+//! Observation of all requests to the API server, those of the watches and those for Events.
 
 use std::error::Error as StdError;
 use std::io;
@@ -20,10 +20,10 @@ use super::reach::Reach;
 use super::requests::RequestMetrics;
 use super::servers::Servers;
 
-/// Observes the requests of a client.
+/// Passes the outcome of requests to [`Reach`], [`Servers`] and the metrics.
 #[derive(Debug)]
 pub(super) struct Traffic {
-    /// The address of the server and the proxy on the way, as errors name them.
+    /// The address of the server, and of the proxy if there is one, for error messages.
     way: String,
     reach: Arc<Reach>,
     servers: Arc<Servers>,
@@ -56,10 +56,10 @@ impl Traffic {
         self.servers.answered(answer.extensions());
     }
 
-    /// Draws the conclusions from an error, and says what it means.
+    /// Notes a failed request. Returns its error in words.
     fn failed(&self, error: BoxError) -> BoxError {
         let unanswered = Unanswered::new(&*error, &self.way);
-        // Others, as those of credentials that cannot be read, come from this side.
+        // Other errors, such as unreadable credentials, say nothing about the server.
         if error.is::<legacy::Error>() && !unanswered.no_descriptor {
             self.reach.lost();
         }
@@ -67,7 +67,7 @@ impl Traffic {
     }
 }
 
-/// A request got no answer.
+/// A request that was not answered.
 #[derive(Debug, thiserror::Error)]
 #[error("{text}")]
 pub(super) struct Unanswered {
@@ -85,7 +85,7 @@ impl Unanswered {
     }
 }
 
-/// Passes requests on to the service inside.
+/// A service that observes the requests to an inner one.
 pub(super) struct Observed<S> {
     pub service: S,
     pub traffic: Arc<Traffic>,
@@ -113,7 +113,7 @@ where
             let answer = answer.await.map_err(|error| traffic.failed(error))?;
             traffic.answered(&answer);
             in_flight.answered(answer.status());
-            // Dropped with the body, thus when that was read.
+            // Dropped with the body, so that the time includes reading it.
             let timed = move |frame| {
                 let _in_flight = &in_flight;
                 frame
@@ -124,7 +124,7 @@ where
     }
 }
 
-/// Says in a sentence why a server did not answer.
+/// Returns a sentence about why a request was not answered.
 fn explain(error: &(dyn StdError + 'static), way: &str) -> String {
     let cause = innermost(error);
     let Some(request) = error.downcast_ref::<legacy::Error>() else {
@@ -156,20 +156,21 @@ fn explain(error: &(dyn StdError + 'static), way: &str) -> String {
         Some(io::ErrorKind::ConnectionReset | io::ErrorKind::UnexpectedEof) => {
             "the connection was closed at once"
         }
-        // What the TLS library finds wrong.
-        Some(io::ErrorKind::InvalidData) => &*format!("the TLS handshake: {cause}"),
+        // Errors of the TLS library.
+        Some(io::ErrorKind::InvalidData) => &*format!("TLS handshake: {cause}"),
         _ => &*cause,
     };
     format!("connecting to {way} failed: {why}")
 }
 
-/// The innermost cause says what happened; those around it say what was tried.
+/// Returns the text of the innermost cause, which says what happened; the outer errors say what
+/// was attempted.
 pub(super) fn innermost(error: &(dyn StdError + 'static)) -> String {
     let last = chain(error).last();
     last.map(ToString::to_string).unwrap_or_default()
 }
 
-/// Whether an error comes of there being no file descriptor.
+/// Returns whether an error was caused by a lack of file descriptors.
 fn wants_descriptors(error: &(dyn StdError + 'static)) -> bool {
     let errors = chain(error).filter_map(|cause| cause.downcast_ref::<io::Error>());
     errors
@@ -177,7 +178,8 @@ fn wants_descriptors(error: &(dyn StdError + 'static)) -> bool {
         .any(|errno| [libc::EMFILE, libc::ENFILE].contains(&errno))
 }
 
-/// An error and its causes. `io::Error` passes over the error that it wraps.
+/// Returns an error and its causes, including the error inside an `io::Error`, which
+/// `io::Error::source` skips.
 fn chain<'e>(
     error: &'e (dyn StdError + 'static),
 ) -> impl Iterator<Item = &'e (dyn StdError + 'static)> {

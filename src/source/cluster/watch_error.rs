@@ -1,4 +1,4 @@
-//! What can go wrong with an API server, and telling it once.
+//! Errors that end a session with the API server.
 
 use serde::Deserialize;
 
@@ -8,40 +8,40 @@ use super::traffic::{Unanswered, innermost};
 /// Why a session with the server ended.
 #[derive(Debug)]
 pub(super) enum WatchError {
-    /// The receiver of events is gone: nobody needs them any more.
+    /// The receiver of the events was dropped.
     Closed,
-    /// The connection ended, as watches do.
+    /// The watch ended, which is normal.
     Ended,
     /// The version to resume from is no longer in the server's history.
     Gone,
-    /// The server has not come to the version to resume from, and will not for a long time: it has
-    /// lost history, after its etcd was restored from a backup for instance.
+    /// The version to resume from is ahead of the server, which has lost history, for example
+    /// because its etcd was restored from a backup.
     Ahead,
     /// The server does not stream lists.
     NoStreaming,
-    /// The server does not know a field by which objects are selected.
+    /// The server does not know the field of a field selector.
     UnknownField(String),
-    /// The server does not have the API at all.
+    /// The server does not have the API.
     Absent(String),
-    /// The server does not let nftlet in: 401, or 403 for one kind.
+    /// The server refuses access: 401, or 403 for one kind.
     Refused { code: u16, message: String },
-    /// The server cannot answer at present; it may say after how many seconds to come back.
+    /// The server cannot answer now, and may say after how many seconds to retry.
     Busy {
         code: u16,
         message: String,
         retry_after: u32,
     },
-    /// Nothing comes any more, and the server gives no sign of life.
+    /// Nothing is received, and the liveness check failed.
     Silent,
-    /// The answer is not what was asked for, but this.
+    /// The answer is not what was requested; holds a description of it.
     Foreign(String),
     /// No server answers.
     Unreachable(String),
-    /// The process, or the system, has no file descriptor left for a connection.
+    /// The process or the system has no file descriptor for a connection.
     NoDescriptor(String),
 }
 
-/// The `Status` object of the API, as an answer or inside a watch.
+/// The `Status` object of the API, as an answer or in a watch.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct ApiStatus {
@@ -90,9 +90,9 @@ impl From<ApiStatus> for WatchError {
     }
 }
 
-/// Whether the message of a 400 is about a field selector: servers have no reason of their own for
-/// that. Up to Kubernetes 1.30 it is `"spec.clusterIP" is not a known field selector`, for kinds
-/// that have selectable fields `field label not supported`.
+/// Returns whether the message of a 400 is about a field selector, for which servers have no
+/// `reason`. Up to Kubernetes 1.30 it is `"spec.clusterIP" is not a known field selector`, for kinds
+/// with selectable fields `field label not supported`.
 fn blames_a_field(message: &str) -> bool {
     ["field selector", "field label"]
         .iter()
@@ -106,7 +106,7 @@ impl From<kube::Error> for WatchError {
                 Some(unanswered) if unanswered.no_descriptor => {
                     WatchError::NoDescriptor(unanswered.to_string())
                 }
-                // A sentence already.
+                // Already a sentence.
                 _ => WatchError::Unreachable(unanswered.to_string()),
             },
             _ => WatchError::Unreachable(broken_off(&error)),
@@ -114,12 +114,12 @@ impl From<kube::Error> for WatchError {
     }
 }
 
-/// Says why an answer that had begun was not read to its end.
+/// Describes an error while the body of an answer was read.
 pub(super) fn broken_off(error: &(dyn std::error::Error + 'static)) -> String {
     format!("an answer broke off: {}", innermost(error))
 }
 
-/// As much of a text of others as a message should have.
+/// Shortens a text of the server for a message.
 pub(super) fn shortened(mut text: String) -> String {
     const LONGEST: usize = 1000;
     if let Some((end, _)) = text.char_indices().nth(LONGEST) {
@@ -129,7 +129,7 @@ pub(super) fn shortened(mut text: String) -> String {
     text
 }
 
-/// As much of a text as fits into a line.
+/// Joins the words of a text into one short line.
 pub(super) fn one_line(text: &str) -> String {
     const LONGEST: usize = 200;
     let words: Vec<&str> = text.split_whitespace().collect();
@@ -137,10 +137,10 @@ pub(super) fn one_line(text: &str) -> String {
 }
 
 impl WatchError {
-    /// What an answer means that is no success: its code, the seconds in its header `Retry-After`
-    /// and its body.
+    /// Classifies an unsuccessful answer by its status code, the seconds in its header
+    /// `Retry-After`, and its body.
     pub(super) fn of_answer(code: u16, retry_after: Option<u32>, body: &[u8]) -> Self {
-        // What stands before a server, and a server that has too much to do, answer with a text.
+        // Load balancers and overloaded servers answer with plain text.
         let mut status: ApiStatus = serde_json::from_slice(body).unwrap_or_else(|_| ApiStatus {
             message: Some(one_line(&String::from_utf8_lossy(body))),
             ..ApiStatus::default()
@@ -151,29 +151,29 @@ impl WatchError {
         status.into()
     }
 
-    /// A word for the sort of fault and a sentence about it, or `None` for what is no news.
+    /// Returns the sort of fault and a sentence about it, or `None` for what is not reported.
     pub(super) fn describe(&self, selection: &Selection) -> Option<(String, String)> {
-        const KEPT: &str = "what is known stays in force, and nftlet keeps trying";
+        const KEPT: &str = "the last known state stays in force, and nftlet keeps retrying";
         match self {
             WatchError::Closed | WatchError::Ended | WatchError::Gone | WatchError::Ahead => None,
             WatchError::NoStreaming => Some((
                 format!("rejected {}", selection.kind.plural()),
                 format!(
-                    "the API server rejects requests for {}; check that the server's address is that of a Kubernetes API server; {KEPT}",
+                    "the API server rejects requests for {}; check that its address is that of a Kubernetes API server; {KEPT}",
                     selection.kind.plural()
                 ),
             )),
             WatchError::UnknownField(message) => Some((
                 format!("rejected {}", selection.kind.plural()),
                 format!(
-                    "the API server cannot select {} by their fields ({message}); check that the server's address is that of a Kubernetes API server; {KEPT}",
+                    "the API server cannot select {} by field ({message}); check that its address is that of a Kubernetes API server; {KEPT}",
                     selection.kind.plural()
                 ),
             )),
             WatchError::Absent(message) => Some((
                 format!("absent {}", selection.kind.plural()),
                 format!(
-                    "the API server has no {} at {} ({message}); check that the server's address is that of a Kubernetes API server; {KEPT}",
+                    "the API server has no {} at {} ({message}); check that its address is that of a Kubernetes API server; {KEPT}",
                     selection.kind.plural(),
                     selection.path
                 ),
@@ -181,7 +181,7 @@ impl WatchError {
             WatchError::Refused { code: 401, message } => Some((
                 "401".to_owned(),
                 format!(
-                    "the API server does not accept nftlet's credentials ({message}); renew the token or client certificate (of the service account in a pod, else of the kubeconfig); {KEPT}"
+                    "the API server does not accept nftlet's credentials ({message}); renew the token or client certificate of the service account or of the kubeconfig; {KEPT}"
                 ),
             )),
             WatchError::Refused { message, .. } => Some((
@@ -194,15 +194,15 @@ impl WatchError {
             )),
             WatchError::Busy { code, message, .. } => Some((
                 "busy".to_owned(),
-                format!("the API server cannot answer at present ({code}: {message}); {KEPT}"),
+                format!("the API server cannot answer now ({code}: {message}); {KEPT}"),
             )),
             WatchError::Silent => {
-                WatchError::Unreachable("it has fallen silent".to_owned()).describe(selection)
+                WatchError::Unreachable("it no longer answers".to_owned()).describe(selection)
             }
             WatchError::Foreign(what) => Some((
                 format!("foreign {}", selection.kind.plural()),
                 format!(
-                    "the API server was asked for {} at {}, and the answer is {what}; check what answers at its address, such as a proxy or a load balancer in front of it; {KEPT}",
+                    "the API server was asked for {} at {}, and the answer is {what}; check what answers at its address, such as a proxy or a load balancer; {KEPT}",
                     selection.kind.plural(),
                     selection.path
                 ),
@@ -210,7 +210,7 @@ impl WatchError {
             WatchError::NoDescriptor(cause) => Some((
                 "descriptors".to_owned(),
                 format!(
-                    "there is no file descriptor for a connection to the API server: {cause}; let nftlet open more files (the hard limit of nofile, LimitNOFILE= of the container runtime); {KEPT}"
+                    "no file descriptor is left for a connection to the API server: {cause}; raise the hard limit of open files (LimitNOFILE= of the container runtime); {KEPT}"
                 ),
             )),
             WatchError::Unreachable(cause) => Some((
@@ -222,8 +222,8 @@ impl WatchError {
         }
     }
 
-    /// Whether the fault is told at once; the others only when a second attempt failed too,
-    /// since servers restart.
+    /// Returns whether the error is reported at once. Others are reported after a second failed
+    /// attempt, since servers restart.
     pub(super) fn is_certain(&self) -> bool {
         matches!(
             self,
@@ -311,7 +311,7 @@ mod tests {
                 if message.starts_with("<html><br> <br>") && message.len() == 200),
             "{busy:?}"
         );
-        // What the object says comes before the header.
+        // The object has precedence over the header.
         let status = br#"{"kind": "Status", "code": 503, "details": {"retryAfterSeconds": 7}}"#;
         let busy = WatchError::of_answer(500, Some(1), status);
         assert!(

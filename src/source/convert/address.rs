@@ -1,29 +1,24 @@
-//! Addresses and ranges as Kubernetes objects write them.
+//! Parsing of addresses and ranges in Kubernetes objects.
 
 use std::net::{IpAddr, Ipv4Addr};
 
 use ipnet::IpNet;
 
-/// Why an address or range cannot be used; reads as the end of a sentence about the value.
+/// Why an address or range cannot be used, as the end of a sentence about the value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum AddressFault {
-    /// Not an address at all.
     #[error("is not an IP address; write one such as 10.0.0.1 or fd00::1")]
     NotAnAddress,
-    /// An address that packets of a service can never have.
     #[error("is unspecified, loopback, multicast or broadcast; write a unicast address")]
     Special,
-    /// An address that means something else on each link.
-    #[error("is link-local, which services cannot lead to or be at; write another address")]
+    #[error("is link-local, which neither services nor endpoints may be; write another address")]
     LinkLocal,
-    /// Not a range.
     #[error("is not an address range; write one such as 10.0.0.0/8 or fd00::/64")]
     NotARange,
 }
 
-/// Parses an address, reading IPv4 octets with leading zeros as decimal numbers: objects from
-/// before Kubernetes 1.23 have them. An IPv4-mapped IPv6 address is the IPv4 address it maps, as
-/// in the API server's own reading.
+/// Parses an address. IPv4 octets with leading zeros, which objects from before Kubernetes 1.23 may
+/// have, are decimal. As in the API server, an IPv4-mapped IPv6 address is the IPv4 address.
 pub(super) fn parse_ip(text: &str) -> Result<IpAddr, AddressFault> {
     match text.parse::<IpAddr>() {
         Ok(ip) => Ok(ip.to_canonical()),
@@ -33,7 +28,7 @@ pub(super) fn parse_ip(text: &str) -> Result<IpAddr, AddressFault> {
     }
 }
 
-/// Parses an address that traffic of a service can be sent to.
+/// Parses a unicast address that is not loopback.
 pub(super) fn parse_unicast(text: &str) -> Result<IpAddr, AddressFault> {
     let ip = parse_ip(text)?;
     let of_this_network = match ip {
@@ -46,8 +41,8 @@ pub(super) fn parse_unicast(text: &str) -> Result<IpAddr, AddressFault> {
     Ok(ip)
 }
 
-/// Parses an address that the author of an object chose: of an endpoint, of a load balancer, or an
-/// external one. Link-local ones, as that of a cloud's metadata service, are refused as the API
+/// Parses an address that the author of an object chose: that of an endpoint or load balancer, or
+/// an external IP. Link-local addresses, such as a cloud's metadata service, are rejected, as the API
 /// does for endpoints and external IPs.
 pub(super) fn parse_routable(text: &str) -> Result<IpAddr, AddressFault> {
     let ip = parse_unicast(text)?;
@@ -79,7 +74,7 @@ pub(super) fn parse_range(text: &str) -> Result<IpNet, AddressFault> {
         .map_err(|_| AddressFault::NotARange)
 }
 
-/// Four decimal octets that may have leading zeros.
+/// Parses four decimal octets that may have leading zeros.
 fn parse_padded_ipv4(text: &str) -> Option<Ipv4Addr> {
     let mut octets = [0_u8; 4];
     let mut parts = text.split('.');

@@ -1,4 +1,4 @@
-//! EndpointSlices.
+//! Conversion of EndpointSlices.
 
 use std::sync::Arc;
 
@@ -9,8 +9,8 @@ use crate::model::{Endpoint, EndpointSlice, Family, Hints, ObjectName, SlicePort
 use crate::source::wire;
 
 impl Converter {
-    /// The facts of an EndpointSlice, or `None` for one that has no rules: it belongs to no
-    /// service (label `kubernetes.io/service-name`), to a headless one (label
+    /// Converts an EndpointSlice. Returns `None` for one that has no rules: it belongs to no service
+    /// (label `kubernetes.io/service-name`), to a headless one (label
     /// `service.kubernetes.io/headless`), or holds host names (`addressType: FQDN`).
     pub(super) fn endpoint_slice(
         &mut self,
@@ -35,7 +35,8 @@ impl Converter {
             }
         };
         let found = from.endpoints.as_deref().unwrap_or_default();
-        // There can be a million: a list that grows has room for twice as many.
+        // Exact, since a cluster can have a million endpoints and a list that grows reserves up to
+        // twice its length.
         let mut endpoints = Vec::with_capacity(found.len());
         for (index, endpoint) in found.iter().enumerate() {
             endpoints.extend(self.endpoint(index, endpoint, family, report));
@@ -63,7 +64,7 @@ impl Converter {
     ) -> Vec<SlicePort> {
         let mut ports = Vec::with_capacity(entries.len());
         for (index, entry) in entries.iter().enumerate() {
-            // Absent means every port, which only consumers other than a service proxy can use.
+            // Absent means every port, which a service proxy cannot use.
             let Some(number) = entry.port.filter(|number| *number != 0) else {
                 continue;
             };
@@ -94,8 +95,7 @@ impl Converter {
         family: Family,
         report: &mut FieldReport,
     ) -> Option<Endpoint> {
-        // The addresses of an endpoint are interchangeable by definition; all but the first are
-        // ignored by every proxy.
+        // The API defines all addresses of an endpoint as equivalent; proxies use the first.
         let text = from.addresses.as_deref()?.first()?;
         let field = || format!("endpoints[{index}].addresses[0]");
         let address = match parse_routable(text) {
@@ -106,9 +106,8 @@ impl Converter {
             }
         };
         if Family::of(address) != family {
-            let hint = format!(
-                "is not of the slice's addressType {family}; move it to a slice of its own"
-            );
+            let hint =
+                format!("is not of the slice's addressType {family}; move it to another slice");
             report.left_out(field(), text, hint);
             return None;
         }

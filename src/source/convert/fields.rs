@@ -1,8 +1,7 @@
-//! Reading a part of an object field by field, where a fault must not pass for an absent field.
+//! Strict reading of JSON values, for objects in which an invalid field must not count as absent.
 //!
-//! A [`FieldReader`] walks over a JSON value with the [`Path`] to where it is. Whatever it does not
-//! understand (a wrong type, a field that does not exist) it reports and gives back as
-//! [`Rejected`], so that the caller can leave out what the fault is part of.
+//! A [`FieldReader`] reports wrong types and unknown fields with their [`Path`], and returns
+//! [`Rejected`], so that the caller can leave out the part that contains them.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -13,10 +12,10 @@ use serde_json::{Map, Value};
 use super::intern::Interner;
 use super::report::FieldReport;
 
-/// Where a value stands in its object; printed as `spec.ingress[0].from`.
+/// The path of a value in its object, printed as `spec.ingress[0].from`.
 #[derive(Clone, Copy)]
 pub(super) enum Path<'a> {
-    /// A field of the object itself.
+    /// A field of the object.
     Top(&'static str),
     /// A field of a mapping.
     Field(&'a Path<'a>, &'a str),
@@ -25,7 +24,7 @@ pub(super) enum Path<'a> {
 }
 
 impl<'a> Path<'a> {
-    /// The path to a field of the mapping that stands here.
+    /// Returns the path of a field of the mapping at this path.
     pub(super) fn field(&'a self, name: &'a str) -> Path<'a> {
         Path::Field(self, name)
     }
@@ -41,18 +40,17 @@ impl fmt::Display for Path<'_> {
     }
 }
 
-/// A fault was reported, and what it is part of cannot be used.
+/// A value was reported as invalid; the part that contains it cannot be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Rejected;
 
-/// What was read, or that a fault was reported.
 pub(super) type FieldResult<T> = Result<T, Rejected>;
 
-/// Reads values and reports what it does not understand.
+/// Reads values and reports invalid ones.
 pub(super) struct FieldReader<'a> {
     pub interner: &'a mut Interner,
     report: &'a mut FieldReport,
-    /// What follows from a fault; the end of every sentence about one.
+    /// What follows from an invalid value, as the end of every message.
     consequence: &'static str,
 }
 
@@ -69,7 +67,7 @@ impl<'a> FieldReader<'a> {
         }
     }
 
-    /// Reports a value; `fault` tells what is wrong with it and how to mend it.
+    /// Reports a value. `fault` completes the sentence: what is wrong with it and how to correct it.
     pub(super) fn reject(
         &mut self,
         at: &Path<'_>,
@@ -82,8 +80,8 @@ impl<'a> FieldReader<'a> {
         Rejected
     }
 
-    /// A mapping. `null` is an empty one, also as the entry of a list: the API server's decoder
-    /// leaves a struct as it is where it meets `null`.
+    /// Reads a mapping. `null` is an empty one, even as an entry of a list, since the API server's
+    /// decoder leaves a struct unchanged on `null`.
     pub(super) fn mapping<'v>(
         &mut self,
         at: &Path<'_>,
@@ -97,9 +95,8 @@ impl<'a> FieldReader<'a> {
         }
     }
 
-    /// Refuses fields that are not among the known ones: a misspelt field means something else
-    /// than its absence.
-    pub(super) fn no_others(
+    /// Rejects fields that are not known: a misspelt field does not mean its absence.
+    pub(super) fn check_known(
         &mut self,
         at: &Path<'_>,
         map: &Map<String, Value>,
@@ -109,7 +106,7 @@ impl<'a> FieldReader<'a> {
         for (name, value) in map {
             if !known.contains(&&**name) {
                 let hint = format_args!(
-                    "is in a field that nftlet does not know; the known ones are {}",
+                    "is in an unknown field; the known ones are {}",
                     Listed(known)
                 );
                 sound = Err(self.reject(&at.field(name), value, hint));
@@ -118,7 +115,7 @@ impl<'a> FieldReader<'a> {
         sound
     }
 
-    /// The known fields of a mapping that may have no others; `null` is the same as absent.
+    /// Reads a mapping that has only the known fields. Returns their values; `null` is absent.
     pub(super) fn fields<'v, const N: usize>(
         &mut self,
         at: &Path<'_>,
@@ -126,12 +123,12 @@ impl<'a> FieldReader<'a> {
         known: [&str; N],
     ) -> FieldResult<[Option<&'v Value>; N]> {
         let map = self.mapping(at, value)?;
-        self.no_others(at, map, &known)?;
+        self.check_known(at, map, &known)?;
         Ok(known.map(|name| present(map, name)))
     }
 
-    /// Every entry of a list, each read by `read`; rejected if one of them is, but only after all
-    /// were looked at.
+    /// Reads the entries of a list with `read`. Rejects the list if one of them is, after all have
+    /// been read, so that each invalid entry is reported.
     pub(super) fn list<T>(
         &mut self,
         at: &Path<'_>,
@@ -147,7 +144,7 @@ impl<'a> FieldReader<'a> {
         read.into_iter().collect()
     }
 
-    /// The entries of a list.
+    /// Reads a list without its entries.
     pub(super) fn entries<'v>(
         &mut self,
         at: &Path<'_>,
@@ -159,7 +156,7 @@ impl<'a> FieldReader<'a> {
         }
     }
 
-    /// A string. `null` is an empty one, as for the API server.
+    /// Reads a string. `null` is an empty one, as for the API server.
     pub(super) fn text<'v>(&mut self, at: &Path<'_>, value: &'v Value) -> FieldResult<&'v str> {
         match value {
             Value::String(text) => Ok(text),
@@ -172,12 +169,12 @@ impl<'a> FieldReader<'a> {
     }
 }
 
-/// The value of a field that is neither absent nor `null`.
+/// Returns the value of a field, unless it is `null`.
 pub(super) fn present<'v>(map: &'v Map<String, Value>, name: &str) -> Option<&'v Value> {
     map.get(name).filter(|value| !value.is_null())
 }
 
-/// A value as a message shows it: short.
+/// Shortens a value for a message.
 fn shown(value: &Value) -> Cow<'_, str> {
     match value {
         Value::String(text) => Cow::Borrowed(text),
@@ -189,7 +186,7 @@ fn shown(value: &Value) -> Cow<'_, str> {
     }
 }
 
-/// Names as a sentence lists them.
+/// Displays names as a sentence lists them.
 struct Listed<'a>(&'a [&'a str]);
 
 impl fmt::Display for Listed<'_> {

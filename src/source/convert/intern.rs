@@ -1,4 +1,4 @@
-//! One copy of everything that many objects repeat.
+//! Sharing of values that many objects repeat.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -7,10 +7,9 @@ use crate::model::{Hints, Labels, NamedPort};
 
 /// Shares equal strings, hints, and lists of labels and ports.
 ///
-/// Node names, zones and port names come up in thousands of endpoints, and the pods of one
-/// workload have the same labels and ports; each is kept once. What nothing refers to any more is
-/// dropped whenever the tables have doubled, so that nodes and pods that come and go do not make
-/// them grow for ever.
+/// Thousands of endpoints have the same node names, zones and port names, and the pods of one
+/// workload have the same labels and ports. Values without other references are dropped whenever
+/// the tables have doubled, so that their size stays proportional to that of the cluster.
 #[derive(Debug)]
 pub(super) struct Interner {
     strings: HashSet<Arc<str>>,
@@ -36,7 +35,6 @@ impl Default for Interner {
 }
 
 impl Interner {
-    /// The shared copy of a string.
     pub(super) fn string(&mut self, text: &str) -> Arc<str> {
         if let Some(known) = self.strings.get(text) {
             return known.clone();
@@ -47,7 +45,6 @@ impl Interner {
         new
     }
 
-    /// The shared copy of an endpoint's hints.
     pub(super) fn hints(&mut self, hints: Hints) -> Arc<Hints> {
         if let Some(known) = self.hints.get(&hints) {
             return known.clone();
@@ -58,7 +55,6 @@ impl Interner {
         new
     }
 
-    /// The shared copy of an object's labels.
     pub(super) fn labels<'a>(&mut self, pairs: impl Iterator<Item = (&'a str, &'a str)>) -> Labels {
         let pairs = pairs.map(|(key, value)| (self.string(key), self.string(value)));
         let new: Labels = pairs.collect();
@@ -70,7 +66,6 @@ impl Interner {
         new
     }
 
-    /// The shared copy of a list of ports.
     pub(super) fn ports(&mut self, ports: Vec<NamedPort>) -> Arc<[NamedPort]> {
         if let Some(known) = self.ports.get(ports.as_slice()) {
             return known.clone();
@@ -89,7 +84,7 @@ impl Interner {
         if self.len() < self.sweep_at {
             return;
         }
-        // Strings last: the others hold them.
+        // Strings last, since the others refer to them.
         self.hints.retain(|hints| Arc::strong_count(hints) > 1);
         self.labels.retain(Labels::is_shared);
         self.ports.retain(|ports| Arc::strong_count(ports) > 1);

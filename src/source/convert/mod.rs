@@ -1,11 +1,10 @@
-//! From API objects to the facts of [`model`](crate::model).
+//! Conversion of API objects to the facts of [`model`](crate::model).
 //!
-//! One decode path serves both sources: [`Converter::decode`] takes any `serde` deserialiser,
-//! reads the fields of [`wire`](super::wire) and turns them into facts. What is wrong with a
-//! part of an object (an address, a port) becomes a [`Notice`] and only that part is left out (of
-//! a NetworkPolicy the whole rule, so that nothing is allowed that was not meant to be);
-//! an object that does not fit its schema at all, or has no usable name, is an error of the
-//! deserialiser, which knows the position.
+//! Both sources decode alike: [`Converter::decode`] takes any `serde` deserialiser, reads the
+//! fields of [`wire`](super::wire) and converts them. An invalid part of an object (an address, a
+//! port) becomes a [`Notice`], and only that part is left out; of a NetworkPolicy the whole rule is,
+//! so that it allows nothing unintended. An object that does not fit its schema, or has no usable
+//! name, is an error of the deserialiser, which knows the position.
 
 mod address;
 mod endpoints;
@@ -26,25 +25,22 @@ use self::report::FieldReport;
 use super::wire;
 use crate::model::{Kind, Notice, Object, ObjectName, ObjectRef, Protocol};
 
-/// Turns API objects into facts; one per source, since it shares repeated strings.
+/// Converts API objects to facts. Each source has one, since it shares repeated strings.
 #[derive(Debug, Default)]
 pub(super) struct Converter {
     interner: Interner,
 }
 
-/// What became of one object.
+/// A decoded object.
 #[derive(Debug)]
 pub(super) struct Decoded {
-    /// What the object says it is.
     pub declared: Declared,
-    /// Namespace and name.
     pub name: ObjectName,
     /// `metadata.resourceVersion`.
     pub resource_version: Option<String>,
-    /// The facts; `None` for an object that is well-formed but none of nftlet's business (a
-    /// slice of host names).
+    /// The facts; `None` for a valid object that has no rules, such as a slice of host names.
     pub object: Option<Object>,
-    /// The parts that were left out.
+    /// Notices about the parts that were left out.
     pub notices: Vec<Notice>,
 }
 
@@ -52,8 +48,7 @@ impl Converter {
     /// Decodes one object of a kind.
     ///
     /// # Errors
-    /// Whatever the deserialiser reports for an object that does not fit the schema, and a
-    /// custom error for one whose `metadata` gives no usable name.
+    /// If the object does not fit the schema, or its `metadata` has no usable name.
     pub(super) fn decode<'de, D: Deserializer<'de>>(
         &mut self,
         kind: Kind,
@@ -186,25 +181,25 @@ impl Converter {
     }
 }
 
-/// What an object says it is, compared with what was asked for.
+/// The `apiVersion` and `kind` of an object, compared with the requested kind.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Declared {
-    /// Nothing, as in a list, which says it for all its items.
-    Nothing,
-    /// What was asked for.
-    AsAsked,
-    /// Something else.
+    /// Absent, as for the items of a list, which has them for all of its items.
+    Absent,
+    /// Those of the requested kind.
+    Requested,
+    /// Others.
     Other(String),
 }
 
 impl Declared {
     fn of(kind: Kind, api_version: Option<&str>, name: Option<&str>) -> Self {
         match (non_empty(api_version), non_empty(name)) {
-            (None, None) => Self::Nothing,
+            (None, None) => Self::Absent,
             (Some(version), Some(name))
                 if version == kind.api_version() && name == kind.as_str() =>
             {
-                Self::AsAsked
+                Self::Requested
             }
             (version, name) => Self::Other(format!(
                 "{} {}",
@@ -214,10 +209,10 @@ impl Declared {
         }
     }
 
-    /// Reads what an object says it is, whatever else is in it.
+    /// Reads only `apiVersion` and `kind` of an object.
     ///
     /// # Errors
-    /// Those of the deserialiser for what is no object.
+    /// If the value is not an object.
     pub(super) fn read<'de, D: Deserializer<'de>>(kind: Kind, from: D) -> Result<Self, D::Error> {
         let type_ = wire::Type::deserialize(from)?;
         Ok(Self::of(
@@ -228,7 +223,7 @@ impl Declared {
     }
 }
 
-/// As much of a name as belongs into a message.
+/// Shortens a name for a message.
 fn shortened(name: &str) -> String {
     name.chars().take(80).collect()
 }
@@ -261,10 +256,9 @@ impl<'m> From<&'m wire::HeadMeta> for Names<'m> {
     }
 }
 
-/// The identity of an object, even where the rest of it cannot be decoded.
+/// The identity of an object, which can be read even if the rest of it cannot be decoded.
 #[derive(Debug)]
 pub(super) struct Identity {
-    /// Namespace and name.
     pub name: ObjectName,
     /// `metadata.resourceVersion`.
     pub resource_version: Option<String>,
@@ -287,11 +281,11 @@ pub(super) fn identify<'de, D: Deserializer<'de>>(
     })
 }
 
-/// Joins `metadata.namespace` and `metadata.name`. A namespaced object without a namespace is
-/// in `default`, as for `kubectl apply`; the namespace of a cluster-scoped object is ignored.
+/// Joins `metadata.namespace` and `metadata.name`. As with `kubectl apply`, the default of a
+/// namespaced object is the namespace `default`; that of a cluster-scoped object is ignored.
 ///
 /// # Errors
-/// A sentence for a name that is missing or contains characters that no API object can have.
+/// A sentence about a name that is missing or has characters that no API object can have.
 pub(super) fn object_name(
     kind: Kind,
     name: Option<&str>,
@@ -314,12 +308,12 @@ pub(super) fn object_name(
     Ok(ObjectName::new(namespace, name))
 }
 
-/// The API treats an empty string as an absent one.
+/// Returns `None` for an empty string, which the API treats as absent.
 fn non_empty(text: Option<&str>) -> Option<&str> {
     text.filter(|text| !text.is_empty())
 }
 
-/// Reads a `protocol` field: TCP when absent.
+/// Parses a `protocol` field, whose default is TCP.
 fn protocol(text: Option<&str>) -> Option<Protocol> {
     match non_empty(text) {
         None | Some("TCP") => Some(Protocol::Tcp),
@@ -329,12 +323,12 @@ fn protocol(text: Option<&str>) -> Option<Protocol> {
     }
 }
 
-/// A number that is a usable port.
+/// Converts a port number, unless it is 0 or out of range.
 fn port(number: i64) -> Option<u16> {
     u16::try_from(number).ok().filter(|port| *port != 0)
 }
 
-/// Reads an RFC 3339 time.
+/// Parses an RFC 3339 time.
 fn timestamp(text: Option<&str>) -> Option<Timestamp> {
     non_empty(text)?.parse().ok()
 }

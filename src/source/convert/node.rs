@@ -1,4 +1,4 @@
-//! The own Node and the ServiceCIDRs.
+//! Conversion of the own Node and of ServiceCIDRs.
 
 use ipnet::IpNet;
 
@@ -8,11 +8,10 @@ use super::{Converter, non_empty};
 use crate::model::{Node, ObjectName, ServiceCidr};
 use crate::source::wire;
 
-/// The taint that the cluster autoscaler puts on a node it is about to remove.
+/// The taint of the cluster autoscaler on a node that it will remove.
 const GOING_AWAY_TAINT: &str = "ToBeDeletedByClusterAutoscaler";
 
 impl Converter {
-    /// The facts of a Node.
     pub(super) fn node(
         &mut self,
         name: &ObjectName,
@@ -59,7 +58,6 @@ impl Converter {
         }
     }
 
-    /// The facts of a ServiceCIDR.
     pub(super) fn service_cidr(
         &mut self,
         name: &ObjectName,

@@ -1,4 +1,4 @@
-//! Pods and Namespaces.
+//! Conversion of Pods and Namespaces.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -14,7 +14,6 @@ use crate::model::{
 use crate::source::wire;
 
 impl Converter {
-    /// The facts of a Pod.
     pub(super) fn pod(
         &mut self,
         name: &ObjectName,
@@ -25,24 +24,23 @@ impl Converter {
         let spec = from.spec.as_ref();
         let status = from.status.as_ref();
         let deleted = meta.is_some_and(|meta| meta.deletion_timestamp.is_some());
-        let life = status.map(|status| Life::new(status, deleted));
-        let life = life.unwrap_or_default();
+        let lifecycle = status.map(|status| Lifecycle::new(status, deleted));
+        let lifecycle = lifecycle.unwrap_or_default();
         Pod {
             name: name.clone(),
             node: spec
                 .and_then(|spec| non_empty(spec.node_name.as_deref()))
                 .map(|node| self.interner.string(node)),
             host_network: spec.and_then(|spec| spec.host_network).unwrap_or(false),
-            ended: life.ended,
-            running: life.running,
-            evidence: life.evidence,
+            ended: lifecycle.ended,
+            running: lifecycle.running,
+            evidence: lifecycle.evidence,
             addresses: status.map_or_else(SmallVec::new, |status| pod_ips(status, report)),
             labels: self.labels(meta.and_then(|meta| meta.labels.as_ref()), None),
             ports: self.named_ports(spec, report),
         }
     }
 
-    /// The facts of a Namespace.
     pub(super) fn namespace(&mut self, name: &ObjectName, from: &wire::Namespace) -> Namespace {
         let labels = from.metadata.as_ref().and_then(|meta| meta.labels.as_ref());
         Namespace {
@@ -51,15 +49,15 @@ impl Converter {
         }
     }
 
-    /// Labels as they were written, and one that counts whatever was written.
+    /// Converts labels. `always` replaces a label with the same key.
     fn labels(&mut self, from: Option<&wire::AllLabels>, always: Option<(&str, &str)>) -> Labels {
         let written = from.into_iter().flatten();
         let written = written.map(|(key, value)| (&**key, value.as_deref().unwrap_or_default()));
         self.interner.labels(written.chain(always))
     }
 
-    /// The ports that have a name, of containers, then of init containers that keep running beside
-    /// them.
+    /// Converts the named ports, first of containers, then of init containers that run beside them
+    /// (`restartPolicy: Always`).
     fn named_ports(
         &mut self,
         spec: Option<&wire::PodSpec>,
@@ -78,8 +76,8 @@ impl Converter {
                 self.container_ports(field, container, &mut found, report);
             }
         }
-        // Of two ports with one name the first counts, as for a named `targetPort` of a service. The
-        // sort is stable.
+        // The first of two ports with one name is used, as for a named `targetPort` of a service.
+        // The sort is stable.
         found.sort_by(|a, b| (&a.name, a.protocol).cmp(&(&b.name, b.protocol)));
         found.dedup_by(|a, b| (&a.name, a.protocol) == (&b.name, b.protocol));
         self.interner.ports(found)
@@ -117,20 +115,19 @@ impl Converter {
     }
 }
 
-/// How far a pod is in its life, by its status.
+/// The lifecycle of a pod according to its status.
 #[derive(Debug, Default)]
-struct Life {
+struct Lifecycle {
     ended: bool,
     running: bool,
     evidence: Evidence,
 }
 
-/// The condition that says whether there is a sandbox with a network, and its name before
-/// Kubernetes 1.28.
+/// The condition of a pod whose sandbox has a network, and its name before Kubernetes 1.28.
 const SANDBOX_CONDITIONS: [&str; 2] = ["PodReadyToStartContainers", "PodHasNetwork"];
 
-impl Life {
-    /// `deleted` says that the pod is to be removed, so that no container is started again.
+impl Lifecycle {
+    /// Evaluates a status. The containers of a `deleted` pod are not started again.
     fn new(status: &wire::PodStatus, deleted: bool) -> Self {
         let containers = status.container_statuses.as_deref().unwrap_or_default();
         let others = [
@@ -147,7 +144,7 @@ impl Life {
             .map(|running| seconds(running.started_at.as_ref()).unwrap_or_default())
             .max();
         let phase = status.phase.as_deref();
-        // The kubelet writes this phase together with the containers; a file need not name them.
+        // The kubelet writes this phase together with the containers; a manifest may omit them.
         let running = started.is_some() || (phase == Some("Running") && states().next().is_none());
         let terminated = !containers.is_empty()
             && containers.iter().all(|container| {
@@ -169,7 +166,7 @@ impl Life {
             Some("False") => Some(Sandbox::Gone),
             _ => None,
         });
-        // A container that runs has a sandbox.
+        // A running container has a sandbox.
         let sandbox = match (ready, started.map(Sandbox::RanAt)) {
             (Some(ready), Some(started)) => ready.max(started),
             (ready, started) => ready.or(started).unwrap_or_default(),
@@ -182,13 +179,13 @@ impl Life {
     }
 }
 
-/// Seconds since 1970, the nearest that fit.
+/// Returns a time in seconds since 1970, limited to the range of `u32`.
 fn seconds(time: Option<&wire::Text<'_>>) -> Option<u32> {
     let time = timestamp(time.map(|time| &**time))?.as_second();
     Some(u32::try_from(time.max(0)).unwrap_or(u32::MAX))
 }
 
-/// `podIPs`, or `podIP` where the list is empty; of each family the first one.
+/// Converts `podIPs`, or `podIP` if the list is empty. Returns the first address of each family.
 fn pod_ips(status: &wire::PodStatus, report: &mut FieldReport) -> SmallVec<[IpAddr; 2]> {
     let mut addresses = SmallVec::<[IpAddr; 2]>::new();
     let mut take = |field: std::fmt::Arguments<'_>, text: &str| match parse_unicast(text) {

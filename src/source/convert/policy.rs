@@ -1,9 +1,8 @@
-//! NetworkPolicies.
+//! Conversion of NetworkPolicies.
 //!
-//! What cannot be understood closes: a rule with a fault is left out, so that it allows nothing;
-//! where it is not certain whom a policy applies to, it applies to more pods and allows nothing;
-//! where its directions are not certain, it is about both. Each fault is reported with its place in
-//! the object.
+//! Invalid parts fail closed: an invalid rule is left out, so that it allows nothing; an invalid pod
+//! selector makes the policy apply to more pods and allow nothing; invalid policy types make it
+//! isolate in both directions. Each invalid value is reported with its path in the object.
 
 use serde_json::{Map, Value};
 
@@ -17,20 +16,20 @@ use crate::model::{
 use ipnet::IpNet;
 
 const RULE_LEFT_OUT: &str =
-    "the rule is left out, and what it was to allow stays denied until this is mended";
+    "the rule is left out; what it would allow stays denied until this is corrected";
 const RULES_LEFT_OUT: &str =
-    "no rule of this direction is used, and all of it stays denied until this is mended";
+    "no rule of this direction is used; all its traffic stays denied until this is corrected";
 const POLICY_CLOSED: &str = "the policy isolates its pods in both directions and allows nothing \
-    until this is mended; without a usable podSelector these are all pods of the namespace";
+    until this is corrected; without a valid podSelector these are all pods of the namespace";
 const SELECTOR_WIDENED: &str = "this requirement is left out, so the policy applies to more \
-    pods, and it allows them nothing in the directions it is about until this is mended";
+    pods and allows them nothing in its directions until this is corrected";
 const BOTH_DIRECTIONS: &str =
-    "the policy isolates its pods in both directions until this is mended";
+    "the policy isolates its pods in both directions until this is corrected";
 
 /// The fields of `spec`.
 const FIELDS: [&str; 4] = ["podSelector", "policyTypes", "ingress", "egress"];
 
-/// Which directions `policyTypes` names.
+/// The directions in `policyTypes`.
 #[derive(Clone, Copy)]
 struct Directions {
     ingress: bool,
@@ -43,7 +42,6 @@ const BOTH: Directions = Directions {
 };
 
 impl Converter {
-    /// The facts of a NetworkPolicy.
     pub(super) fn network_policy(
         &mut self,
         name: &ObjectName,
@@ -61,13 +59,13 @@ impl Converter {
         let Ok(spec) = reader.mapping(&at, spec.unwrap_or(&Value::Null)) else {
             return closed(LabelSelector::default());
         };
-        let fields_known = reader.no_others(&at, spec, &FIELDS);
+        let fields_known = reader.check_known(&at, spec, &FIELDS);
 
         let mut reader = FieldReader::new(&mut self.interner, report, SELECTOR_WIDENED);
         let (pods, pods_known) = match present(spec, "podSelector") {
             Some(selector) => {
                 let found = reader.requirements(&at.field("podSelector"), selector);
-                (LabelSelector::new(found.understood), found.all)
+                (LabelSelector::new(found.valid), found.all)
             }
             // Absent, it selects every pod, as in the API.
             None => (LabelSelector::default(), Ok(())),
@@ -100,8 +98,7 @@ impl Converter {
         }
     }
 
-    /// The rules of one direction that are understood; `peers` is what their field of peers is
-    /// called.
+    /// Converts the valid rules of one direction; `peers` is the name of their field of peers.
     fn rules(
         &mut self,
         at: &Path<'_>,
@@ -124,8 +121,8 @@ impl Converter {
 }
 
 impl FieldReader<'_> {
-    /// `policyTypes`. Absent or empty it is Ingress, and Egress if there are egress rules (the
-    /// API server's defaults: `SetDefaults_NetworkPolicy` in `pkg/apis/networking/v1`).
+    /// Reads `policyTypes`. The default is Ingress, and Egress if there are egress rules, as in the
+    /// API server (`SetDefaults_NetworkPolicy` in `pkg/apis/networking/v1`).
     fn directions(&mut self, spec_at: &Path<'_>, spec: &Map<String, Value>) -> Directions {
         let at = spec_at.field("policyTypes");
         let types = match present(spec, "policyTypes") {
@@ -162,7 +159,7 @@ impl FieldReader<'_> {
 
     fn rule(&mut self, at: &Path<'_>, value: &Value, peers_field: &str) -> FieldResult<PolicyRule> {
         let [peers, ports] = self.fields(at, value, [peers_field, "ports"])?;
-        // Both are read before one of them ends it, so that every fault is told.
+        // Both are read before either is returned, so that every invalid value is reported.
         let peers = self.unless_empty(&at.field(peers_field), peers, Self::peer);
         let ports = self.unless_empty(&at.field("ports"), ports, Self::policy_port);
         Ok(PolicyRule {
@@ -171,7 +168,7 @@ impl FieldReader<'_> {
         })
     }
 
-    /// A list that means everything where it is absent or empty.
+    /// Reads a list. Returns `None`, which stands for everything, if it is absent or empty.
     fn unless_empty<T>(
         &mut self,
         at: &Path<'_>,
@@ -193,7 +190,8 @@ impl FieldReader<'_> {
         let block = block.map(|it| self.block(&at.field("ipBlock"), it));
         match (pods, namespaces, block) {
             (None, None, None) => {
-                let hint = "names nobody; write a podSelector, a namespaceSelector or an ipBlock";
+                let hint =
+                    "selects no peers; write a podSelector, a namespaceSelector or an ipBlock";
                 Err(self.reject(at, value, hint))
             }
             (None, None, Some(block)) => block,
@@ -202,7 +200,7 @@ impl FieldReader<'_> {
                 pods: pods.transpose()?.unwrap_or_default(),
             }),
             (_, _, Some(_)) => {
-                let hint = "has an ipBlock beside a selector; make two entries of it";
+                let hint = "has an ipBlock and a selector; write them as two entries";
                 Err(self.reject(at, value, hint))
             }
         }
@@ -217,8 +215,7 @@ impl FieldReader<'_> {
                 if cidr.contains(&range) && range != cidr {
                     return Ok(range);
                 }
-                let hint =
-                    format_args!("is not a smaller range inside of {cidr}; write one that is");
+                let hint = format_args!("is not a smaller range within {cidr}; write one that is");
                 Err(reader.reject(at, value, hint))
             })?,
             None => Vec::new(),
@@ -229,8 +226,8 @@ impl FieldReader<'_> {
     fn range(&mut self, at: &Path<'_>, value: &Value) -> FieldResult<IpNet> {
         let text = self.text(at, value)?;
         match parse_range(text) {
-            // Packets never carry such an address, so an exception of this kind would except
-            // nothing.
+            // Packets never have such addresses, so that an exception of this kind would have no
+            // effect.
             Ok(IpNet::V6(range)) if range.addr().to_ipv4_mapped().is_some() => {
                 let hint = "is an IPv4 range in IPv6 notation; write it as an IPv4 range";
                 Err(self.reject(at, value, hint))
@@ -284,7 +281,7 @@ impl FieldReader<'_> {
             return Ok(first);
         };
         let PortMatch::Range(first, _) = first else {
-            let hint = "has no number to count from; write a number as port, or remove endPort";
+            let hint = "needs a number as port; write one, or remove endPort";
             return Err(self.reject(&end_at, last, hint));
         };
         match last.as_i64().and_then(port) {
@@ -299,7 +296,7 @@ impl FieldReader<'_> {
     }
 }
 
-/// A service name of RFC 6335 as the API takes it (apimachinery's `IsValidPortName`).
+/// Returns whether a text is a service name of RFC 6335 (apimachinery's `IsValidPortName`).
 fn is_port_name(text: &str) -> bool {
     let inside = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
     text.len() <= 15

@@ -1,14 +1,13 @@
-//! Collecting what is wrong with one object.
+//! Notices about the invalid fields of one object.
 
 use std::fmt::Display;
 
 use crate::model::{Kind, Notice, ObjectRef, Reason, Subject};
 
-/// The most faults that are told one by one; a slice of a thousand wrong addresses is one
-/// mistake, not a thousand.
+/// How many faults are reported one by one; a slice with a thousand wrong addresses is one mistake.
 const MOST_DETAILS: usize = 8;
 
-/// The notices about one object.
+/// Collects the notices about one object.
 pub(super) struct FieldReport {
     object: ObjectRef,
     notices: Vec<Notice>,
@@ -24,8 +23,8 @@ impl FieldReport {
         }
     }
 
-    /// Notes that `value` of `field` was left out; `fault` tells what is wrong with it and how to
-    /// mend it.
+    /// Reports that `value` of `field` was left out. `fault` completes the sentence: what is wrong
+    /// with the value and how to correct it.
     pub(super) fn left_out(
         &mut self,
         field: impl Display,
@@ -40,10 +39,10 @@ impl FieldReport {
         }
     }
 
-    /// The notices, ending with a count of those that were not spelled out.
+    /// Returns the notices. The last one counts the faults that were not reported one by one.
     pub(super) fn finish(mut self) -> Vec<Notice> {
         if self.beyond > 0 {
-            let message = format!("{}: {} more faults of this kind", self.object, self.beyond);
+            let message = format!("{}: {} more invalid fields", self.object, self.beyond);
             self.push(message);
         }
         self.notices

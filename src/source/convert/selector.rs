@@ -1,4 +1,4 @@
-//! Label selectors.
+//! Reading of label selectors.
 
 use std::sync::Arc;
 
@@ -7,24 +7,24 @@ use serde_json::Value;
 use super::fields::{FieldReader, FieldResult, Path, Rejected};
 use crate::model::{LabelSelector, Requirement};
 
-/// The requirements of a selector that are understood, and whether these are all.
+/// The valid requirements of a selector, and whether all are valid.
 pub(super) struct Requirements {
-    pub understood: Vec<Requirement>,
+    pub valid: Vec<Requirement>,
     pub all: FieldResult<()>,
 }
 
 impl FieldReader<'_> {
-    /// A selector of which everything is understood.
+    /// Reads a selector. Rejects one with an invalid requirement.
     pub(super) fn selector(&mut self, at: &Path<'_>, value: &Value) -> FieldResult<LabelSelector> {
         let found = self.requirements(at, value);
         found.all?;
-        Ok(LabelSelector::new(found.understood))
+        Ok(LabelSelector::new(found.valid))
     }
 
-    /// Whatever of a selector is understood.
+    /// Reads the valid requirements of a selector.
     pub(super) fn requirements(&mut self, at: &Path<'_>, value: &Value) -> Requirements {
         let mut found = Requirements {
-            understood: Vec::new(),
+            valid: Vec::new(),
             all: Ok(()),
         };
         let map = match self.mapping(at, value) {
@@ -40,7 +40,7 @@ impl FieldReader<'_> {
                 "matchLabels" => self.match_labels(&at, value, &mut found),
                 "matchExpressions" => self.match_expressions(&at, value, &mut found),
                 _ => {
-                    let hint = "is in a field that nftlet does not know; the known ones are matchLabels and matchExpressions";
+                    let hint = "is in an unknown field; the known ones are matchLabels and matchExpressions";
                     found.all = Err(self.reject(&at, value, hint));
                 }
             }
@@ -133,13 +133,13 @@ impl FieldReader<'_> {
 impl Requirements {
     fn take(&mut self, read: FieldResult<Requirement>) {
         match read {
-            Ok(requirement) => self.understood.push(requirement),
+            Ok(requirement) => self.valid.push(requirement),
             Err(Rejected) => self.all = Err(Rejected),
         }
     }
 }
 
-/// A name with an optional DNS name before it (apimachinery's `IsQualifiedName`).
+/// Returns whether a text is a name with an optional DNS prefix (apimachinery's `IsQualifiedName`).
 fn is_label_key(key: &str) -> bool {
     match key.split_once('/') {
         Some((prefix, name)) => is_dns_name(prefix) && is_label_name(name),
@@ -147,7 +147,8 @@ fn is_label_key(key: &str) -> bool {
     }
 }
 
-/// Up to 63 letters, digits, `-`, `_` and `.`, with a letter or digit at both ends.
+/// Returns whether a text has 1 to 63 letters, digits, `-`, `_` and `.`, with a letter or digit at
+/// both ends.
 fn is_label_name(text: &str) -> bool {
     let ends = |byte: Option<u8>| byte.is_some_and(|byte| byte.is_ascii_alphanumeric());
     let inside = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
@@ -173,7 +174,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn keys_and_values_of_labels_are_told_from_other_text() {
+    fn only_valid_label_keys_are_accepted() {
         for key in [
             "app",
             "App_1.b-c",

@@ -1,4 +1,4 @@
-//! Services.
+//! Conversion of Services.
 
 use std::collections::HashSet;
 use std::net::IpAddr;
@@ -14,15 +14,14 @@ use crate::model::{
 };
 use crate::source::wire;
 
-/// How many further values a notice shows.
+/// How many more values a notice lists after the first.
 const MOST_SHOWN: usize = 3;
-/// `sessionAffinityConfig.clientIP.timeoutSeconds` when absent: three hours.
+/// The default of `sessionAffinityConfig.clientIP.timeoutSeconds`: three hours.
 const DEFAULT_AFFINITY_SECONDS: u32 = 10_800;
-/// The longest affinity the API accepts: one day.
+/// The longest affinity that the API accepts: one day.
 const LONGEST_AFFINITY_SECONDS: i64 = 86_400;
 
 impl Converter {
-    /// The facts of a Service.
     pub(super) fn service(
         &mut self,
         name: &ObjectName,
@@ -97,7 +96,7 @@ impl Converter {
                 report.left_out(field("port"), number, PORT_HINT);
                 continue;
             };
-            // 0 is how the API says that there is none.
+            // The API writes an absent nodePort as 0.
             let node_port = entry.node_port.filter(|number| *number != 0);
             let usable = node_port.and_then(port);
             if let (Some(number), None) = (node_port, usable) {
@@ -116,7 +115,7 @@ impl Converter {
     }
 }
 
-/// Leaves out the addresses of families in which the service has no ClusterIP.
+/// Removes addresses of families in which the service has no ClusterIP.
 fn without_other_families(mut service: Service, report: &mut FieldReport) -> Service {
     let families: Vec<Family> = service
         .cluster_ips
@@ -137,8 +136,8 @@ fn without_other_families(mut service: Service, report: &mut FieldReport) -> Ser
     if let Some((first, more)) = others.split_first() {
         let family = Family::of(*first);
         let hint = format!(
-            "{}is of {family}, of which the service has no ClusterIP, and does not lead here; \
-             make the service one of both families (spec.ipFamilyPolicy) or remove the address",
+            "{}is not served, since the service has no {family} ClusterIP; make the service \
+             dual-stack (spec.ipFamilyPolicy) or remove the address",
             and_more(more)
         );
         report.left_out("the address", first, hint);
@@ -146,7 +145,7 @@ fn without_other_families(mut service: Service, report: &mut FieldReport) -> Ser
     service
 }
 
-/// Reports load balancer addresses of a family that the source ranges do not mention.
+/// Reports load balancer addresses of a family without source ranges.
 fn report_ranges_of_one_family(service: &Service, report: &mut FieldReport) {
     let (v4, v6): (Vec<IpNet>, Vec<IpNet>) = service
         .source_ranges
@@ -158,19 +157,19 @@ fn report_ranges_of_one_family(service: &Service, report: &mut FieldReport) {
         (true, false) => (v6, Family::V4),
         (true, true) | (false, false) => return,
     };
-    // A range for everyone means those of the other family too.
+    // A range of all addresses is meant for both families.
     if present.iter().any(|range| range.prefix_len() == 0) {
         return;
     }
-    let mut shut = service.load_balancer_ips.iter().copied();
-    if let Some(address) = shut.find(|address| Family::of(*address) == absent) {
-        let everyone = match absent {
+    let mut addresses = service.load_balancer_ips.iter().copied();
+    if let Some(address) = addresses.find(|address| Family::of(*address) == absent) {
+        let all = match absent {
             Family::V4 => "0.0.0.0/0",
             Family::V6 => "::/0",
         };
         let hint = format!(
-            "has no {absent} range, so nobody may use the load balancer's address {address}; add \
-             ranges, or {everyone} for everyone"
+            "has no {absent} range, so all clients of the load balancer's address {address} are \
+             denied; add ranges, or {all} for all"
         );
         let shown = present.iter().take(MOST_SHOWN).map(ToString::to_string);
         let shown = shown.collect::<Vec<_>>().join(",");
@@ -178,7 +177,7 @@ fn report_ranges_of_one_family(service: &Service, report: &mut FieldReport) {
     }
 }
 
-/// Reports numbers that come up twice in one service: the first port has the frontends.
+/// Reports port numbers that a service uses twice. The first port has the frontends.
 fn report_repeated_ports(service: &Service, report: &mut FieldReport) {
     let mut ports = HashSet::new();
     let mut node_ports = HashSet::new();
@@ -199,14 +198,14 @@ fn report_repeated_ports(service: &Service, report: &mut FieldReport) {
     }
     if let Some((first, more)) = twice.split_first() {
         let hint = format!(
-            "{}is there already, and the first one has it; use each number once for a protocol",
+            "{}is used twice, and the first port keeps it; use each number once per protocol",
             and_more(more)
         );
         report.left_out("spec.ports", first, hint);
     }
 }
 
-/// The first few of many, as a part of a sentence.
+/// Lists the first few values, as a part of a sentence.
 fn and_more<T: ToString>(more: &[T]) -> String {
     if more.is_empty() {
         return String::new();
@@ -275,7 +274,7 @@ fn cluster_ips(spec: &wire::ServiceSpec, report: &mut FieldReport) -> Vec<IpAddr
         if let Some(declared) = families.get(index)
             && **declared != *family.to_string()
         {
-            // The address decides: it is what packets carry.
+            // The address has precedence, since packets have it.
             let hint = format!("does not match \"{text}\"; the address is served as {family}");
             report.left_out(format!("spec.ipFamilies[{index}]"), declared, hint);
         }
@@ -311,8 +310,8 @@ fn load_balancer_ips(
         .unwrap_or_default();
     let mut addresses = Vec::with_capacity(ingress.len());
     for (index, entry) in ingress.iter().enumerate() {
-        // A host name is for DNS; mode Proxy means that traffic must pass through the balancer
-        // itself and not be short-cut on the node.
+        // An entry may have only a host name. Mode Proxy means that traffic must go through the load
+        // balancer instead of being handled on the node.
         let Some(text) = non_empty(entry.ip.as_deref()) else {
             continue;
         };
@@ -334,8 +333,8 @@ fn load_balancer_ips(
     addresses
 }
 
-/// `loadBalancerSourceRanges`. A list in which nothing is usable closes the load balancer
-/// instead of opening it to everyone: whoever wrote it wanted a restriction.
+/// Converts `loadBalancerSourceRanges`. A list without a valid range denies all clients: its author
+/// wanted a restriction.
 fn source_ranges(spec: &wire::ServiceSpec, report: &mut FieldReport) -> Vec<IpNet> {
     let texts = spec
         .load_balancer_source_ranges
@@ -358,9 +357,9 @@ fn source_ranges(spec: &wire::ServiceSpec, report: &mut FieldReport) -> Vec<IpNe
         report.left_out(
             "spec.loadBalancerSourceRanges",
             texts.iter().map(|text| &**text).collect::<Vec<_>>().join(","),
-            "has no usable range, so nobody may use the load balancer's addresses; mend the list or remove it",
+            "has no valid range, so all clients of the load balancer's addresses are denied; correct the list or remove it",
         );
-        // No packet has an unspecified source that a load balancer could answer.
+        // No client has the unspecified address.
         ranges.extend(Ipv4Net::from_str("0.0.0.0/32").map(IpNet::V4));
         ranges.extend(Ipv6Net::from_str("::/128").map(IpNet::V6));
     }

@@ -251,7 +251,7 @@ fn a_list_of_unusable_source_ranges_lets_nobody_in() {
     let (none, notices) =
         service(json!({"clusterIP": "10.0.0.1", "loadBalancerSourceRanges": ["10.0.0.0/40"]}));
     assert_eq!(texts(&none.source_ranges), ["0.0.0.0/32", "::/128"]);
-    assert!(notices[1].contains("nobody may use"), "{notices:?}");
+    assert!(notices[1].contains("addresses are denied"), "{notices:?}");
 }
 
 #[test]
@@ -283,13 +283,16 @@ fn addresses_of_a_family_without_a_cluster_ip_are_left_out_with_one_notice() {
     assert_eq!(notices.len(), 1, "{notices:?}");
     assert!(
         notices[0].contains(
-            "the address \"2001:db8::3\" (2 more: 2001:db8::1, 2001:db8::2) is of IPv6, of which"
+            "the address \"2001:db8::3\" (2 more: 2001:db8::1, 2001:db8::2) is not served, since the service has no IPv6 ClusterIP"
         ),
         "{notices:?}"
     );
     let (service, notices) = service_with(spec(&["fd00::1"]));
     assert_eq!(texts(&service.load_balancer_ips), ["2001:db8::3"]);
-    assert!(notices[0].contains("is of IPv4, of which"), "{notices:?}");
+    assert!(
+        notices[0].contains("the service has no IPv4 ClusterIP"),
+        "{notices:?}"
+    );
     let (_, notices) = service_with(spec(&["10.0.0.1", "fd00::1"]));
     assert!(notices.is_empty(), "{notices:?}");
     // What has no frontends at all needs no explanation.
@@ -345,7 +348,7 @@ fn source_ranges_of_one_family_alone_are_reported_where_they_shut_the_other_one_
     assert_eq!(notices.len(), 1, "{notices:?}");
     assert!(
         notices[0].contains(
-            "has no IPv6 range, so nobody may use the load balancer's address 2001:db8::9"
+            "has no IPv6 range, so all clients of the load balancer's address 2001:db8::9 are denied"
         ),
         "{notices:?}"
     );
@@ -375,9 +378,8 @@ fn a_number_that_comes_up_twice_is_named_once() {
     assert_eq!(service.ports.len(), 3);
     assert_eq!(notices.len(), 1, "{notices:?}");
     assert!(
-        notices[0].contains(
-            "\"80 TCP of port b\" (1 more: nodePort 30080 TCP of port b) is there already"
-        ),
+        notices[0]
+            .contains("\"80 TCP of port b\" (1 more: nodePort 30080 TCP of port b) is used twice"),
         "{notices:?}"
     );
 }
@@ -471,7 +473,7 @@ fn many_faults_of_one_object_are_counted_instead_of_listed() {
     let (_, notices) = slice(slice_of(json!(endpoints), json!([])));
     assert_eq!(notices.len(), 9);
     assert!(
-        notices[8].ends_with("92 more faults of this kind"),
+        notices[8].ends_with("92 more invalid fields"),
         "{notices:?}"
     );
 }

@@ -1,4 +1,4 @@
-//! The objects of one file.
+//! Reading the objects of one file.
 
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
@@ -14,30 +14,28 @@ use super::notice::file_notice;
 use crate::model::{Kind, Notice, Object, ObjectRef, Reason, group_of};
 use crate::source::convert::{Converter, object_name};
 
-/// What a file holds, and what is wrong with it.
+/// The objects of a file, and notices about it.
 #[derive(Debug, Default)]
 pub(super) struct Contents {
-    /// The usable objects.
     pub objects: BTreeMap<ObjectRef, Object>,
-    /// Objects that are in the file but could not be decoded.
-    pub damaged: BTreeSet<ObjectRef>,
-    /// Whether some part of the file could not even be attributed to an object.
-    pub unreadable: bool,
-    /// What is wrong, with places.
+    /// Objects in the file that could not be decoded.
+    pub invalid: BTreeSet<ObjectRef>,
+    /// Whether a part of the file could not be attributed to an object.
+    pub unnamed: bool,
     pub notices: Vec<Notice>,
 }
 
-/// Which of the objects in files count.
+/// The objects in files that are used.
 #[derive(Debug)]
 pub(super) struct ManifestFilter {
-    /// The own Node; others do not matter to this node.
+    /// The name of the own Node; others are skipped.
     pub node_name: String,
-    /// Whether the objects of network policies do.
+    /// Whether Pods, Namespaces and NetworkPolicies are used.
     pub network_policies: bool,
 }
 
 impl ManifestFilter {
-    /// The kinds that count.
+    /// Returns the kinds that are used.
     pub(super) fn kinds(&self) -> &'static [Kind] {
         if self.network_policies {
             &Kind::ALL
@@ -47,7 +45,7 @@ impl ManifestFilter {
     }
 }
 
-/// Reads a manifest, YAML or JSON. `path` names it in notices; what is not `wanted` is left out.
+/// Reads a manifest, YAML or JSON. `path` is used in notices.
 pub(super) fn read(
     path: &Path,
     text: &str,
@@ -66,7 +64,7 @@ pub(super) fn read(
         .is_some_and(|extension| extension == "json");
     let looks_like_json = text.trim_start().starts_with('{');
     let (documents, fault) = match (is_json || looks_like_json).then(|| json_documents(text)) {
-        // `{a: b}` is YAML though it is no JSON.
+        // `{a: b}` is YAML but not JSON.
         Some((documents, fault)) if is_json || fault.is_none() => (documents, fault),
         _ => (yaml_documents(text), None),
     };
@@ -79,10 +77,10 @@ pub(super) fn read(
     reader.finish()
 }
 
-/// What an `apiVersion` and `kind` mean.
+/// The meaning of an `apiVersion` and `kind`.
 enum Class {
     Used(Kind),
-    /// A known kind of a version that is not understood; holds the one to write instead.
+    /// A known kind in an unsupported version; holds the one to write instead.
     OtherVersion(&'static str),
     List,
     Unknown,
@@ -100,15 +98,15 @@ fn classify(api_version: &str, kind: &str) -> Class {
         _ if api_version == used.api_version() => Class::Used(used),
         // The beta has the same fields.
         (Kind::ServiceCidr, "networking.k8s.io/v1beta1") => Class::Used(used),
-        // Where the kind was before: such a file is there to be enforced.
+        // The former group of the kind. Its author expects the policy to be enforced.
         (Kind::NetworkPolicy, "extensions/v1beta1") => Class::OtherVersion(used.api_version()),
         _ if group_of(api_version) == used.group() => Class::OtherVersion(used.api_version()),
-        // `Service` of another group, such as serving.knative.dev/v1, is another kind altogether.
+        // Another group, such as serving.knative.dev/v1, has another kind of the same name.
         _ => Class::Unknown,
     }
 }
 
-/// What an object says it is, and its name.
+/// The type and name of an object.
 struct ObjectHead<'v> {
     api_version: Option<&'v str>,
     kind: Option<&'v str>,
@@ -117,7 +115,7 @@ struct ObjectHead<'v> {
 }
 
 impl<'v> ObjectHead<'v> {
-    /// The head of an object; of an item of a typed list, `implied` is the type.
+    /// Reads the head of an object; `implied` is the type of the items of a typed list.
     fn of(object: &'v Value, implied: Option<(&'v str, &'v str)>) -> Self {
         let text = |object: &'v Value, field| object.get(field).and_then(Value::as_str);
         let metadata = object.get("metadata").unwrap_or(&Value::Null);
@@ -134,19 +132,19 @@ impl<'v> ObjectHead<'v> {
         classify(api_version, self.kind.unwrap_or_default())
     }
 
-    /// What the items of a typed list are; a plain `List` does not say.
+    /// Returns the type of the items of a typed list. A plain `List` has none.
     fn item_type(&self) -> Option<(&'v str, &'v str)> {
         let kind = self.kind?.strip_suffix("List")?;
         (!kind.is_empty()).then_some((self.api_version.unwrap_or_default(), kind))
     }
 }
 
-/// What is found in one document, with the paths of what is wrong.
+/// The objects of one document, and notices with the paths of invalid values.
 #[derive(Default)]
 struct Found {
     objects: Vec<(Object, String)>,
-    damaged: Vec<ObjectRef>,
-    unreadable: bool,
+    invalid: Vec<ObjectRef>,
+    unnamed: bool,
     notices: Vec<(Reason, String, String)>,
     skipped: BTreeMap<String, usize>,
 }
@@ -168,7 +166,7 @@ impl ManifestReader<'_> {
                 .map(|(kind, count)| format!("{count} {kind}"))
                 .collect();
             let message = format!(
-                "skipped {}: nftlet has no use for these kinds",
+                "skipped {}: nftlet does not use these kinds",
                 list.join(", ")
             );
             self.notice(Reason::UnknownKind, None, message);
@@ -182,10 +180,9 @@ impl ManifestReader<'_> {
     }
 
     fn syntax(&mut self, fault: &SyntaxFault) {
-        self.out.unreadable = true;
+        self.out.unnamed = true;
         let message = format!(
-            "the file cannot be parsed here: {}; the document it is in is not used beyond this \
-             point",
+            "the file cannot be parsed here: {}; the rest of this document is not used",
             fault.message
         );
         self.notice(Reason::InvalidFile, Some(fault.at), message);
@@ -199,7 +196,7 @@ impl ManifestReader<'_> {
             if head.kind.is_some() || head.api_version.is_some() {
                 self.object(&mut found, &item, item_path("", number), None);
             } else {
-                // The list names their type after its items.
+                // A list may have its type after its items.
                 untyped.push((number, item));
             }
         });
@@ -212,7 +209,7 @@ impl ManifestReader<'_> {
                         self.object(&mut found, &item, at, head.item_type());
                     }
                 } else {
-                    // Something else that happens to have a field `items`.
+                    // Not a list, but another kind with a field `items`.
                     found = Found::default();
                     self.object(&mut found, &root, String::new(), None);
                 }
@@ -225,7 +222,7 @@ impl ManifestReader<'_> {
         }
     }
 
-    /// Takes what was found in a document.
+    /// Adds the objects and notices of a document.
     fn take(&mut self, document: &Document<'_>, mut found: Found) {
         for (object, at) in found.objects {
             match self.out.objects.entry(object.reference()) {
@@ -234,28 +231,28 @@ impl ManifestReader<'_> {
                 }
                 Entry::Occupied(first) => {
                     let message = format!(
-                        "{} is in this file twice; the first one counts, remove this one",
+                        "{} is in this file twice; the first one is used, remove this one",
                         first.key()
                     );
                     found.notices.push((Reason::InvalidObject, at, message));
                 }
             }
         }
-        self.out.damaged.extend(found.damaged);
-        self.out.unreadable |= found.unreadable;
+        self.out.invalid.extend(found.invalid);
+        self.out.unnamed |= found.unnamed;
         for (kind, count) in found.skipped {
             *self.skipped.entry(kind).or_default() += count;
         }
         if !found.notices.is_empty() {
-            let places = document.places(found.notices.iter().map(|(_, at, _)| at.clone()));
+            let positions = document.positions(found.notices.iter().map(|(_, at, _)| at.clone()));
             for (reason, at, message) in found.notices {
-                self.notice(reason, places.get(&at).copied(), message);
+                self.notice(reason, positions.get(&at).copied(), message);
             }
         }
     }
 
-    /// Takes an object or, recursively, the items of a list. `implied` is what a typed list
-    /// says its items are.
+    /// Adds an object or, recursively, the items of a list. `implied` is the type of the items of a
+    /// typed list.
     fn object(
         &mut self,
         found: &mut Found,
@@ -269,19 +266,19 @@ impl ManifestReader<'_> {
         let head = ObjectHead::of(value, implied);
         let (Some(api_version), Some(kind)) = (head.api_version, head.kind) else {
             let message = "apiVersion or kind is missing; every object needs both";
-            return found.misfit(at, &head, message);
+            return found.reject(at, &head, message);
         };
         match (head.class(), twice) {
             (Class::Unknown, _) => *found.skipped.entry(kind.to_owned()).or_default() += 1,
             (Class::OtherVersion(expected), _) => {
                 let message =
-                    format!("apiVersion \"{api_version}\" is not understood; write {expected}");
-                found.misfit(at, &head, &message);
+                    format!("apiVersion \"{api_version}\" is not supported; write {expected}");
+                found.reject(at, &head, &message);
             }
             (Class::Used(kind), _) if !self.wanted.kinds().contains(&kind) => {}
             (Class::Used(_) | Class::List, Some(field)) => {
-                let message = format!("{field} is there twice; leave one of them");
-                found.misfit(inside(&at, field), &head, &message);
+                let message = format!("{field} occurs twice; remove one of them");
+                found.reject(inside(&at, field), &head, &message);
             }
             (Class::List, None) => {
                 let items = value.get("items").and_then(Value::as_array);
@@ -302,14 +299,15 @@ impl ManifestReader<'_> {
                         .extend(decoded.object.map(|object| (object, at)));
                 }
                 Err(fault) => {
-                    // Keeping the path costs more than decoding, so that is done again for it.
+                    // Tracking the path costs more than decoding, so only invalid objects are
+                    // decoded again for it.
                     let mut track = Track::new();
                     let tracked = serde_path_to_error::Deserializer::new(value, &mut track);
                     let _ = self.converter.decode(kind, tracked);
                     let field = track.path().to_string();
                     let field = if field == "." { "" } else { &field };
-                    let message = misfit_message(field, &fault);
-                    found.misfit(inside(&at, field), &head, &message);
+                    let message = invalid_message(field, &fault);
+                    found.reject(inside(&at, field), &head, &message);
                 }
             },
         }
@@ -317,8 +315,8 @@ impl ManifestReader<'_> {
 }
 
 impl Found {
-    /// Notes an object that cannot be used, by name as far as it has one.
-    fn misfit(&mut self, at: String, head: &ObjectHead<'_>, message: &str) {
+    /// Reports an object that cannot be used.
+    fn reject(&mut self, at: String, head: &ObjectHead<'_>, message: &str) {
         let used = match head.class() {
             Class::Used(kind) => object_name(kind, head.name, head.namespace)
                 .ok()
@@ -334,18 +332,18 @@ impl Found {
             ),
         };
         match used {
-            Some(object) => self.damaged.push(object),
-            None => self.unreadable = true,
+            Some(object) => self.invalid.push(object),
+            None => self.unnamed = true,
         }
-        let message = format!("{subject}: {message}; the object is not used until it is mended");
+        let message = format!("{subject}: {message}; the object is not used until it is corrected");
         self.notices.push((Reason::InvalidObject, at, message));
     }
 }
 
-fn misfit_message(field: &str, fault: &serde_json::Error) -> String {
+fn invalid_message(field: &str, fault: &serde_json::Error) -> String {
     let fault = fault.to_string();
     let colon = if field.is_empty() { "" } else { ": " };
-    // Plain scalars that look like another type, which the API server does not accept either.
+    // Unquoted scalars of another type, which the API server does not accept either.
     let scalar = ["integer", "floating point", "boolean"]
         .iter()
         .any(|kind| fault.starts_with(&format!("invalid type: {kind} ")));
@@ -357,7 +355,7 @@ fn misfit_message(field: &str, fault: &serde_json::Error) -> String {
     format!("{field}{colon}{fault}{hint}")
 }
 
-/// The path of an item of the list at a path.
+/// Returns the path of an item of a list.
 fn item_path(list: &str, number: usize) -> String {
     inside(list, &format!("items[{number}]"))
 }
@@ -383,7 +381,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_fit_is_named_with_its_field_and_place() {
+    fn invalid_objects_are_reported_with_field_and_position() {
         let list = "apiVersion: v1\nkind: List\nitems:\n\
                     - {apiVersion: v1, kind: Service, metadata: {name: a}, spec: {ports: [{}, {port: eighty}]}}\n\
                     - {apiVersion: v1, kind: Pod, metadata: {name: b, labels: {tier: 1}}}\n\
@@ -397,9 +395,9 @@ mod tests {
         let wanted = [
             "a.yaml:4:82: Service default/a: spec.ports[1].port: invalid type: string \"eighty\", expected i64; the object is not used",
             "a.yaml:5:66: Pod default/b: metadata.labels.tier: invalid type: integer `1`, expected a string; put it in quotes; the object",
-            "a.yaml:6:72: Service default/c: spec is there twice; leave one of them; the object",
+            "a.yaml:6:72: Service default/c: spec occurs twice; remove one of them; the object",
             "a.yaml:8:79: Node without a name: metadata: invalid type: integer `5`",
-            "a.yaml:10:3: Service default/e is in this file twice; the first one counts",
+            "a.yaml:10:3: Service default/e is in this file twice; the first one is used",
             "a.yaml: skipped 1 ConfigMap",
         ];
         assert_eq!(notices.len(), wanted.len(), "{notices:#?}");
@@ -409,7 +407,7 @@ mod tests {
     }
 
     #[test]
-    fn items_of_what_is_no_list_are_nothing() {
+    fn items_of_other_kinds_than_lists_are_ignored() {
         let items = "items:\n- {apiVersion: v1, kind: Service, metadata: {name: a}}\n- {a: 1}\n";
         let (objects, notices) = contents(&format!("{items}apiVersion: x.org/v1\nkind: Menu\n"));
         assert!(objects.is_empty());

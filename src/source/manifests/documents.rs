@@ -1,11 +1,11 @@
-//! Documents of a file as values, and the places of what is wrong in them.
+//! Reading the documents of a file as values, and the positions of invalid ones.
 //!
-//! A file is first cut into documents, so that a syntax error spoils one of them and not the file.
-//! The items of a list are handed out one by one while the document is being read: the output of
-//! `kubectl get -o yaml` for a large cluster is a single list, and is never in memory as a whole.
+//! A file is first split into documents, so that a syntax error affects only one of them. The items
+//! of a list are passed on one by one while the document is read: the output of
+//! `kubectl get -o yaml` for a large cluster is a single list, which is never in memory as a whole.
 //!
-//! Values have no places. A document with faults is read a second time, for the places of all of
-//! them; JSON too is read as YAML then, of which it is a part.
+//! Values have no positions. A document with invalid values is read again, as YAML also if it is
+//! JSON, to find their positions.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -17,12 +17,12 @@ use serde_json::{Map, Value};
 use serde_saphyr::options::DuplicateKeyPolicy;
 use serde_saphyr::{Location, NonFiniteFloatPolicy, Options, Spanned};
 
-/// How deep the values of a YAML document may nest with its aliases resolved; JSON has the bound of
+/// The maximum depth of a YAML document with its aliases expanded. For JSON it is that of
 /// `serde_json`, 128.
 const DEEPEST: usize = 64;
-/// The most parser events that the aliases of a YAML document may stand for.
+/// The maximum number of parser events that the aliases of a YAML document expand to.
 const MOST_ALIASED: usize = 1 << 18;
-/// How much text the aliases of a YAML document may stand for.
+/// The maximum length of text that the aliases of a YAML document expand to.
 const MOST_TEXT: usize = 16 << 20;
 
 /// A line and a column, both counted from 1.
@@ -35,7 +35,7 @@ pub(super) struct Position {
 impl Position {
     pub(super) const START: Self = Self { line: 1, column: 1 };
 
-    /// The place just after some text that begins here.
+    /// Returns the position after a text that begins here.
     pub(super) fn after(self, text: &[u8]) -> Self {
         let lines = text.iter().filter(|byte| **byte == b'\n').count() as u64;
         let last = text.rsplit(|byte| *byte == b'\n').next();
@@ -48,7 +48,7 @@ impl Position {
         }
     }
 
-    /// The place at a line and a column of a text that begins here.
+    /// Converts a line and column of a text that begins here.
     fn plus(self, line: u64, column: u64) -> Self {
         let first = if line == 1 { self.column - 1 } else { 0 };
         Self {
@@ -58,7 +58,7 @@ impl Position {
     }
 }
 
-/// A place where a text cannot be parsed, and why.
+/// A syntax error and its position.
 #[derive(Debug)]
 pub(super) struct SyntaxFault {
     pub at: Position,
@@ -69,7 +69,7 @@ pub(super) struct SyntaxFault {
 #[derive(Debug, PartialEq)]
 pub(super) struct Captured {
     pub value: Value,
-    /// The path of a field that a mapping in it has twice.
+    /// The path of a field that occurs twice in a mapping of the value.
     pub twice: Option<String>,
 }
 
@@ -93,8 +93,8 @@ enum Syntax {
     Json,
 }
 
-/// Cuts a YAML file before its `---` lines and after its `...` lines. A line that begins so is a
-/// marker wherever it stands, even inside a block of text.
+/// Splits a YAML file before its `---` lines and after its `...` lines, which are markers even in a
+/// block scalar.
 pub(super) fn yaml_documents(text: &str) -> Vec<Document<'_>> {
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let is = |line: &str, marker| {
@@ -130,7 +130,7 @@ pub(super) fn yaml_documents(text: &str) -> Vec<Document<'_>> {
     documents.collect()
 }
 
-/// Cuts JSON text between its values. The fault is where the text stops being JSON.
+/// Splits a file of JSON values. Returns the values before the first syntax error, and the error.
 pub(super) fn json_documents(text: &str) -> (Vec<Document<'_>>, Option<SyntaxFault>) {
     let (mut documents, mut offset, mut start) = (Vec::new(), 0, Position::START);
     for document in serde_json::Deserializer::from_str(text).into_iter::<&RawValue>() {
@@ -161,14 +161,14 @@ fn json_fault(start: Position, fault: &serde_json::Error) -> SyntaxFault {
     }
 }
 
-/// Takes an item of the `items` at the root of a document, with its number.
+/// Receives an item of the field `items` at the root of a document, with its index.
 type TakeItem<'t> = dyn FnMut(usize, Captured) + 't;
 
 impl Document<'_> {
-    /// Reads the document. The items of a list go to `take`, and are not in what is returned.
+    /// Reads the document. The items of a list are passed to `take` and not returned.
     ///
     /// # Errors
-    /// Where the text cannot be parsed; what was handed out before that is sound.
+    /// On a syntax error. Items passed to `take` before it are valid.
     pub(super) fn read(&self, take: &mut TakeItem<'_>) -> Result<Captured, SyntaxFault> {
         let root = Capture(CaptureRole::Root(take));
         match self.syntax {
@@ -195,8 +195,8 @@ impl Document<'_> {
             | serde_saphyr::Error::AliasReplayLimitExceeded { .. }
             | serde_saphyr::Error::AliasReplayStackDepthExceeded { .. }
             | serde_saphyr::Error::Budget { .. } => format!(
-                "values nest more than {DEEPEST} deep here, or aliases stand for more than \
-                 {MOST_ALIASED} values or {} MiB of text; write them out, in several documents",
+                "values nest more than {DEEPEST} deep here, or aliases expand to more than \
+                 {MOST_ALIASED} values or {} MiB of text; write the values out, in several documents",
                 MOST_TEXT >> 20
             ),
             _ => {
@@ -212,21 +212,25 @@ impl Document<'_> {
         }
     }
 
-    /// Where the values at the paths begin; what cannot be found stays where the document begins.
-    /// No path may lead through another one.
-    pub(super) fn places(&self, paths: impl Iterator<Item = String>) -> BTreeMap<String, Position> {
-        let mut places = paths.map(|path| (path, self.start)).collect();
+    /// Finds the positions of the values at the paths. One that is not found gets the position of
+    /// the document. No path may be inside another one.
+    pub(super) fn positions(
+        &self,
+        paths: impl Iterator<Item = String>,
+    ) -> BTreeMap<String, Position> {
+        let mut positions = paths.map(|path| (path, self.start)).collect();
         // A syntax error further down has been reported.
         let _ = self.yaml(Locate {
             start: self.start,
             path: String::new(),
-            places: &mut places,
+            positions: &mut positions,
         });
-        places
+        positions
     }
 }
 
-/// Duplicate keys are for [`Captured::twice`], so that they spoil one object only.
+/// Returns the options of the parser. It accepts duplicate keys, which [`Captured::twice`] reports
+/// for one object.
 fn options(length: usize) -> Options {
     let unlimited = usize::MAX;
     serde_saphyr::options! {
@@ -237,7 +241,7 @@ fn options(length: usize) -> Options {
             max_recorded_anchor_events: length + 4 * MOST_ALIASED,
             max_depth: DEEPEST,
             max_nodes: unlimited,
-            // Escapes are at most half as long as what they stand for.
+            // An escape is at least half as long as its text.
             max_total_scalar_bytes: 2 * length + MOST_TEXT,
             max_merge_keys: unlimited,
             enforce_alias_anchor_ratio: false,
@@ -253,7 +257,7 @@ fn options(length: usize) -> Options {
     }
 }
 
-/// Reads a value.
+/// Reads a [`Captured`] value.
 struct Capture<'t>(CaptureRole<'t>);
 
 enum CaptureRole<'t> {
@@ -262,7 +266,7 @@ enum CaptureRole<'t> {
     Inside,
 }
 
-/// The path of a field or, in brackets, an item of a value.
+/// Appends a field or, in brackets, an index to a path.
 pub(super) fn inside(path: &str, step: &str) -> String {
     let dot = if path.is_empty() || step.is_empty() || step.starts_with('[') {
         ""
@@ -305,7 +309,7 @@ impl<'de> Visitor<'de> for Capture<'_> {
 
     fn visit_f64<E: de::Error>(self, value: f64) -> Result<Captured, E> {
         if value.abs() >= i64::MAX as f64 {
-            // An integer beyond 64 bits is a number out of range, and not of another type.
+            // An integer beyond 64 bits is out of range, not of another type.
             self.visit_i64(value as i64)
         } else {
             Ok(Value::from(value).into())
@@ -354,12 +358,12 @@ impl<'de> Visitor<'de> for Capture<'_> {
     }
 }
 
-/// Finds the places of values.
+/// Finds the positions of values.
 struct Locate<'t> {
     start: Position,
     /// The path of the value that is read.
     path: String,
-    places: &'t mut BTreeMap<String, Position>,
+    positions: &'t mut BTreeMap<String, Position>,
 }
 
 impl Locate<'_> {
@@ -367,7 +371,7 @@ impl Locate<'_> {
         Locate {
             start: self.start,
             path: inside(&self.path, step),
-            places: self.places,
+            positions: self.positions,
         }
     }
 }
@@ -376,12 +380,12 @@ impl<'de> DeserializeSeed<'de> for Locate<'_> {
     type Value = ();
 
     fn deserialize<D: Deserializer<'de>>(self, from: D) -> Result<(), D::Error> {
-        if let Some(place) = self.places.get_mut(&self.path) {
+        if let Some(place) = self.positions.get_mut(&self.path) {
             let at = Spanned::<IgnoredAny>::deserialize(from)?.referenced;
             *place = self.start.plus(at.line(), at.column());
             return Ok(());
         }
-        let paths = self.places.range(self.path.clone()..);
+        let paths = self.positions.range(self.path.clone()..);
         let leads_on = paths
             .map_while(|(path, _)| path.strip_prefix(&self.path))
             .any(|rest| self.path.is_empty() || rest.starts_with(['.', '[']));

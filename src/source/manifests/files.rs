@@ -6,10 +6,10 @@ use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 
-/// Longest chain of symbolic links that is followed, as in the kernel.
+/// The longest chain of symbolic links that is followed, as in the kernel.
 const MOST_LINKS: usize = 40;
 
-/// What identifies a version of a file's content.
+/// Identifies a version of a file's content.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Stamp {
     device: u64,
@@ -19,7 +19,7 @@ pub(super) struct Stamp {
     changed: (i64, i64),
 }
 
-/// What identifies a file or directory, whatever it holds and by whatever path it is reached.
+/// Device and inode, which identify a file or directory independently of its path and content.
 pub(super) type FileId = (u64, u64);
 
 impl Stamp {
@@ -33,7 +33,6 @@ impl Stamp {
         }
     }
 
-    /// Whether the file has no content.
     pub(super) fn is_empty(&self) -> bool {
         self.size == 0
     }
@@ -43,7 +42,7 @@ impl Stamp {
     }
 }
 
-/// The identity of what is at a path, if it exists.
+/// Returns the identity of the file or directory at a path, if it exists.
 pub(super) fn identity(path: &Path) -> Option<FileId> {
     let metadata = fs::metadata(path).ok()?;
     Some((metadata.dev(), metadata.ino()))
@@ -52,22 +51,21 @@ pub(super) fn identity(path: &Path) -> Option<FileId> {
 /// The files and directories below the paths of the command line.
 #[derive(Debug, Default)]
 pub(super) struct Tree {
-    /// Manifest files with what identifies their content.
+    /// Manifest files, with the stamps of their content.
     pub files: BTreeMap<PathBuf, Stamp>,
-    /// Directories whose every manifest counts.
+    /// Directories of which all manifests are used.
     pub directories: BTreeSet<PathBuf>,
-    /// Paths that count although their directory as a whole does not: files named on the command
-    /// line, and the places that symbolic links lead through.
+    /// Single paths that matter: those of the command line, and targets of symbolic links.
     pub exact: BTreeSet<PathBuf>,
-    /// Below a path of the command line, what could not be looked at.
+    /// Errors below the paths of the command line.
     pub faults: Vec<(PathBuf, io::Error)>,
-    /// Paths of the command line that could not be looked at.
+    /// Paths of the command line that cannot be accessed.
     pub missing: Vec<(PathBuf, io::Error)>,
 }
 
 impl Tree {
-    /// Walks the paths. `enter` is called with every directory before it is listed, so that a
-    /// watch set there misses nothing.
+    /// Walks the paths. Calls `enter` with every directory before it is listed, so that a watch set
+    /// by it misses no change.
     pub(super) fn walk(paths: &[PathBuf], enter: &mut dyn FnMut(&Path)) -> Self {
         let mut tree = Self::default();
         let mut seen = HashSet::new();
@@ -88,7 +86,7 @@ impl Tree {
         tree
     }
 
-    /// The directory is entered once, even where links form a circle.
+    /// Walks a directory, unless it was seen before, as in a circle of links.
     fn directory(
         &mut self,
         path: &Path,
@@ -121,8 +119,8 @@ impl Tree {
                     self.files.insert(entry, Stamp::of(&metadata));
                 }
                 Ok(_) => {}
-                // A file that vanished since the directory was listed is not worth a word; a
-                // link that leads nowhere may lead somewhere later.
+                // Either removed since the directory was listed, or a link whose target may be
+                // created later.
                 Err(fault) if fault.kind() == io::ErrorKind::NotFound => self.links(&entry, enter),
                 Err(fault) if is_manifest(&entry) => self.faults.push((entry, fault)),
                 Err(_) => {}
@@ -130,7 +128,7 @@ impl Tree {
         }
     }
 
-    /// Notes the places that a symbolic link leads through: what it leads to changes there.
+    /// Adds the targets of a chain of symbolic links, and enters their directories.
     fn links(&mut self, path: &Path, enter: &mut dyn FnMut(&Path)) {
         let mut path = path.to_owned();
         for _ in 0..MOST_LINKS {
@@ -144,7 +142,7 @@ impl Tree {
     }
 }
 
-/// The directory that holds a path; `.` for a bare name.
+/// Returns the directory that contains a path; `.` for a bare name.
 pub(super) fn parent(path: &Path) -> &Path {
     match path.parent() {
         Some(parent) if parent.as_os_str().is_empty() => Path::new("."),
@@ -153,8 +151,7 @@ pub(super) fn parent(path: &Path) -> &Path {
     }
 }
 
-/// The same path without a leading `./`, so that a path and what the kernel reports of it are
-/// equal.
+/// Removes a leading `./`, so that a path equals the one in notifications.
 pub(super) fn plain(path: &Path) -> PathBuf {
     let mut components = path.components();
     while components.clone().next() == Some(Component::CurDir) && components.clone().count() > 1 {
@@ -163,7 +160,7 @@ pub(super) fn plain(path: &Path) -> PathBuf {
     components.as_path().to_owned()
 }
 
-/// Whether a name is hidden, or one of an editor's temporary files.
+/// Returns whether a file is hidden, or a temporary file of an editor.
 pub(super) fn is_hidden(path: &Path) -> bool {
     let name = path.file_name().unwrap_or_default().as_encoded_bytes();
     name.starts_with(b".")
@@ -172,7 +169,7 @@ pub(super) fn is_hidden(path: &Path) -> bool {
         || name.ends_with(b"~")
 }
 
-/// Whether a file of a directory is a manifest, by its extension.
+/// Returns whether a file of a directory is a manifest, by its extension.
 pub(super) fn is_manifest(path: &Path) -> bool {
     path.extension().is_some_and(|extension| {
         ["yaml", "yml", "json"]
@@ -181,10 +178,7 @@ pub(super) fn is_manifest(path: &Path) -> bool {
     })
 }
 
-/// Reads a file along with the stamp of what was read.
-///
-/// # Errors
-/// What the kernel says.
+/// Reads a file. Returns its content and stamp.
 pub(super) fn read(path: &Path) -> io::Result<(Vec<u8>, Stamp)> {
     let mut file = File::open(path)?;
     let stamp = Stamp::of(&file.metadata()?);

@@ -1,11 +1,10 @@
-//! Noticing changes of files.
+//! Following changes of files through inotify.
 //!
-//! On any notification the directories are walked again, and the files are read that are not what
-//! they were. A file that is written in place is read when its writer closes it, and one that takes
-//! the place of another by a rename at once: at those moments its content is whole. Anything else
-//! that a walk finds changed (a vanished file, a directory moved in, a symbolic link that leads
-//! elsewhere) must look the same twice, a moment apart, before it counts; so an editor that moves
-//! a file away and writes a new one does not make its objects vanish in between.
+//! On any notification the directories are walked again, and changed files are read. A file that is
+//! written in place is read when its writer closes it, and one that was renamed is read at once: then
+//! its content is complete. Any other change (a removed file, a directory moved in, a symbolic link
+//! with a new target) must be found by two walks in a row before it is applied, so that an editor
+//! that moves a file away and writes a new one does not delete its objects in between.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
@@ -27,20 +26,20 @@ use super::{Error, Manifests, is_standard_input};
 use crate::model::{Delivery, Event, Notice, Reason};
 use crate::source::Sender;
 
-/// How long further notifications are collected once one has arrived: a rename is two of them.
+/// How long notifications are collected after the first one, since a rename sends two.
 const COLLECT: Duration = Duration::from_millis(2);
-/// How long what a walk finds must stay the same before it counts.
+/// The time between two walks that must find the same change.
 const SETTLE: Duration = Duration::from_millis(10);
-/// The most paths that are kept until the next walk.
+/// The maximum number of changed paths; with more, all files are checked.
 const MOST_PATHS: usize = 4096;
 
 impl Manifests {
-    /// Sends every change of the files until `shutdown` turns true (or its sender is gone), or
-    /// the receiver of `sender` is gone. Changes since [`load`](Manifests::load) are included.
+    /// Sends changes of the files, including those since [`load`](Manifests::load), until `shutdown`
+    /// becomes true or its sender is dropped, or the receiver of `sender` is dropped.
     ///
     /// # Errors
-    /// [`Error::Watch`] when inotify is not available. A single directory that cannot be watched
-    /// is a notice.
+    /// [`Error::Watch`] if inotify is not available. A directory that cannot be watched is reported
+    /// in a notice.
     pub async fn follow(
         self,
         sender: Sender,
@@ -50,7 +49,7 @@ impl Manifests {
         let inlet = Arc::new(inlet);
         let add = inlet.clone();
         let watcher = notify::recommended_watcher(move |event| {
-            add.send_if_modified(|news| news.add(event));
+            add.send_if_modified(|changes| changes.add(event));
         });
         let mut follower = Follower {
             paths: self
@@ -65,23 +64,23 @@ impl Manifests {
             unsettled: HashMap::new(),
             lost: false,
         };
-        // What happened since the files were loaded.
-        let mut news = FileChanges {
+        // Files may have changed since they were loaded.
+        let mut changes = FileChanges {
             lost: true,
             ..FileChanges::default()
         };
         let mut at = Instant::now();
         loop {
-            // Reading and parsing may take a while; it must not hold up the reconciler.
+            // Reading and parsing would block the runtime.
             let work = tokio::task::spawn_blocking(move || {
-                let events = follower.look(&news);
+                let events = follower.check(&changes);
                 (follower, events)
             });
             let events;
             (follower, events) = tokio::select! {
                 done = work => match done {
                     Ok(done) => done,
-                    // Only when the runtime shuts down.
+                    // The runtime is shutting down.
                     Err(_) => return Ok(()),
                 },
                 () = stopped(&mut shutdown) => return Ok(()),
@@ -100,7 +99,7 @@ impl Manifests {
                 if settles {
                     sleep(SETTLE).await;
                 } else {
-                    // The watcher, which sends, is there as long as this.
+                    // The wait cannot fail, since the follower has the watcher, which has the sender.
                     let _ = arrived.changed().await;
                     at = Instant::now();
                     sleep(COLLECT).await;
@@ -110,37 +109,37 @@ impl Manifests {
                 () = wait => {}
                 () = stopped(&mut shutdown) => return Ok(()),
             }
-            news = FileChanges::default();
+            changes = FileChanges::default();
             inlet.send_if_modified(|waiting| {
-                news = mem::take(waiting);
+                changes = mem::take(waiting);
                 false
             });
         }
     }
 }
 
-/// Waits until the shutdown is asked for.
+/// Waits for the shutdown.
 async fn stopped(shutdown: &mut watch::Receiver<bool>) {
-    // An error says that the sender is gone, so that nothing else can ask.
+    // The wait fails if the sender was dropped, which is a shutdown too.
     let _ = shutdown.wait_for(|stop| *stop).await;
 }
 
-/// What inotify has reported since the last walk.
+/// The notifications of inotify since the last walk.
 #[derive(Debug, Default)]
 struct FileChanges {
-    /// The paths, with whether the content of the file is whole.
+    /// The changed paths, with whether the content of the file is complete.
     paths: BTreeMap<PathBuf, bool>,
-    /// Whether reports were lost, so that any file may have changed.
+    /// Whether notifications were lost, so that any file may have changed.
     lost: bool,
 }
 
 impl FileChanges {
-    /// Adds a report. Returns whether there is something to look at.
+    /// Adds a notification. Returns whether it calls for a walk.
     fn add(&mut self, event: notify::Result<notify::Event>) -> bool {
         let event = match event {
             Ok(event) => event,
             Err(fault) => {
-                tracing::warn!(%fault, "inotify reports a fault; looking at all manifests again");
+                tracing::warn!(%fault, "inotify failed; checking all manifests again");
                 self.lost = true;
                 return true;
             }
@@ -148,12 +147,11 @@ impl FileChanges {
         let whole = match event.kind {
             EventKind::Access(AccessKind::Close(AccessMode::Write))
             | EventKind::Modify(ModifyKind::Name(RenameMode::To)) => true,
-            // A file that is being written is read once it is closed; a link is whole as soon as
-            // it exists.
+            // A new file is read once its writer closes it; a link is complete as soon as it exists.
             EventKind::Create(CreateKind::File) if !event.paths.iter().any(|it| is_link(it)) => {
                 return false;
             }
-            // A change of mode may let nftlet read what it could not.
+            // A change of mode may make a file readable.
             EventKind::Create(_)
             | EventKind::Remove(_)
             | EventKind::Modify(ModifyKind::Name(_) | ModifyKind::Metadata(_)) => false,
@@ -166,7 +164,7 @@ impl FileChanges {
         for path in event.paths {
             *self.paths.entry(plain(&path)).or_default() |= whole;
         }
-        // A writer may be faster than the walks.
+        // Bounds the memory if files change faster than they are walked.
         if self.paths.len() > MOST_PATHS {
             self.paths.clear();
             self.lost = true;
@@ -183,37 +181,37 @@ struct Follower {
     paths: Vec<PathBuf>,
     state: ManifestStore,
     watcher: RecommendedWatcher,
-    /// Watched directories, with what they were when the watch was set: a directory that was
-    /// removed and made again needs a new watch.
+    /// The identity of each watched directory: one that was removed and created again needs a new
+    /// watch.
     watched: HashMap<PathBuf, FileId>,
     tree: Tree,
-    /// What the last walk found changed without a sign that it is whole.
+    /// The changes of the last walk that the next one must confirm.
     unsettled: HashMap<PathBuf, Option<Stamp>>,
-    /// Whether files may have been closed unnoticed since all was settled.
+    /// Whether notifications were lost since all changes were confirmed.
     lost: bool,
 }
 
 impl Follower {
-    /// Whether something at a path can matter.
+    /// Returns whether a change of a path may concern the manifests.
     fn concerns(&self, path: &Path) -> bool {
         let name = path.file_name().unwrap_or_default().as_encoded_bytes();
-        // Kubernetes swaps the link `..data` when a mounted ConfigMap changes.
+        // The kubelet replaces the link `..data` when a mounted ConfigMap changes.
         name.starts_with(b"..")
             || self.tree.exact.contains(path)
             || self.tree.directories.contains(path)
             || (self.tree.directories.contains(&plain(parent(path))) && !is_hidden(path))
     }
 
-    /// Looks at all files and reads those that changed; returns what changes by that. It is to be
-    /// called again where something is unsettled.
-    fn look(&mut self, news: &FileChanges) -> Vec<Event> {
-        self.lost |= news.lost;
-        let concerned = news.paths.keys().any(|path| self.concerns(path));
+    /// Walks the directories and reads changed files. Returns the resulting events. Must be called
+    /// again while `unsettled` is not empty.
+    fn check(&mut self, changes: &FileChanges) -> Vec<Event> {
+        self.lost |= changes.lost;
+        let concerned = changes.paths.keys().any(|path| self.concerns(path));
         if !concerned && !self.lost && self.unsettled.is_empty() {
             return Vec::new();
         }
-        // By identity, since a file may be reached through links.
-        let whole: HashSet<FileId> = news
+        // By identity, since one file may have several paths.
+        let whole: HashSet<FileId> = changes
             .paths
             .iter()
             .filter_map(|(path, whole)| whole.then(|| identity(path))?)
@@ -234,7 +232,7 @@ impl Follower {
             let changed = match self.state.stamp(path) {
                 Some(known) if known.identity() == stamp.identity() => self.lost && known != *stamp,
                 Some(_) => true,
-                // Could not be read, or is being made.
+                // Could not be read before, or is being created.
                 None => !stamp.is_empty(),
             };
             let ready = finished || (changed && settled(path, Some(*stamp)));
@@ -247,7 +245,7 @@ impl Follower {
                     stamp: Some(stamp),
                     finished,
                 },
-                // It went away in between; the next walk does not find it.
+                // Removed meanwhile; the next walk does not find it.
                 Err(fault) if fault.kind() == std::io::ErrorKind::NotFound => continue,
                 Err(fault) => FileVersion::Unreadable(fault),
             };
@@ -256,7 +254,7 @@ impl Follower {
         for path in self.state.files() {
             let found = self.tree.files.contains_key(path) || is_standard_input(path);
             if !found && settled(path, None) {
-                versions.push((path.to_owned(), FileVersion::Gone));
+                versions.push((path.to_owned(), FileVersion::Removed));
             }
         }
         self.lost &= !unsettled.is_empty();
@@ -265,7 +263,7 @@ impl Follower {
         events
     }
 
-    /// Walks the files again, watching directories that are new.
+    /// Walks the directories and watches new ones.
     fn walk(&mut self) -> Vec<Notice> {
         let (watcher, watched) = (&mut self.watcher, &mut self.watched);
         let mut notices = Vec::new();
@@ -278,7 +276,7 @@ impl Follower {
                 return;
             }
             if watched.contains_key(&directory) {
-                // The kernel forgot the watch along with the directory.
+                // The kernel removed the watch with the directory.
                 let _ = watcher.unwatch(&directory);
             }
             match watcher.watch(&directory, RecursiveMode::NonRecursive) {
@@ -287,7 +285,7 @@ impl Follower {
                 }
                 Err(fault) => {
                     let message = format!(
-                        "changes here will go unnoticed: {fault}; raise the sysctl fs.inotify.max_user_watches"
+                        "changes in this directory cannot be followed: {fault}; raise the sysctl fs.inotify.max_user_watches"
                     );
                     notices.push(file_notice(&directory, None, Reason::InvalidFile, message));
                 }
@@ -311,13 +309,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn of_more_than_may_wait_everything_is_looked_at_again() {
-        let mut news = FileChanges::default();
+    fn too_many_changed_paths_count_as_lost_notifications() {
+        let mut changes = FileChanges::default();
         let closed = EventKind::Access(AccessKind::Close(AccessMode::Write));
         let mut add = |name: usize| {
             let event = notify::Event::new(closed).add_path(PathBuf::from(name.to_string()));
-            assert!(news.add(Ok(event)));
-            (news.paths.len(), news.lost)
+            assert!(changes.add(Ok(event)));
+            (changes.paths.len(), changes.lost)
         };
         assert_eq!(
             (0..MOST_PATHS).map(&mut add).last(),
@@ -329,10 +327,10 @@ mod tests {
 
     #[test]
     fn a_loss_that_inotify_reports_counts() {
-        let mut news = FileChanges::default();
-        assert!(!news.add(Ok(notify::Event::new(EventKind::Any))));
-        assert!(!news.lost);
+        let mut changes = FileChanges::default();
+        assert!(!changes.add(Ok(notify::Event::new(EventKind::Any))));
+        assert!(!changes.lost);
         let rescan = notify::Event::new(EventKind::Other).set_flag(Flag::Rescan);
-        assert!(news.add(Ok(rescan)) && news.lost);
+        assert!(changes.add(Ok(rescan)) && changes.lost);
     }
 }

@@ -1,16 +1,16 @@
-//! Objects from manifest files: for nodes without a cluster, for tests and for dry runs.
+//! Objects from manifest files, for nodes without a cluster, tests and dry runs.
 //!
 //! [`Manifests::load`] reads every file once and returns complete lists; [`Manifests::follow`]
 //! then watches the files through inotify and sends only what changed.
 //!
 //! ```text
-//! files (which, and their bytes) ─> documents (values, places)
-//!        ─> contents (objects of one file) ─> state (all files, differences) ─> events
+//! files (find, read) ─> documents (values, positions)
+//!        ─> contents (objects of one file) ─> store (all files, differences) ─> events
 //! ```
 //!
-//! The rule for everything that goes wrong: it is reported with file, line and column, it does
-//! not affect anything else, and what was known before stays in force. An object in two files
-//! is taken from the file whose path sorts first.
+//! An invalid object or file is reported with file, line and column and does not affect others; its
+//! last valid state stays in force. An object in two files is read from the file whose path sorts
+//! first.
 //!
 //! On a change every file is looked at, and only those with another inode, size or time are read. A
 //! directory of 10,000 files, each with a Service and an EndpointSlice of 10 endpoints, takes 1.6 s
@@ -33,7 +33,7 @@ use self::notice::file_notice;
 use self::store::{FileVersion, ManifestStore};
 use crate::model::{Event, Reason};
 
-/// Why manifests cannot be used at all.
+/// Why manifests cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A path of the command line does not exist or cannot be read.
@@ -41,21 +41,21 @@ pub enum Error {
     Path {
         /// The path as it was given.
         path: PathBuf,
-        /// What the kernel said.
+        /// The cause.
         source: io::Error,
     },
-    /// There is no object where some are expected.
+    /// The manifests contain no object.
     #[error("{}", no_objects(paths))]
     Empty {
         /// The paths as they were given.
         paths: Vec<PathBuf>,
     },
-    /// The kernel gives no way of noticing changes.
+    /// inotify is not available.
     #[error(
         "cannot watch manifests for changes: {source}; raise the sysctl fs.inotify.max_user_instances"
     )]
     Watch {
-        /// What inotify said.
+        /// The cause.
         source: notify::Error,
     },
 }
@@ -72,7 +72,7 @@ fn no_objects(paths: &[PathBuf]) -> String {
         .map(|path| path.display().to_string())
         .collect();
     format!(
-        "there are no objects in {}; the rules of an earlier run stay in force until there are \
+        "no objects found in {}; the rules of an earlier run stay in force until there are \
          some (--allow-empty removes them)",
         paths.join(", ")
     )
@@ -82,9 +82,9 @@ fn no_objects(paths: &[PathBuf]) -> String {
 const STANDARD_INPUT: &str = "-";
 
 impl Manifests {
-    /// A source that reads `paths`: files, directories (with everything below them that ends in
-    /// `.yaml`, `.yml` or `.json` and is not hidden), and `-` for standard input. Of the Nodes
-    /// only `node_name` counts. Nothing is read yet.
+    /// Creates a source of `paths`: files, directories (all files below them that end in `.yaml`,
+    /// `.yml` or `.json` and are not hidden), and `-` for standard input. Of the Nodes only
+    /// `node_name` is used. Reads nothing yet.
     pub fn new(paths: Vec<PathBuf>, node_name: String) -> Self {
         Self {
             paths: paths.iter().map(|path| plain(path)).collect(),
@@ -95,20 +95,20 @@ impl Manifests {
         }
     }
 
-    /// Takes manifests without any object for a mistake, such as a directory that is not mounted
-    /// yet, unless `allowed`: no list is complete before the first object is there, so that the
+    /// Sets whether manifests may contain no object. If not, which is taken for a mistake such as a
+    /// directory that is not mounted yet, no list is complete before the first object, so that the
     /// rules of an earlier run stay in force.
     #[must_use]
-    pub fn with_allow_empty(mut self, allowed: bool) -> Self {
+    pub(crate) fn with_allow_empty(mut self, allowed: bool) -> Self {
         self.state.allow_empty(allowed);
         self
     }
 
-    /// Checks that [`load`](Self::load) held nothing back.
+    /// Checks that [`load`](Self::load) returned complete lists.
     ///
     /// # Errors
-    /// [`Error::Empty`] where it did.
-    pub fn require_objects(&self) -> Result<(), Error> {
+    /// [`Error::Empty`] if it did not.
+    pub(crate) fn require_objects(&self) -> Result<(), Error> {
         if !self.state.is_listed() {
             return Err(Error::Empty {
                 paths: self.paths.clone(),
@@ -117,18 +117,17 @@ impl Manifests {
         Ok(())
     }
 
-    /// The same with or without Pods, Namespaces and NetworkPolicies. Without, they are skipped
-    /// silently, and no event is about them.
+    /// Sets whether Pods, Namespaces and NetworkPolicies are used. If not, they are skipped without
+    /// a notice.
     #[must_use]
     pub fn with_network_policies(mut self, wanted: bool) -> Self {
         self.state.want_network_policies(wanted);
         self
     }
 
-    /// Reads everything: notices about what cannot be used, then complete lists of every wanted
-    /// [`Kind`](crate::model::Kind), unless those are held back
-    /// ([`with_allow_empty`](Self::with_allow_empty)). Blocks while it reads; standard input is
-    /// read to its end.
+    /// Reads all files. Returns notices about what cannot be used, then complete lists of the used
+    /// kinds, except where `with_allow_empty` holds those back. Blocks while it reads; standard
+    /// input is read to its end.
     ///
     /// # Errors
     /// [`Error::Path`] for a path of the command line that does not exist or cannot be read.
@@ -149,7 +148,7 @@ impl Manifests {
             io::stdin()
                 .read_to_end(&mut bytes)
                 .map_err(|source| error(&path, source))?;
-            versions.push((path, FileVersion::whole(bytes, None)));
+            versions.push((path, FileVersion::finished(bytes, None)));
         }
         let tree = Tree::walk(&named, &mut |_| {});
         let mut events = Vec::new();
@@ -157,13 +156,15 @@ impl Manifests {
             if named.contains(&path) {
                 return Err(error(&path, fault));
             }
-            let message = format!("this cannot be read: {fault}; give nftlet access to it");
+            let message = format!("cannot be read: {fault}; give nftlet access to it");
             let notice = file_notice(&path, None, Reason::InvalidFile, message);
             events.push(Event::Notice(notice));
         }
         for path in tree.files.into_keys() {
             match files::read(&path) {
-                Ok((bytes, stamp)) => versions.push((path, FileVersion::whole(bytes, Some(stamp)))),
+                Ok((bytes, stamp)) => {
+                    versions.push((path, FileVersion::finished(bytes, Some(stamp))))
+                }
                 Err(source) if named.contains(&path) => return Err(error(&path, source)),
                 Err(fault) => versions.push((path, FileVersion::Unreadable(fault))),
             }

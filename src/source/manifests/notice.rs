@@ -5,6 +5,7 @@ use std::path::Path;
 use super::documents::Position;
 use crate::model::{Notice, Reason, Subject};
 
+/// Creates a notice about a file, or a position in it.
 pub(super) fn file_notice(
     path: &Path,
     at: Option<Position>,

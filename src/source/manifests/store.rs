@@ -1,4 +1,4 @@
-//! What is known of every file, and what a new version of some of them changes.
+//! The last valid content of every file, and the changes by new versions.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -13,16 +13,16 @@ use super::notice::file_notice;
 use crate::model::{Event, Kind, Notice, Object, ObjectRef, Reason};
 use crate::source::convert::Converter;
 
-/// One file as it was last understood.
+/// The last valid content of a file.
 #[derive(Debug, Default)]
 struct KnownFile {
     stamp: Option<Stamp>,
     objects: BTreeMap<ObjectRef, Object>,
-    /// What was said about it, so that saving it again does not repeat the same complaint.
+    /// The last notices, so that saving the file again does not repeat them.
     notices: Vec<Notice>,
 }
 
-/// All files, and which of them speaks for an object that several contain.
+/// All files, and which of them is used for an object that several contain.
 pub(super) struct ManifestStore {
     wanted: ManifestFilter,
     allow_empty: bool,
@@ -30,28 +30,25 @@ pub(super) struct ManifestStore {
     listed: bool,
     converter: Converter,
     files: BTreeMap<Arc<Path>, KnownFile>,
-    /// The files that contain an object, sorted: the first one counts.
+    /// The files that contain an object, sorted; the first one is used.
     owners: HashMap<ObjectRef, SmallVec<[Arc<Path>; 1]>>,
 }
 
 /// A new version of a file.
 pub(super) enum FileVersion {
-    /// The bytes that were read.
     Read {
         bytes: Vec<u8>,
         stamp: Option<Stamp>,
-        /// Whether the writer is done with it, so that an empty file is worth a notice.
+        /// Whether its writer has closed it, so that an empty file is reported.
         finished: bool,
     },
-    /// It could not be read.
     Unreadable(std::io::Error),
-    /// It is gone.
-    Gone,
+    Removed,
 }
 
 impl FileVersion {
-    /// What a writer was done with when it was read.
-    pub(super) fn whole(bytes: Vec<u8>, stamp: Option<Stamp>) -> Self {
+    /// Creates a version that its writer has closed.
+    pub(super) fn finished(bytes: Vec<u8>, stamp: Option<Stamp>) -> Self {
         Self::Read {
             bytes,
             stamp,
@@ -72,33 +69,33 @@ impl ManifestStore {
         }
     }
 
-    /// Takes or leaves what network policies are made of; to be chosen before anything is read.
+    /// Sets whether Pods, Namespaces and NetworkPolicies are used. Must be called before
+    /// [`update`](Self::update).
     pub(super) fn want_network_policies(&mut self, wanted: bool) {
         self.wanted.network_policies = wanted;
     }
 
-    /// Whether lists without any object are worth returning; otherwise the first object is waited
-    /// for.
+    /// Sets whether lists are returned before the first object was read.
     pub(super) fn allow_empty(&mut self, allowed: bool) {
         self.allow_empty = allowed;
     }
 
-    /// Whether [`update`](Self::update) returned complete lists.
+    /// Returns whether [`update`](Self::update) returned complete lists.
     pub(super) fn is_listed(&self) -> bool {
         self.listed
     }
 
-    /// The files that are known.
+    /// Returns the known files.
     pub(super) fn files(&self) -> impl Iterator<Item = &Path> {
         self.files.keys().map(|path| &**path)
     }
 
-    /// The version of a file that was read last; `None` also when it could not be read.
+    /// Returns the stamp of the last version of a file. `None` also if it could not be read.
     pub(super) fn stamp(&self, path: &Path) -> Option<Stamp> {
         self.files.get(path)?.stamp
     }
 
-    /// Every object in force, as complete lists of every kind that is wanted.
+    /// Returns all objects, as complete lists of the used kinds.
     fn lists(&self) -> Vec<Event> {
         let mut events = Vec::with_capacity(self.owners.len() + 2 * Kind::ALL.len());
         let mut names: Vec<&ObjectRef> = self.owners.keys().collect();
@@ -118,9 +115,9 @@ impl ManifestStore {
         self.files.get(first)?.objects.get(name)
     }
 
-    /// Takes new versions of files and returns what changes: the notices, then the objects that
-    /// are new or different, then those that are gone. The order leaves no gap when an object is
-    /// renamed. The first time, complete lists stand for the changes.
+    /// Applies new versions of files. Returns the notices, then new and changed objects, then
+    /// deletions; in this order an object that moves to another file or name leaves no gap. The first
+    /// time, complete lists are returned in place of the changes.
     pub(super) fn update(&mut self, versions: Vec<(PathBuf, FileVersion)>) -> Vec<Event> {
         let mut events = Vec::new();
         let mut before: BTreeMap<ObjectRef, Option<Object>> = BTreeMap::new();
@@ -130,7 +127,7 @@ impl ManifestStore {
             let stamp = match &version {
                 FileVersion::Read { stamp, .. } => *stamp,
                 FileVersion::Unreadable(_) => None,
-                FileVersion::Gone => {
+                FileVersion::Removed => {
                     self.replace(&path, BTreeMap::new(), &mut before, &mut notices);
                     self.files.remove(&path);
                     continue;
@@ -142,8 +139,8 @@ impl ManifestStore {
             let known = self.files.entry(path).or_default();
             known.stamp = stamp;
             let old = std::mem::replace(&mut known.notices, notices);
-            let news = known.notices.iter().filter(|notice| !old.contains(notice));
-            events.extend(news.cloned().map(Event::Notice));
+            let changes = known.notices.iter().filter(|notice| !old.contains(notice));
+            events.extend(changes.cloned().map(Event::Notice));
         }
         if !self.listed {
             self.listed = self.allow_empty || !self.owners.is_empty();
@@ -165,7 +162,7 @@ impl ManifestStore {
         events
     }
 
-    /// What a version of a file says its objects are; `None` keeps what is known.
+    /// Parses a version of a file. Returns `None` if its last valid content must be kept.
     fn objects_of(
         &mut self,
         path: &Path,
@@ -184,18 +181,17 @@ impl ManifestStore {
                 return unusable(
                     None,
                     format!(
-                        "the file cannot be read: {fault}; what was known of it stays in force"
+                        "the file cannot be read: {fault}; its last valid content stays in force"
                     ),
                 );
             }
-            FileVersion::Gone => return None,
+            FileVersion::Removed => return None,
         };
         let text = match String::from_utf8(bytes) {
             Ok(text) => text,
             Err(fault) => {
                 let usable = fault.as_bytes().get(..fault.utf8_error().valid_up_to());
-                let message =
-                    "the file is not UTF-8 text from here on; what was known of it stays in force";
+                let message = "the file is not UTF-8 text from here on; its last valid content stays in force";
                 return unusable(
                     Some(Position::START.after(usable.unwrap_or_default())),
                     message.to_owned(),
@@ -204,22 +200,22 @@ impl ManifestStore {
         };
         let old = self.files.get(path).map(|known| &known.objects);
         if text.trim().is_empty() {
-            // An editor empties a file before it writes it anew, or a disk ran full; in neither
-            // case are all services to go.
+            // An editor empties a file before it writes it, and a full disk leaves it empty. Neither
+            // may delete all services.
             if finished && old.is_some_and(|old| !old.is_empty()) {
-                let message = "the file is empty; what was known of it stays in force until it has \
-                    content again (remove the file, or leave a comment in it, to drop its objects)";
+                let message = "the file is empty; its last valid content stays in force until it has \
+                    content again (to delete its objects, remove the file or write a comment into it)";
                 return unusable(None, message.to_owned());
             }
             return None;
         }
         let contents = contents::read(path, &text, &self.wanted, &mut self.converter);
         notices.extend(contents.notices.iter().cloned());
-        Some(settle(contents, old))
+        Some(keep_invalid(contents, old))
     }
 
-    /// Puts new objects in the place of a file's old ones. What was in force is noted in `before`,
-    /// unless an earlier file did so.
+    /// Replaces the objects of a file. Records in `before` what was in force before the first
+    /// replacement.
     fn replace(
         &mut self,
         path: &Arc<Path>,
@@ -253,7 +249,7 @@ impl ManifestStore {
             if let [first, second, ..] = owners.as_slice() {
                 let unused = if first == path { second } else { path };
                 let message = format!(
-                    "{name} is in {} too, which comes first; this copy is not used, remove one of \
+                    "{name} is also in {}, which has precedence; this copy is not used, remove one of \
                      them",
                     first.display()
                 );
@@ -264,15 +260,16 @@ impl ManifestStore {
     }
 }
 
-/// The objects of a new version of a file. What is damaged in it stays as it was known; where
-/// something could not even be attributed, it may be any of the objects that are not there now.
-fn settle(
+/// Returns the objects of a new version of a file. Invalid ones keep their last valid state. If a
+/// part of the file has no readable name, it may be any object that the new version lacks, so all of
+/// them are kept.
+fn keep_invalid(
     contents: Contents,
     old: Option<&BTreeMap<ObjectRef, Object>>,
 ) -> BTreeMap<ObjectRef, Object> {
     let mut objects = contents.objects;
     for (name, object) in old.into_iter().flatten() {
-        if (contents.unreadable || contents.damaged.contains(name)) && !objects.contains_key(name) {
+        if (contents.unnamed || contents.invalid.contains(name)) && !objects.contains_key(name) {
             objects.insert(name.clone(), object.clone());
         }
     }

@@ -158,7 +158,7 @@ fn answers_without_an_end_are_cut_off_and_named() {
                 begin(stream, "500 Internal Server Error")?;
                 endless(stream)
             },
-            "cannot answer at present (500: a text of more than 64 KiB, which begins with xxx",
+            "cannot answer now (500: a text of more than 64 KiB that begins with xxx",
         ),
     ];
     for (answer, told) in ways {
@@ -187,7 +187,7 @@ fn answers_to_events_without_an_end_are_cut_off_and_named() {
                 }
                 begin(stream, "404 Not Found")
             },
-            "has more than 8192 KiB; check what answers at the address of the API server",
+            "is longer than 8192 KiB; check what answers at the address of the API server",
         ),
         (
             |request, stream| {
@@ -197,7 +197,7 @@ fn answers_to_events_without_an_end_are_cut_off_and_named() {
                 }
                 begin(stream, "404 Not Found")
             },
-            "has more than 64 KiB; check what answers at the address of the API server",
+            "is longer than 64 KiB; check what answers at the address of the API server",
         ),
     ];
     for (answer, told) in ways {

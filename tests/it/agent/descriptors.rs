@@ -142,7 +142,7 @@ fn a_connection_to_the_api_server_is_made_as_soon_as_there_is_a_descriptor_again
     };
     limit(3);
     cluster.break_connections();
-    wait_for_log(&nftlet, "there is no file descriptor for a connection");
+    wait_for_log(&nftlet, "no file descriptor is left for a connection");
     limit(1024);
     wait_for_log(&nftlet, "the API server answers again");
     cluster

@@ -229,7 +229,7 @@ fn manifests_without_objects_remove_nothing_unless_that_is_allowed() {
     // Written once, the rules would be gone.
     let once = nftlet(&ns, &[&arguments[..], &["--once"]].concat(), "");
     assert_eq!(once.status.code(), Some(1));
-    let no_objects = format!("there are no objects in {directory}");
+    let no_objects = format!("no objects found in {directory}");
     let lines = lines_with(&said(&once), &no_objects);
     assert_eq!(lines.len(), 1, "{lines:#?}");
     assert!(lines[0].contains("--allow-empty"), "{lines:#?}");

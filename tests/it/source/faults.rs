@@ -342,7 +342,7 @@ async fn a_list_of_something_else_changes_nothing() {
         ),
         (
             r#"{"kind":"ServiceList","apiVersion":"v1","metadata":{"resourceVersion":"900","continue":"x"},"items":[]}"#,
-            "a page of a list that leads to itself",
+            "a page of a list whose continue token is its own",
         ),
         (
             r#"{"kind":"ServiceList","apiVersion":"v1","metadata":{"resourceVersion":"0"},"items":[]}"#,
@@ -386,7 +386,7 @@ async fn an_event_about_something_else_changes_nothing() {
     let pod = r#"{"kind":"Pod","apiVersion":"v1","metadata":{"name":"a","namespace":"shop","resourceVersion":"900"}}"#;
     let older = r#"{"apiVersion":"v1beta3","kind":"Service","metadata":{"name":"a","namespace":"shop","resourceVersion":"900"}}"#;
     let untyped = r#"{"metadata":{"name":"a","namespace":"shop","resourceVersion":"900"}}"#;
-    let silent = "an object that does not say what it is";
+    let silent = "an object without apiVersion and kind";
     let end = |kind: &str, version: &str| {
         line(
             "BOOKMARK",
@@ -409,18 +409,18 @@ async fn an_event_about_something_else_changes_nothing() {
             line("MODIFIED", "null"),
             "an event without an object",
         ),
-        (false, line("ERROR", pod), "an error that is no Status"),
+        (false, line("ERROR", pod), "an error event without a Status"),
         (true, line("ADDED", pod), "a v1 Pod"),
         (true, end("Pod", "900"), "a v1 Pod"),
         (
             true,
             end("Service", ""),
-            "the end of a list without a resourceVersion",
+            "a bookmark that ends a list without a resourceVersion",
         ),
         (
             false,
             "<html>Sign in</html>\n".to_owned(),
-            "a watch of something else than events: expected value",
+            "a line that is not a watch event: expected value",
         ),
     ] {
         assert_not_believed(Streaming::Yes, relist, &text, told).await;
@@ -469,7 +469,7 @@ async fn another_node_is_not_taken_for_the_own_one() {
         .await;
     let message = &consumer.notices[0].message;
     assert!(
-        message.contains("the answer is another one, node-2;"),
+        message.contains("the answer is another Node, node-2;"),
         "{message}"
     );
     assert!(!consumer.objects.contains_key("Node node-2"));

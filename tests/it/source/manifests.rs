@@ -193,7 +193,7 @@ fn faults_are_told_with_file_line_and_column() {
         (
             Reason::InvalidObject,
             line_of("v1beta1"),
-            "EndpointSlice old: apiVersion \"discovery.k8s.io/v1beta1\" is not understood; write discovery.k8s.io/v1",
+            "EndpointSlice old: apiVersion \"discovery.k8s.io/v1beta1\" is not supported; write discovery.k8s.io/v1",
         ),
         (
             Reason::InvalidFile,
@@ -268,7 +268,7 @@ metadata: {name: foreign, namespace: shop}
         (
             Reason::InvalidPolicy,
             Some(1),
-            "NetworkPolicy shop/typo: spec.ingress[0].form \"[...]\" is in a field that nftlet does not know; the known ones are from and ports; the rule is left out",
+            "NetworkPolicy shop/typo: spec.ingress[0].form \"[...]\" is in an unknown field; the known ones are from and ports; the rule is left out",
         ),
         (
             Reason::InvalidPolicy,
@@ -283,7 +283,7 @@ metadata: {name: foreign, namespace: shop}
         (
             Reason::InvalidObject,
             Some(17),
-            "NetworkPolicy old: apiVersion \"extensions/v1beta1\" is not understood; write networking.k8s.io/v1",
+            "NetworkPolicy old: apiVersion \"extensions/v1beta1\" is not supported; write networking.k8s.io/v1",
         ),
         (Reason::UnknownKind, None, "skipped 1 NetworkPolicy"),
     ];

@@ -184,7 +184,7 @@ async fn a_server_that_falls_silent_is_noticed_and_followed_when_it_is_back() {
         .await;
     let told = &consumer.notices[0].message;
     assert!(
-        told.contains("cannot be reached: it has fallen silent"),
+        told.contains("cannot be reached: it no longer answers"),
         "{told}"
     );
     let fault = consumer.stats.fault().expect("a fault");
@@ -271,7 +271,7 @@ async fn lists_that_fail_late_are_asked_for_after_growing_pauses() {
         .await;
     let told = &consumer.notices[0].message;
     assert!(
-        told.starts_with("the API server cannot answer at present (500:"),
+        told.starts_with("the API server cannot answer now (500:"),
         "{told}"
     );
     assert!(consumer.stats.fault().is_some());
@@ -405,7 +405,9 @@ async fn a_busy_server_is_asked_again_when_it_said() {
     assert!(began.elapsed() >= Duration::from_secs(1), "{began:?}");
     let told = &consumer.notices[0].message;
     assert!(
-        told.starts_with("the API server cannot answer at present (429: Too many requests, please try again later.);"),
+        told.starts_with(
+            "the API server cannot answer now (429: Too many requests, please try again later.);"
+        ),
         "{told}"
     );
     api.set_busy(SERVICES, None);

@@ -165,7 +165,7 @@ async fn an_answer_that_is_no_list_is_not_taken_for_an_empty_one() {
     assert!(
         consumer.notices[0]
             .message
-            .contains("the answer is an object that does not say what it is"),
+            .contains("the answer is an object without apiVersion and kind"),
         "{:?}",
         consumer.notices
     );

@@ -265,7 +265,7 @@ async fn what_fails_on_the_way_to_the_server_is_said_in_sentences() {
         (
             format!("https://{}", plain.address()),
             format!(
-                "connecting to https://{} failed: the TLS handshake: ",
+                "connecting to https://{} failed: TLS handshake: ",
                 plain.address()
             ),
         ),

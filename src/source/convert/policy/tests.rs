@@ -241,7 +241,7 @@ fn faulty_rules() -> Vec<(Value, &'static str, &'static str)> {
         (
             json!({"form": [{"podSelector": {}}]}),
             ".form",
-            "\"[...]\" is in a field that nftlet does not know; the known ones are from and ports",
+            "\"[...]\" is in an unknown field; the known ones are from and ports",
         ),
         (
             json!({"to": [{"podSelector": {}}]}),
@@ -254,12 +254,12 @@ fn faulty_rules() -> Vec<(Value, &'static str, &'static str)> {
             ".ports",
             "\"{...}\" is not a list",
         ),
-        (json!({"from": [{}]}), ".from[0]", "names nobody"),
-        (json!({"from": [null]}), ".from[0]", "names nobody"),
+        (json!({"from": [{}]}), ".from[0]", "selects no peers"),
+        (json!({"from": [null]}), ".from[0]", "selects no peers"),
         (
             json!({"from": [{"podSelector": null}]}),
             ".from[0]",
-            "names nobody",
+            "selects no peers",
         ),
         (
             json!({"from": [{"podSelector": {}, "ipBlock": {"cidr": "10.0.0.0/8"}}]}),
@@ -314,12 +314,12 @@ fn faulty_rules() -> Vec<(Value, &'static str, &'static str)> {
         (
             block(json!({"cidr": "10.0.0.0/8", "except": ["11.0.0.0/9"]})),
             ".from[1].ipBlock.except[0]",
-            "is not a smaller range inside of 10.0.0.0/8",
+            "is not a smaller range within 10.0.0.0/8",
         ),
         (
             block(json!({"cidr": "10.0.0.0/8", "except": ["10.0.0.0/8"]})),
             ".from[1].ipBlock.except[0]",
-            "is not a smaller range inside of 10.0.0.0/8",
+            "is not a smaller range within 10.0.0.0/8",
         ),
         (
             block(json!({"cidr": "10.0.0.0/8", "except": ["0.0.0.0/0"]})),
@@ -400,12 +400,12 @@ fn faulty_rules() -> Vec<(Value, &'static str, &'static str)> {
         (
             port(json!({"port": "web", "endPort": 90})),
             ".ports[0].endPort",
-            "has no number to count from",
+            "needs a number as port",
         ),
         (
             port(json!({"endPort": 90})),
             ".ports[0].endPort",
-            "has no number to count from",
+            "needs a number as port",
         ),
         (
             port(json!({"port": 80, "protocol": "tcp"})),
@@ -511,7 +511,7 @@ fn a_rule_with_a_fault_is_left_out_and_the_others_stay() {
         assert!(notices[0].contains(fault), "{rule}: {notices:?}");
         assert!(
             notices[0].ends_with(
-                "; the rule is left out, and what it was to allow stays denied until this is mended"
+                "; the rule is left out; what it would allow stays denied until this is corrected"
             ),
             "{notices:?}"
         );
@@ -519,7 +519,7 @@ fn a_rule_with_a_fault_is_left_out_and_the_others_stay() {
 }
 
 #[test]
-fn every_fault_of_a_rule_is_told() {
+fn every_fault_of_a_rule_is_reported() {
     let (policy, notices) = policy(json!({
         "policyTypes": ["Egress"],
         "egress": [{
@@ -645,7 +645,7 @@ fn a_policy_that_is_not_understood_as_a_whole_allows_nothing() {
 }
 
 #[test]
-fn the_names_of_ports_are_told_from_other_text() {
+fn only_valid_port_names_are_accepted() {
     for name in ["a", "web", "http-2", "2a", "fifteen-letters"] {
         assert!(is_port_name(name), "{name}");
     }

@@ -24,8 +24,8 @@ fn value(text: &str) -> Captured {
 }
 
 /// The places of some paths.
-fn places(document: &Document<'_>, paths: &[&str]) -> Vec<(u64, u64)> {
-    let found = document.places(paths.iter().map(ToString::to_string));
+fn positions(document: &Document<'_>, paths: &[&str]) -> Vec<(u64, u64)> {
+    let found = document.positions(paths.iter().map(ToString::to_string));
     let place = |path: &&str| (found[*path].line, found[*path].column);
     paths.iter().map(place).collect()
 }
@@ -92,15 +92,18 @@ fn a_field_that_is_there_twice_is_noted_with_its_path() {
 }
 
 #[test]
-fn places_are_those_of_the_file() {
+fn positions_are_those_of_the_file() {
     let text = "---\na: &a\n  b: [1, {c: 2}]\na-c: *a\n---\nd: 1\n--- {e: [{f: 1}], g: 1}\n";
     let documents = yaml_documents(text);
     assert_eq!(
-        places(&documents[0], &["a.b[1].c", "a.x", "a.b[0]", "a-c"]),
+        positions(&documents[0], &["a.b[1].c", "a.x", "a.b[0]", "a-c"]),
         [(3, 14), (1, 1), (3, 7), (4, 6)]
     );
-    assert_eq!(places(&documents[2], &["g", "e[0].f"]), [(7, 22), (7, 14)]);
-    assert_eq!(places(&documents[2], &[""]), [(7, 5)]);
+    assert_eq!(
+        positions(&documents[2], &["g", "e[0].f"]),
+        [(7, 22), (7, 14)]
+    );
+    assert_eq!(positions(&documents[2], &[""]), [(7, 5)]);
 }
 
 #[test]
@@ -111,8 +114,8 @@ fn json_is_cut_between_its_values() {
         .map(|document| (document.start.line, document.start.column))
         .collect();
     assert_eq!(starts, [(1, 1), (3, 2), (4, 7)]);
-    assert_eq!(places(&documents[1], &["b[0]"]), [(4, 3)]);
-    assert_eq!(places(&documents[1], &[""]), [(3, 2)]);
+    assert_eq!(positions(&documents[1], &["b[0]"]), [(4, 3)]);
+    assert_eq!(positions(&documents[1], &[""]), [(3, 2)]);
     let fault = fault.expect("it is no JSON");
     let at = Position {
         line: 4,
@@ -150,7 +153,7 @@ fn aliases_stand_for_so_much_and_nest_so_deep_and_no_more() {
         assert_eq!(seen, Vec::<String>::new());
         let message = &faults[0].message;
         assert!(
-            message.contains("or aliases stand for more than"),
+            message.contains("or aliases expand to more than"),
             "{message}"
         );
     }
