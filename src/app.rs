@@ -48,7 +48,7 @@ use tokio::runtime;
 
 use self::error::{Error, system};
 use self::objects::{connect, load, manifests};
-use crate::logging::Lines;
+use crate::logging::LogQueue;
 use crate::settings::{self, Cleanup, CommandLine};
 
 /// The oldest kernel on which nftlet runs; kube-proxy's nftables mode needs the same.
@@ -60,7 +60,7 @@ const QUEUE: usize = 4096;
 ///
 /// Exits with 2 for an invalid command line or configuration, and with 1 for every other error.
 pub fn main() -> ExitCode {
-    let log = match Lines::start(io::stderr()) {
+    let log = match LogQueue::start(io::stderr()) {
         Ok(log) => log,
         Err(error) => {
             let error = system("the thread that writes the log")(error);
@@ -84,7 +84,7 @@ pub fn main() -> ExitCode {
 }
 
 /// Runs one of nftlet's modes. The rules stay in the kernel when it returns.
-fn run(mut line: CommandLine, log: &Lines) -> Result<(), Error> {
+fn run(mut line: CommandLine, log: &LogQueue) -> Result<(), Error> {
     if let Some(command) = line.command {
         return print(|mut out| command.print(&mut out));
     }
@@ -123,7 +123,7 @@ fn run(mut line: CommandLine, log: &Lines) -> Result<(), Error> {
 }
 
 /// Writes the error of a failed run to the log, and returns the exit code.
-fn exit_code(result: Result<(), Error>, log: &Lines) -> ExitCode {
+fn exit_code(result: Result<(), Error>, log: &LogQueue) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

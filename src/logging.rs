@@ -1,19 +1,19 @@
-//! The lines of the log, on their way to standard error.
+//! The log: a queue of lines, and a thread that writes them to standard error.
 //!
-//! Whoever logs puts a line into a queue and goes on. A thread of its own takes the lines out and
-//! writes them, each with one call, so that a line of up to `PIPE_BUF` bytes stays whole beside
-//! those of other writers. Standard error may be a pipe that nothing reads, a stopped terminal or
-//! a file on a full disk: then only that thread waits or fails. Lines for which the queue has no
-//! room, and lines that cannot be written, are dropped and counted; a line in their place says
-//! how many they were.
+//! Logging a line only puts it into the queue. The thread writes each line with one call, so that
+//! lines of up to `PIPE_BUF` bytes do not mix with those of other writers. If standard error is a
+//! pipe that nothing reads, a stopped terminal or a file on a full disk, only this thread waits or
+//! fails. Lines that do not fit into the queue, and lines that cannot be written, are dropped and
+//! counted; a line in their place has the number.
 //!
-//! Standard error is never made non-blocking: that would be a property of the open file, which
-//! other programs write to as well.
+//! Standard error is never made non-blocking: that is a property of the open file, which other
+//! programs write to as well.
 //!
-//! Names of objects, files and tables, and the texts of servers, are in the lines as they were
-//! found. Each line is therefore made safe: control characters are escaped, so that a text
-//! cannot look like another line, and users and passwords are taken out of URLs.
+//! Log lines contain names of objects, files and tables, and messages of servers. Control
+//! characters are therefore escaped, so that such a text cannot forge a line, and user names and
+//! passwords are removed from URLs.
 
+mod repeats;
 mod safe;
 
 use std::cell::{Cell, RefCell};
@@ -31,106 +31,104 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use tracing_subscriber::fmt::MakeWriter;
 
-pub use self::repeats::{Count, Repeats, Throttle};
+pub(crate) use self::repeats::{Count, Repeats, Throttle};
 use self::safe::safe;
 
-mod repeats;
-
-/// The bytes of lines that may wait to be written.
+/// The bytes of lines that fit into the queue.
 const ROOM: usize = 4 << 20;
-/// What a line takes besides its text, so that short ones are bounded as well.
+/// Counted for each line in addition to its text, so that the number of short lines is bounded.
 const OVERHEAD: usize = 64;
-/// How long the end of the process waits for the next line to be written.
-const PATIENCE: Duration = Duration::from_secs(1);
-/// How long it waits in all.
-const LONGEST: Duration = Duration::from_secs(10);
-/// How often a panic looks whether the queue is free.
-const LOOK_EVERY: Duration = Duration::from_millis(10);
+/// How long [`LogQueue::flush`] waits for the next line to be written.
+const LINE_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long it waits in total.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often a panic tries to lock the queue.
+const TRY_EVERY: Duration = Duration::from_millis(10);
 
 thread_local! {
-    /// The line that this thread has made for itself, where it makes one.
+    /// Receives the lines of this thread in place of the queue, if set.
     static OWN_LINE: RefCell<Option<Vec<u8>>> = const { RefCell::new(None) };
-    /// Whether this is the thread that writes.
+    /// Whether this is the writing thread.
     static WRITES: Cell<bool> = const { Cell::new(false) };
 }
 
-/// What is on its way to standard error; every clone leads to the same queue.
+/// A handle to the queue of lines. Clones share the queue.
 #[derive(Clone)]
-pub struct Lines(Arc<Shared>);
+pub struct LogQueue(Arc<LogShared>);
 
-struct Shared {
+struct LogShared {
     out: Box<dyn AsFd + Send + Sync>,
-    /// Whether lines may have the sequences that set colours: `out` is a terminal.
+    /// Whether lines may contain the sequences that set colours, since `out` is a terminal.
     colours: bool,
-    queue: Mutex<Queue>,
-    /// Rings when something is in the queue.
+    queue: Mutex<LineQueue>,
+    /// Notified when the queue is filled.
     filled: Condvar,
-    /// Rings when something was taken care of.
+    /// Notified when an entry is done.
     progress: Condvar,
-    /// The lines that nobody will see.
+    /// The number of dropped lines.
     dropped: AtomicU64,
 }
 
 #[derive(Default)]
-struct Queue {
-    entries: VecDeque<Entry>,
+struct LineQueue {
+    entries: VecDeque<LogEntry>,
     bytes: usize,
-    /// The lines that found no room after the last entry.
-    without_room: u64,
-    /// Whether an entry was taken out and is not done with.
+    /// The number of lines dropped since the last entry.
+    overflow: u64,
+    /// Whether an entry was taken out and is not done.
     busy: bool,
-    /// The entries that are done with.
+    /// The number of entries that were written or given up.
     done: u64,
 }
 
-enum Entry {
+enum LogEntry {
     Line(Box<[u8]>),
-    /// So many lines are missing here.
+    /// This number of lines was dropped here.
     Dropped(u64),
 }
 
-impl Queue {
-    /// Appends a line; returns false where there is no room.
+impl LineQueue {
+    /// Appends a line. Returns false if it does not fit.
     fn push(&mut self, line: &[u8]) -> bool {
         let size = line.len() + OVERHEAD;
         if self.bytes + size > ROOM {
-            self.without_room += 1;
+            self.overflow += 1;
             return false;
         }
-        if self.without_room > 0 {
-            let missing = std::mem::take(&mut self.without_room);
-            self.entries.push_back(Entry::Dropped(missing));
+        if self.overflow > 0 {
+            let missing = std::mem::take(&mut self.overflow);
+            self.entries.push_back(LogEntry::Dropped(missing));
         }
         self.bytes += size;
-        self.entries.push_back(Entry::Line(line.into()));
+        self.entries.push_back(LogEntry::Line(line.into()));
         true
     }
 
-    fn pop(&mut self) -> Option<Entry> {
+    fn pop(&mut self) -> Option<LogEntry> {
         let entry = self.entries.pop_front();
-        if let Some(Entry::Line(line)) = &entry {
+        if let Some(LogEntry::Line(line)) = &entry {
             self.bytes -= line.len() + OVERHEAD;
         }
-        let missing = || match std::mem::take(&mut self.without_room) {
+        let missing = || match std::mem::take(&mut self.overflow) {
             0 => None,
-            missing => Some(Entry::Dropped(missing)),
+            missing => Some(LogEntry::Dropped(missing)),
         };
         entry.or_else(missing)
     }
 
     fn is_done(&self) -> bool {
-        self.entries.is_empty() && self.without_room == 0 && !self.busy
+        self.entries.is_empty() && self.overflow == 0 && !self.busy
     }
 }
 
-impl Lines {
-    /// Starts the thread that writes to a file.
+impl LogQueue {
+    /// Starts the thread that writes to `out`.
     ///
     /// # Errors
     ///
-    /// When the system refuses the thread.
+    /// If the thread cannot be started.
     pub fn start(out: impl AsFd + Send + Sync + 'static) -> io::Result<Self> {
-        let lines = Self(Arc::new(Shared {
+        let lines = Self(Arc::new(LogShared {
             colours: out.as_fd().is_terminal(),
             out: Box::new(out),
             queue: Mutex::default(),
@@ -141,12 +139,12 @@ impl Lines {
         let shared = lines.0.clone();
         thread::Builder::new()
             .name("log".into())
-            .spawn(move || Writer::new(&shared).run())?;
+            .spawn(move || WriterThread::new(&shared).run())?;
         Ok(lines)
     }
 
-    /// Adds a line, which ends with a line feed. Escapes its control characters and removes the
-    /// passwords of URLs. Never waits for it to be written.
+    /// Adds a line, which ends with a line feed. Escapes its control characters, and removes user
+    /// names and passwords from URLs. Does not block.
     pub fn add(&self, line: &[u8]) {
         if keep_own_line(line) {
             return;
@@ -157,21 +155,21 @@ impl Lines {
         self.0.note(added);
     }
 
-    /// Waits until all lines are written, or are known not to be; for no longer than a second
-    /// without progress, and ten seconds in all. Returns whether nothing is left.
+    /// Waits until all lines are written or given up, but no longer than a second without progress,
+    /// and ten seconds in total. Returns whether the queue is empty.
     pub fn flush(&self) -> bool {
-        let end = Instant::now() + LONGEST;
+        let end = Instant::now() + FLUSH_TIMEOUT;
         let mut queue = self.0.lock();
         loop {
             if queue.is_done() {
                 return true;
             }
             let done = queue.done;
-            let patience = PATIENCE.min(end.saturating_duration_since(Instant::now()));
+            let longest = LINE_TIMEOUT.min(end.saturating_duration_since(Instant::now()));
             let waited = self
                 .0
                 .progress
-                .wait_timeout_while(queue, patience, |queue| queue.done == done);
+                .wait_timeout_while(queue, longest, |queue| queue.done == done);
             let timeout;
             (queue, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
             if timeout.timed_out() {
@@ -180,19 +178,21 @@ impl Lines {
         }
     }
 
-    /// How many lines were dropped so far.
+    /// Returns the number of lines dropped so far.
     pub fn dropped(&self) -> u64 {
         self.0.dropped.load(Ordering::Relaxed)
     }
 
-    /// Has panics say their message behind the lines that wait, and not directly, which could
-    /// block the process for ever instead of ending it.
+    /// Sets a panic hook that adds the message to the queue. Writing it directly could block the
+    /// process forever.
     pub fn take_panics(&self) {
         let lines = self.clone();
-        panic::set_hook(Box::new(move |panic| lines.last_words(&words(panic))));
+        panic::set_hook(Box::new(move |panic| {
+            lines.last_words(&panic_message(panic))
+        }));
     }
 
-    /// Adds a line and waits for it, wherever in the process the panic happened.
+    /// Adds a line and waits until it is written, on whichever thread the panic happened.
     fn last_words(&self, line: &str) {
         let writes = WRITES.try_with(Cell::get).unwrap_or(false);
         let queued = !writes
@@ -205,41 +205,41 @@ impl Lines {
             self.flush();
             return;
         }
-        // The thread that holds the queue, or writes, may be this one.
+        // This thread may be the one that has locked the queue, or the writing one.
         let out = self.0.out.as_fd();
         let mut ready = [PollFd::from_borrowed_fd(out, PollFlags::OUT)];
-        let patience = Timespec::try_from(PATIENCE).ok();
-        if let Ok(1..) = poll(&mut ready, patience.as_ref()) {
+        let timeout = Timespec::try_from(LINE_TIMEOUT).ok();
+        if let Ok(1..) = poll(&mut ready, timeout.as_ref()) {
             let _ = rustix::io::write(out, line.as_bytes());
         }
     }
 }
 
-impl fmt::Debug for Lines {
+impl fmt::Debug for LogQueue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Lines").finish_non_exhaustive()
+        f.debug_struct("LogQueue").finish_non_exhaustive()
     }
 }
 
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, Queue> {
+impl LogShared {
+    fn lock(&self) -> MutexGuard<'_, LineQueue> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The queue, unless it is still in use after a while.
-    fn lock_soon(&self) -> Option<MutexGuard<'_, Queue>> {
-        let end = Instant::now() + PATIENCE;
+    /// Locks the queue, unless it stays locked for a while.
+    fn lock_soon(&self) -> Option<MutexGuard<'_, LineQueue>> {
+        let end = Instant::now() + LINE_TIMEOUT;
         while Instant::now() < end {
             match self.queue.try_lock() {
                 Ok(queue) => return Some(queue),
                 Err(TryLockError::Poisoned(queue)) => return Some(queue.into_inner()),
-                Err(TryLockError::WouldBlock) => thread::sleep(LOOK_EVERY),
+                Err(TryLockError::WouldBlock) => thread::sleep(TRY_EVERY),
             }
         }
         None
     }
 
-    /// Wakes the writer for a line that was added, or to say that it was not.
+    /// Wakes the writing thread after a line was added or dropped.
     fn note(&self, added: bool) {
         if !added {
             self.count_dropped();
@@ -252,8 +252,8 @@ impl Shared {
     }
 }
 
-/// One event of `tracing` is one write.
-pub struct Line<'a>(&'a Lines);
+/// Writes one event of `tracing`, which is one call of `write`.
+pub struct Line<'a>(&'a LogQueue);
 
 impl Write for Line<'_> {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
@@ -266,7 +266,7 @@ impl Write for Line<'_> {
     }
 }
 
-impl<'a> MakeWriter<'a> for Lines {
+impl<'a> MakeWriter<'a> for LogQueue {
     type Writer = Line<'a>;
 
     fn make_writer(&'a self) -> Line<'a> {
@@ -274,17 +274,17 @@ impl<'a> MakeWriter<'a> for Lines {
     }
 }
 
-/// The thread that writes.
-struct Writer<'a> {
-    shared: &'a Shared,
-    /// The lines that are missing since the last one that was written.
+/// The writing thread.
+struct WriterThread<'a> {
+    shared: &'a LogShared,
+    /// The number of lines dropped since the last one written.
     missing: u64,
-    /// Whether the last line was written in part.
+    /// Whether the last line was written only in part.
     torn: bool,
 }
 
-impl<'a> Writer<'a> {
-    fn new(shared: &'a Shared) -> Self {
+impl<'a> WriterThread<'a> {
+    fn new(shared: &'a LogShared) -> Self {
         Self {
             shared,
             missing: 0,
@@ -297,10 +297,10 @@ impl<'a> Writer<'a> {
         loop {
             let entry = self.next();
             match entry {
-                Entry::Line(line) => self.line(&line),
-                Entry::Dropped(lines) => {
+                LogEntry::Line(line) => self.line(&line),
+                LogEntry::Dropped(lines) => {
                     self.missing += lines;
-                    self.say_what_is_missing();
+                    self.report_missing();
                 }
             }
             let mut queue = self.shared.lock();
@@ -311,7 +311,7 @@ impl<'a> Writer<'a> {
         }
     }
 
-    fn next(&self) -> Entry {
+    fn next(&self) -> LogEntry {
         let mut queue = self.shared.lock();
         loop {
             if let Some(entry) = queue.pop() {
@@ -324,25 +324,25 @@ impl<'a> Writer<'a> {
     }
 
     fn line(&mut self, line: &[u8]) {
-        if !self.say_what_is_missing() || !self.put(line) {
+        if !self.report_missing() || !self.put(line) {
             self.missing += 1;
             self.shared.count_dropped();
         }
     }
 
-    /// Returns whether nothing is missing that was not said.
-    fn say_what_is_missing(&mut self) -> bool {
+    /// Writes a line about dropped lines, if there are any. Returns false if it was not written.
+    fn report_missing(&mut self) -> bool {
         if self.missing == 0 {
             return true;
         }
-        let said = self.put(&own_line(self.missing));
+        let said = self.put(&missing_line(self.missing));
         if said {
             self.missing = 0;
         }
         said
     }
 
-    /// Writes a line; returns false where the system does not take all of it.
+    /// Writes a line. Returns false if not all of it was written.
     fn put(&mut self, line: &[u8]) -> bool {
         let apart;
         let mut rest = line;
@@ -356,7 +356,7 @@ impl<'a> Writer<'a> {
             let written = match rustix::io::write(out, rest) {
                 Ok(0) => None,
                 Err(Errno::INTR) => Some(0),
-                // Some other program has made it non-blocking.
+                // Another program has made it non-blocking.
                 Err(Errno::AGAIN) => {
                     let mut ready = [PollFd::from_borrowed_fd(out, PollFlags::OUT)];
                     match poll(&mut ready, None) {
@@ -378,26 +378,26 @@ impl<'a> Writer<'a> {
     }
 }
 
-/// The line that says how many are missing, in the form of all others.
-fn own_line(missing: u64) -> Vec<u8> {
+/// Returns the line about dropped lines, in the format of the log.
+fn missing_line(missing: u64) -> Vec<u8> {
     OWN_LINE.set(Some(Vec::new()));
     let what = match missing {
         1 => "1 line was dropped".to_owned(),
         _ => format!("{missing} lines were dropped"),
     };
     tracing::warn!(
-        "{what} here: standard error did not take it in time (a full disk, or a reader that is \
-         slow or gone)"
+        "{what} here: standard error did not accept them in time (the disk is full, or the reader \
+         is slow or has ended)"
     );
     let line = OWN_LINE.take().unwrap_or_default();
     if line.is_empty() {
-        // Before the form is known.
+        // Logging has not been set up.
         return format!("nftlet: {what} here\n").into_bytes();
     }
     line
 }
 
-/// Keeps a line that the writing thread makes; returns false on all other threads.
+/// Stores a line for [`missing_line`]. Returns false on all other threads.
 fn keep_own_line(line: &[u8]) -> bool {
     let keep = |own: &RefCell<Option<Vec<u8>>>| match own.try_borrow_mut().as_deref_mut() {
         Ok(Some(own)) => {
@@ -409,13 +409,13 @@ fn keep_own_line(line: &[u8]) -> bool {
     OWN_LINE.try_with(keep).unwrap_or(false)
 }
 
-/// What there is to say of a panic.
-fn words(panic: &PanicHookInfo<'_>) -> String {
+/// Returns the message of a panic.
+fn panic_message(panic: &PanicHookInfo<'_>) -> String {
     let payload = panic.payload();
     let message = payload.downcast_ref::<&str>().copied();
     let message = message.or_else(|| payload.downcast_ref::<String>().map(String::as_str));
     let current = thread::current();
-    let thread = current.name().unwrap_or("without a name");
+    let thread = current.name().unwrap_or("without name");
     let place = panic.location().map(|it| format!(" at {it}"));
     let trace = std::backtrace::Backtrace::capture();
     let trace = match trace.status() {

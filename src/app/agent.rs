@@ -15,7 +15,7 @@ use crate::events;
 use crate::followers::affinity::Forgetter;
 use crate::followers::conntrack::{self, Cleaner, KernelFlows};
 use crate::followers::health_checks::HealthChecks;
-use crate::logging::Lines;
+use crate::logging::LogQueue;
 use crate::model::{Delivery, Reason};
 use crate::netlink::Nftables;
 use crate::nft::Ruleset;
@@ -35,7 +35,7 @@ pub(super) struct Start<'a> {
     pub service_settings: services::ServiceSettings,
     /// The limit of open files.
     pub descriptors: usize,
-    pub log: &'a Lines,
+    pub log: &'a LogQueue,
 }
 
 /// Keeps the kernel's rules up to date until a signal stops it; with `--once` until the rules of

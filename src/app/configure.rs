@@ -6,12 +6,12 @@ use std::path::Path;
 
 use super::Error;
 use crate::host::sysctls;
-use crate::logging::Lines;
+use crate::logging::LogQueue;
 use crate::settings::file::{self, File};
 use crate::settings::{self, BindAddress, CommandLine, LogFormat, Settings};
 
 /// Directs the log to `log`, with the verbosity and format of the settings.
-pub(super) fn start_logging(settings: &Settings, log: &Lines) {
+pub(super) fn start_logging(settings: &Settings, log: &LogQueue) {
     use tracing_subscriber::filter::{EnvFilter, LevelFilter};
     let level = match settings.verbosity() {
         0 => LevelFilter::INFO,

@@ -15,7 +15,7 @@ use crate::followers::affinity::Forgetter;
 use crate::followers::connections::{self, Cutter};
 use crate::followers::denied;
 use crate::host::addresses;
-use crate::host::bridges::{News, Watch};
+use crate::host::bridges::{BridgeChange, BridgeWatch};
 use crate::model::{Notice, Reason, Subject};
 use crate::netlink::{LogReader, Nftables};
 use crate::policies::Isolated;
@@ -144,7 +144,7 @@ pub(super) async fn watch_bridges(
     metrics: Arc<Metrics>,
     reporter: LogAndSend,
 ) {
-    let mut watch = Watch::new("/");
+    let mut watch = BridgeWatch::new("/");
     let mut again = interval(LOOK_EVERY);
     again.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -160,9 +160,9 @@ pub(super) async fn watch_bridges(
             let isolated = isolated.borrow_and_update();
             isolated.iter().map(|(address, _)| *address).collect()
         };
-        for news in watch.look(&addresses::attached(), &pods) {
-            match news {
-                News::Begins(unfiltered) => {
+        for change in watch.check(&addresses::attached(), &pods) {
+            match change {
+                BridgeChange::Begins(unfiltered) => {
                     metrics.notice(Reason::BridgeTraffic.as_str());
                     reporter.notice(&Notice {
                         subject: Subject::Other(format!("bridge {}", unfiltered.bridge).into()),
@@ -170,11 +170,11 @@ pub(super) async fn watch_bridges(
                         message: unfiltered.to_string(),
                     });
                 }
-                News::Ends(unfiltered) => reporter.ended(
+                BridgeChange::Ends(unfiltered) => reporter.ended(
                     Subject::Other(format!("bridge {}", unfiltered.bridge).into()),
                     Reason::BridgeTraffic,
                     &format!(
-                        "{} between isolated pods passes the network policies by no more",
+                        "pod-to-pod {} traffic no longer bypasses NetworkPolicy",
                         unfiltered.family()
                     ),
                 ),

@@ -11,7 +11,7 @@ use tokio::time::MissedTickBehavior;
 use super::pages::Pages;
 use super::{Error, connect, load, manifests, observe, single_threaded, system};
 use crate::events::Recorder;
-use crate::logging::Lines;
+use crate::logging::LogQueue;
 use crate::model::{Delivery, Event, Kind, Notice, ObjectName, ObjectRef, Reason, Subject};
 use crate::policies::Isolated;
 use crate::serve::health::{self, CheckError, Checks, Health, Outage, Probe, Quota, Router};
@@ -31,7 +31,7 @@ pub(super) struct Io {
     pub(super) file: Option<File>,
     pub(super) pages: Pages,
     pub(super) node_name: String,
-    pub(super) log: Lines,
+    pub(super) log: LogQueue,
     pub(super) metrics: Arc<Metrics>,
     pub(super) health: Health,
     pub(super) health_checks: watch::Receiver<Checks>,

@@ -95,8 +95,8 @@ fn report(
 }
 
 /// Returns the requested values, and the defaults of the others.
-fn wanted(settings: &Settings) -> sysctls::Conntrack {
-    sysctls::Conntrack {
+fn wanted(settings: &Settings) -> sysctls::ConntrackParameters {
+    sysctls::ConntrackParameters {
         max_per_core: settings.conntrack_max_per_core(),
         min: settings.conntrack_min,
         tcp_established: settings.conntrack_tcp_timeout_established(),
@@ -108,8 +108,8 @@ fn wanted(settings: &Settings) -> sysctls::Conntrack {
 }
 
 /// Returns the requested values.
-fn explicit(settings: &Settings) -> sysctls::Conntrack {
-    sysctls::Conntrack {
+fn explicit(settings: &Settings) -> sysctls::ConntrackParameters {
+    sysctls::ConntrackParameters {
         max_per_core: settings.conntrack_max_per_core.unwrap_or_default(),
         tcp_established: settings
             .conntrack_tcp_timeout_established
@@ -121,7 +121,7 @@ fn explicit(settings: &Settings) -> sysctls::Conntrack {
     }
 }
 
-fn of_this_machine(settings: &sysctls::Conntrack) -> Wanted {
+fn of_this_machine(settings: &sysctls::ConntrackParameters) -> Wanted {
     settings.wanted(sysctls::cores(Path::new("/")))
 }
 

@@ -1,18 +1,17 @@
-//! What a person should know, as Events (events.k8s.io/v1) of the cluster.
+//! Writes notices as Events (events.k8s.io/v1) of the cluster.
 //!
 //! ```text
-//! notices ─> Dedup: new? often enough told? ─> object: Event ─> API server (create, or patch)
+//! notice ─> dedup: new, and within the rate? ─> object: Event ─> API server (create or patch)
 //! ```
 //!
-//! An Event stands at the object that it is about, or else at the Node. What every node finds
-//! wrong with an object alike has one name in the whole cluster, so that a thousand nodes make one
-//! Event of it and not a thousand. The same again makes an Event a series, whose count is written
-//! every few minutes.
+//! An Event refers to the object that it is about, or to the Node. A fault of an object has the same
+//! Event name on every node, so that a thousand nodes create one Event. Repeated notices make the
+//! Event a series, whose count is written every few minutes.
 //!
-//! Events are a courtesy and hold up nothing: notices come through a bounded channel, and those
-//! that do not fit are dropped. While the server cannot be reached they wait; one that fails
-//! lets the others go first, and is given up when these succeed and it does not. A server that
-//! takes no Events at all is named in the log once.
+//! Events are best effort and delay nothing else: notices arrive through a bounded channel, and are
+//! dropped if it is full. While the server is unreachable they wait. An Event that fails goes to
+//! the end of the queue, and is given up if others succeed and it fails again. If the server
+//! forbids all Events, this is logged, and nothing is sent for an hour.
 
 mod dedup;
 mod object;
@@ -33,33 +32,33 @@ use serde_json::Value;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until, timeout};
 
-use self::dedup::{Advice, Dedup};
-use self::object::Draft;
+use self::dedup::Dedup;
+use self::object::EventDraft;
 use crate::logging::{Count, Repeats};
 use crate::model::{Kind, Notice};
 
-/// How many notices may wait to become Events.
+/// The number of notices that may wait in the channel.
 pub const QUEUE: usize = 256;
 
-/// How many Events may wait to be written.
+/// The number of Events that may wait to be written.
 const MOST_WAITING: usize = 256;
-/// How often an Event may fail while others are written.
+/// The number of failures after which an Event is given up, if others succeed.
 const MOST_TRIES: u32 = 5;
-/// How long an Event is worth writing: an API server keeps it for an hour.
-const WORTH: Duration = Duration::from_secs(3600);
-/// How often lines say how many more Events were given up.
+/// The age at which an Event that fails is given up: API servers keep Events for an hour.
+const LONGEST_WAIT: Duration = Duration::from_secs(3600);
+/// How often the number of Events given up is logged.
 const COUNT_EVERY: Duration = Duration::from_secs(300);
 
-/// How long a recorder waits for what.
+/// The waiting times of a recorder.
 #[derive(Clone, Copy, Debug)]
 pub struct Pace {
-    /// Between two updates of a series.
+    /// Between two writes of the count of a series.
     pub series: Duration,
-    /// For an answer.
+    /// For the server's answer.
     pub answer: Duration,
-    /// Before the second attempt, when the server cannot be reached; the next pauses are longer.
+    /// Before the second attempt to reach the server; the next pauses are longer.
     pub retry: Duration,
-    /// How long nothing is tried after the server said that it takes no Events.
+    /// After the server has forbidden Events.
     pub silence: Duration,
 }
 
@@ -74,115 +73,115 @@ impl Default for Pace {
     }
 }
 
-/// The longest pause between two attempts, in first pauses.
+/// The longest pause between two attempts, as a multiple of [`Pace::retry`].
 const LONGEST_RETRY: u32 = 6;
 
-/// Writes Events of one node.
+/// Writes the Events of a node.
 pub struct Recorder {
-    server: Server,
+    server: EventServer,
     node: String,
-    /// When this run began.
+    /// The start of this run.
     run: Timestamp,
     pace: Pace,
     dedup: Dedup,
-    waiting: VecDeque<Waiting>,
-    /// The one that is on its way.
-    sent: Option<Waiting>,
-    /// How many were written.
+    waiting: VecDeque<PendingWrite>,
+    /// The one whose answer is awaited.
+    sent: Option<PendingWrite>,
+    /// The number of Events written.
     written: u64,
-    /// The pause after the next failure, in first pauses.
+    /// The pause after the next failure, as a multiple of [`Pace::retry`].
     pauses: u32,
-    /// Nothing is sent before.
+    /// Nothing is sent before this time.
     not_before: Instant,
     silent_until: Option<Instant>,
-    /// The server was out of order, and may not know yet what it grants.
+    /// Whether the server has failed before. After its start, it may not know its roles yet.
     settling: bool,
     given_up: Box<dyn Fn() + Send + Sync>,
-    /// The lines about those that are given up.
+    /// Limits the log lines about Events given up.
     lines: Repeats<()>,
 }
 
-/// Something that waits to be written.
+/// An Event or a count that waits to be written.
 #[derive(Clone, Debug)]
-struct Waiting {
-    draft: Draft,
-    /// The count to write; none for a new Event.
+struct PendingWrite {
+    draft: EventDraft,
+    /// The count to write; `None` for a new Event.
     count: Option<i32>,
     since: Instant,
-    /// How often it failed although others were written.
+    /// The number of failures while others were written.
     tries: u32,
-    /// How many others had been written when it failed last.
+    /// [`Recorder::written`] at its last failure.
     written_before: Option<u64>,
 }
 
-/// Where Events are written.
 #[derive(Clone)]
-struct Server {
+struct EventServer {
     client: Client,
     answer: Duration,
 }
 
-/// What is sent to the server.
-enum Request {
+enum EventRequest {
     Create(Box<Event>),
     Patch(Value),
 }
 
 /// Why an Event was not written.
-enum Fault {
-    /// The server does not take Events from nftlet at all.
+enum WriteError {
+    /// nftlet may not write Events at all.
     Forbidden(String),
-    /// Another attempt may do better.
+    /// Another attempt may succeed.
     Busy(String),
-    /// There is no such Event (any more), or no such namespace.
+    /// The Event to patch, or its namespace, does not exist.
     Absent,
-    /// This Event is refused, and would be again.
+    /// This Event is invalid or not permitted.
     Refused(String),
 }
 
-impl fmt::Display for Fault {
+impl fmt::Display for WriteError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Fault::Forbidden(text) | Fault::Busy(text) | Fault::Refused(text) => f.write_str(text),
-            Fault::Absent => f.write_str("its namespace is gone"),
+            WriteError::Forbidden(text) | WriteError::Busy(text) | WriteError::Refused(text) => {
+                f.write_str(text)
+            }
+            WriteError::Absent => f.write_str("its namespace does not exist"),
         }
     }
 }
 
-impl From<kube::Error> for Fault {
+impl From<kube::Error> for WriteError {
     fn from(error: kube::Error) -> Self {
         let status = match &error {
             kube::Error::Api(status) => status,
-            // The client says in a sentence why there was no answer.
-            kube::Error::Service(unanswered) => return Fault::Busy(unanswered.to_string()),
+            // The client's message describes the failure.
+            kube::Error::Service(unanswered) => return WriteError::Busy(unanswered.to_string()),
             other => {
                 let chain =
                     std::iter::successors(Some(other as &dyn std::error::Error), |it| it.source());
                 let cause = chain.last().map(ToString::to_string).unwrap_or_default();
-                return Fault::Busy(format!(
-                    "an answer of the API server cannot be read: {cause}"
+                return WriteError::Busy(format!(
+                    "the answer of the API server cannot be read: {cause}"
                 ));
             }
         };
         let message = status.message.clone();
         let details = status.details.as_ref();
         let causes = details.map_or(&[][..], |details| &details.causes);
-        // A namespace on its way out takes nothing new; that says nothing about the others.
+        // A namespace that is being deleted accepts no new objects; other namespaces do.
         let terminating = |reason: &str| reason == "NamespaceTerminating";
         match status.code {
-            403 if causes.iter().any(|cause| terminating(&cause.reason)) => Fault::Absent,
-            403 if forbids_events(&message) => Fault::Forbidden(message),
-            404 => Fault::Absent,
-            // Credentials that are renewed, and what says itself that it passes.
-            401 | 408 | 409 | 429 => Fault::Busy(message),
-            400..500 => Fault::Refused(message),
-            _ => Fault::Busy(message),
+            403 if causes.iter().any(|cause| terminating(&cause.reason)) => WriteError::Absent,
+            403 if forbids_events(&message) => WriteError::Forbidden(message),
+            404 => WriteError::Absent,
+            // Expired credentials are renewed; the others are transient by definition.
+            401 | 408 | 409 | 429 => WriteError::Busy(message),
+            400..500 => WriteError::Refused(message),
+            _ => WriteError::Busy(message),
         }
     }
 }
 
-/// Whether a message is that of the API server's authorizer: a quota and an admission policy answer
-/// with 403 as well, and mean one Event or one namespace.
+/// Returns whether a message is the API server's authorizer's. Quotas and admission policies answer
+/// with 403 as well, but refuse a single Event or namespace.
 fn forbids_events(message: &str) -> bool {
     ["create", "patch"]
         .iter()
@@ -190,16 +189,16 @@ fn forbids_events(message: &str) -> bool {
 }
 
 impl Recorder {
-    /// A recorder for the node of this name. Nothing is sent yet.
+    /// Creates a recorder for the node of this name.
     pub fn new(client: Client, node: String) -> Self {
         Self::with_pace(client, node, Pace::default())
     }
 
-    /// The same with other waiting times.
+    /// Creates a recorder with other waiting times.
     pub fn with_pace(client: Client, node: String, pace: Pace) -> Self {
         let answer = pace.answer;
         Self {
-            server: Server { client, answer },
+            server: EventServer { client, answer },
             node,
             run: Timestamp::now(),
             dedup: Dedup::new(pace.series),
@@ -223,14 +222,14 @@ impl Recorder {
         self
     }
 
-    /// Tells that nftlet has started, and then what comes through the channel, until its sender is
-    /// gone.
+    /// Writes an Event of the start, and then those of the notices from a channel until it is closed.
     pub async fn run(mut self, mut notices: mpsc::Receiver<Notice>) {
         let now = Instant::now();
-        let starting = Draft::starting(&self.node, self.run);
-        self.dedup.hand_out(starting.clone(), now);
-        self.waiting.push_back(Waiting::new(starting, None, now));
-        let mut answer: Option<BoxFuture<'static, Result<(), Fault>>> = None;
+        let starting = EventDraft::starting(&self.node, self.run);
+        self.dedup.insert(starting.clone(), now);
+        self.waiting
+            .push_back(PendingWrite::new(starting, None, now));
+        let mut answer: Option<BoxFuture<'static, Result<(), WriteError>>> = None;
         loop {
             let due = self.dedup.due();
             let counts = self.lines.due().map(Instant::from_std);
@@ -262,30 +261,29 @@ impl Recorder {
         if self.silent_until.is_some_and(|until| now < until) || !self.has_room() {
             return;
         }
-        let draft = Draft::of(notice, &self.node, self.run, Timestamp::now());
-        match self.dedup.advise(&draft, now) {
-            Advice::Create => self.waiting.push_back(Waiting::new(draft, None, now)),
-            Advice::Nothing => {}
+        let draft = EventDraft::of(notice, &self.node, self.run, Timestamp::now());
+        if self.dedup.admit(&draft, now) {
+            self.waiting.push_back(PendingWrite::new(draft, None, now));
         }
     }
 
-    /// Has the count of a series written.
+    /// Queues the count of a series.
     fn take_count(&mut self) {
         let now = Instant::now();
         if let Some((draft, count)) = self.dedup.begin_update(now) {
             self.waiting
-                .push_back(Waiting::new(draft, Some(count), now));
+                .push_back(PendingWrite::new(draft, Some(count), now));
         }
     }
 
-    /// Begins to write what has waited longest.
-    fn send(&mut self) -> Option<impl Future<Output = Result<(), Fault>> + 'static> {
+    /// Begins to write the Event that has waited longest.
+    fn send(&mut self) -> Option<impl Future<Output = Result<(), WriteError>> + 'static> {
         let next = self.waiting.pop_front()?;
         self.sent = Some(next.clone());
         Some(self.server.clone().write(next))
     }
 
-    fn take_answer(&mut self, result: Result<(), Fault>) {
+    fn take_answer(&mut self, result: Result<(), WriteError>) {
         let Some(mut sent) = self.sent.take() else {
             return;
         };
@@ -296,27 +294,27 @@ impl Recorder {
                 self.pauses = 1;
                 self.settling = false;
             }
-            Err(Fault::Forbidden(_)) if std::mem::take(&mut self.settling) => {
+            Err(WriteError::Forbidden(_)) if std::mem::take(&mut self.settling) => {
                 self.not_before = Instant::now() + self.pace.retry;
                 self.waiting.push_front(sent);
             }
-            // Events are kept for an hour or so.
-            Err(Fault::Absent) if sent.count.is_some() => {
+            // The server has deleted the Event by now: create it again.
+            Err(WriteError::Absent) if sent.count.is_some() => {
                 sent.count = None;
                 self.waiting.push_front(sent);
             }
-            Err(Fault::Busy(message)) => self.try_again(sent, message),
+            Err(WriteError::Busy(message)) => self.try_again(sent, message),
             Err(fault) => self.give_up(&sent, &fault),
         }
     }
 
-    /// Lets the others go first. What fails although they succeed is given up after some tries; a
-    /// server that fails with all of them is to blame itself.
-    fn try_again(&mut self, mut failed: Waiting, message: String) {
+    /// Moves an Event to the end of the queue. Gives it up after some failures while others succeed;
+    /// while all fail, the server is the cause.
+    fn try_again(&mut self, mut failed: PendingWrite, message: String) {
         if self.pauses == 1 {
             tracing::info!(
-                "Events cannot be written at present: {message}; they are late, and some may be \
-                 missing"
+                "Events cannot be written at present: {message}; they are delayed, and some may be \
+                 lost"
             );
         }
         self.settling = true;
@@ -329,43 +327,41 @@ impl Recorder {
             failed.tries += 1;
         }
         failed.written_before = Some(self.written);
-        if failed.tries >= MOST_TRIES || failed.since.elapsed() >= WORTH {
-            self.give_up(&failed, &Fault::Busy(message));
+        if failed.tries >= MOST_TRIES || failed.since.elapsed() >= LONGEST_WAIT {
+            self.give_up(&failed, &WriteError::Busy(message));
         } else {
             self.waiting.push_back(failed);
         }
     }
 
-    fn give_up(&mut self, lost: &Waiting, fault: &Fault) {
+    fn give_up(&mut self, lost: &PendingWrite, fault: &WriteError) {
         self.dedup.gave_up(&lost.draft.name);
         (self.given_up)();
         match fault {
-            Fault::Forbidden(_) => {
+            WriteError::Forbidden(_) => {
                 self.waiting.iter().for_each(|_| (self.given_up)());
                 self.waiting.clear();
-                // What happens after the silence may be written.
+                // Events after the pause may be written.
                 self.dedup.forget_all();
                 self.silent_until = Some(Instant::now() + self.pace.silence);
                 tracing::warn!(
-                    "the API server takes no Events: {fault}; add to nftlet's ClusterRole the rule \
+                    "the API server forbids Events: {fault}; add to nftlet's ClusterRole the rule \
                      {{apiGroups: [\"events.k8s.io\"], resources: [\"events\"], verbs: [\"create\", \
-                     \"patch\"]}}; everything else works without"
+                     \"patch\"]}}; nothing else needs it"
                 );
             }
-            Fault::Absent => {
-                // The namespace may come again.
+            WriteError::Absent => {
+                // The namespace may be created again.
                 self.dedup.forget(&lost.draft.name);
                 tracing::debug!("an Event was not written: {fault}");
             }
-            Fault::Refused(_) | Fault::Busy(_) => {
-                let Draft {
+            WriteError::Refused(_) | WriteError::Busy(_) => {
+                let EventDraft {
                     namespace, name, ..
                 } = &lost.draft;
                 let text = format!("{namespace}/{name}: {fault}");
                 if self.lines.add(&(), &text, Instant::now().into_std()) {
-                    tracing::warn!(
-                        "the API server does not take an Event, which is given up: {text}"
-                    );
+                    tracing::warn!("gave up an Event that the API server does not accept: {text}");
                 }
             }
         }
@@ -373,13 +369,13 @@ impl Recorder {
 
     fn log_counts(&mut self) {
         for Count { reports, last, .. } in self.lines.counts(Instant::now().into_std()) {
-            tracing::warn!("{reports} more Events were given up; the last one: {last}");
+            tracing::warn!("gave up {reports} more Events; the last one: {last}");
         }
     }
 }
 
-impl Waiting {
-    fn new(draft: Draft, count: Option<i32>, since: Instant) -> Self {
+impl PendingWrite {
+    fn new(draft: EventDraft, count: Option<i32>, since: Instant) -> Self {
         Self {
             draft,
             count,
@@ -390,7 +386,7 @@ impl Waiting {
     }
 }
 
-/// Waits for a moment, if there is one.
+/// Waits until a time, or forever without one.
 async fn until(moment: Option<Instant>) {
     match moment {
         Some(moment) => sleep_until(moment).await,
@@ -398,7 +394,7 @@ async fn until(moment: Option<Instant>) {
     }
 }
 
-/// Waits for an answer, if one is to come.
+/// Waits for a future, or forever without one.
 async fn or_never<F: Future + Unpin>(future: &mut Option<F>) -> F::Output {
     match future {
         Some(future) => future.await,
@@ -406,48 +402,48 @@ async fn or_never<F: Future + Unpin>(future: &mut Option<F>) -> F::Output {
     }
 }
 
-impl Server {
-    /// Writes a new Event, or a count.
-    async fn write(self, what: Waiting) -> Result<(), Fault> {
+impl EventServer {
+    async fn write(self, what: PendingWrite) -> Result<(), WriteError> {
         let draft = what.draft;
         let request = match what.count {
-            Some(count) => Request::Patch(draft.series(count, Timestamp::now())),
-            None => Request::Create(Box::new(draft.event(self.uid(&draft).await))),
+            Some(count) => EventRequest::Patch(draft.series(count, Timestamp::now())),
+            None => EventRequest::Create(Box::new(draft.event(self.uid(&draft).await))),
         };
         match timeout(self.answer, self.send(&draft, &request)).await {
-            Ok(answer) => answer.map_err(Fault::from),
-            Err(_) => Err(Fault::Busy("the API server does not answer".to_owned())),
+            Ok(answer) => answer.map_err(WriteError::from),
+            Err(_) => Err(WriteError::Busy(
+                "the API server does not answer".to_owned(),
+            )),
         }
     }
 
-    async fn send(&self, draft: &Draft, request: &Request) -> Result<(), kube::Error> {
+    async fn send(&self, draft: &EventDraft, request: &EventRequest) -> Result<(), kube::Error> {
         let api: Api<Event> = Api::namespaced(self.client.clone(), &draft.namespace);
         let answer = match request {
-            Request::Create(event) => api.create(&PostParams::default(), event).await,
-            Request::Patch(patch) => {
+            EventRequest::Create(event) => api.create(&PostParams::default(), event).await,
+            EventRequest::Patch(patch) => {
                 let patch = Patch::Merge(patch);
                 api.patch(&draft.name, &PatchParams::default(), &patch)
                     .await
             }
         };
         match answer {
-            // Another node, or this one before a restart, has told what is wrong with an object.
+            // Another node has written it, or this one before a restart.
             Err(kube::Error::Api(status)) if status.reason == "AlreadyExists" => Ok(()),
             other => other.map(drop),
         }
     }
 
-    /// The identity of the object that a new Event is about: `kubectl describe` looks for it.
-    /// It is asked for here because nothing else needs it. Without it the Event still says its
-    /// object's name.
-    async fn uid(&self, draft: &Draft) -> Option<String> {
+    /// Returns the UID of the object that a new Event is about: `kubectl describe` searches by it.
+    /// Nothing else in nftlet needs UIDs. Without it, the Event still has the object's name.
+    async fn uid(&self, draft: &EventDraft) -> Option<String> {
         let object = draft.object.as_ref()?;
         let resource = ApiResource::from_gvk_with_plural(
             &GroupVersionKind::gvk(object.kind.group(), "v1", object.kind.as_str()),
             object.kind.plural(),
         );
         if object.kind == Kind::Node {
-            // By convention the Events of a Node carry its name.
+            // Events of a Node have its name as UID.
             return None;
         }
         let (client, name) = (self.client.clone(), &object.name);

@@ -1,4 +1,4 @@
-//! From a notice to an Event.
+//! Converts a notice to an Event.
 
 use k8s_openapi::api::core::v1::ObjectReference;
 use k8s_openapi::api::events::v1::Event;
@@ -9,21 +9,20 @@ use serde_json::{Value, json};
 
 use crate::model::{Kind, Notice, ObjectName, ObjectRef, Reason, Subject};
 
-/// Who reports.
 const CONTROLLER: &str = "nftlet";
-/// The namespace for Events about objects that have none.
+/// The namespace of Events about objects without one.
 const DEFAULT_NAMESPACE: &str = "default";
-/// What the API allows: bytes of a name, of the instance, and of a note.
+// The API's limits of bytes.
 const LONGEST_NAME: usize = 253;
 const LONGEST_INSTANCE: usize = 128;
 const LONGEST_NOTE: usize = 1024;
-/// Bytes of the hash in a name.
+/// The bytes of the hash in a name.
 const HASH: usize = 8;
 
-/// An Event that may be written.
+/// What an Event says, before the identity of its object is known.
 #[derive(Clone, Debug)]
-pub(super) struct Draft {
-    /// The object; `None` for the node.
+pub(super) struct EventDraft {
+    /// `None` for the node.
     pub object: Option<ObjectRef>,
     pub namespace: String,
     pub name: String,
@@ -35,7 +34,7 @@ pub(super) struct Draft {
     at: Timestamp,
 }
 
-/// What nftlet was doing, as the API asks for.
+/// Returns what nftlet was doing, for the field `action`.
 fn action(reason: Reason) -> &'static str {
     match reason {
         Reason::InvalidField
@@ -59,17 +58,16 @@ fn action(reason: Reason) -> &'static str {
     }
 }
 
-impl Draft {
-    /// The Event of a notice that a node gives in a run that began at `run`.
+impl EventDraft {
+    /// Returns the Event of a notice, on a node, in a run that began at `run`.
     pub(super) fn of(notice: &Notice, node: &str, run: Timestamp, at: Timestamp) -> Self {
         let object = match &notice.subject {
             Subject::Object(object) if object.kind != Kind::Node => Some(object.clone()),
             Subject::Object(_) | Subject::File { .. } | Subject::Other(_) => None,
         };
         let reason = notice.reason.as_str();
-        // What is wrong with an object is the same for all nodes. What a node meets may differ
-        // from one time to the next in what it says, and is still the same; but what another run
-        // has met is over.
+        // A fault of an object is the same on all nodes. A fault of a node stays the same when its
+        // message changes, but ends with the run.
         let identity = if notice.reason.is_of_the_node() || object.is_none() {
             format!("{reason} {node} {run}")
         } else {
@@ -85,12 +83,12 @@ impl Draft {
         )
     }
 
-    /// The Event that tells of the start.
+    /// Returns the Event of a start.
     pub(super) fn starting(node: &str, at: Timestamp) -> Self {
         let note = concat!(
             "nftlet ",
             env!("CARGO_PKG_VERSION"),
-            " keeps this node's services in nftables"
+            " programs this node's services in nftables"
         );
         let identity = format!("Starting {node} {at}");
         let words = ("Normal", "Starting", "StartNftlet");
@@ -115,12 +113,12 @@ impl Draft {
             kind,
             reason,
             action,
-            note: shortened(note, LONGEST_NOTE),
+            note: truncate(note, LONGEST_NOTE),
             at,
         }
     }
 
-    /// The Event, about an object with a known identity or without.
+    /// Returns the Event, about an object with this identity if it is known.
     pub(super) fn event(&self, uid: Option<String>) -> Event {
         let about = self.object.clone().unwrap_or_else(|| node_of(&self.node));
         let namespace = Some(about.name.namespace()).filter(|name| !name.is_empty());
@@ -129,7 +127,7 @@ impl Draft {
             kind: Some(about.kind.as_str().to_owned()),
             name: Some(about.name.name().to_owned()),
             namespace: namespace.map(str::to_owned),
-            // The kubelet and kube-proxy give the Events of a Node its name, and so they are found.
+            // `kubectl describe node` finds Events by the name, as the kubelet writes them.
             uid: if about.kind == Kind::Node {
                 Some(self.node.clone())
             } else {
@@ -146,7 +144,7 @@ impl Draft {
             },
             event_time: Some(MicroTime(self.at)),
             reporting_controller: Some(CONTROLLER.to_owned()),
-            reporting_instance: Some(shortened(&instance, LONGEST_INSTANCE)),
+            reporting_instance: Some(truncate(&instance, LONGEST_INSTANCE)),
             action: Some(self.action.to_owned()),
             reason: Some(self.reason.to_owned()),
             type_: Some(self.kind.to_owned()),
@@ -156,7 +154,7 @@ impl Draft {
         }
     }
 
-    /// What makes the Event a series that has come to a count.
+    /// Returns the patch that sets the count of a series.
     pub(super) fn series(&self, count: i32, last: Timestamp) -> Value {
         json!({"series": {"count": count, "lastObservedTime": MicroTime(last)}})
     }
@@ -166,19 +164,19 @@ fn node_of(name: &str) -> ObjectRef {
     ObjectRef::new(Kind::Node, ObjectName::new("", name))
 }
 
-/// The name of an Event: that of its object and a hash, so that the same Event has the same name
-/// wherever it is written.
+/// Returns the name of an Event: that of its object and a hash, so that all nodes use the same name
+/// for the same Event.
 fn name(about: &ObjectRef, identity: &str) -> String {
     let whole = format!("{} {identity}", about.kind);
     let hash = digest(&SHA256, whole.as_bytes());
     let hash = hash.as_ref().iter().take(HASH);
     let hash: String = hash.map(|byte| format!("{byte:02x}")).collect();
-    let object = shortened(about.name.name(), LONGEST_NAME - hash.len() - 1);
+    let object = truncate(about.name.name(), LONGEST_NAME - hash.len() - 1);
     format!("{}.{hash}", object.trim_end_matches(['.', '-']))
 }
 
-/// The beginning of a text, as far as it fits.
-fn shortened(text: &str, longest: usize) -> String {
+/// Returns the longest prefix of a text that fits.
+fn truncate(text: &str, longest: usize) -> String {
     let mut ends = (0..=longest.min(text.len())).rev();
     let fitting = ends.find_map(|end| text.get(..end));
     fitting.unwrap_or_default().to_owned()
@@ -196,12 +194,12 @@ mod tests {
         }
     }
 
-    fn draft(notice: &Notice, node: &str) -> Draft {
-        Draft::of(notice, node, Timestamp::UNIX_EPOCH, Timestamp::UNIX_EPOCH)
+    fn draft(notice: &Notice, node: &str) -> EventDraft {
+        EventDraft::of(notice, node, Timestamp::UNIX_EPOCH, Timestamp::UNIX_EPOCH)
     }
 
     #[test]
-    fn an_event_stands_at_its_object() {
+    fn an_event_refers_to_its_object() {
         let slice = ObjectName::new("shop", "web-1");
         let notice = notice(Kind::EndpointSlice, slice, Reason::InvalidField, "bad");
         let event = draft(&notice, "node-1").event(Some("u".into()));
@@ -222,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn what_has_no_object_stands_at_the_node() {
+    fn an_event_without_an_object_refers_to_the_node() {
         let notice = Notice {
             subject: Subject::Other("table nftlet".into()),
             reason: Reason::ForeignChange,
@@ -246,7 +244,7 @@ mod tests {
         assert_eq!(invalid, name("node-2", Reason::InvalidField, "port"));
         assert_ne!(invalid, name("node-1", Reason::InvalidField, "address"));
         assert_ne!(invalid, name("node-1", Reason::Conflict, "port"));
-        // What a node's kernel says is of that node, in whatever words.
+        // A kernel's refusal belongs to its node, whatever the message.
         let refused = name("node-1", Reason::KernelRefused, "once");
         assert_eq!(refused, name("node-1", Reason::KernelRefused, "twice"));
         assert_ne!(refused, name("node-2", Reason::KernelRefused, "once"));
@@ -254,7 +252,7 @@ mod tests {
 
     #[test]
     fn every_start_is_an_event_of_its_own() {
-        let start = |second| Draft::starting("node-1", Timestamp::constant(second, 0)).name;
+        let start = |second| EventDraft::starting("node-1", Timestamp::constant(second, 0)).name;
         assert_ne!(start(1), start(2));
     }
 

@@ -7,16 +7,16 @@ use nix::sys::socket::SockaddrStorage;
 
 /// An address of an interface.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Attached {
+pub(crate) struct Attached {
     /// The name of the interface.
-    pub interface: String,
-    /// The address with its prefix length. An address without one is a network by itself.
-    pub network: IpNet,
+    pub(crate) interface: String,
+    /// The address with its prefix length; without a netmask, that of a single address.
+    pub(crate) network: IpNet,
 }
 
 /// Returns the addresses of all interfaces in the network namespace of the calling thread.
-pub fn attached() -> Vec<Attached> {
-    // Fails only without memory.
+pub(crate) fn attached() -> Vec<Attached> {
+    // This fails only when memory is exhausted.
     let Ok(interfaces) = nix::ifaddrs::getifaddrs() else {
         return Vec::new();
     };
@@ -32,13 +32,13 @@ pub fn attached() -> Vec<Attached> {
     attached.collect()
 }
 
-/// Returns the addresses of the host in the network namespace of the calling thread.
-pub fn all() -> Vec<IpAddr> {
+/// Returns the addresses of the host, without their interfaces.
+pub(crate) fn all() -> Vec<IpAddr> {
     attached().iter().map(|it| it.network.addr()).collect()
 }
 
-/// Returns the addresses by which others may reach the host: neither loopback nor link-local.
-pub fn global() -> Vec<IpAddr> {
+/// Returns the addresses by which other hosts reach this one: neither loopback nor link-local.
+pub(crate) fn global() -> Vec<IpAddr> {
     let mut addresses = all();
     addresses.retain(|address| match address {
         IpAddr::V4(v4) => !v4.is_loopback() && !v4.is_link_local(),

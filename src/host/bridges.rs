@@ -1,11 +1,11 @@
-//! Bridges on which traffic between pods of this node bypasses network policies.
+//! Bridges on which traffic between pods of this node bypasses NetworkPolicy.
 //!
 //! With many network plugins the pods of a node are ports of one Linux bridge. Packets between them
-//! are switched, not routed. They pass the forward hook, where policies are enforced, only while
-//! br_netfilter is loaded and its setting for the family is 1, for all bridges or for this one.
+//! are switched, not routed. They traverse the forward hook, where policies are enforced, only if
+//! br_netfilter is loaded and its sysctl for the family is 1, for all bridges or for this one.
 //!
-//! [`Watch::look`] compares the isolated pods with the bridges of the host and returns what changed.
-//! It changes no setting, since that would concern all bridges of the host.
+//! [`BridgeWatch::check`] finds bridges with isolated pods where this is not so. It sets no sysctl,
+//! since that would affect all bridges of the host.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -15,18 +15,16 @@ use std::path::{Path, PathBuf};
 
 use super::addresses::Attached;
 
-/// A bridge on which traffic of isolated pods bypasses their policies.
+/// A bridge on which traffic of isolated pods bypasses NetworkPolicy.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Unfiltered {
-    /// The bridge.
-    pub bridge: String,
-    /// Whether it is about IPv6.
-    pub ipv6: bool,
-    /// The current setting; `None` without br_netfilter.
-    pub setting: Option<String>,
+pub(crate) struct UnfilteredBridge {
+    pub(crate) bridge: String,
+    ipv6: bool,
+    /// The value of the sysctl for all bridges; `None` without br_netfilter.
+    setting: Option<String>,
 }
 
-impl Unfiltered {
+impl UnfilteredBridge {
     fn key(&self) -> &'static str {
         if self.ipv6 {
             "net.bridge.bridge-nf-call-ip6tables"
@@ -35,7 +33,7 @@ impl Unfiltered {
         }
     }
 
-    /// The file with the setting of a single bridge.
+    /// Returns the file in sysfs with the setting of a single bridge.
     fn of_bridge(&self) -> &'static str {
         if self.ipv6 {
             "nf_call_ip6tables"
@@ -44,73 +42,68 @@ impl Unfiltered {
         }
     }
 
-    /// The name of the family.
-    pub fn family(&self) -> &'static str {
+    pub(crate) fn family(&self) -> &'static str {
         if self.ipv6 { "IPv6" } else { "IPv4" }
     }
 }
 
-impl fmt::Display for Unfiltered {
+impl fmt::Display for UnfilteredBridge {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (family, key) = (self.family(), self.key());
         write!(
             f,
-            "{family} between pods of this node passes the network policies by on this bridge, \
-             because {key} is "
+            "pod-to-pod {family} traffic bypasses NetworkPolicy: {key} is "
         )?;
         match &self.setting {
             Some(value) => write!(f, "{value}; sysctl -w {key}=1"),
-            None => write!(
-                f,
-                "missing; modprobe br_netfilter and then sysctl -w {key}=1"
-            ),
+            None => write!(f, "missing; modprobe br_netfilter, then sysctl -w {key}=1"),
         }
     }
 }
 
-/// A difference from the previous look.
+/// A difference from the previous check.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum News {
-    /// Traffic bypasses the policies.
-    Begins(Unfiltered),
-    /// It no longer does.
-    Ends(Unfiltered),
+pub(crate) enum BridgeChange {
+    /// Traffic bypasses policies.
+    Begins(UnfilteredBridge),
+    /// Traffic no longer bypasses policies.
+    Ends(UnfilteredBridge),
 }
 
-/// Remembers what the previous look found.
+/// Finds unfiltered bridges, and remembers those that the previous check found.
 #[derive(Debug)]
-pub struct Watch {
+pub(crate) struct BridgeWatch {
     root: PathBuf,
-    /// By the name of the bridge, and whether it is about IPv6.
-    found: BTreeMap<(String, bool), Unfiltered>,
+    /// By name and family (true for IPv6).
+    found: BTreeMap<(String, bool), UnfilteredBridge>,
 }
 
-impl Watch {
-    /// Creates a watch over the files below a root directory (`/`), without a previous look.
-    pub fn new(root: impl Into<PathBuf>) -> Self {
+impl BridgeWatch {
+    /// Creates a watch that reads files below a root directory (`/`).
+    pub(crate) fn new(root: impl Into<PathBuf>) -> Self {
         Self {
             root: root.into(),
             found: BTreeMap::new(),
         }
     }
 
-    /// Looks at the settings of the bridges, given the addresses of the host's interfaces and of the
-    /// isolated pods, and returns what changed.
-    pub fn look(&mut self, attached: &[Attached], pods: &[IpAddr]) -> Vec<News> {
+    /// Checks the bridges, given the addresses of the host's interfaces and of the isolated pods, and
+    /// returns what changed.
+    pub(crate) fn check(&mut self, attached: &[Attached], pods: &[IpAddr]) -> Vec<BridgeChange> {
         let found = all_unfiltered(&self.root, attached, pods);
         let mut before = std::mem::replace(&mut self.found, found.clone());
-        let mut news = Vec::new();
-        for (place, unfiltered) in found {
-            if before.remove(&place).as_ref() != Some(&unfiltered) {
-                news.push(News::Begins(unfiltered));
+        let mut changes = Vec::new();
+        for (key, unfiltered) in found {
+            if before.remove(&key).as_ref() != Some(&unfiltered) {
+                changes.push(BridgeChange::Begins(unfiltered));
             }
         }
-        news.extend(before.into_values().map(News::Ends));
-        news
+        changes.extend(before.into_values().map(BridgeChange::Ends));
+        changes
     }
 
-    /// Returns whether the last look found a bridge on which traffic of a family bypasses policies.
-    pub fn is_unfiltered(&self, ipv6: bool) -> bool {
+    /// Returns whether the last check found an unfiltered bridge of a family.
+    pub(crate) fn is_unfiltered(&self, ipv6: bool) -> bool {
         self.found.keys().any(|(_, of_ipv6)| *of_ipv6 == ipv6)
     }
 }
@@ -120,28 +113,28 @@ fn all_unfiltered(
     root: &Path,
     attached: &[Attached],
     pods: &[IpAddr],
-) -> BTreeMap<(String, bool), Unfiltered> {
+) -> BTreeMap<(String, bool), UnfilteredBridge> {
     let mut found = BTreeMap::new();
     for Attached { interface, network } in attached {
-        let place = (interface.clone(), network.addr().is_ipv6());
+        let key = (interface.clone(), network.addr().is_ipv6());
         let has_pods = pods.iter().any(|pod| network.contains(pod));
         if has_pods
-            && !found.contains_key(&place)
-            && let Some(unfiltered) = unfiltered(root, interface, place.1)
+            && !found.contains_key(&key)
+            && let Some(unfiltered) = unfiltered(root, interface, key.1)
         {
-            found.insert(place, unfiltered);
+            found.insert(key, unfiltered);
         }
     }
     found
 }
 
 /// Returns an interface if it is a bridge whose packets are not filtered.
-fn unfiltered(root: &Path, interface: &str, ipv6: bool) -> Option<Unfiltered> {
+fn unfiltered(root: &Path, interface: &str, ipv6: bool) -> Option<UnfilteredBridge> {
     let folder = root.join("sys/class/net").join(interface).join("bridge");
     if !folder.is_dir() {
         return None;
     }
-    let found = Unfiltered {
+    let found = UnfilteredBridge {
         bridge: interface.to_owned(),
         ipv6,
         setting: None,
@@ -158,7 +151,7 @@ fn unfiltered(root: &Path, interface: &str, ipv6: bool) -> Option<Unfiltered> {
         setting.is_some() && fs::read_to_string(file).is_ok_and(|text| text.trim() == "1")
     };
     let filtered = setting.as_deref() == Some("1") || of_bridge();
-    (!filtered).then_some(Unfiltered { setting, ..found })
+    (!filtered).then_some(UnfilteredBridge { setting, ..found })
 }
 
 #[cfg(test)]
@@ -203,53 +196,53 @@ mod tests {
     #[test]
     fn a_bridge_with_isolated_pods_must_be_filtered() {
         let host = Host::new();
-        let mut watch = Watch::new(host.root.path());
+        let mut watch = BridgeWatch::new(host.root.path());
         host.set("bridge-nf-call-iptables", "0\n");
         host.set("bridge-nf-call-ip6tables", "1\n");
-        assert_eq!(watch.look(&host.attached, &[]), []);
+        assert_eq!(watch.check(&host.attached, &[]), []);
         let pods = [ip("10.1.0.5"), ip("fd00:1::5")];
-        let news = watch.look(&host.attached, &pods);
-        let [News::Begins(found)] = &news[..] else {
-            panic!("{news:?}");
+        let changes = watch.check(&host.attached, &pods);
+        let [BridgeChange::Begins(found)] = &changes[..] else {
+            panic!("{changes:?}");
         };
         assert_eq!((found.bridge.as_str(), found.ipv6), ("cni0", false));
         assert_eq!(
             found.to_string(),
-            "IPv4 between pods of this node passes the network policies by on this bridge, \
-             because net.bridge.bridge-nf-call-iptables is 0; \
+            "pod-to-pod IPv4 traffic bypasses NetworkPolicy: \
+             net.bridge.bridge-nf-call-iptables is 0; \
              sysctl -w net.bridge.bridge-nf-call-iptables=1"
         );
         assert!(watch.is_unfiltered(false));
         assert!(!watch.is_unfiltered(true));
-        assert_eq!(watch.look(&host.attached, &pods), [], "it is told once");
+        assert_eq!(watch.check(&host.attached, &pods), [], "reported once");
 
         host.set("bridge-nf-call-iptables", "1\n");
         assert_eq!(
-            watch.look(&host.attached, &pods),
-            [News::Ends(found.clone())]
+            watch.check(&host.attached, &pods),
+            [BridgeChange::Ends(found.clone())]
         );
         assert!(!watch.is_unfiltered(false));
         host.set("bridge-nf-call-iptables", "0\n");
-        assert_eq!(watch.look(&host.attached, &pods).len(), 1);
+        assert_eq!(watch.check(&host.attached, &pods).len(), 1);
         assert_eq!(
-            watch.look(&host.attached, &[]),
-            [News::Ends(found.clone())],
-            "nobody is isolated any more"
+            watch.check(&host.attached, &[]),
+            [BridgeChange::Ends(found.clone())],
+            "no pod is isolated any more"
         );
     }
 
     #[test]
     fn a_missing_setting_names_the_module() {
         let host = Host::new();
-        let mut watch = Watch::new(host.root.path());
-        let news = watch.look(&host.attached, &[ip("fd00:1::5")]);
-        let [News::Begins(found)] = &news[..] else {
-            panic!("{news:?}");
+        let mut watch = BridgeWatch::new(host.root.path());
+        let changes = watch.check(&host.attached, &[ip("fd00:1::5")]);
+        let [BridgeChange::Begins(found)] = &changes[..] else {
+            panic!("{changes:?}");
         };
         assert!(found.ipv6);
         assert!(
             found.to_string().ends_with(
-                "is missing; modprobe br_netfilter and then \
+                "is missing; modprobe br_netfilter, then \
                  sysctl -w net.bridge.bridge-nf-call-ip6tables=1"
             ),
             "{found}"
@@ -262,10 +255,10 @@ mod tests {
         let folder = host.root.path().join("sys/class/net/cni0/bridge");
         fs::write(folder.join("nf_call_iptables"), "1\n").unwrap();
         fs::write(folder.join("nf_call_ip6tables"), "0\n").unwrap();
-        let mut watch = Watch::new(host.root.path());
+        let mut watch = BridgeWatch::new(host.root.path());
         let pods = [ip("10.1.0.5"), ip("fd00:1::5")];
-        let unfiltered = |watch: &mut Watch| {
-            watch.look(&host.attached, &pods);
+        let unfiltered = |watch: &mut BridgeWatch| {
+            watch.check(&host.attached, &pods);
             [false, true].map(|ipv6| watch.is_unfiltered(ipv6))
         };
         assert_eq!(unfiltered(&mut watch), [true, true], "no br_netfilter");
@@ -277,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn each_bridge_with_isolated_pods_is_told_of() {
+    fn each_bridge_with_isolated_pods_is_reported() {
         let mut host = Host::new();
         let folder = |bridge: &str| {
             let net = host.root.path().join("sys/class/net");
@@ -293,30 +286,34 @@ mod tests {
             });
         }
         host.set("bridge-nf-call-iptables", "0\n");
-        let mut watch = Watch::new(host.root.path());
+        let mut watch = BridgeWatch::new(host.root.path());
         let pods = [ip("10.1.0.5"), ip("10.2.0.5"), ip("10.3.0.5")];
-        let mut look = || -> Vec<(bool, String)> {
-            let news = watch.look(&host.attached, &pods).into_iter();
-            let told = news.map(|news| match news {
-                News::Begins(unfiltered) => (true, unfiltered.bridge),
-                News::Ends(unfiltered) => (false, unfiltered.bridge),
+        let mut check = || -> Vec<(bool, String)> {
+            let changes = watch.check(&host.attached, &pods).into_iter();
+            let bridges = changes.map(|change| match change {
+                BridgeChange::Begins(unfiltered) => (true, unfiltered.bridge),
+                BridgeChange::Ends(unfiltered) => (false, unfiltered.bridge),
             });
-            told.collect()
+            bridges.collect()
         };
-        assert_eq!(look(), [(true, "cni1".into())], "the first one is filtered");
+        assert_eq!(
+            check(),
+            [(true, "cni1".into())],
+            "the first one is filtered"
+        );
         fs::write(own.join("nf_call_iptables"), "0\n").unwrap();
-        assert_eq!(look(), [(true, "cni0".into())]);
+        assert_eq!(check(), [(true, "cni0".into())]);
         fs::write(other.join("nf_call_iptables"), "1\n").unwrap();
-        assert_eq!(look(), [(false, "cni1".into())]);
-        assert_eq!(look(), []);
+        assert_eq!(check(), [(false, "cni1".into())]);
+        assert_eq!(check(), []);
         assert!(watch.is_unfiltered(false), "cni0 is not");
     }
 
     #[test]
     fn routed_pods_need_no_bridge() {
         let host = Host::new();
-        let mut watch = Watch::new(host.root.path());
+        let mut watch = BridgeWatch::new(host.root.path());
         // In the network of eth0, which is no bridge.
-        assert_eq!(watch.look(&host.attached, &[ip("10.2.0.5")]), []);
+        assert_eq!(watch.check(&host.attached, &[ip("10.2.0.5")]), []);
     }
 }

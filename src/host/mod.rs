@@ -1,6 +1,6 @@
 //! The host: its addresses, routes, bridges and sysctls.
 
-pub mod addresses;
-pub mod bridges;
-pub mod routes;
-pub mod sysctls;
+pub(crate) mod addresses;
+pub(crate) mod bridges;
+pub(crate) mod routes;
+pub(crate) mod sysctls;

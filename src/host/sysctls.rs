@@ -1,9 +1,9 @@
-//! Kernel settings, as kube-proxy makes them: those of connection tracking, and the process's own
-//! score for the moment when memory runs out.
+//! Kernel parameters that kube-proxy sets: those of connection tracking, and the OOM score of the
+//! process.
 //!
-//! [`Conntrack`] has the settings, [`Conntrack::wanted`] returns the values that they mean on a
-//! machine, and [`apply`] writes the values that differ. One that cannot be written is returned and
-//! not an error: in a container `/proc/sys` is often read-only, and services work without.
+//! [`ConntrackParameters::wanted`] returns the values for a machine, and [`apply`] writes those that
+//! differ. It returns parameters that cannot be written, and goes on: in a container `/proc/sys` is
+//! often read-only, and services work without them.
 
 use std::fs;
 use std::io;
@@ -13,55 +13,54 @@ use std::time::Duration;
 
 use thiserror::Error;
 
-/// kube-proxy's upper limit of `nf_conntrack_max`, whatever the number of cores.
+/// kube-proxy's upper limit of `nf_conntrack_max` for any number of cores.
 const MOST_CONNECTIONS: u64 = 1_048_576;
 const MAX: &str = "proc/sys/net/netfilter/nf_conntrack_max";
 const ONLINE: &str = "sys/devices/system/cpu/online";
-/// More cores than any kernel is built for.
+/// More cores than any kernel supports.
 const MOST_CORES: u64 = 1 << 16;
 const OOM_SCORE: &str = "proc/self/oom_score_adj";
 const HASH_SIZE: &str = "sys/module/nf_conntrack/parameters/hashsize";
 
-/// The settings of connection tracking. Zero or `false` leaves the kernel's value.
+/// Parameters of connection tracking. Zero or `false` leaves the kernel's value.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Conntrack {
-    /// Connections for each core (`maxPerCore`).
-    pub max_per_core: u32,
-    /// Connections at least (`min`), if `max_per_core` asks for any.
-    pub min: u32,
+pub(crate) struct ConntrackParameters {
+    /// Connections per core (`maxPerCore`).
+    pub(crate) max_per_core: u32,
+    /// The lowest number of connections (`min`), unless `max_per_core` is 0.
+    pub(crate) min: u32,
     /// `tcpEstablishedTimeout`.
-    pub tcp_established: Duration,
+    pub(crate) tcp_established: Duration,
     /// `tcpCloseWaitTimeout`.
-    pub tcp_close_wait: Duration,
+    pub(crate) tcp_close_wait: Duration,
     /// `tcpBeLiberal`.
-    pub tcp_be_liberal: bool,
+    pub(crate) tcp_be_liberal: bool,
     /// `udpTimeout`.
-    pub udp: Duration,
+    pub(crate) udp: Duration,
     /// `udpStreamTimeout`.
-    pub udp_stream: Duration,
+    pub(crate) udp_stream: Duration,
 }
 
-/// A kernel setting that could not be made.
+/// A kernel parameter that could not be set.
 #[derive(Debug, Error)]
 #[error("cannot set /{} to {value}: {source}; set it on the host or with a privileged nftlet --init-only, or leave it with 0", path.display())]
-pub struct Unset {
+pub(crate) struct Unset {
     /// The file, relative to the root.
-    pub path: PathBuf,
-    /// The value that was wanted.
-    pub value: u64,
-    /// What the system said.
-    pub source: io::Error,
+    pub(crate) path: PathBuf,
+    value: u64,
+    source: io::Error,
 }
 
 impl Unset {
-    /// Returns whether the kernel has no such setting, or none yet.
-    pub fn is_missing(&self) -> bool {
+    /// Returns whether the kernel does not have the parameter, or not yet.
+    pub(crate) fn is_missing(&self) -> bool {
         self.source.kind() == io::ErrorKind::NotFound
     }
 }
 
-/// Returns the cores of a machine below a root directory (`/`), whatever a container may use of them.
-pub fn cores(root: &Path) -> u64 {
+/// Returns the number of cores of the machine, read below a root directory (`/`). A container may
+/// use fewer.
+pub(crate) fn cores(root: &Path) -> u64 {
     let online = fs::read_to_string(root.join(ONLINE)).ok();
     let online = online.and_then(|ranges| count(&ranges));
     online.unwrap_or_else(|| {
@@ -81,37 +80,31 @@ fn count(ranges: &str) -> Option<u64> {
         .filter(|cores| (1..=MOST_CORES).contains(cores))
 }
 
-/// Sets how readily the kernel ends this process when memory runs out, below a root directory
-/// (`/`). A score that it has already is not written.
-///
-/// # Errors
-///
-/// [`Unscored`] where the process may not have the score; lowering it takes CAP_SYS_RESOURCE.
-pub fn set_oom_score(root: &Path, score: i16) -> Result<(), Unscored> {
+/// Sets the OOM score adjustment of this process, below a root directory (`/`). Writes nothing if
+/// the process has it already. Lowering it takes CAP_SYS_RESOURCE.
+pub(crate) fn set_oom_score(root: &Path, score: i16) -> Result<(), OomScoreError> {
     let path = root.join(OOM_SCORE);
     let current = fs::read_to_string(&path).ok();
     let current = current.and_then(|text| text.trim().parse::<i16>().ok());
     if current == Some(score) {
         return Ok(());
     }
-    fs::write(&path, score.to_string()).map_err(|source| Unscored { score, source })
+    fs::write(&path, score.to_string()).map_err(|source| OomScoreError { score, source })
 }
 
-/// A score that the process may not have.
+/// The OOM score adjustment could not be set.
 #[derive(Debug, Error)]
 #[error(
-    "cannot set /{OOM_SCORE} to {score}: {source}; grant CAP_SYS_RESOURCE, or ask for a score that is not below the present one with --oom-score-adj or oomScoreAdj"
+    "cannot set /{OOM_SCORE} to {score}: {source}; grant CAP_SYS_RESOURCE, or request a value that is not below the present one with --oom-score-adj or oomScoreAdj"
 )]
-pub struct Unscored {
-    /// The score that was wanted.
-    pub score: i16,
-    /// What the system said.
-    pub source: io::Error,
+pub(crate) struct OomScoreError {
+    score: i16,
+    source: io::Error,
 }
 
-impl Conntrack {
-    /// Returns the files to write with their values, for a machine with a number of cores.
-    pub fn wanted(&self, cores: u64) -> Vec<(&'static str, u64)> {
+impl ConntrackParameters {
+    /// Returns the files and their values for a machine with a number of cores.
+    pub(crate) fn wanted(&self, cores: u64) -> Vec<(&'static str, u64)> {
         let seconds = |duration: Duration| duration.as_secs();
         let timeouts = [
             (
@@ -153,8 +146,8 @@ impl Conntrack {
 }
 
 /// Writes the values that differ, below a root directory (`/`), and returns those that could not
-/// be written. A hash table that is large enough is not changed.
-pub fn apply(root: &Path, wanted: &[(&'static str, u64)]) -> Vec<Unset> {
+/// be written. A larger hash table is not changed.
+pub(crate) fn apply(root: &Path, wanted: &[(&'static str, u64)]) -> Vec<Unset> {
     let mut unset = Vec::new();
     for (file, value) in wanted {
         let path = root.join(file);
@@ -182,7 +175,7 @@ pub fn apply(root: &Path, wanted: &[(&'static str, u64)]) -> Vec<Unset> {
 mod tests {
     use super::*;
 
-    const DEFAULT: Conntrack = Conntrack {
+    const DEFAULT: ConntrackParameters = ConntrackParameters {
         max_per_core: 32_768,
         min: 131_072,
         tcp_established: Duration::from_secs(86_400),
@@ -204,7 +197,7 @@ mod tests {
         assert_eq!(max(8), Some(262_144));
         assert_eq!(max(256), Some(1_048_576));
         assert_eq!(value(&DEFAULT.wanted(8), "hashsize"), Some(65_536));
-        let none = Conntrack {
+        let none = ConntrackParameters {
             max_per_core: 0,
             ..DEFAULT
         };
@@ -231,7 +224,7 @@ mod tests {
 
     #[test]
     fn zero_asks_for_nothing() {
-        assert!(Conntrack::default().wanted(8).is_empty());
+        assert!(ConntrackParameters::default().wanted(8).is_empty());
         let wanted = DEFAULT.wanted(8);
         assert_eq!(value(&wanted, "tcp_timeout_established"), Some(86_400));
         assert_eq!(value(&wanted, "tcp_timeout_close_wait"), Some(3_600));
@@ -240,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_differs_is_written_and_what_cannot_be_is_named() {
+    fn values_that_differ_are_written_and_failures_are_returned() {
         let root = tempfile::tempdir().unwrap();
         let [present, larger, absent] = [
             "proc/sys/net/netfilter/nf_conntrack_udp_timeout",

@@ -1,123 +1,123 @@
-//! Which of many reports become lines of the log, and counts of the others.
+//! Limits repeated lines of the log, and counts those that were not logged.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, Hash, RandomState};
 use std::time::{Duration, Instant};
 
-/// Limits the lines about each of several matters.
+/// Limits the lines about each of several subjects.
 ///
-/// Within a window of time a matter gets a line for each new text, up to a bound; all other
-/// reports are counted, and the count is returned once the window is over.
+/// In each window of time, a subject has a line for each new text, up to a bound. All other reports
+/// are counted, and the count is returned at the end of the window.
 #[derive(Debug)]
-pub struct Repeats<K> {
+pub(crate) struct Repeats<K> {
     window: Duration,
-    /// The most lines about a matter in a window.
+    /// The highest number of lines about a subject in a window.
     lines: usize,
-    matters: HashMap<K, Matter>,
+    windows: HashMap<K, Window>,
     hasher: RandomState,
-    /// No window of a matter ends earlier.
+    /// A time before which no window ends.
     next: Option<Instant>,
 }
 
-/// What was reported about a matter in the current window.
+/// The reports about a subject in the current window.
 #[derive(Debug)]
-struct Matter {
+struct Window {
     end: Instant,
-    /// The hashes of the texts that were logged: a text may be long.
+    /// Hashes of the texts that were logged, since texts may be long.
     logged: Vec<u64>,
     counted: u64,
     last: String,
     last_hash: u64,
 }
 
-/// The most characters of a text that are kept.
+/// The number of characters of a text that are kept.
 const LONGEST: usize = 500;
 
-/// Reports that were counted in place of being logged.
+/// The reports about a subject that were not logged.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Count<K> {
-    /// The matter.
-    pub key: K,
-    /// How many they were.
-    pub reports: u64,
+pub(crate) struct Count<K> {
+    /// The subject.
+    pub(crate) key: K,
+    /// Their number.
+    pub(crate) reports: u64,
     /// The text of the last one, or its beginning.
-    pub last: String,
+    pub(crate) last: String,
 }
 
 impl<K: Clone + Eq + Hash> Repeats<K> {
-    /// Allows so many lines about a matter in each window.
-    pub fn new(lines: usize, window: Duration) -> Self {
+    /// Allows a number of lines about a subject in each window.
+    pub(crate) fn new(lines: usize, window: Duration) -> Self {
         Self {
             window,
             lines,
-            matters: HashMap::new(),
+            windows: HashMap::new(),
             hasher: RandomState::new(),
             next: None,
         }
     }
 
-    /// Whether anything was reported about a matter in its current window.
-    pub fn contains(&self, key: &K) -> bool {
-        self.matters.contains_key(key)
+    /// Returns whether there was a report about a subject in its current window.
+    pub(crate) fn contains(&self, key: &K) -> bool {
+        self.windows.contains_key(key)
     }
 
-    /// The matters with a report in their current window.
-    pub fn keys(&self) -> impl Iterator<Item = &K> {
-        self.matters.keys()
+    /// Returns the subjects with a report in their current window.
+    pub(crate) fn keys(&self) -> impl Iterator<Item = &K> {
+        self.windows.keys()
     }
 
-    /// Takes a report. Returns whether it is to be logged; it is counted otherwise.
-    pub fn add(&mut self, key: &K, text: &str, now: Instant) -> bool {
+    /// Returns whether to log a report; otherwise counts it.
+    pub(crate) fn add(&mut self, key: &K, text: &str, now: Instant) -> bool {
         let hash = self.hasher.hash_one(text);
-        let Some(matter) = self.matters.get_mut(key) else {
-            self.matters
-                .insert(key.clone(), Matter::begin(hash, now + self.window));
+        let Some(window) = self.windows.get_mut(key) else {
+            self.windows
+                .insert(key.clone(), Window::begin(hash, now + self.window));
             self.next.get_or_insert(now + self.window);
             return true;
         };
-        if matter.logged.len() < self.lines && !matter.logged.contains(&hash) {
-            matter.logged.push(hash);
+        if window.logged.len() < self.lines && !window.logged.contains(&hash) {
+            window.logged.push(hash);
             return true;
         }
-        matter.counted += 1;
-        matter.last_hash = hash;
-        matter.last.clear();
-        matter.last.extend(text.chars().take(LONGEST));
+        window.counted += 1;
+        window.last_hash = hash;
+        window.last.clear();
+        window.last.extend(text.chars().take(LONGEST));
         false
     }
 
-    /// When [`Repeats::counts`] has to be called again, if at all.
-    pub fn due(&self) -> Option<Instant> {
+    /// Returns when to call [`Repeats::counts`] next.
+    pub(crate) fn due(&self) -> Option<Instant> {
         self.next
     }
 
-    /// Ends the windows that are over, and returns what was counted in them. A matter that was
-    /// counted begins another window, in which the text that was last is no news.
-    pub fn counts(&mut self, now: Instant) -> Vec<Count<K>> {
+    /// Ends the windows that are over, and returns their counts. A subject with a count begins another
+    /// window, in which the last text counts as logged.
+    pub(crate) fn counts(&mut self, now: Instant) -> Vec<Count<K>> {
         let mut counts = Vec::new();
         if self.next.is_none_or(|next| next > now) {
             return counts;
         }
-        let window = self.window;
-        self.matters.retain(|key, matter| {
-            if matter.end > now {
+        let length = self.window;
+        self.windows.retain(|key, window| {
+            if window.end > now {
                 return true;
             }
-            let reports = std::mem::take(&mut matter.counted);
+            let reports = std::mem::take(&mut window.counted);
             if reports > 0 {
-                let last = std::mem::take(&mut matter.last);
-                *matter = Matter::begin(matter.last_hash, now + window);
+                let last = std::mem::take(&mut window.last);
+                *window = Window::begin(window.last_hash, now + length);
                 let key = key.clone();
                 counts.push(Count { key, reports, last });
             }
             reports > 0
         });
-        self.next = self.matters.values().map(|matter| matter.end).min();
+        self.next = self.windows.values().map(|window| window.end).min();
         counts
     }
 }
 
-impl Matter {
+impl Window {
     fn begin(logged: u64, end: Instant) -> Self {
         Self {
             end,
@@ -129,17 +129,17 @@ impl Matter {
     }
 }
 
-/// Limits a line to one in each span of time.
+/// Logs at most one line in each interval.
 #[derive(Debug)]
-pub struct Throttle {
+pub(crate) struct Throttle {
     every: Duration,
     logged: Option<Instant>,
     unlogged: u64,
 }
 
 impl Throttle {
-    /// Allows a line so often.
-    pub fn new(every: Duration) -> Self {
+    /// Allows one line every `every`.
+    pub(crate) fn new(every: Duration) -> Self {
         Self {
             every,
             logged: None,
@@ -147,8 +147,9 @@ impl Throttle {
         }
     }
 
-    /// Takes a line. Where it is to be logged, returns how many were not since the last one.
-    pub fn add(&mut self, now: Instant) -> Option<u64> {
+    /// Returns `None` if a line is not to be logged, and otherwise the number of lines that were not
+    /// since the last one.
+    pub(crate) fn add(&mut self, now: Instant) -> Option<u64> {
         if (self.logged).is_some_and(|logged| now.saturating_duration_since(logged) < self.every) {
             self.unlogged += 1;
             return None;
@@ -183,14 +184,14 @@ mod tests {
         for _ in 0..40 {
             assert!(!repeats.add(&"web", "bad", start));
         }
-        assert!(repeats.add(&"api", "bad", start), "another matter");
+        assert!(repeats.add(&"api", "bad", start), "another subject");
         assert_eq!(repeats.counts(start + WINDOW / 2), []);
         assert_eq!(repeats.due(), Some(start + WINDOW));
         assert_eq!(repeats.counts(start + WINDOW), [count("web", 40, "bad")]);
     }
 
     #[test]
-    fn different_reports_about_a_matter_are_lines_up_to_a_bound() {
+    fn different_reports_about_a_subject_are_logged_up_to_a_bound() {
         let (mut repeats, start) = repeats();
         let mut add = |number: usize| repeats.add(&"web", &format!("port {number}"), start);
         let logged = (0..45).filter(|number| add(*number)).count();
@@ -212,11 +213,11 @@ mod tests {
             panic!("{counts:?}");
         };
         assert_eq!(count.last, "ä".repeat(LONGEST));
-        assert!(!repeats.add(&"web", &long, start + WINDOW), "no news");
+        assert!(!repeats.add(&"web", &long, start + WINDOW), "logged before");
     }
 
     #[test]
-    fn a_matter_that_goes_on_is_a_count_in_each_window_and_one_that_ends_is_forgotten() {
+    fn a_repeated_report_is_counted_in_each_window_and_forgotten_when_it_ends() {
         let (mut repeats, start) = repeats();
         for now in [start, start] {
             repeats.add(&"web", "bad", now);
@@ -235,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_comes_now_and_then_with_the_number_of_those_between() {
+    fn a_line_has_the_number_of_lines_not_logged_before_it() {
         let (mut throttle, start) = (Throttle::new(WINDOW), Instant::now());
         assert_eq!(throttle.add(start), Some(0));
         for _ in 0..5_000 {

@@ -1,10 +1,10 @@
-//! Texts of others as they may be in a line of the log.
+//! Makes foreign texts safe for a line of the log.
 
 use std::borrow::Cow;
 use std::fmt::Write as _;
 
-/// Escapes the control characters of a text as JSON does, and removes users and passwords from its
-/// URLs. Keeps the sequences that set `colours` where the reader is a terminal.
+/// Escapes the control characters of a text as JSON does, and removes user names and passwords from
+/// its URLs. With `colours`, keeps the sequences that set colours.
 pub(super) fn safe(text: &str, colours: bool) -> Cow<'_, str> {
     match without_users(text) {
         Cow::Borrowed(text) => without_controls(text, colours),
@@ -41,12 +41,12 @@ fn without_controls(text: &str, colours: bool) -> Cow<'_, str> {
     Cow::Owned(out)
 }
 
-/// Whether a character ends lines, moves the cursor or turns the direction of the text.
+/// Returns whether a character ends lines, moves the cursor or changes the direction of text.
 fn is_control(c: char) -> bool {
     c.is_control() || matches!(c, '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
-/// Splits off the sequence that a text begins with, if that sets nothing but colours.
+/// Splits off a sequence at the start of a text that sets only colours and attributes.
 fn colour(text: &str) -> Option<(&str, &str)> {
     let inside = text.strip_prefix("\x1b[")?;
     let behind = inside.trim_start_matches(|c: char| c.is_ascii_digit() || c == ';');

@@ -7,14 +7,14 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use super::*;
 
-fn piped() -> (Lines, BufReader<PipeReader>) {
+fn piped() -> (LogQueue, BufReader<PipeReader>) {
     let (reader, writer) = pipe().expect("a pipe");
-    let lines = Lines::start(writer).expect("a thread");
+    let lines = LogQueue::start(writer).expect("a thread");
     (lines, BufReader::new(reader))
 }
 
 /// Reads lines until there is nothing left to write.
-fn read_all(lines: &Lines, reader: &mut impl BufRead) -> Vec<String> {
+fn read_all(lines: &LogQueue, reader: &mut impl BufRead) -> Vec<String> {
     let end = "the end\n";
     let read = |lines: &mut dyn Iterator<Item = io::Result<String>>| -> Vec<String> {
         let lines = lines.map(|line| line.expect("UTF-8"));
@@ -63,7 +63,7 @@ fn lines_come_whole_and_in_order() {
 }
 
 #[test]
-fn who_logs_does_not_wait_for_a_pipe_that_nothing_reads() {
+fn logging_does_not_wait_for_a_pipe_that_nothing_reads() {
     let (lines, mut reader) = piped();
     // More than the queue and the pipe have room for. The pipe is full before the queue is, so that
     // all lines that are dropped are dropped in one place.
@@ -106,7 +106,7 @@ fn who_logs_does_not_wait_for_a_pipe_that_nothing_reads() {
 }
 
 #[test]
-fn what_is_missing_is_said_although_no_line_follows() {
+fn dropped_lines_are_reported_although_no_line_follows() {
     let (lines, mut reader) = piped();
     lines.add(line(0, 2 * ROOM).as_bytes());
     let mut said = String::new();
@@ -114,26 +114,26 @@ fn what_is_missing_is_said_although_no_line_follows() {
     assert_eq!(said, "nftlet: 1 line was dropped here\n");
     lines.add(b"a line\n");
     assert_eq!(read_all(&lines, &mut reader), ["a line"]);
-    let mut queue = Queue::default();
+    let mut queue = LineQueue::default();
     assert!(!queue.push(line(0, 2 * ROOM).as_bytes()));
     assert!(!queue.is_done());
-    assert!(matches!(queue.pop(), Some(Entry::Dropped(1))));
+    assert!(matches!(queue.pop(), Some(LogEntry::Dropped(1))));
     assert!(queue.pop().is_none() && queue.is_done());
 }
 
 #[test]
 fn short_lines_are_bounded_too() {
-    let mut queue = Queue::default();
+    let mut queue = LineQueue::default();
     let pushed = (0..ROOM).take_while(|_| queue.push(b"\n")).count();
     assert_eq!(pushed, ROOM / (OVERHEAD + 1));
-    while let Some(Entry::Line(_)) = queue.pop() {}
+    while let Some(LogEntry::Line(_)) = queue.pop() {}
     assert_eq!(queue.bytes, 0);
 }
 
 #[test]
-fn a_full_disk_takes_lines_away_and_nothing_else() {
+fn a_full_disk_loses_lines_and_nothing_else() {
     let full = File::options().write(true).open("/dev/full").expect("it");
-    let lines = Lines::start(full).expect("a thread");
+    let lines = LogQueue::start(full).expect("a thread");
     for number in 0..10 {
         lines.add(line(number, 100).as_bytes());
     }
@@ -141,14 +141,14 @@ fn a_full_disk_takes_lines_away_and_nothing_else() {
     assert_eq!(lines.dropped(), 10);
     let (reader, writer) = pipe().expect("a pipe");
     drop(reader);
-    let lines = Lines::start(writer).expect("a thread");
+    let lines = LogQueue::start(writer).expect("a thread");
     lines.add(b"to nobody\n");
     assert!(lines.flush());
     assert_eq!(lines.dropped(), 1);
 }
 
 #[test]
-fn a_line_behind_one_that_was_cut_off_stays_whole() {
+fn a_line_after_a_truncated_one_is_whole() {
     // A page that cannot grow stands for a disk that becomes full in the middle of a line.
     let page = 4096;
     let file = memfd_create(c"full", MFdFlags::MFD_ALLOW_SEALING).expect("a file");
@@ -156,7 +156,7 @@ fn a_line_behind_one_that_was_cut_off_stays_whole() {
     file.set_len(page).expect("a page");
     fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_GROW)).expect("a seal");
     let out = OwnedFd::from(file.try_clone().expect("a copy"));
-    let lines = Lines::start(out).expect("a thread");
+    let lines = LogQueue::start(out).expect("a thread");
     file.seek(io::SeekFrom::Start(page - 10)).expect("a place");
     lines.add(b"this is longer than ten bytes\n");
     assert!(lines.flush());
@@ -173,10 +173,10 @@ fn a_line_behind_one_that_was_cut_off_stays_whole() {
 }
 
 #[test]
-fn a_pipe_that_others_made_non_blocking_is_waited_for() {
+fn a_non_blocking_pipe_is_waited_for() {
     let (reader, writer) = pipe().expect("a pipe");
     fcntl(&writer, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).expect("a flag");
-    let lines = Lines::start(writer).expect("a thread");
+    let lines = LogQueue::start(writer).expect("a thread");
     let mut reader = BufReader::new(reader);
     // Several times what the pipe has room for.
     for number in 0..500 {
@@ -187,7 +187,7 @@ fn a_pipe_that_others_made_non_blocking_is_waited_for() {
 }
 
 #[test]
-fn last_words_come_even_where_the_queue_is_in_use() {
+fn a_panic_is_written_although_the_queue_is_locked() {
     let (lines, mut reader) = piped();
     lines.add(b"before\n");
     lines.last_words("last\n");
@@ -204,7 +204,7 @@ fn last_words_come_even_where_the_queue_is_in_use() {
 }
 
 #[test]
-fn texts_of_others_forge_no_line_and_show_no_password() {
+fn foreign_texts_forge_no_line_and_show_no_password() {
     for (text, written) in [
         ("a line: \u{e4}\u{65e5}", "a line: \u{e4}\u{65e5}"),
         ("a\nb\r\n\tc\0", r"a\nb\r\n\tc\u0000"),

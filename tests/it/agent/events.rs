@@ -396,7 +396,7 @@ fn services_work_where_events_are_forbidden() {
     let node = faulty_cluster();
     node.api.answer_writes(Some((403, "Forbidden")));
     let nftlet = node.run();
-    wait_for_log(&nftlet, "takes no Events");
+    wait_for_log(&nftlet, "forbids Events");
     node.leads("10.96.0.11", &["10.1.0.1"]);
     node.ns.nft_load("flush chain ip nftlet services");
     wait_for_log(&nftlet, "modified by another process");

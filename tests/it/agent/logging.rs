@@ -10,7 +10,7 @@ use crate::support::agent::{NFTLET, Node, PATIENCE, get, metric, said, small_clu
 use crate::support::manifests::Manifests;
 use crate::support::objects::slice;
 use crate::support::stuck::{broken_pipe, full_disk, full_pipe};
-use nftlet::logging::Lines;
+use nftlet::logging::LogQueue;
 use nftlet_lab::fake_api::SLICES;
 use nftlet_lab::netns::{Daemon, require_net_admin, wait_for};
 use nix::sys::signal::Signal;
@@ -262,7 +262,7 @@ fn panicking(stderr: impl Into<Stdio>) -> Command {
 #[test]
 #[ignore = "a process that another test starts"]
 fn panics() {
-    let log = Lines::start(std::io::stderr()).expect("a thread");
+    let log = LogQueue::start(std::io::stderr()).expect("a thread");
     log.take_panics();
     log.add(b"a line before\n");
     let panicked = thread::Builder::new()

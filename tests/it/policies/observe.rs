@@ -338,7 +338,7 @@ fn a_bridge_that_passes_the_policies_by_is_told_of() {
     let gauge = || scrape(&node).value("nftlet_policy_bridge_unfiltered{ip_family=\"IPv4\"}");
     assert_eq!(gauge(), Some(0.0), "nobody is isolated");
     manifests.put(&policy("closed", json!({"podSelector": {}})));
-    let warning = "bridge cni0: IPv4 between pods of this node passes the network policies by";
+    let warning = "bridge cni0: pod-to-pod IPv4 traffic bypasses NetworkPolicy";
     wait_for(warning, LONG, || {
         daemon.log().contains(warning).then_some(())
     });
@@ -349,7 +349,7 @@ fn a_bridge_that_passes_the_policies_by_is_told_of() {
     let isolated = || scrape(&node).value("nftlet_policy_isolated_pods");
     wait_for("the pod", LONG, || (isolated() == Some(2.0)).then_some(()));
     manifests.remove("NetworkPolicy", "closed");
-    let over = "bridge cni0: IPv4 between isolated pods passes the network policies by no more";
+    let over = "bridge cni0: pod-to-pod IPv4 traffic no longer bypasses NetworkPolicy";
     wait_for(over, LONG, || daemon.log().contains(over).then_some(()));
     wait_for("the gauge", LONG, || (gauge() == Some(0.0)).then_some(()));
     assert_eq!(daemon.log().matches(warning).count(), 1, "{}", daemon.log());
