@@ -31,7 +31,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::engine::table_family;
 use crate::host::addresses;
 use crate::model::{Family, Protocol};
-use crate::netlink::{Conntrack, Error, Removal, Tracked};
+use crate::netlink::{Conntrack, ConntrackError, EntryToCut, Tracked};
 use crate::policies::{Connection, PolicyChanges};
 use crate::serve::metrics::Metrics;
 use crate::sync::Query;
@@ -81,7 +81,8 @@ pub trait Table {
     /// # Errors
     ///
     /// When they cannot be listed.
-    fn list(&mut self, family: Family, each: &mut dyn FnMut(Tracked)) -> Result<(), Error>;
+    fn list(&mut self, family: Family, each: &mut dyn FnMut(Tracked))
+    -> Result<(), ConntrackError>;
 
     /// The host's own addresses at this moment.
     fn own_addresses(&mut self) -> Vec<IpAddr>;
@@ -89,16 +90,20 @@ pub trait Table {
 
 /// What removes connections while they are still being listed.
 pub trait Remover {
-    /// Removes a connection; see [`Conntrack::remove`].
+    /// Removes a connection; see [`Conntrack::cut`].
     ///
     /// # Errors
     ///
     /// When it cannot be removed; that it is gone already is none.
-    fn remove(&mut self, tracked: &Tracked, which: Removal) -> Result<bool, Error>;
+    fn remove(&mut self, tracked: &Tracked, which: EntryToCut) -> Result<bool, ConntrackError>;
 }
 
 impl Table for Conntrack {
-    fn list(&mut self, family: Family, each: &mut dyn FnMut(Tracked)) -> Result<(), Error> {
+    fn list(
+        &mut self,
+        family: Family,
+        each: &mut dyn FnMut(Tracked),
+    ) -> Result<(), ConntrackError> {
         self.connections(table_family(family), each)
     }
 
@@ -108,35 +113,35 @@ impl Table for Conntrack {
 }
 
 impl Remover for Conntrack {
-    fn remove(&mut self, tracked: &Tracked, which: Removal) -> Result<bool, Error> {
-        Conntrack::remove(self, tracked, which)
+    fn remove(&mut self, tracked: &Tracked, which: EntryToCut) -> Result<bool, ConntrackError> {
+        Conntrack::cut(self, tracked, which)
     }
 }
 
 /// Opens the two ends of the kernel's connection tracking.
-pub type Open<T, R> = fn() -> Result<(T, R), Error>;
+pub type Open<T, R> = fn() -> Result<(T, R), ConntrackError>;
 
 /// The kernel's connection tracking in the network namespace of the calling thread.
 ///
 /// # Errors
 ///
 /// See [`Conntrack::open`].
-pub fn open() -> Result<(Conntrack, Conntrack), Error> {
+pub fn open() -> Result<(Conntrack, Conntrack), ConntrackError> {
     Ok((Conntrack::open()?, Conntrack::open()?))
 }
 
 /// Why a sweep ended early.
 enum Broken {
     /// The connection tracking failed; it is worth another attempt.
-    Kernel(Error),
+    Kernel(ConntrackError),
     /// It is unknown what is in force. When it is known again, changes come.
     Unknown,
     /// The reconciler is gone.
     Over,
 }
 
-impl From<Error> for Broken {
-    fn from(error: Error) -> Self {
+impl From<ConntrackError> for Broken {
+    fn from(error: ConntrackError) -> Self {
         Broken::Kernel(error)
     }
 }
@@ -256,7 +261,7 @@ impl<'a, T: Table, R: Remover> Cutter<'a, T, R> {
         self.due = Some(self.due.map_or(collected, |due| due.min(collected)));
     }
 
-    fn failed(&mut self, error: &Error) {
+    fn failed(&mut self, error: &ConntrackError) {
         // Of a dump that broke off, messages may be on their way.
         self.tables = None;
         if !std::mem::replace(&mut self.failing, true) {
@@ -319,7 +324,7 @@ impl<'a, T: Table, R: Remover> Cutter<'a, T, R> {
         if let Some((_, remover)) = &mut self.tables {
             self.followed.retain(|(until, tracked)| {
                 // Whatever speaks against it was said when the connection itself was cut.
-                let _ = remover.remove(tracked, Removal::Reversed);
+                let _ = remover.remove(tracked, EntryToCut::Reversed);
                 *until > now
             });
         } else {
@@ -340,7 +345,7 @@ struct Batch<'a, R> {
     /// How many were cut.
     cut: usize,
     /// Why the first that could not be cut could not.
-    failed: Option<Error>,
+    failed: Option<ConntrackError>,
     /// Why no further connections are judged.
     broken: Option<Broken>,
 }
@@ -386,7 +391,7 @@ impl<R: Remover> Batch<'_, R> {
     }
 
     fn cut(&mut self, tracked: Tracked) {
-        match self.remover.remove(&tracked, Removal::Listed) {
+        match self.remover.remove(&tracked, EntryToCut::Listed) {
             Ok(was_there) => self.cut += usize::from(was_there),
             Err(error) => self.failed = self.failed.take().or(Some(error)),
         }

@@ -8,7 +8,7 @@ use tokio::sync::mpsc;
 
 use crate::logging::{Count, Repeats};
 use crate::model::{Notice, Reason, Subject};
-use crate::netlink::Error;
+use crate::netlink::{ConntrackError, Error};
 
 /// Receives what a person should know. Implementations must not block.
 pub trait Reporter: Send + Sync {
@@ -17,7 +17,7 @@ pub trait Reporter: Send + Sync {
     /// The kernel could not be written or read; it will be tried again.
     fn failed(&self, error: &Error);
     /// Stale UDP flows could not be deleted; the rules are in force.
-    fn flows_stay(&self, error: &Error);
+    fn flows_stay(&self, error: &ConntrackError);
 }
 
 /// Reports to the log.
@@ -38,7 +38,7 @@ impl Reporter for Log {
         tracing::error!("{error}");
     }
 
-    fn flows_stay(&self, error: &Error) {
+    fn flows_stay(&self, error: &ConntrackError) {
         tracing::warn!(
             "{error}; until then UDP clients that keep their socket may stay with endpoints \
              that are gone"
@@ -203,7 +203,7 @@ impl Reporter for LogAndSend {
         });
     }
 
-    fn flows_stay(&self, error: &Error) {
+    fn flows_stay(&self, error: &ConntrackError) {
         Log.flows_stay(error);
     }
 }

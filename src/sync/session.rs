@@ -60,8 +60,8 @@ impl<'a, K: Kernel> KernelSession<'a, K> {
             self.writes += 1;
             let generation = self.expected_generation;
             self.expected_generation = generation.map(|generation| generation.wrapping_add(1));
-            self.missed_notifications |=
-                applied.unheard && self.kernel.generation().ok() != self.expected_generation;
+            self.missed_notifications |= applied.missed_notifications
+                && self.kernel.generation().ok() != self.expected_generation;
             tracing::debug!(
                 operations = step.ops.len(),
                 elements = applied.elements,

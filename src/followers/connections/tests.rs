@@ -6,7 +6,7 @@ use std::thread;
 
 use super::*;
 use crate::model::ObjectName;
-use crate::netlink::Handle;
+use crate::netlink::ConntrackHandle;
 
 /// Reached by a test that fails, and by no other.
 const LONG: Duration = Duration::from_secs(120);
@@ -26,7 +26,7 @@ fn tracked(source: &str, replier: &str, protocol: u8, port: Option<u16>) -> Trac
         replier: ip(replier),
         protocol,
         port,
-        handle: Handle::default(),
+        handle: ConntrackHandle::default(),
     }
 }
 
@@ -74,7 +74,7 @@ fn only_protocols_without_an_opening_come_back() {
 #[derive(Default)]
 struct State {
     connections: Vec<Tracked>,
-    removed: Vec<(Tracked, Removal)>,
+    removed: Vec<(Tracked, EntryToCut)>,
     lists: usize,
     /// Lists to fail before the next one succeeds.
     failures: usize,
@@ -101,13 +101,17 @@ impl Fake {
 }
 
 impl Table for Fake {
-    fn list(&mut self, family: Family, each: &mut dyn FnMut(Tracked)) -> Result<(), Error> {
+    fn list(
+        &mut self,
+        family: Family,
+        each: &mut dyn FnMut(Tracked),
+    ) -> Result<(), ConntrackError> {
         let connections = {
             let mut state = self.state();
             state.lists += 1;
             if state.failures > 0 {
                 state.failures -= 1;
-                return Err(Error::Flows {
+                return Err(ConntrackError::List {
                     what: "the tracked connections",
                     source: io::Error::from_raw_os_error(libc::EOPNOTSUPP),
                 });
@@ -127,11 +131,11 @@ impl Table for Fake {
 }
 
 impl Remover for Fake {
-    fn remove(&mut self, tracked: &Tracked, which: Removal) -> Result<bool, Error> {
+    fn remove(&mut self, tracked: &Tracked, which: EntryToCut) -> Result<bool, ConntrackError> {
         let mut state = self.state();
         state.removed.push((tracked.clone(), which));
         let before = state.connections.len();
-        if which == Removal::Listed {
+        if which == EntryToCut::Listed {
             state.connections.retain(|known| known != tracked);
         }
         Ok(state.connections.len() < before)
@@ -143,7 +147,7 @@ thread_local! {
     static HERE: std::cell::RefCell<Fake> = std::cell::RefCell::default();
 }
 
-fn open_here() -> Result<(Fake, Fake), Error> {
+fn open_here() -> Result<(Fake, Fake), ConntrackError> {
     Ok(HERE.with_borrow(|fake| (fake.clone(), fake.clone())))
 }
 
@@ -251,14 +255,14 @@ fn what_is_denied_is_cut_and_the_rest_stays() {
     bench.fake.wait(|state| state.connections == stays);
     let [tcp, udp] = denied;
     // The datagrams alone are kept from coming back.
-    let reversed = (udp.clone(), Removal::Reversed);
+    let reversed = (udp.clone(), EntryToCut::Reversed);
     bench.fake.wait(|state| state.removed.contains(&reversed));
     let metrics = bench.metrics.clone();
     let fake = bench.end();
     let removed = &fake.state().removed;
     assert_eq!(
         removed[..2],
-        [(tcp, Removal::Listed), (udp, Removal::Listed)]
+        [(tcp, EntryToCut::Listed), (udp, EntryToCut::Listed)]
     );
     assert!(removed[2..].iter().all(|other| *other == reversed));
     let text = metrics.encode();

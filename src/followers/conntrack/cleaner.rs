@@ -9,7 +9,7 @@ use super::{Front, Judgement, Work};
 use crate::engine::table_family;
 use crate::host::addresses;
 use crate::model::Family;
-use crate::netlink::{Conntrack, Error, Flow, FlowFilter};
+use crate::netlink::{Conntrack, ConntrackError, Flow, FlowFilter};
 use crate::serve::metrics::Metrics;
 use crate::sync::Reporter;
 
@@ -34,7 +34,7 @@ pub trait Tracker {
         &mut self,
         filter: &FlowFilter,
         stale: &mut dyn FnMut(&Flow) -> bool,
-    ) -> Result<usize, Error>;
+    ) -> Result<usize, ConntrackError>;
 
     /// The host's own addresses at this moment.
     fn own_addresses(&mut self) -> Vec<IpAddr>;
@@ -53,7 +53,7 @@ impl KernelFlows {
     /// # Errors
     ///
     /// See [`Conntrack::open`].
-    pub fn open() -> Result<Self, Error> {
+    pub fn open() -> Result<Self, ConntrackError> {
         Ok(Self {
             list: Conntrack::open()?,
             delete: Conntrack::open()?,
@@ -66,7 +66,7 @@ impl Tracker for KernelFlows {
         &mut self,
         filter: &FlowFilter,
         stale: &mut dyn FnMut(&Flow) -> bool,
-    ) -> Result<usize, Error> {
+    ) -> Result<usize, ConntrackError> {
         let Self { list, delete } = self;
         let mut deleted = 0;
         let mut failed = None;
@@ -88,7 +88,7 @@ impl Tracker for KernelFlows {
 
 /// Deletes the stale flows of the frontends it is told about.
 pub struct Cleaner<'a, T> {
-    open: fn() -> Result<T, Error>,
+    open: fn() -> Result<T, ConntrackError>,
     tracker: Option<T>,
     pending: Pending,
     metrics: &'a Metrics,
@@ -102,7 +102,7 @@ pub struct Cleaner<'a, T> {
 impl<'a, T: Tracker> Cleaner<'a, T> {
     /// A cleaner that opens its tracker when it has something to do, and again after a failure.
     pub fn new(
-        open: fn() -> Result<T, Error>,
+        open: fn() -> Result<T, ConntrackError>,
         pending: Pending,
         metrics: &'a Metrics,
         reporter: &'a dyn Reporter,
@@ -159,7 +159,7 @@ impl<'a, T: Tracker> Cleaner<'a, T> {
         }
     }
 
-    fn attempt(&mut self, work: &Work) -> Result<(), Error> {
+    fn attempt(&mut self, work: &Work) -> Result<(), ConntrackError> {
         let mut fronts: Vec<Front> = work.suspects().collect();
         if fronts.is_empty() {
             return Ok(());

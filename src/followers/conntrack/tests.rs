@@ -8,7 +8,7 @@ use super::cleaner::filters;
 use super::queue::Received;
 use super::*;
 use crate::model::{Notice, ObjectName};
-use crate::netlink::{Error, FlowFilter};
+use crate::netlink::{ConntrackError, Error, FlowFilter};
 use crate::nft;
 use crate::serve::metrics::Metrics;
 use crate::services::{Frontend, Replaced, Role, Route, Scope, ServiceChanges};
@@ -290,14 +290,14 @@ impl Tracker for Fake {
         &mut self,
         filter: &FlowFilter,
         stale: &mut dyn FnMut(&Flow) -> bool,
-    ) -> Result<usize, Error> {
+    ) -> Result<usize, ConntrackError> {
         let mut table = self.0.borrow_mut();
         table.sweeps += 1;
         if table.broken {
-            return Err(Error::Interrupted {
+            return Err(ConntrackError::Netlink(Error::Interrupted {
                 what: "the UDP flows",
                 times: 1,
-            });
+            }));
         }
         let before = table.flows.len();
         table.flows.retain(|f| !(filter.admits(f) && stale(f)));
@@ -323,7 +323,7 @@ impl Reporter for Heard {
         panic!("rules are not concerned: {error}");
     }
 
-    fn flows_stay(&self, error: &Error) {
+    fn flows_stay(&self, error: &ConntrackError) {
         self.0.lock().unwrap().push(error.to_string());
     }
 }

@@ -1,5 +1,6 @@
 //! Changes that are written in portions, and services that ask for too much.
 
+use super::histories::event;
 use super::*;
 use crate::nft::Value;
 use crate::services;

@@ -1,5 +1,6 @@
 //! Large services that change while they wait for their turn.
 
+use super::histories::event;
 use super::portions::{PORTION, elements, finish, once, started, vast};
 use super::*;
 
