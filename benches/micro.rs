@@ -176,7 +176,7 @@ impl Reporter for Strict {
         panic!("{error}");
     }
 
-    fn flows_stay(&self, error: &ConntrackError) {
+    fn stale_flows_remain(&self, error: &ConntrackError) {
         panic!("{error}");
     }
 }

@@ -26,13 +26,13 @@ use crate::nft::{
 use crate::serve::health::{Health, Moment};
 use crate::services::{DetectLocal, ServiceSet, table_id};
 
+mod engines;
 mod fake;
 mod foreign;
 mod healing;
 mod histories;
 mod large;
 mod objects;
-mod parts;
 mod policies;
 mod portions;
 mod quarantine;
@@ -503,7 +503,7 @@ async fn a_cluster_that_does_not_tell_all_is_no_reason_to_restart() {
         foreign: std::sync::Arc::default(),
         audits: None,
         ready: Vec::new(),
-        questions: None,
+        queries: None,
     };
     let test = async {
         let web = service("web", &["10.96.0.10"], &[80]);

@@ -36,7 +36,7 @@ fn what_the_rules_do_not_judge_is_not_judged() {
     let own = HashSet::from([ip("10.1.0.1"), ip("192.168.10.1")]);
     let asked = |source, replier| {
         let tracked = tracked(source, replier, TCP, Some(80));
-        judged(&tracked, &isolated, &own)
+        policed(&tracked, &isolated, &own)
     };
     let connection = |source, destination| {
         Some(Connection {
@@ -100,7 +100,7 @@ impl Fake {
     }
 }
 
-impl Table for Fake {
+impl ConnectionTable for Fake {
     fn list(
         &mut self,
         family: Family,
@@ -130,7 +130,7 @@ impl Table for Fake {
     }
 }
 
-impl Remover for Fake {
+impl ConnectionRemover for Fake {
     fn remove(&mut self, tracked: &Tracked, which: EntryToCut) -> Result<bool, ConntrackError> {
         let mut state = self.state();
         state.removed.push((tracked.clone(), which));
@@ -176,7 +176,7 @@ struct Bench {
 /// Denies what goes to one port, until the cutter ends.
 fn judge(mut questions: mpsc::Receiver<Query>, largest: &AtomicUsize, unknown: &AtomicUsize) {
     while let Some(question) = questions.blocking_recv() {
-        let Query::Judge {
+        let Query::Evaluate {
             connections,
             answer,
         } = question
@@ -307,15 +307,15 @@ fn nobody_isolated_means_no_list() {
     let (ask, _) = mpsc::channel(1);
     HERE.set(bench.fake.clone());
     let mut cutter = Cutter::new(open_here, received, ask, true, &bench.metrics);
-    let all = Asked {
+    let all = SweepScope {
         all: true,
-        ..Asked::default()
+        ..SweepScope::default()
     };
     assert!(cutter.sweep(&all).is_ok());
     assert_eq!(bench.fake.state().lists, 0);
     // With an isolated pod, and nobody to judge, it is over.
     cutter.take_over(&isolated(), Instant::now());
-    assert!(matches!(cutter.sweep(&all), Err(Broken::Over)));
+    assert!(matches!(cutter.sweep(&all), Err(SweepError::Ended)));
     assert_eq!(bench.fake.state().connections.len(), 1);
     drop(cutter);
     bench.end();

@@ -204,7 +204,7 @@ impl Reporter for Heard {
         self.0.lock().unwrap().push(error.to_string());
     }
 
-    fn flows_stay(&self, error: &ConntrackError) {
+    fn stale_flows_remain(&self, error: &ConntrackError) {
         self.0.lock().unwrap().push(error.to_string());
     }
 }

@@ -351,7 +351,7 @@ fn hooks_that_keep_the_server_away_are_removed_and_the_rules_of_an_earlier_run_s
     assert_eq!(listing(&node.ns), wanted);
     let log = daemon.log();
     assert!(
-        log.contains("the base chain intruder was not made by nftlet"),
+        log.contains("base chain intruder was not created by nftlet"),
         "{log}"
     );
     drop(daemon);
