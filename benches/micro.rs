@@ -39,7 +39,7 @@ use criterion::{
 };
 use nftlet::engine::{BUDGET, Engine as _};
 use nftlet::model::{Delivery, Event, Kind, Notice, ObjectName};
-use nftlet::netlink::{Applied, Error, encode};
+use nftlet::netlink::{Applied, ConntrackError, Error, encode};
 use nftlet::nft::{Element, Ruleset, TableId, Transaction, diff, text};
 use nftlet::policies::{self, Engine};
 use nftlet::serve::metrics::Metrics;
@@ -176,7 +176,7 @@ impl Reporter for Strict {
         panic!("{error}");
     }
 
-    fn flows_stay(&self, error: &Error) {
+    fn stale_flows_remain(&self, error: &ConntrackError) {
         panic!("{error}");
     }
 }

@@ -120,7 +120,7 @@ pub(super) fn run(start: Start) -> Result<(), Error> {
         foreign,
         audits,
         ready,
-        questions: observers.questions,
+        queries: observers.questions,
     };
     let exit = single_threaded()?.block_on(sync::run(&mut reconciler, received, signals, &health));
 

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Notify, oneshot};
 
 use super::{Error, system};
-use crate::netlink::{self, Heard, Monitor, Nftables};
+use crate::netlink::{self, Monitor, Nftables, Notification};
 use crate::policies;
 use crate::services;
 
@@ -26,7 +26,7 @@ pub(super) fn start(
     foreign: Arc<Notify>,
 ) -> Result<(), Error> {
     let mut monitor = Monitor::new(&[services::TABLE, policies::TABLE], own);
-    own.write_unheard_by(monitor.absence());
+    own.mute_during_large_writes(monitor.muted());
     let listen = move || {
         if begin.blocking_recv().is_ok() {
             follow(&mut monitor, || foreign.notify_one(), pause);
@@ -50,7 +50,7 @@ trait News {
     /// Begins to hear, again where it did before.
     fn listen(&mut self) -> Result<(), netlink::Error>;
     /// Waits until something is heard.
-    fn wait(&mut self) -> Result<Heard, netlink::Error>;
+    fn wait(&mut self) -> Result<Notification, netlink::Error>;
 }
 
 impl News for Monitor {
@@ -58,7 +58,7 @@ impl News for Monitor {
         Monitor::listen(self)
     }
 
-    fn wait(&mut self) -> Result<Heard, netlink::Error> {
+    fn wait(&mut self) -> Result<Notification, netlink::Error> {
         Monitor::wait(self)
     }
 }
@@ -99,7 +99,7 @@ fn hear(news: &mut impl News, compare: &impl Fn()) -> netlink::Error {
     compare();
     loop {
         match news.wait() {
-            Ok(Heard::Change | Heard::Lost) => compare(),
+            Ok(Notification::Changed | Notification::Lost) => compare(),
             Err(error) => return error,
         }
     }
@@ -115,7 +115,7 @@ mod tests {
 
     /// What each attempt to listen yields: what is heard before it fails, or `None` if it fails at
     /// once.
-    struct Scripted(VecDeque<Option<Vec<Heard>>>, VecDeque<Heard>);
+    struct Scripted(VecDeque<Option<Vec<Notification>>>, VecDeque<Notification>);
 
     fn failed() -> netlink::Error {
         netlink::Error::Receive {
@@ -130,7 +130,7 @@ mod tests {
             Ok(())
         }
 
-        fn wait(&mut self) -> Result<Heard, netlink::Error> {
+        fn wait(&mut self) -> Result<Notification, netlink::Error> {
             self.1.pop_front().ok_or_else(failed)
         }
     }
@@ -138,11 +138,11 @@ mod tests {
     #[test]
     fn after_an_error_news_are_listened_to_again_and_the_tables_compared() {
         let attempts = [
-            Some(vec![Heard::Change, Heard::Lost]),
+            Some(vec![Notification::Changed, Notification::Lost]),
             None,
             None,
             Some(vec![]),
-            Some(vec![Heard::Change]),
+            Some(vec![Notification::Changed]),
         ];
         let mut news = Scripted(attempts.into(), VecDeque::new());
         let (compared, pauses) = (Cell::new(0), RefCell::new(Vec::new()));

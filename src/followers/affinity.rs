@@ -1,23 +1,23 @@
-//! Forgets clients with session affinity whose endpoint went away.
+//! Removes session affinity to endpoints that no longer serve.
 //!
-//! Packets fill the affinity maps: (client, frontend) to the endpoint the client was sent to. It
-//! is nftlet's task to remove the elements whose endpoint no longer serves the frontend; until
-//! then their clients would go on to be sent there.
+//! Packets fill the affinity maps, from client and frontend to the endpoint. Elements whose endpoint
+//! no longer serves the frontend must be removed, since otherwise the client's packets are still sent
+//! there.
 //!
 //! ```text
-//!  rules in force ── ServiceChanges ──> Forgetter, a thread of its own: reads the maps
-//!      ^                                    │ 1,024 clients each
-//!      └──────── Query::Remove ──────────┘ by the plans that it knows to be in force
+//!  rules in force ── ServiceChanges ──> Forgetter, a thread of its own: reads the maps,
+//!      ^                                    │ evaluates 1,024 clients at a time
+//!      └─────────── Query::Remove ──────────┘ by the newest plans in force
 //! ```
 //!
-//! [`Suspects`] collects, from the plans that change, which endpoints frontends lost. A map that is
-//! full takes seconds to read. The clients found are judged by the newest plans: an endpoint may have
-//! come back, or a client may have been sent to one that is new. A removal is refused if the plans in
-//! force have changed since ([`Removed::Outdated`]), and then the clients are judged again.
+//! [`StaleAffinity`] collects the endpoints that frontends lost. Reading a full map takes seconds, and
+//! meanwhile an endpoint may have been added again. Therefore the clients found are evaluated by the
+//! newest plans. If the plans in force changed since ([`RemovalOutcome::Outdated`]), the removal is
+//! refused and the clients are evaluated again.
 //!
-//! A client stays as long as its endpoint serves the frontend in any scope: which scope applies
-//! depends on where the client is, and that only the rules can tell. Where the external policy
-//! became Local, clients stay at the endpoints of this node only.
+//! The affinity of a client is valid if its endpoint serves the frontend in any scope, since only the
+//! rules know the client's scope. If the external traffic policy became Local, only endpoints of this
+//! node are valid.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
@@ -34,40 +34,40 @@ use crate::services::Claim;
 use crate::services::{
     self, Clients, Route, Scope, ServiceChanges, ServicePlan, Target, address, number,
 };
-use crate::sync::{Kernel, Query, Removal, Removed};
+use crate::sync::{ElementRemoval, Kernel, Query, RemovalOutcome};
 
-/// How often it is attempted in a row to forget clients.
+/// The number of successive attempts for a map.
 const ATTEMPTS: usize = 8;
-/// The most clients that are judged and forgotten at once.
+/// The most clients that are evaluated and removed at once.
 const BATCH: usize = 1024;
 
-/// A map of remembered clients.
-type Map = (Family, Clients);
+/// An affinity map.
+type AffinityMap = (Family, Clients);
 
-/// The clients that may be left without their endpoint.
+/// Clients whose affinity may be stale.
 #[derive(Debug, Default)]
-pub struct Suspects(HashMap<Map, OfMap>);
+pub struct StaleAffinity(HashMap<AffinityMap, MapCandidates>);
 
-/// Those in one map.
+/// The clients in one map.
 #[derive(Debug, Default)]
-struct OfMap {
-    /// All that are in it.
+struct MapCandidates {
+    /// All clients in the map.
     all: bool,
-    of_frontend: HashMap<Claim, OfFrontend>,
+    of_frontend: HashMap<Claim, FrontendCandidates>,
 }
 
-/// Those of one frontend.
+/// The clients of one frontend.
 #[derive(Debug, Default)]
-struct OfFrontend {
-    /// Those at these endpoints.
+struct FrontendCandidates {
+    /// Those with affinity to these endpoints.
     lost: BTreeSet<Target>,
-    /// All of them, because only the endpoints of this node count from now on.
+    /// All of them, because only endpoints of this node are valid from now on.
     bound: bool,
 }
 
-impl Suspects {
-    /// Notes that all clients of a plan are to be looked at.
-    pub fn all_of(&mut self, plan: &ServicePlan) {
+impl StaleAffinity {
+    /// Adds all clients of a plan.
+    pub fn add_all(&mut self, plan: &ServicePlan) {
         let Some(affinity) = &plan.affinity else {
             return;
         };
@@ -76,9 +76,9 @@ impl Suspects {
         }
     }
 
-    /// Notes that clients of these frontends are bound to this node from now on, as far as the
-    /// frontends are of a plan.
-    pub fn bind(&mut self, plan: &ServicePlan, bound: &HashSet<(Family, Claim)>) {
+    /// Adds the clients of those frontends of a plan for which only endpoints of this node are valid from
+    /// now on.
+    pub fn add_bound(&mut self, plan: &ServicePlan, bound: &HashSet<(Family, Claim)>) {
         let Some(affinity) = &plan.affinity else {
             return;
         };
@@ -90,7 +90,7 @@ impl Suspects {
         }
     }
 
-    /// Notes that a plan replaces another.
+    /// Adds the clients that may be stale after a plan replaced another.
     pub fn replace(&mut self, old: Option<&ServicePlan>, new: Option<&ServicePlan>) {
         let [old, new] = [old, new].map(|plan| plan.filter(|plan| plan.affinity.is_some()));
         let (before, mut after) = (targets(old), targets(new));
@@ -108,7 +108,7 @@ impl Suspects {
             of_frontend.lost.extend(lost);
             of_frontend.bound |= bound;
         }
-        // Another service of the namespace may have had these, and bound nobody.
+        // Another service of the namespace may have had these frontends with the policy Cluster.
         let fresh = after.into_iter().filter(|(_, endpoints)| endpoints.bound);
         for (clients, ((family, at), _)) in clients_after.iter().cycle().zip(fresh) {
             let of_map = self.of_map(family, clients);
@@ -116,18 +116,18 @@ impl Suspects {
         }
     }
 
-    fn of_map(&mut self, family: Family, clients: &Clients) -> &mut OfMap {
+    fn of_map(&mut self, family: Family, clients: &Clients) -> &mut MapCandidates {
         self.0.entry((family, clients.clone())).or_default()
     }
 
-    /// Adds what other changes did.
+    /// Merges other changes.
     pub fn merge(&mut self, others: Self) {
         for (map, of_map) in others.0 {
             self.add(map, of_map);
         }
     }
 
-    fn add(&mut self, map: Map, of_map: OfMap) {
+    fn add(&mut self, map: AffinityMap, of_map: MapCandidates) {
         let into = self.0.entry(map).or_default();
         into.all |= of_map.all;
         for (at, of_frontend) in of_map.of_frontend {
@@ -138,19 +138,19 @@ impl Suspects {
     }
 }
 
-impl OfMap {
-    /// An element as a suspect, if it is one.
-    fn suspect(&self, family: Family, element: Element) -> Option<Suspect> {
-        let entry = Entry::read(family, &element)?;
+impl MapCandidates {
+    /// Parses an element; `None` if its affinity is not in query.
+    fn candidate(&self, family: Family, element: Element) -> Option<Candidate> {
+        let entry = AffinityEntry::read(family, &element)?;
         let of_frontend: Vec<_> = [entry.at_address(), entry.at_node_port()]
             .into_iter()
             .filter_map(|at| Some((at, self.of_frontend.get(&at)?)))
             .collect();
         let mut bound = of_frontend.iter().filter(|(_, it)| it.bound);
         let bound = bound.next().map(|(at, _)| *at);
-        let lost = |(_, it): &(Claim, &OfFrontend)| it.lost.contains(&entry.target);
+        let lost = |(_, it): &(Claim, &FrontendCandidates)| it.lost.contains(&entry.target);
         let lost = of_frontend.iter().any(lost);
-        (self.all || bound.is_some() || lost).then_some(Suspect {
+        (self.all || bound.is_some() || lost).then_some(Candidate {
             element,
             entry,
             bound,
@@ -162,11 +162,11 @@ impl OfMap {
 #[derive(Default)]
 struct Endpoints {
     targets: HashSet<Target>,
-    /// The external policy is Local.
+    /// Whether the external traffic policy is Local.
     bound: bool,
 }
 
-/// The endpoints of each frontend, in any scope.
+/// Returns the endpoints of each frontend in all scopes.
 fn targets(plan: Option<&ServicePlan>) -> HashMap<(Family, Claim), Endpoints> {
     let mut found: HashMap<(Family, Claim), Endpoints> = HashMap::new();
     for (frontend, pool) in plan.into_iter().flat_map(ServicePlan::reach) {
@@ -177,26 +177,26 @@ fn targets(plan: Option<&ServicePlan>) -> HashMap<(Family, Claim), Endpoints> {
     found
 }
 
-/// A client that may be left without its endpoint.
+/// A client whose affinity may be stale.
 #[derive(Clone, Debug)]
-pub struct Suspect {
+pub struct Candidate {
     element: Element,
-    entry: Entry,
-    /// The frontend for which only endpoints of this node count, if it has such.
+    entry: AffinityEntry,
+    /// The frontend, if only endpoints of this node are valid for it.
     bound: Option<Claim>,
 }
 
-/// The plans with session affinity in force, and the clients to look at.
+/// The plans in force that have session affinity, and the clients to check.
 #[derive(Debug, Default)]
-struct View {
+struct PlansInForce {
     plans: HashMap<ObjectName, Arc<ServicePlan>>,
-    /// The services that have the frontends.
+    /// The service of each frontend.
     owners: HashMap<Claim, ObjectName>,
     version: u64,
-    suspects: Suspects,
+    candidates: StaleAffinity,
 }
 
-impl View {
+impl PlansInForce {
     fn take_over(&mut self, changes: &ServiceChanges) {
         for replaced in changes.replaced.iter().filter(|it| it.is_other_plan()) {
             let [old, new] = [&replaced.old, &replaced.new]
@@ -204,9 +204,9 @@ impl View {
             if old.is_none() && new.is_none() {
                 continue;
             }
-            // Which policies become Local at the start shows in the kernel.
+            // After a start, comparison with the kernel shows which policies became Local.
             if !replaced.adopted {
-                self.suspects
+                self.candidates
                     .replace(old.map(|plan| &**plan), new.map(|plan| &**plan));
             }
             let service = &replaced.service;
@@ -225,21 +225,21 @@ impl View {
         }
         let bound = &changes.removed.bound;
         for plan in self.plans.values().filter(|_| !bound.is_empty()) {
-            self.suspects.bind(plan, bound);
+            self.candidates.add_bound(plan, bound);
         }
         for plan in self.plans.values().filter(|_| changes.rewritten) {
-            self.suspects.all_of(plan);
+            self.candidates.add_all(plan);
         }
         self.version = changes.affinity_version;
     }
 
-    /// The operations that forget those of some clients whose endpoint does not serve their frontend.
-    fn removal(&self, map: &Map, suspects: &[Suspect]) -> Transaction {
-        let kept = self.kept(map, suspects);
-        let stale = suspects.iter().enumerate();
+    /// Returns the operations that remove those clients whose endpoint does not serve the frontend.
+    fn removal(&self, map: &AffinityMap, candidates: &[Candidate]) -> Transaction {
+        let valid = self.valid(map, candidates);
+        let stale = candidates.iter().enumerate();
         let stale: Vec<Element> = stale
-            .filter(|(index, _)| !kept.contains(index))
-            .map(|(_, suspect)| suspect.element.clone())
+            .filter(|(index, _)| !valid.contains(index))
+            .map(|(_, candidate)| candidate.element.clone())
             .collect();
         let (family, clients) = map;
         let delete = (!stale.is_empty()).then(|| {
@@ -255,12 +255,12 @@ impl View {
         }
     }
 
-    /// Which of these clients, by their index, are at an endpoint of their frontend.
-    fn kept(&self, map: &Map, suspects: &[Suspect]) -> HashSet<usize> {
+    /// Returns the indices of the clients whose endpoint serves the frontend.
+    fn valid(&self, map: &AffinityMap, candidates: &[Candidate]) -> HashSet<usize> {
         let mut services: BTreeMap<&ObjectName, HashMap<Claim, Vec<usize>>> = BTreeMap::new();
-        for (index, Suspect { entry, .. }) in suspects.iter().enumerate() {
-            // Where a service has the address, a port of the same number that another one has on
-            // the nodes is not meant.
+        for (index, Candidate { entry, .. }) in candidates.iter().enumerate() {
+            // The address of a service takes precedence over another service's NodePort with the same
+            // number.
             let [address, node_port] = [entry.at_address(), entry.at_node_port()];
             let owner = self.owners.get(&address).map(|owner| (owner, address));
             let owner = owner.or_else(|| Some((self.owners.get(&node_port)?, node_port)));
@@ -270,7 +270,7 @@ impl View {
             }
         }
         let (family, clients) = map;
-        let mut kept = HashSet::new();
+        let mut valid = HashSet::new();
         for (service, clients_of) in services {
             let Some(plan) = self.plans.get(service) else {
                 continue;
@@ -284,40 +284,40 @@ impl View {
                 };
                 let bound = matches!(frontend.route, Route::LocalPolicy { .. });
                 let elsewhere = bound && pool.scope == Scope::Cluster;
-                let judged = of_frontend.iter().filter_map(|index| {
-                    let suspect = suspects.get(*index)?;
-                    (!(suspect.bound.is_some() && elsewhere))
-                        .then_some((suspect.entry.target, *index))
+                let checked = of_frontend.iter().filter_map(|index| {
+                    let candidate = candidates.get(*index)?;
+                    (!(candidate.bound.is_some() && elsewhere))
+                        .then_some((candidate.entry.target, *index))
                 });
                 let mut at: HashMap<Target, Vec<usize>> = HashMap::new();
-                judged.for_each(|(target, index)| at.entry(target).or_default().push(index));
+                checked.for_each(|(target, index)| at.entry(target).or_default().push(index));
                 let serving = pool.targets.iter().filter_map(|target| at.get(target));
-                kept.extend(serving.flatten());
+                valid.extend(serving.flatten());
             }
         }
-        kept
+        valid
     }
 }
 
-/// The suspects in a map.
+/// Reads the clients of a map whose affinity may be stale.
 fn read(
     kernel: &mut impl Kernel,
-    map: &Map,
-    of_map: &OfMap,
-) -> Result<Vec<Suspect>, netlink::Error> {
+    map: &AffinityMap,
+    of_map: &MapCandidates,
+) -> Result<Vec<Candidate>, netlink::Error> {
     let (family, clients) = map;
     let elements = match kernel.elements(&services::table_id(*family), clients.map().as_str()) {
-        // The map went with the last service that used it.
+        // The map was removed with the last service that used it.
         Err(error) if error.errno() == Some(libc::ENOENT) => Vec::new(),
         elements => elements?,
     };
-    let suspects = elements.into_iter();
-    Ok(suspects
-        .filter_map(|element| of_map.suspect(*family, element))
+    let candidates = elements.into_iter();
+    Ok(candidates
+        .filter_map(|element| of_map.candidate(*family, element))
         .collect())
 }
 
-/// Why clients could not be forgotten.
+/// The reason why clients could not be removed.
 enum Failure {
     Kernel(netlink::Error),
     /// It is unknown what is in force.
@@ -330,17 +330,17 @@ impl From<netlink::Error> for Failure {
     }
 }
 
-/// Forgets clients, not too many at once. One that timed out between reading and deleting fails the
-/// whole transaction: then each half is forgotten for itself, and what is gone is left.
+/// Removes clients in batches. An element that timed out after it was read fails its whole transaction;
+/// the batch is then bisected, and elements that no longer exist are skipped.
 fn in_batches(
-    mut suspects: Vec<Suspect>,
-    mut forget: impl FnMut(&[Suspect]) -> Result<(), Failure>,
+    mut candidates: Vec<Candidate>,
+    mut forget: impl FnMut(&[Candidate]) -> Result<(), Failure>,
 ) -> Result<(), Failure> {
     let mut batches = Vec::new();
     loop {
-        let mut batch: Vec<Suspect> = match batches.pop() {
+        let mut batch: Vec<Candidate> = match batches.pop() {
             Some(half) => half,
-            None => suspects.split_off(suspects.len().saturating_sub(BATCH)),
+            None => candidates.split_off(candidates.len().saturating_sub(BATCH)),
         };
         if batch.is_empty() {
             return Ok(());
@@ -358,29 +358,29 @@ fn in_batches(
     }
 }
 
-/// Reads which clients are remembered, and has those removed whose endpoint is gone.
+/// Reads affinity maps, and has stale elements removed.
 #[derive(Debug)]
 pub struct Forgetter<O> {
     open: O,
     changes: Receiver<Arc<ServiceChanges>>,
-    view: View,
-    /// What failed, to be tried again with what comes next.
-    failed: Suspects,
+    view: PlansInForce,
+    /// Clients to retry with the next changes.
+    failed: StaleAffinity,
 }
 
 impl<K: Kernel, O: FnMut() -> Result<K, netlink::Error>> Forgetter<O> {
-    /// Creates a forgetter that opens its kernel when it has something to do.
+    /// Creates a forgetter that opens its kernel connection for its first task.
     pub fn new(open: O, changes: Receiver<Arc<ServiceChanges>>) -> Self {
         Self {
             open,
             changes,
-            view: View::default(),
-            failed: Suspects::default(),
+            view: PlansInForce::default(),
+            failed: StaleAffinity::default(),
         }
     }
 
-    /// Works until no more changes come, asking the loop to remove clients. Meanwhile it calls `look`
-    /// every so often.
+    /// Runs until no more changes come, and sends removals to the main loop. Calls `look` at intervals of
+    /// `every`.
     pub fn run(mut self, ask: &mpsc::Sender<Query>, every: Duration, mut look: impl FnMut()) {
         let mut looked = Instant::now();
         loop {
@@ -396,35 +396,35 @@ impl<K: Kernel, O: FnMut() -> Result<K, netlink::Error>> Forgetter<O> {
             }
             self.work(|transaction, affinity_version| {
                 let (answer, answered) = oneshot::channel();
-                let question = Query::Remove(Removal {
+                let query = Query::Remove(ElementRemoval {
                     transaction,
                     affinity_version,
                     answer,
                 });
-                let asked = ask.blocking_send(question).ok();
-                // When the loop has ended its rules stay, and so do the clients.
+                let asked = ask.blocking_send(query).ok();
+                // The main loop has ended; its rules and affinity stay in force.
                 let answer = asked.and_then(|()| answered.blocking_recv().ok());
-                answer.unwrap_or(Removed::Unknown)
+                answer.unwrap_or(RemovalOutcome::Unknown)
             });
         }
     }
 
-    /// Forgets the clients that the changes so far concern. `remove` writes a transaction for which so
-    /// many changes of services with session affinity were taken into account.
-    pub fn work(&mut self, mut remove: impl FnMut(Transaction, u64) -> Removed) {
+    /// Removes stale clients after the changes so far. `remove` writes a transaction that is valid after
+    /// a number of changes of services with session affinity.
+    pub fn work(&mut self, mut remove: impl FnMut(Transaction, u64) -> RemovalOutcome) {
         self.take_over_all();
         loop {
             let failed = std::mem::take(&mut self.failed);
-            let failed_before: HashSet<Map> = failed.0.keys().cloned().collect();
-            let mut suspects = std::mem::take(&mut self.view.suspects);
-            suspects.merge(failed);
-            for (map, of_map) in suspects.0 {
+            let failed_before: HashSet<AffinityMap> = failed.0.keys().cloned().collect();
+            let mut candidates = std::mem::take(&mut self.view.candidates);
+            candidates.merge(failed);
+            for (map, of_map) in candidates.0 {
                 let again = failed_before.contains(&map);
                 if !self.attempts(&map, &of_map, again, &mut remove) {
                     self.failed.add(map, of_map);
                 }
             }
-            if self.view.suspects.0.is_empty() {
+            if self.view.candidates.0.is_empty() {
                 return;
             }
         }
@@ -436,14 +436,14 @@ impl<K: Kernel, O: FnMut() -> Result<K, netlink::Error>> Forgetter<O> {
         }
     }
 
-    /// Forgets clients of a map, and tries again what fails. Returns whether it succeeded in the end.
-    /// `again` says that the map failed before, and that this was logged.
+    /// Removes stale clients of a map, with several attempts. Returns whether it succeeded. `again` says
+    /// that a failure for this map was logged before.
     fn attempts(
         &mut self,
-        map: &Map,
-        of_map: &OfMap,
+        map: &AffinityMap,
+        of_map: &MapCandidates,
         again: bool,
-        remove: &mut impl FnMut(Transaction, u64) -> Removed,
+        remove: &mut impl FnMut(Transaction, u64) -> RemovalOutcome,
     ) -> bool {
         for attempt in 1..=ATTEMPTS {
             let error = match self.forget(map, of_map, remove) {
@@ -455,8 +455,8 @@ impl<K: Kernel, O: FnMut() -> Result<K, netlink::Error>> Forgetter<O> {
                 tracing::debug!("session affinity: {error}");
             } else {
                 tracing::warn!(
-                    "{error}; clients with session affinity of services in namespace {} may stay \
-                     with {} endpoints that are gone until another attempt succeeds",
+                    "{error}; clients with session affinity to services in namespace {} may be sent to \
+                     removed {} endpoints until a retry succeeds",
                     map.1.namespace(),
                     map.0
                 );
@@ -467,9 +467,9 @@ impl<K: Kernel, O: FnMut() -> Result<K, netlink::Error>> Forgetter<O> {
 
     fn forget(
         &mut self,
-        map: &Map,
-        of_map: &OfMap,
-        remove: &mut impl FnMut(Transaction, u64) -> Removed,
+        map: &AffinityMap,
+        of_map: &MapCandidates,
+        remove: &mut impl FnMut(Transaction, u64) -> RemovalOutcome,
     ) -> Result<(), Failure> {
         let found = read(&mut (self.open)()?, map, of_map)?;
         in_batches(found, |batch| {
@@ -479,26 +479,26 @@ impl<K: Kernel, O: FnMut() -> Result<K, netlink::Error>> Forgetter<O> {
                     return Ok(());
                 }
                 match remove(transaction, self.view.version) {
-                    Removed::Done => return Ok(()),
-                    Removed::Outdated => self.take_over_all(),
-                    Removed::Unknown => return Err(Failure::Unknown),
-                    Removed::Failed(error) => return Err(error.into()),
+                    RemovalOutcome::Done => return Ok(()),
+                    RemovalOutcome::Outdated => self.take_over_all(),
+                    RemovalOutcome::Unknown => return Err(Failure::Unknown),
+                    RemovalOutcome::Failed(error) => return Err(error.into()),
                 }
             }
         })
     }
 }
 
-/// An element of an affinity map.
+/// A parsed element of an affinity map.
 #[derive(Clone, Debug)]
-struct Entry {
+struct AffinityEntry {
     address: IpAddr,
     protocol: Protocol,
     port: u16,
     target: Target,
 }
 
-impl Entry {
+impl AffinityEntry {
     fn read(family: Family, element: &Element) -> Option<Self> {
         let Value::Data(data) = &element.value else {
             return None;

@@ -1,24 +1,25 @@
-//! Cuts connections that the policies allow no more.
+//! Cuts connections that network policies no longer allow.
 //!
-//! Rules let a connection pass once it is established, so that one from before a policy lives on
-//! until its ends close it. In strict mode it is removed from the connection tracking when the
-//! rules are in force; the rules then drop what follows, because it opens nothing that they allow.
+//! Rules accept packets of established connections, so that a connection from before a policy
+//! continues until one of its ends closes it. In strict mode nftlet deletes its entry from connection
+//! tracking after the rules took effect. Later packets are invalid or open a connection that the rules
+//! deny.
 //!
-//! In every mode the same is done to the connections of an address that another pod has than
-//! before: they were allowed with the former one.
+//! In every mode nftlet does the same with the connections of an address that was reassigned to
+//! another pod, since they were allowed for the previous pod.
 //!
 //! ```text
-//!  rules in force ── PolicyChanges ──> Cutter, a thread of its own: lists what isolated pods take
-//!      ^                                  │     part in                  ^
-//!      └── Query::Judge ───────────────┘  1,024 each                  └── the denied are removed
+//!  rules in force ── PolicyChanges ──> Cutter, a thread of its own: lists the connections of
+//!      ^                                  │     isolated pods             ^
+//!      └── Query::Evaluate ───────────────┘ 1,024 at a time               └── cuts the denied ones
 //! ```
 //!
-//! Listing walks all connections of the node and waits for nobody. The policies are asked where
-//! they are kept, on the main thread, in batches that do not hold it up.
+//! Listing walks all connections of the node. The main thread evaluates the policies, in batches small
+//! enough not to delay it.
 //!
-//! An answer over UDP that is on its way when its connection is cut passes for a new connection
-//! the other way round, in which the client's next packets would be the answers. So for a
-//! moment what has the addresses of the answers is removed again and again.
+//! A UDP reply in flight while its connection is cut creates a connection in the opposite direction, to
+//! which the client's next packets would belong as replies. Therefore entries in the opposite direction
+//! are deleted repeatedly for a moment.
 
 use std::collections::HashSet;
 use std::net::IpAddr;
@@ -31,34 +32,34 @@ use tokio::sync::{mpsc, oneshot};
 use crate::engine::table_family;
 use crate::host::addresses;
 use crate::model::{Family, Protocol};
-use crate::netlink::{Conntrack, Error, Removal, Tracked};
+use crate::netlink::{Conntrack, ConntrackError, EntryToCut, Tracked};
 use crate::policies::{Connection, PolicyChanges};
 use crate::serve::metrics::Metrics;
 use crate::sync::Query;
 
-/// The most connections that are judged at once.
+/// The most connections in one query.
 const BATCH: usize = 1024;
-/// How long changes of the rules are collected before connections are looked for. Packets that
-/// met the rules before have passed by then.
+/// The time for which changes are collected before a sweep. Packets that traversed the previous rules
+/// have left by then.
 const COLLECT: Duration = Duration::from_millis(50);
-/// How often, and for how long, what was cut is kept from coming back the other way round.
+/// The interval and the duration of deletions in the opposite direction.
 const FOLLOW_EVERY: Duration = Duration::from_millis(20);
 const FOLLOW_FOR: Duration = Duration::from_millis(400);
-/// The most connections that are followed.
+/// The most connections for which the opposite direction is watched.
 const MOST_FOLLOWED: usize = 2048;
 const SHORTEST_RETRY: Duration = Duration::from_secs(1);
 const LONGEST_RETRY: Duration = Duration::from_secs(60);
 
-/// The connections to look at.
+/// The connections that a sweep checks.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct Asked {
+struct SweepScope {
     /// Those of all isolated pods.
     all: bool,
     /// Those of some addresses.
     addresses: HashSet<IpAddr>,
 }
 
-impl Asked {
+impl SweepScope {
     fn add(&mut self, other: Self) {
         self.all |= other.all;
         self.addresses.extend(other.addresses);
@@ -74,31 +75,36 @@ impl Asked {
     }
 }
 
-/// The connections that a host tracks, as the cutter sees them.
-pub trait Table {
-    /// Hands out the connections of a family.
+/// Lists tracked connections.
+pub trait ConnectionTable {
+    /// Calls `each` with the connections of a family.
     ///
     /// # Errors
     ///
     /// When they cannot be listed.
-    fn list(&mut self, family: Family, each: &mut dyn FnMut(Tracked)) -> Result<(), Error>;
+    fn list(&mut self, family: Family, each: &mut dyn FnMut(Tracked))
+    -> Result<(), ConntrackError>;
 
-    /// The host's own addresses at this moment.
+    /// Returns the current addresses of the node.
     fn own_addresses(&mut self) -> Vec<IpAddr>;
 }
 
-/// What removes connections while they are still being listed.
-pub trait Remover {
-    /// Removes a connection; see [`Conntrack::remove`].
+/// Deletes connections during the listing.
+pub trait ConnectionRemover {
+    /// Deletes a connection; see [`Conntrack::cut`].
     ///
     /// # Errors
     ///
-    /// When it cannot be removed; that it is gone already is none.
-    fn remove(&mut self, tracked: &Tracked, which: Removal) -> Result<bool, Error>;
+    /// When the kernel refuses. Returns false if the connection no longer exists.
+    fn remove(&mut self, tracked: &Tracked, which: EntryToCut) -> Result<bool, ConntrackError>;
 }
 
-impl Table for Conntrack {
-    fn list(&mut self, family: Family, each: &mut dyn FnMut(Tracked)) -> Result<(), Error> {
+impl ConnectionTable for Conntrack {
+    fn list(
+        &mut self,
+        family: Family,
+        each: &mut dyn FnMut(Tracked),
+    ) -> Result<(), ConntrackError> {
         self.connections(table_family(family), each)
     }
 
@@ -107,68 +113,69 @@ impl Table for Conntrack {
     }
 }
 
-impl Remover for Conntrack {
-    fn remove(&mut self, tracked: &Tracked, which: Removal) -> Result<bool, Error> {
-        Conntrack::remove(self, tracked, which)
+impl ConnectionRemover for Conntrack {
+    fn remove(&mut self, tracked: &Tracked, which: EntryToCut) -> Result<bool, ConntrackError> {
+        Conntrack::cut(self, tracked, which)
     }
 }
 
-/// Opens the two ends of the kernel's connection tracking.
-pub type Open<T, R> = fn() -> Result<(T, R), Error>;
+/// Opens a table and a remover.
+pub type Open<T, R> = fn() -> Result<(T, R), ConntrackError>;
 
-/// The kernel's connection tracking in the network namespace of the calling thread.
+/// Opens connection tracking in the network namespace of the calling thread.
 ///
 /// # Errors
 ///
 /// See [`Conntrack::open`].
-pub fn open() -> Result<(Conntrack, Conntrack), Error> {
+pub fn open() -> Result<(Conntrack, Conntrack), ConntrackError> {
     Ok((Conntrack::open()?, Conntrack::open()?))
 }
 
-/// Why a sweep ended early.
-enum Broken {
-    /// The connection tracking failed; it is worth another attempt.
-    Kernel(Error),
-    /// It is unknown what is in force. When it is known again, changes come.
+/// The reason why a sweep ended early.
+enum SweepError {
+    /// Connection tracking failed; the sweep is retried.
+    Kernel(ConntrackError),
+    /// The rules in force are unknown. Changes follow when they are known again.
     Unknown,
-    /// The reconciler is gone.
-    Over,
+    /// The main loop has ended.
+    Ended,
 }
 
-impl From<Error> for Broken {
-    fn from(error: Error) -> Self {
-        Broken::Kernel(error)
+impl From<ConntrackError> for SweepError {
+    fn from(error: ConntrackError) -> Self {
+        SweepError::Kernel(error)
     }
 }
 
-/// Cuts the connections of isolated pods that the policies deny.
+/// Cuts connections of isolated pods that the policies deny.
 pub struct Cutter<'a, T, R> {
     open: Open<T, R>,
     tables: Option<(T, R)>,
     changes: Receiver<Arc<PolicyChanges>>,
     policies: mpsc::Sender<Query>,
-    /// All connections are to be allowed, not only those of addresses with another pod.
+    /// Whether all connections are checked, not only those of reassigned addresses.
     strict: bool,
     metrics: &'a Metrics,
     /// The isolated addresses.
     isolated: HashSet<IpAddr>,
-    /// What to look at.
-    asked: Asked,
-    /// When to look for connections.
+    /// The scope of the next sweep.
+    scope: SweepScope,
+    /// The time of the next sweep.
     due: Option<Instant>,
-    /// Not before this time for the sake of some addresses.
-    rest: Instant,
+    /// The earliest next sweep for reassigned addresses.
+    earliest: Instant,
     retry: Duration,
-    /// Whether the last attempt failed; a fault is told when it begins.
+    /// Whether the last attempt failed: a failure is logged once.
     failing: bool,
-    /// What was cut and could come back the other way round, and until when that is watched.
+    /// Connections that were cut, each with the end of the time in which the opposite direction is
+    /// watched.
     followed: Vec<(Instant, Tracked)>,
     follow_at: Instant,
 }
 
-impl<'a, T: Table, R: Remover> Cutter<'a, T, R> {
-    /// Creates a cutter that opens the connection tracking when it has something to do, and again
-    /// after a failure. The thread at the other end of `policies` judges connections.
+impl<'a, T: ConnectionTable, R: ConnectionRemover> Cutter<'a, T, R> {
+    /// Creates a cutter that opens connection tracking for its first task, and again after a failure.
+    /// The receiver of `policies` evaluates connections.
     pub fn new(
         open: Open<T, R>,
         changes: Receiver<Arc<PolicyChanges>>,
@@ -184,9 +191,9 @@ impl<'a, T: Table, R: Remover> Cutter<'a, T, R> {
             strict,
             metrics,
             isolated: HashSet::new(),
-            asked: Asked::default(),
+            scope: SweepScope::default(),
             due: None,
-            rest: Instant::now(),
+            earliest: Instant::now(),
             retry: SHORTEST_RETRY,
             failing: false,
             followed: Vec::new(),
@@ -194,7 +201,7 @@ impl<'a, T: Table, R: Remover> Cutter<'a, T, R> {
         }
     }
 
-    /// Works until the reconciler is gone.
+    /// Runs until no more changes come.
     pub fn run(mut self) {
         loop {
             let follow = (!self.followed.is_empty()).then_some(self.follow_at);
@@ -214,21 +221,21 @@ impl<'a, T: Table, R: Remover> Cutter<'a, T, R> {
             }
             if self.due.is_some_and(|due| due <= now) {
                 self.due = None;
-                let asked = std::mem::take(&mut self.asked);
-                let swept = self.sweep(&asked);
-                // Where pods come and go all the time, a fifth of it is spent on looking.
-                self.rest = Instant::now() + now.elapsed() * 4;
+                let scope = std::mem::take(&mut self.scope);
+                let swept = self.sweep(&scope);
+                // Limits sweeps to a fifth of the time if pods start and stop all the time.
+                self.earliest = Instant::now() + now.elapsed() * 4;
                 match swept {
                     Ok(()) => {
                         self.failing = false;
                         self.retry = SHORTEST_RETRY;
                     }
-                    Err(Broken::Kernel(error)) => {
-                        self.asked.add(asked);
+                    Err(SweepError::Kernel(error)) => {
+                        self.scope.add(scope);
                         self.failed(&error);
                     }
-                    Err(Broken::Unknown) => self.asked.add(asked),
-                    Err(Broken::Over) => return,
+                    Err(SweepError::Unknown) => self.scope.add(scope),
+                    Err(SweepError::Ended) => return,
                 }
             }
             if self.follow_at <= now {
@@ -242,36 +249,36 @@ impl<'a, T: Table, R: Remover> Cutter<'a, T, R> {
             self.isolated = isolated.iter().map(|(address, _)| *address).collect();
         }
         let others = changes.isolated.is_some() || changes.rewritten;
-        self.asked.add(Asked {
+        self.scope.add(SweepScope {
             all: self.strict && others,
             addresses: changes.reassigned.iter().copied().collect(),
         });
-        if self.asked.is_empty() {
+        if self.scope.is_empty() {
             return;
         }
         let mut collected = now + COLLECT;
-        if !self.asked.all {
-            collected = collected.max(self.rest);
+        if !self.scope.all {
+            collected = collected.max(self.earliest);
         }
         self.due = Some(self.due.map_or(collected, |due| due.min(collected)));
     }
 
-    fn failed(&mut self, error: &Error) {
-        // Of a dump that broke off, messages may be on their way.
+    fn failed(&mut self, error: &ConntrackError) {
+        // Messages of an aborted dump may still be queued.
         self.tables = None;
         if !std::mem::replace(&mut self.failing, true) {
             tracing::warn!(
-                "{error}; until then connections live on that the network policies allow no more"
+                "{error}; until this works, connections that network policies no longer allow continue"
             );
         }
         self.due = Some(Instant::now() + self.retry);
         self.retry = (self.retry * 2).min(LONGEST_RETRY);
     }
 
-    /// Looks for connections that the policies deny, and cuts them.
-    fn sweep(&mut self, asked: &Asked) -> Result<(), Broken> {
+    /// Cuts the connections in a scope that the policies deny.
+    fn sweep(&mut self, scope: &SweepScope) -> Result<(), SweepError> {
         let isolated = &self.isolated;
-        if isolated.is_empty() || asked.is_empty() {
+        if isolated.is_empty() || scope.is_empty() {
             return Ok(());
         }
         let (table, remover) = match &mut self.tables {
@@ -279,7 +286,7 @@ impl<'a, T: Table, R: Remover> Cutter<'a, T, R> {
             closed => closed.insert((self.open)()?),
         };
         let own: HashSet<IpAddr> = table.own_addresses().into_iter().collect();
-        let mut batch = Batch {
+        let mut batch = QueryBatch {
             connections: Vec::new(),
             tracked: Vec::new(),
             policies: &self.policies,
@@ -294,8 +301,8 @@ impl<'a, T: Table, R: Remover> Cutter<'a, T, R> {
             .filter(|family| isolated.iter().any(|ip| Family::of(*ip) == *family))
             .try_for_each(|family| {
                 table.list(family, &mut |tracked| {
-                    let judged = judged(&tracked, isolated, &own);
-                    if let Some(connection) = judged.filter(|it| asked.concerns(it)) {
+                    let connection = policed(&tracked, isolated, &own);
+                    if let Some(connection) = connection.filter(|it| scope.concerns(it)) {
                         batch.add(tracked, connection);
                     }
                 })
@@ -304,7 +311,7 @@ impl<'a, T: Table, R: Remover> Cutter<'a, T, R> {
         self.metrics.connections_cut(batch.cut);
         if batch.cut > 0 {
             let cut = batch.cut;
-            tracing::debug!("cut {cut} connections that the network policies allow no more");
+            tracing::debug!("cut {cut} connections that network policies no longer allow");
         }
         if let Some(broken) = batch.broken {
             return Err(broken);
@@ -313,13 +320,13 @@ impl<'a, T: Table, R: Remover> Cutter<'a, T, R> {
         batch.failed.map_or(Ok(()), |error| Err(error.into()))
     }
 
-    /// Removes what came back the other way round.
+    /// Deletes entries in the opposite direction.
     fn follow(&mut self) {
         let now = Instant::now();
         if let Some((_, remover)) = &mut self.tables {
             self.followed.retain(|(until, tracked)| {
-                // Whatever speaks against it was said when the connection itself was cut.
-                let _ = remover.remove(tracked, Removal::Reversed);
+                // Errors were reported when the connection itself was cut.
+                let _ = remover.remove(tracked, EntryToCut::Reversed);
                 *until > now
             });
         } else {
@@ -329,23 +336,23 @@ impl<'a, T: Table, R: Remover> Cutter<'a, T, R> {
     }
 }
 
-/// Connections to be judged together.
-struct Batch<'a, R> {
+/// Connections that are evaluated together.
+struct QueryBatch<'a, R> {
     connections: Vec<Connection>,
-    /// The same, in the same order.
+    /// The same connections in the same order.
     tracked: Vec<Tracked>,
     policies: &'a mpsc::Sender<Query>,
     remover: &'a mut R,
     followed: &'a mut Vec<(Instant, Tracked)>,
-    /// How many were cut.
+    /// The number of connections cut.
     cut: usize,
-    /// Why the first that could not be cut could not.
-    failed: Option<Error>,
-    /// Why no further connections are judged.
-    broken: Option<Broken>,
+    /// The first error of cutting a connection.
+    failed: Option<ConntrackError>,
+    /// The reason why no further connections are evaluated.
+    broken: Option<SweepError>,
 }
 
-impl<R: Remover> Batch<'_, R> {
+impl<R: ConnectionRemover> QueryBatch<'_, R> {
     fn add(&mut self, tracked: Tracked, connection: Connection) {
         self.tracked.push(tracked);
         self.connections.push(connection);
@@ -354,7 +361,7 @@ impl<R: Remover> Batch<'_, R> {
         }
     }
 
-    /// Has the connections judged that were added, and cuts those denied.
+    /// Has the added connections evaluated and cuts the denied ones.
     fn finish(&mut self) {
         let connections = std::mem::take(&mut self.connections);
         let tracked = std::mem::take(&mut self.tracked);
@@ -362,19 +369,19 @@ impl<R: Remover> Batch<'_, R> {
             return;
         }
         let (answer, answered) = oneshot::channel();
-        let question = Query::Judge {
+        let query = Query::Evaluate {
             connections,
             answer,
         };
-        let asked = self.policies.blocking_send(question).ok();
+        let asked = self.policies.blocking_send(query).ok();
         let denied = match asked.and_then(|()| answered.blocking_recv().ok()) {
             Some(Some(denied)) => denied,
             Some(None) => {
-                self.broken = Some(Broken::Unknown);
+                self.broken = Some(SweepError::Unknown);
                 return;
             }
             None => {
-                self.broken = Some(Broken::Over);
+                self.broken = Some(SweepError::Ended);
                 return;
             }
         };
@@ -386,7 +393,7 @@ impl<R: Remover> Batch<'_, R> {
     }
 
     fn cut(&mut self, tracked: Tracked) {
-        match self.remover.remove(&tracked, Removal::Listed) {
+        match self.remover.remove(&tracked, EntryToCut::Listed) {
             Ok(was_there) => self.cut += usize::from(was_there),
             Err(error) => self.failed = self.failed.take().or(Some(error)),
         }
@@ -396,8 +403,8 @@ impl<R: Remover> Batch<'_, R> {
     }
 }
 
-/// Whether an answer can open a connection. The tracking wants an opening packet of TCP and SCTP,
-/// and of ICMP a question.
+/// Whether a reply can create an entry. Connection tracking requires an opening packet of TCP and SCTP
+/// and a request of ICMP.
 fn may_return(protocol: u8) -> bool {
     const ICMP: u8 = 1;
     const ICMPV6: u8 = 58;
@@ -405,9 +412,9 @@ fn may_return(protocol: u8) -> bool {
     ![tcp, sctp, ICMP, ICMPV6].contains(&protocol)
 }
 
-/// What the policies have to be asked about a connection; `None` if the rules would not judge it:
-/// no isolated pod takes part in it, or the host itself opened it, so that it was never forwarded.
-fn judged(
+/// Returns a connection in the form that policies evaluate; `None` if no policy applies, because no end
+/// is an isolated pod, or because the node itself opened it, so that it was never forwarded.
+fn policed(
     tracked: &Tracked,
     isolated: &HashSet<IpAddr>,
     own: &HashSet<IpAddr>,

@@ -1,25 +1,25 @@
-//! Which UDP flows lead nowhere since services changed.
+//! Deletes stale UDP flows after services changed.
 //!
-//! The kernel translates the first packet of a flow and remembers it for the others, so a client
-//! that keeps its socket stays with an endpoint that is gone. TCP finds out by itself; UDP does
-//! not, and its flow lives on as long as the client goes on asking. Such flows are deleted, and
-//! their next packets meet the rules in force.
+//! The kernel applies the translation of a flow's first packet to all later ones. A client that keeps
+//! its socket continues to send to an endpoint even after its removal. TCP connections end by
+//! themselves; a UDP flow exists as long as the client sends. Deleting the entry makes the next packet
+//! traverse the rules.
 //!
 //! ```text
-//!  rules in force ── ServiceChanges ──> Pending ── Work ──> Cleaner, on a thread of its own
-//!                                                              │ one dump a frontend, or
-//!                                                              v one of all UDP flows
-//!                                                            Tracker: list, judge, delete
+//!  rules in force ── ServiceChanges ──> Pending ── DirtyFrontends ──> Cleaner, on its own thread
+//!                                                                       │ one dump for each frontend,
+//!                                                                       v or one of all UDP flows
+//!                                                                     Tracker: list, evaluate, delete
 //! ```
 //!
-//! A flow belongs to a frontend by its original destination: address and port, or for a NodePort
-//! an own address of the node on which NodePorts answer. It is stale
+//! A flow belongs to the frontend of its original destination: address and port, or for a NodePort the
+//! port on an address of the node that accepts NodePorts. It is stale
 //!
-//! - if the frontend stands and the source of the answers is none of its serving endpoints: those
-//!   that are ready, chosen by policy and topology or not, and those that still serve while they
-//!   terminate. A flow that began before the service existed, and was not translated, is answered
-//!   by the frontend's own address and thus stale too;
-//! - if the frontend is gone and the destination was translated.
+//! - if the frontend exists and the source of the replies is none of its serving endpoints. These are
+//!   all ready endpoints, even if policy or topology do not select them, and endpoints that serve while
+//!   terminating. A flow from before the service existed was not translated: its replies come from the
+//!   frontend's address, so that it is stale, too;
+//! - if the frontend was removed and the destination was translated.
 
 mod cleaner;
 mod queue;
@@ -38,69 +38,69 @@ use crate::services::{Pool, ServicePlan, Target};
 pub use cleaner::{Cleaner, KernelFlows, Tracker};
 pub use queue::{Pending, Received};
 
-/// What the flows of a UDP service port are recognised by.
+/// Identifies the flows of a UDP service port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Front {
+pub enum UdpFrontend {
     /// The original destination.
     Address(SocketAddr),
-    /// The original destination port, on an own address.
+    /// The original destination port, on an address of the node.
     NodePort(Family, u16),
 }
 
-impl Front {
-    /// The address family of its flows.
+impl UdpFrontend {
+    /// Returns the address family of its flows.
     pub fn family(&self) -> Family {
         match self {
-            Front::Address(at) => Family::of(at.ip()),
-            Front::NodePort(family, _) => *family,
+            UdpFrontend::Address(at) => Family::of(at.ip()),
+            UdpFrontend::NodePort(family, _) => *family,
         }
     }
 
-    /// The original destination port.
+    /// Returns the original destination port.
     pub fn port(&self) -> u16 {
         match self {
-            Front::Address(at) => at.port(),
-            Front::NodePort(_, port) => *port,
+            UdpFrontend::Address(at) => at.port(),
+            UdpFrontend::NodePort(_, port) => *port,
         }
     }
 }
 
-/// The endpoints that may answer the flows of a frontend, sorted.
+/// The serving endpoints of a frontend, sorted.
 pub type Serving = Arc<[Target]>;
 
-/// The frontends whose flows may have become stale.
+/// Frontends whose flows may be stale.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Work {
-    entries: HashMap<Front, Entry>,
-    /// The ranges whose own addresses answer NodePorts.
+pub struct DirtyFrontends {
+    entries: HashMap<UdpFrontend, DirtyFrontend>,
+    /// Addresses of the node in these ranges accept NodePorts.
     node_ports: Arc<[IpNet]>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Entry {
-    /// `None` once the frontend is gone.
+struct DirtyFrontend {
+    /// `None` if the frontend was removed.
     serving: Option<Serving>,
-    /// Whether flows have to be looked for. Endpoints that are merely more than before leave no
-    /// stale flow, but must be known to whoever works by an earlier list.
-    suspect: bool,
+    /// Whether flows may be stale. If endpoints were only added, none is, but a sweep by an earlier
+    /// list must know them.
+    sweep: bool,
 }
 
-/// What becomes of a flow.
+/// The state of a flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Judgement {
-    /// It belongs to none of the frontends.
+pub enum FlowState {
+    /// The flow belongs to none of the frontends.
     Unconcerned,
-    /// It leads to a serving endpoint.
+    /// Its endpoint serves the frontend.
     Kept,
-    /// It leads nowhere, or past the service.
+    /// Its endpoint does not serve the frontend, or it bypasses the service.
     Stale,
 }
 
-impl Work {
-    /// Notes how a plan differs from the one before. Within a batch a frontend that moved from
-    /// one service to another stands, in whichever order the two are noted.
+impl DirtyFrontends {
+    /// Adds the differences between two plans of a service. A frontend that moves from one service to
+    /// another exists afterwards, independent of the order of the two calls.
     pub fn change(&mut self, old: Option<&ServicePlan>, new: Option<&ServicePlan>) {
-        let before: HashMap<Front, Serving> = fronts(old).collect();
+        let before: HashMap<UdpFrontend, Serving> = fronts(old).collect();
         let mut after = HashSet::new();
         for (front, serving) in fronts(new) {
             after.insert(front);
@@ -115,82 +115,83 @@ impl Work {
             self.set(front, Some(serving), !only_more);
         }
         let fronts = before.into_keys();
-        self.gone(fronts.filter(|front| !after.contains(front)));
+        self.remove(fronts.filter(|front| !after.contains(front)));
     }
 
-    /// Notes that frontends are gone, unless they stand.
-    pub fn gone(&mut self, fronts: impl IntoIterator<Item = Front>) {
+    /// Adds removed frontends, unless an existing one was added before.
+    pub fn remove(&mut self, fronts: impl IntoIterator<Item = UdpFrontend>) {
         for front in fronts {
-            self.entries.entry(front).or_insert(Entry {
+            self.entries.entry(front).or_insert(DirtyFrontend {
                 serving: None,
-                suspect: true,
+                sweep: true,
             });
         }
     }
 
-    /// Notes all frontends of a plan that `of` wants.
-    pub fn suspect(&mut self, plan: &ServicePlan, of: impl Fn(&Front) -> bool) {
+    /// Adds all frontends of a plan that match `of`.
+    pub fn add_plan(&mut self, plan: &ServicePlan, of: impl Fn(&UdpFrontend) -> bool) {
         for (front, serving) in fronts(Some(plan)).filter(|(front, _)| of(front)) {
             self.set(front, Some(serving), true);
         }
     }
 
-    fn set(&mut self, front: Front, serving: Option<Serving>, suspect: bool) {
+    fn set(&mut self, front: UdpFrontend, serving: Option<Serving>, sweep: bool) {
         let earlier = self.entries.get(&front);
-        let suspect = suspect || earlier.is_some_and(|entry| entry.suspect);
-        self.entries.insert(front, Entry { serving, suspect });
+        let sweep = sweep || earlier.is_some_and(|entry| entry.sweep);
+        self.entries.insert(front, DirtyFrontend { serving, sweep });
     }
 
-    /// Sets the ranges whose own addresses answer NodePorts.
+    /// Sets the ranges in which addresses of the node accept NodePorts.
     pub fn set_node_ports(&mut self, ranges: impl Into<Arc<[IpNet]>>) {
         self.node_ports = ranges.into();
     }
 
-    /// Takes over what was noted later.
-    pub fn merge(&mut self, later: Work) {
+    /// Merges later changes.
+    pub fn merge(&mut self, later: DirtyFrontends) {
         if later.is_empty() {
             return;
         }
         for (front, entry) in later.entries {
-            self.set(front, entry.serving, entry.suspect);
+            self.set(front, entry.serving, entry.sweep);
         }
         self.node_ports = later.node_ports;
     }
 
-    /// Whether nothing was noted.
+    /// Whether there are no frontends.
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
 
-    /// The number of frontends noted.
+    /// Returns the number of frontends.
     pub fn len(&self) -> usize {
         self.entries.len()
     }
 
-    /// The frontends whose flows have to be looked for.
-    pub fn suspects(&self) -> impl Iterator<Item = Front> + '_ {
+    /// Returns the frontends whose flows may be stale.
+    pub fn to_sweep(&self) -> impl Iterator<Item = UdpFrontend> + '_ {
         let entries = self.entries.iter();
         entries
-            .filter(|(_, entry)| entry.suspect)
+            .filter(|(_, entry)| entry.sweep)
             .map(|(front, _)| *front)
     }
 
-    /// Those of the host's addresses on which NodePorts answer.
+    /// Selects the addresses of the node that accept NodePorts.
     pub fn node_port_addresses(&self, own: impl IntoIterator<Item = IpAddr>) -> HashSet<IpAddr> {
         let answers = |address: &IpAddr| self.node_ports.iter().any(|net| net.contains(address));
         own.into_iter().filter(answers).collect()
     }
 
-    /// Judges a flow; `node_port_addresses` are those on which NodePorts answer.
-    pub fn judge(&self, flow: &Flow, node_port_addresses: &HashSet<IpAddr>) -> Judgement {
+    /// Determines the state of a flow. `node_port_addresses` are the node's addresses that accept
+    /// NodePorts.
+    pub fn evaluate(&self, flow: &Flow, node_port_addresses: &HashSet<IpAddr>) -> FlowState {
         let at = flow.destination;
-        let entry = self.entries.get(&Front::Address(at)).or_else(|| {
-            let front = Front::NodePort(Family::of(at.ip()), at.port());
+        let entry = self.entries.get(&UdpFrontend::Address(at)).or_else(|| {
+            let front = UdpFrontend::NodePort(Family::of(at.ip()), at.port());
             let entry = self.entries.get(&front)?;
             node_port_addresses.contains(&at.ip()).then_some(entry)
         });
         let stale = match entry.map(|entry| &entry.serving) {
-            None => return Judgement::Unconcerned,
+            None => return FlowState::Unconcerned,
             Some(Some(serving)) => {
                 let replier = (flow.replier.ip(), flow.replier.port());
                 serving.binary_search(&replier).is_err()
@@ -198,16 +199,16 @@ impl Work {
             Some(None) => flow.is_translated(),
         };
         if stale {
-            Judgement::Stale
+            FlowState::Stale
         } else {
-            Judgement::Kept
+            FlowState::Kept
         }
     }
 }
 
-/// The UDP frontends of a plan with their serving endpoints.
-fn fronts(plan: Option<&ServicePlan>) -> impl Iterator<Item = (Front, Serving)> + '_ {
-    // Frontends of one port mostly share a pool, and stand side by side.
+/// Returns the UDP frontends of a plan with their serving endpoints.
+fn fronts(plan: Option<&ServicePlan>) -> impl Iterator<Item = (UdpFrontend, Serving)> + '_ {
+    // Neighbouring frontends mostly share a pool.
     let mut last: Option<(usize, Serving)> = None;
     let frontends = plan.into_iter().flat_map(|plan| {
         let frontends = plan.frontends.iter();
@@ -226,13 +227,13 @@ fn fronts(plan: Option<&ServicePlan>) -> impl Iterator<Item = (Front, Serving)> 
     })
 }
 
-/// The UDP frontend with a claim.
-fn front(family: Family, at: &Claim) -> Option<Front> {
+/// Returns the UDP frontend for a claim.
+fn front(family: Family, at: &Claim) -> Option<UdpFrontend> {
     match *at {
         Claim::Address(address, Protocol::Udp, port) => {
-            Some(Front::Address(SocketAddr::new(address, port)))
+            Some(UdpFrontend::Address(SocketAddr::new(address, port)))
         }
-        Claim::NodePort(Protocol::Udp, port) => Some(Front::NodePort(family, port)),
+        Claim::NodePort(Protocol::Udp, port) => Some(UdpFrontend::NodePort(family, port)),
         Claim::Address(..) | Claim::NodePort(..) => None,
     }
 }

@@ -1,13 +1,12 @@
-//! Logs which packets the policies denied.
+//! Logs the packets that network policies denied.
 //!
 //! ```text
-//! deny-ingress, deny-egress ──NFLOG──> LogReader ──> follow(), on a thread of its own ──> log
+//! deny-ingress, deny-egress ──NFLOG──> LogReader ──> follow(), on its own thread ──> log
 //!                                                      │  ^
 //!                                          Query::Pods └──┘ names of the pods
 //! ```
 //!
-//! The rules log at most so much a second; whatever is still too much is dropped on the way, and
-//! counted.
+//! The rules limit the rate. Packets beyond what the queues hold are dropped and counted.
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
@@ -24,29 +23,28 @@ use crate::sync::Query;
 
 const SHORTEST_RETRY: Duration = Duration::from_secs(1);
 const LONGEST_RETRY: Duration = Duration::from_secs(60);
-/// How often at most losses are told.
-const TELL_LOSSES_EVERY: Duration = Duration::from_secs(60);
+/// The shortest interval between reports of losses.
+const REPORT_LOSSES_EVERY: Duration = Duration::from_secs(60);
 
-/// Where logged packets come from.
-pub trait Source {
+/// A source of logged packets.
+pub trait PacketSource {
     /// Waits for the next packet.
     ///
     /// # Errors
     ///
-    /// When none can be read any more.
+    /// When the source fails.
     fn wait(&mut self) -> Result<Logged, Error>;
 }
 
-impl Source for LogReader {
+impl PacketSource for LogReader {
     fn wait(&mut self) -> Result<Logged, Error> {
         LogReader::wait(self)
     }
 }
 
-/// Logs the packets of a reader until the loop ends, which names the pods. A reader that fails is
-/// opened again. `fields` adds the parts of a packet as fields, for a log that machines read. Blocks
-/// the calling thread.
-pub fn follow<R: Source>(
+/// Logs the packets of a reader until the main loop, which names the pods, has ended. Opens the reader
+/// again when it fails. `fields` adds structured fields. Blocks the calling thread.
+pub fn follow<R: PacketSource>(
     reader: R,
     mut open: impl FnMut() -> Result<R, Error>,
     ask: &mpsc::Sender<Query>,
@@ -57,20 +55,18 @@ pub fn follow<R: Source>(
     let mut pause = SHORTEST_RETRY;
     while !ask.is_closed() {
         let failed = match next.take().map_or_else(&mut open, Ok) {
-            Ok(reader) => hear(reader, &mut losses, ask, fields),
+            Ok(reader) => log_packets(reader, &mut losses, ask, fields),
             Err(error) => Failed::AtOnce(error),
         };
         match failed {
-            Failed::Over => return,
+            Failed::Ended => return,
             Failed::Later(error) => {
-                tracing::warn!("{error}; denied packets are read anew, and some are not logged");
+                tracing::warn!("{error}; some denied packets were not logged; listening again");
                 pause = SHORTEST_RETRY;
             }
             Failed::AtOnce(error) => {
                 if pause == SHORTEST_RETRY {
-                    tracing::warn!(
-                        "{error}; denied packets are not logged until they can be read again"
-                    );
+                    tracing::warn!("{error}; denied packets are not logged until this works");
                 }
                 thread::sleep(pause);
                 pause = (pause * 2).min(LONGEST_RETRY);
@@ -79,110 +75,108 @@ pub fn follow<R: Source>(
     }
 }
 
-/// How the reading of denied packets ended.
+/// The reason why a reader stopped.
 enum Failed {
-    /// The reconciler is gone.
-    Over,
-    /// Before the first packet.
+    /// The main loop has ended.
+    Ended,
+    /// An error before the first packet.
     AtOnce(Error),
-    /// After some.
+    /// An error after some packets.
     Later(Error),
 }
 
-/// Hands on packets until the reader fails.
-fn hear(
-    mut reader: impl Source,
+/// Logs packets until the reader fails.
+fn log_packets(
+    mut reader: impl PacketSource,
     losses: &mut Losses,
     ask: &mpsc::Sender<Query>,
     fields: bool,
 ) -> Failed {
-    let mut heard = false;
+    let mut received = false;
     loop {
         let packet = reader.wait();
-        let first = !std::mem::replace(&mut heard, packet.is_ok());
+        let first = !std::mem::replace(&mut received, packet.is_ok());
         let lost = match packet {
-            // Rules of others may log to the same group.
+            // Rules of other programs may log to the same group.
             Ok(Logged::Denied(packet)) if !is_own(&packet) => 0,
             Ok(Logged::Denied(packet)) => match pods(&packet, ask) {
                 Ok([source, destination]) => {
                     log(&packet, source.as_ref(), destination.as_ref(), fields);
                     0
                 }
-                Err(Unnamed::Busy) => 1,
-                Err(Unnamed::Over) => return Failed::Over,
+                Err(QueryError::Busy) => 1,
+                Err(QueryError::Ended) => return Failed::Ended,
             },
             Ok(Logged::Lost) => 1,
             Err(error) if first => return Failed::AtOnce(error),
             Err(error) => return Failed::Later(error),
         };
         if let Some(lost) = losses.add(lost, Instant::now()) {
-            tracing::warn!(
-                "at least {lost} denied packets were not logged because there were too many at once"
-            );
+            tracing::warn!("at least {lost} denied packets were not logged: the queue was full");
         }
     }
 }
 
-/// Why the pods of a packet are not known.
-enum Unnamed {
-    /// Too many queries wait.
+/// The reason why the pods of a packet are unknown.
+enum QueryError {
+    /// Too many queries are queued.
     Busy,
-    /// The loop has ended.
-    Over,
+    /// The main loop has ended.
+    Ended,
 }
 
-/// Asks for the pods at both ends of a packet.
-fn pods(packet: &Denied, ask: &mpsc::Sender<Query>) -> Result<[Option<ObjectName>; 2], Unnamed> {
+/// Queries the pods at both ends of a packet.
+fn pods(packet: &Denied, ask: &mpsc::Sender<Query>) -> Result<[Option<ObjectName>; 2], QueryError> {
     let (answer, answered) = oneshot::channel();
     let query = Query::Pods {
         addresses: [packet.source, packet.destination],
         answer,
     };
     ask.try_send(query).map_err(|error| match error {
-        TrySendError::Full(_) => Unnamed::Busy,
-        TrySendError::Closed(_) => Unnamed::Over,
+        TrySendError::Full(_) => QueryError::Busy,
+        TrySendError::Closed(_) => QueryError::Ended,
     })?;
-    answered.blocking_recv().map_err(|_| Unnamed::Over)
+    answered.blocking_recv().map_err(|_| QueryError::Ended)
 }
 
-/// Whether a rule of the policies logged a packet: it says the direction.
+/// Whether a rule of nftlet logged a packet: its prefix is a direction.
 fn is_own(packet: &Denied) -> bool {
     Direction::ALL
         .map(Direction::as_str)
         .contains(&packet.prefix.as_str())
 }
 
-/// Losses that were not told yet.
+/// Counts lost packets.
 #[derive(Debug, Default)]
 struct Losses {
-    untold: u64,
-    told: Option<Instant>,
+    unreported: u64,
+    reported: Option<Instant>,
 }
 
 impl Losses {
-    /// Adds losses, and returns how many to tell now, if any.
+    /// Adds losses. Returns the number to report if a report is due.
     fn add(&mut self, lost: u64, now: Instant) -> Option<u64> {
-        self.untold = self.untold.saturating_add(lost);
+        self.unreported = self.unreported.saturating_add(lost);
         let due = self
-            .told
-            .is_none_or(|told| now.saturating_duration_since(told) >= TELL_LOSSES_EVERY);
-        if self.untold == 0 || !due {
+            .reported
+            .is_none_or(|at| now.saturating_duration_since(at) >= REPORT_LOSSES_EVERY);
+        if self.unreported == 0 || !due {
             return None;
         }
-        self.told = Some(now);
-        Some(std::mem::take(&mut self.untold))
+        self.reported = Some(now);
+        Some(std::mem::take(&mut self.unreported))
     }
 }
 
-/// One end of a denied packet.
-struct End<'a> {
+/// An end of a denied packet.
+struct PacketEnd<'a> {
     address: IpAddr,
     port: Option<u16>,
     pod: Option<&'a ObjectName>,
 }
 
-impl End<'_> {
-    fn place(&self) -> String {
+impl PacketEnd<'_> {
+    fn address_and_port(&self) -> String {
         match self.port {
             Some(port) => SocketAddr::new(self.address, port).to_string(),
             None => self.address.to_string(),
@@ -190,16 +184,16 @@ impl End<'_> {
     }
 }
 
-impl fmt::Display for End<'_> {
+impl fmt::Display for PacketEnd<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.pod {
-            Some(pod) => write!(f, "{pod} ({})", self.place()),
-            None => f.write_str(&self.place()),
+            Some(pod) => write!(f, "{pod} ({})", self.address_and_port()),
+            None => f.write_str(&self.address_and_port()),
         }
     }
 }
 
-/// The name of an IP protocol as policies write it, else its number.
+/// Returns the name of an IP protocol as in policies, or its number.
 fn protocol(number: u8) -> String {
     const POLICY: [(Protocol, &str); 3] = [
         (Protocol::Tcp, "TCP"),
@@ -218,8 +212,8 @@ fn protocol(number: u8) -> String {
     }
 }
 
-/// The line about a denied packet.
-fn line(packet: &Denied, source: &End<'_>, destination: &End<'_>) -> String {
+/// Returns the log line for a denied packet.
+fn line(packet: &Denied, source: &PacketEnd<'_>, destination: &PacketEnd<'_>) -> String {
     let (direction, protocol) = (&packet.prefix, protocol(packet.protocol));
     format!("denied {direction} {protocol} {source} -> {destination}")
 }
@@ -230,12 +224,12 @@ fn log(
     destination: Option<&ObjectName>,
     fields: bool,
 ) {
-    let source = End {
+    let source = PacketEnd {
         address: packet.source,
         port: packet.source_port,
         pod: source,
     };
-    let destination = End {
+    let destination = PacketEnd {
         address: packet.destination,
         port: packet.destination_port,
         pod: destination,
@@ -276,14 +270,14 @@ mod tests {
         }
     }
 
-    fn told(packet: &Denied, source: Option<&ObjectName>) -> String {
+    fn line_of(packet: &Denied, source: Option<&ObjectName>) -> String {
         let web = ObjectName::new("shop", "web-0");
-        let source = End {
+        let source = PacketEnd {
             address: packet.source,
             port: packet.source_port,
             pod: source,
         };
-        let destination = End {
+        let destination = PacketEnd {
             address: packet.destination,
             port: packet.destination_port,
             pod: Some(&web),
@@ -296,11 +290,11 @@ mod tests {
         let client = ObjectName::new("shop", "client");
         let tcp = packet(6, Some((41234, 8080)));
         assert_eq!(
-            told(&tcp, Some(&client)),
+            line_of(&tcp, Some(&client)),
             "denied ingress TCP shop/client (10.1.1.6:41234) -> shop/web-0 (10.1.0.5:8080)"
         );
         assert_eq!(
-            told(&tcp, None),
+            line_of(&tcp, None),
             "denied ingress TCP 10.1.1.6:41234 -> shop/web-0 (10.1.0.5:8080)"
         );
     }
@@ -308,25 +302,25 @@ mod tests {
     #[test]
     fn packets_without_ports_have_addresses_alone() {
         assert_eq!(
-            told(&packet(1, None), None),
+            line_of(&packet(1, None), None),
             "denied ingress ICMP 10.1.1.6 -> shop/web-0 (10.1.0.5)"
         );
         let mut v6 = packet(47, None);
         v6.source = "fd00::1".parse().unwrap();
         assert_eq!(
-            told(&v6, None),
+            line_of(&v6, None),
             "denied ingress protocol 47 fd00::1 -> shop/web-0 (10.1.0.5)"
         );
         let mut udp = packet(17, Some((53, 5353)));
         udp.source = "fd00::1".parse().unwrap();
         assert_eq!(
-            told(&udp, None),
+            line_of(&udp, None),
             "denied ingress UDP [fd00::1]:53 -> shop/web-0 (10.1.0.5:5353)"
         );
     }
 
     #[test]
-    fn losses_are_told_once_a_minute() {
+    fn losses_are_reported_once_a_minute() {
         let mut losses = Losses::default();
         let begin = Instant::now();
         let at = |seconds| begin + Duration::from_secs(seconds);
@@ -334,18 +328,18 @@ mod tests {
         assert_eq!(losses.add(1, at(1)), Some(1));
         assert_eq!(losses.add(1, at(2)), None);
         assert_eq!(losses.add(3, at(60)), None);
-        assert_eq!(losses.add(0, at(61)), Some(4), "the rest is told later");
+        assert_eq!(losses.add(0, at(61)), Some(4), "the rest is reported later");
         assert_eq!(losses.add(0, at(200)), None);
         assert_eq!(losses.add(1, at(201)), Some(1));
     }
 
-    /// Readers that hear one packet each and then fail.
+    /// A reader that receives one packet and then fails.
     struct Short(Option<Denied>);
 
-    impl Source for Short {
+    impl PacketSource for Short {
         fn wait(&mut self) -> Result<Logged, Error> {
-            let heard = self.0.take().map(Logged::Denied);
-            heard.ok_or_else(|| Error::LogGroup {
+            let packet = self.0.take().map(Logged::Denied);
+            packet.ok_or_else(|| Error::LogGroup {
                 group: 1,
                 source: std::io::Error::from_raw_os_error(libc::ENOBUFS),
             })

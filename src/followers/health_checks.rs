@@ -1,5 +1,5 @@
-//! Publishes the health checks of services (`healthCheckNodePort`), once their rules are in force: a
-//! load balancer is to send traffic where it can arrive.
+//! Publishes the health checks of services (`healthCheckNodePort`) after their rules took effect, so
+//! that a load balancer sends no traffic before.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -15,12 +15,12 @@ use crate::services::{Replaced, ServiceChanges};
 #[derive(Debug)]
 pub struct HealthChecks {
     published: watch::Sender<Checks>,
-    /// The ports of the services that answer at one.
+    /// The port of each service with a health check.
     ports: HashMap<ObjectName, u16>,
 }
 
 impl HealthChecks {
-    /// Creates a publisher of no health checks.
+    /// Creates a publisher without health checks.
     pub fn new(published: watch::Sender<Checks>) -> Self {
         Self {
             published,
@@ -28,7 +28,7 @@ impl HealthChecks {
         }
     }
 
-    /// Works until no more changes come.
+    /// Runs until no more changes come.
     pub fn run(mut self, changes: &Receiver<Arc<ServiceChanges>>) {
         while let Ok(changes) = changes.recv() {
             self.take_over(&changes);
@@ -38,10 +38,10 @@ impl HealthChecks {
     /// Publishes the health checks of the services that changed.
     pub fn take_over(&mut self, changes: &ServiceChanges) {
         let mut seen = HashSet::new();
-        // Of several changes of a service the last one counts.
+        // Of several changes of a service only the last is relevant.
         let last = changes.replaced.iter().rev();
         let last: Vec<&Replaced> = last.filter(|it| seen.insert(&it.service)).collect();
-        // A port may go from one of them to another.
+        // A port may move from one service to another.
         let given_up = last.iter().filter_map(|it| self.ports.remove(&it.service));
         let given_up: Vec<u16> = given_up.collect();
         let mut wanted = Checks::new();

@@ -1,9 +1,8 @@
-//! What acts once rules are in force, each follower on a thread of its own.
+//! Followers: threads that act after rules took effect.
 //!
-//! A follower receives the changes that took effect from [`sync`](crate::sync). It reads the kernel
-//! through a socket of its own. What it wants to know of the policies, and what it wants removed from
-//! the tables of services, it asks of the loop ([`Query`](crate::sync::Query)), so that the loop knows
-//! of each write.
+//! A follower receives the changes that took effect from [`sync`](crate::sync) and reads the kernel
+//! through a socket of its own. To evaluate policies or to remove elements from the tables of services
+//! it sends a [`Query`](crate::sync::Query) to the main loop, which thereby knows about all writes.
 
 pub mod affinity;
 pub mod connections;

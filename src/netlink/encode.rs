@@ -1,24 +1,22 @@
-//! A transaction as the bytes of one netlink message batch.
+//! Encodes a transaction as one batch of netlink messages.
 
 use std::ffi::CString;
 use std::ops::Range;
 
 use nftnl::MsgType;
 
-use super::attr::Writer;
 use super::error::Error;
 use super::expr::{Program, verdict_code};
 use super::ffi::{self, Scratch, SetAttributes};
+use super::message::{AttrWriter, begin_message, end_message, family_number, set_resource};
 use super::{uapi, udata};
 use crate::nft::{
     Declaration, Element, Family, FieldType, Name, ObjectPath, Op, Rule, Selector, SetKind, Stray,
     StrayKind, TableId, Transaction, Value,
 };
 
-/// Longest list of elements in one message, in bytes. The attribute that holds it has a
-/// 16-bit length.
+/// The longest list of elements in one message, in bytes: its attribute has a 16-bit length.
 const LONGEST_LIST: usize = 60_000;
-const HEADER: usize = 20;
 
 // NFT_SET_* flags of the kernel.
 const FLAG_INTERVAL: u32 = 0x4;
@@ -27,36 +25,37 @@ const FLAG_TIMEOUT: u32 = 0x10;
 const FLAG_EVAL: u32 = 0x20;
 const FLAG_CONCAT: u32 = 0x80;
 const ELEMENT_INTERVAL_END: u32 = 1;
-/// The type number nft gives verdicts.
+/// The number by which nft denotes the type of verdicts.
 const TYPE_VERDICT: u32 = 0xffff_ff00;
-/// The kernel's room for a verdict in a map element.
+/// The size that the kernel reserves for a verdict in a map element.
 const VERDICT_LEN: u32 = 16;
 
-/// An encoded transaction and where each of its messages comes from.
+/// An encoded transaction with the origin of each message.
 #[derive(Debug)]
 pub struct Batch {
-    /// The bytes, from BATCH_BEGIN to BATCH_END.
+    /// The messages from BATCH_BEGIN to BATCH_END.
     pub bytes: Vec<u8>,
     origins: Vec<Origin>,
 }
 
-/// The operation a message came from.
+/// The operation that a message encodes.
 #[derive(Debug)]
 struct Origin {
     op: usize,
-    /// The elements in the message with the offset of each in the message.
+    /// The elements in the message.
     elements: Range<usize>,
+    /// Their offsets in the message.
     offsets: Vec<u16>,
 }
 
 impl Batch {
-    /// The number of messages between BATCH_BEGIN and BATCH_END.
+    /// Returns the number of messages between BATCH_BEGIN and BATCH_END.
     pub fn messages(&self) -> usize {
         self.origins.len()
     }
 
-    /// What the message with a sequence number (counted from that of BATCH_BEGIN) and an offset
-    /// in it stand for.
+    /// Returns the object to which an error message refers. `index` is the sequence number of the
+    /// message, counted from BATCH_BEGIN, and `offset` the position of the attribute at fault.
     pub fn path(&self, transaction: &Transaction, index: u32, offset: Option<u32>) -> ObjectPath {
         let origin = (index as usize)
             .checked_sub(1)
@@ -75,11 +74,12 @@ impl Batch {
     }
 }
 
-/// Encodes a transaction; its messages are numbered from `first_seq` on.
+/// Encodes a transaction in messages numbered from `first_seq`.
 ///
 /// # Errors
 ///
-/// A name that cannot be passed to the kernel, or a rule that nftlet did not write.
+/// [`Error::Name`] if the kernel does not accept a name; [`Error::ForeignRule`] if a rule was read
+/// back from the kernel.
 pub fn encode(transaction: &Transaction, first_seq: u32) -> Result<Batch, Error> {
     let mut encoder = Encoder {
         scratch: Scratch::new(),
@@ -99,7 +99,7 @@ pub fn encode(transaction: &Transaction, first_seq: u32) -> Result<Batch, Error>
     Ok(encoder.batch)
 }
 
-/// The message that appends a rule.
+/// Encodes the message that appends a rule.
 ///
 /// # Errors
 ///
@@ -159,9 +159,9 @@ impl Encoder {
             .wrapping_add(self.batch.messages() as u32 + 1)
     }
 
-    /// Appends a message that libnftnl built, with its own sequence number and no request for
-    /// an acknowledgement: answers to a large batch would not fit into the receive buffer, and
-    /// errors come without it.
+    /// Appends a message from libnftnl with the next sequence number and without a request for an
+    /// acknowledgement: those of a large batch would overflow the receive buffer. Errors are reported
+    /// in any case.
     fn push(&mut self, op: usize, mut message: Vec<u8>) {
         let seq = self.next_seq().to_ne_bytes();
         if let Some(field) = message.get_mut(8..12) {
@@ -236,8 +236,8 @@ impl Encoder {
         add: bool,
     ) {
         let (kind, flags) = if add {
-            // Without NLM_F_EXCL an equal element that is there already is no error, but one
-            // with another value is: just what a repair after lost notifications needs.
+            // Without NLM_F_EXCL the kernel accepts an element that exists with the same value and
+            // refuses one that exists with another value, which indicates a conflict.
             (libc::NFT_MSG_NEWSETELEM, libc::NLM_F_CREATE)
         } else {
             (libc::NFT_MSG_DELSETELEM, 0)
@@ -248,7 +248,7 @@ impl Encoder {
             let seq = self.next_seq();
             let bytes = &mut self.batch.bytes;
             let start = begin_message(bytes, kind, flags as u16, seq, family_number(table.family));
-            let mut writer = Writer::new(bytes);
+            let mut writer = AttrWriter::new(bytes);
             writer.string(uapi::NFTA_SET_ELEM_LIST_TABLE, table.name.as_str());
             writer.string(uapi::NFTA_SET_ELEM_LIST_SET, set.as_str());
             let list = writer.begin(uapi::NFTA_SET_ELEM_LIST_ELEMENTS);
@@ -274,58 +274,12 @@ impl Encoder {
     }
 }
 
-/// The kernel's number of a family.
-pub fn family_number(family: Family) -> u8 {
-    match family {
-        Family::Ip => libc::NFPROTO_IPV4 as u8,
-        Family::Ip6 => libc::NFPROTO_IPV6 as u8,
-    }
-}
-
-/// The family of a kernel's number.
-pub fn family(number: u8) -> Option<Family> {
-    match i32::from(number) {
-        libc::NFPROTO_IPV4 => Some(Family::Ip),
-        libc::NFPROTO_IPV6 => Some(Family::Ip6),
-        _ => None,
-    }
-}
-
-/// Appends the headers of a netfilter message and returns where it starts.
-pub fn begin_message(bytes: &mut Vec<u8>, kind: u16, flags: u16, seq: u32, family: u8) -> usize {
-    let start = bytes.len();
-    let flags = flags | libc::NLM_F_REQUEST as u16;
-    bytes.extend_from_slice(&[0; 4]);
-    bytes.extend_from_slice(&kind.to_ne_bytes());
-    bytes.extend_from_slice(&flags.to_ne_bytes());
-    bytes.extend_from_slice(&seq.to_ne_bytes());
-    bytes.extend_from_slice(&[0; 4]);
-    bytes.extend_from_slice(&[family, 0, 0, 0]);
-    debug_assert_eq!(bytes.len() - start, HEADER);
-    start
-}
-
-/// Writes `res_id`, the part of a netfilter subsystem that the message which started at an offset
-/// is about.
-pub fn set_resource(bytes: &mut [u8], start: usize, resource: u16) {
-    if let Some(field) = bytes.get_mut(start + 18..start + 20) {
-        field.copy_from_slice(&resource.to_be_bytes());
-    }
-}
-
-/// Writes the length of the message that started at an offset and lasts to the end.
-pub fn end_message(bytes: &mut [u8], start: usize) {
-    if let Some(message) = bytes.get_mut(start..) {
-        ffi::set_length(message);
-    }
-}
-
-/// A message that names a set and nothing else: it deletes the set, or flushes its elements.
+/// Encodes a message that only names a set: a request to delete or to flush it.
 fn named_set(table: &TableId, set: &Name, kind: libc::c_int) -> Vec<u8> {
     let kind = (libc::NFNL_SUBSYS_NFTABLES << 8 | kind) as u16;
     let mut bytes = Vec::new();
     let start = begin_message(&mut bytes, kind, 0, 0, family_number(table.family));
-    let mut writer = Writer::new(&mut bytes);
+    let mut writer = AttrWriter::new(&mut bytes);
     // Table and name have the same attribute numbers in both messages.
     writer.string(uapi::NFTA_SET_TABLE, table.name.as_str());
     writer.string(uapi::NFTA_SET_NAME, set.as_str());
@@ -333,7 +287,7 @@ fn named_set(table: &TableId, set: &Name, kind: libc::c_int) -> Vec<u8> {
     bytes
 }
 
-/// A message that deletes an object of a kind that nftlet does not make.
+/// Encodes the deletion of a stateful object or flowtable, neither of which nftlet creates.
 fn deleted_stray(table: &TableId, stray: &Stray) -> Vec<u8> {
     let (kind, object) = match stray.kind {
         StrayKind::Object(object) => (libc::NFT_MSG_DELOBJ, Some(object)),
@@ -342,7 +296,7 @@ fn deleted_stray(table: &TableId, stray: &Stray) -> Vec<u8> {
     let kind = (libc::NFNL_SUBSYS_NFTABLES << 8 | kind) as u16;
     let mut bytes = Vec::new();
     let start = begin_message(&mut bytes, kind, 0, 0, family_number(table.family));
-    let mut writer = Writer::new(&mut bytes);
+    let mut writer = AttrWriter::new(&mut bytes);
     // Table and name have the same attribute numbers in both messages.
     writer.string(uapi::NFTA_OBJ_TABLE, table.name.as_str());
     writer.string(uapi::NFTA_OBJ_NAME, stray.name.as_str());
@@ -353,7 +307,7 @@ fn deleted_stray(table: &TableId, stray: &Stray) -> Vec<u8> {
     bytes
 }
 
-fn write_element(writer: &mut Writer, element: &Element, declaration: &Declaration, add: bool) {
+fn write_element(writer: &mut AttrWriter, element: &Element, declaration: &Declaration, add: bool) {
     let item = writer.begin(uapi::NFTA_LIST_ELEM);
     write_data(writer, uapi::NFTA_SET_ELEM_KEY, element.key.as_bytes());
     if let Some(end) = element
@@ -386,8 +340,8 @@ fn write_element(writer: &mut Writer, element: &Element, declaration: &Declarati
         }
     }
     writer.end(item);
-    // In a set of one field an interval is two elements: its start, and the first key behind it
-    // marked as an end. An interval that reaches the last key has no end.
+    // In a set with a single field an interval is two elements: its first key, and the key after its
+    // last one with the flag for an end. An interval that includes the highest key has no end.
     let end = element
         .key_end
         .as_ref()
@@ -400,13 +354,13 @@ fn write_element(writer: &mut Writer, element: &Element, declaration: &Declarati
     }
 }
 
-pub(super) fn write_data(writer: &mut Writer, kind: u16, value: &[u8]) {
+pub(super) fn write_data(writer: &mut AttrWriter, kind: u16, value: &[u8]) {
     let data = writer.begin(kind);
     writer.bytes(uapi::NFTA_DATA_VALUE, value);
     writer.end(data);
 }
 
-/// The key after a key, read as one number in network order; `None` after the last.
+/// Returns the next key in numeric order; `None` after the highest.
 fn following(key: &[u8]) -> Option<Vec<u8>> {
     let mut next = key.to_vec();
     for byte in next.iter_mut().rev() {
@@ -419,7 +373,7 @@ fn following(key: &[u8]) -> Option<Vec<u8>> {
     None
 }
 
-/// What the kernel and nft are told about a set.
+/// Returns the attributes of a set for the kernel and for nft.
 pub fn set_attributes(declaration: &Declaration, family: Family) -> SetAttributes {
     let key = declaration.key_types(family);
     let data = match &declaration.kind {
@@ -461,7 +415,7 @@ fn length(selectors: &[Selector], family: Family) -> u32 {
     }
 }
 
-/// The number by which nft remembers a type; six bits a field in a concatenation.
+/// Returns nft's number for a type, in a concatenation six bits for each field.
 fn type_number(selectors: &[Selector], family: Family) -> u32 {
     selectors.iter().fold(0, |number, selector| {
         let field = match selector.field_type(family) {

@@ -1,11 +1,10 @@
-//! What can go wrong between nftlet and the kernel.
+//! Errors of netlink.
 
 use std::fmt;
 use std::io;
 
 use thiserror::Error;
 
-use super::conntrack::{Flow, Tracked};
 use crate::nft::{ObjectPath, TableId};
 
 /// An error of the netlink layer.
@@ -14,18 +13,18 @@ pub enum Error {
     /// The netlink socket could not be opened or configured.
     #[error("cannot open a netlink socket for {what}: {source}; {hint}", hint = hint(.source))]
     Open {
-        /// What it is for.
+        /// The purpose of the socket.
         what: &'static str,
         /// The error of the socket.
         source: io::Error,
     },
-    /// A name cannot be given to the kernel.
+    /// The kernel does not accept a name.
     #[error("{path}: the name contains a zero byte or is longer than the kernel allows")]
     Name {
-        /// Where the name stands.
+        /// The object with the name.
         path: ObjectPath,
     },
-    /// Something read back from the kernel was about to be written.
+    /// A rule that was read back from the kernel cannot be encoded.
     #[error("{path}: a rule that nftlet did not write cannot be written")]
     ForeignRule {
         /// The rule.
@@ -34,67 +33,43 @@ pub enum Error {
     /// A message did not reach the kernel.
     #[error("cannot send {what} of {bytes} bytes to the kernel: {source}; {hint}", hint = hint(.source))]
     Send {
-        /// What it is.
+        /// The kind of message.
         what: &'static str,
         /// Its size.
         bytes: usize,
         /// The error of the socket.
         source: io::Error,
     },
-    /// The kernel refused a transaction; nothing of it took effect.
+    /// The kernel refused a transaction, none of which took effect.
     #[error("the kernel refused {}{}", .first, more(.others))]
     Refused {
         /// The refusal that the kernel reported first.
         first: Box<Refusal>,
-        /// The other ones, in the order of the transaction. They may follow from the first.
+        /// Further refusals in the order of the transaction, which may be consequences of the first.
         others: Vec<Refusal>,
     },
     /// The kernel refused a transaction, because a table belongs to another process.
     #[error(
         "the kernel refused {path}: table {table} belongs to another process ({owner}), and only \
-         that one may change it; end that process, with which its table goes, or have it use \
-         another name"
+         its owner may change it; end that process, which removes its table, or configure another \
+         table name for it"
     )]
     Owned {
-        /// What it refused.
+        /// The refused object.
         path: Box<ObjectPath>,
         /// The table.
         table: Box<TableId>,
-        /// Whose it is.
+        /// The process that owns the table.
         owner: Owner,
-        /// Its errno.
+        /// The kernel's errno.
         source: io::Error,
     },
     /// The answer of the kernel could not be read.
     #[error("cannot read the kernel's answer to {what}: {source}; {hint}", hint = hint(.source))]
     Receive {
-        /// What was asked.
+        /// The request.
         what: &'static str,
         /// The error of the socket.
-        source: io::Error,
-    },
-    /// The tracked connections cannot be worked with.
-    #[error("cannot list {what}: {source}; {hint}", hint = conntrack_hint(.source))]
-    Flows {
-        /// What was asked for.
-        what: &'static str,
-        /// The kernel's errno.
-        source: io::Error,
-    },
-    /// A tracked connection could not be deleted.
-    #[error("cannot delete the UDP flow {flow}: {source}; {hint}", hint = conntrack_hint(.source))]
-    Flow {
-        /// The connection.
-        flow: Box<Flow>,
-        /// The kernel's errno.
-        source: io::Error,
-    },
-    /// A tracked connection could not be removed.
-    #[error("cannot cut the connection {connection}: {source}; {hint}", hint = conntrack_hint(.source))]
-    Connection {
-        /// The connection.
-        connection: Box<Tracked>,
-        /// The kernel's errno.
         source: io::Error,
     },
     /// The ipsets cannot be listed.
@@ -119,7 +94,7 @@ pub enum Error {
         /// The kernel's errno.
         source: io::Error,
     },
-    /// A group of logged packets cannot be listened to.
+    /// An NFLOG group cannot be bound.
     #[error("cannot listen to NFLOG group {group}: {source}; {hint}", hint = log_hint(.source))]
     LogGroup {
         /// The group.
@@ -127,14 +102,14 @@ pub enum Error {
         /// The kernel's errno.
         source: io::Error,
     },
-    /// A dump kept being interrupted by changes.
+    /// Changes interrupted every attempt at a dump.
     #[error(
-        "the dump of {what} was interrupted {times} times by changes; it will be tried again when the other writer is quiet"
+        "the dump of {what} was interrupted {times} times by changes; retrying when the other process writes less"
     )]
     Interrupted {
-        /// What was dumped.
+        /// The dumped objects.
         what: &'static str,
-        /// How often it was tried.
+        /// The number of attempts.
         times: u32,
     },
 }
@@ -158,12 +133,12 @@ impl Error {
         first.into_iter().chain(others)
     }
 
-    /// Whether what was to be written does not fit what the tables hold.
+    /// Whether the transaction conflicts with the contents of the tables.
     pub fn is_conflict(&self) -> bool {
         self.refusals().next().map(Refusal::class) == Some(ErrorClass::Conflict)
     }
 
-    /// The system's error behind it, where there is one.
+    /// Returns the errno, if the error has one.
     pub fn errno(&self) -> Option<i32> {
         match self {
             Error::Refused { first, .. } => first.source.raw_os_error(),
@@ -171,9 +146,6 @@ impl Error {
             | Error::Send { source, .. }
             | Error::Owned { source, .. }
             | Error::Receive { source, .. }
-            | Error::Flows { source, .. }
-            | Error::Flow { source, .. }
-            | Error::Connection { source, .. }
             | Error::IpSets { source }
             | Error::LogGroup { source, .. }
             | Error::IpSet { source, .. }
@@ -183,12 +155,12 @@ impl Error {
     }
 }
 
-/// The process to which a table belongs.
+/// The process that owns a table.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Owner {
-    /// The netlink port by which the kernel knows it.
+    /// Its netlink port.
     pub port: u32,
-    /// The name of the process that has this number, which by default is the owner.
+    /// The name of the process whose id equals the port, which by default is the owner.
     pub process: Option<String>,
 }
 
@@ -196,25 +168,25 @@ impl fmt::Display for Owner {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "netlink port {}", self.port)?;
         match &self.process {
-            Some(process) => write!(f, ", which is the id of process {process}"),
+            Some(process) => write!(f, ", the id of process {process}"),
             None => Ok(()),
         }
     }
 }
 
-/// An object that the kernel refused, with the reason.
+/// A refused object with the reason.
 #[derive(Debug)]
 pub struct Refusal {
     /// The object.
     pub path: ObjectPath,
     /// The errno.
     pub source: io::Error,
-    /// The message of the extended acknowledgement; empty if there was none.
+    /// The text of the extended acknowledgement; empty without one.
     pub detail: String,
 }
 
 impl Refusal {
-    /// Classifies the errno. The kernel names the element that it was at, whatever went wrong there.
+    /// Classifies the errno: the kernel names an element even if the error is unrelated to it.
     pub fn class(&self) -> ErrorClass {
         match self.source.raw_os_error() {
             Some(libc::ENOENT | libc::EEXIST | libc::EBUSY) => ErrorClass::Conflict,
@@ -249,19 +221,19 @@ fn more(others: &[Refusal]) -> String {
     }
 }
 
-/// What a refusal says about the object that it names.
+/// The cause of a refusal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ErrorClass {
-    /// The object itself is at fault: it is refused again until it changes.
+    /// The object is invalid: the kernel refuses it until it changes.
     Permanent,
-    /// The object does not fit what the tables hold.
+    /// The object conflicts with the contents of the tables.
     Conflict,
-    /// Any other object would have been refused, too.
+    /// The state of the system: the kernel would have refused any other object, too.
     Transient,
 }
 
-/// A hint for the errno values that a person can do something about.
-fn hint(error: &io::Error) -> &'static str {
+/// Returns a hint for errno values that an administrator can act on.
+pub(super) fn hint(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
         Some(libc::EPERM | libc::EACCES) => {
             "nftlet needs the capability CAP_NET_ADMIN (run it as root)"
@@ -273,36 +245,26 @@ fn hint(error: &io::Error) -> &'static str {
             "this kernel lacks an nftables feature (nftlet needs Linux 5.13 with nft_nat, nft_masq, nft_fib, nft_reject, nft_numgen and nft_ct)"
         }
         Some(libc::ENOENT) => {
-            "something it refers to does not exist; it will be compared with the kernel and repaired"
+            "an object it refers to does not exist; nftlet compares with the kernel and repairs"
         }
         Some(libc::EEXIST) => {
-            "the kernel has another object of that name; it will be compared with the kernel and repaired"
+            "the kernel has a different object of that name; nftlet compares with the kernel and repairs"
         }
-        Some(libc::EBUSY) => "something still refers to it",
+        Some(libc::EBUSY) => "another object still refers to it",
         Some(libc::EMSGSIZE | libc::ENOBUFS) => {
             "a netlink buffer is too small; CAP_NET_ADMIN lets nftlet enlarge it (inside a user namespace, raise the sysctl net.core.wmem_max)"
         }
         Some(libc::ENOMEM) => "the kernel is out of memory",
-        _ => "it will be tried again",
+        _ => "nftlet retries",
     }
 }
 
-/// The same for tracked connections.
-fn conntrack_hint(error: &io::Error) -> &'static str {
-    match error.raw_os_error() {
-        Some(libc::EINVAL | libc::EOPNOTSUPP) => {
-            "this kernel has no connection tracking over netlink (load the module nf_conntrack_netlink)"
-        }
-        _ => hint(error),
-    }
-}
-
-/// The same for groups of logged packets. The kernel has one errno for a group that somebody else
-/// has bound and for a missing capability.
+/// Like [`hint`], for NFLOG groups. The kernel uses one errno for a group that another process has
+/// bound and for a missing capability.
 fn log_hint(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
         Some(libc::EPERM | libc::EBUSY) => {
-            "another program (ulogd, or a second nftlet) listens to this group, so choose another one; or nftlet lacks the capability CAP_NET_ADMIN"
+            "another process (ulogd, or a second nftlet) has bound this group: choose another one; or nftlet lacks the capability CAP_NET_ADMIN"
         }
         Some(libc::EINVAL | libc::EOPNOTSUPP) => {
             "this kernel cannot log over netlink (load the module nfnetlink_log)"

@@ -1,8 +1,8 @@
-//! Statements as the kernel's expressions, described as plain data.
+//! Translates statements to the kernel's expressions, as plain data.
 //!
-//! A rule runs as a list of expressions over sixteen 32-bit registers. Selectors load values
-//! into registers, one after the other for a concatenated key (`load`); comparisons and lookups
-//! read them. [`Program::rule`] gives the list; `ffi` makes libnftnl objects of it.
+//! The kernel evaluates a rule as a list of expressions over sixteen 32-bit registers. Selectors load
+//! values into registers, in sequence for a concatenated key (`load`). Comparisons and lookups read
+//! them. `ffi` converts the list to libnftnl objects.
 
 mod load;
 
@@ -20,7 +20,7 @@ use crate::nft::{
 /// One expression: its name and the attributes to set.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Expr {
-    /// The name libnftnl knows it by.
+    /// Its name in libnftnl.
     pub name: &'static CStr,
     /// Attribute numbers with their values.
     pub attributes: Vec<(u32, Attribute)>,
@@ -31,26 +31,26 @@ pub struct Expr {
 pub enum Attribute {
     /// One byte.
     U8(u8),
-    /// A short number in host order.
+    /// A number in host byte order, which libnftnl converts.
     U16(u16),
-    /// A number in host order; libnftnl converts it.
+    /// A number in host byte order, which libnftnl converts.
     U32(u32),
-    /// A long number in host order.
+    /// A number in host byte order, which libnftnl converts.
     U64(u64),
-    /// A name or another text.
+    /// Text.
     Text(Name),
     /// Raw bytes.
     Bytes(Vec<u8>),
 }
 
-/// A statement that cannot be written because it was read from the kernel.
+/// Error for a statement that was read from the kernel and cannot be encoded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Unwritable;
 
 const VERDICT_REGISTER: u32 = libc::NFT_REG_VERDICT as u32;
 
-/// The register that starts at a 32-bit word: the kernel numbers those at multiples of four
-/// 1 to 4, and the others from 8.
+/// Returns the number of the register at a 32-bit word. The kernel numbers registers at multiples of
+/// four words 1 to 4, and the others from 8.
 fn register(word: usize) -> u32 {
     let word = word as u32;
     if word.is_multiple_of(4) {
@@ -67,7 +67,7 @@ pub struct Program {
 }
 
 impl Program {
-    /// The expressions of a rule of a table of the given family.
+    /// Translates a rule of a table of the given family.
     ///
     /// # Errors
     ///
@@ -125,8 +125,8 @@ impl Program {
         );
     }
 
-    /// Compares the register at word 0 with a range. As nft does, it is asked for as two bounds
-    /// and excluded as one range.
+    /// Compares the register at word 0 with a range. Like nft, encodes inclusion as two bounds and
+    /// exclusion as one range.
     fn range(&mut self, comparison: Comparison, from: Vec<u8>, to: Vec<u8>) {
         use Attribute::{Bytes, U32};
         match comparison {
@@ -146,7 +146,7 @@ impl Program {
         }
     }
 
-    /// Continues if the register at word 0 and the bits have a bit in common.
+    /// Matches if the register at word 0 has any of the bits.
     fn any_bit(&mut self, bits: u32) {
         self.bitwise(bits.to_ne_bytes().into(), vec![0; 4]);
         self.cmp(Comparison::IsNot, vec![0; 4]);
@@ -279,7 +279,7 @@ impl Program {
                 self.any_bit(ct_status_bit(*status));
             }
             Statement::TcpNotOpening => {
-                // The byte with the flags of a TCP header, and the flags in it.
+                // Offset of the flags in the TCP header, and the bits of the flags.
                 const FLAGS_OFFSET: u32 = 13;
                 const SYN: u8 = 0x02;
                 const FIN_SYN_RST_ACK: u8 = 0x17;
@@ -300,7 +300,7 @@ impl Program {
                 c"limit",
                 [
                     (sys::NFTNL_EXPR_LIMIT_RATE, U64((*per_second).into())),
-                    // The rate counts per so many seconds.
+                    // The unit in seconds.
                     (sys::NFTNL_EXPR_LIMIT_UNIT, U64(1)),
                     (sys::NFTNL_EXPR_LIMIT_BURST, U32(*burst)),
                     (sys::NFTNL_EXPR_LIMIT_TYPE, U32(libc::NFT_LIMIT_PKTS as u32)),
@@ -412,7 +412,7 @@ impl Program {
     }
 }
 
-/// The number of a verdict in netlink messages.
+/// Returns the number of a verdict in netlink messages.
 pub fn verdict_code(verdict: &Verdict) -> i32 {
     match verdict {
         Verdict::Accept => libc::NF_ACCEPT,

@@ -1,7 +1,7 @@
-//! libnftnl objects: the only place where messages pass through C code.
+//! Builds and parses messages with libnftnl.
 //!
-//! Everything here takes plain values and gives plain bytes or text. Objects live within one
-//! function, so that none can be freed twice or used after it was freed.
+//! Functions take and return plain values. No libnftnl object outlives the function that allocated
+//! it, which excludes double frees and use after free.
 
 #![allow(unsafe_code)]
 
@@ -13,23 +13,23 @@ use nftnl::expr::Expression;
 use nftnl::nftnl_sys as sys;
 use nftnl::{Chain, ChainType, Hook, MsgType, NlMsg, Policy, ProtoFamily, Rule, Table};
 
-use super::attr::Writer;
 use super::expr::{Attribute, Expr};
+use super::message::{AttrWriter, set_length};
 use super::uapi;
 use crate::nft::{BaseChain, ChainKind, Family, Hook as ChainHook};
 
-/// Room for one message of libnftnl, which does not check the size of its buffer.
+/// A buffer for one message of libnftnl, which does not check sizes.
 pub struct Scratch(Vec<u64>);
 
 impl Scratch {
-    /// Allocates the largest message that libnftnl builds.
+    /// Allocates a buffer for the largest message that libnftnl builds.
     pub fn new() -> Self {
         let bytes = nftnl::nft_nlmsg_maxsize() as usize;
         // Words, because the header at the beginning must be aligned.
         Self(vec![0; bytes.div_ceil(size_of::<u64>())])
     }
 
-    /// Lets libnftnl write a message and returns its bytes.
+    /// Builds a message and returns its bytes.
     fn message<T: NlMsg>(&mut self, message: &T, seq: u32, kind: MsgType) -> &mut [u8] {
         let start = self.0.as_mut_ptr().cast::<c_void>();
         // SAFETY: the buffer has nft_nlmsg_maxsize() bytes, which is what write() asks for.
@@ -37,7 +37,7 @@ impl Scratch {
         self.written()
     }
 
-    /// The message at the beginning of the buffer.
+    /// Returns the message in the buffer.
     fn written(&mut self) -> &mut [u8] {
         let start = self.0.as_mut_ptr().cast::<u8>();
         let capacity = self.0.len() * size_of::<u64>();
@@ -48,7 +48,7 @@ impl Scratch {
     }
 }
 
-/// A C string for a name without zero bytes.
+/// Converts a name; `None` if it contains a zero byte.
 pub fn c_name(name: &str) -> Option<CString> {
     CString::new(name).ok()
 }
@@ -60,13 +60,13 @@ fn proto(family: Family) -> ProtoFamily {
     }
 }
 
-/// A message that makes or deletes a table.
+/// Builds a message that creates or deletes a table.
 pub fn table(scratch: &mut Scratch, family: Family, name: &CStr, kind: MsgType) -> Vec<u8> {
     let table = Table::new(name, proto(family));
     scratch.message(&table, 0, kind).to_vec()
 }
 
-/// A message that makes or deletes a chain.
+/// Builds a message that creates or deletes a chain.
 pub fn chain(
     scratch: &mut Scratch,
     (family, table): (Family, &CStr),
@@ -94,8 +94,8 @@ pub fn chain(
     scratch.message(&chain, 0, kind).to_vec()
 }
 
-/// A message that appends a rule, or with [`MsgType::Del`] and no expressions one that removes
-/// all rules of the chain.
+/// Builds a message that appends a rule or, with [`MsgType::Del`] and no expressions, removes all rules
+/// of the chain.
 pub fn rule(
     scratch: &mut Scratch,
     (family, table, chain): (Family, &CStr, &CStr),
@@ -111,28 +111,19 @@ pub fn rule(
     }
     let mut message = scratch.message(&rule, 0, kind).to_vec();
     if !user_data.is_empty() {
-        // The crate's own set_comment takes ownership of nothing but needs the rule mutable and
-        // a C string; appending the attribute is simpler and equal.
-        Writer::new(&mut message).bytes(uapi::NFTA_RULE_USERDATA, user_data);
+        // Simpler than the crate's set_comment, which needs a mutable rule and a C string.
+        AttrWriter::new(&mut message).bytes(uapi::NFTA_RULE_USERDATA, user_data);
         set_length(&mut message);
     }
     message
 }
 
-/// Writes the length of a message into its header.
-pub fn set_length(message: &mut [u8]) {
-    let length = (message.len() as u32).to_ne_bytes();
-    if let Some(field) = message.get_mut(..4) {
-        field.copy_from_slice(&length);
-    }
-}
-
-/// What the kernel is told about a set.
+/// The attributes of a set declaration.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct SetAttributes {
     /// `NFTA_SET_FLAGS`.
     pub flags: u32,
-    /// `NFTA_SET_KEY_TYPE`, kept for nft.
+    /// `NFTA_SET_KEY_TYPE`, which only nft interprets.
     pub key_type: u32,
     /// `NFTA_SET_KEY_LEN` in bytes.
     pub key_len: u32,
@@ -146,11 +137,11 @@ pub struct SetAttributes {
     pub fields: Vec<u8>,
     /// `NFTA_SET_USERDATA`.
     pub user_data: Vec<u8>,
-    /// The name of the expression in `NFTA_SET_EXPR`, of which each element gets its own.
+    /// The name of the expression in `NFTA_SET_EXPR`, which each element has a copy of.
     pub expression: Option<Cow<'static, str>>,
 }
 
-/// A message that declares a set.
+/// Builds a message that declares a set.
 pub fn new_set(
     scratch: &mut Scratch,
     (family, table): (Family, &CStr),
@@ -211,10 +202,10 @@ pub fn new_set(
     }
     let mut message = scratch.written().to_vec();
     if let Some(expression) = &set.expression {
-        let mut writer = Writer::new(&mut message);
+        let mut writer = AttrWriter::new(&mut message);
         let nest = writer.begin(uapi::NFTA_SET_EXPR);
         writer.string(uapi::NFTA_EXPR_NAME, expression);
-        // A counter that starts at zero needs no attributes, but the list of them.
+        // A counter that starts at zero needs an empty list of attributes.
         let data = writer.begin(uapi::NFTA_EXPR_DATA);
         writer.end(data);
         writer.end(nest);
@@ -239,7 +230,7 @@ impl Expression for Expr {
                     Attribute::U32(value) => sys::nftnl_expr_set_u32(expr, kind, *value),
                     Attribute::U64(value) => sys::nftnl_expr_set_u64(expr, kind, *value),
                     Attribute::Text(name) => {
-                        // Names were checked for zero bytes when the chain or set was made.
+                        // Names were checked for zero bytes when the chain or set was encoded.
                         let name = c_name(name.as_str()).unwrap_or_default();
                         sys::nftnl_expr_set_str(expr, kind, name.as_ptr());
                     }
@@ -254,8 +245,8 @@ impl Expression for Expr {
     }
 }
 
-/// Gives an expression the values that the kernel adds to what it was given, and those that
-/// change with traffic, so that it reads the same whether it was written or read back.
+/// Sets the attributes that the kernel adds by itself, and those that change with traffic, so that
+/// a written expression equals the one read back.
 ///
 /// # Safety
 ///
@@ -263,7 +254,7 @@ impl Expression for Expr {
 unsafe fn normalise(name: &CStr, expr: *mut sys::nftnl_expr) {
     // NF_NAT_RANGE_MAP_IPS and NF_NAT_RANGE_PROTO_SPECIFIED, which follow from the registers.
     const NAT_RANGE: u32 = 3;
-    // SAFETY: the caller vouches for the expression; attribute numbers are those of its name.
+    // SAFETY: the caller guarantees a live expression; attribute numbers are those of its name.
     unsafe {
         let get = |kind: u32| {
             let set = sys::nftnl_expr_is_set(expr, kind as u16);
@@ -297,8 +288,8 @@ unsafe fn normalise(name: &CStr, expr: *mut sys::nftnl_expr) {
     }
 }
 
-/// The expressions of a rule message in libnftnl's notation, with counters set to zero: equal
-/// for a rule as it was written and as it is read back. `None` if libnftnl cannot parse it.
+/// Returns the expressions of a rule message in libnftnl's notation with counters set to zero, which
+/// is equal for a written rule and the one read back. `None` if libnftnl cannot parse it.
 pub fn describe_rule(message: &[u8]) -> Option<String> {
     if message.len() < size_of::<libc::nlmsghdr>() {
         return None;

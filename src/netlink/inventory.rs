@@ -1,11 +1,10 @@
-//! What there is in the kernel by name: tables and whose they are, base chains, and objects of kinds that
-//! nftlet never makes.
+//! Lists tables and their owners, base chains, and objects of kinds that nftlet never creates.
 
 use std::collections::BTreeSet;
 use std::fs;
 
-use super::encode::{family, family_number};
 use super::error::{Error, Owner};
+use super::message::{family, family_number};
 use super::nftables::Nftables;
 use super::read::{accepts, hooked, is_of, string_attribute};
 use super::uapi;
@@ -16,24 +15,24 @@ use crate::nft::{BaseChain, Name, Stray, StrayKind, TableId};
 pub struct FoundBaseChain {
     /// Its name.
     pub name: Name,
-    /// Its type, hook and priority; `None` for a type that nftlet never uses.
+    /// Its type, hook and priority; `None` if nftlet never uses the type.
     pub base: Option<BaseChain>,
-    /// Its policy is `accept`.
+    /// Whether its policy is `accept`.
     pub accepts: bool,
 }
 
 impl Nftables {
-    /// The tables of the families `ip` and `ip6` that have one of these names.
+    /// Returns the tables with one of these names in the families `ip` and `ip6`.
     ///
     /// # Errors
     ///
-    /// When the dump fails or is interrupted over and over again.
+    /// When the dump fails or every attempt is interrupted.
     pub fn tables(&mut self, names: &[&str]) -> Result<Vec<TableId>, Error> {
         let tables = self.flagged_tables(names)?.into_iter();
         Ok(tables.map(|(id, _)| id).collect())
     }
 
-    /// Finds the process that a table belongs to, which alone may change it.
+    /// Returns the process that owns a table, if the table has an owner.
     pub(super) fn owner(&mut self, id: &TableId) -> Result<Option<Owner>, Error> {
         let dumped = self.dump("the tables", libc::NFT_MSG_GETTABLE, 0, &[])?;
         let owner = dumped.iter().find_map(|message| {
@@ -48,7 +47,7 @@ impl Nftables {
         }))
     }
 
-    /// The same with the flags of each.
+    /// Like [`Nftables::tables`], with the flags of each table.
     pub(super) fn flagged_tables(&mut self, names: &[&str]) -> Result<Vec<(TableId, u32)>, Error> {
         let dumped = self.dump("the tables", libc::NFT_MSG_GETTABLE, 0, &[])?;
         let found = dumped.iter().filter_map(|message| {
@@ -63,7 +62,7 @@ impl Nftables {
         Ok(found.collect())
     }
 
-    /// The objects of a table of kinds that nftlet does not make.
+    /// Returns the stateful objects and flowtables of a table, neither of which nftlet creates.
     pub(super) fn strays(&mut self, id: &TableId) -> Result<BTreeSet<Stray>, Error> {
         let mut found = BTreeSet::new();
         let of_objects = string_attribute(uapi::NFTA_OBJ_TABLE, id.name.as_str());
@@ -72,7 +71,7 @@ impl Nftables {
             ("the flowtables", uapi::NFT_MSG_GETFLOWTABLE),
         ];
         for (what, kind) in dumps {
-            // Table and name have the same attribute numbers in both messages.
+            // Table and name have the same attribute numbers in both kinds of messages.
             let dumped = self.dump(what, kind, family_number(id.family), &of_objects)?;
             found.extend(dumped.iter().filter_map(|message| {
                 let attributes = message.attributes();
@@ -92,20 +91,20 @@ impl Nftables {
         Ok(found)
     }
 
-    /// The names of the chains of a table, whoever made it; none if it does not exist.
+    /// Returns the names of the chains of any table; none if it does not exist.
     ///
     /// # Errors
     ///
-    /// When the dump fails or is interrupted over and over again.
+    /// When the dump fails or every attempt is interrupted.
     pub fn chain_names(&mut self, id: &TableId) -> Result<Vec<Name>, Error> {
         Ok(self.chains(id)?.into_keys().collect())
     }
 
-    /// Returns the base chains of a table, whoever made it; none if it does not exist.
+    /// Returns the base chains of any table; none if it does not exist.
     ///
     /// # Errors
     ///
-    /// When the dump fails or is interrupted over and over again.
+    /// When the dump fails or every attempt is interrupted.
     pub fn base_chains(&mut self, id: &TableId) -> Result<Vec<FoundBaseChain>, Error> {
         let dumped = self.dump_chains(id.family)?;
         let found = dumped.iter().filter_map(|message| {

@@ -1,21 +1,18 @@
-//! Names, ports and removal of ipsets.
-//!
-//! nftlet makes no ipsets. kube-proxy's ipvs mode does, and leaves them behind.
+//! Lists and destroys ipsets, which kube-proxy's ipvs mode leaves behind.
 
 use std::io;
 use std::path::Path;
 
-use super::attr::{Reader, Writer};
-use super::encode::{begin_message, end_message};
 use super::error::Error;
-use super::socket::{DUMP_ATTEMPTS, Dump, Message, Reading, Socket};
+use super::message::{AttrReader, AttrWriter, begin_message, end_message};
+use super::socket::{DUMP_ATTEMPTS, Dump, DumpStatus, Message, Socket};
 use super::uapi;
 
 const SETS: &str = "the ipsets";
-/// Is there while the kernel has ipsets, built in or loaded.
+/// Exists while the kernel has ipsets, built in or loaded.
 const MODULE: &str = "/sys/module/ip_set";
 
-/// A connection to the kernel's ipsets, in the network namespace it was opened in.
+/// A socket to the ipsets of the network namespace in which it was opened.
 pub struct IpSets {
     socket: Socket,
 }
@@ -23,7 +20,7 @@ pub struct IpSets {
 impl IpSets {
     /// Opens a socket in the current network namespace; `None` where the kernel has no ipsets.
     ///
-    /// The module is looked for first: the kernel would load it to answer that there are none.
+    /// Checks for the module first, because the kernel would load it to answer the request.
     ///
     /// # Errors
     ///
@@ -36,14 +33,14 @@ impl IpSets {
         Ok(Some(Self { socket }))
     }
 
-    /// The names of all sets.
+    /// Returns the names of all sets.
     ///
     /// # Errors
     ///
-    /// [`Error::IpSets`] when the kernel does not list them.
+    /// [`Error::IpSets`] when the kernel refuses.
     pub fn names(&mut self) -> Result<Vec<String>, Error> {
         let mut filter = request();
-        Writer::new(&mut filter).be32(uapi::IPSET_ATTR_FLAGS, uapi::IPSET_FLAG_LIST_SETNAME);
+        AttrWriter::new(&mut filter).be32(uapi::IPSET_ATTR_FLAGS, uapi::IPSET_FLAG_LIST_SETNAME);
         let mut names = Vec::new();
         self.list(&filter, &mut names, |message, names| {
             names.extend(
@@ -56,14 +53,14 @@ impl IpSets {
         Ok(names)
     }
 
-    /// The ports in the elements of a set, sorted; none if the set has no ports.
+    /// Returns the ports in the elements of a set, sorted and without duplicates.
     ///
     /// # Errors
     ///
-    /// [`Error::IpSets`] when the kernel does not list them.
+    /// [`Error::IpSets`] when the kernel refuses.
     pub fn ports(&mut self, name: &str) -> Result<Vec<u16>, Error> {
         let mut filter = request();
-        Writer::new(&mut filter).string(uapi::IPSET_ATTR_SETNAME, name);
+        AttrWriter::new(&mut filter).string(uapi::IPSET_ATTR_SETNAME, name);
         let mut ports = Vec::new();
         self.list(&filter, &mut ports, |message, ports| {
             let elements = message.attributes().nested(uapi::IPSET_ATTR_ADT);
@@ -71,7 +68,9 @@ impl IpSets {
             ports.extend(
                 elements
                     .filter(|(kind, _)| *kind == uapi::IPSET_ATTR_DATA)
-                    .filter_map(|(_, element)| Reader::new(element).be16(uapi::IPSET_ATTR_PORT)),
+                    .filter_map(|(_, element)| {
+                        AttrReader::new(element).be16(uapi::IPSET_ATTR_PORT)
+                    }),
             );
         })?;
         ports.sort_unstable();
@@ -79,7 +78,7 @@ impl IpSets {
         Ok(ports)
     }
 
-    /// Destroys a set. False if there is none of the name.
+    /// Destroys a set. Returns false if it does not exist.
     ///
     /// # Errors
     ///
@@ -89,12 +88,12 @@ impl IpSets {
         let mut bytes = Vec::new();
         let start = begin_message(&mut bytes, kind(uapi::IPSET_CMD_DESTROY), 0, seq, 0);
         bytes.extend_from_slice(&request());
-        Writer::new(&mut bytes).string(uapi::IPSET_ATTR_SETNAME, name);
+        AttrWriter::new(&mut bytes).string(uapi::IPSET_ATTR_SETNAME, name);
         end_message(&mut bytes, start);
         let errno = match self.socket.ask("the removal of an ipset", seq, &bytes)? {
             0 => return Ok(true),
             libc::ENOENT => return Ok(false),
-            // The kernel's own number has no text in the C library.
+            // The C library has no text for this number.
             uapi::IPSET_ERR_BUSY => libc::EBUSY,
             errno => errno,
         };
@@ -119,8 +118,8 @@ impl IpSets {
                 attributes,
             };
             match self.socket.dump(dump, |message| each(message, found)) {
-                Ok(Reading::Complete) => return Ok(()),
-                Ok(Reading::Interrupted) => {}
+                Ok(DumpStatus::Complete) => return Ok(()),
+                Ok(DumpStatus::Interrupted) => {}
                 Err(Error::Receive { source, .. }) => return Err(Error::IpSets { source }),
                 Err(error) => return Err(error),
             }
@@ -136,9 +135,9 @@ fn kind(command: u16) -> u16 {
     (libc::NFNL_SUBSYS_IPSET as u16) << 8 | command
 }
 
-/// The attribute that every request has.
+/// Returns the attribute that begins every request.
 fn request() -> Vec<u8> {
     let mut bytes = Vec::new();
-    Writer::new(&mut bytes).bytes(uapi::IPSET_ATTR_PROTOCOL, &[uapi::IPSET_PROTOCOL_MIN]);
+    AttrWriter::new(&mut bytes).bytes(uapi::IPSET_ATTR_PROTOCOL, &[uapi::IPSET_PROTOCOL_MIN]);
     bytes
 }

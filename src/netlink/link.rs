@@ -1,20 +1,16 @@
-//! Removal of network interfaces.
-//!
-//! nftlet makes no interfaces. kube-proxy's ipvs mode makes one, which holds all service
-//! addresses, and leaves it behind.
+//! Deletes network interfaces: kube-proxy's ipvs mode leaves one behind, with all service addresses.
 
 use std::io;
 
-use super::attr::Writer;
-use super::encode::{begin_message, end_message};
 use super::error::Error;
+use super::message::{AttrWriter, begin_message, end_message};
 use super::socket::Socket;
 
-/// What follows `ifi_family` and its padding in the kernel's `struct ifinfomsg`: the index, the
-/// flags and their mask. Zeros mean that the interface is told by its name.
+/// Index, flags and change mask of the kernel's `struct ifinfomsg`. Zeros select the interface by its
+/// name.
 const NO_INDEX: [u8; 12] = [0; 12];
 
-/// A connection to the kernel's network interfaces, in the network namespace it was opened in.
+/// A socket to the network interfaces of the network namespace in which it was opened.
 pub struct Links {
     socket: Socket,
 }
@@ -30,17 +26,17 @@ impl Links {
         Ok(Self { socket })
     }
 
-    /// Deletes an interface with its addresses. False if there is none of the name.
+    /// Deletes an interface with its addresses. Returns false if it does not exist.
     ///
     /// # Errors
     ///
-    /// [`Error::Link`] when the kernel refuses, as for a real network card.
+    /// [`Error::Link`] when the kernel refuses, for example for a physical interface.
     pub fn delete(&mut self, name: &str) -> Result<bool, Error> {
         let seq = self.socket.reserve_numbers(1);
         let mut bytes = Vec::new();
         let start = begin_message(&mut bytes, libc::RTM_DELLINK, 0, seq, 0);
         bytes.extend_from_slice(&NO_INDEX);
-        Writer::new(&mut bytes).string(libc::IFLA_IFNAME, name);
+        AttrWriter::new(&mut bytes).string(libc::IFLA_IFNAME, name);
         end_message(&mut bytes, start);
         let what = "the removal of a network interface";
         match self.socket.ask(what, seq, &bytes)? {

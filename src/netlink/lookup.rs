@@ -1,31 +1,30 @@
-//! Large sets are read by asking for the elements that are wanted.
+//! Reads large sets by looking up the wanted elements instead of dumping.
 //!
-//! A dump of a set begins anew for every datagram of some hundred elements, and passes over those that
-//! it told before. So its time grows with the square of their number: half a second for 100,000, and
-//! most of a minute for a million. To be asked for one element costs the kernel the same whatever the
-//! number. What is wanted is known, and where the kernel tells how many elements a set has (Linux
-//! 6.17), it is known as well whether there are others.
+//! During a dump the kernel walks the set from its beginning for every datagram of some hundred
+//! elements. The time is quadratic in the number of elements: half a second for 100,000, most of a
+//! minute for a million. A lookup of one element takes constant time. The count of elements, which
+//! Linux 6.17 and later report, shows whether the set has others than the wanted ones.
 
-use super::attr::{Reader, Writer};
-use super::encode::{family_number, write_data};
+use super::encode::write_data;
 use super::error::Error;
+use super::message::{AttrReader, AttrWriter, family_number};
 use super::nftables::Nftables;
 use super::read::element;
 use super::uapi;
 use crate::nft::{Declaration, Element, Name, TableId};
 
-/// From that many elements on a dump takes longer.
+/// The size from which lookups are faster than a dump.
 const LARGE: usize = 150_000;
-/// How many elements are asked for at once. Each is answered by a message of its own, for all of
-/// which the receive buffer must have room.
+/// The number of elements in one request. The kernel answers each with a message of its own, all of
+/// which must fit in the receive buffer.
 const AT_ONCE: usize = 100;
-/// How many of those asked for may be missing. For each there is another request.
+/// The most missing elements before falling back to a dump: each takes another request.
 const MOST_MISSING: usize = 1_000;
 const WHAT: &str = "elements of a set";
 
 impl Nftables {
-    /// The elements of a large set, sorted by key as `wanted` is, where it has no others than at the
-    /// keys of `wanted`. `None` where this cannot be told, or where a dump is as good.
+    /// Returns the elements of a large set, sorted by key like `wanted`, if it has no others than at
+    /// the keys of `wanted`. `None` if it has, if the kernel cannot tell, or if a dump is as fast.
     ///
     /// # Errors
     ///
@@ -61,7 +60,7 @@ impl Nftables {
                         .attributes()
                         .nested(uapi::NFTA_SET_ELEM_LIST_ELEMENTS);
                     for (_, item) in list.into_iter().flatten() {
-                        match element(Reader::new(item), &mut names) {
+                        match element(AttrReader::new(item), &mut names) {
                             Some((element, _)) => found.push(element),
                             None => readable = false,
                         }
@@ -77,23 +76,23 @@ impl Nftables {
             if !readable || missing > MOST_MISSING {
                 return Ok(None);
             }
-            // The kernel answers in order and ends with the first that is missing.
+            // The kernel answers in order and stops at the first missing element.
             let done = found.len() - already + absent;
             if done == 0 {
-                // Answers without an element would be asked for again for ever.
+                // Without progress the loop would not end.
                 return Ok(None);
             }
             rest = rest.get(done..).unwrap_or_default();
         }
-        // There are others, or somebody wrote meanwhile.
+        // Otherwise the set has further elements, or another process wrote meanwhile.
         let whole = found.len() == count && self.generation()? == before;
         Ok(whole.then_some(found))
     }
 
-    /// How many elements a set has, where the kernel tells.
+    /// Returns the number of elements of a set, if the kernel reports it.
     fn count(&mut self, id: &TableId, set: &Name) -> Result<Option<usize>, Error> {
         let mut attributes = Vec::new();
-        let mut writer = Writer::new(&mut attributes);
+        let mut writer = AttrWriter::new(&mut attributes);
         writer.string(uapi::NFTA_SET_TABLE, id.name.as_str());
         writer.string(uapi::NFTA_SET_NAME, set.as_str());
         let mut count = None;
@@ -111,7 +110,7 @@ impl Nftables {
 
 fn request(id: &TableId, set: &Name, elements: &[Element]) -> Vec<u8> {
     let mut bytes = Vec::new();
-    let mut writer = Writer::new(&mut bytes);
+    let mut writer = AttrWriter::new(&mut bytes);
     writer.string(uapi::NFTA_SET_ELEM_LIST_TABLE, id.name.as_str());
     writer.string(uapi::NFTA_SET_ELEM_LIST_SET, set.as_str());
     let list = writer.begin(uapi::NFTA_SET_ELEM_LIST_ELEMENTS);

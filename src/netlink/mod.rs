@@ -1,32 +1,27 @@
-//! nftables rulesets to and from the kernel.
+//! Netlink: writes rulesets to the kernel and reads them back.
 //!
-//! [`Nftables`] holds a netlink socket. [`Nftables::apply`] encodes a
-//! [`Transaction`](crate::nft::Transaction), hands it to the kernel in one `sendmsg`, and
-//! tells exactly which operation the kernel refused if it did. [`Nftables::read`] dumps tables
-//! back as a [`Ruleset`](crate::nft::Ruleset), so that what is in force can be compared with
-//! what is wanted.
+//! [`Nftables::apply`] encodes a [`Transaction`](crate::nft::Transaction), sends it in one `sendmsg`,
+//! and names the operations that the kernel refused. [`Nftables::read`] dumps tables as a
+//! [`Ruleset`](crate::nft::Ruleset), which can be compared with the wanted one.
 //!
 //! ```text
-//! Transaction ──encode──> Batch (bytes + what each message is) ──socket──> kernel
-//!                            │                                               │
-//!                            └────────── place of the error <──error message─┘
+//! Transaction ──encode──> Batch (bytes and the origin of each message) ──socket──> kernel
+//!                            │                                                       │
+//!                            └────────── path of the object <────────error message───┘
 //! ```
 //!
-//! [`Conntrack`] holds another socket: it lists the UDP flows and the connections that the kernel
-//! tracks, and removes one.
+//! Each of these types has a socket of its own:
 //!
-//! [`Monitor`] listens on a third one for changes that others make to nftlet's tables.
+//! - [`Conntrack`] lists and deletes tracked UDP flows and connections.
+//! - [`Monitor`] receives notifications about changes that other processes make to nftlet's tables.
+//! - [`LogReader`] receives the packets that rules log.
+//! - [`IpSets`] and [`Links`] list and remove what another proxy left behind outside nftables.
 //!
-//! [`IpSets`] and [`Links`] name and remove what another proxy left behind outside of nftables.
-//!
-//! [`LogReader`] reads on a fourth one the packets that rules log.
-//!
-//! Tables, chains, rules and set declarations are put together by libnftnl through the crates
-//! `nftnl` and `nftnl_sys`. Element lists, of which there can be a million, are written
-//! directly (`attr`); expressions that the crate lacks are described as plain data (`expr`) and built in one
-//! place (`ffi`), which together with `socket` is the only code with `unsafe` blocks.
+//! libnftnl encodes tables, chains, rules and set declarations, through the crates `nftnl` and
+//! `nftnl_sys`. Lists of elements, which may number a million, are written directly (`message`).
+//! Expressions that the crate lacks are plain data (`expr`), converted in `ffi`. Only `ffi` and
+//! `socket` contain `unsafe` blocks.
 
-mod attr;
 mod conntrack;
 mod encode;
 mod error;
@@ -36,7 +31,9 @@ mod inventory;
 mod ipset;
 mod link;
 mod lookup;
+mod message;
 mod monitor;
+mod mute;
 mod nflog;
 mod nftables;
 mod read;
@@ -45,12 +42,15 @@ mod sums;
 mod uapi;
 mod udata;
 
-pub use conntrack::{Conntrack, Flow, FlowFilter, Handle, Removal, Tracked};
+pub use conntrack::{
+    Conntrack, ConntrackError, ConntrackHandle, EntryToCut, Flow, FlowFilter, Tracked,
+};
 pub use encode::{Batch, encode};
 pub use error::{Error, ErrorClass, Owner, Refusal};
 pub use inventory::FoundBaseChain;
 pub use ipset::IpSets;
 pub use link::Links;
-pub use monitor::{Absence, Heard, Monitor};
+pub use monitor::{Monitor, Notification};
+pub use mute::MutedMonitor;
 pub use nflog::{Denied, LogReader, Logged};
 pub use nftables::{Applied, Nftables};

@@ -1,19 +1,20 @@
-//! Changes that others make to tables.
+//! Notifications about changes that other processes make to tables.
 //!
-//! The kernel tells every socket of a group about each committed change. A filter in the kernel
-//! drops what nftlet itself wrote before it is queued, so that writing a hundred thousand
-//! elements does not overflow the queue with nftlet's own news.
+//! The kernel notifies every socket of a multicast group of each committed change. A socket filter
+//! drops notifications about nftlet's own changes before they are queued, so that writing a hundred
+//! thousand elements does not overflow the queue.
 //!
-//! The news are composed before they are dropped, which makes a large write take twice as long.
-//! So the monitor leaves the group while its owner writes a lot ([`Absence`]); whether others
-//! wrote meanwhile is seen from the number of commits ([`Nftables::generation`]).
+//! The kernel still builds the dropped notifications, which doubles the time of a large write.
+//! Therefore the monitor leaves the group during large writes ([`MutedMonitor`]). Whether another
+//! process wrote meanwhile shows in the number of commits ([`Nftables::generation`]).
 
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use super::error::Error;
+use super::mute::{MutedMonitor, Subscription, lock};
 use super::nftables::Nftables;
-use super::socket::{Membership, Message, Socket};
+use super::socket::{Message, Socket};
 
 /// The kernel's `NFNLGRP_NFTABLES`.
 const GROUP: u32 = 7;
@@ -22,148 +23,87 @@ const GROUP: u32 = 7;
 const ATTR_TABLE: u16 = 1;
 const WHAT: &str = "nftables notifications";
 
-/// Hears of changes that others make to some tables.
+/// Receives notifications about changes that other processes make to some tables.
 pub struct Monitor {
     socket: Option<Socket>,
     tables: &'static [&'static str],
-    /// The port whose changes are no news.
+    /// The netlink port whose changes are ignored.
     own: u32,
-    seat: Arc<Mutex<Seat>>,
+    subscription: Arc<Mutex<Subscription>>,
 }
 
-/// Takes a [`Monitor`] out of the kernel's audience for a while.
-#[derive(Debug)]
-pub struct Absence(Arc<Mutex<Seat>>);
-
-/// The place of a monitor in the kernel's audience.
-#[derive(Debug, Default)]
-struct Seat {
-    /// That of the socket which listens; `None` while none does.
-    membership: Option<Membership>,
-    /// The group could not be joined again.
-    lost: bool,
-}
-
-impl Seat {
-    /// Leaves the group. Returns whether the monitor misses from now on what happens.
-    fn leave(&mut self) -> bool {
-        let membership = self.membership.as_ref();
-        self.lost || membership.is_some_and(|membership| membership.leave().is_ok())
-    }
-
-    /// Joins the group again. A failure concerns nothing but the news: it is tried again with each
-    /// write, and by the monitor.
-    fn join(&mut self) {
-        let membership = self.membership.as_ref();
-        self.lost = membership.is_some_and(|membership| membership.join().is_err());
-    }
-
-    /// Joins the group again where this failed before. Returns whether it succeeded now.
-    fn regain(&mut self) -> bool {
-        let lost = self.lost;
-        if lost {
-            self.join();
-        }
-        lost && !self.lost
-    }
-}
-
-fn lock(seat: &Mutex<Seat>) -> MutexGuard<'_, Seat> {
-    seat.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-impl Absence {
-    /// Has the kernel compose no news for the monitor from now on. Returns false if it did not
-    /// listen before.
-    pub(super) fn begin(&self) -> bool {
-        lock(&self.0).leave()
-    }
-
-    /// Whether the monitor hears nothing since an absence, because it could not come back.
-    pub(super) fn lasts(&self) -> bool {
-        lock(&self.0).lost
-    }
-
-    /// Lets the monitor hear again what happens from now on.
-    pub(super) fn end(&self) {
-        lock(&self.0).join();
-    }
-}
-
-/// What a [`Monitor`] heard.
+/// What a [`Monitor`] received.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Heard {
-    /// Somebody else changed one of the tables.
-    Change,
-    /// News were lost: there were more than the queue holds, or the monitor was kept away.
+pub enum Notification {
+    /// Another process changed one of the tables.
+    Changed,
+    /// Notifications were lost: the queue overflowed, or the monitor had left the group.
     Lost,
 }
 
 impl Monitor {
-    /// Prepares to listen, in the network namespace of the thread that calls
-    /// [`Monitor::listen`], for changes to the tables of these names that come from anyone but
-    /// `own`.
+    /// Creates a monitor of the tables with these names that ignores the changes of `own`. It does
+    /// not receive anything before [`Monitor::listen`], which decides on the network namespace.
     pub fn new(tables: &'static [&'static str], own: &Nftables) -> Self {
         Self {
             socket: None,
             tables,
             own: own.port(),
-            seat: Arc::default(),
+            subscription: Arc::default(),
         }
     }
 
-    /// Returns what leaves the group during large writes, so that the kernel composes no news; see
-    /// [`Nftables::write_unheard_by`].
-    pub fn absence(&self) -> Absence {
-        Absence(self.seat.clone())
+    /// Returns the handle that mutes the monitor during large writes; see
+    /// [`Nftables::mute_during_large_writes`].
+    pub fn muted(&self) -> MutedMonitor {
+        MutedMonitor::new(self.subscription.clone())
     }
 
-    /// Begins to listen, with a new socket. What happened before is not heard: ask
-    /// [`Nftables::generation`].
+    /// Joins the group with a new socket. Compare [`Nftables::generation`] to find out about earlier
+    /// changes.
     ///
     /// # Errors
     ///
     /// [`Error::Open`] when the socket cannot be opened or the group cannot be joined.
     pub fn listen(&mut self) -> Result<(), Error> {
         let failed = |source| Error::Open { what: WHAT, source };
-        lock(&self.seat).membership = None;
+        lock(&self.subscription).membership = None;
         let socket = Socket::open(WHAT)?;
         socket.ignore_port(self.own).map_err(failed)?;
         let membership = socket.membership(GROUP).map_err(failed)?;
         membership.join().map_err(failed)?;
         self.socket = Some(socket);
-        *lock(&self.seat) = Seat {
+        *lock(&self.subscription) = Subscription {
             membership: Some(membership),
             lost: false,
         };
         Ok(())
     }
 
-    /// Waits until something is heard.
+    /// Waits for the next notification.
     ///
     /// # Errors
     ///
-    /// [`Error::Receive`] when the socket does not work any more, or there is none:
-    /// [`Monitor::listen`] again.
-    pub fn wait(&mut self) -> Result<Heard, Error> {
+    /// [`Error::Receive`] when the socket fails, or there is none. Call [`Monitor::listen`] again.
+    pub fn wait(&mut self) -> Result<Notification, Error> {
         let failed = |source| Error::Receive { what: WHAT, source };
         let tables = self.tables;
         let Some(socket) = &mut self.socket else {
             return Err(failed(io::ErrorKind::NotConnected.into()));
         };
         loop {
-            if lock(&self.seat).regain() {
-                return Ok(Heard::Lost);
+            if lock(&self.subscription).rejoin_if_lost() {
+                return Ok(Notification::Lost);
             }
-            let mut concerns = false;
+            let mut changed = false;
             let received = socket.listen(|message| {
-                concerns |= changes_one_of(&message, tables);
+                changed |= changes_one_of(&message, tables);
             });
             match received {
-                Ok(()) if concerns => return Ok(Heard::Change),
+                Ok(()) if changed => return Ok(Notification::Changed),
                 Ok(()) => {}
                 Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {
-                    return Ok(Heard::Lost);
+                    return Ok(Notification::Lost);
                 }
                 Err(source) => return Err(failed(source)),
             }
@@ -173,45 +113,11 @@ impl Monitor {
 
 fn changes_one_of(message: &Message, tables: &[&str]) -> bool {
     let subsystem = i32::from(message.kind >> 8);
-    // The end of each transaction is told too; it names no table.
+    // The notification at the end of each transaction names no table.
     let generation = libc::NFT_MSG_NEWGEN;
     if subsystem != libc::NFNL_SUBSYS_NFTABLES || i32::from(message.kind & 0xff) == generation {
         return false;
     }
     let table = message.attributes().string(ATTR_TABLE);
     table.is_some_and(|table| tables.contains(&table))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// A group of another part of the kernel, which anybody may join, and one that does not exist.
-    const FREE: u32 = 1;
-    const ABSENT: u32 = 9_999;
-
-    fn seat(group: u32) -> Membership {
-        let socket = Socket::open_on(mnl::Bus::Route, "a test").unwrap();
-        socket.membership(group).unwrap()
-    }
-
-    #[test]
-    fn a_group_that_cannot_be_joined_again_is_joined_later() {
-        let shared = Arc::new(Mutex::new(Seat::default()));
-        let absence = Absence(shared.clone());
-        assert!(!absence.begin(), "nobody listens");
-        absence.end();
-        assert!(!absence.lasts());
-        lock(&shared).membership = Some(seat(FREE));
-        assert!(absence.begin());
-        lock(&shared).membership = Some(seat(ABSENT));
-        absence.end();
-        assert!(absence.lasts());
-        assert!(!lock(&shared).regain());
-        assert!(absence.begin(), "it hears nothing in the next write, too");
-        lock(&shared).membership = Some(seat(FREE));
-        assert!(lock(&shared).regain(), "it missed something");
-        assert!(!lock(&shared).regain(), "it has missed nothing since");
-        assert!(!absence.lasts());
-    }
 }

@@ -1,8 +1,8 @@
-//! The packets that rules log: what they deny, told to nftlet over NFLOG.
+//! Receives logged packets over NFLOG.
 //!
-//! A rule hands a copy of a packet's beginning to a numbered group, and the kernel sends it to
-//! the one socket that has bound the group. Several packets may come in one datagram, up to a
-//! tenth of a second after the first.
+//! A rule copies the beginning of a packet to a numbered group, and the kernel sends it to the one
+//! socket that has bound the group. A datagram may contain several packets, up to a tenth of a second
+//! after the first.
 //!
 //! ```text
 //! rule: log prefix "..." group N ──> kernel's queue ──socket──> LogReader ──> Denied
@@ -14,9 +14,8 @@ use std::collections::VecDeque;
 use std::io;
 use std::net::IpAddr;
 
-use super::attr::Writer;
-use super::encode::{begin_message, end_message, family, set_resource};
 use super::error::Error;
+use super::message::{AttrWriter, begin_message, end_message, family, set_resource};
 use super::socket::{Message, Socket};
 use super::uapi;
 use crate::nft::Family;
@@ -24,46 +23,45 @@ use crate::nft::Family;
 mod header;
 
 const WHAT: &str = "logged packets";
-/// How many bytes of a packet are asked for: its IP header with all options, or some extension
-/// headers, and the ports behind them.
+/// The number of bytes copied of a packet: enough for an IP header with all options, or some extension
+/// headers, and for the ports.
 const COPIED: u32 = 128;
-/// How long the kernel may collect packets before it sends them, in hundredths of a second.
+/// The time for which the kernel may collect packets before sending them, in hundredths of a second.
 const LONGEST_DELAY: u32 = 10;
 
-/// Reads the packets that rules log to a group.
+/// Receives the packets that rules log to a group.
 pub struct LogReader {
     socket: Socket,
     waiting: VecDeque<Denied>,
 }
 
-/// A logged packet. nftlet's rules log what they deny.
+/// A logged packet. nftlet's rules log the packets that they deny.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Denied {
-    /// The text that the rule adds.
+    /// The prefix of the log statement.
     pub prefix: String,
-    /// Who sent the packet, as the rule saw it.
+    /// The source address at the rule.
     pub source: IpAddr,
-    /// Whom it was sent to, as the rule saw it. Of the family of the source.
+    /// The destination address at the rule, of the same family.
     pub destination: IpAddr,
     /// The number of the IP protocol.
     pub protocol: u8,
-    /// The source port, where the protocol has ports and they are in this packet: all fragments
-    /// but the first lack them.
+    /// The source port; `None` for protocols without ports and for all fragments but the first.
     pub source_port: Option<u16>,
     /// The destination port, as for the source port.
     pub destination_port: Option<u16>,
-    /// The index of the interface that the packet came in by.
+    /// The index of the input interface.
     pub input: Option<u32>,
-    /// The index of the interface that it was to leave by.
+    /// The index of the output interface.
     pub output: Option<u32>,
 }
 
-/// What a [`LogReader`] heard.
+/// What a [`LogReader`] received.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Logged {
     /// A packet.
     Denied(Denied),
-    /// Packets were lost, because there were more than the queue holds.
+    /// The queue overflowed, and packets were lost.
     Lost,
 }
 
@@ -76,7 +74,7 @@ impl Denied {
         }
     }
 
-    /// Reads a message; `None` if it is about something other than an IP packet.
+    /// Parses a message; `None` if it does not contain an IP packet.
     fn read(message: &Message) -> Option<Self> {
         let subsystem = libc::NFNL_SUBSYS_ULOG as u16;
         if message.kind != subsystem << 8 | uapi::NFULNL_MSG_PACKET {
@@ -102,13 +100,12 @@ impl Denied {
 }
 
 impl LogReader {
-    /// Binds a group in the current network namespace. From now on the kernel queues what rules
-    /// log to it.
+    /// Binds a group in the current network namespace.
     ///
     /// # Errors
     ///
-    /// [`Error::LogGroup`] if another program has bound the group, or the kernel does not let
-    /// nftlet; [`Error::Open`] when the socket cannot be opened.
+    /// [`Error::LogGroup`] if another process has bound the group, or the kernel denies access;
+    /// [`Error::Open`] when the socket cannot be opened.
     pub fn open(group: u16) -> Result<Self, Error> {
         let mut socket = Socket::open(WHAT)?;
         let seq = socket.reserve_numbers(1);
@@ -135,11 +132,11 @@ impl LogReader {
         })
     }
 
-    /// Waits for the next packet. What is logged to the group and is no IP packet is passed over.
+    /// Waits for the next packet. Skips packets other than IP.
     ///
     /// # Errors
     ///
-    /// [`Error::Receive`] when the socket does not work any more.
+    /// [`Error::Receive`] when the socket fails.
     pub fn wait(&mut self) -> Result<Logged, Error> {
         loop {
             if let Some(denied) = self.waiting.pop_front() {
@@ -160,13 +157,13 @@ impl LogReader {
     }
 }
 
-/// The message that binds a group and tells what is wanted of its packets.
+/// Encodes the message that binds a group and sets what is copied of its packets.
 fn bind(group: u16, seq: u32) -> Vec<u8> {
     let kind = (libc::NFNL_SUBSYS_ULOG as u16) << 8 | uapi::NFULNL_MSG_CONFIG;
     let mut bytes = Vec::new();
     let start = begin_message(&mut bytes, kind, 0, seq, 0);
     set_resource(&mut bytes, start, group);
-    let mut writer = Writer::new(&mut bytes);
+    let mut writer = AttrWriter::new(&mut bytes);
     writer.bytes(uapi::NFULA_CFG_CMD, &[uapi::NFULNL_CFG_CMD_BIND]);
     let [a, b, c, d] = COPIED.to_be_bytes();
     let mode = [a, b, c, d, uapi::NFULNL_COPY_PACKET, 0];

@@ -1,28 +1,28 @@
-//! The kernel's nftables: writes one batch as one message, reads dumps.
+//! The nftables socket: writes transactions and reads dumps.
 
 use std::io;
 
 use super::encode::{Batch, encode};
 use super::error::{Error, Refusal};
-use super::monitor::Absence;
-use super::socket::{DUMP_ATTEMPTS, Dump, Message, Reading, Socket, messages};
+use super::mute::MutedMonitor;
+use super::socket::{DUMP_ATTEMPTS, Dump, DumpStatus, Message, Socket, messages};
 use super::uapi;
 use crate::nft::{ObjectPath, Transaction};
 
-/// A connection to the kernel's nftables, in the network namespace it was opened in.
+/// A socket to nftables in the network namespace in which it was opened.
 pub struct Nftables {
     socket: Socket,
-    absence: Option<Absence>,
+    monitor: Option<MutedMonitor>,
 }
 
-/// Transactions with more elements are large: telling others of them takes longer than a
-/// listener's leaving and coming back.
+/// Larger transactions mute the monitor: building their notifications takes longer than leaving the
+/// multicast group and joining it again.
 const LARGE: usize = 1_000;
 
 /// The most refusals of one transaction that are kept.
 const MOST_REFUSALS: usize = 256;
 
-/// What a transaction took.
+/// Measurements of a transaction.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Applied {
     /// Messages in the batch.
@@ -31,16 +31,16 @@ pub struct Applied {
     pub elements: usize,
     /// Size of the batch in bytes.
     pub bytes: usize,
-    /// The own monitor did not listen meanwhile: [`Nftables::generation`] tells whether others
-    /// changed something.
-    pub unheard: bool,
+    /// The monitor was muted meanwhile: [`Nftables::generation`] shows whether another process
+    /// committed something.
+    pub missed_notifications: bool,
 }
 
-/// The messages of a dump, one behind the other.
+/// The concatenated messages of a dump.
 pub(super) struct Dumped(Vec<u8>);
 
 impl Dumped {
-    /// The messages in the order they came.
+    /// Returns the messages in the order in which they came.
     pub fn iter(&self) -> impl Iterator<Item = Message<'_>> {
         messages(&self.0)
     }
@@ -51,23 +51,22 @@ impl Nftables {
     ///
     /// # Errors
     ///
-    /// [`Error::Open`], usually for want of `CAP_NET_ADMIN` or of nf_tables in the kernel.
+    /// [`Error::Open`], usually because `CAP_NET_ADMIN` or the kernel module nf_tables is missing.
     pub fn open() -> Result<Self, Error> {
         let socket = Socket::open("nftables")?;
         Ok(Self {
             socket,
-            absence: None,
+            monitor: None,
         })
     }
 
-    /// Has the kernel compose no news for a monitor during large transactions.
-    pub fn write_unheard_by(&mut self, absence: Absence) {
-        self.absence = Some(absence);
+    /// Mutes a monitor during large transactions.
+    pub fn mute_during_large_writes(&mut self, monitor: MutedMonitor) {
+        self.monitor = Some(monitor);
     }
 
-    /// The number of the ruleset's generation. Every commit in the network namespace, whoever
-    /// made it and to whatever table, adds one; a transaction that fails, or changes nothing,
-    /// does not.
+    /// Returns the generation of the ruleset. Every commit in the network namespace, by any process
+    /// and to any table, adds one. A transaction that fails or changes nothing does not.
     ///
     /// # Errors
     ///
@@ -80,17 +79,17 @@ impl Nftables {
             })
     }
 
-    /// The address by which the kernel knows whose changes these are.
+    /// Returns the netlink port, by which notifications name the author of a change.
     pub(super) fn port(&self) -> u32 {
         self.socket.port()
     }
 
-    /// Writes a transaction: all of it takes effect at once, or nothing does.
+    /// Writes a transaction atomically.
     ///
     /// # Errors
     ///
-    /// [`Error::Refused`] names the operations (or elements) that the kernel refused; the other
-    /// variants say why the transaction could not be encoded or sent.
+    /// [`Error::Refused`] names the operations or elements that the kernel refused. Other errors
+    /// concern encoding and sending.
     pub fn apply(&mut self, transaction: &Transaction) -> Result<Applied, Error> {
         if transaction.is_empty() {
             return Ok(Applied::default());
@@ -99,15 +98,15 @@ impl Nftables {
         let batch = encode(transaction, first_seq)?;
         self.socket.reserve_numbers(batch.messages() as u32 + 2);
         let elements = transaction.elements();
-        let unheard = self.absence.as_ref().filter(|absence| {
-            // Where it could not come back from the last one, this is the next attempt.
-            absence.lasts() || (elements > LARGE && absence.begin())
+        let muted = self.monitor.as_ref().filter(|monitor| {
+            // A lost monitor missed this write, too; unmuting it is the next attempt.
+            monitor.is_lost() || (elements > LARGE && monitor.mute())
         });
         let sent = self.socket.send("a transaction", &batch.bytes);
-        if let Some(absence) = unheard {
-            absence.end();
+        if let Some(monitor) = muted {
+            monitor.unmute();
         }
-        let unheard = unheard.is_some();
+        let missed_notifications = muted.is_some();
         sent?;
         self.answer(&batch, first_seq, transaction)
             .map_err(|error| self.with_owner(error))?;
@@ -115,15 +114,15 @@ impl Nftables {
             messages: batch.messages(),
             elements,
             bytes: batch.bytes.len(),
-            unheard,
+            missed_notifications,
         })
     }
 
-    /// Names the process to which the table belongs that could not be changed, if there is one.
+    /// Replaces a refusal with [`Error::Owned`] if the table belongs to another process.
     fn with_owner(&mut self, error: Error) -> Error {
         let table = error.refused().and_then(ObjectPath::table).cloned();
         let permission = error.errno() == Some(libc::EPERM);
-        // An owner that cannot be asked for is none.
+        // If the owner cannot be read, the refusal is reported without it.
         let owner = table
             .filter(|_| permission)
             .and_then(|table| Some((self.owner(&table).ok()??, table)));
@@ -138,7 +137,7 @@ impl Nftables {
         }
     }
 
-    /// Reads what the kernel answered to a batch; silence means success.
+    /// Reads the kernel's answer to a batch. No answer means success.
     fn answer(
         &mut self,
         batch: &Batch,
@@ -160,7 +159,8 @@ impl Nftables {
                     .map_or_else(String::new, |text| format!(" ({text})")),
             });
         });
-        // Of more errors than fit the first ones were read; without any the batch failed all the same.
+        // If the receive buffer overflowed, the first errors were read. Without any, the batch failed
+        // all the same.
         let lost = read.err().map(|source| Error::Receive {
             what: "a transaction",
             source,
@@ -173,8 +173,8 @@ impl Nftables {
         refused.or(lost).map_or(Ok(()), Err)
     }
 
-    /// Asks for objects by name or key, and hands out the message about each. Returns the errno that
-    /// ended it early, and 0 once all of them came.
+    /// Requests objects by name or key and calls `each` with the message about each. Returns the errno
+    /// that ended the answer early, 0 if all objects were received.
     pub(super) fn fetch_all(
         &mut self,
         what: &'static str,
@@ -193,9 +193,8 @@ impl Nftables {
         self.socket.fetch_all(request, count, each)
     }
 
-    /// Dumps what a request asks for. `attributes` narrows it down.
-    ///
-    /// A dump during which the ruleset changed is started again.
+    /// Dumps the objects that match `attributes`. A dump during which the ruleset changed is
+    /// repeated.
     pub(super) fn dump(
         &mut self,
         what: &'static str,
@@ -205,15 +204,15 @@ impl Nftables {
     ) -> Result<Dumped, Error> {
         let keep = |dumped: &mut Vec<u8>, message: Message| {
             dumped.extend_from_slice(message.bytes);
-            // Messages start at multiples of four.
+            // Messages are aligned to four bytes.
             dumped.resize(dumped.len().next_multiple_of(4), 0);
         };
         self.dump_into(what, kind, family, attributes, Vec::new, keep)
             .map(Dumped)
     }
 
-    /// The same without keeping the messages: each is handed out as it comes, together with what
-    /// `start` makes each time the dump begins.
+    /// Dumps without keeping the messages: calls `each` with each message and the value that `start`
+    /// creates whenever the dump begins.
     pub(super) fn dump_into<T>(
         &mut self,
         what: &'static str,
@@ -234,7 +233,7 @@ impl Nftables {
             let reading = self
                 .socket
                 .dump(request, |message| each(&mut found, message))?;
-            if reading == Reading::Complete {
+            if reading == DumpStatus::Complete {
                 return Ok(found);
             }
         }

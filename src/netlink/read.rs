@@ -1,19 +1,19 @@
-//! What the kernel holds, as a ruleset that can be compared with a wanted one.
+//! Reads the tables of the kernel as a ruleset that can be compared with a wanted one.
 //!
-//! The kernel keeps rules as expressions and sets as lengths and numbers, from which nftlet's
-//! typed values cannot be told in general. They need not be: whatever is written exactly as
-//! nftlet would write the wanted value *is* that value. Everything else becomes
-//! [`Statement::Foreign`] or a declaration without a key, equal to nothing that is ever wanted,
-//! so that the difference replaces it.
+//! The kernel stores rules as expressions and sets as lengths and numbers, which cannot be translated
+//! back to nftlet's typed values in general. Therefore what the kernel holds is compared with the
+//! encoding of the wanted value: if both are equal, the result contains the wanted value. Anything
+//! else becomes [`Statement::Foreign`] or a declaration without a key. These equal no wanted value, so
+//! that the difference replaces them.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::attr::{Reader, Writer};
-use super::encode::{self, family_number, set_attributes};
+use super::encode::{self, set_attributes};
 use super::error::Error;
 use super::ffi::{self, Scratch, SetAttributes};
+use super::message::{AttrReader, AttrWriter, family_number};
 use super::nftables::{Dumped, Nftables};
 use super::socket::{DUMP_ATTEMPTS, Message};
 use super::{uapi, udata};
@@ -28,19 +28,19 @@ const SET_CONSTANT: u32 = 0x2;
 const ELEMENT_INTERVAL_END: u32 = 1;
 const ELEMENTS: &str = "the elements of a set";
 
-/// How the elements of a set are read; `None` if some are such as nftlet writes none.
+/// Reads the elements of a set; `None` if some have a form that nftlet never writes.
 pub(super) type ElementsOf<'a> = dyn FnMut(&mut Nftables, &TableId, &Name, &Declaration) -> Result<Option<Vec<Element>>, Error>
     + 'a;
 
 impl Nftables {
     /// Reads the tables with the given names in both families.
     ///
-    /// `wanted` is what they are going to be compared with. Tables that do not exist are absent
-    /// from the result. Elements of sets with a timeout are left out: packets add them.
+    /// `wanted` is the ruleset for the comparison. Tables that do not exist are missing in the result,
+    /// and so are the elements of sets with a timeout, which packets add.
     ///
     /// # Errors
     ///
-    /// When a dump fails or is interrupted over and over again.
+    /// When a dump fails or every attempt is interrupted.
     pub fn read(&mut self, names: &[&str], wanted: &Ruleset) -> Result<Ruleset, Error> {
         self.read_with(names, wanted, &mut |nftables, id, name, declaration| {
             let set = wanted.tables.get(id).and_then(|table| table.sets.get(name));
@@ -53,7 +53,7 @@ impl Nftables {
         })
     }
 
-    /// The same, with the elements of each set as `elements` gets them.
+    /// Like [`Nftables::read`], with `elements` reading the elements of each set.
     pub(super) fn read_with(
         &mut self,
         names: &[&str],
@@ -104,10 +104,10 @@ impl Nftables {
             };
             let flags = attributes.be32(uapi::NFTA_SET_FLAGS).unwrap_or_default();
             if flags & SET_ANONYMOUS != 0 {
-                // It goes with the rule that it is part of.
+                // The kernel deletes it together with its rule.
                 continue;
             }
-            // Its elements cannot be deleted before the rules that use it are.
+            // Its elements cannot be deleted before the rules that use it.
             table.foreign |= flags & SET_CONSTANT != 0;
             let name = Name::from(name);
             let mut declaration = declaration(attributes, expected.sets.get(&name), id.family);
@@ -117,7 +117,7 @@ impl Nftables {
                 elements(self, id, &name, &declaration)?
             };
             if elements.is_none() {
-                // No difference could delete what cannot be read.
+                // An element that cannot be read cannot be deleted by a difference.
                 declaration = foreign_declaration(None);
             }
             let elements = elements.unwrap_or_default();
@@ -152,7 +152,7 @@ impl Nftables {
         Ok(found.collect())
     }
 
-    /// The rules of a table in their order.
+    /// Reads the rules of a table in order.
     fn rules(&mut self, id: &TableId, expected: &Table) -> Result<Vec<(Name, Rule)>, Error> {
         let dumped = self.dump(
             "the rules",
@@ -195,12 +195,12 @@ impl Nftables {
         Ok(rules)
     }
 
-    /// Reads the elements of a set that packets fill: those that were there when it was read and
-    /// have not timed out, each once, in no order.
+    /// Reads the elements of a set that packets fill, without duplicates and sorted by key. Elements
+    /// that are added or time out meanwhile may be missing.
     ///
     /// # Errors
     ///
-    /// When the dump fails or is interrupted over and over again.
+    /// When the dump fails or every attempt is interrupted.
     pub fn elements(&mut self, id: &TableId, set: &str) -> Result<Vec<Element>, Error> {
         let (dumped, _) = self.dump_elements(id, set)?;
         let mut elements: Vec<Element> = dumped.into_iter().map(|(element, _)| element).collect();
@@ -209,12 +209,12 @@ impl Nftables {
         Ok(elements)
     }
 
-    /// The elements of a set that only nftlet fills, sorted by key; `None` if some are such as
-    /// nftlet writes none.
+    /// Dumps the elements of a set that only nftlet fills, sorted by key; `None` if some have a form
+    /// that nftlet never writes.
     ///
-    /// The kernel resizes a hash table some time after elements were added, and a dump that
-    /// meets the resize repeats elements and misses others, without being marked as
-    /// interrupted. Such a dump is told by its repetitions and read again.
+    /// The kernel resizes a hash table some time after elements were added. A dump during the resize
+    /// repeats elements and misses others without being marked as interrupted. Duplicates indicate
+    /// such a dump, which is repeated.
     pub(super) fn settled_elements(
         &mut self,
         id: &TableId,
@@ -245,8 +245,8 @@ impl Nftables {
         })
     }
 
-    /// The elements of a set in the kernel's order, and which of them end an interval; and how many
-    /// are such as nftlet writes none: the one for all other keys, or a verdict it does not know.
+    /// Dumps the elements of a set in the kernel's order, each with whether it ends an interval, and
+    /// counts those that nftlet never writes: a catch-all element, or an unknown verdict.
     fn dump_elements(
         &mut self,
         id: &TableId,
@@ -265,12 +265,12 @@ impl Nftables {
         )
     }
 
-    /// Reads the counters of a set whose elements have some: of each element its key (the first
-    /// one of an interval), packets and bytes, sorted by key.
+    /// Reads the counters of a set: the key (or first key), packets and bytes of each element with a
+    /// counter, sorted by key.
     ///
     /// # Errors
     ///
-    /// When the dump fails or is interrupted over and over again.
+    /// When the dump fails or every attempt is interrupted.
     pub fn counters(&mut self, id: &TableId, set: &str) -> Result<Vec<(Key, u64, u64)>, Error> {
         for _ in 0..DUMP_ATTEMPTS {
             let mut counters = self.each_element(id, set, Vec::new, |counters, item| {
@@ -282,7 +282,7 @@ impl Nftables {
             counters.sort_unstable();
             let dumped = counters.len();
             counters.dedup_by(|(a, ..), (b, ..)| a == b);
-            // As for `settled_elements`: repetitions tell that others were missed.
+            // As in `settled_elements`, duplicates indicate missing elements.
             if counters.len() == dumped {
                 return Ok(counters);
             }
@@ -293,17 +293,17 @@ impl Nftables {
         })
     }
 
-    /// Dumps the elements of a set and hands out the attributes of each, in the kernel's order, with
-    /// what `start` makes each time the dump begins.
+    /// Dumps the elements of a set in the kernel's order. Calls `each` with the attributes of each and
+    /// the value that `start` creates whenever the dump begins.
     pub(super) fn each_element<T>(
         &mut self,
         id: &TableId,
         set: &str,
         start: impl Fn() -> T,
-        mut each: impl FnMut(&mut T, Reader),
+        mut each: impl FnMut(&mut T, AttrReader),
     ) -> Result<T, Error> {
         let mut filter = Vec::new();
-        let mut writer = Writer::new(&mut filter);
+        let mut writer = AttrWriter::new(&mut filter);
         writer.string(uapi::NFTA_SET_ELEM_LIST_TABLE, id.name.as_str());
         writer.string(uapi::NFTA_SET_ELEM_LIST_SET, set);
         self.dump_into(
@@ -317,7 +317,7 @@ impl Nftables {
                     .attributes()
                     .nested(uapi::NFTA_SET_ELEM_LIST_ELEMENTS);
                 for (_, item) in list.into_iter().flatten() {
-                    each(found, Reader::new(item));
+                    each(found, AttrReader::new(item));
                 }
             },
         )
@@ -326,12 +326,12 @@ impl Nftables {
 
 pub(super) fn string_attribute(kind: u16, value: &str) -> Vec<u8> {
     let mut bytes = Vec::new();
-    Writer::new(&mut bytes).string(kind, value);
+    AttrWriter::new(&mut bytes).string(kind, value);
     bytes
 }
 
-/// Whether a dumped object belongs to a table: kernels differ in what they filter by.
-pub(super) fn is_of(attributes: Reader, message: Message, id: &TableId, table: u16) -> bool {
+/// Whether a dumped object belongs to a table: older kernels ignore the filter of a dump.
+pub(super) fn is_of(attributes: AttrReader, message: Message, id: &TableId, table: u16) -> bool {
     message.family() == family_number(id.family)
         && attributes.string(table) == Some(id.name.as_str())
 }
@@ -341,20 +341,19 @@ fn describe(scratch: &mut Scratch, id: &TableId, chain: &Name, rule: &Rule) -> O
     ffi::describe_rule(&message)
 }
 
-/// Where packets enter a chain. Nowhere in the sense of nftlet if packets that meet no verdict are
-/// not accepted there: nftlet writes no such chain.
-fn base_chain(attributes: Reader) -> Option<BaseChain> {
+/// Returns the hook of a base chain; `None` if its policy is not `accept`, which nftlet never writes.
+fn base_chain(attributes: AttrReader) -> Option<BaseChain> {
     hooked(attributes).filter(|_| accepts(attributes))
 }
 
-/// Whether packets that meet no verdict in a base chain are accepted there.
-pub(super) fn accepts(attributes: Reader) -> bool {
+/// Whether the policy of a base chain is `accept`.
+pub(super) fn accepts(attributes: AttrReader) -> bool {
     let accept = u32::try_from(libc::NF_ACCEPT).ok();
     attributes.be32(uapi::NFTA_CHAIN_POLICY) == accept
 }
 
-/// Type, hook and priority of a base chain.
-pub(super) fn hooked(attributes: Reader) -> Option<BaseChain> {
+/// Returns type, hook and priority of a base chain.
+pub(super) fn hooked(attributes: AttrReader) -> Option<BaseChain> {
     let hook = attributes.nested(uapi::NFTA_CHAIN_HOOK)?;
     let number = hook.be32(uapi::NFTA_HOOK_HOOKNUM)?;
     let priority = hook.be32(uapi::NFTA_HOOK_PRIORITY)? as i32;
@@ -377,9 +376,9 @@ pub(super) fn hooked(attributes: Reader) -> Option<BaseChain> {
     })
 }
 
-/// The declaration of a dumped set: the expected one if the kernel's attributes are those that
-/// nftlet would give it.
-fn declaration(found: Reader, expected: Option<&Set>, family: Family) -> Arc<Declaration> {
+/// Returns the declaration of a dumped set: the expected one if the attributes are those that nftlet
+/// would write for it.
+fn declaration(found: AttrReader, expected: Option<&Set>, family: Family) -> Arc<Declaration> {
     let attributes = SetAttributes {
         flags: found.be32(uapi::NFTA_SET_FLAGS).unwrap_or_default(),
         key_type: found.be32(uapi::NFTA_SET_KEY_TYPE).unwrap_or_default(),
@@ -412,7 +411,7 @@ fn declaration(found: Reader, expected: Option<&Set>, family: Family) -> Arc<Dec
     )
 }
 
-/// A declaration that equals nothing that is ever wanted.
+/// Returns a declaration that equals no wanted one.
 fn foreign_declaration(timeout_ms: Option<u64>) -> Arc<Declaration> {
     Arc::new(Declaration {
         timeout: timeout_ms.map(std::time::Duration::from_millis),
@@ -420,10 +419,10 @@ fn foreign_declaration(timeout_ms: Option<u64>) -> Arc<Declaration> {
     })
 }
 
-/// The name of the expression that each element of a dumped set has.
-fn set_expression(found: Reader) -> Option<Cow<'static, str>> {
+/// Returns the name of the expression in the elements of a dumped set.
+fn set_expression(found: AttrReader) -> Option<Cow<'static, str>> {
     if found.get(uapi::NFTA_SET_EXPRESSIONS).is_some() {
-        // nftlet declares no set with several.
+        // nftlet never declares several.
         return Some("several".into());
     }
     let expression = found.nested(uapi::NFTA_SET_EXPR)?;
@@ -431,8 +430,8 @@ fn set_expression(found: Reader) -> Option<Cow<'static, str>> {
     Some(Cow::Owned(name.unwrap_or_default().to_owned()))
 }
 
-/// What the counter of a dumped element says: packets and bytes.
-fn counter(item: Reader) -> Option<(u64, u64)> {
+/// Returns packets and bytes of a dumped element's counter.
+fn counter(item: AttrReader) -> Option<(u64, u64)> {
     let expression = item.nested(uapi::NFTA_SET_ELEM_EXPR)?;
     if expression.string(uapi::NFTA_EXPR_NAME) != Some("counter") {
         return None;
@@ -442,8 +441,8 @@ fn counter(item: Reader) -> Option<(u64, u64)> {
     Some((packets, counter.be64(uapi::NFTA_COUNTER_BYTES)?))
 }
 
-/// An element and whether it is the end of an interval.
-pub(super) fn element(item: Reader, names: &mut Vec<Name>) -> Option<(Element, bool)> {
+/// Parses an element; the flag says whether it ends an interval.
+pub(super) fn element(item: AttrReader, names: &mut Vec<Name>) -> Option<(Element, bool)> {
     let key = Key::from_bytes(data_of(item, uapi::NFTA_SET_ELEM_KEY)?);
     let value = match item.nested(uapi::NFTA_SET_ELEM_DATA) {
         None => Value::None,
@@ -466,13 +465,13 @@ pub(super) fn element(item: Reader, names: &mut Vec<Name>) -> Option<(Element, b
     Some((element, flags & ELEMENT_INTERVAL_END != 0))
 }
 
-/// The bytes of an element's key, or of the end of its interval.
-fn data_of(item: Reader<'_>, kind: u16) -> Option<&[u8]> {
+/// Returns the bytes of an element's key, or of the end of its interval.
+fn data_of(item: AttrReader<'_>, kind: u16) -> Option<&[u8]> {
     item.nested(kind)?.get(uapi::NFTA_DATA_VALUE)
 }
 
-/// A verdict; the names of chains are shared, because few chains serve many elements.
-fn read_verdict(verdict: Reader, names: &mut Vec<Name>) -> Option<Verdict> {
+/// Parses a verdict. `names` interns the names of chains, since many elements refer to few chains.
+fn read_verdict(verdict: AttrReader, names: &mut Vec<Name>) -> Option<Verdict> {
     let code = verdict.be32(uapi::NFTA_VERDICT_CODE)? as i32;
     let mut chain = || {
         let name = verdict.string(uapi::NFTA_VERDICT_CHAIN)?;
@@ -494,10 +493,10 @@ fn read_verdict(verdict: Reader, names: &mut Vec<Name>) -> Option<Verdict> {
     }
 }
 
-/// Puts the two elements of each interval together again: its start, and the first key behind
-/// it marked as an end. An interval without an end reaches the last key.
+/// Joins the two elements of each interval: its first key, and the key after its last one, marked as
+/// an end. An interval without an end includes the highest key.
 fn join_intervals(mut elements: Vec<(Element, bool)>) -> Vec<Element> {
-    // An end comes before a start of the same key: it closes the interval below.
+    // Of the same key an end sorts before a start: it ends the previous interval.
     elements.sort_unstable_by(|(a, a_end), (b, b_end)| a.key.cmp(&b.key).then(b_end.cmp(a_end)));
     let mut joined: Vec<Element> = Vec::new();
     let mut open: Option<Element> = None;
@@ -519,7 +518,7 @@ fn join_intervals(mut elements: Vec<(Element, bool)>) -> Vec<Element> {
     joined
 }
 
-/// The key before a key, read as one number in network order.
+/// Returns the previous key in numeric order.
 fn before(key: &Key) -> Key {
     let mut bytes = key.as_bytes().to_vec();
     for byte in bytes.iter_mut().rev() {

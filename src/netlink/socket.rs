@@ -1,27 +1,25 @@
-//! The netlink socket that the kernel is spoken to through: requests, answers, dumps.
+//! A netlink socket: requests, answers, dumps.
 
 #![allow(unsafe_code)]
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
-use super::attr::Reader;
-use super::encode::{begin_message, end_message};
 use super::error::Error;
+use super::message::{AttrReader, begin_message, end_message};
 
 const HEADER: usize = 16;
-/// Room for one datagram of a dump; the kernel fills at most 32 KiB when offered more.
+/// The size of the receive buffer. The kernel fills at most 32 KiB of a larger one.
 const RECEIVE_BUFFER: usize = 64 * 1024;
-/// How long an answer is waited for. The kernel begins to answer at once; one that does not come was
-/// dropped.
+/// The timeout for an answer. The kernel answers at once, so that a missing answer was dropped.
 const ANSWER_WITHIN: libc::timeval = libc::timeval {
     tv_sec: 30,
     tv_usec: 0,
 };
-/// How often an interrupted dump is started again before giving up.
+/// The number of attempts at a dump that is interrupted.
 pub const DUMP_ATTEMPTS: u32 = 32;
 
-/// A netlink socket, in the network namespace it was opened in.
+/// A netlink socket in the network namespace in which it was opened.
 pub struct Socket {
     socket: mnl::Socket,
     seq: u32,
@@ -29,48 +27,48 @@ pub struct Socket {
     buffer: Vec<u8>,
 }
 
-// SAFETY: libmnl's socket is a descriptor and an address without ties to a thread, and only its
-// owner can reach it.
+// SAFETY: libmnl's socket is a descriptor and an address without ties to a thread, and is only
+// accessible through its owner.
 unsafe impl Send for Socket {}
 
-/// One message of the kernel.
+/// A message from the kernel.
 #[derive(Clone, Copy)]
 pub struct Message<'a> {
     /// Message type with the subsystem in the upper byte.
     pub kind: u16,
-    /// The bytes including the header.
+    /// The message including its header.
     pub bytes: &'a [u8],
 }
 
-/// A request for a dump, or for some objects.
+/// A request for objects.
 #[derive(Clone, Copy)]
 pub struct Dump<'a> {
-    /// What is dumped, for messages.
+    /// The kind of objects, for error messages.
     pub what: &'static str,
     /// Message type with the subsystem in the upper byte.
     pub kind: u16,
     /// `nfgen_family`; 0 for all.
     pub family: u8,
-    /// Attributes that narrow it down.
+    /// Attributes that filter the objects.
     pub attributes: &'a [u8],
 }
 
-/// How a dump went.
+/// The outcome of a dump.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Reading {
-    /// It holds every object once.
+pub enum DumpStatus {
+    /// The dump contains every object once.
     Complete,
-    /// The objects changed meanwhile; it has to be asked for again.
+    /// The objects changed meanwhile, and the dump must be repeated.
     Interrupted,
 }
 
 impl Socket {
-    /// Opens a socket to netfilter in the current network namespace. `what` is named in errors.
+    /// Opens a socket to netfilter in the current network namespace. Errors mention `what`.
     pub fn open(what: &'static str) -> Result<Self, Error> {
         Self::open_on(mnl::Bus::Netfilter, what)
     }
 
-    /// Opens a socket to another part of the kernel.
+    /// Opens a socket of a netlink protocol.
     pub fn open_on(bus: mnl::Bus, what: &'static str) -> Result<Self, Error> {
         let failed = |source| Error::Open { what, source };
         let socket = Self {
@@ -79,8 +77,8 @@ impl Socket {
             send_buffer: 0,
             buffer: vec![0; RECEIVE_BUFFER],
         };
-        // Extended acknowledgements say which attribute is at fault; capped ones do not repeat
-        // the message, which would overflow the receive buffer for large messages.
+        // Extended acknowledgements name the attribute at fault. Capped ones do not repeat the
+        // message, which for a large one would overflow the receive buffer.
         for option in [libc::NETLINK_EXT_ACK, libc::NETLINK_CAP_ACK] {
             socket
                 .set_option(libc::SOL_NETLINK, option, 1)
@@ -101,7 +99,7 @@ impl Socket {
         if limited != 0 {
             return Err(failed(io::Error::last_os_error()));
         }
-        // Kernels since 5.6 check here what a dump filters by; older ones do without.
+        // Strict checking of filters in dumps exists since Linux 5.6.
         let _ = socket.set_option(libc::SOL_NETLINK, libc::NETLINK_GET_STRICT_CHK, 1);
         Ok(socket)
     }
@@ -115,12 +113,12 @@ impl Socket {
         unsafe { BorrowedFd::borrow_raw(self.socket.as_raw_fd()) }
     }
 
-    /// The address by which the kernel knows the socket.
+    /// Returns the netlink port of the socket.
     pub fn port(&self) -> u32 {
         self.socket.portid()
     }
 
-    /// The socket's membership in a group of listeners, which does not begin with this.
+    /// Returns a handle for joining and leaving a multicast group. Does not join it.
     pub fn membership(&self, group: u32) -> io::Result<Membership> {
         Ok(Membership {
             descriptor: self.descriptor().try_clone_to_owned()?,
@@ -128,9 +126,9 @@ impl Socket {
         })
     }
 
-    /// Has the kernel drop all news about what was done through the socket of a port.
+    /// Drops notifications about changes made through the socket with a port.
     pub fn ignore_port(&self, port: u32) -> io::Result<()> {
-        /// Offset of `nlmsg_pid`, by which a message names the port that caused it.
+        /// Offset of `nlmsg_pid`, the port that caused the notification.
         const PORT_OFFSET: u32 = 12;
         let step = |code: u32, jt: u8, jf: u8, k: u32| libc::sock_filter {
             code: code as u16,
@@ -138,7 +136,7 @@ impl Socket {
             jf,
             k,
         };
-        // The filter loads words in network order; the kernel wrote the port in its own.
+        // The filter loads words in network byte order, but the port is in host byte order.
         let mut program = [
             step(
                 libc::BPF_LD | libc::BPF_W | libc::BPF_ABS,
@@ -177,7 +175,7 @@ impl Socket {
         }
     }
 
-    /// Waits for news and hands them out, as many as come at once; none where none come for a while.
+    /// Waits for a datagram and calls `each` with its messages. Returns without any after a timeout.
     pub fn listen(&mut self, each: impl FnMut(Message)) -> io::Result<()> {
         let datagram = match self.receive(true) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
@@ -187,7 +185,7 @@ impl Socket {
         Ok(())
     }
 
-    /// Makes the send buffer large enough for a batch; the kernel takes a message only whole.
+    /// Enlarges the send buffer to fit a batch, which must be sent as one datagram.
     fn reserve(&mut self, bytes: usize) -> io::Result<()> {
         if bytes <= self.send_buffer {
             return Ok(());
@@ -199,27 +197,27 @@ impl Socket {
             if error.raw_os_error() != Some(libc::EPERM) {
                 return Err(error);
             }
-            // In a user namespace CAP_NET_ADMIN does not count for this: as much as anybody may
-            // have, then. Should the kernel find it too small for the batch, it will say so.
+            // CAP_NET_ADMIN of a user namespace is not sufficient. Use the limit for unprivileged
+            // processes; if it is too small for the batch, sending fails.
             self.set_option(libc::SOL_SOCKET, libc::SO_SNDBUF, size)?;
         }
         self.send_buffer = usize::try_from(size).unwrap_or_default();
         Ok(())
     }
 
-    /// The sequence number that comes next.
+    /// Returns the next sequence number.
     pub fn next_number(&self) -> u32 {
         self.seq.wrapping_add(1)
     }
 
-    /// Takes sequence numbers for as many messages and returns the first.
+    /// Reserves sequence numbers for a number of messages and returns the first.
     pub fn reserve_numbers(&mut self, messages: u32) -> u32 {
         let first = self.next_number();
         self.seq = self.seq.wrapping_add(messages);
         first
     }
 
-    /// Sends messages; `what` they are is named in errors.
+    /// Sends messages. Errors mention `what`.
     pub fn send(&mut self, what: &'static str, bytes: &[u8]) -> Result<(), Error> {
         let failed = |source| Error::Send {
             what,
@@ -235,7 +233,7 @@ impl Socket {
         }
     }
 
-    /// Receives one datagram if one is queued (or, when `wait`, as soon as one is).
+    /// Receives a datagram. Without `wait`, returns `None` if none is queued.
     fn receive(&mut self, wait: bool) -> io::Result<Option<&[u8]>> {
         let flags = if wait { 0 } else { libc::MSG_DONTWAIT };
         loop {
@@ -264,18 +262,19 @@ impl Socket {
         }
     }
 
-    /// Hands out the errors that are queued, oldest first. The kernel works inside `sendmsg`, so
-    /// all it has to say about what was sent is there when sending returns.
+    /// Calls `each` with the queued errors, oldest first. The kernel processes requests within
+    /// `sendmsg`, so that all answers are queued when sending returns.
     ///
-    /// Where there are more than fit, the kernel says so before the first one and drops the last
-    /// ones, and then whatever else it has to say until all are read. So this hands out those that
-    /// fit before it fails with `ENOBUFS`.
-    pub fn errors(&mut self, mut each: impl FnMut(Report)) -> io::Result<()> {
+    /// If the queue overflows, the kernel reports this before the first error, and drops the last
+    /// errors and all messages until the queue is empty. Therefore this handles the queued errors
+    /// before it fails with `ENOBUFS`.
+    pub fn errors(&mut self, mut each: impl FnMut(Acknowledgement)) -> io::Result<()> {
         let mut dropped = None;
         loop {
             match self.receive(false) {
                 Ok(Some(datagram)) => {
-                    let reports = messages(datagram).filter_map(|message| Report::parse(&message));
+                    let reports =
+                        messages(datagram).filter_map(|message| Acknowledgement::parse(&message));
                     reports
                         .filter(|report| report.errno != 0)
                         .for_each(&mut each);
@@ -287,7 +286,7 @@ impl Socket {
         }
     }
 
-    /// Reads what is left of answers that nobody waits for any more.
+    /// Discards queued answers to earlier requests.
     fn forget_answers(&mut self) -> io::Result<()> {
         match self.errors(|_| {}) {
             Err(error) if error.raw_os_error() != Some(libc::ENOBUFS) => Err(error),
@@ -295,8 +294,7 @@ impl Socket {
         }
     }
 
-    /// Sends one request made by [`Socket::reserve_numbers`] and tells the errno the kernel
-    /// answered with; 0 for none.
+    /// Sends a request numbered `seq` and returns the kernel's errno, 0 on success.
     pub fn ask(&mut self, what: &'static str, seq: u32, request: &[u8]) -> Result<i32, Error> {
         self.send(what, request)?;
         let mut errno = 0;
@@ -309,7 +307,7 @@ impl Socket {
         Ok(errno)
     }
 
-    /// Asks for something that is one message, and hands it out.
+    /// Requests an object that is one message, and parses it with `read`.
     pub fn fetch<T>(
         &mut self,
         what: &'static str,
@@ -321,7 +319,7 @@ impl Socket {
         let mut request = Vec::new();
         let start = begin_message(&mut request, kind, 0, seq, 0);
         end_message(&mut request, start);
-        // The answer needs room.
+        // The answer must fit in the queue.
         self.forget_answers().map_err(failed)?;
         self.send(what, &request)?;
         loop {
@@ -338,8 +336,8 @@ impl Socket {
         }
     }
 
-    /// Asks for some objects, and hands out the message about each. Returns the errno that ended it
-    /// early, and 0 once there were so many.
+    /// Requests objects and calls `each` with the message about each. Returns 0 after `count` messages,
+    /// or the errno that ended the answer early.
     pub fn fetch_all(
         &mut self,
         request: Dump,
@@ -369,8 +367,8 @@ impl Socket {
         Ok(0)
     }
 
-    /// Dumps objects one by one. Of an interrupted dump objects are missing, or came up twice.
-    pub fn dump(&mut self, dump: Dump, mut each: impl FnMut(Message)) -> Result<Reading, Error> {
+    /// Dumps objects and calls `each` with each. An interrupted dump may miss or repeat objects.
+    pub fn dump(&mut self, dump: Dump, mut each: impl FnMut(Message)) -> Result<DumpStatus, Error> {
         let what = dump.what;
         let seq = self.reserve_numbers(1);
         let mut request = Vec::new();
@@ -392,16 +390,16 @@ impl Socket {
                 match i32::from(message.kind) {
                     libc::NLMSG_DONE | libc::NLMSG_ERROR => {
                         let errno = message.errno();
-                        // A family or set that does not exist has nothing to dump.
+                        // A family or set that does not exist has no objects.
                         if errno == libc::EINTR || errno == libc::EAGAIN {
                             interrupted = true;
                         } else if errno != 0 && errno != libc::ENOENT {
                             return Err(failed(io::Error::from_raw_os_error(errno)));
                         }
                         return Ok(if interrupted {
-                            Reading::Interrupted
+                            DumpStatus::Interrupted
                         } else {
-                            Reading::Complete
+                            DumpStatus::Complete
                         });
                     }
                     _ => each(message),
@@ -411,11 +409,10 @@ impl Socket {
     }
 }
 
-/// Whether a socket is among the listeners of a group. It can be changed while another thread
-/// waits at the socket.
+/// Joins and leaves a multicast group, even while another thread waits for messages of the socket.
 #[derive(Debug)]
 pub struct Membership {
-    /// Another name of the same socket.
+    /// A duplicate of the socket's descriptor.
     descriptor: OwnedFd,
     group: i32,
 }
@@ -462,12 +459,12 @@ fn set_option(
 }
 
 impl<'a> Message<'a> {
-    /// The attributes behind the netlink and netfilter headers.
-    pub fn attributes(self) -> Reader<'a> {
-        Reader::new(self.bytes.get(HEADER + 4..).unwrap_or_default())
+    /// Returns the attributes after the netlink and netfilter headers.
+    pub fn attributes(self) -> AttrReader<'a> {
+        AttrReader::new(self.bytes.get(HEADER + 4..).unwrap_or_default())
     }
 
-    /// `nfgen_family`.
+    /// Returns `nfgen_family`.
     pub fn family(self) -> u8 {
         self.bytes.get(HEADER).copied().unwrap_or_default()
     }
@@ -490,13 +487,13 @@ impl<'a> Message<'a> {
             .map_or(0, u16::from_ne_bytes)
     }
 
-    /// The errno of an error message or of the end of a dump, as a positive number.
+    /// Returns the errno of an error message or of the end of a dump, as a positive number.
     fn errno(self) -> i32 {
         (self.word(HEADER) as i32).wrapping_neg()
     }
 }
 
-/// Splits what was received, or several such pieces, into messages.
+/// Splits one or several datagrams into messages.
 pub fn messages(bytes: &[u8]) -> impl Iterator<Item = Message<'_>> {
     let mut rest = bytes;
     std::iter::from_fn(move || {
@@ -509,21 +506,21 @@ pub fn messages(bytes: &[u8]) -> impl Iterator<Item = Message<'_>> {
     })
 }
 
-/// What the kernel says about one message that was sent.
-pub struct Report {
-    /// The number of the message.
+/// The kernel's answer to a message.
+pub struct Acknowledgement {
+    /// The sequence number of the message.
     pub seq: u32,
-    /// Its errno, positive; 0 for success.
+    /// The errno as a positive number, 0 on success.
     pub errno: i32,
-    /// Offset of the attribute at fault in the message.
+    /// The offset of the attribute at fault in the message.
     pub offset: Option<u32>,
-    /// What is wrong, in words.
+    /// The error message of the kernel.
     pub text: Option<String>,
 }
 
-impl Report {
+impl Acknowledgement {
     fn parse(message: &Message) -> Option<Self> {
-        /// Netlink header, errno, and the header of the message it is about.
+        /// The length of the netlink header, the errno, and the header of the message in question.
         const FIXED: usize = HEADER + 4 + HEADER;
         // NLMSGERR_ATTR_* of the kernel.
         const ATTR_TEXT: u16 = 1;
@@ -531,7 +528,7 @@ impl Report {
         if i32::from(message.kind) != libc::NLMSG_ERROR {
             return None;
         }
-        let attributes = Reader::new(message.bytes.get(FIXED..)?);
+        let attributes = AttrReader::new(message.bytes.get(FIXED..)?);
         let offset = attributes.get(ATTR_OFFSET).and_then(|b| b.try_into().ok());
         Some(Self {
             seq: message.word(HEADER + 4 + 8),

@@ -1,4 +1,4 @@
-//! Numbers of the kernel's `linux/netfilter/nf_tables.h`, `linux/netfilter/nfnetlink_conntrack.h`,
+//! Constants of the kernel's `linux/netfilter/nf_tables.h`, `linux/netfilter/nfnetlink_conntrack.h`,
 //! `linux/netfilter/nfnetlink_log.h` and `linux/netfilter/ipset/ip_set.h` that the libc crate lacks.
 
 pub const NFTA_TABLE_NAME: u16 = 1;
@@ -52,13 +52,13 @@ pub const NFTA_DATA_VERDICT: u16 = 2;
 pub const NFTA_VERDICT_CODE: u16 = 1;
 pub const NFTA_VERDICT_CHAIN: u16 = 2;
 
-/// Ask the routing table for the type of an address.
+/// Looks up the type of an address in the routing table.
 pub const NFT_FIB_RESULT_ADDRTYPE: u32 = 3;
-/// Look at the source address.
+/// Uses the source address.
 pub const NFTA_FIB_F_SADDR: u32 = 1;
-/// Look at the destination address.
+/// Uses the destination address.
 pub const NFTA_FIB_F_DADDR: u32 = 2;
-/// Choose the source port at random (`linux/netfilter/nf_nat.h`).
+/// Chooses the source port at random (`linux/netfilter/nf_nat.h`).
 pub const NF_NAT_RANGE_PROTO_RANDOM_FULLY: u32 = 16;
 
 pub const IPCTNL_MSG_CT_GET: u16 = 1;
@@ -80,13 +80,13 @@ pub const CTA_PROTO_NUM: u16 = 1;
 pub const CTA_PROTO_SRC_PORT: u16 = 2;
 pub const CTA_PROTO_DST_PORT: u16 = 3;
 pub const CTA_FILTER_ORIG_FLAGS: u16 = 1;
-/// Flags of `CTA_FILTER_ORIG_FLAGS`; the kernel keeps them in a header of its own
-/// (`net/netfilter/nf_internals.h`).
+/// Flags of `CTA_FILTER_ORIG_FLAGS`, from the kernel's internal header
+/// `net/netfilter/nf_internals.h`.
 pub const CTA_FILTER_F_IP_DST: u32 = 1 << 1;
 pub const CTA_FILTER_F_PROTO_NUM: u32 = 1 << 3;
 pub const CTA_FILTER_F_PROTO_DST_PORT: u32 = 1 << 5;
 
-/// The oldest protocol that kernels in use speak, and all of them.
+/// The oldest protocol version, which all kernels in use support.
 pub const IPSET_PROTOCOL_MIN: u8 = 6;
 pub const IPSET_CMD_DESTROY: u16 = 3;
 pub const IPSET_CMD_LIST: u16 = 7;
@@ -96,7 +96,7 @@ pub const IPSET_ATTR_FLAGS: u16 = 6;
 pub const IPSET_ATTR_DATA: u16 = 7;
 pub const IPSET_ATTR_ADT: u16 = 8;
 pub const IPSET_ATTR_PORT: u16 = 4;
-/// List names, not elements.
+/// Lists names without elements.
 pub const IPSET_FLAG_LIST_SETNAME: u32 = 1 << 1;
 /// A rule still uses the set.
 pub const IPSET_ERR_BUSY: i32 = 4100;

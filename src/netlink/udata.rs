@@ -1,8 +1,8 @@
-//! User data: what nft needs to print a set or a comment, and the kernel only keeps.
+//! User data: information for nft that the kernel stores without interpreting it.
 //!
-//! User data is a list of type (one byte), length (one byte) and value. The layout is that of
-//! nft: sets carry the byte order of their key and value, and for keys and values that were
-//! declared by example (`typeof`) the expressions themselves, which `nft list` prints back.
+//! User data is a list of type (one byte), length (one byte) and value, in the layout of nft. Sets
+//! carry the byte order of key and value and, if these were declared by `typeof`, the expressions,
+//! which `nft list` prints.
 
 use crate::nft::{Declaration, Family, Selector, SetKind};
 
@@ -18,7 +18,7 @@ const SET_COMMENT: u8 = 7;
 const TYPEOF_EXPRESSION: u8 = 0;
 const TYPEOF_DATA: u8 = 1;
 
-// Numbers that nft gave its expressions; they are kept in kernels by every version of nft.
+// Numbers of nft's expressions, which are the same in all versions of nft.
 const EXPRESSION_PAYLOAD: u32 = 7;
 const EXPRESSION_META: u32 = 9;
 const EXPRESSION_CT: u32 = 12;
@@ -47,14 +47,14 @@ fn put_text(out: &mut Vec<u8>, kind: u8, text: &str) {
     put(out, kind, &value);
 }
 
-/// The user data of a rule or an element with a comment.
+/// Encodes the user data of a rule or element with a comment.
 pub fn comment(text: &str) -> Vec<u8> {
     let mut out = Vec::with_capacity(text.len() + 3);
     put_text(&mut out, RULE_OR_ELEMENT_COMMENT, text);
     out
 }
 
-/// The comment in the user data of a rule or an element.
+/// Returns the comment in the user data of a rule or element.
 pub fn read_comment(mut bytes: &[u8]) -> Option<&str> {
     while let [kind, length, rest @ ..] = bytes {
         let value = rest.get(..usize::from(*length))?;
@@ -66,7 +66,7 @@ pub fn read_comment(mut bytes: &[u8]) -> Option<&str> {
     None
 }
 
-/// The user data of a set.
+/// Encodes the user data of a set.
 pub fn set(declaration: &Declaration, family: Family) -> Vec<u8> {
     let typeof_needed = declaration.needs_typeof(family);
     let mut out = Vec::new();
@@ -131,7 +131,7 @@ fn put_typeof(
     put(out, kind, &expression);
 }
 
-/// One selector as nft describes it: its expression number and what tells it from others.
+/// Encodes a selector like nft: the number of its expression and its distinguishing attributes.
 fn put_expression(out: &mut Vec<u8>, selector: Selector, family: Family) {
     // Protocol descriptions and their fields.
     const TH: u32 = 11;
@@ -152,7 +152,7 @@ fn put_expression(out: &mut Vec<u8>, selector: Selector, family: Family) {
         Selector::Mark => (EXPRESSION_META, vec![libc::NFT_META_MARK as u32]),
         Selector::InputInterface => (EXPRESSION_META, vec![libc::NFT_META_IIFNAME as u32]),
         Selector::OutputInterface => (EXPRESSION_META, vec![libc::NFT_META_OIFNAME as u32]),
-        // In a declaration an index stands for any number, so the modulus is always 1.
+        // The modulus is irrelevant in a declaration; nft writes 1.
         Selector::RandomIndex { .. } => (EXPRESSION_NUMGEN, vec![libc::NFT_NG_RANDOM as u32, 1, 0]),
         Selector::SourceHash { .. } => (EXPRESSION_HASH, vec![]),
         Selector::OriginalDestinationAddress => (EXPRESSION_CT, vec![libc::NFT_CT_DST as u32, 0]),

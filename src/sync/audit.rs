@@ -29,8 +29,8 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until};
 
 use super::schedule::jittered;
-use super::session::Moment;
-use super::{Kernel, State};
+use super::session::WritePoint;
+use super::{DriverState, Kernel};
 use crate::engine::Engine as _;
 use crate::netlink::Error;
 use crate::nft::{Ruleset, SumKeys, Sums, Transaction, diff};
@@ -52,7 +52,7 @@ const MOST_LOOKS: u32 = 60;
 pub struct Snapshot {
     services: Tables,
     policies: Option<Ruleset>,
-    moment: Moment,
+    moment: WritePoint,
 }
 
 /// In what the kernel differs: operations, and places of elements, as hashes.
@@ -63,7 +63,7 @@ pub(super) type Difference = HashSet<u64>;
 pub struct Finding {
     difference: Result<Difference, Error>,
     /// That of the snapshot.
-    moment: Moment,
+    moment: WritePoint,
 }
 
 impl Finding {
@@ -322,11 +322,12 @@ impl<K: Kernel> super::Reconciler<'_, K> {
         }
         let policies = self.policies.as_ref();
         // While lists are read the engine knows of more than was written.
-        let policies = policies.filter(|it| it.state == State::Synced && it.engine.is_ready());
+        let policies =
+            policies.filter(|it| it.state == DriverState::Synced && it.engine.is_ready());
         Some(Snapshot {
             services: self.services.engine.tables().clone(),
             policies: policies.map(|policies| policies.engine.ruleset()),
-            moment: self.kernel.moment(),
+            moment: self.kernel.write_point(),
         })
     }
 
@@ -366,7 +367,7 @@ impl<K: Kernel> super::Reconciler<'_, K> {
 mod tests {
     use super::*;
 
-    const MOMENT: Moment = Moment {
+    const MOMENT: WritePoint = WritePoint {
         writes: 7,
         generation: None,
     };

@@ -1,4 +1,4 @@
-//! Keeps the tables of one engine as it wants them.
+//! Writes the tables of one engine.
 //!
 //! ```text
 //!           engine is ready                      transaction failed
@@ -9,9 +9,9 @@
 //! ```
 //!
 //! Nothing is written before the engine knows all objects. The first write, and the one after a
-//! failure, compares with what the kernel holds: rules of an earlier process stay in force and are
-//! changed, never flushed. Objects that the kernel refuses even then go into quarantine, all of a
-//! transaction at once, and the others are written.
+//! failure, compares with the kernel: rules of an earlier process remain in force and are changed,
+//! never flushed. Objects that the kernel refuses even then go into quarantine, all of one transaction
+//! at once, and the others are written.
 
 use std::time::{Duration, Instant};
 
@@ -25,57 +25,57 @@ use crate::nft::{ObjectPath, Ruleset, diff};
 /// The most attempts to write a comparison, each with further objects in quarantine.
 const MOST_ATTEMPTS: usize = 64;
 
-/// How far the kernel is known to agree.
+/// What a driver knows about the rules in force.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum State {
+pub enum DriverState {
     /// Waiting for the first complete lists.
     Listing,
     /// The kernel holds what was written.
     Synced,
-    /// A write failed; the kernel must be read again.
+    /// A write failed, and the kernel must be read again.
     Unknown,
 }
 
-/// Keeps the tables of an engine as it wants them.
+/// Writes the tables of an engine.
 #[derive(Debug)]
 pub struct Driver<E: Engine> {
     pub(super) engine: E,
-    pub(super) state: State,
+    pub(super) state: DriverState,
     budget: usize,
-    /// Whether a comparison was attempted.
+    /// Whether a comparison was attempted before.
     begun: bool,
-    /// Whether rules of complete lists were written once.
+    /// Whether the rules of complete lists were written before.
     written: bool,
-    /// The last update left more to be done.
+    /// Whether the last update left portions to write.
     more: bool,
-    /// What changed since followers were last handed something. This is noted before a write,
-    /// because steps of one that fails may be in force.
+    /// The changes that followers were not notified of. Added before a write, because steps of a failed
+    /// one may be in force.
     change: E::Change,
-    /// What the last calls achieved, for metrics and followers.
+    /// Measurements of the last calls, if the rules are in force.
     in_force: Option<InForce>,
-    /// What other programs changed in the tables.
+    /// A change of the tables by another process.
     foreign: ForeignChange,
     /// The last error of the kernel.
     failure: Option<String>,
 }
 
-/// How the wanted rules came to be in force.
+/// Measurements of how rules took effect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct InForce {
-    /// Anything was written.
+    /// Whether anything was written.
     pub wrote: bool,
-    /// The tables were compared with the kernel.
+    /// Whether the tables were compared with the kernel.
     pub compared: bool,
-    /// The time it took.
+    /// The time taken.
     pub took: Duration,
 }
 
-/// What a comparison achieved.
+/// The result of a comparison.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Healed {
     /// The outcome; `None` if nothing was compared.
     pub outcome: Option<Outcome>,
-    /// Something was put back, or could not be.
+    /// Whether something was restored, or could not be.
     pub changed: bool,
 }
 
@@ -84,7 +84,7 @@ impl<E: Engine> Driver<E> {
     pub fn new(engine: E) -> Self {
         Self {
             engine,
-            state: State::Listing,
+            state: DriverState::Listing,
             budget: BUDGET,
             begun: false,
             written: false,
@@ -96,7 +96,7 @@ impl<E: Engine> Driver<E> {
         }
     }
 
-    /// Sets the number of elements of an update.
+    /// Sets the most elements of an update.
     pub fn set_budget(&mut self, elements: usize) {
         self.budget = elements;
     }
@@ -107,51 +107,53 @@ impl<E: Engine> Driver<E> {
     }
 
     /// Returns the state.
-    pub fn state(&self) -> State {
+    pub fn state(&self) -> DriverState {
         self.state
     }
 
-    /// Whether rules of complete lists were written once.
+    /// Whether the rules of complete lists were written before.
     pub fn has_written(&self) -> bool {
         self.written
     }
 
-    /// Returns the last error of the kernel, if it is unknown what is in force.
+    /// Returns the last error of the kernel, while the rules in force are unknown.
     pub fn failure(&self) -> Option<&str> {
         let failure = self.failure.as_deref();
-        failure.filter(|_| self.state == State::Unknown)
+        failure.filter(|_| self.state == DriverState::Unknown)
     }
 
-    /// Whether an update waits for another call of [`Driver::work`].
+    /// Whether portions wait for another call of [`Driver::work`].
     pub fn has_more(&self) -> bool {
-        self.state == State::Synced && self.more
+        self.state == DriverState::Synced && self.more
     }
 
-    /// Returns when [`Driver::work`] has something to do although no event came.
+    /// Returns when [`Driver::work`] has something to do without an event.
     pub fn due(&self) -> Option<Instant> {
-        // Otherwise the next attempt does it.
-        self.engine.due().filter(|_| self.state == State::Synced)
+        // In other states the next attempt does it.
+        self.engine
+            .due()
+            .filter(|_| self.state == DriverState::Synced)
     }
 
-    /// Takes what changed since the last call, if all of it is in force.
+    /// Takes the changes since the last call, if all of them are in force.
     pub fn take_in_force(&mut self) -> Option<(InForce, E::Change)> {
         let in_force = self.in_force.take()?;
         Some((in_force, std::mem::take(&mut self.change)))
     }
 
-    /// Writes what changed since the last call, or compares everything if it is not known what is in
-    /// force.
+    /// Writes the changes since the last call, or compares everything if the rules in force are
+    /// unknown.
     pub fn work<K: Kernel>(&mut self, kernel: &mut KernelSession<'_, K>) -> Outcome {
         if !self.engine.is_ready() {
-            // What is in force stays so until the lists are complete.
+            // The rules in force remain until the lists are complete.
             return match self.state {
-                State::Listing | State::Unknown => Outcome::Waiting,
-                State::Synced => Outcome::Synced,
+                DriverState::Listing | DriverState::Unknown => Outcome::Waiting,
+                DriverState::Synced => Outcome::Synced,
             };
         }
         match self.state {
-            State::Listing | State::Unknown => self.compare(kernel),
-            State::Synced => self.update(kernel),
+            DriverState::Listing | DriverState::Unknown => self.compare(kernel),
+            DriverState::Synced => self.update(kernel),
         }
     }
 
@@ -175,14 +177,13 @@ impl<E: Engine> Driver<E> {
         }
     }
 
-    /// Reports a failed write and compares with what the kernel holds, since steps of the write may
-    /// be in force.
+    /// Reports a failed write and compares with the kernel, since steps of the write may be in force.
     pub fn write_failed<K: Kernel>(
         &mut self,
         kernel: &mut KernelSession<'_, K>,
         error: &Error,
     ) -> Outcome {
-        // It does not fit what the tables hold, and another program has written something.
+        // The conflict may be due to another process, which has written something.
         if error.is_conflict() && !kernel.is_as_expected() {
             self.foreign.suspect();
         }
@@ -190,7 +191,7 @@ impl<E: Engine> Driver<E> {
         self.compare(kernel)
     }
 
-    /// Compares everything with what the kernel holds and writes the difference.
+    /// Compares everything with the kernel and writes the difference.
     ///
     /// Does nothing before the engine is ready.
     pub fn compare<K: Kernel>(&mut self, kernel: &mut KernelSession<'_, K>) -> Outcome {
@@ -214,18 +215,17 @@ impl<E: Engine> Driver<E> {
         }
     }
 
-    /// Compares with what the kernel holds after another program changed the tables, and puts back
-    /// what it changed.
+    /// Compares with the kernel after another process may have changed the tables, and restores them.
     pub fn heal<K: Kernel>(&mut self, kernel: &mut KernelSession<'_, K>) -> Healed {
-        if self.state == State::Synced && !self.engine.is_ready() {
-            // What is wanted is known when the lists are complete.
-            self.state = State::Listing;
+        if self.state == DriverState::Synced && !self.engine.is_ready() {
+            // The wanted rules are known when the lists are complete.
+            self.state = DriverState::Listing;
         }
-        if self.state != State::Synced {
+        if self.state != DriverState::Synced {
             // The next attempt compares anyway.
             return Healed::default();
         }
-        // What waits to be written is no change of others.
+        // Changes that wait to be written must not count as foreign.
         let outcome = self.update(kernel);
         if outcome != Outcome::Synced {
             return Healed {
@@ -241,7 +241,7 @@ impl<E: Engine> Driver<E> {
             read.and_then(|actual| self.write_difference(kernel, &actual, wanted, &mut 0));
         match written {
             Ok(0) => {
-                self.foreign.put_back();
+                self.foreign.take();
                 Healed {
                     outcome: Some(Outcome::Synced),
                     changed: false,
@@ -261,7 +261,7 @@ impl<E: Engine> Driver<E> {
         }
     }
 
-    /// Reads, compares, writes; again with those objects in quarantine that the kernel refuses.
+    /// Reads, compares and writes, repeatedly with refused objects in quarantine.
     fn attempt_all<K: Kernel>(&mut self, kernel: &mut KernelSession<'_, K>) -> Result<(), Error> {
         let mut conflict = None;
         let mut actual: Option<Ruleset> = None;
@@ -280,22 +280,22 @@ impl<E: Engine> Driver<E> {
             if attempts > MOST_ATTEMPTS {
                 return Err(error);
             }
-            match self.judge(&error, &mut conflict) {
-                Judgement::Quarantine(refused) => {
+            match self.evaluate_failure(&error, &mut conflict) {
+                FailureAction::Quarantine(refused) => {
                     self.quarantine(kernel, &refused);
-                    // Nothing has changed since it was read.
+                    // If nothing was written, the tables have not changed since they were read.
                     actual = (written == 0).then_some(known);
                 }
-                Judgement::ReadAgain => {}
-                Judgement::GiveUp => return Err(error),
+                FailureAction::ReadAgain => {}
+                FailureAction::GiveUp => return Err(error),
             }
             kernel.metrics.failure();
         }
     }
 
-    /// Judges a failed write. What conflicts with the tables may have been written by another program
-    /// after they were read: it is refused twice before it counts.
-    fn judge(&self, error: &Error, before: &mut Option<ObjectPath>) -> Judgement {
+    /// Decides what to do after a failed write. Another process may have caused a conflict after the
+    /// tables were read, so that only the second conflict at the same path leads to quarantine.
+    fn evaluate_failure(&self, error: &Error, before: &mut Option<ObjectPath>) -> FailureAction {
         let permanent = error
             .refusals()
             .filter(|it| it.class() == ErrorClass::Permanent);
@@ -306,18 +306,18 @@ impl<E: Engine> Driver<E> {
         {
             if before.as_ref() != Some(&first.path) {
                 *before = Some(first.path.clone());
-                return Judgement::ReadAgain;
+                return FailureAction::ReadAgain;
             }
             found = self.blamed([first]);
         }
         if found.is_empty() {
-            Judgement::GiveUp
+            FailureAction::GiveUp
         } else {
-            Judgement::Quarantine(found)
+            FailureAction::Quarantine(found)
         }
     }
 
-    /// Returns the objects to which refused things belong, each once, with the reason.
+    /// Returns the objects to blame for refusals, without duplicates, each with the reason.
     fn blamed<'a>(
         &self,
         refusals: impl IntoIterator<Item = &'a Refusal>,
@@ -349,8 +349,8 @@ impl<E: Engine> Driver<E> {
         }
     }
 
-    /// Writes the difference and returns the number of operations. `written` counts the steps that
-    /// are in force.
+    /// Writes the difference and returns the number of operations. `written` counts the steps that took
+    /// effect.
     fn write_difference<K: Kernel>(
         &mut self,
         kernel: &mut KernelSession<'_, K>,
@@ -359,7 +359,7 @@ impl<E: Engine> Driver<E> {
         written: &mut usize,
     ) -> Result<usize, Error> {
         let transaction = diff(actual, wanted);
-        // If a later step fails, the next comparison does not find what earlier ones removed.
+        // If a later step fails, the next comparison does not show what earlier steps removed.
         self.change
             .append(self.engine.compared(actual, &transaction));
         let operations = transaction.ops.len();
@@ -369,13 +369,13 @@ impl<E: Engine> Driver<E> {
     }
 
     fn compared<K: Kernel>(&mut self, kernel: &KernelSession<'_, K>, started: Instant) {
-        let operations = self.foreign.put_back();
+        let operations = self.foreign.take();
         if operations > 0 {
             report_healing(kernel, E::TABLE, operations, started.elapsed());
         }
-        // An earlier attempt, or process, may not have handed over what it changed.
+        // Followers may not know the changes of an earlier attempt or process.
         self.change.set_rewritten();
-        // Events may wait.
+        // Events may be waiting.
         self.more = true;
         self.synced(InForce {
             wrote: true,
@@ -385,7 +385,7 @@ impl<E: Engine> Driver<E> {
     }
 
     fn synced(&mut self, now: InForce) {
-        self.state = State::Synced;
+        self.state = DriverState::Synced;
         self.written = true;
         self.failure = None;
         let before = self.in_force.take();
@@ -398,7 +398,7 @@ impl<E: Engine> Driver<E> {
 
     fn failed<K: Kernel>(&mut self, kernel: &KernelSession<'_, K>, error: &Error) {
         kernel.failed(error);
-        self.state = State::Unknown;
+        self.state = DriverState::Unknown;
         self.in_force = None;
         self.failure = Some(error.to_string());
     }
@@ -410,43 +410,43 @@ impl<E: Engine> Driver<E> {
     }
 }
 
-/// What follows from a failed write.
-enum Judgement {
-    /// These objects are at fault, each with the reason.
+/// The reaction to a failed write.
+enum FailureAction {
+    /// Put these objects into quarantine, each with the reason.
     Quarantine(Vec<(ObjectRef, String)>),
-    /// Another program may have written to the tables after they were read.
+    /// Read the tables again: another process may have written to them.
     ReadAgain,
-    /// Nothing that was to be written is at fault.
+    /// Return the error: no object is at fault.
     GiveUp,
 }
 
-/// A change of the tables by another program that is not put back yet, with the operations that this
-/// takes as far as they are known.
+/// A change of the tables by another process that is not restored yet, with the number of operations
+/// for that, if known.
 ///
-/// What a comparison finds after a failed write may be nftlet's own and does not count.
+/// Differences after a failed write do not count, since they may be nftlet's own.
 #[derive(Debug, Default)]
 struct ForeignChange(Option<usize>);
 
 impl ForeignChange {
-    /// Notes that another program changed something, which the next comparison finds.
+    /// Records that another process may have changed something.
     fn suspect(&mut self) {
         self.0.get_or_insert(0);
     }
 
-    /// Takes the operations that a comparison found. Further ones may be nftlet's own.
+    /// Records the operations of a comparison, unless they may be nftlet's own.
     fn found(&mut self, operations: usize) {
         if let Some(known @ 0) = &mut self.0 {
             *known = operations;
         }
     }
 
-    /// Returns the operations that put it back, and forgets them.
-    fn put_back(&mut self) -> usize {
+    /// Returns and resets the number of operations.
+    fn take(&mut self) -> usize {
         self.0.take().unwrap_or_default()
     }
 }
 
-/// Counts and reports operations that put back what another program had changed.
+/// Counts and reports operations that restored the tables.
 fn report_healing<K: Kernel>(
     kernel: &KernelSession<'_, K>,
     table: &str,

@@ -1,4 +1,4 @@
-//! Hands what changed to the threads that act once rules are in force.
+//! Channels that notify followers of changes that took effect.
 
 use std::fmt;
 use std::sync::Arc;
@@ -9,7 +9,7 @@ use tokio::sync::watch;
 use crate::policies::{Isolated, PolicyChanges};
 use crate::services::{ServiceChanges, Sticky};
 
-/// Where changes are handed over. Nothing waits: each follower has a queue of its own.
+/// The channels to the followers. Sending does not block: each follower has a queue of its own.
 #[derive(Default)]
 pub struct Followers {
     services: Vec<Sender<Arc<ServiceChanges>>>,
@@ -27,35 +27,35 @@ impl fmt::Debug for Followers {
 }
 
 impl Followers {
-    /// Returns the changes of services to come.
+    /// Subscribes to changes of services.
     pub fn services(&mut self) -> Receiver<Arc<ServiceChanges>> {
         let (sender, receiver) = channel();
         self.services.push(sender);
         receiver
     }
 
-    /// Returns the changes of policies to come.
+    /// Subscribes to changes of policies.
     pub fn policies(&mut self) -> Receiver<Arc<PolicyChanges>> {
         let (sender, receiver) = channel();
         self.policies.push(sender);
         receiver
     }
 
-    /// Returns the isolated addresses of this node, as they are from time to time.
+    /// Watches the isolated addresses of this node.
     pub fn isolated(&mut self) -> watch::Receiver<Isolated> {
         self.isolated
             .get_or_insert_with(|| watch::channel(Isolated::default()).0)
             .subscribe()
     }
 
-    /// Returns the namespaces with session affinity, as they are from time to time.
+    /// Watches the namespaces with session affinity.
     pub fn sticky(&mut self) -> watch::Receiver<Sticky> {
         self.sticky
             .get_or_insert_with(|| watch::channel(Sticky::default()).0)
             .subscribe()
     }
 
-    /// Returns the number of changes of services with session affinity that were handed over.
+    /// Returns the number of changes of services with session affinity so far.
     pub(super) fn affinity_version(&self) -> u64 {
         self.affinity_version
     }
@@ -87,7 +87,7 @@ impl Followers {
     }
 }
 
-/// Hands over to all threads that have not ended.
+/// Sends to all followers that have not ended.
 fn hand<C>(to: &mut Vec<Sender<Arc<C>>>, change: C) {
     let change = Arc::new(change);
     to.retain(|sender| sender.send(change.clone()).is_ok());

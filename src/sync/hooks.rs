@@ -1,9 +1,8 @@
-//! Removes base chains of others from nftlet's tables while it is not known yet what the tables
-//! are to hold.
+//! Removes foreign base chains from nftlet's tables before the lists are complete.
 //!
-//! A base chain that drops packets may keep nftlet from its API server, and with it from the lists
-//! by which the tables are compared and repaired. So base chains of names that nftlet does not use
-//! are removed without any list. All else that an earlier run left stays in force.
+//! A base chain that drops packets may prevent nftlet from reaching its API server, and thus from
+//! getting the lists that it needs to repair the tables. Base chains with names that nftlet does not
+//! use are removed without them. Other rules of an earlier process remain in force.
 
 use super::{Kernel, Reporter};
 use crate::model::{Notice, Reason, Subject};
@@ -13,7 +12,7 @@ use crate::policies;
 use crate::serve::metrics::Metrics;
 use crate::services;
 
-/// Whether nftlet gives a name to a base chain.
+/// Whether nftlet uses a name for a base chain.
 type IsOwn = fn(&Name) -> bool;
 
 const TABLES: [(&str, IsOwn); 2] = [
@@ -21,13 +20,12 @@ const TABLES: [(&str, IsOwn); 2] = [
     (policies::TABLE, policies::is_base_chain),
 ];
 
-/// Removes the base chains in nftlet's tables that nftlet does not make, and lets those of its own
-/// accept again what meets no verdict. Reports each of them. A table that cannot be read or changed
-/// stops none of the others.
+/// Removes foreign base chains from nftlet's tables and restores the policy `accept` of nftlet's own.
+/// Reports each of them. Continues with the other tables after an error.
 ///
 /// # Errors
 ///
-/// The last error, when the chains of a table cannot be read or one of them cannot be removed.
+/// The last error, if the chains of a table cannot be read or one of them cannot be removed.
 pub fn remove_foreign_hooks(
     kernel: &mut impl Kernel,
     metrics: &Metrics,
@@ -56,9 +54,9 @@ fn clean_table(
         let (is_own, chain) = (is_own(&found.name), found.name);
         let (ops, done) = match found.base {
             base @ Some(_) if is_own && !found.accepts => {
-                // The policy is all that this changes of a chain that exists.
+                // Adding a chain that exists only changes its policy.
                 let ops = vec![Op::AddChain(table.clone(), chain.clone(), base)];
-                (ops, "had another policy than accept, which was put back")
+                (ops, "had a policy other than accept; restored")
             }
             _ if is_own => continue,
             _ => {
@@ -66,7 +64,7 @@ fn clean_table(
                     Op::FlushChain(table.clone(), chain.clone()),
                     Op::DeleteChain(table.clone(), chain.clone()),
                 ];
-                (ops, "was not made by nftlet and has been removed")
+                (ops, "was not created by nftlet; removed")
             }
         };
         let operations = ops.len();
@@ -76,7 +74,7 @@ fn clean_table(
         reporter.notice(&Notice {
             subject: Subject::Other(format!("table {table}").into()),
             reason: Reason::ForeignChange,
-            message: format!("the base chain {chain} {done} (find out who: nft monitor)"),
+            message: format!("base chain {chain} {done}; find the process with nft monitor"),
         });
     }
     Ok(())

@@ -1,15 +1,15 @@
-//! The kernel as the reconciler sees it.
+//! The interface to the kernel.
 
 use crate::netlink::{Applied, Error, FoundBaseChain, Nftables};
 use crate::nft::{Element, Ruleset, SumKeys, Sums, TableId, Transaction};
 
-/// Something rules can be written to and read from.
+/// Writes and reads rules.
 pub trait Kernel {
     /// Writes a transaction, all or nothing.
     ///
     /// # Errors
     ///
-    /// What was refused and why, or why it could not be sent.
+    /// When the kernel refuses operations, or the transaction cannot be sent.
     fn apply(&mut self, transaction: &Transaction) -> Result<Applied, Error>;
 
     /// Reads the tables of the given names; see [`Nftables::read`].
@@ -37,7 +37,7 @@ pub trait Kernel {
         Ok((found, sums))
     }
 
-    /// Reads which base chains a table has; see [`Nftables::base_chains`].
+    /// Reads the base chains of a table; see [`Nftables::base_chains`].
     ///
     /// # Errors
     ///
@@ -63,7 +63,8 @@ pub trait Kernel {
     /// When the set cannot be read.
     fn elements(&mut self, table: &TableId, set: &str) -> Result<Vec<Element>, Error>;
 
-    /// A number that every change of any table adds one to; see [`Nftables::generation`].
+    /// Returns the generation of the ruleset, to which every commit adds one; see
+    /// [`Nftables::generation`].
     ///
     /// # Errors
     ///

@@ -1,4 +1,4 @@
-//! How long changes take until their rules are in force.
+//! Measures the time from an event until its rules are in force.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -6,7 +6,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use crate::model::{Delivery, Event, Kind, ObjectName};
 use crate::serve::metrics::Metrics;
 
-/// How many events are timed at once; the kernel may be out of order for long.
+/// The most events that are timed at once, which bounds memory while writes fail.
 const MOST_WAITING: usize = 1 << 16;
 
 /// The times of events whose rules are not in force yet.
@@ -14,11 +14,11 @@ const MOST_WAITING: usize = 1 << 16;
 pub(super) struct Latency {
     /// Arrival times, with the service that the event is about.
     arrived: Vec<(Option<ObjectName>, Instant)>,
-    /// When endpoints changed, in milliseconds since 1970.
+    /// Times of changes of endpoints, in milliseconds since 1970.
     triggered: Vec<(ObjectName, i64)>,
     /// The times of services that are written in portions.
     deferred: HashMap<ObjectName, Times>,
-    /// How many Services and EndpointSlices changed.
+    /// The number of changed Services and EndpointSlices.
     pending: (usize, usize),
 }
 
@@ -29,7 +29,7 @@ struct Times {
 }
 
 impl Latency {
-    /// Notes an event.
+    /// Records an event.
     pub fn arrived(&mut self, delivery: &Delivery) {
         match delivery.event.kind() {
             Some(Kind::Service) => self.pending.0 += 1,
@@ -44,18 +44,18 @@ impl Latency {
         }
     }
 
-    /// Notes changes of endpoints.
+    /// Records changes of endpoints.
     pub fn triggered(&mut self, changes: Vec<(ObjectName, i64)>) {
         self.triggered.extend(changes);
         self.triggered.truncate(MOST_WAITING);
     }
 
-    /// Returns how many Services and EndpointSlices changed and are not in force.
+    /// Returns the number of Services and EndpointSlices whose changes are not in force.
     pub fn pending(&self) -> (usize, usize) {
         self.pending
     }
 
-    /// Measures the events that are in force, all but those of services that `is_waiting` names.
+    /// Measures all events except those of services for which `is_waiting` returns true.
     pub fn in_force(&mut self, metrics: &Metrics, is_waiting: impl Fn(&ObjectName) -> bool) {
         self.pending = (0, 0);
         for (service, at) in self.arrived.drain(..) {
@@ -82,7 +82,7 @@ impl Latency {
         });
     }
 
-    /// Measures the changes of endpoints that are in force, as [`Latency::in_force`].
+    /// Measures changes of endpoints like [`Latency::in_force`].
     pub fn triggers_in_force(
         &mut self,
         metrics: &Metrics,
@@ -118,7 +118,7 @@ fn observe_trigger(metrics: &Metrics, at_ms: i64) {
     }
 }
 
-/// The time from a moment in milliseconds since 1970 until now; `None` for the future.
+/// Returns the time since a moment in milliseconds since 1970; `None` if it is in the future.
 fn milliseconds_since(moment: i64) -> Option<Duration> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
     now.ok()?

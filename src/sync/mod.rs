@@ -1,17 +1,17 @@
-//! The loop that keeps the kernel as the objects ask for.
+//! The control loop: writes to the kernel what the objects require.
 //!
 //! ```text
 //! deliveries ─> Engine (services, policies) ─> Driver ─> KernelSession ─> kernel
 //!                                                │
-//!                                                └─ what changed, once it is in force ─> followers
+//!                                                └─ changes that took effect ─> followers
 //! ```
 //!
-//! [`Reconciler::handle`] takes all events that arrived since the last call, compiles only what they
-//! touch, and writes the difference to what was written before. There is no delay and no timer in the
-//! way of a change: what arrives while the kernel works forms the next transaction.
+//! [`Reconciler::handle`] takes all events since the last call, compiles only what they affect, and
+//! writes the difference to what was written before. No timer delays a change: events that arrive
+//! during a write form the next transaction.
 //!
-//! Services and policies have a [`Driver`] each: a failure of one does not hold up the other. Policies
-//! come first, so that a new pod is isolated before a service leads to it.
+//! Services and policies have a [`Driver`] each, so that a failure of one does not delay the other.
+//! Policies are written first: a new pod is isolated before a service forwards traffic to it.
 
 mod audit;
 mod driver;
@@ -39,62 +39,62 @@ use crate::services::{self, ServiceSettings};
 use crate::source::SourceStats;
 
 pub use audit::{Audits, EVERY as AUDIT_EVERY, Finding, Snapshot, Step, Verdict};
-pub use driver::{Driver, Healed, InForce, State};
+pub use driver::{Driver, DriverState, Healed, InForce};
 pub use handover::Followers;
 pub use hooks::remove_foreign_hooks;
 pub use kernel::Kernel;
-pub use queries::{Query, Removal, Removed};
+pub use queries::{ElementRemoval, Query, RemovalOutcome};
 pub use report::{Log, LogAndSend, Reporter};
 pub use run::{Exit, Signals, run};
 pub use session::KernelSession;
 
 use latency::Latency;
 
-/// Keeps the kernel as the objects ask for.
+/// Writes to the kernel what the objects require, and repairs it.
 pub struct Reconciler<'a, K> {
     kernel: KernelSession<'a, K>,
     services: Driver<services::Engine>,
     policies: Option<Driver<policies::Engine>>,
     latency: Latency,
     followers: Followers,
-    /// What keeps lists from being complete.
+    /// Names the faults that prevent complete lists.
     source_stats: Option<Arc<SourceStats>>,
 }
 
-/// What [`Reconciler::handle`] and [`Reconciler::resync`] achieved.
+/// The result of [`Reconciler::handle`] and [`Reconciler::resync`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// Not all kinds are listed yet; nothing was written.
+    /// Lists are not complete; nothing was written.
     Waiting,
-    /// The kernel is as wanted.
+    /// The kernel holds the wanted rules.
     Synced,
-    /// The kernel could not be brought there; try [`Reconciler::resync`] again after a while.
+    /// The kernel could not be read or written; retry with [`Reconciler::resync`] after a pause.
     Failed,
 }
 
-/// The parts of the rules, which are written, fail and are tried again apart from each other.
+/// Selects engines. They are written, fail and are retried independently.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Parts {
+pub struct Engines {
     /// The tables of services.
     pub services: bool,
     /// The tables of network policies.
     pub policies: bool,
 }
 
-impl Parts {
-    /// All of them.
+impl Engines {
+    /// Both engines.
     pub const ALL: Self = Self {
         services: true,
         policies: true,
     };
-    /// The services alone.
+    /// Only services.
     pub const SERVICES: Self = Self {
         services: true,
         policies: false,
     };
 }
 
-/// What was achieved in each part; `None` in one that was left alone.
+/// The outcome of each engine; `None` if it was not selected.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Outcomes {
     /// The tables of services.
@@ -104,12 +104,12 @@ pub struct Outcomes {
 }
 
 impl Outcomes {
-    /// Whether a part ended so.
+    /// Whether an engine has this outcome.
     pub fn any(self, outcome: Outcome) -> bool {
         [self.services, self.policies].contains(&Some(outcome))
     }
 
-    /// What was achieved on the whole.
+    /// Returns the worse outcome of both.
     pub fn together(self) -> Outcome {
         let worse = [Outcome::Failed, Outcome::Waiting].into_iter();
         let worst = worse.into_iter().find(|outcome| self.any(*outcome));
@@ -118,7 +118,7 @@ impl Outcomes {
 }
 
 impl<'a, K: Kernel> Reconciler<'a, K> {
-    /// Creates a reconciler that has seen nothing yet.
+    /// Creates a controller that knows no objects yet.
     pub fn new(
         kernel: K,
         settings: ServiceSettings,
@@ -135,7 +135,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         }
     }
 
-    /// Divides changes of services with more elements.
+    /// Sets the number of elements above which changes of services are written in portions.
     #[must_use]
     pub fn with_portions_of(mut self, elements: usize) -> Self {
         self.services.set_budget(elements);
@@ -150,14 +150,14 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         self
     }
 
-    /// Enforces the policies of an engine. Without one the policy tables are left alone.
+    /// Enforces the policies of an engine. Without one, the policy tables are not touched.
     #[must_use]
     pub fn with_policies(mut self, engine: policies::Engine) -> Self {
         self.policies = Some(Driver::new(engine));
         self
     }
 
-    /// Sets who acts once rules are in force.
+    /// Sets the followers of changes that took effect.
     #[must_use]
     pub fn with_followers(mut self, followers: Followers) -> Self {
         self.followers = followers;
@@ -171,7 +171,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         self
     }
 
-    /// Returns the objects that services are made of.
+    /// Returns the objects of services.
     pub fn store(&self) -> &Store {
         self.services.engine.store()
     }
@@ -181,23 +181,22 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         self.policies.as_ref().map(|policies| &policies.engine)
     }
 
-    /// Takes over events and brings the kernel in line with them.
+    /// Applies events and writes the resulting changes.
     pub fn handle(&mut self, deliveries: impl IntoIterator<Item = Delivery>) -> Outcome {
         self.take_over(deliveries);
-        let mut outcome = self.work(Parts::ALL).together();
+        let mut outcome = self.work(Engines::ALL).together();
         while outcome == Outcome::Synced && self.has_more() {
-            outcome = self.work(Parts::SERVICES).together();
+            outcome = self.work(Engines::SERVICES).together();
         }
         outcome
     }
 
-    /// Whether changes of services wait for another call of [`Reconciler::work`], because not all
-    /// of them were to be written at once.
+    /// Whether portions of services wait for another call of [`Reconciler::work`].
     pub fn has_more(&self) -> bool {
         self.services.has_more()
     }
 
-    /// Takes over events without writing anything.
+    /// Applies events to the engines without writing anything.
     pub fn take_over(&mut self, deliveries: impl IntoIterator<Item = Delivery>) {
         let (services, endpoints) = self.latency.pending();
         for delivery in deliveries {
@@ -224,15 +223,15 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         }
     }
 
-    /// Brings parts of the rules in line with the events taken over.
-    pub fn work(&mut self, parts: Parts) -> Outcomes {
-        // In this order: a new pod is isolated before a service leads to it.
-        let policies = parts.policies.then(|| self.work_on_policies());
-        let services = parts.services.then(|| self.work_on_services());
+    /// Writes the changes of the selected engines.
+    pub fn work(&mut self, engines: Engines) -> Outcomes {
+        // Policies first: a new pod is isolated before a service forwards traffic to it.
+        let policies = engines.policies.then(|| self.work_on_policies());
+        let services = engines.services.then(|| self.work_on_services());
         Outcomes { services, policies }
     }
 
-    /// What new events changed is written first, and then a portion of what waits.
+    /// Writes the changes of new events first, then a portion that waits.
     fn work_on_services(&mut self) -> Outcome {
         let marked = self.services.engine.is_marked();
         let mut outcome = self.services.work(&mut self.kernel);
@@ -252,8 +251,8 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         let state = policies.state;
         self.policies_in_force_now();
         match outcome {
-            // The first lists of policies hold up nothing else.
-            Outcome::Waiting if state == State::Listing => Outcome::Synced,
+            // Nothing else waits for the first lists of policies.
+            Outcome::Waiting if state == DriverState::Listing => Outcome::Synced,
             outcome => outcome,
         }
     }
@@ -267,7 +266,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         outcome
     }
 
-    /// Measures and hands over what became of services.
+    /// Updates metrics and notifies followers after services took effect.
     fn services_in_force(&mut self) {
         let Some((in_force, change)) = self.services.take_in_force() else {
             return;
@@ -280,7 +279,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         let engine = &self.services.engine;
         let is_waiting = |service: &_| engine.is_waiting(service);
         let policies = self.policies.as_ref();
-        if policies.is_some_and(|policies| policies.state == State::Unknown) {
+        if policies.is_some_and(|policies| policies.state == DriverState::Unknown) {
             self.latency.triggers_in_force(metrics, is_waiting);
         } else {
             self.latency.in_force(metrics, is_waiting);
@@ -295,7 +294,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         metrics.no_local_endpoints(engine.no_local_endpoints());
     }
 
-    /// Measures and hands over what became of policies.
+    /// Updates metrics and notifies followers after policies took effect.
     fn policies_in_force_now(&mut self) {
         let Some(policies) = &mut self.policies else {
             return;
@@ -312,9 +311,9 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         self.followers.hand_policies(change);
     }
 
-    /// Compares with what the kernel holds after another program changed the tables, and puts back
-    /// what was changed. Returns whether anything was. Reads nothing if no other program can have
-    /// changed anything since the last time.
+    /// Compares with the kernel after another process may have changed the tables, and restores them.
+    /// Returns whether anything was restored. Reads nothing if no other process committed anything
+    /// since the last comparison.
     pub fn heal(&mut self) -> (Outcomes, bool) {
         if self.is_synced() && self.kernel.is_as_expected() {
             return (Outcomes::default(), false);
@@ -335,7 +334,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         (outcomes, policies.changed || services.changed)
     }
 
-    /// Asks the kernel for its generation, and notes the time if all rules are as wanted.
+    /// Requests the kernel's generation, and records the time if all wanted rules are in force.
     ///
     /// # Errors
     ///
@@ -348,28 +347,27 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         Ok(())
     }
 
-    /// Whether what was written is known to be in force, as far as something was to be written.
+    /// Whether the rules written last are known to be in force.
     pub fn is_synced(&self) -> bool {
         let policies = self.policies.as_ref();
-        let unknown = policies.is_some_and(|policies| policies.state == State::Unknown);
-        self.services.state == State::Synced && !unknown
+        let unknown = policies.is_some_and(|policies| policies.state == DriverState::Unknown);
+        self.services.state == DriverState::Synced && !unknown
     }
 
-    /// Whether some tables cannot be compared, because it is not known yet what they are to hold.
+    /// Whether some tables cannot be compared, because lists are not complete.
     fn waits_for_lists(&self) -> bool {
         let policies = self.policies.as_ref();
         let policies =
-            policies.is_some_and(|it| it.state == State::Listing || !it.engine.is_ready());
-        self.services.state == State::Listing || policies
+            policies.is_some_and(|it| it.state == DriverState::Listing || !it.engine.is_ready());
+        self.services.state == DriverState::Listing || policies
     }
 
-    /// Whether another program wrote to the kernel while the monitor received no notifications; says
-    /// so once.
+    /// Returns and resets whether another process committed something while the monitor was muted.
     pub fn take_missed_notifications(&mut self) -> bool {
         self.kernel.take_missed_notifications()
     }
 
-    /// Tries the objects again with the next call that the kernel refused earlier.
+    /// Releases the objects that the kernel refused earlier, so that the next call writes them.
     pub fn retry_quarantined(&mut self) {
         if let Some(policies) = &mut self.policies {
             policies.engine.retry_quarantined();
@@ -377,26 +375,25 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         self.services.engine.retry_quarantined();
     }
 
-    /// Returns when a part has something to do although no event came.
+    /// Returns when an engine has something to do without an event.
     pub fn due(&self) -> Option<Instant> {
         let policies = self.policies.as_ref().and_then(Driver::due);
         self.services.due().into_iter().chain(policies).min()
     }
 
-    /// Whether the policies' kinds were listed, or no policies are enforced.
+    /// Whether the lists of policies are complete, or no policies are enforced.
     pub fn policies_ready(&self) -> bool {
         let policies = self.policies.as_ref();
         policies.is_none_or(|policies| policies.engine.is_ready())
     }
 
-    /// Whether policies are in force, or what keeps them from it; `None` where there is nothing to
-    /// enforce.
+    /// Whether policies are in force, or the reason why not; `None` if there are none to enforce.
     pub fn policies_in_force(&self) -> Option<Result<(), String>> {
         let policies = self.policies.as_ref().filter(|it| it.engine.is_on())?;
-        // While lists are read again the rules of the former ones are in force; but the first policies
-        // of a cluster wait for the first lists of pods.
+        // While lists are read again, the previous rules are in force. The first policies of a
+        // cluster, however, wait for the first lists of pods.
         let known = policies.has_written() && !policies.engine.has_first_policies();
-        if known && policies.state != State::Unknown {
+        if known && policies.state != DriverState::Unknown {
             return Some(Ok(()));
         }
         if let Some(failure) = policies.failure() {
@@ -408,7 +405,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         let stats = self.source_stats.iter();
         let faults =
             stats.flat_map(|stats| missing.iter().filter_map(|kind| stats.fault_of(*kind)));
-        // One fault can be that of several kinds.
+        // Several kinds may have the same fault.
         for fault in faults.collect::<BTreeSet<String>>() {
             why.push_str("; ");
             why.push_str(&fault);
@@ -422,26 +419,26 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
             self.kernel.report(&Notice {
                 subject: Subject::Other("network policies".into()),
                 reason: Reason::PoliciesNotInForce,
-                message: format!("they are not in force on this node: {why}"),
+                message: format!("not in force on this node: {why}"),
             });
         }
     }
 
-    /// Returns the kinds that were not listed yet.
+    /// Returns the kinds without a complete list.
     pub fn missing(&self) -> Vec<Kind> {
         let policies = self.policies.as_ref();
         let missing = policies.map_or_else(Vec::new, |policies| policies.engine.missing());
         [self.services.engine.missing(), missing].concat()
     }
 
-    /// Removes the shared chains that no service has used since a moment. Does nothing while it is
-    /// unknown what is in force.
+    /// Removes the shared chains that no service has used since a moment. Does nothing while the rules in
+    /// force are unknown.
     pub fn remove_chains_unused_since(&mut self, moment: Instant) -> Outcomes {
-        if self.services.state != State::Synced {
+        if self.services.state != DriverState::Synced {
             return Outcomes::default();
         }
         self.services.engine.expire_unused_chains(moment);
-        self.work(Parts::SERVICES)
+        self.work(Engines::SERVICES)
     }
 }
 

@@ -1,58 +1,58 @@
-//! What other threads ask of the thread that knows the policies and writes the rules.
+//! Queries from other threads to the main loop, which owns the policies and writes the rules.
 
 use std::net::IpAddr;
 
 use tokio::sync::{mpsc, oneshot};
 
-use super::driver::State;
+use super::driver::DriverState;
 use super::{Kernel, Reconciler};
 use crate::model::ObjectName;
 use crate::netlink::Error;
 use crate::nft::Transaction;
 use crate::policies::Connection;
 
-/// Something for the loop that changes nothing of what the objects ask for.
+/// A request to the main loop that does not change the wanted rules.
 #[derive(Debug)]
 pub enum Query {
-    /// Which of these connections the policies deny.
-    Judge {
+    /// Evaluates which connections the policies deny.
+    Evaluate {
         /// The connections.
         connections: Vec<Connection>,
-        /// Receives an entry for each, in order; nothing while it is unknown what is in force.
+        /// Receives a flag for each connection, in order; `None` while the rules in force are unknown.
         answer: oneshot::Sender<Option<Vec<bool>>>,
     },
-    /// Which pods have these addresses.
+    /// Finds the pods with these addresses.
     Pods {
         /// The addresses.
         addresses: [IpAddr; 2],
-        /// Receives the pod of each, as far as it is known.
+        /// Receives the pod of each address, if known.
         answer: oneshot::Sender<[Option<ObjectName>; 2]>,
     },
-    /// Elements that packets added to the services' tables are to be removed.
-    Remove(Removal),
+    /// Removes elements that packets added to the tables of services.
+    Remove(ElementRemoval),
 }
 
-/// A removal of elements that packets added to the services' tables.
+/// A removal of elements that packets added to the tables of services.
 #[derive(Debug)]
-pub struct Removal {
+pub struct ElementRemoval {
     /// The operations.
     pub transaction: Transaction,
-    /// The changes of services with session affinity that it takes into account.
+    /// The number of changes of services with session affinity after which it is valid.
     pub affinity_version: u64,
     /// Receives the outcome.
-    pub answer: oneshot::Sender<Removed>,
+    pub answer: oneshot::Sender<RemovalOutcome>,
 }
 
-/// The outcome of a [`Removal`].
+/// The outcome of a [`ElementRemoval`].
 #[derive(Debug)]
-pub enum Removed {
+pub enum RemovalOutcome {
     /// The elements were removed.
     Done,
-    /// Services changed meanwhile; the changes were handed over.
+    /// Services changed meanwhile. Followers were given the changes.
     Outdated,
-    /// It is unknown what is in force. When it is known again, a change is handed over.
+    /// The rules in force are unknown. A change follows when they are known again.
     Unknown,
-    /// The kernel refused it; nothing was removed.
+    /// The kernel refused the removal, and nothing was removed.
     Failed(Error),
 }
 
@@ -60,11 +60,11 @@ impl<K: Kernel> Reconciler<'_, K> {
     /// Answers a query.
     pub fn answer(&mut self, query: Query) {
         match query {
-            Query::Judge {
+            Query::Evaluate {
                 connections,
                 answer,
             } => {
-                // The other thread may have ended.
+                // A follower may have ended.
                 let _ = answer.send(self.denied(&connections));
             }
             Query::Pods { addresses, answer } => {
@@ -77,11 +77,11 @@ impl<K: Kernel> Reconciler<'_, K> {
         }
     }
 
-    /// Returns which connections the rules in force deny; `None` while these are unknown.
+    /// Returns which connections the rules in force deny; `None` while the rules are unknown.
     fn denied(&self, connections: &[Connection]) -> Option<Vec<bool>> {
         let policies = self.policies.as_ref()?;
         let is_denied = |connection| !policies.engine.allows(connection);
-        (policies.state == State::Synced).then(|| connections.iter().map(is_denied).collect())
+        (policies.state == DriverState::Synced).then(|| connections.iter().map(is_denied).collect())
     }
 
     fn pod_at(&self, address: IpAddr) -> Option<ObjectName> {
@@ -89,22 +89,22 @@ impl<K: Kernel> Reconciler<'_, K> {
         policies.engine.pod_at(address).cloned()
     }
 
-    /// Removes elements that packets added, if the plans in force are those by which they were chosen.
-    pub fn remove(&mut self, transaction: Transaction, affinity_version: u64) -> Removed {
-        if self.services.state != State::Synced {
-            return Removed::Unknown;
+    /// Removes elements that packets added, unless services changed since they were selected.
+    pub fn remove(&mut self, transaction: Transaction, affinity_version: u64) -> RemovalOutcome {
+        if self.services.state != DriverState::Synced {
+            return RemovalOutcome::Unknown;
         }
         if self.followers.affinity_version() != affinity_version {
-            return Removed::Outdated;
+            return RemovalOutcome::Outdated;
         }
         match self.kernel.write(transaction, &mut 0) {
-            Ok(()) => Removed::Done,
-            Err(error) => Removed::Failed(error),
+            Ok(()) => RemovalOutcome::Done,
+            Err(error) => RemovalOutcome::Failed(error),
         }
     }
 }
 
-/// Waits for the next query; for ever without other threads.
+/// Waits for the next query; forever without a channel.
 pub(super) async fn next(queries: &mut Option<mpsc::Receiver<Query>>) -> Option<Query> {
     match queries {
         Some(queries) => queries.recv().await,

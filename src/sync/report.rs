@@ -1,4 +1,4 @@
-//! What people are told.
+//! Reports to administrators: log lines and Events.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -8,16 +8,16 @@ use tokio::sync::mpsc;
 
 use crate::logging::{Count, Repeats};
 use crate::model::{Notice, Reason, Subject};
-use crate::netlink::Error;
+use crate::netlink::{ConntrackError, Error};
 
-/// Receives what a person should know. Implementations must not block.
+/// Receives reports for administrators. Implementations must not block.
 pub trait Reporter: Send + Sync {
-    /// Something is wrong with an object or a file.
+    /// Reports a fault of an object, a file or the node.
     fn notice(&self, notice: &Notice);
-    /// The kernel could not be written or read; it will be tried again.
+    /// Reports that the kernel could not be written or read. nftlet retries.
     fn failed(&self, error: &Error);
-    /// Stale UDP flows could not be deleted; the rules are in force.
-    fn flows_stay(&self, error: &Error);
+    /// Reports that stale UDP flows could not be deleted. nftlet retries.
+    fn stale_flows_remain(&self, error: &ConntrackError);
 }
 
 /// Reports to the log.
@@ -38,46 +38,47 @@ impl Reporter for Log {
         tracing::error!("{error}");
     }
 
-    fn flows_stay(&self, error: &Error) {
+    fn stale_flows_remain(&self, error: &ConntrackError) {
         tracing::warn!(
-            "{error}; until then UDP clients that keep their socket may stay with endpoints \
-             that are gone"
+            "{error}; UDP clients that keep their socket may be sent to removed endpoints until a \
+             retry succeeds"
         );
     }
 }
 
-/// Reports to the log, and hands on what calls for somebody. What the channel has no room for is
-/// in the log only.
+/// Reports to the log, and sends notices that require action to a channel. If the channel is full, the
+/// notice is only logged.
 ///
-/// An object, or something else, has a line for each fault, and after a few of one reason a count
-/// ([`LogAndSend::log_counts`]); so have all objects of a namespace beyond the first ones.
+/// Each subject has a limited number of lines for a reason in a window, and each namespace a limited
+/// number of subjects. Further reports are counted ([`LogAndSend::log_counts`]).
 #[derive(Clone, Debug)]
 pub struct LogAndSend {
     notices: mpsc::Sender<Notice>,
-    limits: Arc<Mutex<Limits>>,
+    limits: Arc<Mutex<LineLimits>>,
 }
 
-/// How many lines a subject has for a reason in a window: as many faults as are spelled out of one
-/// object at a time.
+/// The most lines of a subject for a reason in a window, which is the most faults that are reported of
+/// one object at a time.
 const LINES: usize = 9;
-/// After how long the others are counted.
+/// The length of a window.
 const WINDOW: Duration = Duration::from_secs(300);
-/// How many subjects of one namespace have lines of their own in a window, and how many in all.
+/// The most subjects of one namespace with lines of their own in a window.
 const MOST_OF_NAMESPACE: usize = 100;
+/// The most subjects with lines of their own in a window.
 const MOST: usize = 2_000;
 
-/// What is limited together.
-type Matter = (Subject, Reason);
+/// Reports with the same key share a limit.
+type ReportKey = (Subject, Reason);
 
-/// Which reports become lines.
+/// Decides which reports are logged.
 #[derive(Debug)]
-struct Limits {
-    repeats: Repeats<Matter>,
-    /// How many subjects of each namespace are among them.
+struct LineLimits {
+    repeats: Repeats<ReportKey>,
+    /// The number of subjects of each namespace among them.
     of_namespace: HashMap<String, usize>,
 }
 
-impl Default for Limits {
+impl Default for LineLimits {
     fn default() -> Self {
         Self {
             repeats: Repeats::new(LINES, WINDOW),
@@ -86,8 +87,8 @@ impl Default for Limits {
     }
 }
 
-impl Limits {
-    /// Whether a report becomes a line.
+impl LineLimits {
+    /// Whether to log a report.
     fn allow(&mut self, subject: &Subject, reason: Reason, text: &str, now: Instant) -> bool {
         let own = (subject.clone(), reason);
         if self.repeats.contains(&own) {
@@ -111,8 +112,8 @@ impl Limits {
             .add(&others, &format!("{subject}: {text}"), now)
     }
 
-    /// What was counted in the windows that are over at a moment.
-    fn counts(&mut self, now: Instant) -> Vec<Count<Matter>> {
+    /// Returns the counts of windows that ended before a moment.
+    fn counts(&mut self, now: Instant) -> Vec<Count<ReportKey>> {
         let counts = self.repeats.counts(now);
         self.of_namespace.clear();
         for (subject, _) in self.repeats.keys() {
@@ -123,7 +124,7 @@ impl Limits {
     }
 }
 
-/// The namespace of what a notice is about; none where it is about something else than an object.
+/// Returns the namespace of an object; empty for other subjects.
 fn namespace(subject: &Subject) -> &str {
     match subject {
         Subject::Object(object) => object.name.namespace(),
@@ -132,7 +133,7 @@ fn namespace(subject: &Subject) -> &str {
 }
 
 impl LogAndSend {
-    /// Hands on to a channel.
+    /// Creates a reporter that sends to a channel.
     pub fn new(notices: mpsc::Sender<Notice>) -> Self {
         Self {
             notices,
@@ -140,20 +141,19 @@ impl LogAndSend {
         }
     }
 
-    /// Logs that something that was reported has ended.
+    /// Logs that a reported fault has ended.
     pub fn ended(&self, subject: Subject, reason: Reason, message: &str) {
         if self.allow(&subject, reason, message) {
             tracing::info!(reason = reason.as_str(), "{subject}: {message}");
         }
     }
 
-    /// Logs how many reports there were without a line, of those of some time ago. Has to be called
-    /// now and then.
+    /// Logs the numbers of suppressed reports in past windows. Must be called regularly.
     pub fn log_counts(&self) {
         self.log_counts_until(Instant::now());
     }
 
-    /// Logs how many reports there were without a line, because there will be no others.
+    /// Logs the numbers of suppressed reports in all windows, at the end of the process.
     pub fn log_last_counts(&self) {
         self.log_counts_until(Instant::now() + WINDOW);
     }
@@ -175,7 +175,7 @@ impl LogAndSend {
             .allow(subject, reason, message, Instant::now())
     }
 
-    fn limits(&self) -> MutexGuard<'_, Limits> {
+    fn limits(&self) -> MutexGuard<'_, LineLimits> {
         self.limits.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -199,12 +199,12 @@ impl Reporter for LogAndSend {
         let _ = self.notices.try_send(Notice {
             subject,
             reason: Reason::SyncFailed,
-            message: format!("{message}; nftlet keeps trying"),
+            message: format!("{message}; nftlet retries"),
         });
     }
 
-    fn flows_stay(&self, error: &Error) {
-        Log.flows_stay(error);
+    fn stale_flows_remain(&self, error: &ConntrackError) {
+        Log.stale_flows_remain(error);
     }
 }
 
@@ -222,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn what_calls_for_somebody_is_handed_on_and_nobody_waits_for_room() {
+    fn notices_that_require_action_are_sent_without_waiting_for_room() {
         let (sender, mut receiver) = mpsc::channel(2);
         let reporter = LogAndSend::new(sender);
         for reason in [Reason::OrphanSlice, Reason::Conflict, Reason::UnknownKind] {
@@ -242,8 +242,12 @@ mod tests {
         Subject::Object(ObjectRef::new(Kind::Service, name))
     }
 
-    /// How many of so many reports become lines.
-    fn lines(limits: &mut Limits, now: Instant, reports: impl Iterator<Item = Subject>) -> usize {
+    /// Returns how many of the reports are logged.
+    fn lines(
+        limits: &mut LineLimits,
+        now: Instant,
+        reports: impl Iterator<Item = Subject>,
+    ) -> usize {
         let reports = reports.enumerate();
         let allowed = reports.filter(|(number, subject)| {
             let text = format!("port {number}");
@@ -254,7 +258,7 @@ mod tests {
 
     #[test]
     fn a_service_that_changes_all_the_time_has_a_few_lines_and_a_count() {
-        let (mut limits, now) = (Limits::default(), Instant::now());
+        let (mut limits, now) = (LineLimits::default(), Instant::now());
         let web = || of_service("shop", "web");
         let of_web = std::iter::repeat_with(web).take(23_000);
         assert_eq!(lines(&mut limits, now, of_web), LINES);
@@ -269,7 +273,7 @@ mod tests {
 
     #[test]
     fn a_namespace_of_many_faults_leaves_lines_to_the_others() {
-        let (mut limits, now) = (Limits::default(), Instant::now());
+        let (mut limits, now) = (LineLimits::default(), Instant::now());
         let many = |namespace: &'static str, count: usize| {
             (0..count).map(move |number| of_service(namespace, &format!("web-{number}")))
         };
@@ -291,7 +295,7 @@ mod tests {
 
     #[test]
     fn all_lines_of_a_window_are_bounded() {
-        let (mut limits, now) = (Limits::default(), Instant::now());
+        let (mut limits, now) = (LineLimits::default(), Instant::now());
         let all = (0..10_000).map(|number| of_service(&format!("team-{number}"), "web"));
         assert_eq!(lines(&mut limits, now, all), MOST + LINES);
     }

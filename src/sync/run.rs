@@ -1,4 +1,4 @@
-//! The reconciler as a task: waits for events, retries, stops.
+//! The main loop: waits for events, retries, repairs, and stops.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,53 +8,51 @@ use tokio::time::{Instant, sleep_until};
 
 use super::queries::{self, Query};
 use super::schedule::{Healing, Retries, Unenforced};
-use super::{Audits, Kernel, Outcome, Outcomes, Parts, Reconciler, Step, Verdict};
+use super::{Audits, Engines, Kernel, Outcome, Outcomes, Reconciler, Step, Verdict};
 use crate::model::Delivery;
 use crate::serve::health::Health;
 
-/// The most events taken over at once; more wait for the next transaction.
+/// The most events of one transaction.
 const BATCH: usize = 4096;
-/// How often, while the first rules wait, what is missing is logged and the tables are looked at for
-/// what may keep it away.
+/// Before the first rules are written, the interval of checks for foreign base chains, and the first
+/// pause before missing lists are logged.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// The longest time between two such lines; each is twice as long as the one before.
+/// The longest pause between two such lines. The pauses double.
 const LONGEST_PATIENCE: Duration = Duration::from_secs(300);
-/// How often services are tried again that the kernel refused.
+/// The interval at which refused objects are retried.
 const RETRY_QUARANTINED_EVERY: Duration = Duration::from_secs(300);
 
-/// What tells the task to do something else than handling events.
+/// Inputs of the main loop other than events.
 #[derive(Debug)]
 pub struct Signals {
-    /// Becomes true when the process shall end.
+    /// Becomes true to stop the loop.
     pub stop: watch::Receiver<bool>,
-    /// Return after the first successful write.
+    /// Return after the first write.
     pub once: bool,
-    /// Told when somebody else changed the tables.
+    /// Notified when another process changed the tables.
     pub foreign: Arc<Notify>,
-    /// Compares the kernel with what is wanted every so often.
+    /// Compares the kernel with the wanted rules at intervals.
     pub audits: Option<Audits>,
-    /// All told when the first rules are in force.
+    /// Notified when the first rules are in force.
     pub ready: Vec<oneshot::Sender<()>>,
-    /// What other threads ask.
-    pub questions: Option<mpsc::Receiver<Query>>,
+    /// Queries from other threads.
+    pub queries: Option<mpsc::Receiver<Query>>,
 }
 
-/// Why the task ended.
+/// The reason why the loop ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exit {
-    /// It was asked to; the rules stay.
+    /// It was stopped. The rules remain in force.
     Stopped,
-    /// The rules were written, once, as asked.
+    /// With `once`: the rules were written.
     Programmed,
-    /// All sources are gone and no event can come any more.
+    /// All sources of events ended.
     SourcesGone,
-    /// With `once`: the kernel could not be brought to the wanted state.
+    /// With `once`: the rules could not be written.
     Failed,
 }
 
-/// Handles events until asked to stop.
-///
-/// Writing to the kernel blocks the calling thread, so the task wants a thread of its own.
+/// Handles events until stopped. Writing to the kernel blocks, so call this on a thread of its own.
 pub async fn run<K: Kernel>(
     reconciler: &mut Reconciler<'_, K>,
     mut events: mpsc::Receiver<Delivery>,
@@ -65,25 +63,24 @@ pub async fn run<K: Kernel>(
     let mut healing = Healing::default();
     let mut unenforced = Unenforced::default();
     let mut due: Option<Instant> = None;
-    let mut forgive = Instant::now() + RETRY_QUARANTINED_EVERY;
-    let (mut asked, mut answered) = (Instant::now(), Instant::now());
+    let mut retry_quarantined = Instant::now() + RETRY_QUARANTINED_EVERY;
+    let (mut pinged, mut answered) = (Instant::now(), Instant::now());
     let mut patience = Instant::now() + PATIENCE;
-    let (mut waited, mut tell) = (PATIENCE, patience);
+    let (mut waited, mut log_at) = (PATIENCE, patience);
     let mut batch = Vec::new();
     let (mut open, mut ready) = (true, false);
-    book_policies(reconciler, &mut unenforced, health);
+    record_policies(reconciler, &mut unenforced, health);
     loop {
         let outcomes = tokio::select! {
-            // What the clock asks for is seldom due and comes before the events, or those of a busy
-            // cluster would put it off for ever. The same goes for questions: whoever asks waits
-            // for the answer, so that events come to their turn.
+            // Timers are rarely due and take precedence, since a steady flow of events would delay them
+            // forever. So do queries: their senders wait for the answer, so that events have their turn.
             biased;
             _ = signals.stop.wait_for(|stop| *stop) => return Exit::Stopped,
-            Some(question) = queries::next(&mut signals.questions) => {
-                reconciler.answer(question);
+            Some(query) = queries::next(&mut signals.queries) => {
+                reconciler.answer(query);
                 continue;
             }
-            parts = retries.due() => reconciler.work(parts),
+            engines = retries.due() => reconciler.work(engines),
             () = healing.due() => {
                 let started = Instant::now();
                 let (outcomes, changed) = reconciler.heal();
@@ -91,25 +88,25 @@ pub async fn run<K: Kernel>(
                 outcomes
             }
             () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {
-                reconciler.work(retries.undisturbed())
+                reconciler.work(retries.not_waiting())
             }
             () = unenforced.due() => {
                 reconciler.report_not_in_force();
                 unenforced.reported();
                 continue;
             }
-            () = sleep_until(forgive) => {
-                forgive = Instant::now() + RETRY_QUARANTINED_EVERY;
+            () = sleep_until(retry_quarantined) => {
+                retry_quarantined = Instant::now() + RETRY_QUARANTINED_EVERY;
                 reconciler.retry_quarantined();
-                reconciler.work(retries.undisturbed())
+                reconciler.work(retries.not_waiting())
             }
-            () = sleep_until(asked + health.period()) => {
-                asked = Instant::now();
+            () = sleep_until(pinged + health.period()) => {
+                pinged = Instant::now();
                 if let Err(error) = reconciler.ping_kernel() {
                     health.unanswered(answered.into_std(), error.to_string());
                     continue;
                 }
-                answered = asked;
+                answered = pinged;
                 Outcomes::default()
             }
             step = next_step(&mut signals.audits), if ready => {
@@ -118,7 +115,7 @@ pub async fn run<K: Kernel>(
                     Step::Begin => reconciler.audit(audits),
                     Step::Judge(finding) => {
                         if reconciler.judge(audits, finding) == Verdict::Different {
-                            healing.ask();
+                            healing.request();
                         }
                     }
                 }
@@ -127,10 +124,10 @@ pub async fn run<K: Kernel>(
             () = sleep_until(patience), if !ready => {
                 patience += PATIENCE;
                 reconciler.kernel.remove_foreign_hooks();
-                if patience < tell {
+                if patience < log_at {
                     continue;
                 }
-                tell = patience + waited;
+                log_at = patience + waited;
                 waited = (waited * 2).min(LONGEST_PATIENCE);
                 let missing = reconciler.missing();
                 if !missing.is_empty() {
@@ -140,7 +137,7 @@ pub async fn run<K: Kernel>(
                 continue;
             }
             () = signals.foreign.notified(), if ready => {
-                healing.ask();
+                healing.request();
                 continue;
             }
             received = events.recv_many(&mut batch, BATCH), if open => {
@@ -153,19 +150,19 @@ pub async fn run<K: Kernel>(
                 }
                 health.queued();
                 reconciler.take_over(batch.drain(..));
-                reconciler.work(retries.undisturbed())
+                reconciler.work(retries.not_waiting())
             }
-            // After the events, with which a portion is written as well. By way of the runtime,
-            // which would look at no clock otherwise.
+            // After events, which also write a portion. Yields to the runtime, which would not check
+            // timers otherwise.
             () = tokio::task::yield_now(), if reconciler.has_more() => {
-                reconciler.work(Parts::SERVICES)
+                reconciler.work(Engines::SERVICES)
             }
         };
-        retries.book(outcomes);
+        retries.record(outcomes);
         let node = reconciler.store().node();
         health.node_going_away(node.is_some_and(|node| node.going_away));
         due = reconciler.due().map(Instant::from_std);
-        book_policies(reconciler, &mut unenforced, health);
+        record_policies(reconciler, &mut unenforced, health);
         if outcomes.any(Outcome::Failed) {
             if signals.once {
                 return Exit::Failed;
@@ -176,9 +173,9 @@ pub async fn run<K: Kernel>(
         } else if retries.is_empty() && reconciler.is_synced() {
             health.synced();
             if !std::mem::replace(&mut ready, true) {
-                for told in signals.ready.drain(..) {
-                    // Nobody may be waiting for it.
-                    let _ = told.send(());
+                for ready in signals.ready.drain(..) {
+                    // The receiver may have ended.
+                    let _ = ready.send(());
                 }
                 match reconciler.policies_in_force() {
                     Some(Err(_)) => {
@@ -194,7 +191,7 @@ pub async fn run<K: Kernel>(
                 return Exit::Programmed;
             }
             if reconciler.take_missed_notifications() {
-                healing.ask();
+                healing.request();
             }
         }
         if !open && retries.is_empty() && !reconciler.has_more() {
@@ -203,8 +200,8 @@ pub async fn run<K: Kernel>(
     }
 }
 
-/// Notes whether network policies are in force, where they are to be.
-fn book_policies<K: Kernel>(
+/// Records whether network policies are in force, if there are any.
+fn record_policies<K: Kernel>(
     reconciler: &Reconciler<'_, K>,
     unenforced: &mut Unenforced,
     health: &Health,
@@ -214,12 +211,12 @@ fn book_policies<K: Kernel>(
             .kernel
             .metrics
             .policies_in_force(in_force.is_ok());
-        unenforced.book(in_force.is_ok());
+        unenforced.record(in_force.is_ok());
         health.policies(in_force);
     }
 }
 
-/// Waits for the next step of an audit; for ever where there are none.
+/// Waits for the next step of an audit; forever without audits.
 async fn next_step(audits: &mut Option<Audits>) -> Step {
     match audits {
         Some(audits) => audits.next().await,

@@ -1,41 +1,41 @@
-//! When the reconciler's loop does what no event asks for: retries and answers to foreign changes.
+//! Times of work that no event triggers: retries, repairs and repeated reports.
 
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep_until};
 
-use super::{Outcome, Outcomes, Parts};
+use super::{Engines, Outcome, Outcomes};
 
 const SHORTEST_RETRY: Duration = Duration::from_millis(100);
 const LONGEST_RETRY: Duration = Duration::from_secs(30);
-/// The first pause between two answers to foreign changes.
+/// The first pause between two repairs of foreign changes.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(20);
-/// Pauses longer than this are worth a warning.
-const LOUD: Duration = Duration::from_secs(2);
-/// How long policies may wait, for lists or for the kernel, before that is reported.
+/// Longer pauses lead to a warning.
+const WARN_ABOVE: Duration = Duration::from_secs(2);
+/// The time after which policies that are not in force are reported.
 const UNENFORCED_AFTER: Duration = Duration::from_secs(30);
-/// How often it is reported while it lasts.
+/// The interval of further reports.
 const UNENFORCED_EVERY: Duration = Duration::from_secs(300);
-/// Tables left alone for so long are answered for at once again.
+/// After this time without foreign changes the next repair is immediate.
 const QUIET: Duration = Duration::from_secs(60);
 
-/// When the parts that failed are tried again. One that fails does not hold up the other.
+/// The times at which engines that failed are retried, independent of each other.
 #[derive(Debug, Default)]
 pub(super) struct Retries {
-    services: Option<Retry>,
-    policies: Option<Retry>,
+    services: Option<EngineRetry>,
+    policies: Option<EngineRetry>,
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Retry {
+struct EngineRetry {
     at: Instant,
     wait: Duration,
 }
 
 impl Retries {
-    /// Books what was achieved: a part that failed is tried again after a pause that grows, and
-    /// one that did not needs no retry.
-    pub fn book(&mut self, outcomes: Outcomes) {
+    /// Schedules a retry for each engine that failed, after a pause that doubles, and cancels the retry of
+    /// each that succeeded.
+    pub fn record(&mut self, outcomes: Outcomes) {
         for (retry, outcome) in [
             (&mut self.services, outcomes.services),
             (&mut self.policies, outcomes.policies),
@@ -45,7 +45,7 @@ impl Retries {
                     let wait =
                         retry.map_or(SHORTEST_RETRY, |retry| (retry.wait * 2).min(LONGEST_RETRY));
                     let at = Instant::now() + jittered(wait);
-                    *retry = Some(Retry { at, wait });
+                    *retry = Some(EngineRetry { at, wait });
                 }
                 Some(Outcome::Synced | Outcome::Waiting) => *retry = None,
                 None => {}
@@ -53,41 +53,41 @@ impl Retries {
         }
     }
 
-    /// Whether no part waits for a retry.
+    /// Whether no engine waits for a retry.
     pub fn is_empty(&self) -> bool {
         self.services.is_none() && self.policies.is_none()
     }
 
-    /// The parts that events may be written to: those that wait for no retry. Each attempt at one
-    /// that does would read and compare whole tables, however few events there are.
-    pub fn undisturbed(&self) -> Parts {
-        Parts {
+    /// Returns the engines that do not wait for a retry. Only these write events at once, since an attempt
+    /// after a failure reads and compares whole tables.
+    pub fn not_waiting(&self) -> Engines {
+        Engines {
             services: self.services.is_none(),
             policies: self.policies.is_none(),
         }
     }
 
-    /// Waits until a part is due and tells which; for ever where none is.
-    pub async fn due(&self) -> Parts {
-        let of = |retry: Option<Retry>| retry.map(|retry| retry.at);
+    /// Waits until an engine is due, forever without any, and returns those due.
+    pub async fn due(&self) -> Engines {
+        let of = |retry: Option<EngineRetry>| retry.map(|retry| retry.at);
         let (services, policies) = (of(self.services), of(self.policies));
         let Some(next) = services.into_iter().chain(policies).min() else {
             return std::future::pending().await;
         };
         sleep_until(next).await;
         let now = Instant::now();
-        Parts {
+        Engines {
             services: services.is_some_and(|at| at <= now),
             policies: policies.is_some_and(|at| at <= now),
         }
     }
 }
 
-/// When to put back what somebody else changed: at once, unless it happens again and again.
+/// The time of the next repair: at once, unless the tables are changed repeatedly.
 #[derive(Debug)]
 pub(super) struct Healing {
     due: Option<Instant>,
-    /// Not before.
+    /// The earliest next repair.
     allowed: Instant,
     pause: Duration,
 }
@@ -103,12 +103,12 @@ impl Default for Healing {
 }
 
 impl Healing {
-    /// Somebody changed something, or may have.
-    pub fn ask(&mut self) {
+    /// Requests a repair.
+    pub fn request(&mut self) {
         self.due.get_or_insert(self.allowed);
     }
 
-    /// Waits until it is to be done; for ever where nobody asked.
+    /// Waits until a repair is due, forever without a request.
     pub async fn due(&self) {
         match self.due {
             Some(at) => sleep_until(at).await,
@@ -116,11 +116,11 @@ impl Healing {
         }
     }
 
-    /// Books a comparison, how long it took, and whether somebody else's changes were put back.
+    /// Records a comparison: whether it restored foreign changes, and the time taken.
     ///
-    /// Somebody who keeps changing the tables is answered more and more slowly; a quiet minute
-    /// forgives. Where news are lost because others write a lot, comparing for nothing takes a
-    /// fifth of the time at most.
+    /// Pauses grow while another process keeps changing the tables, until a quiet minute. If
+    /// notifications are lost because other processes write a lot, unnecessary comparisons take a fifth
+    /// of the time at most.
     pub fn done(&mut self, changed: bool, took: Duration) {
         let now = Instant::now();
         self.due = None;
@@ -130,9 +130,9 @@ impl Healing {
         if changed {
             let before = self.pause;
             self.pause = (self.pause * 2).clamp(SHORTEST_PAUSE, LONGEST_RETRY);
-            if self.pause > LOUD && self.pause != before {
+            if self.pause > WARN_ABOVE && self.pause != before {
                 tracing::warn!(
-                    "something keeps changing nftlet's tables; they are compared again in {:?}",
+                    "another process keeps changing nftlet's tables; the next repair is in {:?}",
                     self.pause
                 );
             }
@@ -141,17 +141,17 @@ impl Healing {
     }
 }
 
-/// When to report that network policies are not in force: again and again.
+/// The times of reports that network policies are not in force.
 #[derive(Debug, Default)]
 pub(super) struct Unenforced {
     next: Option<Instant>,
-    /// Whether to say when they are in force again.
+    /// Whether to log when they are in force again.
     announce: bool,
 }
 
 impl Unenforced {
-    /// Books whether they are.
-    pub fn book(&mut self, in_force: bool) {
+    /// Records whether policies are in force.
+    pub fn record(&mut self, in_force: bool) {
         if !in_force {
             self.next
                 .get_or_insert_with(|| Instant::now() + UNENFORCED_AFTER);
@@ -163,7 +163,7 @@ impl Unenforced {
         }
     }
 
-    /// Waits until it is to be reported; for ever where they are.
+    /// Waits until a report is due, forever if they are in force.
     pub async fn due(&self) {
         match self.next {
             Some(at) => sleep_until(at).await,
@@ -171,19 +171,19 @@ impl Unenforced {
         }
     }
 
-    /// It was reported.
+    /// Records a report.
     pub fn reported(&mut self) {
         self.announce = true;
         self.next = Some(Instant::now() + UNENFORCED_EVERY);
     }
 
-    /// Logs it when they are in force.
+    /// Requests a log line when they are in force.
     pub fn announce(&mut self) {
         self.announce = true;
     }
 }
 
-/// Between three quarters and all of a duration, so that nodes do not retry in step.
+/// Returns between three quarters and all of a duration, so that nodes do not retry in step.
 pub(super) fn jittered(wait: Duration) -> Duration {
     let nanos = std::time::SystemTime::now()
         .duration_since(std::time::UNIX_EPOCH)
@@ -205,12 +205,12 @@ mod tests {
     };
 
     #[tokio::test(start_paused = true)]
-    async fn each_part_has_its_own_pauses_which_grow_while_it_fails() {
+    async fn each_engine_has_its_own_pauses_which_grow_while_it_fails() {
         let mut retries = Retries::default();
         assert!(retries.is_empty());
-        retries.book(SERVICES_FAILED);
+        retries.record(SERVICES_FAILED);
         let start = Instant::now();
-        let only_services = Parts {
+        let only_services = Engines {
             services: true,
             policies: false,
         };
@@ -218,26 +218,26 @@ mod tests {
         assert!(start.elapsed() <= SHORTEST_RETRY + Duration::from_millis(2));
         let mut before = start.elapsed();
         for _ in 0..5 {
-            retries.book(SERVICES_FAILED);
+            retries.record(SERVICES_FAILED);
             let start = Instant::now();
             assert_eq!(retries.due().await, only_services);
             assert!(start.elapsed() > before, "{:?}", start.elapsed());
             before = start.elapsed();
         }
-        // The other one begins with a short pause, and is left alone by what becomes of the first.
-        retries.book(SERVICES_FAILED);
-        retries.book(POLICIES_FAILED);
-        assert_eq!(retries.undisturbed(), Parts::default());
+        // The other engine begins with a short pause, independent of the first.
+        retries.record(SERVICES_FAILED);
+        retries.record(POLICIES_FAILED);
+        assert_eq!(retries.not_waiting(), Engines::default());
         let start = Instant::now();
         let due = retries.due().await;
         assert!(due.policies && !due.services);
         assert!(start.elapsed() <= SHORTEST_RETRY + Duration::from_millis(2));
-        retries.book(Outcomes {
+        retries.record(Outcomes {
             services: Some(Outcome::Synced),
             policies: None,
         });
-        let undisturbed = retries.undisturbed();
-        assert!(undisturbed.services && !undisturbed.policies && !retries.is_empty());
+        let ready = retries.not_waiting();
+        assert!(ready.services && !ready.policies && !retries.is_empty());
     }
 
     #[tokio::test(start_paused = true)]
@@ -248,27 +248,27 @@ mod tests {
             unenforced.due().await;
             start.elapsed().as_secs()
         };
-        unenforced.book(false);
+        unenforced.record(false);
         tokio::time::advance(Duration::from_secs(20)).await;
-        unenforced.book(false);
+        unenforced.record(false);
         assert_eq!(waited(&unenforced).await, 10);
         for _ in 0..3 {
             unenforced.reported();
-            unenforced.book(false);
+            unenforced.record(false);
             assert_eq!(waited(&unenforced).await, 300);
         }
-        unenforced.book(true);
+        unenforced.record(true);
         let day = Duration::from_secs(86_400);
         assert!(tokio::time::timeout(day, unenforced.due()).await.is_err());
-        unenforced.book(false);
+        unenforced.record(false);
         assert_eq!(waited(&unenforced).await, 30, "it begins anew");
     }
 
     #[tokio::test(start_paused = true)]
     async fn what_waits_for_lists_is_not_tried_again_by_the_clock() {
         let mut retries = Retries::default();
-        retries.book(SERVICES_FAILED);
-        retries.book(Outcomes {
+        retries.record(SERVICES_FAILED);
+        retries.record(Outcomes {
             services: Some(Outcome::Waiting),
             policies: None,
         });

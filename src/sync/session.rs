@@ -1,4 +1,4 @@
-//! The kernel, for all who write to it.
+//! The connection over which all rules are written.
 
 use std::time::Instant;
 
@@ -8,19 +8,18 @@ use crate::netlink::Error;
 use crate::nft::{Family, Ruleset, Transaction};
 use crate::serve::metrics::Metrics;
 
-/// The one connection over which rules are written.
+/// The connection over which all rules are written.
 ///
-/// It knows whether another program has committed anything since the tables were read: each commit
-/// to any table adds one to the generation of the kernel's ruleset, and the commits of nftlet itself
-/// are counted.
+/// It detects commits by other processes: each commit to any table adds one to the generation of the
+/// kernel's ruleset, and the session counts its own commits.
 pub struct KernelSession<'a, K> {
     kernel: K,
     pub(super) metrics: &'a Metrics,
     pub(super) reporter: &'a dyn Reporter,
-    /// The generation that the kernel is in unless another program has committed something. `None`
-    /// before it was read, or if it is to be read again.
+    /// The generation of the ruleset unless another process has committed something. `None` if it must
+    /// be read.
     expected_generation: Option<u32>,
-    /// Another program committed something while the monitor received no notifications.
+    /// Whether another process committed something while the monitor was muted.
     missed_notifications: bool,
     /// The number of transactions written.
     writes: u64,
@@ -39,11 +38,11 @@ impl<'a, K: Kernel> KernelSession<'a, K> {
         }
     }
 
-    /// Writes a transaction, in steps where one atomic transaction would not do.
+    /// Writes a transaction, in several steps if it cannot be atomic.
     ///
     /// # Errors
     ///
-    /// When a step is refused or cannot be sent. Those before it are in force: `written` counts them.
+    /// When a step is refused or cannot be sent. `written` counts the steps before it, which took effect.
     pub fn write(&mut self, transaction: Transaction, written: &mut usize) -> Result<(), Error> {
         for step in transaction.into_steps() {
             let started = Instant::now();
@@ -60,8 +59,8 @@ impl<'a, K: Kernel> KernelSession<'a, K> {
             self.writes += 1;
             let generation = self.expected_generation;
             self.expected_generation = generation.map(|generation| generation.wrapping_add(1));
-            self.missed_notifications |=
-                applied.unheard && self.kernel.generation().ok() != self.expected_generation;
+            self.missed_notifications |= applied.missed_notifications
+                && self.kernel.generation().ok() != self.expected_generation;
             tracing::debug!(
                 operations = step.ops.len(),
                 elements = applied.elements,
@@ -79,7 +78,7 @@ impl<'a, K: Kernel> KernelSession<'a, K> {
         Ok(())
     }
 
-    /// Reads the tables of a name; see [`Kernel::read`]. Commits from now on are known.
+    /// Reads the tables with a name; see [`Kernel::read`]. Later commits are detected.
     ///
     /// # Errors
     ///
@@ -100,40 +99,39 @@ impl<'a, K: Kernel> KernelSession<'a, K> {
         self.kernel.generation()
     }
 
-    /// Whether no other program has committed anything since the tables were compared.
+    /// Whether no other process has committed anything since the tables were compared.
     pub fn is_as_expected(&mut self) -> bool {
         let now = self.kernel.generation().ok();
         now.is_some() && now == self.expected_generation
     }
 
-    /// Takes the present generation for the expected one, before everything is compared.
+    /// Sets the expected generation to the current one, before everything is compared.
     pub fn expect_present(&mut self) {
         self.expected_generation = self.kernel.generation().ok();
     }
 
-    /// Sets the generation that the kernel was in when the tables agreed after so many transactions.
-    pub(super) fn expect(&mut self, moment: Moment) {
+    /// Sets the expected generation after the tables were found equal at a point.
+    pub(super) fn expect(&mut self, moment: WritePoint) {
         let own = self.writes.wrapping_sub(moment.writes);
         self.expected_generation = moment
             .generation
             .map(|generation| generation.wrapping_add(own as u32));
     }
 
-    /// Forgets the expected generation, so that the next comparison reads.
+    /// Resets the expected generation, so that the next comparison reads the tables.
     pub(super) fn expect_nothing(&mut self) {
         self.expected_generation = None;
     }
 
-    /// Returns the present moment.
-    pub(super) fn moment(&mut self) -> Moment {
-        Moment {
+    /// Returns the current point in the sequence of transactions.
+    pub(super) fn write_point(&mut self) -> WritePoint {
+        WritePoint {
             writes: self.writes,
             generation: self.kernel.generation().ok(),
         }
     }
 
-    /// Whether another program committed something while the monitor received no notifications;
-    /// says so once.
+    /// Returns and resets whether another process committed something while the monitor was muted.
     pub fn take_missed_notifications(&mut self) -> bool {
         std::mem::take(&mut self.missed_notifications)
     }
@@ -143,7 +141,7 @@ impl<'a, K: Kernel> KernelSession<'a, K> {
         self.writes
     }
 
-    /// Removes the base chains of other programs from nftlet's tables; a failure is reported.
+    /// Removes foreign base chains from nftlet's tables, and reports failures.
     pub fn remove_foreign_hooks(&mut self) {
         let removed = remove_foreign_hooks(&mut self.kernel, self.metrics, self.reporter);
         if let Err(error) = removed {
@@ -166,8 +164,8 @@ impl<'a, K: Kernel> KernelSession<'a, K> {
 
 /// A point in the sequence of transactions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Moment {
-    /// How many transactions had been written.
+pub(super) struct WritePoint {
+    /// The number of transactions written.
     pub writes: u64,
     /// The generation of the kernel's ruleset, if the kernel answered.
     pub generation: Option<u32>,

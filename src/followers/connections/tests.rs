@@ -6,7 +6,7 @@ use std::thread;
 
 use super::*;
 use crate::model::ObjectName;
-use crate::netlink::Handle;
+use crate::netlink::ConntrackHandle;
 
 /// Reached by a test that fails, and by no other.
 const LONG: Duration = Duration::from_secs(120);
@@ -26,7 +26,7 @@ fn tracked(source: &str, replier: &str, protocol: u8, port: Option<u16>) -> Trac
         replier: ip(replier),
         protocol,
         port,
-        handle: Handle::default(),
+        handle: ConntrackHandle::default(),
     }
 }
 
@@ -36,7 +36,7 @@ fn what_the_rules_do_not_judge_is_not_judged() {
     let own = HashSet::from([ip("10.1.0.1"), ip("192.168.10.1")]);
     let asked = |source, replier| {
         let tracked = tracked(source, replier, TCP, Some(80));
-        judged(&tracked, &isolated, &own)
+        policed(&tracked, &isolated, &own)
     };
     let connection = |source, destination| {
         Some(Connection {
@@ -74,7 +74,7 @@ fn only_protocols_without_an_opening_come_back() {
 #[derive(Default)]
 struct State {
     connections: Vec<Tracked>,
-    removed: Vec<(Tracked, Removal)>,
+    removed: Vec<(Tracked, EntryToCut)>,
     lists: usize,
     /// Lists to fail before the next one succeeds.
     failures: usize,
@@ -100,14 +100,18 @@ impl Fake {
     }
 }
 
-impl Table for Fake {
-    fn list(&mut self, family: Family, each: &mut dyn FnMut(Tracked)) -> Result<(), Error> {
+impl ConnectionTable for Fake {
+    fn list(
+        &mut self,
+        family: Family,
+        each: &mut dyn FnMut(Tracked),
+    ) -> Result<(), ConntrackError> {
         let connections = {
             let mut state = self.state();
             state.lists += 1;
             if state.failures > 0 {
                 state.failures -= 1;
-                return Err(Error::Flows {
+                return Err(ConntrackError::List {
                     what: "the tracked connections",
                     source: io::Error::from_raw_os_error(libc::EOPNOTSUPP),
                 });
@@ -126,12 +130,12 @@ impl Table for Fake {
     }
 }
 
-impl Remover for Fake {
-    fn remove(&mut self, tracked: &Tracked, which: Removal) -> Result<bool, Error> {
+impl ConnectionRemover for Fake {
+    fn remove(&mut self, tracked: &Tracked, which: EntryToCut) -> Result<bool, ConntrackError> {
         let mut state = self.state();
         state.removed.push((tracked.clone(), which));
         let before = state.connections.len();
-        if which == Removal::Listed {
+        if which == EntryToCut::Listed {
             state.connections.retain(|known| known != tracked);
         }
         Ok(state.connections.len() < before)
@@ -143,7 +147,7 @@ thread_local! {
     static HERE: std::cell::RefCell<Fake> = std::cell::RefCell::default();
 }
 
-fn open_here() -> Result<(Fake, Fake), Error> {
+fn open_here() -> Result<(Fake, Fake), ConntrackError> {
     Ok(HERE.with_borrow(|fake| (fake.clone(), fake.clone())))
 }
 
@@ -172,7 +176,7 @@ struct Bench {
 /// Denies what goes to one port, until the cutter ends.
 fn judge(mut questions: mpsc::Receiver<Query>, largest: &AtomicUsize, unknown: &AtomicUsize) {
     while let Some(question) = questions.blocking_recv() {
-        let Query::Judge {
+        let Query::Evaluate {
             connections,
             answer,
         } = question
@@ -251,14 +255,14 @@ fn what_is_denied_is_cut_and_the_rest_stays() {
     bench.fake.wait(|state| state.connections == stays);
     let [tcp, udp] = denied;
     // The datagrams alone are kept from coming back.
-    let reversed = (udp.clone(), Removal::Reversed);
+    let reversed = (udp.clone(), EntryToCut::Reversed);
     bench.fake.wait(|state| state.removed.contains(&reversed));
     let metrics = bench.metrics.clone();
     let fake = bench.end();
     let removed = &fake.state().removed;
     assert_eq!(
         removed[..2],
-        [(tcp, Removal::Listed), (udp, Removal::Listed)]
+        [(tcp, EntryToCut::Listed), (udp, EntryToCut::Listed)]
     );
     assert!(removed[2..].iter().all(|other| *other == reversed));
     let text = metrics.encode();
@@ -303,15 +307,15 @@ fn nobody_isolated_means_no_list() {
     let (ask, _) = mpsc::channel(1);
     HERE.set(bench.fake.clone());
     let mut cutter = Cutter::new(open_here, received, ask, true, &bench.metrics);
-    let all = Asked {
+    let all = SweepScope {
         all: true,
-        ..Asked::default()
+        ..SweepScope::default()
     };
     assert!(cutter.sweep(&all).is_ok());
     assert_eq!(bench.fake.state().lists, 0);
     // With an isolated pod, and nobody to judge, it is over.
     cutter.take_over(&isolated(), Instant::now());
-    assert!(matches!(cutter.sweep(&all), Err(Broken::Over)));
+    assert!(matches!(cutter.sweep(&all), Err(SweepError::Ended)));
     assert_eq!(bench.fake.state().connections.len(), 1);
     drop(cutter);
     bench.end();

@@ -1,49 +1,48 @@
-//! Deletes stale flows, on a thread of its own.
+//! The thread that deletes stale flows.
 
 use std::collections::{BTreeMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use super::queue::{Pending, Received};
-use super::{Front, Judgement, Work};
+use super::{DirtyFrontends, FlowState, UdpFrontend};
 use crate::engine::table_family;
 use crate::host::addresses;
 use crate::model::Family;
-use crate::netlink::{Conntrack, Error, Flow, FlowFilter};
+use crate::netlink::{Conntrack, ConntrackError, Flow, FlowFilter};
 use crate::serve::metrics::Metrics;
 use crate::sync::Reporter;
 
-/// The most dumps of single frontends before one of all UDP flows is the better way. Every dump
-/// walks the whole table. `benches/conntrack.rs` measures that one of all costs as much as 1.2 of
-/// single frontends among 1,000 flows, 2.7 among 10,000, 6.5 among 50,000 and 9.2 among 250,000.
+/// The most dumps of single frontends; for more, one dump of all UDP flows is faster. Every dump walks
+/// the whole table. A dump of all flows takes as long as 1.2 dumps of single frontends with 1,000
+/// flows, 2.7 with 10,000, 6.5 with 50,000 and 9.2 with 250,000.
 const MOST_FILTERED: usize = 3;
 const SHORTEST_RETRY: Duration = Duration::from_secs(1);
 const LONGEST_RETRY: Duration = Duration::from_secs(60);
-/// The most frontends that are remembered while flows cannot be deleted. Flows without packets
-/// end by themselves after minutes.
-const MOST_UNFINISHED: usize = 1 << 16;
+/// The most frontends that are kept for a retry. Flows without packets expire after minutes.
+const MOST_FAILED: usize = 1 << 16;
 
-/// The connection tracking of a host, as the cleaner sees it.
+/// Lists and deletes flows.
 pub trait Tracker {
-    /// Deletes those flows of a filter that are stale, and returns how many it deleted.
+    /// Deletes the stale flows that match a filter and returns their number.
     ///
     /// # Errors
     ///
-    /// When flows cannot be listed, or one could not be deleted; the others are.
+    /// When flows cannot be listed, or one cannot be deleted. The others are deleted all the same.
     fn sweep(
         &mut self,
         filter: &FlowFilter,
         stale: &mut dyn FnMut(&Flow) -> bool,
-    ) -> Result<usize, Error>;
+    ) -> Result<usize, ConntrackError>;
 
-    /// The host's own addresses at this moment.
+    /// Returns the current addresses of the node.
     fn own_addresses(&mut self) -> Vec<IpAddr>;
 }
 
-/// The kernel's connection tracking in the network namespace it was opened in.
+/// The connection tracking of the network namespace in which it was opened.
 pub struct KernelFlows {
     list: Conntrack,
-    /// Flows are deleted while the list is still being read, so that it need not be kept.
+    /// Deletes flows during the dump, so that the list need not be kept.
     delete: Conntrack,
 }
 
@@ -53,7 +52,7 @@ impl KernelFlows {
     /// # Errors
     ///
     /// See [`Conntrack::open`].
-    pub fn open() -> Result<Self, Error> {
+    pub fn open() -> Result<Self, ConntrackError> {
         Ok(Self {
             list: Conntrack::open()?,
             delete: Conntrack::open()?,
@@ -66,7 +65,7 @@ impl Tracker for KernelFlows {
         &mut self,
         filter: &FlowFilter,
         stale: &mut dyn FnMut(&Flow) -> bool,
-    ) -> Result<usize, Error> {
+    ) -> Result<usize, ConntrackError> {
         let Self { list, delete } = self;
         let mut deleted = 0;
         let mut failed = None;
@@ -86,23 +85,23 @@ impl Tracker for KernelFlows {
     }
 }
 
-/// Deletes the stale flows of the frontends it is told about.
+/// Deletes the stale flows of dirty frontends.
 pub struct Cleaner<'a, T> {
-    open: fn() -> Result<T, Error>,
+    open: fn() -> Result<T, ConntrackError>,
     tracker: Option<T>,
     pending: Pending,
     metrics: &'a Metrics,
     reporter: &'a dyn Reporter,
-    /// Whether the last attempt failed; a fault is reported when it begins.
+    /// Whether the last attempt failed: a failure is reported once.
     failing: bool,
-    /// Work that failed, to be tried again.
-    unfinished: Work,
+    /// Frontends to retry.
+    failed: DirtyFrontends,
 }
 
 impl<'a, T: Tracker> Cleaner<'a, T> {
-    /// A cleaner that opens its tracker when it has something to do, and again after a failure.
+    /// Creates a cleaner that opens its tracker for its first task, and again after a failure.
     pub fn new(
-        open: fn() -> Result<T, Error>,
+        open: fn() -> Result<T, ConntrackError>,
         pending: Pending,
         metrics: &'a Metrics,
         reporter: &'a dyn Reporter,
@@ -114,22 +113,22 @@ impl<'a, T: Tracker> Cleaner<'a, T> {
             metrics,
             reporter,
             failing: false,
-            unfinished: Work::default(),
+            failed: DirtyFrontends::default(),
         }
     }
 
-    /// Works until the queue is closed and empty.
+    /// Runs until the queue is closed and empty.
     pub fn run(mut self) {
         let mut retry = SHORTEST_RETRY;
         loop {
-            let limit = (!self.unfinished.is_empty()).then_some(retry);
-            let mut work = std::mem::take(&mut self.unfinished);
+            let limit = (!self.failed.is_empty()).then_some(retry);
+            let mut dirty = std::mem::take(&mut self.failed);
             match self.pending.receive(limit) {
-                Received::Work(new) => work.merge(new),
-                Received::Nothing => {}
+                Received::Dirty(new) => dirty.merge(new),
+                Received::Timeout => {}
                 Received::Closed => return,
             }
-            retry = if self.clean(work) {
+            retry = if self.clean(dirty) {
                 SHORTEST_RETRY
             } else {
                 (retry * 2).min(LONGEST_RETRY)
@@ -137,30 +136,30 @@ impl<'a, T: Tracker> Cleaner<'a, T> {
         }
     }
 
-    /// Deletes the stale flows of some frontends. False if that failed; the rules are not
-    /// concerned, and the work is kept.
-    pub fn clean(&mut self, work: Work) -> bool {
-        match self.attempt(&work) {
+    /// Deletes the stale flows of some frontends. Returns false if this failed; the frontends are then
+    /// kept for a retry.
+    pub fn clean(&mut self, dirty: DirtyFrontends) -> bool {
+        match self.attempt(&dirty) {
             Ok(()) => {
                 self.failing = false;
                 true
             }
             Err(error) => {
-                // Of a dump that broke off, messages may be on their way.
+                // Messages of an aborted dump may still be queued.
                 self.tracker = None;
                 if !std::mem::replace(&mut self.failing, true) {
-                    self.reporter.flows_stay(&error);
+                    self.reporter.stale_flows_remain(&error);
                 }
-                if work.len() <= MOST_UNFINISHED {
-                    self.unfinished = work;
+                if dirty.len() <= MOST_FAILED {
+                    self.failed = dirty;
                 }
                 false
             }
         }
     }
 
-    fn attempt(&mut self, work: &Work) -> Result<(), Error> {
-        let mut fronts: Vec<Front> = work.suspects().collect();
+    fn attempt(&mut self, dirty: &DirtyFrontends) -> Result<(), ConntrackError> {
+        let mut fronts: Vec<UdpFrontend> = dirty.to_sweep().collect();
         if fronts.is_empty() {
             return Ok(());
         }
@@ -169,14 +168,18 @@ impl<'a, T: Tracker> Cleaner<'a, T> {
             Some(tracker) => tracker,
             closed => closed.insert((self.open)()?),
         };
-        let own = if fronts.iter().any(|f| matches!(f, Front::NodePort(..))) {
-            work.node_port_addresses(tracker.own_addresses())
+        let own = if fronts
+            .iter()
+            .any(|f| matches!(f, UdpFrontend::NodePort(..)))
+        {
+            dirty.node_port_addresses(tracker.own_addresses())
         } else {
             HashSet::new()
         };
         let pending = &mut self.pending;
-        let mut stale =
-            |flow: &Flow| work.judge(flow, &own) == Judgement::Stale && !pending.keeps(flow, &own);
+        let mut stale = |flow: &Flow| {
+            dirty.evaluate(flow, &own) == FlowState::Stale && !pending.keeps(flow, &own)
+        };
         for family in Family::ALL {
             let of_family = fronts.iter().filter(|front| front.family() == family);
             let filters = filters(family, of_family);
@@ -199,18 +202,18 @@ impl<'a, T: Tracker> Cleaner<'a, T> {
     }
 }
 
-/// What to list in order to see all flows of some frontends of a family.
+/// Returns filters that cover all flows of some frontends of a family.
 pub(super) fn filters<'f>(
     family: Family,
-    fronts: impl Iterator<Item = &'f Front>,
+    fronts: impl Iterator<Item = &'f UdpFrontend>,
 ) -> Vec<FlowFilter> {
     let mut by_port: BTreeMap<u16, Option<SocketAddr>> = BTreeMap::new();
     for front in fronts {
         let only = match front {
-            Front::Address(at) => Some(*at),
-            Front::NodePort(..) => None,
+            UdpFrontend::Address(at) => Some(*at),
+            UdpFrontend::NodePort(..) => None,
         };
-        // The addresses of a service mostly have a port in common, and share a dump.
+        // The addresses of a service mostly have the same port and can share a dump.
         by_port
             .entry(front.port())
             .and_modify(|at| *at = None)

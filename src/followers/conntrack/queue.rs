@@ -1,4 +1,4 @@
-//! What changes of services mean for UDP flows, collected until the cleaner takes it.
+//! Translates changes of services to dirty frontends.
 
 use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
@@ -8,56 +8,56 @@ use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 
-use super::{Front, Judgement, Work, front, has_udp};
+use super::{DirtyFrontends, FlowState, UdpFrontend, front, has_udp};
 use crate::model::ObjectName;
 use crate::netlink::Flow;
 use crate::services::{ServiceChanges, ServicePlan};
 
-/// The changes of services that a cleaner has not handled yet.
+/// The dirty frontends that the cleaner has not taken yet.
 #[derive(Debug)]
 pub struct Pending {
     changes: Receiver<Arc<ServiceChanges>>,
-    /// The plans in force with UDP frontends.
+    /// The plans in force that have UDP frontends.
     plans: HashMap<ObjectName, Arc<ServicePlan>>,
     node_ports: Arc<[IpNet]>,
-    work: Work,
+    dirty: DirtyFrontends,
 }
 
-/// What receiving gave.
+/// The result of receiving.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Received {
-    /// Work to do.
-    Work(Work),
-    /// The time is over.
-    Nothing,
-    /// There will be no more.
+    /// Frontends to sweep.
+    Dirty(DirtyFrontends),
+    /// The limit passed.
+    Timeout,
+    /// There will be no more changes.
     Closed,
 }
 
 impl Pending {
-    /// Creates a queue of the changes that are received.
+    /// Creates a queue that is fed by changes of services.
     pub fn new(changes: Receiver<Arc<ServiceChanges>>) -> Self {
         Self {
             changes,
             plans: HashMap::new(),
             node_ports: Arc::default(),
-            work: Work::default(),
+            dirty: DirtyFrontends::default(),
         }
     }
 
-    /// Takes the work that waits, if there is some.
-    pub fn take(&mut self) -> Option<Work> {
+    /// Takes the dirty frontends, if there are any.
+    pub fn take(&mut self) -> Option<DirtyFrontends> {
         self.take_over_all();
-        let work = std::mem::take(&mut self.work);
-        (!work.is_empty()).then_some(work)
+        let dirty = std::mem::take(&mut self.dirty);
+        (!dirty.is_empty()).then_some(dirty)
     }
 
-    /// Waits for work, where a limit is given not longer than that.
+    /// Waits for dirty frontends, for `limit` at most.
     pub fn receive(&mut self, limit: Option<Duration>) -> Received {
         let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
         loop {
-            if let Some(work) = self.take() {
-                return Received::Work(work);
+            if let Some(dirty) = self.take() {
+                return Received::Dirty(dirty);
             }
             let received = match deadline {
                 None => self.changes.recv().map_err(RecvTimeoutError::from),
@@ -68,17 +68,17 @@ impl Pending {
             };
             match received {
                 Ok(changes) => self.take_over(&changes),
-                Err(RecvTimeoutError::Timeout) => return Received::Nothing,
+                Err(RecvTimeoutError::Timeout) => return Received::Timeout,
                 Err(RecvTimeoutError::Disconnected) => return Received::Closed,
             }
         }
     }
 
-    /// Whether the work that waits keeps a flow: an endpoint may have come since the work at
-    /// hand was taken.
+    /// Whether a flow is valid by changes after the last call of [`Pending::take`], which may have added
+    /// its endpoint.
     pub fn keeps(&mut self, flow: &Flow, node_port_addresses: &HashSet<IpAddr>) -> bool {
         self.take_over_all();
-        self.work.judge(flow, node_port_addresses) == Judgement::Kept
+        self.dirty.evaluate(flow, node_port_addresses) == FlowState::Kept
     }
 
     fn take_over_all(&mut self) {
@@ -91,7 +91,7 @@ impl Pending {
         for replaced in changes.replaced.iter().filter(|it| it.is_other_plan()) {
             let [old, new] = [&replaced.old, &replaced.new]
                 .map(|plan| plan.as_ref().filter(|plan| has_udp(plan)));
-            self.work
+            self.dirty
                 .change(old.map(|plan| &**plan), new.map(|plan| &**plan));
             match new {
                 Some(new) => self.plans.insert(replaced.service.clone(), new.clone()),
@@ -99,21 +99,21 @@ impl Pending {
             };
         }
         let deleted = changes.removed.deleted.iter();
-        self.work
-            .gone(deleted.filter_map(|(family, claim)| front(*family, claim)));
-        let is_suspect = |front: &Front| {
-            let node_port = matches!(front, Front::NodePort(..));
-            // NodePorts may answer on other addresses.
+        self.dirty
+            .remove(deleted.filter_map(|(family, claim)| front(*family, claim)));
+        let may_be_stale = |front: &UdpFrontend| {
+            let node_port = matches!(front, UdpFrontend::NodePort(..));
+            // Other addresses may accept NodePorts.
             changes.rewritten || (node_port && changes.node_ports.is_some())
         };
         if changes.rewritten || changes.node_ports.is_some() {
             for plan in self.plans.values() {
-                self.work.suspect(plan, is_suspect);
+                self.dirty.add_plan(plan, may_be_stale);
             }
         }
         if let Some(ranges) = &changes.node_ports {
             self.node_ports = ranges.clone();
         }
-        self.work.set_node_ports(self.node_ports.clone());
+        self.dirty.set_node_ports(self.node_ports.clone());
     }
 }

@@ -8,7 +8,7 @@ use super::cleaner::filters;
 use super::queue::Received;
 use super::*;
 use crate::model::{Notice, ObjectName};
-use crate::netlink::{Error, FlowFilter};
+use crate::netlink::{ConntrackError, Error, FlowFilter};
 use crate::nft;
 use crate::serve::metrics::Metrics;
 use crate::services::{Frontend, Replaced, Role, Route, Scope, ServiceChanges};
@@ -72,17 +72,17 @@ fn udp(fronts: &[&str], chosen: &[&str]) -> ServicePlan {
     plan(Protocol::Udp, fronts, chosen, &[])
 }
 
-fn changed(old: Option<&ServicePlan>, new: Option<&ServicePlan>) -> Work {
-    let mut work = Work::default();
-    work.change(old, new);
-    work.set_node_ports(["192.168.10.0/24".parse::<IpNet>().unwrap()]);
-    work
+fn changed(old: Option<&ServicePlan>, new: Option<&ServicePlan>) -> DirtyFrontends {
+    let mut dirty = DirtyFrontends::default();
+    dirty.change(old, new);
+    dirty.set_node_ports(["192.168.10.0/24".parse::<IpNet>().unwrap()]);
+    dirty
 }
 
-fn judge(work: &Work, destination: &str, replier: &str) -> Judgement {
+fn judge(dirty: &DirtyFrontends, destination: &str, replier: &str) -> FlowState {
     let own = ["192.168.10.1", "10.244.1.1"].map(|a| a.parse().unwrap());
-    let own = work.node_port_addresses(own);
-    work.judge(&flow(destination, replier), &own)
+    let own = dirty.node_port_addresses(own);
+    dirty.evaluate(&flow(destination, replier), &own)
 }
 
 const VIP: &str = "10.96.0.10:53";
@@ -91,16 +91,16 @@ const VIP: &str = "10.96.0.10:53";
 fn flows_to_endpoints_that_are_gone_are_stale() {
     let old = udp(&[VIP], &["10.0.0.1:53", "10.0.0.2:53"]);
     let new = udp(&[VIP], &["10.0.0.2:53"]);
-    let work = changed(Some(&old), Some(&new));
+    let dirty = changed(Some(&old), Some(&new));
     assert_eq!(
-        work.suspects().collect::<Vec<_>>(),
-        [Front::Address(at(VIP))]
+        dirty.to_sweep().collect::<Vec<_>>(),
+        [UdpFrontend::Address(at(VIP))]
     );
-    assert_eq!(judge(&work, VIP, "10.0.0.1:53"), Judgement::Stale);
-    assert_eq!(judge(&work, VIP, "10.0.0.2:53"), Judgement::Kept);
-    assert_eq!(judge(&work, VIP, "10.0.0.2:54"), Judgement::Stale);
+    assert_eq!(judge(&dirty, VIP, "10.0.0.1:53"), FlowState::Stale);
+    assert_eq!(judge(&dirty, VIP, "10.0.0.2:53"), FlowState::Kept);
+    assert_eq!(judge(&dirty, VIP, "10.0.0.2:54"), FlowState::Stale);
     for other in ["10.96.0.10:54", "10.96.0.11:53", "10.0.0.1:53"] {
-        assert_eq!(judge(&work, other, "10.0.0.1:53"), Judgement::Unconcerned);
+        assert_eq!(judge(&dirty, other, "10.0.0.1:53"), FlowState::Unconcerned);
     }
 }
 
@@ -108,12 +108,12 @@ fn flows_to_endpoints_that_are_gone_are_stale() {
 fn flows_that_began_before_the_service_had_endpoints_are_stale() {
     let (none, one) = (udp(&[VIP], &[]), udp(&[VIP], &["10.0.0.1:53"]));
     for old in [None, Some(&none)] {
-        let work = changed(old, Some(&one));
-        assert_eq!(judge(&work, VIP, VIP), Judgement::Stale);
-        assert_eq!(judge(&work, VIP, "10.0.0.1:53"), Judgement::Kept);
+        let dirty = changed(old, Some(&one));
+        assert_eq!(judge(&dirty, VIP, VIP), FlowState::Stale);
+        assert_eq!(judge(&dirty, VIP, "10.0.0.1:53"), FlowState::Kept);
     }
-    let work = changed(Some(&one), Some(&none));
-    assert_eq!(judge(&work, VIP, "10.0.0.1:53"), Judgement::Stale);
+    let dirty = changed(Some(&one), Some(&none));
+    assert_eq!(judge(&dirty, VIP, "10.0.0.1:53"), FlowState::Stale);
 }
 
 #[test]
@@ -121,37 +121,41 @@ fn of_a_frontend_that_is_gone_translated_flows_are_stale() {
     let external = "198.51.100.7:53";
     let old = udp(&[VIP, external], &["10.0.0.1:53"]);
     let new = udp(&[VIP], &["10.0.0.1:53"]);
-    let work = changed(Some(&old), Some(&new));
-    assert_eq!(judge(&work, external, "10.0.0.1:53"), Judgement::Stale);
-    assert_eq!(judge(&work, external, external), Judgement::Kept);
-    assert_eq!(judge(&work, VIP, "10.0.0.9:53"), Judgement::Unconcerned);
+    let dirty = changed(Some(&old), Some(&new));
+    assert_eq!(judge(&dirty, external, "10.0.0.1:53"), FlowState::Stale);
+    assert_eq!(judge(&dirty, external, external), FlowState::Kept);
+    assert_eq!(judge(&dirty, VIP, "10.0.0.9:53"), FlowState::Unconcerned);
     // And back: a change of the service alone.
-    let work = changed(Some(&new), Some(&old));
-    assert_eq!(judge(&work, external, external), Judgement::Stale);
+    let dirty = changed(Some(&new), Some(&old));
+    assert_eq!(judge(&dirty, external, external), FlowState::Stale);
 }
 
 #[test]
 fn endpoints_that_serve_without_being_chosen_keep_their_flows() {
     let old = udp(&[VIP], &["10.0.0.1:53", "10.0.0.2:53"]);
     let draining = plan(Protocol::Udp, &[VIP], &["10.0.0.1:53"], &["10.0.0.2:53"]);
-    let work = changed(Some(&old), Some(&draining));
-    assert!(work.is_empty(), "the same endpoints serve");
+    let dirty = changed(Some(&old), Some(&draining));
+    assert!(dirty.is_empty(), "the same endpoints serve");
     let new = udp(&[VIP], &["10.0.0.1:53"]);
-    let work = changed(Some(&draining), Some(&new));
-    assert_eq!(judge(&work, VIP, "10.0.0.2:53"), Judgement::Stale);
+    let dirty = changed(Some(&draining), Some(&new));
+    assert_eq!(judge(&dirty, VIP, "10.0.0.2:53"), FlowState::Stale);
 }
 
 #[test]
 fn node_ports_are_recognised_on_own_addresses_inside_the_ranges() {
-    let work = changed(None, Some(&udp(&["node:30053"], &["10.0.0.1:53"])));
+    let dirty = changed(None, Some(&udp(&["node:30053"], &["10.0.0.1:53"])));
     let gone = "10.0.0.9:53";
-    assert_eq!(judge(&work, "192.168.10.1:30053", gone), Judgement::Stale);
+    assert_eq!(judge(&dirty, "192.168.10.1:30053", gone), FlowState::Stale);
     for other in ["192.168.10.2:30053", "10.244.1.1:30053", "192.168.10.1:53"] {
-        assert_eq!(judge(&work, other, gone), Judgement::Unconcerned, "{other}");
+        assert_eq!(
+            judge(&dirty, other, gone),
+            FlowState::Unconcerned,
+            "{other}"
+        );
     }
     let v6 = flow("[fd00::1]:30053", "[fd00::9]:53");
     let own = HashSet::from([v6.destination.ip()]);
-    assert_eq!(work.judge(&v6, &own), Judgement::Unconcerned);
+    assert_eq!(dirty.evaluate(&v6, &own), FlowState::Unconcerned);
 }
 
 #[test]
@@ -161,10 +165,10 @@ fn only_udp_is_looked_for_and_only_where_flows_can_be_stale() {
     assert!(changed(Some(&tcp(&two)), Some(&tcp(&one))).is_empty());
     assert!(changed(Some(&tcp(&two)), None).is_empty());
     let more = changed(Some(&udp(&[VIP], &one)), Some(&udp(&[VIP], &two)));
-    assert_eq!(more.suspects().count(), 0);
+    assert_eq!(more.to_sweep().count(), 0);
     assert_eq!(
         judge(&more, VIP, two[1]),
-        Judgement::Kept,
+        FlowState::Kept,
         "but it is known"
     );
 }
@@ -173,16 +177,16 @@ fn only_udp_is_looked_for_and_only_where_flows_can_be_stale() {
 fn a_frontend_that_moves_between_services_stands() {
     let (old, new) = (udp(&[VIP], &["10.0.0.1:53"]), udp(&[VIP], &["10.0.0.2:53"]));
     for leaving_first in [true, false] {
-        let mut work = Work::default();
+        let mut dirty = DirtyFrontends::default();
         if leaving_first {
-            work.change(Some(&old), None);
+            dirty.change(Some(&old), None);
         }
-        work.change(None, Some(&new));
+        dirty.change(None, Some(&new));
         if !leaving_first {
-            work.change(Some(&old), None);
+            dirty.change(Some(&old), None);
         }
-        assert_eq!(judge(&work, VIP, "10.0.0.1:53"), Judgement::Stale);
-        assert_eq!(judge(&work, VIP, "10.0.0.2:53"), Judgement::Kept);
+        assert_eq!(judge(&dirty, VIP, "10.0.0.1:53"), FlowState::Stale);
+        assert_eq!(judge(&dirty, VIP, "10.0.0.2:53"), FlowState::Kept);
     }
 }
 
@@ -190,14 +194,17 @@ fn a_frontend_that_moves_between_services_stands() {
 fn later_work_wins_and_suspicion_stays() {
     let (none, one) = (udp(&[VIP], &[]), udp(&[VIP], &["10.0.0.1:53"]));
     let two = udp(&[VIP], &["10.0.0.1:53", "10.0.0.2:53"]);
-    let mut work = changed(Some(&none), Some(&one));
-    work.merge(changed(Some(&one), Some(&two)));
-    assert_eq!(work.suspects().count(), 1);
-    assert_eq!(judge(&work, VIP, "10.0.0.2:53"), Judgement::Kept);
-    work.merge(changed(Some(&two), None));
-    assert_eq!(judge(&work, VIP, "10.0.0.2:53"), Judgement::Stale);
-    work.merge(Work::default());
-    assert_eq!(judge(&work, "192.168.10.1:53", VIP), Judgement::Unconcerned);
+    let mut dirty = changed(Some(&none), Some(&one));
+    dirty.merge(changed(Some(&one), Some(&two)));
+    assert_eq!(dirty.to_sweep().count(), 1);
+    assert_eq!(judge(&dirty, VIP, "10.0.0.2:53"), FlowState::Kept);
+    dirty.merge(changed(Some(&two), None));
+    assert_eq!(judge(&dirty, VIP, "10.0.0.2:53"), FlowState::Stale);
+    dirty.merge(DirtyFrontends::default());
+    assert_eq!(
+        judge(&dirty, "192.168.10.1:53", VIP),
+        FlowState::Unconcerned
+    );
 }
 
 /// The change from one plan of a service to another.
@@ -221,7 +228,7 @@ fn changes_that_wait_are_merged() {
     let (sender, receiver) = channel();
     let mut pending = Pending::new(receiver);
     let (none, one) = (udp(&[VIP], &[]), udp(&[VIP], &["10.0.0.1:53"]));
-    assert_eq!(pending.receive(Some(Duration::ZERO)), Received::Nothing);
+    assert_eq!(pending.receive(Some(Duration::ZERO)), Received::Timeout);
     sender.send(changes(None, Some(&none))).unwrap();
     sender.send(changes(Some(&none), Some(&one))).unwrap();
     assert!(pending.keeps(&flow(VIP, "10.0.0.1:53"), &HashSet::new()));
@@ -229,7 +236,7 @@ fn changes_that_wait_are_merged() {
     drop(sender);
     let mut both = changed(None, Some(&none));
     both.merge(changed(Some(&none), Some(&one)));
-    assert_eq!(pending.receive(None), Received::Work(both));
+    assert_eq!(pending.receive(None), Received::Dirty(both));
     assert_eq!(pending.receive(None), Received::Closed);
 }
 
@@ -239,38 +246,41 @@ fn node_ports_are_suspect_when_they_answer_elsewhere_and_all_when_the_tables_wer
     let mut pending = Pending::new(receiver);
     let plan = udp(&[VIP, "node:30053"], &["10.0.0.1:53"]);
     sender.send(changes(None, Some(&plan))).unwrap();
-    assert_eq!(pending.take().unwrap().suspects().count(), 2);
+    assert_eq!(pending.take().unwrap().to_sweep().count(), 2);
     let others = ServiceChanges {
         node_ports: Some(Arc::default()),
         ..ServiceChanges::default()
     };
     sender.send(Arc::new(others)).unwrap();
-    let suspects: Vec<Front> = pending.take().unwrap().suspects().collect();
-    assert_eq!(suspects, [Front::NodePort(Family::V4, 30053)]);
+    let suspects: Vec<UdpFrontend> = pending.take().unwrap().to_sweep().collect();
+    assert_eq!(suspects, [UdpFrontend::NodePort(Family::V4, 30053)]);
     let rewritten = ServiceChanges {
         rewritten: true,
         ..ServiceChanges::default()
     };
     sender.send(Arc::new(rewritten)).unwrap();
-    assert_eq!(pending.take().unwrap().suspects().count(), 2);
+    assert_eq!(pending.take().unwrap().to_sweep().count(), 2);
 }
 
 #[test]
 fn few_frontends_are_listed_by_themselves_and_many_together() {
-    let front = |n: u16| Front::Address(SocketAddr::new([10, 96, 0, 1].into(), n));
-    let of = |fronts: &[Front]| filters(Family::V4, fronts.iter());
+    let front = |n: u16| UdpFrontend::Address(SocketAddr::new([10, 96, 0, 1].into(), n));
+    let of = |fronts: &[UdpFrontend]| filters(Family::V4, fronts.iter());
     let v4 = nft::Family::Ip;
     assert!(of(&[]).is_empty());
-    assert_eq!(of(&[Front::Address(at(VIP))]), [FlowFilter::to(at(VIP))]);
     assert_eq!(
-        of(&[front(53), Front::Address(at(VIP))]),
+        of(&[UdpFrontend::Address(at(VIP))]),
+        [FlowFilter::to(at(VIP))]
+    );
+    assert_eq!(
+        of(&[front(53), UdpFrontend::Address(at(VIP))]),
         [FlowFilter::to_port(v4, 53)]
     );
     assert_eq!(
-        of(&[Front::NodePort(Family::V4, 30053)]),
+        of(&[UdpFrontend::NodePort(Family::V4, 30053)]),
         [FlowFilter::to_port(v4, 30053)]
     );
-    let many: Vec<Front> = (1..100).map(front).collect();
+    let many: Vec<UdpFrontend> = (1..100).map(front).collect();
     assert_eq!(of(&many), [FlowFilter::all(v4)]);
 }
 
@@ -290,14 +300,14 @@ impl Tracker for Fake {
         &mut self,
         filter: &FlowFilter,
         stale: &mut dyn FnMut(&Flow) -> bool,
-    ) -> Result<usize, Error> {
+    ) -> Result<usize, ConntrackError> {
         let mut table = self.0.borrow_mut();
         table.sweeps += 1;
         if table.broken {
-            return Err(Error::Interrupted {
+            return Err(ConntrackError::Netlink(Error::Interrupted {
                 what: "the UDP flows",
                 times: 1,
-            });
+            }));
         }
         let before = table.flows.len();
         table.flows.retain(|f| !(filter.admits(f) && stale(f)));
@@ -323,7 +333,7 @@ impl Reporter for Heard {
         panic!("rules are not concerned: {error}");
     }
 
-    fn flows_stay(&self, error: &Error) {
+    fn stale_flows_remain(&self, error: &ConntrackError) {
         self.0.lock().unwrap().push(error.to_string());
     }
 }
@@ -340,9 +350,9 @@ fn the_cleaner_deletes_counts_and_outlives_failures() {
     let pending = Pending::new(receiver);
     let open = || Ok(TABLE.with(Clone::clone));
     let mut cleaner = Cleaner::new(open, pending, &metrics, &heard);
-    let work = changed(None, Some(&udp(&[VIP], &["10.0.0.2:53"])));
-    assert!(!cleaner.clean(work.clone()));
-    assert!(!cleaner.clean(work.clone()));
+    let dirty = changed(None, Some(&udp(&[VIP], &["10.0.0.2:53"])));
+    assert!(!cleaner.clean(dirty.clone()));
+    assert!(!cleaner.clean(dirty.clone()));
     assert_eq!(heard.0.lock().unwrap().len(), 1, "told once");
     assert_eq!(table.0.borrow().flows.len(), 3);
     table.0.borrow_mut().broken = false;

@@ -8,7 +8,7 @@ use crate::netlink::{Applied, Error};
 use crate::nft::{Element, Key, Ruleset, TableId, Transaction};
 use crate::services::{Sticky, table_id};
 use crate::sync::tests::{Bench, Fake, heal, lists, node, put, service, slice};
-use crate::sync::{Followers, Kernel, Outcome, Reconciler, Removed, tests as sync};
+use crate::sync::{Followers, Kernel, Outcome, Reconciler, RemovalOutcome, tests as sync};
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
@@ -492,7 +492,7 @@ fn a_removal_by_older_plans_is_refused_and_judged_again() {
             sync::handle(reconciler, vec![back]);
         }
         let removed = reconciler.remove(transaction, version);
-        outcomes.push(matches!(removed, Removed::Outdated));
+        outcomes.push(matches!(removed, RemovalOutcome::Outdated));
         removed
     });
     assert_eq!(outcomes.first(), Some(&true));

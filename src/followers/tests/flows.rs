@@ -1,6 +1,6 @@
 //! The UDP flows that changes of services leave stale.
 
-use crate::followers::conntrack::{Front, Pending};
+use crate::followers::conntrack::{Pending, UdpFrontend};
 use crate::model::{Family, Kind, Object, Protocol, Service, ServiceKind};
 use crate::nft::{Element, Key, Verdict};
 use crate::services::{ServiceSet, table_id};
@@ -15,14 +15,14 @@ fn dns(name: &str, cluster_ips: &[&str]) -> Service {
     service
 }
 
-fn vip(last: u8) -> Front {
-    Front::Address(([10, 96, 0, last], 53).into())
+fn vip(last: u8) -> UdpFrontend {
+    UdpFrontend::Address(([10, 96, 0, last], 53).into())
 }
 
 /// The frontends whose flows are to be looked for, in order.
-fn suspects(pending: &mut Pending) -> Vec<Front> {
-    let work = pending.take().unwrap_or_default();
-    let mut suspects: Vec<Front> = work.suspects().collect();
+fn suspects(pending: &mut Pending) -> Vec<UdpFrontend> {
+    let dirty = pending.take().unwrap_or_default();
+    let mut suspects: Vec<UdpFrontend> = dirty.to_sweep().collect();
     suspects.sort_unstable();
     suspects
 }
@@ -132,8 +132,8 @@ fn frontends_that_went_while_nobody_looked_are_handed_over() {
     let mut pending = Pending::new(followers.services());
     let mut after = bench.reconciler().with_followers(followers);
     handle(&mut after, of(&[&stays]));
-    let node_ip = Front::Address(([192, 168, 10, 1], 53).into());
-    let node_port = Front::NodePort(Family::V4, 30053);
+    let node_ip = UdpFrontend::Address(([192, 168, 10, 1], 53).into());
+    let node_port = UdpFrontend::NodePort(Family::V4, 30053);
     assert_eq!(suspects(&mut pending), [vip(1), vip(2), node_ip, node_port]);
     // A table that is made anew has none of the old frontends.
     bench.kernel.meddle(|ruleset| {
@@ -149,7 +149,7 @@ fn frontends_that_went_while_nobody_looked_are_handed_over() {
     again.resync();
     assert_eq!(
         suspects(&mut pending),
-        [vip(2), Front::NodePort(Family::V4, 30054)]
+        [vip(2), UdpFrontend::NodePort(Family::V4, 30054)]
     );
 }
 
@@ -206,5 +206,8 @@ fn flows_are_looked_for_after_healing() {
     bench.kernel.meddle(|ruleset| ruleset.tables.clear());
     assert_eq!(heal(&mut reconciler), (Outcome::Synced, true));
     // A flow that began while the rules were gone is not translated for as long as it lasts.
-    assert_eq!(pending.take().map(|work| work.suspects().count()), Some(1));
+    assert_eq!(
+        pending.take().map(|dirty| dirty.to_sweep().count()),
+        Some(1)
+    );
 }

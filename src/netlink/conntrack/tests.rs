@@ -1,5 +1,7 @@
+use std::net::{IpAddr, SocketAddr};
+
 use super::*;
-use crate::netlink::encode::{begin_message, end_message};
+use crate::netlink::message::AttrReader;
 
 fn at(text: &str) -> SocketAddr {
     text.parse().unwrap()
@@ -16,10 +18,10 @@ fn flow(source: &str, destination: &str, replier: &str) -> Flow {
 }
 
 /// The attributes of a flow as the kernel dumps it.
-fn dumped(flow: &Flow, protocol: u8, write_zone: impl Fn(&mut Writer, bool)) -> Vec<u8> {
+fn dumped(flow: &Flow, protocol: u8, write_zone: impl Fn(&mut AttrWriter, bool)) -> Vec<u8> {
     let mut bytes = Vec::new();
     let start = begin_message(&mut bytes, kind(0), 0, 1, family_number(flow.family()));
-    let mut writer = Writer::new(&mut bytes);
+    let mut writer = AttrWriter::new(&mut bytes);
     let ends = [
         (uapi::CTA_TUPLE_ORIG, flow.source, flow.destination),
         (uapi::CTA_TUPLE_REPLY, flow.replier, flow.source),
@@ -113,7 +115,7 @@ fn filters_admit_by_original_destination() {
 fn the_kernel_is_never_asked_for_an_ipv6_address() {
     let flags = |filter: FlowFilter| {
         let bytes = filter.attributes();
-        let filter = Reader::new(&bytes).nested(uapi::CTA_FILTER).unwrap();
+        let filter = AttrReader::new(&bytes).nested(uapi::CTA_FILTER).unwrap();
         let flags = filter.get(uapi::CTA_FILTER_ORIG_FLAGS).unwrap();
         u32::from_ne_bytes(flags.try_into().unwrap())
     };

@@ -1,4 +1,4 @@
-//! What selectors read, loaded into registers.
+//! Loads the values of selectors into registers.
 
 use nftnl::nftnl_sys as sys;
 
@@ -41,7 +41,7 @@ impl Program {
                 ],
             ),
             Selector::SourceHash { modulus } => {
-                // The address goes to the next free registers behind the target.
+                // The address goes to the registers after the target.
                 let scratch = (word + 1).next_multiple_of(4);
                 self.load(Selector::SourceAddress, scratch);
                 let length = Selector::SourceAddress.field_type(self.family).bytes() as u32;
@@ -72,7 +72,7 @@ impl Program {
         }
     }
 
-    /// Loads the fields of a key into consecutive registers from a word on and returns the word
+    /// Loads the fields of a key into consecutive registers, beginning at a word, and returns the word
     /// after them.
     pub(super) fn load_key(&mut self, selectors: &[Selector], first: usize) -> usize {
         let mut word = first;

@@ -1,27 +1,27 @@
-//! The headers of a logged packet: who sends what to whom.
+//! Parses the headers of logged packets.
 //!
-//! The bytes come from the network and end where the copy does, in the middle of a header or
-//! before it. Whatever they are, reading them ends, and tells no more than what is there.
+//! The bytes come from the network and may end anywhere, even within a header. Parsing terminates on
+//! any input and returns only what the bytes contain.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crate::nft::Family;
 
-/// What the headers of a packet tell.
+/// The headers of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header {
     /// The source address.
     pub source: IpAddr,
     /// The destination address.
     pub destination: IpAddr,
-    /// The protocol behind the IP header and its extensions. Where the bytes end before that is
-    /// known, the last extension that is.
+    /// The protocol after the IP header and its extensions, or the last known extension if the bytes
+    /// end there.
     pub protocol: u8,
     /// Source and destination port.
     pub ports: Option<(u16, u16)>,
 }
 
-/// Reads a packet from its IP header on; `None` without a whole IP header of the family.
+/// Parses a packet from its IP header on; `None` without a complete IP header of the family.
 pub fn parse(family: Family, packet: &[u8]) -> Option<Header> {
     match family {
         Family::Ip => ipv4(packet),
@@ -31,7 +31,7 @@ pub fn parse(family: Family, packet: &[u8]) -> Option<Header> {
 
 fn ipv4(packet: &[u8]) -> Option<Header> {
     let [first] = at(packet, 0)?;
-    // The length of the header in words, with its options.
+    // The length of the header with its options, in words.
     let words = usize::from(first & 0xf);
     if first >> 4 != 4 || words < 5 {
         return None;
@@ -66,8 +66,8 @@ fn ipv6(packet: &[u8]) -> Option<Header> {
     })
 }
 
-/// The protocol behind the extension headers, and what the bytes hold of it. Every header takes
-/// at least eight bytes away, so this ends.
+/// Returns the protocol after the extension headers and its bytes. Terminates because every header
+/// consumes at least eight bytes.
 fn skip_extensions(mut protocol: u8, mut bytes: &[u8]) -> (u8, &[u8]) {
     const NOTHING: &[u8] = &[];
     loop {
@@ -103,7 +103,7 @@ const HIP: i32 = 139;
 /// Site multihoming, which the libc crate does not name.
 const SHIM6: i32 = 140;
 
-/// The ports at the beginning of a payload, for the protocols that have them there.
+/// Returns the ports at the beginning of a payload, for protocols that have them there.
 fn ports(protocol: u8, payload: &[u8]) -> Option<(u16, u16)> {
     let has_ports = matches!(
         i32::from(protocol),
@@ -117,7 +117,7 @@ fn ports(protocol: u8, payload: &[u8]) -> Option<(u16, u16)> {
     port(0).zip(port(2)).filter(|_| has_ports)
 }
 
-/// So many bytes at an offset.
+/// Returns `N` bytes at an offset.
 fn at<const N: usize>(bytes: &[u8], offset: usize) -> Option<[u8; N]> {
     bytes.get(offset..)?.first_chunk().copied()
 }

@@ -1,5 +1,6 @@
 //! Changes that are written in portions, and services that ask for too much.
 
+use super::histories::event;
 use super::*;
 use crate::nft::Value;
 use crate::services;
@@ -75,7 +76,7 @@ proptest! {
         for (events, failures) in history {
             bench.kernel.0.borrow_mut().failures = failures.saturating_sub(9);
             reconciler.take_over(events.into_iter().map(Delivery::now));
-            let mut outcome = reconciler.work(Parts::ALL).together();
+            let mut outcome = reconciler.work(Engines::ALL).together();
             while outcome != Outcome::Synced {
                 outcome = reconciler.resync();
             }
@@ -89,7 +90,7 @@ proptest! {
         }
         let mut calls = 0;
         while reconciler.has_more() {
-            prop_assert_eq!(reconciler.work(Parts::SERVICES).together(), Outcome::Synced);
+            prop_assert_eq!(reconciler.work(Engines::SERVICES).together(), Outcome::Synced);
             calls += 1;
             prop_assert!(calls < 2_000, "there is no end to the portions");
         }
@@ -123,7 +124,7 @@ pub(super) fn started(bench: &Bench) -> Reconciler<'_, Fake> {
 /// Takes over events and writes a portion.
 pub(super) fn once(reconciler: &mut Reconciler<Fake>, events: Vec<Event>) {
     reconciler.take_over(events.into_iter().map(Delivery::now));
-    assert_eq!(reconciler.work(Parts::ALL).together(), Outcome::Synced);
+    assert_eq!(reconciler.work(Engines::ALL).together(), Outcome::Synced);
 }
 
 pub(super) fn finish(reconciler: &mut Reconciler<Fake>) {

@@ -59,7 +59,7 @@ pub(super) fn denies(
         port: Some(80),
     };
     let connections = vec![connection];
-    reconciler.answer(Query::Judge {
+    reconciler.answer(Query::Evaluate {
         connections,
         answer,
     });

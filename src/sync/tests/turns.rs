@@ -1,5 +1,6 @@
 //! Large services that change while they wait for their turn.
 
+use super::histories::event;
 use super::portions::{PORTION, elements, finish, once, started, vast};
 use super::*;
 
@@ -133,7 +134,7 @@ fn a_failure_while_a_service_is_compiled_leaves_nothing_out() {
     let small = service("small", &["10.96.0.1"], &[80]);
     let events = [put(small)].into_iter().map(Delivery::now);
     reconciler.take_over(events);
-    let mut outcome = reconciler.work(Parts::ALL).together();
+    let mut outcome = reconciler.work(Engines::ALL).together();
     while outcome != Outcome::Synced {
         outcome = reconciler.resync();
     }
@@ -171,13 +172,13 @@ proptest! {
         for (events, calls) in history {
             reconciler.take_over(events.into_iter().map(Delivery::now));
             for _ in 0..=calls {
-                prop_assert_eq!(reconciler.work(Parts::ALL).together(), Outcome::Synced);
+                prop_assert_eq!(reconciler.work(Engines::ALL).together(), Outcome::Synced);
                 prop_assert_eq!(bench.kernel.0.borrow().reads, 1, "{:?}", bench.heard());
             }
         }
         let mut calls = 0;
         while reconciler.has_more() {
-            prop_assert_eq!(reconciler.work(Parts::SERVICES).together(), Outcome::Synced);
+            prop_assert_eq!(reconciler.work(Engines::SERVICES).together(), Outcome::Synced);
             prop_assert_eq!(bench.kernel.0.borrow().reads, 1, "{:?}", bench.heard());
             calls += 1;
             prop_assert!(calls < 2_000, "there is no end to the portions");

@@ -97,7 +97,7 @@ fn an_audit_finds_what_nobody_heard_of() {
                 foreign: Arc::default(),
                 audits: Some(Audits::start(audited, every).expect("a thread")),
                 ready: vec![ready],
-                questions: None,
+                queries: None,
             };
             let runtime = tokio::runtime::Builder::new_current_thread();
             let runtime = { runtime }.enable_time().build().expect("a runtime");

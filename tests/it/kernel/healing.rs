@@ -14,7 +14,7 @@ use crate::support::agent::{NFTLET, wait_for_log};
 use crate::support::manifests::{CLUSTER_CIDR, Manifests};
 use crate::support::objects::{self, deny_all, list, namespace, pod, slice_of};
 use crate::support::objects::{service, slice};
-use nftlet::netlink::{Heard, Monitor, Nftables};
+use nftlet::netlink::{Monitor, Nftables, Notification};
 use nftlet::nft::{
     Declaration, Element, Family, Key, Op, Ruleset, Selector, Set, SetKind, Table, TableId,
     Transaction, diff,
@@ -227,7 +227,7 @@ fn a_monitor_says_what_it_missed() {
         let mut own = Nftables::open().expect("a socket");
         let mut other = Nftables::open().expect("a socket");
         let mut monitor = Monitor::new(&[TABLE], &own);
-        own.write_unheard_by(monitor.absence());
+        own.mute_during_large_writes(monitor.muted());
         let add = |table: &str, elements: u32| {
             let id = TableId::new(Family::Ip, table);
             let elements = (0..elements).map(|number| {
@@ -251,19 +251,19 @@ fn a_monitor_says_what_it_missed() {
         };
         // Before anybody listens there is nobody to keep from it.
         let first = own.apply(&add(TABLE, 2_000)).expect("written");
-        assert!(!first.unheard);
+        assert!(!first.missed_notifications);
         own.apply(&delete(TABLE)).expect("written");
         let before = own.generation().expect("a number");
         monitor.listen().expect("a group");
         let large = own.apply(&add(TABLE, 2_000)).expect("written");
-        assert!(large.unheard);
+        assert!(large.missed_notifications);
         let small = own.apply(&delete(TABLE)).expect("written");
-        assert!(!small.unheard);
+        assert!(!small.missed_notifications);
         assert_eq!(own.generation().expect("a number"), before + 2);
         assert_eq!(other.generation().expect("a number"), before + 2);
         // After a large write the monitor listens again.
         other.apply(&add(TABLE, 1)).expect("written");
-        assert_eq!(monitor.wait().expect("news"), Heard::Change);
+        assert_eq!(monitor.wait().expect("news"), Notification::Changed);
         // The queue holds less than this; the other table is of no interest.
         other.apply(&add("other", 20_000)).expect("written");
         // In a thread of its own, so that the test never waits for ever.
@@ -271,7 +271,7 @@ fn a_monitor_says_what_it_missed() {
         thread::spawn(
             move || while monitor.wait().is_ok_and(|heard| sender.send(heard).is_ok()) {},
         );
-        while news.recv_timeout(LONG).expect("news of the loss") != Heard::Lost {}
+        while news.recv_timeout(LONG).expect("news of the loss") != Notification::Lost {}
         // What fails counts for nothing.
         let now = own.generation().expect("a number");
         other.apply(&delete("missing")).expect_err("refused");
@@ -351,7 +351,7 @@ fn hooks_that_keep_the_server_away_are_removed_and_the_rules_of_an_earlier_run_s
     assert_eq!(listing(&node.ns), wanted);
     let log = daemon.log();
     assert!(
-        log.contains("the base chain intruder was not made by nftlet"),
+        log.contains("base chain intruder was not created by nftlet"),
         "{log}"
     );
     drop(daemon);
@@ -415,8 +415,7 @@ fn the_owner_of_a_table_is_named_and_the_rules_come_when_it_has_ended() {
     let arguments = manifests.arguments(&[&CIDR[..], &quiet[..]].concat());
     let daemon = Daemon::start(node, NFTLET, arguments);
     let expected = format!(
-        "table ip nftlet belongs to another process (netlink port {}, which is the id of process \
-         nft)",
+        "table ip nftlet belongs to another process (netlink port {}, the id of process nft)",
         owner.0.id()
     );
     wait_for_log(&daemon, &expected);

@@ -197,9 +197,9 @@ fn a_group_has_one_listener() {
     assert!(matches!(error, Error::LogGroup { group: GROUP, .. }));
     assert_eq!(
         error.to_string(),
-        "cannot listen to NFLOG group 7: Operation not permitted (os error 1); another program \
-         (ulogd, or a second nftlet) listens to this group, so choose another one; or nftlet \
-         lacks the capability CAP_NET_ADMIN"
+        "cannot listen to NFLOG group 7: Operation not permitted (os error 1); another process \
+         (ulogd, or a second nftlet) has bound this group: choose another one; or nftlet lacks the \
+         capability CAP_NET_ADMIN"
     );
     // Other groups are free, and this one is again when its listener is gone.
     ns.run(|| LogReader::open(GROUP + 1)).unwrap();

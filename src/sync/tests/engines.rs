@@ -25,7 +25,7 @@ fn signals(stopped: watch::Receiver<bool>) -> Signals {
         foreign: Arc::default(),
         audits: None,
         ready: Vec::new(),
-        questions: None,
+        queries: None,
     }
 }
 

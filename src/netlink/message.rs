@@ -1,8 +1,10 @@
-//! Netlink attributes: a writer into a growing buffer and a reader over received bytes.
+//! Framing of netlink messages and their attributes.
 //!
-//! An attribute is a length, a type and a value, padded to four bytes; a nested attribute's
-//! value is attributes. Both sides are plain slices, so nothing here can read or write out of
-//! bounds, whatever the kernel sends.
+//! An attribute is a length, a type and a value, padded to four bytes. The value of a nested attribute
+//! is a list of attributes. Reading works on slices, so that no input leads to an access out of
+//! bounds.
+
+use crate::nft::Family;
 
 /// Marks an attribute as holding others.
 const NESTED: u16 = 0x8000;
@@ -11,27 +13,27 @@ const TYPE_MASK: u16 = 0x3fff;
 const HEADER: usize = 4;
 
 /// Appends attributes to a buffer.
-pub struct Writer<'a> {
+pub struct AttrWriter<'a> {
     buffer: &'a mut Vec<u8>,
 }
 
-/// Where a nested attribute began.
+/// The offset at which a nested attribute begins.
 #[must_use]
 pub struct Nest(usize);
 
-impl<'a> Writer<'a> {
-    /// Writes to the end of a buffer whose length is a multiple of four.
+impl<'a> AttrWriter<'a> {
+    /// Appends to a buffer, whose length must be a multiple of four.
     pub fn new(buffer: &'a mut Vec<u8>) -> Self {
         Self { buffer }
     }
 
-    /// The number of bytes in the buffer.
+    /// Returns the length of the buffer.
     pub fn len(&self) -> usize {
         self.buffer.len()
     }
 
-    /// Appends bytes. The value must be shorter than 64 KiB, which holds for all values nftlet
-    /// writes: names, keys and comments.
+    /// Appends an attribute. The value must be shorter than 64 KiB, as are all names, keys and
+    /// comments.
     pub fn bytes(&mut self, kind: u16, value: &[u8]) {
         let length = (HEADER + value.len()) as u16;
         self.buffer.extend_from_slice(&length.to_ne_bytes());
@@ -40,12 +42,12 @@ impl<'a> Writer<'a> {
         self.pad();
     }
 
-    /// Appends a short number in network order.
+    /// Appends a 16-bit number in network byte order.
     pub fn be16(&mut self, kind: u16, value: u16) {
         self.bytes(kind, &value.to_be_bytes());
     }
 
-    /// Appends a number in network order.
+    /// Appends a 32-bit number in network byte order.
     pub fn be32(&mut self, kind: u16, value: u32) {
         self.bytes(kind, &value.to_be_bytes());
     }
@@ -83,50 +85,50 @@ impl<'a> Writer<'a> {
     }
 }
 
-/// Iterates over attributes; a truncated one ends the iteration.
+/// Iterates over attributes. A truncated one ends the iteration.
 #[derive(Clone, Copy)]
-pub struct Reader<'a>(&'a [u8]);
+pub struct AttrReader<'a>(&'a [u8]);
 
-impl<'a> Reader<'a> {
-    /// Reads the attributes in a value or message.
+impl<'a> AttrReader<'a> {
+    /// Reads the attributes in the value of a nested attribute or in a message.
     pub fn new(bytes: &'a [u8]) -> Self {
         Self(bytes)
     }
 
-    /// The value of the first attribute of a type.
+    /// Returns the value of the first attribute of a type.
     pub fn get(self, kind: u16) -> Option<&'a [u8]> {
         self.into_iter()
             .find_map(|(k, value)| (k == kind).then_some(value))
     }
 
-    /// The attributes nested in the first attribute of a type.
-    pub fn nested(self, kind: u16) -> Option<Reader<'a>> {
-        self.get(kind).map(Reader)
+    /// Returns the attributes nested in the first attribute of a type.
+    pub fn nested(self, kind: u16) -> Option<AttrReader<'a>> {
+        self.get(kind).map(AttrReader)
     }
 
-    /// The first attribute of a type as a short number in network order.
+    /// Returns the first attribute of a type as a 16-bit number in network byte order.
     pub fn be16(self, kind: u16) -> Option<u16> {
         Some(u16::from_be_bytes(self.get(kind)?.try_into().ok()?))
     }
 
-    /// The first attribute of a type as a number in network order.
+    /// Returns the first attribute of a type as a 32-bit number in network byte order.
     pub fn be32(self, kind: u16) -> Option<u32> {
         Some(u32::from_be_bytes(self.get(kind)?.try_into().ok()?))
     }
 
-    /// The first attribute of a type as a long number in network order.
+    /// Returns the first attribute of a type as a 64-bit number in network byte order.
     pub fn be64(self, kind: u16) -> Option<u64> {
         Some(u64::from_be_bytes(self.get(kind)?.try_into().ok()?))
     }
 
-    /// The first attribute of a type as text without its terminating zero.
+    /// Returns the first attribute of a type as text without its terminating zero.
     pub fn string(self, kind: u16) -> Option<&'a str> {
         let value = self.get(kind)?;
         std::str::from_utf8(value.strip_suffix(&[0]).unwrap_or(value)).ok()
     }
 }
 
-impl<'a> Iterator for Reader<'a> {
+impl<'a> Iterator for AttrReader<'a> {
     type Item = (u16, &'a [u8]);
 
     fn next(&mut self) -> Option<Self::Item> {
@@ -143,6 +145,58 @@ impl<'a> Iterator for Reader<'a> {
     }
 }
 
+/// Appends the netlink and netfilter headers of a message and returns its offset.
+pub fn begin_message(bytes: &mut Vec<u8>, kind: u16, flags: u16, seq: u32, family: u8) -> usize {
+    let start = bytes.len();
+    let flags = flags | libc::NLM_F_REQUEST as u16;
+    bytes.extend_from_slice(&[0; 4]);
+    bytes.extend_from_slice(&kind.to_ne_bytes());
+    bytes.extend_from_slice(&flags.to_ne_bytes());
+    bytes.extend_from_slice(&seq.to_ne_bytes());
+    bytes.extend_from_slice(&[0; 4]);
+    bytes.extend_from_slice(&[family, 0, 0, 0]);
+    start
+}
+
+/// Sets `res_id` of the message at an offset.
+pub fn set_resource(bytes: &mut [u8], start: usize, resource: u16) {
+    if let Some(field) = bytes.get_mut(start + 18..start + 20) {
+        field.copy_from_slice(&resource.to_be_bytes());
+    }
+}
+
+/// Sets the length of the message that begins at an offset and ends with the buffer.
+pub fn end_message(bytes: &mut [u8], start: usize) {
+    if let Some(message) = bytes.get_mut(start..) {
+        set_length(message);
+    }
+}
+
+/// Writes the length of a message into its header.
+pub fn set_length(message: &mut [u8]) {
+    let length = (message.len() as u32).to_ne_bytes();
+    if let Some(field) = message.get_mut(..4) {
+        field.copy_from_slice(&length);
+    }
+}
+
+/// Returns the kernel's number of a family.
+pub fn family_number(family: Family) -> u8 {
+    match family {
+        Family::Ip => libc::NFPROTO_IPV4 as u8,
+        Family::Ip6 => libc::NFPROTO_IPV6 as u8,
+    }
+}
+
+/// Returns the family with a number of the kernel.
+pub fn family(number: u8) -> Option<Family> {
+    match i32::from(number) {
+        libc::NFPROTO_IPV4 => Some(Family::Ip),
+        libc::NFPROTO_IPV6 => Some(Family::Ip6),
+        _ => None,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -150,13 +204,13 @@ mod tests {
     #[test]
     fn what_is_written_is_read() {
         let mut buffer = Vec::new();
-        let mut writer = Writer::new(&mut buffer);
+        let mut writer = AttrWriter::new(&mut buffer);
         writer.string(1, "abc");
         let nest = writer.begin(2);
         writer.be32(3, 7);
         writer.bytes(4, &[1, 2, 3, 4, 5]);
         writer.end(nest);
-        let reader = Reader::new(&buffer);
+        let reader = AttrReader::new(&buffer);
         assert_eq!(reader.string(1), Some("abc"));
         let nested = reader.nested(2).unwrap();
         assert_eq!(nested.be32(3), Some(7));
@@ -168,11 +222,19 @@ mod tests {
     #[test]
     fn truncated_input_ends_the_iteration() {
         let mut buffer = Vec::new();
-        Writer::new(&mut buffer).string(1, "abcdefgh");
+        AttrWriter::new(&mut buffer).string(1, "abcdefgh");
         for length in 0..buffer.len() - 3 {
-            assert_eq!(Reader::new(&buffer[..length]).count(), 0, "{length} bytes");
+            assert_eq!(
+                AttrReader::new(&buffer[..length]).count(),
+                0,
+                "{length} bytes"
+            );
         }
-        assert_eq!(Reader::new(&[3, 0, 1, 0]).count(), 0, "length below header");
-        assert_eq!(Reader::new(&[0, 0, 0, 0]).count(), 0, "length zero");
+        assert_eq!(
+            AttrReader::new(&[3, 0, 1, 0]).count(),
+            0,
+            "length below header"
+        );
+        assert_eq!(AttrReader::new(&[0, 0, 0, 0]).count(), 0, "length zero");
     }
 }
