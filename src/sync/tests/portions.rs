@@ -338,7 +338,7 @@ fn a_service_that_asks_for_too_much_is_left_out_until_it_asks_for_less() {
     let heard = bench.heard();
     assert_eq!(heard.len(), 1, "{heard:?}");
     assert!(
-        heard[0].starts_with("Service shop/large: asks for "),
+        heard[0].starts_with("Service shop/large: needs "),
         "{heard:?}"
     );
     // One that cannot even be counted claims nothing.

@@ -264,7 +264,7 @@ fn faulty_rules() -> Vec<(Value, &'static str, &'static str)> {
         (
             json!({"from": [{"podSelector": {}, "ipBlock": {"cidr": "10.0.0.0/8"}}]}),
             ".from[0]",
-            "has an ipBlock beside a selector",
+            "has an ipBlock and a selector",
         ),
         (
             json!({"from": [{"podselector": {}, "namespaceSelector": {}}]}),
