@@ -3,7 +3,8 @@
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
 
-use super::table::{Chain, Element, Name, Ruleset, Set, SetKind, Table, TableId};
+use super::name::Name;
+use super::table::{Chain, Element, Ruleset, Set, SetKind, Table, TableId};
 use super::transaction::{Op, Transaction};
 
 /// Returns the transaction that turns `actual` into `wanted`.
@@ -63,7 +64,7 @@ fn diff_table(id: &TableId, before: &Table, after: Table, ops: &mut Vec<Op>) {
         .filter(|name| !after.sets.contains_key(*name))
         .cloned()
         .collect();
-    let gone = emptied_chains(id, &before.chains, &after.chains, ops);
+    let removed = emptied_chains(id, &before.chains, &after.chains, ops);
     for (name, chain) in &after.chains {
         if chain_is_new(&before.chains, name, chain) {
             ops.push(Op::AddChain(id.clone(), name.clone(), chain.base));
@@ -107,7 +108,7 @@ fn diff_table(id: &TableId, before: &Table, after: Table, ops: &mut Vec<Op>) {
             ops.push(Op::FlushSet(id.clone(), name.clone()));
         }
     }
-    for name in gone {
+    for name in removed {
         ops.push(Op::DeleteChain(id.clone(), name));
     }
     for name in unused_sets {
@@ -126,7 +127,7 @@ fn emptied_chains(
     after: &BTreeMap<Name, Chain>,
     ops: &mut Vec<Op>,
 ) -> Vec<Name> {
-    let mut gone = Vec::new();
+    let mut removed = Vec::new();
     for (name, old) in before {
         let new = after.get(name);
         if new.is_some_and(|new| new.base == old.base && new.rules == old.rules) {
@@ -136,14 +137,14 @@ fn emptied_chains(
             ops.push(Op::FlushChain(id.clone(), name.clone()));
         }
         match new {
-            None => gone.push(name.clone()),
+            None => removed.push(name.clone()),
             Some(new) if new.base != old.base => {
                 ops.push(Op::DeleteChain(id.clone(), name.clone()));
             }
             Some(_) => {}
         }
     }
-    gone
+    removed
 }
 
 fn chain_is_new(before: &BTreeMap<Name, Chain>, name: &Name, chain: &Chain) -> bool {

@@ -38,6 +38,7 @@ pub use diff::diff;
 pub use interval::merge as merge_intervals;
 pub(crate) use key::FieldType;
 pub use key::{Data, Key, KeyBuilder};
+pub use name::{Family, Name};
 pub(crate) use name::{digest_of, readable_name};
 pub use path::ObjectPath;
 pub use rule::{Comparison, CtState, CtStatus, Operand, RejectWith, Rule, Statement, Verdict};
@@ -45,8 +46,8 @@ pub use selector::Selector;
 pub(crate) use sums::{SetOf, SumKeys, Sums};
 
 pub use table::{
-    BaseChain, Chain, ChainKind, Declaration, Element, Family, Hook, Name, Ruleset, Set, SetKind,
-    Table, TableId, Value,
+    BaseChain, Chain, ChainKind, Declaration, Element, Hook, Ruleset, Set, SetKind, Table, TableId,
+    Value,
 };
 pub(crate) use table::{Stray, StrayKind};
 pub use transaction::{Op, Transaction};

@@ -2,7 +2,8 @@
 
 use std::fmt;
 
-use super::table::{Declaration, Element, Name, Stray, TableId};
+use super::name::Name;
+use super::table::{Declaration, Element, Stray, TableId};
 use super::text;
 use super::transaction::Op;
 

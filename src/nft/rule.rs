@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 
+use super::name::{Name, clean_comment};
 use super::selector::Selector;
-use super::table::{Name, clean_comment};
 
 /// A rule: statements that are evaluated in order until one does not match or issues a verdict.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]

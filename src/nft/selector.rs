@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use super::key::FieldType;
-use super::table::Family;
+use super::name::Family;
 
 /// A value read from the packet, its metadata or its connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

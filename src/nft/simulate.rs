@@ -1,6 +1,7 @@
 //! A model of the kernel for tests: applies transactions to a ruleset with the kernel's checks.
 
-use super::table::{Chain, Element, Name, Ruleset, Set, Table, TableId};
+use super::name::Name;
+use super::table::{Chain, Element, Ruleset, Set, Table, TableId};
 use super::transaction::{Op, Transaction};
 use super::{Statement, Value};
 

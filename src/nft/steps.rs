@@ -32,7 +32,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::vec;
 
-use super::table::{Declaration, Element, Name, SetKind, TableId};
+use super::name::Name;
+use super::table::{Declaration, Element, SetKind, TableId};
 use super::transaction::{Op, Transaction};
 
 /// The number of elements of one portion. With four times as many the kernel is not faster, and

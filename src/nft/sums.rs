@@ -7,7 +7,8 @@
 
 use std::hash::{BuildHasher, Hash, RandomState};
 
-use super::table::{Element, Name, Ruleset, TableId};
+use super::name::Name;
+use super::table::{Element, Ruleset, TableId};
 
 /// Into how many places elements are divided.
 const PLACES: usize = 4_096;

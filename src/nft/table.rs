@@ -1,74 +1,14 @@
 //! Tables, chains, sets and their elements.
 
-use std::borrow::Borrow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::key::{Data, FieldType, Key};
+use super::name::{Family, Name, clean_comment};
 use super::rule::{Rule, Verdict};
 use super::selector::Selector;
-
-/// The family of a table.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Family {
-    /// IPv4.
-    Ip,
-    /// IPv6.
-    Ip6,
-}
-
-impl Family {
-    /// Returns the keyword in nft: `ip` or `ip6`.
-    pub fn keyword(self) -> &'static str {
-        match self {
-            Family::Ip => "ip",
-            Family::Ip6 => "ip6",
-        }
-    }
-}
-
-/// The name of a chain, set or table. Cheap to clone.
-#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Name(Arc<str>);
-
-impl Name {
-    /// Returns the name as text.
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-}
-
-impl From<&str> for Name {
-    fn from(name: &str) -> Self {
-        Self(Arc::from(name))
-    }
-}
-
-impl From<String> for Name {
-    fn from(name: String) -> Self {
-        Self(Arc::from(name))
-    }
-}
-
-impl Borrow<str> for Name {
-    fn borrow(&self) -> &str {
-        &self.0
-    }
-}
-
-impl fmt::Display for Name {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl fmt::Debug for Name {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
 
 /// Family and name of a table.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -291,26 +231,6 @@ impl From<Declaration> for Set {
             elements: Vec::new(),
         }
     }
-}
-
-/// Returns a text that fits into a comment: a quoted string in nft has no escapes, and the kernel
-/// stores at most 127 bytes.
-pub(super) fn clean_comment(text: &str) -> Arc<str> {
-    const LONGEST: usize = 127;
-    let cleaned: String = text
-        .chars()
-        .map(|c| {
-            if c == '"' || c == '\\' || c.is_control() {
-                '?'
-            } else {
-                c
-            }
-        })
-        .collect();
-    let end = (0..=LONGEST.min(cleaned.len()))
-        .rev()
-        .find(|end| cleaned.is_char_boundary(*end));
-    Arc::from(cleaned.get(..end.unwrap_or_default()).unwrap_or_default())
 }
 
 /// An element of a set or map.

@@ -6,11 +6,12 @@
 use std::io::{self, Write};
 
 use super::key::{FieldType, Key, protocol};
+use super::name::Family;
 use super::rule::{Comparison, CtState, CtStatus, Operand, RejectWith, Rule, Statement, Verdict};
 use super::selector::{Selector, concatenation};
 use super::table::{
-    BaseChain, Chain, ChainKind, Declaration, Element, Family, Hook, Ruleset, Set, SetKind, Table,
-    TableId, Value,
+    BaseChain, Chain, ChainKind, Declaration, Element, Hook, Ruleset, Set, SetKind, Table, TableId,
+    Value,
 };
 
 /// Writes a ruleset for `nft -f`, which replaces the tables in it.

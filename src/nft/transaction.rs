@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
+use super::name::Name;
 use super::rule::Rule;
-use super::table::{BaseChain, Declaration, Element, Name, Stray, TableId};
+use super::table::{BaseChain, Declaration, Element, Stray, TableId};
 
 /// One operation on a table.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use super::isolation::{Holder, Isolation};
 use super::layout::{self, Direction, ISOLATED};
-use super::plans::{Holder, Isolation};
 use super::rules::pod_chain;
 use crate::model::Family;
 use crate::nft::{Declaration, Element, Key, Name, Set, Table, Verdict};

@@ -11,8 +11,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::inventory::Inventory;
+use super::isolation::Isolation;
 use super::layout::{Direction, TABLE, table_id};
-use super::plans::Isolation;
 use super::reassigned::ReassignedAddresses;
 use super::sets::{PodElement, SetId, Sets};
 use super::{FindLinks, PolicyChanges, PolicySettings};

@@ -38,6 +38,7 @@ mod engine;
 mod evaluate;
 mod index;
 mod inventory;
+mod isolation;
 mod layout;
 mod plans;
 mod reassigned;

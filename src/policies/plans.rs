@@ -4,8 +4,9 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use super::Engine;
 use super::delta::{self, TableDelta, isolate};
+use super::engine::Engine;
+use super::isolation::{Holder, Isolation};
 use super::layout::Direction;
 use super::rules;
 use crate::model::{Family, ObjectName, Pod};
@@ -14,24 +15,6 @@ use crate::nft::Table;
 /// The maximum number of holders of an address whose policies are evaluated one after the other. An
 /// address with more is denied everything.
 const MAX_HOLDERS: usize = 4;
-
-/// An isolated address of this node.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Isolation {
-    /// For each direction in which it is isolated, the pods that may have the address. Traffic must
-    /// be allowed by the policies of each of them.
-    pub holders: BTreeMap<Direction, Vec<Holder>>,
-}
-
-/// A pod that may have an isolated address.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Holder {
-    pub pod: ObjectName,
-    /// Whether its object was deleted while it ran.
-    pub departed: bool,
-    /// The policies that select it for the direction.
-    pub policies: Vec<ObjectName>,
-}
 
 impl Engine {
     /// Adds the base chains for addresses with several holders to a side of the deltas.

@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use super::layout::{
-    By, Clients, NODEPORT_ADDRESSES, Scope, ServiceSet, affinity_key, original_affinity_key, target,
+    By, Clients, DSTNAT, MARK_OFF_CLUSTER, NODEPORT_ADDRESSES, Scope, ServiceSet, affinity_key,
+    original_affinity_key, target,
 };
 use super::settings::{LocalDetector, ServiceSettings};
-use super::skeleton::{DSTNAT, MARK_OFF_CLUSTER};
 use super::sources::SourceList;
 use crate::model::{Family, Protocol};
 use crate::nft::{

@@ -356,8 +356,8 @@ fn pairs(old: &[Frontend], new: &[Frontend]) -> Vec<Pair> {
             new: Some(place),
         });
     }
-    let gone = kept.iter().enumerate().filter(|(_, kept)| !**kept);
-    pairs.extend(gone.map(|(place, _)| Pair {
+    let removed = kept.iter().enumerate().filter(|(_, kept)| !**kept);
+    pairs.extend(removed.map(|(place, _)| Pair {
         old: Some(place),
         new: None,
     }));

@@ -19,6 +19,16 @@ pub(super) const NODEPORT_ADDRESSES: &str = "nodeport-addresses";
 /// The ranges of ClusterIPs.
 pub(super) const SERVICE_CIDRS: &str = "service-cidrs";
 
+/// The chain that rejects packets.
+pub(super) const REJECT: &str = "reject-service";
+/// The chain that marks packets from outside of the pod network.
+pub(super) const MARK_OFF_CLUSTER: &str = "mark-off-cluster";
+/// The chain that looks up the verdicts of frontends with source ranges.
+pub(super) const FIREWALL: &str = "firewalled";
+
+/// Netfilter's priority of destination translation.
+pub(super) const DSTNAT: i32 = -100;
+
 /// Returns the service table of an address family.
 pub fn table_id(family: model::Family) -> TableId {
     TableId::new(table_family(family), TABLE)

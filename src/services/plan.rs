@@ -5,8 +5,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use super::chains::{FrontendChain, Role, SharedChain};
-use super::layout::{By, Clients, Scope, ServiceSet};
-use super::skeleton::REJECT;
+use super::layout::{By, Clients, REJECT, Scope, ServiceSet};
 use super::sources::SourceList;
 use crate::model::{Family, Protocol};
 use crate::nft::{Data, Element, Key, KeyBuilder, Verdict};

@@ -3,7 +3,10 @@
 use ipnet::IpNet;
 
 use super::chains::{LearnAt, SharedChain};
-use super::layout::{By, NODEPORT_ADDRESSES, POD_NETWORKS, SERVICE_CIDRS, ServiceSet};
+use super::layout::{
+    By, DSTNAT, FIREWALL, MARK_OFF_CLUSTER, NODEPORT_ADDRESSES, POD_NETWORKS, REJECT,
+    SERVICE_CIDRS, ServiceSet,
+};
 use super::settings::{LocalDetector, ServiceSettings};
 use crate::engine::table_family;
 use crate::model::{Family, Node};
@@ -12,21 +15,14 @@ use crate::nft::{
     Rule, Selector, Set, SetKind, Statement, Table, Verdict, merge_intervals,
 };
 
-/// Rejects packets.
-pub const REJECT: &str = "reject-service";
-/// Marks packets from outside of the pod network.
-pub(crate) const MARK_OFF_CLUSTER: &str = "mark-off-cluster";
 const SERVICES: &str = "services";
 const MASQUERADE: &str = "masquerade-marked";
-/// Looks up the verdicts of frontends with source ranges.
-pub(super) const FIREWALL: &str = "firewalled";
 /// Rejects or drops packets to unassigned service addresses and ports.
 const UNASSIGNED: &str = "unassigned";
 /// Rejects packets to unassigned ports of a ClusterIP.
 const UNKNOWN_PORTS: &str = "unknown-ports";
 
-/// Netfilter's priorities of address translation.
-pub(super) const DSTNAT: i32 = -100;
+/// Netfilter's priority of source translation.
 const SRCNAT: i32 = 100;
 /// Before the chains of network policies, so that an isolated pod gets the same answer as any
 /// other, and behind the translation of every proxy on the node.

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use super::skeleton::FIREWALL;
+use super::layout::FIREWALL;
 use crate::nft::{
     Comparison, Declaration, Name, Rule, Selector, Set, SetKind, Statement, Verdict, digest_of,
     merge_intervals,

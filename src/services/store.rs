@@ -72,8 +72,8 @@ pub struct Store {
     fallback_node: Option<Arc<Node>>,
     service_cidrs: BTreeMap<ObjectName, ServiceCidr>,
     claims: Claims,
-    /// Changes of services whose claims are applied in portions.
-    takeovers: HashMap<ObjectName, Takeover>,
+    /// Changes of services whose claims are applied in portions, with their conflicts so far.
+    takeovers: HashMap<ObjectName, (Takeover, Conflicts)>,
     lists: RelistTracker,
     /// The addresses of NodePorts, and the address that overrides the Node's primary one.
     node_ports: (NodePortAddresses, Option<IpAddr>),
@@ -201,7 +201,9 @@ impl Store {
             if let Some(exists) = self.expected.get_mut(&name) {
                 *exists = new.is_some();
             }
-            self.takeovers.insert(name, Takeover::new(old, new));
+            let takeover = Takeover::new(old, new);
+            self.takeovers
+                .insert(name, (takeover, Conflicts::default()));
         }
     }
 
@@ -212,13 +214,13 @@ impl Store {
 
     /// Applies up to `most` claims of a service's event, and the event with the last of them.
     pub fn go_on(&mut self, name: &ObjectName, most: usize, marks: &mut Marks) {
-        let Some(mut takeover) = self.takeovers.remove(name) else {
+        let Some((mut takeover, mut conflicts)) = self.takeovers.remove(name) else {
             return;
         };
         let (claims, complete) = self.claims.advance(&mut takeover, most);
-        self.note_claims(claims, &mut takeover.conflicts, marks);
+        self.note_claims(claims, &mut conflicts, marks);
         if !complete {
-            self.takeovers.insert(name.clone(), takeover);
+            self.takeovers.insert(name.clone(), (takeover, conflicts));
             return;
         }
         self.expected.remove(name);
@@ -236,7 +238,7 @@ impl Store {
                 self.services.remove(name);
             }
         }
-        marks.notices.extend(takeover.conflicts.notices());
+        marks.notices.extend(conflicts.notices());
         marks.frontends = true;
         marks.services.insert(name.clone());
     }

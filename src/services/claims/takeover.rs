@@ -6,7 +6,6 @@ use std::sync::Arc;
 
 use super::{Claim, Rank, Wish, age};
 use crate::model::{ObjectName, Protocol, Service};
-use crate::services::conflicts::Conflicts;
 
 /// A change of the claims of one service, which [`Claims::advance`] applies in portions.
 ///
@@ -27,8 +26,6 @@ pub(crate) struct Takeover {
     together: Option<Vec<Claim>>,
     /// How many claims of addresses of the old and the new version were compared.
     places: (usize, usize),
-    /// The conflicts of the claims that changed so far.
-    pub(crate) conflicts: Conflicts,
 }
 
 /// A change of one claim.
@@ -50,7 +47,6 @@ impl Takeover {
             new,
             together: None,
             places: (0, 0),
-            conflicts: Conflicts::default(),
         }
     }
 

@@ -1,0 +1,24 @@
+//! The plan of an isolated address.
+
+use std::collections::BTreeMap;
+
+use super::layout::Direction;
+use crate::model::ObjectName;
+
+/// An isolated address of this node.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Isolation {
+    /// For each direction in which it is isolated, the pods that may have the address. Traffic must
+    /// be allowed by the policies of each of them.
+    pub holders: BTreeMap<Direction, Vec<Holder>>,
+}
+
+/// A pod that may have an isolated address.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Holder {
+    pub pod: ObjectName,
+    /// Whether its object was deleted while it ran.
+    pub departed: bool,
+    /// The policies that select it for the direction.
+    pub policies: Vec<ObjectName>,
+}
