@@ -62,7 +62,8 @@ impl List {
                 Ok(Ok(bytes)) => bytes,
                 Ok(Err(error)) => return Err(WatchError::Unreachable(broken_off(&error))),
                 Err(_) => {
-                    let cause = format!("nothing came for {:?} in a list", self.patience);
+                    let cause =
+                        format!("nothing was received for {:?} within a list", self.patience);
                     return Err(WatchError::Unreachable(cause));
                 }
             };
@@ -273,7 +274,7 @@ mod tests {
     #[tokio::test]
     async fn what_is_no_such_list_is_none() {
         let pods = HEAD.replace("Service", "Pod");
-        for (text, told) in [
+        for (text, expected) in [
             (format!("{{{HEAD},\"items\":[{{}}"), "EOF while parsing"),
             (format!("{{{HEAD},\"items\":[{{}}}}"), "EOF while parsing"),
             (format!("{{{HEAD},\"items\":[{{}},]}}"), "EOF while parsing"),
@@ -300,7 +301,7 @@ mod tests {
             for piece in [1, 1000] {
                 match read(&text, piece).await {
                     Err(WatchError::Foreign(what)) => {
-                        assert!(what.contains(told), "{text}: {what}")
+                        assert!(what.contains(expected), "{text}: {what}")
                     }
                     other => panic!("{text}: {other:?}"),
                 }
@@ -318,13 +319,13 @@ mod tests {
         assert_eq!(objects.len(), 3);
         let larger = format!("{{{HEAD},\"items\":[1,{large} ]}}");
         let around = format!("{{\"x\":\"{}", "x".repeat(MOST_AROUND));
-        for (text, told) in [
+        for (text, expected) in [
             (larger, "an object of more than 8 MiB"),
             (around, "a text around objects of more than 1 MiB"),
         ] {
             let fault = read(&text, 1 << 16).await;
             assert!(
-                matches!(&fault, Err(WatchError::Foreign(what)) if what == told),
+                matches!(&fault, Err(WatchError::Foreign(what)) if what == expected),
                 "{fault:?}"
             );
         }

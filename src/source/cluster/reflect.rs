@@ -170,8 +170,8 @@ impl Reflector {
                 self.streaming = false;
                 return Ok(Pause::default());
             }
-            WatchError::UnknownField(message) if self.requester.selection.spare_fields() => {
-                tracing::info!(%kind, message, "the API server does not know the field to select by (Kubernetes before 1.31); going on without");
+            WatchError::UnknownField(message) if self.requester.selection.drop_fields() => {
+                tracing::info!(%kind, message, "the API server does not support the field selector (Kubernetes before 1.31); continuing without it");
                 return Ok(Pause::default());
             }
             // Another server at the same address may not know the version.
@@ -179,7 +179,7 @@ impl Reflector {
             WatchError::Absent(_) if kind == Kind::ServiceCidr => {
                 if !self.deliveries.is_complete() {
                     tracing::info!(
-                        "the API server has no ServiceCIDRs (Kubernetes before 1.33); going on without"
+                        "the API server has no ServiceCIDRs (Kubernetes before 1.33); continuing without them"
                     );
                     self.deliveries.complete_without().await?;
                 }

@@ -22,7 +22,7 @@ impl Selection {
     /// Removes the field selector, which servers before Kubernetes 1.31 do not know for Services.
     /// Returns false if it is needed, or was removed before. For Services it only filters out
     /// objects without rules.
-    pub(super) fn spare_fields(&mut self) -> bool {
+    pub(super) fn drop_fields(&mut self) -> bool {
         self.kind == Kind::Service && self.fields.take().is_some()
     }
 

@@ -24,7 +24,7 @@ use super::servers::Servers;
 #[derive(Debug)]
 pub(super) struct Traffic {
     /// The address of the server, and of the proxy if there is one, for error messages.
-    way: String,
+    target: String,
     reach: Arc<Reach>,
     servers: Arc<Servers>,
     metrics: RequestMetrics,
@@ -38,13 +38,13 @@ impl Traffic {
         servers: Arc<Servers>,
         metrics: RequestMetrics,
     ) -> Self {
-        let mut way = server.to_string().trim_end_matches('/').to_owned();
+        let mut target = server.to_string().trim_end_matches('/').to_owned();
         if let Some(proxy) = proxy {
             let proxy = proxy.to_string();
-            way = format!("{way} through the proxy {}", without_password(&proxy));
+            target = format!("{target} through the proxy {}", without_password(&proxy));
         }
         Self {
-            way,
+            target,
             reach,
             servers,
             metrics,
@@ -58,7 +58,7 @@ impl Traffic {
 
     /// Notes a failed request. Returns its error in words.
     fn failed(&self, error: BoxError) -> BoxError {
-        let unanswered = Unanswered::new(&*error, &self.way);
+        let unanswered = Unanswered::new(&*error, &self.target);
         // Other errors, such as unreadable credentials, say nothing about the server.
         if error.is::<legacy::Error>() && !unanswered.no_descriptor {
             self.reach.lost();
@@ -77,9 +77,9 @@ pub(super) struct Unanswered {
 }
 
 impl Unanswered {
-    pub(super) fn new(error: &(dyn StdError + 'static), way: &str) -> Self {
+    pub(super) fn new(error: &(dyn StdError + 'static), target: &str) -> Self {
         Self {
-            text: explain(error, way),
+            text: explain(error, target),
             no_descriptor: wants_descriptors(error),
         }
     }
@@ -125,17 +125,17 @@ where
 }
 
 /// Returns a sentence about why a request was not answered.
-fn explain(error: &(dyn StdError + 'static), way: &str) -> String {
+fn explain(error: &(dyn StdError + 'static), target: &str) -> String {
     let cause = innermost(error);
     let Some(request) = error.downcast_ref::<legacy::Error>() else {
-        return format!("the request to {way} could not be sent: {cause}");
+        return format!("the request to {target} could not be sent: {cause}");
     };
     let kind = chain(error)
         .filter_map(|error| error.downcast_ref::<io::Error>())
         .map(io::Error::kind)
         .last();
     if !request.is_connect() {
-        let ended = format!("the connection to {way} ended before the answer");
+        let ended = format!("the connection to {target} ended before the answer");
         let plain = chain(error)
             .filter_map(|error| error.downcast_ref::<hyper::Error>())
             .any(|error| error.is_incomplete_message() || error.is_canceled());
@@ -146,7 +146,7 @@ fn explain(error: &(dyn StdError + 'static), way: &str) -> String {
         };
     }
     if chain(error).any(|error| error.to_string() == "dns error") {
-        return format!("the name in {way} cannot be resolved: {cause}");
+        return format!("the name in {target} cannot be resolved: {cause}");
     }
     let why = match kind {
         Some(io::ErrorKind::ConnectionRefused) => "connection refused (no process listens there)",
@@ -160,7 +160,7 @@ fn explain(error: &(dyn StdError + 'static), way: &str) -> String {
         Some(io::ErrorKind::InvalidData) => &*format!("TLS handshake: {cause}"),
         _ => &*cause,
     };
-    format!("connecting to {way} failed: {why}")
+    format!("connecting to {target} failed: {why}")
 }
 
 /// Returns the text of the innermost cause, which says what happened; the outer errors say what
