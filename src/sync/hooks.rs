@@ -26,7 +26,7 @@ const TABLES: [(&str, IsOwn); 2] = [
 /// # Errors
 ///
 /// The last error, if the chains of a table cannot be read or one of them cannot be removed.
-pub fn remove_foreign_hooks(
+pub(crate) fn remove_foreign_hooks(
     kernel: &mut impl Kernel,
     metrics: &Metrics,
     reporter: &dyn Reporter,

@@ -39,14 +39,14 @@ use crate::services::{self, ServiceSettings};
 use crate::source::SourceStats;
 
 pub use audit::{Audits, EVERY as AUDIT_EVERY, Finding, Snapshot, Step, Verdict};
-pub use driver::{Driver, DriverState, Healed, InForce};
+pub(crate) use driver::{Driver, DriverState, Healed};
 pub use handover::Followers;
-pub use hooks::remove_foreign_hooks;
+pub(crate) use hooks::remove_foreign_hooks;
 pub use kernel::Kernel;
 pub use queries::{ElementRemoval, Query, RemovalOutcome};
 pub use report::{Log, LogAndSend, Reporter};
 pub use run::{Exit, Signals, run};
-pub use session::KernelSession;
+pub(crate) use session::KernelSession;
 
 use latency::Latency;
 
@@ -339,7 +339,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
     /// # Errors
     ///
     /// When the kernel does not answer.
-    pub fn ping_kernel(&mut self) -> Result<(), netlink::Error> {
+    pub(crate) fn ping_kernel(&mut self) -> Result<(), netlink::Error> {
         self.kernel.generation()?;
         if self.is_synced() && !self.services.engine.is_marked() {
             self.kernel.metrics.in_order();
@@ -348,7 +348,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
     }
 
     /// Whether the rules written last are known to be in force.
-    pub fn is_synced(&self) -> bool {
+    pub(crate) fn is_synced(&self) -> bool {
         let policies = self.policies.as_ref();
         let unknown = policies.is_some_and(|policies| policies.state == DriverState::Unknown);
         self.services.state == DriverState::Synced && !unknown
@@ -363,7 +363,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
     }
 
     /// Returns and resets whether another process committed something while the monitor was muted.
-    pub fn take_missed_notifications(&mut self) -> bool {
+    pub(crate) fn take_missed_notifications(&mut self) -> bool {
         self.kernel.take_missed_notifications()
     }
 
@@ -382,13 +382,13 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
     }
 
     /// Whether the lists of policies are complete, or no policies are enforced.
-    pub fn policies_ready(&self) -> bool {
+    pub(crate) fn policies_ready(&self) -> bool {
         let policies = self.policies.as_ref();
         policies.is_none_or(|policies| policies.engine.is_ready())
     }
 
     /// Whether policies are in force, or the reason why not; `None` if there are none to enforce.
-    pub fn policies_in_force(&self) -> Option<Result<(), String>> {
+    pub(crate) fn policies_in_force(&self) -> Option<Result<(), String>> {
         let policies = self.policies.as_ref().filter(|it| it.engine.is_on())?;
         // While lists are read again, the previous rules are in force. The first policies of a
         // cluster, however, wait for the first lists of pods.
@@ -425,7 +425,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
     }
 
     /// Returns the kinds without a complete list.
-    pub fn missing(&self) -> Vec<Kind> {
+    pub(crate) fn missing(&self) -> Vec<Kind> {
         let policies = self.policies.as_ref();
         let missing = policies.map_or_else(Vec::new, |policies| policies.engine.missing());
         [self.services.engine.missing(), missing].concat()

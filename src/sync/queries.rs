@@ -58,7 +58,7 @@ pub enum RemovalOutcome {
 
 impl<K: Kernel> Reconciler<'_, K> {
     /// Answers a query.
-    pub fn answer(&mut self, query: Query) {
+    pub(crate) fn answer(&mut self, query: Query) {
         match query {
             Query::Evaluate {
                 connections,
@@ -90,7 +90,11 @@ impl<K: Kernel> Reconciler<'_, K> {
     }
 
     /// Removes elements that packets added, unless services changed since they were selected.
-    pub fn remove(&mut self, transaction: Transaction, affinity_version: u64) -> RemovalOutcome {
+    pub(crate) fn remove(
+        &mut self,
+        transaction: Transaction,
+        affinity_version: u64,
+    ) -> RemovalOutcome {
         if self.services.state != DriverState::Synced {
             return RemovalOutcome::Unknown;
         }
