@@ -15,8 +15,9 @@
 
 use std::time::{Duration, Instant};
 
+use super::kernel::Kernel;
+use super::outcome::Outcome;
 use super::session::KernelSession;
-use super::{Kernel, Outcome};
 use crate::engine::{BUDGET, Change, Engine};
 use crate::model::{Notice, ObjectRef, Reason, Subject};
 use crate::netlink::{Error, ErrorClass, Refusal};

@@ -19,6 +19,7 @@ mod handover;
 mod hooks;
 mod kernel;
 mod latency;
+mod outcome;
 mod queries;
 mod report;
 mod run;
@@ -43,6 +44,7 @@ pub(crate) use driver::{Driver, DriverState, Healed};
 pub use handover::Followers;
 pub(crate) use hooks::remove_foreign_hooks;
 pub use kernel::Kernel;
+pub use outcome::{Engines, Outcome, Outcomes};
 pub use queries::{ElementRemoval, Query, RemovalOutcome};
 pub use report::{Log, LogAndSend, Reporter};
 pub use run::{Exit, Signals, run};
@@ -59,62 +61,6 @@ pub struct Reconciler<'a, K> {
     followers: Followers,
     /// Names the faults that prevent complete lists.
     source_stats: Option<Arc<SourceStats>>,
-}
-
-/// The result of [`Reconciler::handle`] and [`Reconciler::resync`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
-    /// Lists are not complete; nothing was written.
-    Waiting,
-    /// The kernel holds the wanted rules.
-    Synced,
-    /// The kernel could not be read or written; retry with [`Reconciler::resync`] after a pause.
-    Failed,
-}
-
-/// Selects engines. They are written, fail and are retried independently.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Engines {
-    /// The tables of services.
-    pub services: bool,
-    /// The tables of network policies.
-    pub policies: bool,
-}
-
-impl Engines {
-    /// Both engines.
-    pub const ALL: Self = Self {
-        services: true,
-        policies: true,
-    };
-    /// Only services.
-    pub const SERVICES: Self = Self {
-        services: true,
-        policies: false,
-    };
-}
-
-/// The outcome of each engine; `None` if it was not selected.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Outcomes {
-    /// The tables of services.
-    pub services: Option<Outcome>,
-    /// The tables of network policies.
-    pub policies: Option<Outcome>,
-}
-
-impl Outcomes {
-    /// Whether an engine has this outcome.
-    pub fn any(self, outcome: Outcome) -> bool {
-        [self.services, self.policies].contains(&Some(outcome))
-    }
-
-    /// Returns the worse outcome of both.
-    pub fn together(self) -> Outcome {
-        let worse = [Outcome::Failed, Outcome::Waiting].into_iter();
-        let worst = worse.into_iter().find(|outcome| self.any(*outcome));
-        worst.unwrap_or(Outcome::Synced)
-    }
 }
 
 impl<'a, K: Kernel> Reconciler<'a, K> {

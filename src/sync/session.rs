@@ -2,7 +2,9 @@
 
 use std::time::Instant;
 
-use super::{Kernel, Reporter, remove_foreign_hooks};
+use super::hooks::remove_foreign_hooks;
+use super::kernel::Kernel;
+use super::report::Reporter;
 use crate::model::Notice;
 use crate::netlink::Error;
 use crate::nft::{Family, Ruleset, Transaction};
