@@ -6,7 +6,7 @@
 //!                                                └─ changes that took effect ─> followers
 //! ```
 //!
-//! [`Reconciler::handle`] takes all events since the last call, compiles only what they affect, and
+//! [`Controller::handle`] takes all events since the last call, compiles only what they affect, and
 //! writes the difference to what was written before. No timer delays a change: events that arrive
 //! during a write form the next transaction.
 //!
@@ -53,7 +53,7 @@ pub(crate) use session::KernelSession;
 use latency::Latency;
 
 /// Writes to the kernel what the objects require, and repairs it.
-pub struct Reconciler<'a, K> {
+pub struct Controller<'a, K> {
     kernel: KernelSession<'a, K>,
     services: Driver<services::Engine>,
     policies: Option<Driver<policies::Engine>>,
@@ -63,7 +63,7 @@ pub struct Reconciler<'a, K> {
     source_stats: Option<Arc<SourceStats>>,
 }
 
-impl<'a, K: Kernel> Reconciler<'a, K> {
+impl<'a, K: Kernel> Controller<'a, K> {
     /// Creates a controller that knows no objects yet.
     pub fn new(
         kernel: K,
@@ -137,7 +137,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         outcome
     }
 
-    /// Whether portions of services wait for another call of [`Reconciler::work`].
+    /// Whether portions of services wait for another call of [`Controller::work`].
     pub fn has_more(&self) -> bool {
         self.services.has_more()
     }

@@ -1,7 +1,7 @@
 //! Outcomes of work on the engines.
 
-/// The result of [`Reconciler::handle`](super::Reconciler::handle) and
-/// [`Reconciler::resync`](super::Reconciler::resync).
+/// The result of [`Controller::handle`](super::Controller::handle) and
+/// [`Controller::resync`](super::Controller::resync).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// Lists are not complete; nothing was written.

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use tokio::sync::{mpsc, oneshot};
 
 use super::driver::DriverState;
-use super::{Kernel, Reconciler};
+use super::{Controller, Kernel};
 use crate::model::ObjectName;
 use crate::netlink::Error;
 use crate::nft::Transaction;
@@ -56,7 +56,7 @@ pub enum RemovalOutcome {
     Failed(Error),
 }
 
-impl<K: Kernel> Reconciler<'_, K> {
+impl<K: Kernel> Controller<'_, K> {
     /// Answers a query.
     pub(crate) fn answer(&mut self, query: Query) {
         match query {
