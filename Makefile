@@ -4,15 +4,15 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help demo test bench packets scale churn build lint install-deps image
 
-# Rust that was installed for this user only need not be on PATH, nor need `nft` and `ip`.
+# Finds Rust that is installed for this user only, and `nft` and `ip`, even if PATH lacks them.
 export PATH := $(or $(CARGO_HOME),$(HOME)/.cargo)/bin:$(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
 COMMIT  := $(shell git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)
 IMAGE   ?= nftlet:$(VERSION)
 DOCKER  ?= $(shell command -v docker || command -v podman || echo docker)
-# What `make bench`, `make scale` and `make churn` change: clusters as services x endpoints of each,
-# seconds of changes, and where results go.
+# Of `make bench`, `make scale` and `make churn`: sizes of clusters (services x endpoints of each),
+# seconds of changes, and the directory of results.
 SIZES    ?=
 DURATION ?=
 RESULTS  ?= benches/results
@@ -28,7 +28,7 @@ MEASURE = scripts/install-deps.sh run && NETNS_RUN_ROOT=1 scripts/netns-run.sh -
 
 demo: ## Show services, failover, rejects and network policies in network namespaces (two minutes)
 	@scripts/install-deps.sh run
-	@echo 'Compiling nftlet and the demo: some four minutes on two cores the first time, then seconds'
+	@echo 'Compiling nftlet and the demo (about four minutes on two cores the first time)'
 	cargo build --locked --bin nftlet --example demo
 	@scripts/netns-run.sh --explain
 	@scripts/netns-run.sh "$${CARGO_TARGET_DIR:-target}/debug/examples/demo" \
@@ -38,15 +38,15 @@ test: ## Run every check: format, lints, documentation, dependencies, tests
 	@scripts/install-deps.sh test
 	@scripts/test.sh
 
-bench: ## Measure parts and whole against all budgets (release build; asks for root; an hour)
+bench: ## Run all benchmarks and compare with the budgets (release build, as root, one hour)
 	@$(MEASURE)
 	@$(BENCH)
 
-packets: ## Measure connections beside kube-proxy's ruleset and none: make packets ARGS='--sizes 100,10000'
+packets: ## Compare connections with kube-proxy's rules and without rules: make packets ARGS='--sizes 100,10000'
 	@$(MEASURE)
 	@$(BENCH) packets -- $(ARGS)
 
-scale: ## Measure first rules and changes of whole clusters: make scale SIZES=1000x10,50000x20
+scale: ## Measure the first rules and changes of clusters: make scale SIZES=1000x10,50000x20
 	@$(MEASURE)
 	@$(BENCH) first changes -- $(ARGS)
 
@@ -56,14 +56,14 @@ churn: ## Change 500 endpoints a second with traffic for ten minutes, or DURATIO
 
 build: ## Build the release binary, target/release/nftlet
 	@scripts/install-deps.sh build
-	@echo 'Compiling nftlet optimised: some five minutes on two cores the first time'
+	@echo 'Compiling the release build of nftlet (about five minutes on two cores the first time)'
 	cargo build --release --locked
 
 lint: ## Check format, lints and documentation only
 	@scripts/install-deps.sh build
 	@scripts/test.sh format lints documentation
 
-install-deps: ## Install what building, testing and the demo need
+install-deps: ## Install the dependencies of building, testing and the demo
 	@scripts/install-deps.sh test
 
 image: ## Build the container image with docker or podman (IMAGE=name:tag)

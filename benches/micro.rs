@@ -45,7 +45,7 @@ use nftlet::policies::{self, Engine};
 use nftlet::serve::metrics::Metrics;
 use nftlet::services;
 use nftlet::source::{Decoder, Manifests};
-use nftlet::sync::{Kernel, Outcome, Reconciler, Reporter};
+use nftlet::sync::{Controller, Kernel, Outcome, Reporter};
 use serde::Deserialize;
 use serde_json::json;
 use serde_json::value::RawValue;
@@ -186,9 +186,9 @@ fn change(criterion: &mut Criterion) {
         let mut cluster = cluster(size);
         let metrics = Metrics::new().expect("metrics have different names");
         let kernel = Absent::default();
-        let mut reconciler = Reconciler::new(kernel.clone(), settings(), &metrics, &Strict);
+        let mut controller = Controller::new(kernel.clone(), settings(), &metrics, &Strict);
         let lists = events(cluster.objects()).into_iter().map(Delivery::now);
-        assert_eq!(reconciler.handle(lists), Outcome::Synced);
+        assert_eq!(controller.handle(lists), Outcome::Synced);
 
         let (mut random, mut decoder) = (Random::new(), Decoder::default());
         let mut replace = || {
@@ -196,13 +196,13 @@ fn change(criterion: &mut Criterion) {
             vec![Delivery::now(event(&mut decoder, &put))]
         };
         // Its messages are measured below, whether or not changes are.
-        assert_eq!(reconciler.handle(replace()), Outcome::Synced);
+        assert_eq!(controller.handle(replace()), Outcome::Synced);
         let mut changes = group(criterion, "change");
         changes.sample_size(50);
         changes.bench_function(BenchmarkId::new("one-endpoint", size), |bencher| {
             bencher.iter_batched(
                 &mut replace,
-                |events| assert_eq!(reconciler.handle(events), Outcome::Synced),
+                |events| assert_eq!(controller.handle(events), Outcome::Synced),
                 BatchSize::SmallInput,
             );
         });

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Runs benchmarks one after the other and reports in the end which budgets were missed.
+# Runs benchmarks one after the other, and lists the missed budgets at the end.
 #
-#   bench.sh [SCENE...] [-- ARGUMENTS]    all scenes and `micro` without names
+#   bench.sh [SCENE...] [-- ARGUMENTS]    without names: all scenes and `micro`
 #
-# ARGUMENTS go to each scene. Results are written to the directory RESULTS, benches/results without
-# one. SIZES and DURATION change the clusters of `first` and `changes`, and the seconds of `churn`.
+# ARGUMENTS go to each scene. Results are written to the directory RESULTS, by default
+# benches/results. SIZES and DURATION change the clusters of `first` and `changes`, and the seconds of `churn`.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 command -v python3 >/dev/null || { echo 'bench.sh needs python3' >&2; exit 1; }
@@ -20,7 +20,7 @@ named=("${scenes[@]}")
 
 echo '==> building'
 cargo build --release --locked && cargo bench --locked --no-run || exit 1
-# `cargo bench` puts a program of its own in the usual place.
+# `cargo bench` writes a different program to the usual path.
 measured=$target/measured/nftlet
 install -D "$target/release/nftlet" "$measured" || exit 1
 

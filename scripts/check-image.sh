@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Checks, without a registry and without docker, that the image has what nftlet needs: assembles what
-# the Dockerfile puts into it, over the few packages of its base that are relied upon, looks for the
-# libraries of every program, and runs nftlet and its helpers in that root.
+# Checks, without a registry and docker, that the image contains what nftlet needs: assembles the
+# files of the Dockerfile and the packages of its base that nftlet relies upon, searches the libraries
+# of every program, and runs nftlet and the programs of iptables in that root.
 #
-# Usage: check-image.sh [NFTLET]    (a built binary; target/debug/nftlet unless given)
+# Usage: check-image.sh [NFTLET]    (a built binary, by default target/debug/nftlet)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin"
 
 nftlet=${1:-${CARGO_TARGET_DIR:-target}/debug/nftlet}
-# What gcr.io/distroless/cc-debian12 has and is relied upon; there is no shell among it.
+# What nftlet relies upon in gcr.io/distroless/cc-debian12, which has no shell.
 base=gcr.io/distroless/cc-debian12
 base_packages=(libc6 libgcc-s1)
 
@@ -52,14 +52,14 @@ grep -q '^ID=debian$' /etc/os-release && grep -q '^VERSION_ID="12"$' /etc/os-rel
     say "the image is made of Debian 12, this is $release: libraries may be others"
 image=$(du --summarize --apparent-size --block-size=K "$work/root" | cut -f 1)
 own=$(find "$work/root" -type f -o -type l | sort)
-# This host's C library fits the binary that was linked with it.
+# The binary was linked with this host's C library.
 for package in "${base_packages[@]}"; do
     dpkg-query --listfiles "$package:$architecture" | grep -E '\.so(\.[0-9]+)*$' |
         while read -r file; do
             install -D "$(realpath "$file")" "$work/root/usr/lib/${file#*/lib*/}"
         done
 done
-# The loader has its place in the programs.
+# Programs contain the path of the loader.
 loader=$(readelf --program-headers "$nftlet" | sed -n 's/.*program interpreter: \(.*\)]/\1/p')
 install -D "$(realpath "$loader")" "$work/root$loader"
 
@@ -80,7 +80,7 @@ while read -r file; do
     done
 done <<<"$own"
 ((${#missing[@]} == 0)) || fail "${missing[@]}"
-# What is shipped is used by something: nftlet, iptables, or a library of theirs.
+# Each library is used by nftlet, iptables or another library.
 while read -r file; do
     name=$(basename "$file")
     [[ $file == */xtables/* || $name != lib*.so.[0-9] && $name != lib*.so.[0-9][0-9] ]] ||

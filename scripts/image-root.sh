@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Puts into a directory what the image has on top of its base: nftlet, the libraries that the base
-# lacks, and the programs of iptables that nftlet calls, with which it removes what kube-proxy left.
-# Each package brings its licence, and the entry by which scanners of images know it.
+# Writes to a directory what the image adds to its base: nftlet, the libraries that the base lacks,
+# and the programs of iptables with which nftlet removes kube-proxy's rules. Each package comes with
+# its licence and its entry for image scanners.
 #
 # Usage: image-root.sh DIRECTORY NFTLET ARCHITECTURE [archive|host]
 #
-#   archive  takes the packages from Debian's archive, for any of its architectures
-#   host     takes the files of the packages that are installed here
+#   archive  downloads the packages from Debian's archive, for any of its architectures
+#   host     copies the files of the installed packages
 #
-# The Dockerfile and check-image.sh both use it, so that what is checked is what is shipped.
+# The Dockerfile and check-image.sh both use it, so that the check covers the files of the image.
 set -euo pipefail
 
 directory=$1 nftlet=$2 architecture=$3 from=${4:-archive}
@@ -26,7 +26,7 @@ done
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-# --- the files of the packages, in $work/root, and what they say of themselves in $work/status ---
+# --- the files of the packages in $work/root, their metadata in $work/status -----------------------
 
 mkdir "$work/root" "$work/status"
 if [[ $from == archive ]]; then
@@ -44,12 +44,12 @@ else
         dpkg-query --status "$package:$architecture" >"$work/status/$package"
     done
 fi
-# Some packages have /lib, which is a link to /usr/lib elsewhere.
+# Some packages use /lib, which is a link to /usr/lib in the image.
 if [[ -d $work/root/lib && ! -L $work/root/lib ]]; then
     cp --archive "$work/root/lib" "$work/root/usr/"
 fi
 
-# --- of those, what is used ----------------------------------------------------------------------
+# --- the used files of them ----------------------------------------------------------------------
 
 install -D "$nftlet" "$directory/usr/bin/nftlet"
 mkdir -p "$directory/usr/lib" "$directory/usr/sbin" "$directory/var/lib/dpkg/status.d"

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Installs what is missing and says what it does. Usage: install-deps.sh build|run|test
+# Installs missing dependencies and prints what it does. Usage: install-deps.sh build|run|test
 #
-#   build   what compiling needs: a C compiler, pkg-config, libnftnl, libmnl, Rust
-#   run     and what the demo needs: nft, ip, nsenter
-#   test    and what the checks need: cargo-deny, and iptables, ipset and ipvsadm, with which tests
-#           make hosts as kube-proxy leaves them; and promtool, where Debian's package has it
+#   build   for compiling: a C compiler, pkg-config, libnftnl, libmnl, Rust
+#   run     in addition for the demo: nft, ip, nsenter
+#   test    in addition for the checks: cargo-deny; iptables, ipset and ipvsadm, with which tests
+#           write kube-proxy's rules; and promtool, if Debian's package has it
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="${CARGO_HOME:-$HOME/.cargo}/bin:$PATH:/usr/local/sbin:/usr/sbin:/sbin"
@@ -25,7 +25,7 @@ have() { command -v "$1" >/dev/null 2>&1; }
 
 can_be_root() { [[ $EUID -eq 0 ]] || have sudo; }
 
-# Runs a command as root: with sudo, and says so, unless this is root.
+# Runs a command as root, with sudo if necessary, and prints it.
 as_root() {
     if [[ $EUID -eq 0 ]]; then
         "$@"
@@ -40,7 +40,7 @@ as_root() {
 missing=()
 need() { missing+=("$1"); }
 have cc || need gcc
-# The compiler alone is not enough: without libc's headers and start files nothing links.
+# A compiler without libc's headers and start files cannot link.
 if have cc && ! echo 'int main(void){return 0;}' | cc -xc -o /dev/null - 2>/dev/null; then
     need libc6-dev
 elif ! have cc; then
@@ -96,7 +96,7 @@ fi
 
 # --- Rust --------------------------------------------------------------------------------------
 
-# Whether version $1 is at least version $2.
+# Succeeds if version $1 is at least version $2.
 at_least() { [[ $(printf '%s\n%s\n' "$2" "$1" | sort -V | head -n 1) == "$2" ]]; }
 
 install_rustup() {
@@ -150,12 +150,12 @@ fi
 
 if [[ $purpose == test ]] && ! have cargo-deny; then
     say "building cargo-deny $cargo_deny (a few minutes, once)"
-    # Built for a short build, not for speed: it runs for a second.
+    # Optimised for a short build, since it runs for a second.
     CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_OPT_LEVEL=1 \
         CARGO_PROFILE_RELEASE_CODEGEN_UNITS=16 CARGO_PROFILE_RELEASE_DEBUG=false \
         cargo install --locked "cargo-deny@$cargo_deny"
 fi
-# The package would also start a Prometheus, so only the one program is taken out of it.
+# The package would also start Prometheus, so only promtool is extracted.
 install_promtool() {
     local folder
     if [[ -z $apt_updated ]]; then

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Runs a command with the right to create network namespaces:
+# Runs a command that may create network namespaces:
 #
-#   netns-run.sh COMMAND...   as it is for root, else in a user namespace, else with sudo
-#   netns-run.sh --explain    says which of them, or fails and says why none
+#   netns-run.sh COMMAND...   directly as root, else in a user namespace, else with sudo
+#   netns-run.sh --explain    prints which of these it uses, or fails with the reason
 #
-# With NETNS_RUN_ROOT=1 a user namespace is not enough: some limits are lifted for root only.
+# With NETNS_RUN_ROOT=1 it uses no user namespace: some limits are lifted for root only.
 set -euo pipefail
 
-# Asks for what the tests do; some systems grant the user namespace, but no rights inside of it.
+# Tries what the tests do: some systems permit a user namespace, but no capabilities in it.
 user_namespace_works() {
     unshare -Urnm ip link set lo up 2>/dev/null
 }
@@ -19,14 +19,14 @@ elif [[ -z ${NETNS_RUN_ROOT:-} ]] && user_namespace_works; then
 elif command -v sudo >/dev/null; then
     way=sudo
 else
-    echo "Network namespaces need root, or user namespaces with their rights, or sudo." >&2
+    echo "Network namespaces need root, user namespaces with capabilities, or sudo." >&2
     exit 1
 fi
 
 if [[ ${1:-} == --explain ]]; then
     case $way in
-    user-namespace) echo "Not root: running in a user namespace of its own (unshare -Urnm)." ;;
-    sudo) echo "Not root, and user namespaces have no rights here: running with sudo." ;;
+    user-namespace) echo "Not root: running in a new user namespace (unshare -Urnm)." ;;
+    sudo) echo "Not root, and user namespaces have no capabilities: running with sudo." ;;
     esac
     exit 0
 fi
@@ -34,11 +34,11 @@ fi
 case $way in
 root) exec "$@" ;;
 user-namespace)
-    # The network is new, too, so that its loopback has to be brought up: tests listen on it.
+    # The network namespace is new as well: tests need its loopback up.
     exec unshare -Urnm sh -c 'ip link set lo up && exec "$@"' netns-run "$@"
     ;;
 sudo)
-    # sudo keeps little of the environment; these are what tests look at.
+    # sudo resets the environment; tests read these variables.
     keep=()
     for name in PATH HOME CI TERM NO_COLOR RUST_BACKTRACE RUST_LOG KUBEBUILDER_ASSETS CARGO \
         CARGO_MANIFEST_DIR CARGO_TARGET_DIR CARGO_PKG_VERSION LD_LIBRARY_PATH NFTLET_MAY_SKIP; do

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the checks, each under a heading, and ends with a summary; fails if any of them fails.
+# Runs the checks and prints a summary. Fails if any of them fails.
 # Usage: test.sh [format|lints|documentation|dependencies|advisories|tests|image]...
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -19,7 +19,7 @@ dependencies() { cargo deny --locked check licenses bans sources; }
 advisories() {
     local database=https://github.com/RustSec/advisory-db
     if ! curl --silent --fail --head --location --max-time 15 --output /dev/null "$database"; then
-        echo "SKIPPED: the advisory database is out of reach: $database"
+        echo "SKIPPED: the advisory database is unreachable: $database"
         return 77
     fi
     cargo deny --locked check advisories
@@ -27,7 +27,7 @@ advisories() {
 
 tests() {
     scripts/netns-run.sh --explain || return
-    # Tests that measure time run last, with nothing beside them.
+    # Tests that measure time run last and alone.
     scripts/with-runner.sh cargo test --locked -- --skip timed:: &&
         scripts/with-runner.sh cargo test --locked --test it timed::
 }

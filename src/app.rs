@@ -4,7 +4,7 @@
 //! ```text
 //!  main thread                          thread "io"
 //!  ┌──────────────────────────┐ events ┌──────────────────────────────┐
-//!  │ Reconciler ──> Nftables  │ <───── │ source (cluster or manifests)│
+//!  │ Controller ──> Nftables  │ <───── │ source (cluster or manifests)│
 //!  │ blocks in sendmsg        │        │ HTTP ports, signals, Events  │
 //!  └──────────────────────────┘        └──────────────────────────────┘
 //! ```
@@ -53,7 +53,7 @@ use crate::settings::{self, Cleanup, CommandLine};
 
 /// The oldest kernel on which nftlet runs; kube-proxy's nftables mode needs the same.
 const OLDEST_KERNEL: (u32, u32) = (5, 13);
-/// The number of events that may wait between the source and the reconciler.
+/// The number of events that may wait between the source and the controller.
 const QUEUE: usize = 4096;
 
 /// Runs the command line of this process, and writes an error to standard error.

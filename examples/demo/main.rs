@@ -1,9 +1,9 @@
 //! The demo: a small shop on one node, in network namespaces of this process.
 //!
-//! Builds a client, a node and three pods, runs the real `nftlet` in the node on the manifests of
-//! `examples/shop`, and shows how requests spread, what happens to them while a pod goes away,
-//! what is refused, and what network policies do. `make demo` builds and runs it. Everything it creates lives in this
-//! process and goes away with it.
+//! Creates a client, a node and three pods, runs `nftlet` in the node with the manifests of
+//! `examples/shop`, and shows how requests are distributed, what happens to them while a pod is
+//! removed, what is rejected, and what network policies do. `make demo` builds and runs it. All
+//! namespaces end with the process.
 
 use nftlet_lab::netns;
 mod policies;
@@ -14,7 +14,7 @@ mod tally;
 use std::error::Error;
 use std::fs;
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 
 use clap::Parser;
 use netns::{Ask, Daemon, Lab, LabOptions, Machine, Namespace, Protocol};
-use print::{Cell, Style, Table};
+use print::{Cell, PICTURE, Style, Table, family};
 use shop::{Shop, has_word};
 use tally::Tally;
 
@@ -34,50 +34,43 @@ struct Options {
     #[arg(long, env = "NFTLET", value_name = "FILE")]
     nftlet: Option<PathBuf>,
 
-    /// Leave everything running at the end, to look around, until Ctrl-C
+    /// Keep everything running at the end until Ctrl-C
     #[arg(long)]
     keep: bool,
 }
 
-/// Set by SIGINT and SIGTERM; every loop looks at it.
+/// Set by SIGINT and SIGTERM, and checked by every loop.
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
-/// Requests of each row of the first table.
+/// The requests for each row of the first table.
 const REQUESTS: usize = 600;
 
 /// No answer within this time counts as a failure. It is below the second after which the kernel
 /// repeats a lost connection request, so that no loss is hidden.
 const PATIENCE: Duration = Duration::from_millis(900);
 
-/// How long to wait for nftlet to do something before giving up.
+/// The longest time to wait for nftlet.
 const LIMIT: Duration = Duration::from_secs(20);
 
-/// The pod that goes away.
+/// The pod that is removed.
 const LEAVING: &str = "pod-3";
-
-/// Who is where.
-const PICTURE: [&str; 3] = [
-    "client                       node-1                 ┌── pod-1  10.244.1.11  fd00:10:244:1::11",
-    "192.168.10.100        ─────  192.168.10.1        ───┼── pod-2  10.244.1.12  fd00:10:244:1::12",
-    "fd00:192:168:10::100         fd00:192:168:10::1     └── pod-3  10.244.1.13  fd00:10:244:1::13",
-];
 
 type Outcome<T> = Result<T, Box<dyn Error>>;
 
 fn main() -> ExitCode {
     let options = Options::parse();
     if let Err(error) = watch_signals() {
-        eprintln!("demo: cannot listen for signals: {error}");
+        eprintln!("demo: cannot handle signals: {error}");
         return ExitCode::FAILURE;
     }
     let style = Style::for_output();
     match run(&options, &style) {
         Ok(()) => {
-            println!("{}", style.good("Everything was as it should be."));
+            println!("{}", style.good("Everything worked as expected."));
             ExitCode::SUCCESS
         }
         Err(_) if INTERRUPTED.load(Ordering::Relaxed) => {
-            eprintln!("\ndemo: interrupted; everything is cleaned up");
+            eprintln!("\ndemo: interrupted; everything was removed");
             ExitCode::from(130)
         }
         Err(error) => {
@@ -87,7 +80,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Turns SIGINT and SIGTERM into the flag that ends the demo in an orderly way.
+/// Sets a flag on SIGINT and SIGTERM, so that the demo removes what it created.
 fn watch_signals() -> io::Result<()> {
     use tokio::signal::unix::{SignalKind, signal};
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -106,7 +99,7 @@ fn watch_signals() -> io::Result<()> {
     Ok(())
 }
 
-/// An error where a signal has arrived.
+/// Returns an error after a signal.
 fn go_on() -> Outcome<()> {
     if INTERRUPTED.load(Ordering::Relaxed) {
         return Err("interrupted".into());
@@ -114,7 +107,7 @@ fn go_on() -> Outcome<()> {
     Ok(())
 }
 
-/// Waits until the probe gives a value, the limit has passed, or a signal arrives.
+/// Waits until the probe returns a value, the time limit is over, or a signal arrives.
 fn until<T>(what: &str, mut probe: impl FnMut() -> Outcome<Option<T>>) -> Outcome<T> {
     let deadline = Instant::now() + LIMIT;
     loop {
@@ -123,7 +116,7 @@ fn until<T>(what: &str, mut probe: impl FnMut() -> Outcome<Option<T>>) -> Outcom
             return Ok(value);
         }
         if Instant::now() > deadline {
-            return Err(format!("waited {} s in vain for {what}", LIMIT.as_secs()).into());
+            return Err(format!("waited {} s for {what}", LIMIT.as_secs()).into());
         }
         thread::sleep(Duration::from_millis(5));
     }
@@ -137,7 +130,7 @@ fn run(options: &Options, style: &Style) -> Outcome<()> {
     };
     let program = find_nftlet(options)?;
     if !netns::require_net_admin() {
-        return Err("network namespaces need root; `make demo` takes care of that".into());
+        return Err("network namespaces need root; run `make demo`".into());
     }
 
     println!(
@@ -148,7 +141,7 @@ fn run(options: &Options, style: &Style) -> Outcome<()> {
     println!();
     let lab = Lab::new(LabOptions::default());
     let mut shop = Shop::open(&lab)?;
-    say("network namespaces are built, the pods answer with their names");
+    say("created network namespaces; the pods answer with their names");
 
     let manifests = shop.folder.path().to_owned();
     let start = || {
@@ -174,7 +167,7 @@ fn run(options: &Options, style: &Style) -> Outcome<()> {
     let result = (|| {
         wait_for_rules(&lab, &mut nftlet)?;
         say(&format!(
-            "the rules stand, {} after the start",
+            "the rules are in force, {} after the start",
             milliseconds(launched.elapsed())
         ));
         show_spread(&lab, style)?;
@@ -199,7 +192,7 @@ fn run(options: &Options, style: &Style) -> Outcome<()> {
     result
 }
 
-/// The nftlet to run: as told, or the one in the target folder that holds this example.
+/// Returns the given nftlet, or the one in the target directory of this example.
 fn find_nftlet(options: &Options) -> Outcome<PathBuf> {
     let path = match &options.nftlet {
         Some(path) => path.clone(),
@@ -209,14 +202,15 @@ fn find_nftlet(options: &Options) -> Outcome<PathBuf> {
             .map(|target| target.join("nftlet"))
             .unwrap_or_default(),
     };
-    // Made absolute, since a bare name would be looked up in PATH.
+    // Absolute, since a name without a directory would be searched in PATH.
     fs::canonicalize(&path).map_err(|error| {
         let path = path.display();
-        format!("there is no nftlet at {path} ({error}): build it, or name it with --nftlet").into()
+        format!("there is no nftlet at {path} ({error}): build it, or give its path with --nftlet")
+            .into()
     })
 }
 
-/// The last lines of a text.
+/// Returns the last lines of a text.
 fn tail(text: &str, lines: usize) -> String {
     let all: Vec<&str> = text.lines().collect();
     let from = all.len().saturating_sub(lines);
@@ -227,10 +221,10 @@ fn milliseconds(time: Duration) -> String {
     format!("{:.1} ms", time.as_secs_f64() * 1000.0)
 }
 
-/// An error where nftlet has ended by itself.
+/// Returns an error if nftlet has exited.
 fn still_running(nftlet: &mut Daemon) -> Outcome<()> {
     match nftlet.ended() {
-        Some(status) => Err(format!("nftlet has ended by itself: {status}").into()),
+        Some(status) => Err(format!("nftlet exited: {status}").into()),
         None => Ok(()),
     }
 }
@@ -240,7 +234,7 @@ fn wait_for_rules(lab: &Lab, nftlet: &mut Daemon) -> Outcome<()> {
     until("nftlet to write its rules", || {
         still_running(nftlet)?;
         let web = ["10.96.0.10:80", "[fd00:10:96::a]:80"];
-        // Short, or the time of the last attempt in vain would count as nftlet's.
+        // Short, so that the timeout of the last failed attempt adds little to nftlet's time.
         let patience = Duration::from_millis(20);
         let answered = lab.node().ns().run(|| {
             web.iter().all(|to| {
@@ -252,12 +246,11 @@ fn wait_for_rules(lab: &Lab, nftlet: &mut Daemon) -> Outcome<()> {
     })
 }
 
-/// An address of this demo, all of which are written in full.
 fn address(text: &str) -> SocketAddr {
     text.parse().expect("the demo's addresses are well-formed")
 }
 
-/// The name of a machine in the tables; there is only one client.
+/// Returns the name of a machine in the tables; there is only one client.
 fn who(machine: &Machine) -> &str {
     match machine.name.as_str() {
         "client-1" => "client",
@@ -265,12 +258,7 @@ fn who(machine: &Machine) -> &str {
     }
 }
 
-/// The name of an address family.
-fn family(address: IpAddr) -> &'static str {
-    if address.is_ipv4() { "IPv4" } else { "IPv6" }
-}
-
-/// The services by all their addresses, and how their requests spread over the pods.
+/// Shows how requests to all addresses of the services are distributed over the pods.
 fn show_spread(lab: &Lab, style: &Style) -> Outcome<()> {
     let (client, node, pod) = (lab.client(), &lab.node().machine, lab.pods()[0]);
     let all: &[&str] = &["pod-1", "pod-2", "pod-3"];
@@ -300,7 +288,10 @@ fn show_spread(lab: &Lab, style: &Style) -> Outcome<()> {
         ("dns over TCP", Tcp, "10.96.0.53:53", pod, dns),
         ("dns over TCP", Tcp, "[fd00:10:96::35]:53", pod, dns),
     ];
-    println!("\n{}\n", style.strong("How requests spread over the pods"));
+    println!(
+        "\n{}\n",
+        style.strong("Distribution of requests over the pods")
+    );
     let table = Table::new(
         style,
         &[
@@ -322,7 +313,7 @@ fn show_spread(lab: &Lab, style: &Style) -> Outcome<()> {
             let mut tally = Tally::default();
             for _ in 0..REQUESTS {
                 tally.count(Ask::new(protocol, target).timeout(PATIENCE).send());
-                // Nothing is gained by waiting for hundreds of timeouts.
+                // Hundreds of timeouts would show nothing more.
                 if INTERRUPTED.load(Ordering::Relaxed) || tally.failed > 5 {
                     break;
                 }
@@ -356,7 +347,7 @@ fn all_well(problems: Vec<String>) -> Outcome<()> {
     Err(problems.join("\n  ").into())
 }
 
-/// Takes a pod away while requests run.
+/// Removes a pod while requests run.
 fn show_removal(
     lab: &Lab,
     shop: &mut Shop,
@@ -364,7 +355,7 @@ fn show_removal(
     style: &Style,
     say: &dyn Fn(&str),
 ) -> Outcome<()> {
-    println!("{}\n", style.strong("A pod goes away under load"));
+    println!("{}\n", style.strong("A pod is removed under load"));
     let (client, node, pod) = (lab.client(), &lab.node().machine, lab.pods()[0]);
     let sources = [
         ("203.0.113.10:80", client),
@@ -372,7 +363,7 @@ fn show_removal(
         ("10.96.0.10:80", node),
         ("[fd00:10:96::a]:80", pod),
     ];
-    // The requests stop at this flag, or at a bound that only a failing demo reaches.
+    // Requests stop at this flag, or at a bound that only a failing demo reaches.
     let (finish, sent) = (AtomicBool::new(false), AtomicU64::new(0));
     let tallies: Outcome<Vec<Tally>> = thread::scope(|scope| {
         let load = sources.map(|(to, from)| {
@@ -464,7 +455,7 @@ fn remove_pod(
     let removed = Instant::now();
     let leaving = lab.pods().into_iter().find(|pod| pod.name == LEAVING);
     let addresses = leaving.map(Machine::addresses).ok_or("no such pod")?;
-    until("the rules to forget the pod", || {
+    until("the rules without the pod", || {
         still_running(nftlet)?;
         let rules = lab.node().ns().nft(&["list", "ruleset"]);
         let mentioned = addresses
@@ -476,7 +467,7 @@ fn remove_pod(
         "{LEAVING} left {changed} manifests; the rules followed within {}",
         milliseconds(removed.elapsed())
     ));
-    // Requests that were on their way to the pod have been answered when its count rests.
+    // Requests under way to the pod are answered when its count no longer changes.
     let mut last = shop.served(LEAVING);
     loop {
         more(200)?;
@@ -497,17 +488,17 @@ fn remove_pod(
     Ok(())
 }
 
-/// What has no endpoints is refused, at once.
+/// Shows that requests without an endpoint are rejected at once.
 fn show_refusals(lab: &Lab, style: &Style) -> Outcome<()> {
-    println!("{}\n", style.strong("What nobody serves"));
+    println!("{}\n", style.strong("Requests without an endpoint"));
     let (node, pod) = (&lab.node().machine, lab.pods()[0]);
     let rows = [
         ("empty, which has no endpoints", "10.96.0.40:80", pod),
         ("empty, which has no endpoints", "[fd00:10:96::28]:80", pod),
         ("empty, which has no endpoints", "10.96.0.40:80", node),
         ("empty, which has no endpoints", "[fd00:10:96::28]:80", node),
-        ("a port the service lacks", "10.96.0.10:81", pod),
-        ("a port the service lacks", "[fd00:10:96::a]:81", pod),
+        ("a port that the service lacks", "10.96.0.10:81", pod),
+        ("a port that the service lacks", "[fd00:10:96::a]:81", pod),
         ("an address of no service", "10.96.99.99:80", pod),
         ("an address of no service", "[fd00:10:96::99]:80", pod),
     ];
@@ -533,7 +524,7 @@ fn show_refusals(lab: &Lab, style: &Style) -> Outcome<()> {
         let refused =
             matches!(&result, Err(error) if error.kind() == io::ErrorKind::ConnectionRefused);
         let dropped = matches!(&result, Err(error) if error.kind() == io::ErrorKind::TimedOut);
-        // An address that may be given to a service any moment must not be refused for good.
+        // An address that a service may get at any time must not be rejected: it is dropped.
         let expected = if what.contains("no service") {
             dropped
         } else {
@@ -564,7 +555,7 @@ fn show_refusals(lab: &Lab, style: &Style) -> Outcome<()> {
     all_well(problems)
 }
 
-/// Rules outlive the agent: a restart or an update interrupts nobody.
+/// Shows that rules outlive the agent, so that a restart or an update interrupts no connection.
 fn show_stop(lab: &Lab, nftlet: &mut Daemon, style: &Style) -> Outcome<()> {
     println!("{}\n", style.strong("nftlet stops, its rules stay"));
     let status = nftlet
@@ -591,9 +582,9 @@ fn show_stop(lab: &Lab, nftlet: &mut Daemon, style: &Style) -> Outcome<()> {
     tally.check("the stopped nftlet's rules", &["pod-1", "pod-2"])
 }
 
-/// Leaves everything as it is and says how to look around.
+/// Keeps everything running, and prints commands to inspect it.
 fn keep(lab: &Lab) -> Outcome<()> {
-    println!("Everything stays until Ctrl-C. To look around, as root in another terminal:\n");
+    println!("Everything runs until Ctrl-C. To inspect it, as root in another terminal:\n");
     let show = |who: &str, ns: &Namespace, what: &str| {
         println!("  {who:<8} nsenter --net={} {what}", ns.path().display());
     };

@@ -9,10 +9,10 @@ use crate::print::{Cell, Style, Table};
 use crate::shop::Shop;
 use crate::{Outcome, address, go_on, still_running, until, who};
 
-/// A denied packet gets no answer; what is allowed answers within a fraction of this.
+/// A denied request gets no answer; an allowed one is answered in a fraction of this.
 const PATIENCE: Duration = Duration::from_millis(300);
 
-/// What happens to a request: without policies, with the first, with both.
+/// Whether a request is answered: without policies, with the first, with both.
 struct Row<'a> {
     from: &'a Machine,
     to: &'static str,
@@ -20,7 +20,7 @@ struct Row<'a> {
     allowed: [bool; 3],
 }
 
-/// Adds two policies and shows what each does.
+/// Adds two policies and shows the effect of each.
 pub fn show(lab: &Lab, shop: &Shop, nftlet: &mut Daemon, style: &Style) -> Outcome<()> {
     println!(
         "{}\n",
@@ -123,7 +123,7 @@ fn print(rows: &[Row<'_>], seen: &[Vec<bool>], style: &Style) -> Outcome<()> {
     crate::all_well(problems)
 }
 
-/// Puts a manifest among those that nftlet follows.
+/// Copies a manifest to the directory that nftlet follows.
 fn add(shop: &Shop, file: &str) -> Outcome<()> {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/policies");
     fs::copy(source.join(file), shop.folder.path().join(file))?;

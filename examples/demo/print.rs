@@ -1,17 +1,29 @@
 //! Tables and colours.
 
 use std::io::{self, IsTerminal as _};
+use std::net::IpAddr;
 
-/// Colours, where the output is a terminal and NO_COLOR does not ask for none.
+/// The machines and their addresses.
+pub const PICTURE: [&str; 3] = [
+    "client                       node-1                 ┌── pod-1  10.244.1.11  fd00:10:244:1::11",
+    "192.168.10.100        ─────  192.168.10.1        ───┼── pod-2  10.244.1.12  fd00:10:244:1::12",
+    "fd00:192:168:10::100         fd00:192:168:10::1     └── pod-3  10.244.1.13  fd00:10:244:1::13",
+];
+
+pub fn family(address: IpAddr) -> &'static str {
+    if address.is_ipv4() { "IPv4" } else { "IPv6" }
+}
+
+/// Colours, if the output is a terminal and NO_COLOR is not set.
 pub struct Style {
     colours: bool,
 }
 
 impl Style {
     pub fn for_output() -> Self {
-        let asked_for_none = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+        let no_colours = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
         Self {
-            colours: io::stdout().is_terminal() && !asked_for_none,
+            colours: io::stdout().is_terminal() && !no_colours,
         }
     }
 
@@ -40,7 +52,7 @@ impl Style {
     }
 }
 
-/// A cell of a table; the colour does not count for its width.
+/// A cell of a table; its colour does not count for the width.
 pub struct Cell {
     text: String,
     code: &'static str,
@@ -78,14 +90,14 @@ impl Cell {
     }
 }
 
-/// A table that prints its rows as they come, so its widths are given.
+/// A table of given widths, which prints each row at once.
 pub struct Table<'a> {
     style: &'a Style,
     widths: Vec<i32>,
 }
 
 impl<'a> Table<'a> {
-    /// Prints the heading. A negative width means that the column is aligned to the left.
+    /// Prints the heading. A column with a negative width is aligned to the left.
     pub fn new(style: &'a Style, columns: &[(&str, i32)]) -> Self {
         let table = Self {
             style,

@@ -43,7 +43,7 @@ impl Shop {
         })
     }
 
-    /// Takes a pod out of all slices. Each file is replaced by a rename, as a careful user would.
+    /// Removes a pod from all slices. Each file is replaced by a rename, so that it is never incomplete.
     pub fn remove_from_manifests(&self, pod: &str) -> Outcome<usize> {
         let mut changed = 0;
         for entry in fs::read_dir(self.folder.path())? {
@@ -51,7 +51,7 @@ impl Shop {
             let before = fs::read_to_string(&path)?;
             let after = without_endpoint(&before, pod);
             if after != before {
-                // The ending keeps the unfinished file from being taken for a manifest.
+                // With this extension, nftlet does not read the unfinished file.
                 let draft = path.with_extension("draft");
                 fs::write(&draft, after)?;
                 fs::rename(&draft, &path)?;
@@ -61,14 +61,14 @@ impl Shop {
         Ok(changed)
     }
 
-    /// How many requests the servers of a pod have answered.
+    /// Returns the number of requests that the servers of a pod have answered.
     pub fn served(&self, pod: &str) -> u64 {
         let of_pod = self.servers.iter().filter(|(name, _)| name == pod);
         of_pod.map(|(_, server)| server.served()).sum()
     }
 }
 
-/// A manifest without the endpoints of one pod.
+/// Returns a manifest without the endpoints of one pod.
 fn without_endpoint(manifest: &str, pod: &str) -> String {
     let (mut kept, mut item) = (String::new(), None::<String>);
     let last_line = format!("      name: {pod}\n");
@@ -92,7 +92,7 @@ fn without_endpoint(manifest: &str, pod: &str) -> String {
     kept + &item.unwrap_or_default()
 }
 
-/// Whether a text has a word that is not part of a longer address.
+/// Returns whether a text contains a word that is not part of a longer address.
 pub fn has_word(text: &str, word: &str) -> bool {
     let part = |c: char| c.is_ascii_hexdigit() || c == '.' || c == ':';
     text.match_indices(word).any(|(at, _)| {

@@ -1,4 +1,4 @@
-//! Counting what became of requests.
+//! Counts answers and failures of requests.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -6,7 +6,7 @@ use std::io;
 use crate::Outcome;
 use crate::netns::Answer;
 
-/// What became of some requests: answers by pod, and failures.
+/// Answers by pod, and failures.
 #[derive(Default)]
 pub struct Tally {
     answers: BTreeMap<String, usize>,
@@ -33,7 +33,7 @@ impl Tally {
         self.answers.values().sum::<usize>() + self.failed
     }
 
-    /// The share of a pod in the answers, as text.
+    /// Returns the share of a pod in the answers, as text.
     pub fn share(&self, pod: &str) -> String {
         match self.of(pod) {
             0 => "-".to_owned(),
@@ -41,7 +41,7 @@ impl Tally {
         }
     }
 
-    /// An error where requests failed, or where the pods that answered are not those expected.
+    /// Returns an error if requests failed, or if other pods answered than expected.
     pub fn check(&self, what: &str, expected: &[&str]) -> Outcome<()> {
         if self.failed > 0 {
             let example = self.example.as_deref().unwrap_or_default();
@@ -60,7 +60,7 @@ impl Tally {
         if !others.is_empty() {
             return Err(format!("{what} was answered by {others:?}, which do not serve it").into());
         }
-        // A third each is expected; half of that is many standard deviations away.
+        // Each is expected to have a third; half of that is many standard deviations away.
         let fair = self.total() / expected.len();
         if let Some(pod) = expected.iter().find(|pod| self.of(pod) < fair / 2) {
             let got = self.of(pod);

@@ -1,4 +1,4 @@
-//! The agent: connects the parts, runs the reconciler, and ends with it.
+//! The agent: connects the parts, runs the controller, and ends with it.
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -25,7 +25,7 @@ use crate::services;
 use crate::settings::{CommandLine, Settings, file::File};
 use crate::source::SourceStats;
 use crate::sync::{
-    self, Audits, Exit, Followers, Log, LogAndSend, Reconciler, Reporter as _, Signals,
+    self, Audits, Controller, Exit, Followers, Log, LogAndSend, Reporter as _, Signals,
 };
 
 pub(super) struct Start<'a> {
@@ -103,7 +103,7 @@ pub(super) fn run(start: Start) -> Result<(), Error> {
         }
     }
 
-    let mut reconciler = Reconciler::new(nftables, start.service_settings, &metrics, &reporter)
+    let mut controller = Controller::new(nftables, start.service_settings, &metrics, &reporter)
         .with_fallback_node(fallback_node(&start.node_name))
         .with_policies(policy_engine(
             settings,
@@ -112,7 +112,7 @@ pub(super) fn run(start: Start) -> Result<(), Error> {
         ))
         .with_followers(followers);
     if let Some(stats) = stats {
-        reconciler = reconciler.with_source_stats(stats);
+        controller = controller.with_source_stats(stats);
     }
     let signals = Signals {
         stop: stopped,
@@ -122,14 +122,14 @@ pub(super) fn run(start: Start) -> Result<(), Error> {
         ready,
         queries: observers.questions,
     };
-    let exit = single_threaded()?.block_on(sync::run(&mut reconciler, received, signals, &health));
+    let exit = single_threaded()?.block_on(sync::run(&mut controller, received, signals, &health));
 
     if let Some(mut affinity) = affinity {
-        affinity.work(|transaction, version| reconciler.remove(transaction, version));
+        affinity.work(|transaction, version| controller.remove(transaction, version));
     }
-    let summary = summary(reconciler.store(), reconciler.policies());
+    let summary = summary(controller.store(), controller.policies());
     // This closes the cleaner's channel; it works off what is in it.
-    drop(reconciler);
+    drop(controller);
     let _ = cleaner.join();
     reporter.log_last_counts();
     match exit {

@@ -88,7 +88,7 @@ impl Watch {
     pub(super) fn look(&self) -> Option<Vec<NotRemembered>> {
         // A panic of an earlier look leaves nothing half done but the socket.
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        // The list is cloned: holding on to it would make the reconciler wait.
+        // The list is cloned: holding on to it would make the controller wait.
         let sticky = Sticky::clone(&self.sticky.borrow());
         let (news, read) = state.read(&sticky);
         for clients in news {

@@ -51,19 +51,19 @@ pub(super) async fn connect(settings: &Settings, node_name: &str) -> Result<Clus
 pub(super) fn service_settings(settings: &Settings) -> Result<services::ServiceSettings, Error> {
     Ok(services::ServiceSettings {
         detect_local: match settings.detect_local()? {
-            settings::DetectLocal::ClusterCidr(ranges) => DetectLocal::ClusterCidr(ranges),
-            settings::DetectLocal::NodeCidr => DetectLocal::NodeCidr,
-            settings::DetectLocal::BridgeInterface(name) => {
+            settings::DetectLocalSetting::ClusterCidr(ranges) => DetectLocal::ClusterCidr(ranges),
+            settings::DetectLocalSetting::NodeCidr => DetectLocal::NodeCidr,
+            settings::DetectLocalSetting::BridgeInterface(name) => {
                 DetectLocal::BridgeInterface(name.into())
             }
-            settings::DetectLocal::InterfaceNamePrefix(prefix) => {
+            settings::DetectLocalSetting::InterfaceNamePrefix(prefix) => {
                 DetectLocal::InterfaceNamePrefix(prefix.into())
             }
         },
         masquerade_all: settings.masquerade_all,
         nodeport_addresses: match settings.nodeport_addresses()? {
-            settings::NodePortAddresses::Primary => NodePortAddresses::Primary,
-            settings::NodePortAddresses::Ranges(ranges) => NodePortAddresses::Inside(ranges),
+            settings::NodePortAddressesSetting::Primary => NodePortAddresses::Primary,
+            settings::NodePortAddressesSetting::Ranges(ranges) => NodePortAddresses::Inside(ranges),
         },
         bind_address: settings.bind_address.filter(|ip| !ip.is_unspecified()),
         masquerade_bit: MasqueradeBit::new(settings.masquerade_bit).unwrap_or_default(),

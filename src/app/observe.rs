@@ -24,12 +24,12 @@ use crate::serve::metrics::Metrics;
 use crate::settings::{LogFormat, Settings};
 use crate::sync::{Followers, LogAndSend, Query, Reporter};
 
-/// Questions that may wait for the reconciler.
+/// Questions that may wait for the controller.
 const QUESTIONS: usize = 64;
 /// How often bridges are looked at although the isolated pods are the same.
 const LOOK_EVERY: Duration = Duration::from_secs(60);
 
-/// What the reconciler and its loop need to know of those around.
+/// What the controller and its loop need to know of those around.
 #[derive(Default)]
 pub(super) struct Observers {
     pub(super) questions: Option<mpsc::Receiver<Query>>,
@@ -42,7 +42,7 @@ pub(super) fn is_on(args: &Settings) -> bool {
     args.network_policy.is_on() && !args.once
 }
 
-/// Starts the threads that are asked for. They end with the reconciler or the process.
+/// Starts the threads that are asked for. They end with the controller or the process.
 pub(super) fn start(
     args: &Settings,
     metrics: &Arc<Metrics>,
@@ -124,7 +124,7 @@ fn count_drops(metrics: &Metrics, isolated: watch::Receiver<Isolated>) -> Result
             Some(nftables) => Ok(nftables),
             None => Nftables::open(),
         };
-        // The list is cloned: holding on to it would make the reconciler wait.
+        // The list is cloned: holding on to it would make the controller wait.
         let isolated = Isolated::clone(&isolated.borrow());
         let read = nftables.and_then(|mut nftables| {
             let drops = totals.add(drops::read(&mut nftables, &isolated)?);
@@ -137,7 +137,7 @@ fn count_drops(metrics: &Metrics, isolated: watch::Receiver<Isolated>) -> Result
     Ok(metrics.policy_drops(read)?)
 }
 
-/// Tells where traffic of isolated pods passes the policies by on a bridge, until the reconciler
+/// Tells where traffic of isolated pods passes the policies by on a bridge, until the controller
 /// is gone.
 pub(super) async fn watch_bridges(
     mut isolated: watch::Receiver<Isolated>,

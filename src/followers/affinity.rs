@@ -46,7 +46,7 @@ type AffinityMap = (Family, Clients);
 
 /// Clients whose affinity may be stale.
 #[derive(Debug, Default)]
-pub struct StaleAffinity(HashMap<AffinityMap, MapCandidates>);
+pub(crate) struct StaleAffinity(HashMap<AffinityMap, MapCandidates>);
 
 /// The clients in one map.
 #[derive(Debug, Default)]
@@ -67,7 +67,7 @@ struct FrontendCandidates {
 
 impl StaleAffinity {
     /// Adds all clients of a plan.
-    pub fn add_all(&mut self, plan: &ServicePlan) {
+    pub(crate) fn add_all(&mut self, plan: &ServicePlan) {
         let Some(affinity) = &plan.affinity else {
             return;
         };
@@ -78,7 +78,7 @@ impl StaleAffinity {
 
     /// Adds the clients of those frontends of a plan for which only endpoints of this node are valid from
     /// now on.
-    pub fn add_bound(&mut self, plan: &ServicePlan, bound: &HashSet<(Family, Claim)>) {
+    pub(crate) fn add_bound(&mut self, plan: &ServicePlan, bound: &HashSet<(Family, Claim)>) {
         let Some(affinity) = &plan.affinity else {
             return;
         };
@@ -91,7 +91,7 @@ impl StaleAffinity {
     }
 
     /// Adds the clients that may be stale after a plan replaced another.
-    pub fn replace(&mut self, old: Option<&ServicePlan>, new: Option<&ServicePlan>) {
+    pub(crate) fn replace(&mut self, old: Option<&ServicePlan>, new: Option<&ServicePlan>) {
         let [old, new] = [old, new].map(|plan| plan.filter(|plan| plan.affinity.is_some()));
         let (before, mut after) = (targets(old), targets(new));
         let clients = |plan: Option<&ServicePlan>| Some(plan?.affinity.as_ref()?.clients.clone());
@@ -121,7 +121,7 @@ impl StaleAffinity {
     }
 
     /// Merges other changes.
-    pub fn merge(&mut self, others: Self) {
+    pub(crate) fn merge(&mut self, others: Self) {
         for (map, of_map) in others.0 {
             self.add(map, of_map);
         }
@@ -179,7 +179,7 @@ fn targets(plan: Option<&ServicePlan>) -> HashMap<(Family, Claim), Endpoints> {
 
 /// A client whose affinity may be stale.
 #[derive(Clone, Debug)]
-pub struct Candidate {
+pub(crate) struct Candidate {
     element: Element,
     entry: AffinityEntry,
     /// The frontend, if only endpoints of this node are valid for it.
@@ -360,7 +360,7 @@ fn in_batches(
 
 /// Reads affinity maps, and has stale elements removed.
 #[derive(Debug)]
-pub struct Forgetter<O> {
+pub(crate) struct Forgetter<O> {
     open: O,
     changes: Receiver<Arc<ServiceChanges>>,
     view: PlansInForce,
@@ -370,7 +370,7 @@ pub struct Forgetter<O> {
 
 impl<K: Kernel, O: FnMut() -> Result<K, netlink::Error>> Forgetter<O> {
     /// Creates a forgetter that opens its kernel connection for its first task.
-    pub fn new(open: O, changes: Receiver<Arc<ServiceChanges>>) -> Self {
+    pub(crate) fn new(open: O, changes: Receiver<Arc<ServiceChanges>>) -> Self {
         Self {
             open,
             changes,
@@ -381,7 +381,12 @@ impl<K: Kernel, O: FnMut() -> Result<K, netlink::Error>> Forgetter<O> {
 
     /// Runs until no more changes come, and sends removals to the main loop. Calls `look` at intervals of
     /// `every`.
-    pub fn run(mut self, ask: &mpsc::Sender<Query>, every: Duration, mut look: impl FnMut()) {
+    pub(crate) fn run(
+        mut self,
+        ask: &mpsc::Sender<Query>,
+        every: Duration,
+        mut look: impl FnMut(),
+    ) {
         let mut looked = Instant::now();
         loop {
             let wait = every.saturating_sub(looked.elapsed());
@@ -411,7 +416,7 @@ impl<K: Kernel, O: FnMut() -> Result<K, netlink::Error>> Forgetter<O> {
 
     /// Removes stale clients after the changes so far. `remove` writes a transaction that is valid after
     /// a number of changes of services with session affinity.
-    pub fn work(&mut self, mut remove: impl FnMut(Transaction, u64) -> RemovalOutcome) {
+    pub(crate) fn work(&mut self, mut remove: impl FnMut(Transaction, u64) -> RemovalOutcome) {
         self.take_over_all();
         loop {
             let failed = std::mem::take(&mut self.failed);

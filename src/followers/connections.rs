@@ -76,7 +76,7 @@ impl SweepScope {
 }
 
 /// Lists tracked connections.
-pub trait ConnectionTable {
+pub(crate) trait ConnectionTable {
     /// Calls `each` with the connections of a family.
     ///
     /// # Errors
@@ -90,7 +90,7 @@ pub trait ConnectionTable {
 }
 
 /// Deletes connections during the listing.
-pub trait ConnectionRemover {
+pub(crate) trait ConnectionRemover {
     /// Deletes a connection; see [`Conntrack::cut`].
     ///
     /// # Errors
@@ -120,14 +120,14 @@ impl ConnectionRemover for Conntrack {
 }
 
 /// Opens a table and a remover.
-pub type Open<T, R> = fn() -> Result<(T, R), ConntrackError>;
+pub(crate) type Open<T, R> = fn() -> Result<(T, R), ConntrackError>;
 
 /// Opens connection tracking in the network namespace of the calling thread.
 ///
 /// # Errors
 ///
 /// See [`Conntrack::open`].
-pub fn open() -> Result<(Conntrack, Conntrack), ConntrackError> {
+pub(crate) fn open() -> Result<(Conntrack, Conntrack), ConntrackError> {
     Ok((Conntrack::open()?, Conntrack::open()?))
 }
 
@@ -148,7 +148,7 @@ impl From<ConntrackError> for SweepError {
 }
 
 /// Cuts connections of isolated pods that the policies deny.
-pub struct Cutter<'a, T, R> {
+pub(crate) struct Cutter<'a, T, R> {
     open: Open<T, R>,
     tables: Option<(T, R)>,
     changes: Receiver<Arc<PolicyChanges>>,
@@ -176,7 +176,7 @@ pub struct Cutter<'a, T, R> {
 impl<'a, T: ConnectionTable, R: ConnectionRemover> Cutter<'a, T, R> {
     /// Creates a cutter that opens connection tracking for its first task, and again after a failure.
     /// The receiver of `policies` evaluates connections.
-    pub fn new(
+    pub(crate) fn new(
         open: Open<T, R>,
         changes: Receiver<Arc<PolicyChanges>>,
         policies: mpsc::Sender<Query>,
@@ -202,7 +202,7 @@ impl<'a, T: ConnectionTable, R: ConnectionRemover> Cutter<'a, T, R> {
     }
 
     /// Runs until no more changes come.
-    pub fn run(mut self) {
+    pub(crate) fn run(mut self) {
         loop {
             let follow = (!self.followed.is_empty()).then_some(self.follow_at);
             let next = self.due.into_iter().chain(follow).min();

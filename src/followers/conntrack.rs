@@ -35,12 +35,12 @@ use crate::netlink::Flow;
 use crate::services::Claim;
 use crate::services::{Pool, ServicePlan, Target};
 
-pub use cleaner::{Cleaner, KernelFlows, Tracker};
-pub use queue::{Pending, Received};
+pub(crate) use cleaner::{Cleaner, KernelFlows};
+pub(crate) use queue::Pending;
 
 /// Identifies the flows of a UDP service port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum UdpFrontend {
+pub(crate) enum UdpFrontend {
     /// The original destination.
     Address(SocketAddr),
     /// The original destination port, on an address of the node.
@@ -49,7 +49,7 @@ pub enum UdpFrontend {
 
 impl UdpFrontend {
     /// Returns the address family of its flows.
-    pub fn family(&self) -> Family {
+    pub(crate) fn family(&self) -> Family {
         match self {
             UdpFrontend::Address(at) => Family::of(at.ip()),
             UdpFrontend::NodePort(family, _) => *family,
@@ -57,7 +57,7 @@ impl UdpFrontend {
     }
 
     /// Returns the original destination port.
-    pub fn port(&self) -> u16 {
+    pub(crate) fn port(&self) -> u16 {
         match self {
             UdpFrontend::Address(at) => at.port(),
             UdpFrontend::NodePort(_, port) => *port,
@@ -66,11 +66,11 @@ impl UdpFrontend {
 }
 
 /// The serving endpoints of a frontend, sorted.
-pub type Serving = Arc<[Target]>;
+pub(crate) type Serving = Arc<[Target]>;
 
 /// Frontends whose flows may be stale.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct DirtyFrontends {
+pub(crate) struct DirtyFrontends {
     entries: HashMap<UdpFrontend, DirtyFrontend>,
     /// Addresses of the node in these ranges accept NodePorts.
     node_ports: Arc<[IpNet]>,
@@ -87,7 +87,7 @@ struct DirtyFrontend {
 
 /// The state of a flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum FlowState {
+pub(crate) enum FlowState {
     /// The flow belongs to none of the frontends.
     Unconcerned,
     /// Its endpoint serves the frontend.
@@ -99,7 +99,7 @@ pub enum FlowState {
 impl DirtyFrontends {
     /// Adds the differences between two plans of a service. A frontend that moves from one service to
     /// another exists afterwards, independent of the order of the two calls.
-    pub fn change(&mut self, old: Option<&ServicePlan>, new: Option<&ServicePlan>) {
+    pub(crate) fn change(&mut self, old: Option<&ServicePlan>, new: Option<&ServicePlan>) {
         let before: HashMap<UdpFrontend, Serving> = fronts(old).collect();
         let mut after = HashSet::new();
         for (front, serving) in fronts(new) {
@@ -119,7 +119,7 @@ impl DirtyFrontends {
     }
 
     /// Adds removed frontends, unless an existing one was added before.
-    pub fn remove(&mut self, fronts: impl IntoIterator<Item = UdpFrontend>) {
+    pub(crate) fn remove(&mut self, fronts: impl IntoIterator<Item = UdpFrontend>) {
         for front in fronts {
             self.entries.entry(front).or_insert(DirtyFrontend {
                 serving: None,
@@ -129,7 +129,7 @@ impl DirtyFrontends {
     }
 
     /// Adds all frontends of a plan that match `of`.
-    pub fn add_plan(&mut self, plan: &ServicePlan, of: impl Fn(&UdpFrontend) -> bool) {
+    pub(crate) fn add_plan(&mut self, plan: &ServicePlan, of: impl Fn(&UdpFrontend) -> bool) {
         for (front, serving) in fronts(Some(plan)).filter(|(front, _)| of(front)) {
             self.set(front, Some(serving), true);
         }
@@ -142,12 +142,12 @@ impl DirtyFrontends {
     }
 
     /// Sets the ranges in which addresses of the node accept NodePorts.
-    pub fn set_node_ports(&mut self, ranges: impl Into<Arc<[IpNet]>>) {
+    pub(crate) fn set_node_ports(&mut self, ranges: impl Into<Arc<[IpNet]>>) {
         self.node_ports = ranges.into();
     }
 
     /// Merges later changes.
-    pub fn merge(&mut self, later: DirtyFrontends) {
+    pub(crate) fn merge(&mut self, later: DirtyFrontends) {
         if later.is_empty() {
             return;
         }
@@ -158,17 +158,17 @@ impl DirtyFrontends {
     }
 
     /// Whether there are no frontends.
-    pub fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
 
     /// Returns the number of frontends.
-    pub fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.entries.len()
     }
 
     /// Returns the frontends whose flows may be stale.
-    pub fn to_sweep(&self) -> impl Iterator<Item = UdpFrontend> + '_ {
+    pub(crate) fn to_sweep(&self) -> impl Iterator<Item = UdpFrontend> + '_ {
         let entries = self.entries.iter();
         entries
             .filter(|(_, entry)| entry.sweep)
@@ -176,14 +176,17 @@ impl DirtyFrontends {
     }
 
     /// Selects the addresses of the node that accept NodePorts.
-    pub fn node_port_addresses(&self, own: impl IntoIterator<Item = IpAddr>) -> HashSet<IpAddr> {
+    pub(crate) fn node_port_addresses(
+        &self,
+        own: impl IntoIterator<Item = IpAddr>,
+    ) -> HashSet<IpAddr> {
         let answers = |address: &IpAddr| self.node_ports.iter().any(|net| net.contains(address));
         own.into_iter().filter(answers).collect()
     }
 
     /// Determines the state of a flow. `node_port_addresses` are the node's addresses that accept
     /// NodePorts.
-    pub fn evaluate(&self, flow: &Flow, node_port_addresses: &HashSet<IpAddr>) -> FlowState {
+    pub(crate) fn evaluate(&self, flow: &Flow, node_port_addresses: &HashSet<IpAddr>) -> FlowState {
         let at = flow.destination;
         let entry = self.entries.get(&UdpFrontend::Address(at)).or_else(|| {
             let front = UdpFrontend::NodePort(Family::of(at.ip()), at.port());

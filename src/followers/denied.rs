@@ -27,7 +27,7 @@ const LONGEST_RETRY: Duration = Duration::from_secs(60);
 const REPORT_LOSSES_EVERY: Duration = Duration::from_secs(60);
 
 /// A source of logged packets.
-pub trait PacketSource {
+pub(crate) trait PacketSource {
     /// Waits for the next packet.
     ///
     /// # Errors
@@ -44,7 +44,7 @@ impl PacketSource for LogReader {
 
 /// Logs the packets of a reader until the main loop, which names the pods, has ended. Opens the reader
 /// again when it fails. `fields` adds structured fields. Blocks the calling thread.
-pub fn follow<R: PacketSource>(
+pub(crate) fn follow<R: PacketSource>(
     reader: R,
     mut open: impl FnMut() -> Result<R, Error>,
     ask: &mpsc::Sender<Query>,

@@ -13,7 +13,7 @@ use crate::services::{Replaced, ServiceChanges};
 
 /// Publishes the health checks of all services through a watch channel.
 #[derive(Debug)]
-pub struct HealthChecks {
+pub(crate) struct HealthChecks {
     published: watch::Sender<Checks>,
     /// The port of each service with a health check.
     ports: HashMap<ObjectName, u16>,
@@ -21,7 +21,7 @@ pub struct HealthChecks {
 
 impl HealthChecks {
     /// Creates a publisher without health checks.
-    pub fn new(published: watch::Sender<Checks>) -> Self {
+    pub(crate) fn new(published: watch::Sender<Checks>) -> Self {
         Self {
             published,
             ports: HashMap::new(),
@@ -29,14 +29,14 @@ impl HealthChecks {
     }
 
     /// Runs until no more changes come.
-    pub fn run(mut self, changes: &Receiver<Arc<ServiceChanges>>) {
+    pub(crate) fn run(mut self, changes: &Receiver<Arc<ServiceChanges>>) {
         while let Ok(changes) = changes.recv() {
             self.take_over(&changes);
         }
     }
 
     /// Publishes the health checks of the services that changed.
-    pub fn take_over(&mut self, changes: &ServiceChanges) {
+    pub(crate) fn take_over(&mut self, changes: &ServiceChanges) {
         let mut seen = HashSet::new();
         // Of several changes of a service only the last is relevant.
         let last = changes.replaced.iter().rev();

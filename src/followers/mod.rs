@@ -4,11 +4,11 @@
 //! through a socket of its own. To evaluate policies or to remove elements from the tables of services
 //! it sends a [`Query`](crate::sync::Query) to the main loop, which thereby knows about all writes.
 
-pub mod affinity;
-pub mod connections;
-pub mod conntrack;
-pub mod denied;
-pub mod health_checks;
+pub(crate) mod affinity;
+pub(crate) mod connections;
+pub(crate) mod conntrack;
+pub(crate) mod denied;
+pub(crate) mod health_checks;
 
 #[cfg(test)]
 mod tests;

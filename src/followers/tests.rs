@@ -1,4 +1,4 @@
-//! Followers of a reconciler that writes to a model of the kernel.
+//! Followers of a controller that writes to a model of the kernel.
 
 mod affinity;
 mod flows;

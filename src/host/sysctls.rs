@@ -145,7 +145,7 @@ impl ConntrackParameters {
     }
 }
 
-/// Writes the values that differ, below a root directory (`/`), and returns those that could not
+/// Writes the values that differ, below a root directory (`/`), and returns the ones that could not
 /// be written. A larger hash table is not changed.
 pub(crate) fn apply(root: &Path, wanted: &[(&'static str, u64)]) -> Vec<Unset> {
     let mut unset = Vec::new();

@@ -22,7 +22,9 @@ mod tuple;
 
 pub use error::ConntrackError;
 pub use flow::{Flow, FlowFilter};
-pub use tracked::{ConntrackHandle, EntryToCut, Tracked};
+#[cfg(test)]
+pub(crate) use tracked::ConntrackHandle;
+pub use tracked::{EntryToCut, Tracked};
 
 const UDP: u8 = libc::IPPROTO_UDP as u8;
 const FLOWS: &str = "the UDP flows";

@@ -56,7 +56,12 @@ impl Batch {
 
     /// Returns the object to which an error message refers. `index` is the sequence number of the
     /// message, counted from BATCH_BEGIN, and `offset` the position of the attribute at fault.
-    pub fn path(&self, transaction: &Transaction, index: u32, offset: Option<u32>) -> ObjectPath {
+    pub(crate) fn path(
+        &self,
+        transaction: &Transaction,
+        index: u32,
+        offset: Option<u32>,
+    ) -> ObjectPath {
         let origin = (index as usize)
             .checked_sub(1)
             .and_then(|index| self.origins.get(index));
@@ -104,7 +109,7 @@ pub fn encode(transaction: &Transaction, first_seq: u32) -> Result<Batch, Error>
 /// # Errors
 ///
 /// As for [`encode`].
-pub fn rule_message(
+pub(crate) fn rule_message(
     scratch: &mut Scratch,
     table: &TableId,
     chain: &Name,
@@ -374,7 +379,7 @@ fn following(key: &[u8]) -> Option<Vec<u8>> {
 }
 
 /// Returns the attributes of a set for the kernel and for nft.
-pub fn set_attributes(declaration: &Declaration, family: Family) -> SetAttributes {
+pub(crate) fn set_attributes(declaration: &Declaration, family: Family) -> SetAttributes {
     let key = declaration.key_types(family);
     let data = match &declaration.kind {
         SetKind::Set => None,

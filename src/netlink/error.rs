@@ -125,7 +125,7 @@ impl Error {
     }
 
     /// Returns all refusals of a transaction.
-    pub fn refusals(&self) -> impl Iterator<Item = &Refusal> {
+    pub(crate) fn refusals(&self) -> impl Iterator<Item = &Refusal> {
         let (first, others) = match self {
             Error::Refused { first, others } => (Some(&**first), &others[..]),
             _ => (None, &[][..]),
@@ -134,12 +134,12 @@ impl Error {
     }
 
     /// Whether the transaction conflicts with the contents of the tables.
-    pub fn is_conflict(&self) -> bool {
+    pub(crate) fn is_conflict(&self) -> bool {
         self.refusals().next().map(Refusal::class) == Some(ErrorClass::Conflict)
     }
 
     /// Returns the errno, if the error has one.
-    pub fn errno(&self) -> Option<i32> {
+    pub(crate) fn errno(&self) -> Option<i32> {
         match self {
             Error::Refused { first, .. } => first.source.raw_os_error(),
             Error::Open { source, .. }
@@ -187,7 +187,7 @@ pub struct Refusal {
 
 impl Refusal {
     /// Classifies the errno: the kernel names an element even if the error is unrelated to it.
-    pub fn class(&self) -> ErrorClass {
+    pub(crate) fn class(&self) -> ErrorClass {
         match self.source.raw_os_error() {
             Some(libc::ENOENT | libc::EEXIST | libc::EBUSY) => ErrorClass::Conflict,
             Some(

@@ -19,7 +19,7 @@ use crate::nft::{
 
 /// One expression: its name and the attributes to set.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Expr {
+pub(crate) struct Expr {
     /// Its name in libnftnl.
     pub name: &'static CStr,
     /// Attribute numbers with their values.
@@ -28,7 +28,7 @@ pub struct Expr {
 
 /// The value of an expression's attribute.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Attribute {
+pub(crate) enum Attribute {
     /// One byte.
     U8(u8),
     /// A number in host byte order, which libnftnl converts.
@@ -45,7 +45,7 @@ pub enum Attribute {
 
 /// Error for a statement that was read from the kernel and cannot be encoded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Unwritable;
+pub(crate) struct Unwritable;
 
 const VERDICT_REGISTER: u32 = libc::NFT_REG_VERDICT as u32;
 
@@ -61,7 +61,7 @@ fn register(word: usize) -> u32 {
 }
 
 /// The expressions of one rule, under construction.
-pub struct Program {
+pub(crate) struct Program {
     family: Family,
     exprs: Vec<Expr>,
 }
@@ -72,7 +72,7 @@ impl Program {
     /// # Errors
     ///
     /// [`Unwritable`] for a rule with a foreign statement.
-    pub fn rule(rule: &Rule, family: Family) -> Result<Vec<Expr>, Unwritable> {
+    pub(crate) fn rule(rule: &Rule, family: Family) -> Result<Vec<Expr>, Unwritable> {
         let mut program = Program {
             family,
             exprs: Vec::new(),
@@ -413,7 +413,7 @@ impl Program {
 }
 
 /// Returns the number of a verdict in netlink messages.
-pub fn verdict_code(verdict: &Verdict) -> i32 {
+pub(crate) fn verdict_code(verdict: &Verdict) -> i32 {
     match verdict {
         Verdict::Accept => libc::NF_ACCEPT,
         Verdict::Drop => libc::NF_DROP,

@@ -19,11 +19,11 @@ use super::uapi;
 use crate::nft::{BaseChain, ChainKind, Family, Hook as ChainHook};
 
 /// A buffer for one message of libnftnl, which does not check sizes.
-pub struct Scratch(Vec<u64>);
+pub(crate) struct Scratch(Vec<u64>);
 
 impl Scratch {
     /// Allocates a buffer for the largest message that libnftnl builds.
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let bytes = nftnl::nft_nlmsg_maxsize() as usize;
         // Words, because the header at the beginning must be aligned.
         Self(vec![0; bytes.div_ceil(size_of::<u64>())])
@@ -49,7 +49,7 @@ impl Scratch {
 }
 
 /// Converts a name; `None` if it contains a zero byte.
-pub fn c_name(name: &str) -> Option<CString> {
+pub(crate) fn c_name(name: &str) -> Option<CString> {
     CString::new(name).ok()
 }
 
@@ -61,13 +61,13 @@ fn proto(family: Family) -> ProtoFamily {
 }
 
 /// Builds a message that creates or deletes a table.
-pub fn table(scratch: &mut Scratch, family: Family, name: &CStr, kind: MsgType) -> Vec<u8> {
+pub(crate) fn table(scratch: &mut Scratch, family: Family, name: &CStr, kind: MsgType) -> Vec<u8> {
     let table = Table::new(name, proto(family));
     scratch.message(&table, 0, kind).to_vec()
 }
 
 /// Builds a message that creates or deletes a chain.
-pub fn chain(
+pub(crate) fn chain(
     scratch: &mut Scratch,
     (family, table): (Family, &CStr),
     name: &CStr,
@@ -96,7 +96,7 @@ pub fn chain(
 
 /// Builds a message that appends a rule or, with [`MsgType::Del`] and no expressions, removes all rules
 /// of the chain.
-pub fn rule(
+pub(crate) fn rule(
     scratch: &mut Scratch,
     (family, table, chain): (Family, &CStr, &CStr),
     exprs: &[Expr],
@@ -120,7 +120,7 @@ pub fn rule(
 
 /// The attributes of a set declaration.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct SetAttributes {
+pub(crate) struct SetAttributes {
     /// `NFTA_SET_FLAGS`.
     pub flags: u32,
     /// `NFTA_SET_KEY_TYPE`, which only nft interprets.
@@ -142,7 +142,7 @@ pub struct SetAttributes {
 }
 
 /// Builds a message that declares a set.
-pub fn new_set(
+pub(crate) fn new_set(
     scratch: &mut Scratch,
     (family, table): (Family, &CStr),
     name: &CStr,
@@ -290,7 +290,7 @@ unsafe fn normalise(name: &CStr, expr: *mut sys::nftnl_expr) {
 
 /// Returns the expressions of a rule message in libnftnl's notation with counters set to zero, which
 /// is equal for a written rule and the one read back. `None` if libnftnl cannot parse it.
-pub fn describe_rule(message: &[u8]) -> Option<String> {
+pub(crate) fn describe_rule(message: &[u8]) -> Option<String> {
     if message.len() < size_of::<libc::nlmsghdr>() {
         return None;
     }

@@ -27,7 +27,7 @@ impl Nftables {
     /// # Errors
     ///
     /// When the dump fails or every attempt is interrupted.
-    pub fn tables(&mut self, names: &[&str]) -> Result<Vec<TableId>, Error> {
+    pub(crate) fn tables(&mut self, names: &[&str]) -> Result<Vec<TableId>, Error> {
         let tables = self.flagged_tables(names)?.into_iter();
         Ok(tables.map(|(id, _)| id).collect())
     }
@@ -96,7 +96,7 @@ impl Nftables {
     /// # Errors
     ///
     /// When the dump fails or every attempt is interrupted.
-    pub fn chain_names(&mut self, id: &TableId) -> Result<Vec<Name>, Error> {
+    pub(crate) fn chain_names(&mut self, id: &TableId) -> Result<Vec<Name>, Error> {
         Ok(self.chains(id)?.into_keys().collect())
     }
 
@@ -105,7 +105,7 @@ impl Nftables {
     /// # Errors
     ///
     /// When the dump fails or every attempt is interrupted.
-    pub fn base_chains(&mut self, id: &TableId) -> Result<Vec<FoundBaseChain>, Error> {
+    pub(crate) fn base_chains(&mut self, id: &TableId) -> Result<Vec<FoundBaseChain>, Error> {
         let dumped = self.dump_chains(id.family)?;
         let found = dumped.iter().filter_map(|message| {
             let attributes = message.attributes();

@@ -13,7 +13,7 @@ const SETS: &str = "the ipsets";
 const MODULE: &str = "/sys/module/ip_set";
 
 /// A socket to the ipsets of the network namespace in which it was opened.
-pub struct IpSets {
+pub(crate) struct IpSets {
     socket: Socket,
 }
 
@@ -25,7 +25,7 @@ impl IpSets {
     /// # Errors
     ///
     /// [`Error::Open`] when the socket cannot be opened.
-    pub fn open() -> Result<Option<Self>, Error> {
+    pub(crate) fn open() -> Result<Option<Self>, Error> {
         if !Path::new(MODULE).exists() {
             return Ok(None);
         }
@@ -38,7 +38,7 @@ impl IpSets {
     /// # Errors
     ///
     /// [`Error::IpSets`] when the kernel refuses.
-    pub fn names(&mut self) -> Result<Vec<String>, Error> {
+    pub(crate) fn names(&mut self) -> Result<Vec<String>, Error> {
         let mut filter = request();
         AttrWriter::new(&mut filter).be32(uapi::IPSET_ATTR_FLAGS, uapi::IPSET_FLAG_LIST_SETNAME);
         let mut names = Vec::new();
@@ -58,7 +58,7 @@ impl IpSets {
     /// # Errors
     ///
     /// [`Error::IpSets`] when the kernel refuses.
-    pub fn ports(&mut self, name: &str) -> Result<Vec<u16>, Error> {
+    pub(crate) fn ports(&mut self, name: &str) -> Result<Vec<u16>, Error> {
         let mut filter = request();
         AttrWriter::new(&mut filter).string(uapi::IPSET_ATTR_SETNAME, name);
         let mut ports = Vec::new();
@@ -83,7 +83,7 @@ impl IpSets {
     /// # Errors
     ///
     /// [`Error::IpSet`] with EBUSY while a rule uses the set.
-    pub fn destroy(&mut self, name: &str) -> Result<bool, Error> {
+    pub(crate) fn destroy(&mut self, name: &str) -> Result<bool, Error> {
         let seq = self.socket.reserve_numbers(1);
         let mut bytes = Vec::new();
         let start = begin_message(&mut bytes, kind(uapi::IPSET_CMD_DESTROY), 0, seq, 0);

@@ -11,7 +11,7 @@ use super::socket::Socket;
 const NO_INDEX: [u8; 12] = [0; 12];
 
 /// A socket to the network interfaces of the network namespace in which it was opened.
-pub struct Links {
+pub(crate) struct Links {
     socket: Socket,
 }
 
@@ -21,7 +21,7 @@ impl Links {
     /// # Errors
     ///
     /// [`Error::Open`] when the socket cannot be opened.
-    pub fn open() -> Result<Self, Error> {
+    pub(crate) fn open() -> Result<Self, Error> {
         let socket = Socket::open_on(mnl::Bus::Route, "network interfaces")?;
         Ok(Self { socket })
     }
@@ -31,7 +31,7 @@ impl Links {
     /// # Errors
     ///
     /// [`Error::Link`] when the kernel refuses, for example for a physical interface.
-    pub fn delete(&mut self, name: &str) -> Result<bool, Error> {
+    pub(crate) fn delete(&mut self, name: &str) -> Result<bool, Error> {
         let seq = self.socket.reserve_numbers(1);
         let mut bytes = Vec::new();
         let start = begin_message(&mut bytes, libc::RTM_DELLINK, 0, seq, 0);

@@ -13,28 +13,28 @@ const TYPE_MASK: u16 = 0x3fff;
 const HEADER: usize = 4;
 
 /// Appends attributes to a buffer.
-pub struct AttrWriter<'a> {
+pub(crate) struct AttrWriter<'a> {
     buffer: &'a mut Vec<u8>,
 }
 
 /// The offset at which a nested attribute begins.
 #[must_use]
-pub struct Nest(usize);
+pub(crate) struct Nest(usize);
 
 impl<'a> AttrWriter<'a> {
     /// Appends to a buffer, whose length must be a multiple of four.
-    pub fn new(buffer: &'a mut Vec<u8>) -> Self {
+    pub(crate) fn new(buffer: &'a mut Vec<u8>) -> Self {
         Self { buffer }
     }
 
     /// Returns the length of the buffer.
-    pub fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.buffer.len()
     }
 
     /// Appends an attribute. The value must be shorter than 64 KiB, as are all names, keys and
     /// comments.
-    pub fn bytes(&mut self, kind: u16, value: &[u8]) {
+    pub(crate) fn bytes(&mut self, kind: u16, value: &[u8]) {
         let length = (HEADER + value.len()) as u16;
         self.buffer.extend_from_slice(&length.to_ne_bytes());
         self.buffer.extend_from_slice(&kind.to_ne_bytes());
@@ -43,17 +43,17 @@ impl<'a> AttrWriter<'a> {
     }
 
     /// Appends a 16-bit number in network byte order.
-    pub fn be16(&mut self, kind: u16, value: u16) {
+    pub(crate) fn be16(&mut self, kind: u16, value: u16) {
         self.bytes(kind, &value.to_be_bytes());
     }
 
     /// Appends a 32-bit number in network byte order.
-    pub fn be32(&mut self, kind: u16, value: u32) {
+    pub(crate) fn be32(&mut self, kind: u16, value: u32) {
         self.bytes(kind, &value.to_be_bytes());
     }
 
     /// Appends a zero-terminated string.
-    pub fn string(&mut self, kind: u16, value: &str) {
+    pub(crate) fn string(&mut self, kind: u16, value: &str) {
         let length = (HEADER + value.len() + 1) as u16;
         self.buffer.extend_from_slice(&length.to_ne_bytes());
         self.buffer.extend_from_slice(&kind.to_ne_bytes());
@@ -63,7 +63,7 @@ impl<'a> AttrWriter<'a> {
     }
 
     /// Begins a nested attribute.
-    pub fn begin(&mut self, kind: u16) -> Nest {
+    pub(crate) fn begin(&mut self, kind: u16) -> Nest {
         let nest = Nest(self.buffer.len());
         self.buffer.extend_from_slice(&[0, 0]);
         self.buffer
@@ -72,7 +72,7 @@ impl<'a> AttrWriter<'a> {
     }
 
     /// Ends a nested attribute.
-    pub fn end(&mut self, nest: Nest) {
+    pub(crate) fn end(&mut self, nest: Nest) {
         let length = (self.buffer.len() - nest.0) as u16;
         if let Some(field) = self.buffer.get_mut(nest.0..nest.0 + 2) {
             field.copy_from_slice(&length.to_ne_bytes());
@@ -87,42 +87,42 @@ impl<'a> AttrWriter<'a> {
 
 /// Iterates over attributes. A truncated one ends the iteration.
 #[derive(Clone, Copy)]
-pub struct AttrReader<'a>(&'a [u8]);
+pub(crate) struct AttrReader<'a>(&'a [u8]);
 
 impl<'a> AttrReader<'a> {
     /// Reads the attributes in the value of a nested attribute or in a message.
-    pub fn new(bytes: &'a [u8]) -> Self {
+    pub(crate) fn new(bytes: &'a [u8]) -> Self {
         Self(bytes)
     }
 
     /// Returns the value of the first attribute of a type.
-    pub fn get(self, kind: u16) -> Option<&'a [u8]> {
+    pub(crate) fn get(self, kind: u16) -> Option<&'a [u8]> {
         self.into_iter()
             .find_map(|(k, value)| (k == kind).then_some(value))
     }
 
     /// Returns the attributes nested in the first attribute of a type.
-    pub fn nested(self, kind: u16) -> Option<AttrReader<'a>> {
+    pub(crate) fn nested(self, kind: u16) -> Option<AttrReader<'a>> {
         self.get(kind).map(AttrReader)
     }
 
     /// Returns the first attribute of a type as a 16-bit number in network byte order.
-    pub fn be16(self, kind: u16) -> Option<u16> {
+    pub(crate) fn be16(self, kind: u16) -> Option<u16> {
         Some(u16::from_be_bytes(self.get(kind)?.try_into().ok()?))
     }
 
     /// Returns the first attribute of a type as a 32-bit number in network byte order.
-    pub fn be32(self, kind: u16) -> Option<u32> {
+    pub(crate) fn be32(self, kind: u16) -> Option<u32> {
         Some(u32::from_be_bytes(self.get(kind)?.try_into().ok()?))
     }
 
     /// Returns the first attribute of a type as a 64-bit number in network byte order.
-    pub fn be64(self, kind: u16) -> Option<u64> {
+    pub(crate) fn be64(self, kind: u16) -> Option<u64> {
         Some(u64::from_be_bytes(self.get(kind)?.try_into().ok()?))
     }
 
     /// Returns the first attribute of a type as text without its terminating zero.
-    pub fn string(self, kind: u16) -> Option<&'a str> {
+    pub(crate) fn string(self, kind: u16) -> Option<&'a str> {
         let value = self.get(kind)?;
         std::str::from_utf8(value.strip_suffix(&[0]).unwrap_or(value)).ok()
     }
@@ -146,7 +146,13 @@ impl<'a> Iterator for AttrReader<'a> {
 }
 
 /// Appends the netlink and netfilter headers of a message and returns its offset.
-pub fn begin_message(bytes: &mut Vec<u8>, kind: u16, flags: u16, seq: u32, family: u8) -> usize {
+pub(crate) fn begin_message(
+    bytes: &mut Vec<u8>,
+    kind: u16,
+    flags: u16,
+    seq: u32,
+    family: u8,
+) -> usize {
     let start = bytes.len();
     let flags = flags | libc::NLM_F_REQUEST as u16;
     bytes.extend_from_slice(&[0; 4]);
@@ -159,21 +165,21 @@ pub fn begin_message(bytes: &mut Vec<u8>, kind: u16, flags: u16, seq: u32, famil
 }
 
 /// Sets `res_id` of the message at an offset.
-pub fn set_resource(bytes: &mut [u8], start: usize, resource: u16) {
+pub(crate) fn set_resource(bytes: &mut [u8], start: usize, resource: u16) {
     if let Some(field) = bytes.get_mut(start + 18..start + 20) {
         field.copy_from_slice(&resource.to_be_bytes());
     }
 }
 
 /// Sets the length of the message that begins at an offset and ends with the buffer.
-pub fn end_message(bytes: &mut [u8], start: usize) {
+pub(crate) fn end_message(bytes: &mut [u8], start: usize) {
     if let Some(message) = bytes.get_mut(start..) {
         set_length(message);
     }
 }
 
 /// Writes the length of a message into its header.
-pub fn set_length(message: &mut [u8]) {
+pub(crate) fn set_length(message: &mut [u8]) {
     let length = (message.len() as u32).to_ne_bytes();
     if let Some(field) = message.get_mut(..4) {
         field.copy_from_slice(&length);
@@ -181,7 +187,7 @@ pub fn set_length(message: &mut [u8]) {
 }
 
 /// Returns the kernel's number of a family.
-pub fn family_number(family: Family) -> u8 {
+pub(crate) fn family_number(family: Family) -> u8 {
     match family {
         Family::Ip => libc::NFPROTO_IPV4 as u8,
         Family::Ip6 => libc::NFPROTO_IPV6 as u8,
@@ -189,7 +195,7 @@ pub fn family_number(family: Family) -> u8 {
 }
 
 /// Returns the family with a number of the kernel.
-pub fn family(number: u8) -> Option<Family> {
+pub(crate) fn family(number: u8) -> Option<Family> {
     match i32::from(number) {
         libc::NFPROTO_IPV4 => Some(Family::Ip),
         libc::NFPROTO_IPV6 => Some(Family::Ip6),

@@ -42,14 +42,14 @@ mod sums;
 mod uapi;
 mod udata;
 
-pub use conntrack::{
-    Conntrack, ConntrackError, ConntrackHandle, EntryToCut, Flow, FlowFilter, Tracked,
-};
+#[cfg(test)]
+pub(crate) use conntrack::ConntrackHandle;
+pub use conntrack::{Conntrack, ConntrackError, EntryToCut, Flow, FlowFilter, Tracked};
 pub use encode::{Batch, encode};
 pub use error::{Error, ErrorClass, Owner, Refusal};
 pub use inventory::FoundBaseChain;
-pub use ipset::IpSets;
-pub use link::Links;
+pub(crate) use ipset::IpSets;
+pub(crate) use link::Links;
 pub use monitor::{Monitor, Notification};
 pub use mute::MutedMonitor;
 pub use nflog::{Denied, LogReader, Logged};

@@ -33,7 +33,7 @@ impl Subscription {
     }
 
     /// Joins the group again if this failed before. Returns whether it succeeded now.
-    pub fn rejoin_if_lost(&mut self) -> bool {
+    pub(crate) fn rejoin_if_lost(&mut self) -> bool {
         let lost = self.lost;
         if lost {
             self.join();

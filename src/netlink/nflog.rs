@@ -18,7 +18,6 @@ use super::error::Error;
 use super::message::{AttrWriter, begin_message, end_message, family, set_resource};
 use super::socket::{Message, Socket};
 use super::uapi;
-use crate::nft::Family;
 
 mod header;
 
@@ -66,14 +65,6 @@ pub enum Logged {
 }
 
 impl Denied {
-    /// The family of the packet.
-    pub fn family(&self) -> Family {
-        match self.source {
-            IpAddr::V4(_) => Family::Ip,
-            IpAddr::V6(_) => Family::Ip6,
-        }
-    }
-
     /// Parses a message; `None` if it does not contain an IP packet.
     fn read(message: &Message) -> Option<Self> {
         let subsystem = libc::NFNL_SUBSYS_ULOG as u16;

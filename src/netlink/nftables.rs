@@ -41,7 +41,7 @@ pub(super) struct Dumped(Vec<u8>);
 
 impl Dumped {
     /// Returns the messages in the order in which they came.
-    pub fn iter(&self) -> impl Iterator<Item = Message<'_>> {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = Message<'_>> {
         messages(&self.0)
     }
 }

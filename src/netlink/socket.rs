@@ -17,10 +17,10 @@ const ANSWER_WITHIN: libc::timeval = libc::timeval {
     tv_usec: 0,
 };
 /// The number of attempts at a dump that is interrupted.
-pub const DUMP_ATTEMPTS: u32 = 32;
+pub(crate) const DUMP_ATTEMPTS: u32 = 32;
 
 /// A netlink socket in the network namespace in which it was opened.
-pub struct Socket {
+pub(crate) struct Socket {
     socket: mnl::Socket,
     seq: u32,
     send_buffer: usize,
@@ -33,7 +33,7 @@ unsafe impl Send for Socket {}
 
 /// A message from the kernel.
 #[derive(Clone, Copy)]
-pub struct Message<'a> {
+pub(crate) struct Message<'a> {
     /// Message type with the subsystem in the upper byte.
     pub kind: u16,
     /// The message including its header.
@@ -42,7 +42,7 @@ pub struct Message<'a> {
 
 /// A request for objects.
 #[derive(Clone, Copy)]
-pub struct Dump<'a> {
+pub(crate) struct Dump<'a> {
     /// The kind of objects, for error messages.
     pub what: &'static str,
     /// Message type with the subsystem in the upper byte.
@@ -55,7 +55,7 @@ pub struct Dump<'a> {
 
 /// The outcome of a dump.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub enum DumpStatus {
+pub(crate) enum DumpStatus {
     /// The dump contains every object once.
     Complete,
     /// The objects changed meanwhile, and the dump must be repeated.
@@ -64,12 +64,12 @@ pub enum DumpStatus {
 
 impl Socket {
     /// Opens a socket to netfilter in the current network namespace. Errors mention `what`.
-    pub fn open(what: &'static str) -> Result<Self, Error> {
+    pub(crate) fn open(what: &'static str) -> Result<Self, Error> {
         Self::open_on(mnl::Bus::Netfilter, what)
     }
 
     /// Opens a socket of a netlink protocol.
-    pub fn open_on(bus: mnl::Bus, what: &'static str) -> Result<Self, Error> {
+    pub(crate) fn open_on(bus: mnl::Bus, what: &'static str) -> Result<Self, Error> {
         let failed = |source| Error::Open { what, source };
         let socket = Self {
             socket: mnl::Socket::new(bus).map_err(failed)?,
@@ -114,12 +114,12 @@ impl Socket {
     }
 
     /// Returns the netlink port of the socket.
-    pub fn port(&self) -> u32 {
+    pub(crate) fn port(&self) -> u32 {
         self.socket.portid()
     }
 
     /// Returns a handle for joining and leaving a multicast group. Does not join it.
-    pub fn membership(&self, group: u32) -> io::Result<Membership> {
+    pub(crate) fn membership(&self, group: u32) -> io::Result<Membership> {
         Ok(Membership {
             descriptor: self.descriptor().try_clone_to_owned()?,
             group: i32::try_from(group).unwrap_or_default(),
@@ -127,7 +127,7 @@ impl Socket {
     }
 
     /// Drops notifications about changes made through the socket with a port.
-    pub fn ignore_port(&self, port: u32) -> io::Result<()> {
+    pub(crate) fn ignore_port(&self, port: u32) -> io::Result<()> {
         /// Offset of `nlmsg_pid`, the port that caused the notification.
         const PORT_OFFSET: u32 = 12;
         let step = |code: u32, jt: u8, jf: u8, k: u32| libc::sock_filter {
@@ -176,7 +176,7 @@ impl Socket {
     }
 
     /// Waits for a datagram and calls `each` with its messages. Returns without any after a timeout.
-    pub fn listen(&mut self, each: impl FnMut(Message)) -> io::Result<()> {
+    pub(crate) fn listen(&mut self, each: impl FnMut(Message)) -> io::Result<()> {
         let datagram = match self.receive(true) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
             received => received?.unwrap_or_default(),
@@ -206,19 +206,19 @@ impl Socket {
     }
 
     /// Returns the next sequence number.
-    pub fn next_number(&self) -> u32 {
+    pub(crate) fn next_number(&self) -> u32 {
         self.seq.wrapping_add(1)
     }
 
     /// Reserves sequence numbers for a number of messages and returns the first.
-    pub fn reserve_numbers(&mut self, messages: u32) -> u32 {
+    pub(crate) fn reserve_numbers(&mut self, messages: u32) -> u32 {
         let first = self.next_number();
         self.seq = self.seq.wrapping_add(messages);
         first
     }
 
     /// Sends messages. Errors mention `what`.
-    pub fn send(&mut self, what: &'static str, bytes: &[u8]) -> Result<(), Error> {
+    pub(crate) fn send(&mut self, what: &'static str, bytes: &[u8]) -> Result<(), Error> {
         let failed = |source| Error::Send {
             what,
             bytes: bytes.len(),
@@ -268,7 +268,7 @@ impl Socket {
     /// If the queue overflows, the kernel reports this before the first error, and drops the last
     /// errors and all messages until the queue is empty. Therefore this handles the queued errors
     /// before it fails with `ENOBUFS`.
-    pub fn errors(&mut self, mut each: impl FnMut(Acknowledgement)) -> io::Result<()> {
+    pub(crate) fn errors(&mut self, mut each: impl FnMut(Acknowledgement)) -> io::Result<()> {
         let mut dropped = None;
         loop {
             match self.receive(false) {
@@ -295,7 +295,12 @@ impl Socket {
     }
 
     /// Sends a request numbered `seq` and returns the kernel's errno, 0 on success.
-    pub fn ask(&mut self, what: &'static str, seq: u32, request: &[u8]) -> Result<i32, Error> {
+    pub(crate) fn ask(
+        &mut self,
+        what: &'static str,
+        seq: u32,
+        request: &[u8],
+    ) -> Result<i32, Error> {
         self.send(what, request)?;
         let mut errno = 0;
         self.errors(|report| {
@@ -308,7 +313,7 @@ impl Socket {
     }
 
     /// Requests an object that is one message, and parses it with `read`.
-    pub fn fetch<T>(
+    pub(crate) fn fetch<T>(
         &mut self,
         what: &'static str,
         kind: u16,
@@ -338,7 +343,7 @@ impl Socket {
 
     /// Requests objects and calls `each` with the message about each. Returns 0 after `count` messages,
     /// or the errno that ended the answer early.
-    pub fn fetch_all(
+    pub(crate) fn fetch_all(
         &mut self,
         request: Dump,
         count: usize,
@@ -368,7 +373,11 @@ impl Socket {
     }
 
     /// Dumps objects and calls `each` with each. An interrupted dump may miss or repeat objects.
-    pub fn dump(&mut self, dump: Dump, mut each: impl FnMut(Message)) -> Result<DumpStatus, Error> {
+    pub(crate) fn dump(
+        &mut self,
+        dump: Dump,
+        mut each: impl FnMut(Message),
+    ) -> Result<DumpStatus, Error> {
         let what = dump.what;
         let seq = self.reserve_numbers(1);
         let mut request = Vec::new();
@@ -411,7 +420,7 @@ impl Socket {
 
 /// Joins and leaves a multicast group, even while another thread waits for messages of the socket.
 #[derive(Debug)]
-pub struct Membership {
+pub(crate) struct Membership {
     /// A duplicate of the socket's descriptor.
     descriptor: OwnedFd,
     group: i32,
@@ -419,12 +428,12 @@ pub struct Membership {
 
 impl Membership {
     /// Joins the group.
-    pub fn join(&self) -> io::Result<()> {
+    pub(crate) fn join(&self) -> io::Result<()> {
         self.set(libc::NETLINK_ADD_MEMBERSHIP)
     }
 
     /// Leaves the group.
-    pub fn leave(&self) -> io::Result<()> {
+    pub(crate) fn leave(&self) -> io::Result<()> {
         self.set(libc::NETLINK_DROP_MEMBERSHIP)
     }
 
@@ -460,12 +469,12 @@ fn set_option(
 
 impl<'a> Message<'a> {
     /// Returns the attributes after the netlink and netfilter headers.
-    pub fn attributes(self) -> AttrReader<'a> {
+    pub(crate) fn attributes(self) -> AttrReader<'a> {
         AttrReader::new(self.bytes.get(HEADER + 4..).unwrap_or_default())
     }
 
     /// Returns `nfgen_family`.
-    pub fn family(self) -> u8 {
+    pub(crate) fn family(self) -> u8 {
         self.bytes.get(HEADER).copied().unwrap_or_default()
     }
 
@@ -494,7 +503,7 @@ impl<'a> Message<'a> {
 }
 
 /// Splits one or several datagrams into messages.
-pub fn messages(bytes: &[u8]) -> impl Iterator<Item = Message<'_>> {
+pub(crate) fn messages(bytes: &[u8]) -> impl Iterator<Item = Message<'_>> {
     let mut rest = bytes;
     std::iter::from_fn(move || {
         let length = rest.get(..4)?.try_into().ok().map(u32::from_ne_bytes)?;
@@ -507,7 +516,7 @@ pub fn messages(bytes: &[u8]) -> impl Iterator<Item = Message<'_>> {
 }
 
 /// The kernel's answer to a message.
-pub struct Acknowledgement {
+pub(crate) struct Acknowledgement {
     /// The sequence number of the message.
     pub seq: u32,
     /// The errno as a positive number, 0 on success.

@@ -48,14 +48,14 @@ fn put_text(out: &mut Vec<u8>, kind: u8, text: &str) {
 }
 
 /// Encodes the user data of a rule or element with a comment.
-pub fn comment(text: &str) -> Vec<u8> {
+pub(crate) fn comment(text: &str) -> Vec<u8> {
     let mut out = Vec::with_capacity(text.len() + 3);
     put_text(&mut out, RULE_OR_ELEMENT_COMMENT, text);
     out
 }
 
 /// Returns the comment in the user data of a rule or element.
-pub fn read_comment(mut bytes: &[u8]) -> Option<&str> {
+pub(crate) fn read_comment(mut bytes: &[u8]) -> Option<&str> {
     while let [kind, length, rest @ ..] = bytes {
         let value = rest.get(..usize::from(*length))?;
         if *kind == RULE_OR_ELEMENT_COMMENT {
@@ -67,7 +67,7 @@ pub fn read_comment(mut bytes: &[u8]) -> Option<&str> {
 }
 
 /// Encodes the user data of a set.
-pub fn set(declaration: &Declaration, family: Family) -> Vec<u8> {
+pub(crate) fn set(declaration: &Declaration, family: Family) -> Vec<u8> {
     let typeof_needed = declaration.needs_typeof(family);
     let mut out = Vec::new();
     let key = &declaration.key;

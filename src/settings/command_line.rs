@@ -1,7 +1,7 @@
-//! The command line: the flags with their values, and which of them were given.
+//! The command line: the values of the flags, and which of them were given.
 //!
-//! Which flags were given matters beside a configuration file, and the page `/flagz` shows all
-//! values. The subcommands print something and have nothing to do with the flags.
+//! A configuration file overrules most flags that were given, and the page `/flagz` shows all
+//! values. The subcommands print something and take no flags.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -63,7 +63,7 @@ impl CommandLine {
     ///
     /// # Errors
     ///
-    /// Those of the arguments, and the requests for help and the version.
+    /// Errors of the arguments, and the requests for help and the version.
     pub(crate) fn parse(
         arguments: impl IntoIterator<Item = impl Into<OsString> + Clone>,
     ) -> Result<Self, clap::Error> {
@@ -78,21 +78,21 @@ impl CommandLine {
         })
     }
 
-    /// Replaces the settings by those of a file. Flags for what a file does not have keep their
-    /// effect, and so do the given flags that count for more than the file.
+    /// Replaces the settings by those of a file. Flags without a field in the file keep their effect,
+    /// and so do given flags that take precedence over it.
     pub(super) fn replace(&mut self, mut settings: Settings) {
         let mut flags = self.matches.clone();
         for field in FIELDS {
             for flag in field.flags {
                 if !(field.flag_wins && self.is_given(flag)) {
-                    // Fails for a name that no flag has, which a test excludes.
+                    // This fails only for the name of no flag, which a test excludes.
                     let _ = flags.try_clear_id(flag);
                 }
             }
         }
         match settings.update_from_arg_matches(&flags) {
             Ok(()) => self.settings = settings,
-            // The flags have been read without an error before.
+            // The flags have been parsed without an error before.
             Err(error) => error.exit(),
         }
     }
@@ -102,7 +102,7 @@ impl CommandLine {
         self.matches.value_source(flag) == Some(ValueSource::CommandLine)
     }
 
-    /// Returns the given flags that have no effect beside a configuration file, as they are written.
+    /// Returns the given flags that a configuration file overrules, such as `--cluster-cidr`.
     pub(crate) fn overruled(&self) -> Vec<String> {
         let fields = FIELDS.iter().filter(|field| !field.flag_wins);
         let flags = fields.flat_map(|field| field.flags);
@@ -114,8 +114,8 @@ impl CommandLine {
         names
     }
 
-    /// Returns the values of all flags by name, defaults included. Of flags that never have an
-    /// effect only the given ones are there.
+    /// Returns the values of all flags by name, including defaults. Flags that never have an effect
+    /// are included only if they were given.
     pub(crate) fn values(&self) -> BTreeMap<String, String> {
         let command = Settings::command();
         let flags = command.get_arguments();
@@ -129,7 +129,7 @@ impl CommandLine {
     }
 }
 
-/// Returns the value of a flag as it is written.
+/// Returns the value of a flag as text.
 fn shown(matches: &ArgMatches, id: &str) -> String {
     let Ok(Some(raw)) = matches.try_get_raw(id) else {
         return String::new();
@@ -138,7 +138,7 @@ fn shown(matches: &ArgMatches, id: &str) -> String {
     texts.join(",")
 }
 
-/// Returns an error in one line: what is wrong, and what may have been meant.
+/// Returns an error in one line, with the most similar flag or value.
 pub(crate) fn one_line(error: &clap::Error) -> String {
     let rendered = error.render().to_string();
     let mut line = rendered.lines().next().unwrap_or_default().to_owned();
@@ -179,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_file_overrules_is_named_as_it_was_written() {
+    fn flags_that_a_file_overrules_are_listed() {
         let line = parsed(&[
             "--cluster-cidr=10.0.0.0/8",
             "--hostname-override=a",
@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn all_flags_have_a_value_to_show() {
+    fn all_flags_have_a_value() {
         let line = parsed(&["--manifests=a", "--manifests=b", "-vv", "--dry-run"]);
         let values = line.values();
         let value = |name: &str| values[name].as_str();
@@ -203,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn errors_are_one_line_with_what_was_meant() {
+    fn errors_are_one_line_with_a_suggestion() {
         for (args, wanted) in [
             (
                 &["--manifest=x"][..],

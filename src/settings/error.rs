@@ -1,4 +1,4 @@
-//! What is wrong with a value.
+//! Errors of values.
 
 use std::net::IpAddr;
 
@@ -7,7 +7,7 @@ use thiserror::Error;
 
 use super::values::LONGEST_INTERFACE_NAME;
 
-/// A value that cannot be used. clap puts the value and its flag before the text.
+/// An invalid value. clap puts the value and its flag before the message.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 pub(crate) enum Error {
     #[error("{0:?} is not a duration; write one such as 24h, 90s or 1h30m, or 0; at most 2562047h")]
@@ -16,14 +16,16 @@ pub(crate) enum Error {
     Range(String),
     #[error("`{0}` has no prefix length; write {0}/{bits} for this one address", bits = if .0.is_ipv4() { 32 } else { 128 })]
     Prefix(IpAddr),
-    #[error("there is nothing before or after a comma; write the ranges like {0}")]
+    #[error("a range is missing before or after a comma; write ranges like {0}")]
     Gap(&'static str),
     #[error("{0} and {1} are both {family}; give at most one range per family", family = family(.0))]
     TwoOfAFamily(IpNet, IpNet),
-    #[error("`primary` stands for itself; write either primary or ranges like 10.0.0.0/8")]
+    #[error(
+        "`primary` cannot be combined with ranges; write either primary or ranges like 10.0.0.0/8"
+    )]
     PrimaryAndRanges,
     #[error(
-        "`{0}` is not an IP address; write IP, IP:PORT, [IPv6]:PORT, :PORT or an empty text for nowhere"
+        "`{0}` is not an IP address; write IP, IP:PORT, [IPv6]:PORT, :PORT or an empty value to disable it"
     )]
     Address(String),
     #[error("`{0}` is not a port; write a number from 0 to 65535, where 0 is any free port")]
@@ -39,21 +41,21 @@ pub(crate) enum Error {
     )]
     DetectLocalMode,
     #[error(
-        "--detect-local-mode BridgeInterface needs the name of the pods' bridge; give it with --pod-bridge-interface, for example cni0"
+        "--detect-local-mode BridgeInterface needs the bridge of the pods; give it with --pod-bridge-interface, for example cni0"
     )]
     NoBridge,
     #[error(
-        "--detect-local-mode InterfaceNamePrefix needs what the names of the pods' interfaces begin with; give it with --pod-interface-name-prefix, for example veth"
+        "--detect-local-mode InterfaceNamePrefix needs the prefix of the pods' interfaces; give it with --pod-interface-name-prefix, for example veth"
     )]
     NoPrefix,
-    #[error("names of interfaces have at most {LONGEST_INTERFACE_NAME} bytes, and this has {0}")]
+    #[error("a name of an interface has at most {LONGEST_INTERFACE_NAME} bytes; this one has {0}")]
     LongInterface(usize),
     #[error(
-        "`{0}` cannot be in the name of an interface; names have letters, digits and marks such as - _ . but no space, / : * or quotes"
+        "the name of an interface cannot contain `{0}`; it has letters, digits and characters such as - _ . but no space, / : * or quotes"
     )]
     InterfaceCharacter(char),
     #[error(
-        "there is no mode `{0}`; leave the mode out or write nftables (iptables and ipvs are accepted and mean the same)"
+        "there is no mode `{0}`; omit it or write nftables (iptables and ipvs are accepted and mean the same)"
     )]
     ProxyMode(String),
     #[error("`{0}` is not a number from -1000 to 1000")]
@@ -73,12 +75,14 @@ pub(crate) enum Error {
     #[error("an entry is empty; write primary or ranges like 10.0.0.0/8")]
     EmptyEntry,
     #[error(
-        "a configuration file cannot say that nothing is answered: an empty {0} means the default there; give an address such as 127.0.0.1 to write a file"
+        "a configuration file cannot disable {0}: an empty value means the default there; give an address such as 127.0.0.1 to write a file"
     )]
     NowhereInFile(&'static str),
     #[error("there is no such format; write text or json")]
     LogFormat,
-    #[error("write all, nftlet or kube-proxy, joined to the flag: --cleanup=nftlet")]
+    #[error(
+        "there is no such scope; write all, nftlet or kube-proxy after an equals sign, as in --cleanup=nftlet"
+    )]
     Cleanup,
     #[error("there is no such value; write on or off")]
     NetworkPolicy,

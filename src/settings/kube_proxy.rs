@@ -1,8 +1,8 @@
-//! Flags that exist for the sake of kube-proxy's command lines.
+//! Flags for compatibility with kube-proxy's command lines.
 //!
-//! A DaemonSet, a systemd unit or an installer that starts kube-proxy starts nftlet as well. The
-//! flags of other modes and of kube-proxy's log library are accepted and named in a warning
-//! ([`Ignored`]); the others set what they mean.
+//! The arguments of kube-proxy in a DaemonSet, a systemd unit or an installer work with nftlet as
+//! well. Flags of other modes and of kube-proxy's log library are accepted with a warning
+//! ([`Ignored`]).
 
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Command, FromArgMatches};
@@ -56,7 +56,7 @@ const SWITCHES: [&str; 12] = [
     "skip-log-headers",
 ];
 
-/// How kube-proxy's log library writes its own flags.
+/// Names with underscores, as kube-proxy's log library writes its flags.
 const UNDERLINED: [(&str, &str); 8] = [
     ("add-dir-header", "add_dir_header"),
     ("log-backtrace-at", "log_backtrace_at"),
@@ -78,7 +78,7 @@ impl Ignored {
         Self::all().any(|name| name == flag)
     }
 
-    /// Returns the given flags, as they are written.
+    /// Returns the given flags, such as `--vmodule`.
     pub(crate) fn given(&self) -> Vec<String> {
         self.0.iter().map(|name| format!("--{name}")).collect()
     }
@@ -126,14 +126,14 @@ impl FromArgMatches for Ignored {
 /// The value of one `-v`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Verbose {
-    /// A number of levels more.
+    /// Raises the level by a number.
     More(u8),
-    /// A number of levels in all.
+    /// Sets the level.
     Level(u8),
 }
 
 impl Verbose {
-    /// Parses what follows `-v`: nothing, more of them as in `-vvv`, or a verbosity of kube-proxy.
+    /// Parses what follows `-v`: nothing, more letters as in `-vvv`, or a verbosity of kube-proxy.
     pub(super) fn parse(text: &str) -> Result<Self, Error> {
         if text.bytes().all(|byte| byte == b'v') {
             let more = u8::try_from(text.len()).unwrap_or(u8::MAX);
@@ -145,12 +145,11 @@ impl Verbose {
         }
     }
 
-    /// Returns what a verbosity of kube-proxy means.
     pub(super) fn of_kube_proxy(level: u32) -> Self {
         Self::Level(from_kube_proxy(level))
     }
 
-    /// Returns the level that several of them result in.
+    /// Returns the resulting level.
     pub(super) fn sum(all: &[Self]) -> u8 {
         all.iter().fold(0, |sum, one| match one {
             Self::More(levels) => sum.saturating_add(*levels),
@@ -159,8 +158,7 @@ impl Verbose {
     }
 }
 
-/// Converts a verbosity of kube-proxy, whose 2 is usual, to the number of `-v` that shows about as
-/// much.
+/// Converts a verbosity of kube-proxy, usually 2, to the number of `-v` with about as many lines.
 fn from_kube_proxy(level: u32) -> u8 {
     match level {
         0..=3 => 0,
@@ -170,7 +168,7 @@ fn from_kube_proxy(level: u32) -> u8 {
     }
 }
 
-/// Converts a number of `-v` to the verbosity of kube-proxy that shows about as much.
+/// Converts a number of `-v` to the verbosity of kube-proxy with about as many lines.
 pub(super) fn to_kube_proxy(level: u8) -> u8 {
     match level {
         0 => 0,

@@ -3,13 +3,13 @@
 //! [`Settings`] declares each setting once, as a flag with a typed value. A field of the
 //! configuration file is one line in `file/fields.rs`, which names the flag, and reads and writes
 //! the same value. Flags that kube-proxy has as well keep its names and meanings. A value that
-//! cannot be used is refused at the start, in one line that says what to write instead.
+//! is invalid is an error at the start, in one line that says what to write instead.
 //!
 //! ```text
 //! arguments ─> CommandLine ─────────┐
 //!                                   ├─> Settings ─> --write-config-to, /configz
 //! file ─> File (fields, notes) ─────┘
-//!   └─> follow (a change that can be used ends the process)
+//!   └─> follow (a valid change ends the process)
 //! ```
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -25,7 +25,7 @@ pub(crate) use command_line::{CommandLine, one_line};
 pub(crate) use error::Error;
 use kube_proxy::{Ignored, Verbose};
 pub(crate) use modes::{Cleanup, DetectLocalMode, LogFormat, NetworkPolicyMode, ProxyMode};
-pub(crate) use values::{BindAddress, ClusterCidrs, InterfaceName, NodePortAddresses};
+pub(crate) use values::{BindAddress, ClusterCidrs, InterfaceName, NodePortAddressesSetting};
 use values::{
     count, duration, manifests, masquerade_bit, node_name, oom_score_adj, server, switch,
 };
@@ -49,14 +49,14 @@ fn version(commit: Option<&str>) -> String {
     }
 }
 
-/// kube-proxy's address for probes: any, since load balancers ask from outside.
+/// kube-proxy's address for probes: all, since load balancers connect from outside.
 const HEALTHZ: Defaults = Defaults {
     port: 10256,
     v4: Ipv4Addr::UNSPECIFIED,
     v6: Ipv6Addr::UNSPECIFIED,
 };
 
-/// kube-proxy's address for Prometheus: inside the node only.
+/// kube-proxy's address for metrics: loopback.
 const METRICS: Defaults = Defaults {
     port: 10249,
     v4: Ipv4Addr::LOCALHOST,
@@ -92,8 +92,8 @@ Examples:
 )]
 pub struct Settings {
     /// Read the settings from a KubeProxyConfiguration (kubeproxy.config.k8s.io/v1alpha1), such as
-    /// the one kubeadm writes. Flags for what is in it are ignored, except --hostname-override,
-    /// -v and --log-format. nftlet ends when the file changes, to be started again.
+    /// the one kubeadm writes. Flags of its settings are ignored, except --hostname-override, -v
+    /// and --log-format. nftlet exits when the file changes, so that its supervisor restarts it.
     #[arg(long, value_name = "FILE", help_heading = "Configuration")]
     pub(crate) config: Option<PathBuf>,
 
@@ -106,8 +106,8 @@ pub struct Settings {
     )]
     pub(crate) write_config_to: Option<PathBuf>,
 
-    /// Make the kernel settings of connection tracking, which may need more rights than the rules,
-    /// and exit.
+    /// Set the kernel parameters of connection tracking, which may need more privileges than the
+    /// rules, and exit.
     #[arg(
         long,
         help_heading = "Configuration",
@@ -123,7 +123,7 @@ pub struct Settings {
     )]
     pub init_only: bool,
 
-    /// Accepted for kube-proxy's sake: nftables, iptables and ipvs all mean nftables here.
+    /// Accepted for compatibility with kube-proxy: nftables, iptables and ipvs all mean nftables.
     #[arg(
         long,
         value_name = "MODE",
@@ -132,8 +132,8 @@ pub struct Settings {
     )]
     pub(crate) proxy_mode: ProxyMode,
 
-    /// How readily the kernel ends this process when memory runs out, from -1000 to 1000
-    /// [default: -999, as far as the process may].
+    /// The OOM score adjustment of this process, from -1000 (never killed) to 1000 (killed first)
+    /// [default: -999, if the process may set it].
     #[arg(
         long,
         value_name = "N",
@@ -143,12 +143,12 @@ pub struct Settings {
     )]
     pub(crate) oom_score_adj: Option<i16>,
 
-    /// Read the address of the API server and the credentials for it from this file.
+    /// Read the address of the API server and the credentials from this file.
     #[arg(long, value_name = "FILE", help_heading = "Source")]
     pub(crate) kubeconfig: Option<PathBuf>,
 
-    /// The address of the API server, in place of the one in the kubeconfig or the pod's
-    /// environment, whose credentials are used.
+    /// The address of the API server, instead of that in the kubeconfig or the pod's environment.
+    /// The credentials are still theirs.
     #[arg(
         long,
         value_name = "URL",
@@ -158,8 +158,8 @@ pub struct Settings {
     )]
     pub(crate) master: Option<String>,
 
-    /// Read the objects from a YAML or JSON file, a directory of such files, or standard input
-    /// (-) instead of a cluster, and follow the changes of files. May be given several times.
+    /// Read objects from a YAML or JSON file, a directory of such files, or standard input (-)
+    /// instead of a cluster, and follow changes of files. May be given several times.
     #[arg(
         long,
         value_name = "PATH",
@@ -169,7 +169,7 @@ pub struct Settings {
     )]
     pub(crate) manifests: Vec<PathBuf>,
 
-    /// Remove all rules where the manifests hold no object at the start. Otherwise the rules of an
+    /// Remove all rules if the manifests contain no object at the start. Otherwise the rules of an
     /// earlier run stay in force until there is one.
     #[arg(long, help_heading = "Source", requires = "manifests")]
     pub(crate) allow_empty: bool,
@@ -184,16 +184,16 @@ pub struct Settings {
     )]
     pub hostname_override: Option<String>,
 
-    /// Print the rules as `nft` would read them and exit; change nothing.
+    /// Print the rules in the syntax of nft(8) and exit. Change nothing.
     #[arg(long, help_heading = "Mode", conflicts_with = "once")]
     pub(crate) dry_run: bool,
 
-    /// Write the rules once and exit; they stay.
+    /// Write the rules once and exit. The rules stay.
     #[arg(long, help_heading = "Mode")]
     pub(crate) once: bool,
 
-    /// Remove rules, print what was removed, and exit: those of nftlet and of kube-proxy (all), or
-    /// of one of them. Connections that exist go on.
+    /// Remove the rules of nftlet and of kube-proxy (all), or of one of them, print what was
+    /// removed, and exit. Existing connections continue.
     #[arg(
         long,
         value_name = "all|nftlet|kube-proxy",
@@ -205,12 +205,12 @@ pub struct Settings {
     )]
     pub(crate) cleanup: Option<Cleanup>,
 
-    /// Leave kube-proxy's rules where they are. Otherwise they are removed once nftlet's own stand.
+    /// Keep kube-proxy's rules. Otherwise they are removed once nftlet's are in force.
     #[arg(long, help_heading = "Mode")]
     pub(crate) keep_kube_proxy: bool,
 
-    /// The pod network, at most one range per IP family. Traffic to ClusterIPs from elsewhere is
-    /// masqueraded; without a range of a family none of that family is.
+    /// The pod network, at most one range per IP family. Traffic to ClusterIPs from other addresses
+    /// is masqueraded; without a range of a family, no traffic of that family is.
     #[arg(
         long,
         value_name = "CIDR[,CIDR]",
@@ -220,32 +220,32 @@ pub struct Settings {
     )]
     pub(crate) cluster_cidr: ClusterCidrs,
 
-    /// Recognise traffic of pods by ClusterCIDR (the range of --cluster-cidr), NodeCIDR (the ranges in
-    /// spec.podCIDRs of the Node), BridgeInterface (the bridge it comes in by) or
-    /// InterfaceNamePrefix (the name of the interface it comes in by).
+    /// Recognise traffic of pods by ClusterCIDR (the ranges of --cluster-cidr), NodeCIDR
+    /// (spec.podCIDRs of the Node), BridgeInterface (the bridge on which it arrives) or
+    /// InterfaceNamePrefix (the name of the interface on which it arrives).
     #[arg(long, value_name = "MODE", help_heading = "Services", default_value_t)]
     pub(crate) detect_local_mode: DetectLocalMode,
 
-    /// The bridge that the pods of this node are attached to; with BridgeInterface.
+    /// The bridge of this node's pods, for BridgeInterface.
     #[arg(long, value_name = "NAME", help_heading = "Services")]
     pub(crate) pod_bridge_interface: Option<InterfaceName>,
 
-    /// What the names of the interfaces of this node's pods begin with; with InterfaceNamePrefix.
+    /// The prefix of the interfaces of this node's pods, for InterfaceNamePrefix.
     #[arg(long, value_name = "PREFIX", help_heading = "Services")]
     pub(crate) pod_interface_name_prefix: Option<InterfaceName>,
 
-    /// Answer NodePorts on the local addresses inside these ranges, or on the node's own address
-    /// of each family (primary). A family without a range means all of its local addresses. May be
-    /// given several times.
+    /// Serve NodePorts on the local addresses in these ranges, or on the node's own address of each
+    /// family (primary). Of a family without a range, all local addresses are served. May be given
+    /// several times.
     #[arg(
         long,
         value_name = "primary|CIDR,...",
         help_heading = "Services",
-        default_values_t = [NodePortAddresses::Primary]
+        default_values_t = [NodePortAddressesSetting::Primary]
     )]
-    pub(crate) nodeport_addresses: Vec<NodePortAddresses>,
+    pub(crate) nodeport_addresses: Vec<NodePortAddressesSetting>,
 
-    /// Masquerade all traffic to ClusterIPs, wherever it comes from.
+    /// Masquerade all traffic to ClusterIPs, from any source.
     #[arg(
         long,
         help_heading = "Services",
@@ -260,8 +260,8 @@ pub struct Settings {
     )]
     pub(crate) masquerade_all: bool,
 
-    /// The bit of the packet mark, from 0 to 31, that asks for masquerading; others must not use
-    /// it.
+    /// The bit of the packet mark, from 0 to 31, that marks packets for masquerading. Other programs
+    /// must not use it.
     #[arg(
         long,
         alias = "iptables-masquerade-bit",
@@ -272,16 +272,16 @@ pub struct Settings {
     )]
     pub(crate) masquerade_bit: u8,
 
-    /// The node's own address, in place of those in its Node object; an unspecified address
-    /// (0.0.0.0, ::) means those.
+    /// The node's own address, instead of those in its Node object. 0.0.0.0 and :: select those in
+    /// the Node object.
     #[arg(long, value_name = "IP", help_heading = "Services")]
     pub(crate) bind_address: Option<IpAddr>,
 
-    /// Connections to track for each core [default: 32768, as far as the process may].
+    /// Tracked connections per core [default: 32768, if the process may set it].
     #[arg(long, value_name = "N", help_heading = CONNTRACK, value_parser = count)]
     pub(crate) conntrack_max_per_core: Option<u32>,
 
-    /// Connections to track at least, unless --conntrack-max-per-core is 0.
+    /// The lowest number of tracked connections, unless --conntrack-max-per-core is 0.
     #[arg(
         long,
         value_name = "N",
@@ -291,16 +291,15 @@ pub struct Settings {
     )]
     pub(crate) conntrack_min: u32,
 
-    /// How long an idle TCP connection is remembered [default: 24h, as far as the process may].
+    /// The timeout of idle established TCP connections [default: 24h, if the process may set it].
     #[arg(long, value_name = "DURATION", help_heading = CONNTRACK, value_parser = duration)]
     pub(crate) conntrack_tcp_timeout_established: Option<Duration>,
 
-    /// How long a TCP connection in CLOSE_WAIT is remembered [default: 1h, as far as the process
-    /// may].
+    /// The timeout of TCP connections in CLOSE_WAIT [default: 1h, if the process may set it].
     #[arg(long, value_name = "DURATION", help_heading = CONNTRACK, value_parser = duration)]
     pub(crate) conntrack_tcp_timeout_close_wait: Option<Duration>,
 
-    /// Accept TCP packets outside of the window.
+    /// Track TCP packets outside of the window, instead of marking them invalid.
     #[arg(
         long,
         help_heading = CONNTRACK,
@@ -315,15 +314,15 @@ pub struct Settings {
     )]
     pub(crate) conntrack_tcp_be_liberal: bool,
 
-    /// How long a UDP flow without an answer is remembered.
+    /// The timeout of UDP flows without a reply.
     #[arg(long, value_name = "DURATION", help_heading = CONNTRACK, value_parser = duration)]
     pub(crate) conntrack_udp_timeout: Option<Duration>,
 
-    /// How long a UDP flow with answers is remembered.
+    /// The timeout of UDP flows with replies.
     #[arg(long, value_name = "DURATION", help_heading = CONNTRACK, value_parser = duration)]
     pub(crate) conntrack_udp_timeout_stream: Option<Duration>,
 
-    /// Enforce the cluster's NetworkPolicies (on), or neither read nor enforce them (off).
+    /// Enforce NetworkPolicies (on), or neither read nor enforce them (off).
     #[arg(
         long,
         value_name = "on|off",
@@ -332,24 +331,25 @@ pub struct Settings {
     )]
     pub(crate) network_policy: NetworkPolicyMode,
 
-    /// Cut established connections of this node's pods within a second when the NetworkPolicies
-    /// allow them no more, instead of letting them end by themselves. Not with --once.
+    /// Cut established connections of this node's pods that NetworkPolicies no longer allow, within
+    /// a second. Otherwise they continue until they end. Not with --once.
     #[arg(long, help_heading = "Policies")]
     pub(crate) network_policy_strict: bool,
 
-    /// Log the packets that NetworkPolicies deny, with the names of the pods: of each direction
-    /// and IP family 10 a second at most. Not with --once.
+    /// Log packets that NetworkPolicies deny, with the names of the pods, at most 10 a second for
+    /// each direction and IP family. Not with --once.
     #[arg(long, help_heading = "Policies")]
     pub(crate) log_denied: bool,
 
-    /// Answer /metrics here: `IP`, `IP:PORT`, `[IPv6]:PORT`, `:PORT` for all addresses, or an
-    /// empty text for nowhere [default: 127.0.0.1:10249, or `[::1]:10249` where --bind-address is
-    /// IPv6; nowhere with --manifests, --dry-run or --once].
+    /// Serve /metrics on this address: `IP`, `IP:PORT`, `[IPv6]:PORT`, `:PORT` for all addresses, or
+    /// an empty value to disable it [default: 127.0.0.1:10249, or `[::1]:10249` if --bind-address is
+    /// IPv6; disabled with --manifests, --dry-run or --once].
     #[arg(long, value_name = "ADDR", help_heading = "Observability")]
     pub(crate) metrics_bind_address: Option<BindAddress>,
 
-    /// Answer /healthz and /livez here, in the same forms [default: 0.0.0.0:10256, or `[::]:10256`
-    /// where --bind-address is IPv6; nowhere with --manifests, --dry-run or --once].
+    /// Serve /healthz, /readyz and /livez on this address, in the same forms [default:
+    /// 0.0.0.0:10256, or `[::]:10256` if --bind-address is IPv6; disabled with --manifests, --dry-run
+    /// or --once].
     #[arg(long, value_name = "ADDR", help_heading = "Observability")]
     pub(crate) healthz_bind_address: Option<BindAddress>,
 
@@ -368,8 +368,8 @@ pub struct Settings {
     )]
     pub(crate) bind_address_hard_fail: bool,
 
-    /// Log more: -v what is done with each change, -vv every step, -vvv the libraries too. A
-    /// number is a verbosity of kube-proxy: 4 and 5 are -v, 6 and 7 -vv, more -vvv.
+    /// Log each change (-v), every step (-vv), or the libraries as well (-vvv). A number is a
+    /// verbosity of kube-proxy: 4 and 5 mean -v, 6 and 7 mean -vv, more means -vvv.
     #[arg(
         short = 'v',
         alias = "v",
@@ -381,11 +381,11 @@ pub struct Settings {
     )]
     pub(crate) verbose: Vec<Verbose>,
 
-    /// The port of `--healthz-bind-address` on its own; 0 for nowhere.
+    /// The port of `--healthz-bind-address`; 0 disables it.
     #[arg(long, value_name = "PORT", hide = true)]
     pub(crate) healthz_port: Option<u16>,
 
-    /// The port of `--metrics-bind-address` on its own; 0 for nowhere.
+    /// The port of `--metrics-bind-address`; 0 disables it.
     #[arg(long, value_name = "PORT", hide = true)]
     pub(crate) metrics_port: Option<u16>,
 
@@ -402,15 +402,15 @@ pub struct Settings {
     )]
     pub(crate) log_format: LogFormat,
 
-    /// `nftables.syncPeriod` of the configuration file, which has no flag: a round of work that takes
-    /// twice as long is late.
+    /// `nftables.syncPeriod` of the configuration file, which has no flag. Changes that wait twice as
+    /// long make the agent unhealthy.
     #[arg(skip)]
     pub(crate) sync_period: Option<Duration>,
 }
 
-/// A detect-local mode with what it needs.
+/// A detect-local mode with its arguments.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum DetectLocal {
+pub(crate) enum DetectLocalSetting {
     ClusterCidr(Vec<IpNet>),
     NodeCidr,
     BridgeInterface(String),
@@ -444,16 +444,16 @@ impl Settings {
     ///
     /// # Errors
     ///
-    /// When `primary` stands beside ranges.
-    pub(crate) fn nodeport_addresses(&self) -> Result<NodePortAddresses, Error> {
+    /// If there are both `primary` and ranges.
+    pub(crate) fn nodeport_addresses(&self) -> Result<NodePortAddressesSetting, Error> {
         let mut all = self.nodeport_addresses.iter();
         let mut sum = all.next().cloned().unwrap_or_default();
         for more in all {
             match (&mut sum, more) {
-                (NodePortAddresses::Ranges(sum), NodePortAddresses::Ranges(more)) => {
+                (NodePortAddressesSetting::Ranges(sum), NodePortAddressesSetting::Ranges(more)) => {
                     sum.extend(more);
                 }
-                (NodePortAddresses::Primary, NodePortAddresses::Primary) => {}
+                (NodePortAddressesSetting::Primary, NodePortAddressesSetting::Primary) => {}
                 _ => return Err(Error::PrimaryAndRanges),
             }
         }
@@ -461,7 +461,7 @@ impl Settings {
     }
 
     /// Returns the name of this node: the setting, else the variable `NODE_NAME`, else the host name.
-    /// Kubernetes knows nodes in lower case only.
+    /// Names of nodes are in lower case.
     pub(crate) fn node_name(&self, env: Option<String>, hostname: &str) -> String {
         let given = [self.hostname_override.as_deref(), env.as_deref()];
         let mut names = given.into_iter().flatten().map(str::trim);
@@ -475,24 +475,24 @@ impl Settings {
     ///
     /// # Errors
     ///
-    /// When the mode needs the name of an interface and there is none.
-    pub(crate) fn detect_local(&self) -> Result<DetectLocal, Error> {
+    /// If the mode needs the name of an interface and there is none.
+    pub(crate) fn detect_local(&self) -> Result<DetectLocalSetting, Error> {
         let needed = |name: &Option<InterfaceName>, error| match name {
             Some(InterfaceName(name)) if !name.is_empty() => Ok(name.clone()),
             _ => Err(error),
         };
         Ok(match self.detect_local_mode {
             DetectLocalMode::ClusterCidr => {
-                DetectLocal::ClusterCidr(self.cluster_cidr.as_slice().to_vec())
+                DetectLocalSetting::ClusterCidr(self.cluster_cidr.as_slice().to_vec())
             }
-            DetectLocalMode::NodeCidr => DetectLocal::NodeCidr,
-            DetectLocalMode::BridgeInterface => {
-                DetectLocal::BridgeInterface(needed(&self.pod_bridge_interface, Error::NoBridge)?)
-            }
-            DetectLocalMode::InterfaceNamePrefix => DetectLocal::InterfaceNamePrefix(needed(
-                &self.pod_interface_name_prefix,
-                Error::NoPrefix,
+            DetectLocalMode::NodeCidr => DetectLocalSetting::NodeCidr,
+            DetectLocalMode::BridgeInterface => DetectLocalSetting::BridgeInterface(needed(
+                &self.pod_bridge_interface,
+                Error::NoBridge,
             )?),
+            DetectLocalMode::InterfaceNamePrefix => DetectLocalSetting::InterfaceNamePrefix(
+                needed(&self.pod_interface_name_prefix, Error::NoPrefix)?,
+            ),
         })
     }
 
@@ -513,13 +513,12 @@ impl Settings {
         self.conntrack_tcp_timeout_close_wait.unwrap_or(default)
     }
 
-    /// Returns the score against being ended when memory runs out: the setting, or kube-proxy's
-    /// default.
+    /// Returns the OOM score adjustment: the setting, or kube-proxy's default.
     pub(crate) fn oom_score_adj(&self) -> i16 {
         self.oom_score_adj.unwrap_or(-999)
     }
 
-    /// Returns how long a round of work may take, half the time after which it is late.
+    /// Returns half the time that changes may wait before the agent is unhealthy.
     pub(crate) fn sync_period(&self) -> Duration {
         self.sync_period.unwrap_or(Duration::from_secs(30))
     }
@@ -536,7 +535,7 @@ impl Settings {
         let port = port.unwrap_or(defaults.port);
         match given {
             Some(address) => address.resolve(port),
-            // These runs are for looking, often beside a proxy that holds the ports.
+            // These runs are often on a node whose proxy has the ports.
             None if !self.manifests.is_empty() || self.dry_run || self.once => None,
             None => {
                 let own = self.bind_address.map(|own| own.to_canonical());

@@ -5,8 +5,8 @@ use std::str::FromStr;
 
 use super::Error;
 
-/// Implements `FromStr` and `Display` by a table of the words for each value, the first of which is
-/// written.
+/// Implements `FromStr` and `Display` from a table of the words for each value. `Display` writes
+/// the first one.
 macro_rules! words {
     ($type:ident, $error:expr, $($value:ident = $word:literal $(| $other:literal)*),+ $(,)?) => {
         impl FromStr for $type {
@@ -33,9 +33,9 @@ macro_rules! words {
 /// What `--cleanup` removes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Cleanup {
-    /// Everything that nftlet and kube-proxy wrote.
+    /// All that nftlet and kube-proxy wrote.
     All,
-    /// nftlet's own rules.
+    /// nftlet's rules.
     Nftlet,
     /// What kube-proxy wrote.
     KubeProxy,
@@ -67,7 +67,7 @@ pub(crate) enum DetectLocalMode {
     InterfaceNamePrefix,
 }
 
-// An empty text is the default, with kube-proxy too.
+// kube-proxy accepts an empty text as the default.
 words!(
     DetectLocalMode,
     |_| Error::DetectLocalMode,
@@ -80,7 +80,6 @@ words!(
 /// The format of log lines: `--log-format`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum LogFormat {
-    /// Text for people.
     #[default]
     Text,
     /// One JSON object per line.
@@ -97,7 +96,6 @@ words!(
 /// Whether NetworkPolicies are enforced: `--network-policy`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum NetworkPolicyMode {
-    /// Enforced.
     #[default]
     On,
     /// Neither read nor enforced.
@@ -112,22 +110,18 @@ words!(
 );
 
 impl NetworkPolicyMode {
-    /// Returns whether policies are enforced.
     pub(crate) fn is_on(self) -> bool {
         self == Self::On
     }
 }
 
-/// The mode of kube-proxy: `--proxy-mode`, and `mode` in the file. nftlet works with nftables in
-/// each.
+/// The mode of kube-proxy: `--proxy-mode`, and `mode` in the file. nftlet uses nftables in each.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum ProxyMode {
-    /// The mode that nftlet implements.
     #[default]
     Nftables,
-    /// Accepted, since kube-proxy may share the configuration.
+    /// Accepted, as `Ipvs`, since kube-proxy may share the configuration.
     Iptables,
-    /// Accepted, since kube-proxy may share the configuration.
     Ipvs,
 }
 
@@ -143,6 +137,6 @@ impl ProxyMode {
     /// Returns the warning about a mode other than nftables.
     pub(crate) fn note(self) -> Option<String> {
         (self != Self::Nftables)
-            .then(|| format!("mode {self} is for kube-proxy; nftlet works with nftables"))
+            .then(|| format!("mode {self} is for kube-proxy; nftlet uses nftables"))
     }
 }

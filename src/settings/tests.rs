@@ -41,7 +41,10 @@ fn nothing_given_means_the_defaults_of_kube_proxy() {
     assert_eq!(args.kubeconfig, None);
     assert!(args.manifests.is_empty());
     assert!(args.cluster_cidr.as_slice().is_empty());
-    assert_eq!(args.nodeport_addresses(), Ok(NodePortAddresses::Primary));
+    assert_eq!(
+        args.nodeport_addresses(),
+        Ok(NodePortAddressesSetting::Primary)
+    );
     assert!(!args.masquerade_all && !args.dry_run && !args.once);
     assert_eq!(args.verbosity(), 0);
     assert_eq!(args.log_format, LogFormat::Text);
@@ -78,7 +81,7 @@ fn everything_given_is_kept() {
     );
     assert_eq!(
         args.nodeport_addresses(),
-        Ok(NodePortAddresses::Ranges(vec![
+        Ok(NodePortAddressesSetting::Ranges(vec![
             net("10.0.0.0/8"),
             net("fd00::/8")
         ]))
@@ -313,7 +316,7 @@ fn command_lines_of_kube_proxy_are_accepted() {
     assert!(args.init_only && !args.bind_address_hard_fail);
     assert_eq!(
         args.nodeport_addresses(),
-        Ok(NodePortAddresses::Ranges(
+        Ok(NodePortAddressesSetting::Ranges(
             ["10.0.0.0/8", "fd00::/8", "172.16.0.0/12"].map(net).into()
         ))
     );

@@ -1,4 +1,4 @@
-//! The values of settings, as flags and the configuration file write them.
+//! The types and parsers of values of flags and of the configuration file.
 
 use std::ffi::OsString;
 use std::fmt;
@@ -52,18 +52,18 @@ impl fmt::Display for ClusterCidrs {
     }
 }
 
-/// On which of the node's addresses NodePorts answer.
+/// The addresses of the node on which NodePorts are served.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) enum NodePortAddresses {
+pub(crate) enum NodePortAddressesSetting {
     /// The node's own address of each family.
     #[default]
     Primary,
-    /// The local addresses inside these ranges; a family without a range means all of its own.
+    /// The local addresses in these ranges; all those of a family without a range.
     Ranges(Vec<IpNet>),
 }
 
-impl NodePortAddresses {
-    /// Returns the entries of the list that the file has.
+impl NodePortAddressesSetting {
+    /// Returns the entries of the list in the file.
     pub(super) fn entries(&self) -> Vec<String> {
         match self {
             Self::Primary => vec![self.to_string()],
@@ -72,7 +72,7 @@ impl NodePortAddresses {
     }
 }
 
-impl FromStr for NodePortAddresses {
+impl FromStr for NodePortAddressesSetting {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self, Error> {
@@ -85,14 +85,14 @@ impl FromStr for NodePortAddresses {
         }
         let ranges = ranges(text, "10.0.0.0/8,fd00::/8")?;
         if ranges.is_empty() {
-            // An empty list is the default, with kube-proxy too.
+            // kube-proxy accepts an empty list as the default.
             return Ok(Self::Primary);
         }
         Ok(Self::Ranges(ranges))
     }
 }
 
-impl fmt::Display for NodePortAddresses {
+impl fmt::Display for NodePortAddressesSetting {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Primary => f.write_str("primary"),
@@ -101,7 +101,7 @@ impl fmt::Display for NodePortAddresses {
     }
 }
 
-/// Parses ranges separated by commas. An empty text has none.
+/// Parses ranges separated by commas.
 fn ranges(text: &str, example: &'static str) -> Result<Vec<IpNet>, Error> {
     if text.trim().is_empty() {
         return Ok(Vec::new());
@@ -133,10 +133,10 @@ fn join(f: &mut fmt::Formatter<'_>, ranges: &[IpNet]) -> fmt::Result {
     Ok(())
 }
 
-/// The kernel's limit, without the byte that ends the name.
+/// The kernel's limit, without the terminating byte.
 pub(super) const LONGEST_INTERFACE_NAME: usize = 15;
 
-/// The name of an interface, or the beginning of one. An empty one is none.
+/// The name of an interface, or a prefix of names. An empty text is no name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct InterfaceName(pub(super) String);
 
@@ -151,7 +151,7 @@ impl FromStr for InterfaceName {
 
     fn from_str(text: &str) -> Result<Self, Error> {
         let name = text.trim();
-        // The kernel takes a few more, which would have to be quoted wherever rules are shown.
+        // The kernel accepts a few more, but they need quotes in the text of rules.
         let fits = |c: char| c.is_ascii_graphic() && !"/:*\"'`\\".contains(c);
         match name.chars().find(|c| !fits(*c)) {
             Some(wrong) => Err(Error::InterfaceCharacter(wrong)),
@@ -219,10 +219,10 @@ impl FromStr for BindAddress {
         }
         let (address, number) = text.rsplit_once(':').ok_or_else(wrong)?;
         let address = if address.is_empty() {
-            // Linux lets a socket on :: answer IPv4 as well.
+            // On Linux, a socket on :: accepts IPv4 as well.
             Ipv6Addr::UNSPECIFIED.into()
         } else {
-            // An IPv6 address has to be in brackets here: where it ended would be a guess.
+            // Without brackets, the port of an IPv6 address would be ambiguous.
             IpAddr::V4(address.parse().map_err(|_| wrong())?)
         };
         Ok(Self::At(address, Some(port(number)?)))
@@ -236,8 +236,8 @@ fn port(text: &str) -> Result<u16, Error> {
     text.parse().map_err(|_| Error::Port(text.to_owned()))
 }
 
-/// Checks a node name as the API server does: it is a DNS subdomain. Capitals are accepted and made
-/// small, since kube-proxy accepts any host name.
+/// Parses a node name, which is a DNS subdomain. Converts it to lower case, since kube-proxy accepts
+/// any host name.
 pub(super) fn node_name(text: &str) -> Result<String, Error> {
     let name = text.trim().to_lowercase();
     let label = |label: &str| {
@@ -255,7 +255,7 @@ pub(super) fn node_name(text: &str) -> Result<String, Error> {
     }
 }
 
-/// Checks the address of an API server. Without a scheme it is HTTP, as with kube-proxy.
+/// Parses the address of an API server. The default scheme is HTTP, as in kube-proxy.
 pub(super) fn server(text: &str) -> Result<String, Error> {
     let text = text.trim();
     let (scheme, rest) = text.split_once("://").unwrap_or(("http", text));
@@ -263,7 +263,7 @@ pub(super) fn server(text: &str) -> Result<String, Error> {
     let is_host = |c: char| c.is_ascii_alphanumeric() || "-._:[]".contains(c);
     let usable =
         matches!(scheme, "http" | "https") && !host.is_empty() && host.chars().all(is_host);
-    // An address with a password is judged later: here the message would have it.
+    // An address with a password is checked later: clap's message would contain it.
     if usable || text.contains('@') {
         Ok(format!("{scheme}://{rest}"))
     } else {
@@ -271,7 +271,7 @@ pub(super) fn server(text: &str) -> Result<String, Error> {
     }
 }
 
-/// Parses the value of a switch with the words that kube-proxy's flags accept.
+/// Parses a boolean of kube-proxy's flags.
 pub(super) fn switch(text: &str) -> Result<bool, Error> {
     match text {
         "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(true),
@@ -280,7 +280,7 @@ pub(super) fn switch(text: &str) -> Result<bool, Error> {
     }
 }
 
-/// Parses the value of a switch with the words of YAML 1.1, which Kubernetes reads.
+/// Parses a boolean of YAML 1.1, which Kubernetes reads.
 pub(super) fn yaml_switch(text: &str) -> Result<bool, Error> {
     match text.to_ascii_lowercase().as_str() {
         "true" | "yes" | "on" => Ok(true),
@@ -289,7 +289,7 @@ pub(super) fn yaml_switch(text: &str) -> Result<bool, Error> {
     }
 }
 
-/// Parses a number that is not negative and that kube-proxy can hold.
+/// Parses a number from 0 to kube-proxy's maximum.
 pub(super) fn count(text: &str) -> Result<u32, Error> {
     let number: i32 = text
         .trim()
@@ -298,7 +298,6 @@ pub(super) fn count(text: &str) -> Result<u32, Error> {
     number.try_into().map_err(|_| Error::Negative(number))
 }
 
-/// Parses a number that fits the kernel's `/proc/self/oom_score_adj`.
 pub(super) fn oom_score_adj(text: &str) -> Result<i16, Error> {
     let number = text.trim().parse().ok();
     number
@@ -306,7 +305,6 @@ pub(super) fn oom_score_adj(text: &str) -> Result<i16, Error> {
         .ok_or_else(|| Error::OomScoreAdj(text.to_owned()))
 }
 
-/// Parses the number of a bit of the packet mark.
 pub(super) fn masquerade_bit(text: &str) -> Result<u8, Error> {
     let number = text.trim().parse().ok();
     number
@@ -314,8 +312,7 @@ pub(super) fn masquerade_bit(text: &str) -> Result<u8, Error> {
         .ok_or_else(|| Error::MasqueradeBit(text.to_owned()))
 }
 
-/// Parses a duration as Go and kube-proxy write it, such as `24h0m0s`. Refuses what Go cannot hold,
-/// more than 292 years.
+/// Parses a duration of Go, such as `24h0m0s`. Go's maximum is 292 years.
 pub(super) fn duration(text: &str) -> Result<Duration, Error> {
     if text.trim() == "0" {
         return Ok(Duration::ZERO);
@@ -328,7 +325,7 @@ pub(super) fn duration(text: &str) -> Result<Duration, Error> {
         .ok_or_else(|| Error::Duration(text.to_owned()))
 }
 
-/// Writes a duration as Go does, to the millisecond.
+/// Formats a duration as Go does, with milliseconds.
 pub(super) fn go_duration(duration: Duration) -> String {
     let (all, millis) = (duration.as_secs(), duration.subsec_millis());
     let (hours, minutes, seconds) = (all / 3600, all / 60 % 60, all % 60);

@@ -10,9 +10,9 @@
 //!
 //! Reading large tables takes half a second, during which no change may wait. So another thread
 //! reads them, through a socket of its own, and compares with a copy of what was written. Neither
-//! side is ever in memory as a whole: elements are compared by sums ([`Sums`]). The reconciler goes
+//! side is ever in memory as a whole: elements are compared by sums ([`Sums`]). The controller goes
 //! on writing meanwhile, and then a difference may be its own work. Such a difference counts only
-//! when it is there in two rounds one after the other: what the reconciler wrote during the first one
+//! when it is there in two rounds one after the other: what the controller wrote during the first one
 //! is in the copy for the second.
 //!
 //! The kernel interrupts the reading of a table that is written, so an audit that is due waits for
@@ -39,7 +39,7 @@ use crate::services::{TABLE, Tables};
 
 /// How often the kernel is compared.
 pub const EVERY: Duration = Duration::from_secs(600);
-/// How many rounds in a row the reconciler may disturb before the next audit is waited for.
+/// How many rounds in a row the controller may disturb before the next audit is waited for.
 const MOST_ROUNDS: u32 = 8;
 /// How many times in the period of the audits one that is due may look for calm. Between two looks
 /// nothing may be written: a second with the usual period.
@@ -91,7 +91,7 @@ pub enum Step {
 pub enum Verdict {
     /// The kernel has what was written.
     Same,
-    /// It has something else, whatever the reconciler wrote meanwhile.
+    /// It has something else, whatever the controller wrote meanwhile.
     Different,
     /// Another round will tell.
     Again,
@@ -314,7 +314,7 @@ fn note(transaction: &Transaction, difference: &mut Difference) {
     }
 }
 
-impl<K: Kernel> super::Reconciler<'_, K> {
+impl<K: Kernel> super::Controller<'_, K> {
     /// A copy of what was written; `None` while it is not known to be in force.
     pub fn snapshot(&mut self) -> Option<Snapshot> {
         if !self.is_synced() {
@@ -346,7 +346,7 @@ impl<K: Kernel> super::Reconciler<'_, K> {
     /// Judges what an audit found. If the kernel differs, the next [`heal`] reads it, although
     /// no other program may be known to have written.
     ///
-    /// [`heal`]: super::Reconciler::heal
+    /// [`heal`]: super::Controller::heal
     pub fn judge(&mut self, audits: &mut Audits, finding: Finding) -> Verdict {
         let moment = finding.moment;
         let verdict = audits.judge(finding, self.kernel.writes());

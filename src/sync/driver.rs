@@ -15,8 +15,9 @@
 
 use std::time::{Duration, Instant};
 
+use super::kernel::Kernel;
+use super::outcome::Outcome;
 use super::session::KernelSession;
-use super::{Kernel, Outcome};
 use crate::engine::{BUDGET, Change, Engine};
 use crate::model::{Notice, ObjectRef, Reason, Subject};
 use crate::netlink::{Error, ErrorClass, Refusal};
@@ -27,7 +28,7 @@ const MOST_ATTEMPTS: usize = 64;
 
 /// What a driver knows about the rules in force.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DriverState {
+pub(crate) enum DriverState {
     /// Waiting for the first complete lists.
     Listing,
     /// The kernel holds what was written.
@@ -38,7 +39,7 @@ pub enum DriverState {
 
 /// Writes the tables of an engine.
 #[derive(Debug)]
-pub struct Driver<E: Engine> {
+pub(crate) struct Driver<E: Engine> {
     pub(super) engine: E,
     pub(super) state: DriverState,
     budget: usize,
@@ -61,7 +62,7 @@ pub struct Driver<E: Engine> {
 
 /// Measurements of how rules took effect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct InForce {
+pub(crate) struct InForce {
     /// Whether anything was written.
     pub wrote: bool,
     /// Whether the tables were compared with the kernel.
@@ -72,7 +73,7 @@ pub struct InForce {
 
 /// The result of a comparison.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Healed {
+pub(crate) struct Healed {
     /// The outcome; `None` if nothing was compared.
     pub outcome: Option<Outcome>,
     /// Whether something was restored, or could not be.
@@ -81,7 +82,7 @@ pub struct Healed {
 
 impl<E: Engine> Driver<E> {
     /// Creates a driver that has written nothing.
-    pub fn new(engine: E) -> Self {
+    pub(crate) fn new(engine: E) -> Self {
         Self {
             engine,
             state: DriverState::Listing,
@@ -97,38 +98,28 @@ impl<E: Engine> Driver<E> {
     }
 
     /// Sets the most elements of an update.
-    pub fn set_budget(&mut self, elements: usize) {
+    pub(crate) fn set_budget(&mut self, elements: usize) {
         self.budget = elements;
     }
 
-    /// Returns the engine.
-    pub fn engine(&self) -> &E {
-        &self.engine
-    }
-
-    /// Returns the state.
-    pub fn state(&self) -> DriverState {
-        self.state
-    }
-
     /// Whether the rules of complete lists were written before.
-    pub fn has_written(&self) -> bool {
+    pub(crate) fn has_written(&self) -> bool {
         self.written
     }
 
     /// Returns the last error of the kernel, while the rules in force are unknown.
-    pub fn failure(&self) -> Option<&str> {
+    pub(crate) fn failure(&self) -> Option<&str> {
         let failure = self.failure.as_deref();
         failure.filter(|_| self.state == DriverState::Unknown)
     }
 
     /// Whether portions wait for another call of [`Driver::work`].
-    pub fn has_more(&self) -> bool {
+    pub(crate) fn has_more(&self) -> bool {
         self.state == DriverState::Synced && self.more
     }
 
     /// Returns when [`Driver::work`] has something to do without an event.
-    pub fn due(&self) -> Option<Instant> {
+    pub(crate) fn due(&self) -> Option<Instant> {
         // In other states the next attempt does it.
         self.engine
             .due()
@@ -136,14 +127,14 @@ impl<E: Engine> Driver<E> {
     }
 
     /// Takes the changes since the last call, if all of them are in force.
-    pub fn take_in_force(&mut self) -> Option<(InForce, E::Change)> {
+    pub(crate) fn take_in_force(&mut self) -> Option<(InForce, E::Change)> {
         let in_force = self.in_force.take()?;
         Some((in_force, std::mem::take(&mut self.change)))
     }
 
     /// Writes the changes since the last call, or compares everything if the rules in force are
     /// unknown.
-    pub fn work<K: Kernel>(&mut self, kernel: &mut KernelSession<'_, K>) -> Outcome {
+    pub(crate) fn work<K: Kernel>(&mut self, kernel: &mut KernelSession<'_, K>) -> Outcome {
         if !self.engine.is_ready() {
             // The rules in force remain until the lists are complete.
             return match self.state {
@@ -178,7 +169,7 @@ impl<E: Engine> Driver<E> {
     }
 
     /// Reports a failed write and compares with the kernel, since steps of the write may be in force.
-    pub fn write_failed<K: Kernel>(
+    pub(crate) fn write_failed<K: Kernel>(
         &mut self,
         kernel: &mut KernelSession<'_, K>,
         error: &Error,
@@ -194,7 +185,7 @@ impl<E: Engine> Driver<E> {
     /// Compares everything with the kernel and writes the difference.
     ///
     /// Does nothing before the engine is ready.
-    pub fn compare<K: Kernel>(&mut self, kernel: &mut KernelSession<'_, K>) -> Outcome {
+    pub(crate) fn compare<K: Kernel>(&mut self, kernel: &mut KernelSession<'_, K>) -> Outcome {
         if !self.engine.is_ready() {
             return Outcome::Waiting;
         }
@@ -216,7 +207,7 @@ impl<E: Engine> Driver<E> {
     }
 
     /// Compares with the kernel after another process may have changed the tables, and restores them.
-    pub fn heal<K: Kernel>(&mut self, kernel: &mut KernelSession<'_, K>) -> Healed {
+    pub(crate) fn heal<K: Kernel>(&mut self, kernel: &mut KernelSession<'_, K>) -> Healed {
         if self.state == DriverState::Synced && !self.engine.is_ready() {
             // The wanted rules are known when the lists are complete.
             self.state = DriverState::Listing;

@@ -28,28 +28,28 @@ impl fmt::Debug for Followers {
 
 impl Followers {
     /// Subscribes to changes of services.
-    pub fn services(&mut self) -> Receiver<Arc<ServiceChanges>> {
+    pub(crate) fn services(&mut self) -> Receiver<Arc<ServiceChanges>> {
         let (sender, receiver) = channel();
         self.services.push(sender);
         receiver
     }
 
     /// Subscribes to changes of policies.
-    pub fn policies(&mut self) -> Receiver<Arc<PolicyChanges>> {
+    pub(crate) fn policies(&mut self) -> Receiver<Arc<PolicyChanges>> {
         let (sender, receiver) = channel();
         self.policies.push(sender);
         receiver
     }
 
     /// Watches the isolated addresses of this node.
-    pub fn isolated(&mut self) -> watch::Receiver<Isolated> {
+    pub(crate) fn isolated(&mut self) -> watch::Receiver<Isolated> {
         self.isolated
             .get_or_insert_with(|| watch::channel(Isolated::default()).0)
             .subscribe()
     }
 
     /// Watches the namespaces with session affinity.
-    pub fn sticky(&mut self) -> watch::Receiver<Sticky> {
+    pub(crate) fn sticky(&mut self) -> watch::Receiver<Sticky> {
         self.sticky
             .get_or_insert_with(|| watch::channel(Sticky::default()).0)
             .subscribe()

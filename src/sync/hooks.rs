@@ -4,7 +4,8 @@
 //! getting the lists that it needs to repair the tables. Base chains with names that nftlet does not
 //! use are removed without them. Other rules of an earlier process remain in force.
 
-use super::{Kernel, Reporter};
+use super::kernel::Kernel;
+use super::report::Reporter;
 use crate::model::{Notice, Reason, Subject};
 use crate::netlink;
 use crate::nft::{Family, Name, Op, TableId, Transaction};
@@ -26,7 +27,7 @@ const TABLES: [(&str, IsOwn); 2] = [
 /// # Errors
 ///
 /// The last error, if the chains of a table cannot be read or one of them cannot be removed.
-pub fn remove_foreign_hooks(
+pub(crate) fn remove_foreign_hooks(
     kernel: &mut impl Kernel,
     metrics: &Metrics,
     reporter: &dyn Reporter,

@@ -30,7 +30,7 @@ struct Times {
 
 impl Latency {
     /// Records an event.
-    pub fn arrived(&mut self, delivery: &Delivery) {
+    pub(crate) fn arrived(&mut self, delivery: &Delivery) {
         match delivery.event.kind() {
             Some(Kind::Service) => self.pending.0 += 1,
             Some(Kind::EndpointSlice) => self.pending.1 += 1,
@@ -45,18 +45,18 @@ impl Latency {
     }
 
     /// Records changes of endpoints.
-    pub fn triggered(&mut self, changes: Vec<(ObjectName, i64)>) {
+    pub(crate) fn triggered(&mut self, changes: Vec<(ObjectName, i64)>) {
         self.triggered.extend(changes);
         self.triggered.truncate(MOST_WAITING);
     }
 
     /// Returns the number of Services and EndpointSlices whose changes are not in force.
-    pub fn pending(&self) -> (usize, usize) {
+    pub(crate) fn pending(&self) -> (usize, usize) {
         self.pending
     }
 
     /// Measures all events except those of services for which `is_waiting` returns true.
-    pub fn in_force(&mut self, metrics: &Metrics, is_waiting: impl Fn(&ObjectName) -> bool) {
+    pub(crate) fn in_force(&mut self, metrics: &Metrics, is_waiting: impl Fn(&ObjectName) -> bool) {
         self.pending = (0, 0);
         for (service, at) in self.arrived.drain(..) {
             match service.filter(&is_waiting) {
@@ -83,7 +83,7 @@ impl Latency {
     }
 
     /// Measures changes of endpoints like [`Latency::in_force`].
-    pub fn triggers_in_force(
+    pub(crate) fn triggers_in_force(
         &mut self,
         metrics: &Metrics,
         is_waiting: impl Fn(&ObjectName) -> bool,
@@ -101,7 +101,7 @@ impl Latency {
 
     /// Whether all events were measured.
     #[cfg(test)]
-    pub fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.arrived.is_empty() && self.triggered.is_empty() && self.deferred.is_empty()
     }
 }

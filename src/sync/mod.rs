@@ -6,7 +6,7 @@
 //!                                                └─ changes that took effect ─> followers
 //! ```
 //!
-//! [`Reconciler::handle`] takes all events since the last call, compiles only what they affect, and
+//! [`Controller::handle`] takes all events since the last call, compiles only what they affect, and
 //! writes the difference to what was written before. No timer delays a change: events that arrive
 //! during a write form the next transaction.
 //!
@@ -19,6 +19,7 @@ mod handover;
 mod hooks;
 mod kernel;
 mod latency;
+mod outcome;
 mod queries;
 mod report;
 mod run;
@@ -39,19 +40,20 @@ use crate::services::{self, ServiceSettings};
 use crate::source::SourceStats;
 
 pub use audit::{Audits, EVERY as AUDIT_EVERY, Finding, Snapshot, Step, Verdict};
-pub use driver::{Driver, DriverState, Healed, InForce};
+pub(crate) use driver::{Driver, DriverState, Healed};
 pub use handover::Followers;
-pub use hooks::remove_foreign_hooks;
+pub(crate) use hooks::remove_foreign_hooks;
 pub use kernel::Kernel;
+pub use outcome::{Engines, Outcome, Outcomes};
 pub use queries::{ElementRemoval, Query, RemovalOutcome};
 pub use report::{Log, LogAndSend, Reporter};
 pub use run::{Exit, Signals, run};
-pub use session::KernelSession;
+pub(crate) use session::KernelSession;
 
 use latency::Latency;
 
 /// Writes to the kernel what the objects require, and repairs it.
-pub struct Reconciler<'a, K> {
+pub struct Controller<'a, K> {
     kernel: KernelSession<'a, K>,
     services: Driver<services::Engine>,
     policies: Option<Driver<policies::Engine>>,
@@ -61,63 +63,7 @@ pub struct Reconciler<'a, K> {
     source_stats: Option<Arc<SourceStats>>,
 }
 
-/// The result of [`Reconciler::handle`] and [`Reconciler::resync`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
-    /// Lists are not complete; nothing was written.
-    Waiting,
-    /// The kernel holds the wanted rules.
-    Synced,
-    /// The kernel could not be read or written; retry with [`Reconciler::resync`] after a pause.
-    Failed,
-}
-
-/// Selects engines. They are written, fail and are retried independently.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Engines {
-    /// The tables of services.
-    pub services: bool,
-    /// The tables of network policies.
-    pub policies: bool,
-}
-
-impl Engines {
-    /// Both engines.
-    pub const ALL: Self = Self {
-        services: true,
-        policies: true,
-    };
-    /// Only services.
-    pub const SERVICES: Self = Self {
-        services: true,
-        policies: false,
-    };
-}
-
-/// The outcome of each engine; `None` if it was not selected.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Outcomes {
-    /// The tables of services.
-    pub services: Option<Outcome>,
-    /// The tables of network policies.
-    pub policies: Option<Outcome>,
-}
-
-impl Outcomes {
-    /// Whether an engine has this outcome.
-    pub fn any(self, outcome: Outcome) -> bool {
-        [self.services, self.policies].contains(&Some(outcome))
-    }
-
-    /// Returns the worse outcome of both.
-    pub fn together(self) -> Outcome {
-        let worse = [Outcome::Failed, Outcome::Waiting].into_iter();
-        let worst = worse.into_iter().find(|outcome| self.any(*outcome));
-        worst.unwrap_or(Outcome::Synced)
-    }
-}
-
-impl<'a, K: Kernel> Reconciler<'a, K> {
+impl<'a, K: Kernel> Controller<'a, K> {
     /// Creates a controller that knows no objects yet.
     pub fn new(
         kernel: K,
@@ -191,7 +137,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
         outcome
     }
 
-    /// Whether portions of services wait for another call of [`Reconciler::work`].
+    /// Whether portions of services wait for another call of [`Controller::work`].
     pub fn has_more(&self) -> bool {
         self.services.has_more()
     }
@@ -339,7 +285,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
     /// # Errors
     ///
     /// When the kernel does not answer.
-    pub fn ping_kernel(&mut self) -> Result<(), netlink::Error> {
+    pub(crate) fn ping_kernel(&mut self) -> Result<(), netlink::Error> {
         self.kernel.generation()?;
         if self.is_synced() && !self.services.engine.is_marked() {
             self.kernel.metrics.in_order();
@@ -348,7 +294,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
     }
 
     /// Whether the rules written last are known to be in force.
-    pub fn is_synced(&self) -> bool {
+    pub(crate) fn is_synced(&self) -> bool {
         let policies = self.policies.as_ref();
         let unknown = policies.is_some_and(|policies| policies.state == DriverState::Unknown);
         self.services.state == DriverState::Synced && !unknown
@@ -363,7 +309,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
     }
 
     /// Returns and resets whether another process committed something while the monitor was muted.
-    pub fn take_missed_notifications(&mut self) -> bool {
+    pub(crate) fn take_missed_notifications(&mut self) -> bool {
         self.kernel.take_missed_notifications()
     }
 
@@ -382,13 +328,13 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
     }
 
     /// Whether the lists of policies are complete, or no policies are enforced.
-    pub fn policies_ready(&self) -> bool {
+    pub(crate) fn policies_ready(&self) -> bool {
         let policies = self.policies.as_ref();
         policies.is_none_or(|policies| policies.engine.is_ready())
     }
 
     /// Whether policies are in force, or the reason why not; `None` if there are none to enforce.
-    pub fn policies_in_force(&self) -> Option<Result<(), String>> {
+    pub(crate) fn policies_in_force(&self) -> Option<Result<(), String>> {
         let policies = self.policies.as_ref().filter(|it| it.engine.is_on())?;
         // While lists are read again, the previous rules are in force. The first policies of a
         // cluster, however, wait for the first lists of pods.
@@ -425,7 +371,7 @@ impl<'a, K: Kernel> Reconciler<'a, K> {
     }
 
     /// Returns the kinds without a complete list.
-    pub fn missing(&self) -> Vec<Kind> {
+    pub(crate) fn missing(&self) -> Vec<Kind> {
         let policies = self.policies.as_ref();
         let missing = policies.map_or_else(Vec::new, |policies| policies.engine.missing());
         [self.services.engine.missing(), missing].concat()

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use tokio::sync::{mpsc, oneshot};
 
 use super::driver::DriverState;
-use super::{Kernel, Reconciler};
+use super::{Controller, Kernel};
 use crate::model::ObjectName;
 use crate::netlink::Error;
 use crate::nft::Transaction;
@@ -56,9 +56,9 @@ pub enum RemovalOutcome {
     Failed(Error),
 }
 
-impl<K: Kernel> Reconciler<'_, K> {
+impl<K: Kernel> Controller<'_, K> {
     /// Answers a query.
-    pub fn answer(&mut self, query: Query) {
+    pub(crate) fn answer(&mut self, query: Query) {
         match query {
             Query::Evaluate {
                 connections,
@@ -90,7 +90,11 @@ impl<K: Kernel> Reconciler<'_, K> {
     }
 
     /// Removes elements that packets added, unless services changed since they were selected.
-    pub fn remove(&mut self, transaction: Transaction, affinity_version: u64) -> RemovalOutcome {
+    pub(crate) fn remove(
+        &mut self,
+        transaction: Transaction,
+        affinity_version: u64,
+    ) -> RemovalOutcome {
         if self.services.state != DriverState::Synced {
             return RemovalOutcome::Unknown;
         }

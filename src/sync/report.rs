@@ -134,7 +134,7 @@ fn namespace(subject: &Subject) -> &str {
 
 impl LogAndSend {
     /// Creates a reporter that sends to a channel.
-    pub fn new(notices: mpsc::Sender<Notice>) -> Self {
+    pub(crate) fn new(notices: mpsc::Sender<Notice>) -> Self {
         Self {
             notices,
             limits: Arc::default(),
@@ -142,19 +142,19 @@ impl LogAndSend {
     }
 
     /// Logs that a reported fault has ended.
-    pub fn ended(&self, subject: Subject, reason: Reason, message: &str) {
+    pub(crate) fn ended(&self, subject: Subject, reason: Reason, message: &str) {
         if self.allow(&subject, reason, message) {
             tracing::info!(reason = reason.as_str(), "{subject}: {message}");
         }
     }
 
     /// Logs the numbers of suppressed reports in past windows. Must be called regularly.
-    pub fn log_counts(&self) {
+    pub(crate) fn log_counts(&self) {
         self.log_counts_until(Instant::now());
     }
 
     /// Logs the numbers of suppressed reports in all windows, at the end of the process.
-    pub fn log_last_counts(&self) {
+    pub(crate) fn log_last_counts(&self) {
         self.log_counts_until(Instant::now() + WINDOW);
     }
 

@@ -8,7 +8,7 @@ use tokio::time::{Instant, sleep_until};
 
 use super::queries::{self, Query};
 use super::schedule::{Healing, Retries, Unenforced};
-use super::{Audits, Engines, Kernel, Outcome, Outcomes, Reconciler, Step, Verdict};
+use super::{Audits, Controller, Engines, Kernel, Outcome, Outcomes, Step, Verdict};
 use crate::model::Delivery;
 use crate::serve::health::Health;
 
@@ -54,7 +54,7 @@ pub enum Exit {
 
 /// Handles events until stopped. Writing to the kernel blocks, so call this on a thread of its own.
 pub async fn run<K: Kernel>(
-    reconciler: &mut Reconciler<'_, K>,
+    controller: &mut Controller<'_, K>,
     mut events: mpsc::Receiver<Delivery>,
     mut signals: Signals,
     health: &Health,
@@ -69,7 +69,7 @@ pub async fn run<K: Kernel>(
     let (mut waited, mut log_at) = (PATIENCE, patience);
     let mut batch = Vec::new();
     let (mut open, mut ready) = (true, false);
-    record_policies(reconciler, &mut unenforced, health);
+    record_policies(controller, &mut unenforced, health);
     loop {
         let outcomes = tokio::select! {
             // Timers are rarely due and take precedence, since a steady flow of events would delay them
@@ -77,32 +77,32 @@ pub async fn run<K: Kernel>(
             biased;
             _ = signals.stop.wait_for(|stop| *stop) => return Exit::Stopped,
             Some(query) = queries::next(&mut signals.queries) => {
-                reconciler.answer(query);
+                controller.answer(query);
                 continue;
             }
-            engines = retries.due() => reconciler.work(engines),
+            engines = retries.due() => controller.work(engines),
             () = healing.due() => {
                 let started = Instant::now();
-                let (outcomes, changed) = reconciler.heal();
+                let (outcomes, changed) = controller.heal();
                 healing.done(changed, started.elapsed());
                 outcomes
             }
             () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {
-                reconciler.work(retries.not_waiting())
+                controller.work(retries.not_waiting())
             }
             () = unenforced.due() => {
-                reconciler.report_not_in_force();
+                controller.report_not_in_force();
                 unenforced.reported();
                 continue;
             }
             () = sleep_until(retry_quarantined) => {
                 retry_quarantined = Instant::now() + RETRY_QUARANTINED_EVERY;
-                reconciler.retry_quarantined();
-                reconciler.work(retries.not_waiting())
+                controller.retry_quarantined();
+                controller.work(retries.not_waiting())
             }
             () = sleep_until(pinged + health.period()) => {
                 pinged = Instant::now();
-                if let Err(error) = reconciler.ping_kernel() {
+                if let Err(error) = controller.ping_kernel() {
                     health.unanswered(answered.into_std(), error.to_string());
                     continue;
                 }
@@ -112,9 +112,9 @@ pub async fn run<K: Kernel>(
             step = next_step(&mut signals.audits), if ready => {
                 let Some(audits) = &mut signals.audits else { continue };
                 match step {
-                    Step::Begin => reconciler.audit(audits),
+                    Step::Begin => controller.audit(audits),
                     Step::Judge(finding) => {
-                        if reconciler.judge(audits, finding) == Verdict::Different {
+                        if controller.judge(audits, finding) == Verdict::Different {
                             healing.request();
                         }
                     }
@@ -123,13 +123,13 @@ pub async fn run<K: Kernel>(
             }
             () = sleep_until(patience), if !ready => {
                 patience += PATIENCE;
-                reconciler.kernel.remove_foreign_hooks();
+                controller.kernel.remove_foreign_hooks();
                 if patience < log_at {
                     continue;
                 }
                 log_at = patience + waited;
                 waited = (waited * 2).min(LONGEST_PATIENCE);
-                let missing = reconciler.missing();
+                let missing = controller.missing();
                 if !missing.is_empty() {
                     let kinds: Vec<_> = missing.iter().map(|kind| kind.as_str()).collect();
                     tracing::info!("waiting for the complete list of {}", kinds.join(", "));
@@ -143,26 +143,26 @@ pub async fn run<K: Kernel>(
             received = events.recv_many(&mut batch, BATCH), if open => {
                 if received == 0 {
                     open = false;
-                    if retries.is_empty() && !reconciler.has_more() {
+                    if retries.is_empty() && !controller.has_more() {
                         return Exit::SourcesGone;
                     }
                     continue;
                 }
                 health.queued();
-                reconciler.take_over(batch.drain(..));
-                reconciler.work(retries.not_waiting())
+                controller.take_over(batch.drain(..));
+                controller.work(retries.not_waiting())
             }
             // After events, which also write a portion. Yields to the runtime, which would not check
             // timers otherwise.
-            () = tokio::task::yield_now(), if reconciler.has_more() => {
-                reconciler.work(Engines::SERVICES)
+            () = tokio::task::yield_now(), if controller.has_more() => {
+                controller.work(Engines::SERVICES)
             }
         };
         retries.record(outcomes);
-        let node = reconciler.store().node();
+        let node = controller.store().node();
         health.node_going_away(node.is_some_and(|node| node.going_away));
-        due = reconciler.due().map(Instant::from_std);
-        record_policies(reconciler, &mut unenforced, health);
+        due = controller.due().map(Instant::from_std);
+        record_policies(controller, &mut unenforced, health);
         if outcomes.any(Outcome::Failed) {
             if signals.once {
                 return Exit::Failed;
@@ -170,14 +170,14 @@ pub async fn run<K: Kernel>(
             health.failed("the kernel refused the rules; see the log");
         } else if outcomes.any(Outcome::Waiting) {
             health.incomplete();
-        } else if retries.is_empty() && reconciler.is_synced() {
+        } else if retries.is_empty() && controller.is_synced() {
             health.synced();
             if !std::mem::replace(&mut ready, true) {
                 for ready in signals.ready.drain(..) {
                     // The receiver may have ended.
                     let _ = ready.send(());
                 }
-                match reconciler.policies_in_force() {
+                match controller.policies_in_force() {
                     Some(Err(_)) => {
                         tracing::info!(
                             "the rules are in place; network policies are not in force yet"
@@ -187,14 +187,14 @@ pub async fn run<K: Kernel>(
                     Some(Ok(())) | None => tracing::info!("the rules are in place"),
                 }
             }
-            if signals.once && reconciler.policies_ready() && !reconciler.has_more() {
+            if signals.once && controller.policies_ready() && !controller.has_more() {
                 return Exit::Programmed;
             }
-            if reconciler.take_missed_notifications() {
+            if controller.take_missed_notifications() {
                 healing.request();
             }
         }
-        if !open && retries.is_empty() && !reconciler.has_more() {
+        if !open && retries.is_empty() && !controller.has_more() {
             return Exit::SourcesGone;
         }
     }
@@ -202,12 +202,12 @@ pub async fn run<K: Kernel>(
 
 /// Records whether network policies are in force, if there are any.
 fn record_policies<K: Kernel>(
-    reconciler: &Reconciler<'_, K>,
+    controller: &Controller<'_, K>,
     unenforced: &mut Unenforced,
     health: &Health,
 ) {
-    if let Some(in_force) = reconciler.policies_in_force() {
-        reconciler
+    if let Some(in_force) = controller.policies_in_force() {
+        controller
             .kernel
             .metrics
             .policies_in_force(in_force.is_ok());

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep_until};
 
-use super::{Engines, Outcome, Outcomes};
+use super::outcome::{Engines, Outcome, Outcomes};
 
 const SHORTEST_RETRY: Duration = Duration::from_millis(100);
 const LONGEST_RETRY: Duration = Duration::from_secs(30);
@@ -35,7 +35,7 @@ struct EngineRetry {
 impl Retries {
     /// Schedules a retry for each engine that failed, after a pause that doubles, and cancels the retry of
     /// each that succeeded.
-    pub fn record(&mut self, outcomes: Outcomes) {
+    pub(crate) fn record(&mut self, outcomes: Outcomes) {
         for (retry, outcome) in [
             (&mut self.services, outcomes.services),
             (&mut self.policies, outcomes.policies),
@@ -54,13 +54,13 @@ impl Retries {
     }
 
     /// Whether no engine waits for a retry.
-    pub fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.services.is_none() && self.policies.is_none()
     }
 
     /// Returns the engines that do not wait for a retry. Only these write events at once, since an attempt
     /// after a failure reads and compares whole tables.
-    pub fn not_waiting(&self) -> Engines {
+    pub(crate) fn not_waiting(&self) -> Engines {
         Engines {
             services: self.services.is_none(),
             policies: self.policies.is_none(),
@@ -68,7 +68,7 @@ impl Retries {
     }
 
     /// Waits until an engine is due, forever without any, and returns those due.
-    pub async fn due(&self) -> Engines {
+    pub(crate) async fn due(&self) -> Engines {
         let of = |retry: Option<EngineRetry>| retry.map(|retry| retry.at);
         let (services, policies) = (of(self.services), of(self.policies));
         let Some(next) = services.into_iter().chain(policies).min() else {
@@ -104,12 +104,12 @@ impl Default for Healing {
 
 impl Healing {
     /// Requests a repair.
-    pub fn request(&mut self) {
+    pub(crate) fn request(&mut self) {
         self.due.get_or_insert(self.allowed);
     }
 
     /// Waits until a repair is due, forever without a request.
-    pub async fn due(&self) {
+    pub(crate) async fn due(&self) {
         match self.due {
             Some(at) => sleep_until(at).await,
             None => std::future::pending().await,
@@ -121,7 +121,7 @@ impl Healing {
     /// Pauses grow while another process keeps changing the tables, until a quiet minute. If
     /// notifications are lost because other processes write a lot, unnecessary comparisons take a fifth
     /// of the time at most.
-    pub fn done(&mut self, changed: bool, took: Duration) {
+    pub(crate) fn done(&mut self, changed: bool, took: Duration) {
         let now = Instant::now();
         self.due = None;
         if now.saturating_duration_since(self.allowed) > QUIET {
@@ -151,7 +151,7 @@ pub(super) struct Unenforced {
 
 impl Unenforced {
     /// Records whether policies are in force.
-    pub fn record(&mut self, in_force: bool) {
+    pub(crate) fn record(&mut self, in_force: bool) {
         if !in_force {
             self.next
                 .get_or_insert_with(|| Instant::now() + UNENFORCED_AFTER);
@@ -164,7 +164,7 @@ impl Unenforced {
     }
 
     /// Waits until a report is due, forever if they are in force.
-    pub async fn due(&self) {
+    pub(crate) async fn due(&self) {
         match self.next {
             Some(at) => sleep_until(at).await,
             None => std::future::pending().await,
@@ -172,13 +172,13 @@ impl Unenforced {
     }
 
     /// Records a report.
-    pub fn reported(&mut self) {
+    pub(crate) fn reported(&mut self) {
         self.announce = true;
         self.next = Some(Instant::now() + UNENFORCED_EVERY);
     }
 
     /// Requests a log line when they are in force.
-    pub fn announce(&mut self) {
+    pub(crate) fn announce(&mut self) {
         self.announce = true;
     }
 }

@@ -2,7 +2,9 @@
 
 use std::time::Instant;
 
-use super::{Kernel, Reporter, remove_foreign_hooks};
+use super::hooks::remove_foreign_hooks;
+use super::kernel::Kernel;
+use super::report::Reporter;
 use crate::model::Notice;
 use crate::netlink::Error;
 use crate::nft::{Family, Ruleset, Transaction};
@@ -12,7 +14,7 @@ use crate::serve::metrics::Metrics;
 ///
 /// It detects commits by other processes: each commit to any table adds one to the generation of the
 /// kernel's ruleset, and the session counts its own commits.
-pub struct KernelSession<'a, K> {
+pub(crate) struct KernelSession<'a, K> {
     kernel: K,
     pub(super) metrics: &'a Metrics,
     pub(super) reporter: &'a dyn Reporter,
@@ -27,7 +29,7 @@ pub struct KernelSession<'a, K> {
 
 impl<'a, K: Kernel> KernelSession<'a, K> {
     /// Creates a session over a kernel.
-    pub fn new(kernel: K, metrics: &'a Metrics, reporter: &'a dyn Reporter) -> Self {
+    pub(crate) fn new(kernel: K, metrics: &'a Metrics, reporter: &'a dyn Reporter) -> Self {
         Self {
             kernel,
             metrics,
@@ -43,7 +45,11 @@ impl<'a, K: Kernel> KernelSession<'a, K> {
     /// # Errors
     ///
     /// When a step is refused or cannot be sent. `written` counts the steps before it, which took effect.
-    pub fn write(&mut self, transaction: Transaction, written: &mut usize) -> Result<(), Error> {
+    pub(crate) fn write(
+        &mut self,
+        transaction: Transaction,
+        written: &mut usize,
+    ) -> Result<(), Error> {
         for step in transaction.into_steps() {
             let started = Instant::now();
             let applied = self.kernel.apply(&step);
@@ -83,7 +89,7 @@ impl<'a, K: Kernel> KernelSession<'a, K> {
     /// # Errors
     ///
     /// When the tables cannot be read.
-    pub fn read(&mut self, table: &str, wanted: &Ruleset) -> Result<Ruleset, Error> {
+    pub(crate) fn read(&mut self, table: &str, wanted: &Ruleset) -> Result<Ruleset, Error> {
         if self.expected_generation.is_none() {
             self.expected_generation = self.kernel.generation().ok();
         }
@@ -95,18 +101,18 @@ impl<'a, K: Kernel> KernelSession<'a, K> {
     /// # Errors
     ///
     /// When the kernel does not answer.
-    pub fn generation(&mut self) -> Result<u32, Error> {
+    pub(crate) fn generation(&mut self) -> Result<u32, Error> {
         self.kernel.generation()
     }
 
     /// Whether no other process has committed anything since the tables were compared.
-    pub fn is_as_expected(&mut self) -> bool {
+    pub(crate) fn is_as_expected(&mut self) -> bool {
         let now = self.kernel.generation().ok();
         now.is_some() && now == self.expected_generation
     }
 
     /// Sets the expected generation to the current one, before everything is compared.
-    pub fn expect_present(&mut self) {
+    pub(crate) fn expect_present(&mut self) {
         self.expected_generation = self.kernel.generation().ok();
     }
 
@@ -132,17 +138,17 @@ impl<'a, K: Kernel> KernelSession<'a, K> {
     }
 
     /// Returns and resets whether another process committed something while the monitor was muted.
-    pub fn take_missed_notifications(&mut self) -> bool {
+    pub(crate) fn take_missed_notifications(&mut self) -> bool {
         std::mem::take(&mut self.missed_notifications)
     }
 
     /// Returns the number of transactions written.
-    pub fn writes(&self) -> u64 {
+    pub(crate) fn writes(&self) -> u64 {
         self.writes
     }
 
     /// Removes foreign base chains from nftlet's tables, and reports failures.
-    pub fn remove_foreign_hooks(&mut self) {
+    pub(crate) fn remove_foreign_hooks(&mut self) {
         let removed = remove_foreign_hooks(&mut self.kernel, self.metrics, self.reporter);
         if let Err(error) = removed {
             self.failed(&error);
@@ -150,13 +156,13 @@ impl<'a, K: Kernel> KernelSession<'a, K> {
     }
 
     /// Counts and reports a failure.
-    pub fn failed(&self, error: &Error) {
+    pub(crate) fn failed(&self, error: &Error) {
         self.metrics.failure();
         self.reporter.failed(error);
     }
 
     /// Counts and reports a notice.
-    pub fn report(&self, notice: &Notice) {
+    pub(crate) fn report(&self, notice: &Notice) {
         self.metrics.notice(notice.reason.as_str());
         self.reporter.notice(notice);
     }

@@ -1,4 +1,4 @@
-//! The reconciler against a model of the kernel.
+//! The controller against a model of the kernel.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -62,9 +62,9 @@ impl Bench {
         }
     }
 
-    pub(crate) fn reconciler(&self) -> Reconciler<'_, Fake> {
+    pub(crate) fn controller(&self) -> Controller<'_, Fake> {
         let (kernel, settings) = (self.kernel.clone(), self.settings.clone());
-        Reconciler::new(kernel, settings, &self.metrics, &self.heard)
+        Controller::new(kernel, settings, &self.metrics, &self.heard)
     }
 
     pub(crate) fn heard(&self) -> Vec<String> {
@@ -76,8 +76,8 @@ impl Bench {
         std::mem::take(&mut self.kernel.0.borrow_mut().applied)
     }
 
-    pub(crate) fn assert_as_wanted(&self, reconciler: &Reconciler<Fake>) {
-        let wanted = services::wanted(reconciler.store(), &self.settings).0;
+    pub(crate) fn assert_as_wanted(&self, controller: &Controller<Fake>) {
+        let wanted = services::wanted(controller.store(), &self.settings).0;
         let actual = self.kernel.0.borrow().ruleset.clone();
         assert_eq!(meaning(&actual), meaning(&wanted));
         let service_tables = Family::ALL.map(|family| actual.tables.get(&table_id(family)));
@@ -95,13 +95,13 @@ impl Bench {
     }
 }
 
-pub(crate) fn handle(reconciler: &mut Reconciler<Fake>, events: Vec<Event>) -> Outcome {
-    reconciler.handle(events.into_iter().map(Delivery::now))
+pub(crate) fn handle(controller: &mut Controller<Fake>, events: Vec<Event>) -> Outcome {
+    controller.handle(events.into_iter().map(Delivery::now))
 }
 
 /// Heals, and tells what was achieved and whether something was put back.
-pub(crate) fn heal(reconciler: &mut Reconciler<Fake>) -> (Outcome, bool) {
-    let (outcomes, changed) = reconciler.heal();
+pub(crate) fn heal(controller: &mut Controller<Fake>) -> (Outcome, bool) {
+    let (outcomes, changed) = controller.heal();
     (outcomes.together(), changed)
 }
 
@@ -190,23 +190,23 @@ pub(crate) fn meaning(ruleset: &Ruleset) -> Ruleset {
 #[test]
 fn nothing_is_written_before_all_lists_are_complete() {
     let bench = Bench::new();
-    let mut reconciler = bench.reconciler();
+    let mut controller = bench.controller();
     let web = service("web", &["10.96.0.10"], &[80]);
     let events = lists(vec![web.into()]);
     let last = events.len() - 1;
     for event in &events[..last] {
         assert_eq!(
-            handle(&mut reconciler, vec![event.clone()]),
+            handle(&mut controller, vec![event.clone()]),
             Outcome::Waiting
         );
     }
     assert_eq!(bench.kernel.0.borrow().reads, 0);
     assert!(bench.applied().is_empty());
     assert_eq!(
-        handle(&mut reconciler, vec![events[last].clone()]),
+        handle(&mut controller, vec![events[last].clone()]),
         Outcome::Synced
     );
-    bench.assert_as_wanted(&reconciler);
+    bench.assert_as_wanted(&controller);
     assert_eq!(
         bench.applied().len(),
         1,
@@ -217,19 +217,19 @@ fn nothing_is_written_before_all_lists_are_complete() {
 #[test]
 fn one_replaced_endpoint_is_two_elements() {
     let bench = Bench::new();
-    let mut reconciler = bench.reconciler();
+    let mut controller = bench.controller();
     let web = service("web", &["10.96.0.10"], &[80]);
     let endpoints: Vec<u8> = (1..=10).collect();
     let before = slice("web-1", &web, Family::V4, &endpoints);
     handle(
-        &mut reconciler,
+        &mut controller,
         lists(vec![node().into(), web.clone().into(), before.into()]),
     );
     bench.applied();
     let mut replaced = endpoints.clone();
     replaced[3] = 201;
     let after = slice("web-1", &web, Family::V4, &replaced);
-    assert_eq!(handle(&mut reconciler, vec![put(after)]), Outcome::Synced);
+    assert_eq!(handle(&mut controller, vec![put(after)]), Outcome::Synced);
     let applied = bench.applied();
     let ops: Vec<_> = applied.iter().flat_map(|t| &t.ops).collect();
     let touched: Vec<_> = ops
@@ -249,22 +249,22 @@ fn one_replaced_endpoint_is_two_elements() {
             ("add", "endpoints", 1)
         ]
     );
-    bench.assert_as_wanted(&reconciler);
+    bench.assert_as_wanted(&controller);
 }
 
 #[test]
 fn a_new_number_of_endpoints_brings_its_chain_first() {
     let bench = Bench::new();
-    let mut reconciler = bench.reconciler();
+    let mut controller = bench.controller();
     let web = service("web", &["10.96.0.10"], &[80]);
     let two = slice("web-1", &web, Family::V4, &[1, 3]);
     handle(
-        &mut reconciler,
+        &mut controller,
         lists(vec![web.clone().into(), two.clone().into()]),
     );
     bench.applied();
     let three = slice("web-1", &web, Family::V4, &[1, 3, 5]);
-    handle(&mut reconciler, vec![put(three.clone())]);
+    handle(&mut controller, vec![put(three.clone())]);
     let applied = bench.applied();
     assert_eq!(applied.len(), 2);
     assert!(
@@ -274,12 +274,12 @@ fn a_new_number_of_endpoints_brings_its_chain_first() {
             .all(|op| matches!(op, Op::AddChain(..) | Op::AddRule(..)))
     );
     assert!(applied[1].elements() == applied[1].ops.iter().map(Op::elements).sum::<usize>());
-    bench.assert_as_wanted(&reconciler);
+    bench.assert_as_wanted(&controller);
     // Back and forth: the chains are there already.
     for object in [two, three] {
-        handle(&mut reconciler, vec![put(object)]);
+        handle(&mut controller, vec![put(object)]);
         assert_eq!(bench.applied().len(), 1);
-        bench.assert_as_wanted(&reconciler);
+        bench.assert_as_wanted(&controller);
     }
     let lb_2 = Name::from("lb-2");
     let has = |bench: &Bench| {
@@ -289,19 +289,19 @@ fn a_new_number_of_endpoints_brings_its_chain_first() {
             .contains_key(&lb_2)
     };
     assert!(has(&bench), "an unused chain stays for a while");
-    reconciler.remove_chains_unused_since(Instant::now());
+    controller.remove_chains_unused_since(Instant::now());
     assert!(!has(&bench));
-    bench.assert_as_wanted(&reconciler);
+    bench.assert_as_wanted(&controller);
 }
 
 #[test]
 fn a_shared_element_stays_until_nobody_asks_for_it() {
     let bench = Bench::new();
-    let mut reconciler = bench.reconciler();
+    let mut controller = bench.controller();
     let web = service("web", &["10.96.0.10"], &[80]);
     let api = service("api", &["10.96.0.11"], &[80]);
     handle(
-        &mut reconciler,
+        &mut controller,
         lists(vec![
             web.clone().into(),
             api.clone().into(),
@@ -316,11 +316,11 @@ fn a_shared_element_stays_until_nobody_asks_for_it() {
         table.sets[&ServiceSet::Hairpin.name()].elements.len()
     };
     assert_eq!(hairpins(), 1);
-    handle(&mut reconciler, vec![delete(Kind::Service, "web")]);
+    handle(&mut controller, vec![delete(Kind::Service, "web")]);
     assert_eq!(hairpins(), 1);
-    handle(&mut reconciler, vec![delete(Kind::EndpointSlice, "api-1")]);
+    handle(&mut controller, vec![delete(Kind::EndpointSlice, "api-1")]);
     assert_eq!(hairpins(), 0);
-    bench.assert_as_wanted(&reconciler);
+    bench.assert_as_wanted(&controller);
 }
 
 #[test]
@@ -334,15 +334,15 @@ fn a_restart_with_rules_in_place_changes_only_what_differs() {
             slice("web-2", &web, Family::V6, &[1, 2, last]).into(),
         ])
     };
-    handle(&mut bench.reconciler(), objects(3));
+    handle(&mut bench.controller(), objects(3));
     bench.applied();
-    let mut same = bench.reconciler();
+    let mut same = bench.controller();
     assert_eq!(handle(&mut same, objects(3)), Outcome::Synced);
     assert!(
         bench.applied().is_empty(),
         "nothing changed while it was away"
     );
-    let mut other = bench.reconciler();
+    let mut other = bench.controller();
     assert_eq!(handle(&mut other, objects(5)), Outcome::Synced);
     let applied = bench.applied();
     assert_eq!(applied.len(), 1);
@@ -358,12 +358,12 @@ fn a_restart_with_rules_in_place_changes_only_what_differs() {
 #[test]
 fn after_a_failure_the_kernel_is_read_and_repaired() {
     let bench = Bench::new();
-    let mut reconciler = bench.reconciler();
+    let mut controller = bench.controller();
     let web = service("web", &["10.96.0.10"], &[80]);
     let slice_of = |endpoints: &[u8]| put(slice("web-1", &web, Family::V4, endpoints));
-    handle(&mut reconciler, lists(vec![web.clone().into()]));
+    handle(&mut controller, lists(vec![web.clone().into()]));
     // Someone else removes an element that the next transaction wants to replace.
-    handle(&mut reconciler, vec![slice_of(&[1, 3])]);
+    handle(&mut controller, vec![slice_of(&[1, 3])]);
     let endpoints = ServiceSet::Endpoints.name();
     bench
         .kernel
@@ -379,29 +379,29 @@ fn after_a_failure_the_kernel_is_read_and_repaired() {
         .elements
         .clear();
     assert_eq!(
-        handle(&mut reconciler, vec![slice_of(&[1, 5])]),
+        handle(&mut controller, vec![slice_of(&[1, 5])]),
         Outcome::Synced
     );
-    bench.assert_as_wanted(&reconciler);
+    bench.assert_as_wanted(&controller);
     assert!(bench.heard()[0].contains("the kernel refused"));
     // The kernel cannot be written at all for a while.
     bench.kernel.0.borrow_mut().failures = 3;
     assert_eq!(
-        handle(&mut reconciler, vec![slice_of(&[1, 7])]),
+        handle(&mut controller, vec![slice_of(&[1, 7])]),
         Outcome::Failed
     );
     assert_eq!(
-        handle(&mut reconciler, vec![slice_of(&[9])]),
+        handle(&mut controller, vec![slice_of(&[9])]),
         Outcome::Failed
     );
-    assert_eq!(reconciler.resync(), Outcome::Synced);
-    bench.assert_as_wanted(&reconciler);
+    assert_eq!(controller.resync(), Outcome::Synced);
+    bench.assert_as_wanted(&controller);
 }
 
 #[test]
 fn services_without_local_endpoints_are_counted_by_policy() {
     let bench = Bench::new();
-    let mut reconciler = bench.reconciler();
+    let mut controller = bench.controller();
     let mut web = service("web", &["10.96.0.10"], &[80, 443]);
     web.external_ips = vec!["198.51.100.7".parse().unwrap()];
     web.external_policy = TrafficPolicy::Local;
@@ -417,62 +417,62 @@ fn services_without_local_endpoints_are_counted_by_policy() {
         }
     };
     let mut objects: Vec<Object> = vec![node().into(), web.clone().into(), dns.clone().into()];
-    handle(&mut reconciler, lists(objects.clone()));
+    handle(&mut controller, lists(objects.clone()));
     // Without any endpoint they are refused like all others.
     expect(0, 0);
     // Odd ones are on another node.
     objects.push(slice("web-1", &web, Family::V4, &[1, 3]).into());
     objects.push(slice("dns-1", &dns, Family::V4, &[1]).into());
-    handle(&mut reconciler, objects.into_iter().map(put).collect());
+    handle(&mut controller, objects.into_iter().map(put).collect());
     expect(1, 1);
     let local = slice("web-1", &web, Family::V4, &[1, 2]);
-    handle(&mut reconciler, vec![put(local)]);
+    handle(&mut controller, vec![put(local)]);
     expect(1, 0);
     dns.internal_policy = TrafficPolicy::Cluster;
-    handle(&mut reconciler, vec![put(dns)]);
+    handle(&mut controller, vec![put(dns)]);
     expect(0, 0);
-    handle(&mut reconciler, vec![delete(Kind::EndpointSlice, "web-1")]);
-    handle(&mut reconciler, vec![delete(Kind::Service, "web")]);
+    handle(&mut controller, vec![delete(Kind::EndpointSlice, "web-1")]);
+    handle(&mut controller, vec![delete(Kind::Service, "web")]);
     expect(0, 0);
 }
 
 #[test]
 fn while_a_retry_is_due_events_are_taken_over_without_touching_the_kernel() {
     let bench = Bench::new();
-    let mut reconciler = bench.reconciler();
+    let mut controller = bench.controller();
     let web = service("web", &["10.96.0.10"], &[80]);
-    handle(&mut reconciler, lists(vec![web.clone().into()]));
+    handle(&mut controller, lists(vec![web.clone().into()]));
     bench.kernel.0.borrow_mut().failures = 2;
     let slice_of = |endpoints: &[u8]| put(slice("web-1", &web, Family::V4, endpoints));
     assert_eq!(
-        handle(&mut reconciler, vec![slice_of(&[1])]),
+        handle(&mut controller, vec![slice_of(&[1])]),
         Outcome::Failed
     );
     let reads = bench.kernel.0.borrow().reads;
     for last in 2..50 {
-        reconciler.take_over([Delivery::now(slice_of(&[last]))]);
+        controller.take_over([Delivery::now(slice_of(&[last]))]);
     }
     assert_eq!(bench.kernel.0.borrow().reads, reads);
-    assert_eq!(reconciler.resync(), Outcome::Synced);
+    assert_eq!(controller.resync(), Outcome::Synced);
     assert_eq!(bench.kernel.0.borrow().reads, reads + 1);
-    bench.assert_as_wanted(&reconciler);
+    bench.assert_as_wanted(&controller);
 }
 
 #[test]
 fn a_failure_to_remove_unused_chains_is_repaired_at_once() {
     let bench = Bench::new();
-    let mut reconciler = bench.reconciler();
+    let mut controller = bench.controller();
     let web = service("web", &["10.96.0.10"], &[80]);
     let two = slice("web-1", &web, Family::V4, &[1, 3]);
     let objects = vec![web.clone().into(), two.into()];
-    handle(&mut reconciler, lists(objects));
+    handle(&mut controller, lists(objects));
     let one = slice("web-1", &web, Family::V4, &[1]);
-    handle(&mut reconciler, vec![put(one)]);
+    handle(&mut controller, vec![put(one)]);
     // Someone else removes the whole table, with the chain that is about to be removed.
     bench.kernel.0.borrow_mut().ruleset = Ruleset::default();
-    let removed = reconciler.remove_chains_unused_since(Instant::now());
+    let removed = controller.remove_chains_unused_since(Instant::now());
     assert_eq!(removed.together(), Outcome::Synced);
-    bench.assert_as_wanted(&reconciler);
+    bench.assert_as_wanted(&controller);
     assert_eq!(bench.heard().len(), 1);
     let counted = |family, count| {
         format!(
@@ -488,7 +488,7 @@ fn a_failure_to_remove_unused_chains_is_repaired_at_once() {
 #[tokio::test]
 async fn a_cluster_that_does_not_tell_all_is_no_reason_to_restart() {
     let bench = Bench::new();
-    let mut reconciler = bench.reconciler();
+    let mut controller = bench.controller();
     let (begin, passed) = (Instant::now(), Arc::new(AtomicU64::new(0)));
     let clock = passed.clone();
     let health = Health::with_clock(Duration::from_secs(30), move || Moment {
@@ -520,6 +520,6 @@ async fn a_cluster_that_does_not_tell_all_is_no_reason_to_restart() {
         assert_eq!(health.livez().message, None);
         stop.send_replace(true);
     };
-    let (exit, ()) = tokio::join!(run(&mut reconciler, received, signals, &health), test);
+    let (exit, ()) = tokio::join!(run(&mut controller, received, signals, &health), test);
     assert_eq!(exit, Exit::Stopped);
 }

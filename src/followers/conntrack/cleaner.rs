@@ -23,7 +23,7 @@ const LONGEST_RETRY: Duration = Duration::from_secs(60);
 const MOST_FAILED: usize = 1 << 16;
 
 /// Lists and deletes flows.
-pub trait Tracker {
+pub(crate) trait Tracker {
     /// Deletes the stale flows that match a filter and returns their number.
     ///
     /// # Errors
@@ -40,7 +40,7 @@ pub trait Tracker {
 }
 
 /// The connection tracking of the network namespace in which it was opened.
-pub struct KernelFlows {
+pub(crate) struct KernelFlows {
     list: Conntrack,
     /// Deletes flows during the dump, so that the list need not be kept.
     delete: Conntrack,
@@ -52,7 +52,7 @@ impl KernelFlows {
     /// # Errors
     ///
     /// See [`Conntrack::open`].
-    pub fn open() -> Result<Self, ConntrackError> {
+    pub(crate) fn open() -> Result<Self, ConntrackError> {
         Ok(Self {
             list: Conntrack::open()?,
             delete: Conntrack::open()?,
@@ -86,7 +86,7 @@ impl Tracker for KernelFlows {
 }
 
 /// Deletes the stale flows of dirty frontends.
-pub struct Cleaner<'a, T> {
+pub(crate) struct Cleaner<'a, T> {
     open: fn() -> Result<T, ConntrackError>,
     tracker: Option<T>,
     pending: Pending,
@@ -100,7 +100,7 @@ pub struct Cleaner<'a, T> {
 
 impl<'a, T: Tracker> Cleaner<'a, T> {
     /// Creates a cleaner that opens its tracker for its first task, and again after a failure.
-    pub fn new(
+    pub(crate) fn new(
         open: fn() -> Result<T, ConntrackError>,
         pending: Pending,
         metrics: &'a Metrics,
@@ -118,7 +118,7 @@ impl<'a, T: Tracker> Cleaner<'a, T> {
     }
 
     /// Runs until the queue is closed and empty.
-    pub fn run(mut self) {
+    pub(crate) fn run(mut self) {
         let mut retry = SHORTEST_RETRY;
         loop {
             let limit = (!self.failed.is_empty()).then_some(retry);
@@ -138,7 +138,7 @@ impl<'a, T: Tracker> Cleaner<'a, T> {
 
     /// Deletes the stale flows of some frontends. Returns false if this failed; the frontends are then
     /// kept for a retry.
-    pub fn clean(&mut self, dirty: DirtyFrontends) -> bool {
+    pub(crate) fn clean(&mut self, dirty: DirtyFrontends) -> bool {
         match self.attempt(&dirty) {
             Ok(()) => {
                 self.failing = false;

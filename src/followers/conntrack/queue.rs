@@ -15,7 +15,7 @@ use crate::services::{ServiceChanges, ServicePlan};
 
 /// The dirty frontends that the cleaner has not taken yet.
 #[derive(Debug)]
-pub struct Pending {
+pub(crate) struct Pending {
     changes: Receiver<Arc<ServiceChanges>>,
     /// The plans in force that have UDP frontends.
     plans: HashMap<ObjectName, Arc<ServicePlan>>,
@@ -25,7 +25,7 @@ pub struct Pending {
 
 /// The result of receiving.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Received {
+pub(crate) enum Received {
     /// Frontends to sweep.
     Dirty(DirtyFrontends),
     /// The limit passed.
@@ -36,7 +36,7 @@ pub enum Received {
 
 impl Pending {
     /// Creates a queue that is fed by changes of services.
-    pub fn new(changes: Receiver<Arc<ServiceChanges>>) -> Self {
+    pub(crate) fn new(changes: Receiver<Arc<ServiceChanges>>) -> Self {
         Self {
             changes,
             plans: HashMap::new(),
@@ -46,14 +46,14 @@ impl Pending {
     }
 
     /// Takes the dirty frontends, if there are any.
-    pub fn take(&mut self) -> Option<DirtyFrontends> {
+    pub(crate) fn take(&mut self) -> Option<DirtyFrontends> {
         self.take_over_all();
         let dirty = std::mem::take(&mut self.dirty);
         (!dirty.is_empty()).then_some(dirty)
     }
 
     /// Waits for dirty frontends, for `limit` at most.
-    pub fn receive(&mut self, limit: Option<Duration>) -> Received {
+    pub(crate) fn receive(&mut self, limit: Option<Duration>) -> Received {
         let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
         loop {
             if let Some(dirty) = self.take() {
@@ -76,7 +76,7 @@ impl Pending {
 
     /// Whether a flow is valid by changes after the last call of [`Pending::take`], which may have added
     /// its endpoint.
-    pub fn keeps(&mut self, flow: &Flow, node_port_addresses: &HashSet<IpAddr>) -> bool {
+    pub(crate) fn keeps(&mut self, flow: &Flow, node_port_addresses: &HashSet<IpAddr>) -> bool {
         self.take_over_all();
         self.dirty.evaluate(flow, node_port_addresses) == FlowState::Kept
     }

@@ -4,7 +4,7 @@ use std::sync::Mutex;
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
-use super::cleaner::filters;
+use super::cleaner::{Tracker, filters};
 use super::queue::Received;
 use super::*;
 use crate::model::{Notice, ObjectName};

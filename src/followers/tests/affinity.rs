@@ -8,7 +8,7 @@ use crate::netlink::{Applied, Error};
 use crate::nft::{Element, Key, Ruleset, TableId, Transaction};
 use crate::services::{Sticky, table_id};
 use crate::sync::tests::{Bench, Fake, heal, lists, node, put, service, slice};
-use crate::sync::{Followers, Kernel, Outcome, Reconciler, RemovalOutcome, tests as sync};
+use crate::sync::{Controller, Followers, Kernel, Outcome, RemovalOutcome, tests as sync};
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
@@ -17,17 +17,17 @@ use tokio::sync::mpsc;
 /// The namespace of the services is `shop`.
 const MAP: &str = "affinity/shop";
 
-/// A reconciler with a follower that forgets clients after each call.
+/// A controller with a follower that forgets clients after each call.
 struct Forgetting<'a> {
-    reconciler: Reconciler<'a, Fake>,
+    controller: Controller<'a, Fake>,
     forgetter: Forgetter<Box<dyn Fn() -> Result<Fake, Error>>>,
 }
 
 fn forgetting(bench: &Bench) -> Forgetting<'_> {
-    forgetting_in(bench, bench.reconciler())
+    forgetting_in(bench, bench.controller())
 }
 
-fn forgetting_in<'a>(bench: &Bench, reconciler: Reconciler<'a, Fake>) -> Forgetting<'a> {
+fn forgetting_in<'a>(bench: &Bench, controller: Controller<'a, Fake>) -> Forgetting<'a> {
     let mut followers = Followers::default();
     let kernel = bench.kernel.clone();
     let forgetter = Forgetter::new(
@@ -35,7 +35,7 @@ fn forgetting_in<'a>(bench: &Bench, reconciler: Reconciler<'a, Fake>) -> Forgett
         followers.services(),
     );
     Forgetting {
-        reconciler: reconciler.with_followers(followers),
+        controller: controller.with_followers(followers),
         forgetter,
     }
 }
@@ -43,20 +43,20 @@ fn forgetting_in<'a>(bench: &Bench, reconciler: Reconciler<'a, Fake>) -> Forgett
 impl Forgetting<'_> {
     fn forget(&mut self) {
         let Self {
-            reconciler,
+            controller,
             forgetter,
         } = self;
-        forgetter.work(|transaction, version| reconciler.remove(transaction, version));
+        forgetter.work(|transaction, version| controller.remove(transaction, version));
     }
 
     fn resync(&mut self) {
-        self.reconciler.resync();
+        self.controller.resync();
         self.forget();
     }
 }
 
 fn handle(forgetting: &mut Forgetting, events: Vec<Event>) -> Outcome {
-    let outcome = sync::handle(&mut forgetting.reconciler, events);
+    let outcome = sync::handle(&mut forgetting.controller, events);
     forgetting.forget();
     outcome
 }
@@ -111,11 +111,11 @@ fn sticky(name: &str, cluster_ip: &str, node_port: Option<u16>) -> Service {
 #[test]
 fn clients_are_forgotten_with_their_endpoint() {
     let bench = Bench::new();
-    let mut reconciler = forgetting(&bench);
+    let mut controller = forgetting(&bench);
     let mut web = sticky("web", "10.96.0.10", Some(30080));
     let other = sticky("other", "10.96.0.11", None);
     handle(
-        &mut reconciler,
+        &mut controller,
         lists(vec![
             node().into(),
             web.clone().into(),
@@ -136,11 +136,11 @@ fn clients_are_forgotten_with_their_endpoint() {
     learn(&bench, &known);
     // A new endpoint forgets nobody.
     let grown = slice("web-1", &web, Family::V4, &[1, 2, 3]);
-    handle(&mut reconciler, vec![put(grown)]);
+    handle(&mut controller, vec![put(grown)]);
     assert_eq!(left(&bench), sorted(&known));
     // Endpoint 2 of one service goes; the other service keeps its clients there.
     let shrunk = slice("web-1", &web, Family::V4, &[1, 3]);
-    handle(&mut reconciler, vec![put(shrunk.clone())]);
+    handle(&mut controller, vec![put(shrunk.clone())]);
     let rest = [&known[0], &known[2], &known[4]].map(Clone::clone).to_vec();
     assert_eq!(left(&bench), sorted(&rest));
     // A new process checks everybody.
@@ -166,13 +166,13 @@ fn clients_are_forgotten_with_their_endpoint() {
 #[test]
 fn policy_local_forgets_those_whose_endpoint_is_in_no_scope() {
     let bench = Bench::new();
-    let mut reconciler = forgetting(&bench);
+    let mut controller = forgetting(&bench);
     let mut web = sticky("web", "10.96.0.10", None);
     web.external_ips = vec!["198.51.100.7".parse().unwrap()];
     web.external_policy = TrafficPolicy::Local;
     let with = |endpoints: &[u8]| slice("web-1", &web, Family::V4, endpoints);
     handle(
-        &mut reconciler,
+        &mut controller,
         lists(vec![
             node().into(),
             web.clone().into(),
@@ -187,11 +187,11 @@ fn policy_local_forgets_those_whose_endpoint_is_in_no_scope() {
         client([192, 168, 30, 1], external, 80, 3),
     ];
     learn(&bench, &known);
-    handle(&mut reconciler, vec![put(with(&[1, 2, 4]))]);
+    handle(&mut controller, vec![put(with(&[1, 2, 4]))]);
     assert_eq!(left(&bench), sorted(&known[..2]), "a remote endpoint goes");
-    handle(&mut reconciler, vec![put(with(&[1, 4]))]);
+    handle(&mut controller, vec![put(with(&[1, 4]))]);
     assert_eq!(left(&bench), [known[1].clone()], "one of this node goes");
-    reconciler.resync();
+    controller.resync();
     assert_eq!(left(&bench), [known[1].clone()]);
 }
 
@@ -213,16 +213,16 @@ fn clients_move_to_this_node_when_the_policy_becomes_local() {
     let here = sorted(&known[1..]);
     let mut local = web.clone();
     local.external_policy = TrafficPolicy::Local;
-    let mut reconciler = forgetting(&bench);
-    handle(&mut reconciler, objects(&web));
+    let mut controller = forgetting(&bench);
+    handle(&mut controller, objects(&web));
     learn(&bench, &known);
-    handle(&mut reconciler, vec![put(local.clone())]);
+    handle(&mut controller, vec![put(local.clone())]);
     assert_eq!(left(&bench), here);
     // Back again nobody has to move, nor while the policy stays as it is.
-    handle(&mut reconciler, vec![put(web)]);
+    handle(&mut controller, vec![put(web)]);
     assert_eq!(left(&bench), here);
     learn(&bench, &known);
-    reconciler.resync();
+    controller.resync();
     assert_eq!(left(&bench), sorted(&known));
     // The policy changed while nobody looked.
     let mut restarted = forgetting(&bench);
@@ -233,7 +233,7 @@ fn clients_move_to_this_node_when_the_policy_becomes_local() {
 #[test]
 fn the_clients_of_an_address_are_not_those_of_a_node_port() {
     let bench = Bench::new();
-    let mut reconciler = forgetting(&bench);
+    let mut controller = forgetting(&bench);
     // One has at its address the number that the other one has on the nodes.
     let mut at_address = service("a", &["10.96.0.10"], &[30080]);
     at_address.affinity_seconds = Some(10_800);
@@ -241,7 +241,7 @@ fn the_clients_of_an_address_are_not_those_of_a_node_port() {
     let mut endpoints = slice("a-1", &at_address, Family::V4, &[1]);
     endpoints.ports[0].port = 8080;
     handle(
-        &mut reconciler,
+        &mut controller,
         lists(vec![
             node().into(),
             at_address.clone().into(),
@@ -253,7 +253,7 @@ fn the_clients_of_an_address_are_not_those_of_a_node_port() {
     let known = client([192, 168, 10, 100], [10, 96, 0, 10], 30080, 1);
     learn(&bench, std::slice::from_ref(&known));
     let fewer = slice("b-1", &on_nodes, Family::V4, &[3]);
-    handle(&mut reconciler, vec![put(fewer)]);
+    handle(&mut controller, vec![put(fewer)]);
     assert_eq!(left(&bench), [known]);
 }
 
@@ -262,7 +262,7 @@ fn a_namespace_has_its_map_while_a_service_of_it_is_sticky() {
     let bench = Bench::new();
     let mut followers = Followers::default();
     let sticky_now = followers.sticky();
-    let mut reconciler = bench.reconciler().with_followers(followers);
+    let mut controller = bench.controller().with_followers(followers);
     let mut shop = sticky("web", "10.96.0.10", None);
     let mut bank = sticky("web", "10.96.0.11", None);
     bank.name = ObjectName::new("bank", "web");
@@ -273,7 +273,7 @@ fn a_namespace_has_its_map_while_a_service_of_it_is_sticky() {
     });
     let mut objects: Vec<Object> = vec![node().into(), shop.clone().into(), bank.into()];
     objects.extend(endpoints.map(Object::from));
-    sync::handle(&mut reconciler, lists(objects));
+    sync::handle(&mut controller, lists(objects));
     let namespaces = || -> Vec<String> {
         let sticky: Sticky = sticky_now.borrow().clone();
         sticky.iter().map(|it| it.namespace().to_owned()).collect()
@@ -288,16 +288,16 @@ fn a_namespace_has_its_map_while_a_service_of_it_is_sticky() {
     assert_eq!(maps(), ["affinity/bank", "affinity/shop"]);
     assert_eq!(namespaces(), ["bank", "shop"]);
     shop.affinity_seconds = None;
-    sync::handle(&mut reconciler, vec![put(shop.clone())]);
+    sync::handle(&mut controller, vec![put(shop.clone())]);
     assert_eq!(maps().len(), 2, "it may be needed again soon");
-    reconciler.remove_chains_unused_since(Instant::now());
+    controller.remove_chains_unused_since(Instant::now());
     assert_eq!(maps(), ["affinity/bank"]);
     assert_eq!(namespaces(), ["bank"]);
-    bench.assert_as_wanted(&reconciler);
+    bench.assert_as_wanted(&controller);
     shop.affinity_seconds = Some(5);
-    sync::handle(&mut reconciler, vec![put(shop)]);
+    sync::handle(&mut controller, vec![put(shop)]);
     assert_eq!(namespaces(), ["bank", "shop"]);
-    bench.assert_as_wanted(&reconciler);
+    bench.assert_as_wanted(&controller);
 }
 
 const OUTSIDE: [[u8; 4]; 2] = [[203, 0, 113, 9], [203, 0, 113, 10]];
@@ -329,20 +329,20 @@ fn clients_move_to_this_node_whichever_portion_fails() {
     while fails_after < writes {
         for again in [false, true] {
             let bench = Bench::new();
-            let reconciler = bench.reconciler().with_portions_of(1);
-            let mut reconciler = forgetting_in(&bench, reconciler);
+            let controller = bench.controller().with_portions_of(1);
+            let mut controller = forgetting_in(&bench, controller);
             let objects = vec![node().into(), cluster.clone().into()];
-            handle(&mut reconciler, lists(objects));
-            handle(&mut reconciler, vec![put(endpoints.clone())]);
+            handle(&mut controller, lists(objects));
+            handle(&mut controller, vec![put(endpoints.clone())]);
             learn(&bench, &outside());
             bench.applied();
             bench.kernel.0.borrow_mut().most = Some(fails_after);
-            handle(&mut reconciler, vec![put(local.clone())]);
+            handle(&mut controller, vec![put(local.clone())]);
             if again {
-                reconciler.resync();
+                controller.resync();
             }
             bench.kernel.0.borrow_mut().most = None;
-            reconciler.resync();
+            controller.resync();
             assert_eq!(left(&bench), outside()[1..], "after {fails_after}");
             writes = bench.applied().len();
         }
@@ -380,24 +380,24 @@ fn clients_move_to_this_node_when_a_later_step_of_a_restart_fails() {
 fn clients_move_to_this_node_when_healing_makes_the_policy_local() {
     let (cluster, local, endpoints) = external();
     let bench = Bench::new();
-    let mut reconciler = forgetting(&bench);
+    let mut controller = forgetting(&bench);
     let objects = vec![node().into(), local.into(), endpoints.clone().into()];
-    handle(&mut reconciler, lists(objects));
+    handle(&mut controller, lists(objects));
     let earlier = Bench::new();
     let objects = vec![node().into(), cluster.into(), endpoints.into()];
     handle(&mut forgetting(&earlier), lists(objects));
     let ruleset = earlier.kernel.0.borrow().ruleset.clone();
     bench.kernel.meddle(|now| *now = ruleset);
     learn(&bench, &outside());
-    assert_eq!(heal(&mut reconciler.reconciler), (Outcome::Synced, true));
-    reconciler.forget();
+    assert_eq!(heal(&mut controller.controller), (Outcome::Synced, true));
+    controller.forget();
     assert_eq!(left(&bench), outside()[1..]);
 }
 
 #[test]
 fn clients_move_to_this_node_when_a_service_of_policy_local_takes_over() {
     let bench = Bench::new();
-    let mut reconciler = forgetting(&bench);
+    let mut controller = forgetting(&bench);
     let (a_with, _, endpoints) = external();
     let (mut b, mut b_with) = (
         sticky("b", "10.96.0.11", None),
@@ -415,9 +415,9 @@ fn clients_move_to_this_node_when_a_service_of_policy_local_takes_over() {
         b.into(),
         endpoints.into(),
     ];
-    handle(&mut reconciler, lists(objects));
+    handle(&mut controller, lists(objects));
     learn(&bench, &outside());
-    handle(&mut reconciler, vec![put(a_without), put(b_with)]);
+    handle(&mut controller, vec![put(a_without), put(b_with)]);
     assert_eq!(left(&bench), outside()[1..]);
 }
 
@@ -451,23 +451,23 @@ fn clients_move_to_this_node_although_the_rules_were_unknown_meanwhile() {
     let (ask, mut questions) = mpsc::channel(1);
     let every = Duration::from_secs(3_600);
     let thread = std::thread::spawn(move || forgetter.run(&ask, every, || {}));
-    let mut reconciler = bench.reconciler().with_followers(followers);
+    let mut controller = bench.controller().with_followers(followers);
     let mut next = || questions.blocking_recv().unwrap();
     let objects = vec![node().into(), cluster.into(), endpoints.into()];
-    sync::handle(&mut reconciler, lists(objects));
+    sync::handle(&mut controller, lists(objects));
     learn(&bench, &outside());
-    sync::handle(&mut reconciler, vec![put(local)]);
+    sync::handle(&mut controller, vec![put(local)]);
     let question = next();
     bench.kernel.0.borrow_mut().failures = 2;
     let other = put(service("other", &["10.96.0.20"], &[80]));
-    let outcome = sync::handle(&mut reconciler, vec![other]);
+    let outcome = sync::handle(&mut controller, vec![other]);
     assert_eq!(outcome, Outcome::Failed);
-    reconciler.answer(question);
+    controller.answer(question);
     assert_eq!(left(&bench), outside());
-    assert_eq!(reconciler.resync(), Outcome::Synced);
-    reconciler.answer(next());
+    assert_eq!(controller.resync(), Outcome::Synced);
+    controller.answer(next());
     assert_eq!(left(&bench), outside()[1..]);
-    drop(reconciler);
+    drop(controller);
     thread.join().unwrap();
 }
 
@@ -475,23 +475,23 @@ fn clients_move_to_this_node_although_the_rules_were_unknown_meanwhile() {
 fn a_removal_by_older_plans_is_refused_and_judged_again() {
     let (cluster, local, endpoints) = external();
     let bench = Bench::new();
-    let mut reconciler = forgetting(&bench);
+    let mut controller = forgetting(&bench);
     let objects = vec![node().into(), cluster.clone().into(), endpoints.into()];
-    handle(&mut reconciler, lists(objects));
+    handle(&mut controller, lists(objects));
     learn(&bench, &outside());
-    sync::handle(&mut reconciler.reconciler, vec![put(local)]);
+    sync::handle(&mut controller.controller, vec![put(local)]);
     // The policy is Cluster again before the clients are removed.
     let Forgetting {
-        reconciler,
+        controller,
         forgetter,
-    } = &mut reconciler;
+    } = &mut controller;
     let mut back = Some(put(cluster));
     let mut outcomes = Vec::new();
     forgetter.work(|transaction, version| {
         if let Some(back) = back.take() {
-            sync::handle(reconciler, vec![back]);
+            sync::handle(controller, vec![back]);
         }
-        let removed = reconciler.remove(transaction, version);
+        let removed = controller.remove(transaction, version);
         outcomes.push(matches!(removed, RemovalOutcome::Outdated));
         removed
     });
@@ -502,11 +502,11 @@ fn a_removal_by_older_plans_is_refused_and_judged_again() {
 #[test]
 fn clients_that_time_out_meanwhile_keep_no_others_and_end() {
     let bench = Bench::new();
-    let mut reconciler = forgetting(&bench);
+    let mut controller = forgetting(&bench);
     let web = sticky("web", "10.96.0.10", None);
     let endpoints = slice("web-1", &web, Family::V4, &[1, 2]);
     let objects = vec![node().into(), web.clone().into(), endpoints.into()];
-    handle(&mut reconciler, lists(objects));
+    handle(&mut controller, lists(objects));
     let known = |n: u16| {
         let [high, low] = n.to_be_bytes();
         client([203, 0, high, low], [10, 96, 0, 10], 80, 2)
@@ -522,7 +522,7 @@ fn clients_that_time_out_meanwhile_keep_no_others_and_end() {
         state.reads_of_sets
     };
     handle(
-        &mut reconciler,
+        &mut controller,
         vec![put(slice("web-1", &web, Family::V4, &[1]))],
     );
     assert_eq!(left(&bench), []);
@@ -532,11 +532,11 @@ fn clients_that_time_out_meanwhile_keep_no_others_and_end() {
 #[test]
 fn a_map_that_is_gone_remembers_nobody() {
     let bench = Bench::new();
-    let mut reconciler = forgetting(&bench);
+    let mut controller = forgetting(&bench);
     let (cluster, _, endpoints) = external();
     let mut objects: Vec<Object> = vec![node().into(), cluster.into()];
     objects.push(endpoints.clone().into());
-    handle(&mut reconciler, lists(objects));
+    handle(&mut controller, lists(objects));
     let reads = || bench.kernel.0.borrow().reads_of_sets;
     let before = reads();
     bench.kernel.meddle(|ruleset| {
@@ -545,6 +545,6 @@ fn a_map_that_is_gone_remembers_nobody() {
     });
     let mut fewer = endpoints;
     fewer.endpoints.pop();
-    handle(&mut reconciler, vec![put(fewer)]);
+    handle(&mut controller, vec![put(fewer)]);
     assert_eq!(reads(), before + 1, "it is not tried again");
 }

@@ -32,38 +32,38 @@ fn changes_of_udp_services_are_handed_over_once_the_rules_stand() {
     let bench = Bench::new();
     let mut followers = Followers::default();
     let mut pending = Pending::new(followers.services());
-    let mut reconciler = bench.reconciler().with_followers(followers);
+    let mut controller = bench.controller().with_followers(followers);
     let (a, b) = (dns("a", &["10.96.0.1"]), dns("b", &["10.96.0.2"]));
     let web = service("web", &["10.96.0.3"], &[80]);
     let slices = [&a, &b, &web].map(|s| slice(s.name.as_str(), s, Family::V4, &[1, 2]));
     let mut objects: Vec<Object> = vec![node().into(), a.clone().into(), b.clone().into()];
     objects.push(web.clone().into());
     objects.extend(slices.map(Object::from));
-    handle(&mut reconciler, lists(objects));
+    handle(&mut controller, lists(objects));
     assert_eq!(suspects(&mut pending), [vip(1), vip(2)], "all at first");
 
     let put_slice = |service: &Service, endpoints: &[u8]| {
         put(slice(service.name.as_str(), service, Family::V4, endpoints))
     };
     handle(
-        &mut reconciler,
+        &mut controller,
         vec![put_slice(&a, &[1]), put_slice(&web, &[1])],
     );
     assert_eq!(suspects(&mut pending), [vip(1)], "an endpoint less");
-    handle(&mut reconciler, vec![put_slice(&a, &[1, 2])]);
+    handle(&mut controller, vec![put_slice(&a, &[1, 2])]);
     assert_eq!(suspects(&mut pending), [], "one more");
-    handle(&mut reconciler, vec![put_slice(&a, &[])]);
+    handle(&mut controller, vec![put_slice(&a, &[])]);
     assert_eq!(suspects(&mut pending), [vip(1)], "none left");
 
     let mut wider = b.clone();
     wider.external_ips = vec!["10.96.0.9".parse().unwrap()];
-    handle(&mut reconciler, vec![put(wider)]);
+    handle(&mut controller, vec![put(wider)]);
     assert_eq!(
         suspects(&mut pending),
         [vip(9)],
         "a change of the service alone"
     );
-    handle(&mut reconciler, vec![delete(Kind::Service, "b")]);
+    handle(&mut controller, vec![delete(Kind::Service, "b")]);
     assert_eq!(suspects(&mut pending), [vip(2), vip(9)]);
 }
 
@@ -72,19 +72,19 @@ fn endpoints_that_drain_are_no_reason_to_look_until_they_are_gone() {
     let bench = Bench::new();
     let mut followers = Followers::default();
     let mut pending = Pending::new(followers.services());
-    let mut reconciler = bench.reconciler().with_followers(followers);
+    let mut controller = bench.controller().with_followers(followers);
     let a = dns("a", &["10.96.0.1"]);
     let full = slice("a", &a, Family::V4, &[1, 2]);
     let objects = vec![node().into(), a.clone().into(), full.clone().into()];
-    handle(&mut reconciler, lists(objects));
+    handle(&mut controller, lists(objects));
     assert_eq!(suspects(&mut pending), [vip(1)]);
     let mut draining = full.clone();
     draining.endpoints[0].ready = false;
     draining.endpoints[0].terminating = true;
-    handle(&mut reconciler, vec![put(draining)]);
+    handle(&mut controller, vec![put(draining)]);
     assert_eq!(suspects(&mut pending), []);
     assert!(!bench.applied().is_empty(), "the rules changed");
-    handle(&mut reconciler, vec![put(slice("a", &a, Family::V4, &[2]))]);
+    handle(&mut controller, vec![put(slice("a", &a, Family::V4, &[2]))]);
     assert_eq!(suspects(&mut pending), [vip(1)]);
 }
 
@@ -93,16 +93,16 @@ fn what_a_failed_transaction_would_have_changed_is_handed_over_later() {
     let bench = Bench::new();
     let mut followers = Followers::default();
     let mut pending = Pending::new(followers.services());
-    let mut reconciler = bench.reconciler().with_followers(followers);
+    let mut controller = bench.controller().with_followers(followers);
     let (a, b) = (dns("a", &["10.96.0.1"]), dns("b", &["10.96.0.2"]));
     let objects = vec![node().into(), a.into(), b.into()];
-    handle(&mut reconciler, lists(objects));
+    handle(&mut controller, lists(objects));
     assert_eq!(suspects(&mut pending).len(), 2);
     bench.kernel.0.borrow_mut().failures = 2;
-    let outcome = handle(&mut reconciler, vec![delete(Kind::Service, "b")]);
+    let outcome = handle(&mut controller, vec![delete(Kind::Service, "b")]);
     assert_eq!(outcome, Outcome::Failed);
     assert_eq!(suspects(&mut pending), []);
-    assert_eq!(reconciler.resync(), Outcome::Synced);
+    assert_eq!(controller.resync(), Outcome::Synced);
     assert_eq!(suspects(&mut pending), [vip(1), vip(2)]);
 }
 
@@ -126,11 +126,11 @@ fn frontends_that_went_while_nobody_looked_are_handed_over() {
         }
         lists(objects)
     };
-    let mut before = bench.reconciler();
+    let mut before = bench.controller();
     handle(&mut before, of(&[&gone, &stays, &web]));
     let mut followers = Followers::default();
     let mut pending = Pending::new(followers.services());
-    let mut after = bench.reconciler().with_followers(followers);
+    let mut after = bench.controller().with_followers(followers);
     handle(&mut after, of(&[&stays]));
     let node_ip = UdpFrontend::Address(([192, 168, 10, 1], 53).into());
     let node_port = UdpFrontend::NodePort(Family::V4, 30053);
@@ -157,7 +157,7 @@ fn frontends_that_went_while_nobody_looked_are_handed_over() {
 fn frontends_that_an_attempt_removed_before_it_failed_are_handed_over() {
     let bench = Bench::new();
     let (gone, stays) = (dns("gone", &["10.96.0.1"]), dns("stays", &["10.96.0.2"]));
-    let mut before = bench.reconciler();
+    let mut before = bench.controller();
     // The chain that only the first one uses goes with the last step.
     let objects: Vec<Object> = vec![
         node().into(),
@@ -170,7 +170,7 @@ fn frontends_that_an_attempt_removed_before_it_failed_are_handed_over() {
     bench.applied();
     let mut followers = Followers::default();
     let mut pending = Pending::new(followers.services());
-    let mut after = bench.reconciler().with_followers(followers);
+    let mut after = bench.controller().with_followers(followers);
     let objects: Vec<Object> = vec![
         node().into(),
         stays.clone().into(),
@@ -197,14 +197,14 @@ fn flows_are_looked_for_after_healing() {
     let bench = Bench::new();
     let mut followers = Followers::default();
     let mut pending = Pending::new(followers.services());
-    let mut reconciler = bench.reconciler().with_followers(followers);
+    let mut controller = bench.controller().with_followers(followers);
     let mut dns = service("dns", &["10.96.0.53"], &[53]);
     dns.ports[0].protocol = Protocol::Udp;
     let endpoints = slice("dns-1", &dns, Family::V4, &[1]);
-    handle(&mut reconciler, lists(vec![dns.into(), endpoints.into()]));
+    handle(&mut controller, lists(vec![dns.into(), endpoints.into()]));
     assert!(pending.take().is_some());
     bench.kernel.meddle(|ruleset| ruleset.tables.clear());
-    assert_eq!(heal(&mut reconciler), (Outcome::Synced, true));
+    assert_eq!(heal(&mut controller), (Outcome::Synced, true));
     // A flow that began while the rules were gone is not translated for as long as it lasts.
     assert_eq!(
         pending.take().map(|dirty| dirty.to_sweep().count()),

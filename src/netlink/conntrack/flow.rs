@@ -131,7 +131,7 @@ impl FlowFilter {
     }
 
     /// Whether a flow matches.
-    pub fn admits(&self, flow: &Flow) -> bool {
+    pub(crate) fn admits(&self, flow: &Flow) -> bool {
         let destination = flow.destination;
         flow.family() == self.family
             && self

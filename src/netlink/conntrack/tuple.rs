@@ -8,7 +8,7 @@ use crate::nft::Family;
 
 /// One direction of a tracked connection.
 #[derive(Clone, Copy, Debug)]
-pub struct Tuple {
+pub(crate) struct Tuple {
     pub source: IpAddr,
     pub destination: IpAddr,
     pub protocol: u8,
@@ -18,7 +18,7 @@ pub struct Tuple {
 }
 
 impl Tuple {
-    pub fn read(bytes: &[u8]) -> Option<Self> {
+    pub(crate) fn read(bytes: &[u8]) -> Option<Self> {
         let tuple = AttrReader::new(bytes);
         let protocol = tuple.nested(uapi::CTA_TUPLE_PROTO)?;
         let [number] = *protocol.get(uapi::CTA_PROTO_NUM)? else {
@@ -41,7 +41,7 @@ impl Tuple {
     }
 }
 
-pub fn family_of(address: IpAddr) -> Family {
+pub(crate) fn family_of(address: IpAddr) -> Family {
     match address {
         IpAddr::V4(_) => Family::Ip,
         IpAddr::V6(_) => Family::Ip6,

@@ -9,7 +9,7 @@ use crate::nft::Family;
 
 /// The headers of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Header {
+pub(crate) struct Header {
     /// The source address.
     pub source: IpAddr,
     /// The destination address.
@@ -22,7 +22,7 @@ pub struct Header {
 }
 
 /// Parses a packet from its IP header on; `None` without a complete IP header of the family.
-pub fn parse(family: Family, packet: &[u8]) -> Option<Header> {
+pub(crate) fn parse(family: Family, packet: &[u8]) -> Option<Header> {
     match family {
         Family::Ip => ipv4(packet),
         Family::Ip6 => ipv6(packet),

@@ -14,21 +14,21 @@ use crate::settings::values::{
     count, duration, go_duration, masquerade_bit, node_name, oom_score_adj, yaml_switch,
 };
 use crate::settings::{
-    self, BindAddress, ClusterCidrs, DetectLocalMode, InterfaceName, LogFormat, NodePortAddresses,
-    ProxyMode, Settings,
+    self, BindAddress, ClusterCidrs, DetectLocalMode, InterfaceName, LogFormat,
+    NodePortAddressesSetting, ProxyMode, Settings,
 };
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
-/// A field that stands for a setting.
+/// A field of a setting.
 pub(in crate::settings) struct Field {
-    /// The names of its group and itself, joined by dots.
+    /// The names of its groups and its own, joined by dots.
     pub(super) path: &'static str,
     /// The flags of the setting, by their names in [`Settings`].
     pub(in crate::settings) flags: &'static [&'static str],
-    /// Whether a given flag counts for more than the file, as with kube-proxy.
+    /// Whether a given flag takes precedence over the file, as in kube-proxy.
     pub(in crate::settings) flag_wins: bool,
-    /// Whether it is a list, of which each entry is read, and then all of them joined by commas.
+    /// Whether it is a list: each entry is read, and then all of them joined by commas.
     pub(super) is_list: bool,
     /// Reads a text that is not empty.
     pub(super) read: fn(&mut Settings, &str) -> Result<()>,
@@ -70,11 +70,11 @@ impl Field {
     }
 }
 
-/// A field without effect. What is wrong with its value is wrong with the file all the same.
+/// A field without effect. An invalid value is still an error.
 pub(super) struct Unused {
     pub(super) path: &'static str,
-    pub(super) kind: Kind,
-    /// Whether a value other than zero and `usual` is worth a warning.
+    pub(super) kind: FieldType,
+    /// Whether a value other than zero and `usual` causes a warning.
     pub(super) is_noted: bool,
     /// kube-proxy's default, which kubeadm and kube-proxy write.
     pub(super) usual: &'static str,
@@ -84,7 +84,7 @@ pub(super) struct Unused {
 
 /// The type of a field without effect.
 #[derive(Clone, Copy)]
-pub(super) enum Kind {
+pub(super) enum FieldType {
     Single(fn(&str) -> Result<Value>),
     /// A list of anything.
     List,
@@ -92,24 +92,24 @@ pub(super) enum Kind {
     Switches,
 }
 
-const TEXT: Kind = Kind::Single(|text| Ok(text.into()));
-const SWITCH: Kind = Kind::Single(|text| Ok(yaml_switch(text)?.into()));
-const COUNT: Kind = Kind::Single(|text| Ok(count(text)?.into()));
-const BIT: Kind = Kind::Single(|text| Ok(masquerade_bit(text)?.into()));
-const PERIOD: Kind = Kind::Single(|text| Ok(go_duration(duration(text)?).into()));
-const RATE: Kind = Kind::Single(|text| match text.parse::<f64>() {
+const TEXT: FieldType = FieldType::Single(|text| Ok(text.into()));
+const SWITCH: FieldType = FieldType::Single(|text| Ok(yaml_switch(text)?.into()));
+const COUNT: FieldType = FieldType::Single(|text| Ok(count(text)?.into()));
+const BIT: FieldType = FieldType::Single(|text| Ok(masquerade_bit(text)?.into()));
+const PERIOD: FieldType = FieldType::Single(|text| Ok(go_duration(duration(text)?).into()));
+const RATE: FieldType = FieldType::Single(|text| match text.parse::<f64>() {
     Ok(0.0) => Ok(0.into()),
     Ok(rate) => Ok(rate.into()),
     Err(_) => Err(format!("`{text}` is not a number").into()),
 });
 
-/// One of the switches of [`Kind::Switches`].
+/// One of the switches of [`FieldType::Switches`].
 pub(super) const NAMED_SWITCH: Unused = silent("", SWITCH, None);
 
 impl Unused {
     /// Checks a value, and returns whether it is zero or the usual one.
     pub(super) fn is_usual(&self, text: &str) -> Result<bool> {
-        let Kind::Single(read) = self.kind else {
+        let FieldType::Single(read) = self.kind else {
             return Ok(true);
         };
         let value = read(text)?;
@@ -119,14 +119,14 @@ impl Unused {
 
     fn write(&self) -> Option<Value> {
         match self.kind {
-            Kind::Single(read) => self.written.map(|text| read(text).unwrap_or_default()),
-            Kind::List | Kind::Switches => self.written.map(|_| Value::Null),
+            FieldType::Single(read) => self.written.map(|text| read(text).unwrap_or_default()),
+            FieldType::List | FieldType::Switches => self.written.map(|_| Value::Null),
         }
     }
 }
 
-/// A field that is accepted without a word.
-const fn silent(path: &'static str, kind: Kind, written: Option<&'static str>) -> Unused {
+/// Declares a field that is accepted without a warning.
+const fn silent(path: &'static str, kind: FieldType, written: Option<&'static str>) -> Unused {
     let (is_noted, usual) = (false, "");
     Unused {
         path,
@@ -137,10 +137,10 @@ const fn silent(path: &'static str, kind: Kind, written: Option<&'static str>) -
     }
 }
 
-/// A field with a warning about values other than zero and the usual one.
+/// Declares a field with a warning about values other than zero and the usual one.
 const fn noted(
     path: &'static str,
-    kind: Kind,
+    kind: FieldType,
     usual: &'static str,
     written: Option<&'static str>,
 ) -> Unused {
@@ -151,20 +151,20 @@ const fn noted(
     }
 }
 
-type Read<T> = std::result::Result<T, settings::Error>;
+type Parsed<T> = std::result::Result<T, settings::Error>;
 
 fn parse<T: FromStr>(text: &str) -> std::result::Result<T, T::Err> {
     text.parse()
 }
 
-/// Parses a duration of which zero is none.
-fn period(text: &str) -> Read<Option<Duration>> {
+/// Parses a duration. Zero means none.
+fn period(text: &str) -> Parsed<Option<Duration>> {
     let period = duration(text)?;
     Ok(Some(period).filter(|period| !period.is_zero()))
 }
 
-/// Parses a verbosity of kube-proxy. One that shows no more than usual is none.
-fn verbosity(text: &str) -> Read<Vec<Verbose>> {
+/// Parses a verbosity of kube-proxy. One without additional lines means none.
+fn verbosity(text: &str) -> Parsed<Vec<Verbose>> {
     let level = Some(Verbose::of_kube_proxy(count(text)?));
     Ok(level
         .filter(|it| Verbose::sum(&[*it]) > 0)
@@ -172,7 +172,7 @@ fn verbosity(text: &str) -> Read<Vec<Verbose>> {
         .collect())
 }
 
-fn nodeport_addresses(text: &str) -> Read<Vec<NodePortAddresses>> {
+fn nodeport_addresses(text: &str) -> Parsed<Vec<NodePortAddressesSetting>> {
     Ok(vec![text.parse()?])
 }
 
@@ -214,10 +214,10 @@ written! {
     LogFormat: |it| it.to_string(),
     ProxyMode: |it| it.to_string(),
     Vec<Verbose>: |it| to_kube_proxy(Verbose::sum(it)),
-    Vec<NodePortAddresses>: |it| it.iter().flat_map(NodePortAddresses::entries).collect::<Vec<_>>(),
+    Vec<NodePortAddressesSetting>: |it| it.iter().flat_map(NodePortAddressesSetting::entries).collect::<Vec<_>>(),
 }
 
-/// The fields that stand for settings. `nftables.syncPeriod` has no flag.
+/// The fields of settings. `nftables.syncPeriod` has no flag.
 #[rustfmt::skip]
 pub(in crate::settings) const FIELDS: &[Field] = &[
     field!("bindAddress", bind_address, parse::<IpAddr>),
@@ -259,13 +259,13 @@ pub(super) const UNUSED: &[Unused] = &[
     // Watches are resumed and not repeated.
     noted("configSyncPeriod", PERIOD, "15m", Some("15m")),
     noted("enableProfiling", SWITCH, "", Some("false")),
-    noted("featureGates", Kind::Switches, "", None),
+    noted("featureGates", FieldType::Switches, "", None),
     silent("iptables.localhostNodePorts", SWITCH, Some("true")),
     noted("iptables.masqueradeAll", SWITCH, "", Some("false")),
     noted("iptables.masqueradeBit", BIT, "14", Some("14")),
     noted("iptables.minSyncPeriod", PERIOD, "1s", Some("1s")),
     noted("iptables.syncPeriod", PERIOD, "30s", Some("30s")),
-    noted("ipvs.excludeCIDRs", Kind::List, "", Some("")),
+    noted("ipvs.excludeCIDRs", FieldType::List, "", Some("")),
     noted("ipvs.minSyncPeriod", PERIOD, "1s", Some("0s")),
     noted("ipvs.scheduler", TEXT, "rr", Some("")),
     noted("ipvs.strictARP", SWITCH, "", Some("false")),
@@ -279,8 +279,8 @@ pub(super) const UNUSED: &[Unused] = &[
     silent("logging.options.json.splitStream", SWITCH, None),
     silent("logging.options.text.infoBufferSize", TEXT, Some("0")),
     silent("logging.options.text.splitStream", SWITCH, None),
-    noted("logging.vmodule", Kind::List, "", None),
-    // Changes are written as they come.
+    noted("logging.vmodule", FieldType::List, "", None),
+    // Changes are written at once.
     noted("nftables.minSyncPeriod", PERIOD, "1s", Some("0s")),
     noted("portRange", TEXT, "", Some("")),
     noted("showHiddenMetricsForVersion", TEXT, "", Some("")),
@@ -300,23 +300,23 @@ pub(super) fn is_of_other_mode(path: &str) -> bool {
     OF_OTHER_MODES.contains(&path.split('.').next().unwrap_or_default())
 }
 
-/// Returns the settings in force as a complete KubeProxyConfiguration. Fields that nftlet has no use
-/// for hold zero values, those of other modes kube-proxy's defaults.
+/// Returns the settings in force as a complete KubeProxyConfiguration. Fields that nftlet does not
+/// use have zero values, those of other modes kube-proxy's defaults.
 pub(crate) fn effective(settings: &Settings) -> Value {
     let settings = with_defaults(settings);
     let fields = FIELDS.iter().map(|it| (it.path, (it.write)(&settings)));
     let unused = UNUSED.iter().filter_map(|it| Some((it.path, it.write()?)));
     let mut all = Value::Null;
     for (path, value) in fields.chain(unused) {
-        let place = path
+        let value_at = path
             .split('.')
             .fold(&mut all, |group, name| &mut group[name]);
-        *place = value;
+        *value_at = value;
     }
     all
 }
 
-/// Returns the settings with what those mean that are not set.
+/// Returns the settings with the defaults of those that are not set.
 fn with_defaults(settings: &Settings) -> Settings {
     let unspecified = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
     Settings {

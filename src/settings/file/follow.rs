@@ -1,12 +1,11 @@
 //! Follows changes of the configuration file.
 //!
-//! Settings are read once, at the start. A change that can be used therefore ends the process, so
-//! that its supervisor starts it again. With a file that cannot be used it would not start, so the
-//! settings in force stay.
+//! Settings are read once, at the start. A valid change therefore ends the process, so that its
+//! supervisor restarts it. It could not start with an invalid file: then the settings in force stay.
 //!
-//! A mounted ConfigMap changes by a symbolic link (`..data`) that is replaced in its directory.
-//! The watched directories are therefore those in which the file or a link that leads to it can be
-//! replaced, and the file is read again after any notification from them.
+//! A mounted ConfigMap changes when a symbolic link (`..data`) in its directory is replaced. All
+//! directories in which the file, or a link that leads to it, can be replaced are watched, and the
+//! file is read again after any notification from them.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -18,7 +17,7 @@ use tokio::sync::{mpsc, watch};
 
 use super::{Error, File};
 
-/// How long further events are collected once one has arrived.
+/// How long events are collected after the first one.
 const COLLECT: Duration = Duration::from_millis(10);
 
 /// The most links that are followed from the file; the kernel's own limit.
@@ -27,18 +26,18 @@ const MOST_LINKS: usize = 40;
 /// Why following ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Ended {
-    /// The file has another content that can be used.
+    /// The file has a new, valid content.
     Changed,
     /// The shutdown was requested.
     Stopped,
 }
 
-/// Waits until a file has another content than `known` that can be used, or until `shutdown` turns
-/// true or its sender is dropped. A content that cannot be used is one line in the log.
+/// Waits until a file has a valid content other than `known`, or until `shutdown` becomes true or
+/// its sender is dropped. Logs each invalid content once.
 ///
 /// # Errors
 ///
-/// [`Error::Follow`] when inotify is not available.
+/// [`Error::Follow`] if inotify is not available.
 pub(crate) async fn follow(
     path: PathBuf,
     known: File,
@@ -48,7 +47,7 @@ pub(crate) async fn follow(
         path: path.clone(),
         source,
     };
-    // One signal stands for all that come before it is taken: the file is read afterwards.
+    // One signal is enough for all events before it is taken: the file is read afterwards.
     let (signal, mut signals) = mpsc::channel(1);
     let watcher = notify::recommended_watcher(move |event| {
         if matters(&event) {
@@ -56,17 +55,17 @@ pub(crate) async fn follow(
             let _ = signal.try_send(());
         }
     });
-    let mut places = Places {
+    let mut watched = WatchedDirectories {
         watcher: watcher.map_err(fault)?,
         watched: BTreeSet::new(),
     };
     let mut logged = None;
     loop {
-        places.watch(&path).map_err(fault)?;
+        watched.watch(&path).map_err(fault)?;
         match File::read(&path) {
             Ok(now) if now != known => return Ok(Ended::Changed),
             Ok(_) => logged = None,
-            // Between the old file and the new one there may be none.
+            // The file may not exist between its removal and its replacement.
             Err(Error::Read { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {}
             Err(error) => {
                 let line = error.to_string();
@@ -78,7 +77,7 @@ pub(crate) async fn follow(
         }
         tokio::select! {
             _ = signals.recv() => {}
-            // An error says that the sender was dropped, so that nothing can ask any more.
+            // An error means that the sender was dropped.
             _ = shutdown.wait_for(|stop| *stop) => return Ok(Ended::Stopped),
         }
         tokio::time::sleep(COLLECT).await;
@@ -86,8 +85,8 @@ pub(crate) async fn follow(
     }
 }
 
-/// Returns whether a file may have been replaced. While it is being written it is not whole; its
-/// closing is another event.
+/// Returns whether a file may have been replaced. A write alone does not count, since the content is
+/// incomplete until the file is closed, which is another event.
 fn matters(event: &notify::Result<notify::Event>) -> bool {
     let Ok(event) = event else {
         return true;
@@ -99,23 +98,22 @@ fn matters(event: &notify::Result<notify::Event>) -> bool {
     }
 }
 
-/// The watched directories.
-struct Places {
+struct WatchedDirectories {
     watcher: RecommendedWatcher,
     watched: BTreeSet<PathBuf>,
 }
 
-impl Places {
+impl WatchedDirectories {
     /// Watches the directories in which the file can be replaced now, and no others.
     fn watch(&mut self, path: &Path) -> Result<(), notify::Error> {
         let wanted = directories(path);
-        for gone in self.watched.difference(&wanted) {
-            // A directory that was removed has no watch any more.
-            let _ = self.watcher.unwatch(gone);
+        for old in self.watched.difference(&wanted) {
+            // The watch of a removed directory does not exist any more.
+            let _ = self.watcher.unwatch(old);
         }
         self.watched.retain(|known| wanted.contains(known));
         for directory in wanted {
-            // One that was replaced needs a new watch, so that the old one does not count.
+            // A directory that was replaced needs a new watch.
             if directory.is_dir() {
                 self.watcher
                     .watch(&directory, RecursiveMode::NonRecursive)?;
@@ -136,7 +134,7 @@ fn directories(path: &Path) -> BTreeSet<PathBuf> {
         if let Ok(real) = directory.canonicalize() {
             found.insert(real);
         }
-        // `..data` is a link inside of the directory that the file appears to be in.
+        // `..data` is a link in the directory of the file.
         if directory.is_symlink() {
             found.insert(parent(&directory));
         }

@@ -1,8 +1,8 @@
 //! The configuration file of kube-proxy, `KubeProxyConfiguration` (kubeproxy.config.k8s.io/v1alpha1).
 //!
-//! A zero value, an empty text and null mean the default, as with kube-proxy. Under `conntrack`
-//! only null does: zero leaves the kernel's value. What cannot be used is one line with the place
-//! and the name of the field.
+//! A zero value, an empty text and null mean the default, as in kube-proxy. Under `conntrack` only
+//! null does: zero leaves the kernel's value. An error is one line with the file, line, column and
+//! field.
 
 mod fields;
 mod follow;
@@ -20,25 +20,25 @@ pub(crate) use self::follow::{Ended, follow};
 use self::read::Content;
 use super::{CommandLine, Settings};
 
-/// The name under which `/configz` shows the configuration, as with kube-proxy.
+/// The key of the configuration in `/configz`, as in kube-proxy.
 pub(crate) const GROUP: &str = "kubeproxy.config.k8s.io";
 
 /// The largest file that is read: ConfigMaps have at most 1 MiB.
 const LARGEST: u64 = 1 << 20;
 
-/// Why a configuration file cannot be used.
+/// Why a configuration file is not valid.
 #[derive(Debug, Error)]
 pub(crate) enum Error {
-    #[error("cannot read the configuration {}: {source}; name a file that nftlet may read with --config", path.display())]
+    #[error("cannot read the configuration {}: {source}; give --config a file that nftlet may read", path.display())]
     Read { path: PathBuf, source: io::Error },
-    #[error("{}: this is {found}; --config wants a KubeProxyConfiguration of {VERSION}", path.display())]
+    #[error("{}: this is {found}; --config needs a KubeProxyConfiguration of {VERSION}", path.display())]
     Kind { path: PathBuf, found: String },
-    #[error("{}{place}: {field}{message}", path.display())]
+    #[error("{}{position}: {field}{message}", path.display())]
     Field {
         path: PathBuf,
-        /// `:line:column`, where it is known.
-        place: String,
-        /// The path of the field with a colon, where it is known.
+        /// `:line:column`, if it is known.
+        position: String,
+        /// The path of the field with a colon, if it is known.
         field: String,
         message: String,
     },
@@ -52,7 +52,7 @@ pub(crate) enum Error {
 const VERSION: &str = "kubeproxy.config.k8s.io/v1alpha1";
 const KIND: &str = "KubeProxyConfiguration";
 
-/// A configuration file that can be used.
+/// A valid configuration file.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct File {
     settings: Settings,
@@ -60,11 +60,7 @@ pub(crate) struct File {
 }
 
 impl File {
-    /// Reads a file.
-    ///
-    /// # Errors
-    ///
-    /// The first fault that keeps it from being used.
+    /// Reads a file. Returns the first error in it.
     pub(crate) fn read(path: &Path) -> Result<Self, Error> {
         let text = read(path).map_err(|source| Error::Read {
             path: path.to_owned(),
@@ -80,7 +76,7 @@ impl File {
         let kind = match (content.version.as_deref(), content.kind.as_deref()) {
             (Some(VERSION), Some(KIND)) => None,
             (Some(version), Some(kind)) => Some(in_one_line(&format!("a {kind} of {version}"))),
-            // They may stand behind the fault.
+            // They may follow the error.
             _ if read.is_err() => None,
             (None, _) => Some("an object without apiVersion".to_owned()),
             (_, None) => Some("an object without kind".to_owned()),
@@ -89,9 +85,9 @@ impl File {
             let path = path.to_owned();
             return Err(Error::Kind { path, found });
         }
-        let fault = |place: String, field: &str, message: String| Error::Field {
+        let fault = |position: String, field: &str, message: String| Error::Field {
             path: path.to_owned(),
-            place,
+            position,
             field: match field {
                 "" => String::new(),
                 field => format!("{}: ", in_one_line(field)),
@@ -106,16 +102,16 @@ impl File {
         let lacks = match content.settings.detect_local() {
             Err(super::Error::NoBridge) => Some((
                 "detectLocal.bridgeInterface",
-                "the name of the pods' bridge, for example cni0",
+                "the bridge of the pods, for example cni0",
             )),
             Err(super::Error::NoPrefix) => Some((
                 "detectLocal.interfaceNamePrefix",
-                "what the names of the pods' interfaces begin with, for example veth",
+                "the prefix of the pods' interfaces, for example veth",
             )),
             _ => None,
         };
         if let Some((field, what)) = lacks {
-            let message = format!("this is empty, and detectLocalMode needs {what}");
+            let message = format!("the value is empty, and detectLocalMode needs {what}");
             return Err(fault(String::new(), field, message));
         }
         let notes = notes(&content);
@@ -126,19 +122,19 @@ impl File {
     }
 
     /// Replaces the settings of the flags by those of the file. `--hostname-override`, `-v` and
-    /// `--log-format` count for more than the file, as with kube-proxy.
+    /// `--log-format` take precedence over the file, as in kube-proxy.
     pub(crate) fn apply(&self, line: &mut CommandLine) {
         line.replace(self.settings.clone());
     }
 
-    /// Returns what in the file has no effect, a line for each sort.
+    /// Returns warnings about fields of the file without effect.
     pub(crate) fn notes(&self) -> &[String] {
         &self.notes
     }
 }
 
-/// Returns what has no effect, a line for each sort. kubeadm and kube-proxy write every field, so
-/// zero and kube-proxy's default are worth none.
+/// Returns a warning for each group of fields without effect. kubeadm and kube-proxy write every
+/// field, so there is none about zero and kube-proxy's default.
 fn notes(content: &Content) -> Vec<String> {
     let noted = content.noted.iter().map(|path| (*path).to_owned());
     let (of_others, unused): (Vec<_>, Vec<_>) =
@@ -152,9 +148,9 @@ fn notes(content: &Content) -> Vec<String> {
         ),
         (
             &of_others,
-            "fields of other modes have no effect here; what there is of them is under nftables",
+            "fields of other modes have no effect; set those of nftables instead",
         ),
-        (&unused, "fields that nftlet has no use for"),
+        (&unused, "fields that nftlet does not use"),
     ] {
         if !paths.is_empty() {
             notes.push(format!("{what}: {}", paths.join(", ")));
@@ -166,28 +162,28 @@ fn notes(content: &Content) -> Vec<String> {
 fn read(path: &Path) -> io::Result<String> {
     let size = fs::metadata(path)?.len();
     if size > LARGEST {
-        let message = format!("it has {size} bytes, and a configuration has at most {LARGEST}");
+        let message = format!("it has {size} bytes; the limit is {LARGEST}");
         return Err(io::Error::new(io::ErrorKind::FileTooLarge, message));
     }
     fs::read_to_string(path)
 }
 
-/// Returns a text of the file without control characters, as it may be in the log.
+/// Replaces control characters of a text from the file.
 fn in_one_line(text: &str) -> String {
     let shown = |c: char| if c.is_control() { ' ' } else { c };
     text.chars().map(shown).collect()
 }
 
-/// Returns what is wrong, in words that need no knowledge of the library.
+/// Returns the message of an error, in the terms of the file instead of the library's.
 fn message(error: &serde_saphyr::Error) -> String {
     let error = error.without_snippet();
     match error {
         serde_saphyr::Error::MultipleDocuments { .. } => {
-            return "there are several documents; leave only the configuration".to_owned();
+            return "the file has several documents; keep only the configuration".to_owned();
         }
         serde_saphyr::Error::DuplicateMappingKey { key, .. } => {
             let field = key.as_deref().unwrap_or("a field");
-            return format!("{field} is there twice; leave one of them");
+            return format!("{field} is given twice; remove one of them");
         }
         _ => {}
     }
@@ -204,7 +200,7 @@ fn message(error: &serde_saphyr::Error) -> String {
         "expected string scalar" => "a single value",
         other => return in_one_line(other),
     };
-    format!("this has another type; write {wanted}")
+    format!("the value has the wrong type; write {wanted}")
 }
 
 #[cfg(test)]

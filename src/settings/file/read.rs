@@ -1,5 +1,5 @@
-//! Reads the fields of a file at the places where they stand, so that an error has the line, the
-//! column and the path of its field.
+//! Reads the fields of a file in place, so that an error has the line, the column and the path of
+//! its field.
 //!
 //! Single values are read as text and parsed as on the command line. Null and an empty text leave
 //! the default.
@@ -11,7 +11,7 @@ use serde::de::{
     DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor,
 };
 
-use super::fields::{FIELDS, Field, Kind, NAMED_SWITCH, UNUSED, Unused};
+use super::fields::{FIELDS, Field, FieldType, NAMED_SWITCH, UNUSED, Unused};
 use super::in_one_line;
 use crate::settings::{Error, Settings};
 
@@ -23,7 +23,7 @@ pub(super) struct Content {
     pub(super) kind: Option<String>,
     /// The paths of unknown fields, in the order of the file.
     pub(super) unknown: Vec<String>,
-    /// The paths of fields without effect that are worth a warning.
+    /// The paths of fields without effect that cause a warning.
     pub(super) noted: BTreeSet<&'static str>,
     /// The entries of the list that is being read.
     entries: Vec<String>,
@@ -32,30 +32,30 @@ pub(super) struct Content {
 }
 
 impl Content {
-    /// Reads a document. After an error, what was read before is there, and [`Self::at`] has the path
-    /// of the value with the error, if it is in a value.
+    /// Reads a document. After an error, the fields before it are set, and [`Self::at`] has the path of
+    /// the value with the error, if it is in a value.
     pub(super) fn read<'de, D: Deserializer<'de>>(&mut self, document: D) -> Result<(), D::Error> {
-        let root = Reader {
+        let root = FieldReader {
             content: self,
             path: String::new(),
-            known: Known::Group,
+            known: PathKind::Group,
         };
         root.deserialize(document)
     }
 }
 
-/// What is known of a path.
+/// What a path refers to.
 #[derive(Clone, Copy)]
-enum Known {
+enum PathKind {
     Field(&'static Field),
     /// An entry of a list.
     Entry(&'static Field),
     Unused(&'static Unused),
     Group,
-    Nothing,
+    Unknown,
 }
 
-impl Known {
+impl PathKind {
     fn at(path: &str) -> Self {
         let is_below = |known: &str| {
             let rest = known.strip_prefix(path);
@@ -74,31 +74,31 @@ impl Known {
         } else if paths().any(is_below) {
             Self::Group
         } else {
-            Self::Nothing
+            Self::Unknown
         }
     }
 }
 
 /// Reads the value at a path.
-struct Reader<'a> {
+struct FieldReader<'a> {
     content: &'a mut Content,
     path: String,
-    known: Known,
+    known: PathKind,
 }
 
-impl Reader<'_> {
-    /// A reader for a value inside of this one.
-    fn inner(&mut self, path: String, known: Known) -> Reader<'_> {
-        Reader {
+impl FieldReader<'_> {
+    /// Returns a reader for a value in this one.
+    fn inner(&mut self, path: String, known: PathKind) -> FieldReader<'_> {
+        FieldReader {
             content: self.content,
             path,
             known,
         }
     }
 
-    /// Notes a field without effect that is worth a warning.
+    /// Adds a field without effect to the warnings, unless its value is usual.
     fn note_unless(&mut self, is_usual: bool) {
-        if let Known::Unused(unused) = self.known
+        if let PathKind::Unused(unused) = self.known
             && unused.is_noted
             && !is_usual
         {
@@ -108,19 +108,19 @@ impl Reader<'_> {
 
     fn empty<E: serde::de::Error>(&self) -> Result<(), E> {
         match self.known {
-            Known::Entry(_) => Err(E::custom(Error::EmptyEntry)),
+            PathKind::Entry(_) => Err(E::custom(Error::EmptyEntry)),
             _ => Ok(()),
         }
     }
 }
 
-impl<'de> DeserializeSeed<'de> for Reader<'_> {
+impl<'de> DeserializeSeed<'de> for FieldReader<'_> {
     type Value = ();
 
     fn deserialize<D: Deserializer<'de>>(self, value: D) -> Result<(), D::Error> {
         self.content.at.clone_from(&self.path);
         match self.known {
-            Known::Nothing => {
+            PathKind::Unknown => {
                 self.content.unknown.push(in_one_line(&self.path));
                 value.deserialize_ignored_any(IgnoredAny).map(drop)
             }
@@ -129,7 +129,7 @@ impl<'de> DeserializeSeed<'de> for Reader<'_> {
     }
 }
 
-impl<'de> Visitor<'de> for Reader<'_> {
+impl<'de> Visitor<'de> for FieldReader<'_> {
     type Value = ();
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -146,13 +146,14 @@ impl<'de> Visitor<'de> for Reader<'_> {
 
     fn visit_some<D: Deserializer<'de>>(self, value: D) -> Result<(), D::Error> {
         match self.known {
-            Known::Field(Field { is_list: true, .. })
-            | Known::Unused(Unused {
-                kind: Kind::List, ..
+            PathKind::Field(Field { is_list: true, .. })
+            | PathKind::Unused(Unused {
+                kind: FieldType::List,
+                ..
             }) => value.deserialize_seq(self),
-            Known::Group
-            | Known::Unused(Unused {
-                kind: Kind::Switches,
+            PathKind::Group
+            | PathKind::Unused(Unused {
+                kind: FieldType::Switches,
                 ..
             }) => value.deserialize_map(self),
             _ => value.deserialize_str(self),
@@ -166,14 +167,14 @@ impl<'de> Visitor<'de> for Reader<'_> {
         }
         let settings = &mut self.content.settings;
         match self.known {
-            Known::Field(field) => (field.read)(settings, text).map_err(E::custom),
-            Known::Entry(field) => {
-                // The list as a whole is read at its end.
+            PathKind::Field(field) => (field.read)(settings, text).map_err(E::custom),
+            PathKind::Entry(field) => {
+                // The whole list is read at its end.
                 (field.read)(&mut settings.clone(), text).map_err(E::custom)?;
                 self.content.entries.push(text.to_owned());
                 Ok(())
             }
-            Known::Unused(unused) => {
+            PathKind::Unused(unused) => {
                 match unused.path {
                     "apiVersion" => self.content.version = Some(text.to_owned()),
                     "kind" => self.content.kind = Some(text.to_owned()),
@@ -183,12 +184,12 @@ impl<'de> Visitor<'de> for Reader<'_> {
                 self.note_unless(is_usual);
                 Ok(())
             }
-            Known::Group | Known::Nothing => Ok(()),
+            PathKind::Group | PathKind::Unknown => Ok(()),
         }
     }
 
     fn visit_seq<A: SeqAccess<'de>>(mut self, mut list: A) -> Result<(), A::Error> {
-        let Known::Field(field) = self.known else {
+        let PathKind::Field(field) = self.known else {
             let mut is_empty = true;
             while list.next_element::<IgnoredAny>()?.is_some() {
                 is_empty = false;
@@ -199,7 +200,7 @@ impl<'de> Visitor<'de> for Reader<'_> {
         self.content.entries.clear();
         for position in 0.. {
             let path = format!("{}[{position}]", self.path);
-            let entry = self.inner(path, Known::Entry(field));
+            let entry = self.inner(path, PathKind::Entry(field));
             if list.next_element_seed(entry)?.is_none() {
                 break;
             }
@@ -218,10 +219,10 @@ impl<'de> Visitor<'de> for Reader<'_> {
                 above => format!("{above}.{name}"),
             };
             let known = match self.known {
-                Known::Unused(_) => Known::Unused(&NAMED_SWITCH),
-                // It would look like a field of a group.
-                _ if name.contains('.') => Known::Nothing,
-                _ => Known::at(&path),
+                PathKind::Unused(_) => PathKind::Unused(&NAMED_SWITCH),
+                // The path would be that of a field of a group.
+                _ if name.contains('.') => PathKind::Unknown,
+                _ => PathKind::at(&path),
             };
             group.next_value_seed(self.inner(path, known))?;
             self.content.at.clear();

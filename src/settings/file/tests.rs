@@ -1,7 +1,7 @@
 use serde_json::Value;
 
 use super::*;
-use crate::settings::{LogFormat, NodePortAddresses};
+use crate::settings::{LogFormat, NodePortAddressesSetting};
 
 const HEAD: &str = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n";
 const KUBEADM: &str = include_str!("../../../tests/fixtures/kube-proxy-config-kubeadm.yaml");
@@ -52,7 +52,7 @@ fn what_kube_proxy_writes_is_read_with_a_note_of_its_mode() {
     let file = parse(WRITTEN).expect("the mode is accepted");
     assert_eq!(
         file.notes(),
-        ["mode iptables is for kube-proxy; nftlet works with nftables"]
+        ["mode iptables is for kube-proxy; nftlet uses nftables"]
     );
     let args = applied(&file, &[]);
     assert_eq!(args.conntrack_max_per_core, Some(32_768));
@@ -170,7 +170,10 @@ oomScoreAdj: null",
     assert_eq!(applied(&empty, &[]), nothing);
     assert_eq!(applied(&with(""), &[]), nothing);
     let listed = applied(&with("nodePortAddresses: []"), &[]);
-    assert_eq!(listed.nodeport_addresses(), Ok(NodePortAddresses::Primary));
+    assert_eq!(
+        listed.nodeport_addresses(),
+        Ok(NodePortAddressesSetting::Primary)
+    );
 }
 
 #[test]
@@ -224,15 +227,15 @@ fn a_value_that_cannot_be_used_is_named_with_its_place() {
         ),
         (
             "nftables: on",
-            ":3:11: nftables: this has another type; write fields with values",
+            ":3:11: nftables: the value has the wrong type; write fields with values",
         ),
         (
             "clusterCIDR: [10.0.0.0/8]",
-            ":3:14: clusterCIDR: this has another type; write a single value",
+            ":3:14: clusterCIDR: the value has the wrong type; write a single value",
         ),
         (
             "nodePortAddresses: 10.0.0.0/8",
-            ":3:20: nodePortAddresses: this has another type; write a list",
+            ":3:20: nodePortAddresses: the value has the wrong type; write a list",
         ),
         (
             "nodePortAddresses:\n- 10.0.0.0/8\n- 10.0.0.1",
@@ -244,7 +247,7 @@ fn a_value_that_cannot_be_used_is_named_with_its_place() {
         ),
         (
             "mode: userspace",
-            ":3:7: mode: there is no mode `userspace`; leave the mode out or write nftables (iptables and ipvs are accepted and mean the same)",
+            ":3:7: mode: there is no mode `userspace`; omit it or write nftables (iptables and ipvs are accepted and mean the same)",
         ),
         (
             "detectLocalMode: Auto",
@@ -252,7 +255,7 @@ fn a_value_that_cannot_be_used_is_named_with_its_place() {
         ),
         (
             "detectLocalMode: BridgeInterface",
-            ": detectLocal.bridgeInterface: this is empty, and detectLocalMode needs the name of the pods' bridge, for example cni0",
+            ": detectLocal.bridgeInterface: the value is empty, and detectLocalMode needs the bridge of the pods, for example cni0",
         ),
         (
             "logging: {format: xml}",
@@ -260,14 +263,14 @@ fn a_value_that_cannot_be_used_is_named_with_its_place() {
         ),
         (
             "clusterCIDR: 10.0.0.0/8\nclusterCIDR: 10.0.0.0/8",
-            ":4:1: clusterCIDR is there twice; leave one of them",
+            ":4:1: clusterCIDR is given twice; remove one of them",
         ),
     ] {
         assert_eq!(refused(fields), format!("config.conf{wanted}"));
     }
     let primary = refused("nodePortAddresses: [primary, 10.0.0.0/8]");
     assert!(
-        primary.contains("nodePortAddresses: `primary` stands for itself"),
+        primary.contains("nodePortAddresses: `primary` cannot be combined with ranges"),
         "{primary}"
     );
     let bind = refused("healthzBindAddress: localhost:80");
@@ -302,7 +305,7 @@ fn what_is_no_such_configuration_says_what_it_is() {
         assert_eq!(
             error,
             format!(
-                "config.conf: this is {wanted}; --config wants a KubeProxyConfiguration of kubeproxy.config.k8s.io/v1alpha1"
+                "config.conf: this is {wanted}; --config needs a KubeProxyConfiguration of kubeproxy.config.k8s.io/v1alpha1"
             )
         );
     }
@@ -339,8 +342,8 @@ portRange: ''
         notes,
         [
             "fields that KubeProxyConfiguration does not have: nftables.typo, Mode",
-            "fields of other modes have no effect here; what there is of them is under nftables: iptables.masqueradeAll, ipvs.excludeCIDRs, ipvs.strictARP",
-            "fields that nftlet has no use for: configSyncPeriod, enableProfiling, featureGates, nftables.minSyncPeriod",
+            "fields of other modes have no effect; set those of nftables instead: iptables.masqueradeAll, ipvs.excludeCIDRs, ipvs.strictARP",
+            "fields that nftlet does not use: configSyncPeriod, enableProfiling, featureGates, nftables.minSyncPeriod",
         ]
     );
 }
@@ -406,14 +409,17 @@ fn what_is_wrong_with_other_modes_is_wrong_with_the_file() {
             "iptables: {masqueradeAll: maybe}",
             ":3:27: iptables.masqueradeAll: `maybe` is neither",
         ),
-        ("iptables: [1]", ":3:11: iptables: this has another type"),
+        (
+            "iptables: [1]",
+            ":3:11: iptables: the value has the wrong type",
+        ),
         (
             "ipvs: {tcpTimeout: long}",
             ":3:20: ipvs.tcpTimeout: \"long\" is not a duration",
         ),
         (
             "ipvs: {excludeCIDRs: 10.0.0.0/8}",
-            ":3:22: ipvs.excludeCIDRs: this has another type",
+            ":3:22: ipvs.excludeCIDRs: the value has the wrong type",
         ),
         (
             "featureGates: {A: perhaps}",
@@ -421,7 +427,7 @@ fn what_is_wrong_with_other_modes_is_wrong_with_the_file() {
         ),
         (
             "featureGates: [A]",
-            ":3:15: featureGates: this has another type",
+            ":3:15: featureGates: the value has the wrong type",
         ),
     ] {
         let line = refused(fields);
@@ -434,7 +440,7 @@ fn what_is_wrong_with_other_modes_is_wrong_with_the_file() {
         notes,
         [
             "fields that KubeProxyConfiguration does not have: ipvs.odd",
-            "fields of other modes have no effect here; what there is of them is under nftables: iptables.masqueradeBit, ipvs.tcpTimeout",
+            "fields of other modes have no effect; set those of nftables instead: iptables.masqueradeBit, ipvs.tcpTimeout",
         ]
     );
 }

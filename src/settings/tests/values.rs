@@ -36,7 +36,7 @@ fn addresses_that_are_none_are_refused_with_the_forms() {
         assert_eq!(
             refused(&["--metrics-bind-address", text]),
             format!(
-                "error: invalid value '{text}' for '--metrics-bind-address <ADDR>': `{text}` is not an IP address; write IP, IP:PORT, [IPv6]:PORT, :PORT or an empty text for nowhere"
+                "error: invalid value '{text}' for '--metrics-bind-address <ADDR>': `{text}` is not an IP address; write IP, IP:PORT, [IPv6]:PORT, :PORT or an empty value to disable it"
             )
         );
     }
@@ -99,7 +99,10 @@ fn ranges_that_are_none_are_refused_with_an_example() {
         }
         for text in ["10.0.0.0/8,", ",10.0.0.0/8", ","] {
             let line = refused(&[flag, text]);
-            assert!(line.contains("nothing before or after a comma"), "{line}");
+            assert!(
+                line.contains("a range is missing before or after a comma"),
+                "{line}"
+            );
         }
     }
 }
@@ -110,11 +113,11 @@ fn nodeport_addresses_are_primary_or_ranges() {
         let args = parsed(&["--nodeport-addresses", text]);
         args.nodeport_addresses().unwrap()
     };
-    assert_eq!(addresses("primary"), NodePortAddresses::Primary);
-    assert_eq!(addresses(""), NodePortAddresses::Primary);
+    assert_eq!(addresses("primary"), NodePortAddressesSetting::Primary);
+    assert_eq!(addresses(""), NodePortAddressesSetting::Primary);
     assert_eq!(
         addresses("192.168.1.7/24"),
-        NodePortAddresses::Ranges(vec![net("192.168.1.0/24")])
+        NodePortAddressesSetting::Ranges(vec![net("192.168.1.0/24")])
     );
     for mixed in [
         "primary,10.0.0.0/8",
@@ -124,7 +127,7 @@ fn nodeport_addresses_are_primary_or_ranges() {
         let line = refused(&["--nodeport-addresses", mixed]);
         assert!(
             line.ends_with(
-                ": `primary` stands for itself; write either primary or ranges like 10.0.0.0/8"
+                ": `primary` cannot be combined with ranges; write either primary or ranges like 10.0.0.0/8"
             ),
             "{line}"
         );
@@ -139,23 +142,23 @@ fn pods_are_told_in_one_of_four_modes() {
             .detect_local()
             .map_err(|error| error.to_string())
     };
-    let cluster = Ok(DetectLocal::ClusterCidr(vec![net("10.0.0.0/8")]));
+    let cluster = Ok(DetectLocalSetting::ClusterCidr(vec![net("10.0.0.0/8")]));
     assert_eq!(mode(&[]), cluster);
     assert_eq!(mode(&["--detect-local-mode="]), cluster);
     assert_eq!(mode(&["--detect-local-mode=ClusterCIDR"]), cluster);
     assert_eq!(
         mode(&["--detect-local-mode=NodeCIDR"]),
-        Ok(DetectLocal::NodeCidr)
+        Ok(DetectLocalSetting::NodeCidr)
     );
     let bridge = &["--detect-local-mode=BridgeInterface"][..];
     assert_eq!(
         mode(&[bridge, &["--pod-bridge-interface=cni0"]].concat()),
-        Ok(DetectLocal::BridgeInterface("cni0".into()))
+        Ok(DetectLocalSetting::BridgeInterface("cni0".into()))
     );
     let prefix = &["--detect-local-mode=InterfaceNamePrefix"][..];
     assert_eq!(
         mode(&[prefix, &["--pod-interface-name-prefix=veth"]].concat()),
-        Ok(DetectLocal::InterfaceNamePrefix("veth".into()))
+        Ok(DetectLocalSetting::InterfaceNamePrefix("veth".into()))
     );
     for more in [
         &[][..],
@@ -165,7 +168,7 @@ fn pods_are_told_in_one_of_four_modes() {
         let error = mode(&[bridge, more].concat()).unwrap_err();
         assert_eq!(
             error,
-            "--detect-local-mode BridgeInterface needs the name of the pods' bridge; give it with --pod-bridge-interface, for example cni0"
+            "--detect-local-mode BridgeInterface needs the bridge of the pods; give it with --pod-bridge-interface, for example cni0"
         );
     }
     let error = mode(&[prefix, &["--pod-bridge-interface=cni0"]].concat()).unwrap_err();
@@ -191,7 +194,7 @@ fn modes_and_interfaces_that_are_none_are_refused() {
         assert!(parse(&[flag, "exactly15bytes-"]).is_ok());
         let line = refused(&[flag, "sixteen-bytes--+"]);
         assert!(
-            line.ends_with(": names of interfaces have at most 15 bytes, and this has 16"),
+            line.ends_with(": a name of an interface has at most 15 bytes; this one has 16"),
             "{line}"
         );
         for (name, wrong) in [
@@ -204,7 +207,7 @@ fn modes_and_interfaces_that_are_none_are_refused() {
             let line = refused(&[flag, name]);
             assert!(
                 line.contains(&format!(
-                    ": `{wrong}` cannot be in the name of an interface; "
+                    ": the name of an interface cannot contain `{wrong}`; "
                 )),
                 "{line}"
             );

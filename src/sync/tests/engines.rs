@@ -52,7 +52,7 @@ fn web(last: u8) -> Service {
 async fn policies_that_fail_delay_no_service() {
     let bench = Bench::new();
     let kernel = &bench.kernel;
-    let mut reconciler = bench.reconciler().with_policies(engine());
+    let mut controller = bench.controller().with_policies(engine());
     kernel.0.borrow_mut().stuck = Some(policies::TABLE);
     let health = Health::new(Duration::from_secs(30));
     let (events, received) = mpsc::channel(64);
@@ -78,7 +78,7 @@ async fn policies_that_fail_delay_no_service() {
         soon("the policies", || health.ready()).await;
         stop.send_replace(true);
     };
-    let task = run(&mut reconciler, received, signals(stopped), &health);
+    let task = run(&mut controller, received, signals(stopped), &health);
     let (exit, ()) = tokio::join!(task, test);
     assert_eq!(exit, Exit::Stopped);
 }
@@ -87,7 +87,7 @@ async fn policies_that_fail_delay_no_service() {
 async fn events_that_never_end_leave_time_for_healing() {
     let bench = Bench::new();
     let kernel = &bench.kernel;
-    let mut reconciler = bench.reconciler();
+    let mut controller = bench.controller();
     let health = Health::new(Duration::from_secs(30));
     let (events, received) = mpsc::channel(4);
     let (stop, stopped) = watch::channel(false);
@@ -117,7 +117,7 @@ async fn events_that_never_end_leave_time_for_healing() {
         assert!(whole(), "put back in spite of the events");
         stop.send_replace(true);
     };
-    let (exit, ()) = tokio::join!(run(&mut reconciler, received, signals, &health), test);
+    let (exit, ()) = tokio::join!(run(&mut controller, received, signals, &health), test);
     assert_eq!(exit, Exit::Stopped);
 }
 
@@ -125,7 +125,7 @@ async fn events_that_never_end_leave_time_for_healing() {
 async fn a_kernel_that_does_not_answer_is_noticed_although_nothing_changes() {
     let bench = Bench::new();
     let kernel = &bench.kernel;
-    let mut reconciler = bench.reconciler();
+    let mut controller = bench.controller();
     let period = Duration::from_secs(30);
     let health = Health::with_clock(period, || Moment {
         monotonic: tokio::time::Instant::now().into_std(),
@@ -150,7 +150,7 @@ async fn a_kernel_that_does_not_answer_is_noticed_although_nothing_changes() {
         soon("health", || health.healthz().healthy).await;
         stop.send_replace(true);
     };
-    let task = run(&mut reconciler, received, signals(stopped), &health);
+    let task = run(&mut controller, received, signals(stopped), &health);
     let (exit, ()) = tokio::join!(task, test);
     assert_eq!(exit, Exit::Stopped);
 }
@@ -158,44 +158,44 @@ async fn a_kernel_that_does_not_answer_is_noticed_although_nothing_changes() {
 #[test]
 fn while_it_is_unknown_what_is_in_force_no_chain_is_removed() {
     let bench = Bench::new();
-    let mut reconciler = bench.reconciler().with_policies(engine());
+    let mut controller = bench.controller().with_policies(engine());
     let service = web(1);
     let of = |endpoints: &[u8]| slice("web-1", &service, Family::V4, endpoints);
     let objects = vec![service.clone().into(), of(&[1, 3]).into()];
-    handle(&mut reconciler, lists(objects));
-    handle(&mut reconciler, policy_lists(vec![]));
-    handle(&mut reconciler, vec![put(of(&[1]))]);
-    assert!(reconciler.services.due().is_some());
+    handle(&mut controller, lists(objects));
+    handle(&mut controller, policy_lists(vec![]));
+    handle(&mut controller, vec![put(of(&[1]))]);
+    assert!(controller.services.due().is_some());
 
     // What becomes of the policies is not told by what is done for the services.
     bench.kernel.0.borrow_mut().stuck = Some(policies::TABLE);
     let policies = vec![pod("web", "10.1.0.5"), closed()];
-    assert_eq!(handle(&mut reconciler, policies), Outcome::Failed);
-    let removed = reconciler.remove_chains_unused_since(Instant::now());
+    assert_eq!(handle(&mut controller, policies), Outcome::Failed);
+    let removed = controller.remove_chains_unused_since(Instant::now());
     assert_eq!(removed.services, Some(Outcome::Synced));
     assert_eq!(removed.policies, None);
-    assert!(!reconciler.is_synced());
+    assert!(!controller.is_synced());
 
-    handle(&mut reconciler, vec![put(of(&[1, 3]))]);
+    handle(&mut controller, vec![put(of(&[1, 3]))]);
     bench.kernel.0.borrow_mut().failures = 3;
-    handle(&mut reconciler, vec![put(of(&[1]))]);
-    assert_eq!(reconciler.services.due(), None);
-    let removed = reconciler.remove_chains_unused_since(Instant::now());
+    handle(&mut controller, vec![put(of(&[1]))]);
+    assert_eq!(controller.services.due(), None);
+    let removed = controller.remove_chains_unused_since(Instant::now());
     assert_eq!(removed, Outcomes::default());
 }
 
 #[test]
 fn each_chain_stays_for_its_own_time() {
     let bench = Bench::new();
-    let mut reconciler = bench.reconciler();
+    let mut controller = bench.controller();
     let service = web(1);
     let of = |endpoints: &[u8]| put(slice("web-1", &service, Family::V4, endpoints));
-    handle(&mut reconciler, lists(vec![service.clone().into()]));
-    handle(&mut reconciler, vec![of(&[1, 3, 5])]);
-    handle(&mut reconciler, vec![of(&[1, 3])]);
+    handle(&mut controller, lists(vec![service.clone().into()]));
+    handle(&mut controller, vec![of(&[1, 3, 5])]);
+    handle(&mut controller, vec![of(&[1, 3])]);
     let three_is_unused = Instant::now();
-    handle(&mut reconciler, vec![of(&[1])]);
-    reconciler.remove_chains_unused_since(three_is_unused);
+    handle(&mut controller, vec![of(&[1])]);
+    controller.remove_chains_unused_since(three_is_unused);
     let has = |name: &str| {
         let state = bench.kernel.0.borrow();
         let chains = &state.ruleset.tables[&table_id(Family::V4)].chains;
@@ -203,32 +203,32 @@ fn each_chain_stays_for_its_own_time() {
     };
     assert!(!has("lb-3"));
     assert!(has("lb-2"), "it was used after that");
-    assert!(reconciler.services.due().is_some());
+    assert!(controller.services.due().is_some());
     // A chain that is used again and left again begins anew.
-    handle(&mut reconciler, vec![of(&[1, 3])]);
+    handle(&mut controller, vec![of(&[1, 3])]);
     let two_is_used = Instant::now();
-    handle(&mut reconciler, vec![of(&[1])]);
-    reconciler.remove_chains_unused_since(two_is_used);
+    handle(&mut controller, vec![of(&[1])]);
+    controller.remove_chains_unused_since(two_is_used);
     assert!(has("lb-2"));
-    reconciler.remove_chains_unused_since(Instant::now());
+    controller.remove_chains_unused_since(Instant::now());
     assert!(!has("lb-2"));
-    assert_eq!(reconciler.services.due(), None);
+    assert_eq!(controller.services.due(), None);
 }
 
 /// Writes a service whose frontend the kernel refuses so often, for this reason; returns what was
 /// achieved and whether the service was left out.
 fn refuse(errno: i32, times: usize) -> (Outcome, bool) {
     let bench = Bench::new();
-    let mut reconciler = bench.reconciler();
-    handle(&mut reconciler, lists(vec![web(1).into()]));
+    let mut controller = bench.controller();
+    handle(&mut controller, lists(vec![web(1).into()]));
     {
         let mut state = bench.kernel.0.borrow_mut();
         state.unwanted = Some(frontend(2));
         state.unwanted_because = Some(errno);
         state.unwanted_times = Some(times);
     }
-    let outcome = handle(&mut reconciler, vec![put(web(2))]);
-    assert_eq!(outcome == Outcome::Synced, reconciler.is_synced());
+    let outcome = handle(&mut controller, vec![put(web(2))]);
+    assert_eq!(outcome == Outcome::Synced, controller.is_synced());
     (outcome, !has_frontend(&bench.kernel, 2))
 }
 

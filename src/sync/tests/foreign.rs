@@ -32,42 +32,42 @@ fn delete_tables(kernel: &Fake, name: &str) {
 #[test]
 fn what_waits_after_a_failed_write_is_no_change_of_others() {
     let bench = Bench::new();
-    let mut reconciler = bench.reconciler().with_policies(engine());
+    let mut controller = bench.controller().with_policies(engine());
     let fail = |times| bench.kernel.0.borrow_mut().failures = times;
     // The first rules of both parts.
     fail(3);
     let first = [lists(vec![]), policy_lists(vec![closed()])].concat();
-    assert_eq!(handle(&mut reconciler, first), Outcome::Failed);
-    while handle(&mut reconciler, vec![]) != Outcome::Synced {}
+    assert_eq!(handle(&mut controller, first), Outcome::Failed);
+    while handle(&mut controller, vec![]) != Outcome::Synced {}
     // A change of each, while somebody minds tables of their own.
     fail(4);
     bench.kernel.meddle(|_| ());
     let both = vec![web(1), pod("web", "10.1.0.5")];
-    assert_eq!(handle(&mut reconciler, both), Outcome::Failed);
-    assert_eq!(handle(&mut reconciler, vec![web(2)]), Outcome::Synced);
+    assert_eq!(handle(&mut controller, both), Outcome::Failed);
+    assert_eq!(handle(&mut controller, vec![web(2)]), Outcome::Synced);
     // A change of policies that is not written yet.
-    reconciler.take_over([Delivery::now(pod("other", "10.1.0.6"))]);
+    controller.take_over([Delivery::now(pod("other", "10.1.0.6"))]);
     bench.kernel.meddle(|_| ());
-    assert_eq!(heal(&mut reconciler), (Outcome::Synced, false));
+    assert_eq!(heal(&mut controller), (Outcome::Synced, false));
     assert_eq!(healed(&bench), (0, 0));
 }
 
 #[test]
 fn a_change_of_others_counts_although_a_write_meets_it_first_or_fails() {
     let bench = Bench::new();
-    let mut reconciler = bench.reconciler().with_policies(engine());
+    let mut controller = bench.controller().with_policies(engine());
     let first = [
         lists(vec![]),
         policy_lists(vec![pod("web", "10.1.0.5"), closed()]),
     ];
-    handle(&mut reconciler, first.concat());
+    handle(&mut controller, first.concat());
     // An own write meets it.
     delete_tables(&bench.kernel, services::TABLE);
-    assert_eq!(handle(&mut reconciler, vec![web(1)]), Outcome::Synced);
+    assert_eq!(handle(&mut controller, vec![web(1)]), Outcome::Synced);
     let (services, reports) = healed(&bench);
     assert_eq!((services > 0, reports), (true, 1));
     delete_tables(&bench.kernel, policies::TABLE);
-    let outcome = handle(&mut reconciler, vec![pod("other", "10.1.0.6")]);
+    let outcome = handle(&mut controller, vec![pod("other", "10.1.0.6")]);
     assert_eq!(outcome, Outcome::Synced);
     let (policies, reports) = healed(&bench);
     assert_eq!((policies > services, reports), (true, 1));
@@ -79,8 +79,8 @@ fn a_change_of_others_counts_although_a_write_meets_it_first_or_fails() {
             .insert(Name::from("intruder"), Default::default());
     });
     bench.kernel.0.borrow_mut().failures = 2;
-    assert_eq!(heal(&mut reconciler), (Outcome::Failed, true));
+    assert_eq!(heal(&mut controller), (Outcome::Failed, true));
     assert_eq!(healed(&bench), (policies, 0));
-    assert_eq!(handle(&mut reconciler, vec![web(2)]), Outcome::Synced);
+    assert_eq!(handle(&mut controller, vec![web(2)]), Outcome::Synced);
     assert_eq!(healed(&bench), (policies + 1, 1));
 }

@@ -121,21 +121,21 @@ proptest! {
         history in vec((vec(event(), 0..5), 0usize..12), 1..12),
     ) {
         let bench = Bench::new();
-        let mut reconciler = bench.reconciler();
-        handle(&mut reconciler, lists(vec![]));
+        let mut controller = bench.controller();
+        handle(&mut controller, lists(vec![]));
         for (events, failures) in history {
             // One batch in four meets a kernel that fails one to three times.
             bench.kernel.0.borrow_mut().failures = failures.saturating_sub(8);
-            let mut outcome = handle(&mut reconciler, events);
+            let mut outcome = handle(&mut controller, events);
             while outcome != Outcome::Synced {
-                outcome = reconciler.resync();
+                outcome = controller.resync();
             }
             bench.kernel.0.borrow_mut().failures = 0;
-            bench.assert_as_wanted(&reconciler);
+            bench.assert_as_wanted(&controller);
         }
-        reconciler.remove_chains_unused_since(Instant::now());
+        controller.remove_chains_unused_since(Instant::now());
         let actual = bench.kernel.0.borrow().ruleset.clone();
-        prop_assert_eq!(&meaning(&actual), &meaning(&reconciler.services.engine.tables().ruleset()));
-        prop_assert_eq!(actual, reconciler.services.engine.tables().ruleset());
+        prop_assert_eq!(&meaning(&actual), &meaning(&controller.services.engine.tables().ruleset()));
+        prop_assert_eq!(actual, controller.services.engine.tables().ruleset());
     }
 }

@@ -23,9 +23,9 @@ fn adds_base_chain(transaction: &Transaction) -> bool {
 #[test]
 fn packets_meet_a_large_table_when_it_is_whole() {
     let bench = Bench::new();
-    let mut reconciler = bench.reconciler();
-    assert_eq!(handle(&mut reconciler, lists(cluster())), Outcome::Synced);
-    bench.assert_as_wanted(&reconciler);
+    let mut controller = bench.controller();
+    assert_eq!(handle(&mut controller, lists(cluster())), Outcome::Synced);
+    bench.assert_as_wanted(&controller);
     let applied = bench.applied();
     assert!(applied.len() > 2, "{} transactions", applied.len());
     let (last, others) = applied.split_last().unwrap();
@@ -33,8 +33,8 @@ fn packets_meet_a_large_table_when_it_is_whole() {
     assert!(!others.iter().any(adds_base_chain));
     // Emptied by somebody else it comes back in the same way.
     bench.kernel.meddle(|ruleset| ruleset.tables.clear());
-    assert_eq!(heal(&mut reconciler), (Outcome::Synced, true));
-    bench.assert_as_wanted(&reconciler);
+    assert_eq!(heal(&mut controller), (Outcome::Synced, true));
+    bench.assert_as_wanted(&controller);
     assert_eq!(bench.applied().len(), applied.len());
 }
 
@@ -48,8 +48,8 @@ fn a_refusal_between_steps_leaves_one_service_out() {
         .port(80)
         .finish();
     bench.kernel.0.borrow_mut().unwanted = Some(unwanted);
-    let mut reconciler = bench.reconciler();
-    assert_eq!(handle(&mut reconciler, lists(cluster())), Outcome::Synced);
+    let mut controller = bench.controller();
+    assert_eq!(handle(&mut controller, lists(cluster())), Outcome::Synced);
     let heard = bench.heard();
     assert_eq!(heard.len(), 1, "{heard:?}");
     assert!(heard[0].starts_with("Service shop/service-7: the kernel refused"));
@@ -66,16 +66,16 @@ fn a_refusal_between_steps_leaves_one_service_out() {
 #[test]
 fn a_failure_between_steps_is_made_good_later() {
     let bench = Bench::new();
-    let mut reconciler = bench.reconciler();
+    let mut controller = bench.controller();
     bench.kernel.0.borrow_mut().most = Some(3);
-    assert_eq!(handle(&mut reconciler, lists(cluster())), Outcome::Failed);
+    assert_eq!(handle(&mut controller, lists(cluster())), Outcome::Failed);
     let half = bench.kernel.0.borrow().ruleset.clone();
     assert!(!half.tables.is_empty());
     let mut chains = half.tables.values().flat_map(|table| table.chains.values());
     assert!(chains.all(|chain| chain.base.is_none()));
     bench.kernel.0.borrow_mut().most = None;
-    assert_eq!(reconciler.resync(), Outcome::Synced);
-    bench.assert_as_wanted(&reconciler);
+    assert_eq!(controller.resync(), Outcome::Synced);
+    bench.assert_as_wanted(&controller);
 }
 
 /// The endpoints of each frontend of the IPv4 table, without their indexes.
@@ -117,14 +117,14 @@ fn others() -> Vec<EndpointSlice> {
 #[test]
 fn a_large_change_of_endpoints_is_written_service_by_service() {
     let bench = Bench::new();
-    let mut reconciler = bench.reconciler();
-    handle(&mut reconciler, lists(cluster()));
+    let mut controller = bench.controller();
+    handle(&mut controller, lists(cluster()));
     bench.applied();
     let mut ruleset = bench.kernel.0.borrow().ruleset.clone();
     let before = endpoints_by_frontend(&ruleset);
     let changes = others().into_iter().map(put).collect();
-    assert_eq!(handle(&mut reconciler, changes), Outcome::Synced);
-    bench.assert_as_wanted(&reconciler);
+    assert_eq!(handle(&mut controller, changes), Outcome::Synced);
+    bench.assert_as_wanted(&controller);
     let after = endpoints_by_frontend(&bench.kernel.0.borrow().ruleset);
     let applied = bench.applied();
     assert!(applied.len() > 2, "{} transactions", applied.len());
@@ -141,8 +141,8 @@ fn a_large_change_of_endpoints_is_written_service_by_service() {
 #[test]
 fn frontends_that_move_are_not_cut() {
     let bench = Bench::new();
-    let mut reconciler = bench.reconciler();
-    handle(&mut reconciler, lists(cluster()));
+    let mut controller = bench.controller();
+    handle(&mut controller, lists(cluster()));
     bench.applied();
     // The first service takes over the last one's address, which is compiled after it.
     let mut changes: Vec<Event> = others().into_iter().map(put).collect();
@@ -151,21 +151,21 @@ fn frontends_that_move_are_not_cut() {
     let mut first = service("service-1", &["10.96.0.9"], &[80]);
     first.created = last.created;
     changes.extend([put(last), put(first)]);
-    assert_eq!(handle(&mut reconciler, changes), Outcome::Synced);
+    assert_eq!(handle(&mut controller, changes), Outcome::Synced);
     assert_eq!(bench.heard(), Vec::<String>::new());
-    bench.assert_as_wanted(&reconciler);
+    bench.assert_as_wanted(&controller);
 }
 
 #[test]
 fn what_is_left_of_a_large_change_is_not_forgotten_when_a_part_fails() {
     let bench = Bench::new();
-    let mut reconciler = bench.reconciler();
-    handle(&mut reconciler, lists(cluster()));
+    let mut controller = bench.controller();
+    handle(&mut controller, lists(cluster()));
     let already = bench.kernel.0.borrow().applied.len();
     bench.kernel.0.borrow_mut().most = Some(already + 1);
     let changes = others().into_iter().map(put).collect();
-    assert_eq!(handle(&mut reconciler, changes), Outcome::Failed);
+    assert_eq!(handle(&mut controller, changes), Outcome::Failed);
     bench.kernel.0.borrow_mut().most = None;
-    assert_eq!(reconciler.resync(), Outcome::Synced);
-    bench.assert_as_wanted(&reconciler);
+    assert_eq!(controller.resync(), Outcome::Synced);
+    bench.assert_as_wanted(&controller);
 }

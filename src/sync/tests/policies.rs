@@ -37,15 +37,15 @@ fn rules(bench: &Bench, policy: &str) -> Option<usize> {
 fn a_policy_that_the_kernel_refuses_is_closed_and_the_others_are_in_force() {
     let bench = Bench::new();
     bench.kernel.0.borrow_mut().unwanted = Some(Key::address("203.0.113.0".parse().unwrap()));
-    let mut reconciler = bench.reconciler().with_policies(engine());
+    let mut controller = bench.controller().with_policies(engine());
     let bad = allowing("bad", "203.0.113.0/24");
     let objects = vec![
         pod("web", "10.1.0.5"),
         bad.clone(),
         allowing("good", "198.51.100.0/24"),
     ];
-    handle(&mut reconciler, lists(Vec::new()));
-    let outcome = handle(&mut reconciler, policy_lists(objects));
+    handle(&mut controller, lists(Vec::new()));
+    let outcome = handle(&mut controller, policy_lists(objects));
     assert_eq!(outcome, Outcome::Synced);
     assert_eq!(
         (rules(&bench, "bad"), rules(&bench, "good")),
@@ -58,45 +58,45 @@ fn a_policy_that_the_kernel_refuses_is_closed_and_the_others_are_in_force() {
         "{}",
         heard[0]
     );
-    let judged = |reconciler: &mut Reconciler<Fake>, source: &str| {
-        super::queries::denies(reconciler, source, "10.1.0.5").unwrap()
+    let judged = |controller: &mut Controller<Fake>, source: &str| {
+        super::queries::denies(controller, source, "10.1.0.5").unwrap()
     };
-    assert!(judged(&mut reconciler, "203.0.113.1"));
-    assert!(!judged(&mut reconciler, "198.51.100.1"));
+    assert!(judged(&mut controller, "203.0.113.1"));
+    assert!(!judged(&mut controller, "198.51.100.1"));
 
     // Changes of others go through, without another comparison.
     let reads = bench.kernel.0.borrow().reads;
     handle(
-        &mut reconciler,
+        &mut controller,
         vec![pod("db", "10.1.0.6"), allowing("more", "192.0.2.0/24")],
     );
     assert_eq!(rules(&bench, "more"), Some(1));
     assert_eq!(bench.kernel.0.borrow().reads, reads);
     // It comes back when it has changed.
-    handle(&mut reconciler, vec![allowing("bad", "203.0.113.128/25")]);
+    handle(&mut controller, vec![allowing("bad", "203.0.113.128/25")]);
     assert_eq!(rules(&bench, "bad"), Some(1));
     // Refused in an incremental write, and forgiven when the kernel has changed its mind.
-    assert_eq!(handle(&mut reconciler, vec![bad]), Outcome::Synced);
+    assert_eq!(handle(&mut controller, vec![bad]), Outcome::Synced);
     assert_eq!(rules(&bench, "bad"), Some(0));
     bench.kernel.0.borrow_mut().unwanted = None;
-    reconciler.retry_quarantined();
-    assert_eq!(handle(&mut reconciler, vec![]), Outcome::Synced);
+    controller.retry_quarantined();
+    assert_eq!(handle(&mut controller, vec![]), Outcome::Synced);
     assert_eq!(rules(&bench, "bad"), Some(1));
-    assert!(!judged(&mut reconciler, "203.0.113.1"));
+    assert!(!judged(&mut controller, "203.0.113.1"));
 }
 
 #[test]
 fn what_two_policies_share_closes_both() {
     let bench = Bench::new();
     bench.kernel.0.borrow_mut().unwanted = Some(Key::address("203.0.113.0".parse().unwrap()));
-    let mut reconciler = bench.reconciler().with_policies(engine());
+    let mut controller = bench.controller().with_policies(engine());
     let objects = vec![
         pod("web", "10.1.0.5"),
         allowing("one", "203.0.113.0/24"),
         allowing("two", "203.0.113.0/24"),
     ];
-    handle(&mut reconciler, lists(Vec::new()));
-    let outcome = handle(&mut reconciler, policy_lists(objects));
+    handle(&mut controller, lists(Vec::new()));
+    let outcome = handle(&mut controller, policy_lists(objects));
     assert_eq!(outcome, Outcome::Synced);
     assert_eq!(
         (rules(&bench, "one"), rules(&bench, "two")),
@@ -114,44 +114,44 @@ fn addresses_with_another_pod_are_handed_over_once_the_rules_are_in_force() {
         node: "here".into(),
         ..policies::PolicySettings::default()
     });
-    let reconciler = bench.reconciler().with_policies(engine);
-    let mut reconciler = reconciler.with_followers(followers);
+    let controller = bench.controller().with_policies(engine);
+    let mut controller = controller.with_followers(followers);
     let delete = |name| Event::Delete(ObjectRef::new(Kind::Pod, ObjectName::new("shop", name)));
-    handle(&mut reconciler, lists(Vec::new()));
+    handle(&mut controller, lists(Vec::new()));
     let objects = vec![pod("web", "10.1.0.5"), closed()];
-    handle(&mut reconciler, policy_lists(objects));
+    handle(&mut controller, policy_lists(objects));
     let moved = || -> Vec<String> {
         let changes = changes.try_iter();
         let moved: BTreeSet<IpAddr> = changes.flat_map(|it| it.reassigned.clone()).collect();
         moved.iter().map(IpAddr::to_string).collect()
     };
     assert!(moved().is_empty(), "it may have been there for long");
-    handle(&mut reconciler, vec![delete("web")]);
+    handle(&mut controller, vec![delete("web")]);
     assert!(moved().is_empty(), "no pod has the address");
     bench.kernel.0.borrow_mut().failures = 2;
-    handle(&mut reconciler, vec![pod("other", "10.1.0.5")]);
+    handle(&mut controller, vec![pod("other", "10.1.0.5")]);
     assert!(changes.try_recv().is_err(), "the rules are not in force");
-    handle(&mut reconciler, vec![]);
+    handle(&mut controller, vec![]);
     assert_eq!(moved(), ["10.1.0.5"]);
     bench.kernel.0.borrow_mut().failures = 2;
-    handle(&mut reconciler, vec![pod("new", "10.1.0.7")]);
-    handle(&mut reconciler, vec![]);
+    handle(&mut controller, vec![pod("new", "10.1.0.7")]);
+    handle(&mut controller, vec![]);
     let change = changes.try_recv().unwrap();
     assert!(change.rewritten, "what was asked meanwhile is asked again");
     assert_eq!(change.reassigned, ["10.1.0.7".parse().unwrap()].into());
     // A list that is read again brings nothing new.
     let objects = vec![pod("other", "10.1.0.5"), pod("new", "10.1.0.7"), closed()];
-    handle(&mut reconciler, policy_lists(objects));
+    handle(&mut controller, policy_lists(objects));
     assert!(moved().is_empty());
 }
 
 #[test]
 fn pods_namespaces_and_policies_are_counted() {
     let bench = Bench::new();
-    let mut reconciler = bench.reconciler().with_policies(engine());
-    handle(&mut reconciler, lists(Vec::new()));
+    let mut controller = bench.controller().with_policies(engine());
+    handle(&mut controller, lists(Vec::new()));
     let objects = vec![pod("web", "10.1.0.5"), pod("db", "10.1.0.6"), closed()];
-    handle(&mut reconciler, policy_lists(objects));
+    handle(&mut controller, policy_lists(objects));
     let text = bench.metrics.encode();
     for line in [
         "nftlet_objects{kind=\"Pod\"} 2\n",
@@ -165,17 +165,17 @@ fn pods_namespaces_and_policies_are_counted() {
 #[test]
 fn a_pod_is_isolated_before_a_service_leads_to_it() {
     let bench = Bench::new();
-    let mut reconciler = bench.reconciler().with_policies(engine());
+    let mut controller = bench.controller().with_policies(engine());
     let web = service("web", &["10.96.0.10"], &[80]);
-    handle(&mut reconciler, lists(vec![web.clone().into()]));
-    handle(&mut reconciler, policy_lists(vec![closed()]));
+    handle(&mut controller, lists(vec![web.clone().into()]));
+    handle(&mut controller, policy_lists(vec![closed()]));
     let before = bench.kernel.0.borrow().applied.len();
     // The service first, which is of no matter.
     let events = vec![
         put(slice("web-1", &web, Family::V4, &[5])),
         pod("web", "10.244.1.5"),
     ];
-    handle(&mut reconciler, events);
+    handle(&mut controller, events);
     let state = bench.kernel.0.borrow();
     let adds_to = |transaction: &Transaction, table: &TableId, set: &str| {
         transaction.ops.iter().any(|op| match op {

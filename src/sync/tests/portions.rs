@@ -69,28 +69,28 @@ proptest! {
         portion in 1usize..6,
     ) {
         let bench = Bench::new();
-        let mut reconciler = bench.reconciler().with_portions_of(portion);
-        handle(&mut reconciler, lists(vec![]));
+        let mut controller = bench.controller().with_portions_of(portion);
+        handle(&mut controller, lists(vec![]));
         let mut ruleset = bench.kernel.0.borrow().ruleset.clone();
         bench.applied();
         for (events, failures) in history {
             bench.kernel.0.borrow_mut().failures = failures.saturating_sub(9);
-            reconciler.take_over(events.into_iter().map(Delivery::now));
-            let mut outcome = reconciler.work(Engines::ALL).together();
+            controller.take_over(events.into_iter().map(Delivery::now));
+            let mut outcome = controller.work(Engines::ALL).together();
             while outcome != Outcome::Synced {
-                outcome = reconciler.resync();
+                outcome = controller.resync();
             }
             bench.kernel.0.borrow_mut().failures = 0;
             // What is in force is known between two portions, too.
-            prop_assert_eq!(heal(&mut reconciler), (Outcome::Synced, false));
+            prop_assert_eq!(heal(&mut controller), (Outcome::Synced, false));
             for transaction in bench.applied() {
                 simulate::apply(&mut ruleset, &transaction).unwrap();
                 assert_packets_are_safe(&ruleset);
             }
         }
         let mut calls = 0;
-        while reconciler.has_more() {
-            prop_assert_eq!(reconciler.work(Engines::SERVICES).together(), Outcome::Synced);
+        while controller.has_more() {
+            prop_assert_eq!(controller.work(Engines::SERVICES).together(), Outcome::Synced);
             calls += 1;
             prop_assert!(calls < 2_000, "there is no end to the portions");
         }
@@ -98,8 +98,8 @@ proptest! {
             simulate::apply(&mut ruleset, &transaction).unwrap();
             assert_packets_are_safe(&ruleset);
         }
-        bench.assert_as_wanted(&reconciler);
-        prop_assert!(reconciler.latency.is_empty(), "some events are timed for ever");
+        bench.assert_as_wanted(&controller);
+        prop_assert!(controller.latency.is_empty(), "some events are timed for ever");
     }
 }
 
@@ -114,22 +114,22 @@ fn huge() -> (Service, EndpointSlice) {
     (service, slice)
 }
 
-pub(super) fn started(bench: &Bench) -> Reconciler<'_, Fake> {
-    let mut reconciler = bench.reconciler().with_portions_of(PORTION);
-    handle(&mut reconciler, lists(vec![node().into()]));
+pub(super) fn started(bench: &Bench) -> Controller<'_, Fake> {
+    let mut controller = bench.controller().with_portions_of(PORTION);
+    handle(&mut controller, lists(vec![node().into()]));
     bench.applied();
-    reconciler
+    controller
 }
 
 /// Takes over events and writes a portion.
-pub(super) fn once(reconciler: &mut Reconciler<Fake>, events: Vec<Event>) {
-    reconciler.take_over(events.into_iter().map(Delivery::now));
-    assert_eq!(reconciler.work(Engines::ALL).together(), Outcome::Synced);
+pub(super) fn once(controller: &mut Controller<Fake>, events: Vec<Event>) {
+    controller.take_over(events.into_iter().map(Delivery::now));
+    assert_eq!(controller.work(Engines::ALL).together(), Outcome::Synced);
 }
 
-pub(super) fn finish(reconciler: &mut Reconciler<Fake>) {
-    assert_eq!(handle(reconciler, vec![]), Outcome::Synced);
-    assert!(!reconciler.has_more());
+pub(super) fn finish(controller: &mut Controller<Fake>) {
+    assert_eq!(handle(controller, vec![]), Outcome::Synced);
+    assert!(!controller.has_more());
 }
 
 pub(super) fn elements(bench: &Bench, set: ServiceSet) -> usize {
@@ -141,10 +141,10 @@ pub(super) fn elements(bench: &Bench, set: ServiceSet) -> usize {
 #[test]
 fn others_are_written_between_the_portions_of_a_huge_service() {
     let bench = Bench::new();
-    let mut reconciler = started(&bench);
+    let mut controller = started(&bench);
     let (huge, endpoints) = huge();
-    once(&mut reconciler, vec![put(huge), put(endpoints)]);
-    assert!(reconciler.has_more());
+    once(&mut controller, vec![put(huge), put(endpoints)]);
+    assert!(controller.has_more());
     assert_eq!(
         elements(&bench, ServiceSet::Frontends),
         0,
@@ -152,11 +152,11 @@ fn others_are_written_between_the_portions_of_a_huge_service() {
     );
     let small = service("small", &["10.96.0.1"], &[80]);
     let pods = slice("small-1", &small, Family::V4, &[1, 2]);
-    once(&mut reconciler, vec![put(small), put(pods)]);
-    assert!(reconciler.has_more());
+    once(&mut controller, vec![put(small), put(pods)]);
+    assert!(controller.has_more());
     assert_eq!(elements(&bench, ServiceSet::Frontends), 1);
-    finish(&mut reconciler);
-    bench.assert_as_wanted(&reconciler);
+    finish(&mut controller);
+    bench.assert_as_wanted(&controller);
     let applied = bench.applied();
     let sizes: Vec<usize> = applied.iter().map(Transaction::elements).collect();
     assert!(sizes.iter().all(|size| *size <= PORTION + 10), "{sizes:?}");
@@ -178,20 +178,20 @@ pub(super) fn vast(number: u8) -> Service {
 #[test]
 fn many_vast_services_of_one_batch_wait_for_one_portion_of_work_each() {
     let bench = Bench::new();
-    let mut reconciler = started(&bench);
+    let mut controller = started(&bench);
     let small = service("small", &["10.96.0.1"], &[80]);
     let mut events: Vec<Event> = (1..=5).map(|number| put(vast(number))).collect();
     events.push(put(slice("vast-1-1", &vast(1), Family::V4, &[])));
     events.push(put(small));
-    once(&mut reconciler, events);
+    once(&mut controller, events);
     assert_eq!(elements(&bench, ServiceSet::Frontends), 1);
     assert_eq!(
-        reconciler.store().count(Kind::Service),
+        controller.store().count(Kind::Service),
         2,
         "the small one, and the vast one that has had its turn"
     );
-    finish(&mut reconciler);
-    bench.assert_as_wanted(&reconciler);
+    finish(&mut controller);
+    bench.assert_as_wanted(&controller);
     assert_eq!(
         elements(&bench, ServiceSet::Frontends),
         1 + 5 * 31 * 40,
@@ -203,49 +203,49 @@ fn many_vast_services_of_one_batch_wait_for_one_portion_of_work_each() {
 #[test]
 fn the_newest_event_of_a_vast_service_counts() {
     let bench = Bench::new();
-    let mut reconciler = started(&bench);
+    let mut controller = started(&bench);
     let mut other = vast(1);
     other.external_ips.truncate(3);
-    once(&mut reconciler, vec![put(vast(1)), put(other)]);
-    finish(&mut reconciler);
+    once(&mut controller, vec![put(vast(1)), put(other)]);
+    finish(&mut controller);
     assert_eq!(elements(&bench, ServiceSet::Frontends), 4 * 40);
     once(
-        &mut reconciler,
+        &mut controller,
         vec![put(vast(1)), delete(Kind::Service, "vast-1")],
     );
-    finish(&mut reconciler);
+    finish(&mut controller);
     assert_eq!(elements(&bench, ServiceSet::Frontends), 0);
-    bench.assert_as_wanted(&reconciler);
+    bench.assert_as_wanted(&controller);
 }
 
 #[test]
 fn a_list_replaces_the_events_that_wait() {
     let bench = Bench::new();
-    let mut reconciler = started(&bench);
+    let mut controller = started(&bench);
     let list = |objects: Vec<Event>| {
         let mut events = vec![Event::ListStarted(Kind::Service)];
         events.extend(objects);
         events.push(Event::ListComplete(Kind::Service));
         events
     };
-    once(&mut reconciler, vec![put(vast(1)), put(vast(2))]);
-    once(&mut reconciler, list(vec![put(vast(2)), put(vast(3))]));
-    finish(&mut reconciler);
-    bench.assert_as_wanted(&reconciler);
+    once(&mut controller, vec![put(vast(1)), put(vast(2))]);
+    once(&mut controller, list(vec![put(vast(2)), put(vast(3))]));
+    finish(&mut controller);
+    bench.assert_as_wanted(&controller);
     assert_eq!(elements(&bench, ServiceSet::Frontends), 2 * 31 * 40);
-    assert!(reconciler.store().service(&vast(1).name).is_none());
+    assert!(controller.store().service(&vast(1).name).is_none());
 }
 
 #[test]
 fn one_endpoint_of_a_huge_service_is_two_elements_for_each_port() {
     let bench = Bench::new();
-    let mut reconciler = started(&bench);
+    let mut controller = started(&bench);
     let (huge, endpoints) = huge();
-    handle(&mut reconciler, vec![put(huge), put(endpoints.clone())]);
+    handle(&mut controller, vec![put(huge), put(endpoints.clone())]);
     bench.applied();
     let mut other = endpoints;
     other.endpoints[0].address = [10, 244, 9, 9].into();
-    assert_eq!(handle(&mut reconciler, vec![put(other)]), Outcome::Synced);
+    assert_eq!(handle(&mut controller, vec![put(other)]), Outcome::Synced);
     let applied = bench.applied();
     assert_eq!(applied.len(), 1);
     // The first endpoint is on the other node.
@@ -255,12 +255,12 @@ fn one_endpoint_of_a_huge_service_is_two_elements_for_each_port() {
 #[test]
 fn a_service_that_goes_half_way_leaves_nothing() {
     let bench = Bench::new();
-    let mut reconciler = started(&bench);
+    let mut controller = started(&bench);
     let (huge, endpoints) = huge();
-    once(&mut reconciler, vec![put(huge), put(endpoints)]);
-    once(&mut reconciler, vec![delete(Kind::Service, "huge")]);
-    finish(&mut reconciler);
-    bench.assert_as_wanted(&reconciler);
+    once(&mut controller, vec![put(huge), put(endpoints)]);
+    once(&mut controller, vec![delete(Kind::Service, "huge")]);
+    finish(&mut controller);
+    bench.assert_as_wanted(&controller);
     assert_eq!(elements(&bench, ServiceSet::Endpoints), 0);
     assert_eq!(elements(&bench, ServiceSet::Hairpin), 0);
 }
@@ -268,28 +268,28 @@ fn a_service_that_goes_half_way_leaves_nothing() {
 #[test]
 fn the_frontend_of_a_change_that_waits_moves_when_it_is_written() {
     let bench = Bench::new();
-    let mut reconciler = started(&bench);
+    let mut controller = started(&bench);
     let (mut huge, endpoints) = huge();
     huge.created = Some(1);
-    handle(&mut reconciler, vec![put(huge.clone()), put(endpoints)]);
+    handle(&mut controller, vec![put(huge.clone()), put(endpoints)]);
     // It begins to go, and another service gets its address at once.
     let heir = service("heir", &["10.96.9.9"], &[1]);
     let pods = slice("heir-1", &heir, Family::V4, &[7]);
     once(
-        &mut reconciler,
+        &mut controller,
         vec![delete(Kind::Service, "huge"), put(heir), put(pods)],
     );
-    assert!(reconciler.has_more());
-    finish(&mut reconciler);
+    assert!(controller.has_more());
+    finish(&mut controller);
     assert_eq!(bench.heard(), Vec::<String>::new());
-    bench.assert_as_wanted(&reconciler);
+    bench.assert_as_wanted(&controller);
     assert_eq!(elements(&bench, ServiceSet::Frontends), 1);
 }
 
 #[test]
 fn a_refusal_between_portions_leaves_the_service_out() {
     let bench = Bench::new();
-    let mut reconciler = started(&bench);
+    let mut controller = started(&bench);
     let unwanted = Key::build()
         .address("10.96.9.9".parse().unwrap())
         .protocol(6)
@@ -299,7 +299,7 @@ fn a_refusal_between_portions_leaves_the_service_out() {
     let small = service("small", &["10.96.0.1"], &[80]);
     let pods = slice("small-1", &small, Family::V4, &[1, 2]);
     let events = vec![put(huge), put(endpoints), put(small), put(pods)];
-    assert_eq!(handle(&mut reconciler, events), Outcome::Synced);
+    assert_eq!(handle(&mut controller, events), Outcome::Synced);
     let heard = bench.heard();
     assert!(
         heard
@@ -313,11 +313,11 @@ fn a_refusal_between_portions_leaves_the_service_out() {
 #[test]
 fn a_service_that_asks_for_too_much_is_left_out_until_it_asks_for_less() {
     let bench = Bench::new();
-    let mut reconciler = started(&bench);
+    let mut controller = started(&bench);
     let ports: Vec<u16> = (1..=100).collect();
     let mut large = service("large", &["10.96.0.1"], &ports);
     let pods = slice("large-1", &large, Family::V4, &[1, 2, 3]);
-    handle(&mut reconciler, vec![put(large.clone()), put(pods.clone())]);
+    handle(&mut controller, vec![put(large.clone()), put(pods.clone())]);
     assert_eq!(elements(&bench, ServiceSet::Frontends), 100);
     let addresses = |count: u32| -> Vec<IpAddr> {
         let first = u32::from(std::net::Ipv4Addr::new(198, 18, 0, 0));
@@ -330,7 +330,7 @@ fn a_service_that_asks_for_too_much_is_left_out_until_it_asks_for_less() {
         if !with {
             events.push(delete(Kind::EndpointSlice, "large-1"));
         }
-        assert_eq!(handle(&mut reconciler, events), Outcome::Synced);
+        assert_eq!(handle(&mut controller, events), Outcome::Synced);
         assert_eq!(elements(&bench, ServiceSet::Frontends), 0);
         assert_eq!(elements(&bench, ServiceSet::Endpoints), 0);
         assert!(bench.metrics.encode().contains("nftlet_refused_services 1"));
@@ -343,10 +343,10 @@ fn a_service_that_asks_for_too_much_is_left_out_until_it_asks_for_less() {
     );
     // One that cannot even be counted claims nothing.
     let other = service("other", &["198.18.0.7"], &[7]);
-    handle(&mut reconciler, vec![put(other)]);
+    handle(&mut controller, vec![put(other)]);
     assert_eq!(elements(&bench, ServiceSet::Frontends), 1);
     large.external_ips = addresses(2);
-    handle(&mut reconciler, vec![put(large), put(pods)]);
+    handle(&mut controller, vec![put(large), put(pods)]);
     assert_eq!(elements(&bench, ServiceSet::Frontends), 301);
     assert!(bench.metrics.encode().contains("nftlet_refused_services 0"));
 }

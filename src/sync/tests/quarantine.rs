@@ -13,9 +13,9 @@ fn what_the_kernel_refuses_is_left_out_and_the_rest_is_written() {
         .port(80)
         .finish();
     bench.kernel.0.borrow_mut().unwanted = Some(unwanted.clone());
-    let mut reconciler = bench.reconciler();
+    let mut controller = bench.controller();
     let first = lists(vec![bad.clone().into(), good.clone().into()]);
-    assert_eq!(handle(&mut reconciler, first), Outcome::Synced);
+    assert_eq!(handle(&mut controller, first), Outcome::Synced);
     let frontends = |table: &TableId| {
         let state = bench.kernel.0.borrow();
         state.ruleset.tables[table].sets[&ServiceSet::Frontends.name()]
@@ -34,19 +34,19 @@ fn what_the_kernel_refuses_is_left_out_and_the_rest_is_written() {
     );
     // Changes of others go through; the service comes back when it has changed.
     let more = slice("good-1", &good, Family::V4, &[1, 2]);
-    assert_eq!(handle(&mut reconciler, vec![put(more)]), Outcome::Synced);
+    assert_eq!(handle(&mut controller, vec![put(more)]), Outcome::Synced);
     assert_eq!(bench.kernel.0.borrow().reads, 1, "no comparison was needed");
     let mended = service("bad", &["10.96.0.67"], &[80]);
-    assert_eq!(handle(&mut reconciler, vec![put(mended)]), Outcome::Synced);
+    assert_eq!(handle(&mut controller, vec![put(mended)]), Outcome::Synced);
     assert_eq!(frontends(&v4), 2);
     // A service refused in an incremental write, forgiven when the kernel has changed its mind.
-    assert_eq!(handle(&mut reconciler, vec![put(bad)]), Outcome::Synced);
+    assert_eq!(handle(&mut controller, vec![put(bad)]), Outcome::Synced);
     assert_eq!(frontends(&v4), 1);
     bench.kernel.0.borrow_mut().unwanted = None;
-    reconciler.retry_quarantined();
-    assert_eq!(handle(&mut reconciler, vec![]), Outcome::Synced);
+    controller.retry_quarantined();
+    assert_eq!(handle(&mut controller, vec![]), Outcome::Synced);
     assert_eq!(frontends(&v4), 2);
-    bench.assert_as_wanted(&reconciler);
+    bench.assert_as_wanted(&controller);
 }
 
 #[test]
@@ -64,8 +64,8 @@ fn all_services_of_a_batch_that_the_kernel_refuses_are_left_out_after_one_compar
         .map(|n| service(&format!("web-{n}"), &[&format!("10.96.0.{n}")], &[80]).into())
         .collect();
     objects.push(service("web-6", &["fd00:10:96::9"], &[80]).into());
-    let mut reconciler = bench.reconciler();
-    assert_eq!(handle(&mut reconciler, lists(objects)), Outcome::Synced);
+    let mut controller = bench.controller();
+    assert_eq!(handle(&mut controller, lists(objects)), Outcome::Synced);
     let heard = bench.heard();
     assert_eq!(heard.len(), 4, "{heard:?}");
     let state = bench.kernel.0.borrow();

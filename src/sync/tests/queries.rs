@@ -1,4 +1,4 @@
-//! What the reconciler tells those around the policies, and what it answers them.
+//! What the controller tells those around the policies, and what it answers them.
 
 use tokio::sync::oneshot;
 
@@ -45,9 +45,9 @@ pub(super) fn engine() -> Engine {
     })
 }
 
-/// Whether the reconciler denies what goes from one address to another.
+/// Whether the controller denies what goes from one address to another.
 pub(super) fn denies(
-    reconciler: &mut Reconciler<Fake>,
+    controller: &mut Controller<Fake>,
     source: &str,
     destination: &str,
 ) -> Option<bool> {
@@ -59,7 +59,7 @@ pub(super) fn denies(
         port: Some(80),
     };
     let connections = vec![connection];
-    reconciler.answer(Query::Evaluate {
+    controller.answer(Query::Evaluate {
         connections,
         answer,
     });
@@ -73,8 +73,8 @@ fn changes_are_handed_over_when_they_are_in_force() {
     let bench = Bench::new();
     let mut followers = Followers::default();
     let (changes, mut isolated) = (followers.policies(), followers.isolated());
-    let reconciler = bench.reconciler().with_policies(engine());
-    let mut reconciler = reconciler.with_followers(followers);
+    let controller = bench.controller().with_policies(engine());
+    let mut controller = controller.with_followers(followers);
     let of = |address: &str, name| {
         (
             address.parse().unwrap(),
@@ -84,93 +84,93 @@ fn changes_are_handed_over_when_they_are_in_force() {
     let (web, db) = (of("10.1.0.5", "web"), of("10.1.0.6", "db"));
     let changed = || changes.try_iter().any(|it| it.isolated.is_some());
 
-    handle(&mut reconciler, policy_lists(vec![pod("web", "10.1.0.5")]));
+    handle(&mut controller, policy_lists(vec![pod("web", "10.1.0.5")]));
     assert!(changed(), "the first rules, although there are none");
     assert!(!isolated.has_changed().unwrap());
 
-    handle(&mut reconciler, vec![closed()]);
+    handle(&mut controller, vec![closed()]);
     assert!(changed());
     assert_eq!(*isolated.borrow_and_update(), Isolated::from([web.clone()]));
 
     // An event that changes no rule.
-    handle(&mut reconciler, vec![pod("web", "10.1.0.5")]);
+    handle(&mut controller, vec![pod("web", "10.1.0.5")]);
     assert!(changes.try_recv().is_err());
     assert!(!isolated.has_changed().unwrap());
 
     bench.kernel.0.borrow_mut().failures = 2;
-    let outcome = handle(&mut reconciler, vec![pod("db", "10.1.0.6")]);
+    let outcome = handle(&mut controller, vec![pod("db", "10.1.0.6")]);
     assert_eq!(outcome, Outcome::Failed);
     assert!(changes.try_recv().is_err());
     assert!(!isolated.has_changed().unwrap());
-    handle(&mut reconciler, vec![]);
+    handle(&mut controller, vec![]);
     assert!(changed());
     assert_eq!(isolated.borrow_and_update()[..], [web, db]);
 
     // A comparison with the kernel that finds no difference.
-    reconciler.heal();
+    controller.heal();
     assert!(changes.try_recv().is_err());
 }
 
 #[test]
 fn connections_are_judged_by_what_is_in_force() {
     let bench = Bench::new();
-    let mut reconciler = bench.reconciler().with_policies(engine());
+    let mut controller = bench.controller().with_policies(engine());
     let objects = vec![pod("web", "10.1.0.5"), closed()];
-    handle(&mut reconciler, policy_lists(objects));
-    let mut denied = |source, destination| denies(&mut reconciler, source, destination);
+    handle(&mut controller, policy_lists(objects));
+    let mut denied = |source, destination| denies(&mut controller, source, destination);
     assert_eq!(denied("10.1.0.9", "10.1.0.5"), Some(true));
     assert_eq!(denied("10.1.0.5", "10.1.0.9"), Some(false), "egress");
     assert_eq!(denied("10.1.0.9", "10.1.0.6"), Some(false), "not isolated");
 
     bench.kernel.0.borrow_mut().failures = 2;
-    handle(&mut reconciler, vec![pod("db", "10.1.0.6")]);
-    let unknown = denies(&mut reconciler, "10.1.0.9", "10.1.0.5");
+    handle(&mut controller, vec![pod("db", "10.1.0.6")]);
+    let unknown = denies(&mut controller, "10.1.0.9", "10.1.0.5");
     assert_eq!(unknown, None, "it is unknown what is in force");
-    handle(&mut reconciler, vec![]);
-    let denied = denies(&mut reconciler, "10.1.0.9", "10.1.0.6");
+    handle(&mut controller, vec![]);
+    let denied = denies(&mut controller, "10.1.0.9", "10.1.0.6");
     assert_eq!(denied, Some(true));
 }
 
 #[test]
 fn policies_are_in_force_when_complete_lists_were_written_and_nothing_failed_since() {
     let bench = Bench::new();
-    let mut reconciler = bench.reconciler().with_policies(engine());
-    let why = |reconciler: &Reconciler<Fake>| {
-        let in_force = reconciler.policies_in_force().expect("policies are on");
+    let mut controller = bench.controller().with_policies(engine());
+    let why = |controller: &Controller<Fake>| {
+        let in_force = controller.policies_in_force().expect("policies are on");
         in_force.err().unwrap_or_default()
     };
-    handle(&mut reconciler, vec![]);
+    handle(&mut controller, vec![]);
     assert_eq!(
-        why(&reconciler),
+        why(&controller),
         "waiting for the complete list of Pod, Namespace, NetworkPolicy"
     );
-    handle(&mut reconciler, policy_lists(vec![]));
-    assert_eq!(why(&reconciler), "");
+    handle(&mut controller, policy_lists(vec![]));
+    assert_eq!(why(&controller), "");
     // The first policies of a cluster wait for the first pods.
     let first = vec![Event::ListStarted(Kind::Pod), closed()];
-    handle(&mut reconciler, first);
-    assert_eq!(why(&reconciler), "waiting for the complete list of Pod");
+    handle(&mut controller, first);
+    assert_eq!(why(&controller), "waiting for the complete list of Pod");
     let pods = vec![pod("web", "10.1.0.5"), Event::ListComplete(Kind::Pod)];
-    handle(&mut reconciler, pods);
-    assert_eq!(why(&reconciler), "");
+    handle(&mut controller, pods);
+    assert_eq!(why(&controller), "");
     // What is in force stays so while a list is read again.
-    handle(&mut reconciler, vec![Event::ListStarted(Kind::Pod)]);
-    assert_eq!(why(&reconciler), "");
+    handle(&mut controller, vec![Event::ListStarted(Kind::Pod)]);
+    assert_eq!(why(&controller), "");
     handle(
-        &mut reconciler,
+        &mut controller,
         vec![pod("web", "10.1.0.5"), Event::ListComplete(Kind::Pod)],
     );
     bench.kernel.0.borrow_mut().failures = 2;
-    handle(&mut reconciler, vec![pod("db", "10.1.0.6")]);
-    assert_ne!(why(&reconciler), "");
-    handle(&mut reconciler, vec![]);
-    assert_eq!(why(&reconciler), "");
+    handle(&mut controller, vec![pod("db", "10.1.0.6")]);
+    assert_ne!(why(&controller), "");
+    handle(&mut controller, vec![]);
+    assert_eq!(why(&controller), "");
 }
 
 #[test]
 fn without_policies_there_is_nothing_to_be_in_force() {
     let bench = Bench::new();
     let settings = policies::PolicySettings::default();
-    let reconciler = bench.reconciler().with_policies(Engine::off(settings));
-    assert_eq!(reconciler.policies_in_force(), None);
+    let controller = bench.controller().with_policies(Engine::off(settings));
+    assert_eq!(controller.policies_in_force(), None);
 }

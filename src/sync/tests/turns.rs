@@ -19,20 +19,20 @@ fn at_one_address(name: &str, created: i64, first_endpoint: u8) -> (Service, End
 fn frontends_stay_taken_until_the_service_that_lost_them_is_compiled_again() {
     for first_endpoint in [1, 101] {
         let bench = Bench::new();
-        let mut reconciler = started(&bench);
+        let mut controller = started(&bench);
         let (young, pods) = at_one_address("young", 2, 1);
         let name = young.name.clone();
-        once(&mut reconciler, vec![put(young), put(pods)]);
-        while reconciler.services.engine.tables().left(&name) == 0
-            || reconciler.services.engine.tables().left(&name) > PORTION
+        once(&mut controller, vec![put(young), put(pods)]);
+        while controller.services.engine.tables().left(&name) == 0
+            || controller.services.engine.tables().left(&name) > PORTION
         {
-            once(&mut reconciler, vec![]);
+            once(&mut controller, vec![]);
         }
-        assert!(reconciler.has_more());
+        assert!(controller.has_more());
         let (old, pods) = at_one_address("old", 1, first_endpoint);
-        once(&mut reconciler, vec![put(old), put(pods)]);
-        finish(&mut reconciler);
-        bench.assert_as_wanted(&reconciler);
+        once(&mut controller, vec![put(old), put(pods)]);
+        finish(&mut controller);
+        bench.assert_as_wanted(&controller);
         let heard = bench.heard();
         let of_objects = heard.iter().all(|line| line.starts_with("Service shop/"));
         assert!(of_objects, "{heard:#?}");
@@ -43,11 +43,11 @@ fn frontends_stay_taken_until_the_service_that_lost_them_is_compiled_again() {
 #[test]
 fn a_service_that_keeps_changing_is_written() {
     let bench = Bench::new();
-    let mut reconciler = started(&bench);
+    let mut controller = started(&bench);
     for round in 0..60 {
         let mut other = vast(1);
         other.external_ips.truncate(28 + round % 2);
-        once(&mut reconciler, vec![put(other)]);
+        once(&mut controller, vec![put(other)]);
     }
     assert!(elements(&bench, ServiceSet::Frontends) > 0);
 }
@@ -55,23 +55,23 @@ fn a_service_that_keeps_changing_is_written() {
 #[test]
 fn a_service_that_keeps_changing_does_not_hold_up_its_namespace() {
     let bench = Bench::new();
-    let mut reconciler = started(&bench);
+    let mut controller = started(&bench);
     let changing = vast(1).name;
-    once(&mut reconciler, vec![put(vast(1)), put(vast(2))]);
+    once(&mut controller, vec![put(vast(1)), put(vast(2))]);
     let mut changes = 0;
     for _ in 0..100 {
         let mut events = vec![];
         // Another change each time that one is being written.
-        if reconciler.services.engine.is_being_written(&changing) {
+        if controller.services.engine.is_being_written(&changing) {
             changes += 1;
             let mut other = vast(1);
             other.external_ips.truncate(1 + 29 * ((changes + 1) % 2));
             events.push(put(other));
         }
-        once(&mut reconciler, events);
+        once(&mut controller, events);
     }
     assert!(changes > 10, "{changes}");
-    assert!(reconciler.store().service(&vast(2).name).is_some());
+    assert!(controller.store().service(&vast(2).name).is_some());
 }
 
 #[test]
@@ -89,12 +89,12 @@ fn a_slice_of_a_service_that_does_not_come_is_an_orphan() {
     ]];
     for history in [unchanged, gone_before, not_listed] {
         let bench = Bench::new();
-        let mut reconciler = started(&bench);
+        let mut controller = started(&bench);
         for events in history {
-            handle(&mut reconciler, events);
+            handle(&mut controller, events);
         }
         let orphan = slice("vast-1-1", &vast(1), Family::V4, &[1]);
-        handle(&mut reconciler, vec![put(orphan)]);
+        handle(&mut controller, vec![put(orphan)]);
         assert_eq!(bench.heard().len(), 1);
     }
 }
@@ -102,44 +102,44 @@ fn a_slice_of_a_service_that_does_not_come_is_an_orphan() {
 #[test]
 fn the_heir_of_a_service_whose_end_waits_is_no_conflict() {
     let bench = Bench::new();
-    let mut reconciler = started(&bench);
+    let mut controller = started(&bench);
     let mut gone = vast(1);
     gone.created = Some(1);
-    handle(&mut reconciler, vec![put(gone)]);
+    handle(&mut controller, vec![put(gone)]);
     let heir = service("heir", &["10.96.8.1"], &[1]);
     handle(
-        &mut reconciler,
+        &mut controller,
         vec![delete(Kind::Service, "vast-1"), put(heir)],
     );
     assert_eq!(bench.heard(), Vec::<String>::new());
-    bench.assert_as_wanted(&reconciler);
+    bench.assert_as_wanted(&controller);
 }
 
 /// The frontends of a vast service that are compiled belong to it, though none is written yet.
 #[test]
 fn a_failure_while_a_service_is_compiled_leaves_nothing_out() {
     let bench = Bench::new();
-    let mut reconciler = bench.reconciler().with_portions_of(100);
-    handle(&mut reconciler, lists(vec![node().into()]));
+    let mut controller = bench.controller().with_portions_of(100);
+    handle(&mut controller, lists(vec![node().into()]));
     let name = vast(1).name;
-    once(&mut reconciler, vec![put(vast(1))]);
-    while reconciler.store().service(&name).is_none() {
-        once(&mut reconciler, vec![]);
+    once(&mut controller, vec![put(vast(1))]);
+    while controller.store().service(&name).is_none() {
+        once(&mut controller, vec![]);
     }
     for _ in 0..3 {
-        once(&mut reconciler, vec![]);
-        assert!(!reconciler.services.engine.is_being_written(&name));
+        once(&mut controller, vec![]);
+        assert!(!controller.services.engine.is_being_written(&name));
     }
     bench.kernel.0.borrow_mut().failures = 1;
     let small = service("small", &["10.96.0.1"], &[80]);
     let events = [put(small)].into_iter().map(Delivery::now);
-    reconciler.take_over(events);
-    let mut outcome = reconciler.work(Engines::ALL).together();
+    controller.take_over(events);
+    let mut outcome = controller.work(Engines::ALL).together();
     while outcome != Outcome::Synced {
-        outcome = reconciler.resync();
+        outcome = controller.resync();
     }
-    finish(&mut reconciler);
-    bench.assert_as_wanted(&reconciler);
+    finish(&mut controller);
+    bench.assert_as_wanted(&controller);
     assert_eq!(elements(&bench, ServiceSet::Frontends), 31 * 40 + 1);
 }
 
@@ -147,13 +147,13 @@ fn a_failure_while_a_service_is_compiled_leaves_nothing_out() {
 #[test]
 fn a_service_at_the_bound_of_frontends_is_written_or_named() {
     let bench = Bench::new();
-    let mut reconciler = started(&bench);
+    let mut controller = started(&bench);
     let ports: Vec<u16> = (1..=990).collect();
     let mut large = service("large", &["10.96.0.1"], &ports);
     let first = u32::from(std::net::Ipv4Addr::new(198, 18, 0, 0));
     let addresses = (0..504).map(|number| IpAddr::V4((first + number).into()));
     large.external_ips = addresses.collect();
-    handle(&mut reconciler, vec![put(large)]);
+    handle(&mut controller, vec![put(large)]);
     assert!(elements(&bench, ServiceSet::Frontends) > 0 || bench.heard().len() == 1);
 }
 
@@ -167,24 +167,24 @@ proptest! {
         portion in 1usize..12,
     ) {
         let bench = Bench::new();
-        let mut reconciler = bench.reconciler().with_portions_of(portion);
-        handle(&mut reconciler, lists(vec![]));
+        let mut controller = bench.controller().with_portions_of(portion);
+        handle(&mut controller, lists(vec![]));
         for (events, calls) in history {
-            reconciler.take_over(events.into_iter().map(Delivery::now));
+            controller.take_over(events.into_iter().map(Delivery::now));
             for _ in 0..=calls {
-                prop_assert_eq!(reconciler.work(Engines::ALL).together(), Outcome::Synced);
+                prop_assert_eq!(controller.work(Engines::ALL).together(), Outcome::Synced);
                 prop_assert_eq!(bench.kernel.0.borrow().reads, 1, "{:?}", bench.heard());
             }
         }
         let mut calls = 0;
-        while reconciler.has_more() {
-            prop_assert_eq!(reconciler.work(Engines::SERVICES).together(), Outcome::Synced);
+        while controller.has_more() {
+            prop_assert_eq!(controller.work(Engines::SERVICES).together(), Outcome::Synced);
             prop_assert_eq!(bench.kernel.0.borrow().reads, 1, "{:?}", bench.heard());
             calls += 1;
             prop_assert!(calls < 2_000, "there is no end to the portions");
         }
-        bench.assert_as_wanted(&reconciler);
-        prop_assert!(reconciler.services.engine.is_idle());
-        prop_assert!(reconciler.latency.is_empty(), "some events are timed for ever");
+        bench.assert_as_wanted(&controller);
+        prop_assert!(controller.services.engine.is_idle());
+        prop_assert!(controller.latency.is_empty(), "some events are timed for ever");
     }
 }

@@ -160,7 +160,7 @@ fn flags_beside_a_file_are_ignored_and_named_once() {
     assert_eq!(lines_with(&said, "WARN").len(), 3, "{said}");
     for part in [
         "does not have: masqueradeAll",
-        "other modes have no effect here; what there is of them is under nftables: iptables.masqueradeAll",
+        "other modes have no effect; set those of nftables instead: iptables.masqueradeAll",
         "these flags are ignored",
         ": --cluster-cidr, --masquerade-all",
     ] {
@@ -573,7 +573,7 @@ fn what_a_file_cannot_say_is_not_written() {
     let to = format!("--write-config-to={}", path.display());
     let line = refused(&nftlet(&ns, &["--metrics-bind-address=", &to], ""));
     assert!(
-        line.contains("an empty metricsBindAddress means the default there"),
+        line.contains("cannot disable metricsBindAddress: an empty value means the default there"),
         "{line}"
     );
     assert!(!path.exists());

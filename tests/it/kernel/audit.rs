@@ -14,7 +14,7 @@ use nftlet::serve::health::Health;
 use nftlet::serve::metrics::Metrics;
 use nftlet::services::ServiceSettings;
 use nftlet::source;
-use nftlet::sync::{Audits, Log, Reconciler, Signals, run};
+use nftlet::sync::{Audits, Controller, Log, Signals, run};
 use nftlet_lab::netns::{Namespace, require_net_admin, wait_for};
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -87,8 +87,8 @@ fn an_audit_finds_what_nobody_heard_of() {
                 node: "node-1".into(),
                 ..policies::PolicySettings::default()
             };
-            let mut reconciler =
-                Reconciler::new(kernel, ServiceSettings::default(), &metrics, &Log)
+            let mut controller =
+                Controller::new(kernel, ServiceSettings::default(), &metrics, &Log)
                     .with_policies(Engine::new(settings));
             let every = Duration::from_millis(20);
             let signals = Signals {
@@ -102,7 +102,7 @@ fn an_audit_finds_what_nobody_heard_of() {
             let runtime = tokio::runtime::Builder::new_current_thread();
             let runtime = { runtime }.enable_time().build().expect("a runtime");
             let health = Health::new(LONG);
-            runtime.block_on(run(&mut reconciler, received, signals, &health));
+            runtime.block_on(run(&mut controller, received, signals, &health));
         });
         let _stop = Stop(|| {
             stop.send_replace(true);
@@ -150,7 +150,7 @@ fn an_audit_finds_what_nobody_heard_of() {
                 (audits("different") > found).then_some(())
             });
         }
-        // While the reconciler writes all the time.
+        // While the controller writes all the time.
         let healed = AtomicBool::new(false);
         thread::scope(|inner| {
             let _healed = Stop(|| healed.store(true, Ordering::Relaxed));

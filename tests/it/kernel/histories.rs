@@ -11,7 +11,7 @@ use nftlet::model::{
 use nftlet::netlink::Nftables;
 use nftlet::serve::metrics::Metrics;
 use nftlet::services::{DetectLocal, ServiceSettings, TABLE};
-use nftlet::sync::{Log, Outcome, Reconciler};
+use nftlet::sync::{Controller, Log, Outcome};
 use nftlet_lab::netns::{Namespace, require_net_admin};
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -168,13 +168,13 @@ fn histories_end_in_the_kernel_where_a_fresh_start_would() {
         let (lived, fresh) = (Namespace::new("lived"), Namespace::new("fresh"));
         let open = |ns: &Namespace| ns.run(|| Nftables::open().unwrap());
         let reporter = Log;
-        let new = |ns| Reconciler::new(open(ns), settings.clone(), &metrics, &reporter);
-        let mut reconciler = new(&lived);
-        reconciler.handle(first_lists().into_iter().map(Delivery::now));
+        let new = |ns| Controller::new(open(ns), settings.clone(), &metrics, &reporter);
+        let mut controller = new(&lived);
+        controller.handle(first_lists().into_iter().map(Delivery::now));
         let mut all = first_lists();
         for batch in history {
             all.extend(batch.iter().cloned());
-            let outcome = reconciler.handle(batch.into_iter().map(Delivery::now));
+            let outcome = controller.handle(batch.into_iter().map(Delivery::now));
             prop_assert_eq!(outcome, Outcome::Synced);
         }
         let failures = metrics.encode();
@@ -182,7 +182,7 @@ fn histories_end_in_the_kernel_where_a_fresh_start_would() {
             failures.contains("nftlet_netlink_errors_total 0"),
             "the kernel refused something"
         );
-        reconciler.remove_chains_unused_since(Instant::now());
+        controller.remove_chains_unused_since(Instant::now());
         let mut restarted = new(&fresh);
         // Everything arrives before the lists are complete, and is written at once.
         let mut events = all;
@@ -192,7 +192,7 @@ fn histories_end_in_the_kernel_where_a_fresh_start_would() {
         prop_assert_eq!(outcome, Outcome::Synced);
         let list = |ns: &Namespace| meaning(&ns.nft(&["list", "ruleset"]));
         prop_assert_eq!(list(&lived), list(&fresh));
-        // The kernel holds nothing that the reconciler does not know of.
+        // The kernel holds nothing that the controller does not know of.
         let wanted = nftlet::services::wanted(restarted.store(), &settings).0;
         let held = open(&fresh).read(&[TABLE], &wanted).unwrap();
         prop_assert!(held == wanted, "the kernel differs from what was compiled");

@@ -146,7 +146,7 @@ fn logged_packets_are_read_with_addresses_and_ports() {
         };
         assert!(!openings.is_empty(), "{found:?}");
         assert_eq!(first, &datagram);
-        assert_eq!(first.family() == Family::Ip, address.is_ipv4());
+        assert_eq!(first.source.is_ipv4(), address.is_ipv4());
         for opening in openings {
             assert_eq!(
                 (opening.prefix.as_str(), opening.protocol),

@@ -171,7 +171,7 @@ mod churn {
     use nftlet::netlink::Nftables;
     use nftlet::serve::metrics::Metrics;
     use nftlet::services::ServiceSettings;
-    use nftlet::sync::{Log, Outcome, Reconciler};
+    use nftlet::sync::{Controller, Log, Outcome};
 
     fn slice(pods: &[IpAddr]) -> Event {
         let endpoints = pods.iter().map(|address| Endpoint {
@@ -237,14 +237,14 @@ mod churn {
         let pods: Vec<IpAddr> = lab.pods().iter().map(|pod| pod.v4.into()).collect();
         let metrics = Metrics::new().unwrap();
         let nftables = lab.node().ns().run(|| Nftables::open().unwrap());
-        let mut reconciler = Reconciler::new(nftables, ServiceSettings::default(), &metrics, &Log);
+        let mut controller = Controller::new(nftables, ServiceSettings::default(), &metrics, &Log);
         let mut first: Vec<_> = Kind::ALL.map(Event::ListStarted).into();
         first.extend([service(), slice(&pods)]);
         first.extend(Kind::ALL.map(Event::ListComplete));
         let mut handle = |events: Vec<Event>| {
-            let outcome = reconciler.handle(events.into_iter().map(Delivery::now));
+            let outcome = controller.handle(events.into_iter().map(Delivery::now));
             assert_eq!(outcome, Outcome::Synced);
-            reconciler.remove_chains_unused_since(Instant::now());
+            controller.remove_chains_unused_since(Instant::now());
         };
         handle(first);
         let ask = Ask::tcp(ip("10.96.0.10"), 80);
