@@ -44,7 +44,7 @@ fn faulty_rules() -> Vec<(Value, &'static str, &'static str)> {
         (
             json!({"from": [{"podselector": {}, "namespaceSelector": {}}]}),
             ".from[0].podselector",
-            "does not know",
+            "is in an unknown field",
         ),
         (
             json!({"from": [{"podSelector": []}]}),
@@ -251,7 +251,7 @@ fn faulty_rules() -> Vec<(Value, &'static str, &'static str)> {
         (
             expression(json!({"key": "a", "operator": "NotIn", "value": ["b"]})),
             ".from[0].podSelector.matchExpressions[0].value",
-            "does not know",
+            "is in an unknown field",
         ),
         (
             labels(json!({"a": 5})),
