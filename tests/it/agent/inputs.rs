@@ -161,7 +161,7 @@ fn space_around_the_token_in_a_file_is_no_part_of_it() {
     for (text, told) in [
         ("secret\r\n\n", None),
         (" secret", None),
-        ("sec\nret\n", Some("it has a line break")),
+        ("sec\nret\n", Some("it contains a line break")),
         ("\n", Some("it is empty")),
     ] {
         let (_token, token) = file("token", text);
