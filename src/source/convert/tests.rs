@@ -333,7 +333,7 @@ fn link_local_addresses_of_services_and_endpoints_are_refused() {
 
 #[test]
 fn source_ranges_of_one_family_alone_are_reported_where_they_shut_the_other_one_out() {
-    let told = |ranges: &[&str], load_balancers: &[&str]| {
+    let notices_of = |ranges: &[&str], load_balancers: &[&str]| {
         let ingress: Vec<Value> = load_balancers.iter().map(|ip| json!({"ip": ip})).collect();
         let (_, notices) = service_with(json!({
             "metadata": {"name": "web"},
@@ -344,7 +344,7 @@ fn source_ranges_of_one_family_alone_are_reported_where_they_shut_the_other_one_
         notices
     };
     let (v4, v6) = ("198.51.100.9", "2001:db8::9");
-    let notices = told(&["192.168.10.0/24"], &[v4, v6]);
+    let notices = notices_of(&["192.168.10.0/24"], &[v4, v6]);
     assert_eq!(notices.len(), 1, "{notices:?}");
     assert!(
         notices[0].contains(
@@ -352,7 +352,7 @@ fn source_ranges_of_one_family_alone_are_reported_where_they_shut_the_other_one_
         ),
         "{notices:?}"
     );
-    let notices = told(&["2001:db8:1::/64"], &[v4, v6]);
+    let notices = notices_of(&["2001:db8:1::/64"], &[v4, v6]);
     assert!(notices[0].contains("has no IPv4 range"), "{notices:?}");
     for (ranges, load_balancers) in [
         (&["192.168.10.0/24"][..], &[v4][..]),
@@ -360,7 +360,7 @@ fn source_ranges_of_one_family_alone_are_reported_where_they_shut_the_other_one_
         (&["192.168.10.0/24", "2001:db8:1::/64"], &[v4, v6]),
         (&[], &[v4, v6]),
     ] {
-        let notices = told(ranges, load_balancers);
+        let notices = notices_of(ranges, load_balancers);
         assert!(notices.is_empty(), "{ranges:?}: {notices:?}");
     }
 }
