@@ -225,7 +225,7 @@ pub enum Reason {
     NodeMissing,
     /// The kernel refused the rules of an object.
     KernelRefused,
-    /// A service needs more set elements than [`MOST_ELEMENTS`](super::MOST_ELEMENTS).
+    /// A service needs more set elements than one may have.
     TooLarge,
     /// Another process changed nftlet's tables.
     ForeignChange,

@@ -133,7 +133,7 @@ pub(crate) const NAMESPACE_NAME: &str = "kubernetes.io/metadata.name";
 pub struct Namespace {
     /// `metadata.name`.
     pub name: ObjectName,
-    /// `metadata.labels`, always with [`NAMESPACE_NAME`].
+    /// `metadata.labels`, always with the name of the namespace (`kubernetes.io/metadata.name`).
     pub labels: Labels,
 }
 

@@ -5,7 +5,7 @@
 //!
 //! * [`diff()`] compares two rulesets and returns the [`Transaction`] that turns one into the
 //!   other; [`Transaction::into_steps`] divides it where one atomic step does not suffice.
-//! * [`Sums`] compare elements of which no side is in memory as a whole.
+//! * `Sums` compare elements of which no side is in memory as a whole.
 //! * [`text::render`] prints a ruleset in the syntax of `nft -f`.
 //! * `netlink` encodes the same values for the kernel. Renderer and encoder match the same enums
 //!   exhaustively, so that neither can lack a construct of the other.

@@ -233,7 +233,7 @@ impl FrontendChain {
     fn local_policy(&self, detector: &LocalDetector) -> Vec<Rule> {
         let onward = self.onward();
         let (pods, node) = (onward.first(), onward.get(1));
-        let from_pods = detector.from_local_pods(Comparison::Is).zip(pods);
+        let from_pods = detector.match_local_pods(Comparison::Is).zip(pods);
         let mut rules: Vec<Rule> = from_pods
             .map(|(from, handle)| Rule::new([from, goto(handle)]))
             .into_iter()

@@ -3,7 +3,7 @@
 //!
 //! Each address family has one table. Its skeleton (`skeleton`) does not depend on services: base
 //! chains, the chain that looks up frontends, and the declarations of the sets. A service adds set
-//! elements only ([`ServicePlan`]). The chains to which its verdict elements lead are shared by all
+//! elements only (`ServicePlan`). The chains to which its verdict elements lead are shared by all
 //! services with the same number of endpoints, or the same list of source ranges (`SharedChain`).
 //!
 //! ```text

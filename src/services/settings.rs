@@ -84,7 +84,7 @@ pub(crate) enum LocalDetector {
 impl LocalDetector {
     /// Returns a match of packets that come from pods, or do not; `None` if they are not
     /// recognised.
-    pub(crate) fn from_local_pods(&self, comparison: Comparison) -> Option<Statement> {
+    pub(crate) fn match_local_pods(&self, comparison: Comparison) -> Option<Statement> {
         match self {
             LocalDetector::None => None,
             LocalDetector::PodNetworks => Some(Statement::InSet(

@@ -256,7 +256,7 @@ fn mark_off_cluster(
     if detector == LocalDetector::PodNetworks && settings.pod_networks(family, node).is_empty() {
         return Vec::new();
     }
-    let outside = detector.from_local_pods(Comparison::IsNot);
+    let outside = detector.match_local_pods(Comparison::IsNot);
     let mark = Statement::SetMarkBits(settings.masquerade_bit.mark());
     outside
         .map(|outside| Rule::new([outside, mark]))
