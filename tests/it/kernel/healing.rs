@@ -124,7 +124,7 @@ fn somebody_who_does_not_stop_is_answered_more_and_more_slowly() {
     // As long as it takes for the warning, and bounded.
     let started = Instant::now();
     let mut changes = 0;
-    while !daemon.log().contains("something keeps changing") {
+    while !daemon.log().contains("another process keeps changing") {
         assert!(started.elapsed() < LONG * 2, "{}", daemon.log());
         node.nft_load("flush chain ip nftlet services");
         changes += 1;
@@ -183,7 +183,7 @@ fn the_policy_tables_are_put_back_too_and_whoever_does_not_stop_is_warned_of() {
         "{log}"
     );
     let started = Instant::now();
-    while !daemon.log().contains("something keeps changing") {
+    while !daemon.log().contains("another process keeps changing") {
         assert!(started.elapsed() < LONG * 2, "{}", daemon.log());
         node.nft_load("flush chain ip nftlet-policy ingress");
     }
