@@ -22,6 +22,7 @@
 //! | `denied` | Logs denied packets, with `--log-denied` |
 //! | `health-checks` | Publishes the health check ports of services |
 //! | `monitor` | Receives the kernel's notifications about nftlet's tables |
+//! | `routes` | Sends the host's routes to the reconciler |
 //! | `audit` | Compares the tables with the wanted rules |
 //! | `kube-proxy` | Removes kube-proxy's rules once nftlet's are in force |
 //! | `settings` | Writes kernel parameters that exist only once rules are in force |
@@ -33,11 +34,13 @@ mod descriptors;
 mod drops;
 mod dry_run;
 mod error;
+mod follow;
 mod kube_proxy_cleanup;
 mod monitor;
 mod objects;
 mod observe;
 mod pages;
+mod routes;
 mod serve;
 mod sysctls;
 

@@ -9,7 +9,8 @@ use super::objects::{fallback_node, policy_engine, summary};
 use super::pages::Pages;
 use super::serve::Io;
 use super::{
-    Error, QUEUE, configure, kube_proxy_cleanup, monitor, observe, single_threaded, sysctls, system,
+    Error, QUEUE, configure, kube_proxy_cleanup, monitor, observe, routes, single_threaded,
+    sysctls, system,
 };
 use crate::events;
 use crate::followers::affinity::Forgetter;
@@ -54,6 +55,10 @@ pub(super) fn run(start: Start) -> Result<(), Error> {
     }
     let mut followers = Followers::default();
     let (delivered, received) = mpsc::channel(QUEUE);
+    if settings.network_policy.is_on() {
+        // Before any object, so that the first rules have them.
+        routes::start(&delivered, settings.once)?;
+    }
     let (stop, stopped) = watch::channel(false);
     let (freed, port_freed) = std::sync::mpsc::channel();
     let (publish_checks, health_checks) = watch::channel(Checks::new());

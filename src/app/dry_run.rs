@@ -7,7 +7,8 @@ use tokio::sync::{mpsc, watch};
 use super::objects::{connect, fallback_node, load, manifests, policy_engine, summary};
 use super::{Error, QUEUE, print, single_threaded};
 use crate::engine::{BUDGET, Engine as _};
-use crate::model::ServiceKind;
+use crate::host::routes;
+use crate::model::{Event, ServiceKind};
 use crate::nft::{Ruleset, text};
 use crate::policies::{Engine, LOG_GROUP};
 use crate::services;
@@ -40,6 +41,9 @@ async fn collect(
     let mut store = service_settings.store(Store::with_fallback_node(fallback_node(node_name)));
     let log_group = settings.log_denied.then_some(LOG_GROUP);
     let mut policies = policy_engine(settings, node_name, log_group);
+    if policies.is_on() {
+        policies.apply(&Event::Routes(routes::direct().map_err(Error::Routes)?));
+    }
     let mut changes = Marks::default();
     if let Some(mut manifests) = manifests(settings, node_name) {
         for event in load(&mut manifests, node_name)? {

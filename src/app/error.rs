@@ -55,6 +55,8 @@ pub(crate) enum Error {
         "cannot open {needed} files at once: {source}; raise the limit with ulimit -n, or with LimitNOFILE= of the systemd unit"
     )]
     Descriptors { needed: usize, source: io::Error },
+    #[error("cannot read the host's routes: {0}")]
+    Routes(#[source] io::Error),
     #[error("cannot print: {0}")]
     Print(#[source] io::Error),
     /// With `--cleanup`.

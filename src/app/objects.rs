@@ -2,7 +2,7 @@
 
 use super::Error;
 use crate::engine::Engine as _;
-use crate::host::{addresses, routes};
+use crate::host::addresses;
 use crate::model::{Event, Kind, Node, NodePortAddresses, Notice, Object, Reason, Subject};
 use crate::policies::{self, Engine};
 use crate::services::{self, DetectLocal, MasqueradeBit, Store};
@@ -82,7 +82,7 @@ pub(super) fn policy_engine(
         log_group,
     };
     if settings.network_policy.is_on() {
-        Engine::new(policy_settings).with_links(routes::find)
+        Engine::new(policy_settings)
     } else {
         Engine::off(policy_settings)
     }

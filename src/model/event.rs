@@ -7,6 +7,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
+use ipnet::IpNet;
+
 use super::{
     EndpointSlice, Kind, Namespace, NetworkPolicy, Node, ObjectName, Pod, Service, ServiceCidr,
 };
@@ -47,6 +49,9 @@ pub enum Event {
     Delete(ObjectRef),
     /// The addresses and ports of the API server that the source connects to, all of them.
     Servers(BTreeSet<SocketAddr>),
+    /// All direct routes of the host's main table, in the order in which the kernel prefers them. Routes
+    /// over an interface that also has a default route are left out.
+    Routes(Arc<[HostRoute]>),
     /// A problem to report to the operator; no object changes.
     Notice(Notice),
 }
@@ -67,9 +72,11 @@ impl Event {
     pub(crate) fn is_about(&self, kinds: &[Kind]) -> bool {
         let kind = match self {
             Event::ListStarted(kind) | Event::ListComplete(kind) => Some(*kind),
-            Event::Apply(_) | Event::Delete(_) | Event::Servers(_) | Event::Notice(_) => {
-                self.kind()
-            }
+            Event::Apply(_)
+            | Event::Delete(_)
+            | Event::Servers(_)
+            | Event::Routes(_)
+            | Event::Notice(_) => self.kind(),
         };
         kind.is_some_and(|kind| kinds.contains(&kind))
     }
@@ -82,9 +89,19 @@ impl Event {
             Event::ListStarted(_)
             | Event::ListComplete(_)
             | Event::Servers(_)
+            | Event::Routes(_)
             | Event::Notice(_) => None,
         }
     }
+}
+
+/// A route over which the host reaches a network without a router in between.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostRoute {
+    /// The network.
+    pub network: IpNet,
+    /// The name of the interface.
+    pub interface: Arc<str>,
 }
 
 /// An object of any kind.

@@ -12,7 +12,7 @@ mod node_ports;
 mod policy;
 mod relist;
 
-pub use event::{Delivery, Event, Notice, Object, ObjectRef, Reason, Subject};
+pub use event::{Delivery, Event, HostRoute, Notice, Object, ObjectRef, Reason, Subject};
 pub(crate) use facts::MOST_ELEMENTS;
 pub use facts::{
     Endpoint, EndpointSlice, Family, Hints, Node, Protocol, Service, ServiceCidr, ServiceKind,

@@ -15,6 +15,7 @@
 //! - [`Conntrack`] lists and deletes tracked UDP flows and connections.
 //! - [`Monitor`] receives notifications about changes that other processes make to nftlet's tables.
 //! - [`LogReader`] receives the packets that rules log.
+//! - [`RouteMonitor`] receives notifications about changes of the host's routes.
 //! - [`IpSets`] and [`Links`] list and remove what another proxy left behind outside nftables.
 //!
 //! libnftnl encodes tables, chains, rules and set declarations, through the crates `nftnl` and
@@ -37,6 +38,7 @@ mod mute;
 mod nflog;
 mod nftables;
 mod read;
+mod routes;
 mod socket;
 mod sums;
 mod uapi;
@@ -54,3 +56,4 @@ pub use monitor::{Monitor, Notification};
 pub use mute::MutedMonitor;
 pub use nflog::{Denied, LogReader, Logged};
 pub use nftables::{Applied, Nftables};
+pub use routes::RouteMonitor;

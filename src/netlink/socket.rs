@@ -286,8 +286,8 @@ impl Socket {
         }
     }
 
-    /// Discards queued answers to earlier requests.
-    fn forget_answers(&mut self) -> io::Result<()> {
+    /// Discards queued answers to earlier requests, or queued notifications.
+    pub fn discard(&mut self) -> io::Result<()> {
         match self.errors(|_| {}) {
             Err(error) if error.raw_os_error() != Some(libc::ENOBUFS) => Err(error),
             _ => Ok(()),
@@ -325,7 +325,7 @@ impl Socket {
         let start = begin_message(&mut request, kind, 0, seq, 0);
         end_message(&mut request, start);
         // The answer must fit in the queue.
-        self.forget_answers().map_err(failed)?;
+        self.discard().map_err(failed)?;
         self.send(what, &request)?;
         loop {
             let datagram = self.receive(true).map_err(failed)?.unwrap_or_default();
@@ -356,7 +356,7 @@ impl Socket {
         let start = begin_message(&mut bytes, request.kind, 0, seq, request.family);
         bytes.extend_from_slice(request.attributes);
         end_message(&mut bytes, start);
-        self.forget_answers().map_err(failed)?;
+        self.discard().map_err(failed)?;
         self.send(what, &bytes)?;
         let mut left = count;
         while left > 0 {
@@ -386,7 +386,7 @@ impl Socket {
         request.extend_from_slice(dump.attributes);
         end_message(&mut request, start);
         let failed = |source| Error::Receive { what, source };
-        self.forget_answers().map_err(failed)?;
+        self.discard().map_err(failed)?;
         self.send("a request", &request)?;
         let mut interrupted = false;
         loop {

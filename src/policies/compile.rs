@@ -19,7 +19,7 @@ impl Engine {
         let touched = std::mem::take(&mut self.touched);
         let mut deltas: [TableDelta; 2] = Default::default();
         let mut uses_touched: BTreeSet<(Family, Direction, ObjectName)> = BTreeSet::new();
-        let mut replanned = touched.links;
+        let mut replanned = touched.routes;
         self.draft_layers(&mut deltas, |delta| &mut delta.before);
         for address in &touched.addresses {
             replanned |= self.plan_again(*address, &mut deltas, &mut uses_touched);

@@ -15,10 +15,10 @@ use super::isolation::Isolation;
 use super::layout::{Direction, TABLE, table_id};
 use super::reassigned::ReassignedAddresses;
 use super::sets::{PodElement, SetId, Sets};
-use super::{FindLinks, PolicyChanges, PolicySettings};
+use super::{PolicyChanges, PolicySettings};
 use crate::engine::{self, Update};
 use crate::model::{
-    Event, Family, Kind, Notice, Object, ObjectName, ObjectRef, Pod, RelistTracker,
+    Event, Family, HostRoute, Kind, Notice, Object, ObjectName, ObjectRef, Pod, RelistTracker,
 };
 use crate::nft::{Chain, Name, ObjectPath, Ruleset, TableId};
 
@@ -41,8 +41,8 @@ pub(super) struct Touched {
     pub addresses: BTreeSet<IpAddr>,
     /// Policies that changed.
     pub policies: BTreeSet<ObjectName>,
-    /// Whether the host's interfaces are to be looked up although no plan changes.
-    pub links: bool,
+    /// Whether the host's routes changed.
+    pub routes: bool,
 }
 
 /// Turns pods, namespaces and policies into rules.
@@ -58,7 +58,8 @@ pub struct Engine {
     pub(super) uses: BTreeMap<(Family, Direction, ObjectName), PolicyUse>,
     /// Policies that the kernel refused. They allow nothing until they change or are retried.
     pub(super) quarantined: BTreeSet<ObjectName>,
-    pub(super) find_links: FindLinks,
+    /// The direct routes of the host.
+    pub(super) routes: Arc<[HostRoute]>,
     /// The interfaces that lead to isolated pods.
     pub(super) links: BTreeSet<(Direction, Arc<str>)>,
     pub(super) reassigned: ReassignedAddresses,
@@ -81,21 +82,13 @@ impl Engine {
             layers: BTreeMap::new(),
             uses: BTreeMap::new(),
             quarantined: BTreeSet::new(),
-            find_links: |_| Vec::new(),
+            routes: Arc::default(),
             links: BTreeSet::new(),
             reassigned: ReassignedAddresses::default(),
             exists: false,
             on: true,
             touched: Touched::default(),
         }
-    }
-
-    /// With someone who knows the interfaces of the host. Without one link-local addresses are as
-    /// those of pods that nobody isolates.
-    #[must_use]
-    pub(crate) fn with_links(mut self, find: FindLinks) -> Self {
-        self.find_links = find;
-        self
     }
 
     /// Creates an engine that removes the tables: it needs no lists and has no policies.
@@ -232,6 +225,10 @@ impl Engine {
             Event::Delete(reference) => {
                 self.lists.observe(reference);
                 self.delete(reference);
+            }
+            Event::Routes(routes) => {
+                self.touched.routes |= self.routes != *routes;
+                self.routes = routes.clone();
             }
             Event::ListStarted(_)
             | Event::ListComplete(_)
@@ -384,7 +381,6 @@ impl engine::Engine for Engine {
     }
 
     fn rebuild(&mut self, first: bool) -> PolicyChanges {
-        self.look_at_links();
         self.compile();
         if first {
             // The earlier pods of the addresses are unknown, and most pods have had them for long.
@@ -423,7 +419,6 @@ impl engine::Engine for Engine {
 
     fn retry_quarantined(&mut self) {
         self.touched.policies.append(&mut self.quarantined);
-        self.look_at_links();
     }
 
     /// Addresses of departed pods expire.

@@ -40,6 +40,7 @@ mod index;
 mod inventory;
 mod isolation;
 mod layout;
+mod links;
 mod plans;
 mod reassigned;
 mod rules;
@@ -47,7 +48,6 @@ mod sets;
 #[cfg(test)]
 mod tests;
 
-use std::net::IpAddr;
 use std::sync::Arc;
 
 pub(crate) use changes::{Isolated, PolicyChanges};
@@ -58,10 +58,6 @@ pub(crate) use rules::is_base_chain;
 
 /// The NFLOG group of denied packets with `--log-denied`. Other programs mostly use small numbers.
 pub const LOG_GROUP: u16 = 1729;
-
-/// Tells the interfaces of this host that lead to addresses of its pods; those that it does not know
-/// are left out.
-pub type FindLinks = fn(&[IpAddr]) -> Vec<(IpAddr, Arc<str>)>;
 
 /// The settings of the rules for network policies.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

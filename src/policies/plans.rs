@@ -1,6 +1,6 @@
 //! The plans of isolated addresses of this node: the pods whose policies apply to them.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -8,6 +8,7 @@ use super::delta::{self, TableDelta, isolate};
 use super::engine::Engine;
 use super::isolation::{Holder, Isolation};
 use super::layout::Direction;
+use super::links;
 use super::rules;
 use crate::model::{Family, ObjectName, Pod};
 use crate::nft::Table;
@@ -75,20 +76,9 @@ impl Engine {
         differs
     }
 
-    /// Has the next update look up the interfaces of isolated pods: the host may have changed
-    /// without an event.
-    pub(crate) fn look_at_links(&mut self) {
-        self.touched.links = true;
-    }
-
     fn links_of_isolated(&self) -> BTreeSet<(Direction, Arc<str>)> {
-        let addresses: Vec<IpAddr> = self.plans.keys().copied().collect();
-        if addresses.is_empty() {
-            return BTreeSet::new();
-        }
-        let found: HashMap<IpAddr, Arc<str>> = (self.find_links)(&addresses).into_iter().collect();
         let links = self.plans.iter().flat_map(|(address, plan)| {
-            let link = found.get(address).into_iter();
+            let link = links::interface(&self.routes, *address).into_iter();
             link.flat_map(|link| plan.holders.keys().map(|it| (*it, link.clone())))
         });
         links.collect()

@@ -7,9 +7,9 @@ use proptest::prelude::*;
 use super::*;
 use crate::engine::{BUDGET, Engine as _};
 use crate::model::{
-    Event, Evidence, Kind, LabelSelector, Labels, NamedPort, Namespace, NetworkPolicy, Object,
-    ObjectName, ObjectRef, Peer, Pod, PolicyPort, PolicyRule, PortMatch, Protocol, Requirement,
-    Sandbox,
+    Event, Evidence, HostRoute, Kind, LabelSelector, Labels, NamedPort, Namespace, NetworkPolicy,
+    Object, ObjectName, ObjectRef, Peer, Pod, PolicyPort, PolicyRule, PortMatch, Protocol,
+    Requirement, Sandbox,
 };
 use crate::nft::{Ruleset, simulate, text};
 
@@ -478,12 +478,8 @@ fn ports_that_are_one_range_need_no_set() {
 
 #[test]
 fn the_interfaces_of_isolated_pods_are_known_by_direction() {
-    let mut engine = Engine::new(settings(false)).with_links(|addresses| {
-        let links = addresses
-            .iter()
-            .filter(|ip| **ip != IpAddr::from([10, 0, 0, 3]));
-        links.map(|ip| (*ip, "br0".into())).collect()
-    });
+    let mut engine = Engine::new(settings(false));
+    engine.apply(&routes(&[("10.0.0.1/32", "br0"), ("10.0.0.2/32", "br0")]));
     for kind in Kind::POLICY {
         engine.apply(&Event::ListStarted(kind));
         engine.apply(&Event::ListComplete(kind));
@@ -522,29 +518,46 @@ fn the_interfaces_of_isolated_pods_are_known_by_direction() {
 }
 
 #[test]
-fn an_interface_that_comes_later_is_found_when_it_is_looked_for() {
-    use std::sync::atomic::{AtomicBool, Ordering};
-    static THERE: AtomicBool = AtomicBool::new(false);
-    let mut engine = Engine::new(settings(false)).with_links(|addresses| {
-        let found = addresses.iter().map(|ip| (*ip, "br0".into()));
-        found.filter(|_| THERE.load(Ordering::Relaxed)).collect()
-    });
+fn the_interfaces_follow_the_routes() {
+    let mut engine = Engine::new(settings(false));
     for kind in Kind::POLICY {
         engine.apply(&Event::ListStarted(kind));
         engine.apply(&Event::ListComplete(kind));
     }
-    engine.apply(&apply_pod(pod("shop/web", 1, "here", "web")));
-    engine.apply(&apply_policy(NetworkPolicy {
+    let mut kernel = Ruleset::default();
+    let mut update = |event: &Event| {
+        engine.apply(event);
+        let transaction = engine.update(BUDGET).transaction;
+        let changed = transaction.elements();
+        for step in transaction.into_steps() {
+            simulate::apply(&mut kernel, &step).unwrap();
+        }
+        assert_eq!(kernel, engine.ruleset());
+        changed
+    };
+    let bridge = routes(&[("10.0.0.0/24", "br0")]);
+    update(&apply_pod(pod("shop/web", 1, "here", "web")));
+    assert_eq!(update(&bridge), 0, "no pod is isolated");
+    update(&routes(&[]));
+    update(&apply_policy(NetworkPolicy {
         ingress: Some(Vec::new()),
         ..policy("shop/closed", app("web"))
     }));
-    engine.update(BUDGET);
-    THERE.store(true, Ordering::Relaxed);
-    assert!(engine.update(BUDGET).transaction.is_empty());
-    engine.look_at_links();
-    assert_eq!(engine.update(BUDGET).transaction.elements(), 1);
-    engine.look_at_links();
-    assert!(engine.update(BUDGET).transaction.is_empty());
+    assert_eq!(update(&bridge), 1);
+    assert_eq!(update(&bridge), 0, "nothing is different");
+    let others = routes(&[("10.0.0.0/24", "br0"), ("10.9.0.0/16", "br1")]);
+    assert_eq!(update(&others), 0, "no pod is there");
+    let own = routes(&[("10.0.0.0/24", "br0"), ("10.0.0.1/32", "cali1")]);
+    assert_eq!(update(&own), 2, "one goes, one comes");
+    assert_eq!(update(&routes(&[])), 1);
+}
+
+fn routes(routes: &[(&str, &str)]) -> Event {
+    let routes = routes.iter().map(|(network, interface)| HostRoute {
+        network: network.parse().unwrap(),
+        interface: (*interface).into(),
+    });
+    Event::Routes(routes.collect())
 }
 
 mod addresses;

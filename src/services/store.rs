@@ -288,6 +288,7 @@ impl Store {
                 self.servers = servers;
                 self.reserve(marks);
             }
+            Event::Routes(_) => {}
             Event::Notice(notice) => marks.notices.push(notice),
         }
     }

@@ -37,7 +37,10 @@ impl Latency {
             Some(Kind::Node | Kind::ServiceCidr) | None => {}
             Some(Kind::Pod | Kind::Namespace | Kind::NetworkPolicy) => {}
         }
-        let counts = !matches!(delivery.event, Event::Servers(_) | Event::Notice(_));
+        let counts = !matches!(
+            delivery.event,
+            Event::Servers(_) | Event::Routes(_) | Event::Notice(_)
+        );
         if counts && self.arrived.len() < MOST_WAITING {
             let service = delivery.event.service().cloned();
             self.arrived.push((service, delivery.at));

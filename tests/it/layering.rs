@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 pub const LAYERS: &[(&str, &[&str])] = &[
     ("model", &[]),
     ("logging", &[]),
-    ("host", &[]),
+    ("host", &["model"]),
     ("settings", &[]),
     ("serve", &["logging"]),
     ("nft", &[]),

@@ -110,7 +110,7 @@ impl<F: Fn(Kind, Sender) -> Reflector> Demand<F> {
             Event::Delete(object) => {
                 self.policies.remove(&object.name);
             }
-            Event::Servers(_) | Event::Notice(_) => {}
+            Event::Servers(_) | Event::Routes(_) | Event::Notice(_) => {}
         }
         self.send(delivery).await?;
         let needed = self.listing || !self.policies.is_empty();

@@ -4,6 +4,7 @@
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::time::Duration;
 
+use crate::support::agent::wait_for_rules;
 use crate::support::manifests::{Backend, Manifests, Service};
 use crate::support::objects::{namespace, policy};
 use crate::support::reach::{Case, Probe, check, check_counted};
@@ -282,4 +283,49 @@ fn link_local_addresses_are_no_way_past_the_policies() {
     bridge.manifests.remove("NetworkPolicy", "web");
     bridge.manifests.program(node, &[]);
     check(true, true);
+}
+
+/// Waits until the sets of interfaces of isolated pods name an interface, or none does.
+#[track_caller]
+fn wait_for_link(node: &Namespace, interface: &str, there: bool) {
+    let quoted = format!("elements = {{ \"{interface}\" }}");
+    wait_for_rules(node, &format!("{interface}: {there}"), |rules| {
+        rules.contains("set egress-links") && rules.contains(&quoted) == there
+    });
+}
+
+#[test]
+fn link_local_rules_follow_the_routes_of_the_host() {
+    if !require_net_admin() {
+        return;
+    }
+    let bridge = Bridge::new();
+    let node = &bridge.node.ns;
+    // The pods have interfaces before the host has routes to them.
+    for address in ["10.244.1.1/24", "fd00:10:244:1::1/64"] {
+        node.ip(&format!("addr del {address} dev br0"));
+    }
+    let web = Linked::new(&bridge.pods[0].ns, "eth0");
+    let host = Linked::new(node, "br0");
+    bridge.manifests.put(&policy(
+        "web",
+        json!({"podSelector": {"matchLabels": {"app": "web"}}, "policyTypes": ["Egress"]}),
+    ));
+    let daemon = bridge.manifests.run(node, &[]);
+    wait_for_link(node, "br0", false);
+    web.reaches(&host, true);
+    let v4 = "10.244.1.11/32";
+    node.route_add(v4, "dev br0");
+    wait_for_link(node, "br0", true);
+    web.reaches(&host, false);
+    node.ip(&format!("route del {v4}"));
+    wait_for_link(node, "br0", false);
+    web.reaches(&host, true);
+    node.route_add("fd00:10:244:1::/64", "dev br0");
+    wait_for_link(node, "br0", true);
+    web.reaches(&host, false);
+    // An interface takes its routes along.
+    node.ip("link set br0 down");
+    wait_for_link(node, "br0", false);
+    assert!(!daemon.log().contains("WARN"), "{}", daemon.log());
 }

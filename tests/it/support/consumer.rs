@@ -108,7 +108,7 @@ impl Consumer {
                 self.log.push(format!("delete {name}"));
                 self.objects.remove(&name.to_string());
             }
-            Event::Servers(_) => {}
+            Event::Servers(_) | Event::Routes(_) => {}
             Event::Notice(notice) => {
                 self.log.push(format!("notice {}", notice.message));
                 self.notices.push(notice);
