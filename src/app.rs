@@ -22,8 +22,8 @@
 //! | `denied` | Logs denied packets, with `--log-denied` |
 //! | `health-checks` | Publishes the health check ports of services |
 //! | `monitor` | Receives the kernel's notifications about nftlet's tables |
-//! | `routes` | Sends the host's routes to the reconciler |
-//! | `audit` | Compares the tables with the wanted rules |
+//! | `routes` | Sends the host's routes to the controller |
+//! | `audit` | Compares the tables with the wanted rules after missed notifications |
 //! | `kube-proxy` | Removes kube-proxy's rules once nftlet's are in force |
 //! | `settings` | Writes kernel parameters that exist only once rules are in force |
 

@@ -19,6 +19,13 @@ const IN_PLACE: &str = "the rules are in place";
 const METRICS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 10249);
 /// Far beyond every budget.
 const PATIENCE: Duration = Duration::from_secs(300);
+/// From one look at the metrics to the next.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// The results of audits.
+pub const AUDITS: &str = "nftlet_audits_total";
+/// More elements than notifications about them fit into the queue of a process.
+const OVERFLOW: u32 = 20_000;
 
 /// A running nftlet; killed when it is dropped.
 pub struct Process {
@@ -138,6 +145,34 @@ impl Process {
         let mut page = String::new();
         stream.read_to_string(&mut page).expect("a page of text");
         Metrics(page)
+    }
+
+    /// Has the process miss notifications about another table, and waits for the audit that follows.
+    /// Returns how long it took.
+    pub fn audit(&self) -> Duration {
+        let audits = || -> f64 {
+            let results = self.metrics().labelled(AUDITS);
+            results.iter().map(|(_, count)| count).sum()
+        };
+        let before = audits();
+        let signal = |signal| {
+            let pid = Pid::from_raw(self.child.id().cast_signed());
+            kill(pid, signal).expect("the process is there");
+        };
+        signal(Signal::SIGSTOP);
+        let elements: Vec<String> = (0..OVERFLOW).map(|number| number.to_string()).collect();
+        self.namespace.nft_load(&format!(
+            "table ip overflow {{ set s {{ type mark; elements = {{ {} }}; }}; }}",
+            elements.join(", ")
+        ));
+        self.namespace.nft_load("delete table ip overflow");
+        let started = Instant::now();
+        signal(Signal::SIGCONT);
+        while audits() == before {
+            assert!(started.elapsed() < PATIENCE, "there is no audit");
+            std::thread::sleep(LOOK);
+        }
+        started.elapsed()
     }
 
     /// Ends the process as the kubelet does.

@@ -98,10 +98,16 @@ pub(super) fn run(start: Start) -> Result<(), Error> {
         HealthChecks::new(publish_checks).run(&changes);
     })?;
     let foreign = Arc::new(Notify::new());
+    let missed = Arc::new(Notify::new());
     let mut audits = None;
     if !settings.once {
-        monitor::start(&mut nftables, first_rules(&mut ready), foreign.clone())?;
-        let audit = Audits::start(Nftables::open()?, sync::AUDIT_EVERY);
+        monitor::start(
+            &mut nftables,
+            first_rules(&mut ready),
+            foreign.clone(),
+            missed.clone(),
+        )?;
+        let audit = Audits::start(Nftables::open()?);
         audits = Some(audit.map_err(system("the thread that compares rules"))?);
         if !settings.keep_kube_proxy {
             kube_proxy_cleanup::start(first_rules(&mut ready), port_freed)?;
@@ -123,6 +129,7 @@ pub(super) fn run(start: Start) -> Result<(), Error> {
         stop: stopped,
         once: settings.once,
         foreign,
+        missed,
         audits,
         ready,
         queries: observers.questions,

@@ -16,12 +16,17 @@ pub(super) fn start(
     own: &mut Nftables,
     begin: oneshot::Receiver<()>,
     foreign: Arc<Notify>,
+    missed: Arc<Notify>,
 ) -> Result<(), Error> {
     let monitor = Monitor::new(&[services::TABLE, policies::TABLE], own);
     own.mute_during_large_writes(monitor.muted());
     let listen = move || {
         if begin.blocking_recv().is_ok() {
-            follow(ForeignChanges { monitor, foreign });
+            follow(ForeignChanges {
+                monitor,
+                foreign,
+                missed,
+            });
         }
     };
     thread::Builder::new()
@@ -31,10 +36,11 @@ pub(super) fn start(
         .map_err(system("the thread that monitors the tables"))
 }
 
-/// Has the tables compared whenever others may have changed them.
+/// Reports changes, and that notifications about them were missed.
 struct ForeignChanges {
     monitor: Monitor,
     foreign: Arc<Notify>,
+    missed: Arc<Notify>,
 }
 
 impl Notifications for ForeignChanges {
@@ -42,13 +48,16 @@ impl Notifications for ForeignChanges {
 
     fn listen(&mut self) -> Result<(), Error> {
         self.monitor.listen()?;
-        self.foreign.notify_one();
+        // Changes before were missed.
+        self.missed.notify_one();
         Ok(())
     }
 
     fn wait(&mut self) -> Result<(), Error> {
-        let (Notification::Changed | Notification::Lost) = self.monitor.wait()?;
-        self.foreign.notify_one();
+        match self.monitor.wait()? {
+            Notification::Changed => self.foreign.notify_one(),
+            Notification::Lost => self.missed.notify_one(),
+        }
         Ok(())
     }
 }

@@ -1,4 +1,4 @@
-//! The thread that sends the host's routes to the reconciler.
+//! The thread that sends the host's routes to the controller.
 
 use std::sync::Arc;
 use std::thread;

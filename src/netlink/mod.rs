@@ -40,7 +40,6 @@ mod nftables;
 mod read;
 mod routes;
 mod socket;
-mod sums;
 mod uapi;
 mod udata;
 

@@ -28,10 +28,6 @@ const SET_CONSTANT: u32 = 0x2;
 const ELEMENT_INTERVAL_END: u32 = 1;
 const ELEMENTS: &str = "the elements of a set";
 
-/// Reads the elements of a set; `None` if some have a form that nftlet never writes.
-pub(super) type ElementsOf<'a> = dyn FnMut(&mut Nftables, &TableId, &Name, &Declaration) -> Result<Option<Vec<Element>>, Error>
-    + 'a;
-
 impl Nftables {
     /// Reads the tables with the given names in both families.
     ///
@@ -42,41 +38,18 @@ impl Nftables {
     ///
     /// When a dump fails or every attempt is interrupted.
     pub fn read(&mut self, names: &[&str], wanted: &Ruleset) -> Result<Ruleset, Error> {
-        self.read_with(names, wanted, &mut |nftables, id, name, declaration| {
-            let set = wanted.tables.get(id).and_then(|table| table.sets.get(name));
-            let expected = set.map(|set| set.elements.as_slice()).unwrap_or_default();
-            let found = nftables.elements_at(id, name, declaration, expected)?;
-            found.map_or_else(
-                || nftables.settled_elements(id, name.as_str(), declaration),
-                |found| Ok(Some(found)),
-            )
-        })
-    }
-
-    /// Like [`Nftables::read`], with `elements` reading the elements of each set.
-    pub(super) fn read_with(
-        &mut self,
-        names: &[&str],
-        wanted: &Ruleset,
-        elements: &mut ElementsOf,
-    ) -> Result<Ruleset, Error> {
         let mut found = Ruleset::default();
         for (id, flags) in self.flagged_tables(names)? {
             let empty = Table::default();
             let expected = wanted.tables.get(&id).unwrap_or(&empty);
-            let mut table = self.table(&id, expected, elements)?;
+            let mut table = self.table(&id, expected)?;
             table.foreign |= flags != 0;
             found.tables.insert(id, table);
         }
         Ok(found)
     }
 
-    fn table(
-        &mut self,
-        id: &TableId,
-        expected: &Table,
-        elements: &mut ElementsOf,
-    ) -> Result<Table, Error> {
+    fn table(&mut self, id: &TableId, expected: &Table) -> Result<Table, Error> {
         let mut table = Table {
             chains: self.chains(id)?,
             strays: self.strays(id)?,
@@ -110,11 +83,13 @@ impl Nftables {
             // Its elements cannot be deleted before the rules that use it.
             table.foreign |= flags & SET_CONSTANT != 0;
             let name = Name::from(name);
-            let mut declaration = declaration(attributes, expected.sets.get(&name), id.family);
+            let expected = expected.sets.get(&name);
+            let mut declaration = declaration(attributes, expected, id.family);
             let elements = if declaration.timeout.is_some() {
                 Some(Vec::new())
             } else {
-                elements(self, id, &name, &declaration)?
+                let expected = expected.map_or(&[][..], |set| &set.elements);
+                self.elements_of(id, &name, &declaration, expected)?
             };
             if elements.is_none() {
                 // An element that cannot be read cannot be deleted by a difference.
@@ -130,6 +105,20 @@ impl Nftables {
             );
         }
         Ok(table)
+    }
+
+    /// Reads the elements of a set; `None` if some have a form that nftlet never writes.
+    fn elements_of(
+        &mut self,
+        id: &TableId,
+        set: &Name,
+        declaration: &Declaration,
+        expected: &[Element],
+    ) -> Result<Option<Vec<Element>>, Error> {
+        match self.elements_at(id, set, declaration, expected)? {
+            Some(found) => Ok(Some(found)),
+            None => self.settled_elements(id, set.as_str(), declaration),
+        }
     }
 
     pub(super) fn dump_chains(&mut self, of: Family) -> Result<Dumped, Error> {
@@ -215,7 +204,7 @@ impl Nftables {
     /// The kernel resizes a hash table some time after elements were added. A dump during the resize
     /// repeats elements and misses others without being marked as interrupted. Duplicates indicate
     /// such a dump, which is repeated.
-    pub(super) fn settled_elements(
+    fn settled_elements(
         &mut self,
         id: &TableId,
         set: &str,

@@ -5,7 +5,6 @@
 //!
 //! * [`diff()`] compares two rulesets and returns the [`Transaction`] that turns one into the
 //!   other; [`Transaction::into_steps`] divides it where one atomic step does not suffice.
-//! * `Sums` compare elements of which no side is in memory as a whole.
 //! * [`text::render`] prints a ruleset in the syntax of `nft -f`.
 //! * `netlink` encodes the same values for the kernel. Renderer and encoder match the same enums
 //!   exhaustively, so that neither can lack a construct of the other.
@@ -27,7 +26,6 @@ mod selector;
 #[cfg(test)]
 pub(crate) mod simulate;
 mod steps;
-mod sums;
 mod table;
 #[cfg(test)]
 mod tests;
@@ -43,7 +41,6 @@ pub(crate) use name::{digest_of, readable_name};
 pub use path::ObjectPath;
 pub use rule::{Comparison, CtState, CtStatus, Operand, RejectWith, Rule, Statement, Verdict};
 pub use selector::Selector;
-pub(crate) use sums::{SetOf, SumKeys, Sums};
 
 pub use table::{
     BaseChain, Chain, ChainKind, Declaration, Element, Hook, Ruleset, Set, SetKind, Table, TableId,

@@ -215,7 +215,7 @@ impl Metrics {
             )?,
             audits: new.counter_vec(
                 "nftlet_audits_total",
-                "Comparisons of the kernel with what is wanted that nothing but time asked for",
+                "Comparisons of the kernel with what is wanted after notifications were missed",
                 &["result"],
             )?,
             chains: new.int_gauge(

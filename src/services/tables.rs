@@ -16,7 +16,7 @@ use super::plan::{ElementOf, ServicePlan};
 use super::settings::ServiceSettings;
 use super::skeleton::skeleton;
 use crate::model::{Family, ObjectName};
-use crate::nft::{Element, Key, Name, Op, Ruleset, SetOf, Sums, Table, TableId, Transaction, diff};
+use crate::nft::{Element, Key, Name, Op, Ruleset, Table, TableId, Transaction, diff};
 use crate::services::Store;
 
 /// The rules in force.
@@ -362,26 +362,6 @@ impl Tables {
             ruleset.tables.insert(table_id(*family), table);
         }
         ruleset
-    }
-
-    /// Returns the rules in force without elements, which are added to the sums.
-    pub(crate) fn summed(&self, sums: &mut Sums) -> Ruleset {
-        let mut frame = self.frame();
-        sums.take(&mut frame);
-        for family in self.skeletons.keys() {
-            let id = table_id(*family);
-            let names = ServiceSet::ALL.iter();
-            let sets: BTreeMap<ServiceSet, SetOf> = names
-                .map(|set| (*set, sums.set(&id, &set.name())))
-                .collect();
-            let own = self.own_elements(self.named_plans(), *family);
-            for (set, element) in own.chain(self.shared_elements(*family)) {
-                if let Some(set) = sets.get(&set) {
-                    sums.add(*set, &element);
-                }
-            }
-        }
-        frame
     }
 
     fn shared_elements(&self, family: Family) -> impl Iterator<Item = ElementOf> + '_ {

@@ -206,12 +206,17 @@ impl<E: Engine> Driver<E> {
         }
     }
 
-    /// Compares with the kernel after another process may have changed the tables, and restores them.
-    pub(crate) fn heal<K: Kernel>(&mut self, kernel: &mut KernelSession<'_, K>) -> Healed {
+    /// Has everything compared when the lists that are being read again are complete. Until then the
+    /// wanted rules are not known.
+    pub(super) fn compare_when_listed(&mut self) {
         if self.state == DriverState::Synced && !self.engine.is_ready() {
-            // The wanted rules are known when the lists are complete.
             self.state = DriverState::Listing;
         }
+    }
+
+    /// Compares with the kernel after another process may have changed the tables, and restores them.
+    pub(crate) fn heal<K: Kernel>(&mut self, kernel: &mut KernelSession<'_, K>) -> Healed {
+        self.compare_when_listed();
         if self.state != DriverState::Synced {
             // The next attempt compares anyway.
             return Healed::default();

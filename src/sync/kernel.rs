@@ -1,7 +1,7 @@
 //! The interface to the kernel.
 
 use crate::netlink::{Applied, Error, FoundBaseChain, Nftables};
-use crate::nft::{Element, Ruleset, SumKeys, Sums, TableId, Transaction};
+use crate::nft::{Element, Ruleset, TableId, Transaction};
 
 /// Writes and reads rules.
 pub trait Kernel {
@@ -18,24 +18,6 @@ pub trait Kernel {
     ///
     /// When the tables cannot be read.
     fn read(&mut self, names: &[&str], wanted: &Ruleset) -> Result<Ruleset, Error>;
-
-    /// Reads the tables of the given names with sums in place of elements; see
-    /// [`Nftables::read_sums`].
-    ///
-    /// # Errors
-    ///
-    /// When the tables cannot be read.
-    fn read_sums(
-        &mut self,
-        names: &[&str],
-        wanted: &Ruleset,
-        keys: &SumKeys,
-    ) -> Result<(Ruleset, Sums), Error> {
-        let mut found = self.read(names, wanted)?;
-        let mut sums = Sums::new(keys.clone());
-        sums.take(&mut found);
-        Ok((found, sums))
-    }
 
     /// Reads the base chains of a table; see [`Nftables::base_chains`].
     ///
@@ -79,15 +61,6 @@ impl Kernel for Nftables {
 
     fn read(&mut self, names: &[&str], wanted: &Ruleset) -> Result<Ruleset, Error> {
         Nftables::read(self, names, wanted)
-    }
-
-    fn read_sums(
-        &mut self,
-        names: &[&str],
-        wanted: &Ruleset,
-        keys: &SumKeys,
-    ) -> Result<(Ruleset, Sums), Error> {
-        Nftables::read_sums(self, names, wanted, keys)
     }
 
     fn base_chains(&mut self, table: &TableId) -> Result<Vec<FoundBaseChain>, Error> {

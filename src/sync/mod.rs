@@ -39,7 +39,7 @@ use crate::services::Store;
 use crate::services::{self, ServiceSettings};
 use crate::source::SourceStats;
 
-pub use audit::{Audits, EVERY as AUDIT_EVERY, Finding, Snapshot, Step, Verdict};
+pub use audit::Audits;
 pub(crate) use driver::{Driver, DriverState, Healed};
 pub use handover::Followers;
 pub(crate) use hooks::remove_foreign_hooks;

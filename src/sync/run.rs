@@ -6,9 +6,10 @@ use std::time::Duration;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until};
 
+use super::audit::{Step, Verdict};
 use super::queries::{self, Query};
 use super::schedule::{Healing, Retries, Unenforced};
-use super::{Audits, Controller, Engines, Kernel, Outcome, Outcomes, Step, Verdict};
+use super::{Audits, Controller, Engines, Kernel, Outcome, Outcomes};
 use crate::model::Delivery;
 use crate::serve::health::Health;
 
@@ -31,7 +32,10 @@ pub struct Signals {
     pub once: bool,
     /// Notified when another process changed the tables.
     pub foreign: Arc<Notify>,
-    /// Compares the kernel with the wanted rules at intervals.
+    /// Notified when notifications about such changes were missed.
+    pub missed: Arc<Notify>,
+    /// Compares the kernel with what was written after notifications were missed. Without it the loop
+    /// compares by itself.
     pub audits: Option<Audits>,
     /// Notified when the first rules are in force.
     pub ready: Vec<oneshot::Sender<()>>,
@@ -113,11 +117,10 @@ pub async fn run<K: Kernel>(
                 let Some(audits) = &mut signals.audits else { continue };
                 match step {
                     Step::Begin => controller.audit(audits),
-                    Step::Judge(finding) => {
-                        if controller.judge(audits, finding) == Verdict::Different {
-                            healing.request();
-                        }
-                    }
+                    Step::Judge(finding) => match controller.judge(audits, finding) {
+                        Verdict::Different | Verdict::Unknown => healing.request(),
+                        Verdict::Same | Verdict::Again => {}
+                    },
                 }
                 continue;
             }
@@ -138,6 +141,10 @@ pub async fn run<K: Kernel>(
             }
             () = signals.foreign.notified(), if ready => {
                 healing.request();
+                continue;
+            }
+            () = signals.missed.notified(), if ready => {
+                request_audit(&mut signals.audits, &mut healing);
                 continue;
             }
             received = events.recv_many(&mut batch, BATCH), if open => {
@@ -191,7 +198,7 @@ pub async fn run<K: Kernel>(
                 return Exit::Programmed;
             }
             if controller.take_missed_notifications() {
-                healing.request();
+                request_audit(&mut signals.audits, &mut healing);
             }
         }
         if !open && retries.is_empty() && !controller.has_more() {
@@ -213,6 +220,14 @@ fn record_policies<K: Kernel>(
             .policies_in_force(in_force.is_ok());
         unenforced.record(in_force.is_ok());
         health.policies(in_force);
+    }
+}
+
+/// Has the kernel compared after notifications were missed.
+fn request_audit(audits: &mut Option<Audits>, healing: &mut Healing) {
+    match audits {
+        Some(audits) => audits.request(),
+        None => healing.request(),
     }
 }
 

@@ -184,7 +184,7 @@ impl Unenforced {
 }
 
 /// Returns between three quarters and all of a duration, so that nodes do not retry in step.
-pub(super) fn jittered(wait: Duration) -> Duration {
+fn jittered(wait: Duration) -> Duration {
     let nanos = std::time::SystemTime::now()
         .duration_since(std::time::UNIX_EPOCH)
         .map_or(0, |now| now.subsec_nanos());

@@ -142,11 +142,6 @@ impl<'a, K: Kernel> KernelSession<'a, K> {
         std::mem::take(&mut self.missed_notifications)
     }
 
-    /// Returns the number of transactions written.
-    pub(crate) fn writes(&self) -> u64 {
-        self.writes
-    }
-
     /// Removes foreign base chains from nftlet's tables, and reports failures.
     pub(crate) fn remove_foreign_hooks(&mut self) {
         let removed = remove_foreign_hooks(&mut self.kernel, self.metrics, self.reporter);

@@ -20,12 +20,11 @@ use crate::model::{
     ServiceCidr, ServiceKind, ServicePort, SlicePort, TrafficPolicy,
 };
 use crate::netlink::{Applied, ConntrackError, Error, Refusal};
-use crate::nft::{
-    Element, Key, Name, ObjectPath, Op, Ruleset, SumKeys, TableId, Transaction, simulate,
-};
+use crate::nft::{Element, Key, Name, ObjectPath, Op, Ruleset, TableId, Transaction, simulate};
 use crate::serve::health::{Health, Moment};
 use crate::services::{DetectLocal, ServiceSet, table_id};
 
+mod audits;
 mod engines;
 mod fake;
 mod foreign;
@@ -501,6 +500,7 @@ async fn a_cluster_that_does_not_tell_all_is_no_reason_to_restart() {
         stop: stopped,
         once: false,
         foreign: std::sync::Arc::default(),
+        missed: std::sync::Arc::default(),
         audits: None,
         ready: Vec::new(),
         queries: None,

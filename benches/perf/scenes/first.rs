@@ -3,7 +3,7 @@
 //! The time of the first program is nftlet's metric of a comparison with the kernel that writes
 //! everything: from the end of the last list to the kernel's answer. That of the start ends with
 //! the line of the log that reports the rules; the process is not asked meanwhile. Then the
-//! process is left alone, `nft flush ruleset` is repaired, and nftlet starts once more with its
+//! process is left alone, audits its rules, `nft flush ruleset` is repaired, and nftlet starts once more with its
 //! rules in place.
 
 use std::process::Command;
@@ -118,6 +118,10 @@ impl Arguments {
         let idle = process.ticks() - before;
         let memory = process.memory();
 
+        progress("an audit");
+        let audit = process.audit();
+        let audited = process.memory();
+
         progress("`nft flush ruleset`");
         let healed: Samples = (0..FLUSHES).map(|_| heal(&process, &server)).collect();
         process.stop();
@@ -153,6 +157,11 @@ impl Arguments {
         );
         note("memory after settling", Bytes(memory.resident as f64));
         note("memory, peak", Bytes(memory.peak as f64));
+        note(
+            "memory, peak, an audit included",
+            Bytes(audited.peak as f64),
+        );
+        note("audit", Seconds(audit.as_secs_f64()));
         note("`flush ruleset` healed", Seconds(healed.median()));
         if size.services > SMALL {
             let over = healed.median() / first;

@@ -23,6 +23,7 @@ fn signals(stopped: watch::Receiver<bool>) -> Signals {
         stop: stopped,
         once: false,
         foreign: Arc::default(),
+        missed: Arc::default(),
         audits: None,
         ready: Vec::new(),
         queries: None,

@@ -30,7 +30,7 @@ use nftlet::model::Kind;
 
 use crate::Context;
 use crate::cluster::{Put, Size, grouped};
-use crate::process::{Metrics, Process, tick};
+use crate::process::{AUDITS, Metrics, Process, tick};
 use crate::report::Value::{Bytes, Number, Ratio, Seconds};
 use crate::report::{Report, Table, Value};
 use crate::samples::Samples;
@@ -48,10 +48,8 @@ const LOOK: Duration = Duration::from_millis(250);
 const CALM: Duration = Duration::from_secs(2);
 /// How long the last changes may take.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// In so long an audit falls due, which waits a minute for calm before it reads nevertheless.
+/// A load of so many seconds ends with an audit.
 const AUDITED: Duration = Duration::from_secs(600);
-const AUDIT_PATIENCE: Duration = Duration::from_secs(120);
-const AUDITS: &str = "nftlet_audits_total";
 /// Counters that must stay at zero.
 const FAILURES: [&str; 2] = [
     "nftlet_netlink_errors_total",
@@ -120,8 +118,6 @@ impl Arguments {
         server.put(changes.objects());
         context.progress("starting nftlet");
         let (process, _) = server.start();
-        // Without foreign transactions an audit has nothing to read.
-        lab.node.nft_load("table ip neighbour { }");
         let asked = server.api.requests().len();
         let traffic = Traffic::start(&lab, live, self.connections);
         thread::sleep(CALM);
@@ -140,8 +136,8 @@ impl Arguments {
         let repeated = lab.repeated();
         let after = traffic.stop();
         if self.length() >= AUDITED {
-            context.progress("waiting for an audit");
-            until_audited(&process);
+            context.progress("an audit");
+            process.audit();
         }
         let metrics = process.metrics();
         context.progress("comparing the kernel with the objects");
@@ -320,14 +316,6 @@ fn objects(server: &Server) -> impl Iterator<Item = Put> + '_ {
         let objects = server.api.objects(path).into_iter();
         objects.map(move |object| (kind, object))
     })
-}
-
-fn until_audited(process: &Process) {
-    let started = Instant::now();
-    while process.metrics().labelled(AUDITS).is_empty() {
-        assert!(started.elapsed() < AUDIT_PATIENCE, "there is no audit");
-        thread::sleep(LOOK);
-    }
 }
 
 /// A process that is looked at all the time.
