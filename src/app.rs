@@ -27,18 +27,15 @@
 //! | `settings` | Writes kernel parameters that exist only once rules are in force |
 
 mod agent;
-mod clients;
 mod configure;
 mod descriptors;
-mod drops;
 mod dry_run;
 mod error;
+mod followers;
+mod io_thread;
 mod kube_proxy_cleanup;
-mod monitor;
+mod metrics;
 mod objects;
-mod observe;
-mod pages;
-mod serve;
 mod sysctls;
 
 use std::io::{self, IsTerminal, Write};

@@ -83,7 +83,7 @@ fn an_audit_reads_only_after_others_wrote() {
     let (_found, findings) = mpsc::channel(1);
     let mut audits = Audits::new(AUDIT_EVERY, snapshots, findings);
     let same = || {
-        let told = bench.metrics.encode();
+        let told = bench.registry.encode();
         let series = "nftlet_audits_total{result=\"same\"} ";
         let line = told.lines().find_map(|line| line.strip_prefix(series));
         line.map_or(0, |count| count.parse::<u64>().unwrap())

@@ -1,12 +1,12 @@
 //! The thread that hears of changes that others make to nftlet's tables.
 
+use std::io;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, oneshot};
 
-use super::{Error, system};
 use crate::netlink::{self, Monitor, Nftables, Notification};
 use crate::policies;
 use crate::services;
@@ -20,11 +20,11 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 /// # Errors
 ///
 /// When the system refuses the thread.
-pub(super) fn start(
+pub(crate) fn start_monitor(
     own: &mut Nftables,
     begin: oneshot::Receiver<()>,
     foreign: Arc<Notify>,
-) -> Result<(), Error> {
+) -> io::Result<()> {
     let mut monitor = Monitor::new(&[services::TABLE, policies::TABLE], own);
     own.mute_during_large_writes(monitor.muted());
     let listen = move || {
@@ -36,7 +36,6 @@ pub(super) fn start(
         .name("monitor".into())
         .spawn(listen)
         .map(drop)
-        .map_err(system("the thread that hears of foreign changes"))
 }
 
 /// Sleeps. Returns whether to go on, which is always so.
@@ -109,7 +108,6 @@ fn hear(news: &mut impl News, compare: &impl Fn()) -> netlink::Error {
 mod tests {
     use std::cell::{Cell, RefCell};
     use std::collections::VecDeque;
-    use std::io;
 
     use super::*;
 
