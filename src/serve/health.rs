@@ -1,9 +1,8 @@
-//! Whether nftlet does its work, and the HTTP server that tells it.
+//! The health of nftlet, and its answers to probes.
 //!
-//! [`Health`] is told what happens and answers the two probes of kube-proxy: `/healthz` says
-//! whether load balancers should send traffic to this node, `/livez` whether restarting nftlet
-//! could help. `/readyz` says whether nftlet has taken up all of its work, network policies among it. [`serve`] answers them, and any other page of a [`Router`], on a listener made by
-//! [`bind`]. [`serve_checks`] answers the health checks of single services, each on its own port.
+//! The loop and the source set a [`Health`]; probes read it. `/healthz` says whether load balancers
+//! should send traffic to this node, `/livez` whether a restart could help, and `/readyz` whether the
+//! rules of services and of network policies were written once.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
