@@ -42,10 +42,10 @@ use nftlet::model::{Delivery, Event, Kind, Notice, ObjectName};
 use nftlet::netlink::{Applied, ConntrackError, Error, encode};
 use nftlet::nft::{Element, Ruleset, TableId, Transaction, diff, text};
 use nftlet::policies::{self, Engine};
-use nftlet::serve::metrics::Metrics;
+use nftlet::serve::metrics::Registry;
 use nftlet::services;
 use nftlet::source::{Decoder, Manifests};
-use nftlet::sync::{Controller, Kernel, Outcome, Reporter};
+use nftlet::sync::{Controller, Kernel, Outcome, Reporter, SyncMetrics};
 use serde::Deserialize;
 use serde_json::json;
 use serde_json::value::RawValue;
@@ -184,7 +184,8 @@ impl Reporter for Strict {
 fn change(criterion: &mut Criterion) {
     for size in SIZES {
         let mut cluster = cluster(size);
-        let metrics = Metrics::new().expect("metrics have different names");
+        let registry = Registry::new().expect("metrics have different names");
+        let metrics = SyncMetrics::register(&registry).expect("metrics have different names");
         let kernel = Absent::default();
         let mut controller = Controller::new(kernel.clone(), settings(), &metrics, &Strict);
         let lists = events(cluster.objects()).into_iter().map(Delivery::now);

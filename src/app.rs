@@ -28,20 +28,18 @@
 //! | `settings` | Writes kernel parameters that exist only once rules are in force |
 
 mod agent;
-mod clients;
 mod configure;
 mod descriptors;
-mod drops;
 mod dry_run;
 mod error;
 mod follow;
+mod followers;
+mod io_thread;
 mod kube_proxy_cleanup;
+mod metrics;
 mod monitor;
 mod objects;
-mod observe;
-mod pages;
 mod routes;
-mod serve;
 mod sysctls;
 
 use std::io::{self, IsTerminal, Write};

@@ -27,7 +27,7 @@ pub mod app;
 mod cleanup;
 pub mod engine;
 pub mod events;
-mod followers;
+pub mod followers;
 mod host;
 pub mod logging;
 pub mod model;

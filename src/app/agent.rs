@@ -3,27 +3,31 @@
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
+use serde_json::json;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
+use super::io_thread::IoThread;
+use super::metrics::Metrics;
 use super::objects::{fallback_node, policy_engine, summary};
-use super::pages::Pages;
-use super::serve::Io;
 use super::{
-    Error, QUEUE, configure, kube_proxy_cleanup, monitor, observe, routes, single_threaded,
+    Error, QUEUE, configure, followers, kube_proxy_cleanup, monitor, routes, single_threaded,
     sysctls, system,
 };
 use crate::events;
+use crate::followers::FollowerMetrics;
 use crate::followers::affinity::Forgetter;
 use crate::followers::conntrack::{self, Cleaner, KernelFlows};
 use crate::followers::health_checks::HealthChecks;
 use crate::logging::LogQueue;
-use crate::model::{Delivery, Reason};
+use crate::model::Delivery;
 use crate::netlink::Nftables;
 use crate::nft::Ruleset;
-use crate::serve::health::{Checks, Health, Quota};
-use crate::serve::metrics::Metrics;
+use crate::serve::checks::{Checks, Quota};
+use crate::serve::health::Health;
+use crate::serve::pages::Pages;
 use crate::services;
-use crate::settings::{CommandLine, Settings, file::File};
+use crate::settings::file::{self, File};
+use crate::settings::{CommandLine, Settings};
 use crate::source::SourceStats;
 use crate::sync::{
     self, Audits, Controller, Exit, Followers, Log, LogAndSend, Reporter as _, Signals,
@@ -44,13 +48,12 @@ pub(super) struct Start<'a> {
 pub(super) fn run(start: Start) -> Result<(), Error> {
     let settings = &start.line.settings;
     let mut nftables = open_nftables()?;
-    let metrics = Arc::new(Metrics::new()?);
-    metrics.expect_notices(Reason::ALL.map(Reason::as_str));
+    let metrics = Metrics::register(start.log)?;
     let health = health(settings, &metrics)?;
     let (sender, notices) = mpsc::channel(events::QUEUE);
-    let reporter = LogAndSend::new(sender);
+    let reporter = LogAndSend::new(sender, metrics.sync.clone());
     // First of all: a foreign chain could block nftlet's own requests over the network.
-    if let Err(error) = sync::remove_foreign_hooks(&mut nftables, &metrics, &reporter) {
+    if let Err(error) = sync::remove_foreign_hooks(&mut nftables, &metrics.sync, &reporter) {
         reporter.failed(&error);
     }
     let mut followers = Followers::default();
@@ -62,12 +65,14 @@ pub(super) fn run(start: Start) -> Result<(), Error> {
     let (stop, stopped) = watch::channel(false);
     let (freed, port_freed) = std::sync::mpsc::channel();
     let (publish_checks, health_checks) = watch::channel(Checks::new());
-    let io = Io {
+    let io = IoThread {
         args: settings.clone(),
         file: start.file,
-        pages: Pages::new(start.line),
+        pages: Pages::new(
+            json!({ file::GROUP: file::effective(settings) }),
+            start.line.values(),
+        ),
         node_name: start.node_name.clone(),
-        log: start.log.clone(),
         metrics: metrics.clone(),
         health: health.clone(),
         health_checks,
@@ -83,18 +88,18 @@ pub(super) fn run(start: Start) -> Result<(), Error> {
 
     // What waits for the first rules.
     let mut ready = Vec::new();
-    let sysctls = sysctls::start(settings, &metrics, &reporter, &mut ready)?;
+    let sysctls = sysctls::start(settings, &reporter, &mut ready)?;
     if !settings.once {
         configure::set_oom_score(settings);
     }
-    let observers = observe::start(settings, &metrics, &mut followers, &reporter)?;
+    let observers = followers::start(settings, &metrics, &mut followers, &reporter)?;
     // With --once the process would end before the thread of the follower has worked.
     let affinity = settings
         .once
         .then(|| Forgetter::new(Nftables::open, followers.services()));
-    let cleaner = start_cleaner(&mut followers, metrics.clone())?;
+    let cleaner = start_cleaner(&mut followers, metrics.followers.clone())?;
     let changes = followers.services();
-    observe::spawn("health-checks", "the thread for health checks", move || {
+    followers::spawn("health-checks", "the thread for health checks", move || {
         HealthChecks::new(publish_checks).run(&changes);
     })?;
     let foreign = Arc::new(Notify::new());
@@ -114,14 +119,15 @@ pub(super) fn run(start: Start) -> Result<(), Error> {
         }
     }
 
-    let mut controller = Controller::new(nftables, start.service_settings, &metrics, &reporter)
-        .with_fallback_node(fallback_node(&start.node_name))
-        .with_policies(policy_engine(
-            settings,
-            &start.node_name,
-            observers.log_group,
-        ))
-        .with_followers(followers);
+    let mut controller =
+        Controller::new(nftables, start.service_settings, &metrics.sync, &reporter)
+            .with_fallback_node(fallback_node(&start.node_name))
+            .with_policies(policy_engine(
+                settings,
+                &start.node_name,
+                observers.log_group,
+            ))
+            .with_followers(followers);
     if let Some(stats) = stats {
         controller = controller.with_source_stats(stats);
     }
@@ -176,14 +182,14 @@ fn health(settings: &Settings, metrics: &Metrics) -> Result<Health, Error> {
     if settings.network_policy.is_on() {
         health.expect_policies();
     } else {
-        metrics.without_policies()?;
+        metrics.sync.without_policies(&metrics.registry)?;
     }
     Ok(health)
 }
 
 /// Starts the I/O thread, and waits until its ports are open and its source is connected.
 fn start_io(
-    io: Io,
+    io: IoThread,
     events: mpsc::Sender<Delivery>,
 ) -> Result<(JoinHandle<()>, Option<Arc<SourceStats>>), Error> {
     let (ready, started) = oneshot::channel();
@@ -200,7 +206,7 @@ fn start_io(
 /// takes long, and changes of the rules must not wait for it.
 fn start_cleaner(
     followers: &mut Followers,
-    metrics: Arc<Metrics>,
+    metrics: FollowerMetrics,
 ) -> Result<JoinHandle<()>, Error> {
     let pending = conntrack::Pending::new(followers.services());
     std::thread::Builder::new()

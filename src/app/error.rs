@@ -8,7 +8,7 @@ use thiserror::Error;
 
 use super::OLDEST_KERNEL;
 use crate::netlink;
-use crate::serve::health;
+use crate::serve::http;
 use crate::settings::{self, file};
 use crate::source::cluster::Error as ClusterError;
 use crate::source::manifests::Error as ManifestsError;
@@ -42,7 +42,7 @@ pub(crate) enum Error {
     #[error("{0}; name a cluster with --kubeconfig FILE, or run without one with --manifests PATH")]
     NoSource(#[source] ClusterError),
     #[error(transparent)]
-    Http(#[from] health::Error),
+    Http(#[from] http::Error),
     #[error("cannot register the metrics: {0}")]
     Metrics(#[from] prometheus::Error),
     #[error("cannot start {what}: {source}")]

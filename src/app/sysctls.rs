@@ -5,7 +5,6 @@
 //! parameters are set after them.
 
 use std::path::Path;
-use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
 use tokio::sync::oneshot;
@@ -15,7 +14,6 @@ use crate::host::sysctls::{self, Unset};
 use crate::model::{Notice, Reason, Subject};
 use crate::netlink::{Conntrack, FlowFilter};
 use crate::nft::Family;
-use crate::serve::metrics::Metrics;
 use crate::settings::Settings;
 use crate::sync::{LogAndSend, Reporter};
 
@@ -38,7 +36,6 @@ pub(super) fn initialise(settings: &Settings) {
 /// first rules, if there are any.
 pub(super) fn start(
     settings: &Settings,
-    metrics: &Arc<Metrics>,
     reporter: &LogAndSend,
     ready: &mut Vec<oneshot::Sender<()>>,
 ) -> Result<Option<JoinHandle<()>>, Error> {
@@ -46,13 +43,13 @@ pub(super) fn start(
     let explicit = of_this_machine(&explicit(settings));
     let unset = set(Path::new("/"), &wanted, load);
     let (later, never): (Vec<_>, Vec<_>) = unset.into_iter().partition(Unset::is_missing);
-    report(&never, &explicit, metrics, reporter);
+    report(&never, &explicit, reporter);
     if later.is_empty() {
         return Ok(None);
     }
     let (sender, first_rules) = oneshot::channel();
     ready.push(sender);
-    let (metrics, reporter) = (metrics.clone(), reporter.clone());
+    let reporter = reporter.clone();
     let again = move || {
         if first_rules.blocking_recv().is_err() {
             return;
@@ -60,7 +57,7 @@ pub(super) fn start(
         let missing = |file: &str| later.iter().any(|unset| unset.path == Path::new(file));
         let wanted: Wanted = wanted.into_iter().filter(|(it, _)| missing(it)).collect();
         let unset = sysctls::apply(Path::new("/"), &wanted);
-        report(&unset, &explicit, &metrics, &reporter);
+        report(&unset, &explicit, &reporter);
     };
     thread::Builder::new()
         .name("settings".into())
@@ -71,12 +68,7 @@ pub(super) fn start(
 
 /// Reports the parameters that could not be set. The pod of a DaemonSet may set none, so one that
 /// was not requested is no warning: the node keeps its value.
-fn report(
-    unset: &[Unset],
-    explicit: &[(&'static str, u64)],
-    metrics: &Metrics,
-    reporter: &LogAndSend,
-) {
+fn report(unset: &[Unset], explicit: &[(&'static str, u64)], reporter: &LogAndSend) {
     for unset in unset {
         if !explicit
             .iter()
@@ -85,7 +77,6 @@ fn report(
             tracing::info!("{unset}");
             continue;
         }
-        metrics.notice(Reason::KernelSetting.as_str());
         reporter.notice(&Notice {
             subject: Subject::Other("kernel settings".into()),
             reason: Reason::KernelSetting,

@@ -14,6 +14,7 @@
 //! forbids all Events, this is logged, and nothing is sent for an hour.
 
 mod dedup;
+mod metrics;
 mod object;
 
 use std::collections::VecDeque;
@@ -33,6 +34,7 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until, timeout};
 
 use self::dedup::Dedup;
+pub use self::metrics::EventMetrics;
 use self::object::EventDraft;
 use crate::logging::{Count, Repeats};
 use crate::model::{Kind, Notice};
@@ -96,7 +98,7 @@ pub struct Recorder {
     silent_until: Option<Instant>,
     /// Whether the server has failed before. After its start, it may not know its roles yet.
     settling: bool,
-    given_up: Box<dyn Fn() + Send + Sync>,
+    metrics: Option<EventMetrics>,
     /// Limits the log lines about Events given up.
     lines: Repeats<()>,
 }
@@ -210,15 +212,15 @@ impl Recorder {
             settling: false,
             not_before: Instant::now(),
             silent_until: None,
-            given_up: Box::new(|| {}),
+            metrics: None,
             lines: Repeats::new(1, COUNT_EVERY),
         }
     }
 
-    /// Calls `given_up` for each Event that is given up.
+    /// Counts the Events that are given up.
     #[must_use]
-    pub fn counting(mut self, given_up: impl Fn() + Send + Sync + 'static) -> Self {
-        self.given_up = Box::new(given_up);
+    pub fn with_metrics(mut self, metrics: EventMetrics) -> Self {
+        self.metrics = Some(metrics);
         self
     }
 
@@ -334,12 +336,18 @@ impl Recorder {
         }
     }
 
+    fn count_given_up(&self, count: usize) {
+        if let Some(metrics) = &self.metrics {
+            metrics.given_up(count);
+        }
+    }
+
     fn give_up(&mut self, lost: &PendingWrite, fault: &WriteError) {
         self.dedup.gave_up(&lost.draft.name);
-        (self.given_up)();
+        self.count_given_up(1);
         match fault {
             WriteError::Forbidden(_) => {
-                self.waiting.iter().for_each(|_| (self.given_up)());
+                self.count_given_up(self.waiting.len());
                 self.waiting.clear();
                 // Events after the pause may be written.
                 self.dedup.forget_all();

@@ -30,11 +30,11 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::engine::table_family;
+use crate::followers::FollowerMetrics;
 use crate::host::addresses;
 use crate::model::{Family, Protocol};
 use crate::netlink::{Conntrack, ConntrackError, EntryToCut, Tracked};
 use crate::policies::{Connection, PolicyChanges};
-use crate::serve::metrics::Metrics;
 use crate::sync::Query;
 
 /// The most connections in one query.
@@ -155,7 +155,7 @@ pub(crate) struct Cutter<'a, T, R> {
     policies: mpsc::Sender<Query>,
     /// Whether all connections are checked, not only those of reassigned addresses.
     strict: bool,
-    metrics: &'a Metrics,
+    metrics: &'a FollowerMetrics,
     /// The isolated addresses.
     isolated: HashSet<IpAddr>,
     /// The scope of the next sweep.
@@ -181,7 +181,7 @@ impl<'a, T: ConnectionTable, R: ConnectionRemover> Cutter<'a, T, R> {
         changes: Receiver<Arc<PolicyChanges>>,
         policies: mpsc::Sender<Query>,
         strict: bool,
-        metrics: &'a Metrics,
+        metrics: &'a FollowerMetrics,
     ) -> Self {
         Self {
             open,

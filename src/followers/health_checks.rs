@@ -7,8 +7,8 @@ use std::sync::mpsc::Receiver;
 
 use tokio::sync::watch;
 
-use crate::model::ObjectName;
-use crate::serve::health::{Check, Checks};
+use crate::model::{Kind, Notice, ObjectName, ObjectRef, Reason, Subject};
+use crate::serve::checks::{Check, CheckError, Checks};
 use crate::services::{Replaced, ServiceChanges};
 
 /// Publishes the health checks of all services through a watch channel.
@@ -73,6 +73,16 @@ impl HealthChecks {
             }
             modified
         });
+    }
+}
+
+/// Returns the notice about a port that cannot be listened on.
+pub(crate) fn port_notice(error: &CheckError) -> Notice {
+    let service = ObjectName::new(&error.check.namespace, &error.check.name);
+    Notice {
+        subject: Subject::Object(ObjectRef::new(Kind::Service, service)),
+        reason: Reason::HealthCheckPort,
+        message: error.to_string(),
     }
 }
 

@@ -5,12 +5,12 @@
 //! use are removed without them. Other rules of an earlier process remain in force.
 
 use super::kernel::Kernel;
+use super::metrics::SyncMetrics;
 use super::report::Reporter;
 use crate::model::{Notice, Reason, Subject};
 use crate::netlink;
 use crate::nft::{Family, Name, Op, TableId, Transaction};
 use crate::policies;
-use crate::serve::metrics::Metrics;
 use crate::services;
 
 /// Whether nftlet uses a name for a base chain.
@@ -29,7 +29,7 @@ const TABLES: [(&str, IsOwn); 2] = [
 /// The last error, if the chains of a table cannot be read or one of them cannot be removed.
 pub(crate) fn remove_foreign_hooks(
     kernel: &mut impl Kernel,
-    metrics: &Metrics,
+    metrics: &SyncMetrics,
     reporter: &dyn Reporter,
 ) -> Result<(), netlink::Error> {
     let mut outcome = Ok(());
@@ -48,7 +48,7 @@ fn clean_table(
     kernel: &mut impl Kernel,
     table: &TableId,
     is_own: IsOwn,
-    metrics: &Metrics,
+    metrics: &SyncMetrics,
     reporter: &dyn Reporter,
 ) -> Result<(), netlink::Error> {
     for found in kernel.base_chains(table)? {
@@ -71,7 +71,6 @@ fn clean_table(
         let operations = ops.len();
         kernel.apply(&Transaction { ops })?;
         metrics.healed(operations);
-        metrics.notice(Reason::ForeignChange.as_str());
         reporter.notice(&Notice {
             subject: Subject::Other(format!("table {table}").into()),
             reason: Reason::ForeignChange,
@@ -89,6 +88,7 @@ mod tests {
     use super::*;
     use crate::netlink::{Applied, Error, FoundBaseChain};
     use crate::nft::{Element, Ruleset};
+    use crate::serve::metrics::Registry;
 
     /// Each table has a base chain of others; the first one that is read belongs to another process.
     #[derive(Default)]
@@ -134,7 +134,7 @@ mod tests {
     #[test]
     fn a_table_that_cannot_be_read_stops_none_of_the_others() {
         let mut kernel = Owned::default();
-        let metrics = Metrics::new().expect("metrics have different names");
+        let metrics = SyncMetrics::register(&Registry::new().unwrap()).unwrap();
         assert!(remove_foreign_hooks(&mut kernel, &metrics, &Log).is_err());
         assert_eq!((kernel.read, kernel.applied.len()), (4, 3));
     }

@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use super::metrics::SyncMetrics;
 use crate::model::{Delivery, Event, Kind, ObjectName};
-use crate::serve::metrics::Metrics;
 
 /// The most events that are timed at once, which bounds memory while writes fail.
 const MOST_WAITING: usize = 1 << 16;
@@ -59,7 +59,11 @@ impl Latency {
     }
 
     /// Measures all events except those of services for which `is_waiting` returns true.
-    pub(crate) fn in_force(&mut self, metrics: &Metrics, is_waiting: impl Fn(&ObjectName) -> bool) {
+    pub(crate) fn in_force(
+        &mut self,
+        metrics: &SyncMetrics,
+        is_waiting: impl Fn(&ObjectName) -> bool,
+    ) {
         self.pending = (0, 0);
         for (service, at) in self.arrived.drain(..) {
             match service.filter(&is_waiting) {
@@ -88,7 +92,7 @@ impl Latency {
     /// Measures changes of endpoints like [`Latency::in_force`].
     pub(crate) fn triggers_in_force(
         &mut self,
-        metrics: &Metrics,
+        metrics: &SyncMetrics,
         is_waiting: impl Fn(&ObjectName) -> bool,
     ) {
         self.pending = (0, 0);
@@ -115,7 +119,7 @@ fn push<T>(times: &mut Vec<T>, time: T) {
     }
 }
 
-fn observe_trigger(metrics: &Metrics, at_ms: i64) {
+fn observe_trigger(metrics: &SyncMetrics, at_ms: i64) {
     if let Some(since) = milliseconds_since(at_ms) {
         metrics.network_programming(since);
     }

@@ -19,6 +19,7 @@ mod handover;
 mod hooks;
 mod kernel;
 mod latency;
+mod metrics;
 mod outcome;
 mod queries;
 mod report;
@@ -34,7 +35,6 @@ use crate::engine::Engine as _;
 use crate::model::{Delivery, Event, Kind, Node, Notice, Reason, Subject};
 use crate::netlink;
 use crate::policies;
-use crate::serve::metrics::Metrics;
 use crate::services::Store;
 use crate::services::{self, ServiceSettings};
 use crate::source::SourceStats;
@@ -44,6 +44,7 @@ pub(crate) use driver::{Driver, DriverState, Healed};
 pub use handover::Followers;
 pub(crate) use hooks::remove_foreign_hooks;
 pub use kernel::Kernel;
+pub use metrics::SyncMetrics;
 pub use outcome::{Engines, Outcome, Outcomes};
 pub use queries::{ElementRemoval, Query, RemovalOutcome};
 pub use report::{Log, LogAndSend, Reporter};
@@ -68,7 +69,7 @@ impl<'a, K: Kernel> Controller<'a, K> {
     pub fn new(
         kernel: K,
         settings: ServiceSettings,
-        metrics: &'a Metrics,
+        metrics: &'a SyncMetrics,
         reporter: &'a dyn Reporter,
     ) -> Self {
         Self {

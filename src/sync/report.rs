@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 
+use super::metrics::SyncMetrics;
 use crate::logging::{Count, Repeats};
 use crate::model::{Notice, Reason, Subject};
 use crate::netlink::{ConntrackError, Error};
@@ -46,14 +47,15 @@ impl Reporter for Log {
     }
 }
 
-/// Reports to the log, and sends notices that require action to a channel. If the channel is full, the
-/// notice is only logged.
+/// Counts notices, reports to the log, and sends notices that require action to a channel. If the
+/// channel is full, the notice is only logged.
 ///
 /// Each subject has a limited number of lines for a reason in a window, and each namespace a limited
 /// number of subjects. Further reports are counted ([`LogAndSend::log_counts`]).
 #[derive(Clone, Debug)]
 pub struct LogAndSend {
     notices: mpsc::Sender<Notice>,
+    metrics: SyncMetrics,
     limits: Arc<Mutex<LineLimits>>,
 }
 
@@ -134,9 +136,10 @@ fn namespace(subject: &Subject) -> &str {
 
 impl LogAndSend {
     /// Creates a reporter that sends to a channel.
-    pub(crate) fn new(notices: mpsc::Sender<Notice>) -> Self {
+    pub(crate) fn new(notices: mpsc::Sender<Notice>, metrics: SyncMetrics) -> Self {
         Self {
             notices,
+            metrics,
             limits: Arc::default(),
         }
     }
@@ -182,6 +185,7 @@ impl LogAndSend {
 
 impl Reporter for LogAndSend {
     fn notice(&self, notice: &Notice) {
+        self.metrics.notice(notice.reason);
         if self.allow(&notice.subject, notice.reason, &notice.message) {
             Log.notice(notice);
         }
@@ -212,6 +216,11 @@ impl Reporter for LogAndSend {
 mod tests {
     use super::*;
     use crate::model::{Kind, ObjectName, ObjectRef};
+    use crate::serve::metrics::Registry;
+
+    fn metrics() -> SyncMetrics {
+        SyncMetrics::register(&Registry::new().unwrap()).unwrap()
+    }
 
     fn notice(reason: Reason) -> Notice {
         Notice {
@@ -224,7 +233,7 @@ mod tests {
     #[test]
     fn notices_that_require_action_are_sent_without_waiting_for_room() {
         let (sender, mut receiver) = mpsc::channel(2);
-        let reporter = LogAndSend::new(sender);
+        let reporter = LogAndSend::new(sender, metrics());
         for reason in [Reason::OrphanSlice, Reason::Conflict, Reason::UnknownKind] {
             reporter.notice(&notice(reason));
         }

@@ -4,11 +4,11 @@ use std::time::Instant;
 
 use super::hooks::remove_foreign_hooks;
 use super::kernel::Kernel;
+use super::metrics::SyncMetrics;
 use super::report::Reporter;
 use crate::model::Notice;
 use crate::netlink::Error;
 use crate::nft::{Family, Ruleset, Transaction};
-use crate::serve::metrics::Metrics;
 
 /// The connection over which all rules are written.
 ///
@@ -16,7 +16,7 @@ use crate::serve::metrics::Metrics;
 /// kernel's ruleset, and the session counts its own commits.
 pub(crate) struct KernelSession<'a, K> {
     kernel: K,
-    pub(super) metrics: &'a Metrics,
+    pub(super) metrics: &'a SyncMetrics,
     pub(super) reporter: &'a dyn Reporter,
     /// The generation of the ruleset unless another process has committed something. `None` if it must
     /// be read.
@@ -29,7 +29,7 @@ pub(crate) struct KernelSession<'a, K> {
 
 impl<'a, K: Kernel> KernelSession<'a, K> {
     /// Creates a session over a kernel.
-    pub(crate) fn new(kernel: K, metrics: &'a Metrics, reporter: &'a dyn Reporter) -> Self {
+    pub(crate) fn new(kernel: K, metrics: &'a SyncMetrics, reporter: &'a dyn Reporter) -> Self {
         Self {
             kernel,
             metrics,
@@ -156,9 +156,8 @@ impl<'a, K: Kernel> KernelSession<'a, K> {
         self.reporter.failed(error);
     }
 
-    /// Counts and reports a notice.
+    /// Reports a notice.
     pub(crate) fn report(&self, notice: &Notice) {
-        self.metrics.notice(notice.reason.as_str());
         self.reporter.notice(notice);
     }
 }

@@ -22,6 +22,7 @@ use crate::model::{
 use crate::netlink::{Applied, ConntrackError, Error, Refusal};
 use crate::nft::{Element, Key, Name, ObjectPath, Op, Ruleset, TableId, Transaction, simulate};
 use crate::serve::health::{Health, Moment};
+use crate::serve::metrics::Registry;
 use crate::services::{DetectLocal, ServiceSet, table_id};
 
 mod audits;
@@ -43,16 +44,19 @@ pub(crate) use objects::{delete, lists, node, put, service, slice};
 
 pub(crate) struct Bench {
     pub(crate) kernel: Fake,
-    pub(crate) metrics: Metrics,
+    pub(crate) registry: Registry,
+    pub(crate) metrics: SyncMetrics,
     pub(crate) heard: Heard,
     pub(crate) settings: ServiceSettings,
 }
 
 impl Bench {
     pub(crate) fn new() -> Self {
+        let registry = Registry::new().unwrap();
         Self {
             kernel: Fake::default(),
-            metrics: Metrics::new().unwrap(),
+            metrics: SyncMetrics::register(&registry).unwrap(),
+            registry,
             heard: Heard::default(),
             settings: ServiceSettings {
                 detect_local: DetectLocal::ClusterCidr(vec!["10.244.0.0/16".parse().unwrap()]),
@@ -407,7 +411,7 @@ fn services_without_local_endpoints_are_counted_by_policy() {
     let mut dns = service("dns", &["10.96.0.11"], &[53]);
     dns.internal_policy = TrafficPolicy::Local;
     let expect = |internal: usize, external: usize| {
-        let text = bench.metrics.encode();
+        let text = bench.registry.encode();
         for (policy, count) in [("internal", internal), ("external", external)] {
             let line = format!(
                 "kubeproxy_sync_proxy_rules_no_local_endpoints_total{{ip_family=\"IPv4\",traffic_policy=\"{policy}\"}} {count}\n"
@@ -478,7 +482,7 @@ fn a_failure_to_remove_unused_chains_is_repaired_at_once() {
             "kubeproxy_sync_proxy_rules_nftables_cleanup_failures_total{{ip_family=\"{family}\"}} {count}"
         )
     };
-    let page = bench.metrics.encode();
+    let page = bench.registry.encode();
     for line in [counted("IPv4", 1), counted("IPv6", 0)] {
         assert!(page.lines().any(|it| it == line), "{line}: {page}");
     }

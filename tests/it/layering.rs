@@ -17,7 +17,7 @@ pub const LAYERS: &[(&str, &[&str])] = &[
     ("nft", &[]),
     ("netlink", &["nft"]),
     ("engine", &["model", "nft"]),
-    ("source", &["model", "logging"]),
+    ("source", &["model", "serve", "logging"]),
     ("services", &["model", "nft", "engine"]),
     ("policies", &["model", "nft", "engine", "logging"]),
     (
@@ -33,7 +33,7 @@ pub const LAYERS: &[(&str, &[&str])] = &[
             "model", "nft", "netlink", "services", "policies", "sync", "serve", "host", "engine",
         ],
     ),
-    ("events", &["model", "logging"]),
+    ("events", &["model", "serve", "logging"]),
     (
         "cleanup",
         &["services", "policies", "nft", "netlink", "host"],

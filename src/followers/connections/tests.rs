@@ -7,6 +7,7 @@ use std::thread;
 use super::*;
 use crate::model::ObjectName;
 use crate::netlink::ConntrackHandle;
+use crate::serve::metrics::Registry;
 
 /// Reached by a test that fails, and by no other.
 const LONG: Duration = Duration::from_secs(120);
@@ -167,7 +168,8 @@ struct Bench {
     changes: Sender<Arc<PolicyChanges>>,
     /// It is unknown what is in force for so many questions.
     unknown: Arc<AtomicUsize>,
-    metrics: Arc<Metrics>,
+    registry: Registry,
+    metrics: FollowerMetrics,
     largest_batch: Arc<AtomicUsize>,
     cutter: thread::JoinHandle<()>,
     judge: thread::JoinHandle<()>,
@@ -197,7 +199,8 @@ impl Bench {
         fake.state().connections = connections;
         let (changes, received) = channel();
         let (ask, questions) = mpsc::channel(4);
-        let metrics = Arc::new(Metrics::new().unwrap());
+        let registry = Registry::new().unwrap();
+        let metrics = FollowerMetrics::register(&registry).unwrap();
         let cutter = {
             let (fake, metrics) = (fake.clone(), metrics.clone());
             thread::spawn(move || {
@@ -214,6 +217,7 @@ impl Bench {
             fake,
             changes,
             unknown,
+            registry,
             metrics,
             largest_batch,
             cutter,
@@ -257,7 +261,7 @@ fn what_is_denied_is_cut_and_the_rest_stays() {
     // The datagrams alone are kept from coming back.
     let reversed = (udp.clone(), EntryToCut::Reversed);
     bench.fake.wait(|state| state.removed.contains(&reversed));
-    let metrics = bench.metrics.clone();
+    let registry = bench.registry.clone();
     let fake = bench.end();
     let removed = &fake.state().removed;
     assert_eq!(
@@ -265,7 +269,7 @@ fn what_is_denied_is_cut_and_the_rest_stays() {
         [(tcp, EntryToCut::Listed), (udp, EntryToCut::Listed)]
     );
     assert!(removed[2..].iter().all(|other| *other == reversed));
-    let text = metrics.encode();
+    let text = registry.encode();
     assert!(
         text.contains("nftlet_policy_connections_cut_total 2\n"),
         "{text}"
@@ -337,7 +341,7 @@ fn of_some_addresses_only_theirs_are_looked_at() {
     HERE.set(fake.clone());
     let (changes, received) = channel();
     let (ask, questions) = mpsc::channel(4);
-    let metrics = Metrics::new().unwrap();
+    let metrics = FollowerMetrics::register(&Registry::new().unwrap()).unwrap();
     let cutter = Cutter::new(open_here, received, ask, false, &metrics);
     let judge = thread::spawn(move || judge(questions, &AtomicUsize::new(0), &AtomicUsize::new(0)));
     // What was asked for is kept over a failure, and all is judged although nothing comes any more.

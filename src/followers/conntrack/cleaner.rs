@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 use super::queue::{Pending, Received};
 use super::{DirtyFrontends, FlowState, UdpFrontend};
 use crate::engine::table_family;
+use crate::followers::FollowerMetrics;
 use crate::host::addresses;
 use crate::model::Family;
 use crate::netlink::{Conntrack, ConntrackError, Flow, FlowFilter};
-use crate::serve::metrics::Metrics;
 use crate::sync::Reporter;
 
 /// The most dumps of single frontends; for more, one dump of all UDP flows is faster. Every dump walks
@@ -90,7 +90,7 @@ pub(crate) struct Cleaner<'a, T> {
     open: fn() -> Result<T, ConntrackError>,
     tracker: Option<T>,
     pending: Pending,
-    metrics: &'a Metrics,
+    metrics: &'a FollowerMetrics,
     reporter: &'a dyn Reporter,
     /// Whether the last attempt failed: a failure is reported once.
     failing: bool,
@@ -103,7 +103,7 @@ impl<'a, T: Tracker> Cleaner<'a, T> {
     pub(crate) fn new(
         open: fn() -> Result<T, ConntrackError>,
         pending: Pending,
-        metrics: &'a Metrics,
+        metrics: &'a FollowerMetrics,
         reporter: &'a dyn Reporter,
     ) -> Self {
         Self {

@@ -7,10 +7,11 @@ use std::time::Duration;
 use super::cleaner::{Tracker, filters};
 use super::queue::Received;
 use super::*;
+use crate::followers::FollowerMetrics;
 use crate::model::{Notice, ObjectName};
 use crate::netlink::{ConntrackError, Error, FlowFilter};
 use crate::nft;
-use crate::serve::metrics::Metrics;
+use crate::serve::metrics::Registry;
 use crate::services::{Frontend, Replaced, Role, Route, Scope, ServiceChanges};
 use crate::sync::Reporter;
 
@@ -345,7 +346,8 @@ fn the_cleaner_deletes_counts_and_outlives_failures() {
     let other = flow("10.96.0.11:53", "10.0.0.1:53");
     table.0.borrow_mut().flows = vec![stale, kept, other];
     table.0.borrow_mut().broken = true;
-    let (metrics, heard) = (Metrics::new().unwrap(), Heard::default());
+    let (registry, heard) = (Registry::new().unwrap(), Heard::default());
+    let metrics = FollowerMetrics::register(&registry).unwrap();
     let (sender, receiver) = channel();
     let pending = Pending::new(receiver);
     let open = || Ok(TABLE.with(Clone::clone));
@@ -362,7 +364,7 @@ fn the_cleaner_deletes_counts_and_outlives_failures() {
     drop(sender);
     cleaner.run();
     assert_eq!(table.0.borrow().flows, [kept, other]);
-    let page = metrics.encode();
+    let page = registry.encode();
     for line in [
         "kubeproxy_conntrack_reconciler_deleted_entries_total{ip_family=\"IPv4\"} 1",
         "kubeproxy_conntrack_reconciler_deleted_entries_total{ip_family=\"IPv6\"} 0",
@@ -377,7 +379,8 @@ fn endpoints_that_come_while_the_cleaner_works_keep_their_flows() {
     let table = TABLE.with(Clone::clone);
     let fresh = flow(VIP, "10.0.0.2:53");
     table.0.borrow_mut().flows = vec![fresh];
-    let (metrics, heard) = (Metrics::new().unwrap(), Heard::default());
+    let (registry, heard) = (Registry::new().unwrap(), Heard::default());
+    let metrics = FollowerMetrics::register(&registry).unwrap();
     let (sender, receiver) = channel();
     let pending = Pending::new(receiver);
     let mut cleaner = Cleaner::new(|| Ok(TABLE.with(Clone::clone)), pending, &metrics, &heard);

@@ -11,7 +11,7 @@ use rustix::process::{Resource, getrlimit};
 
 /// The metrics `process_*`.
 #[derive(Debug)]
-pub(super) struct Process {
+pub(super) struct ProcessMetrics {
     cpu: Mutex<Counter>,
     resident: IntGauge,
     mapped: IntGauge,
@@ -20,7 +20,7 @@ pub(super) struct Process {
     threads: IntGauge,
 }
 
-impl Process {
+impl ProcessMetrics {
     /// Creates and registers the metrics.
     pub(super) fn register(registry: &Registry) -> Result<Self, Error> {
         let gauge = |name: &str, help: &str| -> Result<IntGauge, Error> {
@@ -60,7 +60,7 @@ impl Process {
         })
     }
 
-    /// Reads the present values. What cannot be read keeps its last value.
+    /// Reads the current values. What cannot be read keeps its last value.
     pub(super) fn refresh(&self) {
         if let Some(stat) = Stat::read() {
             // The lock keeps two scrapes at once from adding the same time twice.

@@ -70,7 +70,6 @@ use hyper::http::uri::{Authority, InvalidUri};
 use kube::client::ClientBuilder;
 use kube::config::{InClusterError, Kubeconfig, KubeconfigError, NoProxyError};
 use kube::{Client, Config};
-use prometheus::core::Collector;
 use tokio::sync::watch;
 use tower::filter::FilterLayer;
 use tower::layer::layer_fn;
@@ -90,6 +89,7 @@ use self::token::TokenFile;
 use self::traffic::{Observed, Traffic, innermost};
 use super::Sender;
 use crate::model::Kind;
+use crate::serve::metrics::Registry;
 
 /// Time limit of the TCP and TLS handshakes with the server.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(10);
@@ -300,10 +300,11 @@ impl Cluster {
         &self.server
     }
 
-    /// Returns the metrics of all requests to the server, including those of
-    /// [`client`](Cluster::client), for a registry.
-    pub(crate) fn request_metrics(&self) -> [Box<dyn Collector>; 2] {
-        self.request_metrics.collectors()
+    /// Registers the metrics of the watches, and of all requests to the server, including those of
+    /// [`client`](Cluster::client).
+    pub(crate) fn register_metrics(&self, registry: &Registry) -> Result<(), prometheus::Error> {
+        self.request_metrics.register(registry)?;
+        self.stats.register(registry)
     }
 
     /// Returns the counters, which [`run`](Cluster::run) updates.

@@ -3,8 +3,9 @@
 use std::time::Instant;
 
 use hyper::{Method, StatusCode, Uri};
-use prometheus::core::Collector;
 use prometheus::{HistogramOpts, HistogramVec, IntCounterVec, Opts};
+
+use crate::serve::metrics::Registry;
 
 /// The label `code` of a request without an answer.
 const NO_ANSWER: &str = "<error>";
@@ -44,12 +45,11 @@ impl RequestMetrics {
         })
     }
 
-    /// Returns the metrics for a registry.
-    pub(super) fn collectors(&self) -> [Box<dyn Collector>; 2] {
-        [
-            Box::new(self.requests.clone()),
-            Box::new(self.durations.clone()),
-        ]
+    /// Registers the metrics.
+    pub(super) fn register(&self, registry: &Registry) -> Result<(), prometheus::Error> {
+        registry.add(self.requests.clone())?;
+        registry.add(self.durations.clone())?;
+        Ok(())
     }
 
     /// Starts to time a request.

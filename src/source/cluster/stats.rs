@@ -2,10 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use crate::model::Kind;
+use crate::serve::metrics::{Registry, Sample};
 
 /// Counters of a [`Cluster`](super::Cluster) by kind, and its lasting faults.
 #[derive(Debug, Default)]
@@ -32,6 +33,35 @@ pub struct ServerFault {
 }
 
 impl SourceStats {
+    /// Registers the metrics of the watches, which are read from these counters at each scrape.
+    ///
+    /// # Errors
+    ///
+    /// When one of their names is taken.
+    pub fn register(self: &Arc<Self>, registry: &Registry) -> Result<(), prometheus::Error> {
+        let register = |name, help, count: fn(&KindStats) -> u64| {
+            let stats = self.clone();
+            let sample = move |kind: &Kind| Sample::new([kind.as_str()], count(stats.kind(*kind)));
+            let read = move || Some(Kind::ALL.iter().map(&sample).collect());
+            registry.sampled(name, help, ["kind"], read)
+        };
+        register(
+            "nftlet_watch_lists_total",
+            "Complete lists read from the API server",
+            KindStats::lists,
+        )?;
+        register(
+            "nftlet_watch_restarts_total",
+            "Watches that were started again; a server ends each after some minutes",
+            |of_kind| of_kind.watches().saturating_sub(1),
+        )?;
+        register(
+            "nftlet_watch_events_total",
+            "Events received from the API server",
+            KindStats::events,
+        )
+    }
+
     /// Returns the fault because of which changes of services are not received.
     pub fn fault(&self) -> Option<ServerFault> {
         let fault = self.fault.lock().unwrap_or_else(PoisonError::into_inner);
@@ -147,5 +177,34 @@ impl Counter {
 
     fn add(&self, amount: u64) {
         self.0.fetch_add(amount, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::serve::metrics::tests::expect;
+
+    #[test]
+    fn the_page_shows_the_counters_of_each_kind() {
+        let (registry, stats) = (Registry::new().unwrap(), Arc::new(SourceStats::default()));
+        stats.register(&registry).unwrap();
+        let services = stats.kind(Kind::Service);
+        services.count_list();
+        services.count_watch();
+        services.count_event();
+        let restarts = "nftlet_watch_restarts_total{kind=\"Service\"}";
+        expect(&registry, &[(restarts, 0.0)]);
+        services.count_watch();
+        services.count_event();
+        expect(
+            &registry,
+            &[
+                (restarts, 1.0),
+                ("nftlet_watch_lists_total{kind=\"Service\"}", 1.0),
+                ("nftlet_watch_events_total{kind=\"Service\"}", 2.0),
+                ("nftlet_watch_events_total{kind=\"Node\"}", 0.0),
+            ],
+        );
     }
 }

@@ -42,7 +42,7 @@ impl Audited {
 }
 
 fn audits(bench: &Bench, result: &str) -> u64 {
-    let page = bench.metrics.encode();
+    let page = bench.registry.encode();
     let series = format!("nftlet_audits_total{{result=\"{result}\"}} ");
     let line = page.lines().find_map(|line| line.strip_prefix(&series));
     line.map_or(0, |count| count.parse().unwrap())

@@ -6,7 +6,7 @@ use crate::policies;
 
 /// The operations that are counted, and the reports of them.
 fn healed(bench: &Bench) -> (u64, usize) {
-    let text = bench.metrics.encode();
+    let text = bench.registry.encode();
     let name = "\nnftlet_foreign_changes_healed_total ";
     let (_, rest) = text.split_once(name).unwrap();
     let count = rest.lines().next().unwrap().parse().unwrap();

@@ -152,7 +152,7 @@ fn pods_namespaces_and_policies_are_counted() {
     handle(&mut controller, lists(Vec::new()));
     let objects = vec![pod("web", "10.1.0.5"), pod("db", "10.1.0.6"), closed()];
     handle(&mut controller, policy_lists(objects));
-    let text = bench.metrics.encode();
+    let text = bench.registry.encode();
     for line in [
         "nftlet_objects{kind=\"Pod\"} 2\n",
         "nftlet_objects{kind=\"Namespace\"} 0\n",

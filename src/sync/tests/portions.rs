@@ -333,7 +333,12 @@ fn a_service_that_asks_for_too_much_is_left_out_until_it_asks_for_less() {
         assert_eq!(handle(&mut controller, events), Outcome::Synced);
         assert_eq!(elements(&bench, ServiceSet::Frontends), 0);
         assert_eq!(elements(&bench, ServiceSet::Endpoints), 0);
-        assert!(bench.metrics.encode().contains("nftlet_refused_services 1"));
+        assert!(
+            bench
+                .registry
+                .encode()
+                .contains("nftlet_refused_services 1")
+        );
     }
     let heard = bench.heard();
     assert_eq!(heard.len(), 1, "{heard:?}");
@@ -348,7 +353,12 @@ fn a_service_that_asks_for_too_much_is_left_out_until_it_asks_for_less() {
     large.external_ips = addresses(2);
     handle(&mut controller, vec![put(large), put(pods)]);
     assert_eq!(elements(&bench, ServiceSet::Frontends), 301);
-    assert!(bench.metrics.encode().contains("nftlet_refused_services 0"));
+    assert!(
+        bench
+            .registry
+            .encode()
+            .contains("nftlet_refused_services 0")
+    );
 }
 
 #[test]

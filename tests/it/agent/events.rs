@@ -1,13 +1,12 @@
 //! What a person should know arrives at an API server as Events, within limits.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use crate::support::agent::{NFTLET, Node, PATIENCE, get, lines_with, metric, wait_for_log};
 use crate::support::objects::{cidr, node, policy, service, slice, with};
-use nftlet::events::{Pace, QUEUE, Recorder};
+use nftlet::events::{EventMetrics, Pace, QUEUE, Recorder};
 use nftlet::model::{Kind, Notice, ObjectName, ObjectRef, Reason, Subject};
+use nftlet::serve::metrics::Registry;
 use nftlet::source::Cluster;
 use nftlet_lab::fake_api::{CIDRS, FakeApi, NODES, POLICIES, SERVICES, SLICES, Written};
 use nftlet_lab::netns::{Daemon, require_net_admin, wait_for};
@@ -31,26 +30,29 @@ const PACE: Pace = Pace {
 };
 
 async fn bench_with(api: FakeApi, pace: Pace) -> Bench {
-    bench_counting(api, pace, Arc::default()).await
+    bench_counting(api, pace, &Registry::new().expect("a registry")).await
 }
 
 /// The same, counting the Events that are given up.
-async fn bench_counting(api: FakeApi, pace: Pace, given_up: Arc<AtomicUsize>) -> Bench {
+async fn bench_counting(api: FakeApi, pace: Pace, registry: &Registry) -> Bench {
     let directory = tempfile::tempdir().expect("a directory");
     let kubeconfig = api.write_kubeconfig(directory.path());
     let cluster = Cluster::connect(Some(kubeconfig), None, "node-1".into()).await;
     let client = cluster.expect("a client").client();
     let (notices, received) = mpsc::channel(QUEUE);
     let recorder = Recorder::with_pace(client, "node-1".into(), pace);
-    let recorder = recorder.counting(move || {
-        given_up.fetch_add(1, Ordering::Relaxed);
-    });
+    let recorder = recorder.with_metrics(EventMetrics::register(registry).expect("metrics"));
     tokio::spawn(recorder.run(received));
     Bench {
         api,
         notices,
         _directory: directory,
     }
+}
+
+/// How many Events were given up.
+fn given_up(registry: &Registry) -> f64 {
+    metric(&registry.encode(), "nftlet_events_given_up_total")
 }
 
 async fn bench() -> Bench {
@@ -219,8 +221,8 @@ async fn an_event_that_is_refused_is_given_up_at_once_and_the_others_are_written
     ] {
         let api = FakeApi::start().await;
         api.answer_writes_about("bad", refusal);
-        let given_up = Arc::new(AtomicUsize::new(0));
-        let bench = bench_counting(api, PACE, given_up.clone()).await;
+        let registry = Registry::new().expect("a registry");
+        let bench = bench_counting(api, PACE, &registry).await;
         for _ in 0..20 {
             let notice = about("bad", Reason::InvalidField, "spec.ports[0]: no");
             bench.notices.send(notice).await.expect("it listens");
@@ -229,7 +231,7 @@ async fn an_event_that_is_refused_is_given_up_at_once_and_the_others_are_written
             write_one(&bench, object).await;
         }
         assert_eq!(tries(&bench.api, "bad"), 1, "{refusal:?}");
-        assert_eq!(given_up.load(Ordering::Relaxed), 1, "{refusal:?}");
+        assert!((given_up(&registry) - 1.0).abs() < 1e-9, "{refusal:?}");
     }
 }
 
@@ -242,12 +244,12 @@ async fn an_event_that_fails_again_and_again_lets_others_go_first_and_is_given_u
     ] {
         let api = FakeApi::start().await;
         api.answer_writes_about("bad", failure);
-        let given_up = Arc::new(AtomicUsize::new(0));
-        let bench = bench_counting(api, PACE, given_up.clone()).await;
+        let registry = Registry::new().expect("a registry");
+        let bench = bench_counting(api, PACE, &registry).await;
         let notice = about("bad", Reason::InvalidField, "spec.ports[0]: no");
         bench.notices.send(notice).await.expect("it listens");
         let mut written = 0;
-        while given_up.load(Ordering::Relaxed) == 0 {
+        while given_up(&registry) < 0.5 {
             assert!(written < 25, "{failure:?}: it is never given up");
             write_one(&bench, &format!("good-{written}")).await;
             written += 1;
@@ -262,8 +264,8 @@ async fn an_event_that_fails_again_and_again_lets_others_go_first_and_is_given_u
 async fn nothing_is_given_up_while_the_server_fails_with_everything() {
     let api = FakeApi::start().await;
     api.answer_writes(Some((500, "InternalError")));
-    let given_up = Arc::new(AtomicUsize::new(0));
-    let bench = bench_counting(api, PACE, given_up.clone()).await;
+    let registry = Registry::new().expect("a registry");
+    let bench = bench_counting(api, PACE, &registry).await;
     let objects = ["a", "b", "c"];
     for object in objects {
         let notice = about(object, Reason::InvalidField, "spec.ports[0]: no");
@@ -277,7 +279,7 @@ async fn nothing_is_given_up_while_the_server_fails_with_everything() {
             .all(|object| new_about(written, object).count() == 1)
     };
     bench.api.until_written("all Events", all).await;
-    assert_eq!(given_up.load(Ordering::Relaxed), 0);
+    assert!(given_up(&registry) < 0.5);
 }
 
 #[tokio::test]

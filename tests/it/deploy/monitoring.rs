@@ -4,11 +4,19 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
 
 use crate::support::kustomize;
 use crate::support::schema::{Custom, PodMonitorSpec, RuleSpec, typed};
 use crate::support::skip;
-use nftlet::serve::metrics::{Metrics, NotRemembered, PolicyDrops};
+use nftlet::events::EventMetrics;
+use nftlet::followers::{FollowerMetrics, register_drops, register_not_remembered};
+use nftlet::logging::LogQueue;
+use nftlet::serve::health::Probe;
+use nftlet::serve::http::HttpMetrics;
+use nftlet::serve::metrics::{Registry, Sample};
+use nftlet::source::SourceStats;
+use nftlet::sync::SyncMetrics;
 use rusty_promql_parser::{Expr, VectorSelector, expr};
 use serde_json::Value;
 
@@ -21,33 +29,29 @@ fn component() -> Vec<Value> {
     kustomize::build(over.path()).objects
 }
 
+/// All metrics. One with labels exists only once it was used.
+fn registry() -> Result<Registry, prometheus::Error> {
+    let registry = Registry::new()?;
+    registry.add_log(LogQueue::start(std::io::stderr()).expect("a thread"))?;
+    SyncMetrics::register(&registry)?.objects("Service", 1);
+    FollowerMetrics::register(&registry)?;
+    EventMetrics::register(&registry)?;
+    let http = HttpMetrics::register(&registry)?;
+    http.answered(Probe::Healthz, 200);
+    http.answered(Probe::Livez, 200);
+    Arc::new(SourceStats::default()).register(&registry)?;
+    let drops = || Some(vec![Sample::new(["shop", "web", "ingress"], 1)]);
+    register_drops(&registry, drops)?;
+    let clients = || Some(vec![Sample::new(["shop"], 1)]);
+    register_not_remembered(&registry, clients)?;
+    Ok(registry)
+}
+
 /// The series of a scrape: names of samples with their labels.
 fn series() -> BTreeMap<String, BTreeSet<String>> {
-    let metrics = Metrics::new().expect("no name is taken twice");
-    // What has labels exists only once it was used.
-    metrics.objects("Service", 1);
-    metrics.notice("Conflict");
-    metrics.watch("Service", 1, 1, 1);
-    metrics.healthz(200);
-    metrics.livez(200);
-    let drops = PolicyDrops {
-        namespace: "shop".into(),
-        pod: "web".into(),
-        direction: "ingress",
-        packets: 1,
-    };
-    metrics
-        .policy_drops(move || Some(vec![drops.clone()]))
-        .expect("nobody was registered before");
-    let clients = NotRemembered {
-        namespace: "shop".into(),
-        packets: 1,
-    };
-    metrics
-        .clients_not_remembered(move || Some(vec![clients.clone()]))
-        .expect("nobody was registered before");
+    let registry = registry().expect("no name is taken twice");
     let mut series: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
-    for line in metrics
+    for line in registry
         .encode()
         .lines()
         .filter(|line| !line.starts_with('#'))

@@ -11,10 +11,10 @@ use nftlet::model::{Delivery, Event, Object};
 use nftlet::netlink::Nftables;
 use nftlet::policies::{self, Engine};
 use nftlet::serve::health::Health;
-use nftlet::serve::metrics::Metrics;
+use nftlet::serve::metrics::Registry;
 use nftlet::services::ServiceSettings;
 use nftlet::source;
-use nftlet::sync::{Audits, Controller, Log, Signals, run};
+use nftlet::sync::{Audits, Controller, Log, Signals, SyncMetrics, run};
 use nftlet_lab::netns::{Namespace, require_net_admin, wait_for};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
@@ -61,7 +61,8 @@ fn an_audit_finds_what_no_notification_reported() {
         return;
     }
     let namespace = Namespace::new("audit");
-    let metrics = Metrics::new().expect("different names");
+    let registry = Registry::new().expect("different names");
+    let metrics = SyncMetrics::register(&registry).expect("different names");
     let (events, received) = mpsc::channel(64);
     let (stop, stopped) = watch::channel(false);
     let (ready, in_force) = oneshot::channel();
@@ -115,7 +116,7 @@ fn an_audit_finds_what_no_notification_reported() {
         objects.iter().cloned().for_each(send);
         in_force.blocking_recv().expect("it runs");
         let counted = |series: &str| {
-            let text = metrics.encode();
+            let text = registry.encode();
             let mut lines = text.lines();
             let count = lines.find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
             count.map_or(0, |count| count.parse::<u64>().expect("a number"))
@@ -131,7 +132,7 @@ fn an_audit_finds_what_no_notification_reported() {
         missed.notify_one();
         wait_for("an audit", LONG, || (audits("same") == 3).then_some(()));
         assert_eq!(audits("different"), 0);
-        let text = metrics.encode();
+        let text = registry.encode();
         assert!(
             text.contains("\nnftlet_foreign_changes_healed_total 0\n"),
             "{text}"

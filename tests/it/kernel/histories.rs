@@ -9,9 +9,9 @@ use nftlet::model::{
     Protocol, Service, ServiceKind, ServicePort, SlicePort, TrafficPolicy,
 };
 use nftlet::netlink::Nftables;
-use nftlet::serve::metrics::Metrics;
+use nftlet::serve::metrics::Registry;
 use nftlet::services::{DetectLocal, ServiceSettings, TABLE};
-use nftlet::sync::{Controller, Log, Outcome};
+use nftlet::sync::{Controller, Log, Outcome, SyncMetrics};
 use nftlet_lab::netns::{Namespace, require_net_admin};
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -150,7 +150,8 @@ fn histories_end_in_the_kernel_where_a_fresh_start_would() {
     if !require_net_admin() {
         return;
     }
-    let metrics = Metrics::new().unwrap();
+    let registry = Registry::new().unwrap();
+    let metrics = SyncMetrics::register(&registry).unwrap();
     let settings = ServiceSettings {
         detect_local: DetectLocal::ClusterCidr(vec![
             "10.244.0.0/16".parse().unwrap(),
@@ -177,7 +178,7 @@ fn histories_end_in_the_kernel_where_a_fresh_start_would() {
             let outcome = controller.handle(batch.into_iter().map(Delivery::now));
             prop_assert_eq!(outcome, Outcome::Synced);
         }
-        let failures = metrics.encode();
+        let failures = registry.encode();
         prop_assert!(
             failures.contains("nftlet_netlink_errors_total 0"),
             "the kernel refused something"

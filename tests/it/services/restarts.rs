@@ -169,9 +169,9 @@ mod churn {
         ServicePort, SlicePort, TrafficPolicy,
     };
     use nftlet::netlink::Nftables;
-    use nftlet::serve::metrics::Metrics;
+    use nftlet::serve::metrics::Registry;
     use nftlet::services::ServiceSettings;
-    use nftlet::sync::{Controller, Log, Outcome};
+    use nftlet::sync::{Controller, Log, Outcome, SyncMetrics};
 
     fn slice(pods: &[IpAddr]) -> Event {
         let endpoints = pods.iter().map(|address| Endpoint {
@@ -235,7 +235,7 @@ mod churn {
         let lab = Lab::new(LabOptions::default());
         let _servers = serve(&lab.pods());
         let pods: Vec<IpAddr> = lab.pods().iter().map(|pod| pod.v4.into()).collect();
-        let metrics = Metrics::new().unwrap();
+        let metrics = SyncMetrics::register(&Registry::new().unwrap()).unwrap();
         let nftables = lab.node().ns().run(|| Nftables::open().unwrap());
         let mut controller = Controller::new(nftables, ServiceSettings::default(), &metrics, &Log);
         let mut first: Vec<_> = Kind::ALL.map(Event::ListStarted).into();

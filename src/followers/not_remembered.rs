@@ -1,60 +1,62 @@
-//! Clients with session affinity that could not be remembered: counted by the rules, told here.
+//! Counts and reports clients with session affinity that could not be remembered.
+//!
+//! The rules count the packets of such clients in an element of each namespace. The counters are
+//! read at each scrape of the metrics, and by the thread that removes stale clients.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
-use super::Error;
 use super::drops::Total;
+use super::register_not_remembered;
 use crate::model::{Family, Kind, Notice, ObjectName, ObjectRef, Reason, Subject};
 use crate::netlink::{self, Nftables};
 use crate::nft::Key;
-use crate::serve::metrics::{Metrics, NotRemembered};
+use crate::serve::metrics::{Registry, Sample};
 use crate::services::{Clients, MOST_CLIENTS, Sticky, table_id};
 use crate::sync::{LogAndSend, Reporter};
 
-/// How often the counters are looked at where nobody asks for the metrics.
-pub(super) const LOOK_EVERY: Duration = Duration::from_secs(60);
-/// After so long without another one, clients that are not remembered are news again.
+/// The interval between two reads of the counters without a scrape.
+pub(crate) const INTERVAL: Duration = Duration::from_secs(60);
+/// The time without a client that is not remembered, after which the next one is reported.
 const QUIET: Duration = Duration::from_secs(600);
 
-/// The most namespaces that are counted apart from each other.
+/// The largest number of namespaces that have a series of their own.
 const MOST_NAMESPACES: usize = 100;
-/// Where the others are counted; no namespace has such a name.
+/// The label of all other namespaces; no namespace can have this name.
 const OTHERS: &str = "(others)";
 
-/// Looks at the counters, and tells of each namespace once while they go on.
-pub(super) struct Watch {
+/// Reads the counters, and reports a namespace once until it has been quiet for some time.
+pub(crate) struct NotRemembered {
     sticky: watch::Receiver<Sticky>,
-    metrics: Weak<Metrics>,
     reporter: LogAndSend,
-    state: Mutex<State>,
+    counts: Mutex<Counts>,
 }
 
 #[derive(Default)]
-struct State {
-    /// Kept from one look to the next.
+struct Counts {
+    /// Kept from one read to the next.
     socket: Option<Nftables>,
     totals: HashMap<Clients, OfNamespace>,
-    /// The packets of namespaces beyond those that are counted apart, also of ones that are gone.
+    /// The packets of namespaces without a series of their own, also of deleted ones.
     others: u64,
 }
 
 #[derive(Default)]
 struct OfNamespace {
     total: Total<(Family, Key)>,
-    /// The sum at the last look.
+    /// The sum of the last read.
     seen: u64,
     /// When clients were last not remembered.
     last: Option<Instant>,
-    /// Whether it is counted apart from others; unknown while there is nothing to count.
+    /// Whether it has a series of its own; `None` while its sum is 0.
     apart: Option<bool>,
 }
 
 impl OfNamespace {
-    /// Takes over a reading. Returns whether it is news.
+    /// Replaces the counters. Returns whether the namespace has to be reported.
     fn take(&mut self, counters: HashMap<(Family, Key), u64>, now: Instant) -> bool {
         self.total.replace(counters);
         let sum = self.total.sum();
@@ -66,44 +68,43 @@ impl OfNamespace {
     }
 }
 
-impl Watch {
-    /// Has the metrics look at each scrape.
-    pub(super) fn start(
+impl NotRemembered {
+    /// Registers the metric, whose scrapes read the counters.
+    ///
+    /// # Errors
+    ///
+    /// When it is registered already.
+    pub(crate) fn register(
+        registry: &Registry,
         sticky: watch::Receiver<Sticky>,
-        metrics: &Arc<Metrics>,
         reporter: LogAndSend,
-    ) -> Result<Arc<Self>, Error> {
-        let watch = Arc::new(Self {
+    ) -> Result<Arc<Self>, prometheus::Error> {
+        let counted = Arc::new(Self {
             sticky,
-            metrics: Arc::downgrade(metrics),
             reporter,
-            state: Mutex::default(),
+            counts: Mutex::default(),
         });
-        let looks = watch.clone();
-        metrics.clients_not_remembered(move || looks.look())?;
-        Ok(watch)
+        let scraped = counted.clone();
+        register_not_remembered(registry, move || scraped.read())?;
+        Ok(counted)
     }
 
-    /// Reads the counters, and tells what is new; `None` where not all could be read.
-    pub(super) fn look(&self) -> Option<Vec<NotRemembered>> {
-        // A panic of an earlier look leaves nothing half done but the socket.
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        // The list is cloned: holding on to it would make the controller wait.
+    /// Reads the counters and reports namespaces; `None` where not all could be read.
+    pub(crate) fn read(&self) -> Option<Vec<Sample<1>>> {
+        let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        // Cloned, since a borrowed list would make the sender wait.
         let sticky = Sticky::clone(&self.sticky.borrow());
-        let (news, read) = state.read(&sticky);
-        for clients in news {
-            self.tell(&clients);
+        let (reported, read) = counts.read(&sticky);
+        for clients in reported {
+            self.report(&clients);
         }
         let read = read.inspect_err(|error| {
             tracing::debug!("{error}; clients not remembered are not counted this time");
         });
-        read.ok().map(|()| state.samples())
+        read.ok().map(|()| counts.samples())
     }
 
-    fn tell(&self, clients: &Clients) {
-        if let Some(metrics) = self.metrics.upgrade() {
-            metrics.notice(Reason::AffinityFull.as_str());
-        }
+    fn report(&self, clients: &Clients) {
         let name = ObjectName::new("", clients.namespace());
         self.reporter.notice(&Notice {
             subject: Subject::Object(ObjectRef::new(Kind::Namespace, name)),
@@ -118,9 +119,9 @@ impl Watch {
     }
 }
 
-impl State {
-    /// Reads the counters of namespaces. Returns those in which clients are not remembered any
-    /// more, as far as it came.
+impl Counts {
+    /// Reads the counters of all namespaces. Returns the namespaces to report, up to the first that
+    /// cannot be read.
     fn read(&mut self, sticky: &Sticky) -> (Vec<Clients>, Result<(), netlink::Error>) {
         if sticky.is_empty() {
             self.totals.clear();
@@ -130,16 +131,16 @@ impl State {
             Ok(nftables) => nftables,
             Err(error) => return (Vec::new(), Err(error)),
         };
-        let (news, read) = self.take(sticky, Instant::now(), |clients| {
+        let (reported, read) = self.take(sticky, Instant::now(), |clients| {
             read_counters(&mut nftables, clients)
         });
         if read.is_ok() {
             self.socket = Some(nftables);
         }
-        (news, read)
+        (reported, read)
     }
 
-    /// Takes over the counters of each namespace, up to the first that cannot be read.
+    /// Replaces the counters of each namespace; see [`Counts::read`].
     fn take<E>(
         &mut self,
         sticky: &Sticky,
@@ -149,16 +150,16 @@ impl State {
         self.totals.retain(|clients, _| sticky.contains(clients));
         let apart = |of_namespace: &&OfNamespace| of_namespace.apart == Some(true);
         let mut free = MOST_NAMESPACES.saturating_sub(self.totals.values().filter(apart).count());
-        let mut news = Vec::new();
+        let mut reported = Vec::new();
         for clients in sticky.iter() {
             let counters = match read(clients) {
                 Ok(counters) => counters,
-                Err(error) => return (news, Err(error)),
+                Err(error) => return (reported, Err(error)),
             };
             let of_namespace = self.totals.entry(clients.clone()).or_default();
             let before = of_namespace.seen;
             if of_namespace.take(counters, now) {
-                news.push(clients.clone());
+                reported.push(clients.clone());
             }
             let more = of_namespace.seen.saturating_sub(before);
             if more == 0 {
@@ -173,19 +174,17 @@ impl State {
                 self.others = self.others.saturating_add(more);
             }
         }
-        (news, Ok(()))
+        (reported, Ok(()))
     }
 
-    /// The namespaces with something to count, and the sum of those beyond the most.
-    fn samples(&self) -> Vec<NotRemembered> {
+    /// Returns the sums of the namespaces with a series of their own, and of all others.
+    fn samples(&self) -> Vec<Sample<1>> {
         let apart = self.totals.iter().filter(|(_, of)| of.apart == Some(true));
         let apart = apart.map(|(clients, of)| (clients.namespace(), of.seen));
         let others = (self.others > 0).then_some((OTHERS, self.others));
-        let sample = |(namespace, packets): (&str, u64)| NotRemembered {
-            namespace: namespace.to_owned(),
-            packets,
-        };
-        apart.chain(others).map(sample).collect()
+        let all = apart.chain(others);
+        all.map(|(namespace, packets)| Sample::new([namespace], packets))
+            .collect()
     }
 }
 
@@ -212,49 +211,49 @@ mod tests {
     }
 
     #[test]
-    fn news_come_before_the_error_of_a_later_namespace() {
+    fn reports_come_before_the_error_of_a_later_namespace() {
         let sticky: Sticky = Arc::new(["a", "b"].map(Clients::of).into());
-        let (mut state, now) = (State::default(), Instant::now());
-        let (news, read) = state.take(&sticky, now, |clients| match clients.namespace() {
+        let (mut state, now) = (Counts::default(), Instant::now());
+        let (reported, read) = state.take(&sticky, now, |clients| match clients.namespace() {
             "a" => Ok(counted(5)),
             _ => Err("unreadable"),
         });
-        assert_eq!(news, [Clients::of("a")]);
+        assert_eq!(reported, [Clients::of("a")]);
         assert_eq!(read, Err("unreadable"));
-        let (news, read) = state.take(&sticky, now, |_| Ok::<_, ()>(counted(5)));
-        assert_eq!((news, read), (vec![Clients::of("b")], Ok(())));
+        let (reported, read) = state.take(&sticky, now, |_| Ok::<_, ()>(counted(5)));
+        assert_eq!((reported, read), (vec![Clients::of("b")], Ok(())));
     }
 
     #[test]
     fn the_namespaces_counted_apart_are_bounded() {
         let names: Vec<String> = (0..150).map(|n| format!("n{n:03}")).collect();
         let all: Sticky = Arc::new(names.iter().map(|name| Clients::of(name)).collect());
-        let mut state = State::default();
-        let mut look = |sticky: &Sticky, packets: u64| {
+        let mut state = Counts::default();
+        let mut sample = |sticky: &Sticky, packets: u64| {
             let read = |clients: &Clients| {
                 let quiet = clients.namespace() == "n000";
                 Ok::<_, ()>(counted(if quiet { 0 } else { packets }))
             };
             state.take(sticky, Instant::now(), read).1.unwrap();
             let mut samples = state.samples();
-            samples.sort_by(|a, b| a.namespace.cmp(&b.namespace));
+            samples.sort_by(|a, b| a.labels.cmp(&b.labels));
             samples
         };
-        assert_eq!(look(&all, 0), []);
-        let samples = look(&all, 2);
+        assert_eq!(sample(&all, 0), []);
+        let samples = sample(&all, 2);
         assert_eq!(samples.len(), MOST_NAMESPACES + 1);
-        let first = |samples: &[NotRemembered]| (samples[0].namespace.clone(), samples[0].packets);
+        let first = |samples: &[Sample<1>]| (samples[0].labels[0].clone(), samples[0].count);
         assert_eq!(first(&samples), (OTHERS.to_owned(), 49 * 2));
-        assert_eq!(samples[1].namespace, "n001");
+        assert_eq!(samples[1].labels, ["n001"]);
         // What is gone is taken off no sum, and gives its place to what is counted first then.
         let fewer: Sticky = Arc::new(all.iter().skip(2).take(140).cloned().collect());
-        let samples = look(&fewer, 3);
+        let samples = sample(&fewer, 3);
         assert_eq!(first(&samples), (OTHERS.to_owned(), 49 * 2 + 41));
         assert_eq!(samples.len(), MOST_NAMESPACES);
     }
 
     #[test]
-    fn a_namespace_is_news_once_while_it_goes_on() {
+    fn a_namespace_is_reported_once_while_it_goes_on() {
         let mut namespace = OfNamespace::default();
         let start = Instant::now();
         let after = |minutes: u64| start + Duration::from_secs(60 * minutes);

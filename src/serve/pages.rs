@@ -7,16 +7,14 @@ use std::fmt::Write as _;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
-use serde_json::{Value, json};
+use serde_json::Value;
 
-use crate::serve::health::Router;
-use crate::settings::CommandLine;
-use crate::settings::file;
+use super::http::Router;
 
 const FOR_PEOPLE: &str = "Warning: this page is for people; its form may change at any time.";
 
 /// What the pages show.
-pub(super) struct Pages {
+pub(crate) struct Pages {
     configuration: Value,
     flags: String,
     started: Timestamp,
@@ -24,15 +22,19 @@ pub(super) struct Pages {
 }
 
 impl Pages {
-    /// The pages of a process that starts now with these settings.
-    pub(super) fn new(line: &CommandLine) -> Self {
+    /// Creates the pages of a process that starts now, from its configuration and from the names and
+    /// values of its flags.
+    pub(crate) fn new(
+        configuration: Value,
+        values: impl IntoIterator<Item = (String, String)>,
+    ) -> Self {
         let mut flags = format!("\nnftlet flags\n{FOR_PEOPLE}\n\n");
-        for (name, value) in line.values() {
+        for (name, value) in values {
             // Writing to a string does not fail.
             let _ = writeln!(flags, "{name}={value}");
         }
         Self {
-            configuration: json!({ file::GROUP: file::effective(&line.settings) }),
+            configuration,
             flags,
             started: Timestamp::now(),
             clock: Instant::now(),
@@ -40,7 +42,7 @@ impl Pages {
     }
 
     /// Adds the pages to a port.
-    pub(super) fn on(&self, router: Router) -> Router {
+    pub(crate) fn on(&self, router: Router) -> Router {
         let (configuration, flags) = (self.configuration.to_string(), self.flags.clone());
         let router = router
             .json("/configz", move || configuration.clone())

@@ -5,16 +5,53 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::hash::Hash;
+use std::sync::{Mutex, PoisonError};
 
+use tokio::sync::watch;
+
+use super::register_drops;
 use crate::model::{Family, ObjectName};
 use crate::netlink::{Error, Nftables};
 use crate::nft::Key;
 use crate::policies::{self, Direction, Isolated};
-use crate::serve::metrics::PolicyDrops;
+use crate::serve::metrics::{Registry, Sample};
+
+/// Registers the metric of dropped packets. Each scrape reads the counters of the rules, over a socket
+/// of its own.
+///
+/// # Errors
+///
+/// When it is registered already.
+pub(crate) fn register(
+    registry: &Registry,
+    isolated: watch::Receiver<Isolated>,
+) -> Result<(), prometheus::Error> {
+    let reader: Mutex<(Option<Nftables>, Totals)> = Mutex::default();
+    let sample = move || {
+        // A panic of an earlier scrape leaves nothing half done but the socket.
+        let mut reader = reader.lock().unwrap_or_else(PoisonError::into_inner);
+        let (socket, totals) = &mut *reader;
+        let nftables = match socket.take() {
+            Some(nftables) => Ok(nftables),
+            None => Nftables::open(),
+        };
+        // The list is cloned: holding on to it would make the reconciler wait.
+        let isolated = Isolated::clone(&isolated.borrow());
+        let drops = nftables.and_then(|mut nftables| {
+            let drops = totals.add(read(&mut nftables, &isolated)?);
+            *socket = Some(nftables);
+            Ok(drops)
+        });
+        drops
+            .inspect_err(|error| tracing::debug!("{error}; drops are not counted this time"))
+            .ok()
+    };
+    register_drops(registry, sample)
+}
 
 /// What one look at the counters found.
 #[derive(Debug, Default)]
-pub(super) struct Reading {
+struct Reading {
     /// The isolated pods.
     pods: HashSet<ObjectName>,
     /// Dropped packets of their addresses.
@@ -22,7 +59,7 @@ pub(super) struct Reading {
 }
 
 /// Reads the counters of the pods that are isolated now.
-pub(super) fn read(nftables: &mut Nftables, isolated: &Isolated) -> Result<Reading, Error> {
+fn read(nftables: &mut Nftables, isolated: &Isolated) -> Result<Reading, Error> {
     let pods: HashMap<Key, &ObjectName> = isolated
         .iter()
         .filter_map(|(address, pod)| Some((Key::address(*address), pod.as_ref()?)))
@@ -48,7 +85,7 @@ pub(super) fn read(nftables: &mut Nftables, isolated: &Isolated) -> Result<Readi
 
 /// The sums of all readings.
 #[derive(Debug, Default)]
-pub(super) struct Totals(BTreeMap<(ObjectName, Direction), Total<Key>>);
+struct Totals(BTreeMap<(ObjectName, Direction), Total<Key>>);
 
 /// The sum of counters, each of which may go or begin anew.
 #[derive(Debug)]
@@ -87,7 +124,7 @@ impl<K: Eq + Hash> Total<K> {
 
 impl Totals {
     /// Adds a reading and returns the sums by pod and direction, of the isolated pods alone.
-    pub(super) fn add(&mut self, reading: Reading) -> Vec<PolicyDrops> {
+    fn add(&mut self, reading: Reading) -> Vec<Sample<3>> {
         self.0.retain(|(pod, _), _| reading.pods.contains(pod));
         let mut counters: HashMap<(ObjectName, Direction), HashMap<Key, u64>> = HashMap::new();
         for (pod, direction, key, packets) in reading.counters {
@@ -99,12 +136,8 @@ impl Totals {
         let drops = totals.map(|((pod, direction), total)| {
             let now = counters.remove(&(pod.clone(), *direction));
             total.replace(now.unwrap_or_default());
-            PolicyDrops {
-                namespace: pod.namespace().to_owned(),
-                pod: pod.name().to_owned(),
-                direction: direction.as_str(),
-                packets: total.sum(),
-            }
+            let labels = [pod.namespace(), pod.name(), direction.as_str()];
+            Sample::new(labels, total.sum())
         });
         drops.collect()
     }
@@ -127,7 +160,7 @@ mod tests {
             pods: [pod.clone()].into(),
             counters: counters.collect(),
         });
-        drops.iter().map(|drops| drops.packets).collect()
+        drops.iter().map(|drops| drops.count).collect()
     }
 
     #[test]

@@ -8,14 +8,16 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::MissedTickBehavior;
 
-use super::pages::Pages;
-use super::{Error, connect, load, manifests, observe, single_threaded, system};
+use super::metrics::Metrics;
+use super::{Error, connect, followers, load, manifests, single_threaded, system};
 use crate::events::Recorder;
-use crate::logging::LogQueue;
-use crate::model::{Delivery, Event, Kind, Notice, ObjectName, ObjectRef, Reason, Subject};
+use crate::followers::{bridges, health_checks};
+use crate::model::{Delivery, Event, Notice, Reason, Subject};
 use crate::policies::Isolated;
-use crate::serve::health::{self, CheckError, Checks, Health, Outage, Probe, Quota, Router};
-use crate::serve::metrics::Metrics;
+use crate::serve::checks::{self, CheckError, Checks, Quota};
+use crate::serve::health::{Health, Outage};
+use crate::serve::http::{self, Router};
+use crate::serve::pages::Pages;
 use crate::settings::Settings;
 use crate::settings::file::{self, Ended, File};
 use crate::source::{ServerFault, SourceStats};
@@ -25,14 +27,13 @@ use crate::sync::{LogAndSend, Reporter};
 const COUNT_EVERY: Duration = Duration::from_secs(60);
 
 /// What runs on the I/O thread.
-pub(super) struct Io {
+pub(super) struct IoThread {
     pub(super) args: Settings,
     /// The configuration file that the settings come from.
     pub(super) file: Option<File>,
     pub(super) pages: Pages,
     pub(super) node_name: String,
-    pub(super) log: LogQueue,
-    pub(super) metrics: Arc<Metrics>,
+    pub(super) metrics: Metrics,
     pub(super) health: Health,
     pub(super) health_checks: watch::Receiver<Checks>,
     /// The descriptors for them.
@@ -47,7 +48,7 @@ pub(super) struct Io {
     pub(super) freed: std::sync::mpsc::Sender<()>,
 }
 
-impl Io {
+impl IoThread {
     /// Starts everything, says so, and works until asked to stop.
     pub(super) fn run(
         self,
@@ -121,7 +122,7 @@ impl Io {
         } else {
             let cluster = connect(&self.args, &self.node_name).await?;
             tracing::info!("watching {}", cluster.server());
-            self.metrics.include(cluster.request_metrics())?;
+            cluster.register_metrics(&self.metrics.registry)?;
             let source = cluster.stats();
             stats = Some(source.clone());
             self.health.depends_on(move || {
@@ -129,9 +130,8 @@ impl Io {
                 Some(Outage { since, message })
             });
             if !self.args.once {
-                let metrics = self.metrics.clone();
                 let recorder = Recorder::new(cluster.client(), self.node_name.clone())
-                    .counting(move || metrics.event_given_up());
+                    .with_metrics(self.metrics.events.clone());
                 let (_, nothing) = mpsc::channel(1);
                 let notices = std::mem::replace(&mut self.notices, nothing);
                 tasks.push(tokio::spawn(recorder.run(notices)));
@@ -141,7 +141,7 @@ impl Io {
         // Not before: until here this thread may have waited for standard input, and nobody
         // would have looked at a signal.
         tasks.push(self.handle_signals()?);
-        tasks.extend(self.serve_http(stats.clone()).await?);
+        tasks.extend(self.serve_http()?);
         tasks.extend(self.follow_configuration());
         if !self.args.once {
             tasks.push(self.serve_health_checks());
@@ -155,10 +155,10 @@ impl Io {
                 reporter.log_counts();
             }
         }));
-        if observe::is_on(&self.args) {
-            let (isolated, metrics) = (self.isolated.clone(), self.metrics.clone());
+        if followers::is_on(&self.args) {
+            let (isolated, metrics) = (self.isolated.clone(), self.metrics.followers.clone());
             let reporter = self.reporter.clone();
-            let watching = observe::watch_bridges(isolated, metrics, reporter);
+            let watching = bridges::watch(isolated, metrics, reporter);
             tasks.push(tokio::spawn(watching));
         }
         Ok((tasks, stats))
@@ -208,106 +208,51 @@ impl Io {
     }
 
     /// Opens the ports that are asked for.
-    async fn serve_http(
-        &self,
-        stats: Option<Arc<SourceStats>>,
-    ) -> Result<Vec<tokio::task::JoinHandle<()>>, Error> {
+    fn serve_http(&self) -> Result<Vec<tokio::task::JoinHandle<()>>, Error> {
         let mut tasks = Vec::new();
         if let Some(address) = self.args.healthz_address() {
             let name = self.name_of("--healthz-bind-address", "healthzBindAddress");
             let router = self.probes();
-            tasks.push(self.serve(address, name, router).await?);
+            tasks.push(self.serve(address, name, router)?);
         }
         if let Some(address) = self.args.metrics_address() {
-            let (metrics, log) = (self.metrics.clone(), self.log.clone());
-            let page = move || {
-                metrics.log_lines_dropped(log.dropped());
-                if let Some(stats) = &stats {
-                    copy_stats(stats, &metrics);
-                }
-                metrics.encode()
-            };
             let router = self
                 .probes()
-                .metrics(page)
+                .metrics(self.metrics.registry.clone())
                 .text("/proxyMode", || "nftables".into());
             let name = self.name_of("--metrics-bind-address", "metricsBindAddress");
             let router = self.pages.on(router);
-            tasks.push(self.serve(address, name, router).await?);
+            tasks.push(self.serve(address, name, router)?);
         }
         Ok(tasks)
     }
 
     fn serve_health_checks(&self) -> tokio::task::JoinHandle<()> {
-        let (metrics, reporter) = (self.metrics.clone(), self.reporter.clone());
-        let failed = move |error: &CheckError| {
-            metrics.health_check_port_error();
-            if !error.again {
-                let notice = port_notice(error);
-                metrics.notice(notice.reason.as_str());
-                reporter.notice(&notice);
-            }
-        };
+        let (metrics, reporter) = (self.metrics.http.clone(), self.reporter.clone());
+        let failed = move |error: &CheckError| reporter.notice(&health_checks::port_notice(error));
         let (wanted, health) = (self.health_checks.clone(), self.health.clone());
         let (quota, stopped) = (self.quota, self.stopped.clone());
-        tokio::spawn(health::serve_checks(wanted, health, quota, failed, stopped))
+        tokio::spawn(checks::serve_checks(
+            wanted, health, quota, metrics, failed, stopped,
+        ))
     }
 
     fn probes(&self) -> Router {
-        let metrics = self.metrics.clone();
-        Router::new().probes(&self.health, move |probe, code| match probe {
-            Probe::Healthz => metrics.healthz(code),
-            Probe::Livez => metrics.livez(code),
-            Probe::Readyz => {}
-        })
+        Router::new().probes(&self.health, &self.metrics.http)
     }
 
-    async fn serve(
+    fn serve(
         &self,
         address: SocketAddr,
         flag: &'static str,
         router: Router,
     ) -> Result<tokio::task::JoinHandle<()>, Error> {
-        let bound = match health::bind(address, flag) {
-            Err(error) if self.args.bind_address_hard_fail => return Err(error.into()),
-            Err(error) => {
-                // Services must not wait for a port that only tells about them.
-                tracing::warn!("{error}; until then nftlet works without it and tries on");
-                None
-            }
-            Ok(listener) => Some(listener),
+        let (hard_fail, stopped) = (self.args.bind_address_hard_fail, self.stopped.clone());
+        let freed = self.freed.clone();
+        let bound_late = move || {
+            let _ = freed.send(());
         };
-        let (stopped, freed) = (self.stopped.clone(), self.freed.clone());
-        Ok(tokio::spawn(async move {
-            let listener = match bound {
-                Some(listener) => listener,
-                None => {
-                    let listener = health::bind_again(address, flag).await;
-                    tracing::info!("listening on {address} now");
-                    // Nobody has to hear it.
-                    let _ = freed.send(());
-                    listener
-                }
-            };
-            health::serve(listener, Arc::new(router), stopped).await;
-        }))
-    }
-}
-
-fn port_notice(error: &CheckError) -> Notice {
-    let service = ObjectName::new(&error.check.namespace, &error.check.name);
-    Notice {
-        subject: Subject::Object(ObjectRef::new(Kind::Service, service)),
-        reason: Reason::HealthCheckPort,
-        message: error.to_string(),
-    }
-}
-
-/// The source counts by itself; its numbers become metrics when somebody looks.
-fn copy_stats(stats: &SourceStats, metrics: &Metrics) {
-    for kind in Kind::ALL {
-        let of = stats.kind(kind);
-        let (lists, watches, events) = (of.lists(), of.watches(), of.events());
-        metrics.watch(kind.as_str(), lists, watches.saturating_sub(1), events);
+        let server = http::start(address, flag, hard_fail, router, stopped, bound_late)?;
+        Ok(tokio::spawn(server))
     }
 }

@@ -25,10 +25,12 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until};
 use tracing::debug;
 
-use super::Health;
+use super::health::Health;
+use super::http::{Answer, HttpMetrics, JSON, Limits, TEXT, respond, serve_within, stopped};
 use super::listen::listen;
-use super::server::{Answer, JSON, Limits, TEXT, respond, serve_within, stopped};
-use super::share::{Quota, Share};
+use super::share::Share;
+
+pub use super::share::Quota;
 
 /// The header by which load balancers weigh nodes.
 const WEIGHT: &str = "x-load-balancing-endpoint-weight";
@@ -91,16 +93,23 @@ const RETRY: Retry = Retry {
 
 /// Listens on the wanted ports, whichever they are at the time, until `shutdown` turns true.
 ///
-/// Every answer says whether the proxy itself is healthy, too. Ports and connections use no more
-/// descriptors than `quota` says. `failed` is called for each attempt to listen that failed; the
-/// first one for a service and port has `again` unset.
+/// Each answer also says whether nftlet itself is healthy. Ports and connections use no more
+/// descriptors than `quota` allows. `failed` is called for the first failed attempt to listen on a
+/// port for a service.
 pub async fn serve_checks(
     wanted: watch::Receiver<Checks>,
     health: Health,
     quota: Quota,
+    metrics: HttpMetrics,
     failed: impl Fn(&CheckError) + Send + Sync,
     shutdown: watch::Receiver<bool>,
 ) {
+    let failed = move |error: &CheckError| {
+        metrics.check_port_failed();
+        if !error.again {
+            failed(error);
+        }
+    };
     let ports = Ports::new(RETRY, quota, wanted.clone(), health);
     ports.follow(wanted, failed, shutdown).await;
 }

@@ -24,12 +24,17 @@ use thiserror::Error;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Mutex, watch};
 use tokio::task::JoinSet;
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
+use super::health::{Health, Probe};
 use super::listen::listen;
+use super::metrics::Registry;
 use super::share::{Seat, Share};
-use super::{Health, Probe};
 use crate::logging::Throttle;
+
+pub use self::metrics::HttpMetrics;
+
+mod metrics;
 
 pub(super) const JSON: &str = "application/json";
 pub(super) const TEXT: &str = "text/plain; charset=utf-8";
@@ -84,11 +89,49 @@ pub fn bind(address: SocketAddr, flag: &'static str) -> Result<TcpListener, Erro
     })
 }
 
-/// How often an address that could not be had is tried again.
+/// The pause between two attempts to bind an address.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// Tries to listen on an address until it succeeds.
-pub async fn bind_again(address: SocketAddr, flag: &'static str) -> TcpListener {
+/// Listens on an address and answers requests as [`serve`] does.
+///
+/// Where the address cannot be bound, the error is logged and binding is retried; `bound_late` is
+/// called when it succeeds.
+///
+/// # Errors
+///
+/// With `hard_fail`, when the address cannot be bound.
+pub(crate) fn start(
+    address: SocketAddr,
+    flag: &'static str,
+    hard_fail: bool,
+    router: Router,
+    shutdown: watch::Receiver<bool>,
+    bound_late: impl FnOnce() + Send + 'static,
+) -> Result<impl Future<Output = ()> + Send + 'static, Error> {
+    let bound = match bind(address, flag) {
+        Err(error) if hard_fail => return Err(error),
+        Err(error) => {
+            warn!("{error}; until then nftlet works without it and tries on");
+            None
+        }
+        Ok(listener) => Some(listener),
+    };
+    Ok(async move {
+        let listener = match bound {
+            Some(listener) => listener,
+            None => {
+                let listener = bind_again(address, flag).await;
+                info!("listening on {address} now");
+                bound_late();
+                listener
+            }
+        };
+        serve(listener, Arc::new(router), shutdown).await;
+    })
+}
+
+/// Retries to listen on an address until it succeeds.
+async fn bind_again(address: SocketAddr, flag: &'static str) -> TcpListener {
     loop {
         tokio::time::sleep(RETRY).await;
         match bind(address, flag) {
@@ -160,21 +203,15 @@ impl Router {
         Self::default()
     }
 
-    /// Adds `/healthz`, `/livez` and `/readyz`. `answered` is told each answer's HTTP status. With
-    /// `?wait=SECONDS` the answer is given when nftlet is ready, or after so many seconds.
+    /// Adds `/healthz`, `/livez` and `/readyz`. With `?wait=SECONDS` the answer is given when nftlet
+    /// is ready, or after so many seconds.
     #[must_use]
-    pub fn probes(
-        mut self,
-        health: &Health,
-        answered: impl Fn(Probe, u16) + Send + Sync + 'static,
-    ) -> Self {
-        let (asked, answered) = (health.clone(), Arc::new(answered));
+    pub fn probes(mut self, health: &Health, metrics: &HttpMetrics) -> Self {
         for probe in Probe::ALL {
-            let health = health.clone();
-            let answered = Arc::clone(&answered);
+            let (health, metrics) = (health.clone(), metrics.clone());
             self.add(probe.path(), JSON, move || {
                 let status = health.status(probe);
-                answered(probe, status.code());
+                metrics.answered(probe, status.code());
                 let code = if status.healthy {
                     StatusCode::OK
                 } else {
@@ -184,15 +221,18 @@ impl Router {
             });
         }
         for page in &mut self.pages {
-            page.waits_for = Some(asked.clone());
+            page.waits_for = Some(health.clone());
         }
         self
     }
 
-    /// Adds `/metrics`, in the text format of Prometheus. The page may take long to make.
+    /// Adds `/metrics`, the page of a registry. It may take long to make, since some metrics are read
+    /// from the kernel.
     #[must_use]
-    pub fn metrics(mut self, page: impl Fn() -> String + Send + Sync + 'static) -> Self {
-        self.add("/metrics", METRICS, move || (StatusCode::OK, page()));
+    pub fn metrics(mut self, registry: Registry) -> Self {
+        self.add("/metrics", METRICS, move || {
+            (StatusCode::OK, registry.encode())
+        });
         if let Some(page) = self.pages.last_mut() {
             page.turn = Some(Arc::default());
         }

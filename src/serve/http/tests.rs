@@ -6,12 +6,13 @@ use tokio::task::JoinHandle;
 
 use super::*;
 use crate::serve::health::PERIOD;
+use crate::serve::metrics::Sample;
 
 /// A server on a port of the loopback address.
 struct Server {
     address: SocketAddr,
     health: Health,
-    codes: Arc<Mutex<Vec<(Probe, u16)>>>,
+    registry: Registry,
     stop: watch::Sender<bool>,
     task: JoinHandle<()>,
 }
@@ -21,13 +22,11 @@ const ANY_PORT: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0)
 impl Server {
     async fn start(limits: Limits) -> Self {
         let health = Health::new(PERIOD);
-        let codes = Arc::new(Mutex::new(Vec::new()));
-        let counted = Arc::clone(&codes);
+        let registry = Registry::new().unwrap();
+        let metrics = HttpMetrics::register(&registry).unwrap();
         let router = Router::new()
-            .probes(&health, move |probe, code| {
-                counted.lock().unwrap().push((probe, code));
-            })
-            .metrics(|| "some_total 1\n".to_owned())
+            .probes(&health, &metrics)
+            .metrics(registry.clone())
             .text("/proxyMode", || "nftables".to_owned())
             // More than the sockets' buffers hold.
             .text("/long", || "x".repeat(32 << 20));
@@ -41,7 +40,7 @@ impl Server {
         Self {
             address,
             health,
-            codes,
+            registry,
             stop,
             task,
         }
@@ -49,6 +48,10 @@ impl Server {
 
     async fn connect(&self) -> Client {
         Client(TcpStream::connect(self.address).await.unwrap())
+    }
+
+    fn counted(&self) -> Vec<String> {
+        counted(&self.registry)
     }
 
     async fn ask(&self, method: &str, path: &str) -> String {
@@ -95,6 +98,15 @@ async fn in_time<F: Future>(future: F) -> F::Output {
     waited.expect("nothing happened for 120 s")
 }
 
+/// The counters of answered probes.
+fn counted(registry: &Registry) -> Vec<String> {
+    let page = registry.encode();
+    let lines = page.lines().map(str::to_owned);
+    lines
+        .filter(|line| line.starts_with("kubeproxy_proxy_"))
+        .collect()
+}
+
 fn body(answer: &str) -> &str {
     answer.split_once("\r\n\r\n").unwrap().1
 }
@@ -121,12 +133,11 @@ async fn probes_answer_with_status_and_body_and_are_counted() {
     let answer = server.ask("GET", "/readyz").await;
     assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
     assert_eq!(
-        *server.codes.lock().unwrap(),
+        server.counted(),
         [
-            (Probe::Healthz, 503),
-            (Probe::Healthz, 200),
-            (Probe::Livez, 200),
-            (Probe::Readyz, 200)
+            "kubeproxy_proxy_healthz_total{code=\"200\"} 1",
+            "kubeproxy_proxy_healthz_total{code=\"503\"} 1",
+            "kubeproxy_proxy_livez_total{code=\"200\"} 1",
         ]
     );
 }
@@ -145,8 +156,7 @@ async fn a_probe_waits_until_all_is_written_where_it_is_asked_to() {
     server.health.synced();
     let answer = server.ask("GET", "/readyz?wait=0").await;
     assert!(answer.starts_with("HTTP/1.1 503 "), "{answer}");
-    let livez = |codes: &[(Probe, u16)]| codes.contains(&(Probe::Livez, 200));
-    assert!(!livez(&server.codes.lock().unwrap()), "it did not wait");
+    assert_eq!(server.counted(), [""; 0], "it did not wait");
     server.health.policies(Ok(()));
     let answer = client.rest().await;
     assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
@@ -172,7 +182,11 @@ async fn pages_have_their_type_and_text() {
         &answer,
         "content-type: text/plain; version=0.0.4; charset=utf-8"
     ));
-    assert_eq!(body(&answer), "some_total 1\n");
+    let first = body(&answer).lines().next();
+    assert!(
+        first.is_some_and(|line| line.starts_with("# HELP ")),
+        "{answer}"
+    );
     let answer = server.ask("GET", "/proxyMode").await;
     assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
     assert_eq!(body(&answer), "nftables");
@@ -207,7 +221,7 @@ async fn other_methods_and_paths_are_refused_with_what_there_is() {
             .await
             .starts_with("HTTP/1.1 404 ")
     );
-    assert!(server.codes.lock().unwrap().is_empty());
+    assert_eq!(server.counted(), [""; 0]);
 }
 
 #[tokio::test]
@@ -252,7 +266,7 @@ async fn requests_that_are_too_large_or_no_http_are_refused() {
         let answer = client.rest().await;
         assert!(answer.starts_with(wanted) || answer.is_empty(), "{answer}");
     }
-    assert!(server.codes.lock().unwrap().is_empty());
+    assert_eq!(server.counted(), [""; 0]);
 }
 
 #[tokio::test]
@@ -375,7 +389,7 @@ async fn shutdown_closes_the_port_and_the_connections() {
             .await;
         other.rest().await;
     }
-    assert!(server.codes.lock().unwrap().is_empty());
+    assert_eq!(counted(&server.registry), [""; 0]);
 }
 
 #[tokio::test]
@@ -416,14 +430,17 @@ async fn a_page_that_takes_long_holds_up_nothing_and_is_made_once_at_a_time() {
     let (open, gate) = std::sync::mpsc::channel::<()>();
     let gate = Mutex::new(Some(gate));
     let (begun, mut begins) = tokio::sync::mpsc::unbounded_channel();
+    let registry = Registry::new().unwrap();
+    let read = move || {
+        begun.send(()).unwrap();
+        // The first one takes until the gate is opened.
+        let gate = gate.lock().unwrap().take();
+        let _ = gate.map(|gate| gate.recv_timeout(Duration::from_secs(60)));
+        Some(vec![Sample::new([], 1)])
+    };
+    registry.sampled("some_total", "Some", [], read).unwrap();
     let router = Router::new()
-        .metrics(move || {
-            begun.send(()).unwrap();
-            // The first one takes until the gate is opened.
-            let gate = gate.lock().unwrap().take();
-            let _ = gate.map(|gate| gate.recv_timeout(Duration::from_secs(60)));
-            "some_total 1\n".to_owned()
-        })
+        .metrics(registry)
         .text("/proxyMode", || "nftables".to_owned());
     let listener = bind(ANY_PORT, "--some-address").unwrap();
     let address = listener.local_addr().unwrap();

@@ -1,0 +1,103 @@
+//! Starts the followers: each has a thread, and they end with the controller or the process.
+
+use std::thread;
+
+use tokio::sync::mpsc;
+
+use super::metrics::Metrics;
+use super::{Error, system};
+use crate::followers::affinity::Forgetter;
+use crate::followers::connections::{self, Cutter};
+use crate::followers::not_remembered::{self, NotRemembered};
+use crate::followers::{denied, drops};
+use crate::netlink::{LogReader, Nftables};
+use crate::policies::LOG_GROUP;
+use crate::settings::{LogFormat, Settings};
+use crate::sync::{Followers, LogAndSend, Query};
+
+/// Questions that may wait for the reconciler.
+const QUESTIONS: usize = 64;
+
+/// What the reconciler and its loop need to know of those around.
+#[derive(Default)]
+pub(super) struct Observers {
+    pub(super) questions: Option<mpsc::Receiver<Query>>,
+    /// The group that denied packets are to be sent to.
+    pub(super) log_group: Option<u16>,
+}
+
+/// Whether there are policies to be looked after.
+pub(super) fn is_on(args: &Settings) -> bool {
+    args.network_policy.is_on() && !args.once
+}
+
+/// Starts the threads that are asked for. They end with the reconciler or the process.
+pub(super) fn start(
+    args: &Settings,
+    metrics: &Metrics,
+    followers: &mut Followers,
+    reporter: &LogAndSend,
+) -> Result<Observers, Error> {
+    let mut observers = Observers::default();
+    let (ask, questions) = mpsc::channel(QUESTIONS);
+    if !args.once {
+        observers.questions = Some(questions);
+        forget(metrics, followers, reporter, ask.clone())?;
+    }
+    // A kernel without such groups would refuse the rules that log, and all others with them.
+    let reader = open_log(args);
+    observers.log_group = reader.as_ref().map(|_| LOG_GROUP);
+    if !is_on(args) {
+        return Ok(observers);
+    }
+    drops::register(&metrics.registry, followers.isolated())?;
+    let (changes, strict) = (followers.policies(), args.network_policy_strict);
+    let (judge, metrics) = (ask.clone(), metrics.followers.clone());
+    let cut = move || {
+        Cutter::new(connections::open, changes, judge, strict, &metrics).run();
+    };
+    spawn("cuts", "the thread that cuts connections", cut)?;
+    if let Some(reader) = reader {
+        let fields = args.log_format == LogFormat::Json;
+        let follow = move || denied::follow(reader, || LogReader::open(LOG_GROUP), &ask, fields);
+        spawn("denied", "the thread that logs denied packets", follow)?;
+    }
+    Ok(observers)
+}
+
+/// Starts the thread that forgets clients whose endpoint is gone, and looks for those that cannot
+/// be remembered.
+fn forget(
+    metrics: &Metrics,
+    followers: &mut Followers,
+    reporter: &LogAndSend,
+    ask: mpsc::Sender<Query>,
+) -> Result<(), Error> {
+    let counted = NotRemembered::register(&metrics.registry, followers.sticky(), reporter.clone())?;
+    let forgetter = Forgetter::new(Nftables::open, followers.services());
+    let work = move || {
+        forgetter.run(&ask, not_remembered::INTERVAL, || {
+            counted.read();
+        });
+    };
+    spawn("clients", "the thread that forgets clients", work)
+}
+
+/// Opens what reads denied packets, where they are to be logged and can be.
+fn open_log(args: &Settings) -> Option<LogReader> {
+    let wanted = args.log_denied && args.network_policy.is_on();
+    let opened = wanted.then(|| LogReader::open(LOG_GROUP))?;
+    let told = opened.inspect_err(|error| {
+        tracing::warn!("{error}; policies are enforced, denied packets are not logged");
+    });
+    told.ok()
+}
+
+pub(super) fn spawn(
+    name: &str,
+    what: &'static str,
+    work: impl FnOnce() + Send + 'static,
+) -> Result<(), Error> {
+    let thread = thread::Builder::new().name(name.into()).spawn(work);
+    thread.map(drop).map_err(system(what))
+}
