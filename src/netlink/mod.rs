@@ -16,7 +16,7 @@
 //! - [`Monitor`] receives notifications about changes that other processes make to nftlet's tables.
 //! - [`LogReader`] receives the packets that rules log.
 //! - [`RouteMonitor`] receives notifications about changes of the host's routes.
-//! - [`IpSets`] and [`Links`] list and remove what another proxy left behind outside nftables.
+//! - `IpSets` and `Links` list and remove what another proxy left behind outside nftables.
 //!
 //! libnftnl encodes tables, chains, rules and set declarations, through the crates `nftnl` and
 //! `nftnl_sys`. Lists of elements, which may number a million, are written directly (`message`).

@@ -2,7 +2,7 @@
 //!
 //! The health port is open to the network, so the server is built to cost little whoever calls:
 //! requests have a small buffer and a deadline, connections live for a limited time, and when
-//! there are too many of them the oldest gives way ([`Share`]). A probe is answered within
+//! there are too many of them the oldest gives way (`Share`). A probe is answered within
 //! milliseconds, so that clients which merely hold connections only ever drive each other out.
 
 use std::convert::Infallible;

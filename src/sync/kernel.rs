@@ -19,7 +19,7 @@ pub trait Kernel {
     /// When the tables cannot be read.
     fn read(&mut self, names: &[&str], wanted: &Ruleset) -> Result<Ruleset, Error>;
 
-    /// Reads the base chains of a table; see [`Nftables::base_chains`].
+    /// Reads the base chains of a table.
     ///
     /// # Errors
     ///

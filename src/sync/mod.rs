@@ -10,7 +10,7 @@
 //! writes the difference to what was written before. No timer delays a change: events that arrive
 //! during a write form the next transaction.
 //!
-//! Services and policies have a [`Driver`] each, so that a failure of one does not delay the other.
+//! Services and policies have a `Driver` each, so that a failure of one does not delay the other.
 //! Policies are written first: a new pod is isolated before a service forwards traffic to it.
 
 mod audit;

@@ -51,7 +51,7 @@ impl Reporter for Log {
 /// channel is full, the notice is only logged.
 ///
 /// Each subject has a limited number of lines for a reason in a window, and each namespace a limited
-/// number of subjects. Further reports are counted ([`LogAndSend::log_counts`]).
+/// number of subjects. Further reports are counted (`log_counts`).
 #[derive(Clone, Debug)]
 pub struct LogAndSend {
     notices: mpsc::Sender<Notice>,
