@@ -38,7 +38,7 @@ pub(super) fn clean(requested: Cleanup) -> Result<(), Error> {
 }
 
 /// Starts the thread that removes kube-proxy's rules: when `first_rules` receives a message, for
-/// each message on `port_freed`, and every few minutes. It ends when `port_freed` is closed.
+/// each message on `port_freed`, and every few minutes. It ends with the process.
 pub(super) fn start(
     first_rules: oneshot::Receiver<()>,
     port_freed: Receiver<()>,
@@ -51,8 +51,9 @@ pub(super) fn start(
         let mut logged = BTreeSet::new();
         loop {
             logged = run_pass(&logged);
+            // Without a port of its own, nftlet waits for none that becomes free.
             if let Err(RecvTimeoutError::Disconnected) = port_freed.recv_timeout(PASS_EVERY) {
-                return;
+                thread::sleep(PASS_EVERY);
             }
         }
     };

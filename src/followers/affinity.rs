@@ -139,7 +139,7 @@ impl StaleAffinity {
 }
 
 impl MapCandidates {
-    /// Parses an element; `None` if its affinity is not in query.
+    /// Parses an element; `None` unless its affinity may be stale.
     fn candidate(&self, family: Family, element: Element) -> Option<Candidate> {
         let entry = AffinityEntry::read(family, &element)?;
         let of_frontend: Vec<_> = [entry.at_address(), entry.at_node_port()]

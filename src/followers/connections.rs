@@ -42,6 +42,8 @@ const BATCH: usize = 1024;
 /// The time for which changes are collected before a sweep. Packets that traversed the previous rules
 /// have left by then.
 const COLLECT: Duration = Duration::from_millis(50);
+/// The most that a sweep of all connections is delayed to limit the time spent on sweeps.
+const MOST_DELAY: Duration = Duration::from_secs(1);
 /// The interval and the duration of deletions in the opposite direction.
 const FOLLOW_EVERY: Duration = Duration::from_millis(20);
 const FOLLOW_FOR: Duration = Duration::from_millis(400);
@@ -257,7 +259,9 @@ impl<'a, T: ConnectionTable, R: ConnectionRemover> Cutter<'a, T, R> {
             return;
         }
         let mut collected = now + COLLECT;
-        if !self.scope.all {
+        if self.scope.all {
+            collected = collected.max(self.earliest.min(now + MOST_DELAY));
+        } else {
             collected = collected.max(self.earliest);
         }
         self.due = Some(self.due.map_or(collected, |due| due.min(collected)));
@@ -323,6 +327,9 @@ impl<'a, T: ConnectionTable, R: ConnectionRemover> Cutter<'a, T, R> {
     /// Deletes entries in the opposite direction.
     fn follow(&mut self) {
         let now = Instant::now();
+        if self.tables.is_none() {
+            self.tables = (self.open)().ok();
+        }
         if let Some((_, remover)) = &mut self.tables {
             self.followed.retain(|(until, tracked)| {
                 // Errors were reported when the connection itself was cut.

@@ -35,7 +35,7 @@ pub(crate) fn register(
             Some(nftables) => Ok(nftables),
             None => Nftables::open(),
         };
-        // The list is cloned: holding on to it would make the reconciler wait.
+        // Cloned, since a borrowed list would block the main loop.
         let isolated = Isolated::clone(&isolated.borrow());
         let drops = nftables.and_then(|mut nftables| {
             let drops = totals.add(read(&mut nftables, &isolated)?);
@@ -90,15 +90,15 @@ struct Totals(BTreeMap<(ObjectName, Direction), Total<Key>>);
 /// The sum of counters, each of which may go or begin anew.
 #[derive(Debug)]
 pub(super) struct Total<K> {
-    /// What counters had counted that are gone or began anew.
-    gone: u64,
+    /// The sum of counters that were removed or restarted.
+    past: u64,
     counters: HashMap<K, u64>,
 }
 
 impl<K> Default for Total<K> {
     fn default() -> Self {
         Self {
-            gone: 0,
+            past: 0,
             counters: HashMap::new(),
         }
     }
@@ -107,7 +107,7 @@ impl<K> Default for Total<K> {
 impl<K: Eq + Hash> Total<K> {
     pub(super) fn sum(&self) -> u64 {
         let counted = self.counters.values();
-        counted.fold(self.gone, |sum, packets| sum.saturating_add(*packets))
+        counted.fold(self.past, |sum, packets| sum.saturating_add(*packets))
     }
 
     /// Takes over what the counters say now.
@@ -116,7 +116,7 @@ impl<K: Eq + Hash> Total<K> {
         for (key, packets) in before {
             let continues = self.counters.get(&key).is_some_and(|now| *now >= packets);
             if !continues {
-                self.gone = self.gone.saturating_add(packets);
+                self.past = self.past.saturating_add(packets);
             }
         }
     }

@@ -38,7 +38,7 @@ impl FollowerMetrics {
             )?,
             bridge_unfiltered: registry.gauge_per_family(
                 "nftlet_policy_bridge_unfiltered",
-                "Whether isolated pods are behind a bridge whose traffic passes the policies by",
+                "Whether isolated pods are behind a bridge whose traffic bypasses the policies",
             )?,
         })
     }

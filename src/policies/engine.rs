@@ -196,6 +196,10 @@ impl Engine {
                 for name in self.lists.complete(kind) {
                     self.delete(&ObjectRef::new(kind, name));
                 }
+                // Without a policy pods are not watched: those missing in the list may still run.
+                if self.inventory.counts().2 == 0 {
+                    self.reassigned = ReassignedAddresses::default();
+                }
             }
             Event::Apply(object) => {
                 self.lists.observe(&object.reference());

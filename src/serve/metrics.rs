@@ -47,7 +47,7 @@ impl Registry {
         registry
             .int_gauge_vec(
                 "nftlet_build_info",
-                "Always 1; the label tells the running version of nftlet",
+                "Always 1; the label is the version of nftlet",
                 &["version"],
             )?
             .with_label_values(&[env!("CARGO_PKG_VERSION")])
@@ -73,7 +73,7 @@ impl Registry {
     pub fn add_log(&self, log: LogQueue) -> Result<(), Error> {
         self.sampled(
             "nftlet_log_lines_dropped_total",
-            "LogQueue of the log that standard error did not take in time",
+            "Log lines that standard error did not accept in time",
             [],
             move || Some(vec![Sample::new([], log.dropped())]),
         )

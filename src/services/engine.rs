@@ -493,8 +493,10 @@ impl engine::Engine for Engine {
         self.marks.services.append(&mut self.quarantined);
     }
 
+    /// Unused chains are removed when nothing else waits.
     fn due(&self) -> Option<Instant> {
-        self.chain_expires()
+        let is_idle = !self.is_marked() && self.queue.is_empty();
+        self.chain_expires().filter(|_| is_idle)
     }
 
     fn take_notices(&mut self) -> Vec<Notice> {

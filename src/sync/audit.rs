@@ -50,7 +50,7 @@ pub struct Snapshot {
     moment: WritePoint,
 }
 
-/// In what the kernel differs: operations and single elements, as hashes.
+/// The operations and elements in which the kernel differs, as hashes.
 pub(super) type Difference = HashSet<u64>;
 
 /// What came out of a comparison.

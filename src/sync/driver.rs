@@ -26,6 +26,9 @@ use crate::nft::{ObjectPath, Ruleset, diff};
 /// The most attempts to write a comparison, each with further objects in quarantine.
 const MOST_ATTEMPTS: usize = 64;
 
+/// The most readings of the tables in a row. Meanwhile no event is handled.
+const MOST_READINGS: usize = 8;
+
 /// What a driver knows about the rules in force.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum DriverState {
@@ -261,19 +264,22 @@ impl<E: Engine> Driver<E> {
     fn attempt_all<K: Kernel>(&mut self, kernel: &mut KernelSession<'_, K>) -> Result<(), Error> {
         let mut conflict = None;
         let mut actual: Option<Ruleset> = None;
-        let mut attempts = 0;
+        let (mut attempts, mut readings) = (0, 0);
         loop {
             let wanted = self.engine.ruleset();
             let known = match actual.take() {
                 Some(actual) => actual,
-                None => kernel.read(E::TABLE, &wanted)?,
+                None => {
+                    readings += 1;
+                    kernel.read(E::TABLE, &wanted)?
+                }
             };
             let mut written = 0;
             let Err(error) = self.write_difference(kernel, &known, wanted, &mut written) else {
                 return Ok(());
             };
             attempts += 1;
-            if attempts > MOST_ATTEMPTS {
+            if attempts > MOST_ATTEMPTS || readings > MOST_READINGS {
                 return Err(error);
             }
             match self.evaluate_failure(&error, &mut conflict) {

@@ -171,11 +171,11 @@ impl SyncMetrics {
             notices,
             healed: registry.counter(
                 "nftlet_foreign_changes_healed_total",
-                "Operations that undid what others had changed in nftlet's rules",
+                "Operations that undid changes by other processes in nftlet's tables",
             )?,
             audits: registry.counter_vec(
                 "nftlet_audits_total",
-                "Comparisons of the kernel with what is wanted after notifications were missed",
+                "Comparisons with the kernel after missed notifications",
                 &["result"],
             )?,
             chains: registry.int_gauge(

@@ -60,6 +60,12 @@ impl<'a, K: Kernel> KernelSession<'a, K> {
                     }
                 }
             }
+            if applied.is_err() {
+                // A large step is not listened to, whether or not it succeeds.
+                let now = self.kernel.generation().ok();
+                self.missed_notifications |=
+                    self.expected_generation.is_some() && now != self.expected_generation;
+            }
             let applied = applied?;
             *written += 1;
             self.writes += 1;

@@ -88,16 +88,24 @@ impl Pending {
     }
 
     fn take_over(&mut self, changes: &ServiceChanges) {
+        // A service may have changed several times before its rules were in force.
+        let mut first_old: HashMap<&ObjectName, Option<Arc<ServicePlan>>> = HashMap::new();
         for replaced in changes.replaced.iter().filter(|it| it.is_other_plan()) {
             let [old, new] = [&replaced.old, &replaced.new]
                 .map(|plan| plan.as_ref().filter(|plan| has_udp(plan)));
-            self.dirty
-                .change(old.map(|plan| &**plan), new.map(|plan| &**plan));
+            let service = &replaced.service;
+            first_old.entry(service).or_insert_with(|| old.cloned());
             match new {
-                Some(new) => self.plans.insert(replaced.service.clone(), new.clone()),
-                None => self.plans.remove(&replaced.service),
+                Some(new) => self.plans.insert(service.clone(), new.clone()),
+                None => self.plans.remove(service),
             };
         }
+        let mut dirty = DirtyFrontends::default();
+        for (service, old) in first_old {
+            dirty.change(old.as_deref(), self.plans.get(service).map(|plan| &**plan));
+        }
+        // Later than what waits: a frontend of it may be deleted now.
+        self.dirty.merge(dirty);
         let deleted = changes.removed.deleted.iter();
         self.dirty
             .remove(deleted.filter_map(|(family, claim)| front(*family, claim)));
