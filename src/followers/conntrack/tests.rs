@@ -7,6 +7,7 @@ use std::time::Duration;
 use super::cleaner::{Tracker, filters};
 use super::queue::Received;
 use super::*;
+use crate::engine::Change as _;
 use crate::followers::FollowerMetrics;
 use crate::model::{Notice, ObjectName};
 use crate::netlink::{ConntrackError, Error, FlowFilter};
@@ -239,6 +240,33 @@ fn changes_that_wait_are_merged() {
     both.merge(changed(Some(&none), Some(&one)));
     assert_eq!(pending.receive(None), Received::Dirty(both));
     assert_eq!(pending.receive(None), Received::Closed);
+}
+
+#[test]
+fn a_frontend_that_is_deleted_before_its_last_change_was_handled_is_swept() {
+    let (one, two) = (
+        udp(&[VIP], &["10.0.0.1:53"]),
+        udp(&[VIP], &["10.0.0.1:53", "10.0.0.2:53"]),
+    );
+    // In two changes, and in one that took effect late.
+    for together in [false, true] {
+        let (sender, receiver) = channel();
+        let mut pending = Pending::new(receiver);
+        sender.send(changes(None, Some(&one))).unwrap();
+        pending.take().unwrap();
+        let (more, gone) = (changes(Some(&one), Some(&two)), changes(Some(&two), None));
+        if together {
+            let mut both = ServiceChanges::clone(&more);
+            both.append(ServiceChanges::clone(&gone));
+            sender.send(Arc::new(both)).unwrap();
+        } else {
+            sender.send(more).unwrap();
+            sender.send(gone).unwrap();
+        }
+        let dirty = pending.take().unwrap();
+        assert_eq!(dirty.to_sweep().count(), 1, "{together}");
+        assert_eq!(judge(&dirty, VIP, "10.0.0.1:53"), FlowState::Stale);
+    }
 }
 
 #[test]

@@ -324,3 +324,29 @@ fn connections_are_looked_at_while_it_is_doubtful_who_has_an_address() {
     checked.apply(apply_pod(since(2, pod("shop/other", 2, "there", "free"))));
     assert_eq!(checked.engine.reassigned.take(), [].into());
 }
+
+#[test]
+fn pods_that_are_not_watched_without_policies_keep_their_addresses() {
+    let mut checked = shop();
+    checked.engine.reassigned.take();
+    let web = ObjectName::new("shop", "web");
+    checked.apply(Event::Delete(ObjectRef::new(Kind::NetworkPolicy, web)));
+    let list = |pods: Vec<Pod>| {
+        let mut events = vec![Event::ListStarted(Kind::Pod)];
+        events.extend(pods.into_iter().map(apply_pod));
+        events.push(Event::ListComplete(Kind::Pod));
+        events
+    };
+    // The watch of pods ends with an empty list.
+    list(Vec::new())
+        .into_iter()
+        .for_each(|it| checked.apply(it));
+    checked.update();
+    checked.apply(apply_policy(policy("shop/closed", app("web"))));
+    let pods = vec![
+        pod("shop/web", 1, "here", "web"),
+        pod("shop/client", 2, "there", "client"),
+    ];
+    list(pods).into_iter().for_each(|it| checked.apply(it));
+    assert_eq!(checked.engine.reassigned.take(), [].into());
+}

@@ -403,3 +403,20 @@ fn many_ports_and_many_endpoints_are_within_the_bound() {
         assert_eq!(reached.sum::<usize>(), 100_000);
     }
 }
+
+#[test]
+fn a_chain_that_expired_starts_no_timer_while_portions_wait() {
+    let bench = Bench::new();
+    let mut controller = started(&bench);
+    let small = service("small", &["10.96.0.1"], &[80]);
+    let of = |endpoints: &[u8]| put(slice("small-1", &small, Family::V4, endpoints));
+    once(&mut controller, vec![put(small.clone()), of(&[1, 3, 5])]);
+    once(&mut controller, vec![of(&[1])]);
+    assert!(controller.services.due().is_some());
+    let (huge, endpoints) = huge();
+    once(&mut controller, vec![put(huge), put(endpoints)]);
+    assert!(controller.has_more());
+    assert_eq!(controller.services.due(), None);
+    finish(&mut controller);
+    assert!(controller.services.due().is_some());
+}
