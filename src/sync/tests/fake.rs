@@ -27,6 +27,8 @@ pub(crate) struct FakeState {
     pub(crate) unwanted_times: Option<usize>,
     /// Nothing can be written to tables of this name.
     pub(crate) stuck: Option<&'static str>,
+    /// Each write conflicts with the tables, at another path each time.
+    pub(crate) conflicts: Option<usize>,
     /// The kernel does not answer.
     pub(crate) mute: bool,
     pub(crate) generation: u32,
@@ -81,6 +83,15 @@ impl Kernel for Fake {
                 }
                 return Err(refused(ObjectPath::of(op, Some(index)), errno));
             }
+        }
+        if let Some(conflicts) = &mut state.conflicts {
+            *conflicts += 1;
+            let set = format!("set-{conflicts}");
+            let path = ObjectPath::Set(
+                crate::services::table_id(crate::model::Family::V4),
+                set.as_str().into(),
+            );
+            return Err(refused(path, libc::ENOENT));
         }
         let others: Vec<Refusal> = unwanted_of(transaction, &state.others_unwanted);
         let mut others = others.into_iter();

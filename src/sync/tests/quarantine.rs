@@ -74,3 +74,17 @@ fn all_services_of_a_batch_that_the_kernel_refuses_are_left_out_after_one_compar
         &state.ruleset.tables[&table_id(Family::V4)].sets[&ServiceSet::Frontends.name()];
     assert_eq!(frontends.elements.len(), 2);
 }
+
+#[test]
+fn conflicts_without_end_are_tried_again_later() {
+    let bench = Bench::new();
+    bench.kernel.0.borrow_mut().conflicts = Some(0);
+    let mut controller = bench.controller();
+    let objects = lists(vec![service("web", &["10.96.0.1"], &[80]).into()]);
+    assert_eq!(handle(&mut controller, objects), Outcome::Failed);
+    let reads = bench.kernel.0.borrow().reads;
+    assert!((2..=9).contains(&reads), "{reads}");
+    bench.kernel.0.borrow_mut().conflicts = None;
+    assert_eq!(handle(&mut controller, vec![]), Outcome::Synced);
+    bench.assert_as_wanted(&controller);
+}
