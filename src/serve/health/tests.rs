@@ -180,7 +180,7 @@ fn the_body_has_the_fields_of_kube_proxy() {
             "lastUpdated": "2023-11-14T22:13:20Z",
             "currentTime": "2023-11-14T22:13:25Z",
             "nodeEligible": false,
-            "message": "the node is being removed, so traffic is to go to other nodes",
+            "message": "the node is being removed; send traffic to other nodes",
         })
     );
     let alive: Value = serde_json::from_str(&health.livez().body()).unwrap();
