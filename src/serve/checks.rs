@@ -89,8 +89,8 @@ const RETRY: Retry = Retry {
 /// Listens on the wanted ports and follows their changes until `shutdown` is true.
 ///
 /// Each answer also contains whether nftlet itself is healthy. Ports and connections use no more
-/// file descriptors than `quota` allows. `failed` is called for the first of consecutive failures to
-/// listen on a port for a service.
+/// file descriptors than `quota` allows. `failed` is called for the first of consecutive failures
+/// to listen on a port for a service.
 pub async fn serve_checks(
     wanted: watch::Receiver<Checks>,
     health: Health,
@@ -178,7 +178,7 @@ impl Ports {
         self.close().await;
     }
 
-    /// Closes ports that are no longer wanted, opens new ones, and retries failed ones that are due.
+    /// Closes ports that are no longer wanted, opens new ones, and retries failed ones when due.
     async fn bring_to(&mut self, wanted: &Checks, failed: &(impl Fn(&CheckError) + Send + Sync)) {
         let before = std::mem::take(&mut self.known);
         for (port, state) in before {

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant, SystemTime};
 use serde_json::{Value, json};
 use tokio::sync::Notify;
 
-/// Half the time after which an unwritten change makes nftlet unhealthy: the default of kube-proxy's
-/// `nftables.syncPeriod`.
+/// Half the time after which an unwritten change makes nftlet unhealthy: the default of
+/// kube-proxy's `nftables.syncPeriod`.
 pub const PERIOD: Duration = Duration::from_secs(30);
 
 /// The state from which probes are answered. Clones share it.
@@ -293,8 +293,8 @@ impl Health {
         Status::new(now, &state, None, reasons)
     }
 
-    /// Answers `/readyz`. It fails before the rules of services and, if they are enforced, of network
-    /// policies have been written once.
+    /// Answers `/readyz`. It fails before the rules of services and, if they are enforced, of
+    /// network policies have been written once.
     pub fn readyz(&self) -> Status {
         let now = self.moment();
         let state = self.state();
@@ -323,8 +323,8 @@ impl Health {
         })
     }
 
-    /// Returns a message if no changes have arrived for too long. That is one period instead of two,
-    /// since it takes time to notice an outage.
+    /// Returns a message if no changes have arrived for too long. That is one period instead of
+    /// two, since it takes time to notice an outage.
     fn cut_off(&self, now: Moment) -> Option<String> {
         let outage = self.shared.outage.get()?()?;
         let lasts = now.monotonic.saturating_duration_since(outage.since);

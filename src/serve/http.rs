@@ -175,8 +175,8 @@ impl Page {
         }
     }
 
-    /// Builds the page. An expensive one is built on a thread of its own, so that it delays no other
-    /// request, and once at a time, even if clients disconnect and request it again.
+    /// Builds the page. An expensive one is built on a thread of its own, so that it delays no
+    /// other request, and once at a time, even if clients disconnect and request it again.
     async fn make(&self) -> (StatusCode, String) {
         let Some(turn) = &self.turn else {
             return (self.answer)();
@@ -384,7 +384,7 @@ async fn serve(listener: TcpListener, router: Arc<Router>, shutdown: watch::Rece
     serve_within(limits, &share, listener, router, shutdown).await;
 }
 
-/// Answers requests as [`serve`] does, within `limits`, with connections that count towards `share`.
+/// Answers requests as [`serve`] does, within `limits`. Connections count towards `share`.
 pub(super) async fn serve_within<A: Answer>(
     limits: Limits,
     share: &Arc<Share>,

@@ -18,7 +18,8 @@ pub struct Quota {
     pub(super) connections: usize,
 }
 
-/// Descriptors for nftlet itself: twice 64 connections for probes and metrics, and fewer than 50 others.
+/// Descriptors for nftlet itself: twice 64 connections for probes and metrics, and fewer than 50
+/// others.
 const OWN: usize = 256;
 /// The maximum number of connections for health checks.
 const MOST: usize = 512;
@@ -38,8 +39,8 @@ impl Quota {
     }
 }
 
-/// A bound on connections. When it is reached, a new connection displaces the oldest one of the port
-/// with most connections, so that a client that holds many displaces its own.
+/// A bound on connections. When it is reached, a new connection displaces the oldest one of the
+/// port with most connections, so that a client that holds many displaces its own.
 #[derive(Debug)]
 pub(super) struct Share {
     free: Arc<Semaphore>,
@@ -72,8 +73,8 @@ impl Share {
         })
     }
 
-    /// Waits for a seat for a connection of a port with at most `most` connections. If all seats are
-    /// taken, an older connection is dismissed.
+    /// Waits for a seat for a connection of a port with at most `most` connections. If all seats
+    /// are taken, an older connection is dismissed.
     pub(super) async fn enter(self: &Arc<Self>, port: u16, most: usize) -> Option<Seat> {
         let made_room = self.held().make_room_at(port, most);
         let permit = match self.free.clone().try_acquire_owned() {

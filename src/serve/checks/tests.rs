@@ -34,9 +34,12 @@ impl Bench {
         let health = Health::new(PERIOD);
         health.synced();
         let failures = Arc::new(Mutex::new(Vec::new()));
-        let heard = Arc::clone(&failures);
+        let reported = Arc::clone(&failures);
         let failed = move |error: &CheckError| {
-            heard.lock().unwrap().push((error.to_string(), error.again));
+            reported
+                .lock()
+                .unwrap()
+                .push((error.to_string(), error.again));
         };
         let ports = Ports::new(QUICK, quota, receiver.clone(), health.clone());
         let manager = ports.follow(receiver, failed, stopped);
@@ -243,13 +246,13 @@ async fn held_connections_of_all_ports_share_a_bound_and_exclude_no_client() {
     for port in ports {
         expect(port, Some("200")).await;
     }
-    // All but those that have a seat were closed: nothing else ends them before ten seconds.
+    // Connections without a seat were closed: nothing else ends them before ten seconds.
     let closed = tokio::time::timeout(PATIENCE, async {
         for stream in &mut held[..52] {
             let _ = stream.read_to_end(&mut Vec::new()).await;
         }
     });
-    closed.await.expect("those that gave way are closed");
+    closed.await.expect("displaced connections are closed");
 }
 
 #[tokio::test]

@@ -3,7 +3,7 @@ use std::time::UNIX_EPOCH;
 
 use super::*;
 
-/// A health whose clock stands until it is moved.
+/// Creates a health with a clock that only moves when it is advanced.
 fn at_rest() -> (Health, impl Fn(u64)) {
     let passed = Arc::new(AtomicU64::new(0));
     let begin = Instant::now();

@@ -448,7 +448,7 @@ async fn a_page_that_takes_long_holds_up_nothing_and_is_made_once_at_a_time() {
     tokio::spawn(serve(listener, Arc::new(router), stopped));
     let connect = async || Client(TcpStream::connect(address).await.unwrap());
     let mut clients = Vec::new();
-    // More than the server keeps: those that are driven out leave their page behind.
+    // More than the server keeps: displaced connections leave their page unread.
     for _ in 0..100 {
         let mut client = connect().await;
         client
