@@ -138,7 +138,7 @@ pub(super) fn run(start: Start) -> Result<(), Error> {
         missed,
         audits,
         ready,
-        queries: observers.questions,
+        queries: observers.queries,
     };
     let exit = single_threaded()?.block_on(sync::run(&mut controller, received, signals, &health));
 

@@ -1,4 +1,4 @@
-//! Following the kernel's notifications, also after errors.
+//! Follows the kernel's notifications, also after errors.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -9,19 +9,19 @@ use super::Error;
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
-/// Notifications of one kind, and what is done about them.
+/// Notifications of one kind, and their handler.
 pub(super) trait Notifications {
-    /// What they are about, for the log.
+    /// The subject of the notifications, for the log.
     const ABOUT: &'static str;
 
-    /// Begins to listen, with a new socket where there was one before, and makes up for what was missed.
+    /// Opens a new socket, and handles changes missed before.
     fn listen(&mut self) -> Result<(), Error>;
 
-    /// Waits for notifications and acts on them.
+    /// Waits for notifications and handles them.
     fn wait(&mut self) -> Result<(), Error>;
 }
 
-/// Acts on notifications for ever. Listens again after an error.
+/// Handles notifications forever. Listens again after an error.
 pub(super) fn follow(notifications: impl Notifications) {
     follow_until(notifications, |time| {
         thread::sleep(time);
@@ -29,7 +29,7 @@ pub(super) fn follow(notifications: impl Notifications) {
     });
 }
 
-/// Acts on notifications until `pause` returns true.
+/// Handles notifications until `pause` returns true.
 fn follow_until<N: Notifications>(mut notifications: N, pause: impl Fn(Duration) -> bool) {
     let (mut failed, mut time) = (false, FIRST_PAUSE);
     loop {
@@ -37,7 +37,7 @@ fn follow_until<N: Notifications>(mut notifications: N, pause: impl Fn(Duration)
         let error = match notifications.listen() {
             Ok(()) => {
                 if std::mem::take(&mut failed) {
-                    tracing::info!("{} are noticed again", N::ABOUT);
+                    tracing::info!("notifications about {} are received again", N::ABOUT);
                 }
                 loop {
                     if let Err(error) = notifications.wait() {
@@ -48,7 +48,10 @@ fn follow_until<N: Notifications>(mut notifications: N, pause: impl Fn(Duration)
             Err(error) => error,
         };
         if !std::mem::replace(&mut failed, true) {
-            tracing::warn!("{error}; {} are not noticed until this works", N::ABOUT);
+            tracing::warn!(
+                "{error}; no notifications about {} until this succeeds",
+                N::ABOUT
+            );
         }
         if began.elapsed() > LONGEST_PAUSE {
             time = FIRST_PAUSE;

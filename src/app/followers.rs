@@ -1,4 +1,4 @@
-//! Starts the followers: each has a thread, and they end with the controller or the process.
+//! Starts the followers, each on a thread of its own.
 
 use std::thread;
 
@@ -15,23 +15,23 @@ use crate::policies::LOG_GROUP;
 use crate::settings::{LogFormat, Settings};
 use crate::sync::{Followers, LogAndSend, Query};
 
-/// Questions that may wait for the reconciler.
-const QUESTIONS: usize = 64;
+/// The number of queries that may wait for the main loop.
+const QUERIES: usize = 64;
 
-/// What the reconciler and its loop need to know of those around.
+/// Inputs that the followers provide.
 #[derive(Default)]
 pub(super) struct Observers {
-    pub(super) questions: Option<mpsc::Receiver<Query>>,
-    /// The group that denied packets are to be sent to.
+    pub(super) queries: Option<mpsc::Receiver<Query>>,
+    /// The NFLOG group that receives denied packets.
     pub(super) log_group: Option<u16>,
 }
 
-/// Whether there are policies to be looked after.
+/// Returns whether followers of policies run.
 pub(super) fn is_on(args: &Settings) -> bool {
     args.network_policy.is_on() && !args.once
 }
 
-/// Starts the threads that are asked for. They end with the reconciler or the process.
+/// Starts the followers that the settings request. They end with the main loop or the process.
 pub(super) fn start(
     args: &Settings,
     metrics: &Metrics,
@@ -39,12 +39,12 @@ pub(super) fn start(
     reporter: &LogAndSend,
 ) -> Result<Observers, Error> {
     let mut observers = Observers::default();
-    let (ask, questions) = mpsc::channel(QUESTIONS);
+    let (ask, queries) = mpsc::channel(QUERIES);
     if !args.once {
-        observers.questions = Some(questions);
+        observers.queries = Some(queries);
         forget(metrics, followers, reporter, ask.clone())?;
     }
-    // A kernel without such groups would refuse the rules that log, and all others with them.
+    // A kernel without NFLOG would reject the rules that log, and the whole transaction with them.
     let reader = open_log(args);
     observers.log_group = reader.as_ref().map(|_| LOG_GROUP);
     if !is_on(args) {
@@ -65,8 +65,8 @@ pub(super) fn start(
     Ok(observers)
 }
 
-/// Starts the thread that forgets clients whose endpoint is gone, and looks for those that cannot
-/// be remembered.
+/// Starts the thread that removes stale session affinity and reports clients that cannot be
+/// remembered.
 fn forget(
     metrics: &Metrics,
     followers: &mut Followers,
@@ -83,14 +83,14 @@ fn forget(
     spawn("clients", "the thread that forgets clients", work)
 }
 
-/// Opens what reads denied packets, where they are to be logged and can be.
+/// Opens the reader of denied packets, if requested and possible.
 fn open_log(args: &Settings) -> Option<LogReader> {
     let wanted = args.log_denied && args.network_policy.is_on();
     let opened = wanted.then(|| LogReader::open(LOG_GROUP))?;
-    let told = opened.inspect_err(|error| {
+    let opened = opened.inspect_err(|error| {
         tracing::warn!("{error}; policies are enforced, denied packets are not logged");
     });
-    told.ok()
+    opened.ok()
 }
 
 pub(super) fn spawn(

@@ -1,4 +1,4 @@
-//! What runs on the I/O thread: the source, the HTTP ports, and the signal handlers.
+//! The I/O thread, which runs the source, the HTTP ports, and the signal handlers.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -23,33 +23,33 @@ use crate::settings::file::{self, Ended, File};
 use crate::source::{ServerFault, SourceStats};
 use crate::sync::{LogAndSend, Reporter};
 
-/// How often reports without a line of their own are counted in the log.
+/// How often the log summarizes reports that have no line of their own.
 const COUNT_EVERY: Duration = Duration::from_secs(60);
 
-/// What runs on the I/O thread.
+/// The state of the I/O thread.
 pub(super) struct IoThread {
     pub(super) args: Settings,
-    /// The configuration file that the settings come from.
+    /// The contents of the configuration file, if there is one.
     pub(super) file: Option<File>,
     pub(super) pages: Pages,
     pub(super) node_name: String,
     pub(super) metrics: Metrics,
     pub(super) health: Health,
     pub(super) health_checks: watch::Receiver<Checks>,
-    /// The descriptors for them.
+    /// The file descriptors for health checks.
     pub(super) quota: Quota,
     pub(super) isolated: watch::Receiver<Isolated>,
     pub(super) stop: watch::Sender<bool>,
     pub(super) stopped: watch::Receiver<bool>,
     pub(super) reporter: LogAndSend,
-    /// What the reporters send.
+    /// Receives the notices of all reporters.
     pub(super) notices: mpsc::Receiver<Notice>,
-    /// Told when a port becomes free that somebody else had.
+    /// Receives a message when a port held by another process becomes free.
     pub(super) freed: std::sync::mpsc::Sender<()>,
 }
 
 impl IoThread {
-    /// Starts everything, says so, and works until asked to stop.
+    /// Starts all tasks, reports the result through `ready`, and runs until stopped.
     pub(super) fn run(
         self,
         events: mpsc::Sender<Delivery>,
@@ -77,7 +77,7 @@ impl IoThread {
                 }
             }
         });
-        // A question to a DNS server that does not answer would hold up the end.
+        // An unanswered DNS query would delay the exit.
         runtime.shutdown_background();
     }
 
@@ -138,8 +138,7 @@ impl IoThread {
             }
             tasks.push(tokio::spawn(cluster.run(events, stopped)));
         }
-        // Not before: until here this thread may have waited for standard input, and nobody
-        // would have looked at a signal.
+        // Not earlier: while this thread reads standard input, it cannot handle signals.
         tasks.push(self.handle_signals()?);
         tasks.extend(self.serve_http()?);
         tasks.extend(self.follow_configuration());
@@ -178,7 +177,7 @@ impl IoThread {
         }))
     }
 
-    /// Ends the process when the configuration file becomes another one that can be used.
+    /// Ends the process when the configuration file changes and is valid.
     fn follow_configuration(&self) -> Option<tokio::task::JoinHandle<()>> {
         let (path, file) = (self.args.config.clone()?, self.file.clone()?);
         if self.args.once {
@@ -189,25 +188,26 @@ impl IoThread {
             match file::follow(path.clone(), file, stopped).await {
                 Ok(Ended::Changed) => {
                     tracing::info!(
-                        "{} has changed; ending, to be started again with it",
+                        "{} has changed; exiting, to be restarted with the new settings",
                         path.display()
                     );
                     stop.send_replace(true);
                 }
                 Ok(Ended::Stopped) => {}
                 Err(error) => {
-                    tracing::error!("{error}; a change takes effect with the next start");
+                    tracing::error!("{error}; changes take effect with the next start");
                 }
             }
         }))
     }
 
-    /// How the operator knows the setting of a port: by its flag, or by its field in the file.
+    /// Returns the name of a setting in messages: its field if there is a configuration file, its
+    /// flag otherwise.
     fn name_of(&self, flag: &'static str, field: &'static str) -> &'static str {
         if self.file.is_some() { field } else { flag }
     }
 
-    /// Opens the ports that are asked for.
+    /// Opens the configured ports.
     fn serve_http(&self) -> Result<Vec<tokio::task::JoinHandle<()>>, Error> {
         let mut tasks = Vec::new();
         if let Some(address) = self.args.healthz_address() {

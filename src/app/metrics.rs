@@ -7,8 +7,8 @@ use crate::serve::http::HttpMetrics;
 use crate::serve::metrics::Registry;
 use crate::sync::SyncMetrics;
 
-/// The metrics of all modules, and the registry that shows them. Those of a cluster are registered
-/// when it is connected.
+/// The metrics of all modules, and their registry. The metrics of a cluster are registered after it
+/// is connected.
 #[derive(Clone, Debug)]
 pub(super) struct Metrics {
     pub(super) registry: Registry,
@@ -23,7 +23,7 @@ impl Metrics {
     ///
     /// # Errors
     ///
-    /// When two of them have one name.
+    /// If two of them have the same name.
     pub(super) fn register(log: &LogQueue) -> Result<Self, prometheus::Error> {
         let registry = Registry::new()?;
         registry.add_log(log.clone())?;

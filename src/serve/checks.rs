@@ -1,9 +1,9 @@
 //! The health checks of services (`healthCheckNodePort`).
 //!
 //! A load balancer asks each node, on a port of the service's own, whether the service has
-//! endpoints there. The wanted ports come through a watch channel; [`serve_checks`] keeps one
-//! listener for each of them. What a port answers is read from the same channel at the moment of
-//! the question, so a new number of endpoints needs no work here.
+//! endpoints there. The wanted ports arrive through a watch channel; [`serve_checks`] keeps one
+//! listener for each. Each request reads the number of endpoints from the same channel, so a
+//! change of that number needs no work here.
 
 use std::collections::BTreeMap;
 use std::future::pending;
@@ -32,54 +32,49 @@ use super::share::Share;
 
 pub use super::share::Quota;
 
-/// The header by which load balancers weigh nodes.
+/// The header from which load balancers take the weight of a node.
 const WEIGHT: &str = "x-load-balancing-endpoint-weight";
 
-/// The wanted health checks by their port.
+/// The wanted health checks, by port.
 pub type Checks = BTreeMap<u16, Check>;
 
 /// The health check of one service.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Check {
-    /// The namespace of the service.
     pub namespace: String,
-    /// The name of the service.
     pub name: String,
-    /// How many endpoints on this node are ready.
+    /// The number of ready endpoints on this node.
     pub local_endpoints: usize,
 }
 
-/// A port of a health check that cannot be listened on.
+/// A failure to listen on the port of a health check.
 #[derive(Debug, Error)]
 #[error("cannot listen on healthCheckNodePort {port}: {source}; load balancers get no answer from this node; {hint}", hint = hint(.source))]
 pub struct CheckError {
-    /// The port.
     pub port: u16,
-    /// Whose check it is.
     pub check: Check,
-    /// Whether an earlier attempt for the same service and port failed as well.
+    /// Whether the previous attempt for the same service and port failed, too.
     pub again: bool,
-    /// The error of the socket.
     pub source: io::Error,
 }
 
-/// How to mend a port that cannot be listened on.
+/// Returns advice for the operator.
 fn hint(error: &io::Error) -> &'static str {
     match error.kind() {
         io::ErrorKind::AddrInUse => {
-            "stop the program that holds the port, or give the service another healthCheckNodePort (it is tried again)"
+            "stop the program that holds the port, or give the service another healthCheckNodePort (nftlet retries)"
         }
         io::ErrorKind::PermissionDenied => {
-            "choose a port above 1023 or grant the capability NET_BIND_SERVICE (it is tried again)"
+            "choose a port above 1023 or grant the capability NET_BIND_SERVICE (nftlet retries)"
         }
         _ if error.raw_os_error() == Some(Errno::MFILE.raw_os_error()) => {
-            "let nftlet open more files (the hard limit of nofile, LimitNOFILE= of the container runtime), or have fewer such services (it is tried again)"
+            "raise the hard limit of open files (LimitNOFILE= of the container runtime), or use fewer services with a healthCheckNodePort (nftlet retries)"
         }
-        _ => "it is tried again",
+        _ => "nftlet retries",
     }
 }
 
-/// How long to wait before a port is tried again: from the shortest on, twice as long each time.
+/// The pauses between attempts to listen on a port; each is twice as long as the one before.
 #[derive(Clone, Copy, Debug)]
 struct Retry {
     shortest: Duration,
@@ -91,11 +86,11 @@ const RETRY: Retry = Retry {
     longest: Duration::from_secs(60),
 };
 
-/// Listens on the wanted ports, whichever they are at the time, until `shutdown` turns true.
+/// Listens on the wanted ports and follows their changes until `shutdown` is true.
 ///
-/// Each answer also says whether nftlet itself is healthy. Ports and connections use no more
-/// descriptors than `quota` allows. `failed` is called for the first failed attempt to listen on a
-/// port for a service.
+/// Each answer also contains whether nftlet itself is healthy. Ports and connections use no more
+/// file descriptors than `quota` allows. `failed` is called for the first of consecutive failures
+/// to listen on a port for a service.
 pub async fn serve_checks(
     wanted: watch::Receiver<Checks>,
     health: Health,
@@ -121,10 +116,10 @@ async fn until(moment: Option<Instant>) {
     }
 }
 
-/// The ports and how far each has come.
+/// The ports and their states.
 struct Ports {
     retry: Retry,
-    /// How many may be open.
+    /// The maximum number of open ports.
     most: usize,
     connections: Arc<Share>,
     answers: watch::Receiver<Checks>,
@@ -133,18 +128,18 @@ struct Ports {
 }
 
 enum Port {
-    /// Requests are answered until the sender goes away.
+    /// Requests are answered until the sender is dropped.
     Open {
         stop: watch::Sender<bool>,
         server: JoinHandle<()>,
     },
-    /// It could not be listened on.
+    /// The last attempt to listen failed.
     Waiting {
         attempt: Instant,
         wait: Duration,
         service: (String, String),
     },
-    /// No longer wanted; the last connections are about to end.
+    /// No longer wanted; the last connections are ending.
     Closing(JoinHandle<()>),
 }
 
@@ -160,7 +155,7 @@ impl Ports {
         }
     }
 
-    /// Brings the ports to what is wanted until the shutdown.
+    /// Opens and closes ports as the wanted checks change, until the shutdown.
     async fn follow(
         mut self,
         mut wanted: watch::Receiver<Checks>,
@@ -173,7 +168,7 @@ impl Ports {
             tokio::select! {
                 () = stopped(&mut shutdown) => break,
                 changed = wanted.changed() => if changed.is_err() {
-                    // Nothing can change any more; what is open stays open until the end.
+                    // The sender was dropped: the open ports stay open until the shutdown.
                     stopped(&mut shutdown).await;
                     break;
                 },
@@ -183,7 +178,7 @@ impl Ports {
         self.close().await;
     }
 
-    /// Closes what is not wanted any more and opens what is new or due to be tried again.
+    /// Closes ports that are no longer wanted, opens new ones, and retries failed ones when due.
     async fn bring_to(&mut self, wanted: &Checks, failed: &(impl Fn(&CheckError) + Send + Sync)) {
         let before = std::mem::take(&mut self.known);
         for (port, state) in before {
@@ -204,7 +199,7 @@ impl Ports {
         }
     }
 
-    /// Opens a wanted port unless it is open or it is too early to try again.
+    /// Opens a wanted port unless it is open already or its next attempt is not due yet.
     async fn attend(
         &mut self,
         port: u16,
@@ -234,7 +229,7 @@ impl Ports {
                 Some(wait)
             }
             Some(Port::Closing(server)) => {
-                // The port came back at once. Its old connections end within the grace period.
+                // The port is wanted again. Its old connections end within the grace period.
                 finished(server).await;
                 None
             }
@@ -308,7 +303,7 @@ impl Ports {
             Port::Open { server, .. } | Port::Closing(server) => Some(server),
             Port::Waiting { .. } => None,
         });
-        // Collected first: all are told to end before any is waited for.
+        // Collected first, so that all are stopped before any is awaited.
         let servers: Vec<_> = servers.collect();
         for server in servers {
             finished(server).await;
@@ -322,7 +317,7 @@ async fn finished(server: JoinHandle<()>) {
     }
 }
 
-/// Answers on one port. Load balancers differ in the method and path they use, so any will do.
+/// Answers on one port, to any method and path, since load balancers differ in both.
 struct Answers {
     port: u16,
     checks: watch::Receiver<Checks>,
@@ -334,11 +329,11 @@ impl Answer for Answers {
         let healthy = self.health.proxy_healthy();
         match self.checks.borrow().get(&self.port) {
             Some(check) => check.answer(healthy),
-            // A connection that outlives the check.
+            // The connection was accepted before the check was removed.
             None => respond(
                 StatusCode::SERVICE_UNAVAILABLE,
                 TEXT,
-                "no service has this healthCheckNodePort any more\n".to_owned(),
+                "no service has this healthCheckNodePort\n".to_owned(),
             ),
         }
     }

@@ -1,8 +1,8 @@
 //! The health of nftlet, and its answers to probes.
 //!
-//! The loop and the source set a [`Health`]; probes read it. `/healthz` says whether load balancers
-//! should send traffic to this node, `/livez` whether a restart could help, and `/readyz` whether the
-//! rules of services and of network policies were written once.
+//! The main loop and the source set a [`Health`]; probes read it. `/healthz` shows whether load
+//! balancers should send traffic to this node, `/livez` whether nftlet should be restarted, and
+//! `/readyz` whether the rules of services and of network policies have been written once.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -11,11 +11,11 @@ use std::time::{Duration, Instant, SystemTime};
 use serde_json::{Value, json};
 use tokio::sync::Notify;
 
-/// How long a round of work may take before it counts as late, twice over; kube-proxy's
-/// `--iptables-sync-period` and the like.
+/// Half the time after which an unwritten change makes nftlet unhealthy: the default of
+/// kube-proxy's `nftables.syncPeriod`.
 pub const PERIOD: Duration = Duration::from_secs(30);
 
-/// What the health of nftlet depends on. Clones share it.
+/// The state from which probes are answered. Clones share it.
 #[derive(Clone)]
 pub struct Health {
     shared: Arc<Shared>,
@@ -26,7 +26,7 @@ struct Shared {
     outage: OnceLock<Box<dyn Fn() -> Option<Outage> + Send + Sync>>,
     clock: Box<dyn Fn() -> Moment + Send + Sync>,
     state: Mutex<State>,
-    /// Wakes those that wait for the answer to `/readyz` to change.
+    /// Wakes requests that wait for a change of the answer to `/readyz`.
     written: Notify,
 }
 
@@ -36,34 +36,33 @@ struct State {
     oldest_queued: Option<Instant>,
     failure: Option<String>,
     node_going_away: bool,
-    /// Whether there are network policies to wait for.
+    /// Whether `/readyz` waits for network policies.
     policies_expected: bool,
     policies_were_in_force: bool,
-    /// What keeps them from being in force.
+    /// Why the policies are not in force.
     policies_missing: Option<String>,
 }
 
-/// Something outside of this process that keeps changes from coming.
+/// A condition outside of this process that keeps changes from arriving.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Outage {
     /// When it was noticed.
     pub since: Instant,
-    /// What it is.
+    /// The cause, as probes show it.
     pub message: String,
 }
 
-/// One instant on both clocks: ages come from the one that nobody can set, what is shown from
-/// the one on the wall.
+/// One instant on two clocks: the monotonic one for ages, the wall clock for display.
 #[derive(Clone, Copy, Debug)]
 pub struct Moment {
-    /// The clock that only runs forward.
+    /// The time of the monotonic clock.
     pub monotonic: Instant,
-    /// The date and time.
+    /// The time of the wall clock.
     pub wall: SystemTime,
 }
 
 impl Moment {
-    /// This very moment.
+    /// Reads both clocks.
     pub fn now() -> Self {
         Self {
             monotonic: Instant::now(),
@@ -72,23 +71,23 @@ impl Moment {
     }
 }
 
-/// The questions that are asked about nftlet.
+/// The probes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Probe {
-    /// `/healthz`: should this node get traffic?
+    /// `/healthz`: whether this node should get traffic.
     Healthz,
-    /// `/livez`: does nftlet keep up with the changes? Not answered with no while it waits for
-    /// the cluster or while the node goes away, since a restart would mend neither.
+    /// `/livez`: whether nftlet writes changes in time. It does not fail while the API server is
+    /// unreachable or the node is being removed, since a restart would not help.
     Livez,
-    /// `/readyz`: did it write the rules of services and of network policies once?
+    /// `/readyz`: whether the rules of services and of network policies have been written once.
     Readyz,
 }
 
 impl Probe {
-    /// All of them.
+    /// All probes.
     pub const ALL: [Self; 3] = [Self::Healthz, Self::Livez, Self::Readyz];
 
-    /// The path of the probe.
+    /// Returns the path of the probe.
     pub fn path(self) -> &'static str {
         match self {
             Self::Healthz => "/healthz",
@@ -101,27 +100,27 @@ impl Probe {
 /// The answer to a probe.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Status {
-    /// Whether the answer is yes.
+    /// Whether the probe succeeds.
     pub healthy: bool,
-    /// When the rules were last known to be right; the current time while all is well, as with
-    /// kube-proxy. Nothing before the first rules stand.
+    /// When the rules were last known to be correct; now, while healthy. `None` before the first
+    /// rules are in force.
     pub last_updated: Option<SystemTime>,
-    /// When the question was asked.
+    /// The time of the request.
     pub current_time: SystemTime,
-    /// Whether the node stays; only `/healthz` tells.
+    /// Whether the node stays; only for `/healthz`.
     pub node_eligible: Option<bool>,
-    /// Why the answer is no.
+    /// Why the probe fails.
     pub message: Option<String>,
 }
 
 impl Status {
-    /// The HTTP status: 200 or 503.
+    /// Returns the HTTP status: 200 or 503.
     pub fn code(&self) -> u16 {
         if self.healthy { 200 } else { 503 }
     }
 
-    /// The body, in JSON: kube-proxy's fields, times as RFC 3339 has them, and `message` where
-    /// the answer is no.
+    /// Returns the body in JSON: kube-proxy's fields, with times in the format of RFC 3339, and
+    /// `message` if the probe fails.
     pub fn body(&self) -> String {
         let mut body = json!({
             "lastUpdated": self.last_updated.map_or(Value::Null, rfc3339),
@@ -140,13 +139,13 @@ impl Status {
 }
 
 impl Health {
-    /// A new state, in which nothing was written yet. A change may wait for twice the period
-    /// ([`PERIOD`]) before it makes nftlet unhealthy.
+    /// Creates a state in which no rules are written yet. A change may wait for twice the period
+    /// (normally [`PERIOD`]) before it makes nftlet unhealthy.
     pub fn new(period: Duration) -> Self {
         Self::with_clock(period, Moment::now)
     }
 
-    /// As [`Health::new`], with the clock to read.
+    /// Creates a state as [`Health::new`] does, with another clock.
     pub fn with_clock(
         period: Duration,
         clock: impl Fn() -> Moment + Send + Sync + 'static,
@@ -162,21 +161,21 @@ impl Health {
         }
     }
 
-    /// A change was received that is not in the kernel yet. Its age counts from now unless an
-    /// older one waits already.
+    /// Records that a change was received and is not in the kernel yet. Its age counts from now
+    /// unless an older one waits already.
     pub fn queued(&self) {
         let now = self.moment().monotonic;
         self.state().oldest_queued.get_or_insert(now);
     }
 
-    /// What was received cannot be written before more comes from the cluster, so that no change
-    /// waits for the kernel.
+    /// Records that the received changes cannot be written before more objects arrive from the
+    /// cluster, so that no change waits for the kernel.
     pub fn incomplete(&self) {
         self.state().oldest_queued = None;
     }
 
-    /// The rules in the kernel are those wanted, with every change that was queued so far. One
-    /// that came too late for this round is to be announced again with [`Health::queued`].
+    /// Records that the rules in the kernel include every change queued so far. Call
+    /// [`Health::queued`] again for a change that arrived too late to be included.
     pub fn synced(&self) {
         let now = self.moment().wall;
         let mut state = self.state();
@@ -187,8 +186,8 @@ impl Health {
         self.shared.written.notify_waiters();
     }
 
-    /// Writing the rules failed. What was to be written waits on, and `message` is shown once it
-    /// has waited too long.
+    /// Records that writing the rules failed. Their changes keep waiting, and `message` is shown
+    /// once they have waited too long.
     pub fn failed(&self, message: impl Into<String>) {
         let now = self.moment().monotonic;
         let mut state = self.state();
@@ -196,31 +195,30 @@ impl Health {
         state.failure = Some(message.into());
     }
 
-    /// Nobody knows whether the rules are in place: they were when last asked, at `since`, and now
-    /// the kernel does not answer.
+    /// Records that the kernel does not answer; it last answered at `since`.
     pub fn unanswered(&self, since: Instant, message: impl Into<String>) {
         let mut state = self.state();
         state.oldest_queued.get_or_insert(since);
         state.failure = Some(message.into());
     }
 
-    /// The time a round of work may take, twice over, before it counts as late.
+    /// Returns half the time that a change may wait before it makes nftlet unhealthy.
     pub fn period(&self) -> Duration {
         self.shared.period
     }
 
-    /// Tells whether the node is being deleted or is about to be (the taint
+    /// Records whether the node is being deleted or is about to be (the taint
     /// `ToBeDeletedByClusterAutoscaler`).
     pub fn node_going_away(&self, going: bool) {
         self.state().node_going_away = going;
     }
 
-    /// Has `/readyz` wait for network policies.
+    /// Makes `/readyz` wait for network policies.
     pub fn expect_policies(&self) {
         self.state().policies_expected = true;
     }
 
-    /// Notes that network policies are in force, or what keeps them from being so.
+    /// Records that network policies are in force, or why they are not.
     pub fn policies(&self, in_force: Result<(), String>) {
         let mut state = self.state();
         state.policies_were_in_force |= in_force.is_ok();
@@ -229,19 +227,18 @@ impl Health {
         self.shared.written.notify_waiters();
     }
 
-    /// Names whom to ask whether changes still come from the cluster. The first one named is asked
-    /// with every `/healthz`.
+    /// Sets the function that reports an outage of the source. Only the first call has an effect.
     pub fn depends_on(&self, outage: impl Fn() -> Option<Outage> + Send + Sync + 'static) {
-        // A second one would be a mistake of the composition root, and changes nothing.
+        // The agent sets it once.
         let _ = self.shared.outage.set(Box::new(outage));
     }
 
-    /// Whether the rules have been written once.
+    /// Returns whether the rules of services have been written once.
     pub fn ready(&self) -> bool {
         self.state().last_synced.is_some()
     }
 
-    /// Waits until the answer to `/readyz` is yes.
+    /// Waits until `/readyz` succeeds.
     pub async fn until_ready(&self) {
         loop {
             let written = self.shared.written.notified();
@@ -252,8 +249,8 @@ impl Health {
         }
     }
 
-    /// Whether the rules are in place and follow the changes. The fate of the node, which
-    /// `/healthz` tells as well, does not count.
+    /// Returns whether the rules are in place and changes are written in time, whether or not the
+    /// node is being removed.
     pub fn proxy_healthy(&self) -> bool {
         let now = self.moment();
         let state = self.state();
@@ -269,15 +266,15 @@ impl Health {
         }
     }
 
-    /// The answer to `/healthz`: no before the rules have been written once, while a change has
-    /// waited too long, while changes have not come for a period, and while the node goes away.
+    /// Answers `/healthz`. It fails before the rules have been written once, while a change has
+    /// waited too long, while the source has been cut off for a period, and while the node is being
+    /// removed.
     pub fn healthz(&self) -> Status {
         let now = self.moment();
         let state = self.state();
         let mut reasons = Vec::new();
         if state.node_going_away {
-            reasons
-                .push("the node is being removed, so traffic is to go to other nodes".to_owned());
+            reasons.push("the node is being removed; send traffic to other nodes".to_owned());
         }
         match self.late(&state, now) {
             Some(late) => reasons.push(late),
@@ -288,7 +285,7 @@ impl Health {
         Status::new(now, &state, Some(eligible), reasons)
     }
 
-    /// The answer to `/livez`: no while a change has waited too long.
+    /// Answers `/livez`. It fails while a change has waited too long.
     pub fn livez(&self) -> Status {
         let now = self.moment();
         let state = self.state();
@@ -296,8 +293,8 @@ impl Health {
         Status::new(now, &state, None, reasons)
     }
 
-    /// The answer to `/readyz`: no before the rules of services were written once, and those of
-    /// network policies where they are to be enforced.
+    /// Answers `/readyz`. It fails before the rules of services and, if they are enforced, of
+    /// network policies have been written once.
     pub fn readyz(&self) -> Status {
         let now = self.moment();
         let state = self.state();
@@ -310,7 +307,7 @@ impl Health {
         Status::new(now, &state, None, reasons)
     }
 
-    /// Says so where the oldest change has waited too long.
+    /// Returns a message if the oldest change has waited too long.
     fn late(&self, state: &State, now: Moment) -> Option<String> {
         let waited = now
             .monotonic
@@ -326,8 +323,8 @@ impl Health {
         })
     }
 
-    /// Says so where no changes have come for too long. Noticing that took some time, so that a
-    /// period is left of the two that a change may wait.
+    /// Returns a message if no changes have arrived for too long. That is one period instead of
+    /// two, since it takes time to notice an outage.
     fn cut_off(&self, now: Moment) -> Option<String> {
         let outage = self.shared.outage.get()?()?;
         let lasts = now.monotonic.saturating_duration_since(outage.since);
@@ -342,7 +339,7 @@ impl Health {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        // Every change of the state is a plain assignment, so a panic elsewhere leaves it whole.
+        // Every change of the state is a plain assignment, so a panic leaves it consistent.
         self.shared
             .state
             .lock()
@@ -350,7 +347,7 @@ impl Health {
     }
 }
 
-/// Says so where the rules of services have never been written.
+/// Returns a message if the rules of services have never been written.
 fn unwritten(state: &State) -> Option<String> {
     let failure = state.failure.as_deref();
     let failure = failure.unwrap_or("the services of the cluster have not been read completely");
@@ -383,7 +380,7 @@ impl Status {
     }
 }
 
-/// A time in JSON; null for one so far away that it has no date.
+/// Formats a time for JSON; null if it is out of the range of dates.
 fn rfc3339(time: SystemTime) -> Value {
     jiff::Timestamp::try_from(time).map_or(Value::Null, |time| time.to_string().into())
 }

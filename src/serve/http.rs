@@ -1,9 +1,9 @@
 //! A small HTTP server for probes and metrics.
 //!
-//! The health port is open to the network, so the server is built to cost little whoever calls:
-//! requests have a small buffer and a deadline, connections live for a limited time, and when
-//! there are too many of them the oldest gives way (`Share`). A probe is answered within
-//! milliseconds, so that clients which merely hold connections only ever drive each other out.
+//! The health port is open to the network, so no client can cost it much: requests have a small
+//! buffer and a deadline, connections have a maximum lifetime, and when there are too many of them
+//! the oldest is closed (`Share`). A probe is answered within milliseconds, so clients that hold
+//! connections open displace only each other.
 
 use std::convert::Infallible;
 use std::fmt;
@@ -39,25 +39,25 @@ mod metrics;
 pub(super) const JSON: &str = "application/json";
 pub(super) const TEXT: &str = "text/plain; charset=utf-8";
 
-/// The version of the text format, which Prometheus asks for.
+/// The content type of Prometheus' text format.
 const METRICS: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// An error of the HTTP server.
 #[derive(Debug, Error)]
 pub enum Error {
-    /// An address cannot be listened on.
+    /// Listening on an address failed.
     #[error("cannot listen on {address}: {source}; {hint}", hint = hint(.flag, .source))]
     Bind {
         /// The address.
         address: SocketAddr,
-        /// The flag that it comes from.
+        /// The flag or field that configures it.
         flag: &'static str,
         /// The error of the socket.
         source: io::Error,
     },
 }
 
-/// How to mend an address that cannot be listened on.
+/// Returns advice for the operator.
 fn hint(flag: &str, error: &io::Error) -> String {
     let no_family = rustix::io::Errno::AFNOSUPPORT.raw_os_error();
     match error.kind() {
@@ -77,11 +77,10 @@ fn hint(flag: &str, error: &io::Error) -> String {
     }
 }
 
-/// Listens on an address. `flag` is the option that the operator can change it with.
+/// Listens on an address, which the operator configures with `flag`. Must be called in a runtime.
 ///
-/// `::` means all addresses of both families, and on a node without IPv6 those of IPv4. Has to be
-/// called in a runtime.
-pub fn bind(address: SocketAddr, flag: &'static str) -> Result<TcpListener, Error> {
+/// `::` means all addresses of both families, or of IPv4 on a node without IPv6.
+fn bind(address: SocketAddr, flag: &'static str) -> Result<TcpListener, Error> {
     listen(address).map_err(|source| Error::Bind {
         address,
         flag,
@@ -94,12 +93,12 @@ const RETRY: Duration = Duration::from_secs(1);
 
 /// Listens on an address and answers requests as [`serve`] does.
 ///
-/// Where the address cannot be bound, the error is logged and binding is retried; `bound_late` is
+/// If the address cannot be bound, the error is logged and binding is retried; `bound_late` is
 /// called when it succeeds.
 ///
 /// # Errors
 ///
-/// With `hard_fail`, when the address cannot be bound.
+/// With `hard_fail`, if the address cannot be bound.
 pub(crate) fn start(
     address: SocketAddr,
     flag: &'static str,
@@ -111,7 +110,7 @@ pub(crate) fn start(
     let bound = match bind(address, flag) {
         Err(error) if hard_fail => return Err(error),
         Err(error) => {
-            warn!("{error}; until then nftlet works without it and tries on");
+            warn!("{error}; nftlet runs without it and retries");
             None
         }
         Ok(listener) => Some(listener),
@@ -141,9 +140,9 @@ async fn bind_again(address: SocketAddr, flag: &'static str) -> TcpListener {
     }
 }
 
-/// The pages of a port.
+/// The pages that a port serves.
 #[derive(Default)]
-pub struct Router {
+pub(crate) struct Router {
     pages: Vec<Page>,
 }
 
@@ -151,33 +150,33 @@ struct Page {
     path: &'static str,
     content_type: &'static str,
     answer: Arc<dyn Fn() -> (StatusCode, String) + Send + Sync>,
-    /// Whose turn it is, for a page that takes long to make.
+    /// The lock that serializes requests for an expensive page.
     turn: Option<Arc<Mutex<()>>>,
-    /// Whose readiness a request may ask to wait for.
+    /// Set for probes: requests can wait until it is ready.
     waits_for: Option<Health>,
 }
 
-/// The longest time for which a request may ask to wait.
+/// The upper bound of `wait=SECONDS`.
 const LONGEST_WAIT: Duration = Duration::from_secs(60);
 
-/// For how long a request asks to wait: `wait=SECONDS` in its query.
-fn asked_to_wait(query: Option<&str>) -> Option<Duration> {
+/// Parses `wait=SECONDS` of a query.
+fn requested_wait(query: Option<&str>) -> Option<Duration> {
     let seconds = query?.split('&').find_map(|it| it.strip_prefix("wait="))?;
     let seconds = Duration::from_secs(seconds.parse().ok()?);
     Some(seconds.min(LONGEST_WAIT))
 }
 
 impl Page {
-    /// Waits until nftlet is ready, where this is a probe whose query asks for it.
+    /// Waits until nftlet is ready if this is a probe and the query contains `wait`.
     async fn wait(&self, query: Option<&str>) {
-        if let (Some(health), Some(patience)) = (&self.waits_for, asked_to_wait(query)) {
-            // What the answer is says whether it is.
+        if let (Some(health), Some(patience)) = (&self.waits_for, requested_wait(query)) {
+            // After a timeout, the answer shows that it is not ready.
             let _ = tokio::time::timeout(patience, health.until_ready()).await;
         }
     }
 
-    /// Makes the page. One that takes long is made on a thread of its own, so that nothing else
-    /// waits for it, and once at a time, however many ask for it and leave again.
+    /// Builds the page. An expensive one is built on a thread of its own, so that it delays no
+    /// other request, and once at a time, even if clients disconnect and request it again.
     async fn make(&self) -> (StatusCode, String) {
         let Some(turn) = &self.turn else {
             return (self.answer)();
@@ -190,23 +189,22 @@ impl Page {
             page
         });
         made.await.unwrap_or_else(|error| {
-            debug!("a page was not made: {error}");
-            let body = "the page could not be made\n".to_owned();
+            debug!("cannot build a page: {error}");
+            let body = "cannot build the page\n".to_owned();
             (StatusCode::INTERNAL_SERVER_ERROR, body)
         })
     }
 }
 
 impl Router {
-    /// A port without pages.
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self::default()
     }
 
-    /// Adds `/healthz`, `/livez` and `/readyz`. With `?wait=SECONDS` the answer is given when nftlet
-    /// is ready, or after so many seconds.
+    /// Adds `/healthz`, `/livez` and `/readyz`. With `?wait=SECONDS`, the answer is delayed until
+    /// nftlet is ready, at most by that time.
     #[must_use]
-    pub fn probes(mut self, health: &Health, metrics: &HttpMetrics) -> Self {
+    pub(crate) fn probes(mut self, health: &Health, metrics: &HttpMetrics) -> Self {
         for probe in Probe::ALL {
             let (health, metrics) = (health.clone(), metrics.clone());
             self.add(probe.path(), JSON, move || {
@@ -226,10 +224,9 @@ impl Router {
         self
     }
 
-    /// Adds `/metrics`, the page of a registry. It may take long to make, since some metrics are read
-    /// from the kernel.
+    /// Adds `/metrics`. It is expensive, since some metrics are read from the kernel.
     #[must_use]
-    pub fn metrics(mut self, registry: Registry) -> Self {
+    pub(crate) fn metrics(mut self, registry: Registry) -> Self {
         self.add("/metrics", METRICS, move || {
             (StatusCode::OK, registry.encode())
         });
@@ -241,7 +238,7 @@ impl Router {
 
     /// Adds a page of plain text.
     #[must_use]
-    pub fn text(
+    pub(crate) fn text(
         mut self,
         path: &'static str,
         page: impl Fn() -> String + Send + Sync + 'static,
@@ -252,7 +249,7 @@ impl Router {
 
     /// Adds a page of JSON.
     #[must_use]
-    pub fn json(
+    pub(crate) fn json(
         mut self,
         path: &'static str,
         page: impl Fn() -> String + Send + Sync + 'static,
@@ -261,8 +258,7 @@ impl Router {
         self
     }
 
-    /// The paths of the pages.
-    pub fn paths(&self) -> impl Iterator<Item = &'static str> {
+    pub(crate) fn paths(&self) -> impl Iterator<Item = &'static str> {
         self.pages.iter().map(|page| page.path)
     }
 
@@ -282,9 +278,8 @@ impl Router {
     }
 }
 
-/// What answers the requests that arrive at a port. Bodies are never read.
+/// Answers the requests of a port. Request bodies are never read.
 pub(super) trait Answer: Send + Sync + 'static {
-    /// Answers one request.
     fn answer(
         &self,
         method: &Method,
@@ -320,7 +315,7 @@ impl Answer for Router {
 async fn answer<B: Body>(by: &impl Answer, request: Request<B>) -> Response<Full<Bytes>> {
     let mut response = by.answer(request.method(), request.uri()).await;
     if !request.body().is_end_stream() {
-        // Nothing here takes a body: rather than read through it, the connection ends.
+        // Closing the connection avoids reading the body, which no page uses.
         let close = HeaderValue::from_static("close");
         response.headers_mut().insert(CONNECTION, close);
     }
@@ -346,17 +341,17 @@ pub(super) fn respond(
     response
 }
 
-/// What a client may use.
+/// Limits on the use of a port by clients.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Limits {
-    /// Connections at once of a port; one more drives out the oldest.
+    /// Simultaneous connections of a port; one more closes the oldest.
     connections: usize,
-    /// From the first moment of waiting for a request to its last header: the time for a client
-    /// to ask, and for an idle connection to be kept.
+    /// Time until a request's last header has arrived, which also bounds how long a connection
+    /// may be idle.
     request: Duration,
-    /// The life of a connection, whatever happens on it.
+    /// Lifetime of a connection, idle or not.
     connection: Duration,
-    /// To finish an answer that was begun when the connection has to end.
+    /// Time to finish an answer when the connection must end.
     grace: Duration,
     /// Size of a request's line and headers.
     header_bytes: usize,
@@ -371,25 +366,25 @@ impl Default for Limits {
             request: Duration::from_secs(10),
             connection: Duration::from_secs(120),
             grace: Duration::from_secs(1),
-            // The smallest that hyper has.
+            // The smallest size that hyper accepts.
             header_bytes: 8192,
             headers: 64,
         }
     }
 }
 
-/// How often it is logged that a port accepts no connections.
+/// How often failures to accept connections are logged.
 const LOG_EVERY: Duration = Duration::from_secs(300);
 
-/// Answers requests until `shutdown` turns true or its sender is gone; connections then get a
+/// Answers requests until `shutdown` is true or its sender is dropped; connections then have a
 /// second to finish.
-pub async fn serve(listener: TcpListener, router: Arc<Router>, shutdown: watch::Receiver<bool>) {
+async fn serve(listener: TcpListener, router: Arc<Router>, shutdown: watch::Receiver<bool>) {
     let limits = Limits::default();
     let share = Share::new(limits.connections);
     serve_within(limits, &share, listener, router, shutdown).await;
 }
 
-/// As [`serve`], within limits, and with connections that are part of a share.
+/// Answers requests as [`serve`] does, within `limits`. Connections count towards `share`.
 pub(super) async fn serve_within<A: Answer>(
     limits: Limits,
     share: &Arc<Share>,
@@ -408,7 +403,7 @@ pub(super) async fn serve_within<A: Answer>(
         };
         match accepted {
             Ok((stream, client)) => {
-                // Before the next one is accepted, so that connections without a seat are few.
+                // Awaited before the next accept, so that few connections are without a seat.
                 let seat = tokio::select! {
                     () = stopped(&mut shutdown) => break,
                     seat = share.enter(port, limits.connections) => seat,
@@ -418,13 +413,13 @@ pub(super) async fn serve_within<A: Answer>(
                 let attended = attend(limits, stream, client, answers, shutdown.clone());
                 connections.spawn(seated(seat, client, attended));
             }
-            // The client left before it was its turn.
+            // The client disconnected before the accept.
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
             Err(error) => {
-                // Most likely the process has no file descriptor left: trying again at once
-                // would only burn the CPU, and saying it each time would fill the log.
+                // Most likely no file descriptor is free: an immediate retry would only burn CPU,
+                // and logging each failure would fill the log.
                 if refused.add(Instant::now()).is_some() {
-                    warn!("cannot accept HTTP connections on port {port}, trying on: {error}");
+                    warn!("cannot accept HTTP connections on port {port}: {error}; nftlet retries");
                 }
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
@@ -434,11 +429,11 @@ pub(super) async fn serve_within<A: Answer>(
     while connections.join_next().await.is_some() {}
 }
 
-/// Attends to a connection until it ends or has to give way.
+/// Serves a connection until it ends or must make room for another.
 async fn seated(mut seat: Seat, client: SocketAddr, attended: impl Future<Output = ()>) {
     tokio::select! {
         () = attended => {}
-        () = seat.dismissed() => debug!("HTTP connection of {client} gives way to a newer one"),
+        () = seat.dismissed() => debug!("HTTP connection of {client} closed to make room for a newer one"),
     }
 }
 
@@ -477,14 +472,14 @@ async fn attend<A: Answer>(
         .await
         .is_err()
     {
-        debug!("HTTP connection of {client} cut off");
+        debug!("HTTP connection of {client} aborted after the grace period");
     }
 }
 
-/// Waits for the shutdown. A sender that is gone cannot call it off any more.
+/// Waits for the shutdown. A dropped sender counts as one.
 pub(super) async fn stopped(shutdown: &mut watch::Receiver<bool>) {
     if shutdown.wait_for(|stop| *stop).await.is_err() {
-        debug!("the sender of the shutdown signal is gone");
+        debug!("the sender of the shutdown signal was dropped");
     }
 }
 

@@ -7,14 +7,14 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
 use tokio::net::TcpListener;
 
-/// Connections that may wait to be accepted.
+/// The maximum number of connections that wait to be accepted.
 const BACKLOG: i32 = 1024;
 
-/// All addresses of the node, whichever families it has.
+/// All addresses of the node, of both families.
 const ALL: IpAddr = IpAddr::V6(Ipv6Addr::UNSPECIFIED);
 
-/// Listens on an address. `::` means all addresses of both families, and on a node without IPv6
-/// those of IPv4.
+/// Listens on an address. `::` means all addresses of both families, or of IPv4 on a node without
+/// IPv6.
 pub(super) fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     listen_by(address, listen_at)
 }
@@ -45,10 +45,10 @@ fn listen_at(address: SocketAddr) -> io::Result<TcpListener> {
     };
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = rustix::net::socket_with(family, SocketType::STREAM, flags, None)?;
-    // The port is free again although old connections to it still linger.
+    // Allows binding while old connections of the port are in TIME_WAIT.
     sockopt::set_socket_reuseaddr(&socket, true)?;
     if address.is_ipv6() {
-        // Whatever net.ipv6.bindv6only says.
+        // Overrides net.ipv6.bindv6only.
         sockopt::set_ipv6_v6only(&socket, false)?;
     }
     rustix::net::bind(&socket, &address)?;
@@ -60,7 +60,7 @@ fn listen_at(address: SocketAddr) -> io::Result<TcpListener> {
 mod tests {
     use super::*;
 
-    /// What a kernel without IPv6 answers.
+    /// Answers as a kernel without IPv6 does.
     fn without_ipv6(address: SocketAddr) -> io::Result<SocketAddr> {
         match address {
             SocketAddr::V4(_) => Ok(address),
@@ -75,7 +75,7 @@ mod tests {
             on("[::]:10256").unwrap(),
             "0.0.0.0:10256".parse::<SocketAddr>().unwrap()
         );
-        // Whoever asks for one address gets no other.
+        // Only `::` falls back to IPv4.
         assert!(on("[::1]:10256").is_err());
         let taken = |_| Err::<(), _>(Errno::ADDRINUSE.into());
         let error = listen_by("[::]:10256".parse().unwrap(), taken).unwrap_err();

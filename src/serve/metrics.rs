@@ -4,7 +4,7 @@
 //! A metric that kube-proxy has as well keeps kube-proxy's name, labels and buckets, so that its
 //! dashboards and alerts work; the others are called `nftlet_*`. kube-proxy runs one proxy per IP
 //! family and labels most values with it. nftlet writes both families in one transaction, so such
-//! a value is given for both of them.
+//! a value is exported for both.
 
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -39,7 +39,7 @@ impl Registry {
     ///
     /// # Errors
     ///
-    /// When two metrics of the process have one name.
+    /// If two metrics of the process have the same name.
     pub fn new() -> Result<Self, Error> {
         let all = prometheus::Registry::new();
         let process = Arc::new(ProcessMetrics::register(&all)?);
@@ -47,7 +47,7 @@ impl Registry {
         registry
             .int_gauge_vec(
                 "nftlet_build_info",
-                "Always 1; the label is the version of nftlet",
+                "Always 1; the label is the running version of nftlet",
                 &["version"],
             )?
             .with_label_values(&[env!("CARGO_PKG_VERSION")])
@@ -60,20 +60,20 @@ impl Registry {
         self.process.refresh();
         match TextEncoder::new().encode_to_string(&self.all.gather()) {
             Ok(text) => text,
-            // A comment of the text format: the scrape succeeds and shows what is wrong.
+            // A comment in the text format: the scrape succeeds and shows the error.
             Err(error) => format!("# nftlet cannot write its metrics: {error}\n"),
         }
     }
 
-    /// Registers the counter of dropped lines of the log.
+    /// Registers the counter of dropped log lines.
     ///
     /// # Errors
     ///
-    /// When it is registered already.
+    /// If it is registered already.
     pub fn add_log(&self, log: LogQueue) -> Result<(), Error> {
         self.sampled(
             "nftlet_log_lines_dropped_total",
-            "Log lines that standard error did not accept in time",
+            "Log lines dropped because standard error did not take them in time",
             [],
             move || Some(vec![Sample::new([], log.dropped())]),
         )
@@ -83,7 +83,7 @@ impl Registry {
     ///
     /// # Errors
     ///
-    /// When its name is taken, as from all methods that register.
+    /// If the name is taken; the same holds for all methods that register a metric.
     pub(crate) fn add<T: Collector + Clone + 'static>(&self, metric: T) -> Result<T, Error> {
         self.all.register(Box::new(metric.clone()))?;
         Ok(metric)
@@ -93,7 +93,7 @@ impl Registry {
     ///
     /// # Errors
     ///
-    /// When it is not registered.
+    /// If it is not registered.
     pub(crate) fn remove(&self, metric: impl Collector + 'static) -> Result<(), Error> {
         self.all.unregister(Box::new(metric))
     }
@@ -164,7 +164,7 @@ impl Registry {
     }
 
     /// Registers a counter whose samples `read` returns at each scrape. Samples with the same labels
-    /// add up. Where `read` returns `None`, the metric is missing from the scrape.
+    /// are added up. If `read` returns `None`, the scrape omits the metric.
     pub(crate) fn sampled<const LABELS: usize>(
         &self,
         name: &'static str,
@@ -221,8 +221,8 @@ pub(crate) fn doubling(first: f64, count: usize) -> Vec<f64> {
         .collect()
 }
 
-/// Returns kube-proxy's bounds of buckets for durations, 1 ms to 16 s, with finer ones below: most
-/// rounds take less than its first.
+/// Returns kube-proxy's bucket bounds for durations, 1 ms to 16 s, and finer ones below, since most
+/// syncs take less than 1 ms.
 pub(crate) fn sync_buckets() -> Vec<f64> {
     let mut buckets = vec![0.000_05, 0.000_1, 0.000_25, 0.000_5];
     buckets.extend(doubling(0.001, 15));

@@ -1,9 +1,9 @@
-//! What nftlet answers over HTTP: probes, metrics, its settings, and the health checks of services.
+//! The HTTP servers: probes, metrics, settings, and the health checks of services.
 //!
-//! It knows nothing of services and rules: the other modules set the [`Health`](health::Health),
-//! register their metrics, and publish the health checks that are to be answered.
+//! They are independent of services and rules: other modules set the [`Health`](health::Health),
+//! register their metrics, and publish the health checks to answer.
 
-pub mod checks;
+pub(crate) mod checks;
 pub mod health;
 pub mod http;
 mod listen;

@@ -1,7 +1,7 @@
 //! The pages that show how nftlet was started: `/configz`, `/flagz` and `/statusz`.
 //!
-//! They follow those of Kubernetes' components. `/configz` is JSON with the names of v1alpha1;
-//! the other two are for people, and their form may change.
+//! They have the format of Kubernetes' components. `/configz` is JSON with the field names of
+//! v1alpha1; the other two are for people, and their format may change.
 
 use std::fmt::Write as _;
 use std::time::{Duration, Instant};
@@ -13,7 +13,7 @@ use super::http::Router;
 
 const FOR_PEOPLE: &str = "Warning: this page is for people; its form may change at any time.";
 
-/// What the pages show.
+/// The contents of the pages.
 pub(crate) struct Pages {
     configuration: Value,
     flags: String,
@@ -22,8 +22,8 @@ pub(crate) struct Pages {
 }
 
 impl Pages {
-    /// Creates the pages of a process that starts now, from its configuration and from the names and
-    /// values of its flags.
+    /// Creates the pages from the configuration and the names and values of the flags. The uptime
+    /// counts from now.
     pub(crate) fn new(
         configuration: Value,
         values: impl IntoIterator<Item = (String, String)>,
@@ -41,7 +41,7 @@ impl Pages {
         }
     }
 
-    /// Adds the pages to a port.
+    /// Adds the pages to `router`.
     pub(crate) fn on(&self, router: Router) -> Router {
         let (configuration, flags) = (self.configuration.to_string(), self.flags.clone());
         let router = router

@@ -1,4 +1,4 @@
-//! The connections that several ports may have together.
+//! A bound on the connections of several ports together.
 
 use std::collections::BTreeMap;
 use std::pin::pin;
@@ -8,52 +8,53 @@ use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::time::timeout;
 
-/// The file descriptors for health checks of services. What is left of those that the process may
-/// have is for the connections to the API server, the kernel, and the ports of nftlet itself.
+/// The file descriptors for health checks of services. The others are left for connections to the
+/// API server, for the kernel, and for nftlet's own ports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Quota {
-    /// Ports at once.
+    /// Simultaneously open ports.
     pub(super) ports: usize,
-    /// Connections of all ports together.
+    /// Simultaneous connections of all ports together.
     pub(super) connections: usize,
 }
 
-/// What nftlet itself uses: twice 64 connections for probes and metrics, and less than 50 others.
+/// Descriptors for nftlet itself: twice 64 connections for probes and metrics, and fewer than 50
+/// others.
 const OWN: usize = 256;
-/// The most connections for health checks, however many descriptors there are.
+/// The maximum number of connections for health checks.
 const MOST: usize = 512;
-/// The least of each where descriptors are few.
+/// The minimum number of ports and of connections, even if descriptors are scarce.
 const LEAST: usize = 16;
-/// The time for a connection to be answered, before one more gives way to those that wait.
+/// How long an entering connection waits for a seat before it displaces another connection.
 const GRACE: Duration = Duration::from_millis(50);
 
 impl Quota {
-    /// The quota in a process that may have so many file descriptors.
+    /// Returns the quota for a process with a limit of `descriptors`.
     pub fn of(descriptors: usize) -> Self {
         let free = descriptors.saturating_sub(OWN);
         let connections = (free / 4).clamp(LEAST, MOST);
-        // A port has its own descriptor, and one for a connection that has no seat yet.
+        // A port uses one descriptor, and another for an accepted connection without a seat.
         let ports = (free.saturating_sub(connections) / 2).max(LEAST);
         Self { ports, connections }
     }
 }
 
-/// A bound on connections, and which of them gives way to a new one: the oldest one of the port
-/// that has most, so that a client that holds many connections drives out its own.
+/// A bound on connections. When it is reached, a new connection displaces the oldest one of the
+/// port with most connections, so that a client that holds many displaces its own.
 #[derive(Debug)]
 pub(super) struct Share {
     free: Arc<Semaphore>,
     held: Mutex<Held>,
 }
 
-/// The connections of each port, by age; each is asked to give way with its sender.
+/// The connections of each port, by age; sending on the channel dismisses a connection.
 #[derive(Debug, Default)]
 struct Held {
     ports: BTreeMap<u16, BTreeMap<u64, oneshot::Sender<()>>>,
     next: u64,
 }
 
-/// The right to have a connection. It ends when it is dropped.
+/// A connection's place in a [`Share`], freed when dropped.
 #[derive(Debug)]
 pub(super) struct Seat {
     share: Arc<Share>,
@@ -64,7 +65,7 @@ pub(super) struct Seat {
 }
 
 impl Share {
-    /// Allows so many connections.
+    /// Creates a share of `most` connections.
     pub(super) fn new(most: usize) -> Arc<Self> {
         Arc::new(Self {
             free: Arc::new(Semaphore::new(most)),
@@ -72,8 +73,8 @@ impl Share {
         })
     }
 
-    /// Waits for a seat for a connection of a port that may have `most`. Where there is none left,
-    /// an older connection gives way.
+    /// Waits for a seat for a connection of a port with at most `most` connections. If all seats
+    /// are taken, an older connection is dismissed.
     pub(super) async fn enter(self: &Arc<Self>, port: u16, most: usize) -> Option<Seat> {
         let made_room = self.held().make_room_at(port, most);
         let permit = match self.free.clone().try_acquire_owned() {
@@ -85,9 +86,9 @@ impl Share {
                 let mut permit = pin!(self.free.clone().acquire_owned());
                 loop {
                     match timeout(GRACE, permit.as_mut()).await {
-                        // Never closed.
+                        // The semaphore is never closed.
                         Ok(permit) => break permit.ok()?,
-                        // Where many wait, all may have been asked for others.
+                        // Other waiting connections may have taken the seats.
                         Err(_) => self.held().make_room(),
                     }
                 }
@@ -114,8 +115,8 @@ impl Share {
 }
 
 impl Held {
-    /// Asks the oldest connections of a port to give way until there is room for one more.
-    /// Returns whether any was asked.
+    /// Dismisses the oldest connections of a port until there is room for one more. Returns whether
+    /// any was dismissed.
     fn make_room_at(&mut self, port: u16, most: usize) -> bool {
         let mut asked = false;
         while self.ports.get(&port).map_or(0, BTreeMap::len) >= most.max(1) {
@@ -125,7 +126,7 @@ impl Held {
         asked
     }
 
-    /// Asks the oldest connection of the port with most to give way.
+    /// Dismisses the oldest connection of the port with most connections.
     fn make_room(&mut self) {
         let most = self.ports.iter().max_by_key(|(_, held)| held.len());
         if let Some(port) = most.map(|(port, _)| *port) {
@@ -138,7 +139,7 @@ impl Held {
             return;
         };
         if let Some((_, oldest)) = held.pop_first() {
-            // One that ends by itself does not listen any more.
+            // The receiver is dropped if the connection ends at the same time.
             let _ = oldest.send(());
         }
         if held.is_empty() {
@@ -148,9 +149,9 @@ impl Held {
 }
 
 impl Seat {
-    /// Waits until the connection has to give way to another one.
+    /// Waits until the connection is dismissed to make room for another one.
     pub(super) async fn dismissed(&mut self) {
-        // The sender goes away with the seat at the earliest.
+        // The sender is not dropped before the seat.
         let _ = (&mut self.give_way).await;
     }
 }

@@ -34,9 +34,12 @@ impl Bench {
         let health = Health::new(PERIOD);
         health.synced();
         let failures = Arc::new(Mutex::new(Vec::new()));
-        let heard = Arc::clone(&failures);
+        let reported = Arc::clone(&failures);
         let failed = move |error: &CheckError| {
-            heard.lock().unwrap().push((error.to_string(), error.again));
+            reported
+                .lock()
+                .unwrap()
+                .push((error.to_string(), error.again));
         };
         let ports = Ports::new(QUICK, quota, receiver.clone(), health.clone());
         let manager = ports.follow(receiver, failed, stopped);
@@ -66,7 +69,7 @@ impl Bench {
     }
 }
 
-/// A port that nobody listens on, and that no other test gets: the kernel hands out higher ones.
+/// A free port that no other test gets: the kernel assigns higher ones.
 async fn free_port() -> u16 {
     static NEXT: AtomicU16 = AtomicU16::new(21_000);
     loop {
@@ -183,7 +186,7 @@ async fn ports_open_change_hands_and_close() {
 }
 
 #[tokio::test]
-async fn a_port_in_use_is_told_once_and_tried_again() {
+async fn a_port_in_use_is_reported_once_and_retried() {
     let bench = Bench::start();
     let (taken, other) = (free_port().await, free_port().await);
     let holder = TcpListener::bind(("127.0.0.1", taken)).await.unwrap();
@@ -194,7 +197,7 @@ async fn a_port_in_use_is_told_once_and_tried_again() {
             tokio::task::yield_now().await;
         }
     });
-    tried.await.expect("it is tried again");
+    tried.await.expect("nftlet retries");
     {
         let failures = bench.failures.lock().unwrap();
         let (text, again) = &failures[0];
@@ -225,7 +228,7 @@ async fn the_end_closes_the_ports() {
 }
 
 #[tokio::test]
-async fn held_connections_of_all_ports_are_bounded_together_and_keep_nobody_out() {
+async fn held_connections_of_all_ports_share_a_bound_and_exclude_no_client() {
     let quota = Quota {
         ports: 16,
         connections: 8,
@@ -243,17 +246,17 @@ async fn held_connections_of_all_ports_are_bounded_together_and_keep_nobody_out(
     for port in ports {
         expect(port, Some("200")).await;
     }
-    // All but those that have a seat were closed: nothing else ends them before ten seconds.
+    // Connections without a seat were closed: nothing else ends them before ten seconds.
     let closed = tokio::time::timeout(PATIENCE, async {
         for stream in &mut held[..52] {
             let _ = stream.read_to_end(&mut Vec::new()).await;
         }
     });
-    closed.await.expect("those that gave way are closed");
+    closed.await.expect("displaced connections are closed");
 }
 
 #[tokio::test]
-async fn more_ports_than_there_are_descriptors_for_are_told_and_opened_when_others_close() {
+async fn ports_without_descriptors_are_reported_and_opened_when_others_close() {
     let quota = Quota {
         ports: 1,
         connections: 8,
@@ -263,8 +266,8 @@ async fn more_ports_than_there_are_descriptors_for_are_told_and_opened_when_othe
     bench.want(&[(one, "web", 1), (two, "api", 1)]);
     expect(one, Some("\"name\":\"web\"")).await;
     expect(two, None).await;
-    let told = bench.failures.lock().unwrap()[0].0.clone();
-    assert!(told.contains("LimitNOFILE"), "{told}");
+    let failure = bench.failures.lock().unwrap()[0].0.clone();
+    assert!(failure.contains("LimitNOFILE"), "{failure}");
     bench.want(&[(two, "api", 1)]);
     expect(two, Some("\"name\":\"api\"")).await;
 }

@@ -3,7 +3,7 @@ use std::time::UNIX_EPOCH;
 
 use super::*;
 
-/// A health whose clock stands until it is moved.
+/// Creates a health with a clock that only moves when it is advanced.
 fn at_rest() -> (Health, impl Fn(u64)) {
     let passed = Arc::new(AtomicU64::new(0));
     let begin = Instant::now();
@@ -180,7 +180,7 @@ fn the_body_has_the_fields_of_kube_proxy() {
             "lastUpdated": "2023-11-14T22:13:20Z",
             "currentTime": "2023-11-14T22:13:25Z",
             "nodeEligible": false,
-            "message": "the node is being removed, so traffic is to go to other nodes",
+            "message": "the node is being removed; send traffic to other nodes",
         })
     );
     let alive: Value = serde_json::from_str(&health.livez().body()).unwrap();

@@ -18,7 +18,7 @@ impl HttpMetrics {
     ///
     /// # Errors
     ///
-    /// When one of their names is taken.
+    /// If one of their names is taken.
     pub fn register(registry: &Registry) -> Result<Self, Error> {
         Ok(Self {
             healthz: registry.counter_vec(

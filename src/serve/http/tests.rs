@@ -166,7 +166,7 @@ async fn a_probe_waits_until_all_is_written_where_it_is_asked_to() {
 
 #[test]
 fn a_request_says_how_long_it_waits() {
-    let asked = |query| asked_to_wait(Some(query)).map(|wait| wait.as_secs());
+    let asked = |query| requested_wait(Some(query)).map(|wait| wait.as_secs());
     assert_eq!(asked("wait=50"), Some(50));
     assert_eq!(asked("verbose&wait=3600"), Some(60));
     for query in ["", "wait", "wait=", "wait=-1", "waits=5"] {
@@ -298,7 +298,7 @@ async fn an_idle_connection_is_closed() {
         client
             .send("GET /proxyMode HTTP/1.1\r\nHost: node\r\n\r\n")
             .await;
-        // Ends because the server closes the connection, which nobody asked for.
+        // Ends because the server closes the connection, although no client requested it.
         let answer = client.rest().await;
         if answer.starts_with("HTTP/1.1 200 ") {
             assert_eq!(answer.matches("HTTP/1.1 200 ").count(), 1, "{answer}");
@@ -350,7 +350,7 @@ async fn one_connection_too_many_drives_out_the_oldest() {
 }
 
 #[tokio::test]
-async fn holding_all_connections_keeps_nobody_out() {
+async fn holding_all_connections_excludes_no_client() {
     let limits = Limits {
         connections: 8,
         ..Limits::default()
@@ -448,7 +448,7 @@ async fn a_page_that_takes_long_holds_up_nothing_and_is_made_once_at_a_time() {
     tokio::spawn(serve(listener, Arc::new(router), stopped));
     let connect = async || Client(TcpStream::connect(address).await.unwrap());
     let mut clients = Vec::new();
-    // More than the server keeps: those that are driven out leave their page behind.
+    // More than the server keeps: displaced connections leave their page unread.
     for _ in 0..100 {
         let mut client = connect().await;
         client

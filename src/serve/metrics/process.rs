@@ -1,4 +1,4 @@
-//! What the process uses, as every Prometheus client library reports it.
+//! The standard metrics `process_*` of Prometheus client libraries.
 //!
 //! Read from `/proc` here: the `process` feature of the prometheus crate would bring the procfs
 //! crate and with it a second rustix, for six numbers of two files.
@@ -60,10 +60,10 @@ impl ProcessMetrics {
         })
     }
 
-    /// Reads the current values. What cannot be read keeps its last value.
+    /// Reads the current values. A metric that cannot be read keeps its last value.
     pub(super) fn refresh(&self) {
         if let Some(stat) = Stat::read() {
-            // The lock keeps two scrapes at once from adding the same time twice.
+            // The lock keeps concurrent scrapes from adding the same time twice.
             let cpu = self.cpu.lock().unwrap_or_else(PoisonError::into_inner);
             cpu.inc_by((stat.cpu_seconds() - cpu.get()).max(0.0));
             self.resident.set(stat.resident_bytes());
@@ -71,7 +71,7 @@ impl ProcessMetrics {
             self.threads.set(stat.threads);
         }
         if let Ok(entries) = fs::read_dir("/proc/self/fd") {
-            // One of the descriptors is the one that lists them.
+            // One descriptor is the open directory itself.
             let open = entries.count().saturating_sub(1);
             self.open_files.set(i64::try_from(open).unwrap_or(i64::MAX));
         }
@@ -81,7 +81,7 @@ impl ProcessMetrics {
     }
 }
 
-/// What is used of `/proc/self/stat`.
+/// The fields of `/proc/self/stat` in use.
 #[derive(Debug, PartialEq, Eq)]
 struct Stat {
     cpu_ticks: u64,

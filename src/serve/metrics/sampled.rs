@@ -1,4 +1,4 @@
-//! Counters that are kept elsewhere and read at each scrape.
+//! Counters that other modules keep, read at each scrape.
 
 use std::fmt;
 
@@ -25,7 +25,7 @@ impl<const LABELS: usize> Sample<LABELS> {
     }
 }
 
-/// Reads the samples; `None` where they cannot be read.
+/// Reads the samples; `None` if they cannot be read.
 type Read<const LABELS: usize> = dyn Fn() -> Option<Vec<Sample<LABELS>>> + Send + Sync;
 
 /// A counter whose samples are read at each scrape.
@@ -34,7 +34,7 @@ pub(super) struct Sampled<const LABELS: usize> {
     help: &'static str,
     labels: [&'static str; LABELS],
     read: Box<Read<LABELS>>,
-    /// Describes the series and holds none. Each scrape fills a vector of its own, so that an object
+    /// Describes the series and holds none. Each scrape fills a new vector, so that an object
     /// that no longer exists leaves no series behind.
     description: IntCounterVec,
 }

@@ -280,7 +280,7 @@ fn a_change_ends_the_process_and_one_that_cannot_be_used_does_not() {
     assert_eq!(status.code(), Some(0), "{}", daemon.log());
     let told = lines_with(
         &daemon.log(),
-        "has changed; ending, to be started again with it",
+        "has changed; exiting, to be restarted with the new settings",
     );
     assert_eq!(told.len(), 1, "{}", daemon.log());
     assert_eq!(rules(&ns), before, "the rules stay");
