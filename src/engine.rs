@@ -69,8 +69,9 @@ pub trait Engine {
         Self::Change::default()
     }
 
-    /// Returns the objects, except those in quarantine, to which a refused nftables object belongs.
-    fn blame(&self, refused: &ObjectPath) -> Vec<ObjectRef>;
+    /// Returns the objects to which refused nftables objects belong, each with the index of the
+    /// refused one, in order. Objects in quarantine are left out.
+    fn blame(&self, refused: &[&ObjectPath]) -> Vec<(usize, ObjectRef)>;
 
     /// Compiles an object to rules that the kernel accepts, until it changes or
     /// [`Engine::retry_quarantined`] is called.

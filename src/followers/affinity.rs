@@ -194,6 +194,8 @@ struct PlansInForce {
     owners: HashMap<Claim, ObjectName>,
     version: u64,
     candidates: StaleAffinity,
+    /// Whether to retry what failed although no further client is to be checked.
+    retry: bool,
 }
 
 impl PlansInForce {
@@ -230,6 +232,7 @@ impl PlansInForce {
         for plan in self.plans.values().filter(|_| changes.rewritten) {
             self.candidates.add_all(plan);
         }
+        self.retry |= changes.rewritten;
         self.version = changes.affinity_version;
     }
 
@@ -364,7 +367,7 @@ pub(crate) struct Forgetter<O> {
     open: O,
     changes: Receiver<Arc<ServiceChanges>>,
     view: PlansInForce,
-    /// Clients to retry with the next changes.
+    /// Clients to retry with the next ones, or after a while.
     failed: StaleAffinity,
 }
 
@@ -398,6 +401,7 @@ impl<K: Kernel, O: FnMut() -> Result<K, netlink::Error>> Forgetter<O> {
             if looked.elapsed() >= every {
                 looked = Instant::now();
                 look();
+                self.view.retry = true;
             }
             self.work(|transaction, affinity_version| {
                 let (answer, answered) = oneshot::channel();
@@ -419,6 +423,11 @@ impl<K: Kernel, O: FnMut() -> Result<K, netlink::Error>> Forgetter<O> {
     pub(crate) fn work(&mut self, mut remove: impl FnMut(Transaction, u64) -> RemovalOutcome) {
         self.take_over_all();
         loop {
+            // Changes that concern no client may be frequent, and reading a large map takes seconds.
+            let retry = std::mem::take(&mut self.view.retry);
+            if self.view.candidates.0.is_empty() && !retry {
+                return;
+            }
             let failed = std::mem::take(&mut self.failed);
             let failed_before: HashSet<AffinityMap> = failed.0.keys().cloned().collect();
             let mut candidates = std::mem::take(&mut self.view.candidates);
@@ -428,9 +437,6 @@ impl<K: Kernel, O: FnMut() -> Result<K, netlink::Error>> Forgetter<O> {
                 if !self.attempts(&map, &of_map, again, &mut remove) {
                     self.failed.add(map, of_map);
                 }
-            }
-            if self.view.candidates.0.is_empty() {
-                return;
             }
         }
     }

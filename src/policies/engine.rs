@@ -397,20 +397,22 @@ impl engine::Engine for Engine {
         self.tables()
     }
 
-    fn blame(&self, refused: &ObjectPath) -> Vec<ObjectRef> {
-        let policies = match refused {
-            ObjectPath::Chain(table, chain) | ObjectPath::Rule(table, chain, _) => {
-                self.policies_of_chain(table, chain)
-            }
-            ObjectPath::Set(table, set) | ObjectPath::Element(table, set, ..) => {
-                self.policies_of_set(table, set)
-            }
-            ObjectPath::Table(_) | ObjectPath::Stray(..) | ObjectPath::Transaction => Vec::new(),
-        };
-        let policies = policies.into_iter();
-        policies
-            .map(|name| ObjectRef::new(Kind::NetworkPolicy, name))
-            .collect()
+    fn blame(&self, refused: &[&ObjectPath]) -> Vec<(usize, ObjectRef)> {
+        let mut found = Vec::new();
+        for (index, path) in refused.iter().enumerate() {
+            let policies = match path {
+                ObjectPath::Chain(table, chain) | ObjectPath::Rule(table, chain, _) => {
+                    self.policies_of_chain(table, chain)
+                }
+                ObjectPath::Set(table, set) | ObjectPath::Element(table, set, ..) => {
+                    self.policies_of_set(table, set)
+                }
+                ObjectPath::Table(_) | ObjectPath::Stray(..) | ObjectPath::Transaction => continue,
+            };
+            let policies = policies.into_iter();
+            found.extend(policies.map(|name| (index, ObjectRef::new(Kind::NetworkPolicy, name))));
+        }
+        found
     }
 
     /// Compiles a policy that still isolates its pods but allows nothing.

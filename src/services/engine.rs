@@ -470,13 +470,11 @@ impl engine::Engine for Engine {
         }
     }
 
-    fn blame(&self, refused: &ObjectPath) -> Vec<ObjectRef> {
-        let ObjectPath::Element(table, set, element, _) = refused else {
-            return Vec::new();
-        };
-        let owner = self.tables.owner(table, set, &element.key);
-        let owner = owner.map(|name| ObjectRef::new(Kind::Service, name));
-        owner.into_iter().collect()
+    fn blame(&self, refused: &[&ObjectPath]) -> Vec<(usize, ObjectRef)> {
+        let owners = self.tables.owners(refused).into_iter();
+        owners
+            .map(|(index, name)| (index, ObjectRef::new(Kind::Service, name)))
+            .collect()
     }
 
     fn quarantine(&mut self, object: &ObjectRef) -> ServiceChanges {

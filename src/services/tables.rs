@@ -15,8 +15,9 @@ use super::layout::{Clients, ServiceSet, table_id};
 use super::plan::{ElementOf, ServicePlan};
 use super::settings::ServiceSettings;
 use super::skeleton::skeleton;
+use super::sources::SourceList;
 use crate::model::{Family, ObjectName};
-use crate::nft::{Element, Key, Name, Op, Ruleset, Table, TableId, Transaction, diff};
+use crate::nft::{Element, Key, Name, ObjectPath, Op, Ruleset, Table, Transaction, diff};
 use crate::services::Store;
 
 /// The rules in force.
@@ -424,20 +425,40 @@ impl Tables {
         Transaction { ops }
     }
 
-    /// Returns the service to which an element belongs. Walks all plans: use it for errors only.
-    pub fn owner(&self, table: &TableId, set: &Name, key: &Key) -> Option<ObjectName> {
-        let family = Family::ALL.into_iter().find(|f| table_id(*f) == *table)?;
-        let mut owners = self.plans.iter().filter(|(_, plan)| {
-            if plan.sources(family).is_some_and(|list| list.name() == *set) {
-                return true;
+    /// Returns the services to which the elements among some objects belong, each with the index of
+    /// the object, in order. Walks all plans once: use it for errors only.
+    pub fn owners(&self, objects: &[&ObjectPath]) -> Vec<(usize, ObjectName)> {
+        let mut found = BTreeMap::new();
+        for family in Family::ALL {
+            let table = table_id(family);
+            let mut wanted: HashMap<&Key, Vec<(usize, &Name)>> = HashMap::new();
+            for (index, object) in objects.iter().enumerate() {
+                if let ObjectPath::Element(of, set, element, _) = object
+                    && *of == table
+                {
+                    wanted.entry(&element.key).or_default().push((index, set));
+                }
             }
-            let own = plan.own_elements(family);
-            let shared = plan.shared_elements(family);
-            own.iter()
-                .chain(&shared)
-                .any(|(of, element)| of.name() == *set && element.key == *key)
-        });
-        owners.next().map(|(name, _)| name.clone())
+            if wanted.is_empty() {
+                continue;
+            }
+            for (name, plan) in &self.plans {
+                let mut owns = |index: usize| {
+                    found.entry(index).or_insert_with(|| name.clone());
+                };
+                if let Some(list) = plan.sources(family).map(SourceList::name) {
+                    let of_list = wanted.values().flatten().filter(|(_, set)| **set == list);
+                    of_list.for_each(|(index, _)| owns(*index));
+                }
+                let elements = plan.own_elements(family).into_iter();
+                for (of, element) in elements.chain(plan.shared_elements(family)) {
+                    let here = wanted.get(&element.key).into_iter().flatten();
+                    let here = here.filter(|(_, set)| **set == of.name());
+                    here.for_each(|(index, _)| owns(*index));
+                }
+            }
+        }
+        found.into_iter().collect()
     }
 }
 

@@ -324,12 +324,14 @@ impl<E: Engine> Driver<E> {
         &self,
         refusals: impl IntoIterator<Item = &'a Refusal>,
     ) -> Vec<(ObjectRef, String)> {
+        let refusals: Vec<&Refusal> = refusals.into_iter().collect();
+        let paths: Vec<&ObjectPath> = refusals.iter().map(|refusal| &refusal.path).collect();
         let mut found: Vec<(ObjectRef, String)> = Vec::new();
-        for refusal in refusals {
-            for object in self.engine.blame(&refusal.path) {
-                if found.iter().all(|(other, _)| *other != object) {
-                    found.push((object, format!("the kernel refused {refusal}")));
-                }
+        for (index, object) in self.engine.blame(&paths) {
+            if let Some(refusal) = refusals.get(index)
+                && found.iter().all(|(other, _)| *other != object)
+            {
+                found.push((object, format!("the kernel refused {refusal}")));
             }
         }
         found

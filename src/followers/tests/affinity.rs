@@ -548,3 +548,32 @@ fn a_map_that_is_gone_remembers_nobody() {
     handle(&mut controller, vec![put(fewer)]);
     assert_eq!(reads(), before + 1, "it is not tried again");
 }
+
+#[test]
+fn what_failed_is_not_read_again_for_changes_that_concern_no_client() {
+    let (cluster, _, endpoints) = external();
+    let bench = Bench::new();
+    let mut followers = Followers::default();
+    let opened = std::cell::Cell::new(0);
+    let open = || -> Result<Fake, Error> {
+        opened.set(opened.get() + 1);
+        Err(Error::Receive {
+            what: "a set",
+            source: std::io::Error::from_raw_os_error(libc::ENOBUFS),
+        })
+    };
+    let mut forgetter = Forgetter::new(open, followers.services());
+    let mut controller = bench.controller().with_followers(followers);
+    let mut handle = |events| {
+        sync::handle(&mut controller, events);
+        forgetter.work(|_, _| RemovalOutcome::Unknown);
+        opened.take()
+    };
+    let objects = vec![node().into(), cluster.into(), endpoints.clone().into()];
+    assert!(handle(lists(objects)) > 0);
+    let other = put(service("other", &["10.96.0.20"], &[80]));
+    assert_eq!(handle(vec![other]), 0);
+    let mut fewer = endpoints;
+    fewer.endpoints.pop();
+    assert!(handle(vec![put(fewer)]) > 0);
+}

@@ -45,3 +45,20 @@ fn a_change_during_a_write_that_nobody_heard_is_looked_for() {
     controller.heal();
     assert_eq!(bench.kernel.0.borrow().reads, reads + 1);
 }
+
+#[test]
+fn a_change_during_a_write_that_failed_is_looked_for() {
+    let bench = Bench::new();
+    let mut controller = bench.controller();
+    handle(&mut controller, lists(vec![]));
+    assert!(!controller.take_missed_notifications());
+    bench.kernel.0.borrow_mut().failures = 1;
+    let web = service("web", &["10.96.0.10"], &[80]);
+    handle(&mut controller, vec![put(web)]);
+    assert!(!controller.take_missed_notifications());
+    bench.kernel.meddle(|_| {});
+    bench.kernel.0.borrow_mut().failures = 1;
+    let other = service("other", &["10.96.0.11"], &[80]);
+    handle(&mut controller, vec![put(other)]);
+    assert!(controller.take_missed_notifications());
+}
