@@ -20,10 +20,10 @@ use crate::nft::{self, ObjectPath, Ruleset, Transaction};
 pub const BUDGET: usize = 2_000;
 
 /// Returns the family of the tables for an address family.
-pub(crate) fn table_family(family: model::Family) -> nft::Family {
+pub(crate) fn table_family(family: model::Family) -> nft::TableFamily {
     match family {
-        model::Family::V4 => nft::Family::Ip,
-        model::Family::V6 => nft::Family::Ip6,
+        model::Family::V4 => nft::TableFamily::Ip,
+        model::Family::V6 => nft::TableFamily::Ip6,
     }
 }
 

@@ -19,7 +19,7 @@ use crate::cluster::Put;
 use crate::facts::ruleset;
 use nftlet_lab::netns::Namespace;
 
-pub use nftlet::nft::{Family, Ruleset, Transaction};
+pub use nftlet::nft::{Ruleset, TableFamily, Transaction};
 
 /// Far beyond every budget.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -64,7 +64,7 @@ impl Writer {
 
 /// Returns the transaction that adds or deletes port 80 in a set of ports of another's table.
 pub fn change_of_another(table: &str, set: &str, add: bool) -> Transaction {
-    let id = TableId::new(Family::Ip, table);
+    let id = TableId::new(TableFamily::Ip, table);
     let declaration = Arc::new(Declaration::new(SetKind::Set, [Selector::DestinationPort]));
     let elements = vec![Element::new(Key::build().port(80).finish())];
     let make = if add {
@@ -134,7 +134,7 @@ impl Ranges {
             interval: true,
             ..Declaration::new(SetKind::Set, selectors)
         });
-        let (table, elements) = (TableId::new(Family::Ip, "ranges"), elements.collect());
+        let (table, elements) = (TableId::new(TableFamily::Ip, "ranges"), elements.collect());
         Transaction {
             ops: vec![
                 Op::AddTable(table.clone()),

@@ -13,7 +13,7 @@ use super::{Error, system};
 use crate::host::sysctls::{self, Unset};
 use crate::model::{Notice, Reason, Subject};
 use crate::netlink::{Conntrack, FlowFilter};
-use crate::nft::Family;
+use crate::nft::TableFamily;
 use crate::settings::Settings;
 use crate::sync::{LogAndSend, Reporter};
 
@@ -127,7 +127,7 @@ fn set(root: &Path, wanted: &[(&'static str, u64)], load: impl FnOnce()) -> Vec<
 /// Makes the kernel load connection tracking, by asking it for flows.
 fn load() {
     let flows = Conntrack::open()
-        .and_then(|mut conntrack| conntrack.flows(&FlowFilter::all(Family::Ip), |_| {}));
+        .and_then(|mut conntrack| conntrack.flows(&FlowFilter::all(TableFamily::Ip), |_| {}));
     if let Err(error) = flows {
         tracing::debug!("{error}; kernel parameters wait for the first rules");
     }

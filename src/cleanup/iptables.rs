@@ -23,7 +23,7 @@ use super::report::{CleanupReport, counted};
 use super::saved::{self, Removal};
 use super::variant::{Iptables, Variant};
 use crate::netlink::Nftables;
-use crate::nft::{Family, TableId};
+use crate::nft::{TableFamily, TableId};
 
 /// Waits for the lock of iptables, in seconds.
 const WAIT: &str = "--wait=30";
@@ -51,7 +51,7 @@ pub(super) fn clean(iptables: Iptables, nftables: &mut Nftables, report: &mut Cl
 /// Reports chains of kube-proxy that remain and are not `kept`: iptables-save shows nothing of a
 /// table with rules that only `nft` can write.
 fn report_hidden(
-    family: Family,
+    family: TableFamily,
     nftables: &mut Nftables,
     kept: &[Kept],
     save: &Path,
@@ -122,10 +122,10 @@ fn examine(iptables: Iptables, nftables: &mut Nftables) -> Result<Option<Found>,
 }
 
 /// Returns the tables of legacy iptables. The kernel creates each when it is first used.
-fn legacy_tables(family: Family) -> Result<Vec<String>, Error> {
+fn legacy_tables(family: TableFamily) -> Result<Vec<String>, Error> {
     let path = Path::new(match family {
-        Family::Ip => "/proc/net/ip_tables_names",
-        Family::Ip6 => "/proc/net/ip6_tables_names",
+        TableFamily::Ip => "/proc/net/ip_tables_names",
+        TableFamily::Ip6 => "/proc/net/ip6_tables_names",
     });
     let names = match fs::read_to_string(path) {
         Ok(names) => names,

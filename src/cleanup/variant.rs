@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::nft::Family;
+use crate::nft::TableFamily;
 
 /// A variant of iptables. The two do not see each other's rules.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,18 +17,18 @@ pub(super) enum Variant {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Iptables {
     pub(super) variant: Variant,
-    pub(super) family: Family,
+    pub(super) family: TableFamily,
 }
 
 impl Iptables {
     pub(super) const ALL: [Self; 4] = [
-        Self::new(Variant::Nft, Family::Ip),
-        Self::new(Variant::Nft, Family::Ip6),
-        Self::new(Variant::Legacy, Family::Ip),
-        Self::new(Variant::Legacy, Family::Ip6),
+        Self::new(Variant::Nft, TableFamily::Ip),
+        Self::new(Variant::Nft, TableFamily::Ip6),
+        Self::new(Variant::Legacy, TableFamily::Ip),
+        Self::new(Variant::Legacy, TableFamily::Ip6),
     ];
 
-    const fn new(variant: Variant, family: Family) -> Self {
+    const fn new(variant: Variant, family: TableFamily) -> Self {
         Self { variant, family }
     }
 
@@ -43,8 +43,8 @@ impl Iptables {
 
     fn family_name(self) -> &'static str {
         match self.family {
-            Family::Ip => "iptables",
-            Family::Ip6 => "ip6tables",
+            TableFamily::Ip => "iptables",
+            TableFamily::Ip6 => "ip6tables",
         }
     }
 }

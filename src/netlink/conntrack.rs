@@ -13,7 +13,7 @@ use super::error::Error;
 use super::message::{AttrWriter, begin_message, end_message, family_number};
 use super::socket::{DUMP_ATTEMPTS, Dump, DumpStatus, Message, Socket};
 use super::uapi;
-use crate::nft::Family;
+use crate::nft::TableFamily;
 
 mod error;
 mod flow;
@@ -99,7 +99,7 @@ impl Conntrack {
     /// As for [`Conntrack::flows`].
     pub fn connections(
         &mut self,
-        family: Family,
+        family: TableFamily,
         mut each: impl FnMut(Tracked),
     ) -> Result<(), ConntrackError> {
         self.dump(CONNECTIONS, family, &[], &mut |message| {
@@ -113,7 +113,7 @@ impl Conntrack {
     fn dump(
         &mut self,
         what: &'static str,
-        family: Family,
+        family: TableFamily,
         attributes: &[u8],
         each: &mut dyn FnMut(Message),
     ) -> Result<(), ConntrackError> {

@@ -11,8 +11,8 @@ use super::ffi::{self, Scratch, SetAttributes};
 use super::message::{AttrWriter, begin_message, end_message, family_number, set_resource};
 use super::{uapi, udata};
 use crate::nft::{
-    Declaration, Element, Family, FieldType, Name, ObjectPath, Op, Rule, Selector, SetKind, Stray,
-    StrayKind, TableId, Transaction, Value,
+    Declaration, Element, FieldType, Name, ObjectPath, Op, Rule, Selector, SetKind, Stray,
+    StrayKind, TableFamily, TableId, Transaction, Value,
 };
 
 /// The longest list of elements in one message, in bytes: its attribute has a 16-bit length.
@@ -379,7 +379,7 @@ fn following(key: &[u8]) -> Option<Vec<u8>> {
 }
 
 /// Returns the attributes of a set for the kernel and for nft.
-pub(crate) fn set_attributes(declaration: &Declaration, family: Family) -> SetAttributes {
+pub(crate) fn set_attributes(declaration: &Declaration, family: TableFamily) -> SetAttributes {
     let key = declaration.key_types(family);
     let data = match &declaration.kind {
         SetKind::Set => None,
@@ -412,7 +412,7 @@ pub(crate) fn set_attributes(declaration: &Declaration, family: Family) -> SetAt
     }
 }
 
-fn length(selectors: &[Selector], family: Family) -> u32 {
+fn length(selectors: &[Selector], family: TableFamily) -> u32 {
     let fields = selectors.iter().map(|s| s.field_type(family));
     match selectors {
         [_] => fields.map(|f| f.bytes() as u32).sum(),
@@ -421,7 +421,7 @@ fn length(selectors: &[Selector], family: Family) -> u32 {
 }
 
 /// Returns nft's number for a type, in a concatenation six bits for each field.
-fn type_number(selectors: &[Selector], family: Family) -> u32 {
+fn type_number(selectors: &[Selector], family: TableFamily) -> u32 {
     selectors.iter().fold(0, |number, selector| {
         let field = match selector.field_type(family) {
             FieldType::Integer => 4,
@@ -457,7 +457,7 @@ mod tests {
         let elements: Vec<_> = (0..10_000u32)
             .map(|n| Element::new(Key::address(std::net::Ipv4Addr::from(n).into())))
             .collect();
-        let table = TableId::new(Family::Ip, "t");
+        let table = TableId::new(TableFamily::Ip, "t");
         let transaction = Transaction {
             ops: vec![
                 Op::AddTable(table.clone()),

@@ -13,8 +13,8 @@ use nftnl::nftnl_sys as sys;
 
 use super::uapi;
 use crate::nft::{
-    Comparison, CtState, CtStatus, Family, FieldType, Name, Operand, RejectWith, Rule, Selector,
-    Statement, Verdict,
+    Comparison, CtState, CtStatus, FieldType, Name, Operand, RejectWith, Rule, Selector, Statement,
+    TableFamily, Verdict,
 };
 
 /// One expression: its name and the attributes to set.
@@ -62,7 +62,7 @@ fn register(word: usize) -> u32 {
 
 /// The expressions of one rule, under construction.
 pub(crate) struct Program {
-    family: Family,
+    family: TableFamily,
     exprs: Vec<Expr>,
 }
 
@@ -72,7 +72,7 @@ impl Program {
     /// # Errors
     ///
     /// [`Unwritable`] for a rule with a foreign statement.
-    pub(crate) fn rule(rule: &Rule, family: Family) -> Result<Vec<Expr>, Unwritable> {
+    pub(crate) fn rule(rule: &Rule, family: TableFamily) -> Result<Vec<Expr>, Unwritable> {
         let mut program = Program {
             family,
             exprs: Vec::new(),
@@ -290,8 +290,8 @@ impl Program {
             }
             Statement::HopLimit(hops) => {
                 let offset = match self.family {
-                    Family::Ip => 8,
-                    Family::Ip6 => 7,
+                    TableFamily::Ip => 8,
+                    TableFamily::Ip6 => 7,
                 };
                 self.payload(libc::NFT_PAYLOAD_NETWORK_HEADER, offset, 1, register(0));
                 self.cmp(Comparison::Is, vec![*hops]);
@@ -338,8 +338,8 @@ impl Program {
                 self.load_key(key, 0);
                 self.lookup(map, Some(register(0)), false);
                 let (family, words) = match self.family {
-                    Family::Ip => (libc::NFPROTO_IPV4, 1),
-                    Family::Ip6 => (libc::NFPROTO_IPV6, 4),
+                    TableFamily::Ip => (libc::NFPROTO_IPV4, 1),
+                    TableFamily::Ip6 => (libc::NFPROTO_IPV6, 4),
                 };
                 self.push(
                     c"nat",
@@ -391,8 +391,10 @@ impl Program {
             Statement::Reject(with) => {
                 let (kind, code) = match (with, self.family) {
                     (RejectWith::TcpReset, _) => (libc::NFT_REJECT_TCP_RST, 0),
-                    (RejectWith::PortUnreachable, Family::Ip) => (libc::NFT_REJECT_ICMP_UNREACH, 3),
-                    (RejectWith::PortUnreachable, Family::Ip6) => {
+                    (RejectWith::PortUnreachable, TableFamily::Ip) => {
+                        (libc::NFT_REJECT_ICMP_UNREACH, 3)
+                    }
+                    (RejectWith::PortUnreachable, TableFamily::Ip6) => {
                         (libc::NFT_REJECT_ICMP_UNREACH, 4)
                     }
                 };

@@ -16,7 +16,7 @@ use nftnl::{Chain, ChainType, Hook, MsgType, NlMsg, Policy, ProtoFamily, Rule, T
 use super::expr::{Attribute, Expr};
 use super::message::{AttrWriter, set_length};
 use super::uapi;
-use crate::nft::{BaseChain, ChainKind, Family, Hook as ChainHook};
+use crate::nft::{BaseChain, ChainKind, Hook as ChainHook, TableFamily};
 
 /// A buffer for one message of libnftnl, which does not check sizes.
 pub(crate) struct Scratch(Vec<u64>);
@@ -53,15 +53,20 @@ pub(crate) fn c_name(name: &str) -> Option<CString> {
     CString::new(name).ok()
 }
 
-fn proto(family: Family) -> ProtoFamily {
+fn proto(family: TableFamily) -> ProtoFamily {
     match family {
-        Family::Ip => ProtoFamily::Ipv4,
-        Family::Ip6 => ProtoFamily::Ipv6,
+        TableFamily::Ip => ProtoFamily::Ipv4,
+        TableFamily::Ip6 => ProtoFamily::Ipv6,
     }
 }
 
 /// Builds a message that creates or deletes a table.
-pub(crate) fn table(scratch: &mut Scratch, family: Family, name: &CStr, kind: MsgType) -> Vec<u8> {
+pub(crate) fn table(
+    scratch: &mut Scratch,
+    family: TableFamily,
+    name: &CStr,
+    kind: MsgType,
+) -> Vec<u8> {
     let table = Table::new(name, proto(family));
     scratch.message(&table, 0, kind).to_vec()
 }
@@ -69,7 +74,7 @@ pub(crate) fn table(scratch: &mut Scratch, family: Family, name: &CStr, kind: Ms
 /// Builds a message that creates or deletes a chain.
 pub(crate) fn chain(
     scratch: &mut Scratch,
-    (family, table): (Family, &CStr),
+    (family, table): (TableFamily, &CStr),
     name: &CStr,
     base: Option<&BaseChain>,
     kind: MsgType,
@@ -98,7 +103,7 @@ pub(crate) fn chain(
 /// of the chain.
 pub(crate) fn rule(
     scratch: &mut Scratch,
-    (family, table, chain): (Family, &CStr, &CStr),
+    (family, table, chain): (TableFamily, &CStr, &CStr),
     exprs: &[Expr],
     user_data: &[u8],
     kind: MsgType,
@@ -144,7 +149,7 @@ pub(crate) struct SetAttributes {
 /// Builds a message that declares a set.
 pub(crate) fn new_set(
     scratch: &mut Scratch,
-    (family, table): (Family, &CStr),
+    (family, table): (TableFamily, &CStr),
     name: &CStr,
     id: u32,
     set: &SetAttributes,

@@ -4,7 +4,7 @@
 //! is a list of attributes. Reading works on slices, so that no input leads to an access out of
 //! bounds.
 
-use crate::nft::Family;
+use crate::nft::TableFamily;
 
 /// Marks an attribute as holding others.
 const NESTED: u16 = 0x8000;
@@ -187,18 +187,18 @@ pub(crate) fn set_length(message: &mut [u8]) {
 }
 
 /// Returns the kernel's number of a family.
-pub(crate) fn family_number(family: Family) -> u8 {
+pub(crate) fn family_number(family: TableFamily) -> u8 {
     match family {
-        Family::Ip => libc::NFPROTO_IPV4 as u8,
-        Family::Ip6 => libc::NFPROTO_IPV6 as u8,
+        TableFamily::Ip => libc::NFPROTO_IPV4 as u8,
+        TableFamily::Ip6 => libc::NFPROTO_IPV6 as u8,
     }
 }
 
 /// Returns the family with a number of the kernel.
-pub(crate) fn family(number: u8) -> Option<Family> {
+pub(crate) fn family(number: u8) -> Option<TableFamily> {
     match i32::from(number) {
-        libc::NFPROTO_IPV4 => Some(Family::Ip),
-        libc::NFPROTO_IPV6 => Some(Family::Ip6),
+        libc::NFPROTO_IPV4 => Some(TableFamily::Ip),
+        libc::NFPROTO_IPV6 => Some(TableFamily::Ip6),
         _ => None,
     }
 }

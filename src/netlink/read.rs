@@ -18,8 +18,8 @@ use super::nftables::{Dumped, Nftables};
 use super::socket::{DUMP_ATTEMPTS, Message};
 use super::{uapi, udata};
 use crate::nft::{
-    BaseChain, Chain, ChainKind, Data, Declaration, Element, Family, Hook, Key, Name, Rule,
-    Ruleset, Set, SetKind, Statement, Table, TableId, Value, Verdict,
+    BaseChain, Chain, ChainKind, Data, Declaration, Element, Hook, Key, Name, Rule, Ruleset, Set,
+    SetKind, Statement, Table, TableFamily, TableId, Value, Verdict,
 };
 
 // NFT_SET_* flags of the kernel.
@@ -121,7 +121,7 @@ impl Nftables {
         }
     }
 
-    pub(super) fn dump_chains(&mut self, of: Family) -> Result<Dumped, Error> {
+    pub(super) fn dump_chains(&mut self, of: TableFamily) -> Result<Dumped, Error> {
         self.dump("the chains", libc::NFT_MSG_GETCHAIN, family_number(of), &[])
     }
 
@@ -367,7 +367,7 @@ pub(super) fn hooked(attributes: AttrReader) -> Option<BaseChain> {
 
 /// Returns the declaration of a dumped set: the expected one if the attributes are those that nftlet
 /// would write for it.
-fn declaration(found: AttrReader, expected: Option<&Set>, family: Family) -> Arc<Declaration> {
+fn declaration(found: AttrReader, expected: Option<&Set>, family: TableFamily) -> Arc<Declaration> {
     let attributes = SetAttributes {
         flags: found.be32(uapi::NFTA_SET_FLAGS).unwrap_or_default(),
         key_type: found.be32(uapi::NFTA_SET_KEY_TYPE).unwrap_or_default(),

@@ -4,7 +4,7 @@
 //! carry the byte order of key and value and, if these were declared by `typeof`, the expressions,
 //! which `nft list` prints.
 
-use crate::nft::{Declaration, Family, Selector, SetKind};
+use crate::nft::{Declaration, Selector, SetKind, TableFamily};
 
 const RULE_OR_ELEMENT_COMMENT: u8 = 0;
 
@@ -67,7 +67,7 @@ pub(crate) fn read_comment(mut bytes: &[u8]) -> Option<&str> {
 }
 
 /// Encodes the user data of a set.
-pub(crate) fn set(declaration: &Declaration, family: Family) -> Vec<u8> {
+pub(crate) fn set(declaration: &Declaration, family: TableFamily) -> Vec<u8> {
     let typeof_needed = declaration.needs_typeof(family);
     let mut out = Vec::new();
     let key = &declaration.key;
@@ -91,7 +91,7 @@ pub(crate) fn set(declaration: &Declaration, family: Family) -> Vec<u8> {
     out
 }
 
-fn byte_order(selectors: &[Selector], family: Family) -> u32 {
+fn byte_order(selectors: &[Selector], family: TableFamily) -> u32 {
     match selectors {
         [one] if one.field_type(family).host_order() => BYTE_ORDER_HOST,
         [_] => BYTE_ORDER_BIG,
@@ -104,7 +104,7 @@ fn put_typeof(
     kind: u8,
     selectors: &[Selector],
     by_example: bool,
-    family: Family,
+    family: TableFamily,
 ) {
     let mut expression = Vec::new();
     match selectors {
@@ -132,15 +132,15 @@ fn put_typeof(
 }
 
 /// Encodes a selector like nft: the number of its expression and its distinguishing attributes.
-fn put_expression(out: &mut Vec<u8>, selector: Selector, family: Family) {
+fn put_expression(out: &mut Vec<u8>, selector: Selector, family: TableFamily) {
     // Protocol descriptions and their fields.
     const TH: u32 = 11;
     const IP: u32 = 12;
     const IP6: u32 = 13;
     const ICMP6: u32 = 14;
     let (network, source, destination) = match family {
-        Family::Ip => (IP, 11, 12),
-        Family::Ip6 => (IP6, 8, 9),
+        TableFamily::Ip => (IP, 11, 12),
+        TableFamily::Ip6 => (IP6, 8, 9),
     };
     let (expression, numbers): (u32, Vec<u32>) = match selector {
         Selector::SourceAddress => (EXPRESSION_PAYLOAD, vec![network, source]),
@@ -192,7 +192,7 @@ mod tests {
         );
         // Recorded from nft 1.0.6.
         assert_eq!(
-            hex(&set(&declaration, Family::Ip)),
+            hex(&set(&declaration, TableFamily::Ip)),
             "000400000000010400000000034a00040d0000000142000e00040900000001060004100000000114000407\
              000000010c00040b000000010402000000021a000417000000011200040100000001040100000002040000\
              0000043400040d000000012c0014000407000000010c00040c00000001040c000000011400040700000001\
@@ -212,7 +212,7 @@ mod tests {
             ],
         );
         assert_eq!(
-            hex(&set(&declaration, Family::Ip6)),
+            hex(&set(&declaration, TableFamily::Ip6)),
             "000400000000010400000000030800040d0000000100060400000000"
         );
     }

@@ -36,7 +36,7 @@ pub use diff::diff;
 pub use interval::merge as merge_intervals;
 pub(crate) use key::FieldType;
 pub use key::{Data, Key, KeyBuilder};
-pub use name::{Family, Name};
+pub use name::{Name, TableFamily};
 pub(crate) use name::{digest_of, readable_name};
 pub use path::ObjectPath;
 pub use rule::{Comparison, CtState, CtStatus, Operand, RejectWith, Rule, Statement, Verdict};

@@ -8,19 +8,19 @@ use ring::digest;
 
 /// The family of a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Family {
+pub enum TableFamily {
     /// IPv4.
     Ip,
     /// IPv6.
     Ip6,
 }
 
-impl Family {
+impl TableFamily {
     /// Returns the keyword in nft: `ip` or `ip6`.
     pub fn keyword(self) -> &'static str {
         match self {
-            Family::Ip => "ip",
-            Family::Ip6 => "ip6",
+            TableFamily::Ip => "ip",
+            TableFamily::Ip6 => "ip6",
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use super::key::FieldType;
-use super::name::Family;
+use super::name::TableFamily;
 
 /// A value read from the packet, its metadata or its connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -46,13 +46,13 @@ pub enum Selector {
 
 impl Selector {
     /// Returns the type of the value.
-    pub fn field_type(self, family: Family) -> FieldType {
+    pub fn field_type(self, family: TableFamily) -> FieldType {
         match self {
             Selector::SourceAddress
             | Selector::DestinationAddress
             | Selector::OriginalDestinationAddress => match family {
-                Family::Ip => FieldType::Ipv4Addr,
-                Family::Ip6 => FieldType::Ipv6Addr,
+                TableFamily::Ip => FieldType::Ipv4Addr,
+                TableFamily::Ip6 => FieldType::Ipv6Addr,
             },
             Selector::L4Protocol => FieldType::InetProto,
             Selector::SourcePort
@@ -66,7 +66,7 @@ impl Selector {
     }
 
     /// Returns the selector in the syntax of nft.
-    pub fn text(self, family: Family) -> String {
+    pub fn text(self, family: TableFamily) -> String {
         let ip = family.keyword();
         match self {
             Selector::SourceAddress => format!("{ip} saddr"),
@@ -87,7 +87,7 @@ impl Selector {
 }
 
 /// Returns a concatenation of selectors in the syntax of nft.
-pub(super) fn concatenation(selectors: &[Selector], family: Family) -> String {
+pub(super) fn concatenation(selectors: &[Selector], family: TableFamily) -> String {
     let mut text = String::new();
     for (index, selector) in selectors.iter().enumerate() {
         if index > 0 {

@@ -6,22 +6,22 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::key::{Data, FieldType, Key};
-use super::name::{Family, Name, clean_comment};
+use super::name::{Name, TableFamily, clean_comment};
 use super::rule::{Rule, Verdict};
 use super::selector::Selector;
 
-/// Family and name of a table.
+/// The family and the name of a table.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct TableId {
     /// The family.
-    pub family: Family,
+    pub family: TableFamily,
     /// The name.
     pub name: Name,
 }
 
 impl TableId {
     /// Creates the identifier of a table.
-    pub fn new(family: Family, name: impl Into<Name>) -> Self {
+    pub fn new(family: TableFamily, name: impl Into<Name>) -> Self {
         Self {
             family,
             name: name.into(),
@@ -189,12 +189,12 @@ impl Declaration {
     }
 
     /// Returns the types of the key's fields.
-    pub fn key_types(&self, family: Family) -> Vec<FieldType> {
+    pub fn key_types(&self, family: TableFamily) -> Vec<FieldType> {
         self.key.iter().map(|s| s.field_type(family)).collect()
     }
 
     /// Returns the types of the value's fields; empty for sets and verdict maps.
-    pub(crate) fn data_types(&self, family: Family) -> Vec<FieldType> {
+    pub(crate) fn data_types(&self, family: TableFamily) -> Vec<FieldType> {
         match &self.kind {
             SetKind::Map(data) => data.iter().map(|s| s.field_type(family)).collect(),
             SetKind::Set | SetKind::VerdictMap => Vec::new(),
@@ -207,7 +207,7 @@ impl Declaration {
     }
 
     /// Returns whether nft needs `typeof` to declare it: an index has no named type.
-    pub(crate) fn needs_typeof(&self, family: Family) -> bool {
+    pub(crate) fn needs_typeof(&self, family: TableFamily) -> bool {
         self.key_types(family)
             .iter()
             .chain(&self.data_types(family))

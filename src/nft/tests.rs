@@ -70,7 +70,11 @@ fn ruleset() -> impl Strategy<Value = Ruleset> {
     );
     btree_map(any::<bool>(), table, 0..3).prop_map(|tables| {
         let tables = tables.into_iter().map(|(ip, (sets, chains))| {
-            let family = if ip { Family::Ip } else { Family::Ip6 };
+            let family = if ip {
+                TableFamily::Ip
+            } else {
+                TableFamily::Ip6
+            };
             let mut table = Table {
                 sets: sets.into_iter().map(|(n, s)| (n.into(), s)).collect(),
                 chains: chains.into_iter().map(|(n, c)| (n.into(), c)).collect(),
@@ -181,12 +185,12 @@ fn only_what_differs_is_touched() {
             ..Table::default()
         };
         Ruleset {
-            tables: [(TableId::new(Family::Ip, "t"), table)].into(),
+            tables: [(TableId::new(TableFamily::Ip, "t"), table)].into(),
         }
     };
     let transaction = diff(&with(&[1, 2, 3]), with(&[1, 3, 4]));
     let element = |port| vec![Element::new(Key::build().port(port).finish())];
-    let id = TableId::new(Family::Ip, "t");
+    let id = TableId::new(TableFamily::Ip, "t");
     assert_eq!(
         transaction.ops,
         [
@@ -208,7 +212,7 @@ fn objects_of_kinds_that_are_never_wanted_go_last() {
             ..Table::default()
         };
         Ruleset {
-            tables: [(TableId::new(Family::Ip, "t"), table)].into(),
+            tables: [(TableId::new(TableFamily::Ip, "t"), table)].into(),
         }
     };
     let mut before = table(&[(StrayKind::Object(1), "a"), (StrayKind::Flowtable, "a")]);
@@ -218,7 +222,7 @@ fn objects_of_kinds_that_are_never_wanted_go_last() {
         let set = Set::from(Declaration::new(SetKind::Set, []));
         table.sets.insert("intruder".into(), set);
     }
-    let (id, name) = (TableId::new(Family::Ip, "t"), Name::from("intruder"));
+    let (id, name) = (TableId::new(TableFamily::Ip, "t"), Name::from("intruder"));
     let stray = |kind| {
         let name = Name::from("a");
         Op::DeleteStray(id.clone(), Stray { kind, name })

@@ -6,7 +6,7 @@
 use std::io::{self, Write};
 
 use super::key::{FieldType, Key, protocol};
-use super::name::Family;
+use super::name::TableFamily;
 use super::rule::{Comparison, CtState, CtStatus, Operand, RejectWith, Rule, Statement, Verdict};
 use super::selector::{Selector, concatenation};
 use super::table::{
@@ -52,7 +52,7 @@ fn separate(first: &mut bool, out: &mut impl Write) -> io::Result<()> {
     Ok(())
 }
 
-fn render_set(name: &str, set: &Set, family: Family, out: &mut impl Write) -> io::Result<()> {
+fn render_set(name: &str, set: &Set, family: TableFamily, out: &mut impl Write) -> io::Result<()> {
     let declaration = &set.declaration;
     let keyword = match declaration.kind {
         SetKind::Set => "set",
@@ -96,7 +96,7 @@ fn render_set(name: &str, set: &Set, family: Family, out: &mut impl Write) -> io
 }
 
 /// Returns the `type` or `typeof` line.
-fn set_type(set: &Declaration, family: Family) -> String {
+fn set_type(set: &Declaration, family: TableFamily) -> String {
     let typeof_needed = set.needs_typeof(family);
     let describe = |selectors: &[Selector]| {
         if typeof_needed {
@@ -119,7 +119,7 @@ fn set_type(set: &Declaration, family: Family) -> String {
 }
 
 /// Returns an element in the syntax of nft.
-pub fn element(element: &Element, declaration: &Declaration, family: Family) -> String {
+pub fn element(element: &Element, declaration: &Declaration, family: TableFamily) -> String {
     let mut text = Vec::new();
     // Writing to a vector cannot fail.
     let _ = render_element(
@@ -186,7 +186,12 @@ fn prefix(from: &str, to: &str) -> Option<String> {
     subnets.next().is_none().then(|| only.to_string())
 }
 
-fn render_chain(name: &str, chain: &Chain, family: Family, out: &mut impl Write) -> io::Result<()> {
+fn render_chain(
+    name: &str,
+    chain: &Chain,
+    family: TableFamily,
+    out: &mut impl Write,
+) -> io::Result<()> {
     writeln!(out, "\tchain {name} {{")?;
     if let Some(base) = &chain.base {
         writeln!(out, "\t\t{}", base_chain(base))?;
@@ -227,7 +232,7 @@ fn base_chain(base: &BaseChain) -> String {
 
 /// Returns whether nft 1.0.6 fails an assertion when it reads the statement: it reserves one
 /// register of 16 bytes for the key of a map update. It can print such a rule.
-fn crashes_nft(statement: &Statement, family: Family) -> bool {
+fn crashes_nft(statement: &Statement, family: TableFamily) -> bool {
     const REGISTER: usize = 16;
     let length = |selectors: &[Selector]| -> usize {
         let fields = selectors.iter().map(|s| s.field_type(family).padded_len());
@@ -240,7 +245,7 @@ fn crashes_nft(statement: &Statement, family: Family) -> bool {
 }
 
 /// Returns a rule in the syntax of nft.
-pub fn rule(rule: &Rule, family: Family) -> String {
+pub fn rule(rule: &Rule, family: TableFamily) -> String {
     let mut parts: Vec<String> = rule
         .statements
         .iter()
@@ -252,7 +257,7 @@ pub fn rule(rule: &Rule, family: Family) -> String {
     parts.join(" ")
 }
 
-fn statement(statement: &Statement, family: Family) -> String {
+fn statement(statement: &Statement, family: TableFamily) -> String {
     let ip = family.keyword();
     let not = |comparison: &Comparison| match comparison {
         Comparison::Is => "",
@@ -279,8 +284,8 @@ fn statement(statement: &Statement, family: Family) -> String {
         Statement::CtStatus(CtStatus::Snat) => "ct status snat".into(),
         Statement::TcpNotOpening => "tcp flags & (fin | syn | rst | ack) != syn".into(),
         Statement::HopLimit(hops) => match family {
-            Family::Ip => format!("ip ttl {hops}"),
-            Family::Ip6 => format!("ip6 hoplimit {hops}"),
+            TableFamily::Ip => format!("ip ttl {hops}"),
+            TableFamily::Ip6 => format!("ip6 hoplimit {hops}"),
         },
         Statement::Limit { per_second, burst } => {
             format!("limit rate {per_second}/second burst {burst} packets")

@@ -406,7 +406,7 @@ fn chain(ruleset: &Ruleset, name: &str) -> Vec<String> {
     let table = &ruleset.tables[&table_id(crate::model::Family::V4)];
     let rules = table.chains[name].rules.iter();
     rules
-        .map(|rule| text::rule(rule, crate::nft::Family::Ip))
+        .map(|rule| text::rule(rule, crate::nft::TableFamily::Ip))
         .collect()
 }
 

@@ -9,7 +9,7 @@ use super::metrics::SyncMetrics;
 use super::report::Reporter;
 use crate::model::{Notice, Reason, Subject};
 use crate::netlink;
-use crate::nft::{Family, Name, Op, TableId, Transaction};
+use crate::nft::{Name, Op, TableFamily, TableId, Transaction};
 use crate::policies;
 use crate::services;
 
@@ -34,7 +34,7 @@ pub(crate) fn remove_foreign_hooks(
 ) -> Result<(), netlink::Error> {
     let mut outcome = Ok(());
     for (name, is_own) in TABLES {
-        for family in [Family::Ip, Family::Ip6] {
+        for family in [TableFamily::Ip, TableFamily::Ip6] {
             let table = TableId::new(family, name);
             if let Err(error) = clean_table(kernel, &table, is_own, metrics, reporter) {
                 outcome = Err(error);

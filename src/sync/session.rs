@@ -8,7 +8,7 @@ use super::metrics::SyncMetrics;
 use super::report::Reporter;
 use crate::model::Notice;
 use crate::netlink::Error;
-use crate::nft::{Family, Ruleset, Transaction};
+use crate::nft::{Ruleset, TableFamily, Transaction};
 
 /// The connection over which all rules are written.
 ///
@@ -54,9 +54,9 @@ impl<'a, K: Kernel> KernelSession<'a, K> {
             let started = Instant::now();
             let applied = self.kernel.apply(&step);
             if applied.is_err() && step.is_cleanup() {
-                for family in [Family::Ip, Family::Ip6] {
+                for family in [TableFamily::Ip, TableFamily::Ip6] {
                     if step.ops.iter().any(|op| op.table().family == family) {
-                        self.metrics.cleanup_failure(family == Family::Ip6);
+                        self.metrics.cleanup_failure(family == TableFamily::Ip6);
                     }
                 }
             }

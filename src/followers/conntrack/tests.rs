@@ -295,7 +295,7 @@ fn node_ports_are_suspect_when_they_answer_elsewhere_and_all_when_the_tables_wer
 fn few_frontends_are_listed_by_themselves_and_many_together() {
     let front = |n: u16| UdpFrontend::Address(SocketAddr::new([10, 96, 0, 1].into(), n));
     let of = |fronts: &[UdpFrontend]| filters(Family::V4, fronts.iter());
-    let v4 = nft::Family::Ip;
+    let v4 = nft::TableFamily::Ip;
     assert!(of(&[]).is_empty());
     assert_eq!(
         of(&[UdpFrontend::Address(at(VIP))]),

@@ -8,7 +8,7 @@ use super::tuple::{Tuple, family_of};
 use crate::netlink::message::{AttrReader, AttrWriter};
 use crate::netlink::socket::Message;
 use crate::netlink::uapi;
-use crate::nft::Family;
+use crate::nft::TableFamily;
 
 /// A UDP flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -65,7 +65,7 @@ impl Flow {
         })
     }
 
-    pub(super) fn family(&self) -> Family {
+    pub(super) fn family(&self) -> TableFamily {
         family_of(self.destination.ip())
     }
 
@@ -93,14 +93,14 @@ impl Flow {
 /// Selects UDP flows by family and, optionally, by address and port of the original destination.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FlowFilter {
-    family: Family,
+    family: TableFamily,
     address: Option<IpAddr>,
     port: Option<u16>,
 }
 
 impl FlowFilter {
     /// Matches all flows of a family.
-    pub fn all(family: Family) -> Self {
+    pub fn all(family: TableFamily) -> Self {
         Self {
             family,
             address: None,
@@ -118,7 +118,7 @@ impl FlowFilter {
     }
 
     /// Matches the flows of a family to a port on any address.
-    pub fn to_port(family: Family, port: u16) -> Self {
+    pub fn to_port(family: TableFamily, port: u16) -> Self {
         Self {
             family,
             address: None,
@@ -126,7 +126,7 @@ impl FlowFilter {
         }
     }
 
-    pub(super) fn family(&self) -> Family {
+    pub(super) fn family(&self) -> TableFamily {
         self.family
     }
 

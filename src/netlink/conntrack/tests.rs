@@ -98,14 +98,14 @@ fn truncated_flows_are_no_flows() {
 fn filters_admit_by_original_destination() {
     let flow = flow("10.0.0.1:1", "10.96.0.10:53", "10.0.0.3:5353");
     for (filter, admitted) in [
-        (FlowFilter::all(Family::Ip), true),
-        (FlowFilter::all(Family::Ip6), false),
+        (FlowFilter::all(TableFamily::Ip), true),
+        (FlowFilter::all(TableFamily::Ip6), false),
         (FlowFilter::to(at("10.96.0.10:53")), true),
         (FlowFilter::to(at("10.96.0.10:54")), false),
         (FlowFilter::to(at("10.0.0.3:5353")), false),
-        (FlowFilter::to_port(Family::Ip, 53), true),
-        (FlowFilter::to_port(Family::Ip, 5353), false),
-        (FlowFilter::to_port(Family::Ip6, 53), false),
+        (FlowFilter::to_port(TableFamily::Ip, 53), true),
+        (FlowFilter::to_port(TableFamily::Ip, 5353), false),
+        (FlowFilter::to_port(TableFamily::Ip6, 53), false),
     ] {
         assert_eq!(filter.admits(&flow), admitted, "{filter:?}");
     }
@@ -123,8 +123,8 @@ fn the_kernel_is_never_asked_for_an_ipv6_address() {
         uapi::CTA_FILTER_F_PROTO_NUM,
         uapi::CTA_FILTER_F_PROTO_DST_PORT,
     );
-    assert_eq!(flags(FlowFilter::all(Family::Ip)), udp);
-    assert_eq!(flags(FlowFilter::to_port(Family::Ip, 53)), udp | port);
+    assert_eq!(flags(FlowFilter::all(TableFamily::Ip)), udp);
+    assert_eq!(flags(FlowFilter::to_port(TableFamily::Ip, 53)), udp | port);
     assert_eq!(
         flags(FlowFilter::to(at("10.96.0.10:53"))),
         udp | port | uapi::CTA_FILTER_F_IP_DST

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use super::tuple::{Tuple, family_of};
 use crate::netlink::socket::Message;
 use crate::netlink::uapi;
-use crate::nft::Family;
+use crate::nft::TableFamily;
 
 /// A connection as the kernel tracks it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,7 +68,7 @@ impl Tracked {
         })
     }
 
-    pub(super) fn family(&self) -> Family {
+    pub(super) fn family(&self) -> TableFamily {
         family_of(self.source)
     }
 }

@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crate::netlink::message::AttrReader;
 use crate::netlink::uapi;
-use crate::nft::Family;
+use crate::nft::TableFamily;
 
 /// One direction of a tracked connection.
 #[derive(Clone, Copy, Debug)]
@@ -41,9 +41,9 @@ impl Tuple {
     }
 }
 
-pub(crate) fn family_of(address: IpAddr) -> Family {
+pub(crate) fn family_of(address: IpAddr) -> TableFamily {
     match address {
-        IpAddr::V4(_) => Family::Ip,
-        IpAddr::V6(_) => Family::Ip6,
+        IpAddr::V4(_) => TableFamily::Ip,
+        IpAddr::V6(_) => TableFamily::Ip6,
     }
 }

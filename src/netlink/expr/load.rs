@@ -3,7 +3,7 @@
 use nftnl::nftnl_sys as sys;
 
 use super::{Attribute, Expr, Program, register};
-use crate::nft::{Family, Selector};
+use crate::nft::{Selector, TableFamily};
 
 impl Program {
     /// Loads a selector's value into the register at a word.
@@ -13,8 +13,8 @@ impl Program {
         match selector {
             Selector::SourceAddress | Selector::DestinationAddress => {
                 let (source, length) = match self.family {
-                    Family::Ip => (12, 4),
-                    Family::Ip6 => (8, 16),
+                    TableFamily::Ip => (12, 4),
+                    TableFamily::Ip6 => (8, 16),
                 };
                 let offset = match selector {
                     Selector::SourceAddress => source,
@@ -58,8 +58,8 @@ impl Program {
             }
             Selector::OriginalDestinationAddress => {
                 let key = match self.family {
-                    Family::Ip => libc::NFT_CT_DST_IP,
-                    Family::Ip6 => libc::NFT_CT_DST_IP6,
+                    TableFamily::Ip => libc::NFT_CT_DST_IP,
+                    TableFamily::Ip6 => libc::NFT_CT_DST_IP6,
                 };
                 self.ct(key, Some(0), target);
             }

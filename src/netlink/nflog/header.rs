@@ -5,7 +5,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use crate::nft::Family;
+use crate::nft::TableFamily;
 
 /// The headers of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,10 +22,10 @@ pub(crate) struct Header {
 }
 
 /// Parses a packet from its IP header on; `None` without a complete IP header of the family.
-pub(crate) fn parse(family: Family, packet: &[u8]) -> Option<Header> {
+pub(crate) fn parse(family: TableFamily, packet: &[u8]) -> Option<Header> {
     match family {
-        Family::Ip => ipv4(packet),
-        Family::Ip6 => ipv6(packet),
+        TableFamily::Ip => ipv4(packet),
+        TableFamily::Ip6 => ipv6(packet),
     }
 }
 
@@ -180,11 +180,11 @@ mod tests {
         vec![0, 0, high, low, 1, 2, 3, 4]
     }
 
-    fn found(family: Family, packet: &[u8]) -> (u8, Option<(u16, u16)>) {
+    fn found(family: TableFamily, packet: &[u8]) -> (u8, Option<(u16, u16)>) {
         let header = parse(family, packet).unwrap();
         let (source, destination) = match family {
-            Family::Ip => ("10.0.0.1", "10.0.0.2"),
-            Family::Ip6 => ("2001:db8::1", "2001:db8::2"),
+            TableFamily::Ip => ("10.0.0.1", "10.0.0.2"),
+            TableFamily::Ip6 => ("2001:db8::1", "2001:db8::2"),
         };
         assert_eq!(header.source.to_string(), source);
         assert_eq!(header.destination.to_string(), destination);
@@ -194,14 +194,14 @@ mod tests {
     #[test]
     fn ipv4_with_and_without_options() {
         let all = (TCP, Some((40_000, 80)));
-        assert_eq!(found(Family::Ip, &v4(0, TCP, &[], &PORTS)), all);
-        assert_eq!(found(Family::Ip, &v4(0, TCP, &[1; 40], &PORTS)), all);
+        assert_eq!(found(TableFamily::Ip, &v4(0, TCP, &[], &PORTS)), all);
+        assert_eq!(found(TableFamily::Ip, &v4(0, TCP, &[1; 40], &PORTS)), all);
         // Ports behind the end of the copy, and a protocol without.
         assert_eq!(
-            found(Family::Ip, &v4(0, TCP, &[], &PORTS[..3])),
+            found(TableFamily::Ip, &v4(0, TCP, &[], &PORTS[..3])),
             (TCP, None)
         );
-        assert_eq!(found(Family::Ip, &v4(0, 1, &[], &PORTS)), (1, None));
+        assert_eq!(found(TableFamily::Ip, &v4(0, 1, &[], &PORTS)), (1, None));
     }
 
     #[test]
@@ -210,13 +210,13 @@ mod tests {
         let all = (TCP, Some((40_000, 80)));
         let nothing = (TCP, None);
         let first = v4(MORE_FRAGMENTS, TCP, &[], &PORTS);
-        assert_eq!(found(Family::Ip, &first), all);
+        assert_eq!(found(TableFamily::Ip, &first), all);
         let later = v4(MORE_FRAGMENTS | 185, TCP, &[], &PORTS);
-        assert_eq!(found(Family::Ip, &later), nothing);
+        assert_eq!(found(TableFamily::Ip, &later), nothing);
         let first = v6(&[(FRAGMENT, fragment(0))], TCP, &PORTS);
-        assert_eq!(found(Family::Ip6, &first), all);
+        assert_eq!(found(TableFamily::Ip6, &first), all);
         let later = v6(&[(FRAGMENT, fragment(185))], TCP, &PORTS);
-        assert_eq!(found(Family::Ip6, &later), nothing);
+        assert_eq!(found(TableFamily::Ip6, &later), nothing);
     }
 
     #[test]
@@ -232,23 +232,23 @@ mod tests {
             (140, options(0)),
         ];
         let packet = v6(&extensions, 17, &PORTS);
-        assert_eq!(found(Family::Ip6, &packet), (17, Some((40_000, 80))));
+        assert_eq!(found(TableFamily::Ip6, &packet), (17, Some((40_000, 80))));
         let encrypted = v6(&[(0, options(0))], 50, &PORTS);
-        assert_eq!(found(Family::Ip6, &encrypted), (50, None));
+        assert_eq!(found(TableFamily::Ip6, &encrypted), (50, None));
         let cut = v6(&[(0, options(200))], TCP, &PORTS);
-        assert_eq!(found(Family::Ip6, &cut[..128]), (0, None));
+        assert_eq!(found(TableFamily::Ip6, &cut[..128]), (0, None));
     }
 
     #[test]
     fn what_is_no_packet_of_the_family_is_none() {
         let (four, six) = (v4(0, TCP, &[], &PORTS), v6(&[], TCP, &PORTS));
-        assert_eq!(parse(Family::Ip6, &four), None);
-        assert_eq!(parse(Family::Ip, &six), None);
-        assert_eq!(parse(Family::Ip, &four[..19]), None);
-        assert_eq!(parse(Family::Ip6, &six[..39]), None);
+        assert_eq!(parse(TableFamily::Ip6, &four), None);
+        assert_eq!(parse(TableFamily::Ip, &six), None);
+        assert_eq!(parse(TableFamily::Ip, &four[..19]), None);
+        assert_eq!(parse(TableFamily::Ip6, &six[..39]), None);
         let mut short_header = four;
         short_header[0] = 0x44;
-        assert_eq!(parse(Family::Ip, &short_header), None);
+        assert_eq!(parse(TableFamily::Ip, &short_header), None);
     }
 
     fn extension() -> impl Strategy<Value = (u8, Vec<u8>)> {
@@ -268,8 +268,8 @@ mod tests {
                 if let Some(byte) = bytes.first_mut() {
                     *byte = version | first & 0xf;
                 }
-                for family in [Family::Ip, Family::Ip6] {
-                    let least = if family == Family::Ip { 20 } else { 40 };
+                for family in [TableFamily::Ip, TableFamily::Ip6] {
+                    let least = if family == TableFamily::Ip { 20 } else { 40 };
                     let header = parse(family, &bytes);
                     prop_assert!(header.is_none() || bytes.len() >= least);
                 }
@@ -283,9 +283,9 @@ mod tests {
             ports: [u8; 4],
         ) {
             let packet = v6(&extensions, protocol, &ports);
-            let whole = parse(Family::Ip6, &packet).unwrap();
+            let whole = parse(TableFamily::Ip6, &packet).unwrap();
             for length in 0..packet.len() {
-                let Some(header) = parse(Family::Ip6, &packet[..length]) else {
+                let Some(header) = parse(TableFamily::Ip6, &packet[..length]) else {
                     prop_assert!(length < 40);
                     continue;
                 };

@@ -2,10 +2,10 @@
 
 use super::*;
 use crate::nft::Verdict;
-use crate::nft::{BaseChain, ChainKind, Family, Hook, Key, Rule, Selector, Statement};
+use crate::nft::{BaseChain, ChainKind, Hook, Key, Rule, Selector, Statement, TableFamily};
 
 fn id() -> TableId {
-    TableId::new(Family::Ip, "t")
+    TableId::new(TableFamily::Ip, "t")
 }
 
 fn rule() -> Rule {
@@ -91,7 +91,7 @@ fn new_sets_alone_are_no_reason_for_a_step() {
 
 #[test]
 fn chains_of_one_table_do_not_split_another() {
-    let other = TableId::new(Family::Ip6, "t");
+    let other = TableId::new(TableFamily::Ip6, "t");
     let ops = [
         add_chain("new"),
         Op::AddSet(other.clone(), "s".into(), declaration()),
@@ -233,7 +233,7 @@ fn a_large_table_that_is_replaced_comes_in_one_step() {
 
 #[test]
 fn tables_in_use_change_when_a_large_one_comes_into_force() {
-    let other = TableId::new(Family::Ip6, "t");
+    let other = TableId::new(TableFamily::Ip6, "t");
     let change = Op::AddRule(other, "old".into(), rule());
     let ops = [
         Op::AddTable(id()),

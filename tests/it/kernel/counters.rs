@@ -6,8 +6,9 @@ use std::sync::Arc;
 
 use nftlet::netlink::{Error, Nftables};
 use nftlet::nft::{
-    BaseChain, Chain, ChainKind, Comparison, Declaration, Element, Family, Hook, Key, Op, Operand,
-    Rule, Ruleset, Selector, Set, SetKind, Statement, Table, TableId, Transaction, Verdict, diff,
+    BaseChain, Chain, ChainKind, Comparison, Declaration, Element, Hook, Key, Op, Operand, Rule,
+    Ruleset, Selector, Set, SetKind, Statement, Table, TableFamily, TableId, Transaction, Verdict,
+    diff,
 };
 use nftlet_lab::netns::{Namespace, require_net_admin};
 
@@ -17,7 +18,7 @@ const SET: &str = "counted";
 const HEADERS: u64 = 28;
 
 fn id() -> TableId {
-    TableId::new(Family::Ip, TABLE)
+    TableId::new(TableFamily::Ip, TABLE)
 }
 
 fn key(port: u16) -> Key {

@@ -5,17 +5,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nftlet::nft::{
-    BaseChain, Chain, ChainKind, Comparison, CtState, CtStatus, Data, Declaration, Element, Family,
-    Hook, Key, Name, Operand, RejectWith, Rule, Ruleset, Selector, Set, SetKind, Statement, Table,
-    TableId, Verdict, merge_intervals,
+    BaseChain, Chain, ChainKind, Comparison, CtState, CtStatus, Data, Declaration, Element, Hook,
+    Key, Name, Operand, RejectWith, Rule, Ruleset, Selector, Set, SetKind, Statement, Table,
+    TableFamily, TableId, Verdict, merge_intervals,
 };
 
 pub const TABLE: &str = "nftlet-test";
 
-pub fn address(family: Family, last: u8) -> IpAddr {
+pub fn address(family: TableFamily, last: u8) -> IpAddr {
     match family {
-        Family::Ip => IpAddr::from([10, 96, 0, last]),
-        Family::Ip6 => format!("fd00:10:96::{last:x}").parse().unwrap(),
+        TableFamily::Ip => IpAddr::from([10, 96, 0, last]),
+        TableFamily::Ip6 => format!("fd00:10:96::{last:x}").parse().unwrap(),
     }
 }
 
@@ -71,13 +71,13 @@ fn affinity_key() -> Vec<Selector> {
 }
 
 /// A table in which every construct of `ruleset` occurs.
-pub fn everything(family: Family) -> Ruleset {
+pub fn everything(family: TableFamily) -> Ruleset {
     let a = |last| address(family, last);
     let frontend = Key::build().address(a(5)).protocol(6).port(80).finish();
     let network = |text4: &str, text6: &str| -> ipnet::IpNet {
         match family {
-            Family::Ip => text4.parse().unwrap(),
-            Family::Ip6 => text6.parse().unwrap(),
+            TableFamily::Ip => text4.parse().unwrap(),
+            TableFamily::Ip6 => text6.parse().unwrap(),
         }
     };
     let mut table = Table::default();

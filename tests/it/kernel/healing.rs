@@ -16,7 +16,7 @@ use crate::support::objects::{self, deny_all, list, namespace, pod, slice_of};
 use crate::support::objects::{service, slice};
 use nftlet::netlink::{Monitor, Nftables, Notification};
 use nftlet::nft::{
-    Declaration, Element, Family, Key, Op, Ruleset, Selector, Set, SetKind, Table, TableId,
+    Declaration, Element, Key, Op, Ruleset, Selector, Set, SetKind, Table, TableFamily, TableId,
     Transaction, diff,
 };
 use nftlet::services::TABLE;
@@ -229,7 +229,7 @@ fn a_monitor_says_what_it_missed() {
         let mut monitor = Monitor::new(&[TABLE], &own);
         own.mute_during_large_writes(monitor.muted());
         let add = |table: &str, elements: u32| {
-            let id = TableId::new(Family::Ip, table);
+            let id = TableId::new(TableFamily::Ip, table);
             let elements = (0..elements).map(|number| {
                 Element::new(Key::build().address(Ipv4Addr::from(number).into()).finish())
             });
@@ -247,7 +247,7 @@ fn a_monitor_says_what_it_missed() {
             diff(&Ruleset::default(), wanted)
         };
         let delete = |table: &str| Transaction {
-            ops: vec![Op::DeleteTable(TableId::new(Family::Ip, table))],
+            ops: vec![Op::DeleteTable(TableId::new(TableFamily::Ip, table))],
         };
         // Before anybody listens there is nobody to keep from it.
         let first = own.apply(&add(TABLE, 2_000)).expect("written");

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use nftlet::netlink::{Denied, Error, LogReader, Logged, Nftables};
 use nftlet::nft::{
-    BaseChain, Chain, ChainKind, Comparison, Family, Hook, Operand, Rule, Ruleset, Selector,
-    Statement, Table, TableId, Verdict, diff,
+    BaseChain, Chain, ChainKind, Comparison, Hook, Operand, Rule, Ruleset, Selector, Statement,
+    Table, TableFamily, TableId, Verdict, diff,
 };
 use nftlet_lab::netns::{Namespace, require_net_admin, wait_for};
 
@@ -48,7 +48,7 @@ fn logging(name: &str, rules: &[Vec<Statement>]) -> Namespace {
         chains: [("output".into(), chain)].into(),
         ..Table::default()
     };
-    let tables = [Family::Ip, Family::Ip6].map(|family| {
+    let tables = [TableFamily::Ip, TableFamily::Ip6].map(|family| {
         let id = TableId::new(family, "nftlet-test");
         (id, table.clone())
     });

@@ -10,16 +10,16 @@ use super::everything::{
 };
 use nftlet::netlink::{Error, Nftables};
 use nftlet::nft::{
-    Data, Declaration, Element, Family, Key, ObjectPath, Op, Rule, Ruleset, Selector, SetKind,
-    Statement, Table, TableId, Transaction, Value, Verdict, diff, text,
+    Data, Declaration, Element, Key, ObjectPath, Op, Rule, Ruleset, Selector, SetKind, Statement,
+    Table, TableFamily, TableId, Transaction, Value, Verdict, diff, text,
 };
 use nftlet_lab::netns::{Namespace, require_net_admin};
 
 /// As [`everything`], without what nft 1.0.6 aborts on when it reads it as text: the update of a
 /// dynamic map whose key holds an IPv6 address.
-fn everything_as_text_can_say(family: Family) -> Ruleset {
+fn everything_as_text_can_say(family: TableFamily) -> Ruleset {
     let mut ruleset = everything(family);
-    if family == Family::Ip6 {
+    if family == TableFamily::Ip6 {
         for table in ruleset.tables.values_mut() {
             table.chains.remove("learn");
         }
@@ -33,7 +33,7 @@ fn as_text(ruleset: &Ruleset) -> String {
     String::from_utf8(out).unwrap()
 }
 
-fn list(ns: &Namespace, family: Family) -> String {
+fn list(ns: &Namespace, family: TableFamily) -> String {
     ns.nft(&["list", "table", family.keyword(), TABLE])
 }
 
@@ -58,7 +58,7 @@ fn netlink_and_text_mean_the_same() {
     if !require_net_admin() {
         return;
     }
-    for family in [Family::Ip, Family::Ip6] {
+    for family in [TableFamily::Ip, TableFamily::Ip6] {
         let (by_netlink, by_text) = (Namespace::new("netlink"), Namespace::new("text"));
         let wanted = everything_as_text_can_say(family);
         apply(&by_netlink, &diff(&Ruleset::default(), wanted.clone())).unwrap();
@@ -77,7 +77,7 @@ fn what_was_written_is_read_back() {
     if !require_net_admin() {
         return;
     }
-    for family in [Family::Ip, Family::Ip6] {
+    for family in [TableFamily::Ip, TableFamily::Ip6] {
         let ns = Namespace::new("read");
         let wanted = everything(family);
         assert_eq!(read(&ns, &wanted), Ruleset::default());
@@ -90,7 +90,7 @@ fn what_was_written_is_read_back() {
 }
 
 /// A table that is too large to be written at once.
-fn large(family: Family) -> Ruleset {
+fn large(family: TableFamily) -> Ruleset {
     let mut ruleset = everything(family);
     let number = |n: u16| Key::build().protocol(17).port(n);
     let ports: Vec<Element> = (0..20_000)
@@ -118,7 +118,7 @@ fn large_tables_are_written_in_steps() {
     if !require_net_admin() {
         return;
     }
-    for family in [Family::Ip, Family::Ip6] {
+    for family in [TableFamily::Ip, TableFamily::Ip6] {
         let ns = Namespace::new("steps");
         let wanted = large(family);
         let mut steps = 0;
@@ -138,7 +138,7 @@ fn what_nft_loaded_from_the_text_needs_no_change() {
     if !require_net_admin() {
         return;
     }
-    for family in [Family::Ip, Family::Ip6] {
+    for family in [TableFamily::Ip, TableFamily::Ip6] {
         let ns = Namespace::new("adopt");
         let wanted = everything_as_text_can_say(family);
         ns.nft_load(&as_text(&wanted));
@@ -199,7 +199,7 @@ fn foreign_changes_are_seen_and_undone() {
         "delete table ip nftlet-test",
         "flush ruleset",
     ];
-    let wanted = everything(Family::Ip);
+    let wanted = everything(TableFamily::Ip);
     for change in changes {
         let ns = Namespace::new("foreign");
         apply(&ns, &diff(&Ruleset::default(), wanted.clone())).unwrap();
@@ -218,7 +218,7 @@ fn of_more_refusals_than_fit_the_first_is_told_and_the_next_answers_come() {
         return;
     }
     let ns = Namespace::new("refusals");
-    let id = TableId::new(Family::Ip, TABLE);
+    let id = TableId::new(TableFamily::Ip, TABLE);
     // Each message is answered, and the receive buffer holds a few hundred answers.
     let chains = (0..5_000).map(|index| format!("missing-{index}"));
     let ops = chains.map(|name| Op::DeleteChain(id.clone(), name.into()));
@@ -265,7 +265,7 @@ fn what_others_change_in_a_very_large_set_is_seen() {
         sets: [("endpoints".into(), set(declaration, elements))].into(),
         ..Table::default()
     };
-    let id = TableId::new(Family::Ip, TABLE);
+    let id = TableId::new(TableFamily::Ip, TABLE);
     let wanted = Ruleset {
         tables: [(id, table)].into(),
     };
@@ -303,7 +303,7 @@ fn a_transaction_of_300_000_elements_is_one_message() {
         return;
     }
     let ns = Namespace::new("large");
-    let id = TableId::new(Family::Ip, TABLE);
+    let id = TableId::new(TableFamily::Ip, TABLE);
     let mut table = Table::default();
     let elements: Vec<_> = (0..300_000u32)
         .map(|n| Element::new(Key::address(Ipv4Addr::from(0x0a00_0000 + n).into())))
@@ -349,14 +349,14 @@ fn an_error_names_the_object_at_fault() {
         return;
     }
     let ns = Namespace::new("errors");
-    let wanted = everything(Family::Ip);
-    let id = TableId::new(Family::Ip, TABLE);
+    let wanted = everything(TableFamily::Ip);
+    let id = TableId::new(TableFamily::Ip, TABLE);
     apply(&ns, &diff(&Ruleset::default(), wanted.clone())).unwrap();
     let frontends = &wanted.tables[&id].sets["frontends"];
     let unknown = |port| {
         Element::with_verdict(
             Key::build()
-                .address(address(Family::Ip, 77))
+                .address(address(TableFamily::Ip, 77))
                 .protocol(6)
                 .port(port)
                 .finish(),
@@ -388,7 +388,7 @@ fn an_error_names_the_object_at_fault() {
             "the kernel refused set nothing of table ip nftlet-test: No such file or directory",
         ),
         (
-            Op::AddChain(TableId::new(Family::Ip, "absent"), "c".into(), None),
+            Op::AddChain(TableId::new(TableFamily::Ip, "absent"), "c".into(), None),
             "the kernel refused chain c of table ip absent: No such file or directory",
         ),
     ];
@@ -409,7 +409,7 @@ fn what_cannot_be_written_is_named_before_anything_is_sent() {
         return;
     }
     let ns = Namespace::new("unwritable");
-    let id = TableId::new(Family::Ip, TABLE);
+    let id = TableId::new(TableFamily::Ip, TABLE);
     let foreign = Rule::new([Statement::Foreign("something".into())]);
     let transaction = Transaction {
         ops: vec![
@@ -434,8 +434,8 @@ fn one_replaced_value_is_one_element_out_and_one_in() {
         return;
     }
     let ns = Namespace::new("replace");
-    let before = everything(Family::Ip);
-    let id = TableId::new(Family::Ip, TABLE);
+    let before = everything(TableFamily::Ip);
+    let id = TableId::new(TableFamily::Ip, TABLE);
     apply(&ns, &diff(&Ruleset::default(), before.clone())).unwrap();
     let mut after = before.clone();
     let endpoints = after
@@ -445,7 +445,7 @@ fn one_replaced_value_is_one_element_out_and_one_in() {
         .unwrap();
     endpoints.elements[1].value = Value::Data(
         Data::build()
-            .address(address(Family::Ip, 200))
+            .address(address(TableFamily::Ip, 200))
             .port(9090)
             .finish(),
     );
@@ -463,7 +463,7 @@ fn a_table_is_read_whole_while_others_change_it() {
         return;
     }
     let ns = Namespace::new("interrupted");
-    let id = TableId::new(Family::Ip, TABLE);
+    let id = TableId::new(TableFamily::Ip, TABLE);
     // Enough chains and rules for a dump to take several messages.
     let mut table = Table::default();
     for index in 0..400 {
@@ -476,7 +476,7 @@ fn a_table_is_read_whole_while_others_change_it() {
     };
     apply(&ns, &diff(&Ruleset::default(), wanted.clone())).unwrap();
     let mut other = ns.run(|| Nftables::open().unwrap());
-    let other_id = TableId::new(Family::Ip, "others");
+    let other_id = TableId::new(TableFamily::Ip, "others");
     let change = |op| Transaction { ops: vec![op] };
     let finished = Arc::new(AtomicUsize::new(0));
     let reading = std::thread::spawn({

@@ -8,7 +8,7 @@ use std::time::Duration;
 use crate::support::manifests::{CLUSTER_CIDR, Manifests};
 use crate::support::objects::{namespace, pod, policy};
 use nftlet::netlink::{Conntrack, LogReader, Tracked};
-use nftlet::nft::Family;
+use nftlet::nft::TableFamily;
 use nftlet::policies::LOG_GROUP;
 use nftlet_lab::netns::{
     Ask, Daemon, Lab, LabOptions, Machine, Namespace, Protocol, Server, require_net_admin, wait_for,
@@ -116,7 +116,7 @@ impl Shop {
         self.node().run(|| {
             let mut found = Vec::new();
             let mut conntrack = Conntrack::open().unwrap();
-            for family in [Family::Ip, Family::Ip6] {
+            for family in [TableFamily::Ip, TableFamily::Ip6] {
                 let each = |tracked: Tracked| {
                     if has(one, &tracked) && has(other, &tracked) {
                         found.push(tracked);

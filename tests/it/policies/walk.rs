@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use crate::support::policy::walk::{Outcome, Packet, walk};
 use nftlet::nft::{
-    BaseChain, Chain, ChainKind, Comparison, CtState, Declaration, Element, Family, Hook, Key,
-    Operand, RejectWith, Rule, Ruleset, Selector, Set, SetKind, Statement, Table, TableId, Verdict,
+    BaseChain, Chain, ChainKind, Comparison, CtState, Declaration, Element, Hook, Key, Operand,
+    RejectWith, Rule, Ruleset, Selector, Set, SetKind, Statement, Table, TableFamily, TableId,
+    Verdict,
 };
 
 use Comparison::{Is, IsNot};
@@ -52,7 +53,7 @@ fn table(chains: Vec<(&str, Chain)>, sets: Vec<(&str, Set)>) -> Ruleset {
         ..Table::default()
     };
     Ruleset {
-        tables: [(TableId::new(Family::Ip, "t"), table)].into(),
+        tables: [(TableId::new(TableFamily::Ip, "t"), table)].into(),
     }
 }
 

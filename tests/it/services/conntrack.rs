@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::support::manifests::{CLUSTER_CIDR, Manifests, Service};
 use crate::support::objects::{slice_of, with};
 use nftlet::netlink::{Conntrack, Flow, FlowFilter};
-use nftlet::nft::Family;
+use nftlet::nft::TableFamily;
 use nftlet_lab::netns::{
     Answer, Ask, Daemon, Lab, LabOptions, Machine, Namespace, Protocol, Server, drain,
     require_net_admin, wait_for,
@@ -73,7 +73,7 @@ fn flows(ns: &Namespace) -> Vec<Flow> {
     ns.run(|| {
         let mut flows = Vec::new();
         let mut conntrack = Conntrack::open().unwrap();
-        for family in [Family::Ip, Family::Ip6] {
+        for family in [TableFamily::Ip, TableFamily::Ip6] {
             conntrack
                 .flows(&FlowFilter::all(family), |flow| flows.push(*flow))
                 .unwrap();
@@ -405,9 +405,9 @@ fn the_kernel_lists_what_is_asked_for_and_deletes_what_was_listed() {
         };
         for address in pods[0].addresses() {
             let family = if address.is_ipv4() {
-                Family::Ip
+                TableFamily::Ip
             } else {
-                Family::Ip6
+                TableFamily::Ip6
             };
             let at = SocketAddr::new(address, 53);
             for (filter, count) in [

@@ -11,8 +11,8 @@ use std::fmt;
 use std::net::IpAddr;
 
 use nftlet::nft::{
-    ChainKind, Comparison, CtState, Declaration, Element, Family, Hook, Key, KeyBuilder, Name,
-    Operand, Rule, Ruleset, Selector, Statement, Table, TableId, Value, Verdict, text,
+    ChainKind, Comparison, CtState, Declaration, Element, Hook, Key, KeyBuilder, Name, Operand,
+    Rule, Ruleset, Selector, Statement, Table, TableFamily, TableId, Value, Verdict, text,
 };
 
 /// A packet at a hook.
@@ -64,11 +64,11 @@ impl Packet {
         }
     }
 
-    fn family(&self) -> Family {
+    fn family(&self) -> TableFamily {
         if self.source.is_ipv4() {
-            Family::Ip
+            TableFamily::Ip
         } else {
-            Family::Ip6
+            TableFamily::Ip6
         }
     }
 }
@@ -179,7 +179,7 @@ enum Said {
 
 struct Walker<'a> {
     packet: &'a Packet,
-    family: Family,
+    family: TableFamily,
     mark: u32,
     trace: Vec<String>,
 }
@@ -380,7 +380,7 @@ fn holds(comparison: Comparison, equal: bool) -> bool {
 }
 
 /// Whether an element has the key: an interval has it if each of its fields does.
-fn covers(element: &Element, key: &Key, declaration: &Declaration, family: Family) -> bool {
+fn covers(element: &Element, key: &Key, declaration: &Declaration, family: TableFamily) -> bool {
     let Some(end) = &element.key_end else {
         return element.key == *key;
     };
