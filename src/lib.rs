@@ -24,6 +24,7 @@
 #![warn(missing_docs)]
 
 pub mod app;
+mod backoff;
 mod cleanup;
 pub mod engine;
 pub mod events;

@@ -4,9 +4,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::Error;
+use crate::backoff::Backoff;
 
-/// The pause before the second attempt to listen; each further one is twice as long.
-const FIRST_PAUSE: Duration = Duration::from_secs(1);
+const SHORTEST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
 /// Notifications of one kind, and their handler.
@@ -31,7 +31,8 @@ pub(super) fn follow(notifications: impl Notifications) {
 
 /// Handles notifications until `pause` returns true.
 fn follow_until<N: Notifications>(mut notifications: N, pause: impl Fn(Duration) -> bool) {
-    let (mut failed, mut time) = (false, FIRST_PAUSE);
+    let mut backoff = Backoff::new(SHORTEST_PAUSE, LONGEST_PAUSE);
+    let mut failed = false;
     loop {
         let began = Instant::now();
         let error = match notifications.listen() {
@@ -54,12 +55,11 @@ fn follow_until<N: Notifications>(mut notifications: N, pause: impl Fn(Duration)
             );
         }
         if began.elapsed() > LONGEST_PAUSE {
-            time = FIRST_PAUSE;
+            backoff.reset();
         }
-        if pause(time) {
+        if pause(backoff.next()) {
             return;
         }
-        time = (time * 2).min(LONGEST_PAUSE);
     }
 }
 

@@ -9,12 +9,14 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::error::Error;
+use crate::backoff::Backoff;
 
 /// Searched in addition to PATH, which often lacks them.
 const SBIN: [&str; 3] = ["/usr/local/sbin", "/usr/sbin", "/sbin"];
 /// The longest time that a program may run.
 const TIMEOUT: Duration = Duration::from_secs(60);
-/// The longest pause between two checks whether a program has ended.
+/// The pauses between checks whether a program has ended.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(1);
 const LONGEST_PAUSE: Duration = Duration::from_millis(50);
 
 /// Returns the path of a program.
@@ -92,7 +94,7 @@ fn read_all(pipe: Option<impl Read>) -> Vec<u8> {
 /// Waits for a program. Kills it after `timeout`, and then returns `None`.
 fn wait(child: &mut Child, timeout: Duration) -> io::Result<Option<ExitStatus>> {
     let begun = Instant::now();
-    let mut pause = Duration::from_millis(1);
+    let mut backoff = Backoff::new(SHORTEST_PAUSE, LONGEST_PAUSE);
     loop {
         if let Some(status) = child.try_wait()? {
             return Ok(Some(status));
@@ -102,8 +104,7 @@ fn wait(child: &mut Child, timeout: Duration) -> io::Result<Option<ExitStatus>> 
             child.wait()?;
             return Ok(None);
         }
-        thread::sleep(pause);
-        pause = (pause * 2).min(LONGEST_PAUSE);
+        thread::sleep(backoff.next());
     }
 }
 

@@ -36,6 +36,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use self::dedup::Dedup;
 pub use self::metrics::EventMetrics;
 use self::object::EventDraft;
+use crate::backoff::Backoff;
 use crate::logging::{Count, Repeats};
 use crate::model::{Kind, Notice};
 
@@ -91,8 +92,7 @@ pub struct Recorder {
     sent: Option<PendingWrite>,
     /// The number of Events written.
     written: u64,
-    /// The pause after the next failure, as a multiple of [`Pace::retry`].
-    pauses: u32,
+    backoff: Backoff,
     /// Nothing is sent before this time.
     not_before: Instant,
     silent_until: Option<Instant>,
@@ -204,11 +204,11 @@ impl Recorder {
             node,
             run: Timestamp::now(),
             dedup: Dedup::new(pace.series),
+            backoff: Backoff::new(pace.retry, pace.retry * LONGEST_RETRY),
             pace,
             waiting: VecDeque::new(),
             sent: None,
             written: 0,
-            pauses: 1,
             settling: false,
             not_before: Instant::now(),
             silent_until: None,
@@ -293,7 +293,7 @@ impl Recorder {
             Ok(()) => {
                 self.dedup.written(&sent.draft.name, Instant::now());
                 self.written += 1;
-                self.pauses = 1;
+                self.backoff.reset();
                 self.settling = false;
             }
             Err(WriteError::Forbidden(_)) if std::mem::take(&mut self.settling) => {
@@ -313,15 +313,14 @@ impl Recorder {
     /// Moves an Event to the end of the queue. Gives it up after some failures while others succeed;
     /// while all fail, the server is the cause.
     fn try_again(&mut self, mut failed: PendingWrite, message: String) {
-        if self.pauses == 1 {
+        if self.backoff.current().is_zero() {
             tracing::info!(
                 "Events cannot be written at present: {message}; they are delayed, and some may be \
                  lost"
             );
         }
         self.settling = true;
-        self.not_before = Instant::now() + self.pace.retry * self.pauses;
-        self.pauses = (self.pauses * 2).min(LONGEST_RETRY);
+        self.not_before = Instant::now() + self.backoff.next();
         if failed
             .written_before
             .is_none_or(|before| before < self.written)

@@ -29,6 +29,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot};
 
+use crate::backoff::Backoff;
 use crate::engine::table_family;
 use crate::followers::FollowerMetrics;
 use crate::host::addresses;
@@ -166,7 +167,7 @@ pub(crate) struct Cutter<'a, T, R> {
     due: Option<Instant>,
     /// The earliest next sweep for reassigned addresses.
     earliest: Instant,
-    retry: Duration,
+    backoff: Backoff,
     /// Whether the last attempt failed: a failure is logged once.
     failing: bool,
     /// Connections that were cut, each with the end of the time in which the opposite direction is
@@ -196,7 +197,7 @@ impl<'a, T: ConnectionTable, R: ConnectionRemover> Cutter<'a, T, R> {
             scope: SweepScope::default(),
             due: None,
             earliest: Instant::now(),
-            retry: SHORTEST_RETRY,
+            backoff: Backoff::new(SHORTEST_RETRY, LONGEST_RETRY),
             failing: false,
             followed: Vec::new(),
             follow_at: Instant::now(),
@@ -230,7 +231,7 @@ impl<'a, T: ConnectionTable, R: ConnectionRemover> Cutter<'a, T, R> {
                 match swept {
                     Ok(()) => {
                         self.failing = false;
-                        self.retry = SHORTEST_RETRY;
+                        self.backoff.reset();
                     }
                     Err(SweepError::Kernel(error)) => {
                         self.scope.add(scope);
@@ -275,8 +276,7 @@ impl<'a, T: ConnectionTable, R: ConnectionRemover> Cutter<'a, T, R> {
                 "{error}; until this works, connections that network policies no longer allow continue"
             );
         }
-        self.due = Some(Instant::now() + self.retry);
-        self.retry = (self.retry * 2).min(LONGEST_RETRY);
+        self.due = Some(Instant::now() + self.backoff.next());
     }
 
     /// Cuts the connections in a scope that the policies deny.

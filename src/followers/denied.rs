@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc::{self, error::TrySendError};
 use tokio::sync::oneshot;
 
+use crate::backoff::Backoff;
 use crate::model::{ObjectName, Protocol};
 use crate::netlink::{Denied, Error, LogReader, Logged};
 use crate::policies::Direction;
@@ -52,7 +53,7 @@ pub(crate) fn follow<R: PacketSource>(
 ) {
     let mut losses = Losses::default();
     let mut next = Some(reader);
-    let mut pause = SHORTEST_RETRY;
+    let mut backoff = Backoff::new(SHORTEST_RETRY, LONGEST_RETRY);
     while !ask.is_closed() {
         let failed = match next.take().map_or_else(&mut open, Ok) {
             Ok(reader) => log_packets(reader, &mut losses, ask, fields),
@@ -62,14 +63,13 @@ pub(crate) fn follow<R: PacketSource>(
             Failed::Ended => return,
             Failed::Later(error) => {
                 tracing::warn!("{error}; some denied packets were not logged; listening again");
-                pause = SHORTEST_RETRY;
+                backoff.reset();
             }
             Failed::AtOnce(error) => {
-                if pause == SHORTEST_RETRY {
+                if backoff.current().is_zero() {
                     tracing::warn!("{error}; denied packets are not logged until this works");
                 }
-                thread::sleep(pause);
-                pause = (pause * 2).min(LONGEST_RETRY);
+                thread::sleep(backoff.next());
             }
         }
     }

@@ -29,6 +29,7 @@ use super::health::Health;
 use super::http::{Answer, HttpMetrics, JSON, Limits, TEXT, respond, serve_within, stopped};
 use super::listen::listen;
 use super::share::Share;
+use crate::backoff::Backoff;
 
 pub use super::share::Quota;
 
@@ -74,17 +75,8 @@ fn hint(error: &io::Error) -> &'static str {
     }
 }
 
-/// The pauses between attempts to listen on a port; each is twice as long as the one before.
-#[derive(Clone, Copy, Debug)]
-struct Retry {
-    shortest: Duration,
-    longest: Duration,
-}
-
-const RETRY: Retry = Retry {
-    shortest: Duration::from_secs(1),
-    longest: Duration::from_secs(60),
-};
+/// The pauses between attempts to listen on a port.
+const RETRY: Backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(60));
 
 /// Listens on the wanted ports and follows their changes until `shutdown` is true.
 ///
@@ -118,7 +110,7 @@ async fn until(moment: Option<Instant>) {
 
 /// The ports and their states.
 struct Ports {
-    retry: Retry,
+    retry: Backoff,
     /// The maximum number of open ports.
     most: usize,
     connections: Arc<Share>,
@@ -136,7 +128,7 @@ enum Port {
     /// The last attempt to listen failed.
     Waiting {
         attempt: Instant,
-        wait: Duration,
+        backoff: Backoff,
         service: (String, String),
     },
     /// No longer wanted; the last connections are ending.
@@ -144,7 +136,7 @@ enum Port {
 }
 
 impl Ports {
-    fn new(retry: Retry, quota: Quota, answers: watch::Receiver<Checks>, health: Health) -> Self {
+    fn new(retry: Backoff, quota: Quota, answers: watch::Receiver<Checks>, health: Health) -> Self {
         Self {
             retry,
             most: quota.ports,
@@ -207,26 +199,26 @@ impl Ports {
         failed: &(impl Fn(&CheckError) + Send + Sync),
     ) {
         let service = (check.namespace.clone(), check.name.clone());
-        let last_wait = match self.known.remove(&port) {
+        let last_backoff = match self.known.remove(&port) {
             Some(open @ Port::Open { .. }) => {
                 self.known.insert(port, open);
                 return;
             }
             Some(Port::Waiting {
                 attempt,
-                wait,
+                backoff,
                 service: same,
             }) if same == service => {
                 if attempt > Instant::now() {
                     let state = Port::Waiting {
                         attempt,
-                        wait,
+                        backoff,
                         service,
                     };
                     self.known.insert(port, state);
                     return;
                 }
-                Some(wait)
+                Some(backoff)
             }
             Some(Port::Closing(server)) => {
                 // The port is wanted again. Its old connections end within the grace period.
@@ -247,15 +239,13 @@ impl Ports {
                 failed(&CheckError {
                     port,
                     check: check.clone(),
-                    again: last_wait.is_some(),
+                    again: last_backoff.is_some(),
                     source,
                 });
-                let wait = last_wait.map_or(self.retry.shortest, |wait| {
-                    (wait * 2).min(self.retry.longest)
-                });
+                let mut backoff = last_backoff.unwrap_or(self.retry);
                 Port::Waiting {
-                    attempt: Instant::now() + wait,
-                    wait,
+                    attempt: Instant::now() + backoff.next(),
+                    backoff,
                     service,
                 }
             }

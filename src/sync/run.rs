@@ -10,6 +10,7 @@ use super::audit::{Step, Verdict};
 use super::queries::{self, Query};
 use super::schedule::{Healing, Retries, Unenforced};
 use super::{Audits, Controller, Engines, Kernel, Outcome, Outcomes};
+use crate::backoff::Backoff;
 use crate::model::Delivery;
 use crate::serve::health::Health;
 
@@ -18,7 +19,7 @@ const BATCH: usize = 4096;
 /// Before the first rules are written, the interval of checks for foreign base chains, and the first
 /// pause before missing lists are logged.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// The longest pause between two such lines. The pauses double.
+/// The longest pause between two such lines.
 const LONGEST_PATIENCE: Duration = Duration::from_secs(300);
 /// The interval at which refused objects are retried.
 const RETRY_QUARANTINED_EVERY: Duration = Duration::from_secs(300);
@@ -70,7 +71,8 @@ pub async fn run<K: Kernel>(
     let mut retry_quarantined = Instant::now() + RETRY_QUARANTINED_EVERY;
     let (mut pinged, mut answered) = (Instant::now(), Instant::now());
     let mut patience = Instant::now() + PATIENCE;
-    let (mut waited, mut log_at) = (PATIENCE, patience);
+    let mut log_at = patience;
+    let mut log_pauses = Backoff::new(PATIENCE, LONGEST_PATIENCE);
     let mut batch = Vec::new();
     let (mut open, mut ready) = (true, false);
     record_policies(controller, &mut unenforced, health);
@@ -130,8 +132,7 @@ pub async fn run<K: Kernel>(
                 if patience < log_at {
                     continue;
                 }
-                log_at = patience + waited;
-                waited = (waited * 2).min(LONGEST_PATIENCE);
+                log_at = patience + log_pauses.next();
                 let missing = controller.missing();
                 if !missing.is_empty() {
                     let kinds: Vec<_> = missing.iter().map(|kind| kind.as_str()).collect();

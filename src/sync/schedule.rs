@@ -5,11 +5,14 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep_until};
 
 use super::outcome::{Engines, Outcome, Outcomes};
+use crate::backoff::Backoff;
 
 const SHORTEST_RETRY: Duration = Duration::from_millis(100);
 const LONGEST_RETRY: Duration = Duration::from_secs(30);
-/// The first pause between two repairs of foreign changes.
-const SHORTEST_PAUSE: Duration = Duration::from_millis(20);
+/// The pauses before an engine that failed is retried.
+const RETRY: Backoff = Backoff::new(SHORTEST_RETRY, LONGEST_RETRY);
+/// The pauses between two repairs of foreign changes.
+const REPAIR: Backoff = Backoff::new(Duration::from_millis(20), LONGEST_RETRY);
 /// Longer pauses lead to a warning.
 const WARN_ABOVE: Duration = Duration::from_secs(2);
 /// The time after which policies that are not in force are reported.
@@ -29,7 +32,7 @@ pub(super) struct Retries {
 #[derive(Clone, Copy, Debug)]
 struct EngineRetry {
     at: Instant,
-    wait: Duration,
+    backoff: Backoff,
 }
 
 impl Retries {
@@ -42,10 +45,9 @@ impl Retries {
         ] {
             match outcome {
                 Some(Outcome::Failed) => {
-                    let wait =
-                        retry.map_or(SHORTEST_RETRY, |retry| (retry.wait * 2).min(LONGEST_RETRY));
-                    let at = Instant::now() + jittered(wait);
-                    *retry = Some(EngineRetry { at, wait });
+                    let mut backoff = retry.map_or(RETRY, |retry| retry.backoff);
+                    let at = Instant::now() + backoff.next();
+                    *retry = Some(EngineRetry { at, backoff });
                 }
                 Some(Outcome::Synced | Outcome::Waiting) => *retry = None,
                 None => {}
@@ -89,7 +91,7 @@ pub(super) struct Healing {
     due: Option<Instant>,
     /// The earliest next repair.
     allowed: Instant,
-    pause: Duration,
+    backoff: Backoff,
 }
 
 impl Default for Healing {
@@ -97,7 +99,7 @@ impl Default for Healing {
         Self {
             due: None,
             allowed: Instant::now(),
-            pause: Duration::ZERO,
+            backoff: REPAIR,
         }
     }
 }
@@ -125,19 +127,18 @@ impl Healing {
         let now = Instant::now();
         self.due = None;
         if now.saturating_duration_since(self.allowed) > QUIET {
-            self.pause = Duration::ZERO;
+            self.backoff.reset();
         }
         if changed {
-            let before = self.pause;
-            self.pause = (self.pause * 2).clamp(SHORTEST_PAUSE, LONGEST_RETRY);
-            if self.pause > WARN_ABOVE && self.pause != before {
+            let before = self.backoff.current();
+            let pause = self.backoff.next();
+            if pause > WARN_ABOVE && pause != before {
                 tracing::warn!(
-                    "another process keeps changing nftlet's tables; the next repair is in {:?}",
-                    self.pause
+                    "another process keeps changing nftlet's tables; the next repair is in {pause:?}"
                 );
             }
         }
-        self.allowed = now + self.pause.max(took * 4);
+        self.allowed = now + self.backoff.current().max(took * 4);
     }
 }
 
@@ -183,14 +184,6 @@ impl Unenforced {
     }
 }
 
-/// Returns between three quarters and all of a duration, so that nodes do not retry in step.
-fn jittered(wait: Duration) -> Duration {
-    let nanos = std::time::SystemTime::now()
-        .duration_since(std::time::UNIX_EPOCH)
-        .map_or(0, |now| now.subsec_nanos());
-    wait.mul_f64(0.75 + f64::from(nanos % 1000) / 4000.0)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -215,7 +208,7 @@ mod tests {
             policies: false,
         };
         assert_eq!(retries.due().await, only_services);
-        assert!(start.elapsed() <= SHORTEST_RETRY + Duration::from_millis(2));
+        assert_eq!(start.elapsed(), SHORTEST_RETRY);
         let mut before = start.elapsed();
         for _ in 0..5 {
             retries.record(SERVICES_FAILED);

@@ -10,33 +10,35 @@ use std::path::{Path, PathBuf};
 /// Each top-level module of the library with the modules of the library it may use.
 pub const LAYERS: &[(&str, &[&str])] = &[
     ("model", &[]),
+    ("backoff", &[]),
     ("logging", &[]),
     ("host", &["model"]),
     ("settings", &[]),
-    ("serve", &["logging"]),
+    ("serve", &["logging", "backoff"]),
     ("nft", &[]),
     ("netlink", &["nft"]),
     ("engine", &["model", "nft"]),
-    ("source", &["model", "serve", "logging"]),
+    ("source", &["model", "serve", "logging", "backoff"]),
     ("services", &["model", "nft", "engine"]),
     ("policies", &["model", "nft", "engine", "logging"]),
     (
         "sync",
         &[
             "model", "nft", "netlink", "engine", "services", "policies", "source", "serve",
-            "logging",
+            "logging", "backoff",
         ],
     ),
     (
         "followers",
         &[
             "model", "nft", "netlink", "services", "policies", "sync", "serve", "host", "engine",
+            "backoff",
         ],
     ),
-    ("events", &["model", "serve", "logging"]),
+    ("events", &["model", "serve", "logging", "backoff"]),
     (
         "cleanup",
-        &["services", "policies", "nft", "netlink", "host"],
+        &["services", "policies", "nft", "netlink", "host", "backoff"],
     ),
     (
         "app",
@@ -56,6 +58,7 @@ pub const LAYERS: &[(&str, &[&str])] = &[
             "followers",
             "events",
             "cleanup",
+            "backoff",
         ],
     ),
     // The root of the library only declares modules; the binary only hands over to `app`.

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::queue::{Pending, Received};
 use super::{DirtyFrontends, FlowState, UdpFrontend};
+use crate::backoff::Backoff;
 use crate::engine::table_family;
 use crate::followers::FollowerMetrics;
 use crate::host::addresses;
@@ -119,20 +120,18 @@ impl<'a, T: Tracker> Cleaner<'a, T> {
 
     /// Runs until the queue is closed and empty.
     pub(crate) fn run(mut self) {
-        let mut retry = SHORTEST_RETRY;
+        let mut backoff = Backoff::new(SHORTEST_RETRY, LONGEST_RETRY);
         loop {
-            let limit = (!self.failed.is_empty()).then_some(retry);
+            let limit = (!self.failed.is_empty()).then(|| backoff.next());
             let mut dirty = std::mem::take(&mut self.failed);
             match self.pending.receive(limit) {
                 Received::Dirty(new) => dirty.merge(new),
                 Received::Timeout => {}
                 Received::Closed => return,
             }
-            retry = if self.clean(dirty) {
-                SHORTEST_RETRY
-            } else {
-                (retry * 2).min(LONGEST_RETRY)
-            };
+            if self.clean(dirty) {
+                backoff.reset();
+            }
         }
     }
 

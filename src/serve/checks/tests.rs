@@ -9,10 +9,7 @@ use crate::serve::health::PERIOD;
 
 /// Reached by a test that fails, and by no other.
 const PATIENCE: Duration = Duration::from_secs(120);
-const QUICK: Retry = Retry {
-    shortest: Duration::from_millis(10),
-    longest: Duration::from_millis(40),
-};
+const QUICK: Backoff = Backoff::new(Duration::from_millis(10), Duration::from_millis(40));
 
 /// A manager at work.
 struct Bench {

@@ -19,7 +19,7 @@ use super::frames::{Marker, WatchLine, current_object, json, usable};
 use super::reach::Reach;
 use super::request::{Requester, WatchLines};
 use super::stats::SourceStats;
-use super::timing::{Backoff, Pause, Timing};
+use super::timing::{Attempts, Pause, Timing};
 use super::watch_error::{ApiStatus, WatchError, one_line};
 use crate::logging::Throttle;
 use crate::model::{Event, Kind};
@@ -102,7 +102,7 @@ impl Reflector {
 
     /// Runs until the receiver of the events is dropped.
     pub(super) async fn run(mut self) {
-        let mut backoff = Backoff::default();
+        let mut attempts = Attempts::new(&self.timing);
         loop {
             let Err(fault) = self.session().await;
             let followed = self.following.take();
@@ -113,10 +113,10 @@ impl Reflector {
             if (returned && !flaps)
                 || followed.is_some_and(|since| since.elapsed() >= self.timing.stable)
             {
-                backoff.reset();
+                attempts.reset();
                 self.relisted = false;
             }
-            let mut pause = match self.after(&fault, &mut backoff).await {
+            let mut pause = match self.after(&fault, &mut attempts).await {
                 Ok(pause) => pause,
                 Err(_) => return,
             };
@@ -135,7 +135,7 @@ impl Reflector {
     async fn after(
         &mut self,
         fault: &WatchError,
-        backoff: &mut Backoff,
+        attempts: &mut Attempts,
     ) -> Result<Pause, WatchError> {
         let kind = self.kind();
         tracing::debug!(%kind, ?fault, "a session with the API server ended");
@@ -184,7 +184,7 @@ impl Reflector {
                     self.deliveries.complete_without().await?;
                 }
                 // The server is healthy, it only lacks the API.
-                backoff.reset();
+                attempts.reset();
                 self.healthy();
                 return Ok(self.timing.absent_recheck.into());
             }
@@ -197,7 +197,7 @@ impl Reflector {
         // A server that has just started may not have loaded all roles.
         let passing = matches!(fault, WatchError::Refused { .. })
             && self.reach.is_settling(self.timing.settle);
-        let reported = !passing && (fault.is_certain() || backoff.attempts() > 0);
+        let reported = !passing && (fault.is_certain() || attempts.has_failed());
         if reported && let Some((sort, message)) = fault.describe(&self.requester.selection) {
             self.faulty = true;
             if let Some(notice) = self.faults.begin(kind, sort, message) {
@@ -209,15 +209,12 @@ impl Reflector {
         Ok(match fault {
             WatchError::Busy { retry_after, .. } => {
                 let at_least = Duration::from_secs((*retry_after).into());
-                backoff.next_after(&self.timing, at_least)
+                attempts.next_after(at_least)
             }
             // Long pauses would spare no server, and a descriptor may be free at any time.
-            WatchError::NoDescriptor(_) => backoff
-                .next(&self.timing)
-                .min(self.timing.first_pause)
-                .into(),
-            _ if passing => backoff.next(&self.timing).min(self.timing.probe).into(),
-            _ => backoff.next(&self.timing).into(),
+            WatchError::NoDescriptor(_) => attempts.next().min(self.timing.first_pause).into(),
+            _ if passing => attempts.next().min(self.timing.probe).into(),
+            _ => attempts.next().into(),
         })
     }
 

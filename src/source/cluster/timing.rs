@@ -3,6 +3,8 @@
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::time::Duration;
 
+use crate::backoff::Backoff;
+
 /// Timeouts and pauses of a [`Cluster`](super::Cluster). Tests use shorter ones than the defaults.
 #[derive(Clone, Debug)]
 pub struct Timing {
@@ -80,44 +82,51 @@ impl From<Duration> for Pause {
     }
 }
 
-/// The pauses between attempts: none, then doubling ones, varied at random so that the nodes of a
-/// cluster do not retry in step.
-#[derive(Debug, Default)]
-pub(super) struct Backoff {
-    attempts: u32,
+/// The pauses between attempts: none, then those of a [`Backoff`], varied at random so that the
+/// nodes of a cluster do not retry in step.
+#[derive(Debug)]
+pub(super) struct Attempts {
+    failed: bool,
+    backoff: Backoff,
+    longest: Duration,
 }
 
-impl Backoff {
-    pub(super) fn reset(&mut self) {
-        self.attempts = 0;
+impl Attempts {
+    pub(super) fn new(timing: &Timing) -> Self {
+        Self {
+            failed: false,
+            backoff: Backoff::new(timing.first_pause, timing.longest_pause),
+            longest: timing.longest_pause,
+        }
     }
 
-    /// Returns the number of attempts that failed in a row.
-    pub(super) fn attempts(&self) -> u32 {
-        self.attempts
+    pub(super) fn reset(&mut self) {
+        self.failed = false;
+        self.backoff.reset();
+    }
+
+    /// Returns whether an attempt has failed since the last success.
+    pub(super) fn has_failed(&self) -> bool {
+        self.failed
     }
 
     /// Returns the pause before the next attempt, with a minimum set by the server.
-    pub(super) fn next_after(&mut self, timing: &Timing, at_least: Duration) -> Pause {
+    pub(super) fn next_after(&mut self, at_least: Duration) -> Pause {
         // Every client was given the same time, so it is varied too.
-        let at_least = at_least.min(timing.longest_pause);
-        let at_least = at_least.mul_f64(1.0 + random() / 2.0);
+        let at_least = at_least.min(self.longest).mul_f64(1.0 + random() / 2.0);
         Pause {
-            usual: self.next(timing).max(at_least),
+            usual: self.next().max(at_least),
             at_least,
         }
     }
 
     /// Returns the pause before the next attempt.
-    pub(super) fn next(&mut self, timing: &Timing) -> Duration {
-        let attempt = self.attempts;
-        self.attempts = attempt.saturating_add(1);
-        if attempt == 0 {
-            return Duration::ZERO;
+    pub(super) fn next(&mut self) -> Duration {
+        if std::mem::replace(&mut self.failed, true) {
+            varied(self.backoff.next())
+        } else {
+            Duration::ZERO
         }
-        let factor = 2_u32.saturating_pow(attempt - 1);
-        let pause = timing.first_pause.saturating_mul(factor);
-        varied(pause.min(timing.longest_pause))
     }
 }
 
@@ -146,26 +155,26 @@ mod tests {
     #[test]
     fn pauses_grow_to_the_longest_and_start_over() {
         let timing = Timing::default();
-        let mut backoff = Backoff::default();
-        assert_eq!(backoff.next(&timing), Duration::ZERO);
+        let mut attempts = Attempts::new(&timing);
+        assert_eq!(attempts.next(), Duration::ZERO);
         let mut base = timing.first_pause;
         for _ in 0..40 {
-            let pause = backoff.next(&timing);
+            let pause = attempts.next();
             assert!(
                 pause >= base.mul_f64(0.5) && pause <= base.mul_f64(1.5),
                 "{pause:?} for {base:?}"
             );
             base = (base * 2).min(timing.longest_pause);
         }
-        backoff.reset();
-        assert_eq!(backoff.next(&timing), Duration::ZERO);
+        attempts.reset();
+        assert_eq!(attempts.next(), Duration::ZERO);
     }
 
     #[test]
     fn a_server_may_say_when_to_come_back() {
         let timing = Timing::default();
         for (asked, least) in [(0, 0), (7, 7), (3600, 30)] {
-            let pause = Backoff::default().next_after(&timing, Duration::from_secs(asked));
+            let pause = Attempts::new(&timing).next_after(Duration::from_secs(asked));
             let least = Duration::from_secs(least);
             assert!(
                 pause.at_least >= least && pause.usual <= least.mul_f64(1.5),

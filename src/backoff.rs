@@ -1,0 +1,58 @@
+//! Pauses between attempts.
+
+use std::time::Duration;
+
+/// Pauses of which each is twice as long as the one before, up to a maximum.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Backoff {
+    shortest: Duration,
+    longest: Duration,
+    /// The last pause; zero before the first.
+    current: Duration,
+}
+
+impl Backoff {
+    pub(crate) const fn new(shortest: Duration, longest: Duration) -> Self {
+        Self {
+            shortest,
+            longest,
+            current: Duration::ZERO,
+        }
+    }
+
+    /// Returns the next pause.
+    pub(crate) fn next(&mut self) -> Duration {
+        self.current = self
+            .current
+            .saturating_mul(2)
+            .max(self.shortest)
+            .min(self.longest);
+        self.current
+    }
+
+    /// Returns the last pause; zero before the first and after a reset.
+    pub(crate) fn current(&self) -> Duration {
+        self.current
+    }
+
+    /// Starts over with the shortest pause.
+    pub(crate) fn reset(&mut self) {
+        self.current = Duration::ZERO;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_double_up_to_the_longest_and_start_over() {
+        let mut backoff = Backoff::new(Duration::from_secs(3), Duration::from_secs(20));
+        let mut seconds = || [(); 5].map(|()| backoff.next().as_secs());
+        assert_eq!(seconds(), [3, 6, 12, 20, 20]);
+        backoff.reset();
+        assert_eq!(backoff.current(), Duration::ZERO);
+        assert_eq!(backoff.next().as_secs(), 3);
+        assert_eq!(backoff.current().as_secs(), 3);
+    }
+}
