@@ -35,6 +35,12 @@ impl Backoff {
         self.current
     }
 
+    /// Returns whether the next pause is the first since the start or a reset. The failure before
+    /// it is the one to log.
+    pub(crate) fn is_reset(&self) -> bool {
+        self.current.is_zero()
+    }
+
     /// Starts over with the shortest pause.
     pub(crate) fn reset(&mut self) {
         self.current = Duration::ZERO;
@@ -51,8 +57,9 @@ mod tests {
         let mut seconds = || [(); 5].map(|()| backoff.next().as_secs());
         assert_eq!(seconds(), [3, 6, 12, 20, 20]);
         backoff.reset();
-        assert_eq!(backoff.current(), Duration::ZERO);
+        assert!(backoff.is_reset() && backoff.current().is_zero());
         assert_eq!(backoff.next().as_secs(), 3);
+        assert!(!backoff.is_reset());
         assert_eq!(backoff.current().as_secs(), 3);
     }
 }

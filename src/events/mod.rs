@@ -313,7 +313,7 @@ impl Recorder {
     /// Moves an Event to the end of the queue. Gives it up after some failures while others succeed;
     /// while all fail, the server is the cause.
     fn try_again(&mut self, mut failed: PendingWrite, message: String) {
-        if self.backoff.current().is_zero() {
+        if self.backoff.is_reset() {
             tracing::info!(
                 "Events cannot be written at present: {message}; they are delayed, and some may be \
                  lost"

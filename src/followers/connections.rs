@@ -168,8 +168,6 @@ pub(crate) struct Cutter<'a, T, R> {
     /// The earliest next sweep for reassigned addresses.
     earliest: Instant,
     backoff: Backoff,
-    /// Whether the last attempt failed: a failure is logged once.
-    failing: bool,
     /// Connections that were cut, each with the end of the time in which the opposite direction is
     /// watched.
     followed: Vec<(Instant, Tracked)>,
@@ -198,7 +196,6 @@ impl<'a, T: ConnectionTable, R: ConnectionRemover> Cutter<'a, T, R> {
             due: None,
             earliest: Instant::now(),
             backoff: Backoff::new(SHORTEST_RETRY, LONGEST_RETRY),
-            failing: false,
             followed: Vec::new(),
             follow_at: Instant::now(),
         }
@@ -229,10 +226,7 @@ impl<'a, T: ConnectionTable, R: ConnectionRemover> Cutter<'a, T, R> {
                 // Limits sweeps to a fifth of the time if pods start and stop all the time.
                 self.earliest = Instant::now() + now.elapsed() * 4;
                 match swept {
-                    Ok(()) => {
-                        self.failing = false;
-                        self.backoff.reset();
-                    }
+                    Ok(()) => self.backoff.reset(),
                     Err(SweepError::Kernel(error)) => {
                         self.scope.add(scope);
                         self.failed(&error);
@@ -271,7 +265,7 @@ impl<'a, T: ConnectionTable, R: ConnectionRemover> Cutter<'a, T, R> {
     fn failed(&mut self, error: &ConntrackError) {
         // Messages of an aborted dump may still be queued.
         self.tables = None;
-        if !std::mem::replace(&mut self.failing, true) {
+        if self.backoff.is_reset() {
             tracing::warn!(
                 "{error}; until this works, connections that network policies no longer allow continue"
             );

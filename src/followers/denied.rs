@@ -66,7 +66,7 @@ pub(crate) fn follow<R: PacketSource>(
                 backoff.reset();
             }
             Failed::AtOnce(error) => {
-                if backoff.current().is_zero() {
+                if backoff.is_reset() {
                     tracing::warn!("{error}; denied packets are not logged until this works");
                 }
                 thread::sleep(backoff.next());

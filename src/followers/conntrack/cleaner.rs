@@ -93,8 +93,7 @@ pub(crate) struct Cleaner<'a, T> {
     pending: Pending,
     metrics: &'a FollowerMetrics,
     reporter: &'a dyn Reporter,
-    /// Whether the last attempt failed: a failure is reported once.
-    failing: bool,
+    backoff: Backoff,
     /// Frontends to retry.
     failed: DirtyFrontends,
 }
@@ -113,46 +112,39 @@ impl<'a, T: Tracker> Cleaner<'a, T> {
             pending,
             metrics,
             reporter,
-            failing: false,
+            backoff: Backoff::new(SHORTEST_RETRY, LONGEST_RETRY),
             failed: DirtyFrontends::default(),
         }
     }
 
     /// Runs until the queue is closed and empty.
     pub(crate) fn run(mut self) {
-        let mut backoff = Backoff::new(SHORTEST_RETRY, LONGEST_RETRY);
         loop {
-            let limit = (!self.failed.is_empty()).then(|| backoff.next());
+            let limit = (!self.failed.is_empty()).then(|| self.backoff.current());
             let mut dirty = std::mem::take(&mut self.failed);
             match self.pending.receive(limit) {
                 Received::Dirty(new) => dirty.merge(new),
                 Received::Timeout => {}
                 Received::Closed => return,
             }
-            if self.clean(dirty) {
-                backoff.reset();
-            }
+            self.clean(dirty);
         }
     }
 
-    /// Deletes the stale flows of some frontends. Returns false if this failed; the frontends are then
-    /// kept for a retry.
-    pub(crate) fn clean(&mut self, dirty: DirtyFrontends) -> bool {
+    /// Deletes the stale flows of some frontends. If this fails, the frontends are kept for a retry.
+    pub(crate) fn clean(&mut self, dirty: DirtyFrontends) {
         match self.attempt(&dirty) {
-            Ok(()) => {
-                self.failing = false;
-                true
-            }
+            Ok(()) => self.backoff.reset(),
             Err(error) => {
                 // Messages of an aborted dump may still be queued.
                 self.tracker = None;
-                if !std::mem::replace(&mut self.failing, true) {
+                if self.backoff.is_reset() {
                     self.reporter.stale_flows_remain(&error);
                 }
+                self.backoff.next();
                 if dirty.len() <= MOST_FAILED {
                     self.failed = dirty;
                 }
-                false
             }
         }
     }
