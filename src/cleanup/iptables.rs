@@ -80,15 +80,15 @@ fn report_hidden(
     }
 }
 
-fn no_programs(iptables: Iptables, found: Found) -> Error {
+fn no_programs(iptables: Iptables, found: Leftovers) -> Error {
     let [program, _] = iptables.program_names("save");
     match found {
-        Found::Chains(chains) => Error::Programs {
+        Leftovers::Chains(chains) => Error::Programs {
             chains,
             iptables,
             program,
         },
-        Found::Tables(tables) => Error::Unseen {
+        Leftovers::Tables(tables) => Error::Unseen {
             tables: tables.join(", "),
             iptables,
             program,
@@ -97,14 +97,14 @@ fn no_programs(iptables: Iptables, found: Found) -> Error {
 }
 
 /// What can be seen without a program.
-enum Found {
+enum Leftovers {
     /// The number of kube-proxy's chains.
     Chains(usize),
     /// Tables whose chains only a program can list.
     Tables(Vec<String>),
 }
 
-fn examine(iptables: Iptables, nftables: &mut Nftables) -> Result<Option<Found>, Error> {
+fn examine(iptables: Iptables, nftables: &mut Nftables) -> Result<Option<Leftovers>, Error> {
     match iptables.variant {
         Variant::Nft => {
             let mut chains = 0;
@@ -112,11 +112,11 @@ fn examine(iptables: Iptables, nftables: &mut Nftables) -> Result<Option<Found>,
                 let names = nftables.chain_names(&TableId::new(iptables.family, table))?;
                 chains += names.iter().filter(|n| owned::is_chain(n.as_str())).count();
             }
-            Ok((chains > 0).then_some(Found::Chains(chains)))
+            Ok((chains > 0).then_some(Leftovers::Chains(chains)))
         }
         Variant::Legacy => {
             let tables = legacy_tables(iptables.family)?;
-            Ok((!tables.is_empty()).then_some(Found::Tables(tables)))
+            Ok((!tables.is_empty()).then_some(Leftovers::Tables(tables)))
         }
     }
 }

@@ -24,14 +24,14 @@ pub struct Health {
 struct Shared {
     period: Duration,
     outage: OnceLock<Box<dyn Fn() -> Option<Outage> + Send + Sync>>,
-    clock: Box<dyn Fn() -> Moment + Send + Sync>,
-    state: Mutex<State>,
+    clock: Box<dyn Fn() -> ClockReading + Send + Sync>,
+    state: Mutex<HealthState>,
     /// Wakes requests that wait for a change of the answer to `/readyz`.
     written: Notify,
 }
 
 #[derive(Default)]
-struct State {
+struct HealthState {
     last_synced: Option<SystemTime>,
     oldest_queued: Option<Instant>,
     failure: Option<String>,
@@ -54,14 +54,14 @@ pub struct Outage {
 
 /// One instant on two clocks: the monotonic one for ages, the wall clock for display.
 #[derive(Clone, Copy, Debug)]
-pub struct Moment {
+pub struct ClockReading {
     /// The time of the monotonic clock.
     pub monotonic: Instant,
     /// The time of the wall clock.
     pub wall: SystemTime,
 }
 
-impl Moment {
+impl ClockReading {
     /// Reads both clocks.
     pub fn now() -> Self {
         Self {
@@ -99,7 +99,7 @@ impl Probe {
 
 /// The answer to a probe.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Status {
+pub struct ProbeStatus {
     /// Whether the probe succeeds.
     pub healthy: bool,
     /// When the rules were last known to be correct; now, while healthy. `None` before the first
@@ -113,7 +113,7 @@ pub struct Status {
     pub message: Option<String>,
 }
 
-impl Status {
+impl ProbeStatus {
     /// Returns the HTTP status: 200 or 503.
     pub fn code(&self) -> u16 {
         if self.healthy { 200 } else { 503 }
@@ -142,13 +142,13 @@ impl Health {
     /// Creates a state in which no rules are written yet. A change may wait for twice the period
     /// (normally [`PERIOD`]) before it makes nftlet unhealthy.
     pub fn new(period: Duration) -> Self {
-        Self::with_clock(period, Moment::now)
+        Self::with_clock(period, ClockReading::now)
     }
 
     /// Creates a state as [`Health::new`] does, with another clock.
     pub fn with_clock(
         period: Duration,
-        clock: impl Fn() -> Moment + Send + Sync + 'static,
+        clock: impl Fn() -> ClockReading + Send + Sync + 'static,
     ) -> Self {
         Self {
             shared: Arc::new(Shared {
@@ -164,7 +164,7 @@ impl Health {
     /// Records that a change was received and is not in the kernel yet. Its age counts from now
     /// unless an older one waits already.
     pub fn queued(&self) {
-        let now = self.moment().monotonic;
+        let now = self.read_clock().monotonic;
         self.state().oldest_queued.get_or_insert(now);
     }
 
@@ -177,7 +177,7 @@ impl Health {
     /// Records that the rules in the kernel include every change queued so far. Call
     /// [`Health::queued`] again for a change that arrived too late to be included.
     pub fn synced(&self) {
-        let now = self.moment().wall;
+        let now = self.read_clock().wall;
         let mut state = self.state();
         state.last_synced = Some(now);
         state.oldest_queued = None;
@@ -189,7 +189,7 @@ impl Health {
     /// Records that writing the rules failed. Their changes keep waiting, and `message` is shown
     /// once they have waited too long.
     pub fn failed(&self, message: impl Into<String>) {
-        let now = self.moment().monotonic;
+        let now = self.read_clock().monotonic;
         let mut state = self.state();
         state.oldest_queued.get_or_insert(now);
         state.failure = Some(message.into());
@@ -252,13 +252,13 @@ impl Health {
     /// Returns whether the rules are in place and changes are written in time, whether or not the
     /// node is being removed.
     pub fn proxy_healthy(&self) -> bool {
-        let now = self.moment();
+        let now = self.read_clock();
         let state = self.state();
         state.last_synced.is_some() && self.late(&state, now).is_none()
     }
 
     /// Answers a probe.
-    pub fn status(&self, probe: Probe) -> Status {
+    pub fn status(&self, probe: Probe) -> ProbeStatus {
         match probe {
             Probe::Healthz => self.healthz(),
             Probe::Livez => self.livez(),
@@ -269,8 +269,8 @@ impl Health {
     /// Answers `/healthz`. It fails before the rules have been written once, while a change has
     /// waited too long, while the source has been cut off for a period, and while the node is being
     /// removed.
-    pub fn healthz(&self) -> Status {
-        let now = self.moment();
+    pub fn healthz(&self) -> ProbeStatus {
+        let now = self.read_clock();
         let state = self.state();
         let mut reasons = Vec::new();
         if state.node_going_away {
@@ -282,21 +282,21 @@ impl Health {
         }
         reasons.extend(self.cut_off(now));
         let eligible = !state.node_going_away;
-        Status::new(now, &state, Some(eligible), reasons)
+        ProbeStatus::new(now, &state, Some(eligible), reasons)
     }
 
     /// Answers `/livez`. It fails while a change has waited too long.
-    pub fn livez(&self) -> Status {
-        let now = self.moment();
+    pub fn livez(&self) -> ProbeStatus {
+        let now = self.read_clock();
         let state = self.state();
         let reasons = self.late(&state, now).into_iter().collect();
-        Status::new(now, &state, None, reasons)
+        ProbeStatus::new(now, &state, None, reasons)
     }
 
     /// Answers `/readyz`. It fails before the rules of services and, if they are enforced, of
     /// network policies have been written once.
-    pub fn readyz(&self) -> Status {
-        let now = self.moment();
+    pub fn readyz(&self) -> ProbeStatus {
+        let now = self.read_clock();
         let state = self.state();
         let mut reasons: Vec<String> = unwritten(&state).into_iter().collect();
         if state.policies_expected && !state.policies_were_in_force {
@@ -304,11 +304,11 @@ impl Health {
             let missing = missing.unwrap_or("the objects have not been read completely");
             reasons.push(format!("network policies are not in force: {missing}"));
         }
-        Status::new(now, &state, None, reasons)
+        ProbeStatus::new(now, &state, None, reasons)
     }
 
     /// Returns a message if the oldest change has waited too long.
-    fn late(&self, state: &State, now: Moment) -> Option<String> {
+    fn late(&self, state: &HealthState, now: ClockReading) -> Option<String> {
         let waited = now
             .monotonic
             .saturating_duration_since(state.oldest_queued?);
@@ -325,7 +325,7 @@ impl Health {
 
     /// Returns a message if no changes have arrived for too long. That is one period instead of
     /// two, since it takes time to notice an outage.
-    fn cut_off(&self, now: Moment) -> Option<String> {
+    fn cut_off(&self, now: ClockReading) -> Option<String> {
         let outage = self.shared.outage.get()?()?;
         let lasts = now.monotonic.saturating_duration_since(outage.since);
         (lasts >= self.shared.period).then(|| {
@@ -334,11 +334,11 @@ impl Health {
         })
     }
 
-    fn moment(&self) -> Moment {
+    fn read_clock(&self) -> ClockReading {
         (self.shared.clock)()
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, HealthState> {
         // Every change of the state is a plain assignment, so a panic leaves it consistent.
         self.shared
             .state
@@ -348,7 +348,7 @@ impl Health {
 }
 
 /// Returns a message if the rules of services have never been written.
-fn unwritten(state: &State) -> Option<String> {
+fn unwritten(state: &HealthState) -> Option<String> {
     let failure = state.failure.as_deref();
     let failure = failure.unwrap_or("the services of the cluster have not been read completely");
     let unwritten = state.last_synced.is_none();
@@ -363,8 +363,13 @@ impl fmt::Debug for Health {
     }
 }
 
-impl Status {
-    fn new(now: Moment, state: &State, eligible: Option<bool>, reasons: Vec<String>) -> Self {
+impl ProbeStatus {
+    fn new(
+        now: ClockReading,
+        state: &HealthState,
+        eligible: Option<bool>,
+        reasons: Vec<String>,
+    ) -> Self {
         let healthy = reasons.is_empty();
         Self {
             healthy,

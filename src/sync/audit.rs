@@ -73,7 +73,7 @@ impl Finding {
 
 /// The next step of an audit.
 #[derive(Debug)]
-pub enum Step {
+pub enum AuditStep {
     /// A snapshot can be compared.
     Begin,
     /// One was compared.
@@ -82,7 +82,7 @@ pub enum Step {
 
 /// How an audit ended, or that it goes on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Verdict {
+pub enum AuditOutcome {
     /// The kernel has what was written.
     Same,
     /// It has something else, whatever the controller wrote meanwhile.
@@ -93,14 +93,14 @@ pub enum Verdict {
     Unknown,
 }
 
-impl Verdict {
-    /// Returns the verdict as a label of metrics; `None` while the audit goes on.
+impl AuditOutcome {
+    /// Returns the outcome as a label of metrics; `None` while the audit goes on.
     pub fn as_str(self) -> Option<&'static str> {
         match self {
-            Verdict::Same => Some("same"),
-            Verdict::Different => Some("different"),
-            Verdict::Unknown => Some("unknown"),
-            Verdict::Again => None,
+            AuditOutcome::Same => Some("same"),
+            AuditOutcome::Different => Some("different"),
+            AuditOutcome::Unknown => Some("unknown"),
+            AuditOutcome::Again => None,
         }
     }
 }
@@ -155,17 +155,17 @@ impl Audits {
     }
 
     /// Waits until there is something to do. May be dropped and called again.
-    pub async fn next(&mut self) -> Step {
+    pub async fn next(&mut self) -> AuditStep {
         if self.busy
             && let Some(finding) = self.findings.recv().await
         {
-            return Step::Judge(finding);
+            return AuditStep::Judge(finding);
         }
         match self.due {
             Some(due) => sleep_until(due).await,
             None => std::future::pending().await,
         }
-        Step::Begin
+        AuditStep::Begin
     }
 
     /// Hands over a snapshot to be compared; without one the audit is put off.
@@ -175,34 +175,34 @@ impl Audits {
     }
 
     /// Judges a finding.
-    fn judge(&mut self, difference: Result<Difference, Error>) -> Verdict {
+    fn judge(&mut self, difference: Result<Difference, Error>) -> AuditOutcome {
         self.busy = false;
-        let verdict = match difference {
-            Ok(difference) if difference.is_empty() => Verdict::Same,
+        let outcome = match difference {
+            Ok(difference) if difference.is_empty() => AuditOutcome::Same,
             Ok(difference) => self.judge_difference(difference),
             Err(error) => {
                 tracing::debug!("the audit of the rules ended early: {error}");
-                Verdict::Unknown
+                AuditOutcome::Unknown
             }
         };
-        if verdict == Verdict::Again {
+        if outcome == AuditOutcome::Again {
             self.request();
         } else {
             self.ended();
         }
-        verdict
+        outcome
     }
 
-    fn judge_difference(&mut self, difference: Difference) -> Verdict {
+    fn judge_difference(&mut self, difference: Difference) -> AuditOutcome {
         let before = self.before.replace(difference);
         if before.is_some_and(|before| self.before.iter().any(|now| !now.is_disjoint(&before))) {
-            return Verdict::Different;
+            return AuditOutcome::Different;
         }
         self.rounds += 1;
         if self.rounds >= MOST_ROUNDS {
-            return Verdict::Unknown;
+            return AuditOutcome::Unknown;
         }
-        Verdict::Again
+        AuditOutcome::Again
     }
 
     /// Forgets the rounds of an audit.
@@ -289,7 +289,7 @@ impl<K: Kernel> super::Controller<'_, K> {
     /// Begins an audit, or its next round, unless no other program has committed anything.
     pub(super) fn audit(&mut self, audits: &mut Audits) {
         if self.is_synced() && self.kernel.is_as_expected() {
-            if let Some(result) = Verdict::Same.as_str() {
+            if let Some(result) = AuditOutcome::Same.as_str() {
                 self.kernel.metrics.audit(result);
             }
             audits.due = None;
@@ -303,18 +303,18 @@ impl<K: Kernel> super::Controller<'_, K> {
     /// no other program may be known to have written.
     ///
     /// [`heal`]: super::Controller::heal
-    pub(super) fn judge(&mut self, audits: &mut Audits, finding: Finding) -> Verdict {
-        let verdict = audits.judge(finding.difference);
-        if let Some(result) = verdict.as_str() {
+    pub(super) fn judge(&mut self, audits: &mut Audits, finding: Finding) -> AuditOutcome {
+        let outcome = audits.judge(finding.difference);
+        if let Some(result) = outcome.as_str() {
             self.kernel.metrics.audit(result);
         }
-        match verdict {
-            Verdict::Different | Verdict::Unknown => self.kernel.expect_nothing(),
+        match outcome {
+            AuditOutcome::Different | AuditOutcome::Unknown => self.kernel.expect_nothing(),
             // Others have committed something else, such as a table of their own.
-            Verdict::Same => self.kernel.expect(finding.moment),
-            Verdict::Again => {}
+            AuditOutcome::Same => self.kernel.expect(finding.moment),
+            AuditOutcome::Again => {}
         }
-        verdict
+        outcome
     }
 }
 
@@ -328,34 +328,34 @@ mod tests {
         (Audits::new(snapshots, findings), found, received)
     }
 
-    fn judge(audits: &mut Audits, difference: &[u64]) -> Verdict {
+    fn judge(audits: &mut Audits, difference: &[u64]) -> AuditOutcome {
         audits.judge(Ok(difference.iter().copied().collect()))
     }
 
     #[test]
     fn a_difference_must_be_found_twice_in_a_row_to_count() {
         let (mut audits, ..) = audits();
-        assert_eq!(judge(&mut audits, &[]), Verdict::Same);
+        assert_eq!(judge(&mut audits, &[]), AuditOutcome::Same);
         assert_eq!(audits.due, None);
-        assert_eq!(judge(&mut audits, &[1, 2]), Verdict::Again);
+        assert_eq!(judge(&mut audits, &[1, 2]), AuditOutcome::Again);
         assert!(audits.due.is_some_and(|due| due <= Instant::now()));
-        assert_eq!(judge(&mut audits, &[3]), Verdict::Again);
-        assert_eq!(judge(&mut audits, &[4]), Verdict::Again);
-        assert_eq!(judge(&mut audits, &[5, 4]), Verdict::Different);
+        assert_eq!(judge(&mut audits, &[3]), AuditOutcome::Again);
+        assert_eq!(judge(&mut audits, &[4]), AuditOutcome::Again);
+        assert_eq!(judge(&mut audits, &[5, 4]), AuditOutcome::Different);
         // What one audit found means nothing for the next one.
-        assert_eq!(judge(&mut audits, &[5]), Verdict::Again);
-        assert_eq!(judge(&mut audits, &[]), Verdict::Same);
-        assert_eq!(judge(&mut audits, &[5]), Verdict::Again);
+        assert_eq!(judge(&mut audits, &[5]), AuditOutcome::Again);
+        assert_eq!(judge(&mut audits, &[]), AuditOutcome::Same);
+        assert_eq!(judge(&mut audits, &[5]), AuditOutcome::Again);
     }
 
     #[test]
     fn an_audit_that_is_disturbed_again_and_again_is_given_up() {
         let (mut audits, ..) = audits();
         for round in 1..u64::from(MOST_ROUNDS) {
-            assert_eq!(judge(&mut audits, &[round]), Verdict::Again);
+            assert_eq!(judge(&mut audits, &[round]), AuditOutcome::Again);
         }
-        assert_eq!(judge(&mut audits, &[99]), Verdict::Unknown);
-        assert_eq!(judge(&mut audits, &[99]), Verdict::Again, "a new one");
+        assert_eq!(judge(&mut audits, &[99]), AuditOutcome::Unknown);
+        assert_eq!(judge(&mut audits, &[99]), AuditOutcome::Again, "a new one");
     }
 
     #[tokio::test(start_paused = true)]
@@ -365,10 +365,10 @@ mod tests {
         let idle = tokio::time::timeout(day, audits.next()).await;
         assert!(idle.is_err(), "none was requested");
         audits.request();
-        assert!(matches!(audits.next().await, Step::Begin));
+        assert!(matches!(audits.next().await, AuditStep::Begin));
         let started = Instant::now();
         audits.begin(None);
-        assert!(matches!(audits.next().await, Step::Begin));
+        assert!(matches!(audits.next().await, AuditStep::Begin));
         assert_eq!(started.elapsed(), PUT_OFF);
         let moment = WritePoint {
             writes: 7,
@@ -385,11 +385,11 @@ mod tests {
             moment,
         };
         found.send(finding).await.expect("it listens");
-        let Step::Judge(finding) = audits.next().await else {
+        let AuditStep::Judge(finding) = audits.next().await else {
             panic!("another one is not begun yet");
         };
-        assert_eq!(audits.judge(finding.difference), Verdict::Same);
+        assert_eq!(audits.judge(finding.difference), AuditOutcome::Same);
         // Notifications were missed meanwhile.
-        assert!(matches!(audits.next().await, Step::Begin));
+        assert!(matches!(audits.next().await, AuditStep::Begin));
     }
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until};
 
-use super::audit::{Step, Verdict};
+use super::audit::{AuditOutcome, AuditStep};
 use super::queries::{self, Query};
 use super::schedule::{Healing, Retries, Unenforced};
 use super::{Audits, Controller, Engines, Kernel, Outcome, Outcomes};
@@ -118,10 +118,10 @@ pub async fn run<K: Kernel>(
             step = next_step(&mut signals.audits), if ready => {
                 let Some(audits) = &mut signals.audits else { continue };
                 match step {
-                    Step::Begin => controller.audit(audits),
-                    Step::Judge(finding) => match controller.judge(audits, finding) {
-                        Verdict::Different | Verdict::Unknown => healing.request(),
-                        Verdict::Same | Verdict::Again => {}
+                    AuditStep::Begin => controller.audit(audits),
+                    AuditStep::Judge(finding) => match controller.judge(audits, finding) {
+                        AuditOutcome::Different | AuditOutcome::Unknown => healing.request(),
+                        AuditOutcome::Same | AuditOutcome::Again => {}
                     },
                 }
                 continue;
@@ -233,7 +233,7 @@ fn request_audit(audits: &mut Option<Audits>, healing: &mut Healing) {
 }
 
 /// Waits for the next step of an audit; forever without audits.
-async fn next_step(audits: &mut Option<Audits>) -> Step {
+async fn next_step(audits: &mut Option<Audits>) -> AuditStep {
     match audits {
         Some(audits) => audits.next().await,
         None => std::future::pending().await,

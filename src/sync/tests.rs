@@ -21,7 +21,7 @@ use crate::model::{
 };
 use crate::netlink::{Applied, ConntrackError, Error, Refusal};
 use crate::nft::{Element, Key, Name, ObjectPath, Op, Ruleset, TableId, Transaction, simulate};
-use crate::serve::health::{Health, Moment};
+use crate::serve::health::{ClockReading, Health};
 use crate::serve::metrics::Registry;
 use crate::services::{DetectLocal, ServiceSet, table_id};
 
@@ -39,14 +39,14 @@ mod quarantine;
 mod queries;
 mod turns;
 
-pub(crate) use fake::{Fake, Heard};
+pub(crate) use fake::{Fake, RecordedReports};
 pub(crate) use objects::{delete, lists, node, put, service, slice};
 
 pub(crate) struct Bench {
     pub(crate) kernel: Fake,
     pub(crate) registry: Registry,
     pub(crate) metrics: SyncMetrics,
-    pub(crate) heard: Heard,
+    pub(crate) heard: RecordedReports,
     pub(crate) settings: ServiceSettings,
 }
 
@@ -57,7 +57,7 @@ impl Bench {
             kernel: Fake::default(),
             metrics: SyncMetrics::register(&registry).unwrap(),
             registry,
-            heard: Heard::default(),
+            heard: RecordedReports::default(),
             settings: ServiceSettings {
                 detect_local: DetectLocal::ClusterCidr(vec!["10.244.0.0/16".parse().unwrap()]),
                 ..ServiceSettings::default()
@@ -494,7 +494,7 @@ async fn a_cluster_that_does_not_tell_all_is_no_reason_to_restart() {
     let mut controller = bench.controller();
     let (begin, passed) = (Instant::now(), Arc::new(AtomicU64::new(0)));
     let clock = passed.clone();
-    let health = Health::with_clock(Duration::from_secs(30), move || Moment {
+    let health = Health::with_clock(Duration::from_secs(30), move || ClockReading {
         monotonic: begin + Duration::from_secs(clock.load(Ordering::Relaxed)),
         wall: SystemTime::now(),
     });

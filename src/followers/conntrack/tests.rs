@@ -353,9 +353,9 @@ thread_local! {
 }
 
 #[derive(Default)]
-struct Heard(Mutex<Vec<String>>);
+struct RecordedReports(Mutex<Vec<String>>);
 
-impl Reporter for Heard {
+impl Reporter for RecordedReports {
     fn notice(&self, _: &Notice) {}
 
     fn failed(&self, error: &Error) {
@@ -374,7 +374,7 @@ fn the_cleaner_deletes_counts_and_outlives_failures() {
     let other = flow("10.96.0.11:53", "10.0.0.1:53");
     table.0.borrow_mut().flows = vec![stale, kept, other];
     table.0.borrow_mut().broken = true;
-    let (registry, heard) = (Registry::new().unwrap(), Heard::default());
+    let (registry, heard) = (Registry::new().unwrap(), RecordedReports::default());
     let metrics = FollowerMetrics::register(&registry).unwrap();
     let (sender, receiver) = channel();
     let pending = Pending::new(receiver);
@@ -407,7 +407,7 @@ fn endpoints_that_come_while_the_cleaner_works_keep_their_flows() {
     let table = TABLE.with(Clone::clone);
     let fresh = flow(VIP, "10.0.0.2:53");
     table.0.borrow_mut().flows = vec![fresh];
-    let (registry, heard) = (Registry::new().unwrap(), Heard::default());
+    let (registry, heard) = (Registry::new().unwrap(), RecordedReports::default());
     let metrics = FollowerMetrics::register(&registry).unwrap();
     let (sender, receiver) = channel();
     let pending = Pending::new(receiver);

@@ -11,7 +11,7 @@ fn at_rest() -> (Health, impl Fn(u64)) {
         let passed = Arc::clone(&passed);
         move || {
             let passed = Duration::from_secs(passed.load(Ordering::Relaxed));
-            Moment {
+            ClockReading {
                 monotonic: begin + passed,
                 wall: UNIX_EPOCH + Duration::from_secs(1_700_000_000) + passed,
             }
@@ -141,7 +141,7 @@ fn a_cluster_that_is_out_of_reach_is_unhealthy_after_a_period_but_alive() {
     let asked = Arc::clone(&outage);
     health.depends_on(move || asked.lock().unwrap().clone());
     health.synced();
-    let since = health.moment().monotonic;
+    let since = health.read_clock().monotonic;
     let message = "no route".to_owned();
     *outage.lock().unwrap() = Some(Outage { since, message });
     forward(29);

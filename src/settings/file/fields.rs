@@ -73,7 +73,7 @@ impl Field {
 /// A field without effect. An invalid value is still an error.
 pub(super) struct Unused {
     pub(super) path: &'static str,
-    pub(super) kind: FieldType,
+    pub(super) kind: UnusedType,
     /// Whether a value other than zero and `usual` causes a warning.
     pub(super) is_noted: bool,
     /// kube-proxy's default, which kubeadm and kube-proxy write.
@@ -84,7 +84,7 @@ pub(super) struct Unused {
 
 /// The type of a field without effect.
 #[derive(Clone, Copy)]
-pub(super) enum FieldType {
+pub(super) enum UnusedType {
     Single(fn(&str) -> Result<Value>),
     /// A list of anything.
     List,
@@ -92,24 +92,24 @@ pub(super) enum FieldType {
     Switches,
 }
 
-const TEXT: FieldType = FieldType::Single(|text| Ok(text.into()));
-const SWITCH: FieldType = FieldType::Single(|text| Ok(yaml_switch(text)?.into()));
-const COUNT: FieldType = FieldType::Single(|text| Ok(count(text)?.into()));
-const BIT: FieldType = FieldType::Single(|text| Ok(masquerade_bit(text)?.into()));
-const PERIOD: FieldType = FieldType::Single(|text| Ok(go_duration(duration(text)?).into()));
-const RATE: FieldType = FieldType::Single(|text| match text.parse::<f64>() {
+const TEXT: UnusedType = UnusedType::Single(|text| Ok(text.into()));
+const SWITCH: UnusedType = UnusedType::Single(|text| Ok(yaml_switch(text)?.into()));
+const COUNT: UnusedType = UnusedType::Single(|text| Ok(count(text)?.into()));
+const BIT: UnusedType = UnusedType::Single(|text| Ok(masquerade_bit(text)?.into()));
+const PERIOD: UnusedType = UnusedType::Single(|text| Ok(go_duration(duration(text)?).into()));
+const RATE: UnusedType = UnusedType::Single(|text| match text.parse::<f64>() {
     Ok(0.0) => Ok(0.into()),
     Ok(rate) => Ok(rate.into()),
     Err(_) => Err(format!("`{text}` is not a number").into()),
 });
 
-/// One of the switches of [`FieldType::Switches`].
+/// One of the switches of [`UnusedType::Switches`].
 pub(super) const NAMED_SWITCH: Unused = silent("", SWITCH, None);
 
 impl Unused {
     /// Checks a value, and returns whether it is zero or the usual one.
     pub(super) fn is_usual(&self, text: &str) -> Result<bool> {
-        let FieldType::Single(read) = self.kind else {
+        let UnusedType::Single(read) = self.kind else {
             return Ok(true);
         };
         let value = read(text)?;
@@ -119,14 +119,14 @@ impl Unused {
 
     fn write(&self) -> Option<Value> {
         match self.kind {
-            FieldType::Single(read) => self.written.map(|text| read(text).unwrap_or_default()),
-            FieldType::List | FieldType::Switches => self.written.map(|_| Value::Null),
+            UnusedType::Single(read) => self.written.map(|text| read(text).unwrap_or_default()),
+            UnusedType::List | UnusedType::Switches => self.written.map(|_| Value::Null),
         }
     }
 }
 
 /// Declares a field that is accepted without a warning.
-const fn silent(path: &'static str, kind: FieldType, written: Option<&'static str>) -> Unused {
+const fn silent(path: &'static str, kind: UnusedType, written: Option<&'static str>) -> Unused {
     let (is_noted, usual) = (false, "");
     Unused {
         path,
@@ -140,7 +140,7 @@ const fn silent(path: &'static str, kind: FieldType, written: Option<&'static st
 /// Declares a field with a warning about values other than zero and the usual one.
 const fn noted(
     path: &'static str,
-    kind: FieldType,
+    kind: UnusedType,
     usual: &'static str,
     written: Option<&'static str>,
 ) -> Unused {
@@ -259,13 +259,13 @@ pub(super) const UNUSED: &[Unused] = &[
     // Watches are resumed and not repeated.
     noted("configSyncPeriod", PERIOD, "15m", Some("15m")),
     noted("enableProfiling", SWITCH, "", Some("false")),
-    noted("featureGates", FieldType::Switches, "", None),
+    noted("featureGates", UnusedType::Switches, "", None),
     silent("iptables.localhostNodePorts", SWITCH, Some("true")),
     noted("iptables.masqueradeAll", SWITCH, "", Some("false")),
     noted("iptables.masqueradeBit", BIT, "14", Some("14")),
     noted("iptables.minSyncPeriod", PERIOD, "1s", Some("1s")),
     noted("iptables.syncPeriod", PERIOD, "30s", Some("30s")),
-    noted("ipvs.excludeCIDRs", FieldType::List, "", Some("")),
+    noted("ipvs.excludeCIDRs", UnusedType::List, "", Some("")),
     noted("ipvs.minSyncPeriod", PERIOD, "1s", Some("0s")),
     noted("ipvs.scheduler", TEXT, "rr", Some("")),
     noted("ipvs.strictARP", SWITCH, "", Some("false")),
@@ -279,7 +279,7 @@ pub(super) const UNUSED: &[Unused] = &[
     silent("logging.options.json.splitStream", SWITCH, None),
     silent("logging.options.text.infoBufferSize", TEXT, Some("0")),
     silent("logging.options.text.splitStream", SWITCH, None),
-    noted("logging.vmodule", FieldType::List, "", None),
+    noted("logging.vmodule", UnusedType::List, "", None),
     // Changes are written at once.
     noted("nftables.minSyncPeriod", PERIOD, "1s", Some("0s")),
     noted("portRange", TEXT, "", Some("")),

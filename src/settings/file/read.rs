@@ -11,7 +11,7 @@ use serde::de::{
     DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor,
 };
 
-use super::fields::{FIELDS, Field, FieldType, NAMED_SWITCH, UNUSED, Unused};
+use super::fields::{FIELDS, Field, NAMED_SWITCH, UNUSED, Unused, UnusedType};
 use super::in_one_line;
 use crate::settings::{Error, Settings};
 
@@ -35,7 +35,7 @@ impl Content {
     /// Reads a document. After an error, the fields before it are set, and [`Self::at`] has the path of
     /// the value with the error, if it is in a value.
     pub(super) fn read<'de, D: Deserializer<'de>>(&mut self, document: D) -> Result<(), D::Error> {
-        let root = FieldReader {
+        let root = ValueReader {
             content: self,
             path: String::new(),
             known: PathKind::Group,
@@ -80,16 +80,16 @@ impl PathKind {
 }
 
 /// Reads the value at a path.
-struct FieldReader<'a> {
+struct ValueReader<'a> {
     content: &'a mut Content,
     path: String,
     known: PathKind,
 }
 
-impl FieldReader<'_> {
+impl ValueReader<'_> {
     /// Returns a reader for a value in this one.
-    fn inner(&mut self, path: String, known: PathKind) -> FieldReader<'_> {
-        FieldReader {
+    fn inner(&mut self, path: String, known: PathKind) -> ValueReader<'_> {
+        ValueReader {
             content: self.content,
             path,
             known,
@@ -114,7 +114,7 @@ impl FieldReader<'_> {
     }
 }
 
-impl<'de> DeserializeSeed<'de> for FieldReader<'_> {
+impl<'de> DeserializeSeed<'de> for ValueReader<'_> {
     type Value = ();
 
     fn deserialize<D: Deserializer<'de>>(self, value: D) -> Result<(), D::Error> {
@@ -129,7 +129,7 @@ impl<'de> DeserializeSeed<'de> for FieldReader<'_> {
     }
 }
 
-impl<'de> Visitor<'de> for FieldReader<'_> {
+impl<'de> Visitor<'de> for ValueReader<'_> {
     type Value = ();
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -148,12 +148,12 @@ impl<'de> Visitor<'de> for FieldReader<'_> {
         match self.known {
             PathKind::Field(Field { is_list: true, .. })
             | PathKind::Unused(Unused {
-                kind: FieldType::List,
+                kind: UnusedType::List,
                 ..
             }) => value.deserialize_seq(self),
             PathKind::Group
             | PathKind::Unused(Unused {
-                kind: FieldType::Switches,
+                kind: UnusedType::Switches,
                 ..
             }) => value.deserialize_map(self),
             _ => value.deserialize_str(self),

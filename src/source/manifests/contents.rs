@@ -141,7 +141,7 @@ impl<'v> ObjectHead<'v> {
 
 /// The objects of one document, and notices with the paths of invalid values.
 #[derive(Default)]
-struct Found {
+struct DocumentContents {
     objects: Vec<(Object, String)>,
     invalid: Vec<ObjectRef>,
     unnamed: bool,
@@ -189,7 +189,7 @@ impl ManifestReader<'_> {
     }
 
     fn document(&mut self, document: &Document<'_>) {
-        let mut found = Found::default();
+        let mut found = DocumentContents::default();
         let mut untyped = Vec::new();
         let root = document.read(&mut |number, item| {
             let head = ObjectHead::of(&item.value, None);
@@ -210,7 +210,7 @@ impl ManifestReader<'_> {
                     }
                 } else {
                     // Not a list, but another kind with a field `items`.
-                    found = Found::default();
+                    found = DocumentContents::default();
                     self.object(&mut found, &root, String::new(), None);
                 }
                 self.take(document, found);
@@ -223,7 +223,7 @@ impl ManifestReader<'_> {
     }
 
     /// Adds the objects and notices of a document.
-    fn take(&mut self, document: &Document<'_>, mut found: Found) {
+    fn take(&mut self, document: &Document<'_>, mut found: DocumentContents) {
         for (object, at) in found.objects {
             match self.out.objects.entry(object.reference()) {
                 Entry::Vacant(place) => {
@@ -255,7 +255,7 @@ impl ManifestReader<'_> {
     /// typed list.
     fn object(
         &mut self,
-        found: &mut Found,
+        found: &mut DocumentContents,
         Captured { value, twice }: &Captured,
         at: String,
         implied: Option<(&str, &str)>,
@@ -314,7 +314,7 @@ impl ManifestReader<'_> {
     }
 }
 
-impl Found {
+impl DocumentContents {
     /// Reports an object that cannot be used.
     fn reject(&mut self, at: String, head: &ObjectHead<'_>, message: &str) {
         let used = match head.class() {

@@ -3,7 +3,7 @@
 use tokio::sync::mpsc;
 
 use super::*;
-use crate::sync::audit::{self, Verdict};
+use crate::sync::audit::{self, AuditOutcome};
 
 /// The audits of a controller without their thread.
 struct Audited {
@@ -35,7 +35,7 @@ impl Audited {
         bench: &Bench,
         controller: &mut Controller<Fake>,
         snapshot: audit::Snapshot,
-    ) -> Verdict {
+    ) -> AuditOutcome {
         let finding = audit::Finding::new(&mut bench.kernel.clone(), snapshot);
         controller.judge(&mut self.audits, finding)
     }
@@ -67,9 +67,9 @@ fn a_difference_that_an_audit_finds_twice_is_healed() {
         table.sets.get_mut(&frontends).unwrap().elements.clear();
     });
     let reads = || bench.kernel.0.borrow().reads;
-    for verdict in [Verdict::Again, Verdict::Different] {
+    for outcome in [AuditOutcome::Again, AuditOutcome::Different] {
         let snapshot = audited.begin(&mut controller).expect("it is in force");
-        assert_eq!(audited.judge(&bench, &mut controller, snapshot), verdict);
+        assert_eq!(audited.judge(&bench, &mut controller, snapshot), outcome);
     }
     assert_eq!(audits(&bench, "different"), 1);
     let before = reads();
@@ -98,11 +98,11 @@ fn an_audit_reads_only_after_others_wrote() {
     let snapshot = audited.begin(&mut controller).expect("somebody wrote");
     handle(&mut controller, change(250));
     // What the controller wrote meanwhile must not be taken for somebody else's.
-    let verdict = audited.judge(&bench, &mut controller, snapshot);
-    assert_eq!(verdict, Verdict::Again);
+    let outcome = audited.judge(&bench, &mut controller, snapshot);
+    assert_eq!(outcome, AuditOutcome::Again);
     let snapshot = audited.begin(&mut controller).expect("another round");
-    let verdict = audited.judge(&bench, &mut controller, snapshot);
-    assert_eq!(verdict, Verdict::Same);
+    let outcome = audited.judge(&bench, &mut controller, snapshot);
+    assert_eq!(outcome, AuditOutcome::Same);
     assert_eq!(audits(&bench, "same"), 2);
 
     // The next one knows that nobody has written since, whatever the controller wrote.
@@ -121,17 +121,17 @@ fn an_audit_that_decides_nothing_leaves_it_to_the_controller() {
     handle(&mut controller, lists(vec![web.clone().into()]));
     let mut audited = Audited::new();
     bench.kernel.meddle(|_| {});
-    let mut verdict = Verdict::Again;
+    let mut outcome = AuditOutcome::Again;
     for last in 1..100 {
         let snapshot = audited.begin(&mut controller).expect("another round");
         let change = vec![put(slice("web-1", &web, Family::V4, &[last]))];
         handle(&mut controller, change);
-        verdict = audited.judge(&bench, &mut controller, snapshot);
-        if verdict != Verdict::Again {
+        outcome = audited.judge(&bench, &mut controller, snapshot);
+        if outcome != AuditOutcome::Again {
             break;
         }
     }
-    assert_eq!(verdict, Verdict::Unknown);
+    assert_eq!(outcome, AuditOutcome::Unknown);
     assert_eq!(audits(&bench, "unknown"), 1);
     let reads = bench.kernel.0.borrow().reads;
     assert_eq!(heal(&mut controller), (Outcome::Synced, false));

@@ -128,7 +128,7 @@ async fn a_kernel_that_does_not_answer_is_noticed_although_nothing_changes() {
     let kernel = &bench.kernel;
     let mut controller = bench.controller();
     let period = Duration::from_secs(30);
-    let health = Health::with_clock(period, || Moment {
+    let health = Health::with_clock(period, || ClockReading {
         monotonic: tokio::time::Instant::now().into_std(),
         wall: SystemTime::now(),
     });

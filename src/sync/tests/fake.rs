@@ -203,9 +203,9 @@ fn table_of(op: &Op) -> &str {
 }
 
 #[derive(Default)]
-pub(crate) struct Heard(pub(super) Mutex<Vec<String>>);
+pub(crate) struct RecordedReports(pub(super) Mutex<Vec<String>>);
 
-impl Reporter for Heard {
+impl Reporter for RecordedReports {
     fn notice(&self, notice: &Notice) {
         let line = format!("{}: {}", notice.subject, notice.message);
         self.0.lock().unwrap().push(line);
