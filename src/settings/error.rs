@@ -5,8 +5,6 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use thiserror::Error;
 
-use super::values::LONGEST_INTERFACE_NAME;
-
 /// An invalid value. clap puts the value and its flag before the message.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 pub(crate) enum Error {
@@ -48,8 +46,8 @@ pub(crate) enum Error {
         "--detect-local-mode InterfaceNamePrefix needs the prefix of the pods' interfaces; give it with --pod-interface-name-prefix, for example veth"
     )]
     NoPrefix,
-    #[error("a name of an interface has at most {LONGEST_INTERFACE_NAME} bytes; this one has {0}")]
-    LongInterface(usize),
+    #[error("a name of an interface has at most {longest} bytes; this one has {length}")]
+    LongInterface { length: usize, longest: usize },
     #[error(
         "the name of an interface cannot contain `{0}`; it has letters, digits and characters such as - _ . but no space, / : * or quotes"
     )]

@@ -134,7 +134,7 @@ fn join(f: &mut fmt::Formatter<'_>, ranges: &[IpNet]) -> fmt::Result {
 }
 
 /// The kernel's limit, without the terminating byte.
-pub(super) const LONGEST_INTERFACE_NAME: usize = 15;
+const LONGEST_INTERFACE_NAME: usize = 15;
 
 /// The name of an interface, or a prefix of names. An empty text is no name.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -155,7 +155,10 @@ impl FromStr for InterfaceName {
         let fits = |c: char| c.is_ascii_graphic() && !"/:*\"'`\\".contains(c);
         match name.chars().find(|c| !fits(*c)) {
             Some(wrong) => Err(Error::InterfaceCharacter(wrong)),
-            None if name.len() > LONGEST_INTERFACE_NAME => Err(Error::LongInterface(name.len())),
+            None if name.len() > LONGEST_INTERFACE_NAME => Err(Error::LongInterface {
+                length: name.len(),
+                longest: LONGEST_INTERFACE_NAME,
+            }),
             None => Ok(Self(name.to_owned())),
         }
     }
