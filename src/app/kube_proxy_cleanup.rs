@@ -51,10 +51,7 @@ pub(super) fn start(
         let mut logged = BTreeSet::new();
         loop {
             logged = run_pass(&logged);
-            // Without a port of its own, nftlet waits for none that becomes free.
-            if let Err(RecvTimeoutError::Disconnected) = port_freed.recv_timeout(PASS_EVERY) {
-                thread::sleep(PASS_EVERY);
-            }
+            wait_for_next_pass(&port_freed, thread::sleep);
         }
     };
     thread::Builder::new()
@@ -62,6 +59,14 @@ pub(super) fn start(
         .spawn(work)
         .map(drop)
         .map_err(system("the thread that removes kube-proxy's rules"))
+}
+
+/// Waits until a port is freed or the next regular pass is due.
+fn wait_for_next_pass(port_freed: &Receiver<()>, sleep: impl FnOnce(Duration)) {
+    // Without a port of its own, nftlet waits for none that becomes free.
+    if let Err(RecvTimeoutError::Disconnected) = port_freed.recv_timeout(PASS_EVERY) {
+        sleep(PASS_EVERY);
+    }
 }
 
 /// Runs one cleanup pass and logs new problems. Returns the problems already logged.
@@ -84,4 +89,25 @@ fn run_pass(logged: &BTreeSet<String>) -> BTreeSet<String> {
 fn problems(report: &CleanupReport) -> impl Iterator<Item = String> {
     let failures = report.failures().iter().map(ToString::to_string);
     report.notes().iter().cloned().chain(failures)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+    use std::sync::mpsc::channel;
+
+    use super::*;
+
+    #[test]
+    fn passes_are_regular_without_ports_and_immediate_when_one_is_freed() {
+        let (freed, port_freed) = channel();
+        let slept = Cell::new(None);
+        freed.send(()).unwrap();
+        wait_for_next_pass(&port_freed, |time| slept.set(Some(time)));
+        assert_eq!(slept.get(), None);
+        // No port is served, so that no sender exists.
+        drop(freed);
+        wait_for_next_pass(&port_freed, |time| slept.set(Some(time)));
+        assert_eq!(slept.get(), Some(PASS_EVERY));
+    }
 }

@@ -378,3 +378,39 @@ fn what_cannot_be_judged_yet_is_judged_when_it_is_known_what_is_in_force() {
     bench.fake.wait(|state| state.connections.is_empty());
     bench.end();
 }
+
+#[test]
+fn changes_of_policies_delay_a_sweep_by_a_second_at_most() {
+    let metrics = FollowerMetrics::register(&Registry::new().unwrap()).unwrap();
+    let now = Instant::now();
+    let delay = |strict, after_slow_sweep: Duration, changes: &[(Duration, PolicyChanges)]| {
+        let (_, received) = channel();
+        let (ask, _) = mpsc::channel(1);
+        let mut cutter = Cutter::new(open_here, received, ask, strict, &metrics);
+        cutter.earliest = now + after_slow_sweep;
+        for (at, changes) in changes {
+            cutter.take_over(changes, now + *at);
+        }
+        cutter.due.map(|due| due - now)
+    };
+    let ms = Duration::from_millis;
+    let reassigned = || PolicyChanges {
+        reassigned: [ip("10.1.0.6")].into(),
+        ..PolicyChanges::default()
+    };
+    let at_once = |changes| [(Duration::ZERO, changes)];
+    for (strict, earliest, change, expected) in [
+        (true, ms(0), isolated(), Some(COLLECT)),
+        (true, ms(400), isolated(), Some(ms(400))),
+        (true, ms(9000), isolated(), Some(MOST_DELAY)),
+        (true, ms(9000), reassigned(), Some(ms(9000))),
+        (false, ms(9000), reassigned(), Some(ms(9000))),
+        (false, ms(9000), isolated(), None),
+    ] {
+        let found = delay(strict, earliest, &at_once(change));
+        assert_eq!(found, expected, "{strict} {earliest:?}");
+    }
+    // Further changes join the sweep that waits, in place of one sweep each or of a later one.
+    let steady: Vec<_> = (0..20).map(|n| (ms(45 * n), isolated())).collect();
+    assert_eq!(delay(true, ms(9000), &steady), Some(MOST_DELAY));
+}

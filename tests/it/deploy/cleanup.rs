@@ -511,3 +511,18 @@ fn rules_that_came_back_go_when_a_port_becomes_free() {
     drop(held);
     wait_for("them to go again", PATIENCE, gone);
 }
+
+#[test]
+fn rules_of_kube_proxy_are_removed_without_ports() {
+    if !require_net_admin() {
+        return;
+    }
+    let node = Namespace::new("node");
+    node.nft_load(&kube_proxy_nftables());
+    let no_ports = ["--metrics-bind-address=", "--healthz-bind-address="];
+    let arguments = [&["--cluster-cidr", CLUSTER_CIDR], &no_ports[..]].concat();
+    let _daemon = shop().run(&node, &arguments);
+    wait_for("kube-proxy's tables to be removed", PATIENCE, || {
+        (!node.nft(&["list", "tables"]).contains("kube-proxy")).then_some(())
+    });
+}
