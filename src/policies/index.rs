@@ -422,7 +422,7 @@ mod tests {
     }
 
     #[test]
-    fn a_namespace_that_is_gone_leaves_nothing() {
+    fn a_deleted_namespace_leaves_nothing() {
         let mut index = Index::default();
         let everything = PodSelector {
             namespaces: Namespaces::Labelled(LabelSelector::default()),

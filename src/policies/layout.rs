@@ -230,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn long_names_fit_and_are_told_apart() {
+    fn long_names_fit_and_are_distinct() {
         let long = "x".repeat(253);
         let other = format!("{}y", "x".repeat(252));
         assert!(chain(&long).len() <= 255);

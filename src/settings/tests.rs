@@ -132,7 +132,7 @@ fn what_excludes_each_other_is_refused() {
 }
 
 #[test]
-fn runs_for_looking_open_no_port_unless_told_to() {
+fn dry_runs_open_no_port_unless_one_is_given() {
     for look in [
         &["--manifests=a"][..],
         &["--dry-run"],

@@ -298,7 +298,7 @@ fn a_new_number_of_endpoints_brings_its_chain_first() {
 }
 
 #[test]
-fn a_shared_element_stays_until_nobody_asks_for_it() {
+fn a_shared_element_stays_until_its_last_user_is_deleted() {
     let bench = Bench::new();
     let mut controller = bench.controller();
     let web = service("web", &["10.96.0.10"], &[80]);

@@ -14,7 +14,7 @@ use nftlet_lab::netns::{
 const PROTOCOLS: [Protocol; 4] = [Protocol::Tcp, Protocol::Udp, Protocol::Http, Protocol::Sctp];
 
 #[test]
-fn everybody_reaches_pods_with_their_own_address() {
+fn all_machines_reach_pods_with_their_own_address() {
     if !require_net_admin() {
         return;
     }

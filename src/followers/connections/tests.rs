@@ -305,7 +305,7 @@ fn a_failure_is_tried_again() {
 }
 
 #[test]
-fn nobody_isolated_means_no_list() {
+fn without_isolated_pods_nothing_is_listed() {
     let bench = Bench::new(vec![tracked("10.1.0.6", "10.1.0.5", TCP, Some(DENIED))]);
     let (_, received) = channel();
     let (ask, _) = mpsc::channel(1);

@@ -90,7 +90,7 @@ fn judge(dirty: &DirtyFrontends, destination: &str, replier: &str) -> FlowState 
 const VIP: &str = "10.96.0.10:53";
 
 #[test]
-fn flows_to_endpoints_that_are_gone_are_stale() {
+fn flows_to_removed_endpoints_are_stale() {
     let old = udp(&[VIP], &["10.0.0.1:53", "10.0.0.2:53"]);
     let new = udp(&[VIP], &["10.0.0.2:53"]);
     let dirty = changed(Some(&old), Some(&new));
@@ -119,7 +119,7 @@ fn flows_that_began_before_the_service_had_endpoints_are_stale() {
 }
 
 #[test]
-fn of_a_frontend_that_is_gone_translated_flows_are_stale() {
+fn translated_flows_of_a_removed_frontend_are_stale() {
     let external = "198.51.100.7:53";
     let old = udp(&[VIP, external], &["10.0.0.1:53"]);
     let new = udp(&[VIP], &["10.0.0.1:53"]);

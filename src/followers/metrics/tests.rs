@@ -2,7 +2,7 @@ use super::*;
 use crate::serve::metrics::tests::expect;
 
 #[test]
-fn drops_are_read_at_each_scrape_and_pods_that_are_gone_leave_no_series() {
+fn drops_are_read_at_each_scrape_and_deleted_pods_leave_no_series() {
     let registry = Registry::new().unwrap();
     let scrapes = std::sync::atomic::AtomicUsize::new(0);
     let drops = |pod, direction, packets| Sample::new(["shop", pod, direction], packets);

@@ -530,7 +530,7 @@ fn clients_that_time_out_meanwhile_keep_no_others_and_end() {
 }
 
 #[test]
-fn a_map_that_is_gone_remembers_nobody() {
+fn a_deleted_map_remembers_no_client() {
     let bench = Bench::new();
     let mut controller = forgetting(&bench);
     let (cluster, _, endpoints) = external();

@@ -68,7 +68,7 @@ fn changes_of_udp_services_are_handed_over_once_the_rules_stand() {
 }
 
 #[test]
-fn endpoints_that_drain_are_no_reason_to_look_until_they_are_gone() {
+fn draining_endpoints_are_no_reason_to_look_until_they_are_removed() {
     let bench = Bench::new();
     let mut followers = Followers::default();
     let mut pending = Pending::new(followers.services());
@@ -107,7 +107,7 @@ fn what_a_failed_transaction_would_have_changed_is_handed_over_later() {
 }
 
 #[test]
-fn frontends_that_went_while_nobody_looked_are_handed_over() {
+fn frontends_missing_after_a_restart_are_handed_over() {
     let bench = Bench::new();
     let mut gone = dns("gone", &["10.96.0.1"]);
     gone.kind = ServiceKind::NodePort;

@@ -277,7 +277,7 @@ mod tests {
         }
 
         #[test]
-        fn a_shorter_copy_tells_less_and_nothing_else(
+        fn a_shorter_copy_has_fewer_fields_with_the_same_values(
             extensions in vec(extension(), 0..5),
             protocol in prop_oneof![Just(TCP), Just(17u8), Just(58u8)],
             ports: [u8; 4],

@@ -111,7 +111,7 @@ fn after_a_reboot_the_pod_whose_sandbox_is_newer_has_the_address() {
 }
 
 #[test]
-fn while_it_cannot_be_told_an_address_is_no_peer_and_no_named_port() {
+fn while_its_pod_is_unknown_an_address_is_no_peer_and_no_named_port() {
     let mut checked = shop();
     let comment = "pods app=client in namespace shop";
     assert_eq!(elements(&checked, comment), 1);

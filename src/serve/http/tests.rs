@@ -393,7 +393,7 @@ async fn shutdown_closes_the_port_and_the_connections() {
 }
 
 #[tokio::test]
-async fn a_sender_that_is_gone_ends_the_server() {
+async fn a_dropped_sender_ends_the_server() {
     let server = Server::start(Limits::default()).await;
     drop(server.stop);
     in_time(server.task).await.unwrap();

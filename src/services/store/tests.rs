@@ -198,7 +198,7 @@ fn a_slice_that_moves_changes_both_services() {
 }
 
 #[test]
-fn what_a_new_list_does_not_hold_is_gone() {
+fn objects_missing_from_a_new_list_are_deleted() {
     let mut store = complete_store();
     for name in ["a", "b", "c"] {
         put(

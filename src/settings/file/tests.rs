@@ -324,7 +324,7 @@ fn what_is_no_such_configuration_says_what_it_is() {
 }
 
 #[test]
-fn what_has_no_effect_is_told_once_a_sort() {
+fn fields_without_effect_are_reported_once_per_kind() {
     let notes = with(
         "enableProfiling: true
 featureGates: {A: true}

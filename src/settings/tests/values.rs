@@ -135,7 +135,7 @@ fn nodeport_addresses_are_primary_or_ranges() {
 }
 
 #[test]
-fn pods_are_told_in_one_of_four_modes() {
+fn pods_are_recognised_in_one_of_four_modes() {
     let mode = |more: &[&str]| {
         let given = [&["--cluster-cidr", "10.0.0.0/8"], more].concat();
         parsed(&given)

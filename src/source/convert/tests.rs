@@ -240,7 +240,7 @@ fn health_checks_are_for_load_balancers_with_policy_local() {
 }
 
 #[test]
-fn a_list_of_unusable_source_ranges_lets_nobody_in() {
+fn a_list_of_unusable_source_ranges_allows_no_source() {
     let (some, notices) = service(json!({
         "clusterIP": "10.0.0.1", "loadBalancerSourceRanges": ["10.0.0.0/40", " 10.0.0.0/8"]
     }));

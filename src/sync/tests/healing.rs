@@ -3,7 +3,7 @@
 use super::*;
 
 #[test]
-fn healing_reads_nothing_unless_somebody_else_wrote() {
+fn healing_reads_nothing_unless_another_process_wrote() {
     let bench = Bench::new();
     let mut controller = bench.controller();
     let web = service("web", &["10.96.0.10"], &[80]);
@@ -30,7 +30,7 @@ fn healing_reads_nothing_unless_somebody_else_wrote() {
 }
 
 #[test]
-fn a_change_during_a_write_that_nobody_heard_is_looked_for() {
+fn an_unnoticed_change_during_a_write_is_looked_for() {
     let bench = Bench::new();
     let mut controller = bench.controller();
     let web = service("web", &["10.96.0.10"], &[80]);

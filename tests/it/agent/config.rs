@@ -83,7 +83,7 @@ fn refused(output: &Output) -> String {
 }
 
 #[test]
-fn the_command_line_of_kubeadm_works_as_it_is() {
+fn the_command_line_of_kubeadm_works_unchanged() {
     if !require_net_admin() {
         return;
     }

@@ -372,7 +372,7 @@ fn wait_for_event(node: &Node, reason: &str) -> Written {
 }
 
 #[test]
-fn the_agent_tells_of_its_start_of_objects_and_of_foreign_changes() {
+fn the_agent_writes_events_about_its_start_objects_and_foreign_changes() {
     if !require_net_admin() {
         return;
     }
@@ -454,7 +454,7 @@ async fn an_event_that_the_server_forgot_says_what_happened_last() {
 
 /// Only the host may change the size of the table of connections, and no namespace beside it.
 #[test]
-fn a_kernel_setting_that_cannot_be_made_is_told_of_and_counted() {
+fn a_kernel_setting_that_cannot_be_made_is_reported_and_counted() {
     if !require_net_admin() {
         return;
     }

@@ -94,7 +94,7 @@ fn a_closed_standard_error_does_no_harm() {
 }
 
 #[test]
-fn a_failing_start_says_why_and_ends_whoever_listens() {
+fn a_failing_start_gives_the_reason_and_ends_even_if_it_cannot_write() {
     let wrong = ["--no-such-flag"];
     let heard = output(&mut command(&wrong));
     assert_eq!(heard.status.code(), Some(2));
@@ -275,7 +275,7 @@ fn panics() {
 }
 
 #[test]
-fn a_panic_is_said_behind_the_lines_before_it_and_waits_for_nobody() {
+fn a_panic_is_logged_after_earlier_lines_and_waits_for_no_reader() {
     let heard = output(&mut panicking(Stdio::piped()));
     assert!(heard.status.success());
     let said = said(&heard);

@@ -128,7 +128,7 @@ fn a_restart_without_a_server_leaves_the_rules_in_force() {
 }
 
 #[test]
-fn a_token_that_expired_is_told_once_and_the_rules_stay() {
+fn an_expired_token_is_reported_once_and_the_rules_stay() {
     if !require_net_admin() {
         return;
     }
@@ -153,7 +153,7 @@ fn a_token_that_expired_is_told_once_and_the_rules_stay() {
 }
 
 #[test]
-fn a_missing_permission_is_told_once_and_the_rules_stay() {
+fn a_missing_permission_is_reported_once_and_the_rules_stay() {
     if !require_net_admin() {
         return;
     }

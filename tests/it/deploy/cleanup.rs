@@ -306,7 +306,7 @@ fn a_program_that_fails_leaves_the_rest_to_be_removed() {
 
 /// Both kinds of iptables are one program each, which all names lead to.
 #[test]
-fn without_iptables_programs_what_stays_is_told() {
+fn without_iptables_programs_remaining_rules_are_reported() {
     if !require_net_admin() {
         return;
     }
@@ -374,7 +374,7 @@ fn a_table_that_changes_meanwhile_is_read_again() {
 }
 
 #[test]
-fn an_nftlet_that_still_runs_is_told_of() {
+fn an_nftlet_that_still_runs_is_reported() {
     if !require_net_admin() {
         return;
     }
@@ -463,7 +463,7 @@ fn bad_command_lines_and_missing_rights_have_one_clear_line() {
 /// A table of iptables in which somebody has written rules with `nft` is one that iptables' own
 /// programs do not print.
 #[test]
-fn chains_that_iptables_does_not_show_are_told_of() {
+fn chains_that_iptables_does_not_show_are_reported() {
     if !require_net_admin() {
         return;
     }

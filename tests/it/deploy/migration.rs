@@ -152,7 +152,7 @@ impl Shop {
 
     /// Asks each of them often: one of the pods answers at its own address, which is to say that
     /// the request was translated, and only once, and sees who it should.
-    fn everybody_is_answered(&self) {
+    fn all_clients_are_answered(&self) {
         for (from, ask) in self.asks() {
             let client = Client::new(&from.ns);
             for _ in 0..12 {
@@ -280,7 +280,7 @@ fn migrate(mode: Mode) -> u64 {
     let shop = Shop::open();
     let node = shop.node().ns.clone();
     mode.load(shop.node(), &shop.frontends);
-    shop.everybody_is_answered();
+    shop.all_clients_are_answered();
     let mut connections = shop.connections();
     let load = Load::start(&shop.asks());
     load.more(200);
@@ -291,7 +291,7 @@ fn migrate(mode: Mode) -> u64 {
     });
     load.more(500);
     ask_again(&mut connections);
-    shop.everybody_is_answered();
+    shop.all_clients_are_answered();
 
     assert!(daemon.stop(LONG).is_some_and(|status| status.success()));
     mode.load(shop.node(), &shop.frontends);
@@ -301,7 +301,7 @@ fn migrate(mode: Mode) -> u64 {
     assert!(!node.nft(&["list", "tables"]).contains("nftlet"), "{list}");
     load.more(500);
     ask_again(&mut connections);
-    shop.everybody_is_answered();
+    shop.all_clients_are_answered();
     let (failed, lost) = load.end();
     assert!(
         failed.is_empty(),
@@ -373,7 +373,7 @@ fn with_the_rules_of_both_in_place_packets_are_translated_once() {
             if !kube_proxy_first {
                 mode.load(shop.node(), &shop.frontends);
             }
-            shop.everybody_is_answered();
+            shop.all_clients_are_answered();
             let mut connections = shop.connections();
             cleanup(
                 &node,
@@ -384,7 +384,7 @@ fn with_the_rules_of_both_in_place_packets_are_translated_once() {
                 },
             );
             ask_again(&mut connections);
-            shop.everybody_is_answered();
+            shop.all_clients_are_answered();
         }
     }
 }

@@ -113,7 +113,7 @@ fn every_foreign_change_is_undone() {
 }
 
 #[test]
-fn somebody_who_does_not_stop_is_answered_more_and_more_slowly() {
+fn repeated_foreign_changes_are_repaired_more_and_more_slowly() {
     if !require_net_admin() {
         return;
     }
@@ -153,7 +153,7 @@ fn put_policy(manifests: &Manifests, pods: &[&Machine]) {
 }
 
 #[test]
-fn the_policy_tables_are_put_back_too_and_whoever_does_not_stop_is_warned_of() {
+fn policy_tables_are_restored_and_repeated_changes_lead_to_a_warning() {
     if !require_net_admin() {
         return;
     }

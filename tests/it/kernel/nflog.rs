@@ -211,7 +211,7 @@ fn a_group_has_one_listener() {
 }
 
 #[test]
-fn lost_packets_are_told_and_later_ones_are_read() {
+fn lost_packets_are_reported_and_later_ones_are_read() {
     if !require_net_admin() {
         return;
     }

@@ -213,7 +213,7 @@ fn foreign_changes_are_seen_and_undone() {
 }
 
 #[test]
-fn of_more_refusals_than_fit_the_first_is_told_and_the_next_answers_come() {
+fn of_more_refusals_than_fit_the_first_is_reported_and_later_answers_arrive() {
     if !require_net_admin() {
         return;
     }

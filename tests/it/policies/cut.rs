@@ -250,7 +250,7 @@ fn without_strict_connections_end_by_themselves() {
 }
 
 #[test]
-fn connections_of_a_pod_that_is_gone_do_not_reach_its_successor() {
+fn connections_of_a_deleted_pod_do_not_reach_its_successor() {
     if !require_net_admin() {
         return;
     }

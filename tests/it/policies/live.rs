@@ -296,7 +296,7 @@ fn a_restart_opens_nothing_and_interrupts_nothing() {
 }
 
 #[test]
-fn changes_of_others_disturb_nobody() {
+fn unrelated_changes_interrupt_no_connection() {
     if !require_net_admin() {
         return;
     }
@@ -408,7 +408,7 @@ fn a_pod_stays_isolated_while_its_containers_may_run() {
 }
 
 #[test]
-fn rules_that_somebody_removed_come_back() {
+fn rules_removed_by_another_process_are_restored() {
     if !require_net_admin() {
         return;
     }

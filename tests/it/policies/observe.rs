@@ -208,7 +208,7 @@ fn a_log_for_machines_has_the_parts_as_fields() {
 }
 
 #[test]
-fn a_log_group_of_somebody_else_is_a_warning_and_policies_are_enforced() {
+fn a_log_group_in_use_is_a_warning_and_policies_are_enforced() {
     if !require_net_admin() {
         return;
     }
@@ -307,7 +307,7 @@ fn drops_are_counted_by_pod_over_edits_and_restarts() {
 }
 
 #[test]
-fn a_bridge_that_passes_the_policies_by_is_told_of() {
+fn a_bridge_that_bypasses_policies_is_reported() {
     if !require_net_admin() {
         return;
     }
@@ -356,7 +356,7 @@ fn a_bridge_that_passes_the_policies_by_is_told_of() {
 }
 
 #[test]
-fn rules_do_not_log_where_nobody_can_read() {
+fn rules_do_not_log_without_a_reader() {
     if !require_net_admin() {
         return;
     }

@@ -448,7 +448,7 @@ fn an_address_has_the_pod_whose_sandbox_was_the_last() {
 }
 
 #[test]
-fn while_it_cannot_be_told_every_pod_must_allow() {
+fn while_the_pod_of_an_address_is_unknown_each_candidate_must_allow() {
     let lets_in = |app: &str, from: &[&str]| {
         let blocks = from
             .iter()

@@ -82,7 +82,7 @@ fn a_named_port_moves_with_the_destination() {
 }
 
 #[test]
-fn blocks_match_addresses_as_they_are_and_each_family_for_itself() {
+fn blocks_match_untranslated_addresses_of_their_own_family() {
     if !require_net_admin() {
         return;
     }

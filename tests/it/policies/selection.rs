@@ -246,7 +246,7 @@ fn pods_of_the_host_and_pods_of_one_family() {
 }
 
 #[test]
-fn names_as_long_as_the_api_allows_are_told_apart() {
+fn names_of_the_greatest_length_are_distinct() {
     if !require_net_admin() {
         return;
     }

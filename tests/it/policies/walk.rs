@@ -332,7 +332,7 @@ fn verdict_maps() {
 }
 
 #[test]
-fn refusals_are_told_from_drops() {
+fn refusals_are_distinct_from_drops() {
     let rules = vec![rule([Statement::Reject(RejectWith::TcpReset)])];
     let ruleset = table(vec![("in", base(Hook::Forward, 0, rules))], vec![]);
     let walked = walk(&ruleset, Hook::Forward, &packet());
@@ -347,7 +347,7 @@ fn translation_in_a_filter_is_refused() {
 
 #[test]
 #[should_panic(expected = "no statement of a filter")]
-fn what_nobody_knows_is_refused() {
+fn unknown_constructs_are_refused() {
     matches(&[Statement::Foreign("[ osf ]".into())], &packet());
 }
 

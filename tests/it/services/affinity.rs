@@ -193,7 +193,7 @@ fn a_client_stays_with_its_endpoint_at_every_frontend() {
 }
 
 #[test]
-fn endpoints_that_come_move_nobody_and_those_that_go_move_only_their_clients() {
+fn added_endpoints_move_no_client_and_removed_ones_move_only_theirs() {
     if !require_net_admin() {
         return;
     }

@@ -327,7 +327,7 @@ fn other_flows_are_left_alone() {
 }
 
 #[test]
-fn a_draining_endpoint_keeps_its_flows_until_it_is_gone() {
+fn a_draining_endpoint_keeps_its_flows_until_it_is_removed() {
     if !require_net_admin() {
         return;
     }

@@ -133,7 +133,7 @@ fn the_older_of_two_services_answers() {
 }
 
 #[test]
-fn a_port_that_is_taken_is_told_once_and_had_later() {
+fn a_port_in_use_is_reported_once_and_opened_later() {
     if !require_net_admin() {
         return;
     }

@@ -78,7 +78,7 @@ fn keeps_address(from: &Machine, ask: Ask) -> bool {
 
 /// Pods keep their address on the way to another pod, everyone else is masqueraded.
 #[track_caller]
-fn assert_tells_pods(pod: &Machine, others: &[&Machine]) {
+fn assert_recognises_pods(pod: &Machine, others: &[&Machine]) {
     for ask in asks(CLUSTER_IPS) {
         assert!(keeps_address(pod, ask), "{ask:?}");
         for other in others {
@@ -118,11 +118,11 @@ fn assert_mode(lab: &Lab, pods: &[Machine], mode: &[&str]) {
     manifests.service(&web());
     manifests.backends(&web(), 8080, &backends(&[&pods[1]], "node-1"));
     manifests.program(lab.node().ns(), mode);
-    assert_tells_pods(&pods[0], &[lab.client()]);
+    assert_recognises_pods(&pods[0], &[lab.client()]);
     let remote: Vec<&Machine> = lab.nodes[1].pods.iter().collect();
     manifests.backends(&web(), 8080, &backends(&remote, "node-2"));
     manifests.program(lab.node().ns(), mode);
-    assert_tells_pods(&pods[0], &[lab.client()]);
+    assert_recognises_pods(&pods[0], &[lab.client()]);
     assert_short_circuits(&pods[0], lab.client());
 }
 
@@ -159,7 +159,7 @@ fn by_the_names_of_interfaces() {
     mode[3] = "veth1";
     manifests.program(lab.node().ns(), &mode);
     let _servers = serve(&lab.nodes[1].pods);
-    assert_tells_pods(&lab.node().pods[0], &[&lab.node().pods[1], lab.client()]);
+    assert_recognises_pods(&lab.node().pods[0], &[&lab.node().pods[1], lab.client()]);
 }
 
 /// Pods behind a bridge of the node. They have no route to each other but through the node, so
@@ -222,7 +222,7 @@ fn by_the_bridge() {
 }
 
 #[test]
-fn without_a_range_of_a_family_nothing_of_it_is_told_apart() {
+fn without_a_range_of_a_family_its_pods_are_not_recognised() {
     if !require_net_admin() {
         return;
     }

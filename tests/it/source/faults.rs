@@ -41,7 +41,7 @@ async fn an_undecodable_object_does_not_stop_the_watch() {
 }
 
 #[tokio::test]
-async fn a_refused_kind_is_told_once_with_the_rule_that_is_missing() {
+async fn a_refused_kind_is_reported_once_with_the_missing_rule() {
     let api = FakeApi::start().await;
     api.put(NODES, node("node-1", "zone-a"));
     api.put(SLICES, slice("a-1", "a", &["10.1.0.1"]));
@@ -73,7 +73,7 @@ async fn a_refused_kind_is_told_once_with_the_rule_that_is_missing() {
 }
 
 #[tokio::test]
-async fn refused_credentials_are_told_once_for_all_kinds() {
+async fn refused_credentials_are_reported_once_for_all_kinds() {
     let api = FakeApi::start().await;
     api.put(NODES, node("node-1", "zone-a"));
     api.require_token("renewed");
@@ -127,7 +127,7 @@ async fn forbidden_service_cidrs_do_not_hold_up_the_services() {
 }
 
 #[tokio::test]
-async fn a_missing_node_is_told_and_not_waited_for_for_ever() {
+async fn a_missing_node_is_reported_and_not_awaited_for_ever() {
     for forbidden in [false, true] {
         let api = FakeApi::start().await;
         api.forbid(NODES, forbidden);
@@ -150,7 +150,7 @@ async fn a_missing_node_is_told_and_not_waited_for_for_ever() {
 }
 
 #[tokio::test]
-async fn the_source_ends_when_nobody_listens() {
+async fn the_source_ends_when_its_receiver_is_dropped() {
     let api = FakeApi::start().await;
     let consumer = Consumer::start(&api, hasty()).await;
     let (task, _stop) = (consumer.task, consumer.stop);
@@ -186,7 +186,7 @@ async fn a_kubeconfig_that_cannot_be_used_is_named() {
 }
 
 #[tokio::test]
-async fn a_bad_field_is_told_once_and_again_only_when_it_differs() {
+async fn an_invalid_field_is_reported_once_and_again_only_when_it_differs() {
     let api = FakeApi::start().await;
     api.put(NODES, node("node-1", "zone-a"));
     let bad = |external: &str, port: u16| {

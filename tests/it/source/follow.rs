@@ -228,7 +228,7 @@ async fn a_mounted_config_map_is_swapped_at_once() {
 }
 
 #[tokio::test]
-async fn the_second_file_speaks_when_the_first_is_gone() {
+async fn the_second_file_applies_once_the_first_is_deleted() {
     let dir = tempfile::tempdir().expect("a directory");
     fs::write(dir.path().join("a.yaml"), service("web", "10.0.0.1")).expect("written");
     fs::write(dir.path().join("b.yaml"), service("web", "10.0.0.2")).expect("written");

@@ -145,7 +145,7 @@ fn json_and_typed_lists_give_the_same_facts() {
 }
 
 #[test]
-fn faults_are_told_with_file_line_and_column() {
+fn faults_are_reported_with_file_line_and_column() {
     let dir = tempfile::tempdir().expect("a directory");
     let path = dir.path().join("faults.yaml");
     let text = format!(

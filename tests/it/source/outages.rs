@@ -118,7 +118,7 @@ async fn a_forgotten_version_leads_to_a_new_list() {
 }
 
 #[tokio::test]
-async fn a_server_that_is_away_is_told_once_and_nothing_is_lost() {
+async fn an_unreachable_server_is_reported_once_and_no_event_is_lost() {
     let api = FakeApi::start().await;
     api.put(NODES, node("node-1", "zone-a"));
     api.put(SERVICES, service("a", "10.0.0.1"));
@@ -208,7 +208,7 @@ async fn a_server_that_falls_silent_is_noticed_and_followed_when_it_is_back() {
 }
 
 #[tokio::test]
-async fn a_server_that_never_answers_is_told() {
+async fn a_server_that_never_answers_is_reported() {
     let forever = Duration::from_secs(3600);
     let short = Duration::from_millis(50);
     // Requests run out of time, which takes longer than `stable`; or the sign of life does.

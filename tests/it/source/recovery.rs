@@ -157,7 +157,7 @@ async fn a_forgotten_version_does_not_add_to_the_pauses() {
 }
 
 #[tokio::test]
-async fn a_refusal_soon_after_an_outage_is_not_told() {
+async fn a_refusal_soon_after_an_outage_is_not_reported() {
     let api = FakeApi::start().await;
     put_each(&api, "before", 1);
     let mut consumer = Consumer::with_policies(&api, patient()).await;
@@ -181,7 +181,7 @@ async fn a_refusal_soon_after_an_outage_is_not_told() {
 }
 
 #[tokio::test]
-async fn a_refusal_that_lasts_after_an_outage_is_told_and_changes_nothing() {
+async fn a_refusal_that_lasts_after_an_outage_is_reported_and_changes_no_rules() {
     let api = FakeApi::start().await;
     put_each(&api, "before", 1);
     let timing = Timing {

@@ -12,7 +12,7 @@ use nftlet_lab::fake_api::SERVICES;
 use nftlet_lab::netns::Daemon;
 
 #[test]
-fn lines_that_nothing_takes_stop_nobody() {
+fn log_lines_that_are_not_read_block_nothing() {
     let (_reader, pipe) = full_pipe();
     for stderr in [Stdio::from(pipe), Stdio::from(full_disk())] {
         let Some(neighbour) = Neighbour::new() else {

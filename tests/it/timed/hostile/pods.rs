@@ -27,7 +27,7 @@ fn pod(name: &str, address: &str, labels: &Value, ports: &[Value]) -> Value {
 }
 
 #[test]
-fn a_pod_with_thousands_of_named_ports_holds_up_nobody() {
+fn a_pod_with_thousands_of_named_ports_delays_no_other() {
     let Some(neighbour) = Neighbour::new() else {
         return;
     };
@@ -60,7 +60,7 @@ fn a_pod_with_thousands_of_named_ports_holds_up_nobody() {
 }
 
 #[test]
-fn pods_that_are_deleted_by_force_hold_up_nobody() {
+fn pods_deleted_by_force_delay_no_other() {
     let Some(neighbour) = Neighbour::new() else {
         return;
     };
