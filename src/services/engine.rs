@@ -9,7 +9,10 @@
 
 use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+// Tests can stop tokio's clock.
+use tokio::time::Instant;
 
 use super::change::PlanChange;
 use super::layout::TABLE;
@@ -53,8 +56,6 @@ pub struct Engine {
     notices: Vec<Notice>,
     /// Services that had a health check in their last change.
     checked: HashSet<ObjectName>,
-    /// The next update removes the chains that are unused since this time.
-    expire: Option<Instant>,
 }
 
 /// The changes of plans after a batch of events.
@@ -76,7 +77,6 @@ impl Engine {
             change: ServiceChanges::default(),
             notices: Vec::new(),
             checked: HashSet::new(),
-            expire: None,
         }
     }
 
@@ -152,12 +152,6 @@ impl Engine {
     /// milliseconds since 1970 (annotation `endpoints.kubernetes.io/last-change-trigger-time`).
     pub(crate) fn take_triggers(&mut self) -> Vec<(ObjectName, i64)> {
         std::mem::take(&mut self.marks.triggered_at_ms)
-    }
-
-    /// Lets the next update without other work remove the chains that are unused since
-    /// `unused_since`.
-    pub(crate) fn expire_unused_chains(&mut self, unused_since: Instant) {
-        self.expire = Some(unused_since);
     }
 
     fn take_over(&mut self, event: Event) {
@@ -367,18 +361,9 @@ impl Engine {
         }
     }
 
-    /// Returns when the first unused shared chain expires.
-    fn chain_expires(&self) -> Option<Instant> {
-        Some(self.tables.unused_since()? + KEEP_UNUSED_CHAINS)
-    }
-
     /// Returns the operations that remove expired chains.
     fn remove_expired_chains(&mut self) -> Transaction {
-        let now = Instant::now();
-        let moment = self.expire.take().or_else(|| {
-            let is_due = self.chain_expires().is_some_and(|due| due <= now);
-            now.checked_sub(KEEP_UNUSED_CHAINS).filter(|_| is_due)
-        });
+        let moment = Instant::now().checked_sub(KEEP_UNUSED_CHAINS);
         moment.map_or_else(Transaction::default, |moment| {
             self.tables.remove_chains_unused_since(moment)
         })
@@ -492,9 +477,10 @@ impl engine::Engine for Engine {
     }
 
     /// Unused chains are removed when nothing else waits.
-    fn due(&self) -> Option<Instant> {
+    fn due(&self) -> Option<std::time::Instant> {
         let is_idle = !self.is_marked() && self.queue.is_empty();
-        self.chain_expires().filter(|_| is_idle)
+        let unused_since = self.tables.unused_since().filter(|_| is_idle)?;
+        Some((unused_since + KEEP_UNUSED_CHAINS).into_std())
     }
 
     fn take_notices(&mut self) -> Vec<Notice> {

@@ -7,7 +7,8 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
-use std::time::Instant;
+
+use tokio::time::Instant;
 
 use super::chains::SharedChain;
 use super::change::{Edit, PlanChange};
@@ -16,6 +17,7 @@ use super::plan::{ElementOf, ServicePlan};
 use super::settings::ServiceSettings;
 use super::skeleton::skeleton;
 use super::sources::SourceList;
+
 use crate::model::{Family, ObjectName};
 use crate::nft::{Element, Key, Name, ObjectPath, Op, Ruleset, Table, Transaction, diff};
 use crate::services::Store;

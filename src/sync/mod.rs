@@ -377,16 +377,6 @@ impl<'a, K: Kernel> Controller<'a, K> {
         let missing = policies.map_or_else(Vec::new, |policies| policies.engine.missing());
         [self.services.engine.missing(), missing].concat()
     }
-
-    /// Removes the shared chains that no service has used since a moment. Does nothing while the rules in
-    /// force are unknown.
-    pub fn remove_chains_unused_since(&mut self, moment: Instant) -> Outcomes {
-        if self.services.state != DriverState::Synced {
-            return Outcomes::default();
-        }
-        self.services.engine.expire_unused_chains(moment);
-        self.work(Engines::SERVICES)
-    }
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@ use crate::services::{Sticky, table_id};
 use crate::sync::tests::{Bench, Fake, heal, lists, node, put, service, slice};
 use crate::sync::{Controller, Followers, Kernel, Outcome, RemovalOutcome, tests as sync};
 use std::net::IpAddr;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::sync::mpsc;
 
@@ -257,8 +257,8 @@ fn the_clients_of_an_address_are_not_those_of_a_node_port() {
     assert_eq!(left(&bench), [known]);
 }
 
-#[test]
-fn a_namespace_has_its_map_while_a_service_of_it_is_sticky() {
+#[tokio::test(start_paused = true)]
+async fn a_namespace_has_its_map_while_a_service_of_it_is_sticky() {
     let bench = Bench::new();
     let mut followers = Followers::default();
     let sticky_now = followers.sticky();
@@ -290,7 +290,7 @@ fn a_namespace_has_its_map_while_a_service_of_it_is_sticky() {
     shop.affinity_seconds = None;
     sync::handle(&mut controller, vec![put(shop.clone())]);
     assert_eq!(maps().len(), 2, "it may be needed again soon");
-    controller.remove_chains_unused_since(Instant::now());
+    sync::remove_unused_chains(&mut controller).await;
     assert_eq!(maps(), ["affinity/bank"]);
     assert_eq!(namespaces(), ["bank"]);
     bench.assert_as_wanted(&controller);

@@ -156,8 +156,8 @@ async fn a_kernel_that_does_not_answer_is_noticed_although_nothing_changes() {
     assert_eq!(exit, Exit::Stopped);
 }
 
-#[test]
-fn while_it_is_unknown_what_is_in_force_no_chain_is_removed() {
+#[tokio::test(start_paused = true)]
+async fn while_it_is_unknown_what_is_in_force_no_chain_is_removed() {
     let bench = Bench::new();
     let mut controller = bench.controller().with_policies(engine());
     let service = web(1);
@@ -172,7 +172,7 @@ fn while_it_is_unknown_what_is_in_force_no_chain_is_removed() {
     bench.kernel.0.borrow_mut().stuck = Some(policies::TABLE);
     let policies = vec![pod("web", "10.1.0.5"), closed()];
     assert_eq!(handle(&mut controller, policies), Outcome::Failed);
-    let removed = controller.remove_chains_unused_since(Instant::now());
+    let removed = remove_unused_chains(&mut controller).await;
     assert_eq!(removed.services, Some(Outcome::Synced));
     assert_eq!(removed.policies, None);
     assert!(!controller.is_synced());
@@ -181,12 +181,10 @@ fn while_it_is_unknown_what_is_in_force_no_chain_is_removed() {
     bench.kernel.0.borrow_mut().failures = 3;
     handle(&mut controller, vec![put(of(&[1]))]);
     assert_eq!(controller.services.due(), None);
-    let removed = controller.remove_chains_unused_since(Instant::now());
-    assert_eq!(removed, Outcomes::default());
 }
 
-#[test]
-fn each_chain_stays_for_its_own_time() {
+#[tokio::test(start_paused = true)]
+async fn each_chain_stays_for_its_own_time() {
     let bench = Bench::new();
     let mut controller = bench.controller();
     let service = web(1);
@@ -194,9 +192,13 @@ fn each_chain_stays_for_its_own_time() {
     handle(&mut controller, lists(vec![service.clone().into()]));
     handle(&mut controller, vec![of(&[1, 3, 5])]);
     handle(&mut controller, vec![of(&[1, 3])]);
-    let three_is_unused = Instant::now();
+    let wait = async |controller: &mut Controller<'_, Fake>, seconds| {
+        tokio::time::advance(Duration::from_secs(seconds)).await;
+        controller.work(Engines::SERVICES);
+    };
+    wait(&mut controller, 20).await;
     handle(&mut controller, vec![of(&[1])]);
-    controller.remove_chains_unused_since(three_is_unused);
+    wait(&mut controller, 40).await;
     let has = |name: &str| {
         let state = bench.kernel.0.borrow();
         let chains = &state.ruleset.tables[&table_id(Family::V4)].chains;
@@ -207,11 +209,10 @@ fn each_chain_stays_for_its_own_time() {
     assert!(controller.services.due().is_some());
     // A chain that is used again and left again begins anew.
     handle(&mut controller, vec![of(&[1, 3])]);
-    let two_is_used = Instant::now();
     handle(&mut controller, vec![of(&[1])]);
-    controller.remove_chains_unused_since(two_is_used);
+    wait(&mut controller, 59).await;
     assert!(has("lb-2"));
-    controller.remove_chains_unused_since(Instant::now());
+    wait(&mut controller, 1).await;
     assert!(!has("lb-2"));
     assert_eq!(controller.services.due(), None);
 }

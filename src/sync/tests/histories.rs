@@ -1,5 +1,7 @@
 //! Random histories of events and failures.
 
+use tokio::runtime::Builder;
+
 use super::*;
 
 /// Everything that may happen to a small cluster.
@@ -120,6 +122,12 @@ proptest! {
     fn histories_end_where_a_fresh_start_would(
         history in vec((vec(event(), 0..5), 0usize..12), 1..12),
     ) {
+        let runtime = Builder::new_current_thread()
+            .enable_time()
+            .start_paused(true)
+            .build()
+            .unwrap();
+        let _entered = runtime.enter();
         let bench = Bench::new();
         let mut controller = bench.controller();
         handle(&mut controller, lists(vec![]));
@@ -133,7 +141,7 @@ proptest! {
             bench.kernel.0.borrow_mut().failures = 0;
             bench.assert_as_wanted(&controller);
         }
-        controller.remove_chains_unused_since(Instant::now());
+        runtime.block_on(remove_unused_chains(&mut controller));
         let actual = bench.kernel.0.borrow().ruleset.clone();
         prop_assert_eq!(&meaning(&actual), &meaning(&controller.services.engine.tables().ruleset()));
         prop_assert_eq!(actual, controller.services.engine.tables().ruleset());

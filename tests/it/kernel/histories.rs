@@ -2,7 +2,6 @@
 //! a fresh start with the final objects would bring it.
 
 use std::net::IpAddr;
-use std::time::Instant;
 
 use nftlet::model::{
     Delivery, Endpoint, EndpointSlice, Event, Family, Kind, Node, Object, ObjectName, ObjectRef,
@@ -16,6 +15,8 @@ use nftlet_lab::netns::{Namespace, require_net_admin};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
+
+use crate::support::clock;
 
 fn service(index: u8, v6: bool, external: bool, node_port: bool, protocol: Protocol) -> Object {
     let mut cluster_ips = vec![IpAddr::from([10, 96, 0, index])];
@@ -165,6 +166,8 @@ fn histories_end_in_the_kernel_where_a_fresh_start_would() {
         ..Config::default()
     });
     let histories = vec(vec(event(), 1..8), 1..20);
+    let runtime = clock::paused();
+    let _entered = runtime.enter();
     let result = runner.run(&histories, |history| {
         let (lived, fresh) = (Namespace::new("lived"), Namespace::new("fresh"));
         let open = |ns: &Namespace| ns.run(|| Nftables::open().unwrap());
@@ -183,7 +186,7 @@ fn histories_end_in_the_kernel_where_a_fresh_start_would() {
             failures.contains("nftlet_netlink_errors_total 0"),
             "the kernel refused something"
         );
-        controller.remove_chains_unused_since(Instant::now());
+        clock::remove_unused_chains(&runtime, &mut controller);
         let mut restarted = new(&fresh);
         // Everything arrives before the lists are complete, and is written at once.
         let mut events = all;

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::packets::{CIDR, DROPPED, Shop, asks, ip, pod_addresses, serve, shop};
 use nftlet_lab::netns::{
@@ -173,6 +173,8 @@ mod churn {
     use nftlet::services::ServiceSettings;
     use nftlet::sync::{Controller, Log, Outcome, SyncMetrics};
 
+    use crate::support::clock;
+
     fn slice(pods: &[IpAddr]) -> Event {
         let endpoints = pods.iter().map(|address| Endpoint {
             address: *address,
@@ -241,10 +243,12 @@ mod churn {
         let mut first: Vec<_> = Kind::ALL.map(Event::ListStarted).into();
         first.extend([service(), slice(&pods)]);
         first.extend(Kind::ALL.map(Event::ListComplete));
+        let runtime = clock::paused();
+        let _entered = runtime.enter();
         let mut handle = |events: Vec<Event>| {
             let outcome = controller.handle(events.into_iter().map(Delivery::now));
             assert_eq!(outcome, Outcome::Synced);
-            controller.remove_chains_unused_since(Instant::now());
+            clock::remove_unused_chains(&runtime, &mut controller);
         };
         handle(first);
         let ask = Ask::tcp(ip("10.96.0.10"), 80);
