@@ -245,7 +245,7 @@ mod tests {
         let first = |samples: &[Sample<1>]| (samples[0].labels[0].clone(), samples[0].count);
         assert_eq!(first(&samples), (OTHERS.to_owned(), 49 * 2));
         assert_eq!(samples[1].labels, ["n001"]);
-        // What is gone is taken off no sum, and gives its place to what is counted first then.
+        // A removed namespace is subtracted from no sum; the next one takes its place.
         let fewer: Sticky = Arc::new(all.iter().skip(2).take(140).cloned().collect());
         let samples = sample(&fewer, 3);
         assert_eq!(first(&samples), (OTHERS.to_owned(), 49 * 2 + 41));

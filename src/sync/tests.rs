@@ -112,7 +112,7 @@ pub(crate) async fn remove_unused_chains(controller: &mut Controller<'_, Fake>) 
     outcomes
 }
 
-/// Heals, and tells what was achieved and whether something was put back.
+/// Heals, and returns the outcome and whether something was restored.
 pub(crate) fn heal(controller: &mut Controller<Fake>) -> (Outcome, bool) {
     let (outcomes, changed) = controller.heal();
     (outcomes.together(), changed)
@@ -375,7 +375,7 @@ fn after_a_failure_the_kernel_is_read_and_repaired() {
     let web = service("web", &["10.96.0.10"], &[80]);
     let slice_of = |endpoints: &[u8]| put(slice("web-1", &web, Family::V4, endpoints));
     handle(&mut controller, lists(vec![web.clone().into()]));
-    // Someone else removes an element that the next transaction wants to replace.
+    // Another process removes an element that the next transaction replaces.
     handle(&mut controller, vec![slice_of(&[1, 3])]);
     let endpoints = ServiceSet::Endpoints.name();
     bench
@@ -481,7 +481,7 @@ async fn a_failure_to_remove_unused_chains_is_repaired_at_once() {
     handle(&mut controller, lists(objects));
     let one = slice("web-1", &web, Family::V4, &[1]);
     handle(&mut controller, vec![put(one)]);
-    // Someone else removes the whole table, with the chain that is about to be removed.
+    // Another process removes the whole table, with the chain that is about to be removed.
     bench.kernel.0.borrow_mut().ruleset = Ruleset::default();
     let removed = remove_unused_chains(&mut controller).await;
     assert_eq!(removed.together(), Outcome::Synced);

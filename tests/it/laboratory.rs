@@ -190,7 +190,7 @@ fn http_connections_stay_open() {
     let second = connection.ask().expect("a second answer");
     assert_eq!(first, second, "the same connection, so the same port");
     drop(servers);
-    connection.ask().expect_err("the server is gone");
+    connection.ask().expect_err("the server has ended");
 }
 
 #[test]

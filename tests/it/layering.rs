@@ -72,7 +72,7 @@ const UNSAFE: &str = "netlink";
 /// Macros that must not stay in the source.
 const UNFINISHED: [&str; 3] = ["todo", "unimplemented", "dbg"];
 
-/// Macros that panic where nothing can be written, and wait where nobody reads.
+/// Macros that panic where nothing can be written, and block where nothing reads.
 const PRINTING: [&str; 4] = ["print", "println", "eprint", "eprintln"];
 
 /// A broken rule.

@@ -56,7 +56,7 @@ fn what_the_rules_do_not_judge_is_not_judged() {
     ] {
         assert_eq!(asked(source, replier), connection(source, replier));
     }
-    assert_eq!(asked("10.1.0.6", "10.1.0.7"), None, "nobody is isolated");
+    assert_eq!(asked("10.1.0.6", "10.1.0.7"), None, "no pod is isolated");
     for own in ["10.1.0.1", "192.168.10.1"] {
         assert_eq!(asked(own, "10.1.0.5"), None, "the node to its pod");
     }
@@ -162,7 +162,7 @@ fn isolated() -> PolicyChanges {
     }
 }
 
-/// A cutter at work, and someone who denies what goes to port 666.
+/// A running cutter, and a thread that denies connections to port 666.
 struct Bench {
     fake: Fake,
     changes: Sender<Arc<PolicyChanges>>,
@@ -317,7 +317,7 @@ fn without_isolated_pods_nothing_is_listed() {
     };
     assert!(cutter.sweep(&all).is_ok());
     assert_eq!(bench.fake.state().lists, 0);
-    // With an isolated pod, and nobody to judge, it is over.
+    // With an isolated pod but no answer to queries, it ends.
     cutter.take_over(&isolated(), Instant::now());
     assert!(matches!(cutter.sweep(&all), Err(SweepError::Ended)));
     assert_eq!(bench.fake.state().connections.len(), 1);

@@ -134,7 +134,7 @@ fn clients_are_forgotten_with_their_endpoint() {
         client(b, node_ip, 30080, 1),
     ];
     learn(&bench, &known);
-    // A new endpoint forgets nobody.
+    // A new endpoint makes no client forgotten.
     let grown = slice("web-1", &web, Family::V4, &[1, 2, 3]);
     handle(&mut controller, vec![put(grown)]);
     assert_eq!(left(&bench), sorted(&known));
@@ -143,7 +143,7 @@ fn clients_are_forgotten_with_their_endpoint() {
     handle(&mut controller, vec![put(shrunk.clone())]);
     let rest = [&known[0], &known[2], &known[4]].map(Clone::clone).to_vec();
     assert_eq!(left(&bench), sorted(&rest));
-    // A new process checks everybody.
+    // A new process checks all clients.
     learn(&bench, &known);
     let mut restarted = forgetting(&bench);
     handle(
@@ -157,7 +157,7 @@ fn clients_are_forgotten_with_their_endpoint() {
         ]),
     );
     assert_eq!(left(&bench), sorted(&[rest[0].clone(), rest[2].clone()]));
-    // Without affinity nobody is remembered.
+    // Without affinity no client is remembered.
     web.affinity_seconds = None;
     handle(&mut restarted, vec![put(web)]);
     assert_eq!(left(&bench), []);
@@ -218,13 +218,13 @@ fn clients_move_to_this_node_when_the_policy_becomes_local() {
     learn(&bench, &known);
     handle(&mut controller, vec![put(local.clone())]);
     assert_eq!(left(&bench), here);
-    // Back again nobody has to move, nor while the policy stays as it is.
+    // After the change back no client moves, nor while the policy is unchanged.
     handle(&mut controller, vec![put(web)]);
     assert_eq!(left(&bench), here);
     learn(&bench, &known);
     controller.resync();
     assert_eq!(left(&bench), sorted(&known));
-    // The policy changed while nobody looked.
+    // The policy changed while no process ran.
     let mut restarted = forgetting(&bench);
     handle(&mut restarted, objects(&local));
     assert_eq!(left(&bench), here);

@@ -184,7 +184,7 @@ fn frontends_that_an_attempt_removed_before_it_failed_are_handed_over() {
             .elements
             .len(),
         1,
-        "it is gone already"
+        "it was removed already"
     );
     assert_eq!(suspects(&mut pending), []);
     bench.kernel.0.borrow_mut().most = None;

@@ -381,7 +381,7 @@ async fn shutdown_closes_the_port_and_the_connections() {
     in_time(server.task).await.unwrap();
     assert_eq!(idle.rest().await, "");
     half.rest().await;
-    // Nobody is asked any more, though another test's server may have the port by now.
+    // The server no longer answers, though another test's server may have the port by now.
     if let Ok(stream) = TcpStream::connect(server.address).await {
         let mut other = Client(stream);
         other

@@ -211,7 +211,11 @@ fn objects_missing_from_a_new_list_are_deleted() {
     let gone = ObjectRef::new(Kind::Service, ObjectName::new("shop", "c"));
     assert_eq!(names(&apply(&mut store, Event::Delete(gone))), ["c"]);
     let marks = apply(&mut store, Event::ListComplete(Kind::Service));
-    assert_eq!(names(&marks), ["a", "b"], "a is gone, b inherits its claim");
+    assert_eq!(
+        names(&marks),
+        ["a", "b"],
+        "a is deleted, b inherits its claim"
+    );
     assert_eq!(store.count(Kind::Service), 1);
 }
 

@@ -36,7 +36,7 @@ fn applied(file: &File, flags: &[&str]) -> Settings {
 
 #[test]
 fn the_file_of_kubeadm_changes_nothing_but_the_kubeconfig() {
-    let file = parse(KUBEADM).expect("it is used as it is");
+    let file = parse(KUBEADM).expect("it is accepted unchanged");
     assert_eq!(file.notes(), Vec::<String>::new());
     let mut args = applied(&file, &[]);
     assert_eq!(

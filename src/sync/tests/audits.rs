@@ -95,9 +95,11 @@ fn an_audit_reads_only_after_others_wrote() {
     assert_eq!(audits(&bench, "same"), 1);
 
     bench.kernel.meddle(|_| {});
-    let snapshot = audited.begin(&mut controller).expect("somebody wrote");
+    let snapshot = audited
+        .begin(&mut controller)
+        .expect("another process wrote");
     handle(&mut controller, change(250));
-    // What the controller wrote meanwhile must not be taken for somebody else's.
+    // What the controller wrote meanwhile must not count as foreign.
     let outcome = audited.judge(&bench, &mut controller, snapshot);
     assert_eq!(outcome, AuditOutcome::Again);
     let snapshot = audited.begin(&mut controller).expect("another round");
@@ -105,7 +107,7 @@ fn an_audit_reads_only_after_others_wrote() {
     assert_eq!(outcome, AuditOutcome::Same);
     assert_eq!(audits(&bench, "same"), 2);
 
-    // The next one knows that nobody has written since, whatever the controller wrote.
+    // The next one knows that no other process has written since, whatever the controller wrote.
     handle(&mut controller, change(251));
     assert!(audited.begin(&mut controller).is_none());
     assert_eq!(audits(&bench, "same"), 3);

@@ -1,11 +1,11 @@
-//! Parts of the rules that fail do not hold up others, and nobody is blamed for what others do.
+//! Parts of the rules that fail do not delay others, and no object is blamed for the faults of others.
 
 use super::queries::{closed, engine, pod, policy_lists};
 use super::*;
 use crate::policies;
 
 /// How often a test looks before it takes something for absent. The clock of these tests moves on
-/// only while nobody has anything to do, so that looking takes no time.
+/// only while no task has anything to do, so that looking takes no time.
 const LOOKS: usize = 10_000;
 
 async fn soon(what: &str, condition: impl Fn() -> bool) {
@@ -100,7 +100,7 @@ async fn events_that_never_end_leave_time_for_healing() {
             events.send(Delivery::now(event)).await.unwrap();
         }
         soon("the service", || has_frontend(kernel, 1)).await;
-        // Somebody takes away something that no event is about.
+        // Another process removes something that no event is about.
         kernel.meddle(|ruleset| {
             let table = ruleset.tables.get_mut(&table_id(Family::V4)).unwrap();
             let frontends = table.sets.get_mut(&ServiceSet::Frontends.name());
@@ -168,7 +168,7 @@ async fn while_it_is_unknown_what_is_in_force_no_chain_is_removed() {
     handle(&mut controller, vec![put(of(&[1]))]);
     assert!(controller.services.due().is_some());
 
-    // What becomes of the policies is not told by what is done for the services.
+    // The outcome of the services does not contain that of the policies.
     bench.kernel.0.borrow_mut().stuck = Some(policies::TABLE);
     let policies = vec![pod("web", "10.1.0.5"), closed()];
     assert_eq!(handle(&mut controller, policies), Outcome::Failed);
@@ -239,7 +239,7 @@ fn a_service_is_left_out_only_for_what_is_wrong_with_it() {
     // The first refusal meets the change alone; then everything is read and compared.
     assert_eq!(refuse(libc::EINVAL, 1), (Outcome::Synced, false));
     assert_eq!(refuse(libc::EINVAL, 2), (Outcome::Synced, true));
-    // Somebody may have written between reading and writing.
+    // Another process may have written between reading and writing.
     assert_eq!(refuse(libc::EBUSY, 2), (Outcome::Synced, false));
     assert_eq!(refuse(libc::ENOENT, 2), (Outcome::Synced, false));
     assert_eq!(refuse(libc::EEXIST, 3), (Outcome::Synced, true));

@@ -32,12 +32,12 @@ pub(crate) struct FakeState {
     /// The kernel does not answer.
     pub(crate) mute: bool,
     pub(crate) generation: u32,
-    /// Nobody hears of others' changes during a write, and somebody makes one.
+    /// Another process makes a change during a write, without a notification.
     pub(crate) missed_notifications: bool,
 }
 
 impl Fake {
-    /// Changes something as somebody else.
+    /// Changes something as another process.
     pub(crate) fn meddle(&self, change: impl FnOnce(&mut Ruleset)) {
         let mut state = self.0.borrow_mut();
         change(&mut state.ruleset);

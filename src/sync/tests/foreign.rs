@@ -39,7 +39,7 @@ fn what_waits_after_a_failed_write_is_no_change_of_others() {
     let first = [lists(vec![]), policy_lists(vec![closed()])].concat();
     assert_eq!(handle(&mut controller, first), Outcome::Failed);
     while handle(&mut controller, vec![]) != Outcome::Synced {}
-    // A change of each, while somebody minds tables of their own.
+    // A change of each, while another process changes its own tables.
     fail(4);
     bench.kernel.meddle(|_| ());
     let both = vec![web(1), pod("web", "10.1.0.5")];

@@ -11,7 +11,7 @@ fn healing_reads_nothing_unless_another_process_wrote() {
     let reads = || bench.kernel.0.borrow().reads;
     let before = reads();
     assert_eq!(heal(&mut controller), (Outcome::Synced, false));
-    // Writes of one's own are nobody else's.
+    // The controller's own writes are not foreign.
     let endpoints = slice("web-1", &web, Family::V4, &[1, 2]);
     handle(&mut controller, vec![put(endpoints)]);
     assert_eq!(heal(&mut controller), (Outcome::Synced, false));
@@ -21,7 +21,7 @@ fn healing_reads_nothing_unless_another_process_wrote() {
     assert_eq!(reads(), before + 1);
     bench.assert_as_wanted(&controller);
     assert_eq!(heal(&mut controller), (Outcome::Synced, false));
-    // Somebody who minds their own tables.
+    // Another process changes its own tables.
     bench.kernel.meddle(|_| {});
     assert_eq!(heal(&mut controller), (Outcome::Synced, false));
     assert_eq!(reads(), before + 2);

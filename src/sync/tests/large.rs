@@ -31,7 +31,7 @@ fn packets_meet_a_large_table_when_it_is_whole() {
     let (last, others) = applied.split_last().unwrap();
     assert!(adds_base_chain(last));
     assert!(!others.iter().any(adds_base_chain));
-    // Emptied by somebody else it comes back in the same way.
+    // Emptied by another process it is restored in the same way.
     bench.kernel.meddle(|ruleset| ruleset.tables.clear());
     assert_eq!(heal(&mut controller), (Outcome::Synced, true));
     bench.assert_as_wanted(&controller);

@@ -1,4 +1,4 @@
-//! What the controller tells those around the policies, and what it answers them.
+//! What the controller hands to the followers of policies, and its answers to queries.
 
 use tokio::sync::oneshot;
 

@@ -287,7 +287,7 @@ async fn a_server_that_is_busy_or_away_gets_the_event_later() {
     let api = FakeApi::start().await;
     api.answer_writes(Some((503, "ServiceUnavailable")));
     let bench = bench_with(api, PACE).await;
-    // Nobody waits for the server: what does not fit is dropped.
+    // Nothing waits for the server: notices that do not fit are dropped.
     let mut dropped = 0;
     for number in 0..QUEUE * 2 {
         let notice = about("web", Reason::InvalidField, &format!("field {number}"));

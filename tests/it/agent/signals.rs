@@ -85,7 +85,7 @@ fn signals_end_it_within_a_second_and_the_rules_stay() {
         ends_fast(|| {
             let mut nftlet = manifests.run(&ns, &["--metrics-bind-address", "127.0.0.1:10249"]);
             let before = rules(&ns);
-            // Somebody holds a connection.
+            // A client holds a connection.
             let _stream = ns.run(|| std::net::TcpStream::connect("127.0.0.1:10249").unwrap());
             let took = end_well(&mut nftlet, signal);
             assert_eq!(rules(&ns), before);

@@ -221,7 +221,7 @@ fn what_the_ipvs_mode_leaves_goes_and_a_starting_nftlet_leaves_it() {
     }
 }
 
-/// Makes virtual services, two of kube-proxy's and one of somebody else, where the kernel can.
+/// Creates virtual services, two of kube-proxy and one of another program, if the kernel can.
 fn ipvs(node: &Namespace) -> bool {
     for service in ["10.96.0.10:80", "192.168.10.1:30080", "192.168.10.99:80"] {
         let output = node
@@ -348,7 +348,7 @@ fn a_table_that_changes_meanwhile_is_read_again() {
     }
     let node = Namespace::new("node");
     Iptables::Nft.load(&node, false, &kube_proxy_iptables(false));
-    // Somebody adds a jump between reading and writing, once.
+    // Another process adds a jump between reading and writing, once.
     let memory = tempfile::tempdir().expect("a temporary directory");
     let done = memory.path().join("done");
     let racing = programs(&[
@@ -460,7 +460,7 @@ fn bad_command_lines_and_missing_rights_have_one_clear_line() {
     assert!(told.contains("CAP_NET_ADMIN"), "{told}");
 }
 
-/// A table of iptables in which somebody has written rules with `nft` is one that iptables' own
+/// A table of iptables with rules that were written with `nft` is one that iptables' own
 /// programs do not print.
 #[test]
 fn chains_that_iptables_does_not_show_are_reported() {
@@ -492,7 +492,7 @@ fn chains_that_iptables_does_not_show_are_reported() {
     assert!(clean(&node, "--cleanup").contains("13 chains of kube-proxy"));
 }
 
-/// A kube-proxy that still runs writes its rules again; the port that becomes free tells that it
+/// A kube-proxy that still runs writes its rules again; its port becomes free when it
 /// has ended.
 #[test]
 fn rules_that_came_back_go_when_a_port_becomes_free() {

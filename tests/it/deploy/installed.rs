@@ -110,7 +110,7 @@ struct Installed {
     _mounted: TempDir,
 }
 
-/// kubeadm's ConfigMap as it is mounted, for a kubeconfig.
+/// kubeadm's ConfigMap in the form of mounted files, for a kubeconfig.
 fn mounted(kubeconfig: &str) -> TempDir {
     let mounted = tempfile::tempdir().expect("a directory");
     fs::copy(kubeconfig, mounted.path().join("kubeconfig.conf")).expect("copied");

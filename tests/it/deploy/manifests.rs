@@ -18,7 +18,7 @@ use nftlet::settings::Settings;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-/// Where nftlet may run as it is; everything else is put on top.
+/// The directories that are complete installations; the others are added to these.
 pub const WHOLE: [&str; 3] = [
     "base",
     "overlays/kubeadm",
@@ -351,7 +351,7 @@ fn nftlet_has_two_powers_and_only_a_lock_to_write_to() {
             ["NET_ADMIN", "NET_RAW"]
         );
 
-        // Whoever is more powerful has ended before nftlet starts.
+        // Containers with more rights have ended before nftlet starts.
         for container in pod.init_containers.iter().flatten() {
             assert_eq!(container.name, "conntrack-settings");
             assert_eq!(container.restart_policy, None);

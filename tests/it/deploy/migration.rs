@@ -20,7 +20,7 @@ const RANGES: [&str; 2] = ["10.96.0.0/16", "fd00:10:96::/112"];
 const LONG: Duration = nftlet_lab::netns::PATIENCE;
 /// Between two requests of a client that goes on asking. Without it all ports of an address are
 /// used within seconds, while the server keeps each for a minute after it closed the connection:
-/// one that is used again too soon costs a second, whoever programs the node.
+/// one that is used again too soon costs a second, with any proxy.
 const PACE: Duration = Duration::from_millis(1);
 
 /// How kube-proxy programs the node.
@@ -118,7 +118,7 @@ impl Shop {
         &self.lab.node().machine
     }
 
-    /// Everybody who asks, with what they ask: from outside, from a pod and from the node, at
+    /// All clients, with what they ask: from outside, from a pod and from the node, at
     /// ClusterIPs and NodePorts of both families.
     fn asks(&self) -> Vec<(&Machine, Ask)> {
         let mut asks = Vec::new();
@@ -251,7 +251,7 @@ impl Load {
         });
     }
 
-    /// Ends, and tells which requests failed, and how many were lost and repeated.
+    /// Ends, and returns which requests failed, and how many were lost and repeated.
     fn end(self) -> (Vec<String>, u64) {
         self.stop.store(true, Ordering::Relaxed);
         let threads = self.threads.into_iter();

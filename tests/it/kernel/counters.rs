@@ -41,7 +41,7 @@ fn wanted(declaration: Declaration, elements: Vec<Element>, bits: u32) -> Rulese
             priority: 0,
         }),
         rules: vec![
-            // UDP alone: nobody listens, so ICMP messages come back.
+            // UDP alone: nothing listens, so ICMP messages come back.
             Rule::new([
                 Statement::Match(Selector::L4Protocol, Comparison::Is, Operand::Protocol(17)),
                 Statement::InSet(declaration.key.clone(), Comparison::Is, SET.into()),

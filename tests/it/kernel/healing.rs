@@ -216,7 +216,7 @@ fn a_change_whose_news_were_lost_is_undone() {
     });
 }
 
-/// A queue that overflowed tells so, and nothing of what others write is taken for silence.
+/// A queue that overflowed reports this, so that lost notifications do not pass for silence.
 #[test]
 fn a_monitor_says_what_it_missed() {
     if !require_net_admin() {
@@ -249,7 +249,7 @@ fn a_monitor_says_what_it_missed() {
         let delete = |table: &str| Transaction {
             ops: vec![Op::DeleteTable(TableId::new(TableFamily::Ip, table))],
         };
-        // Before anybody listens there is nobody to keep from it.
+        // Without a listener there is none to mute.
         let first = own.apply(&add(TABLE, 2_000)).expect("written");
         assert!(!first.missed_notifications);
         own.apply(&delete(TABLE)).expect("written");

@@ -201,7 +201,7 @@ fn a_group_has_one_listener() {
          (ulogd, or a second nftlet) has bound this group: choose another one; or nftlet lacks the \
          capability CAP_NET_ADMIN"
     );
-    // Other groups are free, and this one is again when its listener is gone.
+    // Other groups are free, and so is this one once its listener has ended.
     ns.run(|| LogReader::open(GROUP + 1)).unwrap();
     drop(first);
     // A program that another test is about to start holds a copy of the socket until it runs.
@@ -223,7 +223,7 @@ fn lost_packets_are_reported_and_later_ones_are_read() {
             Statement::log("flood", GROUP, 128),
         ]],
     );
-    // Nobody reads while more comes than the queue of a socket holds.
+    // Nothing reads while more arrives than the queue of a socket holds.
     let reader = ns.run(|| LogReader::open(GROUP)).unwrap();
     ns.run(|| {
         let socket = UdpSocket::bind("127.0.0.1:0").unwrap();

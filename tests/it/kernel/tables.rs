@@ -144,7 +144,7 @@ fn what_nft_loaded_from_the_text_needs_no_change() {
         ns.nft_load(&as_text(&wanted));
         let difference = diff(&read(&ns, &wanted), wanted);
         // nft loads a prefix match in other expressions than nftlet writes; such chains are
-        // written again. Sets and their elements are taken over as they are.
+        // written again. Sets and their elements are taken over unchanged.
         for op in &difference.ops {
             assert!(matches!(op, Op::FlushChain(..) | Op::AddRule(..)), "{op:?}");
         }
@@ -455,7 +455,7 @@ fn one_replaced_value_is_one_element_out_and_one_in() {
     assert_same(&read(&ns, &after), &after, "replaced");
 }
 
-/// Somebody else goes on changing the ruleset while it is read: each dump that is interrupted is
+/// Another process keeps changing the ruleset while it is read: each interrupted dump is
 /// started again, so that what was read is what was there at some moment.
 #[test]
 fn a_table_is_read_whole_while_others_change_it() {

@@ -277,7 +277,7 @@ fn link_local_addresses_are_no_way_past_the_policies() {
     one.reaches(&other, true);
     if between {
         web.reaches(&db, false);
-        // Whose packets they are nobody can tell, so this holds for all pods of the bridge.
+        // The pod of such packets is unknown, so this holds for all pods of the bridge.
         api.reaches(&db, false);
     }
     bridge.manifests.remove("NetworkPolicy", "web");

@@ -259,7 +259,7 @@ fn connections_of_a_deleted_pod_do_not_reach_its_successor() {
     let (web, other) = (shop.pod(1), shop.pod(2));
     let new = json!({"podSelector": {"matchLabels": {"pod": "new"}}});
     shop.policy("web", &new);
-    // The successor takes over the place as it is: what serves there never ends.
+    // The successor has the same network namespace, so that the servers there never end.
     let mut denied = Talk::begin(other, web);
     let mut allowed = Talk::begin(shop.lab.client(), web);
     shop.manifests.remove("Pod", "pod-1");

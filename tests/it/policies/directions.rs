@@ -222,7 +222,7 @@ fn another_node_is_a_peer_like_any_other_address() {
         let mut cases = Case::both(&other, &web, Tcp(80), from_other).to_vec();
         cases.extend(Case::both(&own, &web, Tcp(80), true));
         cases.extend(Case::both(&db, &web, Tcp(80), true));
-        // The host's own ports are nobody's pod.
+        // The host's own ports belong to no pod.
         cases.extend(Case::both(&other, &own, Tcp(80), true));
         cases
     };

@@ -115,7 +115,7 @@ fn an_isolated_pod_that_comes_is_isolated_from_its_first_packet_on() {
     shop.manifests.put(&policy("db", to_db));
     let _daemon = run(&shop, &[]);
     become_true(&Case::both(&web, &db, Udp(80), false));
-    // Nobody knows of a pod there.
+    // No pod is known there.
     become_true(&Case::both(&db, &web, Tcp(80), true));
     let arrived = web.serve(Protocol::Udp, FORBIDDEN);
     let arrived = || arrived.iter().map(Server::served).sum::<u64>();
@@ -371,7 +371,7 @@ fn a_pod_stays_isolated_while_its_containers_may_run() {
     let mut failed = running();
     failed["status"]["phase"] = json!("Failed");
     shop.manifests.put(&failed);
-    // An event that can be seen tells that the one before was handled.
+    // Once a later event has an effect, the one before was handled.
     let seen = |name: &str| {
         let spec = json!({"podSelector": {"matchLabels": {"app": name}}, "ingress": []});
         shop.manifests

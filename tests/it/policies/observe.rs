@@ -71,7 +71,7 @@ impl Shop {
         self.lab.pods()[number - 1]
     }
 
-    /// Isolates pod-1; the outside reaches it still, and nobody else does.
+    /// Isolates pod-1; only the outside still reaches it.
     pub fn isolate(&self) {
         self.policy("web", &json!({}));
         self.wait_until_in_force("policy-ingress-shop/web");
@@ -107,7 +107,7 @@ impl Shop {
         }
     }
 
-    /// The connections that the node tracks between two machines, whoever opened them.
+    /// The connections that the node tracks between two machines, in both directions.
     pub fn tracked(&self, one: &Machine, other: &Machine) -> Vec<Tracked> {
         let has = |machine: &Machine, tracked: &Tracked| {
             let ends = [tracked.source, tracked.replier];
@@ -161,7 +161,7 @@ fn denied_packets_are_logged_with_the_names_of_the_pods() {
     ] {
         wait_for(line, LONG, || daemon.log().contains(line).then_some(()));
     }
-    // What is allowed is not told of.
+    // Allowed packets are not logged.
     let ask = Ask::http(web.v4, PORT).source_port(shop.lab.client().v4, 40004);
     shop.lab.client().ns.run(|| ask.send()).unwrap();
     send(Protocol::Udp, other, 40005, web.v4.into());
@@ -268,7 +268,7 @@ fn drops_are_counted_by_pod_over_edits_and_restarts() {
             (drops(direction) == Some(count)).then_some(())
         });
     };
-    assert_eq!(drops("ingress"), None, "nobody is isolated");
+    assert_eq!(drops("ingress"), None, "no pod is isolated");
     shop.isolate();
     wait_for("the series", LONG, || drops("ingress"));
     assert_eq!(drops("ingress"), Some(0.0));
@@ -336,7 +336,7 @@ fn a_bridge_that_bypasses_policies_is_reported() {
         node.sysctl("net.bridge.bridge-nf-call-iptables", "0");
     }
     let gauge = || scrape(&node).value("nftlet_policy_bridge_unfiltered{ip_family=\"IPv4\"}");
-    assert_eq!(gauge(), Some(0.0), "nobody is isolated");
+    assert_eq!(gauge(), Some(0.0), "no pod is isolated");
     manifests.put(&policy("closed", json!({"podSelector": {}})));
     let warning = "bridge cni0: pod-to-pod IPv4 traffic bypasses NetworkPolicy";
     wait_for(warning, LONG, || {

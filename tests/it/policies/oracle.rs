@@ -301,7 +301,7 @@ fn a_named_port_is_the_destinations() {
     assert!(!allowed(&world, ip(DB), ip(WEB), Tcp, 8080));
     assert!(allowed(&world, ip(DB), ip(OTHER), Tcp, 8080));
     assert!(!allowed(&world, ip(DB), ip(OTHER), Tcp, 80));
-    // Nobody outside has named ports.
+    // No address outside has named ports.
     assert!(!allowed(&world, ip(DB), ip(OUTSIDE), Tcp, 8080));
 }
 

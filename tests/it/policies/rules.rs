@@ -55,7 +55,7 @@ fn errors_about_allowed_packets_come_back() {
                     "[::]:0".parse().expect("an address")
                 };
                 let socket = std::net::UdpSocket::bind(any).expect("a socket");
-                // The error of an earlier datagram is told by the next call.
+                // The next call returns the error of an earlier datagram.
                 let _ = socket.send_to(&[0; 1400], to);
             });
             let address = address.to_string();

@@ -130,7 +130,7 @@ fn an_address_belongs_to_the_pod_that_has_it_now() {
     shop.put_and_apply(&newcomer("new"));
     check_counted(&[node], &cases(false, false));
 
-    // The news of the old pod's end is late: nobody can say which of them it is.
+    // The end of the old pod is not known yet, so it is unknown which of them has the address.
     shop.put_and_apply(&pod("shop", "db", &[("app", "db")], &db));
     check_counted(&[node], &cases(false, false));
     shop.put_and_apply(&newcomer("db"));

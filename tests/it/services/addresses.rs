@@ -45,7 +45,7 @@ fn outcome(from: &Machine, ask: Ask) -> Result<String, ErrorKind> {
 /// datagram from `send`, as "operation not permitted".
 #[track_caller]
 fn assert_refused(from: &Machine, ask: Ask) {
-    let kind = outcome(from, ask).expect_err("nobody may answer");
+    let kind = outcome(from, ask).expect_err("no answer is allowed");
     let on_node = from.name.starts_with("node-") && kind == ErrorKind::PermissionDenied;
     assert!(
         kind == ErrorKind::ConnectionRefused || on_node,
@@ -180,7 +180,7 @@ fn an_endpoint_that_is_a_service_address_is_refused_on_the_node() {
         }
         for address in ["10.96.0.37", "fd00:10:96::25"] {
             for ask in [Ask::tcp(ip(address), 80), Ask::udp(ip(address), 80)] {
-                let kind = outcome(from, ask.timeout(DROPPED)).expect_err("nobody may answer");
+                let kind = outcome(from, ask.timeout(DROPPED)).expect_err("no answer is allowed");
                 let expected = [ErrorKind::TimedOut, ErrorKind::PermissionDenied];
                 assert!(expected.contains(&kind), "{} {address}: {kind}", from.name);
             }

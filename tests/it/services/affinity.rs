@@ -230,7 +230,7 @@ fn added_endpoints_move_no_client_and_removed_ones_move_only_theirs() {
     wait_for("the fourth endpoint", PATIENCE, || {
         mentions(pods[3]).then_some(())
     });
-    assert_eq!(where_all_are(), before, "a new endpoint moves nobody");
+    assert_eq!(where_all_are(), before, "a new endpoint moves no client");
     let gone = pods[1];
     put_endpoints(&sticky.manifests, &[pods[0], pods[2], pods[3]]);
     wait_for("the second endpoint to go", PATIENCE, || {
@@ -306,7 +306,7 @@ fn clients_are_forgotten_after_the_timeout_which_can_change() {
     ];
     let forgotten_at = |family: &str| {
         let found = sticky.forgotten_at(family);
-        found.unwrap_or_else(|| panic!("nobody is remembered in {family}"))
+        found.unwrap_or_else(|| panic!("no client is remembered in {family}"))
     };
     for (family, ask) in asks {
         let before = Instant::now();

@@ -1,4 +1,4 @@
-//! UDP clients that keep their socket follow their service; all other flows stay as they are.
+//! UDP clients that keep their socket follow their service; all other flows stay unchanged.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};

@@ -1,4 +1,4 @@
-//! Each `--detect-local-mode` tells the traffic of pods from other traffic.
+//! Each `--detect-local-mode` distinguishes the traffic of pods from other traffic.
 
 use std::io::ErrorKind;
 use std::net::IpAddr;

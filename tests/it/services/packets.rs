@@ -75,7 +75,7 @@ impl Shop {
         self.lab.node().ns()
     }
 
-    /// Asks from a machine and tells which client address the server saw.
+    /// Asks from a machine and returns which client address the server saw.
     #[track_caller]
     pub fn seen_by_server(&self, from: &Machine, ask: Ask) -> IpAddr {
         let answer = Client::new(&from.ns).ask(ask);
@@ -283,11 +283,11 @@ fn what_no_service_has_is_refused_or_dropped() {
                 assert_refused(from, &client, ask);
             }
         }
-        // An address that nobody has.
+        // An address without a service.
         for address in ["10.96.0.99", "fd00:10:96::99"] {
             for ask in asks(ip(address), 80, 53) {
                 let kind = client.ask(ask.timeout(DROPPED)).unwrap_err().kind();
-                // `send` tells a process on the node itself.
+                // On the node itself, `send` returns the error.
                 let told = from.name.starts_with("node-") && kind == ErrorKind::PermissionDenied;
                 assert!(
                     kind == ErrorKind::TimedOut || told,

@@ -139,13 +139,15 @@ fn changes_of_the_files_arrive_at_once() {
         });
     }
     shop.manifests.remove("Service", "web");
-    wait_for("the service is gone", PATIENCE, || {
+    wait_for("the service is removed", PATIENCE, || {
         let rules = shop
             .node()
             .nft(&["list", "map", "ip", "nftlet", "frontends"]);
         (!rules.contains("10.96.0.10")).then_some(())
     });
-    let error = client.ask(ask.timeout(DROPPED)).expect_err("it is gone");
+    let error = client
+        .ask(ask.timeout(DROPPED))
+        .expect_err("it was removed");
     assert_eq!(error.kind(), ErrorKind::TimedOut);
     // Broken input changes nothing and is named.
     shop.manifests.service(&service);

@@ -49,7 +49,7 @@ fn slice(service: &str, endpoints: &[Value]) -> Value {
     slice_of(&format!("{service}-1"), service, endpoints.into())
 }
 
-/// The life of a pod as its endpoint conditions tell it.
+/// The life of a pod according to its endpoint conditions.
 #[derive(Clone, Copy, PartialEq)]
 enum Life {
     Starting,
@@ -346,7 +346,7 @@ fn each_of_n_endpoints_gets_its_share() {
         clients: 1,
     });
     let (node, pod) = (lab.node().ns(), lab.pods()[0]);
-    // One pod has all addresses of a range: the server tells which one a client reached.
+    // One pod has all addresses of a range: the server answers which one a client reached.
     pod.ns.ip("route add local 10.245.0.0/16 dev lo");
     node.route_add("10.245.0.0/16", &format!("via {} dev veth1 onlink", pod.v4));
     let any = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), 8080);
@@ -367,7 +367,7 @@ fn each_of_n_endpoints_gets_its_share() {
         // So many that each endpoint is expected to be met 20 times and more.
         let connections = if n > 64 { 8_000 } else { 3_000 };
         // The server keeps the ports of closed connections for a minute, and so many connections come
-        // round to some of them: these take a second or three, whoever programs the node.
+        // round to some of them: these take a second or three with any proxy.
         let ask = Ask::tcp(ip(&address), 80);
         let counts = client.run(move || {
             let mut counts: BTreeMap<IpAddr, u32> = BTreeMap::new();

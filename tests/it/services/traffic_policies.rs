@@ -169,7 +169,7 @@ fn error(from: &Machine, ask: Ask) -> ErrorKind {
     }
 }
 
-/// Nothing comes back; `send` tells a process on the node itself.
+/// Nothing comes back; on the node itself, `send` returns an error.
 #[track_caller]
 fn assert_dropped(from: &Machine, ask: Ask) {
     let kind = error(from, ask.timeout(DROPPED));
@@ -240,7 +240,7 @@ fn external_policy_local_lets_pods_and_the_node_use_all_endpoints() {
             );
         }
     }
-    // Another address of the node tells masqueraded requests from others. It is not on the link
+    // Another address of the node distinguishes masqueraded requests. It is not on the link
     // that requests leave by, since masquerading might choose it there.
     let own = ["192.168.10.201", "fd00:192:168:10::201"];
     stage.node().ns.addr_add("lo", &format!("{}/32", own[0]));

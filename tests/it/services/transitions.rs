@@ -288,7 +288,7 @@ fn a_service_changes_its_type_in_every_direction() {
         }
     }
     bench.manifests.remove("Service", "web");
-    bench.settles("the service is gone");
+    bench.settles("the service is removed");
     bench.becomes("the service is back", &of_type("LoadBalancer"));
 }
 
@@ -368,7 +368,7 @@ fn policies_affinity_ranges_and_addresses_change() {
         })
     };
     for (what, fields) in [
-        ("as it is", json!({})),
+        ("unchanged", json!({})),
         (
             "external Cluster",
             json!({"externalTrafficPolicy": "Cluster"}),
@@ -488,7 +488,7 @@ fn slices_move_between_services() {
     bench.manifests.put(&slice("wanderer", "other", 31..=33));
     bench.settles("with other");
     bench.manifests.put(&slice("wanderer", "nobody", 31..=33));
-    bench.settles("with nobody");
+    bench.settles("without endpoints");
     bench.manifests.put(&slice("wanderer", "another", 32..=34));
     bench.settles("with another, changed");
     bench.manifests.put(&slice("settler", "another", 33..=36));

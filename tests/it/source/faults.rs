@@ -23,7 +23,7 @@ async fn an_undecodable_object_does_not_stop_the_watch() {
     api.put(SERVICES, service("b", "10.0.0.2"));
     consumer.has("Service shop/b").await;
     let Some(Object::Service(known)) = consumer.objects.get("Service shop/a") else {
-        panic!("the last known state is gone: {:?}", consumer.log);
+        panic!("the last known state was lost: {:?}", consumer.log);
     };
     assert_eq!(known.ports.len(), 1);
     assert_eq!(consumer.notices.len(), 1, "{:?}", consumer.notices);
@@ -307,7 +307,7 @@ async fn assert_not_believed(streaming: Streaming, relist: bool, text: &str, tol
     api.answer_instead(SERVICES, None);
     consumer.has("Service shop/c").await;
     consumer.lacks("Service shop/b").await;
-    // A list that is read again tells once more what is known.
+    // A list that is read again repeats known objects.
     let deleted = consumer
         .log
         .iter()

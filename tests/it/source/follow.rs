@@ -137,7 +137,7 @@ async fn a_file_being_rewritten_never_loses_its_objects() {
         "{seen:?}"
     );
 
-    // Left empty, it is told and what was known stays.
+    // An empty file is reported, and its last objects stay.
     fs::write(&path, "").expect("emptied");
     let seen = following.until("the file is empty").await;
     assert!(
@@ -195,7 +195,7 @@ async fn what_is_at_fault_keeps_its_last_good_state() {
         "{seen:?}"
     );
 
-    // Saved again as it is: the same complaint is not repeated. Mended: what is gone goes.
+    // Saved again without a change: the report is not repeated. Corrected: deleted objects go.
     fs::write(
         &path,
         format!("apiVersion: v1\nkind: [\n---\n{}", service("b", "10.0.0.4")),

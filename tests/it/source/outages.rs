@@ -79,7 +79,7 @@ async fn a_forgotten_version_leads_to_a_new_list() {
         api.set_down(true).await;
         api.delete(SERVICES, "shop/goes");
         api.put(SERVICES, service("comes", "10.0.0.4"));
-        // It is still there, though nobody can tell what it is like.
+        // The object still exists, though its content is unknown.
         let mut broken = service("breaks", "10.0.0.3");
         broken["spec"]["ports"] = json!("none");
         api.put(SERVICES, broken);
@@ -180,7 +180,7 @@ async fn a_server_that_falls_silent_is_noticed_and_followed_when_it_is_back() {
     assert_eq!(consumer.stats.fault(), None);
     cable.cut(true);
     consumer
-        .until("the silence is told", |it| !it.notices.is_empty())
+        .until("the silence is reported", |it| !it.notices.is_empty())
         .await;
     let told = &consumer.notices[0].message;
     assert!(

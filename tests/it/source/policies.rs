@@ -267,7 +267,7 @@ async fn forbidden_pods_hold_up_the_policies_and_not_the_services() {
         .until("a notice", |it| !it.notices.is_empty())
         .await;
     api.until_asked_again(PODS, 3).await;
-    // Told anew where it is asked anew.
+    // A new watch reports it again.
     api.delete(POLICIES, "shop/deny");
     consumer
         .until("the end of the watch", |it| {

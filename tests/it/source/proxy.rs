@@ -34,7 +34,7 @@ async fn meet(mut near: TcpStream, socks: bool, far: SocketAddr) {
             head.starts_with("CONNECT api.invalid:6443 HTTP/1.1\r\n"),
             "{head}"
         );
-        // "me:pass word", as it is written in an address.
+        // "me:pass word", escaped for an address.
         assert!(
             head.contains("\r\nProxy-Authorization: Basic bWU6cGFzcyB3b3Jk\r\n"),
             "{head}"

@@ -305,7 +305,7 @@ pub fn get(ns: &Namespace, address: &str, path: &str) -> (u16, String) {
     (code.expect("a status"), body.to_owned())
 }
 
-/// The value of a metric without labels, or with the labels as they are printed.
+/// The value of a metric without labels, or with its labels in the printed form.
 #[track_caller]
 pub fn metric(page: &str, name: &str) -> f64 {
     let line = page

@@ -2,7 +2,7 @@
 //!
 //! Written from the shape of its rules, with what each of them is for, so that packets meet them as
 //! they would on a real node: jumps in front of what others have, chains of services and endpoints
-//! with hashes for names, marks for masquerading, refusals where nobody serves.
+//! with hashes for names, marks for masquerading, refusals without endpoints.
 
 use std::fmt::Write as _;
 use std::net::{IpAddr, SocketAddr};
@@ -75,7 +75,7 @@ pub fn legacy_iptables(node: &Namespace) -> Result<(), String> {
     Err(String::from_utf8_lossy(&output.stderr).trim().to_owned())
 }
 
-/// The 16 characters by which kube-proxy tells chains apart. It takes SHA-256; any hash will do.
+/// The 16 characters that distinguish kube-proxy's chains. It takes SHA-256; any hash will do.
 fn hash(text: &str) -> String {
     const DIGITS: &[u8] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ234567";
     let mut state = 0xcbf2_9ce4_8422_2325_u64;

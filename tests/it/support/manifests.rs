@@ -28,7 +28,7 @@ impl Manifests {
         manifests
     }
 
-    /// Writes the node `node-1`, changed by a merge patch (null leaves it as it is).
+    /// Writes the node `node-1`, changed by a merge patch (null leaves it unchanged).
     pub fn node(&self, patch: &Value) {
         let mut node = json!({
             "apiVersion": "v1", "kind": "Node",

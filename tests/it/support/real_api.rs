@@ -87,7 +87,7 @@ impl RealApi {
                 format!("--etcd-servers={etcd_url}"),
                 format!("--secure-port={port}"),
                 "--bind-address=127.0.0.1".to_owned(),
-                // A loopback address is not accepted here, and nobody connects to this one.
+                // A loopback address is not accepted here, and nothing connects to this one.
                 "--advertise-address=192.0.2.1".to_owned(),
                 "--cert-dir=certificates".to_owned(),
                 "--service-cluster-ip-range=10.0.0.0/16".to_owned(),
@@ -204,7 +204,7 @@ fn start(program: &Path, directory: &Path, arguments: &[String]) -> Program {
     }
 }
 
-/// Ports that are free, and that nobody gets by chance: the kernel hands out higher ones.
+/// Free ports that no program gets by chance: the kernel hands out higher ones.
 fn free_ports<const N: usize>() -> [u16; N] {
     static NEXT: AtomicU16 = AtomicU16::new(23_000);
     [(); N].map(|()| {

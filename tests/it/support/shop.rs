@@ -60,7 +60,7 @@ impl Shop {
         self.lab.node().ns()
     }
 
-    /// Programs the node with the manifests as they are; what nftlet said.
+    /// Programs the node with the current manifests, and returns what nftlet printed.
     #[track_caller]
     pub fn apply(&self) -> String {
         self.manifests

@@ -5,7 +5,7 @@ use std::io::{PipeReader, PipeWriter, Write as _, pipe};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
-/// A pipe that is full: whoever writes to it waits until something is read.
+/// A full pipe: writes to it block until something is read.
 pub fn full_pipe() -> (PipeReader, PipeWriter) {
     let (reader, mut writer) = pipe().expect("a pipe");
     fcntl(&writer, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).expect("a flag");
@@ -14,7 +14,7 @@ pub fn full_pipe() -> (PipeReader, PipeWriter) {
     (reader, writer)
 }
 
-/// A pipe whose reader is gone.
+/// A pipe whose reader was closed.
 pub fn broken_pipe() -> PipeWriter {
     pipe().expect("a pipe").1
 }

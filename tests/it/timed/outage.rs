@@ -26,7 +26,7 @@ const PROMISED: Duration = if cfg!(debug_assertions) {
 } else {
     Duration::from_millis(100)
 };
-/// How many medians are taken before the promise counts as broken: whoever else works on the
+/// How many medians are taken before the promise counts as broken: other work on the
 /// machine makes them longer, and never shorter.
 const ATTEMPTS: usize = 5;
 const ADDRESS: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 96, 0, 10));

@@ -35,7 +35,7 @@ fn a_cluster_ip_is_the_victims_on_every_port_however_old_the_thief_is() {
         port: 81,
         ..thief.ports[0].clone()
     });
-    // Nobody has the address yet, and no range is known.
+    // No service has the address yet, and no range is known.
     put(&mut store, Object::Service(thief.clone()));
     let claims = [address("10.96.0.1", 80), address("10.96.0.1", 81)];
     assert_eq!(owner(&store, &claims[0]), Some("thief"));

@@ -134,7 +134,7 @@ async fn a_link_to_a_file_elsewhere_is_followed() {
 #[tokio::test]
 async fn the_shutdown_ends_it() {
     let followed = Followed::start(plain_file);
-    followed.stop.send(true).expect("somebody listens");
+    followed.stop.send(true).expect("a receiver exists");
     let ended = tokio::time::timeout(Duration::from_secs(120), followed.task);
     let ended = ended.await.expect("it ends").expect("no panic");
     assert_eq!(ended.expect("inotify"), Ended::Stopped);

@@ -160,7 +160,7 @@ fn absent_lists_of_a_rule_are_everyone_and_every_port() {
 
 #[test]
 fn null_is_what_the_api_server_makes_of_it() {
-    // A struct stays as it is, a string empty, everything else absent.
+    // A struct is kept, a string is empty, everything else absent.
     assert_eq!(ingress(json!([null])), [EVERYTHING]);
     let tcp = ingress(json!([{"ports": [null]}]));
     assert_eq!(tcp, ingress(json!([{"ports": [{"protocol": "TCP"}]}])));

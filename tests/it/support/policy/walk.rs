@@ -135,7 +135,7 @@ pub fn walk(ruleset: &Ruleset, hook: Hook, packet: &Packet) -> Walked {
         }
     }
     // Of two chains of one priority the kernel takes the older one first, which a ruleset does
-    // not tell: no verdict may depend on it.
+    // not show: no verdict may depend on it.
     bases.sort_by_key(|(priority, ..)| *priority);
     let mut walker = Walker {
         packet,

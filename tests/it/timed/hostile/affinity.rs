@@ -22,7 +22,7 @@ const STICKY: Ipv4Addr = Ipv4Addr::new(10, 96, 200, 2);
 /// From where packets are forged, and from where the neighbour's clients come. All of it is the
 /// node's own, so that it can be sent from.
 const FORGED: &str = "172.16.0.0/12";
-/// Where the agent tells its metrics.
+/// Where the agent serves its metrics.
 const METRICS: &str = "127.0.0.1:10249";
 /// Packets of one wave of the flood.
 const WAVE: u32 = 200;
@@ -175,7 +175,7 @@ fn a_flood_at_one_service_leaves_the_clients_of_others_with_their_endpoints() {
     );
     assert_eq!(answers(&neighbour), before);
 
-    // The endpoint of all who are remembered goes. To read who that is takes long, and nobody waits.
+    // The endpoint of all remembered clients is removed. Reading them takes long and delays nothing.
     neighbour.is_served();
     let started = Instant::now();
     assert!(remembered(&neighbour) >= MOST_CLIENTS as usize);
@@ -199,7 +199,7 @@ fn a_flood_at_one_service_leaves_the_clients_of_others_with_their_endpoints() {
     let told = agent.log().matches("Namespace flood: ").count();
     assert_eq!(told, 1, "once while it goes on: {}", agent.log());
     drop(servers);
-    // Those whose endpoint is gone are forgotten, which takes as long as it takes.
+    // Clients of removed endpoints are forgotten, which may take long.
     node.api.delete(SLICES, "flood/victim-9053");
     wait_for("all to be forgotten", PATIENCE, || {
         (remembered(&neighbour) == 0).then_some(())

@@ -15,7 +15,7 @@ const PORTS: u16 = 300;
 /// The service is created, gets another endpoint and goes, all while the neighbour changes.
 const STEPS: usize = 3;
 
-/// How long an answer may take; without one the frontend is gone.
+/// How long an answer may take; without one the frontend has been removed.
 const ANSWERED: Duration = Duration::from_millis(200);
 
 /// The first and the last of the external addresses.

@@ -24,7 +24,7 @@ fn log_lines_that_are_not_read_block_nothing() {
                 .arguments(&["--metrics-bind-address=", "--healthz-bind-address=", "-v"]);
         let mut agent = Daemon::start_with_stderr(&neighbour.node.ns, NFTLET, arguments, stderr);
         neighbour.node.has("10.96.200.1");
-        // Each change is another fault to tell.
+        // Each change is another fault to log.
         neighbour.changes_in_time_while(1, |call| {
             let wrong = format!("no address {call} {}", "x".repeat(2_000));
             neighbour.node.api.put(

@@ -12,7 +12,7 @@ use nftlet_lab::netns::{Daemon, PATIENCE, wait_for};
 const PORTS: u16 = 4000;
 /// The pods that are deleted while they run.
 const DELETED: usize = 300;
-/// Where the agent tells its metrics.
+/// Where the agent serves its metrics.
 const METRICS: &str = "127.0.0.1:10249";
 
 /// A pod of this node with a container that runs.

@@ -22,7 +22,7 @@ const BETWEEN_WRITES: Duration = Duration::from_millis(5);
 const FUTURE: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 99, 0, 1));
 /// An address of the ServiceCIDR without a service.
 const FREE: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 96, 200, 77));
-/// What is nobody's.
+/// An address that belongs to no service.
 const OWN: IpAddr = IpAddr::V4(Ipv4Addr::new(198, 51, 100, 66));
 
 /// A service that is older than all others and names addresses that are not its own. Another
@@ -87,7 +87,7 @@ fn a_namespace_full_of_thieves_gets_nothing_of_the_neighbour() {
         put(&neighbour, thief(number, 0, &ports, &targets));
     }
     let _agent = node.run();
-    // What is nobody else's is the oldest thief's, so that the others prove something.
+    // An address without another claim is the oldest thief's, so that the other cases prove something.
     assert_eq!(answers(&node.ns, OWN, 80), "thief");
     assert_eq!(answers(&node.ns, FUTURE, 80), "thief");
     assert_eq!(answers(&node.ns, CLUSTER_IP, 80), POD);

@@ -289,7 +289,7 @@ impl FakeApi {
         self.wake();
     }
 
-    /// The objects of a collection as they are now.
+    /// Returns the current objects of a collection.
     pub fn objects(&self, path: &str) -> Vec<Value> {
         let state = self.state();
         let collection = state.collections.get(path);

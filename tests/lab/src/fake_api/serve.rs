@@ -35,7 +35,7 @@ pub async fn accept(
         socket.set_nodelay(true).expect("a TCP socket");
         let mut breaks = broken.subscribe();
         let generation = {
-            // Under the lock: whoever takes the server down finds the connection, or keeps it out.
+            // Under the lock: a shutdown of the server finds the connection, or refuses it.
             let state = state.lock().expect("no test panicked with it");
             if state.down {
                 state.refused.send_modify(|refused| *refused += 1);

@@ -151,7 +151,7 @@ fn answer(method: Method, path: &str, body: &Bytes, state: &Arc<Mutex<State>>) -
         }
         _ => return status(405, "MethodNotAllowed", "only Events are written"),
     };
-    // A real server answers with the object as it is then; who creates Events does not look.
+    // A real server answers with the written object, which clients that create Events do not read.
     let answered = serde_json::json!({
         "apiVersion": "events.k8s.io/v1", "kind": "Event",
         "metadata": {"name": name, "namespace": namespace}, "eventTime": null,

@@ -40,7 +40,7 @@ pub use traffic::{Answer, Ask, Client, HttpConnection, Protocol, Server, drain};
 /// machine however slow.
 pub const PATIENCE: Duration = Duration::from_secs(120);
 
-/// Tells whether this process may create and configure network namespaces.
+/// Returns whether this process may create and configure network namespaces.
 ///
 /// Every test that uses the harness starts with
 ///
@@ -289,7 +289,7 @@ fn addr_line(device: &str, address: &str) -> String {
 
 /// The `ip` line that adds a route, for [`Namespace::ip_batch`].
 fn route_line(destination: &str, rest: &str) -> String {
-    // `default` alone does not tell `ip` the family.
+    // `default` alone does not give `ip` the family.
     let destination = match destination {
         "default" if rest.contains(':') => "::/0",
         other => other,
@@ -302,7 +302,7 @@ fn host_prefix(address: IpAddr) -> u8 {
     if address.is_ipv4() { 32 } else { 128 }
 }
 
-/// Runs a test that tells how many connection requests were lost, and panics if some were each of
+/// Runs a test that returns how many connection requests were lost, and panics if some were each of
 /// three times. Where the machine stalls for a second, the kernel also repeats requests that only
 /// have to wait; those that rules lose are lost every time.
 #[track_caller]

@@ -1,4 +1,4 @@
-//! Servers that tell who asked, and clients that tell what became of the question.
+//! Servers that answer with the address of the client, and clients that return the outcome.
 
 use std::io::{self, Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -212,7 +212,7 @@ impl Answering {
                 biased;
                 accepted = listener.accept() => match accepted {
                     Ok(accepted) => accepted,
-                    // The client is gone already.
+                    // The client has closed the connection already.
                     Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
                     Err(error) => return Err(error),
                 },
@@ -301,7 +301,7 @@ impl Answer {
 /// request was refused (reset, or ICMP says the port is unreachable), and
 /// [`io::ErrorKind::TimedOut`] where nothing came back. Nothing is sent twice, except that the
 /// kernel repeats a lost connection request after one second, which
-/// [`Namespace::repeated_requests`] tells of.
+/// [`Namespace::repeated_requests`] counts.
 #[derive(Clone, Copy, Debug)]
 pub struct Ask {
     protocol: Protocol,
@@ -483,7 +483,7 @@ impl HttpConnection {
     }
 }
 
-/// Takes all datagrams that wait in a connected socket, and what it was told of earlier ones, so
+/// Takes all datagrams that wait in a connected socket, and the errors of earlier ones, so
 /// that whatever comes next answers what is sent next.
 pub fn drain(socket: &UdpSocket) {
     socket.set_nonblocking(true).expect("a socket's mode");
@@ -529,7 +529,7 @@ impl Client {
     pub fn run<T: Send + 'static>(&self, closure: impl FnOnce() -> T + Send + 'static) -> T {
         let (result, wait) = mpsc::sync_channel(1);
         let job: Job = Box::new(move || {
-            // Nobody waits any more where this fails.
+            // An error means that the result is no longer awaited.
             let _ = result.send(closure());
         });
         let jobs = self.jobs.as_ref().expect("the client runs until dropped");

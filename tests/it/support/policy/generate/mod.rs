@@ -121,11 +121,11 @@ pub fn cluster(random: &mut Random, shape: &Shape) -> Cluster {
     cluster
 }
 
-/// Changes a cluster, and tells how.
+/// Changes a cluster, and returns a description of the change.
 pub fn mutate(random: &mut Random, shape: &Shape, cluster: &mut Cluster) -> String {
     let before = cluster.pods.clone();
     let said = change(random, shape, cluster);
-    // Whoever gets the address of a pod that was deleted while it ran takes its place.
+    // A pod that gets the address of one deleted while it ran takes its place.
     let earlier = |pod: &Pod| {
         before
             .iter()
