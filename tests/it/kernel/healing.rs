@@ -92,8 +92,8 @@ fn every_foreign_change_is_undone() {
     }
     let log = daemon.log();
     assert!(log.contains("modified by another process"), "{log}");
-    // Somebody who minds their own tables is left alone. What came before a service was told of
-    // before the service is there.
+    // Another process that changes its own tables is ignored. Earlier events were handled
+    // once the next service is in force.
     let next_service = |index: u16| {
         put_service(&manifests, index, &[]);
         wait_for("the next service", LONG, || {
