@@ -189,12 +189,13 @@ impl Program {
         self.cmp(Comparison::Is, LOCAL.to_ne_bytes().into());
     }
 
-    fn set_mark(&mut self) {
+    /// Stores the register at word 0 in a field of the packet's metadata.
+    fn set_meta(&mut self, key: libc::c_int) {
         use Attribute::U32;
         self.push(
             c"meta",
             [
-                (sys::NFTNL_EXPR_META_KEY, U32(libc::NFT_META_MARK as u32)),
+                (sys::NFTNL_EXPR_META_KEY, U32(key as u32)),
                 (sys::NFTNL_EXPR_META_SREG, U32(register(0))),
             ],
         );
@@ -354,12 +355,32 @@ impl Program {
             Statement::SetMarkBits(bits) => {
                 self.load(Selector::Mark, 0);
                 self.bitwise((!bits).to_ne_bytes().into(), bits.to_ne_bytes().into());
-                self.set_mark();
+                self.set_meta(libc::NFT_META_MARK);
             }
             Statement::FlipMarkBits(bits) => {
                 self.load(Selector::Mark, 0);
                 self.bitwise(vec![0xff; 4], bits.to_ne_bytes().into());
-                self.set_mark();
+                self.set_meta(libc::NFT_META_MARK);
+            }
+            Statement::PriorityByMap(key, map) => {
+                self.load_key(key, 0);
+                self.lookup(map, Some(register(0)), false);
+                self.set_meta(libc::NFT_META_PRIORITY);
+            }
+            Statement::PriorityVerdict { mask, map } => {
+                self.load(Selector::Priority, 0);
+                self.bitwise(mask.to_ne_bytes().into(), vec![0; 4]);
+                self.lookup(map, Some(VERDICT_REGISTER), false);
+            }
+            Statement::ClearPriority => {
+                self.push(
+                    c"immediate",
+                    [
+                        (sys::NFTNL_EXPR_IMM_DREG, U32(register(0))),
+                        (sys::NFTNL_EXPR_IMM_DATA, Attribute::Bytes(vec![0; 4])),
+                    ],
+                );
+                self.set_meta(libc::NFT_META_PRIORITY);
             }
             Statement::UpdateMap {
                 map,

@@ -150,6 +150,7 @@ fn put_expression(out: &mut Vec<u8>, selector: Selector, family: TableFamily) {
         Selector::Icmp6Type => (EXPRESSION_PAYLOAD, vec![ICMP6, 1]),
         Selector::L4Protocol => (EXPRESSION_META, vec![libc::NFT_META_L4PROTO as u32]),
         Selector::Mark => (EXPRESSION_META, vec![libc::NFT_META_MARK as u32]),
+        Selector::Priority => (EXPRESSION_META, vec![libc::NFT_META_PRIORITY as u32]),
         Selector::InputInterface => (EXPRESSION_META, vec![libc::NFT_META_IIFNAME as u32]),
         Selector::OutputInterface => (EXPRESSION_META, vec![libc::NFT_META_OIFNAME as u32]),
         // The modulus is irrelevant in a declaration; nft writes 1.

@@ -22,6 +22,8 @@ pub enum FieldType {
     Integer,
     /// `mark`, four bytes in host order.
     Mark,
+    /// `classid`, a traffic class of two 16-bit numbers, four bytes in host order.
+    ClassId,
     /// `ifname`, sixteen bytes padded with zeros.
     IfName,
     /// `icmpv6_type`, one byte.
@@ -32,7 +34,9 @@ impl FieldType {
     /// Returns the length of the value in bytes.
     pub fn bytes(self) -> usize {
         match self {
-            FieldType::Ipv4Addr | FieldType::Integer | FieldType::Mark => 4,
+            FieldType::Ipv4Addr | FieldType::Integer | FieldType::Mark | FieldType::ClassId => {
+                4
+            }
             FieldType::Ipv6Addr | FieldType::IfName => 16,
             FieldType::InetProto | FieldType::Icmp6Type => 1,
             FieldType::InetService => 2,
@@ -53,6 +57,7 @@ impl FieldType {
             FieldType::InetService => "inet_service",
             FieldType::Integer => "integer",
             FieldType::Mark => "mark",
+            FieldType::ClassId => "classid",
             FieldType::IfName => "ifname",
             FieldType::Icmp6Type => "icmpv6_type",
         }
@@ -62,7 +67,7 @@ impl FieldType {
     pub(crate) fn host_order(self) -> bool {
         matches!(
             self,
-            FieldType::Integer | FieldType::Mark | FieldType::IfName
+            FieldType::Integer | FieldType::Mark | FieldType::ClassId | FieldType::IfName
         )
     }
 }
@@ -221,12 +226,23 @@ fn print_field(field: FieldType, value: &[u8]) -> String {
         FieldType::Mark => <[u8; 4]>::try_from(value)
             .map(|bytes| format!("{:#010x}", u32::from_ne_bytes(bytes)))
             .unwrap_or_default(),
+        FieldType::ClassId => <[u8; 4]>::try_from(value)
+            .map(|bytes| class_id(u32::from_ne_bytes(bytes)))
+            .unwrap_or_default(),
         FieldType::IfName => {
             let end = value.iter().position(|b| *b == 0).unwrap_or(value.len());
             let name = value.get(..end).unwrap_or_default();
             format!("{:?}", String::from_utf8_lossy(name))
         }
         FieldType::Icmp6Type => icmp6_type(value.first().copied().unwrap_or_default()),
+    }
+}
+
+/// Returns a traffic class as nft prints it: two hexadecimal numbers, or `none` for 0.
+pub(super) fn class_id(class: u32) -> String {
+    match class {
+        0 => "none".into(),
+        _ => format!("{:x}:{:x}", class >> 16, class & 0xffff),
     }
 }
 

@@ -201,6 +201,19 @@ pub enum Statement {
     SetMarkBits(u32),
     /// Invert bits of `meta mark`.
     FlipMarkBits(u32),
+    /// Set `meta priority` to the value of the key in the map; without an element the rule does not
+    /// match.
+    PriorityByMap(Vec<Selector>, Name),
+    /// Issue the verdict that the map has for these bits of `meta priority`; without an element
+    /// continue.
+    PriorityVerdict {
+        /// The bits; the others count as 0.
+        mask: u32,
+        /// The map.
+        map: Name,
+    },
+    /// Set `meta priority` to 0.
+    ClearPriority,
     /// Add or refresh an element of a dynamic map.
     UpdateMap {
         /// The map.

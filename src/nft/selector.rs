@@ -31,6 +31,8 @@ pub enum Selector {
     },
     /// `meta mark`.
     Mark,
+    /// `meta priority`.
+    Priority,
     /// `iifname`.
     InputInterface,
     /// `oifname`.
@@ -60,6 +62,7 @@ impl Selector {
             | Selector::OriginalDestinationPort => FieldType::InetService,
             Selector::RandomIndex { .. } | Selector::SourceHash { .. } => FieldType::Integer,
             Selector::Mark => FieldType::Mark,
+            Selector::Priority => FieldType::ClassId,
             Selector::InputInterface | Selector::OutputInterface => FieldType::IfName,
             Selector::Icmp6Type => FieldType::Icmp6Type,
         }
@@ -77,6 +80,7 @@ impl Selector {
             Selector::RandomIndex { modulus } => format!("numgen random mod {modulus}"),
             Selector::SourceHash { modulus } => format!("jhash {ip} saddr mod {modulus}"),
             Selector::Mark => "meta mark".into(),
+            Selector::Priority => "meta priority".into(),
             Selector::InputInterface => "iifname".into(),
             Selector::OutputInterface => "oifname".into(),
             Selector::OriginalDestinationAddress => format!("ct original {ip} daddr"),

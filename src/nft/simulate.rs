@@ -132,8 +132,9 @@ fn reads(statement: &Statement) -> Option<&Name> {
     match statement {
         Statement::InSet(_, _, set)
         | Statement::VerdictMap(_, set)
-        | Statement::DnatByMap(_, set) => Some(set),
-        Statement::UpdateMap { map, .. } => Some(map),
+        | Statement::DnatByMap(_, set)
+        | Statement::PriorityByMap(_, set) => Some(set),
+        Statement::UpdateMap { map, .. } | Statement::PriorityVerdict { map, .. } => Some(map),
         Statement::Match(..)
         | Statement::MarkBits(..)
         | Statement::CtState(_)
@@ -146,6 +147,7 @@ fn reads(statement: &Statement) -> Option<&Name> {
         | Statement::SourceIsLocal
         | Statement::SetMarkBits(_)
         | Statement::FlipMarkBits(_)
+        | Statement::ClearPriority
         | Statement::Masquerade
         | Statement::Reject(_)
         | Statement::Counter

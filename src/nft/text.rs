@@ -5,7 +5,7 @@
 
 use std::io::{self, Write};
 
-use super::key::{FieldType, Key, protocol};
+use super::key::{FieldType, Key, class_id, protocol};
 use super::name::TableFamily;
 use super::rule::{Comparison, CtState, CtStatus, Operand, RejectWith, Rule, Statement, Verdict};
 use super::selector::{Selector, concatenation};
@@ -312,6 +312,14 @@ fn statement(statement: &Statement, family: TableFamily) -> String {
         ),
         Statement::SetMarkBits(bits) => format!("meta mark set meta mark | {bits:#010x}"),
         Statement::FlipMarkBits(bits) => format!("meta mark set meta mark ^ {bits:#010x}"),
+        Statement::PriorityByMap(key, map) => format!(
+            "meta priority set {} map @{map}",
+            concatenation(key, family)
+        ),
+        Statement::PriorityVerdict { mask, map } => {
+            format!("meta priority & {} vmap @{map}", class_id(*mask))
+        }
+        Statement::ClearPriority => "meta priority set none".into(),
         Statement::UpdateMap {
             map,
             key,

@@ -30,6 +30,7 @@ impl Program {
             }
             Selector::L4Protocol => self.meta(libc::NFT_META_L4PROTO, target),
             Selector::Mark => self.meta(libc::NFT_META_MARK, target),
+            Selector::Priority => self.meta(libc::NFT_META_PRIORITY, target),
             Selector::InputInterface => self.meta(libc::NFT_META_IIFNAME, target),
             Selector::OutputInterface => self.meta(libc::NFT_META_OIFNAME, target),
             Selector::RandomIndex { modulus } => self.push(

@@ -137,8 +137,9 @@ fn sets_read(table: &Table) -> impl Iterator<Item = &Name> {
     statements(table).filter_map(|statement| match statement {
         Statement::InSet(_, _, set)
         | Statement::VerdictMap(_, set)
-        | Statement::DnatByMap(_, set) => Some(set),
-        Statement::UpdateMap { map, .. } => Some(map),
+        | Statement::DnatByMap(_, set)
+        | Statement::PriorityByMap(_, set) => Some(set),
+        Statement::UpdateMap { map, .. } | Statement::PriorityVerdict { map, .. } => Some(map),
         _ => None,
     })
 }

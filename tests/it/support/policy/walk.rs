@@ -279,7 +279,12 @@ impl Walker<'_> {
                 Statement::Verdict(verdict) => {
                     return decides(Said::Verdict(verdict.clone()), limited);
                 }
-                Statement::DnatByMap(..) | Statement::Masquerade | Statement::Foreign(_) => {
+                Statement::DnatByMap(..)
+                | Statement::PriorityByMap(..)
+                | Statement::PriorityVerdict { .. }
+                | Statement::ClearPriority
+                | Statement::Masquerade
+                | Statement::Foreign(_) => {
                     panic!("{id}: no statement of a filter: {statement:?}")
                 }
             };
