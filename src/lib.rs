@@ -26,6 +26,7 @@
 pub mod app;
 mod backoff;
 mod cleanup;
+mod clock;
 pub mod engine;
 pub mod events;
 pub mod followers;

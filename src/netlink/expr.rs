@@ -77,7 +77,7 @@ impl Program {
             family,
             exprs: Vec::new(),
         };
-        for statement in &rule.statements {
+        for statement in &*rule.statements {
             program.statement(statement)?;
         }
         Ok(program.exprs)

@@ -176,7 +176,7 @@ impl Nftables {
                     && describe(&mut scratch, id, &chain, candidate).as_ref() == Some(&description)
             });
             let rule = same.cloned().unwrap_or_else(|| Rule {
-                statements: vec![Statement::Foreign(Arc::from(description))],
+                statements: [Statement::Foreign(Arc::from(description))].into(),
                 comment: comment.map(Arc::from),
             });
             rules.push((chain, rule));

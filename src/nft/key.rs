@@ -34,9 +34,7 @@ impl FieldType {
     /// Returns the length of the value in bytes.
     pub fn bytes(self) -> usize {
         match self {
-            FieldType::Ipv4Addr | FieldType::Integer | FieldType::Mark | FieldType::ClassId => {
-                4
-            }
+            FieldType::Ipv4Addr | FieldType::Integer | FieldType::Mark | FieldType::ClassId => 4,
             FieldType::Ipv6Addr | FieldType::IfName => 16,
             FieldType::InetProto | FieldType::Icmp6Type => 1,
             FieldType::InetService => 2,

@@ -11,15 +11,15 @@ use super::selector::Selector;
 /// A rule: statements that are evaluated in order until one does not match or issues a verdict.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Rule {
-    /// The statements.
-    pub statements: Vec<Statement>,
+    /// The statements, shared by all clones of the rule.
+    pub statements: Arc<[Statement]>,
     /// A comment for the reader of the ruleset.
     pub comment: Option<Arc<str>>,
 }
 
 impl Rule {
     /// Creates a rule without a comment.
-    pub fn new(statements: impl Into<Vec<Statement>>) -> Self {
+    pub fn new(statements: impl Into<Arc<[Statement]>>) -> Self {
         Self {
             statements: statements.into(),
             comment: None,

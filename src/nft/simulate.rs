@@ -80,7 +80,7 @@ fn step(ruleset: &mut Ruleset, op: &Op) -> Result<(), String> {
             table(ruleset, id)?.chains.remove(name);
         }
         Op::AddRule(id, name, rule) => {
-            for statement in &rule.statements {
+            for statement in &*rule.statements {
                 if let Some(read) = reads(statement) {
                     set(ruleset, id, read)?;
                 }
@@ -162,7 +162,7 @@ fn check_targets(table: &Table) -> Result<(), String> {
         .chains
         .values()
         .flat_map(|chain| &chain.rules)
-        .flat_map(|rule| &rule.statements)
+        .flat_map(|rule| &*rule.statements)
         .filter_map(|statement| match statement {
             Statement::Verdict(verdict) => verdict.target(),
             _ => None,

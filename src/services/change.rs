@@ -326,7 +326,7 @@ fn key(frontend: &Frontend) -> (Family, Claim) {
 /// Returns the approximate number of verdict elements of a frontend.
 fn lead_count(side: Side<'_>) -> usize {
     side.map_or(0, |(plan, frontend)| {
-        1 + usize::from(frontend.firewalled) + usize::from(plan.affinity.is_some())
+        1 + usize::from(frontend.firewalled) + 2 * usize::from(plan.affinity.is_some())
     })
 }
 

@@ -9,10 +9,7 @@
 
 use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
-use std::time::Duration;
-
-// Tests can stop tokio's clock.
-use tokio::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::change::PlanChange;
 use super::layout::TABLE;
@@ -24,6 +21,7 @@ use super::service::plan;
 use super::settings::ServiceSettings;
 use super::size::{TooLarge, elements};
 use super::tables::{NoLocalEndpoints, Tables, TransactionDraft};
+use crate::clock;
 use crate::engine::{self, BUDGET, Update};
 use crate::model::{Event, Family, Kind, Node, Notice, ObjectName, ObjectRef, Reason, Subject};
 use crate::nft::{ObjectPath, Ruleset, Transaction};
@@ -363,7 +361,7 @@ impl Engine {
 
     /// Returns the operations that remove expired chains.
     fn remove_expired_chains(&mut self) -> Transaction {
-        let moment = Instant::now().checked_sub(KEEP_UNUSED_CHAINS);
+        let moment = clock::now().checked_sub(KEEP_UNUSED_CHAINS);
         moment.map_or_else(Transaction::default, |moment| {
             self.tables.remove_chains_unused_since(moment)
         })
@@ -477,10 +475,10 @@ impl engine::Engine for Engine {
     }
 
     /// Unused chains are removed when nothing else waits.
-    fn due(&self) -> Option<std::time::Instant> {
+    fn due(&self) -> Option<Instant> {
         let is_idle = !self.is_marked() && self.queue.is_empty();
         let unused_since = self.tables.unused_since().filter(|_| is_idle)?;
-        Some((unused_since + KEEP_UNUSED_CHAINS).into_std())
+        Some(unused_since + KEEP_UNUSED_CHAINS)
     }
 
     fn take_notices(&mut self) -> Vec<Notice> {

@@ -23,8 +23,10 @@ pub(super) const SERVICE_CIDRS: &str = "service-cidrs";
 pub(super) const REJECT: &str = "reject-service";
 /// The chain that marks packets from outside of the pod network.
 pub(super) const MARK_OFF_CLUSTER: &str = "mark-off-cluster";
-/// The chain that looks up the verdicts of frontends with source ranges.
-pub(super) const FIREWALL: &str = "firewalled";
+/// The chain that looks up the source ranges of a frontend.
+pub(super) const FIREWALLED: &str = "firewalled";
+/// The chain for packets from a client in the source ranges.
+pub(super) const ALLOWED_CLIENT: &str = "allowed-client";
 
 /// Netfilter's priority of destination translation.
 pub(super) const DSTNAT: i32 = -100;
@@ -79,7 +81,34 @@ impl By {
         }
     }
 
-    /// Returns the verdict map of a scope's frontends.
+    /// Returns the name of a chain for frontends with this key.
+    pub(super) fn chain(self, name: &str, sticky: bool) -> Name {
+        let prefix = match self {
+            By::Address => "",
+            By::NodePort => "nodeport-",
+        };
+        let suffix = if sticky { "-sticky" } else { "" };
+        format!("{prefix}{name}{suffix}").into()
+    }
+
+    /// Returns the name of the verdict map of roles.
+    pub(super) fn roles(self) -> Name {
+        match self {
+            By::Address => "roles",
+            By::NodePort => "nodeport-roles",
+        }
+        .into()
+    }
+
+    /// Returns the verdict map of the frontends whose clients are looked up.
+    pub(super) fn sticky(self) -> ServiceSet {
+        match self {
+            By::Address => ServiceSet::StickyFrontends,
+            By::NodePort => ServiceSet::StickyNodePorts,
+        }
+    }
+
+    /// Returns the map of a scope's frontends.
     pub fn frontends(self, scope: Scope) -> ServiceSet {
         match (self, scope) {
             (By::Address, Scope::Cluster) => ServiceSet::Frontends,
@@ -230,6 +259,10 @@ fn verdicts(key: Vec<Selector>) -> Declaration {
     Declaration::new(SetKind::VerdictMap, key)
 }
 
+fn numbers(by: By) -> Declaration {
+    Declaration::new(SetKind::Map(vec![Selector::Priority]), by.key())
+}
+
 fn targets(by: By) -> Declaration {
     Declaration::new(SetKind::Map(target()), by.endpoint_key(1))
 }
@@ -243,16 +276,20 @@ service_sets! {
     NodePortEndpoints "nodeport-endpoints" targets(By::NodePort);
     /// (NodePort, index) to endpoint on this node, for external policy Local.
     NodePortLocalEndpoints "nodeport-local-endpoints" targets(By::NodePort);
-    /// Frontend to the chain that handles it.
-    Frontends "frontends" verdicts(By::Address.key());
-    /// Frontend with external policy Local to the chain for clients outside of this node.
-    LocalFrontends "local-frontends" verdicts(By::Address.key());
-    /// Frontend with source ranges to the chain that handles clients inside of them.
+    /// Frontend to what happens to its packets ([`Dispatch`](super::dispatch::Dispatch)).
+    Frontends "frontends" numbers(By::Address);
+    /// Frontend with external policy Local to the number of endpoints on this node.
+    LocalFrontends "local-frontends" numbers(By::Address);
+    /// Frontend with source ranges to the chain that looks for the client in them.
     FirewalledFrontends "firewalled-frontends" verdicts(By::Address.key());
-    /// NodePort to the chain that handles it.
-    NodePorts "nodeports" verdicts(By::NodePort.key());
-    /// NodePort with external policy Local to the chain for clients outside of this node.
-    NodePortsLocal "nodeports-local" verdicts(By::NodePort.key());
+    /// NodePort to what happens to its packets.
+    NodePorts "nodeports" numbers(By::NodePort);
+    /// NodePort with external policy Local to the number of endpoints on this node.
+    NodePortsLocal "nodeports-local" numbers(By::NodePort);
+    /// Frontend with session affinity to the chain that looks for the client.
+    StickyFrontends "sticky-frontends" verdicts(By::Address.key());
+    /// NodePort with session affinity to the chain that looks for the client.
+    StickyNodePorts "sticky-nodeports" verdicts(By::NodePort.key());
     /// Frontend with session affinity to the chain that remembers its clients.
     AffinityFrontends "affinity-frontends" verdicts(By::Address.key());
     /// NodePort with session affinity to the chain that remembers its clients.

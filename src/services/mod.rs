@@ -34,10 +34,12 @@
 //! So a change of an endpoint changes map data only, which the kernel accepts without validating
 //! the table again.
 
+mod balance;
 mod chains;
 mod change;
 mod claims;
 mod conflicts;
+mod dispatch;
 mod engine;
 mod layout;
 mod plan;
@@ -68,4 +70,4 @@ pub(crate) use store::{EndpointOf, SlicesOf};
 pub use store::{Marks, Store};
 pub(crate) use tables::{Sticky, Tables};
 #[cfg(test)]
-pub(crate) use {chains::Role, plan::Frontend};
+pub(crate) use {balance::Count, dispatch::Role, plan::Frontend, sources::SourceList};

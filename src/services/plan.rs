@@ -1,14 +1,16 @@
 //! The rules of one service in a compact form, and the elements and chains that result from it.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use super::chains::{FrontendChain, Role, SharedChain};
-use super::layout::{By, Clients, REJECT, Scope, ServiceSet};
+use super::balance::Count;
+use super::chains::SharedChain;
+use super::dispatch::{Action, Dispatch, Role, local_data};
+use super::layout::{By, Clients, Scope, ServiceSet};
 use super::sources::SourceList;
 use crate::model::{Family, Protocol};
-use crate::nft::{Data, Element, Key, KeyBuilder, Verdict};
+use crate::nft::{Data, Element, Key, KeyBuilder, Value, Verdict};
 use crate::services::Claim;
 
 /// Address and port of an endpoint.
@@ -86,8 +88,8 @@ pub struct Frontend {
 /// The handling of a frontend's packets. Pools are given by their index in the plan.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Route {
-    /// Packets go to the endpoints of a pool, through a chain of this role; without an endpoint
-    /// they are rejected.
+    /// Packets go to the endpoints of a pool, in this role; without an endpoint they are
+    /// rejected.
     Balance(Role, usize),
     /// Packets go to the endpoints of a pool; without one they are dropped, because other nodes
     /// have endpoints.
@@ -134,33 +136,15 @@ impl Frontend {
     }
 }
 
-/// The target of a verdict element.
-#[derive(PartialEq, Eq)]
-enum Goal {
-    Chain(SharedChain),
-    Refuse,
-    Drop,
-}
-
-impl Goal {
-    fn verdict(&self) -> Verdict {
-        match self {
-            Goal::Chain(chain) => Verdict::Goto(chain.name()),
-            Goal::Refuse => Verdict::Goto(REJECT.into()),
-            Goal::Drop => Verdict::Drop,
-        }
-    }
-}
-
-/// The content of the verdict elements of a frontend.
+/// The content of the elements that lead packets of a frontend to its endpoints.
 #[derive(PartialEq, Eq)]
 pub(super) struct Leads<'a> {
-    goal: Goal,
+    dispatch: Dispatch,
     /// The source ranges, if they apply.
     sources: Option<&'a SourceList>,
-    /// The chain for clients outside of this node, with external policy Local.
-    local: Option<SharedChain>,
-    learn: Option<SharedChain>,
+    /// The number of endpoints on this node, with external policy Local.
+    local: Option<Count>,
+    affinity: Option<&'a Affinity>,
     label: &'a Arc<str>,
 }
 
@@ -169,47 +153,30 @@ impl ServicePlan {
         self.pools.get(index)
     }
 
-    fn of_family(&self, family: Family) -> impl Iterator<Item = (&Frontend, &Pool)> + '_ {
+    fn of_family(&self, family: Family) -> impl Iterator<Item = (&Frontend, &Pool)> + Clone + '_ {
         self.frontends.iter().filter_map(move |frontend| {
             let pool = self.pool(frontend.route.first_pool())?;
             (frontend.family == family).then_some((frontend, pool))
         })
     }
 
-    fn handle(&self, by: By, role: Role, pool: &Pool) -> Option<SharedChain> {
-        let endpoints = u32::try_from(pool.targets.len()).ok()?;
-        (endpoints > 0).then_some(SharedChain::Frontend(FrontendChain {
-            by,
+    /// Returns the number of endpoints of a pool, if it has any.
+    fn count(&self, pool: usize) -> Option<Count> {
+        let endpoints = self.pool(pool)?.targets.len();
+        (endpoints > 0).then(|| Count::of(endpoints))
+    }
+
+    fn action(&self, frontend: &Frontend) -> Action {
+        let (role, pool, without) = match frontend.route {
+            Route::Balance(role, pool) => (role, pool, Action::Reject),
+            Route::BalanceOrDrop(role, pool) => (role, pool, Action::Drop),
+            Route::LocalPolicy { cluster, .. } => (Role::LocalPolicy, cluster, Action::Reject),
+        };
+        self.count(pool).map_or(without, |count| Action::Balance {
             role,
-            sticky: self.affinity.as_ref().map(|it| it.clients.clone()),
-            endpoints,
-        }))
-    }
-
-    /// Returns the first target of a frontend's packets.
-    fn goal(&self, frontend: &Frontend) -> Goal {
-        let chain = |role, pool| {
-            self.pool(pool)
-                .and_then(|pool| self.handle(frontend.by(), role, pool))
-        };
-        match frontend.route {
-            Route::Balance(role, pool) => chain(role, pool).map_or(Goal::Refuse, Goal::Chain),
-            Route::BalanceOrDrop(role, pool) => chain(role, pool).map_or(Goal::Drop, Goal::Chain),
-            Route::LocalPolicy { cluster, .. } => {
-                chain(Role::LocalPolicy, cluster).map_or(Goal::Refuse, Goal::Chain)
-            }
-        }
-    }
-
-    /// Returns the chain and pool for packets from outside of this node, with external policy
-    /// Local.
-    fn local_chain(&self, frontend: &Frontend) -> Option<(&Pool, SharedChain)> {
-        let Route::LocalPolicy { local, .. } = frontend.route else {
-            return None;
-        };
-        let pool = self.pool(local)?;
-        let chain = self.handle(frontend.by(), Role::Balance(Scope::Local), pool)?;
-        Some((pool, chain))
+            sticky: self.affinity.is_some(),
+            count,
+        })
     }
 
     /// Returns each frontend with each pool that its packets can reach.
@@ -265,44 +232,54 @@ impl ServicePlan {
         elements
     }
 
-    /// Returns the content of the verdict elements of a frontend.
+    /// Returns the content of the elements that lead to the endpoints of a frontend.
     pub(super) fn leads(&self, frontend: &Frontend) -> Option<Leads<'_>> {
-        let goal = self.goal(frontend);
-        let leads_on = matches!(goal, Goal::Chain(_));
-        let affinity = self.affinity.as_ref().filter(|_| leads_on);
+        let sources = self
+            .sources(frontend.family)
+            .filter(|_| frontend.firewalled);
+        let local = match frontend.route {
+            Route::LocalPolicy { local, .. } => self.count(local),
+            Route::Balance(..) | Route::BalanceOrDrop(..) => None,
+        };
         Some(Leads {
-            goal,
-            sources: self
-                .sources(frontend.family)
-                .filter(|_| frontend.firewalled),
-            local: self.local_chain(frontend).map(|(_, chain)| chain),
-            learn: affinity.map(Affinity::learn),
+            dispatch: Dispatch {
+                action: self.action(frontend),
+                firewalled: sources.is_some(),
+            },
+            sources,
+            local,
+            affinity: self.affinity.as_ref(),
             label: &self.pool(frontend.route.first_pool())?.label,
         })
     }
 
-    /// Appends the verdict elements of a frontend.
+    /// Appends the elements that lead to the endpoints of a frontend.
     pub(super) fn lead_elements(&self, frontend: &Frontend, elements: &mut Vec<ElementOf>) {
         let Some(leads) = self.leads(frontend) else {
             return;
         };
         let (by, at) = (frontend.by(), frontend.key());
-        let mut lead = |set: ServiceSet, verdict: Verdict| {
-            let element = Element::with_verdict(at.clone().finish(), verdict);
+        let mut add = |set: ServiceSet, value: Value| {
+            let element = Element {
+                value,
+                ..Element::new(at.clone().finish())
+            };
             elements.push((set, element.comment(leads.label)));
         };
-        match leads.sources {
-            Some(list) => {
-                lead(by.frontends(Scope::Cluster), Verdict::Goto(list.name()));
-                lead(ServiceSet::FirewalledFrontends, leads.goal.verdict());
-            }
-            None => lead(by.frontends(Scope::Cluster), leads.goal.verdict()),
+        let data = leads.dispatch.data();
+        add(by.frontends(Scope::Cluster), Value::Data(data));
+        if let Some(count) = leads.local {
+            let data = local_data(count);
+            add(by.frontends(Scope::Local), Value::Data(data));
         }
-        if let Some(chain) = leads.local {
-            lead(by.frontends(Scope::Local), Verdict::Goto(chain.name()));
+        let mut lead = |set, verdict| add(set, Value::Verdict(verdict));
+        if let Some(list) = leads.sources {
+            lead(ServiceSet::FirewalledFrontends, Verdict::Goto(list.name()));
         }
-        if let Some(learn) = leads.learn {
-            lead(by.affinity(), Verdict::Goto(learn.name()));
+        if let Some(affinity) = leads.affinity {
+            let follow = SharedChain::Follow(affinity.clients.clone()).name();
+            lead(by.sticky(), Verdict::Jump(follow));
+            lead(by.affinity(), Verdict::Goto(affinity.learn().name()));
         }
     }
 
@@ -342,25 +319,14 @@ impl ServicePlan {
 
     /// Returns the shared chains that the verdicts lead to, directly or not, each once.
     pub fn chains(&self, family: Family) -> BTreeSet<SharedChain> {
-        // Adjacent frontends belong to one port and mostly have the same verdicts.
-        let mut last = None;
-        let mut direct = HashSet::new();
-        for (frontend, _) in self.of_family(family) {
-            let led_by = (frontend.by(), &frontend.route, frontend.firewalled);
-            if last == Some(led_by) {
-                continue;
-            }
-            last = Some(led_by);
-            let Some(leads) = self.leads(frontend) else {
-                continue;
-            };
-            let goal = match leads.goal {
-                Goal::Chain(chain) => Some(chain),
-                Goal::Refuse | Goal::Drop => None,
-            };
-            let sources = leads.sources.cloned().map(SharedChain::Sources);
-            let all = [goal, leads.local, leads.learn, sources];
-            direct.extend(all.into_iter().flatten());
+        let mut direct = Vec::new();
+        let mut frontends = self.of_family(family).map(|(frontend, _)| frontend);
+        if frontends.clone().next().is_some() {
+            direct.extend(self.affinity.as_ref().map(Affinity::learn));
+        }
+        if frontends.any(|frontend| frontend.firewalled) {
+            let sources = self.sources(family).cloned();
+            direct.extend(sources.map(SharedChain::Sources));
         }
         direct.into_iter().flat_map(SharedChain::closure).collect()
     }

@@ -4,10 +4,10 @@
 use std::collections::{BTreeMap, HashSet};
 use std::net::IpAddr;
 
-use super::chains::is_bound_to_node;
+use super::dispatch::is_bound_to_node;
 use super::layout::{By, Scope, ServiceSet, table_id};
 use crate::model::{Family, Protocol};
-use crate::nft::{Element, Key, Name, Op, Ruleset, TableId, Transaction, Value};
+use crate::nft::{Element, Key, Name, Op, Ruleset, TableId, Transaction};
 use crate::services::Claim;
 
 /// Frontends in the kernel that a comparison changes.
@@ -19,11 +19,10 @@ pub struct RemovedFrontends {
     pub bound: HashSet<(Family, Claim)>,
 }
 
-/// The sets with verdicts of frontends.
-const FRONTENDS: [(ServiceSet, By); 3] = [
+/// The maps of frontends.
+const FRONTENDS: [(ServiceSet, By); 2] = [
     (ServiceSet::Frontends, By::Address),
     (ServiceSet::NodePorts, By::NodePort),
-    (ServiceSet::FirewalledFrontends, By::Address),
 ];
 
 impl RemovedFrontends {
@@ -47,7 +46,8 @@ impl RemovedFrontends {
                     if set == by.frontends(Scope::Cluster) && after.is_none() {
                         removed.deleted.insert((family, claim));
                     }
-                    let is_bound = |element: Option<&Element>| element.is_some_and(leads_to_node);
+                    let is_bound =
+                        |element: Option<&Element>| element.is_some_and(is_bound_to_node);
                     if before.is_some() && is_bound(after) && !is_bound(before) {
                         removed.bound.insert((family, claim));
                     }
@@ -91,13 +91,6 @@ fn changed<'a>(
         }
     }
     changed
-}
-
-fn leads_to_node(element: &Element) -> bool {
-    match &element.value {
-        Value::Verdict(verdict) => verdict.target().is_some_and(is_bound_to_node),
-        Value::None | Value::Data(_) => false,
-    }
 }
 
 /// Returns the frontend with a key; `None` if nftlet never writes such a key.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use foldhash::{HashMap, HashMapExt, HashSet, HashSetExt};
 use ipnet::IpNet;
 
-use super::chains::Role;
+use super::dispatch::Role;
 use super::layout::{Clients, Scope};
 use super::plan::{Affinity, Frontend, Pool, Route, ServicePlan, Target};
 use super::settings::{LocalDetector, ServiceSettings};
@@ -353,7 +353,7 @@ impl<'a> Compiler<'a> {
         let masquerade_all = self.settings.masquerade_all;
         let role = match self.settings.detector(pools.family) {
             _ if masquerade_all => Role::External,
-            LocalDetector::None => Role::Balance(Scope::Cluster),
+            LocalDetector::None => Role::Balance,
             LocalDetector::PodNetworks | LocalDetector::Interface(_) => Role::Cluster,
         };
         match self.service.internal_policy {

@@ -84,8 +84,8 @@ fn elements_of(service: &Service, slices: &SlicesOf, node: Option<&Node>) -> usi
             let external = balancers
                 .saturating_add(external_ips)
                 .saturating_add(node_port);
-            // One verdict for the frontend, one for session affinity.
-            let leads = 1 + usize::from(service.affinity_seconds.is_some());
+            // One for the frontend, two for session affinity.
+            let leads = 1 + 2 * usize::from(service.affinity_seconds.is_some());
             let each = endpoints.saturating_add(leads);
             let each_external = if policy_local {
                 each.saturating_add(local).saturating_add(1)

@@ -2,17 +2,19 @@
 
 use ipnet::IpNet;
 
+use super::balance;
 use super::chains::{LearnAt, SharedChain};
+use super::dispatch::{self, dispatch};
 use super::layout::{
-    By, DSTNAT, FIREWALL, MARK_OFF_CLUSTER, NODEPORT_ADDRESSES, POD_NETWORKS, REJECT,
-    SERVICE_CIDRS, ServiceSet,
+    By, DSTNAT, MARK_OFF_CLUSTER, NODEPORT_ADDRESSES, POD_NETWORKS, REJECT, SERVICE_CIDRS, Scope,
+    ServiceSet,
 };
 use super::settings::{LocalDetector, ServiceSettings};
 use crate::engine::table_family;
 use crate::model::{Family, Node};
 use crate::nft::{
-    BaseChain, Chain, ChainKind, Comparison, CtState, Declaration, Hook, Name, Operand, RejectWith,
-    Rule, Selector, Set, SetKind, Statement, Table, Verdict, merge_intervals,
+    BaseChain, Chain, ChainKind, Comparison, CtState, Declaration, Element, Hook, Name, Operand,
+    RejectWith, Rule, Selector, Set, SetKind, Statement, Table, Verdict, merge_intervals,
 };
 
 const SERVICES: &str = "services";
@@ -63,34 +65,13 @@ pub fn skeleton(
     let mut chain = |name: &str, base: Option<BaseChain>, rules: Vec<Rule>| {
         table.chains.insert(Name::from(name), Chain { base, rules });
     };
-    for (name, hook) in [
-        ("nat-prerouting", Hook::Prerouting),
-        ("nat-output", Hook::Output),
-    ] {
-        chain(name, nat(hook, DSTNAT), vec![jump(SERVICES)]);
-    }
-    chain(
-        "nat-postrouting",
-        nat(Hook::Postrouting, SRCNAT),
-        postrouting(settings),
-    );
-    for (name, hook, target) in [
-        ("filter-forward", Hook::Forward, UNASSIGNED),
-        ("filter-output", Hook::Output, UNASSIGNED),
-        ("filter-input", Hook::Input, UNKNOWN_PORTS),
-    ] {
-        let base = BaseChain {
-            kind: ChainKind::Filter,
-            hook,
-            priority: AFTER_DSTNAT,
-        };
-        chain(name, Some(base), new_connections(target));
+    for (name, base, rules) in base_chains(settings) {
+        chain(name, Some(base), rules);
     }
     chain(SERVICES, None, services());
     chain(UNASSIGNED, None, unassigned());
     chain(UNKNOWN_PORTS, None, vec![unknown_port()]);
     chain(REJECT, None, reject());
-    chain(FIREWALL, None, firewall());
     chain(
         MASQUERADE,
         None,
@@ -104,6 +85,18 @@ pub fn skeleton(
         None,
         mark_off_cluster(settings.detector(family), family, settings, node),
     );
+    for by in [By::Address, By::NodePort] {
+        table.chains.extend(dispatch::chains(by, settings, family));
+        let roles = dispatch::roles(by).into_iter();
+        table
+            .sets
+            .extend(roles.map(|(name, elements)| (name, lookup(elements))));
+        for scope in [Scope::Cluster, Scope::Local] {
+            let counts = lookup(balance::elements(by, scope));
+            table.sets.insert(balance::by_count(by, scope), counts);
+        }
+    }
+    table.chains.extend(balance::chains());
     debug_assert!(consistent(&table), "{:?}", table_family(family));
     table
 }
@@ -112,17 +105,16 @@ pub fn skeleton(
 /// version of nftlet. At start, other base chains are removed before the first lists; a former name
 /// must therefore stay in this list.
 pub(crate) fn is_base_chain(name: &Name) -> bool {
-    let skeleton = skeleton(Family::V4, &ServiceSettings::default(), None, &[]);
-    let fixed = skeleton.chains.get(name);
+    let fixed = base_chains(&ServiceSettings::default());
     let mut learning = [LearnAt::Prerouting, LearnAt::Output].into_iter();
-    fixed.is_some_and(|chain| chain.base.is_some())
+    fixed.iter().any(|(fixed, ..)| *fixed == name.as_str())
         || learning.any(|at| SharedChain::LearnHook(at).name() == *name)
 }
 
 /// Returns whether every target of a verdict exists.
 fn consistent(table: &Table) -> bool {
     let targets = table.chains.values().flat_map(|chain| &chain.rules);
-    targets.flat_map(|rule| &rule.statements).all(|statement| {
+    targets.flat_map(|rule| &*rule.statements).all(|statement| {
         let Statement::Verdict(verdict) = statement else {
             return true;
         };
@@ -132,12 +124,51 @@ fn consistent(table: &Table) -> bool {
     })
 }
 
-fn nat(hook: Hook, priority: i32) -> Option<BaseChain> {
-    Some(BaseChain {
+/// Returns the base chains with their rules.
+fn base_chains(settings: &ServiceSettings) -> Vec<(&'static str, BaseChain, Vec<Rule>)> {
+    let nat = |hook, priority| BaseChain {
         kind: ChainKind::Nat,
         hook,
         priority,
-    })
+    };
+    let filter = |hook| BaseChain {
+        kind: ChainKind::Filter,
+        hook,
+        priority: AFTER_DSTNAT,
+    };
+    let (prerouting, output) = (Hook::Prerouting, Hook::Output);
+    vec![
+        (
+            "nat-prerouting",
+            nat(prerouting, DSTNAT),
+            vec![jump(SERVICES)],
+        ),
+        ("nat-output", nat(output, DSTNAT), vec![jump(SERVICES)]),
+        (
+            "nat-postrouting",
+            nat(Hook::Postrouting, SRCNAT),
+            postrouting(settings),
+        ),
+        (
+            "filter-forward",
+            filter(Hook::Forward),
+            new_connections(UNASSIGNED),
+        ),
+        ("filter-output", filter(output), new_connections(UNASSIGNED)),
+        (
+            "filter-input",
+            filter(Hook::Input),
+            new_connections(UNKNOWN_PORTS),
+        ),
+    ]
+}
+
+/// Returns a verdict map for parts of a packet's priority.
+fn lookup(elements: Vec<Element>) -> Set {
+    Set {
+        elements,
+        ..Set::from(Declaration::new(SetKind::VerdictMap, [Selector::Priority]))
+    }
 }
 
 fn jump(chain: &str) -> Rule {
@@ -159,18 +190,14 @@ fn address_ranges(key: Selector, ranges: Vec<IpNet>) -> Set {
 
 /// Returns the rules that look up the frontend, the most specific first.
 fn services() -> Vec<Rule> {
+    let to_node = [
+        to(NODEPORT_ADDRESSES.into()),
+        // The kernel looks up the host's addresses, so that the set needs no update when they change.
+        Statement::DestinationIsLocal,
+    ];
     vec![
-        Rule::new([Statement::VerdictMap(
-            By::Address.key(),
-            ServiceSet::Frontends.name(),
-        )]),
-        Rule::new([
-            to(NODEPORT_ADDRESSES.into()),
-            // The kernel looks up the host's addresses, so that the set needs no update when they
-            // change.
-            Statement::DestinationIsLocal,
-            Statement::VerdictMap(By::NodePort.key(), ServiceSet::NodePorts.name()),
-        ]),
+        Rule::new(dispatch(By::Address)),
+        Rule::new([to_node.as_slice(), &dispatch(By::NodePort)].concat()),
     ]
 }
 
@@ -230,19 +257,6 @@ fn reject() -> Vec<Rule> {
             Statement::Reject(RejectWith::TcpReset),
         ]),
         Rule::new([Statement::Reject(RejectWith::PortUnreachable)]),
-    ]
-}
-
-/// Returns the rules for clients in the source ranges of a frontend. The lookup has a chain of its
-/// own, because the kernel validates all elements of a verdict map for each new chain that reads
-/// it.
-fn firewall() -> Vec<Rule> {
-    vec![
-        Rule::new([Statement::VerdictMap(
-            By::Address.key(),
-            ServiceSet::FirewalledFrontends.name(),
-        )]),
-        Rule::new([Statement::Verdict(Verdict::Drop)]),
     ]
 }
 

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use super::layout::FIREWALL;
+use super::layout::ALLOWED_CLIENT;
 use crate::nft::{
     Comparison, Declaration, Name, Rule, Selector, Set, SetKind, Statement, Verdict, digest_of,
     merge_intervals,
@@ -68,7 +68,7 @@ impl SourceList {
                     Comparison::Is,
                     self.name.clone(),
                 ),
-                Statement::Verdict(Verdict::Goto(FIREWALL.into())),
+                Statement::Verdict(Verdict::Goto(ALLOWED_CLIENT.into())),
             ]),
             Rule::new([Statement::Verdict(Verdict::Drop)]),
         ]

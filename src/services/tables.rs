@@ -7,8 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
-
-use tokio::time::Instant;
+use std::time::Instant;
 
 use super::chains::SharedChain;
 use super::change::{Edit, PlanChange};
@@ -18,6 +17,7 @@ use super::settings::ServiceSettings;
 use super::skeleton::skeleton;
 use super::sources::SourceList;
 
+use crate::clock;
 use crate::model::{Family, ObjectName};
 use crate::nft::{Element, Key, Name, ObjectPath, Op, Ruleset, Table, Transaction, diff};
 use crate::services::Store;
@@ -305,7 +305,7 @@ impl Tables {
                 if let Some(users) = self.chains.get_mut(&(family, chain)) {
                     *users = match *users {
                         Use::By(count) if count > 1 => Use::By(count - 1),
-                        Use::By(_) => Use::UnusedSince(Instant::now()),
+                        Use::By(_) => Use::UnusedSince(clock::now()),
                         unused @ Use::UnusedSince(_) => unused,
                     };
                 }
@@ -357,9 +357,7 @@ impl Tables {
             let mut table = skeleton.clone();
             let chains = self.chains.keys().filter(|(of, _)| of == family);
             for (_, chain) in chains {
-                table
-                    .chains
-                    .insert(chain.name(), chain.chain(&self.settings, *family));
+                table.chains.insert(chain.name(), chain.chain());
                 table.sets.extend(chain.sets());
             }
             ruleset.tables.insert(table_id(*family), table);
@@ -480,7 +478,7 @@ impl TransactionDraft {
             }
             let chains = draft.new_chains.iter();
             let chains: Vec<_> = chains
-                .map(|shared| (shared.name(), shared.chain(&tables.settings, family)))
+                .map(|shared| (shared.name(), shared.chain()))
                 .collect();
             for (name, chain) in &chains {
                 ops.push(Op::AddChain(id.clone(), name.clone(), chain.base));

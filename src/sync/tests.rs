@@ -20,7 +20,9 @@ use crate::model::{
     ServiceCidr, ServiceKind, ServicePort, SlicePort, TrafficPolicy,
 };
 use crate::netlink::{Applied, ConntrackError, Error, Refusal};
-use crate::nft::{Element, Key, Name, ObjectPath, Op, Ruleset, TableId, Transaction, simulate};
+use crate::nft::{
+    Element, Key, Name, ObjectPath, Op, Ruleset, SetKind, TableId, Transaction, simulate,
+};
 use crate::serve::health::{ClockReading, Health};
 use crate::serve::metrics::Registry;
 use crate::services::{DetectLocal, ServiceSet, table_id};
@@ -40,7 +42,7 @@ mod queries;
 mod turns;
 
 pub(crate) use fake::{Fake, RecordedReports};
-pub(crate) use objects::{delete, lists, node, put, service, slice};
+pub(crate) use objects::{delete, lists, node, put, restricted, service, slice, source_list};
 
 pub(crate) struct Bench {
     pub(crate) kernel: Fake,
@@ -77,6 +79,13 @@ impl Bench {
     /// The transactions since the last call.
     pub(crate) fn applied(&self) -> Vec<Transaction> {
         std::mem::take(&mut self.kernel.0.borrow_mut().applied)
+    }
+
+    /// Returns whether the IPv4 table has a chain.
+    pub(crate) fn has_chain(&self, name: &Name) -> bool {
+        let state = self.kernel.0.borrow();
+        let table = &state.ruleset.tables[&table_id(Family::V4)];
+        table.chains.contains_key(name)
     }
 
     pub(crate) fn assert_as_wanted(&self, controller: &Controller<Fake>) {
@@ -137,9 +146,9 @@ pub(crate) fn meaning(ruleset: &Ruleset) -> Ruleset {
             .flat_map(|set| verdicts(&set.elements))
             .collect();
         while let Some(name) = next.pop() {
-            let rules = table.chains.get(&name).map(|chain| chain.rules.clone());
+            let rules = table.chains.get(&name).map(|chain| &chain.rules);
             if reached.insert(name) {
-                let statements = rules.into_iter().flatten().flat_map(|r| r.statements);
+                let statements = rules.into_iter().flatten().flat_map(|r| &*r.statements);
                 next.extend(statements.filter_map(|statement| match statement {
                     crate::nft::Statement::Verdict(verdict) => verdict.target().cloned(),
                     _ => None,
@@ -153,12 +162,8 @@ pub(crate) fn meaning(ruleset: &Ruleset) -> Ruleset {
             let name_text = name.as_str();
             let by_learning =
                 ["learn-prerouting", "learn-output", "learn-new"].contains(&name_text);
-            let (role, namespace) = name_text.split_once('/').unwrap_or((name_text, ""));
-            let counted = role
-                .rsplit_once('-')
-                .is_some_and(|(_, n)| n.parse::<u32>().is_ok());
             let listed = name_text.starts_with("sources-");
-            let shared = counted || by_learning || listed || !namespace.is_empty();
+            let shared = by_learning || listed || name_text.contains('/');
             reached.contains(name) || (by_learning && learns) || !shared
         });
         let chains = &table.chains;
@@ -265,45 +270,66 @@ fn one_replaced_endpoint_is_two_elements() {
     bench.assert_as_wanted(&controller);
 }
 
-#[tokio::test(start_paused = true)]
-async fn a_new_number_of_endpoints_brings_its_chain_first() {
+#[test]
+fn a_number_of_endpoints_changes_data_only() {
     let bench = Bench::new();
     let mut controller = bench.controller();
-    let web = service("web", &["10.96.0.10"], &[80]);
-    let two = slice("web-1", &web, Family::V4, &[1, 3]);
-    handle(
-        &mut controller,
-        lists(vec![web.clone().into(), two.clone().into()]),
-    );
+    let mut web = service("web", &["10.96.0.10"], &[80]);
+    web.ports[0].node_port = Some(30_080);
+    web.external_policy = TrafficPolicy::Local;
+    let other = service("other", &["10.96.0.11"], &[80]);
+    handle(&mut controller, lists(vec![node().into(), other.into()]));
     bench.applied();
-    let three = slice("web-1", &web, Family::V4, &[1, 3, 5]);
-    handle(&mut controller, vec![put(three.clone())]);
+    let all: Vec<u8> = (1..=200).collect();
+    let mut events = vec![put(web.clone())];
+    events.extend(
+        [1, 2, 3, 64, 65, 92, 200, 3, 0]
+            .map(|count| put(slice("web-1", &web, Family::V4, &all[..count]))),
+    );
+    events.push(delete(Kind::Service, "web"));
+    for event in events {
+        handle(&mut controller, vec![event]);
+        bench.assert_as_wanted(&controller);
+        let applied = bench.applied();
+        assert_eq!(applied.len(), 1);
+        for op in &applied[0].ops {
+            match op {
+                Op::AddElements(_, _, declaration, _)
+                | Op::DeleteElements(_, _, declaration, _)
+                    if declaration.kind != SetKind::VerdictMap => {}
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_new_list_of_source_ranges_brings_its_chain_first() {
+    let bench = Bench::new();
+    let mut controller = bench.controller();
+    handle(&mut controller, lists(vec![restricted(8).into()]));
+    bench.applied();
+    handle(&mut controller, vec![put(restricted(16))]);
     let applied = bench.applied();
     assert_eq!(applied.len(), 2);
-    assert!(
-        applied[0]
-            .ops
-            .iter()
-            .all(|op| matches!(op, Op::AddChain(..) | Op::AddRule(..)))
-    );
+    let creates = |op: &Op| {
+        matches!(
+            op,
+            Op::AddSet(..) | Op::AddElements(..) | Op::AddChain(..) | Op::AddRule(..)
+        )
+    };
+    assert!(applied[0].ops.iter().all(creates));
     assert!(applied[1].elements() == applied[1].ops.iter().map(Op::elements).sum::<usize>());
     bench.assert_as_wanted(&controller);
     // Back and forth: the chains are there already.
-    for object in [two, three] {
-        handle(&mut controller, vec![put(object)]);
+    for length in [8, 16] {
+        handle(&mut controller, vec![put(restricted(length))]);
         assert_eq!(bench.applied().len(), 1);
         bench.assert_as_wanted(&controller);
     }
-    let lb_2 = Name::from("lb-2");
-    let has = |bench: &Bench| {
-        let state = bench.kernel.0.borrow();
-        state.ruleset.tables[&table_id(Family::V4)]
-            .chains
-            .contains_key(&lb_2)
-    };
-    assert!(has(&bench), "an unused chain stays for a while");
+    assert!(bench.has_chain(&source_list(8)), "it stays for a while");
     remove_unused_chains(&mut controller).await;
-    assert!(!has(&bench));
+    assert!(!bench.has_chain(&source_list(8)));
     bench.assert_as_wanted(&controller);
 }
 
@@ -475,12 +501,8 @@ fn while_a_retry_is_due_events_are_taken_over_without_touching_the_kernel() {
 async fn a_failure_to_remove_unused_chains_is_repaired_at_once() {
     let bench = Bench::new();
     let mut controller = bench.controller();
-    let web = service("web", &["10.96.0.10"], &[80]);
-    let two = slice("web-1", &web, Family::V4, &[1, 3]);
-    let objects = vec![web.clone().into(), two.into()];
-    handle(&mut controller, lists(objects));
-    let one = slice("web-1", &web, Family::V4, &[1]);
-    handle(&mut controller, vec![put(one)]);
+    handle(&mut controller, lists(vec![restricted(8).into()]));
+    handle(&mut controller, vec![put(restricted(16))]);
     // Another process removes the whole table, with the chain that is about to be removed.
     bench.kernel.0.borrow_mut().ruleset = Ruleset::default();
     let removed = remove_unused_chains(&mut controller).await;

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 pub const LAYERS: &[(&str, &[&str])] = &[
     ("model", &[]),
     ("backoff", &[]),
+    ("clock", &[]),
     ("logging", &[]),
     ("host", &["model"]),
     ("settings", &[]),
@@ -19,7 +20,7 @@ pub const LAYERS: &[(&str, &[&str])] = &[
     ("netlink", &["nft"]),
     ("engine", &["model", "nft"]),
     ("source", &["model", "serve", "logging", "backoff"]),
-    ("services", &["model", "nft", "engine"]),
+    ("services", &["model", "nft", "engine", "clock"]),
     ("policies", &["model", "nft", "engine", "logging"]),
     (
         "sync",

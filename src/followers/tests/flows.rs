@@ -156,9 +156,10 @@ fn frontends_missing_after_a_restart_are_handed_over() {
 #[test]
 fn frontends_that_an_attempt_removed_before_it_failed_are_handed_over() {
     let bench = Bench::new();
-    let (gone, stays) = (dns("gone", &["10.96.0.1"]), dns("stays", &["10.96.0.2"]));
+    let (mut gone, stays) = (dns("gone", &["10.96.0.1"]), dns("stays", &["10.96.0.2"]));
+    gone.affinity_seconds = Some(10);
     let mut before = bench.controller();
-    // The chain that only the first one uses goes with the last step.
+    // The chain of clients that only the first one uses goes with the last step.
     let objects: Vec<Object> = vec![
         node().into(),
         gone.clone().into(),

@@ -160,12 +160,9 @@ async fn a_kernel_that_does_not_answer_is_noticed_although_nothing_changes() {
 async fn while_it_is_unknown_what_is_in_force_no_chain_is_removed() {
     let bench = Bench::new();
     let mut controller = bench.controller().with_policies(engine());
-    let service = web(1);
-    let of = |endpoints: &[u8]| slice("web-1", &service, Family::V4, endpoints);
-    let objects = vec![service.clone().into(), of(&[1, 3]).into()];
-    handle(&mut controller, lists(objects));
+    handle(&mut controller, lists(vec![restricted(8).into()]));
     handle(&mut controller, policy_lists(vec![]));
-    handle(&mut controller, vec![put(of(&[1]))]);
+    handle(&mut controller, vec![put(restricted(16))]);
     assert!(controller.services.due().is_some());
 
     // The outcome of the services does not contain that of the policies.
@@ -177,9 +174,9 @@ async fn while_it_is_unknown_what_is_in_force_no_chain_is_removed() {
     assert_eq!(removed.policies, None);
     assert!(!controller.is_synced());
 
-    handle(&mut controller, vec![put(of(&[1, 3]))]);
+    handle(&mut controller, vec![put(restricted(8))]);
     bench.kernel.0.borrow_mut().failures = 3;
-    handle(&mut controller, vec![put(of(&[1]))]);
+    handle(&mut controller, vec![put(restricted(16))]);
     assert_eq!(controller.services.due(), None);
 }
 
@@ -187,33 +184,27 @@ async fn while_it_is_unknown_what_is_in_force_no_chain_is_removed() {
 async fn each_chain_stays_for_its_own_time() {
     let bench = Bench::new();
     let mut controller = bench.controller();
-    let service = web(1);
-    let of = |endpoints: &[u8]| put(slice("web-1", &service, Family::V4, endpoints));
-    handle(&mut controller, lists(vec![service.clone().into()]));
-    handle(&mut controller, vec![of(&[1, 3, 5])]);
-    handle(&mut controller, vec![of(&[1, 3])]);
+    let has = |length| bench.has_chain(&source_list(length));
     let wait = async |controller: &mut Controller<'_, Fake>, seconds| {
         tokio::time::advance(Duration::from_secs(seconds)).await;
         controller.work(Engines::SERVICES);
     };
+    handle(&mut controller, lists(vec![]));
+    handle(&mut controller, vec![put(restricted(8))]);
+    handle(&mut controller, vec![put(restricted(12))]);
     wait(&mut controller, 20).await;
-    handle(&mut controller, vec![of(&[1])]);
+    handle(&mut controller, vec![put(restricted(16))]);
     wait(&mut controller, 40).await;
-    let has = |name: &str| {
-        let state = bench.kernel.0.borrow();
-        let chains = &state.ruleset.tables[&table_id(Family::V4)].chains;
-        chains.contains_key(name)
-    };
-    assert!(!has("lb-3"));
-    assert!(has("lb-2"), "it was used after that");
+    assert!(!has(8));
+    assert!(has(12), "it was used after that");
     assert!(controller.services.due().is_some());
     // A chain that is used again and left again begins anew.
-    handle(&mut controller, vec![of(&[1, 3])]);
-    handle(&mut controller, vec![of(&[1])]);
+    handle(&mut controller, vec![put(restricted(12))]);
+    handle(&mut controller, vec![put(restricted(16))]);
     wait(&mut controller, 59).await;
-    assert!(has("lb-2"));
+    assert!(has(12));
     wait(&mut controller, 1).await;
-    assert!(!has("lb-2"));
+    assert!(!has(12));
     assert_eq!(controller.services.due(), None);
 }
 

@@ -1,6 +1,7 @@
 //! Objects and events for tests.
 
 use super::*;
+use crate::services::SourceList;
 
 pub(crate) fn service(name: &str, cluster_ips: &[&str], ports: &[u16]) -> Service {
     Service {
@@ -25,6 +26,23 @@ pub(crate) fn service(name: &str, cluster_ips: &[&str], ports: &[u16]) -> Servic
         affinity_seconds: None,
         health_check_node_port: None,
     }
+}
+
+/// A service whose load balancer allows clients in the prefix of 10.0.0.0 with a length.
+pub(crate) fn restricted(length: u8) -> Service {
+    let mut service = service("restricted", &["10.96.0.70"], &[80]);
+    service.load_balancer_ips = vec!["203.0.113.70".parse().unwrap()];
+    service.source_ranges = vec![prefix(length)];
+    service
+}
+
+/// The chain of the source ranges of [`restricted`].
+pub(crate) fn source_list(length: u8) -> Name {
+    SourceList::new(&[prefix(length)], None).name()
+}
+
+fn prefix(length: u8) -> ipnet::IpNet {
+    ipnet::IpNet::new([10, 0, 0, 0].into(), length).unwrap()
 }
 
 pub(crate) fn slice(

@@ -4,12 +4,11 @@ use super::histories::event;
 use super::*;
 use crate::nft::Value;
 use crate::services;
-use crate::services::Marks;
+use crate::services::{Count, Marks};
 
-/// The verdict maps with the maps from which the chains draw that they lead to.
-const DRAWN: [(ServiceSet, ServiceSet); 5] = [
+/// The maps of frontends with the maps from which the chains draw that they lead to.
+const DRAWN: [(ServiceSet, ServiceSet); 4] = [
     (ServiceSet::Frontends, ServiceSet::Endpoints),
-    (ServiceSet::FirewalledFrontends, ServiceSet::Endpoints),
     (ServiceSet::LocalFrontends, ServiceSet::LocalEndpoints),
     (ServiceSet::NodePorts, ServiceSet::NodePortEndpoints),
     (
@@ -18,33 +17,47 @@ const DRAWN: [(ServiceSet, ServiceSet); 5] = [
     ),
 ];
 
-/// Checks that every verdict leads to a chain that is there, and that there is an endpoint for
-/// each index which that chain draws. Returns the number of indexes.
+/// The maps of frontends to chains.
+const LEADING: [ServiceSet; 5] = [
+    ServiceSet::FirewalledFrontends,
+    ServiceSet::StickyFrontends,
+    ServiceSet::StickyNodePorts,
+    ServiceSet::AffinityFrontends,
+    ServiceSet::AffinityNodePorts,
+];
+
+/// Checks that every verdict leads to a chain that exists, and that there is an endpoint for each
+/// index of which the chains for a frontend rely on. Returns the number of indexes.
 fn assert_packets_are_safe(ruleset: &Ruleset) -> usize {
     let mut drawn = 0;
     for table in ruleset.tables.values() {
-        for (verdicts, endpoints) in DRAWN {
+        for element in LEADING
+            .iter()
+            .flat_map(|set| &table.sets[&set.name()].elements)
+        {
+            let Value::Verdict(verdict) = &element.value else {
+                panic!("{element:?} is no verdict");
+            };
+            let chain = verdict.target().unwrap();
+            assert!(table.chains.contains_key(chain), "{element:?}: {chain:?}");
+        }
+        for (frontends, endpoints) in DRAWN {
             let filled: BTreeSet<&[u8]> = table.sets[&endpoints.name()]
                 .elements
                 .iter()
                 .map(|element| element.key.as_bytes())
                 .collect();
-            for element in &table.sets[&verdicts.name()].elements {
-                let Value::Verdict(verdict) = &element.value else {
-                    panic!("{element:?} is no verdict");
+            for element in &table.sets[&frontends.name()].elements {
+                let Value::Data(data) = &element.value else {
+                    panic!("{element:?} has no number");
                 };
-                let Some(chain) = verdict.target() else {
-                    continue;
-                };
-                assert!(table.chains.contains_key(chain), "{element:?}: {chain:?}");
-                let number = chain.as_str().rsplit_once('-').map(|(_, number)| number);
-                let Some(count) = number.and_then(|number| number.parse::<u32>().ok()) else {
-                    continue;
-                };
-                if chain.as_str().starts_with("sources-") {
+                let number = u32::from_ne_bytes(data.as_bytes().try_into().unwrap());
+                let code = number & 0xffff;
+                if code == 0 {
                     continue;
                 }
-                for index in 0..count {
+                let count = Count::all().find(|count| u32::from(count.code()) == code);
+                for index in 0..count.unwrap().filled() {
                     let key = [element.key.as_bytes(), &index.to_ne_bytes()].concat();
                     assert!(
                         filled.contains(&*key),
@@ -408,10 +421,8 @@ fn many_ports_and_many_endpoints_are_within_the_bound() {
 fn a_chain_that_expired_starts_no_timer_while_portions_wait() {
     let bench = Bench::new();
     let mut controller = started(&bench);
-    let small = service("small", &["10.96.0.1"], &[80]);
-    let of = |endpoints: &[u8]| put(slice("small-1", &small, Family::V4, endpoints));
-    once(&mut controller, vec![put(small.clone()), of(&[1, 3, 5])]);
-    once(&mut controller, vec![of(&[1])]);
+    once(&mut controller, vec![put(restricted(8))]);
+    once(&mut controller, vec![put(restricted(16))]);
     assert!(controller.services.due().is_some());
     let (huge, endpoints) = huge();
     once(&mut controller, vec![put(huge), put(endpoints)]);

@@ -1,6 +1,7 @@
 //! The interpreter of rulesets gives the verdicts that the kernel would, and refuses to guess.
 
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::support::policy::walk::{Outcome, Packet, walk};
@@ -21,7 +22,7 @@ fn packet() -> Packet {
     Packet::first(ip("10.244.1.11"), ip("10.244.1.12"), 6, 80)
 }
 
-fn rule(statements: impl Into<Vec<Statement>>) -> Rule {
+fn rule(statements: impl Into<Arc<[Statement]>>) -> Rule {
     Rule::new(statements)
 }
 

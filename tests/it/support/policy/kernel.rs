@@ -129,7 +129,7 @@ fn add(set: &mut Set, element: &Element) {
 
 fn statements(table: &Table) -> impl Iterator<Item = &Statement> {
     let rules = table.chains.values().flat_map(|chain| &chain.rules);
-    rules.flat_map(|rule| &rule.statements)
+    rules.flat_map(|rule| &*rule.statements)
 }
 
 /// The sets that rules read.

@@ -229,7 +229,7 @@ impl Walker<'_> {
             assert!(!limited, "{id}: a limit before a verdict: {rule:?}");
             said
         };
-        for statement in &rule.statements {
+        for statement in &*rule.statements {
             let goes_on = match statement {
                 Statement::Match(selector, comparison, operand) => {
                     holds(*comparison, self.compares(*selector, operand))
@@ -337,7 +337,8 @@ impl Walker<'_> {
             Selector::Mark => key.number(self.mark),
             Selector::InputInterface => key.interface(&self.packet.input),
             Selector::OutputInterface => key.interface(&self.packet.output),
-            Selector::RandomIndex { .. }
+            Selector::Priority
+            | Selector::RandomIndex { .. }
             | Selector::SourceHash { .. }
             | Selector::OriginalDestinationAddress
             | Selector::OriginalDestinationPort => {

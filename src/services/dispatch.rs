@@ -1,0 +1,291 @@
+//! The value of a frontend, a number that leads a packet to the chains that handle it.
+//!
+//! Frontends are a map to data, not to verdicts: whenever an element with a verdict changes, the
+//! kernel validates the whole table, in a time that grows with the number of services. A number
+//! has two halves, the [`Role`] and the [`Count`] of endpoints. One rule stores it in the packet's
+//! priority, the only field that text for nft can store and look up in one rule, and looks up the
+//! chain of the role; that chain looks up the one of the count. The chains of `balance` clear the
+//! priority; every other end is a drop or a rejection.
+//!
+//! What a packet loses by that is documented in docs/ruleset.md.
+
+use super::balance::{Count, by_count};
+use super::layout::{ALLOWED_CLIENT, By, FIREWALLED, MARK_OFF_CLUSTER, REJECT, Scope, ServiceSet};
+use super::settings::ServiceSettings;
+use crate::model::Family;
+use crate::nft::{Chain, Comparison, Data, Element, Key, Name, Rule, Statement, Value, Verdict};
+
+/// What happens to packets before they are balanced.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Role {
+    /// Nothing.
+    Balance,
+    /// Those from outside of the pod network are marked for masquerading.
+    Cluster,
+    /// All are marked for masquerading.
+    External,
+    /// External policy Local: packets of this node's pods go to all endpoints, those of the node
+    /// itself, too, but marked, and all others to the endpoints on this node.
+    LocalPolicy,
+}
+
+/// The value of a frontend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Dispatch {
+    /// What happens to its packets.
+    pub action: Action,
+    /// Whether only clients in the source ranges of the service reach it.
+    pub firewalled: bool,
+}
+
+/// What happens to the packets of a frontend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Action {
+    /// They go to an endpoint.
+    Balance {
+        /// What happens before.
+        role: Role,
+        /// Whether clients are remembered.
+        sticky: bool,
+        /// The number of endpoints.
+        count: Count,
+    },
+    /// They are rejected.
+    Reject,
+    /// They are dropped.
+    Drop,
+}
+
+/// The verdict map of roles for clients in the source ranges.
+const ALLOWED_ROLES: &str = "allowed-roles";
+
+const STICKY: u16 = 0x10;
+const FIREWALLED_BIT: u16 = 0x20;
+/// The bits of a number that hold the role.
+const ROLE: u32 = 0xffff_0000;
+/// The same without the bit of source ranges.
+const ALLOWED_ROLE: u32 = ROLE & !((FIREWALLED_BIT as u32) << 16);
+/// The bits of a number that hold the count.
+const COUNT: u32 = 0x0000_ffff;
+
+impl Role {
+    fn number(self) -> u16 {
+        match self {
+            Role::Balance => 1,
+            Role::Cluster => 2,
+            Role::External => 3,
+            Role::LocalPolicy => 4,
+        }
+    }
+
+    /// Returns the roles of frontends that are looked up by a key.
+    fn all(by: By) -> &'static [Role] {
+        match by {
+            By::Address => &[
+                Role::Balance,
+                Role::Cluster,
+                Role::External,
+                Role::LocalPolicy,
+            ],
+            By::NodePort => &[Role::Balance, Role::External, Role::LocalPolicy],
+        }
+    }
+
+    fn chain(self, by: By, sticky: bool) -> Name {
+        let name = match self {
+            Role::Balance => "lb",
+            Role::Cluster => "cluster",
+            Role::External => "external",
+            Role::LocalPolicy => "local",
+        };
+        by.chain(name, sticky)
+    }
+
+    fn rules(self, by: By, sticky: bool, settings: &ServiceSettings, family: Family) -> Vec<Rule> {
+        let goto = |role: Role| Statement::Verdict(Verdict::Goto(role.chain(by, sticky)));
+        let (balance, drop) = (goto(Role::Balance), Statement::Verdict(Verdict::Drop));
+        let by_count = Statement::PriorityVerdict {
+            mask: COUNT,
+            map: by_count(by, Scope::Cluster),
+        };
+        match self {
+            Role::Balance if sticky => vec![
+                Rule::new([Statement::VerdictMap(by.key(), by.sticky().name())]),
+                // The chain that looked for the client cleared the priority.
+                Rule::new([find(by, Scope::Cluster), by_count]),
+                Rule::new([drop]),
+            ],
+            Role::Balance => vec![Rule::new([by_count]), Rule::new([drop])],
+            Role::Cluster => {
+                let mark = Verdict::Jump(MARK_OFF_CLUSTER.into());
+                vec![Rule::new([Statement::Verdict(mark)]), Rule::new([balance])]
+            }
+            Role::External => {
+                let mark = Statement::SetMarkBits(settings.masquerade_bit.mark());
+                vec![Rule::new([mark]), Rule::new([balance])]
+            }
+            Role::LocalPolicy => {
+                let detector = settings.detector(family);
+                let from_pods = detector.match_local_pods(Comparison::Is);
+                let mut rules: Vec<Rule> = from_pods
+                    .map(|from_pods| Rule::new([from_pods, balance]))
+                    .into_iter()
+                    .collect();
+                // As in kube-proxy, traffic from this node may leave it.
+                rules.push(Rule::new([Statement::SourceIsLocal, goto(Role::External)]));
+                rules.push(Rule::new([find(by, Scope::Local), local(by, sticky)]));
+                rules.push(Rule::new([drop]));
+                rules
+            }
+        }
+    }
+}
+
+/// Stores the number of a frontend in the packet's priority.
+fn find(by: By, scope: Scope) -> Statement {
+    Statement::PriorityByMap(by.key(), by.frontends(scope).name())
+}
+
+/// Returns the statement that balances packets over the endpoints on this node.
+fn local(by: By, sticky: bool) -> Statement {
+    if sticky {
+        return Statement::Verdict(Verdict::Goto(local_sticky(by)));
+    }
+    Statement::PriorityVerdict {
+        mask: COUNT,
+        map: by_count(by, Scope::Local),
+    }
+}
+
+fn local_sticky(by: By) -> Name {
+    by.chain("lb-local", true)
+}
+
+/// Returns the rule that looks up the frontend of a packet and leads to the chain of its role.
+///
+/// A packet without a frontend leaves the rule before its priority is looked up, which may be one of
+/// its own.
+pub(super) fn dispatch(by: By) -> [Statement; 2] {
+    let verdict = Statement::PriorityVerdict {
+        mask: ROLE,
+        map: by.roles(),
+    };
+    [find(by, Scope::Cluster), verdict]
+}
+
+/// Returns the verdict maps from a role to its chain.
+pub(super) fn roles(by: By) -> Vec<(Name, Vec<Element>)> {
+    let element = |action: Action, firewalled, verdict: Verdict| {
+        let role = Dispatch { action, firewalled }.role();
+        let key = Key::build().number(u32::from(role) << 16).finish();
+        Element::with_verdict(key, verdict)
+    };
+    let mut plain = vec![
+        (Action::Reject, Verdict::Goto(REJECT.into())),
+        (Action::Drop, Verdict::Drop),
+    ];
+    for sticky in [false, true] {
+        plain.extend(Role::all(by).iter().map(|role| {
+            let action = Action::Balance {
+                role: *role,
+                sticky,
+                count: Count::of(1),
+            };
+            (action, Verdict::Goto(role.chain(by, sticky)))
+        }));
+    }
+    let sorted = |mut elements: Vec<Element>| {
+        elements.sort_by(|a, b| a.key.cmp(&b.key));
+        elements
+    };
+    let firewalled = plain
+        .iter()
+        .map(|(action, _)| element(*action, true, Verdict::Goto(FIREWALLED.into())));
+    let firewalled: Vec<Element> = firewalled.collect();
+    let plain = plain.into_iter();
+    let plain: Vec<Element> = plain
+        .map(|(action, verdict)| element(action, false, verdict))
+        .collect();
+    match by {
+        By::NodePort => vec![(by.roles(), sorted(plain))],
+        // The chains for clients in the source ranges must not lead back to those ranges.
+        By::Address => vec![
+            (ALLOWED_ROLES.into(), sorted(plain.clone())),
+            (by.roles(), sorted([plain, firewalled].concat())),
+        ],
+    }
+}
+
+/// Returns the chains of the roles.
+pub(super) fn chains(by: By, settings: &ServiceSettings, family: Family) -> Vec<(Name, Chain)> {
+    let mut chains = Vec::new();
+    let mut add = |name: Name, rules: Vec<Rule>| {
+        chains.push((name, Chain { base: None, rules }));
+    };
+    for sticky in [false, true] {
+        for role in Role::all(by) {
+            let rules = role.rules(by, sticky, settings, family);
+            add(role.chain(by, sticky), rules);
+        }
+    }
+    let drop = || Rule::new([Statement::Verdict(Verdict::Drop)]);
+    add(
+        local_sticky(by),
+        vec![
+            Rule::new([Statement::VerdictMap(by.key(), by.sticky().name())]),
+            Rule::new([find(by, Scope::Local), local(by, false)]),
+            drop(),
+        ],
+    );
+    if by == By::Address {
+        let lists = Statement::VerdictMap(by.key(), ServiceSet::FirewalledFrontends.name());
+        add(FIREWALLED.into(), vec![Rule::new([lists]), drop()]);
+        let verdict = Statement::PriorityVerdict {
+            mask: ALLOWED_ROLE,
+            map: ALLOWED_ROLES.into(),
+        };
+        add(ALLOWED_CLIENT.into(), vec![Rule::new([verdict]), drop()]);
+    }
+    chains
+}
+
+impl Dispatch {
+    fn role(self) -> u16 {
+        let role = match self.action {
+            Action::Balance { role, sticky, .. } if sticky => role.number() | STICKY,
+            Action::Balance { role, .. } => role.number(),
+            Action::Reject => 8,
+            Action::Drop => 9,
+        };
+        if self.firewalled {
+            role | FIREWALLED_BIT
+        } else {
+            role
+        }
+    }
+
+    /// Returns the value of the map element.
+    pub fn data(self) -> Data {
+        let count = match self.action {
+            Action::Balance { count, .. } => count.code(),
+            Action::Reject | Action::Drop => 0,
+        };
+        let number = u32::from(self.role()) << 16 | u32::from(count);
+        Data::build().number(number).finish()
+    }
+}
+
+/// Returns the value of a frontend in the map of local frontends.
+pub(super) fn local_data(count: Count) -> Data {
+    count.key()
+}
+
+/// Returns whether an element is that of a frontend with external policy Local.
+pub(super) fn is_bound_to_node(element: &Element) -> bool {
+    let Value::Data(data) = &element.value else {
+        return false;
+    };
+    let number = <[u8; 4]>::try_from(data.as_bytes()).map(u32::from_ne_bytes);
+    // The last digit of the role.
+    number.is_ok_and(|number| number >> 16 & 0xf == u32::from(Role::LocalPolicy.number()))
+}
