@@ -11,8 +11,8 @@
 
 use std::sync::LazyLock;
 
-use super::layout::{By, Scope};
-use crate::nft::{Chain, Element, Key, Name, Rule, Statement, Verdict};
+use super::layout::{By, Scope, priority_map};
+use crate::nft::{Chain, Element, Key, Name, Rule, Set, Statement, Verdict};
 
 /// The largest number of endpoints with a chain of its own.
 const EXACT: u32 = 64;
@@ -82,7 +82,7 @@ impl Count {
         .into()
     }
 
-    /// Returns the key in the map of [`by_count`].
+    /// Returns the key in the maps of [`by_count`].
     pub(super) fn key(self) -> Key {
         Key::build().number(self.code().into()).finish()
     }
@@ -135,29 +135,33 @@ pub(super) fn by_count(by: By, scope: Scope) -> Name {
     format!("{}-by-count", stem(by, scope)).into()
 }
 
-/// Returns the elements of the verdict map [`by_count`].
-pub(super) fn elements(by: By, scope: Scope) -> Vec<Element> {
-    let lead =
-        |count: Count| Element::with_verdict(count.key(), Verdict::Goto(count.chain(by, scope)));
-    let mut elements: Vec<Element> = Count::all().map(lead).collect();
-    elements.sort_by(|a, b| a.key.cmp(&b.key));
-    elements
+/// The part of a table that translates packets to a random endpoint, the same in every table.
+pub(super) struct Balancing {
+    /// The chains.
+    pub chains: Vec<(Name, Chain)>,
+    /// The verdict maps from a number of endpoints to its chain.
+    pub maps: Vec<(Name, Set)>,
 }
 
-/// Returns all such chains, the same in every table.
-pub(super) fn chains() -> impl Iterator<Item = (Name, Chain)> {
-    static CHAINS: LazyLock<Vec<(Name, Chain)>> = LazyLock::new(|| {
-        let groups = [By::Address, By::NodePort]
-            .into_iter()
-            .flat_map(|by| [Scope::Cluster, Scope::Local].map(|scope| (by, scope)));
-        let counts = groups.flat_map(|(by, scope)| Count::all().map(move |it| (it, by, scope)));
-        let chains = counts.map(|(count, by, scope)| {
-            let rules = count.rules(by, scope);
-            (count.chain(by, scope), Chain { base: None, rules })
-        });
-        chains.collect()
+/// Returns the chains and maps that translate packets to a random endpoint.
+pub(super) fn balancing() -> &'static Balancing {
+    static BALANCING: LazyLock<Balancing> = LazyLock::new(|| {
+        let (mut chains, mut maps) = (Vec::new(), Vec::new());
+        for by in [By::Address, By::NodePort] {
+            for scope in [Scope::Cluster, Scope::Local] {
+                let mut elements = Vec::new();
+                for count in Count::all() {
+                    let (name, rules) = (count.chain(by, scope), count.rules(by, scope));
+                    let verdict = Verdict::Goto(name.clone());
+                    elements.push(Element::with_verdict(count.key(), verdict));
+                    chains.push((name, Chain { base: None, rules }));
+                }
+                maps.push((by_count(by, scope), priority_map(elements)));
+            }
+        }
+        Balancing { chains, maps }
     });
-    CHAINS.iter().cloned()
+    &BALANCING
 }
 
 #[cfg(test)]

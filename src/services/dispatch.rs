@@ -10,10 +10,14 @@
 //! What a packet loses by that is documented in docs/ruleset.md.
 
 use super::balance::{Count, by_count};
-use super::layout::{ALLOWED_CLIENT, By, FIREWALLED, MARK_OFF_CLUSTER, REJECT, Scope, ServiceSet};
+use super::layout::{
+    ALLOWED_CLIENT, By, FIREWALLED, MARK_OFF_CLUSTER, REJECT, Scope, ServiceSet, priority_map,
+};
 use super::settings::ServiceSettings;
 use crate::model::Family;
-use crate::nft::{Chain, Comparison, Data, Element, Key, Name, Rule, Statement, Value, Verdict};
+use crate::nft::{
+    Chain, Comparison, Data, Element, Key, Name, Rule, Set, Statement, Value, Verdict,
+};
 
 /// What happens to packets before they are balanced.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -174,7 +178,7 @@ pub(super) fn dispatch(by: By) -> [Statement; 2] {
 }
 
 /// Returns the verdict maps from a role to its chain.
-pub(super) fn roles(by: By) -> Vec<(Name, Vec<Element>)> {
+pub(super) fn roles(by: By) -> Vec<(Name, Set)> {
     let element = |action: Action, firewalled, verdict: Verdict| {
         let role = Dispatch { action, firewalled }.role();
         let key = Key::build().number(u32::from(role) << 16).finish();
@@ -194,10 +198,6 @@ pub(super) fn roles(by: By) -> Vec<(Name, Vec<Element>)> {
             (action, Verdict::Goto(role.chain(by, sticky)))
         }));
     }
-    let sorted = |mut elements: Vec<Element>| {
-        elements.sort_by(|a, b| a.key.cmp(&b.key));
-        elements
-    };
     let firewalled = plain
         .iter()
         .map(|(action, _)| element(*action, true, Verdict::Goto(FIREWALLED.into())));
@@ -207,11 +207,11 @@ pub(super) fn roles(by: By) -> Vec<(Name, Vec<Element>)> {
         .map(|(action, verdict)| element(action, false, verdict))
         .collect();
     match by {
-        By::NodePort => vec![(by.roles(), sorted(plain))],
+        By::NodePort => vec![(by.roles(), priority_map(plain))],
         // The chains for clients in the source ranges must not lead back to those ranges.
         By::Address => vec![
-            (ALLOWED_ROLES.into(), sorted(plain.clone())),
-            (by.roles(), sorted([plain, firewalled].concat())),
+            (ALLOWED_ROLES.into(), priority_map(plain.clone())),
+            (by.roles(), priority_map([plain, firewalled].concat())),
         ],
     }
 }

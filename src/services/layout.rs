@@ -219,6 +219,15 @@ pub fn affinity_declaration() -> Arc<Declaration> {
     DECLARATION.clone()
 }
 
+/// Returns a verdict map for a part of a packet's priority.
+pub(super) fn priority_map(mut elements: Vec<Element>) -> Set {
+    elements.sort_by(|a, b| a.key.cmp(&b.key));
+    Set {
+        elements,
+        ..Set::from(Declaration::new(SetKind::VerdictMap, [Selector::Priority]))
+    }
+}
+
 macro_rules! service_sets {
     ($($(#[$doc:meta])* $set:ident $name:literal $declaration:expr;)*) => {
         /// A set whose elements belong to services.

@@ -2,19 +2,19 @@
 
 use ipnet::IpNet;
 
-use super::balance;
+use super::balance::{Balancing, balancing};
 use super::chains::{LearnAt, SharedChain};
 use super::dispatch::{self, dispatch};
 use super::layout::{
-    By, DSTNAT, MARK_OFF_CLUSTER, NODEPORT_ADDRESSES, POD_NETWORKS, REJECT, SERVICE_CIDRS, Scope,
+    By, DSTNAT, MARK_OFF_CLUSTER, NODEPORT_ADDRESSES, POD_NETWORKS, REJECT, SERVICE_CIDRS,
     ServiceSet,
 };
 use super::settings::{LocalDetector, ServiceSettings};
 use crate::engine::table_family;
 use crate::model::{Family, Node};
 use crate::nft::{
-    BaseChain, Chain, ChainKind, Comparison, CtState, Declaration, Element, Hook, Name, Operand,
-    RejectWith, Rule, Selector, Set, SetKind, Statement, Table, Verdict, merge_intervals,
+    BaseChain, Chain, ChainKind, Comparison, CtState, Declaration, Hook, Name, Operand, RejectWith,
+    Rule, Selector, Set, SetKind, Statement, Table, Verdict, merge_intervals,
 };
 
 const SERVICES: &str = "services";
@@ -87,16 +87,11 @@ pub fn skeleton(
     );
     for by in [By::Address, By::NodePort] {
         table.chains.extend(dispatch::chains(by, settings, family));
-        let roles = dispatch::roles(by).into_iter();
-        table
-            .sets
-            .extend(roles.map(|(name, elements)| (name, lookup(elements))));
-        for scope in [Scope::Cluster, Scope::Local] {
-            let counts = lookup(balance::elements(by, scope));
-            table.sets.insert(balance::by_count(by, scope), counts);
-        }
+        table.sets.extend(dispatch::roles(by));
     }
-    table.chains.extend(balance::chains());
+    let Balancing { chains, maps } = balancing();
+    table.chains.extend(chains.iter().cloned());
+    table.sets.extend(maps.iter().cloned());
     debug_assert!(consistent(&table), "{:?}", table_family(family));
     table
 }
@@ -161,14 +156,6 @@ fn base_chains(settings: &ServiceSettings) -> Vec<(&'static str, BaseChain, Vec<
             new_connections(UNKNOWN_PORTS),
         ),
     ]
-}
-
-/// Returns a verdict map for parts of a packet's priority.
-fn lookup(elements: Vec<Element>) -> Set {
-    Set {
-        elements,
-        ..Set::from(Declaration::new(SetKind::VerdictMap, [Selector::Priority]))
-    }
 }
 
 fn jump(chain: &str) -> Rule {
