@@ -29,6 +29,7 @@ use crate::services::{DetectLocal, ServiceSet, table_id};
 
 mod audits;
 mod engines;
+mod evenness;
 mod fake;
 mod foreign;
 mod healing;

@@ -147,7 +147,7 @@ fn an_audit_finds_what_no_notification_reported() {
             "flush ruleset",
             "delete table ip nftlet",
             "flush chain ip6 nftlet services",
-            "add element ip nftlet frontends { 10.96.0.99 . tcp . 80 : drop }",
+            "add element ip nftlet frontends { 10.96.0.99 . tcp . 80 : 9:0 }",
             "flush chain ip nftlet-policy ingress",
             "delete table ip6 nftlet-policy",
         ] {

@@ -1,7 +1,7 @@
 //! Golden rulesets: what `--dry-run` prints for the objects of each case.
 //!
 //! `tests/golden/CASE/*.yaml` are the objects; a file `flags`, where there is one, holds further
-//! arguments; `expected.nft` is the text. `UPDATE_GOLDEN=1 cargo test --test it golden` writes the
+//! arguments; `expected.nft` is the text, with the chains of a few numbers of endpoints only. `UPDATE_GOLDEN=1 cargo test --test it golden` writes the
 //! expectations anew: read the difference before it is committed.
 
 use std::fs;
@@ -49,6 +49,41 @@ fn dry_run(case: &Path) -> String {
     text.replacen(&version, "# nftlet", 1) + &notices.collect::<String>()
 }
 
+/// Leaves out the chains and map elements of most numbers of endpoints, which differ in the number
+/// only.
+fn brief(text: &str) -> String {
+    const KEPT: [&str; 3] = ["1", "2", "65-91"];
+    let left_out = |name: &str| {
+        let name = name
+            .trim_start_matches("nodeport-")
+            .trim_start_matches("lb-");
+        let number = name.trim_start_matches("local-");
+        number.starts_with(|c: char| c.is_ascii_digit()) && !KEPT.contains(&number)
+    };
+    let mut lines = Vec::new();
+    let mut text = text.lines();
+    while let Some(line) = text.next() {
+        let chain = line
+            .strip_prefix("\tchain ")
+            .and_then(|it| it.strip_suffix(" {"));
+        if chain.is_some_and(left_out) {
+            // The end of the chain, and an empty line.
+            text.by_ref().find(|line| *line == "\t}");
+            text.next();
+            continue;
+        }
+        let goal = line
+            .split_once(" : goto ")
+            .map(|(_, goal)| goal.trim_end_matches(','));
+        if !goal.is_some_and(left_out) {
+            lines.push(line);
+        } else if line.ends_with(" }") {
+            lines.push("\t\t\t     # and so on }");
+        }
+    }
+    lines.join("\n") + "\n"
+}
+
 /// Checks that no set has a concatenated key and ranges: the kernel fills such a set in a time that
 /// grows with the square of its elements, and newer kernels refuse what nft 1.0.6 writes for a
 /// lookup in one.
@@ -67,7 +102,9 @@ fn assert_intervals_are_plain(file: &Path, text: &str) {
 #[test]
 fn dry_run_prints_what_is_expected() {
     for case in cases() {
-        let (file, text) = (case.join("expected.nft"), dry_run(&case));
+        let file = case.join("expected.nft");
+        let whole = dry_run(&case);
+        let text = brief(&whole);
         if std::env::var_os("UPDATE_GOLDEN").is_some() {
             fs::write(&file, &text).expect("the expectation is written");
             continue;
@@ -86,8 +123,8 @@ fn dry_run_prints_what_is_expected() {
             text.lines().nth(first).unwrap_or("(end)"),
             expected.lines().nth(first).unwrap_or("(end)"),
         );
-        assert_eq!(text, dry_run(&case), "the order is not stable");
-        assert_intervals_are_plain(&file, &text);
+        assert_eq!(whole, dry_run(&case), "the order is not stable");
+        assert_intervals_are_plain(&file, &whole);
     }
 }
 
@@ -98,7 +135,7 @@ fn nft_loads_what_is_expected_twice() {
     }
     for case in cases() {
         let ns = Namespace::new("golden");
-        let text = fs::read_to_string(case.join("expected.nft")).expect("an expectation");
+        let text = dry_run(&case);
         ns.nft_load(&text);
         let listing = ns.nft(&["list", "ruleset"]);
         ns.nft_load(&text);

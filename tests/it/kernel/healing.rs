@@ -80,7 +80,7 @@ fn every_foreign_change_is_undone() {
         "flush chain ip nftlet services",
         "insert rule ip nftlet services tcp dport 80 drop",
         "add chain ip nftlet intruder",
-        "add element ip nftlet frontends { 10.96.0.99 . tcp . 80 : drop }",
+        "add element ip nftlet frontends { 10.96.0.99 . tcp . 80 : 9:0 }",
         "delete element ip nftlet endpoints { 10.96.0.10 . tcp . 80 . 1 }",
         "flush set ip nftlet hairpin",
         "add set ip6 nftlet intruder { type ipv6_addr; }",
