@@ -35,9 +35,8 @@ impl Count {
         if endpoints <= EXACT {
             return Self(endpoints.max(1));
         }
-        let bounds = (1..=CLASSES).map(bound);
-        let fits = bounds.clone().find(|bound| endpoints <= *bound);
-        Self(fits.or(bounds.last()).unwrap_or(EXACT))
+        let fits = (1..CLASSES).map(bound).find(|bound| endpoints <= *bound);
+        Self(fits.unwrap_or_else(|| bound(CLASSES)))
     }
 
     /// Returns all classes in ascending order.
@@ -54,8 +53,8 @@ impl Count {
 
     /// Returns the next smaller class, for a class of several numbers.
     fn smaller(self) -> Option<Self> {
-        let bounds = (0..CLASSES).map(bound);
-        bounds.filter(|bound| *bound < self.0).last().map(Self)
+        let mut bounds = (0..CLASSES).rev().map(bound);
+        bounds.find(|bound| *bound < self.0).map(Self)
     }
 
     /// Returns a number of 16 bits that reads, in hexadecimal, like the decimal number of slots:

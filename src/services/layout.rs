@@ -285,7 +285,7 @@ service_sets! {
     NodePortEndpoints "nodeport-endpoints" targets(By::NodePort);
     /// (NodePort, index) to endpoint on this node, for external policy Local.
     NodePortLocalEndpoints "nodeport-local-endpoints" targets(By::NodePort);
-    /// Frontend to what happens to its packets ([`Dispatch`](super::dispatch::Dispatch)).
+    /// Frontend to a number, what happens to its packets.
     Frontends "frontends" numbers(By::Address);
     /// Frontend with external policy Local to the number of endpoints on this node.
     LocalFrontends "local-frontends" numbers(By::Address);

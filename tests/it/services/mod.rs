@@ -8,6 +8,7 @@ mod local_modes;
 mod node;
 mod packets;
 mod portions;
+mod priority;
 mod restarts;
 mod rollout;
 mod traffic_policies;

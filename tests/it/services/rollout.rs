@@ -266,8 +266,9 @@ fn disturb(manifests: &Path, stop: &AtomicBool, made: &AtomicU32) {
     let (start, mut changes) = (Instant::now(), 0u32);
     while !stop.load(Ordering::Relaxed) {
         let service = changes % 50;
-        let last = 1 + (changes / 50 % 200) as u8;
-        let count = 1 + u8::try_from(changes % 3).unwrap_or_default();
+        let round = changes / 50;
+        let last = 1 + (round % 100) as u8;
+        let count = [0u8, 1, 2, 63, 64, 65, 92][((round + service) % 7) as usize];
         let endpoints: Vec<_> = (0..count)
             .map(|n| {
                 endpoint(
@@ -328,6 +329,86 @@ fn replace_beside_others() -> u64 {
     lost
 }
 
+#[test]
+fn no_request_fails_while_a_service_grows_and_shrinks() {
+    if require_net_admin() {
+        loses_nothing(resize);
+    }
+}
+
+/// Surges and drains across the numbers at which the chains change. Returns how many requests were lost.
+fn resize() -> u64 {
+    let lab = Lab::new(LabOptions {
+        nodes: 1,
+        pods_per_node: 1,
+        clients: 1,
+    });
+    let _server = serve_range(&lab);
+    let (node, manifests) = (lab.node().ns(), Manifests::new());
+    put_service(&manifests, "web", "10.96.0.10");
+    // Endpoints from one number up to another; the first ones terminate.
+    let publish = |terminating: u16, ready: std::ops::Range<u16>| {
+        let of = |number: u16, life| endpoint(in_range(number), life);
+        let first = ready.start - terminating;
+        let endpoints: Vec<_> = (first..ready.start)
+            .map(|number| of(number, Life::Terminating))
+            .chain(ready.map(|number| of(number, Life::Ready)))
+            .collect();
+        put_slice(&manifests, "web", &endpoints);
+    };
+    let serves = |numbers: std::ops::Range<u16>| {
+        let wanted: Vec<String> = numbers
+            .map(|number| format!(": {} . 8080", in_range(number)))
+            .collect();
+        wait_for("the endpoints", PATIENCE, || {
+            let rules = node.nft(&["list", "map", "ip", "nftlet", "endpoints"]);
+            let all = wanted.iter().all(|target| rules.contains(target));
+            (all && rules.matches(" . 8080").count() == wanted.len()).then_some(())
+        });
+    };
+    publish(0, 0..1);
+    let _daemon = manifests.run(node, &CIDR);
+    let load = Load::start(&lab.client().ns, Ask::http(ip("10.96.0.10"), 80));
+    let (mut first, mut number) = (0, 1u16);
+    for next in [2, 1, 3, 63, 64, 65, 64, 66, 91, 92, 64, 130, 65, 5, 1] {
+        // The new ones come before the old ones go, which are marked first.
+        publish(0, first..first + number + next);
+        serves(first..first + number + next);
+        load.more(50);
+        publish(number, first + number..first + number + next);
+        serves(first + number..first + number + next);
+        load.more(50);
+        first += number;
+        number = next;
+        publish(0, first..first + number);
+        serves(first..first + number);
+    }
+    // All at once, in one transaction.
+    for next in [130u16, 1, 65, 64, 1] {
+        publish(0, first..first + next);
+        serves(first..first + next);
+        load.more(50);
+    }
+    let (answered, lost) = load.finish();
+    assert!(answered >= 1_500, "{answered}");
+    lost
+}
+
+/// The address of an endpoint that [`serve_range`] serves.
+fn in_range(number: u16) -> IpAddr {
+    let [high, low] = number.to_be_bytes();
+    IpAddr::from([10, 245, high, low])
+}
+
+/// Lets the first pod of a laboratory answer HTTP at a range of addresses.
+fn serve_range(lab: &Lab) -> Server {
+    let (node, pod) = (lab.node().ns(), lab.pods()[0]);
+    pod.ns.ip("route add local 10.245.0.0/16 dev lo");
+    node.route_add("10.245.0.0/16", &format!("via {} dev veth1 onlink", pod.v4));
+    let any = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), 8080);
+    Server::start(&pod.ns, Protocol::Http, any, "pod")
+}
+
 /// The value that chi-square exceeds with probability one in a million, by Wilson and Hilferty.
 fn chi_square_limit(degrees: f64) -> f64 {
     let z = 4.753;
@@ -353,7 +434,7 @@ fn each_of_n_endpoints_gets_its_share() {
     let _server = Server::start(&pod.ns, Protocol::Tcp, any, "pod");
     let manifests = Manifests::new();
     let client = Client::new(&lab.client().ns);
-    for (index, n) in (0u8..).zip([1u16, 2, 3, 7, 10, 64, 300]) {
+    for (index, n) in (0u8..).zip([1u16, 2, 3, 7, 10, 64, 65, 300]) {
         let address = format!("10.96.2.{index}");
         put_service(&manifests, &format!("even-{n}"), &address);
         let endpoints: Vec<_> = (0..n)
@@ -365,7 +446,7 @@ fn each_of_n_endpoints_gets_its_share() {
         put_slice(&manifests, &format!("even-{n}"), &endpoints);
         manifests.program(node, &CIDR);
         // So many that each endpoint is expected to be met 20 times and more.
-        let connections = if n > 64 { 8_000 } else { 3_000 };
+        let connections = if n > 64 { 10_000 } else { 3_000 };
         // The server keeps the ports of closed connections for a minute, and so many connections come
         // round to some of them: these take a second or three with any proxy.
         let ask = Ask::tcp(ip(&address), 80);
