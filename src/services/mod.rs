@@ -2,28 +2,30 @@
 //! ([`nft`](crate::nft)).
 //!
 //! Each address family has one table. Its skeleton (`skeleton`) does not depend on services: base
-//! chains, the chain that looks up frontends, and the declarations of the sets. A service adds set
-//! elements only (`ServicePlan`). The chains to which its verdict elements lead are shared by all
-//! services with the same number of endpoints, or the same list of source ranges (`SharedChain`).
+//! chains, the chains of roles (`dispatch`) and of numbers of endpoints (`balance`), and the
+//! declarations of the sets. A service adds set elements only (`ServicePlan`). A list of source
+//! ranges, and the clients of a namespace, have chains that services share (`SharedChain`).
 //!
 //! ```text
 //!  prerouting, output ──> services
-//!    │
-//!    ├─ vmap @frontends ──> cluster-3    marks clients outside of the pod network ─┐
-//!    │                      external-3   marks everyone ───────────────────────────┤
-//!    │                      local-3      policy Local: pods and the node ──────────┤
-//!    │                        └─ vmap @local-frontends ──> lb-local-1 (others)     v
-//!    │                      sources-12ab…  only clients in the set of this name    lb-3: dnat to
-//!    │                        └─ firewalled: vmap @firewalled-frontends            (frontend, random
-//!    │                             └──> any of these                               of 3) map @endpoints
-//!    └─ vmap @nodeports ──> nodeport-external-3, nodeport-local-3 (the same by port)
+//!    │ priority := number in @frontends, role:count
+//!    ├─ role, @roles ──> cluster    marks clients outside of the pod network ─┐
+//!    │                   external   marks everyone ───────────────────────────┤
+//!    │                   local      policy Local: pods and the node ──────────┤
+//!    │                     └─ priority := count in @local-frontends           v
+//!    │                          ──> lb-local-1 (others)               lb: count, @lb-by-count
+//!    │                   firewalled: vmap @firewalled-frontends               v
+//!    │                     └─ sources-12ab…  only clients in the      lb-3: dnat to (frontend,
+//!    │                          set of this name ──> any of these     random of 3) map @endpoints
+//!    └─ @nodeports ──> nodeport-external, nodeport-local (the same by port)
 //!
 //!  forward, output: new connections, behind the translation of all proxies ──> unassigned
 //!    ├─ @cluster-ips ──> reject-service (a port the service lacks; at the hook input, too)
 //!    └─ @service-cidrs ──> drop (an address that no service has)
 //!
 //!  with session affinity, in the namespace shop:
-//!    lb-sticky-3/shop ─> sticky/shop: dnat to (client, frontend) map @affinity/shop, else lb-3
+//!    lb-sticky: vmap @sticky-frontends ──> sticky/shop: dnat to (client, frontend) map
+//!      @affinity/shop, else as lb
 //!    behind the translation: learn-prerouting, learn-output ──> learn-new
 //!      └─ vmap @affinity-frontends ──> learn-10800/shop: update @affinity/shop
 //!                                        full? count in @not-remembered/shop
@@ -31,8 +33,8 @@
 //!  postrouting ── marked, or a pod that reaches itself (@hairpin) ──> masquerade
 //! ```
 //!
-//! So a change of an endpoint changes map data only, which the kernel accepts without validating
-//! the table again.
+//! So a change of endpoints, and of services without source ranges and affinity, changes map data
+//! only, which the kernel accepts without validating the table again.
 
 mod balance;
 mod chains;
