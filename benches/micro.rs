@@ -17,14 +17,7 @@
 //!   the event to the transaction;
 //! * `change`: one replaced endpoint from the event to the transaction.
 
-#[path = "perf/cluster.rs"]
-#[allow(dead_code, reason = "perf uses the rest")]
-mod cluster;
-#[path = "perf/facts.rs"]
 mod facts;
-#[path = "perf/pods.rs"]
-#[allow(dead_code, reason = "perf uses the rest")]
-mod pods;
 
 use std::borrow::Cow;
 use std::cell::RefCell;
@@ -50,9 +43,10 @@ use serde::Deserialize;
 use serde_json::json;
 use serde_json::value::RawValue;
 
-use cluster::{Cluster, NODE, Put, Random, Size};
-use facts::{event, events, ruleset, settings, store, wanted};
-use pods::{Pod, Pods};
+use facts::{event, events, kind, ruleset, settings, store, wanted};
+use nftlet_lab::cluster::{Cluster, NODE, Put, Random, Size};
+use nftlet_lab::fake_api::{PODS as POD_OBJECTS, POLICIES};
+use nftlet_lab::pods::{Pod, Pods};
 
 const SIZES: [usize; 2] = [1_000, 10_000];
 const ENDPOINTS: usize = 10;
@@ -191,7 +185,7 @@ fn change(criterion: &mut Criterion) {
         let lists = events(cluster.objects()).into_iter().map(Delivery::now);
         assert_eq!(controller.handle(lists), Outcome::Synced);
 
-        let (mut random, mut decoder) = (Random::new(), Decoder::default());
+        let (mut random, mut decoder) = (Random::default(), Decoder::default());
         let mut replace = || {
             let put = cluster.replace(random.below(size), random.below(ENDPOINTS));
             vec![Delivery::now(event(&mut decoder, &put))]
@@ -231,8 +225,8 @@ fn decode(criterion: &mut Criterion) {
         );
     }
     let pods = Pods::new(PODS, 1_000);
-    for (name, kind) in [("pods", Kind::Pod), ("policies", Kind::NetworkPolicy)] {
-        let objects = || pods.objects().filter(|(of, _)| *of == kind);
+    for (name, path) in [("pods", POD_OBJECTS), ("policies", POLICIES)] {
+        let objects = || pods.objects().filter(|(of, _)| *of == path);
         decode_lines(&mut group, name, objects().count(), objects());
     }
     // Without an API server a few hundred services are usual.
@@ -274,7 +268,7 @@ fn decode_lines(
     objects: impl Iterator<Item = Put>,
 ) {
     let line = |object| json!({"type": "ADDED", "object": object}).to_string();
-    let lines: Vec<(Kind, String)> = objects.map(|(kind, it)| (kind, line(it))).collect();
+    let lines: Vec<(Kind, String)> = objects.map(|(path, it)| (kind(path), line(it))).collect();
     let bytes: usize = lines.iter().map(|(_, line)| line.len()).sum();
     group.throughput(Throughput::Bytes(bytes as u64));
     group.bench_function(BenchmarkId::new(name, count), |bencher| {

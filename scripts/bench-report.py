@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 """Tables, pictures and a summary from the results of benchmarks (benches/results/*.json).
 
+  bench-report.py scene [FILE]                 print the result of a scene from standard input with its
+                                               budgets, and write it to FILE; fail if one is missed
   bench-report.py budgets RESULTS [SCENE...]   report missed budgets; fail if there are any, or,
                                                without names, if one was not measured
   bench-report.py docs [RESULTS]               write docs/benchmarks.md's tables, and the pictures
@@ -9,6 +11,7 @@
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -19,15 +22,61 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs/benchmarks.md"
 MEBIBYTE = 1 << 20
+UNITS = {"s": ("s", 1), "ms": ("s", 1e-3), "MiB": ("B", MEBIBYTE), "of": ("ratio", 1), "": ("n", 1)}
 
 
 def load(results, scene):
     file = results / f"{scene}.json"
-    return json.loads(file.read_text()) if file.exists() else None
+    return judge(json.loads(file.read_text())) if file.exists() else None
 
 
 def rows(report):
     return [row for table in report["tables"] for row in table["rows"]]
+
+
+# Budgets
+
+
+def budgets(scene):
+    """The budgets of a scene: quantity, pattern of what it is of, whether at least, bound, reason."""
+    for line in (ROOT / "benches/perf/budgets.txt").read_text().splitlines():
+        of_scene, *parts = line.split(" | ")
+        if of_scene == scene:
+            what, patterns, bound, *reason = parts
+            sign, value, unit = (bound + " ").split(" ", 2)
+            unit, times = UNITS[unit.strip()]
+            for pattern in patterns.split("; "):
+                yield {"what": what, "of": pattern, "at_least": sign == ">=",
+                    "bound": {unit: float(value) * times}, "reason": "".join(reason)}
+
+
+def judge(report):
+    """Adds the budgets to the rows of a report. A value without a number stands for a comparison whose
+    other side took too long: it is within any bound."""
+    known = list(budgets(report["scene"]))
+    for budget in known:
+        budget["pattern"] = re.compile(".*".join(map(re.escape, budget["of"].split("*"))))
+    for row in rows(report):
+        fits = lambda it: it["what"] == row["what"] and it["pattern"].fullmatch(row["of"])
+        budget = row["budget"] = next(filter(fits, known), None)
+        value = number(next(iter(row["values"].values())))
+        row["met"] = None
+        if budget:
+            bound = number(budget["bound"])
+            row["met"] = value is None or (value >= bound if budget["at_least"] else value <= bound)
+    measured = {(row["what"], row["of"]) for row in rows(report)}
+    report["not_measured"] = [f"{it['what']}, {it['of']}" for it in known
+        if "*" not in it["of"] and (it["what"], it["of"]) not in measured]
+    return report
+
+
+def missed(report):
+    """What to print of the missed budgets."""
+    for row in rows(report):
+        if row["met"] is False:
+            reason = row["budget"]["reason"]
+            value = show(next(iter(row["values"].values())))
+            yield f"{row['what']}, {row['of']}: {value}, {bound(row['budget'])}" + (f" ({reason})" if reason else "")
 
 
 # Values
@@ -66,26 +115,72 @@ def bound(budget):
 def summarize(results, scenes):
     all_scenes = not scenes
     scenes = scenes or sorted(file.stem for file in results.glob("*.json"))
-    met, missed, absent = 0, [], []
+    met, over, absent = 0, [], []
     for scene in scenes:
         report = load(results, scene)
         if not report:
             absent.append(f"{scene}: no result")
             continue
-        for row in rows(report):
-            if row["met"]:
-                met += 1
-            elif row["met"] is False:
-                value = show(next(iter(row["values"].values())))
-                reason = row["budget"].get("reason")
-                because = f" ({reason})" if reason else ""
-                budget = bound(row["budget"])
-                missed.append(f"{scene}: {row['what']}, {row['of']}: {value}, {budget}{because}")
+        met += sum(row["met"] is True for row in rows(report))
+        over += [f"{scene}: {it}" for it in missed(report)]
         absent += [f"{scene}: {it}" for it in report["not_measured"]]
     print("".join(f"not measured: {it}\n" for it in absent), end="")
-    print("".join(f"missed: {it}\n" for it in missed), end="")
-    print(f"{met} budgets met, {len(missed)} missed, {len(absent)} not measured.")
-    return bool(missed or all_scenes and absent)
+    print("".join(f"missed: {it}\n" for it in over), end="")
+    print(f"{met} budgets met, {len(over)} missed, {len(absent)} not measured.")
+    return bool(over or all_scenes and absent)
+
+
+# The result of a scene
+
+
+def facts():
+    """What identifies a measurement: source, time and machine."""
+
+    def output(*command):
+        try:
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return "unknown"
+
+    cpuinfo = Path("/proc/cpuinfo").read_text()
+    cpu = re.search(r"model name\s*: (.*)", cpuinfo)
+    # The directory may belong to another user than root, who measures.
+    git = ["git", "-c", f"safe.directory={ROOT}", "-C", ROOT]
+    return {
+        "commit": output(*git, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"),
+        "date": date.today().isoformat(),
+        "kernel": Path("/proc/sys/kernel/osrelease").read_text().strip(),
+        "nft": output("nft", "--version"),
+        "processor": cpu[1] if cpu else "unknown",
+        "processors": str(os.cpu_count()),
+    }
+
+
+def write(report, file):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"facts": facts(), **report}, indent=2, ensure_ascii=False) + "\n")
+
+
+def conclude(text, file):
+    if file:
+        write(json.loads(text), file)
+    report = judge(json.loads(text))
+    colours = {"yes": "\x1b[32m", "NO": "\x1b[1;31m"}
+    coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    for table in report["tables"]:
+        head, lines = cells(table)
+        widths = [max(map(len, column)) for column in zip(head, *lines)]
+        print(f"\n{table['title']}\n")
+        for line in [head, *lines]:
+            what, *others = [it.rjust(width) for it, width in zip(line, widths)]
+            words = [f"{colours[it.strip()]}{it}\x1b[0m" if coloured and it.strip() in colours else it for it in others]
+            print("  ".join([line[0].ljust(widths[0]), *words]))
+    print("".join(f"\n{note}" for note in report["notes"]))
+    over = list(missed(report))
+    print("".join(f"missed: {it}\n" for it in over), end="")
+    print("".join(f"not measured: {it}\n" for it in report["not_measured"]), end="")
+    print(f"{sum(bool(row['budget']) for row in rows(report))} budgets measured, {len(over)} missed.")
+    return bool(over)
 
 
 # Tables
@@ -117,19 +212,22 @@ def across(table):
     return markdown(["what"] + columns, body)
 
 
-def down(table):
-    """A table with a line for each row."""
+def cells(table):
+    """The head and the lines of a table with a line for each row."""
     found = table["rows"]
     names = list(dict.fromkeys(name for row in found for name in row["values"]))
-    with_budget = any(row["budget"] for row in found)
-    body = []
+    tail = ["budget", "met"] if any(row["budget"] for row in found) else []
+    lines = []
     for row in found:
-        cells = [show(row["values"].get(name)) for name in names]
-        met = {True: "yes", False: "**NO**", None: "-"}[row["met"]]
-        tail = [bound(row["budget"]), met] if with_budget else []
-        body.append([row["what"], row["of"], *cells, *tail])
-    tail = ["budget", "met"] if with_budget else []
-    return markdown(["what", table["of"], *names, *tail], body)
+        values = [show(row["values"].get(name)) for name in names]
+        met = {True: "yes", False: "NO", None: "-"}[row["met"]]
+        lines.append([row["what"], row["of"], *values, *[bound(row["budget"]), met][: len(tail)]])
+    return ["what", table["of"], *names, *tail], lines
+
+
+def down(table):
+    head, lines = cells(table)
+    return markdown(head, [["**NO**" if it == "NO" else it for it in line] for line in lines])
 
 
 def only(table, keep):
@@ -284,7 +382,6 @@ def churn_picture(results):
         "nftlet while endpoints change all the time",
         [
             ("A change, from the bytes read", milliseconds, "seconds", [
-                ("99th percentile", LIGHT, points("a change, p99", 1e-3)),
                 ("mean", NFTLET, points("a change", 1e-3)),
             ]),
             ("A connection to a ClusterIP", milliseconds, "seconds", [
@@ -308,24 +405,14 @@ def write_micro(criterion, results):
         *name, size = file.parent.parent.relative_to(criterion).parts
         median = json.loads(file.read_text())["median"]["point_estimate"] / 1e9
         table["rows"].append({"what": "/".join(name), "of": f"{int(size):,}",
-            "values": {"median": {"s": median}}, "budget": None, "met": None})
-    describe = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    facts = {
-        "commit": subprocess.run(describe, capture_output=True, text=True).stdout.strip(),
-        "date": date.today().isoformat(),
-        "kernel": Path("/proc/sys/kernel/osrelease").read_text().strip(),
-        "processor": cpu[1] if cpu else "unknown",
-        "processors": str(len(re.findall(r"^processor", Path("/proc/cpuinfo").read_text(), re.M))),
-    }
-    report = {"scene": "micro", "facts": facts, "parameters": {}, "tables": [table],
-        "notes": [], "not_measured": []}
-    results.mkdir(parents=True, exist_ok=True)
-    (results / "micro.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+            "values": {"median": {"s": median}}})
+    write({"scene": "micro", "parameters": {}, "tables": [table], "notes": []}, results / "micro.json")
 
 
 def main(arguments):
     match arguments:
+        case ["scene", *file]:
+            return conclude(sys.stdin.read(), Path(file[0]) if file else None)
         case ["budgets", results, *scenes]:
             return summarize(Path(results), scenes)
         case ["docs", *results]:

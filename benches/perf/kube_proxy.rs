@@ -4,21 +4,34 @@
 //! A chain for every service port, whose one rule holds an anonymous map of its endpoints; a
 //! second chain where the service can be reached from outside; maps that lead to these chains.
 //! Only IPv4 is written, without session affinity, and new chains are not flushed first as
-//! kube-proxy does: where the shape could be costlier, the cheaper form was taken. The program
-//! kube-proxy is not measured.
+//! kube-proxy does: where the shape could be costlier, the cheaper form was taken.
+//!
+//! Where the environment variable `KUBE_PROXY` names the program kube-proxy, that is measured, too: in
+//! nftables mode, against the same API server, in a namespace of its own. It writes whenever something
+//! changed, without the pause of a second that it makes by default.
 
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::os::unix::process::ExitStatusExt as _;
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::cluster::{Cluster, NODE_IP, POD_CIDRS, SERVICE_CIDRS, TARGET_PORT};
+use crate::process::Process;
+use crate::server::{QUIET_AT_ONCE, Server};
+use crate::subject::News;
+use nftlet_lab::cluster::Put;
+use nftlet_lab::cluster::{Cluster, NODE_IP, POD_CIDRS, SERVICE_CIDRS, TARGET_PORT};
 use nftlet_lab::netns::Namespace;
 
 const TABLE: &str = "ip kube-proxy";
 /// How long all services may take. The time grows with the square of their number.
 pub const PATIENCE: Duration = Duration::from_secs(300);
+
+/// A comparison of all rules, of kube-proxy and of nftlet.
+pub const FULL: &str = "kubeproxy_sync_full_proxy_rules_duration_seconds";
+/// From one look at kube-proxy's metrics to the next.
+const SYNCED: Duration = Duration::from_millis(500);
 
 /// The part that does not depend on services.
 const SKELETON: &str = "
@@ -73,6 +86,53 @@ chain nat-prerouting { type nat hook prerouting priority -100; jump services; }
 chain nat-output { type nat hook output priority -100; jump services; }
 chain nat-postrouting { type nat hook postrouting priority 100; jump masquerading; }
 ";
+
+/// The program kube-proxy, running.
+pub struct Program {
+    pub process: Process,
+    news: News,
+}
+
+impl Program {
+    /// Starts the program that the environment names on another node of a server. Returns it with
+    /// the seconds from its start to the kernel's news of its last first rules; `None` without it.
+    pub fn start(server: &mut Server) -> Option<(Self, f64)> {
+        let program = PathBuf::from(std::env::var_os("KUBE_PROXY")?);
+        server.another_node();
+        let news = News::listen_to(server.namespace(), &["kube-proxy"]);
+        let process = server.start_kube_proxy(&program);
+        let mut heard = process.started();
+        while ["IPv4", "IPv6"]
+            .iter()
+            .any(|family| !synced(&process, family))
+        {
+            assert!(
+                process.started().elapsed() < 2 * PATIENCE,
+                "kube-proxy writes no rules"
+            );
+            heard = news.last(SYNCED).unwrap_or(heard);
+        }
+        heard = news.last(SYNCED).unwrap_or(heard);
+        let took = (heard - process.started()).as_secs_f64();
+        Some((Self { process, news }, took))
+    }
+
+    /// Makes a change; returns the seconds from the server's sending to the kernel's news.
+    pub fn change(&self, server: &Server, object: Put) -> f64 {
+        self.news.forget();
+        let sent = server.put([object]);
+        let first = self.news.first(PATIENCE).expect("a change is written");
+        let heard = self.news.last(QUIET_AT_ONCE).unwrap_or(first);
+        (heard - sent).as_secs_f64()
+    }
+}
+
+/// Returns whether kube-proxy has written all rules of a family.
+fn synced(process: &Process, family: &str) -> bool {
+    let metrics = process.try_metrics().ok();
+    let family = format!("{{ip_family=\"{family}\"}}");
+    metrics.is_some_and(|metrics| metrics.histogram(FULL, &family).1 > 0)
+}
 
 /// Loads commands with `nft -f -` and returns the time from the start of the program to its end.
 /// `None` if it takes longer than [`PATIENCE`]: the kernel gives a transaction up when the program
@@ -168,7 +228,7 @@ fn add_service(cluster: &Cluster, service: usize, chains: &mut String, elements:
 
 fn dnat_rule(cluster: &Cluster, service: usize, text: &mut String) {
     let endpoints = &cluster.endpoints[service];
-    let target = |(index, endpoint): (usize, &crate::cluster::Endpoint)| {
+    let target = |(index, endpoint): (usize, &nftlet_lab::cluster::Endpoint)| {
         format!("{index} : {} . {TARGET_PORT}", endpoint.address)
     };
     let targets: Vec<String> = endpoints.iter().enumerate().map(target).collect();

@@ -4,33 +4,31 @@
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::path::Path;
-use std::process::{Child, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::{Pid, SysconfVar, sysconf};
+use nix::sys::signal::Signal;
+use nix::unistd::{SysconfVar, sysconf};
 
-use nftlet_lab::netns::Namespace;
+use nftlet_lab::netns::{Daemon, Namespace};
 
 /// What nftlet writes when its first rules are in force.
 const IN_PLACE: &str = "the rules are in place";
 /// The port of the metrics, kube-proxy's.
 const METRICS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 10249);
 /// Far beyond every budget.
-const PATIENCE: Duration = Duration::from_secs(300);
+pub const PATIENCE: Duration = Duration::from_secs(300);
 /// From one look at the metrics to the next.
 const LOOK: Duration = Duration::from_millis(50);
-
 /// The results of audits.
 pub const AUDITS: &str = "nftlet_audits_total";
 /// More elements than notifications about them fit into the queue of a process.
 const OVERFLOW: u32 = 20_000;
 
-/// A running nftlet; killed when it is dropped.
+/// A running nftlet or kube-proxy; killed when it is dropped.
 pub struct Process {
     namespace: Namespace,
-    child: Child,
+    daemon: Daemon,
     started: Instant,
     lines: Receiver<(Instant, String)>,
     log: Vec<String>,
@@ -39,45 +37,47 @@ pub struct Process {
 /// What a process has in memory, in bytes.
 #[derive(Clone, Copy, Debug)]
 pub struct Memory {
-    /// Now.
-    pub resident: u64,
+    pub resident: f64,
     /// The most it ever had.
-    pub peak: u64,
+    pub peak: f64,
 }
 
 impl Process {
-    /// Starts nftlet in a namespace.
+    /// Starts a program in a namespace.
     pub fn start(namespace: &Namespace, program: &Path, arguments: &[String]) -> Self {
+        let (log, stderr) = std::io::pipe().expect("a pipe");
         let started = Instant::now();
-        let mut child = namespace
-            .command("setpriv")
-            .args(["--pdeathsig", "KILL", "--"])
-            .arg(program)
-            .args(arguments)
-            .env_remove("KUBECONFIG")
-            .env_remove("KUBERNETES_SERVICE_HOST")
-            .env_remove("NODE_NAME")
-            .env_remove("RUST_LOG")
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("nsenter can be started");
-        let stderr = child.stderr.take().expect("standard error is piped");
+        let mut words: Vec<&str> = Vec::new();
+        for variable in [
+            "KUBECONFIG",
+            "KUBERNETES_SERVICE_HOST",
+            "NODE_NAME",
+            "RUST_LOG",
+        ] {
+            words.extend(["-u", variable]);
+        }
+        words.push(program.to_str().expect("a path of UTF-8"));
+        words.extend(arguments.iter().map(String::as_str));
+        let daemon = Daemon::start_with_stderr(namespace, "env", words, stderr);
         let (sender, lines) = channel();
         std::thread::spawn(move || {
-            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+            for line in BufReader::new(log).lines().map_while(Result::ok) {
                 // Fails when lines are no longer waited for.
                 let _ = sender.send((Instant::now(), line));
             }
         });
         Self {
             namespace: namespace.clone(),
-            child,
+            daemon,
             started,
             lines,
             log: Vec::new(),
         }
+    }
+
+    /// The time at which it was started.
+    pub fn started(&self) -> Instant {
+        self.started
     }
 
     /// Waits until the first rules are in force; returns the time since the start of the process.
@@ -93,10 +93,9 @@ impl Process {
                         return at.duration_since(self.started);
                     }
                 }
-                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => panic!(
-                    "nftlet did not put its rules in place:\n{}",
-                    self.log.join("\n")
-                ),
+                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
+                    panic!("nftlet did not put its rules in place:\n{}", self.rest())
+                }
             }
         }
     }
@@ -107,8 +106,8 @@ impl Process {
         let field = |name: &str| {
             let line = status.lines().find_map(|line| line.strip_prefix(name));
             let kibibytes =
-                line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok());
-            kibibytes.expect("the kernel counts memory in kB") * 1024
+                line.and_then(|rest| rest.split_whitespace().next()?.parse::<f64>().ok());
+            1024.0 * kibibytes.unwrap_or_else(|| panic!("no {name} in kB:\n{status}"))
         };
         Memory {
             resident: field("VmRSS:"),
@@ -129,22 +128,24 @@ impl Process {
     }
 
     fn proc(&self, file: &str) -> String {
-        let path = format!("/proc/{}/{file}", self.child.id());
+        let path = format!("/proc/{}/{file}", self.daemon.pid());
         std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("cannot read {path}: {error}"))
     }
 
     /// Its metrics as they are now.
     pub fn metrics(&self) -> Metrics {
-        let mut stream = self
-            .namespace
-            .run(|| TcpStream::connect(METRICS))
-            .unwrap_or_else(|error| panic!("no connection to nftlet's metrics: {error}"));
-        stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
-        let request = b"GET /metrics HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n";
-        stream.write_all(request).expect("a request is sent");
+        let page = self.try_metrics();
+        page.unwrap_or_else(|error| panic!("no metrics: {error}"))
+    }
+
+    /// As [`Process::metrics`], where the port may not be open yet.
+    pub fn try_metrics(&self) -> std::io::Result<Metrics> {
+        let mut stream = self.namespace.run(|| TcpStream::connect(METRICS))?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.write_all(b"GET /metrics HTTP/1.0\r\nHost: node\r\n\r\n")?;
         let mut page = String::new();
-        stream.read_to_string(&mut page).expect("a page of text");
-        Metrics(page)
+        stream.read_to_string(&mut page)?;
+        Ok(Metrics(page))
     }
 
     /// Has the process miss notifications about another table, and waits for the audit that follows.
@@ -155,11 +156,7 @@ impl Process {
             results.iter().map(|(_, count)| count).sum()
         };
         let before = audits();
-        let signal = |signal| {
-            let pid = Pid::from_raw(self.child.id().cast_signed());
-            kill(pid, signal).expect("the process is there");
-        };
-        signal(Signal::SIGSTOP);
+        self.daemon.signal(Signal::SIGSTOP);
         let elements: Vec<String> = (0..OVERFLOW).map(|number| number.to_string()).collect();
         self.namespace.nft_load(&format!(
             "table ip overflow {{ set s {{ type mark; elements = {{ {} }}; }}; }}",
@@ -167,7 +164,7 @@ impl Process {
         ));
         self.namespace.nft_load("delete table ip overflow");
         let started = Instant::now();
-        signal(Signal::SIGCONT);
+        self.daemon.signal(Signal::SIGCONT);
         while audits() == before {
             assert!(started.elapsed() < PATIENCE, "there is no audit");
             std::thread::sleep(LOOK);
@@ -177,34 +174,25 @@ impl Process {
 
     /// Ends the process as the kubelet does.
     pub fn stop(mut self) {
-        let pid = Pid::from_raw(self.child.id().cast_signed());
-        kill(pid, Signal::SIGTERM).expect("the process is there");
-        let status = self.child.wait().expect("it is a child");
+        let status = self.daemon.stop(PATIENCE);
         assert!(
-            status.success(),
-            "nftlet ends with {status}:\n{}",
-            self.rest().join("\n")
+            status.is_some_and(|status| status.success()),
+            "the process ends with {status:?}:\n{}",
+            self.rest()
         );
     }
 
-    fn rest(&mut self) -> &[String] {
-        self.log.extend(self.lines.iter().map(|(_, line)| line));
-        &self.log
+    /// The log so far.
+    fn rest(&mut self) -> String {
+        self.log.extend(self.lines.try_iter().map(|(_, line)| line));
+        self.log.join("\n")
     }
 }
 
-impl Drop for Process {
-    fn drop(&mut self) {
-        // Fails only where the process has ended, which is what is wanted.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-/// How many seconds a tick is.
-pub fn tick() -> f64 {
+/// How many seconds a number of ticks is.
+pub fn seconds(ticks: u64) -> f64 {
     let per_second = sysconf(SysconfVar::CLK_TCK).ok().flatten();
-    1.0 / per_second.expect("the kernel has ticks") as f64
+    ticks as f64 / per_second.expect("the kernel has ticks") as f64
 }
 
 /// A page of metrics.
@@ -213,28 +201,25 @@ pub struct Metrics(String);
 impl Metrics {
     /// A metric by its name with the labels as they are written.
     pub fn get(&self, name: &str) -> f64 {
-        let value = self.0.lines().find_map(|line| {
+        let value = self.find(name);
+        value.unwrap_or_else(|| panic!("there is no metric {name}:\n{}", self.0))
+    }
+
+    fn find(&self, name: &str) -> Option<f64> {
+        self.0.lines().find_map(|line| {
             let value = line.strip_prefix(name)?.strip_prefix(' ')?;
             value.trim().parse().ok()
-        });
-        value.unwrap_or_else(|| panic!("nftlet has no metric {name}:\n{}", self.0))
+        })
     }
 
-    /// The sum of what a histogram has seen, in seconds, and how often it saw something.
+    /// The sum of what a histogram has seen, in seconds, and how often it saw something; zeros if
+    /// there is no such histogram yet.
     pub fn histogram(&self, name: &str, labels: &str) -> (f64, u64) {
-        let sum = self.get(&format!("{name}_sum{labels}"));
-        (sum, self.get(&format!("{name}_count{labels}")) as u64)
-    }
-
-    /// The buckets of a histogram without labels: their upper bounds in seconds, and how often
-    /// something up to there was seen.
-    pub fn buckets(&self, name: &str) -> Vec<(f64, u64)> {
-        let start = format!("{name}_bucket{{le=\"");
-        let bucket = |line: &str| {
-            let (bound, count) = line.strip_prefix(&start)?.split_once("\"} ")?;
-            Some((bound.parse().ok()?, count.trim().parse().ok()?))
+        let part = |part| {
+            self.find(&format!("{name}_{part}{labels}"))
+                .unwrap_or_default()
         };
-        self.0.lines().filter_map(bucket).collect()
+        (part("sum"), part("count") as u64)
     }
 
     /// Every metric with this name, with its labels as they are written.

@@ -15,14 +15,11 @@ use nftlet::nft::{
 use nftlet::policies;
 use nftlet::services::{ServiceSet, TABLE};
 
-use crate::cluster::Put;
 use crate::facts::ruleset;
+use nftlet_lab::cluster::Put;
 use nftlet_lab::netns::Namespace;
 
 pub use nftlet::nft::{Ruleset, TableFamily, Transaction};
-
-/// Far beyond every budget.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Returns the transaction that makes one ruleset another one.
 pub fn transaction(before: &Ruleset, after: &Ruleset) -> Transaction {
@@ -151,6 +148,11 @@ pub struct News(Receiver<Instant>);
 impl News {
     /// Begins to listen, until the program ends.
     pub fn listen(namespace: &Namespace) -> Self {
+        Self::listen_to(namespace, &[TABLE, policies::TABLE])
+    }
+
+    /// As [`News::listen`], about other tables.
+    pub fn listen_to(namespace: &Namespace, tables: &'static [&'static str]) -> Self {
         let namespace = namespace.clone();
         let (sender, news) = channel();
         let (ready, listening) = channel();
@@ -158,7 +160,7 @@ impl News {
             namespace.enter();
             // The socket whose own changes are left out; it makes none.
             let own = Nftables::open().unwrap_or_else(|error| panic!("{error}"));
-            let mut monitor = Monitor::new(&[TABLE, policies::TABLE], &own);
+            let mut monitor = Monitor::new(tables, &own);
             monitor.listen().unwrap_or_else(|error| panic!("{error}"));
             let _ = ready.send(());
             // Lost notifications mean a change just now, too.
@@ -173,10 +175,9 @@ impl News {
         while self.0.try_recv().is_ok() {}
     }
 
-    /// Waits for news, and returns their time.
-    pub fn first(&self) -> Instant {
-        let heard = self.0.recv_timeout(PATIENCE);
-        heard.expect("every change that is measured changes a table")
+    /// Waits for news, and returns their time, if there are any.
+    pub fn first(&self, within: Duration) -> Option<Instant> {
+        self.0.recv_timeout(within).ok()
     }
 
     /// Returns the time of the last news before nothing was heard for so long, if there were any.

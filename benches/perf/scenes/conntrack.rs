@@ -9,11 +9,11 @@ use std::net::{Ipv4Addr, SocketAddrV4};
 use std::time::Duration;
 
 use crate::Context;
-use crate::cluster::{Cluster, Size, TARGET_PORT, above, grouped};
 use crate::report::Value::{Number, Seconds};
 use crate::report::{Report, Table};
 use crate::samples::Samples;
 use crate::server::{Server, Watched};
+use nftlet_lab::cluster::{Cluster, Size, TARGET_PORT, above, grouped};
 use nftlet_lab::netns::Namespace;
 
 const SIZE: Size = Size {
@@ -60,9 +60,9 @@ struct Node<'a> {
 impl Arguments {
     /// Measures.
     pub fn run(&self, context: &Context) -> Report {
-        let mut report = Report::new("conntrack");
-        report.parameter("flows", self.flows);
-        report.parameter("rounds", self.rounds);
+        let parameters: [(_, &dyn ToString); 2] =
+            [("flows", &self.flows), ("rounds", &self.rounds)];
+        let mut report = Report::new("conntrack", parameters);
         let mut cluster = Cluster::plain(SIZE);
         cluster.udp = true;
         let server = Server::new(Namespace::new("node"), &context.nftlet);
@@ -86,7 +86,7 @@ impl Arguments {
         node.maker.flush();
         let count = read(&server, "nf_conntrack_count");
         let most = read(&server, "nf_conntrack_max");
-        report.note(format!(
+        report.notes.push(format!(
             "{count} flows in the table, nf_conntrack_max {most}"
         ));
         let mut table = Table::new("Stale UDP flows, found and deleted", "stale flows of each");
@@ -102,7 +102,7 @@ impl Arguments {
             let row = table.row(what, stale, "time", Seconds(times.median()));
             row.and("deleted", Number(deleted));
         }
-        report.table(table);
+        report.tables.push(table);
         node.watched.process.stop();
         report
     }
@@ -129,12 +129,12 @@ impl Node<'_> {
         self.maker.flush();
         let (before, deleted) = self.cleaned();
         let changes = (0..services)
-            .map(|service| self.cluster.shrink(service))
+            .map(|service| self.cluster.shrink(service, 1))
             .collect();
         self.watched.put_many(changes);
         let (after, deleted_after) = self.until_cleaned(before.1);
         let changes = (0..services)
-            .map(|service| self.cluster.grow(service))
+            .map(|service| self.cluster.grow(service, 1))
             .collect();
         self.watched.put_many(changes);
         self.until_cleaned(after.1);

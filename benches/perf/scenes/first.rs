@@ -3,21 +3,22 @@
 //! The time of the first program is nftlet's metric of a comparison with the kernel that writes
 //! everything: from the end of the last list to the kernel's answer. That of the start ends with
 //! the line of the log that reports the rules; the process is not asked meanwhile. Then the
-//! process is left alone, audits its rules, `nft flush ruleset` is repaired, and nftlet starts once more with its
-//! rules in place.
+//! process is left alone, audits its rules, `nft flush ruleset` is repaired, and nftlet starts once
+//! more with its rules in place. An older nftlet starts in turns with the one that is measured.
 
-use std::process::Command;
+use std::path::PathBuf;
+use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use super::SIZES;
 use crate::Context;
-use crate::cluster::{Cluster, Size};
-use crate::kube_proxy;
-use crate::process::{Process, tick};
+use crate::kube_proxy::{self, FULL};
+use crate::process::{Process, seconds};
 use crate::report::Value::{Bytes, Number, Ratio, Seconds, Text};
 use crate::report::{Report, Table, Value};
 use crate::samples::Samples;
-use crate::server::Server;
+use crate::server::{Server, TRANSACTION};
+use nftlet_lab::cluster::{Cluster, Size};
 use nftlet_lab::netns::Namespace;
 
 /// How long a process is left alone before its memory is read, and then before its idleness is.
@@ -33,9 +34,7 @@ const COMPARED: Size = Size {
     services: 10_000,
     endpoints: 10,
 };
-const FULL: &str = "kubeproxy_sync_full_proxy_rules_duration_seconds";
 const FAMILY: &str = "{ip_family=\"IPv4\"}";
-const TRANSACTION: &str = "nftlet_transaction_duration_seconds";
 const HEALED: &str = "nftlet_foreign_changes_healed_total";
 
 #[derive(Debug, clap::Args)]
@@ -46,16 +45,46 @@ pub struct Arguments {
     /// Starts from empty rules.
     #[arg(long, default_value = "3", value_parser = clap::value_parser!(u32).range(1..))]
     starts: u32,
+    /// An older nftlet to compare with.
+    #[arg(long, value_name = "FILE")]
+    before: Option<PathBuf>,
     /// The most services that are loaded in kube-proxy's shape, too, for five minutes at most.
-    #[arg(long, default_value = "50000", value_name = "SERVICES")]
+    #[arg(long, default_value = "30000", value_name = "SERVICES")]
     kube_proxy_up_to: usize,
+    /// The most services with which the program kube-proxy is started, if `KUBE_PROXY` names it.
+    #[arg(long, default_value = "10000", value_name = "SERVICES")]
+    program_up_to: usize,
+}
+
+/// What was seen of starts from empty rules: seconds, and bytes.
+#[derive(Default)]
+struct Starts {
+    whole: Samples,
+    processor: Samples,
+    program: Samples,
+    transactions: Samples,
+    memory: Samples,
+}
+
+impl Starts {
+    /// Adds a start, and leaves the process alone for a while.
+    fn push(&mut self, process: &Process, took: Duration) {
+        self.whole.push(took.as_secs_f64());
+        self.processor.push(seconds(process.ticks()));
+        let metrics = process.metrics();
+        self.transactions.push(metrics.histogram(TRANSACTION, "").0);
+        let (sum, count) = metrics.histogram(FULL, FAMILY);
+        assert_eq!(count, 1, "the first rules are written once");
+        self.program.push(sum);
+        sleep(SETTLE);
+        self.memory.push(process.memory().resident);
+    }
 }
 
 impl Arguments {
     /// Measures.
     pub fn run(&self, context: &Context) -> Report {
-        let mut report = Report::new("first");
-        report.parameter("starts", self.starts);
+        let mut report = Report::new("first", [("starts", &self.starts)]);
         let mut table = Table::new("First rules of a cluster", "cluster");
         let mut sizes = self.sizes.clone();
         sizes.sort_by_key(|size| size.services * size.endpoints);
@@ -66,7 +95,7 @@ impl Arguments {
                 compared = Some(first);
             }
         }
-        report.table(table);
+        report.tables.push(table);
         report
     }
 
@@ -83,8 +112,7 @@ impl Arguments {
         let mut server = Server::new(Namespace::new("node"), &context.nftlet);
         server.put(cluster.objects());
 
-        let [mut starts, mut processor, mut firsts, mut transactions] =
-            [(); 4].map(|()| Samples::default());
+        let [mut starts, mut before] = [(); 2].map(|()| Starts::default());
         let (mut sent, mut asked) = (0, 0);
         let mut running: Option<Process> = None;
         for number in 1..=self.starts {
@@ -93,14 +121,15 @@ impl Arguments {
                 process.stop();
                 server.another_node();
             }
+            if let Some(older) = &self.before {
+                let (process, took) = server.start_other(older);
+                before.push(&process, took);
+                process.stop();
+                server.another_node();
+            }
             (sent, asked) = (server.api.sent(), server.api.requests().len());
             let (process, took) = server.start();
-            starts.push(took.as_secs_f64());
-            processor.push(process.ticks() as f64 * tick());
-            transactions.push(process.metrics().histogram(TRANSACTION, "").0);
-            let (sum, count) = process.metrics().histogram(FULL, FAMILY);
-            assert_eq!(count, 1, "the first rules are written once");
-            firsts.push(sum);
+            starts.push(&process, took);
             running = Some(process);
         }
         let process = running.expect("there is at least one start");
@@ -112,10 +141,9 @@ impl Arguments {
         lists.dedup();
 
         progress("idle");
-        std::thread::sleep(SETTLE);
-        let before = process.ticks();
-        std::thread::sleep(IDLE);
-        let idle = process.ticks() - before;
+        let ticks = process.ticks();
+        sleep(IDLE);
+        let idle = process.ticks() - ticks;
         let memory = process.memory();
 
         progress("an audit");
@@ -132,19 +160,58 @@ impl Arguments {
         let peak_restart = restarted.memory().peak;
         restarted.stop();
 
-        let other = self.kube_proxy(&cluster, size, progress);
-        let first = firsts.median();
+        let shape = self.kube_proxy(&cluster, size, progress);
+        let program = (size.services <= self.program_up_to).then(|| {
+            progress("kube-proxy, if there is one");
+            kube_proxy::Program::start(&mut server)
+        });
+        let program = program.flatten().map(|(program, took)| {
+            let first = program.process.metrics().histogram(FULL, FAMILY).0;
+            [
+                Seconds(first),
+                Seconds(took),
+                Bytes(program.process.memory().peak),
+            ]
+        });
+        let [other_first, other_start, other_peak] =
+            program.map_or([const { None }; 3], |it| it.map(Some));
+
+        let first = starts.program.median();
         let row = table.row("first program", size, "nftlet", Seconds(first));
-        row.and("kube-proxy's shape", other.clone());
+        row.and("kube-proxy's shape", shape.clone())
+            .and("kube-proxy", other_first);
+        let start = Seconds(starts.whole.median());
+        let row = table.row("process start to rules in place", size, "nftlet", start);
+        row.and("kube-proxy", other_start);
+        let row = table.row("memory, peak", size, "nftlet", Bytes(memory.peak));
+        row.and("kube-proxy", other_peak);
         let mut note = |what: &str, value| {
             table.row(what, size, "nftlet", value);
         };
+        for (what, now, then) in [
+            (
+                "first program over before",
+                &starts.program,
+                &before.program,
+            ),
+            (
+                "memory after settling over before",
+                &starts.memory,
+                &before.memory,
+            ),
+        ] {
+            if then.count() > 0 {
+                note(what, Ratio(now.over(then).median()));
+            }
+        }
         note(
             "first program, of it transactions",
-            Seconds(transactions.median()),
+            Seconds(starts.transactions.median()),
         );
-        note("process start to rules in place", Seconds(starts.median()));
-        note("process start, processor time", Seconds(processor.median()));
+        note(
+            "process start, processor time",
+            Seconds(starts.processor.median()),
+        );
         note("sent by the server, start", Bytes(sent as f64));
         note("requests, start", Number(requests as f64));
         note(
@@ -155,17 +222,15 @@ impl Arguments {
             "processor ticks in 10 s without change",
             Number(idle as f64),
         );
-        note("memory after settling", Bytes(memory.resident as f64));
-        note("memory, peak", Bytes(memory.peak as f64));
-        note(
-            "memory, peak, an audit included",
-            Bytes(audited.peak as f64),
-        );
+        note("memory after settling", Bytes(starts.memory.median()));
+        note("memory, peak, an audit included", Bytes(audited.peak));
         note("audit", Seconds(audit.as_secs_f64()));
         note("`flush ruleset` healed", Seconds(healed.median()));
         if size.services > SMALL {
-            let over = healed.median() / first;
-            note("`flush ruleset` healed over first program", Ratio(over));
+            note(
+                "`flush ruleset` healed over first program",
+                Ratio(healed.median() / first),
+            );
         }
         note(
             "process start, rules in place already",
@@ -175,15 +240,14 @@ impl Arguments {
             "rules in place already, of it the comparison",
             Seconds(comparison),
         );
-        note(
-            "memory, peak, rules in place already",
-            Bytes(peak_restart as f64),
-        );
-        if let Some(smaller) = compared.filter(|_| size.endpoints == COMPARED.endpoints) {
-            let what = "first program over that of 10,000 x 10";
-            note(what, Ratio(first / smaller));
+        note("memory, peak, rules in place already", Bytes(peak_restart));
+        if let Some(compared) = compared.filter(|_| size.endpoints == COMPARED.endpoints) {
+            note(
+                "first program over that of 10,000 x 10",
+                Ratio(first / compared),
+            );
         }
-        if let Seconds(other) = other {
+        if let Seconds(other) = shape {
             note(
                 "first program over kube-proxy's shape",
                 Ratio(first / other),
@@ -215,21 +279,14 @@ fn heal(process: &Process, server: &Server) -> f64 {
         (metrics.histogram(FULL, FAMILY).1, metrics.get(HEALED))
     };
     let before = seen();
-    let mut flush = Command::new("nft");
-    let status = server
-        .namespace()
-        .run(|| flush.args(["flush", "ruleset"]).status());
+    server.namespace().nft(&["flush", "ruleset"]);
     let started = Instant::now();
-    assert!(
-        status.is_ok_and(|status| status.success()),
-        "nft flushes the ruleset"
-    );
     loop {
         let took = started.elapsed();
         let now = seen();
         if now.0 > before.0 && now.1 > before.1 {
             return took.as_secs_f64();
         }
-        std::thread::sleep(ASK);
+        sleep(ASK);
     }
 }

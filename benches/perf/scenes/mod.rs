@@ -9,5 +9,5 @@ pub mod packets;
 pub mod policies;
 pub mod ranges;
 
-/// The clusters that most scenes measure.
-const SIZES: &str = "1000x10,10000x10,30000x10,50000x20";
+/// The clusters that scenes measure; the last two are of users.
+const SIZES: &str = "1000x10,10000x10,30000x10,50000x20,5006x50,44125x1";

@@ -22,12 +22,12 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use crate::Context;
-use crate::cluster::{Cluster, Size};
 use crate::facts::ruleset;
 use crate::report::Value::Seconds;
 use crate::report::{Report, Table};
 use crate::samples::Samples;
 use crate::subject::{self, Ruleset, Writer};
+use nftlet_lab::cluster::{Cluster, Size};
 use nftlet_lab::netns::Namespace;
 
 /// How long the probes go on while nothing else is written.
@@ -86,15 +86,14 @@ struct Waits {
 impl Arguments {
     /// Measures.
     pub fn run(&self, context: &Context) -> Report {
-        let mut report = Report::new("neighbours");
-        report.parameter("rounds", self.rounds);
+        let mut report = Report::new("neighbours", [("rounds", &self.rounds)]);
         let mut table = Table::new("How long others wait while nftlet writes", "cluster");
         for size in &self.sizes {
             for case in cases(*size) {
                 self.measure(*size, &case, context, &mut table);
             }
         }
-        report.table(table);
+        report.tables.push(table);
         report
     }
 
@@ -128,7 +127,7 @@ impl Arguments {
 fn cases(size: Size) -> [Case; 3] {
     let mut cluster = Cluster::plain(size);
     let rules = ruleset(cluster.objects());
-    cluster.grow(size.services / 2);
+    cluster.grow(size.services / 2, 1);
     let grown = ruleset(cluster.objects());
     let otherwise = subject::declared_otherwise(&rules);
     [

@@ -9,14 +9,14 @@ use std::time::Duration;
 use super::changes::Times;
 use super::first::SETTLE;
 use crate::Context;
-use crate::cluster::{Cluster, Put, Size, grouped};
-use crate::pods::{Pod, Pods};
 use crate::process::Process;
 use crate::report::Value::{Bytes, Seconds};
 use crate::report::{Report, Table};
 use crate::server::{Server, Watched};
+use nftlet_lab::cluster::{Cluster, Put, Size, grouped};
 use nftlet_lab::fake_api::PODS;
 use nftlet_lab::netns::Namespace;
+use nftlet_lab::pods::{Pod, Pods};
 
 const POLICY: &str = "nftlet_policy_sync_duration_seconds";
 const ASK: Duration = Duration::from_millis(20);
@@ -41,17 +41,19 @@ pub struct Arguments {
 impl Arguments {
     /// Measures.
     pub fn run(&self, context: &Context) -> Report {
-        let mut report = Report::new("policies");
-        report.parameter("policies", self.policies);
-        report.parameter("services", self.size);
-        report.parameter("changes", self.changes);
+        let parameters: [(_, &dyn ToString); 3] = [
+            ("policies", &self.policies),
+            ("services", &self.size),
+            ("changes", &self.changes),
+        ];
+        let mut report = Report::new("policies", parameters);
         context.progress("start without policies");
         let cluster = Cluster::new(self.size);
         let server = Server::new(Namespace::new("node"), &context.nftlet);
         server.put(cluster.objects());
         let process = server.start().0;
         std::thread::sleep(SETTLE);
-        let without = process.memory().resident as f64;
+        let without = process.memory().resident;
         process.stop();
         drop(server);
         let mut whole = Table::new("Network policies: first rules", "pods");
@@ -60,8 +62,7 @@ impl Arguments {
             let pods = Pods::new(*pods as usize, self.policies as usize);
             self.measure(&cluster, pods, without, context, [&mut whole, &mut single]);
         }
-        report.table(whole);
-        report.table(single);
+        report.tables = vec![whole, single];
         report
     }
 
@@ -81,7 +82,7 @@ impl Arguments {
         let (process, _) = server.start();
         let first = policies_in_force(&process, &server);
         std::thread::sleep(SETTLE);
-        let memory = process.memory().resident as f64 - without;
+        let memory = process.memory().resident - without;
         process.stop();
         progress("start with rules in place");
         let (process, _) = server.start();

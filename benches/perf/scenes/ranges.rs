@@ -7,11 +7,11 @@
 use std::time::Instant;
 
 use crate::Context;
-use crate::cluster::grouped;
 use crate::report::Value::{Ratio, Seconds};
 use crate::report::{Report, Table};
 use crate::samples::Samples;
 use crate::subject::{Ranges, Writer};
+use nftlet_lab::cluster::grouped;
 use nftlet_lab::netns::Namespace;
 
 const CASES: [(Ranges, &str, u32); 3] = [
@@ -33,8 +33,7 @@ pub struct Arguments {
 impl Arguments {
     /// Measures.
     pub fn run(&self, context: &Context) -> Report {
-        let mut report = Report::new("ranges");
-        report.parameter("rounds", self.rounds);
+        let mut report = Report::new("ranges", [("rounds", &self.rounds)]);
         let mut table = Table::new("Sets of ranges, filled", "ranges");
         for (ranges, words, count) in CASES {
             let of = format!("{} {words}", grouped(count.into()));
@@ -52,7 +51,7 @@ impl Arguments {
                 row.and("over plain", Ratio(concatenated.median() / plain.median()));
             }
         }
-        report.table(table);
+        report.tables.push(table);
         report
     }
 }

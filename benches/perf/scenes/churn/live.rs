@@ -3,13 +3,14 @@
 //! The service in place 50 of every hundred is live: a plain one with a ClusterIP alone. The third
 //! byte of its endpoints' addresses is the number of the live service, so that an answer shows
 //! whose endpoint gave it. The time at which an endpoint leaves its service is noted, so that an
-//! answer of an endpoint that left long before is a failure.
+//! answer of an endpoint that left long before is a failure. So is a refusal, unless the service had
+//! no endpoints just before.
 
 use std::net::Ipv4Addr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::cluster::Size;
+use nftlet_lab::cluster::Size;
 
 /// One service of so many is live, in this place.
 const EVERY: usize = 100;
@@ -19,14 +20,53 @@ const ADDRESSES: u8 = 250;
 /// How much later a replaced endpoint may still answer: far beyond what a change takes, so that
 /// only lost changes show.
 const GRACE: Duration = Duration::from_secs(1);
-/// As the time of leaving: it has not left.
+/// As the time of leaving, or of the end of a state: it has not left, and the state lasts.
 const IN_USE: u64 = u64::MAX;
+/// Between how many endpoints those of [`Pattern::Around64`] go up and down.
+pub const FEWEST: usize = 60;
+pub const MOST: usize = 70;
+
+/// How the endpoints of a live service change.
+#[derive(Clone, Copy, Debug)]
+pub enum Pattern {
+    /// As those of other services.
+    Usual,
+    /// From one to none and back.
+    NoneOrOne,
+    /// More and less, around the number of 64.
+    Around64,
+    /// A rollout after the other: some more, then as many drain and leave.
+    Rollout,
+}
+
+impl Pattern {
+    /// Returns how many endpoints a service has at first.
+    pub fn endpoints(self, size: Size) -> usize {
+        match self {
+            Self::Usual | Self::Rollout => size.endpoints,
+            Self::NoneOrOne => 1,
+            Self::Around64 => FEWEST,
+        }
+    }
+}
+
+/// Returns the pattern of a live service by its number.
+pub fn pattern(number: usize) -> Pattern {
+    match number % 8 {
+        1 => Pattern::NoneOrOne,
+        2 => Pattern::Around64,
+        3 => Pattern::Rollout,
+        _ => Pattern::Usual,
+    }
+}
 
 /// The addresses of all live services, with the times at which they left, in milliseconds since
 /// the beginning.
 pub struct Live {
     began: Instant,
     left: Vec<Vec<AtomicU64>>,
+    /// When each service got its first endpoint after it had none.
+    empty: Vec<AtomicU64>,
 }
 
 /// Parses the size of a cluster that has live services, and room for their endpoints.
@@ -59,6 +99,7 @@ impl Live {
         Self {
             began: Instant::now(),
             left: (0..count(size)).map(|_| addresses()).collect(),
+            empty: (0..count(size)).map(|_| AtomicU64::new(0)).collect(),
         }
     }
 
@@ -81,9 +122,33 @@ impl Live {
     /// Notes that an address is no longer in use.
     pub fn release(&self, address: Ipv4Addr) {
         let [_, _, service, last] = address.octets();
-        let now = self.began.elapsed().as_millis() as u64;
         self.left(service.into(), last)
-            .store(now, Ordering::Relaxed);
+            .store(self.now(), Ordering::Relaxed);
+    }
+
+    /// Notes whether a service has no endpoints.
+    pub fn set_empty(&self, service: usize, empty: bool) {
+        let noted = &self.empty[service];
+        if empty {
+            noted.store(IN_USE, Ordering::Relaxed);
+        } else if noted.load(Ordering::Relaxed) == IN_USE {
+            noted.store(self.now(), Ordering::Relaxed);
+        }
+    }
+
+    /// Returns whether a service had no endpoints a short time before a client began to connect, or
+    /// later.
+    pub fn may_refuse(&self, service: usize, began: Instant) -> bool {
+        let empty = self.empty[service].load(Ordering::Relaxed);
+        empty > 0 && (empty == IN_USE || self.since(empty, began) < GRACE)
+    }
+
+    fn now(&self) -> u64 {
+        self.began.elapsed().as_millis() as u64
+    }
+
+    fn since(&self, noted: u64, now: Instant) -> Duration {
+        now.saturating_duration_since(self.began + Duration::from_millis(noted))
     }
 
     fn left(&self, service: usize, last: u8) -> &AtomicU64 {
@@ -101,8 +166,7 @@ impl Live {
         if left == IN_USE {
             return None;
         }
-        let left = self.began + Duration::from_millis(left);
-        let late = began.saturating_duration_since(left);
+        let late = self.since(left, began);
         (late > GRACE).then(|| format!("{address} answered, no endpoint since {late:.1?}"))
     }
 }

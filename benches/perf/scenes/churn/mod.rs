@@ -10,7 +10,8 @@
 //!
 //! Of the services of the cluster one in a hundred is *live* ([`live`]): its endpoints are addresses
 //! at which a server really answers, and goes on answering after an endpoint was replaced. So a
-//! connection that fails is the fault of the rules. Changes are sent by the clock, whether or not
+//! connection that fails is the fault of the rules. Some live services go from one endpoint to none
+//! and back, some between 60 and 70, and some roll out all the time. Changes are sent by the clock, whether or not
 //! the ones before are in force, so that nftlet gets a backlog if it cannot keep up.
 //!
 //! The time is divided into twenty windows. Nothing may grow from the second quarter of the time to
@@ -26,18 +27,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nftlet::model::Kind;
-
 use crate::Context;
-use crate::cluster::{Put, Size, grouped};
-use crate::process::{AUDITS, Metrics, Process, tick};
+use crate::process::{AUDITS, Metrics, PATIENCE, Process, seconds};
 use crate::report::Value::{Bytes, Number, Ratio, Seconds};
 use crate::report::{Report, Table, Value};
 use crate::samples::Samples;
-use crate::server::{LATENCY, Server};
+use crate::server::{LATENCY, PAUSE, Sent, Server};
 use crate::subject;
-use changes::{Changes, Sent};
+use changes::Changes;
 use live::Live;
+use nftlet_lab::cluster::{Put, Size, grouped};
 use nftlet_lab::fake_api::{CIDRS, NODES, SERVICES, SLICES};
 use traffic::{Lab, Tally, Traffic};
 
@@ -46,8 +45,6 @@ const WINDOWS: u32 = 20;
 const LOOK: Duration = Duration::from_millis(250);
 /// Traffic without changes, before and after them.
 const CALM: Duration = Duration::from_secs(2);
-/// How long the last changes may take.
-const PATIENCE: Duration = Duration::from_secs(60);
 /// A load of so many seconds ends with an audit.
 const AUDITED: Duration = Duration::from_secs(600);
 /// Counters that must stay at zero.
@@ -89,10 +86,8 @@ struct Window {
     programmed: u64,
     /// Changes that were sent and not in force.
     backlog: Samples,
-    /// From the bytes read to the kernel's answer: the mean, and the 99th percentile as estimated
-    /// from buckets.
+    /// From the bytes read to the kernel's answer, the mean.
     latency: f64,
-    latency_p99: f64,
     resident: f64,
     processor: f64,
     connections: Tally,
@@ -109,7 +104,7 @@ struct Border {
 impl Arguments {
     /// Measures.
     pub fn run(&self, context: &Context) -> Report {
-        let mut report = Report::new("churn");
+        let mut report = Report::new("churn", []);
         context.progress("encoding the objects");
         let live = Arc::new(Live::new(self.size));
         let mut changes = Changes::new(self.size, live.clone());
@@ -149,12 +144,11 @@ impl Arguments {
             let changing = windows.iter().map(|window| &window.connections);
             changing.chain([&before, &after])
         };
-        let failed: u64 = tallies().map(|tally| tally.failed).sum();
-        let slow: u64 = tallies().map(|tally| tally.slow).sum();
+        let sum = |of: fn(&Tally) -> u64| tallies().map(of).sum::<u64>();
 
         let mut table = Table::new("Endpoints change, clients connect", "changes");
         windows.iter().for_each(|window| window.note(&mut table));
-        report.table(table);
+        report.tables.push(table);
         let of = format!(
             "{} changes, {} connections a second at {} for {} s",
             grouped(self.rate.into()),
@@ -167,8 +161,8 @@ impl Arguments {
             table.row(what, &of, "measured", value);
         };
         let count = |count: u64| Number(count as f64);
-        note("failed connections", count(failed));
-        note("connections of a second or more", count(slow));
+        note("failed connections", count(sum(|it| it.failed)));
+        note("connections of a second or more", count(sum(|it| it.slow)));
         self.note_growth(&windows, &mut note);
         note("from the last change to all in force", Seconds(settled));
         let operations = count(difference.len() as u64);
@@ -176,23 +170,25 @@ impl Arguments {
         note("failed transactions, healed changes", Number(failures));
         note("lists read again", count(lists as u64));
         if !audits.is_empty() && self.size == BUDGETED {
-            let peak = Bytes(process.memory().peak as f64);
+            let peak = Bytes(process.memory().peak);
             note("memory, peak, an audit included", peak);
         }
-        report.table(table);
-        let late = Seconds(sent.late.as_secs_f64());
+        report.tables.push(table);
+        let (late, refused) = (sent.late, sum(|it| it.refused));
         let audits: Vec<_> = audits.iter().map(|(it, n)| format!("{n} {it}")).collect();
-        report.note(format!(
-            "a burst of changes was sent {late} late at most; {repeated} requests for connections \
-             were repeated; audits: {}",
+        report.notes.push(format!(
+            "a burst of changes was sent {late:.1?} late at most; {repeated} requests for \
+             connections were repeated; services without endpoints refused {refused}; audits: {}",
             audits.join(", ")
         ));
         if let Some(first) = difference.first() {
             let text: String = format!("{first:?}").chars().take(400).collect();
-            report.note(format!("the kernel differs, first by {text}"));
+            report
+                .notes
+                .push(format!("the kernel differs, first by {text}"));
         }
         for fault in tallies().flat_map(|tally| &tally.faults) {
-            report.note(format!("failed: {fault}"));
+            report.notes.push(format!("failed: {fault}"));
         }
         process.stop();
         report
@@ -213,7 +209,8 @@ impl Arguments {
         let mut windows = Vec::new();
         let count = &watch.sent;
         let sent = thread::scope(|scope| {
-            let sender = scope.spawn(|| changes.send(server, self.rate, self.length(), count));
+            let sender =
+                scope.spawn(|| server.pace(self.rate, self.length(), count, || changes.change()));
             let started = Instant::now();
             let mut from = watch.border();
             for number in 1..=WINDOWS {
@@ -222,7 +219,7 @@ impl Arguments {
                 // At least once, however long an answer took.
                 loop {
                     backlog.push(watch.backlog() as f64);
-                    resident.push(watch.process.memory().resident as f64);
+                    resident.push(watch.process.memory().resident);
                     let left = until.saturating_duration_since(Instant::now());
                     if left.is_zero() {
                         break;
@@ -260,7 +257,7 @@ impl Arguments {
         note("memory, growth beyond 5 %", Bytes(growth));
         // Other work on the machine holds up a window now and then: medians leave it out.
         let [before, after] = quarters(|it| it.backlog.mean()).map(|backlog| backlog.median());
-        let burst = f64::from(self.rate) * changes::PAUSE.as_secs_f64();
+        let burst = f64::from(self.rate) * PAUSE.as_secs_f64();
         let growth = (after - before - burst).max(0.0);
         note("backlog, growth beyond one burst", Number(growth));
         let [before, after] = quarters(|it| it.latency).map(|latency| latency.median());
@@ -293,7 +290,6 @@ impl Window {
             .and("backlog", Number(self.backlog.mean()))
             .and("most", Number(self.backlog.largest()))
             .and("a change", Seconds(self.latency))
-            .and("a change, p99", Seconds(self.latency_p99))
             .and("memory", Bytes(self.resident))
             .and("processor", Seconds(self.processor))
             .and("connections", Number(self.connections.count() as f64))
@@ -306,15 +302,10 @@ impl Window {
 
 /// Returns the objects of a server that rules for services depend on.
 fn objects(server: &Server) -> impl Iterator<Item = Put> + '_ {
-    let collections = [
-        (Kind::Node, NODES),
-        (Kind::ServiceCidr, CIDRS),
-        (Kind::Service, SERVICES),
-        (Kind::EndpointSlice, SLICES),
-    ];
-    collections.into_iter().flat_map(|(kind, path)| {
+    let collections = [NODES, CIDRS, SERVICES, SLICES].into_iter();
+    collections.flat_map(|path| {
         let objects = server.api.objects(path).into_iter();
-        objects.map(move |object| (kind, object))
+        objects.map(move |object| (path, object))
     })
 }
 
@@ -371,10 +362,6 @@ fn window(
     let (sum, count) = to.metrics.histogram(LATENCY, "");
     let (sum_before, count_before) = from.metrics.histogram(LATENCY, "");
     let programmed = count - count_before;
-    let later = to.metrics.buckets(LATENCY).into_iter();
-    let buckets = later
-        .zip(from.metrics.buckets(LATENCY))
-        .map(|((bound, after), (_, before))| (bound, after - before));
     Window {
         from: (from.at - started).as_secs_f64(),
         to: (to.at - started).as_secs_f64(),
@@ -382,26 +369,8 @@ fn window(
         programmed,
         backlog,
         latency: (sum - sum_before) / programmed.max(1) as f64,
-        latency_p99: quantile(&buckets.collect::<Vec<_>>(), 0.99),
         resident: resident.mean(),
-        processor: (to.ticks - from.ticks) as f64 * tick(),
+        processor: seconds(to.ticks - from.ticks),
         connections,
     }
-}
-
-/// Returns a quantile of a histogram, as Prometheus estimates it: even inside of a bucket.
-fn quantile(buckets: &[(f64, u64)], part: f64) -> f64 {
-    let all = buckets.last().map_or(0, |(_, count)| *count) as f64;
-    let (mut lower, mut below) = (0.0, 0.0);
-    for &(bound, count) in buckets {
-        let count = count as f64;
-        if count >= part * all && bound.is_finite() {
-            let inside = (part * all - below) / (count - below).max(1.0);
-            return lower + (bound - lower) * inside;
-        }
-        if bound.is_finite() {
-            (lower, below) = (bound, count);
-        }
-    }
-    lower
 }

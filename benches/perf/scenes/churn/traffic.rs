@@ -13,9 +13,11 @@
 //!
 //! Two threads connect by the clock, one from outside and one from inside. A connection is answered
 //! with one line and closed. It fails if it is refused, reset or not answered within three seconds,
-//! or if the wrong endpoint answers. The kernel repeats a request for a connection that was lost
+//! or if the wrong endpoint answers. A service
+//! without endpoints is to refuse. The kernel repeats a request for a connection that was lost
 //! after one second; a connection that takes that long counts as slow.
 
+use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -23,8 +25,8 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use super::live::{self, Live};
-use crate::cluster::{Cluster, NODE_IP, Random, SERVICE_CIDRS, TARGET_PORT};
 use crate::samples::Samples;
+use nftlet_lab::cluster::{Cluster, NODE_IP, Random, SERVICE_CIDRS, TARGET_PORT};
 use nftlet_lab::netns::{Ask, Namespace, Protocol, Server as Answering};
 
 /// The addresses of live endpoints.
@@ -113,6 +115,8 @@ pub struct Tally {
     pub took: Samples,
     /// How many failed.
     pub failed: u64,
+    /// How many were refused by a service without endpoints.
+    pub refused: u64,
     /// How many were answered after a second or more.
     pub slow: u64,
     /// Descriptions of the first failures.
@@ -122,7 +126,7 @@ pub struct Tally {
 impl Tally {
     /// Returns the number of all connections, answered or not.
     pub fn count(&self) -> u64 {
-        self.took.count() as u64 + self.failed
+        self.took.count() as u64 + self.failed + self.refused
     }
 }
 
@@ -152,6 +156,13 @@ impl Shared {
         let fault = match answer.map(|answer| answer.local.ip()) {
             Ok(IpAddr::V4(address)) => self.live.fault(service, address, asked),
             Ok(IpAddr::V6(address)) => Some(format!("{address} answered, of another family")),
+            Err(error)
+                if error.kind() == ErrorKind::ConnectionRefused
+                    && self.live.may_refuse(service, asked) =>
+            {
+                self.tally().refused += 1;
+                return;
+            }
             Err(error) => Some(error.to_string()),
         };
         let mut tally = self.tally();
@@ -198,7 +209,7 @@ impl Traffic {
             let (shared, namespace) = (shared.clone(), namespace.clone());
             thread::spawn(move || {
                 namespace.enter();
-                let mut random = Random::new();
+                let mut random = Random::default();
                 // Each begins elsewhere in the sequence.
                 (0..number * 1_000).for_each(|_| _ = random.below(1));
                 shared.ask_on(namespace.name(), pause, random);

@@ -12,18 +12,17 @@
 use std::collections::HashSet;
 use std::net::{Ipv4Addr, SocketAddrV4, TcpListener};
 use std::path::Path;
-use std::time::Duration;
 
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use serde_json::json;
 
-use super::traffic;
-use crate::cluster::{Cluster, NODE_IP, Random, TARGET_PORT, grouped};
+use super::traffic::{self, PATIENCE};
 use crate::kube_proxy;
-use crate::pods::{self, Pod, Pods};
 use crate::scenes::policies::policies_in_force;
 use crate::server::Server;
+use nftlet_lab::cluster::{Cluster, NODE_IP, Random, TARGET_PORT, grouped};
 use nftlet_lab::netns::Namespace;
+use nftlet_lab::pods::{self, Pod, Pods};
 
 /// The addresses of the client and of its node, both inside of the workload's pod network.
 const CLIENT: &str = "10.192.0.2";
@@ -38,8 +37,6 @@ const POD_RANGE: &str = "10.128.0.0/10";
 const BUFFERS: &str = "4096 4194304 4194304";
 /// New connections that show, before anything is measured, that a lane leads to the right place.
 const PROBES: usize = 50;
-/// A handshake that takes longer has failed; what is measured takes microseconds.
-pub const PATIENCE: Duration = Duration::from_secs(5);
 
 /// The policies, and the pods that they are about, which are not those of the services' endpoints.
 const POLICIES: usize = 1_000;
@@ -63,6 +60,8 @@ pub enum Rules {
     KubeProxy(usize),
     /// nftlet's rules for so many services.
     Nftlet(usize),
+    /// Those of an older nftlet.
+    Before(usize),
     /// The same without the base chains of type `filter`, which judge new connections to unassigned
     /// service addresses: the difference is what established connections pay for these hooks.
     WithoutFilters(usize),
@@ -99,6 +98,7 @@ impl Rules {
             Self::OneRule => "one rule".to_owned(),
             Self::KubeProxy(size) => format!("kube-proxy's, {}", services(size)),
             Self::Nftlet(size) => format!("nftlet, {}", services(size)),
+            Self::Before(size) => format!("before, {}", services(size)),
             Self::WithoutFilters(size) => format!("without filters, {}", services(size)),
             Self::Affinity(size) => format!("with affinity, {}", services(size)),
             Self::Policies(size) => format!("with policies, {}", services(size)),
@@ -119,7 +119,7 @@ impl Rules {
                 return kube_proxy::load(node, &kube_proxy::table(cluster)).is_some();
             }
             Self::Tracked => node.nft_load(TRACKED),
-            Self::Nftlet(_) => program(node, cluster, None, nftlet),
+            Self::Nftlet(_) | Self::Before(_) => program(node, cluster, None, nftlet),
             Self::WithoutFilters(_) => {
                 program(node, cluster, None, nftlet);
                 node.nft_load(WITHOUT_FILTERS);
@@ -178,7 +178,7 @@ impl Lane {
 
     /// Connects to some of the destinations, and looks at who answers.
     fn probe(&self, from: &Namespace, cluster: &Cluster) {
-        let mut random = Random::new();
+        let mut random = Random::default();
         let endpoints = cluster.endpoints.first().map_or(1, Vec::len);
         for _ in 0..PROBES {
             let place = random.below(self.destinations.len());

@@ -10,14 +10,15 @@ mod lanes;
 mod traffic;
 
 use std::net::SocketAddrV4;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::Context;
-use crate::cluster::{Cluster, Random, Size};
 use crate::report::Value::{BytesPerSecond, Ratio, Seconds, Text};
 use crate::report::{Report, Table, Value};
 use crate::samples::Samples;
 use lanes::{Lane, Rules};
+use nftlet_lab::cluster::{Cluster, Random, Size};
 use nftlet_lab::netns::Namespace;
 use traffic::{Connection, Echo, connect};
 
@@ -35,6 +36,9 @@ pub struct Arguments {
     /// Endpoints of each service.
     #[arg(long, default_value = "10", value_parser = clap::value_parser!(u32).range(1..=99))]
     endpoints: u32,
+    /// An older nftlet to compare with.
+    #[arg(long, value_name = "FILE")]
+    before: Option<PathBuf>,
     /// The most services that are loaded in kube-proxy's shape, too, for five minutes at most.
     #[arg(long, default_value = "50000", value_name = "SERVICES")]
     kube_proxy_up_to: usize,
@@ -112,17 +116,19 @@ impl Arguments {
         let mut sizes: Vec<usize> = self.sizes.iter().map(|size| *size as usize).collect();
         sizes.sort_unstable();
         sizes.dedup();
-        let mut report = Report::new("packets");
-        report.parameter("endpoints", self.endpoints);
-        report.parameter("rounds", self.rounds);
-        report.parameter("connections of a lane in a round", self.batch);
+        let parameters: [(_, &dyn ToString); 3] = [
+            ("endpoints", &self.endpoints),
+            ("rounds", &self.rounds),
+            ("connections of a lane in a round", &self.batch),
+        ];
+        let mut report = Report::new("packets", parameters);
         let mut too_slow = Vec::new();
         let lanes = self.build(&sizes, &mut too_slow, context);
         let mut tracks: Vec<Track> = lanes
             .into_iter()
             .map(|lane| self.track(lane, &sizes))
             .collect();
-        let mut random = Random::new();
+        let mut random = Random::default();
         let rounds = self.rounds as usize;
         for round in 0..rounds {
             if round.is_multiple_of((rounds / 5).max(1)) {
@@ -134,8 +140,7 @@ impl Arguments {
                 self.pass(&mut tracks[place], &mut random);
             }
         }
-        report.table(medians(&tracks));
-        report.table(comparisons(&sizes, &tracks, &too_slow));
+        report.tables = vec![medians(&tracks), comparisons(&sizes, &tracks, &too_slow)];
         report
     }
 
@@ -157,12 +162,15 @@ impl Arguments {
                 wanted.push(Rules::NoneAgain);
             }
             wanted.push(Rules::Nftlet(services));
+            wanted.extend(self.before.iter().map(|_| Rules::Before(services)));
             if services <= self.kube_proxy_up_to {
                 wanted.push(Rules::KubeProxy(services));
             }
             for rules in wanted {
                 context.progress(rules.name());
-                match Lane::new(rules, &cluster, &context.nftlet) {
+                let before = self.before.as_ref();
+                let nftlet = before.filter(|_| matches!(rules, Rules::Before(_)));
+                match Lane::new(rules, &cluster, nftlet.unwrap_or(&context.nftlet)) {
                     Some(lane) => lanes.push(lane),
                     None => {
                         context.progress("too slow");
@@ -259,6 +267,11 @@ fn comparisons(sizes: &[usize], tracks: &[Track], too_slow: &[usize]) -> Table {
         sizes
             .iter()
             .map(|size| (Rules::Nftlet(*size), Rules::KubeProxy(*size))),
+    );
+    pairs.extend(
+        sizes
+            .iter()
+            .map(|size| (Rules::Nftlet(*size), Rules::Before(*size))),
     );
     pairs.push((large, Rules::OneRule));
     pairs.push((Rules::Nftlet(smallest), Rules::WithoutFilters(smallest)));

@@ -7,10 +7,10 @@
 
 use std::net::Ipv4Addr;
 
-use nftlet::model::Kind;
 use serde_json::{Value, json};
 
 use crate::cluster::{NODE, Put, above, managed, timestamp, uid};
+use crate::fake_api::{NAMESPACES, PODS, POLICIES};
 
 const LOCAL: usize = 110;
 const PODS_OF_NAMESPACE: usize = 100;
@@ -156,7 +156,7 @@ impl Pods {
                 "qosClass": "Burstable",
             },
         });
-        (Kind::Pod, object)
+        (PODS, object)
     }
 
     /// Returns a policy by its number.
@@ -201,7 +201,7 @@ pub fn policy(namespace: &str, name: &str, spec: Value) -> Put {
         "metadata": {"name": name, "namespace": namespace, "uid": uid("4", 0)},
         "spec": spec,
     });
-    (Kind::NetworkPolicy, object)
+    (POLICIES, object)
 }
 
 fn team(namespace: usize) -> String {
@@ -216,5 +216,5 @@ fn namespace(number: usize) -> Put {
         "metadata": {"name": name, "uid": uid("3", number), "labels": {
             "kubernetes.io/metadata.name": name, "team": team(number)}},
     });
-    (Kind::Namespace, object)
+    (NAMESPACES, object)
 }

@@ -6,7 +6,8 @@ use nftlet::services::{self, DetectLocal, ServiceSettings};
 use nftlet::services::{Marks, Store};
 use nftlet::source::Decoder;
 
-use crate::cluster::{POD_CIDRS, Put};
+use nftlet_lab::cluster::{POD_CIDRS, Put};
+use nftlet_lab::fake_api::{CIDRS, NAMESPACES, NODES, PODS, POLICIES, SERVICES, SLICES};
 
 /// Returns the events of complete lists of objects, as a source sends them when it starts.
 pub fn events(objects: impl IntoIterator<Item = Put>) -> Vec<Event> {
@@ -22,11 +23,25 @@ pub fn events(objects: impl IntoIterator<Item = Put>) -> Vec<Event> {
 }
 
 /// Returns the event of a new or replaced object.
-pub fn event(decoder: &mut Decoder, (kind, object): &Put) -> Event {
-    let decoded = decoder.decode(*kind, object.to_string().as_bytes());
+pub fn event(decoder: &mut Decoder, (path, object): &Put) -> Event {
+    let decoded = decoder.decode(kind(path), object.to_string().as_bytes());
     let (object, notices) = decoded.expect("the objects fit their kinds");
     assert!(notices.is_empty(), "the objects are sound: {notices:?}");
     Event::Apply(object.expect("nftlet keeps all of the objects"))
+}
+
+/// Returns the kind of the objects of a collection.
+pub fn kind(path: &str) -> Kind {
+    match path {
+        SERVICES => Kind::Service,
+        SLICES => Kind::EndpointSlice,
+        NODES => Kind::Node,
+        CIDRS => Kind::ServiceCidr,
+        PODS => Kind::Pod,
+        NAMESPACES => Kind::Namespace,
+        POLICIES => Kind::NetworkPolicy,
+        path => panic!("nftlet does not read {path}"),
+    }
 }
 
 /// Returns the settings of the nodes that are measured.

@@ -10,8 +10,9 @@ use std::fmt;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 
-use nftlet::model::Kind;
 use serde_json::{Value, json};
+
+use crate::fake_api::{CIDRS, NODES as NODE_OBJECTS, SERVICES, SLICES};
 
 /// The node that is programmed.
 pub const NODE: &str = "node-0";
@@ -35,8 +36,8 @@ const FIRST_NODE_PORT: usize = 30_000;
 const FIRST_UDP_PORT: usize = 10_000;
 const AFFINITY_SECONDS: u32 = 10_800;
 
-/// An object with its kind.
-pub type Put = (Kind, Value);
+/// The path of a collection of the API server, and an object of it.
+pub type Put = (&'static str, Value);
 
 /// How large a cluster is, written as `10000x10`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,13 +78,22 @@ impl fmt::Display for Size {
     }
 }
 
+/// The conditions of an endpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Condition {
+    Ready,
+    NotReady,
+    /// Terminating and still serving.
+    Draining,
+}
+
 /// An endpoint of a service.
 #[derive(Clone, Copy, Debug)]
 pub struct Endpoint {
-    /// Its address.
     pub address: Ipv4Addr,
     /// The number of its node; 0 is the one that is programmed.
     pub node: u32,
+    pub condition: Condition,
 }
 
 /// The services of a cluster and their endpoints.
@@ -127,78 +137,91 @@ impl Cluster {
 
     /// Adds a service behind the others and returns its number.
     pub fn add_service(&mut self, endpoints: usize) -> usize {
-        let endpoints = (0..endpoints).map(|_| self.new_endpoint()).collect();
+        let endpoints = (0..endpoints).map(|_| self.endpoint()).collect();
         self.endpoints.push(endpoints);
         self.endpoints.len() - 1
     }
 
+    /// Adds services behind the others up to one with a ClusterIP of one family alone; returns its
+    /// number.
+    pub fn add_plain_service(&mut self, endpoints: usize) -> usize {
+        loop {
+            let service = self.add_service(endpoints);
+            if service % 100 >= 10 && service % 10 != 3 {
+                return service;
+            }
+        }
+    }
+
     /// Returns an endpoint with an address that none had before.
-    fn new_endpoint(&mut self) -> Endpoint {
+    pub fn endpoint(&mut self) -> Endpoint {
         self.pods += 1;
         Endpoint {
             address: above(Ipv4Addr::new(10, 128, 0, 0), self.pods as usize),
             node: (self.pods - 1).wrapping_mul(7919) % NODES,
+            condition: Condition::Ready,
         }
     }
 
-    /// Returns the node and the ServiceCIDR.
-    pub fn surroundings() -> [Put; 2] {
+    /// Returns the node, with a label that no service depends on.
+    pub fn node(label: usize) -> Put {
         let node = json!({
             "apiVersion": "v1",
             "kind": "Node",
-            "metadata": {"name": NODE, "labels": {"topology.kubernetes.io/zone": "zone-a"}},
+            "metadata": {"name": NODE, "labels": {
+                "topology.kubernetes.io/zone": "zone-a", "example.com/label": label.to_string()}},
             "spec": {},
             "status": {"addresses": [
                 {"type": "InternalIP", "address": NODE_IP.to_string()},
                 {"type": "InternalIP", "address": "fd02::1"},
             ]},
         });
+        (NODE_OBJECTS, node)
+    }
+
+    /// Returns all objects, the node and the ServiceCIDR among them.
+    pub fn objects(&self) -> impl Iterator<Item = Put> + '_ {
         let cidrs = json!({
             "apiVersion": "networking.k8s.io/v1",
             "kind": "ServiceCIDR",
             "metadata": {"name": "kubernetes"},
             "spec": {"cidrs": SERVICE_CIDRS},
         });
-        [(Kind::Node, node), (Kind::ServiceCidr, cidrs)]
-    }
-
-    /// Returns all objects, the node and the ServiceCIDR among them.
-    pub fn objects(&self) -> impl Iterator<Item = Put> + '_ {
         let services = (0..self.endpoints.len()).flat_map(|index| self.service_objects(index));
-        Self::surroundings().into_iter().chain(services)
+        [Self::node(0), (CIDRS, cidrs)].into_iter().chain(services)
     }
 
     /// Returns a service with its slices.
     pub fn service_objects(&self, service: usize) -> impl Iterator<Item = Put> + '_ {
         let twin = self.has_twin(service).then(|| self.slice(service, true));
         let slices = [Some(self.slice(service, false)), twin];
-        std::iter::once((Kind::Service, self.service(service))).chain(slices.into_iter().flatten())
+        std::iter::once((SERVICES, self.service(service))).chain(slices.into_iter().flatten())
     }
 
-    /// Replaces an endpoint of a service; returns its slice of IPv4 addresses. (A service with
-    /// both families has a second one, which the controller writes on its own.)
-    pub fn replace(&mut self, service: usize, endpoint: usize) -> Put {
-        self.endpoints[service][endpoint] = self.new_endpoint();
-        self.slice(service, false)
-    }
-
-    /// Adds an endpoint to a service; returns its slice of IPv4 addresses.
-    pub fn grow(&mut self, service: usize) -> Put {
-        let endpoint = self.new_endpoint();
-        self.endpoints[service].push(endpoint);
-        self.slice(service, false)
-    }
-
-    /// Removes the last endpoint of a service; returns its slice of IPv4 addresses.
-    pub fn shrink(&mut self, service: usize) -> Put {
-        self.endpoints[service].pop();
-        self.slice(service, false)
-    }
-
-    /// Edits the endpoints of a service; returns its slice of IPv4 addresses.
+    /// Edits the endpoints of a service; returns its slice of IPv4 addresses. (A service with both
+    /// families has a second one, which the controller writes on its own.)
     pub fn edit(&mut self, service: usize, edit: impl FnOnce(&mut Vec<Endpoint>)) -> Put {
         edit(&mut self.endpoints[service]);
         self.slice(service, false)
+    }
+
+    /// Replaces an endpoint of a service; returns its slice.
+    pub fn replace(&mut self, service: usize, endpoint: usize) -> Put {
+        let other = self.endpoint();
+        self.edit(service, |endpoints| endpoints[endpoint] = other)
+    }
+
+    /// Adds endpoints to a service; returns its slice.
+    pub fn grow(&mut self, service: usize, count: usize) -> Put {
+        let more: Vec<_> = (0..count).map(|_| self.endpoint()).collect();
+        self.edit(service, |endpoints| endpoints.extend(more))
+    }
+
+    /// Removes the last endpoints of a service; returns its slice.
+    pub fn shrink(&mut self, service: usize, count: usize) -> Put {
+        self.edit(service, |endpoints| {
+            endpoints.truncate(endpoints.len() - count)
+        })
     }
 
     /// Returns the namespace and the name of a service.
@@ -313,7 +336,11 @@ impl Cluster {
             };
             json!({
                 "addresses": [address],
-                "conditions": {"ready": true, "serving": true, "terminating": false},
+                "conditions": {
+                    "ready": endpoint.condition == Condition::Ready,
+                    "serving": endpoint.condition != Condition::NotReady,
+                    "terminating": endpoint.condition == Condition::Draining,
+                },
                 "nodeName": format!("node-{}", endpoint.node),
                 "zone": "zone-a",
                 "targetRef": {
@@ -350,7 +377,7 @@ impl Cluster {
             "ports": [{"name": "http", "protocol": self.protocol(), "port": TARGET_PORT}],
             "endpoints": endpoints,
         });
-        (Kind::EndpointSlice, slice)
+        (SLICES, slice)
     }
 }
 
@@ -386,10 +413,10 @@ pub fn uid(kind: &str, number: usize) -> String {
     format!("{kind}f3c2a1b-8d4e-4c6f-9a7b-{number:012x}")
 }
 
-/// Returns the time of the `number`th second since some day in 2023, as the API writes it.
+/// Returns one of many times, as the API writes them.
 pub fn timestamp(number: usize) -> String {
-    let moment = jiff::Timestamp::from_second(1_700_000_000 + number as i64);
-    moment.expect("within the years that it knows").to_string()
+    let [hour, minute, second] = [number / 3600 % 24, number / 60 % 60, number % 60];
+    format!("2023-11-14T{hour:02}:{minute:02}:{second:02}Z")
 }
 
 /// Returns a whole number with a comma between thousands.
@@ -409,12 +436,14 @@ pub fn grouped(number: f64) -> String {
 #[derive(Debug)]
 pub struct Random(u64);
 
-impl Random {
+impl Default for Random {
     /// Starts the sequence.
-    pub fn new() -> Self {
+    fn default() -> Self {
         Self(0x9e37_79b9_7f4a_7c15)
     }
+}
 
+impl Random {
     /// Returns a number below a bound.
     pub fn below(&mut self, bound: usize) -> usize {
         self.0 ^= self.0 << 13;
