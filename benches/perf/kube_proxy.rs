@@ -30,6 +30,8 @@ pub const PATIENCE: Duration = Duration::from_secs(300);
 
 /// A comparison of all rules, of kube-proxy and of nftlet.
 pub const FULL: &str = "kubeproxy_sync_full_proxy_rules_duration_seconds";
+/// A write of changes, of kube-proxy.
+const PARTIAL: &str = "kubeproxy_sync_partial_proxy_rules_duration_seconds";
 /// From one look at kube-proxy's metrics to the next.
 const SYNCED: Duration = Duration::from_millis(500);
 
@@ -115,6 +117,12 @@ impl Program {
         heard = news.last(SYNCED).unwrap_or(heard);
         let took = (heard - process.started()).as_secs_f64();
         Some((Self { process, news }, took))
+    }
+
+    /// Returns the seconds of its writes of changes in IPv4, and their number.
+    pub fn partial_syncs(&self) -> (f64, u64) {
+        let metrics = self.process.metrics();
+        metrics.histogram(PARTIAL, "{ip_family=\"IPv4\"}")
     }
 
     /// Makes a change; returns the seconds from the server's sending to the kernel's news.

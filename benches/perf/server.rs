@@ -107,7 +107,8 @@ impl Server {
         (process, took)
     }
 
-    /// Starts kube-proxy in nftables mode on the node, without a pause between writes.
+    /// Starts kube-proxy in nftables mode on the node. Between its writes is the shortest pause, since it
+    /// takes zero for its default of a second.
     pub fn start_kube_proxy(&self, program: &Path) -> Process {
         let kubeconfig = self.api.write_kubeconfig(self.directory.path());
         let file = self.directory.path().join("kube-proxy.yaml");
@@ -118,7 +119,7 @@ impl Server {
             "hostnameOverride": NODE,
             "clusterCIDR": POD_CIDRS.join(","),
             "clientConnection": {"kubeconfig": kubeconfig, "contentType": "application/json"},
-            "nftables": {"minSyncPeriod": "0s", "syncPeriod": "1h"},
+            "nftables": {"minSyncPeriod": "1ms", "syncPeriod": "1h"},
             "conntrack": {"maxPerCore": 0, "min": 0, "tcpEstablishedTimeout": "0s",
                 "tcpCloseWaitTimeout": "0s"},
         });

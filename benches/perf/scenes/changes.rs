@@ -299,11 +299,14 @@ impl Arguments {
         };
         let mut random = Random::default();
         let mut note = |what: &str, change: &mut dyn FnMut(usize) -> Put| {
-            let took: Samples = (0..FEW)
-                .map(|n| program.change(server, change(n)))
-                .collect();
+            let (sum, count) = program.partial_syncs();
+            let took = (0..FEW).map(|number| program.change(server, change(number)));
+            let took: Samples = took.collect();
+            let (later, more) = program.partial_syncs();
+            let own = (later - sum) / (more - count).max(1) as f64;
             let row = table.row(what, size, "from the server", Seconds(took.median()));
-            row.and("longest", Seconds(took.largest()));
+            row.and("its own clock", Seconds(own))
+                .and("longest", Seconds(took.largest()));
         };
         note("kube-proxy: one endpoint replaced", &mut |_| {
             cluster.replace(random.below(size.services), 0)
