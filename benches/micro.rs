@@ -13,6 +13,8 @@
 //! * `text`: the ruleset as `--dry-run` prints it;
 //! * `decode`: services with their slices, pods and network policies from the lines of a watch, and
 //!   services from a file of manifests;
+//! * `manifests`: a directory of 10,000 files, each with a service and its slices: the first read, and
+//!   from a changed file to the event;
 //! * `selectors`: a pod of another node that got other labels, with 1,000 and 10,000 policies, from
 //!   the event to the transaction;
 //! * `change`: one replaced endpoint from the event to the transaction.
@@ -21,10 +23,9 @@ mod facts;
 
 use std::borrow::Cow;
 use std::cell::RefCell;
-use std::fmt::Write as _;
 use std::hint::black_box;
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use criterion::measurement::WallTime;
 use criterion::{
@@ -42,6 +43,7 @@ use nftlet::sync::{Controller, Kernel, Outcome, Reporter, SyncMetrics};
 use serde::Deserialize;
 use serde_json::json;
 use serde_json::value::RawValue;
+use tokio::sync::{mpsc, watch};
 
 use facts::{event, events, kind, ruleset, settings, store, wanted};
 use nftlet_lab::cluster::{Cluster, NODE, Put, Random, Size};
@@ -231,11 +233,7 @@ fn decode(criterion: &mut Criterion) {
     }
     // Without an API server a few hundred services are usual.
     let services = 100;
-    let mut text = String::new();
-    for (_, object) in cluster(services).objects() {
-        // JSON is YAML.
-        writeln!(text, "---\n{object:#}").expect("writing to a String cannot fail");
-    }
+    let text = manifest(cluster(services).objects());
     let directory = tempfile::tempdir().expect("a directory");
     let file = directory.path().join("cluster.yaml");
     std::fs::write(&file, &text).expect("a file is written");
@@ -324,5 +322,64 @@ fn selectors(criterion: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, compile, rules, decode, selectors, change);
+/// A directory of manifests, one for each service: the first read, and from a changed file to the
+/// event.
+fn directory(criterion: &mut Criterion) {
+    let services = SIZES[1];
+    let mut cluster = cluster(services);
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path();
+    let write = |cluster: &Cluster, service: usize| {
+        let file = path.join(format!("{service}.yaml"));
+        std::fs::write(file, manifest(cluster.service_objects(service))).expect("it is written");
+    };
+    (0..services).for_each(|service| write(&cluster, service));
+    let load = || {
+        let mut manifests = Manifests::new(vec![path.to_owned()], NODE.into());
+        let events = manifests.load().expect("the files can be read");
+        assert!(events.len() > services, "{} events", events.len());
+        manifests
+    };
+    let mut group = group(criterion, "manifests");
+    group.bench_function(BenchmarkId::new("first-read", services), |bencher| {
+        bencher.iter(load);
+    });
+    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+    group.bench_function(BenchmarkId::new("one-change", services), |bencher| {
+        bencher.iter_custom(|iterations| {
+            runtime.block_on(async {
+                let (sender, mut events) = mpsc::channel(16);
+                let (stop, stopped) = watch::channel(false);
+                let source = tokio::spawn(load().follow(sender, stopped));
+                let mut change = async |service: usize| {
+                    cluster.replace(service, 0);
+                    let begun = Instant::now();
+                    write(&cluster, service);
+                    events.recv().await.expect("the source runs");
+                    begun.elapsed()
+                };
+                // The first one waits until the directories are watched.
+                change(0).await;
+                let mut took = Duration::ZERO;
+                for number in 1..=iterations {
+                    took += change(number as usize % services).await;
+                }
+                stop.send(true).expect("the source runs");
+                source.await.expect("no panic").expect("no fault");
+                took
+            })
+        });
+    });
+}
+
+/// Returns objects as a file of manifests. JSON is YAML.
+fn manifest(objects: impl Iterator<Item = Put>) -> String {
+    objects.fold(String::new(), |text, (_, object)| {
+        format!("{text}---\n{object:#}\n")
+    })
+}
+
+criterion_group!(
+    benches, compile, rules, decode, directory, selectors, change
+);
 criterion_main!(benches);

@@ -80,6 +80,12 @@ impl Times {
         }
     }
 
+    fn append(&mut self, other: &Self) {
+        self.own.append(other.own.clone());
+        self.kernel.append(other.kernel.clone());
+        self.end_to_end.append(other.end_to_end.clone());
+    }
+
     /// Writes them as a row.
     pub fn note(&self, what: &str, of: impl ToString, table: &mut Table) {
         let own = Seconds(self.own.median());
@@ -353,35 +359,21 @@ impl Tried {
     ) -> [Times; 2] {
         let times = || [(); 2].map(|()| Times::default());
         let service = |number: usize| self.0[number % TRIED];
-        progress("one endpoint more or less");
-        let ([mut more, mut less], mut both) = (times(), Times::default());
-        for number in 0..rounds {
-            for (times, put) in [
-                (
-                    &mut more,
-                    Cluster::grow as fn(&mut Cluster, usize, usize) -> Put,
-                ),
-                (&mut less, Cluster::shrink),
-            ] {
-                let took = watched.put(put(cluster, service(number), 1));
-                times.push(took);
-                both.push(took);
+        let mut pairs = Vec::new();
+        for (before, more, words) in [
+            (0, 1, ["first endpoint", "last endpoint removed"]),
+            (1, SCALED - 1, ["1 endpoint to 20", "20 endpoints to 1"]),
+            (TEN, 1, ["one endpoint more", "one endpoint less"]),
+        ] {
+            progress(words[0]);
+            self.resize(before, cluster, watched);
+            let [mut up, mut down] = times();
+            for number in 0..rounds {
+                up.push(watched.put(cluster.grow(service(number), more)));
+                down.push(watched.put(cluster.shrink(service(number), more)));
             }
+            pairs.push((words, [up, down]));
         }
-        progress("the first endpoint and the last");
-        let [mut first, mut last] = times();
-        self.resize(1, cluster, watched);
-        for number in 0..rounds {
-            last.push(watched.put(cluster.shrink(service(number), 1)));
-            first.push(watched.put(cluster.grow(service(number), 1)));
-        }
-        progress("scale");
-        let [mut up, mut down] = times();
-        for number in 0..rounds {
-            up.push(watched.put(cluster.grow(service(number), SCALED - 1)));
-            down.push(watched.put(cluster.shrink(service(number), SCALED - 1)));
-        }
-        self.resize(TEN, cluster, watched);
         progress("services added and deleted");
         let [mut added, mut deleted] = times();
         for number in 0..rounds {
@@ -400,24 +392,20 @@ impl Tried {
         for number in 1..=rounds {
             label.push(watched.put(Cluster::node(number)));
         }
-        for (what, times) in [
-            ("one endpoint more", &more),
-            ("one endpoint less", &less),
-            ("first endpoint", &first),
-            ("last endpoint removed", &last),
-            ("a service added", &added),
-            ("a service deleted", &deleted),
-            ("1 endpoint to 20", &up),
-            ("20 endpoints to 1", &down),
-        ] {
-            times.note_both(what, size, table);
+        pairs.push((["a service added", "a service deleted"], [added, deleted]));
+        for (words, times) in &pairs {
+            for (what, times) in words.iter().zip(times) {
+                times.note_both(what, size, table);
+            }
         }
-        both.note("one endpoint more or less", size, table);
         label.note("a Node label that no service depends on", size, table);
         let kernel = Seconds(rollouts.median());
         let what = "rollout of 10 endpoints, 20 changes, in the kernel";
         table.row(what, size, "median", kernel);
-        [more, less]
+        let mut both = Times::default();
+        pairs[2].1.iter().for_each(|times| both.append(times));
+        both.note("one endpoint more or less", size, table);
+        pairs.swap_remove(2).1
     }
 
     /// Gives all of the services another number of endpoints.

@@ -1,7 +1,7 @@
 //! Neighbours: what others on the node notice while nftlet writes rules of a huge cluster.
 //!
 //! ```text
-//!   client ── veth ── node ── veth ── server       echo: a datagram there and back, forwarded
+//!   client ────────── node ────────── pod          echo: a datagram there and back, forwarded
 //!                      │
 //!          probe: another's transaction, or nft    written meanwhile:
 //!                                                  in steps, or all in one transaction
@@ -15,7 +15,7 @@
 //! written in steps as nftlet does it, and while the same rules are written as one transaction. The
 //! longest wait counts.
 
-use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
+use std::net::{Ipv4Addr, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
@@ -28,14 +28,12 @@ use crate::report::{Report, Table};
 use crate::samples::Samples;
 use crate::subject::{self, Ruleset, Writer};
 use nftlet_lab::cluster::{Cluster, Size};
-use nftlet_lab::netns::Namespace;
+use nftlet_lab::netns::{Lab, LabOptions, Protocol};
 
 /// How long the probes go on while nothing else is written.
 const UNDISTURBED: Duration = Duration::from_secs(1);
 /// The pause between attempts, so that probes are no load.
 const PAUSE: Duration = Duration::from_millis(1);
-const CLIENT: Ipv4Addr = Ipv4Addr::new(10, 1, 0, 2);
-const SERVER: Ipv4Addr = Ipv4Addr::new(10, 2, 0, 2);
 const ECHO: u16 = 7;
 /// An answer that takes longer is lost.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -146,13 +144,18 @@ fn cases(size: Size) -> [Case; 3] {
 fn measure(probe: Probe, way: Way, rounds: u32, before: &Ruleset, after: &Ruleset) -> Waits {
     let mut all = Waits::default();
     for _ in 0..rounds {
-        let lab = Lab::new();
+        let lab = Lab::new(LabOptions {
+            pods_per_node: 1,
+            ..LabOptions::default()
+        });
+        let node = lab.node().ns();
+        node.nft_load("table ip neighbour { set s { type inet_service; }; }");
         let earlier = subject::transaction(&Ruleset::default(), before);
-        lab.node.run(|| Writer::open().write_in_steps(earlier));
+        node.run(|| Writer::open().write_in_steps(earlier));
         let transaction = subject::transaction(before, after);
         let stop = Arc::new(AtomicBool::new(false));
-        let prober = lab.start(probe, Arc::clone(&stop));
-        let writing = lab.node.run(|| {
+        let prober = start(probe, &lab, Arc::clone(&stop));
+        let writing = node.run(|| {
             let mut writer = Writer::open();
             let started = Instant::now();
             match way {
@@ -171,107 +174,60 @@ fn measure(probe: Probe, way: Way, rounds: u32, before: &Ruleset, after: &Rulese
     all
 }
 
-/// A node between two machines, with a table of another program.
-struct Lab {
-    node: Namespace,
-    client: Namespace,
-    server: Namespace,
-}
-
-impl Lab {
-    fn new() -> Self {
-        let [node, client, server] = ["node", "client", "server"].map(Namespace::new);
-        node.sysctl("net.ipv4.ip_forward", "1");
-        for (machine, device, address) in [(&client, "c", CLIENT), (&server, "s", SERVER)] {
-            let [a, b, c, _] = address.octets();
-            let gateway = Ipv4Addr::new(a, b, c, 1);
-            node.veth(device, machine, "eth0");
-            node.addr_add(device, &format!("{gateway}/24"));
-            machine.addr_add("eth0", &format!("{address}/24"));
-            machine.route_add("default", &format!("via {gateway}"));
+/// Starts to probe, until stopped; the result is what each attempt took, in seconds.
+fn start(probe: Probe, lab: &Lab, stop: Arc<AtomicBool>) -> JoinHandle<Samples> {
+    let node = lab.node().ns().clone();
+    match probe {
+        Probe::Transaction => {
+            let mut writer = node.run(Writer::open);
+            repeat(stop, move |number| {
+                let add = number.is_multiple_of(2);
+                writer.write(&subject::change_of_another("neighbour", "s", add));
+            })
         }
-        node.nft_load("table ip neighbour { set s { type inet_service; }; }");
-        Self {
-            node,
-            client,
-            server,
-        }
-    }
-
-    /// Starts to probe, until stopped; the result is what each attempt took, in seconds.
-    fn start(&self, probe: Probe, stop: Arc<AtomicBool>) -> JoinHandle<Samples> {
-        let node = self.node.clone();
-        match probe {
-            Probe::Transaction => {
-                let mut writer = node.run(Writer::open);
-                repeat(stop, move |number| {
-                    let add = number.is_multiple_of(2);
-                    writer.write(&subject::change_of_another("neighbour", "s", add));
-                })
-            }
-            Probe::Program => repeat(stop, move |number| {
-                let verb = if number.is_multiple_of(2) {
-                    "add"
-                } else {
-                    "delete"
-                };
-                node.nft(&[verb, "element", "ip", "neighbour", "s", "{ 80 }"]);
-            }),
-            Probe::Packet => self.send(stop),
-        }
-    }
-
-    fn send(&self, stop: Arc<AtomicBool>) -> JoinHandle<Samples> {
-        let open = |machine: &Namespace, address: Ipv4Addr, port| {
-            let socket = machine.run(|| UdpSocket::bind((address, port)));
-            let socket = socket.unwrap_or_else(|error| panic!("no socket: {error}"));
-            let limited = socket.set_read_timeout(Some(PATIENCE));
-            limited.unwrap_or_else(|error| panic!("no time limit: {error}"));
-            socket
-        };
-        let echo = open(&self.server, SERVER, ECHO);
-        let client = open(&self.client, CLIENT, 0);
-        thread::spawn(move || {
-            let mut buffer = [0; 8];
-            while let Ok((length, from)) = echo.recv_from(&mut buffer) {
-                let Some(datagram) = buffer.get(..length).filter(|bytes| !bytes.is_empty()) else {
-                    return;
-                };
-                // The client notices an answer that is missing.
-                let _ = echo.send_to(datagram, from);
-            }
-        });
-        let to = SocketAddr::from((SERVER, ECHO));
-        thread::spawn(move || {
-            let waits = attempts(&stop, |number| {
-                let sent = client.send_to(&number.to_be_bytes(), to);
-                sent.unwrap_or_else(|error| panic!("a datagram was not sent: {error}"));
-                let answered = client.recv_from(&mut [0; 8]);
-                answered.unwrap_or_else(|error| panic!("a datagram was lost: {error}"));
+        Probe::Program => repeat(stop, move |number| {
+            let verb = if number.is_multiple_of(2) {
+                "add"
+            } else {
+                "delete"
+            };
+            node.nft(&[verb, "element", "ip", "neighbour", "s", "{ 80 }"]);
+        }),
+        Probe::Packet => {
+            let pod = &lab.node().pods[0];
+            let echo = pod.serve(Protocol::Udp, ECHO);
+            let socket = lab.client().ns.run(|| {
+                let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+                socket.connect((pod.v4, echo[0].address().port()))?;
+                socket.set_read_timeout(Some(PATIENCE)).map(|()| socket)
             });
-            // Ends the echo.
-            let _ = client.send_to(&[], to);
-            waits
-        })
-    }
-}
-
-/// Repeats an attempt on a thread of its own.
-fn repeat(stop: Arc<AtomicBool>, attempt: impl FnMut(u64) + Send + 'static) -> JoinHandle<Samples> {
-    thread::spawn(move || attempts(&stop, attempt))
-}
-
-/// Times attempts until stopped.
-fn attempts(stop: &AtomicBool, mut attempt: impl FnMut(u64)) -> Samples {
-    let mut waits = Samples::default();
-    for number in 0.. {
-        if stop.load(Ordering::Relaxed) {
-            break;
+            let socket = socket.unwrap_or_else(|error| panic!("no socket: {error}"));
+            repeat(stop, move |_| {
+                // The server lives as long as the probe.
+                let _ = &echo;
+                let answered = socket.send(b"?").and_then(|_| socket.recv(&mut [0; 512]));
+                answered.unwrap_or_else(|error| panic!("a datagram was lost: {error}"));
+            })
         }
-        let started = Instant::now();
-        attempt(number);
-        waits.push(started.elapsed().as_secs_f64());
-        thread::sleep(PAUSE);
     }
-    waits
+}
+
+/// Times attempts on a thread of its own until stopped.
+fn repeat(
+    stop: Arc<AtomicBool>,
+    mut attempt: impl FnMut(u64) + Send + 'static,
+) -> JoinHandle<Samples> {
+    thread::spawn(move || {
+        let mut waits = Samples::default();
+        for number in 0.. {
+            if stop.load(Ordering::Relaxed) {
+                break;
+            }
+            let started = Instant::now();
+            attempt(number);
+            waits.push(started.elapsed().as_secs_f64());
+            thread::sleep(PAUSE);
+        }
+        waits
+    })
 }

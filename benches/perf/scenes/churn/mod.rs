@@ -28,7 +28,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::Context;
-use crate::process::{AUDITS, Metrics, PATIENCE, Process, seconds};
+use crate::process::{AUDITS, PATIENCE, Process, seconds};
 use crate::report::Value::{Bytes, Number, Ratio, Seconds};
 use crate::report::{Report, Table, Value};
 use crate::samples::Samples;
@@ -38,7 +38,7 @@ use changes::Changes;
 use live::Live;
 use nftlet_lab::cluster::{Put, Size, grouped};
 use nftlet_lab::fake_api::{CIDRS, NODES, SERVICES, SLICES};
-use traffic::{Lab, Tally, Traffic};
+use traffic::{Network, Tally, Traffic};
 
 const WINDOWS: u32 = 20;
 /// From one look at the process to the next.
@@ -76,29 +76,25 @@ pub struct Arguments {
     size: Size,
 }
 
-/// What was seen in a part of the time. Times are in seconds, memory is in bytes.
-struct Window {
-    /// Since the changes began.
-    from: f64,
-    to: f64,
-    /// Changes that were sent, and that came into force by nftlet's count.
-    changes: u64,
-    programmed: u64,
-    /// Changes that were sent and not in force.
-    backlog: Samples,
-    /// From the bytes read to the kernel's answer, the mean.
-    latency: f64,
-    resident: f64,
-    processor: f64,
-    connections: Tally,
-}
-
 /// What was seen at the border of two windows.
+#[derive(Clone, Copy)]
 struct Border {
     at: Instant,
-    metrics: Metrics,
-    ticks: u64,
+    /// Changes that were sent.
     sent: u64,
+    /// The seconds from the bytes read to the kernel's answer, of all changes, and their number.
+    latency: (f64, u64),
+    ticks: u64,
+}
+
+/// What was seen in a part of the time.
+struct Window {
+    from: Border,
+    to: Border,
+    /// Changes that were sent and not in force.
+    backlog: Samples,
+    resident: Samples,
+    connections: Tally,
 }
 
 impl Arguments {
@@ -108,13 +104,13 @@ impl Arguments {
         context.progress("encoding the objects");
         let live = Arc::new(Live::new(self.size));
         let mut changes = Changes::new(self.size, live.clone());
-        let lab = Lab::new();
-        let server = Server::new(lab.node.clone(), &context.nftlet);
+        let network = Network::new();
+        let server = Server::new(network.node.clone(), &context.nftlet);
         server.put(changes.objects());
         context.progress("starting nftlet");
         let (process, _) = server.start();
         let asked = server.api.requests().len();
-        let traffic = Traffic::start(&lab, live, self.connections);
+        let traffic = Traffic::start(&network, live, self.connections);
         thread::sleep(CALM);
         context.progress("endpoints change");
         let before = traffic.take();
@@ -128,7 +124,7 @@ impl Arguments {
         let settled = watch.until_programmed(sent.last);
         context.progress("the changes are over");
         thread::sleep(CALM);
-        let repeated = lab.repeated();
+        let repeated = network.repeated();
         let after = traffic.stop();
         if self.length() >= AUDITED {
             context.progress("an audit");
@@ -136,7 +132,7 @@ impl Arguments {
         }
         let metrics = process.metrics();
         context.progress("comparing the kernel with the objects");
-        let difference = subject::difference(&lab.node, objects(&server)).ops;
+        let difference = subject::difference(&network.node, objects(&server)).ops;
         let failures: f64 = FAILURES.iter().map(|name| metrics.get(name)).sum();
         let lists = server.lists_since(asked).len();
         let audits = metrics.labelled(AUDITS);
@@ -147,7 +143,8 @@ impl Arguments {
         let sum = |of: fn(&Tally) -> u64| tallies().map(of).sum::<u64>();
 
         let mut table = Table::new("Endpoints change, clients connect", "changes");
-        windows.iter().for_each(|window| window.note(&mut table));
+        let began = windows[0].from.at;
+        windows.iter().for_each(|it| it.note(began, &mut table));
         report.tables.push(table);
         let of = format!(
             "{} changes, {} connections a second at {} for {} s",
@@ -215,7 +212,7 @@ impl Arguments {
             let mut from = watch.border();
             for number in 1..=WINDOWS {
                 let until = started + self.length() * number / WINDOWS;
-                let (mut backlog, mut resident) = (Samples::default(), Samples::default());
+                let [mut backlog, mut resident] = [(); 2].map(|()| Samples::default());
                 // At least once, however long an answer took.
                 loop {
                     backlog.push(watch.backlog() as f64);
@@ -228,10 +225,16 @@ impl Arguments {
                 }
                 let to = watch.border();
                 let connections = watch.traffic.take();
-                let window = window(started, &from, &to, backlog, &resident, connections);
+                let window = Window {
+                    from,
+                    to,
+                    backlog,
+                    resident,
+                    connections,
+                };
                 context.progress(format_args!(
                     "{} changes, backlog {:.1}; {} connections, {} failed",
-                    window.changes,
+                    to.sent - from.sent,
                     window.backlog.mean(),
                     window.connections.count(),
                     window.connections.failed
@@ -252,7 +255,7 @@ impl Arguments {
             let part = |part: Range<usize>| windows[part].iter().map(of).collect();
             [part(second.clone()), part(last.clone())]
         };
-        let [before, after] = quarters(|it| it.resident).map(|memory| memory.mean());
+        let [before, after] = quarters(|it| it.resident.mean()).map(|memory| memory.mean());
         let growth = (after - before * GROWTH).max(0.0);
         note("memory, growth beyond 5 %", Bytes(growth));
         // Other work on the machine holds up a window now and then: medians leave it out.
@@ -260,15 +263,16 @@ impl Arguments {
         let burst = f64::from(self.rate) * PAUSE.as_secs_f64();
         let growth = (after - before - burst).max(0.0);
         note("backlog, growth beyond one burst", Number(growth));
-        let [before, after] = quarters(|it| it.latency).map(|latency| latency.median());
+        let [before, after] = quarters(Window::latency).map(|latency| latency.median());
         let what = "a change, from the bytes read, last quarter over second";
         note(what, Ratio(after / before));
-        let length = windows.last().map_or(0.0, |window| window.to);
+        let (first, all) = (&windows[0].from, &windows[windows.len() - 1].to);
+        let length = (all.at - first.at).as_secs_f64();
         let missing = |rate: u32, made: u64| {
             let wanted = f64::from(rate) * length;
             Ratio((1.0 - made as f64 / wanted).max(0.0))
         };
-        let made = windows.iter().map(|it| it.changes).sum();
+        let made = windows.iter().map(|it| it.to.sent - it.from.sent).sum();
         note("changes not made in time, part", missing(self.rate, made));
         let made = windows.iter().map(|it| it.connections.count()).sum();
         let missing = missing(self.connections, made);
@@ -277,21 +281,29 @@ impl Arguments {
 }
 
 impl Window {
-    fn note(&self, table: &mut Table) {
-        let time = format!("{:.0}-{:.0} s", self.from, self.to);
+    /// Returns the mean seconds from the bytes read to the kernel's answer.
+    fn latency(&self) -> f64 {
+        let ((sum, count), (before, count_before)) = (self.to.latency, self.from.latency);
+        (sum - before) / (count - count_before).max(1) as f64
+    }
+
+    fn note(&self, began: Instant, table: &mut Table) {
+        let (from, to) = (&self.from, &self.to);
+        let [start, end] = [from, to].map(|border| (border.at - began).as_secs_f64());
         let took = &self.connections.took;
+        let in_force = Number((to.latency.1 - from.latency.1) as f64);
         table
             .row(
-                time,
-                self.changes,
+                format!("{start:.0}-{end:.0} s"),
+                to.sent - from.sent,
                 "in force",
-                Number(self.programmed as f64),
+                in_force,
             )
             .and("backlog", Number(self.backlog.mean()))
             .and("most", Number(self.backlog.largest()))
-            .and("a change", Seconds(self.latency))
-            .and("memory", Bytes(self.resident))
-            .and("processor", Seconds(self.processor))
+            .and("a change", Seconds(self.latency()))
+            .and("memory", Bytes(self.resident.mean()))
+            .and("processor", Seconds(seconds(to.ticks - from.ticks)))
             .and("connections", Number(self.connections.count() as f64))
             .and("a connection", Seconds(took.median()))
             .and("a connection, p99", Seconds(took.percentile(99)))
@@ -324,7 +336,7 @@ impl Watch<'_> {
         Border {
             at: Instant::now(),
             sent: self.sent.load(Ordering::Relaxed),
-            metrics: self.process.metrics(),
+            latency: self.process.metrics().histogram(LATENCY, ""),
             ticks: self.process.ticks(),
         }
     }
@@ -348,29 +360,5 @@ impl Watch<'_> {
                 "{backlog} changes are not in force after {waited:.0?}"
             );
         }
-    }
-}
-
-fn window(
-    started: Instant,
-    from: &Border,
-    to: &Border,
-    backlog: Samples,
-    resident: &Samples,
-    connections: Tally,
-) -> Window {
-    let (sum, count) = to.metrics.histogram(LATENCY, "");
-    let (sum_before, count_before) = from.metrics.histogram(LATENCY, "");
-    let programmed = count - count_before;
-    Window {
-        from: (from.at - started).as_secs_f64(),
-        to: (to.at - started).as_secs_f64(),
-        changes: to.sent - from.sent,
-        programmed,
-        backlog,
-        latency: (sum - sum_before) / programmed.max(1) as f64,
-        resident: resident.mean(),
-        processor: seconds(to.ticks - from.ticks),
-        connections,
     }
 }

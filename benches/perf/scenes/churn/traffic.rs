@@ -1,9 +1,9 @@
 //! The network and its clients: connections to ClusterIPs of live services, one after the other.
 //!
 //! ```text
-//!  outside 192.168.10.2 ── 192.168.10.1 ┐
-//!                                       ├ node 192.168.30.1 ── 192.168.30.2 servers 10.200.0.0/16
-//!  pod     10.201.0.2 ────── 10.201.0.1 ┘
+//!  client-1 ─┐
+//!            ├ node-1 ── pod-2: servers 10.200.0.0/16
+//!  pod-1 ────┘
 //! ```
 //!
 //! The servers take all addresses of live endpoints for their own, in use or not, and one socket
@@ -27,66 +27,45 @@ use std::time::{Duration, Instant};
 use super::live::{self, Live};
 use crate::samples::Samples;
 use nftlet_lab::cluster::{Cluster, NODE_IP, Random, SERVICE_CIDRS, TARGET_PORT};
-use nftlet_lab::netns::{Ask, Namespace, Protocol, Server as Answering};
+use nftlet_lab::netns::{Ask, Lab, LabOptions, Namespace, Protocol, Server};
 
 /// The addresses of live endpoints.
 const LIVE: &str = "10.200.0.0/16";
-/// The network of the client that is a pod.
-const POD: &str = "10.201.0.0/24";
 
 /// The namespaces with what runs in them all the time.
-pub struct Lab {
+pub struct Network {
     /// Where connections begin: outside of the pod network, and in a pod.
     pub clients: [Namespace; 2],
     /// What nftlet programs.
     pub node: Namespace,
-    _answering: Answering,
+    _lab: Lab,
+    _answering: Server,
 }
 
-impl Lab {
-    /// Builds the network.
+impl Network {
     pub fn new() -> Self {
-        let services = SERVICE_CIDRS[0];
-        let [outside, pod, node, servers] =
-            ["outside", "pod", "node", "servers"].map(Namespace::new);
-        node.veth("outside", &outside, "eth0");
-        node.veth("pod", &pod, "eth0");
-        node.veth("servers", &servers, "eth0");
-        node.ip_batch([
-            &format!("addr add {NODE_IP}/24 dev outside"),
-            "addr add 10.201.0.1/24 dev pod",
-            "addr add 192.168.30.1/24 dev servers",
-            &format!("route add {LIVE} via 192.168.30.2"),
-        ]);
-        outside.ip_batch([
-            "addr add 192.168.10.2/24 dev eth0",
-            &format!("route add {services} via {NODE_IP}"),
-        ]);
-        pod.ip_batch([
-            "addr add 10.201.0.2/24 dev eth0",
-            &format!("route add {services} via 10.201.0.1"),
-        ]);
-        servers.ip_batch([
-            "addr add 192.168.30.2/24 dev eth0",
-            &format!("route add local {LIVE} dev lo"),
-            &format!("route add {POD} via 192.168.30.1"),
-        ]);
-        for client in [&outside, &pod] {
+        let lab = Lab::new(LabOptions {
+            pods_per_node: 2,
+            ..LabOptions::default()
+        });
+        let [pod, servers] = [0, 1].map(|place: usize| lab.node().pods[place].clone());
+        let (outside, node) = (lab.client().ns.clone(), lab.node().ns().clone());
+        node.route_add(LIVE, &format!("via {}", servers.v4));
+        outside.route_add(SERVICE_CIDRS[0], &format!("via {NODE_IP}"));
+        servers.ns.ip(&format!("route add local {LIVE} dev lo"));
+        for client in [&outside, &pod.ns] {
             // Or the kernel would ask again after 0.2 s, having seen how fast answers come: sooner
             // than a machine with other work may answer.
             client.sysctl("net.ipv4.tcp_no_metrics_save", "1");
         }
-        node.sysctls(&[
-            ("net.ipv4.ip_forward", "1"),
-            // Connections that are over would otherwise fill the table.
-            ("net.netfilter.nf_conntrack_tcp_timeout_time_wait", "10"),
-        ]);
+        // Connections that are over would otherwise fill the table.
+        node.sysctl("net.netfilter.nf_conntrack_tcp_timeout_time_wait", "10");
         let at = SocketAddr::from((Ipv4Addr::UNSPECIFIED, TARGET_PORT));
-        let answering = Answering::start(&servers, Protocol::Tcp, at, "live");
         Self {
-            clients: [outside, pod],
+            _answering: Server::start(&servers.ns, Protocol::Tcp, at, "live"),
+            clients: [outside, pod.ns],
             node,
-            _answering: answering,
+            _lab: lab,
         }
     }
 
@@ -197,14 +176,14 @@ impl Shared {
 
 impl Traffic {
     /// Starts clients that make so many connections a second together.
-    pub fn start(lab: &Lab, live: Arc<Live>, rate: u32) -> Self {
+    pub fn start(network: &Network, live: Arc<Live>, rate: u32) -> Self {
         let shared = Arc::new(Shared {
             live,
             began: Instant::now(),
             stop: AtomicBool::new(false),
             tally: Mutex::default(),
         });
-        let pause = Duration::from_secs(1) * lab.clients.len() as u32 / rate;
+        let pause = Duration::from_secs(1) * network.clients.len() as u32 / rate;
         let client = |(number, namespace): (usize, &Namespace)| {
             let (shared, namespace) = (shared.clone(), namespace.clone());
             thread::spawn(move || {
@@ -215,7 +194,7 @@ impl Traffic {
                 shared.ask_on(namespace.name(), pause, random);
             })
         };
-        let threads = lab.clients.iter().enumerate().map(client).collect();
+        let threads = network.clients.iter().enumerate().map(client).collect();
         Self { shared, threads }
     }
 

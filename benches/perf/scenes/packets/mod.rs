@@ -71,25 +71,14 @@ enum Quantity {
 }
 
 impl Quantity {
-    const ALL: [Self; 6] = [
-        Self::FromPod,
-        Self::FromPodToAny,
-        Self::FromNode,
-        Self::RoundTrip,
-        Self::Exchange,
-        Self::Throughput,
+    const ALL: [(Self, &str); 6] = [
+        (Self::FromPod, "new connection of a pod, busy service"),
+        (Self::FromPodToAny, "new connection of a pod, any service"),
+        (Self::FromNode, "new connection of the node, busy service"),
+        (Self::RoundTrip, "round trip, established"),
+        (Self::Exchange, "exchange of two threads, established"),
+        (Self::Throughput, "throughput, established"),
     ];
-
-    fn words(self) -> &'static str {
-        match self {
-            Self::FromPod => "new connection of a pod, busy service",
-            Self::FromPodToAny => "new connection of a pod, any service",
-            Self::FromNode => "new connection of the node, busy service",
-            Self::RoundTrip => "round trip, established",
-            Self::Exchange => "exchange of two threads, established",
-            Self::Throughput => "throughput, established",
-        }
-    }
 
     fn value(self, number: f64) -> Value {
         match self {
@@ -203,7 +192,7 @@ impl Arguments {
     /// Sends the traffic of one round through a lane.
     fn pass(&self, track: &mut Track, random: &mut Random) {
         let batch = self.batch as usize;
-        for (place, quantity) in Quantity::ALL.into_iter().enumerate() {
+        for (place, (quantity, _)) in Quantity::ALL.into_iter().enumerate() {
             let lane = &track.lane;
             let mut handshakes = |from: &Namespace, destinations: &[SocketAddrV4]| {
                 from.enter();
@@ -241,11 +230,11 @@ fn repeated(warm_up: usize, count: usize, mut once: impl FnMut() -> Duration) ->
 
 fn medians(tracks: &[Track]) -> Table {
     let mut table = Table::new("Packets: medians of all rounds", "lane");
-    for (place, quantity) in Quantity::ALL.into_iter().enumerate() {
+    for (place, (quantity, words)) in Quantity::ALL.into_iter().enumerate() {
         for track in tracks {
             let value = |number| quantity.value(number);
             let median = value(track.rounds[place].median());
-            let row = table.row(quantity.words(), track.lane.rules.name(), "median", median);
+            let row = table.row(words, track.lane.rules.name(), "median", median);
             let timed = quantity != Quantity::Throughput;
             row.and(
                 "p99",
@@ -283,7 +272,7 @@ fn comparisons(sizes: &[usize], tracks: &[Track], too_slow: &[usize]) -> Table {
     pairs.push((Rules::NoneAgain, Rules::None));
     let title = "Ratios, round by round: their median, and the bounds of it with 95 % probability";
     let mut table = Table::new(title, "lane over lane");
-    for (place, quantity) in Quantity::ALL.into_iter().enumerate() {
+    for (place, (_, words)) in Quantity::ALL.into_iter().enumerate() {
         for (lane, with) in &pairs {
             let rounds = |rules: &Rules| {
                 let track = tracks.iter().find(|track| track.lane.rules == *rules);
@@ -293,11 +282,11 @@ fn comparisons(sizes: &[usize], tracks: &[Track], too_slow: &[usize]) -> Table {
             if let (Some(judged), Some(other)) = (rounds(lane), rounds(with)) {
                 let ratios = judged.over(other);
                 let [low, high] = ratios.bounds_of_median();
-                let row = table.row(quantity.words(), of, "ratio", Ratio(ratios.median()));
+                let row = table.row(words, of, "ratio", Ratio(ratios.median()));
                 row.and("from", Ratio(low)).and("to", Ratio(high));
             } else if matches!(with, Rules::KubeProxy(size) if too_slow.contains(size)) {
-                let words = Text("too slow to load".to_owned());
-                table.row(quantity.words(), of, "ratio", words);
+                let slow = Text("too slow to load".to_owned());
+                table.row(words, of, "ratio", slow);
             }
         }
     }
