@@ -38,10 +38,11 @@ user-namespace)
     exec unshare -Urnm sh -c 'ip link set lo up && exec "$@"' netns-run "$@"
     ;;
 sudo)
-    # sudo resets the environment; tests read these variables.
+    # sudo resets the environment; tests and benchmarks read these variables.
     keep=()
     for name in PATH HOME CI TERM NO_COLOR RUST_BACKTRACE RUST_LOG KUBEBUILDER_ASSETS CARGO \
-        CARGO_MANIFEST_DIR CARGO_TARGET_DIR CARGO_PKG_VERSION LD_LIBRARY_PATH NFTLET_MAY_SKIP; do
+        CARGO_MANIFEST_DIR CARGO_TARGET_DIR CARGO_PKG_VERSION LD_LIBRARY_PATH NFTLET_MAY_SKIP \
+        KUBE_PROXY; do
         if [[ -v $name ]]; then keep+=("$name=${!name}"); fi
     done
     exec sudo env "${keep[@]}" "$@"

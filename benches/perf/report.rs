@@ -53,7 +53,6 @@ impl Row {
     }
 }
 
-/// A table.
 #[derive(Debug, Serialize)]
 pub struct Table {
     title: &'static str,
@@ -63,13 +62,15 @@ pub struct Table {
 }
 
 impl Table {
-    /// Returns an empty table.
     pub fn new(title: &'static str, of: &'static str) -> Self {
         let rows = Vec::new();
         Self { title, of, rows }
     }
 
-    /// Adds a row with a value.
+    pub fn is_empty(&self) -> bool {
+        self.rows.is_empty()
+    }
+
     pub fn row(
         &mut self,
         what: impl Into<String>,
@@ -98,7 +99,6 @@ pub struct Report {
 }
 
 impl Report {
-    /// Returns an empty report.
     pub fn new<const N: usize>(
         scene: &'static str,
         parameters: [(&'static str, &dyn ToString); N],

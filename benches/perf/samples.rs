@@ -11,7 +11,6 @@ impl FromIterator<f64> for Samples {
 }
 
 impl Samples {
-    /// Adds one.
     pub fn push(&mut self, sample: f64) {
         self.0.push(sample);
     }

@@ -18,7 +18,7 @@ use crate::Context;
 use crate::kube_proxy;
 use crate::process::{PATIENCE, seconds};
 use crate::report::Value::{Bytes, Number, Ratio, Seconds};
-use crate::report::{Report, Table, Value};
+use crate::report::{Report, Row, Table, Value};
 use crate::samples::Samples;
 use crate::server::{LATENCY, QUIET_AT_ONCE, Server, Took, Watched};
 use nftlet_lab::cluster::{Cluster, Condition, Endpoint, Put, Random, Size};
@@ -71,7 +71,6 @@ pub struct Times {
 }
 
 impl Times {
-    /// Adds a change.
     pub fn push(&mut self, took: Took) {
         self.own.push(took.own);
         self.kernel.push(took.kernel);
@@ -87,7 +86,7 @@ impl Times {
     }
 
     /// Writes them as a row.
-    pub fn note(&self, what: &str, of: impl ToString, table: &mut Table) {
+    pub fn note<'a>(&self, what: &str, of: impl ToString, table: &'a mut Table) -> &'a mut Row {
         let own = Seconds(self.own.median());
         let row = table.row(what, of, "from the bytes read", own);
         row.and("p99", self.own.p99().map(Seconds));
@@ -95,11 +94,11 @@ impl Times {
             row.and("from the server", Seconds(self.end_to_end.median()))
                 .and("from the server, p99", self.end_to_end.p99().map(Seconds));
         }
+        row
     }
 
-    /// Writes them as two rows, with the part in the kernel.
-    fn note_both(&self, what: &str, of: Size, table: &mut Table) {
-        self.note(what, of, table);
+    /// Writes the part in the kernel as a row.
+    fn note_kernel(&self, what: &str, of: Size, table: &mut Table) {
         let kernel = Seconds(self.kernel.median());
         let row = table.row(format!("{what}, in the kernel"), of, "median", kernel);
         row.and("p99", self.kernel.p99().map(Seconds));
@@ -107,19 +106,22 @@ impl Times {
 }
 
 impl Arguments {
-    /// Measures.
     pub fn run(&self, context: &Context) -> Report {
         let parameters: [(_, &dyn ToString); 2] =
             [("changes", &self.changes), ("seconds", &self.seconds)];
         let mut report = Report::new("changes", parameters);
-        let mut single = Table::new("Changes, one at a time", "cluster");
-        let mut whole = Table::new("Changes, all together", "cluster");
+        let mut tables = [
+            "Changes, one at a time",
+            "Changes, all together",
+            "Changes, beside kube-proxy",
+        ]
+        .map(|title| Table::new(title, "cluster"));
         let mut sizes = self.sizes.clone();
         sizes.sort_by_key(|size| size.services * size.endpoints);
         let mut small = None;
         for size in &sizes {
             let largest = Some(size) == sizes.last();
-            let times = self.measure(*size, largest, context, [&mut single, &mut whole]);
+            let times = self.measure(*size, largest, context, &mut tables);
             if *size == SMALL {
                 small = Some(times);
             } else if let Some(small) = &small {
@@ -130,13 +132,13 @@ impl Arguments {
                     let over =
                         |of: fn(&Times) -> &Samples| Ratio(of(now).median() / of(then).median());
                     let over_small = format!("{what} over that of 1,000 x 10");
-                    whole.row(over_small, size, "nftlet", over(|it| &it.own));
+                    tables[1].row(over_small, size, "nftlet", over(|it| &it.own));
                     let over_small = format!("{what}, in the kernel, over that of 1,000 x 10");
-                    whole.row(over_small, size, "nftlet", over(|it| &it.kernel));
+                    tables[1].row(over_small, size, "nftlet", over(|it| &it.kernel));
                 }
             }
         }
-        report.tables = vec![single, whole];
+        report.tables = tables.into_iter().filter(|it| !it.is_empty()).collect();
         report
     }
 
@@ -146,7 +148,7 @@ impl Arguments {
         size: Size,
         largest: bool,
         context: &Context,
-        [single, whole]: [&mut Table; 2],
+        [single, whole, beside]: &mut [Table; 3],
     ) -> [Times; 2] {
         let progress = |step: &str| context.progress(format_args!("{size}  {step}"));
         let mut cluster = Cluster::new(size);
@@ -216,10 +218,36 @@ impl Arguments {
 
         let shape = self.kube_proxy(&mut cluster, size, progress);
         let p99 = Seconds(replaced.own.percentile(99));
-        replaced.note_both("one endpoint replaced", size, single);
-        let row = single.row("one endpoint replaced, p99", size, "p99", p99);
+        let row = replaced.note("one endpoint replaced", size, single);
         row.and("kube-proxy's shape", shape);
-        self.program(&mut cluster, &mut server, &tried, size, single, progress);
+        single.row("one endpoint replaced, p99", size, "p99", p99);
+        replaced.note_kernel("one endpoint replaced", size, single);
+        let mut both = Times::default();
+        number.iter().for_each(|times| both.append(times));
+        both.note("one endpoint more or less", size, single);
+        if let Some(program) = self.program(&mut server, size, progress) {
+            let mut note = |what: &str, nftlet: &Times, change: &mut dyn FnMut(usize) -> Put| {
+                let (sum, count) = program.partial_syncs();
+                let took = (0..FEW).map(|number| program.change(&server, change(number)));
+                let took: Samples = took.collect();
+                let (later, more) = program.partial_syncs();
+                let own = (later - sum) / (more - count).max(1) as f64;
+                let row = beside.row(what, size, "nftlet", Seconds(nftlet.end_to_end.median()));
+                row.and("kube-proxy", Seconds(took.median()))
+                    .and("kube-proxy, longest", Seconds(took.largest()))
+                    .and("kube-proxy's own clock", Seconds(own));
+            };
+            note(
+                "one endpoint replaced, from the server",
+                &replaced,
+                &mut |_| any(&mut random, &mut cluster),
+            );
+            note(
+                "one endpoint more or less, from the server",
+                &both,
+                &mut |number| tried.more_or_less(number, &mut cluster),
+            );
+        }
         let mut note = |what, value| {
             whole.row(what, size, "nftlet", value);
         };
@@ -286,40 +314,18 @@ impl Arguments {
         Some(Seconds(changes.collect::<Samples>().median()))
     }
 
-    /// Makes the same changes beside the program kube-proxy, if there is one.
+    /// Starts the program kube-proxy, if there is one.
     fn program(
         &self,
-        cluster: &mut Cluster,
         server: &mut Server,
-        tried: &Tried,
         size: Size,
-        table: &mut Table,
         progress: impl Fn(&str),
-    ) {
+    ) -> Option<kube_proxy::Program> {
         if size.services > self.kube_proxy_up_to {
-            return;
+            return None;
         }
         progress("kube-proxy, if there is one");
-        let Some((program, _)) = kube_proxy::Program::start(server) else {
-            return;
-        };
-        let mut random = Random::default();
-        let mut note = |what: &str, change: &mut dyn FnMut(usize) -> Put| {
-            let (sum, count) = program.partial_syncs();
-            let took = (0..FEW).map(|number| program.change(server, change(number)));
-            let took: Samples = took.collect();
-            let (later, more) = program.partial_syncs();
-            let own = (later - sum) / (more - count).max(1) as f64;
-            let row = table.row(what, size, "from the server", Seconds(took.median()));
-            row.and("its own clock", Seconds(own))
-                .and("longest", Seconds(took.largest()));
-        };
-        note("kube-proxy: one endpoint replaced", &mut |_| {
-            cluster.replace(random.below(size.services), 0)
-        });
-        note("kube-proxy: one endpoint more or less", &mut |number| {
-            tried.more_or_less(number, cluster)
-        });
+        kube_proxy::Program::start(server).map(|(program, _)| program)
     }
 }
 
@@ -395,16 +401,14 @@ impl Tried {
         pairs.push((["a service added", "a service deleted"], [added, deleted]));
         for (words, times) in &pairs {
             for (what, times) in words.iter().zip(times) {
-                times.note_both(what, size, table);
+                times.note(what, size, table);
+                times.note_kernel(what, size, table);
             }
         }
         label.note("a Node label that no service depends on", size, table);
         let kernel = Seconds(rollouts.median());
         let what = "rollout of 10 endpoints, 20 changes, in the kernel";
         table.row(what, size, "median", kernel);
-        let mut both = Times::default();
-        pairs[2].1.iter().for_each(|times| both.append(times));
-        both.note("one endpoint more or less", size, table);
         pairs.swap_remove(2).1
     }
 

@@ -58,7 +58,6 @@ struct Node<'a> {
 }
 
 impl Arguments {
-    /// Measures.
     pub fn run(&self, context: &Context) -> Report {
         let parameters: [(_, &dyn ToString); 2] =
             [("flows", &self.flows), ("rounds", &self.rounds)];

@@ -82,7 +82,6 @@ impl Starts {
 }
 
 impl Arguments {
-    /// Measures.
     pub fn run(&self, context: &Context) -> Report {
         let mut report = Report::new("first", [("starts", &self.starts)]);
         let mut table = Table::new("First rules of a cluster", "cluster");

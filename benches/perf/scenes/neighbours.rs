@@ -82,7 +82,6 @@ struct Waits {
 }
 
 impl Arguments {
-    /// Measures.
     pub fn run(&self, context: &Context) -> Report {
         let mut report = Report::new("neighbours", [("rounds", &self.rounds)]);
         let mut table = Table::new("How long others wait while nftlet writes", "cluster");

@@ -27,7 +27,6 @@ pub struct Arguments {
     #[arg(long, value_delimiter = ',', default_value = "10000,100000",
         value_parser = clap::value_parser!(u32).range(1_000..=1_000_000))]
     pods: Vec<u32>,
-    /// Policies.
     #[arg(long, default_value = "1000", value_parser = clap::value_parser!(u32).range(10..))]
     policies: u32,
     /// The services that are there as well: services x endpoints of each.
@@ -39,7 +38,6 @@ pub struct Arguments {
 }
 
 impl Arguments {
-    /// Measures.
     pub fn run(&self, context: &Context) -> Report {
         let parameters: [(_, &dyn ToString); 3] = [
             ("policies", &self.policies),

@@ -31,7 +31,6 @@ pub struct Arguments {
 }
 
 impl Arguments {
-    /// Measures.
     pub fn run(&self, context: &Context) -> Report {
         let mut report = Report::new("ranges", [("rounds", &self.rounds)]);
         let mut table = Table::new("Sets of ranges, filled", "ranges");

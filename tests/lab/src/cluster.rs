@@ -42,7 +42,6 @@ pub type Put = (&'static str, Value);
 /// How large a cluster is, written as `10000x10`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Size {
-    /// Services.
     pub services: usize,
     /// Endpoints of each.
     pub endpoints: usize,

@@ -24,9 +24,7 @@ const TEAMS: usize = 20;
 /// Pods and policies.
 #[derive(Clone, Copy, Debug)]
 pub struct Pods {
-    /// Pods.
     pub pods: usize,
-    /// Policies.
     pub policies: usize,
     /// The address below that of the first pod.
     pub base: Ipv4Addr,
@@ -41,7 +39,6 @@ pub struct Pod {
     pub application: usize,
     /// Whether it runs on the node that is programmed.
     pub local: bool,
-    /// Its address.
     pub address: Ipv4Addr,
 }
 
@@ -60,7 +57,6 @@ impl Pods {
         self.pods.div_ceil(PODS_OF_NAMESPACE)
     }
 
-    /// Returns all objects.
     pub fn objects(&self) -> impl Iterator<Item = Put> + '_ {
         let namespaces = (0..self.namespaces()).map(namespace);
         let pods = (0..self.pods).map(|number| self.object(&self.pod(number)));

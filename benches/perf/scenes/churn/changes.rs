@@ -47,7 +47,6 @@ impl Changes {
         changes
     }
 
-    /// Returns all objects.
     pub fn objects(&self) -> impl Iterator<Item = Put> + '_ {
         self.cluster.objects()
     }

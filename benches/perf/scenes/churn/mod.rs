@@ -98,7 +98,6 @@ struct Window {
 }
 
 impl Arguments {
-    /// Measures.
     pub fn run(&self, context: &Context) -> Report {
         let mut report = Report::new("churn", []);
         context.progress("encoding the objects");

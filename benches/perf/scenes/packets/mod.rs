@@ -100,7 +100,6 @@ struct Track {
 }
 
 impl Arguments {
-    /// Measures.
     pub fn run(&self, context: &Context) -> Report {
         let mut sizes: Vec<usize> = self.sizes.iter().map(|size| *size as usize).collect();
         sizes.sort_unstable();

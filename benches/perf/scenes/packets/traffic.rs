@@ -52,7 +52,6 @@ pub fn connect(listener: &TcpListener, to: SocketAddrV4) -> Connection {
 pub struct Echo(TcpStream);
 
 impl Echo {
-    /// Starts the thread.
     pub fn new(connection: Connection) -> Self {
         let Connection { client, server, .. } = connection;
         for end in [&client, &server] {
