@@ -4,7 +4,8 @@
 #   bench.sh [SCENE...] [-- ARGUMENTS]    without names: all scenes and `micro`
 #
 # ARGUMENTS go to each scene. Results are written to the directory RESULTS, by default
-# benches/results. SIZES and DURATION change the clusters of `first` and `changes`, and the seconds of `churn`.
+# benches/results. SIZES changes the clusters of `first` and `changes`; DURATION the seconds for which
+# `changes` and `churn` send changes by the clock. KUBE_PROXY names a kube-proxy to compare with.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 command -v python3 >/dev/null || { echo 'bench.sh needs python3' >&2; exit 1; }
@@ -37,7 +38,9 @@ for scene in "${scenes[@]}"; do
     arguments=()
     case $scene in
     first | changes) [[ -z ${SIZES:-} ]] || arguments=(--sizes "$SIZES") ;;
-    churn) [[ -z ${DURATION:-} ]] || arguments=(--seconds "$DURATION") ;;
+    esac
+    case $scene in
+    changes | churn) [[ -z ${DURATION:-} ]] || arguments+=(--seconds "$DURATION") ;;
     esac
     NETNS_RUN_ROOT=1 scripts/with-runner.sh cargo bench --locked --bench perf -- "$scene" \
         --nftlet "$measured" --results "$results" "${arguments[@]}" "$@" || failed+=("$scene")

@@ -10,7 +10,7 @@
 //! nftables mode, against the same API server, in a namespace of its own. It writes whenever something
 //! changed, without the pause of a second that it makes by default.
 
-use std::fmt::Write as _;
+use std::fmt::Display;
 use std::io::Write as _;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::PathBuf;
@@ -20,8 +20,7 @@ use std::time::{Duration, Instant};
 use crate::process::Process;
 use crate::server::{QUIET_AT_ONCE, Server};
 use crate::subject::News;
-use nftlet_lab::cluster::Put;
-use nftlet_lab::cluster::{Cluster, NODE_IP, POD_CIDRS, SERVICE_CIDRS, TARGET_PORT};
+use nftlet_lab::cluster::{Cluster, Endpoint, NODE_IP, POD_CIDRS, Put, SERVICE_CIDRS, TARGET_PORT};
 use nftlet_lab::netns::Namespace;
 
 const TABLE: &str = "ip kube-proxy";
@@ -36,58 +35,7 @@ const PARTIAL: &str = "kubeproxy_sync_partial_proxy_rules_duration_seconds";
 const SYNCED: Duration = Duration::from_millis(500);
 
 /// The part that does not depend on services.
-const SKELETON: &str = "
-set cluster-ips { type ipv4_addr; }
-set nodeport-ips { type ipv4_addr; }
-set hairpin-connections { type ipv4_addr . ipv4_addr . inet_proto . inet_service; }
-map no-endpoint-services { type ipv4_addr . inet_proto . inet_service : verdict; }
-map no-endpoint-nodeports { type inet_proto . inet_service : verdict; }
-map firewall-ips { type ipv4_addr . inet_proto . inet_service : verdict; }
-map service-ips { type ipv4_addr . inet_proto . inet_service : verdict; }
-map service-nodeports { type inet_proto . inet_service : verdict; }
-chain reject-chain { reject; }
-chain firewall-check { ip daddr . meta l4proto . th dport vmap @firewall-ips; }
-chain service-endpoints-check { ip daddr . meta l4proto . th dport vmap @no-endpoint-services; }
-chain nodeport-endpoints-check {
-    ip daddr @nodeport-ips meta l4proto . th dport vmap @no-endpoint-nodeports
-}
-chain cluster-ips-check { ip daddr @cluster-ips reject; ip daddr { SERVICE_CIDR } drop; }
-chain services {
-    ip daddr @cluster-ips ip saddr != POD_CIDR meta mark set meta mark or 0x4000
-    ip daddr . meta l4proto . th dport vmap @service-ips
-    ip daddr @nodeport-ips meta l4proto . th dport vmap @service-nodeports
-}
-chain masquerading {
-    meta mark & 0x4000 != 0 meta mark set meta mark xor 0x4000 masquerade fully-random
-    ct status dnat ip saddr . ip daddr . meta l4proto . th dport @hairpin-connections masquerade fully-random
-}
-chain filter-prerouting-pre-dnat {
-    type filter hook prerouting priority -110;
-    ct state new jump firewall-check
-}
-chain filter-output-pre-dnat {
-    type filter hook output priority -110;
-    ct state new jump firewall-check
-}
-chain filter-input {
-    type filter hook input priority 0;
-    ct state new jump nodeport-endpoints-check
-    ct state new jump service-endpoints-check
-}
-chain filter-forward {
-    type filter hook forward priority 0;
-    ct state new jump service-endpoints-check
-    ct state new jump cluster-ips-check
-}
-chain filter-output {
-    type filter hook output priority 0;
-    ct state new jump service-endpoints-check
-    ct state new jump cluster-ips-check
-}
-chain nat-prerouting { type nat hook prerouting priority -100; jump services; }
-chain nat-output { type nat hook output priority -100; jump services; }
-chain nat-postrouting { type nat hook postrouting priority 100; jump masquerading; }
-";
+const SKELETON: &str = include_str!("kube_proxy.nft");
 
 /// The program kube-proxy, running.
 pub struct Program {
@@ -104,14 +52,9 @@ impl Program {
         let news = News::listen_to(server.namespace(), &["kube-proxy"]);
         let process = server.start_kube_proxy(&program);
         let mut heard = process.started();
-        while ["IPv4", "IPv6"]
-            .iter()
-            .any(|family| !synced(&process, family))
-        {
-            assert!(
-                process.started().elapsed() < 2 * PATIENCE,
-                "kube-proxy writes no rules"
-            );
+        while !(synced(&process, "IPv4") && synced(&process, "IPv6")) {
+            let waited = process.started().elapsed();
+            assert!(waited < 2 * PATIENCE, "kube-proxy writes no rules");
             heard = news.last(SYNCED).unwrap_or(heard);
         }
         heard = news.last(SYNCED).unwrap_or(heard);
@@ -175,81 +118,62 @@ pub fn table(cluster: &Cluster) -> String {
     let skeleton = SKELETON
         .replace("SERVICE_CIDR", SERVICE_CIDRS[0])
         .replace("POD_CIDR", POD_CIDRS[0]);
-    let mut text = format!("table {TABLE} {{\n{skeleton}\n}}\n");
-    element(&mut text, "nodeport-ips", &NODE_IP.to_string());
+    let mut chains = format!("table {TABLE} {{\n{skeleton}\n}}\n");
     // Elements lead to chains, which nft wants first.
-    let mut elements = String::new();
+    let mut elements = element("nodeport-ips", NODE_IP);
     for service in 0..cluster.endpoints.len() {
-        add_service(cluster, service, &mut text, &mut elements);
+        add_service(cluster, service, &mut chains, &mut elements);
     }
-    text + &elements
+    chains + &elements
 }
 
 /// Returns the commands for a service whose endpoints changed. The few that are on this node would
 /// also change `hairpin-connections`; that is left out.
 pub fn change(cluster: &Cluster, service: usize) -> String {
     let chain = chain_name("service", service);
-    let mut text = format!("flush chain {TABLE} {chain}\n");
-    dnat_rule(cluster, service, &mut text);
-    text
+    format!("flush chain {TABLE} {chain}\n") + &dnat_rule(cluster, service)
 }
 
 fn add_service(cluster: &Cluster, service: usize, chains: &mut String, elements: &mut String) {
     let [inside, outside] = ["service", "external"].map(|kind| chain_name(kind, service));
-    command(chains, format_args!("add chain {TABLE} {inside}"));
-    dnat_rule(cluster, service, chains);
+    *chains += &format!("add chain {TABLE} {inside}\n");
+    *chains += &dnat_rule(cluster, service);
     let port = cluster.port(service);
-    let (address, node_port) = (Cluster::cluster_ip(service), Cluster::node_port(service));
-    element(elements, "cluster-ips", &address.to_string());
-    element(
-        elements,
-        "service-ips",
-        &format!("{address} . tcp . {port} : goto {inside}"),
-    );
-    if let Some(number) = node_port {
-        command(chains, format_args!("add chain {TABLE} {outside}"));
-        command(
-            chains,
-            format_args!(
-                "add rule {TABLE} {outside} meta mark set meta mark or 0x4000 goto {inside}"
-            ),
-        );
-        element(
-            elements,
-            "service-nodeports",
-            &format!("tcp . {number} : goto {outside}"),
-        );
+    let address = Cluster::cluster_ip(service);
+    *elements += &element("cluster-ips", address);
+    let frontend = format_args!("{address} . tcp . {port} : goto {inside}");
+    *elements += &element("service-ips", frontend);
+    if let Some(number) = Cluster::node_port(service) {
+        let mark = "meta mark set meta mark or 0x4000";
+        *chains += &format!("add chain {TABLE} {outside}\n");
+        *chains += &format!("add rule {TABLE} {outside} {mark} goto {inside}\n");
+        let frontend = format_args!("tcp . {number} : goto {outside}");
+        *elements += &element("service-nodeports", frontend);
     }
     if let Some(address) = Cluster::load_balancer(service) {
-        element(
-            elements,
-            "service-ips",
-            &format!("{address} . tcp . {port} : goto {outside}"),
-        );
+        let frontend = format_args!("{address} . tcp . {port} : goto {outside}");
+        *elements += &element("service-ips", frontend);
     }
     for endpoint in cluster.endpoints[service].iter().filter(|it| it.node == 0) {
         let address = endpoint.address;
-        let key = format!("{address} . {address} . tcp . {TARGET_PORT}");
-        element(elements, "hairpin-connections", &key);
+        let connection = format_args!("{address} . {address} . tcp . {TARGET_PORT}");
+        *elements += &element("hairpin-connections", connection);
     }
 }
 
-fn dnat_rule(cluster: &Cluster, service: usize, text: &mut String) {
-    let endpoints = &cluster.endpoints[service];
-    let target = |(index, endpoint): (usize, &nftlet_lab::cluster::Endpoint)| {
+fn dnat_rule(cluster: &Cluster, service: usize) -> String {
+    let endpoints = cluster.endpoints[service].iter().enumerate();
+    let target = |(index, endpoint): (usize, &Endpoint)| {
         format!("{index} : {} . {TARGET_PORT}", endpoint.address)
     };
-    let targets: Vec<String> = endpoints.iter().enumerate().map(target).collect();
-    command(
-        text,
-        format_args!(
-            "add rule {TABLE} {} meta l4proto tcp dnat ip addr . port to \
-             numgen random mod {} map {{ {} }}",
-            chain_name("service", service),
-            targets.len(),
-            targets.join(", ")
-        ),
-    );
+    let targets: Vec<String> = endpoints.map(target).collect();
+    format!(
+        "add rule {TABLE} {} meta l4proto tcp dnat ip addr . port to \
+         numgen random mod {} map {{ {} }}\n",
+        chain_name("service", service),
+        targets.len(),
+        targets.join(", ")
+    )
 }
 
 /// Returns a name of kube-proxy's form and length: kind, eight characters of a hash, and what it
@@ -264,13 +188,6 @@ fn chain_name(kind: &str, service: usize) -> String {
     format!("{kind}-{hash:08X}-{namespace}/{name}/tcp/http")
 }
 
-fn element(text: &mut String, set: &str, element: &str) {
-    command(
-        text,
-        format_args!("add element {TABLE} {set} {{ {element} }}"),
-    );
-}
-
-fn command(text: &mut String, command: std::fmt::Arguments) {
-    writeln!(text, "{command}").expect("writing to a String cannot fail");
+fn element(set: &str, element: impl Display) -> String {
+    format!("add element {TABLE} {set} {{ {element} }}\n")
 }

@@ -24,6 +24,8 @@ use nftlet_lab::netns::Namespace;
 /// How long a process is left alone before its memory is read, and then before its idleness is.
 pub const SETTLE: Duration = Duration::from_secs(2);
 const IDLE: Duration = Duration::from_secs(10);
+/// Comparisons of two programs take so many times as many starts.
+const PAIRS: u32 = 3;
 /// How often the ruleset is flushed, and how often nftlet is asked whether it is repaired.
 const FLUSHES: usize = 3;
 const ASK: Duration = Duration::from_millis(2);
@@ -45,7 +47,7 @@ pub struct Arguments {
     /// Starts from empty rules.
     #[arg(long, default_value = "3", value_parser = clap::value_parser!(u32).range(1..))]
     starts: u32,
-    /// An older nftlet to compare with.
+    /// An older nftlet to compare with, in three times as many starts.
     #[arg(long, value_name = "FILE")]
     before: Option<PathBuf>,
     /// The most services that are loaded in kube-proxy's shape, too, for five minutes at most.
@@ -114,8 +116,9 @@ impl Arguments {
         let [mut starts, mut before] = [(); 2].map(|()| Starts::default());
         let (mut sent, mut asked) = (0, 0);
         let mut running: Option<Process> = None;
-        for number in 1..=self.starts {
-            progress(&format!("start {number} of {}", self.starts));
+        let rounds = self.starts * if self.before.is_some() { PAIRS } else { 1 };
+        for number in 1..=rounds {
+            progress(&format!("start {number} of {rounds}"));
             if let Some(process) = running.take() {
                 process.stop();
                 server.another_node();
