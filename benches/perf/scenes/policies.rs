@@ -97,14 +97,8 @@ impl Arguments {
             let object = std::slice::from_ref(object);
             watched.change(1, |server| server.delete(object))
         };
-        let [
-            mut added,
-            mut relabelled,
-            mut removed,
-            mut local,
-            mut local_removed,
-        ] = [(); 5].map(|()| Times::default());
         progress("remote pods");
+        let [mut added, mut relabelled, mut removed] = [(); 3].map(|()| Times::default());
         for number in 0..self.changes as usize {
             let pod = pods.later(number);
             added.push(watched.put(pods.object(&pod)));
@@ -113,34 +107,30 @@ impl Arguments {
             relabelled.push(watched.put(other.clone()));
             removed.push(delete(&other));
         }
-        progress("local pods");
-        for number in 0..self.changes as usize {
-            let pod = pods.object(&Pod {
-                local: true,
+        added.note("remote pod added", &of, single);
+        relabelled.note("remote pod relabelled", &of, single);
+        removed.note("remote pod removed", &of, single);
+        let mut add_and_remove = |what: &str, object: &dyn Fn(usize) -> Put| {
+            progress(what);
+            let [mut added, mut removed] = [(); 2].map(|()| Times::default());
+            for object in (0..self.changes as usize).map(object) {
+                added.push(watched.put(object.clone()));
+                removed.push(delete(&object));
+            }
+            added.note(&format!("{what} added"), &of, single);
+            removed.note(&format!("{what} removed"), &of, single);
+        };
+        add_and_remove("local pod", &|number| {
+            let local = true;
+            pods.object(&Pod {
+                local,
                 ..pods.later(number)
-            });
-            local.push(watched.put(pod.clone()));
-            local_removed.push(delete(&pod));
-        }
-        progress("policies");
-        let (mut policy, mut policy_removed) = (Times::default(), Times::default());
-        for number in 0..self.changes as usize {
-            let another = pods.another_policy(number % (pods.policies / 2));
-            policy.push(watched.put(another.clone()));
-            policy_removed.push(delete(&another));
-        }
+            })
+        });
+        add_and_remove("policy", &|number| {
+            pods.another_policy(number % (pods.policies / 2))
+        });
         watched.process.stop();
-        for (what, times) in [
-            ("remote pod added", added),
-            ("remote pod relabelled", relabelled),
-            ("remote pod removed", removed),
-            ("local pod added", local),
-            ("local pod removed", local_removed),
-            ("policy added", policy),
-            ("policy removed", policy_removed),
-        ] {
-            times.note(what, &of, single);
-        }
     }
 }
 
