@@ -43,7 +43,7 @@ const SMALL: Size = Size {
     endpoints: 10,
 };
 /// Changes of each kind with the program kube-proxy.
-const FEW: usize = 20;
+const FEW: usize = 10;
 
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
