@@ -1,8 +1,8 @@
 //! Lanes: the same path for packets, with other rules on its node.
 //!
 //! ```text
-//!   client 10.192.0.2 ── 10.192.0.1 node 192.168.20.1 ── 192.168.20.2 server
-//!   (a pod)                          (the rules)          (answers for all pods 10.128.0.0/10)
+//!   client ── node ─────── server
+//!   (a pod)   (the rules)  (answers for all pods 10.128.0.0/10)
 //! ```
 //!
 //! One listening socket stands for the endpoints of all services: the server's routing table says
@@ -21,16 +21,9 @@ use crate::kube_proxy;
 use crate::scenes::policies::policies_in_force;
 use crate::server::Server;
 use nftlet_lab::cluster::{Cluster, NODE_IP, Random, TARGET_PORT, grouped};
-use nftlet_lab::netns::Namespace;
+use nftlet_lab::netns::{Lab, LabOptions, Namespace};
 use nftlet_lab::pods::{self, Pod, Pods};
 
-/// The addresses of the client and of its node, both inside of the workload's pod network.
-const CLIENT: &str = "10.192.0.2";
-const GATEWAY: &str = "10.192.0.1";
-/// The node's address towards the server, and the server's. Not of the pod network: what the node
-/// itself sends to a service is masqueraded, as on a real one.
-const FABRIC: &str = "192.168.20.1";
-const SERVER: &str = "192.168.20.2";
 /// Where the workload's endpoints are.
 const POD_RANGE: &str = "10.128.0.0/10";
 /// The least, the usual and the largest size of a socket's buffers.
@@ -85,6 +78,7 @@ pub struct Lane {
     pub listener: TcpListener,
     /// What clients connect to.
     pub destinations: Vec<SocketAddrV4>,
+    _lab: Lab,
 }
 
 impl Rules {
@@ -111,7 +105,8 @@ impl Rules {
     }
 
     /// Puts the rules for a cluster in force on a node. False if that takes too long.
-    fn load(self, node: &Namespace, cluster: &Cluster, nftlet: &Path) -> bool {
+    fn load(self, lab: &Lab, cluster: &Cluster, nftlet: &Path) -> bool {
+        let node = lab.node().ns();
         match self {
             Self::None | Self::NoneAgain => {}
             Self::OneRule => node.nft_load(&one_rule(cluster)),
@@ -132,7 +127,7 @@ impl Rules {
             Self::Policies(_) => {
                 let mut pods = Pods::new(PODS, POLICIES);
                 pods.base = PODS_AT;
-                program(node, cluster, Some(pods), nftlet);
+                program(node, cluster, Some((pods, lab.node().pods[0].v4)), nftlet);
             }
         }
         true
@@ -143,9 +138,10 @@ impl Lane {
     /// Builds a lane and checks that it leads where it should. `None` if its rules take too long to
     /// load.
     pub fn new(rules: Rules, cluster: &Cluster, nftlet: &Path) -> Option<Self> {
-        let [client, node, server] = ["client", "node", "server"].map(Namespace::new);
-        connect_namespaces(&client, &node, &server);
-        if !rules.load(&node, cluster, nftlet) {
+        let lab = network();
+        let [client, server] = [0, 1].map(|place: usize| lab.node().pods[place].ns.clone());
+        let node = lab.node().ns().clone();
+        if !rules.load(&lab, cluster, nftlet) {
             return None;
         }
         let listener = server.run(|| {
@@ -169,6 +165,7 @@ impl Lane {
             node,
             listener,
             destinations,
+            _lab: lab,
         };
         for from in [&lane.client, &lane.node] {
             lane.probe(from, cluster);
@@ -202,11 +199,15 @@ impl Lane {
     }
 }
 
-fn connect_namespaces(client: &Namespace, node: &Namespace, server: &Namespace) {
-    for namespace in [client, node, server] {
+fn network() -> Lab {
+    let lab = Lab::new(LabOptions {
+        pods_per_node: 2,
+        ..LabOptions::default()
+    });
+    let [client, server] = [0, 1].map(|place: usize| lab.node().pods[place].clone());
+    let node = lab.node().ns();
+    for namespace in [&client.ns, node, &server.ns] {
         namespace.sysctls(&[
-            ("net.ipv4.conf.all.rp_filter", "0"),
-            ("net.ipv4.conf.default.rp_filter", "0"),
             // What was learned of a destination is kept in one table for all of them, whose
             // cost would grow with the number of services.
             ("net.ipv4.tcp_no_metrics_save", "1"),
@@ -220,27 +221,15 @@ fn connect_namespaces(client: &Namespace, node: &Namespace, server: &Namespace) 
             ("net.ipv4.tcp_slow_start_after_idle", "0"),
         ]);
     }
-    client.veth("eth0", node, "pods");
-    node.veth("fabric", server, "eth0");
-    client.ip_batch([
-        format!("addr add {CLIENT}/24 dev eth0"),
-        format!("route add default via {GATEWAY}"),
-    ]);
-    node.ip_batch([
-        format!("addr add {GATEWAY}/24 dev pods"),
-        format!("addr add {FABRIC}/24 dev fabric"),
-        format!("addr add {NODE_IP}/32 dev lo"),
-        format!("route add default via {SERVER}"),
-    ]);
-    node.sysctl("net.ipv4.ip_forward", "1");
+    // Not from an address of the pod network: what the node itself sends to a service is
+    // masqueraded, as on a real one.
+    let to_server = format!("via {} src {NODE_IP}", server.v4);
+    node.route_add(POD_RANGE, &to_server);
+    node.ip(&format!("route replace default {to_server}"));
     // Connections are reset as soon as they are made; their remains must not pile up.
     node.sysctl("net.netfilter.nf_conntrack_tcp_timeout_close", "1");
-    server.ip_batch([
-        format!("addr add {SERVER}/24 dev eth0"),
-        format!("route add {GATEWAY}/32 via {FABRIC}"),
-        format!("route add {CLIENT}/32 via {FABRIC}"),
-        format!("route add local {POD_RANGE} dev lo"),
-    ]);
+    server.ns.ip(&format!("route add local {POD_RANGE} dev lo"));
+    lab
 }
 
 /// Makes the kernel track connections, with a match of their state.
@@ -261,13 +250,13 @@ const WITHOUT_FILTERS: &str = "
 
 /// Has nftlet write the rules of a node, and ends it. With pods, the client is one of this node,
 /// isolated in both directions, that may connect to everything.
-fn program(node: &Namespace, cluster: &Cluster, pods: Option<Pods>, nftlet: &Path) {
+fn program(node: &Namespace, cluster: &Cluster, pods: Option<(Pods, Ipv4Addr)>, nftlet: &Path) {
     let server = Server::new(node.clone(), nftlet);
     server.put(cluster.objects());
-    if let Some(pods) = pods {
+    if let Some((pods, address)) = pods {
         let client = Pod {
             local: true,
-            address: CLIENT.parse().expect("an address"),
+            address,
             ..pods.later(0)
         };
         let (namespace, _) = pods.name(&client);
@@ -297,7 +286,7 @@ fn one_rule(cluster: &Cluster) -> String {
             chain output {{ type nat hook output priority -100; {rule}; }}
             chain postrouting {{
                 type nat hook postrouting priority 100;
-                ip saddr {FABRIC} masquerade fully-random
+                ip saddr {NODE_IP} masquerade fully-random
             }}
         }}"
     )
