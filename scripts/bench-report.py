@@ -336,7 +336,9 @@ def scale_picture(results):
     found = rows(load(results, "first")) + rows(load(results, "changes"))
 
     def points(what, name="nftlet", per=1):
-        values = [(it["of"], number(it["values"].get(name))) for it in found if it["what"] == what]
+        # The shapes that users reported are no points of a line.
+        values = [(it["of"], number(it["values"].get(name))) for it in found
+            if it["what"] == what and it["of"].endswith((" 10", " 20"))]
         size = lambda of: math.prod(int(part.replace(",", "")) for part in of.split(" x "))
         return [(size(of), value / per) for of, value in values if value]
 
