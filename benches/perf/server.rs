@@ -268,8 +268,9 @@ impl<'a> Watched<'a> {
             heard = self.news.last(quiet).or(heard);
             let now = self.process.metrics();
             let (sum_now, count_now) = now.histogram(LATENCY, "");
-            // The kernel's news may be here before its answer is there.
+            // The kernel's news may be here before its answer is there, or since they were waited for.
             if count_now >= count + objects as u64 {
+                heard = self.news.last(quiet).or(heard);
                 let kernel = |metrics: &Metrics| metrics.histogram(TRANSACTION, "").0;
                 return Took {
                     own: (sum_now - sum) / objects as f64,
