@@ -14,7 +14,7 @@
 //!
 //! On a change every file is looked at, and only those with another inode, size or time are read. A
 //! directory of 10,000 files, each with a Service and an EndpointSlice of 10 endpoints, takes 1.6 s
-//! to read at first, and 75 ms from a changed file to its event (`cargo bench --bench manifests`, on
+//! to read at first, and 75 ms from a changed file to its event (`cargo bench --bench micro -- manifests`, on
 //! two busy cores of a virtual machine).
 
 mod contents;
