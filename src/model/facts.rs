@@ -264,15 +264,6 @@ pub struct Node {
 }
 
 impl Node {
-    /// Returns whether the rules are the same for both; they do not depend on `going_away`.
-    pub(crate) fn rules_as(&self, other: &Self) -> bool {
-        let with_mine = |other: &Self| Self {
-            going_away: self.going_away,
-            ..other.clone()
-        };
-        *self == with_mine(other)
-    }
-
     /// Returns the node's primary address of a family: the first InternalIP, else the first
     /// ExternalIP, as in kube-proxy.
     pub(crate) fn primary_ip(&self, family: Family) -> Option<IpAddr> {

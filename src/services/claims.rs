@@ -9,7 +9,7 @@
 //! Service. So the latter have no effect at the ClusterIP of another service, in a ServiceCIDR,
 //! where a NodePort answers, and where nftlet itself connects to the API server ([`Reserved`]).
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
@@ -123,7 +123,7 @@ pub(crate) struct Claims {
     /// The services that have a ClusterIP, regardless of ports.
     cluster_ips: HashMap<IpAddr, SmallVec<[ObjectName; 1]>>,
     /// The ports of addresses that are claimed as other than a ClusterIP.
-    others: HashMap<IpAddr, HashSet<(Protocol, u16)>>,
+    others: BTreeMap<IpAddr, HashSet<(Protocol, u16)>>,
     reserved: Reserved,
 }
 
@@ -294,13 +294,22 @@ impl Claims {
         })
     }
 
-    /// Replaces the reserved addresses and ports. A change of the servers alone examines their
-    /// claims; any other one examines all claims of addresses that are not ClusterIPs.
+    /// Replaces the reserved addresses and ports.
     pub(crate) fn reserve(&mut self, reserved: Reserved) -> ClaimChanges {
-        let old = &self.reserved;
-        if *old == reserved {
+        if self.reserved == reserved {
             return ClaimChanges::default();
         }
+        let touched = self.touched_by(&reserved);
+        let no_service = ObjectName::new("", "");
+        self.compare(touched, &no_service, None, |claims| {
+            claims.reserved = reserved;
+        })
+    }
+
+    /// Returns the claims at addresses and ports that are reserved only before or only after a
+    /// change.
+    fn touched_by(&self, reserved: &Reserved) -> Vec<Claim> {
+        let old = &self.reserved;
         let mut touched = Vec::new();
         for server in old.servers.symmetric_difference(&reserved.servers) {
             touched.push(Claim::Address(server.ip(), Protocol::Tcp, server.port()));
@@ -313,17 +322,19 @@ impl Claims {
             touched.push(claim);
             touched.extend(self.beside(&claim));
         }
-        if old.service_ranges != reserved.service_ranges
-            || old.node_port_addresses != reserved.node_port_addresses
-        {
-            for address in self.others.keys() {
+        let of = |reserved: &Reserved| -> BTreeSet<IpNet> {
+            reserved.service_ranges.iter().map(IpNet::trunc).collect()
+        };
+        for range in of(old).symmetric_difference(&of(reserved)) {
+            for (address, _) in self.others.range(range.network()..=range.broadcast()) {
                 touched.extend(self.others_at(*address));
             }
         }
-        let no_service = ObjectName::new("", "");
-        self.compare(touched, &no_service, None, |claims| {
-            claims.reserved = reserved;
-        })
+        let addresses = &old.node_port_addresses;
+        for address in addresses.symmetric_difference(&reserved.node_port_addresses) {
+            touched.extend(self.others_at(*address));
+        }
+        touched
     }
 
     /// Applies `change` and compares the owners of the touched claims before and after. Finds other
@@ -461,4 +472,42 @@ fn claimant(service: &Service, (_, rank, health_check): &Wish) -> Claimant {
 
 fn age(service: &Service) -> i64 {
     service.created.unwrap_or(i64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_change_of_what_is_reserved_looks_at_the_claims_there() {
+        let mut claims = Claims::default();
+        for last in 1..=200 {
+            let address = IpAddr::from([198, 51, 100, last]);
+            let claim = Claim::Address(address, Protocol::Tcp, 80);
+            let claimant = Claimant {
+                rank: Rank::ExternalIp,
+                created: 0,
+                name: ObjectName::new("shop", &last.to_string()),
+                health_check: false,
+            };
+            claims.queues.entry(claim).or_default().push(claimant);
+            claims.note_others(claim);
+        }
+        let ranges = |texts: &[&str]| Reserved {
+            service_ranges: texts.iter().map(|text| text.parse().unwrap()).collect(),
+            ..Reserved::default()
+        };
+        let mut touched = |reserved: Reserved| {
+            let touched = claims.touched_by(&reserved).len();
+            claims.reserved = reserved;
+            touched
+        };
+        assert_eq!(touched(ranges(&["10.96.0.0/16"])), 0);
+        assert_eq!(touched(ranges(&["10.96.0.0/16", "198.51.100.4/30"])), 4);
+        assert_eq!(touched(ranges(&["198.51.100.4/30", "10.96.0.0/15"])), 0);
+        assert_eq!(touched(ranges(&["10.96.0.0/15"])), 4);
+        let mut of_node = ranges(&["10.96.0.0/15"]);
+        of_node.node_port_addresses = [[198, 51, 100, 9].into()].into();
+        assert_eq!(touched(of_node), 1);
+    }
 }

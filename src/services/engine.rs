@@ -11,6 +11,8 @@ use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use ipnet::IpNet;
+
 use super::change::PlanChange;
 use super::layout::TABLE;
 use super::plan::ServicePlan;
@@ -51,6 +53,10 @@ pub struct Engine {
     started: bool,
     marks: Marks,
     change: ServiceChanges,
+    /// The networks whose local addresses answer NodePorts, as last given to followers.
+    node_ports: Option<Arc<[IpNet]>>,
+    /// The number of services compiled since it was last taken.
+    compiled: usize,
     notices: Vec<Notice>,
     /// Services that had a health check in their last change.
     checked: HashSet<ObjectName>,
@@ -73,6 +79,8 @@ impl Engine {
             started: false,
             marks: Marks::default(),
             change: ServiceChanges::default(),
+            node_ports: None,
+            compiled: 0,
             notices: Vec::new(),
             checked: HashSet::new(),
         }
@@ -118,6 +126,11 @@ impl Engine {
     /// are too large.
     pub fn left_out(&self) -> usize {
         self.quarantined.len() + self.too_large.len()
+    }
+
+    /// Returns and resets the number of services compiled, each as often as it was.
+    pub(crate) fn take_compiled(&mut self) -> usize {
+        std::mem::take(&mut self.compiled)
     }
 
     /// Returns the number of shared chains in the kernel.
@@ -202,8 +215,7 @@ impl Engine {
     fn plan_changes(&mut self, marks: &mut Marks) -> PlanChanges {
         let mut found = Vec::new();
         // Before others are compiled, which may get a frontend that one of these has.
-        let (later, now): (Vec<_>, Vec<_>) = self
-            .concerned(marks)
+        let (later, now): (Vec<_>, Vec<_>) = std::mem::take(&mut marks.services)
             .into_iter()
             .partition(|name| self.queue.contains(name) || self.is_large(name));
         for name in later {
@@ -220,19 +232,6 @@ impl Engine {
         found
     }
 
-    /// Returns the services to compile.
-    fn concerned(&self, marks: &mut Marks) -> BTreeSet<ObjectName> {
-        let mut services = std::mem::take(&mut marks.services);
-        if marks.node {
-            // Every plan depends on which endpoints are on this node.
-            services.extend(self.store.services().map(|service| service.name.clone()));
-        }
-        for name in &services {
-            tracing::trace!("Service {name} is compiled again");
-        }
-        services
-    }
-
     /// Returns whether a service has or needs more elements than a portion.
     fn is_large(&self, name: &ObjectName) -> bool {
         let plan = self.tables.plan(name);
@@ -242,10 +241,16 @@ impl Engine {
 
     /// Compiles a service. Returns `None` if it has no rules or is left out.
     fn compile(&mut self, name: &ObjectName) -> Option<ServicePlan> {
+        self.note_compiled(name);
         let previous = self.tables.plan(name);
         let plan = plan(&self.store, name, &self.settings, previous);
         let plan = self.unless_too_large(name, plan).flatten();
         plan.filter(|_| !self.quarantined.contains(name))
+    }
+
+    fn note_compiled(&mut self, name: &ObjectName) {
+        tracing::trace!("Service {name} is compiled");
+        self.compiled += 1;
     }
 
     /// Records whether a service is too large, and reports it once.
@@ -349,7 +354,11 @@ impl Engine {
     fn note_node_ports(&mut self) {
         let node = self.store.node().map(|node| &**node);
         let ranges = Family::ALL.map(|family| self.settings.nodeport_ranges(family, node));
-        self.change.node_ports = Some(ranges.concat().into());
+        let ranges: Arc<[IpNet]> = ranges.concat().into();
+        if self.node_ports.as_ref() != Some(&ranges) {
+            self.node_ports = Some(ranges.clone());
+            self.change.node_ports = Some(ranges);
+        }
     }
 
     fn take_change(&mut self) -> ServiceChanges {
@@ -424,7 +433,7 @@ impl engine::Engine for Engine {
         if marks.node || marks.service_cidrs {
             self.tables.set_skeletons(&self.store, None);
         }
-        for name in self.concerned(&mut marks) {
+        for name in std::mem::take(&mut marks.services) {
             let plan = self.compile(&name);
             match self.tables.change(&name, plan) {
                 Some(change) => self.replace(&name, &change, None),

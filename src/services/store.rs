@@ -15,8 +15,10 @@ use crate::model::{
     ObjectName, ObjectRef, Reason, RelistTracker, Service, ServiceCidr, ServiceKind, Subject,
 };
 
+mod node;
 mod slices;
 
+use node::NodeDependents;
 pub(crate) use slices::SlicesOf;
 
 /// The changes of a batch of events.
@@ -27,7 +29,7 @@ pub struct Marks {
     /// Whether a service itself changed, not just its endpoints: frontends may move between
     /// services.
     pub frontends: bool,
-    /// Whether the own node changed.
+    /// Whether the addresses or the pod networks of the own node changed.
     pub node: bool,
     /// Whether the ranges of service addresses changed.
     pub service_cidrs: bool,
@@ -70,6 +72,7 @@ pub struct Store {
     node: Option<Arc<Node>>,
     /// The Node to use while the own Node object is missing: a given one, or the deleted one.
     fallback_node: Option<Arc<Node>>,
+    dependents: NodeDependents,
     service_cidrs: BTreeMap<ObjectName, ServiceCidr>,
     claims: Claims,
     /// Changes of services whose claims are applied in portions, with their conflicts so far.
@@ -224,7 +227,10 @@ impl Store {
             return;
         }
         self.expected.remove(name);
-        match takeover.target() {
+        let target = takeover.target();
+        self.dependents
+            .set_service(name, target.map(|service| &**service));
+        match target {
             Some(service) => {
                 let old = self.services.insert(name.clone(), service.clone());
                 if service.kind == ServiceKind::OtherProxy
@@ -345,14 +351,7 @@ impl Store {
                 self.go_on(&name, usize::MAX, marks);
             }
             Object::EndpointSlice(slice) => self.insert_slice(slice, marks),
-            Object::Node(node) => {
-                let old = self.node();
-                marks.node |= !old.is_some_and(|old| old.rules_as(&node));
-                if self.node.as_deref() != Some(&node) {
-                    self.node = Some(Arc::new(node));
-                    self.reserve(marks);
-                }
-            }
+            Object::Node(node) => self.set_node(node, marks),
             Object::ServiceCidr(cidr) => {
                 if self.service_cidrs.get(&cidr.name) != Some(&cidr) {
                     self.service_cidrs.insert(cidr.name.clone(), cidr);
@@ -384,6 +383,7 @@ impl Store {
         if let Err(place) = slices.binary_search(&name) {
             slices.insert(place, name.clone());
         }
+        self.dependents.set_slice(&name, Some(&slice));
         let old = self.slices.insert(name.clone(), slice);
         if self.is_complete() {
             self.note_orphan(&name, marks);
@@ -411,6 +411,7 @@ impl Store {
             }
             Kind::EndpointSlice => {
                 if let Some(old) = self.slices.remove(&object.name) {
+                    self.dependents.set_slice(&object.name, None);
                     self.detach(&old.service, &object.name);
                     marks.services.insert(old.service);
                 }

@@ -38,6 +38,7 @@ pub struct SyncMetrics {
     healed: IntCounter,
     audits: IntCounterVec,
     chains: IntGauge,
+    compiled: IntCounter,
     /// By the internal and by the external policy.
     no_local_endpoints: PerFamily<[IntGauge; 2]>,
 }
@@ -178,6 +179,10 @@ impl SyncMetrics {
                 "Comparisons with the kernel after missed notifications",
                 &["result"],
             )?,
+            compiled: registry.counter(
+                "nftlet_services_compiled_total",
+                "Services compiled into rules, whether or not their rules changed",
+            )?,
             chains: registry.int_gauge(
                 "nftlet_shared_chains",
                 "Chains shared by services with the same number of endpoints",
@@ -307,6 +312,11 @@ impl SyncMetrics {
     /// Counts an audit by its result, one of a few words.
     pub(super) fn audit(&self, result: &str) {
         self.audits.with_label_values(&[result]).inc();
+    }
+
+    /// Counts compiled services.
+    pub(super) fn compiled(&self, services: usize) {
+        self.compiled.inc_by(unsigned(services));
     }
 
     /// Sets the number of chains that services share.

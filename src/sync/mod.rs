@@ -223,6 +223,7 @@ impl<'a, K: Kernel> Controller<'a, K> {
             metrics.sync(in_force.compared, in_force.took);
         }
         self.followers.hand_services(change);
+        metrics.compiled(self.services.engine.take_compiled());
         let engine = &self.services.engine;
         let is_waiting = |service: &_| engine.is_waiting(service);
         let policies = self.policies.as_ref();

@@ -41,6 +41,7 @@ mod portions;
 mod quarantine;
 mod queries;
 mod turns;
+mod work;
 
 pub(crate) use fake::{Fake, RecordedReports};
 pub(crate) use objects::{delete, lists, node, put, restricted, service, slice, source_list};

@@ -117,6 +117,7 @@ impl Engine {
     /// change and returns its approximate number of elements.
     fn compile_one(&mut self, name: &ObjectName) -> Option<usize> {
         let begun = self.queue.take_compilation(name).or_else(|| {
+            self.note_compiled(name);
             let begun = Compilation::begin(&self.store, name);
             let begun = self.unless_too_large(name, begun).flatten();
             begun.filter(|_| !self.quarantined.contains(name))

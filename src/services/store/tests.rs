@@ -317,11 +317,16 @@ fn of_a_node_only_what_rules_are_made_of_is_a_change() {
     };
     assert!(put(&mut store, Object::Node(cordoned)).is_empty());
     assert!(store.node().is_some_and(|node| node.going_away));
-    let marks: [fn(&mut Node); 4] = [
+    let zoned = Node {
+        zone: Some("zone-a".into()),
+        ..node.clone()
+    };
+    let marked = put(&mut store, Object::Node(zoned));
+    assert!(marked.is_empty(), "no endpoint has hints");
+    let marks: [fn(&mut Node); 3] = [
         |node| node.internal_ips.push("192.0.2.2".parse().unwrap()),
         |node| node.external_ips.push("198.51.100.1".parse().unwrap()),
         |node| node.pod_cidrs.push("10.244.1.0/24".parse().unwrap()),
-        |node| node.zone = Some("zone-a".into()),
     ];
     for change in marks {
         put(&mut store, Object::Node(node.clone()));
@@ -373,7 +378,7 @@ fn a_deleted_node_is_going_away_and_stays_as_it_last_was() {
     }
     apply(&mut store, Event::Delete(name));
     let moved = Node {
-        zone: Some("zone-b".into()),
+        pod_cidrs: vec![],
         ..node
     };
     assert!(put(&mut store, Object::Node(moved)).node);

@@ -114,6 +114,8 @@ fn changes_faults_and_objects_show_their_values() {
     metrics.audit("same");
     metrics.audit("same");
     metrics.chains(6);
+    metrics.compiled(3);
+    metrics.compiled(4);
     metrics.no_local_endpoints([[1, 2], [0, 3]]);
     metrics.programmed(Duration::from_micros(900));
     metrics.network_programming(Duration::from_millis(700));
@@ -140,6 +142,7 @@ fn changes_faults_and_objects_show_their_values() {
             ("nftlet_foreign_changes_healed_total", 4.0),
             ("nftlet_audits_total{result=\"same\"}", 2.0),
             ("nftlet_shared_chains", 6.0),
+            ("nftlet_services_compiled_total", 7.0),
             (
                 "kubeproxy_sync_proxy_rules_no_local_endpoints_total{ip_family=\"IPv4\",traffic_policy=\"external\"}",
                 2.0,

@@ -3,6 +3,11 @@
 use tokio::runtime::Builder;
 
 use super::*;
+use crate::model::Hints;
+
+fn zone() -> impl Strategy<Value = &'static str> {
+    prop_oneof![Just("a"), Just("b")]
+}
 
 /// Everything that may happen to a small cluster.
 pub(super) fn event() -> impl Strategy<Value = Event> {
@@ -73,8 +78,9 @@ pub(super) fn event() -> impl Strategy<Value = Event> {
         any::<bool>(),
         vec(1u8..8, 0..5),
         vec(0u8..4, 5),
+        proptest::option::of(zone()),
     )
-        .prop_map(|(owner, number, v6, endpoints, states)| {
+        .prop_map(|(owner, number, v6, endpoints, states, zone)| {
             let service = service(owner, &[], &[80, 443]);
             let family = if v6 { Family::V6 } else { Family::V4 };
             let slice_name = format!("{family}-{number}");
@@ -82,6 +88,11 @@ pub(super) fn event() -> impl Strategy<Value = Event> {
             for (endpoint, state) in slice.endpoints.iter_mut().zip(states) {
                 endpoint.ready = state > 1;
                 endpoint.terminating = state == 1;
+                let zones = zone.map(|zone| [Arc::from(zone)].into());
+                endpoint.hints = zones.map(|zones| {
+                    let (zones, nodes) = (Some(zones), None);
+                    Arc::new(Hints { zones, nodes })
+                });
             }
             put(slice)
         });
@@ -89,10 +100,13 @@ pub(super) fn event() -> impl Strategy<Value = Event> {
         let family = if v6 { Family::V6 } else { Family::V4 };
         delete(Kind::EndpointSlice, &format!("{family}-{number}"))
     });
-    let a_node = (1u8..3, any::<bool>()).prop_map(|(last, other)| {
+    let a_node = (0u8..3, 0u8..4, proptest::option::of(zone()));
+    let a_node = a_node.prop_map(|(number, name, zone)| {
         let mut node = node();
-        node.internal_ips = vec![IpAddr::from([192, 168, 10, last])];
-        if other {
+        // Some of these are in source ranges of services.
+        node.internal_ips = vec![IpAddr::from([10, 2 * number, 0, 1])];
+        node.zone = zone.map(Arc::from);
+        if name == 0 {
             node.name = "node-2".into();
         }
         put(node)
@@ -108,7 +122,7 @@ pub(super) fn event() -> impl Strategy<Value = Event> {
         6 => a_slice,
         2 => name.prop_map(|name| delete(Kind::Service, name)),
         2 => a_slice_goes,
-        1 => a_node,
+        2 => a_node,
         1 => a_range,
     ]
 }
