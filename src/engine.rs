@@ -11,8 +11,12 @@
 
 use std::time::Instant;
 
+pub(crate) use shared_map::SharedMap;
+
 use crate::model::{self, Event, Kind, Notice, ObjectRef};
 use crate::nft::{self, ObjectPath, Ruleset, Transaction};
+
+mod shared_map;
 
 /// The approximate number of set elements that one transaction deletes and adds, where a change can
 /// be divided. While the kernel processes a transaction, no other transaction runs and no event is

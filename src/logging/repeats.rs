@@ -130,7 +130,7 @@ impl Window {
 }
 
 /// Logs at most one line in each interval.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Throttle {
     every: Duration,
     logged: Option<Instant>,

@@ -5,7 +5,7 @@ use smallvec::SmallVec;
 use crate::model::{Evidence, ObjectName, Sandbox};
 
 /// A pod with the address in its status.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct AddressClaimant {
     pub name: ObjectName,
     /// Whether the pod is on this node.
@@ -21,7 +21,7 @@ impl AddressClaimant {
 }
 
 /// The claimants of one address, the latest sandboxes first.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct AddressClaimants {
     pub all: SmallVec<[AddressClaimant; 1]>,
 }

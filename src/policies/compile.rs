@@ -1,6 +1,7 @@
 //! Compiles the touched objects into the parts of the tables that change.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
 use std::time::Instant;
 
 use super::delta::{self, TableDelta, isolate, sort};
@@ -80,12 +81,12 @@ impl Engine {
         let policy = self.inventory.policy(name).filter(|_| old.pods > 0);
         let (chain, sets) = policy.map_or((None, Vec::new()), |policy| {
             if self.quarantined.contains(name) {
-                return (Some(Chain::default()), Vec::new());
+                return (Some(Arc::default()), Vec::new());
             }
             let (chain, sets) = policy_chain(policy, *direction, *family, |spec| {
                 self.sets.get(spec, &self.inventory)
             });
-            (Some(chain), sets)
+            (Some(Arc::new(chain)), sets)
         });
         for (sets, more) in [(&old.sets, false), (&sets, true)] {
             for set in sets {
@@ -95,10 +96,13 @@ impl Engine {
         }
         let chain_name = direction.policy_chain(name);
         if let Some(chain) = old.chain {
-            delta.before.chains.insert(chain_name.clone(), chain);
+            delta
+                .before
+                .chains
+                .insert(chain_name.clone(), Chain::clone(&chain));
         }
         if let Some(chain) = &chain {
-            delta.after.chains.insert(chain_name, chain.clone());
+            delta.after.chains.insert(chain_name, Chain::clone(chain));
         }
         if old.pods > 0 {
             let pods = old.pods;
@@ -258,7 +262,7 @@ impl Engine {
                 };
                 table
                     .chains
-                    .insert(direction.policy_chain(name), chain.clone());
+                    .insert(direction.policy_chain(name), Chain::clone(chain));
             }
         }
         let used = Family::ALL.into_iter().flat_map(|family| {

@@ -18,7 +18,7 @@ const LOG_EVERY: Duration = Duration::from_secs(60);
 const MOST: usize = 1024;
 
 /// The departed pods by address.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Departed {
     pods: BTreeMap<IpAddr, (Pod, Instant)>,
     /// Addresses in the order of expiry. Some are removed already, or occur again later.

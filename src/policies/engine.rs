@@ -23,11 +23,11 @@ use crate::model::{
 use crate::nft::{Chain, Name, ObjectPath, Ruleset, TableId};
 
 /// A policy's chain in one family's table.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct PolicyUse {
     /// The number of pods' chains that jump to it.
     pub pods: u32,
-    pub chain: Option<Chain>,
+    pub chain: Option<Arc<Chain>>,
     /// The sets in its rules.
     pub sets: Vec<SetId>,
 }
@@ -156,6 +156,21 @@ impl Engine {
         names.sort_unstable();
         names.dedup();
         names
+    }
+
+    /// Returns a copy for another thread, which compiles the same ruleset. Its cost grows with what
+    /// this node enforces, but not with the pods of the cluster.
+    pub(crate) fn snapshot(&self) -> Self {
+        Self {
+            inventory: self.inventory.without_policies(),
+            sets: self.sets.without_indexes(),
+            plans: self.plans.clone(),
+            layers: self.layers.clone(),
+            uses: self.uses.clone(),
+            links: self.links.clone(),
+            exists: self.exists,
+            ..Self::new(self.settings.clone())
+        }
     }
 
     /// Returns the change for followers.

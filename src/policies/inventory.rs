@@ -1,6 +1,6 @@
 //! The known pods, namespaces and policies.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Instant;
@@ -10,21 +10,22 @@ use smallvec::SmallVec;
 use super::claimants::AddressClaimants;
 use super::departed::Departed;
 use super::index::{Index, Namespaces, PodSelector};
+use crate::engine::SharedMap;
 use crate::model::{Labels, NAMESPACE_NAME, Namespace, NetworkPolicy, ObjectName, Pod, Sandbox};
 
 /// The objects from which policies are compiled.
 #[derive(Debug, Default)]
 pub(crate) struct Inventory {
     node: Arc<str>,
-    pods: HashMap<ObjectName, Box<Pod>>,
-    pods_of: HashMap<Box<str>, HashSet<ObjectName>>,
+    pods: SharedMap<ObjectName, Arc<Pod>>,
+    pods_of: SharedMap<Box<str>, SharedMap<ObjectName, ()>>,
     /// Returns the pods that claim an address.
-    claimants: HashMap<IpAddr, AddressClaimants>,
+    claimants: SharedMap<IpAddr, AddressClaimants>,
     /// Pods of this node that were deleted while a container ran.
     departed: Departed,
     /// The names of this node's pods.
     local: BTreeSet<ObjectName>,
-    namespaces: HashMap<Box<str>, Labels>,
+    namespaces: SharedMap<Box<str>, Labels>,
     policies: BTreeMap<ObjectName, Arc<NetworkPolicy>>,
     /// The policies by the pods that they select.
     targets: Index<ObjectName>,
@@ -39,6 +40,33 @@ impl Inventory {
         }
     }
 
+    /// Returns a copy without policies, which shares the objects. Its cost does not depend on the
+    /// number of objects of other nodes.
+    pub(crate) fn without_policies(&self) -> Self {
+        Self {
+            node: self.node.clone(),
+            pods: self.pods.clone(),
+            pods_of: self.pods_of.clone(),
+            claimants: self.claimants.clone(),
+            departed: self.departed.clone(),
+            local: self.local.clone(),
+            namespaces: self.namespaces.clone(),
+            ..Self::default()
+        }
+    }
+
+    /// Returns the number of pods, and of claims of addresses, that are copied because another
+    /// inventory shares them.
+    #[cfg(test)]
+    pub(crate) fn copied(&self, other: &Self) -> usize {
+        let claims = self.claimants.copied(&other.claimants);
+        let of_namespaces = self.pods_of.iter().map(|(name, pods)| {
+            let others = other.pods_of.get(name);
+            others.map_or(0, |others| pods.copied(others))
+        });
+        self.pods.copied(&other.pods) + claims + of_namespaces.sum::<usize>()
+    }
+
     /// Returns a pod.
     pub fn pod(&self, name: &ObjectName) -> Option<&Pod> {
         self.pods.get(name).map(|pod| &**pod)
@@ -51,7 +79,8 @@ impl Inventory {
 
     /// Returns the pods of a namespace, in no order.
     pub(crate) fn pods_of(&self, namespace: &str) -> impl Iterator<Item = &Pod> {
-        let names = self.pods_of.get(namespace).into_iter().flatten();
+        let names = self.pods_of.get(namespace).into_iter();
+        let names = names.flat_map(SharedMap::keys);
         names.filter_map(|name| self.pod(name))
     }
 
@@ -277,20 +306,23 @@ impl Inventory {
         let Some(pod) = pod else {
             return;
         };
-        match self.pods_of.get_mut(name.namespace()) {
-            Some(pods) => {
-                pods.insert(name.clone());
-            }
-            None => {
-                let pods = HashSet::from([name.clone()]);
-                self.pods_of.insert(name.namespace().into(), pods);
-            }
+        if !self.pods_of.contains_key(name.namespace()) {
+            let none = SharedMap::default();
+            self.pods_of.insert(name.namespace().into(), none);
+        }
+        if let Some(pods) = self.pods_of.get_mut(name.namespace()) {
+            pods.insert(name.clone(), ());
         }
         if claims_addresses(&pod) {
             let local = self.is_local(&pod);
             for address in &pod.addresses {
-                let claimants = self.claimants.entry(*address).or_default();
-                claimants.insert(name, pod.evidence, local);
+                if !self.claimants.contains_key(address) {
+                    let none = AddressClaimants::default();
+                    self.claimants.insert(*address, none);
+                }
+                if let Some(claimants) = self.claimants.get_mut(address) {
+                    claimants.insert(name, pod.evidence, local);
+                }
                 let is_new = old.as_ref().is_none_or(|old| !claims(old, *address));
                 self.departed.claimed(*address, &pod.evidence, is_new);
             }
@@ -298,7 +330,7 @@ impl Inventory {
                 self.local.insert(name.clone());
             }
         }
-        self.pods.insert(name.clone(), Box::new(pod));
+        self.pods.insert(name.clone(), Arc::new(pod));
     }
 
     /// Returns the addresses that a pod of this node may have, if a container of it runs.

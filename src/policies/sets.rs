@@ -95,13 +95,13 @@ pub(super) struct PodElement {
     pub key: Key,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct SetEntry {
     spec: Arc<SetSpec>,
     name: Name,
     declaration: Arc<Declaration>,
     /// The elements that do not depend on pods.
-    fixed: Vec<Element>,
+    fixed: Arc<[Element]>,
     /// The number of chains in each family's table that use it.
     uses: [u32; 2],
 }
@@ -210,6 +210,14 @@ fn place_of(family: Family) -> usize {
 }
 
 impl Sets {
+    /// Returns a copy that cannot find the sets of a specification or of a pod.
+    pub(crate) fn without_indexes(&self) -> Self {
+        Self {
+            entries: self.entries.clone(),
+            ..Self::default()
+        }
+    }
+
     /// Returns the set of a specification and its name, and creates it if necessary.
     pub fn get(&mut self, spec: SetSpec, inventory: &Inventory) -> (SetId, Name) {
         if let Some((id, name)) = self.ids.get(&spec) {
@@ -226,7 +234,7 @@ impl Sets {
             SetEntry {
                 name: name.clone(),
                 declaration: Arc::new(declaration(&spec)),
-                fixed: fixed_elements(&spec),
+                fixed: fixed_elements(&spec).into(),
                 spec,
                 uses: [0, 0],
             },
@@ -362,7 +370,7 @@ impl Sets {
     /// Returns the elements of a set that do not depend on pods.
     pub(crate) fn fixed_elements(&self, id: SetId) -> Vec<Element> {
         let entry = self.entries.get(&id);
-        entry.map_or_else(Vec::new, |entry| entry.fixed.clone())
+        entry.map_or_else(Vec::new, |entry| entry.fixed.to_vec())
     }
 
     /// Returns the set with a name.

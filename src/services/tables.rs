@@ -18,6 +18,7 @@ use super::skeleton::skeleton;
 use super::sources::SourceList;
 
 use crate::clock;
+use crate::engine::SharedMap;
 use crate::model::{Family, ObjectName};
 use crate::nft::{Element, Key, Name, ObjectPath, Op, Ruleset, Table, Transaction, diff};
 use crate::services::Store;
@@ -27,12 +28,11 @@ use crate::services::Store;
 pub struct Tables {
     settings: ServiceSettings,
     skeletons: BTreeMap<Family, Table>,
-    /// Shared, so that a clone of the tables is cheap.
-    plans: HashMap<ObjectName, Arc<ServicePlan>>,
+    plans: SharedMap<ObjectName, Arc<ServicePlan>>,
     /// Services whose plan is partially written.
     unfinished: HashMap<ObjectName, Unfinished>,
     /// The number of services that need a shared element.
-    shared: HashMap<(Family, ServiceSet, Key), u32>,
+    shared: SharedMap<(Family, ServiceSet, Key), u32>,
     /// The use of each shared chain in the kernel; an unused chain stays for a while.
     chains: BTreeMap<(Family, SharedChain), Use>,
     /// Whether the namespaces with session affinity changed.
@@ -110,6 +110,13 @@ impl Tables {
     /// Returns all plans that are in force or being written.
     pub fn plans(&self) -> impl Iterator<Item = &ServicePlan> {
         self.plans.values().map(|plan| &**plan)
+    }
+
+    /// Returns the number of plans and of shared elements that are copied because other tables
+    /// share them.
+    #[cfg(test)]
+    pub(crate) fn copied(&self, other: &Self) -> usize {
+        self.plans.copied(&other.plans) + self.shared.copied(&other.shared)
     }
 
     /// Returns the number of shared chains in the kernel.
@@ -249,13 +256,18 @@ impl Tables {
             let touched = draft.touched.entry((set, place.2.clone()));
             touched.or_insert_with(|| self.shared.contains_key(&place));
         }
-        if acquires {
-            *self.shared.entry(place).or_default() += 1;
-        } else if let Some(count) = self.shared.get_mut(&place) {
-            *count = count.saturating_sub(1);
-            if *count == 0 {
-                self.shared.remove(&place);
+        let Some(count) = self.shared.get_mut(&place) else {
+            if acquires {
+                self.shared.insert(place, 1);
             }
+            return;
+        };
+        if acquires {
+            *count += 1;
+        } else if *count > 1 {
+            *count -= 1;
+        } else {
+            self.shared.remove(&place);
         }
     }
 
@@ -442,7 +454,7 @@ impl Tables {
             if wanted.is_empty() {
                 continue;
             }
-            for (name, plan) in &self.plans {
+            for (name, plan) in self.plans.iter() {
                 let mut owns = |index: usize| {
                     found.entry(index).or_insert_with(|| name.clone());
                 };

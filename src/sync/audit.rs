@@ -33,7 +33,7 @@ use super::session::WritePoint;
 use super::{DriverState, Kernel};
 use crate::engine::Engine as _;
 use crate::netlink::Error;
-use crate::nft::{Op, Ruleset, Transaction, diff};
+use crate::nft::{Op, Transaction, diff};
 use crate::policies;
 use crate::services::{TABLE, Tables};
 
@@ -43,10 +43,10 @@ const MOST_ROUNDS: u32 = 8;
 const PUT_OFF: Duration = Duration::from_secs(1);
 
 /// What was written, for a thread that compares it with the kernel.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Snapshot {
     services: Tables,
-    policies: Option<Ruleset>,
+    policies: Option<Box<policies::Engine>>,
     moment: WritePoint,
 }
 
@@ -232,10 +232,8 @@ fn compare(kernel: &mut impl Kernel, snapshot: Snapshot) -> Result<Difference, E
     let mut difference = Difference::new();
     let services = snapshot.services.ruleset();
     drop(snapshot.services);
-    for (table, wanted) in [
-        (TABLE, Some(services)),
-        (policies::TABLE, snapshot.policies),
-    ] {
+    let policies = snapshot.policies.map(|policies| policies.ruleset());
+    for (table, wanted) in [(TABLE, Some(services)), (policies::TABLE, policies)] {
         if let Some(wanted) = wanted {
             let actual = kernel.read(&[table], &wanted)?;
             note(diff(&actual, wanted), &mut difference);
@@ -277,7 +275,7 @@ impl<K: Kernel> super::Controller<'_, K> {
         let policies = self.policies.as_mut().and_then(|policies| {
             policies.compare_when_listed();
             // Otherwise they are compared when they are listed.
-            (policies.state == DriverState::Synced).then(|| policies.engine.ruleset())
+            (policies.state == DriverState::Synced).then(|| Box::new(policies.engine.snapshot()))
         });
         Some(Snapshot {
             services: self.services.engine.tables().clone(),

@@ -124,6 +124,24 @@ fn a_service_range_compiles_the_services_that_lose_an_address_in_it() {
 }
 
 #[test]
+fn a_copy_of_the_tables_shares_the_plans() {
+    let bench = Bench::new();
+    let mut controller = bench.controller();
+    handle(&mut controller, lists(cluster()));
+    let copy = controller.services.engine.tables().clone();
+    let before = copy.ruleset();
+    let copied = |controller: &Controller<Fake>| controller.services.engine.tables().copied(&copy);
+    assert_eq!(copied(&controller), 0);
+    let other = slice("service-9-1", &plain(9), Family::V4, &[3]);
+    handle(&mut controller, vec![put(other)]);
+    let shared = usize::from(SERVICES) * 2;
+    let copied = copied(&controller);
+    assert!((1..shared / 2).contains(&copied), "{copied} of {shared}");
+    assert_eq!(copy.ruleset(), before);
+    assert_ne!(controller.services.engine.tables().ruleset(), before);
+}
+
+#[test]
 fn objects_of_policies_compile_no_service() {
     let bench = Bench::new();
     let mut controller = bench.controller().with_policies(engine());
