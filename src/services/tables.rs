@@ -33,8 +33,10 @@ pub struct Tables {
     unfinished: HashMap<ObjectName, Unfinished>,
     /// The number of services that need a shared element.
     shared: SharedMap<(Family, ServiceSet, Key), u32>,
-    /// The use of each shared chain in the kernel; an unused chain stays for a while.
-    chains: BTreeMap<(Family, SharedChain), Use>,
+    /// The number of services that use each shared chain in the kernel.
+    chains: BTreeMap<(Family, SharedChain), u32>,
+    /// The chains without a user, since when. They stay for a while.
+    unused: BTreeMap<(Family, SharedChain), Instant>,
     /// Whether the namespaces with session affinity changed.
     other_clients: bool,
     no_local_endpoints: NoLocalEndpoints,
@@ -48,21 +50,6 @@ struct Unfinished {
     written: usize,
     /// The approximate number of elements in the other steps.
     left: usize,
-}
-
-/// The use of a shared chain.
-#[derive(Clone, Copy, Debug)]
-enum Use {
-    /// A number of services use it.
-    By(u32),
-    /// No service uses it, since this time.
-    UnusedSince(Instant),
-}
-
-impl Use {
-    fn is_unused(self) -> bool {
-        matches!(self, Use::UnusedSince(_))
-    }
 }
 
 /// The sets of the namespaces with session affinity.
@@ -301,11 +288,8 @@ impl Tables {
                         table.new_chains.push(key.1.clone());
                     }
                 }
-                let users = self.chains.entry(key).or_insert(Use::By(0));
-                *users = match *users {
-                    Use::By(count) => Use::By(count + 1),
-                    Use::UnusedSince(_) => Use::By(1),
-                };
+                self.unused.remove(&key);
+                *self.chains.entry(key).or_default() += 1;
             }
         }
     }
@@ -314,12 +298,12 @@ impl Tables {
         let Some(old) = change.before() else { return };
         for family in Family::ALL {
             for chain in old.chains(family) {
-                if let Some(users) = self.chains.get_mut(&(family, chain)) {
-                    *users = match *users {
-                        Use::By(count) if count > 1 => Use::By(count - 1),
-                        Use::By(_) => Use::UnusedSince(clock::now()),
-                        unused @ Use::UnusedSince(_) => unused,
-                    };
+                let key = (family, chain);
+                if let Some(users) = self.chains.get_mut(&key) {
+                    *users = users.saturating_sub(1);
+                    if *users == 0 {
+                        self.unused.entry(key).or_insert_with(clock::now);
+                    }
                 }
             }
         }
@@ -385,16 +369,14 @@ impl Tables {
     /// Forgets unused chains, before a comparison of the whole tables.
     pub(crate) fn forget_chains(&mut self) {
         self.other_clients = true;
-        self.chains.retain(|_, users| !users.is_unused());
+        for key in std::mem::take(&mut self.unused).keys() {
+            self.chains.remove(key);
+        }
     }
 
     /// Returns since when the longest unused chain is unused.
     pub(crate) fn unused_since(&self) -> Option<Instant> {
-        let unused = self.chains.values().filter_map(|users| match users {
-            Use::By(_) => None,
-            Use::UnusedSince(since) => Some(*since),
-        });
-        unused.min()
+        self.unused.values().min().copied()
     }
 
     /// Returns the sets of the namespaces with session affinity, if they changed since the last
@@ -413,15 +395,8 @@ impl Tables {
     /// Returns the operations that delete the chains that are unused since a time, with their sets.
     pub fn remove_chains_unused_since(&mut self, moment: Instant) -> Transaction {
         let mut ops = Vec::new();
-        let unused: Vec<_> = self
-            .chains
-            .iter()
-            .filter(|(_, users)| match users {
-                Use::By(_) => false,
-                Use::UnusedSince(since) => *since <= moment,
-            })
-            .map(|(chain, _)| chain.clone())
-            .collect();
+        let unused = self.unused.iter().filter(|(_, since)| **since <= moment);
+        let unused: Vec<_> = unused.map(|(chain, _)| chain.clone()).collect();
         for (family, chain) in &unused {
             ops.push(Op::FlushChain(table_id(*family), chain.name()));
         }
@@ -432,6 +407,7 @@ impl Tables {
             let sets = key.1.sets().into_iter();
             ops.extend(sets.map(|(name, _)| Op::DeleteSet(table_id(key.0), name)));
             self.other_clients |= matches!(key.1, SharedChain::Follow(_));
+            self.unused.remove(&key);
             self.chains.remove(&key);
         }
         Transaction { ops }
