@@ -245,7 +245,7 @@ impl<'a, T: ConnectionTable, R: ConnectionRemover> Cutter<'a, T, R> {
         if let Some(isolated) = &changes.isolated {
             self.isolated = isolated.iter().map(|(address, _)| *address).collect();
         }
-        let others = changes.isolated.is_some() || changes.rewritten;
+        let others = changes.rules || changes.rewritten;
         self.scope.add(SweepScope {
             all: self.strict && others,
             addresses: changes.reassigned.iter().copied().collect(),

@@ -13,7 +13,9 @@ pub(crate) type Isolated = Arc<[(IpAddr, Option<ObjectName>)]>;
 /// The changes of an update.
 #[derive(Clone, Debug, Default)]
 pub struct PolicyChanges {
-    /// All isolated addresses, if any rule changed.
+    /// Whether any rule changed.
+    pub rules: bool,
+    /// All isolated addresses, if they or their policies changed.
     pub isolated: Option<Isolated>,
     /// Addresses that may belong to another pod than before.
     pub reassigned: BTreeSet<IpAddr>,
@@ -24,12 +26,13 @@ pub struct PolicyChanges {
 impl PolicyChanges {
     /// Returns whether nothing changed.
     pub fn is_empty(&self) -> bool {
-        self.isolated.is_none() && self.reassigned.is_empty() && !self.rewritten
+        !self.rules && self.isolated.is_none() && self.reassigned.is_empty() && !self.rewritten
     }
 }
 
 impl Change for PolicyChanges {
     fn append(&mut self, mut later: Self) {
+        self.rules |= later.rules;
         self.isolated = later.isolated.or(self.isolated.take());
         self.reassigned.append(&mut later.reassigned);
         self.rewritten |= later.rewritten;

@@ -20,13 +20,14 @@ impl Engine {
         let touched = std::mem::take(&mut self.touched);
         let mut deltas: [TableDelta; 2] = Default::default();
         let mut uses_touched: BTreeSet<(Family, Direction, ObjectName)> = BTreeSet::new();
-        let mut replanned = touched.routes;
+        let mut replanned = false;
         self.draft_layers(&mut deltas, |delta| &mut delta.before);
         for address in &touched.addresses {
             replanned |= self.plan_again(*address, &mut deltas, &mut uses_touched);
         }
         self.draft_layers(&mut deltas, |delta| &mut delta.after);
-        if replanned {
+        self.replanned |= replanned;
+        if replanned || touched.routes {
             self.links_again(&mut deltas);
         }
         for policy in &touched.policies {

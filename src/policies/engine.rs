@@ -18,7 +18,8 @@ use super::sets::{PodElement, SetId, Sets};
 use super::{PolicyChanges, PolicySettings};
 use crate::engine::{self, Update};
 use crate::model::{
-    Event, Family, HostRoute, Kind, Notice, Object, ObjectName, ObjectRef, Pod, RelistTracker,
+    Event, Family, HostRoute, Kind, Namespace, Notice, Object, ObjectName, ObjectRef, Pod,
+    RelistTracker,
 };
 use crate::nft::{Chain, Name, ObjectPath, Ruleset, TableId};
 
@@ -53,6 +54,8 @@ pub struct Engine {
     lists: RelistTracker,
     pub(super) sets: Sets,
     pub(super) plans: BTreeMap<IpAddr, Isolation>,
+    /// Whether plans changed since the last change for followers.
+    pub(super) replanned: bool,
     /// The number of addresses with a second and further holder, by family, direction and layer.
     pub(super) layers: BTreeMap<(Family, Direction, usize), u32>,
     pub(super) uses: BTreeMap<(Family, Direction, ObjectName), PolicyUse>,
@@ -79,6 +82,7 @@ impl Engine {
             lists: RelistTracker::default(),
             sets: Sets::default(),
             plans: BTreeMap::new(),
+            replanned: false,
             layers: BTreeMap::new(),
             uses: BTreeMap::new(),
             quarantined: BTreeSet::new(),
@@ -174,13 +178,14 @@ impl Engine {
     }
 
     /// Returns the change for followers.
-    fn change(&mut self, changed: bool) -> PolicyChanges {
-        let isolated = changed.then(|| {
+    fn change(&mut self, rules: bool) -> PolicyChanges {
+        let isolated = std::mem::take(&mut self.replanned).then(|| {
             let isolated = self.isolated();
             let isolated = isolated.map(|(address, pod)| (address, pod.cloned()));
             isolated.collect()
         });
         PolicyChanges {
+            rules,
             isolated,
             reassigned: self.reassigned.take(),
             rewritten: false,
@@ -224,10 +229,7 @@ impl Engine {
                         if self.inventory.knows(namespace) {
                             return;
                         }
-                        let name = namespace.name.name();
-                        self.touch_namespace(name);
-                        self.inventory.set_namespace(name, Some(namespace.clone()));
-                        self.sets.namespace_changed(name, &self.inventory);
+                        self.set_namespace(namespace.name.name(), Some(namespace));
                     }
                     Object::NetworkPolicy(policy) => {
                         let known = self.inventory.policy(&policy.name);
@@ -260,10 +262,7 @@ impl Engine {
         match object.kind {
             Kind::Pod => self.set_pod(&object.name, None),
             Kind::Namespace => {
-                let name = object.name.name();
-                self.touch_namespace(name);
-                self.inventory.set_namespace(name, None);
-                self.sets.namespace_changed(name, &self.inventory);
+                self.set_namespace(object.name.name(), None);
             }
             Kind::NetworkPolicy => {
                 self.touch_policy(&object.name);
@@ -332,17 +331,28 @@ impl Engine {
         }
     }
 
-    fn touch_namespace(&mut self, namespace: &str) {
-        let pods = self.inventory.pods_of(namespace);
-        let names: Vec<ObjectName> = pods.map(|pod| pod.name.clone()).collect();
-        for name in &names {
-            self.touch_pod(name);
+    /// Replaces a namespace; `None` deletes it. Most labels are in no selector, and the pods of the
+    /// namespace are not concerned.
+    fn set_namespace(&mut self, name: &str, namespace: Option<&Namespace>) {
+        let before = self.inventory.namespace(name);
+        let after = match namespace {
+            Some(namespace) => namespace.labels.clone(),
+            None => Inventory::labels_without_object(name),
+        };
+        if self.sets.distinguish(&before, &after) {
+            let pods = self.inventory.pods_of(name);
+            let names: Vec<ObjectName> = pods.map(|pod| pod.name.clone()).collect();
+            for name in &names {
+                self.touch_pod(name);
+            }
         }
+        self.inventory.set_namespace(name, namespace.cloned());
+        self.sets.namespace_changed(name, &self.inventory);
     }
 
     #[cfg(test)]
-    pub(super) fn has_touched_pods(&self) -> bool {
-        !self.touched.pods.is_empty()
+    pub(super) fn touched_pods(&self) -> usize {
+        self.touched.pods.len()
     }
 
     fn touch_policy(&mut self, name: &ObjectName) {
@@ -402,6 +412,7 @@ impl engine::Engine for Engine {
     fn rebuild(&mut self, first: bool) -> PolicyChanges {
         self.compile();
         if first {
+            self.replanned = true;
             // The earlier pods of the addresses are unknown, and most pods have had them for long.
             self.reassigned.take();
         }

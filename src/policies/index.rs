@@ -93,6 +93,8 @@ pub(crate) struct Index<Id> {
     unanchored: BTreeMap<Id, Unanchored>,
     /// Selectors without an anchor by the namespaces that they select.
     of_namespace: HashMap<Arc<str>, BTreeSet<Id>>,
+    /// How many selectors select namespaces by these labels.
+    namespaces: HashMap<LabelSelector, usize>,
 }
 
 #[derive(Debug)]
@@ -123,6 +125,7 @@ impl<Id> Default for Index<Id> {
             by_key: HashMap::new(),
             unanchored: BTreeMap::new(),
             of_namespace: HashMap::new(),
+            namespaces: HashMap::new(),
         }
     }
 }
@@ -153,6 +156,9 @@ impl<Id: Clone + Ord> Index<Id> {
         selector: &PodSelector,
         namespaces: impl IntoIterator<Item = (&'n str, Labels)>,
     ) {
+        if let Namespaces::Labelled(labels) = &selector.namespaces {
+            *self.namespaces.entry(labels.clone()).or_default() += 1;
+        }
         match selector.anchor() {
             Some(Anchor::Values(key, values)) => {
                 let of_key = self.by_key.entry(key.clone()).or_default();
@@ -193,6 +199,14 @@ impl<Id: Clone + Ord> Index<Id> {
 
     /// Removes a selector.
     pub fn remove(&mut self, id: &Id, selector: &PodSelector) {
+        if let Namespaces::Labelled(labels) = &selector.namespaces
+            && let Some(count) = self.namespaces.get_mut(labels)
+        {
+            *count -= 1;
+            if *count == 0 {
+                self.namespaces.remove(labels);
+            }
+        }
         match selector.anchor() {
             Some(Anchor::Values(key, values)) => {
                 let Some(of_key) = self.by_key.get_mut(key) else {
@@ -233,6 +247,12 @@ impl<Id: Clone + Ord> Index<Id> {
         if of_key.is_some_and(|of| of.any_value.is_empty() && of.values.is_empty()) {
             self.by_key.remove(key);
         }
+    }
+
+    /// Returns whether some selector selects a namespace with only one of two sets of labels.
+    pub(crate) fn distinguishes(&self, before: &Labels, after: &Labels) -> bool {
+        let mut selectors = self.namespaces.keys();
+        selectors.any(|selector| selector.matches(before) != selector.matches(after))
     }
 
     /// Updates the index after a namespace was created, got other labels, or was deleted (`None`).
@@ -407,6 +427,7 @@ mod tests {
             }
             if selectors.iter().all(|(_, stays)| !stays) {
                 prop_assert!(index.is_empty() && index.of_namespace.is_empty());
+                prop_assert!(index.namespaces.is_empty());
             }
         }
     }

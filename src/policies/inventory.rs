@@ -147,7 +147,12 @@ impl Inventory {
     /// Returns the labels of a namespace; only its name if it has no object.
     pub fn namespace(&self, name: &str) -> Labels {
         let known = self.namespaces.get(name).cloned();
-        known.unwrap_or_else(|| [(NAMESPACE_NAME, name)].into_iter().collect())
+        known.unwrap_or_else(|| Self::labels_without_object(name))
+    }
+
+    /// Returns the labels of a namespace without an object.
+    pub(crate) fn labels_without_object(name: &str) -> Labels {
+        [(NAMESPACE_NAME, name)].into_iter().collect()
     }
 
     /// Returns the namespaces that have an object or a pod, with their labels.

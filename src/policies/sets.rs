@@ -14,7 +14,7 @@ use smallvec::SmallVec;
 use super::index::{Index, Namespaces, PodSelector};
 use super::inventory::Inventory;
 use super::layout::port_key;
-use crate::model::{Family, Pod, Protocol};
+use crate::model::{Family, Labels, Pod, Protocol};
 use crate::nft::{
     Declaration, Element, Key, Name, Selector, Set, SetKind, digest_of, merge_intervals,
 };
@@ -299,6 +299,11 @@ impl Sets {
         };
         self.ids.remove(&entry.spec);
         self.index.remove(id, &entry.spec);
+    }
+
+    /// Returns whether some set contains pods of a namespace with only one of two sets of labels.
+    pub(crate) fn distinguish(&self, before: &Labels, after: &Labels) -> bool {
+        self.index.selectors.distinguishes(before, after)
     }
 
     /// Updates the index after a namespace was created, got other labels, or was deleted.

@@ -153,51 +153,6 @@ fn a_remote_pod_is_one_element() {
 }
 
 #[test]
-fn a_namespace_that_stays_the_same_touches_no_pod() {
-    let mut checked = shop();
-    let namespace = Namespace {
-        name: ObjectName::new("", "shop"),
-        labels: [("team", "a")].into_iter().collect(),
-    };
-    let event = Event::Apply(Object::Namespace(namespace));
-    checked.apply(event.clone());
-    assert!(checked.engine.has_touched_pods());
-    checked.update();
-    checked.apply(event);
-    assert!(!checked.engine.has_touched_pods());
-}
-
-#[test]
-fn a_snapshot_shares_the_pods_of_the_cluster() {
-    let mut checked = shop();
-    let remote = |number: u16, app: &str| {
-        let namespace = if number % 2 == 0 { "shop" } else { "other" };
-        let [high, low] = number.to_be_bytes();
-        apply_pod(Pod {
-            addresses: [IpAddr::from([10, 1, high, low])].into_iter().collect(),
-            ..pod(&format!("{namespace}/pod-{number}"), 0, "there", app)
-        })
-    };
-    for number in 0..4_000 {
-        checked.apply(remote(number, "client"));
-    }
-    checked.update();
-    let snapshot = checked.engine.snapshot();
-    let copied = |checked: &Checked| {
-        let inventory = &checked.engine.inventory;
-        inventory.copied(&snapshot.inventory)
-    };
-    assert_eq!(copied(&checked), 0);
-    let before = checked.kernel.clone();
-    checked.apply(remote(8, "other"));
-    checked.update();
-    assert_ne!(checked.kernel, before);
-    let copied = copied(&checked);
-    assert!((1..500).contains(&copied), "{copied} of 12,000");
-    assert_eq!(snapshot.ruleset(), before, "of the time of the snapshot");
-}
-
-#[test]
 fn without_policies_there_is_no_table() {
     let mut checked = shop();
     assert_eq!(checked.kernel.tables.len(), 2);
@@ -592,3 +547,4 @@ fn routes(routes: &[(&str, &str)]) -> Event {
 }
 
 mod addresses;
+mod work;

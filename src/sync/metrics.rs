@@ -248,8 +248,12 @@ impl SyncMetrics {
     }
 
     /// Records a round of work after which the kernel has the wanted rules of policies.
-    pub(super) fn policy_sync(&self, took: Duration, isolated: usize) {
+    pub(super) fn policy_sync(&self, took: Duration) {
         self.policy_sync_duration.observe(took.as_secs_f64());
+    }
+
+    /// Sets the number of isolated pods of this node.
+    pub(super) fn isolated_pods(&self, isolated: usize) {
         self.isolated_pods.set(signed(isolated));
     }
 

@@ -244,17 +244,17 @@ impl<'a, K: Kernel> Controller<'a, K> {
 
     /// Updates metrics and notifies followers after policies took effect.
     fn policies_in_force_now(&mut self) {
-        let Some(policies) = &mut self.policies else {
+        let policies = self.policies.as_mut();
+        let Some((in_force, change)) = policies.and_then(Driver::take_in_force) else {
             return;
         };
-        let Some((in_force, change)) = policies.take_in_force() else {
-            return;
-        };
+        let metrics = self.kernel.metrics;
         if in_force.wrote {
-            let isolated = policies.engine.isolated().filter_map(|(_, pod)| pod);
-            let isolated: BTreeSet<_> = isolated.collect();
-            let metrics = self.kernel.metrics;
-            metrics.policy_sync(in_force.took, isolated.len());
+            metrics.policy_sync(in_force.took);
+        }
+        if let Some(isolated) = &change.isolated {
+            let pods = isolated.iter().filter_map(|(_, pod)| pod.as_ref());
+            metrics.isolated_pods(pods.collect::<BTreeSet<_>>().len());
         }
         self.followers.hand_policies(change);
     }

@@ -157,6 +157,7 @@ fn isolated() -> PolicyChanges {
     let pod = Some(ObjectName::new("shop", "web-0"));
     let addresses = [(ip("10.1.0.5"), pod.clone()), (ip("fd00::5"), pod)];
     PolicyChanges {
+        rules: true,
         isolated: Some(addresses.into()),
         ..PolicyChanges::default()
     }

@@ -1,0 +1,83 @@
+//! The amount of work of small changes.
+
+use super::*;
+
+#[test]
+fn labels_of_a_namespace_touch_its_pods_if_a_policy_selects_them() {
+    let mut checked = shop();
+    let team = |team: &str| LabelSelector::new([Requirement::In("team".into(), vec![team.into()])]);
+    checked.apply(apply_policy(NetworkPolicy {
+        ingress: Some(vec![PolicyRule {
+            peers: Some(vec![Peer::Pods {
+                namespaces: Some(team("a")),
+                pods: app("client"),
+            }]),
+            ports: None,
+        }]),
+        ..policy("shop/of-team", app("web"))
+    }));
+    checked.update();
+    let mut touched = |labels: &[(&str, &str)]| {
+        let namespace = Namespace {
+            name: ObjectName::new("", "shop"),
+            labels: labels.iter().copied().collect(),
+        };
+        checked.apply(Event::Apply(Object::Namespace(namespace)));
+        let touched = checked.engine.touched_pods();
+        checked.update();
+        touched
+    };
+    assert_eq!(touched(&[("owner", "x")]), 0, "no policy knows the label");
+    assert_eq!(touched(&[("team", "b")]), 0, "nor this value");
+    assert_eq!(touched(&[("team", "a")]), 2);
+    assert_eq!(touched(&[("team", "a"), ("owner", "x")]), 0);
+    assert_eq!(touched(&[("team", "b")]), 2);
+}
+
+#[test]
+fn isolated_addresses_are_listed_when_they_change() {
+    let mut checked = shop();
+    let mut change = |pod: Pod| {
+        checked.engine.apply(&apply_pod(pod));
+        let change = checked.engine.update(BUDGET).change;
+        (change.rules, change.isolated.map(|all| all.len()))
+    };
+    let remote = |app: &str| pod("shop/another", 3, "there", app);
+    assert_eq!(change(remote("client")), (true, None));
+    assert_eq!(change(remote("other")), (true, None));
+    assert_eq!(change(remote("third")), (false, None));
+    let local = |app: &str| pod("shop/local", 4, "here", app);
+    assert_eq!(change(local("free")), (false, None));
+    assert_eq!(change(local("web")), (true, Some(2)));
+    assert_eq!(change(local("free")), (true, Some(1)));
+}
+
+#[test]
+fn a_snapshot_shares_the_pods_of_the_cluster() {
+    let mut checked = shop();
+    let remote = |number: u16, app: &str| {
+        let namespace = if number % 2 == 0 { "shop" } else { "other" };
+        let [high, low] = number.to_be_bytes();
+        apply_pod(Pod {
+            addresses: [IpAddr::from([10, 1, high, low])].into_iter().collect(),
+            ..pod(&format!("{namespace}/pod-{number}"), 0, "there", app)
+        })
+    };
+    for number in 0..4_000 {
+        checked.apply(remote(number, "client"));
+    }
+    checked.update();
+    let snapshot = checked.engine.snapshot();
+    let copied = |checked: &Checked| {
+        let inventory = &checked.engine.inventory;
+        inventory.copied(&snapshot.inventory)
+    };
+    assert_eq!(copied(&checked), 0);
+    let before = checked.kernel.clone();
+    checked.apply(remote(8, "other"));
+    checked.update();
+    assert_ne!(checked.kernel, before);
+    let copied = copied(&checked);
+    assert!((1..500).contains(&copied), "{copied} of 12,000");
+    assert_eq!(snapshot.ruleset(), before, "of the time of the snapshot");
+}
