@@ -66,9 +66,13 @@ pub trait Engine {
     /// Returns the rules that all transactions so far add up to.
     fn ruleset(&self) -> Ruleset;
 
+    /// Returns a function that compiles what [`Engine::ruleset`] returns now, for another thread. The
+    /// cost does not grow with the number of objects.
+    fn snapshot(&self) -> Box<dyn FnOnce() -> Ruleset + Send>;
+
     /// Returns what the transaction of a comparison changes in rules that this process did not
     /// write.
-    fn compared(&self, actual: &Ruleset, transaction: &Transaction) -> Self::Change {
+    fn compared(actual: &Ruleset, transaction: &Transaction) -> Self::Change {
         let _ = (actual, transaction);
         Self::Change::default()
     }

@@ -128,6 +128,9 @@ pub(super) fn run(start: Start) -> Result<(), Error> {
                 observers.log_group,
             ))
             .with_followers(followers);
+    if let Some(audits) = &audits {
+        controller = controller.with_reader(audits.reader());
+    }
     if let Some(stats) = stats {
         controller = controller.with_source_stats(stats);
     }

@@ -164,7 +164,7 @@ impl Engine {
 
     /// Returns a copy for another thread, which compiles the same ruleset. Its cost grows with what
     /// this node enforces, but not with the pods of the cluster.
-    pub(crate) fn snapshot(&self) -> Self {
+    pub(super) fn copy(&self) -> Self {
         Self {
             inventory: self.inventory.without_policies(),
             sets: self.sets.without_indexes(),
@@ -421,6 +421,11 @@ impl engine::Engine for Engine {
 
     fn ruleset(&self) -> Ruleset {
         self.tables()
+    }
+
+    fn snapshot(&self) -> Box<dyn FnOnce() -> Ruleset + Send> {
+        let copy = self.copy();
+        Box::new(move || copy.tables())
     }
 
     fn blame(&self, refused: &[&ObjectPath]) -> Vec<(usize, ObjectRef)> {

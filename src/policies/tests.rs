@@ -90,7 +90,7 @@ impl Checked {
             simulate::apply(&mut self.kernel, &step).unwrap();
         }
         assert_eq!(self.kernel, self.engine.ruleset(), "of the engine itself");
-        assert_eq!(self.kernel, self.engine.snapshot().ruleset(), "of a copy");
+        assert_eq!(self.kernel, self.engine.snapshot()(), "of a copy");
         for (name, chain) in self.kernel.tables.values().flat_map(|table| &table.chains) {
             assert_eq!(is_base_chain(name), chain.base.is_some(), "{name}");
         }

@@ -455,7 +455,12 @@ impl engine::Engine for Engine {
         self.tables.ruleset()
     }
 
-    fn compared(&self, actual: &Ruleset, transaction: &Transaction) -> ServiceChanges {
+    fn snapshot(&self) -> Box<dyn FnOnce() -> Ruleset + Send> {
+        let tables = self.tables.clone();
+        Box::new(move || tables.ruleset())
+    }
+
+    fn compared(actual: &Ruleset, transaction: &Transaction) -> ServiceChanges {
         ServiceChanges {
             removed: RemovedFrontends::of(actual, transaction),
             ..ServiceChanges::default()

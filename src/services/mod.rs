@@ -70,6 +70,6 @@ pub use settings::{DetectLocal, ServiceSettings};
 pub(crate) use skeleton::is_base_chain;
 pub(crate) use store::{EndpointOf, SlicesOf};
 pub use store::{Marks, Store};
-pub(crate) use tables::{Sticky, Tables};
+pub(crate) use tables::Sticky;
 #[cfg(test)]
 pub(crate) use {balance::Count, dispatch::Role, plan::Frontend, sources::SourceList};

@@ -20,6 +20,7 @@
 //! place of elements would not be worth their code.
 
 use std::collections::HashSet;
+use std::fmt;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
 use std::sync::mpsc as blocking;
@@ -29,25 +30,51 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until};
 
+use super::comparison::Reader;
 use super::session::WritePoint;
 use super::{DriverState, Kernel};
 use crate::engine::Engine as _;
 use crate::netlink::Error;
-use crate::nft::{Op, Transaction, diff};
+use crate::nft::{Op, Ruleset, Transaction, diff};
 use crate::policies;
-use crate::services::{TABLE, Tables};
+use crate::services::TABLE;
 
 /// How many rounds in a row the controller may disturb.
 const MOST_ROUNDS: u32 = 8;
 /// After how long an audit is tried again that had nothing to compare with.
 const PUT_OFF: Duration = Duration::from_secs(1);
 
+/// A function that compiles a ruleset.
+type Compile = Box<dyn FnOnce() -> Ruleset + Send>;
+
 /// What was written, for a thread that compares it with the kernel.
-#[derive(Debug)]
 pub struct Snapshot {
-    services: Tables,
-    policies: Option<Box<policies::Engine>>,
+    services: Compile,
+    policies: Option<Compile>,
     moment: WritePoint,
+}
+
+impl fmt::Debug for Snapshot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Snapshot").finish_non_exhaustive()
+    }
+}
+
+/// A task of the thread that reads the kernel.
+pub enum Job {
+    /// Compares what was written, for an audit.
+    Audit(Snapshot),
+    /// Compares the tables of an engine.
+    Compare(Box<dyn FnOnce(&mut dyn Kernel) + Send>),
+}
+
+impl fmt::Debug for Job {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Job::Audit(snapshot) => f.debug_tuple("Audit").field(snapshot).finish(),
+            Job::Compare(_) => f.debug_tuple("Compare").finish_non_exhaustive(),
+        }
+    }
 }
 
 /// The operations and elements in which the kernel differs, as hashes.
@@ -63,7 +90,7 @@ pub struct Finding {
 
 impl Finding {
     /// Compares a snapshot with what a kernel holds.
-    pub(super) fn new(kernel: &mut impl Kernel, snapshot: Snapshot) -> Self {
+    pub(super) fn new(kernel: &mut dyn Kernel, snapshot: Snapshot) -> Self {
         Self {
             moment: snapshot.moment,
             difference: compare(kernel, snapshot),
@@ -112,7 +139,7 @@ pub struct Audits {
     due: Option<Instant>,
     /// A snapshot is being compared.
     busy: bool,
-    snapshots: blocking::SyncSender<Snapshot>,
+    jobs: blocking::Sender<Job>,
     findings: mpsc::Receiver<Finding>,
     /// What the last round found.
     before: Option<Difference>,
@@ -127,26 +154,28 @@ impl Audits {
     ///
     /// When the thread cannot be started.
     pub fn start<K: Kernel + Send + 'static>(kernel: K) -> io::Result<Self> {
-        let (snapshots, received) = blocking::sync_channel(1);
+        let (jobs, received) = blocking::channel();
         let (found, findings) = mpsc::channel(1);
         thread::Builder::new()
             .name("audit".into())
-            .spawn(move || compare_all(kernel, &received, &found))?;
-        Ok(Self::new(snapshots, findings))
+            .spawn(move || work(kernel, &received, &found))?;
+        Ok(Self::new(jobs, findings))
     }
 
-    pub(super) fn new(
-        snapshots: blocking::SyncSender<Snapshot>,
-        findings: mpsc::Receiver<Finding>,
-    ) -> Self {
+    pub(super) fn new(jobs: blocking::Sender<Job>, findings: mpsc::Receiver<Finding>) -> Self {
         Self {
             due: None,
             busy: false,
-            snapshots,
+            jobs,
             findings,
             before: None,
             rounds: 0,
         }
+    }
+
+    /// Returns the thread, which makes other comparisons, too.
+    pub fn reader(&self) -> Reader {
+        Reader::new(self.jobs.clone())
     }
 
     /// Requests an audit: notifications were missed.
@@ -170,7 +199,7 @@ impl Audits {
 
     /// Hands over a snapshot to be compared; without one the audit is put off.
     fn begin(&mut self, snapshot: Option<Snapshot>) {
-        self.busy = snapshot.is_some_and(|snapshot| self.snapshots.try_send(snapshot).is_ok());
+        self.busy = snapshot.is_some_and(|it| self.jobs.send(Job::Audit(it)).is_ok());
         self.due = (!self.busy).then(|| Instant::now() + PUT_OFF);
     }
 
@@ -212,27 +241,29 @@ impl Audits {
     }
 }
 
-fn compare_all(
-    mut kernel: impl Kernel,
-    snapshots: &blocking::Receiver<Snapshot>,
-    found: &mpsc::Sender<Finding>,
-) {
-    while let Ok(snapshot) = snapshots.recv() {
+/// Works off tasks until nothing can request any.
+fn work(mut kernel: impl Kernel, jobs: &blocking::Receiver<Job>, found: &mpsc::Sender<Finding>) {
+    while let Ok(job) = jobs.recv() {
         let started = std::time::Instant::now();
-        let finding = Finding::new(&mut kernel, snapshot);
-        tracing::debug!(took = ?started.elapsed(), "audit");
-        if found.blocking_send(finding).is_err() {
-            return;
+        match job {
+            Job::Compare(compare) => compare(&mut kernel),
+            Job::Audit(snapshot) => {
+                let finding = Finding::new(&mut kernel, snapshot);
+                if found.blocking_send(finding).is_err() {
+                    return;
+                }
+            }
         }
+        tracing::debug!(took = ?started.elapsed(), "compared with the kernel");
     }
 }
 
 /// Reads what the kernel holds and compares it.
-fn compare(kernel: &mut impl Kernel, snapshot: Snapshot) -> Result<Difference, Error> {
+fn compare(kernel: &mut dyn Kernel, snapshot: Snapshot) -> Result<Difference, Error> {
     let mut difference = Difference::new();
-    let services = snapshot.services.ruleset();
-    drop(snapshot.services);
-    let policies = snapshot.policies.map(|policies| policies.ruleset());
+    // Both first, since the copies share what the controller changes.
+    let services = (snapshot.services)();
+    let policies = snapshot.policies.map(|policies| policies());
     for (table, wanted) in [(TABLE, Some(services)), (policies::TABLE, policies)] {
         if let Some(wanted) = wanted {
             let actual = kernel.read(&[table], &wanted)?;
@@ -275,10 +306,10 @@ impl<K: Kernel> super::Controller<'_, K> {
         let policies = self.policies.as_mut().and_then(|policies| {
             policies.compare_when_listed();
             // Otherwise they are compared when they are listed.
-            (policies.state == DriverState::Synced).then(|| Box::new(policies.engine.snapshot()))
+            (policies.state == DriverState::Synced).then(|| policies.engine.snapshot())
         });
         Some(Snapshot {
-            services: self.services.engine.tables().clone(),
+            services: self.services.engine.snapshot(),
             policies,
             moment: self.kernel.write_point(),
         })
@@ -320,10 +351,10 @@ impl<K: Kernel> super::Controller<'_, K> {
 mod tests {
     use super::*;
 
-    fn audits() -> (Audits, mpsc::Sender<Finding>, blocking::Receiver<Snapshot>) {
-        let (snapshots, received) = blocking::sync_channel(1);
+    fn audits() -> (Audits, mpsc::Sender<Finding>, blocking::Receiver<Job>) {
+        let (jobs, received) = blocking::channel();
         let (found, findings) = mpsc::channel(1);
-        (Audits::new(snapshots, findings), found, received)
+        (Audits::new(jobs, findings), found, received)
     }
 
     fn judge(audits: &mut Audits, difference: &[u64]) -> AuditOutcome {
@@ -373,7 +404,7 @@ mod tests {
             generation: None,
         };
         audits.begin(Some(Snapshot {
-            services: Tables::default(),
+            services: Box::new(Ruleset::default),
             policies: None,
             moment,
         }));

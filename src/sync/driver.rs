@@ -9,19 +9,20 @@
 //! ```
 //!
 //! Nothing is written before the engine knows all objects. The first write, and the one after a
-//! failure, compares with the kernel: rules of an earlier process remain in force and are changed,
+//! failure, compares with the kernel (in another thread, [`comparison`](super::comparison)): rules of an earlier process remain in force and are changed,
 //! never flushed. Objects that the kernel refuses even then go into quarantine, all of one transaction
 //! at once, and the others are written.
 
 use std::time::{Duration, Instant};
 
+use super::comparison::{Comparison, Pending};
 use super::kernel::Kernel;
 use super::outcome::Outcome;
 use super::session::KernelSession;
 use crate::engine::{BUDGET, Change, Engine};
 use crate::model::{Notice, ObjectRef, Reason, Subject};
 use crate::netlink::{Error, ErrorClass, Refusal};
-use crate::nft::{ObjectPath, Ruleset, diff};
+use crate::nft::{ObjectPath, Ruleset};
 
 /// The most attempts to write a comparison, each with further objects in quarantine.
 const MOST_ATTEMPTS: usize = 64;
@@ -52,6 +53,8 @@ pub(crate) struct Driver<E: Engine> {
     written: bool,
     /// Whether the last update left portions to write.
     more: bool,
+    /// The comparison that another thread makes.
+    pub(super) pending: Option<Pending<E::Change>>,
     /// The changes that followers were not notified of. Added before a write, because steps of a failed
     /// one may be in force.
     change: E::Change,
@@ -83,7 +86,10 @@ pub(crate) struct Healed {
     pub changed: bool,
 }
 
-impl<E: Engine> Driver<E> {
+impl<E: Engine> Driver<E>
+where
+    E::Change: Send + 'static,
+{
     /// Creates a driver that has written nothing.
     pub(crate) fn new(engine: E) -> Self {
         Self {
@@ -93,6 +99,7 @@ impl<E: Engine> Driver<E> {
             begun: false,
             written: false,
             more: false,
+            pending: None,
             change: E::Change::default(),
             in_force: None,
             foreign: ForeignChange::default(),
@@ -138,7 +145,7 @@ impl<E: Engine> Driver<E> {
     /// Writes the changes since the last call, or compares everything if the rules in force are
     /// unknown.
     pub(crate) fn work<K: Kernel>(&mut self, kernel: &mut KernelSession<'_, K>) -> Outcome {
-        if !self.engine.is_ready() {
+        if !self.engine.is_ready() && !self.is_comparing() {
             // The rules in force remain until the lists are complete.
             return match self.state {
                 DriverState::Listing | DriverState::Unknown => Outcome::Waiting,
@@ -146,7 +153,7 @@ impl<E: Engine> Driver<E> {
             };
         }
         match self.state {
-            DriverState::Listing | DriverState::Unknown => self.compare(kernel),
+            DriverState::Listing | DriverState::Unknown => self.compare_elsewhere(kernel),
             DriverState::Synced => self.update(kernel),
         }
     }
@@ -189,14 +196,12 @@ impl<E: Engine> Driver<E> {
     ///
     /// Does nothing before the engine is ready.
     pub(crate) fn compare<K: Kernel>(&mut self, kernel: &mut KernelSession<'_, K>) -> Outcome {
+        self.pending = None;
         if !self.engine.is_ready() {
             return Outcome::Waiting;
         }
         let started = Instant::now();
-        let first = !std::mem::replace(&mut self.begun, true);
-        let change = self.engine.rebuild(first);
-        self.change.append(change);
-        self.report_notices(kernel);
+        self.rebuild(kernel);
         match self.attempt_all(kernel) {
             Ok(()) => {
                 self.compared(kernel, started);
@@ -207,6 +212,14 @@ impl<E: Engine> Driver<E> {
                 Outcome::Failed
             }
         }
+    }
+
+    /// Compiles everything that changed, before a comparison.
+    pub(super) fn rebuild<K: Kernel>(&mut self, kernel: &KernelSession<'_, K>) {
+        let first = !std::mem::replace(&mut self.begun, true);
+        let change = self.engine.rebuild(first);
+        self.change.append(change);
+        self.report_notices(kernel);
     }
 
     /// Has everything compared when the lists that are being read again are complete. Until then the
@@ -221,6 +234,7 @@ impl<E: Engine> Driver<E> {
     pub(crate) fn heal<K: Kernel>(&mut self, kernel: &mut KernelSession<'_, K>) -> Healed {
         self.compare_when_listed();
         if self.state != DriverState::Synced {
+            self.restart_comparison(kernel);
             // The next attempt compares anyway.
             return Healed::default();
         }
@@ -236,8 +250,10 @@ impl<E: Engine> Driver<E> {
         self.foreign.suspect();
         let wanted = self.engine.ruleset();
         let read = kernel.read(E::TABLE, &wanted);
-        let written =
-            read.and_then(|actual| self.write_difference(kernel, &actual, wanted, &mut 0));
+        let written = read.and_then(|actual| {
+            let comparison = Comparison::of::<E>(&actual, wanted);
+            self.write(kernel, comparison, &mut 0)
+        });
         match written {
             Ok(0) => {
                 self.foreign.take();
@@ -275,7 +291,8 @@ impl<E: Engine> Driver<E> {
                 }
             };
             let mut written = 0;
-            let Err(error) = self.write_difference(kernel, &known, wanted, &mut written) else {
+            let comparison = Comparison::of::<E>(&known, wanted);
+            let Err(error) = self.write(kernel, comparison, &mut written) else {
                 return Ok(());
             };
             attempts += 1;
@@ -297,7 +314,11 @@ impl<E: Engine> Driver<E> {
 
     /// Decides what to do after a failed write. Another process may have caused a conflict after the
     /// tables were read, so that only the second conflict at the same path leads to quarantine.
-    fn evaluate_failure(&self, error: &Error, before: &mut Option<ObjectPath>) -> FailureAction {
+    pub(super) fn evaluate_failure(
+        &self,
+        error: &Error,
+        before: &mut Option<ObjectPath>,
+    ) -> FailureAction {
         let permanent = error
             .refusals()
             .filter(|it| it.class() == ErrorClass::Permanent);
@@ -337,7 +358,7 @@ impl<E: Engine> Driver<E> {
         found
     }
 
-    fn quarantine<K: Kernel>(
+    pub(super) fn quarantine<K: Kernel>(
         &mut self,
         kernel: &KernelSession<'_, K>,
         refused: &[(ObjectRef, String)],
@@ -355,24 +376,21 @@ impl<E: Engine> Driver<E> {
 
     /// Writes the difference and returns the number of operations. `written` counts the steps that took
     /// effect.
-    fn write_difference<K: Kernel>(
+    pub(super) fn write<K: Kernel>(
         &mut self,
         kernel: &mut KernelSession<'_, K>,
-        actual: &Ruleset,
-        wanted: Ruleset,
+        comparison: Comparison<E::Change>,
         written: &mut usize,
     ) -> Result<usize, Error> {
-        let transaction = diff(actual, wanted);
         // If a later step fails, the next comparison does not show what earlier steps removed.
-        self.change
-            .append(self.engine.compared(actual, &transaction));
-        let operations = transaction.ops.len();
+        self.change.append(comparison.change);
+        let operations = comparison.transaction.ops.len();
         self.foreign.found(operations);
-        kernel.write(transaction, written)?;
+        kernel.write(comparison.transaction, written)?;
         Ok(operations)
     }
 
-    fn compared<K: Kernel>(&mut self, kernel: &KernelSession<'_, K>, started: Instant) {
+    pub(super) fn compared<K: Kernel>(&mut self, kernel: &KernelSession<'_, K>, started: Instant) {
         let operations = self.foreign.take();
         if operations > 0 {
             report_healing(kernel, E::TABLE, operations, started.elapsed());
@@ -400,7 +418,7 @@ impl<E: Engine> Driver<E> {
         }));
     }
 
-    fn failed<K: Kernel>(&mut self, kernel: &KernelSession<'_, K>, error: &Error) {
+    pub(super) fn failed<K: Kernel>(&mut self, kernel: &KernelSession<'_, K>, error: &Error) {
         kernel.failed(error);
         self.state = DriverState::Unknown;
         self.in_force = None;
@@ -415,7 +433,7 @@ impl<E: Engine> Driver<E> {
 }
 
 /// The reaction to a failed write.
-enum FailureAction {
+pub(super) enum FailureAction {
     /// Put these objects into quarantine, each with the reason.
     Quarantine(Vec<(ObjectRef, String)>),
     /// Read the tables again: another process may have written to them.

@@ -14,6 +14,7 @@
 //! Policies are written first: a new pod is isolated before a service forwards traffic to it.
 
 mod audit;
+mod comparison;
 mod driver;
 mod handover;
 mod hooks;
@@ -40,6 +41,7 @@ use crate::services::{self, ServiceSettings};
 use crate::source::SourceStats;
 
 pub use audit::Audits;
+pub use comparison::Reader;
 pub(crate) use driver::{Driver, DriverState, Healed};
 pub use handover::Followers;
 pub(crate) use hooks::remove_foreign_hooks;
@@ -111,6 +113,13 @@ impl<'a, K: Kernel> Controller<'a, K> {
         self
     }
 
+    /// Sets the thread that compares whole tables. Without one, the calls that write compare, too.
+    #[must_use]
+    pub fn with_reader(mut self, reader: Reader) -> Self {
+        self.kernel.set_reader(reader);
+        self
+    }
+
     /// Sets the counters of the source of events.
     #[must_use]
     pub fn with_source_stats(mut self, stats: Arc<SourceStats>) -> Self {
@@ -141,6 +150,13 @@ impl<'a, K: Kernel> Controller<'a, K> {
     /// Whether portions of services wait for another call of [`Controller::work`].
     pub fn has_more(&self) -> bool {
         self.services.has_more()
+    }
+
+    /// Whether portions wait, or another thread compares tables.
+    pub(crate) fn is_at_work(&self) -> bool {
+        let policies = self.policies.as_ref();
+        let comparing = self.services.is_comparing() || policies.is_some_and(Driver::is_comparing);
+        self.has_more() || comparing
     }
 
     /// Applies events to the engines without writing anything.
@@ -346,6 +362,11 @@ impl<'a, K: Kernel> Controller<'a, K> {
         }
         if let Some(failure) = policies.failure() {
             return Some(Err(failure.to_owned()));
+        }
+        if policies.is_comparing() {
+            return Some(Err(
+                "the tables are being compared with the kernel".to_owned()
+            ));
         }
         let missing = policies.engine.missing();
         let kinds: Vec<&str> = missing.iter().map(|kind| kind.as_str()).collect();

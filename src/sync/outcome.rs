@@ -6,6 +6,8 @@
 pub enum Outcome {
     /// Lists are not complete; nothing was written.
     Waiting,
+    /// The tables are being read; nothing was written yet.
+    Comparing,
     /// The kernel holds the wanted rules.
     Synced,
     /// The kernel could not be read or written; retry after a pause.
@@ -51,7 +53,7 @@ impl Outcomes {
 
     /// Returns the worse outcome of both.
     pub fn together(self) -> Outcome {
-        let worse = [Outcome::Failed, Outcome::Waiting].into_iter();
+        let worse = [Outcome::Failed, Outcome::Waiting, Outcome::Comparing];
         let worst = worse.into_iter().find(|outcome| self.any(*outcome));
         worst.unwrap_or(Outcome::Synced)
     }

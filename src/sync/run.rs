@@ -73,6 +73,7 @@ pub async fn run<K: Kernel>(
     let mut patience = Instant::now() + PATIENCE;
     let mut log_at = patience;
     let mut log_pauses = Backoff::new(PATIENCE, LONGEST_PATIENCE);
+    let compared = controller.kernel.reader().map(|reader| reader.done());
     let mut batch = Vec::new();
     let (mut open, mut ready) = (true, false);
     record_policies(controller, &mut unenforced, health);
@@ -87,6 +88,7 @@ pub async fn run<K: Kernel>(
                 continue;
             }
             engines = retries.due() => controller.work(engines),
+            () = notified(compared.as_deref()) => controller.work(retries.not_waiting()),
             () = healing.due() => {
                 let started = Instant::now();
                 let (outcomes, changed) = controller.heal();
@@ -151,7 +153,7 @@ pub async fn run<K: Kernel>(
             received = events.recv_many(&mut batch, BATCH), if open => {
                 if received == 0 {
                     open = false;
-                    if retries.is_empty() && !controller.has_more() {
+                    if retries.is_empty() && !controller.is_at_work() {
                         return Exit::SourcesGone;
                     }
                     continue;
@@ -176,6 +178,8 @@ pub async fn run<K: Kernel>(
                 return Exit::Failed;
             }
             health.failed("the kernel refused the rules; see the log");
+        } else if outcomes.any(Outcome::Comparing) {
+            // Changes wait for the kernel.
         } else if outcomes.any(Outcome::Waiting) {
             health.incomplete();
         } else if retries.is_empty() && controller.is_synced() {
@@ -202,7 +206,7 @@ pub async fn run<K: Kernel>(
                 request_audit(&mut signals.audits, &mut healing);
             }
         }
-        if !open && retries.is_empty() && !controller.has_more() {
+        if !open && retries.is_empty() && !controller.is_at_work() {
             return Exit::SourcesGone;
         }
     }
@@ -229,6 +233,14 @@ fn request_audit(audits: &mut Option<Audits>, healing: &mut Healing) {
     match audits {
         Some(audits) => audits.request(),
         None => healing.request(),
+    }
+}
+
+/// Waits for a notification; forever without one.
+async fn notified(notify: Option<&Notify>) {
+    match notify {
+        Some(notify) => notify.notified().await,
+        None => std::future::pending().await,
     }
 }
 

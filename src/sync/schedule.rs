@@ -31,7 +31,8 @@ pub(super) struct Retries {
 
 #[derive(Clone, Copy, Debug)]
 struct EngineRetry {
-    at: Instant,
+    /// `None` while another thread compares for it.
+    at: Option<Instant>,
     backoff: Backoff,
 }
 
@@ -46,8 +47,13 @@ impl Retries {
             match outcome {
                 Some(Outcome::Failed) => {
                     let mut backoff = retry.map_or(RETRY, |retry| retry.backoff);
-                    let at = Instant::now() + backoff.next();
+                    let at = Some(Instant::now() + backoff.next());
                     *retry = Some(EngineRetry { at, backoff });
+                }
+                Some(Outcome::Comparing) => {
+                    if let Some(retry) = retry {
+                        retry.at = None;
+                    }
                 }
                 Some(Outcome::Synced | Outcome::Waiting) => *retry = None,
                 None => {}
@@ -55,7 +61,7 @@ impl Retries {
         }
     }
 
-    /// Whether no engine waits for a retry.
+    /// Whether no engine failed and waits for a retry, or for a comparison.
     pub(crate) fn is_empty(&self) -> bool {
         self.services.is_none() && self.policies.is_none()
     }
@@ -64,15 +70,14 @@ impl Retries {
     /// after a failure reads and compares whole tables.
     pub(crate) fn not_waiting(&self) -> Engines {
         Engines {
-            services: self.services.is_none(),
-            policies: self.policies.is_none(),
+            services: at(self.services).is_none(),
+            policies: at(self.policies).is_none(),
         }
     }
 
     /// Waits until an engine is due, forever without any, and returns those due.
     pub(crate) async fn due(&self) -> Engines {
-        let of = |retry: Option<EngineRetry>| retry.map(|retry| retry.at);
-        let (services, policies) = (of(self.services), of(self.policies));
+        let (services, policies) = (at(self.services), at(self.policies));
         let Some(next) = services.into_iter().chain(policies).min() else {
             return std::future::pending().await;
         };
@@ -83,6 +88,10 @@ impl Retries {
             policies: policies.is_some_and(|at| at <= now),
         }
     }
+}
+
+fn at(retry: Option<EngineRetry>) -> Option<Instant> {
+    retry?.at
 }
 
 /// The time of the next repair: at once, unless the tables are changed repeatedly.
@@ -231,6 +240,28 @@ mod tests {
         });
         let ready = retries.not_waiting();
         assert!(ready.services && !ready.policies && !retries.is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn pauses_grow_although_a_comparison_lies_in_between() {
+        let mut retries = Retries::default();
+        let comparing = Outcomes {
+            services: Some(Outcome::Comparing),
+            policies: None,
+        };
+        let mut before = Duration::ZERO;
+        for _ in 0..5 {
+            retries.record(SERVICES_FAILED);
+            let start = Instant::now();
+            retries.due().await;
+            assert!(start.elapsed() > before, "{:?}", start.elapsed());
+            before = start.elapsed();
+            retries.record(comparing);
+            assert!(!retries.is_empty());
+            assert_eq!(retries.not_waiting(), Engines::ALL);
+            let day = Duration::from_secs(86_400);
+            assert!(tokio::time::timeout(day, retries.due()).await.is_err());
+        }
     }
 
     #[tokio::test(start_paused = true)]

@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use super::comparison::Reader;
 use super::hooks::remove_foreign_hooks;
 use super::kernel::Kernel;
 use super::metrics::SyncMetrics;
@@ -16,6 +17,8 @@ use crate::nft::{Ruleset, TableFamily, Transaction};
 /// kernel's ruleset, and the session counts its own commits.
 pub(crate) struct KernelSession<'a, K> {
     kernel: K,
+    /// The thread that compares tables, if any.
+    reader: Option<Reader>,
     pub(super) metrics: &'a SyncMetrics,
     pub(super) reporter: &'a dyn Reporter,
     /// The generation of the ruleset unless another process has committed something. `None` if it must
@@ -32,6 +35,7 @@ impl<'a, K: Kernel> KernelSession<'a, K> {
     pub(crate) fn new(kernel: K, metrics: &'a SyncMetrics, reporter: &'a dyn Reporter) -> Self {
         Self {
             kernel,
+            reader: None,
             metrics,
             reporter,
             expected_generation: None,
@@ -96,10 +100,25 @@ impl<'a, K: Kernel> KernelSession<'a, K> {
     ///
     /// When the tables cannot be read.
     pub(crate) fn read(&mut self, table: &str, wanted: &Ruleset) -> Result<Ruleset, Error> {
+        self.expect_commits();
+        self.kernel.read(&[table], wanted)
+    }
+
+    /// Lets commits after this call be detected, before tables are read.
+    pub(super) fn expect_commits(&mut self) {
         if self.expected_generation.is_none() {
             self.expected_generation = self.kernel.generation().ok();
         }
-        self.kernel.read(&[table], wanted)
+    }
+
+    /// Sets the thread that compares tables.
+    pub(super) fn set_reader(&mut self, reader: Reader) {
+        self.reader = Some(reader);
+    }
+
+    /// Returns the thread that compares tables.
+    pub(super) fn reader(&self) -> Option<Reader> {
+        self.reader.clone()
     }
 
     /// Returns the generation of the kernel's ruleset.

@@ -28,6 +28,7 @@ use crate::serve::metrics::Registry;
 use crate::services::{DetectLocal, ServiceSet, table_id};
 
 mod audits;
+mod comparisons;
 mod engines;
 mod evenness;
 mod fake;

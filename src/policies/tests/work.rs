@@ -53,7 +53,7 @@ fn isolated_addresses_are_listed_when_they_change() {
 }
 
 #[test]
-fn a_snapshot_shares_the_pods_of_the_cluster() {
+fn a_copy_shares_the_pods_of_the_cluster() {
     let mut checked = shop();
     let remote = |number: u16, app: &str| {
         let namespace = if number % 2 == 0 { "shop" } else { "other" };
@@ -67,10 +67,10 @@ fn a_snapshot_shares_the_pods_of_the_cluster() {
         checked.apply(remote(number, "client"));
     }
     checked.update();
-    let snapshot = checked.engine.snapshot();
+    let copy = checked.engine.copy();
     let copied = |checked: &Checked| {
         let inventory = &checked.engine.inventory;
-        inventory.copied(&snapshot.inventory)
+        inventory.copied(&copy.inventory)
     };
     assert_eq!(copied(&checked), 0);
     let before = checked.kernel.clone();
@@ -79,5 +79,5 @@ fn a_snapshot_shares_the_pods_of_the_cluster() {
     assert_ne!(checked.kernel, before);
     let copied = copied(&checked);
     assert!((1..500).contains(&copied), "{copied} of 12,000");
-    assert_eq!(snapshot.ruleset(), before, "of the time of the snapshot");
+    assert_eq!(copy.ruleset(), before, "of the time of the copy");
 }

@@ -8,16 +8,16 @@ use crate::sync::audit::{self, AuditOutcome};
 /// The audits of a controller without their thread.
 struct Audited {
     audits: Audits,
-    received: std::sync::mpsc::Receiver<audit::Snapshot>,
+    received: std::sync::mpsc::Receiver<audit::Job>,
     _found: mpsc::Sender<audit::Finding>,
 }
 
 impl Audited {
     fn new() -> Self {
-        let (snapshots, received) = std::sync::mpsc::sync_channel(1);
+        let (jobs, received) = std::sync::mpsc::channel();
         let (found, findings) = mpsc::channel(1);
         Self {
-            audits: Audits::new(snapshots, findings),
+            audits: Audits::new(jobs, findings),
             received,
             _found: found,
         }
@@ -26,7 +26,10 @@ impl Audited {
     /// Begins a round and returns what is to be compared, if anything.
     fn begin(&mut self, controller: &mut Controller<Fake>) -> Option<audit::Snapshot> {
         controller.audit(&mut self.audits);
-        self.received.try_recv().ok()
+        match self.received.try_recv().ok()? {
+            audit::Job::Audit(snapshot) => Some(snapshot),
+            audit::Job::Compare(_) => panic!("not an audit"),
+        }
     }
 
     /// Compares a snapshot with the kernel and judges what is found.

@@ -1,0 +1,165 @@
+//! Comparing whole tables with the kernel without blocking the main loop.
+//!
+//! ```text
+//! Driver: rebuild ── copy of what is wanted ──> thread "audit": compiles, reads, compares
+//!    │ events are applied, nothing is written               │
+//!    └── writes the difference, then the events <───────────┘
+//! ```
+//!
+//! With 10,000 services in place, to compile the elements, to dump those of the kernel and to compare
+//! both takes half a second and more. At the start, and when a failed write is retried, another thread
+//! does it ([`Reader`]). The main loop takes events meanwhile, answers queries and pings the kernel; it
+//! writes nothing to the tables. The copy shares the objects with the engine, and compiling is left to
+//! the thread, so that the main loop does nothing for each of the elements. The difference leads to
+//! what was wanted when the copy was taken. That is what the engine regards as written, so the next
+//! update adds the events since.
+//!
+//! Two comparisons stay on the main loop, since writing must wait for them in any case and the order of
+//! steps is not worth a second thread: the one directly after a failed write, of which steps may be in
+//! force, and the repair of foreign changes.
+
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+use std::time::Instant;
+
+use tokio::sync::{Notify, oneshot};
+
+use super::audit::Job;
+use super::driver::{Driver, FailureAction};
+use super::kernel::Kernel;
+use super::outcome::Outcome;
+use super::session::KernelSession;
+use crate::engine::Engine;
+use crate::netlink::Error;
+use crate::nft::{Ruleset, Transaction, diff};
+
+/// The thread that reads the kernel.
+#[derive(Clone, Debug)]
+pub struct Reader {
+    jobs: Sender<Job>,
+    /// Notified when a comparison is done.
+    done: Arc<Notify>,
+}
+
+impl Reader {
+    pub(super) fn new(jobs: Sender<Job>) -> Self {
+        Self {
+            jobs,
+            done: Arc::default(),
+        }
+    }
+
+    /// Returns what is notified when a comparison is done.
+    pub(super) fn done(&self) -> Arc<Notify> {
+        self.done.clone()
+    }
+}
+
+/// The difference between the kernel and the wanted rules.
+#[derive(Debug)]
+pub(super) struct Comparison<C> {
+    pub transaction: Transaction,
+    /// What it changes in rules that this process did not write.
+    pub change: C,
+}
+
+impl<C> Comparison<C> {
+    /// Compares the rules of an engine.
+    pub fn of<E: Engine<Change = C>>(actual: &Ruleset, wanted: Ruleset) -> Self {
+        let transaction = diff(actual, wanted);
+        Self {
+            change: E::compared(actual, &transaction),
+            transaction,
+        }
+    }
+}
+
+/// A comparison that another thread makes.
+#[derive(Debug)]
+pub(super) struct Pending<C> {
+    started: Instant,
+    result: oneshot::Receiver<Result<Comparison<C>, Error>>,
+}
+
+impl<E: Engine> Driver<E>
+where
+    E::Change: Send + 'static,
+{
+    /// Whether a comparison is going on in another thread.
+    pub(super) fn is_comparing(&self) -> bool {
+        self.pending.is_some()
+    }
+
+    /// Continues a comparison in another thread, or starts one if the engine is ready. Compares at once
+    /// if there is no other thread.
+    pub(super) fn compare_elsewhere<K: Kernel>(
+        &mut self,
+        kernel: &mut KernelSession<'_, K>,
+    ) -> Outcome {
+        let Some(mut pending) = self.pending.take() else {
+            return self.begin(kernel);
+        };
+        match pending.result.try_recv() {
+            Ok(Ok(comparison)) => self.write_comparison(kernel, comparison, pending.started),
+            Ok(Err(error)) => {
+                self.failed(kernel, &error);
+                Outcome::Failed
+            }
+            Err(oneshot::error::TryRecvError::Empty) => {
+                self.pending = Some(pending);
+                Outcome::Comparing
+            }
+            // The thread has ended.
+            Err(oneshot::error::TryRecvError::Closed) => self.compare(kernel),
+        }
+    }
+
+    /// Starts a comparison again, because another process may have written since the tables were read.
+    pub(super) fn restart_comparison<K: Kernel>(&mut self, kernel: &mut KernelSession<'_, K>) {
+        if self.pending.take().is_some() {
+            self.begin(kernel);
+        }
+    }
+
+    fn begin<K: Kernel>(&mut self, kernel: &mut KernelSession<'_, K>) -> Outcome {
+        let Some(reader) = kernel.reader().filter(|_| self.engine.is_ready()) else {
+            return self.compare(kernel);
+        };
+        let started = Instant::now();
+        self.rebuild(kernel);
+        kernel.expect_commits();
+        let wanted = self.engine.snapshot();
+        let (sender, result) = oneshot::channel();
+        let done = reader.done;
+        let compare = move |kernel: &mut dyn Kernel| {
+            let wanted = wanted();
+            let actual = kernel.read(&[E::TABLE], &wanted);
+            // The driver may have started another comparison.
+            let _ = sender.send(actual.map(|actual| Comparison::of::<E>(&actual, wanted)));
+            done.notify_one();
+        };
+        if reader.jobs.send(Job::Compare(Box::new(compare))).is_err() {
+            return self.compare(kernel);
+        }
+        self.pending = Some(Pending { started, result });
+        Outcome::Comparing
+    }
+
+    fn write_comparison<K: Kernel>(
+        &mut self,
+        kernel: &mut KernelSession<'_, K>,
+        comparison: Comparison<E::Change>,
+        started: Instant,
+    ) -> Outcome {
+        let Err(error) = self.write(kernel, comparison, &mut 0) else {
+            self.compared(kernel, started);
+            return Outcome::Synced;
+        };
+        if let FailureAction::Quarantine(refused) = self.evaluate_failure(&error, &mut None) {
+            self.quarantine(kernel, &refused);
+        }
+        kernel.metrics.failure();
+        // Steps of the write may be in force, and events arrived since the tables were read.
+        self.compare(kernel)
+    }
+}

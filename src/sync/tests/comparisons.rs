@@ -1,0 +1,218 @@
+//! Comparisons that another thread makes, without the thread.
+
+use std::sync::mpsc::{Receiver, channel};
+
+use tokio::sync::oneshot;
+
+use super::histories::event;
+use super::queries::{closed, engine, pod, policy_lists};
+use super::*;
+use crate::policies;
+use crate::sync::audit::Job;
+
+/// The tasks of the thread.
+struct Tasks(Receiver<Job>);
+
+impl Tasks {
+    /// Performs all tasks that wait and returns their number.
+    fn perform(&self, bench: &Bench) -> usize {
+        let tasks = self.0.try_iter().map(|job| match job {
+            Job::Compare(compare) => compare(&mut bench.kernel.clone()),
+            Job::Audit(_) => panic!("not a comparison"),
+        });
+        tasks.count()
+    }
+}
+
+fn controller(bench: &Bench) -> (Controller<'_, Fake>, Tasks) {
+    let (jobs, received) = channel();
+    let controller = bench.controller().with_policies(engine());
+    let controller = controller.with_reader(Reader::new(jobs));
+    (controller, Tasks(received))
+}
+
+fn web(number: u8) -> Service {
+    let name = format!("web-{number}");
+    service(&name, &[&format!("10.96.0.{number}")], &[80])
+}
+
+/// The lists of both engines.
+fn all_lists(services: u8) -> Vec<Event> {
+    let services = (1..=services).map(|number| web(number).into());
+    let mut events = lists(services.collect());
+    events.extend(policy_lists(vec![pod("web", "10.1.0.5"), closed()]));
+    events
+}
+
+/// Runs an earlier process to its end, which leaves its rules.
+fn leave_rules(bench: &Bench) {
+    let mut earlier = bench.controller().with_policies(engine());
+    assert_eq!(handle(&mut earlier, all_lists(50)), Outcome::Synced);
+    bench.applied();
+    bench.kernel.0.borrow_mut().reads = 0;
+}
+
+/// Checks that the kernel has what a new process would write.
+fn assert_as_fresh(bench: &Bench, controller: &Controller<Fake>) {
+    let mut ruleset = bench.kernel.0.borrow().ruleset.clone();
+    let wanted = controller.policies().unwrap().ruleset();
+    let of_policies = |id: &TableId| id.name.as_str() == policies::TABLE;
+    let (found, rest) = std::mem::take(&mut ruleset.tables)
+        .into_iter()
+        .partition(|(id, _)| of_policies(id));
+    assert_eq!(Ruleset { tables: found }, wanted);
+    let wanted = services::wanted(controller.store(), &bench.settings).0;
+    assert_eq!(meaning(&Ruleset { tables: rest }), meaning(&wanted));
+}
+
+#[test]
+fn the_main_loop_reads_and_writes_nothing_while_tables_are_compared() {
+    let bench = Bench::new();
+    leave_rules(&bench);
+    let (mut controller, tasks) = controller(&bench);
+    assert_eq!(handle(&mut controller, all_lists(50)), Outcome::Comparing);
+    let generation = bench.kernel.0.borrow().generation;
+    let changes = [
+        vec![put(web(60))],
+        vec![pod("db", "10.1.0.6")],
+        vec![delete(Kind::Service, "web-7")],
+        vec![],
+    ];
+    for events in changes {
+        assert_eq!(handle(&mut controller, events), Outcome::Comparing);
+        assert!(controller.ping_kernel().is_ok());
+        let (answer, mut answered) = oneshot::channel();
+        let addresses = ["10.1.0.5", "10.1.0.9"].map(|it| it.parse().unwrap());
+        controller.answer(Query::Pods { addresses, answer });
+        let [known, unknown] = answered.try_recv().unwrap();
+        assert_eq!(known.unwrap().name(), "web");
+        assert_eq!(unknown, None);
+    }
+    assert_eq!(bench.kernel.0.borrow().reads, 0);
+    assert_eq!(bench.kernel.0.borrow().generation, generation);
+
+    assert_eq!(tasks.perform(&bench), 2, "one for each engine");
+    assert_eq!(bench.kernel.0.borrow().reads, 2);
+    assert_eq!(bench.applied().len(), 0, "the thread only reads");
+    assert_eq!(handle(&mut controller, vec![]), Outcome::Synced);
+    assert_as_fresh(&bench, &controller);
+    assert!(controller.store().service(&web(60).name).is_some());
+    // The rules were in place but for the changes.
+    let elements: usize = bench.applied().iter().map(Transaction::elements).sum();
+    assert!((1..20).contains(&elements), "{elements}");
+    assert_eq!(bench.kernel.0.borrow().reads, 2);
+}
+
+#[test]
+fn a_refused_service_is_left_out_after_a_comparison_in_another_thread() {
+    let bench = Bench::new();
+    let unwanted = Key::build()
+        .address("10.96.0.7".parse().unwrap())
+        .protocol(6)
+        .port(80)
+        .finish();
+    bench.kernel.0.borrow_mut().unwanted = Some(unwanted);
+    let (mut controller, tasks) = controller(&bench);
+    assert_eq!(handle(&mut controller, all_lists(9)), Outcome::Comparing);
+    handle(&mut controller, vec![put(web(60)), pod("db", "10.1.0.6")]);
+    tasks.perform(&bench);
+    assert_eq!(handle(&mut controller, vec![]), Outcome::Synced);
+    let heard = bench.heard();
+    assert_eq!(heard.len(), 1, "{heard:?}");
+    assert!(heard[0].starts_with("Service shop/web-7: the kernel refused"));
+    let state = bench.kernel.0.borrow();
+    let table = &state.ruleset.tables[&table_id(Family::V4)];
+    assert_eq!(table.sets[&ServiceSet::Frontends.name()].elements.len(), 9);
+}
+
+#[test]
+fn a_comparison_starts_again_if_another_process_wrote_meanwhile() {
+    let bench = Bench::new();
+    leave_rules(&bench);
+    let (mut controller, tasks) = controller(&bench);
+    handle(&mut controller, all_lists(50));
+    tasks.perform(&bench);
+    bench.kernel.meddle(|ruleset| ruleset.tables.clear());
+    heal(&mut controller);
+    assert_eq!(handle(&mut controller, vec![]), Outcome::Comparing);
+    assert_eq!(tasks.perform(&bench), 2);
+    assert_eq!(handle(&mut controller, vec![]), Outcome::Synced);
+    assert_as_fresh(&bench, &controller);
+}
+
+#[test]
+fn the_main_loop_compares_if_the_thread_has_ended() {
+    let bench = Bench::new();
+    let (mut controller, tasks) = controller(&bench);
+    handle(&mut controller, all_lists(3));
+    drop(tasks);
+    assert_eq!(handle(&mut controller, vec![]), Outcome::Synced);
+    assert_as_fresh(&bench, &controller);
+}
+
+/// The end of a comparison is an event of its own.
+#[tokio::test(start_paused = true)]
+async fn the_main_loop_goes_on_when_a_comparison_is_done() {
+    let bench = Bench::new();
+    let (mut controller, tasks) = controller(&bench);
+    let health = Health::new(Duration::from_secs(30));
+    let (events, received) = mpsc::channel(256);
+    let (_stop, stop) = watch::channel(false);
+    let (ready, mut in_force) = oneshot::channel();
+    for event in all_lists(5) {
+        events.send(Delivery::now(event)).await.unwrap();
+    }
+    // Also when nothing can come any more.
+    drop(events);
+    let signals = Signals {
+        stop,
+        once: false,
+        foreign: Arc::default(),
+        missed: Arc::default(),
+        audits: None,
+        ready: vec![ready],
+        queries: None,
+    };
+    let compare = async {
+        while tasks.perform(&bench) == 0 {
+            tokio::task::yield_now().await;
+        }
+        assert!(in_force.try_recv().is_err(), "nothing is written yet");
+    };
+    let (exit, ()) = tokio::join!(run(&mut controller, received, signals, &health), compare);
+    assert_eq!(exit, Exit::SourcesGone);
+    assert!(in_force.try_recv().is_ok());
+    assert_as_fresh(&bench, &controller);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 100, ..ProptestConfig::default() })]
+
+    /// Whatever arrives and fails while tables are compared, the kernel ends where a new process would
+    /// bring it.
+    #[test]
+    fn histories_with_comparisons_end_where_a_fresh_start_would(
+        history in vec((vec(event(), 0..4), 0u8..6, 1u8..9, any::<bool>()), 1..12),
+    ) {
+        let bench = Bench::new();
+        let (mut controller, tasks) = controller(&bench);
+        handle(&mut controller, all_lists(3));
+        for (events, failures, address, performs) in history {
+            // One batch in three meets a kernel that fails, and one in two a thread that is done.
+            bench.kernel.0.borrow_mut().failures = usize::from(failures.saturating_sub(3));
+            handle(&mut controller, events);
+            handle(&mut controller, vec![pod("moving", &format!("10.1.0.{address}"))]);
+            bench.kernel.0.borrow_mut().failures = 0;
+            if performs {
+                tasks.perform(&bench);
+            }
+        }
+        let mut outcome = handle(&mut controller, vec![]);
+        for _ in 0..10 {
+            tasks.perform(&bench);
+            outcome = handle(&mut controller, vec![]);
+        }
+        prop_assert_eq!(outcome, Outcome::Synced);
+        assert_as_fresh(&bench, &controller);
+    }
+}
