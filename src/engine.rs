@@ -31,6 +31,9 @@ pub(crate) fn table_family(family: model::Family) -> nft::TableFamily {
     }
 }
 
+/// A function that compiles a ruleset.
+pub type Compile = Box<dyn FnOnce() -> Ruleset + Send>;
+
 /// Compiles objects into the rules of its tables.
 pub trait Engine {
     /// The part of an update that followers need.
@@ -68,7 +71,7 @@ pub trait Engine {
 
     /// Returns a function that compiles what [`Engine::ruleset`] returns now, for another thread. The
     /// cost does not grow with the number of objects.
-    fn snapshot(&self) -> Box<dyn FnOnce() -> Ruleset + Send>;
+    fn snapshot(&self) -> Compile;
 
     /// Returns what the transaction of a comparison changes in rules that this process did not
     /// write.

@@ -423,7 +423,7 @@ impl engine::Engine for Engine {
         self.tables()
     }
 
-    fn snapshot(&self) -> Box<dyn FnOnce() -> Ruleset + Send> {
+    fn snapshot(&self) -> engine::Compile {
         let copy = self.copy();
         Box::new(move || copy.tables())
     }

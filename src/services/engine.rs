@@ -455,7 +455,7 @@ impl engine::Engine for Engine {
         self.tables.ruleset()
     }
 
-    fn snapshot(&self) -> Box<dyn FnOnce() -> Ruleset + Send> {
+    fn snapshot(&self) -> engine::Compile {
         let tables = self.tables.clone();
         Box::new(move || tables.ruleset())
     }

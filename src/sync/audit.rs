@@ -9,11 +9,12 @@
 //! shows that no other program committed anything meanwhile, nothing is read.
 //!
 //! Reading large tables takes half a second and more, during which no change may wait. So another thread
-//! reads them, through a socket of its own, and compares them with a copy of what was written. The
-//! controller goes on writing meanwhile, and then a difference may be its own work, or that of a dump
-//! which met the kernel's resizing of a hash table. A difference therefore counts only when it is found
-//! in two rounds one after the other: what the controller wrote during the first one is in the copy for
-//! the second. Where that cannot be decided, the controller reads by itself.
+//! reads them, through a socket of its own, and compares them with a copy of what was written, which
+//! shares the objects with the engines and is compiled on that thread. The controller goes on writing
+//! meanwhile, and then a difference may be its own work, or that of a dump which met the kernel's resizing
+//! of a hash table. A difference therefore counts only when it is found in two rounds one after the other:
+//! what the controller wrote during the first one is in the copy for the second. Where that cannot be
+//! decided, the controller reads by itself.
 //!
 //! Both sides are in memory as a whole during a comparison. With 50,000 services of 20 endpoints the
 //! peak of the process is 508.9 MiB with an audit and 380.3 MiB without one, 1.34 times as much: sums in
@@ -33,9 +34,9 @@ use tokio::time::{Instant, sleep_until};
 use super::comparison::Reader;
 use super::session::WritePoint;
 use super::{DriverState, Kernel};
-use crate::engine::Engine as _;
+use crate::engine::{Compile, Engine as _};
 use crate::netlink::Error;
-use crate::nft::{Op, Ruleset, Transaction, diff};
+use crate::nft::{Op, Transaction, diff};
 use crate::policies;
 use crate::services::TABLE;
 
@@ -43,9 +44,6 @@ use crate::services::TABLE;
 const MOST_ROUNDS: u32 = 8;
 /// After how long an audit is tried again that had nothing to compare with.
 const PUT_OFF: Duration = Duration::from_secs(1);
-
-/// A function that compiles a ruleset.
-type Compile = Box<dyn FnOnce() -> Ruleset + Send>;
 
 /// What was written, for a thread that compares it with the kernel.
 pub struct Snapshot {
@@ -60,12 +58,15 @@ impl fmt::Debug for Snapshot {
     }
 }
 
+/// A function that compares tables with a kernel.
+type Compare = Box<dyn FnOnce(&mut dyn Kernel) + Send>;
+
 /// A task of the thread that reads the kernel.
 pub enum Job {
     /// Compares what was written, for an audit.
     Audit(Snapshot),
     /// Compares the tables of an engine.
-    Compare(Box<dyn FnOnce(&mut dyn Kernel) + Send>),
+    Compare(Compare),
 }
 
 impl fmt::Debug for Job {
@@ -404,7 +405,7 @@ mod tests {
             generation: None,
         };
         audits.begin(Some(Snapshot {
-            services: Box::new(Ruleset::default),
+            services: Box::new(crate::nft::Ruleset::default),
             policies: None,
             moment,
         }));

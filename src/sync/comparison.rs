@@ -14,9 +14,10 @@
 //! what was wanted when the copy was taken. That is what the engine regards as written, so the next
 //! update adds the events since.
 //!
-//! Two comparisons stay on the main loop, since writing must wait for them in any case and the order of
-//! steps is not worth a second thread: the one directly after a failed write, of which steps may be in
-//! force, and the repair of foreign changes.
+//! These comparisons stay on the main loop: the one directly after a failed write, of which steps may be
+//! in force; the repair of foreign changes, which packets meet until it is done; one that the thread
+//! could not make; and that of a process that ends when the rules are written. Where only notifications
+//! were missed, an audit looks first ([`audit`](super::audit)).
 
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
@@ -101,13 +102,15 @@ where
         };
         match pending.result.try_recv() {
             Ok(Ok(comparison)) => self.write_comparison(kernel, comparison, pending.started),
-            Ok(Err(error)) => {
-                self.failed(kernel, &error);
-                Outcome::Failed
-            }
             Err(oneshot::error::TryRecvError::Empty) => {
                 self.pending = Some(pending);
                 Outcome::Comparing
+            }
+            // Each commit of the other engine interrupts a dump. The main loop is not interrupted by
+            // its own.
+            Ok(Err(error)) => {
+                tracing::debug!("the comparison ended early: {error}");
+                self.compare(kernel)
             }
             // The thread has ended.
             Err(oneshot::error::TryRecvError::Closed) => self.compare(kernel),

@@ -56,7 +56,11 @@ fn isolated_addresses_are_listed_when_they_change() {
 fn a_copy_shares_the_pods_of_the_cluster() {
     let mut checked = shop();
     let remote = |number: u16, app: &str| {
-        let namespace = if number % 2 == 0 { "shop" } else { "other" };
+        let namespace = if number.is_multiple_of(2) {
+            "shop"
+        } else {
+            "other"
+        };
         let [high, low] = number.to_be_bytes();
         apply_pod(Pod {
             addresses: [IpAddr::from([10, 1, high, low])].into_iter().collect(),

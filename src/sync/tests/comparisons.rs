@@ -140,6 +140,47 @@ fn a_comparison_starts_again_if_another_process_wrote_meanwhile() {
     assert_as_fresh(&bench, &controller);
 }
 
+/// A kernel whose dumps are interrupted.
+struct Interrupted;
+
+impl Kernel for Interrupted {
+    fn apply(&mut self, _: &Transaction) -> Result<Applied, Error> {
+        unreachable!("the thread only reads")
+    }
+
+    fn read(&mut self, _: &[&str], _: &Ruleset) -> Result<Ruleset, Error> {
+        let what = "elements";
+        Err(Error::Interrupted { what, times: 32 })
+    }
+
+    fn elements(&mut self, _: &TableId, _: &str) -> Result<Vec<Element>, Error> {
+        unreachable!("they are not read")
+    }
+
+    fn generation(&mut self) -> Result<u32, Error> {
+        Ok(0)
+    }
+}
+
+#[test]
+fn the_main_loop_compares_what_the_thread_could_not_read() {
+    let bench = Bench::new();
+    leave_rules(&bench);
+    let (mut controller, tasks) = controller(&bench);
+    handle(&mut controller, all_lists(50));
+    handle(&mut controller, vec![put(web(60)), pod("db", "10.1.0.6")]);
+    for job in tasks.0.try_iter() {
+        let Job::Compare(compare) = job else {
+            panic!("not a comparison");
+        };
+        compare(&mut Interrupted);
+    }
+    assert_eq!(handle(&mut controller, vec![]), Outcome::Synced);
+    assert_eq!(bench.heard(), Vec::<String>::new());
+    assert_eq!(bench.kernel.0.borrow().reads, 2);
+    assert_as_fresh(&bench, &controller);
+}
+
 #[test]
 fn the_main_loop_compares_if_the_thread_has_ended() {
     let bench = Bench::new();
