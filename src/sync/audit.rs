@@ -31,7 +31,7 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until};
 
-use super::comparison::Reader;
+use super::comparison::TableReader;
 use super::session::WritePoint;
 use super::{DriverState, Kernel};
 use crate::engine::{Compile, Engine as _};
@@ -59,21 +59,21 @@ impl fmt::Debug for Snapshot {
 }
 
 /// A function that compares tables with a kernel.
-type Compare = Box<dyn FnOnce(&mut dyn Kernel) + Send>;
+type CompareTables = Box<dyn FnOnce(&mut dyn Kernel) + Send>;
 
 /// A task of the thread that reads the kernel.
-pub enum Job {
+pub enum ReaderTask {
     /// Compares what was written, for an audit.
     Audit(Snapshot),
     /// Compares the tables of an engine.
-    Compare(Compare),
+    Compare(CompareTables),
 }
 
-impl fmt::Debug for Job {
+impl fmt::Debug for ReaderTask {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Job::Audit(snapshot) => f.debug_tuple("Audit").field(snapshot).finish(),
-            Job::Compare(_) => f.debug_tuple("Compare").finish_non_exhaustive(),
+            ReaderTask::Audit(snapshot) => f.debug_tuple("Audit").field(snapshot).finish(),
+            ReaderTask::Compare(_) => f.debug_tuple("Compare").finish_non_exhaustive(),
         }
     }
 }
@@ -140,7 +140,7 @@ pub struct Audits {
     due: Option<Instant>,
     /// A snapshot is being compared.
     busy: bool,
-    jobs: blocking::Sender<Job>,
+    jobs: blocking::Sender<ReaderTask>,
     findings: mpsc::Receiver<Finding>,
     /// What the last round found.
     before: Option<Difference>,
@@ -163,7 +163,10 @@ impl Audits {
         Ok(Self::new(jobs, findings))
     }
 
-    pub(super) fn new(jobs: blocking::Sender<Job>, findings: mpsc::Receiver<Finding>) -> Self {
+    pub(super) fn new(
+        jobs: blocking::Sender<ReaderTask>,
+        findings: mpsc::Receiver<Finding>,
+    ) -> Self {
         Self {
             due: None,
             busy: false,
@@ -175,8 +178,8 @@ impl Audits {
     }
 
     /// Returns the thread, which makes other comparisons, too.
-    pub fn reader(&self) -> Reader {
-        Reader::new(self.jobs.clone())
+    pub fn reader(&self) -> TableReader {
+        TableReader::new(self.jobs.clone())
     }
 
     /// Requests an audit: notifications were missed.
@@ -200,7 +203,7 @@ impl Audits {
 
     /// Hands over a snapshot to be compared; without one the audit is put off.
     fn begin(&mut self, snapshot: Option<Snapshot>) {
-        self.busy = snapshot.is_some_and(|it| self.jobs.send(Job::Audit(it)).is_ok());
+        self.busy = snapshot.is_some_and(|it| self.jobs.send(ReaderTask::Audit(it)).is_ok());
         self.due = (!self.busy).then(|| Instant::now() + PUT_OFF);
     }
 
@@ -243,12 +246,16 @@ impl Audits {
 }
 
 /// Works off tasks until nothing can request any.
-fn work(mut kernel: impl Kernel, jobs: &blocking::Receiver<Job>, found: &mpsc::Sender<Finding>) {
+fn work(
+    mut kernel: impl Kernel,
+    jobs: &blocking::Receiver<ReaderTask>,
+    found: &mpsc::Sender<Finding>,
+) {
     while let Ok(job) = jobs.recv() {
         let started = std::time::Instant::now();
         match job {
-            Job::Compare(compare) => compare(&mut kernel),
-            Job::Audit(snapshot) => {
+            ReaderTask::Compare(compare) => compare(&mut kernel),
+            ReaderTask::Audit(snapshot) => {
                 let finding = Finding::new(&mut kernel, snapshot);
                 if found.blocking_send(finding).is_err() {
                     return;
@@ -352,7 +359,11 @@ impl<K: Kernel> super::Controller<'_, K> {
 mod tests {
     use super::*;
 
-    fn audits() -> (Audits, mpsc::Sender<Finding>, blocking::Receiver<Job>) {
+    fn audits() -> (
+        Audits,
+        mpsc::Sender<Finding>,
+        blocking::Receiver<ReaderTask>,
+    ) {
         let (jobs, received) = blocking::channel();
         let (found, findings) = mpsc::channel(1);
         (Audits::new(jobs, findings), found, received)

@@ -8,7 +8,7 @@
 //!
 //! With 10,000 services in place, to compile the elements, to dump those of the kernel and to compare
 //! both takes half a second and more. At the start, and when a failed write is retried, another thread
-//! does it ([`Reader`]). The main loop takes events meanwhile, answers queries and pings the kernel; it
+//! does it ([`TableReader`]). The main loop takes events meanwhile, answers queries and pings the kernel; it
 //! writes nothing to the tables. The copy shares the objects with the engine, and compiling is left to
 //! the thread, so that the main loop does nothing for each of the elements. The difference leads to
 //! what was wanted when the copy was taken. That is what the engine regards as written, so the next
@@ -25,7 +25,7 @@ use std::time::Instant;
 
 use tokio::sync::{Notify, oneshot};
 
-use super::audit::Job;
+use super::audit::ReaderTask;
 use super::driver::{Driver, FailureAction};
 use super::kernel::Kernel;
 use super::outcome::Outcome;
@@ -36,14 +36,14 @@ use crate::nft::{Ruleset, Transaction, diff};
 
 /// The thread that reads the kernel.
 #[derive(Clone, Debug)]
-pub struct Reader {
-    jobs: Sender<Job>,
+pub struct TableReader {
+    jobs: Sender<ReaderTask>,
     /// Notified when a comparison is done.
     done: Arc<Notify>,
 }
 
-impl Reader {
-    pub(super) fn new(jobs: Sender<Job>) -> Self {
+impl TableReader {
+    pub(super) fn new(jobs: Sender<ReaderTask>) -> Self {
         Self {
             jobs,
             done: Arc::default(),
@@ -58,13 +58,13 @@ impl Reader {
 
 /// The difference between the kernel and the wanted rules.
 #[derive(Debug)]
-pub(super) struct Comparison<C> {
+pub(super) struct TableDifference<C> {
     pub transaction: Transaction,
     /// What it changes in rules that this process did not write.
     pub change: C,
 }
 
-impl<C> Comparison<C> {
+impl<C> TableDifference<C> {
     /// Compares the rules of an engine.
     pub fn of<E: Engine<Change = C>>(actual: &Ruleset, wanted: Ruleset) -> Self {
         let transaction = diff(actual, wanted);
@@ -77,9 +77,9 @@ impl<C> Comparison<C> {
 
 /// A comparison that another thread makes.
 #[derive(Debug)]
-pub(super) struct Pending<C> {
+pub(super) struct PendingComparison<C> {
     started: Instant,
-    result: oneshot::Receiver<Result<Comparison<C>, Error>>,
+    result: oneshot::Receiver<Result<TableDifference<C>, Error>>,
 }
 
 impl<E: Engine> Driver<E>
@@ -101,7 +101,7 @@ where
             return self.begin(kernel);
         };
         match pending.result.try_recv() {
-            Ok(Ok(comparison)) => self.write_comparison(kernel, comparison, pending.started),
+            Ok(Ok(difference)) => self.write_difference(kernel, difference, pending.started),
             Err(oneshot::error::TryRecvError::Empty) => {
                 self.pending = Some(pending);
                 Outcome::Comparing
@@ -138,23 +138,27 @@ where
             let wanted = wanted();
             let actual = kernel.read(&[E::TABLE], &wanted);
             // The driver may have started another comparison.
-            let _ = sender.send(actual.map(|actual| Comparison::of::<E>(&actual, wanted)));
+            let _ = sender.send(actual.map(|actual| TableDifference::of::<E>(&actual, wanted)));
             done.notify_one();
         };
-        if reader.jobs.send(Job::Compare(Box::new(compare))).is_err() {
+        if reader
+            .jobs
+            .send(ReaderTask::Compare(Box::new(compare)))
+            .is_err()
+        {
             return self.compare(kernel);
         }
-        self.pending = Some(Pending { started, result });
+        self.pending = Some(PendingComparison { started, result });
         Outcome::Comparing
     }
 
-    fn write_comparison<K: Kernel>(
+    fn write_difference<K: Kernel>(
         &mut self,
         kernel: &mut KernelSession<'_, K>,
-        comparison: Comparison<E::Change>,
+        difference: TableDifference<E::Change>,
         started: Instant,
     ) -> Outcome {
-        let Err(error) = self.write(kernel, comparison, &mut 0) else {
+        let Err(error) = self.write(kernel, difference, &mut 0) else {
             self.compared(kernel, started);
             return Outcome::Synced;
         };

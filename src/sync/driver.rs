@@ -9,13 +9,14 @@
 //! ```
 //!
 //! Nothing is written before the engine knows all objects. The first write, and the one after a
-//! failure, compares with the kernel (in another thread, [`comparison`](super::comparison)): rules of an earlier process remain in force and are changed,
+//! failure, compares with the kernel, in another thread if there is one
+//! ([`comparison`](super::comparison)): rules of an earlier process remain in force and are changed,
 //! never flushed. Objects that the kernel refuses even then go into quarantine, all of one transaction
 //! at once, and the others are written.
 
 use std::time::{Duration, Instant};
 
-use super::comparison::{Comparison, Pending};
+use super::comparison::{PendingComparison, TableDifference};
 use super::kernel::Kernel;
 use super::outcome::Outcome;
 use super::session::KernelSession;
@@ -54,7 +55,7 @@ pub(crate) struct Driver<E: Engine> {
     /// Whether the last update left portions to write.
     more: bool,
     /// The comparison that another thread makes.
-    pub(super) pending: Option<Pending<E::Change>>,
+    pub(super) pending: Option<PendingComparison<E::Change>>,
     /// The changes that followers were not notified of. Added before a write, because steps of a failed
     /// one may be in force.
     change: E::Change,
@@ -251,8 +252,8 @@ where
         let wanted = self.engine.ruleset();
         let read = kernel.read(E::TABLE, &wanted);
         let written = read.and_then(|actual| {
-            let comparison = Comparison::of::<E>(&actual, wanted);
-            self.write(kernel, comparison, &mut 0)
+            let difference = TableDifference::of::<E>(&actual, wanted);
+            self.write(kernel, difference, &mut 0)
         });
         match written {
             Ok(0) => {
@@ -291,8 +292,8 @@ where
                 }
             };
             let mut written = 0;
-            let comparison = Comparison::of::<E>(&known, wanted);
-            let Err(error) = self.write(kernel, comparison, &mut written) else {
+            let difference = TableDifference::of::<E>(&known, wanted);
+            let Err(error) = self.write(kernel, difference, &mut written) else {
                 return Ok(());
             };
             attempts += 1;
@@ -379,14 +380,14 @@ where
     pub(super) fn write<K: Kernel>(
         &mut self,
         kernel: &mut KernelSession<'_, K>,
-        comparison: Comparison<E::Change>,
+        difference: TableDifference<E::Change>,
         written: &mut usize,
     ) -> Result<usize, Error> {
         // If a later step fails, the next comparison does not show what earlier steps removed.
-        self.change.append(comparison.change);
-        let operations = comparison.transaction.ops.len();
+        self.change.append(difference.change);
+        let operations = difference.transaction.ops.len();
         self.foreign.found(operations);
-        kernel.write(comparison.transaction, written)?;
+        kernel.write(difference.transaction, written)?;
         Ok(operations)
     }
 

@@ -41,7 +41,7 @@ use crate::services::{self, ServiceSettings};
 use crate::source::SourceStats;
 
 pub use audit::Audits;
-pub use comparison::Reader;
+pub use comparison::TableReader;
 pub(crate) use driver::{Driver, DriverState, Healed};
 pub use handover::Followers;
 pub(crate) use hooks::remove_foreign_hooks;
@@ -115,7 +115,7 @@ impl<'a, K: Kernel> Controller<'a, K> {
 
     /// Sets the thread that compares whole tables. Without one, the calls that write compare, too.
     #[must_use]
-    pub fn with_reader(mut self, reader: Reader) -> Self {
+    pub fn with_reader(mut self, reader: TableReader) -> Self {
         self.kernel.set_reader(reader);
         self
     }

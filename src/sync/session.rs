@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::comparison::Reader;
+use super::comparison::TableReader;
 use super::hooks::remove_foreign_hooks;
 use super::kernel::Kernel;
 use super::metrics::SyncMetrics;
@@ -18,7 +18,7 @@ use crate::nft::{Ruleset, TableFamily, Transaction};
 pub(crate) struct KernelSession<'a, K> {
     kernel: K,
     /// The thread that compares tables, if any.
-    reader: Option<Reader>,
+    reader: Option<TableReader>,
     pub(super) metrics: &'a SyncMetrics,
     pub(super) reporter: &'a dyn Reporter,
     /// The generation of the ruleset unless another process has committed something. `None` if it must
@@ -112,12 +112,12 @@ impl<'a, K: Kernel> KernelSession<'a, K> {
     }
 
     /// Sets the thread that compares tables.
-    pub(super) fn set_reader(&mut self, reader: Reader) {
+    pub(super) fn set_reader(&mut self, reader: TableReader) {
         self.reader = Some(reader);
     }
 
     /// Returns the thread that compares tables.
-    pub(super) fn reader(&self) -> Option<Reader> {
+    pub(super) fn reader(&self) -> Option<TableReader> {
         self.reader.clone()
     }
 

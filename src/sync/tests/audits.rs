@@ -8,7 +8,7 @@ use crate::sync::audit::{self, AuditOutcome};
 /// The audits of a controller without their thread.
 struct Audited {
     audits: Audits,
-    received: std::sync::mpsc::Receiver<audit::Job>,
+    received: std::sync::mpsc::Receiver<audit::ReaderTask>,
     _found: mpsc::Sender<audit::Finding>,
 }
 
@@ -27,8 +27,8 @@ impl Audited {
     fn begin(&mut self, controller: &mut Controller<Fake>) -> Option<audit::Snapshot> {
         controller.audit(&mut self.audits);
         match self.received.try_recv().ok()? {
-            audit::Job::Audit(snapshot) => Some(snapshot),
-            audit::Job::Compare(_) => panic!("not an audit"),
+            audit::ReaderTask::Audit(snapshot) => Some(snapshot),
+            audit::ReaderTask::Compare(_) => panic!("not an audit"),
         }
     }
 

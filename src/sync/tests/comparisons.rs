@@ -8,17 +8,17 @@ use super::histories::event;
 use super::queries::{closed, engine, pod, policy_lists};
 use super::*;
 use crate::policies;
-use crate::sync::audit::Job;
+use crate::sync::audit::ReaderTask;
 
 /// The tasks of the thread.
-struct Tasks(Receiver<Job>);
+struct Tasks(Receiver<ReaderTask>);
 
 impl Tasks {
     /// Performs all tasks that wait and returns their number.
     fn perform(&self, bench: &Bench) -> usize {
         let tasks = self.0.try_iter().map(|job| match job {
-            Job::Compare(compare) => compare(&mut bench.kernel.clone()),
-            Job::Audit(_) => panic!("not a comparison"),
+            ReaderTask::Compare(compare) => compare(&mut bench.kernel.clone()),
+            ReaderTask::Audit(_) => panic!("not a comparison"),
         });
         tasks.count()
     }
@@ -27,7 +27,7 @@ impl Tasks {
 fn controller(bench: &Bench) -> (Controller<'_, Fake>, Tasks) {
     let (jobs, received) = channel();
     let controller = bench.controller().with_policies(engine());
-    let controller = controller.with_reader(Reader::new(jobs));
+    let controller = controller.with_reader(TableReader::new(jobs));
     (controller, Tasks(received))
 }
 
@@ -170,7 +170,7 @@ fn the_main_loop_compares_what_the_thread_could_not_read() {
     handle(&mut controller, all_lists(50));
     handle(&mut controller, vec![put(web(60)), pod("db", "10.1.0.6")]);
     for job in tasks.0.try_iter() {
-        let Job::Compare(compare) = job else {
+        let ReaderTask::Compare(compare) = job else {
             panic!("not a comparison");
         };
         compare(&mut Interrupted);
