@@ -57,6 +57,8 @@ impl Manifests {
                 .into_iter()
                 .filter(|path| !is_standard_input(path))
                 .collect(),
+            // Unknown if it was removed: then a path relative to it leads nowhere.
+            working_directory: std::env::current_dir().unwrap_or_default(),
             state: self.state,
             watcher: watcher.map_err(|source| Error::Watch { source })?,
             watched: HashMap::new(),
@@ -179,6 +181,7 @@ fn is_link(path: &Path) -> bool {
 
 struct Follower {
     paths: Vec<PathBuf>,
+    working_directory: PathBuf,
     state: ManifestStore,
     watcher: RecommendedWatcher,
     /// The identity of each watched directory: one that was removed and created again needs a new
@@ -192,8 +195,14 @@ struct Follower {
 }
 
 impl Follower {
-    /// Returns whether a change of a path may concern the manifests.
+    /// Returns whether a change of a path may concern the manifests. Notifications have absolute
+    /// paths, also for manifests that were given by relative ones.
     fn concerns(&self, path: &Path) -> bool {
+        let relative = path.strip_prefix(&self.working_directory).ok();
+        self.is_manifest(path) || relative.is_some_and(|path| self.is_manifest(path))
+    }
+
+    fn is_manifest(&self, path: &Path) -> bool {
         let name = path.file_name().unwrap_or_default().as_encoded_bytes();
         // The kubelet replaces the link `..data` when a mounted ConfigMap changes.
         name.starts_with(b"..")

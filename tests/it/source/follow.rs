@@ -73,6 +73,22 @@ async fn a_change_sends_only_what_differs() {
 }
 
 #[tokio::test]
+async fn a_relative_path_is_followed() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let here = std::env::current_dir().expect("a working directory");
+    let up = here.components().skip(1).map(|_| "..");
+    let below_root = dir.path().strip_prefix("/").expect("an absolute path");
+    let relative = up.collect::<std::path::PathBuf>().join(below_root);
+    fs::write(dir.path().join("a.yaml"), service("a", "10.0.0.1")).expect("written");
+    let mut following = Following::start(&relative);
+    fs::write(dir.path().join("a.yaml"), service("a", "10.0.0.9")).expect("written");
+    assert_eq!(following.until("shop/a").await, ["apply Service shop/a"]);
+    fs::write(dir.path().join("b.yaml"), service("b", "10.0.0.2")).expect("written");
+    assert_eq!(following.until("shop/b").await, ["apply Service shop/b"]);
+    following.finish().await;
+}
+
+#[tokio::test]
 async fn rename_into_place_unlink_and_new_directories_are_noticed() {
     let dir = tempfile::tempdir().expect("a directory");
     let root = dir.path();
