@@ -2,20 +2,23 @@
 
 use std::time::Duration;
 
+use super::balance::{balancing, by_count};
 use super::layout::{
-    By, Clients, DSTNAT, NODEPORT_ADDRESSES, ServiceSet, affinity_key, original_affinity_key,
-    target,
+    By, Clients, DSTNAT, NODEPORT_ADDRESSES, Scope, ServiceSet, affinity_key,
+    original_affinity_key, target,
 };
 use super::sources::SourceList;
 use crate::model::Protocol;
 use crate::nft::{
-    BaseChain, Chain, ChainKind, Comparison, CtState, CtStatus, Hook, Name, Operand, Rule,
+    BaseChain, Chain, ChainKind, Comparison, CtState, CtStatus, Element, Hook, Name, Operand, Rule,
     Selector, Set, Statement, Verdict,
 };
 
-/// A chain that frontends share. Sets that only it reads are created and deleted with it.
+/// Chains that frontends share. Sets that only they read are created and deleted with them.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum SharedChain {
+    /// Those that translate packets to a random endpoint, for one kind of frontends and endpoints.
+    Balance(By, Scope),
     /// Translates packets of remembered clients to their endpoint, and returns for others.
     Follow(Clients),
     /// Remembers the endpoint of a client.
@@ -44,9 +47,11 @@ pub enum LearnAt {
 }
 
 impl SharedChain {
-    /// Returns the chain's name, such as `learn-10800/shop`.
+    /// Returns the chain's name, such as `learn-10800/shop`; of several, that of the map that leads
+    /// to them.
     pub fn name(&self) -> Name {
         match self {
+            SharedChain::Balance(by, scope) => by_count(*by, *scope),
             SharedChain::Follow(clients) => clients.name("sticky"),
             SharedChain::Learn { clients, seconds } => clients.name(&format!("learn-{seconds}")),
             SharedChain::LearnNew => "learn-new".into(),
@@ -65,7 +70,10 @@ impl SharedChain {
                 SharedChain::Follow(clients.clone()),
             ],
             SharedChain::LearnHook(_) => vec![SharedChain::LearnNew],
-            SharedChain::Follow(_) | SharedChain::LearnNew | SharedChain::Sources(_) => vec![],
+            SharedChain::Balance(..)
+            | SharedChain::Follow(_)
+            | SharedChain::LearnNew
+            | SharedChain::Sources(_) => vec![],
         }
     }
 
@@ -86,22 +94,34 @@ impl SharedChain {
         match self {
             SharedChain::Follow(clients) => clients.sets().into(),
             SharedChain::Sources(list) => vec![(list.name(), list.set())],
-            SharedChain::Learn { .. } | SharedChain::LearnNew | SharedChain::LearnHook(_) => {
-                vec![]
-            }
+            SharedChain::Balance(..)
+            | SharedChain::Learn { .. }
+            | SharedChain::LearnNew
+            | SharedChain::LearnHook(_) => vec![],
         }
     }
 
-    /// Returns the chain with its rules.
-    pub fn chain(&self) -> Chain {
+    /// Returns the elements that lead to the chains, in a map that always exists.
+    pub fn elements(&self) -> Option<(Name, &'static [Element])> {
+        match self {
+            SharedChain::Balance(by, scope) => {
+                Some((self.name(), &balancing(*by, *scope).elements))
+            }
+            _ => None,
+        }
+    }
+
+    /// Returns the chains with their rules.
+    pub fn chains(&self) -> Vec<(Name, Chain)> {
         let (base, rules) = match self {
+            SharedChain::Balance(by, scope) => return balancing(*by, *scope).chains.clone(),
             SharedChain::Follow(clients) => (None, follow(clients)),
             SharedChain::Learn { clients, seconds } => (None, learn(clients, *seconds)),
             SharedChain::LearnNew => (None, learn_new()),
             SharedChain::LearnHook(at) => (Some(at.base()), learn_hook()),
             SharedChain::Sources(list) => (None, list.rules()),
         };
-        Chain { base, rules }
+        vec![(self.name(), Chain { base, rules })]
     }
 }
 

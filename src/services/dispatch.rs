@@ -281,7 +281,7 @@ pub(super) fn local_data(count: Count) -> Data {
 }
 
 /// Returns whether an element is that of a frontend with external policy Local.
-pub(super) fn is_bound_to_node(element: &Element) -> bool {
+pub(crate) fn is_bound_to_node(element: &Element) -> bool {
     let Value::Data(data) = &element.value else {
         return false;
     };

@@ -153,7 +153,7 @@ impl ServicePlan {
         self.pools.get(index)
     }
 
-    fn of_family(&self, family: Family) -> impl Iterator<Item = (&Frontend, &Pool)> + Clone + '_ {
+    fn of_family(&self, family: Family) -> impl Iterator<Item = (&Frontend, &Pool)> + '_ {
         self.frontends.iter().filter_map(move |frontend| {
             let pool = self.pool(frontend.route.first_pool())?;
             (frontend.family == family).then_some((frontend, pool))
@@ -319,12 +319,25 @@ impl ServicePlan {
 
     /// Returns the shared chains that the verdicts lead to, directly or not, each once.
     pub fn chains(&self, family: Family) -> BTreeSet<SharedChain> {
-        let mut direct = Vec::new();
-        let mut frontends = self.of_family(family).map(|(frontend, _)| frontend);
-        if frontends.clone().next().is_some() {
+        let mut direct = BTreeSet::new();
+        let (mut last, mut firewalled) = (None, false);
+        for (frontend, _) in self.of_family(family) {
+            firewalled |= frontend.firewalled;
+            let local = matches!(frontend.route, Route::LocalPolicy { .. });
+            let kind = (frontend.by(), local);
+            // Adjacent frontends are mostly of one kind.
+            if last.replace(kind) != Some(kind) {
+                // With any number of endpoints, so that the first one brings no chains.
+                direct.insert(SharedChain::Balance(frontend.by(), Scope::Cluster));
+                if local {
+                    direct.insert(SharedChain::Balance(frontend.by(), Scope::Local));
+                }
+            }
+        }
+        if last.is_some() {
             direct.extend(self.affinity.as_ref().map(Affinity::learn));
         }
-        if frontends.any(|frontend| frontend.firewalled) {
+        if firewalled {
             let sources = self.sources(family).cloned();
             direct.extend(sources.map(SharedChain::Sources));
         }

@@ -2,12 +2,12 @@
 
 use ipnet::IpNet;
 
-use super::balance::{Balancing, balancing};
+use super::balance::by_count;
 use super::chains::{LearnAt, SharedChain};
 use super::dispatch::{self, dispatch};
 use super::layout::{
-    By, DSTNAT, MARK_OFF_CLUSTER, NODEPORT_ADDRESSES, POD_NETWORKS, REJECT, SERVICE_CIDRS,
-    ServiceSet,
+    By, DSTNAT, MARK_OFF_CLUSTER, NODEPORT_ADDRESSES, POD_NETWORKS, REJECT, SERVICE_CIDRS, Scope,
+    ServiceSet, priority_map,
 };
 use super::settings::{LocalDetector, ServiceSettings};
 use crate::engine::table_family;
@@ -88,10 +88,10 @@ pub fn skeleton(
     for by in [By::Address, By::NodePort] {
         table.chains.extend(dispatch::chains(by, settings, family));
         table.sets.extend(dispatch::roles(by));
+        for scope in [Scope::Cluster, Scope::Local] {
+            table.sets.insert(by_count(by, scope), priority_map(vec![]));
+        }
     }
-    let Balancing { chains, maps } = balancing();
-    table.chains.extend(chains.iter().cloned());
-    table.sets.extend(maps.iter().cloned());
     debug_assert!(consistent(&table), "{:?}", table_family(family));
     table
 }

@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use super::chains::SharedChain;
 use super::change::{Edit, PlanChange};
-use super::layout::{Clients, ServiceSet, table_id};
+use super::layout::{Clients, ServiceSet, priority_map, table_id};
 use super::plan::{ElementOf, ServicePlan};
 use super::settings::ServiceSettings;
 use super::skeleton::skeleton;
@@ -20,7 +20,9 @@ use super::sources::SourceList;
 use crate::clock;
 use crate::engine::SharedMap;
 use crate::model::{Family, ObjectName};
-use crate::nft::{Element, Key, Name, ObjectPath, Op, Ruleset, Table, Transaction, diff};
+use crate::nft::{
+    Declaration, Element, Key, Name, ObjectPath, Op, Ruleset, Table, TableId, Transaction, diff,
+};
 use crate::services::Store;
 
 /// The rules in force.
@@ -352,9 +354,14 @@ impl Tables {
         for (family, skeleton) in &self.skeletons {
             let mut table = skeleton.clone();
             let chains = self.chains.keys().filter(|(of, _)| of == family);
-            for (_, chain) in chains {
-                table.chains.insert(chain.name(), chain.chain());
-                table.sets.extend(chain.sets());
+            for (_, shared) in chains {
+                table.chains.extend(shared.chains());
+                table.sets.extend(shared.sets());
+                let leading = shared.elements();
+                let map = leading.and_then(|(map, all)| Some((table.sets.get_mut(&map)?, all)));
+                if let Some((map, elements)) = map {
+                    map.elements = elements.to_vec();
+                }
             }
             ruleset.tables.insert(table_id(*family), table);
         }
@@ -397,11 +404,14 @@ impl Tables {
         let mut ops = Vec::new();
         let unused = self.unused.iter().filter(|(_, since)| **since <= moment);
         let unused: Vec<_> = unused.map(|(chain, _)| chain.clone()).collect();
-        for (family, chain) in &unused {
-            ops.push(Op::FlushChain(table_id(*family), chain.name()));
+        for (family, shared) in &unused {
+            ops.extend(leading(*family, shared, Op::DeleteElements));
         }
-        for (family, chain) in &unused {
-            ops.push(Op::DeleteChain(table_id(*family), chain.name()));
+        for make in [Op::FlushChain, Op::DeleteChain] {
+            for (family, shared) in &unused {
+                let chains = shared.chains().into_iter();
+                ops.extend(chains.map(|(name, _)| make(table_id(*family), name)));
+            }
         }
         for key in unused {
             let sets = key.1.sets().into_iter();
@@ -465,15 +475,16 @@ impl TransactionDraft {
                 }
             }
             let chains = draft.new_chains.iter();
-            let chains: Vec<_> = chains
-                .map(|shared| (shared.name(), shared.chain()))
-                .collect();
+            let chains: Vec<_> = chains.flat_map(SharedChain::chains).collect();
             for (name, chain) in &chains {
                 ops.push(Op::AddChain(id.clone(), name.clone(), chain.base));
             }
             for (name, chain) in chains {
                 let rules = chain.rules.into_iter();
                 ops.extend(rules.map(|rule| Op::AddRule(id.clone(), name.clone(), rule)));
+            }
+            for shared in &draft.new_chains {
+                ops.extend(leading(family, shared, Op::AddElements));
             }
             let (mut delete, mut add) = (draft.delete, draft.add);
             for ((set, key), existed) in draft.touched {
@@ -501,6 +512,17 @@ impl TransactionDraft {
         }
         Transaction { ops }
     }
+}
+
+/// Returns an operation on the elements that lead to shared chains.
+fn leading(
+    family: Family,
+    shared: &SharedChain,
+    make: fn(TableId, Name, Arc<Declaration>, Vec<Element>) -> Op,
+) -> Option<Op> {
+    let (map, elements) = shared.elements()?;
+    let declaration = priority_map(vec![]).declaration;
+    Some(make(table_id(family), map, declaration, elements.to_vec()))
 }
 
 /// Groups elements by set, sorted by key.

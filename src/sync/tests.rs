@@ -21,7 +21,7 @@ use crate::model::{
 };
 use crate::netlink::{Applied, ConntrackError, Error, Refusal};
 use crate::nft::{
-    Element, Key, Name, ObjectPath, Op, Ruleset, SetKind, TableId, Transaction, simulate,
+    Element, Key, Name, ObjectPath, Op, Ruleset, SetKind, Table, TableId, Transaction, simulate,
 };
 use crate::serve::health::{ClockReading, Health};
 use crate::serve::metrics::Registry;
@@ -130,6 +130,32 @@ pub(crate) fn heal(controller: &mut Controller<Fake>) -> (Outcome, bool) {
     (outcomes.together(), changed)
 }
 
+/// Removes the balancing chains for which there are no frontends.
+fn remove_unused_balancing(table: &mut Table) {
+    for (frontends, stem) in [
+        (ServiceSet::Frontends, "lb-"),
+        (ServiceSet::NodePorts, "nodeport-lb-"),
+    ] {
+        let Some(frontends) = table.sets.get(&frontends.name()) else {
+            continue;
+        };
+        let bound = frontends.elements.iter().any(services::is_bound_to_node);
+        let used = !frontends.elements.is_empty();
+        for (used, stem) in [(used, stem.to_owned()), (bound, format!("{stem}local-"))] {
+            if used {
+                continue;
+            }
+            table.chains.retain(|name, _| {
+                let number = name.as_str().strip_prefix(&stem);
+                !number.is_some_and(|it| it.starts_with(|c: char| c.is_ascii_digit()))
+            });
+            if let Some(map) = table.sets.get_mut(format!("{stem}by-count").as_str()) {
+                map.elements.clear();
+            }
+        }
+    }
+}
+
 /// A ruleset without what may depend on history: which endpoint has which index, and shared
 /// chains, with their sets, that wait to be used again.
 pub(crate) fn meaning(ruleset: &Ruleset) -> Ruleset {
@@ -169,6 +195,7 @@ pub(crate) fn meaning(ruleset: &Ruleset) -> Ruleset {
             let shared = by_learning || listed || name_text.contains('/');
             reached.contains(name) || (by_learning && learns) || !shared
         });
+        remove_unused_balancing(table);
         let chains = &table.chains;
         table.sets.retain(|name, _| {
             let of = name.as_str().split_once('/');
@@ -280,7 +307,10 @@ fn a_number_of_endpoints_changes_data_only() {
     let mut web = service("web", &["10.96.0.10"], &[80]);
     web.ports[0].node_port = Some(30_080);
     web.external_policy = TrafficPolicy::Local;
-    let other = service("other", &["10.96.0.11"], &[80]);
+    let mut other = web.clone();
+    other.name = ObjectName::new("shop", "other");
+    other.cluster_ips = vec!["10.96.0.11".parse().unwrap()];
+    other.ports[0].node_port = Some(30_081);
     handle(&mut controller, lists(vec![node().into(), other.into()]));
     bench.applied();
     let all: Vec<u8> = (1..=200).collect();
