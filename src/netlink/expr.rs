@@ -372,12 +372,25 @@ impl Program {
                 self.bitwise(mask.to_ne_bytes().into(), vec![0; 4]);
                 self.lookup(map, Some(VERDICT_REGISTER), false);
             }
-            Statement::ClearPriority => {
+            Statement::SetPriority(value) => {
+                let value = Attribute::Bytes(value.to_ne_bytes().into());
                 self.push(
                     c"immediate",
                     [
                         (sys::NFTNL_EXPR_IMM_DREG, U32(register(0))),
-                        (sys::NFTNL_EXPR_IMM_DATA, Attribute::Bytes(vec![0; 4])),
+                        (sys::NFTNL_EXPR_IMM_DATA, value),
+                    ],
+                );
+                self.set_meta(libc::NFT_META_PRIORITY);
+            }
+            Statement::RandomPriority(largest) => {
+                self.push(
+                    c"numgen",
+                    [
+                        (sys::NFTNL_EXPR_NG_DREG, U32(register(0))),
+                        (sys::NFTNL_EXPR_NG_MODULUS, U32(*largest)),
+                        (sys::NFTNL_EXPR_NG_TYPE, U32(libc::NFT_NG_RANDOM as u32)),
+                        (sys::NFTNL_EXPR_NG_OFFSET, U32(1)),
                     ],
                 );
                 self.set_meta(libc::NFT_META_PRIORITY);

@@ -212,8 +212,10 @@ pub enum Statement {
         /// The map.
         map: Name,
     },
-    /// Set `meta priority` to 0.
-    ClearPriority,
+    /// Set `meta priority` to a constant.
+    SetPriority(u32),
+    /// Set `meta priority` to a uniform random number from 1 to a largest one, at least 1.
+    RandomPriority(u32),
     /// Add or refresh an element of a dynamic map.
     UpdateMap {
         /// The map.

@@ -147,7 +147,8 @@ fn reads(statement: &Statement) -> Option<&Name> {
         | Statement::SourceIsLocal
         | Statement::SetMarkBits(_)
         | Statement::FlipMarkBits(_)
-        | Statement::ClearPriority
+        | Statement::SetPriority(_)
+        | Statement::RandomPriority(_)
         | Statement::Masquerade
         | Statement::Reject(_)
         | Statement::Counter

@@ -319,7 +319,10 @@ fn statement(statement: &Statement, family: TableFamily) -> String {
         Statement::PriorityVerdict { mask, map } => {
             format!("meta priority & {} vmap @{map}", class_id(*mask))
         }
-        Statement::ClearPriority => "meta priority set none".into(),
+        Statement::SetPriority(value) => format!("meta priority set {}", class_id(*value)),
+        Statement::RandomPriority(largest) => {
+            format!("meta priority set numgen random mod {largest} offset 1")
+        }
         Statement::UpdateMap {
             map,
             key,

@@ -1,21 +1,21 @@
-//! The chains that translate packets to a random endpoint, one for each possible number of endpoints.
+//! The chains that draw a random index of an endpoint, one for each possible number of endpoints.
 //!
-//! The kernel looks at every element of a map for each new chain that reads it. Therefore all chains
-//! that read one map are created with the first service that needs any of them, while the map is
-//! empty. A change of a service then adds and deletes elements only.
+//! A number that random indexes are drawn below is a constant of a rule. The chain of a count stores
+//! the index in the packet's priority and returns; the caller (`dispatch`) looks the endpoint up.
+//! Only one rule reads each map of endpoints: the kernel looks at all rules that read a map for each
+//! element that is added to it.
 //!
-//! Not all maps have chains from the start, because each commit, whatever it changes, looks at every
-//! chain of every table: 720 chains double the time of a small transaction (0.15 ms).
-//!
-//! Up to 64 endpoints a chain draws an index below their exact number. Above, a chain serves a class
-//! of numbers: it draws an index below the largest one, up to [`DRAWS`] times until the index has an
-//! endpoint, and then among the indexes of the next smaller class, all of which have one. The largest
-//! number of a class is at most √2 times that of the smaller one, so that no
+//! Up to 64 endpoints an index is drawn up to their exact number. Above, a chain serves a class of
+//! numbers: it draws an index up to the largest one. The caller draws up to [`DRAWS`] times until
+//! the index has an endpoint, and then among the indexes of the next smaller class, all of which
+//! have one. The largest number of a class is at most √2 times that of the smaller one, so that no
 //! endpoint gets less than 99 % of its share: a draw fails with a probability below 0.3.
+//!
+//! All these chains are created together, with the first service of a family, so that a change of
+//! services changes elements only.
 
 use std::sync::LazyLock;
 
-use super::layout::{By, Scope};
 use crate::nft::{Chain, Element, Key, Name, Rule, Statement, Verdict};
 
 /// The largest number of endpoints with a chain of its own.
@@ -23,7 +23,11 @@ const EXACT: u32 = 64;
 /// The number of classes above; the last one includes `MOST_ELEMENTS`.
 const CLASSES: u32 = 26;
 /// The number of draws among the indexes of a class.
-const DRAWS: usize = 4;
+pub(super) const DRAWS: usize = 4;
+/// The verdict map from a number of endpoints to the chain that draws an index.
+pub(super) const DRAW: &str = "draw";
+/// The same, to a chain that draws only indexes that have an endpoint.
+pub(super) const DRAW_FILLED: &str = "draw-filled";
 
 /// The number of endpoints as far as chains distinguish it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -75,42 +79,23 @@ impl Count {
         code as u16
     }
 
-    /// Returns the name of the chain: `lb-3`, or `lb-65-91` for a class.
-    pub fn chain(self, by: By, scope: Scope) -> Name {
-        let stem = stem(by, scope);
+    /// Returns the name of the chain: `draw-3`, or `draw-65-91` for a class.
+    fn chain(self) -> Name {
         match self.smaller() {
-            None => format!("{stem}-{}", self.0),
-            Some(smaller) => format!("{stem}-{}-{}", smaller.0 + 1, self.0),
+            None => format!("draw-{}", self.0),
+            Some(smaller) => format!("draw-{}-{}", smaller.0 + 1, self.0),
         }
         .into()
     }
 
-    /// Returns the key in the maps of [`by_count`].
+    /// Returns the key in the maps [`DRAW`] and [`DRAW_FILLED`].
     pub(super) fn key(self) -> Key {
         Key::build().number(self.code().into()).finish()
     }
 
-    /// Returns the rules that translate a packet.
-    ///
-    /// A packet evaluates the rules of the generation in which it started, but looks up the elements
-    /// of the newest one. If endpoints were removed since, the index may have none; index 0 has one as
-    /// long as any endpoint exists. Otherwise, or if the table was deleted, the packet is dropped and
-    /// the client retries: without a verdict it would leave the node with the service's address, and
-    /// after a rejection the client would give up.
-    fn rules(self, by: By, scope: Scope) -> Vec<Rule> {
-        let map = by.endpoints(scope).name();
-        let dnat = |slots| Statement::DnatByMap(by.endpoint_key(slots), map.clone());
-        let mut rules = vec![Rule::new([Statement::ClearPriority, dnat(self.0)])];
-        if let Some(smaller) = self.smaller() {
-            let again = std::iter::repeat_n(self.0, DRAWS - 1).chain([smaller.0]);
-            rules.extend(again.map(|slots| Rule::new([dnat(slots)])));
-        }
-        let next = match self.0 {
-            1 => Verdict::Drop,
-            _ => Verdict::Goto(Self(1).chain(by, scope)),
-        };
-        rules.push(Rule::new([Statement::Verdict(next)]));
-        rules
+    /// Returns the rule that draws an index.
+    fn rule(self) -> Rule {
+        Rule::new([Statement::RandomPriority(self.0)])
     }
 }
 
@@ -124,58 +109,41 @@ fn bound(index: u32) -> u32 {
     }
 }
 
-fn stem(by: By, scope: Scope) -> &'static str {
-    match (by, scope) {
-        (By::Address, Scope::Cluster) => "lb",
-        (By::Address, Scope::Local) => "lb-local",
-        (By::NodePort, Scope::Cluster) => "nodeport-lb",
-        (By::NodePort, Scope::Local) => "nodeport-lb-local",
-    }
-}
-
-/// Returns the name of the verdict map from a number of endpoints to its chain.
-pub(super) fn by_count(by: By, scope: Scope) -> Name {
-    format!("{}-by-count", stem(by, scope)).into()
-}
-
-/// The chains for one kind of frontends and endpoints.
-pub(super) struct Balancing {
+/// The chains and the elements that lead to them.
+pub(super) struct Draws {
     /// The chains.
     pub chains: Vec<(Name, Chain)>,
-    /// The elements of the map [`by_count`].
-    pub elements: Vec<Element>,
+    /// The elements of the verdict maps from a number of endpoints to its chain.
+    pub elements: [(Name, Vec<Element>); 2],
 }
 
-/// Returns the chains for one kind of frontends and endpoints, the same in every table.
-pub(super) fn balancing(by: By, scope: Scope) -> &'static Balancing {
-    static OF_ADDRESSES: [LazyLock<Balancing>; 2] = [
-        LazyLock::new(|| compile(By::Address, Scope::Cluster)),
-        LazyLock::new(|| compile(By::Address, Scope::Local)),
-    ];
-    static OF_NODE_PORTS: [LazyLock<Balancing>; 2] = [
-        LazyLock::new(|| compile(By::NodePort, Scope::Cluster)),
-        LazyLock::new(|| compile(By::NodePort, Scope::Local)),
-    ];
-    let [cluster, local] = match by {
-        By::Address => &OF_ADDRESSES,
-        By::NodePort => &OF_NODE_PORTS,
-    };
-    match scope {
-        Scope::Cluster => cluster,
-        Scope::Local => local,
-    }
-}
-
-fn compile(by: By, scope: Scope) -> Balancing {
-    let (mut chains, mut elements) = (Vec::new(), Vec::new());
-    for count in Count::all() {
-        let (name, rules) = (count.chain(by, scope), count.rules(by, scope));
-        let verdict = Verdict::Goto(name.clone());
-        elements.push(Element::with_verdict(count.key(), verdict));
-        chains.push((name, Chain { base: None, rules }));
-    }
-    elements.sort_by(|a, b| a.key.cmp(&b.key));
-    Balancing { chains, elements }
+/// Returns the chains and the elements that lead to them, the same in every table.
+pub(super) fn draws() -> &'static Draws {
+    static DRAWS: LazyLock<Draws> = LazyLock::new(|| {
+        let chain = |count: Count| {
+            let rules = vec![count.rule()];
+            (count.chain(), Chain { base: None, rules })
+        };
+        let elements = |target: fn(Count) -> Count| {
+            let element = |count: Count| {
+                Element::with_verdict(count.key(), Verdict::Jump(target(count).chain()))
+            };
+            let mut elements: Vec<Element> = Count::all().map(element).collect();
+            elements.sort_by(|a, b| a.key.cmp(&b.key));
+            elements
+        };
+        Draws {
+            chains: Count::all().map(chain).collect(),
+            elements: [
+                (DRAW.into(), elements(|count| count)),
+                (
+                    DRAW_FILLED.into(),
+                    elements(|count| count.smaller().unwrap_or(count)),
+                ),
+            ],
+        }
+    });
+    &DRAWS
 }
 
 #[cfg(test)]
@@ -204,10 +172,10 @@ mod tests {
 
     #[test]
     fn names_and_codes_show_the_number() {
-        let name = |endpoints| Count::of(endpoints).chain(By::Address, Scope::Cluster);
-        assert_eq!(name(64).as_str(), "lb-64");
-        assert_eq!(name(65).as_str(), "lb-65-91");
-        assert_eq!(name(92).as_str(), "lb-92-128");
+        let name = |endpoints| Count::of(endpoints).chain();
+        assert_eq!(name(64).as_str(), "draw-64");
+        assert_eq!(name(65).as_str(), "draw-65-91");
+        assert_eq!(name(92).as_str(), "draw-92-128");
         let code = |endpoints| Count::of(endpoints).code();
         assert_eq!([code(1), code(10), code(64)], [0x1, 0x10, 0x64]);
         assert_eq!([code(65), code(9000), code(20_000)], [0x91, 0xa011, 0xa023]);

@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-use super::balance::{balancing, by_count};
+use super::balance::{DRAW, draws};
 use super::layout::{
-    By, Clients, DSTNAT, NODEPORT_ADDRESSES, Scope, ServiceSet, affinity_key,
-    original_affinity_key, target,
+    By, Clients, DSTNAT, NODEPORT_ADDRESSES, ServiceSet, affinity_key, original_affinity_key,
+    target,
 };
 use super::sources::SourceList;
 use crate::model::Protocol;
@@ -17,8 +17,8 @@ use crate::nft::{
 /// Chains that frontends share. Sets that only they read are created and deleted with them.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum SharedChain {
-    /// Those that translate packets to a random endpoint, for one kind of frontends and endpoints.
-    Balance(By, Scope),
+    /// Those that draw the index of an endpoint.
+    Draw,
     /// Translates packets of remembered clients to their endpoint, and returns for others.
     Follow(Clients),
     /// Remembers the endpoint of a client.
@@ -47,11 +47,10 @@ pub enum LearnAt {
 }
 
 impl SharedChain {
-    /// Returns the chain's name, such as `learn-10800/shop`; of several, that of the map that leads
-    /// to them.
+    /// Returns the chain's name, such as `learn-10800/shop`; of several, the beginning.
     pub fn name(&self) -> Name {
         match self {
-            SharedChain::Balance(by, scope) => by_count(*by, *scope),
+            SharedChain::Draw => DRAW.into(),
             SharedChain::Follow(clients) => clients.name("sticky"),
             SharedChain::Learn { clients, seconds } => clients.name(&format!("learn-{seconds}")),
             SharedChain::LearnNew => "learn-new".into(),
@@ -70,7 +69,7 @@ impl SharedChain {
                 SharedChain::Follow(clients.clone()),
             ],
             SharedChain::LearnHook(_) => vec![SharedChain::LearnNew],
-            SharedChain::Balance(..)
+            SharedChain::Draw
             | SharedChain::Follow(_)
             | SharedChain::LearnNew
             | SharedChain::Sources(_) => vec![],
@@ -94,27 +93,29 @@ impl SharedChain {
         match self {
             SharedChain::Follow(clients) => clients.sets().into(),
             SharedChain::Sources(list) => vec![(list.name(), list.set())],
-            SharedChain::Balance(..)
+            SharedChain::Draw
             | SharedChain::Learn { .. }
             | SharedChain::LearnNew
             | SharedChain::LearnHook(_) => vec![],
         }
     }
 
-    /// Returns the elements that lead to the chains, in a map that always exists.
-    pub fn elements(&self) -> Option<(Name, &'static [Element])> {
+    /// Returns the elements that lead to the chains, in maps that always exist.
+    pub fn elements(&self) -> &'static [(Name, Vec<Element>)] {
         match self {
-            SharedChain::Balance(by, scope) => {
-                Some((self.name(), &balancing(*by, *scope).elements))
-            }
-            _ => None,
+            SharedChain::Draw => &draws().elements,
+            SharedChain::Follow(_)
+            | SharedChain::Learn { .. }
+            | SharedChain::LearnNew
+            | SharedChain::LearnHook(_)
+            | SharedChain::Sources(_) => &[],
         }
     }
 
     /// Returns the chains with their rules.
     pub fn chains(&self) -> Vec<(Name, Chain)> {
         let (base, rules) = match self {
-            SharedChain::Balance(by, scope) => return balancing(*by, *scope).chains.clone(),
+            SharedChain::Draw => return draws().chains.clone(),
             SharedChain::Follow(clients) => (None, follow(clients)),
             SharedChain::Learn { clients, seconds } => (None, learn(clients, *seconds)),
             SharedChain::LearnNew => (None, learn_new()),
@@ -141,10 +142,10 @@ impl LearnAt {
 
 /// Returns the rule that translates packets of remembered clients to their endpoint.
 fn follow(clients: &Clients) -> Vec<Rule> {
-    vec![Rule::new([
-        Statement::ClearPriority,
-        Statement::DnatByMap(affinity_key(), clients.map()),
-    ])]
+    vec![Rule::new([Statement::DnatByMap(
+        affinity_key(),
+        clients.map(),
+    )])]
 }
 
 /// Returns the rules that remember the endpoint by client and frontend. There is one rule for each

@@ -4,12 +4,12 @@
 //! kernel validates the whole table, in a time that grows with the number of services. A number
 //! has two halves, the [`Role`] and the [`Count`] of endpoints. One rule stores it in the packet's
 //! priority, the only field that text for nft can store and look up in one rule, and looks up the
-//! chain of the role; that chain looks up the one of the count. The chains of `balance` clear the
-//! priority; every other end is a drop or a rejection.
+//! chain of the role. Then the chain of the count replaces it by the index of an endpoint, and one
+//! rule translates the packet to that endpoint. Chains behind the translation clear the priority.
 //!
 //! What a packet loses by that is documented in docs/ruleset.md.
 
-use super::balance::{Count, by_count};
+use super::balance::{Count, DRAW, DRAW_FILLED, DRAWS};
 use super::layout::{
     ALLOWED_CLIENT, By, FIREWALLED, MARK_OFF_CLUSTER, REJECT, Scope, ServiceSet, priority_map,
 };
@@ -108,18 +108,9 @@ impl Role {
     fn rules(self, by: By, sticky: bool, settings: &ServiceSettings, family: Family) -> Vec<Rule> {
         let goto = |role: Role| Statement::Verdict(Verdict::Goto(role.chain(by, sticky)));
         let (balance, drop) = (goto(Role::Balance), Statement::Verdict(Verdict::Drop));
-        let by_count = Statement::PriorityVerdict {
-            mask: COUNT,
-            map: by_count(by, Scope::Cluster),
-        };
         match self {
-            Role::Balance if sticky => vec![
-                Rule::new([Statement::VerdictMap(by.key(), by.sticky().name())]),
-                // The chain that looked for the client cleared the priority.
-                Rule::new([find(by, Scope::Cluster), by_count]),
-                Rule::new([drop]),
-            ],
-            Role::Balance => vec![Rule::new([by_count]), Rule::new([drop])],
+            Role::Balance if sticky => follow_or(by, Scope::Cluster),
+            Role::Balance => balance_among(by, Scope::Cluster),
             Role::Cluster => {
                 let mark = Verdict::Jump(MARK_OFF_CLUSTER.into());
                 vec![Rule::new([Statement::Verdict(mark)]), Rule::new([balance])]
@@ -137,7 +128,11 @@ impl Role {
                     .collect();
                 // As in kube-proxy, traffic from this node may leave it.
                 rules.push(Rule::new([Statement::SourceIsLocal, goto(Role::External)]));
-                rules.push(Rule::new([find(by, Scope::Local), local(by, sticky)]));
+                let local = Verdict::Goto(balancer(by, Scope::Local, sticky));
+                rules.push(Rule::new([
+                    find(by, Scope::Local),
+                    Statement::Verdict(local),
+                ]));
                 rules.push(Rule::new([drop]));
                 rules
             }
@@ -150,19 +145,58 @@ fn find(by: By, scope: Scope) -> Statement {
     Statement::PriorityByMap(by.key(), by.frontends(scope).name())
 }
 
-/// Returns the statement that balances packets over the endpoints on this node.
-fn local(by: By, sticky: bool) -> Statement {
-    if sticky {
-        return Statement::Verdict(Verdict::Goto(local_sticky(by)));
-    }
-    Statement::PriorityVerdict {
-        mask: COUNT,
-        map: by_count(by, Scope::Local),
-    }
+/// Returns the name of the chain that balances packets over the endpoints of a scope.
+fn balancer(by: By, scope: Scope, sticky: bool) -> Name {
+    let name = match scope {
+        Scope::Cluster => "lb",
+        Scope::Local => "lb-local",
+    };
+    by.chain(name, sticky)
 }
 
-fn local_sticky(by: By) -> Name {
-    by.chain("lb-local", true)
+/// Returns the name of the chain that translates packets to the endpoint with an index.
+fn pick(by: By, scope: Scope) -> Name {
+    let name = match scope {
+        Scope::Cluster => "pick",
+        Scope::Local => "pick-local",
+    };
+    by.chain(name, false)
+}
+
+/// Returns the rules that translate a packet with the number of its frontend to a random endpoint.
+///
+/// A packet evaluates the rules of the generation in which it started, but looks up the elements of
+/// the newest one. If endpoints were removed since, the index may have none; index 1 has one as long
+/// as any endpoint exists. Otherwise, or if the table was deleted, the packet is dropped and the
+/// client retries: without a verdict it would leave the node with the service's address, and after a
+/// rejection the client would give up.
+fn balance_among(by: By, scope: Scope) -> Vec<Rule> {
+    let draw = |map: &str| Statement::PriorityVerdict {
+        mask: COUNT,
+        map: map.into(),
+    };
+    let pick = || Statement::Verdict(Verdict::Jump(pick(by, scope)));
+    let mut rules = vec![Rule::new([draw(DRAW)]), Rule::new([pick()])];
+    let again = std::iter::repeat_n(DRAW, DRAWS - 1).chain([DRAW_FILLED]);
+    for map in again {
+        // The index has replaced the number.
+        rules.push(Rule::new([find(by, scope), draw(map)]));
+        rules.push(Rule::new([pick()]));
+    }
+    rules.push(Rule::new([Statement::SetPriority(1), pick()]));
+    rules.push(Rule::new([Statement::Verdict(Verdict::Drop)]));
+    rules
+}
+
+/// Returns the rules that look for the endpoint of a remembered client, and balance the packets of
+/// others.
+fn follow_or(by: By, scope: Scope) -> Vec<Rule> {
+    let follow = Statement::VerdictMap(by.key(), by.sticky().name());
+    let balance = Verdict::Goto(balancer(by, scope, false));
+    vec![
+        Rule::new([follow]),
+        Rule::new([Statement::Verdict(balance)]),
+    ]
 }
 
 /// Returns the rule that looks up the frontend of a packet and leads to the chain of its role.
@@ -228,15 +262,15 @@ pub(super) fn chains(by: By, settings: &ServiceSettings, family: Family) -> Vec<
             add(role.chain(by, sticky), rules);
         }
     }
+    let local = |sticky| balancer(by, Scope::Local, sticky);
+    add(local(false), balance_among(by, Scope::Local));
+    add(local(true), follow_or(by, Scope::Local));
+    for scope in [Scope::Cluster, Scope::Local] {
+        let endpoints = by.endpoints(scope).name();
+        let translate = Statement::DnatByMap(by.endpoint_key(), endpoints);
+        add(pick(by, scope), vec![Rule::new([translate])]);
+    }
     let drop = || Rule::new([Statement::Verdict(Verdict::Drop)]);
-    add(
-        local_sticky(by),
-        vec![
-            Rule::new([Statement::VerdictMap(by.key(), by.sticky().name())]),
-            Rule::new([find(by, Scope::Local), local(by, false)]),
-            drop(),
-        ],
-    );
     if by == By::Address {
         let lists = Statement::VerdictMap(by.key(), ServiceSet::FirewalledFrontends.name());
         add(FIREWALLED.into(), vec![Rule::new([lists]), drop()]);
@@ -281,7 +315,7 @@ pub(super) fn local_data(count: Count) -> Data {
 }
 
 /// Returns whether an element is that of a frontend with external policy Local.
-pub(crate) fn is_bound_to_node(element: &Element) -> bool {
+pub(super) fn is_bound_to_node(element: &Element) -> bool {
     let Value::Data(data) = &element.value else {
         return false;
     };

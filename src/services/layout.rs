@@ -64,10 +64,10 @@ impl By {
         }
     }
 
-    /// Returns the key of an endpoint: that of the frontend, and a random index.
-    pub(super) fn endpoint_key(self, endpoints: u32) -> Vec<Selector> {
+    /// Returns the key of an endpoint: that of the frontend, and an index in the priority.
+    pub(super) fn endpoint_key(self) -> Vec<Selector> {
         let mut key = self.key();
-        key.push(Selector::RandomIndex { modulus: endpoints });
+        key.push(Selector::Priority);
         key
     }
 
@@ -273,7 +273,7 @@ fn numbers(by: By) -> Declaration {
 }
 
 fn targets(by: By) -> Declaration {
-    Declaration::new(SetKind::Map(target()), by.endpoint_key(1))
+    Declaration::new(SetKind::Map(target()), by.endpoint_key())
 }
 
 service_sets! {

@@ -72,6 +72,4 @@ pub(crate) use store::{EndpointOf, SlicesOf};
 pub use store::{Marks, Store};
 pub(crate) use tables::Sticky;
 #[cfg(test)]
-pub(crate) use {
-    balance::Count, dispatch::Role, dispatch::is_bound_to_node, plan::Frontend, sources::SourceList,
-};
+pub(crate) use {balance::Count, dispatch::Role, plan::Frontend, sources::SourceList};

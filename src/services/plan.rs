@@ -320,21 +320,14 @@ impl ServicePlan {
     /// Returns the shared chains that the verdicts lead to, directly or not, each once.
     pub fn chains(&self, family: Family) -> BTreeSet<SharedChain> {
         let mut direct = BTreeSet::new();
-        let (mut last, mut firewalled) = (None, false);
+        let (mut any, mut firewalled) = (false, false);
         for (frontend, _) in self.of_family(family) {
+            any = true;
             firewalled |= frontend.firewalled;
-            let local = matches!(frontend.route, Route::LocalPolicy { .. });
-            let kind = (frontend.by(), local);
-            // Adjacent frontends are mostly of one kind.
-            if last.replace(kind) != Some(kind) {
-                // With any number of endpoints, so that the first one brings no chains.
-                direct.insert(SharedChain::Balance(frontend.by(), Scope::Cluster));
-                if local {
-                    direct.insert(SharedChain::Balance(frontend.by(), Scope::Local));
-                }
-            }
         }
-        if last.is_some() {
+        if any {
+            // With any number of endpoints, so that the first one brings no chains.
+            direct.insert(SharedChain::Draw);
             direct.extend(self.affinity.as_ref().map(Affinity::learn));
         }
         if firewalled {
@@ -355,8 +348,9 @@ pub(super) fn endpoint_element(
     index: usize,
     (address, port): Target,
 ) -> ElementOf {
-    // Never exceeded: a service with so many endpoints is left out.
-    let index = u32::try_from(index).unwrap_or(u32::MAX);
+    // In the tables, indexes begin with 1. The largest number is never exceeded: a service with so
+    // many endpoints is left out.
+    let index = u32::try_from(index + 1).unwrap_or(u32::MAX);
     let key = frontend.key().number(index).finish();
     let data = Data::build().address(address).port(port).finish();
     let map = frontend.by().endpoints(scope);

@@ -2,22 +2,24 @@
 
 use ipnet::IpNet;
 
-use super::balance::by_count;
+use super::balance::{DRAW, DRAW_FILLED};
 use super::chains::{LearnAt, SharedChain};
 use super::dispatch::{self, dispatch};
 use super::layout::{
-    By, DSTNAT, MARK_OFF_CLUSTER, NODEPORT_ADDRESSES, POD_NETWORKS, REJECT, SERVICE_CIDRS, Scope,
+    By, DSTNAT, MARK_OFF_CLUSTER, NODEPORT_ADDRESSES, POD_NETWORKS, REJECT, SERVICE_CIDRS,
     ServiceSet, priority_map,
 };
 use super::settings::{LocalDetector, ServiceSettings};
 use crate::engine::table_family;
 use crate::model::{Family, Node};
 use crate::nft::{
-    BaseChain, Chain, ChainKind, Comparison, CtState, Declaration, Hook, Name, Operand, RejectWith,
-    Rule, Selector, Set, SetKind, Statement, Table, Verdict, merge_intervals,
+    BaseChain, Chain, ChainKind, Comparison, CtState, CtStatus, Declaration, Hook, Name, Operand,
+    RejectWith, Rule, Selector, Set, SetKind, Statement, Table, Verdict, merge_intervals,
 };
 
 const SERVICES: &str = "services";
+/// Clears the priority of translated packets, then as [`UNASSIGNED`].
+const TRANSLATED: &str = "translated";
 const MASQUERADE: &str = "masquerade-marked";
 /// Rejects or drops packets to unassigned service addresses and ports.
 const UNASSIGNED: &str = "unassigned";
@@ -65,11 +67,12 @@ pub fn skeleton(
     let mut chain = |name: &str, base: Option<BaseChain>, rules: Vec<Rule>| {
         table.chains.insert(Name::from(name), Chain { base, rules });
     };
-    for (name, base, rules) in base_chains(settings) {
+    for (name, base, rules) in base_chains(settings, family) {
         chain(name, Some(base), rules);
     }
     chain(SERVICES, None, services());
     chain(UNASSIGNED, None, unassigned());
+    chain(TRANSLATED, None, translated());
     chain(UNKNOWN_PORTS, None, vec![unknown_port()]);
     chain(REJECT, None, reject());
     chain(
@@ -88,9 +91,9 @@ pub fn skeleton(
     for by in [By::Address, By::NodePort] {
         table.chains.extend(dispatch::chains(by, settings, family));
         table.sets.extend(dispatch::roles(by));
-        for scope in [Scope::Cluster, Scope::Local] {
-            table.sets.insert(by_count(by, scope), priority_map(vec![]));
-        }
+    }
+    for map in [DRAW, DRAW_FILLED] {
+        table.sets.insert(map.into(), priority_map(vec![]));
     }
     debug_assert!(consistent(&table), "{:?}", table_family(family));
     table
@@ -100,7 +103,7 @@ pub fn skeleton(
 /// version of nftlet. At start, other base chains are removed before the first lists; a former name
 /// must therefore stay in this list.
 pub(crate) fn is_base_chain(name: &Name) -> bool {
-    let fixed = base_chains(&ServiceSettings::default());
+    let fixed = base_chains(&ServiceSettings::default(), Family::V4);
     let mut learning = [LearnAt::Prerouting, LearnAt::Output].into_iter();
     fixed.iter().any(|(fixed, ..)| *fixed == name.as_str())
         || learning.any(|at| SharedChain::LearnHook(at).name() == *name)
@@ -120,7 +123,10 @@ fn consistent(table: &Table) -> bool {
 }
 
 /// Returns the base chains with their rules.
-fn base_chains(settings: &ServiceSettings) -> Vec<(&'static str, BaseChain, Vec<Rule>)> {
+fn base_chains(
+    settings: &ServiceSettings,
+    family: Family,
+) -> Vec<(&'static str, BaseChain, Vec<Rule>)> {
     let nat = |hook, priority| BaseChain {
         kind: ChainKind::Nat,
         hook,
@@ -132,6 +138,11 @@ fn base_chains(settings: &ServiceSettings) -> Vec<(&'static str, BaseChain, Vec<
         priority: AFTER_DSTNAT,
     };
     let (prerouting, output) = (Hook::Prerouting, Hook::Output);
+    let forwarded = match family {
+        // The kernel has derived the priority of a forwarded packet from its TOS field.
+        Family::V4 => UNASSIGNED,
+        Family::V6 => TRANSLATED,
+    };
     vec![
         (
             "nat-prerouting",
@@ -147,9 +158,9 @@ fn base_chains(settings: &ServiceSettings) -> Vec<(&'static str, BaseChain, Vec<
         (
             "filter-forward",
             filter(Hook::Forward),
-            new_connections(UNASSIGNED),
+            new_connections(forwarded),
         ),
-        ("filter-output", filter(output), new_connections(UNASSIGNED)),
+        ("filter-output", filter(output), new_connections(TRANSLATED)),
         (
             "filter-input",
             filter(Hook::Input),
@@ -208,6 +219,18 @@ fn unassigned() -> Vec<Rule> {
     vec![
         unknown_port(),
         Rule::new([to(SERVICE_CIDRS.into()), Statement::Verdict(Verdict::Drop)]),
+    ]
+}
+
+/// Returns the rules that take the index of the endpoint out of the priority. A chain that translates
+/// ends with the translation and cannot do that.
+fn translated() -> Vec<Rule> {
+    vec![
+        Rule::new([
+            Statement::CtStatus(CtStatus::Dnat),
+            Statement::SetPriority(0),
+        ]),
+        Rule::new([goto(UNASSIGNED)]),
     ]
 }
 

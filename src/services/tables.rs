@@ -357,10 +357,10 @@ impl Tables {
             for (_, shared) in chains {
                 table.chains.extend(shared.chains());
                 table.sets.extend(shared.sets());
-                let leading = shared.elements();
-                let map = leading.and_then(|(map, all)| Some((table.sets.get_mut(&map)?, all)));
-                if let Some((map, elements)) = map {
-                    map.elements = elements.to_vec();
+                for (map, elements) in shared.elements() {
+                    if let Some(map) = table.sets.get_mut(map) {
+                        map.elements.clone_from(elements);
+                    }
                 }
             }
             ruleset.tables.insert(table_id(*family), table);
@@ -514,15 +514,16 @@ impl TransactionDraft {
     }
 }
 
-/// Returns an operation on the elements that lead to shared chains.
+/// Returns operations on the elements that lead to shared chains.
 fn leading(
     family: Family,
     shared: &SharedChain,
     make: fn(TableId, Name, Arc<Declaration>, Vec<Element>) -> Op,
-) -> Option<Op> {
-    let (map, elements) = shared.elements()?;
-    let declaration = priority_map(vec![]).declaration;
-    Some(make(table_id(family), map, declaration, elements.to_vec()))
+) -> impl Iterator<Item = Op> {
+    shared.elements().iter().map(move |(map, elements)| {
+        let declaration = priority_map(vec![]).declaration;
+        make(table_id(family), map.clone(), declaration, elements.clone())
+    })
 }
 
 /// Groups elements by set, sorted by key.

@@ -130,28 +130,21 @@ pub(crate) fn heal(controller: &mut Controller<Fake>) -> (Outcome, bool) {
     (outcomes.together(), changed)
 }
 
-/// Removes the balancing chains for which there are no frontends.
-fn remove_unused_balancing(table: &mut Table) {
-    for (frontends, stem) in [
-        (ServiceSet::Frontends, "lb-"),
-        (ServiceSet::NodePorts, "nodeport-lb-"),
-    ] {
-        let Some(frontends) = table.sets.get(&frontends.name()) else {
-            continue;
-        };
-        let bound = frontends.elements.iter().any(services::is_bound_to_node);
-        let used = !frontends.elements.is_empty();
-        for (used, stem) in [(used, stem.to_owned()), (bound, format!("{stem}local-"))] {
-            if used {
-                continue;
-            }
-            table.chains.retain(|name, _| {
-                let number = name.as_str().strip_prefix(&stem);
-                !number.is_some_and(|it| it.starts_with(|c: char| c.is_ascii_digit()))
-            });
-            if let Some(map) = table.sets.get_mut(format!("{stem}by-count").as_str()) {
-                map.elements.clear();
-            }
+/// Removes the chains that draw indexes if there are no frontends.
+fn remove_unused_draws(table: &mut Table) {
+    let frontends = [ServiceSet::Frontends, ServiceSet::NodePorts];
+    let mut frontends = frontends
+        .iter()
+        .filter_map(|set| table.sets.get(&set.name()));
+    if frontends.any(|set| !set.elements.is_empty()) {
+        return;
+    }
+    table
+        .chains
+        .retain(|name, _| !name.as_str().starts_with("draw-"));
+    for map in ["draw", "draw-filled"] {
+        if let Some(map) = table.sets.get_mut(map) {
+            map.elements.clear();
         }
     }
 }
@@ -195,7 +188,7 @@ pub(crate) fn meaning(ruleset: &Ruleset) -> Ruleset {
             let shared = by_learning || listed || name_text.contains('/');
             reached.contains(name) || (by_learning && learns) || !shared
         });
-        remove_unused_balancing(table);
+        remove_unused_draws(table);
         let chains = &table.chains;
         table.sets.retain(|name, _| {
             let of = name.as_str().split_once('/');
@@ -228,7 +221,7 @@ pub(crate) fn meaning(ruleset: &Ruleset) -> Ruleset {
                 let index = u32::from_ne_bytes(index.try_into().unwrap());
                 let values = values.get_mut(frontend).unwrap();
                 values.sort();
-                element.value = values[index as usize].clone();
+                element.value = values[index as usize - 1].clone();
             }
         }
     }

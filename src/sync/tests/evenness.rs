@@ -1,6 +1,6 @@
 //! The share of each endpoint, computed from the compiled rules.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use super::*;
 use crate::nft::{Comparison, Selector, Statement, Table, Value, Verdict};
@@ -19,21 +19,18 @@ struct Walk<'a> {
     lost: f64,
 }
 
-/// The way out of a chain: the probability that the packet returns, and its priority then.
-struct Rest {
-    mass: f64,
-    priority: u32,
-}
+/// The probability that the packet has each priority at a place in the rules.
+type Packets = BTreeMap<u32, f64>;
 
 impl Walk<'_> {
-    fn key(&self, selectors: &[Selector], index: Option<u32>) -> Key {
+    fn key(&self, selectors: &[Selector], priority: u32) -> Key {
         let mut key = Key::build();
         for selector in selectors {
             key = match selector {
                 Selector::DestinationAddress => key.address(self.to),
                 Selector::L4Protocol => key.protocol(Protocol::Tcp.number()),
                 Selector::DestinationPort => key.port(self.port),
-                Selector::RandomIndex { .. } => key.number(index.unwrap()),
+                Selector::Priority => key.number(priority),
                 other => panic!("{other:?} is not expected"),
             };
         }
@@ -46,13 +43,6 @@ impl Walk<'_> {
         place.ok().map(|place| &elements[place].value)
     }
 
-    fn number(&self, map: &Name, key: &Key) -> Option<u32> {
-        match self.value(map, key)? {
-            Value::Data(data) => Some(u32::from_ne_bytes(data.as_bytes().try_into().unwrap())),
-            other => panic!("{other:?} is no number"),
-        }
-    }
-
     fn verdict(&self, map: &Name, key: &Key) -> Option<Verdict> {
         match self.value(map, key)? {
             Value::Verdict(verdict) => Some(verdict.clone()),
@@ -60,82 +50,89 @@ impl Walk<'_> {
         }
     }
 
-    fn chain(&mut self, name: &Name, mut rest: Rest) -> Rest {
+    /// Returns the packets that come back from a chain.
+    fn chain(&mut self, name: &Name, mut packets: Packets) -> Packets {
         let table = self.table;
         for rule in &table.chains[name].rules {
-            for statement in &*rule.statements {
-                let verdict = match statement {
-                    Statement::PriorityByMap(key, map) => {
-                        let Some(number) = self.number(map, &self.key(key, None)) else {
-                            break;
-                        };
-                        rest.priority = number;
-                        continue;
-                    }
-                    Statement::PriorityVerdict { mask, map } => {
-                        let key = Key::build().number(rest.priority & mask).finish();
-                        self.verdict(map, &key)
-                    }
-                    Statement::ClearPriority => {
-                        rest.priority = 0;
-                        continue;
-                    }
-                    Statement::VerdictMap(key, map) => self.verdict(map, &self.key(key, None)),
-                    Statement::DnatByMap(key, map) => {
-                        assert_eq!(rest.priority, 0, "it leaves with a priority: {name}");
-                        rest.mass = self.translate(key, map, rest.mass);
-                        None
-                    }
-                    Statement::Verdict(verdict) => Some(verdict.clone()),
-                    Statement::Reject(_) => Some(Verdict::Drop),
-                    Statement::SetMarkBits(_) => continue,
-                    Statement::DestinationIsLocal if self.local => continue,
-                    Statement::InSet(key, Comparison::Is, _)
-                        if self.local && *key == [Selector::DestinationAddress] =>
-                    {
-                        continue;
-                    }
-                    // The client is in none of the sets.
-                    Statement::InSet(_, Comparison::IsNot, _) => continue,
-                    Statement::InSet(..) | Statement::SourceIsLocal | Statement::Match(..) => break,
-                    other => panic!("{other:?} is not expected in {name}"),
-                };
-                match verdict {
-                    None => break,
-                    Some(Verdict::Jump(chain)) => {
-                        rest = self.chain(&chain, rest);
-                        break;
-                    }
-                    Some(Verdict::Goto(chain)) => return self.chain(&chain, rest),
-                    Some(Verdict::Drop) => {
-                        self.lost += rest.mass;
-                        return Rest { mass: 0.0, ..rest };
-                    }
-                    Some(other) => panic!("{other:?} is not expected in {name}"),
+            let mut next = Packets::new();
+            for (priority, mass) in packets {
+                for (priority, mass) in self.rule(&rule.statements, name, priority, mass) {
+                    *next.entry(priority).or_default() += mass;
                 }
             }
+            packets = next;
         }
-        rest
+        packets
     }
 
-    /// Divides the probability among the drawn indexes. Returns that of those without an endpoint.
-    fn translate(&mut self, key: &[Selector], map: &Name, mass: f64) -> f64 {
-        let Some(Selector::RandomIndex { modulus }) = key.last() else {
-            panic!("{map} is not drawn from");
-        };
-        let each = mass / f64::from(*modulus);
-        let mut missed = 0.0;
-        for index in 0..*modulus {
-            let key = self.key(key, Some(index));
-            match self.value(map, &key) {
-                Some(Value::Data(target)) => {
-                    let target = target.as_bytes().to_vec();
-                    *self.shares.entry(target).or_default() += each;
+    /// Returns the packets that go on behind a rule.
+    fn rule(&mut self, rule: &[Statement], name: &Name, mut priority: u32, mass: f64) -> Packets {
+        for (place, statement) in rule.iter().enumerate() {
+            let verdict = match statement {
+                Statement::PriorityByMap(key, map) => {
+                    let Some(Value::Data(data)) = self.value(map, &self.key(key, 0)) else {
+                        break;
+                    };
+                    priority = u32::from_ne_bytes(data.as_bytes().try_into().unwrap());
+                    continue;
                 }
-                _ => missed += each,
-            }
+                Statement::PriorityVerdict { mask, map } => {
+                    let key = Key::build().number(priority & mask).finish();
+                    self.verdict(map, &key)
+                }
+                Statement::SetPriority(value) => {
+                    priority = *value;
+                    continue;
+                }
+                Statement::RandomPriority(largest) => {
+                    assert_eq!(place + 1, rule.len(), "{name}");
+                    let each = mass / f64::from(*largest);
+                    return (1..=*largest).map(|index| (index, each)).collect();
+                }
+                Statement::VerdictMap(key, map) => self.verdict(map, &self.key(key, priority)),
+                Statement::DnatByMap(key, map) => {
+                    let Some(Value::Data(target)) = self.value(map, &self.key(key, priority))
+                    else {
+                        break;
+                    };
+                    let target = target.as_bytes().to_vec();
+                    *self.shares.entry(target).or_default() += mass;
+                    return Packets::new();
+                }
+                Statement::Verdict(verdict) => Some(verdict.clone()),
+                Statement::Reject(_) => Some(Verdict::Drop),
+                Statement::SetMarkBits(_) => continue,
+                Statement::DestinationIsLocal if self.local => continue,
+                Statement::InSet(key, Comparison::Is, _)
+                    if self.local && *key == [Selector::DestinationAddress] =>
+                {
+                    continue;
+                }
+                // The client is in none of the sets.
+                Statement::InSet(_, Comparison::IsNot, _) => continue,
+                Statement::DestinationIsLocal
+                | Statement::InSet(..)
+                | Statement::SourceIsLocal
+                | Statement::Match(..) => break,
+                other => panic!("{other:?} is not expected in {name}"),
+            };
+            return match verdict {
+                None => break,
+                Some(Verdict::Jump(chain)) => self.chain(&chain, [(priority, mass)].into()),
+                // Nothing that leads to a chain comes back to this one.
+                Some(Verdict::Goto(chain)) => {
+                    let rest = self.chain(&chain, [(priority, mass)].into());
+                    self.lost += rest.values().sum::<f64>();
+                    Packets::new()
+                }
+                Some(Verdict::Drop) => {
+                    self.lost += mass;
+                    Packets::new()
+                }
+                Some(other) => panic!("{other:?} is not expected in {name}"),
+            };
         }
-        missed
+        [(priority, mass)].into()
     }
 }
 
@@ -185,14 +182,10 @@ fn every_endpoint_gets_its_share_within_one_percent() {
                 shares: HashMap::new(),
                 lost: 0.0,
             };
-            let at_first = Rest {
-                mass: 1.0,
-                // The packet brings a priority of its own.
-                priority: 6,
-            };
-            let rest = walk.chain(&"services".into(), at_first);
+            // The packet brings a priority of its own.
+            let rest = walk.chain(&"services".into(), [(6, 1.0)].into());
             let case = format!("{endpoints} endpoints at {to}");
-            assert!(rest.mass + walk.lost < 1e-12, "{case}: {}", rest.mass);
+            assert!(rest.is_empty() && walk.lost < 1e-12, "{case}: {rest:?}");
             assert_eq!(walk.shares.len(), among as usize, "{case}");
             for share in walk.shares.values() {
                 let of_equal = share * f64::from(among);
@@ -214,8 +207,7 @@ fn a_packet_without_a_frontend_is_not_judged_by_its_own_priority() {
             shares: HashMap::new(),
             lost: 0.0,
         };
-        let mass = 1.0;
-        let rest = walk.chain(&"services".into(), Rest { mass, priority });
-        assert_eq!((rest.mass, rest.priority), (mass, priority));
+        let packets = Packets::from([(priority, 1.0)]);
+        assert_eq!(walk.chain(&"services".into(), packets.clone()), packets);
     }
 }

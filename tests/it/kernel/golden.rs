@@ -52,13 +52,10 @@ fn dry_run(case: &Path) -> String {
 /// Leaves out the chains and map elements of most numbers of endpoints, which differ in the number
 /// only.
 fn brief(text: &str) -> String {
-    const KEPT: [&str; 3] = ["1", "2", "65-91"];
+    const KEPT: [&str; 5] = ["1", "2", "64", "65-91", "92-128"];
     let left_out = |name: &str| {
-        let name = name
-            .trim_start_matches("nodeport-")
-            .trim_start_matches("lb-");
-        let number = name.trim_start_matches("local-");
-        number.starts_with(|c: char| c.is_ascii_digit()) && !KEPT.contains(&number)
+        let number = name.strip_prefix("draw-");
+        number.is_some_and(|number| !KEPT.contains(&number))
     };
     let mut lines = Vec::new();
     let mut text = text.lines();
@@ -72,9 +69,8 @@ fn brief(text: &str) -> String {
             text.next();
             continue;
         }
-        let goal = line
-            .split_once(" : goto ")
-            .map(|(_, goal)| goal.trim_end_matches(','));
+        let goal = line.split_once(" : jump ").map(|(_, goal)| goal);
+        let goal = goal.map(|goal| goal.trim_end_matches([',', ' ', '}']));
         if !goal.is_some_and(left_out) {
             lines.push(line);
         } else if line.ends_with(" }") {

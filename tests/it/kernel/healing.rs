@@ -81,7 +81,7 @@ fn every_foreign_change_is_undone() {
         "insert rule ip nftlet services tcp dport 80 drop",
         "add chain ip nftlet intruder",
         "add element ip nftlet frontends { 10.96.0.99 . tcp . 80 : 9:0 }",
-        "delete element ip nftlet endpoints { 10.96.0.10 . tcp . 80 . 1 }",
+        "delete element ip nftlet endpoints { 10.96.0.10 . tcp . 80 . 0:1 }",
         "flush set ip nftlet hairpin",
         "add set ip6 nftlet intruder { type ipv6_addr; }",
         "add counter ip nftlet intruder",

@@ -503,7 +503,7 @@ fn five_thousand_endpoints_fit_in_one_service() {
     assert!(list("frontends").contains(" : 2:5793"), "4,097 to 5,793");
     let endpoints = list("endpoints");
     assert_eq!(endpoints.matches(" . 8080").count(), 5000);
-    assert!(endpoints.contains("10.96.0.10 . tcp . 80 . 4999 : "));
+    assert!(endpoints.contains("10.96.0.10 . tcp . 80 . 0:1388 : "));
     put_part(3, Some(ip("10.210.0.1")));
     wait_for("the replaced endpoint", PATIENCE, || {
         list("endpoints")

@@ -282,7 +282,8 @@ impl Walker<'_> {
                 Statement::DnatByMap(..)
                 | Statement::PriorityByMap(..)
                 | Statement::PriorityVerdict { .. }
-                | Statement::ClearPriority
+                | Statement::SetPriority(_)
+                | Statement::RandomPriority(_)
                 | Statement::Masquerade
                 | Statement::Foreign(_) => {
                     panic!("{id}: no statement of a filter: {statement:?}")
