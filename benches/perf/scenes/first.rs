@@ -28,7 +28,7 @@ const IDLE: Duration = Duration::from_secs(10);
 const PAIRS: u32 = 3;
 /// How often the ruleset is flushed, and how often nftlet is asked whether it is repaired.
 const FLUSHES: usize = 3;
-const ASK: Duration = Duration::from_millis(2);
+const ASK: Duration = Duration::from_millis(25);
 /// Up to so many services the time of a repair has a budget of its own.
 const SMALL: usize = 1_000;
 /// With which cluster others with as many endpoints per service are compared.
