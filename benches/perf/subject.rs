@@ -231,10 +231,8 @@ fn remove_unused_chains(held: &mut Table, wanted: &Table) {
 }
 
 fn number_anew(set: &mut Set) {
-    if !matches!(
-        set.declaration.key.last(),
-        Some(Selector::RandomIndex { .. })
-    ) {
+    let key = &set.declaration.key;
+    if key.len() < 2 || key.last() != Some(&Selector::Priority) {
         return;
     }
     let mut frontends: BTreeMap<&[u8], Vec<(u32, &Value)>> = BTreeMap::new();
@@ -246,7 +244,7 @@ fn number_anew(set: &mut Set) {
     let mut elements = Vec::with_capacity(set.elements.len());
     for (frontend, mut endpoints) in frontends {
         endpoints.sort_unstable();
-        if !(0..)
+        if !(1..)
             .zip(&endpoints)
             .all(|(index, (found, _))| index == *found)
         {
@@ -254,7 +252,7 @@ fn number_anew(set: &mut Set) {
         }
         let mut values: Vec<&Value> = endpoints.into_iter().map(|(_, value)| value).collect();
         values.sort_unstable();
-        for (index, value) in (0_u32..).zip(values) {
+        for (index, value) in (1_u32..).zip(values) {
             let key = Key::from_bytes(&[frontend, &index.to_ne_bytes()].concat());
             elements.push(Element {
                 value: value.clone(),

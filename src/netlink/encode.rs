@@ -424,7 +424,6 @@ fn length(selectors: &[Selector], family: TableFamily) -> u32 {
 fn type_number(selectors: &[Selector], family: TableFamily) -> u32 {
     selectors.iter().fold(0, |number, selector| {
         let field = match selector.field_type(family) {
-            FieldType::Integer => 4,
             FieldType::Ipv4Addr => 7,
             FieldType::Ipv6Addr => 8,
             FieldType::InetProto => 12,

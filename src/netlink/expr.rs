@@ -471,7 +471,6 @@ fn ct_state_bit(state: CtState) -> u32 {
 
 fn ct_status_bit(status: CtStatus) -> u32 {
     match status {
-        CtStatus::Snat => 1 << 4,
         CtStatus::Dnat => 1 << 5,
     }
 }

@@ -18,8 +18,6 @@ pub enum FieldType {
     InetProto,
     /// `inet_service`, a port, two bytes in network order.
     InetService,
-    /// An untyped number, the result of `numgen`, four bytes in host order.
-    Integer,
     /// `mark`, four bytes in host order.
     Mark,
     /// `classid`, a traffic class of two 16-bit numbers, four bytes in host order.
@@ -34,7 +32,7 @@ impl FieldType {
     /// Returns the length of the value in bytes.
     pub fn bytes(self) -> usize {
         match self {
-            FieldType::Ipv4Addr | FieldType::Integer | FieldType::Mark | FieldType::ClassId => 4,
+            FieldType::Ipv4Addr | FieldType::Mark | FieldType::ClassId => 4,
             FieldType::Ipv6Addr | FieldType::IfName => 16,
             FieldType::InetProto | FieldType::Icmp6Type => 1,
             FieldType::InetService => 2,
@@ -53,7 +51,6 @@ impl FieldType {
             FieldType::Ipv6Addr => "ipv6_addr",
             FieldType::InetProto => "inet_proto",
             FieldType::InetService => "inet_service",
-            FieldType::Integer => "integer",
             FieldType::Mark => "mark",
             FieldType::ClassId => "classid",
             FieldType::IfName => "ifname",
@@ -65,7 +62,7 @@ impl FieldType {
     pub(crate) fn host_order(self) -> bool {
         matches!(
             self,
-            FieldType::Integer | FieldType::Mark | FieldType::ClassId | FieldType::IfName
+            FieldType::Mark | FieldType::ClassId | FieldType::IfName
         )
     }
 }
@@ -160,7 +157,7 @@ impl KeyBuilder {
         self.field(&port.to_be_bytes())
     }
 
-    /// Appends a number in host order, such as an endpoint index or a mark.
+    /// Appends a number in host order, such as a traffic class or a mark.
     pub fn number(self, number: u32) -> Self {
         self.field(&number.to_ne_bytes())
     }
@@ -217,9 +214,6 @@ fn print_field(field: FieldType, value: &[u8]) -> String {
         FieldType::InetProto => protocol(value.first().copied().unwrap_or_default()),
         FieldType::InetService => <[u8; 2]>::try_from(value)
             .map(|bytes| u16::from_be_bytes(bytes).to_string())
-            .unwrap_or_default(),
-        FieldType::Integer => <[u8; 4]>::try_from(value)
-            .map(|bytes| u32::from_ne_bytes(bytes).to_string())
             .unwrap_or_default(),
         FieldType::Mark => <[u8; 4]>::try_from(value)
             .map(|bytes| format!("{:#010x}", u32::from_ne_bytes(bytes)))
@@ -300,10 +294,10 @@ mod tests {
             FieldType::Ipv4Addr,
             FieldType::InetProto,
             FieldType::InetService,
-            FieldType::Integer,
+            FieldType::ClassId,
         ];
         let fields: Vec<_> = key.fields(&types).collect();
-        assert_eq!(fields, ["10.96.0.5", "tcp", "80", "3"]);
+        assert_eq!(fields, ["10.96.0.5", "tcp", "80", "0:3"]);
     }
 
     #[test]

@@ -116,8 +116,6 @@ impl<const N: usize> From<[CtState; N]> for CtStates {
 pub enum CtStatus {
     /// The destination was translated.
     Dnat,
-    /// The source was translated.
-    Snat,
 }
 
 /// The answer to a rejected packet.

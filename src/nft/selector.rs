@@ -14,21 +14,8 @@ pub enum Selector {
     DestinationAddress,
     /// `meta l4proto`.
     L4Protocol,
-    /// `th sport`.
-    SourcePort,
     /// `th dport`.
     DestinationPort,
-    /// `numgen random mod N`: a uniform random number below N. In the declaration of a set it is an
-    /// index.
-    RandomIndex {
-        /// N, at least 1.
-        modulus: u32,
-    },
-    /// `jhash ip saddr mod N`: a number below N, the same for all packets of a client.
-    SourceHash {
-        /// N, at least 1.
-        modulus: u32,
-    },
     /// `meta mark`.
     Mark,
     /// `meta priority`.
@@ -57,10 +44,7 @@ impl Selector {
                 TableFamily::Ip6 => FieldType::Ipv6Addr,
             },
             Selector::L4Protocol => FieldType::InetProto,
-            Selector::SourcePort
-            | Selector::DestinationPort
-            | Selector::OriginalDestinationPort => FieldType::InetService,
-            Selector::RandomIndex { .. } | Selector::SourceHash { .. } => FieldType::Integer,
+            Selector::DestinationPort | Selector::OriginalDestinationPort => FieldType::InetService,
             Selector::Mark => FieldType::Mark,
             Selector::Priority => FieldType::ClassId,
             Selector::InputInterface | Selector::OutputInterface => FieldType::IfName,
@@ -75,10 +59,7 @@ impl Selector {
             Selector::SourceAddress => format!("{ip} saddr"),
             Selector::DestinationAddress => format!("{ip} daddr"),
             Selector::L4Protocol => "meta l4proto".into(),
-            Selector::SourcePort => "th sport".into(),
             Selector::DestinationPort => "th dport".into(),
-            Selector::RandomIndex { modulus } => format!("numgen random mod {modulus}"),
-            Selector::SourceHash { modulus } => format!("jhash {ip} saddr mod {modulus}"),
             Selector::Mark => "meta mark".into(),
             Selector::Priority => "meta priority".into(),
             Selector::InputInterface => "iifname".into(),

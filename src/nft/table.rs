@@ -175,8 +175,7 @@ impl Declaration {
         }
     }
 
-    /// Sets the comment. It must be short for a set that is declared with `typeof`: the kernel
-    /// stores 256 bytes for both.
+    /// Sets the comment.
     #[must_use]
     pub fn comment(mut self, comment: &str) -> Self {
         self.comment = Some(clean_comment(comment));
@@ -204,14 +203,6 @@ impl Declaration {
     /// Returns whether the key has several fields.
     pub fn concatenated(&self) -> bool {
         self.key.len() > 1
-    }
-
-    /// Returns whether nft needs `typeof` to declare it: an index has no named type.
-    pub(crate) fn needs_typeof(&self, family: TableFamily) -> bool {
-        self.key_types(family)
-            .iter()
-            .chain(&self.data_types(family))
-            .any(|field| *field == FieldType::Integer)
     }
 }
 

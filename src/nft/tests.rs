@@ -31,7 +31,7 @@ fn set() -> impl Strategy<Value = Set> {
     let kinds = prop_oneof![
         Just(SetKind::Set),
         Just(SetKind::VerdictMap),
-        Just(SetKind::Map(vec![Selector::SourcePort])),
+        Just(SetKind::Map(vec![Selector::DestinationPort])),
     ];
     kinds.prop_flat_map(|kind| {
         vec(element(&kind), 0..10).prop_map(move |mut elements| {

@@ -95,26 +95,17 @@ fn render_set(name: &str, set: &Set, family: TableFamily, out: &mut impl Write) 
     writeln!(out, "\t}}")
 }
 
-/// Returns the `type` or `typeof` line.
+/// Returns the line that declares the types.
 fn set_type(set: &Declaration, family: TableFamily) -> String {
-    let typeof_needed = set.needs_typeof(family);
     let describe = |selectors: &[Selector]| {
-        if typeof_needed {
-            concatenation(selectors, family)
-        } else {
-            let names: Vec<_> = selectors
-                .iter()
-                .map(|s| s.field_type(family).name())
-                .collect();
-            names.join(" . ")
-        }
+        let types = selectors.iter().map(|s| s.field_type(family).name());
+        types.collect::<Vec<_>>().join(" . ")
     };
-    let keyword = if typeof_needed { "typeof" } else { "type" };
     let key = describe(&set.key);
     match &set.kind {
-        SetKind::Set => format!("{keyword} {key}"),
-        SetKind::VerdictMap => format!("{keyword} {key} : verdict"),
-        SetKind::Map(data) => format!("{keyword} {key} : {}", describe(data)),
+        SetKind::Set => format!("type {key}"),
+        SetKind::VerdictMap => format!("type {key} : verdict"),
+        SetKind::Map(data) => format!("type {key} : {}", describe(data)),
     }
 }
 
@@ -281,7 +272,6 @@ fn statement(statement: &Statement, family: TableFamily) -> String {
             format!("ct state {}", names.join(","))
         }
         Statement::CtStatus(CtStatus::Dnat) => "ct status dnat".into(),
-        Statement::CtStatus(CtStatus::Snat) => "ct status snat".into(),
         Statement::TcpNotOpening => "tcp flags & (fin | syn | rst | ack) != syn".into(),
         Statement::HopLimit(hops) => match family {
             TableFamily::Ip => format!("ip ttl {hops}"),

@@ -13,10 +13,11 @@
 //!    │                   external   marks everyone ───────────────────────────┤
 //!    │                   local      policy Local: pods and the node ──────────┤
 //!    │                     └─ priority := count in @local-frontends           v
-//!    │                          ──> lb-local-1 (others)               lb: count, @lb-by-count
-//!    │                   firewalled: vmap @firewalled-frontends               v
-//!    │                     └─ sources-12ab…  only clients in the      lb-3: dnat to (frontend,
-//!    │                          set of this name ──> any of these     random of 3) map @endpoints
+//!    │                          ──> lb-local (others)    lb: count, @draw ──> draw-3:
+//!    │                   firewalled: vmap                      priority := random index of 3
+//!    │                     @firewalled-frontends               pick: dnat to (frontend, index)
+//!    │                     └─ sources-12ab…  only clients      map @endpoints
+//!    │                          in the set of this name ──> any of these
 //!    └─ @nodeports ──> nodeport-external, nodeport-local (the same by port)
 //!
 //!  forward, output: new connections, behind the translation of all proxies ──> unassigned

@@ -8,7 +8,6 @@ use crate::nft::{Selector, TableFamily};
 impl Program {
     /// Loads a selector's value into the register at a word.
     pub(super) fn load(&mut self, selector: Selector, word: usize) {
-        use Attribute::U32;
         let target = register(word);
         match selector {
             Selector::SourceAddress | Selector::DestinationAddress => {
@@ -22,9 +21,6 @@ impl Program {
                 };
                 self.payload(libc::NFT_PAYLOAD_NETWORK_HEADER, offset, length, target);
             }
-            Selector::SourcePort => {
-                self.payload(libc::NFT_PAYLOAD_TRANSPORT_HEADER, 0, 2, target);
-            }
             Selector::DestinationPort => {
                 self.payload(libc::NFT_PAYLOAD_TRANSPORT_HEADER, 2, 2, target);
             }
@@ -33,30 +29,6 @@ impl Program {
             Selector::Priority => self.meta(libc::NFT_META_PRIORITY, target),
             Selector::InputInterface => self.meta(libc::NFT_META_IIFNAME, target),
             Selector::OutputInterface => self.meta(libc::NFT_META_OIFNAME, target),
-            Selector::RandomIndex { modulus } => self.push(
-                c"numgen",
-                [
-                    (sys::NFTNL_EXPR_NG_DREG, U32(target)),
-                    (sys::NFTNL_EXPR_NG_MODULUS, U32(modulus)),
-                    (sys::NFTNL_EXPR_NG_TYPE, U32(libc::NFT_NG_RANDOM as u32)),
-                ],
-            ),
-            Selector::SourceHash { modulus } => {
-                // The address goes to the registers after the target.
-                let scratch = (word + 1).next_multiple_of(4);
-                self.load(Selector::SourceAddress, scratch);
-                let length = Selector::SourceAddress.field_type(self.family).bytes() as u32;
-                self.push(
-                    c"hash",
-                    [
-                        (sys::NFTNL_EXPR_HASH_SREG, U32(register(scratch))),
-                        (sys::NFTNL_EXPR_HASH_DREG, U32(target)),
-                        (sys::NFTNL_EXPR_HASH_LEN, U32(length)),
-                        (sys::NFTNL_EXPR_HASH_MODULUS, U32(modulus)),
-                        (sys::NFTNL_EXPR_HASH_TYPE, U32(0)),
-                    ],
-                );
-            }
             Selector::OriginalDestinationAddress => {
                 let key = match self.family {
                     TableFamily::Ip => libc::NFT_CT_DST_IP,

@@ -54,9 +54,9 @@ fn service_key() -> Vec<Selector> {
     ]
 }
 
-pub fn endpoint_key(modulus: u32) -> Vec<Selector> {
+pub fn endpoint_key() -> Vec<Selector> {
     let mut key = service_key();
-    key.push(Selector::RandomIndex { modulus });
+    key.push(Selector::Priority);
     key
 }
 
@@ -87,7 +87,7 @@ pub fn everything(family: TableFamily) -> Ruleset {
     add_set(
         "endpoints",
         set(
-            Declaration::new(SetKind::Map(endpoint_data()), endpoint_key(1)),
+            Declaration::new(SetKind::Map(endpoint_data()), endpoint_key()),
             (0..3)
                 .map(|index| {
                     Element::with_data(
@@ -104,6 +104,26 @@ pub fn everything(family: TableFamily) -> Ruleset {
                     )
                 })
                 .collect(),
+        ),
+    );
+    add_set(
+        "numbers",
+        set(
+            Declaration::new(SetKind::Map(vec![Selector::Priority]), service_key()),
+            vec![Element::with_data(
+                frontend.clone(),
+                Data::build().number(0x0002_0010).finish(),
+            )],
+        ),
+    );
+    add_set(
+        "roles",
+        set(
+            Declaration::new(SetKind::VerdictMap, [Selector::Priority]),
+            vec![Element::with_verdict(
+                Key::build().number(0x0002_0000).finish(),
+                Verdict::Goto("refuse".into()),
+            )],
         ),
     );
     add_set(
@@ -414,7 +434,7 @@ pub fn everything(family: TableFamily) -> Ruleset {
                 vec![
                     Rule::new([
                         S::CtState(CtState::Related.into()),
-                        S::CtStatus(CtStatus::Snat),
+                        S::CtStatus(CtStatus::Dnat),
                         S::Verdict(Verdict::Return),
                     ]),
                     Rule::new([
@@ -491,18 +511,21 @@ pub fn everything(family: TableFamily) -> Ruleset {
         (
             "lb-3",
             plain(vec![
-                Rule::new([S::DnatByMap(endpoint_key(3), "endpoints".into())]),
-                Rule::new([S::DnatByMap(endpoint_key(1), "endpoints".into())]),
+                Rule::new([
+                    S::PriorityByMap(service_key(), "numbers".into()),
+                    S::PriorityVerdict {
+                        mask: 0x001f_0000,
+                        map: "roles".into(),
+                    },
+                ]),
+                Rule::new([S::RandomPriority(3)]),
+                Rule::new([S::SetPriority(0x0001_000a)]),
+                Rule::new([
+                    S::SetPriority(0),
+                    S::DnatByMap(endpoint_key(), "endpoints".into()),
+                ]),
                 Rule::new([S::DnatByMap(affinity_key(), "affinity".into())]),
                 Rule::new([S::SetMarkBits(bit)]),
-                Rule::new([S::DnatByMap(
-                    {
-                        let mut key = service_key();
-                        key.push(Selector::SourceHash { modulus: 3 });
-                        key
-                    },
-                    "endpoints".into(),
-                )]),
             ]),
         ),
         (
@@ -531,7 +554,7 @@ pub fn everything(family: TableFamily) -> Ruleset {
                 Rule::new([
                     S::Match(Selector::L4Protocol, IsNot, Operand::Protocol(58)),
                     S::Match(Selector::L4Protocol, Is, Operand::Protocol(6)),
-                    S::Match(Selector::SourcePort, IsNot, Operand::Port(22)),
+                    S::Match(Selector::DestinationPort, IsNot, Operand::Port(22)),
                     S::Match(Selector::DestinationPort, Is, Operand::Port(443)),
                     S::Verdict(Verdict::Return),
                 ]),
@@ -549,7 +572,7 @@ pub fn everything(family: TableFamily) -> Ruleset {
                     S::Match(Selector::L4Protocol, Is, Operand::Protocol(6)),
                     S::TcpNotOpening,
                     S::Match(Selector::DestinationPort, Is, Operand::Ports(8000, 9000)),
-                    S::Match(Selector::SourcePort, IsNot, Operand::Ports(0, 1023)),
+                    S::Match(Selector::DestinationPort, IsNot, Operand::Ports(0, 1023)),
                     S::Verdict(Verdict::Accept),
                 ]),
                 Rule::new([

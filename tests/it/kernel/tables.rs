@@ -160,7 +160,7 @@ fn foreign_changes_are_seen_and_undone() {
         "add rule ip nftlet-test refuse counter",
         "insert rule ip nftlet-test services tcp dport 22 accept",
         "flush chain ip nftlet-test lb-3",
-        "delete element ip nftlet-test endpoints { 10.96.0.5 . tcp . 80 . 1 }",
+        "delete element ip nftlet-test endpoints { 10.96.0.5 . tcp . 80 . 0:1 }",
         "add element ip nftlet-test addresses { 10.96.0.99 }",
         "delete element ip nftlet-test ranges { 10.96.0.0/16 }",
         "delete element ip nftlet-test frontends { 10.96.0.5 . tcp . 80 }; \
@@ -259,7 +259,7 @@ fn what_others_change_in_a_very_large_set_is_seen() {
         let data = Data::build().address(address.into()).port(8080).finish();
         Element::with_data(key(index), data)
     };
-    let declaration = Declaration::new(SetKind::Map(endpoint_data()), endpoint_key(1));
+    let declaration = Declaration::new(SetKind::Map(endpoint_data()), endpoint_key());
     let elements = (0..160_000).map(endpoint).collect();
     let table = Table {
         sets: [("endpoints".into(), set(declaration, elements))].into(),
@@ -274,16 +274,16 @@ fn what_others_change_in_a_very_large_set_is_seen() {
     assert_same(&read(&ns, &wanted), &wanted, "as written");
     let changes = [
         (
-            "delete element ip nftlet-test endpoints { 10.96.0.5 . tcp . 80 . 1 }",
+            "delete element ip nftlet-test endpoints { 10.96.0.5 . tcp . 80 . 0:1 }",
             1,
         ),
         (
-            "delete element ip nftlet-test endpoints { 10.96.0.5 . tcp . 80 . 1 }; \
-             add element ip nftlet-test endpoints { 10.96.0.5 . tcp . 80 . 1 : 10.9.9.9 . 80 }",
+            "delete element ip nftlet-test endpoints { 10.96.0.5 . tcp . 80 . 0:1 }; \
+             add element ip nftlet-test endpoints { 10.96.0.5 . tcp . 80 . 0:1 : 10.9.9.9 . 80 }",
             2,
         ),
         (
-            "add element ip nftlet-test endpoints { 10.99.0.5 . tcp . 80 . 1 : 10.9.9.9 . 80 }",
+            "add element ip nftlet-test endpoints { 10.99.0.5 . tcp . 80 . 0:1 : 10.9.9.9 . 80 }",
             1,
         ),
         ("flush map ip nftlet-test endpoints", 160_000),

@@ -26,7 +26,6 @@ pub struct Packet {
     pub protocol: u8,
     /// The two bytes where TCP, UDP and SCTP have the source port. Others have something else
     /// there, which a rule reads as a port if it does not ask for the protocol.
-    pub source_port: u16,
     /// The same for the destination port.
     pub destination_port: u16,
     /// The type of an ICMPv6 message.
@@ -52,7 +51,6 @@ impl Packet {
             source,
             destination,
             protocol,
-            source_port: 40_000,
             destination_port: port,
             icmp6_type: 128,
             hop_limit: 64,
@@ -298,7 +296,6 @@ impl Walker<'_> {
 
     fn compares(&self, selector: Selector, operand: &Operand) -> bool {
         let port = || match selector {
-            Selector::SourcePort => self.packet.source_port,
             Selector::DestinationPort => self.packet.destination_port,
             other => panic!("{other:?} is no port"),
         };
@@ -329,7 +326,6 @@ impl Walker<'_> {
             Selector::SourceAddress => key.address(self.packet.source),
             Selector::DestinationAddress => key.address(self.packet.destination),
             Selector::L4Protocol => key.protocol(self.packet.protocol),
-            Selector::SourcePort => key.port(self.packet.source_port),
             Selector::DestinationPort => key.port(self.packet.destination_port),
             Selector::Icmp6Type => {
                 assert_eq!(self.packet.protocol, 58, "ICMPv6 is not asked for");
@@ -339,8 +335,6 @@ impl Walker<'_> {
             Selector::InputInterface => key.interface(&self.packet.input),
             Selector::OutputInterface => key.interface(&self.packet.output),
             Selector::Priority
-            | Selector::RandomIndex { .. }
-            | Selector::SourceHash { .. }
             | Selector::OriginalDestinationAddress
             | Selector::OriginalDestinationPort => {
                 panic!("a policy must not depend on {selector:?}")
