@@ -130,7 +130,7 @@ fn meaning(listing: &str) -> Vec<String> {
             return line.to_owned();
         };
         match key.rsplit_once(" . ") {
-            Some((frontend, index)) if index.parse::<u32>().is_ok() && data.contains(" . ") => {
+            Some((frontend, index)) if index.starts_with("0:") && data.contains(" . ") => {
                 format!("{frontend} . # : {data}")
             }
             _ => line.to_owned(),
