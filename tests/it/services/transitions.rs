@@ -131,6 +131,7 @@ fn meaning(node: &Namespace) -> BTreeMap<String, Value> {
         }
     }
     for family in ["ip", "ip6"] {
+        forget_unused_draws(&mut found, family);
         let used = used_chains(&found, family);
         found.retain(|name, _| {
             let mut words = name.split(' ');
@@ -153,13 +154,22 @@ fn meaning(node: &Namespace) -> BTreeMap<String, Value> {
     found
 }
 
+/// Removes the chains that draw indexes if there are no frontends.
+fn forget_unused_draws(found: &mut BTreeMap<String, Value>, family: &str) {
+    let maps = ["frontends", "nodeports"].map(|map| format!("map {family} {map}"));
+    if maps.iter().any(|map| found[map].get("elem").is_some()) {
+        return;
+    }
+    for map in ["draw", "draw-filled"] {
+        let map = found.get_mut(&format!("map {family} {map}"));
+        map.and_then(Value::as_object_mut).unwrap().remove("elem");
+    }
+    let [chains, rules] = ["chain", "rules"].map(|kind| format!("{kind} {family} draw-"));
+    found.retain(|name, _| !name.starts_with(&chains) && !name.starts_with(&rules));
+}
+
 fn is_shared(chain: &str) -> bool {
-    let (role, namespace) = chain.split_once('/').unwrap_or((chain, ""));
-    let counted = role
-        .rsplit_once('-')
-        .is_some_and(|(_, n)| n.parse::<u32>().is_ok());
-    let listed = chain.starts_with("sources-");
-    counted || listed || !namespace.is_empty() || OF_AFFINITY.contains(&chain)
+    chain.starts_with("sources-") || chain.contains('/') || OF_AFFINITY.contains(&chain)
 }
 
 /// What exists while some service has session affinity.
@@ -169,7 +179,8 @@ const OF_AFFINITY: [&str; 3] = ["learn-prerouting", "learn-output", "learn-new"]
 fn forget_indexes(elements: &mut [Value]) {
     let parts = |element: &Value| {
         let key = element[0]["concat"].as_array().unwrap().clone();
-        let index = key.last().and_then(Value::as_u64).unwrap() as usize;
+        let index = key.last().and_then(Value::as_str).unwrap();
+        let index = usize::from_str_radix(index.strip_prefix("0:").unwrap(), 16).unwrap();
         (format!("{:?}", &key[..key.len() - 1]), index)
     };
     let mut targets: BTreeMap<String, Vec<Value>> = BTreeMap::new();
@@ -185,7 +196,7 @@ fn forget_indexes(elements: &mut [Value]) {
     for element in elements {
         let (frontend, index) = parts(element);
         element[1] = targets[&frontend]
-            .get(index)
+            .get(index - 1)
             .cloned()
             .unwrap_or(Value::Null);
     }
