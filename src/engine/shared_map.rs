@@ -16,6 +16,9 @@ const PART: usize = 64;
 /// an entry thereafter copies its part, and the list of parts, one pointer for [`PART`] entries.
 /// So the main thread can hand the objects of a whole cluster to another thread and go on changing
 /// them.
+///
+/// Of the crates with such maps, `imbl` has a licence that `deny.toml` does not allow, and `rpds`
+/// allocates each entry for itself.
 #[derive(Clone, Debug)]
 pub(crate) struct SharedMap<K, V> {
     /// None, or a power of two.

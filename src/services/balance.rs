@@ -119,7 +119,7 @@ pub(super) struct Draws {
 
 /// Returns the chains and the elements that lead to them, the same in every table.
 pub(super) fn draws() -> &'static Draws {
-    static DRAWS: LazyLock<Draws> = LazyLock::new(|| {
+    static CHAINS: LazyLock<Draws> = LazyLock::new(|| {
         let chain = |count: Count| {
             let rules = vec![count.rule()];
             (count.chain(), Chain { base: None, rules })
@@ -143,7 +143,7 @@ pub(super) fn draws() -> &'static Draws {
             ],
         }
     });
-    &DRAWS
+    &CHAINS
 }
 
 #[cfg(test)]

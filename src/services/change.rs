@@ -6,22 +6,21 @@
 //!
 //! 1. Add the shared chains that the new plan needs, and the elements of `hairpin` for its
 //!    endpoints.
-//! 2. Delete the verdicts of removed frontends, and replace those of frontends that do not get more
-//!    endpoints.
+//! 2. Delete the lead elements of removed frontends (the number, and what leads to source ranges and
+//!    to remembered clients), and replace those of frontends that do not get more endpoints.
 //! 3. Replace the endpoints, each index in one step.
-//! 4. Add the verdicts of new frontends, and replace those of frontends that get more endpoints.
+//! 4. Add the lead elements of new frontends, and replace those of frontends that get more endpoints.
 //! 5. Delete indexes that such a frontend no longer needs in one of its maps while it needs more in
 //!    the other.
 //! 6. Delete elements that several services can need, and release the shared chains of the old
 //!    plan.
 //!
-//! All verdict elements of a frontend change in one step, and so in one transaction. The invariant:
-//! each verdict leads to a chain that draws only indexes that have an endpoint, old or new. A
-//! verdict exists from step 4 of the change that adds it to step 2 of the one that deletes it; its
-//! indexes are added before and deleted after. A frontend with fewer endpoints leads to the smaller
-//! chain before its last indexes are deleted, one with more leads to the larger chain after they
-//! are added. A packet that entered the larger chain before finds index 0 instead, as after a
-//! change in one transaction.
+//! All lead elements of a frontend change in one step, and so in one transaction. The invariant: a
+//! number counts no endpoints that are not there, old or new. It exists from step 4 of the change
+//! that adds it to step 2 of the one that deletes it; its indexes are added before and deleted after.
+//! A frontend with fewer endpoints has the smaller number before its last indexes are deleted, one
+//! with more has the larger number after they are added. A packet that drew a deleted index before
+//! looks its number up again, as after a change in one transaction.
 //!
 //! No other change may touch the frontends of the two plans until the last step is written.
 
@@ -61,7 +60,7 @@ enum PlanStep {
     Acquire(ServiceSet, usize),
     /// The old plan no longer needs it.
     Release(ServiceSet, usize),
-    /// All verdicts of a frontend, given by its place in the pairs.
+    /// All lead elements of a frontend, given by its place in the pairs.
     Leads(usize),
     /// One endpoint of a frontend, given by its index.
     Endpoint(usize, Scope, usize),
@@ -237,7 +236,7 @@ impl PlanChange {
         acquire(&mut steps, ServiceSet::Hairpin, before, after);
         let (mut early, mut data, mut late, mut surplus) = (vec![], vec![], vec![], vec![]);
         let mut elements = 0;
-        // Adjacent frontends belong to one port and mostly have the same verdicts.
+        // Adjacent frontends belong to one port and mostly lead to the same.
         let mut last = None;
         for (place, _) in self.pairs.iter().enumerate() {
             let (before, after) = self.sides(place);
@@ -304,7 +303,7 @@ fn leads(side: Side<'_>) -> Option<Leads<'_>> {
     side.and_then(|(plan, frontend)| plan.leads(frontend))
 }
 
-/// Returns what determines the verdicts of a frontend within one plan.
+/// Returns what determines the lead elements of a frontend within one plan.
 fn led_by(side: Side<'_>) -> Option<(By, Family, Route, bool)> {
     side.map(|(_, it)| (it.by(), it.family, it.route, it.firewalled))
 }
@@ -323,7 +322,7 @@ fn key(frontend: &Frontend) -> (Family, Claim) {
     (frontend.family, frontend.at)
 }
 
-/// Returns the approximate number of verdict elements of a frontend.
+/// Returns the approximate number of lead elements of a frontend.
 fn lead_count(side: Side<'_>) -> usize {
     side.map_or(0, |(plan, frontend)| {
         1 + usize::from(frontend.firewalled) + 2 * usize::from(plan.affinity.is_some())

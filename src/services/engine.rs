@@ -31,8 +31,8 @@ use crate::services::{Marks, Store};
 
 mod portions;
 
-/// The time for which unused shared chains are kept: a service that scales up and down uses its
-/// chain again.
+/// The time for which unused shared chains are kept: a service that is deleted and created anew uses
+/// them again.
 const KEEP_UNUSED_CHAINS: Duration = Duration::from_secs(60);
 
 /// The engine of the rules for services.

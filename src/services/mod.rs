@@ -2,9 +2,9 @@
 //! ([`nft`](crate::nft)).
 //!
 //! Each address family has one table. Its skeleton (`skeleton`) does not depend on services: base
-//! chains, the chains of roles (`dispatch`) and of numbers of endpoints (`balance`), and the
-//! declarations of the sets. A service adds set elements only (`ServicePlan`). A list of source
-//! ranges, and the clients of a namespace, have chains that services share (`SharedChain`).
+//! chains, the chains of roles (`dispatch`), and the declarations of the sets. A service adds set elements only (`ServicePlan`). The
+//! chains that draw an endpoint (`balance`), those of a list of source ranges, and those of the
+//! clients of a namespace exist while a service needs them (`SharedChain`).
 //!
 //! ```text
 //!  prerouting, output ──> services

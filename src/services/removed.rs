@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::net::IpAddr;
 
 use super::dispatch::is_bound_to_node;
-use super::layout::{By, Scope, ServiceSet, table_id};
+use super::layout::{By, ServiceSet, table_id};
 use crate::model::{Family, Protocol};
 use crate::nft::{Element, Key, Name, Op, Ruleset, TableId, Transaction};
 use crate::services::Claim;
@@ -43,7 +43,7 @@ impl RemovedFrontends {
                     let Some(claim) = claim(family, by, key) else {
                         continue;
                     };
-                    if set == by.frontends(Scope::Cluster) && after.is_none() {
+                    if after.is_none() {
                         removed.deleted.insert((family, claim));
                     }
                     let is_bound =

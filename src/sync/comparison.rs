@@ -26,7 +26,7 @@ use std::time::Instant;
 use tokio::sync::{Notify, oneshot};
 
 use super::audit::ReaderTask;
-use super::driver::{Driver, FailureAction};
+use super::driver::Driver;
 use super::kernel::Kernel;
 use super::outcome::Outcome;
 use super::session::KernelSession;
@@ -118,10 +118,12 @@ where
     }
 
     /// Starts a comparison again, because another process may have written since the tables were read.
-    pub(super) fn restart_comparison<K: Kernel>(&mut self, kernel: &mut KernelSession<'_, K>) {
-        if self.pending.take().is_some() {
-            self.begin(kernel);
-        }
+    /// Returns the outcome; `None` if none was going on.
+    pub(super) fn restart_comparison<K: Kernel>(
+        &mut self,
+        kernel: &mut KernelSession<'_, K>,
+    ) -> Option<Outcome> {
+        self.pending.take().map(|_| self.begin(kernel))
     }
 
     fn begin<K: Kernel>(&mut self, kernel: &mut KernelSession<'_, K>) -> Outcome {
@@ -135,9 +137,13 @@ where
         let (sender, result) = oneshot::channel();
         let done = reader.done;
         let compare = move |kernel: &mut dyn Kernel| {
+            // The driver has started another comparison.
+            if sender.is_closed() {
+                return;
+            }
             let wanted = wanted();
             let actual = kernel.read(&[E::TABLE], &wanted);
-            // The driver may have started another comparison.
+            // The driver may have started another one meanwhile.
             let _ = sender.send(actual.map(|actual| TableDifference::of::<E>(&actual, wanted)));
             done.notify_one();
         };
@@ -158,15 +164,13 @@ where
         difference: TableDifference<E::Change>,
         started: Instant,
     ) -> Outcome {
-        let Err(error) = self.write(kernel, difference, &mut 0) else {
+        if self.write(kernel, difference, &mut 0).is_ok() {
             self.compared(kernel, started);
             return Outcome::Synced;
-        };
-        if let FailureAction::Quarantine(refused) = self.evaluate_failure(&error, &mut None) {
-            self.quarantine(kernel, &refused);
         }
         kernel.metrics.failure();
-        // Steps of the write may be in force, and events arrived since the tables were read.
+        // Steps of the write may be in force. What was refused may have changed since the tables were
+        // read, so that it must not lead to a quarantine.
         self.compare(kernel)
     }
 }

@@ -235,9 +235,13 @@ where
     pub(crate) fn heal<K: Kernel>(&mut self, kernel: &mut KernelSession<'_, K>) -> Healed {
         self.compare_when_listed();
         if self.state != DriverState::Synced {
-            self.restart_comparison(kernel);
-            // The next attempt compares anyway.
-            return Healed::default();
+            let restarted = self.restart_comparison(kernel);
+            // Without a comparison, the next attempt compares anyway. Pauses grow as after a repair, so
+            // that another process that keeps writing does not delay the comparison for ever.
+            return Healed {
+                outcome: restarted,
+                changed: restarted.is_some(),
+            };
         }
         // Changes that wait to be written must not count as foreign.
         let outcome = self.update(kernel);
@@ -315,11 +319,7 @@ where
 
     /// Decides what to do after a failed write. Another process may have caused a conflict after the
     /// tables were read, so that only the second conflict at the same path leads to quarantine.
-    pub(super) fn evaluate_failure(
-        &self,
-        error: &Error,
-        before: &mut Option<ObjectPath>,
-    ) -> FailureAction {
+    fn evaluate_failure(&self, error: &Error, before: &mut Option<ObjectPath>) -> FailureAction {
         let permanent = error
             .refusals()
             .filter(|it| it.class() == ErrorClass::Permanent);
@@ -359,7 +359,7 @@ where
         found
     }
 
-    pub(super) fn quarantine<K: Kernel>(
+    fn quarantine<K: Kernel>(
         &mut self,
         kernel: &KernelSession<'_, K>,
         refused: &[(ObjectRef, String)],
@@ -434,7 +434,7 @@ where
 }
 
 /// The reaction to a failed write.
-pub(super) enum FailureAction {
+enum FailureAction {
     /// Put these objects into quarantine, each with the reason.
     Quarantine(Vec<(ObjectRef, String)>),
     /// Read the tables again: another process may have written to them.

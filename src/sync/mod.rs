@@ -210,9 +210,18 @@ impl<'a, K: Kernel> Controller<'a, K> {
         let Some(policies) = &mut self.policies else {
             return Outcome::Synced;
         };
-        let outcome = policies.work(&mut self.kernel);
-        let state = policies.state;
+        let mut outcome = policies.work(&mut self.kernel);
+        let mut state = policies.state;
         self.policies_in_force_now();
+        // A comparison in another thread leaves the events since its start.
+        if let Some(policies) = &mut self.policies
+            && outcome == Outcome::Synced
+            && policies.has_more()
+        {
+            outcome = policies.work(&mut self.kernel);
+            state = policies.state;
+            self.policies_in_force_now();
+        }
         match outcome {
             // Nothing else waits for the first lists of policies.
             Outcome::Waiting if state == DriverState::Listing => Outcome::Synced,

@@ -104,6 +104,63 @@ fn the_main_loop_reads_and_writes_nothing_while_tables_are_compared() {
 }
 
 #[test]
+fn policy_events_during_a_comparison_are_written_behind_it() {
+    let bench = Bench::new();
+    leave_rules(&bench);
+    let (mut controller, tasks) = controller(&bench);
+    assert_eq!(handle(&mut controller, all_lists(50)), Outcome::Comparing);
+    handle(&mut controller, vec![pod("web-2", "10.1.0.6")]);
+    tasks.perform(&bench);
+    let outcomes = controller.work(Engines {
+        policies: true,
+        services: false,
+    });
+    assert_eq!(outcomes.policies, Some(Outcome::Synced));
+    let state = bench.kernel.0.borrow();
+    let of_policies = state.ruleset.tables.iter();
+    let mut of_policies = of_policies.filter(|(id, _)| id.name.as_str() == policies::TABLE);
+    let address = Key::address("10.1.0.6".parse().unwrap());
+    let holds = |table: &Table| {
+        let mut elements = table.sets.values().flat_map(|set| &set.elements);
+        elements.any(|element| element.key == address)
+    };
+    assert!(of_policies.any(|(_, table)| holds(table)));
+}
+
+#[test]
+fn a_service_that_changed_during_a_comparison_is_not_left_out_for_its_former_state() {
+    let bench = Bench::new();
+    let (mut controller, tasks) = controller(&bench);
+    let unwanted = Key::build().address("10.96.0.7".parse().unwrap());
+    let unwanted = unwanted.protocol(6).port(80).finish();
+    bench.kernel.0.borrow_mut().unwanted = Some(unwanted);
+    assert_eq!(handle(&mut controller, all_lists(9)), Outcome::Comparing);
+    let mended = service("web-7", &["10.96.0.77"], &[80]);
+    handle(&mut controller, vec![put(mended)]);
+    tasks.perform(&bench);
+    assert_eq!(handle(&mut controller, vec![]), Outcome::Synced);
+    assert_eq!(bench.heard(), Vec::<String>::new());
+    assert_as_fresh(&bench, &controller);
+}
+
+#[test]
+fn only_the_last_of_many_comparisons_is_made() {
+    let bench = Bench::new();
+    leave_rules(&bench);
+    let (mut controller, tasks) = controller(&bench);
+    handle(&mut controller, all_lists(50));
+    for _ in 0..20 {
+        bench.kernel.meddle(|ruleset| ruleset.tables.clear());
+        assert_eq!(heal(&mut controller), (Outcome::Comparing, true));
+    }
+    let reads = bench.kernel.0.borrow().reads;
+    assert_eq!(tasks.perform(&bench), 2 * 21);
+    assert_eq!(bench.kernel.0.borrow().reads, reads + 2);
+    assert_eq!(handle(&mut controller, vec![]), Outcome::Synced);
+    assert_as_fresh(&bench, &controller);
+}
+
+#[test]
 fn a_refused_service_is_left_out_after_a_comparison_in_another_thread() {
     let bench = Bench::new();
     let unwanted = Key::build()
