@@ -234,6 +234,20 @@ def only(table, keep):
     return {**table, "rows": [row for row in table["rows"] if keep(row)]}
 
 
+# The changes of which the documents give the time from the server, too.
+WHOLE = ("one endpoint replaced", "one endpoint more or less", "a service added")
+
+
+def without_tails(table):
+    """The rows of a table without the 99th percentiles that have no budget, and with the first value only."""
+    for row in table["rows"]:
+        names = [name for name in row["values"] if "p99" not in name]
+        names = names if row["what"] in WHOLE else names[:1]
+        names = names or (list(row["values"]) if row["budget"] else [])
+        if names:
+            yield {**row, "values": {name: row["values"][name] for name in names}}
+
+
 def section(report):
     """The Markdown of a scene."""
     facts, scene = report["facts"], report["scene"]
@@ -249,6 +263,8 @@ def section(report):
         if wide and scene == "packets":
             kept = [{**row, "values": {"median": row["values"]["median"]}} for row in table["rows"]]
             table = {**table, "rows": kept}
+        if scene == "changes":
+            table = {**table, "rows": list(without_tails(table))}
         lines.append(f"**{table['title']}**\n\n" + (across if wide else down)(table).rstrip())
     lines += report["notes"]
     return "\n\n".join(lines)
