@@ -70,7 +70,7 @@ pub trait Engine {
     fn ruleset(&self) -> Ruleset;
 
     /// Returns a function that compiles what [`Engine::ruleset`] returns now, for another thread. The
-    /// cost does not grow with the number of objects.
+    /// objects are shared; the cost grows with the chains only.
     fn snapshot(&self) -> Compile;
 
     /// Returns what the transaction of a comparison changes in rules that this process did not

@@ -8,7 +8,7 @@
 //! Up to 64 endpoints an index is drawn up to their exact number. Above, a chain serves a class of
 //! numbers: it draws an index up to the largest one. The caller draws up to [`DRAWS`] times until
 //! the index has an endpoint, and then among the indexes of the next smaller class, all of which
-//! have one. The largest number of a class is at most √2 times that of the smaller one, so that no
+//! have one. The largest number of a class is about √2 times that of the smaller one, so that no
 //! endpoint gets less than 99 % of its share: a draw fails with a probability below 0.3.
 //!
 //! All these chains are created together, with the first service of a family, so that a change of
@@ -168,6 +168,14 @@ mod tests {
             );
         }
         assert_eq!(Count::of(usize::MAX), *all.last().unwrap());
+    }
+
+    #[test]
+    fn all_draws_of_a_class_fail_in_less_than_one_percent() {
+        for count in Count::all() {
+            let missed = 1.0 - f64::from(count.filled()) / f64::from(count.0);
+            assert!(missed.powi(DRAWS as i32) < 0.01, "{count:?}: {missed}");
+        }
     }
 
     #[test]
