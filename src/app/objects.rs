@@ -98,6 +98,8 @@ pub(super) fn fallback_node(name: &str) -> Node {
         pod_cidrs: Vec::new(),
         zone: None,
         going_away: false,
+        labels: Default::default(),
+        addresses: Default::default(),
     }
 }
 

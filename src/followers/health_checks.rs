@@ -177,6 +177,8 @@ mod tests {
                 pod_cidrs: vec![],
                 zone: None,
                 going_away: false,
+                labels: Default::default(),
+                addresses: Default::default(),
             }));
             bench
         }

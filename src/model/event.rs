@@ -10,7 +10,8 @@ use std::time::Instant;
 use ipnet::IpNet;
 
 use super::{
-    EndpointSlice, Kind, Namespace, NetworkPolicy, Node, ObjectName, Pod, Service, ServiceCidr,
+    ClusterNetworkPolicy, EndpointSlice, Kind, Namespace, NetworkPolicy, Node, ObjectName, Pod,
+    Service, ServiceCidr,
 };
 
 /// An event with the time of its arrival, from which latencies are measured.
@@ -111,7 +112,7 @@ pub enum Object {
     Service(Service),
     /// An endpoint slice.
     EndpointSlice(EndpointSlice),
-    /// The own node.
+    /// A node: the own one, and all others where a cluster network policy names nodes.
     Node(Node),
     /// A service address range.
     ServiceCidr(ServiceCidr),
@@ -121,6 +122,8 @@ pub enum Object {
     Namespace(Namespace),
     /// A network policy.
     NetworkPolicy(NetworkPolicy),
+    /// A cluster network policy.
+    ClusterNetworkPolicy(ClusterNetworkPolicy),
 }
 
 impl Object {
@@ -134,6 +137,7 @@ impl Object {
             Object::Pod(_) => Kind::Pod,
             Object::Namespace(_) => Kind::Namespace,
             Object::NetworkPolicy(_) => Kind::NetworkPolicy,
+            Object::ClusterNetworkPolicy(_) => Kind::ClusterNetworkPolicy,
         }
     }
 
@@ -147,6 +151,9 @@ impl Object {
             Object::Pod(o) => ObjectRef::new(Kind::Pod, o.name.clone()),
             Object::Namespace(o) => ObjectRef::new(Kind::Namespace, o.name.clone()),
             Object::NetworkPolicy(o) => ObjectRef::new(Kind::NetworkPolicy, o.name.clone()),
+            Object::ClusterNetworkPolicy(o) => {
+                ObjectRef::new(Kind::ClusterNetworkPolicy, o.name.clone())
+            }
         }
     }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use super::ObjectName;
+use super::{Labels, ObjectName};
 
 /// An IP address family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -261,6 +261,10 @@ pub struct Node {
     /// Whether the node is about to be removed: it has a deletion timestamp or the taint
     /// `ToBeDeletedByClusterAutoscaler`. Health checks of load balancers fail then.
     pub going_away: bool,
+    /// `metadata.labels`.
+    pub labels: Labels,
+    /// All addresses in `status.addresses`, whatever their type, sorted.
+    pub addresses: Arc<[IpAddr]>,
 }
 
 impl Node {

@@ -19,11 +19,13 @@ pub enum Kind {
     Namespace,
     /// networking.k8s.io/v1 NetworkPolicy.
     NetworkPolicy,
+    /// policy.networking.k8s.io/v1alpha2 ClusterNetworkPolicy.
+    ClusterNetworkPolicy,
 }
 
 impl Kind {
     /// All kinds.
-    pub const ALL: [Kind; 7] = [
+    pub const ALL: [Kind; 8] = [
         Kind::Service,
         Kind::EndpointSlice,
         Kind::Node,
@@ -31,6 +33,7 @@ impl Kind {
         Kind::Pod,
         Kind::Namespace,
         Kind::NetworkPolicy,
+        Kind::ClusterNetworkPolicy,
     ];
 
     /// The kinds that the rules of services are compiled from.
@@ -42,7 +45,12 @@ impl Kind {
     ];
 
     /// The kinds that the rules of network policies are compiled from.
-    pub const POLICY: [Kind; 3] = [Kind::Pod, Kind::Namespace, Kind::NetworkPolicy];
+    pub const POLICY: [Kind; 4] = [
+        Kind::Pod,
+        Kind::Namespace,
+        Kind::NetworkPolicy,
+        Kind::ClusterNetworkPolicy,
+    ];
 
     /// Returns the kind whose API objects have this `kind`.
     pub(crate) fn named(name: &str) -> Option<Self> {
@@ -92,6 +100,12 @@ impl Kind {
                 "networking.k8s.io/v1",
                 "networkpolicies",
                 true,
+            ),
+            Self::ClusterNetworkPolicy => (
+                "ClusterNetworkPolicy",
+                "policy.networking.k8s.io/v1alpha2",
+                "clusternetworkpolicies",
+                false,
             ),
         }
     }

@@ -4,6 +4,7 @@
 //! serialisation, no I/O. A [source](crate::source) creates them and sends them as [`Event`]s; an
 //! [engine](crate::engine) keeps them.
 
+mod cluster_policy;
 mod event;
 mod facts;
 mod kind;
@@ -12,6 +13,7 @@ mod node_ports;
 mod policy;
 mod relist;
 
+pub use cluster_policy::{Action, ClusterNetworkPolicy, Tier, TierPeer, TierRule};
 pub use event::{Delivery, Event, HostRoute, Notice, Object, ObjectRef, Reason, Subject};
 pub(crate) use facts::MOST_ELEMENTS;
 pub use facts::{

@@ -208,7 +208,8 @@ impl Engine {
                 let known = match kind {
                     Kind::Pod => self.inventory.pod_names(),
                     Kind::Namespace => self.inventory.namespace_names(),
-                    _ => self.inventory.policy_names(),
+                    Kind::NetworkPolicy => self.inventory.policy_names(),
+                    _ => Default::default(),
                 };
                 self.lists.start(kind, known);
             }
@@ -394,7 +395,11 @@ impl engine::Engine for Engine {
             Kind::Pod => pods,
             Kind::Namespace => namespaces,
             Kind::NetworkPolicy => policies,
-            Kind::Service | Kind::EndpointSlice | Kind::Node | Kind::ServiceCidr => 0,
+            Kind::Service
+            | Kind::EndpointSlice
+            | Kind::Node
+            | Kind::ServiceCidr
+            | Kind::ClusterNetworkPolicy => 0,
         }
     }
 

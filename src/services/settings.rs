@@ -157,6 +157,8 @@ mod tests {
             pod_cidrs: vec![],
             zone: None,
             going_away: false,
+            labels: Default::default(),
+            addresses: Default::default(),
         };
         let mut settings = ServiceSettings::default();
         let primary = |settings: &ServiceSettings, node: &Node| {

@@ -135,7 +135,7 @@ impl Store {
             Kind::EndpointSlice => self.slices.len(),
             Kind::Node => usize::from(self.node.is_some()),
             Kind::ServiceCidr => self.service_cidrs.len(),
-            Kind::Pod | Kind::Namespace | Kind::NetworkPolicy => 0,
+            Kind::Pod | Kind::Namespace | Kind::NetworkPolicy | Kind::ClusterNetworkPolicy => 0,
         }
     }
 
@@ -339,7 +339,9 @@ impl Store {
                 node.map(|node| ObjectName::new("", &node.name)).collect()
             }
             Kind::ServiceCidr => self.service_cidrs.keys().cloned().collect(),
-            Kind::Pod | Kind::Namespace | Kind::NetworkPolicy => HashSet::new(),
+            Kind::Pod | Kind::Namespace | Kind::NetworkPolicy | Kind::ClusterNetworkPolicy => {
+                HashSet::new()
+            }
         }
     }
 
@@ -359,7 +361,10 @@ impl Store {
                     self.reserve(marks);
                 }
             }
-            Object::Pod(_) | Object::Namespace(_) | Object::NetworkPolicy(_) => {}
+            Object::Pod(_)
+            | Object::Namespace(_)
+            | Object::NetworkPolicy(_)
+            | Object::ClusterNetworkPolicy(_) => {}
         }
     }
 
@@ -429,7 +434,7 @@ impl Store {
                     self.reserve(marks);
                 }
             }
-            Kind::Pod | Kind::Namespace | Kind::NetworkPolicy => {}
+            Kind::Pod | Kind::Namespace | Kind::NetworkPolicy | Kind::ClusterNetworkPolicy => {}
         }
     }
 

@@ -117,6 +117,8 @@ mod tests {
             pod_cidrs: vec![],
             zone: zone.map(Arc::from),
             going_away: false,
+            labels: Default::default(),
+            addresses: Default::default(),
         }
     }
 

@@ -108,7 +108,7 @@ pub(super) struct Meta<'a, L = Labels<'a>> {
 /// All labels, for objects that selectors match.
 pub(super) type AllLabels<'a> = BTreeMap<Text<'a>, Option<Text<'a>>>;
 
-/// The labels that are read of Services, EndpointSlices and Nodes.
+/// The labels that are read of Services and EndpointSlices.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct Labels<'a> {
@@ -118,8 +118,6 @@ pub(super) struct Labels<'a> {
     pub service_proxy_name: Option<Text<'a>>,
     #[serde(rename = "service.kubernetes.io/headless")]
     pub headless: Option<Text<'a>>,
-    #[serde(rename = "topology.kubernetes.io/zone")]
-    pub zone: Option<Text<'a>>,
 }
 
 /// The annotations that are read.
@@ -304,7 +302,7 @@ pub(super) struct Node<'a> {
     #[serde(rename = "apiVersion", borrow)]
     pub api_version: Option<Text<'a>>,
     pub kind: Option<Text<'a>>,
-    pub metadata: Option<Meta<'a>>,
+    pub metadata: Option<Meta<'a, AllLabels<'a>>>,
     pub spec: Option<NodeSpec<'a>>,
     pub status: Option<NodeStatus<'a>>,
 }

@@ -35,7 +35,9 @@ impl Latency {
             Some(Kind::Service) => self.pending.0 += 1,
             Some(Kind::EndpointSlice) => self.pending.1 += 1,
             Some(Kind::Node | Kind::ServiceCidr) | None => {}
-            Some(Kind::Pod | Kind::Namespace | Kind::NetworkPolicy) => {}
+            Some(
+                Kind::Pod | Kind::Namespace | Kind::NetworkPolicy | Kind::ClusterNetworkPolicy,
+            ) => {}
         }
         let counts = !matches!(
             delivery.event,

@@ -306,6 +306,8 @@ fn of_a_node_only_what_rules_are_made_of_is_a_change() {
         pod_cidrs: vec![],
         zone: None,
         going_away: false,
+        labels: Default::default(),
+        addresses: Default::default(),
     };
     let mut store = complete_store();
     assert!(put(&mut store, Object::Node(node.clone())).node);
@@ -313,6 +315,8 @@ fn of_a_node_only_what_rules_are_made_of_is_a_change() {
     assert!(put(&mut store, Object::Node(node.clone())).is_empty());
     let cordoned = Node {
         going_away: true,
+        labels: Default::default(),
+        addresses: Default::default(),
         ..node.clone()
     };
     assert!(put(&mut store, Object::Node(cordoned)).is_empty());
@@ -345,6 +349,8 @@ fn a_deleted_node_is_going_away_and_stays_as_it_last_was() {
         pod_cidrs: vec![],
         zone: None,
         going_away: false,
+        labels: Default::default(),
+        addresses: Default::default(),
     };
     let node = Node {
         internal_ips: vec!["192.0.2.1".parse().unwrap()],
@@ -360,6 +366,8 @@ fn a_deleted_node_is_going_away_and_stays_as_it_last_was() {
     assert!(put(&mut store, Object::Node(node.clone())).node);
     let gone = Node {
         going_away: true,
+        labels: Default::default(),
+        addresses: Default::default(),
         ..node.clone()
     };
     for again in [false, true] {

@@ -33,6 +33,8 @@ use crate::source::Sender;
 
 /// The kinds that are watched only while a policy exists.
 const ON_DEMAND: [Kind; 2] = [Kind::Pod, Kind::Namespace];
+/// The kinds that are not watched.
+const UNWATCHED: [Kind; 1] = [Kind::ClusterNetworkPolicy];
 
 /// The receiver of the events was dropped.
 struct Closed;
@@ -97,8 +99,9 @@ impl<F: Fn(Kind, Sender) -> Reflector> Demand<F> {
             }
             Event::ListComplete(_) => {
                 self.listing = false;
+                self.deliver_empty(&UNWATCHED).await?;
                 if self.watches.is_none() {
-                    self.deliver_empty_lists().await?;
+                    self.deliver_empty(&ON_DEMAND).await?;
                 }
             }
             Event::Apply(object) => {
@@ -141,13 +144,13 @@ impl<F: Fn(Kind, Sender) -> Reflector> Demand<F> {
         for kind in ON_DEMAND {
             self.faults.end(kind);
         }
-        self.deliver_empty_lists().await
+        self.deliver_empty(&ON_DEMAND).await
     }
 
-    async fn deliver_empty_lists(&mut self) -> Result<(), Closed> {
-        for kind in ON_DEMAND {
-            self.send(Delivery::now(Event::ListStarted(kind))).await?;
-            self.send(Delivery::now(Event::ListComplete(kind))).await?;
+    async fn deliver_empty(&mut self, kinds: &[Kind]) -> Result<(), Closed> {
+        for kind in kinds {
+            self.send(Delivery::now(Event::ListStarted(*kind))).await?;
+            self.send(Delivery::now(Event::ListComplete(*kind))).await?;
         }
         Ok(())
     }

@@ -37,7 +37,11 @@ impl Selection {
             ),
             Kind::EndpointSlice => (Some("!service.kubernetes.io/headless"), None),
             Kind::Node => (None, Some(format!("metadata.name={node_name}"))),
-            Kind::ServiceCidr | Kind::Pod | Kind::Namespace | Kind::NetworkPolicy => (None, None),
+            Kind::ServiceCidr
+            | Kind::Pod
+            | Kind::Namespace
+            | Kind::NetworkPolicy
+            | Kind::ClusterNetworkPolicy => (None, None),
         };
         let prefix = if kind.group().is_empty() {
             "api"

@@ -21,6 +21,7 @@ pub struct SourceStats {
     pods: KindStats,
     namespaces: KindStats,
     network_policies: KindStats,
+    cluster_network_policies: KindStats,
 }
 
 /// A lasting fault of the server.
@@ -105,6 +106,7 @@ impl SourceStats {
             Kind::Pod => &self.pods,
             Kind::Namespace => &self.namespaces,
             Kind::NetworkPolicy => &self.network_policies,
+            Kind::ClusterNetworkPolicy => &self.cluster_network_policies,
         }
     }
 }

@@ -140,6 +140,12 @@ impl Converter {
                     },
                 )
             }
+            Kind::ClusterNetworkPolicy => {
+                let policy = wire::NetworkPolicy::deserialize(from)?;
+                let declared =
+                    Declared::of(kind, policy.api_version.as_deref(), policy.kind.as_deref());
+                self.finish(kind, declared, policy.metadata.as_ref(), |_, _, _| None)
+            }
             Kind::NetworkPolicy => {
                 let policy = wire::NetworkPolicy::deserialize(from)?;
                 let declared =

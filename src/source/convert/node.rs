@@ -11,6 +11,9 @@ use crate::source::wire;
 /// The taint of the cluster autoscaler on a node that it will remove.
 const GOING_AWAY_TAINT: &str = "ToBeDeletedByClusterAutoscaler";
 
+/// The label with the zone of a node.
+const ZONE: &str = "topology.kubernetes.io/zone";
+
 impl Converter {
     pub(super) fn node(
         &mut self,
@@ -20,41 +23,46 @@ impl Converter {
     ) -> Node {
         let mut internal_ips = Vec::new();
         let mut external_ips = Vec::new();
+        let mut all = Vec::new();
         let status = from.status.as_ref();
         let addresses = status.and_then(|status| status.addresses.as_deref());
         for (index, entry) in addresses.unwrap_or_default().iter().enumerate() {
+            let text = entry.address.as_deref().unwrap_or_default();
+            let parsed = parse_ip(text);
+            all.extend(parsed.as_ref().ok());
             let list = match entry.type_.as_deref() {
                 Some("InternalIP") => &mut internal_ips,
                 Some("ExternalIP") => &mut external_ips,
-                // Host names and DNS names.
+                // Host names and DNS names, which may be addresses.
                 _ => continue,
             };
-            let text = entry.address.as_deref().unwrap_or_default();
-            match parse_ip(text) {
+            match parsed {
                 Ok(ip) => list.push(ip),
                 Err(fault) => {
                     report.left_out(format!("status.addresses[{index}].address"), text, fault);
                 }
             }
         }
+        all.sort_unstable();
+        all.dedup();
         let meta = from.metadata.as_ref();
         let spec = from.spec.as_ref();
         let taints = spec
             .and_then(|spec| spec.taints.as_deref())
             .unwrap_or_default();
+        let labels = self.labels(meta.and_then(|meta| meta.labels.as_ref()), None);
         Node {
             name: self.interner.string(name.name()),
             internal_ips,
             external_ips,
             pod_cidrs: spec.map_or_else(Vec::new, |spec| pod_cidrs(spec, report)),
-            zone: meta
-                .and_then(|meta| meta.labels.as_ref())
-                .and_then(|labels| non_empty(labels.zone.as_deref()))
-                .map(|zone| self.interner.string(zone)),
+            zone: labels.get(ZONE).filter(|zone| !zone.is_empty()).cloned(),
             going_away: meta.is_some_and(|meta| meta.deletion_timestamp.is_some())
                 || taints
                     .iter()
                     .any(|taint| taint.key.as_deref() == Some(GOING_AWAY_TAINT)),
+            labels,
+            addresses: all.into(),
         }
     }
 

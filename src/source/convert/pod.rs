@@ -50,7 +50,11 @@ impl Converter {
     }
 
     /// Converts labels. `always` replaces a label with the same key.
-    fn labels(&mut self, from: Option<&wire::AllLabels>, always: Option<(&str, &str)>) -> Labels {
+    pub(super) fn labels(
+        &mut self,
+        from: Option<&wire::AllLabels>,
+        always: Option<(&str, &str)>,
+    ) -> Labels {
         let written = from.into_iter().flatten();
         let written = written.map(|(key, value)| (&**key, value.as_deref().unwrap_or_default()));
         self.interner.labels(written.chain(always))

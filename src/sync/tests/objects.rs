@@ -92,6 +92,8 @@ pub(crate) fn node() -> Node {
         pod_cidrs: vec![],
         zone: None,
         going_away: false,
+        labels: Default::default(),
+        addresses: Default::default(),
     }
 }
 

@@ -142,7 +142,8 @@ fn policies_are_in_force_when_complete_lists_were_written_and_nothing_failed_sin
     handle(&mut controller, vec![]);
     assert_eq!(
         why(&controller),
-        "waiting for the complete list of Pod, Namespace, NetworkPolicy"
+        "waiting for the complete list of Pod, Namespace, NetworkPolicy, \
+         ClusterNetworkPolicy"
     );
     handle(&mut controller, policy_lists(vec![]));
     assert_eq!(why(&controller), "");

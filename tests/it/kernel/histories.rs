@@ -115,6 +115,8 @@ fn first_lists() -> Vec<Event> {
         pod_cidrs: vec![],
         zone: None,
         going_away: false,
+        labels: Default::default(),
+        addresses: Default::default(),
     };
     let mut events: Vec<_> = Kind::ALL.map(Event::ListStarted).into();
     events.push(Event::Apply(Object::Node(node)));

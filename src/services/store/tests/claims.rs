@@ -23,6 +23,8 @@ fn node_at(ip: &str) -> Object {
         pod_cidrs: vec![],
         zone: None,
         going_away: false,
+        labels: Default::default(),
+        addresses: Default::default(),
     })
 }
 

@@ -160,6 +160,8 @@ proptest! {
             pod_cidrs: vec![],
             zone: None,
             going_away: false,
+            labels: Default::default(),
+            addresses: Default::default(),
         };
         let (mut at_once, mut in_turns) = (complete_store(), complete_store());
         for store in [&mut at_once, &mut in_turns] {
