@@ -363,19 +363,24 @@ fn in_batches(
 
 /// Reads affinity maps, and has stale elements removed.
 #[derive(Debug)]
-pub(crate) struct Forgetter<O> {
+pub(crate) struct Forgetter<K, O> {
     open: O,
+    /// Kept between tasks: where a netfilter socket is closed after a transaction, the kernel holds
+    /// up the next one for a grace period of RCU, about 20 ms.
+    kernel: Option<K>,
     changes: Receiver<Arc<ServiceChanges>>,
     view: PlansInForce,
     /// Clients to retry with the next ones, or after a while.
     failed: StaleAffinity,
 }
 
-impl<K: Kernel, O: FnMut() -> Result<K, netlink::Error>> Forgetter<O> {
-    /// Creates a forgetter that opens its kernel connection for its first task.
+impl<K: Kernel, O: FnMut() -> Result<K, netlink::Error>> Forgetter<K, O> {
+    /// Creates a forgetter that opens its kernel connection for its first task, and again after a
+    /// failure.
     pub(crate) fn new(open: O, changes: Receiver<Arc<ServiceChanges>>) -> Self {
         Self {
             open,
+            kernel: None,
             changes,
             view: PlansInForce::default(),
             failed: StaleAffinity::default(),
@@ -482,7 +487,12 @@ impl<K: Kernel, O: FnMut() -> Result<K, netlink::Error>> Forgetter<O> {
         of_map: &MapCandidates,
         remove: &mut impl FnMut(Transaction, u64) -> RemovalOutcome,
     ) -> Result<(), Failure> {
-        let found = read(&mut (self.open)()?, map, of_map)?;
+        let mut kernel = match self.kernel.take() {
+            Some(kernel) => kernel,
+            None => (self.open)()?,
+        };
+        let found = read(&mut kernel, map, of_map)?;
+        self.kernel = Some(kernel);
         in_batches(found, |batch| {
             loop {
                 let transaction = self.view.removal(map, batch);

@@ -9,7 +9,9 @@ use crate::nft::{Element, Key, Ruleset, TableId, Transaction};
 use crate::services::{Sticky, table_id};
 use crate::sync::tests::{Bench, Fake, heal, lists, node, put, service, slice};
 use crate::sync::{Controller, Followers, Kernel, Outcome, RemovalOutcome, tests as sync};
+use std::cell::Cell;
 use std::net::IpAddr;
+use std::rc::Rc;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
@@ -20,7 +22,8 @@ const MAP: &str = "affinity/shop";
 /// A controller with a follower that forgets clients after each call.
 struct Forgetting<'a> {
     controller: Controller<'a, Fake>,
-    forgetter: Forgetter<Box<dyn Fn() -> Result<Fake, Error>>>,
+    forgetter: Forgetter<Fake, Box<dyn Fn() -> Result<Fake, Error>>>,
+    opened: Rc<Cell<u32>>,
 }
 
 fn forgetting(bench: &Bench) -> Forgetting<'_> {
@@ -30,13 +33,17 @@ fn forgetting(bench: &Bench) -> Forgetting<'_> {
 fn forgetting_in<'a>(bench: &Bench, controller: Controller<'a, Fake>) -> Forgetting<'a> {
     let mut followers = Followers::default();
     let kernel = bench.kernel.clone();
-    let forgetter = Forgetter::new(
-        Box::new(move || Ok(kernel.clone())) as Box<dyn Fn() -> _>,
-        followers.services(),
-    );
+    let opened = Rc::new(Cell::new(0));
+    let count = opened.clone();
+    let open = move || {
+        count.set(count.get() + 1);
+        Ok(kernel.clone())
+    };
+    let forgetter = Forgetter::new(Box::new(open) as Box<dyn Fn() -> _>, followers.services());
     Forgetting {
         controller: controller.with_followers(followers),
         forgetter,
+        opened,
     }
 }
 
@@ -45,6 +52,7 @@ impl Forgetting<'_> {
         let Self {
             controller,
             forgetter,
+            ..
         } = self;
         forgetter.work(|transaction, version| controller.remove(transaction, version));
     }
@@ -484,6 +492,7 @@ fn a_removal_by_older_plans_is_refused_and_judged_again() {
     let Forgetting {
         controller,
         forgetter,
+        ..
     } = &mut controller;
     let mut back = Some(put(cluster));
     let mut outcomes = Vec::new();
@@ -554,7 +563,7 @@ fn what_failed_is_not_read_again_for_changes_that_concern_no_client() {
     let (cluster, _, endpoints) = external();
     let bench = Bench::new();
     let mut followers = Followers::default();
-    let opened = std::cell::Cell::new(0);
+    let opened = Cell::new(0);
     let open = || -> Result<Fake, Error> {
         opened.set(opened.get() + 1);
         Err(Error::Receive {
@@ -576,4 +585,20 @@ fn what_failed_is_not_read_again_for_changes_that_concern_no_client() {
     let mut fewer = endpoints;
     fewer.endpoints.pop();
     assert!(handle(vec![put(fewer)]) > 0);
+}
+
+#[test]
+fn one_connection_to_the_kernel_serves_all_changes() {
+    let bench = Bench::new();
+    let mut controller = forgetting(&bench);
+    let (cluster, _, mut endpoints) = external();
+    let mut objects: Vec<Object> = vec![node().into(), cluster.into()];
+    objects.push(endpoints.clone().into());
+    handle(&mut controller, lists(objects));
+    let reads = bench.kernel.0.borrow().reads_of_sets;
+    while endpoints.endpoints.pop().is_some() {
+        handle(&mut controller, vec![put(endpoints.clone())]);
+    }
+    assert_eq!(bench.kernel.0.borrow().reads_of_sets, reads + 2);
+    assert_eq!(controller.opened.get(), 1);
 }
