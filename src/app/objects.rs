@@ -80,6 +80,10 @@ pub(super) fn policy_engine(
         node: node_name.into(),
         strict: settings.network_policy_strict,
         log_group,
+        deny_with: match settings.deny_with {
+            settings::DenyMode::Drop => policies::DenyWith::Drop,
+            settings::DenyMode::Reject => policies::DenyWith::Reject,
+        },
     };
     if settings.network_policy.is_on() {
         Engine::new(policy_settings)

@@ -431,6 +431,12 @@ impl Program {
                     (RejectWith::PortUnreachable, TableFamily::Ip6) => {
                         (libc::NFT_REJECT_ICMP_UNREACH, 4)
                     }
+                    (RejectWith::AdminProhibited, TableFamily::Ip) => {
+                        (libc::NFT_REJECT_ICMP_UNREACH, 13)
+                    }
+                    (RejectWith::AdminProhibited, TableFamily::Ip6) => {
+                        (libc::NFT_REJECT_ICMP_UNREACH, 1)
+                    }
                 };
                 self.push(
                     c"reject",

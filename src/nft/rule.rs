@@ -125,6 +125,8 @@ pub enum RejectWith {
     TcpReset,
     /// ICMP (or ICMPv6) port unreachable.
     PortUnreachable,
+    /// ICMP (or ICMPv6) communication administratively prohibited.
+    AdminProhibited,
 }
 
 /// A verdict on a packet.

@@ -327,6 +327,10 @@ fn statement(statement: &Statement, family: TableFamily) -> String {
         Statement::Masquerade => "masquerade fully-random".into(),
         Statement::Reject(RejectWith::TcpReset) => "reject with tcp reset".into(),
         Statement::Reject(RejectWith::PortUnreachable) => "reject".into(),
+        Statement::Reject(RejectWith::AdminProhibited) => match family {
+            TableFamily::Ip => "reject with icmp admin-prohibited".into(),
+            TableFamily::Ip6 => "reject with icmpv6 admin-prohibited".into(),
+        },
         Statement::Counter => "counter".into(),
         Statement::Verdict(verdict) => self::verdict(verdict),
         Statement::Foreign(text) => format!("# not written by nftlet: {text}"),

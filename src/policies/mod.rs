@@ -13,9 +13,9 @@
 //!
 //! ```text
 //!  forward  egress ──── source ────> pod-egress-NS/POD ──jump──> policy-egress-NS/POLICY: accept
-//!    │                               └──goto──> deny-egress: log, count, drop
+//!    │                               └──goto──> deny-egress: log, count, drop or reject
 //!    └────  ingress ─ destination ─> pod-ingress-NS/POD ─jump──> policy-ingress-NS/POLICY: accept
-//!                                    └──goto──> deny-ingress: log, count, drop
+//!                                    └──goto──> deny-ingress: log, count, drop or reject
 //!  input    egress-to-node ─ source ─> as egress
 //! ```
 //!
@@ -59,6 +59,16 @@ pub(crate) use rules::is_base_chain;
 /// The NFLOG group of denied packets with `--log-denied`. Other programs mostly use small numbers.
 pub const LOG_GROUP: u16 = 1729;
 
+/// What happens to a packet that NetworkPolicies deny.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DenyWith {
+    /// It is dropped.
+    #[default]
+    Drop,
+    /// Its sender gets a TCP reset or an ICMP error, up to a rate.
+    Reject,
+}
+
 /// The settings of the rules for network policies.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PolicySettings {
@@ -68,4 +78,6 @@ pub struct PolicySettings {
     pub strict: bool,
     /// The NFLOG group of denied packets, if they are logged.
     pub log_group: Option<u16>,
+    /// What happens to denied packets.
+    pub deny_with: DenyWith,
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-use super::PolicySettings;
+use super::{DenyWith, PolicySettings};
 use super::index::{Namespaces, PodSelector};
 use super::layout::{
     Direction, EXEMPT, ISOLATED, addresses, counted, icmp6_types, layered, links, pods, port_key,
@@ -15,8 +15,8 @@ use crate::model::{
     Family, NetworkPolicy, ObjectName, Peer, PolicyPort, PolicyRule, PortMatch, Protocol,
 };
 use crate::nft::{
-    BaseChain, Chain, ChainKind, Comparison, CtState, Element, Hook, Key, Name, Operand, Rule,
-    Selector, Set, Statement, Table, Verdict,
+    BaseChain, Chain, ChainKind, Comparison, CtState, Element, Hook, Key, Name, Operand,
+    RejectWith, Rule, Selector, Set, Statement, Table, Verdict,
 };
 use ipnet::{IpNet, Ipv6Net};
 use std::net::{IpAddr, Ipv6Addr};
@@ -33,6 +33,12 @@ const LOGS_PER_SECOND: u32 = 10;
 const LOG_BURST: u32 = 20;
 /// The number of logged bytes of a packet: its headers.
 const LOG_BYTES: u32 = 128;
+
+/// The average number of rejected packets per second, for each direction and family, and for TCP and
+/// the other protocols. It bounds what a scan or a flood with forged sources makes this node send.
+const REJECTS_PER_SECOND: u32 = 100;
+/// The number of packets that may exceed that rate.
+const REJECT_BURST: u32 = 100;
 
 /// The statements that match ports.
 type Statements = SmallVec<[Statement; 2]>;
@@ -206,12 +212,42 @@ fn deny(direction: Direction, settings: &PolicySettings) -> Vec<Rule> {
             },
         ]));
     }
-    rules.push(Rule::new([
-        Statement::InSet(vec![direction.pod()], Comparison::Is, direction.denied()),
-        Statement::Verdict(Verdict::Drop),
-    ]));
-    rules.push(Rule::new([Statement::Verdict(Verdict::Drop)]));
+    let count = Statement::InSet(vec![direction.pod()], Comparison::Is, direction.denied());
+    let drop = Statement::Verdict(Verdict::Drop);
+    match settings.deny_with {
+        DenyWith::Drop => rules.push(Rule::new([count, drop.clone()])),
+        DenyWith::Reject => {
+            rules.push(Rule::new([count]));
+            rules.extend(reject());
+        }
+    }
+    rules.push(Rule::new([drop]));
     rules
+}
+
+/// Returns the rules that reject packets up to a rate, and continue for the others.
+///
+/// The kernel answers neither a reset nor an ICMP error. It gives the answer the connection of the
+/// packet, so that it is related, and translated back where the packet was translated.
+fn reject() -> [Rule; 2] {
+    [
+        (Comparison::Is, RejectWith::TcpReset),
+        (Comparison::IsNot, RejectWith::AdminProhibited),
+    ]
+    .map(|(comparison, with)| {
+        Rule::new([
+            Statement::Match(
+                Selector::L4Protocol,
+                comparison,
+                Operand::Protocol(Protocol::Tcp.number()),
+            ),
+            Statement::Limit {
+                per_second: REJECTS_PER_SECOND,
+                burst: REJECT_BURST,
+            },
+            Statement::Reject(with),
+        ])
+    })
 }
 
 fn protocol(number: u8) -> Statement {

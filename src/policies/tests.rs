@@ -17,7 +17,7 @@ fn settings(strict: bool) -> PolicySettings {
     PolicySettings {
         node: "here".into(),
         strict,
-        log_group: None,
+        ..PolicySettings::default()
     }
 }
 

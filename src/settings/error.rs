@@ -84,6 +84,8 @@ pub(crate) enum Error {
     Cleanup,
     #[error("there is no such value; write on or off")]
     NetworkPolicy,
+    #[error("there is no such answer; write drop or reject")]
+    DenyWith,
 }
 
 pub(super) fn family(net: &IpNet) -> &'static str {

@@ -24,7 +24,7 @@ use ipnet::IpNet;
 pub(crate) use command_line::{CommandLine, one_line};
 pub(crate) use error::Error;
 use kube_proxy::{Ignored, Verbose};
-pub(crate) use modes::{Cleanup, DetectLocalMode, LogFormat, NetworkPolicyMode, ProxyMode};
+pub(crate) use modes::{Cleanup, DenyMode, DetectLocalMode, LogFormat, NetworkPolicyMode, ProxyMode};
 pub(crate) use values::{BindAddress, ClusterCidrs, InterfaceName, NodePortAddressesSetting};
 use values::{
     count, duration, manifests, masquerade_bit, node_name, oom_score_adj, server, switch,
@@ -340,6 +340,17 @@ pub struct Settings {
     /// each direction and IP family. Not with --once.
     #[arg(long, help_heading = "Policies")]
     pub(crate) log_denied: bool,
+
+    /// Drop packets that NetworkPolicies deny, or reject them: with a TCP reset, or an ICMP error for
+    /// other protocols. At most 100 a second of each are rejected in each direction and IP family; the
+    /// others are dropped.
+    #[arg(
+        long,
+        value_name = "drop|reject",
+        help_heading = "Policies",
+        default_value_t
+    )]
+    pub(crate) deny_with: DenyMode,
 
     /// Serve /metrics on this address: `IP`, `IP:PORT`, `[IPv6]:PORT`, `:PORT` for all addresses, or
     /// an empty value to disable it [default: 127.0.0.1:10249, or `[::1]:10249` if --bind-address is

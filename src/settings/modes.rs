@@ -115,6 +115,21 @@ impl NetworkPolicyMode {
     }
 }
 
+/// What happens to packets that NetworkPolicies deny: `--deny-with`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum DenyMode {
+    #[default]
+    Drop,
+    Reject,
+}
+
+words!(
+    DenyMode,
+    |_| Error::DenyWith,
+    Drop = "drop",
+    Reject = "reject"
+);
+
 /// The mode of kube-proxy: `--proxy-mode`, and `mode` in the file. nftlet uses nftables in each.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum ProxyMode {

@@ -41,7 +41,7 @@ pub(super) fn engine() -> Engine {
     Engine::new(policies::PolicySettings {
         node: "here".into(),
         strict: true,
-        log_group: None,
+        ..policies::PolicySettings::default()
     })
 }
 

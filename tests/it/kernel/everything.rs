@@ -505,6 +505,10 @@ pub fn everything(family: TableFamily) -> Ruleset {
                     S::Match(Selector::L4Protocol, Is, Operand::Protocol(6)),
                     S::Reject(RejectWith::TcpReset),
                 ]),
+                Rule::new([
+                    S::Match(Selector::L4Protocol, Is, Operand::Protocol(17)),
+                    S::Reject(RejectWith::AdminProhibited),
+                ]),
                 Rule::new([S::Reject(RejectWith::PortUnreachable)]),
             ]),
         ),
