@@ -5,12 +5,12 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-use super::{DenyWith, PolicySettings};
 use super::index::{Namespaces, PodSelector};
 use super::layout::{
     Direction, EXEMPT, ISOLATED, addresses, counted, icmp6_types, layered, links, pods, port_key,
 };
 use super::sets::{PortRange, SetId, SetSpec};
+use super::{DenyWith, PolicySettings};
 use crate::model::{
     Family, NetworkPolicy, ObjectName, Peer, PolicyPort, PolicyRule, PortMatch, Protocol,
 };

@@ -24,7 +24,9 @@ use ipnet::IpNet;
 pub(crate) use command_line::{CommandLine, one_line};
 pub(crate) use error::Error;
 use kube_proxy::{Ignored, Verbose};
-pub(crate) use modes::{Cleanup, DenyMode, DetectLocalMode, LogFormat, NetworkPolicyMode, ProxyMode};
+pub(crate) use modes::{
+    Cleanup, DenyMode, DetectLocalMode, LogFormat, NetworkPolicyMode, ProxyMode,
+};
 pub(crate) use values::{BindAddress, ClusterCidrs, InterfaceName, NodePortAddressesSetting};
 use values::{
     count, duration, manifests, masquerade_bit, node_name, oom_score_adj, server, switch,

@@ -10,6 +10,7 @@ mod oracle;
 mod ports_and_blocks;
 mod random;
 mod random_packets;
+mod reject;
 mod rules;
 mod selection;
 mod walk;
