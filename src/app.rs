@@ -97,6 +97,7 @@ fn run(mut line: CommandLine, log: &LogQueue) -> Result<(), Error> {
     }
     let file = configure::read(&mut line)?;
     let settings = &line.settings;
+    settings.check()?;
     configure::start_logging(settings, log);
     configure::warn_of_ignored(&line, file.as_ref());
     let node_name = settings.node_name(std::env::var("NODE_NAME").ok(), &host_name());

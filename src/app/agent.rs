@@ -88,20 +88,27 @@ pub(super) fn run(start: Start) -> Result<(), Error> {
 
     // What waits for the first rules.
     let mut ready = Vec::new();
-    let sysctls = sysctls::start(settings, &reporter, &mut ready)?;
+    let has_services = settings.services.is_on();
+    let sysctls = if has_services {
+        sysctls::start(settings, &reporter, &mut ready)?
+    } else {
+        None
+    };
     if !settings.once {
         configure::set_oom_score(settings);
     }
     let observers = followers::start(settings, &metrics, &mut followers, &reporter)?;
     // With --once the process would end before the thread of the follower has worked.
-    let affinity = settings
-        .once
+    let affinity = (settings.once && has_services)
         .then(|| Forgetter::new(Nftables::open, followers.services()));
-    let cleaner = start_cleaner(&mut followers, metrics.followers.clone())?;
-    let changes = followers.services();
-    followers::spawn("health-checks", "the thread for health checks", move || {
-        HealthChecks::new(publish_checks).run(&changes);
-    })?;
+    let mut cleaner = None;
+    if has_services {
+        cleaner = Some(start_cleaner(&mut followers, metrics.followers.clone())?);
+        let changes = followers.services();
+        followers::spawn("health-checks", "the thread for health checks", move || {
+            HealthChecks::new(publish_checks).run(&changes);
+        })?;
+    }
     let foreign = Arc::new(Notify::new());
     let missed = Arc::new(Notify::new());
     let mut audits = None;
@@ -114,7 +121,7 @@ pub(super) fn run(start: Start) -> Result<(), Error> {
         )?;
         let audit = Audits::start(Nftables::open()?);
         audits = Some(audit.map_err(system("the thread that compares rules"))?);
-        if !settings.keep_kube_proxy {
+        if has_services && !settings.keep_kube_proxy {
             kube_proxy_cleanup::start(first_rules(&mut ready), port_freed)?;
         }
     }
@@ -148,10 +155,10 @@ pub(super) fn run(start: Start) -> Result<(), Error> {
     if let Some(mut affinity) = affinity {
         affinity.work(|transaction, version| controller.remove(transaction, version));
     }
-    let summary = summary(controller.store(), controller.policies());
+    let summary = summary(controller.store(), controller.policies(), settings);
     // This closes the cleaner's channel; it works off what is in it.
     drop(controller);
-    let _ = cleaner.join();
+    let _ = cleaner.map(JoinHandle::join);
     reporter.log_last_counts();
     match exit {
         Exit::Programmed => {

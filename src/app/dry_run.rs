@@ -29,7 +29,8 @@ pub(super) fn run(
     }
     policies.update(BUDGET);
     wanted.tables.extend(policies.ruleset().tables);
-    print(|out| print_ruleset(&store, &policies, &wanted, out))
+    let summary = summary(&store, Some(&policies), settings);
+    print(|out| print_ruleset(&store, &summary, &wanted, out))
 }
 
 /// Reads all objects once.
@@ -46,7 +47,7 @@ async fn collect(
     }
     let mut changes = Marks::default();
     if let Some(mut manifests) = manifests(settings, node_name) {
-        for event in load(&mut manifests, node_name)? {
+        for event in load(&mut manifests, settings, node_name)? {
             policies.apply(&event);
             store.apply(event, &mut changes);
         }
@@ -79,16 +80,11 @@ fn report(changes: &mut Marks) {
 
 fn print_ruleset(
     store: &Store,
-    policies: &Engine,
+    summary: &str,
     ruleset: &Ruleset,
     mut out: &mut dyn Write,
 ) -> io::Result<()> {
-    writeln!(
-        out,
-        "# nftlet {}: {}",
-        env!("CARGO_PKG_VERSION"),
-        summary(store, Some(policies))
-    )?;
+    writeln!(out, "# nftlet {}: {summary}", env!("CARGO_PKG_VERSION"))?;
     let mut without_rules: Vec<_> = store
         .services()
         .filter_map(|service| {

@@ -42,7 +42,9 @@ pub(super) fn start(
     let (ask, queries) = mpsc::channel(QUERIES);
     if !args.once {
         observers.queries = Some(queries);
-        forget(metrics, followers, reporter, ask.clone())?;
+        if args.services.is_on() {
+            forget(metrics, followers, reporter, ask.clone())?;
+        }
     }
     // A kernel without NFLOG would reject the rules that log, and the whole transaction with them.
     let reader = open_log(args);

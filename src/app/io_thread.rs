@@ -89,7 +89,7 @@ impl IoThread {
         let stopped = self.stopped.clone();
         let mut stats = None;
         if let Some(mut manifests) = manifests(&self.args, &self.node_name) {
-            let first = load(&mut manifests, &self.node_name)?;
+            let first = load(&mut manifests, &self.args, &self.node_name)?;
             let once = self.args.once;
             if let Err(error) = manifests.require_objects() {
                 if once {
@@ -142,7 +142,7 @@ impl IoThread {
         tasks.push(self.handle_signals()?);
         tasks.extend(self.serve_http()?);
         tasks.extend(self.follow_configuration());
-        if !self.args.once {
+        if !self.args.once && self.args.services.is_on() {
             tasks.push(self.serve_health_checks());
         }
         let reporter = self.reporter.clone();
@@ -216,10 +216,10 @@ impl IoThread {
             tasks.push(self.serve(address, name, router)?);
         }
         if let Some(address) = self.args.metrics_address() {
-            let router = self
-                .probes()
-                .metrics(self.metrics.registry.clone())
-                .text("/proxyMode", || "nftables".into());
+            let mut router = self.probes().metrics(self.metrics.registry.clone());
+            if self.args.services.is_on() {
+                router = router.text("/proxyMode", || "nftables".into());
+            }
             let name = self.name_of("--metrics-bind-address", "metricsBindAddress");
             let router = self.pages.on(router);
             tasks.push(self.serve(address, name, router)?);

@@ -14,18 +14,23 @@ use crate::source::{Cluster, Manifests};
 pub(super) fn manifests(settings: &Settings, node_name: &str) -> Option<Manifests> {
     (!settings.manifests.is_empty()).then(|| {
         Manifests::new(settings.manifests.clone(), node_name.to_owned())
+            .with_services(settings.services.is_on())
             .with_network_policies(settings.network_policy.is_on())
             .with_allow_empty(settings.allow_empty || settings.dry_run)
     })
 }
 
-/// Reads the manifests, and adds a notice if this node is not among them.
-pub(super) fn load(manifests: &mut Manifests, node_name: &str) -> Result<Vec<Event>, Error> {
+/// Reads the manifests, and adds a notice if this node is not among them and services need it.
+pub(super) fn load(
+    manifests: &mut Manifests,
+    settings: &Settings,
+    node_name: &str,
+) -> Result<Vec<Event>, Error> {
     let mut events = manifests.load()?;
     let known = events
         .iter()
         .any(|event| matches!(event, Event::Apply(Object::Node(_))));
-    if !known {
+    if !known && settings.services.is_on() {
         events.push(Event::Notice(Notice {
             subject: Subject::Other(format!("Node {node_name}").into()),
             reason: Reason::NodeMissing,
@@ -41,7 +46,11 @@ pub(super) async fn connect(settings: &Settings, node_name: &str) -> Result<Clus
     let (kubeconfig, server) = (settings.kubeconfig.clone(), settings.master.clone());
     Cluster::connect(kubeconfig, server, node_name.to_owned())
         .await
-        .map(|cluster| cluster.with_network_policies(settings.network_policy.is_on()))
+        .map(|cluster| {
+            cluster
+                .with_services(settings.services.is_on())
+                .with_network_policies(settings.network_policy.is_on())
+        })
         .map_err(|error| match error {
             ClusterError::NoCluster => Error::NoSource(error),
             other => Error::Cluster(other),
@@ -50,6 +59,7 @@ pub(super) async fn connect(settings: &Settings, node_name: &str) -> Result<Clus
 
 pub(super) fn service_settings(settings: &Settings) -> Result<services::ServiceSettings, Error> {
     Ok(services::ServiceSettings {
+        off: !settings.services.is_on(),
         detect_local: match settings.detect_local()? {
             settings::DetectLocalSetting::ClusterCidr(ranges) => DetectLocal::ClusterCidr(ranges),
             settings::DetectLocalSetting::NodeCidr => DetectLocal::NodeCidr,
@@ -84,6 +94,7 @@ pub(super) fn policy_engine(
             settings::DenyMode::Drop => policies::DenyWith::Drop,
             settings::DenyMode::Reject => policies::DenyWith::Reject,
         },
+        beside_proxy: !settings.services.is_on(),
     };
     if settings.network_policy.is_on() {
         Engine::new(policy_settings)
@@ -107,19 +118,23 @@ pub(super) fn fallback_node(name: &str) -> Node {
     }
 }
 
-/// Returns the number of objects of each kind, in one line.
-pub(super) fn summary(store: &Store, policies: Option<&Engine>) -> String {
+/// Returns the number of objects of each kind that is used, in one line.
+pub(super) fn summary(store: &Store, policies: Option<&Engine>, settings: &Settings) -> String {
     let count = |kind: Kind| store.count(kind);
-    let mut summary = format!(
-        "{} services, {} endpoint slices, {} service ranges, node {}",
-        count(Kind::Service),
-        count(Kind::EndpointSlice),
-        count(Kind::ServiceCidr),
-        store.node().map_or("unknown", |node| &*node.name)
-    );
+    let mut parts = Vec::new();
+    if settings.services.is_on() {
+        parts.push(format!(
+            "{} services, {} endpoint slices, {} service ranges",
+            count(Kind::Service),
+            count(Kind::EndpointSlice),
+            count(Kind::ServiceCidr),
+        ));
+    }
+    let node = store.node().map_or("unknown", |node| &*node.name);
+    parts.push(format!("node {node}"));
     let policies = policies.map_or(0, |policies| policies.count(Kind::NetworkPolicy));
     if policies > 0 {
-        summary.push_str(&format!(", {policies} network policies"));
+        parts.push(format!("{policies} network policies"));
     }
-    summary
+    parts.join(", ")
 }

@@ -17,6 +17,7 @@
 //!    └────  ingress ─ destination ─> pod-ingress-NS/POD ─jump──> policy-ingress-NS/POLICY: accept
 //!                                    └──goto──> deny-ingress: log, count, drop or reject
 //!  input    egress-to-node ─ source ─> as egress
+//!  output   egress-by-ipvs, ingress-by-ipvs ─> as forward, beside another proxy
 //! ```
 //!
 //! - A pod that no policy selects for a direction is in no verdict map, so its packets pass.
@@ -80,4 +81,6 @@ pub struct PolicySettings {
     pub log_group: Option<u16>,
     /// What happens to denied packets.
     pub deny_with: DenyWith,
+    /// Whether another program translates the addresses of services, perhaps with IPVS.
+    pub beside_proxy: bool,
 }

@@ -23,6 +23,9 @@ use std::net::{IpAddr, Ipv6Addr};
 
 /// `filter`: behind the translation of destinations, before that of sources.
 const FILTER: i32 = 0;
+/// Behind IPVS, which takes the packets of services in the input hook at the priority 99, and behind
+/// the translation of sources there.
+const BEHIND_IPVS: i32 = 101;
 const ICMPV6: u8 = 58;
 /// `fe80::/10`, without its length.
 const LINK_LOCAL: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0);
@@ -107,13 +110,13 @@ pub(super) fn add_layer(
         declaration: pods(),
         elements: Vec::new(),
     });
-    for (name, hook, priority) in bases(direction) {
+    for (name, hook, priority) in bases(direction, settings.beside_proxy) {
         let base = Some(BaseChain {
             kind: ChainKind::Filter,
             hook: *hook,
             priority: *priority,
         });
-        let rules = base_rules(family, direction, layer, settings);
+        let rules = base_rules(family, direction, *hook, layer, settings);
         table
             .chains
             .insert(layered(name, layer), Chain { base, rules });
@@ -121,13 +124,25 @@ pub(super) fn add_layer(
 }
 
 /// Returns name, hook and priority of the base chains of a direction.
-fn bases(direction: Direction) -> &'static [(&'static str, Hook, i32)] {
-    match direction {
-        Direction::Egress => &[
+///
+/// IPVS takes packets of services from the input hook, translates them, and sends them through the
+/// output hook in place of the forward hook. So beside a proxy, the input hook is judged behind it.
+fn bases(direction: Direction, beside_proxy: bool) -> &'static [(&'static str, Hook, i32)] {
+    match (direction, beside_proxy) {
+        (Direction::Egress, false) => &[
             ("egress", Hook::Forward, FILTER),
             ("egress-to-node", Hook::Input, FILTER),
         ],
-        Direction::Ingress => &[("ingress", Hook::Forward, FILTER + 1)],
+        (Direction::Egress, true) => &[
+            ("egress", Hook::Forward, FILTER),
+            ("egress-to-node", Hook::Input, BEHIND_IPVS),
+            ("egress-by-ipvs", Hook::Output, FILTER),
+        ],
+        (Direction::Ingress, false) => &[("ingress", Hook::Forward, FILTER + 1)],
+        (Direction::Ingress, true) => &[
+            ("ingress", Hook::Forward, FILTER + 1),
+            ("ingress-by-ipvs", Hook::Output, FILTER + 1),
+        ],
     }
 }
 
@@ -135,7 +150,8 @@ fn bases(direction: Direction) -> &'static [(&'static str, Hook, i32)] {
 /// version of nftlet. At start, other base chains are removed before the first lists; a former name
 /// must therefore stay in this list.
 pub(crate) fn is_base_chain(name: &Name) -> bool {
-    let mut bases = Direction::ALL.into_iter().flat_map(bases);
+    let all = |direction| [false, true].map(|beside_proxy| bases(direction, beside_proxy));
+    let mut bases = Direction::ALL.into_iter().flat_map(all).flatten();
     bases.any(|(base, ..)| {
         let layer = name.as_str().strip_prefix(base);
         layer.is_some_and(|layer| {
@@ -148,6 +164,7 @@ pub(crate) fn is_base_chain(name: &Name) -> bool {
 fn base_rules(
     family: Family,
     direction: Direction,
+    hook: Hook,
     layer: usize,
     settings: &PolicySettings,
 ) -> Vec<Rule> {
@@ -155,6 +172,13 @@ fn base_rules(
         Statement::CtState([CtState::Established, CtState::Related].into()),
         Statement::Verdict(Verdict::Accept),
     ])];
+    if hook == Hook::Output {
+        // The node itself sends these.
+        rules.push(Rule::new([
+            Statement::SourceIsLocal,
+            Statement::Verdict(Verdict::Accept),
+        ]));
+    }
     if family == Family::V6 {
         for exempt in EXEMPT {
             rules.push(Rule::new([

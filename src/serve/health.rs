@@ -350,7 +350,7 @@ impl Health {
 /// Returns a message if the rules of services have never been written.
 fn unwritten(state: &HealthState) -> Option<String> {
     let failure = state.failure.as_deref();
-    let failure = failure.unwrap_or("the services of the cluster have not been read completely");
+    let failure = failure.unwrap_or("the objects of the cluster have not been read completely");
     let unwritten = state.last_synced.is_none();
     unwritten.then(|| format!("no rules are written yet: {failure}"))
 }

@@ -100,6 +100,11 @@ impl Engine {
         self
     }
 
+    /// Returns whether there are rules for services.
+    pub(crate) fn is_on(&self) -> bool {
+        !self.settings.off
+    }
+
     /// Returns the known objects.
     pub fn store(&self) -> &Store {
         &self.store
@@ -384,7 +389,12 @@ impl engine::Engine for Engine {
     const QUARANTINE: &'static str = "the service is left out until it changes";
 
     fn apply(&mut self, event: &Event) {
-        let is_ours = matches!(event, Event::Servers(_)) || event.is_about(&Kind::SERVICES);
+        let is_ours = if self.settings.off {
+            // Whether the node is about to go.
+            event.is_about(&[Kind::Node])
+        } else {
+            matches!(event, Event::Servers(_)) || event.is_about(&Kind::SERVICES)
+        };
         if is_ours && let Some(event) = self.put_off_event(event.clone()) {
             self.take_over(event);
         }

@@ -13,6 +13,8 @@ use crate::services::Store;
 /// The options on which the rules for services depend.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ServiceSettings {
+    /// Whether services are left to another program. Then there are no rules.
+    pub off: bool,
     /// `--detect-local-mode` with its ranges or interface: which traffic comes from pods.
     pub detect_local: DetectLocal,
     /// `--masquerade-all`: masquerade all traffic to ClusterIPs.
@@ -131,8 +133,14 @@ impl ServiceSettings {
         own.filter(|net| Family::of(net.addr()) == family).collect()
     }
 
-    /// Returns the store with the addresses on which NodePorts answer.
+    /// Returns the store with the addresses on which NodePorts answer. Without services it needs no
+    /// lists.
     pub fn store(&self, store: Store) -> Store {
+        let store = if self.off {
+            store.without_lists()
+        } else {
+            store
+        };
         store.with_node_ports(self.nodeport_addresses.clone(), self.bind_address)
     }
 

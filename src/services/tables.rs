@@ -113,12 +113,15 @@ impl Tables {
         self.chains.len()
     }
 
-    /// Compiles the skeletons again and drafts their changes.
+    /// Compiles the skeletons again and drafts their changes. Without services there are none.
     pub(crate) fn set_skeletons(
         &mut self,
         store: &Store,
         mut draft: Option<&mut TransactionDraft>,
     ) {
+        if self.settings.off {
+            return;
+        }
         let cidrs: Vec<_> = store.service_cidrs().collect();
         for family in Family::ALL {
             let node = store.node().map(|node| &**node);

@@ -83,7 +83,11 @@ pub(crate) enum Error {
     )]
     Cleanup,
     #[error("there is no such value; write on or off")]
-    NetworkPolicy,
+    OnOff,
+    #[error("--services=off and --network-policy=off leave nothing to do; omit one of them")]
+    NothingToDo,
+    #[error("--init-only sets kernel parameters for services; omit it or --services=off")]
+    InitOnlyWithoutServices,
     #[error("there is no such answer; write drop or reject")]
     DenyWith,
 }

@@ -24,9 +24,7 @@ use ipnet::IpNet;
 pub(crate) use command_line::{CommandLine, one_line};
 pub(crate) use error::Error;
 use kube_proxy::{Ignored, Verbose};
-pub(crate) use modes::{
-    Cleanup, DenyMode, DetectLocalMode, LogFormat, NetworkPolicyMode, ProxyMode,
-};
+pub(crate) use modes::{Cleanup, DenyMode, DetectLocalMode, LogFormat, OnOff, ProxyMode};
 pub(crate) use values::{BindAddress, ClusterCidrs, InterfaceName, NodePortAddressesSetting};
 use values::{
     count, duration, manifests, masquerade_bit, node_name, oom_score_adj, server, switch,
@@ -211,6 +209,17 @@ pub struct Settings {
     #[arg(long, help_heading = "Mode")]
     pub(crate) keep_kube_proxy: bool,
 
+    /// Program services (on), or leave them to another program such as kube-proxy and enforce
+    /// NetworkPolicies only (off). With off, flags about services and connection tracking have no
+    /// effect.
+    #[arg(
+        long,
+        value_name = "on|off",
+        help_heading = "Services",
+        default_value_t
+    )]
+    pub(crate) services: OnOff,
+
     /// The pod network, at most one range per IP family. Traffic to ClusterIPs from other addresses
     /// is masqueraded; without a range of a family, no traffic of that family is.
     #[arg(
@@ -331,7 +340,7 @@ pub struct Settings {
         help_heading = "Policies",
         default_value_t
     )]
-    pub(crate) network_policy: NetworkPolicyMode,
+    pub(crate) network_policy: OnOff,
 
     /// Cut established connections of this node's pods that NetworkPolicies no longer allow, within
     /// a second. Otherwise they continue until they end. Not with --once.
@@ -482,6 +491,19 @@ impl Settings {
             .find(|name| !name.is_empty())
             .unwrap_or(hostname.trim())
             .to_lowercase()
+    }
+
+    /// Checks flags whose values exclude each other.
+    ///
+    /// # Errors
+    ///
+    /// If nothing is left to do.
+    pub(crate) fn check(&self) -> Result<(), Error> {
+        match (self.services.is_on(), self.network_policy.is_on()) {
+            (false, false) => Err(Error::NothingToDo),
+            (false, true) if self.init_only => Err(Error::InitOnlyWithoutServices),
+            _ => Ok(()),
+        }
     }
 
     /// Returns how traffic of pods is recognised.

@@ -93,23 +93,18 @@ words!(
     Json = "json"
 );
 
-/// Whether NetworkPolicies are enforced: `--network-policy`.
+/// Whether a part of nftlet works: `--services`, `--network-policy`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) enum NetworkPolicyMode {
+pub(crate) enum OnOff {
     #[default]
     On,
-    /// Neither read nor enforced.
+    /// Its objects are not read, and it has no rules.
     Off,
 }
 
-words!(
-    NetworkPolicyMode,
-    |_| Error::NetworkPolicy,
-    On = "on",
-    Off = "off"
-);
+words!(OnOff, |_| Error::OnOff, On = "on", Off = "off");
 
-impl NetworkPolicyMode {
+impl OnOff {
     pub(crate) fn is_on(self) -> bool {
         self == Self::On
     }

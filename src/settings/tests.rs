@@ -94,7 +94,7 @@ fn everything_given_is_kept() {
     assert_eq!(args.healthz_address(), Some("[::1]:8080".parse().unwrap()));
     assert_eq!(args.verbosity(), 2);
     assert_eq!(args.log_format, LogFormat::Json);
-    assert_eq!(args.network_policy, NetworkPolicyMode::Off);
+    assert_eq!(args.network_policy, OnOff::Off);
 }
 
 #[test]

@@ -223,8 +223,10 @@ impl<'a, K: Kernel> Controller<'a, K> {
             self.policies_in_force_now();
         }
         match outcome {
-            // Nothing else waits for the first lists of policies.
-            Outcome::Waiting if state == DriverState::Listing => Outcome::Synced,
+            // Services do not wait for the first lists of policies.
+            Outcome::Waiting if state == DriverState::Listing && self.services.engine.is_on() => {
+                Outcome::Synced
+            }
             outcome => outcome,
         }
     }
@@ -322,9 +324,11 @@ impl<'a, K: Kernel> Controller<'a, K> {
 
     /// Whether the rules written last are known to be in force.
     pub(crate) fn is_synced(&self) -> bool {
-        let policies = self.policies.as_ref();
-        let unknown = policies.is_some_and(|policies| policies.state == DriverState::Unknown);
-        self.services.state == DriverState::Synced && !unknown
+        let policies = self.policies.as_ref().is_none_or(|policies| {
+            policies.state == DriverState::Synced
+                || policies.state == DriverState::Listing && self.services.engine.is_on()
+        });
+        self.services.state == DriverState::Synced && policies
     }
 
     /// Whether some tables cannot be compared, because lists are not complete.

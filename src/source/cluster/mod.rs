@@ -196,6 +196,7 @@ pub struct Cluster {
     request_metrics: RequestMetrics,
     node_name: String,
     timing: Timing,
+    services: bool,
     network_policies: bool,
     stats: Arc<SourceStats>,
 }
@@ -273,6 +274,7 @@ impl Cluster {
             request_metrics,
             node_name,
             timing: Timing::default(),
+            services: true,
             network_policies: true,
             stats: Arc::default(),
         })
@@ -282,6 +284,13 @@ impl Cluster {
     #[must_use]
     pub fn with_timing(self, timing: Timing) -> Self {
         Self { timing, ..self }
+    }
+
+    /// Sets whether Services, EndpointSlices and ServiceCIDRs are watched. If not, no request and no
+    /// event is about them; the own Node is watched all the same.
+    #[must_use]
+    pub fn with_services(self, services: bool) -> Self {
+        Self { services, ..self }
     }
 
     /// Sets whether Pods, Namespaces and NetworkPolicies are watched. If not, no request and no
@@ -355,7 +364,11 @@ impl Cluster {
                 silent.clone(),
             )
         };
-        let services = Kind::SERVICES.map(|kind| reflector(kind, sender.clone()).run());
+        let services = Kind::SERVICES.into_iter();
+        let services = services.filter(|kind| self.services || *kind == Kind::Node);
+        let services: Vec<_> = services
+            .map(|kind| reflector(kind, sender.clone()).run())
+            .collect();
         let policies: OptionFuture<_> = self
             .network_policies
             .then(|| {

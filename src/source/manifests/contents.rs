@@ -30,17 +30,23 @@ pub(super) struct Contents {
 pub(super) struct ManifestFilter {
     /// The name of the own Node; others are skipped.
     pub node_name: String,
+    /// Whether Services, EndpointSlices and ServiceCIDRs are used.
+    pub services: bool,
     /// Whether Pods, Namespaces and NetworkPolicies are used.
     pub network_policies: bool,
 }
 
 impl ManifestFilter {
     /// Returns the kinds that are used.
-    pub(super) fn kinds(&self) -> &'static [Kind] {
-        if self.network_policies {
-            &Kind::ALL
+    pub(super) fn kinds(&self) -> impl Iterator<Item = Kind> {
+        Kind::ALL.into_iter().filter(|kind| self.uses(*kind))
+    }
+
+    fn uses(&self, kind: Kind) -> bool {
+        if Kind::POLICY.contains(&kind) {
+            self.network_policies
         } else {
-            &Kind::SERVICES
+            self.services || kind == Kind::Node
         }
     }
 }
@@ -275,7 +281,7 @@ impl ManifestReader<'_> {
                     format!("apiVersion \"{api_version}\" is not supported; write {expected}");
                 found.reject(at, &head, &message);
             }
-            (Class::Used(kind), _) if !self.wanted.kinds().contains(&kind) => {}
+            (Class::Used(kind), _) if !self.wanted.uses(kind) => {}
             (Class::Used(_) | Class::List, Some(field)) => {
                 let message = format!("{field} occurs twice; remove one of them");
                 found.reject(inside(&at, field), &head, &message);
@@ -367,6 +373,7 @@ mod tests {
     fn contents(text: &str) -> (Vec<String>, Vec<String>) {
         let wanted = ManifestFilter {
             node_name: "node-1".to_owned(),
+            services: true,
             network_policies: true,
         };
         let path = Path::new("a.yaml");

@@ -90,6 +90,7 @@ impl Manifests {
             paths: paths.iter().map(|path| plain(path)).collect(),
             state: ManifestStore::new(ManifestFilter {
                 node_name,
+                services: true,
                 network_policies: true,
             }),
         }
@@ -115,6 +116,14 @@ impl Manifests {
             });
         }
         Ok(())
+    }
+
+    /// Sets whether Services, EndpointSlices and ServiceCIDRs are used. If not, they are skipped
+    /// without a notice.
+    #[must_use]
+    pub fn with_services(mut self, wanted: bool) -> Self {
+        self.state.want_services(wanted);
+        self
     }
 
     /// Sets whether Pods, Namespaces and NetworkPolicies are used. If not, they are skipped without

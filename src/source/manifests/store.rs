@@ -69,6 +69,12 @@ impl ManifestStore {
         }
     }
 
+    /// Sets whether Services, EndpointSlices and ServiceCIDRs are used. Must be called before
+    /// [`update`](Self::update).
+    pub(super) fn want_services(&mut self, wanted: bool) {
+        self.wanted.services = wanted;
+    }
+
     /// Sets whether Pods, Namespaces and NetworkPolicies are used. Must be called before
     /// [`update`](Self::update).
     pub(super) fn want_network_policies(&mut self, wanted: bool) {
@@ -100,7 +106,7 @@ impl ManifestStore {
         let mut events = Vec::with_capacity(self.owners.len() + 2 * Kind::ALL.len());
         let mut names: Vec<&ObjectRef> = self.owners.keys().collect();
         names.sort_unstable();
-        for &kind in self.wanted.kinds() {
+        for kind in self.wanted.kinds() {
             events.push(Event::ListStarted(kind));
             let of_kind = names.iter().filter(|name| name.kind == kind);
             events
