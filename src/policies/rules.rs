@@ -451,6 +451,32 @@ mod tests {
     use super::*;
 
     #[test]
+    fn base_chains_of_both_modes_and_all_layers_are_own() {
+        for beside_proxy in [false, true] {
+            let settings = PolicySettings {
+                beside_proxy,
+                ..PolicySettings::default()
+            };
+            for family in Family::ALL {
+                let mut table = skeleton(family, &settings);
+                for direction in Direction::ALL {
+                    add_layer(&mut table, family, direction, 2, &settings);
+                }
+                let (base, others): (Vec<_>, Vec<_>) = table
+                    .chains
+                    .iter()
+                    .partition(|(_, chain)| chain.base.is_some());
+                assert_eq!(base.len(), if beside_proxy { 10 } else { 6 });
+                assert!(base.iter().all(|(name, _)| is_base_chain(name)));
+                assert!(!others.iter().any(|(name, _)| is_base_chain(name)));
+            }
+        }
+        for foreign in ["egress-", "egress-x", "output", "egress-by-ipvs-x"] {
+            assert!(!is_base_chain(&foreign.into()), "{foreign}");
+        }
+    }
+
+    #[test]
     fn ranges_that_overlap_or_touch_are_one() {
         let ranges = [
             (443, 443),

@@ -33,7 +33,7 @@ fn nothing_written_yet_is_not_ready_but_alive() {
     assert_eq!(status.last_updated, None);
     assert_eq!(
         status.message.as_deref(),
-        Some("no rules are written yet: the services of the cluster have not been read completely")
+        Some("no rules are written yet: the objects of the cluster have not been read completely")
     );
     assert_eq!(health.livez().code(), 200);
     health.synced();

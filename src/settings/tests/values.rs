@@ -245,6 +245,32 @@ fn a_log_format_that_is_none_is_refused() {
 }
 
 #[test]
+fn services_and_network_policies_are_not_both_off() {
+    let check = |args: &[&str]| parsed(args).check().map_err(|error| error.to_string());
+    assert_eq!(check(&[]), Ok(()));
+    assert_eq!(check(&["--services=off"]), Ok(()));
+    assert_eq!(check(&["--network-policy=off", "--init-only"]), Ok(()));
+    let error = check(&["--services=off", "--network-policy=off"]).unwrap_err();
+    assert!(error.contains("nothing to do"), "{error}");
+    let error = check(&["--services=off", "--init-only"]).unwrap_err();
+    assert!(error.contains("--init-only"), "{error}");
+    assert_eq!(
+        refused(&["--services=no"]),
+        "error: invalid value 'no' for '--services <on|off>': there is no such value; write on or off"
+    );
+}
+
+#[test]
+fn denials_are_drops_or_rejections() {
+    assert_eq!(parsed(&[]).deny_with, DenyMode::Drop);
+    assert_eq!(parsed(&["--deny-with=reject"]).deny_with, DenyMode::Reject);
+    assert_eq!(
+        refused(&["--deny-with=no"]),
+        "error: invalid value 'no' for '--deny-with <drop|reject>': there is no such answer; write drop or reject"
+    );
+}
+
+#[test]
 fn network_policies_are_on_or_off() {
     assert!(parsed(&["--network-policy=on"]).network_policy.is_on());
     assert_eq!(

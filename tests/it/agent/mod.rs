@@ -10,3 +10,4 @@ mod ports;
 mod process;
 mod server;
 mod signals;
+mod without_services;

@@ -1,6 +1,7 @@
 //! Network policies, by their packets and their rules, and the judges of both. Pods hang on routed
 //! links, one each, except in `bridge`.
 
+mod alone;
 mod bridge;
 mod cut;
 mod directions;

@@ -107,7 +107,7 @@ fn what_is_denied_is_refused_at_once_or_dropped() {
 }
 
 /// Counts the resets and the errors that arrive in a namespace.
-fn count_answers(ns: &Namespace) {
+pub fn count_answers(ns: &Namespace) {
     ns.nft_load(
         "table inet answers {
             counter resets { }
@@ -122,7 +122,7 @@ fn count_answers(ns: &Namespace) {
     );
 }
 
-fn answers(ns: &Namespace, counter: &str) -> u64 {
+pub fn answers(ns: &Namespace, counter: &str) -> u64 {
     let listing = ns.nft(&["list", "counter", "inet", "answers", counter]);
     let mut words = listing
         .split_whitespace()
@@ -171,8 +171,8 @@ fn beyond_the_rate_there_is_silence() {
     }
 }
 
-/// Returns an IPv4 checksum of these bytes.
-fn checksum(bytes: &[u8]) -> [u8; 2] {
+/// Returns the checksum of these bytes in IP, TCP, UDP and ICMP.
+pub fn checksum(bytes: &[u8]) -> [u8; 2] {
     let words = bytes.chunks(2).map(|pair| {
         let low = pair.get(1).copied().unwrap_or_default();
         u32::from(u16::from_be_bytes([pair[0], low]))

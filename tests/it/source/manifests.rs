@@ -102,13 +102,38 @@ fn without_network_policies_their_objects_are_none_of_our_business() {
         .expect("the paths exist");
     assert_eq!(applied(&events).len(), 14);
     assert_eq!(notices(&events), Vec::<&Notice>::new());
+    assert_eq!(kinds(&events), Kind::SERVICES);
+}
+
+#[test]
+fn without_services_the_own_node_and_the_objects_of_policies_are_left() {
+    let dump = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/kubectl-get-all.yaml");
+    let dir = tempfile::tempdir().expect("a directory");
+    let broken = dir.path().join("broken.yaml");
+    fs::write(
+        &broken,
+        "apiVersion: v1\nkind: Service\nmetadata: {name: a}\nspec: 5\n",
+    )
+    .expect("written");
+    let events = Manifests::new(vec![dump, broken], "node-1".to_owned())
+        .with_services(false)
+        .load()
+        .expect("the paths exist");
+    assert_eq!(applied(&events).len(), 9);
+    assert_eq!(notices(&events), Vec::<&Notice>::new());
+    let wanted = [&[Kind::Node][..], &Kind::POLICY].concat();
+    assert_eq!(kinds(&events), wanted);
+}
+
+/// The kinds that events are about, in their order.
+fn kinds(events: &[Event]) -> Vec<Kind> {
     let about = |event: &Event| match event {
         Event::ListStarted(kind) | Event::ListComplete(kind) => Some(*kind),
         event => event.kind(),
     };
     let mut kinds: Vec<Kind> = events.iter().filter_map(about).collect();
     kinds.dedup();
-    assert_eq!(kinds, Kind::SERVICES);
+    kinds
 }
 
 #[test]
