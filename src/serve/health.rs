@@ -347,7 +347,7 @@ impl Health {
     }
 }
 
-/// Returns a message if the rules of services have never been written.
+/// Returns a message if no rules have ever been written.
 fn unwritten(state: &HealthState) -> Option<String> {
     let failure = state.failure.as_deref();
     let failure = failure.unwrap_or("the objects of the cluster have not been read completely");

@@ -151,7 +151,7 @@ fn install_on(cluster: Node, folder: &'static str) -> Installed {
     let mut line = vec![bounds, "--no-new-privs".into(), "--".into(), NFTLET.into()];
     let found = arguments(&objects, container);
     line.extend(found.iter().map(|it| below(mounted.path(), it)));
-    if container.volume_mounts.iter().flatten().count() == 1 {
+    if !found.iter().any(|it| it.starts_with("--config=")) {
         // In place of the pod's service account.
         line.extend(["--kubeconfig".to_owned(), kubeconfig]);
     }

@@ -19,9 +19,10 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 /// The directories that are complete installations; the others are added to these.
-pub const WHOLE: [&str; 3] = [
+pub const WHOLE: [&str; 4] = [
     "base",
     "overlays/kubeadm",
+    "overlays/policies-only",
     "overlays/without-network-policy",
 ];
 
@@ -92,6 +93,7 @@ fn folders() -> Vec<Folder> {
         folders.extend(COMPONENTS.map(|component| Folder::over(base, &[component])));
         folders.push(Folder::over(base, &COMPONENTS));
     }
+    folders.push(Folder::over("overlays/policies-only", &["labelled-nodes"]));
     let pages = ["docs/install.md", "docs/monitoring.md"];
     folders.extend(pages.into_iter().flat_map(of_the_page));
     folders
@@ -310,6 +312,14 @@ fn what_is_referred_to_is_there() {
 fn nftlet_has_two_powers_and_only_a_lock_to_write_to() {
     for folder in folders() {
         let objects = build(&folder.path).objects;
+        // Without services there are no rules of kube-proxy to remove.
+        let arguments = nftlet_of(&pod_of(&objects)).args.clone();
+        let arguments = arguments.unwrap_or_default();
+        let (lock, powers): (&[&str], &[&str]) =
+            match arguments.iter().any(|it| it == "--services=off") {
+                true => (&[], &["NET_ADMIN"]),
+                false => (&["/run/xtables.lock"], &["NET_ADMIN", "NET_RAW"]),
+            };
         let pod = pod_of(&objects);
         assert_eq!(pod.host_network, Some(true));
         assert_eq!(
@@ -331,12 +341,12 @@ fn nftlet_has_two_powers_and_only_a_lock_to_write_to() {
             .flatten()
             .filter_map(|it| it.host_path.as_ref());
         let of_host: Vec<&str> = of_host.map(|host| host.path.as_str()).collect();
-        assert_eq!(of_host, ["/run/xtables.lock"]);
+        assert_eq!(of_host, lock);
         let container = nftlet_of(&pod);
         let writable = container.volume_mounts.iter().flatten();
         let writable = writable.filter(|mount| mount.read_only != Some(true));
         let writable: Vec<&str> = writable.map(|mount| mount.mount_path.as_str()).collect();
-        assert_eq!(writable, ["/run/xtables.lock"]);
+        assert_eq!(writable, lock);
         let security = container
             .security_context
             .clone()
@@ -346,10 +356,7 @@ fn nftlet_has_two_powers_and_only_a_lock_to_write_to() {
         assert_eq!(security.allow_privilege_escalation, Some(false));
         let capabilities = security.capabilities.expect("capabilities");
         assert_eq!(capabilities.drop, Some(vec!["ALL".to_owned()]));
-        assert_eq!(
-            capabilities.add.unwrap_or_default(),
-            ["NET_ADMIN", "NET_RAW"]
-        );
+        assert_eq!(capabilities.add.unwrap_or_default(), powers);
 
         // Containers with more rights have ended before nftlet starts.
         for container in pod.init_containers.iter().flatten() {
