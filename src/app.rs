@@ -26,6 +26,9 @@
 //! | `audit` | Compares the tables with the wanted rules after missed notifications |
 //! | `kube-proxy` | Removes kube-proxy's rules once nftlet's are in force |
 //! | `settings` | Writes kernel parameters that exist only once rules are in force |
+//!
+//! `flows`, `clients`, `health-checks`, `kube-proxy` and `settings` work for services, and do not run
+//! with `--services=off`.
 
 mod agent;
 mod configure;

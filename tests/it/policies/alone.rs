@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 
 use super::reject::{answers, checksum, count_answers};
-use crate::support::kube_proxy::{self, Frontend};
+use crate::support::kube_proxy::{self, Frontend, Iptables};
 use crate::support::manifests::Manifests;
 use crate::support::objects::{namespace, pod, policy};
 use crate::support::policy::walk::{Packet, walk};
@@ -40,8 +40,15 @@ fn endpoints(web: &Machine) -> [SocketAddr; 2] {
         .map(|address| SocketAddr::new(address, 8080))
 }
 
+/// The modes of kube-proxy that translate in the prerouting hook.
+#[derive(Clone, Copy)]
+enum Mode {
+    Nftables,
+    Iptables,
+}
+
 /// Loads kube-proxy's rules for the service web.
-fn load_kube_proxy(node: &Machine, web: &Machine) {
+fn load_kube_proxy(mode: Mode, node: &Machine, web: &Machine) {
     let pods = ["10.244.0.0/16", "fd00:10:244::/48"];
     let ranges = ["10.96.0.0/16", "fd00:10:96::/112"];
     for (index, endpoint) in endpoints(web).into_iter().enumerate() {
@@ -52,8 +59,17 @@ fn load_kube_proxy(node: &Machine, web: &Machine) {
             endpoints: vec![endpoint],
         };
         let address = node.addresses()[index];
-        let table = kube_proxy::nftables(address, pods[index], ranges[index], &[frontend]);
-        node.ns.nft_load(&table);
+        let (pods, range) = (pods[index], ranges[index]);
+        match mode {
+            Mode::Nftables => {
+                let table = kube_proxy::nftables(address, pods, range, &[frontend]);
+                node.ns.nft_load(&table);
+            }
+            Mode::Iptables => {
+                let text = kube_proxy::iptables(address, pods, &[frontend]);
+                Iptables::Nft.load(&node.ns, address.is_ipv6(), &text);
+            }
+        }
     }
 }
 
@@ -102,9 +118,19 @@ fn tables(node: &Namespace) -> Vec<String> {
 
 #[test]
 fn services_of_kube_proxy_are_judged_by_endpoint_and_client() {
-    if !require_net_admin() {
-        return;
+    if require_net_admin() {
+        judge_services_of_kube_proxy(Mode::Nftables);
     }
+}
+
+#[test]
+fn services_of_kube_proxy_in_iptables_are_judged_by_endpoint_and_client() {
+    if require_net_admin() {
+        judge_services_of_kube_proxy(Mode::Iptables);
+    }
+}
+
+fn judge_services_of_kube_proxy(mode: Mode) {
     let shop = Shop::with(LabOptions {
         nodes: 2,
         ..LabOptions::default()
@@ -113,7 +139,7 @@ fn services_of_kube_proxy_are_judged_by_endpoint_and_client() {
     let [own, other] = [0, 1].map(|index| shop.lab.nodes[index].machine.clone());
     let client = shop.lab.client();
     for node in [&own, &other] {
-        load_kube_proxy(node, &web);
+        load_kube_proxy(mode, node, &web);
     }
     let check = |objects: &[Value], cases: &[[Case; 2]]| {
         for object in objects {
@@ -185,7 +211,7 @@ fn the_tables_of_services_go_and_come_with_the_flag() {
     };
     assert_eq!(sorted(), own);
 
-    load_kube_proxy(&shop.lab.node().machine, &web);
+    load_kube_proxy(Mode::Nftables, &shop.lab.node().machine, &web);
     let daemon = shop.manifests.run(shop.node(), &[OFF]);
     assert_eq!(sorted(), [proxy[0], policies[0], proxy[1], policies[1]]);
     check_counted(&[shop.node()], &cases);
