@@ -171,10 +171,9 @@ impl Program {
         });
     }
 
-    fn address_is_local(&mut self, flag: u32) {
+    /// Compares the type of an address in the routing table.
+    fn address_type(&mut self, flag: u32, wanted: u8) {
         use Attribute::U32;
-        /// `RTN_LOCAL` of the kernel's routing tables.
-        const LOCAL: u32 = 2;
         self.push(
             c"fib",
             [
@@ -186,7 +185,7 @@ impl Program {
                 (sys::NFTNL_EXPR_FIB_FLAGS, U32(flag)),
             ],
         );
-        self.cmp(Comparison::Is, LOCAL.to_ne_bytes().into());
+        self.cmp(Comparison::Is, u32::from(wanted).to_ne_bytes().into());
     }
 
     /// Stores the register at word 0 in a field of the packet's metadata.
@@ -325,8 +324,15 @@ impl Program {
                     attributes,
                 });
             }
-            Statement::DestinationIsLocal => self.address_is_local(uapi::NFTA_FIB_F_DADDR),
-            Statement::SourceIsLocal => self.address_is_local(uapi::NFTA_FIB_F_SADDR),
+            Statement::DestinationIsLocal => {
+                self.address_type(uapi::NFTA_FIB_F_DADDR, libc::RTN_LOCAL);
+            }
+            Statement::DestinationIsBroadcast => {
+                self.address_type(uapi::NFTA_FIB_F_DADDR, libc::RTN_BROADCAST);
+            }
+            Statement::SourceIsLocal => {
+                self.address_type(uapi::NFTA_FIB_F_SADDR, libc::RTN_LOCAL);
+            }
             Statement::InSet(key, comparison, set) => {
                 self.load_key(key, 0);
                 self.lookup(set, None, *comparison == Comparison::IsNot);

@@ -188,6 +188,9 @@ pub enum Statement {
     },
     /// Continue if the destination is an address of this host (`fib daddr type local`).
     DestinationIsLocal,
+    /// Continue if the destination is a broadcast address, also one of a connected network
+    /// (`fib daddr type broadcast`).
+    DestinationIsBroadcast,
     /// Continue if the source is an address of this host (`fib saddr type local`).
     SourceIsLocal,
     /// Continue if the key is (or is not) an element of the set.

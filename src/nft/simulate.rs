@@ -144,6 +144,7 @@ fn reads(statement: &Statement) -> Option<&Name> {
         | Statement::Limit { .. }
         | Statement::Log { .. }
         | Statement::DestinationIsLocal
+        | Statement::DestinationIsBroadcast
         | Statement::SourceIsLocal
         | Statement::SetMarkBits(_)
         | Statement::FlipMarkBits(_)

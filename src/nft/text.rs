@@ -289,6 +289,7 @@ fn statement(statement: &Statement, family: TableFamily) -> String {
             _ => format!("log prefix \"{prefix}\" group {group} snaplen {snaplen}"),
         },
         Statement::DestinationIsLocal => "fib daddr type local".into(),
+        Statement::DestinationIsBroadcast => "fib daddr type broadcast".into(),
         Statement::SourceIsLocal => "fib saddr type local".into(),
         Statement::InSet(key, comparison, set) => {
             format!("{} {}@{set}", concatenation(key, family), not(comparison))

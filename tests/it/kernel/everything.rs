@@ -465,6 +465,7 @@ pub fn everything(family: TableFamily) -> Ruleset {
                         "nodeports".into(),
                     ),
                 ]),
+                Rule::new([S::DestinationIsBroadcast, S::Verdict(Verdict::Accept)]),
                 Rule::new([
                     S::SourceIsLocal,
                     S::InSet(

@@ -8,7 +8,7 @@
 //! sense in a filter chain, a set or a chain that is missing, a limit in front of a verdict.
 
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use nftlet::nft::{
     ChainKind, Comparison, CtState, Declaration, Element, Hook, Key, KeyBuilder, Name, Operand,
@@ -245,6 +245,9 @@ impl Walker<'_> {
                 Statement::HopLimit(hops) => self.packet.hop_limit == *hops,
                 Statement::DestinationIsLocal => {
                     self.packet.local.contains(&self.packet.destination)
+                }
+                Statement::DestinationIsBroadcast => {
+                    self.packet.destination == IpAddr::V4(Ipv4Addr::BROADCAST)
                 }
                 Statement::SourceIsLocal => self.packet.local.contains(&self.packet.source),
                 Statement::InSet(key, comparison, set) => {
