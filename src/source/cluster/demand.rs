@@ -1,4 +1,4 @@
-//! Watches of Pods and Namespaces while a NetworkPolicy exists.
+//! Watches of Pods and Namespaces, by default while a NetworkPolicy exists.
 //!
 //! Without policies neither is needed, and Pods are by far the most objects to watch. The events of
 //! the NetworkPolicies pass through here:
@@ -12,6 +12,7 @@
 //! - While there is no policy, the lists of Pods and Namespaces are complete and empty.
 //! - On the first policy, both lists start *before* it is passed on, so that its receiver waits for
 //!   the pods it selects; then the watches deliver them.
+//! - Where they are always wanted, both are watched from the start to the end.
 //! - Some time after the last policy was deleted, the watches are dropped and both lists are empty
 //!   again, which frees the memory of their objects.
 
@@ -71,8 +72,12 @@ impl<F: Fn(Kind, Sender) -> Reflector> Demand<F> {
         }
     }
 
-    /// Runs until the receiver of the events is dropped.
-    pub(super) async fn run(mut self) {
+    /// Runs until the receiver of the events is dropped. `always` says that Pods and Namespaces are
+    /// watched without a policy, too.
+    pub(super) async fn run(mut self, always: bool) {
+        if always && self.begin_watches().await.is_err() {
+            return;
+        }
         // An event is passed on before the next one is received, so none need be queued here.
         let (sender, mut policies) = mpsc::channel(1);
         let mut reflector = pin!((self.reflector)(Kind::NetworkPolicy, sender).run());
@@ -82,7 +87,7 @@ impl<F: Fn(Kind, Sender) -> Reflector> Demand<F> {
                 () = &mut reflector => return,
                 () = or_never(&mut self.watches) => return,
                 Some(delivery) = policies.recv() => self.pass_on(delivery).await,
-                () = at(self.end) => self.end_watches().await,
+                () = at(self.end), if !always => self.end_watches().await,
             };
             if passed_on.is_err() {
                 return;
@@ -107,6 +112,7 @@ impl<F: Fn(Kind, Sender) -> Reflector> Demand<F> {
             Event::Apply(object) => {
                 self.policies.insert(object.reference().name);
                 if self.watches.is_none() {
+                    tracing::info!("a NetworkPolicy exists; watching Pods and Namespaces");
                     self.begin_watches().await?;
                 }
             }
@@ -126,7 +132,6 @@ impl<F: Fn(Kind, Sender) -> Reflector> Demand<F> {
     }
 
     async fn begin_watches(&mut self) -> Result<(), Closed> {
-        tracing::info!("a NetworkPolicy exists; watching Pods and Namespaces");
         for kind in ON_DEMAND {
             self.send(Delivery::now(Event::ListStarted(kind))).await?;
         }

@@ -5,7 +5,7 @@
 //! that the server does not send headless services and those of other proxies. (A service that
 //! becomes headless is received as a deletion. Servers before Kubernetes 1.31 cannot select by
 //! `spec.clusterIP` and send headless services too; they have no rules.) NetworkPolicies are
-//! watched too, and Pods and Namespaces while a NetworkPolicy exists.
+//! watched too, and Pods and Namespaces while a NetworkPolicy exists, or always.
 //!
 //! ```text
 //! request (list, watch) ─> reflect (state of one kind) ─> deliver (decode, names) ─> events
@@ -198,6 +198,7 @@ pub struct Cluster {
     timing: Timing,
     services: bool,
     network_policies: bool,
+    pods: bool,
     stats: Arc<SourceStats>,
 }
 
@@ -276,6 +277,7 @@ impl Cluster {
             timing: Timing::default(),
             services: true,
             network_policies: true,
+            pods: false,
             stats: Arc::default(),
         })
     }
@@ -301,6 +303,12 @@ impl Cluster {
             network_policies,
             ..self
         }
+    }
+
+    /// Sets whether Pods and Namespaces are watched without a NetworkPolicy, too.
+    #[must_use]
+    pub fn with_pods(self, pods: bool) -> Self {
+        Self { pods, ..self }
     }
 
     /// Returns a client for other requests to the server. An answer that is longer than an object
@@ -333,7 +341,8 @@ impl Cluster {
     ///
     /// `ListStarted` of a kind is repeated if the first list breaks off before its `ListComplete`.
     /// The list of the Node is complete once the Node exists, or after [`Timing::node_wait`]. The
-    /// lists of Pods and Namespaces are empty while there is no NetworkPolicy. `ListStarted` of both
+    /// lists of Pods and Namespaces are empty while there is no NetworkPolicy and they are not watched
+    /// always. `ListStarted` of both
     /// precedes the `Apply` of the first policy; [`Timing::linger`] after the deletion of the last
     /// one, both are listed as empty again.
     pub async fn run(self, sender: Sender, mut shutdown: watch::Receiver<bool>) {
@@ -373,7 +382,8 @@ impl Cluster {
             .network_policies
             .then(|| {
                 let linger = self.timing.linger;
-                Demand::new(reflector, sender.clone(), faults.clone(), linger).run()
+                let demand = Demand::new(reflector, sender.clone(), faults.clone(), linger);
+                demand.run(self.pods)
             })
             .into();
         // With this sender the channel would stay open after the watches have ended.
