@@ -105,6 +105,7 @@ fn run(mut line: CommandLine, log: &LogQueue) -> Result<(), Error> {
     configure::warn_of_ignored(&line, file.as_ref());
     let node_name = settings.node_name(std::env::var("NODE_NAME").ok(), &host_name());
     let service_settings = objects::service_settings(settings)?;
+    settings.is_closed()?;
     if let Some(path) = &settings.write_config_to {
         return configure::write(settings, path);
     }

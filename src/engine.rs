@@ -57,6 +57,13 @@ pub trait Engine {
     /// Returns the number of known objects of a kind; 0 for kinds of other engines.
     fn count(&self, kind: Kind) -> usize;
 
+    /// Returns the rules that must be in force before all kinds are listed, if any. They are added to
+    /// those of an earlier process: chains and sets that are not among them stay, and so do the
+    /// elements of sets that have none here.
+    fn early_rules(&self) -> Option<Ruleset> {
+        None
+    }
+
     /// Compiles what changed since the last call, up to about `budget` elements, and returns the
     /// operations that bring the tables from the state after the last call to the new one.
     fn update(&mut self, budget: usize) -> Update<Self::Change>;

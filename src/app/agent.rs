@@ -133,7 +133,7 @@ pub(super) fn run(start: Start) -> Result<(), Error> {
                 settings,
                 &start.node_name,
                 observers.log_group,
-            ))
+            )?)
             .with_followers(followers);
     if let Some(audits) = &audits {
         controller = controller.with_reader(audits.reader());
@@ -176,6 +176,7 @@ pub(super) fn run(start: Start) -> Result<(), Error> {
         }
         Exit::Failed => Err(Error::NotProgrammed),
         Exit::SourcesGone => Err(Error::SourceEnded),
+        Exit::NoPodNetwork => Err(Error::NoPodNetwork(start.node_name)),
     }
 }
 

@@ -28,6 +28,9 @@ pub(super) fn run(
         Log.notice(notice);
     }
     policies.update(BUDGET);
+    for notice in policies.take_notices() {
+        Log.notice(&notice);
+    }
     wanted.tables.extend(policies.ruleset().tables);
     let summary = summary(&store, Some(&policies), settings);
     print(|out| print_ruleset(&store, &summary, &wanted, out))
@@ -41,7 +44,7 @@ async fn collect(
 ) -> Result<(Store, Engine), Error> {
     let mut store = service_settings.store(Store::with_fallback_node(fallback_node(node_name)));
     let log_group = settings.log_denied.then_some(LOG_GROUP);
-    let mut policies = policy_engine(settings, node_name, log_group);
+    let mut policies = policy_engine(settings, node_name, log_group)?;
     if policies.is_on() {
         policies.apply(&Event::Routes(routes::direct().map_err(Error::Routes)?));
     }
@@ -63,12 +66,18 @@ async fn collect(
             policies.apply(&delivery.event);
             store.apply(delivery.event, &mut changes);
             report(&mut changes);
+            if policies.lacks_pod_network() {
+                break;
+            }
         }
         stop.send_replace(true);
         drop(events);
         let _ = source.await;
     }
     report(&mut changes);
+    if policies.lacks_pod_network() {
+        return Err(Error::NoPodNetwork(node_name.to_owned()));
+    }
     Ok((store, policies))
 }
 

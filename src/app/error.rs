@@ -57,6 +57,10 @@ pub(crate) enum Error {
     Descriptors { needed: usize, source: io::Error },
     #[error("cannot read the host's routes: {0}")]
     Routes(#[source] io::Error),
+    #[error(
+        "Node {0} has no spec.podCIDRs, which --pod-startup=closed needs; have kube-controller-manager allocate them (--allocate-node-cidrs), or recognise pods by --detect-local-mode BridgeInterface or InterfaceNamePrefix"
+    )]
+    NoPodNetwork(String),
     #[error("cannot print: {0}")]
     Print(#[source] io::Error),
     /// With `--cleanup`.

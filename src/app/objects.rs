@@ -4,7 +4,7 @@ use super::Error;
 use crate::engine::Engine as _;
 use crate::host::addresses;
 use crate::model::{Event, Kind, Node, NodePortAddresses, Notice, Object, Reason, Subject};
-use crate::policies::{self, Engine};
+use crate::policies::{self, Engine, PodNetwork};
 use crate::services::{self, DetectLocal, MasqueradeBit, Store};
 use crate::settings::{self, Settings};
 use crate::source::cluster::Error as ClusterError;
@@ -44,12 +44,14 @@ pub(super) fn load(
 
 pub(super) async fn connect(settings: &Settings, node_name: &str) -> Result<Cluster, Error> {
     let (kubeconfig, server) = (settings.kubeconfig.clone(), settings.master.clone());
+    let always = settings.is_closed()?;
     Cluster::connect(kubeconfig, server, node_name.to_owned())
         .await
         .map(|cluster| {
             cluster
                 .with_services(settings.services.is_on())
                 .with_network_policies(settings.network_policy.is_on())
+                .with_pods(always)
         })
         .map_err(|error| match error {
             ClusterError::NoCluster => Error::NoSource(error),
@@ -85,7 +87,8 @@ pub(super) fn policy_engine(
     settings: &Settings,
     node_name: &str,
     log_group: Option<u16>,
-) -> Engine {
+) -> Result<Engine, Error> {
+    let closed = settings.is_closed()?.then(|| pod_network(settings));
     let policy_settings = policies::PolicySettings {
         node: node_name.into(),
         strict: settings.network_policy_strict,
@@ -95,12 +98,29 @@ pub(super) fn policy_engine(
             settings::DenyMode::Reject => policies::DenyWith::Reject,
         },
         beside_proxy: !settings.services.is_on(),
+        closed: closed.transpose()?,
     };
-    if settings.network_policy.is_on() {
+    Ok(if settings.network_policy.is_on() {
         Engine::new(policy_settings)
     } else {
         Engine::off(policy_settings)
-    }
+    })
+}
+
+/// Returns how the network of this node's pods is recognised. The pod network of the cluster does not
+/// say which pods are on this node.
+fn pod_network(settings: &Settings) -> Result<PodNetwork, Error> {
+    Ok(match settings.detect_local()? {
+        settings::DetectLocalSetting::ClusterCidr(_) | settings::DetectLocalSetting::NodeCidr => {
+            PodNetwork::NodeCidr
+        }
+        settings::DetectLocalSetting::BridgeInterface(name) => {
+            PodNetwork::BridgeInterface(name.into())
+        }
+        settings::DetectLocalSetting::InterfaceNamePrefix(prefix) => {
+            PodNetwork::InterfaceNamePrefix(prefix.into())
+        }
+    })
 }
 
 /// Returns the Node that is used while the node's own object is missing: its name makes endpoints

@@ -50,6 +50,7 @@ fn action(reason: Reason) -> &'static str {
         Reason::KernelRefused
         | Reason::ForeignChange
         | Reason::SyncFailed
+        | Reason::OutsidePodNetwork
         | Reason::PoliciesNotInForce => "WriteRules",
         Reason::HealthCheckPort => "ServeHealthCheck",
         Reason::BridgeTraffic => "WatchBridges",

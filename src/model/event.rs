@@ -263,13 +263,15 @@ pub enum Reason {
     SyncFailed,
     /// A kernel setting could not be changed.
     KernelSetting,
+    /// A pod's address is outside of the pod network that is closed before pods are known.
+    OutsidePodNetwork,
     /// The session affinity of a namespace has reached the limit of clients.
     AffinityFull,
 }
 
 impl Reason {
     /// All reasons.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 20] = [
         Self::InvalidField,
         Self::InvalidObject,
         Self::InvalidPolicy,
@@ -288,6 +290,7 @@ impl Reason {
         Self::PoliciesNotInForce,
         Self::SyncFailed,
         Self::KernelSetting,
+        Self::OutsidePodNetwork,
         Self::AffinityFull,
     ];
 
@@ -312,6 +315,7 @@ impl Reason {
             Reason::PoliciesNotInForce => "PoliciesNotInForce",
             Reason::SyncFailed => "SyncFailed",
             Reason::KernelSetting => "KernelSetting",
+            Reason::OutsidePodNetwork => "OutsidePodNetwork",
             Reason::AffinityFull => "AffinityFull",
         }
     }
@@ -346,6 +350,7 @@ impl Reason {
             | Reason::PoliciesNotInForce
             | Reason::SyncFailed
             | Reason::KernelSetting
+            | Reason::OutsidePodNetwork
             | Reason::AffinityFull => true,
         }
     }

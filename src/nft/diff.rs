@@ -39,6 +39,39 @@ pub fn diff(actual: &Ruleset, mut wanted: Ruleset) -> Transaction {
     Transaction { ops }
 }
 
+/// Returns the transaction that adds chains and sets to the tables of `actual`, or replaces those of
+/// the same names. A set without elements in `parts` keeps those that it has.
+///
+/// A table that cannot be updated is replaced by the parts alone.
+pub fn add_parts(actual: &Ruleset, mut parts: Ruleset) -> Transaction {
+    let mut before = Ruleset::default();
+    for (id, part) in &mut parts.tables {
+        let Some(table) = actual.tables.get(id) else {
+            continue;
+        };
+        let mut same = Table {
+            foreign: !updatable(table, part),
+            ..Table::default()
+        };
+        for (name, set) in &mut part.sets {
+            let Some(old) = table.sets.get(name).filter(|_| !same.foreign) else {
+                continue;
+            };
+            if set.elements.is_empty() {
+                set.elements.clone_from(&old.elements);
+            }
+            same.sets.insert(name.clone(), old.clone());
+        }
+        for name in part.chains.keys() {
+            if let Some(old) = table.chains.get(name) {
+                same.chains.insert(name.clone(), old.clone());
+            }
+        }
+        before.tables.insert(id.clone(), same);
+    }
+    diff(&before, parts)
+}
+
 /// Returns whether one table can become the other without being replaced.
 fn updatable(before: &Table, after: &Table) -> bool {
     !before.foreign

@@ -32,7 +32,7 @@ mod tests;
 pub mod text;
 mod transaction;
 
-pub use diff::diff;
+pub use diff::{add_parts, diff};
 pub use interval::merge as merge_intervals;
 pub(crate) use key::FieldType;
 pub use key::{Data, Key, KeyBuilder};

@@ -26,6 +26,7 @@ impl Engine {
             replanned |= self.plan_again(*address, &mut deltas, &mut uses_touched);
         }
         self.draft_layers(&mut deltas, |delta| &mut delta.after);
+        self.know_again(&touched.addresses, touched.routes, &mut deltas);
         self.replanned |= replanned;
         if replanned || touched.routes {
             self.links_again(&mut deltas);
@@ -210,7 +211,7 @@ impl Engine {
     }
 
     fn finish(&mut self, deltas: [TableDelta; 2]) -> Transaction {
-        let wanted = self.inventory.counts().2 > 0;
+        let wanted = self.inventory.counts().2 > 0 || self.closed.is_some();
         let existed = std::mem::replace(&mut self.exists, wanted);
         if existed && wanted {
             let (mut before, mut after) = (Ruleset::default(), Ruleset::default());
@@ -251,6 +252,9 @@ impl Engine {
             }
             if family == Family::V6 {
                 delta::add_links(table, &self.links);
+            }
+            if let Some(closed) = &self.closed {
+                closed.add_to(table, family);
             }
             table.sets.values_mut().for_each(sort);
         }

@@ -15,6 +15,7 @@ use super::isolation::Isolation;
 use super::layout::{Direction, TABLE, table_id};
 use super::reassigned::ReassignedAddresses;
 use super::sets::{PodElement, SetId, Sets};
+use super::startup::ClosedNetwork;
 use super::{PolicyChanges, PolicySettings};
 use crate::engine::{self, Update};
 use crate::model::{
@@ -66,7 +67,9 @@ pub struct Engine {
     /// The interfaces that lead to isolated pods.
     pub(super) links: BTreeSet<(Direction, Arc<str>)>,
     pub(super) reassigned: ReassignedAddresses,
-    /// Whether the tables exist, as they do while there is a policy.
+    /// The pod network, if it is closed to unknown addresses.
+    pub(super) closed: Option<ClosedNetwork>,
+    /// Whether the tables exist, as they do while there is a policy or the pod network is closed.
     pub(super) exists: bool,
     /// Whether policies are enforced.
     on: bool,
@@ -78,6 +81,7 @@ impl Engine {
     pub fn new(settings: PolicySettings) -> Self {
         Self {
             inventory: Inventory::new(settings.node.clone()),
+            closed: ClosedNetwork::new(&settings),
             settings,
             lists: RelistTracker::default(),
             sets: Sets::default(),
@@ -172,6 +176,7 @@ impl Engine {
             layers: self.layers.clone(),
             uses: self.uses.clone(),
             links: self.links.clone(),
+            closed: self.closed.clone(),
             exists: self.exists,
             ..Self::new(self.settings.clone())
         }
@@ -222,6 +227,11 @@ impl Engine {
                     self.reassigned = ReassignedAddresses::default();
                 }
             }
+            &Event::ListComplete(Kind::Node) => {
+                if let Some(closed) = &mut self.closed {
+                    closed.set_node_listed();
+                }
+            }
             Event::Apply(object) => {
                 self.lists.observe(&object.reference());
                 match object {
@@ -240,6 +250,11 @@ impl Engine {
                         self.touch_policy(&policy.name);
                         self.inventory
                             .set_policy(&policy.name, Some(policy.clone()));
+                    }
+                    Object::Node(node) if node.name == self.settings.node => {
+                        if let Some(closed) = &mut self.closed {
+                            closed.set_node(node);
+                        }
                     }
                     _ => {}
                 }
@@ -317,7 +332,8 @@ impl Engine {
             let local = self.inventory.local_holders(*address).next().is_some();
             self.reassigned
                 .note(*address, before, after, local && !listing);
-            if local || self.plans.contains_key(address) {
+            let was_known = self.closed.as_ref().is_some_and(|it| it.knows(*address));
+            if local || was_known || self.plans.contains_key(address) {
                 self.touched.addresses.insert(*address);
             }
         }
@@ -381,7 +397,8 @@ impl engine::Engine for Engine {
     /// Before all kinds are listed, and while one is listed again, the rules would deny traffic
     /// that missing objects allow.
     fn is_ready(&self) -> bool {
-        Kind::POLICY.iter().all(|kind| self.is_listed(*kind))
+        let defined = self.closed.as_ref().is_none_or(ClosedNetwork::is_defined);
+        defined && Kind::POLICY.iter().all(|kind| self.is_listed(*kind))
     }
 
     fn missing(&self) -> Vec<Kind> {
@@ -422,6 +439,10 @@ impl engine::Engine for Engine {
             self.reassigned.take();
         }
         self.change(true)
+    }
+
+    fn early_rules(&self) -> Option<Ruleset> {
+        self.closed.as_ref().map(ClosedNetwork::early_rules)
     }
 
     fn ruleset(&self) -> Ruleset {
@@ -469,6 +490,6 @@ impl engine::Engine for Engine {
     }
 
     fn take_notices(&mut self) -> Vec<Notice> {
-        Vec::new()
+        self.take_place_notices()
     }
 }

@@ -201,6 +201,11 @@ declarations! {
     };
     /// Addresses.
     addresses Declaration::new(SetKind::Set, [Selector::SourceAddress]);
+    /// Ranges of addresses.
+    networks Declaration {
+        interval: true,
+        ..Declaration::new(SetKind::Set, [Selector::SourceAddress])
+    };
     /// Names of interfaces.
     links Declaration::new(SetKind::Set, [Selector::InputInterface]);
     /// ICMPv6 types.

@@ -28,6 +28,9 @@
 //!   service and the client's own address. Traffic of the node itself to its pods passes the output
 //!   hook only, where no policy applies.
 //!
+//! With `--pod-startup=closed`, base chains before these drop what unknown addresses of the pod
+//! network send and receive (`startup`).
+//!
 //! The cost of an update is proportional to the pods and policies that events touched.
 
 mod changes;
@@ -46,6 +49,7 @@ mod plans;
 mod reassigned;
 mod rules;
 mod sets;
+mod startup;
 #[cfg(test)]
 mod tests;
 
@@ -56,6 +60,7 @@ pub use engine::Engine;
 pub use evaluate::Connection;
 pub use layout::{Direction, TABLE, table_id};
 pub(crate) use rules::is_base_chain;
+pub use startup::PodNetwork;
 
 /// The NFLOG group of denied packets with `--log-denied`. Other programs mostly use small numbers.
 pub const LOG_GROUP: u16 = 1729;
@@ -83,4 +88,6 @@ pub struct PolicySettings {
     pub deny_with: DenyWith,
     /// Whether another program translates the addresses of services, perhaps with IPVS.
     pub beside_proxy: bool,
+    /// The network in which addresses that no known pod has are closed, if any is.
+    pub closed: Option<PodNetwork>,
 }

@@ -10,6 +10,7 @@ use super::layout::{
     Direction, EXEMPT, ISOLATED, addresses, counted, icmp6_types, layered, links, pods, port_key,
 };
 use super::sets::{PortRange, SetId, SetSpec};
+use super::startup;
 use super::{DenyWith, PolicySettings};
 use crate::model::{
     Family, NetworkPolicy, ObjectName, Peer, PolicyPort, PolicyRule, PortMatch, Protocol,
@@ -69,17 +70,7 @@ pub(super) fn skeleton(family: Family, settings: &PolicySettings) -> Table {
         table.sets.insert(ISOLATED.into(), set);
     }
     if family == Family::V6 {
-        for exempt in EXEMPT {
-            let elements = exempt
-                .types
-                .iter()
-                .map(|number| Element::new(Key::build().icmp6_type(*number).finish()));
-            let set = Set {
-                declaration: icmp6_types(),
-                elements: elements.collect(),
-            };
-            table.sets.insert(exempt.set.into(), set);
-        }
+        add_exempt_sets(&mut table);
         for direction in Direction::ALL {
             let set = Set {
                 declaration: links(),
@@ -92,6 +83,33 @@ pub(super) fn skeleton(family: Family, settings: &PolicySettings) -> Table {
         add_layer(&mut table, family, direction, 0, settings);
     }
     table
+}
+
+/// Adds the types of the messages that no policy applies to.
+pub(super) fn add_exempt_sets(table: &mut Table) {
+    for exempt in EXEMPT {
+        let elements = exempt
+            .types
+            .iter()
+            .map(|number| Element::new(Key::build().icmp6_type(*number).finish()));
+        let set = Set {
+            declaration: icmp6_types(),
+            elements: elements.collect(),
+        };
+        table.sets.insert(exempt.set.into(), set);
+    }
+}
+
+/// Returns the rules that accept these messages.
+pub(super) fn exempt_rules() -> impl Iterator<Item = Rule> {
+    EXEMPT.into_iter().map(|exempt| {
+        Rule::new([
+            protocol(ICMPV6),
+            Statement::InSet(vec![Selector::Icmp6Type], Comparison::Is, exempt.set.into()),
+            Statement::HopLimit(exempt.hop_limit),
+            Statement::Verdict(Verdict::Accept),
+        ])
+    })
 }
 
 /// Adds the base chains for the first, second or a further holder of an address.
@@ -158,7 +176,7 @@ pub(crate) fn is_base_chain(name: &Name) -> bool {
             let number = layer.strip_prefix('-').map(str::parse::<usize>);
             layer.is_empty() || matches!(number, Some(Ok(_)))
         })
-    })
+    }) || startup::is_base_chain(name)
 }
 
 fn base_rules(
@@ -180,14 +198,7 @@ fn base_rules(
         ]));
     }
     if family == Family::V6 {
-        for exempt in EXEMPT {
-            rules.push(Rule::new([
-                protocol(ICMPV6),
-                Statement::InSet(vec![Selector::Icmp6Type], Comparison::Is, exempt.set.into()),
-                Statement::HopLimit(exempt.hop_limit),
-                Statement::Verdict(Verdict::Accept),
-            ]));
-        }
+        rules.extend(exempt_rules());
         // Every pod has a link-local address, which is not in its status. It does not identify the
         // pod, so the interface is matched instead, and the packet is denied.
         let link_local = IpNet::V6(Ipv6Net::new_assert(LINK_LOCAL, 10));
@@ -274,7 +285,7 @@ fn reject() -> [Rule; 2] {
     })
 }
 
-fn protocol(number: u8) -> Statement {
+pub(super) fn protocol(number: u8) -> Statement {
     Statement::Match(
         Selector::L4Protocol,
         Comparison::Is,

@@ -90,6 +90,14 @@ pub(crate) enum Error {
     InitOnlyWithoutServices,
     #[error("there is no such answer; write drop or reject")]
     DenyWith,
+    #[error("there is no such value; write open or closed")]
+    PodStartup,
+    #[error("--pod-startup=closed needs --network-policy=on")]
+    ClosedWithoutPolicies,
+    #[error(
+        "--pod-startup=closed cannot be combined with --once, since new pods would stay closed"
+    )]
+    ClosedOnce,
 }
 
 pub(super) fn family(net: &IpNet) -> &'static str {

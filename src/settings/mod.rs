@@ -24,7 +24,9 @@ use ipnet::IpNet;
 pub(crate) use command_line::{CommandLine, one_line};
 pub(crate) use error::Error;
 use kube_proxy::{Ignored, Verbose};
-pub(crate) use modes::{Cleanup, DenyMode, DetectLocalMode, LogFormat, OnOff, ProxyMode};
+pub(crate) use modes::{
+    Cleanup, DenyMode, DetectLocalMode, LogFormat, OnOff, PodStartup, ProxyMode,
+};
 pub(crate) use values::{BindAddress, ClusterCidrs, InterfaceName, NodePortAddressesSetting};
 use values::{
     count, duration, manifests, masquerade_bit, node_name, oom_score_adj, server, switch,
@@ -342,6 +344,17 @@ pub struct Settings {
     )]
     pub(crate) network_policy: OnOff,
 
+    /// Before the policies of a pod of this node are in force, let it send and receive everything
+    /// (open) or nothing (closed). Pods are recognised by spec.podCIDRs of the Node, or by the
+    /// interface of --detect-local-mode BridgeInterface or InterfaceNamePrefix. Not with --once.
+    #[arg(
+        long,
+        value_name = "open|closed",
+        help_heading = "Policies",
+        default_value_t
+    )]
+    pub(crate) pod_startup: PodStartup,
+
     /// Cut established connections of this node's pods that NetworkPolicies no longer allow, within
     /// a second. Otherwise they continue until they end. Not with --once.
     #[arg(long, help_heading = "Policies")]
@@ -529,6 +542,20 @@ impl Settings {
                 needed(&self.pod_interface_name_prefix, Error::NoPrefix)?,
             ),
         })
+    }
+
+    /// Returns whether the pod network is closed to pods that are not known.
+    ///
+    /// # Errors
+    ///
+    /// If no policies are enforced, or the rules are written only once.
+    pub(crate) fn is_closed(&self) -> Result<bool, Error> {
+        let is_closed = self.pod_startup == PodStartup::Closed;
+        match is_closed {
+            true if !self.network_policy.is_on() => Err(Error::ClosedWithoutPolicies),
+            true if self.once => Err(Error::ClosedOnce),
+            _ => Ok(is_closed),
+        }
     }
 
     /// Returns the connections for each core: the setting, or kube-proxy's default.

@@ -125,6 +125,23 @@ words!(
     Reject = "reject"
 );
 
+/// What pods of this node can send and receive before their policies are known: `--pod-startup`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum PodStartup {
+    /// Everything.
+    #[default]
+    Open,
+    /// Nothing.
+    Closed,
+}
+
+words!(
+    PodStartup,
+    |_| Error::PodStartup,
+    Open = "open",
+    Closed = "closed"
+);
+
 /// The mode of kube-proxy: `--proxy-mode`, and `mode` in the file. nftlet uses nftables in each.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum ProxyMode {

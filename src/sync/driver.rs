@@ -8,7 +8,8 @@
 //!                               └──────── read, compare, write ────────────┘
 //! ```
 //!
-//! Nothing is written before the engine knows all objects. The first write, and the one after a
+//! Nothing is written before the engine knows all objects, but the rules that it needs before
+//! ([`Engine::early_rules`]). The first write, and the one after a
 //! failure, compares with the kernel, in another thread if there is one
 //! ([`comparison`](super::comparison)): rules of an earlier process remain in force and are changed,
 //! never flushed. Objects that the kernel refuses even then go into quarantine, all of one transaction
@@ -23,7 +24,7 @@ use super::session::KernelSession;
 use crate::engine::{BUDGET, Change, Engine};
 use crate::model::{Notice, ObjectRef, Reason, Subject};
 use crate::netlink::{Error, ErrorClass, Refusal};
-use crate::nft::{ObjectPath, Ruleset};
+use crate::nft::{ObjectPath, Ruleset, add_parts};
 
 /// The most attempts to write a comparison, each with further objects in quarantine.
 const MOST_ATTEMPTS: usize = 64;
@@ -52,6 +53,8 @@ pub(crate) struct Driver<E: Engine> {
     begun: bool,
     /// Whether the rules of complete lists were written before.
     written: bool,
+    /// The early rules that were written last.
+    early: Option<Ruleset>,
     /// Whether the last update left portions to write.
     more: bool,
     /// The comparison that another thread makes.
@@ -99,6 +102,7 @@ where
             budget: BUDGET,
             begun: false,
             written: false,
+            early: None,
             more: false,
             pending: None,
             change: E::Change::default(),
@@ -149,7 +153,7 @@ where
         if !self.engine.is_ready() && !self.is_comparing() {
             // The rules in force remain until the lists are complete.
             return match self.state {
-                DriverState::Listing | DriverState::Unknown => Outcome::Waiting,
+                DriverState::Listing | DriverState::Unknown => self.write_early_rules(kernel),
                 DriverState::Synced => Outcome::Synced,
             };
         }
@@ -157,6 +161,41 @@ where
             DriverState::Listing | DriverState::Unknown => self.compare_elsewhere(kernel),
             DriverState::Synced => self.update(kernel),
         }
+    }
+
+    /// Adds the rules that must be in force before the lists are complete, unless they were written.
+    fn write_early_rules<K: Kernel>(&mut self, kernel: &mut KernelSession<'_, K>) -> Outcome {
+        let wanted = self.engine.early_rules();
+        if wanted == self.early {
+            return Outcome::Waiting;
+        }
+        let parts = wanted.clone().unwrap_or_default();
+        let read = kernel.read(E::TABLE, &parts);
+        let written = read.and_then(|actual| kernel.write(add_parts(&actual, parts), &mut 0));
+        match written {
+            Ok(()) => {
+                self.early = wanted;
+                Outcome::Waiting
+            }
+            Err(error) => {
+                kernel.failed(&error);
+                Outcome::Failed
+            }
+        }
+    }
+
+    /// Adds the early rules again while the lists are incomplete, since another process may have
+    /// removed them. Returns the outcome if that failed.
+    pub(crate) fn restore_early_rules<K: Kernel>(
+        &mut self,
+        kernel: &mut KernelSession<'_, K>,
+    ) -> Option<Outcome> {
+        let waits = self.state != DriverState::Synced && !self.is_comparing();
+        if !waits || self.engine.is_ready() || self.early.take().is_none() {
+            return None;
+        }
+        let outcome = self.write_early_rules(kernel);
+        (outcome == Outcome::Failed).then_some(outcome)
     }
 
     fn update<K: Kernel>(&mut self, kernel: &mut KernelSession<'_, K>) -> Outcome {
@@ -235,7 +274,8 @@ where
     pub(crate) fn heal<K: Kernel>(&mut self, kernel: &mut KernelSession<'_, K>) -> Healed {
         self.compare_when_listed();
         if self.state != DriverState::Synced {
-            let restarted = self.restart_comparison(kernel);
+            let restored = self.restore_early_rules(kernel);
+            let restarted = restored.or_else(|| self.restart_comparison(kernel));
             // Without a comparison, the next attempt compares anyway. Pauses grow as after a repair, so
             // that another process that keeps writing does not delay the comparison for ever.
             return Healed {

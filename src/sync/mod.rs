@@ -186,6 +186,32 @@ impl<'a, K: Kernel> Controller<'a, K> {
         }
     }
 
+    /// Writes the rules of policies that must be in force before the lists are complete, if any.
+    pub fn start(&mut self) -> Outcomes {
+        let policies = self.policies.as_ref();
+        let early = policies.is_some_and(|it| it.engine.early_rules().is_some());
+        self.work(Engines {
+            services: false,
+            policies: early,
+        })
+    }
+
+    /// Restores what another process may have changed before the lists are complete.
+    pub(crate) fn restore_before_lists(&mut self) -> Outcomes {
+        self.kernel.remove_foreign_hooks();
+        let policies = self.policies.as_mut();
+        Outcomes {
+            services: None,
+            policies: policies.and_then(|it| it.restore_early_rules(&mut self.kernel)),
+        }
+    }
+
+    /// Whether pods are to be isolated before they are known, and the Node object does not say where.
+    pub(crate) fn lacks_pod_network(&self) -> bool {
+        let policies = self.policies.as_ref();
+        policies.is_some_and(|policies| policies.engine.lacks_pod_network())
+    }
+
     /// Writes the changes of the selected engines.
     pub fn work(&mut self, engines: Engines) -> Outcomes {
         // Policies first: a new pod is isolated before a service forwards traffic to it.
@@ -370,8 +396,9 @@ impl<'a, K: Kernel> Controller<'a, K> {
         // While lists are read again, the previous rules are in force. The first policies of a
         // cluster, however, wait for the first lists of pods.
         let known = policies.has_written() && !policies.engine.has_first_policies();
+        let pod_network = policies.engine.pod_network();
         if known && policies.state != DriverState::Unknown {
-            return Some(Ok(()));
+            return Some(pod_network);
         }
         if let Some(failure) = policies.failure() {
             return Some(Err(failure.to_owned()));
@@ -382,6 +409,9 @@ impl<'a, K: Kernel> Controller<'a, K> {
             ));
         }
         let missing = policies.engine.missing();
+        if missing.is_empty() && pod_network.is_err() {
+            return Some(pod_network);
+        }
         let kinds: Vec<&str> = missing.iter().map(|kind| kind.as_str()).collect();
         let mut why = format!("waiting for the complete list of {}", kinds.join(", "));
         let stats = self.source_stats.iter();

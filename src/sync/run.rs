@@ -21,6 +21,9 @@ const BATCH: usize = 4096;
 const PATIENCE: Duration = Duration::from_secs(5);
 /// The longest pause between two such lines.
 const LONGEST_PATIENCE: Duration = Duration::from_secs(300);
+/// How long the Node object may be without the ranges of its pods, which a controller adds. kube-proxy
+/// waits as long before it gives up.
+const NETWORK_PATIENCE: Duration = Duration::from_secs(30);
 /// The interval at which refused objects are retried.
 const RETRY_QUARANTINED_EVERY: Duration = Duration::from_secs(300);
 
@@ -55,6 +58,8 @@ pub enum Exit {
     SourcesGone,
     /// With `once`: the rules could not be written.
     Failed,
+    /// The Node object does not say which network is closed before its pods are known.
+    NoPodNetwork,
 }
 
 /// Handles events until stopped. Writing to the kernel blocks, so call this on a thread of its own.
@@ -76,6 +81,8 @@ pub async fn run<K: Kernel>(
     let compared = controller.kernel.reader().map(|reader| reader.done());
     let mut batch = Vec::new();
     let (mut open, mut ready) = (true, false);
+    let mut network_due = None;
+    retries.record(controller.start());
     record_policies(controller, &mut unenforced, health);
     loop {
         let outcomes = tokio::select! {
@@ -102,6 +109,9 @@ pub async fn run<K: Kernel>(
                 controller.report_not_in_force();
                 unenforced.reported();
                 continue;
+            }
+            () = sleep_until(network_due.unwrap_or_else(Instant::now)), if network_due.is_some() => {
+                return Exit::NoPodNetwork;
             }
             () = sleep_until(retry_quarantined) => {
                 retry_quarantined = Instant::now() + RETRY_QUARANTINED_EVERY;
@@ -130,7 +140,7 @@ pub async fn run<K: Kernel>(
             }
             () = sleep_until(patience), if !ready => {
                 patience += PATIENCE;
-                controller.kernel.remove_foreign_hooks();
+                retries.record(controller.restore_before_lists());
                 if patience < log_at {
                     continue;
                 }
@@ -172,6 +182,9 @@ pub async fn run<K: Kernel>(
         let node = controller.store().node();
         health.node_going_away(node.is_some_and(|node| node.going_away));
         due = controller.due().map(Instant::from_std);
+        network_due = controller
+            .lacks_pod_network()
+            .then(|| network_due.unwrap_or_else(|| Instant::now() + NETWORK_PATIENCE));
         record_policies(controller, &mut unenforced, health);
         if outcomes.any(Outcome::Failed) {
             if signals.once {
