@@ -547,4 +547,5 @@ fn routes(routes: &[(&str, &str)]) -> Event {
 }
 
 mod addresses;
+mod startup;
 mod work;

@@ -41,6 +41,7 @@ mod policies;
 mod portions;
 mod quarantine;
 mod queries;
+mod startup;
 mod turns;
 mod work;
 
