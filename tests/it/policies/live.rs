@@ -24,7 +24,7 @@ const PATIENCE: Duration = nftlet_lab::netns::PATIENCE;
 /// How long a request waits that must not arrive; the server counts, so that nothing is missed.
 const DROPPED: Duration = Duration::from_millis(10);
 /// Where only those ask who must not arrive.
-const FORBIDDEN: u16 = 9100;
+pub(super) const FORBIDDEN: u16 = 9100;
 
 /// nftlet on the shop's node, following the manifests.
 fn run(shop: &Shop, more: &[&str]) -> Daemon {
@@ -33,7 +33,7 @@ fn run(shop: &Shop, more: &[&str]) -> Daemon {
 
 /// Waits until every case gets what it is to get.
 #[track_caller]
-fn become_true(cases: &[Case]) {
+pub(super) fn become_true(cases: &[Case]) {
     let mut last = Vec::new();
     let deadline = Instant::now() + PATIENCE;
     while Instant::now() < deadline {
@@ -177,7 +177,7 @@ fn established_connections_are_left_to_end() {
 
 /// Requests that never end, until they are stopped: of some all must be answered, of others none
 /// may arrive.
-struct Load {
+pub(super) struct Load {
     stop: Arc<AtomicBool>,
     done: Arc<AtomicU64>,
     denied: Arc<AtomicU64>,
@@ -188,7 +188,7 @@ struct Load {
 
 impl Load {
     /// Those from `good` must be answered by `to`, those from `bad` must not arrive there.
-    fn start(to: &Machine, good: &Machine, bad: &[&Machine]) -> Self {
+    pub(super) fn start(to: &Machine, good: &Machine, bad: &[&Machine]) -> Self {
         let protocols = [Protocol::Tcp, Protocol::Udp];
         let forbidden = protocols.map(|protocol| to.serve(protocol, FORBIDDEN));
         let mut load = Self {
@@ -235,7 +235,7 @@ impl Load {
 
     /// Waits until so many more are answered.
     #[track_caller]
-    fn more(&self, requests: u64) {
+    pub(super) fn more(&self, requests: u64) {
         let until = self.done.load(Ordering::Relaxed) + requests;
         wait_for("requests", PATIENCE, || {
             (self.done.load(Ordering::Relaxed) >= until).then_some(())
@@ -243,7 +243,7 @@ impl Load {
     }
 
     #[track_caller]
-    fn finish(self) {
+    pub(super) fn finish(self) {
         wait_for("denied requests", PATIENCE, || {
             (self.denied.load(Ordering::Relaxed) > 100).then_some(())
         });

@@ -14,5 +14,6 @@ mod random_packets;
 mod reject;
 mod rules;
 mod selection;
+mod startup;
 mod walk;
 mod worlds;
