@@ -278,3 +278,18 @@ fn network_policies_are_on_or_off() {
         "error: invalid value 'maybe' for '--network-policy <on|off>': there is no such value; write on or off"
     );
 }
+
+#[test]
+fn pods_start_open_or_closed() {
+    assert_eq!(parsed(&[]).is_closed(), Ok(false));
+    let closed = "--pod-startup=closed";
+    assert_eq!(parsed(&[closed]).is_closed(), Ok(true));
+    for other in ["--network-policy=off", "--once"] {
+        assert!(parsed(&[closed, other]).is_closed().is_err(), "{other}");
+        assert_eq!(parsed(&[other]).is_closed(), Ok(false));
+    }
+    assert_eq!(
+        refused(&["--pod-startup=ajar"]),
+        "error: invalid value 'ajar' for '--pod-startup <open|closed>': there is no such value; write open or closed"
+    );
+}

@@ -26,7 +26,8 @@ pub const WHOLE: [&str; 4] = [
     "overlays/without-network-policy",
 ];
 
-const COMPONENTS: [&str; 5] = [
+const COMPONENTS: [&str; 6] = [
+    "closed-pod-startup",
     "conntrack-settings",
     "labelled-nodes",
     "metrics-address",

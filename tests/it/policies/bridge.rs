@@ -181,6 +181,46 @@ fn services_of_bridged_pods_are_judged_by_the_pod() {
     check_counted(&[&bridge.node.ns], &cases);
 }
 
+#[test]
+fn the_bridge_is_closed_to_pods_that_are_not_known() {
+    if !require_net_admin() {
+        return;
+    }
+    let bridge = Bridge::new();
+    let [web, db, api] = &bridge.pods;
+    let node = &bridge.node;
+    let between = bridged_packets_meet_rules(&node.ns);
+    bridge.manifests.remove("Pod", "web");
+    let closed = [
+        "--pod-startup=closed",
+        "--detect-local-mode=BridgeInterface",
+        "--pod-bridge-interface=br0",
+    ];
+    let _daemon = bridge.manifests.run(&node.ns, &closed);
+    for machine in bridge.pods.iter().chain([node]) {
+        machine.ns.ip("neigh flush all");
+    }
+    let cases = |known: bool| {
+        let mut cases = Vec::new();
+        for probe in [Tcp(80), Udp(80), Ping] {
+            cases.extend(Case::both(node, web, probe, true));
+            cases.extend(Case::both(web, node, probe, known));
+            cases.extend(Case::both(db, node, probe, true));
+            if between {
+                cases.extend(Case::both(web, db, probe, known));
+                cases.extend(Case::both(db, web, probe, known));
+                cases.extend(Case::both(db, api, probe, true));
+            }
+        }
+        cases
+    };
+    check(&cases(false));
+    bridge
+        .manifests
+        .put(&pod("shop", "web", &[("app", "web")], web));
+    super::live::become_true(&cases(true));
+}
+
 /// The link-local address of a device, and the number by which its own namespace knows the device.
 fn link_local(ns: &Namespace, device: &str) -> (Ipv6Addr, u32) {
     wait_for("a link-local address", Duration::from_secs(60), || {

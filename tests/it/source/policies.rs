@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use crate::support::consumer::{Consumer, hasty};
+use crate::support::consumer::{Consumer, cluster, hasty};
 use crate::support::objects::{self, deny_all, node, service};
 use nftlet::model::{Kind, Object, Reason};
 use nftlet::source::cluster::Timing;
@@ -191,6 +191,27 @@ async fn pods_are_watched_while_there_is_a_policy() {
         api.until_watched(POLICIES, 1).await;
     }
     assert_eq!(consumer.notices, Vec::new());
+    consumer.finish().await;
+}
+
+#[tokio::test]
+async fn pods_are_watched_without_a_policy_if_wanted() {
+    let api = shop().await;
+    let directory = tempfile::tempdir().expect("a directory");
+    let cluster = cluster(&api.write_kubeconfig(directory.path()), impatient()).await;
+    let mut consumer = Consumer::of(cluster.with_pods(true), directory);
+    all_lists(&mut consumer).await;
+    assert!(
+        consumer.objects.contains_key("Pod shop/web")
+            && consumer.objects.contains_key("Namespace shop")
+    );
+    api.put(POLICIES, deny_all("deny"));
+    consumer.has("NetworkPolicy shop/deny").await;
+    api.delete(POLICIES, "shop/deny");
+    consumer.lacks("NetworkPolicy shop/deny").await;
+    api.put(PODS, pod("db", "10.1.0.2"));
+    consumer.has("Pod shop/db").await;
+    assert_eq!(api.requests_for(PODS).len(), 1);
     consumer.finish().await;
 }
 
