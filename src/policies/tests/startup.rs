@@ -372,3 +372,61 @@ fn a_route_that_leads_elsewhere_is_outside_of_the_interfaces() {
         assert!(fault.contains("10.0.0.1 of pod shop/web"), "{fault}");
     }
 }
+
+/// Pods with few names and addresses, of both nodes, in all conditions.
+fn any_event() -> impl Strategy<Value = Event> {
+    let sandbox = prop_oneof![
+        Just(Sandbox::Gone),
+        Just(Sandbox::Unknown),
+        (0..3u32).prop_map(Sandbox::RanAt),
+    ];
+    let flags = (any::<bool>(), any::<bool>(), prop::bool::weighted(0.1));
+    let pod = (0..4u8, 1..4u8, any::<bool>(), sandbox, flags).prop_map(
+        |(name, address, local, sandbox, (web, running, other))| {
+            let node = if local { "here" } else { "there" };
+            let app = if web { "web" } else { "db" };
+            apply_pod(Pod {
+                running,
+                ended: other && !running,
+                host_network: other && running,
+                evidence: Evidence {
+                    sandbox,
+                    started: None,
+                },
+                ..pod(&format!("shop/pod-{name}"), address, node, app)
+            })
+        },
+    );
+    prop_oneof![
+        6 => pod,
+        2 => (0..4u8).prop_map(|name| delete(Kind::Pod, &format!("shop/pod-{name}"))),
+        1 => (any::<bool>(), any::<bool>()).prop_map(|(ingress, egress)| deny(ingress, egress)),
+        1 => Just(delete(Kind::NetworkPolicy, "shop/deny")),
+    ]
+}
+
+proptest! {
+    /// After every batch the kernel has what a new engine wants, and known is only an address that a
+    /// pod of this node may have, with the chain of each such pod that a policy selects.
+    #[test]
+    fn what_is_known_follows_any_history(
+        batches in prop::collection::vec(prop::collection::vec(any_event(), 1..4), 1..12),
+    ) {
+        let mut checked = closed();
+        for batch in batches {
+            for event in batch {
+                checked.apply(event);
+            }
+            checked.update();
+            let engine = &checked.engine;
+            for address in 1..4u8 {
+                let ip = IpAddr::from([10, 0, 0, address]);
+                let is_known = known(&checked.kernel).contains(&ip.to_string());
+                let pods = engine.inventory.local_holders(ip);
+                let claimed = pods.filter(|pod| pod.evidence.sandbox != Sandbox::Gone).count() > 0;
+                prop_assert!(is_known <= (claimed || engine.inventory.departed(ip).is_some()));
+                prop_assert!(is_known || !claimed || engine.inventory.departed(ip).is_some());
+            }
+        }
+    }
+}
