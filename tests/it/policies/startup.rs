@@ -281,7 +281,7 @@ fn after_a_boot_nothing_passes_before_the_lists() {
     }
     for form in [ADDRESSES, INTERFACES] {
         let shop = Shop::open();
-        let [web, db, _] = shop.pods();
+        let [web, db, api] = shop.pods();
         let objects = [("web", &web), ("db", &db)];
         let objects = objects.map(|(name, at)| pod("shop", name, &[("app", name)], at));
         let cluster = Api::new(&shop, &[&objects[0], &objects[1]]);
@@ -300,6 +300,7 @@ fn after_a_boot_nothing_passes_before_the_lists() {
         assert!(!in_force(&shop));
         cluster.api.set_busy(PODS, None);
         become_true(&around(&shop, &web, &db, true));
+        check(&around(&shop, &api, &db, false));
         wait_for("the policies", PATIENCE, || in_force(&shop).then_some(()));
     }
 }
