@@ -96,6 +96,26 @@ fn the_tables_exist_without_policies() {
 }
 
 #[test]
+fn what_ipvs_sends_past_the_forward_hook_is_closed_too() {
+    let rules = |beside_proxy: bool| {
+        let engine = Engine::new(PolicySettings {
+            closed: Some(PodNetwork::NodeCidr),
+            beside_proxy,
+            ..settings(false)
+        });
+        text(&engine.early_rules().unwrap())
+    };
+    let chain = "\tchain startup-by-ipvs {
+\t\ttype filter hook output priority -10; policy accept;
+\t\tct state established,related accept
+\t\tfib saddr type local accept
+\t\tip daddr @pod-network ip daddr != @known-pods jump unknown-destination
+\t}";
+    assert!(rules(true).contains(chain), "{}", rules(true));
+    assert!(!rules(false).contains("hook output"));
+}
+
+#[test]
 fn pods_of_this_node_are_known_while_they_have_their_addresses() {
     let mut checked = closed();
     let web = pod("shop/web", 1, "here", "web");

@@ -29,6 +29,8 @@ const INTERFACES: &[&str] = &[
     "--detect-local-mode=InterfaceNamePrefix",
     "--pod-interface-name-prefix=veth",
 ];
+/// Beside another proxy.
+const WITHOUT_SERVICES: &[&str] = &["--pod-startup=closed", "--services=off"];
 const METRICS: &str = "127.0.0.1:10249";
 
 /// What the chain of unknown pods has dropped in both families.
@@ -279,7 +281,7 @@ fn after_a_boot_nothing_passes_before_the_lists() {
     if !require_net_admin() {
         return;
     }
-    for form in [ADDRESSES, INTERFACES] {
+    for form in [ADDRESSES, INTERFACES, WITHOUT_SERVICES] {
         let shop = Shop::open();
         let [web, db, api] = shop.pods();
         let objects = [("web", &web), ("db", &db)];
