@@ -1,6 +1,6 @@
 //! Compiles the touched objects into the parts of the tables that change.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -10,7 +10,7 @@ use super::layout::{Direction, table_id};
 use super::rules::{self, policy_chain, skeleton};
 use super::sets::{PodElement, SetId};
 use crate::model::{Family, ObjectName};
-use crate::nft::{Chain, Element, Ruleset, Table, Transaction, diff};
+use crate::nft::{Chain, Element, Name, Ruleset, Table, Transaction, diff};
 
 impl Engine {
     /// Compiles what changed since the last call. Returns the operations that bring the tables from
@@ -19,12 +19,8 @@ impl Engine {
         self.forget_departed(Instant::now());
         let touched = std::mem::take(&mut self.touched);
         let mut deltas: [TableDelta; 2] = Default::default();
-        let mut uses_touched: BTreeSet<(Family, Direction, ObjectName)> = BTreeSet::new();
-        let mut replanned = false;
         self.draft_layers(&mut deltas, |delta| &mut delta.before);
-        for address in &touched.addresses {
-            replanned |= self.plan_again(*address, &mut deltas, &mut uses_touched);
-        }
+        let (replanned, mut uses_touched) = self.plan_again(&touched.addresses, &mut deltas);
         self.draft_layers(&mut deltas, |delta| &mut delta.after);
         self.know_again(&touched.addresses, touched.routes, &mut deltas);
         self.replanned |= replanned;
@@ -258,16 +254,21 @@ impl Engine {
             }
             table.sets.values_mut().for_each(sort);
         }
+        let mut add = |family: Family, name: Name, chain: Chain| {
+            let [v4, v6] = &mut tables;
+            let table = match family {
+                Family::V4 => v4,
+                Family::V6 => v6,
+            };
+            table.chains.insert(name, chain);
+        };
+        for ((family, direction, name), used) in &self.profiles {
+            let chain = rules::pods_chain(*direction, &used.profile);
+            add(*family, name.clone(), chain);
+        }
         for ((family, direction, name), used) in &self.uses {
             if let Some(chain) = &used.chain {
-                let [v4, v6] = &mut tables;
-                let table = match family {
-                    Family::V4 => v4,
-                    Family::V6 => v6,
-                };
-                table
-                    .chains
-                    .insert(direction.policy_chain(name), Chain::clone(chain));
+                add(*family, direction.policy_chain(name), Chain::clone(chain));
             }
         }
         let used = Family::ALL.into_iter().flat_map(|family| {

@@ -4,9 +4,8 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use super::isolation::{Holder, Isolation};
-use super::layout::{self, Direction, ISOLATED};
-use super::rules::pod_chain;
+use super::isolation::Isolation;
+use super::layout::{self, Direction, ISOLATED, TO_ITSELF};
 use crate::model::Family;
 use crate::nft::{Declaration, Element, Key, Name, Set, Table, Verdict};
 
@@ -24,7 +23,7 @@ impl TableDelta {
         let both = Direction::ALL.into_iter();
         let names =
             both.flat_map(|direction| [direction.pods(0), direction.denied(), direction.links()]);
-        for name in names.chain([Name::from(ISOLATED)]) {
+        for name in names.chain([ISOLATED, TO_ITSELF].map(Name::from)) {
             let sides = [&self.before, &self.after];
             let declaration = sides
                 .into_iter()
@@ -70,8 +69,7 @@ pub(super) fn sort(set: &mut Set) {
     set.elements.sort_unstable_by(|a, b| a.key.cmp(&b.key));
 }
 
-/// Adds the chains that isolate an address, and the elements that lead to them, to a table or a
-/// part of one.
+/// Adds the elements of an isolated address to a table or a part of one.
 pub(super) fn isolate(table: &mut Table, address: IpAddr, plan: &Isolation, strict: bool) {
     let key = Key::address(address);
     let mut add = |set: Name, declaration: Arc<Declaration>, element: Element| {
@@ -84,7 +82,7 @@ pub(super) fn isolate(table: &mut Table, address: IpAddr, plan: &Isolation, stri
     };
     for (direction, all) in &plan.holders {
         for (layer, holder) in all.iter().enumerate() {
-            let verdict = Verdict::Goto(holder.chain(*direction, address));
+            let verdict = Verdict::Goto(holder.profile.chain(*direction));
             let element = Element::with_verdict(key.clone(), verdict);
             add(direction.pods(layer), layout::pods(), element);
         }
@@ -97,24 +95,6 @@ pub(super) fn isolate(table: &mut Table, address: IpAddr, plan: &Isolation, stri
     if strict {
         add(ISOLATED.into(), layout::addresses(), Element::new(key));
     }
-    for (direction, all) in &plan.holders {
-        for holder in all {
-            let chain = pod_chain(*direction, address, holder.policies.iter().cloned());
-            table
-                .chains
-                .insert(holder.chain(*direction, address), chain);
-        }
-    }
-}
-
-impl Holder {
-    /// Returns the chain of the pod. A departed pod may have the same name as a new one, so its
-    /// chain is named by the address.
-    fn chain(&self, direction: Direction, address: IpAddr) -> Name {
-        if self.departed {
-            direction.departed_chain(address)
-        } else {
-            direction.pod_chain(&self.pod)
-        }
-    }
+    let itself = Key::build().address(address).address(address).finish();
+    add(TO_ITSELF.into(), layout::ends(), Element::new(itself));
 }

@@ -13,6 +13,7 @@ use std::time::Instant;
 use super::inventory::Inventory;
 use super::isolation::Isolation;
 use super::layout::{Direction, TABLE, table_id};
+use super::profile::Profile;
 use super::reassigned::ReassignedAddresses;
 use super::sets::{PodElement, SetId, Sets};
 use super::startup::ClosedNetwork;
@@ -24,10 +25,21 @@ use crate::model::{
 };
 use crate::nft::{Chain, Name, ObjectPath, Ruleset, TableId};
 
+/// A chain of pods: its family, direction and name.
+pub(super) type PodsChain = (Family, Direction, Name);
+
+/// A profile with a chain.
+#[derive(Clone, Debug)]
+pub(super) struct ProfileUse {
+    pub profile: Arc<Profile>,
+    /// The number of elements that lead to the chain.
+    pub addresses: u32,
+}
+
 /// A policy's chain in one family's table.
 #[derive(Clone, Debug, Default)]
 pub(super) struct PolicyUse {
-    /// The number of pods' chains that jump to it.
+    /// The number of chains of pods that jump to it.
     pub pods: u32,
     pub chain: Option<Arc<Chain>>,
     /// The sets in its rules.
@@ -59,6 +71,7 @@ pub struct Engine {
     pub(super) replanned: bool,
     /// The number of addresses with a second and further holder, by family, direction and layer.
     pub(super) layers: BTreeMap<(Family, Direction, usize), u32>,
+    pub(super) profiles: BTreeMap<PodsChain, ProfileUse>,
     pub(super) uses: BTreeMap<(Family, Direction, ObjectName), PolicyUse>,
     /// Policies that the kernel refused. They allow nothing until they change or are retried.
     pub(super) quarantined: BTreeSet<ObjectName>,
@@ -88,6 +101,7 @@ impl Engine {
             plans: BTreeMap::new(),
             replanned: false,
             layers: BTreeMap::new(),
+            profiles: BTreeMap::new(),
             uses: BTreeMap::new(),
             quarantined: BTreeSet::new(),
             routes: Arc::default(),
@@ -174,6 +188,7 @@ impl Engine {
             sets: self.sets.without_indexes(),
             plans: self.plans.clone(),
             layers: self.layers.clone(),
+            profiles: self.profiles.clone(),
             uses: self.uses.clone(),
             links: self.links.clone(),
             closed: self.closed.clone(),

@@ -53,7 +53,7 @@ impl Engine {
         };
         // The policies of each holder must allow it.
         holders.iter().all(|holder| {
-            let policies = holder.policies.iter();
+            let policies = holder.profile.policies.iter();
             let in_force = policies.filter(|name| !self.quarantined.contains(*name));
             let mut policies = in_force.filter_map(|name: &ObjectName| self.inventory.policy(name));
             policies.any(|policy| {

@@ -1,8 +1,10 @@
 //! The plan of an isolated address.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use super::layout::Direction;
+use super::profile::Profile;
 use crate::model::ObjectName;
 
 /// An isolated address of this node.
@@ -20,5 +22,5 @@ pub(super) struct Holder {
     /// Whether its object was deleted while it ran.
     pub departed: bool,
     /// The policies that select it for the direction.
-    pub policies: Vec<ObjectName>,
+    pub profile: Arc<Profile>,
 }

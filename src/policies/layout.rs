@@ -1,6 +1,5 @@
 //! Names and declarations of the policy tables.
 
-use std::net::IpAddr;
 use std::sync::{Arc, LazyLock};
 
 use crate::engine::table_family;
@@ -71,7 +70,7 @@ impl Direction {
         })
     }
 
-    /// Returns the verdict map from isolated addresses to the chains of pods, for a holder of an
+    /// Returns the verdict map from isolated addresses to the chains of their profiles, for a holder of an
     /// address by its place (layer).
     pub(super) fn pods(self, layer: usize) -> Name {
         layered(
@@ -99,40 +98,21 @@ impl Direction {
         })
     }
 
-    /// Returns the chain of an isolated pod.
-    pub(super) fn pod_chain(self, pod: &ObjectName) -> Name {
-        name(
-            match self {
-                Direction::Ingress => "pod-ingress-",
-                Direction::Egress => "pod-egress-",
-            },
-            pod,
-        )
-    }
-
-    /// Returns the chain of a departed pod.
-    pub(super) fn departed_chain(self, address: IpAddr) -> Name {
-        let address = address.to_string().replace(':', "-");
+    /// Returns the chain of the isolated pods whose profile has a digest.
+    pub(super) fn pods_chain(self, digest: &str) -> Name {
         Name::from(match self {
-            Direction::Ingress => format!("departed-ingress-{address}"),
-            Direction::Egress => format!("departed-egress-{address}"),
+            Direction::Ingress => format!("pods-ingress-{digest}"),
+            Direction::Egress => format!("pods-egress-{digest}"),
         })
     }
 
     /// Returns the chain of a policy.
     pub(super) fn policy_chain(self, policy: &ObjectName) -> Name {
-        name(
-            match self {
-                Direction::Ingress => "policy-ingress-",
-                Direction::Egress => "policy-egress-",
-            },
-            policy,
-        )
+        readable_name(&match self {
+            Direction::Ingress => format!("policy-ingress-{policy}"),
+            Direction::Egress => format!("policy-egress-{policy}"),
+        })
     }
-}
-
-fn name(prefix: &str, object: &ObjectName) -> Name {
-    readable_name(&format!("{prefix}{object}"))
 }
 
 /// Returns a name for a layer; the first layer has no suffix.
@@ -170,6 +150,14 @@ pub(super) const EXEMPT: [Exempt; 2] = [
 
 /// The set of all isolated addresses, for strict mode.
 pub(super) const ISOLATED: &str = "isolated-pods";
+/// The set of each isolated address with itself, which the chains of pods accept without naming an
+/// address.
+pub(super) const TO_ITSELF: &str = "to-itself";
+
+/// Returns the key of [`TO_ITSELF`].
+pub(super) fn ends_key() -> Vec<Selector> {
+    vec![Selector::SourceAddress, Selector::DestinationAddress]
+}
 
 /// Returns the key of a port of a destination pod.
 pub(super) fn port_key() -> Vec<Selector> {
@@ -192,7 +180,7 @@ macro_rules! declarations {
 }
 
 declarations! {
-    /// Verdict map from address to the chain of the pod.
+    /// Verdict map from address to the chain of its profile.
     pods Declaration::new(SetKind::VerdictMap, [Selector::SourceAddress]);
     /// Addresses with counters.
     counted Declaration {
@@ -206,6 +194,8 @@ declarations! {
         interval: true,
         ..Declaration::new(SetKind::Set, [Selector::SourceAddress])
     };
+    /// Source and destination.
+    ends Declaration::new(SetKind::Set, ends_key());
     /// Names of interfaces.
     links Declaration::new(SetKind::Set, [Selector::InputInterface]);
     /// ICMPv6 types.
@@ -218,13 +208,13 @@ mod tests {
 
     fn chain(name: &str) -> String {
         Direction::Ingress
-            .pod_chain(&ObjectName::new("shop", name))
+            .policy_chain(&ObjectName::new("shop", name))
             .to_string()
     }
 
     #[test]
     fn names_are_those_of_the_objects_where_nft_can_read_them() {
-        assert_eq!(chain("web-0.a"), "pod-ingress-shop/web-0.a");
+        assert_eq!(chain("web-0.a"), "policy-ingress-shop/web-0.a");
         for odd in ["a{drop}", "a;b", "a\"b", "a_b", "a#b", "a$b"] {
             let name = chain(odd);
             let plain = |c: char| c.is_ascii_alphanumeric() || "-_./".contains(c);

@@ -46,6 +46,7 @@ mod isolation;
 mod layout;
 mod links;
 mod plans;
+mod profile;
 mod reassigned;
 mod rules;
 mod sets;

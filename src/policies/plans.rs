@@ -1,16 +1,17 @@
 //! The plans of isolated addresses of this node: the pods whose policies apply to them.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use super::delta::{self, TableDelta, isolate};
-use super::engine::Engine;
+use super::engine::{Engine, PodsChain, ProfileUse};
 use super::isolation::{Holder, Isolation};
 use super::layout::Direction;
 use super::links;
+use super::profile::Profile;
 use super::rules;
-use crate::model::{Family, ObjectName, Pod};
+use crate::model::{Family, Labels, ObjectName, Pod};
 use crate::nft::Table;
 
 /// The maximum number of holders of an address whose policies are evaluated one after the other. An
@@ -30,50 +31,107 @@ impl Engine {
         }
     }
 
-    /// Plans an address of this node again and drafts the changes of its chains. Returns whether
-    /// there are any.
+    /// Plans addresses of this node again and drafts the changes of their elements and chains.
+    /// Returns whether there are any, and the policies whose use may change.
     pub(super) fn plan_again(
         &mut self,
-        address: IpAddr,
+        addresses: &BTreeSet<IpAddr>,
         deltas: &mut [TableDelta; 2],
-        uses_touched: &mut BTreeSet<(Family, Direction, ObjectName)>,
-    ) -> bool {
-        let new = self.plan(address);
-        let old = self.plans.remove(&address);
-        let differs = old != new;
-        if differs {
-            let family = Family::of(address);
-            let delta = delta::of(deltas, family);
+    ) -> (bool, BTreeSet<(Family, Direction, ObjectName)>) {
+        let mut known = KnownProfiles::default();
+        // The chains whose use changes, with the number of addresses before.
+        let mut chains: BTreeMap<PodsChain, u32> = BTreeMap::new();
+        let mut differs = false;
+        for address in addresses {
+            let new = self.plan(*address, &mut known);
+            if self.plans.get(address) == new.as_ref() {
+                continue;
+            }
+            differs = true;
+            let old = match new.clone() {
+                Some(new) => self.plans.insert(*address, new),
+                None => self.plans.remove(address),
+            };
+            let delta = delta::of(deltas, Family::of(*address));
             for (plan, table, more) in [
                 (&old, &mut delta.before, false),
                 (&new, &mut delta.after, true),
             ] {
-                let Some(plan) = plan else {
-                    continue;
-                };
-                isolate(table, address, plan, self.settings.strict);
-                for (direction, all) in &plan.holders {
-                    for layer in 1..all.len() {
-                        let key = (family, *direction, layer);
-                        let count = self.layers.entry(key).or_default();
-                        *count = changed(*count, more);
-                        if *count == 0 {
-                            self.layers.remove(&key);
-                        }
-                    }
-                    for policy in all.iter().flat_map(|holder| &holder.policies) {
-                        let key = (family, *direction, policy.clone());
-                        let used = self.uses.entry(key.clone()).or_default();
-                        used.pods = changed(used.pods, more);
-                        uses_touched.insert(key);
-                    }
+                if let Some(plan) = plan {
+                    isolate(table, *address, plan, self.settings.strict);
+                    self.count(*address, plan, more, &mut chains);
                 }
             }
         }
-        if let Some(new) = new {
-            self.plans.insert(address, new);
+        (differs, self.chains_again(chains, deltas))
+    }
+
+    /// Counts the layers and chains that a plan uses.
+    fn count(
+        &mut self,
+        address: IpAddr,
+        plan: &Isolation,
+        more: bool,
+        chains: &mut BTreeMap<PodsChain, u32>,
+    ) {
+        let family = Family::of(address);
+        for (direction, all) in &plan.holders {
+            for layer in 1..all.len() {
+                let key = (family, *direction, layer);
+                let count = self.layers.entry(key).or_default();
+                *count = changed(*count, more);
+                if *count == 0 {
+                    self.layers.remove(&key);
+                }
+            }
+            for Holder { profile, .. } in all {
+                let key = (family, *direction, profile.chain(*direction));
+                let used = self.profiles.entry(key.clone());
+                let used = used.or_insert_with(|| ProfileUse {
+                    profile: profile.clone(),
+                    addresses: 0,
+                });
+                chains.entry(key).or_insert(used.addresses);
+                used.addresses = changed(used.addresses, more);
+            }
         }
-        differs
+    }
+
+    /// Drafts the chains of pods that are new or removed. Returns the policies to which they jump.
+    fn chains_again(
+        &mut self,
+        chains: BTreeMap<PodsChain, u32>,
+        deltas: &mut [TableDelta; 2],
+    ) -> BTreeSet<(Family, Direction, ObjectName)> {
+        let mut touched = BTreeSet::new();
+        for (key, before) in chains {
+            let Some(used) = self.profiles.get(&key) else {
+                continue;
+            };
+            let (profile, after) = (used.profile.clone(), used.addresses);
+            if after == 0 {
+                self.profiles.remove(&key);
+            }
+            if (before == 0) == (after == 0) {
+                continue;
+            }
+            let (family, direction, name) = key;
+            let delta = delta::of(deltas, family);
+            let table = if after > 0 {
+                &mut delta.after
+            } else {
+                &mut delta.before
+            };
+            let chain = rules::pods_chain(direction, &profile);
+            table.chains.insert(name, chain);
+            for policy in &profile.policies {
+                let key = (family, direction, policy.clone());
+                let used = self.uses.entry(key.clone()).or_default();
+                used.pods = changed(used.pods, after > 0);
+                touched.insert(key);
+            }
+        }
+        touched
     }
 
     fn links_of_isolated(&self) -> BTreeSet<(Direction, Arc<str>)> {
@@ -95,46 +153,68 @@ impl Engine {
     }
 
     /// Plans an address of this node. Returns `None` if it is not isolated.
-    fn plan(&self, address: IpAddr) -> Option<Isolation> {
+    fn plan(&self, address: IpAddr, known: &mut KnownProfiles) -> Option<Isolation> {
         let mut pods: Vec<&Pod> = self.inventory.isolating(address).collect();
         pods.sort_unstable_by(|a, b| a.name.cmp(&b.name));
         let departed = self.inventory.departed(address);
         let pods = pods.into_iter().map(|pod| (pod, false));
         let mut holders: BTreeMap<Direction, Vec<Holder>> = BTreeMap::new();
         for (pod, departed) in pods.chain(departed.map(|pod| (pod, true))) {
-            for (direction, policies) in self.isolating_policies(pod) {
-                let all = holders.entry(direction).or_default();
+            for (direction, profile) in known.of(pod, self) {
+                let all = holders.entry(*direction).or_default();
                 // Pods of one workload mostly have the same policies.
-                if !all.iter().any(|holder| holder.policies == policies) {
+                if !all.iter().any(|holder| holder.profile == *profile) {
                     all.push(Holder {
                         pod: pod.name.clone(),
                         departed,
-                        policies,
+                        profile: profile.clone(),
                     });
                 }
             }
         }
         for all in holders.values_mut().filter(|all| all.len() > MAX_HOLDERS) {
             all.truncate(1);
-            all.iter_mut().for_each(|holder| holder.policies.clear());
+            for holder in all {
+                holder.profile = Arc::new(Profile::new(Vec::new()));
+            }
         }
         (!holders.is_empty()).then_some(Isolation { holders })
     }
 
-    /// Returns the policies that select a pod, for each direction in which it is isolated.
-    fn isolating_policies(&self, pod: &Pod) -> BTreeMap<Direction, Vec<ObjectName>> {
+    /// Returns the profiles of a pod for the directions in which it is isolated.
+    fn profiles(&self, pod: &Pod) -> BTreeMap<Direction, Arc<Profile>> {
         let mut policies: BTreeMap<Direction, Vec<ObjectName>> = BTreeMap::new();
         for policy in self.inventory.policies_for(pod) {
             for direction in Direction::ALL {
                 if rules::rules_of(policy, direction).is_some() {
-                    policies
-                        .entry(direction)
-                        .or_default()
-                        .push(policy.name.clone());
+                    let names = policies.entry(direction).or_default();
+                    names.push(policy.name.clone());
                 }
             }
         }
-        policies
+        let profiles = policies.into_iter().map(|(direction, policies)| {
+            let profile = Profile::new(policies);
+            // The same for all pods that share the chain.
+            let chain = profile.chain(direction);
+            let used = Family::ALL.into_iter().find_map(|family| {
+                let key = (family, direction, chain.clone());
+                self.profiles.get(&key).map(|used| used.profile.clone())
+            });
+            (direction, used.unwrap_or_else(|| Arc::new(profile)))
+        });
+        profiles.collect()
+    }
+}
+
+/// The profiles of pods with the same namespace and labels, which are mostly those of one workload.
+#[derive(Default)]
+struct KnownProfiles(HashMap<(Box<str>, Labels), BTreeMap<Direction, Arc<Profile>>>);
+
+impl KnownProfiles {
+    /// Returns the profiles of a pod for the directions in which it is isolated.
+    fn of(&mut self, pod: &Pod, engine: &Engine) -> &BTreeMap<Direction, Arc<Profile>> {
+        let key = (pod.name.namespace().into(), pod.labels.clone());
+        self.0.entry(key).or_insert_with(|| engine.profiles(pod))
     }
 }
 

@@ -7,20 +7,20 @@ use smallvec::SmallVec;
 
 use super::index::{Namespaces, PodSelector};
 use super::layout::{
-    Direction, EXEMPT, ISOLATED, addresses, counted, icmp6_types, layered, links, pods, port_key,
+    Direction, EXEMPT, ISOLATED, TO_ITSELF, addresses, counted, ends, ends_key, icmp6_types,
+    layered, links, pods, port_key,
 };
+use super::profile::Profile;
 use super::sets::{PortRange, SetId, SetSpec};
 use super::startup;
 use super::{DenyWith, PolicySettings};
-use crate::model::{
-    Family, NetworkPolicy, ObjectName, Peer, PolicyPort, PolicyRule, PortMatch, Protocol,
-};
+use crate::model::{Family, NetworkPolicy, Peer, PolicyPort, PolicyRule, PortMatch, Protocol};
 use crate::nft::{
     BaseChain, Chain, ChainKind, Comparison, CtState, Element, Hook, Key, Name, Operand,
     RejectWith, Rule, Selector, Set, Statement, Table, Verdict,
 };
 use ipnet::{IpNet, Ipv6Net};
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::Ipv6Addr;
 
 /// `filter`: behind the translation of destinations, before that of sources.
 const FILTER: i32 = 0;
@@ -62,6 +62,11 @@ pub(super) fn skeleton(family: Family, settings: &PolicySettings) -> Table {
         };
         table.chains.insert(direction.deny(), deny);
     }
+    let itself = Set {
+        declaration: ends(),
+        elements: Vec::new(),
+    };
+    table.sets.insert(TO_ITSELF.into(), itself);
     if settings.strict {
         let set = Set {
             declaration: addresses(),
@@ -293,20 +298,15 @@ pub(super) fn protocol(number: u8) -> Statement {
     )
 }
 
-/// Returns the chain of an isolated pod: accepts packets of the pod to itself and those that a
-/// policy allows, and denies all others.
-pub(super) fn pod_chain(
-    direction: Direction,
-    address: IpAddr,
-    policies: impl IntoIterator<Item = ObjectName>,
-) -> Chain {
-    let itself = Operand::Network(IpNet::from(address));
+/// Returns the chain of the isolated pods with a profile: accepts packets of a pod to itself and
+/// those that a policy allows, and denies all others.
+pub(super) fn pods_chain(direction: Direction, profile: &Profile) -> Chain {
     let mut rules = vec![Rule::new([
-        Statement::Match(direction.peer(), Comparison::Is, itself),
+        Statement::InSet(ends_key(), Comparison::Is, TO_ITSELF.into()),
         Statement::Verdict(Verdict::Accept),
     ])];
-    rules.extend(policies.into_iter().map(|policy| {
-        let chain = direction.policy_chain(&policy);
+    rules.extend(profile.policies.iter().map(|policy| {
+        let chain = direction.policy_chain(policy);
         Rule::new([Statement::Verdict(Verdict::Jump(chain))])
     }));
     rules.push(Rule::new([Statement::Verdict(Verdict::Goto(

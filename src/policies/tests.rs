@@ -203,8 +203,9 @@ fn the_rules_read_like_the_policy() {
     let printed = String::from_utf8(printed).unwrap();
     for line in [
         "comment \"pods app=client in namespace shop\"",
-        "10.0.0.1 : goto pod-ingress-shop/web",
-        "ip saddr 10.0.0.1 accept",
+        "10.0.0.1 : goto pods-ingress-",
+        "elements = { 10.0.0.1 . 10.0.0.1 }",
+        "ip saddr . ip daddr @to-itself accept",
         "jump policy-ingress-shop/web",
         "goto deny-ingress",
         "meta l4proto tcp th dport 80 accept",
