@@ -64,7 +64,7 @@ pub fn show(lab: &Lab, shop: &Shop, nftlet: &mut Daemon, style: &Style) -> Outco
     ];
     let steps = [
         (None, ""),
-        (Some("deny.yaml"), "pod-ingress-shop/pod-1"),
+        (Some("deny.yaml"), "policy-ingress-shop/deny-web"),
         (Some("allow.yaml"), "policy-ingress-shop/cart-to-web"),
     ];
     add(shop, "pods.yaml")?;

@@ -8,19 +8,20 @@
 //!                        plans of this node's addresses, sets that are shared
 //! ```
 //!
-//! Only pods of this node get chains, and only policies that select one of them do. A packet
-//! between two pods, or between a pod and another host, evaluates
+//! Only policies that select a pod of this node get chains. A packet between two pods, or between
+//! a pod and another host, evaluates
 //!
 //! ```text
-//!  forward  egress ──── source ────> pod-egress-NS/POD ──jump──> policy-egress-NS/POLICY: accept
+//!  forward  egress ──── source ────> pods-egress-PROFILE ──jump──> policy-egress-NS/POLICY: accept
 //!    │                               └──goto──> deny-egress: log, count, drop or reject
-//!    └────  ingress ─ destination ─> pod-ingress-NS/POD ─jump──> policy-ingress-NS/POLICY: accept
+//!    └────  ingress ─ destination ─> pods-ingress-PROFILE ─jump──> policy-ingress-NS/POLICY: accept
 //!                                    └──goto──> deny-ingress: log, count, drop or reject
 //!  input    egress-to-node ─ source ─> as egress
 //!  output   egress-by-ipvs, ingress-by-ipvs ─> as forward, beside another proxy
 //! ```
 //!
 //! - A pod that no policy selects for a direction is in no verdict map, so its packets pass.
+//! - Pods with the same list of policies (`profile`) share a chain, which names no address.
 //! - A policy is one chain for all pods that it selects. Its peers are sets of addresses (`sets`),
 //!   one for each distinct selector, shared by all policies. So a change of a pod on another node
 //!   changes set elements but no rule.

@@ -16,7 +16,8 @@ use crate::server::{Server, Watched};
 use nftlet_lab::cluster::{Cluster, Put, Size, grouped};
 use nftlet_lab::fake_api::PODS;
 use nftlet_lab::netns::Namespace;
-use nftlet_lab::pods::{Pod, Pods};
+use nftlet_lab::pods::{LOCAL, Pod, Pods, policy};
+use serde_json::json;
 
 const POLICY: &str = "nftlet_policy_sync_duration_seconds";
 const ASK: Duration = Duration::from_millis(20);
@@ -32,6 +33,10 @@ pub struct Arguments {
     /// The services that are there as well: services x endpoints of each.
     #[arg(long, default_value = "10000x10")]
     size: Size,
+    /// Numbers of policies that select all pods of the node, with commas between.
+    #[arg(long, value_delimiter = ',', default_value = "700,2000",
+        value_parser = clap::value_parser!(u16).range(1..=20_000))]
+    of_all: Vec<u16>,
     /// Single changes of each kind.
     #[arg(long, default_value = "300", value_parser = clap::value_parser!(u32).range(1..))]
     changes: u32,
@@ -59,6 +64,9 @@ impl Arguments {
         for pods in &self.pods {
             let pods = Pods::new(*pods as usize, self.policies as usize);
             self.measure(&cluster, pods, without, context, [&mut whole, &mut single]);
+        }
+        for policies in &self.of_all {
+            measure_of_all(*policies, self.changes, context, &mut single);
         }
         report.tables = vec![whole, single];
         report
@@ -132,6 +140,41 @@ impl Arguments {
         });
         watched.process.stop();
     }
+}
+
+/// Measures one more policy among those that select all pods of a node.
+fn measure_of_all(policies: u16, changes: u32, context: &Context, table: &mut Table) {
+    let of = format!("{} policies", grouped(f64::from(policies)));
+    context.progress(format_args!("{of} for all pods"));
+    let policy_of_all = |number: u16| {
+        let ports = json!([{"protocol": "TCP", "port": 1 + number}]);
+        let spec = json!({"podSelector": {}, "ingress": [{"ports": ports}]});
+        policy("ns-0", &format!("policy-{number}"), spec)
+    };
+    // A single namespace.
+    let pods = Pods::new(1, 0);
+    let local = (0..LOCAL).map(|number| {
+        let (kind, mut object) = pods.object(&pods.pod(number));
+        // As those of a StatefulSet, no two have the same labels.
+        object["metadata"]["labels"]["apps.kubernetes.io/pod-index"] = json!(number.to_string());
+        (kind, object)
+    });
+    let server = Server::new(Namespace::new("node"), &context.nftlet);
+    server.put(pods.objects().chain(local));
+    server.put((0..policies).map(policy_of_all));
+    let (process, _) = server.start();
+    policies_in_force(&process, &server);
+    let watched = Watched::new(process, &server);
+    let [mut added, mut removed] = [(); 2].map(|()| Times::default());
+    for _ in 0..changes {
+        let another = policy_of_all(policies);
+        added.push(watched.put(another.clone()));
+        let another = std::slice::from_ref(&another);
+        removed.push(watched.change(1, |server| server.delete(another)));
+    }
+    added.note("policy for all pods added", &of, table);
+    removed.note("policy for all pods removed", &of, table);
+    watched.process.stop();
 }
 
 /// Waits until policies are in force; returns the seconds that the first comparison with the

@@ -264,7 +264,7 @@ fn connections_of_a_deleted_pod_do_not_reach_its_successor() {
     let mut allowed = Talk::begin(shop.lab.client(), web);
     shop.manifests.remove("Pod", "pod-1");
     put_pod(&shop.manifests, "new", &web.addresses());
-    shop.wait_until_in_force("pod-ingress-shop/new");
+    shop.wait_until_in_force("policy-ingress-shop/web");
     wait_for("the cut", LONG * 3, || {
         shop.tracked(web, other).is_empty().then_some(())
     });
@@ -280,7 +280,7 @@ fn connections_of_a_deleted_pod_do_not_reach_its_successor() {
         "other",
         &json!({"podSelector": {"matchLabels": {"pod": "pod-2"}}}),
     );
-    shop.wait_until_in_force("pod-ingress-shop/pod-2");
+    shop.wait_until_in_force("policy-ingress-shop/other");
     before.goes_on();
     assert!(!daemon.log().contains("WARN"), "{}", daemon.log());
 }

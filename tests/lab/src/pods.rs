@@ -12,7 +12,8 @@ use serde_json::{Value, json};
 use crate::cluster::{NODE, Put, above, managed, timestamp, uid};
 use crate::fake_api::{NAMESPACES, PODS, POLICIES};
 
-const LOCAL: usize = 110;
+/// The pods of the node that is programmed.
+pub const LOCAL: usize = 110;
 const PODS_OF_NAMESPACE: usize = 100;
 const APPLICATIONS: usize = 10;
 const POLICIES_OF_NAMESPACE: usize = 10;
