@@ -42,8 +42,8 @@ pub trait Engine {
     /// The name of its tables; there is one for each address family.
     const TABLE: &'static str;
 
-    /// The effect of quarantine on an object, for messages.
-    const QUARANTINE: &'static str;
+    /// Returns the effect of quarantine on an object of a kind, for messages.
+    fn in_quarantine(kind: Kind) -> &'static str;
 
     /// Applies an event. Ignores events about kinds of other engines.
     fn apply(&mut self, event: &Event);

@@ -1,16 +1,18 @@
 //! Compiles the touched objects into the parts of the tables that change.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Instant;
 
 use super::delta::{self, TableDelta, isolate, sort};
-use super::engine::{Engine, PolicyUse};
+use super::engine::{Engine, Part, RulesKey, RulesUse};
 use super::layout::{Direction, table_id};
-use super::rules::{self, policy_chain, skeleton};
-use super::sets::{PodElement, SetId};
-use crate::model::{Family, ObjectName};
-use crate::nft::{Chain, Element, Name, Ruleset, Table, Transaction, diff};
+use super::profile::RulesOf;
+use super::rules::{self, policy_rules, skeleton};
+use super::sets::{Member, SetId};
+use super::tiers::{closed, tier_rules};
+use crate::model::{Family, Kind, ObjectName, ObjectRef};
+use crate::nft::{Chain, Element, Name, Rule, Ruleset, Table, Transaction, diff};
 
 impl Engine {
     /// Compiles what changed since the last call. Returns the operations that bring the tables from
@@ -27,20 +29,23 @@ impl Engine {
         if replanned || touched.routes {
             self.links_again(&mut deltas);
         }
-        for policy in &touched.policies {
-            let keys = Family::ALL.into_iter().flat_map(|family| {
-                let directions = Direction::ALL.into_iter();
-                directions.map(move |direction| (family, direction, policy.clone()))
-            });
-            uses_touched.extend(keys.filter(|key| self.uses.contains_key(key)));
+        let changed = self.uses_of(&touched.policies);
+        if touched
+            .policies
+            .iter()
+            .any(|it| it.kind == Kind::ClusterNetworkPolicy)
+        {
+            // Whether they deny anything decides.
+            self.links_again(&mut deltas);
         }
+        uses_touched.extend(changed.iter().cloned());
         // The sets whose use changes, and whether a table used them before.
         let mut was_used: BTreeMap<(Family, SetId), bool> = BTreeMap::new();
         for key in &uses_touched {
-            let changed = touched.policies.contains(&key.2);
-            self.compile_again(key, changed, delta::of(&mut deltas, key.0), &mut was_used);
+            let delta = delta::of(&mut deltas, key.0);
+            self.compile_again(key, changed.contains(key), delta, &mut was_used);
         }
-        self.fill_sets(touched.pods, &was_used, &mut deltas);
+        self.fill_sets(touched.members, &was_used, &mut deltas);
         for (_, set) in was_used.into_keys() {
             self.sets.sweep(set);
         }
@@ -50,8 +55,10 @@ impl Engine {
     /// Forgets the departed pods that have expired.
     pub(super) fn forget_departed(&mut self, now: Instant) {
         while let Some(address) = self.inventory.departed_expired(now) {
-            let claimants: Vec<ObjectName> = self.inventory.claimants(address).cloned().collect();
-            for name in &claimants {
+            let departed = self.inventory.departed(address).map(|pod| &pod.name);
+            let claimants = self.inventory.claimants(address).chain(departed);
+            let names: Vec<ObjectName> = claimants.cloned().collect();
+            for name in &names {
                 self.touch_pod(name);
             }
             self.inventory.forget_departed(now);
@@ -59,16 +66,96 @@ impl Engine {
         }
     }
 
-    /// Compiles the chain of a policy again, or drops it if no pod uses it. `changed` says that the
+    /// Returns the chains with rules of some policies.
+    fn uses_of(&self, policies: &BTreeSet<ObjectRef>) -> BTreeSet<RulesKey> {
+        let mut found = BTreeSet::new();
+        for policy in policies {
+            let name = &policy.name;
+            for family in Family::ALL {
+                for direction in Direction::ALL {
+                    found.insert((family, direction, RulesOf::Policy(name.clone())));
+                }
+            }
+        }
+        found.retain(|key| self.uses.contains_key(key));
+        let is_touched = |name: &ObjectName| {
+            policies.contains(&ObjectRef::new(Kind::ClusterNetworkPolicy, name.clone()))
+        };
+        if policies
+            .iter()
+            .any(|it| it.kind == Kind::ClusterNetworkPolicy)
+        {
+            let keys = self.uses.keys().filter(|(.., of)| match of {
+                RulesOf::Tier(list) => list.policies.iter().any(is_touched),
+                RulesOf::Policy(_) => false,
+            });
+            found.extend(keys.cloned());
+        }
+        found
+    }
+
+    /// Compiles a chain of policies.
+    fn compile_rules(&mut self, key: &RulesKey) -> (Chain, Vec<Part>) {
+        let (family, direction, of) = key;
+        let mut parts = Vec::new();
+        let mut rules = Vec::new();
+        let mut add = |policy: ObjectRef, mut own: Vec<Rule>, sets: BTreeSet<SetId>| {
+            parts.push(Part {
+                policy,
+                rules: own.len(),
+                sets: sets.into_iter().collect(),
+            });
+            rules.append(&mut own);
+        };
+        let names = match of {
+            RulesOf::Policy(name) => std::slice::from_ref(name),
+            RulesOf::Tier(list) => &list.policies,
+        };
+        for name in names {
+            let mut used = BTreeSet::new();
+            let mut name_of = |spec| {
+                let (id, name) = self.sets.get(spec, &self.inventory);
+                used.insert(id);
+                name
+            };
+            match of {
+                RulesOf::Policy(_) => {
+                    let object = ObjectRef::new(Kind::NetworkPolicy, name.clone());
+                    let policy = self.inventory.policy(name);
+                    let policy = policy.filter(|_| !self.quarantined.contains(&object));
+                    let own = policy.map_or_else(Vec::new, |policy| {
+                        policy_rules(policy, *direction, *family, &mut name_of)
+                    });
+                    add(object, own, used);
+                }
+                RulesOf::Tier(_) => {
+                    let object = ObjectRef::new(Kind::ClusterNetworkPolicy, name.clone());
+                    if self.quarantined.contains(&object) {
+                        // What follows is never asked.
+                        add(object, vec![closed(*direction)], used);
+                        break;
+                    }
+                    let policy = self.inventory.cluster().get(name);
+                    let own = policy.map_or_else(Vec::new, |policy| {
+                        tier_rules(policy, *direction, *family, &mut name_of)
+                    });
+                    add(object, own, used);
+                }
+            }
+        }
+        (Chain { base: None, rules }, parts)
+    }
+
+    /// Compiles a chain of policies again, or drops it if no pod uses it. `changed` says that a
     /// policy itself changed.
     fn compile_again(
         &mut self,
-        key: &(Family, Direction, ObjectName),
+        key: &RulesKey,
         changed: bool,
         delta: &mut TableDelta,
         was_used: &mut BTreeMap<(Family, SetId), bool>,
     ) {
-        let (family, direction, name) = key;
+        let (family, direction, of) = key;
         let Some(old) = self.uses.remove(key) else {
             return;
         };
@@ -76,43 +163,39 @@ impl Engine {
             self.uses.insert(key.clone(), old);
             return;
         }
-        let policy = self.inventory.policy(name).filter(|_| old.pods > 0);
-        let (chain, sets) = policy.map_or((None, Vec::new()), |policy| {
-            if self.quarantined.contains(name) {
-                return (Some(Arc::default()), Vec::new());
-            }
-            let (chain, sets) = policy_chain(policy, *direction, *family, |spec| {
-                self.sets.get(spec, &self.inventory)
-            });
-            (Some(Arc::new(chain)), sets)
-        });
-        for (sets, more) in [(&old.sets, false), (&sets, true)] {
+        let (chain, parts) = if old.pods > 0 {
+            let (chain, parts) = self.compile_rules(key);
+            (Some(Arc::new(chain)), parts)
+        } else {
+            (None, Vec::new())
+        };
+        let new = RulesUse {
+            pods: old.pods,
+            chain,
+            parts,
+        };
+        for (sets, more) in [(old.sets(), false), (new.sets(), true)] {
             for set in sets {
-                let before = self.sets.count(*set, *family, more);
-                was_used.entry((*family, *set)).or_insert(before > 0);
+                let before = self.sets.count(set, *family, more);
+                was_used.entry((*family, set)).or_insert(before > 0);
             }
         }
-        let chain_name = direction.policy_chain(name);
-        if let Some(chain) = old.chain {
-            delta
-                .before
-                .chains
-                .insert(chain_name.clone(), Chain::clone(&chain));
+        let sides = [(&mut delta.before, &old), (&mut delta.after, &new)];
+        for (table, RulesUse { chain, .. }) in sides {
+            if let Some(chain) = chain {
+                let name = of.chain(*direction);
+                table.chains.insert(name, Chain::clone(chain));
+            }
         }
-        if let Some(chain) = &chain {
-            delta.after.chains.insert(chain_name, Chain::clone(chain));
-        }
-        if old.pods > 0 {
-            let pods = old.pods;
-            self.uses
-                .insert(key.clone(), PolicyUse { pods, chain, sets });
+        if new.pods > 0 {
+            self.uses.insert(key.clone(), new);
         }
     }
 
-    /// Drafts new and removed sets, and the changes of the touched pods in the others.
+    /// Drafts new and removed sets, and the changes of the touched pods and nodes in the others.
     fn fill_sets(
         &self,
-        touched: HashMap<ObjectName, Vec<PodElement>>,
+        touched: HashMap<ObjectRef, Vec<Member>>,
         was_used: &BTreeMap<(Family, SetId), bool>,
         deltas: &mut [TableDelta; 2],
     ) {
@@ -144,14 +227,19 @@ impl Engine {
         {
             return;
         }
-        for (name, before) in touched {
-            let pod = self.inventory.pod(&name);
-            let after = pod.map_or_else(Vec::new, |pod| self.sets.of_pod(pod, &self.inventory));
-            if before == after {
-                continue;
-            }
+        let versions = touched.into_iter().map(|(object, before)| {
+            let after = self.sets.of(&object, &self.inventory);
+            (before, after)
+        });
+        let versions: Vec<(Vec<Member>, Vec<Member>)> = versions.collect();
+        if versions.iter().all(|(before, after)| before == after) {
+            return;
+        }
+        // Those without a difference count as well: an element that several pods have stays while
+        // one of them has it.
+        for (before, after) in versions {
             for (elements, is_after) in [(before, false), (after, true)] {
-                for PodElement { family, set, key } in elements {
+                for Member { family, set, key } in elements {
                     if !stays(family, set) {
                         continue;
                     }
@@ -189,7 +277,7 @@ impl Engine {
             elements.insert((*family, *set), self.sets.fixed_elements(*set));
         }
         self.sets.for_each_member(&ids, &self.inventory, |element| {
-            let PodElement { family, set, key } = element;
+            let Member { family, set, key } = element;
             if let Some(elements) = elements.get_mut(&(family, set)) {
                 elements.push(Element::new(key));
             }
@@ -207,7 +295,7 @@ impl Engine {
     }
 
     fn finish(&mut self, deltas: [TableDelta; 2]) -> Transaction {
-        let wanted = self.inventory.counts().2 > 0 || self.closed.is_some();
+        let wanted = self.inventory.has_policies() || self.closed.is_some();
         let existed = std::mem::replace(&mut self.exists, wanted);
         if existed && wanted {
             let (mut before, mut after) = (Ruleset::default(), Ruleset::default());
@@ -266,9 +354,9 @@ impl Engine {
             let chain = rules::pods_chain(*direction, &used.profile);
             add(*family, name.clone(), chain);
         }
-        for ((family, direction, name), used) in &self.uses {
+        for ((family, direction, of), used) in &self.uses {
             if let Some(chain) = &used.chain {
-                add(*family, direction.policy_chain(name), Chain::clone(chain));
+                add(*family, of.chain(*direction), Chain::clone(chain));
             }
         }
         let used = Family::ALL.into_iter().flat_map(|family| {

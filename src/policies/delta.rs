@@ -64,9 +64,10 @@ pub(super) fn add_links(table: &mut Table, links: &BTreeSet<(Direction, Arc<str>
     }
 }
 
-/// Sorts the elements of a set.
+/// Sorts the elements of a set, each once: several pods that may have an address have the same.
 pub(super) fn sort(set: &mut Set) {
     set.elements.sort_unstable_by(|a, b| a.key.cmp(&b.key));
+    set.elements.dedup_by(|a, b| a.key == b.key);
 }
 
 /// Adds the elements of an isolated address to a table or a part of one.

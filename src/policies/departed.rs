@@ -43,11 +43,10 @@ impl Departed {
         self.pods.get(&address).map(|(pod, _)| pod)
     }
 
-    /// Returns the addresses of departed pods of a namespace.
-    pub fn of(&self, namespace: &str) -> impl Iterator<Item = IpAddr> {
+    /// Returns the departed pods with their addresses.
+    pub fn all(&self) -> impl Iterator<Item = (IpAddr, &Pod)> {
         let pods = self.pods.iter();
-        pods.filter(move |(_, (pod, _))| pod.name.namespace() == namespace)
-            .map(|(address, _)| *address)
+        pods.map(|(address, (pod, _))| (*address, pod))
     }
 
     /// Adds the address of a pod that was deleted.

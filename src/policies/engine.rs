@@ -13,17 +13,14 @@ use std::time::Instant;
 use super::inventory::Inventory;
 use super::isolation::Isolation;
 use super::layout::{Direction, TABLE, table_id};
-use super::profile::Profile;
+use super::profile::{Profile, RulesOf};
 use super::reassigned::ReassignedAddresses;
-use super::sets::{PodElement, SetId, Sets};
+use super::sets::{Member, SetId, Sets};
 use super::startup::ClosedNetwork;
 use super::{PolicyChanges, PolicySettings};
 use crate::engine::{self, Update};
-use crate::model::{
-    Event, Family, HostRoute, Kind, Namespace, Notice, Object, ObjectName, ObjectRef, Pod,
-    RelistTracker,
-};
-use crate::nft::{Chain, Name, ObjectPath, Ruleset, TableId};
+use crate::model::{Event, Family, HostRoute, Kind, Notice, ObjectName, ObjectRef, RelistTracker};
+use crate::nft::{Chain, Name, ObjectPath, Rule, Ruleset, TableId, text};
 
 /// A chain of pods: its family, direction and name.
 pub(super) type PodsChain = (Family, Direction, Name);
@@ -36,25 +33,46 @@ pub(super) struct ProfileUse {
     pub addresses: u32,
 }
 
-/// A policy's chain in one family's table.
+/// A chain with rules of policies: its family, direction and policies.
+pub(super) type RulesKey = (Family, Direction, RulesOf);
+
+/// A chain with rules of policies in one family's table.
 #[derive(Clone, Debug, Default)]
-pub(super) struct PolicyUse {
-    /// The number of chains of pods that jump to it.
+pub(super) struct RulesUse {
+    /// The number of chains of pods that lead to it.
     pub pods: u32,
     pub chain: Option<Arc<Chain>>,
-    /// The sets in its rules.
+    /// The policies, in the order of their rules.
+    pub parts: Vec<Part>,
+}
+
+/// The rules of one policy in a chain.
+#[derive(Clone, Debug)]
+pub(super) struct Part {
+    pub policy: ObjectRef,
+    /// The number of rules.
+    pub rules: usize,
+    /// The sets in these rules.
     pub sets: Vec<SetId>,
+}
+
+impl RulesUse {
+    /// Returns the sets in the rules, each once.
+    pub fn sets(&self) -> BTreeSet<SetId> {
+        let sets = self.parts.iter().flat_map(|part| &part.sets);
+        sets.copied().collect()
+    }
 }
 
 /// The marks of events since the last update.
 #[derive(Debug, Default)]
 pub(super) struct Touched {
-    /// Pods, with their set elements before.
-    pub pods: HashMap<ObjectName, Vec<PodElement>>,
+    /// Pods and nodes, with their set elements before.
+    pub members: HashMap<ObjectRef, Vec<Member>>,
     /// Addresses of this node whose isolation may have changed.
     pub addresses: BTreeSet<IpAddr>,
     /// Policies that changed.
-    pub policies: BTreeSet<ObjectName>,
+    pub policies: BTreeSet<ObjectRef>,
     /// Whether the host's routes changed.
     pub routes: bool,
 }
@@ -64,7 +82,7 @@ pub(super) struct Touched {
 pub struct Engine {
     pub(super) settings: PolicySettings,
     pub(super) inventory: Inventory,
-    lists: RelistTracker,
+    pub(super) lists: RelistTracker,
     pub(super) sets: Sets,
     pub(super) plans: BTreeMap<IpAddr, Isolation>,
     /// Whether plans changed since the last change for followers.
@@ -72,9 +90,10 @@ pub struct Engine {
     /// The number of addresses with a second and further holder, by family, direction and layer.
     pub(super) layers: BTreeMap<(Family, Direction, usize), u32>,
     pub(super) profiles: BTreeMap<PodsChain, ProfileUse>,
-    pub(super) uses: BTreeMap<(Family, Direction, ObjectName), PolicyUse>,
-    /// Policies that the kernel refused. They allow nothing until they change or are retried.
-    pub(super) quarantined: BTreeSet<ObjectName>,
+    pub(super) uses: BTreeMap<RulesKey, RulesUse>,
+    /// Policies that the kernel refused. Until they change or are retried, NetworkPolicies allow
+    /// nothing, and cluster policies deny everything.
+    pub(super) quarantined: BTreeSet<ObjectRef>,
     /// The direct routes of the host.
     pub(super) routes: Arc<[HostRoute]>,
     /// The interfaces that lead to isolated pods.
@@ -132,7 +151,7 @@ impl Engine {
 
     /// Returns whether the first policies were added since the last update.
     pub(crate) fn has_first_policies(&self) -> bool {
-        !self.exists && self.inventory.counts().2 > 0
+        !self.exists && self.inventory.has_policies()
     }
 
     fn is_listed(&self, kind: Kind) -> bool {
@@ -148,36 +167,56 @@ impl Engine {
         pod.map(|pod| &pod.name)
     }
 
-    /// Returns the policies to which a chain of a table belongs.
-    fn policies_of_chain(&self, table: &TableId, chain: &Name) -> Vec<ObjectName> {
-        self.users(table, |direction, name, _| {
-            direction.policy_chain(name) == *chain
-        })
+    /// Returns the policies to which a refused object belongs.
+    fn users(&self, path: &ObjectPath) -> BTreeSet<ObjectRef> {
+        match path {
+            ObjectPath::Chain(table, chain) => self.parts(table, |it, _, _| *it == *chain),
+            ObjectPath::Rule(table, chain, text) => {
+                let is_it = |rule: &Rule| text::rule(rule, table.family) == *text;
+                let found = self.parts(table, |it, _, rules| {
+                    *it == *chain && rules.iter().any(is_it)
+                });
+                if found.is_empty() {
+                    return self.parts(table, |it, _, _| *it == *chain);
+                }
+                found
+            }
+            ObjectPath::Set(table, set) | ObjectPath::Element(table, set, ..) => {
+                let id = self.sets.named(set);
+                self.parts(table, |_, part, _| {
+                    id.is_some_and(|id| part.sets.contains(&id))
+                })
+            }
+            ObjectPath::Table(_) | ObjectPath::Stray(..) | ObjectPath::Transaction => {
+                BTreeSet::new()
+            }
+        }
     }
 
-    /// Returns the policies that use a set of a table.
-    fn policies_of_set(&self, table: &TableId, set: &Name) -> Vec<ObjectName> {
-        let Some(id) = self.sets.named(set) else {
-            return Vec::new();
-        };
-        self.users(table, |_, _, used| used.sets.contains(&id))
-    }
-
-    /// Returns the policies in force, except those in quarantine, for which `is_user` returns true.
-    fn users(
+    /// Returns the policies in a table, except those in quarantine, for which `is_user` returns
+    /// true, given the chain and the policy's part of it.
+    fn parts(
         &self,
         table: &TableId,
-        is_user: impl Fn(Direction, &ObjectName, &PolicyUse) -> bool,
-    ) -> Vec<ObjectName> {
-        let uses = self.uses.iter();
-        let of_table = uses.filter(|((family, ..), _)| table_id(*family) == *table);
-        let users = of_table.filter(|((_, direction, name), used)| {
-            !self.quarantined.contains(name) && is_user(*direction, name, used)
-        });
-        let mut names: Vec<ObjectName> = users.map(|((.., name), _)| name.clone()).collect();
-        names.sort_unstable();
-        names.dedup();
-        names
+        is_user: impl Fn(&Name, &Part, &[Rule]) -> bool,
+    ) -> BTreeSet<ObjectRef> {
+        let mut found = BTreeSet::new();
+        for ((family, direction, of), used) in &self.uses {
+            if table_id(*family) != *table {
+                continue;
+            }
+            let name = of.chain(*direction);
+            let chain = used.chain.as_deref();
+            let mut rules = chain.map_or(&[][..], |chain| &chain.rules);
+            for part in &used.parts {
+                let (own, rest) = rules.split_at_checked(part.rules).unwrap_or((rules, &[]));
+                rules = rest;
+                if !self.quarantined.contains(&part.policy) && is_user(&name, part, own) {
+                    found.insert(part.policy.clone());
+                }
+            }
+        }
+        found
     }
 
     /// Returns a copy for another thread, which compiles the same ruleset. Its cost grows with what
@@ -221,189 +260,22 @@ impl Engine {
             (*address, present.map(|holder| &holder.pod))
         })
     }
-
-    fn take_over(&mut self, event: &Event) {
-        match event {
-            &Event::ListStarted(kind) if Kind::POLICY.contains(&kind) => {
-                let known = match kind {
-                    Kind::Pod => self.inventory.pod_names(),
-                    Kind::Namespace => self.inventory.namespace_names(),
-                    Kind::NetworkPolicy => self.inventory.policy_names(),
-                    _ => Default::default(),
-                };
-                self.lists.start(kind, known);
-            }
-            &Event::ListComplete(kind) if Kind::POLICY.contains(&kind) => {
-                for name in self.lists.complete(kind) {
-                    self.delete(&ObjectRef::new(kind, name));
-                }
-                // Without a policy pods are not watched: those missing in the list may still run.
-                if self.inventory.counts().2 == 0 {
-                    self.reassigned = ReassignedAddresses::default();
-                }
-            }
-            &Event::ListComplete(Kind::Node) => {
-                if let Some(closed) = &mut self.closed {
-                    closed.set_node_listed();
-                }
-            }
-            Event::Apply(object) => {
-                self.lists.observe(&object.reference());
-                match object {
-                    Object::Pod(pod) => self.set_pod(&pod.name, Some(pod)),
-                    Object::Namespace(namespace) => {
-                        if self.inventory.knows(namespace) {
-                            return;
-                        }
-                        self.set_namespace(namespace.name.name(), Some(namespace));
-                    }
-                    Object::NetworkPolicy(policy) => {
-                        let known = self.inventory.policy(&policy.name);
-                        if known.is_some_and(|known| **known == *policy) {
-                            return;
-                        }
-                        self.touch_policy(&policy.name);
-                        self.inventory
-                            .set_policy(&policy.name, Some(policy.clone()));
-                    }
-                    Object::Node(node) if node.name == self.settings.node => {
-                        if let Some(closed) = &mut self.closed {
-                            closed.set_node(node);
-                        }
-                    }
-                    _ => {}
-                }
-            }
-            Event::Delete(reference) => {
-                self.lists.observe(reference);
-                self.delete(reference);
-            }
-            Event::Routes(routes) => {
-                self.touched.routes |= self.routes != *routes;
-                self.routes = routes.clone();
-            }
-            Event::ListStarted(_)
-            | Event::ListComplete(_)
-            | Event::Servers(_)
-            | Event::Notice(_) => {}
-        }
-    }
-
-    fn delete(&mut self, object: &ObjectRef) {
-        match object.kind {
-            Kind::Pod => self.set_pod(&object.name, None),
-            Kind::Namespace => {
-                self.set_namespace(object.name.name(), None);
-            }
-            Kind::NetworkPolicy => {
-                self.touch_policy(&object.name);
-                self.inventory.set_policy(&object.name, None);
-            }
-            _ => {}
-        }
-    }
-
-    fn set_pod(&mut self, name: &ObjectName, pod: Option<&Pod>) {
-        let old = self.inventory.pod(name);
-        if old == pod {
-            return;
-        }
-        // Other pods that claim an address of the old or the new version may lose or gain it.
-        let mut concerned = BTreeSet::from([name.clone()]);
-        for version in old.into_iter().chain(pod) {
-            concerned.extend(self.inventory.rivals(version));
-        }
-        let addresses: BTreeSet<IpAddr> = old
-            .into_iter()
-            .chain(pod)
-            .flat_map(|version| version.addresses.iter().copied())
-            .collect();
-        for name in &concerned {
-            self.touch_pod(name);
-        }
-        let holders = |inventory: &Inventory| -> Vec<Vec<ObjectName>> {
-            let of = |address: &IpAddr| {
-                let holders = inventory.holders(*address);
-                let mut names: Vec<ObjectName> = holders.map(|pod| pod.name.clone()).collect();
-                names.sort_unstable();
-                names
-            };
-            addresses.iter().map(of).collect()
-        };
-        let before = holders(&self.inventory);
-        let namespace = name.namespace();
-        let known = self.inventory.has_namespace(namespace);
-        self.inventory.set_pod(name, pod.cloned(), Instant::now());
-        for name in &concerned {
-            self.touch_pod(name);
-        }
-        if known != self.inventory.has_namespace(namespace) {
-            self.sets.namespace_changed(namespace, &self.inventory);
-        }
-        // A pod that is new in a list may have had the address for long.
-        let listing = self.lists.is_open(Kind::Pod);
-        let after = holders(&self.inventory);
-        for (address, (before, after)) in addresses.iter().zip(before.into_iter().zip(after)) {
-            let local = self.inventory.local_holders(*address).next().is_some();
-            self.reassigned
-                .note(*address, before, after, local && !listing);
-            let was_known = self.closed.as_ref().is_some_and(|it| it.knows(*address));
-            if local || was_known || self.plans.contains_key(address) {
-                self.touched.addresses.insert(*address);
-            }
-        }
-    }
-
-    /// Records the set elements of a pod before it changes.
-    pub(super) fn touch_pod(&mut self, name: &ObjectName) {
-        if !self.touched.pods.contains_key(name) {
-            let pod = self.inventory.pod(name);
-            let brought = pod.map_or_else(Vec::new, |pod| self.sets.of_pod(pod, &self.inventory));
-            self.touched.pods.insert(name.clone(), brought);
-        }
-    }
-
-    /// Replaces a namespace; `None` deletes it. Most labels are in no selector, and the pods of the
-    /// namespace are not concerned.
-    fn set_namespace(&mut self, name: &str, namespace: Option<&Namespace>) {
-        let before = self.inventory.namespace(name);
-        let after = match namespace {
-            Some(namespace) => namespace.labels.clone(),
-            None => Inventory::labels_without_object(name),
-        };
-        if self.sets.distinguish(&before, &after) {
-            let pods = self.inventory.pods_of(name);
-            let names: Vec<ObjectName> = pods.map(|pod| pod.name.clone()).collect();
-            for name in &names {
-                self.touch_pod(name);
-            }
-        }
-        self.inventory.set_namespace(name, namespace.cloned());
-        self.sets.namespace_changed(name, &self.inventory);
-    }
-
-    #[cfg(test)]
-    pub(super) fn touched_pods(&self) -> usize {
-        self.touched.pods.len()
-    }
-
-    fn touch_policy(&mut self, name: &ObjectName) {
-        self.quarantined.remove(name);
-        let local = self.inventory.local_of(name.namespace());
-        let pods = local.filter_map(|name| self.inventory.pod(name));
-        let addresses = pods.flat_map(|pod| pod.addresses.iter().copied());
-        self.touched.addresses.extend(addresses);
-        let departed = self.inventory.departed_of(name.namespace());
-        self.touched.addresses.extend(departed);
-        self.touched.policies.insert(name.clone());
-    }
 }
 
 impl engine::Engine for Engine {
     type Change = PolicyChanges;
 
     const TABLE: &'static str = TABLE;
-    const QUARANTINE: &'static str = "the policy allows nothing until it changes";
+
+    fn in_quarantine(kind: Kind) -> &'static str {
+        match kind {
+            Kind::ClusterNetworkPolicy => {
+                "the policy denies all traffic of its subjects, in the directions in which it has \
+                 rules, until it changes"
+            }
+            _ => "the policy allows nothing until it changes",
+        }
+    }
 
     fn apply(&mut self, event: &Event) {
         self.take_over(event);
@@ -413,11 +285,13 @@ impl engine::Engine for Engine {
     /// that missing objects allow.
     fn is_ready(&self) -> bool {
         let defined = self.closed.as_ref().is_none_or(ClosedNetwork::is_defined);
-        defined && Kind::POLICY.iter().all(|kind| self.is_listed(*kind))
+        defined && self.missing().is_empty()
     }
 
     fn missing(&self) -> Vec<Kind> {
+        let nodes = self.inventory.cluster().need_nodes();
         let kinds = Kind::POLICY.into_iter();
+        let kinds = kinds.chain(nodes.then_some(Kind::Node));
         kinds.filter(|kind| !self.is_listed(*kind)).collect()
     }
 
@@ -427,11 +301,8 @@ impl engine::Engine for Engine {
             Kind::Pod => pods,
             Kind::Namespace => namespaces,
             Kind::NetworkPolicy => policies,
-            Kind::Service
-            | Kind::EndpointSlice
-            | Kind::Node
-            | Kind::ServiceCidr
-            | Kind::ClusterNetworkPolicy => 0,
+            Kind::ClusterNetworkPolicy => self.inventory.cluster().len(),
+            Kind::Service | Kind::EndpointSlice | Kind::Node | Kind::ServiceCidr => 0,
         }
     }
 
@@ -472,25 +343,17 @@ impl engine::Engine for Engine {
     fn blame(&self, refused: &[&ObjectPath]) -> Vec<(usize, ObjectRef)> {
         let mut found = Vec::new();
         for (index, path) in refused.iter().enumerate() {
-            let policies = match path {
-                ObjectPath::Chain(table, chain) | ObjectPath::Rule(table, chain, _) => {
-                    self.policies_of_chain(table, chain)
-                }
-                ObjectPath::Set(table, set) | ObjectPath::Element(table, set, ..) => {
-                    self.policies_of_set(table, set)
-                }
-                ObjectPath::Table(_) | ObjectPath::Stray(..) | ObjectPath::Transaction => continue,
-            };
-            let policies = policies.into_iter();
-            found.extend(policies.map(|name| (index, ObjectRef::new(Kind::NetworkPolicy, name))));
+            let users = self.users(path).into_iter();
+            found.extend(users.map(|policy| (index, policy)));
         }
         found
     }
 
-    /// Compiles a policy that still isolates its pods but allows nothing.
+    /// Compiles a policy that still isolates its pods but allows nothing, or a cluster policy that
+    /// denies everything.
     fn quarantine(&mut self, object: &ObjectRef) -> PolicyChanges {
-        self.touched.policies.insert(object.name.clone());
-        self.quarantined.insert(object.name.clone());
+        self.touched.policies.insert(object.clone());
+        self.quarantined.insert(object.clone());
         self.compile();
         self.change(true)
     }

@@ -1,13 +1,19 @@
 //! Evaluates policies for a connection, from the objects instead of the rules.
 
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use super::Engine;
+use super::cluster::rules_in;
 use super::index::{Namespaces, PodSelector};
 use super::layout::Direction;
+use super::profile::{Profile, TierList};
 use super::rules::rules_of;
+use super::spec::Scope;
+use super::tiers::counts_claimants;
 use crate::model::{
-    NetworkPolicy, ObjectName, Peer, Pod, PolicyPort, PolicyRule, PortMatch, Protocol,
+    Action, Kind, NetworkPolicy, ObjectName, ObjectRef, Peer, Pod, PolicyPort, PolicyRule,
+    PortMatch, Protocol, TierPeer, TierRule,
 };
 
 /// A connection after DNAT and before masquerading, as the rules see it.
@@ -31,9 +37,8 @@ impl Engine {
             destination,
             ..
         } = *connection;
-        source == destination
-            || (self.allows_at(Direction::Egress, source, destination, connection)
-                && self.allows_at(Direction::Ingress, destination, source, connection))
+        self.allows_at(Direction::Egress, source, destination, connection)
+            && self.allows_at(Direction::Ingress, destination, source, connection)
     }
 
     fn allows_at(
@@ -47,22 +52,97 @@ impl Engine {
         let Some(holders) = plan.and_then(|plan| plan.holders.get(&direction)) else {
             return true;
         };
-        let destination = match direction {
-            Direction::Ingress => self.inventory.local_owner(pod),
-            Direction::Egress => self.inventory.owner(connection.destination),
-        };
         // The policies of each holder must allow it.
         holders.iter().all(|holder| {
-            let policies = holder.profile.policies.iter();
-            let in_force = policies.filter(|name| !self.quarantined.contains(*name));
-            let mut policies = in_force.filter_map(|name: &ObjectName| self.inventory.policy(name));
-            policies.any(|policy| {
-                let rules = rules_of(policy, direction).unwrap_or_default();
+            let end = End {
+                direction,
+                pod,
+                peer,
+            };
+            self.profile_allows(&holder.profile, end, connection)
+        })
+    }
+
+    fn profile_allows(&self, profile: &Profile, end: End, connection: &Connection) -> bool {
+        let asked = |list: &Option<Arc<TierList>>| {
+            let list = list.as_ref()?;
+            self.tier_allows(list, end, connection)
+        };
+        if let Some(decided) = asked(&profile.admin) {
+            return decided;
+        }
+        let Some(policies) = &profile.policies else {
+            return asked(&profile.baseline).unwrap_or(true);
+        };
+        let quarantined = |name: &ObjectName| {
+            let object = ObjectRef::new(Kind::NetworkPolicy, name.clone());
+            self.quarantined.contains(&object)
+        };
+        let in_force = policies.iter().filter(|name| !quarantined(name));
+        let mut in_force = in_force.filter_map(|name| self.inventory.policy(name));
+        let destination = self.destination(end, false);
+        end.pod == end.peer
+            || in_force.any(|policy| {
+                let rules = rules_of(policy, end.direction).unwrap_or_default();
                 rules.iter().any(|rule| {
-                    self.peer_matches(policy, rule, peer)
-                        && port_matches(rule, connection, destination)
+                    let ports = rule.ports.as_deref();
+                    self.peer_matches(policy, rule, end.peer)
+                        && port_matches(ports, connection, &destination)
                 })
             })
+    }
+
+    /// Returns what the policies of a tier decide; `None` if they leave it to what is asked next.
+    fn tier_allows(&self, list: &TierList, end: End, connection: &Connection) -> Option<bool> {
+        for name in &list.policies {
+            let object = ObjectRef::new(Kind::ClusterNetworkPolicy, name.clone());
+            if self.quarantined.contains(&object) {
+                return Some(false);
+            }
+            let policy = self.inventory.cluster().get(name)?;
+            let mut rules = rules_in(policy, end.direction).iter();
+            let decides = rules.find(|rule| {
+                let destination = self.destination(end, counts_claimants(rule));
+                let ports = rule.protocols.as_deref();
+                self.tier_peer_matches(rule, end.peer)
+                    && port_matches(ports, connection, &destination)
+            });
+            match decides.map(|rule| rule.action) {
+                Some(Action::Accept) => return Some(true),
+                Some(Action::Deny) => return Some(false),
+                Some(Action::Pass) => return None,
+                None => {}
+            }
+        }
+        None
+    }
+
+    /// Returns the pods whose named ports count.
+    fn destination(&self, end: End, claimed: bool) -> Vec<&Pod> {
+        let (address, local) = match end.direction {
+            Direction::Ingress => (end.pod, true),
+            Direction::Egress => (end.peer, false),
+        };
+        self.inventory.having(address, Scope { local, claimed })
+    }
+
+    fn tier_peer_matches(&self, rule: &TierRule, address: IpAddr) -> bool {
+        let Some(peers) = &rule.peers else {
+            return true;
+        };
+        peers.iter().any(|peer| match peer {
+            TierPeer::Pods { namespaces, pods } => {
+                let selector = PodSelector::new(namespaces, pods);
+                let scope = Scope {
+                    local: false,
+                    claimed: counts_claimants(rule),
+                };
+                let pods = self.inventory.having(address, scope);
+                pods.iter()
+                    .any(|pod| self.inventory.selects(&selector, pod))
+            }
+            TierPeer::Networks(networks) => networks.iter().any(|net| net.contains(&address)),
+            TierPeer::Nodes(labels) => self.inventory.nodes().selected(labels, address),
         })
     }
 
@@ -87,8 +167,12 @@ impl Engine {
     }
 }
 
-fn port_matches(rule: &PolicyRule, connection: &Connection, destination: Option<&Pod>) -> bool {
-    let Some(ports) = &rule.ports else {
+fn port_matches(
+    ports: Option<&[PolicyPort]>,
+    connection: &Connection,
+    destination: &[&Pod],
+) -> bool {
+    let Some(ports) = ports else {
         return true;
     };
     ports.iter().any(|PolicyPort { protocol, port }| {
@@ -104,7 +188,15 @@ fn port_matches(rule: &PolicyRule, connection: &Connection, destination: Option<
     })
 }
 
-fn has_port(pod: Option<&Pod>, name: &str, protocol: Protocol, number: u16) -> bool {
-    let mut ports = pod.into_iter().flat_map(|pod| pod.ports.iter());
+fn has_port(pods: &[&Pod], name: &str, protocol: Protocol, number: u16) -> bool {
+    let mut ports = pods.iter().flat_map(|pod| pod.ports.iter());
     ports.any(|port| &*port.name == name && port.protocol == protocol && port.port == number)
+}
+
+/// The end of a connection at which policies are asked, and the other one.
+#[derive(Clone, Copy)]
+struct End {
+    direction: Direction,
+    pod: IpAddr,
+    peer: IpAddr,
 }

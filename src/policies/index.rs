@@ -55,6 +55,14 @@ impl Namespaces {
 }
 
 impl PodSelector {
+    /// Returns the selector of pods with some labels in namespaces with some labels.
+    pub fn new(namespaces: &LabelSelector, pods: &LabelSelector) -> Self {
+        Self {
+            namespaces: Namespaces::new(Some(namespaces), ""),
+            pods: pods.clone(),
+        }
+    }
+
     /// Returns whether a pod is selected, given its labels and those of its namespace.
     pub fn matches(&self, namespace: &str, of_namespace: &Labels, of_pod: &Labels) -> bool {
         self.namespaces.contain(namespace, of_namespace) && self.pods.matches(of_pod)

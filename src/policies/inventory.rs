@@ -8,10 +8,16 @@ use std::time::Instant;
 use smallvec::SmallVec;
 
 use super::claimants::AddressClaimants;
+use super::cluster::ClusterPolicies;
 use super::departed::Departed;
 use super::index::{Index, Namespaces, PodSelector};
+use super::nodes::Nodes;
+use super::spec::Scope;
 use crate::engine::SharedMap;
-use crate::model::{Labels, NAMESPACE_NAME, Namespace, NetworkPolicy, ObjectName, Pod, Sandbox};
+use crate::model::{
+    ClusterNetworkPolicy, Labels, NAMESPACE_NAME, Namespace, NetworkPolicy, Node, ObjectName, Pod,
+    Sandbox,
+};
 
 /// The objects from which policies are compiled.
 #[derive(Debug, Default)]
@@ -29,6 +35,8 @@ pub(crate) struct Inventory {
     policies: BTreeMap<ObjectName, Arc<NetworkPolicy>>,
     /// The policies by the pods that they select.
     targets: Index<ObjectName>,
+    cluster: ClusterPolicies,
+    nodes: Nodes,
 }
 
 impl Inventory {
@@ -51,6 +59,7 @@ impl Inventory {
             departed: self.departed.clone(),
             local: self.local.clone(),
             namespaces: self.namespaces.clone(),
+            nodes: self.nodes.without_index(),
             ..Self::default()
         }
     }
@@ -120,9 +129,56 @@ impl Inventory {
         self.policies.keys().cloned().collect()
     }
 
-    /// Returns the numbers of pods, namespaces and policies.
+    /// Returns the numbers of pods, namespaces and network policies.
     pub fn counts(&self) -> (usize, usize, usize) {
         (self.pods.len(), self.namespaces.len(), self.policies.len())
+    }
+
+    /// Returns whether there is a policy, of the cluster or of a namespace.
+    pub fn has_policies(&self) -> bool {
+        !self.policies.is_empty() || self.cluster.len() > 0
+    }
+
+    /// Returns the cluster policies.
+    pub(crate) fn cluster(&self) -> &ClusterPolicies {
+        &self.cluster
+    }
+
+    /// Returns the cluster policies that select a pod, in their order.
+    pub(crate) fn cluster_policies_for(&self, pod: &Pod) -> Vec<&Arc<ClusterNetworkPolicy>> {
+        if self.cluster.len() == 0 {
+            return Vec::new();
+        }
+        let of_namespace = self.namespace(pod.name.namespace());
+        self.cluster.selecting(pod, &of_namespace)
+    }
+
+    /// Replaces a cluster policy; `None` deletes it.
+    pub(crate) fn set_cluster_policy(
+        &mut self,
+        name: &ObjectName,
+        policy: Option<ClusterNetworkPolicy>,
+    ) {
+        let mut cluster = std::mem::take(&mut self.cluster);
+        cluster.set(name, policy, self.namespaces());
+        self.cluster = cluster;
+    }
+
+    /// Updates the subjects of cluster policies after a namespace was created, got other labels, or
+    /// was deleted.
+    pub(crate) fn namespace_changed(&mut self, name: &str) {
+        let labels = self.has_namespace(name).then(|| self.namespace(name));
+        self.cluster.namespace_changed(name, labels.as_ref());
+    }
+
+    /// Returns the nodes.
+    pub(crate) fn nodes(&self) -> &Nodes {
+        &self.nodes
+    }
+
+    /// Replaces a node; `None` deletes it.
+    pub(crate) fn set_node(&mut self, name: &ObjectName, node: Option<&Node>) {
+        self.nodes.set(name, node);
     }
 
     /// Returns a policy.
@@ -191,15 +247,55 @@ impl Inventory {
         self.certain(address, self.holders(address))
     }
 
-    /// Returns the addresses that a pod has for certain.
-    pub fn addresses(&self, pod: &Pod) -> SmallVec<[IpAddr; 2]> {
-        let claimed = pod.addresses.iter().copied();
-        claimed
-            .filter(|address| {
-                self.owner(*address)
-                    .is_some_and(|owner| owner.name == pod.name)
-            })
-            .collect()
+    /// Returns the addresses that a pod has.
+    pub fn addresses(&self, pod: &Pod, scope: Scope) -> SmallVec<[IpAddr; 2]> {
+        if scope.local && !self.is_local(pod) {
+            return SmallVec::new();
+        }
+        let has = |address: &IpAddr| match scope {
+            Scope { claimed: false, .. } => {
+                let owner = if scope.local {
+                    self.local_owner(*address)
+                } else {
+                    self.owner(*address)
+                };
+                owner.is_some_and(|owner| owner.name == pod.name)
+            }
+            Scope { local: true, .. } => {
+                let mut holders = self.local_holders(*address);
+                holders.any(|holder| holder.name == pod.name)
+            }
+            Scope { local: false, .. } => {
+                let mut holders = self.holders(*address);
+                holders.any(|holder| holder.name == pod.name)
+            }
+        };
+        pod.addresses.iter().copied().filter(has).collect()
+    }
+
+    /// Returns the pods that have an address, as [`Inventory::addresses`] does for one of them.
+    pub(crate) fn having(&self, address: IpAddr, scope: Scope) -> Vec<&Pod> {
+        match scope {
+            Scope {
+                claimed: false,
+                local,
+            } => {
+                let owner = if local {
+                    self.local_owner(address)
+                } else {
+                    self.owner(address)
+                };
+                owner.into_iter().collect()
+            }
+            Scope { local: true, .. } => {
+                let holders = self.local_holders(address);
+                holders.chain(self.departed(address)).collect()
+            }
+            Scope { local: false, .. } => {
+                let holders = self.holders(address);
+                holders.chain(self.departed(address)).collect()
+            }
+        }
     }
 
     /// Returns the pods of this node that may have an address, by the same order among themselves.
@@ -237,28 +333,33 @@ impl Inventory {
             .filter(move |pod| departed.is_none_or(|departed| !departed.outranks(&pod.evidence)))
     }
 
-    /// Returns the addresses that a pod of this node has for certain among the pods of this node.
-    pub(crate) fn local_addresses(&self, pod: &Pod) -> SmallVec<[IpAddr; 2]> {
-        if !self.is_local(pod) {
-            return SmallVec::new();
-        }
-        let claimed = pod.addresses.iter().copied();
-        claimed
-            .filter(|address| {
-                self.local_owner(*address)
-                    .is_some_and(|owner| owner.name == pod.name)
-            })
-            .collect()
-    }
-
     /// Returns the departed pod with an address.
     pub fn departed(&self, address: IpAddr) -> Option<&Pod> {
         self.departed.at(address)
     }
 
-    /// Returns the addresses of departed pods of a namespace.
-    pub(crate) fn departed_of(&self, namespace: &str) -> impl Iterator<Item = IpAddr> {
-        self.departed.of(namespace)
+    /// Returns the departed pods with their addresses.
+    pub(crate) fn all_departed(&self) -> impl Iterator<Item = (IpAddr, &Pod)> {
+        self.departed.all()
+    }
+
+    /// Returns the departed pods of a namespace with their addresses.
+    pub(crate) fn departed_of<'a>(
+        &'a self,
+        namespace: &'a str,
+    ) -> impl Iterator<Item = (IpAddr, &'a Pod)> {
+        let all = self.departed.all();
+        all.filter(move |(_, pod)| pod.name.namespace() == namespace)
+    }
+
+    /// Returns the departed pods with a name, and their addresses.
+    pub(crate) fn departed_named<'a>(
+        &'a self,
+        name: &'a ObjectName,
+    ) -> impl Iterator<Item = (IpAddr, &'a Pod)> {
+        self.departed
+            .all()
+            .filter(move |(_, pod)| pod.name == *name)
     }
 
     /// Returns when the first departed pod expires.

@@ -90,6 +90,14 @@ impl Direction {
         })
     }
 
+    /// Returns the chain that drops what cluster policies deny.
+    pub(super) fn deny_cluster(self) -> Name {
+        Name::from(match self {
+            Direction::Ingress => "deny-cluster-ingress",
+            Direction::Egress => "deny-cluster-egress",
+        })
+    }
+
     /// Returns the set that counts denied packets by pod address.
     pub fn denied(self) -> Name {
         Name::from(match self {
@@ -104,6 +112,11 @@ impl Direction {
             Direction::Ingress => format!("pods-ingress-{digest}"),
             Direction::Egress => format!("pods-egress-{digest}"),
         })
+    }
+
+    /// Returns the chain of the cluster policies of a tier whose list has a digest.
+    pub(super) fn tier_chain(self, tier: &str, digest: &str) -> Name {
+        Name::from(format!("{tier}-{}-{digest}", self.as_str()))
     }
 
     /// Returns the chain of a policy.

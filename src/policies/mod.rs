@@ -36,24 +36,29 @@
 
 mod changes;
 mod claimants;
+mod cluster;
 mod compile;
 mod delta;
 mod departed;
 mod engine;
 mod evaluate;
+mod events;
 mod index;
 mod inventory;
 mod isolation;
 mod layout;
 mod links;
+mod nodes;
 mod plans;
 mod profile;
 mod reassigned;
 mod rules;
 mod sets;
+mod spec;
 mod startup;
 #[cfg(test)]
 mod tests;
+mod tiers;
 
 use std::sync::Arc;
 

@@ -4,14 +4,15 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use super::cluster::rules_in;
 use super::delta::{self, TableDelta, isolate};
-use super::engine::{Engine, PodsChain, ProfileUse};
+use super::engine::{Engine, PodsChain, ProfileUse, RulesKey};
 use super::isolation::{Holder, Isolation};
 use super::layout::Direction;
 use super::links;
 use super::profile::Profile;
 use super::rules;
-use crate::model::{Family, Labels, ObjectName, Pod};
+use crate::model::{Action, Family, Kind, Labels, ObjectName, ObjectRef, Pod, Tier};
 use crate::nft::Table;
 
 /// The maximum number of holders of an address whose policies are evaluated one after the other. An
@@ -32,12 +33,12 @@ impl Engine {
     }
 
     /// Plans addresses of this node again and drafts the changes of their elements and chains.
-    /// Returns whether there are any, and the policies whose use may change.
+    /// Returns whether there are any, and the chains of policies whose use may change.
     pub(super) fn plan_again(
         &mut self,
         addresses: &BTreeSet<IpAddr>,
         deltas: &mut [TableDelta; 2],
-    ) -> (bool, BTreeSet<(Family, Direction, ObjectName)>) {
+    ) -> (bool, BTreeSet<RulesKey>) {
         let mut known = KnownProfiles::default();
         // The chains whose use changes, with the number of addresses before.
         let mut chains: BTreeMap<PodsChain, u32> = BTreeMap::new();
@@ -97,12 +98,12 @@ impl Engine {
         }
     }
 
-    /// Drafts the chains of pods that are new or removed. Returns the policies to which they jump.
+    /// Drafts the chains of pods that are new or removed. Returns the chains to which they lead.
     fn chains_again(
         &mut self,
         chains: BTreeMap<PodsChain, u32>,
         deltas: &mut [TableDelta; 2],
-    ) -> BTreeSet<(Family, Direction, ObjectName)> {
+    ) -> BTreeSet<RulesKey> {
         let mut touched = BTreeSet::new();
         for (key, before) in chains {
             let Some(used) = self.profiles.get(&key) else {
@@ -124,8 +125,8 @@ impl Engine {
             };
             let chain = rules::pods_chain(direction, &profile);
             table.chains.insert(name, chain);
-            for policy in &profile.policies {
-                let key = (family, direction, policy.clone());
+            for rules in profile.parts() {
+                let key = (family, direction, rules);
                 let used = self.uses.entry(key.clone()).or_default();
                 used.pods = changed(used.pods, after > 0);
                 touched.insert(key);
@@ -134,10 +135,17 @@ impl Engine {
         touched
     }
 
+    /// Returns the interfaces that lead to pods whose packets may be denied.
     fn links_of_isolated(&self) -> BTreeSet<(Direction, Arc<str>)> {
         let links = self.plans.iter().flat_map(|(address, plan)| {
             let link = links::interface(&self.routes, *address).into_iter();
-            link.flat_map(|link| plan.holders.keys().map(|it| (*it, link.clone())))
+            link.flat_map(|link| {
+                let denied = plan.holders.iter().filter(|(direction, all)| {
+                    let mut all = all.iter();
+                    all.any(|holder| self.denies(&holder.profile, **direction))
+                });
+                denied.map(|(direction, _)| (*direction, link.clone()))
+            })
         });
         links.collect()
     }
@@ -175,34 +183,50 @@ impl Engine {
         for all in holders.values_mut().filter(|all| all.len() > MAX_HOLDERS) {
             all.truncate(1);
             for holder in all {
-                holder.profile = Arc::new(Profile::new(Vec::new()));
+                holder.profile = Arc::new(Profile::closed());
             }
         }
         (!holders.is_empty()).then_some(Isolation { holders })
     }
 
-    /// Returns the profiles of a pod for the directions in which it is isolated.
+    /// Returns the profiles of a pod for the directions in which policies apply to it.
     fn profiles(&self, pod: &Pod) -> BTreeMap<Direction, Arc<Profile>> {
-        let mut policies: BTreeMap<Direction, Vec<ObjectName>> = BTreeMap::new();
-        for policy in self.inventory.policies_for(pod) {
-            for direction in Direction::ALL {
-                if rules::rules_of(policy, direction).is_some() {
-                    let names = policies.entry(direction).or_default();
-                    names.push(policy.name.clone());
-                }
-            }
-        }
-        let profiles = policies.into_iter().map(|(direction, policies)| {
-            let profile = Profile::new(policies);
+        let policies = self.inventory.policies_for(pod);
+        let cluster = self.inventory.cluster_policies_for(pod);
+        let profiles = Direction::ALL.into_iter().filter_map(|direction| {
+            let of_direction = policies.iter();
+            let isolating = of_direction.filter(|it| rules::rules_of(it, direction).is_some());
+            let isolating: Vec<ObjectName> = isolating.map(|it| it.name.clone()).collect();
+            let of_tier = |tier| {
+                let of_tier = cluster.iter().filter(|policy| policy.tier == tier);
+                let concerned = of_tier.filter(|it| !rules_in(it, direction).is_empty());
+                concerned.map(|it| it.name.clone()).collect()
+            };
+            let isolating = (!isolating.is_empty()).then_some(isolating);
+            let (admin, baseline) = (of_tier(Tier::Admin), of_tier(Tier::Baseline));
+            let profile = Profile::new(admin, isolating, baseline)?;
             // The same for all pods that share the chain.
             let chain = profile.chain(direction);
             let used = Family::ALL.into_iter().find_map(|family| {
                 let key = (family, direction, chain.clone());
                 self.profiles.get(&key).map(|used| used.profile.clone())
             });
-            (direction, used.unwrap_or_else(|| Arc::new(profile)))
+            Some((direction, used.unwrap_or_else(|| Arc::new(profile))))
         });
         profiles.collect()
+    }
+
+    /// Returns whether packets of the pods with a profile may be denied in a direction.
+    fn denies(&self, profile: &Profile, direction: Direction) -> bool {
+        let lists = profile.admin.iter().chain(&profile.baseline);
+        let mut asked = lists.flat_map(|list| &list.policies);
+        profile.policies.is_some()
+            || asked.any(|name| {
+                let object = ObjectRef::new(Kind::ClusterNetworkPolicy, name.clone());
+                let policy = self.inventory.cluster().get(name);
+                let mut rules = policy.into_iter().flat_map(|it| rules_in(it, direction));
+                self.quarantined.contains(&object) || rules.any(|rule| rule.action == Action::Deny)
+            })
     }
 }
 

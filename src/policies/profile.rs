@@ -3,31 +3,116 @@
 //! Pods with the same profile share a chain, so that a policy that selects all pods of the node
 //! adds one chain and moves their addresses there.
 
-use crate::model::ObjectName;
-use crate::nft::{Name, digest_of};
+use std::sync::Arc;
 
+use super::cluster::tier_word;
 use super::layout::Direction;
+use crate::model::{ObjectName, Tier};
+use crate::nft::{Name, digest_of};
 
 /// The policies that apply to a pod in one direction.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Profile {
     /// Equal profiles have the same digest in every run.
     digest: String,
-    /// The policies that select the pod for the direction, sorted.
-    pub policies: Vec<ObjectName>,
+    /// The cluster policies that are asked first.
+    pub admin: Option<Arc<TierList>>,
+    /// The policies that select the pod for the direction, sorted; `None` if none isolates it.
+    /// An empty list denies everything.
+    pub policies: Option<Vec<ObjectName>>,
+    /// The cluster policies that are asked if no policy isolates the pod.
+    pub baseline: Option<Arc<TierList>>,
 }
 
 impl Profile {
-    /// Creates a profile of sorted policies. Without any it denies everything.
-    pub fn new(policies: Vec<ObjectName>) -> Self {
+    /// Creates a profile; `None` if it allows everything.
+    pub fn new(
+        admin: Vec<ObjectName>,
+        policies: Option<Vec<ObjectName>>,
+        baseline: Vec<ObjectName>,
+    ) -> Option<Self> {
+        let admin = TierList::new(Tier::Admin, admin);
+        let baseline = TierList::new(Tier::Baseline, baseline).filter(|_| policies.is_none());
+        let digest = match (&admin, &policies, &baseline) {
+            (None, None, None) => return None,
+            (None, Some(policies), _) => digest_of(&format!("{policies:?}")),
+            all => digest_of(&format!("{all:?}")),
+        };
+        Some(Self {
+            digest,
+            admin: admin.map(Arc::new),
+            policies,
+            baseline: baseline.map(Arc::new),
+        })
+    }
+
+    /// Creates the profile that denies everything.
+    pub fn closed() -> Self {
+        let policies: Vec<ObjectName> = Vec::new();
         Self {
             digest: digest_of(&format!("{policies:?}")),
-            policies,
+            admin: None,
+            policies: Some(policies),
+            baseline: None,
         }
     }
 
     /// Returns the name of the chain of all pods with this profile.
     pub fn chain(&self, direction: Direction) -> Name {
         direction.pods_chain(&self.digest)
+    }
+
+    /// Returns what the chain of the pods leads to.
+    pub fn parts(&self) -> impl Iterator<Item = RulesOf> {
+        let lists = self.admin.iter().chain(&self.baseline);
+        let policies = self.policies.iter().flatten();
+        let policies = policies.map(|name| RulesOf::Policy(name.clone()));
+        lists
+            .map(|list| RulesOf::Tier(list.clone()))
+            .chain(policies)
+    }
+}
+
+/// The cluster policies of a tier that apply to a pod in one direction, in the order in which they
+/// are asked. Their rules are one chain, which all profiles with this list share.
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct TierList {
+    /// Equal lists have the same digest in every run.
+    digest: String,
+    pub tier: Tier,
+    pub policies: Vec<ObjectName>,
+}
+
+impl TierList {
+    fn new(tier: Tier, policies: Vec<ObjectName>) -> Option<Self> {
+        (!policies.is_empty()).then(|| Self {
+            digest: digest_of(&format!("{policies:?}")),
+            tier,
+            policies,
+        })
+    }
+
+    /// Returns the name of the chain with the rules of these policies.
+    pub fn chain(&self, direction: Direction) -> Name {
+        direction.tier_chain(tier_word(self.tier), &self.digest)
+    }
+}
+
+/// What the rules of a chain are those of.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum RulesOf {
+    /// A NetworkPolicy.
+    Policy(ObjectName),
+    /// Cluster policies.
+    Tier(Arc<TierList>),
+}
+
+impl RulesOf {
+    /// Returns the name of the chain.
+    pub fn chain(&self, direction: Direction) -> Name {
+        match self {
+            RulesOf::Policy(name) => direction.policy_chain(name),
+            RulesOf::Tier(list) => list.chain(direction),
+        }
     }
 }

@@ -11,7 +11,7 @@ use super::layout::{
     layered, links, pods, port_key,
 };
 use super::profile::Profile;
-use super::sets::{PortRange, SetId, SetSpec};
+use super::spec::{PortRange, Scope, SetSpec};
 use super::startup;
 use super::{DenyWith, PolicySettings};
 use crate::model::{Family, NetworkPolicy, Peer, PolicyPort, PolicyRule, PortMatch, Protocol};
@@ -56,11 +56,14 @@ pub(super) fn skeleton(family: Family, settings: &PolicySettings) -> Table {
             elements: Vec::new(),
         };
         table.sets.insert(direction.denied(), counters);
-        let deny = Chain {
-            base: None,
-            rules: deny(direction, settings),
-        };
-        table.chains.insert(direction.deny(), deny);
+        // What cluster policies deny gets no answer.
+        for (name, with) in [
+            (direction.deny(), settings.deny_with),
+            (direction.deny_cluster(), DenyWith::Drop),
+        ] {
+            let rules = deny(direction, with, settings);
+            table.chains.insert(name, Chain { base: None, rules });
+        }
     }
     let itself = Set {
         declaration: ends(),
@@ -237,7 +240,7 @@ fn base_rules(
     rules
 }
 
-fn deny(direction: Direction, settings: &PolicySettings) -> Vec<Rule> {
+fn deny(direction: Direction, with: DenyWith, settings: &PolicySettings) -> Vec<Rule> {
     let mut rules = Vec::new();
     if let Some(group) = settings.log_group {
         rules.push(Rule::new([
@@ -254,7 +257,7 @@ fn deny(direction: Direction, settings: &PolicySettings) -> Vec<Rule> {
     }
     let count = Statement::InSet(vec![direction.pod()], Comparison::Is, direction.denied());
     let drop = Statement::Verdict(Verdict::Drop);
-    match settings.deny_with {
+    match with {
         DenyWith::Drop => rules.push(Rule::new([count, drop.clone()])),
         DenyWith::Reject => {
             rules.push(Rule::new([count]));
@@ -298,20 +301,33 @@ pub(super) fn protocol(number: u8) -> Statement {
     )
 }
 
-/// Returns the chain of the isolated pods with a profile: accepts packets of a pod to itself and
-/// those that a policy allows, and denies all others.
+/// Returns the chain of the isolated pods with a profile.
+///
+/// It asks the cluster policies of the tier Admin. If policies isolate the pods, it then accepts
+/// packets of a pod to itself and those that a policy allows, and denies all others; otherwise it
+/// asks the cluster policies of the tier Baseline. A packet of a pod to itself is on the host only
+/// if it was sent to a service; cluster policies apply to it.
 pub(super) fn pods_chain(direction: Direction, profile: &Profile) -> Chain {
-    let mut rules = vec![Rule::new([
-        Statement::InSet(ends_key(), Comparison::Is, TO_ITSELF.into()),
-        Statement::Verdict(Verdict::Accept),
-    ])];
-    rules.extend(profile.policies.iter().map(|policy| {
-        let chain = direction.policy_chain(policy);
-        Rule::new([Statement::Verdict(Verdict::Jump(chain))])
-    }));
-    rules.push(Rule::new([Statement::Verdict(Verdict::Goto(
-        direction.deny(),
-    ))]));
+    let mut rules = Vec::new();
+    let mut lead = |verdict| rules.push(Rule::new([Statement::Verdict(verdict)]));
+    if let Some(admin) = &profile.admin {
+        lead(Verdict::Jump(admin.chain(direction)));
+    }
+    if let Some(baseline) = &profile.baseline {
+        lead(Verdict::Goto(baseline.chain(direction)));
+    }
+    if let Some(policies) = &profile.policies {
+        rules.push(Rule::new([
+            Statement::InSet(ends_key(), Comparison::Is, TO_ITSELF.into()),
+            Statement::Verdict(Verdict::Accept),
+        ]));
+        rules.extend(policies.iter().map(|policy| {
+            let chain = direction.policy_chain(policy);
+            Rule::new([Statement::Verdict(Verdict::Jump(chain))])
+        }));
+        let deny = Verdict::Goto(direction.deny());
+        rules.push(Rule::new([Statement::Verdict(deny)]));
+    }
     Chain { base: None, rules }
 }
 
@@ -323,48 +339,57 @@ pub(super) fn rules_of(policy: &NetworkPolicy, direction: Direction) -> Option<&
     }
 }
 
-/// Compiles the chain of a policy in one family, which accepts what the policy allows. `set`
-/// returns the set of a specification, with its name.
-pub(super) fn policy_chain(
+/// Compiles the rules of a policy in one family, which accept what the policy allows. `name_of`
+/// returns the name of the set of a specification.
+pub(super) fn policy_rules(
     policy: &NetworkPolicy,
     direction: Direction,
     family: Family,
-    mut set: impl FnMut(SetSpec) -> (SetId, Name),
-) -> (Chain, Vec<SetId>) {
-    let mut used = Vec::new();
-    let mut name_of = |spec| {
-        let (id, name) = set(spec);
-        used.push(id);
-        name
+    name_of: &mut impl FnMut(SetSpec) -> Name,
+) -> Vec<Rule> {
+    let rules = rules_of(policy, direction).unwrap_or_default().iter();
+    let compiled = rules.flat_map(|rule| {
+        let peers = rule.peers.as_ref();
+        let peers = peers.map(|peers| peers_of(peers, policy.name.namespace(), family));
+        let ports = rule.ports.as_deref();
+        rules_with(&Verdict::Accept, peers, ports, direction, false, name_of)
+    });
+    compiled.collect()
+}
+
+/// Returns the rules that give a verdict to what comes from or goes to some peers at some ports;
+/// `None` is any. `claimed` adds pods that only may have an address.
+pub(super) fn rules_with(
+    verdict: &Verdict,
+    peers: Option<Vec<SetSpec>>,
+    ports: Option<&[PolicyPort]>,
+    direction: Direction,
+    claimed: bool,
+    name_of: &mut impl FnMut(SetSpec) -> Name,
+) -> Vec<Rule> {
+    let peers: Vec<Option<Statement>> = match peers {
+        None => vec![None],
+        Some(specs) => {
+            let statements = specs.into_iter().map(|spec| {
+                let set = name_of(spec);
+                Statement::InSet(vec![direction.peer()], Comparison::Is, set)
+            });
+            statements.map(Some).collect()
+        }
+    };
+    let ports: Vec<Statements> = match ports {
+        None => vec![Statements::new()],
+        Some(ports) => ports_of(ports, direction, claimed, name_of),
     };
     let mut rules = Vec::new();
-    for rule in rules_of(policy, direction).unwrap_or_default() {
-        let peers: Vec<Option<Statement>> = match &rule.peers {
-            None => vec![None],
-            Some(peers) => {
-                let specs = peers_of(peers, policy.name.namespace(), family);
-                let statements = specs.into_iter().map(|spec| {
-                    let set = name_of(spec);
-                    Statement::InSet(vec![direction.peer()], Comparison::Is, set)
-                });
-                statements.map(Some).collect()
-            }
-        };
-        let ports: Vec<Statements> = match &rule.ports {
-            None => vec![Statements::new()],
-            Some(ports) => ports_of(ports, direction, &mut name_of),
-        };
-        for peer in &peers {
-            for port in &ports {
-                let accept = Statement::Verdict(Verdict::Accept);
-                let statements = peer.iter().chain(port).cloned().chain([accept]);
-                rules.push(Rule::new(statements.collect::<Vec<_>>()));
-            }
+    for peer in &peers {
+        for port in &ports {
+            let verdict = Statement::Verdict(verdict.clone());
+            let statements = peer.iter().chain(port).cloned().chain([verdict]);
+            rules.push(Rule::new(statements.collect::<Vec<_>>()));
         }
     }
-    used.sort_unstable();
-    used.dedup();
-    (Chain { base: None, rules }, used)
+    rules
 }
 
 /// Returns the sets of the peers of a rule: one for each selector, and one for all blocks of the
@@ -396,6 +421,7 @@ fn peers_of(peers: &[Peer], namespace: &str, family: Family) -> Vec<SetSpec> {
 fn ports_of(
     ports: &[PolicyPort],
     direction: Direction,
+    claimed: bool,
     name_of: &mut impl FnMut(SetSpec) -> Name,
 ) -> Vec<Statements> {
     let mut numbers: BTreeMap<Protocol, Vec<PortRange>> = BTreeMap::new();
@@ -434,10 +460,8 @@ fn ports_of(
     if !named.is_empty() {
         named.sort_unstable();
         named.dedup();
-        let set = name_of(SetSpec::NamedPorts {
-            ports: named,
-            local: direction == Direction::Ingress,
-        });
+        let local = direction == Direction::Ingress;
+        let set = name_of(SetSpec::named_ports(named, Scope { local, claimed }));
         let statement = Statement::InSet(port_key(), Comparison::Is, set);
         alternatives.push([statement].into_iter().collect());
     }

@@ -1,95 +1,27 @@
-//! The sets that policies share: pods by selector, address blocks, and named ports.
+//! The sets that policies share: pods and nodes by selector, address blocks, and named ports.
 //!
 //! A set is identified by its specification ([`SetSpec`]) and named by a digest of it, so that the
 //! same policies get the same names in every run. It exists in a table while a rule of that table
 //! uses it.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::fmt;
+use std::net::IpAddr;
 use std::sync::Arc;
 
-use ipnet::IpNet;
 use smallvec::SmallVec;
 
-use super::index::{Index, Namespaces, PodSelector};
+use super::index::{Index, Namespaces};
 use super::inventory::Inventory;
-use super::layout::port_key;
-use crate::model::{Family, Labels, Pod, Protocol};
-use crate::nft::{
-    Declaration, Element, Key, Name, Selector, Set, SetKind, digest_of, merge_intervals,
-};
-
-/// The specification of a set: the elements that it contains.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(super) enum SetSpec {
-    /// The addresses of the pods that a selector selects.
-    Pods(PodSelector),
-    /// The addresses in networks, each without its exceptions.
-    Blocks(Vec<(IpNet, Vec<IpNet>)>),
-    /// Ports of a protocol, in sorted, disjoint ranges. A set of (protocol, range) for all
-    /// protocols would be a concatenation with an interval, which the kernel fills in quadratic
-    /// time.
-    Ports(Protocol, Vec<PortRange>),
-    /// (address, protocol, port) of the named ports of pods.
-    NamedPorts {
-        /// The names with their protocols.
-        ports: Vec<(Arc<str>, Protocol)>,
-        /// Whether only pods of this node are in it; ingress needs no others.
-        local: bool,
-    },
-}
-
-/// First and last port of a range.
-pub(super) type PortRange = (u16, u16);
-
-impl fmt::Display for SetSpec {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            SetSpec::Pods(PodSelector { namespaces, pods }) => match namespaces {
-                Namespaces::Named(name) => write!(f, "pods {pods} in namespace {name}"),
-                Namespaces::Labelled(labels) => write!(f, "pods {pods} in namespaces {labels}"),
-            },
-            SetSpec::Blocks(blocks) => {
-                f.write_str("blocks")?;
-                for (block, except) in blocks {
-                    write!(f, " {block}")?;
-                    for (index, except) in except.iter().enumerate() {
-                        write!(f, "{}{except}", if index == 0 { " except " } else { "," })?;
-                    }
-                }
-                Ok(())
-            }
-            SetSpec::Ports(protocol, ranges) => {
-                write!(f, "{protocol} ports")?;
-                for (from, to) in ranges {
-                    write!(f, " {from}")?;
-                    if from != to {
-                        write!(f, "-{to}")?;
-                    }
-                }
-                Ok(())
-            }
-            SetSpec::NamedPorts { ports, local } => {
-                f.write_str("ports")?;
-                for (name, protocol) in ports {
-                    write!(f, " {name} ({protocol})")?;
-                }
-                f.write_str(if *local {
-                    " of pods of this node"
-                } else {
-                    " of all pods"
-                })
-            }
-        }
-    }
-}
+use super::spec::{Scope, SetSpec, declaration, fixed_elements, name};
+use crate::model::{Family, Kind, LabelSelector, Labels, ObjectRef, Pod, Protocol};
+use crate::nft::{Declaration, Element, Key, Name, Set};
 
 /// The identifier of a set while it is in use.
 pub(super) type SetId = u32;
 
-/// An element of a set that belongs to a pod.
+/// An element of a set that comes from a pod or a node.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct PodElement {
+pub(super) struct Member {
     pub family: Family,
     pub set: SetId,
     pub key: Key,
@@ -100,7 +32,7 @@ struct SetEntry {
     spec: Arc<SetSpec>,
     name: Name,
     declaration: Arc<Declaration>,
-    /// The elements that do not depend on pods.
+    /// The elements that do not depend on pods or nodes.
     fixed: Arc<[Element]>,
     /// The number of chains in each family's table that use it.
     uses: [u32; 2],
@@ -115,24 +47,38 @@ pub(super) struct Sets {
     index: SetIndex,
 }
 
-/// The sets of a named port, with whether they contain only pods of this node.
-type PortSets = SmallVec<[(bool, SetId); 2]>;
+/// The sets of a named port.
+type PortSets = SmallVec<[(Scope, SetId); 2]>;
 
-/// Finds the sets that a pod belongs to.
+/// Finds the sets that a pod or a node belongs to.
 #[derive(Debug, Default)]
 struct SetIndex {
-    selectors: Index<SetId>,
+    /// Sets of pods.
+    pods: Index<SetId>,
+    /// Sets of pods, with addresses that they only may have.
+    claimants: Index<SetId>,
     ports: HashMap<(Arc<str>, Protocol), PortSets>,
+    nodes: BTreeMap<SetId, LabelSelector>,
 }
 
 impl SetIndex {
     fn insert(&mut self, id: SetId, spec: &SetSpec, inventory: &Inventory) {
         match spec {
-            SetSpec::Pods(selector) => self.selectors.insert(id, selector, inventory.namespaces()),
-            SetSpec::NamedPorts { ports, local } => {
+            SetSpec::Pods(selector) => self.pods.insert(id, selector, inventory.namespaces()),
+            SetSpec::Claimants(selector) => {
+                self.claimants.insert(id, selector, inventory.namespaces());
+            }
+            SetSpec::Nodes(labels) => {
+                self.nodes.insert(id, labels.clone());
+            }
+            SetSpec::NamedPorts { ports, local } | SetSpec::ClaimedPorts { ports, local } => {
+                let scope = Scope {
+                    local: *local,
+                    claimed: matches!(spec, SetSpec::ClaimedPorts { .. }),
+                };
                 for port in ports {
                     let of_name = self.ports.entry(port.clone()).or_default();
-                    of_name.push((*local, id));
+                    of_name.push((scope, id));
                 }
             }
             SetSpec::Blocks(_) | SetSpec::Ports(..) => {}
@@ -141,8 +87,12 @@ impl SetIndex {
 
     fn remove(&mut self, id: SetId, spec: &SetSpec) {
         match spec {
-            SetSpec::Pods(selector) => self.selectors.remove(&id, selector),
-            SetSpec::NamedPorts { ports, .. } => {
+            SetSpec::Pods(selector) => self.pods.remove(&id, selector),
+            SetSpec::Claimants(selector) => self.claimants.remove(&id, selector),
+            SetSpec::Nodes(_) => {
+                self.nodes.remove(&id);
+            }
+            SetSpec::NamedPorts { ports, .. } | SetSpec::ClaimedPorts { ports, .. } => {
                 for of_name in ports {
                     if let Some(ids) = self.ports.get_mut(of_name) {
                         ids.retain(|(_, known)| *known != id);
@@ -156,47 +106,104 @@ impl SetIndex {
         }
     }
 
-    /// Calls `found` with each set element of a pod.
-    fn of_pod(&self, pod: &Pod, inventory: &Inventory, mut found: impl FnMut(PodElement)) {
-        if self.selectors.is_empty() && self.ports.is_empty() {
+    /// Calls `found` with each set element of a pod or node.
+    fn of(&self, object: &ObjectRef, inventory: &Inventory, found: &mut impl FnMut(Member)) {
+        if object.kind == Kind::Node {
+            self.of_node(object, inventory, found);
             return;
         }
-        let addresses = inventory.addresses(pod);
-        if !addresses.is_empty() {
+        if let Some(pod) = inventory.pod(&object.name) {
+            self.of_pod(pod, inventory, found);
+        }
+        for (address, pod) in inventory.departed_named(&object.name) {
+            self.of_departed(address, pod, inventory, found);
+        }
+    }
+
+    fn of_node(&self, node: &ObjectRef, inventory: &Inventory, found: &mut impl FnMut(Member)) {
+        let Some(node) = inventory.nodes().get(&node.name) else {
+            return;
+        };
+        let sets = self.nodes.iter();
+        for (set, _) in sets.filter(|(_, labels)| labels.matches(&node.labels)) {
+            for address in node.addresses.iter() {
+                found(Member {
+                    family: Family::of(*address),
+                    set: *set,
+                    key: Key::address(*address),
+                });
+            }
+        }
+    }
+
+    fn of_pod(&self, pod: &Pod, inventory: &Inventory, found: &mut impl FnMut(Member)) {
+        let addresses = |scope| inventory.addresses(pod, scope);
+        self.with_addresses(pod, inventory, addresses, found);
+    }
+
+    /// A departed pod only may have its address.
+    fn of_departed(
+        &self,
+        address: IpAddr,
+        pod: &Pod,
+        inventory: &Inventory,
+        found: &mut impl FnMut(Member),
+    ) {
+        let addresses = |scope: Scope| scope.claimed.then_some(address).into_iter().collect();
+        self.with_addresses(pod, inventory, addresses, found);
+    }
+
+    fn with_addresses(
+        &self,
+        pod: &Pod,
+        inventory: &Inventory,
+        addresses: impl Fn(Scope) -> SmallVec<[IpAddr; 2]>,
+        found: &mut impl FnMut(Member),
+    ) {
+        for (selectors, claimed) in [(&self.pods, false), (&self.claimants, true)] {
+            if selectors.is_empty() {
+                continue;
+            }
+            let local = false;
+            let addresses = addresses(Scope { local, claimed });
+            if addresses.is_empty() {
+                continue;
+            }
             let namespace = pod.name.namespace();
             let of_namespace = inventory.namespace(namespace);
-            self.selectors
-                .of_pod(namespace, &of_namespace, &pod.labels, |set| {
-                    for address in &addresses {
-                        found(PodElement {
-                            family: Family::of(*address),
-                            set: *set,
-                            key: Key::address(*address),
-                        });
-                    }
-                });
+            selectors.of_pod(namespace, &of_namespace, &pod.labels, |set| {
+                for address in &addresses {
+                    found(Member {
+                        family: Family::of(*address),
+                        set: *set,
+                        key: Key::address(*address),
+                    });
+                }
+            });
         }
         if self.ports.is_empty() {
             return;
         }
-        let of_this_node = inventory.local_addresses(pod);
         // Two names of one port are one element.
-        let mut ports: Vec<(SetId, bool, Protocol, u16)> = Vec::new();
+        let mut ports: Vec<(Scope, SetId, Protocol, u16)> = Vec::new();
         for port in pod.ports.iter() {
             let sets = self.ports.get(&(port.name.clone(), port.protocol));
             let sets = sets.into_iter().flatten();
-            ports.extend(sets.map(|(local, set)| (*set, *local, port.protocol, port.port)));
+            ports.extend(sets.map(|(scope, set)| (*scope, *set, port.protocol, port.port)));
         }
         ports.sort_unstable();
         ports.dedup();
-        for (set, local, protocol, port) in ports {
-            for address in if local { &of_this_node } else { &addresses } {
-                let key = Key::build().address(*address);
-                found(PodElement {
-                    family: Family::of(*address),
-                    set,
-                    key: key.protocol(protocol.number()).port(port).finish(),
-                });
+        for of_scope in ports.chunk_by(|a, b| a.0 == b.0) {
+            let addresses = of_scope.first().map(|(scope, ..)| addresses(*scope));
+            for address in addresses.into_iter().flatten() {
+                for (_, set, protocol, port) in of_scope {
+                    let key = Key::build().address(address);
+                    found(Member {
+                        family: Family::of(address),
+                        set: *set,
+                        key: key.protocol(protocol.number()).port(*port).finish(),
+                    });
+                }
             }
         }
     }
@@ -303,36 +310,40 @@ impl Sets {
 
     /// Returns whether some set contains pods of a namespace with only one of two sets of labels.
     pub(crate) fn distinguish(&self, before: &Labels, after: &Labels) -> bool {
-        self.index.selectors.distinguishes(before, after)
+        let of_pods = [&self.index.pods, &self.index.claimants];
+        of_pods
+            .into_iter()
+            .any(|selectors| selectors.distinguishes(before, after))
     }
 
     /// Updates the index after a namespace was created, got other labels, or was deleted.
     pub(crate) fn namespace_changed(&mut self, name: &str, inventory: &Inventory) {
         let known = inventory.has_namespace(name);
         let labels = known.then(|| inventory.namespace(name));
-        self.index
-            .selectors
-            .namespace_changed(name, labels.as_ref());
+        for selectors in [&mut self.index.pods, &mut self.index.claimants] {
+            selectors.namespace_changed(name, labels.as_ref());
+        }
     }
 
-    /// Returns the set elements of a pod, sorted.
-    pub fn of_pod(&self, pod: &Pod, inventory: &Inventory) -> Vec<PodElement> {
+    /// Returns the set elements of a pod or a node, sorted.
+    pub fn of(&self, object: &ObjectRef, inventory: &Inventory) -> Vec<Member> {
         let mut found = Vec::new();
         self.index
-            .of_pod(pod, inventory, |element| found.push(element));
+            .of(object, inventory, &mut |member| found.push(member));
         found.sort_unstable();
         found.dedup();
         found
     }
 
-    /// Calls `found` with the elements of all pods in some of the sets, in no order.
+    /// Calls `found` with the elements of all pods and nodes in some of the sets, in no order; an
+    /// element that several of them have more than once.
     ///
     /// It examines only pods that may be in one of these sets.
     pub(crate) fn for_each_member(
         &self,
         ids: &[SetId],
         inventory: &Inventory,
-        mut found: impl FnMut(PodElement),
+        mut found: impl FnMut(Member),
     ) {
         let mut index = SetIndex::default();
         let mut namespaces: BTreeSet<&str> = BTreeSet::new();
@@ -343,20 +354,34 @@ impl Sets {
             };
             index.insert(*id, &entry.spec, inventory);
             match &*entry.spec {
-                SetSpec::Pods(selector) => match &selector.namespaces {
-                    Namespaces::Named(name) => {
-                        namespaces.insert(name);
+                SetSpec::Pods(selector) | SetSpec::Claimants(selector) => {
+                    match &selector.namespaces {
+                        Namespaces::Named(name) => {
+                            namespaces.insert(name);
+                        }
+                        Namespaces::Labelled(labels) if labels.is_everything() => everywhere = true,
+                        Namespaces::Labelled(labels) => {
+                            let all = inventory.namespaces();
+                            let selected = all.filter(|(_, of)| labels.matches(of));
+                            namespaces.extend(selected.map(|(name, _)| name));
+                        }
                     }
-                    Namespaces::Labelled(labels) if labels.is_everything() => everywhere = true,
-                    Namespaces::Labelled(labels) => {
-                        let selected = inventory.namespaces().filter(|(_, of)| labels.matches(of));
-                        namespaces.extend(selected.map(|(name, _)| name));
-                    }
-                },
-                SetSpec::NamedPorts { local: true, .. } => local = true,
-                SetSpec::NamedPorts { local: false, .. } => everywhere = true,
-                SetSpec::Blocks(_) | SetSpec::Ports(..) => {}
+                }
+                SetSpec::NamedPorts { local: true, .. }
+                | SetSpec::ClaimedPorts { local: true, .. } => local = true,
+                SetSpec::NamedPorts { local: false, .. }
+                | SetSpec::ClaimedPorts { local: false, .. } => everywhere = true,
+                SetSpec::Nodes(_) | SetSpec::Blocks(_) | SetSpec::Ports(..) => {}
             }
+        }
+        if !index.nodes.is_empty() {
+            for name in inventory.nodes().names() {
+                let node = ObjectRef::new(Kind::Node, name.clone());
+                index.of_node(&node, inventory, &mut found);
+            }
+        }
+        for (address, pod) in inventory.all_departed() {
+            index.of_departed(address, pod, inventory, &mut found);
         }
         let mut look_at = |pod: &Pod| index.of_pod(pod, inventory, &mut found);
         if everywhere {
@@ -372,7 +397,7 @@ impl Sets {
         }
     }
 
-    /// Returns the elements of a set that do not depend on pods.
+    /// Returns the elements of a set that do not depend on pods or nodes.
     pub(crate) fn fixed_elements(&self, id: SetId) -> Vec<Element> {
         let entry = self.entries.get(&id);
         entry.map_or_else(Vec::new, |entry| entry.fixed.to_vec())
@@ -383,128 +408,5 @@ impl Sets {
         let mut entries = self.entries.iter();
         let found = entries.find(|(_, entry)| entry.name == *name);
         found.map(|(id, _)| *id)
-    }
-}
-
-fn fixed_elements(spec: &SetSpec) -> Vec<Element> {
-    match spec {
-        SetSpec::Blocks(blocks) => merge_intervals(remaining(blocks)),
-        SetSpec::Ports(_, ranges) => {
-            let key = |port| Key::build().port(port).finish();
-            let is_interval = has_ranges(ranges);
-            let elements = ranges.iter().map(|(from, to)| Element {
-                key_end: is_interval.then(|| Box::new(key(*to))),
-                ..Element::new(key(*from))
-            });
-            elements.collect()
-        }
-        SetSpec::Pods(_) | SetSpec::NamedPorts { .. } => Vec::new(),
-    }
-}
-
-fn has_ranges(ranges: &[PortRange]) -> bool {
-    ranges.iter().any(|(from, to)| from != to)
-}
-
-/// Returns the networks of the blocks, each without its own exceptions.
-fn remaining(blocks: &[(IpNet, Vec<IpNet>)]) -> Vec<IpNet> {
-    let mut remaining = Vec::new();
-    for (block, except) in blocks {
-        // Sorted and disjoint, so that those inside of a network are adjacent.
-        let except = IpNet::aggregate(&except.iter().map(IpNet::trunc).collect());
-        subtract(block.trunc(), &except, &mut remaining);
-    }
-    remaining
-}
-
-/// Splits a network until each part is completely inside or outside of an exception.
-fn subtract(network: IpNet, except: &[IpNet], remaining: &mut Vec<IpNet>) {
-    let (first, last) = (network.network(), network.broadcast());
-    let from = except.partition_point(|net| net.broadcast() < first);
-    let to = except.partition_point(|net| net.network() <= last);
-    let Some(inside @ [one, ..]) = except.get(from..to) else {
-        remaining.push(network);
-        return;
-    };
-    if one.contains(&network) {
-        return;
-    }
-    if let Ok(halves) = network.subnets(network.prefix_len().saturating_add(1)) {
-        for half in halves {
-            subtract(half, inside, remaining);
-        }
-    }
-}
-
-fn name(spec: &SetSpec) -> Name {
-    let prefix = match spec {
-        SetSpec::Pods(_) => "pods",
-        SetSpec::Blocks(_) => "blocks",
-        SetSpec::Ports(..) => "ports",
-        SetSpec::NamedPorts { .. } => "named-ports",
-    };
-    // The printed form is ambiguous for names that the API server would refuse, but files can
-    // contain.
-    Name::from(format!("{prefix}-{}", digest_of(&format!("{spec:?}"))))
-}
-
-fn declaration(spec: &SetSpec) -> Declaration {
-    let declaration = match spec {
-        SetSpec::Pods(_) => Declaration::new(SetKind::Set, [Selector::SourceAddress]),
-        SetSpec::Blocks(_) => Declaration {
-            interval: true,
-            ..Declaration::new(SetKind::Set, [Selector::SourceAddress])
-        },
-        SetSpec::Ports(_, ranges) => Declaration {
-            interval: has_ranges(ranges),
-            ..Declaration::new(SetKind::Set, [Selector::DestinationPort])
-        },
-        SetSpec::NamedPorts { .. } => Declaration::new(SetKind::Set, port_key()),
-    };
-    declaration.comment(&spec.to_string())
-}
-
-#[cfg(test)]
-mod tests {
-    use std::net::IpAddr;
-
-    use super::*;
-
-    fn nets(texts: &[&str]) -> Vec<IpNet> {
-        texts.iter().map(|text| text.parse().unwrap()).collect()
-    }
-
-    #[test]
-    fn exceptions_are_cut_out() {
-        let block = |net: &str, except: &[&str]| (net.parse().unwrap(), nets(except));
-        let blocks = [
-            block("10.0.0.0/30", &["10.0.0.1/32"]),
-            block("192.168.0.0/24", &["192.168.0.0/24"]),
-            block("172.16.0.0/31", &["172.16.0.0/32", "172.0.0.0/8"]),
-            block("fd00::/64", &[]),
-        ];
-        assert_eq!(
-            remaining(&blocks),
-            nets(&["10.0.0.0/32", "10.0.0.2/31", "fd00::/64"])
-        );
-        let host = [block("10.0.0.7/32", &["10.0.0.7/32"])];
-        assert!(remaining(&host).is_empty());
-        let nested = [block(
-            "10.0.0.0/29",
-            &["10.0.0.0/30", "10.0.0.1/32", "10.0.0.7/32"],
-        )];
-        assert_eq!(remaining(&nested), nets(&["10.0.0.4/31", "10.0.0.6/32"]));
-    }
-
-    #[test]
-    fn the_cost_of_exceptions_grows_with_their_number() {
-        // Every second address: nothing can be joined. Pair by pair this would be 10^10 steps.
-        let hosts = (0..100_000u32).map(|host| 0x0a00_0000 + 2 * host);
-        let except: Vec<IpNet> = hosts
-            .map(|host| IpNet::from(IpAddr::V4(host.into())))
-            .collect();
-        let block = ("10.0.0.0/8".parse().unwrap(), except);
-        let left = merge_intervals(remaining(&[block]));
-        assert_eq!(left.len(), 100_000);
     }
 }

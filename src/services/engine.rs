@@ -386,7 +386,9 @@ impl engine::Engine for Engine {
     type Change = ServiceChanges;
 
     const TABLE: &'static str = TABLE;
-    const QUARANTINE: &'static str = "the service is left out until it changes";
+    fn in_quarantine(_kind: Kind) -> &'static str {
+        "the service is left out until it changes"
+    }
 
     fn apply(&mut self, event: &Event) {
         let is_ours = if self.settings.off {

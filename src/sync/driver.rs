@@ -410,7 +410,7 @@ where
             kernel.report(&Notice {
                 subject: Subject::Object(object.clone()),
                 reason: Reason::KernelRefused,
-                message: format!("{why}; {}", E::QUARANTINE),
+                message: format!("{why}; {}", E::in_quarantine(object.kind)),
             });
         }
     }
