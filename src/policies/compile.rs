@@ -61,7 +61,9 @@ impl Engine {
             for name in &names {
                 self.touch_pod(name);
             }
+            let namespaces = self.known_namespaces(&names);
             self.inventory.forget_departed(now);
+            self.namespaces_changed(namespaces);
             self.touched.addresses.insert(address);
         }
     }

@@ -1,6 +1,6 @@
 //! Takes over events: updates the inventory, and marks what they concern.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::net::IpAddr;
 use std::time::Instant;
 
@@ -141,15 +141,12 @@ impl Engine {
             addresses.iter().map(of).collect()
         };
         let before = holders(&self.inventory);
-        let namespace = name.namespace();
-        let known = self.inventory.has_namespace(namespace);
+        let namespaces = self.known_namespaces(&concerned);
         self.inventory.set_pod(name, pod.cloned(), Instant::now());
         for name in &concerned {
             self.touch_pod(name);
         }
-        if known != self.inventory.has_namespace(namespace) {
-            self.namespace_changed(namespace);
-        }
+        self.namespaces_changed(namespaces);
         // A pod that is new in a list may have had the address for long.
         let listing = self.lists.is_open(Kind::Pod);
         let after = holders(&self.inventory);
@@ -174,6 +171,26 @@ impl Engine {
         if !self.touched.members.contains_key(&object) {
             let members = self.sets.of(&object, &self.inventory);
             self.touched.members.insert(object, members);
+        }
+    }
+
+    /// Returns the namespaces of some pods, with whether they are known.
+    pub(super) fn known_namespaces<'a>(
+        &self,
+        pods: impl IntoIterator<Item = &'a ObjectName>,
+    ) -> BTreeMap<&'a str, bool> {
+        let namespaces = pods.into_iter().map(ObjectName::namespace);
+        namespaces
+            .map(|name| (name, self.inventory.has_namespace(name)))
+            .collect()
+    }
+
+    /// Takes note of the namespaces that became known, or unknown.
+    pub(super) fn namespaces_changed(&mut self, before: BTreeMap<&str, bool>) {
+        for (name, known) in before {
+            if known != self.inventory.has_namespace(name) {
+                self.namespace_changed(name);
+            }
         }
     }
 

@@ -211,14 +211,22 @@ impl Inventory {
         [(NAMESPACE_NAME, name)].into_iter().collect()
     }
 
-    /// Returns the namespaces that have an object or a pod, with their labels.
+    /// Returns the namespaces that have an object or a pod, departed ones included, with their
+    /// labels.
     pub fn namespaces(&self) -> impl Iterator<Item = (&str, Labels)> {
         let without_object = self
             .pods_of
             .keys()
             .filter(|name| !self.namespaces.contains_key(*name));
         let names = self.namespaces.keys().chain(without_object);
-        names.map(|name| (&**name, self.namespace(name)))
+        let departed = self.departed.all().map(|(_, pod)| pod.name.namespace());
+        let departed: BTreeSet<&str> = departed
+            .filter(|name| {
+                !self.namespaces.contains_key(*name) && !self.pods_of.contains_key(*name)
+            })
+            .collect();
+        let names = names.map(|name| &**name).chain(departed);
+        names.map(|name| (name, self.namespace(name)))
     }
 
     /// Returns whether a selector selects a pod.
@@ -469,9 +477,11 @@ impl Inventory {
         }
     }
 
-    /// Returns whether a namespace has an object or a pod.
+    /// Returns whether a namespace has an object or a pod, departed ones included.
     pub(crate) fn has_namespace(&self, name: &str) -> bool {
-        self.namespaces.contains_key(name) || self.pods_of.contains_key(name)
+        self.namespaces.contains_key(name)
+            || self.pods_of.contains_key(name)
+            || self.departed_of(name).next().is_some()
     }
 
     /// Returns whether a namespace is known with the same labels.

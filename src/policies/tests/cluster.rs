@@ -416,6 +416,36 @@ fn lists_and_chains_are_shared() {
 }
 
 #[test]
+fn a_departed_pod_stays_a_subject_when_its_namespace_is_deleted() {
+    let mut checked = pair();
+    let namespace = |labels: &[(&str, &str)]| Namespace {
+        name: ObjectName::new("", "shop"),
+        labels: labels.iter().copied().collect(),
+    };
+    checked.apply(Event::Apply(Object::Namespace(namespace(&[("a", "b")]))));
+    checked.apply(apply_pod(Pod {
+        running: true,
+        ..pod("shop/web", WEB, "here", "web")
+    }));
+    let everybody = ClusterNetworkPolicy {
+        subject_pods: LabelSelector::default(),
+        ..cluster_policy("a", Tier::Admin, 1, [rule(Action::Deny, None)])
+    };
+    checked.apply(apply_cluster(everybody));
+    checked.update();
+    for name in ["web", "client"] {
+        let name = ObjectName::new("shop", name);
+        checked.apply(Event::Delete(ObjectRef::new(Kind::Pod, name)));
+        checked.update();
+        assert!(!reaches(&checked, OUTSIDE, WEB));
+    }
+    let shop = ObjectName::new("", "shop");
+    checked.apply(Event::Delete(ObjectRef::new(Kind::Namespace, shop)));
+    checked.update();
+    assert!(!reaches(&checked, OUTSIDE, WEB));
+}
+
+#[test]
 fn link_local_traffic_is_denied_where_something_is() {
     let mut checked = pair();
     let links = |checked: &mut Checked, action| {
