@@ -1,11 +1,11 @@
 //! The engine of network policies: compiles them into rules, in tables of their own.
 //!
 //! ```text
-//! events ─> Inventory (pods, namespaces, policies) ── what changed ──┐
-//!                │                                                   v
-//!                └─> Index: which selectors select a pod ─────> Engine ─> Transaction
-//!                                                                │
-//!                        plans of this node's addresses, sets that are shared
+//! events ─> Inventory (pods, namespaces, nodes, policies) ── what changed ──┐
+//!                │                                                          v
+//!                └─> Index: which selectors select a pod ────────────> Engine ─> Transaction
+//!                                                                       │
+//!                               plans of this node's addresses, sets that are shared
 //! ```
 //!
 //! Only policies that select a pod of this node get chains. A packet between two pods, or between
@@ -22,6 +22,8 @@
 //!
 //! - A pod that no policy selects for a direction is in no verdict map, so its packets pass.
 //! - Pods with the same list of policies (`profile`) share a chain, which names no address.
+//! - That chain asks the cluster policies of the tier Admin before the policies of namespaces, and
+//!   those of the tier Baseline if there are none (`tiers`).
 //! - A policy is one chain for all pods that it selects. Its peers are sets of addresses (`sets`),
 //!   one for each distinct selector, shared by all policies. So a change of a pod on another node
 //!   changes set elements but no rule.
