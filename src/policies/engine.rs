@@ -154,6 +154,12 @@ impl Engine {
         !self.exists && self.inventory.has_policies()
     }
 
+    /// Returns the kinds that the rules are compiled from.
+    fn needed(&self) -> impl Iterator<Item = Kind> {
+        let nodes = self.inventory.cluster().need_nodes();
+        Kind::POLICY.into_iter().chain(nodes.then_some(Kind::Node))
+    }
+
     fn is_listed(&self, kind: Kind) -> bool {
         self.lists.is_complete(kind) && !self.lists.is_open(kind)
     }
@@ -285,14 +291,12 @@ impl engine::Engine for Engine {
     /// that missing objects allow.
     fn is_ready(&self) -> bool {
         let defined = self.closed.as_ref().is_none_or(ClosedNetwork::is_defined);
-        defined && self.missing().is_empty()
+        defined && self.needed().all(|kind| self.is_listed(kind))
     }
 
     fn missing(&self) -> Vec<Kind> {
-        let nodes = self.inventory.cluster().need_nodes();
-        let kinds = Kind::POLICY.into_iter();
-        let kinds = kinds.chain(nodes.then_some(Kind::Node));
-        kinds.filter(|kind| !self.is_listed(*kind)).collect()
+        let needed = self.needed();
+        needed.filter(|kind| !self.is_listed(*kind)).collect()
     }
 
     fn count(&self, kind: Kind) -> usize {

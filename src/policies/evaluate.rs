@@ -52,48 +52,51 @@ impl Engine {
         let Some(holders) = plan.and_then(|plan| plan.holders.get(&direction)) else {
             return true;
         };
+        let (destination, local) = match direction {
+            Direction::Ingress => (pod, true),
+            Direction::Egress => (peer, false),
+        };
+        let having = |address, local| {
+            [false, true].map(|claimed| self.inventory.having(address, Scope { local, claimed }))
+        };
+        let end = End {
+            direction,
+            peer,
+            peer_pods: having(peer, false),
+            destination_pods: having(destination, local),
+            connection,
+        };
         // The policies of each holder must allow it.
-        holders.iter().all(|holder| {
-            let end = End {
-                direction,
-                pod,
-                peer,
-            };
-            self.profile_allows(&holder.profile, end, connection)
-        })
+        let mut profiles = holders.iter().map(|holder| &holder.profile);
+        profiles.all(|profile| self.profile_allows(profile, pod == peer, &end))
     }
 
-    fn profile_allows(&self, profile: &Profile, end: End, connection: &Connection) -> bool {
-        let asked = |list: &Option<Arc<TierList>>| {
-            let list = list.as_ref()?;
-            self.tier_allows(list, end, connection)
-        };
+    fn profile_allows(&self, profile: &Profile, to_itself: bool, end: &End<'_>) -> bool {
+        let asked = |list: &Option<Arc<TierList>>| self.tier_allows(list.as_ref()?, end);
         if let Some(decided) = asked(&profile.admin) {
             return decided;
         }
         let Some(policies) = &profile.policies else {
             return asked(&profile.baseline).unwrap_or(true);
         };
-        let quarantined = |name: &ObjectName| {
-            let object = ObjectRef::new(Kind::NetworkPolicy, name.clone());
-            self.quarantined.contains(&object)
+        let is_in_force = |name: &&ObjectName| {
+            let policy = ObjectRef::new(Kind::NetworkPolicy, (*name).clone());
+            !self.quarantined.contains(&policy)
         };
-        let in_force = policies.iter().filter(|name| !quarantined(name));
+        let in_force = policies.iter().filter(is_in_force);
         let mut in_force = in_force.filter_map(|name| self.inventory.policy(name));
-        let destination = self.destination(end, false);
-        end.pod == end.peer
+        to_itself
             || in_force.any(|policy| {
-                let rules = rules_of(policy, end.direction).unwrap_or_default();
-                rules.iter().any(|rule| {
-                    let ports = rule.ports.as_deref();
-                    self.peer_matches(policy, rule, end.peer)
-                        && port_matches(ports, connection, &destination)
+                let mut rules = rules_of(policy, end.direction).unwrap_or_default().iter();
+                rules.any(|rule| {
+                    self.peer_matches(policy, rule, end)
+                        && end.port_matches(rule.ports.as_deref(), false)
                 })
             })
     }
 
     /// Returns what the policies of a tier decide; `None` if they leave it to what is asked next.
-    fn tier_allows(&self, list: &TierList, end: End, connection: &Connection) -> Option<bool> {
+    fn tier_allows(&self, list: &TierList, end: &End<'_>) -> Option<bool> {
         for name in &list.policies {
             let object = ObjectRef::new(Kind::ClusterNetworkPolicy, name.clone());
             if self.quarantined.contains(&object) {
@@ -102,10 +105,8 @@ impl Engine {
             let policy = self.inventory.cluster().get(name)?;
             let mut rules = rules_in(policy, end.direction).iter();
             let decides = rules.find(|rule| {
-                let destination = self.destination(end, counts_claimants(rule));
-                let ports = rule.protocols.as_deref();
-                self.tier_peer_matches(rule, end.peer)
-                    && port_matches(ports, connection, &destination)
+                self.tier_peer_matches(rule, end)
+                    && end.port_matches(rule.protocols.as_deref(), counts_claimants(rule))
             });
             match decides.map(|rule| rule.action) {
                 Some(Action::Accept) => return Some(true),
@@ -117,36 +118,22 @@ impl Engine {
         None
     }
 
-    /// Returns the pods whose named ports count.
-    fn destination(&self, end: End, claimed: bool) -> Vec<&Pod> {
-        let (address, local) = match end.direction {
-            Direction::Ingress => (end.pod, true),
-            Direction::Egress => (end.peer, false),
-        };
-        self.inventory.having(address, Scope { local, claimed })
-    }
-
-    fn tier_peer_matches(&self, rule: &TierRule, address: IpAddr) -> bool {
+    fn tier_peer_matches(&self, rule: &TierRule, end: &End<'_>) -> bool {
         let Some(peers) = &rule.peers else {
             return true;
         };
         peers.iter().any(|peer| match peer {
             TierPeer::Pods { namespaces, pods } => {
                 let selector = PodSelector::new(namespaces, pods);
-                let scope = Scope {
-                    local: false,
-                    claimed: counts_claimants(rule),
-                };
-                let pods = self.inventory.having(address, scope);
-                pods.iter()
-                    .any(|pod| self.inventory.selects(&selector, pod))
+                let mut pods = holders(&end.peer_pods, counts_claimants(rule)).iter();
+                pods.any(|pod| self.inventory.selects(&selector, pod))
             }
-            TierPeer::Networks(networks) => networks.iter().any(|net| net.contains(&address)),
-            TierPeer::Nodes(labels) => self.inventory.nodes().selected(labels, address),
+            TierPeer::Networks(networks) => networks.iter().any(|net| net.contains(&end.peer)),
+            TierPeer::Nodes(labels) => self.inventory.nodes().selected(labels, end.peer),
         })
     }
 
-    fn peer_matches(&self, policy: &NetworkPolicy, rule: &PolicyRule, address: IpAddr) -> bool {
+    fn peer_matches(&self, policy: &NetworkPolicy, rule: &PolicyRule, end: &End<'_>) -> bool {
         let Some(peers) = &rule.peers else {
             return true;
         };
@@ -157,46 +144,68 @@ impl Engine {
                     namespaces: Namespaces::new(namespaces.as_ref(), own),
                     pods: pods.clone(),
                 };
-                let owner = self.inventory.owner(address);
-                owner.is_some_and(|pod| self.inventory.selects(&selector, pod))
+                let mut pods = holders(&end.peer_pods, false).iter();
+                pods.any(|pod| self.inventory.selects(&selector, pod))
             }
             Peer::Block { cidr, except } => {
-                cidr.contains(&address) && !except.iter().any(|net| net.contains(&address))
+                cidr.contains(&end.peer) && !except.iter().any(|net| net.contains(&end.peer))
             }
         })
     }
 }
 
-fn port_matches(
-    ports: Option<&[PolicyPort]>,
-    connection: &Connection,
-    destination: &[&Pod],
-) -> bool {
-    let Some(ports) = ports else {
-        return true;
-    };
-    ports.iter().any(|PolicyPort { protocol, port }| {
-        protocol.number() == connection.protocol
-            && match (port, connection.port) {
-                (PortMatch::Any, _) => true,
-                (PortMatch::Range(from, to), Some(port)) => (*from..=*to).contains(&port),
-                (PortMatch::Named(name), Some(port)) => {
-                    has_port(destination, name, *protocol, port)
-                }
-                (_, None) => false,
-            }
-    })
+/// A connection, seen from the end at which policies are asked.
+struct End<'a> {
+    direction: Direction,
+    /// The address of the other end.
+    peer: IpAddr,
+    /// The pods that have it.
+    peer_pods: Holders<'a>,
+    /// The pods that have the destination.
+    destination_pods: Holders<'a>,
+    connection: &'a Connection,
+}
+
+/// The pods that have an address for certain, and those that may have it.
+type Holders<'a> = [Vec<&'a Pod>; 2];
+
+fn holders<'a, 'p>([certain, claimants]: &'p Holders<'a>, claimed: bool) -> &'p [&'a Pod] {
+    if claimed { claimants } else { certain }
+}
+
+impl End<'_> {
+    /// Returns whether the destination is one of some ports. `claimed` says that named ports of all
+    /// pods count that may have the address.
+    fn port_matches(&self, ports: Option<&[PolicyPort]>, claimed: bool) -> bool {
+        let Some(ports) = ports else {
+            return true;
+        };
+        let Connection {
+            protocol: number,
+            port,
+            ..
+        } = *self.connection;
+        ports.iter().any(
+            |PolicyPort {
+                 protocol,
+                 port: wanted,
+             }| {
+                protocol.number() == number
+                    && match (wanted, port) {
+                        (PortMatch::Any, _) => true,
+                        (PortMatch::Range(from, to), Some(port)) => (*from..=*to).contains(&port),
+                        (PortMatch::Named(name), Some(port)) => {
+                            let pods = holders(&self.destination_pods, claimed);
+                            has_port(pods, name, *protocol, port)
+                        }
+                        (_, None) => false,
+                    }
+            },
+        )
+    }
 }
 
 fn has_port(pods: &[&Pod], name: &str, protocol: Protocol, number: u16) -> bool {
     let mut ports = pods.iter().flat_map(|pod| pod.ports.iter());
     ports.any(|port| &*port.name == name && port.protocol == protocol && port.port == number)
-}
-
-/// The end of a connection at which policies are asked, and the other one.
-#[derive(Clone, Copy)]
-struct End {
-    direction: Direction,
-    pod: IpAddr,
-    peer: IpAddr,
 }
