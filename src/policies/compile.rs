@@ -12,7 +12,7 @@ use super::rules::{self, policy_rules, skeleton};
 use super::sets::{Member, SetId};
 use super::tiers::{closed, tier_rules};
 use crate::model::{Family, Kind, ObjectName, ObjectRef};
-use crate::nft::{Chain, Element, Name, Rule, Ruleset, Table, Transaction, diff};
+use crate::nft::{Chain, Element, Name, Ruleset, Table, Transaction, diff};
 
 impl Engine {
     /// Compiles what changed since the last call. Returns the operations that bring the tables from
@@ -26,18 +26,11 @@ impl Engine {
         self.draft_layers(&mut deltas, |delta| &mut delta.after);
         self.know_again(&touched.addresses, touched.routes, &mut deltas);
         self.replanned |= replanned;
-        if replanned || touched.routes {
+        // Whether a cluster policy denies anything decides, too.
+        if replanned || touched.routes || touched.policies.iter().any(is_cluster_policy) {
             self.links_again(&mut deltas);
         }
         let changed = self.uses_of(&touched.policies);
-        if touched
-            .policies
-            .iter()
-            .any(|it| it.kind == Kind::ClusterNetworkPolicy)
-        {
-            // Whether they deny anything decides.
-            self.links_again(&mut deltas);
-        }
         uses_touched.extend(changed.iter().cloned());
         // The sets whose use changes, and whether a table used them before.
         let mut was_used: BTreeMap<(Family, SetId), bool> = BTreeMap::new();
@@ -71,24 +64,20 @@ impl Engine {
     /// Returns the chains with rules of some policies.
     fn uses_of(&self, policies: &BTreeSet<ObjectRef>) -> BTreeSet<RulesKey> {
         let mut found = BTreeSet::new();
-        for policy in policies {
-            let name = &policy.name;
-            for family in Family::ALL {
-                for direction in Direction::ALL {
-                    found.insert((family, direction, RulesOf::Policy(name.clone())));
-                }
-            }
+        let of_namespaces = policies.iter().filter(|it| it.kind == Kind::NetworkPolicy);
+        for policy in of_namespaces {
+            let keys = Family::ALL.into_iter().flat_map(|family| {
+                let directions = Direction::ALL.into_iter();
+                let of = RulesOf::Policy(policy.name.clone());
+                directions.map(move |direction| (family, direction, of.clone()))
+            });
+            found.extend(keys.filter(|key| self.uses.contains_key(key)));
         }
-        found.retain(|key| self.uses.contains_key(key));
-        let is_touched = |name: &ObjectName| {
-            policies.contains(&ObjectRef::new(Kind::ClusterNetworkPolicy, name.clone()))
-        };
-        if policies
-            .iter()
-            .any(|it| it.kind == Kind::ClusterNetworkPolicy)
-        {
+        let of_cluster = policies.iter().filter(|it| is_cluster_policy(it));
+        let of_cluster: BTreeSet<&ObjectName> = of_cluster.map(|policy| &policy.name).collect();
+        if !of_cluster.is_empty() {
             let keys = self.uses.keys().filter(|(.., of)| match of {
-                RulesOf::Tier(list) => list.policies.iter().any(is_touched),
+                RulesOf::Tier(list) => list.policies.iter().any(|it| of_cluster.contains(it)),
                 RulesOf::Policy(_) => false,
             });
             found.extend(keys.cloned());
@@ -97,53 +86,44 @@ impl Engine {
     }
 
     /// Compiles a chain of policies.
-    fn compile_rules(&mut self, key: &RulesKey) -> (Chain, Vec<Part>) {
-        let (family, direction, of) = key;
+    fn compile_rules(&mut self, (family, direction, of): &RulesKey) -> (Chain, Vec<Part>) {
         let mut parts = Vec::new();
         let mut rules = Vec::new();
-        let mut add = |policy: ObjectRef, mut own: Vec<Rule>, sets: BTreeSet<SetId>| {
-            parts.push(Part {
-                policy,
-                rules: own.len(),
-                sets: sets.into_iter().collect(),
-            });
-            rules.append(&mut own);
-        };
-        let names = match of {
-            RulesOf::Policy(name) => std::slice::from_ref(name),
-            RulesOf::Tier(list) => &list.policies,
+        let (kind, names) = match of {
+            RulesOf::Policy(name) => (Kind::NetworkPolicy, std::slice::from_ref(name)),
+            RulesOf::Tier(list) => (Kind::ClusterNetworkPolicy, &*list.policies),
         };
         for name in names {
+            let object = ObjectRef::new(kind, name.clone());
+            let is_refused = self.quarantined.contains(&object);
             let mut used = BTreeSet::new();
             let mut name_of = |spec| {
                 let (id, name) = self.sets.get(spec, &self.inventory);
                 used.insert(id);
                 name
             };
-            match of {
-                RulesOf::Policy(_) => {
-                    let object = ObjectRef::new(Kind::NetworkPolicy, name.clone());
+            let mut own = match (of, is_refused) {
+                (RulesOf::Policy(_), true) => Vec::new(),
+                (RulesOf::Policy(_), false) => {
                     let policy = self.inventory.policy(name);
-                    let policy = policy.filter(|_| !self.quarantined.contains(&object));
-                    let own = policy.map_or_else(Vec::new, |policy| {
+                    policy.map_or_else(Vec::new, |policy| {
                         policy_rules(policy, *direction, *family, &mut name_of)
-                    });
-                    add(object, own, used);
+                    })
                 }
-                RulesOf::Tier(_) => {
-                    let object = ObjectRef::new(Kind::ClusterNetworkPolicy, name.clone());
-                    if self.quarantined.contains(&object) {
-                        // What follows is never asked.
-                        add(object, vec![closed(*direction)], used);
-                        break;
-                    }
+                (RulesOf::Tier(_), true) => vec![closed(*direction)],
+                (RulesOf::Tier(_), false) => {
                     let policy = self.inventory.cluster().get(name);
-                    let own = policy.map_or_else(Vec::new, |policy| {
+                    policy.map_or_else(Vec::new, |policy| {
                         tier_rules(policy, *direction, *family, &mut name_of)
-                    });
-                    add(object, own, used);
+                    })
                 }
-            }
+            };
+            parts.push(Part {
+                policy: object,
+                rules: own.len(),
+                sets: used.into_iter().collect(),
+            });
+            rules.append(&mut own);
         }
         (Chain { base: None, rules }, parts)
     }
@@ -375,4 +355,8 @@ impl Engine {
                 .collect(),
         }
     }
+}
+
+fn is_cluster_policy(policy: &ObjectRef) -> bool {
+    policy.kind == Kind::ClusterNetworkPolicy
 }

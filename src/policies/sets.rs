@@ -115,6 +115,9 @@ impl SetIndex {
         if let Some(pod) = inventory.pod(&object.name) {
             self.of_pod(pod, inventory, found);
         }
+        if self.claimants.is_empty() && self.ports.is_empty() {
+            return;
+        }
         for (address, pod) in inventory.departed_named(&object.name) {
             self.of_departed(address, pod, inventory, found);
         }

@@ -76,7 +76,7 @@ fn without_services_nothing_is_read_served_set_or_cleaned_for_them() {
     assert!(metric(&page, "nftlet_objects{kind=\"Service\"}") < 0.5);
     let table = rules(&node.ns);
     assert!(!table.contains("table ip nftlet {"), "{table}");
-    assert!(table.contains("10.1.0.1 : goto pod-ingress-"), "{table}");
+    assert!(table.contains("10.1.0.1 : goto pods-ingress-"), "{table}");
     assert!(table.contains("table ip kube-proxy"), "{table}");
     let all = threads(&daemon);
     for name in [
