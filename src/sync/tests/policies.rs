@@ -2,7 +2,10 @@
 
 use super::queries::{closed, engine, pod, policy_lists};
 use super::*;
-use crate::model::{LabelSelector, NetworkPolicy, Peer, PolicyRule};
+use crate::model::{
+    Action, ClusterNetworkPolicy, LabelSelector, NetworkPolicy, Peer, PolicyRule, Tier, TierPeer,
+    TierRule,
+};
 use crate::policies::{self, Engine};
 
 /// A policy for all pods of the shop that allows a block.
@@ -83,6 +86,62 @@ fn a_policy_that_the_kernel_refuses_is_closed_and_the_others_are_in_force() {
     assert_eq!(handle(&mut controller, vec![]), Outcome::Synced);
     assert_eq!(rules(&bench, "bad"), Some(1));
     assert!(!judged(&mut controller, "203.0.113.1"));
+}
+
+/// A cluster policy for the egress of all pods that accepts a network.
+fn accepting(name: &str, priority: u16, network: &str) -> Event {
+    let networks = TierPeer::Networks(vec![network.parse().unwrap()]);
+    let policy = ClusterNetworkPolicy {
+        name: ObjectName::new("", name),
+        tier: Tier::Admin,
+        priority,
+        subject_namespaces: LabelSelector::default(),
+        subject_pods: LabelSelector::default(),
+        ingress: Vec::new(),
+        egress: vec![TierRule {
+            name: None,
+            action: Action::Accept,
+            peers: Some(vec![networks]),
+            protocols: None,
+        }],
+    };
+    Event::Apply(Object::ClusterNetworkPolicy(policy))
+}
+
+#[test]
+fn a_cluster_policy_that_the_kernel_refuses_denies_what_those_before_it_do_not_accept() {
+    let bench = Bench::new();
+    bench.kernel.0.borrow_mut().unwanted = Some(Key::address("203.0.113.0".parse().unwrap()));
+    let mut controller = bench.controller().with_policies(engine());
+    let objects = vec![
+        pod("web", "10.1.0.5"),
+        accepting("first", 1, "198.51.100.0/24"),
+        accepting("bad", 2, "203.0.113.0/24"),
+        accepting("last", 3, "192.0.2.0/24"),
+    ];
+    handle(&mut controller, lists(Vec::new()));
+    let outcome = handle(&mut controller, policy_lists(objects));
+    assert_eq!(outcome, Outcome::Synced);
+    let heard = bench.heard();
+    assert_eq!(heard.len(), 1, "{heard:?}");
+    assert!(
+        heard[0].starts_with("ClusterNetworkPolicy bad: the kernel refused element"),
+        "{}",
+        heard[0]
+    );
+    assert!(heard[0].contains("denies all traffic"), "{}", heard[0]);
+    let mut denied = |destination: &str| {
+        super::queries::denies(&mut controller, "10.1.0.5", destination).unwrap()
+    };
+    assert!(!denied("198.51.100.1"));
+    assert!(denied("203.0.113.1"));
+    assert!(denied("192.0.2.1"));
+    bench.kernel.0.borrow_mut().unwanted = None;
+    controller.retry_quarantined();
+    assert_eq!(handle(&mut controller, vec![]), Outcome::Synced);
+    for destination in ["203.0.113.1", "192.0.2.1", "8.8.8.8"] {
+        assert!(!super::queries::denies(&mut controller, "10.1.0.5", destination).unwrap());
+    }
 }
 
 #[test]
