@@ -40,6 +40,7 @@ fn action(reason: Reason) -> &'static str {
         Reason::InvalidField
         | Reason::InvalidObject
         | Reason::InvalidPolicy
+        | Reason::UnsupportedField
         | Reason::InvalidFile
         | Reason::UnknownKind
         | Reason::Conflict

@@ -231,8 +231,11 @@ pub enum Reason {
     InvalidField,
     /// An object could not be decoded at all.
     InvalidObject,
-    /// A part of a NetworkPolicy cannot be used; the traffic that it should allow stays denied.
+    /// A part of a NetworkPolicy or ClusterNetworkPolicy cannot be used; what it should allow is not
+    /// allowed, or it denies more.
     InvalidPolicy,
+    /// A field of an object is valid, and nftlet does not support it.
+    UnsupportedField,
     /// A file could not be read or parsed.
     InvalidFile,
     /// An object of a kind that nftlet does not use.
@@ -275,6 +278,7 @@ impl Reason {
         Self::InvalidField,
         Self::InvalidObject,
         Self::InvalidPolicy,
+        Self::UnsupportedField,
         Self::InvalidFile,
         Self::UnknownKind,
         Self::Conflict,
@@ -300,6 +304,7 @@ impl Reason {
             Reason::InvalidField => "InvalidField",
             Reason::InvalidObject => "InvalidObject",
             Reason::InvalidPolicy => "InvalidPolicy",
+            Reason::UnsupportedField => "UnsupportedField",
             Reason::InvalidFile => "InvalidFile",
             Reason::UnknownKind => "UnknownKind",
             Reason::Conflict => "Conflict",
@@ -335,6 +340,7 @@ impl Reason {
             Reason::InvalidField
             | Reason::InvalidObject
             | Reason::InvalidPolicy
+            | Reason::UnsupportedField
             | Reason::InvalidFile
             | Reason::UnknownKind
             | Reason::Conflict

@@ -463,14 +463,14 @@ pub(super) struct Namespace<'a> {
     pub metadata: Option<Meta<'a, AllLabels<'a>>>,
 }
 
-/// networking.k8s.io/v1 NetworkPolicy.
+/// networking.k8s.io/v1 NetworkPolicy, or policy.networking.k8s.io/v1alpha2 ClusterNetworkPolicy.
 ///
 /// The `spec` is kept as a value, to be read strictly: a field of the wrong type must only disable
 /// its rule, and a misspelt one (`form` for `from`) must not count as absent, which would allow
 /// everything.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-pub(super) struct NetworkPolicy<'a> {
+pub(super) struct Policy<'a> {
     #[serde(rename = "apiVersion", borrow)]
     pub api_version: Option<Text<'a>>,
     pub kind: Option<Text<'a>>,

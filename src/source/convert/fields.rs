@@ -80,6 +80,12 @@ impl<'a> FieldReader<'a> {
         Rejected
     }
 
+    /// Reports a valid field that nftlet does not support.
+    pub(super) fn unsupported(&mut self, at: &Path<'_>, consequence: &str) -> Rejected {
+        self.report.unsupported(at, consequence);
+        Rejected
+    }
+
     /// Reads a mapping. `null` is an empty one, even as an entry of a list, since the API server's
     /// decoder leaves a struct unchanged on `null`.
     pub(super) fn mapping<'v>(

@@ -4,9 +4,11 @@
 //! fields of [`wire`](super::wire) and converts them. An invalid part of an object (an address, a
 //! port) becomes a [`Notice`], and only that part is left out; of a NetworkPolicy the whole rule is,
 //! so that it allows nothing unintended. An object that does not fit its schema, or has no usable
-//! name, is an error of the deserialiser, which knows the position.
+//! name, is an error of the deserialiser, which knows the position; so is a ClusterNetworkPolicy
+//! without a usable subject, tier or priority.
 
 mod address;
+mod cluster_policy;
 mod endpoints;
 mod fields;
 mod intern;
@@ -141,13 +143,26 @@ impl Converter {
                 )
             }
             Kind::ClusterNetworkPolicy => {
-                let policy = wire::NetworkPolicy::deserialize(from)?;
+                let policy = wire::Policy::deserialize(from)?;
                 let declared =
                     Declared::of(kind, policy.api_version.as_deref(), policy.kind.as_deref());
-                self.finish(kind, declared, policy.metadata.as_ref(), |_, _, _| None)
+                let mut unusable = None;
+                let decoded = self.finish(
+                    kind,
+                    declared,
+                    policy.metadata.as_ref(),
+                    |converter, name, report| {
+                        converter
+                            .cluster_network_policy(name, policy.spec.as_ref(), report)
+                            .map(Object::ClusterNetworkPolicy)
+                            .map_err(|fault| unusable = Some(fault))
+                            .ok()
+                    },
+                )?;
+                unusable.map_or(Ok(decoded), |fault| Err(D::Error::custom(fault)))
             }
             Kind::NetworkPolicy => {
-                let policy = wire::NetworkPolicy::deserialize(from)?;
+                let policy = wire::Policy::deserialize(from)?;
                 let declared =
                     Declared::of(kind, policy.api_version.as_deref(), policy.kind.as_deref());
                 self.finish(

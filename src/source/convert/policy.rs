@@ -223,7 +223,7 @@ impl FieldReader<'_> {
         Ok(Peer::Block { cidr, except })
     }
 
-    fn range(&mut self, at: &Path<'_>, value: &Value) -> FieldResult<IpNet> {
+    pub(super) fn range(&mut self, at: &Path<'_>, value: &Value) -> FieldResult<IpNet> {
         let text = self.text(at, value)?;
         match parse_range(text) {
             // Packets never have such addresses, so that an exception of this kind would have no

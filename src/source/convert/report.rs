@@ -10,7 +10,7 @@ const MOST_DETAILS: usize = 8;
 /// Collects the notices about one object.
 pub(super) struct FieldReport {
     object: ObjectRef,
-    notices: Vec<Notice>,
+    faults: Vec<(Reason, String)>,
     beyond: usize,
 }
 
@@ -18,7 +18,7 @@ impl FieldReport {
     pub(super) fn new(object: ObjectRef) -> Self {
         Self {
             object,
-            notices: Vec::new(),
+            faults: Vec::new(),
             beyond: 0,
         }
     }
@@ -31,31 +31,46 @@ impl FieldReport {
         value: impl Display,
         fault: impl Display,
     ) {
-        if self.notices.len() < MOST_DETAILS {
-            let message = format!("{}: {field} \"{value}\" {fault}", self.object);
-            self.push(message);
+        let reason = match self.object.kind {
+            Kind::NetworkPolicy | Kind::ClusterNetworkPolicy => Reason::InvalidPolicy,
+            _ => Reason::InvalidField,
+        };
+        self.add(reason, format!("{field} \"{value}\" {fault}"));
+    }
+
+    /// Reports that `field` is valid but not supported. `consequence` completes the sentence.
+    pub(super) fn unsupported(&mut self, field: impl Display, consequence: impl Display) {
+        let fault = format!("{field} is not supported; {consequence}");
+        self.add(Reason::UnsupportedField, fault);
+    }
+
+    fn add(&mut self, reason: Reason, fault: String) {
+        if self.faults.len() < MOST_DETAILS {
+            self.faults.push((reason, fault));
         } else {
             self.beyond += 1;
         }
     }
 
+    /// Returns the first fault, for the error about an object that cannot be used.
+    pub(super) fn into_first_fault(self) -> String {
+        let first = self.faults.into_iter().next();
+        first.map_or_else(String::new, |(_, fault)| fault)
+    }
+
     /// Returns the notices. The last one counts the faults that were not reported one by one.
     pub(super) fn finish(mut self) -> Vec<Notice> {
         if self.beyond > 0 {
-            let message = format!("{}: {} more invalid fields", self.object, self.beyond);
-            self.push(message);
+            let reason = self.faults.last().map(|(reason, _)| *reason);
+            let beyond = format!("{} more invalid fields", self.beyond);
+            self.faults
+                .push((reason.unwrap_or(Reason::InvalidField), beyond));
         }
-        self.notices
-    }
-
-    fn push(&mut self, message: String) {
-        self.notices.push(Notice {
+        let notice = |(reason, fault)| Notice {
             subject: Subject::Object(self.object.clone()),
-            reason: match self.object.kind {
-                Kind::NetworkPolicy => Reason::InvalidPolicy,
-                _ => Reason::InvalidField,
-            },
-            message,
-        });
+            reason,
+            message: format!("{}: {fault}", self.object),
+        };
+        self.faults.into_iter().map(notice).collect()
     }
 }
