@@ -29,7 +29,7 @@ pub(super) fn load(
     let mut events = manifests.load()?;
     let known = events
         .iter()
-        .any(|event| matches!(event, Event::Apply(Object::Node(_))));
+        .any(|event| matches!(event, Event::Apply(Object::Node(node)) if *node.name == *node_name));
     if !known && settings.services.is_on() {
         events.push(Event::Notice(Notice {
             subject: Subject::Other(format!("Node {node_name}").into()),

@@ -70,7 +70,8 @@ pub struct Store {
     /// The slices of each service, sorted.
     slices_of: HashMap<ObjectName, SmallVec<[ObjectName; 1]>>,
     node: Option<Arc<Node>>,
-    /// The Node to use while the own Node object is missing: a given one, or the deleted one.
+    /// The Node to use while the own Node object is missing: a given one, or the deleted one. Other
+    /// Nodes, which only policies use, have other names.
     fallback_node: Option<Arc<Node>>,
     dependents: NodeDependents,
     service_cidrs: BTreeMap<ObjectName, ServiceCidr>,
@@ -272,6 +273,7 @@ impl Store {
         match event {
             Event::ListStarted(kind) | Event::ListComplete(kind)
                 if !Kind::SERVICES.contains(&kind) => {}
+            Event::Apply(Object::Node(node)) if !self.is_own(&node.name) => {}
             Event::ListStarted(kind) => {
                 if kind == Kind::Service {
                     self.finish(marks);
@@ -432,7 +434,7 @@ impl Store {
             }
             // Pods may keep running on a node without an object, so the rules stay.
             Kind::Node => {
-                if let Some(mut old) = self.node.take() {
+                if let Some(mut old) = self.node.take_if(|node| *node.name == *object.name.name()) {
                     Arc::make_mut(&mut old).going_away = true;
                     self.fallback_node = Some(old);
                 }

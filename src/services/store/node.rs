@@ -45,6 +45,12 @@ fn set(names: &mut HashSet<ObjectName>, name: &ObjectName, member: bool) {
 }
 
 impl Store {
+    /// Returns whether this is the name of the own node; without a fallback every name is.
+    pub(super) fn is_own(&self, name: &str) -> bool {
+        let fallback = self.fallback_node.as_ref();
+        fallback.is_none_or(|fallback| *fallback.name == *name)
+    }
+
     /// Replaces the own node.
     pub(super) fn set_node(&mut self, node: Node, marks: &mut Marks) {
         if self.node.as_deref() == Some(&node) {

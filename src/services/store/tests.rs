@@ -392,6 +392,29 @@ fn a_deleted_node_is_going_away_and_stays_as_it_last_was() {
     assert!(put(&mut store, Object::Node(moved)).node);
 }
 
+#[test]
+fn other_nodes_are_ignored() {
+    let node = |name: &str, ip: &str| Node {
+        name: name.into(),
+        internal_ips: vec![ip.parse().unwrap()],
+        external_ips: vec![],
+        pod_cidrs: vec![],
+        zone: None,
+        going_away: false,
+        labels: Default::default(),
+        addresses: Default::default(),
+    };
+    let own = node("node-1", "192.0.2.1");
+    let other = Object::Node(node("node-2", "192.0.2.2"));
+    let mut store = Store::with_fallback_node(node("node-1", "192.0.2.9"));
+    assert!(put(&mut store, other.clone()).is_empty());
+    assert_eq!(store.count(Kind::Node), 0);
+    assert!(put(&mut store, Object::Node(own.clone())).node);
+    assert!(put(&mut store, other.clone()).is_empty());
+    assert!(apply(&mut store, Event::Delete(other.reference())).is_empty());
+    assert_eq!(store.node().map(|node| &**node), Some(&own));
+}
+
 fn address(text: &str, port: u16) -> Claim {
     Claim::Address(text.parse().unwrap(), Protocol::Tcp, port)
 }

@@ -28,11 +28,11 @@ pub(super) struct Contents {
 /// The objects in files that are used.
 #[derive(Debug)]
 pub(super) struct ManifestFilter {
-    /// The name of the own Node; others are skipped.
+    /// The name of the own Node; others are used only for policies.
     pub node_name: String,
     /// Whether Services, EndpointSlices and ServiceCIDRs are used.
     pub services: bool,
-    /// Whether Pods, Namespaces and NetworkPolicies are used.
+    /// Whether the kinds of policies are used.
     pub network_policies: bool,
 }
 
@@ -86,18 +86,27 @@ pub(super) fn read(
 /// The meaning of an `apiVersion` and `kind`.
 enum Class {
     Used(Kind),
-    /// A known kind in an unsupported version; holds the one to write instead.
+    /// A known kind in an unsupported version, or its predecessor; holds what to write instead.
     OtherVersion(&'static str),
     List,
     Unknown,
 }
 
+/// What replaces an AdminNetworkPolicy.
+const ADMIN: &str =
+    "a ClusterNetworkPolicy of policy.networking.k8s.io/v1alpha2 with tier: Admin instead";
+/// What replaces a BaselineAdminNetworkPolicy.
+const BASELINE: &str =
+    "a ClusterNetworkPolicy of policy.networking.k8s.io/v1alpha2 with tier: Baseline instead";
+
 fn classify(api_version: &str, kind: &str) -> Class {
     let Some(used) = Kind::named(kind) else {
-        return if kind.ends_with("List") {
-            Class::List
-        } else {
-            Class::Unknown
+        let of_policies = group_of(api_version) == Kind::ClusterNetworkPolicy.group();
+        return match kind {
+            "AdminNetworkPolicy" if of_policies => Class::OtherVersion(ADMIN),
+            "BaselineAdminNetworkPolicy" if of_policies => Class::OtherVersion(BASELINE),
+            _ if kind.ends_with("List") => Class::List,
+            _ => Class::Unknown,
         };
     };
     match (used, api_version) {
@@ -294,8 +303,12 @@ impl ManifestReader<'_> {
                 }
             }
             (Class::Used(kind), None) => match self.converter.decode(kind, value) {
-                Ok(other) if kind == Kind::Node && other.name.name() != self.wanted.node_name => {}
                 Ok(decoded) => {
+                    if kind == Kind::Node && decoded.name.name() != self.wanted.node_name {
+                        let other = decoded.object.filter(|_| self.wanted.network_policies);
+                        found.objects.extend(other.map(|node| (node, at)));
+                        return;
+                    }
                     for notice in decoded.notices {
                         let notice = (notice.reason, at.clone(), notice.message);
                         found.notices.push(notice);

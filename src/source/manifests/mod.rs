@@ -83,8 +83,8 @@ const STANDARD_INPUT: &str = "-";
 
 impl Manifests {
     /// Creates a source of `paths`: files, directories (all files below them that end in `.yaml`,
-    /// `.yml` or `.json` and are not hidden), and `-` for standard input. Of the Nodes only
-    /// `node_name` is used. Reads nothing yet.
+    /// `.yml` or `.json` and are not hidden), and `-` for standard input. Nodes other than
+    /// `node_name` are used only for policies. Reads nothing yet.
     pub fn new(paths: Vec<PathBuf>, node_name: String) -> Self {
         Self {
             paths: paths.iter().map(|path| plain(path)).collect(),
@@ -126,8 +126,8 @@ impl Manifests {
         self
     }
 
-    /// Sets whether Pods, Namespaces and NetworkPolicies are used. If not, they are skipped without
-    /// a notice.
+    /// Sets whether the kinds of policies and the other Nodes are used. If not, they are skipped
+    /// without a notice.
     #[must_use]
     pub fn with_network_policies(mut self, wanted: bool) -> Self {
         self.state.want_network_policies(wanted);

@@ -75,7 +75,7 @@ impl ManifestStore {
         self.wanted.services = wanted;
     }
 
-    /// Sets whether Pods, Namespaces and NetworkPolicies are used. Must be called before
+    /// Sets whether the kinds of policies are used. Must be called before
     /// [`update`](Self::update).
     pub(super) fn want_network_policies(&mut self, wanted: bool) {
         self.wanted.network_policies = wanted;

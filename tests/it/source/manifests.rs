@@ -373,13 +373,115 @@ fn the_first_path_wins_an_object_in_two_files() {
 }
 
 #[test]
-fn only_the_own_node_counts() {
+fn other_nodes_are_for_policies_alone() {
     let dir = tempfile::tempdir().expect("a directory");
     let path = dir.path().join("nodes.yaml");
-    fs::write(&path, "apiVersion: v1\nkind: Node\nmetadata: {name: node-1}\n---\napiVersion: v1\nkind: Node\nmetadata: {name: node-2}\n").expect("written");
+    let other = "apiVersion: v1\nkind: Node\nmetadata: {name: node-2}\nspec: {podCIDR: x}\nstatus: {addresses: [{type: Hostname, address: 192.0.2.2}]}\n";
+    let text = format!("apiVersion: v1\nkind: Node\nmetadata: {{name: node-1}}\n---\n{other}");
+    fs::write(&path, text).expect("written");
     let events = load(&[&path]);
+    assert_eq!(applied(&events), ["Node node-1", "Node node-2"]);
+    assert!(notices(&events).is_empty(), "{events:?}");
+    let addresses = events.iter().find_map(|event| match event {
+        Event::Apply(Object::Node(node)) if &*node.name == "node-2" => Some(node.addresses.clone()),
+        _ => None,
+    });
+    let address = "192.0.2.2".parse().expect("an address");
+    assert_eq!(addresses.as_deref(), Some(&[address][..]));
+    let events = Manifests::new(vec![path], "node-1".to_owned())
+        .with_network_policies(false)
+        .load()
+        .expect("the path exists");
     assert_eq!(applied(&events), ["Node node-1"]);
-    assert!(notices(&events).is_empty());
+}
+
+#[test]
+fn cluster_policies_are_read_and_their_predecessors_reported() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("cluster.yaml");
+    let text = "\
+apiVersion: policy.networking.k8s.io/v1alpha2
+kind: ClusterNetworkPolicy
+metadata: {name: sound, namespace: ignored}
+spec: {tier: Admin, priority: 10, subject: {namespaces: {}}, ingress: [{action: Deny, from: [{namespaces: {}}]}]}
+---
+apiVersion: policy.networking.k8s.io/v1alpha2
+kind: ClusterNetworkPolicyList
+items:
+- metadata: {name: faulty}
+  spec: {tier: Admin, priority: 1001, subject: {namespaces: {}}}
+- metadata: {name: unsupported}
+  spec: {tier: Admin, priority: 1, subject: {namespaces: {}}, egress: [{action: Accept, to: [{domainNames: [example.org]}]}]}
+---
+apiVersion: policy.networking.k8s.io/v1alpha1
+kind: AdminNetworkPolicy
+metadata: {name: admin}
+---
+apiVersion: policy.networking.k8s.io/v1alpha1
+kind: BaselineAdminNetworkPolicy
+metadata: {name: default}
+---
+apiVersion: policy.networking.k8s.io/v1
+kind: ClusterNetworkPolicy
+metadata: {name: later}
+---
+apiVersion: crd.antrea.io/v1beta1
+kind: ClusterNetworkPolicy
+metadata: {name: foreign}
+";
+    fs::write(&path, text).expect("written");
+    let events = load(&[&path]);
+    assert_eq!(
+        applied(&events),
+        [
+            "ClusterNetworkPolicy sound",
+            "ClusterNetworkPolicy unsupported"
+        ]
+    );
+    let found: Vec<_> = notices(&events)
+        .into_iter()
+        .map(|notice| {
+            let line = place(notice).1.map(|(line, _)| line);
+            (notice.reason, line, notice.message.as_str())
+        })
+        .collect();
+    let expected = [
+        (
+            Reason::InvalidObject,
+            Some(9),
+            "ClusterNetworkPolicy faulty: spec.priority \"1001\" is not a priority; write a number from 0 to 1000; without a tier, a priority and a subject a policy has no effect; the object is not used until it is corrected",
+        ),
+        (
+            Reason::UnsupportedField,
+            Some(11),
+            "ClusterNetworkPolicy unsupported: spec.egress[0].to[0].domainNames is not supported; the rule accepts nothing",
+        ),
+        (
+            Reason::InvalidObject,
+            Some(14),
+            "AdminNetworkPolicy admin: apiVersion \"policy.networking.k8s.io/v1alpha1\" is not supported; write a ClusterNetworkPolicy of policy.networking.k8s.io/v1alpha2 with tier: Admin instead;",
+        ),
+        (
+            Reason::InvalidObject,
+            Some(18),
+            "BaselineAdminNetworkPolicy default: apiVersion \"policy.networking.k8s.io/v1alpha1\" is not supported; write a ClusterNetworkPolicy of policy.networking.k8s.io/v1alpha2 with tier: Baseline instead;",
+        ),
+        (
+            Reason::InvalidObject,
+            Some(22),
+            "ClusterNetworkPolicy later: apiVersion \"policy.networking.k8s.io/v1\" is not supported; write policy.networking.k8s.io/v1alpha2;",
+        ),
+        (
+            Reason::UnknownKind,
+            None,
+            "skipped 1 ClusterNetworkPolicy: nftlet does not use these kinds",
+        ),
+    ];
+    assert_eq!(found.len(), expected.len(), "{found:#?}");
+    for ((reason, line, message), (wanted, at, text)) in found.into_iter().zip(expected) {
+        assert_eq!((reason, line), (wanted, at), "{message}");
+        assert!(message.starts_with(text), "{message}\n{text}");
+    }
 }
 
 #[test]
