@@ -23,7 +23,7 @@ use crate::source::convert::{Converter, Declared, Decoded, identify};
 pub(super) struct Deliveries {
     kind: Kind,
     plural: &'static str,
-    node_name: String,
+    selection: Selection,
     sender: Sender,
     stats: Arc<SourceStats>,
     converter: Converter,
@@ -56,16 +56,17 @@ impl Deliveries {
         stats: Arc<SourceStats>,
         node_wait: Duration,
     ) -> Self {
-        let is_node = selection.kind == Kind::Node;
+        let deadline = selection.own_node().deadline;
+        let waits = selection.kind == Kind::Node && deadline > Deadline::now();
         Self {
             kind: selection.kind,
             plural: selection.kind.plural(),
-            node_name: selection.node_name().to_owned(),
+            selection: selection.clone(),
             sender,
             stats,
             converter: Converter::default(),
             node_wait,
-            node_deadline: is_node.then(|| Deadline::now() + node_wait),
+            node_deadline: waits.then_some(deadline),
             known: HashSet::new(),
             listing: None,
             in_items: false,
@@ -138,7 +139,7 @@ impl Deliveries {
             for name in gone {
                 self.delete(name, at).await?;
             }
-        } else if self.kind == Kind::Node && self.known.is_empty() && self.node_deadline.is_some() {
+        } else if self.node_deadline.is_some() && !self.known.contains(&self.own_name()) {
             self.waiting_for_node = true;
         } else {
             self.complete(at).await?;
@@ -146,11 +147,25 @@ impl Deliveries {
         Ok(())
     }
 
+    /// Returns the name of the own Node.
+    fn own_name(&self) -> ObjectName {
+        ObjectName::new("", &self.selection.own_node().name)
+    }
+
     async fn complete(&mut self, at: Instant) -> Result<(), WatchError> {
         self.complete = true;
         self.node_deadline = None;
         self.waiting_for_node = false;
         self.send(at, Event::ListComplete(self.kind)).await
+    }
+
+    /// Deletes all objects.
+    pub(super) async fn withdraw(&mut self) -> Result<(), WatchError> {
+        let known: Vec<ObjectName> = self.known.iter().cloned().collect();
+        for name in known {
+            self.delete(name, Instant::now()).await?;
+        }
+        Ok(())
     }
 
     /// Completes the first list without objects, so that the other kinds can be used.
@@ -214,9 +229,9 @@ impl Deliveries {
         }
     }
 
-    /// Checks that a Node is the own one, the only one requested.
+    /// Checks that a Node is the own one, unless all were requested.
     fn check_node(&self, name: &ObjectName) -> Result<(), WatchError> {
-        if self.kind == Kind::Node && name.name() != self.node_name {
+        if self.kind == Kind::Node && !self.selection.has_node(name.name()) {
             return Err(WatchError::Foreign(format!("another Node, {name}")));
         }
         Ok(())
@@ -231,7 +246,10 @@ impl Deliveries {
         self.check(&decoded.declared)?;
         self.check_node(&decoded.name)?;
         self.stats.kind(self.kind).count_event();
-        self.report(&decoded.name, decoded.notices, at).await?;
+        // The fields of other Nodes that policies use have no faults.
+        if self.kind != Kind::Node || decoded.name == self.own_name() {
+            self.report(&decoded.name, decoded.notices, at).await?;
+        }
         match decoded.object {
             Some(object) => {
                 if let Some(listed) = &mut self.listing {
@@ -247,8 +265,9 @@ impl Deliveries {
     }
 
     async fn apply(&mut self, object: Object, at: Instant) -> Result<(), WatchError> {
+        let is_awaited = self.waiting_for_node && object.reference().name == self.own_name();
         self.send(at, Event::Apply(object)).await?;
-        if self.waiting_for_node {
+        if is_awaited {
             self.complete(at).await?;
         }
         Ok(())
@@ -344,13 +363,14 @@ impl Deliveries {
     /// Stops waiting for the own Node.
     pub(super) async fn go_on_without_node(&mut self) -> Result<(), WatchError> {
         self.node_deadline = None;
-        let node_name = &self.node_name;
+        let own = self.own_name();
+        let node_name = own.name();
         let message = format!(
             "the Node \"{node_name}\" has not existed for {:?}; continuing without its addresses and zone (if the node has another name, set --hostname-override)",
             self.node_wait
         );
         let notice = Notice {
-            subject: Subject::Object(ObjectRef::new(Kind::Node, ObjectName::new("", node_name))),
+            subject: Subject::Object(ObjectRef::new(Kind::Node, own.clone())),
             reason: Reason::NodeMissing,
             message,
         };

@@ -5,7 +5,8 @@
 //! that the server does not send headless services and those of other proxies. (A service that
 //! becomes headless is received as a deletion. Servers before Kubernetes 1.31 cannot select by
 //! `spec.clusterIP` and send headless services too; they have no rules.) NetworkPolicies are
-//! watched too, and Pods and Namespaces while a NetworkPolicy exists, or always.
+//! watched too, and ClusterNetworkPolicies where discovery says that the server has them; Pods and
+//! Namespaces while a policy of either kind exists, or always; all Nodes while a policy selects nodes.
 //!
 //! ```text
 //! request (list, watch) ─> reflect (state of one kind) ─> deliver (decode, names) ─> events
@@ -13,7 +14,7 @@
 //!     list         objects of a list, as they arrive
 //!     watch_error  why a session ended            faults   lasting faults, reported once
 //!     timing       timeouts and pauses            reach    ends the pauses when the server is back
-//!     liveness     finds a silent server          demand   Pods and Namespaces, on demand
+//!     liveness     finds a silent server          demand   Pods, Namespaces, Nodes, on demand
 //!     traffic      observes every request         servers  addresses of the server
 //! ```
 //!
@@ -76,6 +77,7 @@ use kube::client::ClientBuilder;
 use kube::config::{InClusterError, Kubeconfig, KubeconfigError, NoProxyError};
 use kube::{Client, Config};
 use tokio::sync::watch;
+use tokio::time::Instant;
 use tower::filter::FilterLayer;
 use tower::layer::layer_fn;
 
@@ -86,7 +88,7 @@ use self::reach::Reach;
 use self::reflect::Reflector;
 use self::request::Requester;
 use self::requests::RequestMetrics;
-use self::selection::Selection;
+use self::selection::{OwnNode, Selection};
 use self::servers::Servers;
 pub use self::stats::{KindStats, ServerFault, SourceStats};
 pub use self::timing::Timing;
@@ -295,8 +297,8 @@ impl Cluster {
         Self { services, ..self }
     }
 
-    /// Sets whether Pods, Namespaces and NetworkPolicies are watched. If not, no request and no
-    /// event is about them.
+    /// Sets whether the kinds of policies are watched. If not, no request and no event is about
+    /// them.
     #[must_use]
     pub fn with_network_policies(self, network_policies: bool) -> Self {
         Self {
@@ -341,10 +343,11 @@ impl Cluster {
     ///
     /// `ListStarted` of a kind is repeated if the first list breaks off before its `ListComplete`.
     /// The list of the Node is complete once the Node exists, or after [`Timing::node_wait`]. The
-    /// lists of Pods and Namespaces are empty while there is no NetworkPolicy and they are not watched
-    /// always. `ListStarted` of both
-    /// precedes the `Apply` of the first policy; [`Timing::linger`] after the deletion of the last
-    /// one, both are listed as empty again.
+    /// lists of Pods and Namespaces are empty while there is no policy, unless they are always watched.
+    /// `ListStarted` of both precedes the `Apply` of the first policy; [`Timing::linger`] after the
+    /// deletion of the last one, both are listed as empty again. In the same way the Node is listed
+    /// with all others while a policy selects nodes, and then alone again. The list of
+    /// ClusterNetworkPolicies is empty while the server does not have the kind.
     pub async fn run(self, sender: Sender, mut shutdown: watch::Receiver<bool>) {
         let resolved = tokio::select! {
             resolved = self.servers.announce(&sender) => resolved,
@@ -360,8 +363,11 @@ impl Cluster {
         );
         let silent = liveness.silent();
         let faults = Arc::new(Faults::new(self.server, self.stats.clone()));
-        let reflector = |kind, sender| {
-            let selection = Selection::of(kind, &self.node_name);
+        let own = OwnNode {
+            name: self.node_name,
+            deadline: Instant::now() + self.timing.node_wait,
+        };
+        let reflector = |selection, sender| {
             let requester = Requester::new(self.client.clone(), selection, self.timing.response);
             Reflector::new(
                 requester,
@@ -373,23 +379,28 @@ impl Cluster {
                 silent.clone(),
             )
         };
-        let services = Kind::SERVICES.into_iter();
-        let services = services.filter(|kind| self.services || *kind == Kind::Node);
-        let services: Vec<_> = services
-            .map(|kind| reflector(kind, sender.clone()).run())
-            .collect();
+        // Policies may need other Nodes than the own one.
+        let is_watched_here = |kind: &Kind| match kind {
+            Kind::Node => !self.network_policies,
+            _ => self.services,
+        };
+        let services = Kind::SERVICES
+            .into_iter()
+            .filter(is_watched_here)
+            .map(|kind| reflector(Selection::of(kind, &own), sender.clone()).run());
+        let services = join_all(services);
         let policies: OptionFuture<_> = self
             .network_policies
             .then(|| {
-                let linger = self.timing.linger;
-                let demand = Demand::new(reflector, sender.clone(), faults.clone(), linger);
+                let (own, linger) = (own.clone(), self.timing.linger);
+                let demand = Demand::new(reflector, own, sender.clone(), faults.clone(), linger);
                 demand.run(self.pods)
             })
             .into();
         // With this sender the channel would stay open after the watches have ended.
         drop(sender);
         tokio::select! {
-            _ = async { join!(join_all(services), policies) } => {}
+            _ = async { join!(services, policies) } => {}
             () = liveness.run() => {}
             () = follow => {}
             // The wait fails if the sender was dropped, which also ends the source.

@@ -19,7 +19,7 @@ use super::frames::{Marker, WatchLine, current_object, json, usable};
 use super::reach::Reach;
 use super::request::{Requester, WatchLines};
 use super::stats::SourceStats;
-use super::timing::{Attempts, Pause, Timing};
+use super::timing::{Attempts, Pause, Timing, varied};
 use super::watch_error::{ApiStatus, WatchError, one_line};
 use crate::logging::Throttle;
 use crate::model::{Event, Kind};
@@ -58,6 +58,13 @@ pub(super) struct Reflector {
     /// Since when a watch delivers changes. `None` until its list is complete, since a list that
     /// breaks off must start again.
     following: Option<Instant>,
+    /// Whether the server has the kind, as far as is known.
+    served: bool,
+    /// Whether discovery has said once that the server no longer has the kind.
+    doubtful: bool,
+    /// Whether the server did not know the path of the kind since the last success. It is reported
+    /// if it happens again although discovery says that the server has the kind.
+    missed: bool,
     /// Whether the kind has a fault in `faults`.
     faulty: bool,
     /// Limits the log lines about versions that the server no longer has.
@@ -91,6 +98,9 @@ impl Reflector {
             at_least: None,
             relisted: false,
             following: None,
+            served: false,
+            doubtful: false,
+            missed: false,
             faulty: false,
             gone: Throttle::new(LOG_GONE_EVERY),
         }
@@ -188,6 +198,9 @@ impl Reflector {
                 self.healthy();
                 return Ok(self.timing.absent_recheck.into());
             }
+            WatchError::NotServed => return self.not_served(attempts).await,
+            // The kind may be gone, which discovery knows.
+            WatchError::Absent(_) if self.is_optional() => self.version = None,
             // Services work without the ranges, so they must not wait for them.
             WatchError::Refused { code: 403, .. } if kind == Kind::ServiceCidr => {
                 self.deliveries.complete_without().await?
@@ -197,7 +210,12 @@ impl Reflector {
         // A server that has just started may not have loaded all roles.
         let passing = matches!(fault, WatchError::Refused { .. })
             && self.reach.is_settling(self.timing.settle);
-        let reported = !passing && (fault.is_certain() || attempts.has_failed());
+        let reported = match fault {
+            WatchError::Absent(_) if self.is_optional() => {
+                std::mem::replace(&mut self.missed, true)
+            }
+            _ => !passing && (fault.is_certain() || attempts.has_failed()),
+        };
         if reported && let Some((sort, message)) = fault.describe(&self.requester.selection) {
             self.faulty = true;
             if let Some(notice) = self.faults.begin(kind, sort, message) {
@@ -218,9 +236,53 @@ impl Reflector {
         })
     }
 
+    /// Returns whether a server need not have the kind.
+    fn is_optional(&self) -> bool {
+        self.requester.selection.discovery.is_some()
+    }
+
+    /// Continues without the kind: at the start at once, later once discovery has said twice that
+    /// the server does not have it. Returns how long to pause until discovery is asked again.
+    async fn not_served(&mut self, attempts: &mut Attempts) -> Result<Pause, WatchError> {
+        let kind = self.kind();
+        self.deliveries.complete_without().await?;
+        if self.served && std::mem::replace(&mut self.doubtful, true) {
+            tracing::info!(%kind, "the API server no longer has the kind; its objects are no longer in force");
+            self.served = false;
+            self.deliveries.withdraw().await?;
+        }
+        attempts.reset();
+        self.healthy();
+        let pause = varied(self.timing.discovery);
+        // At the return of the server, a second answer would be no better than the first.
+        Ok(Pause {
+            usual: pause,
+            at_least: pause,
+        })
+    }
+
+    /// Asks discovery whether the server has the kind.
+    async fn discover(&mut self) -> Result<(), WatchError> {
+        let requester = self.requester.clone();
+        let served = self
+            .unless_silent(async move { requester.is_served().await })
+            .await?;
+        if !served {
+            return Err(WatchError::NotServed);
+        }
+        self.doubtful = false;
+        if !std::mem::replace(&mut self.served, true) && self.deliveries.is_complete() {
+            tracing::info!(kind = %self.kind(), "the API server has the kind now; watching it");
+        }
+        Ok(())
+    }
+
     /// Reads a list if necessary, then watches until the connection ends.
     async fn session(&mut self) -> Result<std::convert::Infallible, WatchError> {
         self.silent.mark_unchanged();
+        if self.version.is_none() && self.is_optional() {
+            self.discover().await?;
+        }
         if self.version.is_none() && !self.streaming {
             self.paged_list().await?;
         }
@@ -449,6 +511,7 @@ impl Reflector {
     /// Ends the fault of the kind. An open connection alone is no reason to call this: its first
     /// event may be an error.
     fn healthy(&mut self) {
+        self.missed = false;
         if std::mem::take(&mut self.faulty) && self.faults.end(self.kind()) {
             self.faults.log_end();
         }

@@ -10,12 +10,13 @@ use hyper::header::{HeaderMap, RETRY_AFTER};
 use kube::Client;
 use kube::api::{ListParams, VersionMatch, WatchParams};
 use kube::core::Request;
+use serde::Deserialize;
 
 use super::limits::{MOST_OBJECT, MOST_REFUSAL};
 use super::list::{Body, List};
 use super::selection::Selection;
 use super::timing::watch_seconds;
-use super::watch_error::{WatchError, broken_off};
+use super::watch_error::{WatchError, broken_off, one_line};
 
 /// Sends the requests for one selection.
 #[derive(Clone)]
@@ -83,6 +84,42 @@ impl Requester {
         Ok(WatchLines { body, line })
     }
 
+    /// Asks discovery whether the server has the kind. Servers have every kind without a path of
+    /// discovery.
+    pub(super) async fn is_served(&self) -> Result<bool, WatchError> {
+        let Some(path) = &self.selection.discovery else {
+            return Ok(true);
+        };
+        let request = hyper::Request::get(path)
+            .body(Vec::new())
+            .map_err(|error| WatchError::Unreachable(error.to_string()))?;
+        let answer = async {
+            let mut text = Vec::new();
+            self.send(request)
+                .await?
+                .take(MOST_OBJECT as u64)
+                .read_to_end(&mut text)
+                .await
+                .map_err(|error| WatchError::Unreachable(broken_off(&error)))?;
+            Ok(text)
+        };
+        let text = match self.in_time(answer).await {
+            Ok(text) => text,
+            Err(WatchError::Absent(_)) => return Ok(false),
+            Err(fault) => return Err(fault),
+        };
+        match serde_json::from_slice::<ResourceList>(&text) {
+            Ok(list) if list.kind == "APIResourceList" => {
+                let plural = self.selection.kind.plural();
+                Ok(list.resources.iter().any(|kind| kind.name == plural))
+            }
+            _ => Err(WatchError::Foreign(format!(
+                "to {path} not a list of kinds: {:?}",
+                one_line(&String::from_utf8_lossy(text.get(..80).unwrap_or(&text)))
+            ))),
+        }
+    }
+
     /// Sends a request. Returns the body of a successful answer.
     async fn send(&self, request: hyper::Request<Vec<u8>>) -> Result<Body, WatchError> {
         let answer = self.client.send(request.map(Into::into)).await?;
@@ -122,6 +159,21 @@ impl Requester {
             ))),
         }
     }
+}
+
+/// The answer of discovery: the kinds of an API version.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct ResourceList {
+    kind: String,
+    resources: Vec<Resource>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Resource {
+    /// The plural, with the subresource if it is one.
+    name: String,
 }
 
 /// Returns the seconds in the header `Retry-After`.

@@ -1,5 +1,7 @@
 //! The objects of a kind that nftlet requests.
 
+use tokio::time::Instant;
+
 use crate::model::Kind;
 
 /// The objects of a kind to request.
@@ -10,13 +12,28 @@ pub(super) struct Selection {
     pub path: String,
     pub labels: Option<&'static str>,
     pub fields: Option<String>,
-    node_name: String,
+    /// The path that lists the kinds of the API version, for a kind that servers need not have.
+    pub discovery: Option<String>,
+    own: OwnNode,
+}
+
+/// The node that nftlet runs on.
+#[derive(Clone, Debug)]
+pub(super) struct OwnNode {
+    pub name: String,
+    /// Until when the first list of Nodes waits for the Node object.
+    pub deadline: Instant,
 }
 
 impl Selection {
-    /// Returns the name of the own Node.
-    pub(super) fn node_name(&self) -> &str {
-        &self.node_name
+    /// Returns the own node.
+    pub(super) fn own_node(&self) -> &OwnNode {
+        &self.own
+    }
+
+    /// Returns whether a Node with this name was requested.
+    pub(super) fn has_node(&self, name: &str) -> bool {
+        self.fields.is_none() || name == self.own.name
     }
 
     /// Removes the field selector, which servers before Kubernetes 1.31 do not know for Services.
@@ -29,14 +46,14 @@ impl Selection {
     /// Selects what kube-proxy does, the own Node, and all Pods. Ended pods are included, since in
     /// a selection by phase the end of a pod would look like its deletion, and the containers of a
     /// pod in phase Failed may still run.
-    pub(super) fn of(kind: Kind, node_name: &str) -> Self {
+    pub(super) fn of(kind: Kind, own: &OwnNode) -> Self {
         let (labels, fields) = match kind {
             Kind::Service => (
                 Some("!service.kubernetes.io/service-proxy-name"),
                 Some("spec.clusterIP!=None".to_owned()),
             ),
             Kind::EndpointSlice => (Some("!service.kubernetes.io/headless"), None),
-            Kind::Node => (None, Some(format!("metadata.name={node_name}"))),
+            Kind::Node => (None, Some(format!("metadata.name={}", own.name))),
             Kind::ServiceCidr
             | Kind::Pod
             | Kind::Namespace
@@ -48,12 +65,22 @@ impl Selection {
         } else {
             "apis"
         };
+        let version = format!("/{prefix}/{}", kind.api_version());
         Self {
             kind,
-            path: format!("/{prefix}/{}/{}", kind.api_version(), kind.plural()),
+            path: format!("{version}/{}", kind.plural()),
             labels,
             fields,
-            node_name: node_name.to_owned(),
+            discovery: (kind == Kind::ClusterNetworkPolicy).then_some(version),
+            own: own.clone(),
+        }
+    }
+
+    /// Selects all Nodes.
+    pub(super) fn all_nodes(own: &OwnNode) -> Self {
+        Self {
+            fields: None,
+            ..Self::of(Kind::Node, own)
         }
     }
 }

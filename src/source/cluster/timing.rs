@@ -35,8 +35,10 @@ pub struct Timing {
     pub list_idle: Duration,
     /// How often an API that the server lacks is requested again.
     pub absent_recheck: Duration,
-    /// How long Pods and Namespaces are watched after the last NetworkPolicy was deleted, so that
-    /// replacing a policy does not list them again.
+    /// How often discovery is asked for a kind that the server does not have, varied at random.
+    pub discovery: Duration,
+    /// How long Pods and Namespaces are watched after the last policy was deleted, and all Nodes
+    /// after the last one that selects nodes, so that replacing a policy does not list them again.
     pub linger: Duration,
     /// The number of objects in a page of a list.
     pub page: u32,
@@ -58,6 +60,7 @@ impl Default for Timing {
             response: Duration::from_secs(60),
             list_idle: Duration::from_secs(10),
             absent_recheck: Duration::from_secs(600),
+            discovery: Duration::from_secs(60),
             linger: Duration::from_secs(60),
             page: 500,
         }

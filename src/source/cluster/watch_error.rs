@@ -23,6 +23,8 @@ pub(super) enum WatchError {
     UnknownField(String),
     /// The server does not have the API.
     Absent(String),
+    /// Discovery says that the server does not have the kind, which it need not have.
+    NotServed,
     /// The server refuses access: 401, or 403 for one kind.
     Refused { code: u16, message: String },
     /// The server cannot answer now, and may say after how many seconds to retry.
@@ -155,7 +157,11 @@ impl WatchError {
     pub(super) fn describe(&self, selection: &Selection) -> Option<(String, String)> {
         const KEPT: &str = "the last known state stays in force, and nftlet keeps retrying";
         match self {
-            WatchError::Closed | WatchError::Ended | WatchError::Gone | WatchError::Ahead => None,
+            WatchError::Closed
+            | WatchError::Ended
+            | WatchError::Gone
+            | WatchError::Ahead
+            | WatchError::NotServed => None,
             WatchError::NoStreaming => Some((
                 format!("rejected {}", selection.kind.plural()),
                 format!(

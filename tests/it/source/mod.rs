@@ -2,6 +2,7 @@
 
 mod between;
 mod cluster;
+mod cluster_policies;
 mod faults;
 mod follow;
 mod manifests;

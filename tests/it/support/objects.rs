@@ -73,6 +73,12 @@ pub fn pod<A: Serialize>(
     )
 }
 
+/// A ClusterNetworkPolicy.
+pub fn cluster_policy(name: &str, spec: Value) -> Value {
+    json!({"apiVersion": "policy.networking.k8s.io/v1alpha2", "kind": "ClusterNetworkPolicy",
+        "metadata": {"name": name}, "spec": spec})
+}
+
 /// A NetworkPolicy.
 pub fn policy(name: &str, spec: Value) -> Value {
     let mut policy = object("networking.k8s.io/v1", "NetworkPolicy", name);

@@ -44,6 +44,11 @@ pub const EVENTS: &str = "/apis/events.k8s.io/v1/events";
 
 pub const POLICIES: &str = "/apis/networking.k8s.io/v1/networkpolicies";
 
+/// An API that the server has only after [`FakeApi::add_api`].
+pub const CLUSTER_POLICIES: &str = "/apis/policy.networking.k8s.io/v1alpha2/clusternetworkpolicies";
+/// Where discovery lists the kinds of that API; 404 without it.
+pub const DISCOVERY: &str = "/apis/policy.networking.k8s.io/v1alpha2";
+
 /// How the server treats `sendInitialEvents=true`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Streaming {
@@ -118,6 +123,8 @@ struct State {
     instead: BTreeMap<String, Bytes>,
     /// The collections of which no page after the first can be had.
     failing: BTreeSet<String>,
+    /// Paths that are answered with 404 so many times.
+    missing: BTreeMap<String, usize>,
     down: bool,
     /// Counts the connections that were refused.
     refused: watch::Sender<usize>,
@@ -198,6 +205,7 @@ impl FakeApi {
             busy: BTreeMap::new(),
             failing: BTreeSet::new(),
             instead: BTreeMap::new(),
+            missing: BTreeMap::new(),
             down: false,
             refused: watch::Sender::new(0),
             requests: Vec::new(),
@@ -408,6 +416,11 @@ impl FakeApi {
         self.state().collections.remove(path);
     }
 
+    /// Answers the next so many requests for a path with 404.
+    pub fn miss(&self, path: &str, times: usize) {
+        self.state().missing.insert(path.to_owned(), times);
+    }
+
     /// Brings an API (back), empty.
     pub fn add_api(&self, path: &str) {
         self.state().collections.entry(path.to_owned()).or_default();
@@ -531,6 +544,7 @@ fn type_of(path: &str) -> (&'static str, &'static str) {
         PODS => ("v1", "Pod"),
         NAMESPACES => ("v1", "Namespace"),
         POLICIES => ("networking.k8s.io/v1", "NetworkPolicy"),
+        CLUSTER_POLICIES => ("policy.networking.k8s.io/v1alpha2", "ClusterNetworkPolicy"),
         other => panic!("the server has no {other}"),
     }
 }

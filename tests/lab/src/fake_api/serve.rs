@@ -19,7 +19,9 @@ use super::answers::{Answer, event, full, query_of, status, status_value, stream
 use super::selectors::Selector;
 use super::watches::{Counted, Follow};
 use super::writes;
-use super::{Collection, Recorded, State, Streaming, Traffic, type_of};
+use super::{
+    CLUSTER_POLICIES, Collection, DISCOVERY, Recorded, State, Streaming, Traffic, type_of,
+};
 
 pub async fn accept(
     listener: TcpListener,
@@ -139,10 +141,20 @@ fn answer(
     if let Some(text) = locked.instead.get(&path).filter(|_| !lists_again) {
         return full(StatusCode::OK, text.clone());
     }
+    let missing = locked.missing.get_mut(&path);
+    let missing = missing.is_some_and(|times| {
+        let left = times.checked_sub(1);
+        *times = left.unwrap_or_default();
+        left.is_some()
+    });
+    if path == DISCOVERY && !missing && locked.collections.contains_key(CLUSTER_POLICIES) {
+        return full(StatusCode::OK, kinds().to_string().into());
+    }
     let too_new = locked.old_fields && recorded.get("fieldSelector").contains("spec.clusterIP");
     let selector = Selector::new(recorded.get("labelSelector"), recorded.get("fieldSelector"));
     // The names of the tests' objects are enough to find them.
-    let Some(collection) = locked.collections.get(&writes::of_all_namespaces(&path).0) else {
+    let collection = locked.collections.get(&writes::of_all_namespaces(&path).0);
+    let Some(collection) = collection.filter(|_| !missing) else {
         return status(
             404,
             "NotFound",
@@ -210,6 +222,15 @@ fn answer(
         lines: lines.into(),
     };
     stream_answer(stream::unfold(follow, Follow::next).boxed())
+}
+
+/// The answer of discovery where the server has ClusterNetworkPolicies.
+fn kinds() -> serde_json::Value {
+    let kind = |name: &str, verbs: &[&str]| json!({"name": name, "singularName": "", "namespaced": false, "kind": "ClusterNetworkPolicy", "verbs": verbs});
+    json!({"kind": "APIResourceList", "apiVersion": "v1", "groupVersion": "policy.networking.k8s.io/v1alpha2", "resources": [
+        kind("clusternetworkpolicies", &["get", "list", "watch"]),
+        kind("clusternetworkpolicies/status", &["get"]),
+    ]})
 }
 
 pub fn list(
