@@ -114,7 +114,7 @@ impl Requester {
                 Ok(list.resources.iter().any(|kind| kind.name == plural))
             }
             _ => Err(WatchError::Foreign(format!(
-                "to {path} not a list of kinds: {:?}",
+                "not an APIResourceList of {path}: {:?}",
                 one_line(&String::from_utf8_lossy(text.get(..80).unwrap_or(&text)))
             ))),
         }

@@ -145,14 +145,20 @@ fn requests_to_the_server_are_counted_and_timed() {
         let name = "rest_client_request_duration_seconds_count";
         count(page, &format!("{name}{{{labels}}}"))
     };
-    // Five watches, and the Event of the start.
+    // Five watches, discovery, and the Event of the start.
     let page = wait_for("the metrics of requests", PATIENCE, || {
         let (_, page) = get(&node.ns, address, "/metrics");
-        let all = requests(&page, "200", "GET") >= 5.0 && timed(&page, "POST") >= 1.0;
+        let all = requests(&page, "200", "GET") >= 5.0
+            && requests(&page, "404", "GET") >= 1.0
+            && timed(&page, "POST") >= 1.0;
         all.then_some(page)
     });
     assert_eq!(requests(&page, "201", "POST"), timed(&page, "POST"));
-    assert_eq!(timed(&page, "GET"), 0.0, "watches are not timed");
+    assert_eq!(
+        requests(&page, "404", "GET"),
+        timed(&page, "GET"),
+        "watches are not timed"
+    );
     node.set_down(true);
     wait_for("requests without an answer", PATIENCE, || {
         let (_, page) = get(&node.ns, address, "/metrics");

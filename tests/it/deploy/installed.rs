@@ -20,7 +20,8 @@ use nftlet::model::{Notice, Reason, Subject};
 use nftlet::source::Cluster;
 use nftlet_lab::fake_api;
 use nftlet_lab::fake_api::{
-    CIDRS, NAMESPACES, NODES, PODS, POLICIES, Recorded, SERVICES, SLICES, Streaming,
+    CIDRS, CLUSTER_POLICIES, NAMESPACES, NODES, PODS, POLICIES, Recorded, SERVICES, SLICES,
+    Streaming,
 };
 use nftlet_lab::netns::{Daemon, Namespace, require_net_admin, wait_for};
 use serde_json::{Value, json};
@@ -31,7 +32,7 @@ fn right(request: &Recorded) -> String {
     let parts: Vec<&str> = request.path.trim_matches('/').split('/').collect();
     let (group, mut rest) = match &parts[..] {
         ["api", _, rest @ ..] => ("", rest),
-        ["apis", group, _, rest @ ..] => (*group, rest),
+        ["apis", group, _, rest @ ..] if !rest.is_empty() => (*group, rest),
         _ => return format!("{} {}", request.method.to_lowercase(), request.path),
     };
     if let ["namespaces", _, of_namespace @ ..] = rest
@@ -98,6 +99,7 @@ fn busy_cluster() -> Node {
     api.put(NAMESPACES, namespace("shop", &[]));
     api.put(PODS, pod("a", "node-1", &[], &["10.1.0.1"]));
     api.put(POLICIES, deny_all("deny"));
+    api.add_api(CLUSTER_POLICIES);
     cluster
 }
 

@@ -15,7 +15,7 @@ const DOCUMENTS: [(&str, usize); 13] = [
     ("CONTRIBUTING.md", 800),
     ("README.md", 1_500),
     ("docs/benchmarks.md", 3_200),
-    ("docs/compatibility.md", 2_500),
+    ("docs/compatibility.md", 2_700),
     ("docs/configuration.md", 1_500),
     ("docs/install.md", 1_600),
     ("docs/monitoring.md", 1_700),

@@ -168,7 +168,7 @@ async fn policies_wait_for_an_answer_of_discovery_and_services_do_not() {
         let wanted = match fault {
             "busy" => "the API server cannot answer now (429",
             _ => {
-                "the answer is to /apis/policy.networking.k8s.io/v1alpha2 not a list of kinds: \"<html>Welcome</html>\""
+                "the answer is not an APIResourceList of /apis/policy.networking.k8s.io/v1alpha2: \"<html>Welcome</html>\""
             }
         };
         assert!(notice.message.contains(wanted), "{notice:?}");
