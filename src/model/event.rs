@@ -274,7 +274,7 @@ pub enum Reason {
 
 impl Reason {
     /// All reasons.
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 21] = [
         Self::InvalidField,
         Self::InvalidObject,
         Self::InvalidPolicy,

@@ -15,5 +15,6 @@ mod reject;
 mod rules;
 mod selection;
 mod startup;
+mod tiers;
 mod walk;
 mod worlds;

@@ -8,14 +8,14 @@ use serde_json::{Value, json};
 
 use Protocol::{Icmp, Sctp, Tcp, Udp};
 
-const WEB: &str = "10.244.1.11";
-const DB: &str = "10.244.1.12";
-const FAR: &str = "10.244.2.11";
-const OTHER: &str = "10.244.2.12";
-const NODE: &str = "192.168.10.1";
-const OUTSIDE: &str = "203.0.113.9";
+pub const WEB: &str = "10.244.1.11";
+pub const DB: &str = "10.244.1.12";
+pub const FAR: &str = "10.244.2.11";
+pub const OTHER: &str = "10.244.2.12";
+pub const NODE: &str = "192.168.10.1";
+pub const OUTSIDE: &str = "203.0.113.9";
 
-fn ip(text: &str) -> IpAddr {
+pub fn ip(text: &str) -> IpAddr {
     text.parse().expect("an address")
 }
 
@@ -34,7 +34,7 @@ fn pod(namespace: &str, name: &str, app: &str, node: &str, addresses: &[&str]) -
 }
 
 /// Web and db of the shop on node-1, another web of the shop and one of the store on node-2.
-fn world(policies: &[Value]) -> Cluster {
+pub fn world(policies: &[Value]) -> Cluster {
     let pods = [
         pod("shop", "web", "web", "node-1", &[WEB, "fd00:10:244:1::11"]),
         pod("shop", "db", "db", "node-1", &[DB, "fd00:10:244:1::12"]),
@@ -66,7 +66,7 @@ fn world(policies: &[Value]) -> Cluster {
         namespaces: all(namespaces),
         pods: all(pods),
         policies: all(policies),
-        departed: Vec::new(),
+        ..Cluster::default()
     }
 }
 
@@ -340,7 +340,7 @@ fn a_pod_reaches_itself_at_the_same_address() {
 }
 
 /// A pod at the address of `web` with a status.
-fn rival(name: &str, status: Value) -> Pod {
+pub fn rival(name: &str, status: Value) -> Pod {
     let mut object = pod("shop", name, name, "node-1", &[WEB]);
     let fields = status.as_object().expect("fields").clone();
     object["status"]

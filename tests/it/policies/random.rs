@@ -24,6 +24,7 @@ const SHAPE: Shape = Shape {
     slots: 4,
     pods: 9,
     policies: 5,
+    cluster_policies: 0,
     faults: 5,
 };
 /// Connections asked for after each change.
@@ -62,7 +63,7 @@ impl Node {
             let of_kind = events.iter().filter(|event| event.kind() == Some(kind));
             of_kind.count()
         };
-        for kind in [Kind::Pod, Kind::Namespace, Kind::NetworkPolicy] {
+        for kind in Kind::POLICY {
             assert_eq!(self.engine.count(kind), applied(kind), "{kind}");
         }
         let steps: Vec<_> = self
@@ -175,8 +176,11 @@ fn read(directory: &Path, cluster: &Cluster, yaml: bool) -> Vec<Event> {
     std::fs::write(&file, list.to_string()).expect("a file");
     let mut manifests = Manifests::new(vec![file], "node-1".into());
     let events = manifests.load().expect("the file exists");
-    let all = cluster.pods.len() + cluster.namespaces.len() + cluster.policies.len();
-    let kinds = [Kind::Pod, Kind::Namespace, Kind::NetworkPolicy];
+    let all = cluster.pods.len()
+        + cluster.namespaces.len()
+        + cluster.policies.len()
+        + cluster.cluster_policies.len();
+    let kinds = Kind::POLICY;
     let read = events.iter().filter_map(Event::kind);
     let count = read.filter(|kind| kinds.contains(kind)).count();
     assert_eq!(count, all, "every object is read");

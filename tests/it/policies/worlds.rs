@@ -59,11 +59,13 @@ fn every_form_of_every_field_comes_up() {
             let kind = object["kind"].as_str().expect("a kind").to_owned();
             forms(&object, &kind, &mut found);
         }
-        let change = generate::mutate(&mut random, &shape, &mut cluster);
-        let kind = change
-            .split(|c: char| c.is_ascii_digit() || c == '/')
-            .next();
-        changes.insert(kind.unwrap_or_default().to_owned());
+        for _ in 0..4 {
+            let change = generate::mutate(&mut random, &shape, &mut cluster);
+            let kind = change
+                .split(|c: char| c.is_ascii_digit() || c == '/')
+                .next();
+            changes.insert(kind.unwrap_or_default().to_owned());
+        }
     }
     let mut wanted: Vec<String> = Vec::new();
     for (rules, peers) in [("ingress", "from"), ("egress", "to")] {
@@ -102,8 +104,44 @@ fn every_form_of_every_field_comes_up() {
             wanted.push(format!("{rule}.ports.protocol={protocol}"));
         }
     }
+    for (rules, peers, fields) in [
+        ("ingress", "from", &["namespaces", "pods"][..]),
+        (
+            "egress",
+            "to",
+            &["namespaces", "pods", "nodes", "networks[1]", "networks[2]"],
+        ),
+    ] {
+        let rule = format!("ClusterNetworkPolicy.spec.{rules}");
+        wanted.extend(["[0]", "[1]", "[2]", ".name=a rule"].map(|form| format!("{rule}{form}")));
+        for action in ["Accept", "Deny", "Pass", "Allow"] {
+            wanted.push(format!("{rule}.action={action}"));
+        }
+        wanted.extend(fields.iter().map(|field| format!("{rule}.{peers}.{field}")));
+        for fault in ["{}", ".services{}", ".domainNames[1]"] {
+            wanted.push(format!("{rule}.{peers}{fault}"));
+        }
+        for protocol in ["tcp", "udp", "sctp"] {
+            for port in ["number=#", "range.start=#"] {
+                wanted.push(format!(
+                    "{rule}.protocols.{protocol}.destinationPort.{port}"
+                ));
+            }
+        }
+        for name in ["web", "dns", "peer", ""] {
+            wanted.push(format!("{rule}.protocols.destinationNamedPort={name}"));
+        }
+    }
     wanted.extend(
         [
+            "ClusterNetworkPolicy.spec.tier=Admin",
+            "ClusterNetworkPolicy.spec.tier=Baseline",
+            "ClusterNetworkPolicy.spec.subject.namespaces{}",
+            "ClusterNetworkPolicy.spec.subject.namespaces.matchLabels",
+            "ClusterNetworkPolicy.spec.subject.pods.podSelector{}",
+            "ClusterNetworkPolicy.spec.subject.pods.namespaceSelector.matchExpressions",
+            "Node.metadata.labels.role=control",
+            "Node.status.addresses.type=Hostname",
             "NetworkPolicy.spec.podSelector{}",
             "NetworkPolicy.spec.podSelector.matchExpressions.operator=Like",
             "NetworkPolicy.spec.policyTypes[0]",
@@ -139,6 +177,14 @@ fn every_form_of_every_field_comes_up() {
         "deleted policy",
         "added policy",
         "relabelled namespace",
+        "relabelled node",
+        "moved node",
+        "edited cluster policy",
+        "deleted cluster policy",
+        "added cluster policy",
+        "moved cluster policy",
+        "changed an action",
+        "changed the subject",
     ] {
         let seen = changes.iter().any(|seen| seen.starts_with(change));
         assert!(seen, "never {change}: {changes:?}");
@@ -149,12 +195,17 @@ fn every_form_of_every_field_comes_up() {
 fn both_answers_are_frequent() {
     let shape = Shape::default();
     let (mut asked, mut passed, mut pods_asked, mut pods_passed) = (0, 0, 0, 0);
-    let mut by_rule = 0;
-    for seed in 0..600 {
+    let (mut by_rule, mut by_tier) = (0, [0, 0]);
+    for seed in 0..300 {
         let mut random = Random::new(seed);
         let cluster = generate::cluster(&mut random, &shape);
         let open = Cluster {
             policies: Vec::new(),
+            cluster_policies: Vec::new(),
+            ..cluster.clone()
+        };
+        let untiered = Cluster {
+            cluster_policies: Vec::new(),
             ..cluster.clone()
         };
         for _ in 0..30 {
@@ -163,8 +214,12 @@ fn both_answers_are_frequent() {
             assert!(allowed(&open, from, to, protocol, port));
             asked += 1;
             passed += usize::from(pass);
+            let untiered_pass = allowed(&untiered, from, to, protocol, port);
+            if pass != untiered_pass {
+                by_tier[usize::from(pass)] += 1;
+            }
             // What a policy decides: with every rule gone it would be another answer.
-            let mut bare = cluster.clone();
+            let mut bare = untiered.clone();
             for policy in &mut bare.policies {
                 let spec = policy.spec.get_or_insert_default();
                 if spec.policy_types.as_ref().is_none_or(Vec::is_empty) && spec.egress.is_some() {
@@ -172,7 +227,7 @@ fn both_answers_are_frequent() {
                 }
                 (spec.ingress, spec.egress) = (None, None);
             }
-            by_rule += usize::from(pass && !allowed(&bare, from, to, protocol, port));
+            by_rule += usize::from(untiered_pass && !allowed(&bare, from, to, protocol, port));
             let both = [from, to].map(|it| oracle::owner(&cluster, it).is_some());
             if both == [true, true] && from != to {
                 pods_asked += 1;
@@ -182,12 +237,16 @@ fn both_answers_are_frequent() {
     }
     let share = |part: usize, of: usize| part * 100 / of;
     println!(
-        "{}% of {asked} pass, {}% by a rule, {}% of {pods_asked} between pods",
+        "{}% of {asked} pass, {}% by a rule, {}% and {}% are denied and allowed by a tier, {}% of {pods_asked} pass between pods",
         share(passed, asked),
         share(by_rule, asked),
+        share(by_tier[0], asked),
+        share(by_tier[1], asked),
         share(pods_passed, pods_asked),
     );
     assert!((35..=75).contains(&share(passed, asked)));
     assert!((30..=70).contains(&share(pods_passed, pods_asked)));
     assert!(share(by_rule, asked) >= 15, "rules must matter");
+    let [denied, accepted] = by_tier.map(|count| share(count, asked));
+    assert!(denied >= 8 && accepted >= 2, "tiers must matter");
 }

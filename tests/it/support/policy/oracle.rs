@@ -6,7 +6,8 @@
 //! What the API leaves open is decided here as nftlet documents it: an address belongs to one
 //! pod ([`owner`]), and where it is not certain to which, all that may have it ([`holders`]) must
 //! allow; the node reaches its own pods, pods reach themselves, pods in the host's network count as
-//! the node, and a rule with a fault in it allows nothing.
+//! the node, and a rule with a fault in it allows nothing. ClusterNetworkPolicies are read by
+//! [`tiers`](super::tiers).
 
 use std::net::IpAddr;
 
@@ -17,6 +18,9 @@ use k8s_openapi::api::networking::v1::{
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, LabelSelectorRequirement};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
+use serde_json::Value;
+
+use super::tiers;
 
 /// The objects that decide.
 #[derive(Clone, Debug, Default)]
@@ -25,6 +29,8 @@ pub struct Cluster {
     pub namespaces: Vec<Namespace>,
     pub pods: Vec<Pod>,
     pub policies: Vec<NetworkPolicy>,
+    /// ClusterNetworkPolicies, as JSON.
+    pub cluster_policies: Vec<Value>,
     /// Pods whose objects were deleted while a container ran, by their addresses.
     pub departed: Vec<(IpAddr, Pod)>,
 }
@@ -40,7 +46,7 @@ pub enum Protocol {
 }
 
 impl Protocol {
-    fn api_name(self) -> Option<&'static str> {
+    pub(super) fn api_name(self) -> Option<&'static str> {
         match self {
             Protocol::Tcp => Some("TCP"),
             Protocol::Udp => Some("UDP"),
@@ -57,9 +63,22 @@ type Rule<'a> = (
 );
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Direction {
+pub(super) enum Direction {
     Ingress,
     Egress,
+}
+
+/// A new connection as one of its ends sees it.
+#[derive(Clone, Copy)]
+pub(super) struct Seen {
+    pub direction: Direction,
+    /// The address of the other end.
+    pub other: IpAddr,
+    pub destination: IpAddr,
+    pub protocol: Protocol,
+    pub port: u16,
+    /// Whether a pod reaches itself. Only a connection through a Service is seen by the host.
+    pub to_itself: bool,
 }
 
 /// Whether a new connection passes everywhere on its way. The destination is the one after DNAT,
@@ -83,19 +102,16 @@ pub fn egress_allowed(
     protocol: Protocol,
     port: u16,
 ) -> bool {
-    // A pod always reaches itself.
-    source == destination
-        || holders(cluster, source).into_iter().all(|pod| {
-            direction_allowed(
-                cluster,
-                Direction::Egress,
-                pod,
-                destination,
-                destination,
-                protocol,
-                port,
-            )
-        })
+    let seen = Seen {
+        direction: Direction::Egress,
+        other: destination,
+        destination,
+        protocol,
+        port,
+        to_itself: source == destination,
+    };
+    let mut holders = holders(cluster, source).into_iter();
+    holders.all(|pod| direction_allowed(cluster, pod, &seen))
 }
 
 /// Whether the pod at the destination may be sent this.
@@ -106,53 +122,55 @@ pub fn ingress_allowed(
     protocol: Protocol,
     port: u16,
 ) -> bool {
-    // A pod always reaches itself; "the traffic source is the pod's local node".
-    source == destination
-        || holders(cluster, destination).into_iter().all(|pod| {
-            is_own_node(cluster, pod, source)
-                || direction_allowed(
-                    cluster,
-                    Direction::Ingress,
-                    pod,
-                    source,
-                    destination,
-                    protocol,
-                    port,
-                )
-        })
+    let seen = Seen {
+        direction: Direction::Ingress,
+        other: source,
+        destination,
+        protocol,
+        port,
+        to_itself: source == destination,
+    };
+    // "The traffic source is the pod's local node".
+    let mut holders = holders(cluster, destination).into_iter();
+    holders.all(|pod| is_own_node(cluster, pod, source) || direction_allowed(cluster, pod, &seen))
+}
+
+/// The tiers, one after the other: the first that decides has decided.
+fn direction_allowed(cluster: &Cluster, pod: &Pod, seen: &Seen) -> bool {
+    tiers::decision(cluster, "Admin", pod, seen)
+        .or_else(|| network_policies_allow(cluster, pod, seen))
+        .or_else(|| tiers::decision(cluster, "Baseline", pod, seen))
+        .unwrap_or(true)
 }
 
 /// "Traffic is allowed if there are no NetworkPolicies selecting the pod, or if the traffic
 /// matches at least one rule across all of the NetworkPolicy objects whose podSelector matches".
-fn direction_allowed(
-    cluster: &Cluster,
-    direction: Direction,
-    pod: &Pod,
-    other: IpAddr,
-    destination: IpAddr,
-    protocol: Protocol,
-    port: u16,
-) -> bool {
+/// `None` if none selects it.
+fn network_policies_allow(cluster: &Cluster, pod: &Pod, seen: &Seen) -> Option<bool> {
     let mut isolated = false;
     for policy in &cluster.policies {
         let Some(spec) = &policy.spec else { continue };
-        if !applies_to(spec, direction) || !selects(policy, spec, pod) {
+        if !applies_to(spec, seen.direction) || !selects(policy, spec, pod) {
             continue;
         }
         isolated = true;
+        // A pod always reaches itself.
+        if seen.to_itself {
+            return Some(true);
+        }
         if selector_fault(spec.pod_selector.as_ref()) {
             continue;
         }
-        for rule in rules(spec, direction) {
+        for rule in rules(spec, seen.direction) {
             if !rule_fault(rule)
-                && peers_match(cluster, policy, rule.0, other)
-                && ports_match(cluster, rule.1, destination, protocol, port)
+                && peers_match(cluster, policy, rule.0, seen.other)
+                && ports_match(cluster, rule.1, seen.destination, seen.protocol, seen.port)
             {
-                return true;
+                return Some(true);
             }
         }
     }
-    !isolated
+    isolated.then_some(false)
 }
 
 /// `policyTypes`; without it every policy is about ingress, and about egress if it has egress
@@ -244,7 +262,7 @@ fn peer_matches(
 }
 
 /// The labels of a namespace, with the one that the API server gives every namespace.
-fn labels_of(namespace: &Namespace) -> std::collections::BTreeMap<String, String> {
+pub(super) fn labels_of(namespace: &Namespace) -> std::collections::BTreeMap<String, String> {
     let mut labels = namespace.metadata.labels.clone().unwrap_or_default();
     let name = namespace.metadata.name.clone().unwrap_or_default();
     labels.insert("kubernetes.io/metadata.name".into(), name);
@@ -301,7 +319,7 @@ fn port_matches(
 }
 
 /// The first container with a port of this name and protocol counts.
-fn pod_names_port(pod: &Pod, name: &str, protocol: &str, port: i32) -> bool {
+pub(super) fn pod_names_port(pod: &Pod, name: &str, protocol: &str, port: i32) -> bool {
     let containers = pod.spec.iter().flat_map(|spec| &spec.containers);
     let mut ports = containers.flat_map(|container| container.ports.iter().flatten());
     let named = ports.find(|known| {
@@ -530,7 +548,7 @@ fn port_fault(port: &NetworkPolicyPort) -> bool {
     }
 }
 
-fn selector_fault(selector: Option<&LabelSelector>) -> bool {
+pub(super) fn selector_fault(selector: Option<&LabelSelector>) -> bool {
     let expressions = selector.and_then(|selector| selector.match_expressions.as_ref());
     expressions.into_iter().flatten().any(requirement_fault)
 }

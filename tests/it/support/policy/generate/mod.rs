@@ -6,6 +6,7 @@
 
 mod pods;
 mod policies;
+mod tiers;
 
 use std::net::IpAddr;
 
@@ -66,6 +67,8 @@ pub struct Shape {
     pub pods: usize,
     /// Most policies.
     pub policies: usize,
+    /// Most policies of the cluster.
+    pub cluster_policies: usize,
     /// Of a hundred rules, how many get a fault.
     pub faults: usize,
 }
@@ -77,6 +80,7 @@ impl Default for Shape {
             slots: 4,
             pods: 9,
             policies: 5,
+            cluster_policies: 4,
             faults: 5,
         }
     }
@@ -103,12 +107,17 @@ const POD_LABELS: [(&str, &[&str]); 3] = [
 
 const NAMESPACE_LABELS: [(&str, &[&str]); 2] = [("team", &["a", "b"]), ("env", &["prod", "dev"])];
 
+const NODE_LABELS: [(&str, &[&str]); 2] = [("role", &["control", "worker"]), ("edge", &[""])];
+
 /// A cluster of this shape.
 pub fn cluster(random: &mut Random, shape: &Shape) -> Cluster {
     let mut cluster = Cluster {
-        nodes: (1..=shape.nodes).map(node).collect(),
+        nodes: (1..=shape.nodes)
+            .map(|number| node(random, number))
+            .collect(),
         ..Cluster::default()
     };
+    cluster.nodes.push(outside_node(random));
     for name in NAMESPACES.iter().take(1 + random.below(NAMESPACES.len())) {
         cluster.namespaces.push(namespace(random, name));
     }
@@ -117,6 +126,9 @@ pub fn cluster(random: &mut Random, shape: &Shape) -> Cluster {
     }
     for _ in 0..1 + random.below(shape.policies) {
         add_policy(random, shape, &mut cluster);
+    }
+    for _ in 0..random.below(1 + shape.cluster_policies) {
+        add_cluster_policy(random, shape, &mut cluster);
     }
     cluster
 }
@@ -163,7 +175,9 @@ fn change(random: &mut Random, shape: &Shape, cluster: &mut Cluster) -> String {
     let policy = random.below(cluster.policies.len());
     let has_pod = !cluster.pods.is_empty();
     let has_policy = !cluster.policies.is_empty();
-    match random.below(16) {
+    let tiered = random.below(cluster.cluster_policies.len());
+    let has_tiered = !cluster.cluster_policies.is_empty();
+    match random.below(if shape.cluster_policies > 0 { 25 } else { 16 }) {
         0 | 1 if has_pod => {
             let pod = &mut cluster.pods[pod];
             pod.metadata.labels = typed(labels(random, &POD_LABELS));
@@ -251,6 +265,35 @@ fn change(random: &mut Random, shape: &Shape, cluster: &mut Cluster) -> String {
         12 if cluster.policies.len() < shape.policies + 2 => {
             let name = add_policy(random, shape, cluster);
             format!("added policy {name}")
+        }
+        16 | 17 if has_tiered => {
+            let policy = &mut cluster.cluster_policies[tiered];
+            tiers::change(random, shape, policy)
+        }
+        18 | 19 if has_tiered => {
+            let policy = &mut cluster.cluster_policies[tiered];
+            policy["spec"] = tiers::spec(random, shape);
+            format!("edited cluster policy {}", policy["metadata"]["name"])
+        }
+        20 if has_tiered => {
+            let gone = cluster.cluster_policies.remove(tiered);
+            format!("deleted cluster policy {}", gone["metadata"]["name"])
+        }
+        21 | 22 if cluster.cluster_policies.len() < shape.cluster_policies + 1 => {
+            let name = add_cluster_policy(random, shape, cluster);
+            format!("added cluster policy {name}")
+        }
+        23 => {
+            let index = random.below(cluster.nodes.len());
+            let labels: Map<String, Value> = labels(random, &NODE_LABELS);
+            let node = &mut cluster.nodes[index];
+            node.metadata.labels = typed(Value::Object(labels));
+            format!("relabelled node {:?}", node.metadata.name)
+        }
+        24 => {
+            let outside = cluster.nodes.last_mut().expect("a node");
+            *outside = outside_node(random);
+            "moved node".to_owned()
         }
         _ if cluster.pods.len() < shape.pods + 3 => {
             let name = add_pod(random, shape, cluster);
@@ -354,6 +397,7 @@ pub fn manifests(cluster: &Cluster) -> Vec<Value> {
         .chain(values(&cluster.namespaces))
         .chain(values(&cluster.pods))
         .chain(values(&cluster.policies))
+        .chain(cluster.cluster_policies.iter().cloned())
         .collect()
 }
 
@@ -370,14 +414,30 @@ fn name_of(metadata: &k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta
     format!("{}/{}", text(&metadata.namespace), text(&metadata.name))
 }
 
-fn node(number: u8) -> Node {
+fn node(random: &mut Random, number: u8) -> Node {
     let addresses = node_addresses(number);
     let addresses: Vec<Value> = addresses
         .iter()
         .map(|address| json!({"type": "InternalIP", "address": address}))
         .collect();
     typed(json!({
-        "metadata": {"name": format!("node-{number}")},
+        "metadata": {"name": format!("node-{number}"), "labels": labels(random, &NODE_LABELS)},
+        "status": {"addresses": addresses},
+    }))
+}
+
+/// A node without pods, with addresses of every type.
+fn outside_node(random: &mut Random) -> Node {
+    let chosen = OUTSIDE.into_iter().filter(|_| random.percent(50));
+    let addresses: Vec<&str> = chosen.collect();
+    let types = ["InternalIP", "ExternalIP", "Hostname", "InternalDNS"];
+    let addresses = addresses
+        .into_iter()
+        .chain(["node-9"])
+        .map(|address| json!({"type": random.pick(&types), "address": address}));
+    let addresses: Vec<Value> = addresses.collect();
+    typed(json!({
+        "metadata": {"name": "node-9", "labels": labels(random, &NODE_LABELS)},
         "status": {"addresses": addresses},
     }))
 }
@@ -442,4 +502,19 @@ fn add_policy(random: &mut Random, shape: &Shape, cluster: &mut Cluster) -> Stri
     let said = name_of(&policy.metadata);
     cluster.policies.push(policy);
     said
+}
+
+fn add_cluster_policy(random: &mut Random, shape: &Shape, cluster: &mut Cluster) -> String {
+    let names = cluster.cluster_policies.iter();
+    let names: Vec<Option<String>> = names
+        .map(|policy| policy["metadata"]["name"].as_str().map(str::to_owned))
+        .collect();
+    // Sometimes a name that comes before those of older policies.
+    let letter = *random.pick(&['b', 'c']);
+    let name = free_name(letter, names.iter());
+    cluster.cluster_policies.push(json!({
+        "apiVersion": "policy.networking.k8s.io/v1alpha2", "kind": "ClusterNetworkPolicy",
+        "metadata": {"name": name}, "spec": tiers::spec(random, shape),
+    }));
+    name
 }

@@ -114,7 +114,7 @@ pub fn peer(random: &mut Random) -> Value {
     }
 }
 
-fn namespace_selector(random: &mut Random) -> Value {
+pub fn namespace_selector(random: &mut Random) -> Value {
     if random.percent(30) {
         let name = random.pick(&NAMESPACES);
         return json!({"matchLabels": {"kubernetes.io/metadata.name": name}});
@@ -122,7 +122,7 @@ fn namespace_selector(random: &mut Random) -> Value {
     any_selector(random, &NAMESPACE_LABELS)
 }
 
-fn any_selector(random: &mut Random, known: &[(&str, &[&str])]) -> Value {
+pub fn any_selector(random: &mut Random, known: &[(&str, &[&str])]) -> Value {
     if random.percent(25) {
         return json!({});
     }
@@ -186,7 +186,7 @@ pub fn port(random: &mut Random) -> Value {
     Value::Object(port)
 }
 
-fn faulty_requirement(random: &mut Random) -> Value {
+pub fn faulty_requirement(random: &mut Random) -> Value {
     match random.below(3) {
         0 => json!({"key": "app", "operator": "Like", "values": ["web"]}),
         1 => json!({"key": "app", "operator": "In", "values": []}),
