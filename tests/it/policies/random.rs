@@ -24,7 +24,7 @@ const SHAPE: Shape = Shape {
     slots: 4,
     pods: 9,
     policies: 5,
-    cluster_policies: 0,
+    cluster_policies: 4,
     faults: 5,
 };
 /// Connections asked for after each change.

@@ -17,7 +17,7 @@ const SHAPE: Shape = Shape {
     slots: 3,
     pods: 8,
     policies: 4,
-    cluster_policies: 0,
+    cluster_policies: 4,
     faults: 5,
 };
 const SERVED: [u16; 3] = [53, 80, 8080];

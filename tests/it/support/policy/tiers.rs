@@ -2,7 +2,8 @@
 //! [`oracle`](super::oracle) reads NetworkPolicy, from JSON.
 //!
 //! Where it is not certain which pod has an address, the address belongs to no pod in a rule that
-//! accepts or passes, and to each of them in a rule that denies.
+//! accepts or passes, and to each of them in a rule that denies. A pod that was deleted while it ran
+//! is known on its own node only.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -48,12 +49,15 @@ pub(super) fn decision(cluster: &Cluster, tier: &str, pod: &Pod, seen: &Seen) ->
                     _ => return Some(false),
                 }
             }
-            let denies = action == "Deny";
+            let asked = Asked {
+                pod,
+                denies: action == "Deny",
+            };
             let peers = entries(&rule[peers_of(seen.direction)]);
             if peers
                 .iter()
-                .any(|peer| peer_matches(cluster, peer, seen.other, denies))
-                && protocols_match(cluster, &rule["protocols"], seen, denies)
+                .any(|peer| peer_matches(cluster, &asked, peer, seen.other))
+                && protocols_match(cluster, &asked, &rule["protocols"], seen)
             {
                 return match action {
                     "Accept" => Some(true),
@@ -116,7 +120,7 @@ fn typed(selector: &Value) -> Option<LabelSelector> {
     serde_json::from_value(selector.clone()).ok()
 }
 
-fn peer_matches(cluster: &Cluster, peer: &Value, address: IpAddr, denies: bool) -> bool {
+fn peer_matches(cluster: &Cluster, asked: &Asked<'_>, peer: &Value, address: IpAddr) -> bool {
     if let Some(networks) = peer.get("networks") {
         let contains = |network: IpNet| network.contains(&address);
         return entries(networks)
@@ -131,17 +135,32 @@ fn peer_matches(cluster: &Cluster, peer: &Value, address: IpAddr, denies: bool) 
                 && addresses.any(|known| known.address.parse() == Ok(address))
         });
     }
-    let pods = pods_at(cluster, address, denies);
+    let pods = pods_at(cluster, asked, address);
     pods.into_iter().any(|pod| pods_match(cluster, peer, pod))
 }
 
-/// The pods that count as those at an address.
-fn pods_at(cluster: &Cluster, address: IpAddr, denies: bool) -> Vec<&Pod> {
-    if denies {
-        holders(cluster, address)
-    } else {
-        owner(cluster, address).into_iter().collect()
+/// The pods that count as those at an address, on the node of the pod that is asked for.
+fn pods_at<'c>(cluster: &'c Cluster, asked: &Asked<'_>, address: IpAddr) -> Vec<&'c Pod> {
+    if !asked.denies {
+        return owner(cluster, address).into_iter().collect();
     }
+    let node = |pod: &Pod| pod.spec.as_ref().and_then(|spec| spec.node_name.clone());
+    let is_departed = |pod: &&Pod| {
+        cluster
+            .departed
+            .iter()
+            .any(|(_, it)| std::ptr::eq(it, *pod))
+    };
+    let holders = holders(cluster, address).into_iter();
+    holders
+        .filter(|pod| !is_departed(pod) || node(pod) == node(asked.pod))
+        .collect()
+}
+
+/// The pod whose policies are asked, by a rule that denies or another one.
+struct Asked<'a> {
+    pod: &'a Pod,
+    denies: bool,
 }
 
 fn parsed(network: &Value) -> Option<IpNet> {
@@ -149,7 +168,7 @@ fn parsed(network: &Value) -> Option<IpNet> {
 }
 
 /// Absent, all traffic.
-fn protocols_match(cluster: &Cluster, protocols: &Value, seen: &Seen, denies: bool) -> bool {
+fn protocols_match(cluster: &Cluster, asked: &Asked<'_>, protocols: &Value, seen: &Seen) -> bool {
     if protocols.is_null() {
         return true;
     }
@@ -158,7 +177,7 @@ fn protocols_match(cluster: &Cluster, protocols: &Value, seen: &Seen, denies: bo
             let Some(protocol) = seen.protocol.api_name() else {
                 return false;
             };
-            let pods = pods_at(cluster, seen.destination, denies);
+            let pods = pods_at(cluster, asked, seen.destination);
             let mut pods = pods.into_iter();
             return pods.any(|pod| pod_names_port(pod, name, protocol, seen.port.into()));
         }
