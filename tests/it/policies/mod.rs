@@ -3,6 +3,7 @@
 
 mod alone;
 mod bridge;
+mod cluster;
 mod cut;
 mod directions;
 mod live;

@@ -122,8 +122,13 @@ impl Net {
         assert_eq!(rules(&loaded), rules(node.ns()), "{text}");
     }
 
-    /// Connections between machines of the network, with what the API says of them.
-    fn cases(&self, random: &mut Random, cluster: &Cluster) -> Vec<Case> {
+    /// Connections between machines of the network, with what the API says of them. Counts those
+    /// that cluster policies deny, and allow.
+    fn cases(&self, random: &mut Random, cluster: &Cluster, by_tier: &mut [usize; 2]) -> Vec<Case> {
+        let untiered = Cluster {
+            cluster_policies: Vec::new(),
+            ..cluster.clone()
+        };
         let mut cases = Vec::new();
         while cases.len() < ASKED {
             let (source, to, protocol, port) = generate::connection(random, &SHAPE, cluster);
@@ -140,9 +145,13 @@ impl Net {
             {
                 // The host sees nothing of a pod that reaches its own address.
                 let passes = source == to || allowed(cluster, source, to, protocol, port);
+                let without = source == to || allowed(&untiered, source, to, protocol, port);
                 // Most pass; what is denied is asked for rather.
-                if passes && random.percent(60) && !cluster.policies.is_empty() {
+                if passes && without && random.percent(60) && !cluster.policies.is_empty() {
                     continue;
+                }
+                if passes != without {
+                    by_tier[usize::from(passes)] += 1;
                 }
                 cases.push(Case {
                     from,
@@ -169,7 +178,7 @@ fn packets_of_random_clusters_agree_with_the_api() {
     }
     let net = Net::new();
     let directory = tempfile::tempdir().expect("a directory");
-    let (mut passed, mut denied) = (0, 0);
+    let (mut passed, mut denied, mut by_tier) = (0, 0, [0, 0]);
     let mut asked: Vec<Case> = Vec::new();
     for seed in 0..CASES {
         let mut random = Random::new(seed);
@@ -177,7 +186,7 @@ fn packets_of_random_clusters_agree_with_the_api() {
         for change in 0..=CHANGES {
             net.program(directory.path(), &cluster);
             net.compare_text(directory.path());
-            let cases = net.cases(&mut random, &cluster);
+            let cases = net.cases(&mut random, &cluster, &mut by_tier);
             passed += cases.iter().filter(|case| case.passes).count();
             denied += cases.iter().filter(|case| !case.passes).count();
             println!("seed {seed}, change {change}");
@@ -188,8 +197,9 @@ fn packets_of_random_clusters_agree_with_the_api() {
             cluster.departed.clear();
         }
     }
-    println!("{passed} requests passed, {denied} were denied");
+    println!("{passed} requests passed, {denied} were denied; {by_tier:?} by cluster policies");
     assert!(passed > 200 && denied > 200, "{passed} and {denied}");
+    assert!(by_tier[0] > 100 && by_tier[1] > 20, "{by_tier:?}");
     // Without policies every one of the denied is answered.
     net.program(directory.path(), &Cluster::default());
     asked.iter_mut().for_each(|case| case.passes = true);
