@@ -6,10 +6,13 @@ use crate::support::agent::{
     wait_for_log, wait_for_rules,
 };
 use crate::support::manifests::Service;
-use crate::support::objects::{service, slice};
+use crate::support::objects::{self, cluster_policy, namespace, pod, service, slice};
 use nftlet_lab::fake_api;
-use nftlet_lab::fake_api::{CIDRS, NODES, SERVICES, SLICES, Streaming};
+use nftlet_lab::fake_api::{
+    CIDRS, CLUSTER_POLICIES, NAMESPACES, NODES, PODS, SERVICES, SLICES, Streaming,
+};
 use nftlet_lab::netns::{Namespace, require_net_admin, wait_for};
+use serde_json::json;
 
 /// Checks that the kernel has what a new process would write for the server's objects.
 #[track_caller]
@@ -42,6 +45,48 @@ fn lists_and_changes_of_a_cluster_reach_the_kernel() {
     assert_as_new(&node);
     assert_eq!(lines_with(&nftlet.log(), "WARN"), Vec::<String>::new());
     assert_eq!(lines_with(&nftlet.log(), "ERROR"), Vec::<String>::new());
+    assert!(nftlet.ended().is_none());
+}
+
+#[test]
+fn cluster_policies_and_the_nodes_they_select_reach_the_kernel() {
+    if !require_net_admin() {
+        return;
+    }
+    let node = small_cluster();
+    let api = &node.api;
+    api.add_api(CLUSTER_POLICIES);
+    api.put(NAMESPACES, namespace("shop", &[]));
+    api.put(PODS, pod("web", "node-1", &[], &["10.1.0.1"]));
+    let of_role = |name: &str, role: &str, address: &str| {
+        let addresses = json!([{"type": "InternalIP", "address": address}]);
+        let other =
+            json!({"metadata": {"labels": {"role": role}}, "status": {"addresses": addresses}});
+        api.put(NODES, objects::with(objects::node(name, "zone-a"), other));
+    };
+    of_role("node-2", "control", "192.0.2.2");
+    of_role("node-3", "worker", "192.0.2.3");
+    let mut nftlet = node.run();
+    let to = json!([{"nodes": {"matchLabels": {"role": "control"}}}]);
+    let deny = json!({"tier": "Admin", "priority": 5, "subject": {"namespaces": {}},
+        "egress": [{"action": "Deny", "to": to}]});
+    node.leads("10.96.0.11", &["10.1.0.1"]);
+    node.lacks("nftlet-policy");
+    for _ in 0..2 {
+        api.put(CLUSTER_POLICIES, cluster_policy("deny", deny.clone()));
+        node.has("192.0.2.2");
+        node.has("admin-egress-");
+        assert_as_new(&node);
+        of_role("node-3", "control", "192.0.2.3");
+        node.has("192.0.2.3");
+        of_role("node-3", "worker", "192.0.2.3");
+        node.lacks("192.0.2.3");
+        // Services follow the own Node alone.
+        node.leads("10.96.0.11", &["10.1.0.1"]);
+        api.delete(CLUSTER_POLICIES, "deny");
+        node.lacks("nftlet-policy");
+    }
+    assert_eq!(lines_with(&nftlet.log(), "WARN"), Vec::<String>::new());
     assert!(nftlet.ended().is_none());
 }
 
