@@ -152,9 +152,14 @@ pub(super) fn summary(store: &Store, policies: Option<&Engine>, settings: &Setti
     }
     let node = store.node().map_or("unknown", |node| &*node.name);
     parts.push(format!("node {node}"));
-    let policies = policies.map_or(0, |policies| policies.count(Kind::NetworkPolicy));
-    if policies > 0 {
-        parts.push(format!("{policies} network policies"));
+    for (kind, plural) in [
+        (Kind::NetworkPolicy, "network policies"),
+        (Kind::ClusterNetworkPolicy, "cluster network policies"),
+    ] {
+        let policies = policies.map_or(0, |policies| policies.count(kind));
+        if policies > 0 {
+            parts.push(format!("{policies} {plural}"));
+        }
     }
     parts.join(", ")
 }
