@@ -218,7 +218,7 @@ fn nodes_and_networks_are_peers_of_egress() {
     let everything = json!({"networks": ["0.0.0.0/0", "::/0"]});
     let deny = to("Deny", everything.clone());
     // Pods are in networks, too.
-    check(&[deny.clone()], [false; 5]);
+    check(std::slice::from_ref(&deny), [false; 5]);
     let nodes = |role: &str| json!({"nodes": {"matchLabels": {"role": role}}});
     shop.manifests.put(&role("node-1", "worker", &own));
     shop.manifests.put(&role("node-2", "control", &other));

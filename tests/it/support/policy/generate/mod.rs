@@ -268,7 +268,7 @@ fn change(random: &mut Random, shape: &Shape, cluster: &mut Cluster) -> String {
         }
         16 | 17 if has_tiered => {
             let policy = &mut cluster.cluster_policies[tiered];
-            tiers::change(random, shape, policy)
+            tiers::change(random, policy)
         }
         18 | 19 if has_tiered => {
             let policy = &mut cluster.cluster_policies[tiered];

@@ -42,7 +42,7 @@ pub fn spec(random: &mut Random, shape: &Shape) -> Value {
 }
 
 /// Changes the priority, the tier or the action of a rule.
-pub fn change(random: &mut Random, shape: &Shape, policy: &mut Value) -> String {
+pub fn change(random: &mut Random, policy: &mut Value) -> String {
     let name = policy["metadata"]["name"].clone();
     let spec = &mut policy["spec"];
     let side = *random.pick(&["ingress", "egress"]);
@@ -65,7 +65,7 @@ pub fn change(random: &mut Random, shape: &Shape, policy: &mut Value) -> String 
             spec[side][rule]["action"] = json!(random.pick(&ACTIONS));
             format!("changed an action of {name}")
         }
-        _ => change(random, shape, policy),
+        _ => change(random, policy),
     }
 }
 
