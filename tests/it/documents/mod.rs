@@ -17,7 +17,7 @@ const DOCUMENTS: [(&str, usize); 13] = [
     ("docs/benchmarks.md", 3_200),
     ("docs/compatibility.md", 2_700),
     ("docs/configuration.md", 1_500),
-    ("docs/install.md", 1_600),
+    ("docs/install.md", 1_650),
     ("docs/monitoring.md", 1_700),
     ("docs/network-policies.md", 1_400),
     ("docs/ruleset.md", 1_500),
