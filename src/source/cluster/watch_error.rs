@@ -190,14 +190,22 @@ impl WatchError {
                     "the API server does not accept nftlet's credentials ({message}); renew the token or client certificate of the service account or of the kubeconfig; {KEPT}"
                 ),
             )),
-            WatchError::Refused { message, .. } => Some((
-                format!("403 {}", selection.kind.plural()),
-                format!(
-                    "the API server refuses access: {message}; add to nftlet's ClusterRole the rule {{apiGroups: [\"{}\"], resources: [\"{}\"], verbs: [\"list\", \"watch\"]}}; {KEPT}",
-                    selection.kind.group(),
-                    selection.kind.plural()
-                ),
-            )),
+            WatchError::Refused { message, .. } => {
+                let discovery = selection
+                    .discovery
+                    .as_ref()
+                    .map_or_else(String::new, |path| {
+                        format!(", and {{nonResourceURLs: [\"{path}\"], verbs: [\"get\"]}}")
+                    });
+                Some((
+                    format!("403 {}", selection.kind.plural()),
+                    format!(
+                        "the API server refuses access: {message}; add to nftlet's ClusterRole the rule {{apiGroups: [\"{}\"], resources: [\"{}\"], verbs: [\"list\", \"watch\"]}}{discovery}; {KEPT}",
+                        selection.kind.group(),
+                        selection.kind.plural()
+                    ),
+                ))
+            }
             WatchError::Busy { code, message, .. } => Some((
                 "busy".to_owned(),
                 format!("the API server cannot answer now ({code}: {message}); {KEPT}"),

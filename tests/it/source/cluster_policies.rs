@@ -195,20 +195,25 @@ async fn a_version_without_the_kind_does_not_have_it() {
 }
 
 #[tokio::test]
-async fn forbidden_cluster_policies_are_reported_with_the_rule_that_is_missing() {
-    let api = shop_with_cluster_policies().await;
-    api.forbid(CLUSTER_POLICIES, true);
-    let mut consumer = Consumer::with_policies(&api, curious()).await;
-    consumer.ready().await;
-    consumer
-        .until("a notice", |it| !it.notices.is_empty())
-        .await;
-    let rule = "{apiGroups: [\"policy.networking.k8s.io\"], resources: [\"clusternetworkpolicies\"], verbs: [\"list\", \"watch\"]}";
-    assert!(consumer.notices[0].message.contains(rule));
-    assert!(!consumer.complete.contains(&Kind::ClusterNetworkPolicy));
-    api.forbid(CLUSTER_POLICIES, false);
-    all_lists(&mut consumer).await;
-    consumer.finish().await;
+async fn forbidden_cluster_policies_are_reported_with_the_rules_that_are_missing() {
+    for path in [CLUSTER_POLICIES, DISCOVERY] {
+        let api = shop_with_cluster_policies().await;
+        api.forbid(path, true);
+        let mut consumer = Consumer::with_policies(&api, curious()).await;
+        consumer.ready().await;
+        consumer
+            .until("a notice", |it| !it.notices.is_empty())
+            .await;
+        let rules = "add to nftlet's ClusterRole the rule {apiGroups: [\"policy.networking.k8s.io\"], resources: [\"clusternetworkpolicies\"], verbs: [\"list\", \"watch\"]}, and {nonResourceURLs: [\"/apis/policy.networking.k8s.io/v1alpha2\"], verbs: [\"get\"]}";
+        let [notice] = consumer.notices.as_slice() else {
+            panic!("one notice: {:?}", consumer.notices);
+        };
+        assert!(notice.message.contains(rules), "{notice:?}");
+        assert!(!consumer.complete.contains(&Kind::ClusterNetworkPolicy));
+        api.forbid(path, false);
+        all_lists(&mut consumer).await;
+        consumer.finish().await;
+    }
 }
 
 #[tokio::test]
