@@ -335,7 +335,7 @@ pub struct Settings {
     #[arg(long, value_name = "DURATION", help_heading = CONNTRACK, value_parser = duration)]
     pub(crate) conntrack_udp_timeout_stream: Option<Duration>,
 
-    /// Enforce NetworkPolicies (on), or neither read nor enforce them (off).
+    /// Enforce NetworkPolicies and ClusterNetworkPolicies (on), or neither read nor enforce them (off).
     #[arg(
         long,
         value_name = "on|off",
