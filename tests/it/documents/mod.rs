@@ -19,7 +19,7 @@ const DOCUMENTS: [(&str, usize); 13] = [
     ("docs/configuration.md", 1_500),
     ("docs/install.md", 1_650),
     ("docs/monitoring.md", 1_700),
-    ("docs/network-policies.md", 1_400),
+    ("docs/network-policies.md", 1_500),
     ("docs/ruleset.md", 1_500),
     ("docs/security.md", 1_600),
     ("docs/troubleshooting.md", 1_900),
