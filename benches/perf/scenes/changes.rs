@@ -99,6 +99,11 @@ impl Times {
         row
     }
 
+    /// Returns the median of the part in the kernel.
+    pub fn kernel(&self) -> Value {
+        Seconds(self.kernel.median())
+    }
+
     /// Writes the part in the kernel as a row.
     fn note_kernel(&self, what: &str, of: Size, table: &mut Table) {
         let kernel = Seconds(self.kernel.median());

@@ -2,7 +2,8 @@
 //! from the server, as in the scene `changes`.
 //!
 //! A remote pod is one of another node that a policy for pods of this node allows. Memory is what is
-//! resident beyond that of the same services without policies.
+//! resident beyond that of the same services without policies. Cluster policies are beside the
+//! others for first programs, and alone for changes.
 
 use std::time::Duration;
 
@@ -10,17 +11,20 @@ use super::changes::Times;
 use super::first::SETTLE;
 use crate::Context;
 use crate::process::Process;
-use crate::report::Value::{Bytes, Seconds};
+use crate::report::Value::{Bytes, Ratio, Seconds};
 use crate::report::{Report, Table};
+use crate::samples::Samples;
 use crate::server::{Server, Watched};
 use nftlet_lab::cluster::{Cluster, Put, Size, grouped};
-use nftlet_lab::fake_api::PODS;
+use nftlet_lab::fake_api::{CLUSTER_POLICIES, PODS};
 use nftlet_lab::netns::Namespace;
-use nftlet_lab::pods::{LOCAL, Pod, Pods, policy};
+use nftlet_lab::pods::{LOCAL, Pod, Pods, cluster_policy, policy};
 use serde_json::json;
 
 const POLICY: &str = "nftlet_policy_sync_duration_seconds";
 const ASK: Duration = Duration::from_millis(20);
+/// First programs with and without cluster policies, in turns.
+const TURNS: usize = 5;
 
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
@@ -30,6 +34,8 @@ pub struct Arguments {
     pods: Vec<u32>,
     #[arg(long, default_value = "1000", value_parser = clap::value_parser!(u32).range(10..))]
     policies: u32,
+    #[arg(long, default_value = "100", value_parser = clap::value_parser!(u16).range(1..=1_000))]
+    cluster_policies: u16,
     /// The services that are there as well: services x endpoints of each.
     #[arg(long, default_value = "10000x10")]
     size: Size,
@@ -44,8 +50,9 @@ pub struct Arguments {
 
 impl Arguments {
     pub fn run(&self, context: &Context) -> Report {
-        let parameters: [(_, &dyn ToString); 3] = [
+        let parameters: [(_, &dyn ToString); 4] = [
             ("policies", &self.policies),
+            ("cluster policies", &self.cluster_policies),
             ("services", &self.size),
             ("changes", &self.changes),
         ];
@@ -64,6 +71,7 @@ impl Arguments {
         for pods in &self.pods {
             let pods = Pods::new(*pods as usize, self.policies as usize);
             self.measure(&cluster, pods, without, context, [&mut whole, &mut single]);
+            self.measure_cluster_policies(&cluster, pods, context, [&mut whole, &mut single]);
         }
         for policies in &self.of_all {
             measure_of_all(*policies, self.changes, context, &mut single);
@@ -140,6 +148,63 @@ impl Arguments {
         });
         watched.process.stop();
     }
+
+    fn measure_cluster_policies(
+        &self,
+        cluster: &Cluster,
+        pods: Pods,
+        context: &Context,
+        [whole, single]: [&mut Table; 2],
+    ) {
+        let of = format!("{} pods", grouped(pods.pods as f64));
+        context.progress(format_args!("{of}  cluster policies"));
+        let policies = || (0..usize::from(self.cluster_policies)).map(cluster_policy);
+        let mut server = Server::new(Namespace::new("node"), &context.nftlet);
+        server.put(cluster.objects().chain(pods.objects()));
+        let [mut without, mut with] = [(); 2].map(|()| Samples::default());
+        for _ in 0..TURNS {
+            server.api.remove_api(CLUSTER_POLICIES);
+            without.push(first_program(&mut server));
+            server.api.add_api(CLUSTER_POLICIES);
+            server.put(policies());
+            with.push(first_program(&mut server));
+        }
+        let ratio = Ratio(with.over(&without).median());
+        let what = "first program, cluster policies as well";
+        whole.row(what, &of, "nftlet", Seconds(with.median()));
+        whole.row(format!("{what}, over without"), &of, "nftlet", ratio);
+
+        let pods = Pods {
+            policies: 0,
+            ..pods
+        };
+        let server = Server::new(Namespace::new("node"), &context.nftlet);
+        server.api.add_api(CLUSTER_POLICIES);
+        server.put(cluster.objects().chain(pods.objects()).chain(policies()));
+        let (process, _) = server.start();
+        policies_in_force(&process, &server);
+        let watched = Watched::new(process, &server);
+        let mut relabelled = Times::default();
+        for number in 0..self.changes as usize {
+            let pod = pods.later(number);
+            watched.put(pods.object(&pod));
+            let application = pods.later(number + 1).application;
+            relabelled.push(watched.put(pods.object(&Pod { application, ..pod })));
+        }
+        let what = "remote pod relabelled, cluster policies alone";
+        let row = relabelled.note(what, &of, single);
+        row.and("in the kernel", relabelled.kernel());
+        watched.process.stop();
+    }
+}
+
+/// Starts nftlet on another node; returns the seconds that its first comparison took.
+fn first_program(server: &mut Server) -> f64 {
+    server.another_node();
+    let (process, _) = server.start();
+    let took = policies_in_force(&process, server);
+    process.stop();
+    took
 }
 
 /// Measures one more policy among those that select all pods of a node.

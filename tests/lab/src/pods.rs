@@ -3,14 +3,14 @@
 //! A hundred pods in each namespace, ten of each of ten applications; the first 110 pods run on
 //! the node that is programmed. Ten policies in each namespace as long as there are policies: five
 //! select all pods and five one application, and each allows one application, some of them in all
-//! namespaces of a team.
+//! namespaces of a team. Cluster policies select the pods of a team.
 
 use std::net::Ipv4Addr;
 
 use serde_json::{Value, json};
 
 use crate::cluster::{NODE, Put, above, managed, timestamp, uid};
-use crate::fake_api::{NAMESPACES, PODS, POLICIES};
+use crate::fake_api::{CLUSTER_POLICIES, NAMESPACES, PODS, POLICIES};
 
 /// The pods of the node that is programmed.
 pub const LOCAL: usize = 110;
@@ -21,6 +21,7 @@ const POLICIES_OF_NAMESPACE: usize = 10;
 /// this node.
 const ALLOWED: usize = 5;
 const TEAMS: usize = 20;
+const ACTIONS: [&str; 3] = ["Accept", "Deny", "Pass"];
 
 /// Pods and policies.
 #[derive(Clone, Copy, Debug)]
@@ -199,6 +200,25 @@ pub fn policy(namespace: &str, name: &str, spec: Value) -> Put {
         "spec": spec,
     });
     (POLICIES, object)
+}
+
+/// Returns a ClusterNetworkPolicy by its number: ten rules for egress, each for one application of
+/// one team. A hundred of them have 200 peers.
+pub fn cluster_policy(number: usize) -> Put {
+    let team = |number: usize| json!({"matchLabels": {"team": team(number)}});
+    let rules = (0..APPLICATIONS).map(|rule| {
+        let application = json!({"matchLabels": {"app": format!("app-{rule}")}});
+        let peer = json!({"namespaceSelector": team(number + rule), "podSelector": application});
+        json!({"action": ACTIONS[rule % ACTIONS.len()], "to": [{"pods": peer}]})
+    });
+    let object = json!({
+        "apiVersion": "policy.networking.k8s.io/v1alpha2",
+        "kind": "ClusterNetworkPolicy",
+        "metadata": {"name": format!("policy-{number}"), "uid": uid("5", number)},
+        "spec": {"tier": "Admin", "priority": number, "subject": {"namespaces": team(number)},
+            "egress": rules.collect::<Vec<_>>()},
+    });
+    (CLUSTER_POLICIES, object)
 }
 
 fn team(namespace: usize) -> String {

@@ -20,7 +20,8 @@ use super::traffic::{self, PATIENCE};
 use crate::kube_proxy;
 use crate::scenes::policies::policies_in_force;
 use crate::server::Server;
-use nftlet_lab::cluster::{Cluster, NODE_IP, Random, TARGET_PORT, grouped};
+use nftlet_lab::cluster::{Cluster, NODE_IP, Put, Random, TARGET_PORT, grouped};
+use nftlet_lab::fake_api::CLUSTER_POLICIES;
 use nftlet_lab::netns::{Lab, LabOptions, Namespace};
 use nftlet_lab::pods::{self, Pod, Pods};
 
@@ -64,6 +65,9 @@ pub enum Rules {
     /// The same with a thousand policies, of which some isolate the client: every packet passes
     /// the chains that judge it.
     Policies(usize),
+    /// The same with so many cluster policies of ten rules, of which only the very last one matches
+    /// what the client sends.
+    ClusterPolicies(usize, usize),
 }
 
 /// Client, node and server.
@@ -96,6 +100,9 @@ impl Rules {
             Self::WithoutFilters(size) => format!("without filters, {}", services(size)),
             Self::Affinity(size) => format!("with affinity, {}", services(size)),
             Self::Policies(size) => format!("with policies, {}", services(size)),
+            Self::ClusterPolicies(size, policies) => {
+                format!("with {policies} cluster policies, {}", services(size))
+            }
         }
     }
 
@@ -107,6 +114,7 @@ impl Rules {
     /// Puts the rules for a cluster in force on a node. False if that takes too long.
     fn load(self, lab: &Lab, cluster: &Cluster, nftlet: &Path) -> bool {
         let node = lab.node().ns();
+        let client = lab.node().pods[0].v4;
         match self {
             Self::None | Self::NoneAgain => {}
             Self::OneRule => node.nft_load(&one_rule(cluster)),
@@ -124,10 +132,9 @@ impl Rules {
                 cluster.affinity = true;
                 program(node, &cluster, None, nftlet);
             }
-            Self::Policies(_) => {
-                let mut pods = Pods::new(PODS, POLICIES);
-                pods.base = PODS_AT;
-                program(node, cluster, Some((pods, lab.node().pods[0].v4)), nftlet);
+            Self::Policies(_) => program(node, cluster, Some((client, 0)), nftlet),
+            Self::ClusterPolicies(_, policies) => {
+                program(node, cluster, Some((client, policies)), nftlet);
             }
         }
         true
@@ -248,12 +255,15 @@ const WITHOUT_FILTERS: &str = "
     delete chain ip nftlet filter-output
 ";
 
-/// Has nftlet write the rules of a node, and ends it. With pods, the client is one of this node,
-/// isolated in both directions, that may connect to everything.
-fn program(node: &Namespace, cluster: &Cluster, pods: Option<(Pods, Ipv4Addr)>, nftlet: &Path) {
+/// Has nftlet write the rules of a node, and ends it. With the client's address there are policies:
+/// it is a pod of this node, isolated in both directions, that may connect to everything, and so
+/// many cluster policies select it.
+fn program(node: &Namespace, cluster: &Cluster, client: Option<(Ipv4Addr, usize)>, nftlet: &Path) {
     let server = Server::new(node.clone(), nftlet);
     server.put(cluster.objects());
-    if let Some((pods, address)) = pods {
+    if let Some((address, cluster_policies)) = client {
+        let mut pods = Pods::new(PODS, POLICIES);
+        pods.base = PODS_AT;
         let client = Pod {
             local: true,
             address,
@@ -263,12 +273,30 @@ fn program(node: &Namespace, cluster: &Cluster, pods: Option<(Pods, Ipv4Addr)>, 
         let spec = json!({"podSelector": {}, "policyTypes": ["Egress"], "egress": [{}]});
         let allow = pods::policy(&namespace, "to-everything", spec);
         server.put(pods.objects().chain([pods.object(&client), allow]));
+        server.api.add_api(CLUSTER_POLICIES);
+        server.put(matching_last(cluster_policies));
     }
     let (process, _) = server.start();
-    if pods.is_some() {
+    if let Some((_, cluster_policies)) = client {
         policies_in_force(&process, &server);
+        let judged = node.nft(&["list", "chains"]).contains("admin-egress");
+        assert_eq!(judged, cluster_policies > 0, "cluster policies");
     }
     process.stop();
+}
+
+/// Returns cluster policies for all pods whose last rule alone matches endpoints.
+fn matching_last(policies: usize) -> Vec<Put> {
+    let mut policies: Vec<Put> = (0..policies).map(pods::cluster_policy).collect();
+    for (_, policy) in &mut policies {
+        policy["spec"]["subject"] = json!({"namespaces": {}});
+    }
+    let last = policies.last_mut();
+    let rule = last.and_then(|(_, policy)| policy["spec"]["egress"].as_array_mut()?.last_mut());
+    if let Some(rule) = rule {
+        *rule = json!({"action": "Accept", "to": [{"networks": ["0.0.0.0/0"]}]});
+    }
+    policies
 }
 
 /// Translates the address of the first service to its first endpoint.

@@ -24,6 +24,8 @@ use traffic::{Connection, Echo, connect};
 
 /// Busy services: few enough for the processor's caches to hold what their connections read.
 const BUSY: usize = 10;
+/// Cluster policies that select the client.
+const CLUSTER_POLICIES: [usize; 2] = [3, 100];
 /// What an established connection carries in a round.
 const BYTES: usize = 32 << 20;
 
@@ -145,6 +147,7 @@ impl Arguments {
                 wanted.extend([Rules::None, Rules::Tracked, Rules::OneRule]);
                 wanted.push(Rules::WithoutFilters(services));
                 wanted.extend([Rules::Affinity(services), Rules::Policies(services)]);
+                wanted.extend(CLUSTER_POLICIES.map(|it| Rules::ClusterPolicies(services, it)));
             }
             if place + 1 == sizes.len() {
                 wanted.push(Rules::NoneAgain);
@@ -266,6 +269,10 @@ fn comparisons(sizes: &[usize], tracks: &[Track], too_slow: &[usize]) -> Table {
     for lane in [Rules::Affinity(smallest), Rules::Policies(smallest)] {
         pairs.extend([(lane, Rules::OneRule), (lane, Rules::Nftlet(smallest))]);
     }
+    pairs.extend(CLUSTER_POLICIES.map(|policies| {
+        let lane = Rules::ClusterPolicies(smallest, policies);
+        (lane, Rules::Policies(smallest))
+    }));
     pairs.extend([(large, Rules::Tracked), (large, Rules::None)]);
     // How far lanes with the same rules are apart.
     pairs.push((Rules::NoneAgain, Rules::None));
