@@ -42,6 +42,7 @@ mod kube_proxy_cleanup;
 mod metrics;
 mod monitor;
 mod objects;
+mod questions;
 mod routes;
 mod sysctls;
 
@@ -53,7 +54,7 @@ use tokio::runtime;
 use self::error::{Error, system};
 use self::objects::{connect, load, manifests};
 use crate::logging::LogQueue;
-use crate::settings::{self, Cleanup, CommandLine};
+use crate::settings::{self, Cleanup, Command, CommandLine};
 
 /// The oldest kernel on which nftlet runs; kube-proxy's nftables mode needs the same.
 const OLDEST_KERNEL: (u32, u32) = (5, 13);
@@ -81,22 +82,33 @@ pub fn main() -> ExitCode {
             ExitCode::from(2)
         }
         // --help or --version.
-        Err(requested) => exit_code(print(|out| help(&requested, out)), &log),
+        Err(requested) => {
+            let printed = print(|out| help(&requested, out));
+            exit_code(printed.map(|()| ExitCode::SUCCESS), &log)
+        }
     };
     log.flush();
     code
 }
 
 /// Runs one of nftlet's modes. The rules stay in the kernel when it returns.
-fn run(mut line: CommandLine, log: &LogQueue) -> Result<(), Error> {
-    if let Some(command) = line.command {
-        return print(|mut out| command.print(&mut out));
+fn run(mut line: CommandLine, log: &LogQueue) -> Result<ExitCode, Error> {
+    let command = line.command.take();
+    match &command {
+        Some(Command::Completion { shell }) => {
+            return print(|mut out| settings::print_completion(*shell, &mut out))
+                .map(|()| ExitCode::SUCCESS);
+        }
+        Some(Command::Man) => {
+            return print(|mut out| settings::print_man(&mut out)).map(|()| ExitCode::SUCCESS);
+        }
+        Some(Command::Explain(_) | Command::Services(_)) | None => {}
     }
     let cleanup = line.settings.cleanup;
     if let Some(cleanup) = cleanup.filter(|scope| *scope != Cleanup::Nothing) {
         // An invalid configuration must not keep rules from being removed.
         configure::start_logging(&line.settings, log);
-        return kube_proxy_cleanup::clean(cleanup);
+        return kube_proxy_cleanup::clean(cleanup).map(|()| ExitCode::SUCCESS);
     }
     let file = configure::read(&mut line)?;
     let settings = &line.settings;
@@ -107,15 +119,18 @@ fn run(mut line: CommandLine, log: &LogQueue) -> Result<(), Error> {
     let service_settings = objects::service_settings(settings)?;
     settings.is_closed()?;
     if let Some(path) = &settings.write_config_to {
-        return configure::write(settings, path);
+        return configure::write(settings, path).map(|()| ExitCode::SUCCESS);
     }
     if settings.init_only {
         sysctls::initialise(settings);
-        return Ok(());
+        return Ok(ExitCode::SUCCESS);
+    }
+    if let Some(command) = &command {
+        return questions::answer(command, settings, &node_name, &service_settings);
     }
     let descriptors = descriptors::reserve()?;
     if settings.dry_run {
-        return dry_run::run(settings, &node_name, &service_settings);
+        return dry_run::run(settings, &node_name, &service_settings).map(|()| ExitCode::SUCCESS);
     }
     check_release(&rustix::system::uname().release().to_string_lossy())?;
     agent::run(agent::Start {
@@ -126,12 +141,13 @@ fn run(mut line: CommandLine, log: &LogQueue) -> Result<(), Error> {
         descriptors,
         log,
     })
+    .map(|()| ExitCode::SUCCESS)
 }
 
 /// Writes the error of a failed run to the log, and returns the exit code.
-fn exit_code(result: Result<(), Error>, log: &LogQueue) -> ExitCode {
+fn exit_code(result: Result<ExitCode, Error>, log: &LogQueue) -> ExitCode {
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             log.add(format!("nftlet: {error}\n").as_bytes());
             error.exit_code()

@@ -31,6 +31,7 @@ pub mod engine;
 pub mod events;
 pub mod followers;
 mod host;
+mod insight;
 pub mod logging;
 pub mod model;
 pub mod netlink;

@@ -37,7 +37,7 @@ pub(super) fn run(
 }
 
 /// Reads all objects once.
-async fn collect(
+pub(super) async fn collect(
     settings: &Settings,
     node_name: &str,
     service_settings: &services::ServiceSettings,

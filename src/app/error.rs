@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use thiserror::Error;
 
 use super::OLDEST_KERNEL;
+use crate::insight::{NameError, QuestionError};
 use crate::netlink;
 use crate::serve::http;
 use crate::settings::{self, file};
@@ -72,6 +73,14 @@ pub(crate) enum Error {
     /// With `--once`: a signal arrived first.
     #[error("stopped before the rules were written; the rules in the kernel did not change")]
     Interrupted,
+    /// A question that cannot be understood.
+    #[error(transparent)]
+    Question(#[from] QuestionError),
+    /// A name in a question that is unknown.
+    #[error(transparent)]
+    Name(#[from] NameError),
+    #[error("cannot read the questions in {}: {source}; name a file, or - for standard input", path.display())]
+    Batch { path: PathBuf, source: io::Error },
     #[error("the source of objects ended unexpectedly; the rules stay in force")]
     SourceEnded,
 }
@@ -80,7 +89,7 @@ impl Error {
     /// Returns 2 for an invalid command line or configuration, and 1 for everything else.
     pub(super) fn exit_code(&self) -> ExitCode {
         match self {
-            Self::Arguments(_) | Self::Configuration(_) => ExitCode::from(2),
+            Self::Arguments(_) | Self::Configuration(_) | Self::Question(_) => ExitCode::from(2),
             _ => ExitCode::FAILURE,
         }
     }

@@ -77,6 +77,9 @@ pub struct Pod {
     pub addresses: SmallVec<[IpAddr; 2]>,
     /// `metadata.labels`.
     pub labels: Labels,
+    /// The name of the workload that manages the pod, such as its Deployment
+    /// (`metadata.ownerReferences`).
+    pub owner: Option<Arc<str>>,
     /// The container ports that have a name, sorted; each name once per protocol.
     pub ports: Arc<[NamedPort]>,
 }

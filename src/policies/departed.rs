@@ -125,6 +125,7 @@ mod tests {
             evidence: Evidence::default(),
             addresses: Default::default(),
             labels: Labels::default(),
+            owner: None,
             ports: Default::default(),
         };
         let ip = |last| IpAddr::from([10, 0, 0, last]);

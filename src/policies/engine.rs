@@ -144,6 +144,11 @@ impl Engine {
         engine
     }
 
+    /// Returns the objects.
+    pub(crate) fn inventory(&self) -> &Inventory {
+        &self.inventory
+    }
+
     /// Returns whether policies are enforced.
     pub(crate) fn is_on(&self) -> bool {
         self.on

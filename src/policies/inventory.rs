@@ -139,6 +139,11 @@ impl Inventory {
         !self.policies.is_empty() || self.cluster.len() > 0
     }
 
+    /// Returns all policies, sorted by name.
+    pub(crate) fn policies(&self) -> impl Iterator<Item = &Arc<NetworkPolicy>> {
+        self.policies.values()
+    }
+
     /// Returns the cluster policies.
     pub(crate) fn cluster(&self) -> &ClusterPolicies {
         &self.cluster

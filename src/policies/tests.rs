@@ -30,6 +30,7 @@ fn pod(name: &str, address: u8, node: &str, app: &str) -> Pod {
         evidence: Evidence::default(),
         addresses: [IpAddr::from([10, 0, 0, address])].into_iter().collect(),
         labels: [("app", app)].into_iter().collect(),
+        owner: None,
         ports: Arc::new([NamedPort {
             name: "http".into(),
             protocol: Protocol::Tcp,

@@ -137,6 +137,11 @@ pub(crate) struct ClaimChanges {
 }
 
 impl Claims {
+    /// Returns a service with this ClusterIP.
+    pub(crate) fn with_cluster_ip(&self, address: IpAddr) -> Option<&ObjectName> {
+        self.cluster_ips.get(&address)?.first()
+    }
+
     /// Returns the service that owns a claim.
     pub fn owner(&self, claim: &Claim) -> Option<&ObjectName> {
         self.holder(claim).map(|claimant| &claimant.name)

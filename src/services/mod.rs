@@ -59,18 +59,19 @@ mod tables;
 mod topology;
 
 pub(crate) use claims::Claim;
+pub(crate) use dispatch::Role;
 pub use engine::{Engine, wanted};
 pub(crate) use layout::Scope;
 pub use layout::{Clients, MOST_CLIENTS, ServiceSet, TABLE, affinity_declaration, table_id};
-pub(crate) use plan::{Pool, Route, ServicePlan, Target};
+pub(crate) use plan::{Frontend, Pool, Route, ServicePlan, Target};
 pub(crate) use removed::{address, number};
 pub(crate) use replaced::{Replaced, ServiceChanges};
 pub use service::plan;
-pub(crate) use settings::MasqueradeBit;
 pub use settings::{DetectLocal, ServiceSettings};
+pub(crate) use settings::{LocalDetector, MasqueradeBit};
 pub(crate) use skeleton::is_base_chain;
 pub(crate) use store::{EndpointOf, SlicesOf};
 pub use store::{Marks, Store};
 pub(crate) use tables::Sticky;
 #[cfg(test)]
-pub(crate) use {balance::Count, dispatch::Role, plan::Frontend, sources::SourceList};
+pub(crate) use {balance::Count, sources::SourceList};

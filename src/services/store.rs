@@ -177,6 +177,11 @@ impl Store {
         self.claims.owner(claim)
     }
 
+    /// Returns a service with this ClusterIP.
+    pub(crate) fn with_cluster_ip(&self, address: IpAddr) -> Option<&ObjectName> {
+        self.claims.with_cluster_ip(address)
+    }
+
     /// Returns whether a service owns a port of the node as its health check.
     pub(crate) fn owns_health_check(&self, service: &ObjectName, port: u16) -> bool {
         self.claims.owns_health_check(service, port)

@@ -1,23 +1,31 @@
 //! The command line: the values of the flags, and which of them were given.
 //!
 //! A configuration file overrules most flags that were given, and the page `/flagz` shows all
-//! values. The subcommands print something and take no flags.
+//! values. The subcommands print something. Those that answer questions take the flags of the agent
+//! on which the answer depends.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::io::{self, Write};
+use std::path::PathBuf;
 
 use clap::error::{ContextKind, ContextValue};
 use clap::parser::ValueSource;
-use clap::{ArgMatches, CommandFactory, FromArgMatches, Subcommand};
+use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
 use super::file::FIELDS;
 use super::{Ignored, Settings};
 
 // Without a doc comment, which would be the text above the flags in --help.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Subcommand)]
+#[derive(Clone, Debug, PartialEq, Eq, Subcommand)]
 pub(crate) enum Command {
+    /// Explain whether a connection is allowed, by which endpoint and which policy.
+    ///
+    /// Exits with 0 if the connection is allowed, and with 3 if it is not, or only in part.
+    Explain(Explain),
+    /// List services with their frontends and endpoints, and why endpoints get no traffic.
+    Services(Services),
     /// Print a script with which a shell completes nftlet's flags.
     Completion {
         /// The shell.
@@ -28,25 +36,122 @@ pub(crate) enum Command {
     Man,
 }
 
-impl Command {
-    pub(crate) fn print(self, out: &mut impl Write) -> io::Result<()> {
-        let mut nftlet = parser();
-        match self {
-            Self::Completion { shell } => {
-                let mut script = Vec::new();
-                clap_complete::generate(shell, &mut nftlet, "nftlet", &mut script);
-                out.write_all(&script)
-            }
-            Self::Man => clap_mangen::Man::new(nftlet).render(out),
-        }
-    }
+/// The form of an answer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Output {
+    /// For people.
+    #[default]
+    Text,
+    /// For programs, with the field `apiVersion`.
+    Json,
+}
+
+/// The arguments of `nftlet explain`.
+#[derive(Clone, Debug, PartialEq, Eq, Args)]
+#[command(
+    override_usage = "nftlet explain [OPTIONS] FROM TO[:PORT][/PROTOCOL]\n       nftlet explain [OPTIONS] --batch FILE"
+)]
+pub(crate) struct Explain {
+    /// The source: namespace/pod, svc/namespace/name, deploy/namespace/name, an IP address, node or
+    /// internet.
+    #[arg(value_name = "FROM", required_unless_present = "batch")]
+    pub(crate) from: Option<String>,
+    /// The destination, as the source, with a port by number or name (an IPv6 address in brackets
+    /// then) and TCP, UDP, SCTP or ICMP.
+    #[arg(value_name = "TO[:PORT][/PROTOCOL]", required_unless_present = "batch")]
+    pub(crate) to: Option<String>,
+    /// Answer the questions of a file, one a line; - is standard input. Each answer is one line of
+    /// JSON.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["from", "to", "output"])]
+    pub(crate) batch: Option<PathBuf>,
+    /// The form of the answer.
+    #[arg(
+        short,
+        long,
+        value_name = "text|json",
+        default_value = "text",
+        hide_default_value = true,
+        hide_possible_values = true
+    )]
+    pub(crate) output: Output,
+}
+
+/// The arguments of `nftlet services`.
+#[derive(Clone, Debug, PartialEq, Eq, Args)]
+pub(crate) struct Services {
+    /// Only the services of a namespace, or one of them with all its endpoints.
+    #[arg(value_name = "NAMESPACE[/NAME]")]
+    pub(crate) of: Option<String>,
+    /// Only services with frontends of which no endpoint is used.
+    #[arg(long)]
+    pub(crate) no_endpoints: bool,
+    /// Only services that have no rules because of a fault.
+    #[arg(long)]
+    pub(crate) refused: bool,
+    /// The form of the list.
+    #[arg(
+        short,
+        long,
+        value_name = "text|json",
+        default_value = "text",
+        hide_default_value = true,
+        hide_possible_values = true
+    )]
+    pub(crate) output: Output,
+}
+
+/// The subcommands that answer questions.
+const QUESTIONS: [&str; 2] = ["explain", "services"];
+
+/// The flags that the help of these subcommands shows, by their names in [`Settings`].
+const OF_QUESTIONS: [&str; 14] = [
+    "config",
+    "kubeconfig",
+    "master",
+    "manifests",
+    "hostname_override",
+    "cluster_cidr",
+    "detect_local_mode",
+    "pod_bridge_interface",
+    "pod_interface_name_prefix",
+    "nodeport_addresses",
+    "masquerade_all",
+    "bind_address",
+    "network_policy",
+    "verbose",
+];
+
+/// Writes the completion script of a shell.
+pub(crate) fn print_completion(shell: Shell, out: &mut impl Write) -> io::Result<()> {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut parser(), "nftlet", &mut script);
+    out.write_all(&script)
+}
+
+/// Writes the manual page.
+pub(crate) fn print_man(out: &mut impl Write) -> io::Result<()> {
+    clap_mangen::Man::new(parser()).render(out)
 }
 
 /// Returns the flags and the subcommands.
 fn parser() -> clap::Command {
-    Command::augment_subcommands(Settings::command())
+    let mut nftlet = Command::augment_subcommands(Settings::command())
         .args_conflicts_with_subcommands(true)
-        .disable_help_subcommand(true)
+        .disable_help_subcommand(true);
+    for name in QUESTIONS {
+        nftlet = nftlet.mut_subcommand(name, |question| {
+            let own: Vec<_> = question
+                .get_arguments()
+                .map(|it| it.get_id().clone())
+                .collect();
+            Settings::augment_args(question).mut_args(|arg| {
+                let is_shown =
+                    own.contains(arg.get_id()) || OF_QUESTIONS.contains(&arg.get_id().as_str());
+                arg.hide(!is_shown)
+            })
+        });
+    }
+    nftlet
 }
 
 /// A parsed command line.
@@ -67,12 +172,17 @@ impl CommandLine {
     pub(crate) fn parse(
         arguments: impl IntoIterator<Item = impl Into<OsString> + Clone>,
     ) -> Result<Self, clap::Error> {
-        let matches = parser().try_get_matches_from(arguments)?;
+        let mut matches = parser().try_get_matches_from(arguments)?;
         let command = matches
             .subcommand()
             .map(|_| Command::from_arg_matches(&matches));
+        let command = command.transpose()?;
+        match matches.remove_subcommand() {
+            Some((name, of_question)) if QUESTIONS.contains(&&*name) => matches = of_question,
+            _ => {}
+        }
         Ok(Self {
-            command: command.transpose()?,
+            command,
             settings: Settings::from_arg_matches(&matches)?,
             matches,
         })

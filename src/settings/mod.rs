@@ -21,7 +21,9 @@ use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{ArgAction, Parser};
 use ipnet::IpNet;
 
-pub(crate) use command_line::{CommandLine, one_line};
+pub(crate) use command_line::{
+    Command, CommandLine, Explain, Output, Services, one_line, print_completion, print_man,
+};
 pub(crate) use error::Error;
 use kube_proxy::{Ignored, Verbose};
 pub(crate) use modes::{

@@ -103,6 +103,17 @@ pub(super) struct Meta<'a, L = Labels<'a>> {
     pub deletion_timestamp: Option<Text<'a>>,
     pub labels: Option<L>,
     pub annotations: Option<Annotations<'a>>,
+    pub owner_references: Option<Vec<OwnerReference<'a>>>,
+}
+
+/// The object that manages another one.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct OwnerReference<'a> {
+    #[serde(borrow)]
+    pub kind: Option<Text<'a>>,
+    pub name: Option<Text<'a>>,
+    pub controller: Option<bool>,
 }
 
 /// All labels, for objects that selectors match.

@@ -13,6 +13,23 @@ use crate::model::{
 };
 use crate::source::wire;
 
+/// The label by which a Deployment names its ReplicaSets.
+const TEMPLATE_HASH: &str = "pod-template-hash";
+
+/// Returns the name of the workload that manages a pod: the controller among its owners, or the
+/// Deployment of a ReplicaSet, whose name is that of the ReplicaSet without the hash.
+fn workload<'a>(owners: &'a [wire::OwnerReference], labels: &Labels) -> Option<&'a str> {
+    let mut owners = owners.iter();
+    let owner = owners.find(|owner| owner.controller == Some(true))?;
+    let name = non_empty(owner.name.as_deref())?;
+    let hash = labels.get(TEMPLATE_HASH);
+    let is_replica_set = owner.kind.as_deref() == Some("ReplicaSet");
+    let deployment = hash
+        .filter(|_| is_replica_set)
+        .and_then(|hash| name.strip_suffix(&**hash)?.strip_suffix('-'));
+    Some(deployment.unwrap_or(name))
+}
+
 impl Converter {
     pub(super) fn pod(
         &mut self,
@@ -26,6 +43,7 @@ impl Converter {
         let deleted = meta.is_some_and(|meta| meta.deletion_timestamp.is_some());
         let lifecycle = status.map(|status| Lifecycle::new(status, deleted));
         let lifecycle = lifecycle.unwrap_or_default();
+        let labels = self.labels(meta.and_then(|meta| meta.labels.as_ref()), None);
         Pod {
             name: name.clone(),
             node: spec
@@ -36,7 +54,10 @@ impl Converter {
             running: lifecycle.running,
             evidence: lifecycle.evidence,
             addresses: status.map_or_else(SmallVec::new, |status| pod_ips(status, report)),
-            labels: self.labels(meta.and_then(|meta| meta.labels.as_ref()), None),
+            owner: meta
+                .and_then(|meta| workload(meta.owner_references.as_deref()?, &labels))
+                .map(|owner| self.interner.string(owner)),
+            labels,
             ports: self.named_ports(spec, report),
         }
     }

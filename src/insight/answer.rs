@@ -1,0 +1,250 @@
+//! The answer to a question about a connection, as the JSON has it.
+
+use std::net::IpAddr;
+
+use serde::Serialize;
+
+/// The answer to one question. Its JSON is an interface; fields may be added.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Answer {
+    pub api_version: &'static str,
+    /// The source, as asked for.
+    pub from: String,
+    /// The addresses of the source.
+    pub source_addresses: Vec<IpAddr>,
+    /// The destination, as asked for, without its port.
+    pub to: String,
+    /// The family of all targets: `IPv4`, `IPv6` or `both`.
+    pub family: &'static str,
+    /// The destination port; none for every port, and for ICMP.
+    pub port: Option<u16>,
+    pub protocol: String,
+    /// The node whose rules are explained.
+    pub node: String,
+    pub verdict: Verdict,
+    /// Why, if all targets agree, else the code of the first one that is not allowed.
+    pub code: Code,
+    pub service: ServiceStep,
+    pub targets: Vec<TargetAnswer>,
+    /// The ports that were asked for, if no port was given and they differ.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub ports: Vec<PortAnswer>,
+    /// Objects at fault.
+    pub warnings: Vec<String>,
+    /// What was assumed because the facts lack it.
+    pub assumptions: Vec<String>,
+}
+
+/// What happens to a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Verdict {
+    /// Every target can be reached.
+    Allowed,
+    /// Some targets can be reached.
+    Partly,
+    /// A policy drops it.
+    Denied,
+    /// The service answers with a reset or an ICMP error.
+    Refused,
+    /// The rules of services drop it.
+    Dropped,
+}
+
+impl Verdict {
+    /// Returns the word in capitals, as the text has it.
+    pub(super) fn word(self) -> &'static str {
+        match self {
+            Verdict::Allowed => "ALLOWED",
+            Verdict::Partly => "PARTLY",
+            Verdict::Denied => "DENIED",
+            Verdict::Refused => "REFUSED",
+            Verdict::Dropped => "DROPPED",
+        }
+    }
+
+    /// Combines the verdicts of several targets.
+    pub(super) fn of_all(verdicts: impl IntoIterator<Item = Self>) -> Self {
+        let mut verdicts = verdicts.into_iter();
+        let first = verdicts.next().unwrap_or(Verdict::Allowed);
+        let mut combined = first;
+        for verdict in verdicts {
+            if verdict != first {
+                let any_allowed = [combined, verdict]
+                    .iter()
+                    .any(|it| matches!(it, Verdict::Allowed | Verdict::Partly));
+                combined = if any_allowed {
+                    Verdict::Partly
+                } else {
+                    combined
+                };
+            }
+        }
+        combined
+    }
+}
+
+/// Why. The names are an interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+pub(crate) enum Code {
+    /// No policy selects the pod for the direction.
+    NoPolicy,
+    /// A rule of a policy allows it.
+    PolicyRule,
+    /// Policies isolate the pod, and none of their rules allows it.
+    PolicyNoRule,
+    /// A rule of a cluster network policy denies it.
+    PolicyDeny,
+    /// The frontend has no endpoints.
+    ServiceNoEndpoints,
+    /// The frontend has no endpoints on this node, which its traffic policy asks for.
+    ServiceNoLocalEndpoints,
+    /// The address is a ClusterIP, but no port of it.
+    ServicePortUnknown,
+    /// The address is in the range of ClusterIPs, but of no service.
+    ServiceAddressUnknown,
+    /// The client is outside of `loadBalancerSourceRanges`.
+    SourceRange,
+    /// The pod connects to itself.
+    SamePod,
+    /// The node connects to a pod on it.
+    NodeToOwnPod,
+    /// The pod has the addresses of its node, and no policy selects it.
+    HostNetwork,
+    /// No pod with this address is known.
+    PodUnknown,
+}
+
+/// What the rules of services do.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct ServiceStep {
+    pub action: Action,
+    /// Address, port and protocol of the first frontend.
+    pub frontend: Option<String>,
+    /// Namespace and name.
+    pub name: Option<String>,
+    /// The name of the service port; empty if it has none.
+    pub port: Option<String>,
+    /// Whether the client's address is replaced by the node's.
+    pub masquerade: bool,
+    /// The endpoints that get no traffic.
+    pub left_out: Vec<LeftOut>,
+}
+
+/// What happens to packets of a frontend.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Action {
+    /// They are translated to an endpoint.
+    Dnat,
+    /// They are rejected.
+    Reject,
+    /// They are dropped.
+    Drop,
+    /// The destination is no service.
+    #[default]
+    None,
+}
+
+/// An endpoint that gets no traffic of a frontend.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub(crate) struct LeftOut {
+    pub address: IpAddr,
+    pub pod: Option<String>,
+    pub reason: Reason,
+}
+
+/// Why an endpoint gets no traffic.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+pub(crate) enum Reason {
+    /// The condition `ready` is false.
+    NotReady,
+    /// It terminates, and others are ready.
+    Terminating,
+    /// It is on another node, and the traffic policy is Local.
+    OtherNode,
+    /// Its topology hints name other nodes or zones.
+    OtherZone,
+}
+
+impl Reason {
+    /// Returns it in words.
+    pub(super) fn words(self) -> &'static str {
+        match self {
+            Reason::NotReady => "not ready",
+            Reason::Terminating => "terminating",
+            Reason::OtherNode => "on another node",
+            Reason::OtherZone => "its hints name other zones or nodes",
+        }
+    }
+}
+
+/// What happens to connections to one endpoint, or to a destination that is no service.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct TargetAnswer {
+    pub family: &'static str,
+    pub address: IpAddr,
+    pub port: Option<u16>,
+    pub pod: Option<String>,
+    /// The node of the pod.
+    pub node: Option<String>,
+    pub verdict: Verdict,
+    pub code: Code,
+    pub egress: Decision,
+    pub ingress: Decision,
+}
+
+/// What the policies of one pod decide in one direction.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Decision {
+    pub verdict: Verdict,
+    pub code: Code,
+    /// The tier that decided.
+    pub tier: Option<&'static str>,
+    /// The policy whose rule decided, or those that isolate.
+    pub policies: Vec<PolicyName>,
+    /// The number of the rule that decided, from 1.
+    pub rule: Option<usize>,
+    /// The rule that would allow the connection but for one condition.
+    pub nearest: Option<Nearest>,
+    /// The node whose rules decide.
+    pub decided_on: Option<String>,
+}
+
+/// A policy.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub(crate) struct PolicyName {
+    pub kind: &'static str,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub namespace: String,
+    pub name: String,
+}
+
+/// A rule that fails in one condition.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub(crate) struct Nearest {
+    pub policy: PolicyName,
+    /// The number of the rule, from 1.
+    pub rule: usize,
+    /// What the connection does not meet.
+    pub failed: String,
+    /// What it meets.
+    #[serde(skip)]
+    pub met: Option<String>,
+}
+
+/// One of several ports, where none was given.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub(crate) struct PortAnswer {
+    /// A port or a range.
+    pub port: String,
+    pub protocol: String,
+    pub verdict: Verdict,
+    pub code: Code,
+}

@@ -1,0 +1,45 @@
+//! Answers people's questions: what the rules do with a packet, and why.
+//!
+//! Pure functions over the objects of the engines; they read no rule and write none.
+//!
+//! ```text
+//!  question ──> names ──> ends (addresses of a family)
+//!                            │
+//!                            ├─> service:  frontend, endpoints, masquerading
+//!                            └─> policies: egress of the source, ingress of each endpoint
+//!                                    └─> Answer ──> text, JSON
+//! ```
+
+mod answer;
+mod explain;
+mod names;
+mod question;
+mod service;
+mod services;
+mod text;
+
+pub(crate) use answer::Verdict;
+pub(crate) use explain::explain;
+pub(crate) use names::NameError;
+pub(crate) use question::{Question, QuestionError};
+pub(crate) use services::{ServiceFilter, services};
+pub(crate) use text::{Style, answer as answer_text, services as services_text};
+
+use crate::policies::Engine;
+use crate::services::{ServiceSettings, Store};
+
+/// What the questions are answered from.
+#[derive(Clone, Copy)]
+pub(crate) struct Facts<'a> {
+    /// The objects of services.
+    pub store: &'a Store,
+    /// The settings of the rules for services.
+    pub settings: &'a ServiceSettings,
+    /// The objects of policies.
+    pub policies: &'a Engine,
+    /// The name of the own node.
+    pub node: &'a str,
+}
+
+/// The version of the JSON.
+pub(crate) const API_VERSION: &str = "nftlet/v1";

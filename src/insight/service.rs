@@ -1,0 +1,300 @@
+//! What the rules of services do with a connection.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use ipnet::IpNet;
+
+use super::Facts;
+use super::answer::{Action, Code, LeftOut, Reason, ServiceStep};
+use crate::model::{Family, Node, Protocol, Service, ServicePort, TrafficPolicy};
+use crate::services::{
+    self, Claim, EndpointOf, Frontend, LocalDetector, Role, Route, ServicePlan, Target,
+};
+
+/// One end of a connection that opens it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Source {
+    pub address: IpAddr,
+    /// Whether it is the own node itself.
+    pub is_node: bool,
+    /// Whether it is a pod of the own node.
+    pub is_local_pod: bool,
+}
+
+/// The destination that a connection is opened to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Destination {
+    pub address: IpAddr,
+    /// None for ICMP.
+    pub protocol: Option<Protocol>,
+    pub port: Option<u16>,
+}
+
+/// What the rules of services do with a connection.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Judgement {
+    pub step: ServiceStep,
+    /// Why it goes no further.
+    pub code: Option<Code>,
+    /// The endpoints of which one gets the connection; the destination itself if it is no service.
+    pub targets: Vec<(IpAddr, Option<u16>)>,
+    /// The endpoints that see the node's address instead of the client's because they are the client.
+    pub hairpin: bool,
+}
+
+/// Judges a connection.
+pub(super) fn judge(facts: &Facts, source: &Source, to: &Destination) -> Judgement {
+    let claim = claim(facts, to);
+    let owner = claim.and_then(|claim| Some((claim, facts.store.owner(&claim)?)));
+    let Some((claim, name)) = owner else {
+        return no_frontend(facts, to);
+    };
+    let family = Family::of(to.address);
+    let plan = services::plan(facts.store, name, facts.settings, None);
+    let (Some(service), Ok(Some(plan))) = (facts.store.service(name), plan) else {
+        return no_frontend(facts, to);
+    };
+    let mut frontends = plan.frontends.iter();
+    let Some(frontend) = frontends.find(|it| it.at == claim && it.family == family) else {
+        return no_frontend(facts, to);
+    };
+    let port = port_of(service, &claim);
+    let mut judgement = route(facts, source, &plan, frontend);
+    let step = &mut judgement.step;
+    step.frontend = to.port.map(|port| shown(to.address, port, to.protocol));
+    step.name = Some(name.to_string());
+    step.port = port.map(|port| port.name.to_string());
+    if let Some(port) = port {
+        let chosen: Vec<Target> = judgement
+            .targets
+            .iter()
+            .filter_map(|(address, port)| Some((*address, (*port)?)))
+            .collect();
+        let scope_is_local = is_local(frontend, service);
+        step.left_out = left_out(facts, service, port, family, &chosen, scope_is_local);
+    }
+    judgement
+}
+
+/// Returns address, port and protocol as people write them.
+pub(super) fn shown(address: IpAddr, port: u16, protocol: Option<Protocol>) -> String {
+    let at = SocketAddr::new(address, port);
+    match protocol {
+        Some(protocol) => format!("{at}/{protocol}"),
+        None => at.to_string(),
+    }
+}
+
+/// Returns the claim that packets to a destination match: an address, or a port of the node.
+fn claim(facts: &Facts, to: &Destination) -> Option<Claim> {
+    let (protocol, port) = (to.protocol?, to.port?);
+    let address = Claim::Address(to.address, protocol, port);
+    if facts.store.owner(&address).is_some() {
+        return Some(address);
+    }
+    let node = facts.store.node().map(|node| &**node);
+    let family = Family::of(to.address);
+    let ranges = facts.settings.nodeport_ranges(family, node);
+    let answers = ranges.iter().any(|range| range.contains(&to.address));
+    (answers && is_of_node(node, to.address)).then_some(Claim::NodePort(protocol, port))
+}
+
+/// Returns whether an address is one of the node's.
+pub(super) fn is_of_node(node: Option<&Node>, address: IpAddr) -> bool {
+    node.is_some_and(|node| {
+        let all = node.internal_ips.iter().chain(&node.external_ips);
+        all.chain(&*node.addresses).any(|own| *own == address)
+    })
+}
+
+fn port_of<'s>(service: &'s Service, claim: &Claim) -> Option<&'s ServicePort> {
+    service.ports.iter().find(|port| match claim {
+        Claim::Address(_, protocol, number) => port.protocol == *protocol && port.port == *number,
+        Claim::NodePort(protocol, number) => {
+            port.protocol == *protocol && port.node_port == Some(*number)
+        }
+    })
+}
+
+/// Judges a destination that is no frontend.
+fn no_frontend(facts: &Facts, to: &Destination) -> Judgement {
+    let (action, code, name) = if let Some(name) = facts.store.with_cluster_ip(to.address) {
+        // Chains that reject look at TCP, UDP and SCTP alike, and at ICMP too.
+        (
+            Action::Reject,
+            Some(Code::ServicePortUnknown),
+            Some(name.to_string()),
+        )
+    } else if facts
+        .store
+        .service_cidrs()
+        .any(|range| range.contains(&to.address))
+    {
+        (Action::Drop, Some(Code::ServiceAddressUnknown), None)
+    } else {
+        (Action::None, None, None)
+    };
+    Judgement {
+        step: ServiceStep {
+            action,
+            name,
+            ..ServiceStep::default()
+        },
+        targets: match code {
+            Some(_) => Vec::new(),
+            None => vec![(to.address, to.port)],
+        },
+        code,
+        hairpin: false,
+    }
+}
+
+/// Follows the route of a frontend.
+fn route(facts: &Facts, source: &Source, plan: &ServicePlan, frontend: &Frontend) -> Judgement {
+    let family = frontend.family;
+    let mut masquerade = false;
+    let (pool, without) = match frontend.route {
+        Route::Balance(role, pool) => {
+            masquerade = masquerades(facts, source, role, family);
+            (pool, (Action::Reject, Code::ServiceNoEndpoints))
+        }
+        Route::BalanceOrDrop(role, pool) => {
+            masquerade = masquerades(facts, source, role, family);
+            (pool, (Action::Drop, Code::ServiceNoLocalEndpoints))
+        }
+        Route::LocalPolicy { cluster, local } => {
+            let any = plan
+                .pools
+                .get(cluster)
+                .is_some_and(|pool| !pool.targets.is_empty());
+            let none = if any {
+                (Action::Drop, Code::ServiceNoLocalEndpoints)
+            } else {
+                (Action::Reject, Code::ServiceNoEndpoints)
+            };
+            if comes_from_pods(facts, source, family) {
+                (cluster, none)
+            } else if source.is_node {
+                masquerade = true;
+                (cluster, none)
+            } else {
+                (if any { local } else { cluster }, none)
+            }
+        }
+    };
+    let targets = plan.pools.get(pool).map_or(&[][..], |pool| &pool.targets);
+    let allowed = !frontend.firewalled || {
+        let sources = plan.sources(family).map_or(&[][..], |list| list.ranges());
+        sources
+            .iter()
+            .any(|range: &IpNet| range.contains(&source.address))
+    };
+    let (action, code) = if !allowed {
+        (Action::Drop, Some(Code::SourceRange))
+    } else if targets.is_empty() {
+        (without.0, Some(without.1))
+    } else {
+        (Action::Dnat, None)
+    };
+    let mut sorted: Vec<Target> = match code {
+        Some(_) => Vec::new(),
+        None => targets.to_vec(),
+    };
+    sorted.sort_unstable();
+    Judgement {
+        step: ServiceStep {
+            action,
+            masquerade,
+            ..ServiceStep::default()
+        },
+        code,
+        hairpin: plan.hairpin.contains(&source.address)
+            && sorted.iter().any(|(address, _)| *address == source.address),
+        targets: sorted
+            .into_iter()
+            .map(|(address, port)| (address, Some(port)))
+            .collect(),
+    }
+}
+
+/// Returns whether the rules of a role mark a connection for masquerading.
+fn masquerades(facts: &Facts, source: &Source, role: Role, family: Family) -> bool {
+    match role {
+        Role::Balance | Role::LocalPolicy => false,
+        Role::External => true,
+        Role::Cluster => !comes_from_pods(facts, source, family),
+    }
+}
+
+/// Returns whether the rules recognise the source as a pod.
+fn comes_from_pods(facts: &Facts, source: &Source, family: Family) -> bool {
+    let node = facts.store.node().map(|node| &**node);
+    match facts.settings.detector(family) {
+        LocalDetector::None => false,
+        LocalDetector::PodNetworks => {
+            let networks = facts.settings.pod_networks(family, node);
+            networks
+                .iter()
+                .any(|network| network.contains(&source.address))
+        }
+        LocalDetector::Interface(_) => source.is_local_pod,
+    }
+}
+
+/// Returns whether a frontend uses only endpoints of this node.
+fn is_local(frontend: &Frontend, service: &Service) -> bool {
+    match frontend.route {
+        Route::LocalPolicy { .. } => true,
+        Route::BalanceOrDrop(..) => true,
+        Route::Balance(..) => service.internal_policy == TrafficPolicy::Local,
+    }
+}
+
+/// Returns the endpoints of a port that get no traffic, each with the reason.
+pub(super) fn left_out(
+    facts: &Facts,
+    service: &Service,
+    port: &ServicePort,
+    family: Family,
+    chosen: &[Target],
+    only_local: bool,
+) -> Vec<LeftOut> {
+    let slices = facts.store.slices_of(&service.name);
+    let endpoints = slices.endpoints(port, family);
+    let mut left_out: Vec<LeftOut> = endpoints
+        .iter()
+        .filter(|endpoint| chosen.binary_search(&endpoint.target()).is_err())
+        .map(|endpoint| LeftOut {
+            address: endpoint.endpoint.address,
+            pod: pod_at(facts, endpoint.endpoint.address),
+            reason: reason(facts, endpoint, only_local),
+        })
+        .collect();
+    left_out.dedup_by(|a, b| a.address == b.address && a.reason == b.reason);
+    left_out
+}
+
+fn reason(facts: &Facts, endpoint: &EndpointOf, only_local: bool) -> Reason {
+    let endpoint = endpoint.endpoint;
+    if endpoint.terminating {
+        Reason::Terminating
+    } else if !endpoint.ready {
+        Reason::NotReady
+    } else if only_local && endpoint.node.as_deref() != Some(facts.node) {
+        Reason::OtherNode
+    } else {
+        Reason::OtherZone
+    }
+}
+
+/// Returns the pod with an address, if that is certain.
+pub(super) fn pod_at(facts: &Facts, address: IpAddr) -> Option<String> {
+    let pod = facts.policies.inventory().owner(address)?;
+    Some(pod.name.to_string())
+}
+
+/// Returns the node of the pod with an address: by its object, else by the endpoints of a service.
+pub(super) fn node_of(facts: &Facts, address: IpAddr) -> Option<Arc<str>> {
+    facts.policies.inventory().owner(address)?.node.clone()
+}

@@ -1,0 +1,398 @@
+//! Answers as people read them.
+
+use std::collections::BTreeSet;
+use std::fmt::{self, Write};
+
+use super::answer::{Action, Answer, Code, Decision, LeftOut, PolicyName, TargetAnswer, Verdict};
+use super::services::{EndpointRow, ServiceRow};
+
+/// The most lines of endpoints, and names in a line.
+const MOST: usize = 10;
+/// Where the text of a step begins.
+const INDENT: usize = 26;
+
+/// How text is written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Style {
+    /// Whether verdicts have colours.
+    pub colour: bool,
+}
+
+impl Style {
+    /// Returns a word in the colour of a verdict, padded to a width.
+    fn verdict(self, word: &str, verdict: Verdict, width: usize) -> String {
+        let padded = format!("{word:width$}");
+        if !self.colour {
+            return padded;
+        }
+        let colour = match verdict {
+            Verdict::Allowed => 32,
+            Verdict::Partly => 33,
+            Verdict::Denied | Verdict::Refused | Verdict::Dropped => 31,
+        };
+        format!("\x1b[{colour}m{padded}\x1b[0m")
+    }
+}
+
+/// Writes an answer.
+pub(crate) fn answer(answer: &Answer, style: Style, out: &mut impl Write) -> fmt::Result {
+    let sources: Vec<String> = answer
+        .source_addresses
+        .iter()
+        .map(ToString::to_string)
+        .collect();
+    let from = &answer.from;
+    let sources = sources.join(", ");
+    if *from == sources {
+        write!(out, "{from} -> ")?;
+    } else {
+        write!(out, "{from} ({sources}) -> ")?;
+    }
+    let port = match &answer.service.port {
+        Some(name) if !name.is_empty() => format!(":{name}"),
+        _ => answer
+            .port
+            .map_or_else(String::new, |port| format!(":{port}")),
+    };
+    write!(out, "{}{port}", answer.to.trim_start_matches("svc/"))?;
+    match &answer.service.frontend {
+        Some(frontend) => write!(out, " ({frontend})")?,
+        None => write!(out, "/{}", answer.protocol)?,
+    }
+    writeln!(out, ", on {}\n", answer.node)?;
+    steps(answer, style, out)?;
+    writeln!(out)?;
+    let verdict = style.verdict(answer.verdict.word(), answer.verdict, 0);
+    let code = serde_json::to_value(answer.code).unwrap_or_default();
+    write!(out, "{verdict} ({})", code.as_str().unwrap_or_default())?;
+    writeln!(out, "{}", summary(answer))?;
+    for port in &answer.ports {
+        let code = serde_json::to_value(port.code).unwrap_or_default();
+        writeln!(
+            out,
+            "  {:<16} {} {}",
+            format!("{}/{}", port.port, port.protocol),
+            style.verdict(port.verdict.word(), port.verdict, 8),
+            code.as_str().unwrap_or_default()
+        )?;
+    }
+    for warning in &answer.warnings {
+        writeln!(out, "warning: {warning}")?;
+    }
+    for assumption in &answer.assumptions {
+        writeln!(out, "assumed: {assumption}")?;
+    }
+    Ok(())
+}
+
+fn summary(answer: &Answer) -> String {
+    let all = answer.targets.len();
+    let reached = answer
+        .targets
+        .iter()
+        .filter(|target| target.verdict == Verdict::Allowed)
+        .count();
+    match answer.service.action {
+        Action::Dnat => format!(": {reached} of {all} endpoints can be reached"),
+        _ if all > 1 => format!(": {reached} of {all} addresses can be reached"),
+        _ => String::new(),
+    }
+}
+
+fn steps(answer: &Answer, style: Style, out: &mut impl Write) -> fmt::Result {
+    let step = &answer.service;
+    let mut number = 0;
+    let mut line = |what: &str, word: &str, verdict: Verdict, text: &str, out: &mut _| {
+        number += 1;
+        let word = style.verdict(word, verdict, 11);
+        let out: &mut dyn Write = out;
+        writeln!(out, "  {number} {what:<9} {word} {text}")
+    };
+    match step.action {
+        Action::Dnat => {
+            let endpoints = match answer.targets.len() {
+                1 => "the only endpoint".to_owned(),
+                many => format!("one of {many} endpoints"),
+            };
+            let client = if step.masquerade {
+                "the endpoint sees the node's address"
+            } else {
+                "client address kept"
+            };
+            let text = format!("{endpoints}; {client}");
+            line("service", "TRANSLATED", Verdict::Allowed, &text, &mut *out)?;
+            for target in answer.targets.iter().take(MOST) {
+                let at =
+                    super::service::shown(target.address, target.port.unwrap_or_default(), None);
+                let pod = target.pod.as_deref().unwrap_or("-");
+                let node = target.node.as_deref().unwrap_or("-");
+                more(&format!("{at} {pod} {node}"), out)?;
+            }
+            if answer.targets.len() > MOST {
+                more(&format!("and {} more", answer.targets.len() - MOST), out)?;
+            }
+        }
+        Action::Reject => line(
+            "service",
+            "REFUSED",
+            Verdict::Refused,
+            why(answer.code),
+            &mut *out,
+        )?,
+        Action::Drop => line(
+            "service",
+            "DROPPED",
+            Verdict::Dropped,
+            why(answer.code),
+            &mut *out,
+        )?,
+        Action::None => line(
+            "service",
+            "NONE",
+            Verdict::Allowed,
+            "the destination is no address of a service",
+            &mut *out,
+        )?,
+    }
+    left_out(&step.left_out, out)?;
+    if answer.targets.is_empty() {
+        return Ok(());
+    }
+    for (what, direction) in [("egress", true), ("ingress", false)] {
+        let of = |target: &TargetAnswer| {
+            if direction {
+                target.egress.clone()
+            } else {
+                target.ingress.clone()
+            }
+        };
+        let mut groups: Vec<(Decision, Vec<String>)> = Vec::new();
+        for target in &answer.targets {
+            let mut decision = of(target);
+            decision.decided_on = None;
+            let who = if direction {
+                answer.from.clone()
+            } else {
+                target
+                    .pod
+                    .clone()
+                    .unwrap_or_else(|| target.address.to_string())
+            };
+            match groups.iter_mut().find(|(known, _)| *known == decision) {
+                Some((_, names)) if names.contains(&who) => {}
+                Some((_, names)) => names.push(who),
+                None => groups.push((decision, vec![who])),
+            }
+        }
+        for (decision, names) in &groups {
+            let text = decided(decision, names, what);
+            line(
+                what,
+                decision.verdict.word(),
+                decision.verdict,
+                &text,
+                &mut *out,
+            )?;
+            if let Some(nearest) = &decision.nearest {
+                let met = nearest.met.as_ref().map_or_else(
+                    || format!("{} does not match", nearest.failed),
+                    |met| format!("{met} matches, {} does not", nearest.failed),
+                );
+                let policy = policy(&nearest.policy);
+                more(
+                    &format!("nearest: {policy} rule {}: {met}", nearest.rule),
+                    out,
+                )?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn more(text: &str, out: &mut impl Write) -> fmt::Result {
+    writeln!(out, "{:INDENT$}{text}", "")
+}
+
+fn left_out(endpoints: &[LeftOut], out: &mut impl Write) -> fmt::Result {
+    let reasons: BTreeSet<_> = endpoints.iter().map(|it| it.reason).collect();
+    for reason in reasons {
+        let of_reason = endpoints.iter().filter(|it| it.reason == reason);
+        let names = of_reason.map(|it| it.pod.clone().unwrap_or_else(|| it.address.to_string()));
+        let names = listed(&names.collect::<Vec<_>>());
+        more(&format!("left out: {names} {}", reason.words()), out)?;
+    }
+    Ok(())
+}
+
+fn decided(decision: &Decision, names: &[String], direction: &str) -> String {
+    let who = listed(names);
+    let policies: Vec<String> = decision.policies.iter().map(policy).collect();
+    let policies = listed(&policies);
+    let kind = decision.policies.first().map_or("", |policy| policy.kind);
+    match decision.code {
+        Code::NoPolicy => format!("no policy selects {who} for {direction}"),
+        Code::PolicyRule => {
+            let rule = decision.rule.unwrap_or_default();
+            format!("{kind} {policies} rule {rule} allows this")
+        }
+        Code::PolicyDeny => {
+            let rule = decision.rule.unwrap_or_default();
+            format!("{kind} {policies} rule {rule} denies this")
+        }
+        Code::PolicyNoRule => match decision.policies.len() {
+            1 => format!("{kind} {policies} selects {who} and no rule allows this"),
+            _ => format!("{kind} {policies} select {who} and no rule allows this"),
+        },
+        Code::SamePod => "a pod reaches itself".to_owned(),
+        Code::NodeToOwnPod => "a node reaches its own pods".to_owned(),
+        Code::HostNetwork => format!("{who} is an address of the node, which no policy selects"),
+        code => why(code).to_owned(),
+    }
+}
+
+fn why(code: Code) -> &'static str {
+    match code {
+        Code::ServiceNoEndpoints => "the service has no ready endpoint",
+        Code::ServiceNoLocalEndpoints => {
+            "the traffic policy is Local, and no ready endpoint is on this node"
+        }
+        Code::ServicePortUnknown => "the service has no such port",
+        Code::ServiceAddressUnknown => "no service has this address in the range of ClusterIPs",
+        Code::SourceRange => "the client is outside of loadBalancerSourceRanges",
+        Code::PodUnknown => "no known pod has this address",
+        Code::NoPolicy
+        | Code::PolicyRule
+        | Code::PolicyNoRule
+        | Code::PolicyDeny
+        | Code::SamePod
+        | Code::NodeToOwnPod
+        | Code::HostNetwork => "",
+    }
+}
+
+fn policy(policy: &PolicyName) -> String {
+    if policy.namespace.is_empty() {
+        policy.name.clone()
+    } else {
+        format!("{}/{}", policy.namespace, policy.name)
+    }
+}
+
+/// Joins names, of which those of the namespace of the first have no namespace.
+fn listed(names: &[String]) -> String {
+    let namespace = names.first().and_then(|first| first.split_once('/'));
+    let mut shown: Vec<&str> = Vec::new();
+    for (index, name) in names.iter().enumerate() {
+        let short = namespace
+            .filter(|_| index > 0)
+            .and_then(|(namespace, _)| name.strip_prefix(namespace)?.strip_prefix('/'));
+        shown.push(short.unwrap_or(name));
+    }
+    let more = shown.len().saturating_sub(MOST);
+    shown.truncate(MOST);
+    let joined = shown.join(", ");
+    if more > 0 {
+        format!("{joined} and {more} more")
+    } else {
+        joined
+    }
+}
+
+/// Writes the table of services, or the details of one.
+pub(crate) fn services(rows: &[ServiceRow], style: Style, out: &mut impl Write) -> fmt::Result {
+    let header = [
+        "SERVICE",
+        "TYPE",
+        "FRONTENDS",
+        "POLICY",
+        "ENDPOINTS",
+        "LOCAL",
+        "AFFINITY",
+        "STATE",
+    ];
+    let mut cells: Vec<Vec<String>> = vec![header.map(str::to_owned).into()];
+    for row in rows {
+        let used = row.endpoints.iter().filter(|it| it.used).count();
+        let local = row
+            .endpoints
+            .iter()
+            .filter(|it| it.used && it.local)
+            .count();
+        cells.push(vec![
+            row.name.clone(),
+            row.kind.to_owned(),
+            row.frontends.len().to_string(),
+            row.policy.to_owned(),
+            used.to_string(),
+            local.to_string(),
+            row.affinity_seconds
+                .map_or_else(|| "-".to_owned(), |seconds| format!("{seconds}s")),
+            row.state.clone(),
+        ]);
+    }
+    let columns = header.len();
+    let widths: Vec<usize> = (0..columns)
+        .map(|column| {
+            let lengths = cells.iter().filter_map(|row| row.get(column));
+            lengths
+                .map(|cell| cell.chars().count())
+                .max()
+                .unwrap_or_default()
+        })
+        .collect();
+    for (index, row) in cells.iter().enumerate() {
+        let mut line = String::new();
+        for (cell, width) in row.iter().zip(&widths) {
+            write!(line, "{cell:<width$}  ")?;
+        }
+        let line = line.trim_end();
+        let sound = index == 0 || row.last().is_some_and(|state| state == "in force");
+        if style.colour && !sound {
+            writeln!(out, "\x1b[33m{line}\x1b[0m")?;
+        } else {
+            writeln!(out, "{line}")?;
+        }
+    }
+    if let [row] = rows {
+        details(row, out)?;
+    }
+    Ok(())
+}
+
+fn details(row: &ServiceRow, out: &mut impl Write) -> fmt::Result {
+    writeln!(out, "\nFrontends")?;
+    for frontend in &row.frontends {
+        let at = frontend
+            .address
+            .map_or_else(|| "node".to_owned(), |address| address.to_string());
+        let name = if frontend.name.is_empty() {
+            String::new()
+        } else {
+            format!(" {}", frontend.name)
+        };
+        writeln!(
+            out,
+            "  {at} {}/{}{name}: {}",
+            frontend.port, frontend.protocol, frontend.action
+        )?;
+    }
+    writeln!(out, "\nEndpoints")?;
+    for endpoint in &row.endpoints {
+        writeln!(out, "  {}", endpoint_line(endpoint))?;
+    }
+    if row.endpoints.is_empty() {
+        writeln!(out, "  none")?;
+    }
+    Ok(())
+}
+
+fn endpoint_line(endpoint: &EndpointRow) -> String {
+    let at = super::service::shown(endpoint.address, endpoint.port, None);
+    let pod = endpoint.pod.as_deref().unwrap_or("-");
+    let node = endpoint.node.as_deref().unwrap_or("-");
+    let state = match endpoint.reason {
+        None => "used".to_owned(),
+        Some(reason) => format!("left out: {}", reason.words()),
+    };
+    format!("{at} {pod} {node} {state}")
+}
