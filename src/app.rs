@@ -31,6 +31,7 @@
 //! with `--services=off`.
 
 mod agent;
+mod ask;
 mod configure;
 mod descriptors;
 mod dry_run;
@@ -44,6 +45,7 @@ mod monitor;
 mod objects;
 mod questions;
 mod routes;
+mod socket;
 mod sysctls;
 
 use std::io::{self, IsTerminal, Write};

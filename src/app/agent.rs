@@ -65,7 +65,10 @@ pub(super) fn run(start: Start) -> Result<(), Error> {
     let (stop, stopped) = watch::channel(false);
     let (freed, port_freed) = std::sync::mpsc::channel();
     let (publish_checks, health_checks) = watch::channel(Checks::new());
+    let (ask, queries) = mpsc::channel(followers::QUERIES);
+    let queries = (!settings.once).then_some(queries);
     let io = IoThread {
+        ask: ask.clone(),
         args: settings.clone(),
         file: start.file,
         pages: Pages::new(
@@ -97,7 +100,7 @@ pub(super) fn run(start: Start) -> Result<(), Error> {
     if !settings.once {
         configure::set_oom_score(settings);
     }
-    let observers = followers::start(settings, &metrics, &mut followers, &reporter)?;
+    let observers = followers::start(settings, &metrics, &mut followers, &reporter, &ask)?;
     // With --once the process would end before the thread of the follower has worked.
     let affinity = (settings.once && has_services)
         .then(|| Forgetter::new(Nftables::open, followers.services()));
@@ -148,7 +151,7 @@ pub(super) fn run(start: Start) -> Result<(), Error> {
         missed,
         audits,
         ready,
-        queries: observers.queries,
+        queries,
     };
     let exit = single_threaded()?.block_on(sync::run(&mut controller, received, signals, &health));
 

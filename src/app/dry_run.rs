@@ -14,6 +14,7 @@ use crate::policies::{Engine, LOG_GROUP};
 use crate::services;
 use crate::services::{Marks, Store};
 use crate::settings::Settings;
+use crate::source::Manifests;
 use crate::sync::{Log, Reporter};
 
 pub(super) fn run(
@@ -21,7 +22,8 @@ pub(super) fn run(
     node_name: &str,
     service_settings: &services::ServiceSettings,
 ) -> Result<(), Error> {
-    let collect = collect(settings, node_name, service_settings);
+    let manifests = manifests(settings, node_name);
+    let collect = collect(settings, node_name, service_settings, manifests);
     let (store, mut policies) = single_threaded()?.block_on(collect)?;
     let (mut wanted, notices) = services::wanted(&store, service_settings);
     for notice in &notices {
@@ -36,11 +38,12 @@ pub(super) fn run(
     print(|out| print_ruleset(&store, &summary, &wanted, out))
 }
 
-/// Reads all objects once.
+/// Reads all objects once, from manifests or else from a cluster.
 pub(super) async fn collect(
     settings: &Settings,
     node_name: &str,
     service_settings: &services::ServiceSettings,
+    manifests: Option<Manifests>,
 ) -> Result<(Store, Engine), Error> {
     let mut store = service_settings.store(Store::with_fallback_node(fallback_node(node_name)));
     let log_group = settings.log_denied.then_some(LOG_GROUP);
@@ -49,7 +52,7 @@ pub(super) async fn collect(
         policies.apply(&Event::Routes(routes::direct().map_err(Error::Routes)?));
     }
     let mut changes = Marks::default();
-    if let Some(mut manifests) = manifests(settings, node_name) {
+    if let Some(mut manifests) = manifests {
         for event in load(&mut manifests, settings, node_name)? {
             policies.apply(&event);
             store.apply(event, &mut changes);

@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use thiserror::Error;
 
 use super::OLDEST_KERNEL;
+use super::ask::AskError;
 use crate::insight::{NameError, QuestionError};
 use crate::netlink;
 use crate::serve::http;
@@ -79,6 +80,9 @@ pub(crate) enum Error {
     /// A name in a question that is unknown.
     #[error(transparent)]
     Name(#[from] NameError),
+    /// The running agent gives no answer.
+    #[error(transparent)]
+    Ask(#[from] AskError),
     #[error("cannot read the questions in {}: {source}; name a file, or - for standard input", path.display())]
     Batch { path: PathBuf, source: io::Error },
     #[error("the source of objects ended unexpectedly; the rules stay in force")]

@@ -16,12 +16,11 @@ use crate::settings::{LogFormat, Settings};
 use crate::sync::{Followers, LogAndSend, Query};
 
 /// The number of queries that may wait for the main loop.
-const QUERIES: usize = 64;
+pub(super) const QUERIES: usize = 64;
 
 /// Inputs that the followers provide.
 #[derive(Default)]
 pub(super) struct Observers {
-    pub(super) queries: Option<mpsc::Receiver<Query>>,
     /// The NFLOG group that receives denied packets.
     pub(super) log_group: Option<u16>,
 }
@@ -37,11 +36,10 @@ pub(super) fn start(
     metrics: &Metrics,
     followers: &mut Followers,
     reporter: &LogAndSend,
+    ask: &mpsc::Sender<Query>,
 ) -> Result<Observers, Error> {
     let mut observers = Observers::default();
-    let (ask, queries) = mpsc::channel(QUERIES);
     if !args.once {
-        observers.queries = Some(queries);
         if args.services.is_on() {
             forget(metrics, followers, reporter, ask.clone())?;
         }
@@ -60,6 +58,7 @@ pub(super) fn start(
     };
     spawn("cuts", "the thread that cuts connections", cut)?;
     if let Some(reader) = reader {
+        let ask = ask.clone();
         let fields = args.log_format == LogFormat::Json;
         let follow = move || denied::follow(reader, || LogReader::open(LOG_GROUP), &ask, fields);
         spawn("denied", "the thread that logs denied packets", follow)?;

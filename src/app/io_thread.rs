@@ -9,6 +9,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::MissedTickBehavior;
 
 use super::metrics::Metrics;
+use super::socket::AgentPages;
 use super::{Error, connect, followers, load, manifests, single_threaded, system};
 use crate::events::Recorder;
 use crate::followers::{bridges, health_checks};
@@ -18,16 +19,21 @@ use crate::serve::checks::{self, CheckError, Checks, Quota};
 use crate::serve::health::{Health, Outage};
 use crate::serve::http::{self, Router};
 use crate::serve::pages::Pages;
+use crate::serve::socket::Socket;
 use crate::settings::Settings;
 use crate::settings::file::{self, Ended, File};
 use crate::source::{ServerFault, SourceStats};
-use crate::sync::{LogAndSend, Reporter};
+use crate::sync::{LogAndSend, Query, Reporter};
 
 /// How often the log summarizes reports that have no line of their own.
 const COUNT_EVERY: Duration = Duration::from_secs(60);
+/// The pause before another attempt to listen on the socket.
+const BIND_AGAIN: Duration = Duration::from_secs(5);
 
 /// The state of the I/O thread.
 pub(super) struct IoThread {
+    /// Asks the main loop.
+    pub(super) ask: mpsc::Sender<Query>,
     pub(super) args: Settings,
     /// The contents of the configuration file, if there is one.
     pub(super) file: Option<File>,
@@ -144,6 +150,7 @@ impl IoThread {
         tasks.extend(self.follow_configuration());
         if !self.args.once && self.args.services.is_on() {
             tasks.push(self.serve_health_checks());
+            tasks.extend(self.serve_socket());
         }
         let reporter = self.reporter.clone();
         tasks.push(tokio::spawn(async move {
@@ -235,6 +242,36 @@ impl IoThread {
         tokio::spawn(checks::serve_checks(
             wanted, health, quota, metrics, failed, stopped,
         ))
+    }
+
+    /// Answers the commands that ask the agent. While another agent listens on the socket, as during
+    /// an update, this is retried.
+    fn serve_socket(&self) -> Option<tokio::task::JoinHandle<()>> {
+        let path = self.args.socket.clone();
+        if path.as_os_str().is_empty() {
+            return None;
+        }
+        let pages = Arc::new(AgentPages {
+            ask: self.ask.clone(),
+            node_name: self.node_name.as_str().into(),
+            configuration: file::effective(&self.args),
+        });
+        let stopped = self.stopped.clone();
+        Some(tokio::spawn(async move {
+            let mut warned = false;
+            let socket = loop {
+                match Socket::bind(&path) {
+                    Ok(socket) => break socket,
+                    Err(error) if warned => tracing::debug!("{error}"),
+                    Err(error) => {
+                        warned = true;
+                        tracing::warn!("{error}; commands cannot ask this agent");
+                    }
+                }
+                tokio::time::sleep(BIND_AGAIN).await;
+            };
+            socket.serve(pages, stopped).await;
+        }))
     }
 
     fn probes(&self) -> Router {

@@ -5,16 +5,20 @@ use std::io::{self, BufRead, IsTerminal};
 use std::path::Path;
 use std::process::ExitCode;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
+use super::ask::{self, AskError};
 use super::dry_run::collect;
+use super::objects::{self, manifests};
 use super::{Error, print, single_threaded};
 use crate::insight::{
     API_VERSION, Facts, Question, ServiceFilter, Style, Verdict, answer_text, explain, services,
     services_text,
 };
 use crate::services::ServiceSettings;
+use crate::settings::file::File;
 use crate::settings::{Command, Explain, Output, Services, Settings};
+use crate::source::Manifests;
 
 /// The exit status of a connection that is not allowed.
 const DENIED: u8 = 3;
@@ -31,23 +35,109 @@ pub(super) fn answer(
         Command::Explain(asked) => question(asked)?,
         _ => None,
     };
-    let collect = collect(settings, node_name, service_settings);
-    let (store, policies) = single_threaded()?.block_on(collect)?;
+    let runtime = single_threaded()?;
+    if is_for_agent(command, settings) {
+        if let (Command::Explain(asked), Some(_)) = (command, &question) {
+            return runtime.block_on(ask_agent(asked, &settings.socket));
+        }
+        let (node_name, service_settings, manifests) =
+            runtime.block_on(objects_of_agent(&settings.socket))?;
+        let collect = collect(settings, &node_name, &service_settings, Some(manifests));
+        let (store, policies) = runtime.block_on(collect)?;
+        let facts = Facts {
+            store: &store,
+            settings: &service_settings,
+            policies: &policies,
+            node: &node_name,
+        };
+        return answer_from(&facts, command, question.as_ref());
+    }
+    let manifests = manifests(settings, node_name);
+    let collect = collect(settings, node_name, service_settings, manifests);
+    let (store, policies) = runtime.block_on(collect)?;
     let facts = Facts {
         store: &store,
         settings: service_settings,
         policies: &policies,
         node: node_name,
     };
+    answer_from(&facts, command, question.as_ref())
+}
+
+/// Returns whether the running agent is asked: no other source of objects is given.
+fn is_for_agent(command: &Command, settings: &Settings) -> bool {
+    let live = match command {
+        Command::Explain(asked) => asked.live,
+        Command::Services(asked) => asked.live,
+        Command::Completion { .. } | Command::Man => false,
+    };
+    !live
+        && settings.manifests.is_empty()
+        && settings.kubeconfig.is_none()
+        && settings.master.is_none()
+}
+
+fn answer_from(
+    facts: &Facts,
+    command: &Command,
+    question: Option<&Question>,
+) -> Result<ExitCode, Error> {
     match command {
-        Command::Explain(asked) => match (&question, &asked.batch) {
-            (Some(question), _) => one(&facts, question, asked.output),
-            (None, Some(file)) => batch(&facts, file),
+        Command::Explain(asked) => match (question, &asked.batch) {
+            (Some(question), _) => one(facts, question, asked.output),
+            (None, Some(file)) => batch(facts, file),
             (None, None) => Ok(ExitCode::SUCCESS),
         },
-        Command::Services(asked) => list_services(&facts, asked),
+        Command::Services(asked) => list_services(facts, asked),
         Command::Completion { .. } | Command::Man => Ok(ExitCode::SUCCESS),
     }
+}
+
+/// Has the agent answer one question.
+async fn ask_agent(asked: &Explain, socket: &Path) -> Result<ExitCode, Error> {
+    let word = |word: &Option<String>| word.clone().unwrap_or_default();
+    let (from, to) = (word(&asked.from), word(&asked.to));
+    let colour = if style().colour { "yes" } else { "no" };
+    let form = match asked.output {
+        Output::Text => "text",
+        Output::Json => "json",
+    };
+    let query = [
+        ("from", &*from),
+        ("to", &*to),
+        ("form", form),
+        ("colour", colour),
+    ];
+    let answer = ask::get_json(socket, "/explain", &query).await?;
+    print(|out| match (asked.output, answer.get("text")) {
+        (Output::Text, Some(text)) => out.write_all(text.as_str().unwrap_or_default().as_bytes()),
+        _ => {
+            serde_json::to_writer_pretty(&mut *out, &answer)?;
+            writeln!(out)
+        }
+    })?;
+    Ok(match answer.get("verdict").and_then(Value::as_str) {
+        Some("allowed") => ExitCode::SUCCESS,
+        _ => ExitCode::from(DENIED),
+    })
+}
+
+/// Returns the agent's node, its settings and its objects.
+async fn objects_of_agent(socket: &Path) -> Result<(String, ServiceSettings, Manifests), Error> {
+    let of_agent = ask::get_json(socket, "/settings", &[]).await?;
+    let invalid = |what: &str| AskError::Invalid(format!("it lacks {what}"));
+    let node = of_agent.get("node").and_then(Value::as_str);
+    let node = node.ok_or_else(|| invalid("the node"))?.to_owned();
+    let configuration = of_agent
+        .get("configuration")
+        .ok_or_else(|| invalid("settings"))?;
+    let file = File::parse(socket, &configuration.to_string())?;
+    let service_settings = objects::service_settings(file.settings())?;
+    let document = ask::get(socket, "/objects", &[]).await?;
+    let manifests = Manifests::new(Vec::new(), node.clone())
+        .with_allow_empty(true)
+        .with_document(document);
+    Ok((node, service_settings, manifests))
 }
 
 fn question(asked: &Explain) -> Result<Option<Question>, Error> {

@@ -13,6 +13,7 @@
 mod answer;
 mod explain;
 mod names;
+pub(crate) mod objects;
 mod question;
 mod service;
 mod services;

@@ -10,3 +10,4 @@ mod listen;
 pub mod metrics;
 pub(crate) mod pages;
 mod share;
+pub(crate) mod socket;

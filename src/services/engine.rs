@@ -105,6 +105,11 @@ impl Engine {
         !self.settings.off
     }
 
+    /// Returns the settings.
+    pub(crate) fn settings(&self) -> &ServiceSettings {
+        &self.settings
+    }
+
     /// Returns the known objects.
     pub fn store(&self) -> &Store {
         &self.store

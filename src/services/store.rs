@@ -172,6 +172,11 @@ impl Store {
             .flat_map(|o| o.cidrs.iter().copied())
     }
 
+    /// Returns the ServiceCIDR objects.
+    pub(crate) fn service_cidr_objects(&self) -> impl Iterator<Item = &ServiceCidr> {
+        self.service_cidrs.values()
+    }
+
     /// Returns the service that owns a claim.
     pub fn owner(&self, claim: &Claim) -> Option<&ObjectName> {
         self.claims.owner(claim)

@@ -64,6 +64,9 @@ pub(crate) struct Explain {
     /// JSON.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["from", "to", "output"])]
     pub(crate) batch: Option<PathBuf>,
+    /// Read the objects from the API server, as in a pod, instead of asking the agent of this node.
+    #[arg(long)]
+    pub(crate) live: bool,
     /// The form of the answer.
     #[arg(
         short,
@@ -88,6 +91,9 @@ pub(crate) struct Services {
     /// Only services that have no rules because of a fault.
     #[arg(long)]
     pub(crate) refused: bool,
+    /// Read the objects from the API server, as in a pod, instead of asking the agent of this node.
+    #[arg(long)]
+    pub(crate) live: bool,
     /// The form of the list.
     #[arg(
         short,
@@ -104,7 +110,8 @@ pub(crate) struct Services {
 const QUESTIONS: [&str; 2] = ["explain", "services"];
 
 /// The flags that the help of these subcommands shows, by their names in [`Settings`].
-const OF_QUESTIONS: [&str; 14] = [
+const OF_QUESTIONS: [&str; 15] = [
+    "socket",
     "config",
     "kubeconfig",
     "master",

@@ -188,6 +188,16 @@ pub struct Settings {
     )]
     pub hostname_override: Option<String>,
 
+    /// Answer questions of nftlet's commands on this unix socket; empty for none. Not with --once.
+    #[arg(
+        long,
+        value_name = "PATH",
+        help_heading = "Ports",
+        default_value = "/run/nftlet/nftlet.sock",
+        value_parser = OsStringValueParser::new().map(PathBuf::from)
+    )]
+    pub(crate) socket: PathBuf,
+
     /// Print the rules in the syntax of nft(8) and exit. Change nothing.
     #[arg(long, help_heading = "Mode", conflicts_with = "once")]
     pub(crate) dry_run: bool,

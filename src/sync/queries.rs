@@ -1,5 +1,6 @@
 //! Queries from other threads to the main loop, which owns the policies and writes the rules.
 
+use std::fmt;
 use std::net::IpAddr;
 
 use tokio::sync::{mpsc, oneshot};
@@ -9,7 +10,8 @@ use super::{Controller, Kernel};
 use crate::model::ObjectName;
 use crate::netlink::Error;
 use crate::nft::Transaction;
-use crate::policies::Connection;
+use crate::policies::{self, Connection};
+use crate::services;
 
 /// A request to the main loop that does not change the wanted rules.
 #[derive(Debug)]
@@ -30,6 +32,32 @@ pub enum Query {
     },
     /// Removes elements that packets added to the tables of services.
     Remove(ElementRemoval),
+    /// Looks at the objects and at the state of the rules. Takes a millisecond at most.
+    Look(Look),
+}
+
+/// A function that looks at the objects and at the state of the rules.
+pub struct Look(pub Box<dyn FnOnce(&View) + Send>);
+
+impl fmt::Debug for Look {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Look")
+    }
+}
+
+/// The objects and the state of the rules.
+#[derive(Clone, Copy)]
+pub struct View<'a> {
+    /// The engine of services.
+    pub services: &'a services::Engine,
+    /// The engine of policies.
+    pub policies: Option<&'a policies::Engine>,
+    /// Whether the rules of services are those of the objects, as far as known.
+    pub services_in_step: bool,
+    /// The same of policies.
+    pub policies_in_step: bool,
+    /// Changes of services and of endpoints that wait to be written.
+    pub pending: (usize, usize),
 }
 
 /// A removal of elements that packets added to the tables of services.
@@ -69,6 +97,17 @@ impl<K: Kernel> Controller<'_, K> {
             }
             Query::Pods { addresses, answer } => {
                 let _ = answer.send(addresses.map(|address| self.pod_at(address)));
+            }
+            Query::Look(Look(look)) => {
+                let policies = self.policies.as_ref();
+                look(&View {
+                    services: &self.services.engine,
+                    policies: policies.map(|driver| &driver.engine),
+                    services_in_step: self.services.state == DriverState::Synced,
+                    policies_in_step: policies
+                        .is_none_or(|driver| driver.state == DriverState::Synced),
+                    pending: self.latency.pending(),
+                });
             }
             Query::Remove(removal) => {
                 let removed = self.remove(removal.transaction, removal.affinity_version);

@@ -70,7 +70,7 @@ impl File {
     }
 
     /// Parses the text of a file. The path is for messages.
-    fn parse(path: &Path, text: &str) -> Result<Self, Error> {
+    pub(crate) fn parse(path: &Path, text: &str) -> Result<Self, Error> {
         let mut content = Content::default();
         let read = serde_saphyr::with_deserializer_from_str(text, |yaml| content.read(yaml));
         let kind = match (content.version.as_deref(), content.kind.as_deref()) {
@@ -125,6 +125,11 @@ impl File {
     /// `--log-format` take precedence over the file, as in kube-proxy.
     pub(crate) fn apply(&self, line: &mut CommandLine) {
         line.replace(self.settings.clone());
+    }
+
+    /// Returns the settings.
+    pub(crate) fn settings(&self) -> &Settings {
+        &self.settings
     }
 
     /// Returns warnings about fields of the file without effect.

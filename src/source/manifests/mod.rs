@@ -63,6 +63,8 @@ pub enum Error {
 /// Manifest files as a source of objects.
 pub struct Manifests {
     paths: Vec<PathBuf>,
+    /// A document beside the files.
+    document: Option<Vec<u8>>,
     state: ManifestStore,
 }
 
@@ -88,12 +90,20 @@ impl Manifests {
     pub fn new(paths: Vec<PathBuf>, node_name: String) -> Self {
         Self {
             paths: paths.iter().map(|path| plain(path)).collect(),
+            document: None,
             state: ManifestStore::new(ManifestFilter {
                 node_name,
                 services: true,
                 network_policies: true,
             }),
         }
+    }
+
+    /// Adds a document, which [`load`](Self::load) reads once.
+    #[must_use]
+    pub(crate) fn with_document(mut self, document: Vec<u8>) -> Self {
+        self.document = Some(document);
+        self
     }
 
     /// Sets whether manifests may contain no object. If not, which is taken for a mistake such as a
@@ -158,6 +168,10 @@ impl Manifests {
                 .read_to_end(&mut bytes)
                 .map_err(|source| error(&path, source))?;
             versions.push((path, FileVersion::finished(bytes, None)));
+        }
+        if let Some(document) = self.document.take() {
+            let path = PathBuf::from(STANDARD_INPUT);
+            versions.push((path, FileVersion::finished(document, None)));
         }
         let tree = Tree::walk(&named, &mut |_| {});
         let mut events = Vec::new();
