@@ -17,6 +17,7 @@ use crate::events;
 use crate::followers::FollowerMetrics;
 use crate::followers::affinity::Forgetter;
 use crate::followers::conntrack::{self, Cleaner, KernelFlows};
+use crate::followers::drops::DropCounters;
 use crate::followers::health_checks::HealthChecks;
 use crate::logging::LogQueue;
 use crate::model::Delivery;
@@ -65,10 +66,13 @@ pub(super) fn run(start: Start) -> Result<(), Error> {
     let (stop, stopped) = watch::channel(false);
     let (freed, port_freed) = std::sync::mpsc::channel();
     let (publish_checks, health_checks) = watch::channel(Checks::new());
+    let drops = followers::is_on(settings).then(|| DropCounters::new(followers.isolated()));
     let (ask, queries) = mpsc::channel(followers::QUERIES);
     let queries = (!settings.once).then_some(queries);
     let io = IoThread {
         ask: ask.clone(),
+        drops: drops.clone(),
+        server: None,
         args: settings.clone(),
         file: start.file,
         pages: Pages::new(
@@ -100,7 +104,14 @@ pub(super) fn run(start: Start) -> Result<(), Error> {
     if !settings.once {
         configure::set_oom_score(settings);
     }
-    let observers = followers::start(settings, &metrics, &mut followers, &reporter, &ask)?;
+    let observers = followers::start(
+        settings,
+        &metrics,
+        &mut followers,
+        &reporter,
+        &ask,
+        drops.as_ref(),
+    )?;
     // With --once the process would end before the thread of the follower has worked.
     let affinity = (settings.once && has_services)
         .then(|| Forgetter::new(Nftables::open, followers.services()));

@@ -1,5 +1,6 @@
 //! Starts the followers, each on a thread of its own.
 
+use std::sync::Arc;
 use std::thread;
 
 use tokio::sync::mpsc;
@@ -8,8 +9,9 @@ use super::metrics::Metrics;
 use super::{Error, system};
 use crate::followers::affinity::Forgetter;
 use crate::followers::connections::{self, Cutter};
+use crate::followers::denied;
+use crate::followers::drops::DropCounters;
 use crate::followers::not_remembered::{self, NotRemembered};
-use crate::followers::{denied, drops};
 use crate::netlink::{LogReader, Nftables};
 use crate::policies::LOG_GROUP;
 use crate::settings::{LogFormat, Settings};
@@ -37,6 +39,7 @@ pub(super) fn start(
     followers: &mut Followers,
     reporter: &LogAndSend,
     ask: &mpsc::Sender<Query>,
+    drops: Option<&Arc<DropCounters>>,
 ) -> Result<Observers, Error> {
     let mut observers = Observers::default();
     if !args.once {
@@ -50,7 +53,9 @@ pub(super) fn start(
     if !is_on(args) {
         return Ok(observers);
     }
-    drops::register(&metrics.registry, followers.isolated())?;
+    if let Some(drops) = drops {
+        drops.register(&metrics.registry)?;
+    }
     let (changes, strict) = (followers.policies(), args.network_policy_strict);
     let (judge, metrics) = (ask.clone(), metrics.followers.clone());
     let cut = move || {

@@ -2,16 +2,17 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::MissedTickBehavior;
 
 use super::metrics::Metrics;
-use super::socket::AgentPages;
+use super::socket::{AgentPages, DropHistory};
 use super::{Error, connect, followers, load, manifests, single_threaded, system};
 use crate::events::Recorder;
+use crate::followers::drops::DropCounters;
 use crate::followers::{bridges, health_checks};
 use crate::model::{Delivery, Event, Notice, Reason, Subject};
 use crate::policies::Isolated;
@@ -34,6 +35,9 @@ const BIND_AGAIN: Duration = Duration::from_secs(5);
 pub(super) struct IoThread {
     /// Asks the main loop.
     pub(super) ask: mpsc::Sender<Query>,
+    pub(super) drops: Option<Arc<DropCounters>>,
+    /// The address of the API server and the counters of its watches.
+    pub(super) server: Option<(String, Arc<SourceStats>)>,
     pub(super) args: Settings,
     /// The contents of the configuration file, if there is one.
     pub(super) file: Option<File>,
@@ -130,6 +134,7 @@ impl IoThread {
             tracing::info!("watching {}", cluster.server());
             cluster.register_metrics(&self.metrics.registry)?;
             let source = cluster.stats();
+            self.server = Some((cluster.server().to_owned(), source.clone()));
             stats = Some(source.clone());
             self.health.depends_on(move || {
                 let ServerFault { since, message } = source.fault()?;
@@ -255,7 +260,13 @@ impl IoThread {
             ask: self.ask.clone(),
             node_name: self.node_name.as_str().into(),
             configuration: file::effective(&self.args),
+            health: self.health.clone(),
+            server: self.server.clone(),
+            started: Instant::now(),
+            drops: DropHistory::new(self.drops.clone()),
         });
+        let (history, stop) = (pages.clone(), self.stopped.clone());
+        tokio::spawn(async move { history.drops.follow(stop).await });
         let stopped = self.stopped.clone();
         Some(tokio::spawn(async move {
             let mut warned = false;

@@ -4,6 +4,7 @@ use std::fs;
 use std::io::{self, BufRead, IsTerminal};
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
@@ -11,17 +12,20 @@ use super::ask::{self, AskError};
 use super::dry_run::collect;
 use super::objects::{self, manifests};
 use super::{Error, print, single_threaded};
+use crate::insight::status::{Status, status as status_text};
 use crate::insight::{
     API_VERSION, Facts, Question, ServiceFilter, Style, Verdict, answer_text, explain, services,
     services_text,
 };
 use crate::services::ServiceSettings;
 use crate::settings::file::File;
-use crate::settings::{Command, Explain, Output, Services, Settings};
+use crate::settings::{self, Command, Explain, Output, Services, Settings};
 use crate::source::Manifests;
 
 /// The exit status of a connection that is not allowed.
 const DENIED: u8 = 3;
+/// The pause between two screens of `nftlet status --watch`.
+const WATCH_EVERY: Duration = Duration::from_secs(2);
 
 /// Runs a command that answers questions. Returns the exit status of its answer.
 pub(super) fn answer(
@@ -36,6 +40,9 @@ pub(super) fn answer(
         _ => None,
     };
     let runtime = single_threaded()?;
+    if let Command::Status(asked) = command {
+        return runtime.block_on(status(asked, &settings.socket));
+    }
     if is_for_agent(command, settings) {
         if let (Command::Explain(asked), Some(_)) = (command, &question) {
             return runtime.block_on(ask_agent(asked, &settings.socket));
@@ -69,7 +76,7 @@ fn is_for_agent(command: &Command, settings: &Settings) -> bool {
     let live = match command {
         Command::Explain(asked) => asked.live,
         Command::Services(asked) => asked.live,
-        Command::Completion { .. } | Command::Man => false,
+        Command::Status(_) | Command::Completion { .. } | Command::Man => false,
     };
     !live
         && settings.manifests.is_empty()
@@ -89,7 +96,7 @@ fn answer_from(
             (None, None) => Ok(ExitCode::SUCCESS),
         },
         Command::Services(asked) => list_services(facts, asked),
-        Command::Completion { .. } | Command::Man => Ok(ExitCode::SUCCESS),
+        Command::Status(_) | Command::Completion { .. } | Command::Man => Ok(ExitCode::SUCCESS),
     }
 }
 
@@ -120,6 +127,39 @@ async fn ask_agent(asked: &Explain, socket: &Path) -> Result<ExitCode, Error> {
         Some("allowed") => ExitCode::SUCCESS,
         _ => ExitCode::from(DENIED),
     })
+}
+
+/// Shows the state of the agent.
+async fn status(asked: &settings::Status, socket: &Path) -> Result<ExitCode, Error> {
+    loop {
+        let body = ask::get(socket, "/status", &[]).await?;
+        let status: Status =
+            serde_json::from_slice(&body).map_err(|error| AskError::Invalid(error.to_string()))?;
+        print(|out| match asked.output {
+            Output::Json => {
+                serde_json::to_writer_pretty(&mut *out, &status)?;
+                writeln!(out)
+            }
+            Output::Text => {
+                let mut text = String::new();
+                if asked.watch && style().colour {
+                    // Clears the screen.
+                    text.push_str("\x1b[H\x1b[2J");
+                }
+                // Writing to a string does not fail.
+                let _ = status_text(&status, style(), &mut text);
+                out.write_all(text.as_bytes())
+            }
+        })?;
+        if !asked.watch {
+            return Ok(if status.healthy {
+                ExitCode::SUCCESS
+            } else {
+                ExitCode::from(DENIED)
+            });
+        }
+        tokio::time::sleep(WATCH_EVERY).await;
+    }
 }
 
 /// Returns the agent's node, its settings and its objects.

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::hash::Hash;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::watch;
 
@@ -16,27 +16,50 @@ use crate::nft::Key;
 use crate::policies::{self, Direction, Isolated};
 use crate::serve::metrics::{Registry, Sample};
 
-/// Registers the metric of dropped packets. Each scrape reads the counters of the rules, over a socket
-/// of its own.
-///
-/// # Errors
-///
-/// When it is registered already.
-pub(crate) fn register(
-    registry: &Registry,
+/// The counters of dropped packets, read over a socket of their own.
+pub(crate) struct DropCounters {
     isolated: watch::Receiver<Isolated>,
-) -> Result<(), prometheus::Error> {
-    let reader: Mutex<(Option<Nftables>, Totals)> = Mutex::default();
-    let sample = move || {
+    reader: Mutex<(Option<Nftables>, Totals)>,
+}
+
+impl DropCounters {
+    /// Creates a reader of the counters of the isolated pods. Opens nothing yet.
+    pub(crate) fn new(isolated: watch::Receiver<Isolated>) -> Arc<Self> {
+        Arc::new(Self {
+            isolated,
+            reader: Mutex::default(),
+        })
+    }
+
+    /// Registers the metric of dropped packets. Each scrape reads the counters.
+    ///
+    /// # Errors
+    ///
+    /// When it is registered already.
+    pub(crate) fn register(self: &Arc<Self>, registry: &Registry) -> Result<(), prometheus::Error> {
+        let counters = self.clone();
+        register_drops(registry, move || {
+            let drops = counters.read()?.into_iter();
+            let sample = |((pod, direction), packets): ((ObjectName, Direction), u64)| {
+                let labels = [pod.namespace(), pod.name(), direction.as_str()];
+                Sample::new(labels, packets)
+            };
+            Some(drops.map(sample).collect())
+        })
+    }
+
+    /// Returns the packets of each isolated pod and direction that were dropped since it is isolated;
+    /// `None` if they cannot be read.
+    pub(crate) fn read(&self) -> Option<BTreeMap<(ObjectName, Direction), u64>> {
         // A panic of an earlier scrape leaves nothing half done but the socket.
-        let mut reader = reader.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut reader = self.reader.lock().unwrap_or_else(PoisonError::into_inner);
         let (socket, totals) = &mut *reader;
         let nftables = match socket.take() {
             Some(nftables) => Ok(nftables),
             None => Nftables::open(),
         };
         // Cloned, since a borrowed list would block the main loop.
-        let isolated = Isolated::clone(&isolated.borrow());
+        let isolated = Isolated::clone(&self.isolated.borrow());
         let drops = nftables.and_then(|mut nftables| {
             let drops = totals.add(read(&mut nftables, &isolated)?);
             *socket = Some(nftables);
@@ -45,8 +68,7 @@ pub(crate) fn register(
         drops
             .inspect_err(|error| tracing::debug!("{error}; drops are not counted this time"))
             .ok()
-    };
-    register_drops(registry, sample)
+    }
 }
 
 /// What one look at the counters found.
@@ -124,7 +146,7 @@ impl<K: Eq + Hash> Total<K> {
 
 impl Totals {
     /// Adds a reading and returns the sums by pod and direction, of the isolated pods alone.
-    fn add(&mut self, reading: Reading) -> Vec<Sample<3>> {
+    fn add(&mut self, reading: Reading) -> BTreeMap<(ObjectName, Direction), u64> {
         self.0.retain(|(pod, _), _| reading.pods.contains(pod));
         let mut counters: HashMap<(ObjectName, Direction), HashMap<Key, u64>> = HashMap::new();
         for (pod, direction, key, packets) in reading.counters {
@@ -136,8 +158,7 @@ impl Totals {
         let drops = totals.map(|((pod, direction), total)| {
             let now = counters.remove(&(pod.clone(), *direction));
             total.replace(now.unwrap_or_default());
-            let labels = [pod.namespace(), pod.name(), direction.as_str()];
-            Sample::new(labels, total.sum())
+            ((pod.clone(), *direction), total.sum())
         });
         drops.collect()
     }
@@ -160,7 +181,7 @@ mod tests {
             pods: [pod.clone()].into(),
             counters: counters.collect(),
         });
-        drops.iter().map(|drops| drops.count).collect()
+        drops.into_values().collect()
     }
 
     #[test]

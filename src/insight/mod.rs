@@ -17,6 +17,7 @@ pub(crate) mod objects;
 mod question;
 mod service;
 mod services;
+pub(crate) mod status;
 mod text;
 
 pub(crate) use answer::Verdict;

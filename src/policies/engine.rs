@@ -149,6 +149,11 @@ impl Engine {
         &self.inventory
     }
 
+    /// Returns the number of policies that the kernel refused.
+    pub(crate) fn refused(&self) -> usize {
+        self.quarantined.len()
+    }
+
     /// Returns whether policies are enforced.
     pub(crate) fn is_on(&self) -> bool {
         self.on

@@ -33,6 +33,7 @@ struct Shared {
 #[derive(Default)]
 struct HealthState {
     last_synced: Option<SystemTime>,
+    last_audit: Option<SystemTime>,
     oldest_queued: Option<Instant>,
     failure: Option<String>,
     node_going_away: bool,
@@ -231,6 +232,22 @@ impl Health {
     pub fn depends_on(&self, outage: impl Fn() -> Option<Outage> + Send + Sync + 'static) {
         // The agent sets it once.
         let _ = self.shared.outage.set(Box::new(outage));
+    }
+
+    /// Records that the kernel's tables were compared with the wanted rules.
+    pub fn audited(&self) {
+        let now = self.read_clock().wall;
+        self.state().last_audit = Some(now);
+    }
+
+    /// Returns when the last change of services took effect, and when the tables were compared, in
+    /// the format of RFC 3339.
+    pub(crate) fn times(&self) -> [Option<String>; 2] {
+        let state = self.state();
+        [state.last_synced, state.last_audit].map(|time| {
+            let time = jiff::Timestamp::try_from(time?).ok()?;
+            Some(time.round(jiff::Unit::Second).unwrap_or(time).to_string())
+        })
     }
 
     /// Returns whether the rules of services have been written once.

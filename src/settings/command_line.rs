@@ -24,6 +24,10 @@ pub(crate) enum Command {
     ///
     /// Exits with 0 if the connection is allowed, and with 3 if it is not, or only in part.
     Explain(Explain),
+    /// Show the state of the agent on this node, what is wrong first.
+    ///
+    /// Exits with 0 if it is healthy, and with 3 if it is not.
+    Status(Status),
     /// List services with their frontends and endpoints, and why endpoints get no traffic.
     Services(Services),
     /// Print a script with which a shell completes nftlet's flags.
@@ -106,8 +110,26 @@ pub(crate) struct Services {
     pub(crate) output: Output,
 }
 
+/// The arguments of `nftlet status`.
+#[derive(Clone, Debug, PartialEq, Eq, Args)]
+pub(crate) struct Status {
+    /// Show it again every two seconds, until interrupted.
+    #[arg(long)]
+    pub(crate) watch: bool,
+    /// The form of the answer.
+    #[arg(
+        short,
+        long,
+        value_name = "text|json",
+        default_value = "text",
+        hide_default_value = true,
+        hide_possible_values = true
+    )]
+    pub(crate) output: Output,
+}
+
 /// The subcommands that answer questions.
-const QUESTIONS: [&str; 2] = ["explain", "services"];
+const QUESTIONS: [&str; 3] = ["explain", "services", "status"];
 
 /// The flags that the help of these subcommands shows, by their names in [`Settings`].
 const OF_QUESTIONS: [&str; 15] = [

@@ -133,7 +133,8 @@ pub async fn run<K: Kernel>(
                     AuditStep::Begin => controller.audit(audits),
                     AuditStep::Judge(finding) => match controller.judge(audits, finding) {
                         AuditOutcome::Different | AuditOutcome::Unknown => healing.request(),
-                        AuditOutcome::Same | AuditOutcome::Again => {}
+                        AuditOutcome::Same => health.audited(),
+                        AuditOutcome::Again => {}
                     },
                 }
                 continue;

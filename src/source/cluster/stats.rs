@@ -119,6 +119,7 @@ pub struct KindStats {
     events: Counter,
     bytes: Counter,
     undecodable: Counter,
+    last_event: Mutex<Option<Instant>>,
 }
 
 impl KindStats {
@@ -156,8 +157,19 @@ impl KindStats {
         self.watches.add(1);
     }
 
+    /// Returns when the last object was received.
+    pub fn last_event(&self) -> Option<Instant> {
+        let last = self.last_event.lock();
+        *last.unwrap_or_else(PoisonError::into_inner)
+    }
+
     pub(super) fn count_event(&self) {
         self.events.add(1);
+        let mut last = self
+            .last_event
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        *last = Some(Instant::now());
     }
 
     pub(super) fn count_bytes(&self, bytes: usize) {
