@@ -104,7 +104,7 @@ fn run(mut line: CommandLine, log: &LogQueue) -> Result<ExitCode, Error> {
         Some(Command::Man) => {
             return print(|mut out| settings::print_man(&mut out)).map(|()| ExitCode::SUCCESS);
         }
-        Some(Command::Explain(_) | Command::Services(_) | Command::Status(_)) | None => {}
+        Some(_) | None => {}
     }
     let cleanup = line.settings.cleanup;
     if let Some(cleanup) = cleanup.filter(|scope| *scope != Cleanup::Nothing) {

@@ -14,8 +14,8 @@ use super::objects::{self, manifests};
 use super::{Error, print, single_threaded};
 use crate::insight::status::{Status, status as status_text};
 use crate::insight::{
-    API_VERSION, Facts, Question, ServiceFilter, Style, Verdict, answer_text, explain, services,
-    services_text,
+    API_VERSION, Facts, Question, ServiceFilter, Style, Verdict, answer_text, explain, policies,
+    policies_text, services, services_text,
 };
 use crate::services::ServiceSettings;
 use crate::settings::file::File;
@@ -50,22 +50,22 @@ pub(super) fn answer(
         let (node_name, service_settings, manifests) =
             runtime.block_on(objects_of_agent(&settings.socket))?;
         let collect = collect(settings, &node_name, &service_settings, Some(manifests));
-        let (store, policies) = runtime.block_on(collect)?;
+        let (store, engine) = runtime.block_on(collect)?;
         let facts = Facts {
             store: &store,
             settings: &service_settings,
-            policies: &policies,
+            policies: &engine,
             node: &node_name,
         };
         return answer_from(&facts, command, question.as_ref());
     }
     let manifests = manifests(settings, node_name);
     let collect = collect(settings, node_name, service_settings, manifests);
-    let (store, policies) = runtime.block_on(collect)?;
+    let (store, engine) = runtime.block_on(collect)?;
     let facts = Facts {
         store: &store,
         settings: service_settings,
-        policies: &policies,
+        policies: &engine,
         node: node_name,
     };
     answer_from(&facts, command, question.as_ref())
@@ -75,6 +75,7 @@ pub(super) fn answer(
 fn is_for_agent(command: &Command, settings: &Settings) -> bool {
     let live = match command {
         Command::Explain(asked) => asked.live,
+        Command::Policies(asked) => asked.live,
         Command::Services(asked) => asked.live,
         Command::Status(_) | Command::Completion { .. } | Command::Man => false,
     };
@@ -95,6 +96,7 @@ fn answer_from(
             (None, Some(file)) => batch(facts, file),
             (None, None) => Ok(ExitCode::SUCCESS),
         },
+        Command::Policies(asked) => list_policies(facts, asked),
         Command::Services(asked) => list_services(facts, asked),
         Command::Status(_) | Command::Completion { .. } | Command::Man => Ok(ExitCode::SUCCESS),
     }
@@ -260,19 +262,43 @@ fn batch(facts: &Facts, file: &Path) -> Result<ExitCode, Error> {
     unread.map_or(Ok(code), |error| Err(failed(error)))
 }
 
-fn list_services(facts: &Facts, asked: &Services) -> Result<ExitCode, Error> {
-    let (namespace, name) = match asked.of.as_deref().map(|of| of.split_once('/')) {
+/// Splits NAMESPACE[/NAME].
+fn namespace_and_name(of: Option<&str>) -> (Option<&str>, Option<&str>) {
+    match of.map(|of| of.split_once('/').ok_or(of)) {
         None => (None, None),
-        Some(None) => (asked.of.clone(), None),
-        Some(Some((namespace, name))) => (Some(namespace.to_owned()), Some(name.to_owned())),
-    };
+        Some(Err(namespace)) => (Some(namespace), None),
+        Some(Ok((namespace, name))) => (Some(namespace), Some(name)),
+    }
+}
+
+fn list_policies(facts: &Facts, asked: &settings::Policies) -> Result<ExitCode, Error> {
+    let (namespace, name) = namespace_and_name(asked.of.as_deref());
+    let rows = policies(facts, namespace, name)?;
+    print(|out| match asked.output {
+        Output::Json => {
+            let list = json!({ "apiVersion": API_VERSION, "policies": rows });
+            serde_json::to_writer_pretty(&mut *out, &list)?;
+            writeln!(out)
+        }
+        Output::Text => {
+            let mut text = String::new();
+            // Writing to a string does not fail.
+            let _ = policies_text(&rows, style(), &mut text);
+            out.write_all(text.as_bytes())
+        }
+    })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn list_services(facts: &Facts, asked: &Services) -> Result<ExitCode, Error> {
+    let (namespace, name) = namespace_and_name(asked.of.as_deref());
     let filter = ServiceFilter {
-        namespace,
-        name,
+        namespace: namespace.map(str::to_owned),
+        name: name.map(str::to_owned),
         no_endpoints: asked.no_endpoints,
         refused: asked.refused,
     };
-    let rows = services(facts, &filter);
+    let rows = services(facts, &filter)?;
     print(|out| match asked.output {
         Output::Json => {
             let list = json!({ "apiVersion": API_VERSION, "services": rows });

@@ -14,6 +14,7 @@ mod answer;
 mod explain;
 mod names;
 pub(crate) mod objects;
+mod policies;
 mod question;
 mod service;
 mod services;
@@ -23,9 +24,12 @@ mod text;
 pub(crate) use answer::Verdict;
 pub(crate) use explain::explain;
 pub(crate) use names::NameError;
+pub(crate) use policies::policies;
 pub(crate) use question::{Question, QuestionError};
 pub(crate) use services::{ServiceFilter, services};
-pub(crate) use text::{Style, answer as answer_text, services as services_text};
+pub(crate) use text::{
+    Style, answer as answer_text, policies as policies_text, services as services_text,
+};
 
 use crate::policies::Engine;
 use crate::services::{ServiceSettings, Store};

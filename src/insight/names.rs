@@ -40,6 +40,9 @@ pub(crate) enum NameError {
         /// What has a similar name.
         hint: String,
     },
+    /// No such policy.
+    #[error("there is no policy {0}; nftlet policies lists all")]
+    NoPolicy(ObjectName),
     /// No pods of such an owner.
     #[error("no pod belongs to {0}; give the name of a Deployment, StatefulSet, DaemonSet or Job")]
     NoWorkload(ObjectName),
@@ -245,7 +248,7 @@ fn no_pod(facts: &Facts, name: &ObjectName) -> NameError {
     }
 }
 
-fn no_service(facts: &Facts, name: &ObjectName) -> NameError {
+pub(super) fn no_service(facts: &Facts, name: &ObjectName) -> NameError {
     let services = facts.store.services().map(|service| &service.name);
     let mut alike: Vec<String> = services
         .filter(|known| {

@@ -39,8 +39,6 @@ pub(super) struct Judgement {
     pub code: Option<Code>,
     /// The endpoints of which one gets the connection; the destination itself if it is no service.
     pub targets: Vec<(IpAddr, Option<u16>)>,
-    /// The endpoints that see the node's address instead of the client's because they are the client.
-    pub hairpin: bool,
 }
 
 /// Judges a connection.
@@ -60,17 +58,12 @@ pub(super) fn judge(facts: &Facts, source: &Source, to: &Destination) -> Judgeme
         return no_frontend(facts, to);
     };
     let port = port_of(service, &claim);
-    let mut judgement = route(facts, source, &plan, frontend);
+    let (mut judgement, chosen) = route(facts, source, &plan, frontend);
     let step = &mut judgement.step;
     step.frontend = to.port.map(|port| shown(to.address, port, to.protocol));
     step.name = Some(name.to_string());
     step.port = port.map(|port| port.name.to_string());
     if let Some(port) = port {
-        let chosen: Vec<Target> = judgement
-            .targets
-            .iter()
-            .filter_map(|(address, port)| Some((*address, (*port)?)))
-            .collect();
         let scope_is_local = is_local(frontend, service);
         step.left_out = left_out(facts, service, port, family, &chosen, scope_is_local);
     }
@@ -146,12 +139,17 @@ fn no_frontend(facts: &Facts, to: &Destination) -> Judgement {
             None => vec![(to.address, to.port)],
         },
         code,
-        hairpin: false,
     }
 }
 
-/// Follows the route of a frontend.
-fn route(facts: &Facts, source: &Source, plan: &ServicePlan, frontend: &Frontend) -> Judgement {
+/// Follows the route of a frontend. Returns also the endpoints that its traffic policy chooses, sorted,
+/// whether or not the client may reach them.
+fn route(
+    facts: &Facts,
+    source: &Source,
+    plan: &ServicePlan,
+    frontend: &Frontend,
+) -> (Judgement, Vec<Target>) {
     let family = frontend.family;
     let mut masquerade = false;
     let (pool, without) = match frontend.route {
@@ -197,25 +195,22 @@ fn route(facts: &Facts, source: &Source, plan: &ServicePlan, frontend: &Frontend
     } else {
         (Action::Dnat, None)
     };
-    let mut sorted: Vec<Target> = match code {
-        Some(_) => Vec::new(),
-        None => targets.to_vec(),
-    };
-    sorted.sort_unstable();
-    Judgement {
+    let mut chosen = targets.to_vec();
+    chosen.sort_unstable();
+    let reached: &[Target] = if code.is_some() { &[] } else { &chosen };
+    let judgement = Judgement {
         step: ServiceStep {
             action,
             masquerade,
             ..ServiceStep::default()
         },
         code,
-        hairpin: plan.hairpin.contains(&source.address)
-            && sorted.iter().any(|(address, _)| *address == source.address),
-        targets: sorted
-            .into_iter()
-            .map(|(address, port)| (address, Some(port)))
+        targets: reached
+            .iter()
+            .map(|(address, port)| (*address, Some(*port)))
             .collect(),
-    }
+    };
+    (judgement, chosen)
 }
 
 /// Returns whether the rules of a role mark a connection for masquerading.

@@ -7,6 +7,7 @@ use serde::Serialize;
 use super::Facts;
 use super::answer::{Code, Reason};
 use super::explain::too_large;
+use super::names::{NameError, no_service};
 use super::service::{left_out, pod_at};
 use crate::model::{Family, ObjectName, Service, ServiceKind, TrafficPolicy};
 use crate::services::{self, Claim, Route, ServicePlan};
@@ -71,7 +72,20 @@ pub(crate) struct EndpointRow {
 }
 
 /// Returns the services that match a filter, sorted by name.
-pub(crate) fn services(facts: &Facts, filter: &ServiceFilter) -> Vec<ServiceRow> {
+///
+/// # Errors
+///
+/// If the filter names a service that does not exist.
+pub(crate) fn services(
+    facts: &Facts,
+    filter: &ServiceFilter,
+) -> Result<Vec<ServiceRow>, NameError> {
+    if let (Some(namespace), Some(name)) = (&filter.namespace, &filter.name) {
+        let name = ObjectName::new(namespace, name);
+        if facts.store.service(&name).is_none() {
+            return Err(no_service(facts, &name));
+        }
+    }
     let of_filter = |service: &&std::sync::Arc<Service>| {
         let is = |wanted: &Option<String>, found: &str| {
             wanted.as_ref().is_none_or(|wanted| wanted == found)
@@ -87,7 +101,7 @@ pub(crate) fn services(facts: &Facts, filter: &ServiceFilter) -> Vec<ServiceRow>
         .filter(|row| !filter.refused || row.refused)
         .collect();
     rows.sort_by(|a, b| a.name.cmp(&b.name));
-    rows
+    Ok(rows)
 }
 
 /// Returns whether a service with frontends has no endpoint that is used.

@@ -348,6 +348,57 @@ mod tests {
     }
 
     #[test]
+    fn the_document_shows_this_screen() {
+        let text = |text: &str| Some(text.to_owned());
+        let mut of = Status {
+            node: "node-1".into(),
+            version: "0.2.0".into(),
+            kernel: "6.12.0".into(),
+            up_seconds: 266_400,
+            healthy: true,
+            api_server: Some(ApiServer {
+                url: "https://10.0.0.1:6443".into(),
+                watches: vec![Watch::default(); 7],
+                last_event_seconds: Some(4),
+            }),
+            rules: Rules {
+                in_sync_since: text("2026-11-30T03:00:00Z"),
+                pending: 0,
+                last_audit: text("2026-11-30T02:00:00Z"),
+            },
+            services: Services {
+                total: 120,
+                frontends: 340,
+                endpoints: 900,
+                without_endpoints: 2,
+                refused: 0,
+            },
+            policies: Policies {
+                total: 14,
+                isolated_pods: 23,
+                refused: 0,
+                in_force: true,
+            },
+            conntrack: Some(Conntrack { used: 95, max: 100 }),
+            settings: vec![Setting {
+                name: "net.ipv4.ip_forward".into(),
+                value: "1".into(),
+                wanted: None,
+            }],
+            drops: vec![Drop {
+                pod: "shop/web-0".into(),
+                direction: "ingress".into(),
+                packets: 12,
+            }],
+            ..Status::default()
+        };
+        of.judge();
+        let document = include_str!("../../docs/insight.md");
+        let screen = format!("```text\n{}```", shown(&of));
+        assert!(document.contains(&screen), "{screen}");
+    }
+
+    #[test]
     fn durations_have_two_units() {
         let texts = [0, 59, 61, 3_600, 86_400 * 3].map(duration);
         assert_eq!(texts, ["0s", "59s", "1m1s", "1h0m", "3d0h"]);

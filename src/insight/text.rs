@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::fmt::{self, Write};
 
 use super::answer::{Action, Answer, Code, Decision, LeftOut, PolicyName, TargetAnswer, Verdict};
+use super::policies::PolicyRow;
 use super::services::{EndpointRow, ServiceRow};
 
 /// The most lines of endpoints, and names in a line.
@@ -54,7 +55,11 @@ pub(crate) fn answer(answer: &Answer, style: Style, out: &mut impl Write) -> fmt
             .port
             .map_or_else(String::new, |port| format!(":{port}")),
     };
-    write!(out, "{}{port}", answer.to.trim_start_matches("svc/"))?;
+    let to = match &answer.service.name {
+        Some(name) if answer.service.frontend.is_some() => name,
+        _ => answer.to.trim_start_matches("svc/"),
+    };
+    write!(out, "{to}{port}")?;
     match &answer.service.frontend {
         Some(frontend) => write!(out, " ({frontend})")?,
         None => write!(out, "/{}", answer.protocol)?,
@@ -169,7 +174,12 @@ fn steps(answer: &Answer, style: Style, out: &mut impl Write) -> fmt::Result {
         let mut groups: Vec<(Decision, Vec<String>)> = Vec::new();
         for target in &answer.targets {
             let mut decision = of(target);
-            decision.decided_on = None;
+            // Who is asked matters where it is denied.
+            if decision.verdict == Verdict::Allowed
+                || decision.decided_on.as_ref() == Some(&answer.node)
+            {
+                decision.decided_on = None;
+            }
             let who = if direction {
                 answer.from.clone()
             } else {
@@ -185,7 +195,10 @@ fn steps(answer: &Answer, style: Style, out: &mut impl Write) -> fmt::Result {
             }
         }
         for (decision, names) in &groups {
-            let text = decided(decision, names, what);
+            let mut text = decided(decision, names, what);
+            if let Some(node) = &decision.decided_on {
+                write!(text, " (by the rules of {node})")?;
+            }
             line(
                 what,
                 decision.verdict.word(),
@@ -330,14 +343,31 @@ pub(crate) fn services(rows: &[ServiceRow], style: Style, out: &mut impl Write) 
             row.state.clone(),
         ]);
     }
-    let columns = header.len();
+    table(
+        &cells,
+        style,
+        |row| row.last().is_some_and(|it| it == "in force"),
+        out,
+    )?;
+    if let [row] = rows {
+        details(row, out)?;
+    }
+    Ok(())
+}
+
+/// Writes aligned columns below a header. Rows for which `is_sound` returns false stand out.
+fn table(
+    cells: &[Vec<String>],
+    style: Style,
+    is_sound: impl Fn(&[String]) -> bool,
+    out: &mut impl Write,
+) -> fmt::Result {
+    let columns = cells.first().map_or(0, Vec::len);
     let widths: Vec<usize> = (0..columns)
         .map(|column| {
             let lengths = cells.iter().filter_map(|row| row.get(column));
-            lengths
-                .map(|cell| cell.chars().count())
-                .max()
-                .unwrap_or_default()
+            let lengths = lengths.map(|cell| cell.chars().count());
+            lengths.max().unwrap_or_default()
         })
         .collect();
     for (index, row) in cells.iter().enumerate() {
@@ -346,15 +376,42 @@ pub(crate) fn services(rows: &[ServiceRow], style: Style, out: &mut impl Write) 
             write!(line, "{cell:<width$}  ")?;
         }
         let line = line.trim_end();
-        let sound = index == 0 || row.last().is_some_and(|state| state == "in force");
-        if style.colour && !sound {
+        if style.colour && index > 0 && !is_sound(row) {
             writeln!(out, "\x1b[33m{line}\x1b[0m")?;
         } else {
             writeln!(out, "{line}")?;
         }
     }
+    Ok(())
+}
+
+/// Writes the table of policies, or the pods of one.
+pub(crate) fn policies(rows: &[PolicyRow], style: Style, out: &mut impl Write) -> fmt::Result {
+    let header = ["POLICY", "KIND", "DIRECTIONS", "PODS HERE", "MODE"];
+    let mut cells: Vec<Vec<String>> = vec![header.map(str::to_owned).into()];
+    for row in rows {
+        let name = if row.namespace.is_empty() {
+            row.name.clone()
+        } else {
+            format!("{}/{}", row.namespace, row.name)
+        };
+        cells.push(vec![
+            name,
+            row.kind.to_owned(),
+            row.directions.join(","),
+            row.pods.len().to_string(),
+            row.mode.to_owned(),
+        ]);
+    }
+    table(&cells, style, |_| true, out)?;
     if let [row] = rows {
-        details(row, out)?;
+        writeln!(out, "\nPods of this node that it selects")?;
+        for pod in &row.pods {
+            writeln!(out, "  {pod}")?;
+        }
+        if row.pods.is_empty() {
+            writeln!(out, "  none")?;
+        }
     }
     Ok(())
 }

@@ -24,6 +24,8 @@ pub(crate) enum Command {
     ///
     /// Exits with 0 if the connection is allowed, and with 3 if it is not, or only in part.
     Explain(Explain),
+    /// List policies with the pods of this node that they select.
+    Policies(Policies),
     /// Show the state of the agent on this node, what is wrong first.
     ///
     /// Exits with 0 if it is healthy, and with 3 if it is not.
@@ -128,8 +130,29 @@ pub(crate) struct Status {
     pub(crate) output: Output,
 }
 
+/// The arguments of `nftlet policies`.
+#[derive(Clone, Debug, PartialEq, Eq, Args)]
+pub(crate) struct Policies {
+    /// Only the policies of a namespace, or one of them with the pods that it selects.
+    #[arg(value_name = "NAMESPACE[/NAME]")]
+    pub(crate) of: Option<String>,
+    /// Read the objects from the API server, as in a pod, instead of asking the agent of this node.
+    #[arg(long)]
+    pub(crate) live: bool,
+    /// The form of the list.
+    #[arg(
+        short,
+        long,
+        value_name = "text|json",
+        default_value = "text",
+        hide_default_value = true,
+        hide_possible_values = true
+    )]
+    pub(crate) output: Output,
+}
+
 /// The subcommands that answer questions.
-const QUESTIONS: [&str; 3] = ["explain", "services", "status"];
+const QUESTIONS: [&str; 4] = ["explain", "policies", "services", "status"];
 
 /// The flags that the help of these subcommands shows, by their names in [`Settings`].
 const OF_QUESTIONS: [&str; 15] = [

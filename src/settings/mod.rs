@@ -22,7 +22,8 @@ use clap::{ArgAction, Parser};
 use ipnet::IpNet;
 
 pub(crate) use command_line::{
-    Command, CommandLine, Explain, Output, Services, Status, one_line, print_completion, print_man,
+    Command, CommandLine, Explain, Output, Policies, Services, Status, one_line, print_completion,
+    print_man,
 };
 pub(crate) use error::Error;
 use kube_proxy::{Ignored, Verbose};

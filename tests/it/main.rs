@@ -4,6 +4,7 @@ mod agent;
 mod compatibility;
 mod deploy;
 mod documents;
+mod insight;
 mod kernel;
 mod laboratory;
 mod layering;

@@ -1,9 +1,10 @@
 //! Programs that run inside a namespace until they are stopped.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt as _;
+use std::path::Path;
 use std::process::{Child, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -12,6 +13,9 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::Namespace;
+
+/// The flag of nftlet's unix socket.
+const SOCKET: &str = "--socket";
 
 /// A running program; killed when the value goes away, and also when the thread that started it
 /// ends, so that it does not outlive a test that is itself killed.
@@ -53,6 +57,16 @@ impl Daemon {
         arguments: impl IntoIterator<Item = A>,
         stderr: Option<Stdio>,
     ) -> io::Result<Self> {
+        let mut arguments: Vec<OsString> =
+            arguments.into_iter().map(|it| it.as_ref().into()).collect();
+        // Agents in several namespaces share the file system.
+        let is_nftlet = Path::new(program).file_name() == Some(OsStr::new("nftlet"));
+        let has_socket = arguments
+            .iter()
+            .any(|it| it.as_encoded_bytes().starts_with(SOCKET.as_bytes()));
+        if is_nftlet && !has_socket {
+            arguments.push(format!("{SOCKET}=").into());
+        }
         let log = tempfile::tempfile()?;
         let stderr = match stderr {
             Some(stderr) => stderr,

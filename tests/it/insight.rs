@@ -1,0 +1,143 @@
+//! The commands that answer questions: their documentation, and faults.
+
+use std::fs;
+use std::process::{Command, Output};
+
+const DOCUMENT: &str = "docs/insight.md";
+const OBJECTS: &str = "tests/fixtures/insight/shop.yaml";
+/// With this variable the outputs in the document are written anew.
+const UPDATE: &str = "UPDATE_GOLDEN";
+
+fn nftlet(arguments: &[&str]) -> Output {
+    let mut nftlet = Command::new(env!("CARGO_BIN_EXE_nftlet"));
+    nftlet.args(arguments).env_remove("NODE_NAME");
+    nftlet.output().expect("nftlet runs")
+}
+
+fn stdout(output: &Output) -> String {
+    String::from_utf8(output.stdout.clone()).expect("UTF-8")
+}
+
+/// Asks about the objects of the document.
+fn asked(arguments: &[&str]) -> Output {
+    let facts = [
+        "--manifests",
+        OBJECTS,
+        "--hostname-override=node-1",
+        "--cluster-cidr=10.244.0.0/16",
+    ];
+    nftlet(&[arguments, &facts].concat())
+}
+
+#[test]
+fn the_outputs_in_the_document_are_those_of_the_commands() {
+    let text = fs::read_to_string(DOCUMENT).expect("the document");
+    let mut parts = text.split("```console\n");
+    let mut made = parts.next().expect("the beginning").to_owned();
+    for part in parts {
+        let (block, rest) = part.split_once("```\n").expect("the end of a block");
+        let command = block.lines().next().expect("a command");
+        let words = command
+            .strip_prefix("$ nftlet ")
+            .expect("a command of nftlet");
+        let words: Vec<&str> = words
+            .split_whitespace()
+            .map(|word| if word == "shop.yaml" { OBJECTS } else { word })
+            .collect();
+        let output = nftlet(&words);
+        assert!(output.stderr.is_empty(), "{command}: {output:?}");
+        made.push_str(&format!(
+            "```console\n{command}\n{}```\n{rest}",
+            stdout(&output)
+        ));
+    }
+    if std::env::var_os(UPDATE).is_some() {
+        fs::write(DOCUMENT, &made).expect("the document is written");
+    }
+    assert!(
+        made == text,
+        "{DOCUMENT} differs from what the commands print; {UPDATE}=1 writes it anew"
+    );
+}
+
+#[test]
+fn the_exit_code_tells_allowed_from_denied_and_faults() {
+    for (words, code) in [
+        (vec!["explain", "shop/gateway-1", "svc/shop/web:http"], 0),
+        (vec!["explain", "shop/cart-7c9", "svc/shop/web:80"], 3),
+        (vec!["explain", "shop/cart-7c9", "internet:443"], 3),
+        (vec!["explain", "shop/cart-7c9"], 2),
+        (vec!["explain", "shop/cart-7c9", "web"], 2),
+        (vec!["explain", "shop/nobody", "svc/shop/web:80"], 1),
+        (vec!["explain", "shop/cart-7c9", "svc/shop/web:https"], 1),
+        (vec!["services", "shop/nothing"], 1),
+        (vec!["policies", "shop/nothing"], 1),
+    ] {
+        let output = asked(&words);
+        assert_eq!(output.status.code(), Some(code), "{words:?}: {output:?}");
+        if code == 1 || code == 2 {
+            let said = String::from_utf8_lossy(&output.stderr);
+            assert_eq!(said.trim_end().lines().count(), 1, "{words:?}: {said}");
+        }
+    }
+}
+
+#[test]
+fn unknown_names_are_answered_with_those_alike() {
+    for (words, part) in [
+        (
+            ["explain", "shop/web", "svc/shop/db:5432"],
+            "there is no pod shop/web; there are svc/shop/web, deploy/shop/web, shop/web-0",
+        ),
+        (
+            ["explain", "shop/web-0", "svc/other/web:80"],
+            "there is no service other/web; did you mean svc/shop/web?",
+        ),
+        (
+            ["explain", "shop/web-0", "svc/shop/web:https"],
+            "the service shop/web has no port https; it has http (80/TCP)",
+        ),
+        (
+            ["explain", "shop/db-0", "fd00::1"],
+            "shop/db-0 and fd00::1 have no address of the same family",
+        ),
+    ] {
+        let output = asked(&words);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(said.contains(part), "{words:?}: {said}");
+    }
+}
+
+#[test]
+fn a_batch_answers_each_line_by_a_line() {
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    let questions = "shop/cart-7c9 svc/shop/web:80\n\nshop/nobody 10.0.0.1\nnot a question at all\n\
+                     shop/gateway-1 svc/shop/web:80\n";
+    fs::write(file.path(), questions).expect("questions");
+    let output = asked(&["explain", "--batch", file.path().to_str().expect("UTF-8")]);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let answers = stdout(&output);
+    let answers: Vec<serde_json::Value> = answers
+        .lines()
+        .map(|line| serde_json::from_str(line).expect("JSON"))
+        .collect();
+    assert_eq!(answers.len(), 4);
+    assert_eq!(answers[0]["verdict"], "denied");
+    assert_eq!(answers[1]["error"], "there is no pod shop/nobody");
+    assert_eq!(answers[2]["question"], "not a question at all");
+    assert_eq!(answers[3]["verdict"], "allowed");
+}
+
+#[test]
+fn without_an_agent_one_line_says_what_to_do() {
+    for command in ["status", "services", "policies"] {
+        let output = nftlet(&[command, "--socket=/nonexistent/nftlet.sock"]);
+        assert_eq!(output.status.code(), Some(1));
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            said.contains("no agent answers on /nonexistent/nftlet.sock"),
+            "{said}"
+        );
+        assert_eq!(said.trim_end().lines().count(), 1, "{said}");
+    }
+}
