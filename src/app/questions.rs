@@ -117,13 +117,12 @@ async fn ask_agent(asked: &Explain, socket: &Path) -> Result<ExitCode, Error> {
         ("form", form),
         ("colour", colour),
     ];
-    let answer = ask::get_json(socket, "/explain", &query).await?;
-    print(|out| match (asked.output, answer.get("text")) {
-        (Output::Text, Some(text)) => out.write_all(text.as_str().unwrap_or_default().as_bytes()),
-        _ => {
-            serde_json::to_writer_pretty(&mut *out, &answer)?;
-            writeln!(out)
-        }
+    let body = ask::get(socket, "/explain", &query).await?;
+    let answer: Value =
+        serde_json::from_slice(&body).map_err(|error| AskError::Invalid(error.to_string()))?;
+    print(|out| match answer.get("text").and_then(Value::as_str) {
+        Some(text) => out.write_all(text.as_bytes()),
+        None => out.write_all(&body),
     })?;
     Ok(match answer.get("verdict").and_then(Value::as_str) {
         Some("allowed") => ExitCode::SUCCESS,

@@ -119,8 +119,8 @@ impl AgentPages {
             let _ = answer_text(&answer, style, &mut text);
             return ok(&json!({ "verdict": answer.verdict, "text": text }));
         }
-        match serde_json::to_value(&answer) {
-            Ok(answer) => ok(&answer),
+        match serde_json::to_string_pretty(&answer) {
+            Ok(answer) => SocketAnswer::Json(StatusCode::OK, answer + "\n"),
             Err(error) => failed(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
         }
     }

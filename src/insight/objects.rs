@@ -264,8 +264,13 @@ pub(crate) fn network_policy(policy: &NetworkPolicy) -> Value {
 
 fn rule(rule: &PolicyRule, peers: &str) -> Value {
     let mut written = Map::new();
+    // An empty list in the API matches everything, and one without a valid entry nothing.
     if let Some(of_rule) = &rule.peers {
-        written.insert(peers.to_owned(), of_rule.iter().map(peer).collect());
+        let peers_of_rule: Vec<Value> = match of_rule.as_slice() {
+            [] => vec![json!({ "podSelector": nothing() })],
+            some => some.iter().map(peer).collect(),
+        };
+        written.insert(peers.to_owned(), peers_of_rule.into());
     }
     if let Some(ports) = &rule.ports {
         written.insert("ports".to_owned(), ports.iter().map(port).collect());
@@ -300,6 +305,13 @@ fn port(port: &PolicyPort) -> Value {
     }
 }
 
+/// Returns a selector that selects nothing.
+fn nothing() -> Value {
+    json!({ "matchExpressions": [
+        { "key": "none", "operator": "Exists" }, { "key": "none", "operator": "DoesNotExist" },
+    ] })
+}
+
 fn selector(selector: &LabelSelector) -> Value {
     let requirements = selector.requirements().iter();
     let expressions = requirements.map(|requirement| match requirement {
@@ -313,4 +325,62 @@ fn selector(selector: &LabelSelector) -> Value {
         Requirement::DoesNotExist(key) => json!({ "key": **key, "operator": "DoesNotExist" }),
     });
     json!({ "matchExpressions": expressions.collect::<Vec<_>>() })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::path::PathBuf;
+
+    use super::*;
+    use crate::model::{Event, Object, ObjectRef};
+    use crate::source::Manifests;
+
+    /// Reads a document as a command does.
+    fn read(manifests: Manifests) -> BTreeMap<ObjectRef, Object> {
+        let events = manifests.with_allow_empty(true).load().expect("it is read");
+        let objects = events.into_iter().filter_map(|event| match event {
+            // The time of a change, which latencies are measured from.
+            Event::Apply(Object::EndpointSlice(slice)) => {
+                Some(Object::EndpointSlice(EndpointSlice {
+                    triggered_at_ms: None,
+                    ..slice
+                }))
+            }
+            Event::Apply(object) => Some(object),
+            _ => None,
+        });
+        objects.map(|object| (object.reference(), object)).collect()
+    }
+
+    fn written(object: &Object) -> Option<Value> {
+        Some(match object {
+            Object::Service(it) => service(it),
+            Object::EndpointSlice(it) => slice(it),
+            Object::Node(it) => node(it),
+            Object::ServiceCidr(it) => service_cidr(it),
+            Object::Pod(it) => pod(it),
+            Object::Namespace(it) => namespace(it.name.name(), &it.labels),
+            Object::NetworkPolicy(it) => network_policy(it),
+            Object::ClusterNetworkPolicy(_) => return None,
+        })
+    }
+
+    #[test]
+    fn what_is_written_is_read_as_the_same_objects() {
+        for file in ["insight/shop.yaml", "kubectl-get-all.yaml"] {
+            let path = PathBuf::from("tests/fixtures").join(file);
+            let node = "node-1".to_owned();
+            let objects = read(Manifests::new(vec![path], node.clone()));
+            assert!(objects.len() > 10, "{file}");
+            let items: Vec<Value> = objects.values().filter_map(written).collect();
+            let list = json!({ "apiVersion": "v1", "kind": "List", "items": items });
+            let document = list.to_string().into_bytes();
+            let again = read(Manifests::new(Vec::new(), node).with_document(document));
+            for (name, object) in &objects {
+                assert_eq!(again.get(name), Some(object), "{file}");
+            }
+            assert_eq!(again.len(), objects.len(), "{file}");
+        }
+    }
 }

@@ -394,11 +394,22 @@ mod tests {
             (&["completion", "fish"], "-l cluster-cidr"),
             (&["man"], "cluster\\-cidr"),
         ] {
-            let command = parsed(args).command.expect("a subcommand");
             let mut text = Vec::new();
-            command.print(&mut text).expect("it is written");
+            let written = match parsed(args).command {
+                Some(Command::Completion { shell }) => print_completion(shell, &mut text),
+                Some(Command::Man) => print_man(&mut text),
+                other => panic!("{other:?}"),
+            };
+            written.expect("it is written");
             let text = String::from_utf8(text).expect("UTF-8");
             assert!(text.contains(part), "{args:?}: {text}");
+        }
+        for name in QUESTIONS {
+            let question: &[&str] = match name {
+                "explain" => &[name, "node", "internet", "--manifests=a"],
+                _ => &[name, "--manifests=a"],
+            };
+            assert_eq!(parsed(question).settings.manifests.len(), 1, "{name}");
         }
         let all = ["nftlet", "--once", "man"];
         assert!(CommandLine::parse(all).is_err(), "flags and a subcommand");

@@ -16,6 +16,7 @@ pub(super) fn pod(name: &str, address: &str) -> Event {
         evidence: Default::default(),
         addresses: [address.parse().unwrap()].into_iter().collect(),
         labels: Default::default(),
+        owner: None,
         ports: [].into(),
     }))
 }

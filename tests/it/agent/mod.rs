@@ -10,4 +10,5 @@ mod ports;
 mod process;
 mod server;
 mod signals;
+mod socket;
 mod without_services;

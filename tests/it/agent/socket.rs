@@ -1,0 +1,158 @@
+//! The unix socket over which commands ask the running agent.
+
+use std::fs;
+use std::io::{Read as _, Write as _};
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::process::Output;
+
+use nftlet_lab::netns::{Daemon, Namespace, require_net_admin, wait_for};
+
+use crate::support::agent::{NFTLET, PATIENCE, wait_for_log};
+
+const OBJECTS: &str = "tests/fixtures/insight/shop.yaml";
+const FACTS: [&str; 6] = [
+    "--manifests",
+    OBJECTS,
+    "--hostname-override",
+    "node-1",
+    "--cluster-cidr",
+    "10.244.0.0/16",
+];
+
+fn start(node: &Namespace, socket: &Path) -> Daemon {
+    let socket = format!("--socket={}", socket.display());
+    let quiet = [
+        "--metrics-bind-address=",
+        "--healthz-bind-address=",
+        &socket,
+    ];
+    Daemon::start(node, NFTLET, [&FACTS[..], &quiet].concat())
+}
+
+fn ask(words: &[&str], more: &[&str]) -> Output {
+    let mut command = std::process::Command::new(NFTLET);
+    command.args(words).args(more).env_remove("NODE_NAME");
+    command.output().expect("nftlet runs")
+}
+
+#[track_caller]
+fn answering(words: &[&str], socket: &str) -> Output {
+    wait_for("an answer of the agent", PATIENCE, || {
+        let output = ask(words, &["--socket", socket]);
+        let said = String::from_utf8_lossy(&output.stderr);
+        (!said.contains("no agent answers")).then_some(output)
+    })
+}
+
+#[test]
+fn the_agent_answers_as_its_objects_do() {
+    if !require_net_admin() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("run/nftlet.sock");
+    let socket = path.to_str().unwrap();
+    let node = Namespace::new("asked");
+    let daemon = start(&node, &path);
+    wait_for_log(&daemon, "the rules are in place");
+    for words in [
+        &["explain", "shop/cart-7c9", "svc/shop/web:80"][..],
+        &[
+            "explain",
+            "shop/gateway-1",
+            "svc/shop/web:http",
+            "-o",
+            "json",
+        ],
+        &["explain", "internet", "svc/shop/edge"],
+        &["services"],
+        &["services", "shop/web", "-o", "json"],
+        &["policies", "shop"],
+    ] {
+        let live = answering(words, socket);
+        let from_files = ask(words, &FACTS);
+        assert_eq!(
+            live.status.code(),
+            from_files.status.code(),
+            "{words:?}: {live:?}"
+        );
+        let texts = [&live, &from_files].map(|it| String::from_utf8_lossy(&it.stdout));
+        assert_eq!(texts[0], texts[1], "{words:?}");
+        assert!(!live.stdout.is_empty(), "{words:?}");
+    }
+    let unknown = answering(&["explain", "shop/nobody", "node"], socket);
+    assert_eq!(unknown.status.code(), Some(1));
+    let said = String::from_utf8_lossy(&unknown.stderr);
+    assert!(said.contains("there is no pod shop/nobody"), "{said}");
+    let status = answering(&["status", "-o", "json"], socket);
+    let status: serde_json::Value = serde_json::from_slice(&status.stdout).expect("JSON");
+    assert_eq!(status["healthy"], true, "{status}");
+    assert_eq!(status["services"]["total"], 4, "{status}");
+    assert_eq!(status["services"]["withoutEndpoints"], 2, "{status}");
+    assert_eq!(status["policies"]["isolatedPods"], 2, "{status}");
+    assert!(status["rules"]["inSyncSince"].is_string(), "{status}");
+}
+
+/// Sends a request as it is and returns the answer.
+fn request(socket: &Path, text: &str) -> String {
+    let mut stream = UnixStream::connect(socket).expect("the agent listens");
+    stream.write_all(text.as_bytes()).expect("it is sent");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).expect("an answer");
+    answer
+}
+
+#[test]
+fn the_socket_is_for_root_alone_and_answers_only_get() {
+    if !require_net_admin() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("run/nftlet.sock");
+    let node = Namespace::new("guarded");
+    let daemon = start(&node, &path);
+    wait_for_log(&daemon, "the rules are in place");
+    answering(&["status"], path.to_str().unwrap());
+    let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode(&path), 0o600);
+    assert_eq!(mode(path.parent().unwrap()), 0o700);
+    for (line, code) in [
+        ("POST /status", "405"),
+        ("DELETE /objects", "405"),
+        ("GET /nothing", "404"),
+        ("GET /explain?from=web&to=node", "400"),
+        ("GET /status", "200"),
+    ] {
+        let text = format!("{line} HTTP/1.1\r\nhost: nftlet\r\nconnection: close\r\n\r\n");
+        let answer = request(&path, &text);
+        assert!(
+            answer.starts_with(&format!("HTTP/1.1 {code}")),
+            "{line}: {answer}"
+        );
+    }
+}
+
+#[test]
+fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
+    if !require_net_admin() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("nftlet.sock");
+    let socket = path.to_str().unwrap();
+    drop(UnixListener::bind(&path).unwrap());
+    assert!(path.exists(), "as after a crash");
+    let node = Namespace::new("first");
+    let mut first = start(&node, &path);
+    answering(&["status"], socket);
+    let other = Namespace::new("second");
+    let second = start(&other, &path);
+    wait_for_log(&second, "another agent answers on the socket");
+    answering(&["status"], socket);
+    first.stop(PATIENCE).expect("it stops");
+    // It takes the socket over without a restart.
+    answering(&["status"], socket);
+    drop(second);
+}
