@@ -41,9 +41,11 @@ pub const LAYERS: &[(&str, &[&str])] = &[
         "cleanup",
         &["services", "policies", "nft", "netlink", "host", "backoff"],
     ),
+    ("insight", &["model", "services", "policies"]),
     (
         "app",
         &[
+            "insight",
             "model",
             "logging",
             "host",
