@@ -154,13 +154,13 @@ pub(crate) enum Action {
 pub(crate) struct LeftOut {
     pub address: IpAddr,
     pub pod: Option<String>,
-    pub reason: Reason,
+    pub reason: Exclusion,
 }
 
 /// Why an endpoint gets no traffic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
-pub(crate) enum Reason {
+pub(crate) enum Exclusion {
     /// The condition `ready` is false.
     NotReady,
     /// It terminates, and others are ready.
@@ -171,14 +171,14 @@ pub(crate) enum Reason {
     OtherZone,
 }
 
-impl Reason {
+impl Exclusion {
     /// Returns it in words.
     pub(super) fn words(self) -> &'static str {
         match self {
-            Reason::NotReady => "not ready",
-            Reason::Terminating => "terminating",
-            Reason::OtherNode => "on another node",
-            Reason::OtherZone => "its hints name other zones or nodes",
+            Exclusion::NotReady => "not ready",
+            Exclusion::Terminating => "terminating",
+            Exclusion::OtherNode => "on another node",
+            Exclusion::OtherZone => "its hints name other zones or nodes",
         }
     }
 }

@@ -202,15 +202,14 @@ pub(crate) fn pod(pod: &Pod) -> Value {
         "hostNetwork": pod.host_network,
         "containers": [{ "ports": ports.collect::<Vec<_>>() }],
     });
-    let started = pod.evidence.started;
-    let state = match (pod.running, pod.ended) {
-        (true, _) => {
-            let at = started.map(|seconds| time(seconds.into()));
-            json!({ "running": { "startedAt": at } })
-        }
-        (false, true) => json!({ "terminated": {} }),
-        (false, false) => json!({ "waiting": {} }),
+    let state = match (pod.evidence.started, pod.running, pod.ended) {
+        (Some(seconds), ..) => Some(json!({ "running": { "startedAt": time(seconds.into()) } })),
+        // Its containers are not in the status.
+        (None, true, _) => None,
+        (None, false, true) => Some(json!({ "terminated": {} })),
+        (None, false, false) => Some(json!({ "waiting": {} })),
     };
+    let containers = state.map(|state| json!({ "state": state }));
     let sandbox = match pod.evidence.sandbox {
         Sandbox::Gone => Some(json!({
             "type": "PodReadyToStartContainers", "status": "False",
@@ -226,7 +225,7 @@ pub(crate) fn pod(pod: &Pod) -> Value {
         "phase": if pod.ended { "Succeeded" } else { "Running" },
         "podIPs": ips.map(|ip| json!({ "ip": ip })).collect::<Vec<_>>(),
         "conditions": sandbox.into_iter().collect::<Vec<_>>(),
-        "containerStatuses": [{ "state": state }],
+        "containerStatuses": containers.into_iter().collect::<Vec<_>>(),
     });
     let of_kind = fields([("spec", spec), ("status", status)]);
     object(Kind::Pod, &pod.name, metadata, of_kind)
@@ -325,62 +324,4 @@ fn selector(selector: &LabelSelector) -> Value {
         Requirement::DoesNotExist(key) => json!({ "key": **key, "operator": "DoesNotExist" }),
     });
     json!({ "matchExpressions": expressions.collect::<Vec<_>>() })
-}
-
-#[cfg(test)]
-mod tests {
-    use std::collections::BTreeMap;
-    use std::path::PathBuf;
-
-    use super::*;
-    use crate::model::{Event, Object, ObjectRef};
-    use crate::source::Manifests;
-
-    /// Reads a document as a command does.
-    fn read(manifests: Manifests) -> BTreeMap<ObjectRef, Object> {
-        let events = manifests.with_allow_empty(true).load().expect("it is read");
-        let objects = events.into_iter().filter_map(|event| match event {
-            // The time of a change, which latencies are measured from.
-            Event::Apply(Object::EndpointSlice(slice)) => {
-                Some(Object::EndpointSlice(EndpointSlice {
-                    triggered_at_ms: None,
-                    ..slice
-                }))
-            }
-            Event::Apply(object) => Some(object),
-            _ => None,
-        });
-        objects.map(|object| (object.reference(), object)).collect()
-    }
-
-    fn written(object: &Object) -> Option<Value> {
-        Some(match object {
-            Object::Service(it) => service(it),
-            Object::EndpointSlice(it) => slice(it),
-            Object::Node(it) => node(it),
-            Object::ServiceCidr(it) => service_cidr(it),
-            Object::Pod(it) => pod(it),
-            Object::Namespace(it) => namespace(it.name.name(), &it.labels),
-            Object::NetworkPolicy(it) => network_policy(it),
-            Object::ClusterNetworkPolicy(_) => return None,
-        })
-    }
-
-    #[test]
-    fn what_is_written_is_read_as_the_same_objects() {
-        for file in ["insight/shop.yaml", "kubectl-get-all.yaml"] {
-            let path = PathBuf::from("tests/fixtures").join(file);
-            let node = "node-1".to_owned();
-            let objects = read(Manifests::new(vec![path], node.clone()));
-            assert!(objects.len() > 10, "{file}");
-            let items: Vec<Value> = objects.values().filter_map(written).collect();
-            let list = json!({ "apiVersion": "v1", "kind": "List", "items": items });
-            let document = list.to_string().into_bytes();
-            let again = read(Manifests::new(Vec::new(), node).with_document(document));
-            for (name, object) in &objects {
-                assert_eq!(again.get(name), Some(object), "{file}");
-            }
-            assert_eq!(again.len(), objects.len(), "{file}");
-        }
-    }
 }

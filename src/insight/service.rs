@@ -6,7 +6,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 use super::Facts;
-use super::answer::{Action, Code, LeftOut, Reason, ServiceStep};
+use super::answer::{Action, Code, Exclusion, LeftOut, ServiceStep};
 use crate::model::{Family, Node, Protocol, Service, ServicePort, TrafficPolicy};
 use crate::services::{
     self, Claim, EndpointOf, Frontend, LocalDetector, Role, Route, ServicePlan, Target,
@@ -270,16 +270,16 @@ pub(super) fn left_out(
     left_out
 }
 
-fn reason(facts: &Facts, endpoint: &EndpointOf, only_local: bool) -> Reason {
+fn reason(facts: &Facts, endpoint: &EndpointOf, only_local: bool) -> Exclusion {
     let endpoint = endpoint.endpoint;
     if endpoint.terminating {
-        Reason::Terminating
+        Exclusion::Terminating
     } else if !endpoint.ready {
-        Reason::NotReady
+        Exclusion::NotReady
     } else if only_local && endpoint.node.as_deref() != Some(facts.node) {
-        Reason::OtherNode
+        Exclusion::OtherNode
     } else {
-        Reason::OtherZone
+        Exclusion::OtherZone
     }
 }
 

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use serde::Serialize;
 
 use super::Facts;
-use super::answer::{Code, Reason};
+use super::answer::{Code, Exclusion};
 use super::explain::too_large;
 use super::names::{NameError, no_service};
 use super::service::{left_out, pod_at};
@@ -66,7 +66,7 @@ pub(crate) struct EndpointRow {
     /// Whether some frontend uses it.
     pub used: bool,
     /// Why no frontend uses it.
-    pub reason: Option<Reason>,
+    pub reason: Option<Exclusion>,
     #[serde(skip)]
     pub local: bool,
 }

@@ -310,16 +310,19 @@ fn what_is_referred_to_is_there() {
 }
 
 #[test]
-fn nftlet_has_two_powers_and_only_a_lock_to_write_to() {
+fn nftlet_has_two_powers_and_writes_to_a_lock_and_its_socket_alone() {
     for folder in folders() {
         let objects = build(&folder.path).objects;
         // Without services there are no rules of kube-proxy to remove.
         let arguments = nftlet_of(&pod_of(&objects)).args.clone();
         let arguments = arguments.unwrap_or_default();
-        let (lock, powers): (&[&str], &[&str]) =
+        let (of_host_wanted, powers): (&[&str], &[&str]) =
             match arguments.iter().any(|it| it == "--services=off") {
-                true => (&[], &["NET_ADMIN"]),
-                false => (&["/run/xtables.lock"], &["NET_ADMIN", "NET_RAW"]),
+                true => (&["/run/nftlet"], &["NET_ADMIN"]),
+                false => (
+                    &["/run/xtables.lock", "/run/nftlet"],
+                    &["NET_ADMIN", "NET_RAW"],
+                ),
             };
         let pod = pod_of(&objects);
         assert_eq!(pod.host_network, Some(true));
@@ -342,12 +345,12 @@ fn nftlet_has_two_powers_and_only_a_lock_to_write_to() {
             .flatten()
             .filter_map(|it| it.host_path.as_ref());
         let of_host: Vec<&str> = of_host.map(|host| host.path.as_str()).collect();
-        assert_eq!(of_host, lock);
+        assert_eq!(of_host, of_host_wanted);
         let container = nftlet_of(&pod);
         let writable = container.volume_mounts.iter().flatten();
         let writable = writable.filter(|mount| mount.read_only != Some(true));
         let writable: Vec<&str> = writable.map(|mount| mount.mount_path.as_str()).collect();
-        assert_eq!(writable, lock);
+        assert_eq!(writable, of_host_wanted);
         let security = container
             .security_context
             .clone()

@@ -7,3 +7,4 @@ mod migration;
 mod monitoring;
 mod neighbours;
 mod packaging;
+mod plugin;

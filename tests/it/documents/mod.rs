@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 /// All documents, with the most words that each may have.
 const DOCUMENTS: [(&str, usize); 14] = [
-    ("ARCHITECTURE.md", 2_500),
+    ("ARCHITECTURE.md", 2_600),
     ("CHANGELOG.md", 700),
     ("CONTRIBUTING.md", 800),
     ("README.md", 1_500),
@@ -27,7 +27,7 @@ const DOCUMENTS: [(&str, usize); 14] = [
 ];
 
 /// The most words of all documents.
-const MOST_WORDS: usize = 21_500;
+const MOST_WORDS: usize = 22_500;
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))

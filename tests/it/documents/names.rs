@@ -16,7 +16,7 @@ const MONITORING: &str = "docs/monitoring.md";
 const TROUBLESHOOTING: &str = "docs/troubleshooting.md";
 
 /// Flags of other programs that documents name without their program.
-const FOREIGN_FLAGS: [&str; 1] = ["--skip-phases"];
+const FOREIGN_FLAGS: [&str; 3] = ["--node", "--offline", "--skip-phases"];
 
 /// Documents about programs with flags of their own.
 const OTHER_PROGRAMS: [&str; 1] = ["docs/benchmarks.md"];
@@ -88,11 +88,17 @@ fn shown_flags() -> BTreeSet<String> {
     names.collect()
 }
 
-/// Whether nftlet takes a flag, hidden ones included. A second flag that cannot exist keeps it from
-/// doing anything.
+/// Whether nftlet or one of its subcommands takes a flag, hidden ones included. A second flag that
+/// cannot exist keeps it from doing anything.
 fn takes(flag: &str) -> bool {
-    let said = nftlet(&[flag, "--no-such-flag"]);
-    !said.contains(&format!("unexpected argument '{flag}'"))
+    let takes = |subcommand: &[&str]| {
+        let said = nftlet(&[subcommand, &[flag, "--no-such-flag"]].concat());
+        !said.contains(&format!("unexpected argument '{flag}'"))
+    };
+    takes(&[])
+        || ["explain", "policies", "services", "status"]
+            .iter()
+            .any(|it| takes(&[*it]))
 }
 
 /// The names of metrics in a text.

@@ -16,6 +16,8 @@ use super::Namespace;
 
 /// The flag of nftlet's unix socket.
 const SOCKET: &str = "--socket";
+/// Programs that run nftlet as their last argument with its own ones.
+const WRAPPERS: [&str; 3] = ["prlimit", "setpriv", "unshare"];
 
 /// A running program; killed when the value goes away, and also when the thread that started it
 /// ends, so that it does not outlive a test that is itself killed.
@@ -60,11 +62,13 @@ impl Daemon {
         let mut arguments: Vec<OsString> =
             arguments.into_iter().map(|it| it.as_ref().into()).collect();
         // Agents in several namespaces share the file system.
-        let is_nftlet = Path::new(program).file_name() == Some(OsStr::new("nftlet"));
+        let is_nftlet = |name: &OsStr| Path::new(name).file_name() == Some(OsStr::new("nftlet"));
+        let is_wrapped = WRAPPERS.iter().any(|it| program == *it)
+            && arguments.iter().any(|argument| is_nftlet(argument));
         let has_socket = arguments
             .iter()
             .any(|it| it.as_encoded_bytes().starts_with(SOCKET.as_bytes()));
-        if is_nftlet && !has_socket {
+        if (is_nftlet(program) || is_wrapped) && !has_socket {
             arguments.push(format!("{SOCKET}=").into());
         }
         let log = tempfile::tempfile()?;
