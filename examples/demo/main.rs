@@ -16,7 +16,7 @@ use std::fs;
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -144,6 +144,8 @@ fn run(options: &Options, style: &Style) -> Outcome<()> {
     say("created network namespaces; the pods answer with their names");
 
     let manifests = shop.folder.path().to_owned();
+    let socket_folder = tempfile::tempdir()?;
+    let socket = socket_folder.path().join("nftlet.sock");
     let start = || {
         Daemon::start(
             lab.node().ns(),
@@ -153,6 +155,8 @@ fn run(options: &Options, style: &Style) -> Outcome<()> {
                 manifests.as_os_str(),
                 "--hostname-override".as_ref(),
                 "node-1".as_ref(),
+                "--socket".as_ref(),
+                socket.as_os_str(),
                 "-v".as_ref(),
             ],
         )
@@ -178,6 +182,7 @@ fn run(options: &Options, style: &Style) -> Outcome<()> {
         say("nftlet runs again");
         println!();
         policies::show(&lab, &shop, &mut nftlet, style)?;
+        explain(&program, &socket, style)?;
         if options.keep {
             keep(&lab)?;
         }
@@ -190,6 +195,22 @@ fn run(options: &Options, style: &Style) -> Outcome<()> {
         );
     }
     result
+}
+
+/// Asks the agent why the last connection was denied.
+fn explain(program: &Path, socket: &Path, style: &Style) -> Outcome<()> {
+    let words = ["explain", "shop/pod-2", "shop/pod-1:8081"];
+    println!("{}\n", style.strong("nftlet explains itself"));
+    println!("  $ nftlet {}\n", words.join(" "));
+    let output = Command::new(program).args(words).arg("--socket").arg(socket).output()?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    text.lines().for_each(|line| println!("  {line}"));
+    println!();
+    match output.status.code() {
+        // Denied.
+        Some(3) => Ok(()),
+        _ => Err(format!("{}: {}", output.status, String::from_utf8_lossy(&output.stderr)).into()),
+    }
 }
 
 /// Returns the given nftlet, or the one in the target directory of this example.
