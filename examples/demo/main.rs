@@ -202,14 +202,23 @@ fn explain(program: &Path, socket: &Path, style: &Style) -> Outcome<()> {
     let words = ["explain", "shop/pod-2", "shop/pod-1:8081"];
     println!("{}\n", style.strong("nftlet explains itself"));
     println!("  $ nftlet {}\n", words.join(" "));
-    let output = Command::new(program).args(words).arg("--socket").arg(socket).output()?;
+    let output = Command::new(program)
+        .args(words)
+        .arg("--socket")
+        .arg(socket)
+        .output()?;
     let text = String::from_utf8_lossy(&output.stdout);
     text.lines().for_each(|line| println!("  {line}"));
     println!();
     match output.status.code() {
         // Denied.
         Some(3) => Ok(()),
-        _ => Err(format!("{}: {}", output.status, String::from_utf8_lossy(&output.stderr)).into()),
+        _ => Err(format!(
+            "{}: {}",
+            output.status,
+            String::from_utf8_lossy(&output.stderr)
+        )
+        .into()),
     }
 }
 

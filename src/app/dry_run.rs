@@ -24,14 +24,10 @@ pub(super) fn run(
 ) -> Result<(), Error> {
     let manifests = manifests(settings, node_name);
     let collect = collect(settings, node_name, service_settings, manifests);
-    let (store, mut policies) = single_threaded()?.block_on(collect)?;
+    let (store, policies) = single_threaded()?.block_on(collect)?;
     let (mut wanted, notices) = services::wanted(&store, service_settings);
     for notice in &notices {
         Log.notice(notice);
-    }
-    policies.update(BUDGET);
-    for notice in policies.take_notices() {
-        Log.notice(&notice);
     }
     wanted.tables.extend(policies.ruleset().tables);
     let summary = summary(&store, Some(&policies), settings);
@@ -80,6 +76,10 @@ pub(super) async fn collect(
     report(&mut changes);
     if policies.lacks_pod_network() {
         return Err(Error::NoPodNetwork(node_name.to_owned()));
+    }
+    policies.update(BUDGET);
+    for notice in policies.take_notices() {
+        Log.notice(&notice);
     }
     Ok((store, policies))
 }

@@ -11,9 +11,11 @@ use super::names::{NameError, Place, places};
 use super::question::{End, PortName, Question};
 use super::service::{self, Destination, Source, is_of_node};
 use super::{API_VERSION, Facts};
-use crate::model::{Family, Kind, ObjectName, Protocol, Service};
+use crate::model::{Family, Kind, ObjectName, Protocol, Service, Tier};
 use crate::policies::{self, Connection, Direction, RuleOf};
 
+/// The tier of NetworkPolicies, between those of cluster policies.
+const NETWORK_POLICY: &str = "NetworkPolicy";
 /// The protocol number of ICMP in a family.
 const ICMP: [(Family, u8); 2] = [(Family::V4, 1), (Family::V6, 58)];
 
@@ -392,18 +394,34 @@ fn decide(
             return allowed(Code::NodeToOwnPod);
         }
     }
+    let by_rule = |of: RuleOf| Decision {
+        tier: Some(of.tier.map_or(NETWORK_POLICY, tier_name)),
+        rule: Some(of.rule),
+        policies: vec![PolicyName {
+            kind: match of.tier {
+                Some(_) => Kind::ClusterNetworkPolicy.as_str(),
+                None => Kind::NetworkPolicy.as_str(),
+            },
+            namespace: of.policy.namespace().to_owned(),
+            name: of.policy.name().to_owned(),
+        }],
+        ..allowed(Code::PolicyRule)
+    };
     match facts.policies.decide(direction, connection) {
         policies::Decision::NotIsolated => allowed(Code::NoPolicy),
         policies::Decision::ToItself => allowed(Code::SamePod),
-        policies::Decision::Allowed(RuleOf { policy, rule }) => Decision {
-            tier: Some("NetworkPolicy"),
-            policies: vec![policy_name(&policy)],
-            rule: Some(rule),
-            ..allowed(Code::PolicyRule)
+        policies::Decision::Allowed(of) => Decision {
+            code: Code::PolicyRule,
+            ..by_rule(of)
+        },
+        policies::Decision::Denied(of) => Decision {
+            verdict: Verdict::Denied,
+            code: Code::PolicyDeny,
+            ..by_rule(of)
         },
         policies::Decision::NoRule { policies, nearest } => Decision {
             verdict: Verdict::Denied,
-            tier: Some("NetworkPolicy"),
+            tier: Some(NETWORK_POLICY),
             policies: policies.iter().map(policy_name).collect(),
             nearest: nearest.map(|miss| Nearest {
                 policy: policy_name(&miss.of.policy),
@@ -413,6 +431,13 @@ fn decide(
             }),
             ..allowed(Code::PolicyNoRule)
         },
+    }
+}
+
+fn tier_name(tier: Tier) -> &'static str {
+    match tier {
+        Tier::Admin => "Admin",
+        Tier::Baseline => "Baseline",
     }
 }
 

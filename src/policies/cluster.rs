@@ -9,7 +9,7 @@ use crate::model::{ClusterNetworkPolicy, Labels, ObjectName, Pod, Tier, TierPeer
 
 /// The cluster network policies.
 #[derive(Debug, Default)]
-pub(super) struct ClusterPolicies {
+pub(crate) struct ClusterPolicies {
     all: BTreeMap<ObjectName, Arc<ClusterNetworkPolicy>>,
     /// The policies by the pods that they select.
     subjects: Index<ObjectName>,
@@ -18,6 +18,11 @@ pub(super) struct ClusterPolicies {
 }
 
 impl ClusterPolicies {
+    /// Returns all policies, sorted by name.
+    pub fn all(&self) -> impl Iterator<Item = &Arc<ClusterNetworkPolicy>> {
+        self.all.values()
+    }
+
     /// Returns a policy.
     pub fn get(&self, name: &ObjectName) -> Option<&Arc<ClusterNetworkPolicy>> {
         self.all.get(name)

@@ -1,19 +1,14 @@
 //! Evaluates policies for a connection, from the objects instead of the rules.
 
 use std::net::IpAddr;
-use std::sync::Arc;
 
 use super::Engine;
-use super::cluster::rules_in;
 use super::index::{Namespaces, PodSelector};
 use super::layout::Direction;
-use super::profile::{Profile, TierList};
-use super::rules::rules_of;
 use super::spec::Scope;
 use super::tiers::counts_claimants;
 use crate::model::{
-    Action, Kind, NetworkPolicy, ObjectName, ObjectRef, Peer, Pod, PolicyPort, PolicyRule,
-    PortMatch, Protocol, TierPeer, TierRule,
+    NetworkPolicy, Peer, Pod, PolicyPort, PolicyRule, PortMatch, Protocol, TierPeer, TierRule,
 };
 
 /// A connection after DNAT and before masquerading, as the rules see it.
@@ -37,88 +32,46 @@ impl Engine {
             destination,
             ..
         } = *connection;
-        self.allows_at(Direction::Egress, source, destination, connection)
-            && self.allows_at(Direction::Ingress, destination, source, connection)
+        self.allows_at(Direction::Egress, source, connection)
+            && self.allows_at(Direction::Ingress, destination, connection)
     }
 
-    fn allows_at(
-        &self,
-        direction: Direction,
-        pod: IpAddr,
-        peer: IpAddr,
-        connection: &Connection,
-    ) -> bool {
+    fn allows_at(&self, direction: Direction, pod: IpAddr, connection: &Connection) -> bool {
         let plan = self.plans.get(&pod);
         let Some(holders) = plan.and_then(|plan| plan.holders.get(&direction)) else {
             return true;
         };
-        let (destination, local) = match direction {
-            Direction::Ingress => (pod, true),
-            Direction::Egress => (peer, false),
+        let end = self.end(direction, connection, true);
+        // The policies of each holder must allow it.
+        let mut profiles = holders.iter().map(|holder| &holder.profile);
+        profiles.all(|profile| self.judge(profile, &end, false).is_allowed())
+    }
+
+    /// Returns a connection as seen from one of its ends. `local` says that the pod at that end is one of
+    /// this node, by whose objects alone its named ports are resolved.
+    pub(super) fn end<'a>(
+        &'a self,
+        direction: Direction,
+        connection: &'a Connection,
+        local: bool,
+    ) -> End<'a> {
+        let (peer, local) = match direction {
+            Direction::Ingress => (connection.source, local),
+            Direction::Egress => (connection.destination, false),
         };
         let having = |address, local| {
             [false, true].map(|claimed| self.inventory.having(address, Scope { local, claimed }))
         };
-        let end = End {
+        End {
             direction,
             peer,
             peer_pods: having(peer, false),
-            destination_pods: having(destination, local),
+            destination_pods: having(connection.destination, local),
             connection,
-        };
-        // The policies of each holder must allow it.
-        let mut profiles = holders.iter().map(|holder| &holder.profile);
-        profiles.all(|profile| self.profile_allows(profile, pod == peer, &end))
-    }
-
-    fn profile_allows(&self, profile: &Profile, to_itself: bool, end: &End<'_>) -> bool {
-        let asked = |list: &Option<Arc<TierList>>| self.tier_allows(list.as_ref()?, end);
-        if let Some(decided) = asked(&profile.admin) {
-            return decided;
         }
-        let Some(policies) = &profile.policies else {
-            return asked(&profile.baseline).unwrap_or(true);
-        };
-        let is_in_force = |name: &&ObjectName| {
-            let policy = ObjectRef::new(Kind::NetworkPolicy, (*name).clone());
-            !self.quarantined.contains(&policy)
-        };
-        let in_force = policies.iter().filter(is_in_force);
-        let mut in_force = in_force.filter_map(|name| self.inventory.policy(name));
-        to_itself
-            || in_force.any(|policy| {
-                let mut rules = rules_of(policy, end.direction).unwrap_or_default().iter();
-                rules.any(|rule| {
-                    self.peer_matches(policy, rule, end)
-                        && end.port_matches(rule.ports.as_deref(), false)
-                })
-            })
     }
 
-    /// Returns what the policies of a tier decide; `None` if they leave it to what is asked next.
-    fn tier_allows(&self, list: &TierList, end: &End<'_>) -> Option<bool> {
-        for name in &list.policies {
-            let object = ObjectRef::new(Kind::ClusterNetworkPolicy, name.clone());
-            if self.quarantined.contains(&object) {
-                return Some(false);
-            }
-            let policy = self.inventory.cluster().get(name)?;
-            let mut rules = rules_in(policy, end.direction).iter();
-            let decides = rules.find(|rule| {
-                self.tier_peer_matches(rule, end)
-                    && end.port_matches(rule.protocols.as_deref(), counts_claimants(rule))
-            });
-            match decides.map(|rule| rule.action) {
-                Some(Action::Accept) => return Some(true),
-                Some(Action::Deny) => return Some(false),
-                Some(Action::Pass) => return None,
-                None => {}
-            }
-        }
-        None
-    }
-
-    fn tier_peer_matches(&self, rule: &TierRule, end: &End<'_>) -> bool {
+    pub(super) fn tier_peer_matches(&self, rule: &TierRule, end: &End<'_>) -> bool {
         let Some(peers) = &rule.peers else {
             return true;
         };
@@ -133,7 +86,12 @@ impl Engine {
         })
     }
 
-    fn peer_matches(&self, policy: &NetworkPolicy, rule: &PolicyRule, end: &End<'_>) -> bool {
+    pub(super) fn peer_matches(
+        &self,
+        policy: &NetworkPolicy,
+        rule: &PolicyRule,
+        end: &End<'_>,
+    ) -> bool {
         let Some(peers) = &rule.peers else {
             return true;
         };
@@ -155,15 +113,15 @@ impl Engine {
 }
 
 /// A connection, seen from the end at which policies are asked.
-struct End<'a> {
-    direction: Direction,
+pub(super) struct End<'a> {
+    pub direction: Direction,
     /// The address of the other end.
     peer: IpAddr,
     /// The pods that have it.
     peer_pods: Holders<'a>,
     /// The pods that have the destination.
     destination_pods: Holders<'a>,
-    connection: &'a Connection,
+    pub connection: &'a Connection,
 }
 
 /// The pods that have an address for certain, and those that may have it.
@@ -176,7 +134,7 @@ fn holders<'a, 'p>([certain, claimants]: &'p Holders<'a>, claimed: bool) -> &'p 
 impl End<'_> {
     /// Returns whether the destination is one of some ports. `claimed` says that named ports of all
     /// pods count that may have the address.
-    fn port_matches(&self, ports: Option<&[PolicyPort]>, claimed: bool) -> bool {
+    pub(super) fn port_matches(&self, ports: Option<&[PolicyPort]>, claimed: bool) -> bool {
         let Some(ports) = ports else {
             return true;
         };

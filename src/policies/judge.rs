@@ -3,27 +3,36 @@
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use ipnet::IpNet;
 
 use super::Engine;
-use super::evaluate::{Connection, peer_matches, port_matches};
+use super::cluster::rules_in;
+use super::evaluate::{Connection, End};
 use super::layout::Direction;
+use super::profile::{Profile, TierList};
 use super::rules::rules_of;
-use crate::model::{ObjectName, Peer, Pod, PolicyPort, PolicyRule, PortMatch, Protocol};
+use super::tiers::counts_claimants;
+use crate::model::{
+    Action, Kind, NetworkPolicy, ObjectName, ObjectRef, Peer, Pod, PolicyPort, PolicyRule,
+    PortMatch, Protocol, Tier, TierPeer,
+};
 
 /// What the policies of a pod decide in one direction.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Decision {
-    /// No policy selects the pod.
+    /// No policy that applies to the pod says anything.
     NotIsolated,
     /// A packet of the pod to itself.
     ToItself,
     /// A rule allows it.
     Allowed(RuleOf),
-    /// The pod is isolated, and no rule allows it.
+    /// A rule of a cluster policy denies it.
+    Denied(RuleOf),
+    /// NetworkPolicies isolate the pod, and no rule of them allows it.
     NoRule {
-        /// The policies that isolate the pod, sorted by name.
+        /// The policies, sorted by name.
         policies: Vec<ObjectName>,
         /// The first rule that fails in one condition only.
         nearest: Option<NearMiss>,
@@ -33,7 +42,7 @@ pub(crate) enum Decision {
 impl Decision {
     /// Returns whether the connection is allowed.
     pub fn is_allowed(&self) -> bool {
-        !matches!(self, Decision::NoRule { .. })
+        !matches!(self, Decision::Denied(_) | Decision::NoRule { .. })
     }
 }
 
@@ -41,8 +50,13 @@ impl Decision {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct RuleOf {
     pub policy: ObjectName,
-    /// The number of the rule in its list, from 1.
+    /// The tier; `None` for a NetworkPolicy.
+    pub tier: Option<Tier>,
+    /// The number of the rule in its list, from 1; 0 for a policy that the kernel refused, which
+    /// denies everything.
     pub rule: usize,
+    /// The name of the rule.
+    pub name: Option<Arc<str>>,
 }
 
 /// A rule that would allow a connection but for one condition.
@@ -59,18 +73,15 @@ impl Engine {
     /// Decides about a connection in one direction, for the pod at that end, on whichever node it
     /// is. If several pods may have the address, all of them must allow the connection.
     pub(crate) fn decide(&self, direction: Direction, connection: &Connection) -> Decision {
-        let Connection {
-            source,
-            destination,
-            ..
-        } = *connection;
-        let (pod, peer) = match direction {
-            Direction::Egress => (source, destination),
-            Direction::Ingress => (destination, source),
+        let address = match direction {
+            Direction::Egress => connection.source,
+            Direction::Ingress => connection.destination,
         };
+        let (profiles, is_local) = self.profiles_at(address, direction);
+        let end = self.end(direction, connection, is_local);
         let mut decided = Decision::NotIsolated;
-        for pod in self.subjects(pod) {
-            let decision = self.decide_for(pod, direction, peer, connection);
+        for profile in profiles {
+            let decision = self.judge(&profile, &end, true);
             if !decision.is_allowed() {
                 return decision;
             }
@@ -79,6 +90,20 @@ impl Engine {
             }
         }
         decided
+    }
+
+    /// Returns the profiles of the pods that may have an address, and whether they are of this node.
+    fn profiles_at(&self, address: IpAddr, direction: Direction) -> (Vec<Arc<Profile>>, bool) {
+        if let Some(plan) = self.plans.get(&address) {
+            let holders = plan.holders.get(&direction).into_iter().flatten();
+            return (holders.map(|holder| holder.profile.clone()).collect(), true);
+        }
+        let mut pods: Vec<&Pod> = self.inventory.holders(address).collect();
+        pods.sort_unstable_by(|a, b| a.name.cmp(&b.name));
+        let is_local = pods.iter().any(|pod| self.inventory.is_local(pod));
+        let profiles = pods.into_iter().map(|pod| self.profiles(pod));
+        let profiles = profiles.filter_map(|mut of_pod| of_pod.remove(&direction));
+        (profiles.collect(), is_local)
     }
 
     /// Returns the address blocks of all policies, exceptions included.
@@ -92,17 +117,33 @@ impl Engine {
             Peer::Block { cidr, except } => Some(except.iter().chain([cidr])),
             Peer::Pods { .. } => None,
         });
-        blocks.flatten().copied().collect()
+        let cluster = self.inventory.cluster().all();
+        let rules = cluster.flat_map(|policy| policy.ingress.iter().chain(&policy.egress));
+        let peers = rules.flat_map(|rule| rule.peers.iter().flatten());
+        let networks = peers.filter_map(|peer| match peer {
+            TierPeer::Networks(networks) => Some(networks),
+            TierPeer::Pods { .. } | TierPeer::Nodes(_) => None,
+        });
+        blocks
+            .flatten()
+            .chain(networks.flatten())
+            .copied()
+            .collect()
     }
 
-    /// Returns a port of each range that a policy allows: both ends.
+    /// Returns both ends of each range of ports in policies.
     pub(crate) fn ports(&self) -> BTreeSet<(Protocol, u16)> {
         let rules = self.inventory.policies().flat_map(|policy| {
             let directions = Direction::ALL.into_iter();
             directions.flat_map(|direction| rules_of(policy, direction).unwrap_or_default())
         });
+        let cluster = self.inventory.cluster().all();
+        let tiers = cluster.flat_map(|policy| policy.ingress.iter().chain(&policy.egress));
+        let ports = rules
+            .flat_map(|rule| rule.ports.iter().flatten())
+            .chain(tiers.flat_map(|rule| rule.protocols.iter().flatten()));
         let mut found = BTreeSet::new();
-        for port in rules.flat_map(|rule| rule.ports.iter().flatten()) {
+        for port in ports {
             if let PortMatch::Range(from, to) = port.port {
                 found.extend([(port.protocol, from), (port.protocol, to)]);
             }
@@ -110,77 +151,111 @@ impl Engine {
         found
     }
 
-    /// Returns the pods whose policies apply to an address.
-    fn subjects(&self, address: IpAddr) -> Vec<&Pod> {
-        let mut pods: Vec<&Pod> = self.inventory.isolating(address).collect();
-        pods.extend(self.inventory.departed(address));
-        if pods.is_empty() {
-            pods.extend(self.inventory.holders(address));
+    /// Decides by the policies of a pod, in the order of the tiers. `explain` says that a denial has
+    /// its reasons.
+    pub(super) fn judge(&self, profile: &Profile, end: &End<'_>, explain: bool) -> Decision {
+        let asked = |list: &Option<Arc<TierList>>| self.judge_tier(list.as_ref()?, end);
+        if let Some(decided) = asked(&profile.admin) {
+            return decided;
         }
-        pods.sort_unstable_by(|a, b| a.name.cmp(&b.name));
-        pods
-    }
-
-    fn decide_for(
-        &self,
-        pod: &Pod,
-        direction: Direction,
-        peer: IpAddr,
-        connection: &Connection,
-    ) -> Decision {
-        let policies = self.inventory.policies_for(pod);
-        let isolating = policies
-            .into_iter()
-            .filter(|policy| rules_of(policy, direction).is_some());
-        let isolating: Vec<_> = isolating.collect();
-        if isolating.is_empty() {
-            return Decision::NotIsolated;
-        }
-        if connection.source == connection.destination {
+        let Some(policies) = &profile.policies else {
+            return asked(&profile.baseline).unwrap_or(Decision::NotIsolated);
+        };
+        if end.connection.source == end.connection.destination {
             return Decision::ToItself;
         }
-        let destination = match direction {
-            Direction::Ingress => Some(pod),
-            Direction::Egress => self.inventory.owner(connection.destination),
+        let is_in_force = |name: &&ObjectName| {
+            let policy = ObjectRef::new(Kind::NetworkPolicy, (*name).clone());
+            !self.quarantined.contains(&policy)
         };
         let mut nearest = None;
-        for policy in &isolating {
-            if self.quarantined.contains(&policy.name) {
-                continue;
-            }
-            let rules = rules_of(policy, direction).unwrap_or_default();
+        let in_force = policies.iter().filter(is_in_force);
+        for policy in in_force.filter_map(|name| self.inventory.policy(name)) {
+            let rules = rules_of(policy, end.direction).unwrap_or_default();
             for (index, rule) in rules.iter().enumerate() {
-                let of = || RuleOf {
-                    policy: policy.name.clone(),
-                    rule: index.saturating_add(1),
-                };
-                let peer = peer_matches(&self.inventory, policy, rule, peer);
-                let port = port_matches(rule, connection, destination);
-                match (peer, port) {
-                    (true, true) => return Decision::Allowed(of()),
-                    (false, false) => {}
-                    _ if nearest.is_some() => {}
-                    (true, false) => {
-                        nearest = Some(NearMiss {
-                            of: of(),
-                            failed: ports(rule).unwrap_or_default(),
-                            met: peers(rule, direction),
-                        });
-                    }
-                    (false, true) => {
-                        nearest = Some(NearMiss {
-                            of: of(),
-                            failed: peers(rule, direction).unwrap_or_default(),
-                            met: ports(rule),
-                        });
-                    }
+                let peer = self.peer_matches(policy, rule, end);
+                if !explain && !peer {
+                    continue;
+                }
+                let port = end.port_matches(rule.ports.as_deref(), false);
+                if peer && port {
+                    return Decision::Allowed(of_policy(policy, index));
+                }
+                if explain && nearest.is_none() && (peer || port) {
+                    nearest = Some(near_miss(policy, index, rule, end.direction, port));
                 }
             }
         }
         Decision::NoRule {
-            policies: isolating.iter().map(|policy| policy.name.clone()).collect(),
+            policies: if explain {
+                policies.clone()
+            } else {
+                Vec::new()
+            },
             nearest,
         }
+    }
+
+    /// Returns what the policies of a tier decide; `None` if they leave it to what is asked next.
+    fn judge_tier(&self, list: &TierList, end: &End<'_>) -> Option<Decision> {
+        for name in &list.policies {
+            let of = |rule, rule_name| RuleOf {
+                policy: name.clone(),
+                tier: Some(list.tier),
+                rule,
+                name: rule_name,
+            };
+            let object = ObjectRef::new(Kind::ClusterNetworkPolicy, name.clone());
+            if self.quarantined.contains(&object) {
+                return Some(Decision::Denied(of(0, None)));
+            }
+            let policy = self.inventory.cluster().get(name)?;
+            let mut rules = rules_in(policy, end.direction).iter().enumerate();
+            let decides = rules.find(|(_, rule)| {
+                self.tier_peer_matches(rule, end)
+                    && end.port_matches(rule.protocols.as_deref(), counts_claimants(rule))
+            });
+            let Some((index, rule)) = decides else {
+                continue;
+            };
+            let of = of(index.saturating_add(1), rule.name.clone());
+            return match rule.action {
+                Action::Accept => Some(Decision::Allowed(of)),
+                Action::Deny => Some(Decision::Denied(of)),
+                Action::Pass => None,
+            };
+        }
+        None
+    }
+}
+
+fn of_policy(policy: &NetworkPolicy, index: usize) -> RuleOf {
+    RuleOf {
+        policy: policy.name.clone(),
+        tier: None,
+        rule: index.saturating_add(1),
+        name: None,
+    }
+}
+
+/// Describes a rule that fails in one condition: in its peers if its ports match.
+fn near_miss(
+    policy: &NetworkPolicy,
+    index: usize,
+    rule: &PolicyRule,
+    direction: Direction,
+    ports_match: bool,
+) -> NearMiss {
+    let (peers, ports) = (peers(rule, direction), ports(rule));
+    let (failed, met) = if ports_match {
+        (peers, ports)
+    } else {
+        (ports, peers)
+    };
+    NearMiss {
+        of: of_policy(policy, index),
+        failed: failed.unwrap_or_default(),
+        met,
     }
 }
 

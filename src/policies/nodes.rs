@@ -9,7 +9,7 @@ use crate::model::{LabelSelector, Labels, Node, ObjectName};
 
 /// The labels and addresses of the known nodes. A copy shares them.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Nodes {
+pub(crate) struct Nodes {
     all: SharedMap<ObjectName, Arc<KnownNode>>,
     /// The nodes with an address; in a copy there are none.
     with_address: HashMap<IpAddr, BTreeSet<ObjectName>>,

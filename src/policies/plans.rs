@@ -190,7 +190,7 @@ impl Engine {
     }
 
     /// Returns the profiles of a pod for the directions in which policies apply to it.
-    fn profiles(&self, pod: &Pod) -> BTreeMap<Direction, Arc<Profile>> {
+    pub(super) fn profiles(&self, pod: &Pod) -> BTreeMap<Direction, Arc<Profile>> {
         let policies = self.inventory.policies_for(pod);
         let cluster = self.inventory.cluster_policies_for(pod);
         let profiles = Direction::ALL.into_iter().filter_map(|direction| {

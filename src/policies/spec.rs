@@ -45,7 +45,7 @@ pub(super) enum SetSpec {
 
 /// Which addresses of a pod are in a set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(super) struct Scope {
+pub(crate) struct Scope {
     /// Only those of pods of this node.
     pub local: bool,
     /// Also those that another pod may have.

@@ -92,6 +92,7 @@ prop_compose! {
             evidence,
             addresses: v4.into_iter().chain(v6).collect(),
             labels,
+            owner: None,
             ports: port
                 .into_iter()
                 .map(|(name, port)| NamedPort { name: name.into(), protocol: Protocol::Tcp, port })
