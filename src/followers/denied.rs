@@ -3,7 +3,7 @@
 //! ```text
 //! deny-ingress, deny-egress ──NFLOG──> LogReader ──> follow(), on its own thread ──> log
 //!                                                      │  ^
-//!                                          Query::Pods └──┘ names of the pods
+//!                                          Query::Names └──┘ pods and policies
 //! ```
 //!
 //! The rules limit the rate. Packets beyond what the queues hold are dropped and counted.
@@ -19,8 +19,8 @@ use tokio::sync::oneshot;
 use crate::backoff::Backoff;
 use crate::model::{ObjectName, Protocol};
 use crate::netlink::{Denied, Error, LogReader, Logged};
-use crate::policies::Direction;
-use crate::sync::Query;
+use crate::policies::{Connection, Direction};
+use crate::sync::{Names, Query};
 
 const SHORTEST_RETRY: Duration = Duration::from_secs(1);
 const LONGEST_RETRY: Duration = Duration::from_secs(60);
@@ -98,14 +98,16 @@ fn log_packets(
         let first = !std::mem::replace(&mut received, packet.is_ok());
         let lost = match packet {
             // Rules of other programs may log to the same group.
-            Ok(Logged::Denied(packet)) if !is_own(&packet) => 0,
-            Ok(Logged::Denied(packet)) => match pods(&packet, ask) {
-                Ok([source, destination]) => {
-                    log(&packet, source.as_ref(), destination.as_ref(), fields);
-                    0
-                }
-                Err(QueryError::Busy) => 1,
-                Err(QueryError::Ended) => return Failed::Ended,
+            Ok(Logged::Denied(packet)) => match direction(&packet) {
+                None => 0,
+                Some(direction) => match names(&packet, direction, ask) {
+                    Ok(names) => {
+                        log(&packet, &names, fields);
+                        0
+                    }
+                    Err(QueryError::Busy) => 1,
+                    Err(QueryError::Ended) => return Failed::Ended,
+                },
             },
             Ok(Logged::Lost) => 1,
             Err(error) if first => return Failed::AtOnce(error),
@@ -117,7 +119,7 @@ fn log_packets(
     }
 }
 
-/// The reason why the pods of a packet are unknown.
+/// The reason why the names in a packet are unknown.
 enum QueryError {
     /// Too many queries are queued.
     Busy,
@@ -125,11 +127,21 @@ enum QueryError {
     Ended,
 }
 
-/// Queries the pods at both ends of a packet.
-fn pods(packet: &Denied, ask: &mpsc::Sender<Query>) -> Result<[Option<ObjectName>; 2], QueryError> {
+/// Queries the names for a packet.
+fn names(
+    packet: &Denied,
+    direction: Direction,
+    ask: &mpsc::Sender<Query>,
+) -> Result<Names, QueryError> {
     let (answer, answered) = oneshot::channel();
-    let query = Query::Pods {
-        addresses: [packet.source, packet.destination],
+    let query = Query::Names {
+        connection: Connection {
+            source: packet.source,
+            destination: packet.destination,
+            protocol: packet.protocol,
+            port: packet.destination_port,
+        },
+        direction,
         answer,
     };
     ask.try_send(query).map_err(|error| match error {
@@ -139,11 +151,11 @@ fn pods(packet: &Denied, ask: &mpsc::Sender<Query>) -> Result<[Option<ObjectName
     answered.blocking_recv().map_err(|_| QueryError::Ended)
 }
 
-/// Whether a rule of nftlet logged a packet: its prefix is a direction.
-fn is_own(packet: &Denied) -> bool {
-    Direction::ALL
-        .map(Direction::as_str)
-        .contains(&packet.prefix.as_str())
+/// Returns the direction in which a packet was denied, which is the prefix of the rule that logged it;
+/// `None` if the rule is none of nftlet's.
+fn direction(packet: &Denied) -> Option<Direction> {
+    let mut directions = Direction::ALL.into_iter();
+    directions.find(|direction| direction.as_str() == packet.prefix)
 }
 
 /// Counts lost packets.
@@ -213,28 +225,31 @@ fn protocol(number: u8) -> String {
 }
 
 /// Returns the log line for a denied packet.
-fn line(packet: &Denied, source: &PacketEnd<'_>, destination: &PacketEnd<'_>) -> String {
+fn line(
+    packet: &Denied,
+    source: &PacketEnd<'_>,
+    destination: &PacketEnd<'_>,
+    policies: &str,
+) -> String {
     let (direction, protocol) = (&packet.prefix, protocol(packet.protocol));
-    format!("denied {direction} {protocol} {source} -> {destination}")
+    let by = if policies.is_empty() { "" } else { ", by " };
+    format!("denied {direction} {protocol} {source} -> {destination}{by}{policies}")
 }
 
-fn log(
-    packet: &Denied,
-    source: Option<&ObjectName>,
-    destination: Option<&ObjectName>,
-    fields: bool,
-) {
+fn log(packet: &Denied, names: &Names, fields: bool) {
     let source = PacketEnd {
         address: packet.source,
         port: packet.source_port,
-        pod: source,
+        pod: names.source.as_ref(),
     };
     let destination = PacketEnd {
         address: packet.destination,
         port: packet.destination_port,
-        pod: destination,
+        pod: names.destination.as_ref(),
     };
-    let line = line(packet, &source, &destination);
+    let policies: Vec<&str> = names.policies.iter().map(ObjectName::as_str).collect();
+    let policies = policies.join(", ");
+    let line = line(packet, &source, &destination, &policies);
     if fields {
         tracing::info!(
             direction = packet.prefix,
@@ -245,6 +260,7 @@ fn log(
             destination = %destination.address,
             destination_pod = destination.pod.map(ObjectName::as_str),
             destination_port = destination.port,
+            policies,
             "{line}"
         );
     } else {
@@ -282,7 +298,23 @@ mod tests {
             port: packet.destination_port,
             pod: Some(&web),
         };
-        line(packet, &source, &destination)
+        line(packet, &source, &destination, "")
+    }
+
+    #[test]
+    fn a_line_ends_with_the_policies_that_deny() {
+        let tcp = packet(6, Some((41234, 8080)));
+        let end = |address, port| PacketEnd {
+            address,
+            port,
+            pod: None,
+        };
+        let source = end(tcp.source, tcp.source_port);
+        let destination = end(tcp.destination, tcp.destination_port);
+        assert_eq!(
+            line(&tcp, &source, &destination, "shop/deny, shop/web"),
+            "denied ingress TCP 10.1.1.6:41234 -> 10.1.0.5:8080, by shop/deny, shop/web"
+        );
     }
 
     #[test]
@@ -363,11 +395,15 @@ mod tests {
         let (ask, mut queries) = mpsc::channel(8);
         let answering = thread::spawn(move || {
             for _ in 0..3 {
-                let Some(Query::Pods { addresses, answer }) = queries.blocking_recv() else {
+                let query = queries.blocking_recv();
+                let Some(Query::Names {
+                    connection, answer, ..
+                }) = query
+                else {
                     panic!("no query");
                 };
-                assert_eq!(addresses[1], packet(6, None).destination);
-                answer.send([None, None]).unwrap();
+                assert_eq!(connection.destination, packet(6, None).destination);
+                answer.send(Names::default()).unwrap();
             }
         });
         let reader = || Short(Some(packet(6, None)));

@@ -92,6 +92,15 @@ impl Engine {
         decided
     }
 
+    /// Returns the policies that deny a connection in one direction.
+    pub(crate) fn denying(&self, direction: Direction, connection: &Connection) -> Vec<ObjectName> {
+        match self.decide(direction, connection) {
+            Decision::Denied(rule) => vec![rule.policy],
+            Decision::NoRule { policies, .. } => policies,
+            Decision::NotIsolated | Decision::ToItself | Decision::Allowed(_) => Vec::new(),
+        }
+    }
+
     /// Returns the profiles of the pods that may have an address, and whether they are of this node.
     fn profiles_at(&self, address: IpAddr, direction: Direction) -> (Vec<Arc<Profile>>, bool) {
         if let Some(plan) = self.plans.get(&address) {

@@ -17,7 +17,7 @@ pub(crate) struct Nodes {
 
 /// What is known of a node.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct KnownNode {
+pub(crate) struct KnownNode {
     pub labels: Labels,
     pub addresses: Arc<[IpAddr]>,
 }

@@ -48,7 +48,7 @@ pub(crate) use hooks::remove_foreign_hooks;
 pub use kernel::Kernel;
 pub use metrics::SyncMetrics;
 pub use outcome::{Engines, Outcome, Outcomes};
-pub use queries::{ElementRemoval, Look, Query, RemovalOutcome, View};
+pub use queries::{ElementRemoval, Look, Names, Query, RemovalOutcome, View};
 pub use report::{Log, LogAndSend, Reporter};
 pub use run::{Exit, Signals, run};
 pub(crate) use session::KernelSession;

@@ -1,7 +1,6 @@
 //! Queries from other threads to the main loop, which owns the policies and writes the rules.
 
 use std::fmt;
-use std::net::IpAddr;
 
 use tokio::sync::{mpsc, oneshot};
 
@@ -10,7 +9,7 @@ use super::{Controller, Kernel};
 use crate::model::ObjectName;
 use crate::netlink::Error;
 use crate::nft::Transaction;
-use crate::policies::{self, Connection};
+use crate::policies::{self, Connection, Direction};
 use crate::services;
 
 /// A request to the main loop that does not change the wanted rules.
@@ -23,17 +22,31 @@ pub enum Query {
         /// Receives a flag for each connection, in order; `None` while the rules in force are unknown.
         answer: oneshot::Sender<Option<Vec<bool>>>,
     },
-    /// Finds the pods with these addresses.
-    Pods {
-        /// The addresses.
-        addresses: [IpAddr; 2],
-        /// Receives the pod of each address, if known.
-        answer: oneshot::Sender<[Option<ObjectName>; 2]>,
+    /// Names the pods at both ends of a denied connection, and the policies that deny it.
+    Names {
+        /// The connection.
+        connection: Connection,
+        /// The direction in which it is denied.
+        direction: Direction,
+        /// Receives the names.
+        answer: oneshot::Sender<Names>,
     },
     /// Removes elements that packets added to the tables of services.
     Remove(ElementRemoval),
     /// Looks at the objects and at the state of the rules. Takes a millisecond at most.
     Look(Look),
+}
+
+/// The names in a denied connection.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Names {
+    /// The pod that opened it, if known.
+    pub source: Option<ObjectName>,
+    /// The pod that would answer, if known.
+    pub destination: Option<ObjectName>,
+    /// The policies that isolate the pod for the direction, or the one whose rule denies. None if the
+    /// policies changed since.
+    pub policies: Vec<ObjectName>,
 }
 
 /// A function that looks at the objects and at the state of the rules.
@@ -95,8 +108,12 @@ impl<K: Kernel> Controller<'_, K> {
                 // A follower may have ended.
                 let _ = answer.send(self.denied(&connections));
             }
-            Query::Pods { addresses, answer } => {
-                let _ = answer.send(addresses.map(|address| self.pod_at(address)));
+            Query::Names {
+                connection,
+                direction,
+                answer,
+            } => {
+                let _ = answer.send(self.names(&connection, direction));
             }
             Query::Look(Look(look)) => {
                 let policies = self.policies.as_ref();
@@ -123,9 +140,16 @@ impl<K: Kernel> Controller<'_, K> {
         (policies.state == DriverState::Synced).then(|| connections.iter().map(is_denied).collect())
     }
 
-    fn pod_at(&self, address: IpAddr) -> Option<ObjectName> {
-        let policies = self.policies.as_ref()?;
-        policies.engine.pod_at(address).cloned()
+    fn names(&self, connection: &Connection, direction: Direction) -> Names {
+        let Some(policies) = &self.policies else {
+            return Names::default();
+        };
+        let engine = &policies.engine;
+        Names {
+            source: engine.pod_at(connection.source).cloned(),
+            destination: engine.pod_at(connection.destination).cloned(),
+            policies: engine.denying(direction, connection),
+        }
     }
 
     /// Removes elements that packets added, unless services changed since they were selected.

@@ -237,6 +237,16 @@ proptest! {
     }
 }
 
+/// Whether the pod at the end of a direction is one of this node, whose rules decide.
+fn here(direction: Direction, connection: &Connection, checked: &Checked) -> bool {
+    let address = match direction {
+        Direction::Egress => connection.source,
+        Direction::Ingress => connection.destination,
+    };
+    let inventory = checked.engine.inventory();
+    inventory.isolating(address).next().is_some() || inventory.departed(address).is_some()
+}
+
 /// Checks that the rules and the objects allow the same connections.
 fn agree(checked: &Checked) {
     let v4 = (0..9u8).map(|host| IpAddr::from([10, 0, 0, host]));
@@ -253,11 +263,17 @@ fn agree(checked: &Checked) {
                         protocol: *protocol,
                         port: *port,
                     };
+                    let allows = checked.engine.allows(&connection);
                     assert_eq!(
                         passes(&checked.kernel, &connection),
-                        checked.engine.allows(&connection),
+                        allows,
                         "{connection:?}"
                     );
+                    let decided = Direction::ALL.map(|direction| {
+                        let decision = checked.engine.decide(direction, &connection);
+                        decision.is_allowed() || !here(direction, &connection, checked)
+                    });
+                    assert_eq!(decided == [true, true], allows, "{connection:?}");
                 }
             }
         }

@@ -7,7 +7,7 @@ use tokio::sync::oneshot;
 use super::histories::event;
 use super::queries::{closed, engine, pod, policy_lists};
 use super::*;
-use crate::policies;
+use crate::policies::{self, Connection, Direction};
 use crate::sync::audit::ReaderTask;
 
 /// The tasks of the thread.
@@ -82,11 +82,20 @@ fn the_main_loop_reads_and_writes_nothing_while_tables_are_compared() {
         assert_eq!(handle(&mut controller, events), Outcome::Comparing);
         assert!(controller.ping_kernel().is_ok());
         let (answer, mut answered) = oneshot::channel();
-        let addresses = ["10.1.0.5", "10.1.0.9"].map(|it| it.parse().unwrap());
-        controller.answer(Query::Pods { addresses, answer });
-        let [known, unknown] = answered.try_recv().unwrap();
-        assert_eq!(known.unwrap().name(), "web");
-        assert_eq!(unknown, None);
+        let connection = Connection {
+            source: "10.1.0.5".parse().unwrap(),
+            destination: "10.1.0.9".parse().unwrap(),
+            protocol: 6,
+            port: Some(80),
+        };
+        controller.answer(Query::Names {
+            connection,
+            direction: Direction::Egress,
+            answer,
+        });
+        let names = answered.try_recv().unwrap();
+        assert_eq!(names.source.unwrap().name(), "web");
+        assert_eq!(names.destination, None);
     }
     assert_eq!(bench.kernel.0.borrow().reads, 0);
     assert_eq!(bench.kernel.0.borrow().generation, generation);

@@ -154,10 +154,11 @@ fn denied_packets_are_logged_with_the_names_of_the_pods() {
     send(Protocol::Udp, other, 40002, web.v6.into());
     send(Protocol::Udp, web, 40003, shop.lab.client().v4.into());
     for line in [
-        "denied ingress TCP shop/pod-2 (10.244.1.12:40001) -> shop/pod-1 (10.244.1.11:8080)",
+        "denied ingress TCP shop/pod-2 (10.244.1.12:40001) -> shop/pod-1 (10.244.1.11:8080), \
+         by shop/web",
         "denied ingress UDP shop/pod-2 ([fd00:10:244:1::12]:40002) -> \
-         shop/pod-1 ([fd00:10:244:1::11]:8080)",
-        "denied egress UDP shop/pod-1 (10.244.1.11:40003) -> 192.168.10.100:8080",
+         shop/pod-1 ([fd00:10:244:1::11]:8080), by shop/web",
+        "denied egress UDP shop/pod-1 (10.244.1.11:40003) -> 192.168.10.100:8080, by shop/web",
     ] {
         wait_for(line, LONG, || daemon.log().contains(line).then_some(()));
     }
@@ -205,6 +206,7 @@ fn a_log_for_machines_has_the_parts_as_fields() {
     assert_eq!(field("destination"), json!("10.244.1.11"));
     assert_eq!(field("destination_pod"), json!("shop/pod-1"));
     assert_eq!(field("destination_port"), json!(8080));
+    assert_eq!(field("policies"), json!("shop/web"));
 }
 
 #[test]
