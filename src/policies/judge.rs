@@ -107,6 +107,10 @@ impl Engine {
             let holders = plan.holders.get(&direction).into_iter().flatten();
             return (holders.map(|holder| holder.profile.clone()).collect(), true);
         }
+        // The rules of this node ask only pods of this node.
+        if self.inventory.isolating(address).next().is_some() {
+            return (Vec::new(), true);
+        }
         let mut pods: Vec<&Pod> = self.inventory.holders(address).collect();
         pods.sort_unstable_by(|a, b| a.name.cmp(&b.name));
         let is_local = pods.iter().any(|pod| self.inventory.is_local(pod));
