@@ -388,11 +388,8 @@ fn decide(
             Code::NoPolicy
         });
     }
-    if direction == Direction::Ingress && source.is_node {
-        let own = inventory.owner(end).and_then(|pod| pod.node.as_deref());
-        if own == Some(facts.node) {
-            return allowed(Code::NodeToOwnPod);
-        }
+    if direction == Direction::Ingress && is_own_node(facts, source, end) {
+        return allowed(Code::NodeToOwnPod);
     }
     let by_rule = |of: RuleOf| Decision {
         tier: Some(of.tier.map_or(NETWORK_POLICY, tier_name)),
@@ -432,6 +429,17 @@ fn decide(
             ..allowed(Code::PolicyNoRule)
         },
     }
+}
+
+/// Returns whether the source is the node of the pod with an address.
+fn is_own_node(facts: &Facts, source: &Source, pod: IpAddr) -> bool {
+    let inventory = facts.policies.inventory();
+    let mut nodes = inventory.holders(pod).map(|pod| pod.node.as_deref());
+    nodes.any(|node| match node {
+        Some(node) if node == facts.node => source.is_node,
+        Some(node) => inventory.node_has(node, source.address),
+        None => false,
+    })
 }
 
 fn tier_name(tier: Tier) -> &'static str {

@@ -181,6 +181,12 @@ impl Inventory {
         &self.nodes
     }
 
+    /// Returns whether a node has an address, if the node is known.
+    pub(crate) fn node_has(&self, node: &str, address: IpAddr) -> bool {
+        let node = self.nodes.get(&ObjectName::new("", node));
+        node.is_some_and(|node| node.addresses.contains(&address))
+    }
+
     /// Replaces a node; `None` deletes it.
     pub(crate) fn set_node(&mut self, name: &ObjectName, node: Option<&Node>) {
         self.nodes.set(name, node);

@@ -6,6 +6,7 @@ mod bridge;
 mod cluster;
 mod cut;
 mod directions;
+mod explain;
 mod live;
 mod observe;
 mod oracle;
