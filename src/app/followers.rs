@@ -42,10 +42,8 @@ pub(super) fn start(
     drops: Option<&Arc<DropCounters>>,
 ) -> Result<Observers, Error> {
     let mut observers = Observers::default();
-    if !args.once {
-        if args.services.is_on() {
-            forget(metrics, followers, reporter, ask.clone())?;
-        }
+    if !args.once && args.services.is_on() {
+        forget(metrics, followers, reporter, ask.clone())?;
     }
     // A kernel without NFLOG would reject the rules that log, and the whole transaction with them.
     let reader = open_log(args);

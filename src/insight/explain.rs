@@ -55,7 +55,7 @@ pub(crate) fn explain(facts: &Facts, question: &Question) -> Result<Answer, Name
         places.retain(|place| common.contains(&Family::of(place.address)));
     }
     if common.is_empty() {
-        return Err(NameError::NoCommonFamily {
+        return Err(NameError::OtherFamily {
             from: question.from.to_string(),
             to: question.to.to_string(),
         });
@@ -127,7 +127,7 @@ fn destinations(facts: &Facts, question: &Question) -> Result<Vec<Place>, NameEr
     };
     // The name is checked.
     places(facts, &question.to)?;
-    let no_frontend = || NameError::NoFrontend(name.clone());
+    let no_frontend = || NameError::WithoutFrontend(name.clone());
     let service = facts.store.service(name).ok_or_else(no_frontend)?;
     let addresses = service
         .cluster_ips
@@ -175,7 +175,7 @@ fn ports(
                 .filter_map(|place| inventory.pod(place.pod.as_ref()?));
             let mut named = pods.flat_map(|pod| pod.ports.iter());
             let found = named.find(|it| *it.name == **port && Some(it.protocol) == protocol);
-            let found = found.ok_or_else(|| NameError::NoNamedPort {
+            let found = found.ok_or_else(|| NameError::UnknownNamedPort {
                 to: to.to_string(),
                 port: port.clone(),
             })?;
@@ -241,7 +241,7 @@ fn no_service_port(facts: &Facts, name: &ObjectName, port: &str) -> NameError {
             format!("{} ({number})", port.name)
         }
     });
-    NameError::NoServicePort {
+    NameError::UnknownServicePort {
         service: name.clone(),
         port: port.to_owned(),
         ports: ports.collect::<Vec<_>>().join(", "),

@@ -26,7 +26,7 @@ pub(super) struct Place {
 pub(crate) enum NameError {
     /// No such pod.
     #[error("there is no pod {name}{hint}")]
-    NoPod {
+    UnknownPod {
         /// The name.
         name: ObjectName,
         /// What has a similar name.
@@ -34,7 +34,7 @@ pub(crate) enum NameError {
     },
     /// No such service.
     #[error("there is no service {name}{hint}")]
-    NoService {
+    UnknownService {
         /// The name.
         name: ObjectName,
         /// What has a similar name.
@@ -42,21 +42,21 @@ pub(crate) enum NameError {
     },
     /// No such policy.
     #[error("there is no policy {0}; nftlet policies lists all")]
-    NoPolicy(ObjectName),
+    UnknownPolicy(ObjectName),
     /// No pods of such an owner.
     #[error("no pod belongs to {0}; give the name of a Deployment, StatefulSet, DaemonSet or Job")]
-    NoWorkload(ObjectName),
+    UnknownWorkload(ObjectName),
     /// The object has no address yet.
     #[error("{0} has no address yet; its status has no podIPs")]
-    NoAddress(ObjectName),
+    WithoutAddress(ObjectName),
     /// The service has no addresses: it is headless or an alias.
     #[error(
         "the service {0} has no address: it is headless, an ExternalName, or left to another proxy; ask for its pods"
     )]
-    NoFrontend(ObjectName),
+    WithoutFrontend(ObjectName),
     /// The service has no such port.
     #[error("the service {service} has no port {port}; it has {ports}")]
-    NoServicePort {
+    UnknownServicePort {
         /// The service.
         service: ObjectName,
         /// The port that was asked for.
@@ -66,7 +66,7 @@ pub(crate) enum NameError {
     },
     /// A name of a port, for an end without names of ports.
     #[error("{to} has no port of the name {port}; give its number")]
-    NoNamedPort {
+    UnknownNamedPort {
         /// The destination.
         to: String,
         /// The name.
@@ -74,7 +74,7 @@ pub(crate) enum NameError {
     },
     /// The ends have addresses of different families only.
     #[error("{from} and {to} have no address of the same family")]
-    NoCommonFamily {
+    OtherFamily {
         /// The source.
         from: String,
         /// The destination.
@@ -82,7 +82,7 @@ pub(crate) enum NameError {
     },
     /// The own node has no address.
     #[error("the addresses of node {0} are unknown; the facts lack its Node object")]
-    NoNode(String),
+    UnknownNode(String),
 }
 
 /// Returns the addresses of an end, in the order of families.
@@ -97,7 +97,7 @@ pub(super) fn places(facts: &Facts, end: &End) -> Result<Vec<Place>, NameError> 
             let pod = pod.ok_or_else(|| no_pod(facts, name))?;
             let places = of_pod(pod);
             if places.is_empty() {
-                return Err(NameError::NoAddress(name.clone()));
+                return Err(NameError::WithoutAddress(name.clone()));
             }
             places
         }
@@ -106,7 +106,7 @@ pub(super) fn places(facts: &Facts, end: &End) -> Result<Vec<Place>, NameError> 
             let own = pods.filter(|pod| pod.owner.as_deref() == Some(name.name()));
             let places: Vec<Place> = own.flat_map(of_pod).collect();
             if places.is_empty() {
-                return Err(NameError::NoWorkload(name.clone()));
+                return Err(NameError::UnknownWorkload(name.clone()));
             }
             places
         }
@@ -136,7 +136,7 @@ pub(super) fn places(facts: &Facts, end: &End) -> Result<Vec<Place>, NameError> 
                 .map(|address| Place { address, pod: None })
                 .collect();
             if places.is_empty() {
-                return Err(NameError::NoNode(facts.node.to_owned()));
+                return Err(NameError::UnknownNode(facts.node.to_owned()));
             }
             places
         }
@@ -242,7 +242,7 @@ fn no_pod(facts: &Facts, name: &ObjectName) -> NameError {
     }
     names.sort_unstable();
     alike.extend(names);
-    NameError::NoPod {
+    NameError::UnknownPod {
         name: name.clone(),
         hint: hint(&alike),
     }
@@ -258,7 +258,7 @@ pub(super) fn no_service(facts: &Facts, name: &ObjectName) -> NameError {
         .map(|known| format!("svc/{known}"))
         .collect();
     alike.sort_unstable();
-    NameError::NoService {
+    NameError::UnknownService {
         name: name.clone(),
         hint: hint(&alike),
     }

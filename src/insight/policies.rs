@@ -64,7 +64,7 @@ pub(crate) fn policies(
     let rows: Vec<PolicyRow> = wanted.map(|policy| row(policy)).collect();
     match (namespace, name) {
         (Some(namespace), Some(name)) if rows.is_empty() => {
-            Err(NameError::NoPolicy(ObjectName::new(namespace, name)))
+            Err(NameError::UnknownPolicy(ObjectName::new(namespace, name)))
         }
         _ => Ok(rows),
     }

@@ -256,7 +256,7 @@ fn endpoints(facts: &Facts, service: &Service, plan: Option<&ServicePlan>) -> Ve
             }));
         }
     }
-    rows.sort_by(|a, b| (a.address, a.port, !a.used).cmp(&(b.address, b.port, !b.used)));
+    rows.sort_by_key(|row| (row.address, row.port, !row.used));
     rows.dedup_by(|a, b| (a.address, a.port) == (b.address, b.port));
     rows
 }
