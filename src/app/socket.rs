@@ -253,20 +253,29 @@ impl List {
     async fn send_all(&mut self) -> Result<(), Ended> {
         self.part("{\"apiVersion\":\"v1\",\"kind\":\"List\",\"items\":[".to_owned())
             .await?;
-        let few = looked(&self.ask, |view| {
-            let store = view.services.store();
-            let mut few: Vec<Value> = store
-                .node()
-                .iter()
-                .map(|node| objects::node(node))
-                .collect();
-            few.extend(store.service_cidr_objects().map(objects::service_cidr));
-            if let Some(policies) = view.policies {
-                let namespaces = policies.inventory().namespaces();
-                few.extend(namespaces.map(|(name, labels)| objects::namespace(name, &labels)));
-            }
-            few
-        });
+        let few =
+            looked(&self.ask, |view| {
+                let store = view.services.store();
+                let mut few: Vec<Value> = store
+                    .node()
+                    .iter()
+                    .map(|node| objects::node(node))
+                    .collect();
+                few.extend(store.service_cidr_objects().map(objects::service_cidr));
+                if let Some(policies) = view.policies {
+                    let inventory = policies.inventory();
+                    let own = view.services.store().node().map(|node| node.name.clone());
+                    let others = inventory.other_nodes(own.as_deref().unwrap_or_default());
+                    few.extend(others.map(|(name, node)| {
+                        objects::other_node(name, &node.labels, &node.addresses)
+                    }));
+                    let cluster = inventory.cluster().all();
+                    few.extend(cluster.map(|policy| objects::cluster_policy(policy)));
+                    let namespaces = inventory.namespaces();
+                    few.extend(namespaces.map(|(name, labels)| objects::namespace(name, &labels)));
+                }
+                few
+            });
         let few = few.await?;
         self.items(few).await?;
         let services = |view: &View| {
@@ -489,7 +498,7 @@ mod tests {
 
     use super::*;
     use crate::insight::objects::{
-        namespace, network_policy, node, pod, service, service_cidr, slice,
+        cluster_policy, namespace, network_policy, node, pod, service, service_cidr, slice,
     };
     use crate::model::{EndpointSlice, Event, Object, ObjectRef};
     use crate::source::Manifests;
@@ -511,8 +520,8 @@ mod tests {
         objects.map(|object| (object.reference(), object)).collect()
     }
 
-    fn written(object: &Object) -> Option<Value> {
-        Some(match object {
+    fn written(object: &Object) -> Value {
+        match object {
             Object::Service(it) => service(it),
             Object::EndpointSlice(it) => slice(it),
             Object::Node(it) => node(it),
@@ -520,18 +529,19 @@ mod tests {
             Object::Pod(it) => pod(it),
             Object::Namespace(it) => namespace(it.name.name(), &it.labels),
             Object::NetworkPolicy(it) => network_policy(it),
-            Object::ClusterNetworkPolicy(_) => return None,
-        })
+            Object::ClusterNetworkPolicy(it) => cluster_policy(it),
+        }
     }
 
     #[test]
     fn what_is_written_is_read_as_the_same_objects() {
-        for file in ["insight/shop.yaml", "kubectl-get-all.yaml"] {
+        let tiers = "../golden/cluster-network-policies";
+        for file in ["insight/shop.yaml", "kubectl-get-all.yaml", tiers] {
             let path = PathBuf::from("tests/fixtures").join(file);
             let node = "node-1".to_owned();
             let objects = read(Manifests::new(vec![path], node.clone()));
             assert!(objects.len() > 10, "{file}");
-            let items: Vec<Value> = objects.values().filter_map(written).collect();
+            let items: Vec<Value> = objects.values().map(written).collect();
             let list = json!({ "apiVersion": "v1", "kind": "List", "items": items });
             let document = list.to_string().into_bytes();
             let again = read(Manifests::new(Vec::new(), node).with_document(document));

@@ -9,9 +9,9 @@ use jiff::Timestamp;
 use serde_json::{Map, Value, json};
 
 use crate::model::{
-    Endpoint, EndpointSlice, Family, Kind, LabelSelector, Labels, NetworkPolicy, Node, ObjectName,
-    Peer, Pod, PolicyPort, PolicyRule, PortMatch, Requirement, Sandbox, Service, ServiceCidr,
-    ServiceKind, TrafficPolicy,
+    Action, ClusterNetworkPolicy, Endpoint, EndpointSlice, Family, Kind, LabelSelector, Labels,
+    NetworkPolicy, Node, ObjectName, Peer, Pod, PolicyPort, PolicyRule, PortMatch, Requirement,
+    Sandbox, Service, ServiceCidr, ServiceKind, Tier, TierPeer, TierRule, TrafficPolicy,
 };
 
 /// Returns an object with its type and name, and further fields.
@@ -178,6 +178,20 @@ pub(crate) fn node(node: &Node) -> Value {
     )
 }
 
+/// Returns a Node of which only labels and addresses are known.
+pub(crate) fn other_node(name: &ObjectName, of_node: &Labels, addresses: &[IpAddr]) -> Value {
+    let addresses = addresses.iter();
+    let addresses = addresses.map(|address| json!({ "type": "InternalIP", "address": address }));
+    let status = json!({ "addresses": addresses.collect::<Vec<_>>() });
+    let of_kind = fields([("status", status)]);
+    object(
+        Kind::Node,
+        name,
+        json!({ "labels": labels(of_node) }),
+        of_kind,
+    )
+}
+
 /// Returns a ServiceCIDR.
 pub(crate) fn service_cidr(cidr: &ServiceCidr) -> Value {
     let of_kind = fields([("spec", json!({ "cidrs": texts(&cidr.cidrs) }))]);
@@ -259,6 +273,74 @@ pub(crate) fn network_policy(policy: &NetworkPolicy) -> Value {
     spec["policyTypes"] = json!(types);
     let of_kind = fields([("spec", spec)]);
     object(Kind::NetworkPolicy, &policy.name, Value::Null, of_kind)
+}
+
+/// Returns a ClusterNetworkPolicy.
+pub(crate) fn cluster_policy(policy: &ClusterNetworkPolicy) -> Value {
+    let tier = match policy.tier {
+        Tier::Admin => "Admin",
+        Tier::Baseline => "Baseline",
+    };
+    let rules = |rules: &[TierRule], peers: &str| -> Vec<Value> {
+        rules.iter().map(|rule| tier_rule(rule, peers)).collect()
+    };
+    let spec = json!({
+        "tier": tier,
+        "priority": policy.priority,
+        "subject": { "pods": pods(&policy.subject_namespaces, &policy.subject_pods) },
+        "ingress": rules(&policy.ingress, "from"),
+        "egress": rules(&policy.egress, "to"),
+    });
+    let of_kind = fields([("spec", spec)]);
+    object(
+        Kind::ClusterNetworkPolicy,
+        &policy.name,
+        Value::Null,
+        of_kind,
+    )
+}
+
+fn pods(namespaces: &LabelSelector, pods: &LabelSelector) -> Value {
+    json!({ "namespaceSelector": selector(namespaces), "podSelector": selector(pods) })
+}
+
+/// A rule without peers stands for one that was not understood, and is read as one again.
+fn tier_rule(rule: &TierRule, peers: &str) -> Value {
+    let action = match rule.action {
+        Action::Accept => "Accept",
+        Action::Deny => "Deny",
+        Action::Pass => "Pass",
+    };
+    let mut written = json!({ "name": rule.name.as_deref(), "action": action });
+    if let Some(of_rule) = &rule.peers {
+        let peer = |peer: &TierPeer| match peer {
+            TierPeer::Pods {
+                namespaces,
+                pods: of,
+            } => json!({ "pods": pods(namespaces, of) }),
+            TierPeer::Networks(networks) => json!({ "networks": texts(networks) }),
+            TierPeer::Nodes(labels) => json!({ "nodes": selector(labels) }),
+        };
+        written[peers] = of_rule.iter().map(peer).collect();
+    }
+    if let Some(ports) = &rule.protocols {
+        let mut protocols: Vec<Value> = ports.iter().map(tier_port).collect();
+        // A named port is an entry of each protocol.
+        protocols.dedup();
+        written["protocols"] = protocols.into();
+    }
+    written
+}
+
+fn tier_port(port: &PolicyPort) -> Value {
+    let protocol = port.protocol.to_string().to_lowercase();
+    let destination = match &port.port {
+        PortMatch::Named(name) => return json!({ "destinationNamedPort": **name }),
+        PortMatch::Any => return json!({ protocol: {} }),
+        PortMatch::Range(from, to) if from == to => json!({ "number": from }),
+        PortMatch::Range(from, to) => json!({ "range": { "start": from, "end": to } }),
+    };
+    json!({ protocol: { "destinationPort": destination } })
 }
 
 fn rule(rule: &PolicyRule, peers: &str) -> Value {

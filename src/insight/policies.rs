@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::Facts;
 use super::names::NameError;
-use crate::model::{Kind, NetworkPolicy, ObjectName};
+use crate::model::{Kind, ObjectName, ObjectRef};
 
 /// A policy.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -16,7 +16,7 @@ pub(crate) struct PolicyRow {
     #[serde(skip_serializing_if = "String::is_empty")]
     pub namespace: String,
     pub name: String,
-    /// The directions in which it isolates.
+    /// The directions that it concerns.
     pub directions: Vec<&'static str>,
     /// The pods of the node that it selects.
     pub pods: Vec<String>,
@@ -24,7 +24,8 @@ pub(crate) struct PolicyRow {
     pub mode: &'static str,
 }
 
-/// Returns the policies of a namespace and with a name, if these are given, sorted by name.
+/// Returns the policies of a namespace and with a name, if these are given: those of the cluster
+/// first, which belong to no namespace, then by name.
 ///
 /// # Errors
 ///
@@ -35,33 +36,53 @@ pub(crate) fn policies(
     name: Option<&str>,
 ) -> Result<Vec<PolicyRow>, NameError> {
     let inventory = facts.policies.inventory();
-    let mut selected: BTreeMap<&ObjectName, Vec<String>> = BTreeMap::new();
+    let mut selected: BTreeMap<ObjectRef, Vec<String>> = BTreeMap::new();
     for pod in inventory.local().filter_map(|pod| inventory.pod(pod)) {
-        for policy in inventory.policies_for(pod) {
-            let pods = selected.entry(&policy.name).or_default();
-            pods.push(pod.name.to_string());
+        let of_namespace = inventory.policies_for(pod).into_iter();
+        let of_cluster = inventory.cluster_policies_for(pod).into_iter();
+        let references = of_namespace
+            .map(|policy| ObjectRef::new(Kind::NetworkPolicy, policy.name.clone()))
+            .chain(
+                of_cluster.map(|it| ObjectRef::new(Kind::ClusterNetworkPolicy, it.name.clone())),
+            );
+        for policy in references {
+            selected
+                .entry(policy)
+                .or_default()
+                .push(pod.name.to_string());
         }
     }
-    let all = inventory.policies();
-    let wanted = all.filter(|policy| {
-        namespace.is_none_or(|it| it == policy.name.namespace())
-            && name.is_none_or(|it| it == policy.name.name())
-    });
-    let mut row = |policy: &NetworkPolicy| PolicyRow {
-        kind: Kind::NetworkPolicy.as_str(),
-        namespace: policy.name.namespace().to_owned(),
-        name: policy.name.name().to_owned(),
-        directions: [
-            policy.ingress.is_some().then_some("ingress"),
-            policy.egress.is_some().then_some("egress"),
-        ]
-        .into_iter()
-        .flatten()
-        .collect(),
-        pods: selected.remove(&policy.name).unwrap_or_default(),
-        mode: "enforce",
+    let mut row = |kind: Kind, name: &ObjectName, directions: [bool; 2]| {
+        let policy = ObjectRef::new(kind, name.clone());
+        let [ingress, egress] = directions;
+        PolicyRow {
+            kind: kind.as_str(),
+            namespace: name.namespace().to_owned(),
+            name: name.name().to_owned(),
+            directions: [ingress.then_some("ingress"), egress.then_some("egress")]
+                .into_iter()
+                .flatten()
+                .collect(),
+            pods: selected.remove(&policy).unwrap_or_default(),
+            mode: "enforce",
+        }
     };
-    let rows: Vec<PolicyRow> = wanted.map(|policy| row(policy)).collect();
+    let is_wanted = |policy: &ObjectName| {
+        namespace.is_none_or(|it| it == policy.namespace())
+            && name.is_none_or(|it| it == policy.name())
+    };
+    let cluster = inventory.cluster().all().filter(|it| is_wanted(&it.name));
+    let mut rows: Vec<PolicyRow> = cluster
+        .map(|policy| {
+            let directions = [!policy.ingress.is_empty(), !policy.egress.is_empty()];
+            row(Kind::ClusterNetworkPolicy, &policy.name, directions)
+        })
+        .collect();
+    let of_namespaces = inventory.policies().filter(|it| is_wanted(&it.name));
+    rows.extend(of_namespaces.map(|policy| {
+        let directions = [policy.ingress.is_some(), policy.egress.is_some()];
+        row(Kind::NetworkPolicy, &policy.name, directions)
+    }));
     match (namespace, name) {
         (Some(namespace), Some(name)) if rows.is_empty() => {
             Err(NameError::UnknownPolicy(ObjectName::new(namespace, name)))

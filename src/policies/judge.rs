@@ -108,7 +108,8 @@ impl Engine {
             return (holders.map(|holder| holder.profile.clone()).collect(), true);
         }
         // The rules of this node ask only pods of this node.
-        if self.inventory.isolating(address).next().is_some() {
+        let mut isolating = self.inventory.isolating(address);
+        if isolating.next().is_some() || self.inventory.departed(address).is_some() {
             return (Vec::new(), true);
         }
         let mut pods: Vec<&Pod> = self.inventory.holders(address).collect();
