@@ -65,7 +65,7 @@ pub(super) async fn collect(
             policies.apply(&delivery.event);
             store.apply(delivery.event, &mut changes);
             report(&mut changes);
-            if policies.lacks_pod_network() {
+            if policies.has_no_pod_network() {
                 break;
             }
         }
@@ -74,7 +74,7 @@ pub(super) async fn collect(
         let _ = source.await;
     }
     report(&mut changes);
-    if policies.lacks_pod_network() {
+    if policies.has_no_pod_network() {
         return Err(Error::NoPodNetwork(node_name.to_owned()));
     }
     policies.update(BUDGET);

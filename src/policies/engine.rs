@@ -83,6 +83,8 @@ pub struct Engine {
     pub(super) settings: PolicySettings,
     pub(super) inventory: Inventory,
     pub(super) lists: RelistTracker,
+    /// Whether rules were compiled before.
+    started: bool,
     pub(super) sets: Sets,
     pub(super) plans: BTreeMap<IpAddr, Isolation>,
     /// Whether plans changed since the last change for followers.
@@ -116,6 +118,7 @@ impl Engine {
             closed: ClosedNetwork::new(&settings),
             settings,
             lists: RelistTracker::default(),
+            started: false,
             sets: Sets::default(),
             plans: BTreeMap::new(),
             replanned: false,
@@ -172,6 +175,12 @@ impl Engine {
 
     fn is_listed(&self, kind: Kind) -> bool {
         self.lists.is_complete(kind) && !self.lists.is_open(kind)
+    }
+
+    /// Returns whether cluster policies select nodes that may not be known yet, so that they are in
+    /// force in part only.
+    pub(crate) fn waits_for_nodes(&self) -> bool {
+        self.inventory.cluster().need_nodes() && !self.is_listed(Kind::Node)
     }
 
     /// Returns a pod that may have an address, for logs.
@@ -298,10 +307,15 @@ impl engine::Engine for Engine {
     }
 
     /// Before all kinds are listed, and while one is listed again, the rules would deny traffic
-    /// that missing objects allow.
+    /// that missing objects allow. Nodes are listed again when the first policy selects nodes; that
+    /// list may be long or never come, and must not hold up all other policies.
     fn is_ready(&self) -> bool {
         let defined = self.closed.as_ref().is_none_or(ClosedNetwork::is_defined);
-        defined && self.needed().all(|kind| self.is_listed(kind))
+        let is_enough = |kind| {
+            self.is_listed(kind)
+                || (kind == Kind::Node && self.started && self.lists.is_complete(kind))
+        };
+        defined && self.needed().all(is_enough)
     }
 
     fn missing(&self) -> Vec<Kind> {
@@ -322,6 +336,7 @@ impl engine::Engine for Engine {
 
     /// Ignores the budget: changes of policies are never large.
     fn update(&mut self, _budget: usize) -> Update<PolicyChanges> {
+        self.started = true;
         let transaction = self.compile();
         let changed = !transaction.is_empty();
         Update {
@@ -332,6 +347,7 @@ impl engine::Engine for Engine {
     }
 
     fn rebuild(&mut self, first: bool) -> PolicyChanges {
+        self.started = true;
         self.compile();
         if first {
             self.replanned = true;

@@ -222,7 +222,10 @@ impl Engine {
                 self.touch_pod(name);
             }
         }
-        if self.inventory.cluster().distinguish(&before, &after) {
+        // In a closed network a pod may be known once its namespace is.
+        let appears = self.closed.is_some()
+            && self.inventory.has_namespace_object(name) != namespace.is_some();
+        if appears || self.inventory.cluster().distinguish(&before, &after) {
             let addresses = self.local_addresses_of(name);
             self.touched.addresses.extend(addresses);
         }

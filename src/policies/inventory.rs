@@ -501,6 +501,11 @@ impl Inventory {
             || self.departed_of(name).next().is_some()
     }
 
+    /// Returns whether a namespace has an object.
+    pub(crate) fn has_namespace_object(&self, name: &str) -> bool {
+        self.namespaces.contains_key(name)
+    }
+
     /// Returns whether a namespace is known with the same labels.
     pub fn knows(&self, namespace: &Namespace) -> bool {
         self.namespaces.get(namespace.name.name()) == Some(&namespace.labels)

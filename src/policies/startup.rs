@@ -26,10 +26,11 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use super::delta::{self, TableDelta};
 use super::engine::Engine;
+use super::isolation::Holder;
 use super::layout::{self, Direction, table_id};
 use super::{PolicySettings, links, rules};
 use crate::model::{
-    Family, HostRoute, Kind, Node, Notice, ObjectName, ObjectRef, Protocol, Reason, Sandbox,
+    Family, HostRoute, Kind, Node, Notice, ObjectName, ObjectRef, Pod, Protocol, Reason, Sandbox,
     Subject,
 };
 use crate::nft::{
@@ -94,6 +95,8 @@ pub(super) struct ClosedNetwork {
     ranges: Vec<IpNet>,
     /// The ranges in the last transaction.
     written: Vec<IpNet>,
+    /// Whether the Node object was read.
+    node_read: bool,
     /// Whether the Node object was read, or is missing.
     node_listed: bool,
     known: BTreeSet<IpAddr>,
@@ -111,6 +114,7 @@ impl ClosedNetwork {
             beside_proxy: settings.beside_proxy,
             ranges: Vec::new(),
             written: Vec::new(),
+            node_read: false,
             node_listed: false,
             known: BTreeSet::new(),
             outside: BTreeMap::new(),
@@ -120,6 +124,7 @@ impl ClosedNetwork {
 
     /// Takes over the ranges of the Node object. One without ranges does not open the network.
     pub(super) fn set_node(&mut self, node: &Node) {
+        self.node_read = true;
         if !node.pod_cidrs.is_empty() {
             self.ranges.clone_from(&node.pod_cidrs);
         }
@@ -350,16 +355,47 @@ impl Engine {
     /// by now, so that it counts only while both directions are isolated.
     fn is_known(&self, address: IpAddr) -> bool {
         let mut pods = self.inventory.isolating(address);
-        if pods.any(|pod| pod.evidence.sandbox != Sandbox::Gone) {
+        // Cluster policies select by labels of namespaces: without its object, those that deny may
+        // not select the pod yet.
+        let is_selected = |pod: &Pod| {
+            self.inventory.cluster().len() == 0
+                || self.inventory.has_namespace_object(pod.name.namespace())
+        };
+        if pods.any(|pod| pod.evidence.sandbox != Sandbox::Gone && is_selected(pod)) {
             return true;
         }
         let plan = self.plans.get(&address);
+        let isolates = |holders: &Vec<Holder>| {
+            let mut profiles = holders.iter().map(|holder| &holder.profile);
+            profiles.any(|profile| profile.policies.is_some())
+        };
         self.inventory.departed(address).is_some()
-            && plan.is_some_and(|plan| plan.holders.len() == Direction::ALL.len())
+            && plan.is_some_and(|plan| {
+                let isolated = plan.holders.values().filter(|all| isolates(all));
+                isolated.count() == Direction::ALL.len()
+            })
     }
 
-    /// Returns whether the pod network must be closed and the Node object does not say what it is.
+    /// Returns whether the rules drop packets of an address because no known pod has it. By interface
+    /// an address does not tell.
+    pub(crate) fn is_closed_to(&self, address: IpAddr) -> bool {
+        self.closed.as_ref().is_some_and(|closed| {
+            closed.form == PodNetwork::NodeCidr
+                && closed.is_defined()
+                && !closed.is_outside(address, &self.routes)
+                && !self.is_known(address)
+        })
+    }
+
+    /// Returns whether the pod network must be closed and the Node object does not say what it is. A
+    /// Node that was not read yet, as while the API server is away, may say it later.
     pub(crate) fn lacks_pod_network(&self) -> bool {
+        let closed = self.closed.as_ref();
+        closed.is_some_and(|closed| closed.node_read && !closed.is_defined())
+    }
+
+    /// Returns the same where no Node will come after the first lists.
+    pub(crate) fn has_no_pod_network(&self) -> bool {
         let closed = self.closed.as_ref();
         closed.is_some_and(|closed| closed.node_listed && !closed.is_defined())
     }

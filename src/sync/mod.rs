@@ -398,6 +398,11 @@ impl<'a, K: Kernel> Controller<'a, K> {
         let known = policies.has_written() && !policies.engine.has_first_policies();
         let pod_network = policies.engine.pod_network();
         if known && policies.state != DriverState::Unknown {
+            if policies.engine.waits_for_nodes() {
+                return Some(Err(
+                    "waiting for the list of all Nodes, which cluster policies select".to_owned(),
+                ));
+            }
             return Some(pod_network);
         }
         if let Some(failure) = policies.failure() {

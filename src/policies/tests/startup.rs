@@ -5,7 +5,10 @@ use std::time::{Duration, Instant};
 use proptest::prelude::*;
 
 use super::*;
-use crate::model::{Family, Node};
+use crate::model::{
+    Action, ClusterNetworkPolicy, Family, LabelSelector, Node, Requirement, Tier, TierPeer,
+    TierRule,
+};
 use crate::nft::{
     Declaration, Key, Name, Op, Set, SetKind, Table, TableId, Transaction, add_parts, diff,
 };
@@ -451,4 +454,64 @@ proptest! {
             }
         }
     }
+}
+
+fn namespace(name: &str, labels: &[(&str, &str)]) -> Event {
+    Event::Apply(Object::Namespace(Namespace {
+        name: ObjectName::new("", name),
+        labels: labels.iter().copied().collect(),
+    }))
+}
+
+/// A cluster policy that denies one address to the pods of some namespaces, in both directions.
+fn denying_one(namespaces: LabelSelector) -> Event {
+    let rule = TierRule {
+        name: None,
+        action: Action::Deny,
+        peers: Some(vec![TierPeer::Networks(vec![
+            "192.0.2.1/32".parse().unwrap(),
+        ])]),
+        protocols: None,
+    };
+    Event::Apply(Object::ClusterNetworkPolicy(ClusterNetworkPolicy {
+        name: ObjectName::new("", "one"),
+        tier: Tier::Admin,
+        priority: 1,
+        subject_namespaces: namespaces,
+        subject_pods: LabelSelector::default(),
+        ingress: vec![rule.clone()],
+        egress: vec![rule],
+    }))
+}
+
+#[test]
+fn a_departed_pod_that_cluster_policies_select_is_not_isolated() {
+    let mut checked = closed();
+    checked.apply(namespace("shop", &[]));
+    checked.apply(denying_one(LabelSelector::default()));
+    checked.apply(apply_pod(Pod {
+        running: true,
+        ..pod("shop/web", 1, "here", "web")
+    }));
+    checked.update();
+    assert_eq!(known(&checked.kernel).len(), 1);
+    checked.apply(delete(Kind::Pod, "shop/web"));
+    checked.update();
+    // Its address may be the next pod's.
+    assert_eq!(known(&checked.kernel), [""; 0]);
+}
+
+#[test]
+fn a_pod_is_known_after_its_namespace_where_cluster_policies_select_by_it() {
+    let red = LabelSelector::new([Requirement::In("team".into(), vec!["red".into()])]);
+    let mut checked = closed();
+    checked.apply(denying_one(red));
+    checked.apply(apply_pod(pod("shop/web", 1, "here", "web")));
+    checked.update();
+    assert_eq!(known(&checked.kernel), [""; 0]);
+    checked.apply(namespace("shop", &[("team", "red")]));
+    checked.update();
+    assert_eq!(known(&checked.kernel).len(), 1);
+    let table = &checked.kernel.tables[&table_id(Family::V4)];
+    assert_eq!(table.sets[&Direction::Ingress.pods(0)].elements.len(), 1);
 }

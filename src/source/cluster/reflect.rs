@@ -241,10 +241,14 @@ impl Reflector {
         self.requester.selection.discovery.is_some()
     }
 
-    /// Continues without the kind: at the start at once, later once discovery has said twice that
-    /// the server does not have it. Returns how long to pause until discovery is asked again.
+    /// Continues without the kind once discovery has said twice that the server does not have it: one
+    /// answer may be that of a server that has just started, and policies would be removed that are in
+    /// force. Returns how long to pause until discovery is asked again.
     async fn not_served(&mut self, attempts: &mut Attempts) -> Result<Pause, WatchError> {
         let kind = self.kind();
+        if !self.deliveries.is_complete() && !std::mem::replace(&mut self.doubtful, true) {
+            return Ok(self.timing.first_pause.into());
+        }
         self.deliveries.complete_without().await?;
         if self.served && std::mem::replace(&mut self.doubtful, true) {
             tracing::info!(%kind, "the API server no longer has the kind; its objects are no longer in force");

@@ -2,6 +2,9 @@
 
 use super::queries::{closed, pod, policy_lists};
 use super::*;
+use crate::model::{
+    Action, ClusterNetworkPolicy, LabelSelector, Namespace, Tier, TierPeer, TierRule,
+};
 use crate::nft::{Chain, Declaration, Selector, Set};
 use crate::policies::{self, Engine, PodNetwork};
 
@@ -225,4 +228,89 @@ async fn a_node_without_a_pod_network_ends_the_start() {
         assert_eq!(exit, expected, "{range}");
     }
     assert_eq!(begin.elapsed().as_secs(), 80);
+}
+
+/// What the source sends when the first cluster policy that selects nodes appears.
+fn policy_for_nodes() -> Vec<Event> {
+    let policy = ClusterNetworkPolicy {
+        name: ObjectName::new("", "nodes"),
+        tier: Tier::Admin,
+        priority: 1,
+        subject_namespaces: LabelSelector::default(),
+        subject_pods: LabelSelector::default(),
+        ingress: Vec::new(),
+        egress: vec![TierRule {
+            name: None,
+            action: Action::Deny,
+            peers: Some(vec![TierPeer::Nodes(LabelSelector::default())]),
+            protocols: None,
+        }],
+    };
+    let policy = Event::Apply(Object::ClusterNetworkPolicy(policy));
+    vec![Event::ListStarted(Kind::Node), policy]
+}
+
+#[test]
+fn a_list_of_nodes_that_never_ends_holds_up_no_other_policy() {
+    let bench = Bench::new();
+    let mut controller = bench.controller().with_policies(bridge());
+    controller.start();
+    handle(&mut controller, lists(vec![]));
+    let shop = Event::Apply(Object::Namespace(Namespace {
+        name: ObjectName::new("", "shop"),
+        labels: Default::default(),
+    }));
+    let objects = policy_lists(vec![shop, closed(), pod("web", "10.1.0.5")]);
+    handle(&mut controller, objects);
+    assert_eq!(controller.policies_in_force(), Some(Ok(())));
+    handle(&mut controller, policy_for_nodes());
+    let waits = controller.policies_in_force().unwrap().unwrap_err();
+    assert!(waits.contains("the list of all Nodes"), "{waits}");
+    handle(&mut controller, vec![pod("db", "10.1.0.6")]);
+    assert_eq!(elements(&bench, "known-pods"), 2);
+    assert_eq!(elements(&bench, "ingress-pods"), 2);
+    bench.kernel.meddle(|ruleset| ruleset.tables.clear());
+    controller.heal();
+    assert_eq!(elements(&bench, "ingress-pods"), 2);
+    handle(&mut controller, vec![Event::ListComplete(Kind::Node)]);
+    assert_eq!(controller.policies_in_force(), Some(Ok(())));
+}
+
+#[tokio::test(start_paused = true)]
+async fn without_an_answer_about_the_node_the_start_goes_on() {
+    let bench = Bench::new();
+    let health = Health::new(Duration::from_secs(30));
+    let engine = engine(PodNetwork::NodeCidr);
+    let mut controller = bench.controller().with_policies(engine);
+    let (events, received) = mpsc::channel(64);
+    let (stop, stopped) = watch::channel(false);
+    let signals = Signals {
+        stop: stopped,
+        once: false,
+        foreign: Arc::default(),
+        missed: Arc::default(),
+        audits: None,
+        ready: Vec::new(),
+        queries: None,
+    };
+    let begin = tokio::time::Instant::now();
+    let source = async {
+        // No server answers; the list is complete without the Node after a while.
+        tokio::time::sleep(Duration::from_secs(30)).await;
+        for event in [
+            Event::ListStarted(Kind::Node),
+            Event::ListComplete(Kind::Node),
+        ] {
+            events.send(Delivery::now(event)).await.unwrap();
+        }
+        tokio::time::sleep(Duration::from_secs(600)).await;
+        stop.send_replace(true);
+        std::future::pending::<()>().await;
+    };
+    let exit = tokio::select! {
+        exit = run(&mut controller, received, signals, &health) => exit,
+        () = source => unreachable!("it never ends"),
+    };
+    assert_eq!(exit, Exit::Stopped);
+    assert_eq!(begin.elapsed().as_secs(), 630);
 }
