@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use http_body_util::{BodyExt, Empty, Limited};
 use hyper::body::{Bytes, Incoming};
@@ -12,9 +13,13 @@ use hyper_util::rt::TokioIo;
 use serde_json::Value;
 use thiserror::Error;
 use tokio::net::UnixStream;
+use tokio::time::timeout;
 
 /// The most bytes of an answer: a command in the agent's container shares its limit of memory.
 const MOST: usize = 100 << 20;
+/// How long the agent may take to begin an answer, and to complete it.
+const PATIENCE: Duration = Duration::from_secs(10);
+const WHOLE: Duration = Duration::from_secs(60);
 
 /// Why the agent gives no answer.
 #[derive(Debug, Error)]
@@ -27,11 +32,19 @@ pub(crate) enum AskError {
     Http(#[from] hyper::Error),
     #[error("the agent's answer is not valid: {0}; its version may be another one")]
     Invalid(String),
+    /// The question is too large for the agent.
+    #[error("the question is too large for the agent")]
+    TooMany,
+    #[error(
+        "the agent does not answer within {} s; its main loop may be stuck: see its log",
+        PATIENCE.as_secs()
+    )]
+    Silent,
     /// The agent's own message.
     #[error("{0}")]
     Refused(String),
     #[error(
-        "the objects are more than {} MiB; run the command elsewhere: kubectl get svc,endpointslices,nodes,servicecidrs,pods,ns,netpol -A -o json | nftlet ... --manifests - --hostname-override NODE",
+        "the objects are more than {} MiB; run the command elsewhere: kubectl get svc,endpointslices,nodes,servicecidrs,pods,ns,netpol,clusternetworkpolicies -A -o json | nftlet ... --manifests - --hostname-override NODE",
         MOST >> 20
     )]
     TooLarge,
@@ -56,8 +69,10 @@ pub(super) async fn get(
         .header(HOST, "nftlet")
         .body(Empty::<Bytes>::new())
         .map_err(|error| AskError::Invalid(error.to_string()))?;
-    let response = sender.send_request(request).await?;
-    let answered = body(response).await;
+    let response = timeout(PATIENCE, sender.send_request(request)).await;
+    let response = response.map_err(|_| AskError::Silent)??;
+    let answered = timeout(WHOLE, body(response)).await;
+    let answered = answered.unwrap_or(Err(AskError::Silent));
     drop(sender);
     driver.abort();
     answered
@@ -73,6 +88,9 @@ async fn body(response: Response<Incoming>) -> Result<Vec<u8>, AskError> {
     let body = body.to_bytes();
     if status == StatusCode::OK {
         return Ok(body.into());
+    }
+    if status == StatusCode::PAYLOAD_TOO_LARGE {
+        return Err(AskError::TooMany);
     }
     let said: Value = serde_json::from_slice(&body).unwrap_or_default();
     let message = said.get("error").and_then(Value::as_str);

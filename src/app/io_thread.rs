@@ -258,6 +258,7 @@ impl IoThread {
         }
         let pages = Arc::new(AgentPages {
             ask: self.ask.clone(),
+            turn: Arc::default(),
             node_name: self.node_name.as_str().into(),
             configuration: file::effective(&self.args),
             health: self.health.clone(),

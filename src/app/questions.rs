@@ -45,7 +45,11 @@ pub(super) fn answer(
     }
     if is_for_agent(command, settings) {
         if let (Command::Explain(asked), Some(_)) = (command, &question) {
-            return runtime.block_on(ask_agent(asked, &settings.socket));
+            match runtime.block_on(ask_agent(asked, &settings.socket)) {
+                // A question that is too large for the agent is answered here.
+                Err(Error::Ask(AskError::TooMany)) => {}
+                answered => return answered,
+            }
         }
         let (node_name, service_settings, manifests) =
             runtime.block_on(objects_of_agent(&settings.socket))?;
@@ -56,6 +60,8 @@ pub(super) fn answer(
             settings: &service_settings,
             policies: &engine,
             node: &node_name,
+            has_node: store.has_node(),
+            most_pairs: None,
         };
         return answer_from(&facts, command, question.as_ref());
     }
@@ -67,6 +73,8 @@ pub(super) fn answer(
         settings: service_settings,
         policies: &engine,
         node: node_name,
+        has_node: store.has_node(),
+        most_pairs: None,
     };
     answer_from(&facts, command, question.as_ref())
 }

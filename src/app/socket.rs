@@ -21,7 +21,9 @@ use tokio::sync::{mpsc, oneshot, watch};
 use crate::engine::Engine as _;
 use crate::followers::drops::DropCounters;
 use crate::insight::status::{self, Status};
-use crate::insight::{API_VERSION, Facts, Question, Style, answer_text, explain, objects};
+use crate::insight::{
+    API_VERSION, Facts, NameError, Question, Style, answer_text, explain, objects,
+};
 use crate::model::{Kind, ObjectName};
 use crate::policies::{self, Direction};
 use crate::serve::health::{Health, Probe};
@@ -33,9 +35,15 @@ use crate::sync::{Look, Query, View};
 /// Objects that are copied in one turn of the main loop.
 const PORTION: usize = 64;
 
+/// The most pairs of addresses and ports in a question that the main loop answers, in about a
+/// millisecond.
+const MOST_PAIRS: usize = 100;
+
 /// The pages of the socket.
 pub(super) struct AgentPages {
     pub ask: mpsc::Sender<Query>,
+    /// Held while the main loop looks, so that other events have their turn in between.
+    pub turn: Arc<tokio::sync::Mutex<()>>,
     pub node_name: Arc<str>,
     /// The settings as a configuration file.
     pub configuration: Value,
@@ -55,6 +63,24 @@ impl SocketPages for AgentPages {
         let query: HashMap<String, String> = form_urlencoded::parse(query.as_bytes())
             .into_owned()
             .collect();
+        if matches!(uri.path(), "/explain" | "/objects" | "/settings") {
+            let unread = self.look(|view| {
+                let mut kinds: Vec<Kind> = view.services.store().missing();
+                kinds.extend(view.policies.map(|it| it.missing()).unwrap_or_default());
+                kinds.iter().map(|kind| kind.as_str()).collect::<Vec<_>>()
+            });
+            match unread.await {
+                Ok(kinds) if kinds.is_empty() => {}
+                Ok(kinds) => {
+                    let message = format!(
+                        "the agent has not read all objects yet: it waits for the list of {}; see nftlet status",
+                        kinds.join(", ")
+                    );
+                    return Some(failed(StatusCode::SERVICE_UNAVAILABLE, &message));
+                }
+                Err(Ended) => return Some(ended()),
+            }
+        }
         match uri.path() {
             "/explain" => Some(self.explain(&query).await),
             "/objects" => Some(self.objects()),
@@ -85,7 +111,7 @@ impl AgentPages {
         &self,
         look: impl FnOnce(&View) -> T + Send + 'static,
     ) -> Result<T, Ended> {
-        looked(&self.ask, look).await
+        looked(&self.ask, &self.turn, look).await
     }
 
     async fn explain(&self, query: &HashMap<String, String>) -> SocketAnswer {
@@ -102,11 +128,16 @@ impl AgentPages {
                 settings: view.services.settings(),
                 policies: view.policies.unwrap_or(&nothing),
                 node: &node,
+                has_node: view.services.store().has_node(),
+                most_pairs: Some(MOST_PAIRS),
             };
             explain(&facts, &question)
         });
         let answer = match answered.await {
             Ok(Ok(answer)) => answer,
+            Ok(Err(error @ NameError::TooMany(_))) => {
+                return failed(StatusCode::PAYLOAD_TOO_LARGE, &error.to_string());
+            }
             Ok(Err(error)) => return failed(StatusCode::NOT_FOUND, &error.to_string()),
             Err(Ended) => return ended(),
         };
@@ -215,10 +246,11 @@ impl AgentPages {
     /// Streams the objects, a portion in each turn of the main loop.
     fn objects(&self) -> SocketAnswer {
         let (parts, answer) = SocketAnswer::parts();
-        let ask = self.ask.clone();
+        let (ask, turn) = (self.ask.clone(), self.turn.clone());
         tokio::spawn(async move {
             let mut list = List {
                 ask,
+                turn,
                 parts,
                 first: true,
             };
@@ -231,8 +263,10 @@ impl AgentPages {
 
 async fn looked<T: Send + 'static>(
     ask: &mpsc::Sender<Query>,
+    turn: &tokio::sync::Mutex<()>,
     look: impl FnOnce(&View) -> T + Send + 'static,
 ) -> Result<T, Ended> {
+    let _turn = turn.lock().await;
     let (answer, answered) = oneshot::channel();
     let look = Look(Box::new(move |view: &View| {
         // The client may have gone.
@@ -245,6 +279,7 @@ async fn looked<T: Send + 'static>(
 /// A list of objects that is being sent.
 struct List {
     ask: mpsc::Sender<Query>,
+    turn: Arc<tokio::sync::Mutex<()>>,
     parts: mpsc::Sender<Bytes>,
     first: bool,
 }
@@ -254,7 +289,7 @@ impl List {
         self.part("{\"apiVersion\":\"v1\",\"kind\":\"List\",\"items\":[".to_owned())
             .await?;
         let few =
-            looked(&self.ask, |view| {
+            looked(&self.ask, &self.turn, |view| {
                 let store = view.services.store();
                 let mut few: Vec<Value> = store
                     .node()
@@ -324,10 +359,10 @@ impl List {
         names: impl FnOnce(&View) -> Vec<ObjectName> + Send + 'static,
         of: fn(&View, &[ObjectName]) -> Vec<Value>,
     ) -> Result<(), Ended> {
-        let names = looked(&self.ask, names).await?;
+        let names = looked(&self.ask, &self.turn, names).await?;
         for portion in names.chunks(PORTION) {
             let portion = portion.to_vec();
-            let found = looked(&self.ask, move |view| of(view, &portion)).await?;
+            let found = looked(&self.ask, &self.turn, move |view| of(view, &portion)).await?;
             self.items(found).await?;
         }
         Ok(())

@@ -187,6 +187,9 @@ impl Exclusion {
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct TargetAnswer {
+    /// The address of the source, if there are several.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub source: Option<IpAddr>,
     pub family: &'static str,
     pub address: IpAddr,
     pub port: Option<u16>,
@@ -245,6 +248,8 @@ pub(crate) struct PortAnswer {
     /// A port or a range.
     pub port: String,
     pub protocol: String,
+    /// None if both families have this answer.
+    pub family: Option<&'static str>,
     pub verdict: Verdict,
     pub code: Code,
 }

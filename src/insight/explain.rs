@@ -8,8 +8,9 @@ use super::answer::{
     Verdict,
 };
 use super::names::{NameError, Place, places};
-use super::question::{End, PortName, Question};
-use super::service::{self, Destination, Source, is_of_node};
+use super::ports::{Ports, ports};
+use super::question::{End, Question};
+use super::service::{self, Destination, Plans, Source, is_of_node};
 use super::{API_VERSION, Facts};
 use crate::model::{Family, Kind, ObjectName, Protocol, Service, Tier};
 use crate::policies::{self, Connection, Direction, RuleOf};
@@ -19,17 +20,12 @@ const NETWORK_POLICY: &str = "NetworkPolicy";
 /// The protocol number of ICMP in a family.
 const ICMP: [(Family, u8); 2] = [(Family::V4, 1), (Family::V6, 58)];
 
-/// A port, with a protocol, that a question is asked for.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Port {
-    number: Option<u16>,
-    protocol: Option<Protocol>,
-}
-
 /// The answer for one port.
 #[derive(Clone, Debug)]
 struct OfPort {
-    port: Port,
+    /// The family; `None` if both have this answer.
+    family: Option<Family>,
+    port: Ports,
     verdict: Verdict,
     code: Code,
     step: ServiceStep,
@@ -61,31 +57,39 @@ pub(crate) fn explain(facts: &Facts, question: &Question) -> Result<Answer, Name
         });
     }
     let ports = ports(facts, question, &destinations)?;
-    let mut answers: Vec<OfPort> = ports
-        .into_iter()
-        .map(|port| of_port(facts, &sources, &destinations, port))
-        .collect();
+    check_size(facts, question, &sources, &destinations, ports.len())?;
+    let mut plans = Plans::default();
+    let mut answers: Vec<OfPort> = Vec::new();
+    for port in &ports {
+        let of_families = common.iter().map(|family| {
+            let of_family = |places: &[Place]| -> Vec<Place> {
+                let own = places.iter().filter(|it| Family::of(it.address) == *family);
+                own.cloned().collect()
+            };
+            let (sources, destinations) = (of_family(&sources), of_family(&destinations));
+            of_port(facts, &sources, &destinations, *family, port, &mut plans)
+        });
+        for answer in of_families {
+            add(&mut answers, answer);
+        }
+    }
     let verdict = Verdict::of_all(answers.iter().map(|it| it.verdict));
-    let differ = answers.windows(2).any(|pair| match pair {
-        [one, other] => (one.verdict, one.code) != (other.verdict, other.code),
-        _ => false,
-    });
-    let each = answers.iter().map(|it| PortAnswer {
-        port: it
-            .port
-            .number
-            .map_or_else(|| "all other".to_owned(), |port| port.to_string()),
-        protocol: protocol_name(it.port.protocol),
-        verdict: it.verdict,
-        code: it.code,
-    });
-    let each: Vec<PortAnswer> = if differ { each.collect() } else { Vec::new() };
-    // The port that says most: one that is not allowed.
-    let worst = answers
-        .iter()
-        .position(|it| it.verdict != Verdict::Allowed)
-        .unwrap_or_default();
-    let shown = answers.swap_remove(worst);
+    let each: Vec<PortAnswer> = match answers.len() {
+        0 | 1 => Vec::new(),
+        _ => answers
+            .iter()
+            .map(|it| port_answer(it, common.len() > 1))
+            .collect(),
+    };
+    // What says most: an answer that is not allowed.
+    let shown = answers.iter().find(|it| it.verdict != Verdict::Allowed);
+    let shown = shown.or(answers.first()).cloned();
+    let Some(shown) = shown else {
+        return Err(NameError::OtherFamily {
+            from: question.from.to_string(),
+            to: question.to.to_string(),
+        });
+    };
     let to = match &question.to {
         End::Pod(name) => name.to_string(),
         end => end.to_string(),
@@ -101,19 +105,93 @@ pub(crate) fn explain(facts: &Facts, question: &Question) -> Result<Answer, Name
             _ => "both",
         },
         port: match question.port {
-            Some(_) => shown.port.number,
+            Some(_) => shown.port.number(),
             None => None,
         },
-        protocol: protocol_name(question.protocol),
+        protocol: protocol_name(shown.port.protocol),
         node: facts.node.to_owned(),
         verdict,
         code: shown.code,
         service: shown.step,
         targets: shown.targets,
         ports: each,
-        warnings: warnings(facts, question),
+        warnings: warnings(facts, question, &sources),
         assumptions: assumptions(facts),
     })
+}
+
+/// Checks that a question is not too large for who answers it.
+fn check_size(
+    facts: &Facts,
+    question: &Question,
+    sources: &[Place],
+    destinations: &[Place],
+    ports: usize,
+) -> Result<(), NameError> {
+    let Some(most) = facts.most_pairs else {
+        return Ok(());
+    };
+    let endpoints = match &question.to {
+        End::Service(name) => {
+            let slices = facts.store.slices_of(name);
+            slices
+                .all()
+                .map(|slice| slice.endpoints.len())
+                .sum::<usize>()
+        }
+        _ => 1,
+    };
+    let pairs = [sources.len(), destinations.len(), ports, endpoints.max(1)];
+    let pairs = pairs.into_iter().fold(1_usize, usize::saturating_mul);
+    if pairs > most {
+        return Err(NameError::TooMany(pairs));
+    }
+    Ok(())
+}
+
+/// Adds an answer; joins it with the last one if both families, or ports that follow each other, have
+/// the same.
+fn add(answers: &mut Vec<OfPort>, answer: OfPort) {
+    let is_same = |last: &&mut OfPort| {
+        (last.verdict, last.code) == (answer.verdict, answer.code)
+            && last.port.protocol == answer.port.protocol
+            && last.step.action == answer.step.action
+    };
+    let Some(last) = answers.last_mut().filter(is_same) else {
+        answers.push(answer);
+        return;
+    };
+    if last.port == answer.port {
+        last.family = None;
+        last.targets.extend(answer.targets);
+        return;
+    }
+    match (last.port.range, answer.port.range) {
+        (Some((first, before)), Some((next, end)))
+            if last.family == answer.family && before.checked_add(1) == Some(next) =>
+        {
+            last.port.range = Some((first, end));
+        }
+        _ => answers.push(answer),
+    }
+}
+
+/// Describes an answer; `several` says that the question is about both families.
+fn port_answer(answer: &OfPort, several: bool) -> PortAnswer {
+    PortAnswer {
+        port: answer.port.to_string(),
+        protocol: protocol_name(answer.port.protocol),
+        family: answer.family.filter(|_| several).map(family_name),
+        verdict: answer.verdict,
+        code: answer.code,
+    }
+}
+
+fn family_name(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "IPv4",
+        Family::V6 => "IPv6",
+    }
 }
 
 fn protocol_name(protocol: Option<Protocol>) -> String {
@@ -145,126 +223,27 @@ fn destinations(facts: &Facts, question: &Question) -> Result<Vec<Place>, NameEr
     Ok(places)
 }
 
-/// Returns the ports that a question is about; several if it names none.
-fn ports(
-    facts: &Facts,
-    question: &Question,
-    destinations: &[Place],
-) -> Result<Vec<Port>, NameError> {
-    let protocol = question.protocol;
-    let one = |number| {
-        vec![Port {
-            number: Some(number),
-            protocol,
-        }]
-    };
-    match (&question.port, &question.to) {
-        (Some(PortName::Number(number)), _) => Ok(one(*number)),
-        (Some(PortName::Name(port)), End::Service(name)) => {
-            let found = facts.store.service(name).and_then(|service| {
-                let mut ports = service.ports.iter();
-                ports.find(|it| *it.name == **port && Some(it.protocol) == protocol)
-            });
-            let found = found.ok_or_else(|| no_service_port(facts, name, port))?;
-            Ok(one(found.port))
-        }
-        (Some(PortName::Name(port)), to) => {
-            let inventory = facts.policies.inventory();
-            let pods = destinations
-                .iter()
-                .filter_map(|place| inventory.pod(place.pod.as_ref()?));
-            let mut named = pods.flat_map(|pod| pod.ports.iter());
-            let found = named.find(|it| *it.name == **port && Some(it.protocol) == protocol);
-            let found = found.ok_or_else(|| NameError::UnknownNamedPort {
-                to: to.to_string(),
-                port: port.clone(),
-            })?;
-            Ok(one(found.port))
-        }
-        (None, _) if protocol.is_none() => Ok(vec![Port {
-            number: None,
-            protocol,
-        }]),
-        (None, End::Service(name)) => {
-            let service = facts.store.service(name);
-            let ports = service.into_iter().flat_map(|service| &service.ports);
-            Ok(ports
-                .map(|port| Port {
-                    number: Some(port.port),
-                    protocol: Some(port.protocol),
-                })
-                .collect())
-        }
-        (None, _) => {
-            let mut ports: BTreeSet<Port> = facts
-                .policies
-                .ports()
-                .into_iter()
-                .filter(|(of, _)| Some(*of) == protocol)
-                .map(|(_, number)| Port {
-                    number: Some(number),
-                    protocol,
-                })
-                .collect();
-            let inventory = facts.policies.inventory();
-            let pods = destinations
-                .iter()
-                .filter_map(|place| inventory.pod(place.pod.as_ref()?));
-            let named = pods.flat_map(|pod| pod.ports.iter());
-            ports.extend(
-                named
-                    .filter(|it| Some(it.protocol) == protocol)
-                    .map(|it| Port {
-                        number: Some(it.port),
-                        protocol,
-                    }),
-            );
-            // A port that nothing mentions.
-            let mut rest = ports.into_iter().collect::<Vec<_>>();
-            rest.push(Port {
-                number: None,
-                protocol,
-            });
-            Ok(rest)
-        }
-    }
-}
-
-fn no_service_port(facts: &Facts, name: &ObjectName, port: &str) -> NameError {
-    let service = facts.store.service(name);
-    let ports = service.into_iter().flat_map(|service| &service.ports);
-    let ports = ports.map(|port| {
-        let number = format!("{}/{}", port.port, port.protocol);
-        if port.name.is_empty() {
-            number
-        } else {
-            format!("{} ({number})", port.name)
-        }
-    });
-    NameError::UnknownServicePort {
-        service: name.clone(),
-        port: port.to_owned(),
-        ports: ports.collect::<Vec<_>>().join(", "),
-    }
-}
-
 /// Answers for one port: each source with each destination of its family.
-fn of_port(facts: &Facts, sources: &[Place], destinations: &[Place], port: Port) -> OfPort {
+fn of_port(
+    facts: &Facts,
+    sources: &[Place],
+    destinations: &[Place],
+    family: Family,
+    port: &Ports,
+    plans: &mut Plans,
+) -> OfPort {
     let mut step: Option<ServiceStep> = None;
     let mut refused: Option<(Verdict, Code)> = None;
     let mut targets: Vec<TargetAnswer> = Vec::new();
     for source in sources {
         let from = source_of(facts, source);
-        let of_family = destinations
-            .iter()
-            .filter(|place| Family::of(place.address) == Family::of(source.address));
-        for destination in of_family {
+        for destination in destinations {
             let to = Destination {
                 address: destination.address,
                 protocol: port.protocol,
-                port: port.number,
+                port: port.number(),
             };
-            let judged = service::judge(facts, &from, &to);
+            let judged = service::judge(facts, &from, &to, plans);
             if let Some(code) = judged.code {
                 let verdict = match judged.step.action {
                     Action::Reject => Verdict::Refused,
@@ -273,10 +252,10 @@ fn of_port(facts: &Facts, sources: &[Place], destinations: &[Place], port: Port)
                 refused.get_or_insert((verdict, code));
             }
             for (address, number) in &judged.targets {
-                let target = target(facts, &from, *address, *number, &port);
-                if !targets.contains(&target) {
-                    targets.push(target);
-                }
+                let masquerade = judged.step.masquerade;
+                let mut target = target(facts, &from, (*address, *number), port, masquerade);
+                target.source = (sources.len() > 1).then_some(source.address);
+                targets.push(target);
             }
             step.get_or_insert(judged.step);
         }
@@ -288,7 +267,8 @@ fn of_port(facts: &Facts, sources: &[Place], destinations: &[Place], port: Port)
         .map(|(_, code)| code)
         .or_else(|| denied.or(targets.first()).map(|target| target.code));
     OfPort {
-        port,
+        family: Some(family),
+        port: port.clone(),
         verdict,
         code: code.unwrap_or(Code::PodUnknown),
         step: step.unwrap_or_default(),
@@ -307,16 +287,17 @@ fn source_of(facts: &Facts, place: &Place) -> Source {
     }
 }
 
-/// Asks the policies of both ends about a target.
+/// Asks the policies of both ends about a target. `masquerade` says that the packet leaves the own node
+/// with the node's address, which the rules of other nodes see.
 fn target(
     facts: &Facts,
     source: &Source,
-    address: IpAddr,
-    number: Option<u16>,
-    port: &Port,
+    (address, number): (IpAddr, Option<u16>),
+    port: &Ports,
+    masquerade: bool,
 ) -> TargetAnswer {
     let family = Family::of(address);
-    let connection = Connection {
+    let mut connection = Connection {
         source: source.address,
         destination: address,
         protocol: match port.protocol {
@@ -329,7 +310,17 @@ fn target(
         port: number,
     };
     let egress = decide(facts, Direction::Egress, &connection, source);
-    let ingress = decide(facts, Direction::Ingress, &connection, source);
+    let node = facts.store.node();
+    let seen = node.and_then(|node| node.primary_ip(family));
+    let is_elsewhere = service::node_of(facts, address).is_some_and(|it| *it != *facts.node);
+    if let (true, true, Some(seen)) = (masquerade, is_elsewhere, seen) {
+        connection.source = seen;
+    }
+    let client = Source {
+        address: connection.source,
+        ..source.clone()
+    };
+    let ingress = decide(facts, Direction::Ingress, &connection, &client);
     let denying = [&egress, &ingress]
         .into_iter()
         .find(|it| it.verdict != Verdict::Allowed);
@@ -339,10 +330,8 @@ fn target(
         .find(|it| it.code == Code::PolicyRule);
     let deciding = denying.or(by_rule).unwrap_or(&ingress);
     TargetAnswer {
-        family: match family {
-            Family::V4 => "IPv4",
-            Family::V6 => "IPv6",
-        },
+        source: None,
+        family: family_name(family),
         address,
         port: number,
         pod: service::pod_at(facts, address),
@@ -379,7 +368,13 @@ fn decide(
         return allowed(Code::HostNetwork);
     }
     let inventory = facts.policies.inventory();
-    if inventory.claimants(end).next().is_none() {
+    if facts.policies.is_closed_to(end) {
+        return Decision {
+            verdict: Verdict::Denied,
+            ..allowed(Code::PodUnknown)
+        };
+    }
+    if inventory.claimants(end).next().is_none() && inventory.departed(end).is_none() {
         let networks = facts.settings.pod_networks(Family::of(end), node);
         let is_pod = networks.iter().any(|network| network.contains(&end));
         return allowed(if is_pod {
@@ -405,7 +400,10 @@ fn decide(
         ..allowed(Code::PolicyRule)
     };
     match facts.policies.decide(direction, connection) {
-        policies::Decision::NotIsolated => allowed(Code::NoPolicy),
+        policies::Decision::NotIsolated { asked } => Decision {
+            policies: asked.iter().map(cluster_policy_name).collect(),
+            ..allowed(Code::NoPolicy)
+        },
         policies::Decision::ToItself => allowed(Code::SamePod),
         policies::Decision::Allowed(of) => Decision {
             code: Code::PolicyRule,
@@ -449,6 +447,14 @@ fn tier_name(tier: Tier) -> &'static str {
     }
 }
 
+fn cluster_policy_name(name: &ObjectName) -> PolicyName {
+    PolicyName {
+        kind: Kind::ClusterNetworkPolicy.as_str(),
+        namespace: String::new(),
+        name: name.name().to_owned(),
+    }
+}
+
 fn policy_name(name: &ObjectName) -> PolicyName {
     PolicyName {
         kind: Kind::NetworkPolicy.as_str(),
@@ -458,8 +464,22 @@ fn policy_name(name: &ObjectName) -> PolicyName {
 }
 
 /// Returns what is wrong with the objects of a question.
-fn warnings(facts: &Facts, question: &Question) -> Vec<String> {
+fn warnings(facts: &Facts, question: &Question, sources: &[Place]) -> Vec<String> {
     let mut warnings = Vec::new();
+    let elsewhere: BTreeSet<String> = sources
+        .iter()
+        .filter_map(|source| service::node_of(facts, source.address))
+        .filter(|node| **node != *facts.node)
+        .map(|node| node.to_string())
+        .collect();
+    if !elsewhere.is_empty() {
+        let nodes: Vec<String> = elsewhere.into_iter().collect();
+        warnings.push(format!(
+            "the source is on {}, whose rules translate services; this is what those of {} would do",
+            nodes.join(", "),
+            facts.node
+        ));
+    }
     if let End::Service(name) = &question.to
         && let Some(service) = facts.store.service(name)
     {
@@ -497,12 +517,24 @@ pub(super) fn too_large(facts: &Facts, service: &Service) -> Option<String> {
 /// Returns what the facts lack.
 fn assumptions(facts: &Facts) -> Vec<String> {
     let (pods, namespaces, _) = facts.policies.inventory().counts();
+    let count = |kind| facts.store.count(kind);
     let mut lacking = Vec::new();
     if pods == 0 {
         lacking.push("no Pods: addresses belong to no pod, and no policy applies".to_owned());
     } else if namespaces == 0 {
         lacking
             .push("no Namespaces: namespaceSelectors see only the names of namespaces".to_owned());
+    }
+    if count(Kind::Service) == 0 {
+        lacking.push("no Services: no address is one of a service".to_owned());
+    } else if count(Kind::EndpointSlice) == 0 {
+        lacking.push("no EndpointSlices: services have no endpoints".to_owned());
+    }
+    if !facts.has_node {
+        lacking.push(format!(
+            "no Node {}: the addresses of this host stand for those of the node",
+            facts.node
+        ));
     }
     lacking
 }

@@ -15,6 +15,7 @@ mod explain;
 mod names;
 pub(crate) mod objects;
 mod policies;
+mod ports;
 mod question;
 mod service;
 mod services;
@@ -45,6 +46,10 @@ pub(crate) struct Facts<'a> {
     pub policies: &'a Engine,
     /// The name of the own node.
     pub node: &'a str,
+    /// Whether the Node object of the own node is known.
+    pub has_node: bool,
+    /// The most pairs of addresses and ports that one question may be about.
+    pub most_pairs: Option<usize>,
 }
 
 /// The version of the JSON.

@@ -54,6 +54,14 @@ pub(crate) enum NameError {
         "the service {0} has no address: it is headless, an ExternalName, or left to another proxy; ask for its pods"
     )]
     WithoutFrontend(ObjectName),
+    /// The service has no usable port of the protocol.
+    #[error("the service {0} has no port of this protocol; name one with /TCP, /UDP or /SCTP")]
+    WithoutPorts(ObjectName),
+    /// More pairs of addresses and ports than may be asked about at once.
+    #[error(
+        "the question is about {0} pairs of addresses and ports; ask about a single pod or port, or give the objects with --manifests"
+    )]
+    TooMany(usize),
     /// The service has no such port.
     #[error("the service {service} has no port {port}; it has {ports}")]
     UnknownServicePort {
@@ -227,6 +235,14 @@ fn is_inside(facts: &Facts, address: IpAddr) -> bool {
 
 fn no_pod(facts: &Facts, name: &ObjectName) -> NameError {
     let mut alike: Vec<String> = Vec::new();
+    if facts.policies.inventory().counts().0 == 0 {
+        return NameError::UnknownPod {
+            name: name.clone(),
+            hint: "; no Pods are known: an agent reads them only while there is a policy. Ask for \
+                   its address, or with --live or --manifests"
+                .to_owned(),
+        };
+    }
     if facts.store.service(name).is_some() {
         alike.push(format!("svc/{name}"));
     }

@@ -12,8 +12,8 @@ pub(crate) struct Question {
     pub to: End,
     /// None for every port, and for ICMP.
     pub port: Option<PortName>,
-    /// None for ICMP.
-    pub protocol: Option<Protocol>,
+    /// None if it is not given; the inner value is none for ICMP.
+    given: Option<Option<Protocol>>,
 }
 
 /// One end of a connection.
@@ -77,16 +77,25 @@ impl Question {
             return Err(QuestionError::SourceWithPort(from.to_owned()));
         }
         let (destination, port, protocol) = split(to)?;
-        let protocol = protocol.unwrap_or(Some(Protocol::Tcp));
-        if protocol.is_none() && port.is_some() {
+        if protocol == Some(None) && port.is_some() {
             return Err(QuestionError::IcmpPort(to.to_owned()));
         }
         Ok(Self {
             from: source,
             to: destination,
             port,
-            protocol,
+            given: protocol,
         })
+    }
+
+    /// Returns the protocol, by default TCP; none for ICMP.
+    pub fn protocol(&self) -> Option<Protocol> {
+        self.given.unwrap_or(Some(Protocol::Tcp))
+    }
+
+    /// Returns whether the question is about a named port of a protocol.
+    pub fn asks_for(&self, protocol: Protocol) -> bool {
+        self.given.is_none_or(|given| given == Some(protocol))
     }
 
     /// Reads a question from a line of a batch.
@@ -218,8 +227,9 @@ mod tests {
 
     fn asked(to: &str) -> Result<(String, Option<String>, Option<Protocol>), QuestionError> {
         let question = Question::new("shop/cart", to)?;
-        let port = question.port.map(|port| port.to_string());
-        Ok((question.to.to_string(), port, question.protocol))
+        let port = question.port.as_ref().map(ToString::to_string);
+        let protocol = question.protocol();
+        Ok((question.to.to_string(), port, protocol))
     }
 
     #[test]

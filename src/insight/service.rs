@@ -1,5 +1,6 @@
 //! What the rules of services do with a connection.
 
+use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
@@ -7,7 +8,7 @@ use ipnet::IpNet;
 
 use super::Facts;
 use super::answer::{Action, Code, Exclusion, LeftOut, ServiceStep};
-use crate::model::{Family, Node, Protocol, Service, ServicePort, TrafficPolicy};
+use crate::model::{Family, Node, ObjectName, Protocol, Service, ServicePort, TrafficPolicy};
 use crate::services::{
     self, Claim, EndpointOf, Frontend, LocalDetector, Role, Route, ServicePlan, Target,
 };
@@ -41,16 +42,35 @@ pub(super) struct Judgement {
     pub targets: Vec<(IpAddr, Option<u16>)>,
 }
 
+/// The compiled services of a question.
+#[derive(Debug, Default)]
+pub(super) struct Plans(HashMap<ObjectName, Option<ServicePlan>>);
+
+impl Plans {
+    /// Returns the plan of a service; `None` if it has no rules.
+    fn of(&mut self, facts: &Facts, name: &ObjectName) -> Option<&ServicePlan> {
+        let plan = self.0.entry(name.clone()).or_insert_with(|| {
+            let plan = services::plan(facts.store, name, facts.settings, None);
+            plan.ok().flatten()
+        });
+        plan.as_ref()
+    }
+}
+
 /// Judges a connection.
-pub(super) fn judge(facts: &Facts, source: &Source, to: &Destination) -> Judgement {
+pub(super) fn judge(
+    facts: &Facts,
+    source: &Source,
+    to: &Destination,
+    plans: &mut Plans,
+) -> Judgement {
     let claim = claim(facts, to);
     let owner = claim.and_then(|claim| Some((claim, facts.store.owner(&claim)?)));
     let Some((claim, name)) = owner else {
         return no_frontend(facts, to);
     };
     let family = Family::of(to.address);
-    let plan = services::plan(facts.store, name, facts.settings, None);
-    let (Some(service), Ok(Some(plan))) = (facts.store.service(name), plan) else {
+    let (Some(service), Some(plan)) = (facts.store.service(name), plans.of(facts, name)) else {
         return no_frontend(facts, to);
     };
     let mut frontends = plan.frontends.iter();
@@ -58,7 +78,7 @@ pub(super) fn judge(facts: &Facts, source: &Source, to: &Destination) -> Judgeme
         return no_frontend(facts, to);
     };
     let port = port_of(service, &claim);
-    let (mut judgement, chosen) = route(facts, source, &plan, frontend);
+    let (mut judgement, chosen) = route(facts, source, plan, frontend);
     let step = &mut judgement.step;
     step.frontend = to.port.map(|port| shown(to.address, port, to.protocol));
     step.name = Some(name.to_string());

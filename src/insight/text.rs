@@ -1,9 +1,12 @@
 //! Answers as people read them.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{self, Write};
+use std::net::IpAddr;
 
-use super::answer::{Action, Answer, Code, Decision, LeftOut, PolicyName, TargetAnswer, Verdict};
+use super::answer::{
+    Action, Answer, Code, Decision, LeftOut, PolicyName, PortAnswer, TargetAnswer, Verdict,
+};
 use super::policies::PolicyRow;
 use super::services::{EndpointRow, ServiceRow};
 
@@ -76,7 +79,7 @@ pub(crate) fn answer(answer: &Answer, style: Style, out: &mut impl Write) -> fmt
         writeln!(
             out,
             "  {:<16} {} {}",
-            format!("{}/{}", port.port, port.protocol),
+            port_words(port),
             style.verdict(port.verdict.word(), port.verdict, 8),
             code.as_str().unwrap_or_default()
         )?;
@@ -90,13 +93,35 @@ pub(crate) fn answer(answer: &Answer, style: Style, out: &mut impl Write) -> fmt
     Ok(())
 }
 
+fn port_words(port: &PortAnswer) -> String {
+    let mut words = if port.port.is_empty() {
+        port.protocol.clone()
+    } else {
+        format!("{}/{}", port.port, port.protocol)
+    };
+    if let Some(family) = port.family {
+        words.push(' ');
+        words.push_str(family);
+    }
+    words
+}
+
+/// Returns the distinct addresses and ports of the targets, and whether all sources reach each.
+fn distinct(answer: &Answer) -> BTreeMap<(IpAddr, Option<u16>), bool> {
+    let mut distinct = BTreeMap::new();
+    for target in &answer.targets {
+        let reached = distinct
+            .entry((target.address, target.port))
+            .or_insert(true);
+        *reached &= target.verdict == Verdict::Allowed;
+    }
+    distinct
+}
+
 fn summary(answer: &Answer) -> String {
-    let all = answer.targets.len();
-    let reached = answer
-        .targets
-        .iter()
-        .filter(|target| target.verdict == Verdict::Allowed)
-        .count();
+    let distinct = distinct(answer);
+    let all = distinct.len();
+    let reached = distinct.values().filter(|reached| **reached).count();
     match answer.service.action {
         Action::Dnat => format!(": {reached} of {all} endpoints can be reached"),
         _ if all > 1 => format!(": {reached} of {all} addresses can be reached"),
@@ -115,7 +140,8 @@ fn steps(answer: &Answer, style: Style, out: &mut impl Write) -> fmt::Result {
     };
     match step.action {
         Action::Dnat => {
-            let endpoints = match answer.targets.len() {
+            let distinct = distinct(answer).len();
+            let endpoints = match distinct {
                 1 => "the only endpoint".to_owned(),
                 many => format!("one of {many} endpoints"),
             };
@@ -126,15 +152,20 @@ fn steps(answer: &Answer, style: Style, out: &mut impl Write) -> fmt::Result {
             };
             let text = format!("{endpoints}; {client}");
             line("service", "TRANSLATED", Verdict::Allowed, &text, &mut *out)?;
-            for target in answer.targets.iter().take(MOST) {
+            let mut shown = BTreeSet::new();
+            let mut targets = answer.targets.iter();
+            while let Some(target) = targets.next().filter(|_| shown.len() < MOST) {
+                if !shown.insert((target.address, target.port)) {
+                    continue;
+                }
                 let at =
                     super::service::shown(target.address, target.port.unwrap_or_default(), None);
                 let pod = target.pod.as_deref().unwrap_or("-");
                 let node = target.node.as_deref().unwrap_or("-");
                 more(&format!("{at} {pod} {node}"), out)?;
             }
-            if answer.targets.len() > MOST {
-                more(&format!("and {} more", answer.targets.len() - MOST), out)?;
+            if distinct > MOST {
+                more(&format!("and {} more", distinct - MOST), out)?;
             }
         }
         Action::Reject => line(
@@ -181,7 +212,9 @@ fn steps(answer: &Answer, style: Style, out: &mut impl Write) -> fmt::Result {
                 decision.decided_on = None;
             }
             let who = if direction {
-                answer.from.clone()
+                target
+                    .source
+                    .map_or_else(|| answer.from.clone(), |source| source.to_string())
             } else {
                 target
                     .pod
@@ -243,14 +276,31 @@ fn decided(decision: &Decision, names: &[String], direction: &str) -> String {
     let policies = listed(&policies);
     let kind = decision.policies.first().map_or("", |policy| policy.kind);
     match decision.code {
-        Code::NoPolicy => format!("no policy selects {who} for {direction}"),
-        Code::PolicyRule => {
-            let rule = decision.rule.unwrap_or_default();
-            format!("{kind} {policies} rule {rule} allows this")
+        Code::NoPolicy if decision.policies.is_empty() => {
+            format!("no policy selects {who} for {direction}")
         }
-        Code::PolicyDeny => {
-            let rule = decision.rule.unwrap_or_default();
-            format!("{kind} {policies} rule {rule} denies this")
+        Code::NoPolicy => {
+            format!("no rule of {kind} {policies} decides, and nothing else isolates {who}")
+        }
+        Code::PolicyRule | Code::PolicyDeny => {
+            let does = if decision.code == Code::PolicyRule {
+                "allows"
+            } else {
+                "denies"
+            };
+            let tier = match decision.tier {
+                Some(tier @ ("Admin" | "Baseline")) => format!(" of tier {tier}"),
+                _ => String::new(),
+            };
+            match decision.rule {
+                Some(0) => {
+                    format!("{kind} {policies}{tier}, which the kernel refused, {does} this")
+                }
+                rule => {
+                    let rule = rule.unwrap_or_default();
+                    format!("{kind} {policies}{tier} rule {rule} {does} this")
+                }
+            }
         }
         Code::PolicyNoRule => match decision.policies.len() {
             1 => format!("{kind} {policies} selects {who} and no rule allows this"),

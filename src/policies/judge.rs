@@ -22,8 +22,11 @@ use crate::model::{
 /// What the policies of a pod decide in one direction.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Decision {
-    /// No policy that applies to the pod says anything.
-    NotIsolated,
+    /// No policy decides.
+    NotIsolated {
+        /// The cluster policies that were asked, of which no rule decides.
+        asked: Vec<ObjectName>,
+    },
     /// A packet of the pod to itself.
     ToItself,
     /// A rule allows it.
@@ -79,17 +82,17 @@ impl Engine {
         };
         let (profiles, is_local) = self.profiles_at(address, direction);
         let end = self.end(direction, connection, is_local);
-        let mut decided = Decision::NotIsolated;
+        let mut decided: Option<Decision> = None;
         for profile in profiles {
             let decision = self.judge(&profile, &end, true);
             if !decision.is_allowed() {
                 return decision;
             }
-            if decided == Decision::NotIsolated {
-                decided = decision;
+            if !matches!(decision, Decision::NotIsolated { .. }) || decided.is_none() {
+                decided.get_or_insert(decision);
             }
         }
-        decided
+        decided.unwrap_or_else(|| Decision::NotIsolated { asked: Vec::new() })
     }
 
     /// Returns the policies that deny a connection in one direction.
@@ -97,7 +100,7 @@ impl Engine {
         match self.decide(direction, connection) {
             Decision::Denied(rule) => vec![rule.policy],
             Decision::NoRule { policies, .. } => policies,
-            Decision::NotIsolated | Decision::ToItself | Decision::Allowed(_) => Vec::new(),
+            Decision::NotIsolated { .. } | Decision::ToItself | Decision::Allowed(_) => Vec::new(),
         }
     }
 
@@ -145,8 +148,8 @@ impl Engine {
             .collect()
     }
 
-    /// Returns both ends of each range of ports in policies.
-    pub(crate) fn ports(&self) -> BTreeSet<(Protocol, u16)> {
+    /// Returns the ranges of ports in policies.
+    pub(crate) fn ports(&self) -> BTreeSet<(Protocol, u16, u16)> {
         let rules = self.inventory.policies().flat_map(|policy| {
             let directions = Direction::ALL.into_iter();
             directions.flat_map(|direction| rules_of(policy, direction).unwrap_or_default())
@@ -159,7 +162,7 @@ impl Engine {
         let mut found = BTreeSet::new();
         for port in ports {
             if let PortMatch::Range(from, to) = port.port {
-                found.extend([(port.protocol, from), (port.protocol, to)]);
+                found.insert((port.protocol, from, to));
             }
         }
         found
@@ -173,7 +176,13 @@ impl Engine {
             return decided;
         }
         let Some(policies) = &profile.policies else {
-            return asked(&profile.baseline).unwrap_or(Decision::NotIsolated);
+            return asked(&profile.baseline).unwrap_or_else(|| {
+                let lists = profile.admin.iter().chain(&profile.baseline);
+                let names = lists.flat_map(|list| &list.policies).filter(|_| explain);
+                Decision::NotIsolated {
+                    asked: names.cloned().collect(),
+                }
+            });
         };
         if end.connection.source == end.connection.destination {
             return Decision::ToItself;
@@ -223,7 +232,9 @@ impl Engine {
             if self.quarantined.contains(&object) {
                 return Some(Decision::Denied(of(0, None)));
             }
-            let policy = self.inventory.cluster().get(name)?;
+            let Some(policy) = self.inventory.cluster().get(name) else {
+                continue;
+            };
             let mut rules = rules_in(policy, end.direction).iter().enumerate();
             let decides = rules.find(|(_, rule)| {
                 self.tier_peer_matches(rule, end)

@@ -159,6 +159,11 @@ impl Store {
         self.services.values()
     }
 
+    /// Returns whether the object of the own node is known.
+    pub(crate) fn has_node(&self) -> bool {
+        self.node.is_some()
+    }
+
     /// Returns the own node, or the fallback. A deleted Node remains in use, marked as going away,
     /// until it is created again.
     pub fn node(&self) -> Option<&Arc<Node>> {

@@ -12,9 +12,12 @@ case "$*" in
 "get pods -n "*) ;;
 "get pod -n shop cart-7c9"*) printf node-2 ;;
 "get pod -n"*) echo "not found" >&2; exit 1 ;;
-"get services,endpointslices"*) cat "$OBJECTS" ;;
+"get servicecidrs"*) ;;
+"get clusternetworkpolicies"*) exit 1 ;;
+"get services,endpointslices,nodes,pods,namespaces,networkpolicies,servicecidrs.networking.k8s.io -A"*) cat "$OBJECTS" ;;
 "exec -n kube-system nftlet-b -- nftlet status"*) printf 'node-2 DEGRADED\n  ! the kernel refused the rules\n'; exit 3 ;;
 "exec -n kube-system nftlet-a -- nftlet status"*) printf 'node-1 HEALTHY\n\n' ;;
+"exec -i -n kube-system "*) shift 4; printf 'input|%s|' "$*" ;;
 "exec -n kube-system "*) shift 3; printf '%s|' "$@" ;;
 *) echo "unexpected: $*" >&2; exit 9 ;;
 esac
@@ -72,7 +75,7 @@ fn the_status_of_all_nodes_is_a_row_each() {
         "{text}"
     );
     assert_eq!(output.status.code(), Some(3));
-    let one = Plugin::new().run(&["status", "node-2"], &[]);
+    let one = Plugin::new().run(&["status", "-o", "text", "node-2"], &[]);
     assert_eq!(one.status.code(), Some(3), "{one:?}");
     assert!(stdout(&one).contains("! the kernel refused the rules"));
 }
@@ -92,6 +95,14 @@ fn the_agent_of_the_right_node_is_asked() {
         (
             &["services", "shop", "--node", "node-2"],
             "nftlet-b|--|nftlet|services|shop|",
+        ),
+        (
+            &["explain", "-o", "json", "shop/cart-7c9", "node"],
+            "nftlet-b|--|nftlet|explain|-o|json|shop/cart-7c9|node|",
+        ),
+        (
+            &["explain", "--batch", "-"],
+            "input|nftlet-a -- nftlet explain --batch -|",
         ),
         (&["policies"], "nftlet-a|--|nftlet|policies|"),
         (

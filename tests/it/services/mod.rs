@@ -3,6 +3,7 @@
 mod addresses;
 mod affinity;
 mod conntrack;
+mod explain;
 mod health_checks;
 mod local_modes;
 mod node;
