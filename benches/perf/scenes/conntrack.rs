@@ -42,8 +42,9 @@ const MOST: u32 = 1_200;
 
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
-    /// Flows in the table.
-    #[arg(long, default_value = "250000")]
+    /// Flows in the table. The requests for metrics are tracked, too, and need some thousand places
+    /// below `nf_conntrack_max`, by default 262,144.
+    #[arg(long, default_value = "240000")]
     flows: usize,
     /// How often each case is measured.
     #[arg(long, default_value = "9", value_parser = clap::value_parser!(u32).range(1..))]
