@@ -57,7 +57,7 @@ pub(crate) fn explain(facts: &Facts, question: &Question) -> Result<Answer, Name
         });
     }
     let ports = ports(facts, question, &destinations)?;
-    check_size(facts, question, &sources, &destinations, ports.len())?;
+    check_size(facts, &sources, &destinations, &ports)?;
     let mut plans = Plans::default();
     let mut answers: Vec<OfPort> = Vec::new();
     for port in &ports {
@@ -90,15 +90,11 @@ pub(crate) fn explain(facts: &Facts, question: &Question) -> Result<Answer, Name
             to: question.to.to_string(),
         });
     };
-    let to = match &question.to {
-        End::Pod(name) => name.to_string(),
-        end => end.to_string(),
-    };
     Ok(Answer {
         api_version: API_VERSION,
         from: question.from.to_string(),
         source_addresses: sources.iter().map(|source| source.address).collect(),
-        to,
+        to: question.to.to_string(),
         family: match common.first() {
             Some(Family::V4) if common.len() == 1 => "IPv4",
             Some(Family::V6) if common.len() == 1 => "IPv6",
@@ -123,30 +119,36 @@ pub(crate) fn explain(facts: &Facts, question: &Question) -> Result<Answer, Name
 /// Checks that a question is not too large for who answers it.
 fn check_size(
     facts: &Facts,
-    question: &Question,
     sources: &[Place],
     destinations: &[Place],
-    ports: usize,
+    ports: &[Ports],
 ) -> Result<(), NameError> {
     let Some(most) = facts.most_pairs else {
         return Ok(());
     };
-    let endpoints = match &question.to {
-        End::Service(name) => {
-            let slices = facts.store.slices_of(name);
-            slices
-                .all()
-                .map(|slice| slice.endpoints.len())
-                .sum::<usize>()
-        }
-        _ => 1,
+    let check = |pairs| match pairs > most {
+        true => Err(NameError::TooMany(pairs)),
+        false => Ok(()),
     };
-    let pairs = [sources.len(), destinations.len(), ports, endpoints.max(1)];
-    let pairs = pairs.into_iter().fold(1_usize, usize::saturating_mul);
-    if pairs > most {
-        return Err(NameError::TooMany(pairs));
+    let lengths = [sources.len(), destinations.len(), ports.len()];
+    check(lengths.into_iter().fold(1, usize::saturating_mul))?;
+    // A bare address may be a frontend with as many endpoints as a named service has.
+    let targets = destinations.iter().flat_map(|place| {
+        ports.iter().map(|port| {
+            let to = destination(place, port);
+            service::endpoints(facts, &to).max(1)
+        })
+    });
+    let targets = targets.fold(0, usize::saturating_add);
+    check(targets.saturating_mul(sources.len()))
+}
+
+fn destination(place: &Place, port: &Ports) -> Destination {
+    Destination {
+        address: place.address,
+        protocol: port.protocol,
+        port: port.number(),
     }
-    Ok(())
 }
 
 /// Adds an answer; joins it with the last one if both families, or ports that follow each other, have
@@ -238,11 +240,7 @@ fn of_port(
     for source in sources {
         let from = source_of(facts, source);
         for destination in destinations {
-            let to = Destination {
-                address: destination.address,
-                protocol: port.protocol,
-                port: port.number(),
-            };
+            let to = self::destination(destination, port);
             let judged = service::judge(facts, &from, &to, plans);
             if let Some(code) = judged.code {
                 let verdict = match judged.step.action {

@@ -64,9 +64,7 @@ pub(super) fn judge(
     to: &Destination,
     plans: &mut Plans,
 ) -> Judgement {
-    let claim = claim(facts, to);
-    let owner = claim.and_then(|claim| Some((claim, facts.store.owner(&claim)?)));
-    let Some((claim, name)) = owner else {
+    let Some((claim, name)) = owner(facts, to) else {
         return no_frontend(facts, to);
     };
     let family = Family::of(to.address);
@@ -88,6 +86,21 @@ pub(super) fn judge(
         step.left_out = left_out(facts, service, port, family, &chosen, scope_is_local);
     }
     judgement
+}
+
+/// Returns the number of endpoints of the service with a destination; 0 if it is no frontend.
+pub(super) fn endpoints(facts: &Facts, to: &Destination) -> usize {
+    let Some((_, name)) = owner(facts, to) else {
+        return 0;
+    };
+    let slices = facts.store.slices_of(name);
+    slices.all().map(|slice| slice.endpoints.len()).sum()
+}
+
+/// Returns the claim that packets to a destination match, and the service that has it.
+fn owner<'f>(facts: &'f Facts, to: &Destination) -> Option<(Claim, &'f ObjectName)> {
+    let claim = claim(facts, to)?;
+    Some((claim, facts.store.owner(&claim)?))
 }
 
 /// Returns address, port and protocol as people write them.

@@ -22,13 +22,17 @@ const FACTS: [&str; 6] = [
 ];
 
 fn start(node: &Namespace, socket: &Path) -> Daemon {
+    start_with(node, socket, &FACTS)
+}
+
+fn start_with(node: &Namespace, socket: &Path, facts: &[&str]) -> Daemon {
     let socket = format!("--socket={}", socket.display());
     let quiet = [
         "--metrics-bind-address=",
         "--healthz-bind-address=",
         &socket,
     ];
-    Daemon::start(node, NFTLET, [&FACTS[..], &quiet].concat())
+    Daemon::start(node, NFTLET, [facts, &quiet].concat())
 }
 
 fn ask(words: &[&str], more: &[&str]) -> Output {
@@ -131,6 +135,49 @@ fn the_socket_is_for_root_alone_and_answers_only_get() {
             answer.starts_with(&format!("HTTP/1.1 {code}")),
             "{line}: {answer}"
         );
+    }
+}
+
+#[test]
+fn a_question_about_many_endpoints_is_left_to_the_client() {
+    if !require_net_admin() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("nftlet.sock");
+    let socket = path.to_str().unwrap();
+    let large = directory.path().join("large.yaml");
+    let endpoints: Vec<String> = (1..=101)
+        .map(|number| format!("{{addresses: [10.244.7.{number}]}}"))
+        .collect();
+    let objects = format!(
+        "apiVersion: v1\nkind: Service\nmetadata: {{name: large, namespace: shop}}\n\
+         spec: {{type: NodePort, clusterIP: 10.96.7.7, ports: [{{port: 80, nodePort: 30777}}]}}\n\
+         ---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\naddressType: IPv4\n\
+         metadata: {{name: large-1, namespace: shop, labels: {{kubernetes.io/service-name: large}}}}\n\
+         ports: [{{port: 8080}}]\nendpoints: [{}]\n",
+        endpoints.join(", ")
+    );
+    fs::write(&large, objects).unwrap();
+    let facts = [&FACTS[..], &["--manifests", large.to_str().unwrap()]].concat();
+    let node = Namespace::new("large");
+    let daemon = start_with(&node, &path, &facts);
+    wait_for_log(&daemon, "the rules are in place");
+    for to in [
+        "svc/shop/large:80",
+        "10.96.7.7:80",
+        "10.96.7.7",
+        "192.168.1.1:30777",
+    ] {
+        let words = ["explain", "shop/cart-7c9", to, "-o", "json"];
+        let live = answering(&words, socket);
+        assert_eq!(live.stdout, ask(&words, &facts).stdout, "{to}: {live:?}");
+        let text = format!(
+            "GET /explain?from=shop/cart-7c9&to={to} HTTP/1.1\r\nhost: nftlet\r\n\
+             connection: close\r\n\r\n"
+        );
+        let answer = request(&path, &text);
+        assert!(answer.starts_with("HTTP/1.1 413"), "{to}: {answer}");
     }
 }
 
