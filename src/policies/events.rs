@@ -154,8 +154,9 @@ impl Engine {
             let local = self.inventory.local_holders(*address).next().is_some();
             self.reassigned
                 .note(*address, before, after, local && !listing);
+            let departed = self.inventory.departed(*address).is_some();
             let was_known = self.closed.as_ref().is_some_and(|it| it.knows(*address));
-            if local || was_known || self.plans.contains_key(address) {
+            if local || departed || was_known || self.plans.contains_key(address) {
                 self.touched.addresses.insert(*address);
             }
         }

@@ -469,8 +469,9 @@ impl Inventory {
         if !pod.running || !self.is_local(pod) {
             return SmallVec::new();
         }
+        // One that a departed pod outranks does not take its place.
         let holds = |address: &IpAddr| {
-            let mut holders = self.local_holders(*address);
+            let mut holders = self.isolating(*address);
             holders.any(|holder| holder.name == pod.name)
         };
         pod.addresses.iter().copied().filter(holds).collect()

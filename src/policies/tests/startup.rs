@@ -194,6 +194,31 @@ fn a_departed_pod_is_known_while_it_is_isolated_in_both_directions() {
     }
 }
 
+#[test]
+fn an_outdated_pod_that_departs_does_not_replace_a_departed_one() {
+    let mut checked = closed();
+    checked.apply(deny(true, true));
+    let running = |name, app, sandbox| Pod {
+        running: true,
+        evidence: Evidence {
+            sandbox,
+            started: None,
+        },
+        ..pod(name, 1, "here", app)
+    };
+    checked.apply(apply_pod(running("shop/web", "web", Sandbox::Unknown)));
+    checked.update();
+    checked.apply(apply_pod(running("shop/old", "db", Sandbox::Gone)));
+    checked.update();
+    for name in ["shop/web", "shop/old"] {
+        checked.apply(delete(Kind::Pod, name));
+        checked.update();
+        assert_eq!(known(&checked.kernel), ["10.0.0.1"], "{name}");
+        let isolated = &set(&checked.kernel, "ingress-pods").elements;
+        assert_eq!(isolated.len(), 1, "{name}");
+    }
+}
+
 /// Commits step by step, and checks that after each of them what is known is isolated.
 fn commit(kernel: &mut Ruleset, transaction: Transaction) {
     for step in transaction.into_steps() {
@@ -406,7 +431,7 @@ fn any_event() -> impl Strategy<Value = Event> {
         (0..3u32).prop_map(Sandbox::RanAt),
     ];
     let flags = (any::<bool>(), any::<bool>(), prop::bool::weighted(0.1));
-    let pod = (0..4u8, 1..4u8, any::<bool>(), sandbox, flags).prop_map(
+    let pod = (0..3u8, 1..3u8, any::<bool>(), sandbox, flags).prop_map(
         |(name, address, local, sandbox, (web, running, other))| {
             let node = if local { "here" } else { "there" };
             let app = if web { "web" } else { "db" };
@@ -424,7 +449,7 @@ fn any_event() -> impl Strategy<Value = Event> {
     );
     prop_oneof![
         6 => pod,
-        2 => (0..4u8).prop_map(|name| delete(Kind::Pod, &format!("shop/pod-{name}"))),
+        2 => (0..3u8).prop_map(|name| delete(Kind::Pod, &format!("shop/pod-{name}"))),
         1 => (any::<bool>(), any::<bool>()).prop_map(|(ingress, egress)| deny(ingress, egress)),
         1 => Just(delete(Kind::NetworkPolicy, "shop/deny")),
     ]
