@@ -8,6 +8,7 @@ use super::objects::{connect, fallback_node, load, manifests, policy_engine, sum
 use super::{Error, QUEUE, print, single_threaded};
 use crate::engine::{BUDGET, Engine as _};
 use crate::host::routes;
+use crate::insight::OtherNodes;
 use crate::model::{Event, ServiceKind};
 use crate::nft::{Ruleset, text};
 use crate::policies::{Engine, LOG_GROUP};
@@ -23,7 +24,7 @@ pub(super) fn run(
     service_settings: &services::ServiceSettings,
 ) -> Result<(), Error> {
     let manifests = manifests(settings, node_name);
-    let collect = collect(settings, node_name, service_settings, manifests);
+    let collect = collect(settings, node_name, service_settings, manifests, None);
     let (store, policies) = single_threaded()?.block_on(collect)?;
     let (mut wanted, notices) = services::wanted(&store, service_settings);
     for notice in &notices {
@@ -34,12 +35,14 @@ pub(super) fn run(
     print(|out| print_ruleset(&store, &summary, &wanted, out))
 }
 
-/// Reads all objects once, from manifests or else from a cluster.
+/// Reads all objects once, from manifests or else from a cluster. `others` gets those of services on
+/// other nodes.
 pub(super) async fn collect(
     settings: &Settings,
     node_name: &str,
     service_settings: &services::ServiceSettings,
     manifests: Option<Manifests>,
+    mut others: Option<&mut OtherNodes>,
 ) -> Result<(Store, Engine), Error> {
     let mut store = service_settings.store(Store::with_fallback_node(fallback_node(node_name)));
     let log_group = settings.log_denied.then_some(LOG_GROUP);
@@ -51,10 +54,16 @@ pub(super) async fn collect(
     if let Some(mut manifests) = manifests {
         for event in load(&mut manifests, settings, node_name)? {
             policies.apply(&event);
+            if let Some(others) = &mut others {
+                others.add(&event);
+            }
             store.apply(event, &mut changes);
         }
     } else {
-        let cluster = connect(settings, node_name).await?;
+        let mut cluster = connect(settings, node_name).await?;
+        if others.is_some() {
+            cluster = cluster.with_pods(true).with_all_nodes(true);
+        }
         let (sender, mut events) = mpsc::channel(QUEUE);
         let (stop, stopped) = watch::channel(false);
         let source = tokio::spawn(cluster.run(sender, stopped));
@@ -63,6 +72,9 @@ pub(super) async fn collect(
                 return Err(Error::SourceEnded);
             };
             policies.apply(&delivery.event);
+            if let Some(others) = &mut others {
+                others.add(&delivery.event);
+            }
             store.apply(delivery.event, &mut changes);
             report(&mut changes);
             if policies.has_no_pod_network() {

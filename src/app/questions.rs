@@ -14,8 +14,8 @@ use super::objects::{self, manifests};
 use super::{Error, print, single_threaded};
 use crate::insight::status::{Status, status as status_text};
 use crate::insight::{
-    API_VERSION, Facts, Question, ServiceFilter, Style, Verdict, answer_text, explain, policies,
-    policies_text, services, services_text,
+    API_VERSION, Facts, OtherNodes, Question, ServiceFilter, Style, Verdict, answer_text, explain,
+    policies, policies_text, services, services_text,
 };
 use crate::services::ServiceSettings;
 use crate::settings::file::File;
@@ -53,7 +53,9 @@ pub(super) fn answer(
         }
         let (node_name, service_settings, manifests) =
             runtime.block_on(objects_of_agent(&settings.socket))?;
-        let collect = collect(settings, &node_name, &service_settings, Some(manifests));
+        // The agent keeps only what its policies need of other Nodes.
+        let manifests = Some(manifests);
+        let collect = collect(settings, &node_name, &service_settings, manifests, None);
         let (store, engine) = runtime.block_on(collect)?;
         let facts = Facts {
             store: &store,
@@ -62,11 +64,15 @@ pub(super) fn answer(
             node: &node_name,
             has_node: store.has_node(),
             most_pairs: None,
+            is_refused: &|_| false,
+            others: None,
         };
         return answer_from(&facts, command, question.as_ref());
     }
     let manifests = manifests(settings, node_name);
-    let collect = collect(settings, node_name, service_settings, manifests);
+    let mut others = OtherNodes::new(service_settings.clone());
+    let kept = matches!(command, Command::Explain(_)).then_some(&mut others);
+    let collect = collect(settings, node_name, service_settings, manifests, kept);
     let (store, engine) = runtime.block_on(collect)?;
     let facts = Facts {
         store: &store,
@@ -75,6 +81,8 @@ pub(super) fn answer(
         node: node_name,
         has_node: store.has_node(),
         most_pairs: None,
+        is_refused: &|_| false,
+        others: Some(&others),
     };
     answer_from(&facts, command, question.as_ref())
 }

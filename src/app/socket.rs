@@ -130,6 +130,8 @@ impl AgentPages {
                 node: &node,
                 has_node: view.services.store().has_node(),
                 most_pairs: Some(MOST_PAIRS),
+                is_refused: &|service| view.services.is_refused(service),
+                others: None,
             };
             explain(&facts, &question)
         });

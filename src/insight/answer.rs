@@ -130,6 +130,9 @@ pub(crate) struct ServiceStep {
     pub port: Option<String>,
     /// Whether the client's address is replaced by the node's.
     pub masquerade: bool,
+    /// The node whose rules translate the connection, if its source is not on it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
     /// The endpoints that get no traffic.
     pub left_out: Vec<LeftOut>,
 }

@@ -8,9 +8,10 @@ use super::answer::{
     Verdict,
 };
 use super::names::{NameError, Place, places};
+use super::nodes::OtherNode;
 use super::ports::{Ports, ports};
 use super::question::{End, Question};
-use super::service::{self, Destination, Plans, Source, is_of_node};
+use super::service::{self, Destination, Judgement, Plans, Source, is_of_node};
 use super::{API_VERSION, Facts};
 use crate::model::{Family, Kind, ObjectName, Protocol, Service, Tier};
 use crate::policies::{self, Connection, Direction, RuleOf};
@@ -58,15 +59,22 @@ pub(crate) fn explain(facts: &Facts, question: &Question) -> Result<Answer, Name
     }
     let ports = ports(facts, question, &destinations)?;
     check_size(facts, &sources, &destinations, &ports)?;
+    let sources: Vec<Origin> = sources
+        .into_iter()
+        .map(|place| Origin::new(facts, place))
+        .collect();
     let mut plans = Plans::default();
     let mut answers: Vec<OfPort> = Vec::new();
     for port in &ports {
         let of_families = common.iter().map(|family| {
-            let of_family = |places: &[Place]| -> Vec<Place> {
-                let own = places.iter().filter(|it| Family::of(it.address) == *family);
-                own.cloned().collect()
-            };
-            let (sources, destinations) = (of_family(&sources), of_family(&destinations));
+            let sources = sources.iter();
+            let sources: Vec<&Origin> = sources
+                .filter(|from| Family::of(from.place.address) == *family)
+                .collect();
+            let destinations = destinations.iter();
+            let destinations: Vec<&Place> = destinations
+                .filter(|place| Family::of(place.address) == *family)
+                .collect();
             of_port(facts, &sources, &destinations, *family, port, &mut plans)
         });
         for answer in of_families {
@@ -93,7 +101,7 @@ pub(crate) fn explain(facts: &Facts, question: &Question) -> Result<Answer, Name
     Ok(Answer {
         api_version: API_VERSION,
         from: question.from.to_string(),
-        source_addresses: sources.iter().map(|source| source.address).collect(),
+        source_addresses: sources.iter().map(|from| from.place.address).collect(),
         to: question.to.to_string(),
         family: match common.first() {
             Some(Family::V4) if common.len() == 1 => "IPv4",
@@ -105,7 +113,13 @@ pub(crate) fn explain(facts: &Facts, question: &Question) -> Result<Answer, Name
             None => None,
         },
         protocol: protocol_name(shown.port.protocol),
-        node: facts.node.to_owned(),
+        node: sources
+            .iter()
+            .map(|from| from.facts(facts).node)
+            .find(|node| *node == facts.node)
+            .or(sources.first().map(|from| from.facts(facts).node))
+            .unwrap_or(facts.node)
+            .to_owned(),
         verdict,
         code: shown.code,
         service: shown.step,
@@ -225,11 +239,41 @@ fn destinations(facts: &Facts, question: &Question) -> Result<Vec<Place>, NameEr
     Ok(places)
 }
 
+/// A source, and the node whose rules its connections meet.
+#[derive(Clone, Debug)]
+struct Origin {
+    place: Place,
+    /// The node of the pod, if it is not the own one and its objects are known.
+    other: Option<OtherNode>,
+}
+
+impl Origin {
+    fn new(facts: &Facts, place: Place) -> Self {
+        let node = service::node_of(facts, place.address);
+        let node = node.as_deref().map(ToOwned::to_owned);
+        let node = node.or_else(|| {
+            facts
+                .other_with(place.address)
+                .map(|it| it.name().to_owned())
+        });
+        let elsewhere = node.filter(|node| *node != facts.node);
+        Self {
+            place,
+            other: elsewhere.and_then(|node| facts.other_node(&node)),
+        }
+    }
+
+    /// Returns the facts as the rules of its node have them.
+    fn facts<'a>(&'a self, own: &Facts<'a>) -> Facts<'a> {
+        self.other.as_ref().map_or(*own, |node| node.facts(own))
+    }
+}
+
 /// Answers for one port: each source with each destination of its family.
 fn of_port(
     facts: &Facts,
-    sources: &[Place],
-    destinations: &[Place],
+    sources: &[&Origin],
+    destinations: &[&Place],
     family: Family,
     port: &Ports,
     plans: &mut Plans,
@@ -237,11 +281,17 @@ fn of_port(
     let mut step: Option<ServiceStep> = None;
     let mut refused: Option<(Verdict, Code)> = None;
     let mut targets: Vec<TargetAnswer> = Vec::new();
-    for source in sources {
-        let from = source_of(facts, source);
+    for from in sources {
+        let facts = from.facts(facts);
+        let source = source_of(&facts, &from.place);
         for destination in destinations {
             let to = self::destination(destination, port);
-            let judged = service::judge(facts, &from, &to, plans);
+            let judged = service::judge(&facts, &source, &to, plans);
+            let beyond = beyond(&facts, &source, &to, &judged, plans);
+            let (judged, to_node) = match &beyond {
+                Some((node, judged)) => (judged, Some(node)),
+                None => (&judged, None),
+            };
             if let Some(code) = judged.code {
                 let verdict = match judged.step.action {
                     Action::Reject => Verdict::Refused,
@@ -249,13 +299,20 @@ fn of_port(
                 };
                 refused.get_or_insert((verdict, code));
             }
-            for (address, number) in &judged.targets {
+            for target in &judged.targets {
                 let masquerade = judged.step.masquerade;
-                let mut target = target(facts, &from, (*address, *number), port, masquerade);
+                let connection = connection(&source, *target, port);
+                let sent = to_node.map_or(connection, |_| {
+                    self::connection(&source, (to.address, to.port), port)
+                });
+                let egress = decide(&facts, Direction::Egress, &sent, &source);
+                let facts = to_node.map_or(facts, |node| node.facts(&facts));
+                let ingress = ingress(&facts, &source, connection, masquerade);
+                let mut target = target_answer(&facts, *target, egress, ingress);
                 target.source = (sources.len() > 1).then_some(source.address);
                 targets.push(target);
             }
-            step.get_or_insert(judged.step);
+            step.get_or_insert_with(|| judged.step.clone());
         }
     }
     let verdicts = targets.iter().map(|target| target.verdict);
@@ -274,6 +331,33 @@ fn of_port(
     }
 }
 
+/// Judges a connection to an address of another node, whose rules translate its NodePorts. Returns
+/// `None` if they leave it alone or are not known.
+fn beyond(
+    facts: &Facts,
+    source: &Source,
+    to: &Destination,
+    judged: &Judgement,
+    plans: &mut Plans,
+) -> Option<(OtherNode, Judgement)> {
+    if judged.step.action != Action::None {
+        return None;
+    }
+    let node = facts.other_with(to.address)?;
+    let node = facts.other_node(node.name())?;
+    let seen = Source {
+        address: source.address,
+        is_node: false,
+        is_local_pod: false,
+    };
+    let mut judged = service::judge(&node.facts(facts), &seen, to, plans);
+    if judged.step.action == Action::None {
+        return None;
+    }
+    judged.step.node = Some(node.name.to_string());
+    Some((node, judged))
+}
+
 fn source_of(facts: &Facts, place: &Place) -> Source {
     let node = facts.store.node().map(|node| &**node);
     let owner = facts.policies.inventory().owner(place.address);
@@ -285,17 +369,13 @@ fn source_of(facts: &Facts, place: &Place) -> Source {
     }
 }
 
-/// Asks the policies of both ends about a target. `masquerade` says that the packet leaves the own node
-/// with the node's address, which the rules of other nodes see.
-fn target(
-    facts: &Facts,
+fn connection(
     source: &Source,
     (address, number): (IpAddr, Option<u16>),
     port: &Ports,
-    masquerade: bool,
-) -> TargetAnswer {
+) -> Connection {
     let family = Family::of(address);
-    let mut connection = Connection {
+    Connection {
         source: source.address,
         destination: address,
         protocol: match port.protocol {
@@ -306,11 +386,22 @@ fn target(
                 .map_or(1, |(_, it)| *it),
         },
         port: number,
-    };
-    let egress = decide(facts, Direction::Egress, &connection, source);
+    }
+}
+
+/// Asks the policies of the destination. `masquerade` says that the packet leaves the node that
+/// translates it with that node's address, which the rules of other nodes see.
+fn ingress(
+    facts: &Facts,
+    source: &Source,
+    mut connection: Connection,
+    masquerade: bool,
+) -> Decision {
     let node = facts.store.node();
+    let family = Family::of(connection.destination);
     let seen = node.and_then(|node| node.primary_ip(family));
-    let is_elsewhere = service::node_of(facts, address).is_some_and(|it| *it != *facts.node);
+    let of_target = service::node_of(facts, connection.destination);
+    let is_elsewhere = of_target.is_some_and(|it| *it != *facts.node);
     if let (true, true, Some(seen)) = (masquerade, is_elsewhere, seen) {
         connection.source = seen;
     }
@@ -318,7 +409,16 @@ fn target(
         address: connection.source,
         ..source.clone()
     };
-    let ingress = decide(facts, Direction::Ingress, &connection, &client);
+    decide(facts, Direction::Ingress, &connection, &client)
+}
+
+/// Joins what the policies of both ends decide.
+fn target_answer(
+    facts: &Facts,
+    (address, port): (IpAddr, Option<u16>),
+    egress: Decision,
+    ingress: Decision,
+) -> TargetAnswer {
     let denying = [&egress, &ingress]
         .into_iter()
         .find(|it| it.verdict != Verdict::Allowed);
@@ -329,15 +429,15 @@ fn target(
     let deciding = denying.or(by_rule).unwrap_or(&ingress);
     TargetAnswer {
         source: None,
-        family: family_name(family),
+        family: family_name(Family::of(address)),
         address,
-        port: number,
+        port,
         pod: service::pod_at(facts, address),
         node: service::node_of(facts, address).map(|node| node.to_string()),
         verdict: deciding.verdict,
         code: deciding.code,
-        egress: egress.clone(),
-        ingress: ingress.clone(),
+        egress,
+        ingress,
     }
 }
 
@@ -361,10 +461,10 @@ fn decide(
         nearest: None,
         decided_on: decided_on.clone(),
     };
-    let node = facts.store.node().map(|node| &**node);
-    if is_of_node(node, end) {
+    if facts.is_of_any_node(end) {
         return allowed(Code::HostNetwork);
     }
+    let node = facts.store.node().map(|node| &**node);
     let inventory = facts.policies.inventory();
     if facts.policies.is_closed_to(end) {
         return Decision {
@@ -462,18 +562,19 @@ fn policy_name(name: &ObjectName) -> PolicyName {
 }
 
 /// Returns what is wrong with the objects of a question.
-fn warnings(facts: &Facts, question: &Question, sources: &[Place]) -> Vec<String> {
+fn warnings(facts: &Facts, question: &Question, sources: &[Origin]) -> Vec<String> {
     let mut warnings = Vec::new();
     let elsewhere: BTreeSet<String> = sources
         .iter()
-        .filter_map(|source| service::node_of(facts, source.address))
+        .filter(|from| from.other.is_none())
+        .filter_map(|from| service::node_of(facts, from.place.address))
         .filter(|node| **node != *facts.node)
         .map(|node| node.to_string())
         .collect();
     if !elsewhere.is_empty() {
         let nodes: Vec<String> = elsewhere.into_iter().collect();
         warnings.push(format!(
-            "the source is on {}, whose rules translate services; this is what those of {} would do",
+            "the source is on {}, whose rules translate services and whose Node object is unknown; this is what those of {} would do",
             nodes.join(", "),
             facts.node
         ));
@@ -481,7 +582,7 @@ fn warnings(facts: &Facts, question: &Question, sources: &[Place]) -> Vec<String
     if let End::Service(name) = &question.to
         && let Some(service) = facts.store.service(name)
     {
-        warnings.extend(too_large(facts, service));
+        warnings.extend(fault(facts, service));
     }
     for end in [&question.from, &question.to] {
         if let End::Pod(name) = end
@@ -506,7 +607,15 @@ fn warnings(facts: &Facts, question: &Question, sources: &[Place]) -> Vec<String
     warnings
 }
 
-pub(super) fn too_large(facts: &Facts, service: &Service) -> Option<String> {
+/// Returns why a service has no rules, if it is at fault.
+pub(super) fn fault(facts: &Facts, service: &Service) -> Option<String> {
+    if (facts.is_refused)(&service.name) {
+        return Some(format!(
+            "the kernel refused the rules of service {}, which has none until it changes or is \
+             tried again; the log of the agent says why",
+            service.name
+        ));
+    }
     let plan = crate::services::plan(facts.store, &service.name, facts.settings, None);
     let error = plan.err()?;
     Some(format!("the service {} {error}", service.name))

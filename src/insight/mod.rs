@@ -13,6 +13,7 @@
 mod answer;
 mod explain;
 mod names;
+mod nodes;
 pub(crate) mod objects;
 mod policies;
 mod ports;
@@ -25,6 +26,7 @@ mod text;
 pub(crate) use answer::Verdict;
 pub(crate) use explain::explain;
 pub(crate) use names::NameError;
+pub(crate) use nodes::OtherNodes;
 pub(crate) use policies::policies;
 pub(crate) use question::{Question, QuestionError};
 pub(crate) use services::{ServiceFilter, services};
@@ -32,6 +34,7 @@ pub(crate) use text::{
     Style, answer as answer_text, policies as policies_text, services as services_text,
 };
 
+use crate::model::ObjectName;
 use crate::policies::Engine;
 use crate::services::{ServiceSettings, Store};
 
@@ -50,6 +53,10 @@ pub(crate) struct Facts<'a> {
     pub has_node: bool,
     /// The most pairs of addresses and ports that one question may be about.
     pub most_pairs: Option<usize>,
+    /// Returns whether the kernel refused the rules of a service.
+    pub is_refused: &'a dyn Fn(&ObjectName) -> bool,
+    /// The rules of services on other nodes, if their objects are known.
+    pub others: Option<&'a OtherNodes>,
 }
 
 /// The version of the JSON.

@@ -97,7 +97,17 @@ pub(super) fn ports(
             let here = services.filter(|it| destinations.iter().any(|to| has(it, to.address)));
             let of_services = here.flat_map(|it| &it.ports);
             let of_services = of_services.map(|it| (it.protocol, it.port, it.port));
-            let all = of_policies.chain(of_pods).chain(of_services);
+            let is_node = destinations
+                .iter()
+                .any(|to| facts.is_of_any_node(to.address));
+            let services = facts.store.services().filter(|_| is_node);
+            let node_ports = services.flat_map(|service| &service.ports);
+            let node_ports = node_ports.filter_map(|port| Some((port.protocol, port.node_port?)));
+            let node_ports = node_ports.map(|(protocol, port)| (protocol, port, port));
+            let all = of_policies
+                .chain(of_pods)
+                .chain(of_services)
+                .chain(node_ports);
             let of_protocol = all.filter(|(of, ..)| Some(*of) == protocol);
             Ok(ranges(
                 of_protocol.map(|(_, first, last)| (first, last)),

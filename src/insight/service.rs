@@ -42,16 +42,17 @@ pub(super) struct Judgement {
     pub targets: Vec<(IpAddr, Option<u16>)>,
 }
 
-/// The compiled services of a question.
+/// The compiled services of a question, by node.
 #[derive(Debug, Default)]
-pub(super) struct Plans(HashMap<ObjectName, Option<ServicePlan>>);
+pub(super) struct Plans(HashMap<(String, ObjectName), Option<ServicePlan>>);
 
 impl Plans {
     /// Returns the plan of a service; `None` if it has no rules.
     fn of(&mut self, facts: &Facts, name: &ObjectName) -> Option<&ServicePlan> {
-        let plan = self.0.entry(name.clone()).or_insert_with(|| {
+        let key = (facts.node.to_owned(), name.clone());
+        let plan = self.0.entry(key).or_insert_with(|| {
             let plan = services::plan(facts.store, name, facts.settings, None);
-            plan.ok().flatten()
+            plan.ok().flatten().filter(|_| !(facts.is_refused)(name))
         });
         plan.as_ref()
     }
@@ -322,7 +323,7 @@ pub(super) fn pod_at(facts: &Facts, address: IpAddr) -> Option<String> {
     Some(pod.name.to_string())
 }
 
-/// Returns the node of the pod with an address: by its object, else by the endpoints of a service.
+/// Returns the node of the pod with an address, if that is certain.
 pub(super) fn node_of(facts: &Facts, address: IpAddr) -> Option<Arc<str>> {
     facts.policies.inventory().owner(address)?.node.clone()
 }

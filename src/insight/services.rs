@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::Facts;
 use super::answer::{Code, Exclusion};
-use super::explain::too_large;
+use super::explain::fault;
 use super::names::{NameError, no_service};
 use super::service::{left_out, pod_at};
 use crate::model::{Family, ObjectName, Service, ServiceKind, TrafficPolicy};
@@ -111,8 +111,8 @@ pub(crate) fn lacks_endpoints(row: &ServiceRow) -> bool {
 
 fn row(facts: &Facts, service: &Service) -> ServiceRow {
     let plan = services::plan(facts.store, &service.name, facts.settings, None);
-    let refused = too_large(facts, service);
-    let plan = plan.ok().flatten();
+    let refused = fault(facts, service);
+    let plan = plan.ok().flatten().filter(|_| refused.is_none());
     let frontends = plan
         .as_ref()
         .map_or_else(Vec::new, |plan| frontends(service, plan));

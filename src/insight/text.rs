@@ -150,7 +150,9 @@ fn steps(answer: &Answer, style: Style, out: &mut impl Write) -> fmt::Result {
             } else {
                 "client address kept"
             };
-            let text = format!("{endpoints}; {client}");
+            let by = step.node.as_ref();
+            let by = by.map_or_else(String::new, |node| format!(" (by the rules of {node})"));
+            let text = format!("{endpoints}; {client}{by}");
             line("service", "TRANSLATED", Verdict::Allowed, &text, &mut *out)?;
             let mut shown = BTreeSet::new();
             let mut targets = answer.targets.iter();

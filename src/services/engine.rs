@@ -138,6 +138,11 @@ impl Engine {
         self.quarantined.len() + self.too_large.len()
     }
 
+    /// Returns whether the kernel refused the rules of a service.
+    pub(crate) fn is_refused(&self, name: &ObjectName) -> bool {
+        self.quarantined.contains(name)
+    }
+
     /// Returns and resets the number of services compiled, each as often as it was.
     pub(crate) fn take_compiled(&mut self) -> usize {
         std::mem::take(&mut self.compiled)

@@ -20,13 +20,85 @@ fn stdout(output: &Output) -> String {
 
 /// Asks about the objects of the document.
 fn asked(arguments: &[&str]) -> Output {
+    asked_on("node-1", arguments)
+}
+
+fn asked_on(node: &str, arguments: &[&str]) -> Output {
+    let name = format!("--hostname-override={node}");
     let facts = [
         "--manifests",
         OBJECTS,
-        "--hostname-override=node-1",
+        &name,
         "--cluster-cidr=10.244.0.0/16",
     ];
     nftlet(&[arguments, &facts].concat())
+}
+
+fn answer(output: &Output) -> serde_json::Value {
+    let answer = serde_json::from_slice(&output.stdout);
+    answer.unwrap_or_else(|error| panic!("{error}: {output:?}"))
+}
+
+#[test]
+fn a_pod_on_another_node_is_answered_by_its_rules() {
+    for (from, to) in [
+        ("shop/db-0", "svc/shop/web:80"),
+        ("shop/db-0", "svc/shop/db:5432"),
+        ("shop/cart-7c9", "svc/shop/db:5432"),
+        ("shop/web-1", "198.51.100.7:443"),
+        ("monitoring/prometheus-0", "shop/cart-7c9"),
+        ("deploy/shop/web", "svc/shop/db:5432"),
+        ("192.168.1.1", "shop/web-0:8080"),
+        ("192.168.1.2", "shop/web-0:8080"),
+        ("shop/db-0", "192.168.1.1:30443"),
+        ("shop/db-0", "192.168.1.2:30443"),
+        ("198.51.100.99", "192.168.1.2:30443"),
+    ] {
+        let ask = ["explain", from, to, "-o", "json"];
+        let [mut one, mut two] = ["node-1", "node-2"].map(|node| answer(&asked_on(node, &ask)));
+        if from.starts_with("deploy") || from.starts_with("198") {
+            // Asked of a node, and by others.
+            for answer in [&mut one, &mut two] {
+                answer["node"].take();
+                answer["service"].take();
+            }
+        }
+        assert_eq!(one, two, "{from} {to}");
+        assert_eq!(one["warnings"], serde_json::json!([]), "{from} {to}");
+    }
+    let of_db = answer(&asked(&[
+        "explain",
+        "shop/db-0",
+        "svc/shop/web",
+        "-o",
+        "json",
+    ]));
+    assert_eq!(of_db["node"], "node-2");
+}
+
+#[test]
+fn node_ports_of_another_node_are_translated_by_its_rules() {
+    let ask = [
+        "explain",
+        "shop/cart-7c9",
+        "192.168.1.2:30443",
+        "-o",
+        "json",
+    ];
+    let answered = answer(&asked(&ask));
+    let service = &answered["service"];
+    assert_eq!(service["action"], "dnat", "{answered:#}");
+    assert_eq!(service["name"], "shop/edge");
+    assert_eq!(service["node"], "node-2");
+    assert_eq!(answered["node"], "node-1");
+    let target = &answered["targets"][0];
+    assert_eq!(target["egress"]["decidedOn"], "node-1");
+    assert_eq!(target["ingress"]["decidedOn"], target["node"]);
+    // Its policies for egress see the address of the node, not the endpoint.
+    assert_eq!(target["egress"]["code"], "POLICY_NO_RULE", "{target:#}");
+    let every = answer(&asked(&["explain", "shop/gateway-1", "node", "-o", "json"]));
+    let ports = every["ports"].as_array().expect("ports");
+    assert!(ports.iter().any(|it| it["port"] == "30443"), "{every:#}");
 }
 
 #[test]

@@ -64,6 +64,8 @@ pub(super) struct Demand<F> {
     /// The watch of the own Node or of all Nodes.
     nodes: BoxFuture<'static, ()>,
     all_nodes: bool,
+    /// Whether all Nodes are watched without a policy, too.
+    always_all_nodes: bool,
     /// When to watch the own Node alone again.
     nodes_end: Option<Instant>,
 }
@@ -90,8 +92,18 @@ impl<F: Fn(Selection, Sender) -> Reflector> Demand<F> {
             end: None,
             nodes: nodes.run().boxed(),
             all_nodes: false,
+            always_all_nodes: false,
             nodes_end: None,
         }
+    }
+
+    /// Sets whether all Nodes are watched without a policy, too.
+    pub(super) fn with_all_nodes(mut self, all: bool) -> Self {
+        self.always_all_nodes = all;
+        if all {
+            self.watch_nodes(true);
+        }
+        self
     }
 
     /// Runs until the receiver of the events is dropped. `always` says that Pods and Namespaces are
@@ -155,6 +167,7 @@ impl<F: Fn(Selection, Sender) -> Reflector> Demand<F> {
         let needed = listing || !self.policies.is_empty();
         self.end = self.end_of(self.end, self.watches.is_some() && !needed);
         let needed = listing || !self.selecting_nodes.is_empty();
+        let needed = needed || self.always_all_nodes;
         self.nodes_end = self.end_of(self.nodes_end, self.all_nodes && !needed);
         Ok(())
     }

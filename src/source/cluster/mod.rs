@@ -201,6 +201,7 @@ pub struct Cluster {
     services: bool,
     network_policies: bool,
     pods: bool,
+    all_nodes: bool,
     stats: Arc<SourceStats>,
 }
 
@@ -280,6 +281,7 @@ impl Cluster {
             services: true,
             network_policies: true,
             pods: false,
+            all_nodes: false,
             stats: Arc::default(),
         })
     }
@@ -311,6 +313,12 @@ impl Cluster {
     #[must_use]
     pub fn with_pods(self, pods: bool) -> Self {
         Self { pods, ..self }
+    }
+
+    /// Sets whether all Nodes are watched without a policy that selects nodes, too.
+    #[must_use]
+    pub(crate) fn with_all_nodes(self, all_nodes: bool) -> Self {
+        Self { all_nodes, ..self }
     }
 
     /// Returns a client for other requests to the server. An answer that is longer than an object
@@ -394,6 +402,7 @@ impl Cluster {
             .then(|| {
                 let (own, linger) = (own.clone(), self.timing.linger);
                 let demand = Demand::new(reflector, own, sender.clone(), faults.clone(), linger);
+                let demand = demand.with_all_nodes(self.all_nodes);
                 demand.run(self.pods)
             })
             .into();

@@ -1,6 +1,7 @@
 //! `nftlet explain` for random clusters: its answers are those of the independent judge.
 
 use std::fmt::Write as _;
+use std::path::Path;
 use std::process::Command;
 
 use crate::support::policy::generate::{self, Random, Shape};
@@ -21,6 +22,24 @@ const CLUSTERS: u64 = 40;
 /// Differences that are shown.
 const SHOWN: usize = 3;
 
+/// Returns the answers of a node to the questions of a file.
+fn answers(node: &str, objects: &Path, batch: &Path) -> Vec<Value> {
+    let output = Command::new(env!("CARGO_BIN_EXE_nftlet"))
+        .args(["explain", "--hostname-override", node, "--manifests"])
+        .arg(objects)
+        .arg("--batch")
+        .arg(batch)
+        .env_remove("NODE_NAME")
+        .output()
+        .expect("nftlet runs");
+    assert!(output.status.success(), "{output:?}");
+    let text = String::from_utf8(output.stdout).expect("UTF-8");
+    let lines = text.lines();
+    lines
+        .map(|line| serde_json::from_str(line).expect("JSON"))
+        .collect()
+}
+
 #[test]
 fn explanations_agree_with_the_api() {
     let directory = tempfile::tempdir().expect("a directory");
@@ -28,7 +47,7 @@ fn explanations_agree_with_the_api() {
         directory.path().join("all.json"),
         directory.path().join("batch"),
     );
-    let (mut denied, mut all) = (0, 0);
+    let (mut denied, mut all, mut same) = (0, 0, 0);
     for seed in 0..CLUSTERS {
         let mut random = Random::new(1_000 + seed);
         let cluster = generate::cluster(&mut random, &SHAPE);
@@ -49,23 +68,15 @@ fn explanations_agree_with_the_api() {
             let _ = writeln!(questions, "{source} {to}");
         }
         std::fs::write(&batch, questions).expect("a file");
-        let output = Command::new(env!("CARGO_BIN_EXE_nftlet"))
-            .args(["explain", "--hostname-override=node-1", "--manifests"])
-            .arg(&file)
-            .arg("--batch")
-            .arg(&batch)
-            .env_remove("NODE_NAME")
-            .output()
-            .expect("nftlet runs");
-        assert!(output.status.success(), "{output:?}");
-        let text = String::from_utf8(output.stdout).expect("UTF-8");
-        let answers: Vec<Value> = text
-            .lines()
-            .map(|line| serde_json::from_str(line).expect("JSON"))
-            .collect();
+        let [answers, on_other] = ["node-1", "node-2"].map(|node| answers(node, &file, &batch));
         assert_eq!(answers.len(), asked.len());
         let mut different = Vec::new();
-        for (answer, asked) in answers.iter().zip(&asked) {
+        for ((answer, other), asked) in answers.iter().zip(&on_other).zip(&asked) {
+            // Where the source is known, the answer does not depend on who answers.
+            if answer["node"] == other["node"] {
+                same += 1;
+                assert_eq!(answer, other, "{asked:?}, seed {seed}");
+            }
             let (source, destination, protocol, port) = *asked;
             let wanted = oracle::allowed(&cluster, source, destination, protocol, port);
             all += 1;
@@ -90,4 +101,5 @@ fn explanations_agree_with_the_api() {
         denied > all / 10 && denied < all,
         "{denied} of {all} denied"
     );
+    assert!(same > all / 4, "{same} of {all} asked of both nodes");
 }

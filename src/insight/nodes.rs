@@ -1,0 +1,106 @@
+//! The rules of services on other nodes than the own one.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use super::Facts;
+use super::service::is_of_node;
+use crate::model::{Event, Kind, Object, ObjectName};
+use crate::services::{Marks, ServiceSettings, Store};
+
+/// The objects that the rules of services on other nodes are compiled from. Those of one node are
+/// joined when a question is first about it.
+#[derive(Debug)]
+pub(crate) struct OtherNodes {
+    events: Vec<Event>,
+    settings: ServiceSettings,
+    stores: RefCell<HashMap<Arc<str>, Rc<Store>>>,
+}
+
+impl OtherNodes {
+    /// Creates it without objects. Other nodes are taken to have the same settings.
+    pub fn new(settings: ServiceSettings) -> Self {
+        Self {
+            events: Vec::new(),
+            settings,
+            stores: RefCell::default(),
+        }
+    }
+
+    /// Adds an event, if it is about objects that services are compiled from.
+    pub fn add(&mut self, event: &Event) {
+        let kind = match event {
+            Event::Apply(object) => object.reference().kind,
+            Event::Delete(object) => object.kind,
+            Event::ListStarted(kind) | Event::ListComplete(kind) => *kind,
+            Event::Servers(_) | Event::Routes(_) | Event::Notice(_) => return,
+        };
+        if Kind::SERVICES.contains(&kind) {
+            self.events.push(event.clone());
+        }
+    }
+
+    /// Returns the objects as the rules of a node have them; `None` if its Node object is unknown.
+    fn store(&self, node: &str) -> Option<Rc<Store>> {
+        if let Some(known) = self.stores.borrow().get(node) {
+            return Some(known.clone());
+        }
+        let own = self.events.iter().find_map(|event| match event {
+            Event::Apply(Object::Node(it)) if *it.name == *node => Some(it),
+            _ => None,
+        })?;
+        let store = Store::with_fallback_node(own.clone());
+        let mut store = self.settings.store(store);
+        for event in &self.events {
+            store.apply(event.clone(), &mut Marks::default());
+        }
+        let store = Rc::new(store);
+        let mut stores = self.stores.borrow_mut();
+        stores.insert(own.name.clone(), store.clone());
+        Some(store)
+    }
+}
+
+/// A node whose rules of services are asked, if it is not the own one.
+#[derive(Clone, Debug)]
+pub(super) struct OtherNode {
+    pub name: Arc<str>,
+    store: Rc<Store>,
+}
+
+impl OtherNode {
+    /// Returns the facts as the rules of this node have them.
+    pub fn facts<'a>(&'a self, own: &Facts<'a>) -> Facts<'a> {
+        Facts {
+            store: &self.store,
+            node: &self.name,
+            has_node: true,
+            ..*own
+        }
+    }
+}
+
+impl Facts<'_> {
+    /// Returns another node, if what its rules are compiled from is known.
+    pub(super) fn other_node(&self, name: &str) -> Option<OtherNode> {
+        let store = self.others?.store(name)?;
+        let name = store.node()?.name.clone();
+        Some(OtherNode { name, store })
+    }
+
+    /// Returns the name of another node with an address.
+    pub(super) fn other_with(&self, address: IpAddr) -> Option<&ObjectName> {
+        let nodes = self.policies.inventory().nodes();
+        let mut names = nodes.having(std::slice::from_ref(&address));
+        names.find(|name| name.name() != self.node)
+    }
+
+    /// Returns whether an address is one of a node's.
+    pub(super) fn is_of_any_node(&self, address: IpAddr) -> bool {
+        let own = self.store.node().map(|node| &**node);
+        is_of_node(own, address) || self.other_with(address).is_some()
+    }
+}
