@@ -29,7 +29,7 @@ use std::time::Instant;
 use clap::{Parser, Subcommand};
 
 use report::Report;
-use scenes::{changes, churn, conntrack, first, neighbours, packets, policies, ranges};
+use scenes::{changes, churn, conntrack, first, insight, neighbours, packets, policies, ranges};
 
 /// Measures nftlet as a whole, against its budgets.
 #[derive(Debug, Parser)]
@@ -66,6 +66,8 @@ enum Scene {
     Conntrack(conntrack::Arguments),
     /// How long the kernel takes to fill sets of ranges.
     Ranges(ranges::Arguments),
+    /// Answers of the commands that explain, from a dump and from the running agent.
+    Insight(insight::Arguments),
 }
 
 /// What every scene gets.
@@ -92,6 +94,7 @@ impl Scene {
             Self::Neighbours(scene) => scene.run(context),
             Self::Conntrack(scene) => scene.run(context),
             Self::Ranges(scene) => scene.run(context),
+            Self::Insight(scene) => scene.run(context),
         }
     }
 }

@@ -91,17 +91,30 @@ impl Server {
 
     /// Starts nftlet on the node and waits for its rules; returns how long that took.
     pub fn start(&self) -> (Process, Duration) {
-        self.start_other(&self.nftlet)
+        self.start_with(
+            &self.nftlet,
+            &[format!("--socket={}", self.socket().display())],
+        )
+    }
+
+    /// Returns the socket on which nftlet answers questions.
+    pub fn socket(&self) -> PathBuf {
+        self.directory.path().join("nftlet.sock")
     }
 
     /// As [`Server::start`], with another build of nftlet.
     pub fn start_other(&self, nftlet: &Path) -> (Process, Duration) {
+        self.start_with(nftlet, &[])
+    }
+
+    fn start_with(&self, nftlet: &Path, more: &[String]) -> (Process, Duration) {
         let kubeconfig = self.api.write_kubeconfig(self.directory.path());
         let arguments = [
             format!("--kubeconfig={}", kubeconfig.display()),
             format!("--hostname-override={NODE}"),
             format!("--cluster-cidr={}", POD_CIDRS.join(",")),
         ];
+        let arguments = [&arguments, more].concat();
         let mut process = Process::start(self.namespace(), nftlet, &arguments);
         let took = process.until_in_place();
         (process, took)

@@ -14,8 +14,8 @@ use super::objects::{self, manifests};
 use super::{Error, print, single_threaded};
 use crate::insight::status::{Status, status as status_text};
 use crate::insight::{
-    API_VERSION, Facts, OtherNodes, Question, ServiceFilter, Style, Verdict, answer_text, explain,
-    policies, policies_text, services, services_text,
+    API_VERSION, Facts, OtherNodes, Plans, Question, ServiceFilter, Style, Verdict, answer_text,
+    explain, policies, policies_text, services, services_text,
 };
 use crate::services::ServiceSettings;
 use crate::settings::file::File;
@@ -211,7 +211,7 @@ fn style() -> Style {
 }
 
 fn one(facts: &Facts, question: &Question, output: Output) -> Result<ExitCode, Error> {
-    let answer = explain(facts, question)?;
+    let answer = explain(facts, question, &mut Plans::default())?;
     print(|out| match output {
         Output::Json => {
             serde_json::to_writer_pretty(&mut *out, &answer)?;
@@ -241,6 +241,7 @@ fn batch(facts: &Facts, file: &Path) -> Result<ExitCode, Error> {
     } else {
         Box::new(io::BufReader::new(fs::File::open(file).map_err(failed)?))
     };
+    let mut plans = Plans::default();
     let mut code = ExitCode::SUCCESS;
     let mut unread = None;
     print(|out| {
@@ -257,7 +258,7 @@ fn batch(facts: &Facts, file: &Path) -> Result<ExitCode, Error> {
             }
             let answered = Question::from_line(&line)
                 .map_err(Error::from)
-                .and_then(|question| Ok(explain(facts, &question)?));
+                .and_then(|question| Ok(explain(facts, &question, &mut plans)?));
             match answered {
                 Ok(answer) => serde_json::to_writer(&mut *out, &answer)?,
                 Err(error) => {

@@ -22,7 +22,7 @@ use crate::engine::Engine as _;
 use crate::followers::drops::DropCounters;
 use crate::insight::status::{self, Status};
 use crate::insight::{
-    API_VERSION, Facts, NameError, Question, Style, answer_text, explain, objects,
+    API_VERSION, Facts, NameError, Plans, Question, Style, answer_text, explain, objects,
 };
 use crate::model::{Kind, ObjectName};
 use crate::policies::{self, Direction};
@@ -133,7 +133,7 @@ impl AgentPages {
                 is_refused: &|service| view.services.is_refused(service),
                 others: None,
             };
-            explain(&facts, &question)
+            explain(&facts, &question, &mut Plans::default())
         });
         let answer = match answered.await {
             Ok(Ok(answer)) => answer,

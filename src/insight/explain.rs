@@ -33,12 +33,16 @@ struct OfPort {
     targets: Vec<TargetAnswer>,
 }
 
-/// Answers a question.
+/// Answers a question. `plans` are those of earlier questions about the same facts.
 ///
 /// # Errors
 ///
 /// If a name in it is unknown.
-pub(crate) fn explain(facts: &Facts, question: &Question) -> Result<Answer, NameError> {
+pub(crate) fn explain(
+    facts: &Facts,
+    question: &Question,
+    plans: &mut Plans,
+) -> Result<Answer, NameError> {
     let mut sources = places(facts, &question.from)?;
     let mut destinations = destinations(facts, question)?;
     let families = |places: &[Place]| -> BTreeSet<Family> {
@@ -63,7 +67,6 @@ pub(crate) fn explain(facts: &Facts, question: &Question) -> Result<Answer, Name
         .into_iter()
         .map(|place| Origin::new(facts, place))
         .collect();
-    let mut plans = Plans::default();
     let mut answers: Vec<OfPort> = Vec::new();
     for port in &ports {
         let of_families = common.iter().map(|family| {
@@ -75,7 +78,7 @@ pub(crate) fn explain(facts: &Facts, question: &Question) -> Result<Answer, Name
             let destinations: Vec<&Place> = destinations
                 .filter(|place| Family::of(place.address) == *family)
                 .collect();
-            of_port(facts, &sources, &destinations, *family, port, &mut plans)
+            of_port(facts, &sources, &destinations, *family, port, plans)
         });
         for answer in of_families {
             add(&mut answers, answer);
@@ -283,7 +286,7 @@ fn of_port(
     let mut targets: Vec<TargetAnswer> = Vec::new();
     for from in sources {
         let facts = from.facts(facts);
-        let source = source_of(&facts, &from.place);
+        let source = source_of(&facts, from.place.address);
         for destination in destinations {
             let to = self::destination(destination, port);
             let judged = service::judge(&facts, &source, &to, plans);
@@ -358,13 +361,14 @@ fn beyond(
     Some((node, judged))
 }
 
-fn source_of(facts: &Facts, place: &Place) -> Source {
+/// Returns what the rules of a node see of an address that opens a connection.
+pub(super) fn source_of(facts: &Facts, address: IpAddr) -> Source {
     let node = facts.store.node().map(|node| &**node);
-    let owner = facts.policies.inventory().owner(place.address);
+    let owner = facts.policies.inventory().owner(address);
     let is_local_pod = owner.is_some_and(|pod| pod.node.as_deref() == Some(facts.node));
     Source {
-        address: place.address,
-        is_node: is_of_node(node, place.address),
+        address,
+        is_node: is_of_node(node, address),
         is_local_pod,
     }
 }

@@ -29,6 +29,7 @@ pub(crate) use names::NameError;
 pub(crate) use nodes::OtherNodes;
 pub(crate) use policies::policies;
 pub(crate) use question::{Question, QuestionError};
+pub(crate) use service::Plans;
 pub(crate) use services::{ServiceFilter, services};
 pub(crate) use text::{
     Style, answer as answer_text, policies as policies_text, services as services_text,
@@ -61,3 +62,6 @@ pub(crate) struct Facts<'a> {
 
 /// The version of the JSON.
 pub(crate) const API_VERSION: &str = "nftlet/v1";
+
+#[cfg(test)]
+mod tests;

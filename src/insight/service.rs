@@ -42,9 +42,9 @@ pub(super) struct Judgement {
     pub targets: Vec<(IpAddr, Option<u16>)>,
 }
 
-/// The compiled services of a question, by node.
+/// The compiled services of questions about the same facts, by node.
 #[derive(Debug, Default)]
-pub(super) struct Plans(HashMap<(String, ObjectName), Option<ServicePlan>>);
+pub(crate) struct Plans(HashMap<(String, ObjectName), Option<ServicePlan>>);
 
 impl Plans {
     /// Returns the plan of a service; `None` if it has no rules.

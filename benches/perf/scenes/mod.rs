@@ -4,6 +4,7 @@ pub mod changes;
 pub mod churn;
 pub mod conntrack;
 pub mod first;
+pub mod insight;
 pub mod neighbours;
 pub mod packets;
 pub mod policies;
