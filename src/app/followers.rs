@@ -45,12 +45,12 @@ pub(super) fn start(
     if !args.once && args.services.is_on() {
         forget(metrics, followers, reporter, ask.clone())?;
     }
-    // A kernel without NFLOG would reject the rules that log, and the whole transaction with them.
-    let reader = open_log(args);
-    observers.log_group = reader.as_ref().map(|_| LOG_GROUP);
     if !is_on(args) {
         return Ok(observers);
     }
+    // A kernel without NFLOG would reject the rules that log, and the whole transaction with them.
+    let reader = open_log(args);
+    observers.log_group = reader.as_ref().map(|_| LOG_GROUP);
     if let Some(drops) = drops {
         drops.register(&metrics.registry)?;
     }
@@ -89,8 +89,7 @@ fn forget(
 
 /// Opens the reader of denied packets, if requested and possible.
 fn open_log(args: &Settings) -> Option<LogReader> {
-    let wanted = args.log_denied && args.network_policy.is_on();
-    let opened = wanted.then(|| LogReader::open(LOG_GROUP))?;
+    let opened = args.log_denied.then(|| LogReader::open(LOG_GROUP))?;
     let opened = opened.inspect_err(|error| {
         tracing::warn!("{error}; policies are enforced, denied packets are not logged");
     });

@@ -153,9 +153,11 @@ impl IoThread {
         tasks.push(self.handle_signals()?);
         tasks.extend(self.serve_http()?);
         tasks.extend(self.follow_configuration());
+        if !self.args.once {
+            tasks.extend(self.serve_socket());
+        }
         if !self.args.once && self.args.services.is_on() {
             tasks.push(self.serve_health_checks());
-            tasks.extend(self.serve_socket());
         }
         let reporter = self.reporter.clone();
         tasks.push(tokio::spawn(async move {

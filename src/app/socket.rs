@@ -190,7 +190,7 @@ impl AgentPages {
                 }),
                 isolated_pods: isolated.len(),
                 refused: policies.map_or(0, policies::Engine::refused),
-                in_force: policies.is_some_and(|engine| engine.is_ready()) && view.policies_in_step,
+                in_force: policies.is_none_or(|engine| engine.is_ready()) && view.policies_in_step,
             };
             let (changed, endpoints) = view.pending;
             let refused = view.services.left_out();

@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::object::EventDraft;
-use crate::model::ObjectRef;
+use crate::model::{ObjectName, ObjectRef};
 
 /// The size of a bucket, for a node and for an object.
 const BURST: f64 = 25.0;
@@ -44,8 +44,8 @@ enum Progress {
 #[derive(Debug)]
 pub(super) struct Dedup {
     series_every: Duration,
-    /// By the name of the Event.
-    known: HashMap<String, Series>,
+    /// By the namespace and the name of the Event.
+    known: HashMap<ObjectName, Series>,
     node: Bucket,
     objects: HashMap<Option<ObjectRef>, Bucket>,
 }
@@ -64,7 +64,7 @@ impl Dedup {
     /// Returns whether to create an Event. Otherwise it counts as one more of a known Event, or
     /// there are too many.
     pub(super) fn admit(&mut self, draft: &EventDraft, now: Instant) -> bool {
-        if let Some(series) = self.known.get_mut(&draft.name) {
+        if let Some(series) = self.known.get_mut(&draft.key()) {
             series.count = series.count.saturating_add(1);
             // If the server has deleted the Event, the new one has the latest message.
             series.draft = draft.clone();
@@ -104,27 +104,27 @@ impl Dedup {
             progress: Progress::Waiting,
             draft,
         };
-        self.known.insert(series.draft.name.clone(), series);
+        self.known.insert(series.draft.key(), series);
     }
 
     /// Marks an Event or its count as written.
-    pub(super) fn written(&mut self, name: &str, now: Instant) {
-        if let Some(series) = self.known.get_mut(name) {
+    pub(super) fn written(&mut self, draft: &EventDraft, now: Instant) {
+        if let Some(series) = self.known.get_mut(&draft.key()) {
             series.written = now;
             series.progress = Progress::Written;
         }
     }
 
     /// Marks an Event as given up, so that it is not admitted again.
-    pub(super) fn gave_up(&mut self, name: &str) {
-        if let Some(series) = self.known.get_mut(name) {
+    pub(super) fn gave_up(&mut self, draft: &EventDraft) {
+        if let Some(series) = self.known.get_mut(&draft.key()) {
             series.progress = Progress::GivenUp;
         }
     }
 
     /// Forgets an Event, which may be admitted again.
-    pub(super) fn forget(&mut self, name: &str) {
-        self.known.remove(name);
+    pub(super) fn forget(&mut self, draft: &EventDraft) {
+        self.known.remove(&draft.key());
     }
 
     pub(super) fn forget_all(&mut self) {
@@ -199,7 +199,7 @@ impl Bucket {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{Kind, Notice, ObjectName, Reason, Subject};
+    use crate::model::{Kind, Notice, Reason, Subject};
     use k8s_openapi::jiff::Timestamp;
 
     const SERIES: Duration = Duration::from_secs(300);
@@ -265,7 +265,7 @@ mod tests {
         let start = Instant::now();
         let web = draft("web", "bad");
         assert!(dedup.admit(&web, start));
-        dedup.written(&web.name, start);
+        dedup.written(&web, start);
         assert_eq!(dedup.due(), None);
         for _ in 0..1_000 {
             assert!(!dedup.admit(&web, start));
@@ -276,7 +276,7 @@ mod tests {
         assert_eq!((draft.name, count), (web.name.clone(), 1_001));
         assert!(!dedup.admit(&web, start + SERIES));
         assert_eq!(dedup.due(), None, "the count before waits to be written");
-        dedup.written(&web.name, start + SERIES);
+        dedup.written(&web, start + SERIES);
         assert_eq!(dedup.due(), Some(start + SERIES * 2));
     }
 
@@ -308,7 +308,7 @@ mod tests {
         };
         let first = at("the first");
         assert!(dedup.admit(&first, start));
-        dedup.written(&first.name, start);
+        dedup.written(&first, start);
         assert!(!dedup.admit(&at("the second"), start));
         let (draft, count) = dedup.begin_update(start + SERIES).expect("it is due");
         assert_eq!(draft.event(None).note.as_deref(), Some("the second"));
@@ -321,12 +321,31 @@ mod tests {
         let start = Instant::now();
         let web = draft("web", "bad");
         assert!(dedup.admit(&web, start));
-        dedup.gave_up(&web.name);
+        dedup.gave_up(&web);
         let later = start + SERIES * 2;
         assert!(!dedup.admit(&web, later));
         assert_eq!(dedup.due(), None);
         assert!(dedup.begin_update(later).is_none());
-        dedup.forget(&web.name);
+        dedup.forget(&web);
         assert!(dedup.admit(&web, later));
+    }
+
+    #[test]
+    fn objects_of_one_name_in_two_namespaces_are_two() {
+        let mut dedup = Dedup::new(SERIES);
+        let now = Instant::now();
+        let refused = |namespace: &str| {
+            let name = ObjectName::new(namespace, "web");
+            let notice = Notice {
+                subject: Subject::Object(ObjectRef::new(Kind::Service, name)),
+                reason: Reason::KernelRefused,
+                message: "too many elements".into(),
+            };
+            let zero = Timestamp::UNIX_EPOCH;
+            EventDraft::of(&notice, "node-1", zero, zero)
+        };
+        assert!(dedup.admit(&refused("a"), now));
+        assert!(dedup.admit(&refused("b"), now));
+        assert!(!dedup.admit(&refused("a"), now));
     }
 }

@@ -291,7 +291,7 @@ impl Recorder {
         };
         match result {
             Ok(()) => {
-                self.dedup.written(&sent.draft.name, Instant::now());
+                self.dedup.written(&sent.draft, Instant::now());
                 self.written += 1;
                 self.backoff.reset();
                 self.settling = false;
@@ -342,7 +342,7 @@ impl Recorder {
     }
 
     fn give_up(&mut self, lost: &PendingWrite, fault: &WriteError) {
-        self.dedup.gave_up(&lost.draft.name);
+        self.dedup.gave_up(&lost.draft);
         self.count_given_up(1);
         match fault {
             WriteError::Forbidden(_) => {
@@ -359,7 +359,7 @@ impl Recorder {
             }
             WriteError::Absent => {
                 // The namespace may be created again.
-                self.dedup.forget(&lost.draft.name);
+                self.dedup.forget(&lost.draft);
                 tracing::debug!("an Event was not written: {fault}");
             }
             WriteError::Refused(_) | WriteError::Busy(_) => {

@@ -87,11 +87,7 @@ impl EventDraft {
 
     /// Returns the Event of a start.
     pub(super) fn starting(node: &str, at: Timestamp) -> Self {
-        let note = concat!(
-            "nftlet ",
-            env!("CARGO_PKG_VERSION"),
-            " programs this node's services in nftables"
-        );
+        let note = concat!("nftlet ", env!("CARGO_PKG_VERSION"), " has started");
         let identity = format!("Starting {node} {at}");
         let words = ("Normal", "Starting", "StartNftlet");
         Self::new(None, node, words, note, &identity, at)
@@ -157,6 +153,11 @@ impl EventDraft {
     }
 
     /// Returns the patch that sets the count of a series.
+    /// Returns the namespace and the name.
+    pub(super) fn key(&self) -> ObjectName {
+        ObjectName::new(&self.namespace, &self.name)
+    }
+
     pub(super) fn series(&self, count: i32, last: Timestamp) -> Value {
         json!({"series": {"count": count, "lastObservedTime": MicroTime(last)}})
     }

@@ -183,7 +183,7 @@ pub(crate) fn status(status: &Status, style: Style, out: &mut impl Write) -> fmt
         writeln!(out, "  {} {warning}", paint("-", 33))?;
     }
     writeln!(out)?;
-    let mut row = |name: &str, text: &str| writeln!(out, "  {name:<12} {text}");
+    let mut row = |name: &str, text: &str| writeln!(out, "  {name:<13} {text}");
     row(
         "nftlet",
         &format!(

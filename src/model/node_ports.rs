@@ -32,31 +32,39 @@ impl NodePortAddresses {
                     .filter(|net| Family::of(net.addr()) == family)
                     .copied()
                     .collect();
-                if given.is_empty() || given.iter().any(|net| net.prefix_len() == 0) {
-                    given = everything_but_loopback(family);
+                if given.is_empty() {
+                    given.push(everything(family));
                 }
-                given
+                given.into_iter().flat_map(without_loopback).collect()
             }
         }
     }
 }
 
-/// Returns ranges that cover a family except its loopback network.
-fn everything_but_loopback(family: Family) -> Vec<IpNet> {
-    let (all, loopback): (IpNet, IpNet) = match family {
-        Family::V4 => (
-            ipnet::Ipv4Net::default().into(),
-            ipnet::Ipv4Net::new_assert([127, 0, 0, 0].into(), 8).into(),
-        ),
-        Family::V6 => (
-            ipnet::Ipv6Net::default().into(),
-            IpNet::from(IpAddr::V6(std::net::Ipv6Addr::LOCALHOST)),
-        ),
+/// Returns the range of all addresses of a family.
+fn everything(family: Family) -> IpNet {
+    match family {
+        Family::V4 => ipnet::Ipv4Net::default().into(),
+        Family::V6 => ipnet::Ipv6Net::default().into(),
+    }
+}
+
+/// Returns ranges that cover a range except the loopback network.
+fn without_loopback(range: IpNet) -> Vec<IpNet> {
+    let loopback: IpNet = match range {
+        IpNet::V4(_) => ipnet::Ipv4Net::new_assert([127, 0, 0, 0].into(), 8).into(),
+        IpNet::V6(_) => IpNet::from(IpAddr::V6(std::net::Ipv6Addr::LOCALHOST)),
     };
+    if loopback.contains(&range) {
+        return Vec::new();
+    }
+    if !range.contains(&loopback) {
+        return vec![range];
+    }
     // Halves the range that contains the loopback network and keeps the other half, for each bit of
     // its prefix.
     let mut parts = Vec::new();
-    let mut current = all;
+    let mut current = range;
     while current.prefix_len() < loopback.prefix_len() {
         let Ok(halves) = current.subnets(current.prefix_len() + 1) else {
             break;
@@ -78,7 +86,8 @@ mod tests {
 
     #[test]
     fn all_addresses_are_those_outside_of_loopback() {
-        let v4 = everything_but_loopback(Family::V4);
+        let all = |family| without_loopback(everything(family));
+        let v4 = all(Family::V4);
         let covers = |nets: &[IpNet], address: &str| {
             let address: IpAddr = address.parse().unwrap();
             nets.iter().filter(|net| net.contains(&address)).count()
@@ -89,7 +98,7 @@ mod tests {
         for address in ["127.0.0.0", "127.0.0.1", "127.255.255.255"] {
             assert_eq!(covers(&v4, address), 0, "{address}");
         }
-        let v6 = everything_but_loopback(Family::V6);
+        let v6 = all(Family::V6);
         assert_eq!(covers(&v6, "::1"), 0);
         assert_eq!(covers(&v6, "::2"), 1);
         assert_eq!(covers(&v6, "fe80::1"), 1);
@@ -104,7 +113,26 @@ mod tests {
         );
         assert_eq!(
             inside.ranges(Family::V6, None, None),
-            everything_but_loopback(Family::V6)
+            without_loopback(everything(Family::V6))
         );
+    }
+
+    #[test]
+    fn no_range_answers_on_loopback() {
+        let inside = |ranges: &[&str], family| {
+            let ranges = ranges.iter().map(|range| range.parse().unwrap());
+            NodePortAddresses::Inside(ranges.collect()).ranges(family, None, None)
+        };
+        for (ranges, family) in [
+            (&["127.0.0.0/8"], Family::V4),
+            (&["127.0.0.1/32"], Family::V4),
+            (&["::1/128"], Family::V6),
+        ] {
+            assert_eq!(inside(ranges, family), [], "{ranges:?}");
+        }
+        let most = inside(&["0.0.0.0/1", "192.168.0.0/16"], Family::V4);
+        let covers = |address: [u8; 4]| most.iter().any(|net| net.contains(&IpAddr::from(address)));
+        assert!(covers([126, 255, 255, 255]) && covers([192, 168, 0, 1]) && covers([0, 0, 0, 1]));
+        assert!(!covers([127, 0, 0, 1]) && !covers([128, 0, 0, 0]));
     }
 }

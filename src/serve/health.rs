@@ -33,6 +33,8 @@ struct Shared {
 #[derive(Default)]
 struct HealthState {
     last_synced: Option<SystemTime>,
+    /// When the last change took effect.
+    in_step_since: Option<SystemTime>,
     last_audit: Option<SystemTime>,
     oldest_queued: Option<Instant>,
     failure: Option<String>,
@@ -180,6 +182,10 @@ impl Health {
     pub fn synced(&self) {
         let now = self.read_clock().wall;
         let mut state = self.state();
+        let had_changes = state.oldest_queued.is_some() || state.failure.is_some();
+        if had_changes || state.last_synced.is_none() {
+            state.in_step_since = Some(now);
+        }
         state.last_synced = Some(now);
         state.oldest_queued = None;
         state.failure = None;
@@ -240,11 +246,11 @@ impl Health {
         self.state().last_audit = Some(now);
     }
 
-    /// Returns when the last change of services took effect, and when the tables were compared, in
-    /// the format of RFC 3339.
+    /// Returns when the last change took effect, and when the tables were compared, in the format of
+    /// RFC 3339.
     pub(crate) fn times(&self) -> [Option<String>; 2] {
         let state = self.state();
-        [state.last_synced, state.last_audit].map(|time| {
+        [state.in_step_since, state.last_audit].map(|time| {
             let time = jiff::Timestamp::try_from(time?).ok()?;
             Some(time.round(jiff::Unit::Second).unwrap_or(time).to_string())
         })

@@ -14,6 +14,8 @@ const MOST_WAITING: usize = 1 << 16;
 pub(super) struct Latency {
     /// Arrival times, with the service that the event is about.
     arrived: Vec<(Option<ObjectName>, Instant)>,
+    /// Arrival times of events that only policies use.
+    for_policies: Vec<Instant>,
     /// Times of changes of endpoints, in milliseconds since 1970.
     triggered: Vec<(ObjectName, i64)>,
     /// The times of services that are written in portions.
@@ -43,7 +45,13 @@ impl Latency {
             delivery.event,
             Event::Servers(_) | Event::Routes(_) | Event::Notice(_)
         );
-        if counts && self.arrived.len() < MOST_WAITING {
+        if !counts {
+            return;
+        }
+        let kind = delivery.event.kind();
+        if kind.is_some_and(|kind| Kind::POLICY.contains(&kind)) {
+            push(&mut self.for_policies, delivery.at);
+        } else if self.arrived.len() < MOST_WAITING {
             let service = delivery.event.service().cloned();
             self.arrived.push((service, delivery.at));
         }
@@ -55,18 +63,18 @@ impl Latency {
         self.triggered.truncate(MOST_WAITING);
     }
 
-    /// Returns the number of Services and EndpointSlices whose changes are not in force.
+    /// Returns the number of Services and EndpointSlices whose changes are not in force. A Service that is
+    /// written in portions counts once.
     pub(crate) fn pending(&self) -> (usize, usize) {
         self.pending
     }
 
-    /// Measures all events except those of services for which `is_waiting` returns true.
+    /// Measures the events of services, except those for which `is_waiting` returns true.
     pub(crate) fn in_force(
         &mut self,
         metrics: &SyncMetrics,
         is_waiting: impl Fn(&ObjectName) -> bool,
     ) {
-        self.pending = (0, 0);
         for (service, at) in self.arrived.drain(..) {
             match service.filter(&is_waiting) {
                 Some(service) => {
@@ -76,7 +84,14 @@ impl Latency {
                 None => metrics.programmed(at.elapsed()),
             }
         }
-        self.triggers_in_force(metrics, &is_waiting);
+        for (service, at) in self.triggered.drain(..) {
+            if is_waiting(&service) {
+                let times = self.deferred.entry(service).or_default();
+                push(&mut times.triggered, at);
+            } else {
+                observe_trigger(metrics, at);
+            }
+        }
         self.deferred.retain(|service, times| {
             if is_waiting(service) {
                 return true;
@@ -89,29 +104,24 @@ impl Latency {
             }
             false
         });
+        // Those of which portions wait.
+        self.pending = (self.deferred.len(), 0);
     }
 
-    /// Measures changes of endpoints like [`Latency::in_force`].
-    pub(crate) fn triggers_in_force(
-        &mut self,
-        metrics: &SyncMetrics,
-        is_waiting: impl Fn(&ObjectName) -> bool,
-    ) {
-        self.pending = (0, 0);
-        for (service, at) in self.triggered.drain(..) {
-            if is_waiting(&service) {
-                let times = self.deferred.entry(service).or_default();
-                push(&mut times.triggered, at);
-            } else {
-                observe_trigger(metrics, at);
-            }
+    /// Measures the events that only policies use.
+    pub(crate) fn policies_in_force(&mut self, metrics: &SyncMetrics) {
+        for at in self.for_policies.drain(..) {
+            metrics.programmed(at.elapsed());
         }
     }
 
     /// Whether all events were measured.
     #[cfg(test)]
     pub(crate) fn is_empty(&self) -> bool {
-        self.arrived.is_empty() && self.triggered.is_empty() && self.deferred.is_empty()
+        self.arrived.is_empty()
+            && self.for_policies.is_empty()
+            && self.triggered.is_empty()
+            && self.deferred.is_empty()
     }
 }
 

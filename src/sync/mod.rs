@@ -279,13 +279,10 @@ impl<'a, K: Kernel> Controller<'a, K> {
         metrics.compiled(self.services.engine.take_compiled());
         let engine = &self.services.engine;
         let is_waiting = |service: &_| engine.is_waiting(service);
+        self.latency.in_force(metrics, is_waiting);
+        let (services, endpoints) = self.latency.pending();
+        metrics.pending(services, endpoints);
         let policies = self.policies.as_ref();
-        if policies.is_some_and(|policies| policies.state == DriverState::Unknown) {
-            self.latency.triggers_in_force(metrics, is_waiting);
-        } else {
-            self.latency.in_force(metrics, is_waiting);
-        }
-        metrics.pending(0, 0);
         for kind in Kind::ALL {
             let of_policies = policies.map_or(0, |policies| policies.engine.count(kind));
             metrics.objects(kind.as_str(), engine.count(kind) + of_policies);
@@ -305,6 +302,7 @@ impl<'a, K: Kernel> Controller<'a, K> {
         if in_force.wrote {
             metrics.policy_sync(in_force.took);
         }
+        self.latency.policies_in_force(metrics);
         if let Some(isolated) = &change.isolated {
             let pods = isolated.iter().filter_map(|(_, pod)| pod.as_ref());
             metrics.isolated_pods(pods.collect::<BTreeSet<_>>().len());

@@ -195,6 +195,7 @@ impl Reporter for LogAndSend {
     }
 
     fn failed(&self, error: &Error) {
+        self.metrics.notice(Reason::SyncFailed);
         let subject = Subject::Other("the kernel".into());
         let message = error.to_string();
         if self.allow(&subject, Reason::SyncFailed, &message) {

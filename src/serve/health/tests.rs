@@ -42,6 +42,24 @@ fn nothing_written_yet_is_not_ready_but_alive() {
 }
 
 #[test]
+fn the_rules_are_in_step_since_the_last_change() {
+    let (health, forward) = at_rest();
+    let since = || health.times()[0].clone();
+    assert_eq!(since(), None);
+    forward(1);
+    health.synced();
+    let first = since();
+    assert_eq!(first.as_deref(), Some("2023-11-14T22:13:21Z"));
+    forward(60);
+    health.synced();
+    assert_eq!(since(), first, "nothing changed");
+    health.queued();
+    forward(1);
+    health.synced();
+    assert_eq!(since().as_deref(), Some("2023-11-14T22:14:22Z"));
+}
+
+#[test]
 fn readiness_waits_for_policies_once() {
     let (health, forward) = at_rest();
     health.synced();

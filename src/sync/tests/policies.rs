@@ -88,6 +88,25 @@ fn a_policy_that_the_kernel_refuses_is_closed_and_the_others_are_in_force() {
     assert!(!judged(&mut controller, "203.0.113.1"));
 }
 
+#[test]
+fn a_policy_that_waits_for_lists_is_not_measured_as_in_force() {
+    let bench = Bench::new();
+    let mut controller = bench.controller().with_policies(engine());
+    handle(&mut controller, lists(Vec::new()));
+    handle(&mut controller, policy_lists(Vec::new()));
+    assert!(controller.latency.is_empty());
+    let first = vec![
+        Event::ListStarted(Kind::Pod),
+        allowing("first", "198.51.100.0/24"),
+    ];
+    handle(&mut controller, first);
+    let web = service("web", &["10.96.0.1"], &[80]);
+    handle(&mut controller, vec![put(web)]);
+    assert!(!controller.latency.is_empty(), "its pods are being listed");
+    handle(&mut controller, vec![Event::ListComplete(Kind::Pod)]);
+    assert!(controller.latency.is_empty());
+}
+
 /// A cluster policy for the egress of all pods that accepts a network.
 fn accepting(name: &str, priority: u16, network: &str) -> Event {
     let networks = TierPeer::Networks(vec![network.parse().unwrap()]);

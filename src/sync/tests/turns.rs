@@ -115,6 +115,20 @@ fn the_heir_of_a_service_whose_end_waits_is_no_conflict() {
     bench.assert_as_wanted(&controller);
 }
 
+#[test]
+fn a_service_of_which_portions_wait_is_pending() {
+    let bench = Bench::new();
+    let mut controller = bench.controller().with_portions_of(100);
+    handle(&mut controller, lists(vec![node().into()]));
+    assert_eq!(controller.latency.pending(), (0, 0));
+    once(&mut controller, vec![put(vast(1))]);
+    while controller.has_more() {
+        assert_eq!(controller.latency.pending(), (1, 0));
+        once(&mut controller, vec![]);
+    }
+    assert_eq!(controller.latency.pending(), (0, 0));
+}
+
 /// The frontends of a vast service that are compiled belong to it, though none is written yet.
 #[test]
 fn a_failure_while_a_service_is_compiled_leaves_nothing_out() {

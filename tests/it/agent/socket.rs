@@ -42,7 +42,7 @@ fn ask(words: &[&str], more: &[&str]) -> Output {
 }
 
 #[track_caller]
-fn answering(words: &[&str], socket: &str) -> Output {
+pub(super) fn answering(words: &[&str], socket: &str) -> Output {
     wait_for("an answer of the agent", PATIENCE, || {
         let output = ask(words, &["--socket", socket]);
         let said = String::from_utf8_lossy(&output.stderr);

@@ -2,6 +2,7 @@
 
 use std::fs;
 
+use super::socket::answering;
 use crate::support::agent::{
     NFTLET, PATIENCE, get, lines_with, metric, nftlet, printed, rules, said, small_cluster,
     wait_for_log,
@@ -9,7 +10,7 @@ use crate::support::agent::{
 use crate::support::objects::{deny_all, namespace, pod, service, with};
 use nftlet_lab::fake_api::{CIDRS, NAMESPACES, PODS, POLICIES, SERVICES, SLICES};
 use nftlet_lab::netns::{Daemon, Namespace, require_net_admin, wait_for};
-use serde_json::json;
+use serde_json::{Value, json};
 
 const OFF: &str = "--services=off";
 const PROBES: &str = "127.0.0.1:10256";
@@ -63,7 +64,10 @@ fn without_services_nothing_is_read_served_set_or_cleaned_for_them() {
     let of_services = [SERVICES, SLICES, CIDRS];
     let requests = || of_services.map(|path| node.api.requests_for(path).len());
     let before = requests();
-    let daemon = Daemon::start(&node.ns, NFTLET, node.arguments(&[OFF]));
+    let directory = tempfile::tempdir().expect("a directory");
+    let socket = directory.path().join("nftlet.sock");
+    let at = format!("--socket={}", socket.display());
+    let daemon = Daemon::start(&node.ns, NFTLET, node.arguments(&[OFF, &at]));
     wait_for_log(&daemon, "the rules are in place");
     for path in ["/healthz", "/livez", "/readyz"] {
         let (code, body) = get(&node.ns, PROBES, path);
@@ -78,6 +82,9 @@ fn without_services_nothing_is_read_served_set_or_cleaned_for_them() {
     assert!(!table.contains("table ip nftlet {"), "{table}");
     assert!(table.contains("10.1.0.1 : goto pods-ingress-"), "{table}");
     assert!(table.contains("table ip kube-proxy"), "{table}");
+    let status = answering(&["status", "-o", "json"], socket.to_str().expect("UTF-8"));
+    let status: Value = serde_json::from_slice(&status.stdout).expect("JSON");
+    assert_eq!(status["policies"]["isolatedPods"], 1, "{status:#}");
     let all = threads(&daemon);
     for name in [
         "flows",
