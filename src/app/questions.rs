@@ -65,6 +65,7 @@ pub(super) fn answer(
             has_node: store.has_node(),
             most_pairs: None,
             is_refused: &|_| false,
+            unfiltered: &[],
             others: None,
         };
         return answer_from(&facts, command, question.as_ref());
@@ -82,6 +83,7 @@ pub(super) fn answer(
         has_node: store.has_node(),
         most_pairs: None,
         is_refused: &|_| false,
+        unfiltered: &[],
         others: Some(&others),
     };
     answer_from(&facts, command, question.as_ref())

@@ -9,6 +9,7 @@
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -20,6 +21,8 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::engine::Engine as _;
 use crate::followers::drops::DropCounters;
+use crate::host::addresses;
+use crate::host::bridges::unfiltered_networks;
 use crate::insight::status::{self, Status};
 use crate::insight::{
     API_VERSION, Facts, NameError, Plans, Question, Style, answer_text, explain, objects,
@@ -121,6 +124,7 @@ impl AgentPages {
             Err(error) => return failed(StatusCode::BAD_REQUEST, &error.to_string()),
         };
         let node = self.node_name.clone();
+        let unfiltered = unfiltered_networks(Path::new("/"), &addresses::attached());
         let answered = self.look(move |view| {
             let nothing = policies::Engine::off(policies::PolicySettings::default());
             let facts = Facts {
@@ -131,6 +135,7 @@ impl AgentPages {
                 has_node: view.services.store().has_node(),
                 most_pairs: Some(MOST_PAIRS),
                 is_refused: &|service| view.services.is_refused(service),
+                unfiltered: &unfiltered,
                 others: None,
             };
             explain(&facts, &question, &mut Plans::default())

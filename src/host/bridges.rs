@@ -13,6 +13,8 @@ use std::fs;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
+use ipnet::IpNet;
+
 use super::addresses::Attached;
 
 /// A bridge on which traffic of isolated pods bypasses NetworkPolicy.
@@ -128,6 +130,14 @@ fn all_unfiltered(
     found
 }
 
+/// Returns the networks of bridges below a root directory (`/`) whose packets are not filtered.
+pub(crate) fn unfiltered_networks(root: &Path, attached: &[Attached]) -> Vec<IpNet> {
+    let networks = attached.iter().filter(|Attached { interface, network }| {
+        unfiltered(root, interface, network.addr().is_ipv6()).is_some()
+    });
+    networks.map(|attached| attached.network.trunc()).collect()
+}
+
 /// Returns an interface if it is a bridge whose packets are not filtered.
 fn unfiltered(root: &Path, interface: &str, ipv6: bool) -> Option<UnfilteredBridge> {
     let folder = root.join("sys/class/net").join(interface).join("bridge");
@@ -214,6 +224,10 @@ mod tests {
         );
         assert!(watch.is_unfiltered(false));
         assert!(!watch.is_unfiltered(true));
+        assert_eq!(
+            unfiltered_networks(host.root.path(), &host.attached),
+            ["10.1.0.0/24".parse::<IpNet>().unwrap()]
+        );
         assert_eq!(watch.check(&host.attached, &pods), [], "reported once");
 
         host.set("bridge-nf-call-iptables", "1\n");

@@ -113,6 +113,9 @@ pub(crate) enum Code {
     NodeToOwnPod,
     /// The pod has the addresses of its node, and no policy selects it.
     HostNetwork,
+    /// The bridge of both pods passes packets on without filtering them, so that policies that deny
+    /// the connection do not apply.
+    BridgeUnfiltered,
     /// No pod with this address is known.
     PodUnknown,
 }

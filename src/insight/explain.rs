@@ -308,9 +308,13 @@ fn of_port(
                 let sent = to_node.map_or(connection, |_| {
                     self::connection(&source, (to.address, to.port), port)
                 });
-                let egress = decide(&facts, Direction::Egress, &sent, &source);
+                let mut egress = decide(&facts, Direction::Egress, &sent, &source);
                 let facts = to_node.map_or(facts, |node| node.facts(&facts));
-                let ingress = ingress(&facts, &source, connection, masquerade);
+                let mut ingress = ingress(&facts, &source, connection, masquerade);
+                if judged.step.action == Action::None && is_bridged(&facts, &connection) {
+                    pass(&mut egress);
+                    pass(&mut ingress);
+                }
                 let mut target = target_answer(&facts, *target, egress, ingress);
                 target.source = (sources.len() > 1).then_some(source.address);
                 targets.push(target);
@@ -393,6 +397,24 @@ fn connection(
     }
 }
 
+/// Returns whether a bridge of the node switches the packets of a connection past the rules. Packets
+/// to a service are routed, since they are sent to another address.
+fn is_bridged(facts: &Facts, connection: &Connection) -> bool {
+    let mut networks = facts.unfiltered.iter();
+    let ends = [&connection.source, &connection.destination];
+    !facts.is_of_any_node(connection.source)
+        && !facts.is_of_any_node(connection.destination)
+        && networks.any(|network| ends.iter().all(|end| network.contains(*end)))
+}
+
+/// Turns a denial into what becomes of packets that no rule sees.
+fn pass(decision: &mut Decision) {
+    if decision.verdict != Verdict::Allowed {
+        decision.verdict = Verdict::Allowed;
+        decision.code = Code::BridgeUnfiltered;
+    }
+}
+
 /// Asks the policies of the destination. `masquerade` says that the packet leaves the node that
 /// translates it with that node's address, which the rules of other nodes see.
 fn ingress(
@@ -426,11 +448,10 @@ fn target_answer(
     let denying = [&egress, &ingress]
         .into_iter()
         .find(|it| it.verdict != Verdict::Allowed);
-    // What says most about an allowed connection: a rule, if there is one.
-    let by_rule = [&ingress, &egress]
-        .into_iter()
-        .find(|it| it.code == Code::PolicyRule);
-    let deciding = denying.or(by_rule).unwrap_or(&ingress);
+    // What says most about an allowed connection: that no rule sees it, or a rule.
+    let with = |code| [&ingress, &egress].into_iter().find(|it| it.code == code);
+    let saying_most = with(Code::BridgeUnfiltered).or(with(Code::PolicyRule));
+    let deciding = denying.or(saying_most).unwrap_or(&ingress);
     TargetAnswer {
         source: None,
         family: family_name(Family::of(address)),

@@ -35,6 +35,8 @@ pub(crate) use text::{
     Style, answer as answer_text, policies as policies_text, services as services_text,
 };
 
+use ipnet::IpNet;
+
 use crate::model::ObjectName;
 use crate::policies::Engine;
 use crate::services::{ServiceSettings, Store};
@@ -56,6 +58,9 @@ pub(crate) struct Facts<'a> {
     pub most_pairs: Option<usize>,
     /// Returns whether the kernel refused the rules of a service.
     pub is_refused: &'a dyn Fn(&ObjectName) -> bool,
+    /// The networks of the bridges of this host whose packets no rule sees; none if the host is not
+    /// the node.
+    pub unfiltered: &'a [IpNet],
     /// The rules of services on other nodes, if their objects are known.
     pub others: Option<&'a OtherNodes>,
 }

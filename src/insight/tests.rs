@@ -5,13 +5,14 @@ use std::net::IpAddr;
 
 use proptest::prelude::*;
 
-use super::answer::Action;
+use super::answer::{Action, Code};
 use super::service::{Destination, Plans, Source, judge};
 use super::*;
-use crate::engine::Engine as _;
+use crate::engine::{BUDGET, Engine as _};
 use crate::model::{
-    Endpoint, EndpointSlice, Event, Family, Hints, Labels, Node, NodePortAddresses, Object, Pod,
-    Protocol, Service, ServiceCidr, ServiceKind, ServicePort, SlicePort, TrafficPolicy,
+    Endpoint, EndpointSlice, Event, Family, Hints, LabelSelector, Labels, NetworkPolicy, Node,
+    NodePortAddresses, Object, Pod, Protocol, Service, ServiceCidr, ServiceKind, ServicePort,
+    SlicePort, TrafficPolicy,
 };
 use crate::nft::Ruleset;
 use crate::policies::PolicySettings;
@@ -347,6 +348,7 @@ proptest! {
             has_node: true,
             most_pairs: None,
             is_refused: &|_| false,
+            unfiltered: &[],
             others: None,
         };
         let mut plans = Plans::default();
@@ -376,4 +378,41 @@ proptest! {
             }
         }
     }
+}
+
+#[test]
+fn what_a_bridge_switches_past_the_rules_is_allowed() {
+    let settings = ServiceSettings::default();
+    let (store, mut policies, _) = world(&settings, Vec::new());
+    policies.apply(&Event::Apply(Object::NetworkPolicy(NetworkPolicy {
+        name: ObjectName::new("shop", "deny"),
+        pods: LabelSelector::default(),
+        ingress: Some(Vec::new()),
+        egress: None,
+    })));
+    policies.update(BUDGET);
+    let networks: [IpNet; 1] = ["10.244.1.0/24".parse().unwrap()];
+    let code = |unfiltered: &[IpNet], from: &str, to: &str| {
+        let facts = Facts {
+            store: &store,
+            settings: &settings,
+            policies: &policies,
+            node: NODE,
+            has_node: true,
+            most_pairs: None,
+            is_refused: &|_| false,
+            unfiltered,
+            others: None,
+        };
+        let question = Question::new(from, to).unwrap();
+        let answer = explain(&facts, &question, &mut Plans::default()).unwrap();
+        (answer.verdict, answer.code)
+    };
+    let denied = (Verdict::Denied, Code::PolicyNoRule);
+    assert_eq!(code(&[], "10.244.1.1", "10.244.1.9:80"), denied);
+    assert_eq!(
+        code(&networks, "10.244.1.1", "10.244.1.9:80"),
+        (Verdict::Allowed, Code::BridgeUnfiltered)
+    );
+    assert_eq!(code(&networks, "10.244.2.1", "10.244.1.9:80"), denied);
 }

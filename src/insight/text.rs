@@ -308,6 +308,13 @@ fn decided(decision: &Decision, names: &[String], direction: &str) -> String {
             1 => format!("{kind} {policies} selects {who} and no rule allows this"),
             _ => format!("{kind} {policies} select {who} and no rule allows this"),
         },
+        Code::BridgeUnfiltered => {
+            let why = "but the bridge of both pods does not filter: see nftlet status";
+            match decision.policies.is_empty() {
+                true => format!("denied, {why}"),
+                false => format!("{kind} {policies} would deny this, {why}"),
+            }
+        }
         Code::SamePod => "a pod reaches itself".to_owned(),
         Code::NodeToOwnPod => "a node reaches its own pods".to_owned(),
         Code::HostNetwork => format!("{who} is an address of the node, which no policy selects"),
@@ -329,6 +336,7 @@ fn why(code: Code) -> &'static str {
         | Code::PolicyRule
         | Code::PolicyNoRule
         | Code::PolicyDeny
+        | Code::BridgeUnfiltered
         | Code::SamePod
         | Code::NodeToOwnPod
         | Code::HostNetwork => "",
