@@ -8,6 +8,7 @@ mod cluster_policy;
 mod event;
 mod facts;
 mod kind;
+mod labels;
 mod name;
 mod node_ports;
 mod policy;
@@ -22,11 +23,12 @@ pub use facts::{
 };
 pub use kind::Kind;
 pub(crate) use kind::group_of;
+pub use labels::Labels;
 pub use name::ObjectName;
 pub(crate) use node_ports::NodePortAddresses;
 pub(crate) use policy::{
     Evidence, NAMESPACE_NAME, NamedPort, Peer, PolicyPort, PolicyRule, PortMatch, Requirement,
     Sandbox,
 };
-pub use policy::{LabelSelector, Labels, Namespace, NetworkPolicy, Pod};
+pub use policy::{LabelSelector, Namespace, NetworkPolicy, Pod};
 pub(crate) use relist::RelistTracker;
