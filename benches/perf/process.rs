@@ -127,6 +127,14 @@ impl Process {
             .sum()
     }
 
+    /// The seconds of processor time that the main thread used.
+    pub fn main_thread(&self) -> f64 {
+        let stat = self.proc(&format!("task/{}/schedstat", self.daemon.pid()));
+        let nanoseconds = stat.split_whitespace().next();
+        let nanoseconds = nanoseconds.and_then(|it| it.parse::<f64>().ok());
+        nanoseconds.expect("a number of nanoseconds") / 1e9
+    }
+
     fn proc(&self, file: &str) -> String {
         let path = format!("/proc/{}/{file}", self.daemon.pid());
         std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("cannot read {path}: {error}"))

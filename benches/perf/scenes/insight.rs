@@ -3,6 +3,8 @@
 
 use std::fmt::Write as _;
 use std::fs;
+use std::io::{Read as _, Write as _};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Instant;
@@ -18,6 +20,8 @@ use nftlet_lab::netns::Namespace;
 use nftlet_lab::pods::Pods;
 use serde_json::json;
 
+/// Questions for the time of the main thread.
+const ASKED: u32 = 1_000;
 /// The exit codes of an answer: allowed or healthy, and denied or degraded.
 const ANSWERED: [i32; 2] = [0, 3];
 
@@ -135,6 +139,19 @@ impl Arguments {
             let times = self.times(|| run(words));
             table.row(what, self.live, "nftlet", Seconds(times.median()));
         }
+        let mut random = Random::default();
+        let before = process.main_thread();
+        for _ in 0..ASKED {
+            let (from, to) = question(pods, self.live, &mut random);
+            ask(&server.socket(), &from, &to);
+        }
+        let each = (process.main_thread() - before) / f64::from(ASKED);
+        table.row(
+            "agent: main thread, a question",
+            self.live,
+            "nftlet",
+            Seconds(each),
+        );
         process.stop();
     }
 
@@ -154,6 +171,18 @@ fn question(pods: &Pods, size: Size, random: &mut Random) -> (String, String) {
     let (of_service, service) = Cluster::name(random.below(size.services));
     let to = format!("svc/{of_service}/{service}");
     (format!("{namespace}/{name}"), to)
+}
+
+/// Asks the agent for an explanation.
+fn ask(socket: &Path, from: &str, to: &str) {
+    let mut stream = UnixStream::connect(socket).expect("the agent listens");
+    let request = format!(
+        "GET /explain?from={from}&to={to} HTTP/1.1\r\nhost: nftlet\r\nconnection: close\r\n\r\n"
+    );
+    stream.write_all(request.as_bytes()).expect("it is sent");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).expect("an answer");
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
 }
 
 /// Runs a command to its end.

@@ -14,7 +14,7 @@ const DOCUMENTS: [(&str, usize); 14] = [
     ("CHANGELOG.md", 700),
     ("CONTRIBUTING.md", 800),
     ("README.md", 1_500),
-    ("docs/benchmarks.md", 3_300),
+    ("docs/benchmarks.md", 3_500),
     ("docs/compatibility.md", 2_700),
     ("docs/configuration.md", 1_500),
     ("docs/insight.md", 1_200),
