@@ -40,6 +40,7 @@ mod follow;
 mod followers;
 mod io_thread;
 mod kube_proxy_cleanup;
+mod live;
 mod metrics;
 mod monitor;
 mod objects;

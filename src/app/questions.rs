@@ -39,15 +39,17 @@ pub(super) fn answer(
         Command::Explain(asked) => question(asked)?,
         _ => None,
     };
+    let rules = matches!(command, Command::Explain(asked) if asked.rules);
     let runtime = single_threaded()?;
     if let Command::Status(asked) = command {
         return runtime.block_on(status(asked, &settings.socket));
     }
     if is_for_agent(command, settings) {
+        let mut is_too_large = false;
         if let (Command::Explain(asked), Some(_)) = (command, &question) {
             match runtime.block_on(ask_agent(asked, &settings.socket)) {
                 // A question that is too large for the agent is answered here.
-                Err(Error::Ask(AskError::TooMany)) => {}
+                Err(Error::Ask(AskError::TooMany)) => is_too_large = true,
                 answered => return answered,
             }
         }
@@ -63,12 +65,16 @@ pub(super) fn answer(
             policies: &engine,
             node: &node_name,
             has_node: store.has_node(),
+            rules,
             most_pairs: None,
             is_refused: &|_| false,
             unfiltered: &[],
             others: None,
         };
-        return answer_from(&facts, command, question.as_ref());
+        // Only the agent asks the kernel.
+        let warning = (rules && is_too_large)
+            .then_some("not compared with the kernel: the question is too large for the agent");
+        return answer_from(&facts, command, question.as_ref(), warning);
     }
     let manifests = manifests(settings, node_name);
     let mut others = OtherNodes::new(service_settings.clone());
@@ -81,12 +87,13 @@ pub(super) fn answer(
         policies: &engine,
         node: node_name,
         has_node: store.has_node(),
+        rules,
         most_pairs: None,
         is_refused: &|_| false,
         unfiltered: &[],
         others: Some(&others),
     };
-    answer_from(&facts, command, question.as_ref())
+    answer_from(&facts, command, question.as_ref(), None)
 }
 
 /// Returns whether the running agent is asked: no other source of objects is given.
@@ -107,10 +114,11 @@ fn answer_from(
     facts: &Facts,
     command: &Command,
     question: Option<&Question>,
+    warning: Option<&str>,
 ) -> Result<ExitCode, Error> {
     match command {
         Command::Explain(asked) => match (question, &asked.batch) {
-            (Some(question), _) => one(facts, question, asked.output),
+            (Some(question), _) => one(facts, question, asked.output, warning),
             (None, Some(file)) => batch(facts, file),
             (None, None) => Ok(ExitCode::SUCCESS),
         },
@@ -134,6 +142,7 @@ async fn ask_agent(asked: &Explain, socket: &Path) -> Result<ExitCode, Error> {
         ("to", &*to),
         ("form", form),
         ("colour", colour),
+        ("rules", if asked.rules { "yes" } else { "no" }),
     ];
     let body = ask::get(socket, "/explain", &query).await?;
     let answer: Value =
@@ -212,8 +221,14 @@ fn style() -> Style {
     }
 }
 
-fn one(facts: &Facts, question: &Question, output: Output) -> Result<ExitCode, Error> {
-    let answer = explain(facts, question, &mut Plans::default())?;
+fn one(
+    facts: &Facts,
+    question: &Question,
+    output: Output,
+    warning: Option<&str>,
+) -> Result<ExitCode, Error> {
+    let mut answer = explain(facts, question, &mut Plans::default())?;
+    answer.warnings.extend(warning.map(str::to_owned));
     print(|out| match output {
         Output::Json => {
             serde_json::to_writer_pretty(&mut *out, &answer)?;

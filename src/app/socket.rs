@@ -2,7 +2,7 @@
 //!
 //! | Page | Answer |
 //! |---|---|
-//! | `/explain?from=…&to=…` | the answer to one question; with `form=text` as text, in JSON |
+//! | `/explain?from=…&to=…` | the answer to one question; with `form=text` as text, in JSON; with `rules=yes` compared with the kernel |
 //! | `/status` | the state of the agent |
 //! | `/objects` | the objects that the rules are compiled from, as a list of the API |
 //! | `/settings` | the name of the node, and the agent's settings as a configuration file |
@@ -19,6 +19,7 @@ use rustix::system::uname;
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, oneshot, watch};
 
+use super::live;
 use crate::engine::Engine as _;
 use crate::followers::drops::DropCounters;
 use crate::host::addresses;
@@ -125,6 +126,7 @@ impl AgentPages {
         };
         let node = self.node_name.clone();
         let unfiltered = unfiltered_networks(Path::new("/"), &addresses::attached());
+        let rules = word("rules") == "yes";
         let answered = self.look(move |view| {
             let nothing = policies::Engine::off(policies::PolicySettings::default());
             let facts = Facts {
@@ -133,15 +135,19 @@ impl AgentPages {
                 policies: view.policies.unwrap_or(&nothing),
                 node: &node,
                 has_node: view.services.store().has_node(),
+                rules,
                 most_pairs: Some(MOST_PAIRS),
                 is_refused: &|service| view.services.is_refused(service),
                 unfiltered: &unfiltered,
                 others: None,
             };
-            explain(&facts, &question, &mut Plans::default())
+            let (changed, endpoints) = view.pending;
+            let answer = explain(&facts, &question, &mut Plans::default())?;
+            Ok((answer, changed + endpoints))
         });
         let answer = match answered.await {
-            Ok(Ok(answer)) => answer,
+            Ok(Ok((answer, waiting))) if rules => live::ask(answer, waiting).await,
+            Ok(Ok((answer, _))) => answer,
             Ok(Err(error @ NameError::TooMany(_))) => {
                 return failed(StatusCode::PAYLOAD_TOO_LARGE, &error.to_string());
             }

@@ -32,7 +32,7 @@ use crate::netlink;
 use crate::nft::{Element, Op, Transaction, Value};
 use crate::services::Claim;
 use crate::services::{
-    self, Clients, Route, Scope, ServiceChanges, ServicePlan, Target, address, number,
+    self, Clients, Route, Scope, ServiceChanges, ServicePlan, Target, address, number, target,
 };
 use crate::sync::{ElementRemoval, Kernel, Query, RemovalOutcome};
 
@@ -536,12 +536,11 @@ impl AffinityEntry {
             132 => Protocol::Sctp,
             _ => return None,
         };
-        let (endpoint, endpoint_port) = data.as_bytes().split_at_checked(length)?;
         Some(Self {
             address: address(at)?,
             protocol,
             port: number(rest.get(4..)?)?,
-            target: (address(endpoint)?, number(endpoint_port)?),
+            target: target(data)?,
         })
     }
 

@@ -4,6 +4,9 @@ use std::net::IpAddr;
 
 use serde::Serialize;
 
+use super::live::Live;
+use super::rules::{RuleName, Subjects};
+
 /// The answer to one question. Its JSON is an interface; fields may be added.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -34,6 +37,11 @@ pub(crate) struct Answer {
     pub warnings: Vec<String>,
     /// What was assumed because the facts lack it.
     pub assumptions: Vec<String>,
+    /// What the kernel says of the connection.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub live: Option<Live>,
+    #[serde(skip)]
+    pub subjects: Subjects,
 }
 
 /// What happens to a connection.
@@ -118,6 +126,8 @@ pub(crate) enum Code {
     BridgeUnfiltered,
     /// No pod with this address is known.
     PodUnknown,
+    /// Session affinity binds the client to one endpoint.
+    Affinity,
 }
 
 /// What the rules of services do.
@@ -138,6 +148,9 @@ pub(crate) struct ServiceStep {
     pub node: Option<String>,
     /// The endpoints that get no traffic.
     pub left_out: Vec<LeftOut>,
+    /// The chains and elements that decide, if asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rules: Option<Vec<RuleName>>,
 }
 
 /// What happens to packets of a frontend.
@@ -224,6 +237,9 @@ pub(crate) struct Decision {
     pub nearest: Option<Nearest>,
     /// The node whose rules decide.
     pub decided_on: Option<String>,
+    /// The chains and elements that decide, if asked for and in the rules of the own node.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rules: Option<Vec<RuleName>>,
 }
 
 /// A policy.

@@ -11,6 +11,7 @@ use super::names::{NameError, Place, places};
 use super::nodes::OtherNode;
 use super::ports::{Ports, ports};
 use super::question::{End, Question};
+use super::rules::{self, Subjects};
 use super::service::{self, Destination, Judgement, Plans, Source, is_of_node};
 use super::{API_VERSION, Facts};
 use crate::model::{Family, Kind, ObjectName, Protocol, Service, Tier};
@@ -18,8 +19,6 @@ use crate::policies::{self, Connection, Direction, RuleOf};
 
 /// The tier of NetworkPolicies, between those of cluster policies.
 const NETWORK_POLICY: &str = "NetworkPolicy";
-/// The protocol number of ICMP in a family.
-const ICMP: [(Family, u8); 2] = [(Family::V4, 1), (Family::V6, 58)];
 
 /// The answer for one port.
 #[derive(Clone, Debug)]
@@ -101,7 +100,7 @@ pub(crate) fn explain(
             to: question.to.to_string(),
         });
     };
-    Ok(Answer {
+    let mut answer = Answer {
         api_version: API_VERSION,
         from: question.from.to_string(),
         source_addresses: sources.iter().map(|from| from.place.address).collect(),
@@ -125,12 +124,23 @@ pub(crate) fn explain(
             .to_owned(),
         verdict,
         code: shown.code,
-        service: shown.step,
-        targets: shown.targets,
+        service: shown.step.clone(),
+        targets: shown.targets.clone(),
         ports: each,
         warnings: warnings(facts, question, &sources),
         assumptions: assumptions(facts),
-    })
+        live: None,
+        subjects: Subjects::default(),
+    };
+    if facts.rules {
+        // The rules of other nodes are not those of the kernel here.
+        let own = sources.iter().filter(|from| from.other.is_none());
+        let from = own.map(|from| from.place.address);
+        let to = destinations.iter().map(|place| place.address);
+        let ends = rules::Ends::new(shown.family, from, to);
+        rules::add(facts, &mut answer, &ends, &shown.port, plans);
+    }
+    Ok(answer)
 }
 
 /// Checks that a question is not too large for who answers it.
@@ -152,7 +162,7 @@ fn check_size(
     // A bare address may be a frontend with as many endpoints as a named service has.
     let targets = destinations.iter().flat_map(|place| {
         ports.iter().map(|port| {
-            let to = destination(place, port);
+            let to = destination(place.address, port);
             service::endpoints(facts, &to).max(1)
         })
     });
@@ -160,9 +170,9 @@ fn check_size(
     check(targets.saturating_mul(sources.len()))
 }
 
-fn destination(place: &Place, port: &Ports) -> Destination {
+pub(super) fn destination(address: IpAddr, port: &Ports) -> Destination {
     Destination {
-        address: place.address,
+        address,
         protocol: port.protocol,
         port: port.number(),
     }
@@ -288,7 +298,7 @@ fn of_port(
         let facts = from.facts(facts);
         let source = source_of(&facts, from.place.address);
         for destination in destinations {
-            let to = self::destination(destination, port);
+            let to = self::destination(destination.address, port);
             let judged = service::judge(&facts, &source, &to, plans);
             let beyond = beyond(&facts, &source, &to, &judged, plans);
             let (judged, to_node) = match &beyond {
@@ -386,13 +396,7 @@ fn connection(
     Connection {
         source: source.address,
         destination: address,
-        protocol: match port.protocol {
-            Some(protocol) => protocol.number(),
-            None => ICMP
-                .iter()
-                .find(|(of, _)| *of == family)
-                .map_or(1, |(_, it)| *it),
-        },
+        protocol: port.protocol_number(family),
         port: number,
     }
 }
@@ -409,6 +413,9 @@ fn is_bridged(facts: &Facts, connection: &Connection) -> bool {
 
 /// Turns a denial into what becomes of packets that no rule sees.
 fn pass(decision: &mut Decision) {
+    if let Some(rules) = &mut decision.rules {
+        rules.clear();
+    }
     if decision.verdict != Verdict::Allowed {
         decision.verdict = Verdict::Allowed;
         decision.code = Code::BridgeUnfiltered;
@@ -466,7 +473,22 @@ fn target_answer(
     }
 }
 
+/// Asks the policies of one end.
 fn decide(
+    facts: &Facts,
+    direction: Direction,
+    connection: &Connection,
+    source: &Source,
+) -> Decision {
+    let decision = decided(facts, direction, connection, source);
+    let rules = || rules::of_policies(facts, direction, connection, decision.code);
+    Decision {
+        rules: facts.rules.then(rules),
+        ..decision
+    }
+}
+
+fn decided(
     facts: &Facts,
     direction: Direction,
     connection: &Connection,
@@ -485,6 +507,7 @@ fn decide(
         rule: None,
         nearest: None,
         decided_on: decided_on.clone(),
+        rules: None,
     };
     if facts.is_of_any_node(end) {
         return allowed(Code::HostNetwork);

@@ -1,6 +1,7 @@
 //! Answers people's questions: what the rules do with a packet, and why.
 //!
-//! Pure functions over the objects of the engines; they read no rule and write none.
+//! Pure functions over the objects of the engines, which also name the rules that decide. What the
+//! kernel has is asked for through a trait ([`KernelView`]).
 //!
 //! ```text
 //!  question ──> names ──> ends (addresses of a family)
@@ -12,23 +13,27 @@
 
 mod answer;
 mod explain;
+mod live;
 mod names;
 mod nodes;
 pub(crate) mod objects;
 mod policies;
 mod ports;
 mod question;
+mod rules;
 mod service;
 mod services;
 pub(crate) mod status;
 mod text;
 
-pub(crate) use answer::Verdict;
+pub(crate) use answer::{Answer, Verdict};
 pub(crate) use explain::explain;
+pub(crate) use live::{KernelView, TrackedConnection, add as add_live, not_read};
 pub(crate) use names::NameError;
 pub(crate) use nodes::OtherNodes;
 pub(crate) use policies::policies;
 pub(crate) use question::{Question, QuestionError};
+pub(crate) use rules::{ElementKey, Pair};
 pub(crate) use service::Plans;
 pub(crate) use services::{ServiceFilter, services};
 pub(crate) use text::{
@@ -54,6 +59,8 @@ pub(crate) struct Facts<'a> {
     pub node: &'a str,
     /// Whether the Node object of the own node is known.
     pub has_node: bool,
+    /// Whether an answer names the rules that decide.
+    pub rules: bool,
     /// The most pairs of addresses and ports that one question may be about.
     pub most_pairs: Option<usize>,
     /// Returns whether the kernel refused the rules of a service.

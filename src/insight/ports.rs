@@ -7,7 +7,10 @@ use std::net::IpAddr;
 use super::Facts;
 use super::names::{NameError, Place};
 use super::question::{End, PortName, Question};
-use crate::model::{ObjectName, Protocol, Service};
+use crate::model::{Family, ObjectName, Protocol, Service};
+
+const ICMP: u8 = 1;
+const ICMPV6: u8 = 58;
 
 /// Ports with one protocol that all rules treat alike.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,6 +26,15 @@ impl Ports {
         Self {
             range: Some((number, number)),
             protocol,
+        }
+    }
+
+    /// Returns the number of the protocol in packets of a family.
+    pub fn protocol_number(&self, family: Family) -> u8 {
+        match (self.protocol, family) {
+            (Some(protocol), _) => protocol.number(),
+            (None, Family::V4) => ICMP,
+            (None, Family::V6) => ICMPV6,
         }
     }
 

@@ -89,6 +89,63 @@ pub(super) fn judge(
     judgement
 }
 
+/// What the rules of services know of a destination.
+pub(super) enum Asked<'p> {
+    /// It is a frontend.
+    Frontend {
+        plan: &'p ServicePlan,
+        frontend: &'p Frontend,
+    },
+    /// It is a ClusterIP, but no port of it.
+    OtherPort,
+    /// It is in a range of service addresses, but of no service.
+    Unassigned,
+    NoService,
+}
+
+/// Looks up what the rules of services know of a destination.
+pub(super) fn asked<'p>(facts: &Facts, to: &Destination, plans: &'p mut Plans) -> Asked<'p> {
+    let address = to.address;
+    let with_address = facts.store.with_cluster_ip(address);
+    let has_address = with_address
+        .and_then(|name| plans.of(facts, name))
+        .is_some_and(|plan| plan.cluster_ips.contains(&address));
+    if let Some((claim, name)) = owner(facts, to)
+        && let Some(plan) = plans.of(facts, name)
+    {
+        let family = Family::of(address);
+        let mut frontends = plan.frontends.iter();
+        if let Some(frontend) = frontends.find(|it| it.at == claim && it.family == family) {
+            return Asked::Frontend { plan, frontend };
+        }
+    }
+    if has_address {
+        Asked::OtherPort
+    } else if is_unassigned(facts, address) {
+        Asked::Unassigned
+    } else {
+        Asked::NoService
+    }
+}
+
+/// Returns whether only endpoints of this node get the packets of a client, by the external traffic
+/// policy.
+pub(super) fn takes_local(
+    facts: &Facts,
+    source: &Source,
+    plan: &ServicePlan,
+    frontend: &Frontend,
+) -> bool {
+    let Route::LocalPolicy { cluster, .. } = frontend.route else {
+        return false;
+    };
+    let any = plan
+        .pools
+        .get(cluster)
+        .is_some_and(|it| !it.targets.is_empty());
+    any && !source.is_node && !comes_from_pods(facts, source, frontend.family)
+}
+
 /// Returns the number of endpoints of the service with a destination; 0 if it is no frontend.
 pub(super) fn endpoints(facts: &Facts, to: &Destination) -> usize {
     let Some((_, name)) = owner(facts, to) else {
@@ -153,11 +210,7 @@ fn no_frontend(facts: &Facts, to: &Destination) -> Judgement {
             Some(Code::ServicePortUnknown),
             Some(name.to_string()),
         )
-    } else if facts
-        .store
-        .service_cidrs()
-        .any(|range| range.contains(&to.address))
-    {
+    } else if is_unassigned(facts, to.address) {
         (Action::Drop, Some(Code::ServiceAddressUnknown), None)
     } else {
         (Action::None, None, None)
@@ -174,6 +227,12 @@ fn no_frontend(facts: &Facts, to: &Destination) -> Judgement {
         },
         code,
     }
+}
+
+/// Returns whether an address is in a range of service addresses.
+fn is_unassigned(facts: &Facts, address: IpAddr) -> bool {
+    let mut ranges = facts.store.service_cidrs();
+    ranges.any(|range| range.contains(&address))
 }
 
 /// Follows the route of a frontend. Returns also the endpoints that its traffic policy chooses, sorted,

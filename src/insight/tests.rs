@@ -346,6 +346,7 @@ proptest! {
             policies: &policies,
             node: NODE,
             has_node: true,
+            rules: true,
             most_pairs: None,
             is_refused: &|_| false,
             unfiltered: &[],
@@ -353,6 +354,7 @@ proptest! {
         };
         let mut plans = Plans::default();
         for family in Family::ALL {
+            let finder = services::ServiceParts::new(family, &store, &settings).unwrap();
             for (address, input) in sources(family) {
                 let source = explain::source_of(&facts, address);
                 for (to, port) in destinations(family, most) {
@@ -373,6 +375,13 @@ proptest! {
                         };
                         let answered = answered(&facts, &source, &destination, &mut plans);
                         prop_assert_eq!(answered, walked, "{:?}", packet);
+                        let asked = service::asked(&facts, &destination, &mut plans);
+                        let is_service = !matches!(asked, service::Asked::NoService);
+                        let parts = rules::of_service(&facts, &finder, &source, to, &asked);
+                        prop_assert_eq!(is_service, !parts.is_empty(), "{:?}", packet);
+                        for part in parts {
+                            prop_assert!(part.is_in(&ruleset), "{:?}: {:?}", packet, part);
+                        }
                     }
                 }
             }
@@ -399,6 +408,7 @@ fn what_a_bridge_switches_past_the_rules_is_allowed() {
             policies: &policies,
             node: NODE,
             has_node: true,
+            rules: true,
             most_pairs: None,
             is_refused: &|_| false,
             unfiltered,
@@ -406,6 +416,9 @@ fn what_a_bridge_switches_past_the_rules_is_allowed() {
         };
         let question = Question::new(from, to).unwrap();
         let answer = explain(&facts, &question, &mut Plans::default()).unwrap();
+        // What no rule sees, none decides.
+        let rules = answer.targets[0].ingress.rules.as_ref().unwrap();
+        assert_eq!(rules.is_empty(), answer.code == Code::BridgeUnfiltered);
         (answer.verdict, answer.code)
     };
     let denied = (Verdict::Denied, Code::PolicyNoRule);

@@ -7,7 +7,9 @@ use std::net::IpAddr;
 use super::answer::{
     Action, Answer, Code, Decision, LeftOut, PolicyName, PortAnswer, TargetAnswer, Verdict,
 };
+use super::live;
 use super::policies::PolicyRow;
+use super::rules::{self, RuleName};
 use super::services::{EndpointRow, ServiceRow};
 
 /// The most lines of endpoints, and names in a line.
@@ -193,10 +195,12 @@ fn steps(answer: &Answer, style: Style, out: &mut impl Write) -> fmt::Result {
         )?,
     }
     left_out(&step.left_out, out)?;
-    if answer.targets.is_empty() {
-        return Ok(());
-    }
-    for (what, direction) in [("egress", true), ("ingress", false)] {
+    rules::write(step.rules.as_deref().unwrap_or_default(), INDENT, out)?;
+    let directions = match answer.targets.is_empty() {
+        true => &[][..],
+        false => &[("egress", true), ("ingress", false)],
+    };
+    for (what, direction) in directions.iter().copied() {
         let of = |target: &TargetAnswer| {
             if direction {
                 target.egress.clone()
@@ -204,9 +208,10 @@ fn steps(answer: &Answer, style: Style, out: &mut impl Write) -> fmt::Result {
                 target.ingress.clone()
             }
         };
-        let mut groups: Vec<(Decision, Vec<String>)> = Vec::new();
+        let mut groups: Vec<(Decision, Vec<String>, Vec<RuleName>)> = Vec::new();
         for target in &answer.targets {
             let mut decision = of(target);
+            let of_target = decision.rules.take().unwrap_or_default();
             // Who is asked matters where it is denied.
             if decision.verdict == Verdict::Allowed
                 || decision.decided_on.as_ref() == Some(&answer.node)
@@ -223,13 +228,17 @@ fn steps(answer: &Answer, style: Style, out: &mut impl Write) -> fmt::Result {
                     .clone()
                     .unwrap_or_else(|| target.address.to_string())
             };
-            match groups.iter_mut().find(|(known, _)| *known == decision) {
-                Some((_, names)) if names.contains(&who) => {}
-                Some((_, names)) => names.push(who),
-                None => groups.push((decision, vec![who])),
+            match groups.iter_mut().find(|(known, ..)| *known == decision) {
+                Some((_, names, rules)) => {
+                    if !names.contains(&who) {
+                        names.push(who);
+                    }
+                    rules::add_new(rules, of_target);
+                }
+                None => groups.push((decision, vec![who], of_target)),
             }
         }
-        for (decision, names) in &groups {
+        for (decision, names, rules) in &groups {
             let mut text = decided(decision, names, what);
             if let Some(node) = &decision.decided_on {
                 write!(text, " (by the rules of {node})")?;
@@ -252,9 +261,13 @@ fn steps(answer: &Answer, style: Style, out: &mut impl Write) -> fmt::Result {
                     out,
                 )?;
             }
+            rules::write(rules, INDENT, out)?;
         }
     }
-    Ok(())
+    live::write(answer, |what, word, verdict, text| {
+        let word = style.verdict(word, verdict, 11);
+        writeln!(out, "    {what:<9} {word} {text}")
+    })
 }
 
 fn more(text: &str, out: &mut impl Write) -> fmt::Result {
@@ -339,7 +352,8 @@ fn why(code: Code) -> &'static str {
         | Code::BridgeUnfiltered
         | Code::SamePod
         | Code::NodeToOwnPod
-        | Code::HostNetwork => "",
+        | Code::HostNetwork
+        | Code::Affinity => "",
     }
 }
 

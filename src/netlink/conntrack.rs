@@ -17,11 +17,13 @@ use crate::nft::TableFamily;
 
 mod error;
 mod flow;
+mod opened;
 mod tracked;
 mod tuple;
 
 pub use error::ConntrackError;
 pub use flow::{Flow, FlowFilter};
+pub use opened::{OpenedBy, OpenedConnection};
 #[cfg(test)]
 pub(crate) use tracked::ConntrackHandle;
 pub use tracked::{EntryToCut, Tracked};
@@ -107,6 +109,33 @@ impl Conntrack {
                 each(tracked);
             }
         })
+    }
+
+    /// Calls `each` with the connections that match a filter. As in [`Conntrack::flows`], one may come
+    /// up twice.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Conntrack::flows`].
+    pub fn opened(
+        &mut self,
+        by: &OpenedBy,
+        mut each: impl FnMut(OpenedConnection),
+    ) -> Result<(), ConntrackError> {
+        let mut each = |message: Message| {
+            let opened = OpenedConnection::read(message);
+            // Older kernels filter by fewer fields, or by none.
+            if let Some(opened) = opened.filter(|opened| by.admits(opened)) {
+                each(opened);
+            }
+        };
+        if self.kernel_filters {
+            match self.dump(CONNECTIONS, by.family(), &by.attributes(), &mut each) {
+                Err(ConntrackError::List { .. }) => self.kernel_filters = false,
+                settled => return settled,
+            }
+        }
+        self.dump(CONNECTIONS, by.family(), &[], &mut each)
     }
 
     /// Dumps the entries of a family. A dump that was interrupted is repeated.

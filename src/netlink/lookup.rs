@@ -5,13 +5,16 @@
 //! minute for a million. A lookup of one element takes constant time. The count of elements, which
 //! Linux 6.17 and later report, shows whether the set has others than the wanted ones.
 
+use std::io;
+use std::time::Duration;
+
 use super::encode::write_data;
 use super::error::Error;
 use super::message::{AttrReader, AttrWriter, family_number};
 use super::nftables::Nftables;
-use super::read::element;
+use super::read::{counter, element};
 use super::uapi;
-use crate::nft::{Declaration, Element, Name, TableId};
+use crate::nft::{Declaration, Element, Key, Name, TableId};
 
 /// The size from which lookups are faster than a dump.
 const LARGE: usize = 150_000;
@@ -22,7 +25,64 @@ const AT_ONCE: usize = 100;
 const MOST_MISSING: usize = 1_000;
 const WHAT: &str = "elements of a set";
 
+/// An element as the kernel has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FoundElement {
+    /// The element.
+    pub element: Element,
+    /// The time after which the kernel removes it, in a set with a timeout.
+    pub expires: Option<Duration>,
+    /// The packets that it counted.
+    pub packets: Option<u64>,
+}
+
 impl Nftables {
+    /// Looks up an element by its key; `None` if the set does not have it or does not exist. In a set of
+    /// intervals the key is the beginning of one.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel does not answer.
+    pub fn look_up(
+        &mut self,
+        id: &TableId,
+        set: &Name,
+        key: &Key,
+    ) -> Result<Option<FoundElement>, Error> {
+        let mut found = None;
+        let errno = self.fetch_all(
+            WHAT,
+            libc::NFT_MSG_GETSETELEM,
+            family_number(id.family),
+            &request(id, set, [key]),
+            1,
+            |message| {
+                let list = message
+                    .attributes()
+                    .nested(uapi::NFTA_SET_ELEM_LIST_ELEMENTS);
+                let mut items = list.into_iter().flatten();
+                found = items.next().and_then(|(_, item)| {
+                    let item = AttrReader::new(item);
+                    let (element, _) = element(item, &mut Vec::new())?;
+                    let expires = item.be64(uapi::NFTA_SET_ELEM_EXPIRATION);
+                    Some(FoundElement {
+                        element,
+                        expires: expires.map(Duration::from_millis),
+                        packets: counter(item).map(|(packets, _)| packets),
+                    })
+                });
+            },
+        )?;
+        match errno {
+            0 => Ok(found),
+            libc::ENOENT => Ok(None),
+            errno => Err(Error::Receive {
+                what: WHAT,
+                source: io::Error::from_raw_os_error(errno),
+            }),
+        }
+    }
+
     /// Returns the elements of a large set, sorted by key like `wanted`, if it has no others than at
     /// the keys of `wanted`. `None` if it has, if the kernel cannot tell, or if a dump is as fast.
     ///
@@ -53,7 +113,7 @@ impl Nftables {
                 WHAT,
                 libc::NFT_MSG_GETSETELEM,
                 family_number(id.family),
-                &request(id, set, asked),
+                &request(id, set, asked.iter().map(|element| &element.key)),
                 asked.len(),
                 |message| {
                     let list = message
@@ -108,15 +168,15 @@ impl Nftables {
     }
 }
 
-fn request(id: &TableId, set: &Name, elements: &[Element]) -> Vec<u8> {
+fn request<'a>(id: &TableId, set: &Name, keys: impl IntoIterator<Item = &'a Key>) -> Vec<u8> {
     let mut bytes = Vec::new();
     let mut writer = AttrWriter::new(&mut bytes);
     writer.string(uapi::NFTA_SET_ELEM_LIST_TABLE, id.name.as_str());
     writer.string(uapi::NFTA_SET_ELEM_LIST_SET, set.as_str());
     let list = writer.begin(uapi::NFTA_SET_ELEM_LIST_ELEMENTS);
-    for element in elements {
+    for key in keys {
         let item = writer.begin(uapi::NFTA_LIST_ELEM);
-        write_data(&mut writer, uapi::NFTA_SET_ELEM_KEY, element.key.as_bytes());
+        write_data(&mut writer, uapi::NFTA_SET_ELEM_KEY, key.as_bytes());
         writer.end(item);
     }
     writer.end(list);

@@ -45,12 +45,15 @@ mod udata;
 
 #[cfg(test)]
 pub(crate) use conntrack::ConntrackHandle;
-pub use conntrack::{Conntrack, ConntrackError, EntryToCut, Flow, FlowFilter, Tracked};
+pub use conntrack::{
+    Conntrack, ConntrackError, EntryToCut, Flow, FlowFilter, OpenedBy, OpenedConnection, Tracked,
+};
 pub use encode::{Batch, encode};
 pub use error::{Error, ErrorClass, Owner, Refusal};
 pub use inventory::FoundBaseChain;
 pub(crate) use ipset::IpSets;
 pub(crate) use link::Links;
+pub use lookup::FoundElement;
 pub use monitor::{Monitor, Notification};
 pub use mute::MutedMonitor;
 pub use nflog::{Denied, LogReader, Logged};

@@ -18,8 +18,8 @@ use super::nftables::{Dumped, Nftables};
 use super::socket::{DUMP_ATTEMPTS, Message};
 use super::{uapi, udata};
 use crate::nft::{
-    BaseChain, Chain, ChainKind, Data, Declaration, Element, Hook, Key, Name, Rule, Ruleset, Set,
-    SetKind, Statement, Table, TableFamily, TableId, Value, Verdict,
+    BaseChain, Chain, ChainKind, Data, Declaration, Element, Hook, Key, Name, Rule, Ruleset,
+    RulesetPart, Set, SetKind, Statement, Table, TableFamily, TableId, Value, Verdict,
 };
 
 // NFT_SET_* flags of the kernel.
@@ -55,7 +55,7 @@ impl Nftables {
             strays: self.strays(id)?,
             ..Table::default()
         };
-        for (chain, rule) in self.rules(id, expected)? {
+        for (chain, rule) in self.rules(id, None, expected)? {
             if let Some(chain) = table.chains.get_mut(&chain) {
                 chain.rules.push(rule);
             }
@@ -141,13 +141,61 @@ impl Nftables {
         Ok(found.collect())
     }
 
-    /// Reads the rules of a table in order.
-    fn rules(&mut self, id: &TableId, expected: &Table) -> Result<Vec<(Name, Rule)>, Error> {
+    /// Returns whether the kernel has a chain with its rules, or an element.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel does not answer or every attempt at a dump is interrupted.
+    pub fn has(&mut self, part: &RulesetPart) -> Result<bool, Error> {
+        match part {
+            RulesetPart::Chain(id, name, chain) => self.has_chain(id, name, chain),
+            RulesetPart::Element(id, set, declaration, element) if declaration.interval => {
+                let found = self.settled_elements(id, set.as_str(), declaration)?;
+                Ok(found.is_some_and(|found| found.contains(element)))
+            }
+            RulesetPart::Element(id, set, _, element) => {
+                let found = self.look_up(id, set, &element.key)?;
+                Ok(found.is_some_and(|found| found.element == *element))
+            }
+        }
+    }
+
+    fn has_chain(&mut self, id: &TableId, name: &Name, chain: &Chain) -> Result<bool, Error> {
+        let mut attributes = Vec::new();
+        let mut writer = AttrWriter::new(&mut attributes);
+        writer.string(uapi::NFTA_CHAIN_TABLE, id.name.as_str());
+        writer.string(uapi::NFTA_CHAIN_NAME, name.as_str());
+        let (kind, family) = (libc::NFT_MSG_GETCHAIN, family_number(id.family));
+        let mut base = None;
+        let errno = self.fetch_all("a chain", kind, family, &attributes, 1, |message| {
+            base = base_chain(message.attributes());
+        })?;
+        if errno != 0 || base != chain.base {
+            return Ok(false);
+        }
+        let mut expected = Table::default();
+        expected.chains.insert(name.clone(), chain.clone());
+        let found = self.rules(id, Some(name), &expected)?;
+        let found = found.iter().filter(|(of, _)| of == name);
+        Ok(found.map(|(_, rule)| rule).eq(&chain.rules))
+    }
+
+    /// Reads the rules of a table in order; with a chain, at least those of that chain.
+    fn rules(
+        &mut self,
+        id: &TableId,
+        of: Option<&Name>,
+        expected: &Table,
+    ) -> Result<Vec<(Name, Rule)>, Error> {
+        let mut filter = string_attribute(uapi::NFTA_RULE_TABLE, id.name.as_str());
+        if let Some(chain) = of {
+            AttrWriter::new(&mut filter).string(uapi::NFTA_RULE_CHAIN, chain.as_str());
+        }
         let dumped = self.dump(
             "the rules",
             libc::NFT_MSG_GETRULE,
             family_number(id.family),
-            &string_attribute(uapi::NFTA_RULE_TABLE, id.name.as_str()),
+            &filter,
         )?;
         let mut scratch = Scratch::new();
         let mut counts: BTreeMap<String, usize> = BTreeMap::new();
@@ -420,7 +468,7 @@ fn set_expression(found: AttrReader) -> Option<Cow<'static, str>> {
 }
 
 /// Returns packets and bytes of a dumped element's counter.
-fn counter(item: AttrReader) -> Option<(u64, u64)> {
+pub(super) fn counter(item: AttrReader) -> Option<(u64, u64)> {
     let expression = item.nested(uapi::NFTA_SET_ELEM_EXPR)?;
     if expression.string(uapi::NFTA_EXPR_NAME) != Some("counter") {
         return None;

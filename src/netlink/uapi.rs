@@ -40,6 +40,7 @@ pub(crate) const NFTA_LIST_ELEM: u16 = 1;
 pub(crate) const NFTA_SET_ELEM_KEY: u16 = 1;
 pub(crate) const NFTA_SET_ELEM_DATA: u16 = 2;
 pub(crate) const NFTA_SET_ELEM_FLAGS: u16 = 3;
+pub(crate) const NFTA_SET_ELEM_EXPIRATION: u16 = 5;
 pub(crate) const NFTA_SET_ELEM_USERDATA: u16 = 6;
 pub(crate) const NFTA_SET_ELEM_EXPR: u16 = 7;
 pub(crate) const NFTA_SET_ELEM_KEY_END: u16 = 10;
@@ -65,6 +66,12 @@ pub(crate) const IPCTNL_MSG_CT_GET: u16 = 1;
 pub(crate) const IPCTNL_MSG_CT_DELETE: u16 = 2;
 pub(crate) const CTA_TUPLE_ORIG: u16 = 1;
 pub(crate) const CTA_TUPLE_REPLY: u16 = 2;
+pub(crate) const CTA_STATUS: u16 = 3;
+pub(crate) const CTA_PROTOINFO: u16 = 4;
+pub(crate) const CTA_PROTOINFO_TCP: u16 = 1;
+pub(crate) const CTA_PROTOINFO_SCTP: u16 = 3;
+/// The same for both protocols.
+pub(crate) const CTA_PROTOINFO_STATE: u16 = 1;
 pub(crate) const CTA_ID: u16 = 12;
 pub(crate) const CTA_TUPLE_MASTER: u16 = 14;
 pub(crate) const CTA_ZONE: u16 = 18;
@@ -82,6 +89,7 @@ pub(crate) const CTA_PROTO_DST_PORT: u16 = 3;
 pub(crate) const CTA_FILTER_ORIG_FLAGS: u16 = 1;
 /// Flags of `CTA_FILTER_ORIG_FLAGS`, from the kernel's internal header
 /// `net/netfilter/nf_internals.h`.
+pub(crate) const CTA_FILTER_F_IP_SRC: u32 = 1 << 0;
 pub(crate) const CTA_FILTER_F_IP_DST: u32 = 1 << 1;
 pub(crate) const CTA_FILTER_F_PROTO_NUM: u32 = 1 << 3;
 pub(crate) const CTA_FILTER_F_PROTO_DST_PORT: u32 = 1 << 5;

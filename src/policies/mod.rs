@@ -52,6 +52,7 @@ mod judge;
 mod layout;
 mod links;
 mod nodes;
+mod parts;
 mod plans;
 mod profile;
 mod reassigned;

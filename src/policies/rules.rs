@@ -56,14 +56,7 @@ pub(super) fn skeleton(family: Family, settings: &PolicySettings) -> Table {
             elements: Vec::new(),
         };
         table.sets.insert(direction.denied(), counters);
-        // What cluster policies deny gets no answer.
-        for (name, with) in [
-            (direction.deny(), settings.deny_with),
-            (direction.deny_cluster(), DenyWith::Drop),
-        ] {
-            let rules = deny(direction, with, settings);
-            table.chains.insert(name, Chain { base: None, rules });
-        }
+        table.chains.extend(deny_chains(direction, settings));
     }
     let itself = Set {
         declaration: ends(),
@@ -238,6 +231,19 @@ fn base_rules(
         direction.pods(layer),
     )]));
     rules
+}
+
+/// Returns the chain that denies what no policy allows, and that for what cluster policies deny, which
+/// gets no answer.
+pub(super) fn deny_chains(direction: Direction, settings: &PolicySettings) -> [(Name, Chain); 2] {
+    [
+        (direction.deny(), settings.deny_with),
+        (direction.deny_cluster(), DenyWith::Drop),
+    ]
+    .map(|(name, with)| {
+        let rules = deny(direction, with, settings);
+        (name, Chain { base: None, rules })
+    })
 }
 
 fn deny(direction: Direction, with: DenyWith, settings: &PolicySettings) -> Vec<Rule> {

@@ -42,10 +42,12 @@ use crate::nft::{
 const POD_NETWORK: &str = "pod-network";
 /// The addresses whose policies are in force.
 const KNOWN_PODS: &str = "known-pods";
+/// The base chain for what is forwarded.
+pub(super) const STARTUP: &str = "startup";
 /// The base chains, with their hooks. The last one is for packets that IPVS of another proxy sends
 /// past the forward hook.
 const BASES: [(&str, Hook); 3] = [
-    ("startup", Hook::Forward),
+    (STARTUP, Hook::Forward),
     ("startup-to-node", Hook::Input),
     ("startup-by-ipvs", Hook::Output),
 ];

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::*;
 use crate::engine::{BUDGET, Engine as _};
 use crate::model::{
-    Action, ClusterNetworkPolicy, Event, Evidence, HostRoute, Kind, LabelSelector, Labels,
+    Action, ClusterNetworkPolicy, Event, Evidence, Family, HostRoute, Kind, LabelSelector, Labels,
     NamedPort, Namespace, NetworkPolicy, Node, Object, ObjectName, ObjectRef, Peer, Pod,
     PolicyPort, PolicyRule, PortMatch, Protocol, Requirement, Sandbox, Tier, TierPeer, TierRule,
 };
@@ -103,7 +103,44 @@ impl Checked {
         }
         fresh.update(BUDGET);
         is_as(fresh.ruleset(), "a new engine");
+        self.check_deciding_parts();
         work
+    }
+
+    /// Checks that what decides about connections of the isolated addresses is in the kernel, and that
+    /// it denies what the policies deny.
+    fn check_deciding_parts(&self) {
+        let isolated: Vec<IpAddr> = self.engine.isolated().map(|(address, _)| address).collect();
+        for (address, port) in isolated.iter().rev().zip(80..83) {
+            let family = Family::of(*address);
+            let peers = isolated.iter().take(3);
+            let peers = peers.filter(|it| Family::of(**it) == family);
+            for (peer, direction) in peers.flat_map(|peer| Direction::ALL.map(|it| (*peer, it))) {
+                let (source, destination) = match direction {
+                    Direction::Egress => (*address, peer),
+                    Direction::Ingress => (peer, *address),
+                };
+                let connection = Connection {
+                    source,
+                    destination,
+                    protocol: 6,
+                    port: Some(port),
+                };
+                let parts = self.engine.deciding_parts(direction, &connection);
+                for part in &parts {
+                    assert!(part.is_in(&self.kernel), "{connection:?}: {part:?}");
+                }
+                let decision = self.engine.decide(direction, &connection);
+                let counts = parts
+                    .last()
+                    .is_some_and(|last| last.object().starts_with("set denied"));
+                let closed = self.engine.is_closed_to(*address);
+                assert!(
+                    closed || counts != decision.is_allowed(),
+                    "{connection:?}: {parts:?}"
+                );
+            }
+        }
     }
 }
 

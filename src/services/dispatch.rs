@@ -61,14 +61,14 @@ pub enum Action {
 }
 
 /// The verdict map of roles for clients in the source ranges.
-const ALLOWED_ROLES: &str = "allowed-roles";
+pub(super) const ALLOWED_ROLES: &str = "allowed-roles";
 
 const STICKY: u16 = 0x10;
 const FIREWALLED_BIT: u16 = 0x20;
 /// The bits of a number that hold the role.
-const ROLE: u32 = 0xffff_0000;
+pub(super) const ROLE: u32 = 0xffff_0000;
 /// The same without the bit of source ranges.
-const ALLOWED_ROLE: u32 = ROLE & !((FIREWALLED_BIT as u32) << 16);
+pub(super) const ALLOWED_ROLE: u32 = ROLE & !((FIREWALLED_BIT as u32) << 16);
 /// The bits of a number that hold the count.
 const COUNT: u32 = 0x0000_ffff;
 

@@ -6,8 +6,9 @@ use std::net::IpAddr;
 
 use super::dispatch::is_bound_to_node;
 use super::layout::{By, ServiceSet, table_id};
+use super::plan::Target;
 use crate::model::{Family, Protocol};
-use crate::nft::{Element, Key, Name, Op, Ruleset, TableId, Transaction};
+use crate::nft::{Data, Element, Key, Name, Op, Ruleset, TableId, Transaction};
 use crate::services::Claim;
 
 /// Frontends in the kernel that a comparison changes.
@@ -114,6 +115,14 @@ fn claim(family: Family, by: By, key: &Key) -> Option<Claim> {
         Some(at) => Claim::Address(at, protocol, port),
         None => Claim::NodePort(protocol, port),
     })
+}
+
+/// Reads an endpoint from the value of an affinity map.
+pub fn target(data: &Data) -> Option<Target> {
+    let bytes = data.as_bytes();
+    // The port and its padding follow the address.
+    let (at, port) = bytes.split_at_checked(bytes.len().checked_sub(4)?)?;
+    Some((address(at)?, number(port)?))
 }
 
 /// Reads an address from the bytes of a key.

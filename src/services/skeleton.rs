@@ -22,7 +22,7 @@ const SERVICES: &str = "services";
 const TRANSLATED: &str = "translated";
 const MASQUERADE: &str = "masquerade-marked";
 /// Rejects or drops packets to unassigned service addresses and ports.
-const UNASSIGNED: &str = "unassigned";
+pub(super) const UNASSIGNED: &str = "unassigned";
 /// Rejects packets to unassigned ports of a ClusterIP.
 const UNKNOWN_PORTS: &str = "unknown-ports";
 

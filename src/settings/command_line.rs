@@ -73,6 +73,11 @@ pub(crate) struct Explain {
     /// Read the objects from the API server, as in a pod, instead of asking the agent of this node.
     #[arg(long)]
     pub(crate) live: bool,
+    /// Name the tables, chains and set elements that decide. The agent of this node also says whether
+    /// the kernel has them, to which endpoint the client is bound, which connections are tracked, and
+    /// how many packets were denied.
+    #[arg(long)]
+    pub(crate) rules: bool,
     /// The form of the answer.
     #[arg(
         short,

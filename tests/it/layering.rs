@@ -41,7 +41,7 @@ pub const LAYERS: &[(&str, &[&str])] = &[
         "cleanup",
         &["services", "policies", "nft", "netlink", "host", "backoff"],
     ),
-    ("insight", &["model", "services", "policies"]),
+    ("insight", &["model", "nft", "services", "policies"]),
     (
         "app",
         &[

@@ -177,3 +177,61 @@ fn connections_of_connections_are_left_to_these() {
         None
     );
 }
+
+#[test]
+fn connections_of_a_client_are_filtered_and_have_a_state() {
+    let flow = flow("10.0.0.1:4000", "10.96.0.10:80", "10.0.0.3:8080");
+    let read = |bytes: &[u8]| OpenedConnection::read(Message { kind: 0, bytes }).unwrap();
+    let tcp = read(&dumped(&flow, 6, |writer, tuple| {
+        if !tuple {
+            let info = writer.begin(uapi::CTA_PROTOINFO);
+            let of_tcp = writer.begin(uapi::CTA_PROTOINFO_TCP);
+            writer.bytes(uapi::CTA_PROTOINFO_STATE, &[3]);
+            writer.end(of_tcp);
+            writer.end(info);
+        }
+    }));
+    assert_eq!(tcp.state, "ESTABLISHED");
+    assert_eq!(
+        (tcp.replier, tcp.replier_port),
+        (flow.replier.ip(), Some(8080))
+    );
+    let udp = |status: u32| {
+        let bytes = dumped(&flow, UDP, |writer, tuple| {
+            if !tuple {
+                writer.be32(uapi::CTA_STATUS, status);
+            }
+        });
+        read(&bytes).state
+    };
+    assert_eq!((udp(0), udp(2)), ("UNREPLIED", "REPLIED"));
+    let by = OpenedBy {
+        source: flow.source.ip(),
+        destination: flow.destination.ip(),
+        protocol: 6,
+        port: Some(80),
+    };
+    assert!(by.admits(&tcp));
+    let any_port = OpenedBy { port: None, ..by };
+    assert!(any_port.admits(&tcp));
+    for other in [
+        OpenedBy {
+            source: flow.replier.ip(),
+            ..by
+        },
+        OpenedBy {
+            destination: flow.replier.ip(),
+            ..by
+        },
+        OpenedBy {
+            protocol: UDP,
+            ..by
+        },
+        OpenedBy {
+            port: Some(8080),
+            ..by
+        },
+    ] {
+        assert!(!other.admits(&tcp), "{other:?}");
+    }
+}

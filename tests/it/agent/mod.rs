@@ -8,6 +8,7 @@ mod inputs;
 mod logging;
 mod ports;
 mod process;
+mod rules;
 mod server;
 mod signals;
 mod socket;

@@ -10,6 +10,7 @@ use std::process::Output;
 use nftlet_lab::netns::{Daemon, Namespace, require_net_admin, wait_for};
 
 use crate::support::agent::{NFTLET, PATIENCE, wait_for_log};
+use crate::support::listing::named;
 
 const OBJECTS: &str = "tests/fixtures/insight/shop.yaml";
 const FACTS: [&str; 6] = [
@@ -178,6 +179,14 @@ fn a_question_about_many_endpoints_is_left_to_the_client() {
         );
         let answer = request(&path, &text);
         assert!(answer.starts_with("HTTP/1.1 413"), "{to}: {answer}");
+        let rules = answering(&[&words[..], &["--rules"]].concat(), socket);
+        let answer: serde_json::Value = serde_json::from_slice(&rules.stdout).expect("JSON");
+        assert!(!named(&answer).is_empty(), "{to}: {answer}");
+        let warnings = answer["warnings"].to_string();
+        assert!(
+            warnings.contains("not compared with the kernel"),
+            "{to}: {warnings}"
+        );
     }
 }
 

@@ -17,7 +17,7 @@ const DOCUMENTS: [(&str, usize); 14] = [
     ("docs/benchmarks.md", 3_500),
     ("docs/compatibility.md", 2_700),
     ("docs/configuration.md", 1_500),
-    ("docs/insight.md", 1_200),
+    ("docs/insight.md", 1_400),
     ("docs/install.md", 1_650),
     ("docs/monitoring.md", 1_700),
     ("docs/network-policies.md", 1_500),

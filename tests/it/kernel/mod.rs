@@ -7,4 +7,5 @@ mod golden;
 mod healing;
 mod histories;
 mod nflog;
+mod parts;
 mod tables;

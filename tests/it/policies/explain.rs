@@ -1,9 +1,11 @@
-//! `nftlet explain` for random clusters: its answers are those of the independent judge.
+//! `nftlet explain` for random clusters: its answers are those of the independent judge, and
+//! the rules that it names exist.
 
 use std::fmt::Write as _;
 use std::path::Path;
 use std::process::Command;
 
+use crate::support::listing::Listing;
 use crate::support::policy::generate::{self, Random, Shape};
 use crate::support::policy::oracle::{self, Protocol};
 use serde_json::{Value, json};
@@ -23,9 +25,11 @@ const CLUSTERS: u64 = 40;
 const SHOWN: usize = 3;
 
 /// Returns the answers of a node to the questions of a file.
-fn answers(node: &str, objects: &Path, batch: &Path) -> Vec<Value> {
+fn answers(node: &str, more: Option<&str>, objects: &Path, batch: &Path) -> Vec<Value> {
     let output = Command::new(env!("CARGO_BIN_EXE_nftlet"))
-        .args(["explain", "--hostname-override", node, "--manifests"])
+        .arg("explain")
+        .args(more)
+        .args(["--hostname-override", node, "--manifests"])
         .arg(objects)
         .arg("--batch")
         .arg(batch)
@@ -47,7 +51,7 @@ fn explanations_agree_with_the_api() {
         directory.path().join("all.json"),
         directory.path().join("batch"),
     );
-    let (mut denied, mut all, mut same) = (0, 0, 0);
+    let (mut denied, mut all, mut same, mut named) = (0, 0, 0, 0);
     for seed in 0..CLUSTERS {
         let mut random = Random::new(1_000 + seed);
         let cluster = generate::cluster(&mut random, &SHAPE);
@@ -68,8 +72,15 @@ fn explanations_agree_with_the_api() {
             let _ = writeln!(questions, "{source} {to}");
         }
         std::fs::write(&batch, questions).expect("a file");
-        let [answers, on_other] = ["node-1", "node-2"].map(|node| answers(node, &file, &batch));
+        let asks = |node, more| answers(node, more, &file, &batch);
+        let [answers, on_other] = ["node-1", "node-2"].map(|node| asks(node, None));
         assert_eq!(answers.len(), asked.len());
+        let path = file.to_str().expect("UTF-8");
+        let rules = Listing::compiled(["--hostname-override=node-1", "--manifests", path]);
+        named += asks("node-1", Some("--rules"))
+            .iter()
+            .map(|it| rules.assert_names(it))
+            .sum::<usize>();
         let mut different = Vec::new();
         for ((answer, other), asked) in answers.iter().zip(&on_other).zip(&asked) {
             // Where the source is known, the answer does not depend on who answers.
@@ -102,4 +113,5 @@ fn explanations_agree_with_the_api() {
         "{denied} of {all} denied"
     );
     assert!(same > all / 4, "{same} of {all} asked of both nodes");
+    assert!(named > all, "{named} chains and elements");
 }

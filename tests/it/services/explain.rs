@@ -7,6 +7,7 @@ use std::thread;
 use std::time::Duration;
 
 use super::packets::{CIDR, DROPPED, ip, pod_addresses, serve, shop};
+use crate::support::listing::Listing;
 use crate::support::manifests::{Backend, Manifests, Service};
 use nftlet_lab::netns::{Ask, Lab, LabOptions, Machine, require_net_admin};
 use serde_json::{Value, json};
@@ -141,7 +142,7 @@ fn explanations_of_services_agree_with_packets() {
         .collect();
     std::fs::write(&batch, questions.join("\n")).unwrap();
     let output = Command::new(env!("CARGO_BIN_EXE_nftlet"))
-        .arg("explain")
+        .args(["explain", "--rules"])
         .args(manifests.arguments(&CIDR))
         .arg("--batch")
         .arg(&batch)
@@ -155,6 +156,9 @@ fn explanations_of_services_agree_with_packets() {
         .collect();
     assert_eq!(answers.len(), asked.len());
     assert!(answers.len() >= 500, "{}", answers.len());
+    let rules = Listing::compiled(manifests.arguments(&CIDR));
+    let named: usize = answers.iter().map(|it| rules.assert_names(it)).sum();
+    assert!(named > answers.len(), "{named} chains and elements");
     let became: Vec<_> = thread::scope(|scope| {
         let threads: Vec<_> = asked
             .iter()

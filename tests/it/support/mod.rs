@@ -5,6 +5,7 @@ pub mod clock;
 pub mod consumer;
 pub mod kube_proxy;
 pub mod kustomize;
+pub mod listing;
 pub mod manifests;
 pub mod objects;
 pub mod policy;
