@@ -41,7 +41,10 @@ pub const LAYERS: &[(&str, &[&str])] = &[
         "cleanup",
         &["services", "policies", "nft", "netlink", "host", "backoff"],
     ),
-    ("insight", &["model", "nft", "services", "policies"]),
+    (
+        "insight",
+        &["model", "nft", "engine", "services", "policies"],
+    ),
     (
         "app",
         &[
