@@ -32,7 +32,7 @@ pub(crate) struct Live {
     pub changes_waiting: usize,
     /// The endpoint to which the first client is bound.
     pub affinity: Option<Affinity>,
-    /// None if the question is about too many clients and destinations.
+    /// None if the question is about too many clients and destinations, or with a warning.
     pub connections: Option<Connections>,
     /// The packets that policies of this node denied.
     pub drops: Vec<Drops>,
@@ -96,24 +96,30 @@ pub(crate) trait KernelView {
 
 /// Adds what the kernel says to an answer that names the rules.
 pub(crate) fn add<K: KernelView>(answer: &mut Answer, changes_waiting: usize, kernel: &mut K) {
-    let live = Live {
-        changes_waiting,
-        ..Live::default()
-    };
-    let added = compare(answer, kernel).and_then(|not_compared| {
-        let connections = connections(answer, kernel)?;
-        Ok(Live {
-            not_compared,
-            affinity: bind(answer, kernel)?,
-            connections,
-            drops: drops(answer, kernel)?,
-            ..live
-        })
+    let compared = compare(answer, kernel).and_then(|not_compared| {
+        let affinity = bind(answer, kernel)?;
+        let drops = drops(answer, kernel)?;
+        Ok((not_compared, affinity, drops))
     });
-    match added {
-        Ok(live) => answer.live = Some(live),
-        Err(error) => answer.warnings.push(not_read(&error)),
-    }
+    let (not_compared, affinity, drops) = match compared {
+        Ok(compared) => compared,
+        Err(error) => {
+            answer.warnings.push(not_read(&error));
+            return;
+        }
+    };
+    // Some kernels have no connection tracking over netlink.
+    let connections = connections(answer, kernel).unwrap_or_else(|error| {
+        answer.warnings.push(not_read(&error));
+        None
+    });
+    answer.live = Some(Live {
+        not_compared,
+        changes_waiting,
+        affinity,
+        connections,
+        drops,
+    });
 }
 
 /// Returns the warning that the kernel could not be asked.
@@ -197,9 +203,16 @@ fn bind_to(answer: &mut Answer, client: IpAddr, (address, port): Target) {
             target.code = Code::Affinity;
         }
     }
+    let is_refused = matches!(
+        answer.code,
+        Code::ServiceNoEndpoints
+            | Code::ServiceNoLocalEndpoints
+            | Code::ServicePortUnknown
+            | Code::ServiceAddressUnknown
+            | Code::SourceRange
+    );
     // With several ports, or where a service refuses a part, the verdict is also that of others.
-    let of_targets = [Verdict::Allowed, Verdict::Partly, Verdict::Denied];
-    if answer.ports.is_empty() && of_targets.contains(&answer.verdict) {
+    if answer.ports.is_empty() && !is_refused {
         answer.verdict = Verdict::of_all(answer.targets.iter().map(|target| target.verdict));
         let mut targets = answer.targets.iter();
         let denied = targets.find(|target| target.verdict != Verdict::Allowed);
@@ -266,12 +279,7 @@ pub(super) fn write(
         line("affinity", "BOUND", Verdict::Allowed, &text)?;
     }
     match &live.connections {
-        None => line(
-            "tracked",
-            "-",
-            Verdict::Allowed,
-            "not counted: too many clients and destinations",
-        )?,
+        None => line("tracked", "-", Verdict::Allowed, "not counted")?,
         Some(connections) => {
             let mut word = connections.count.to_string();
             if connections.shown.is_empty() {

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{self, Write};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use super::answer::{
     Action, Answer, Code, Decision, LeftOut, PolicyName, PortAnswer, TargetAnswer, Verdict,
@@ -143,7 +143,11 @@ fn steps(answer: &Answer, style: Style, out: &mut impl Write) -> fmt::Result {
     match step.action {
         Action::Dnat => {
             let distinct = distinct(answer).len();
+            let bound = answer.live.as_ref().and_then(|live| live.affinity.as_ref());
             let endpoints = match distinct {
+                1 if bound.is_some_and(|it| is_target(answer, it.endpoint)) => {
+                    "the endpoint to which the client is bound".to_owned()
+                }
                 1 => "the only endpoint".to_owned(),
                 many => format!("one of {many} endpoints"),
             };
@@ -268,6 +272,11 @@ fn steps(answer: &Answer, style: Style, out: &mut impl Write) -> fmt::Result {
         let word = style.verdict(word, verdict, 11);
         writeln!(out, "    {what:<9} {word} {text}")
     })
+}
+
+fn is_target(answer: &Answer, endpoint: SocketAddr) -> bool {
+    let mut targets = answer.targets.iter();
+    targets.any(|target| (target.address, target.port) == (endpoint.ip(), Some(endpoint.port())))
 }
 
 fn more(text: &str, out: &mut impl Write) -> fmt::Result {

@@ -82,6 +82,7 @@ struct Fake {
     packets: u64,
     asked: usize,
     fails: bool,
+    lists_no_connections: bool,
 }
 
 impl KernelView for Fake {
@@ -112,6 +113,9 @@ impl KernelView for Fake {
         pair: &Pair,
         each: &mut dyn FnMut(u32, TrackedConnection),
     ) -> Result<(), String> {
+        if self.lists_no_connections {
+            return Err("no module".into());
+        }
         // The kernel may list a connection twice.
         for id in (0..self.connections).chain(0..self.connections) {
             let connection = TrackedConnection {
@@ -222,6 +226,10 @@ fn a_bound_client_has_one_endpoint() {
     );
     let text = text(&answer);
     assert!(
+        text.contains("the endpoint to which the client is bound;"),
+        "{text}"
+    );
+    assert!(
         text.contains("affinity  BOUND       10.244.1.12 to 10.244.1.2:8080 for 10795 s more"),
         "{text}"
     );
@@ -309,4 +317,19 @@ fn the_rows_in_the_document_are_these() {
         document.contains(&format!("```text\n    kernel{rows}\n```")),
         "{rows}"
     );
+}
+
+#[test]
+fn a_kernel_without_connection_tracking_is_compared() {
+    let mut answer = answer(1);
+    let mut kernel = Fake {
+        lists_no_connections: true,
+        ..Fake::default()
+    };
+    add(&mut answer, 0, &mut kernel);
+    let warnings = &answer.warnings;
+    assert_eq!(*warnings, ["what the kernel has is not shown: no module"]);
+    let text = text(&answer);
+    assert!(text.contains("kernel    AGREES"), "{text}");
+    assert!(text.contains("tracked   -           not counted"), "{text}");
 }
