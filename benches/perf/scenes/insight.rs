@@ -56,13 +56,13 @@ impl Arguments {
         let mut report = Report::new("insight", parameters);
         let pods = Pods::new(self.pods as usize, self.policies as usize);
         let mut table = Table::new("Answers", "services");
-        self.from_a_dump(&pods, context, &mut table);
-        self.from_the_agent(&pods, context, &mut table);
+        self.ask_a_dump(&pods, context, &mut table);
+        self.ask_the_agent(&pods, context, &mut table);
         report.tables.push(table);
         report
     }
 
-    fn from_a_dump(&self, pods: &Pods, context: &Context, table: &mut Table) {
+    fn ask_a_dump(&self, pods: &Pods, context: &Context, table: &mut Table) {
         context.progress(format_args!("{}  dump", self.dump));
         let directory = tempfile::tempdir().expect("a directory");
         let at = |name: &str| directory.path().join(name);
@@ -115,7 +115,7 @@ impl Arguments {
         }
     }
 
-    fn from_the_agent(&self, pods: &Pods, context: &Context, table: &mut Table) {
+    fn ask_the_agent(&self, pods: &Pods, context: &Context, table: &mut Table) {
         context.progress(format_args!("{}  agent", self.live));
         let cluster = Cluster::new(self.live);
         let server = Server::new(Namespace::new("node"), &context.nftlet);
