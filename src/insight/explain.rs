@@ -4,9 +4,9 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use super::answer::{
-    Action, Answer, Code, Decision, Nearest, PolicyName, PortAnswer, ServiceStep, TargetAnswer,
-    Verdict,
+    Action, Answer, Code, Decision, PortAnswer, ServiceStep, TargetAnswer, Verdict,
 };
+use super::decision::{decide, is_bridged, pass};
 use super::names::{NameError, Place, places};
 use super::nodes::OtherNode;
 use super::ports::{Ports, ports};
@@ -14,11 +14,8 @@ use super::question::{End, Question};
 use super::rules::{self, Subjects};
 use super::service::{self, Destination, Judgement, Plans, Source, is_of_node};
 use super::{API_VERSION, Facts};
-use crate::model::{Family, Kind, ObjectName, Protocol, Service, Tier};
-use crate::policies::{self, Connection, Direction, RuleOf};
-
-/// The tier of NetworkPolicies, between those of cluster policies.
-const NETWORK_POLICY: &str = "NetworkPolicy";
+use crate::model::{Family, Kind, Protocol, Service};
+use crate::policies::{Connection, Direction};
 
 /// The answer for one port.
 #[derive(Clone, Debug)]
@@ -401,27 +398,6 @@ fn connection(
     }
 }
 
-/// Returns whether a bridge of the node switches the packets of a connection past the rules. Packets
-/// to a service are routed, since they are sent to another address.
-fn is_bridged(facts: &Facts, connection: &Connection) -> bool {
-    let mut networks = facts.unfiltered.iter();
-    let ends = [&connection.source, &connection.destination];
-    !facts.is_of_any_node(connection.source)
-        && !facts.is_of_any_node(connection.destination)
-        && networks.any(|network| ends.iter().all(|end| network.contains(*end)))
-}
-
-/// Turns a denial into what becomes of packets that no rule sees.
-fn pass(decision: &mut Decision) {
-    if let Some(rules) = &mut decision.rules {
-        rules.clear();
-    }
-    if decision.verdict != Verdict::Allowed {
-        decision.verdict = Verdict::Allowed;
-        decision.code = Code::BridgeUnfiltered;
-    }
-}
-
 /// Asks the policies of the destination. `masquerade` says that the packet leaves the node that
 /// translates it with that node's address, which the rules of other nodes see.
 fn ingress(
@@ -473,142 +449,6 @@ fn target_answer(
     }
 }
 
-/// Asks the policies of one end.
-fn decide(
-    facts: &Facts,
-    direction: Direction,
-    connection: &Connection,
-    source: &Source,
-) -> Decision {
-    let decision = decided(facts, direction, connection, source);
-    let rules = || rules::of_policies(facts, direction, connection, decision.code);
-    Decision {
-        rules: facts.rules.then(rules),
-        ..decision
-    }
-}
-
-fn decided(
-    facts: &Facts,
-    direction: Direction,
-    connection: &Connection,
-    source: &Source,
-) -> Decision {
-    let end = match direction {
-        Direction::Egress => connection.source,
-        Direction::Ingress => connection.destination,
-    };
-    let decided_on = service::node_of(facts, end).map(|node| node.to_string());
-    let allowed = |code| Decision {
-        verdict: Verdict::Allowed,
-        code,
-        tier: None,
-        policies: Vec::new(),
-        rule: None,
-        nearest: None,
-        decided_on: decided_on.clone(),
-        rules: None,
-    };
-    if facts.is_of_any_node(end) {
-        return allowed(Code::HostNetwork);
-    }
-    let node = facts.store.node().map(|node| &**node);
-    let inventory = facts.policies.inventory();
-    if facts.policies.is_closed_to(end) {
-        return Decision {
-            verdict: Verdict::Denied,
-            ..allowed(Code::PodUnknown)
-        };
-    }
-    if inventory.claimants(end).next().is_none() && inventory.departed(end).is_none() {
-        let networks = facts.settings.pod_networks(Family::of(end), node);
-        let is_pod = networks.iter().any(|network| network.contains(&end));
-        return allowed(if is_pod {
-            Code::PodUnknown
-        } else {
-            Code::NoPolicy
-        });
-    }
-    if direction == Direction::Ingress && is_own_node(facts, source, end) {
-        return allowed(Code::NodeToOwnPod);
-    }
-    let by_rule = |of: RuleOf| Decision {
-        tier: Some(of.tier.map_or(NETWORK_POLICY, tier_name)),
-        rule: Some(of.rule),
-        policies: vec![PolicyName {
-            kind: match of.tier {
-                Some(_) => Kind::ClusterNetworkPolicy.as_str(),
-                None => Kind::NetworkPolicy.as_str(),
-            },
-            namespace: of.policy.namespace().to_owned(),
-            name: of.policy.name().to_owned(),
-        }],
-        ..allowed(Code::PolicyRule)
-    };
-    match facts.policies.decide(direction, connection) {
-        policies::Decision::NotIsolated { asked } => Decision {
-            policies: asked.iter().map(cluster_policy_name).collect(),
-            ..allowed(Code::NoPolicy)
-        },
-        policies::Decision::ToItself => allowed(Code::SamePod),
-        policies::Decision::Allowed(of) => Decision {
-            code: Code::PolicyRule,
-            ..by_rule(of)
-        },
-        policies::Decision::Denied(of) => Decision {
-            verdict: Verdict::Denied,
-            code: Code::PolicyDeny,
-            ..by_rule(of)
-        },
-        policies::Decision::NoRule { policies, nearest } => Decision {
-            verdict: Verdict::Denied,
-            tier: Some(NETWORK_POLICY),
-            policies: policies.iter().map(policy_name).collect(),
-            nearest: nearest.map(|miss| Nearest {
-                policy: policy_name(&miss.of.policy),
-                rule: miss.of.rule,
-                failed: miss.failed,
-                met: miss.met,
-            }),
-            ..allowed(Code::PolicyNoRule)
-        },
-    }
-}
-
-/// Returns whether the source is the node of the pod with an address.
-fn is_own_node(facts: &Facts, source: &Source, pod: IpAddr) -> bool {
-    let inventory = facts.policies.inventory();
-    let mut nodes = inventory.holders(pod).map(|pod| pod.node.as_deref());
-    nodes.any(|node| match node {
-        Some(node) if node == facts.node => source.is_node,
-        Some(node) => inventory.node_has(node, source.address),
-        None => false,
-    })
-}
-
-fn tier_name(tier: Tier) -> &'static str {
-    match tier {
-        Tier::Admin => "Admin",
-        Tier::Baseline => "Baseline",
-    }
-}
-
-fn cluster_policy_name(name: &ObjectName) -> PolicyName {
-    PolicyName {
-        kind: Kind::ClusterNetworkPolicy.as_str(),
-        namespace: String::new(),
-        name: name.name().to_owned(),
-    }
-}
-
-fn policy_name(name: &ObjectName) -> PolicyName {
-    PolicyName {
-        kind: Kind::NetworkPolicy.as_str(),
-        namespace: name.namespace().to_owned(),
-        name: name.name().to_owned(),
-    }
-}
-
 /// Returns what is wrong with the objects of a question.
 fn warnings(facts: &Facts, question: &Question, sources: &[Origin]) -> Vec<String> {
     let mut warnings = Vec::new();
@@ -627,11 +467,13 @@ fn warnings(facts: &Facts, question: &Question, sources: &[Origin]) -> Vec<Strin
             facts.node
         ));
     }
-    if let End::Service(name) = &question.to
-        && let Some(service) = facts.store.service(name)
-    {
-        warnings.extend(fault(facts, service));
-    }
+    let name = match &question.to {
+        End::Service(name) => Some(name),
+        End::Address(address) => facts.store.with_cluster_ip(*address),
+        End::Pod(_) | End::Workload(_) | End::Node | End::Internet => None,
+    };
+    let service = name.and_then(|name| facts.store.service(name));
+    warnings.extend(service.and_then(|service| fault(facts, service)));
     for end in [&question.from, &question.to] {
         if let End::Pod(name) = end
             && let Some(pod) = facts.policies.inventory().pod(name)

@@ -12,6 +12,7 @@
 //! ```
 
 mod answer;
+mod decision;
 mod explain;
 mod live;
 mod names;

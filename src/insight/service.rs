@@ -66,15 +66,15 @@ pub(super) fn judge(
     plans: &mut Plans,
 ) -> Judgement {
     let Some((claim, name)) = owner(facts, to) else {
-        return no_frontend(facts, to);
+        return no_frontend(facts, to, plans);
     };
     let family = Family::of(to.address);
     let (Some(service), Some(plan)) = (facts.store.service(name), plans.of(facts, name)) else {
-        return no_frontend(facts, to);
+        return no_frontend(facts, to, plans);
     };
     let mut frontends = plan.frontends.iter();
     let Some(frontend) = frontends.find(|it| it.at == claim && it.family == family) else {
-        return no_frontend(facts, to);
+        return no_frontend(facts, to, plans);
     };
     let port = port_of(service, &claim);
     let (mut judgement, chosen) = route(facts, source, plan, frontend);
@@ -202,18 +202,17 @@ fn port_of<'s>(service: &'s Service, claim: &Claim) -> Option<&'s ServicePort> {
 }
 
 /// Judges a destination that is no frontend.
-fn no_frontend(facts: &Facts, to: &Destination) -> Judgement {
-    let (action, code, name) = if let Some(name) = facts.store.with_cluster_ip(to.address) {
+fn no_frontend(facts: &Facts, to: &Destination, plans: &mut Plans) -> Judgement {
+    let service = facts.store.with_cluster_ip(to.address);
+    let name = service.map(ToString::to_string);
+    // The address of a service without rules is like one that no service has.
+    let (action, code, name) = if service.is_some_and(|it| plans.of(facts, it).is_some()) {
         // Chains that reject look at TCP, UDP and SCTP alike, and at ICMP too.
-        (
-            Action::Reject,
-            Some(Code::ServicePortUnknown),
-            Some(name.to_string()),
-        )
+        (Action::Reject, Some(Code::ServicePortUnknown), name)
     } else if is_unassigned(facts, to.address) {
-        (Action::Drop, Some(Code::ServiceAddressUnknown), None)
+        (Action::Drop, Some(Code::ServiceAddressUnknown), name)
     } else {
-        (Action::None, None, None)
+        (Action::None, None, name)
     };
     Judgement {
         step: ServiceStep {

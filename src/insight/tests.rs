@@ -329,6 +329,25 @@ fn world(settings: &ServiceSettings, services: Vec<Vec<Event>>) -> (Store, Engin
     (store, policies, ruleset)
 }
 
+fn facts_of<'a>(
+    store: &'a Store,
+    settings: &'a ServiceSettings,
+    policies: &'a Engine,
+) -> Facts<'a> {
+    Facts {
+        store,
+        settings,
+        policies,
+        node: NODE,
+        has_node: true,
+        rules: true,
+        most_pairs: None,
+        is_refused: &|_| false,
+        unfiltered: &[],
+        others: None,
+    }
+}
+
 proptest! {
     // Each case is about 1,800 questions.
     #![proptest_config(ProptestConfig::with_cases(24))]
@@ -340,18 +359,7 @@ proptest! {
         let services: Vec<Vec<Event>> = services.into();
         let most = services.len() as u8;
         let (store, policies, ruleset) = world(&settings, services);
-        let facts = Facts {
-            store: &store,
-            settings: &settings,
-            policies: &policies,
-            node: NODE,
-            has_node: true,
-            rules: true,
-            most_pairs: None,
-            is_refused: &|_| false,
-            unfiltered: &[],
-            others: None,
-        };
+        let facts = facts_of(&store, &settings, &policies);
         let mut plans = Plans::default();
         for family in Family::ALL {
             let finder = services::ServiceParts::new(family, &store, &settings).unwrap();
@@ -403,16 +411,8 @@ fn what_a_bridge_switches_past_the_rules_is_allowed() {
     let networks: [IpNet; 1] = ["10.244.1.0/24".parse().unwrap()];
     let code = |unfiltered: &[IpNet], from: &str, to: &str| {
         let facts = Facts {
-            store: &store,
-            settings: &settings,
-            policies: &policies,
-            node: NODE,
-            has_node: true,
-            rules: true,
-            most_pairs: None,
-            is_refused: &|_| false,
             unfiltered,
-            others: None,
+            ..facts_of(&store, &settings, &policies)
         };
         let question = Question::new(from, to).unwrap();
         let answer = explain(&facts, &question, &mut Plans::default()).unwrap();
@@ -428,4 +428,58 @@ fn what_a_bridge_switches_past_the_rules_is_allowed() {
         (Verdict::Allowed, Code::BridgeUnfiltered)
     );
     assert_eq!(code(&networks, "10.244.2.1", "10.244.1.9:80"), denied);
+}
+
+#[test]
+fn a_service_that_the_kernel_refused_has_no_rules() {
+    let settings = ServiceSettings::default();
+    let mut web = Service {
+        name: ObjectName::new("shop", "web"),
+        created: None,
+        kind: ServiceKind::ClusterIp,
+        cluster_ips: vec![ip("10.96.0.10")],
+        ports: vec![ServicePort {
+            name: "".into(),
+            protocol: Protocol::Tcp,
+            port: 80,
+            node_port: None,
+        }],
+        external_ips: vec![],
+        load_balancer_ips: vec![],
+        source_ranges: vec![],
+        external_policy: TrafficPolicy::Cluster,
+        internal_policy: TrafficPolicy::Cluster,
+        affinity_seconds: None,
+        health_check_node_port: None,
+    };
+    let apply = |service: &Service| vec![Event::Apply(Object::Service(service.clone()))];
+    let refused = web.name.clone();
+    let (store, policies, _) = world(&settings, vec![apply(&web)]);
+    let code = |is_refused: &dyn Fn(&ObjectName) -> bool, to: &str| {
+        let facts = Facts {
+            is_refused,
+            ..facts_of(&store, &settings, &policies)
+        };
+        let question = Question::new("10.244.1.1", to).unwrap();
+        let answer = explain(&facts, &question, &mut Plans::default()).unwrap();
+        (answer.code, answer.warnings.len())
+    };
+    let none: &dyn Fn(&ObjectName) -> bool = &|_| false;
+    let this: &dyn Fn(&ObjectName) -> bool = &|name| *name == refused;
+    for to in ["svc/shop/web:80", "10.96.0.10:80"] {
+        assert_eq!(code(none, to), (Code::ServiceNoEndpoints, 0), "{to}");
+        assert_eq!(code(this, to), (Code::ServiceAddressUnknown, 1), "{to}");
+    }
+    // What the rules do with the address of a service without rules.
+    web.kind = ServiceKind::Headless;
+    let (.., ruleset) = world(&settings, vec![apply(&web)]);
+    let packet = Packet {
+        source: ip("10.244.1.1"),
+        destination: ip("10.96.0.10"),
+        protocol: Protocol::Tcp.number(),
+        port: 80,
+        input: Some(INTERFACES[0]),
+        local: node().internal_ips,
+    };
+    assert_eq!(walk(&ruleset, &packet, 1), [End::Dropped].into());
 }

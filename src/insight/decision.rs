@@ -1,0 +1,170 @@
+//! What policies decide about a connection.
+
+use std::net::IpAddr;
+
+use super::Facts;
+use super::answer::{Code, Decision, Nearest, PolicyName, Verdict};
+use super::rules;
+use super::service::{self, Source};
+use crate::model::{Family, Kind, ObjectName, Tier};
+use crate::policies::{self, Connection, Direction, RuleOf};
+
+/// The tier of NetworkPolicies, between those of cluster policies.
+const NETWORK_POLICY: &str = "NetworkPolicy";
+
+/// Asks the policies of one end.
+pub(super) fn decide(
+    facts: &Facts,
+    direction: Direction,
+    connection: &Connection,
+    source: &Source,
+) -> Decision {
+    let decision = decided(facts, direction, connection, source);
+    let rules = || rules::of_policies(facts, direction, connection, decision.code);
+    Decision {
+        rules: facts.rules.then(rules),
+        ..decision
+    }
+}
+
+fn decided(
+    facts: &Facts,
+    direction: Direction,
+    connection: &Connection,
+    source: &Source,
+) -> Decision {
+    let end = match direction {
+        Direction::Egress => connection.source,
+        Direction::Ingress => connection.destination,
+    };
+    let decided_on = service::node_of(facts, end).map(|node| node.to_string());
+    let allowed = |code| Decision {
+        verdict: Verdict::Allowed,
+        code,
+        tier: None,
+        policies: Vec::new(),
+        rule: None,
+        nearest: None,
+        decided_on: decided_on.clone(),
+        rules: None,
+    };
+    if facts.is_of_any_node(end) {
+        return allowed(Code::HostNetwork);
+    }
+    let node = facts.store.node().map(|node| &**node);
+    let inventory = facts.policies.inventory();
+    if facts.policies.is_closed_to(end) {
+        return Decision {
+            verdict: Verdict::Denied,
+            ..allowed(Code::PodUnknown)
+        };
+    }
+    if inventory.claimants(end).next().is_none() && inventory.departed(end).is_none() {
+        let networks = facts.settings.pod_networks(Family::of(end), node);
+        let is_pod = networks.iter().any(|network| network.contains(&end));
+        return allowed(if is_pod {
+            Code::PodUnknown
+        } else {
+            Code::NoPolicy
+        });
+    }
+    if direction == Direction::Ingress && is_own_node(facts, source, end) {
+        return allowed(Code::NodeToOwnPod);
+    }
+    let by_rule = |of: RuleOf| Decision {
+        tier: Some(of.tier.map_or(NETWORK_POLICY, tier_name)),
+        rule: Some(of.rule),
+        policies: vec![PolicyName {
+            kind: match of.tier {
+                Some(_) => Kind::ClusterNetworkPolicy.as_str(),
+                None => Kind::NetworkPolicy.as_str(),
+            },
+            namespace: of.policy.namespace().to_owned(),
+            name: of.policy.name().to_owned(),
+        }],
+        ..allowed(Code::PolicyRule)
+    };
+    match facts.policies.decide(direction, connection) {
+        policies::Decision::NotIsolated { asked } => Decision {
+            policies: asked.iter().map(cluster_policy_name).collect(),
+            ..allowed(Code::NoPolicy)
+        },
+        policies::Decision::ToItself => allowed(Code::SamePod),
+        policies::Decision::Allowed(of) => Decision {
+            code: Code::PolicyRule,
+            ..by_rule(of)
+        },
+        policies::Decision::Denied(of) => Decision {
+            verdict: Verdict::Denied,
+            code: Code::PolicyDeny,
+            ..by_rule(of)
+        },
+        policies::Decision::NoRule { policies, nearest } => Decision {
+            verdict: Verdict::Denied,
+            tier: Some(NETWORK_POLICY),
+            policies: policies.iter().map(policy_name).collect(),
+            nearest: nearest.map(|miss| Nearest {
+                policy: policy_name(&miss.of.policy),
+                rule: miss.of.rule,
+                failed: miss.failed,
+                met: miss.met,
+            }),
+            ..allowed(Code::PolicyNoRule)
+        },
+    }
+}
+
+/// Returns whether the source is the node of the pod with an address.
+fn is_own_node(facts: &Facts, source: &Source, pod: IpAddr) -> bool {
+    let inventory = facts.policies.inventory();
+    let mut nodes = inventory.holders(pod).map(|pod| pod.node.as_deref());
+    nodes.any(|node| match node {
+        Some(node) if node == facts.node => source.is_node,
+        Some(node) => inventory.node_has(node, source.address),
+        None => false,
+    })
+}
+
+fn tier_name(tier: Tier) -> &'static str {
+    match tier {
+        Tier::Admin => "Admin",
+        Tier::Baseline => "Baseline",
+    }
+}
+
+fn cluster_policy_name(name: &ObjectName) -> PolicyName {
+    PolicyName {
+        kind: Kind::ClusterNetworkPolicy.as_str(),
+        namespace: String::new(),
+        name: name.name().to_owned(),
+    }
+}
+
+fn policy_name(name: &ObjectName) -> PolicyName {
+    PolicyName {
+        kind: Kind::NetworkPolicy.as_str(),
+        namespace: name.namespace().to_owned(),
+        name: name.name().to_owned(),
+    }
+}
+
+/// Returns whether a bridge of the node switches the packets of a connection past the rules. Packets
+/// to a service are routed, since they are sent to another address.
+pub(super) fn is_bridged(facts: &Facts, connection: &Connection) -> bool {
+    let mut networks = facts.unfiltered.iter();
+    let ends = [&connection.source, &connection.destination];
+    !facts.is_of_any_node(connection.source)
+        && !facts.is_of_any_node(connection.destination)
+        && networks.any(|network| ends.iter().all(|end| network.contains(*end)))
+}
+
+/// Turns a denial into what becomes of packets that no rule sees.
+pub(super) fn pass(decision: &mut Decision) {
+    if let Some(rules) = &mut decision.rules {
+        rules.clear();
+    }
+    if decision.verdict != Verdict::Allowed {
+        decision.verdict = Verdict::Allowed;
+        decision.code = Code::BridgeUnfiltered;
+    }
+}
