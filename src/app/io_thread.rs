@@ -39,6 +39,8 @@ pub(super) struct IoThread {
     /// The address of the API server and the counters of its watches.
     pub(super) server: Option<(String, Arc<SourceStats>)>,
     pub(super) args: Settings,
+    /// The given flags that have no field in a configuration file.
+    pub(super) flags: Vec<String>,
     /// The contents of the configuration file, if there is one.
     pub(super) file: Option<File>,
     pub(super) pages: Pages,
@@ -262,6 +264,7 @@ impl IoThread {
             ask: self.ask.clone(),
             turn: Arc::default(),
             node_name: self.node_name.as_str().into(),
+            flags: self.flags.clone(),
             configuration: file::effective(&self.args),
             health: self.health.clone(),
             server: self.server.clone(),

@@ -17,9 +17,10 @@ use crate::insight::{
     API_VERSION, Facts, OtherNodes, Plans, Question, ServiceFilter, Style, Verdict, answer_text,
     explain, policies, policies_text, services, services_text,
 };
-use crate::services::ServiceSettings;
+use crate::policies::Engine;
+use crate::services::{ServiceSettings, Store};
 use crate::settings::file::File;
-use crate::settings::{self, Command, Explain, Output, Services, Settings};
+use crate::settings::{self, Command, CommandLine, Explain, Output, Services, Settings};
 use crate::source::Manifests;
 
 /// The exit status of a connection that is not allowed.
@@ -51,23 +52,13 @@ pub(super) fn answer(
                 answered => return answered,
             }
         }
-        let (node_name, service_settings, manifests) =
-            runtime.block_on(objects_of_agent(&settings.socket))?;
+        let (node_name, settings, manifests) = runtime.block_on(of_agent(&settings.socket))?;
+        let service_settings = objects::service_settings(&settings)?;
         // The agent keeps only what its policies need of other Nodes.
         let manifests = Some(manifests);
-        let collect = collect(settings, &node_name, &service_settings, manifests, None);
+        let collect = collect(&settings, &node_name, &service_settings, manifests, None);
         let (store, engine) = runtime.block_on(collect)?;
-        let facts = Facts {
-            store: &store,
-            settings: &service_settings,
-            policies: &engine,
-            node: &node_name,
-            has_node: store.has_node(),
-            most_pairs: None,
-            is_refused: &|_| false,
-            unfiltered: &[],
-            others: None,
-        };
+        let facts = facts(&store, &service_settings, &engine, &node_name, None);
         return answer_from(&facts, command, question.as_ref());
     }
     let manifests = manifests(settings, node_name);
@@ -75,18 +66,28 @@ pub(super) fn answer(
     let kept = matches!(command, Command::Explain(_)).then_some(&mut others);
     let collect = collect(settings, node_name, service_settings, manifests, kept);
     let (store, engine) = runtime.block_on(collect)?;
-    let facts = Facts {
-        store: &store,
-        settings: service_settings,
-        policies: &engine,
-        node: node_name,
+    let facts = facts(&store, service_settings, &engine, node_name, Some(&others));
+    answer_from(&facts, command, question.as_ref())
+}
+
+fn facts<'a>(
+    store: &'a Store,
+    settings: &'a ServiceSettings,
+    policies: &'a Engine,
+    node: &'a str,
+    others: Option<&'a OtherNodes>,
+) -> Facts<'a> {
+    Facts {
+        store,
+        settings,
+        policies,
+        node,
         has_node: store.has_node(),
         most_pairs: None,
         is_refused: &|_| false,
         unfiltered: &[],
-        others: Some(&others),
-    };
-    answer_from(&facts, command, question.as_ref())
+        others,
+    }
 }
 
 /// Returns whether the running agent is asked: no other source of objects is given.
@@ -182,21 +183,29 @@ async fn status(asked: &settings::Status, socket: &Path) -> Result<ExitCode, Err
 }
 
 /// Returns the agent's node, its settings and its objects.
-async fn objects_of_agent(socket: &Path) -> Result<(String, ServiceSettings, Manifests), Error> {
+async fn of_agent(socket: &Path) -> Result<(String, Settings, Manifests), Error> {
     let of_agent = ask::get_json(socket, "/settings", &[]).await?;
     let invalid = |what: &str| AskError::Invalid(format!("it lacks {what}"));
     let node = of_agent.get("node").and_then(Value::as_str);
     let node = node.ok_or_else(|| invalid("the node"))?.to_owned();
+    let flags = of_agent.get("flags").and_then(Value::as_array);
+    let flags = flags.ok_or_else(|| invalid("flags"))?.iter();
+    let flags = ["nftlet"]
+        .into_iter()
+        .chain(flags.filter_map(Value::as_str));
+    let mut line =
+        CommandLine::parse(flags).map_err(|error| AskError::Invalid(settings::one_line(&error)))?;
     let configuration = of_agent
         .get("configuration")
         .ok_or_else(|| invalid("settings"))?;
-    let file = File::parse(socket, &configuration.to_string())?;
-    let service_settings = objects::service_settings(file.settings())?;
+    File::parse(socket, &configuration.to_string())?.apply(&mut line);
     let document = ask::get(socket, "/objects", &[]).await?;
     let manifests = Manifests::new(Vec::new(), node.clone())
+        .with_services(line.settings.services.is_on())
+        .with_network_policies(line.settings.network_policy.is_on())
         .with_allow_empty(true)
         .with_document(document);
-    Ok((node, service_settings, manifests))
+    Ok((node, line.settings, manifests))
 }
 
 fn question(asked: &Explain) -> Result<Option<Question>, Error> {

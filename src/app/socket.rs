@@ -5,7 +5,7 @@
 //! | `/explain?from=…&to=…` | the answer to one question; with `form=text` as text, in JSON |
 //! | `/status` | the state of the agent |
 //! | `/objects` | the objects that the rules are compiled from, as a list of the API |
-//! | `/settings` | the name of the node, and the agent's settings as a configuration file |
+//! | `/settings` | the name of the node, and the agent's settings: flags, and a configuration file |
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
@@ -48,7 +48,9 @@ pub(super) struct AgentPages {
     /// Held while the main loop looks, so that other events have their turn in between.
     pub turn: Arc<tokio::sync::Mutex<()>>,
     pub node_name: Arc<str>,
-    /// The settings as a configuration file.
+    /// The given flags that have no field in a configuration file.
+    pub flags: Vec<String>,
+    /// The other settings as a configuration file.
     pub configuration: Value,
     pub health: Health,
     /// The address of the API server and the counters of its watches.
@@ -89,7 +91,8 @@ impl SocketPages for AgentPages {
             "/objects" => Some(self.objects()),
             "/status" => Some(self.status().await),
             "/settings" => Some(ok(&json!({
-                "node": *self.node_name, "configuration": self.configuration,
+                "node": *self.node_name, "flags": self.flags,
+                "configuration": self.configuration,
             }))),
             _ => None,
         }

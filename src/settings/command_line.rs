@@ -264,6 +264,30 @@ impl CommandLine {
         self.matches.value_source(flag) == Some(ValueSource::CommandLine)
     }
 
+    /// Returns the given flags that have no field in a configuration file, as arguments. With a file
+    /// of the other settings they make up the same settings.
+    pub(crate) fn without_field(&self) -> Vec<String> {
+        let mut arguments = Vec::new();
+        for flag in Settings::command().get_arguments() {
+            let id = flag.get_id().as_str();
+            let has_field = FIELDS.iter().any(|field| field.flags.contains(&id));
+            if has_field || Ignored::contains(id) || !self.is_given(id) {
+                continue;
+            }
+            let Some(name) = flag.get_long() else {
+                continue;
+            };
+            if !flag.get_action().takes_values() {
+                arguments.push(format!("--{name}"));
+                continue;
+            }
+            let values = self.matches.try_get_raw(id).ok().flatten();
+            let values = values.into_iter().flatten();
+            arguments.extend(values.map(|it| format!("--{name}={}", it.to_string_lossy())));
+        }
+        arguments
+    }
+
     /// Returns the given flags that a configuration file overrules, such as `--cluster-cidr`.
     pub(crate) fn overruled(&self) -> Vec<String> {
         let fields = FIELDS.iter().filter(|field| !field.flag_wins);
@@ -320,6 +344,9 @@ pub(crate) fn one_line(error: &clap::Error) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
+    use super::super::file::{File, effective};
     use super::*;
 
     fn parsed(args: &[&str]) -> CommandLine {
@@ -350,6 +377,55 @@ mod tests {
         assert_eq!(line.overruled(), ["--cluster-cidr", "--masquerade-all"]);
         assert!(line.is_given("hostname_override") && !line.is_given("verbose"));
         assert!(parsed(&[]).overruled().is_empty());
+    }
+
+    #[test]
+    fn flags_without_a_field_and_a_file_of_the_others_make_up_the_same_settings() {
+        for args in [
+            &[][..],
+            &[
+                "--pod-startup=closed",
+                "--deny-with",
+                "reject",
+                "--network-policy-strict",
+                "--manifests=a",
+                "--manifests=b",
+                "--allow-empty",
+                "--log-denied",
+            ],
+            &[
+                "--services=off",
+                "--hostname-override=node-1",
+                "--detect-local-mode=InterfaceNamePrefix",
+                "--pod-interface-name-prefix=veth",
+                "--pod-startup=closed",
+                "--masquerade-all",
+                "--vmodule=x",
+                "-vv",
+                "--socket=",
+            ],
+        ] {
+            let agent = parsed(args);
+            let flags = agent.without_field();
+            let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+            let mut client = parsed(&flags);
+            let configuration = effective(&agent.settings).to_string();
+            let file = File::parse(Path::new("agent"), &configuration).expect("settings");
+            file.apply(&mut client);
+            assert_eq!(effective(&client.settings), effective(&agent.settings));
+            assert_eq!(client.without_field(), flags);
+            let policies = |it: &Settings| {
+                let strict = it.network_policy_strict;
+                (
+                    it.services,
+                    it.pod_startup,
+                    it.deny_with,
+                    strict,
+                    it.is_closed(),
+                )
+            };
+            assert_eq!(policies(&client.settings), policies(&agent.settings));
+        }
     }
 
     #[test]

@@ -181,6 +181,57 @@ fn a_question_about_many_endpoints_is_left_to_the_client() {
     }
 }
 
+/// Has a batch of one question answered.
+fn batch(socket: &str, question: &str) -> serde_json::Value {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    fs::write(file.path(), question).unwrap();
+    let words = ["explain", "--batch", file.path().to_str().unwrap()];
+    let answered = answering(&words, socket);
+    serde_json::from_slice(&answered.stdout).unwrap_or_else(|_| panic!("{answered:?}"))
+}
+
+#[test]
+fn the_settings_of_the_agent_decide_in_every_command() {
+    if !require_net_admin() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    for (name, flag, question, code) in [
+        // The address is in the pod network of the node, and of no pod.
+        (
+            "closed",
+            "--pod-startup=closed",
+            "192.0.2.1 10.244.1.99:80",
+            "POD_UNKNOWN",
+        ),
+        (
+            "without",
+            "--services=off",
+            "node 10.96.0.12:80",
+            "NO_POLICY",
+        ),
+    ] {
+        let path = directory.path().join(name);
+        let socket = path.to_str().unwrap();
+        let node = Namespace::new(name);
+        let daemon = start_with(&node, &path, &[&FACTS[..], &[flag]].concat());
+        wait_for_log(&daemon, "the rules are in place");
+        let words: Vec<&str> = question.split(' ').collect();
+        let words = [&["explain"], &words[..], &["-o", "json"]].concat();
+        let single = answering(&words, socket);
+        let single: serde_json::Value =
+            serde_json::from_slice(&single.stdout).unwrap_or_else(|_| panic!("{single:?}"));
+        assert_eq!(single["code"], code, "{single}");
+        assert_eq!(batch(socket, question), single);
+        let flags = [&FACTS[..], &[flag]].concat();
+        for command in ["services", "policies"] {
+            let live = answering(&[command], socket);
+            let from_files = ask(&[command], &flags);
+            assert_eq!(live.stdout, from_files.stdout, "{flag} {command}: {live:?}");
+        }
+    }
+}
+
 #[test]
 fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
     if !require_net_admin() {
