@@ -14,8 +14,8 @@ use super::objects::{self, manifests};
 use super::{Error, print, single_threaded};
 use crate::insight::status::{Status, status as status_text};
 use crate::insight::{
-    API_VERSION, Facts, OtherNodes, Plans, Question, ServiceFilter, Style, Verdict, answer_text,
-    explain, policies, policies_text, services, services_text,
+    API_VERSION, Facts, OtherNodes, Plans, PolicyState, Question, ServiceFilter, Style, Verdict,
+    add_states, answer_text, explain, policies, policies_text, services, services_text,
 };
 use crate::policies::Engine;
 use crate::services::{ServiceSettings, Store};
@@ -52,14 +52,19 @@ pub(super) fn answer(
                 answered => return answered,
             }
         }
-        let (node_name, settings, manifests) = runtime.block_on(of_agent(&settings.socket))?;
+        let socket = &settings.socket;
+        let (node_name, settings, manifests) = runtime.block_on(of_agent(socket))?;
         let service_settings = objects::service_settings(&settings)?;
         // The agent keeps only what its policies need of other Nodes.
         let manifests = Some(manifests);
         let collect = collect(&settings, &node_name, &service_settings, manifests, None);
         let (store, engine) = runtime.block_on(collect)?;
         let facts = facts(&store, &service_settings, &engine, &node_name, None);
-        return answer_from(&facts, command, question.as_ref());
+        let states = match command {
+            Command::Policies(_) => runtime.block_on(states_of_agent(socket))?,
+            _ => Vec::new(),
+        };
+        return answer_from(&facts, command, question.as_ref(), states);
     }
     let manifests = manifests(settings, node_name);
     let mut others = OtherNodes::new(service_settings.clone());
@@ -67,7 +72,7 @@ pub(super) fn answer(
     let collect = collect(settings, node_name, service_settings, manifests, kept);
     let (store, engine) = runtime.block_on(collect)?;
     let facts = facts(&store, service_settings, &engine, node_name, Some(&others));
-    answer_from(&facts, command, question.as_ref())
+    answer_from(&facts, command, question.as_ref(), Vec::new())
 }
 
 fn facts<'a>(
@@ -108,6 +113,7 @@ fn answer_from(
     facts: &Facts,
     command: &Command,
     question: Option<&Question>,
+    states: Vec<PolicyState>,
 ) -> Result<ExitCode, Error> {
     match command {
         Command::Explain(asked) => match (question, &asked.batch) {
@@ -115,7 +121,7 @@ fn answer_from(
             (None, Some(file)) => batch(facts, file),
             (None, None) => Ok(ExitCode::SUCCESS),
         },
-        Command::Policies(asked) => list_policies(facts, asked),
+        Command::Policies(asked) => list_policies(facts, asked, states),
         Command::Services(asked) => list_services(facts, asked),
         Command::Status(_) | Command::Completion { .. } | Command::Man => Ok(ExitCode::SUCCESS),
     }
@@ -208,6 +214,13 @@ async fn of_agent(socket: &Path) -> Result<(String, Settings, Manifests), Error>
     Ok((node, line.settings, manifests))
 }
 
+/// Returns the state of each policy in the agent.
+async fn states_of_agent(socket: &Path) -> Result<Vec<PolicyState>, Error> {
+    let mut answer = ask::get_json(socket, "/policies", &[]).await?;
+    let states = serde_json::from_value(answer["policies"].take());
+    Ok(states.map_err(|error| AskError::Invalid(error.to_string()))?)
+}
+
 fn question(asked: &Explain) -> Result<Option<Question>, Error> {
     match (&asked.from, &asked.to) {
         (Some(from), Some(to)) => Ok(Some(Question::new(from, to)?)),
@@ -298,9 +311,14 @@ fn namespace_and_name(of: Option<&str>) -> (Option<&str>, Option<&str>) {
     }
 }
 
-fn list_policies(facts: &Facts, asked: &settings::Policies) -> Result<ExitCode, Error> {
+fn list_policies(
+    facts: &Facts,
+    asked: &settings::Policies,
+    states: Vec<PolicyState>,
+) -> Result<ExitCode, Error> {
     let (namespace, name) = namespace_and_name(asked.of.as_deref());
-    let rows = policies(facts, namespace, name)?;
+    let mut rows = policies(facts, namespace, name)?;
+    add_states(&mut rows, states);
     print(|out| match asked.output {
         Output::Json => {
             let list = json!({ "apiVersion": API_VERSION, "policies": rows });

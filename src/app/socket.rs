@@ -5,6 +5,7 @@
 //! | `/explain?from=…&to=…` | the answer to one question; with `form=text` as text, in JSON |
 //! | `/status` | the state of the agent |
 //! | `/objects` | the objects that the rules are compiled from, as a list of the API |
+//! | `/policies` | each policy: since when it is in force, and whether the kernel refused it |
 //! | `/settings` | the name of the node, and the agent's settings: flags, and a configuration file |
 
 use std::cmp::Reverse;
@@ -13,7 +14,6 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use hyper::body::Bytes;
 use hyper::{StatusCode, Uri};
 use rustix::system::uname;
 use serde_json::{Value, json};
@@ -24,9 +24,7 @@ use crate::followers::drops::DropCounters;
 use crate::host::addresses;
 use crate::host::bridges::unfiltered_networks;
 use crate::insight::status::{self, Status};
-use crate::insight::{
-    API_VERSION, Facts, NameError, Plans, Question, Style, answer_text, explain, objects,
-};
+use crate::insight::{API_VERSION, Facts, NameError, Plans, Question, Style, answer_text, explain};
 use crate::model::{Kind, ObjectName};
 use crate::policies::{self, Direction};
 use crate::serve::health::{Health, Probe};
@@ -35,7 +33,11 @@ use crate::services::Target;
 use crate::source::SourceStats;
 use crate::sync::{Look, Query, View};
 
-/// Objects that are copied in one turn of the main loop.
+mod list;
+
+use list::{List, Listed};
+
+/// The most objects that are copied in one turn of the main loop.
 const PORTION: usize = 64;
 
 /// The most pairs of addresses and ports in a question that the main loop answers, in about a
@@ -68,7 +70,10 @@ impl SocketPages for AgentPages {
         let query: HashMap<String, String> = form_urlencoded::parse(query.as_bytes())
             .into_owned()
             .collect();
-        if matches!(uri.path(), "/explain" | "/objects" | "/settings") {
+        if matches!(
+            uri.path(),
+            "/explain" | "/objects" | "/policies" | "/settings"
+        ) {
             let unread = self.look(|view| {
                 let mut kinds: Vec<Kind> = view.services.store().missing();
                 kinds.extend(view.policies.map(|it| it.missing()).unwrap_or_default());
@@ -88,7 +93,8 @@ impl SocketPages for AgentPages {
         }
         match uri.path() {
             "/explain" => Some(self.explain(&query).await),
-            "/objects" => Some(self.objects()),
+            "/objects" => Some(self.stream(Listed::Objects)),
+            "/policies" => Some(self.stream(Listed::Policies)),
             "/status" => Some(self.status().await),
             "/settings" => Some(ok(&json!({
                 "node": *self.node_name, "flags": self.flags,
@@ -253,19 +259,13 @@ impl AgentPages {
         }
     }
 
-    /// Streams the objects, a portion in each turn of the main loop.
-    fn objects(&self) -> SocketAnswer {
+    /// Streams a list, a portion in each turn of the main loop.
+    fn stream(&self, of: Listed) -> SocketAnswer {
         let (parts, answer) = SocketAnswer::parts();
-        let (ask, turn) = (self.ask.clone(), self.turn.clone());
+        let list = List::new(self.ask.clone(), self.turn.clone(), parts);
         tokio::spawn(async move {
-            let mut list = List {
-                ask,
-                turn,
-                parts,
-                first: true,
-            };
             // It ends early if the client or the main loop does.
-            let _ = list.send_all().await;
+            let _ = list.send(of).await;
         });
         answer
     }
@@ -284,114 +284,6 @@ async fn looked<T: Send + 'static>(
     }));
     ask.send(Query::Look(look)).await.map_err(|_| Ended)?;
     answered.await.map_err(|_| Ended)
-}
-
-/// A list of objects that is being sent.
-struct List {
-    ask: mpsc::Sender<Query>,
-    turn: Arc<tokio::sync::Mutex<()>>,
-    parts: mpsc::Sender<Bytes>,
-    first: bool,
-}
-
-impl List {
-    async fn send_all(&mut self) -> Result<(), Ended> {
-        self.part("{\"apiVersion\":\"v1\",\"kind\":\"List\",\"items\":[".to_owned())
-            .await?;
-        let few =
-            looked(&self.ask, &self.turn, |view| {
-                let store = view.services.store();
-                let mut few: Vec<Value> = store
-                    .node()
-                    .iter()
-                    .map(|node| objects::node(node))
-                    .collect();
-                few.extend(store.service_cidr_objects().map(objects::service_cidr));
-                if let Some(policies) = view.policies {
-                    let inventory = policies.inventory();
-                    let own = view.services.store().node().map(|node| node.name.clone());
-                    let others = inventory.other_nodes(own.as_deref().unwrap_or_default());
-                    few.extend(others.map(|(name, node)| {
-                        objects::other_node(name, &node.labels, &node.addresses)
-                    }));
-                    let cluster = inventory.cluster().all();
-                    few.extend(cluster.map(|policy| objects::cluster_policy(policy)));
-                    let namespaces = inventory.namespaces();
-                    few.extend(namespaces.map(|(name, labels)| objects::namespace(name, &labels)));
-                }
-                few
-            });
-        let few = few.await?;
-        self.items(few).await?;
-        let services = |view: &View| {
-            let services = view.services.store().services();
-            services.map(|service| service.name.clone()).collect()
-        };
-        self.each(services, |view, names| {
-            let store = view.services.store();
-            let mut found = Vec::new();
-            for name in names {
-                let service = store.service(name);
-                found.extend(service.map(|service| objects::service(service)));
-                found.extend(store.slices_of(name).all().map(objects::slice));
-            }
-            found
-        })
-        .await?;
-        let pods = |view: &View| {
-            let policies = view.policies.map(|it| it.inventory().pod_names());
-            policies.into_iter().flatten().collect()
-        };
-        self.each(pods, |view, names| {
-            let inventory = view.policies.map(policies::Engine::inventory);
-            let pods = names.iter().filter_map(|name| inventory?.pod(name));
-            pods.map(objects::pod).collect()
-        })
-        .await?;
-        let policies = |view: &View| {
-            let policies = view.policies.map(|it| it.inventory().policy_names());
-            policies.into_iter().flatten().collect()
-        };
-        self.each(policies, |view, names| {
-            let inventory = view.policies.map(policies::Engine::inventory);
-            let policies = names.iter().filter_map(|name| inventory?.policy(name));
-            policies
-                .map(|policy| objects::network_policy(policy))
-                .collect()
-        })
-        .await?;
-        self.part("]}\n".to_owned()).await
-    }
-
-    /// Sends the objects with some names.
-    async fn each(
-        &mut self,
-        names: impl FnOnce(&View) -> Vec<ObjectName> + Send + 'static,
-        of: fn(&View, &[ObjectName]) -> Vec<Value>,
-    ) -> Result<(), Ended> {
-        let names = looked(&self.ask, &self.turn, names).await?;
-        for portion in names.chunks(PORTION) {
-            let portion = portion.to_vec();
-            let found = looked(&self.ask, &self.turn, move |view| of(view, &portion)).await?;
-            self.items(found).await?;
-        }
-        Ok(())
-    }
-
-    async fn items(&mut self, items: Vec<Value>) -> Result<(), Ended> {
-        let mut text = String::new();
-        for item in items {
-            if !std::mem::take(&mut self.first) {
-                text.push_str(",\n");
-            }
-            text.push_str(&item.to_string());
-        }
-        self.part(text).await
-    }
-
-    async fn part(&mut self, text: String) -> Result<(), Ended> {
-        self.parts.send(Bytes::from(text)).await.map_err(|_| Ended)
-    }
 }
 
 /// Counts frontends and endpoints of some services.
@@ -533,67 +425,5 @@ impl DropHistory {
         let mut drops: Vec<status::Drop> = drops.filter(|drop| drop.packets > 0).collect();
         drops.sort_by_key(|drop| Reverse(drop.packets));
         drops
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::collections::BTreeMap;
-    use std::path::PathBuf;
-
-    use super::*;
-    use crate::insight::objects::{
-        cluster_policy, namespace, network_policy, node, pod, service, service_cidr, slice,
-    };
-    use crate::model::{EndpointSlice, Event, Object, ObjectRef};
-    use crate::source::Manifests;
-
-    /// Reads a document as a command does.
-    fn read(manifests: Manifests) -> BTreeMap<ObjectRef, Object> {
-        let events = manifests.with_allow_empty(true).load().expect("it is read");
-        let objects = events.into_iter().filter_map(|event| match event {
-            // The time of a change, which latencies are measured from.
-            Event::Apply(Object::EndpointSlice(slice)) => {
-                Some(Object::EndpointSlice(EndpointSlice {
-                    triggered_at_ms: None,
-                    ..slice
-                }))
-            }
-            Event::Apply(object) => Some(object),
-            _ => None,
-        });
-        objects.map(|object| (object.reference(), object)).collect()
-    }
-
-    fn written(object: &Object) -> Value {
-        match object {
-            Object::Service(it) => service(it),
-            Object::EndpointSlice(it) => slice(it),
-            Object::Node(it) => node(it),
-            Object::ServiceCidr(it) => service_cidr(it),
-            Object::Pod(it) => pod(it),
-            Object::Namespace(it) => namespace(it.name.name(), &it.labels),
-            Object::NetworkPolicy(it) => network_policy(it),
-            Object::ClusterNetworkPolicy(it) => cluster_policy(it),
-        }
-    }
-
-    #[test]
-    fn what_is_written_is_read_as_the_same_objects() {
-        let tiers = "../golden/cluster-network-policies";
-        for file in ["insight/shop.yaml", "kubectl-get-all.yaml", tiers] {
-            let path = PathBuf::from("tests/fixtures").join(file);
-            let node = "node-1".to_owned();
-            let objects = read(Manifests::new(vec![path], node.clone()));
-            assert!(objects.len() > 10, "{file}");
-            let items: Vec<Value> = objects.values().map(written).collect();
-            let list = json!({ "apiVersion": "v1", "kind": "List", "items": items });
-            let document = list.to_string().into_bytes();
-            let again = read(Manifests::new(Vec::new(), node).with_document(document));
-            for (name, object) in &objects {
-                assert_eq!(again.get(name), Some(object), "{file}");
-            }
-            assert_eq!(again.len(), objects.len(), "{file}");
-        }
     }
 }

@@ -27,7 +27,7 @@ pub(crate) use answer::Verdict;
 pub(crate) use explain::explain;
 pub(crate) use names::NameError;
 pub(crate) use nodes::OtherNodes;
-pub(crate) use policies::policies;
+pub(crate) use policies::{PolicyState, add_states, policies};
 pub(crate) use question::{Question, QuestionError};
 pub(crate) use service::Plans;
 pub(crate) use services::{ServiceFilter, services};
