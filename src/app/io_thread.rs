@@ -9,7 +9,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::MissedTickBehavior;
 
 use super::metrics::Metrics;
-use super::socket::{AgentPages, DropHistory};
+use super::socket::{AgentPages, DropHistory, MainLoop};
 use super::{Error, connect, followers, load, manifests, single_threaded, system};
 use crate::events::Recorder;
 use crate::followers::drops::DropCounters;
@@ -261,8 +261,7 @@ impl IoThread {
             return None;
         }
         let pages = Arc::new(AgentPages {
-            ask: self.ask.clone(),
-            turn: Arc::default(),
+            main_loop: Arc::new(MainLoop::new(self.ask.clone())),
             node_name: self.node_name.as_str().into(),
             flags: self.flags.clone(),
             configuration: file::effective(&self.args),

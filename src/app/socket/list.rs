@@ -5,14 +5,15 @@ use std::sync::Arc;
 
 use hyper::body::Bytes;
 use serde_json::{Value, json};
-use tokio::sync::{Mutex, mpsc};
+use tokio::sync::mpsc;
 
-use super::{Ended, PORTION, looked};
+use super::PORTION;
+use super::main_loop::{Ended, MainLoop};
 use crate::insight::objects;
 use crate::model::{Kind, ObjectName, ObjectRef};
 use crate::policies;
 use crate::serve::health::in_seconds;
-use crate::sync::{Query, View};
+use crate::sync::View;
 
 /// What is listed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,21 +26,15 @@ pub(super) enum Listed {
 
 /// A list that is being sent.
 pub(super) struct List {
-    ask: mpsc::Sender<Query>,
-    turn: Arc<Mutex<()>>,
+    main_loop: Arc<MainLoop>,
     parts: mpsc::Sender<Bytes>,
     first: bool,
 }
 
 impl List {
-    pub(super) fn new(
-        ask: mpsc::Sender<Query>,
-        turn: Arc<Mutex<()>>,
-        parts: mpsc::Sender<Bytes>,
-    ) -> Self {
+    pub(super) fn new(main_loop: Arc<MainLoop>, parts: mpsc::Sender<Bytes>) -> Self {
         Self {
-            ask,
-            turn,
+            main_loop,
             parts,
             first: true,
         }
@@ -69,7 +64,7 @@ impl List {
     }
 
     async fn objects(&mut self) -> Result<(), Ended> {
-        let few = looked(&self.ask, &self.turn, |view| {
+        let few = self.main_loop.look(|view| {
             let store = view.services.store();
             let node = store.node().map(|node| objects::node(node));
             let ranges = store.service_cidr_objects().map(objects::service_cidr);
@@ -119,10 +114,10 @@ impl List {
 
     /// Sends the services, each portion followed by its slices.
     async fn services(&mut self) -> Result<(), Ended> {
-        let names = looked(&self.ask, &self.turn, service_names).await?;
+        let names = self.main_loop.look(service_names).await?;
         for portion in names.chunks(PORTION) {
             let portion = portion.to_vec();
-            let found = looked(&self.ask, &self.turn, move |view| {
+            let found = self.main_loop.look(move |view| {
                 let store = view.services.store();
                 let mut found = (Vec::new(), Vec::new());
                 for name in &portion {
@@ -140,7 +135,7 @@ impl List {
             self.items(services).await?;
             for portion in slices.chunks(PORTION) {
                 let portion = portion.to_vec();
-                let found = looked(&self.ask, &self.turn, move |view| {
+                let found = self.main_loop.look(move |view| {
                     let mut found = Vec::new();
                     for of_service in portion.chunk_by(|(a, _), (b, _)| a == b) {
                         let Some((service, _)) = of_service.first() else {
@@ -167,10 +162,10 @@ impl List {
         names: fn(&View) -> Vec<ObjectName>,
         of: fn(&View, &[ObjectName]) -> Vec<Value>,
     ) -> Result<(), Ended> {
-        let names = looked(&self.ask, &self.turn, names).await?;
+        let names = self.main_loop.look(names).await?;
         for portion in names.chunks(PORTION) {
             let portion = portion.to_vec();
-            let found = looked(&self.ask, &self.turn, move |view| of(view, &portion)).await?;
+            let found = self.main_loop.look(move |view| of(view, &portion)).await?;
             self.items(found).await?;
         }
         Ok(())

@@ -10,7 +10,7 @@ use crate::model::{EndpointSlice, Event, Object, ObjectRef};
 use crate::policies::PolicySettings;
 use crate::services::{self, ServiceSettings};
 use crate::source::Manifests;
-use crate::sync::{Look, PolicyTimes};
+use crate::sync::{Look, PolicyTimes, Query};
 
 /// Reads a document as a command does.
 fn read(manifests: Manifests) -> BTreeMap<ObjectRef, Object> {
@@ -102,7 +102,7 @@ async fn parts(of: Listed, many: usize) -> Vec<Vec<String>> {
     }
     let (ask, mut queries) = mpsc::channel(1);
     let (sender, mut received) = mpsc::channel(1);
-    let list = List::new(ask, Arc::default(), sender);
+    let list = List::new(Arc::new(MainLoop::new(ask)), sender);
     let main_loop = async {
         let times = PolicyTimes::default();
         while let Some(Query::Look(Look(look))) = queries.recv().await {
