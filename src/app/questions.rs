@@ -70,7 +70,10 @@ pub(super) fn answer(
     let mut others = OtherNodes::new(service_settings.clone());
     let kept = matches!(command, Command::Explain(_)).then_some(&mut others);
     let collect = collect(settings, node_name, service_settings, manifests, kept);
-    let (store, engine) = runtime.block_on(collect)?;
+    let collected = runtime.block_on(collect);
+    // An unanswered DNS query would delay the exit.
+    runtime.shutdown_background();
+    let (store, engine) = collected?;
     let facts = facts(&store, service_settings, &engine, node_name, Some(&others));
     answer_from(&facts, command, question.as_ref(), Vec::new())
 }
