@@ -163,7 +163,7 @@ fn unknown_names_are_answered_with_those_alike() {
         ),
         (
             ["explain", "shop/web-0", "svc/other/web:80"],
-            "there is no service other/web; did you mean svc/shop/web?",
+            "no service other/web is known; if it is headless, ask for its pods; did you mean svc/shop/web?",
         ),
         (
             ["explain", "shop/web-0", "svc/shop/web:https"],

@@ -9,9 +9,11 @@ use std::process::Output;
 
 use serde_json::Value;
 
+use nftlet_lab::fake_api::SERVICES;
 use nftlet_lab::netns::{Daemon, Namespace, require_net_admin, wait_for};
 
-use crate::support::agent::{NFTLET, PATIENCE, wait_for_log};
+use crate::support::agent::{NFTLET, PATIENCE, small_cluster, wait_for_log};
+use crate::support::objects::service;
 
 const OBJECTS: &str = "tests/fixtures/insight/shop.yaml";
 const FACTS: [&str; 6] = [
@@ -50,7 +52,8 @@ pub(super) fn answering(words: &[&str], socket: &str) -> Output {
     wait_for("an answer of the agent", PATIENCE, || {
         let output = ask(words, &["--socket", socket]);
         let said = String::from_utf8_lossy(&output.stderr);
-        (!said.contains("no agent answers")).then_some(output)
+        let is_early = ["no agent answers", "has not read all objects yet"];
+        (!is_early.iter().any(|it| said.contains(it))).then_some(output)
     })
 }
 
@@ -238,6 +241,35 @@ fn the_settings_of_the_agent_decide_in_every_command() {
         let flags = [&FACTS[..], &[flag]].concat();
         let live = answering(&["services"], socket);
         assert_eq!(live.stdout, ask(&["services"], &flags).stdout, "{live:?}");
+    }
+}
+
+#[test]
+fn a_service_that_the_agent_does_not_read_is_not_said_to_be_missing() {
+    if !require_net_admin() {
+        return;
+    }
+    let cluster = small_cluster();
+    cluster.api.put(SERVICES, service("headless", "None"));
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("nftlet.sock");
+    let socket = format!("--socket={}", path.display());
+    let quiet = [
+        "--metrics-bind-address=",
+        "--healthz-bind-address=",
+        &socket,
+    ];
+    let daemon = Daemon::start(&cluster.ns, NFTLET, cluster.arguments(&quiet));
+    wait_for_log(&daemon, "the rules are in place");
+    for words in [
+        &["explain", "192.0.2.1", "svc/shop/headless:80"][..],
+        &["services", "shop/headless"],
+    ] {
+        let answer = answering(words, path.to_str().unwrap());
+        assert_eq!(answer.status.code(), Some(1), "{answer:?}");
+        let said = String::from_utf8_lossy(&answer.stderr);
+        let wanted = "no service shop/headless is known; if it is headless, ask for its pods";
+        assert!(said.contains(wanted), "{said}");
     }
 }
 
