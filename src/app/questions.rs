@@ -101,9 +101,9 @@ fn facts<'a>(
 /// Returns whether the running agent is asked: no other source of objects is given.
 fn is_for_agent(command: &Command, settings: &Settings) -> bool {
     let live = match command {
-        Command::Explain(asked) => asked.live,
-        Command::Policies(asked) => asked.live,
-        Command::Services(asked) => asked.live,
+        Command::Explain(asked) => asked.source.live,
+        Command::Policies(asked) => asked.source.live,
+        Command::Services(asked) => asked.source.live,
         Command::Status(_) | Command::Completion { .. } | Command::Man => false,
     };
     !live
@@ -120,7 +120,7 @@ fn answer_from(
 ) -> Result<ExitCode, Error> {
     match command {
         Command::Explain(asked) => match (question, &asked.batch) {
-            (Some(question), _) => one(facts, question, asked.output),
+            (Some(question), _) => one(facts, question, asked.form.output),
             (None, Some(file)) => batch(facts, file),
             (None, None) => Ok(ExitCode::SUCCESS),
         },
@@ -135,7 +135,7 @@ async fn ask_agent(asked: &Explain, socket: &Path) -> Result<ExitCode, Error> {
     let word = |word: &Option<String>| word.clone().unwrap_or_default();
     let (from, to) = (word(&asked.from), word(&asked.to));
     let colour = if style().colour { "yes" } else { "no" };
-    let form = match asked.output {
+    let form = match asked.form.output {
         Output::Text => "text",
         Output::Json => "json",
     };
@@ -164,7 +164,7 @@ async fn status(asked: &settings::Status, socket: &Path) -> Result<ExitCode, Err
         let body = ask::get(socket, "/status", &[]).await?;
         let status: Status =
             serde_json::from_slice(&body).map_err(|error| AskError::Invalid(error.to_string()))?;
-        print(|out| match asked.output {
+        print(|out| match asked.form.output {
             Output::Json => {
                 serde_json::to_writer_pretty(&mut *out, &status)?;
                 writeln!(out)
@@ -322,7 +322,7 @@ fn list_policies(
     let (namespace, name) = namespace_and_name(asked.of.as_deref());
     let mut rows = policies(facts, namespace, name)?;
     add_states(&mut rows, states);
-    print(|out| match asked.output {
+    print(|out| match asked.form.output {
         Output::Json => {
             let list = json!({ "apiVersion": API_VERSION, "policies": rows });
             serde_json::to_writer_pretty(&mut *out, &list)?;
@@ -347,7 +347,7 @@ fn list_services(facts: &Facts, asked: &Services) -> Result<ExitCode, Error> {
         refused: asked.refused,
     };
     let rows = services(facts, &filter)?;
-    print(|out| match asked.output {
+    print(|out| match asked.form.output {
         Output::Json => {
             let list = json!({ "apiVersion": API_VERSION, "services": rows });
             serde_json::to_writer_pretty(&mut *out, &list)?;

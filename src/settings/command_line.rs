@@ -52,6 +52,28 @@ pub(crate) enum Output {
     Json,
 }
 
+// Without doc comments, which would replace that of the subcommand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Args)]
+pub(crate) struct Source {
+    /// Read the objects from the API server, as in a pod, instead of asking the agent of this node.
+    #[arg(long)]
+    pub(crate) live: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Args)]
+pub(crate) struct Form {
+    /// The form of the answer.
+    #[arg(
+        short,
+        long,
+        value_name = "text|json",
+        default_value = "text",
+        hide_default_value = true,
+        hide_possible_values = true
+    )]
+    pub(crate) output: Output,
+}
+
 /// The arguments of `nftlet explain`.
 #[derive(Clone, Debug, PartialEq, Eq, Args)]
 #[command(
@@ -70,19 +92,10 @@ pub(crate) struct Explain {
     /// JSON.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["from", "to", "output"])]
     pub(crate) batch: Option<PathBuf>,
-    /// Read the objects from the API server, as in a pod, instead of asking the agent of this node.
-    #[arg(long)]
-    pub(crate) live: bool,
-    /// The form of the answer.
-    #[arg(
-        short,
-        long,
-        value_name = "text|json",
-        default_value = "text",
-        hide_default_value = true,
-        hide_possible_values = true
-    )]
-    pub(crate) output: Output,
+    #[command(flatten)]
+    pub(crate) source: Source,
+    #[command(flatten)]
+    pub(crate) form: Form,
 }
 
 /// The arguments of `nftlet services`.
@@ -97,19 +110,10 @@ pub(crate) struct Services {
     /// Only services that have no rules because of a fault.
     #[arg(long)]
     pub(crate) refused: bool,
-    /// Read the objects from the API server, as in a pod, instead of asking the agent of this node.
-    #[arg(long)]
-    pub(crate) live: bool,
-    /// The form of the list.
-    #[arg(
-        short,
-        long,
-        value_name = "text|json",
-        default_value = "text",
-        hide_default_value = true,
-        hide_possible_values = true
-    )]
-    pub(crate) output: Output,
+    #[command(flatten)]
+    pub(crate) source: Source,
+    #[command(flatten)]
+    pub(crate) form: Form,
 }
 
 /// The arguments of `nftlet status`.
@@ -118,16 +122,8 @@ pub(crate) struct Status {
     /// Show it again every two seconds, until interrupted.
     #[arg(long)]
     pub(crate) watch: bool,
-    /// The form of the answer.
-    #[arg(
-        short,
-        long,
-        value_name = "text|json",
-        default_value = "text",
-        hide_default_value = true,
-        hide_possible_values = true
-    )]
-    pub(crate) output: Output,
+    #[command(flatten)]
+    pub(crate) form: Form,
 }
 
 /// The arguments of `nftlet policies`.
@@ -136,19 +132,10 @@ pub(crate) struct Policies {
     /// Only the policies of a namespace, or one of them with the pods that it selects.
     #[arg(value_name = "NAMESPACE[/NAME]")]
     pub(crate) of: Option<String>,
-    /// Read the objects from the API server, as in a pod, instead of asking the agent of this node.
-    #[arg(long)]
-    pub(crate) live: bool,
-    /// The form of the list.
-    #[arg(
-        short,
-        long,
-        value_name = "text|json",
-        default_value = "text",
-        hide_default_value = true,
-        hide_possible_values = true
-    )]
-    pub(crate) output: Output,
+    #[command(flatten)]
+    pub(crate) source: Source,
+    #[command(flatten)]
+    pub(crate) form: Form,
 }
 
 /// The subcommands that answer questions.
