@@ -142,7 +142,7 @@ pub(crate) struct Policies {
 const QUESTIONS: [&str; 4] = ["explain", "policies", "services", "status"];
 
 /// The flags that the help of these subcommands shows, by their names in [`Settings`].
-const OF_QUESTIONS: [&str; 15] = [
+const OF_QUESTIONS: [&str; 17] = [
     "socket",
     "config",
     "kubeconfig",
@@ -157,6 +157,8 @@ const OF_QUESTIONS: [&str; 15] = [
     "masquerade_all",
     "bind_address",
     "network_policy",
+    "pod_startup",
+    "services",
     "verbose",
 ];
 
@@ -177,18 +179,17 @@ fn parser() -> clap::Command {
     let mut nftlet = Command::augment_subcommands(Settings::command())
         .args_conflicts_with_subcommands(true)
         .disable_help_subcommand(true);
+    // Added one by one, since `augment_args` replaces the description of the command, too.
+    let flags = Settings::augment_args(clap::Command::new("flags"));
+    let flags: Vec<_> = flags
+        .get_arguments()
+        .map(|flag| {
+            let is_shown = OF_QUESTIONS.contains(&flag.get_id().as_str());
+            flag.clone().hide(!is_shown)
+        })
+        .collect();
     for name in QUESTIONS {
-        nftlet = nftlet.mut_subcommand(name, |question| {
-            let own: Vec<_> = question
-                .get_arguments()
-                .map(|it| it.get_id().clone())
-                .collect();
-            Settings::augment_args(question).mut_args(|arg| {
-                let is_shown =
-                    own.contains(arg.get_id()) || OF_QUESTIONS.contains(&arg.get_id().as_str());
-                arg.hide(!is_shown)
-            })
-        });
+        nftlet = nftlet.mut_subcommand(name, |question| question.args(&flags));
     }
     nftlet
 }
@@ -446,6 +447,23 @@ mod tests {
             let all = ["nftlet"].iter().chain(args);
             let error = CommandLine::parse(all).unwrap_err();
             assert_eq!(one_line(&error), wanted);
+        }
+    }
+
+    #[test]
+    fn the_help_of_a_question_is_its_own() {
+        for (name, about) in [
+            ("explain", "Explain whether a connection"),
+            ("policies", "List policies"),
+            ("services", "List services"),
+            ("status", "Show the state"),
+        ] {
+            let error = CommandLine::parse(["nftlet", name, "--help"]).unwrap_err();
+            let help = error.render().to_string();
+            assert!(help.starts_with(about), "{help}");
+            assert!(help.contains(&format!("Usage: nftlet {name}")), "{help}");
+            assert!(help.contains("--cluster-cidr"), "{help}");
+            assert!(!help.contains("--cleanup"), "{help}");
         }
     }
 
