@@ -411,6 +411,16 @@ mod tests {
         assert!(document.contains(&screen), "{screen}");
     }
 
+    #[test]
+    fn what_is_not_known_is_not_shown_as_zero() {
+        let text = shown(&Status::default());
+        assert!(text.starts_with(" DEGRADED\n"), "{text}");
+        assert!(text.contains("rules         not known\n"), "{text}");
+        for row in ["services", "policies", "changes waiting"] {
+            assert!(!text.contains(row), "{text}");
+        }
+    }
+
     /// The fields are an interface: they may be added to, but not renamed.
     #[test]
     fn the_json_has_these_fields() {
