@@ -74,6 +74,7 @@ pub(super) fn run(start: Start) -> Result<(), Error> {
         drops: drops.clone(),
         server: None,
         args: settings.clone(),
+        flags: start.line.without_field(),
         file: start.file,
         pages: Pages::new(
             json!({ file::GROUP: file::effective(settings) }),

@@ -40,6 +40,13 @@ pub(crate) enum Error {
     Manifests(#[from] ManifestsError),
     #[error("{0}")]
     Cluster(#[source] ClusterError),
+    /// A command that reads the objects once.
+    #[error("cannot read the objects of {server}: {why}")]
+    NotRead {
+        /// The address of the API server.
+        server: String,
+        why: String,
+    },
     /// Neither a cluster nor manifests.
     #[error("{0}; name a cluster with --kubeconfig FILE, or run without one with --manifests PATH")]
     NoSource(#[source] ClusterError),

@@ -9,7 +9,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::MissedTickBehavior;
 
 use super::metrics::Metrics;
-use super::socket::{AgentPages, DropHistory};
+use super::socket::{AgentPages, DropHistory, MainLoop};
 use super::{Error, connect, followers, load, manifests, single_threaded, system};
 use crate::events::Recorder;
 use crate::followers::drops::DropCounters;
@@ -39,6 +39,8 @@ pub(super) struct IoThread {
     /// The address of the API server and the counters of its watches.
     pub(super) server: Option<(String, Arc<SourceStats>)>,
     pub(super) args: Settings,
+    /// The given flags that have no field in a configuration file.
+    pub(super) flags: Vec<String>,
     /// The contents of the configuration file, if there is one.
     pub(super) file: Option<File>,
     pub(super) pages: Pages,
@@ -259,9 +261,9 @@ impl IoThread {
             return None;
         }
         let pages = Arc::new(AgentPages {
-            ask: self.ask.clone(),
-            turn: Arc::default(),
+            main_loop: Arc::new(MainLoop::new(self.ask.clone())),
             node_name: self.node_name.as_str().into(),
+            flags: self.flags.clone(),
             configuration: file::effective(&self.args),
             health: self.health.clone(),
             server: self.server.clone(),

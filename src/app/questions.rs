@@ -14,12 +14,13 @@ use super::objects::{self, manifests};
 use super::{Error, print, single_threaded};
 use crate::insight::status::{Status, status as status_text};
 use crate::insight::{
-    API_VERSION, Facts, OtherNodes, Plans, Question, ServiceFilter, Style, Verdict, answer_text,
-    explain, policies, policies_text, services, services_text,
+    API_VERSION, Facts, OtherNodes, Plans, PolicyState, Question, ServiceFilter, Style, Verdict,
+    add_states, answer_text, explain, policies, policies_text, services, services_text,
 };
-use crate::services::ServiceSettings;
+use crate::policies::Engine;
+use crate::services::{ServiceSettings, Store};
 use crate::settings::file::File;
-use crate::settings::{self, Command, Explain, Output, Services, Settings};
+use crate::settings::{self, Command, CommandLine, Explain, Output, Services, Settings};
 use crate::source::Manifests;
 
 /// The exit status of a connection that is not allowed.
@@ -53,55 +54,64 @@ pub(super) fn answer(
                 answered => return answered,
             }
         }
-        let (node_name, service_settings, manifests) =
-            runtime.block_on(objects_of_agent(&settings.socket))?;
+        let socket = &settings.socket;
+        let (node_name, settings, manifests) = runtime.block_on(of_agent(socket))?;
+        let service_settings = objects::service_settings(&settings)?;
         // The agent keeps only what its policies need of other Nodes.
         let manifests = Some(manifests);
-        let collect = collect(settings, &node_name, &service_settings, manifests, None);
+        let collect = collect(&settings, &node_name, &service_settings, manifests, None);
         let (store, engine) = runtime.block_on(collect)?;
-        let facts = Facts {
-            store: &store,
-            settings: &service_settings,
-            policies: &engine,
-            node: &node_name,
-            has_node: store.has_node(),
-            rules,
-            most_pairs: None,
-            is_refused: &|_| false,
-            unfiltered: &[],
-            others: None,
+        let facts = facts(&store, &service_settings, &engine, &node_name, None);
+        let facts = Facts { rules, ..facts };
+        let states = match command {
+            Command::Policies(_) => runtime.block_on(states_of_agent(socket))?,
+            _ => Vec::new(),
         };
         // Only the agent asks the kernel.
         let warning = (rules && is_too_large)
             .then_some("not compared with the kernel: the question is too large for the agent");
-        return answer_from(&facts, command, question.as_ref(), warning);
+        return answer_from(&facts, command, question.as_ref(), states, warning);
     }
     let manifests = manifests(settings, node_name);
     let mut others = OtherNodes::new(service_settings.clone());
     let kept = matches!(command, Command::Explain(_)).then_some(&mut others);
     let collect = collect(settings, node_name, service_settings, manifests, kept);
-    let (store, engine) = runtime.block_on(collect)?;
-    let facts = Facts {
-        store: &store,
-        settings: service_settings,
-        policies: &engine,
-        node: node_name,
+    let collected = runtime.block_on(collect);
+    // An unanswered DNS query would delay the exit.
+    runtime.shutdown_background();
+    let (store, engine) = collected?;
+    let facts = facts(&store, service_settings, &engine, node_name, Some(&others));
+    let facts = Facts { rules, ..facts };
+    answer_from(&facts, command, question.as_ref(), Vec::new(), None)
+}
+
+fn facts<'a>(
+    store: &'a Store,
+    settings: &'a ServiceSettings,
+    policies: &'a Engine,
+    node: &'a str,
+    others: Option<&'a OtherNodes>,
+) -> Facts<'a> {
+    Facts {
+        store,
+        settings,
+        policies,
+        node,
         has_node: store.has_node(),
-        rules,
+        rules: false,
         most_pairs: None,
         is_refused: &|_| false,
         unfiltered: &[],
-        others: Some(&others),
-    };
-    answer_from(&facts, command, question.as_ref(), None)
+        others,
+    }
 }
 
 /// Returns whether the running agent is asked: no other source of objects is given.
 fn is_for_agent(command: &Command, settings: &Settings) -> bool {
     let live = match command {
-        Command::Explain(asked) => asked.live,
-        Command::Policies(asked) => asked.live,
-        Command::Services(asked) => asked.live,
+        Command::Explain(asked) => asked.source.live,
+        Command::Policies(asked) => asked.source.live,
+        Command::Services(asked) => asked.source.live,
         Command::Status(_) | Command::Completion { .. } | Command::Man => false,
     };
     !live
@@ -114,15 +124,16 @@ fn answer_from(
     facts: &Facts,
     command: &Command,
     question: Option<&Question>,
+    states: Vec<PolicyState>,
     warning: Option<&str>,
 ) -> Result<ExitCode, Error> {
     match command {
         Command::Explain(asked) => match (question, &asked.batch) {
-            (Some(question), _) => one(facts, question, asked.output, warning),
+            (Some(question), _) => one(facts, question, asked.form.output, warning),
             (None, Some(file)) => batch(facts, file),
             (None, None) => Ok(ExitCode::SUCCESS),
         },
-        Command::Policies(asked) => list_policies(facts, asked),
+        Command::Policies(asked) => list_policies(facts, asked, states),
         Command::Services(asked) => list_services(facts, asked),
         Command::Status(_) | Command::Completion { .. } | Command::Man => Ok(ExitCode::SUCCESS),
     }
@@ -133,7 +144,7 @@ async fn ask_agent(asked: &Explain, socket: &Path) -> Result<ExitCode, Error> {
     let word = |word: &Option<String>| word.clone().unwrap_or_default();
     let (from, to) = (word(&asked.from), word(&asked.to));
     let colour = if style().colour { "yes" } else { "no" };
-    let form = match asked.output {
+    let form = match asked.form.output {
         Output::Text => "text",
         Output::Json => "json",
     };
@@ -163,7 +174,7 @@ async fn status(asked: &settings::Status, socket: &Path) -> Result<ExitCode, Err
         let body = ask::get(socket, "/status", &[]).await?;
         let status: Status =
             serde_json::from_slice(&body).map_err(|error| AskError::Invalid(error.to_string()))?;
-        print(|out| match asked.output {
+        print(|out| match asked.form.output {
             Output::Json => {
                 serde_json::to_writer_pretty(&mut *out, &status)?;
                 writeln!(out)
@@ -191,21 +202,36 @@ async fn status(asked: &settings::Status, socket: &Path) -> Result<ExitCode, Err
 }
 
 /// Returns the agent's node, its settings and its objects.
-async fn objects_of_agent(socket: &Path) -> Result<(String, ServiceSettings, Manifests), Error> {
+async fn of_agent(socket: &Path) -> Result<(String, Settings, Manifests), Error> {
     let of_agent = ask::get_json(socket, "/settings", &[]).await?;
     let invalid = |what: &str| AskError::Invalid(format!("it lacks {what}"));
     let node = of_agent.get("node").and_then(Value::as_str);
     let node = node.ok_or_else(|| invalid("the node"))?.to_owned();
+    let flags = of_agent.get("flags").and_then(Value::as_array);
+    let flags = flags.ok_or_else(|| invalid("flags"))?.iter();
+    let flags = ["nftlet"]
+        .into_iter()
+        .chain(flags.filter_map(Value::as_str));
+    let mut line =
+        CommandLine::parse(flags).map_err(|error| AskError::Invalid(settings::one_line(&error)))?;
     let configuration = of_agent
         .get("configuration")
         .ok_or_else(|| invalid("settings"))?;
-    let file = File::parse(socket, &configuration.to_string())?;
-    let service_settings = objects::service_settings(file.settings())?;
+    File::parse(socket, &configuration.to_string())?.apply(&mut line);
     let document = ask::get(socket, "/objects", &[]).await?;
     let manifests = Manifests::new(Vec::new(), node.clone())
+        .with_services(line.settings.services.is_on())
+        .with_network_policies(line.settings.network_policy.is_on())
         .with_allow_empty(true)
         .with_document(document);
-    Ok((node, service_settings, manifests))
+    Ok((node, line.settings, manifests))
+}
+
+/// Returns the state of each policy in the agent.
+async fn states_of_agent(socket: &Path) -> Result<Vec<PolicyState>, Error> {
+    let mut answer = ask::get_json(socket, "/policies", &[]).await?;
+    let states = serde_json::from_value(answer["policies"].take());
+    Ok(states.map_err(|error| AskError::Invalid(error.to_string()))?)
 }
 
 fn question(asked: &Explain) -> Result<Option<Question>, Error> {
@@ -304,10 +330,15 @@ fn namespace_and_name(of: Option<&str>) -> (Option<&str>, Option<&str>) {
     }
 }
 
-fn list_policies(facts: &Facts, asked: &settings::Policies) -> Result<ExitCode, Error> {
+fn list_policies(
+    facts: &Facts,
+    asked: &settings::Policies,
+    states: Vec<PolicyState>,
+) -> Result<ExitCode, Error> {
     let (namespace, name) = namespace_and_name(asked.of.as_deref());
-    let rows = policies(facts, namespace, name)?;
-    print(|out| match asked.output {
+    let mut rows = policies(facts, namespace, name)?;
+    add_states(&mut rows, states);
+    print(|out| match asked.form.output {
         Output::Json => {
             let list = json!({ "apiVersion": API_VERSION, "policies": rows });
             serde_json::to_writer_pretty(&mut *out, &list)?;
@@ -332,7 +363,7 @@ fn list_services(facts: &Facts, asked: &Services) -> Result<ExitCode, Error> {
         refused: asked.refused,
     };
     let rows = services(facts, &filter)?;
-    print(|out| match asked.output {
+    print(|out| match asked.form.output {
         Output::Json => {
             let list = json!({ "apiVersion": API_VERSION, "services": rows });
             serde_json::to_writer_pretty(&mut *out, &list)?;

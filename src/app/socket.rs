@@ -5,38 +5,39 @@
 //! | `/explain?from=…&to=…` | the answer to one question; with `form=text` as text, in JSON; with `rules=yes` compared with the kernel |
 //! | `/status` | the state of the agent |
 //! | `/objects` | the objects that the rules are compiled from, as a list of the API |
-//! | `/settings` | the name of the node, and the agent's settings as a configuration file |
+//! | `/policies` | each policy: since when it is in force, and whether the kernel refused it |
+//! | `/settings` | the name of the node, and the agent's settings: flags, and a configuration file |
 
-use std::cmp::Reverse;
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::HashMap;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Instant;
 
-use hyper::body::Bytes;
 use hyper::{StatusCode, Uri};
-use rustix::system::uname;
 use serde_json::{Value, json};
-use tokio::sync::{mpsc, oneshot, watch};
 
 use super::live;
 use crate::engine::Engine as _;
-use crate::followers::drops::DropCounters;
 use crate::host::addresses;
 use crate::host::bridges::unfiltered_networks;
-use crate::insight::status::{self, Status};
-use crate::insight::{
-    API_VERSION, Facts, NameError, Plans, Question, Style, answer_text, explain, objects,
-};
-use crate::model::{Kind, ObjectName};
-use crate::policies::{self, Direction};
-use crate::serve::health::{Health, Probe};
+use crate::insight::{Facts, NameError, Plans, Question, Style, answer_text, explain};
+use crate::model::Kind;
+use crate::policies;
+use crate::serve::health::Health;
 use crate::serve::socket::{SocketAnswer, SocketPages};
-use crate::services::Target;
 use crate::source::SourceStats;
-use crate::sync::{Look, Query, View};
+use crate::sync::View;
 
-/// Objects that are copied in one turn of the main loop.
+mod list;
+mod main_loop;
+mod status;
+
+use list::{List, Listed};
+use main_loop::Ended;
+pub(super) use main_loop::MainLoop;
+pub(super) use status::DropHistory;
+
+/// The most objects that are copied in one turn of the main loop.
 const PORTION: usize = 64;
 
 /// The most pairs of addresses and ports in a question that the main loop answers, in about a
@@ -45,11 +46,11 @@ const MOST_PAIRS: usize = 100;
 
 /// The pages of the socket.
 pub(super) struct AgentPages {
-    pub ask: mpsc::Sender<Query>,
-    /// Held while the main loop looks, so that other events have their turn in between.
-    pub turn: Arc<tokio::sync::Mutex<()>>,
+    pub main_loop: Arc<MainLoop>,
     pub node_name: Arc<str>,
-    /// The settings as a configuration file.
+    /// The given flags that have no field in a configuration file.
+    pub flags: Vec<String>,
+    /// The other settings as a configuration file.
     pub configuration: Value,
     pub health: Health,
     /// The address of the API server and the counters of its watches.
@@ -58,16 +59,16 @@ pub(super) struct AgentPages {
     pub drops: DropHistory,
 }
 
-/// The main loop has ended.
-struct Ended;
-
 impl SocketPages for AgentPages {
     async fn get(&self, uri: &Uri) -> Option<SocketAnswer> {
         let query = uri.query().unwrap_or_default();
         let query: HashMap<String, String> = form_urlencoded::parse(query.as_bytes())
             .into_owned()
             .collect();
-        if matches!(uri.path(), "/explain" | "/objects" | "/settings") {
+        if matches!(
+            uri.path(),
+            "/explain" | "/objects" | "/policies" | "/settings"
+        ) {
             let unread = self.look(|view| {
                 let mut kinds: Vec<Kind> = view.services.store().missing();
                 kinds.extend(view.policies.map(|it| it.missing()).unwrap_or_default());
@@ -87,10 +88,12 @@ impl SocketPages for AgentPages {
         }
         match uri.path() {
             "/explain" => Some(self.explain(&query).await),
-            "/objects" => Some(self.objects()),
+            "/objects" => Some(self.stream(Listed::Objects)),
+            "/policies" => Some(self.stream(Listed::Policies)),
             "/status" => Some(self.status().await),
             "/settings" => Some(ok(&json!({
-                "node": *self.node_name, "configuration": self.configuration,
+                "node": *self.node_name, "flags": self.flags,
+                "configuration": self.configuration,
             }))),
             _ => None,
         }
@@ -115,7 +118,7 @@ impl AgentPages {
         &self,
         look: impl FnOnce(&View) -> T + Send + 'static,
     ) -> Result<T, Ended> {
-        looked(&self.ask, &self.turn, look).await
+        self.main_loop.look(look).await
     }
 
     async fn explain(&self, query: &HashMap<String, String>) -> SocketAnswer {
@@ -169,375 +172,14 @@ impl AgentPages {
         }
     }
 
-    async fn status(&self) -> SocketAnswer {
-        let names = self.look(|view| {
-            let services = view.services.store().services();
-            services
-                .map(|service| service.name.clone())
-                .collect::<Vec<_>>()
-        });
-        let Ok(names) = names.await else {
-            return ended();
-        };
-        let mut services = status::Services::default();
-        for portion in names.chunks(PORTION) {
-            let portion = portion.to_vec();
-            let counted = self.look(move |view| count(view, &portion)).await;
-            let Ok(counted) = counted else {
-                return ended();
-            };
-            services.frontends += counted.frontends;
-            services.endpoints += counted.endpoints;
-            services.without_endpoints += counted.without_endpoints;
-        }
-        let looked = self.look(|view| {
-            let policies = view.policies.filter(|engine| engine.is_on());
-            let isolated = policies.into_iter().flat_map(|engine| engine.isolated());
-            let isolated: BTreeSet<ObjectName> =
-                isolated.filter_map(|(_, pod)| pod.cloned()).collect();
-            let policies = status::Policies {
-                total: policies.map_or(0, |engine| {
-                    engine.count(Kind::NetworkPolicy) + engine.count(Kind::ClusterNetworkPolicy)
-                }),
-                isolated_pods: isolated.len(),
-                refused: policies.map_or(0, policies::Engine::refused),
-                in_force: policies.is_none_or(|engine| engine.is_ready()) && view.policies_in_step,
-            };
-            let (changed, endpoints) = view.pending;
-            let refused = view.services.left_out();
-            (
-                policies,
-                refused,
-                changed + endpoints,
-                view.services_in_step,
-            )
-        });
-        let Ok((policies, refused, pending, in_step)) = looked.await else {
-            return ended();
-        };
-        services.total = names.len();
-        services.refused = refused;
-        let [synced, last_audit] = self.health.times();
-        let probes = [Probe::Healthz, Probe::Readyz].map(|probe| self.health.status(probe));
-        let mut reasons: Vec<String> = Vec::new();
-        for reason in probes.iter().filter_map(|status| status.message.clone()) {
-            if !reasons.contains(&reason) {
-                reasons.push(reason);
-            }
-        }
-        let mut status = Status {
-            api_version: API_VERSION.to_owned(),
-            node: self.node_name.to_string(),
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-            kernel: uname().release().to_string_lossy().into_owned(),
-            up_seconds: self.started.elapsed().as_secs(),
-            healthy: probes.iter().all(|status| status.healthy),
-            reasons,
-            api_server: self
-                .server
-                .as_ref()
-                .map(|(url, stats)| api_server(url, stats)),
-            rules: status::Rules {
-                in_sync_since: synced.filter(|_| in_step && pending == 0),
-                pending,
-                last_audit,
-            },
-            services,
-            policies,
-            conntrack: conntrack(),
-            settings: kernel_settings(),
-            drops: self.drops.recent().await,
-            warnings: Vec::new(),
-        };
-        status.judge();
-        match serde_json::to_value(&status) {
-            Ok(status) => ok(&status),
-            Err(error) => failed(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
-        }
-    }
-
-    /// Streams the objects, a portion in each turn of the main loop.
-    fn objects(&self) -> SocketAnswer {
+    /// Streams a list, a portion in each turn of the main loop.
+    fn stream(&self, of: Listed) -> SocketAnswer {
         let (parts, answer) = SocketAnswer::parts();
-        let (ask, turn) = (self.ask.clone(), self.turn.clone());
+        let list = List::new(self.main_loop.clone(), parts);
         tokio::spawn(async move {
-            let mut list = List {
-                ask,
-                turn,
-                parts,
-                first: true,
-            };
             // It ends early if the client or the main loop does.
-            let _ = list.send_all().await;
+            let _ = list.send(of).await;
         });
         answer
     }
 }
-
-async fn looked<T: Send + 'static>(
-    ask: &mpsc::Sender<Query>,
-    turn: &tokio::sync::Mutex<()>,
-    look: impl FnOnce(&View) -> T + Send + 'static,
-) -> Result<T, Ended> {
-    let _turn = turn.lock().await;
-    let (answer, answered) = oneshot::channel();
-    let look = Look(Box::new(move |view: &View| {
-        // The client may have gone.
-        let _ = answer.send(look(view));
-    }));
-    ask.send(Query::Look(look)).await.map_err(|_| Ended)?;
-    answered.await.map_err(|_| Ended)
-}
-
-/// A list of objects that is being sent.
-struct List {
-    ask: mpsc::Sender<Query>,
-    turn: Arc<tokio::sync::Mutex<()>>,
-    parts: mpsc::Sender<Bytes>,
-    first: bool,
-}
-
-impl List {
-    async fn send_all(&mut self) -> Result<(), Ended> {
-        self.part("{\"apiVersion\":\"v1\",\"kind\":\"List\",\"items\":[".to_owned())
-            .await?;
-        let few =
-            looked(&self.ask, &self.turn, |view| {
-                let store = view.services.store();
-                let mut few: Vec<Value> = store
-                    .node()
-                    .iter()
-                    .map(|node| objects::node(node))
-                    .collect();
-                few.extend(store.service_cidr_objects().map(objects::service_cidr));
-                if let Some(policies) = view.policies {
-                    let inventory = policies.inventory();
-                    let own = view.services.store().node().map(|node| node.name.clone());
-                    let others = inventory.other_nodes(own.as_deref().unwrap_or_default());
-                    few.extend(others.map(|(name, node)| {
-                        objects::other_node(name, &node.labels, &node.addresses)
-                    }));
-                    let cluster = inventory.cluster().all();
-                    few.extend(cluster.map(|policy| objects::cluster_policy(policy)));
-                    let namespaces = inventory.namespaces();
-                    few.extend(namespaces.map(|(name, labels)| objects::namespace(name, &labels)));
-                }
-                few
-            });
-        let few = few.await?;
-        self.items(few).await?;
-        let services = |view: &View| {
-            let services = view.services.store().services();
-            services.map(|service| service.name.clone()).collect()
-        };
-        self.each(services, |view, names| {
-            let store = view.services.store();
-            let mut found = Vec::new();
-            for name in names {
-                let service = store.service(name);
-                found.extend(service.map(|service| objects::service(service)));
-                found.extend(store.slices_of(name).all().map(objects::slice));
-            }
-            found
-        })
-        .await?;
-        let pods = |view: &View| {
-            let policies = view.policies.map(|it| it.inventory().pod_names());
-            policies.into_iter().flatten().collect()
-        };
-        self.each(pods, |view, names| {
-            let inventory = view.policies.map(policies::Engine::inventory);
-            let pods = names.iter().filter_map(|name| inventory?.pod(name));
-            pods.map(objects::pod).collect()
-        })
-        .await?;
-        let policies = |view: &View| {
-            let policies = view.policies.map(|it| it.inventory().policy_names());
-            policies.into_iter().flatten().collect()
-        };
-        self.each(policies, |view, names| {
-            let inventory = view.policies.map(policies::Engine::inventory);
-            let policies = names.iter().filter_map(|name| inventory?.policy(name));
-            policies
-                .map(|policy| objects::network_policy(policy))
-                .collect()
-        })
-        .await?;
-        self.part("]}\n".to_owned()).await
-    }
-
-    /// Sends the objects with some names.
-    async fn each(
-        &mut self,
-        names: impl FnOnce(&View) -> Vec<ObjectName> + Send + 'static,
-        of: fn(&View, &[ObjectName]) -> Vec<Value>,
-    ) -> Result<(), Ended> {
-        let names = looked(&self.ask, &self.turn, names).await?;
-        for portion in names.chunks(PORTION) {
-            let portion = portion.to_vec();
-            let found = looked(&self.ask, &self.turn, move |view| of(view, &portion)).await?;
-            self.items(found).await?;
-        }
-        Ok(())
-    }
-
-    async fn items(&mut self, items: Vec<Value>) -> Result<(), Ended> {
-        let mut text = String::new();
-        for item in items {
-            if !std::mem::take(&mut self.first) {
-                text.push_str(",\n");
-            }
-            text.push_str(&item.to_string());
-        }
-        self.part(text).await
-    }
-
-    async fn part(&mut self, text: String) -> Result<(), Ended> {
-        self.parts.send(Bytes::from(text)).await.map_err(|_| Ended)
-    }
-}
-
-/// Counts frontends and endpoints of some services.
-fn count(view: &View, names: &[ObjectName]) -> status::Services {
-    let mut counted = status::Services::default();
-    for plan in names.iter().filter_map(|name| view.services.plan(name)) {
-        let used: BTreeSet<Target> = plan
-            .pools
-            .iter()
-            .flat_map(|pool| pool.targets.iter().copied())
-            .collect();
-        counted.frontends += plan.frontends.len();
-        counted.endpoints += used.len();
-        counted.without_endpoints += usize::from(used.is_empty() && !plan.frontends.is_empty());
-    }
-    counted
-}
-
-fn api_server(url: &str, stats: &SourceStats) -> status::ApiServer {
-    let watched = Kind::ALL
-        .iter()
-        .filter(|kind| stats.kind(**kind).watches() > 0);
-    let last = Kind::ALL
-        .iter()
-        .filter_map(|kind| stats.kind(*kind).last_event())
-        .max();
-    let faulty = Kind::ALL
-        .iter()
-        .filter(|kind| stats.fault_of(**kind).is_some());
-    let kinds: BTreeSet<Kind> = watched.chain(faulty).copied().collect();
-    let watch = |kind: Kind| status::Watch {
-        kind: kind.as_str().to_owned(),
-        fault: stats.fault_of(kind),
-    };
-    status::ApiServer {
-        url: url.to_owned(),
-        watches: kinds.into_iter().map(watch).collect(),
-        last_event_seconds: last.map(|at| at.elapsed().as_secs()),
-    }
-}
-
-fn parameter(path: &str) -> Option<String> {
-    let text = std::fs::read_to_string(format!("/proc/sys/{}", path.replace('.', "/"))).ok()?;
-    Some(text.trim().to_owned())
-}
-
-fn conntrack() -> Option<status::Conntrack> {
-    let number = |name: &str| parameter(&format!("net.netfilter.{name}"))?.parse().ok();
-    Some(status::Conntrack {
-        used: number("nf_conntrack_count")?,
-        max: number("nf_conntrack_max")?,
-    })
-}
-
-/// Kernel parameters that decide whether packets of pods arrive, with the value that they need.
-const PARAMETERS: [(&str, Option<&str>); 4] = [
-    ("net.ipv4.ip_forward", Some("1")),
-    ("net.ipv6.conf.all.forwarding", None),
-    ("net.ipv4.conf.all.rp_filter", None),
-    ("net.bridge.bridge-nf-call-iptables", None),
-];
-
-/// Returns the parameters that this kernel has.
-fn kernel_settings() -> Vec<status::Setting> {
-    let found = PARAMETERS.iter().filter_map(|(name, wanted)| {
-        let value = parameter(name)?;
-        Some(status::Setting {
-            name: (*name).to_owned(),
-            wanted: wanted.filter(|wanted| value != *wanted).map(str::to_owned),
-            value,
-        })
-    });
-    found.collect()
-}
-
-/// The interval of readings of the counters of dropped packets, and the number that is kept: those of
-/// five minutes.
-const READ_EVERY: Duration = Duration::from_secs(60);
-const READINGS: usize = 5;
-
-/// Readings of the counters of dropped packets, the oldest first.
-type Readings = VecDeque<BTreeMap<(ObjectName, Direction), u64>>;
-
-/// Dropped packets over the last minutes.
-pub(super) struct DropHistory {
-    counters: Option<Arc<DropCounters>>,
-    readings: Mutex<Readings>,
-}
-
-impl DropHistory {
-    pub(super) fn new(counters: Option<Arc<DropCounters>>) -> Self {
-        Self {
-            counters,
-            readings: Mutex::default(),
-        }
-    }
-
-    /// Reads the counters at intervals until `stop` is true.
-    pub(super) async fn follow(&self, mut stop: watch::Receiver<bool>) {
-        if self.counters.is_none() {
-            return;
-        }
-        loop {
-            if let Some(now) = self.read().await {
-                let mut readings = self.readings.lock().unwrap_or_else(PoisonError::into_inner);
-                if readings.len() == READINGS {
-                    readings.pop_front();
-                }
-                readings.push_back(now);
-            }
-            tokio::select! {
-                _ = stop.wait_for(|stop| *stop) => return,
-                () = tokio::time::sleep(READ_EVERY) => {}
-            }
-        }
-    }
-
-    async fn read(&self) -> Option<BTreeMap<(ObjectName, Direction), u64>> {
-        let counters = self.counters.clone()?;
-        let read = tokio::task::spawn_blocking(move || counters.read());
-        read.await.ok().flatten()
-    }
-
-    /// Returns what was dropped since the oldest reading, the most first.
-    async fn recent(&self) -> Vec<status::Drop> {
-        let Some(now) = self.read().await else {
-            return Vec::new();
-        };
-        let readings = self.readings.lock().unwrap_or_else(PoisonError::into_inner);
-        let before = readings.front();
-        let drops = now.into_iter().map(|((pod, direction), packets)| {
-            let earlier = before.and_then(|it| it.get(&(pod.clone(), direction)));
-            status::Drop {
-                pod: pod.to_string(),
-                direction: direction.as_str().to_owned(),
-                packets: packets.saturating_sub(earlier.copied().unwrap_or_default()),
-            }
-        });
-        let mut drops: Vec<status::Drop> = drops.filter(|drop| drop.packets > 0).collect();
-        drops.sort_by_key(|drop| Reverse(drop.packets));
-        drops
-    }
-}
-
-#[cfg(test)]
-mod tests;

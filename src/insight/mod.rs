@@ -32,7 +32,7 @@ pub(crate) use explain::explain;
 pub(crate) use live::{KernelView, TrackedConnection, add as add_live, not_read};
 pub(crate) use names::NameError;
 pub(crate) use nodes::OtherNodes;
-pub(crate) use policies::policies;
+pub(crate) use policies::{PolicyState, add_states, policies};
 pub(crate) use question::{Question, QuestionError};
 pub(crate) use rules::{ElementKey, Pair};
 pub(crate) use service::Plans;

@@ -32,8 +32,8 @@ pub(crate) enum NameError {
         /// What has a similar name.
         hint: String,
     },
-    /// No such service.
-    #[error("there is no service {name}{hint}")]
+    /// No such service, or one without an address, which an API server is not asked for.
+    #[error("no service {name} is known; if it is headless, ask for its pods{hint}")]
     UnknownService {
         /// The name.
         name: ObjectName,

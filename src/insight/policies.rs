@@ -1,8 +1,8 @@
 //! The policies and the pods of the node that they select.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::Facts;
 use super::names::NameError;
@@ -16,12 +16,49 @@ pub(crate) struct PolicyRow {
     #[serde(skip_serializing_if = "String::is_empty")]
     pub namespace: String,
     pub name: String,
+    /// Since when its rules are in force, as in RFC 3339. None if that is unknown, as without the agent.
+    pub in_force_since: Option<String>,
     /// The directions that it concerns.
     pub directions: Vec<&'static str>,
     /// The pods of the node that it selects.
     pub pods: Vec<String>,
-    /// Whether it is enforced.
+    /// `enforce`, or `refused` by the kernel.
     pub mode: &'static str,
+}
+
+/// The state of a policy in the agent.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct PolicyState {
+    pub kind: String,
+    pub namespace: String,
+    pub name: String,
+    pub in_force_since: Option<String>,
+    pub refused: bool,
+}
+
+/// Adds the states of the agent to policies.
+pub(crate) fn add_states(rows: &mut [PolicyRow], states: Vec<PolicyState>) {
+    let states = states.into_iter().map(|state| {
+        (
+            (
+                state.kind.clone(),
+                state.namespace.clone(),
+                state.name.clone(),
+            ),
+            state,
+        )
+    });
+    let mut states: HashMap<_, _> = states.collect();
+    for row in rows {
+        let key = (row.kind.to_owned(), row.namespace.clone(), row.name.clone());
+        if let Some(state) = states.remove(&key) {
+            row.in_force_since = state.in_force_since;
+            if state.refused {
+                row.mode = "refused";
+            }
+        }
+    }
 }
 
 /// Returns the policies of a namespace and with a name, if these are given: those of the cluster
@@ -59,6 +96,7 @@ pub(crate) fn policies(
             kind: kind.as_str(),
             namespace: name.namespace().to_owned(),
             name: name.name().to_owned(),
+            in_force_since: None,
             directions: [ingress.then_some("ingress"), egress.then_some("egress")]
                 .into_iter()
                 .flatten()

@@ -23,8 +23,10 @@ pub(crate) struct Status {
     /// None if the objects come from files.
     pub api_server: Option<ApiServer>,
     pub rules: Rules,
-    pub services: Services,
-    pub policies: Policies,
+    /// None if the main loop does not answer.
+    pub services: Option<Services>,
+    /// None if the main loop does not answer.
+    pub policies: Option<Policies>,
     /// None where connections are not tracked.
     pub conntrack: Option<Conntrack>,
     pub settings: Vec<Setting>,
@@ -59,8 +61,8 @@ pub(crate) struct Watch {
 pub(crate) struct Rules {
     /// When the last change took effect, as in RFC 3339; none while rules differ from the objects.
     pub in_sync_since: Option<String>,
-    /// Changes that wait to be written.
-    pub pending: usize,
+    /// Changes that wait to be written; none if the main loop does not answer.
+    pub pending: Option<usize>,
     /// When the kernel's tables were last compared with the wanted rules.
     pub last_audit: Option<String>,
 }
@@ -84,6 +86,8 @@ pub(crate) struct Policies {
     pub total: usize,
     /// Pods of this node that a policy isolates.
     pub isolated_pods: usize,
+    /// Those that deny nothing and only report what they would deny.
+    pub audited: usize,
     pub refused: usize,
     pub in_force: bool,
 }
@@ -144,16 +148,18 @@ impl Status {
                 self.warnings.push(format!("{}: {fault}", watch.kind));
             }
         }
-        if self.services.refused > 0 {
+        if let Some(refused) = self.services.as_ref().map(|it| it.refused)
+            && refused > 0
+        {
             self.warnings.push(format!(
-                "{} services have no rules because of a fault; see nftlet services --refused",
-                self.services.refused
+                "{refused} services have no rules because of a fault; see nftlet services --refused"
             ));
         }
-        if self.policies.refused > 0 {
+        if let Some(refused) = self.policies.as_ref().map(|it| it.refused)
+            && refused > 0
+        {
             self.warnings.push(format!(
-                "the kernel refused {} policies, which allow nothing; see the log",
-                self.policies.refused
+                "the kernel refused {refused} policies, which allow nothing; see nftlet policies"
             ));
         }
     }
@@ -214,43 +220,46 @@ pub(crate) fn status(status: &Status, style: Style, out: &mut impl Write) -> fmt
         None => row("objects", "from files")?,
     }
     let rules = &status.rules;
-    let since = match &rules.in_sync_since {
-        Some(since) => format!("in step since {since}"),
-        None => "not in step".to_owned(),
+    let since = match (&rules.in_sync_since, rules.pending) {
+        (Some(since), _) => format!("in step since {since}"),
+        (None, Some(_)) => "not in step".to_owned(),
+        (None, None) => "not known".to_owned(),
     };
+    let pending = rules.pending.map_or_else(String::new, |pending| {
+        format!(", {pending} changes waiting")
+    });
     let audit = rules
         .last_audit
         .as_ref()
         .map_or_else(String::new, |at| format!(", compared at {at}"));
-    row(
-        "rules",
-        &format!("{since}, {} changes waiting{audit}", rules.pending),
-    )?;
-    let services = &status.services;
-    row(
-        "services",
-        &format!(
-            "{}: {} frontends, {} endpoints, {} without endpoints, {} refused",
-            services.total,
-            services.frontends,
-            services.endpoints,
-            services.without_endpoints,
-            services.refused
-        ),
-    )?;
-    let policies = &status.policies;
-    let in_force = if policies.in_force {
-        "in force"
-    } else {
-        "NOT in force"
-    };
-    row(
-        "policies",
-        &format!(
-            "{}, {in_force}: {} pods of this node isolated, {} refused",
-            policies.total, policies.isolated_pods, policies.refused
-        ),
-    )?;
+    row("rules", &format!("{since}{pending}{audit}"))?;
+    if let Some(services) = &status.services {
+        row(
+            "services",
+            &format!(
+                "{}: {} frontends, {} endpoints, {} without endpoints, {} refused",
+                services.total,
+                services.frontends,
+                services.endpoints,
+                services.without_endpoints,
+                services.refused
+            ),
+        )?;
+    }
+    if let Some(policies) = &status.policies {
+        let in_force = if policies.in_force {
+            "in force"
+        } else {
+            "NOT in force"
+        };
+        row(
+            "policies",
+            &format!(
+                "{}, {in_force}: {} pods of this node isolated, {} refused",
+                policies.total, policies.isolated_pods, policies.refused
+            ),
+        )?;
+    }
     if let Some(Conntrack { used, max }) = &status.conntrack {
         let percent = used
             .saturating_mul(100)
@@ -313,7 +322,10 @@ mod tests {
             }],
             ..Status::default()
         };
-        of.services.refused = 2;
+        of.services = Some(Services {
+            refused: 2,
+            ..Services::default()
+        });
         of.judge();
         let text = shown(&of);
         let first: Vec<&str> = text.lines().take(5).collect();
@@ -363,22 +375,23 @@ mod tests {
             }),
             rules: Rules {
                 in_sync_since: text("2026-11-30T03:00:00Z"),
-                pending: 0,
+                pending: Some(0),
                 last_audit: text("2026-11-30T02:00:00Z"),
             },
-            services: Services {
+            services: Some(Services {
                 total: 120,
                 frontends: 340,
                 endpoints: 900,
                 without_endpoints: 2,
                 refused: 0,
-            },
-            policies: Policies {
+            }),
+            policies: Some(Policies {
                 total: 14,
                 isolated_pods: 23,
+                audited: 0,
                 refused: 0,
                 in_force: true,
-            },
+            }),
             conntrack: Some(Conntrack { used: 95, max: 100 }),
             settings: vec![Setting {
                 name: "net.ipv4.ip_forward".into(),
@@ -396,6 +409,60 @@ mod tests {
         let document = include_str!("../../docs/insight.md");
         let screen = format!("```text\n{}```", shown(&of));
         assert!(document.contains(&screen), "{screen}");
+    }
+
+    #[test]
+    fn what_is_not_known_is_not_shown_as_zero() {
+        let text = shown(&Status::default());
+        assert!(text.starts_with(" DEGRADED\n"), "{text}");
+        assert!(text.contains("rules         not known\n"), "{text}");
+        for row in ["services", "policies", "changes waiting"] {
+            assert!(!text.contains(row), "{text}");
+        }
+    }
+
+    /// The fields are an interface: they may be added to, but not renamed.
+    #[test]
+    fn the_json_has_these_fields() {
+        let of = Status {
+            api_server: Some(ApiServer {
+                watches: vec![Watch::default()],
+                ..ApiServer::default()
+            }),
+            services: Some(Services::default()),
+            policies: Some(Policies::default()),
+            conntrack: Some(Conntrack::default()),
+            settings: vec![Setting::default()],
+            drops: vec![Drop::default()],
+            ..Status::default()
+        };
+        let json = serde_json::to_value(&of).unwrap();
+        let names = |path: &str| -> Vec<String> {
+            let fields = json.pointer(path).and_then(|it| it.as_object());
+            let mut names: Vec<String> = fields.unwrap().keys().cloned().collect();
+            names.sort();
+            names
+        };
+        for (path, wanted) in [
+            (
+                "",
+                "apiServer apiVersion conntrack drops healthy kernel node policies reasons rules \
+                 services settings upSeconds version warnings",
+            ),
+            ("/apiServer", "lastEventSeconds url watches"),
+            ("/apiServer/watches/0", "fault kind"),
+            ("/rules", "inSyncSince lastAudit pending"),
+            (
+                "/services",
+                "endpoints frontends refused total withoutEndpoints",
+            ),
+            ("/policies", "audited inForce isolatedPods refused total"),
+            ("/conntrack", "max used"),
+            ("/settings/0", "name value wanted"),
+            ("/drops/0", "direction packets pod"),
+        ] {
+            assert_eq!(names(path).join(" "), wanted, "{path}");
+        }
     }
 
     #[test]

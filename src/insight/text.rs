@@ -470,7 +470,14 @@ fn table(
 
 /// Writes the table of policies, or the pods of one.
 pub(crate) fn policies(rows: &[PolicyRow], style: Style, out: &mut impl Write) -> fmt::Result {
-    let header = ["POLICY", "KIND", "DIRECTIONS", "PODS HERE", "MODE"];
+    let header = [
+        "POLICY",
+        "KIND",
+        "DIRECTIONS",
+        "PODS HERE",
+        "IN FORCE SINCE",
+        "MODE",
+    ];
     let mut cells: Vec<Vec<String>> = vec![header.map(str::to_owned).into()];
     for row in rows {
         let name = if row.namespace.is_empty() {
@@ -483,6 +490,7 @@ pub(crate) fn policies(rows: &[PolicyRow], style: Style, out: &mut impl Write) -
             row.kind.to_owned(),
             row.directions.join(","),
             row.pods.len().to_string(),
+            row.in_force_since.as_deref().unwrap_or("-").to_owned(),
             row.mode.to_owned(),
         ]);
     }

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use crate::engine::Change;
-use crate::model::ObjectName;
+use crate::model::{ObjectName, ObjectRef};
 
 /// The isolated addresses of this node, sorted, each with its pod if the Pod object exists.
 pub(crate) type Isolated = Arc<[(IpAddr, Option<ObjectName>)]>;
@@ -19,12 +19,14 @@ pub struct PolicyChanges {
     pub isolated: Option<Isolated>,
     /// Addresses that may belong to another pod than before.
     pub reassigned: BTreeSet<IpAddr>,
+    /// The policies that were changed, deleted ones included.
+    pub policies: BTreeSet<ObjectRef>,
     /// Whether the tables were compared with the kernel: other rules may have been in force before.
     pub rewritten: bool,
 }
 
 impl PolicyChanges {
-    /// Returns whether nothing changed.
+    /// Returns whether no rule changed.
     pub fn is_empty(&self) -> bool {
         !self.rules && self.isolated.is_none() && self.reassigned.is_empty() && !self.rewritten
     }
@@ -35,6 +37,7 @@ impl Change for PolicyChanges {
         self.rules |= later.rules;
         self.isolated = later.isolated.or(self.isolated.take());
         self.reassigned.append(&mut later.reassigned);
+        self.policies.append(&mut later.policies);
         self.rewritten |= later.rewritten;
     }
 

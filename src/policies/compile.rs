@@ -19,7 +19,7 @@ impl Engine {
     /// the state after the last call to the new one.
     pub(super) fn compile(&mut self) -> Transaction {
         self.forget_departed(Instant::now());
-        let touched = std::mem::take(&mut self.touched);
+        let mut touched = std::mem::take(&mut self.touched);
         let mut deltas: [TableDelta; 2] = Default::default();
         self.draft_layers(&mut deltas, |delta| &mut delta.before);
         let (replanned, mut uses_touched) = self.plan_again(&touched.addresses, &mut deltas);
@@ -38,6 +38,7 @@ impl Engine {
             let delta = delta::of(&mut deltas, key.0);
             self.compile_again(key, changed.contains(key), delta, &mut was_used);
         }
+        self.compiled.append(&mut touched.policies);
         self.fill_sets(touched.members, &was_used, &mut deltas);
         for (_, set) in was_used.into_keys() {
             self.sets.sweep(set);

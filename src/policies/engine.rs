@@ -108,6 +108,8 @@ pub struct Engine {
     /// Whether policies are enforced.
     on: bool,
     pub(super) touched: Touched,
+    /// The changed policies that were compiled since the last change for followers.
+    pub(super) compiled: BTreeSet<ObjectRef>,
 }
 
 impl Engine {
@@ -132,6 +134,7 @@ impl Engine {
             exists: false,
             on: true,
             touched: Touched::default(),
+            compiled: BTreeSet::new(),
         }
     }
 
@@ -155,6 +158,25 @@ impl Engine {
     /// Returns the number of policies that the kernel refused.
     pub(crate) fn refused(&self) -> usize {
         self.quarantined.len()
+    }
+
+    /// Returns whether the kernel refused a policy.
+    pub(crate) fn is_refused(&self, policy: &ObjectRef) -> bool {
+        self.quarantined.contains(policy)
+    }
+
+    /// Returns whether a policy changed since the last update.
+    pub(crate) fn is_touched(&self, policy: &ObjectRef) -> bool {
+        self.touched.policies.contains(policy)
+    }
+
+    /// Returns whether a policy exists and the kernel accepts it.
+    pub(crate) fn is_accepted(&self, policy: &ObjectRef) -> bool {
+        let exists = match policy.kind {
+            Kind::ClusterNetworkPolicy => self.inventory.cluster().get(&policy.name).is_some(),
+            _ => self.inventory.policy(&policy.name).is_some(),
+        };
+        exists && !self.is_refused(policy)
     }
 
     /// Returns whether policies are enforced.
@@ -272,6 +294,7 @@ impl Engine {
             rules,
             isolated,
             reassigned: self.reassigned.take(),
+            policies: std::mem::take(&mut self.compiled),
             rewritten: false,
         }
     }

@@ -11,7 +11,7 @@ use super::claimants::AddressClaimants;
 use super::cluster::ClusterPolicies;
 use super::departed::Departed;
 use super::index::{Index, Namespaces, PodSelector};
-use super::nodes::{KnownNode, Nodes};
+use super::nodes::Nodes;
 use super::spec::Scope;
 use crate::engine::SharedMap;
 use crate::model::{
@@ -179,12 +179,6 @@ impl Inventory {
     /// Returns the nodes.
     pub(crate) fn nodes(&self) -> &Nodes {
         &self.nodes
-    }
-
-    /// Returns the known nodes but one.
-    pub(crate) fn other_nodes(&self, own: &str) -> impl Iterator<Item = (&ObjectName, &KnownNode)> {
-        let others = self.nodes.names().filter(move |name| name.name() != own);
-        others.filter_map(|name| Some((name, self.nodes.get(name)?)))
     }
 
     /// Returns whether a node has an address, if the node is known.

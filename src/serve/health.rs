@@ -250,10 +250,7 @@ impl Health {
     /// RFC 3339.
     pub(crate) fn times(&self) -> [Option<String>; 2] {
         let state = self.state();
-        [state.in_step_since, state.last_audit].map(|time| {
-            let time = jiff::Timestamp::try_from(time?).ok()?;
-            Some(time.round(jiff::Unit::Second).unwrap_or(time).to_string())
-        })
+        [state.in_step_since, state.last_audit].map(|time| in_seconds(time?))
     }
 
     /// Returns whether the rules of services have been written once.
@@ -409,6 +406,12 @@ impl ProbeStatus {
 }
 
 /// Formats a time for JSON; null if it is out of the range of dates.
+/// Returns a time in the format of RFC 3339, in whole seconds.
+pub(crate) fn in_seconds(time: SystemTime) -> Option<String> {
+    let time = jiff::Timestamp::try_from(time).ok()?;
+    Some(time.round(jiff::Unit::Second).unwrap_or(time).to_string())
+}
+
 fn rfc3339(time: SystemTime) -> Value {
     jiff::Timestamp::try_from(time).map_or(Value::Null, |time| time.to_string().into())
 }

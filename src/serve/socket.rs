@@ -93,8 +93,8 @@ pub(crate) struct Socket {
 }
 
 impl Socket {
-    /// Listens on a path. Creates its directory, and replaces a socket that nobody listens on. Must be
-    /// called in a runtime.
+    /// Listens on a path. Creates its directory, and replaces a socket of a process that has ended. Must
+    /// be called in a runtime.
     ///
     /// # Errors
     ///

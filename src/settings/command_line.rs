@@ -52,6 +52,28 @@ pub(crate) enum Output {
     Json,
 }
 
+// Without doc comments, which would replace that of the subcommand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Args)]
+pub(crate) struct Source {
+    /// Read the objects from the API server, as in a pod, instead of asking the agent of this node.
+    #[arg(long)]
+    pub(crate) live: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Args)]
+pub(crate) struct Form {
+    /// The form of the answer.
+    #[arg(
+        short,
+        long,
+        value_name = "text|json",
+        default_value = "text",
+        hide_default_value = true,
+        hide_possible_values = true
+    )]
+    pub(crate) output: Output,
+}
+
 /// The arguments of `nftlet explain`.
 #[derive(Clone, Debug, PartialEq, Eq, Args)]
 #[command(
@@ -70,24 +92,15 @@ pub(crate) struct Explain {
     /// JSON.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["from", "to", "output"])]
     pub(crate) batch: Option<PathBuf>,
-    /// Read the objects from the API server, as in a pod, instead of asking the agent of this node.
-    #[arg(long)]
-    pub(crate) live: bool,
     /// Name the tables, chains and set elements that decide. The agent of this node also says whether
     /// the kernel has them, to which endpoint the client is bound, which connections are tracked, and
     /// how many packets were denied.
     #[arg(long)]
     pub(crate) rules: bool,
-    /// The form of the answer.
-    #[arg(
-        short,
-        long,
-        value_name = "text|json",
-        default_value = "text",
-        hide_default_value = true,
-        hide_possible_values = true
-    )]
-    pub(crate) output: Output,
+    #[command(flatten)]
+    pub(crate) source: Source,
+    #[command(flatten)]
+    pub(crate) form: Form,
 }
 
 /// The arguments of `nftlet services`.
@@ -102,19 +115,10 @@ pub(crate) struct Services {
     /// Only services that have no rules because of a fault.
     #[arg(long)]
     pub(crate) refused: bool,
-    /// Read the objects from the API server, as in a pod, instead of asking the agent of this node.
-    #[arg(long)]
-    pub(crate) live: bool,
-    /// The form of the list.
-    #[arg(
-        short,
-        long,
-        value_name = "text|json",
-        default_value = "text",
-        hide_default_value = true,
-        hide_possible_values = true
-    )]
-    pub(crate) output: Output,
+    #[command(flatten)]
+    pub(crate) source: Source,
+    #[command(flatten)]
+    pub(crate) form: Form,
 }
 
 /// The arguments of `nftlet status`.
@@ -123,16 +127,8 @@ pub(crate) struct Status {
     /// Show it again every two seconds, until interrupted.
     #[arg(long)]
     pub(crate) watch: bool,
-    /// The form of the answer.
-    #[arg(
-        short,
-        long,
-        value_name = "text|json",
-        default_value = "text",
-        hide_default_value = true,
-        hide_possible_values = true
-    )]
-    pub(crate) output: Output,
+    #[command(flatten)]
+    pub(crate) form: Form,
 }
 
 /// The arguments of `nftlet policies`.
@@ -141,26 +137,17 @@ pub(crate) struct Policies {
     /// Only the policies of a namespace, or one of them with the pods that it selects.
     #[arg(value_name = "NAMESPACE[/NAME]")]
     pub(crate) of: Option<String>,
-    /// Read the objects from the API server, as in a pod, instead of asking the agent of this node.
-    #[arg(long)]
-    pub(crate) live: bool,
-    /// The form of the list.
-    #[arg(
-        short,
-        long,
-        value_name = "text|json",
-        default_value = "text",
-        hide_default_value = true,
-        hide_possible_values = true
-    )]
-    pub(crate) output: Output,
+    #[command(flatten)]
+    pub(crate) source: Source,
+    #[command(flatten)]
+    pub(crate) form: Form,
 }
 
 /// The subcommands that answer questions.
 const QUESTIONS: [&str; 4] = ["explain", "policies", "services", "status"];
 
 /// The flags that the help of these subcommands shows, by their names in [`Settings`].
-const OF_QUESTIONS: [&str; 15] = [
+const OF_QUESTIONS: [&str; 17] = [
     "socket",
     "config",
     "kubeconfig",
@@ -175,6 +162,8 @@ const OF_QUESTIONS: [&str; 15] = [
     "masquerade_all",
     "bind_address",
     "network_policy",
+    "pod_startup",
+    "services",
     "verbose",
 ];
 
@@ -195,18 +184,17 @@ fn parser() -> clap::Command {
     let mut nftlet = Command::augment_subcommands(Settings::command())
         .args_conflicts_with_subcommands(true)
         .disable_help_subcommand(true);
+    // Added one by one, since `augment_args` replaces the description of the command, too.
+    let flags = Settings::augment_args(clap::Command::new("flags"));
+    let flags: Vec<_> = flags
+        .get_arguments()
+        .map(|flag| {
+            let is_shown = OF_QUESTIONS.contains(&flag.get_id().as_str());
+            flag.clone().hide(!is_shown)
+        })
+        .collect();
     for name in QUESTIONS {
-        nftlet = nftlet.mut_subcommand(name, |question| {
-            let own: Vec<_> = question
-                .get_arguments()
-                .map(|it| it.get_id().clone())
-                .collect();
-            Settings::augment_args(question).mut_args(|arg| {
-                let is_shown =
-                    own.contains(arg.get_id()) || OF_QUESTIONS.contains(&arg.get_id().as_str());
-                arg.hide(!is_shown)
-            })
-        });
+        nftlet = nftlet.mut_subcommand(name, |question| question.args(&flags));
     }
     nftlet
 }
@@ -269,6 +257,30 @@ impl CommandLine {
         self.matches.value_source(flag) == Some(ValueSource::CommandLine)
     }
 
+    /// Returns the given flags that have no field in a configuration file, as arguments. With a file
+    /// of the other settings they make up the same settings.
+    pub(crate) fn without_field(&self) -> Vec<String> {
+        let mut arguments = Vec::new();
+        for flag in Settings::command().get_arguments() {
+            let id = flag.get_id().as_str();
+            let has_field = FIELDS.iter().any(|field| field.flags.contains(&id));
+            if has_field || Ignored::contains(id) || !self.is_given(id) {
+                continue;
+            }
+            let Some(name) = flag.get_long() else {
+                continue;
+            };
+            if !flag.get_action().takes_values() {
+                arguments.push(format!("--{name}"));
+                continue;
+            }
+            let values = self.matches.try_get_raw(id).ok().flatten();
+            let values = values.into_iter().flatten();
+            arguments.extend(values.map(|it| format!("--{name}={}", it.to_string_lossy())));
+        }
+        arguments
+    }
+
     /// Returns the given flags that a configuration file overrules, such as `--cluster-cidr`.
     pub(crate) fn overruled(&self) -> Vec<String> {
         let fields = FIELDS.iter().filter(|field| !field.flag_wins);
@@ -325,6 +337,9 @@ pub(crate) fn one_line(error: &clap::Error) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
+    use super::super::file::{File, effective};
     use super::*;
 
     fn parsed(args: &[&str]) -> CommandLine {
@@ -358,6 +373,55 @@ mod tests {
     }
 
     #[test]
+    fn flags_without_a_field_and_a_file_of_the_others_make_up_the_same_settings() {
+        for args in [
+            &[][..],
+            &[
+                "--pod-startup=closed",
+                "--deny-with",
+                "reject",
+                "--network-policy-strict",
+                "--manifests=a",
+                "--manifests=b",
+                "--allow-empty",
+                "--log-denied",
+            ],
+            &[
+                "--services=off",
+                "--hostname-override=node-1",
+                "--detect-local-mode=InterfaceNamePrefix",
+                "--pod-interface-name-prefix=veth",
+                "--pod-startup=closed",
+                "--masquerade-all",
+                "--vmodule=x",
+                "-vv",
+                "--socket=",
+            ],
+        ] {
+            let agent = parsed(args);
+            let flags = agent.without_field();
+            let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+            let mut client = parsed(&flags);
+            let configuration = effective(&agent.settings).to_string();
+            let file = File::parse(Path::new("agent"), &configuration).expect("settings");
+            file.apply(&mut client);
+            assert_eq!(effective(&client.settings), effective(&agent.settings));
+            assert_eq!(client.without_field(), flags);
+            let policies = |it: &Settings| {
+                let strict = it.network_policy_strict;
+                (
+                    it.services,
+                    it.pod_startup,
+                    it.deny_with,
+                    strict,
+                    it.is_closed(),
+                )
+            };
+            assert_eq!(policies(&client.settings), policies(&agent.settings));
+        }
+    }
+
+    #[test]
     fn all_flags_have_a_value() {
         let line = parsed(&["--manifests=a", "--manifests=b", "-vv", "--dry-run"]);
         let values = line.values();
@@ -388,6 +452,23 @@ mod tests {
             let all = ["nftlet"].iter().chain(args);
             let error = CommandLine::parse(all).unwrap_err();
             assert_eq!(one_line(&error), wanted);
+        }
+    }
+
+    #[test]
+    fn the_help_of_a_question_is_its_own() {
+        for (name, about) in [
+            ("explain", "Explain whether a connection"),
+            ("policies", "List policies"),
+            ("services", "List services"),
+            ("status", "Show the state"),
+        ] {
+            let error = CommandLine::parse(["nftlet", name, "--help"]).unwrap_err();
+            let help = error.render().to_string();
+            assert!(help.starts_with(about), "{help}");
+            assert!(help.contains(&format!("Usage: nftlet {name}")), "{help}");
+            assert!(help.contains("--cluster-cidr"), "{help}");
+            assert!(!help.contains("--cleanup"), "{help}");
         }
     }
 

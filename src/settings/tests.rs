@@ -1,3 +1,5 @@
+use std::net::SocketAddr;
+
 use clap::CommandFactory;
 use clap::error::ErrorKind;
 use ipnet::IpNet;

@@ -22,6 +22,7 @@ mod kernel;
 mod latency;
 mod metrics;
 mod outcome;
+mod policy_times;
 mod queries;
 mod report;
 mod run;
@@ -30,7 +31,7 @@ mod session;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 use crate::engine::Engine as _;
 use crate::model::{Delivery, Event, Kind, Node, Notice, Reason, Subject};
@@ -48,6 +49,7 @@ pub(crate) use hooks::remove_foreign_hooks;
 pub use kernel::Kernel;
 pub use metrics::SyncMetrics;
 pub use outcome::{Engines, Outcome, Outcomes};
+pub(crate) use policy_times::PolicyTimes;
 pub use queries::{ElementRemoval, Look, Names, Query, RemovalOutcome, View};
 pub use report::{Log, LogAndSend, Reporter};
 pub use run::{Exit, Signals, run};
@@ -60,6 +62,7 @@ pub struct Controller<'a, K> {
     kernel: KernelSession<'a, K>,
     services: Driver<services::Engine>,
     policies: Option<Driver<policies::Engine>>,
+    policy_times: PolicyTimes,
     latency: Latency,
     followers: Followers,
     /// Names the faults that prevent complete lists.
@@ -78,6 +81,7 @@ impl<'a, K: Kernel> Controller<'a, K> {
             kernel: KernelSession::new(kernel, metrics, reporter),
             services: Driver::new(services::Engine::new(settings)),
             policies: None,
+            policy_times: PolicyTimes::default(),
             latency: Latency::default(),
             followers: Followers::default(),
             source_stats: None,
@@ -294,10 +298,16 @@ impl<'a, K: Kernel> Controller<'a, K> {
 
     /// Updates metrics and notifies followers after policies took effect.
     fn policies_in_force_now(&mut self) {
-        let policies = self.policies.as_mut();
-        let Some((in_force, change)) = policies.and_then(Driver::take_in_force) else {
+        let Some(policies) = &mut self.policies else {
             return;
         };
+        let Some((in_force, mut change)) = policies.take_in_force() else {
+            return;
+        };
+        let changed = std::mem::take(&mut change.policies);
+        let is_accepted = |policy: &_| policies.engine.is_accepted(policy);
+        self.policy_times
+            .record(changed, is_accepted, SystemTime::now());
         let metrics = self.kernel.metrics;
         if in_force.wrote {
             metrics.policy_sync(in_force.took);

@@ -1,12 +1,14 @@
 //! Queries from other threads to the main loop, which owns the policies and writes the rules.
 
 use std::fmt;
+use std::time::SystemTime;
 
 use tokio::sync::{mpsc, oneshot};
 
 use super::driver::DriverState;
+use super::policy_times::PolicyTimes;
 use super::{Controller, Kernel};
-use crate::model::ObjectName;
+use crate::model::{ObjectName, ObjectRef};
 use crate::netlink::Error;
 use crate::nft::Transaction;
 use crate::policies::{self, Connection, Direction};
@@ -71,6 +73,34 @@ pub struct View<'a> {
     pub policies_in_step: bool,
     /// Changes of services and of endpoints that wait to be written.
     pub pending: (usize, usize),
+    /// When changes of policies took effect.
+    pub(super) policy_times: &'a PolicyTimes,
+}
+
+impl<'a> View<'a> {
+    /// Returns a view of engines whose rules are in force.
+    #[cfg(test)]
+    pub(crate) fn of(
+        services: &'a services::Engine,
+        policies: Option<&'a policies::Engine>,
+        policy_times: &'a PolicyTimes,
+    ) -> Self {
+        Self {
+            services,
+            policies,
+            services_in_step: true,
+            policies_in_step: true,
+            pending: (0, 0),
+            policy_times,
+        }
+    }
+
+    /// Returns since when the rules of a policy are those in force. None if the kernel refused them, a
+    /// change waits, or the rules in force are unknown.
+    pub(crate) fn in_force_since(&self, policy: &ObjectRef) -> Option<SystemTime> {
+        let is_current = self.policies_in_step && !self.policies?.is_touched(policy);
+        self.policy_times.get(policy).filter(|_| is_current)
+    }
 }
 
 /// A removal of elements that packets added to the tables of services.
@@ -124,6 +154,7 @@ impl<K: Kernel> Controller<'_, K> {
                     policies_in_step: policies
                         .is_none_or(|driver| driver.state == DriverState::Synced),
                     pending: self.latency.pending(),
+                    policy_times: &self.policy_times,
                 });
             }
             Query::Remove(removal) => {

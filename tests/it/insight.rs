@@ -163,7 +163,7 @@ fn unknown_names_are_answered_with_those_alike() {
         ),
         (
             ["explain", "shop/web-0", "svc/other/web:80"],
-            "there is no service other/web; did you mean svc/shop/web?",
+            "no service other/web is known; if it is headless, ask for its pods; did you mean svc/shop/web?",
         ),
         (
             ["explain", "shop/web-0", "svc/shop/web:https"],
@@ -198,6 +198,48 @@ fn a_batch_answers_each_line_by_a_line() {
     assert_eq!(answers[1]["error"], "there is no pod shop/nobody");
     assert_eq!(answers[2]["question"], "not a question at all");
     assert_eq!(answers[3]["verdict"], "allowed");
+}
+
+/// The names of the fields of an object, sorted.
+fn fields(object: &serde_json::Value) -> String {
+    let object = object.as_object().expect("an object");
+    let mut names: Vec<&str> = object.keys().map(String::as_str).collect();
+    names.sort_unstable();
+    names.join(" ")
+}
+
+#[test]
+fn the_json_of_services_and_policies_has_these_fields() {
+    let json = |words: &[&str]| -> serde_json::Value {
+        serde_json::from_str(&stdout(&asked(words))).expect("JSON")
+    };
+    let list = json(&["services", "shop/web", "-o", "json"]);
+    let service = &list["services"][0];
+    for (object, wanted) in [
+        (&list, "apiVersion services"),
+        (
+            service,
+            "affinitySeconds endpoints frontends name policy state type",
+        ),
+        (
+            &service["frontends"][0],
+            "action address name port protocol",
+        ),
+        (
+            &service["endpoints"][0],
+            "address node pod port reason used",
+        ),
+    ] {
+        assert_eq!(fields(object), wanted, "{object}");
+    }
+    let list = json(&["policies", "shop/deny-web", "-o", "json"]);
+    assert_eq!(fields(&list), "apiVersion policies");
+    let policy = &list["policies"][0];
+    assert_eq!(
+        fields(policy),
+        "directions inForceSince kind mode name namespace pods"
+    );
+    assert_eq!(policy["inForceSince"], serde_json::Value::Null);
 }
 
 #[test]

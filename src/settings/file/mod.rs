@@ -127,11 +127,6 @@ impl File {
         line.replace(self.settings.clone());
     }
 
-    /// Returns the settings.
-    pub(crate) fn settings(&self) -> &Settings {
-        &self.settings
-    }
-
     /// Returns warnings about fields of the file without effect.
     pub(crate) fn notes(&self) -> &[String] {
         &self.notes

@@ -94,6 +94,7 @@ pub use self::stats::{KindStats, ServerFault, SourceStats};
 pub use self::timing::Timing;
 use self::token::TokenFile;
 use self::traffic::{Observed, Traffic, innermost};
+pub(crate) use self::watch_error::KEPT;
 use super::Sender;
 use crate::model::Kind;
 use crate::serve::metrics::Registry;

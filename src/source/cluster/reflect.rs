@@ -218,6 +218,9 @@ impl Reflector {
         };
         if reported && let Some((sort, message)) = fault.describe(&self.requester.selection) {
             self.faulty = true;
+            if matches!(fault, WatchError::Refused { .. }) {
+                self.stats.set_refusal(&message);
+            }
             if let Some(notice) = self.faults.begin(kind, sort, message) {
                 self.deliveries
                     .send(Instant::now(), Event::Notice(notice))

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
 use crate::model::Kind;
@@ -14,6 +14,8 @@ pub struct SourceStats {
     fault: Mutex<Option<ServerFault>>,
     /// The fault of each kind that has one.
     faults: Mutex<BTreeMap<Kind, String>>,
+    /// Why the server refused access for the first time.
+    refusal: OnceLock<String>,
     services: KindStats,
     endpoint_slices: KindStats,
     nodes: KindStats,
@@ -73,6 +75,15 @@ impl SourceStats {
     pub fn fault_of(&self, kind: Kind) -> Option<String> {
         let faults = self.faults.lock().unwrap_or_else(PoisonError::into_inner);
         faults.get(&kind).cloned()
+    }
+
+    /// Returns why the server refused access for the first time, if it did.
+    pub(crate) fn refusal(&self) -> Option<&str> {
+        self.refusal.get().map(String::as_str)
+    }
+
+    pub(super) fn set_refusal(&self, message: &str) {
+        self.refusal.get_or_init(|| message.to_owned());
     }
 
     /// Replaces the faults of all kinds.

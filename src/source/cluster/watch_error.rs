@@ -5,6 +5,9 @@ use serde::Deserialize;
 use super::selection::Selection;
 use super::traffic::{Unanswered, innermost};
 
+/// The end of the message about a fault.
+pub(crate) const KEPT: &str = "the last known state stays in force, and nftlet keeps retrying";
+
 /// Why a session with the server ended.
 #[derive(Debug)]
 pub(super) enum WatchError {
@@ -155,7 +158,6 @@ impl WatchError {
 
     /// Returns the sort of fault and a sentence about it, or `None` for what is not reported.
     pub(super) fn describe(&self, selection: &Selection) -> Option<(String, String)> {
-        const KEPT: &str = "the last known state stays in force, and nftlet keeps retrying";
         match self {
             WatchError::Closed
             | WatchError::Ended

@@ -1,5 +1,9 @@
 //! Policies that the kernel refuses, addresses that move, and what is counted.
 
+use std::time::SystemTime;
+
+use tokio::sync::oneshot;
+
 use super::queries::{closed, engine, pod, policy_lists};
 use super::*;
 use crate::model::{
@@ -105,6 +109,75 @@ fn a_policy_that_waits_for_lists_is_not_measured_as_in_force() {
     assert!(!controller.latency.is_empty(), "its pods are being listed");
     handle(&mut controller, vec![Event::ListComplete(Kind::Pod)]);
     assert!(controller.latency.is_empty());
+}
+
+/// Since when a policy is in force.
+fn since(controller: &mut Controller<Fake>, policy: ObjectRef) -> Option<SystemTime> {
+    let (answer, mut answered) = oneshot::channel();
+    controller.answer(Query::Look(Look(Box::new(move |view: &View| {
+        let _ = answer.send(view.in_force_since(&policy));
+    }))));
+    answered.try_recv().unwrap()
+}
+
+#[test]
+fn a_policy_is_in_force_since_its_last_change_took_effect() {
+    let bench = Bench::new();
+    bench.kernel.0.borrow_mut().unwanted = Some(Key::address("203.0.113.0".parse().unwrap()));
+    let mut controller = bench.controller().with_policies(engine());
+    let of = |name: &str| ObjectRef::new(Kind::NetworkPolicy, ObjectName::new("shop", name));
+    let tier = || ObjectRef::new(Kind::ClusterNetworkPolicy, ObjectName::new("", "tier"));
+    let start = SystemTime::now();
+    handle(&mut controller, lists(Vec::new()));
+    let objects = vec![
+        pod("web", "10.1.0.5"),
+        allowing("bad", "203.0.113.0/24"),
+        allowing("good", "198.51.100.0/24"),
+        allowing("other", "198.51.100.0/24"),
+        accepting("tier", 1, "198.51.100.0/24"),
+    ];
+    handle(&mut controller, policy_lists(objects));
+    let first = since(&mut controller, of("good")).unwrap();
+    assert!(first >= start);
+    assert_eq!(since(&mut controller, of("other")), Some(first));
+    assert_eq!(since(&mut controller, tier()), Some(first));
+    assert_eq!(since(&mut controller, of("bad")), None, "it was refused");
+
+    // Changes of pods and of other policies are none of this one.
+    handle(
+        &mut controller,
+        vec![pod("db", "10.1.0.6"), allowing("other", "192.0.2.0/24")],
+    );
+    assert_eq!(since(&mut controller, of("good")), Some(first));
+    assert!(since(&mut controller, of("other")) > Some(first));
+
+    // While a change cannot be written, it is unknown what is in force.
+    bench.kernel.0.borrow_mut().failures = 2;
+    handle(&mut controller, vec![allowing("good", "192.0.2.0/24")]);
+    assert_eq!(since(&mut controller, of("good")), None);
+    handle(&mut controller, vec![]);
+    assert!(since(&mut controller, of("good")) > Some(first));
+
+    // While a list is read again, changes wait.
+    handle(
+        &mut controller,
+        vec![
+            Event::ListStarted(Kind::Pod),
+            allowing("other", "198.51.100.0/24"),
+        ],
+    );
+    assert_eq!(since(&mut controller, of("other")), None);
+    assert!(since(&mut controller, of("good")).is_some());
+    let pods = vec![pod("web", "10.1.0.5"), Event::ListComplete(Kind::Pod)];
+    handle(&mut controller, pods);
+    assert!(since(&mut controller, of("other")).is_some());
+
+    handle(&mut controller, vec![Event::Delete(of("good"))]);
+    assert_eq!(since(&mut controller, of("good")), None);
+    bench.kernel.0.borrow_mut().unwanted = None;
+    controller.retry_quarantined();
+    handle(&mut controller, vec![]);
+    assert!(since(&mut controller, of("bad")) > Some(first));
 }
 
 /// A cluster policy for the egress of all pods that accepts a network.

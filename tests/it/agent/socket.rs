@@ -7,10 +7,14 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::Output;
 
+use serde_json::Value;
+
+use nftlet_lab::fake_api::SERVICES;
 use nftlet_lab::netns::{Daemon, Namespace, require_net_admin, wait_for};
 
-use crate::support::agent::{NFTLET, PATIENCE, wait_for_log};
+use crate::support::agent::{NFTLET, PATIENCE, small_cluster, wait_for_log};
 use crate::support::listing::named;
+use crate::support::objects::service;
 
 const OBJECTS: &str = "tests/fixtures/insight/shop.yaml";
 const FACTS: [&str; 6] = [
@@ -21,6 +25,8 @@ const FACTS: [&str; 6] = [
     "--cluster-cidr",
     "10.244.0.0/16",
 ];
+
+const POLICIES: [&str; 4] = ["policies", "shop", "-o", "json"];
 
 fn start(node: &Namespace, socket: &Path) -> Daemon {
     start_with(node, socket, &FACTS)
@@ -47,7 +53,8 @@ pub(super) fn answering(words: &[&str], socket: &str) -> Output {
     wait_for("an answer of the agent", PATIENCE, || {
         let output = ask(words, &["--socket", socket]);
         let said = String::from_utf8_lossy(&output.stderr);
-        (!said.contains("no agent answers")).then_some(output)
+        let is_early = ["no agent answers", "has not read all objects yet"];
+        (!is_early.iter().any(|it| said.contains(it))).then_some(output)
     })
 }
 
@@ -74,7 +81,6 @@ fn the_agent_answers_as_its_objects_do() {
         &["explain", "internet", "svc/shop/edge"],
         &["services"],
         &["services", "shop/web", "-o", "json"],
-        &["policies", "shop"],
     ] {
         let live = answering(words, socket);
         let from_files = ask(words, &FACTS);
@@ -87,17 +93,28 @@ fn the_agent_answers_as_its_objects_do() {
         assert_eq!(texts[0], texts[1], "{words:?}");
         assert!(!live.stdout.is_empty(), "{words:?}");
     }
+    let answers = [answering(&POLICIES, socket), ask(&POLICIES, &FACTS)].map(|it| json(&it));
+    let [mut live, from_files] = answers;
+    for policy in live["policies"].as_array_mut().expect("a list") {
+        let since = policy["inForceSince"].take();
+        assert!(since.is_string(), "{policy}: {since}");
+    }
+    assert_eq!(live, from_files);
     let unknown = answering(&["explain", "shop/nobody", "node"], socket);
     assert_eq!(unknown.status.code(), Some(1));
     let said = String::from_utf8_lossy(&unknown.stderr);
     assert!(said.contains("there is no pod shop/nobody"), "{said}");
-    let status = answering(&["status", "-o", "json"], socket);
-    let status: serde_json::Value = serde_json::from_slice(&status.stdout).expect("JSON");
+    let status = json(&answering(&["status", "-o", "json"], socket));
     assert_eq!(status["healthy"], true, "{status}");
     assert_eq!(status["services"]["total"], 4, "{status}");
     assert_eq!(status["services"]["withoutEndpoints"], 2, "{status}");
     assert_eq!(status["policies"]["isolatedPods"], 2, "{status}");
     assert!(status["rules"]["inSyncSince"].is_string(), "{status}");
+}
+
+#[track_caller]
+fn json(output: &Output) -> Value {
+    serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{output:?}"))
 }
 
 /// Sends a request as it is and returns the answer.
@@ -187,6 +204,81 @@ fn a_question_about_many_endpoints_is_left_to_the_client() {
             warnings.contains("not compared with the kernel"),
             "{to}: {warnings}"
         );
+    }
+}
+
+/// Has a batch of one question answered.
+#[track_caller]
+fn batch(socket: &str, question: &str) -> Value {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    fs::write(file.path(), question).unwrap();
+    let words = ["explain", "--batch", file.path().to_str().unwrap()];
+    json(&answering(&words, socket))
+}
+
+#[test]
+fn the_settings_of_the_agent_decide_in_every_command() {
+    if !require_net_admin() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    for (name, flag, question, code) in [
+        // The address is in the pod network of the node, and of no pod.
+        (
+            "closed",
+            "--pod-startup=closed",
+            "192.0.2.1 10.244.1.99:80",
+            "POD_UNKNOWN",
+        ),
+        (
+            "without",
+            "--services=off",
+            "node 10.96.0.12:80",
+            "NO_POLICY",
+        ),
+    ] {
+        let path = directory.path().join(name);
+        let socket = path.to_str().unwrap();
+        let node = Namespace::new(name);
+        let daemon = start_with(&node, &path, &[&FACTS[..], &[flag]].concat());
+        wait_for_log(&daemon, "the rules are in place");
+        let words: Vec<&str> = question.split(' ').collect();
+        let words = [&["explain"], &words[..], &["-o", "json"]].concat();
+        let single = json(&answering(&words, socket));
+        assert_eq!(single["code"], code, "{single}");
+        assert_eq!(batch(socket, question), single);
+        let flags = [&FACTS[..], &[flag]].concat();
+        let live = answering(&["services"], socket);
+        assert_eq!(live.stdout, ask(&["services"], &flags).stdout, "{live:?}");
+    }
+}
+
+#[test]
+fn a_service_that_the_agent_does_not_read_is_not_said_to_be_missing() {
+    if !require_net_admin() {
+        return;
+    }
+    let cluster = small_cluster();
+    cluster.api.put(SERVICES, service("headless", "None"));
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("nftlet.sock");
+    let socket = format!("--socket={}", path.display());
+    let quiet = [
+        "--metrics-bind-address=",
+        "--healthz-bind-address=",
+        &socket,
+    ];
+    let daemon = Daemon::start(&cluster.ns, NFTLET, cluster.arguments(&quiet));
+    wait_for_log(&daemon, "the rules are in place");
+    for words in [
+        &["explain", "192.0.2.1", "svc/shop/headless:80"][..],
+        &["services", "shop/headless"],
+    ] {
+        let answer = answering(words, path.to_str().unwrap());
+        assert_eq!(answer.status.code(), Some(1), "{answer:?}");
+        let said = String::from_utf8_lossy(&answer.stderr);
+        let wanted = "no service shop/headless is known; if it is headless, ask for its pods";
+        assert!(said.contains(wanted), "{said}");
     }
 }
 
