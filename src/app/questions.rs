@@ -285,6 +285,7 @@ fn batch(facts: &Facts, file: &Path) -> Result<ExitCode, Error> {
         Box::new(io::BufReader::new(fs::File::open(file).map_err(failed)?))
     };
     let mut plans = Plans::default();
+    let mut text = Vec::new();
     let mut code = ExitCode::SUCCESS;
     let mut unread = None;
     print(|out| {
@@ -303,7 +304,7 @@ fn batch(facts: &Facts, file: &Path) -> Result<ExitCode, Error> {
                 .map_err(Error::from)
                 .and_then(|question| Ok(explain(facts, &question, &mut plans)?));
             match answered {
-                Ok(answer) => serde_json::to_writer(&mut *out, &answer)?,
+                Ok(answer) => serde_json::to_writer(&mut text, &answer)?,
                 Err(error) => {
                     code = ExitCode::FAILURE;
                     let error = json!({
@@ -311,10 +312,12 @@ fn batch(facts: &Facts, file: &Path) -> Result<ExitCode, Error> {
                         "question": line.trim(),
                         "error": error.to_string(),
                     });
-                    serde_json::to_writer(&mut *out, &error)?;
+                    serde_json::to_writer(&mut text, &error)?;
                 }
             }
-            writeln!(out)?;
+            text.push(b'\n');
+            out.write_all(&text)?;
+            text.clear();
         }
         Ok(())
     })?;

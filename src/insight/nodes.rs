@@ -17,7 +17,8 @@ use crate::services::{Marks, ServiceSettings, Store};
 pub(crate) struct OtherNodes {
     events: Vec<Event>,
     settings: ServiceSettings,
-    stores: RefCell<HashMap<Arc<str>, Rc<Store>>>,
+    /// By node; `None` without a Node object.
+    stores: RefCell<HashMap<String, Option<Rc<Store>>>>,
 }
 
 impl OtherNodes {
@@ -46,8 +47,15 @@ impl OtherNodes {
     /// Returns the objects as the rules of a node have them; `None` if its Node object is unknown.
     fn store(&self, node: &str) -> Option<Rc<Store>> {
         if let Some(known) = self.stores.borrow().get(node) {
-            return Some(known.clone());
+            return known.clone();
         }
+        let store = self.join(node).map(Rc::new);
+        let mut stores = self.stores.borrow_mut();
+        stores.insert(node.to_owned(), store.clone());
+        store
+    }
+
+    fn join(&self, node: &str) -> Option<Store> {
         let own = self.events.iter().find_map(|event| match event {
             Event::Apply(Object::Node(it)) if *it.name == *node => Some(it),
             _ => None,
@@ -57,9 +65,6 @@ impl OtherNodes {
         for event in &self.events {
             store.apply(event.clone(), &mut Marks::default());
         }
-        let store = Rc::new(store);
-        let mut stores = self.stores.borrow_mut();
-        stores.insert(own.name.clone(), store.clone());
         Some(store)
     }
 }
