@@ -118,9 +118,9 @@ impl Engine {
         let mut pods: Vec<&Pod> = self.inventory.holders(address).collect();
         pods.sort_unstable_by(|a, b| a.name.cmp(&b.name));
         let is_local = pods.iter().any(|pod| self.inventory.is_local(pod));
-        let profiles = pods.into_iter().map(|pod| self.profiles(pod));
-        let profiles = profiles.filter_map(|mut of_pod| of_pod.remove(&direction));
-        (profiles.collect(), is_local)
+        let profiles = pods.into_iter();
+        let profiles = profiles.filter_map(|pod| self.own_profile(pod, direction));
+        (profiles.map(Arc::new).collect(), is_local)
     }
 
     /// Returns the address blocks of all policies, exceptions included.

@@ -12,7 +12,10 @@ use super::layout::Direction;
 use super::links;
 use super::profile::Profile;
 use super::rules;
-use crate::model::{Action, Family, Kind, Labels, ObjectName, ObjectRef, Pod, Tier};
+use crate::model::{
+    Action, ClusterNetworkPolicy, Family, Kind, Labels, NetworkPolicy, ObjectName, ObjectRef, Pod,
+    Tier,
+};
 use crate::nft::Table;
 
 /// The maximum number of holders of an address whose policies are evaluated one after the other. An
@@ -194,17 +197,7 @@ impl Engine {
         let policies = self.inventory.policies_for(pod);
         let cluster = self.inventory.cluster_policies_for(pod);
         let profiles = Direction::ALL.into_iter().filter_map(|direction| {
-            let of_direction = policies.iter();
-            let isolating = of_direction.filter(|it| rules::rules_of(it, direction).is_some());
-            let isolating: Vec<ObjectName> = isolating.map(|it| it.name.clone()).collect();
-            let of_tier = |tier| {
-                let of_tier = cluster.iter().filter(|policy| policy.tier == tier);
-                let concerned = of_tier.filter(|it| !rules_in(it, direction).is_empty());
-                concerned.map(|it| it.name.clone()).collect()
-            };
-            let isolating = (!isolating.is_empty()).then_some(isolating);
-            let (admin, baseline) = (of_tier(Tier::Admin), of_tier(Tier::Baseline));
-            let profile = Profile::new(admin, isolating, baseline)?;
+            let profile = profile(&policies, &cluster, direction)?;
             // The same for all pods that share the chain.
             let chain = profile.chain(direction);
             let used = Family::ALL.into_iter().find_map(|family| {
@@ -214,6 +207,14 @@ impl Engine {
             Some((direction, used.unwrap_or_else(|| Arc::new(profile))))
         });
         profiles.collect()
+    }
+
+    /// Returns the profile of a pod in a direction, which it shares with no other; `None` if no policy
+    /// applies to it.
+    pub(super) fn own_profile(&self, pod: &Pod, direction: Direction) -> Option<Profile> {
+        let policies = self.inventory.policies_for(pod);
+        let cluster = self.inventory.cluster_policies_for(pod);
+        profile(&policies, &cluster, direction)
     }
 
     /// Returns whether packets of the pods with a profile may be denied in a direction.
@@ -240,6 +241,24 @@ impl KnownProfiles {
         let key = (pod.name.namespace().into(), pod.labels.clone());
         self.0.entry(key).or_insert_with(|| engine.profiles(pod))
     }
+}
+
+/// Returns the profile of the policies that select a pod; `None` if none has rules for the direction.
+fn profile(
+    policies: &[&Arc<NetworkPolicy>],
+    cluster: &[&Arc<ClusterNetworkPolicy>],
+    direction: Direction,
+) -> Option<Profile> {
+    let isolating = policies.iter();
+    let isolating = isolating.filter(|it| rules::rules_of(it, direction).is_some());
+    let isolating: Vec<ObjectName> = isolating.map(|it| it.name.clone()).collect();
+    let of_tier = |tier| {
+        let of_tier = cluster.iter().filter(|policy| policy.tier == tier);
+        let concerned = of_tier.filter(|it| !rules_in(it, direction).is_empty());
+        concerned.map(|it| it.name.clone()).collect()
+    };
+    let isolating = (!isolating.is_empty()).then_some(isolating);
+    Profile::new(of_tier(Tier::Admin), isolating, of_tier(Tier::Baseline))
 }
 
 /// Returns a count incremented or decremented.
