@@ -134,8 +134,8 @@ pub struct KindStats {
 }
 
 impl KindStats {
-    /// Returns the lists begun, streamed or paged. More than one means that the server could not
-    /// resume a watch.
+    /// Returns the lists read completely, streamed or paged. More than one means that the server
+    /// could not resume a watch.
     pub fn lists(&self) -> u64 {
         self.lists.get()
     }
