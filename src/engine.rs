@@ -82,7 +82,7 @@ pub trait Engine {
 
     /// Returns what the transaction of a comparison changes in rules that this process did not
     /// write.
-    fn compared(actual: &Ruleset, transaction: &Transaction) -> Self::Change {
+    fn changes_of_foreign_rules(actual: &Ruleset, transaction: &Transaction) -> Self::Change {
         let _ = (actual, transaction);
         Self::Change::default()
     }

@@ -80,8 +80,8 @@ pub(crate) struct DirtyFrontends {
 struct DirtyFrontend {
     /// `None` if the frontend was removed.
     serving: Option<Serving>,
-    /// Whether flows may be stale. If endpoints were only added, none is, but a sweep by an earlier
-    /// list must know them.
+    /// Whether to look for stale flows. False if endpoints were only added; the entry then lets a
+    /// running sweep keep their flows.
     sweep: bool,
 }
 

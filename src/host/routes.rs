@@ -17,7 +17,7 @@ use crate::model::HostRoute;
 const RTF_GATEWAY: u32 = 0x0002;
 const RTF_REJECT: u32 = 0x0200;
 
-/// A route of the main table.
+/// A route: of the main table for IPv4, of any table for IPv6.
 #[derive(Debug, PartialEq, Eq)]
 struct Entry {
     route: HostRoute,

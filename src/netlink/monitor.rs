@@ -75,7 +75,7 @@ impl Monitor {
         self.socket = Some(socket);
         *lock(&self.subscription) = Subscription {
             membership: Some(membership),
-            lost: false,
+            left: false,
         };
         Ok(())
     }
@@ -92,7 +92,7 @@ impl Monitor {
             return Err(failed(io::ErrorKind::NotConnected.into()));
         };
         loop {
-            if lock(&self.subscription).rejoin_if_lost() {
+            if lock(&self.subscription).rejoin_if_left() {
                 return Ok(Notification::Lost);
             }
             let mut changed = false;

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use super::Engine;
 use super::index::{Namespaces, PodSelector};
 use super::layout::Direction;
-use super::spec::Scope;
+use super::spec::AddressScope;
 use super::tiers::counts_claimants;
 use crate::model::{
     NetworkPolicy, Peer, Pod, PolicyPort, PolicyRule, PortMatch, Protocol, TierPeer, TierRule,
@@ -60,7 +60,10 @@ impl Engine {
             Direction::Egress => (connection.destination, false),
         };
         let having = |address, local| {
-            [false, true].map(|claimed| self.inventory.having(address, Scope { local, claimed }))
+            [false, true].map(|claimed| {
+                self.inventory
+                    .having(address, AddressScope { local, claimed })
+            })
         };
         End {
             direction,

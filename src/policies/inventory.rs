@@ -12,7 +12,7 @@ use super::cluster::ClusterPolicies;
 use super::departed::Departed;
 use super::index::{Index, Namespaces, PodSelector};
 use super::nodes::Nodes;
-use super::spec::Scope;
+use super::spec::AddressScope;
 use crate::engine::SharedMap;
 use crate::model::{
     ClusterNetworkPolicy, Labels, NAMESPACE_NAME, Namespace, NetworkPolicy, Node, ObjectName, Pod,
@@ -25,7 +25,7 @@ pub(crate) struct Inventory {
     node: Arc<str>,
     pods: SharedMap<ObjectName, Arc<Pod>>,
     pods_of: SharedMap<Box<str>, SharedMap<ObjectName, ()>>,
-    /// Returns the pods that claim an address.
+    /// The pods that claim each address.
     claimants: SharedMap<IpAddr, AddressClaimants>,
     /// Pods of this node that were deleted while a container ran.
     departed: Departed,
@@ -267,12 +267,12 @@ impl Inventory {
     }
 
     /// Returns the addresses that a pod has.
-    pub fn addresses(&self, pod: &Pod, scope: Scope) -> SmallVec<[IpAddr; 2]> {
+    pub fn addresses(&self, pod: &Pod, scope: AddressScope) -> SmallVec<[IpAddr; 2]> {
         if scope.local && !self.is_local(pod) {
             return SmallVec::new();
         }
         let has = |address: &IpAddr| match scope {
-            Scope { claimed: false, .. } => {
+            AddressScope { claimed: false, .. } => {
                 let owner = if scope.local {
                     self.local_owner(*address)
                 } else {
@@ -280,11 +280,11 @@ impl Inventory {
                 };
                 owner.is_some_and(|owner| owner.name == pod.name)
             }
-            Scope { local: true, .. } => {
+            AddressScope { local: true, .. } => {
                 let mut holders = self.local_holders(*address);
                 holders.any(|holder| holder.name == pod.name)
             }
-            Scope { local: false, .. } => {
+            AddressScope { local: false, .. } => {
                 let mut holders = self.holders(*address);
                 holders.any(|holder| holder.name == pod.name)
             }
@@ -293,9 +293,9 @@ impl Inventory {
     }
 
     /// Returns the pods that have an address, as [`Inventory::addresses`] does for one of them.
-    pub(crate) fn having(&self, address: IpAddr, scope: Scope) -> Vec<&Pod> {
+    pub(crate) fn having(&self, address: IpAddr, scope: AddressScope) -> Vec<&Pod> {
         match scope {
-            Scope {
+            AddressScope {
                 claimed: false,
                 local,
             } => {
@@ -306,11 +306,11 @@ impl Inventory {
                 };
                 owner.into_iter().collect()
             }
-            Scope { local: true, .. } => {
+            AddressScope { local: true, .. } => {
                 let holders = self.local_holders(address);
                 holders.chain(self.departed(address)).collect()
             }
-            Scope { local: false, .. } => {
+            AddressScope { local: false, .. } => {
                 let holders = self.holders(address);
                 holders.chain(self.departed(address)).collect()
             }
@@ -345,7 +345,8 @@ impl Inventory {
         (alone && first.evidence.sandbox != Sandbox::Gone).then_some(first)
     }
 
-    /// Returns the pods of this node whose policies isolate an address, without the departed one.
+    /// Returns the pods of this node that may hold an address, so that their policies (if any) apply
+    /// to it. Leaves out the departed pod.
     pub(crate) fn isolating(&self, address: IpAddr) -> impl Iterator<Item = &Pod> {
         let departed = self.departed.at(address).map(|pod| pod.evidence);
         self.local_holders(address)
@@ -396,7 +397,7 @@ impl Inventory {
         self.departed.forget_oldest(now);
     }
 
-    /// The pods that claim an address.
+    /// Returns the names of the pods that claim an address.
     pub fn claimants(&self, address: IpAddr) -> impl Iterator<Item = &ObjectName> {
         let claimants = self.claimants.get(&address);
         let all = claimants.into_iter().flat_map(|claimants| &claimants.all);

@@ -45,7 +45,7 @@ pub(super) enum SetSpec {
 
 /// Which addresses of a pod are in a set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(crate) struct Scope {
+pub(crate) struct AddressScope {
     /// Only those of pods of this node.
     pub local: bool,
     /// Also those that another pod may have.
@@ -64,8 +64,8 @@ impl SetSpec {
     }
 
     /// Returns the specification of named ports.
-    pub fn named_ports(ports: Vec<(Arc<str>, Protocol)>, scope: Scope) -> Self {
-        let Scope { local, claimed } = scope;
+    pub fn named_ports(ports: Vec<(Arc<str>, Protocol)>, scope: AddressScope) -> Self {
+        let AddressScope { local, claimed } = scope;
         if claimed {
             SetSpec::ClaimedPorts { ports, local }
         } else {

@@ -327,8 +327,8 @@ impl ClosedNetwork {
 }
 
 impl Engine {
-    /// Decides anew which of the addresses are known, after their plans.
-    pub(super) fn know_again(
+    /// Updates which of the addresses count as known. Call after their plans are updated.
+    pub(super) fn update_known(
         &mut self,
         addresses: &BTreeSet<IpAddr>,
         routes_changed: bool,
@@ -391,13 +391,14 @@ impl Engine {
 
     /// Returns whether the pod network must be closed and the Node object does not say what it is. A
     /// Node that was not read yet, as while the API server is away, may say it later.
-    pub(crate) fn lacks_pod_network(&self) -> bool {
+    pub(crate) fn node_lacks_pod_network(&self) -> bool {
         let closed = self.closed.as_ref();
         closed.is_some_and(|closed| closed.node_read && !closed.is_defined())
     }
 
-    /// Returns the same where no Node will come after the first lists.
-    pub(crate) fn has_no_pod_network(&self) -> bool {
+    /// Returns whether the Nodes are listed and none says what the pod network is. For runs that read
+    /// each list once.
+    pub(crate) fn pod_network_never_known(&self) -> bool {
         let closed = self.closed.as_ref();
         closed.is_some_and(|closed| closed.node_listed && !closed.is_defined())
     }

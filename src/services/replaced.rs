@@ -102,8 +102,8 @@ impl ServiceChanges {
             plan.as_ref().is_some_and(|plan| plan.affinity.is_some())
         };
         let mut replaced = self.replaced.iter();
-        let bound = !self.removed.bound.is_empty();
-        self.rewritten || bound || replaced.any(|it| has(&it.old) || has(&it.new))
+        let became_local = !self.removed.became_local.is_empty();
+        self.rewritten || became_local || replaced.any(|it| has(&it.old) || has(&it.new))
     }
 }
 

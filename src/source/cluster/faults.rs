@@ -1,4 +1,4 @@
-//! Faults of the API server that last, reported once for all kinds.
+//! Ongoing faults of the API server, each reported once for all kinds.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -8,7 +8,7 @@ use super::stats::SourceStats;
 use crate::logging::Throttle;
 use crate::model::{Kind, Notice, Reason, Subject};
 
-/// The faults that were reported and last. The watches of all kinds share it, so that an
+/// The ongoing faults that were reported. The watches of all kinds share them, so that an
 /// unreachable server is reported once, not per kind and attempt.
 #[derive(Debug)]
 pub(super) struct Faults {

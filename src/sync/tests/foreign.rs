@@ -46,7 +46,7 @@ fn what_waits_after_a_failed_write_is_no_change_of_others() {
     assert_eq!(handle(&mut controller, both), Outcome::Failed);
     assert_eq!(handle(&mut controller, vec![web(2)]), Outcome::Synced);
     // A change of policies that is not written yet.
-    controller.take_over([Delivery::now(pod("other", "10.1.0.6"))]);
+    controller.apply([Delivery::now(pod("other", "10.1.0.6"))]);
     bench.kernel.meddle(|_| ());
     assert_eq!(heal(&mut controller), (Outcome::Synced, false));
     assert_eq!(healed(&bench), (0, 0));
