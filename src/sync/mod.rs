@@ -210,7 +210,7 @@ impl<'a, K: Kernel> Controller<'a, K> {
         }
     }
 
-    /// Whether pods are to be isolated before they are known, and the Node object does not say where.
+    /// Whether pods must be isolated before they are known, and the Node object does not say where.
     pub(crate) fn node_lacks_pod_network(&self) -> bool {
         let policies = self.policies.as_ref();
         policies.is_some_and(|policies| policies.engine.node_lacks_pod_network())
@@ -264,7 +264,8 @@ impl<'a, K: Kernel> Controller<'a, K> {
     /// Compares the services with what the kernel holds and writes the difference.
     ///
     /// Does nothing before the lists are complete.
-    pub fn resync(&mut self) -> Outcome {
+    #[cfg(test)]
+    pub(crate) fn resync(&mut self) -> Outcome {
         let outcome = self.services.compare(&mut self.kernel);
         self.finish_services();
         outcome

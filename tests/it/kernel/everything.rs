@@ -243,13 +243,6 @@ pub fn everything(family: TableFamily) -> Ruleset {
         ),
     );
     add_set(
-        "marks",
-        set(
-            Declaration::new(SetKind::Set, [Selector::Mark]),
-            vec![Element::new(Key::build().number(0x4000).finish())],
-        ),
-    );
-    add_set(
         "interfaces",
         set(
             Declaration::new(SetKind::Set, [Selector::InputInterface]),
@@ -377,7 +370,7 @@ pub fn everything(family: TableFamily) -> Ruleset {
                 Hook::Postrouting,
                 100,
                 vec![
-                    Rule::new([S::MarkBits(Is, bit), goto("masquerade-marked")]),
+                    Rule::new([S::MarkBits(bit), goto("masquerade-marked")]),
                     Rule::new([
                         S::InSet(
                             vec![Selector::SourceAddress, Selector::DestinationAddress],
@@ -489,7 +482,6 @@ pub fn everything(family: TableFamily) -> Ruleset {
                     S::Verdict(Verdict::Accept),
                 ]),
                 Rule::new([
-                    S::InSet(vec![Selector::Mark], Is, "marks".into()),
                     S::InSet(vec![Selector::InputInterface], IsNot, "interfaces".into()),
                     S::Verdict(Verdict::Drop),
                 ]),
@@ -553,7 +545,6 @@ pub fn everything(family: TableFamily) -> Ruleset {
                         Is,
                         Operand::InterfacePrefix("veth".into()),
                     ),
-                    S::MarkBits(IsNot, bit),
                     S::Verdict(Verdict::Return),
                 ]),
                 Rule::new([
