@@ -207,7 +207,7 @@ struct PlansInForce {
     owners: HashMap<Claim, ObjectName>,
     version: u64,
     candidates: StaleAffinity,
-    /// Whether to retry what failed although no further client is to be checked.
+    /// Whether to retry failed removals although no further client needs a check.
     retry: bool,
 }
 

@@ -55,7 +55,7 @@ fn direct_below(folder: &Path) -> io::Result<Arc<[HostRoute]>> {
 }
 
 /// A line of `/proc/net/route`: interface, destination, gateway, flags, three counters, mask.
-/// Addresses are numbers in host order of the bytes as they are.
+/// An address is the hexadecimal number that its bytes form in host order.
 fn v4_route(line: &str) -> Option<Entry> {
     let fields: Vec<&str> = line.split_ascii_whitespace().collect();
     let [link, destination, _, flags, _, _, _, mask, ..] = fields[..] else {

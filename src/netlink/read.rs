@@ -283,7 +283,7 @@ impl Nftables {
     }
 
     /// Dumps the elements of a set in the kernel's order, each with whether it ends an interval, and
-    /// counts those that nftlet never writes: a catch-all element, or an unknown verdict.
+    /// counts elements that nftlet never writes: a catch-all element, or an unknown verdict.
     fn dump_elements(
         &mut self,
         id: &TableId,
@@ -413,8 +413,8 @@ pub(super) fn hooked(attributes: AttrReader) -> Option<BaseChain> {
     })
 }
 
-/// Returns the declaration of a dumped set: the expected one if the attributes are those that nftlet
-/// would write for it.
+/// Returns the declaration of a dumped set: the expected one if nftlet would write
+/// the same attributes for it.
 fn declaration(found: AttrReader, expected: Option<&Set>, family: TableFamily) -> Arc<Declaration> {
     let attributes = SetAttributes {
         flags: found.be32(uapi::NFTA_SET_FLAGS).unwrap_or_default(),

@@ -127,7 +127,7 @@ pub(super) struct End<'a> {
     pub connection: &'a Connection,
 }
 
-/// The pods that have an address for certain, and those that may have it.
+/// The pods that certainly have an address, and the pods that may have it.
 type Holders<'a> = [Vec<&'a Pod>; 2];
 
 fn holders<'a, 'p>([certain, claimants]: &'p Holders<'a>, claimed: bool) -> &'p [&'a Pod] {

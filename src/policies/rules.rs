@@ -310,7 +310,7 @@ pub(super) fn protocol(number: u8) -> Statement {
 /// Returns the chain of the isolated pods with a profile.
 ///
 /// It asks the cluster policies of the tier Admin. If policies isolate the pods, it then accepts
-/// packets of a pod to itself and those that a policy allows, and denies all others; otherwise it
+/// packets of a pod to itself and packets that a policy allows, and denies all others; otherwise it
 /// asks the cluster policies of the tier Baseline. A packet of a pod to itself is on the host only
 /// if it was sent to a service; cluster policies apply to it.
 pub(super) fn pods_chain(direction: Direction, profile: &Profile) -> Chain {
@@ -474,7 +474,7 @@ fn ports_of(
     alternatives
 }
 
-/// Sorts ranges of ports and joins those that overlap or touch.
+/// Sorts ranges of ports and joins ranges that overlap or touch.
 fn joined(mut ranges: Vec<PortRange>) -> Vec<PortRange> {
     ranges.sort_unstable();
     let mut joined: Vec<PortRange> = Vec::new();

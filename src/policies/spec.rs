@@ -46,9 +46,9 @@ pub(super) enum SetSpec {
 /// Which addresses of a pod are in a set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct AddressScope {
-    /// Only those of pods of this node.
+    /// Only addresses of pods of this node.
     pub local: bool,
-    /// Also those that another pod may have.
+    /// Also addresses that another pod may have.
     pub claimed: bool,
 }
 

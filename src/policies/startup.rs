@@ -108,7 +108,7 @@ pub(super) struct ClosedNetwork {
 }
 
 impl ClosedNetwork {
-    /// Creates a network without known addresses, if one is to be closed.
+    /// Creates a network without known addresses, if the settings close one.
     pub(super) fn new(settings: &PolicySettings) -> Option<Self> {
         let form = settings.closed.clone()?;
         Some(Self {
@@ -357,8 +357,8 @@ impl Engine {
     /// by now, so that it counts only while both directions are isolated.
     fn is_known(&self, address: IpAddr) -> bool {
         let mut pods = self.inventory.isolating(address);
-        // Cluster policies select by labels of namespaces: without its object, those that deny may
-        // not select the pod yet.
+        // Cluster policies select by labels of namespaces: without its object, a policy that
+        // denies may not select the pod yet.
         let is_selected = |pod: &Pod| {
             self.inventory.cluster().len() == 0
                 || self.inventory.has_namespace_object(pod.name.namespace())
@@ -378,8 +378,8 @@ impl Engine {
             })
     }
 
-    /// Returns whether the rules drop packets of an address because no known pod has it. By interface
-    /// an address does not tell.
+    /// Returns whether the rules drop packets of an address because no known pod has it. Returns
+    /// false for networks given by interface, where an address does not show it.
     pub(crate) fn is_closed_to(&self, address: IpAddr) -> bool {
         self.closed.as_ref().is_some_and(|closed| {
             closed.form == PodNetwork::NodeCidr

@@ -226,7 +226,7 @@ impl Engine {
         }
     }
 
-    /// Compiles the marked services, except large ones and those that wait already.
+    /// Compiles the marked services, except large ones and services that wait already.
     fn plan_changes(&mut self, marks: &mut Marks) -> PlanChanges {
         let mut found = Vec::new();
         // Before others are compiled, which may get a frontend that one of these has.

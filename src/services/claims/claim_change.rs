@@ -10,7 +10,7 @@ use crate::model::{ObjectName, Protocol, Service};
 /// A change of the claims of one service, which [`Claims::advance`] applies in portions.
 ///
 /// Claims of addresses are independent of each other and change in the order of address and port.
-/// Before them, all at once, change those that are not: NodePorts and ClusterIPs, with the claims
+/// The dependent claims change before them, all at once: NodePorts and ClusterIPs, with the claims
 /// of addresses that they prevent.
 ///
 /// [`Claims::advance`]: super::Claims::advance
@@ -95,7 +95,7 @@ impl ClaimChange {
         self.difference(claim, self.before.find(&claim), self.after.find(&claim))
     }
 
-    /// Compares the next claims of addresses, up to `most`. Returns those that differ, and whether
+    /// Compares the next claims of addresses, up to `most`. Returns the differences, and whether
     /// more remain.
     pub(super) fn next(&mut self, most: usize) -> (Vec<ClaimDifference>, bool) {
         let (mut found, mut count) = (Vec::new(), 0);

@@ -4,7 +4,7 @@
 //! else in pages, then follows the changes from the version of the list. When the connection ends,
 //! it resumes from the last version received, without another list. Only if the server no longer
 //! has that version (410 Gone) does it list again: it knows the names it has delivered, and sends
-//! deletions for those that the new list lacks. An object of that list that cannot be decoded is
+//! deletions for names that the new list lacks. An object of that list that cannot be decoded is
 //! not taken for a deleted one.
 
 use std::pin::pin;

@@ -71,7 +71,7 @@ fn a_change_of_others_counts_although_a_write_meets_it_first_or_fails() {
     assert_eq!(outcome, Outcome::Synced);
     let (policies, reports) = healed(&bench);
     assert_eq!((policies > services, reports), (true, 1));
-    // What puts it back fails at first. What is to be written by then is not counted.
+    // The first repair fails. Changes that wait to be written by then are not counted.
     bench.kernel.meddle(|ruleset| {
         let table = ruleset.tables.get_mut(&table_id(Family::V4)).unwrap();
         table
