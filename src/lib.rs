@@ -34,6 +34,7 @@ mod host;
 mod insight;
 pub mod logging;
 pub mod model;
+mod mutex;
 pub mod netlink;
 pub mod nft;
 pub mod policies;

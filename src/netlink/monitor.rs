@@ -12,9 +12,10 @@ use std::io;
 use std::sync::{Arc, Mutex};
 
 use super::error::Error;
-use super::mute::{MutedMonitor, Subscription, lock};
+use super::mute::{MutedMonitor, Subscription};
 use super::nftables::Nftables;
 use super::socket::{Message, Socket};
+use crate::mutex::lock;
 
 /// The kernel's `NFNLGRP_NFTABLES`.
 const GROUP: u32 = 7;

@@ -1,8 +1,9 @@
 //! Leaves the monitor's multicast group during large writes.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use super::socket::Membership;
+use crate::mutex::lock;
 
 /// Makes a [`Monitor`](super::Monitor) leave its multicast group during large writes, so that the
 /// kernel builds no notifications.
@@ -40,10 +41,6 @@ impl Subscription {
         }
         was_left && !self.left
     }
-}
-
-pub(super) fn lock(subscription: &Mutex<Subscription>) -> MutexGuard<'_, Subscription> {
-    subscription.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl MutedMonitor {

@@ -1,7 +1,7 @@
 //! Reports to administrators: log lines and Events.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
@@ -9,6 +9,7 @@ use tokio::sync::mpsc;
 use super::metrics::SyncMetrics;
 use crate::logging::{Count, Repeats};
 use crate::model::{Notice, Reason, Subject};
+use crate::mutex::lock;
 use crate::netlink::{ConntrackError, Error};
 
 /// Receives reports for administrators. Implementations must not block.
@@ -179,7 +180,7 @@ impl LogAndSend {
     }
 
     fn limits(&self) -> MutexGuard<'_, LineLimits> {
-        self.limits.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.limits)
     }
 }
 

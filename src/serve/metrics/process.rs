@@ -4,10 +4,12 @@
 //! crate and with it a second rustix, for six numbers of two files.
 
 use std::fs;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 use prometheus::{Counter, Error, Gauge, IntGauge, Registry};
 use rustix::process::{Resource, getrlimit};
+
+use crate::mutex::lock;
 
 /// The metrics `process_*`.
 #[derive(Debug)]
@@ -64,7 +66,7 @@ impl ProcessMetrics {
     pub(super) fn refresh(&self) {
         if let Some(stat) = Stat::read() {
             // The lock keeps concurrent scrapes from adding the same time twice.
-            let cpu = self.cpu.lock().unwrap_or_else(PoisonError::into_inner);
+            let cpu = lock(&self.cpu);
             cpu.inc_by((stat.cpu_seconds() - cpu.get()).max(0.0));
             self.resident.set(stat.resident_bytes());
             self.mapped.set(stat.mapped_bytes);
