@@ -9,6 +9,8 @@
 //!                                          └──> Change ──────> followers, when it is in force
 //! ```
 
+#![warn(missing_docs)]
+
 use std::time::Instant;
 
 pub(crate) use shared_map::SharedMap;

@@ -410,7 +410,6 @@ fn keep_own_line(line: &[u8]) -> bool {
     OWN_LINE.try_with(keep).unwrap_or(false)
 }
 
-/// Returns the message of a panic.
 fn panic_message(panic: &PanicHookInfo<'_>) -> String {
     let payload = panic.payload();
     let message = payload.downcast_ref::<&str>().copied();

@@ -41,7 +41,6 @@ const ATTEMPTS: usize = 8;
 /// The most clients that are evaluated and removed at once.
 const BATCH: usize = 1024;
 
-/// An affinity map.
 type AffinityMap = (Family, Clients);
 
 /// Clients whose affinity may be stale.

@@ -85,7 +85,6 @@ struct DirtyFrontend {
     sweep: bool,
 }
 
-/// The state of a flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum FlowState {
     /// The flow belongs to none of the frontends.
@@ -241,7 +240,6 @@ fn front(family: Family, at: &Claim) -> Option<UdpFrontend> {
     }
 }
 
-/// Whether a plan has UDP frontends.
 fn has_udp(plan: &ServicePlan) -> bool {
     let mut frontends = plan.frontends.iter();
     frontends.any(|frontend| front(frontend.family, &frontend.at).is_some())

@@ -37,7 +37,6 @@ pub(crate) enum Attribute {
     U32(u32),
     /// A number in host byte order, which libnftnl converts.
     U64(u64),
-    /// Text.
     Text(Name),
     /// Raw bytes.
     Bytes(Vec<u8>),

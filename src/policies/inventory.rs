@@ -76,7 +76,6 @@ impl Inventory {
         self.pods.copied(&other.pods) + claims + of_namespaces.sum::<usize>()
     }
 
-    /// Returns a pod.
     pub fn pod(&self, name: &ObjectName) -> Option<&Pod> {
         self.pods.get(name).map(|pod| &**pod)
     }
@@ -113,12 +112,10 @@ impl Inventory {
         pod.node.as_deref() == Some(&*self.node)
     }
 
-    /// Returns the names of the pods.
     pub(crate) fn pod_names(&self) -> HashSet<ObjectName> {
         self.pods.keys().cloned().collect()
     }
 
-    /// Returns the names of the namespaces that have an object.
     pub(crate) fn namespace_names(&self) -> HashSet<ObjectName> {
         let names = self.namespaces.keys();
         names.map(|name| ObjectName::new("", name)).collect()
@@ -144,7 +141,6 @@ impl Inventory {
         self.policies.values()
     }
 
-    /// Returns the cluster policies.
     pub(crate) fn cluster(&self) -> &ClusterPolicies {
         &self.cluster
     }
@@ -176,7 +172,6 @@ impl Inventory {
         self.cluster.namespace_changed(name, labels.as_ref());
     }
 
-    /// Returns the nodes.
     pub(crate) fn nodes(&self) -> &Nodes {
         &self.nodes
     }
@@ -192,7 +187,6 @@ impl Inventory {
         self.nodes.set(name, node);
     }
 
-    /// Returns a policy.
     pub fn policy(&self, name: &ObjectName) -> Option<&Arc<NetworkPolicy>> {
         self.policies.get(name)
     }
@@ -240,7 +234,6 @@ impl Inventory {
         names.map(|name| (name, self.namespace(name)))
     }
 
-    /// Returns whether a selector selects a pod.
     pub fn selects(&self, selector: &PodSelector, pod: &Pod) -> bool {
         let namespace = pod.name.namespace();
         let of_namespace = match &selector.namespaces {
@@ -266,7 +259,6 @@ impl Inventory {
         self.certain(address, self.holders(address))
     }
 
-    /// Returns the addresses that a pod has.
     pub fn addresses(&self, pod: &Pod, scope: AddressScope) -> SmallVec<[IpAddr; 2]> {
         if scope.local && !self.is_local(pod) {
             return SmallVec::new();
@@ -353,7 +345,6 @@ impl Inventory {
             .filter(move |pod| departed.is_none_or(|departed| !departed.outranks(&pod.evidence)))
     }
 
-    /// Returns the departed pod with an address.
     pub fn departed(&self, address: IpAddr) -> Option<&Pod> {
         self.departed.at(address)
     }
@@ -497,7 +488,6 @@ impl Inventory {
             || self.departed_of(name).next().is_some()
     }
 
-    /// Returns whether a namespace has an object.
     pub(crate) fn has_namespace_object(&self, name: &str) -> bool {
         self.namespaces.contains_key(name)
     }

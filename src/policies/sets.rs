@@ -53,7 +53,6 @@ type PortSets = SmallVec<[(AddressScope, SetId); 2]>;
 /// Finds the sets that a pod or a node belongs to.
 #[derive(Debug, Default)]
 struct SetIndex {
-    /// Sets of pods.
     pods: Index<SetId>,
     /// Sets of pods, with addresses that they only may have.
     claimants: Index<SetId>,
@@ -407,7 +406,6 @@ impl Sets {
         entry.map_or_else(Vec::new, |entry| entry.fixed.to_vec())
     }
 
-    /// Returns the set with a name.
     pub fn named(&self, name: &Name) -> Option<SetId> {
         let mut entries = self.entries.iter();
         let found = entries.find(|(_, entry)| entry.name == *name);

@@ -184,7 +184,6 @@ fn subtract(network: IpNet, except: &[IpNet], remaining: &mut Vec<IpNet>) {
     }
 }
 
-/// Returns the name of a set.
 pub(super) fn name(spec: &SetSpec) -> Name {
     let prefix = match spec {
         SetSpec::Pods(_) => "pods",
@@ -200,7 +199,6 @@ pub(super) fn name(spec: &SetSpec) -> Name {
     Name::from(format!("{prefix}-{}", digest_of(&format!("{spec:?}"))))
 }
 
-/// Returns the declaration of a set.
 pub(super) fn declaration(spec: &SetSpec) -> Declaration {
     let declaration = match spec {
         SetSpec::Pods(_) | SetSpec::Claimants(_) | SetSpec::Nodes(_) => {

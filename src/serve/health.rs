@@ -76,7 +76,6 @@ impl ClockReading {
     }
 }
 
-/// The probes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Probe {
     /// `/healthz`: whether this node should get traffic.
@@ -89,10 +88,8 @@ pub enum Probe {
 }
 
 impl Probe {
-    /// All probes.
     pub const ALL: [Self; 3] = [Self::Healthz, Self::Livez, Self::Readyz];
 
-    /// Returns the path of the probe.
     pub fn path(self) -> &'static str {
         match self {
             Self::Healthz => "/healthz",

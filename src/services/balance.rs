@@ -111,7 +111,6 @@ fn bound(index: u32) -> u32 {
 
 /// The chains and the elements that lead to them.
 pub(super) struct Draws {
-    /// The chains.
     pub chains: Vec<(Name, Chain)>,
     /// The elements of the verdict maps from a number of endpoints to its chain.
     pub elements: [(Name, Vec<Element>); 2],

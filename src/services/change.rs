@@ -101,7 +101,6 @@ impl PlanChange {
         self.old.as_ref()
     }
 
-    /// Returns the new plan.
     pub fn after(&self) -> Option<&Arc<ServicePlan>> {
         self.new.as_ref()
     }

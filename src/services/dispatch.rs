@@ -251,7 +251,6 @@ pub(super) fn roles(by: By) -> Vec<(Name, Set)> {
     }
 }
 
-/// Returns the chains of the roles.
 pub(super) fn chains(by: By, settings: &ServiceSettings, family: Family) -> Vec<(Name, Chain)> {
     let mut chains = Vec::new();
     let mut add = |name: Name, rules: Vec<Rule>| {

@@ -105,7 +105,6 @@ impl Engine {
         !self.settings.off
     }
 
-    /// Returns the settings.
     pub(crate) fn settings(&self) -> &ServiceSettings {
         &self.settings
     }

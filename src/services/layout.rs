@@ -159,12 +159,10 @@ pub(super) fn target() -> Vec<Selector> {
 pub struct Clients(Arc<str>);
 
 impl Clients {
-    /// Returns the sets of a namespace.
     pub fn of(namespace: &str) -> Self {
         Self(Arc::from(namespace))
     }
 
-    /// Returns the namespace.
     pub fn namespace(&self) -> &str {
         &self.0
     }

@@ -21,7 +21,6 @@ pub(crate) type Target = (IpAddr, u16);
 /// It is kept while its rules are in force: the elements to delete later result from it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServicePlan {
-    /// The frontends.
     pub frontends: Box<[Frontend]>,
     /// The endpoints of each service port and family.
     pub pools: Box<[Pool]>,

@@ -130,7 +130,6 @@ impl ServiceQueue {
         self.enter(service).event = Some(event);
     }
 
-    /// Drops the queued event of a service.
     pub(crate) fn drop_event(&mut self, service: &ObjectName) {
         if let Some(waiting) = self.waiting.get_mut(service) {
             waiting.event = None;

@@ -33,7 +33,6 @@ pub struct ServiceChanges {
 /// The plan of a service before and after a change.
 #[derive(Clone, Debug)]
 pub struct Replaced {
-    /// The service.
     pub service: ObjectName,
     /// The plan that was in force; `None` if the service had no rules.
     pub old: Option<Arc<ServicePlan>>,
@@ -48,7 +47,6 @@ pub struct Replaced {
 /// The state of a `healthCheckNodePort`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HealthCheck {
-    /// The port.
     pub port: u16,
     /// The number of ready endpoints on this node; 0 for a service without rules.
     pub local_endpoints: usize,

@@ -46,7 +46,6 @@ impl Marks {
 /// An endpoint of one service port, with its target port.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct EndpointOf<'a> {
-    /// The endpoint.
     pub endpoint: &'a Endpoint,
     /// The target port.
     pub port: u16,
@@ -146,7 +145,6 @@ impl Store {
         }
     }
 
-    /// Returns a service.
     pub fn service(&self, name: &ObjectName) -> Option<&Arc<Service>> {
         self.services.get(name)
     }
@@ -194,7 +192,6 @@ impl Store {
         self.claims.owns_health_check(service, port)
     }
 
-    /// Returns the slices of a service.
     pub(crate) fn slices_of(&self, service: &ObjectName) -> SlicesOf<'_> {
         let names = self.slices_of.get(service).into_iter().flatten();
         SlicesOf::new(names.filter_map(|name| self.slices.get(name)))

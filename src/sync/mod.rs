@@ -136,7 +136,6 @@ impl<'a, K: Kernel> Controller<'a, K> {
         self.services.engine.store()
     }
 
-    /// Returns the engine of the policies.
     pub fn policies(&self) -> Option<&policies::Engine> {
         self.policies.as_ref().map(|policies| &policies.engine)
     }

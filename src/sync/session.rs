@@ -182,7 +182,6 @@ impl<'a, K: Kernel> KernelSession<'a, K> {
         self.reporter.failed(error);
     }
 
-    /// Reports a notice.
     pub(crate) fn report(&self, notice: &Notice) {
         self.reporter.notice(notice);
     }

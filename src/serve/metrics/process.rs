@@ -23,7 +23,6 @@ pub(super) struct ProcessMetrics {
 }
 
 impl ProcessMetrics {
-    /// Creates and registers the metrics.
     pub(super) fn register(registry: &Registry) -> Result<Self, Error> {
         let gauge = |name: &str, help: &str| -> Result<IntGauge, Error> {
             let gauge = IntGauge::new(name, help)?;

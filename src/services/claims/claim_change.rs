@@ -83,7 +83,6 @@ impl ClaimChange {
         (of(self.old.as_ref()), of(self.new.as_ref()))
     }
 
-    /// Returns the changes of ports of the node.
     pub(super) fn node_ports(&self) -> Vec<ClaimDifference> {
         let claims = self.before.node_ports.iter().chain(&self.after.node_ports);
         let claims: BTreeSet<Claim> = claims.map(|wish| wish.0).collect();

@@ -34,7 +34,6 @@ use super::selection::{OwnNode, Selection};
 use crate::model::{Delivery, Event, Kind, Object, ObjectRef, TierPeer};
 use crate::source::Sender;
 
-/// The kinds of policies.
 const POLICIES: [Kind; 2] = [Kind::NetworkPolicy, Kind::ClusterNetworkPolicy];
 /// The kinds that are watched only while a policy exists.
 const ON_DEMAND: [Kind; 2] = [Kind::Pod, Kind::Namespace];
