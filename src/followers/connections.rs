@@ -404,8 +404,8 @@ impl<R: ConnectionRemover> QueryBatch<'_, R> {
     }
 }
 
-/// Whether a reply can create an entry. Connection tracking requires an opening packet of TCP and SCTP
-/// and a request of ICMP.
+/// Returns whether a reply can create an entry. Connection tracking requires an opening packet of
+/// TCP and SCTP and a request of ICMP.
 fn may_return(protocol: u8) -> bool {
     const ICMP: u8 = 1;
     const ICMPV6: u8 = 58;

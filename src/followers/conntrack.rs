@@ -156,7 +156,7 @@ impl DirtyFrontends {
         self.node_ports = later.node_ports;
     }
 
-    /// Whether there are no frontends.
+    /// Returns whether there are no frontends.
     pub(crate) fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }

@@ -2,8 +2,8 @@
 //! process.
 //!
 //! [`ConntrackParameters::wanted`] returns the values for a machine, and [`apply`] writes the ones
-//! that differ. It returns parameters that cannot be written, and goes on: in a container `/proc/sys` is
-//! often read-only, and services work without them.
+//! that differ. It returns parameters that cannot be written, and goes on: in a container
+//! `/proc/sys` is often read-only, and services work without them.
 
 use std::fs;
 use std::io;

@@ -241,7 +241,7 @@ fn kind(message: u16) -> u16 {
     (libc::NFNL_SUBSYS_CTNETLINK as u16) << 8 | message
 }
 
-/// Whether an errno means that the kernel does not understand the request.
+/// Returns whether an errno means that the kernel does not understand the request.
 fn is_unsupported(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP))
 }

@@ -130,7 +130,7 @@ impl Error {
         first.into_iter().chain(others)
     }
 
-    /// Whether the transaction conflicts with the contents of the tables.
+    /// Returns whether the transaction conflicts with the contents of the tables.
     pub(crate) fn is_conflict(&self) -> bool {
         self.refusals().next().map(Refusal::class) == Some(ErrorClass::Conflict)
     }

@@ -58,7 +58,7 @@ impl MutedMonitor {
         lock(&self.0).join();
     }
 
-    /// Whether the last [`MutedMonitor::unmute`] failed.
+    /// Returns whether the last [`MutedMonitor::unmute`] failed.
     pub(super) fn is_left(&self) -> bool {
         lock(&self.0).left
     }

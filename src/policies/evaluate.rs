@@ -25,7 +25,7 @@ pub struct Connection {
 }
 
 impl Engine {
-    /// Whether the policies of this node's pods allow a connection.
+    /// Returns whether the policies of this node's pods allow a connection.
     pub fn allows(&self, connection: &Connection) -> bool {
         let Connection {
             source,

@@ -337,8 +337,8 @@ impl Inventory {
         (alone && first.evidence.sandbox != Sandbox::Gone).then_some(first)
     }
 
-    /// Returns the pods of this node that may hold an address, so that their policies (if any) apply
-    /// to it. Leaves out the departed pod.
+    /// Returns the pods of this node that may hold an address, so that their policies (if any)
+    /// apply to it. Leaves out the departed pod.
     pub(crate) fn isolating(&self, address: IpAddr) -> impl Iterator<Item = &Pod> {
         let departed = self.departed.at(address).map(|pod| pod.evidence);
         self.local_holders(address)

@@ -396,8 +396,8 @@ impl Engine {
         closed.is_some_and(|closed| closed.node_read && !closed.is_defined())
     }
 
-    /// Returns whether the Nodes are listed and none says what the pod network is. For runs that read
-    /// each list once.
+    /// Returns whether the Nodes are listed and none says what the pod network is. For runs that
+    /// read each list once.
     pub(crate) fn pod_network_never_known(&self) -> bool {
         let closed = self.closed.as_ref();
         closed.is_some_and(|closed| closed.node_listed && !closed.is_defined())

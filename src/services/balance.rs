@@ -1,15 +1,16 @@
 //! The chains that draw a random index of an endpoint, by the number of endpoints.
 //!
-//! The number below which a rule draws an index is a constant of the rule. The chain of a count stores
-//! the index in the packet's priority and returns; the caller (`dispatch`) looks the endpoint up.
-//! Only one rule reads each map of endpoints: the kernel looks at all rules that read a map for each
-//! element that is added to it.
+//! The number below which a rule draws an index is a constant of the rule. The chain of a count
+//! stores the index in the packet's priority and returns; the caller (`dispatch`) looks the
+//! endpoint up. Only one rule reads each map of endpoints: the kernel looks at all rules that read
+//! a map for each element that is added to it.
 //!
 //! Up to 64 endpoints, each count has its own chain. Above 64, one chain serves a class, a range of
-//! counts, and draws an index below the largest count of the class. The caller draws up to [`DRAWS`] times until
-//! the index has an endpoint, and then among the indexes of the next smaller class, all of which
-//! have one. The largest count of a class is about √2 times that of the next smaller class, so that no
-//! endpoint gets less than 99 % of its share: a draw fails with a probability below 0.3.
+//! counts, and draws an index below the largest count of the class. The caller draws up to
+//! [`DRAWS`] times until the index has an endpoint, and then among the indexes of the next smaller
+//! class, all of which have one. The largest count of a class is about √2 times that of the next
+//! smaller class, so that no endpoint gets less than 99 % of its share: a draw fails with a
+//! probability below 0.3.
 //!
 //! All these chains are created together, with the first service of a family, so that a change of
 //! services changes elements only.
@@ -65,8 +66,9 @@ impl Count {
         bounds.find(|bound| *bound < self.0).map(Self)
     }
 
-    /// Returns a number of 16 bits that reads, in hexadecimal, like the decimal number of endpoints:
-    /// 0x64 for 64. From 10,000 on it counts thousands, after the digit `a`: 0xa011 for 11,585.
+    /// Returns a number of 16 bits that reads, in hexadecimal, like the decimal number of
+    /// endpoints: 0x64 for 64. From 10,000 on it counts thousands, after the digit `a`: 0xa011 for
+    /// 11,585.
     pub fn code(self) -> u16 {
         let digits = |number: u32| {
             let place = |power| (number / 10u32.pow(power) % 10) << (4 * power);

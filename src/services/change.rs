@@ -10,7 +10,8 @@
 //!    more endpoints.
 //! 3. Replace the endpoints, each index in one step.
 //! 4. Add the lead elements of new frontends, and replace those of frontends that get more endpoints.
-//! 5. Delete surplus indexes of frontends that get more endpoints in one map and fewer in the other.
+//! 5. Delete surplus indexes of frontends that get more endpoints in one map and fewer in the
+//!    other.
 //! 6. Delete elements that several services can need, and release the shared chains of the old
 //!    plan.
 //!

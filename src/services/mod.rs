@@ -7,8 +7,8 @@
 //! source ranges, and those of the clients of a namespace exist while a service needs them
 //! (`SharedChain`).
 //!
-//! The chains that a packet passes. `@x`: set or map x; `──>`: jump or goto; `vmap`: the map holds the
-//! verdict.
+//! The chains that a packet passes. `@x`: set or map x; `──>`: jump or goto; `vmap`: the map holds
+//! the verdict.
 //!
 //! ```text
 //!  prerouting, output ──> services

@@ -203,8 +203,9 @@ impl Store {
         self.queued_events.insert(service.clone(), exists);
     }
 
-    /// Starts to apply an event. One of a service is applied in portions by [`Store::continue_apply`]; the
-    /// old version of the service stays until all its claims are changed.
+    /// Starts to apply an event. One of a service is applied in portions by
+    /// [`Store::continue_apply`]; the old version of the service stays until all its claims are
+    /// changed.
     pub fn begin_apply(&mut self, event: Event, marks: &mut Marks) {
         let (name, new) = match event {
             Event::Apply(Object::Service(service)) => {

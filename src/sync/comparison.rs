@@ -90,7 +90,7 @@ impl<E: Engine> Driver<E>
 where
     E::Change: Send + 'static,
 {
-    /// Whether a comparison is going on in another thread.
+    /// Returns whether a comparison is going on in another thread.
     pub(super) fn is_comparing(&self) -> bool {
         self.pending.is_some()
     }

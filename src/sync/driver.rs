@@ -9,10 +9,10 @@
 //! ```
 //!
 //! Before the engine knows all objects, only its early rules ([`Engine::early_rules`]) are written.
-//! The first write, and the one after a failure, compares with the kernel, in another thread if there is one
-//! ([`comparison`](super::comparison)): rules of an earlier process remain in force and are changed,
-//! never flushed. Objects that the kernel refuses even then go into quarantine, all of one transaction
-//! at once, and the others are written.
+//! The first write, and the one after a failure, compares with the kernel, in another thread if
+//! there is one ([`comparison`](super::comparison)): rules of an earlier process remain in force
+//! and are changed, never flushed. Objects that the kernel refuses even then go into quarantine,
+//! all of one transaction at once, and the others are written.
 
 use std::time::{Duration, Instant};
 
@@ -116,7 +116,7 @@ where
         self.budget = elements;
     }
 
-    /// Whether the rules of complete lists were written before.
+    /// Returns whether the rules of complete lists were written before.
     pub(crate) fn has_written_all(&self) -> bool {
         self.has_written_all
     }
@@ -127,7 +127,7 @@ where
         failure.filter(|_| self.state == DriverState::Unknown)
     }
 
-    /// Whether portions wait for another call of [`Driver::work`].
+    /// Returns whether portions wait for another call of [`Driver::work`].
     pub(crate) fn has_more(&self) -> bool {
         self.state == DriverState::Synced && self.more
     }
@@ -275,9 +275,9 @@ where
         if self.state != DriverState::Synced {
             let restored = self.restore_early_rules(kernel);
             let restarted = restored.or_else(|| self.restart_comparison(kernel));
-            // Nothing is compared here: the next attempt reads the tables anyway. `changed` lengthens
-            // the pause before the next call, so that a process that keeps writing cannot delay that
-            // attempt for ever.
+            // Nothing is compared here: the next attempt reads the tables anyway. `changed`
+            // lengthens the pause before the next call, so that a process that keeps writing cannot
+            // delay that attempt for ever.
             return Healed {
                 outcome: restarted,
                 changed: restarted.is_some(),

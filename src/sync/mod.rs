@@ -6,9 +6,9 @@
 //!                                                └─ changes that took effect ─> followers
 //! ```
 //!
-//! [`Controller::apply`] applies all waiting events; [`Controller::work`] compiles what they affect and
-//! writes the difference. [`Controller::handle`] does both, for tests and benchmarks. No timer delays a change: events that arrive
-//! during a write form the next transaction.
+//! [`Controller::apply`] applies all waiting events; [`Controller::work`] compiles what they affect
+//! and writes the difference. [`Controller::handle`] does both, for tests and benchmarks. No timer
+//! delays a change: events that arrive during a write form the next transaction.
 //!
 //! Services and policies have a `Driver` each, so that a failure of one does not delay the other.
 //! Policies are written first: a new pod is isolated before a service forwards traffic to it.
@@ -150,12 +150,12 @@ impl<'a, K: Kernel> Controller<'a, K> {
         outcome
     }
 
-    /// Whether portions of services wait for another call of [`Controller::work`].
+    /// Returns whether portions of services wait for another call of [`Controller::work`].
     pub fn has_more(&self) -> bool {
         self.services.has_more()
     }
 
-    /// Whether portions wait, or another thread compares tables.
+    /// Returns whether portions wait, or another thread compares tables.
     pub(crate) fn is_at_work(&self) -> bool {
         let policies = self.policies.as_ref();
         let comparing = self.services.is_comparing() || policies.is_some_and(Driver::is_comparing);
@@ -209,7 +209,8 @@ impl<'a, K: Kernel> Controller<'a, K> {
         }
     }
 
-    /// Whether pods must be isolated before they are known, and the Node object does not say where.
+    /// Returns whether pods must be isolated before they are known, and the Node object does not
+    /// say where.
     pub(crate) fn node_lacks_pod_network(&self) -> bool {
         let policies = self.policies.as_ref();
         policies.is_some_and(|policies| policies.engine.node_lacks_pod_network())
@@ -356,7 +357,7 @@ impl<'a, K: Kernel> Controller<'a, K> {
         Ok(())
     }
 
-    /// Whether the rules written last are known to be in force.
+    /// Returns whether the rules written last are known to be in force.
     pub(crate) fn is_synced(&self) -> bool {
         let policies = self.policies.as_ref().is_none_or(|policies| {
             policies.state == DriverState::Synced
@@ -365,7 +366,7 @@ impl<'a, K: Kernel> Controller<'a, K> {
         self.services.state == DriverState::Synced && policies
     }
 
-    /// Whether some tables cannot be compared, because lists are not complete.
+    /// Returns whether some tables cannot be compared, because lists are not complete.
     fn waits_for_lists(&self) -> bool {
         let policies = self.policies.as_ref();
         let policies =
@@ -392,13 +393,14 @@ impl<'a, K: Kernel> Controller<'a, K> {
         self.services.due().into_iter().chain(policies).min()
     }
 
-    /// Whether the lists of policies are complete, or no policies are enforced.
+    /// Returns whether the lists of policies are complete, or no policies are enforced.
     pub(crate) fn policies_ready(&self) -> bool {
         let policies = self.policies.as_ref();
         policies.is_none_or(|policies| policies.engine.is_ready())
     }
 
-    /// Whether policies are in force, or the reason why not; `None` if there are none to enforce.
+    /// Returns whether policies are in force, or the reason why not; `None` if there are none to
+    /// enforce.
     pub(crate) fn policies_in_force(&self) -> Option<Result<(), String>> {
         let policies = self.policies.as_ref().filter(|it| it.engine.is_on())?;
         // While lists are read again, the previous rules are in force. The first policies of a

@@ -45,7 +45,7 @@ pub struct Outcomes {
 }
 
 impl Outcomes {
-    /// Whether an engine has this outcome.
+    /// Returns whether an engine has this outcome.
     pub fn any(self, outcome: Outcome) -> bool {
         [self.services, self.policies].contains(&Some(outcome))
     }

@@ -91,7 +91,7 @@ impl Default for LineLimits {
 }
 
 impl LineLimits {
-    /// Whether to log a report.
+    /// Returns whether to log a report.
     fn allow(&mut self, subject: &Subject, reason: Reason, text: &str, now: Instant) -> bool {
         let own = (subject.clone(), reason);
         if self.repeats.contains(&own) {

@@ -87,8 +87,8 @@ pub async fn run<K: Kernel>(
     record_policies(controller, &mut unenforced, health);
     loop {
         let outcomes = tokio::select! {
-            // Timers come before events, or a steady flow of events would delay them for ever. Queries
-            // do too; each sender waits for its answer, so they cannot starve events.
+            // Timers come before events, or a steady flow of events would delay them for ever.
+            // Queries do too; each sender waits for its answer, so they cannot starve events.
             biased;
             _ = signals.stop.wait_for(|stop| *stop) => return Exit::Stopped,
             Some(query) = queries::next(&mut signals.queries) => {

@@ -61,7 +61,7 @@ impl Retries {
         }
     }
 
-    /// Whether no engine failed and waits for a retry, or for a comparison.
+    /// Returns whether no engine failed and waits for a retry, or for a comparison.
     pub(crate) fn is_empty(&self) -> bool {
         self.services.is_none() && self.policies.is_none()
     }

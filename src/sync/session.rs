@@ -131,7 +131,7 @@ impl<'a, K: Kernel> KernelSession<'a, K> {
         self.kernel.generation()
     }
 
-    /// Whether no other process has committed anything since the tables were compared.
+    /// Returns whether no other process has committed anything since the tables were compared.
     pub(crate) fn is_as_expected(&mut self) -> bool {
         let now = self.kernel.generation().ok();
         now.is_some() && now == self.expected_generation

@@ -74,8 +74,8 @@ impl Pending {
         }
     }
 
-    /// Whether a flow is valid by changes after the last call of [`Pending::take`], which may have added
-    /// its endpoint.
+    /// Returns whether a flow is valid by changes after the last call of [`Pending::take`], which
+    /// may have added its endpoint.
     pub(crate) fn keeps(&mut self, flow: &Flow, node_port_addresses: &HashSet<IpAddr>) -> bool {
         self.receive_all();
         self.dirty.evaluate(flow, node_port_addresses) == FlowState::Kept

@@ -17,8 +17,8 @@ use crate::source::convert::{Converter, Declared, Decoded, identify};
 
 /// Turns the objects of one kind into events.
 ///
-/// Keeps the names it has delivered, to find the objects that a new list lacks. Operations fail with
-/// [`WatchError::Closed`] once the receiver of the events was dropped, and with
+/// Keeps the names it has delivered, to find the objects that a new list lacks. Operations fail
+/// with [`WatchError::Closed`] once the receiver of the events was dropped, and with
 /// [`WatchError::Foreign`] if the server sends objects of another kind.
 pub(super) struct Deliveries {
     kind: Kind,
