@@ -9,6 +9,8 @@
 //!                                          └──> Change ──────> followers, when it is in force
 //! ```
 
+#![warn(missing_docs)]
+
 use std::time::Instant;
 
 pub(crate) use shared_map::SharedMap;
@@ -82,7 +84,7 @@ pub trait Engine {
 
     /// Returns what the transaction of a comparison changes in rules that this process did not
     /// write.
-    fn compared(actual: &Ruleset, transaction: &Transaction) -> Self::Change {
+    fn changes_of_foreign_rules(actual: &Ruleset, transaction: &Transaction) -> Self::Change {
         let _ = (actual, transaction);
         Self::Change::default()
     }

@@ -21,7 +21,6 @@
 //! ARCHITECTURE.md has the reasons, and the table of which module may import which.
 
 #![deny(unsafe_code)]
-#![warn(missing_docs)]
 
 pub mod app;
 mod backoff;
@@ -34,6 +33,7 @@ mod host;
 mod insight;
 pub mod logging;
 pub mod model;
+mod mutex;
 pub mod netlink;
 pub mod nft;
 pub mod policies;

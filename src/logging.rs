@@ -33,6 +33,7 @@ use tracing_subscriber::fmt::MakeWriter;
 
 pub(crate) use self::repeats::{Count, Repeats, Throttle};
 use self::safe::safe;
+use crate::mutex::lock;
 
 /// The bytes of lines that fit into the queue.
 const ROOM: usize = 4 << 20;
@@ -223,7 +224,7 @@ impl fmt::Debug for LogQueue {
 
 impl LogShared {
     fn lock(&self) -> MutexGuard<'_, LineQueue> {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.queue)
     }
 
     /// Locks the queue, unless it stays locked for a while.
@@ -409,7 +410,6 @@ fn keep_own_line(line: &[u8]) -> bool {
     OWN_LINE.try_with(keep).unwrap_or(false)
 }
 
-/// Returns the message of a panic.
 fn panic_message(panic: &PanicHookInfo<'_>) -> String {
     let payload = panic.payload();
     let message = payload.downcast_ref::<&str>().copied();

@@ -54,7 +54,7 @@ pub(super) fn run(start: Start) -> Result<(), Error> {
     let (sender, notices) = mpsc::channel(events::QUEUE);
     let reporter = LogAndSend::new(sender, metrics.sync.clone());
     // First of all: a foreign chain could block nftlet's own requests over the network.
-    if let Err(error) = sync::remove_foreign_hooks(&mut nftables, &metrics.sync, &reporter) {
+    if let Err(error) = sync::remove_foreign_base_chains(&mut nftables, &metrics.sync, &reporter) {
         reporter.failed(&error);
     }
     let mut followers = Followers::default();

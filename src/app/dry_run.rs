@@ -126,7 +126,7 @@ async fn collect_within(
             }
             store.apply(delivery.event, &mut changes);
             report(&mut changes);
-            if policies.has_no_pod_network() {
+            if policies.pod_network_never_known() {
                 break;
             }
         }
@@ -135,7 +135,7 @@ async fn collect_within(
         let _ = source.await;
     }
     report(&mut changes);
-    if policies.has_no_pod_network() {
+    if policies.pod_network_never_known() {
         return Err(Error::NoPodNetwork(node_name.to_owned()));
     }
     policies.update(BUDGET);

@@ -124,7 +124,7 @@ impl<K: Clone + Eq + Hash, V: Clone> SharedMap<K, V> {
     }
 
     fn place<Q: Hash + ?Sized>(&self, key: &Q) -> usize {
-        // Two parts at least would be needed for a place other than the first.
+        // With at most one part, every key is in the first.
         let last = self.parts.len().saturating_sub(1) as u64;
         let place = self.hasher.hash_one(key) & last;
         usize::try_from(place).unwrap_or_default()

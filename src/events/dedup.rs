@@ -71,7 +71,7 @@ impl Dedup {
             return false;
         }
         if self.objects.len() >= MOST {
-            // The bucket unused for longest is the fullest.
+            // Evicts the bucket unused for longest, which has refilled the most.
             let oldest = self.objects.iter().min_by_key(|(_, bucket)| bucket.at);
             if let Some(oldest) = oldest.map(|(object, _)| object.clone()) {
                 self.objects.remove(&oldest);

@@ -96,7 +96,8 @@ pub struct Recorder {
     /// Nothing is sent before this time.
     not_before: Instant,
     silent_until: Option<Instant>,
-    /// Whether the server has failed before. After its start, it may not know its roles yet.
+    /// Whether the server failed and has not answered since. A server that has just started may
+    /// refuse access because its roles are not loaded.
     settling: bool,
     metrics: Option<EventMetrics>,
     /// Limits the log lines about Events given up.

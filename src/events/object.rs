@@ -85,7 +85,6 @@ impl EventDraft {
         )
     }
 
-    /// Returns the Event of a start.
     pub(super) fn starting(node: &str, at: Timestamp) -> Self {
         let note = concat!("nftlet ", env!("CARGO_PKG_VERSION"), " has started");
         let identity = format!("Starting {node} {at}");

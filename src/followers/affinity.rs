@@ -32,7 +32,7 @@ use crate::netlink;
 use crate::nft::{Element, Op, Transaction, Value};
 use crate::services::Claim;
 use crate::services::{
-    self, Clients, Route, Scope, ServiceChanges, ServicePlan, Target, address, number, target,
+    self, Clients, EndpointScope, Route, ServiceChanges, ServicePlan, Target, address, port, target,
 };
 use crate::sync::{ElementRemoval, Kernel, Query, RemovalOutcome};
 
@@ -41,7 +41,6 @@ const ATTEMPTS: usize = 8;
 /// The most clients that are evaluated and removed at once.
 const BATCH: usize = 1024;
 
-/// An affinity map.
 type AffinityMap = (Family, Clients);
 
 /// Clients whose affinity may be stale.
@@ -62,7 +61,7 @@ struct FrontendCandidates {
     /// Those with affinity to these endpoints.
     lost: BTreeSet<Target>,
     /// All of them, because only endpoints of this node are valid from now on.
-    bound: bool,
+    became_local: bool,
 }
 
 impl StaleAffinity {
@@ -76,16 +75,24 @@ impl StaleAffinity {
         }
     }
 
-    /// Adds the clients of those frontends of a plan for which only endpoints of this node are valid from
-    /// now on.
-    pub(crate) fn add_bound(&mut self, plan: &ServicePlan, bound: &HashSet<(Family, Claim)>) {
+    /// Adds the clients of a plan's frontends in `became_local`, for which only endpoints of this
+    /// node are valid from now on.
+    pub(crate) fn add_became_local(
+        &mut self,
+        plan: &ServicePlan,
+        became_local: &HashSet<(Family, Claim)>,
+    ) {
         let Some(affinity) = &plan.affinity else {
             return;
         };
         for (frontend, pool) in plan.reach() {
-            if bound.contains(&(pool.family, frontend.at)) {
+            if became_local.contains(&(pool.family, frontend.at)) {
                 let of_map = self.of_map(pool.family, &affinity.clients);
-                of_map.of_frontend.entry(frontend.at).or_default().bound = true;
+                of_map
+                    .of_frontend
+                    .entry(frontend.at)
+                    .or_default()
+                    .became_local = true;
             }
         }
     }
@@ -95,24 +102,29 @@ impl StaleAffinity {
         let [old, new] = [old, new].map(|plan| plan.filter(|plan| plan.affinity.is_some()));
         let (before, mut after) = (targets(old), targets(new));
         let clients = |plan: Option<&ServicePlan>| Some(plan?.affinity.as_ref()?.clients.clone());
-        let (clients_before, clients_after) = (clients(old), clients(new));
-        for (clients, ((family, at), before)) in clients_before.iter().cycle().zip(before) {
-            let now = after.remove(&(family, at)).unwrap_or_default();
-            let lost: Vec<Target> = before.targets.difference(&now.targets).copied().collect();
-            let bound = now.bound && !before.bound;
-            if lost.is_empty() && !bound {
-                continue;
+        if let Some(clients) = clients(old) {
+            for ((family, at), before) in before {
+                let now = after.remove(&(family, at)).unwrap_or_default();
+                let lost: Vec<Target> = before.targets.difference(&now.targets).copied().collect();
+                let became_local = now.local_policy && !before.local_policy;
+                if lost.is_empty() && !became_local {
+                    continue;
+                }
+                let of_map = self.of_map(family, &clients);
+                let of_frontend = of_map.of_frontend.entry(at).or_default();
+                of_frontend.lost.extend(lost);
+                of_frontend.became_local |= became_local;
             }
-            let of_map = self.of_map(family, clients);
-            let of_frontend = of_map.of_frontend.entry(at).or_default();
-            of_frontend.lost.extend(lost);
-            of_frontend.bound |= bound;
         }
         // Another service of the namespace may have had these frontends with the policy Cluster.
-        let fresh = after.into_iter().filter(|(_, endpoints)| endpoints.bound);
-        for (clients, ((family, at), _)) in clients_after.iter().cycle().zip(fresh) {
-            let of_map = self.of_map(family, clients);
-            of_map.of_frontend.entry(at).or_default().bound = true;
+        if let Some(clients) = clients(new) {
+            let fresh = after
+                .into_iter()
+                .filter(|(_, endpoints)| endpoints.local_policy);
+            for ((family, at), _) in fresh {
+                let of_map = self.of_map(family, &clients);
+                of_map.of_frontend.entry(at).or_default().became_local = true;
+            }
         }
     }
 
@@ -133,7 +145,7 @@ impl StaleAffinity {
         for (at, of_frontend) in of_map.of_frontend {
             let into = into.of_frontend.entry(at).or_default();
             into.lost.extend(of_frontend.lost);
-            into.bound |= of_frontend.bound;
+            into.became_local |= of_frontend.became_local;
         }
     }
 }
@@ -146,14 +158,14 @@ impl MapCandidates {
             .into_iter()
             .filter_map(|at| Some((at, self.of_frontend.get(&at)?)))
             .collect();
-        let mut bound = of_frontend.iter().filter(|(_, it)| it.bound);
-        let bound = bound.next().map(|(at, _)| *at);
+        let mut became_local = of_frontend.iter().filter(|(_, it)| it.became_local);
+        let became_local = became_local.next().map(|(at, _)| *at);
         let lost = |(_, it): &(Claim, &FrontendCandidates)| it.lost.contains(&entry.target);
         let lost = of_frontend.iter().any(lost);
-        (self.all || bound.is_some() || lost).then_some(Candidate {
+        (self.all || became_local.is_some() || lost).then_some(Candidate {
             element,
             entry,
-            bound,
+            became_local,
         })
     }
 }
@@ -163,7 +175,7 @@ impl MapCandidates {
 struct Endpoints {
     targets: HashSet<Target>,
     /// Whether the external traffic policy is Local.
-    bound: bool,
+    local_policy: bool,
 }
 
 /// Returns the endpoints of each frontend in all scopes.
@@ -172,7 +184,7 @@ fn targets(plan: Option<&ServicePlan>) -> HashMap<(Family, Claim), Endpoints> {
     for (frontend, pool) in plan.into_iter().flat_map(ServicePlan::reach) {
         let endpoints = found.entry((pool.family, frontend.at)).or_default();
         endpoints.targets.extend(&pool.targets);
-        endpoints.bound = matches!(frontend.route, Route::LocalPolicy { .. });
+        endpoints.local_policy = matches!(frontend.route, Route::LocalPolicy { .. });
     }
     found
 }
@@ -183,7 +195,7 @@ pub(crate) struct Candidate {
     element: Element,
     entry: AffinityEntry,
     /// The frontend, if only endpoints of this node are valid for it.
-    bound: Option<Claim>,
+    became_local: Option<Claim>,
 }
 
 /// The plans in force that have session affinity, and the clients to check.
@@ -194,12 +206,12 @@ struct PlansInForce {
     owners: HashMap<Claim, ObjectName>,
     version: u64,
     candidates: StaleAffinity,
-    /// Whether to retry what failed although no further client is to be checked.
+    /// Whether to retry failed removals although no further client needs a check.
     retry: bool,
 }
 
 impl PlansInForce {
-    fn take_over(&mut self, changes: &ServiceChanges) {
+    fn receive(&mut self, changes: &ServiceChanges) {
         for replaced in changes.replaced.iter().filter(|it| it.is_other_plan()) {
             let [old, new] = [&replaced.old, &replaced.new]
                 .map(|plan| plan.as_ref().filter(|plan| plan.affinity.is_some()));
@@ -225,9 +237,9 @@ impl PlansInForce {
                 None => self.plans.remove(service),
             };
         }
-        let bound = &changes.removed.bound;
-        for plan in self.plans.values().filter(|_| !bound.is_empty()) {
-            self.candidates.add_bound(plan, bound);
+        let became_local = &changes.removed.became_local;
+        for plan in self.plans.values().filter(|_| !became_local.is_empty()) {
+            self.candidates.add_became_local(plan, became_local);
         }
         for plan in self.plans.values().filter(|_| changes.rewritten) {
             self.candidates.add_all(plan);
@@ -285,11 +297,11 @@ impl PlansInForce {
                 let Some(of_frontend) = clients_of.get(&frontend.at) else {
                     continue;
                 };
-                let bound = matches!(frontend.route, Route::LocalPolicy { .. });
-                let elsewhere = bound && pool.scope == Scope::Cluster;
+                let local_policy = matches!(frontend.route, Route::LocalPolicy { .. });
+                let elsewhere = local_policy && pool.scope == EndpointScope::Cluster;
                 let checked = of_frontend.iter().filter_map(|index| {
                     let candidate = candidates.get(*index)?;
-                    (!(candidate.bound.is_some() && elsewhere))
+                    (!(candidate.became_local.is_some() && elsewhere))
                         .then_some((candidate.entry.target, *index))
                 });
                 let mut at: HashMap<Target, Vec<usize>> = HashMap::new();
@@ -399,7 +411,7 @@ impl<K: Kernel, O: FnMut() -> Result<K, netlink::Error>> Forgetter<K, O> {
         loop {
             let wait = every.saturating_sub(looked.elapsed());
             match self.changes.recv_timeout(wait) {
-                Ok(changes) => self.view.take_over(&changes),
+                Ok(changes) => self.view.receive(&changes),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return,
             }
@@ -426,7 +438,7 @@ impl<K: Kernel, O: FnMut() -> Result<K, netlink::Error>> Forgetter<K, O> {
     /// Removes stale clients after the changes so far. `remove` writes a transaction that is valid after
     /// a number of changes of services with session affinity.
     pub(crate) fn work(&mut self, mut remove: impl FnMut(Transaction, u64) -> RemovalOutcome) {
-        self.take_over_all();
+        self.receive_all();
         loop {
             // Changes that concern no client may be frequent, and reading a large map takes seconds.
             let retry = std::mem::take(&mut self.view.retry);
@@ -446,9 +458,9 @@ impl<K: Kernel, O: FnMut() -> Result<K, netlink::Error>> Forgetter<K, O> {
         }
     }
 
-    fn take_over_all(&mut self) {
+    fn receive_all(&mut self) {
         while let Ok(changes) = self.changes.try_recv() {
-            self.view.take_over(&changes);
+            self.view.receive(&changes);
         }
     }
 
@@ -501,7 +513,7 @@ impl<K: Kernel, O: FnMut() -> Result<K, netlink::Error>> Forgetter<K, O> {
                 }
                 match remove(transaction, self.view.version) {
                     RemovalOutcome::Done => return Ok(()),
-                    RemovalOutcome::Outdated => self.take_over_all(),
+                    RemovalOutcome::Outdated => self.receive_all(),
                     RemovalOutcome::Unknown => return Err(Failure::Unknown),
                     RemovalOutcome::Failed(error) => return Err(error.into()),
                 }
@@ -539,7 +551,7 @@ impl AffinityEntry {
         Some(Self {
             address: address(at)?,
             protocol,
-            port: number(rest.get(4..)?)?,
+            port: port(rest.get(4..)?)?,
             target: target(data)?,
         })
     }

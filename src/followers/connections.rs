@@ -46,10 +46,10 @@ const COLLECT: Duration = Duration::from_millis(50);
 /// The most that a sweep of all connections is delayed to limit the time spent on sweeps.
 const MOST_DELAY: Duration = Duration::from_secs(1);
 /// The interval and the duration of deletions in the opposite direction.
-const FOLLOW_EVERY: Duration = Duration::from_millis(20);
-const FOLLOW_FOR: Duration = Duration::from_millis(400);
-/// The most connections for which the opposite direction is watched.
-const MOST_FOLLOWED: usize = 2048;
+const REVERSED_EVERY: Duration = Duration::from_millis(20);
+const REVERSED_FOR: Duration = Duration::from_millis(400);
+/// The most connections whose entries in the opposite direction are deleted.
+const MOST_REVERSED: usize = 2048;
 const SHORTEST_RETRY: Duration = Duration::from_secs(1);
 const LONGEST_RETRY: Duration = Duration::from_secs(60);
 
@@ -168,10 +168,10 @@ pub(crate) struct Cutter<'a, T, R> {
     /// The earliest next sweep for reassigned addresses.
     earliest: Instant,
     backoff: Backoff,
-    /// Connections that were cut, each with the end of the time in which the opposite direction is
-    /// watched.
-    followed: Vec<(Instant, Tracked)>,
-    follow_at: Instant,
+    /// Connections that were cut, each with the end of the time in which entries in the opposite
+    /// direction are deleted.
+    reversed: Vec<(Instant, Tracked)>,
+    reversed_at: Instant,
 }
 
 impl<'a, T: ConnectionTable, R: ConnectionRemover> Cutter<'a, T, R> {
@@ -196,16 +196,16 @@ impl<'a, T: ConnectionTable, R: ConnectionRemover> Cutter<'a, T, R> {
             due: None,
             earliest: Instant::now(),
             backoff: Backoff::new(SHORTEST_RETRY, LONGEST_RETRY),
-            followed: Vec::new(),
-            follow_at: Instant::now(),
+            reversed: Vec::new(),
+            reversed_at: Instant::now(),
         }
     }
 
     /// Runs until no more changes come.
     pub(crate) fn run(mut self) {
         loop {
-            let follow = (!self.followed.is_empty()).then_some(self.follow_at);
-            let next = self.due.into_iter().chain(follow).min();
+            let reversed_at = (!self.reversed.is_empty()).then_some(self.reversed_at);
+            let next = self.due.into_iter().chain(reversed_at).min();
             let received = match next {
                 None => self.changes.recv().map_err(RecvTimeoutError::from),
                 Some(at) => {
@@ -215,7 +215,7 @@ impl<'a, T: ConnectionTable, R: ConnectionRemover> Cutter<'a, T, R> {
             };
             let now = Instant::now();
             match received {
-                Ok(changes) => self.take_over(&changes, now),
+                Ok(changes) => self.receive(&changes, now),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return,
             }
@@ -235,13 +235,13 @@ impl<'a, T: ConnectionTable, R: ConnectionRemover> Cutter<'a, T, R> {
                     Err(SweepError::Ended) => return,
                 }
             }
-            if self.follow_at <= now {
-                self.follow();
+            if !self.reversed.is_empty() && self.reversed_at <= now {
+                self.delete_reversed();
             }
         }
     }
 
-    fn take_over(&mut self, changes: &PolicyChanges, now: Instant) {
+    fn receive(&mut self, changes: &PolicyChanges, now: Instant) {
         if let Some(isolated) = &changes.isolated {
             self.isolated = isolated.iter().map(|(address, _)| *address).collect();
         }
@@ -289,7 +289,7 @@ impl<'a, T: ConnectionTable, R: ConnectionRemover> Cutter<'a, T, R> {
             tracked: Vec::new(),
             policies: &self.policies,
             remover,
-            followed: &mut self.followed,
+            reversed: &mut self.reversed,
             cut: 0,
             failed: None,
             broken: None,
@@ -319,21 +319,21 @@ impl<'a, T: ConnectionTable, R: ConnectionRemover> Cutter<'a, T, R> {
     }
 
     /// Deletes entries in the opposite direction.
-    fn follow(&mut self) {
+    fn delete_reversed(&mut self) {
         let now = Instant::now();
         if self.tables.is_none() {
             self.tables = (self.open)().ok();
         }
         if let Some((_, remover)) = &mut self.tables {
-            self.followed.retain(|(until, tracked)| {
+            self.reversed.retain(|(until, tracked)| {
                 // Errors were reported when the connection itself was cut.
                 let _ = remover.remove(tracked, EntryToCut::Reversed);
                 *until > now
             });
         } else {
-            self.followed.clear();
+            self.reversed.clear();
         }
-        self.follow_at = Instant::now() + FOLLOW_EVERY;
+        self.reversed_at = Instant::now() + REVERSED_EVERY;
     }
 }
 
@@ -344,7 +344,7 @@ struct QueryBatch<'a, R> {
     tracked: Vec<Tracked>,
     policies: &'a mpsc::Sender<Query>,
     remover: &'a mut R,
-    followed: &'a mut Vec<(Instant, Tracked)>,
+    reversed: &'a mut Vec<(Instant, Tracked)>,
     /// The number of connections cut.
     cut: usize,
     /// The first error of cutting a connection.
@@ -398,14 +398,14 @@ impl<R: ConnectionRemover> QueryBatch<'_, R> {
             Ok(was_there) => self.cut += usize::from(was_there),
             Err(error) => self.failed = self.failed.take().or(Some(error)),
         }
-        if may_return(tracked.protocol) && self.followed.len() < MOST_FOLLOWED {
-            self.followed.push((Instant::now() + FOLLOW_FOR, tracked));
+        if may_return(tracked.protocol) && self.reversed.len() < MOST_REVERSED {
+            self.reversed.push((Instant::now() + REVERSED_FOR, tracked));
         }
     }
 }
 
-/// Whether a reply can create an entry. Connection tracking requires an opening packet of TCP and SCTP
-/// and a request of ICMP.
+/// Returns whether a reply can create an entry. Connection tracking requires an opening packet of
+/// TCP and SCTP and a request of ICMP.
 fn may_return(protocol: u8) -> bool {
     const ICMP: u8 = 1;
     const ICMPV6: u8 = 58;

@@ -80,12 +80,11 @@ pub(crate) struct DirtyFrontends {
 struct DirtyFrontend {
     /// `None` if the frontend was removed.
     serving: Option<Serving>,
-    /// Whether flows may be stale. If endpoints were only added, none is, but a sweep by an earlier
-    /// list must know them.
+    /// Whether to look for stale flows. False if endpoints were only added; the entry then lets a
+    /// running sweep keep their flows.
     sweep: bool,
 }
 
-/// The state of a flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum FlowState {
     /// The flow belongs to none of the frontends.
@@ -157,7 +156,7 @@ impl DirtyFrontends {
         self.node_ports = later.node_ports;
     }
 
-    /// Whether there are no frontends.
+    /// Returns whether there are no frontends.
     pub(crate) fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
@@ -241,7 +240,6 @@ fn front(family: Family, at: &Claim) -> Option<UdpFrontend> {
     }
 }
 
-/// Whether a plan has UDP frontends.
 fn has_udp(plan: &ServicePlan) -> bool {
     let mut frontends = plan.frontends.iter();
     frontends.any(|frontend| front(frontend.family, &frontend.at).is_some())

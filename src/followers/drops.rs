@@ -5,12 +5,13 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::hash::Hash;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use tokio::sync::watch;
 
 use super::register_drops;
 use crate::model::{Family, ObjectName};
+use crate::mutex::lock;
 use crate::netlink::{Error, Nftables};
 use crate::nft::Key;
 use crate::policies::{self, Direction, Isolated};
@@ -52,7 +53,7 @@ impl DropCounters {
     /// `None` if they cannot be read.
     pub(crate) fn read(&self) -> Option<BTreeMap<(ObjectName, Direction), u64>> {
         // A panic of an earlier scrape leaves nothing half done but the socket.
-        let mut reader = self.reader.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut reader = lock(&self.reader);
         let (socket, totals) = &mut *reader;
         let nftables = match socket.take() {
             Some(nftables) => Ok(nftables),

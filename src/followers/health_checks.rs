@@ -31,12 +31,12 @@ impl HealthChecks {
     /// Runs until no more changes come.
     pub(crate) fn run(mut self, changes: &Receiver<Arc<ServiceChanges>>) {
         while let Ok(changes) = changes.recv() {
-            self.take_over(&changes);
+            self.receive(&changes);
         }
     }
 
     /// Publishes the health checks of the services that changed.
-    pub(crate) fn take_over(&mut self, changes: &ServiceChanges) {
+    pub(crate) fn receive(&mut self, changes: &ServiceChanges) {
         let mut seen = HashSet::new();
         // Of several changes of a service only the last is relevant.
         let last = changes.replaced.iter().rev();
@@ -193,7 +193,7 @@ mod tests {
 
         fn publish(&mut self) {
             let update = self.engine.update(BUDGET);
-            self.checks.take_over(&update.change);
+            self.checks.receive(&update.change);
         }
 
         fn apply(&mut self, object: Object) -> Vec<String> {
@@ -328,7 +328,7 @@ mod tests {
         assert_eq!(bench.now(), [check(30100, "web", 1)]);
         let web = ObjectRef::new(Kind::Service, named("web"));
         let change = bench.engine.quarantine(&web);
-        bench.checks.take_over(&change);
+        bench.checks.receive(&change);
         assert_eq!(bench.now(), [check(30100, "web", 0)]);
         bench.engine.retry_quarantined();
         bench.publish();

@@ -4,7 +4,7 @@
 //! read at each scrape of the metrics, and by the thread that removes stale clients.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
@@ -12,6 +12,7 @@ use tokio::sync::watch;
 use super::drops::Total;
 use super::register_not_remembered;
 use crate::model::{Family, Kind, Notice, ObjectName, ObjectRef, Reason, Subject};
+use crate::mutex::lock;
 use crate::netlink::{self, Nftables};
 use crate::nft::Key;
 use crate::serve::metrics::{Registry, Sample};
@@ -91,7 +92,7 @@ impl NotRemembered {
 
     /// Reads the counters and reports namespaces; `None` where not all could be read.
     pub(crate) fn read(&self) -> Option<Vec<Sample<1>>> {
-        let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut counts = lock(&self.counts);
         // Cloned, since a borrowed list would make the sender wait.
         let sticky = Sticky::clone(&self.sticky.borrow());
         let (reported, read) = counts.read(&sticky);

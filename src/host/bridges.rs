@@ -72,7 +72,7 @@ pub(crate) enum BridgeChange {
     Ends(UnfilteredBridge),
 }
 
-/// Finds unfiltered bridges, and remembers those that the previous check found.
+/// Finds unfiltered bridges, and remembers the result of the previous check.
 #[derive(Debug)]
 pub(crate) struct BridgeWatch {
     root: PathBuf,

@@ -17,7 +17,7 @@ use crate::model::HostRoute;
 const RTF_GATEWAY: u32 = 0x0002;
 const RTF_REJECT: u32 = 0x0200;
 
-/// A route of the main table.
+/// A route: of the main table for IPv4, of any table for IPv6.
 #[derive(Debug, PartialEq, Eq)]
 struct Entry {
     route: HostRoute,
@@ -55,7 +55,7 @@ fn direct_below(folder: &Path) -> io::Result<Arc<[HostRoute]>> {
 }
 
 /// A line of `/proc/net/route`: interface, destination, gateway, flags, three counters, mask.
-/// Addresses are numbers in host order of the bytes as they are.
+/// An address is the hexadecimal number that its bytes form in host order.
 fn v4_route(line: &str) -> Option<Entry> {
     let fields: Vec<&str> = line.split_ascii_whitespace().collect();
     let [link, destination, _, flags, _, _, _, mask, ..] = fields[..] else {

@@ -1,9 +1,9 @@
 //! Kernel parameters that kube-proxy sets: those of connection tracking, and the OOM score of the
 //! process.
 //!
-//! [`ConntrackParameters::wanted`] returns the values for a machine, and [`apply`] writes those that
-//! differ. It returns parameters that cannot be written, and goes on: in a container `/proc/sys` is
-//! often read-only, and services work without them.
+//! [`ConntrackParameters::wanted`] returns the values for a machine, and [`apply`] writes the ones
+//! that differ. It returns parameters that cannot be written, and goes on: in a container
+//! `/proc/sys` is often read-only, and services work without them.
 
 use std::fs;
 use std::io;

@@ -14,7 +14,7 @@ use super::service::{self, Asked, Plans, Source};
 use crate::model::Family;
 use crate::nft::{Key, Name, RulesetPart, TableId};
 use crate::policies::{Connection, Direction};
-use crate::services::{Scope, ServiceParts};
+use crate::services::{EndpointScope, ServiceParts};
 
 /// The most elements of one set in a step of the text.
 const MOST: usize = 10;
@@ -178,9 +178,9 @@ pub(super) fn of_service(
         Asked::Frontend { plan, frontend } => {
             let is_local = service::takes_local(facts, source, plan, frontend);
             let scope = if is_local {
-                Scope::Local
+                EndpointScope::Local
             } else {
-                Scope::Cluster
+                EndpointScope::Cluster
             };
             finder.of_frontend(plan, frontend, scope, source.address)
         }

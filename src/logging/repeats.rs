@@ -1,4 +1,4 @@
-//! Limits repeated lines of the log, and counts those that were not logged.
+//! Limits repeated lines of the log, and counts the lines that were not logged.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, Hash, RandomState};

@@ -79,7 +79,7 @@ fn logging_does_not_wait_for_a_pipe_that_nothing_reads() {
     let dropped = lines.dropped();
     assert!(dropped > 0);
     assert!(lines.0.lock().bytes <= ROOM);
-    // Once lines are read, there is room for others, behind a line about those that are missing.
+    // Once lines are read, there is room for others, behind a line about the missing ones.
     let reading = thread::spawn(move || {
         let first: Vec<String> = (0..2_000)
             .map(|_| {

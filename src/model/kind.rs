@@ -9,7 +9,7 @@ pub enum Kind {
     Service,
     /// discovery.k8s.io/v1 EndpointSlice.
     EndpointSlice,
-    /// core/v1 Node: the one that nftlet runs on.
+    /// core/v1 Node: this node, and all others while a policy selects nodes.
     Node,
     /// networking.k8s.io/v1 ServiceCIDR.
     ServiceCidr,

@@ -30,8 +30,8 @@ impl Labels {
         self.0.is_empty()
     }
 
-    /// Returns whether another clone of these labels exists. A cache of labels drops those that
-    /// only it holds.
+    /// Returns whether another clone of these labels exists. A cache of labels drops labels
+    /// that only it holds.
     pub fn is_shared(&self) -> bool {
         Arc::strong_count(&self.0) > 1
     }

@@ -4,6 +4,8 @@
 //! serialisation, no I/O. A [source](crate::source) creates them and sends them as [`Event`]s; an
 //! [engine](crate::engine) keeps them.
 
+#![warn(missing_docs)]
+
 mod cluster_policy;
 mod event;
 mod facts;

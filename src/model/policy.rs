@@ -128,7 +128,6 @@ pub enum Peer {
     },
     /// `ipBlock`.
     Block {
-        /// `cidr`.
         cidr: IpNet,
         /// `except`, each inside of `cidr`.
         except: Vec<IpNet>,

@@ -55,14 +55,6 @@ impl Conntrack {
         })
     }
 
-    /// Filters flows in user space, as on kernels that reject filters. All flows of the family are
-    /// then read.
-    #[must_use]
-    pub fn without_kernel_filters(mut self) -> Self {
-        self.kernel_filters = false;
-        self
-    }
-
     /// Calls `each` with the flows that match a filter while the kernel lists them.
     ///
     /// A flow may come up twice, because the table changes and may be resized during the dump.
@@ -249,7 +241,7 @@ fn kind(message: u16) -> u16 {
     (libc::NFNL_SUBSYS_CTNETLINK as u16) << 8 | message
 }
 
-/// Whether an errno means that the kernel does not understand the request.
+/// Returns whether an errno means that the kernel does not understand the request.
 fn is_unsupported(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP))
 }

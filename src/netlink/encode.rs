@@ -428,7 +428,6 @@ fn type_number(selectors: &[Selector], family: TableFamily) -> u32 {
             FieldType::Ipv6Addr => 8,
             FieldType::InetProto => 12,
             FieldType::InetService => 13,
-            FieldType::Mark => 19,
             FieldType::ClassId => 23,
             FieldType::Icmp6Type => 29,
             FieldType::IfName => 41,

@@ -57,7 +57,6 @@ pub enum Error {
     Owned {
         /// The refused object.
         path: Box<ObjectPath>,
-        /// The table.
         table: Box<TableId>,
         /// The process that owns the table.
         owner: Owner,
@@ -81,7 +80,6 @@ pub enum Error {
     /// An ipset could not be destroyed.
     #[error("cannot destroy the ipset {name}: {source}; {hint}", hint = hint(.source))]
     IpSet {
-        /// The set.
         name: String,
         /// The kernel's errno.
         source: io::Error,
@@ -97,7 +95,6 @@ pub enum Error {
     /// An NFLOG group cannot be bound.
     #[error("cannot listen to NFLOG group {group}: {source}; {hint}", hint = log_hint(.source))]
     LogGroup {
-        /// The group.
         group: u16,
         /// The kernel's errno.
         source: io::Error,
@@ -133,12 +130,11 @@ impl Error {
         first.into_iter().chain(others)
     }
 
-    /// Whether the transaction conflicts with the contents of the tables.
+    /// Returns whether the transaction conflicts with the contents of the tables.
     pub(crate) fn is_conflict(&self) -> bool {
         self.refusals().next().map(Refusal::class) == Some(ErrorClass::Conflict)
     }
 
-    /// Returns the errno, if the error has one.
     pub(crate) fn errno(&self) -> Option<i32> {
         match self {
             Error::Refused { first, .. } => first.source.raw_os_error(),
@@ -177,7 +173,6 @@ impl fmt::Display for Owner {
 /// A refused object with the reason.
 #[derive(Debug)]
 pub struct Refusal {
-    /// The object.
     pub path: ObjectPath,
     /// The errno.
     pub source: io::Error,

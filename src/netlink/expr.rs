@@ -37,7 +37,6 @@ pub(crate) enum Attribute {
     U32(u32),
     /// A number in host byte order, which libnftnl converts.
     U64(u64),
-    /// Text.
     Text(Name),
     /// Raw bytes.
     Bytes(Vec<u8>),
@@ -261,10 +260,10 @@ impl Program {
             Statement::Match(selector, comparison, operand) => {
                 self.compare(*selector, *comparison, operand);
             }
-            Statement::MarkBits(comparison, bits) => {
-                self.load(Selector::Mark, 0);
+            Statement::MarkBits(bits) => {
+                self.meta(libc::NFT_META_MARK, register(0));
                 self.bitwise(bits.to_ne_bytes().into(), vec![0; 4]);
-                self.cmp(*comparison, bits.to_ne_bytes().into());
+                self.cmp(Comparison::Is, bits.to_ne_bytes().into());
             }
             Statement::CtState(states) => {
                 self.ct(libc::NFT_CT_STATE, None, register(0));
@@ -359,12 +358,12 @@ impl Program {
                 );
             }
             Statement::SetMarkBits(bits) => {
-                self.load(Selector::Mark, 0);
+                self.meta(libc::NFT_META_MARK, register(0));
                 self.bitwise((!bits).to_ne_bytes().into(), bits.to_ne_bytes().into());
                 self.set_meta(libc::NFT_META_MARK);
             }
             Statement::FlipMarkBits(bits) => {
-                self.load(Selector::Mark, 0);
+                self.meta(libc::NFT_META_MARK, register(0));
                 self.bitwise(vec![0xff; 4], bits.to_ne_bytes().into());
                 self.set_meta(libc::NFT_META_MARK);
             }

@@ -250,8 +250,8 @@ impl Expression for Expr {
     }
 }
 
-/// Sets the attributes that the kernel adds by itself, and those that change with traffic, so that
-/// a written expression equals the one read back.
+/// Sets the attributes that the kernel adds by itself or that change with traffic, so that a
+/// written expression equals the one read back.
 ///
 /// # Safety
 ///

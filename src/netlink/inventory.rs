@@ -13,7 +13,6 @@ use crate::nft::{BaseChain, Name, Stray, StrayKind, TableId};
 /// A base chain in the kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FoundBaseChain {
-    /// Its name.
     pub name: Name,
     /// Its type, hook and priority; `None` if nftlet never uses the type.
     pub base: Option<BaseChain>,

@@ -83,8 +83,9 @@ impl Nftables {
         }
     }
 
-    /// Returns the elements of a large set, sorted by key like `wanted`, if it has no others than at
-    /// the keys of `wanted`. `None` if it has, if the kernel cannot tell, or if a dump is as fast.
+    /// Returns the elements of a large set, sorted by key like `wanted`, if it has no others than
+    /// at the keys of `wanted`. `None` if it has, if the kernel cannot count them, or if a dump is
+    /// as fast.
     ///
     /// # Errors
     ///

@@ -12,9 +12,10 @@ use std::io;
 use std::sync::{Arc, Mutex};
 
 use super::error::Error;
-use super::mute::{MutedMonitor, Subscription, lock};
+use super::mute::{MutedMonitor, Subscription};
 use super::nftables::Nftables;
 use super::socket::{Message, Socket};
+use crate::mutex::lock;
 
 /// The kernel's `NFNLGRP_NFTABLES`.
 const GROUP: u32 = 7;
@@ -75,7 +76,7 @@ impl Monitor {
         self.socket = Some(socket);
         *lock(&self.subscription) = Subscription {
             membership: Some(membership),
-            lost: false,
+            left: false,
         };
         Ok(())
     }
@@ -92,7 +93,7 @@ impl Monitor {
             return Err(failed(io::ErrorKind::NotConnected.into()));
         };
         loop {
-            if lock(&self.subscription).rejoin_if_lost() {
+            if lock(&self.subscription).rejoin_if_left() {
                 return Ok(Notification::Lost);
             }
             let mut changed = false;

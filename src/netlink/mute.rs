@@ -1,8 +1,9 @@
 //! Leaves the monitor's multicast group during large writes.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use super::socket::Membership;
+use crate::mutex::lock;
 
 /// Makes a [`Monitor`](super::Monitor) leave its multicast group during large writes, so that the
 /// kernel builds no notifications.
@@ -14,36 +15,32 @@ pub struct MutedMonitor(Arc<Mutex<Subscription>>);
 pub(super) struct Subscription {
     /// That of the current socket; `None` while the monitor has none.
     pub membership: Option<Membership>,
-    /// The group could not be joined again.
-    pub lost: bool,
+    /// Whether the group was left and could not be joined again.
+    pub left: bool,
 }
 
 impl Subscription {
     /// Leaves the group. Returns whether the monitor misses notifications from now on.
     fn leave(&mut self) -> bool {
         let membership = self.membership.as_ref();
-        self.lost || membership.is_some_and(|membership| membership.leave().is_ok())
+        self.left || membership.is_some_and(|membership| membership.leave().is_ok())
     }
 
     /// Joins the group again. A failure is no error of the write: the monitor and each later write
     /// try again.
     fn join(&mut self) {
         let membership = self.membership.as_ref();
-        self.lost = membership.is_some_and(|membership| membership.join().is_err());
+        self.left = membership.is_some_and(|membership| membership.join().is_err());
     }
 
     /// Joins the group again if this failed before. Returns whether it succeeded now.
-    pub(crate) fn rejoin_if_lost(&mut self) -> bool {
-        let lost = self.lost;
-        if lost {
+    pub(crate) fn rejoin_if_left(&mut self) -> bool {
+        let was_left = self.left;
+        if was_left {
             self.join();
         }
-        lost && !self.lost
+        was_left && !self.left
     }
-}
-
-pub(super) fn lock(subscription: &Mutex<Subscription>) -> MutexGuard<'_, Subscription> {
-    subscription.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl MutedMonitor {
@@ -61,9 +58,9 @@ impl MutedMonitor {
         lock(&self.0).join();
     }
 
-    /// Whether the last [`MutedMonitor::unmute`] failed.
-    pub(super) fn is_lost(&self) -> bool {
-        lock(&self.0).lost
+    /// Returns whether the last [`MutedMonitor::unmute`] failed.
+    pub(super) fn is_left(&self) -> bool {
+        lock(&self.0).left
     }
 }
 
@@ -87,17 +84,17 @@ mod tests {
         let monitor = MutedMonitor::new(shared.clone());
         assert!(!monitor.mute(), "there is no socket");
         monitor.unmute();
-        assert!(!monitor.is_lost());
+        assert!(!monitor.is_left());
         lock(&shared).membership = Some(membership(FREE));
         assert!(monitor.mute());
         lock(&shared).membership = Some(membership(ABSENT));
         monitor.unmute();
-        assert!(monitor.is_lost());
-        assert!(!lock(&shared).rejoin_if_lost());
+        assert!(monitor.is_left());
+        assert!(!lock(&shared).rejoin_if_left());
         assert!(monitor.mute(), "notifications of the next write are missed");
         lock(&shared).membership = Some(membership(FREE));
-        assert!(lock(&shared).rejoin_if_lost(), "some were missed");
-        assert!(!lock(&shared).rejoin_if_lost(), "none were missed since");
-        assert!(!monitor.is_lost());
+        assert!(lock(&shared).rejoin_if_left(), "some were missed");
+        assert!(!lock(&shared).rejoin_if_left(), "none were missed since");
+        assert!(!monitor.is_left());
     }
 }

@@ -99,8 +99,8 @@ impl Nftables {
         self.socket.reserve_numbers(batch.messages() as u32 + 2);
         let elements = transaction.elements();
         let muted = self.monitor.as_ref().filter(|monitor| {
-            // A lost monitor missed this write, too; unmuting it is the next attempt.
-            monitor.is_lost() || (elements > LARGE && monitor.mute())
+            // A monitor that could not join again misses this write too; `unmute` tries once more.
+            monitor.is_left() || (elements > LARGE && monitor.mute())
         });
         let sent = self.socket.send("a transaction", &batch.bytes);
         if let Some(monitor) = muted {

@@ -283,7 +283,7 @@ impl Nftables {
     }
 
     /// Dumps the elements of a set in the kernel's order, each with whether it ends an interval, and
-    /// counts those that nftlet never writes: a catch-all element, or an unknown verdict.
+    /// counts elements that nftlet never writes: a catch-all element, or an unknown verdict.
     fn dump_elements(
         &mut self,
         id: &TableId,
@@ -367,7 +367,7 @@ pub(super) fn string_attribute(kind: u16, value: &str) -> Vec<u8> {
     bytes
 }
 
-/// Whether a dumped object belongs to a table: older kernels ignore the filter of a dump.
+/// Returns whether a dumped object belongs to a table: older kernels ignore the filter of a dump.
 pub(super) fn is_of(attributes: AttrReader, message: Message, id: &TableId, table: u16) -> bool {
     message.family() == family_number(id.family)
         && attributes.string(table) == Some(id.name.as_str())
@@ -383,7 +383,7 @@ fn base_chain(attributes: AttrReader) -> Option<BaseChain> {
     hooked(attributes).filter(|_| accepts(attributes))
 }
 
-/// Whether the policy of a base chain is `accept`.
+/// Returns whether the policy of a base chain is `accept`.
 pub(super) fn accepts(attributes: AttrReader) -> bool {
     let accept = u32::try_from(libc::NF_ACCEPT).ok();
     attributes.be32(uapi::NFTA_CHAIN_POLICY) == accept
@@ -413,8 +413,8 @@ pub(super) fn hooked(attributes: AttrReader) -> Option<BaseChain> {
     })
 }
 
-/// Returns the declaration of a dumped set: the expected one if the attributes are those that nftlet
-/// would write for it.
+/// Returns the declaration of a dumped set: the expected one if nftlet would write
+/// the same attributes for it.
 fn declaration(found: AttrReader, expected: Option<&Set>, family: TableFamily) -> Arc<Declaration> {
     let attributes = SetAttributes {
         flags: found.be32(uapi::NFTA_SET_FLAGS).unwrap_or_default(),

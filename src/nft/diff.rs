@@ -40,7 +40,7 @@ pub fn diff(actual: &Ruleset, mut wanted: Ruleset) -> Transaction {
 }
 
 /// Returns the transaction that adds chains and sets to the tables of `actual`, or replaces those of
-/// the same names. A set without elements in `parts` keeps those that it has.
+/// the same names. A set without elements in `parts` keeps its elements.
 ///
 /// A table that cannot be updated is replaced by the parts alone.
 pub fn add_parts(actual: &Ruleset, mut parts: Ruleset) -> Transaction {
@@ -152,7 +152,7 @@ fn diff_table(id: &TableId, before: &Table, after: Table, ops: &mut Vec<Op>) {
     }
 }
 
-/// Flushes the chains that change or are removed, and deletes those that have to be created anew.
+/// Flushes the chains that change or are removed, and deletes chains that must be created anew.
 /// Returns the chains to delete once nothing refers to them.
 fn emptied_chains(
     id: &TableId,

@@ -18,8 +18,6 @@ pub enum FieldType {
     InetProto,
     /// `inet_service`, a port, two bytes in network order.
     InetService,
-    /// `mark`, four bytes in host order.
-    Mark,
     /// `classid`, a traffic class of two 16-bit numbers, four bytes in host order.
     ClassId,
     /// `ifname`, sixteen bytes padded with zeros.
@@ -32,7 +30,7 @@ impl FieldType {
     /// Returns the length of the value in bytes.
     pub fn bytes(self) -> usize {
         match self {
-            FieldType::Ipv4Addr | FieldType::Mark | FieldType::ClassId => 4,
+            FieldType::Ipv4Addr | FieldType::ClassId => 4,
             FieldType::Ipv6Addr | FieldType::IfName => 16,
             FieldType::InetProto | FieldType::Icmp6Type => 1,
             FieldType::InetService => 2,
@@ -51,7 +49,6 @@ impl FieldType {
             FieldType::Ipv6Addr => "ipv6_addr",
             FieldType::InetProto => "inet_proto",
             FieldType::InetService => "inet_service",
-            FieldType::Mark => "mark",
             FieldType::ClassId => "classid",
             FieldType::IfName => "ifname",
             FieldType::Icmp6Type => "icmpv6_type",
@@ -60,10 +57,7 @@ impl FieldType {
 
     /// Returns whether the value is in host byte order.
     pub(crate) fn host_order(self) -> bool {
-        matches!(
-            self,
-            FieldType::Mark | FieldType::ClassId | FieldType::IfName
-        )
+        matches!(self, FieldType::ClassId | FieldType::IfName)
     }
 }
 
@@ -214,9 +208,6 @@ fn print_field(field: FieldType, value: &[u8]) -> String {
         FieldType::InetProto => protocol(value.first().copied().unwrap_or_default()),
         FieldType::InetService => <[u8; 2]>::try_from(value)
             .map(|bytes| u16::from_be_bytes(bytes).to_string())
-            .unwrap_or_default(),
-        FieldType::Mark => <[u8; 4]>::try_from(value)
-            .map(|bytes| format!("{:#010x}", u32::from_ne_bytes(bytes)))
             .unwrap_or_default(),
         FieldType::ClassId => <[u8; 4]>::try_from(value)
             .map(|bytes| class_id(u32::from_ne_bytes(bytes)))

@@ -16,6 +16,8 @@
 //!                 └─ Name -> Set   -> [Element], sorted by key
 //! ```
 
+#![warn(missing_docs)]
+
 mod diff;
 mod interval;
 mod key;

@@ -159,8 +159,8 @@ impl Verdict {
 pub enum Statement {
     /// Continue if the comparison of a selector with a constant holds.
     Match(Selector, Comparison, Operand),
-    /// Continue if all these bits of `meta mark` are set (`Is`), or not all of them (`IsNot`).
-    MarkBits(Comparison, u32),
+    /// Continue if all these bits of `meta mark` are set.
+    MarkBits(u32),
     /// Continue if the connection is in one of the states, at least one.
     CtState(CtStates),
     /// Continue if the connection has the status.

@@ -16,8 +16,6 @@ pub enum Selector {
     L4Protocol,
     /// `th dport`.
     DestinationPort,
-    /// `meta mark`.
-    Mark,
     /// `meta priority`.
     Priority,
     /// `iifname`.
@@ -45,7 +43,6 @@ impl Selector {
             },
             Selector::L4Protocol => FieldType::InetProto,
             Selector::DestinationPort | Selector::OriginalDestinationPort => FieldType::InetService,
-            Selector::Mark => FieldType::Mark,
             Selector::Priority => FieldType::ClassId,
             Selector::InputInterface | Selector::OutputInterface => FieldType::IfName,
             Selector::Icmp6Type => FieldType::Icmp6Type,
@@ -60,7 +57,6 @@ impl Selector {
             Selector::DestinationAddress => format!("{ip} daddr"),
             Selector::L4Protocol => "meta l4proto".into(),
             Selector::DestinationPort => "th dport".into(),
-            Selector::Mark => "meta mark".into(),
             Selector::Priority => "meta priority".into(),
             Selector::InputInterface => "iifname".into(),
             Selector::OutputInterface => "oifname".into(),

@@ -127,7 +127,6 @@ fn add(set: &mut Set, element: &Element) -> Result<(), String> {
     }
 }
 
-/// Returns the set that a statement reads.
 fn reads(statement: &Statement) -> Option<&Name> {
     match statement {
         Statement::InSet(_, _, set)

@@ -241,15 +241,16 @@ struct FirstStep {
 impl FirstStep {
     fn of(ops: &[Op]) -> Self {
         let mut first = Self::default();
-        // No packet is in a new table. Where a chain or set is deleted and created again, as in
-        // repairs, new objects may refer to either of the two.
-        let mut whole: BTreeSet<&TableId> = BTreeSet::new();
+        // Tables written in one step: new ones, which no packet has entered, and those in which a
+        // chain or set is deleted and created again, as in repairs, since new objects may refer to
+        // either of the two.
+        let mut unsplit: BTreeSet<&TableId> = BTreeSet::new();
         let mut deleted_chains = BTreeSet::new();
         let mut deleted_sets = BTreeSet::new();
         for op in ops {
             match op {
                 Op::AddTable(table) => {
-                    whole.insert(table);
+                    unsplit.insert(table);
                 }
                 Op::DeleteChain(table, name) => {
                     deleted_chains.insert((table, name));
@@ -259,7 +260,7 @@ impl FirstStep {
                 }
                 Op::AddChain(table, name, base) => {
                     if deleted_chains.contains(&(table, name)) {
-                        whole.insert(table);
+                        unsplit.insert(table);
                     }
                     if base.is_none() {
                         first.chains.insert((table.clone(), name.clone()));
@@ -267,7 +268,7 @@ impl FirstStep {
                 }
                 Op::AddSet(table, name, _) => {
                     if deleted_sets.contains(&(table, name)) {
-                        whole.insert(table);
+                        unsplit.insert(table);
                     }
                     first.sets.insert((table.clone(), name.clone()));
                 }
@@ -280,7 +281,7 @@ impl FirstStep {
                 | Op::DeleteStray(..) => {}
             }
         }
-        first.chains.retain(|(table, _)| !whole.contains(table));
+        first.chains.retain(|(table, _)| !unsplit.contains(table));
         let split: BTreeSet<&TableId> = first.chains.iter().map(|(table, _)| table).collect();
         first.sets.retain(|(table, _)| split.contains(table));
         first

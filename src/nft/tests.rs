@@ -102,8 +102,8 @@ fn target(element: &Element) -> Option<&Name> {
     }
 }
 
-/// Whether a step brings chains to a table in use together with elements of older maps that lead
-/// to them.
+/// Returns whether a step brings chains to a table in use together with elements of older maps that
+/// lead to them.
 fn leads_packets_astray(step: &Transaction) -> bool {
     let ops = || step.ops.iter();
     ops().any(|op| {
@@ -130,7 +130,7 @@ fn leads_packets_astray(step: &Transaction) -> bool {
     })
 }
 
-/// Whether every table that was made has its base chains only when it has everything else.
+/// Returns whether every table that was made has its base chains only when it has everything else.
 fn only_whole_tables_meet_packets(before: &Ruleset, now: &Ruleset, wanted: &Ruleset) -> bool {
     let made = now
         .tables

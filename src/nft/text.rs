@@ -261,12 +261,7 @@ fn statement(statement: &Statement, family: TableFamily) -> String {
             not(comparison),
             operand(value)
         ),
-        Statement::MarkBits(Comparison::Is, bits) => {
-            format!("meta mark & {bits:#010x} == {bits:#010x}")
-        }
-        Statement::MarkBits(Comparison::IsNot, bits) => {
-            format!("meta mark & {bits:#010x} != {bits:#010x}")
-        }
+        Statement::MarkBits(bits) => format!("meta mark & {bits:#010x} == {bits:#010x}"),
         Statement::CtState(states) => {
             let names: Vec<_> = states.iter().map(ct_state).collect();
             format!("ct state {}", names.join(","))

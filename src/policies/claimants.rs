@@ -56,21 +56,34 @@ impl AddressClaimants {
         &'a self,
         counts: impl Fn(&AddressClaimant) -> bool + 'a,
     ) -> impl Iterator<Item = &'a AddressClaimant> {
-        // The latest start among those with a later sandbox, and among those with the same one.
-        let mut outranking: Option<Option<u32>> = None;
-        let mut equals: Option<(Sandbox, Option<u32>)> = None;
+        let mut ranking = Ranking::default();
         let counting = self.all.iter().filter(move |it| counts(it));
-        counting.filter(move |it| {
-            let Evidence { sandbox, started } = it.evidence;
-            match &mut equals {
-                Some((of, latest)) if *of == sandbox => *latest = (*latest).max(started),
-                _ => {
-                    let passed = equals.replace((sandbox, started));
-                    outranking = outranking.max(passed.map(|(_, latest)| latest));
-                }
+        counting.filter(move |it| ranking.add(it.evidence))
+    }
+}
+
+/// The latest starts among the claimants so far. The list is sorted by sandbox, latest first.
+#[derive(Default)]
+struct Ranking {
+    /// The latest start among claimants with a later sandbox; `None` without such claimants.
+    latest_of_later_sandboxes: Option<Option<u32>>,
+    /// The sandbox of the last claimant, and the latest start among those with the same one.
+    of_this_sandbox: Option<(Sandbox, Option<u32>)>,
+}
+
+impl Ranking {
+    /// Adds the next claimant. Returns whether none before it outranks it.
+    fn add(&mut self, Evidence { sandbox, started }: Evidence) -> bool {
+        match &mut self.of_this_sandbox {
+            Some((of, latest)) if *of == sandbox => *latest = (*latest).max(started),
+            _ => {
+                let later = self.of_this_sandbox.replace((sandbox, started));
+                let latest = later.map(|(_, latest)| latest);
+                self.latest_of_later_sandboxes = self.latest_of_later_sandboxes.max(latest);
             }
-            outranking.is_none_or(|latest| latest < started)
-        })
+        }
+        self.latest_of_later_sandboxes
+            .is_none_or(|latest| latest < started)
     }
 }
 

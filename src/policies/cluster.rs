@@ -23,7 +23,6 @@ impl ClusterPolicies {
         self.all.values()
     }
 
-    /// Returns a policy.
     pub fn get(&self, name: &ObjectName) -> Option<&Arc<ClusterNetworkPolicy>> {
         self.all.get(name)
     }
@@ -33,7 +32,6 @@ impl ClusterPolicies {
         self.all.len()
     }
 
-    /// Returns the names of the policies.
     pub fn names(&self) -> HashSet<ObjectName> {
         self.all.keys().cloned().collect()
     }
@@ -86,7 +84,6 @@ impl ClusterPolicies {
     }
 }
 
-/// Returns the rules of a policy for one direction.
 pub(super) fn rules_in(policy: &ClusterNetworkPolicy, direction: Direction) -> &[TierRule] {
     match direction {
         Direction::Ingress => &policy.ingress,

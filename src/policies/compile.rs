@@ -22,13 +22,13 @@ impl Engine {
         let mut touched = std::mem::take(&mut self.touched);
         let mut deltas: [TableDelta; 2] = Default::default();
         self.draft_layers(&mut deltas, |delta| &mut delta.before);
-        let (replanned, mut uses_touched) = self.plan_again(&touched.addresses, &mut deltas);
+        let (replanned, mut uses_touched) = self.replan(&touched.addresses, &mut deltas);
         self.draft_layers(&mut deltas, |delta| &mut delta.after);
-        self.know_again(&touched.addresses, touched.routes, &mut deltas);
+        self.update_known(&touched.addresses, touched.routes, &mut deltas);
         self.replanned |= replanned;
         // Whether a cluster policy denies anything decides, too.
         if replanned || touched.routes || touched.policies.iter().any(is_cluster_policy) {
-            self.links_again(&mut deltas);
+            self.update_links(&mut deltas);
         }
         let changed = self.uses_of(&touched.policies);
         uses_touched.extend(changed.iter().cloned());
@@ -36,7 +36,7 @@ impl Engine {
         let mut was_used: BTreeMap<(Family, SetId), bool> = BTreeMap::new();
         for key in &uses_touched {
             let delta = delta::of(&mut deltas, key.0);
-            self.compile_again(key, changed.contains(key), delta, &mut was_used);
+            self.recompile_chains(key, changed.contains(key), delta, &mut was_used);
         }
         self.compiled.append(&mut touched.policies);
         self.fill_sets(touched.members, &was_used, &mut deltas);
@@ -72,12 +72,12 @@ impl Engine {
                 let of = RulesOf::Policy(policy.name.clone());
                 directions.map(move |direction| (family, direction, of.clone()))
             });
-            found.extend(keys.filter(|key| self.uses.contains_key(key)));
+            found.extend(keys.filter(|key| self.rule_chains.contains_key(key)));
         }
         let of_cluster = policies.iter().filter(|it| is_cluster_policy(it));
         let of_cluster: BTreeSet<&ObjectName> = of_cluster.map(|policy| &policy.name).collect();
         if !of_cluster.is_empty() {
-            let keys = self.uses.keys().filter(|(.., of)| match of {
+            let keys = self.rule_chains.keys().filter(|(.., of)| match of {
                 RulesOf::Tier(list) => list.policies.iter().any(|it| of_cluster.contains(it)),
                 RulesOf::Policy(_) => false,
             });
@@ -131,7 +131,7 @@ impl Engine {
 
     /// Compiles a chain of policies again, or drops it if no pod uses it. `changed` says that a
     /// policy itself changed.
-    fn compile_again(
+    fn recompile_chains(
         &mut self,
         key: &RulesKey,
         changed: bool,
@@ -139,21 +139,21 @@ impl Engine {
         was_used: &mut BTreeMap<(Family, SetId), bool>,
     ) {
         let (family, direction, of) = key;
-        let Some(old) = self.uses.remove(key) else {
+        let Some(old) = self.rule_chains.remove(key) else {
             return;
         };
-        if !changed && old.pods > 0 && old.chain.is_some() {
-            self.uses.insert(key.clone(), old);
+        if !changed && old.users > 0 && old.chain.is_some() {
+            self.rule_chains.insert(key.clone(), old);
             return;
         }
-        let (chain, parts) = if old.pods > 0 {
+        let (chain, parts) = if old.users > 0 {
             let (chain, parts) = self.compile_rules(key);
             (Some(Arc::new(chain)), parts)
         } else {
             (None, Vec::new())
         };
         let new = RulesUse {
-            pods: old.pods,
+            users: old.users,
             chain,
             parts,
         };
@@ -170,8 +170,8 @@ impl Engine {
                 table.chains.insert(name, Chain::clone(chain));
             }
         }
-        if new.pods > 0 {
-            self.uses.insert(key.clone(), new);
+        if new.users > 0 {
+            self.rule_chains.insert(key.clone(), new);
         }
     }
 
@@ -218,8 +218,7 @@ impl Engine {
         if versions.iter().all(|(before, after)| before == after) {
             return;
         }
-        // Those without a difference count as well: an element that several pods have stays while
-        // one of them has it.
+        // Unchanged elements go to both sides: if another pod loses one of them, it must stay.
         for (before, after) in versions {
             for (elements, is_after) in [(before, false), (after, true)] {
                 for Member { family, set, key } in elements {
@@ -337,7 +336,7 @@ impl Engine {
             let chain = rules::pods_chain(*direction, &used.profile);
             add(*family, name.clone(), chain);
         }
-        for ((family, direction, of), used) in &self.uses {
+        for ((family, direction, of), used) in &self.rule_chains {
             if let Some(chain) = &used.chain {
                 add(*family, of.chain(*direction), Chain::clone(chain));
             }

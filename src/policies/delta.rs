@@ -43,7 +43,6 @@ impl TableDelta {
     }
 }
 
-/// Returns the delta of a family.
 pub(super) fn of(deltas: &mut [TableDelta; 2], family: Family) -> &mut TableDelta {
     let [v4, v6] = deltas;
     match family {

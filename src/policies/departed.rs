@@ -38,7 +38,6 @@ impl Default for Departed {
 }
 
 impl Departed {
-    /// Returns the departed pod with an address.
     pub fn at(&self, address: IpAddr) -> Option<&Pod> {
         self.pods.get(&address).map(|(pod, _)| pod)
     }

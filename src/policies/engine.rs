@@ -39,8 +39,8 @@ pub(super) type RulesKey = (Family, Direction, RulesOf);
 /// A chain with rules of policies in one family's table.
 #[derive(Clone, Debug, Default)]
 pub(super) struct RulesUse {
-    /// The number of chains of pods that lead to it.
-    pub pods: u32,
+    /// The number of pod chains that jump to it.
+    pub users: u32,
     pub chain: Option<Arc<Chain>>,
     /// The policies, in the order of their rules.
     pub parts: Vec<Part>,
@@ -89,10 +89,11 @@ pub struct Engine {
     pub(super) plans: BTreeMap<IpAddr, Isolation>,
     /// Whether plans changed since the last change for followers.
     pub(super) replanned: bool,
-    /// The number of addresses with a second and further holder, by family, direction and layer.
+    /// For each layer from 1 on, the number of addresses that have a holder in it, by family and
+    /// direction. Layer 0 is the first holder of an address.
     pub(super) layers: BTreeMap<(Family, Direction, usize), u32>,
     pub(super) profiles: BTreeMap<PodsChain, ProfileUse>,
-    pub(super) uses: BTreeMap<RulesKey, RulesUse>,
+    pub(super) rule_chains: BTreeMap<RulesKey, RulesUse>,
     /// Policies that the kernel refused. Until they change or are retried, NetworkPolicies allow
     /// nothing, and cluster policies deny everything.
     pub(super) quarantined: BTreeSet<ObjectRef>,
@@ -126,7 +127,7 @@ impl Engine {
             replanned: false,
             layers: BTreeMap::new(),
             profiles: BTreeMap::new(),
-            uses: BTreeMap::new(),
+            rule_chains: BTreeMap::new(),
             quarantined: BTreeSet::new(),
             routes: Arc::default(),
             links: BTreeSet::new(),
@@ -215,7 +216,7 @@ impl Engine {
     }
 
     /// Returns the policies to which a refused object belongs.
-    fn users(&self, path: &ObjectPath) -> BTreeSet<ObjectRef> {
+    fn policies_of(&self, path: &ObjectPath) -> BTreeSet<ObjectRef> {
         match path {
             ObjectPath::Chain(table, chain) => self.parts(table, |it, _, _| *it == *chain),
             ObjectPath::Rule(table, chain, text) => {
@@ -248,7 +249,7 @@ impl Engine {
         is_user: impl Fn(&Name, &Part, &[Rule]) -> bool,
     ) -> BTreeSet<ObjectRef> {
         let mut found = BTreeSet::new();
-        for ((family, direction, of), used) in &self.uses {
+        for ((family, direction, of), used) in &self.rule_chains {
             if table_id(*family) != *table {
                 continue;
             }
@@ -275,7 +276,7 @@ impl Engine {
             plans: self.plans.clone(),
             layers: self.layers.clone(),
             profiles: self.profiles.clone(),
-            uses: self.uses.clone(),
+            rule_chains: self.rule_chains.clone(),
             links: self.links.clone(),
             closed: self.closed.clone(),
             exists: self.exists,
@@ -326,7 +327,7 @@ impl engine::Engine for Engine {
     }
 
     fn apply(&mut self, event: &Event) {
-        self.take_over(event);
+        self.apply_event(event);
     }
 
     /// Before all kinds are listed, and while one is listed again, the rules would deny traffic
@@ -396,8 +397,8 @@ impl engine::Engine for Engine {
     fn blame(&self, refused: &[&ObjectPath]) -> Vec<(usize, ObjectRef)> {
         let mut found = Vec::new();
         for (index, path) in refused.iter().enumerate() {
-            let users = self.users(path).into_iter();
-            found.extend(users.map(|policy| (index, policy)));
+            let policies = self.policies_of(path).into_iter();
+            found.extend(policies.map(|policy| (index, policy)));
         }
         found
     }

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use super::Engine;
 use super::index::{Namespaces, PodSelector};
 use super::layout::Direction;
-use super::spec::Scope;
+use super::spec::AddressScope;
 use super::tiers::counts_claimants;
 use crate::model::{
     NetworkPolicy, Peer, Pod, PolicyPort, PolicyRule, PortMatch, Protocol, TierPeer, TierRule,
@@ -25,7 +25,7 @@ pub struct Connection {
 }
 
 impl Engine {
-    /// Whether the policies of this node's pods allow a connection.
+    /// Returns whether the policies of this node's pods allow a connection.
     pub fn allows(&self, connection: &Connection) -> bool {
         let Connection {
             source,
@@ -60,7 +60,10 @@ impl Engine {
             Direction::Egress => (connection.destination, false),
         };
         let having = |address, local| {
-            [false, true].map(|claimed| self.inventory.having(address, Scope { local, claimed }))
+            [false, true].map(|claimed| {
+                self.inventory
+                    .having(address, AddressScope { local, claimed })
+            })
         };
         End {
             direction,
@@ -124,7 +127,7 @@ pub(super) struct End<'a> {
     pub connection: &'a Connection,
 }
 
-/// The pods that have an address for certain, and those that may have it.
+/// The pods that certainly have an address, and the pods that may have it.
 type Holders<'a> = [Vec<&'a Pod>; 2];
 
 fn holders<'a, 'p>([certain, claimants]: &'p Holders<'a>, claimed: bool) -> &'p [&'a Pod] {

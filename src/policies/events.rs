@@ -20,7 +20,7 @@ fn is_kept(kind: Kind) -> bool {
 }
 
 impl Engine {
-    pub(super) fn take_over(&mut self, event: &Event) {
+    pub(super) fn apply_event(&mut self, event: &Event) {
         match event {
             &Event::ListStarted(kind) if is_kept(kind) => {
                 let known = match kind {

@@ -14,7 +14,6 @@ use crate::model::{LabelSelector, Labels, NAMESPACE_NAME, Requirement};
 /// Selects pods by their labels and namespaces. Equal selectors of different policies are equal.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct PodSelector {
-    /// The namespaces.
     pub namespaces: Namespaces,
     /// The pods in these namespaces.
     pub pods: LabelSelector,
@@ -205,7 +204,6 @@ impl<Id: Clone + Ord> Index<Id> {
         self.by_key.is_empty() && self.unanchored.is_empty()
     }
 
-    /// Removes a selector.
     pub fn remove(&mut self, id: &Id, selector: &PodSelector) {
         if let Namespaces::Labelled(labels) = &selector.namespaces
             && let Some(count) = self.namespaces.get_mut(labels)

@@ -12,7 +12,7 @@ use super::cluster::ClusterPolicies;
 use super::departed::Departed;
 use super::index::{Index, Namespaces, PodSelector};
 use super::nodes::Nodes;
-use super::spec::Scope;
+use super::spec::AddressScope;
 use crate::engine::SharedMap;
 use crate::model::{
     ClusterNetworkPolicy, Labels, NAMESPACE_NAME, Namespace, NetworkPolicy, Node, ObjectName, Pod,
@@ -25,7 +25,7 @@ pub(crate) struct Inventory {
     node: Arc<str>,
     pods: SharedMap<ObjectName, Arc<Pod>>,
     pods_of: SharedMap<Box<str>, SharedMap<ObjectName, ()>>,
-    /// Returns the pods that claim an address.
+    /// The pods that claim each address.
     claimants: SharedMap<IpAddr, AddressClaimants>,
     /// Pods of this node that were deleted while a container ran.
     departed: Departed,
@@ -76,7 +76,6 @@ impl Inventory {
         self.pods.copied(&other.pods) + claims + of_namespaces.sum::<usize>()
     }
 
-    /// Returns a pod.
     pub fn pod(&self, name: &ObjectName) -> Option<&Pod> {
         self.pods.get(name).map(|pod| &**pod)
     }
@@ -113,12 +112,10 @@ impl Inventory {
         pod.node.as_deref() == Some(&*self.node)
     }
 
-    /// Returns the names of the pods.
     pub(crate) fn pod_names(&self) -> HashSet<ObjectName> {
         self.pods.keys().cloned().collect()
     }
 
-    /// Returns the names of the namespaces that have an object.
     pub(crate) fn namespace_names(&self) -> HashSet<ObjectName> {
         let names = self.namespaces.keys();
         names.map(|name| ObjectName::new("", name)).collect()
@@ -144,7 +141,6 @@ impl Inventory {
         self.policies.values()
     }
 
-    /// Returns the cluster policies.
     pub(crate) fn cluster(&self) -> &ClusterPolicies {
         &self.cluster
     }
@@ -176,7 +172,6 @@ impl Inventory {
         self.cluster.namespace_changed(name, labels.as_ref());
     }
 
-    /// Returns the nodes.
     pub(crate) fn nodes(&self) -> &Nodes {
         &self.nodes
     }
@@ -192,7 +187,6 @@ impl Inventory {
         self.nodes.set(name, node);
     }
 
-    /// Returns a policy.
     pub fn policy(&self, name: &ObjectName) -> Option<&Arc<NetworkPolicy>> {
         self.policies.get(name)
     }
@@ -240,7 +234,6 @@ impl Inventory {
         names.map(|name| (name, self.namespace(name)))
     }
 
-    /// Returns whether a selector selects a pod.
     pub fn selects(&self, selector: &PodSelector, pod: &Pod) -> bool {
         let namespace = pod.name.namespace();
         let of_namespace = match &selector.namespaces {
@@ -266,13 +259,12 @@ impl Inventory {
         self.certain(address, self.holders(address))
     }
 
-    /// Returns the addresses that a pod has.
-    pub fn addresses(&self, pod: &Pod, scope: Scope) -> SmallVec<[IpAddr; 2]> {
+    pub fn addresses(&self, pod: &Pod, scope: AddressScope) -> SmallVec<[IpAddr; 2]> {
         if scope.local && !self.is_local(pod) {
             return SmallVec::new();
         }
         let has = |address: &IpAddr| match scope {
-            Scope { claimed: false, .. } => {
+            AddressScope { claimed: false, .. } => {
                 let owner = if scope.local {
                     self.local_owner(*address)
                 } else {
@@ -280,11 +272,11 @@ impl Inventory {
                 };
                 owner.is_some_and(|owner| owner.name == pod.name)
             }
-            Scope { local: true, .. } => {
+            AddressScope { local: true, .. } => {
                 let mut holders = self.local_holders(*address);
                 holders.any(|holder| holder.name == pod.name)
             }
-            Scope { local: false, .. } => {
+            AddressScope { local: false, .. } => {
                 let mut holders = self.holders(*address);
                 holders.any(|holder| holder.name == pod.name)
             }
@@ -293,9 +285,9 @@ impl Inventory {
     }
 
     /// Returns the pods that have an address, as [`Inventory::addresses`] does for one of them.
-    pub(crate) fn having(&self, address: IpAddr, scope: Scope) -> Vec<&Pod> {
+    pub(crate) fn having(&self, address: IpAddr, scope: AddressScope) -> Vec<&Pod> {
         match scope {
-            Scope {
+            AddressScope {
                 claimed: false,
                 local,
             } => {
@@ -306,11 +298,11 @@ impl Inventory {
                 };
                 owner.into_iter().collect()
             }
-            Scope { local: true, .. } => {
+            AddressScope { local: true, .. } => {
                 let holders = self.local_holders(address);
                 holders.chain(self.departed(address)).collect()
             }
-            Scope { local: false, .. } => {
+            AddressScope { local: false, .. } => {
                 let holders = self.holders(address);
                 holders.chain(self.departed(address)).collect()
             }
@@ -345,14 +337,14 @@ impl Inventory {
         (alone && first.evidence.sandbox != Sandbox::Gone).then_some(first)
     }
 
-    /// Returns the pods of this node whose policies isolate an address, without the departed one.
+    /// Returns the pods of this node that may hold an address, so that their policies (if any)
+    /// apply to it. Leaves out the departed pod.
     pub(crate) fn isolating(&self, address: IpAddr) -> impl Iterator<Item = &Pod> {
         let departed = self.departed.at(address).map(|pod| pod.evidence);
         self.local_holders(address)
             .filter(move |pod| departed.is_none_or(|departed| !departed.outranks(&pod.evidence)))
     }
 
-    /// Returns the departed pod with an address.
     pub fn departed(&self, address: IpAddr) -> Option<&Pod> {
         self.departed.at(address)
     }
@@ -396,7 +388,7 @@ impl Inventory {
         self.departed.forget_oldest(now);
     }
 
-    /// The pods that claim an address.
+    /// Returns the names of the pods that claim an address.
     pub fn claimants(&self, address: IpAddr) -> impl Iterator<Item = &ObjectName> {
         let claimants = self.claimants.get(&address);
         let all = claimants.into_iter().flat_map(|claimants| &claimants.all);
@@ -496,7 +488,6 @@ impl Inventory {
             || self.departed_of(name).next().is_some()
     }
 
-    /// Returns whether a namespace has an object.
     pub(crate) fn has_namespace_object(&self, name: &str) -> bool {
         self.namespaces.contains_key(name)
     }

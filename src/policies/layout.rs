@@ -119,7 +119,6 @@ impl Direction {
         Name::from(format!("{tier}-{}-{digest}", self.as_str()))
     }
 
-    /// Returns the chain of a policy.
     pub(super) fn policy_chain(self, policy: &ObjectName) -> Name {
         readable_name(&match self {
             Direction::Ingress => format!("policy-ingress-{policy}"),
@@ -141,7 +140,6 @@ pub(super) fn layered(name: &str, layer: usize) -> Name {
 pub(super) struct Exempt {
     /// The name of the set of their types.
     pub set: &'static str,
-    /// The types.
     pub types: &'static [u8],
     /// The hop limit with which they are sent.
     pub hop_limit: u8,

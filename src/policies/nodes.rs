@@ -31,7 +31,6 @@ impl Nodes {
         }
     }
 
-    /// Returns a node.
     pub fn get(&self, name: &ObjectName) -> Option<&KnownNode> {
         self.all.get(name).map(|node| &**node)
     }

@@ -138,7 +138,10 @@ impl Parts<'_> {
             return;
         };
         let name = rules.chain(self.direction);
-        let used = self.engine.uses.get(&(self.family, self.direction, rules));
+        let used = self
+            .engine
+            .rule_chains
+            .get(&(self.family, self.direction, rules));
         if let Some(chain) = used.and_then(|used| used.chain.as_deref()) {
             self.chain(name, chain.clone());
         }

@@ -37,7 +37,7 @@ impl Engine {
 
     /// Plans addresses of this node again and drafts the changes of their elements and chains.
     /// Returns whether there are any, and the chains of policies whose use may change.
-    pub(super) fn plan_again(
+    pub(super) fn replan(
         &mut self,
         addresses: &BTreeSet<IpAddr>,
         deltas: &mut [TableDelta; 2],
@@ -67,7 +67,7 @@ impl Engine {
                 }
             }
         }
-        (differs, self.chains_again(chains, deltas))
+        (differs, self.update_pod_chains(chains, deltas))
     }
 
     /// Counts the layers and chains that a plan uses.
@@ -102,7 +102,7 @@ impl Engine {
     }
 
     /// Drafts the chains of pods that are new or removed. Returns the chains to which they lead.
-    fn chains_again(
+    fn update_pod_chains(
         &mut self,
         chains: BTreeMap<PodsChain, u32>,
         deltas: &mut [TableDelta; 2],
@@ -130,8 +130,8 @@ impl Engine {
             table.chains.insert(name, chain);
             for rules in profile.parts() {
                 let key = (family, direction, rules);
-                let used = self.uses.entry(key.clone()).or_default();
-                used.pods = changed(used.pods, after > 0);
+                let used = self.rule_chains.entry(key.clone()).or_default();
+                used.users = changed(used.users, after > 0);
                 touched.insert(key);
             }
         }
@@ -153,7 +153,7 @@ impl Engine {
         links.collect()
     }
 
-    pub(super) fn links_again(&mut self, deltas: &mut [TableDelta; 2]) {
+    pub(super) fn update_links(&mut self, deltas: &mut [TableDelta; 2]) {
         let links = self.links_of_isolated();
         let before = std::mem::replace(&mut self.links, links);
         if before != self.links {

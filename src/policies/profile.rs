@@ -108,7 +108,6 @@ pub(super) enum RulesOf {
 }
 
 impl RulesOf {
-    /// Returns the name of the chain.
     pub fn chain(&self, direction: Direction) -> Name {
         match self {
             RulesOf::Policy(name) => direction.policy_chain(name),

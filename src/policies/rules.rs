@@ -11,7 +11,7 @@ use super::layout::{
     layered, links, pods, port_key,
 };
 use super::profile::Profile;
-use super::spec::{PortRange, Scope, SetSpec};
+use super::spec::{AddressScope, PortRange, SetSpec};
 use super::startup;
 use super::{DenyWith, PolicySettings};
 use crate::model::{Family, NetworkPolicy, Peer, PolicyPort, PolicyRule, PortMatch, Protocol};
@@ -276,8 +276,8 @@ fn deny(direction: Direction, with: DenyWith, settings: &PolicySettings) -> Vec<
 
 /// Returns the rules that reject packets up to a rate, and continue for the others.
 ///
-/// The kernel answers neither a reset nor an ICMP error. It gives the answer the connection of the
-/// packet, so that it is related, and translated back where the packet was translated.
+/// The reset or ICMP error itself passes: the kernel attaches it to the connection of the rejected
+/// packet, which makes it `related` and translates its addresses back.
 fn reject() -> [Rule; 2] {
     [
         (Comparison::Is, RejectWith::TcpReset),
@@ -310,7 +310,7 @@ pub(super) fn protocol(number: u8) -> Statement {
 /// Returns the chain of the isolated pods with a profile.
 ///
 /// It asks the cluster policies of the tier Admin. If policies isolate the pods, it then accepts
-/// packets of a pod to itself and those that a policy allows, and denies all others; otherwise it
+/// packets of a pod to itself and packets that a policy allows, and denies all others; otherwise it
 /// asks the cluster policies of the tier Baseline. A packet of a pod to itself is on the host only
 /// if it was sent to a service; cluster policies apply to it.
 pub(super) fn pods_chain(direction: Direction, profile: &Profile) -> Chain {
@@ -467,14 +467,14 @@ fn ports_of(
         named.sort_unstable();
         named.dedup();
         let local = direction == Direction::Ingress;
-        let set = name_of(SetSpec::named_ports(named, Scope { local, claimed }));
+        let set = name_of(SetSpec::named_ports(named, AddressScope { local, claimed }));
         let statement = Statement::InSet(port_key(), Comparison::Is, set);
         alternatives.push([statement].into_iter().collect());
     }
     alternatives
 }
 
-/// Sorts ranges of ports and joins those that overlap or touch.
+/// Sorts ranges of ports and joins ranges that overlap or touch.
 fn joined(mut ranges: Vec<PortRange>) -> Vec<PortRange> {
     ranges.sort_unstable();
     let mut joined: Vec<PortRange> = Vec::new();

@@ -12,7 +12,7 @@ use smallvec::SmallVec;
 
 use super::index::{Index, Namespaces};
 use super::inventory::Inventory;
-use super::spec::{Scope, SetSpec, declaration, fixed_elements, name};
+use super::spec::{AddressScope, SetSpec, declaration, fixed_elements, name};
 use crate::model::{Family, Kind, LabelSelector, Labels, ObjectRef, Pod, Protocol};
 use crate::nft::{Declaration, Element, Key, Name, Set};
 
@@ -48,12 +48,11 @@ pub(super) struct Sets {
 }
 
 /// The sets of a named port.
-type PortSets = SmallVec<[(Scope, SetId); 2]>;
+type PortSets = SmallVec<[(AddressScope, SetId); 2]>;
 
 /// Finds the sets that a pod or a node belongs to.
 #[derive(Debug, Default)]
 struct SetIndex {
-    /// Sets of pods.
     pods: Index<SetId>,
     /// Sets of pods, with addresses that they only may have.
     claimants: Index<SetId>,
@@ -72,7 +71,7 @@ impl SetIndex {
                 self.nodes.insert(id, labels.clone());
             }
             SetSpec::NamedPorts { ports, local } | SetSpec::ClaimedPorts { ports, local } => {
-                let scope = Scope {
+                let scope = AddressScope {
                     local: *local,
                     claimed: matches!(spec, SetSpec::ClaimedPorts { .. }),
                 };
@@ -152,7 +151,8 @@ impl SetIndex {
         inventory: &Inventory,
         found: &mut impl FnMut(Member),
     ) {
-        let addresses = |scope: Scope| scope.claimed.then_some(address).into_iter().collect();
+        let addresses =
+            |scope: AddressScope| scope.claimed.then_some(address).into_iter().collect();
         self.with_addresses(pod, inventory, addresses, found);
     }
 
@@ -160,7 +160,7 @@ impl SetIndex {
         &self,
         pod: &Pod,
         inventory: &Inventory,
-        addresses: impl Fn(Scope) -> SmallVec<[IpAddr; 2]>,
+        addresses: impl Fn(AddressScope) -> SmallVec<[IpAddr; 2]>,
         found: &mut impl FnMut(Member),
     ) {
         for (selectors, claimed) in [(&self.pods, false), (&self.claimants, true)] {
@@ -168,7 +168,7 @@ impl SetIndex {
                 continue;
             }
             let local = false;
-            let addresses = addresses(Scope { local, claimed });
+            let addresses = addresses(AddressScope { local, claimed });
             if addresses.is_empty() {
                 continue;
             }
@@ -188,7 +188,7 @@ impl SetIndex {
             return;
         }
         // Two names of one port are one element.
-        let mut ports: Vec<(Scope, SetId, Protocol, u16)> = Vec::new();
+        let mut ports: Vec<(AddressScope, SetId, Protocol, u16)> = Vec::new();
         for port in pod.ports.iter() {
             let sets = self.ports.get(&(port.name.clone(), port.protocol));
             let sets = sets.into_iter().flatten();
@@ -406,7 +406,6 @@ impl Sets {
         entry.map_or_else(Vec::new, |entry| entry.fixed.to_vec())
     }
 
-    /// Returns the set with a name.
     pub fn named(&self, name: &Name) -> Option<SetId> {
         let mut entries = self.entries.iter();
         let found = entries.find(|(_, entry)| entry.name == *name);

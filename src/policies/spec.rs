@@ -45,10 +45,10 @@ pub(super) enum SetSpec {
 
 /// Which addresses of a pod are in a set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(crate) struct Scope {
-    /// Only those of pods of this node.
+pub(crate) struct AddressScope {
+    /// Only addresses of pods of this node.
     pub local: bool,
-    /// Also those that another pod may have.
+    /// Also addresses that another pod may have.
     pub claimed: bool,
 }
 
@@ -64,8 +64,8 @@ impl SetSpec {
     }
 
     /// Returns the specification of named ports.
-    pub fn named_ports(ports: Vec<(Arc<str>, Protocol)>, scope: Scope) -> Self {
-        let Scope { local, claimed } = scope;
+    pub fn named_ports(ports: Vec<(Arc<str>, Protocol)>, scope: AddressScope) -> Self {
+        let AddressScope { local, claimed } = scope;
         if claimed {
             SetSpec::ClaimedPorts { ports, local }
         } else {
@@ -184,7 +184,6 @@ fn subtract(network: IpNet, except: &[IpNet], remaining: &mut Vec<IpNet>) {
     }
 }
 
-/// Returns the name of a set.
 pub(super) fn name(spec: &SetSpec) -> Name {
     let prefix = match spec {
         SetSpec::Pods(_) => "pods",
@@ -200,7 +199,6 @@ pub(super) fn name(spec: &SetSpec) -> Name {
     Name::from(format!("{prefix}-{}", digest_of(&format!("{spec:?}"))))
 }
 
-/// Returns the declaration of a set.
 pub(super) fn declaration(spec: &SetSpec) -> Declaration {
     let declaration = match spec {
         SetSpec::Pods(_) | SetSpec::Claimants(_) | SetSpec::Nodes(_) => {

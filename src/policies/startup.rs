@@ -108,7 +108,7 @@ pub(super) struct ClosedNetwork {
 }
 
 impl ClosedNetwork {
-    /// Creates a network without known addresses, if one is to be closed.
+    /// Creates a network without known addresses, if the settings close one.
     pub(super) fn new(settings: &PolicySettings) -> Option<Self> {
         let form = settings.closed.clone()?;
         Some(Self {
@@ -327,8 +327,8 @@ impl ClosedNetwork {
 }
 
 impl Engine {
-    /// Decides anew which of the addresses are known, after their plans.
-    pub(super) fn know_again(
+    /// Updates which of the addresses count as known. Call after their plans are updated.
+    pub(super) fn update_known(
         &mut self,
         addresses: &BTreeSet<IpAddr>,
         routes_changed: bool,
@@ -357,8 +357,8 @@ impl Engine {
     /// by now, so that it counts only while both directions are isolated.
     fn is_known(&self, address: IpAddr) -> bool {
         let mut pods = self.inventory.isolating(address);
-        // Cluster policies select by labels of namespaces: without its object, those that deny may
-        // not select the pod yet.
+        // Cluster policies select by labels of namespaces: without its object, a policy that
+        // denies may not select the pod yet.
         let is_selected = |pod: &Pod| {
             self.inventory.cluster().len() == 0
                 || self.inventory.has_namespace_object(pod.name.namespace())
@@ -378,8 +378,8 @@ impl Engine {
             })
     }
 
-    /// Returns whether the rules drop packets of an address because no known pod has it. By interface
-    /// an address does not tell.
+    /// Returns whether the rules drop packets of an address because no known pod has it. Returns
+    /// false for networks given by interface, where an address does not show it.
     pub(crate) fn is_closed_to(&self, address: IpAddr) -> bool {
         self.closed.as_ref().is_some_and(|closed| {
             closed.form == PodNetwork::NodeCidr
@@ -391,13 +391,14 @@ impl Engine {
 
     /// Returns whether the pod network must be closed and the Node object does not say what it is. A
     /// Node that was not read yet, as while the API server is away, may say it later.
-    pub(crate) fn lacks_pod_network(&self) -> bool {
+    pub(crate) fn node_lacks_pod_network(&self) -> bool {
         let closed = self.closed.as_ref();
         closed.is_some_and(|closed| closed.node_read && !closed.is_defined())
     }
 
-    /// Returns the same where no Node will come after the first lists.
-    pub(crate) fn has_no_pod_network(&self) -> bool {
+    /// Returns whether the Nodes are listed and none says what the pod network is. For runs that
+    /// read each list once.
+    pub(crate) fn pod_network_never_known(&self) -> bool {
         let closed = self.closed.as_ref();
         closed.is_some_and(|closed| closed.node_listed && !closed.is_defined())
     }

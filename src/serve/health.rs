@@ -5,11 +5,13 @@
 //! `/readyz` whether the rules of services and of network policies have been written once.
 
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
 
 use serde_json::{Value, json};
 use tokio::sync::Notify;
+
+use crate::mutex::lock;
 
 /// Half the time after which an unwritten change makes nftlet unhealthy: the default of
 /// kube-proxy's `nftables.syncPeriod`.
@@ -74,7 +76,6 @@ impl ClockReading {
     }
 }
 
-/// The probes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Probe {
     /// `/healthz`: whether this node should get traffic.
@@ -87,10 +88,8 @@ pub enum Probe {
 }
 
 impl Probe {
-    /// All probes.
     pub const ALL: [Self; 3] = [Self::Healthz, Self::Livez, Self::Readyz];
 
-    /// Returns the path of the probe.
     pub fn path(self) -> &'static str {
         match self {
             Self::Healthz => "/healthz",
@@ -359,11 +358,7 @@ impl Health {
     }
 
     fn state(&self) -> MutexGuard<'_, HealthState> {
-        // Every change of the state is a plain assignment, so a panic leaves it consistent.
-        self.shared
-            .state
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        lock(&self.shared.state)
     }
 }
 

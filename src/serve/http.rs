@@ -48,7 +48,6 @@ pub enum Error {
     /// Listening on an address failed.
     #[error("cannot listen on {address}: {source}; {hint}", hint = hint(.flag, .source))]
     Bind {
-        /// The address.
         address: SocketAddr,
         /// The flag or field that configures it.
         flag: &'static str,

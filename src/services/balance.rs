@@ -1,15 +1,16 @@
-//! The chains that draw a random index of an endpoint, one for each possible number of endpoints.
+//! The chains that draw a random index of an endpoint, by the number of endpoints.
 //!
-//! A number that random indexes are drawn below is a constant of a rule. The chain of a count stores
-//! the index in the packet's priority and returns; the caller (`dispatch`) looks the endpoint up.
-//! Only one rule reads each map of endpoints: the kernel looks at all rules that read a map for each
-//! element that is added to it.
+//! The number below which a rule draws an index is a constant of the rule. The chain of a count
+//! stores the index in the packet's priority and returns; the caller (`dispatch`) looks the
+//! endpoint up. Only one rule reads each map of endpoints: the kernel looks at all rules that read
+//! a map for each element that is added to it.
 //!
-//! Up to 64 endpoints an index is drawn up to their exact number. Above, a chain serves a class of
-//! numbers: it draws an index up to the largest one. The caller draws up to [`DRAWS`] times until
-//! the index has an endpoint, and then among the indexes of the next smaller class, all of which
-//! have one. The largest number of a class is about √2 times that of the smaller one, so that no
-//! endpoint gets less than 99 % of its share: a draw fails with a probability below 0.3.
+//! Up to 64 endpoints, each count has its own chain. Above 64, one chain serves a class, a range of
+//! counts, and draws an index below the largest count of the class. The caller draws up to
+//! [`DRAWS`] times until the index has an endpoint, and then among the indexes of the next smaller
+//! class, all of which have one. The largest count of a class is about √2 times that of the next
+//! smaller class, so that no endpoint gets less than 99 % of its share: a draw fails with a
+//! probability below 0.3.
 //!
 //! All these chains are created together, with the first service of a family, so that a change of
 //! services changes elements only.
@@ -65,8 +66,9 @@ impl Count {
         bounds.find(|bound| *bound < self.0).map(Self)
     }
 
-    /// Returns a number of 16 bits that reads, in hexadecimal, like the decimal number of slots:
-    /// 0x64 for 64. From 10,000 on it counts thousands, after the digit `a`: 0xa011 for 11,585.
+    /// Returns a number of 16 bits that reads, in hexadecimal, like the decimal number of
+    /// endpoints: 0x64 for 64. From 10,000 on it counts thousands, after the digit `a`: 0xa011 for
+    /// 11,585.
     pub fn code(self) -> u16 {
         let digits = |number: u32| {
             let place = |power| (number / 10u32.pow(power) % 10) << (4 * power);
@@ -111,7 +113,6 @@ fn bound(index: u32) -> u32 {
 
 /// The chains and the elements that lead to them.
 pub(super) struct Draws {
-    /// The chains.
     pub chains: Vec<(Name, Chain)>,
     /// The elements of the verdict maps from a number of endpoints to its chain.
     pub elements: [(Name, Vec<Element>); 2],

@@ -17,7 +17,7 @@ use crate::nft::{
 /// Chains that frontends share. Sets that only they read are created and deleted with them.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum SharedChain {
-    /// Those that draw the index of an endpoint.
+    /// The chains that draw the index of an endpoint.
     Draw,
     /// Translates packets of remembered clients to their endpoint, and returns for others.
     Follow(Clients),
@@ -76,7 +76,7 @@ impl SharedChain {
         }
     }
 
-    /// Returns this chain and all chains that it needs, each after those that lead to it.
+    /// Returns this chain and all chains that it needs, each after the chains that lead to it.
     pub fn closure(self) -> Vec<SharedChain> {
         let mut found = vec![self];
         let mut next = 0;

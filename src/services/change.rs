@@ -6,12 +6,12 @@
 //!
 //! 1. Add the shared chains that the new plan needs, and the elements of `hairpin` for its
 //!    endpoints.
-//! 2. Delete the lead elements of removed frontends (the number, and what leads to source ranges and
-//!    to remembered clients), and replace those of frontends that do not get more endpoints.
+//! 2. Delete the lead elements of removed frontends, and replace those of frontends that do not get
+//!    more endpoints.
 //! 3. Replace the endpoints, each index in one step.
 //! 4. Add the lead elements of new frontends, and replace those of frontends that get more endpoints.
-//! 5. Delete indexes that such a frontend no longer needs in one of its maps while it needs more in
-//!    the other.
+//! 5. Delete surplus indexes of frontends that get more endpoints in one map and fewer in the
+//!    other.
 //! 6. Delete elements that several services can need, and release the shared chains of the old
 //!    plan.
 //!
@@ -29,7 +29,7 @@ use std::sync::Arc;
 
 use foldhash::{HashMap, HashMapExt};
 
-use super::layout::{By, Scope, ServiceSet};
+use super::layout::{By, EndpointScope, ServiceSet};
 use super::plan::{
     ElementOf, Frontend, Leads, Route, SCOPES, ServicePlan, Target, endpoint_element, shared_key,
 };
@@ -63,7 +63,7 @@ enum PlanStep {
     /// All lead elements of a frontend, given by its place in the pairs.
     Leads(usize),
     /// One endpoint of a frontend, given by its index.
-    Endpoint(usize, Scope, usize),
+    Endpoint(usize, EndpointScope, usize),
 }
 
 /// A change of one element.
@@ -102,7 +102,6 @@ impl PlanChange {
         self.old.as_ref()
     }
 
-    /// Returns the new plan.
     pub fn after(&self) -> Option<&Arc<ServicePlan>> {
         self.new.as_ref()
     }
@@ -215,15 +214,15 @@ impl PlanChange {
             return;
         };
         let (before, after) = (elements(old), elements(new));
-        let place = |element: &ElementOf, list: &[ElementOf]| {
+        let contains = |element: &ElementOf, list: &[ElementOf]| {
             let key = (element.0, &element.1.key);
             let found = list.binary_search_by(|(set, other)| (*set, &other.key).cmp(&key));
             found.is_ok_and(|place| list.get(place) == Some(element))
         };
-        for element in before.iter().filter(|element| !place(element, &after)) {
+        for element in before.iter().filter(|element| !contains(element, &after)) {
             then(family, Edit::Delete(element.0, element.1.clone()));
         }
-        for element in after.iter().filter(|element| !place(element, &before)) {
+        for element in after.iter().filter(|element| !contains(element, &before)) {
             then(family, Edit::Add(element.0, element.1.clone()));
         }
     }
@@ -308,7 +307,12 @@ fn led_by(side: Side<'_>) -> Option<(By, Family, Route, bool)> {
     side.map(|(_, it)| (it.by(), it.family, it.route, it.firewalled))
 }
 
-fn target(plan: &ServicePlan, frontend: &Frontend, scope: Scope, index: usize) -> Option<Target> {
+fn target(
+    plan: &ServicePlan,
+    frontend: &Frontend,
+    scope: EndpointScope,
+    index: usize,
+) -> Option<Target> {
     let mut maps = SCOPES.into_iter().zip(plan.targets(frontend));
     let (_, targets) = maps.find(|(of, _)| *of == scope)?;
     targets.get(index).copied()
@@ -372,19 +376,19 @@ fn shared(plan: Option<&Arc<ServicePlan>>, set: ServiceSet) -> &[IpAddr] {
 }
 
 fn acquire(steps: &mut Vec<PlanStep>, set: ServiceSet, before: &[IpAddr], after: &[IpAddr]) {
-    let places = missing(before, after);
+    let places = only_in(after, before);
     steps.extend(places.map(|place| PlanStep::Acquire(set, place)));
 }
 
 fn release(steps: &mut Vec<PlanStep>, set: ServiceSet, before: &[IpAddr], after: &[IpAddr]) {
-    let places = missing(after, before);
+    let places = only_in(before, after);
     steps.extend(places.map(|place| PlanStep::Release(set, place)));
 }
 
-/// Returns the places in the sorted list `has` of addresses that `lacks` does not contain.
-fn missing<'a>(lacks: &'a [IpAddr], has: &'a [IpAddr]) -> impl Iterator<Item = usize> + 'a {
-    let mut rest = lacks.iter().peekable();
-    has.iter().enumerate().filter_map(move |(place, address)| {
+/// Returns the places in `list` of the addresses that `other` lacks. Both are sorted.
+fn only_in<'a>(list: &'a [IpAddr], other: &'a [IpAddr]) -> impl Iterator<Item = usize> + 'a {
+    let mut rest = other.iter().peekable();
+    list.iter().enumerate().filter_map(move |(place, address)| {
         while rest.next_if(|other| *other < address).is_some() {}
         rest.next_if_eq(&address).is_none().then_some(place)
     })

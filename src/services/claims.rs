@@ -18,11 +18,11 @@ use ipnet::IpNet;
 use smallvec::SmallVec;
 
 use crate::model::{ObjectName, Protocol, Service};
-use takeover::{ClaimDifference, Wishes};
+use claim_change::{ClaimDifference, Wishes};
 
-mod takeover;
+mod claim_change;
 
-pub(crate) use takeover::Takeover;
+pub(crate) use claim_change::ClaimChange;
 
 /// A frontend or port that only one service can have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -229,27 +229,31 @@ impl Claims {
     /// Continues a change until `most` claims of addresses are compared; the first call also
     /// changes the claims that depend on each other. Returns the effect, and whether the change is
     /// complete.
-    pub(crate) fn advance(&mut self, takeover: &mut Takeover, most: usize) -> (ClaimChanges, bool) {
+    pub(crate) fn advance(
+        &mut self,
+        claim_change: &mut ClaimChange,
+        most: usize,
+    ) -> (ClaimChanges, bool) {
         let mut changes = ClaimChanges::default();
-        if !takeover.is_begun() {
-            changes = self.change_together(takeover);
+        if !claim_change.is_begun() {
+            changes = self.change_dependent(claim_change);
         }
-        let (differences, more) = takeover.next(most);
+        let (differences, more) = claim_change.next(most);
         let touched = differences.iter().map(|it| it.claim).collect();
-        let others = self.change(takeover, touched, &differences, |_| ());
+        let others = self.apply_differences(claim_change, touched, &differences, |_| ());
         changes.affected.extend(others.affected);
         changes.lost.extend(others.lost);
         (changes, !more)
     }
 
     /// Changes the claims that depend on each other.
-    fn change_together(&mut self, takeover: &mut Takeover) -> ClaimChanges {
-        let Some(name) = takeover.name().cloned() else {
+    fn change_dependent(&mut self, claim_change: &mut ClaimChange) -> ClaimChanges {
+        let Some(name) = claim_change.name().cloned() else {
             return ClaimChanges::default();
         };
-        let (before, after) = takeover.cluster_ips();
+        let (before, after) = claim_change.cluster_ips();
         let mut touched = Vec::new();
-        for difference in takeover.node_ports() {
+        for difference in claim_change.node_ports() {
             touched.push(difference.claim);
             touched.extend(self.beside(&difference.claim));
         }
@@ -258,37 +262,38 @@ impl Claims {
         }
         touched.sort_unstable();
         touched.dedup();
-        let differences = touched.iter().filter_map(|claim| takeover.at(*claim));
+        let differences = touched.iter().filter_map(|claim| claim_change.at(*claim));
         let differences: Vec<ClaimDifference> = differences.collect();
-        let changes = self.change(takeover, touched.clone(), &differences, |claims| {
-            for address in before.difference(&after) {
-                claims.drop_cluster_ip(*address, &name);
-            }
-            for address in after.difference(&before) {
-                let names = claims.cluster_ips.entry(*address).or_default();
-                names.push(name.clone());
-            }
-        });
-        takeover.begin(touched);
+        let changes =
+            self.apply_differences(claim_change, touched.clone(), &differences, |claims| {
+                for address in before.difference(&after) {
+                    claims.drop_cluster_ip(*address, &name);
+                }
+                for address in after.difference(&before) {
+                    let names = claims.cluster_ips.entry(*address).or_default();
+                    names.push(name.clone());
+                }
+            });
+        claim_change.begin(touched);
         changes
     }
 
-    /// Changes some claims of a service, and calls `also` at the same time.
-    fn change(
+    /// Applies some differences of a service's claims, and calls `also` at the same time.
+    fn apply_differences(
         &mut self,
-        takeover: &Takeover,
+        claim_change: &ClaimChange,
         touched: Vec<Claim>,
         differences: &[ClaimDifference],
         also: impl FnOnce(&mut Self),
     ) -> ClaimChanges {
-        let Some(name) = takeover.name() else {
+        let Some(name) = claim_change.name() else {
             return ClaimChanges::default();
         };
         let released: Vec<Wish> = differences.iter().filter_map(|it| it.released).collect();
         let taken: Vec<Wish> = differences.iter().filter_map(|it| it.taken).collect();
-        let (old, new) = (takeover.old(), takeover.target());
+        let (old, new) = (claim_change.old(), claim_change.target());
         let gets = new.map(|new| (&**new, &*taken));
-        self.compare(touched, name, gets, |claims| {
+        self.apply_and_compare_owners(touched, name, gets, |claims| {
             if let Some(old) = old {
                 claims.release(old, &released);
             }
@@ -306,7 +311,7 @@ impl Claims {
         }
         let touched = self.touched_by(&reserved);
         let no_service = ObjectName::new("", "");
-        self.compare(touched, &no_service, None, |claims| {
+        self.apply_and_compare_owners(touched, &no_service, None, |claims| {
             claims.reserved = reserved;
         })
     }
@@ -345,7 +350,7 @@ impl Claims {
     /// Applies `change` and compares the owners of the touched claims before and after. Finds other
     /// services that gained or lost a claim, and new wishes of the changing service that it does
     /// not get.
-    fn compare(
+    fn apply_and_compare_owners(
         &mut self,
         mut touched: Vec<Claim>,
         changing: &ObjectName,

@@ -11,7 +11,8 @@
 
 use super::balance::{Count, DRAW, DRAW_FILLED, DRAWS};
 use super::layout::{
-    ALLOWED_CLIENT, By, FIREWALLED, MARK_OFF_CLUSTER, REJECT, Scope, ServiceSet, priority_map,
+    ALLOWED_CLIENT, By, EndpointScope, FIREWALLED, MARK_OFF_CLUSTER, REJECT, ServiceSet,
+    priority_map,
 };
 use super::settings::ServiceSettings;
 use crate::model::Family;
@@ -19,17 +20,17 @@ use crate::nft::{
     Chain, Comparison, Data, Element, Key, Name, Rule, Set, Statement, Value, Verdict,
 };
 
-/// What happens to packets before they are balanced.
+/// How packets are treated before they are balanced.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Role {
-    /// Nothing.
+    /// Marks no packets.
     Balance,
-    /// Those from outside of the pod network are marked for masquerading.
+    /// Marks packets from outside of the pod network for masquerading.
     Cluster,
-    /// All are marked for masquerading.
+    /// Marks all packets for masquerading.
     External,
-    /// External policy Local: packets of this node's pods go to all endpoints, those of the node
-    /// itself, too, but marked, and all others to the endpoints on this node.
+    /// Applies external policy Local: packets of this node's pods go to all endpoints, packets of
+    /// the node itself too, but marked, and all others to the endpoints on this node.
     LocalPolicy,
 }
 
@@ -37,14 +38,14 @@ pub enum Role {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Dispatch {
     /// What happens to its packets.
-    pub action: Action,
+    pub action: FrontendAction,
     /// Whether only clients in the source ranges of the service reach it.
     pub firewalled: bool,
 }
 
 /// What happens to the packets of a frontend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Action {
+pub enum FrontendAction {
     /// They go to an endpoint.
     Balance {
         /// What happens before.
@@ -109,8 +110,8 @@ impl Role {
         let goto = |role: Role| Statement::Verdict(Verdict::Goto(role.chain(by, sticky)));
         let (balance, drop) = (goto(Role::Balance), Statement::Verdict(Verdict::Drop));
         match self {
-            Role::Balance if sticky => follow_or(by, Scope::Cluster),
-            Role::Balance => balance_among(by, Scope::Cluster),
+            Role::Balance if sticky => follow_or(by, EndpointScope::Cluster),
+            Role::Balance => balance_among(by, EndpointScope::Cluster),
             Role::Cluster => {
                 let mark = Verdict::Jump(MARK_OFF_CLUSTER.into());
                 vec![Rule::new([Statement::Verdict(mark)]), Rule::new([balance])]
@@ -128,9 +129,9 @@ impl Role {
                     .collect();
                 // As in kube-proxy, traffic from this node may leave it.
                 rules.push(Rule::new([Statement::SourceIsLocal, goto(Role::External)]));
-                let local = Verdict::Goto(balancer(by, Scope::Local, sticky));
+                let local = Verdict::Goto(balancer(by, EndpointScope::Local, sticky));
                 rules.push(Rule::new([
-                    find(by, Scope::Local),
+                    store_number(by, EndpointScope::Local),
                     Statement::Verdict(local),
                 ]));
                 rules.push(Rule::new([drop]));
@@ -141,24 +142,24 @@ impl Role {
 }
 
 /// Stores the number of a frontend in the packet's priority.
-fn find(by: By, scope: Scope) -> Statement {
+fn store_number(by: By, scope: EndpointScope) -> Statement {
     Statement::PriorityByMap(by.key(), by.frontends(scope).name())
 }
 
 /// Returns the name of the chain that balances packets over the endpoints of a scope.
-fn balancer(by: By, scope: Scope, sticky: bool) -> Name {
+fn balancer(by: By, scope: EndpointScope, sticky: bool) -> Name {
     let name = match scope {
-        Scope::Cluster => "lb",
-        Scope::Local => "lb-local",
+        EndpointScope::Cluster => "lb",
+        EndpointScope::Local => "lb-local",
     };
     by.chain(name, sticky)
 }
 
 /// Returns the name of the chain that translates packets to the endpoint with an index.
-fn pick(by: By, scope: Scope) -> Name {
+fn pick(by: By, scope: EndpointScope) -> Name {
     let name = match scope {
-        Scope::Cluster => "pick",
-        Scope::Local => "pick-local",
+        EndpointScope::Cluster => "pick",
+        EndpointScope::Local => "pick-local",
     };
     by.chain(name, false)
 }
@@ -170,7 +171,7 @@ fn pick(by: By, scope: Scope) -> Name {
 /// as any endpoint exists. Otherwise, or if the table was deleted, the packet is dropped and the
 /// client retries: without a verdict it would leave the node with the service's address, and after a
 /// rejection the client would give up.
-fn balance_among(by: By, scope: Scope) -> Vec<Rule> {
+fn balance_among(by: By, scope: EndpointScope) -> Vec<Rule> {
     let draw = |map: &str| Statement::PriorityVerdict {
         mask: COUNT,
         map: map.into(),
@@ -180,7 +181,7 @@ fn balance_among(by: By, scope: Scope) -> Vec<Rule> {
     let again = std::iter::repeat_n(DRAW, DRAWS - 1).chain([DRAW_FILLED]);
     for map in again {
         // The index has replaced the number.
-        rules.push(Rule::new([find(by, scope), draw(map)]));
+        rules.push(Rule::new([store_number(by, scope), draw(map)]));
         rules.push(Rule::new([pick()]));
     }
     rules.push(Rule::new([Statement::SetPriority(1), pick()]));
@@ -190,7 +191,7 @@ fn balance_among(by: By, scope: Scope) -> Vec<Rule> {
 
 /// Returns the rules that look for the endpoint of a remembered client, and balance the packets of
 /// others.
-fn follow_or(by: By, scope: Scope) -> Vec<Rule> {
+fn follow_or(by: By, scope: EndpointScope) -> Vec<Rule> {
     let follow = Statement::VerdictMap(by.key(), by.sticky().name());
     let balance = Verdict::Goto(balancer(by, scope, false));
     vec![
@@ -208,23 +209,23 @@ pub(super) fn dispatch(by: By) -> [Statement; 2] {
         mask: ROLE,
         map: by.roles(),
     };
-    [find(by, Scope::Cluster), verdict]
+    [store_number(by, EndpointScope::Cluster), verdict]
 }
 
 /// Returns the verdict maps from a role to its chain.
 pub(super) fn roles(by: By) -> Vec<(Name, Set)> {
-    let element = |action: Action, firewalled, verdict: Verdict| {
+    let element = |action: FrontendAction, firewalled, verdict: Verdict| {
         let role = Dispatch { action, firewalled }.role();
         let key = Key::build().number(u32::from(role) << 16).finish();
         Element::with_verdict(key, verdict)
     };
     let mut plain = vec![
-        (Action::Reject, Verdict::Goto(REJECT.into())),
-        (Action::Drop, Verdict::Drop),
+        (FrontendAction::Reject, Verdict::Goto(REJECT.into())),
+        (FrontendAction::Drop, Verdict::Drop),
     ];
     for sticky in [false, true] {
         plain.extend(Role::all(by).iter().map(|role| {
-            let action = Action::Balance {
+            let action = FrontendAction::Balance {
                 role: *role,
                 sticky,
                 count: Count::of(1),
@@ -250,7 +251,6 @@ pub(super) fn roles(by: By) -> Vec<(Name, Set)> {
     }
 }
 
-/// Returns the chains of the roles.
 pub(super) fn chains(by: By, settings: &ServiceSettings, family: Family) -> Vec<(Name, Chain)> {
     let mut chains = Vec::new();
     let mut add = |name: Name, rules: Vec<Rule>| {
@@ -262,10 +262,10 @@ pub(super) fn chains(by: By, settings: &ServiceSettings, family: Family) -> Vec<
             add(role.chain(by, sticky), rules);
         }
     }
-    let local = |sticky| balancer(by, Scope::Local, sticky);
-    add(local(false), balance_among(by, Scope::Local));
-    add(local(true), follow_or(by, Scope::Local));
-    for scope in [Scope::Cluster, Scope::Local] {
+    let local = |sticky| balancer(by, EndpointScope::Local, sticky);
+    add(local(false), balance_among(by, EndpointScope::Local));
+    add(local(true), follow_or(by, EndpointScope::Local));
+    for scope in [EndpointScope::Cluster, EndpointScope::Local] {
         let endpoints = by.endpoints(scope).name();
         let translate = Statement::DnatByMap(by.endpoint_key(), endpoints);
         add(pick(by, scope), vec![Rule::new([translate])]);
@@ -286,10 +286,10 @@ pub(super) fn chains(by: By, settings: &ServiceSettings, family: Family) -> Vec<
 impl Dispatch {
     fn role(self) -> u16 {
         let role = match self.action {
-            Action::Balance { role, sticky, .. } if sticky => role.number() | STICKY,
-            Action::Balance { role, .. } => role.number(),
-            Action::Reject => 8,
-            Action::Drop => 9,
+            FrontendAction::Balance { role, sticky, .. } if sticky => role.number() | STICKY,
+            FrontendAction::Balance { role, .. } => role.number(),
+            FrontendAction::Reject => 8,
+            FrontendAction::Drop => 9,
         };
         if self.firewalled {
             role | FIREWALLED_BIT
@@ -301,8 +301,8 @@ impl Dispatch {
     /// Returns the value of the map element.
     pub fn data(self) -> Data {
         let count = match self.action {
-            Action::Balance { count, .. } => count.code(),
-            Action::Reject | Action::Drop => 0,
+            FrontendAction::Balance { count, .. } => count.code(),
+            FrontendAction::Reject | FrontendAction::Drop => 0,
         };
         let number = u32::from(self.role()) << 16 | u32::from(count);
         Data::build().number(number).finish()
@@ -315,7 +315,7 @@ pub(super) fn local_data(count: Count) -> Data {
 }
 
 /// Returns whether an element is that of a frontend with external policy Local.
-pub(super) fn is_bound_to_node(element: &Element) -> bool {
+pub(super) fn has_local_policy(element: &Element) -> bool {
     let Value::Data(data) = &element.value else {
         return false;
     };

@@ -105,7 +105,6 @@ impl Engine {
         !self.settings.off
     }
 
-    /// Returns the settings.
     pub(crate) fn settings(&self) -> &ServiceSettings {
         &self.settings
     }
@@ -123,7 +122,7 @@ impl Engine {
     /// Returns whether a change of a service is being written and no newer event of it waits.
     #[cfg(test)]
     pub(crate) fn is_being_written(&self, service: &ObjectName) -> bool {
-        self.queue.is_written(service) && !self.queue.has_event(service)
+        self.queue.is_being_written(service) && !self.queue.has_event(service)
     }
 
     /// Returns whether no service waits.
@@ -166,7 +165,7 @@ impl Engine {
 
     /// Returns whether a change of a service is not yet written completely.
     pub(crate) fn is_waiting(&self, service: &ObjectName) -> bool {
-        self.queue.has(service) || self.marks.services.contains(service)
+        self.queue.is_queued(service) || self.marks.services.contains(service)
     }
 
     /// Returns whether an event changed something since the last update.
@@ -180,7 +179,7 @@ impl Engine {
         std::mem::take(&mut self.marks.triggered_at_ms)
     }
 
-    fn take_over(&mut self, event: Event) {
+    fn apply_event(&mut self, event: Event) {
         self.store.apply(event, &mut self.marks);
         self.note_marks();
     }
@@ -205,16 +204,16 @@ impl Engine {
         let later = self.split_off_large(&mut now);
         // A change that is written later keeps the frontends of the old plan until then.
         for (name, change) in &later {
-            self.queue.take(name, change.before());
+            self.queue.reserve(name, change.before());
         }
         for (name, change) in now {
-            match self.without_taken(&name, change) {
+            match self.without_reserved(&name, change) {
                 Some(change) => self.replace(&name, &change, Some(draft)),
                 None => self.note_unchanged(&name),
             }
         }
         for (name, change) in later {
-            match self.without_taken(&name, change) {
+            match self.without_reserved(&name, change) {
                 Some(change) => self.begin(&name, change),
                 None => {
                     self.done(&name);
@@ -226,13 +225,13 @@ impl Engine {
         }
     }
 
-    /// Compiles the marked services, except large ones and those that wait already.
+    /// Compiles the marked services, except large ones and services that wait already.
     fn plan_changes(&mut self, marks: &mut Marks) -> PlanChanges {
         let mut found = Vec::new();
         // Before others are compiled, which may get a frontend that one of these has.
         let (later, now): (Vec<_>, Vec<_>) = std::mem::take(&mut marks.services)
             .into_iter()
-            .partition(|name| self.queue.contains(name) || self.is_large(name));
+            .partition(|name| self.queue.is_compiling_or_writing(name) || self.is_large(name));
         for name in later {
             let in_force = self.tables.shared_plan(&name);
             self.queue.compile(&name, in_force);
@@ -288,18 +287,18 @@ impl Engine {
     /// change is written.
     fn change(&mut self, name: &ObjectName, mut plan: Option<ServicePlan>) -> Option<PlanChange> {
         if let Some(plan) = &mut plan
-            && self.queue.taker(name, plan).is_some()
+            && self.queue.reserver(name, plan).is_some()
         {
             self.queue.withhold(name, plan);
-            self.queue.look_again(name);
+            self.queue.recompile_on_release(name);
         }
         self.tables.change(name, plan)
     }
 
-    /// Returns a change without the frontends that other changes of the same update have taken.
-    fn without_taken(&mut self, name: &ObjectName, change: PlanChange) -> Option<PlanChange> {
+    /// Returns a change without the frontends that other changes of the same update have reserved.
+    fn without_reserved(&mut self, name: &ObjectName, change: PlanChange) -> Option<PlanChange> {
         match change.after() {
-            Some(new) if self.queue.taker(name, new).is_some() => {
+            Some(new) if self.queue.reserver(name, new).is_some() => {
                 let plan = ServicePlan::clone(new);
                 self.change(name, Some(plan))
             }
@@ -378,7 +377,7 @@ impl Engine {
 
     fn take_change(&mut self) -> ServiceChanges {
         ServiceChanges {
-            sticky: self.tables.take_other_clients(),
+            sticky: self.tables.take_changed_affinity_namespaces(),
             ..std::mem::take(&mut self.change)
         }
     }
@@ -408,7 +407,7 @@ impl engine::Engine for Engine {
             matches!(event, Event::Servers(_)) || event.is_about(&Kind::SERVICES)
         };
         if is_ours && let Some(event) = self.put_off_event(event.clone()) {
-            self.take_over(event);
+            self.apply_event(event);
         }
     }
 
@@ -482,7 +481,7 @@ impl engine::Engine for Engine {
         Box::new(move || tables.ruleset())
     }
 
-    fn compared(actual: &Ruleset, transaction: &Transaction) -> ServiceChanges {
+    fn changes_of_foreign_rules(actual: &Ruleset, transaction: &Transaction) -> ServiceChanges {
         ServiceChanges {
             removed: RemovedFrontends::of(actual, transaction),
             ..ServiceChanges::default()

@@ -72,12 +72,12 @@ impl By {
     }
 
     /// Returns the map of a scope's endpoints.
-    pub(super) fn endpoints(self, scope: Scope) -> ServiceSet {
+    pub(super) fn endpoints(self, scope: EndpointScope) -> ServiceSet {
         match (self, scope) {
-            (By::Address, Scope::Cluster) => ServiceSet::Endpoints,
-            (By::Address, Scope::Local) => ServiceSet::LocalEndpoints,
-            (By::NodePort, Scope::Cluster) => ServiceSet::NodePortEndpoints,
-            (By::NodePort, Scope::Local) => ServiceSet::NodePortLocalEndpoints,
+            (By::Address, EndpointScope::Cluster) => ServiceSet::Endpoints,
+            (By::Address, EndpointScope::Local) => ServiceSet::LocalEndpoints,
+            (By::NodePort, EndpointScope::Cluster) => ServiceSet::NodePortEndpoints,
+            (By::NodePort, EndpointScope::Local) => ServiceSet::NodePortLocalEndpoints,
         }
     }
 
@@ -109,12 +109,12 @@ impl By {
     }
 
     /// Returns the map of a scope's frontends.
-    pub fn frontends(self, scope: Scope) -> ServiceSet {
+    pub fn frontends(self, scope: EndpointScope) -> ServiceSet {
         match (self, scope) {
-            (By::Address, Scope::Cluster) => ServiceSet::Frontends,
-            (By::Address, Scope::Local) => ServiceSet::LocalFrontends,
-            (By::NodePort, Scope::Cluster) => ServiceSet::NodePorts,
-            (By::NodePort, Scope::Local) => ServiceSet::NodePortsLocal,
+            (By::Address, EndpointScope::Cluster) => ServiceSet::Frontends,
+            (By::Address, EndpointScope::Local) => ServiceSet::LocalFrontends,
+            (By::NodePort, EndpointScope::Cluster) => ServiceSet::NodePorts,
+            (By::NodePort, EndpointScope::Local) => ServiceSet::NodePortsLocal,
         }
     }
 
@@ -129,7 +129,7 @@ impl By {
 
 /// The endpoints that traffic may reach.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Scope {
+pub enum EndpointScope {
     /// Those of the cluster, after topology hints.
     Cluster,
     /// Those on this node.
@@ -159,12 +159,10 @@ pub(super) fn target() -> Vec<Selector> {
 pub struct Clients(Arc<str>);
 
 impl Clients {
-    /// Returns the sets of a namespace.
     pub fn of(namespace: &str) -> Self {
         Self(Arc::from(namespace))
     }
 
-    /// Returns the namespace.
     pub fn namespace(&self) -> &str {
         &self.0
     }

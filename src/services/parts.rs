@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use super::chains::SharedChain;
 use super::dispatch::{ALLOWED_ROLE, ALLOWED_ROLES, ROLE};
-use super::layout::{REJECT, SERVICE_CIDRS, Scope, ServiceSet, table_id};
+use super::layout::{EndpointScope, REJECT, SERVICE_CIDRS, ServiceSet, table_id};
 use super::plan::{Affinity, Frontend, SCOPES, ServicePlan, endpoint_element, shared_key};
 use super::settings::ServiceSettings;
 use super::skeleton::{UNASSIGNED, skeleton};
@@ -36,7 +36,7 @@ impl ServiceParts {
         &self,
         plan: &ServicePlan,
         frontend: &Frontend,
-        scope: Scope,
+        scope: EndpointScope,
         client: IpAddr,
     ) -> Vec<RulesetPart> {
         let mut found = Vec::new();
@@ -49,7 +49,7 @@ impl ServiceParts {
         &self,
         plan: &ServicePlan,
         frontend: &Frontend,
-        scope: Scope,
+        scope: EndpointScope,
         client: IpAddr,
         found: &mut Vec<RulesetPart>,
     ) -> Option<()> {
@@ -62,7 +62,7 @@ impl ServiceParts {
         };
         let (_, first) = leads.first()?;
         let number = number(&first.value)?;
-        found.extend(lead(by.frontends(Scope::Cluster)));
+        found.extend(lead(by.frontends(EndpointScope::Cluster)));
         found.extend(self.led_to(&by.roles(), number & ROLE));
         if let Some(list) = plan
             .sources(frontend.family)
@@ -73,8 +73,8 @@ impl ServiceParts {
             found.push(self.range(&list.name(), &list.set(), client)?);
             found.extend(self.led_to(&ALLOWED_ROLES.into(), number & ALLOWED_ROLE));
         }
-        if scope == Scope::Local {
-            found.push(lead(by.frontends(Scope::Local))?);
+        if scope == EndpointScope::Local {
+            found.push(lead(by.frontends(EndpointScope::Local))?);
         }
         if let Some(affinity) = &plan.affinity {
             found.extend(lead(by.sticky()));

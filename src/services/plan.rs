@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use super::balance::Count;
 use super::chains::SharedChain;
-use super::dispatch::{Action, Dispatch, Role, local_data};
-use super::layout::{By, Clients, Scope, ServiceSet};
+use super::dispatch::{Dispatch, FrontendAction, Role, local_data};
+use super::layout::{By, Clients, EndpointScope, ServiceSet};
 use super::sources::SourceList;
 use crate::model::{Family, Protocol};
 use crate::nft::{Data, Element, Key, KeyBuilder, Value, Verdict};
@@ -21,7 +21,6 @@ pub(crate) type Target = (IpAddr, u16);
 /// It is kept while its rules are in force: the elements to delete later result from it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServicePlan {
-    /// The frontends.
     pub frontends: Box<[Frontend]>,
     /// The endpoints of each service port and family.
     pub pools: Box<[Pool]>,
@@ -63,12 +62,12 @@ pub struct Pool {
     /// The family of the endpoints.
     pub family: Family,
     /// Whether these are the endpoints of the cluster or those on this node.
-    pub scope: Scope,
+    pub scope: EndpointScope,
     /// The endpoints by index.
     pub targets: Box<[Target]>,
-    /// Endpoints that serve but were not chosen because of policy or topology or because they
-    /// terminate: existing flows to them continue. For UDP only, where flows to all other former
-    /// endpoints are deleted.
+    /// Serving endpoints that get no new flows, because of policy or topology or because they
+    /// terminate. Existing UDP flows to them stay; flows to all other former endpoints are deleted.
+    /// Empty for TCP and SCTP.
     pub unchosen: Box<[Target]>,
 }
 
@@ -166,17 +165,20 @@ impl ServicePlan {
         (endpoints > 0).then(|| Count::of(endpoints))
     }
 
-    fn action(&self, frontend: &Frontend) -> Action {
+    fn action(&self, frontend: &Frontend) -> FrontendAction {
         let (role, pool, without) = match frontend.route {
-            Route::Balance(role, pool) => (role, pool, Action::Reject),
-            Route::BalanceOrDrop(role, pool) => (role, pool, Action::Drop),
-            Route::LocalPolicy { cluster, .. } => (Role::LocalPolicy, cluster, Action::Reject),
+            Route::Balance(role, pool) => (role, pool, FrontendAction::Reject),
+            Route::BalanceOrDrop(role, pool) => (role, pool, FrontendAction::Drop),
+            Route::LocalPolicy { cluster, .. } => {
+                (Role::LocalPolicy, cluster, FrontendAction::Reject)
+            }
         };
-        self.count(pool).map_or(without, |count| Action::Balance {
-            role,
-            sticky: self.affinity.is_some(),
-            count,
-        })
+        self.count(pool)
+            .map_or(without, |count| FrontendAction::Balance {
+                role,
+                sticky: self.affinity.is_some(),
+                count,
+            })
     }
 
     /// Returns each frontend with each pool that its packets can reach.
@@ -267,10 +269,10 @@ impl ServicePlan {
             elements.push((set, element.comment(leads.label)));
         };
         let data = leads.dispatch.data();
-        add(by.frontends(Scope::Cluster), Value::Data(data));
+        add(by.frontends(EndpointScope::Cluster), Value::Data(data));
         if let Some(count) = leads.local {
             let data = local_data(count);
-            add(by.frontends(Scope::Local), Value::Data(data));
+            add(by.frontends(EndpointScope::Local), Value::Data(data));
         }
         let mut lead = |set, verdict| add(set, Value::Verdict(verdict));
         if let Some(list) = leads.sources {
@@ -339,12 +341,12 @@ impl ServicePlan {
 }
 
 /// The scopes in the order of [`ServicePlan::targets`].
-pub(super) const SCOPES: [Scope; 2] = [Scope::Cluster, Scope::Local];
+pub(super) const SCOPES: [EndpointScope; 2] = [EndpointScope::Cluster, EndpointScope::Local];
 
 /// Returns the element that maps an index of a frontend to an endpoint.
 pub(super) fn endpoint_element(
     frontend: &Frontend,
-    scope: Scope,
+    scope: EndpointScope,
     index: usize,
     (address, port): Target,
 ) -> ElementOf {

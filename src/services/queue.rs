@@ -14,7 +14,7 @@
 //!
 //! Namespaces take turns, so that a namespace waits for at most one portion of each other one.
 //!
-//! While a plan is compiled or written, the frontends of the old and the new plan are taken:
+//! While a plan is compiled or written, the frontends of the old and the new plan are reserved:
 //! another service that owns one of them by now goes without until the change is written, and is
 //! then compiled again.
 
@@ -39,9 +39,11 @@ pub(super) struct ServiceQueue {
     lines: BTreeMap<String, VecDeque<ObjectName>>,
     /// The namespace that had its turn last.
     last: String,
-    taken: HashMap<(Family, Claim), ObjectName>,
-    /// Services to compile again when a change is written.
-    again: BTreeSet<ObjectName>,
+    /// The frontends of the plans that are being compiled or written, with their services.
+    reserved: HashMap<(Family, Claim), ObjectName>,
+    /// Services to compile again when another service's change, which held their frontends, is
+    /// written.
+    recompile: BTreeSet<ObjectName>,
 }
 
 /// The pending tasks of a service.
@@ -51,13 +53,13 @@ struct QueuedService {
     event: Option<Event>,
     /// Whether its plan has to be compiled.
     compile: bool,
-    /// The plan that is being compiled. Its frontends are taken.
+    /// The plan that is being compiled. Its frontends are reserved.
     compilation: Option<Compilation>,
-    /// Whether an event was applied and the plan was not compiled since.
-    taken_over: bool,
+    /// Whether an event was applied since the plan was last compiled.
+    event_applied: bool,
     /// The change that is being written, for followers.
     write: Option<Replaced>,
-    /// The plans whose frontends are taken.
+    /// The plans whose frontends are reserved.
     holds: Vec<Arc<ServicePlan>>,
 }
 
@@ -71,7 +73,7 @@ impl QueuedService {
 #[derive(Debug)]
 pub(super) enum Task {
     /// Apply an event, after which the plan has to be compiled.
-    TakeOver(Event),
+    ApplyEvent(Event),
     /// Compile its plan, or a portion of it.
     Compile,
     /// Write a portion of its change.
@@ -93,12 +95,12 @@ impl ServiceQueue {
     }
 
     /// Returns whether a service has a task.
-    pub fn has(&self, service: &ObjectName) -> bool {
+    pub fn is_queued(&self, service: &ObjectName) -> bool {
         self.waiting.contains_key(service)
     }
 
-    /// Returns whether a service has a task other than to apply an event.
-    pub fn contains(&self, service: &ObjectName) -> bool {
+    /// Returns whether the service has a task other than a waiting event.
+    pub fn is_compiling_or_writing(&self, service: &ObjectName) -> bool {
         let waiting = self.waiting.get(service);
         waiting.is_some_and(QueuedService::is_busy)
     }
@@ -118,7 +120,7 @@ impl ServiceQueue {
     }
 
     /// Returns whether a change of the service is being written.
-    pub(crate) fn is_written(&self, service: &ObjectName) -> bool {
+    pub(crate) fn is_being_written(&self, service: &ObjectName) -> bool {
         let waiting = self.waiting.get(service);
         waiting.is_some_and(|waiting| waiting.write.is_some())
     }
@@ -128,7 +130,6 @@ impl ServiceQueue {
         self.enter(service).event = Some(event);
     }
 
-    /// Drops the queued event of a service.
     pub(crate) fn drop_event(&mut self, service: &ObjectName) {
         if let Some(waiting) = self.waiting.get_mut(service) {
             waiting.event = None;
@@ -143,36 +144,36 @@ impl ServiceQueue {
         }
     }
 
-    /// Queues a service to be compiled, and takes the frontends of its plan in force.
+    /// Queues a service to be compiled, and reserves the frontends of its plan in force.
     pub fn compile(&mut self, service: &ObjectName, in_force: Option<&Arc<ServicePlan>>) {
         self.enter(service).compile = true;
-        self.take(service, in_force);
+        self.reserve(service, in_force);
     }
 
-    /// Marks a service to be compiled again when a change is written.
-    pub(crate) fn look_again(&mut self, service: &ObjectName) {
-        self.again.insert(service.clone());
+    /// Marks a service to be compiled again when the change that holds its frontends is written.
+    pub(crate) fn recompile_on_release(&mut self, service: &ObjectName) {
+        self.recompile.insert(service.clone());
     }
 
-    /// Takes the frontends of a plan, except those that another service has taken.
-    pub fn take(&mut self, service: &ObjectName, plan: Option<&Arc<ServicePlan>>) {
+    /// Reserves the frontends of a plan, except those reserved for another service.
+    pub fn reserve(&mut self, service: &ObjectName, plan: Option<&Arc<ServicePlan>>) {
         let Some(plan) = plan else { return };
         let waiting = self.enter(service);
         if waiting.holds.iter().any(|held| Arc::ptr_eq(held, plan)) {
             return;
         }
         waiting.holds.push(plan.clone());
-        self.taken.reserve(plan.frontends.len());
+        self.reserved.reserve(plan.frontends.len());
         for frontend in &plan.frontends {
-            let taken = self.taken.entry((frontend.family, frontend.at));
-            taken.or_insert_with(|| service.clone());
+            let reserved = self.reserved.entry((frontend.family, frontend.at));
+            reserved.or_insert_with(|| service.clone());
         }
     }
 
-    /// Takes a frontend. Returns `false` if another service has taken it.
-    pub(crate) fn take_frontend(&mut self, service: &ObjectName, frontend: &Frontend) -> bool {
-        let taken = self.taken.entry((frontend.family, frontend.at));
-        taken.or_insert_with(|| service.clone()) == service
+    /// Reserves a frontend. Returns `false` if it is reserved for another service.
+    pub(crate) fn reserve_frontend(&mut self, service: &ObjectName, frontend: &Frontend) -> bool {
+        let reserved = self.reserved.entry((frontend.family, frontend.at));
+        reserved.or_insert_with(|| service.clone()) == service
     }
 
     /// Stores a partial compilation, to continue with a later call.
@@ -185,30 +186,30 @@ impl ServiceQueue {
         self.waiting.get_mut(service)?.compilation.take()
     }
 
-    /// Records the compiled plan, whose frontends are already taken.
+    /// Records the compiled plan, whose frontends are already reserved.
     pub fn compiled(&mut self, service: &ObjectName, plan: Option<&Arc<ServicePlan>>) {
         let waiting = self.enter(service);
         waiting.holds.extend(plan.cloned());
     }
 
-    /// Returns another service that has taken a frontend of this plan.
-    pub(crate) fn taker(&self, service: &ObjectName, plan: &ServicePlan) -> Option<&ObjectName> {
-        if self.taken.is_empty() {
+    /// Returns another service for which a frontend of this plan is reserved.
+    pub(crate) fn reserver(&self, service: &ObjectName, plan: &ServicePlan) -> Option<&ObjectName> {
+        if self.reserved.is_empty() {
             return None;
         }
         let mut frontends = plan.frontends.iter();
         frontends.find_map(|frontend| {
-            let taker = self.taken.get(&(frontend.family, frontend.at));
-            taker.filter(|taker| *taker != service)
+            let reserver = self.reserved.get(&(frontend.family, frontend.at));
+            reserver.filter(|reserver| *reserver != service)
         })
     }
 
-    /// Removes the frontends from a plan that other services have taken.
+    /// Removes the frontends from a plan that are reserved for other services.
     pub(crate) fn withhold(&self, service: &ObjectName, plan: &mut ServicePlan) {
         let frontends = std::mem::take(&mut plan.frontends).into_vec();
         let free = frontends.into_iter().filter(|frontend| {
-            let taker = self.taken.get(&(frontend.family, frontend.at));
-            taker.is_none_or(|taker| taker == service)
+            let reserver = self.reserved.get(&(frontend.family, frontend.at));
+            reserver.is_none_or(|reserver| reserver == service)
         });
         plan.frontends = free.collect();
     }
@@ -220,7 +221,7 @@ impl ServiceQueue {
         plan: Option<&Arc<ServicePlan>>,
         replaced: Replaced,
     ) {
-        self.take(service, plan);
+        self.reserve(service, plan);
         self.enter(service).write = Some(replaced);
     }
 
@@ -247,13 +248,13 @@ impl ServiceQueue {
             return Some(Task::Compile);
         }
         // A service is compiled after each event, however many follow.
-        if !waiting.taken_over
+        if !waiting.event_applied
             && let Some(event) = waiting.event.take()
         {
-            waiting.taken_over = true;
-            return Some(Task::TakeOver(event));
+            waiting.event_applied = true;
+            return Some(Task::ApplyEvent(event));
         }
-        waiting.taken_over = false;
+        waiting.event_applied = false;
         std::mem::take(&mut waiting.compile).then_some(Task::Compile)
     }
 
@@ -271,10 +272,10 @@ impl ServiceQueue {
         };
         let held = plans.iter().flat_map(|plan| &plan.frontends);
         for frontend in held.chain(compilation.iter().flat_map(Compilation::frontends)) {
-            if let Entry::Occupied(taken) = self.taken.entry((frontend.family, frontend.at))
-                && taken.get() == service
+            if let Entry::Occupied(reserved) = self.reserved.entry((frontend.family, frontend.at))
+                && reserved.get() == service
             {
-                taken.remove();
+                reserved.remove();
             }
         }
         // If an event waits, the service continues behind the others of its namespace.
@@ -307,8 +308,8 @@ impl ServiceQueue {
     }
 
     /// Removes and returns the services to compile again.
-    pub(crate) fn take_again(&mut self) -> BTreeSet<ObjectName> {
-        std::mem::take(&mut self.again)
+    pub(crate) fn take_recompile(&mut self) -> BTreeSet<ObjectName> {
+        std::mem::take(&mut self.recompile)
     }
 
     /// Returns all waiting services.

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::net::IpAddr;
 
-use super::dispatch::is_bound_to_node;
+use super::dispatch::has_local_policy;
 use super::layout::{By, ServiceSet, table_id};
 use super::plan::Target;
 use crate::model::{Family, Protocol};
@@ -17,7 +17,7 @@ pub struct RemovedFrontends {
     /// Frontends that were deleted.
     pub deleted: HashSet<(Family, Claim)>,
     /// Frontends whose external policy became Local.
-    pub bound: HashSet<(Family, Claim)>,
+    pub became_local: HashSet<(Family, Claim)>,
 }
 
 /// The maps of frontends.
@@ -30,7 +30,7 @@ impl RemovedFrontends {
     /// Adds the frontends of a later comparison.
     pub fn append(&mut self, later: Self) {
         self.deleted.extend(later.deleted);
-        self.bound.extend(later.bound);
+        self.became_local.extend(later.became_local);
     }
 
     /// Returns the frontends of the actual ruleset that a transaction changes.
@@ -47,10 +47,10 @@ impl RemovedFrontends {
                     if after.is_none() {
                         removed.deleted.insert((family, claim));
                     }
-                    let is_bound =
-                        |element: Option<&Element>| element.is_some_and(is_bound_to_node);
-                    if before.is_some() && is_bound(after) && !is_bound(before) {
-                        removed.bound.insert((family, claim));
+                    let is_local =
+                        |element: Option<&Element>| element.is_some_and(has_local_policy);
+                    if before.is_some() && is_local(after) && !is_local(before) {
+                        removed.became_local.insert((family, claim));
                     }
                 }
             }
@@ -110,10 +110,10 @@ fn claim(family: Family, by: By, key: &Key) -> Option<Claim> {
     let protocol = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp]
         .into_iter()
         .find(|protocol| port.first() == Some(&protocol.number()))?;
-    let port = number(port.get(4..)?)?;
+    let number = self::port(port.get(4..)?)?;
     Some(match at {
-        Some(at) => Claim::Address(at, protocol, port),
-        None => Claim::NodePort(protocol, port),
+        Some(at) => Claim::Address(at, protocol, number),
+        None => Claim::NodePort(protocol, number),
     })
 }
 
@@ -122,7 +122,7 @@ pub fn target(data: &Data) -> Option<Target> {
     let bytes = data.as_bytes();
     // The port and its padding follow the address.
     let (at, port) = bytes.split_at_checked(bytes.len().checked_sub(4)?)?;
-    Some((address(at)?, number(port)?))
+    Some((address(at)?, self::port(port)?))
 }
 
 /// Reads an address from the bytes of a key.
@@ -133,7 +133,7 @@ pub fn address(bytes: &[u8]) -> Option<IpAddr> {
 }
 
 /// Reads a port from the bytes of a key.
-pub fn number(bytes: &[u8]) -> Option<u16> {
+pub fn port(bytes: &[u8]) -> Option<u16> {
     let (port, _) = bytes.split_first_chunk::<2>()?;
     Some(u16::from_be_bytes(*port))
 }

@@ -33,7 +33,6 @@ pub struct ServiceChanges {
 /// The plan of a service before and after a change.
 #[derive(Clone, Debug)]
 pub struct Replaced {
-    /// The service.
     pub service: ObjectName,
     /// The plan that was in force; `None` if the service had no rules.
     pub old: Option<Arc<ServicePlan>>,
@@ -48,7 +47,6 @@ pub struct Replaced {
 /// The state of a `healthCheckNodePort`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HealthCheck {
-    /// The port.
     pub port: u16,
     /// The number of ready endpoints on this node; 0 for a service without rules.
     pub local_endpoints: usize,
@@ -102,8 +100,8 @@ impl ServiceChanges {
             plan.as_ref().is_some_and(|plan| plan.affinity.is_some())
         };
         let mut replaced = self.replaced.iter();
-        let bound = !self.removed.bound.is_empty();
-        self.rewritten || bound || replaced.any(|it| has(&it.old) || has(&it.new))
+        let became_local = !self.removed.became_local.is_empty();
+        self.rewritten || became_local || replaced.any(|it| has(&it.old) || has(&it.new))
     }
 }
 

@@ -8,7 +8,7 @@ use foldhash::{HashMap, HashMapExt, HashSet, HashSetExt};
 use ipnet::IpNet;
 
 use super::dispatch::Role;
-use super::layout::{Clients, Scope};
+use super::layout::{Clients, EndpointScope};
 use super::plan::{Affinity, Frontend, Pool, Route, ServicePlan, Target};
 use super::settings::{LocalDetector, ServiceSettings};
 use super::size::{self, TooLarge};
@@ -252,7 +252,7 @@ fn node_port(port: &ServicePort, addresses: &[Address]) -> Option<u16> {
 }
 
 /// The identity of a pool: label, protocol, family and scope.
-type PoolKey<'a> = (&'a str, Protocol, Family, Scope);
+type PoolKey<'a> = (&'a str, Protocol, Family, EndpointScope);
 
 fn by_port(plan: &ServicePlan) -> HashMap<PoolKey<'_>, &[Target]> {
     let pools = plan.pools.iter();
@@ -389,7 +389,7 @@ impl<'a> Compiler<'a> {
         let chosen = topology::cluster(&pools.endpoints, self.node);
         *pools
             .cluster
-            .insert(self.pool(pools, Scope::Cluster, &chosen))
+            .insert(self.pool(pools, EndpointScope::Cluster, &chosen))
     }
 
     fn local_pool(&mut self, pools: &mut PortPools<'a>) -> usize {
@@ -397,11 +397,18 @@ impl<'a> Compiler<'a> {
             return pool;
         }
         let chosen = topology::local(&pools.endpoints, self.node);
-        *pools.local.insert(self.pool(pools, Scope::Local, &chosen))
+        *pools
+            .local
+            .insert(self.pool(pools, EndpointScope::Local, &chosen))
     }
 
     /// Adds a pool and returns its index.
-    fn pool(&mut self, pools: &PortPools<'a>, scope: Scope, chosen: &[EndpointOf]) -> usize {
+    fn pool(
+        &mut self,
+        pools: &PortPools<'a>,
+        scope: EndpointScope,
+        chosen: &[EndpointOf],
+    ) -> usize {
         let index = self.pools.len();
         let node = self.node.map(|node| &*node.name);
         self.hairpin.extend(

@@ -52,13 +52,14 @@ fn elements_of(service: &Service, slices: &SlicesOf, node: Option<&Node>) -> usi
             (slice.endpoints.len(), mine.count())
         })
         .collect();
-    let on_any_node = slices.all().map(|slice| {
+    // Endpoints that may be on this node.
+    let possibly_here = slices.all().map(|slice| {
         let unknown = slice.endpoints.iter();
         unknown
             .filter(|e| e.node.is_none() || node.is_none() || e.node.as_deref() == node)
             .count()
     });
-    let mut sum = on_any_node.fold(service.cluster_ips.len(), usize::saturating_add);
+    let mut sum = possibly_here.fold(service.cluster_ips.len(), usize::saturating_add);
     let policy_local = service.external_policy == TrafficPolicy::Local;
     for family in Family::ALL {
         let of = |addresses: &[std::net::IpAddr]| {

@@ -245,7 +245,7 @@ fn unknown_port() -> Rule {
 fn postrouting(settings: &ServiceSettings) -> Vec<Rule> {
     let mark = settings.masquerade_bit.mark();
     vec![
-        Rule::new([Statement::MarkBits(Comparison::Is, mark), goto(MASQUERADE)]),
+        Rule::new([Statement::MarkBits(mark), goto(MASQUERADE)]),
         Rule::new([
             Statement::InSet(
                 vec![Selector::SourceAddress, Selector::DestinationAddress],

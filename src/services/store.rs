@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-use super::claims::{Claim, ClaimChanges, Claims, ConflictCause, Reserved, Takeover};
+use super::claims::{Claim, ClaimChange, ClaimChanges, Claims, ConflictCause, Reserved};
 use super::conflicts::Conflicts;
 use crate::model::{
     Endpoint, EndpointSlice, Event, Family, Kind, Node, NodePortAddresses, Notice, Object,
@@ -26,9 +26,6 @@ pub(crate) use slices::SlicesOf;
 pub struct Marks {
     /// Services to compile: they, their endpoints or their claims changed.
     pub services: BTreeSet<ObjectName>,
-    /// Whether a service itself changed, not just its endpoints: frontends may move between
-    /// services.
-    pub frontends: bool,
     /// Whether the addresses or the pod networks of the own node changed.
     pub node: bool,
     /// Whether the ranges of service addresses changed.
@@ -49,7 +46,6 @@ impl Marks {
 /// An endpoint of one service port, with its target port.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct EndpointOf<'a> {
-    /// The endpoint.
     pub endpoint: &'a Endpoint,
     /// The target port.
     pub port: u16,
@@ -77,7 +73,7 @@ pub struct Store {
     service_cidrs: BTreeMap<ObjectName, ServiceCidr>,
     claims: Claims,
     /// Changes of services whose claims are applied in portions, with their conflicts so far.
-    takeovers: HashMap<ObjectName, (Takeover, Conflicts)>,
+    claim_changes: HashMap<ObjectName, (ClaimChange, Conflicts)>,
     lists: RelistTracker,
     /// The addresses of NodePorts, and the address that overrides the Node's primary one.
     node_ports: (NodePortAddresses, Option<IpAddr>),
@@ -85,8 +81,8 @@ pub struct Store {
     servers: BTreeSet<SocketAddr>,
     /// Services that do not exist, for which a notice about an orphaned slice was given.
     orphaned: HashSet<ObjectName>,
-    /// Services with an event in the queue: whether they exist after it.
-    expected: HashMap<ObjectName, bool>,
+    /// Services with a queued event, and whether they exist after it.
+    queued_events: HashMap<ObjectName, bool>,
 }
 
 impl Store {
@@ -149,7 +145,6 @@ impl Store {
         }
     }
 
-    /// Returns a service.
     pub fn service(&self, name: &ObjectName) -> Option<&Arc<Service>> {
         self.services.get(name)
     }
@@ -197,7 +192,6 @@ impl Store {
         self.claims.owns_health_check(service, port)
     }
 
-    /// Returns the slices of a service.
     pub(crate) fn slices_of(&self, service: &ObjectName) -> SlicesOf<'_> {
         let names = self.slices_of.get(service).into_iter().flatten();
         SlicesOf::new(names.filter_map(|name| self.slices.get(name)))
@@ -205,13 +199,14 @@ impl Store {
 
     /// Announces an event of a service that waits in the queue, and whether the service exists
     /// after it. If so, its slices are not orphaned; if not, its claims do not conflict.
-    pub fn expect(&mut self, service: &ObjectName, exists: bool) {
-        self.expected.insert(service.clone(), exists);
+    pub fn announce_queued(&mut self, service: &ObjectName, exists: bool) {
+        self.queued_events.insert(service.clone(), exists);
     }
 
-    /// Starts to apply an event. One of a service is applied in portions by [`Store::go_on`]; the
-    /// old version of the service stays until all its claims are changed.
-    pub fn begin(&mut self, event: Event, marks: &mut Marks) {
+    /// Starts to apply an event. One of a service is applied in portions by
+    /// [`Store::continue_apply`]; the old version of the service stays until all its claims are
+    /// changed.
+    pub fn begin_apply(&mut self, event: Event, marks: &mut Marks) {
         let (name, new) = match event {
             Event::Apply(Object::Service(service)) => {
                 (service.name.clone(), Some(Arc::new(service)))
@@ -219,40 +214,41 @@ impl Store {
             Event::Delete(object) if object.kind == Kind::Service => (object.name, None),
             _ => return self.apply(event, marks),
         };
-        self.go_on(&name, usize::MAX, marks);
+        self.continue_apply(&name, usize::MAX, marks);
         self.lists
             .observe(&ObjectRef::new(Kind::Service, name.clone()));
         let old = self.services.get(&name).cloned();
         if old == new {
-            self.expected.remove(&name);
+            self.queued_events.remove(&name);
         } else {
-            if let Some(exists) = self.expected.get_mut(&name) {
+            if let Some(exists) = self.queued_events.get_mut(&name) {
                 *exists = new.is_some();
             }
-            let takeover = Takeover::new(old, new);
-            self.takeovers
-                .insert(name, (takeover, Conflicts::default()));
+            let claim_change = ClaimChange::new(old, new);
+            self.claim_changes
+                .insert(name, (claim_change, Conflicts::default()));
         }
     }
 
     /// Returns whether an event of a service is being applied.
-    pub(crate) fn is_taking_over(&self, service: &ObjectName) -> bool {
-        self.takeovers.contains_key(service)
+    pub(crate) fn is_applying(&self, service: &ObjectName) -> bool {
+        self.claim_changes.contains_key(service)
     }
 
     /// Applies up to `most` claims of a service's event, and the event with the last of them.
-    pub fn go_on(&mut self, name: &ObjectName, most: usize, marks: &mut Marks) {
-        let Some((mut takeover, mut conflicts)) = self.takeovers.remove(name) else {
+    pub fn continue_apply(&mut self, name: &ObjectName, most: usize, marks: &mut Marks) {
+        let Some((mut claim_change, mut conflicts)) = self.claim_changes.remove(name) else {
             return;
         };
-        let (claims, complete) = self.claims.advance(&mut takeover, most);
+        let (claims, complete) = self.claims.advance(&mut claim_change, most);
         self.note_claims(claims, &mut conflicts, marks);
         if !complete {
-            self.takeovers.insert(name.clone(), (takeover, conflicts));
+            self.claim_changes
+                .insert(name.clone(), (claim_change, conflicts));
             return;
         }
-        self.expected.remove(name);
-        let target = takeover.target();
+        self.queued_events.remove(name);
+        let target = claim_change.target();
         self.dependents
             .set_service(name, target.map(|service| &**service));
         match target {
@@ -270,16 +266,15 @@ impl Store {
             }
         }
         marks.notices.extend(conflicts.notices());
-        marks.frontends = true;
         marks.services.insert(name.clone());
     }
 
     /// Applies all started events completely.
     pub fn finish(&mut self, marks: &mut Marks) {
-        let mut names: Vec<ObjectName> = self.takeovers.keys().cloned().collect();
+        let mut names: Vec<ObjectName> = self.claim_changes.keys().cloned().collect();
         names.sort_unstable();
         for name in names {
-            self.go_on(&name, usize::MAX, marks);
+            self.continue_apply(&name, usize::MAX, marks);
         }
     }
 
@@ -292,7 +287,7 @@ impl Store {
             Event::ListStarted(kind) => {
                 if kind == Kind::Service {
                     self.finish(marks);
-                    self.expected.clear();
+                    self.queued_events.clear();
                 }
                 self.lists.start(kind, self.names(kind));
             }
@@ -375,8 +370,8 @@ impl Store {
         match object {
             Object::Service(service) => {
                 let name = service.name.clone();
-                self.begin(Event::Apply(Object::Service(service)), marks);
-                self.go_on(&name, usize::MAX, marks);
+                self.begin_apply(Event::Apply(Object::Service(service)), marks);
+                self.continue_apply(&name, usize::MAX, marks);
             }
             Object::EndpointSlice(slice) => self.insert_slice(slice, marks),
             Object::Node(node) => self.set_node(node, marks),
@@ -437,8 +432,8 @@ impl Store {
     fn delete(&mut self, object: &ObjectRef, marks: &mut Marks) {
         match object.kind {
             Kind::Service => {
-                self.begin(Event::Delete(object.clone()), marks);
-                self.go_on(&object.name, usize::MAX, marks);
+                self.begin_apply(Event::Delete(object.clone()), marks);
+                self.continue_apply(&object.name, usize::MAX, marks);
             }
             Kind::EndpointSlice => {
                 if let Some(old) = self.slices.remove(&object.name) {
@@ -485,7 +480,7 @@ impl Store {
         };
         let service = &slice.service;
         let known =
-            self.services.contains_key(service) || self.expected.get(service) == Some(&true);
+            self.services.contains_key(service) || self.queued_events.get(service) == Some(&true);
         if known || !self.orphaned.insert(service.clone()) {
             return;
         }
@@ -504,14 +499,13 @@ impl Store {
     /// Records the services that gained or lost claims, and their conflicts.
     fn note_claims(&self, mut claims: ClaimChanges, conflicts: &mut Conflicts, marks: &mut Marks) {
         // A frontend that moves between services is written in one transaction.
-        marks.frontends |= !claims.affected.is_empty();
         marks.services.extend(claims.affected);
         if self.is_complete() {
-            if !self.expected.is_empty() {
+            if !self.queued_events.is_empty() {
                 claims.lost.retain(|(claim, claimant)| {
                     let cause = self.claims.conflict(claim, claimant);
                     let owner = cause.as_ref().and_then(ConflictCause::owner);
-                    owner.is_none_or(|owner| self.expected.get(owner) != Some(&false))
+                    owner.is_none_or(|owner| self.queued_events.get(owner) != Some(&false))
                 });
             }
             conflicts.add(&self.claims, claims.lost);

@@ -40,7 +40,7 @@ pub struct Tables {
     /// The chains without a user, since when. They stay for a while.
     unused: BTreeMap<(Family, SharedChain), Instant>,
     /// Whether the namespaces with session affinity changed.
-    other_clients: bool,
+    affinity_namespaces_changed: bool,
     no_local_endpoints: NoLocalEndpoints,
 }
 
@@ -287,7 +287,7 @@ impl Tables {
             for chain in new.chains(family) {
                 let key = (family, chain);
                 if !self.chains.contains_key(&key) {
-                    self.other_clients |= matches!(key.1, SharedChain::Follow(_));
+                    self.affinity_namespaces_changed |= matches!(key.1, SharedChain::Follow(_));
                     if let Some(draft) = draft.as_deref_mut() {
                         let table = draft.tables.entry(family).or_default();
                         table.new_chains.push(key.1.clone());
@@ -378,7 +378,7 @@ impl Tables {
 
     /// Forgets unused chains, before a comparison of the whole tables.
     pub(crate) fn forget_chains(&mut self) {
-        self.other_clients = true;
+        self.affinity_namespaces_changed = true;
         for key in std::mem::take(&mut self.unused).keys() {
             self.chains.remove(key);
         }
@@ -391,8 +391,8 @@ impl Tables {
 
     /// Returns the sets of the namespaces with session affinity, if they changed since the last
     /// call.
-    pub(crate) fn take_other_clients(&mut self) -> Option<Sticky> {
-        if !std::mem::take(&mut self.other_clients) {
+    pub(crate) fn take_changed_affinity_namespaces(&mut self) -> Option<Sticky> {
+        if !std::mem::take(&mut self.affinity_namespaces_changed) {
             return None;
         }
         let clients = self.chains.keys().filter_map(|(_, chain)| match chain {
@@ -419,7 +419,7 @@ impl Tables {
         for key in unused {
             let sets = key.1.sets().into_iter();
             ops.extend(sets.map(|(name, _)| Op::DeleteSet(table_id(key.0), name)));
-            self.other_clients |= matches!(key.1, SharedChain::Follow(_));
+            self.affinity_namespaces_changed |= matches!(key.1, SharedChain::Follow(_));
             self.unused.remove(&key);
             self.chains.remove(&key);
         }

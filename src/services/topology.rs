@@ -7,7 +7,7 @@ use crate::model::{Endpoint, Node};
 use crate::services::EndpointOf;
 
 /// Returns the endpoints for the policy Cluster: the ready ones that match the topology hints; if
-/// none is ready, those that still serve while they terminate.
+/// none is ready, the terminating ones that still serve.
 pub fn cluster<'a>(endpoints: &[EndpointOf<'a>], node: Option<&Node>) -> Vec<EndpointOf<'a>> {
     let ready = select(endpoints, |e| e.ready);
     if ready.is_empty() {

@@ -14,10 +14,14 @@
 //! what was wanted when the copy was taken. That is what the engine regards as written, so the next
 //! update adds the events since.
 //!
-//! These comparisons stay on the main loop: the one directly after a failed write, of which steps may be
-//! in force; the repair of foreign changes, which packets meet until it is done; one that the thread
-//! could not make; and that of a process that ends when the rules are written. Where only notifications
-//! were missed, an audit looks first ([`audit`](super::audit)).
+//! The main loop compares by itself
+//!
+//! - after a failed write, some steps of which may be in force;
+//! - to repair foreign changes, which affect packets until it is done;
+//! - if the thread failed;
+//! - with `--once`.
+//!
+//! Where only notifications were missed, an audit looks first ([`audit`](super::audit)).
 
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
@@ -69,7 +73,7 @@ impl<C> TableDifference<C> {
     pub fn of<E: Engine<Change = C>>(actual: &Ruleset, wanted: Ruleset) -> Self {
         let transaction = diff(actual, wanted);
         Self {
-            change: E::compared(actual, &transaction),
+            change: E::changes_of_foreign_rules(actual, &transaction),
             transaction,
         }
     }
@@ -86,7 +90,7 @@ impl<E: Engine> Driver<E>
 where
     E::Change: Send + 'static,
 {
-    /// Whether a comparison is going on in another thread.
+    /// Returns whether a comparison is going on in another thread.
     pub(super) fn is_comparing(&self) -> bool {
         self.pending.is_some()
     }
@@ -132,7 +136,7 @@ where
         };
         let started = Instant::now();
         self.rebuild(kernel);
-        kernel.expect_commits();
+        kernel.watch_generation();
         let wanted = self.engine.snapshot();
         let (sender, result) = oneshot::channel();
         let done = reader.done;
@@ -165,7 +169,7 @@ where
         started: Instant,
     ) -> Outcome {
         if self.write(kernel, difference, &mut 0).is_ok() {
-            self.compared(kernel, started);
+            self.comparison_written(kernel, started);
             return Outcome::Synced;
         }
         kernel.metrics.failure();

@@ -8,12 +8,11 @@
 //!                               └──────── read, compare, write ────────────┘
 //! ```
 //!
-//! Nothing is written before the engine knows all objects, but the rules that it needs before
-//! ([`Engine::early_rules`]). The first write, and the one after a
-//! failure, compares with the kernel, in another thread if there is one
-//! ([`comparison`](super::comparison)): rules of an earlier process remain in force and are changed,
-//! never flushed. Objects that the kernel refuses even then go into quarantine, all of one transaction
-//! at once, and the others are written.
+//! Before the engine knows all objects, only its early rules ([`Engine::early_rules`]) are written.
+//! The first write, and the one after a failure, compares with the kernel, in another thread if
+//! there is one ([`comparison`](super::comparison)): rules of an earlier process remain in force
+//! and are changed, never flushed. Objects that the kernel refuses even then go into quarantine,
+//! all of one transaction at once, and the others are written.
 
 use std::time::{Duration, Instant};
 
@@ -50,9 +49,9 @@ pub(crate) struct Driver<E: Engine> {
     pub(super) state: DriverState,
     budget: usize,
     /// Whether a comparison was attempted before.
-    begun: bool,
+    has_compared: bool,
     /// Whether the rules of complete lists were written before.
-    written: bool,
+    has_written_all: bool,
     /// The early rules that were written last.
     early: Option<Ruleset>,
     /// Whether the last update left portions to write.
@@ -62,17 +61,17 @@ pub(crate) struct Driver<E: Engine> {
     /// The changes that followers were not notified of. Added before a write, because steps of a failed
     /// one may be in force.
     change: E::Change,
-    /// Measurements of the last calls, if the rules are in force.
-    in_force: Option<InForce>,
+    /// What the last calls did and how long it took. `None` if the rules are not in force.
+    stats: Option<SyncStats>,
     /// A change of the tables by another process.
     foreign: ForeignChange,
     /// The last error of the kernel.
     failure: Option<String>,
 }
 
-/// Measurements of how rules took effect.
+/// What the last calls of a driver did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct InForce {
+pub(crate) struct SyncStats {
     /// Whether anything was written.
     pub wrote: bool,
     /// Whether the tables were compared with the kernel.
@@ -100,13 +99,13 @@ where
             engine,
             state: DriverState::Listing,
             budget: BUDGET,
-            begun: false,
-            written: false,
+            has_compared: false,
+            has_written_all: false,
             early: None,
             more: false,
             pending: None,
             change: E::Change::default(),
-            in_force: None,
+            stats: None,
             foreign: ForeignChange::default(),
             failure: None,
         }
@@ -117,9 +116,9 @@ where
         self.budget = elements;
     }
 
-    /// Whether the rules of complete lists were written before.
-    pub(crate) fn has_written(&self) -> bool {
-        self.written
+    /// Returns whether the rules of complete lists were written before.
+    pub(crate) fn has_written_all(&self) -> bool {
+        self.has_written_all
     }
 
     /// Returns the last error of the kernel, while the rules in force are unknown.
@@ -128,7 +127,7 @@ where
         failure.filter(|_| self.state == DriverState::Unknown)
     }
 
-    /// Whether portions wait for another call of [`Driver::work`].
+    /// Returns whether portions wait for another call of [`Driver::work`].
     pub(crate) fn has_more(&self) -> bool {
         self.state == DriverState::Synced && self.more
     }
@@ -142,9 +141,9 @@ where
     }
 
     /// Takes the changes since the last call, if all of them are in force.
-    pub(crate) fn take_in_force(&mut self) -> Option<(InForce, E::Change)> {
-        let in_force = self.in_force.take()?;
-        Some((in_force, std::mem::take(&mut self.change)))
+    pub(crate) fn take_in_force(&mut self) -> Option<(SyncStats, E::Change)> {
+        let stats = self.stats.take()?;
+        Some((stats, std::mem::take(&mut self.change)))
     }
 
     /// Writes the changes since the last call, or compares everything if the rules in force are
@@ -207,7 +206,7 @@ where
         let wrote = !update.transaction.is_empty();
         match kernel.write(update.transaction, &mut 0) {
             Ok(()) => {
-                self.synced(InForce {
+                self.synced(SyncStats {
                     wrote,
                     compared: false,
                     took: started.elapsed(),
@@ -244,7 +243,7 @@ where
         self.rebuild(kernel);
         match self.attempt_all(kernel) {
             Ok(()) => {
-                self.compared(kernel, started);
+                self.comparison_written(kernel, started);
                 Outcome::Synced
             }
             Err(error) => {
@@ -256,7 +255,7 @@ where
 
     /// Compiles everything that changed, before a comparison.
     pub(super) fn rebuild<K: Kernel>(&mut self, kernel: &KernelSession<'_, K>) {
-        let first = !std::mem::replace(&mut self.begun, true);
+        let first = !std::mem::replace(&mut self.has_compared, true);
         let change = self.engine.rebuild(first);
         self.change.append(change);
         self.report_notices(kernel);
@@ -276,8 +275,9 @@ where
         if self.state != DriverState::Synced {
             let restored = self.restore_early_rules(kernel);
             let restarted = restored.or_else(|| self.restart_comparison(kernel));
-            // Without a comparison, the next attempt compares anyway. Pauses grow as after a repair, so
-            // that another process that keeps writing does not delay the comparison for ever.
+            // Nothing is compared here: the next attempt reads the tables anyway. `changed`
+            // lengthens the pause before the next call, so that a process that keeps writing cannot
+            // delay that attempt for ever.
             return Healed {
                 outcome: restarted,
                 changed: restarted.is_some(),
@@ -308,7 +308,7 @@ where
                 }
             }
             Ok(_) => {
-                self.compared(kernel, started);
+                self.comparison_written(kernel, started);
                 Healed {
                     outcome: Some(Outcome::Synced),
                     changed: true,
@@ -431,7 +431,11 @@ where
         Ok(operations)
     }
 
-    pub(super) fn compared<K: Kernel>(&mut self, kernel: &KernelSession<'_, K>, started: Instant) {
+    pub(super) fn comparison_written<K: Kernel>(
+        &mut self,
+        kernel: &KernelSession<'_, K>,
+        started: Instant,
+    ) {
         let operations = self.foreign.take();
         if operations > 0 {
             report_healing(kernel, E::TABLE, operations, started.elapsed());
@@ -440,19 +444,19 @@ where
         self.change.set_rewritten();
         // Events may be waiting.
         self.more = true;
-        self.synced(InForce {
+        self.synced(SyncStats {
             wrote: true,
             compared: true,
             took: started.elapsed(),
         });
     }
 
-    fn synced(&mut self, now: InForce) {
+    fn synced(&mut self, now: SyncStats) {
         self.state = DriverState::Synced;
-        self.written = true;
+        self.has_written_all = true;
         self.failure = None;
-        let before = self.in_force.take();
-        self.in_force = Some(before.map_or(now, |before| InForce {
+        let before = self.stats.take();
+        self.stats = Some(before.map_or(now, |before| SyncStats {
             wrote: before.wrote || now.wrote,
             compared: before.compared || now.compared,
             took: before.took + now.took,
@@ -462,7 +466,7 @@ where
     pub(super) fn failed<K: Kernel>(&mut self, kernel: &KernelSession<'_, K>, error: &Error) {
         kernel.failed(error);
         self.state = DriverState::Unknown;
-        self.in_force = None;
+        self.stats = None;
         self.failure = Some(error.to_string());
     }
 
@@ -483,29 +487,42 @@ enum FailureAction {
     GiveUp,
 }
 
-/// A change of the tables by another process that is not restored yet, with the number of operations
-/// for that, if known.
+/// A change of the tables by another process that is not restored yet.
 ///
 /// Differences after a failed write do not count, since they may be nftlet's own.
 #[derive(Debug, Default)]
-struct ForeignChange(Option<usize>);
+enum ForeignChange {
+    #[default]
+    None,
+    /// Another process may have changed something.
+    Suspected,
+    /// It takes this number of operations to restore the tables.
+    Found(usize),
+}
 
 impl ForeignChange {
     /// Records that another process may have changed something.
     fn suspect(&mut self) {
-        self.0.get_or_insert(0);
+        if let Self::None = self {
+            *self = Self::Suspected;
+        }
     }
 
     /// Records the operations of a comparison, unless they may be nftlet's own.
     fn found(&mut self, operations: usize) {
-        if let Some(known @ 0) = &mut self.0 {
-            *known = operations;
+        if let Self::Suspected = self
+            && operations > 0
+        {
+            *self = Self::Found(operations);
         }
     }
 
     /// Returns and resets the number of operations.
     fn take(&mut self) -> usize {
-        self.0.take().unwrap_or_default()
+        match std::mem::take(self) {
+            Self::None | Self::Suspected => 0,
+            Self::Found(operations) => operations,
+        }
     }
 }
 

@@ -27,7 +27,7 @@ const TABLES: [(&str, IsOwn); 2] = [
 /// # Errors
 ///
 /// The last error, if the chains of a table cannot be read or one of them cannot be removed.
-pub(crate) fn remove_foreign_hooks(
+pub(crate) fn remove_foreign_base_chains(
     kernel: &mut impl Kernel,
     metrics: &SyncMetrics,
     reporter: &dyn Reporter,
@@ -135,7 +135,7 @@ mod tests {
     fn a_table_that_cannot_be_read_stops_none_of_the_others() {
         let mut kernel = Owned::default();
         let metrics = SyncMetrics::register(&Registry::new().unwrap()).unwrap();
-        assert!(remove_foreign_hooks(&mut kernel, &metrics, &Log).is_err());
+        assert!(remove_foreign_base_chains(&mut kernel, &metrics, &Log).is_err());
         assert_eq!((kernel.read, kernel.applied.len()), (4, 3));
     }
 }

@@ -19,7 +19,8 @@ pub trait Kernel {
     /// When the tables cannot be read.
     fn read(&mut self, names: &[&str], wanted: &Ruleset) -> Result<Ruleset, Error>;
 
-    /// Reads the base chains of a table.
+    /// Reads the base chains of a table. Only fake kernels use this default; verdicts of chains do
+    /// not matter to them.
     ///
     /// # Errors
     ///

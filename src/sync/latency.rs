@@ -115,7 +115,7 @@ impl Latency {
         }
     }
 
-    /// Whether all events were measured.
+    /// Returns whether all events were measured.
     #[cfg(test)]
     pub(crate) fn is_empty(&self) -> bool {
         self.arrived.is_empty()

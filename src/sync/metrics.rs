@@ -167,7 +167,7 @@ impl SyncMetrics {
             )?,
             refused: registry.int_gauge(
                 "nftlet_refused_services",
-                "Services whose rules the kernel refuses, so that they are left out",
+                "Services left out: the kernel refuses their rules, or they are too large",
             )?,
             notices,
             healed: registry.counter(
@@ -243,7 +243,7 @@ impl SyncMetrics {
     }
 
     /// Records whether network policies are in force.
-    pub(super) fn policies_in_force(&self, in_force: bool) {
+    pub(super) fn set_policies_in_force(&self, in_force: bool) {
         self.policies_in_force.set(i64::from(in_force));
     }
 
@@ -298,7 +298,7 @@ impl SyncMetrics {
         self.objects.with_label_values(&[kind]).set(signed(count));
     }
 
-    /// Sets the number of services that are left out because the kernel refuses their rules.
+    /// Sets the number of services left out: the kernel refuses their rules, or they are too large.
     pub(super) fn refused(&self, count: usize) {
         self.refused.set(signed(count));
     }

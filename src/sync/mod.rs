@@ -6,9 +6,9 @@
 //!                                                └─ changes that took effect ─> followers
 //! ```
 //!
-//! [`Controller::handle`] takes all events since the last call, compiles only what they affect, and
-//! writes the difference to what was written before. No timer delays a change: events that arrive
-//! during a write form the next transaction.
+//! [`Controller::apply`] applies all waiting events; [`Controller::work`] compiles what they affect
+//! and writes the difference. [`Controller::handle`] does both, for tests and benchmarks. No timer
+//! delays a change: events that arrive during a write form the next transaction.
 //!
 //! Services and policies have a `Driver` each, so that a failure of one does not delay the other.
 //! Policies are written first: a new pod is isolated before a service forwards traffic to it.
@@ -45,7 +45,7 @@ pub use audit::Audits;
 pub use comparison::TableReader;
 pub(crate) use driver::{Driver, DriverState, Healed};
 pub use handover::Followers;
-pub(crate) use hooks::remove_foreign_hooks;
+pub(crate) use hooks::remove_foreign_base_chains;
 pub use kernel::Kernel;
 pub use metrics::SyncMetrics;
 pub use outcome::{Engines, Outcome, Outcomes};
@@ -136,14 +136,13 @@ impl<'a, K: Kernel> Controller<'a, K> {
         self.services.engine.store()
     }
 
-    /// Returns the engine of the policies.
     pub fn policies(&self) -> Option<&policies::Engine> {
         self.policies.as_ref().map(|policies| &policies.engine)
     }
 
     /// Applies events and writes the resulting changes.
     pub fn handle(&mut self, deliveries: impl IntoIterator<Item = Delivery>) -> Outcome {
-        self.take_over(deliveries);
+        self.apply(deliveries);
         let mut outcome = self.work(Engines::ALL).together();
         while outcome == Outcome::Synced && self.has_more() {
             outcome = self.work(Engines::SERVICES).together();
@@ -151,12 +150,12 @@ impl<'a, K: Kernel> Controller<'a, K> {
         outcome
     }
 
-    /// Whether portions of services wait for another call of [`Controller::work`].
+    /// Returns whether portions of services wait for another call of [`Controller::work`].
     pub fn has_more(&self) -> bool {
         self.services.has_more()
     }
 
-    /// Whether portions wait, or another thread compares tables.
+    /// Returns whether portions wait, or another thread compares tables.
     pub(crate) fn is_at_work(&self) -> bool {
         let policies = self.policies.as_ref();
         let comparing = self.services.is_comparing() || policies.is_some_and(Driver::is_comparing);
@@ -164,7 +163,7 @@ impl<'a, K: Kernel> Controller<'a, K> {
     }
 
     /// Applies events to the engines without writing anything.
-    pub fn take_over(&mut self, deliveries: impl IntoIterator<Item = Delivery>) {
+    pub fn apply(&mut self, deliveries: impl IntoIterator<Item = Delivery>) {
         let (services, endpoints) = self.latency.pending();
         for delivery in deliveries {
             self.latency.arrived(&delivery);
@@ -202,7 +201,7 @@ impl<'a, K: Kernel> Controller<'a, K> {
 
     /// Restores what another process may have changed before the lists are complete.
     pub(crate) fn restore_before_lists(&mut self) -> Outcomes {
-        self.kernel.remove_foreign_hooks();
+        self.kernel.remove_foreign_base_chains();
         let policies = self.policies.as_mut();
         Outcomes {
             services: None,
@@ -210,10 +209,11 @@ impl<'a, K: Kernel> Controller<'a, K> {
         }
     }
 
-    /// Whether pods are to be isolated before they are known, and the Node object does not say where.
-    pub(crate) fn lacks_pod_network(&self) -> bool {
+    /// Returns whether pods must be isolated before they are known, and the Node object does not
+    /// say where.
+    pub(crate) fn node_lacks_pod_network(&self) -> bool {
         let policies = self.policies.as_ref();
-        policies.is_some_and(|policies| policies.engine.lacks_pod_network())
+        policies.is_some_and(|policies| policies.engine.node_lacks_pod_network())
     }
 
     /// Writes the changes of the selected engines.
@@ -228,10 +228,10 @@ impl<'a, K: Kernel> Controller<'a, K> {
     fn work_on_services(&mut self) -> Outcome {
         let marked = self.services.engine.is_marked();
         let mut outcome = self.services.work(&mut self.kernel);
-        self.services_in_force();
+        self.finish_services();
         if marked && outcome == Outcome::Synced && self.has_more() {
             outcome = self.services.work(&mut self.kernel);
-            self.services_in_force();
+            self.finish_services();
         }
         outcome
     }
@@ -242,15 +242,15 @@ impl<'a, K: Kernel> Controller<'a, K> {
         };
         let mut outcome = policies.work(&mut self.kernel);
         let mut state = policies.state;
-        self.policies_in_force_now();
-        // A comparison in another thread leaves the events since its start.
+        self.finish_policies();
+        // Events that arrived while another thread compared are not written yet.
         if let Some(policies) = &mut self.policies
             && outcome == Outcome::Synced
             && policies.has_more()
         {
             outcome = policies.work(&mut self.kernel);
             state = policies.state;
-            self.policies_in_force_now();
+            self.finish_policies();
         }
         match outcome {
             // Services do not wait for the first lists of policies.
@@ -264,20 +264,21 @@ impl<'a, K: Kernel> Controller<'a, K> {
     /// Compares the services with what the kernel holds and writes the difference.
     ///
     /// Does nothing before the lists are complete.
-    pub fn resync(&mut self) -> Outcome {
+    #[cfg(test)]
+    pub(crate) fn resync(&mut self) -> Outcome {
         let outcome = self.services.compare(&mut self.kernel);
-        self.services_in_force();
+        self.finish_services();
         outcome
     }
 
     /// Updates metrics and notifies followers after services took effect.
-    fn services_in_force(&mut self) {
-        let Some((in_force, change)) = self.services.take_in_force() else {
+    fn finish_services(&mut self) {
+        let Some((stats, change)) = self.services.take_in_force() else {
             return;
         };
         let metrics = self.kernel.metrics;
-        if in_force.wrote {
-            metrics.sync(in_force.compared, in_force.took);
+        if stats.wrote {
+            metrics.sync(stats.compared, stats.took);
         }
         self.followers.hand_services(change);
         metrics.compiled(self.services.engine.take_compiled());
@@ -297,11 +298,11 @@ impl<'a, K: Kernel> Controller<'a, K> {
     }
 
     /// Updates metrics and notifies followers after policies took effect.
-    fn policies_in_force_now(&mut self) {
+    fn finish_policies(&mut self) {
         let Some(policies) = &mut self.policies else {
             return;
         };
-        let Some((in_force, mut change)) = policies.take_in_force() else {
+        let Some((stats, mut change)) = policies.take_in_force() else {
             return;
         };
         let changed = std::mem::take(&mut change.policies);
@@ -309,8 +310,8 @@ impl<'a, K: Kernel> Controller<'a, K> {
         self.policy_times
             .record(changed, is_accepted, SystemTime::now());
         let metrics = self.kernel.metrics;
-        if in_force.wrote {
-            metrics.policy_sync(in_force.took);
+        if stats.wrote {
+            metrics.policy_sync(stats.took);
         }
         self.latency.policies_in_force(metrics);
         if let Some(isolated) = &change.isolated {
@@ -328,14 +329,14 @@ impl<'a, K: Kernel> Controller<'a, K> {
             return (Outcomes::default(), false);
         }
         if self.waits_for_lists() {
-            self.kernel.remove_foreign_hooks();
+            self.kernel.remove_foreign_base_chains();
         }
-        self.kernel.expect_present();
+        self.kernel.set_expected_to_current();
         let policies = self.policies.as_mut();
         let policies = policies.map_or_else(Healed::default, |it| it.heal(&mut self.kernel));
-        self.policies_in_force_now();
+        self.finish_policies();
         let services = self.services.heal(&mut self.kernel);
-        self.services_in_force();
+        self.finish_services();
         let outcomes = Outcomes {
             services: services.outcome,
             policies: policies.outcome,
@@ -356,7 +357,7 @@ impl<'a, K: Kernel> Controller<'a, K> {
         Ok(())
     }
 
-    /// Whether the rules written last are known to be in force.
+    /// Returns whether the rules written last are known to be in force.
     pub(crate) fn is_synced(&self) -> bool {
         let policies = self.policies.as_ref().is_none_or(|policies| {
             policies.state == DriverState::Synced
@@ -365,7 +366,7 @@ impl<'a, K: Kernel> Controller<'a, K> {
         self.services.state == DriverState::Synced && policies
     }
 
-    /// Whether some tables cannot be compared, because lists are not complete.
+    /// Returns whether some tables cannot be compared, because lists are not complete.
     fn waits_for_lists(&self) -> bool {
         let policies = self.policies.as_ref();
         let policies =
@@ -392,18 +393,19 @@ impl<'a, K: Kernel> Controller<'a, K> {
         self.services.due().into_iter().chain(policies).min()
     }
 
-    /// Whether the lists of policies are complete, or no policies are enforced.
+    /// Returns whether the lists of policies are complete, or no policies are enforced.
     pub(crate) fn policies_ready(&self) -> bool {
         let policies = self.policies.as_ref();
         policies.is_none_or(|policies| policies.engine.is_ready())
     }
 
-    /// Whether policies are in force, or the reason why not; `None` if there are none to enforce.
+    /// Returns whether policies are in force, or the reason why not; `None` if there are none to
+    /// enforce.
     pub(crate) fn policies_in_force(&self) -> Option<Result<(), String>> {
         let policies = self.policies.as_ref().filter(|it| it.engine.is_on())?;
         // While lists are read again, the previous rules are in force. The first policies of a
         // cluster, however, wait for the first lists of pods.
-        let known = policies.has_written() && !policies.engine.has_first_policies();
+        let known = policies.has_written_all() && !policies.engine.has_first_policies();
         let pod_network = policies.engine.pod_network();
         if known && policies.state != DriverState::Unknown {
             if policies.engine.waits_for_nodes() {

@@ -1,7 +1,6 @@
 //! Outcomes of work on the engines.
 
-/// The result of [`Controller::handle`](super::Controller::handle) and
-/// [`Controller::resync`](super::Controller::resync).
+/// The result of [`Controller::handle`](super::Controller::handle).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// Lists are not complete; nothing was written.
@@ -46,7 +45,7 @@ pub struct Outcomes {
 }
 
 impl Outcomes {
-    /// Whether an engine has this outcome.
+    /// Returns whether an engine has this outcome.
     pub fn any(self, outcome: Outcome) -> bool {
         [self.services, self.policies].contains(&Some(outcome))
     }

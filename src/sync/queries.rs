@@ -19,14 +19,12 @@ use crate::services;
 pub enum Query {
     /// Evaluates which connections the policies deny.
     Evaluate {
-        /// The connections.
         connections: Vec<Connection>,
         /// Receives a flag for each connection, in order; `None` while the rules in force are unknown.
         answer: oneshot::Sender<Option<Vec<bool>>>,
     },
     /// Names the pods at both ends of a denied connection, and the policies that deny it.
     Names {
-        /// The connection.
         connection: Connection,
         /// The direction in which it is denied.
         direction: Direction,
@@ -63,9 +61,7 @@ impl fmt::Debug for Look {
 /// The objects and the state of the rules.
 #[derive(Clone, Copy)]
 pub struct View<'a> {
-    /// The engine of services.
     pub services: &'a services::Engine,
-    /// The engine of policies.
     pub policies: Option<&'a policies::Engine>,
     /// Whether the rules of services are those of the objects, as far as known.
     pub services_in_step: bool,
@@ -128,7 +124,6 @@ pub enum RemovalOutcome {
 }
 
 impl<K: Kernel> Controller<'_, K> {
-    /// Answers a query.
     pub(crate) fn answer(&mut self, query: Query) {
         match query {
             Query::Evaluate {

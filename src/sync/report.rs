@@ -1,7 +1,7 @@
 //! Reports to administrators: log lines and Events.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
@@ -9,6 +9,7 @@ use tokio::sync::mpsc;
 use super::metrics::SyncMetrics;
 use crate::logging::{Count, Repeats};
 use crate::model::{Notice, Reason, Subject};
+use crate::mutex::lock;
 use crate::netlink::{ConntrackError, Error};
 
 /// Receives reports for administrators. Implementations must not block.
@@ -90,7 +91,7 @@ impl Default for LineLimits {
 }
 
 impl LineLimits {
-    /// Whether to log a report.
+    /// Returns whether to log a report.
     fn allow(&mut self, subject: &Subject, reason: Reason, text: &str, now: Instant) -> bool {
         let own = (subject.clone(), reason);
         if self.repeats.contains(&own) {
@@ -179,7 +180,7 @@ impl LogAndSend {
     }
 
     fn limits(&self) -> MutexGuard<'_, LineLimits> {
-        self.limits.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.limits)
     }
 }
 

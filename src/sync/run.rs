@@ -16,9 +16,10 @@ use crate::serve::health::Health;
 
 /// The most events of one transaction.
 const BATCH: usize = 4096;
-/// Before the first rules are written, the interval of checks for foreign base chains, and the first
-/// pause before missing lists are logged.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// The interval of checks for foreign base chains before the first rules are written.
+const HOOK_CHECKS: Duration = Duration::from_secs(5);
+/// The first pause before missing lists are logged.
+const FIRST_PATIENCE: Duration = Duration::from_secs(5);
 /// The longest pause between two such lines.
 const LONGEST_PATIENCE: Duration = Duration::from_secs(300);
 /// How long the Node object may be without the ranges of its pods, which a controller adds. kube-proxy
@@ -75,9 +76,9 @@ pub async fn run<K: Kernel>(
     let mut due: Option<Instant> = None;
     let mut retry_quarantined = Instant::now() + RETRY_QUARANTINED_EVERY;
     let (mut pinged, mut answered) = (Instant::now(), Instant::now());
-    let mut patience = Instant::now() + PATIENCE;
-    let mut log_at = patience;
-    let mut log_pauses = Backoff::new(PATIENCE, LONGEST_PATIENCE);
+    let mut hook_check = Instant::now() + HOOK_CHECKS;
+    let mut log_at = Instant::now() + FIRST_PATIENCE;
+    let mut log_pauses = Backoff::new(FIRST_PATIENCE, LONGEST_PATIENCE);
     let compared = controller.kernel.reader().map(|reader| reader.done());
     let mut batch = Vec::new();
     let (mut open, mut ready) = (true, false);
@@ -86,8 +87,8 @@ pub async fn run<K: Kernel>(
     record_policies(controller, &mut unenforced, health);
     loop {
         let outcomes = tokio::select! {
-            // Timers are rarely due and take precedence, since a steady flow of events would delay them
-            // forever. So do queries: their senders wait for the answer, so that events have their turn.
+            // Timers come before events, or a steady flow of events would delay them for ever.
+            // Queries do too; each sender waits for its answer, so they cannot starve events.
             biased;
             _ = signals.stop.wait_for(|stop| *stop) => return Exit::Stopped,
             Some(query) = queries::next(&mut signals.queries) => {
@@ -95,7 +96,7 @@ pub async fn run<K: Kernel>(
                 continue;
             }
             engines = retries.due() => controller.work(engines),
-            () = notified(compared.as_deref()) => controller.work(retries.not_waiting()),
+            () = notified(compared.as_deref()) => controller.work(retries.without_retry()),
             () = healing.due() => {
                 let started = Instant::now();
                 let (outcomes, changed) = controller.heal();
@@ -103,7 +104,7 @@ pub async fn run<K: Kernel>(
                 outcomes
             }
             () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {
-                controller.work(retries.not_waiting())
+                controller.work(retries.without_retry())
             }
             () = unenforced.due() => {
                 controller.report_not_in_force();
@@ -116,7 +117,7 @@ pub async fn run<K: Kernel>(
             () = sleep_until(retry_quarantined) => {
                 retry_quarantined = Instant::now() + RETRY_QUARANTINED_EVERY;
                 controller.retry_quarantined();
-                controller.work(retries.not_waiting())
+                controller.work(retries.without_retry())
             }
             () = sleep_until(pinged + health.period()) => {
                 pinged = Instant::now();
@@ -139,13 +140,13 @@ pub async fn run<K: Kernel>(
                 }
                 continue;
             }
-            () = sleep_until(patience), if !ready => {
-                patience += PATIENCE;
+            () = sleep_until(hook_check), if !ready => {
+                hook_check += HOOK_CHECKS;
                 retries.record(controller.restore_before_lists());
-                if patience < log_at {
+                if hook_check < log_at {
                     continue;
                 }
-                log_at = patience + log_pauses.next();
+                log_at = hook_check + log_pauses.next();
                 let missing = controller.missing();
                 if !missing.is_empty() {
                     let kinds: Vec<_> = missing.iter().map(|kind| kind.as_str()).collect();
@@ -170,8 +171,8 @@ pub async fn run<K: Kernel>(
                     continue;
                 }
                 health.queued();
-                controller.take_over(batch.drain(..));
-                controller.work(retries.not_waiting())
+                controller.apply(batch.drain(..));
+                controller.work(retries.without_retry())
             }
             // After events, which also write a portion. Yields to the runtime, which would not check
             // timers otherwise.
@@ -184,7 +185,7 @@ pub async fn run<K: Kernel>(
         health.node_going_away(node.is_some_and(|node| node.going_away));
         due = controller.due().map(Instant::from_std);
         network_due = controller
-            .lacks_pod_network()
+            .node_lacks_pod_network()
             .then(|| network_due.unwrap_or_else(|| Instant::now() + NETWORK_PATIENCE));
         record_policies(controller, &mut unenforced, health);
         if outcomes.any(Outcome::Failed) {
@@ -236,7 +237,7 @@ fn record_policies<K: Kernel>(
         controller
             .kernel
             .metrics
-            .policies_in_force(in_force.is_ok());
+            .set_policies_in_force(in_force.is_ok());
         unenforced.record(in_force.is_ok());
         health.policies(in_force);
     }

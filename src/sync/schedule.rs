@@ -61,14 +61,14 @@ impl Retries {
         }
     }
 
-    /// Whether no engine failed and waits for a retry, or for a comparison.
+    /// Returns whether no engine failed and waits for a retry, or for a comparison.
     pub(crate) fn is_empty(&self) -> bool {
         self.services.is_none() && self.policies.is_none()
     }
 
     /// Returns the engines that do not wait for a retry. Only these write events at once, since an attempt
     /// after a failure reads and compares whole tables.
-    pub(crate) fn not_waiting(&self) -> Engines {
+    pub(crate) fn without_retry(&self) -> Engines {
         Engines {
             services: at(self.services).is_none(),
             policies: at(self.policies).is_none(),
@@ -229,7 +229,7 @@ mod tests {
         // The other engine begins with a short pause, independent of the first.
         retries.record(SERVICES_FAILED);
         retries.record(POLICIES_FAILED);
-        assert_eq!(retries.not_waiting(), Engines::default());
+        assert_eq!(retries.without_retry(), Engines::default());
         let start = Instant::now();
         let due = retries.due().await;
         assert!(due.policies && !due.services);
@@ -238,7 +238,7 @@ mod tests {
             services: Some(Outcome::Synced),
             policies: None,
         });
-        let ready = retries.not_waiting();
+        let ready = retries.without_retry();
         assert!(ready.services && !ready.policies && !retries.is_empty());
     }
 
@@ -258,7 +258,7 @@ mod tests {
             before = start.elapsed();
             retries.record(comparing);
             assert!(!retries.is_empty());
-            assert_eq!(retries.not_waiting(), Engines::ALL);
+            assert_eq!(retries.without_retry(), Engines::ALL);
             let day = Duration::from_secs(86_400);
             assert!(tokio::time::timeout(day, retries.due()).await.is_err());
         }

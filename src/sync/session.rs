@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use super::comparison::TableReader;
-use super::hooks::remove_foreign_hooks;
+use super::hooks::remove_foreign_base_chains;
 use super::kernel::Kernel;
 use super::metrics::SyncMetrics;
 use super::report::Reporter;
@@ -65,7 +65,8 @@ impl<'a, K: Kernel> KernelSession<'a, K> {
                 }
             }
             if applied.is_err() {
-                // A large step is not listened to, whether or not it succeeds.
+                // The monitor is muted during a large step, also during one that fails, so only the
+                // generation shows whether others wrote.
                 let now = self.kernel.generation().ok();
                 self.missed_notifications |=
                     self.expected_generation.is_some() && now != self.expected_generation;
@@ -100,12 +101,12 @@ impl<'a, K: Kernel> KernelSession<'a, K> {
     ///
     /// When the tables cannot be read.
     pub(crate) fn read(&mut self, table: &str, wanted: &Ruleset) -> Result<Ruleset, Error> {
-        self.expect_commits();
+        self.watch_generation();
         self.kernel.read(&[table], wanted)
     }
 
     /// Lets commits after this call be detected, before tables are read.
-    pub(super) fn expect_commits(&mut self) {
+    pub(super) fn watch_generation(&mut self) {
         if self.expected_generation.is_none() {
             self.expected_generation = self.kernel.generation().ok();
         }
@@ -130,27 +131,27 @@ impl<'a, K: Kernel> KernelSession<'a, K> {
         self.kernel.generation()
     }
 
-    /// Whether no other process has committed anything since the tables were compared.
+    /// Returns whether no other process has committed anything since the tables were compared.
     pub(crate) fn is_as_expected(&mut self) -> bool {
         let now = self.kernel.generation().ok();
         now.is_some() && now == self.expected_generation
     }
 
     /// Sets the expected generation to the current one, before everything is compared.
-    pub(crate) fn expect_present(&mut self) {
+    pub(crate) fn set_expected_to_current(&mut self) {
         self.expected_generation = self.kernel.generation().ok();
     }
 
     /// Sets the expected generation after the tables were found equal at a point.
-    pub(super) fn expect(&mut self, moment: WritePoint) {
-        let own = self.writes.wrapping_sub(moment.writes);
-        self.expected_generation = moment
+    pub(super) fn set_expected_from(&mut self, write_point: WritePoint) {
+        let own = self.writes.wrapping_sub(write_point.writes);
+        self.expected_generation = write_point
             .generation
             .map(|generation| generation.wrapping_add(own as u32));
     }
 
     /// Resets the expected generation, so that the next comparison reads the tables.
-    pub(super) fn expect_nothing(&mut self) {
+    pub(super) fn forget_expected(&mut self) {
         self.expected_generation = None;
     }
 
@@ -168,8 +169,8 @@ impl<'a, K: Kernel> KernelSession<'a, K> {
     }
 
     /// Removes foreign base chains from nftlet's tables, and reports failures.
-    pub(crate) fn remove_foreign_hooks(&mut self) {
-        let removed = remove_foreign_hooks(&mut self.kernel, self.metrics, self.reporter);
+    pub(crate) fn remove_foreign_base_chains(&mut self) {
+        let removed = remove_foreign_base_chains(&mut self.kernel, self.metrics, self.reporter);
         if let Err(error) = removed {
             self.failed(&error);
         }
@@ -181,7 +182,6 @@ impl<'a, K: Kernel> KernelSession<'a, K> {
         self.reporter.failed(error);
     }
 
-    /// Reports a notice.
     pub(crate) fn report(&self, notice: &Notice) {
         self.reporter.notice(notice);
     }

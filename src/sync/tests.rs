@@ -516,7 +516,7 @@ fn while_a_retry_is_due_events_are_taken_over_without_touching_the_kernel() {
     );
     let reads = bench.kernel.0.borrow().reads;
     for last in 2..50 {
-        controller.take_over([Delivery::now(slice_of(&[last]))]);
+        controller.apply([Delivery::now(slice_of(&[last]))]);
     }
     assert_eq!(bench.kernel.0.borrow().reads, reads);
     assert_eq!(controller.resync(), Outcome::Synced);

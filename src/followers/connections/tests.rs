@@ -77,6 +77,7 @@ struct State {
     connections: Vec<Tracked>,
     removed: Vec<(Tracked, EntryToCut)>,
     lists: usize,
+    opened: usize,
     /// Lists to fail before the next one succeeds.
     failures: usize,
 }
@@ -149,7 +150,10 @@ thread_local! {
 }
 
 fn open_here() -> Result<(Fake, Fake), ConntrackError> {
-    Ok(HERE.with_borrow(|fake| (fake.clone(), fake.clone())))
+    Ok(HERE.with_borrow(|fake| {
+        fake.state().opened += 1;
+        (fake.clone(), fake.clone())
+    }))
 }
 
 /// The change that isolates a pod.
@@ -319,11 +323,26 @@ fn without_isolated_pods_nothing_is_listed() {
     assert!(cutter.sweep(&all).is_ok());
     assert_eq!(bench.fake.state().lists, 0);
     // With an isolated pod but no answer to queries, it ends.
-    cutter.take_over(&isolated(), Instant::now());
+    cutter.receive(&isolated(), Instant::now());
     assert!(matches!(cutter.sweep(&all), Err(SweepError::Ended)));
     assert_eq!(bench.fake.state().connections.len(), 1);
     drop(cutter);
     bench.end();
+}
+
+#[test]
+fn no_socket_is_opened_while_there_is_nothing_to_delete() {
+    let fake = Fake::default();
+    HERE.set(fake.clone());
+    let (changes, received) = channel();
+    let (ask, _) = mpsc::channel(1);
+    let metrics = FollowerMetrics::register(&Registry::new().unwrap()).unwrap();
+    for _ in 0..2 {
+        changes.send(Arc::new(isolated())).unwrap();
+    }
+    drop(changes);
+    Cutter::new(open_here, received, ask, false, &metrics).run();
+    assert_eq!(fake.state().opened, 0);
 }
 
 #[test]
@@ -390,7 +409,7 @@ fn changes_of_policies_delay_a_sweep_by_a_second_at_most() {
         let mut cutter = Cutter::new(open_here, received, ask, strict, &metrics);
         cutter.earliest = now + after_slow_sweep;
         for (at, changes) in changes {
-            cutter.take_over(changes, now + *at);
+            cutter.receive(changes, now + *at);
         }
         cutter.due.map(|due| due - now)
     };

@@ -47,7 +47,7 @@ impl Pending {
 
     /// Takes the dirty frontends, if there are any.
     pub(crate) fn take(&mut self) -> Option<DirtyFrontends> {
-        self.take_over_all();
+        self.receive_all();
         let dirty = std::mem::take(&mut self.dirty);
         (!dirty.is_empty()).then_some(dirty)
     }
@@ -67,27 +67,27 @@ impl Pending {
                 }
             };
             match received {
-                Ok(changes) => self.take_over(&changes),
+                Ok(changes) => self.add(&changes),
                 Err(RecvTimeoutError::Timeout) => return Received::Timeout,
                 Err(RecvTimeoutError::Disconnected) => return Received::Closed,
             }
         }
     }
 
-    /// Whether a flow is valid by changes after the last call of [`Pending::take`], which may have added
-    /// its endpoint.
+    /// Returns whether a flow is valid by changes after the last call of [`Pending::take`], which
+    /// may have added its endpoint.
     pub(crate) fn keeps(&mut self, flow: &Flow, node_port_addresses: &HashSet<IpAddr>) -> bool {
-        self.take_over_all();
+        self.receive_all();
         self.dirty.evaluate(flow, node_port_addresses) == FlowState::Kept
     }
 
-    fn take_over_all(&mut self) {
+    fn receive_all(&mut self) {
         while let Ok(changes) = self.changes.try_recv() {
-            self.take_over(&changes);
+            self.add(&changes);
         }
     }
 
-    fn take_over(&mut self, changes: &ServiceChanges) {
+    fn add(&mut self, changes: &ServiceChanges) {
         // A service may have changed several times before its rules were in force.
         let mut first_old: HashMap<&ObjectName, Option<Arc<ServicePlan>>> = HashMap::new();
         for replaced in changes.replaced.iter().filter(|it| it.is_other_plan()) {

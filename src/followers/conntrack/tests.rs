@@ -13,7 +13,7 @@ use crate::model::{Notice, ObjectName};
 use crate::netlink::{ConntrackError, Error, FlowFilter};
 use crate::nft;
 use crate::serve::metrics::Registry;
-use crate::services::{Frontend, Replaced, Role, Route, Scope, ServiceChanges};
+use crate::services::{EndpointScope, Frontend, Replaced, Role, Route, ServiceChanges};
 use crate::sync::Reporter;
 
 fn at(text: &str) -> SocketAddr {
@@ -58,7 +58,7 @@ fn plan(protocol: Protocol, fronts: &[&str], chosen: &[&str], unchosen: &[&str])
             label: "shop/dns".into(),
             protocol,
             family: Family::V4,
-            scope: Scope::Cluster,
+            scope: EndpointScope::Cluster,
             targets: targets(chosen),
             unchosen: targets(unchosen),
         }]

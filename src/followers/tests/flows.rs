@@ -19,7 +19,7 @@ fn vip(last: u8) -> UdpFrontend {
     UdpFrontend::Address(([10, 96, 0, last], 53).into())
 }
 
-/// The frontends whose flows are to be looked for, in order.
+/// The frontends whose flows are looked for, in order.
 fn suspects(pending: &mut Pending) -> Vec<UdpFrontend> {
     let dirty = pending.take().unwrap_or_default();
     let mut suspects: Vec<UdpFrontend> = dirty.to_sweep().collect();

@@ -22,7 +22,6 @@ pub enum ConntrackError {
     /// A UDP flow cannot be deleted.
     #[error("cannot delete the UDP flow {flow}: {source}; {hint}", hint = hint(.source))]
     DeleteFlow {
-        /// The flow.
         flow: Box<Flow>,
         /// The kernel's errno.
         source: io::Error,
@@ -30,7 +29,6 @@ pub enum ConntrackError {
     /// A connection cannot be deleted.
     #[error("cannot cut the connection {connection}: {source}; {hint}", hint = hint(.source))]
     Cut {
-        /// The connection.
         connection: Box<Tracked>,
         /// The kernel's errno.
         source: io::Error,

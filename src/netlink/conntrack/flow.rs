@@ -40,7 +40,7 @@ impl fmt::Display for Flow {
 }
 
 impl Flow {
-    /// Whether the destination was translated.
+    /// Returns whether the destination was translated.
     pub fn is_translated(&self) -> bool {
         self.replier != self.destination
     }
@@ -130,7 +130,7 @@ impl FlowFilter {
         self.family
     }
 
-    /// Whether a flow matches.
+    /// Returns whether a flow matches.
     pub(crate) fn admits(&self, flow: &Flow) -> bool {
         let destination = flow.destination;
         flow.family() == self.family

@@ -25,7 +25,6 @@ impl Program {
                 self.payload(libc::NFT_PAYLOAD_TRANSPORT_HEADER, 2, 2, target);
             }
             Selector::L4Protocol => self.meta(libc::NFT_META_L4PROTO, target),
-            Selector::Mark => self.meta(libc::NFT_META_MARK, target),
             Selector::Priority => self.meta(libc::NFT_META_PRIORITY, target),
             Selector::InputInterface => self.meta(libc::NFT_META_IIFNAME, target),
             Selector::OutputInterface => self.meta(libc::NFT_META_OIFNAME, target),
@@ -69,7 +68,7 @@ impl Program {
         );
     }
 
-    fn meta(&mut self, key: libc::c_int, target: u32) {
+    pub(super) fn meta(&mut self, key: libc::c_int, target: u32) {
         use Attribute::U32;
         self.push(
             c"meta",

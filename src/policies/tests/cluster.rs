@@ -73,7 +73,7 @@ fn pair() -> Checked {
     checked
 }
 
-/// Whether rules and objects allow TCP to a port; they must agree.
+/// Returns whether rules and objects allow TCP to a port; they must agree.
 fn at_port(checked: &Checked, source: u8, destination: u8, port: u16) -> bool {
     let connection = Connection {
         source: [10, 0, 0, source].into(),

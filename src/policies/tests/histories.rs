@@ -237,7 +237,7 @@ proptest! {
     }
 }
 
-/// Whether the pod at the end of a direction is one of this node, whose rules decide.
+/// Returns whether the pod at the end of a direction is one of this node, whose rules decide.
 fn here(direction: Direction, connection: &Connection, checked: &Checked) -> bool {
     let address = match direction {
         Direction::Egress => connection.source,

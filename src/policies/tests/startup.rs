@@ -336,15 +336,15 @@ fn early_rules_close_a_table_that_cannot_be_kept() {
 fn the_pod_network_is_that_of_the_node_object() {
     let mut engine = engine(PodNetwork::NodeCidr);
     list_policies(&mut engine);
-    assert!(!engine.lacks_pod_network(), "the Node may still come");
+    assert!(!engine.node_lacks_pod_network(), "the Node may still come");
     engine.apply(&node(&[]));
     engine.apply(&named_node("there", &["10.0.1.0/25"]));
     engine.apply(&Event::ListComplete(Kind::Node));
-    assert!(engine.lacks_pod_network() && !engine.is_ready());
+    assert!(engine.node_lacks_pod_network() && !engine.is_ready());
     let waits = engine.pod_network().unwrap_err();
     assert!(waits.contains("spec.podCIDRs of Node here"), "{waits}");
     engine.apply(&node(&["10.0.0.0/25"]));
-    assert!(!engine.lacks_pod_network() && engine.is_ready());
+    assert!(!engine.node_lacks_pod_network() && engine.is_ready());
     assert_eq!(engine.pod_network(), Ok(()));
 
     let mut checked = closed();

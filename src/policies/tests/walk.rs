@@ -31,7 +31,8 @@ struct Packet<'a> {
 }
 
 impl Packet<'_> {
-    /// Whether a chain accepts or drops it; nothing if the packet comes to its end or returns.
+    /// Returns whether a chain accepts or drops it; nothing if the packet comes to its end or
+    /// returns.
     fn chain(&self, name: &Name) -> Option<bool> {
         for rule in &self.table.chains[name].rules {
             match self.rule(rule) {

@@ -150,7 +150,7 @@ async fn a_probe_waits_until_all_is_written_where_it_is_asked_to() {
     client
         .send("GET /livez?wait=60 HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n")
         .await;
-    // Those that do not ask for it do not wait, and show that the first one does.
+    // Probes that do not ask for it do not wait, and show that the first one does.
     let answer = server.ask("GET", "/readyz").await;
     assert!(answer.starts_with("HTTP/1.1 503 "), "{answer}");
     server.health.synced();

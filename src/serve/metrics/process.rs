@@ -4,10 +4,12 @@
 //! crate and with it a second rustix, for six numbers of two files.
 
 use std::fs;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 use prometheus::{Counter, Error, Gauge, IntGauge, Registry};
 use rustix::process::{Resource, getrlimit};
+
+use crate::mutex::lock;
 
 /// The metrics `process_*`.
 #[derive(Debug)]
@@ -21,7 +23,6 @@ pub(super) struct ProcessMetrics {
 }
 
 impl ProcessMetrics {
-    /// Creates and registers the metrics.
     pub(super) fn register(registry: &Registry) -> Result<Self, Error> {
         let gauge = |name: &str, help: &str| -> Result<IntGauge, Error> {
             let gauge = IntGauge::new(name, help)?;
@@ -64,7 +65,7 @@ impl ProcessMetrics {
     pub(super) fn refresh(&self) {
         if let Some(stat) = Stat::read() {
             // The lock keeps concurrent scrapes from adding the same time twice.
-            let cpu = self.cpu.lock().unwrap_or_else(PoisonError::into_inner);
+            let cpu = lock(&self.cpu);
             cpu.inc_by((stat.cpu_seconds() - cpu.get()).max(0.0));
             self.resident.set(stat.resident_bytes());
             self.mapped.set(stat.mapped_bytes);

@@ -16,7 +16,6 @@ pub struct Sample<const LABELS: usize> {
 }
 
 impl<const LABELS: usize> Sample<LABELS> {
-    /// Creates a sample.
     pub fn new(labels: [&str; LABELS], count: u64) -> Self {
         Self {
             labels: labels.map(str::to_owned),

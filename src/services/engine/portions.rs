@@ -30,10 +30,10 @@ impl Engine {
         let name = name.clone();
         let old = self.store.service(&name).map_or(0, |old| old.frontends());
         let may_wait = self.started && !self.store.is_listing(Kind::Service);
-        let waits = self.queue.has_event(&name) || self.store.is_taking_over(&name);
+        let waits = self.queue.has_event(&name) || self.store.is_applying(&name);
         if may_wait && (old.max(new) > self.portion || waits) {
             let exists = matches!(event, Event::Apply(_));
-            self.store.expect(&name, exists);
+            self.store.announce_queued(&name, exists);
             self.queue.put_off(&name, event);
             return None;
         }
@@ -56,17 +56,20 @@ impl Engine {
         let mut compiled = false;
         while room > 0
             && let Some(name) = self.queue.next()
-            && (!compiled || self.queue.is_written(&name))
+            && (!compiled || self.queue.is_being_written(&name))
         {
             let left = self.tables.left(&name);
             let most = match left {
+                // It fits: write all of it.
                 _ if left <= room => usize::MAX,
+                // It does not fit into what is left: wait for a whole portion.
                 _ if room < self.portion => break,
+                // It does not fit into a whole portion: divide it.
                 _ => room,
             };
-            if self.store.is_taking_over(&name) {
+            if self.store.is_applying(&name) {
                 self.queue.had_turn(&name);
-                self.take_over_some(&name);
+                self.apply_portion_of_claims(&name);
                 break;
             }
             match self.queue.task(&name) {
@@ -87,9 +90,9 @@ impl Engine {
                         break;
                     }
                 }
-                Some(Task::TakeOver(event)) => {
+                Some(Task::ApplyEvent(event)) => {
                     self.queue.had_turn(&name);
-                    self.take_over_one(&name, event);
+                    self.apply_in_portions(&name, event);
                     break;
                 }
             }
@@ -97,19 +100,19 @@ impl Engine {
     }
 
     /// Starts to apply an event that waited.
-    fn take_over_one(&mut self, name: &ObjectName, event: Event) {
+    fn apply_in_portions(&mut self, name: &ObjectName, event: Event) {
         let in_force = self.tables.shared_plan(name);
         self.queue.compile(name, in_force);
-        self.store.begin(event, &mut self.marks);
+        self.store.begin_apply(event, &mut self.marks);
         self.note_marks();
-        self.take_over_some(name);
+        self.apply_portion_of_claims(name);
     }
 
     /// Applies a portion of the claims of a service. Other services that it concerns are compiled
     /// with the next call.
-    fn take_over_some(&mut self, name: &ObjectName) {
+    fn apply_portion_of_claims(&mut self, name: &ObjectName) {
         let most = self.portion.saturating_mul(CLAIMS);
-        self.store.go_on(name, most, &mut self.marks);
+        self.store.continue_apply(name, most, &mut self.marks);
         self.note_marks();
     }
 
@@ -129,12 +132,12 @@ impl Engine {
             let mut withheld = false;
             let (store, settings) = (&self.store, &self.settings);
             let complete = compilation.advance(store, settings, previous, most, |frontend| {
-                let is_free = queue.take_frontend(name, frontend);
+                let is_free = queue.reserve_frontend(name, frontend);
                 withheld |= !is_free;
                 is_free
             });
             if withheld {
-                queue.look_again(name);
+                queue.recompile_on_release(name);
             }
             if !complete {
                 queue.compile_on(name, compilation);
@@ -169,7 +172,7 @@ impl Engine {
             None => self.note_unchanged(name),
         }
         let services = &mut self.marks.services;
-        services.append(&mut self.queue.take_again());
+        services.append(&mut self.queue.take_recompile());
         services.extend(compile.then(|| name.clone()));
         compile
     }

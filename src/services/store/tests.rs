@@ -5,8 +5,8 @@ use crate::model::{
     Family, Labels, Namespace, Protocol, ServiceKind, ServicePort, SlicePort, TrafficPolicy,
 };
 
+mod claim_change;
 mod claims;
-mod takeover;
 
 fn service(name: &str, created: i64, external: &str) -> Service {
     Service {

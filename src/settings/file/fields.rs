@@ -316,7 +316,7 @@ pub(crate) fn effective(settings: &Settings) -> Value {
     all
 }
 
-/// Returns the settings with the defaults of those that are not set.
+/// Returns the settings, with defaults for unset ones.
 fn with_defaults(settings: &Settings) -> Settings {
     let unspecified = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
     Settings {

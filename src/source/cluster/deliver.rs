@@ -17,8 +17,8 @@ use crate::source::convert::{Converter, Declared, Decoded, identify};
 
 /// Turns the objects of one kind into events.
 ///
-/// Keeps the names it has delivered, to find those that a new list lacks. Operations fail with
-/// [`WatchError::Closed`] once the receiver of the events was dropped, and with
+/// Keeps the names it has delivered, to find the objects that a new list lacks. Operations fail
+/// with [`WatchError::Closed`] once the receiver of the events was dropped, and with
 /// [`WatchError::Foreign`] if the server sends objects of another kind.
 pub(super) struct Deliveries {
     kind: Kind,
@@ -34,7 +34,7 @@ pub(super) struct Deliveries {
     known: HashSet<ObjectName>,
     /// While a list is read, the names that it has contained so far.
     listing: Option<HashSet<ObjectName>>,
-    /// Whether objects are items of a list, whose kind is that of the list.
+    /// Whether the objects are list items, which may lack apiVersion and kind.
     in_items: bool,
     /// Whether the list has an object without a readable name. It may be any known object that the
     /// list seems to lack.
@@ -115,7 +115,6 @@ impl Deliveries {
 
     /// Starts a list. One that was abandoned has no effect.
     pub(super) async fn begin_list(&mut self) -> Result<(), WatchError> {
-        self.stats.kind(self.kind).count_list();
         self.listing = Some(HashSet::new());
         self.nameless = false;
         if !self.complete {
@@ -132,6 +131,7 @@ impl Deliveries {
     /// incomplete until the own Node exists or its deadline has passed.
     pub(super) async fn end_list(&mut self, at: Instant) -> Result<(), WatchError> {
         let listed = self.listing.take().unwrap_or_default();
+        self.stats.kind(self.kind).count_list();
         if self.complete && self.nameless {
             // Any known object may be the one whose name could not be read.
         } else if self.complete {

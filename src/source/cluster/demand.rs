@@ -34,7 +34,6 @@ use super::selection::{OwnNode, Selection};
 use crate::model::{Delivery, Event, Kind, Object, ObjectRef, TierPeer};
 use crate::source::Sender;
 
-/// The kinds of policies.
 const POLICIES: [Kind; 2] = [Kind::NetworkPolicy, Kind::ClusterNetworkPolicy];
 /// The kinds that are watched only while a policy exists.
 const ON_DEMAND: [Kind; 2] = [Kind::Pod, Kind::Namespace];
@@ -172,7 +171,8 @@ impl<F: Fn(Selection, Sender) -> Reflector> Demand<F> {
         Ok(())
     }
 
-    /// Returns when watches end that were to end at `known`, if they are `superfluous`.
+    /// Returns when superfluous watches end: at `known` if that was set, otherwise after the linger
+    /// time. Returns `None` if they are needed.
     fn end_of(&self, known: Option<Instant>, superfluous: bool) -> Option<Instant> {
         superfluous.then(|| known.unwrap_or_else(|| Instant::now() + self.linger))
     }
@@ -197,7 +197,7 @@ impl<F: Fn(Selection, Sender) -> Reflector> Demand<F> {
             if !self.all_nodes {
                 tracing::info!("{name} selects nodes; watching all Nodes");
                 self.watch_nodes(true);
-                // Only now can no event of the previous watch follow.
+                // After the old watch was dropped, so that none of its events can follow.
                 let begun = Event::ListStarted(Kind::Node);
                 self.send(Delivery::now(begun)).await?;
             }

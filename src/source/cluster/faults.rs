@@ -1,14 +1,15 @@
-//! Faults of the API server that last, reported once for all kinds.
+//! Ongoing faults of the API server, each reported once for all kinds.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::stats::SourceStats;
 use crate::logging::Throttle;
 use crate::model::{Kind, Notice, Reason, Subject};
+use crate::mutex::lock;
 
-/// The faults that were reported and last. The watches of all kinds share it, so that an
+/// The ongoing faults that were reported. The watches of all kinds share them, so that an
 /// unreachable server is reported once, not per kind and attempt.
 #[derive(Debug)]
 pub(super) struct Faults {
@@ -42,7 +43,7 @@ impl Faults {
 
     /// Logs that a fault has ended, at most once a minute.
     pub(super) fn log_end(&self) {
-        let mut ends = self.ends.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut ends = lock(&self.ends);
         if let Some(unlogged) = ends.add(Instant::now()) {
             let server = &self.server;
             tracing::info!(server, unlogged, "the API server answers again");
@@ -51,7 +52,7 @@ impl Faults {
 
     /// Records a fault of a kind, in place of its last one. Returns a notice if no kind had it.
     pub(super) fn begin(&self, kind: Kind, sort: String, message: String) -> Option<Notice> {
-        let mut lasting = self.lasting.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut lasting = lock(&self.lasting);
         for (known, fault) in lasting.iter_mut() {
             if *known != sort {
                 fault.kinds.remove(&kind);
@@ -72,7 +73,7 @@ impl Faults {
 
     /// Clears the fault of a kind. Returns whether no kind has that fault any more.
     pub(super) fn end(&self, kind: Kind) -> bool {
-        let mut lasting = self.lasting.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut lasting = lock(&self.lasting);
         let before = lasting.len();
         lasting.retain(|_, fault| {
             fault.kinds.remove(&kind);

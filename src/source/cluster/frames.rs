@@ -12,7 +12,6 @@ use serde_json::value::RawValue;
 use super::watch_error::one_line;
 use crate::model::Kind;
 
-/// One line of a watch.
 #[derive(Deserialize)]
 pub(super) struct WatchLine<'a> {
     #[serde(rename = "type", borrow)]

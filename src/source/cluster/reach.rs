@@ -23,7 +23,7 @@ struct Reachability {
     /// Whether the server was unreachable and has not answered since.
     away: bool,
     /// The number of outages that have ended.
-    returns: u64,
+    outages_ended: u64,
     returned: Option<Instant>,
 }
 
@@ -43,7 +43,7 @@ impl Reach {
         self.0.send_if_modified(|state| {
             let back = std::mem::replace(&mut state.away, false);
             if back {
-                state.returns += 1;
+                state.outages_ended += 1;
                 state.returned = Some(Instant::now());
             }
             back
@@ -51,15 +51,17 @@ impl Reach {
     }
 
     /// Returns the number of outages that have ended.
-    pub(super) fn returns(&self) -> u64 {
-        self.0.borrow().returns
+    pub(super) fn outages_ended(&self) -> u64 {
+        self.0.borrow().outages_ended
     }
 
-    /// Waits until the number of ended outages differs from `returns`.
-    pub(super) async fn returned_since(&self, returns: u64) {
+    /// Waits until the number of ended outages differs from `outages_ended`.
+    pub(super) async fn returned_since(&self, outages_ended: u64) {
         let mut states = self.0.subscribe();
         // The wait cannot fail, since `self` has the sender.
-        let _ = states.wait_for(|state| state.returns != returns).await;
+        let _ = states
+            .wait_for(|state| state.outages_ended != outages_ended)
+            .await;
     }
 
     /// Returns whether the server is unreachable, or returned less than `settle` ago.
@@ -79,14 +81,14 @@ impl Reach {
     }
 
     /// Waits for a pause. It ends early, within `jitter`, once the number of ended outages differs
-    /// from `returns`.
-    pub(super) async fn pause(&self, pause: Pause, returns: u64, jitter: Duration) {
+    /// from `outages_ended`.
+    pub(super) async fn pause(&self, pause: Pause, outages_ended: u64, jitter: Duration) {
         let began = Instant::now();
         let mut states = self.0.subscribe();
         tokio::select! {
             biased;
             () = sleep(pause.usual) => {}
-            () = states.wait_for(|state| state.returns != returns).map(drop) => {
+            () = states.wait_for(|state| state.outages_ended != outages_ended).map(drop) => {
                 let at = Instant::now() + jitter.mul_f64(random());
                 sleep_until(at.max(began + pause.at_least)).await;
             }
@@ -138,7 +140,7 @@ mod tests {
         let wanted = Duration::from_secs(7);
         assert!(asked >= wanted && asked < wanted + JITTER, "{asked:?}");
         assert_eq!(short.as_secs(), 1);
-        assert_eq!(reach.returns(), 1);
+        assert_eq!(reach.outages_ended(), 1);
         // A return that was seen before does not end the pause.
         let began = Instant::now();
         let pause = Pause::from(Duration::from_secs(9));

@@ -4,7 +4,7 @@
 //! else in pages, then follows the changes from the version of the list. When the connection ends,
 //! it resumes from the last version received, without another list. Only if the server no longer
 //! has that version (410 Gone) does it list again: it knows the names it has delivered, and sends
-//! deletions for those that the new list lacks. An object of that list that cannot be decoded is
+//! deletions for names that the new list lacks. An object of that list that cannot be decoded is
 //! not taken for a deleted one.
 
 use std::pin::pin;
@@ -39,10 +39,10 @@ pub(super) struct Reflector {
     stats: Arc<SourceStats>,
     deliveries: Deliveries,
     reach: Arc<Reach>,
-    /// [`Reach::returns`] at the end of the last session.
-    returns: u64,
-    /// [`Reach::returns`] when the watch was opened.
-    returns_at_open: u64,
+    /// [`Reach::outages_ended`] at the end of the last session.
+    outages_ended: u64,
+    /// [`Reach::outages_ended`] when the watch was opened.
+    outages_ended_at_open: u64,
     /// Changes when the server is found silent.
     silent: watch::Receiver<u64>,
     /// Whether lists are streamed.
@@ -60,11 +60,11 @@ pub(super) struct Reflector {
     following: Option<Instant>,
     /// Whether the server has the kind, as far as is known.
     served: bool,
-    /// Whether discovery has said once that the server no longer has the kind.
-    doubtful: bool,
+    /// Whether discovery has said once, and not denied since, that the server lacks the kind.
+    absent_once: bool,
     /// Whether the server did not know the path of the kind since the last success. It is reported
     /// if it happens again although discovery says that the server has the kind.
-    missed: bool,
+    path_unknown_once: bool,
     /// Whether the kind has a fault in `faults`.
     faulty: bool,
     /// Limits the log lines about versions that the server no longer has.
@@ -88,8 +88,8 @@ impl Reflector {
             timing,
             faults,
             stats,
-            returns: reach.returns(),
-            returns_at_open: 0,
+            outages_ended: reach.outages_ended(),
+            outages_ended_at_open: 0,
             reach,
             silent,
             streaming: true,
@@ -99,8 +99,8 @@ impl Reflector {
             relisted: false,
             following: None,
             served: false,
-            doubtful: false,
-            missed: false,
+            absent_once: false,
+            path_unknown_once: false,
             faulty: false,
             gone: Throttle::new(LOG_GONE_EVERY),
         }
@@ -116,11 +116,12 @@ impl Reflector {
         loop {
             let Err(fault) = self.session().await;
             let followed = self.following.take();
-            let returns = self.reach.returns();
-            let returned = std::mem::replace(&mut self.returns, returns) != returns;
-            // A server that answers other requests but not those of this kind is not back.
-            let flaps = returned && matches!(fault, WatchError::Unreachable(_));
-            if (returned && !flaps)
+            let outages_ended = self.reach.outages_ended();
+            let returned =
+                std::mem::replace(&mut self.outages_ended, outages_ended) != outages_ended;
+            // The server answers other kinds, but not this one: keep the usual pause.
+            let only_others_answered = returned && matches!(fault, WatchError::Unreachable(_));
+            if (returned && !only_others_answered)
                 || followed.is_some_and(|since| since.elapsed() >= self.timing.stable)
             {
                 attempts.reset();
@@ -130,11 +131,11 @@ impl Reflector {
                 Ok(pause) => pause,
                 Err(_) => return,
             };
-            if flaps {
+            if only_others_answered {
                 pause.at_least = pause.usual;
             }
             let reach = self.reach.clone();
-            let waited = reach.pause(pause, returns, self.timing.wake);
+            let waited = reach.pause(pause, outages_ended, self.timing.wake);
             if self.wait_with_deadline(waited).await.is_err() {
                 return;
             }
@@ -208,13 +209,13 @@ impl Reflector {
             _ => {}
         }
         // A server that has just started may not have loaded all roles.
-        let passing = matches!(fault, WatchError::Refused { .. })
+        let may_be_starting = matches!(fault, WatchError::Refused { .. })
             && self.reach.is_settling(self.timing.settle);
         let reported = match fault {
             WatchError::Absent(_) if self.is_optional() => {
-                std::mem::replace(&mut self.missed, true)
+                std::mem::replace(&mut self.path_unknown_once, true)
             }
-            _ => !passing && (fault.is_certain() || attempts.has_failed()),
+            _ => !may_be_starting && (fault.is_certain() || attempts.has_failed()),
         };
         if reported && let Some((sort, message)) = fault.describe(&self.requester.selection) {
             self.faulty = true;
@@ -234,7 +235,7 @@ impl Reflector {
             }
             // Long pauses would spare no server, and a descriptor may be free at any time.
             WatchError::NoDescriptor(_) => attempts.next().min(self.timing.first_pause).into(),
-            _ if passing => attempts.next().min(self.timing.probe).into(),
+            _ if may_be_starting => attempts.next().min(self.timing.probe).into(),
             _ => attempts.next().into(),
         })
     }
@@ -249,11 +250,11 @@ impl Reflector {
     /// force. Returns how long to pause until discovery is asked again.
     async fn not_served(&mut self, attempts: &mut Attempts) -> Result<Pause, WatchError> {
         let kind = self.kind();
-        if !self.deliveries.is_complete() && !std::mem::replace(&mut self.doubtful, true) {
+        if !self.deliveries.is_complete() && !std::mem::replace(&mut self.absent_once, true) {
             return Ok(self.timing.first_pause.into());
         }
         self.deliveries.complete_without().await?;
-        if self.served && std::mem::replace(&mut self.doubtful, true) {
+        if self.served && std::mem::replace(&mut self.absent_once, true) {
             tracing::info!(%kind, "the API server no longer has the kind; its objects are no longer in force");
             self.served = false;
             self.deliveries.withdraw().await?;
@@ -277,7 +278,7 @@ impl Reflector {
         if !served {
             return Err(WatchError::NotServed);
         }
-        self.doubtful = false;
+        self.absent_once = false;
         if !std::mem::replace(&mut self.served, true) && self.deliveries.is_complete() {
             tracing::info!(kind = %self.kind(), "the API server has the kind now; watching it");
         }
@@ -304,7 +305,7 @@ impl Reflector {
             })
             .await?;
         stats.count_watch();
-        self.returns_at_open = self.reach.returns();
+        self.outages_ended_at_open = self.reach.outages_ended();
         if self.version.is_none() {
             self.deliveries.begin_list().await?;
         }
@@ -331,7 +332,7 @@ impl Reflector {
         lines: &'l mut WatchLines,
         patience: Duration,
     ) -> Result<&'l [u8], WatchError> {
-        let (reach, opened) = (self.reach.clone(), self.returns_at_open);
+        let (reach, opened) = (self.reach.clone(), self.outages_ended_at_open);
         let listing = self.deliveries.is_listing();
         let next = async move {
             tokio::select! {
@@ -518,7 +519,7 @@ impl Reflector {
     /// Ends the fault of the kind. An open connection alone is no reason to call this: its first
     /// event may be an error.
     fn healthy(&mut self) {
-        self.missed = false;
+        self.path_unknown_once = false;
         if std::mem::take(&mut self.faulty) && self.faults.end(self.kind()) {
             self.faults.log_end();
         }

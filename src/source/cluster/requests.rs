@@ -45,7 +45,6 @@ impl RequestMetrics {
         })
     }
 
-    /// Registers the metrics.
     pub(super) fn register(&self, registry: &Registry) -> Result<(), prometheus::Error> {
         registry.add(self.requests.clone())?;
         registry.add(self.durations.clone())?;

@@ -26,7 +26,6 @@ pub(super) struct OwnNode {
 }
 
 impl Selection {
-    /// Returns the own node.
     pub(super) fn own_node(&self) -> &OwnNode {
         &self.own
     }

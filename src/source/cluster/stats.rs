@@ -2,10 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Instant;
 
 use crate::model::Kind;
+use crate::mutex::lock;
 use crate::serve::metrics::{Registry, Sample};
 
 /// Counters of a [`Cluster`](super::Cluster) by kind, and its lasting faults.
@@ -67,14 +68,12 @@ impl SourceStats {
 
     /// Returns the fault because of which changes of services are not received.
     pub fn fault(&self) -> Option<ServerFault> {
-        let fault = self.fault.lock().unwrap_or_else(PoisonError::into_inner);
-        fault.clone()
+        lock(&self.fault).clone()
     }
 
     /// Returns the fault because of which changes of a kind are not received.
     pub fn fault_of(&self, kind: Kind) -> Option<String> {
-        let faults = self.faults.lock().unwrap_or_else(PoisonError::into_inner);
-        faults.get(&kind).cloned()
+        lock(&self.faults).get(&kind).cloned()
     }
 
     /// Returns why the server refused access for the first time, if it did.
@@ -88,7 +87,7 @@ impl SourceStats {
 
     /// Replaces the faults of all kinds.
     pub(super) fn set_faults(&self, faults: BTreeMap<Kind, String>) {
-        *self.faults.lock().unwrap_or_else(PoisonError::into_inner) = faults;
+        *lock(&self.faults) = faults;
     }
 
     /// Returns the bytes of JSON received of all kinds.
@@ -98,7 +97,7 @@ impl SourceStats {
 
     /// Sets or clears the fault of services. A fault that replaces another keeps its start.
     pub(super) fn set_fault(&self, message: Option<String>) {
-        let mut fault = self.fault.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut fault = lock(&self.fault);
         *fault = message.map(|message| ServerFault {
             since: fault
                 .as_ref()
@@ -134,8 +133,8 @@ pub struct KindStats {
 }
 
 impl KindStats {
-    /// Returns the lists begun, streamed or paged. More than one means that the server could not
-    /// resume a watch.
+    /// Returns the lists read completely, streamed or paged. More than one means that the server
+    /// could not resume a watch.
     pub fn lists(&self) -> u64 {
         self.lists.get()
     }
@@ -170,17 +169,12 @@ impl KindStats {
 
     /// Returns when the last object was received.
     pub fn last_event(&self) -> Option<Instant> {
-        let last = self.last_event.lock();
-        *last.unwrap_or_else(PoisonError::into_inner)
+        *lock(&self.last_event)
     }
 
     pub(super) fn count_event(&self) {
         self.events.add(1);
-        let mut last = self
-            .last_event
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        *last = Some(Instant::now());
+        *lock(&self.last_event) = Some(Instant::now());
     }
 
     pub(super) fn count_bytes(&self, bytes: usize) {

@@ -374,7 +374,6 @@ fn invalid_message(field: &str, fault: &serde_json::Error) -> String {
     format!("{field}{colon}{fault}{hint}")
 }
 
-/// Returns the path of an item of a list.
 fn item_path(list: &str, number: usize) -> String {
     inside(list, &format!("items[{number}]"))
 }

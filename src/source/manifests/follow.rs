@@ -228,12 +228,13 @@ impl Follower {
         let mut events: Vec<Event> = self.walk().into_iter().map(Event::Notice).collect();
         let before = mem::take(&mut self.unsettled);
         let mut unsettled = HashMap::new();
-        let mut settled = |path: &Path, found| {
-            let settled = before.get(path) == Some(&found);
-            if !settled {
+        // Returns whether the last walk found the same, and records what this one found.
+        let mut confirm = |path: &Path, found| {
+            let confirmed = before.get(path) == Some(&found);
+            if !confirmed {
                 unsettled.insert(path.to_owned(), found);
             }
-            settled
+            confirmed
         };
         let mut versions = Vec::new();
         for (path, stamp) in &self.tree.files {
@@ -244,7 +245,7 @@ impl Follower {
                 // Could not be read before, or is being created.
                 None => !stamp.is_empty(),
             };
-            let ready = finished || (changed && settled(path, Some(*stamp)));
+            let ready = finished || (changed && confirm(path, Some(*stamp)));
             if !ready {
                 continue;
             }
@@ -262,7 +263,7 @@ impl Follower {
         }
         for path in self.state.files() {
             let found = self.tree.files.contains_key(path) || is_standard_input(path);
-            if !found && settled(path, None) {
+            if !found && confirm(path, None) {
                 versions.push((path.to_owned(), FileVersion::Removed));
             }
         }

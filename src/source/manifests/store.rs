@@ -34,7 +34,6 @@ pub(super) struct ManifestStore {
     owners: HashMap<ObjectRef, SmallVec<[Arc<Path>; 1]>>,
 }
 
-/// A new version of a file.
 pub(super) enum FileVersion {
     Read {
         bytes: Vec<u8>,

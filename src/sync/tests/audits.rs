@@ -23,7 +23,7 @@ impl Audited {
         }
     }
 
-    /// Begins a round and returns what is to be compared, if anything.
+    /// Begins a round and returns the snapshot to compare, if any.
     fn begin(&mut self, controller: &mut Controller<Fake>) -> Option<audit::Snapshot> {
         controller.audit(&mut self.audits);
         match self.received.try_recv().ok()? {

@@ -46,7 +46,7 @@ fn what_waits_after_a_failed_write_is_no_change_of_others() {
     assert_eq!(handle(&mut controller, both), Outcome::Failed);
     assert_eq!(handle(&mut controller, vec![web(2)]), Outcome::Synced);
     // A change of policies that is not written yet.
-    controller.take_over([Delivery::now(pod("other", "10.1.0.6"))]);
+    controller.apply([Delivery::now(pod("other", "10.1.0.6"))]);
     bench.kernel.meddle(|_| ());
     assert_eq!(heal(&mut controller), (Outcome::Synced, false));
     assert_eq!(healed(&bench), (0, 0));
@@ -71,7 +71,7 @@ fn a_change_of_others_counts_although_a_write_meets_it_first_or_fails() {
     assert_eq!(outcome, Outcome::Synced);
     let (policies, reports) = healed(&bench);
     assert_eq!((policies > services, reports), (true, 1));
-    // What puts it back fails at first. What is to be written by then is not counted.
+    // The first repair fails. Changes that wait to be written by then are not counted.
     bench.kernel.meddle(|ruleset| {
         let table = ruleset.tables.get_mut(&table_id(Family::V4)).unwrap();
         table

@@ -88,7 +88,7 @@ proptest! {
         bench.applied();
         for (events, failures) in history {
             bench.kernel.0.borrow_mut().failures = failures.saturating_sub(9);
-            controller.take_over(events.into_iter().map(Delivery::now));
+            controller.apply(events.into_iter().map(Delivery::now));
             let mut outcome = controller.work(Engines::ALL).together();
             while outcome != Outcome::Synced {
                 outcome = controller.resync();
@@ -136,7 +136,7 @@ pub(super) fn started(bench: &Bench) -> Controller<'_, Fake> {
 
 /// Takes over events and writes a portion.
 pub(super) fn once(controller: &mut Controller<Fake>, events: Vec<Event>) {
-    controller.take_over(events.into_iter().map(Delivery::now));
+    controller.apply(events.into_iter().map(Delivery::now));
     assert_eq!(controller.work(Engines::ALL).together(), Outcome::Synced);
 }
 

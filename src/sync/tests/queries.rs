@@ -46,7 +46,7 @@ pub(super) fn engine() -> Engine {
     })
 }
 
-/// Whether the controller denies what goes from one address to another.
+/// Returns whether the controller denies what goes from one address to another.
 pub(super) fn denies(
     controller: &mut Controller<Fake>,
     source: &str,

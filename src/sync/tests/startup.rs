@@ -39,7 +39,7 @@ fn elements(bench: &Bench, set: &str) -> usize {
     table.sets[&Name::from(set)].elements.len()
 }
 
-/// Whether the chain that closes the pod network is there, with its rules.
+/// Returns whether the chain that closes the pod network is there, with its rules.
 fn is_closed(bench: &Bench) -> bool {
     let table = table(bench);
     let chain = table.chains.get(&Name::from("startup"));

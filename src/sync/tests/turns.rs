@@ -147,7 +147,7 @@ fn a_failure_while_a_service_is_compiled_leaves_nothing_out() {
     bench.kernel.0.borrow_mut().failures = 1;
     let small = service("small", &["10.96.0.1"], &[80]);
     let events = [put(small)].into_iter().map(Delivery::now);
-    controller.take_over(events);
+    controller.apply(events);
     let mut outcome = controller.work(Engines::ALL).together();
     while outcome != Outcome::Synced {
         outcome = controller.resync();
@@ -184,7 +184,7 @@ proptest! {
         let mut controller = bench.controller().with_portions_of(portion);
         handle(&mut controller, lists(vec![]));
         for (events, calls) in history {
-            controller.take_over(events.into_iter().map(Delivery::now));
+            controller.apply(events.into_iter().map(Delivery::now));
             for _ in 0..=calls {
                 prop_assert_eq!(controller.work(Engines::ALL).together(), Outcome::Synced);
                 prop_assert_eq!(bench.kernel.0.borrow().reads, 1, "{:?}", bench.heard());

@@ -46,10 +46,7 @@ fn wanted(declaration: Declaration, elements: Vec<Element>, bits: u32) -> Rulese
                 Statement::Match(Selector::L4Protocol, Comparison::Is, Operand::Protocol(17)),
                 Statement::InSet(declaration.key.clone(), Comparison::Is, SET.into()),
             ]),
-            Rule::new([
-                Statement::MarkBits(Comparison::Is, bits),
-                Statement::Verdict(Verdict::Drop),
-            ]),
+            Rule::new([Statement::MarkBits(bits), Statement::Verdict(Verdict::Drop)]),
         ],
     };
     let set = Set {

@@ -214,7 +214,7 @@ fn addresses_of_the_host_and_marks() {
     assert!(matches(&[Statement::DestinationIsLocal], &here));
     assert!(!matches(&[Statement::SourceIsLocal], &here));
     assert!(!matches(&[Statement::DestinationIsLocal], &packet()));
-    let marked = Statement::MarkBits(Is, 0x6);
+    let marked = Statement::MarkBits(0x6);
     assert!(!matches(
         &[Statement::SetMarkBits(0x2), marked.clone()],
         &here
@@ -227,7 +227,7 @@ fn addresses_of_the_host_and_marks() {
         &[
             Statement::SetMarkBits(0x2),
             Statement::FlipMarkBits(0x6),
-            Statement::MarkBits(IsNot, 0x2),
+            Statement::MarkBits(0x4),
         ],
         &here
     ));
@@ -365,7 +365,7 @@ fn a_verdict_behind_a_limit_is_refused() {
 #[should_panic(expected = "has no set s")]
 fn a_missing_set_is_refused() {
     matches(
-        &[Statement::InSet(vec![Selector::Mark], Is, "s".into())],
+        &[Statement::InSet(vec![Selector::L4Protocol], Is, "s".into())],
         &packet(),
     );
 }

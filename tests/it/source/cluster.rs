@@ -195,6 +195,11 @@ async fn lists_are_paged_where_they_are_not_streamed() {
             "{streaming:?}: {:?}",
             consumer.names()
         );
+        let lists = consumer.stats.kind(Kind::Service).lists();
+        assert_eq!(
+            lists, 1,
+            "{streaming:?}: streams that break off are no lists"
+        );
         let requests = api.requests_for(SERVICES);
         let pages: Vec<_> = requests
             .iter()

@@ -242,6 +242,9 @@ async fn a_server_that_cannot_select_services_by_fields_is_asked_without() {
         api.put(SERVICES, service("b", "10.0.0.2"));
         api.set_down(false).await;
         consumer.has("Service shop/b").await;
+        // It comes after the end of the list.
+        api.put(SERVICES, service("c", "10.0.0.3"));
+        consumer.has("Service shop/c").await;
         assert_eq!(consumer.stats.kind(Kind::Service).lists(), 2);
         let requests = api.requests_for(SERVICES);
         let refused = requests

@@ -152,6 +152,9 @@ async fn a_forgotten_version_does_not_add_to_the_pauses() {
     // The first attempt after a watch has ended is made at once, and only that.
     api.end_watches();
     consumer.has("Service shop/a").await;
+    // It comes after the end of the list.
+    api.put(SERVICES, service("b", "10.0.0.2"));
+    consumer.has("Service shop/b").await;
     assert_eq!(consumer.stats.kind(Kind::Service).lists(), 2);
     consumer.finish().await;
 }

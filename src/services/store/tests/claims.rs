@@ -88,7 +88,7 @@ fn a_range_of_cluster_ips_takes_addresses_away_and_gives_them_back() {
     assert_eq!(owner(&store, &claim), Some("thief"));
     let marks = put(&mut store, range("a", "10.96.0.0/16"));
     assert_eq!(names(&marks), ["thief"]);
-    assert!(marks.service_cidrs && marks.frontends);
+    assert!(marks.service_cidrs);
     assert_eq!(owner(&store, &claim), None);
     assert!(
         messages(&marks)[0].contains("the address is in the ServiceCIDR 10.96.0.0/16"),

@@ -232,9 +232,7 @@ impl Walker<'_> {
                 Statement::Match(selector, comparison, operand) => {
                     holds(*comparison, self.compares(*selector, operand))
                 }
-                Statement::MarkBits(comparison, bits) => {
-                    holds(*comparison, self.mark & bits == *bits)
-                }
+                Statement::MarkBits(bits) => self.mark & bits == *bits,
                 Statement::CtState(states) => states.iter().any(|it| it == self.packet.state),
                 // Nothing is translated: policies see the addresses of pods.
                 Statement::CtStatus(_) => false,
@@ -334,7 +332,6 @@ impl Walker<'_> {
                 assert_eq!(self.packet.protocol, 58, "ICMPv6 is not asked for");
                 key.icmp6_type(self.packet.icmp6_type)
             }
-            Selector::Mark => key.number(self.mark),
             Selector::InputInterface => key.interface(&self.packet.input),
             Selector::OutputInterface => key.interface(&self.packet.output),
             Selector::Priority

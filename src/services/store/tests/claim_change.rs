@@ -38,7 +38,7 @@ fn owned(store: &Store, name: &str) -> usize {
 }
 
 /// Begins to take over an event and goes on, so many claims at a time.
-fn take_over(
+fn apply_in_portions(
     store: &mut Store,
     event: Event,
     most: usize,
@@ -46,9 +46,9 @@ fn take_over(
 ) -> Marks {
     let name = event.service().unwrap().clone();
     let mut marks = Marks::default();
-    store.begin(event, &mut marks);
-    while store.is_taking_over(&name) {
-        store.go_on(&name, most, &mut marks);
+    store.begin_apply(event, &mut marks);
+    while store.is_applying(&name) {
+        store.continue_apply(&name, most, &mut marks);
         between(store);
     }
     marks
@@ -68,10 +68,10 @@ fn no_turn_changes_more_claims_than_it_may() {
         (delete, true, 0),
     ] {
         let (mut before, mut turns) = (owned(&store, "old"), 0);
-        let marks = take_over(&mut store, event, MOST, |store| {
+        let marks = apply_in_portions(&mut store, event, MOST, |store| {
             let now = owned(store, "old");
             assert!(now.abs_diff(before) <= MOST, "{before} to {now}");
-            assert!(!store.is_taking_over(&name) || store.service(&name).is_some() == exists);
+            assert!(!store.is_applying(&name) || store.service(&name).is_some() == exists);
             before = now;
             turns += 1;
         });
@@ -90,8 +90,8 @@ fn others_change_their_claims_in_between() {
     let mut marks = Marks::default();
     let old = large("old", 1, 0..40);
     let name = old.name.clone();
-    store.begin(applied(old), &mut marks);
-    store.go_on(&name, 100, &mut marks);
+    store.begin_apply(applied(old), &mut marks);
+    store.continue_apply(&name, 100, &mut marks);
     let young = put(&mut store, Object::Service(large("young", 2, 0..40)));
     assert_eq!((owned(&store, "old"), owned(&store, "young")), (100, 1_500));
     assert_eq!(young.notices.len(), 1, "{:?}", young.notices);
@@ -107,13 +107,13 @@ fn a_newer_event_or_a_list_ends_what_was_begun() {
     let mut marks = Marks::default();
     let old = large("old", 1, 0..40);
     let name = old.name.clone();
-    store.begin(applied(old.clone()), &mut marks);
-    store.go_on(&name, 100, &mut marks);
+    store.begin_apply(applied(old.clone()), &mut marks);
+    store.continue_apply(&name, 100, &mut marks);
     put(&mut store, Object::Service(large("old", 1, 0..2)));
-    assert!(!store.is_taking_over(&name));
+    assert!(!store.is_applying(&name));
     assert_eq!(owned(&store, "old"), 80);
-    store.begin(applied(old), &mut marks);
-    store.go_on(&name, 100, &mut marks);
+    store.begin_apply(applied(old), &mut marks);
+    store.continue_apply(&name, 100, &mut marks);
     for event in [
         Event::ListStarted(Kind::Service),
         Event::ListComplete(Kind::Service),
@@ -177,7 +177,7 @@ proptest! {
                 None => Event::Delete(ObjectRef::new(Kind::Service, name)),
             };
             let expected = apply(&mut at_once, event.clone());
-            let marks = take_over(&mut in_turns, event, most, |_| ());
+            let marks = apply_in_portions(&mut in_turns, event, most, |_| ());
             prop_assert_eq!(names(&marks), names(&expected));
             prop_assert_eq!(marks.notices, expected.notices);
             for last in 0..4u8 {

@@ -10,22 +10,22 @@ use crate::model::{ObjectName, Protocol, Service};
 /// A change of the claims of one service, which [`Claims::advance`] applies in portions.
 ///
 /// Claims of addresses are independent of each other and change in the order of address and port.
-/// Before them, all at once, change those that are not: NodePorts and ClusterIPs, with the claims
+/// The dependent claims change before them, all at once: NodePorts and ClusterIPs, with the claims
 /// of addresses that they prevent.
 ///
 /// [`Claims::advance`]: super::Claims::advance
 #[derive(Debug)]
-pub(crate) struct Takeover {
+pub(crate) struct ClaimChange {
     old: Option<Arc<Service>>,
     new: Option<Arc<Service>>,
     before: Wishes,
     after: Wishes,
     /// Whether the age of the service changed, and with it its place in all queues.
-    moved: bool,
+    age_changed: bool,
     /// The claims that changed at once, sorted; `None` before that.
-    together: Option<Vec<Claim>>,
+    changed_at_once: Option<Vec<Claim>>,
     /// How many claims of addresses of the old and the new version were compared.
-    places: (usize, usize),
+    compared: (usize, usize),
 }
 
 /// A change of one claim.
@@ -36,17 +36,17 @@ pub(super) struct ClaimDifference {
     pub taken: Option<Wish>,
 }
 
-impl Takeover {
+impl ClaimChange {
     /// Compares two versions of a service; `None` if it does not exist.
     pub(crate) fn new(old: Option<Arc<Service>>, new: Option<Arc<Service>>) -> Self {
         Self {
             before: Wishes::of(old.as_deref()),
             after: Wishes::of(new.as_deref()),
-            moved: old.as_deref().map(age) != new.as_deref().map(age),
+            age_changed: old.as_deref().map(age) != new.as_deref().map(age),
             old,
             new,
-            together: None,
-            places: (0, 0),
+            changed_at_once: None,
+            compared: (0, 0),
         }
     }
 
@@ -60,12 +60,12 @@ impl Takeover {
     }
 
     pub(super) fn is_begun(&self) -> bool {
-        self.together.is_some()
+        self.changed_at_once.is_some()
     }
 
     /// Records the claims that changed at once, sorted.
-    pub(super) fn begin(&mut self, together: Vec<Claim>) {
-        self.together = Some(together);
+    pub(super) fn begin(&mut self, changed_at_once: Vec<Claim>) {
+        self.changed_at_once = Some(changed_at_once);
     }
 
     /// Returns the name of the service.
@@ -83,7 +83,6 @@ impl Takeover {
         (of(self.old.as_ref()), of(self.new.as_ref()))
     }
 
-    /// Returns the changes of ports of the node.
     pub(super) fn node_ports(&self) -> Vec<ClaimDifference> {
         let claims = self.before.node_ports.iter().chain(&self.after.node_ports);
         let claims: BTreeSet<Claim> = claims.map(|wish| wish.0).collect();
@@ -95,27 +94,27 @@ impl Takeover {
         self.difference(claim, self.before.find(&claim), self.after.find(&claim))
     }
 
-    /// Compares the next claims of addresses, up to `most`. Returns those that differ, and whether
+    /// Compares the next claims of addresses, up to `most`. Returns the differences, and whether
     /// more remain.
     pub(super) fn next(&mut self, most: usize) -> (Vec<ClaimDifference>, bool) {
-        let (mut found, mut compared) = (Vec::new(), 0);
+        let (mut found, mut count) = (Vec::new(), 0);
         loop {
-            let (before, after) = self.places;
+            let (before, after) = self.compared;
             let (before, after) = (self.before.address(before), self.after.address(after));
             let next = [before, after].into_iter().flatten().map(|wish| wish.0);
             let Some(claim) = next.min() else {
                 return (found, false);
             };
-            if compared == most {
+            if count == most {
                 return (found, true);
             }
-            compared += 1;
+            count += 1;
             let before = before.filter(|wish| wish.0 == claim);
             let after = after.filter(|wish| wish.0 == claim);
-            self.places.0 += usize::from(before.is_some());
-            self.places.1 += usize::from(after.is_some());
-            let together = self.together.as_deref().unwrap_or_default();
-            if together.binary_search(&claim).is_err() {
+            self.compared.0 += usize::from(before.is_some());
+            self.compared.1 += usize::from(after.is_some());
+            let changed_at_once = self.changed_at_once.as_deref().unwrap_or_default();
+            if changed_at_once.binary_search(&claim).is_err() {
                 found.extend(self.difference(claim, before, after));
             }
         }
@@ -127,7 +126,7 @@ impl Takeover {
         before: Option<Wish>,
         after: Option<Wish>,
     ) -> Option<ClaimDifference> {
-        let differs = before != after || (self.moved && before.is_some());
+        let differs = before != after || (self.age_changed && before.is_some());
         differs.then_some(ClaimDifference {
             claim,
             released: before,
