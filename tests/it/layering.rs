@@ -97,13 +97,13 @@ impl fmt::Display for Breach {
 
 /// A word, or one character of anything else, with its line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Token<'a> {
-    text: &'a str,
+pub struct Token<'a> {
+    pub text: &'a str,
     line: usize,
 }
 
 /// Splits Rust source into tokens, leaving out comments, strings and characters.
-fn tokens(source: &str) -> Vec<Token<'_>> {
+pub fn tokens(source: &str) -> Vec<Token<'_>> {
     let mut found = Vec::new();
     let (mut at, mut line) = (0, 1);
     while let Some(first) = source[at..].chars().next() {
@@ -236,7 +236,7 @@ fn imports<'a>(tokens: &[Token<'a>], depth: usize) -> Vec<Token<'a>> {
     found
 }
 
-fn is_path_separator(tokens: &[Token<'_>], at: usize) -> bool {
+pub fn is_path_separator(tokens: &[Token<'_>], at: usize) -> bool {
     let colon = |i: usize| tokens.get(i).is_some_and(|t| t.text == ":");
     colon(at) && colon(at.wrapping_add(1))
 }
@@ -318,7 +318,7 @@ fn breaches(path: &Path, source: &str) -> Vec<Breach> {
 }
 
 /// All Rust files below a folder.
-fn files(folder: &Path, found: &mut Vec<PathBuf>) {
+pub fn files(folder: &Path, found: &mut Vec<PathBuf>) {
     let entries = fs::read_dir(folder).expect("the source folder can be read");
     for entry in entries {
         let path = entry.expect("the source folder can be read").path();

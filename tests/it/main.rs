@@ -1,6 +1,7 @@
 //! The integration tests.
 
 mod agent;
+mod circles;
 mod compatibility;
 mod deploy;
 mod documents;
