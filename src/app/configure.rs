@@ -44,7 +44,7 @@ pub(super) fn read(line: &mut CommandLine) -> Result<Option<File>, Error> {
         return Ok(None);
     };
     let file = File::read(&path)?;
-    file.apply(line);
+    line.replace(file.settings().clone());
     Ok(Some(file))
 }
 

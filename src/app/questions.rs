@@ -217,7 +217,8 @@ async fn of_agent(socket: &Path) -> Result<(String, Settings, Manifests), Error>
     let configuration = of_agent
         .get("configuration")
         .ok_or_else(|| invalid("settings"))?;
-    File::parse(socket, &configuration.to_string())?.apply(&mut line);
+    let file = File::parse(socket, &configuration.to_string())?;
+    line.replace(file.settings().clone());
     let document = ask::get(socket, "/objects", &[]).await?;
     let manifests = Manifests::new(Vec::new(), node.clone())
         .with_services(line.settings.services.is_on())

@@ -4,8 +4,7 @@ use std::net::IpAddr;
 
 use serde::Serialize;
 
-use super::live::Live;
-use super::rules::{RuleName, Subjects};
+use super::evidence::{Live, RuleName, Subjects};
 
 /// The answer to one question. Its JSON is an interface; fields may be added.
 #[derive(Clone, Debug, PartialEq, Serialize)]

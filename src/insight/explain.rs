@@ -7,12 +7,13 @@ use super::answer::{
     Action, Answer, Code, Decision, PortAnswer, ServiceStep, TargetAnswer, Verdict,
 };
 use super::decision::{decide, is_bridged, pass};
+use super::evidence::Subjects;
 use super::names::{NameError, Place, places};
 use super::nodes::OtherNode;
 use super::ports::{Ports, ports};
 use super::question::{End, Question};
-use super::rules::{self, Subjects};
-use super::service::{self, Destination, Judgement, Plans, Source, is_of_node};
+use super::rules;
+use super::service::{self, Destination, Judgement, Plans, Source, source_of};
 use super::{API_VERSION, Facts};
 use crate::model::{Family, Kind, Protocol, Service};
 use crate::policies::{Connection, Direction};
@@ -159,20 +160,12 @@ fn check_size(
     // A bare address may be a frontend with as many endpoints as a named service has.
     let targets = destinations.iter().flat_map(|place| {
         ports.iter().map(|port| {
-            let to = destination(place.address, port);
+            let to = port.at(place.address);
             service::endpoints(facts, &to).max(1)
         })
     });
     let targets = targets.fold(0, usize::saturating_add);
     check(targets.saturating_mul(sources.len()))
-}
-
-pub(super) fn destination(address: IpAddr, port: &Ports) -> Destination {
-    Destination {
-        address,
-        protocol: port.protocol,
-        port: port.number(),
-    }
 }
 
 /// Adds an answer; joins it with the last one if both families, or ports that follow each other, have
@@ -295,7 +288,7 @@ fn of_port(
         let facts = from.facts(facts);
         let source = source_of(&facts, from.place.address);
         for destination in destinations {
-            let to = self::destination(destination.address, port);
+            let to = port.at(destination.address);
             let judged = service::judge(&facts, &source, &to, plans);
             let beyond = beyond(&facts, &source, &to, &judged, plans);
             let (judged, to_node) = match &beyond {
@@ -370,18 +363,6 @@ fn beyond(
     }
     judged.step.node = Some(node.name.to_string());
     Some((node, judged))
-}
-
-/// Returns what the rules of a node see of an address that opens a connection.
-pub(super) fn source_of(facts: &Facts, address: IpAddr) -> Source {
-    let node = facts.store.node().map(|node| &**node);
-    let owner = facts.policies.inventory().owner(address);
-    let is_local_pod = owner.is_some_and(|pod| pod.node.as_deref() == Some(facts.node));
-    Source {
-        address,
-        is_node: is_of_node(node, address),
-        is_local_pod,
-    }
 }
 
 fn connection(

@@ -3,13 +3,13 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fmt::{self, Write};
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::time::Duration;
 
-use serde::Serialize;
-
 use super::answer::{Answer, Code, TargetAnswer, Verdict};
-use super::rules::{ElementKey, Pair, Row, RuleName};
+use super::evidence::{
+    Affinity, Connections, Drops, ElementKey, Live, Pair, Row, RuleName, TrackedConnection,
+};
 use crate::model::Family;
 use crate::nft::RulesetPart;
 use crate::services::Target;
@@ -21,57 +21,6 @@ const MOST_COMPARED: usize = 200;
 const MOST_PAIRS: usize = 8;
 /// The most connections that are shown.
 const MOST_SHOWN: usize = 5;
-
-/// What the kernel says of the connections of an answer.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub(crate) struct Live {
-    /// The chains and elements that are too many to be compared.
-    pub not_compared: usize,
-    /// The changes of objects that are not yet in the rules.
-    pub changes_waiting: usize,
-    /// The endpoint to which the first client is bound.
-    pub affinity: Option<Affinity>,
-    /// None if the question is about too many clients and destinations, or with a warning.
-    pub connections: Option<Connections>,
-    /// The packets that policies of this node denied.
-    pub drops: Vec<Drops>,
-}
-
-/// An endpoint to which session affinity binds a client.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub(crate) struct Affinity {
-    pub client: IpAddr,
-    pub endpoint: SocketAddr,
-    /// The time after which the client is forgotten, unless it connects again.
-    pub expires_seconds: u64,
-}
-
-/// The tracked connections between the ends of an answer.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
-pub(crate) struct Connections {
-    pub count: usize,
-    /// The first of them.
-    pub shown: Vec<TrackedConnection>,
-}
-
-/// A tracked connection.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub(crate) struct TrackedConnection {
-    pub state: &'static str,
-    pub client: String,
-    /// Where the replies come from.
-    pub endpoint: String,
-}
-
-/// What a pod was denied in one direction since it is isolated.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub(crate) struct Drops {
-    pub pod: String,
-    pub direction: &'static str,
-    pub packets: u64,
-}
 
 /// The kernel, as far as answers need it.
 pub(crate) trait KernelView {

@@ -13,6 +13,7 @@
 
 mod answer;
 mod decision;
+mod evidence;
 mod explain;
 mod live;
 mod names;
@@ -28,13 +29,13 @@ pub(crate) mod status;
 mod text;
 
 pub(crate) use answer::{Answer, Verdict};
+pub(crate) use evidence::{ElementKey, Pair, TrackedConnection};
 pub(crate) use explain::explain;
-pub(crate) use live::{KernelView, TrackedConnection, add as add_live, not_read};
+pub(crate) use live::{KernelView, add as add_live, not_read};
 pub(crate) use names::NameError;
 pub(crate) use nodes::OtherNodes;
 pub(crate) use policies::{PolicyState, add_states, policies};
 pub(crate) use question::{Question, QuestionError};
-pub(crate) use rules::{ElementKey, Pair};
 pub(crate) use service::Plans;
 pub(crate) use services::{ServiceFilter, services};
 pub(crate) use text::{

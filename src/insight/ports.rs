@@ -7,6 +7,7 @@ use std::net::IpAddr;
 use super::Facts;
 use super::names::{NameError, Place};
 use super::question::{End, PortName, Question};
+use super::service::Destination;
 use crate::model::{Family, ObjectName, Protocol, Service};
 
 const ICMP: u8 = 1;
@@ -35,6 +36,15 @@ impl Ports {
             (Some(protocol), _) => protocol.number(),
             (None, Family::V4) => ICMP,
             (None, Family::V6) => ICMPV6,
+        }
+    }
+
+    /// Returns the port that stands for all of them, at an address.
+    pub fn at(&self, address: IpAddr) -> Destination {
+        Destination {
+            address,
+            protocol: self.protocol,
+            port: self.number(),
         }
     }
 

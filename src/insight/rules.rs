@@ -4,91 +4,18 @@ use std::collections::{BTreeMap, HashMap};
 use std::fmt::{self, Write};
 use std::net::IpAddr;
 
-use serde::{Serialize, Serializer};
-
 use super::Facts;
 use super::answer::{Answer, Code};
-use super::explain::{destination, source_of};
+use super::evidence::{Counter, Pair, Row, RuleName, Subjects};
 use super::ports::Ports;
-use super::service::{self, Asked, Plans, Source};
+use super::service::{self, Asked, Plans, Source, source_of};
 use crate::model::Family;
-use crate::nft::{Key, Name, RulesetPart, TableId};
+use crate::nft::RulesetPart;
 use crate::policies::{Connection, Direction};
 use crate::services::{EndpointScope, ServiceParts};
 
 /// The most elements of one set in a step of the text.
 const MOST: usize = 10;
-
-/// A chain, or an element of a set or map.
-#[derive(Clone, Debug, PartialEq)]
-pub(crate) struct RuleName {
-    pub part: RulesetPart,
-    /// Whether the kernel has it; none if it was not compared.
-    pub in_kernel: Option<bool>,
-}
-
-/// A chain or an element as people and programs read it.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub(super) struct Row {
-    /// Family and name of the table.
-    pub table: String,
-    /// The kind and the name of the chain, set or map.
-    pub object: String,
-    /// The element in the syntax of nft.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub element: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub in_kernel: Option<bool>,
-}
-
-impl RuleName {
-    /// Returns it as text, which takes longer than to find it.
-    pub(super) fn row(&self) -> Row {
-        Row {
-            table: self.part.table().to_string(),
-            object: self.part.object(),
-            element: self.part.element(),
-            in_kernel: self.in_kernel,
-        }
-    }
-}
-
-impl Serialize for RuleName {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        self.row().serialize(serializer)
-    }
-}
-
-/// What else the kernel knows of the connections of an answer.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub(crate) struct Subjects {
-    pub pairs: Vec<Pair>,
-    pub counters: Vec<Counter>,
-}
-
-/// A client and the destination that it connects to, before any translation.
-#[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Pair {
-    pub client: IpAddr,
-    pub destination: IpAddr,
-    /// The IP protocol number.
-    pub protocol: u8,
-    pub port: Option<u16>,
-    /// The element that remembers the endpoint of the client, with session affinity.
-    pub affinity: Option<ElementKey>,
-}
-
-/// The element that counts what a pod is denied.
-#[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Counter {
-    pub pod: String,
-    pub direction: Direction,
-    pub at: ElementKey,
-}
-
-/// Table, set and key of an element.
-pub(crate) type ElementKey = (TableId, Name, Key);
 
 /// The ends of the connections of which an answer is shown.
 pub(super) struct Ends {
@@ -131,7 +58,7 @@ pub(super) fn add(
             .entry(family)
             .or_insert_with(|| ServiceParts::new(family, facts.store, facts.settings));
         for to in ends.to.iter().filter(|to| Family::of(**to) == family) {
-            let to = destination(*to, port);
+            let to = port.at(*to);
             let asked = service::asked(facts, &to, plans);
             if let Some(finder) = finder {
                 parts.extend(of_service(facts, finder, &source, to.address, &asked));

@@ -184,6 +184,18 @@ fn claim(facts: &Facts, to: &Destination) -> Option<Claim> {
     (answers && is_of_node(node, to.address)).then_some(Claim::NodePort(protocol, port))
 }
 
+/// Returns what the rules of a node see of an address that opens a connection.
+pub(super) fn source_of(facts: &Facts, address: IpAddr) -> Source {
+    let node = facts.store.node().map(|node| &**node);
+    let owner = facts.policies.inventory().owner(address);
+    let is_local_pod = owner.is_some_and(|pod| pod.node.as_deref() == Some(facts.node));
+    Source {
+        address,
+        is_node: is_of_node(node, address),
+        is_local_pod,
+    }
+}
+
 /// Returns whether an address is one of the node's.
 pub(super) fn is_of_node(node: Option<&Node>, address: IpAddr) -> bool {
     node.is_some_and(|node| {

@@ -364,7 +364,7 @@ proptest! {
         for family in Family::ALL {
             let finder = services::ServiceParts::new(family, &store, &settings).unwrap();
             for (address, input) in sources(family) {
-                let source = explain::source_of(&facts, address);
+                let source = service::source_of(&facts, address);
                 for (to, port) in destinations(family, most) {
                     for protocol in [Protocol::Tcp, Protocol::Udp] {
                         let packet = Packet {

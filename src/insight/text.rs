@@ -7,9 +7,10 @@ use std::net::{IpAddr, SocketAddr};
 use super::answer::{
     Action, Answer, Code, Decision, LeftOut, PolicyName, PortAnswer, TargetAnswer, Verdict,
 };
+use super::evidence::RuleName;
 use super::live;
 use super::policies::PolicyRow;
-use super::rules::{self, RuleName};
+use super::rules;
 use super::services::{EndpointRow, ServiceRow};
 
 /// The most lines of endpoints, and names in a line.

@@ -4,7 +4,7 @@ use std::sync::{Arc, LazyLock};
 
 use crate::engine::table_family;
 use crate::model::{self, ObjectName};
-use crate::nft::{Declaration, Name, Selector, SetKind, TableId, readable_name};
+use crate::nft::{Declaration, Hook, Name, Selector, SetKind, TableId, readable_name};
 
 /// The name of the policy tables, one in the family `ip` and one in `ip6`.
 ///
@@ -243,3 +243,13 @@ mod tests {
         assert_ne!(chain(&long), chain(&other));
     }
 }
+
+/// The base chain for what is forwarded.
+pub(super) const STARTUP: &str = "startup";
+/// The base chains, with their hooks. The last one is for packets that IPVS of another proxy sends
+/// past the forward hook.
+pub(super) const STARTUP_BASES: [(&str, Hook); 3] = [
+    (STARTUP, Hook::Forward),
+    ("startup-to-node", Hook::Input),
+    ("startup-by-ipvs", Hook::Output),
+];

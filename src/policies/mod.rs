@@ -49,6 +49,7 @@ mod index;
 mod inventory;
 mod isolation;
 mod judge;
+mod known;
 mod layout;
 mod links;
 mod nodes;

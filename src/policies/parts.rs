@@ -5,10 +5,9 @@ use std::net::IpAddr;
 use super::Engine;
 use super::evaluate::Connection;
 use super::judge::{Decision, RuleOf};
-use super::layout::{self, Direction, TO_ITSELF, table_id};
+use super::layout::{self, Direction, STARTUP, TO_ITSELF, table_id};
 use super::profile::{Profile, RulesOf};
 use super::rules::{deny_chains, pods_chain};
-use super::startup::STARTUP;
 use crate::model::Family;
 use crate::nft::{Chain, Element, Key, Name, RulesetPart, Table, TableId, Verdict};
 

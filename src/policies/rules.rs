@@ -7,12 +7,11 @@ use smallvec::SmallVec;
 
 use super::index::{Namespaces, PodSelector};
 use super::layout::{
-    Direction, EXEMPT, ISOLATED, TO_ITSELF, addresses, counted, ends, ends_key, icmp6_types,
-    layered, links, pods, port_key,
+    Direction, EXEMPT, ISOLATED, STARTUP_BASES, TO_ITSELF, addresses, counted, ends, ends_key,
+    icmp6_types, layered, links, pods, port_key,
 };
 use super::profile::Profile;
 use super::spec::{AddressScope, PortRange, SetSpec};
-use super::startup;
 use super::{DenyWith, PolicySettings};
 use crate::model::{Family, NetworkPolicy, Peer, PolicyPort, PolicyRule, PortMatch, Protocol};
 use crate::nft::{
@@ -177,7 +176,7 @@ pub(crate) fn is_base_chain(name: &Name) -> bool {
             let number = layer.strip_prefix('-').map(str::parse::<usize>);
             layer.is_empty() || matches!(number, Some(Ok(_)))
         })
-    }) || startup::is_base_chain(name)
+    }) || STARTUP_BASES.iter().any(|(base, _)| name.as_str() == *base)
 }
 
 fn base_rules(

@@ -25,13 +25,10 @@ use std::sync::Arc;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use super::delta::{self, TableDelta};
-use super::engine::Engine;
-use super::isolation::Holder;
-use super::layout::{self, Direction, table_id};
+use super::layout::{self, Direction, STARTUP_BASES, table_id};
 use super::{PolicySettings, links, rules};
 use crate::model::{
-    Family, HostRoute, Kind, Node, Notice, ObjectName, ObjectRef, Pod, Protocol, Reason, Sandbox,
-    Subject,
+    Family, HostRoute, Kind, Node, Notice, ObjectName, ObjectRef, Protocol, Reason, Subject,
 };
 use crate::nft::{
     BaseChain, Chain, ChainKind, Comparison, CtState, Element, Hook, Key, Name, Operand, Rule,
@@ -42,15 +39,6 @@ use crate::nft::{
 const POD_NETWORK: &str = "pod-network";
 /// The addresses whose policies are in force.
 const KNOWN_PODS: &str = "known-pods";
-/// The base chain for what is forwarded.
-pub(super) const STARTUP: &str = "startup";
-/// The base chains, with their hooks. The last one is for packets that IPVS of another proxy sends
-/// past the forward hook.
-const BASES: [(&str, Hook); 3] = [
-    (STARTUP, Hook::Forward),
-    ("startup-to-node", Hook::Input),
-    ("startup-by-ipvs", Hook::Output),
-];
 /// The chains for packets with an unknown address, by its place in the packet.
 const UNKNOWN_SOURCE: &str = "unknown-source";
 const UNKNOWN_DESTINATION: &str = "unknown-destination";
@@ -91,20 +79,20 @@ impl PodNetwork {
 /// The pod network while it is closed to unknown addresses.
 #[derive(Clone, Debug)]
 pub(super) struct ClosedNetwork {
-    form: PodNetwork,
+    pub(super) form: PodNetwork,
     beside_proxy: bool,
     /// The ranges of the Node object.
-    ranges: Vec<IpNet>,
+    pub(super) ranges: Vec<IpNet>,
     /// The ranges in the last transaction.
-    written: Vec<IpNet>,
+    pub(super) written: Vec<IpNet>,
     /// Whether the Node object was read.
-    node_read: bool,
+    pub(super) node_read: bool,
     /// Whether the Node object was read, or is missing.
-    node_listed: bool,
-    known: BTreeSet<IpAddr>,
+    pub(super) node_listed: bool,
+    pub(super) known: BTreeSet<IpAddr>,
     /// Known addresses outside of the network, with their pods.
-    outside: BTreeMap<IpAddr, ObjectName>,
-    notices: Vec<Notice>,
+    pub(super) outside: BTreeMap<IpAddr, ObjectName>,
+    pub(super) notices: Vec<Notice>,
 }
 
 impl ClosedNetwork {
@@ -149,7 +137,7 @@ impl ClosedNetwork {
 
     /// Returns whether an address is outside of the network. By interface, it is if the host's route
     /// to it leads elsewhere.
-    fn is_outside(&self, address: IpAddr, routes: &[HostRoute]) -> bool {
+    pub(super) fn is_outside(&self, address: IpAddr, routes: &[HostRoute]) -> bool {
         let link = links::interface(routes, address);
         match &self.form {
             PodNetwork::NodeCidr => !self.ranges.iter().any(|range| range.contains(&address)),
@@ -160,7 +148,7 @@ impl ClosedNetwork {
         }
     }
 
-    fn describe(&self) -> String {
+    pub(super) fn describe(&self) -> String {
         match &self.form {
             PodNetwork::NodeCidr => {
                 let ranges: Vec<String> = self.ranges.iter().map(ToString::to_string).collect();
@@ -206,7 +194,7 @@ impl ClosedNetwork {
         let mut add = |name: &str, base: Option<BaseChain>, rules: Vec<Rule>| {
             table.chains.insert(name.into(), Chain { base, rules });
         };
-        for (name, hook) in BASES {
+        for (name, hook) in STARTUP_BASES {
             if hook == Hook::Output && !self.beside_proxy {
                 continue;
             }
@@ -262,7 +250,7 @@ impl ClosedNetwork {
     }
 
     /// Adds the changes of the network's ranges to the deltas.
-    fn draft_ranges(&mut self, deltas: &mut [TableDelta; 2]) {
+    pub(super) fn draft_ranges(&mut self, deltas: &mut [TableDelta; 2]) {
         if self.form != PodNetwork::NodeCidr || self.written == self.ranges {
             return;
         }
@@ -280,7 +268,12 @@ impl ClosedNetwork {
     }
 
     /// Records whether an address is known, and adds the change to the deltas.
-    fn set_known(&mut self, address: IpAddr, is_known: bool, deltas: &mut [TableDelta; 2]) {
+    pub(super) fn set_known(
+        &mut self,
+        address: IpAddr,
+        is_known: bool,
+        deltas: &mut [TableDelta; 2],
+    ) {
         let changes = if is_known {
             self.known.insert(address)
         } else {
@@ -306,7 +299,12 @@ impl ClosedNetwork {
     }
 
     /// Records and reports an address of a pod if it is outside of the network.
-    fn check_place(&mut self, address: IpAddr, pod: Option<&ObjectName>, routes: &[HostRoute]) {
+    pub(super) fn check_place(
+        &mut self,
+        address: IpAddr,
+        pod: Option<&ObjectName>,
+        routes: &[HostRoute],
+    ) {
         let pod = pod.filter(|_| self.knows(address) && self.is_outside(address, routes));
         let Some(pod) = pod else {
             self.outside.remove(&address);
@@ -324,119 +322,6 @@ impl ClosedNetwork {
             });
         }
     }
-}
-
-impl Engine {
-    /// Updates which of the addresses count as known. Call after their plans are updated.
-    pub(super) fn update_known(
-        &mut self,
-        addresses: &BTreeSet<IpAddr>,
-        routes_changed: bool,
-        deltas: &mut [TableDelta; 2],
-    ) {
-        let Some(mut closed) = self.closed.take() else {
-            return;
-        };
-        let check_all = routes_changed || closed.written != closed.ranges;
-        closed.draft_ranges(deltas);
-        for address in addresses {
-            closed.set_known(*address, self.is_known(*address), deltas);
-        }
-        let mut checked: Vec<IpAddr> = addresses.iter().copied().collect();
-        if check_all {
-            checked.extend(&closed.known);
-        }
-        for address in checked {
-            closed.check_place(address, self.pod_at(address), &self.routes);
-        }
-        self.closed = Some(closed);
-    }
-
-    /// Returns whether policies decide on the packets of an address: a pod of this node has it, by
-    /// its status, and may have a sandbox. The address of a departed pod may belong to the next one
-    /// by now, so that it counts only while both directions are isolated.
-    fn is_known(&self, address: IpAddr) -> bool {
-        let mut pods = self.inventory.isolating(address);
-        // Cluster policies select by labels of namespaces: without its object, a policy that
-        // denies may not select the pod yet.
-        let is_selected = |pod: &Pod| {
-            self.inventory.cluster().len() == 0
-                || self.inventory.has_namespace_object(pod.name.namespace())
-        };
-        if pods.any(|pod| pod.evidence.sandbox != Sandbox::Gone && is_selected(pod)) {
-            return true;
-        }
-        let plan = self.plans.get(&address);
-        let isolates = |holders: &Vec<Holder>| {
-            let mut profiles = holders.iter().map(|holder| &holder.profile);
-            profiles.any(|profile| profile.policies.is_some())
-        };
-        self.inventory.departed(address).is_some()
-            && plan.is_some_and(|plan| {
-                let isolated = plan.holders.values().filter(|all| isolates(all));
-                isolated.count() == Direction::ALL.len()
-            })
-    }
-
-    /// Returns whether the rules drop packets of an address because no known pod has it. Returns
-    /// false for networks given by interface, where an address does not show it.
-    pub(crate) fn is_closed_to(&self, address: IpAddr) -> bool {
-        self.closed.as_ref().is_some_and(|closed| {
-            closed.form == PodNetwork::NodeCidr
-                && closed.is_defined()
-                && !closed.is_outside(address, &self.routes)
-                && !self.is_known(address)
-        })
-    }
-
-    /// Returns whether the pod network must be closed and the Node object does not say what it is. A
-    /// Node that was not read yet, as while the API server is away, may say it later.
-    pub(crate) fn node_lacks_pod_network(&self) -> bool {
-        let closed = self.closed.as_ref();
-        closed.is_some_and(|closed| closed.node_read && !closed.is_defined())
-    }
-
-    /// Returns whether the Nodes are listed and none says what the pod network is. For runs that
-    /// read each list once.
-    pub(crate) fn pod_network_never_known(&self) -> bool {
-        let closed = self.closed.as_ref();
-        closed.is_some_and(|closed| closed.node_listed && !closed.is_defined())
-    }
-
-    /// Returns why pods are not isolated from their first packet on, although they should be.
-    ///
-    /// # Errors
-    ///
-    /// If the pod network is not known, or a pod is outside of it.
-    pub(crate) fn pod_network(&self) -> Result<(), String> {
-        let Some(closed) = &self.closed else {
-            return Ok(());
-        };
-        if !closed.is_defined() {
-            let node = &self.settings.node;
-            return Err(format!(
-                "--pod-startup=closed waits for spec.podCIDRs of Node {node}"
-            ));
-        }
-        match closed.outside.first_key_value() {
-            None => Ok(()),
-            Some((address, pod)) => Err(format!(
-                "the address {address} of pod {pod} is outside of {}",
-                closed.describe()
-            )),
-        }
-    }
-
-    /// Removes and returns the notices about addresses outside of the network.
-    pub(super) fn take_place_notices(&mut self) -> Vec<Notice> {
-        let closed = self.closed.as_mut();
-        closed.map_or_else(Vec::new, |closed| std::mem::take(&mut closed.notices))
-    }
-}
-
-/// Returns whether this is the name of a base chain here.
-pub(super) fn is_base_chain(name: &Name) -> bool {
-    BASES.iter().any(|(base, _)| name.as_str() == *base)
 }
 
 fn ranges_set(family: Family, ranges: &[IpNet]) -> Set {

@@ -235,7 +235,7 @@ impl CommandLine {
 
     /// Replaces the settings by those of a file. Flags without a field in the file keep their effect,
     /// and so do given flags that take precedence over it.
-    pub(super) fn replace(&mut self, mut settings: Settings) {
+    pub(crate) fn replace(&mut self, mut settings: Settings) {
         let mut flags = self.matches.clone();
         for field in FIELDS {
             for flag in field.flags {
@@ -404,7 +404,7 @@ mod tests {
             let mut client = parsed(&flags);
             let configuration = effective(&agent.settings).to_string();
             let file = File::parse(Path::new("agent"), &configuration).expect("settings");
-            file.apply(&mut client);
+            client.replace(file.settings().clone());
             assert_eq!(effective(&client.settings), effective(&agent.settings));
             assert_eq!(client.without_field(), flags);
             let policies = |it: &Settings| {

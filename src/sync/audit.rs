@@ -22,7 +22,6 @@
 //! place of elements would not be worth their code.
 
 use std::collections::HashSet;
-use std::fmt;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
 use std::sync::mpsc as blocking;
@@ -32,10 +31,10 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until};
 
-use super::comparison::TableReader;
-use super::session::WritePoint;
-use super::{DriverState, Kernel};
-use crate::engine::{Compile, Engine as _};
+use super::driver::DriverState;
+use super::kernel::Kernel;
+use super::reader::{ReaderTask, Snapshot, TableReader, WritePoint};
+use crate::engine::Engine as _;
 use crate::netlink::Error;
 use crate::nft::{Op, Transaction, diff};
 use crate::policies;
@@ -45,39 +44,6 @@ use crate::services::TABLE;
 const MOST_ROUNDS: u32 = 8;
 /// The pause before an audit that had no copy to compare with is tried again.
 const PUT_OFF: Duration = Duration::from_secs(1);
-
-/// What was written, for a thread that compares it with the kernel.
-pub struct Snapshot {
-    services: Compile,
-    policies: Option<Compile>,
-    write_point: WritePoint,
-}
-
-impl fmt::Debug for Snapshot {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Snapshot").finish_non_exhaustive()
-    }
-}
-
-/// A function that compares tables with a kernel.
-type CompareTables = Box<dyn FnOnce(&mut dyn Kernel) + Send>;
-
-/// A task of the thread that reads the kernel.
-pub enum ReaderTask {
-    /// Compares what was written, for an audit.
-    Audit(Snapshot),
-    /// Compares the tables of an engine.
-    Compare(CompareTables),
-}
-
-impl fmt::Debug for ReaderTask {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            ReaderTask::Audit(snapshot) => f.debug_tuple("Audit").field(snapshot).finish(),
-            ReaderTask::Compare(_) => f.debug_tuple("Compare").finish_non_exhaustive(),
-        }
-    }
-}
 
 /// The operations and elements in which the kernel differs, as hashes.
 pub(super) type Difference = HashSet<u64>;

@@ -23,68 +23,16 @@
 //!
 //! Where only notifications were missed, an audit looks first ([`audit`](super::audit)).
 
-use std::sync::Arc;
-use std::sync::mpsc::Sender;
 use std::time::Instant;
 
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::oneshot;
 
-use super::audit::ReaderTask;
 use super::driver::Driver;
 use super::kernel::Kernel;
 use super::outcome::Outcome;
+use super::reader::{PendingComparison, ReaderTask, TableDifference};
 use super::session::KernelSession;
 use crate::engine::Engine;
-use crate::netlink::Error;
-use crate::nft::{Ruleset, Transaction, diff};
-
-/// The thread that reads the kernel.
-#[derive(Clone, Debug)]
-pub struct TableReader {
-    jobs: Sender<ReaderTask>,
-    /// Notified when a comparison is done.
-    done: Arc<Notify>,
-}
-
-impl TableReader {
-    pub(super) fn new(jobs: Sender<ReaderTask>) -> Self {
-        Self {
-            jobs,
-            done: Arc::default(),
-        }
-    }
-
-    /// Returns what is notified when a comparison is done.
-    pub(super) fn done(&self) -> Arc<Notify> {
-        self.done.clone()
-    }
-}
-
-/// The difference between the kernel and the wanted rules.
-#[derive(Debug)]
-pub(super) struct TableDifference<C> {
-    pub transaction: Transaction,
-    /// What it changes in rules that this process did not write.
-    pub change: C,
-}
-
-impl<C> TableDifference<C> {
-    /// Compares the rules of an engine.
-    pub fn of<E: Engine<Change = C>>(actual: &Ruleset, wanted: Ruleset) -> Self {
-        let transaction = diff(actual, wanted);
-        Self {
-            change: E::changes_of_foreign_rules(actual, &transaction),
-            transaction,
-        }
-    }
-}
-
-/// A comparison that another thread makes.
-#[derive(Debug)]
-pub(super) struct PendingComparison<C> {
-    started: Instant,
-    result: oneshot::Receiver<Result<TableDifference<C>, Error>>,
-}
 
 impl<E: Engine> Driver<E>
 where
@@ -139,7 +87,7 @@ where
         kernel.watch_generation();
         let wanted = self.engine.snapshot();
         let (sender, result) = oneshot::channel();
-        let done = reader.done;
+        let done = reader.done();
         let compare = move |kernel: &mut dyn Kernel| {
             // The driver has started another comparison.
             if sender.is_closed() {

@@ -16,9 +16,9 @@
 
 use std::time::{Duration, Instant};
 
-use super::comparison::{PendingComparison, TableDifference};
 use super::kernel::Kernel;
 use super::outcome::Outcome;
+use super::reader::{PendingComparison, TableDifference};
 use super::session::KernelSession;
 use crate::engine::{BUDGET, Change, Engine};
 use crate::model::{Notice, ObjectRef, Reason, Subject};

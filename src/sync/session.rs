@@ -2,10 +2,10 @@
 
 use std::time::Instant;
 
-use super::comparison::TableReader;
 use super::hooks::remove_foreign_base_chains;
 use super::kernel::Kernel;
 use super::metrics::SyncMetrics;
+use super::reader::{TableReader, WritePoint};
 use super::report::Reporter;
 use crate::model::Notice;
 use crate::netlink::Error;
@@ -185,13 +185,4 @@ impl<'a, K: Kernel> KernelSession<'a, K> {
     pub(crate) fn report(&self, notice: &Notice) {
         self.reporter.notice(notice);
     }
-}
-
-/// A point in the sequence of transactions.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct WritePoint {
-    /// The number of transactions written.
-    pub writes: u64,
-    /// The generation of the kernel's ruleset, if the kernel answered.
-    pub generation: Option<u32>,
 }

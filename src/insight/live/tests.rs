@@ -257,11 +257,14 @@ fn counters_of_both_families_are_one_sum() {
     let mut answer = answer(1);
     let at = answer.subjects.pairs[0].affinity.clone().unwrap();
     for pod in ["shop/web-0", "shop/web-0", "shop/web-1"] {
-        answer.subjects.counters.push(super::super::rules::Counter {
-            pod: pod.to_owned(),
-            direction: Direction::Ingress,
-            at: at.clone(),
-        });
+        answer
+            .subjects
+            .counters
+            .push(crate::insight::evidence::Counter {
+                pod: pod.to_owned(),
+                direction: Direction::Ingress,
+                at: at.clone(),
+            });
     }
     let mut kernel = Fake {
         packets: 4,
@@ -297,11 +300,14 @@ fn a_kernel_that_cannot_be_read_is_a_warning() {
 #[test]
 fn the_rows_in_the_document_are_these() {
     let mut answer = answer(3);
-    answer.subjects.counters.push(super::super::rules::Counter {
-        pod: "shop/web-0".to_owned(),
-        direction: Direction::Ingress,
-        at: answer.subjects.pairs[0].affinity.clone().unwrap(),
-    });
+    answer
+        .subjects
+        .counters
+        .push(crate::insight::evidence::Counter {
+            pod: "shop/web-0".to_owned(),
+            direction: Direction::Ingress,
+            at: answer.subjects.pairs[0].affinity.clone().unwrap(),
+        });
     let mut kernel = Fake {
         bound: Some(("10.244.1.2".parse().unwrap(), 8080)),
         connections: 1,

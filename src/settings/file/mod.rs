@@ -18,7 +18,7 @@ pub(super) use self::fields::FIELDS;
 pub(crate) use self::fields::effective;
 pub(crate) use self::follow::{Ended, follow};
 use self::read::Content;
-use super::{CommandLine, Settings};
+use super::Settings;
 
 /// The key of the configuration in `/configz`, as in kube-proxy.
 pub(crate) const GROUP: &str = "kubeproxy.config.k8s.io";
@@ -121,10 +121,9 @@ impl File {
         Ok(Self { settings, notes })
     }
 
-    /// Replaces the settings of the flags by those of the file. `--hostname-override`, `-v` and
-    /// `--log-format` take precedence over the file, as in kube-proxy.
-    pub(crate) fn apply(&self, line: &mut CommandLine) {
-        line.replace(self.settings.clone());
+    /// Returns the settings of the fields, and the defaults of the others.
+    pub(crate) fn settings(&self) -> &Settings {
+        &self.settings
     }
 
     /// Returns warnings about fields of the file without effect.

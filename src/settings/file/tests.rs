@@ -1,6 +1,7 @@
 use serde_json::Value;
 
 use super::*;
+use crate::settings::CommandLine;
 use crate::settings::{LogFormat, NodePortAddressesSetting};
 
 const HEAD: &str = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n";
@@ -30,7 +31,7 @@ fn refused(fields: &str) -> String {
 fn applied(file: &File, flags: &[&str]) -> Settings {
     let all = ["nftlet"].iter().chain(flags);
     let mut line = CommandLine::parse(all).expect("flags");
-    file.apply(&mut line);
+    line.replace(file.settings().clone());
     line.settings
 }
 

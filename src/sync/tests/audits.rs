@@ -8,7 +8,7 @@ use crate::sync::audit::{self, AuditOutcome};
 /// The audits of a controller without their thread.
 struct Audited {
     audits: Audits,
-    received: std::sync::mpsc::Receiver<audit::ReaderTask>,
+    received: std::sync::mpsc::Receiver<reader::ReaderTask>,
     _found: mpsc::Sender<audit::Finding>,
 }
 
@@ -24,11 +24,11 @@ impl Audited {
     }
 
     /// Begins a round and returns the snapshot to compare, if any.
-    fn begin(&mut self, controller: &mut Controller<Fake>) -> Option<audit::Snapshot> {
+    fn begin(&mut self, controller: &mut Controller<Fake>) -> Option<reader::Snapshot> {
         controller.audit(&mut self.audits);
         match self.received.try_recv().ok()? {
-            audit::ReaderTask::Audit(snapshot) => Some(snapshot),
-            audit::ReaderTask::Compare(_) => panic!("not an audit"),
+            reader::ReaderTask::Audit(snapshot) => Some(snapshot),
+            reader::ReaderTask::Compare(_) => panic!("not an audit"),
         }
     }
 
@@ -37,7 +37,7 @@ impl Audited {
         &mut self,
         bench: &Bench,
         controller: &mut Controller<Fake>,
-        snapshot: audit::Snapshot,
+        snapshot: reader::Snapshot,
     ) -> AuditOutcome {
         let finding = audit::Finding::new(&mut bench.kernel.clone(), snapshot);
         controller.judge(&mut self.audits, finding)

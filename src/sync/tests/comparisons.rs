@@ -8,7 +8,7 @@ use super::histories::event;
 use super::queries::{closed, engine, pod, policy_lists};
 use super::*;
 use crate::policies::{self, Connection, Direction};
-use crate::sync::audit::ReaderTask;
+use crate::sync::reader::ReaderTask;
 
 /// The tasks of the thread.
 struct Tasks(Receiver<ReaderTask>);
