@@ -397,9 +397,8 @@ impl<'a> Compiler<'a> {
             return pool;
         }
         let chosen = topology::local(&pools.endpoints, self.node);
-        *pools
-            .local
-            .insert(self.pool(pools, EndpointScope::Local, &chosen))
+        let pool = self.pool(pools, EndpointScope::Local, &chosen);
+        *pools.local.insert(pool)
     }
 
     /// Adds a pool and returns its index.
@@ -411,12 +410,8 @@ impl<'a> Compiler<'a> {
     ) -> usize {
         let index = self.pools.len();
         let node = self.node.map(|node| &*node.name);
-        self.hairpin.extend(
-            chosen
-                .iter()
-                .filter(|e| topology::may_be_on(e, node))
-                .map(|e| e.endpoint.address),
-        );
+        let here = chosen.iter().filter(|e| topology::may_be_on(e, node));
+        self.hairpin.extend(here.map(|e| e.endpoint.address));
         let key = (&*pools.label, pools.port.protocol, pools.family, scope);
         let previous = self.previous.get(&key).copied().unwrap_or_default();
         let targets = assign(previous, chosen.iter().map(EndpointOf::target).collect());
