@@ -213,6 +213,16 @@ declarations! {
     icmp6_types Declaration::new(SetKind::Set, [Selector::Icmp6Type]);
 }
 
+/// The base chain for what is forwarded.
+pub(super) const STARTUP: &str = "startup";
+/// The base chains, with their hooks. The last one is for packets that IPVS of another proxy sends
+/// past the forward hook.
+pub(super) const STARTUP_BASES: [(&str, Hook); 3] = [
+    (STARTUP, Hook::Forward),
+    ("startup-to-node", Hook::Input),
+    ("startup-by-ipvs", Hook::Output),
+];
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -243,13 +253,3 @@ mod tests {
         assert_ne!(chain(&long), chain(&other));
     }
 }
-
-/// The base chain for what is forwarded.
-pub(super) const STARTUP: &str = "startup";
-/// The base chains, with their hooks. The last one is for packets that IPVS of another proxy sends
-/// past the forward hook.
-pub(super) const STARTUP_BASES: [(&str, Hook); 3] = [
-    (STARTUP, Hook::Forward),
-    ("startup-to-node", Hook::Input),
-    ("startup-by-ipvs", Hook::Output),
-];

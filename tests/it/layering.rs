@@ -64,6 +64,7 @@ pub const LAYERS: &[(&str, &[&str])] = &[
             "sync",
             "followers",
             "events",
+            "mutex",
             "cleanup",
             "backoff",
         ],

@@ -1,10 +1,11 @@
 //! Looks at the objects, which the main loop owns.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
+use crate::mutex::lock;
 use crate::sync::{Look, Query, View};
 
 /// The main loop has ended.
@@ -38,7 +39,7 @@ impl MainLoop {
         let (answer, answered) = oneshot::channel();
         let asked = self.asked.clone();
         let look = Look(Box::new(move |view: &View| {
-            *asked.lock().unwrap_or_else(PoisonError::into_inner) = None;
+            *lock(&asked) = None;
             // The client may have gone.
             let _ = answer.send(look(view));
         }));
@@ -53,6 +54,6 @@ impl MainLoop {
     }
 
     fn asked(&self) -> MutexGuard<'_, Option<Instant>> {
-        self.asked.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.asked)
     }
 }

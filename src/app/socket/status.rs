@@ -2,7 +2,7 @@
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use hyper::StatusCode;
@@ -16,6 +16,7 @@ use crate::followers::drops::DropCounters;
 use crate::insight::API_VERSION;
 use crate::insight::status::{self, Status};
 use crate::model::{Kind, ObjectName};
+use crate::mutex::lock;
 use crate::policies::{self, Direction};
 use crate::serve::health::Probe;
 use crate::serve::socket::SocketAnswer;
@@ -257,7 +258,7 @@ impl DropHistory {
         }
         loop {
             if let Some(now) = self.read().await {
-                let mut readings = self.readings.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut readings = lock(&self.readings);
                 if readings.len() == READINGS {
                     readings.pop_front();
                 }
@@ -282,7 +283,7 @@ impl DropHistory {
         let Some(now) = self.read().await else {
             return Vec::new();
         };
-        let readings = self.readings.lock().unwrap_or_else(PoisonError::into_inner);
+        let readings = lock(&self.readings);
         let before = readings.front();
         let drops = now.into_iter().map(|((pod, direction), packets)| {
             let earlier = before.and_then(|it| it.get(&(pod.clone(), direction)));
