@@ -110,7 +110,16 @@ async fn collect_within(
                 return Err(Error::SourceEnded);
             };
             match &delivery.event {
-                Event::Apply(_) | Event::ListComplete(_) => deadline = Instant::now() + silence,
+                Event::Apply(_) | Event::ListComplete(_) => {
+                    let missing = [store.missing(), policies.missing()].concat();
+                    if delivery
+                        .event
+                        .kind()
+                        .is_some_and(|it| missing.contains(&it))
+                    {
+                        deadline = Instant::now() + silence;
+                    }
+                }
                 Event::Notice(notice) if notice.reason == Reason::ApiServer => {
                     if let Some(refusal) = stats.refusal() {
                         return Err(failed(once(refusal)));

@@ -4,9 +4,9 @@
 //! |---|---|
 //! | `/explain?from=…&to=…` | the answer to one question; with `form=text` as text, in JSON; with `rules=yes` compared with the kernel |
 //! | `/status` | the state of the agent |
-//! | `/objects` | the objects that the rules are compiled from, as a list of the API |
+//! | `/objects` | the objects that the rules are compiled from, as a list of the API; with `pods=no` those of services alone |
 //! | `/policies` | each policy: since when it is in force, and whether the kernel refused it |
-//! | `/settings` | the name of the node, and the agent's settings: flags, and a configuration file |
+//! | `/settings` | the name of the node, the agent's settings (flags, and a configuration file), and what the kernel refused |
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -21,7 +21,7 @@ use crate::engine::Engine as _;
 use crate::host::addresses;
 use crate::host::bridges::unfiltered_networks;
 use crate::insight::{Facts, NameError, Plans, Question, Style, answer_text, explain};
-use crate::model::Kind;
+use crate::model::{Kind, ObjectRef};
 use crate::policies;
 use crate::serve::health::Health;
 use crate::serve::socket::{SocketAnswer, SocketPages};
@@ -88,13 +88,13 @@ impl SocketPages for AgentPages {
         }
         match uri.path() {
             "/explain" => Some(self.explain(&query).await),
+            "/objects" if query.get("pods").is_some_and(|it| it == "no") => {
+                Some(self.stream(Listed::Services))
+            }
             "/objects" => Some(self.stream(Listed::Objects)),
             "/policies" => Some(self.stream(Listed::Policies)),
             "/status" => Some(self.status().await),
-            "/settings" => Some(ok(&json!({
-                "node": *self.node_name, "flags": self.flags,
-                "configuration": self.configuration,
-            }))),
+            "/settings" => Some(self.settings().await),
             _ => None,
         }
     }
@@ -119,6 +119,39 @@ impl AgentPages {
         look: impl FnOnce(&View) -> T + Send + 'static,
     ) -> Result<T, Ended> {
         self.main_loop.look(look).await
+    }
+
+    /// Returns the settings, and what else answers depend on beside the objects.
+    async fn settings(&self) -> SocketAnswer {
+        let refused = self.look(|view| {
+            let services = view.services.refused();
+            let services: Vec<String> = services.map(ToString::to_string).collect();
+            let policies = view.policies.into_iter();
+            let policies: Vec<ObjectRef> = policies
+                .flat_map(|engine| engine.refused_policies().cloned())
+                .collect();
+            (services, policies)
+        });
+        let Ok((services, policies)) = refused.await else {
+            return ended();
+        };
+        let of_kind = |kind| -> Vec<String> {
+            let own = policies.iter().filter(|policy| policy.kind == kind);
+            own.map(|policy| policy.name.to_string()).collect()
+        };
+        let unfiltered = unfiltered_networks(Path::new("/"), &addresses::attached());
+        let unfiltered = unfiltered.iter();
+        ok(&json!({
+            "node": *self.node_name,
+            "flags": self.flags,
+            "configuration": self.configuration,
+            "refused": {
+                "services": services,
+                "networkPolicies": of_kind(Kind::NetworkPolicy),
+                "clusterNetworkPolicies": of_kind(Kind::ClusterNetworkPolicy),
+            },
+            "unfiltered": unfiltered.map(ToString::to_string).collect::<Vec<_>>(),
+        }))
     }
 
     async fn explain(&self, query: &HashMap<String, String>) -> SocketAnswer {

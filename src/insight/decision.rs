@@ -54,6 +54,10 @@ fn decided(
     let node = facts.store.node().map(|node| &**node);
     let inventory = facts.policies.inventory();
     if facts.policies.is_closed_to(end) {
+        // Packets of the own node to its pods pass the hook output, which closes nothing to them.
+        if direction == Direction::Ingress && source.is_node && inventory.is_own(facts.node) {
+            return allowed(Code::NodeToOwnPod);
+        }
         return Decision {
             verdict: Verdict::Denied,
             ..allowed(Code::PodUnknown)

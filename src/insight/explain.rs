@@ -11,12 +11,13 @@ use super::evidence::Subjects;
 use super::names::{NameError, Place, places};
 use super::nodes::OtherNode;
 use super::ports::{Ports, ports};
-use super::question::{End, Question};
+use super::question::{End, PortName, Question};
 use super::rules;
-use super::service::{self, Destination, Judgement, Plans, Source, source_of};
+use super::service::{self, Destination, Judgement, Plans, Source, is_of_node, source_of};
 use super::{API_VERSION, Facts};
 use crate::model::{Family, Kind, Protocol, Service};
 use crate::policies::{Connection, Direction};
+use crate::services::Claim;
 
 /// The answer for one port.
 #[derive(Clone, Debug)]
@@ -58,6 +59,7 @@ pub(crate) fn explain(
             to: question.to.to_string(),
         });
     }
+    check_pairs(facts, sources.len().saturating_mul(destinations.len()))?;
     let ports = ports(facts, question, &destinations)?;
     check_size(facts, &sources, &destinations, &ports)?;
     let sources: Vec<Origin> = sources
@@ -141,6 +143,13 @@ pub(crate) fn explain(
     Ok(answer)
 }
 
+fn check_pairs(facts: &Facts, pairs: usize) -> Result<(), NameError> {
+    match facts.most_pairs {
+        Some(most) if pairs > most => Err(NameError::TooMany(pairs)),
+        _ => Ok(()),
+    }
+}
+
 /// Checks that a question is not too large for who answers it.
 fn check_size(
     facts: &Facts,
@@ -148,13 +157,10 @@ fn check_size(
     destinations: &[Place],
     ports: &[Ports],
 ) -> Result<(), NameError> {
-    let Some(most) = facts.most_pairs else {
+    if facts.most_pairs.is_none() {
         return Ok(());
-    };
-    let check = |pairs| match pairs > most {
-        true => Err(NameError::TooMany(pairs)),
-        false => Ok(()),
-    };
+    }
+    let check = |pairs| check_pairs(facts, pairs);
     let lengths = [sources.len(), destinations.len(), ports.len()];
     check(lengths.into_iter().fold(1, usize::saturating_mul))?;
     // A bare address may be a frontend with as many endpoints as a named service has.
@@ -291,6 +297,15 @@ fn of_port(
             let to = port.at(destination.address);
             let judged = service::judge(&facts, &source, &to, plans);
             let beyond = beyond(&facts, &source, &to, &judged, plans);
+            // What the source may not send does not reach the other node.
+            let sent = beyond.as_ref().map(|_| {
+                let connection = connection(&source, (to.address, to.port), port);
+                decide(&facts, Direction::Egress, &connection, &source)
+            });
+            let passes = sent
+                .as_ref()
+                .is_none_or(|it| it.verdict == Verdict::Allowed);
+            let beyond = beyond.filter(|_| passes);
             let (judged, to_node) = match &beyond {
                 Some((node, judged)) => (judged, Some(node)),
                 None => (&judged, None),
@@ -305,12 +320,13 @@ fn of_port(
             for target in &judged.targets {
                 let masquerade = judged.step.masquerade;
                 let connection = connection(&source, *target, port);
-                let sent = to_node.map_or(connection, |_| {
-                    self::connection(&source, (to.address, to.port), port)
-                });
-                let mut egress = decide(&facts, Direction::Egress, &sent, &source);
+                let mut egress = match (&sent, to_node) {
+                    (Some(sent), Some(_)) => sent.clone(),
+                    _ => decide(&facts, Direction::Egress, &connection, &source),
+                };
                 let facts = to_node.map_or(facts, |node| node.facts(&facts));
-                let mut ingress = ingress(&facts, &source, connection, masquerade);
+                let client = to_node.map_or_else(|| source.clone(), |_| source.elsewhere());
+                let mut ingress = ingress(&facts, &client, connection, masquerade);
                 if judged.step.action == Action::None && is_bridged(&facts, &connection) {
                     pass(&mut egress);
                     pass(&mut ingress);
@@ -352,12 +368,7 @@ fn beyond(
     }
     let node = facts.other_with(to.address)?;
     let node = facts.other_node(node.name())?;
-    let seen = Source {
-        address: source.address,
-        is_node: false,
-        is_local_pod: false,
-    };
-    let mut judged = service::judge(&node.facts(facts), &seen, to, plans);
+    let mut judged = service::judge(&node.facts(facts), &source.elsewhere(), to, plans);
     if judged.step.action == Action::None {
         return None;
     }
@@ -443,7 +454,7 @@ fn warnings(facts: &Facts, question: &Question, sources: &[Origin]) -> Vec<Strin
     if !elsewhere.is_empty() {
         let nodes: Vec<String> = elsewhere.into_iter().collect();
         warnings.push(format!(
-            "the source is on {}, whose rules translate services and whose Node object is unknown; this is what those of {} would do",
+            "the source is on {}, whose rules translate services and are not known here; this is what those of {} would do",
             nodes.join(", "),
             facts.node
         ));
@@ -455,6 +466,7 @@ fn warnings(facts: &Facts, question: &Question, sources: &[Origin]) -> Vec<Strin
     };
     let service = name.and_then(|name| facts.store.service(name));
     warnings.extend(service.and_then(|service| fault(facts, service)));
+    warnings.extend(node_port_elsewhere(facts, question));
     for end in [&question.from, &question.to] {
         if let End::Pod(name) = end
             && let Some(pod) = facts.policies.inventory().pod(name)
@@ -476,6 +488,26 @@ fn warnings(facts: &Facts, question: &Question, sources: &[Origin]) -> Vec<Strin
         }
     }
     warnings
+}
+
+/// Returns a warning if the destination may be a NodePort of another node, whose rules are not known.
+fn node_port_elsewhere(facts: &Facts, question: &Question) -> Option<String> {
+    let (End::Address(address), Some(PortName::Number(port))) = (&question.to, &question.port)
+    else {
+        return None;
+    };
+    let inventory = facts.policies.inventory();
+    let own = facts.store.node().map(|node| &**node);
+    let is_known = facts.others.is_some()
+        || is_of_node(own, *address)
+        || inventory.claimants(*address).next().is_some()
+        || facts.store.with_cluster_ip(*address).is_some();
+    let claim = Claim::NodePort(question.protocol()?, *port);
+    let service = facts.store.owner(&claim).filter(|_| !is_known)?;
+    Some(format!(
+        "{port} is a NodePort of {service}: if {address} is another node, its rules decide, which are \
+         not known here"
+    ))
 }
 
 /// Returns why a service has no rules, if it is at fault.

@@ -11,46 +11,59 @@ use super::service::is_of_node;
 use crate::model::{Event, Kind, Object, ObjectName};
 use crate::services::{Marks, ServiceSettings, Store};
 
+/// The most other nodes whose objects are kept, each with a copy of all.
+const MOST: usize = 8;
+
 /// The objects that the rules of services on other nodes are compiled from. Those of one node are
 /// joined when a question is first about it.
 #[derive(Debug)]
 pub(crate) struct OtherNodes {
     events: Vec<Event>,
-    settings: ServiceSettings,
-    /// By node; `None` without a Node object.
+    settings: Rc<ServiceSettings>,
+    /// By node; `None` without a Node object. At most [`MOST`].
     stores: RefCell<HashMap<String, Option<Rc<Store>>>>,
 }
 
 impl OtherNodes {
-    /// Creates it without objects. Other nodes are taken to have the same settings.
+    /// Creates it without objects. Other nodes are taken to have the same settings, except for the
+    /// address of the own node.
     pub fn new(settings: ServiceSettings) -> Self {
         Self {
             events: Vec::new(),
-            settings,
+            settings: Rc::new(ServiceSettings {
+                bind_address: None,
+                ..settings
+            }),
             stores: RefCell::default(),
         }
     }
 
     /// Adds an event, if it is about objects that services are compiled from.
     pub fn add(&mut self, event: &Event) {
-        let kind = match event {
-            Event::Apply(object) => object.reference().kind,
-            Event::Delete(object) => object.kind,
-            Event::ListStarted(kind) | Event::ListComplete(kind) => *kind,
-            Event::Servers(_) | Event::Routes(_) | Event::Notice(_) => return,
-        };
-        if Kind::SERVICES.contains(&kind) {
+        if event
+            .kind()
+            .is_some_and(|kind| Kind::SERVICES.contains(&kind))
+        {
             self.events.push(event.clone());
         }
     }
 
-    /// Returns the objects as the rules of a node have them; `None` if its Node object is unknown.
+    /// Returns the objects as the rules of a node have them; `None` if its Node object is unknown, or if
+    /// too many others are in use.
     fn store(&self, node: &str) -> Option<Rc<Store>> {
         if let Some(known) = self.stores.borrow().get(node) {
             return known.clone();
         }
-        let store = self.join(node).map(Rc::new);
         let mut stores = self.stores.borrow_mut();
+        let is_used =
+            |it: &Option<Rc<Store>>| it.as_ref().is_none_or(|it| Rc::strong_count(it) > 1);
+        if stores.len() >= MOST {
+            stores.retain(|_, store| is_used(store));
+        }
+        if stores.values().flatten().count() >= MOST {
+            return None;
+        }
+        let store = self.join(node).map(Rc::new);
         stores.insert(node.to_owned(), store.clone());
         store
     }
@@ -74,6 +87,7 @@ impl OtherNodes {
 pub(super) struct OtherNode {
     pub name: Arc<str>,
     store: Rc<Store>,
+    settings: Rc<ServiceSettings>,
 }
 
 impl OtherNode {
@@ -81,6 +95,7 @@ impl OtherNode {
     pub fn facts<'a>(&'a self, own: &Facts<'a>) -> Facts<'a> {
         Facts {
             store: &self.store,
+            settings: &self.settings,
             node: &self.name,
             has_node: true,
             ..*own
@@ -91,9 +106,13 @@ impl OtherNode {
 impl Facts<'_> {
     /// Returns another node, if what its rules are compiled from is known.
     pub(super) fn other_node(&self, name: &str) -> Option<OtherNode> {
-        let store = self.others?.store(name)?;
-        let name = store.node()?.name.clone();
-        Some(OtherNode { name, store })
+        let others = self.others?;
+        let store = others.store(name)?;
+        Some(OtherNode {
+            name: store.node()?.name.clone(),
+            store,
+            settings: others.settings.clone(),
+        })
     }
 
     /// Returns the name of another node with an address.

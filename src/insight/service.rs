@@ -23,6 +23,17 @@ pub(super) struct Source {
     pub is_local_pod: bool,
 }
 
+impl Source {
+    /// Returns the source as the rules of another node than its own see it.
+    pub(super) fn elsewhere(&self) -> Self {
+        Self {
+            address: self.address,
+            is_node: false,
+            is_local_pod: false,
+        }
+    }
+}
+
 /// The destination that a connection is opened to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Destination {
@@ -146,9 +157,10 @@ pub(super) fn takes_local(
     any && !source.is_node && !comes_from_pods(facts, source, frontend.family)
 }
 
-/// Returns the number of endpoints of the service with a destination; 0 if it is no frontend.
+/// Returns the number of endpoints of the service with a destination; 0 if it is no address of one.
 pub(super) fn endpoints(facts: &Facts, to: &Destination) -> usize {
-    let Some((_, name)) = owner(facts, to) else {
+    let frontend = owner(facts, to).map(|(_, name)| name);
+    let Some(name) = frontend.or_else(|| facts.store.with_cluster_ip(to.address)) else {
         return 0;
     };
     let slices = facts.store.slices_of(name);

@@ -15,7 +15,7 @@ use crate::model::{
     SlicePort, TrafficPolicy,
 };
 use crate::nft::Ruleset;
-use crate::policies::PolicySettings;
+use crate::policies::{PodNetwork, PolicySettings};
 use crate::services::{self, DetectLocal, Marks};
 
 mod walk;
@@ -482,4 +482,49 @@ fn a_service_that_the_kernel_refused_has_no_rules() {
         local: node().internal_ips,
     };
     assert_eq!(walk(&ruleset, &packet, 1), [End::Dropped].into());
+}
+
+#[test]
+fn the_own_node_reaches_addresses_of_pods_that_are_not_known() {
+    let settings = ServiceSettings::default();
+    let (store, ..) = world(&settings, Vec::new());
+    let mut policies = Engine::new(PolicySettings {
+        node: NODE.into(),
+        closed: Some(PodNetwork::NodeCidr),
+        ..PolicySettings::default()
+    });
+    policies.apply(&Event::Apply(Object::Node(node())));
+    policies.update(BUDGET);
+    let facts = facts_of(&store, &settings, &policies);
+    let code = |from: &str| {
+        let question = Question::new(from, "10.244.1.77:80").unwrap();
+        let answer = explain(&facts, &question, &mut Plans::default()).unwrap();
+        (answer.verdict, answer.code)
+    };
+    assert_eq!(code("node"), (Verdict::Allowed, Code::NodeToOwnPod));
+    assert_eq!(code("203.0.113.9"), (Verdict::Denied, Code::PodUnknown));
+}
+
+#[test]
+fn few_other_nodes_are_kept() {
+    let mut others = OtherNodes::new(ServiceSettings::default());
+    let name = |number: usize| format!("other-{number}");
+    for number in 0..20 {
+        others.add(&Event::Apply(Object::Node(Node {
+            name: name(number).into(),
+            ..node()
+        })));
+    }
+    let settings = ServiceSettings::default();
+    let (store, policies, _) = world(&settings, Vec::new());
+    let facts = Facts {
+        others: Some(&others),
+        ..facts_of(&store, &settings, &policies)
+    };
+    // One after the other, all can be asked about; at once, only some.
+    assert!((0..20).all(|number| facts.other_node(&name(number)).is_some()));
+    let nodes = (0..20).map(|number| facts.other_node(&name(number)));
+    let nodes: Vec<_> = nodes.collect();
+    assert_eq!(nodes.iter().flatten().count(), 8);
+    assert!(facts.other_node("missing").is_none());
 }

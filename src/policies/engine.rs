@@ -156,6 +156,11 @@ impl Engine {
         &self.inventory
     }
 
+    /// Returns the policies that the kernel refused.
+    pub(crate) fn refused_policies(&self) -> impl Iterator<Item = &ObjectRef> {
+        self.quarantined.iter()
+    }
+
     /// Returns the number of policies that the kernel refused.
     pub(crate) fn refused(&self) -> usize {
         self.quarantined.len()

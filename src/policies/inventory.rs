@@ -107,6 +107,11 @@ impl Inventory {
         rest.take_while(move |name| name.namespace() == namespace)
     }
 
+    /// Returns whether a node is this one.
+    pub(crate) fn is_own(&self, node: &str) -> bool {
+        *node == *self.node
+    }
+
     /// Returns whether a pod runs on this node.
     pub(crate) fn is_local(&self, pod: &Pod) -> bool {
         pod.node.as_deref() == Some(&*self.node)

@@ -215,7 +215,7 @@ declarations! {
 
 /// The base chain for what is forwarded.
 pub(super) const STARTUP: &str = "startup";
-/// The base chains, with their hooks. The last one is for packets that IPVS of another proxy sends
+/// The base chains that close the pod network, with their hooks. The last one is for packets that IPVS of another proxy sends
 /// past the forward hook.
 pub(super) const STARTUP_BASES: [(&str, Hook); 3] = [
     (STARTUP, Hook::Forward),

@@ -400,13 +400,13 @@ impl ProbeStatus {
     }
 }
 
-/// Formats a time for JSON; null if it is out of the range of dates.
 /// Returns a time in the format of RFC 3339, in whole seconds.
 pub(crate) fn in_seconds(time: SystemTime) -> Option<String> {
     let time = jiff::Timestamp::try_from(time).ok()?;
     Some(time.round(jiff::Unit::Second).unwrap_or(time).to_string())
 }
 
+/// Formats a time for JSON; null if it is out of the range of dates.
 fn rfc3339(time: SystemTime) -> Value {
     jiff::Timestamp::try_from(time).map_or(Value::Null, |time| time.to_string().into())
 }

@@ -137,6 +137,11 @@ impl Engine {
         self.quarantined.len() + self.too_large.len()
     }
 
+    /// Returns the services whose rules the kernel refused.
+    pub(crate) fn refused(&self) -> impl Iterator<Item = &ObjectName> {
+        self.quarantined.iter()
+    }
+
     /// Returns whether the kernel refused the rules of a service.
     pub(crate) fn is_refused(&self, name: &ObjectName) -> bool {
         self.quarantined.contains(name)

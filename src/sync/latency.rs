@@ -36,10 +36,7 @@ impl Latency {
         match delivery.event.kind() {
             Some(Kind::Service) => self.pending.0 += 1,
             Some(Kind::EndpointSlice) => self.pending.1 += 1,
-            Some(Kind::Node | Kind::ServiceCidr) | None => {}
-            Some(
-                Kind::Pod | Kind::Namespace | Kind::NetworkPolicy | Kind::ClusterNetworkPolicy,
-            ) => {}
+            _ => {}
         }
         let counts = !matches!(
             delivery.event,

@@ -314,7 +314,10 @@ impl<'a, K: Kernel> Controller<'a, K> {
         if stats.wrote {
             metrics.policy_sync(stats.took);
         }
-        self.latency.policies_in_force(metrics);
+        // A comparison in another thread leaves the events since its start.
+        if !policies.has_more() {
+            self.latency.policies_in_force(metrics);
+        }
         if let Some(isolated) = &change.isolated {
             let pods = isolated.iter().filter_map(|(_, pod)| pod.as_ref());
             metrics.isolated_pods(pods.collect::<BTreeSet<_>>().len());

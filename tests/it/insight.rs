@@ -78,14 +78,11 @@ fn a_pod_on_another_node_is_answered_by_its_rules() {
 
 #[test]
 fn node_ports_of_another_node_are_translated_by_its_rules() {
-    let ask = [
-        "explain",
-        "shop/cart-7c9",
-        "192.168.1.2:30443",
-        "-o",
-        "json",
-    ];
-    let answered = answer(&asked(&ask));
+    let ask = |from: &str| {
+        let ask = ["explain", from, "192.168.1.2:30443", "-o", "json"];
+        answer(&asked(&ask))
+    };
+    let answered = ask("shop/gateway-1");
     let service = &answered["service"];
     assert_eq!(service["action"], "dnat", "{answered:#}");
     assert_eq!(service["name"], "shop/edge");
@@ -94,8 +91,15 @@ fn node_ports_of_another_node_are_translated_by_its_rules() {
     let target = &answered["targets"][0];
     assert_eq!(target["egress"]["decidedOn"], "node-1");
     assert_eq!(target["ingress"]["decidedOn"], target["node"]);
-    // Its policies for egress see the address of the node, not the endpoint.
-    assert_eq!(target["egress"]["code"], "POLICY_NO_RULE", "{target:#}");
+    // A node is nothing special to the policies of another one.
+    let of_node = ask("node");
+    let ingress = &of_node["targets"][0]["ingress"];
+    assert_eq!(ingress["code"], "POLICY_NO_RULE", "{of_node:#}");
+    // Policies for egress see the address of the node, which the packet does not reach.
+    let denied = ask("shop/cart-7c9");
+    assert_eq!(denied["service"]["action"], "none", "{denied:#}");
+    assert_eq!(denied["targets"][0]["address"], "192.168.1.2");
+    assert_eq!(denied["targets"][0]["egress"]["code"], "POLICY_NO_RULE");
     let every = answer(&asked(&["explain", "shop/gateway-1", "node", "-o", "json"]));
     let ports = every["ports"].as_array().expect("ports");
     assert!(ports.iter().any(|it| it["port"] == "30443"), "{every:#}");

@@ -20,6 +20,8 @@ use crate::sync::View;
 pub(super) enum Listed {
     /// All objects, as a list of the API.
     Objects,
+    /// Those that services are compiled from.
+    Services,
     /// The state of each policy.
     Policies,
 }
@@ -43,10 +45,13 @@ impl List {
     /// Sends a list: the names of each kind first, then its objects in portions.
     pub(super) async fn send(mut self, of: Listed) -> Result<(), Ended> {
         match of {
-            Listed::Objects => {
+            Listed::Objects | Listed::Services => {
                 self.part("{\"apiVersion\":\"v1\",\"kind\":\"List\",\"items\":[")
                     .await?;
-                self.objects().await?;
+                self.services().await?;
+                if of == Listed::Objects {
+                    self.of_policies().await?;
+                }
             }
             Listed::Policies => {
                 self.part("{\"policies\":[").await?;
@@ -63,15 +68,8 @@ impl List {
         self.part("]}\n").await
     }
 
-    async fn objects(&mut self) -> Result<(), Ended> {
-        let few = self.main_loop.look(|view| {
-            let store = view.services.store();
-            let node = store.node().map(|node| objects::node(node));
-            let ranges = store.service_cidr_objects().map(objects::service_cidr);
-            node.into_iter().chain(ranges).collect()
-        });
-        let few = few.await?;
-        self.items(few).await?;
+    /// Sends the objects that policies are compiled from.
+    async fn of_policies(&mut self) -> Result<(), Ended> {
         self.each(other_node_names, |view, names| {
             let inventory = view.policies.map(policies::Engine::inventory);
             let nodes = names.iter().filter_map(|name| {
@@ -97,7 +95,6 @@ impl List {
             namespaces.collect()
         })
         .await?;
-        self.services().await?;
         self.each(pod_names, |view, names| {
             let inventory = view.policies.map(policies::Engine::inventory);
             let pods = names.iter().filter_map(|name| inventory?.pod(name));
@@ -112,8 +109,17 @@ impl List {
         .await
     }
 
-    /// Sends the services, each portion followed by its slices.
+    /// Sends the objects that services are compiled from, each portion of services followed by its
+    /// slices.
     async fn services(&mut self) -> Result<(), Ended> {
+        let few = self.main_loop.look(|view| {
+            let store = view.services.store();
+            let node = store.node().map(|node| objects::node(node));
+            let ranges = store.service_cidr_objects().map(objects::service_cidr);
+            node.into_iter().chain(ranges).collect()
+        });
+        let few = few.await?;
+        self.items(few).await?;
         let names = self.main_loop.look(service_names).await?;
         for portion in names.chunks(PORTION) {
             let portion = portion.to_vec();

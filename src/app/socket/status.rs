@@ -8,6 +8,7 @@ use std::time::Duration;
 use hyper::StatusCode;
 use rustix::system::uname;
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use super::main_loop::Ended;
 use super::{AgentPages, PORTION, ended, failed, ok};
@@ -93,7 +94,8 @@ impl AgentPages {
 
     /// Returns what the main loop knows; `None` if it does not answer.
     async fn looked(&self) -> Result<Option<Looked>, Ended> {
-        let names = self.look_in_time(|view| {
+        let deadline = Instant::now() + PATIENCE;
+        let names = self.look_until(deadline, |view| {
             let services = view.services.store().services();
             services
                 .map(|service| service.name.clone())
@@ -108,7 +110,7 @@ impl AgentPages {
         };
         for portion in names.chunks(PORTION) {
             let portion = portion.to_vec();
-            let counted = self.look_in_time(move |view| count(view, &portion));
+            let counted = self.look_until(deadline, move |view| count(view, &portion));
             let Some(counted) = counted.await? else {
                 return Ok(None);
             };
@@ -116,7 +118,7 @@ impl AgentPages {
             services.endpoints += counted.endpoints;
             services.without_endpoints += counted.without_endpoints;
         }
-        self.look_in_time(move |view| {
+        self.look_until(deadline, move |view| {
             let (changed, endpoints) = view.pending;
             services.refused = view.services.left_out();
             Looked {
@@ -130,11 +132,12 @@ impl AgentPages {
     }
 
     /// Has the main loop look at the objects; `None` if it does not in time.
-    async fn look_in_time<T: Send + 'static>(
+    async fn look_until<T: Send + 'static>(
         &self,
+        deadline: Instant,
         look: impl FnOnce(&View) -> T + Send + 'static,
     ) -> Result<Option<T>, Ended> {
-        match tokio::time::timeout(PATIENCE, self.look(look)).await {
+        match tokio::time::timeout_at(deadline, self.look(look)).await {
             Ok(looked) => looked.map(Some),
             Err(_) => Ok(None),
         }
