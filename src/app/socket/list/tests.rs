@@ -121,6 +121,7 @@ async fn parts(of: Listed, many: usize) -> Vec<Vec<String>> {
     let whole: Value = serde_json::from_str(&parts.concat()).expect("JSON");
     let (name, kinds) = match of {
         Listed::Objects => ("items", 7),
+        Listed::Services => ("items", 2),
         Listed::Policies => ("policies", 2),
     };
     let listed = whole[name].as_array().expect("a list");
@@ -144,7 +145,11 @@ async fn parts(of: Listed, many: usize) -> Vec<Vec<String>> {
 #[tokio::test]
 async fn no_turn_of_the_main_loop_copies_more_than_a_portion() {
     let many = 2 * PORTION + 1;
-    for (of, kinds) in [(Listed::Objects, 7), (Listed::Policies, 2)] {
+    for (of, kinds) in [
+        (Listed::Objects, 7),
+        (Listed::Services, 2),
+        (Listed::Policies, 2),
+    ] {
         let parts = parts(of, many).await;
         let largest = parts.iter().map(Vec::len).max();
         assert_eq!(largest, Some(PORTION), "{of:?}");
