@@ -228,7 +228,7 @@ pub(crate) struct Decision {
     pub code: Code,
     /// The tier that decided.
     pub tier: Option<&'static str>,
-    /// The policy whose rule decided, or those that isolate.
+    /// The policy whose rule decided, or the isolating ones.
     pub policies: Vec<PolicyName>,
     /// The number of the rule that decided, from 1.
     pub rule: Option<usize>,

@@ -76,7 +76,7 @@ pub(crate) fn not_read(error: &dyn fmt::Display) -> String {
     format!("what the kernel has is not shown: {error}")
 }
 
-/// Records which of the rules the kernel has. Returns the number of those that are too many.
+/// Records which of the rules the kernel has. Returns how many are beyond the limit.
 fn compare<K: KernelView>(answer: &mut Answer, kernel: &mut K) -> Result<usize, K::Error> {
     let mut known: BTreeMap<Row, bool> = BTreeMap::new();
     let mut left = BTreeSet::new();

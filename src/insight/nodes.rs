@@ -11,8 +11,10 @@ use super::service::is_of_node;
 use crate::model::{Event, Kind, Object, ObjectName};
 use crate::services::{Marks, ServiceSettings, Store};
 
-/// The most other nodes whose objects are kept, each with a copy of all.
-const MOST: usize = 8;
+/// The most objects in the copies for other nodes, unless a few nodes need more: about half a gigabyte.
+const MOST_OBJECTS: usize = 500_000;
+/// The number of other nodes whose objects are kept in any case.
+const FEW: usize = 8;
 
 /// The objects that the rules of services on other nodes are compiled from. Those of one node are
 /// joined when a question is first about it.
@@ -20,7 +22,7 @@ const MOST: usize = 8;
 pub(crate) struct OtherNodes {
     events: Vec<Event>,
     settings: Rc<ServiceSettings>,
-    /// By node; `None` without a Node object. At most [`MOST`].
+    /// By node, each with a copy of all; `None` without a Node object.
     stores: RefCell<HashMap<String, Option<Rc<Store>>>>,
 }
 
@@ -55,17 +57,22 @@ impl OtherNodes {
             return known.clone();
         }
         let mut stores = self.stores.borrow_mut();
-        let is_used =
-            |it: &Option<Rc<Store>>| it.as_ref().is_none_or(|it| Rc::strong_count(it) > 1);
-        if stores.len() >= MOST {
-            stores.retain(|_, store| is_used(store));
-        }
-        if stores.values().flatten().count() >= MOST {
-            return None;
+        if stores.values().flatten().count() >= self.most() {
+            let is_unused = |store: &Rc<Store>| Rc::strong_count(store) == 1;
+            let mut unused = stores
+                .iter()
+                .filter(|(_, store)| store.as_ref().is_some_and(is_unused));
+            let unused = unused.next().map(|(node, _)| node.clone())?;
+            stores.remove(&unused);
         }
         let store = self.join(node).map(Rc::new);
         stores.insert(node.to_owned(), store.clone());
         store
+    }
+
+    /// Returns the most nodes whose objects are kept.
+    fn most(&self) -> usize {
+        (MOST_OBJECTS / self.events.len().max(1)).max(FEW)
     }
 
     fn join(&self, node: &str) -> Option<Store> {

@@ -10,9 +10,9 @@ use super::service::{Destination, Plans, Source, judge};
 use super::*;
 use crate::engine::{BUDGET, Engine as _};
 use crate::model::{
-    Endpoint, EndpointSlice, Event, Family, Hints, LabelSelector, Labels, NetworkPolicy, Node,
-    NodePortAddresses, Object, Pod, Protocol, Service, ServiceCidr, ServiceKind, ServicePort,
-    SlicePort, TrafficPolicy,
+    Endpoint, EndpointSlice, Event, Family, Hints, Kind, LabelSelector, Labels, NetworkPolicy,
+    Node, NodePortAddresses, Object, ObjectRef, Pod, Protocol, Service, ServiceCidr, ServiceKind,
+    ServicePort, SlicePort, TrafficPolicy,
 };
 use crate::nft::Ruleset;
 use crate::policies::{PodNetwork, PolicySettings};
@@ -506,8 +506,13 @@ fn the_own_node_reaches_addresses_of_pods_that_are_not_known() {
 }
 
 #[test]
-fn few_other_nodes_are_kept() {
+fn other_nodes_are_kept_as_far_as_there_is_room() {
     let mut others = OtherNodes::new(ServiceSettings::default());
+    // So many objects that only a few copies of them are kept.
+    let gone = ObjectRef::new(Kind::Node, ObjectName::new("", "gone"));
+    for _ in 0..70_000 {
+        others.add(&Event::Delete(gone.clone()));
+    }
     let name = |number: usize| format!("other-{number}");
     for number in 0..20 {
         others.add(&Event::Apply(Object::Node(Node {
