@@ -110,13 +110,11 @@ async fn collect_within(
                 return Err(Error::SourceEnded);
             };
             match &delivery.event {
-                Event::Apply(_) | Event::ListComplete(_) => {
-                    let missing = [store.missing(), policies.missing()].concat();
-                    if delivery
-                        .event
-                        .kind()
-                        .is_some_and(|it| missing.contains(&it))
-                    {
+                Event::ListComplete(_) => deadline = Instant::now() + silence,
+                // Objects of a kind that is listed say nothing about the others.
+                Event::Apply(object) => {
+                    let kind = object.kind();
+                    if store.missing().contains(&kind) || policies.missing().contains(&kind) {
                         deadline = Instant::now() + silence;
                     }
                 }
