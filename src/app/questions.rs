@@ -17,7 +17,7 @@ use super::{Error, print, single_threaded};
 use crate::engine::Engine as _;
 use crate::insight::status::{Status, status as status_text};
 use crate::insight::{
-    API_VERSION, Facts, OtherNodes, Plans, PolicyState, Question, ServiceFilter, Style, Verdict,
+    API_VERSION, Compiled, Facts, OtherNodes, PolicyState, Question, ServiceFilter, Style, Verdict,
     add_states, answer_text, explain, policies, policies_text, services, services_text,
 };
 use crate::model::{Kind, ObjectName, ObjectRef};
@@ -315,7 +315,7 @@ fn one(
     output: Output,
     warning: Option<&str>,
 ) -> Result<ExitCode, Error> {
-    let mut answer = explain(facts, question, &mut Plans::default())?;
+    let mut answer = explain(facts, question, &mut Compiled::default())?;
     answer.warnings.extend(warning.map(str::to_owned));
     print(|out| match output {
         Output::Json => {
@@ -346,7 +346,7 @@ fn batch(facts: &Facts, file: &Path) -> Result<ExitCode, Error> {
     } else {
         Box::new(io::BufReader::new(fs::File::open(file).map_err(failed)?))
     };
-    let mut plans = Plans::default();
+    let mut compiled = Compiled::default();
     let mut text = Vec::new();
     let mut code = ExitCode::SUCCESS;
     let mut unread = None;
@@ -364,7 +364,7 @@ fn batch(facts: &Facts, file: &Path) -> Result<ExitCode, Error> {
             }
             let answered = Question::from_line(&line)
                 .map_err(Error::from)
-                .and_then(|question| Ok(explain(facts, &question, &mut plans)?));
+                .and_then(|question| Ok(explain(facts, &question, &mut compiled)?));
             match answered {
                 Ok(answer) => serde_json::to_writer(&mut text, &answer)?,
                 Err(error) => {

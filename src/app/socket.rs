@@ -20,7 +20,7 @@ use super::live;
 use crate::engine::Engine as _;
 use crate::host::addresses;
 use crate::host::bridges::unfiltered_networks;
-use crate::insight::{Facts, NameError, Plans, Question, Style, answer_text, explain};
+use crate::insight::{Compiled, Facts, NameError, Question, Style, answer_text, explain};
 use crate::model::{Kind, ObjectRef};
 use crate::policies;
 use crate::serve::health::Health;
@@ -178,7 +178,7 @@ impl AgentPages {
                 others: None,
             };
             let (changed, endpoints) = view.pending;
-            let answer = explain(&facts, &question, &mut Plans::default())?;
+            let answer = explain(&facts, &question, &mut Compiled::default())?;
             Ok((answer, changed + endpoints))
         });
         let answer = match answered.await {

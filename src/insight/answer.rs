@@ -1,10 +1,14 @@
 //! The answer to a question about a connection, as the JSON has it.
 
 use std::net::IpAddr;
+use std::sync::Arc;
 
-use serde::Serialize;
+use serde::ser::SerializeStruct;
+use serde::{Serialize, Serializer};
 
 use super::evidence::{Live, RuleName, Subjects};
+use crate::model::{Kind, ObjectName};
+use crate::policies::NearMiss;
 
 /// The answer to one question. Its JSON is an interface; fields may be added.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -136,10 +140,9 @@ pub(crate) struct ServiceStep {
     pub action: Action,
     /// Address, port and protocol of the first frontend.
     pub frontend: Option<String>,
-    /// Namespace and name.
-    pub name: Option<String>,
+    pub name: Option<ObjectName>,
     /// The name of the service port; empty if it has none.
-    pub port: Option<String>,
+    pub port: Option<Arc<str>>,
     /// Whether the client's address is replaced by the node's.
     pub masquerade: bool,
     /// The node whose rules translate the connection, if its source is not on it.
@@ -171,7 +174,7 @@ pub(crate) enum Action {
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub(crate) struct LeftOut {
     pub address: IpAddr,
-    pub pod: Option<String>,
+    pub pod: Option<ObjectName>,
     pub reason: Exclusion,
 }
 
@@ -211,9 +214,9 @@ pub(crate) struct TargetAnswer {
     pub family: &'static str,
     pub address: IpAddr,
     pub port: Option<u16>,
-    pub pod: Option<String>,
+    pub pod: Option<ObjectName>,
     /// The node of the pod.
-    pub node: Option<String>,
+    pub node: Option<Arc<str>>,
     pub verdict: Verdict,
     pub code: Code,
     pub egress: Decision,
@@ -233,34 +236,55 @@ pub(crate) struct Decision {
     /// The number of the rule that decided, from 1.
     pub rule: Option<usize>,
     /// The rule that would allow the connection but for one condition.
-    pub nearest: Option<Nearest>,
+    #[serde(serialize_with = "near_miss")]
+    pub nearest: Option<NearMiss>,
     /// The node whose rules decide.
-    pub decided_on: Option<String>,
+    pub decided_on: Option<Arc<str>>,
     /// The chains and elements that decide, if asked for and in the rules of the own node.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rules: Option<Vec<RuleName>>,
 }
 
 /// A policy.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct PolicyName {
-    pub kind: &'static str,
-    #[serde(skip_serializing_if = "String::is_empty")]
-    pub namespace: String,
-    pub name: String,
+    pub kind: Kind,
+    pub name: ObjectName,
 }
 
-/// A rule that fails in one condition.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub(crate) struct Nearest {
-    pub policy: PolicyName,
-    /// The number of the rule, from 1.
-    pub rule: usize,
-    /// What the connection does not meet.
-    pub failed: String,
-    /// What it meets.
-    #[serde(skip)]
-    pub met: Option<String>,
+impl Serialize for PolicyName {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let namespace = Some(self.name.namespace()).filter(|it| !it.is_empty());
+        let fields = if namespace.is_some() { 3 } else { 2 };
+        let mut policy = serializer.serialize_struct("PolicyName", fields)?;
+        policy.serialize_field("kind", self.kind.as_str())?;
+        if let Some(namespace) = namespace {
+            policy.serialize_field("namespace", namespace)?;
+        }
+        policy.serialize_field("name", self.name.name())?;
+        policy.end()
+    }
+}
+
+/// Serializes a rule that fails in one condition.
+fn near_miss<S: Serializer>(miss: &Option<NearMiss>, serializer: S) -> Result<S::Ok, S::Error> {
+    #[derive(Serialize)]
+    struct Nearest {
+        policy: PolicyName,
+        /// The number of the rule, from 1.
+        rule: usize,
+        /// What the connection does not meet.
+        failed: String,
+    }
+    let nearest = miss.as_ref().map(|miss| Nearest {
+        policy: PolicyName {
+            kind: Kind::NetworkPolicy,
+            name: miss.policy().clone(),
+        },
+        rule: miss.rule(),
+        failed: miss.failed(),
+    });
+    nearest.serialize(serializer)
 }
 
 /// One of several ports, where none was given.

@@ -1,28 +1,32 @@
 //! What policies decide about a connection.
 
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use super::Facts;
-use super::answer::{Code, Decision, Nearest, PolicyName, Verdict};
+use super::answer::{Code, Decision, PolicyName, Verdict};
 use super::rules;
-use super::service::{self, Source};
+use super::service::{Compiled, Source};
 use crate::model::{Family, Kind, ObjectName, Tier};
 use crate::policies::{self, Connection, Direction, RuleOf};
 
 /// The tier of NetworkPolicies, between those of cluster policies.
 const NETWORK_POLICY: &str = "NetworkPolicy";
 
-/// Asks the policies of one end.
+/// Asks the policies of one end, which is on the node `decided_on` if that is known.
 pub(super) fn decide(
     facts: &Facts,
     direction: Direction,
     connection: &Connection,
     source: &Source,
+    decided_on: Option<&Arc<str>>,
+    compiled: &mut Compiled,
 ) -> Decision {
-    let decision = decided(facts, direction, connection, source);
+    let decision = decided(facts, direction, connection, source, compiled);
     let rules = || rules::of_policies(facts, direction, connection, decision.code);
     Decision {
         rules: facts.rules.then(rules),
+        decided_on: decided_on.cloned(),
         ..decision
     }
 }
@@ -32,12 +36,12 @@ fn decided(
     direction: Direction,
     connection: &Connection,
     source: &Source,
+    compiled: &mut Compiled,
 ) -> Decision {
     let end = match direction {
         Direction::Egress => connection.source,
         Direction::Ingress => connection.destination,
     };
-    let decided_on = service::node_of(facts, end).map(|node| node.to_string());
     let allowed = |code| Decision {
         verdict: Verdict::Allowed,
         code,
@@ -45,7 +49,7 @@ fn decided(
         policies: Vec::new(),
         rule: None,
         nearest: None,
-        decided_on: decided_on.clone(),
+        decided_on: None,
         rules: None,
     };
     if facts.is_of_any_node(end) {
@@ -72,7 +76,8 @@ fn decided(
             Code::NoPolicy
         });
     }
-    if direction == Direction::Ingress && is_own_node(facts, source, end) {
+    let is_node = || source.is_node || facts.is_of_any_node(source.address);
+    if direction == Direction::Ingress && is_node() && is_own_node(facts, source, end) {
         return allowed(Code::NodeToOwnPod);
     }
     let by_rule = |of: RuleOf| Decision {
@@ -80,17 +85,19 @@ fn decided(
         rule: Some(of.rule),
         policies: vec![PolicyName {
             kind: match of.tier {
-                Some(_) => Kind::ClusterNetworkPolicy.as_str(),
-                None => Kind::NetworkPolicy.as_str(),
+                Some(_) => Kind::ClusterNetworkPolicy,
+                None => Kind::NetworkPolicy,
             },
-            namespace: of.policy.namespace().to_owned(),
-            name: of.policy.name().to_owned(),
+            name: of.policy,
         }],
         ..allowed(Code::PolicyRule)
     };
-    match facts.policies.decide(direction, connection) {
+    match facts
+        .policies
+        .decide(direction, connection, &mut compiled.profiles)
+    {
         policies::Decision::NotIsolated { asked } => Decision {
-            policies: asked.iter().map(cluster_policy_name).collect(),
+            policies: named(Kind::ClusterNetworkPolicy, asked),
             ..allowed(Code::NoPolicy)
         },
         policies::Decision::ToItself => allowed(Code::SamePod),
@@ -106,13 +113,8 @@ fn decided(
         policies::Decision::NoRule { policies, nearest } => Decision {
             verdict: Verdict::Denied,
             tier: Some(NETWORK_POLICY),
-            policies: policies.iter().map(policy_name).collect(),
-            nearest: nearest.map(|miss| Nearest {
-                policy: policy_name(&miss.of.policy),
-                rule: miss.of.rule,
-                failed: miss.failed,
-                met: miss.met,
-            }),
+            policies: named(Kind::NetworkPolicy, policies),
+            nearest,
             ..allowed(Code::PolicyNoRule)
         },
     }
@@ -136,20 +138,9 @@ fn tier_name(tier: Tier) -> &'static str {
     }
 }
 
-fn cluster_policy_name(name: &ObjectName) -> PolicyName {
-    PolicyName {
-        kind: Kind::ClusterNetworkPolicy.as_str(),
-        namespace: String::new(),
-        name: name.name().to_owned(),
-    }
-}
-
-fn policy_name(name: &ObjectName) -> PolicyName {
-    PolicyName {
-        kind: Kind::NetworkPolicy.as_str(),
-        namespace: name.namespace().to_owned(),
-        name: name.name().to_owned(),
-    }
+fn named(kind: Kind, names: Vec<ObjectName>) -> Vec<PolicyName> {
+    let names = names.into_iter();
+    names.map(|name| PolicyName { kind, name }).collect()
 }
 
 /// Returns whether a bridge of the node switches the packets of a connection past the rules. Packets

@@ -2,20 +2,21 @@
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use super::answer::{
     Action, Answer, Code, Decision, PortAnswer, ServiceStep, TargetAnswer, Verdict,
 };
 use super::decision::{decide, is_bridged, pass};
 use super::evidence::Subjects;
-use super::names::{NameError, Place, places};
+use super::names::{NameError, Place, no_service, places};
 use super::nodes::OtherNode;
 use super::ports::{Ports, ports};
 use super::question::{End, PortName, Question};
 use super::rules;
-use super::service::{self, Destination, Judgement, Plans, Source, is_of_node, source_of};
+use super::service::{self, Compiled, Destination, Judgement, Source, is_of_node, source_of};
 use super::{API_VERSION, Facts};
-use crate::model::{Family, Kind, Protocol, Service};
+use crate::model::{Family, Kind, Pod, Protocol};
 use crate::policies::{Connection, Direction};
 use crate::services::Claim;
 
@@ -31,7 +32,7 @@ struct OfPort {
     targets: Vec<TargetAnswer>,
 }
 
-/// Answers a question. `plans` are those of earlier questions about the same facts.
+/// Answers a question. `compiled` are those of earlier questions about the same facts.
 ///
 /// # Errors
 ///
@@ -39,7 +40,7 @@ struct OfPort {
 pub(crate) fn explain(
     facts: &Facts,
     question: &Question,
-    plans: &mut Plans,
+    compiled: &mut Compiled,
 ) -> Result<Answer, NameError> {
     let mut sources = places(facts, &question.from)?;
     let mut destinations = destinations(facts, question)?;
@@ -77,7 +78,7 @@ pub(crate) fn explain(
             let destinations: Vec<&Place> = destinations
                 .filter(|place| Family::of(place.address) == *family)
                 .collect();
-            of_port(facts, &sources, &destinations, *family, port, plans)
+            of_port(facts, &sources, &destinations, *family, port, compiled)
         });
         for answer in of_families {
             add(&mut answers, answer);
@@ -92,8 +93,8 @@ pub(crate) fn explain(
             .collect(),
     };
     // What says most: an answer that is not allowed.
-    let shown = answers.iter().find(|it| it.verdict != Verdict::Allowed);
-    let shown = shown.or(answers.first()).cloned();
+    let says_most = answers.iter().position(|it| it.verdict != Verdict::Allowed);
+    let shown = answers.into_iter().nth(says_most.unwrap_or_default());
     let Some(shown) = shown else {
         return Err(NameError::OtherFamily {
             from: question.from.to_string(),
@@ -124,10 +125,10 @@ pub(crate) fn explain(
             .to_owned(),
         verdict,
         code: shown.code,
-        service: shown.step.clone(),
-        targets: shown.targets.clone(),
+        service: shown.step,
+        targets: shown.targets,
         ports: each,
-        warnings: warnings(facts, question, &sources),
+        warnings: warnings(facts, question, &sources, compiled),
         assumptions: assumptions(facts),
         live: None,
         subjects: Subjects::default(),
@@ -138,7 +139,7 @@ pub(crate) fn explain(
         let from = own.map(|from| from.place.address);
         let to = destinations.iter().map(|place| place.address);
         let ends = rules::Ends::new(shown.family, from, to);
-        rules::add(facts, &mut answer, &ends, &shown.port, plans);
+        rules::add(facts, &mut answer, &ends, &shown.port, compiled);
     }
     Ok(answer)
 }
@@ -228,10 +229,8 @@ fn destinations(facts: &Facts, question: &Question) -> Result<Vec<Place>, NameEr
     let End::Service(name) = &question.to else {
         return places(facts, &question.to);
     };
-    // The name is checked.
-    places(facts, &question.to)?;
-    let no_frontend = || NameError::WithoutFrontend(name.clone());
-    let service = facts.store.service(name).ok_or_else(no_frontend)?;
+    let service = facts.store.service(name);
+    let service = service.ok_or_else(|| no_service(facts, name))?;
     let addresses = service
         .cluster_ips
         .iter()
@@ -243,7 +242,7 @@ fn destinations(facts: &Facts, question: &Question) -> Result<Vec<Place>, NameEr
         })
         .collect();
     if places.is_empty() {
-        return Err(no_frontend());
+        return Err(NameError::WithoutFrontend(name.clone()));
     }
     Ok(places)
 }
@@ -259,7 +258,7 @@ struct Origin {
 impl Origin {
     fn new(facts: &Facts, place: Place) -> Self {
         let node = service::node_of(facts, place.address);
-        let node = node.as_deref().map(ToOwned::to_owned);
+        let node = node.map(|node| (**node).to_owned());
         let node = node.or_else(|| {
             facts
                 .other_with(place.address)
@@ -285,7 +284,7 @@ fn of_port(
     destinations: &[&Place],
     family: Family,
     port: &Ports,
-    plans: &mut Plans,
+    compiled: &mut Compiled,
 ) -> OfPort {
     let mut step: Option<ServiceStep> = None;
     let mut refused: Option<(Verdict, Code)> = None;
@@ -293,14 +292,22 @@ fn of_port(
     for from in sources {
         let facts = from.facts(facts);
         let source = source_of(&facts, from.place.address);
+        let of_source = service::node_of(&facts, source.address);
         for destination in destinations {
             let to = port.at(destination.address);
-            let judged = service::judge(&facts, &source, &to, plans);
-            let beyond = beyond(&facts, &source, &to, &judged, plans);
+            let judged = service::judge(&facts, &source, &to, compiled);
+            let beyond = beyond(&facts, &source, &to, &judged, compiled);
             // What the source may not send does not reach the other node.
             let sent = beyond.as_ref().map(|_| {
                 let connection = connection(&source, (to.address, to.port), port);
-                decide(&facts, Direction::Egress, &connection, &source)
+                decide(
+                    &facts,
+                    Direction::Egress,
+                    &connection,
+                    &source,
+                    of_source,
+                    compiled,
+                )
             });
             let passes = sent
                 .as_ref()
@@ -322,16 +329,26 @@ fn of_port(
                 let connection = connection(&source, *target, port);
                 let mut egress = match (&sent, to_node) {
                     (Some(sent), Some(_)) => sent.clone(),
-                    _ => decide(&facts, Direction::Egress, &connection, &source),
+                    _ => decide(
+                        &facts,
+                        Direction::Egress,
+                        &connection,
+                        &source,
+                        of_source,
+                        compiled,
+                    ),
                 };
                 let facts = to_node.map_or(facts, |node| node.facts(&facts));
                 let client = to_node.map_or_else(|| source.clone(), |_| source.elsewhere());
-                let mut ingress = ingress(&facts, &client, connection, masquerade);
+                let pod = facts.policies.inventory().owner(connection.destination);
+                let of_target = pod.and_then(|pod| pod.node.as_ref());
+                let mut ingress =
+                    ingress(&facts, &client, connection, masquerade, of_target, compiled);
                 if judged.step.action == Action::None && is_bridged(&facts, &connection) {
                     pass(&mut egress);
                     pass(&mut ingress);
                 }
-                let mut target = target_answer(&facts, *target, egress, ingress);
+                let mut target = target_answer(*target, pod, egress, ingress);
                 target.source = (sources.len() > 1).then_some(source.address);
                 targets.push(target);
             }
@@ -361,14 +378,14 @@ fn beyond(
     source: &Source,
     to: &Destination,
     judged: &Judgement,
-    plans: &mut Plans,
+    compiled: &mut Compiled,
 ) -> Option<(OtherNode, Judgement)> {
     if judged.step.action != Action::None {
         return None;
     }
     let node = facts.other_with(to.address)?;
     let node = facts.other_node(node.name())?;
-    let mut judged = service::judge(&node.facts(facts), &source.elsewhere(), to, plans);
+    let mut judged = service::judge(&node.facts(facts), &source.elsewhere(), to, compiled);
     if judged.step.action == Action::None {
         return None;
     }
@@ -391,18 +408,20 @@ fn connection(
 }
 
 /// Asks the policies of the destination. `masquerade` says that the packet leaves the node that
-/// translates it with that node's address, which the rules of other nodes see.
+/// translates it with that node's address, which the rules of other nodes see; `of_target` is the node of
+/// the destination.
 fn ingress(
     facts: &Facts,
     source: &Source,
     mut connection: Connection,
     masquerade: bool,
+    of_target: Option<&Arc<str>>,
+    compiled: &mut Compiled,
 ) -> Decision {
     let node = facts.store.node();
     let family = Family::of(connection.destination);
     let seen = node.and_then(|node| node.primary_ip(family));
-    let of_target = service::node_of(facts, connection.destination);
-    let is_elsewhere = of_target.is_some_and(|it| *it != *facts.node);
+    let is_elsewhere = of_target.is_some_and(|it| **it != *facts.node);
     if let (true, true, Some(seen)) = (masquerade, is_elsewhere, seen) {
         connection.source = seen;
     }
@@ -410,13 +429,20 @@ fn ingress(
         address: connection.source,
         ..source.clone()
     };
-    decide(facts, Direction::Ingress, &connection, &client)
+    decide(
+        facts,
+        Direction::Ingress,
+        &connection,
+        &client,
+        of_target,
+        compiled,
+    )
 }
 
 /// Joins what the policies of both ends decide.
 fn target_answer(
-    facts: &Facts,
     (address, port): (IpAddr, Option<u16>),
+    pod: Option<&Pod>,
     egress: Decision,
     ingress: Decision,
 ) -> TargetAnswer {
@@ -432,8 +458,8 @@ fn target_answer(
         family: family_name(Family::of(address)),
         address,
         port,
-        pod: service::pod_at(facts, address),
-        node: service::node_of(facts, address).map(|node| node.to_string()),
+        pod: pod.map(|pod| pod.name.clone()),
+        node: pod.and_then(|pod| pod.node.clone()),
         verdict: deciding.verdict,
         code: deciding.code,
         egress,
@@ -442,13 +468,18 @@ fn target_answer(
 }
 
 /// Returns what is wrong with the objects of a question.
-fn warnings(facts: &Facts, question: &Question, sources: &[Origin]) -> Vec<String> {
+fn warnings(
+    facts: &Facts,
+    question: &Question,
+    sources: &[Origin],
+    compiled: &mut Compiled,
+) -> Vec<String> {
     let mut warnings = Vec::new();
     let elsewhere: BTreeSet<String> = sources
         .iter()
         .filter(|from| from.other.is_none())
         .filter_map(|from| service::node_of(facts, from.place.address))
-        .filter(|node| **node != *facts.node)
+        .filter(|node| ***node != *facts.node)
         .map(|node| node.to_string())
         .collect();
     if !elsewhere.is_empty() {
@@ -465,7 +496,7 @@ fn warnings(facts: &Facts, question: &Question, sources: &[Origin]) -> Vec<Strin
         End::Pod(_) | End::Workload(_) | End::Node | End::Internet => None,
     };
     let service = name.and_then(|name| facts.store.service(name));
-    warnings.extend(service.and_then(|service| fault(facts, service)));
+    warnings.extend(service.and_then(|service| compiled.fault(facts, &service.name)));
     warnings.extend(node_port_elsewhere(facts, question));
     for end in [&question.from, &question.to] {
         if let End::Pod(name) = end
@@ -508,20 +539,6 @@ fn node_port_elsewhere(facts: &Facts, question: &Question) -> Option<String> {
         "{port} is a NodePort of {service}: if {address} is another node, its rules decide, which are \
          not known here"
     ))
-}
-
-/// Returns why a service has no rules, if it is at fault.
-pub(super) fn fault(facts: &Facts, service: &Service) -> Option<String> {
-    if (facts.is_refused)(&service.name) {
-        return Some(format!(
-            "the kernel refused the rules of service {}, which has none until it changes or is \
-             tried again; the log of the agent says why",
-            service.name
-        ));
-    }
-    let plan = crate::services::plan(facts.store, &service.name, facts.settings, None);
-    let error = plan.err()?;
-    Some(format!("the service {} {error}", service.name))
 }
 
 /// Returns what the facts lack.

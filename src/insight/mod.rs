@@ -36,7 +36,7 @@ pub(crate) use names::NameError;
 pub(crate) use nodes::OtherNodes;
 pub(crate) use policies::{PolicyState, add_states, policies};
 pub(crate) use question::{Question, QuestionError};
-pub(crate) use service::Plans;
+pub(crate) use service::Compiled;
 pub(crate) use services::{ServiceFilter, services};
 pub(crate) use text::{
     Style, answer as answer_text, policies as policies_text, services as services_text,

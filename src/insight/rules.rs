@@ -8,7 +8,7 @@ use super::Facts;
 use super::answer::{Answer, Code};
 use super::evidence::{Counter, Pair, Row, RuleName, Subjects};
 use super::ports::Ports;
-use super::service::{self, Asked, Plans, Source, source_of};
+use super::service::{self, Asked, Compiled, Source, source_of};
 use crate::model::Family;
 use crate::nft::RulesetPart;
 use crate::policies::{Connection, Direction};
@@ -47,7 +47,7 @@ pub(super) fn add(
     answer: &mut Answer,
     ends: &Ends,
     port: &Ports,
-    plans: &mut Plans,
+    compiled: &mut Compiled,
 ) {
     let mut finders: HashMap<Family, Option<ServiceParts>> = HashMap::new();
     let mut parts = Vec::new();
@@ -59,7 +59,7 @@ pub(super) fn add(
             .or_insert_with(|| ServiceParts::new(family, facts.store, facts.settings));
         for to in ends.to.iter().filter(|to| Family::of(**to) == family) {
             let to = port.at(*to);
-            let asked = service::asked(facts, &to, plans);
+            let asked = service::asked(facts, &to, compiled);
             if let Some(finder) = finder {
                 parts.extend(of_service(facts, finder, &source, to.address, &asked));
             }

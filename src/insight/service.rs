@@ -9,6 +9,7 @@ use ipnet::IpNet;
 use super::Facts;
 use super::answer::{Action, Code, Exclusion, LeftOut, ServiceStep};
 use crate::model::{Family, Node, ObjectName, Protocol, Service, ServicePort, TrafficPolicy};
+use crate::policies::KnownProfiles;
 use crate::services::{
     self, Claim, EndpointOf, Frontend, LocalDetector, Role, Route, ServicePlan, Target,
 };
@@ -53,19 +54,46 @@ pub(super) struct Judgement {
     pub targets: Vec<(IpAddr, Option<u16>)>,
 }
 
-/// The compiled services of questions about the same facts, by node.
+/// What is compiled for a question, and kept for others about the same facts.
 #[derive(Debug, Default)]
-pub(crate) struct Plans(HashMap<(String, ObjectName), Option<ServicePlan>>);
+pub(crate) struct Compiled {
+    /// The plans of services by node.
+    services: HashMap<String, HashMap<ObjectName, Plan>>,
+    /// The policies of pods.
+    pub(super) profiles: KnownProfiles,
+}
 
-impl Plans {
+/// The plan of a service; `None` if it has no rules, because of the error if there is one.
+type Plan = Result<Option<ServicePlan>, String>;
+
+impl Compiled {
     /// Returns the plan of a service; `None` if it has no rules.
-    fn of(&mut self, facts: &Facts, name: &ObjectName) -> Option<&ServicePlan> {
-        let key = (facts.node.to_owned(), name.clone());
-        let plan = self.0.entry(key).or_insert_with(|| {
+    pub(super) fn of(&mut self, facts: &Facts, name: &ObjectName) -> Option<&ServicePlan> {
+        self.plan(facts, name)?.as_ref().ok()?.as_ref()
+    }
+
+    fn plan(&mut self, facts: &Facts, name: &ObjectName) -> Option<&Plan> {
+        let of_node = self.services.get(facts.node);
+        if !of_node.is_some_and(|plans| plans.contains_key(name)) {
             let plan = services::plan(facts.store, name, facts.settings, None);
-            plan.ok().flatten().filter(|_| !(facts.is_refused)(name))
-        });
-        plan.as_ref()
+            let plan = plan.map(|plan| plan.filter(|_| !(facts.is_refused)(name)));
+            let plan = plan.map_err(|error| error.to_string());
+            let of_node = self.services.entry(facts.node.to_owned()).or_default();
+            of_node.insert(name.clone(), plan);
+        }
+        self.services.get(facts.node)?.get(name)
+    }
+
+    /// Returns why a service has no rules, if it is at fault.
+    pub(super) fn fault(&mut self, facts: &Facts, name: &ObjectName) -> Option<String> {
+        if (facts.is_refused)(name) {
+            return Some(format!(
+                "the kernel refused the rules of service {name}, which has none until it changes or \
+                 is tried again; the log of the agent says why"
+            ));
+        }
+        let error = self.plan(facts, name)?.as_ref().err()?;
+        Some(format!("the service {name} {error}"))
     }
 }
 
@@ -74,25 +102,25 @@ pub(super) fn judge(
     facts: &Facts,
     source: &Source,
     to: &Destination,
-    plans: &mut Plans,
+    compiled: &mut Compiled,
 ) -> Judgement {
     let Some((claim, name)) = owner(facts, to) else {
-        return no_frontend(facts, to, plans);
+        return no_frontend(facts, to, compiled);
     };
     let family = Family::of(to.address);
-    let (Some(service), Some(plan)) = (facts.store.service(name), plans.of(facts, name)) else {
-        return no_frontend(facts, to, plans);
+    let (Some(service), Some(plan)) = (facts.store.service(name), compiled.of(facts, name)) else {
+        return no_frontend(facts, to, compiled);
     };
     let mut frontends = plan.frontends.iter();
     let Some(frontend) = frontends.find(|it| it.at == claim && it.family == family) else {
-        return no_frontend(facts, to, plans);
+        return no_frontend(facts, to, compiled);
     };
     let port = port_of(service, &claim);
     let (mut judgement, chosen) = route(facts, source, plan, frontend);
     let step = &mut judgement.step;
     step.frontend = to.port.map(|port| shown(to.address, port, to.protocol));
-    step.name = Some(name.to_string());
-    step.port = port.map(|port| port.name.to_string());
+    step.name = Some(name.clone());
+    step.port = port.map(|port| port.name.clone());
     if let Some(port) = port {
         let scope_is_local = is_local(frontend, service);
         step.left_out = left_out(facts, service, port, family, &chosen, scope_is_local);
@@ -115,14 +143,14 @@ pub(super) enum Asked<'p> {
 }
 
 /// Looks up what the rules of services know of a destination.
-pub(super) fn asked<'p>(facts: &Facts, to: &Destination, plans: &'p mut Plans) -> Asked<'p> {
+pub(super) fn asked<'p>(facts: &Facts, to: &Destination, compiled: &'p mut Compiled) -> Asked<'p> {
     let address = to.address;
     let with_address = facts.store.with_cluster_ip(address);
     let has_address = with_address
-        .and_then(|name| plans.of(facts, name))
+        .and_then(|name| compiled.of(facts, name))
         .is_some_and(|plan| plan.cluster_ips.contains(&address));
     if let Some((claim, name)) = owner(facts, to)
-        && let Some(plan) = plans.of(facts, name)
+        && let Some(plan) = compiled.of(facts, name)
     {
         let family = Family::of(address);
         let mut frontends = plan.frontends.iter();
@@ -226,11 +254,11 @@ fn port_of<'s>(service: &'s Service, claim: &Claim) -> Option<&'s ServicePort> {
 }
 
 /// Judges a destination that is no frontend.
-fn no_frontend(facts: &Facts, to: &Destination, plans: &mut Plans) -> Judgement {
+fn no_frontend(facts: &Facts, to: &Destination, compiled: &mut Compiled) -> Judgement {
     let service = facts.store.with_cluster_ip(to.address);
-    let name = service.map(ToString::to_string);
+    let name = service.cloned();
     // The address of a service without rules is like one that no service has.
-    let (action, code, name) = if service.is_some_and(|it| plans.of(facts, it).is_some()) {
+    let (action, code, name) = if service.is_some_and(|it| compiled.of(facts, it).is_some()) {
         // Chains that reject look at TCP, UDP and SCTP alike, and at ICMP too.
         (Action::Reject, Some(Code::ServicePortUnknown), name)
     } else if is_unassigned(facts, to.address) {
@@ -400,12 +428,12 @@ fn reason(facts: &Facts, endpoint: &EndpointOf, only_local: bool) -> Exclusion {
 }
 
 /// Returns the pod with an address, if that is certain.
-pub(super) fn pod_at(facts: &Facts, address: IpAddr) -> Option<String> {
+pub(super) fn pod_at(facts: &Facts, address: IpAddr) -> Option<ObjectName> {
     let pod = facts.policies.inventory().owner(address)?;
-    Some(pod.name.to_string())
+    Some(pod.name.clone())
 }
 
 /// Returns the node of the pod with an address, if that is certain.
-pub(super) fn node_of(facts: &Facts, address: IpAddr) -> Option<Arc<str>> {
-    facts.policies.inventory().owner(address)?.node.clone()
+pub(super) fn node_of<'f>(facts: &Facts<'f>, address: IpAddr) -> Option<&'f Arc<str>> {
+    facts.policies.inventory().owner(address)?.node.as_ref()
 }

@@ -6,11 +6,10 @@ use serde::Serialize;
 
 use super::Facts;
 use super::answer::{Code, Exclusion};
-use super::explain::fault;
 use super::names::{NameError, no_service};
-use super::service::{left_out, pod_at};
+use super::service::{Compiled, left_out, pod_at};
 use crate::model::{Family, ObjectName, Service, ServiceKind, TrafficPolicy};
-use crate::services::{self, Claim, Route, ServicePlan};
+use crate::services::{Claim, Frontend, Route, ServicePlan};
 
 /// Which services are listed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -61,7 +60,7 @@ pub(crate) struct FrontendRow {
 pub(crate) struct EndpointRow {
     pub address: IpAddr,
     pub port: u16,
-    pub pod: Option<String>,
+    pub pod: Option<ObjectName>,
     pub node: Option<String>,
     /// Whether some frontend uses it.
     pub used: bool,
@@ -110,13 +109,11 @@ pub(crate) fn lacks_endpoints(row: &ServiceRow) -> bool {
 }
 
 fn row(facts: &Facts, service: &Service) -> ServiceRow {
-    let plan = services::plan(facts.store, &service.name, facts.settings, None);
-    let refused = fault(facts, service);
-    let plan = plan.ok().flatten().filter(|_| refused.is_none());
-    let frontends = plan
-        .as_ref()
-        .map_or_else(Vec::new, |plan| frontends(service, plan));
-    let endpoints = endpoints(facts, service, plan.as_ref());
+    let mut compiled = Compiled::default();
+    let refused = compiled.fault(facts, &service.name);
+    let plan = compiled.of(facts, &service.name);
+    let frontends = plan.map_or_else(Vec::new, |plan| frontends(service, plan));
+    let endpoints = endpoints(facts, service, plan);
     let state = match (&refused, service.kind) {
         (Some(fault), _) => fault.clone(),
         (None, ServiceKind::ExternalName | ServiceKind::Headless) => "answered by DNS".to_owned(),
@@ -160,7 +157,7 @@ fn policy(service: &Service) -> &'static str {
 }
 
 fn frontends(service: &Service, plan: &ServicePlan) -> Vec<FrontendRow> {
-    let row = |frontend: &services::Frontend| {
+    let row = |frontend: &Frontend| {
         let (address, protocol, port) = match frontend.at {
             Claim::Address(address, protocol, port) => (Some(address), protocol, port),
             Claim::NodePort(protocol, port) => (None, protocol, port),
@@ -188,7 +185,7 @@ fn frontends(service: &Service, plan: &ServicePlan) -> Vec<FrontendRow> {
     rows
 }
 
-fn action(plan: &ServicePlan, frontend: &services::Frontend) -> String {
+fn action(plan: &ServicePlan, frontend: &Frontend) -> String {
     let count = |pool: usize| plan.pools.get(pool).map_or(0, |pool| pool.targets.len());
     let without = |code| match code {
         Code::ServiceNoLocalEndpoints => "dropped, no endpoint on this node".to_owned(),

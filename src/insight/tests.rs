@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use proptest::prelude::*;
 
 use super::answer::{Action, Code};
-use super::service::{Destination, Plans, Source, judge};
+use super::service::{Compiled, Destination, Source, judge};
 use super::*;
 use crate::engine::{BUDGET, Engine as _};
 use crate::model::{
@@ -279,8 +279,13 @@ fn destinations(family: Family, services: u8) -> Vec<(IpAddr, u16)> {
 }
 
 /// What an answer says, in the words of the walk.
-fn answered(facts: &Facts, source: &Source, to: &Destination, plans: &mut Plans) -> BTreeSet<End> {
-    let judged = judge(facts, source, to, plans);
+fn answered(
+    facts: &Facts,
+    source: &Source,
+    to: &Destination,
+    compiled: &mut Compiled,
+) -> BTreeSet<End> {
+    let judged = judge(facts, source, to, compiled);
     let on = |translated| {
         let targets = judged.targets.iter();
         targets.map(move |(address, port)| End::On {
@@ -360,7 +365,7 @@ proptest! {
         let most = services.len() as u8;
         let (store, policies, ruleset) = world(&settings, services);
         let facts = facts_of(&store, &settings, &policies);
-        let mut plans = Plans::default();
+        let mut compiled = Compiled::default();
         for family in Family::ALL {
             let finder = services::ServiceParts::new(family, &store, &settings).unwrap();
             for (address, input) in sources(family) {
@@ -381,9 +386,9 @@ proptest! {
                             protocol: Some(protocol),
                             port: Some(port),
                         };
-                        let answered = answered(&facts, &source, &destination, &mut plans);
+                        let answered = answered(&facts, &source, &destination, &mut compiled);
                         prop_assert_eq!(answered, walked, "{:?}", packet);
-                        let asked = service::asked(&facts, &destination, &mut plans);
+                        let asked = service::asked(&facts, &destination, &mut compiled);
                         let is_service = !matches!(asked, service::Asked::NoService);
                         let parts = rules::of_service(&facts, &finder, &source, to, &asked);
                         prop_assert_eq!(is_service, !parts.is_empty(), "{:?}", packet);
@@ -415,7 +420,7 @@ fn what_a_bridge_switches_past_the_rules_is_allowed() {
             ..facts_of(&store, &settings, &policies)
         };
         let question = Question::new(from, to).unwrap();
-        let answer = explain(&facts, &question, &mut Plans::default()).unwrap();
+        let answer = explain(&facts, &question, &mut Compiled::default()).unwrap();
         // What no rule sees, none decides.
         let rules = answer.targets[0].ingress.rules.as_ref().unwrap();
         assert_eq!(rules.is_empty(), answer.code == Code::BridgeUnfiltered);
@@ -461,7 +466,7 @@ fn a_service_that_the_kernel_refused_has_no_rules() {
             ..facts_of(&store, &settings, &policies)
         };
         let question = Question::new("10.244.1.1", to).unwrap();
-        let answer = explain(&facts, &question, &mut Plans::default()).unwrap();
+        let answer = explain(&facts, &question, &mut Compiled::default()).unwrap();
         (answer.code, answer.warnings.len())
     };
     let none: &dyn Fn(&ObjectName) -> bool = &|_| false;
@@ -498,7 +503,7 @@ fn the_own_node_reaches_addresses_of_pods_that_are_not_known() {
     let facts = facts_of(&store, &settings, &policies);
     let code = |from: &str| {
         let question = Question::new(from, "10.244.1.77:80").unwrap();
-        let answer = explain(&facts, &question, &mut Plans::default()).unwrap();
+        let answer = explain(&facts, &question, &mut Compiled::default()).unwrap();
         (answer.verdict, answer.code)
     };
     assert_eq!(code("node"), (Verdict::Allowed, Code::NodeToOwnPod));

@@ -4,14 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{self, Write};
 use std::net::{IpAddr, SocketAddr};
 
-use super::answer::{
-    Action, Answer, Code, Decision, LeftOut, PolicyName, PortAnswer, TargetAnswer, Verdict,
-};
+use super::answer::{Action, Answer, Code, Decision, LeftOut, PortAnswer, TargetAnswer, Verdict};
 use super::evidence::RuleName;
 use super::live;
 use super::policies::PolicyRow;
 use super::rules;
 use super::services::{EndpointRow, ServiceRow};
+use crate::model::ObjectName;
 
 /// The most lines of endpoints, and names in a line.
 const MOST: usize = 10;
@@ -62,7 +61,7 @@ pub(crate) fn answer(answer: &Answer, style: Style, out: &mut impl Write) -> fmt
             .map_or_else(String::new, |port| format!(":{port}")),
     };
     let to = match &answer.service.name {
-        Some(name) if answer.service.frontend.is_some() => name,
+        Some(name) if answer.service.frontend.is_some() => name.as_str(),
         _ => answer.to.trim_start_matches("svc/"),
     };
     write!(out, "{to}{port}")?;
@@ -169,7 +168,7 @@ fn steps(answer: &Answer, style: Style, out: &mut impl Write) -> fmt::Result {
                 }
                 let at =
                     super::service::shown(target.address, target.port.unwrap_or_default(), None);
-                let pod = target.pod.as_deref().unwrap_or("-");
+                let pod = target.pod.as_ref().map_or("-", ObjectName::as_str);
                 let node = target.node.as_deref().unwrap_or("-");
                 more(&format!("{at} {pod} {node}"), out)?;
             }
@@ -219,7 +218,7 @@ fn steps(answer: &Answer, style: Style, out: &mut impl Write) -> fmt::Result {
             let of_target = decision.rules.take().unwrap_or_default();
             // Who is asked matters where it is denied.
             if decision.verdict == Verdict::Allowed
-                || decision.decided_on.as_ref() == Some(&answer.node)
+                || decision.decided_on.as_deref() == Some(&answer.node)
             {
                 decision.decided_on = None;
             }
@@ -228,10 +227,7 @@ fn steps(answer: &Answer, style: Style, out: &mut impl Write) -> fmt::Result {
                     .source
                     .map_or_else(|| answer.from.clone(), |source| source.to_string())
             } else {
-                target
-                    .pod
-                    .clone()
-                    .unwrap_or_else(|| target.address.to_string())
+                pod_or_address(target.pod.as_ref(), target.address)
             };
             match groups.iter_mut().find(|(known, ..)| *known == decision) {
                 Some((_, names, rules)) => {
@@ -256,15 +252,13 @@ fn steps(answer: &Answer, style: Style, out: &mut impl Write) -> fmt::Result {
                 &mut *out,
             )?;
             if let Some(nearest) = &decision.nearest {
-                let met = nearest.met.as_ref().map_or_else(
-                    || format!("{} does not match", nearest.failed),
-                    |met| format!("{met} matches, {} does not", nearest.failed),
+                let failed = nearest.failed();
+                let met = nearest.met().map_or_else(
+                    || format!("{failed} does not match"),
+                    |met| format!("{met} matches, {failed} does not"),
                 );
-                let policy = policy(&nearest.policy);
-                more(
-                    &format!("nearest: {policy} rule {}: {met}", nearest.rule),
-                    out,
-                )?;
+                let (policy, rule) = (nearest.policy(), nearest.rule());
+                more(&format!("nearest: {policy} rule {rule}: {met}"), out)?;
             }
             rules::write(rules, INDENT, out)?;
         }
@@ -288,7 +282,7 @@ fn left_out(endpoints: &[LeftOut], out: &mut impl Write) -> fmt::Result {
     let reasons: BTreeSet<_> = endpoints.iter().map(|it| it.reason).collect();
     for reason in reasons {
         let of_reason = endpoints.iter().filter(|it| it.reason == reason);
-        let names = of_reason.map(|it| it.pod.clone().unwrap_or_else(|| it.address.to_string()));
+        let names = of_reason.map(|it| pod_or_address(it.pod.as_ref(), it.address));
         let names = listed(&names.collect::<Vec<_>>());
         more(&format!("left out: {names} {}", reason.words()), out)?;
     }
@@ -297,9 +291,16 @@ fn left_out(endpoints: &[LeftOut], out: &mut impl Write) -> fmt::Result {
 
 fn decided(decision: &Decision, names: &[String], direction: &str) -> String {
     let who = listed(names);
-    let policies: Vec<String> = decision.policies.iter().map(policy).collect();
+    let policies: Vec<String> = decision
+        .policies
+        .iter()
+        .map(|policy| policy.name.to_string())
+        .collect();
     let policies = listed(&policies);
-    let kind = decision.policies.first().map_or("", |policy| policy.kind);
+    let kind = decision
+        .policies
+        .first()
+        .map_or("", |policy| policy.kind.as_str());
     match decision.code {
         Code::NoPolicy if decision.policies.is_empty() => {
             format!("no policy selects {who} for {direction}")
@@ -367,12 +368,8 @@ fn why(code: Code) -> &'static str {
     }
 }
 
-fn policy(policy: &PolicyName) -> String {
-    if policy.namespace.is_empty() {
-        policy.name.clone()
-    } else {
-        format!("{}/{}", policy.namespace, policy.name)
-    }
+fn pod_or_address(pod: Option<&ObjectName>, address: IpAddr) -> String {
+    pod.map_or_else(|| address.to_string(), ObjectName::to_string)
 }
 
 /// Joins names, of which those of the namespace of the first have no namespace.
@@ -537,7 +534,7 @@ fn details(row: &ServiceRow, out: &mut impl Write) -> fmt::Result {
 
 fn endpoint_line(endpoint: &EndpointRow) -> String {
     let at = super::service::shown(endpoint.address, endpoint.port, None);
-    let pod = endpoint.pod.as_deref().unwrap_or("-");
+    let pod = endpoint.pod.as_ref().map_or("-", ObjectName::as_str);
     let node = endpoint.node.as_deref().unwrap_or("-");
     let state = match endpoint.reason {
         None => "used".to_owned(),

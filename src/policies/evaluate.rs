@@ -1,9 +1,12 @@
 //! Evaluates policies for a connection, from the objects instead of the rules.
 
+use std::cell::OnceCell;
 use std::net::IpAddr;
 
+use smallvec::SmallVec;
+
 use super::Engine;
-use super::index::{Namespaces, PodSelector};
+use super::inventory::Inventory;
 use super::layout::Direction;
 use super::spec::AddressScope;
 use super::tiers::counts_claimants;
@@ -59,17 +62,11 @@ impl Engine {
             Direction::Ingress => (connection.source, local),
             Direction::Egress => (connection.destination, false),
         };
-        let having = |address, local| {
-            [false, true].map(|claimed| {
-                self.inventory
-                    .having(address, AddressScope { local, claimed })
-            })
-        };
         End {
             direction,
             peer,
-            peer_pods: having(peer, false),
-            destination_pods: having(connection.destination, local),
+            peer_pods: Holders::new(&self.inventory, peer, false),
+            destination_pods: Holders::new(&self.inventory, connection.destination, local),
             connection,
         }
     }
@@ -80,9 +77,8 @@ impl Engine {
         };
         peers.iter().any(|peer| match peer {
             TierPeer::Pods { namespaces, pods } => {
-                let selector = PodSelector::new(namespaces, pods);
-                let mut pods = holders(&end.peer_pods, counts_claimants(rule)).iter();
-                pods.any(|pod| self.inventory.selects(&selector, pod))
+                let mut holders = end.peer_pods.get(counts_claimants(rule)).iter();
+                holders.any(|pod| self.inventory.is_peer("", Some(namespaces), pods, pod))
             }
             TierPeer::Networks(networks) => networks.iter().any(|net| net.contains(&end.peer)),
             TierPeer::Nodes(labels) => self.inventory.nodes().selected(labels, end.peer),
@@ -101,12 +97,8 @@ impl Engine {
         peers.iter().any(|peer| match peer {
             Peer::Pods { namespaces, pods } => {
                 let own = policy.name.namespace();
-                let selector = PodSelector {
-                    namespaces: Namespaces::new(namespaces.as_ref(), own),
-                    pods: pods.clone(),
-                };
-                let mut pods = holders(&end.peer_pods, false).iter();
-                pods.any(|pod| self.inventory.selects(&selector, pod))
+                let mut holders = end.peer_pods.get(false).iter();
+                holders.any(|pod| self.inventory.is_peer(own, namespaces.as_ref(), pods, pod))
             }
             Peer::Block { cidr, except } => {
                 cidr.contains(&end.peer) && !except.iter().any(|net| net.contains(&end.peer))
@@ -127,11 +119,39 @@ pub(super) struct End<'a> {
     pub connection: &'a Connection,
 }
 
-/// The pods that certainly have an address, and the pods that may have it.
-type Holders<'a> = [Vec<&'a Pod>; 2];
+/// The pods with an address. Most connections are decided without some of them.
+struct Holders<'a> {
+    inventory: &'a Inventory,
+    address: IpAddr,
+    local: bool,
+    certain: OnceCell<SmallVec<[&'a Pod; 1]>>,
+    claimants: OnceCell<SmallVec<[&'a Pod; 1]>>,
+}
 
-fn holders<'a, 'p>([certain, claimants]: &'p Holders<'a>, claimed: bool) -> &'p [&'a Pod] {
-    if claimed { claimants } else { certain }
+impl<'a> Holders<'a> {
+    fn new(inventory: &'a Inventory, address: IpAddr, local: bool) -> Self {
+        Self {
+            inventory,
+            address,
+            local,
+            certain: OnceCell::new(),
+            claimants: OnceCell::new(),
+        }
+    }
+
+    /// Returns the pods that certainly have the address, or may have it if `claimed`.
+    fn get(&self, claimed: bool) -> &[&'a Pod] {
+        let scope = AddressScope {
+            local: self.local,
+            claimed,
+        };
+        let found = if claimed {
+            &self.claimants
+        } else {
+            &self.certain
+        };
+        found.get_or_init(|| self.inventory.having(self.address, scope))
+    }
 }
 
 impl End<'_> {
@@ -156,7 +176,7 @@ impl End<'_> {
                         (PortMatch::Any, _) => true,
                         (PortMatch::Range(from, to), Some(port)) => (*from..=*to).contains(&port),
                         (PortMatch::Named(name), Some(port)) => {
-                            let pods = holders(&self.destination_pods, claimed);
+                            let pods = self.destination_pods.get(claimed);
                             has_port(pods, name, *protocol, port)
                         }
                         (_, None) => false,

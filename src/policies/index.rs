@@ -31,16 +31,12 @@ pub(crate) enum Namespaces {
 impl Namespaces {
     /// Returns the namespaces of a `namespaceSelector`, in a policy of namespace `own`.
     pub fn new(selector: Option<&LabelSelector>, own: &str) -> Self {
-        let Some(selector) = selector else {
-            return Namespaces::Named(own.into());
-        };
-        match selector.requirements() {
-            // The usual way to name a namespace: the API server sets this label.
-            [Requirement::In(key, names)] if &**key == NAMESPACE_NAME => match names.as_slice() {
-                [name] => Namespaces::Named(name.clone()),
-                _ => Namespaces::Labelled(selector.clone()),
+        match selector {
+            None => Namespaces::Named(own.into()),
+            Some(selector) => match only_namespace(selector) {
+                Some(name) => Namespaces::Named(name.clone()),
+                None => Namespaces::Labelled(selector.clone()),
             },
-            _ => Namespaces::Labelled(selector.clone()),
         }
     }
 
@@ -50,6 +46,17 @@ impl Namespaces {
             Namespaces::Named(own) => **own == *name,
             Namespaces::Labelled(selector) => selector.matches(labels),
         }
+    }
+}
+
+/// Returns the namespace that a selector names in the usual way: by the label that the API server sets.
+pub(super) fn only_namespace(selector: &LabelSelector) -> Option<&Arc<str>> {
+    match selector.requirements() {
+        [Requirement::In(key, names)] if &**key == NAMESPACE_NAME => match names.as_slice() {
+            [name] => Some(name),
+            _ => None,
+        },
+        _ => None,
     }
 }
 

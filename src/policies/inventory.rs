@@ -10,13 +10,13 @@ use smallvec::SmallVec;
 use super::claimants::AddressClaimants;
 use super::cluster::ClusterPolicies;
 use super::departed::Departed;
-use super::index::{Index, Namespaces, PodSelector};
+use super::index::{Index, Namespaces, PodSelector, only_namespace};
 use super::nodes::Nodes;
 use super::spec::AddressScope;
 use crate::engine::SharedMap;
 use crate::model::{
-    ClusterNetworkPolicy, Labels, NAMESPACE_NAME, Namespace, NetworkPolicy, Node, ObjectName, Pod,
-    Sandbox,
+    ClusterNetworkPolicy, LabelSelector, Labels, NAMESPACE_NAME, Namespace, NetworkPolicy, Node,
+    ObjectName, Pod, Sandbox,
 };
 
 /// The objects from which policies are compiled.
@@ -248,6 +248,26 @@ impl Inventory {
         selector.matches(namespace, &of_namespace, &pod.labels)
     }
 
+    /// Returns whether selectors of a peer, in a policy of namespace `own`, select a pod, as their
+    /// [`PodSelector`] does.
+    pub(crate) fn is_peer(
+        &self,
+        own: &str,
+        namespaces: Option<&LabelSelector>,
+        pods: &LabelSelector,
+        pod: &Pod,
+    ) -> bool {
+        let namespace = pod.name.namespace();
+        let in_namespace = match namespaces {
+            None => *namespace == *own,
+            Some(selector) => match only_namespace(selector) {
+                Some(name) => *namespace == **name,
+                None => selector.matches(&self.namespace(namespace)),
+            },
+        };
+        in_namespace && pods.matches(&pod.labels)
+    }
+
     /// Returns the pods that may have an address: the claimants that no other outranks. There are
     /// several if the statuses do not decide.
     pub fn holders(&self, address: IpAddr) -> impl Iterator<Item = &Pod> {
@@ -290,7 +310,7 @@ impl Inventory {
     }
 
     /// Returns the pods that have an address, as [`Inventory::addresses`] does for one of them.
-    pub(crate) fn having(&self, address: IpAddr, scope: AddressScope) -> Vec<&Pod> {
+    pub(crate) fn having(&self, address: IpAddr, scope: AddressScope) -> SmallVec<[&Pod; 1]> {
         match scope {
             AddressScope {
                 claimed: false,

@@ -6,11 +6,13 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
+use smallvec::SmallVec;
 
 use super::Engine;
 use super::cluster::rules_in;
 use super::evaluate::{Connection, End};
 use super::layout::Direction;
+use super::plans::KnownProfiles;
 use super::profile::{Profile, TierList};
 use super::rules::rules_of;
 use super::tiers::counts_claimants;
@@ -62,25 +64,66 @@ pub(crate) struct RuleOf {
     pub name: Option<Arc<str>>,
 }
 
-/// A rule that would allow a connection but for one condition.
+/// A rule that would allow a connection but for one condition: its peers or its ports.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct NearMiss {
-    pub of: RuleOf,
-    /// The condition that fails, in the words of the API.
-    pub failed: String,
-    /// The condition that is met, if there is another.
-    pub met: Option<String>,
+    policy: Arc<NetworkPolicy>,
+    index: usize,
+    direction: Direction,
+    ports_match: bool,
 }
+
+impl NearMiss {
+    /// Returns the policy.
+    pub fn policy(&self) -> &ObjectName {
+        &self.policy.name
+    }
+
+    /// Returns the number of the rule in its list, from 1.
+    pub fn rule(&self) -> usize {
+        self.index.saturating_add(1)
+    }
+
+    /// Returns the condition that fails, in the words of the API.
+    pub fn failed(&self) -> String {
+        let failed = self.described(!self.ports_match);
+        failed.unwrap_or_default()
+    }
+
+    /// Returns the condition that is met, if there is another.
+    pub fn met(&self) -> Option<String> {
+        self.described(self.ports_match)
+    }
+
+    /// Describes the ports of the rule, or its peers.
+    fn described(&self, its_ports: bool) -> Option<String> {
+        let rule = rules_of(&self.policy, self.direction)?.get(self.index)?;
+        if its_ports {
+            ports(rule)
+        } else {
+            peers(rule, self.direction)
+        }
+    }
+}
+
+/// The profiles of the pods that may have an address.
+type Profiles = SmallVec<[Arc<Profile>; 1]>;
 
 impl Engine {
     /// Decides about a connection in one direction, for the pod at that end, on whichever node it
-    /// is. If several pods may have the address, all of them must allow the connection.
-    pub(crate) fn decide(&self, direction: Direction, connection: &Connection) -> Decision {
+    /// is. If several pods may have the address, all of them must allow the connection. `known` are
+    /// the profiles of earlier questions about the same objects.
+    pub(crate) fn decide(
+        &self,
+        direction: Direction,
+        connection: &Connection,
+        known: &mut KnownProfiles,
+    ) -> Decision {
         let address = match direction {
             Direction::Egress => connection.source,
             Direction::Ingress => connection.destination,
         };
-        let (profiles, is_local) = self.profiles_at(address, direction);
+        let (profiles, is_local) = self.profiles_at(address, direction, known);
         let end = self.end(direction, connection, is_local);
         let mut decided: Option<Decision> = None;
         for profile in profiles {
@@ -97,7 +140,7 @@ impl Engine {
 
     /// Returns the policies that deny a connection in one direction.
     pub(crate) fn denying(&self, direction: Direction, connection: &Connection) -> Vec<ObjectName> {
-        match self.decide(direction, connection) {
+        match self.decide(direction, connection, &mut KnownProfiles::default()) {
             Decision::Denied(rule) => vec![rule.policy],
             Decision::NoRule { policies, .. } => policies,
             Decision::NotIsolated { .. } | Decision::ToItself | Decision::Allowed(_) => Vec::new(),
@@ -105,7 +148,12 @@ impl Engine {
     }
 
     /// Returns the profiles of the pods that may have an address, and whether they are of this node.
-    fn profiles_at(&self, address: IpAddr, direction: Direction) -> (Vec<Arc<Profile>>, bool) {
+    fn profiles_at(
+        &self,
+        address: IpAddr,
+        direction: Direction,
+        known: &mut KnownProfiles,
+    ) -> (Profiles, bool) {
         if let Some(plan) = self.plans.get(&address) {
             let holders = plan.holders.get(&direction).into_iter().flatten();
             return (holders.map(|holder| holder.profile.clone()).collect(), true);
@@ -113,14 +161,14 @@ impl Engine {
         // The rules of this node ask only pods of this node.
         let mut isolating = self.inventory.isolating(address);
         if isolating.next().is_some() || self.inventory.departed(address).is_some() {
-            return (Vec::new(), true);
+            return (Profiles::new(), true);
         }
-        let mut pods: Vec<&Pod> = self.inventory.holders(address).collect();
+        let mut pods: SmallVec<[&Pod; 2]> = self.inventory.holders(address).collect();
         pods.sort_unstable_by(|a, b| a.name.cmp(&b.name));
         let is_local = pods.iter().any(|pod| self.inventory.is_local(pod));
         let profiles = pods.into_iter();
-        let profiles = profiles.filter_map(|pod| self.own_profile(pod, direction));
-        (profiles.map(Arc::new).collect(), is_local)
+        let profiles = profiles.filter_map(|pod| known.of(pod, self).get(&direction).cloned());
+        (profiles.collect(), is_local)
     }
 
     /// Returns the address blocks of all policies, exceptions included.
@@ -188,8 +236,8 @@ impl Engine {
             return Decision::ToItself;
         }
         let is_in_force = |name: &&ObjectName| {
-            let policy = ObjectRef::new(Kind::NetworkPolicy, (*name).clone());
-            !self.quarantined.contains(&policy)
+            let policy = || ObjectRef::new(Kind::NetworkPolicy, (*name).clone());
+            self.quarantined.is_empty() || !self.quarantined.contains(&policy())
         };
         let mut nearest = None;
         let in_force = policies.iter().filter(is_in_force);
@@ -205,7 +253,12 @@ impl Engine {
                     return Decision::Allowed(of_policy(policy, index));
                 }
                 if explain && nearest.is_none() && (peer || port) {
-                    nearest = Some(near_miss(policy, index, rule, end.direction, port));
+                    nearest = Some(NearMiss {
+                        policy: policy.clone(),
+                        index,
+                        direction: end.direction,
+                        ports_match: port,
+                    });
                 }
             }
         }
@@ -260,27 +313,6 @@ fn of_policy(policy: &NetworkPolicy, index: usize) -> RuleOf {
         tier: None,
         rule: index.saturating_add(1),
         name: None,
-    }
-}
-
-/// Describes a rule that fails in one condition: in its peers if its ports match.
-fn near_miss(
-    policy: &NetworkPolicy,
-    index: usize,
-    rule: &PolicyRule,
-    direction: Direction,
-    ports_match: bool,
-) -> NearMiss {
-    let (peers, ports) = (peers(rule, direction), ports(rule));
-    let (failed, met) = if ports_match {
-        (peers, ports)
-    } else {
-        (ports, peers)
-    };
-    NearMiss {
-        of: of_policy(policy, index),
-        failed: failed.unwrap_or_default(),
-        met,
     }
 }
 

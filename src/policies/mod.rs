@@ -70,8 +70,9 @@ use std::sync::Arc;
 pub(crate) use changes::{Isolated, PolicyChanges};
 pub use engine::Engine;
 pub use evaluate::Connection;
-pub(crate) use judge::{Decision, RuleOf};
+pub(crate) use judge::{Decision, NearMiss, RuleOf};
 pub use layout::{Direction, TABLE, table_id};
+pub(crate) use plans::KnownProfiles;
 pub(crate) use rules::is_base_chain;
 pub use startup::PodNetwork;
 

@@ -1,8 +1,10 @@
 //! The plans of isolated addresses of this node: the pods whose policies apply to them.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
+
+use foldhash::HashMap;
 
 use super::cluster::rules_in;
 use super::delta::{self, TableDelta, isolate};
@@ -209,14 +211,6 @@ impl Engine {
         profiles.collect()
     }
 
-    /// Returns the profile of a pod in a direction, which it shares with no other; `None` if no policy
-    /// applies to it.
-    pub(super) fn own_profile(&self, pod: &Pod, direction: Direction) -> Option<Profile> {
-        let policies = self.inventory.policies_for(pod);
-        let cluster = self.inventory.cluster_policies_for(pod);
-        profile(&policies, &cluster, direction)
-    }
-
     /// Returns whether packets of the pods with a profile may be denied in a direction.
     fn denies(&self, profile: &Profile, direction: Direction) -> bool {
         let lists = profile.admin.iter().chain(&profile.baseline);
@@ -232,12 +226,13 @@ impl Engine {
 }
 
 /// The profiles of pods with the same namespace and labels, which are mostly those of one workload.
-#[derive(Default)]
-struct KnownProfiles(HashMap<(Box<str>, Labels), BTreeMap<Direction, Arc<Profile>>>);
+/// Valid as long as no object changes.
+#[derive(Debug, Default)]
+pub(crate) struct KnownProfiles(HashMap<(Box<str>, Labels), BTreeMap<Direction, Arc<Profile>>>);
 
 impl KnownProfiles {
     /// Returns the profiles of a pod for the directions in which it is isolated.
-    fn of(&mut self, pod: &Pod, engine: &Engine) -> &BTreeMap<Direction, Arc<Profile>> {
+    pub(super) fn of(&mut self, pod: &Pod, engine: &Engine) -> &BTreeMap<Direction, Arc<Profile>> {
         let key = (pod.name.namespace().into(), pod.labels.clone());
         self.0.entry(key).or_insert_with(|| engine.profiles(pod))
     }

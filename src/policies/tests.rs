@@ -2,6 +2,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use super::plans::KnownProfiles;
 use super::*;
 use crate::engine::{BUDGET, Engine as _};
 use crate::model::{
@@ -130,7 +131,9 @@ impl Checked {
                 for part in &parts {
                     assert!(part.is_in(&self.kernel), "{connection:?}: {part:?}");
                 }
-                let decision = self.engine.decide(direction, &connection);
+                let decision =
+                    self.engine
+                        .decide(direction, &connection, &mut KnownProfiles::default());
                 let counts = parts
                     .last()
                     .is_some_and(|last| last.object().starts_with("set denied"));

@@ -1,5 +1,5 @@
 use super::*;
-use crate::insight::{Facts, Plans, Question, Style, answer_text, explain};
+use crate::insight::{Compiled, Facts, Question, Style, answer_text, explain};
 use crate::model::{
     Endpoint, EndpointSlice, Event, Object, ObjectName, Protocol, Service, ServiceKind,
     ServicePort, SlicePort, TrafficPolicy,
@@ -70,7 +70,7 @@ fn answer(endpoints: u8) -> Answer {
         others: None,
     };
     let question = Question::new(CLIENT, "10.96.0.10:80").unwrap();
-    explain(&facts, &question, &mut Plans::default()).unwrap()
+    explain(&facts, &question, &mut Compiled::default()).unwrap()
 }
 
 /// A kernel that has all rules but those whose text contains some word.

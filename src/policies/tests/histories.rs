@@ -270,7 +270,11 @@ fn agree(checked: &Checked) {
                         "{connection:?}"
                     );
                     let decided = Direction::ALL.map(|direction| {
-                        let decision = checked.engine.decide(direction, &connection);
+                        let decision = checked.engine.decide(
+                            direction,
+                            &connection,
+                            &mut KnownProfiles::default(),
+                        );
                         decision.is_allowed() || !here(direction, &connection, checked)
                     });
                     assert_eq!(decided == [true, true], allows, "{connection:?}");
