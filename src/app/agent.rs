@@ -6,6 +6,7 @@ use std::thread::JoinHandle;
 use serde_json::json;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
+use super::followers::Counters;
 use super::io_thread::IoThread;
 use super::metrics::Metrics;
 use super::objects::{fallback_node, policy_engine, summary};
@@ -17,7 +18,6 @@ use crate::events;
 use crate::followers::FollowerMetrics;
 use crate::followers::affinity::Forgetter;
 use crate::followers::conntrack::{self, Cleaner, KernelFlows};
-use crate::followers::drops::DropCounters;
 use crate::followers::health_checks::HealthChecks;
 use crate::logging::LogQueue;
 use crate::model::Delivery;
@@ -66,12 +66,12 @@ pub(super) fn run(start: Start) -> Result<(), Error> {
     let (stop, stopped) = watch::channel(false);
     let (freed, port_freed) = std::sync::mpsc::channel();
     let (publish_checks, health_checks) = watch::channel(Checks::new());
-    let drops = followers::is_on(settings).then(|| DropCounters::new(followers.isolated()));
+    let counters = Counters::new(settings, &mut followers, &reporter);
     let (ask, queries) = mpsc::channel(followers::QUERIES);
     let queries = (!settings.once).then_some(queries);
     let io = IoThread {
         ask: ask.clone(),
-        drops: drops.clone(),
+        counters: counters.clone(),
         server: None,
         args: settings.clone(),
         flags: start.line.without_field(),
@@ -111,7 +111,7 @@ pub(super) fn run(start: Start) -> Result<(), Error> {
         &mut followers,
         &reporter,
         &ask,
-        drops.as_ref(),
+        &counters,
     )?;
     // With --once the process would end before the thread of the follower has worked.
     let affinity = (settings.once && has_services)

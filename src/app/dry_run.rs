@@ -68,7 +68,7 @@ async fn collect_within(
     mut others: Option<&mut OtherNodes>,
 ) -> Result<(Store, Engine), Error> {
     let mut store = service_settings.store(Store::with_fallback_node(fallback_node(node_name)));
-    let log_group = settings.log_denied.then_some(LOG_GROUP);
+    let log_group = settings.logs_packets().then_some(LOG_GROUP);
     let mut policies = policy_engine(settings, node_name, log_group)?;
     if policies.is_on() {
         policies.apply(&Event::Routes(routes::direct().map_err(Error::Routes)?));

@@ -8,6 +8,7 @@ use tokio::sync::mpsc;
 use super::metrics::Metrics;
 use super::{Error, system};
 use crate::followers::affinity::Forgetter;
+use crate::followers::audited::{AuditCounters, AuditLog};
 use crate::followers::connections::{self, Cutter};
 use crate::followers::denied;
 use crate::followers::drops::DropCounters;
@@ -23,8 +24,37 @@ pub(super) const QUERIES: usize = 64;
 /// Inputs that the followers provide.
 #[derive(Default)]
 pub(super) struct Observers {
-    /// The NFLOG group that receives denied packets.
+    /// The NFLOG group whose packets are read.
     pub(super) log_group: Option<u16>,
+}
+
+/// The counters of policies that metrics and commands read.
+#[derive(Clone, Default)]
+pub(super) struct Counters {
+    pub(super) drops: Option<Arc<DropCounters>>,
+    pub(super) audit: Option<Arc<Audit>>,
+}
+
+/// What audited policies would deny.
+pub(super) struct Audit {
+    pub(super) counters: Arc<AuditCounters>,
+    pub(super) log: AuditLog,
+}
+
+impl Counters {
+    /// Creates the counters that the settings request.
+    pub(super) fn new(args: &Settings, followers: &mut Followers, reporter: &LogAndSend) -> Self {
+        let is_audited = is_on(args) && args.audit_annotations.is_on();
+        Self {
+            drops: is_on(args).then(|| DropCounters::new(followers.isolated())),
+            audit: is_audited.then(|| {
+                Arc::new(Audit {
+                    counters: AuditCounters::new(followers.audited()),
+                    log: AuditLog::new(reporter.clone()),
+                })
+            }),
+        }
+    }
 }
 
 /// Returns whether followers of policies run.
@@ -39,7 +69,7 @@ pub(super) fn start(
     followers: &mut Followers,
     reporter: &LogAndSend,
     ask: &mpsc::Sender<Query>,
-    drops: Option<&Arc<DropCounters>>,
+    counters: &Counters,
 ) -> Result<Observers, Error> {
     let mut observers = Observers::default();
     if !args.once && args.services.is_on() {
@@ -51,8 +81,11 @@ pub(super) fn start(
     // A kernel without NFLOG would reject the rules that log, and the whole transaction with them.
     let reader = open_log(args);
     observers.log_group = reader.as_ref().map(|_| LOG_GROUP);
-    if let Some(drops) = drops {
+    if let Some(drops) = &counters.drops {
         drops.register(&metrics.registry)?;
+    }
+    if let Some(audit) = &counters.audit {
+        audit.counters.register(&metrics.registry)?;
     }
     let (changes, strict) = (followers.policies(), args.network_policy_strict);
     let (judge, metrics) = (ask.clone(), metrics.followers.clone());
@@ -63,8 +96,13 @@ pub(super) fn start(
     if let Some(reader) = reader {
         let ask = ask.clone();
         let fields = args.log_format == LogFormat::Json;
-        let follow = move || denied::follow(reader, || LogReader::open(LOG_GROUP), &ask, fields);
-        spawn("denied", "the thread that logs denied packets", follow)?;
+        let audit = counters.audit.clone();
+        let follow = move || {
+            let nothing = AuditLog::default();
+            let log = audit.as_ref().map_or(&nothing, |audit| &audit.log);
+            denied::follow(reader, || LogReader::open(LOG_GROUP), &ask, log, fields);
+        };
+        spawn("denied", "the thread that logs packets", follow)?;
     }
     Ok(observers)
 }
@@ -87,11 +125,11 @@ fn forget(
     spawn("clients", "the thread that forgets clients", work)
 }
 
-/// Opens the reader of denied packets, if requested and possible.
+/// Opens the reader of logged packets, if requested and possible.
 fn open_log(args: &Settings) -> Option<LogReader> {
-    let opened = args.log_denied.then(|| LogReader::open(LOG_GROUP))?;
+    let opened = args.logs_packets().then(|| LogReader::open(LOG_GROUP))?;
     let opened = opened.inspect_err(|error| {
-        tracing::warn!("{error}; policies are enforced, denied packets are not logged");
+        tracing::warn!("{error}; policies are enforced, packets are not logged");
     });
     opened.ok()
 }

@@ -8,11 +8,11 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::MissedTickBehavior;
 
+use super::followers::Counters;
 use super::metrics::Metrics;
 use super::socket::{AgentPages, DropHistory, MainLoop};
 use super::{Error, connect, followers, load, manifests, single_threaded, system};
 use crate::events::Recorder;
-use crate::followers::drops::DropCounters;
 use crate::followers::{bridges, health_checks};
 use crate::model::{Delivery, Event, Notice, Reason, Subject};
 use crate::policies::Isolated;
@@ -35,7 +35,7 @@ const BIND_AGAIN: Duration = Duration::from_secs(5);
 pub(super) struct IoThread {
     /// Asks the main loop.
     pub(super) ask: mpsc::Sender<Query>,
-    pub(super) drops: Option<Arc<DropCounters>>,
+    pub(super) counters: Counters,
     /// The address of the API server and the counters of its watches.
     pub(super) server: Option<(String, Arc<SourceStats>)>,
     pub(super) args: Settings,
@@ -268,7 +268,8 @@ impl IoThread {
             health: self.health.clone(),
             server: self.server.clone(),
             started: Instant::now(),
-            drops: DropHistory::new(self.drops.clone()),
+            drops: DropHistory::new(self.counters.drops.clone()),
+            audit: self.counters.audit.clone(),
         });
         let (history, stop) = (pages.clone(), self.stopped.clone());
         tokio::spawn(async move { history.drops.follow(stop).await });

@@ -82,17 +82,20 @@ pub(super) fn service_settings(settings: &Settings) -> Result<services::ServiceS
     })
 }
 
-/// Returns the engine of policies. Without policies it deletes the tables of an earlier run.
+/// Returns the engine of policies. `log_group` is that of a log that is read. Without policies it deletes the tables of an earlier run.
 pub(super) fn policy_engine(
     settings: &Settings,
     node_name: &str,
     log_group: Option<u16>,
 ) -> Result<Engine, Error> {
+    let audit = settings.audit_annotations.is_on();
     let closed = settings.is_closed()?.then(|| pod_network(settings));
     let policy_settings = policies::PolicySettings {
         node: node_name.into(),
         strict: settings.network_policy_strict,
-        log_group,
+        log_group: log_group.filter(|_| settings.log_denied),
+        audit,
+        audit_log_group: log_group.filter(|_| audit),
         deny_with: match settings.deny_with {
             settings::DenyMode::Drop => policies::DenyWith::Drop,
             settings::DenyMode::Reject => policies::DenyWith::Reject,

@@ -15,6 +15,7 @@ use super::dry_run::collect;
 use super::objects::{self, manifests};
 use super::{Error, print, single_threaded};
 use crate::engine::Engine as _;
+use crate::insight::audit::{AuditReport, audit as audit_text};
 use crate::insight::status::{Status, status as status_text};
 use crate::insight::{
     API_VERSION, Compiled, Facts, OtherNodes, PolicyState, Question, ServiceFilter, Style, Verdict,
@@ -48,6 +49,9 @@ pub(super) fn answer(
     let runtime = single_threaded()?;
     if let Command::Status(asked) = command {
         return runtime.block_on(status(asked, &settings.socket));
+    }
+    if let Command::Audit(asked) = command {
+        return runtime.block_on(audit(asked, &settings.socket));
     }
     if is_for_agent(command, settings) {
         let mut is_too_large = false;
@@ -131,7 +135,7 @@ fn is_for_agent(command: &Command, settings: &Settings) -> bool {
         Command::Explain(asked) => asked.source.live,
         Command::Policies(asked) => asked.source.live,
         Command::Services(asked) => asked.source.live,
-        Command::Status(_) | Command::Completion { .. } | Command::Man => false,
+        Command::Audit(_) | Command::Status(_) | Command::Completion { .. } | Command::Man => false,
     };
     !live
         && settings.manifests.is_empty()
@@ -154,7 +158,9 @@ fn answer_from(
         },
         Command::Policies(asked) => list_policies(facts, asked, states),
         Command::Services(asked) => list_services(facts, asked),
-        Command::Status(_) | Command::Completion { .. } | Command::Man => Ok(ExitCode::SUCCESS),
+        Command::Audit(_) | Command::Status(_) | Command::Completion { .. } | Command::Man => {
+            Ok(ExitCode::SUCCESS)
+        }
     }
 }
 
@@ -218,6 +224,28 @@ async fn status(asked: &settings::Status, socket: &Path) -> Result<ExitCode, Err
         }
         tokio::time::sleep(WATCH_EVERY).await;
     }
+}
+
+/// Shows what audited policies would deny.
+async fn audit(asked: &settings::Audit, socket: &Path) -> Result<ExitCode, Error> {
+    let since = asked.since.map(|since| since.as_secs().to_string());
+    let query = since.as_deref().map(|since| ("since", since));
+    let body = ask::get(socket, "/audit", query.as_slice()).await?;
+    let report: AuditReport =
+        serde_json::from_slice(&body).map_err(|error| AskError::Invalid(error.to_string()))?;
+    print(|out| match asked.form.output {
+        Output::Json => {
+            serde_json::to_writer_pretty(&mut *out, &report)?;
+            writeln!(out)
+        }
+        Output::Text => {
+            let mut text = String::new();
+            // Writing to a string does not fail.
+            let _ = audit_text(&report, style(), &mut text);
+            out.write_all(text.as_bytes())
+        }
+    })?;
+    Ok(ExitCode::SUCCESS)
 }
 
 /// What answers of the agent depend on.

@@ -5,6 +5,7 @@
 //! | `/explain?from=…&to=…` | the answer to one question; with `form=text` as text, in JSON; with `rules=yes` compared with the kernel |
 //! | `/status` | the state of the agent |
 //! | `/objects` | the objects that the rules are compiled from, as a list of the API; with `pods=no` those of services alone |
+//! | `/audit?since=…` | what audited policies would deny, seen within that many seconds |
 //! | `/policies` | each policy: since when it is in force, and whether the kernel refused it |
 //! | `/settings` | the name of the node, the agent's settings (flags, and a configuration file), and what the kernel refused |
 
@@ -16,6 +17,7 @@ use std::time::Instant;
 use hyper::{StatusCode, Uri};
 use serde_json::{Value, json};
 
+use super::followers::Audit;
 use super::live;
 use crate::engine::Engine as _;
 use crate::host::addresses;
@@ -28,6 +30,7 @@ use crate::serve::socket::{SocketAnswer, SocketPages};
 use crate::source::SourceStats;
 use crate::sync::View;
 
+mod audit;
 mod list;
 mod main_loop;
 mod status;
@@ -57,6 +60,8 @@ pub(super) struct AgentPages {
     pub server: Option<(String, Arc<SourceStats>)>,
     pub started: Instant,
     pub drops: DropHistory,
+    /// None if no policy is audited.
+    pub audit: Option<Arc<Audit>>,
 }
 
 impl SocketPages for AgentPages {
@@ -94,6 +99,7 @@ impl SocketPages for AgentPages {
             "/objects" => Some(self.stream(Listed::Objects)),
             "/policies" => Some(self.stream(Listed::Policies)),
             "/status" => Some(self.status().await),
+            "/audit" => Some(self.audited(&query).await),
             "/settings" => Some(self.settings().await),
             _ => None,
         }

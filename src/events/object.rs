@@ -57,6 +57,7 @@ fn action(reason: Reason) -> &'static str {
         Reason::BridgeTraffic => "WatchBridges",
         Reason::KernelSetting => "MakeSettings",
         Reason::AffinityFull => "RememberClients",
+        Reason::WouldDeny => "AuditPolicy",
     }
 }
 

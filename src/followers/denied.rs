@@ -1,9 +1,9 @@
-//! Logs the packets that network policies denied.
+//! Logs the packets that network policies denied, and those that audited policies would deny.
 //!
 //! ```text
-//! deny-ingress, deny-egress ──NFLOG──> LogReader ──> follow(), on its own thread ──> log
-//!                                                      │  ^
-//!                                          Query::Names └──┘ pods and policies
+//! deny-*, audit-* ──NFLOG──> LogReader ──> follow(), on its own thread ──> log, AuditLog
+//!                                            │  ^
+//!                                Query::Names └──┘ pods and policies
 //! ```
 //!
 //! The rules limit the rate. Packets beyond what the queues hold are dropped and counted.
@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc::{self, error::TrySendError};
 use tokio::sync::oneshot;
 
+use super::audited::{AuditLog, AuditedPacket};
 use crate::backoff::Backoff;
 use crate::model::{ObjectName, Protocol};
 use crate::netlink::{Denied, Error, LogReader, Logged};
@@ -49,6 +50,7 @@ pub(crate) fn follow<R: PacketSource>(
     reader: R,
     mut open: impl FnMut() -> Result<R, Error>,
     ask: &mpsc::Sender<Query>,
+    audits: &AuditLog,
     fields: bool,
 ) {
     let mut losses = Losses::default();
@@ -56,18 +58,18 @@ pub(crate) fn follow<R: PacketSource>(
     let mut backoff = Backoff::new(SHORTEST_RETRY, LONGEST_RETRY);
     while !ask.is_closed() {
         let failed = match next.take().map_or_else(&mut open, Ok) {
-            Ok(reader) => log_packets(reader, &mut losses, ask, fields),
+            Ok(reader) => log_packets(reader, &mut losses, ask, audits, fields),
             Err(error) => Failed::AtOnce(error),
         };
         match failed {
             Failed::Ended => return,
             Failed::Later(error) => {
-                tracing::warn!("{error}; some denied packets were not logged; listening again");
+                tracing::warn!("{error}; some packets were not logged; listening again");
                 backoff.reset();
             }
             Failed::AtOnce(error) => {
                 if backoff.is_reset() {
-                    tracing::warn!("{error}; denied packets are not logged until this works");
+                    tracing::warn!("{error}; packets are not logged until this works");
                 }
                 thread::sleep(backoff.next());
             }
@@ -90,6 +92,7 @@ fn log_packets(
     mut reader: impl PacketSource,
     losses: &mut Losses,
     ask: &mpsc::Sender<Query>,
+    audits: &AuditLog,
     fields: bool,
 ) -> Failed {
     let mut received = false;
@@ -98,11 +101,17 @@ fn log_packets(
         let first = !std::mem::replace(&mut received, packet.is_ok());
         let lost = match packet {
             // Rules of other programs may log to the same group.
-            Ok(Logged::Denied(packet)) => match direction(&packet) {
+            Ok(Logged::Denied(packet)) => match rule_of(&packet) {
                 None => 0,
-                Some(direction) => match names(&packet, direction, ask) {
+                Some(rule) => match names(&packet, rule, ask) {
+                    Ok(names) if !rule.audited => {
+                        log(&packet, rule, &names, fields);
+                        0
+                    }
                     Ok(names) => {
-                        log(&packet, &names, fields);
+                        if audits.add(audited(&packet, rule, &names)) {
+                            log(&packet, rule, &names, fields);
+                        }
                         0
                     }
                     Err(QueryError::Busy) => 1,
@@ -114,7 +123,7 @@ fn log_packets(
             Err(error) => return Failed::Later(error),
         };
         if let Some(lost) = losses.add(lost, Instant::now()) {
-            tracing::warn!("at least {lost} denied packets were not logged: the queue was full");
+            tracing::warn!("at least {lost} packets were not logged: the queue was full");
         }
     }
 }
@@ -128,11 +137,7 @@ enum QueryError {
 }
 
 /// Queries the names for a packet.
-fn names(
-    packet: &Denied,
-    direction: Direction,
-    ask: &mpsc::Sender<Query>,
-) -> Result<Names, QueryError> {
+fn names(packet: &Denied, rule: LogRule, ask: &mpsc::Sender<Query>) -> Result<Names, QueryError> {
     let (answer, answered) = oneshot::channel();
     let query = Query::Names {
         connection: Connection {
@@ -141,7 +146,8 @@ fn names(
             protocol: packet.protocol,
             port: packet.destination_port,
         },
-        direction,
+        direction: rule.direction,
+        audited: rule.audited,
         answer,
     };
     ask.try_send(query).map_err(|error| match error {
@@ -151,11 +157,45 @@ fn names(
     answered.blocking_recv().map_err(|_| QueryError::Ended)
 }
 
-/// Returns the direction in which a packet was denied, which is the prefix of the rule that logged it;
-/// `None` if the rule is none of nftlet's.
-fn direction(packet: &Denied) -> Option<Direction> {
+/// The rule that logged a packet.
+#[derive(Clone, Copy)]
+struct LogRule {
+    direction: Direction,
+    /// Whether audited policies would deny the packet; else it was denied.
+    audited: bool,
+}
+
+impl LogRule {
+    fn word(self) -> &'static str {
+        if self.audited { "audited" } else { "denied" }
+    }
+}
+
+/// Returns the rule that logged a packet, by its prefix; `None` if the rule is none of nftlet's.
+fn rule_of(packet: &Denied) -> Option<LogRule> {
+    let prefix = packet.prefix.strip_prefix("audit-");
+    let word = prefix.unwrap_or(&packet.prefix);
     let mut directions = Direction::ALL.into_iter();
-    directions.find(|direction| direction.as_str() == packet.prefix)
+    Some(LogRule {
+        direction: directions.find(|direction| direction.as_str() == word)?,
+        audited: prefix.is_some(),
+    })
+}
+
+/// Returns what is kept of a packet that audited policies would deny.
+fn audited(packet: &Denied, rule: LogRule, names: &Names) -> AuditedPacket {
+    let end = |pod: &Option<ObjectName>, address: IpAddr| {
+        let pod = pod.as_ref();
+        pod.map_or_else(|| address.to_string(), ToString::to_string)
+    };
+    AuditedPacket {
+        policies: names.policies.clone(),
+        direction: rule.direction,
+        from: end(&names.source, packet.source),
+        to: end(&names.destination, packet.destination),
+        port: packet.destination_port,
+        protocol: protocol(packet.protocol),
+    }
 }
 
 /// Counts lost packets.
@@ -224,19 +264,25 @@ fn protocol(number: u8) -> String {
     }
 }
 
-/// Returns the log line for a denied packet.
+/// Returns the log line for a packet.
 fn line(
     packet: &Denied,
+    rule: LogRule,
     source: &PacketEnd<'_>,
     destination: &PacketEnd<'_>,
     policies: &str,
 ) -> String {
-    let (direction, protocol) = (&packet.prefix, protocol(packet.protocol));
-    let by = if policies.is_empty() { "" } else { ", by " };
-    format!("denied {direction} {protocol} {source} -> {destination}{by}{policies}")
+    let (direction, protocol) = (rule.direction.as_str(), protocol(packet.protocol));
+    let by = match (policies.is_empty(), rule.audited) {
+        (true, _) => "",
+        (false, false) => ", by ",
+        (false, true) => ", would be denied by ",
+    };
+    let word = rule.word();
+    format!("{word} {direction} {protocol} {source} -> {destination}{by}{policies}")
 }
 
-fn log(packet: &Denied, names: &Names, fields: bool) {
+fn log(packet: &Denied, rule: LogRule, names: &Names, fields: bool) {
     let source = PacketEnd {
         address: packet.source,
         port: packet.source_port,
@@ -249,10 +295,11 @@ fn log(packet: &Denied, names: &Names, fields: bool) {
     };
     let policies: Vec<&str> = names.policies.iter().map(ObjectName::as_str).collect();
     let policies = policies.join(", ");
-    let line = line(packet, &source, &destination, &policies);
+    let line = line(packet, rule, &source, &destination, &policies);
     if fields {
         tracing::info!(
-            direction = packet.prefix,
+            verdict = rule.word(),
+            direction = rule.direction.as_str(),
             protocol = protocol(packet.protocol),
             source = %source.address,
             source_pod = source.pod.map(ObjectName::as_str),
@@ -271,6 +318,11 @@ fn log(packet: &Denied, names: &Names, fields: bool) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const DENIED: LogRule = LogRule {
+        direction: Direction::Ingress,
+        audited: false,
+    };
 
     fn packet(protocol: u8, ports: Option<(u16, u16)>) -> Denied {
         let (source_port, destination_port) = ports.unzip();
@@ -298,7 +350,7 @@ mod tests {
             port: packet.destination_port,
             pod: Some(&web),
         };
-        line(packet, &source, &destination, "")
+        line(packet, DENIED, &source, &destination, "")
     }
 
     #[test]
@@ -312,7 +364,7 @@ mod tests {
         let source = end(tcp.source, tcp.source_port);
         let destination = end(tcp.destination, tcp.destination_port);
         assert_eq!(
-            line(&tcp, &source, &destination, "shop/deny, shop/web"),
+            line(&tcp, DENIED, &source, &destination, "shop/deny, shop/web"),
             "denied ingress TCP 10.1.1.6:41234 -> 10.1.0.5:8080, by shop/deny, shop/web"
         );
     }
@@ -386,7 +438,7 @@ mod tests {
             queries.close();
             Ok(Short(None))
         };
-        follow(Short(None), open, &ask, false);
+        follow(Short(None), open, &ask, &AuditLog::default(), false);
         assert!(started.elapsed() >= SHORTEST_RETRY);
     }
 
@@ -412,7 +464,7 @@ mod tests {
             opened += 1;
             Ok(reader())
         };
-        follow(reader(), open, &ask, false);
+        follow(reader(), open, &ask, &AuditLog::default(), false);
         answering.join().unwrap();
         assert!(opened >= 2, "{opened}");
     }

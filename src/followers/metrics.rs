@@ -79,6 +79,24 @@ pub fn register_drops(
     )
 }
 
+/// Registers the counter of packets that audited policies would deny, with the namespace and the name
+/// of the policy, the pod and the direction as labels; see [`Registry`] for `read`.
+///
+/// # Errors
+///
+/// When it is registered already.
+pub fn register_audited(
+    registry: &Registry,
+    read: impl Fn() -> Option<Vec<Sample<4>>> + Send + Sync + 'static,
+) -> Result<(), Error> {
+    registry.sampled(
+        "nftlet_policy_audited_total",
+        "Packets of this node's pods that an audited network policy would deny",
+        ["namespace", "policy", "pod", "direction"],
+        read,
+    )
+}
+
 /// Registers the counter of packets of clients that are not remembered for session affinity, with
 /// the namespace of their services as label.
 ///

@@ -5,6 +5,7 @@
 //! it sends a [`Query`](crate::sync::Query) to the main loop, which thereby knows about all writes.
 
 pub(crate) mod affinity;
+pub(crate) mod audited;
 pub(crate) mod bridges;
 pub(crate) mod connections;
 pub(crate) mod conntrack;
@@ -14,7 +15,7 @@ pub(crate) mod health_checks;
 mod metrics;
 pub(crate) mod not_remembered;
 
-pub use metrics::{FollowerMetrics, register_drops, register_not_remembered};
+pub use metrics::{FollowerMetrics, register_audited, register_drops, register_not_remembered};
 
 #[cfg(test)]
 mod tests;

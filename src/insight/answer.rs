@@ -231,6 +231,9 @@ pub(crate) struct Decision {
     pub code: Code,
     /// The tier that decided.
     pub tier: Option<&'static str>,
+    /// The audited policies that would deny it.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub audited: Vec<PolicyName>,
     /// The policy whose rule decided, or the isolating ones.
     pub policies: Vec<PolicyName>,
     /// The number of the rule that decided, from 1.

@@ -46,6 +46,7 @@ fn decided(
         verdict: Verdict::Allowed,
         code,
         tier: None,
+        audited: Vec::new(),
         policies: Vec::new(),
         rule: None,
         nearest: None,
@@ -92,10 +93,10 @@ fn decided(
         }],
         ..allowed(Code::PolicyRule)
     };
-    match facts
-        .policies
-        .decide(direction, connection, &mut compiled.profiles)
-    {
+    let engine = facts.policies;
+    let audited = engine.auditing(direction, connection, &mut compiled.profiles);
+    let audited = named(Kind::NetworkPolicy, audited);
+    let decision = match engine.decide(direction, connection, &mut compiled.profiles) {
         policies::Decision::NotIsolated { asked } => Decision {
             policies: named(Kind::ClusterNetworkPolicy, asked),
             ..allowed(Code::NoPolicy)
@@ -117,6 +118,10 @@ fn decided(
             nearest,
             ..allowed(Code::PolicyNoRule)
         },
+    };
+    Decision {
+        audited,
+        ..decision
     }
 }
 

@@ -12,6 +12,7 @@
 //! ```
 
 mod answer;
+pub(crate) mod audit;
 mod decision;
 mod evidence;
 mod explain;

@@ -10,8 +10,9 @@ use serde_json::{Map, Value, json};
 
 use crate::model::{
     Action, ClusterNetworkPolicy, Endpoint, EndpointSlice, Family, Kind, LabelSelector, Labels,
-    NetworkPolicy, Node, ObjectName, Peer, Pod, PolicyPort, PolicyRule, PortMatch, Requirement,
-    Sandbox, Service, ServiceCidr, ServiceKind, Tier, TierPeer, TierRule, TrafficPolicy,
+    NetworkPolicy, Node, ObjectName, Peer, Pod, PolicyMode, PolicyPort, PolicyRule, PortMatch,
+    Requirement, Sandbox, Service, ServiceCidr, ServiceKind, Tier, TierPeer, TierRule,
+    TrafficPolicy,
 };
 
 /// Returns an object with its type and name, and further fields.
@@ -245,9 +246,20 @@ pub(crate) fn pod(pod: &Pod) -> Value {
     object(Kind::Pod, &pod.name, metadata, of_kind)
 }
 
+/// Returns `metadata` with the mode of policies, if they have one.
+fn annotations(mode: Option<PolicyMode>) -> Value {
+    let word = match mode {
+        None => return json!({}),
+        Some(PolicyMode::Enforce) => "enforce",
+        Some(PolicyMode::Audit) => "audit",
+    };
+    json!({ "annotations": { "nftlet.dev/mode": word } })
+}
+
 /// Returns a Namespace.
-pub(crate) fn namespace(name: &str, of_namespace: &Labels) -> Value {
-    let metadata = json!({ "labels": labels(of_namespace) });
+pub(crate) fn namespace(name: &str, of_namespace: &Labels, mode: Option<PolicyMode>) -> Value {
+    let mut metadata = annotations(mode);
+    metadata["labels"] = labels(of_namespace);
     object(
         Kind::Namespace,
         &ObjectName::new("", name),
@@ -272,7 +284,8 @@ pub(crate) fn network_policy(policy: &NetworkPolicy) -> Value {
     }
     spec["policyTypes"] = json!(types);
     let of_kind = fields([("spec", spec)]);
-    object(Kind::NetworkPolicy, &policy.name, Value::Null, of_kind)
+    let metadata = annotations(policy.mode);
+    object(Kind::NetworkPolicy, &policy.name, metadata, of_kind)
 }
 
 /// Returns a ClusterNetworkPolicy.

@@ -22,7 +22,7 @@ pub(crate) struct PolicyRow {
     pub directions: Vec<&'static str>,
     /// The pods of the node that it selects.
     pub pods: Vec<String>,
-    /// `enforce`, or `refused` by the kernel.
+    /// `enforce`, `audit`, or `refused` by the kernel.
     pub mode: &'static str,
 }
 
@@ -89,7 +89,7 @@ pub(crate) fn policies(
                 .push(pod.name.to_string());
         }
     }
-    let mut row = |kind: Kind, name: &ObjectName, directions: [bool; 2]| {
+    let mut row = |kind: Kind, name: &ObjectName, directions: [bool; 2], mode| {
         let policy = ObjectRef::new(kind, name.clone());
         let [ingress, egress] = directions;
         PolicyRow {
@@ -102,7 +102,7 @@ pub(crate) fn policies(
                 .flatten()
                 .collect(),
             pods: selected.remove(&policy).unwrap_or_default(),
-            mode: "enforce",
+            mode,
         }
     };
     let is_wanted = |policy: &ObjectName| {
@@ -113,13 +113,20 @@ pub(crate) fn policies(
     let mut rows: Vec<PolicyRow> = cluster
         .map(|policy| {
             let directions = [!policy.ingress.is_empty(), !policy.egress.is_empty()];
-            row(Kind::ClusterNetworkPolicy, &policy.name, directions)
+            row(
+                Kind::ClusterNetworkPolicy,
+                &policy.name,
+                directions,
+                "enforce",
+            )
         })
         .collect();
     let of_namespaces = inventory.policies().filter(|it| is_wanted(&it.name));
     rows.extend(of_namespaces.map(|policy| {
         let directions = [policy.ingress.is_some(), policy.egress.is_some()];
-        row(Kind::NetworkPolicy, &policy.name, directions)
+        let is_audited = facts.policies.is_audited(policy);
+        let mode = if is_audited { "audit" } else { "enforce" };
+        row(Kind::NetworkPolicy, &policy.name, directions, mode)
     }));
     match (namespace, name) {
         (Some(namespace), Some(name)) if rows.is_empty() => {

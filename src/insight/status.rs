@@ -252,10 +252,14 @@ pub(crate) fn status(status: &Status, style: Style, out: &mut impl Write) -> fmt
         } else {
             "NOT in force"
         };
+        let audited = match policies.audited {
+            0 => String::new(),
+            audited => format!(", {audited} audited (see nftlet audit)"),
+        };
         row(
             "policies",
             &format!(
-                "{}, {in_force}: {} pods of this node isolated, {} refused",
+                "{}, {in_force}: {} pods of this node isolated, {} refused{audited}",
                 policies.total, policies.isolated_pods, policies.refused
             ),
         )?;
@@ -388,7 +392,7 @@ mod tests {
             policies: Some(Policies {
                 total: 14,
                 isolated_pods: 23,
-                audited: 0,
+                audited: 1,
                 refused: 0,
                 in_force: true,
             }),

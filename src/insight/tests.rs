@@ -411,6 +411,7 @@ fn what_a_bridge_switches_past_the_rules_is_allowed() {
         pods: LabelSelector::default(),
         ingress: Some(Vec::new()),
         egress: None,
+        mode: None,
     })));
     policies.update(BUDGET);
     let networks: [IpNet; 1] = ["10.244.1.0/24".parse().unwrap()];

@@ -260,6 +260,11 @@ fn steps(answer: &Answer, style: Style, out: &mut impl Write) -> fmt::Result {
                 let (policy, rule) = (nearest.policy(), nearest.rule());
                 more(&format!("nearest: {policy} rule {rule}: {met}"), out)?;
             }
+            if !decision.audited.is_empty() {
+                let names = decision.audited.iter();
+                let names: Vec<String> = names.map(|policy| policy.name.to_string()).collect();
+                more(&format!("audited: {} would deny this", listed(&names)), out)?;
+            }
             rules::write(rules, INDENT, out)?;
         }
     }
@@ -437,7 +442,7 @@ pub(crate) fn services(rows: &[ServiceRow], style: Style, out: &mut impl Write) 
 }
 
 /// Writes aligned columns below a header. Rows for which `is_sound` returns false stand out.
-fn table(
+pub(super) fn table(
     cells: &[Vec<String>],
     style: Style,
     is_sound: impl Fn(&[String]) -> bool,

@@ -270,11 +270,13 @@ pub enum Reason {
     OutsidePodNetwork,
     /// The session affinity of a namespace has reached the limit of clients.
     AffinityFull,
+    /// An audited policy would deny traffic.
+    WouldDeny,
 }
 
 impl Reason {
     /// All reasons.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 22] = [
         Self::InvalidField,
         Self::InvalidObject,
         Self::InvalidPolicy,
@@ -296,6 +298,7 @@ impl Reason {
         Self::KernelSetting,
         Self::OutsidePodNetwork,
         Self::AffinityFull,
+        Self::WouldDeny,
     ];
 
     /// Returns the stable text form.
@@ -322,6 +325,7 @@ impl Reason {
             Reason::KernelSetting => "KernelSetting",
             Reason::OutsidePodNetwork => "OutsidePodNetwork",
             Reason::AffinityFull => "AffinityFull",
+            Reason::WouldDeny => "WouldDeny",
         }
     }
 
@@ -357,7 +361,8 @@ impl Reason {
             | Reason::SyncFailed
             | Reason::KernelSetting
             | Reason::OutsidePodNetwork
-            | Reason::AffinityFull => true,
+            | Reason::AffinityFull
+            | Reason::WouldDeny => true,
         }
     }
 }

@@ -29,8 +29,8 @@ pub use labels::Labels;
 pub use name::ObjectName;
 pub(crate) use node_ports::NodePortAddresses;
 pub(crate) use policy::{
-    Evidence, NAMESPACE_NAME, NamedPort, Peer, PolicyPort, PolicyRule, PortMatch, Requirement,
-    Sandbox,
+    Evidence, NAMESPACE_NAME, NamedPort, Peer, PolicyMode, PolicyPort, PolicyRule, PortMatch,
+    Requirement, Sandbox,
 };
 pub use policy::{LabelSelector, Namespace, NetworkPolicy, Pod};
 pub(crate) use relist::RelistTracker;

@@ -89,6 +89,18 @@ pub struct Namespace {
     pub name: ObjectName,
     /// `metadata.labels`, always with the name of the namespace (`kubernetes.io/metadata.name`).
     pub labels: Labels,
+    /// The mode of its policies that have none of their own.
+    pub mode: Option<PolicyMode>,
+}
+
+/// Whether a policy is enforced (annotation `nftlet.dev/mode` of a NetworkPolicy or Namespace).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum PolicyMode {
+    /// It denies what it does not allow.
+    #[default]
+    Enforce,
+    /// It denies nothing. What it would deny is counted and logged.
+    Audit,
 }
 
 /// A NetworkPolicy (networking.k8s.io/v1).
@@ -105,6 +117,8 @@ pub struct NetworkPolicy {
     pub ingress: Option<Vec<PolicyRule>>,
     /// The allowed egress; `None` if the policy does not isolate the pods for egress.
     pub egress: Option<Vec<PolicyRule>>,
+    /// The mode; `None` is that of the Namespace.
+    pub mode: Option<PolicyMode>,
 }
 
 /// One entry of `spec.ingress` or `spec.egress`.

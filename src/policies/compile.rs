@@ -12,7 +12,7 @@ use super::rules::{self, policy_rules, skeleton};
 use super::sets::{Member, SetId};
 use super::tiers::{closed, tier_rules};
 use crate::model::{Family, Kind, ObjectName, ObjectRef};
-use crate::nft::{Chain, Element, Name, Ruleset, Table, Transaction, diff};
+use crate::nft::{Chain, Element, Name, Ruleset, Table, Transaction, Verdict, diff};
 
 impl Engine {
     /// Compiles what changed since the last call. Returns the operations that bring the tables from
@@ -78,7 +78,9 @@ impl Engine {
         let of_cluster: BTreeSet<&ObjectName> = of_cluster.map(|policy| &policy.name).collect();
         if !of_cluster.is_empty() {
             let keys = self.rule_chains.keys().filter(|(.., of)| match of {
-                RulesOf::Tier(list) => list.policies.iter().any(|it| of_cluster.contains(it)),
+                RulesOf::Tier(list) | RulesOf::TierBeforeAudit(list) => {
+                    list.policies.iter().any(|it| of_cluster.contains(it))
+                }
                 RulesOf::Policy(_) => false,
             });
             found.extend(keys.cloned());
@@ -92,7 +94,9 @@ impl Engine {
         let mut rules = Vec::new();
         let (kind, names) = match of {
             RulesOf::Policy(name) => (Kind::NetworkPolicy, std::slice::from_ref(name)),
-            RulesOf::Tier(list) => (Kind::ClusterNetworkPolicy, &*list.policies),
+            RulesOf::Tier(list) | RulesOf::TierBeforeAudit(list) => {
+                (Kind::ClusterNetworkPolicy, &*list.policies)
+            }
         };
         for name in names {
             let object = ObjectRef::new(kind, name.clone());
@@ -111,11 +115,15 @@ impl Engine {
                         policy_rules(policy, *direction, *family, &mut name_of)
                     })
                 }
-                (RulesOf::Tier(_), true) => vec![closed(*direction)],
-                (RulesOf::Tier(_), false) => {
+                (RulesOf::Tier(_) | RulesOf::TierBeforeAudit(_), true) => vec![closed(*direction)],
+                (RulesOf::Tier(_) | RulesOf::TierBeforeAudit(_), false) => {
+                    let accept = match of {
+                        RulesOf::TierBeforeAudit(_) => Verdict::Return,
+                        _ => Verdict::Accept,
+                    };
                     let policy = self.inventory.cluster().get(name);
                     policy.map_or_else(Vec::new, |policy| {
-                        tier_rules(policy, *direction, *family, &mut name_of)
+                        tier_rules(policy, &accept, *direction, *family, &mut name_of)
                     })
                 }
             };

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use super::isolation::Isolation;
+use super::isolation::{Holder, Isolation};
 use super::layout::{self, Direction, ISOLATED, TO_ITSELF};
 use crate::model::Family;
 use crate::nft::{Declaration, Element, Key, Name, Set, Table, Verdict};
@@ -81,18 +81,21 @@ pub(super) fn isolate(table: &mut Table, address: IpAddr, plan: &Isolation, stri
         set.elements.push(element);
     };
     for (direction, all) in &plan.holders {
-        for (layer, holder) in all.iter().enumerate() {
-            let verdict = Verdict::Goto(holder.profile.chain(*direction));
+        for (layer, Holder { profile, .. }) in all.iter().enumerate() {
+            let verdict = Verdict::Goto(profile.chain(*direction));
             let element = Element::with_verdict(key.clone(), verdict);
             add(direction.pods(layer), layout::pods(), element);
+            if !profile.audited.is_empty() {
+                let set = profile.audited_set(*direction);
+                add(set, layout::counted(), Element::new(key.clone()));
+            }
         }
-        add(
-            direction.denied(),
-            layout::counted(),
-            Element::new(key.clone()),
-        );
+        if all.iter().any(|holder| holder.profile.is_enforced()) {
+            let element = Element::new(key.clone());
+            add(direction.denied(), layout::counted(), element);
+        }
     }
-    if strict {
+    if strict && plan.is_enforced() {
         add(ISOLATED.into(), layout::addresses(), Element::new(key));
     }
     let itself = Key::build().address(address).address(address).finish();

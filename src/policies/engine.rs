@@ -11,13 +11,13 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::inventory::Inventory;
-use super::isolation::Isolation;
+use super::isolation::{Holder, Isolation};
 use super::layout::{Direction, TABLE, table_id};
 use super::profile::{Profile, RulesOf};
 use super::reassigned::ReassignedAddresses;
 use super::sets::{Member, SetId, Sets};
 use super::startup::ClosedNetwork;
-use super::{PolicyChanges, PolicySettings};
+use super::{AuditedAddress, PolicyChanges, PolicySettings};
 use crate::engine::{self, Update};
 use crate::model::{Event, Family, HostRoute, Kind, Notice, ObjectName, ObjectRef, RelistTracker};
 use crate::nft::{Chain, Name, ObjectPath, Rule, Ruleset, TableId, text};
@@ -291,7 +291,8 @@ impl Engine {
 
     /// Returns the change for followers.
     fn change(&mut self, rules: bool) -> PolicyChanges {
-        let isolated = std::mem::take(&mut self.replanned).then(|| {
+        let replanned = std::mem::take(&mut self.replanned);
+        let isolated = replanned.then(|| {
             let isolated = self.isolated();
             let isolated = isolated.map(|(address, pod)| (address, pod.cloned()));
             isolated.collect()
@@ -299,16 +300,37 @@ impl Engine {
         PolicyChanges {
             rules,
             isolated,
+            audited: replanned.then(|| self.audited().collect()),
             reassigned: self.reassigned.take(),
             policies: std::mem::take(&mut self.compiled),
             rewritten: false,
         }
     }
 
+    /// Returns the addresses of this node with audited policies.
+    pub(crate) fn audited(&self) -> impl Iterator<Item = AuditedAddress> {
+        let holders = self.plans.iter().flat_map(|(address, plan)| {
+            let all = plan.holders.iter();
+            let all = all.flat_map(|(direction, all)| all.iter().map(|it| (*direction, it)));
+            all.map(|(direction, holder)| (*address, direction, holder))
+        });
+        let audited = holders.filter(|(.., holder)| !holder.profile.audited.is_empty());
+        audited.map(
+            |(address, direction, Holder { pod, profile, .. })| AuditedAddress {
+                address,
+                direction,
+                pod: pod.clone(),
+                set: profile.audited_set(direction),
+                policies: profile.audited.clone(),
+            },
+        )
+    }
+
     /// Returns the isolated addresses of this node, each with its pod; `None` if the Pod object was
     /// deleted.
     pub fn isolated(&self) -> impl Iterator<Item = (IpAddr, Option<&ObjectName>)> {
-        self.plans.iter().map(|(address, plan)| {
+        let plans = self.plans.iter().filter(|(_, plan)| plan.is_enforced());
+        plans.map(|(address, plan)| {
             let mut holders = plan.holders.values().flatten();
             let present = holders.find(|holder| !holder.departed);
             (*address, present.map(|holder| &holder.pod))

@@ -39,7 +39,12 @@ impl Engine {
             && self.allows_at(Direction::Ingress, destination, connection)
     }
 
-    fn allows_at(&self, direction: Direction, pod: IpAddr, connection: &Connection) -> bool {
+    pub(super) fn allows_at(
+        &self,
+        direction: Direction,
+        pod: IpAddr,
+        connection: &Connection,
+    ) -> bool {
         let plan = self.plans.get(&pod);
         let Some(holders) = plan.and_then(|plan| plan.holders.get(&direction)) else {
             return true;

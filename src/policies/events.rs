@@ -226,7 +226,9 @@ impl Engine {
         // In a closed network a pod may be known once its namespace is.
         let appears = self.closed.is_some()
             && self.inventory.has_namespace_object(name) != namespace.is_some();
-        if appears || self.inventory.cluster().distinguish(&before, &after) {
+        let mode = namespace.and_then(|namespace| namespace.mode);
+        let is_mode_changed = self.settings.audit && self.inventory.mode_of(name) != mode;
+        if appears || is_mode_changed || self.inventory.cluster().distinguish(&before, &after) {
             let addresses = self.local_addresses_of(name);
             self.touched.addresses.extend(addresses);
         }

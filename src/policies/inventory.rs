@@ -16,7 +16,7 @@ use super::spec::AddressScope;
 use crate::engine::SharedMap;
 use crate::model::{
     ClusterNetworkPolicy, LabelSelector, Labels, NAMESPACE_NAME, Namespace, NetworkPolicy, Node,
-    ObjectName, Pod, Sandbox,
+    ObjectName, Pod, PolicyMode, Sandbox,
 };
 
 /// The objects from which policies are compiled.
@@ -32,6 +32,8 @@ pub(crate) struct Inventory {
     /// The names of this node's pods.
     local: BTreeSet<ObjectName>,
     namespaces: SharedMap<Box<str>, Labels>,
+    /// The modes of namespaces that have one.
+    modes: BTreeMap<Box<str>, PolicyMode>,
     policies: BTreeMap<ObjectName, Arc<NetworkPolicy>>,
     /// The policies by the pods that they select.
     targets: Index<ObjectName>,
@@ -59,6 +61,7 @@ impl Inventory {
             departed: self.departed.clone(),
             local: self.local.clone(),
             namespaces: self.namespaces.clone(),
+            modes: self.modes.clone(),
             nodes: self.nodes.without_index(),
             ..Self::default()
         }
@@ -517,13 +520,29 @@ impl Inventory {
         self.namespaces.contains_key(name)
     }
 
-    /// Returns whether a namespace is known with the same labels.
+    /// Returns whether a namespace is known with the same labels and mode.
     pub fn knows(&self, namespace: &Namespace) -> bool {
-        self.namespaces.get(namespace.name.name()) == Some(&namespace.labels)
+        let name = namespace.name.name();
+        self.namespaces.get(name) == Some(&namespace.labels) && self.mode_of(name) == namespace.mode
+    }
+
+    /// Returns the mode of a namespace.
+    pub(crate) fn mode_of(&self, namespace: &str) -> Option<PolicyMode> {
+        self.modes.get(namespace).copied()
+    }
+
+    /// Returns the mode of a policy: its own, else that of its namespace.
+    pub(crate) fn mode(&self, policy: &NetworkPolicy) -> PolicyMode {
+        let of_namespace = || self.mode_of(policy.name.namespace());
+        policy.mode.or_else(of_namespace).unwrap_or_default()
     }
 
     /// Replaces a namespace; `None` deletes it.
     pub(crate) fn set_namespace(&mut self, name: &str, namespace: Option<Namespace>) {
+        match namespace.as_ref().and_then(|namespace| namespace.mode) {
+            Some(mode) => self.modes.insert(name.into(), mode),
+            None => self.modes.remove(name),
+        };
         match namespace {
             Some(namespace) => self.namespaces.insert(name.into(), namespace.labels),
             None => self.namespaces.remove(name),

@@ -15,6 +15,14 @@ pub(super) struct Isolation {
     pub holders: BTreeMap<Direction, Vec<Holder>>,
 }
 
+impl Isolation {
+    /// Returns whether a policy of a holder is enforced; else they are audited.
+    pub fn is_enforced(&self) -> bool {
+        let mut holders = self.holders.values().flatten();
+        holders.any(|holder| holder.profile.is_enforced())
+    }
+}
+
 /// A pod that may have an isolated address.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Holder {

@@ -235,6 +235,65 @@ impl Engine {
         if end.connection.source == end.connection.destination {
             return Decision::ToItself;
         }
+        let (allowing, nearest) = self.asked(policies, end, explain);
+        match allowing {
+            Some(rule) => Decision::Allowed(rule),
+            None => Decision::NoRule {
+                policies: if explain {
+                    policies.clone()
+                } else {
+                    Vec::new()
+                },
+                nearest,
+            },
+        }
+    }
+
+    /// Returns the audited policies that would deny a connection in one direction, were they
+    /// enforced; none if it is denied already.
+    pub(crate) fn auditing(
+        &self,
+        direction: Direction,
+        connection: &Connection,
+        known: &mut KnownProfiles,
+    ) -> Vec<ObjectName> {
+        if !self.settings.audit {
+            return Vec::new();
+        }
+        let address = match direction {
+            Direction::Egress => connection.source,
+            Direction::Ingress => connection.destination,
+        };
+        let (profiles, is_local) = self.profiles_at(address, direction, known);
+        let end = self.end(direction, connection, is_local);
+        let mut found = Vec::new();
+        for profile in profiles {
+            let decision = self.judge(&profile, &end, false);
+            if !decision.is_allowed() {
+                return Vec::new();
+            }
+            // The cluster policies of tier Admin are asked first, and those of Baseline in place of
+            // policies that isolate.
+            let is_before = matches!(&decision,
+                Decision::Allowed(of) if of.tier == Some(Tier::Admin));
+            let to_itself = connection.source == connection.destination;
+            if !is_before && !to_itself && self.asked(&profile.audited, &end, false).0.is_none() {
+                found.extend(profile.audited.iter().cloned());
+            }
+        }
+        found.sort_unstable();
+        found.dedup();
+        found
+    }
+
+    /// Returns the first rule of some policies that allows a connection, or the first that fails in one
+    /// condition only if `explain`.
+    fn asked(
+        &self,
+        policies: &[ObjectName],
+        end: &End<'_>,
+        explain: bool,
+    ) -> (Option<RuleOf>, Option<NearMiss>) {
         let is_in_force = |name: &&ObjectName| {
             let policy = || ObjectRef::new(Kind::NetworkPolicy, (*name).clone());
             self.quarantined.is_empty() || !self.quarantined.contains(&policy())
@@ -250,7 +309,7 @@ impl Engine {
                 }
                 let port = end.port_matches(rule.ports.as_deref(), false);
                 if peer && port {
-                    return Decision::Allowed(of_policy(policy, index));
+                    return (Some(of_policy(policy, index)), None);
                 }
                 if explain && nearest.is_none() && (peer || port) {
                     nearest = Some(NearMiss {
@@ -262,14 +321,7 @@ impl Engine {
                 }
             }
         }
-        Decision::NoRule {
-            policies: if explain {
-                policies.clone()
-            } else {
-                Vec::new()
-            },
-            nearest,
-        }
+        (None, nearest)
     }
 
     /// Returns what the policies of a tier decide; `None` if they leave it to what is asked next.

@@ -98,6 +98,22 @@ impl Direction {
         })
     }
 
+    /// Returns the chain for what audited policies would deny.
+    pub(super) fn audit(self) -> Name {
+        Name::from(match self {
+            Direction::Ingress => "audit-ingress",
+            Direction::Egress => "audit-egress",
+        })
+    }
+
+    /// Returns the set that counts, by pod address, what the audited policies of a profile would deny.
+    pub(super) fn audited(self, digest: &str) -> Name {
+        Name::from(match self {
+            Direction::Ingress => format!("audited-ingress-{digest}"),
+            Direction::Egress => format!("audited-egress-{digest}"),
+        })
+    }
+
     /// Returns the set that counts denied packets by pod address.
     pub fn denied(self) -> Name {
         Name::from(match self {

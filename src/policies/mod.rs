@@ -67,7 +67,7 @@ mod tiers;
 
 use std::sync::Arc;
 
-pub(crate) use changes::{Isolated, PolicyChanges};
+pub(crate) use changes::{Audited, AuditedAddress, Isolated, PolicyChanges};
 pub use engine::Engine;
 pub use evaluate::Connection;
 pub(crate) use judge::{Decision, NearMiss, RuleOf};
@@ -98,6 +98,10 @@ pub struct PolicySettings {
     pub strict: bool,
     /// The NFLOG group of denied packets, if they are logged.
     pub log_group: Option<u16>,
+    /// Whether policies of mode [`PolicyMode::Audit`](crate::model::PolicyMode) deny nothing.
+    pub audit: bool,
+    /// The NFLOG group of the packets that these would deny, if they are logged.
+    pub audit_log_group: Option<u16>,
     /// What happens to denied packets.
     pub deny_with: DenyWith,
     /// Whether another program translates the addresses of services, perhaps with IPVS.

@@ -61,7 +61,10 @@ impl Engine {
         address: IpAddr,
     ) -> Option<(TableId, Name, Key)> {
         let plan = self.plans.get(&address)?;
-        plan.holders.get(&direction)?;
+        let holders = plan.holders.get(&direction)?;
+        if !holders.iter().any(|holder| holder.profile.is_enforced()) {
+            return None;
+        }
         let table = table_id(Family::of(address));
         Some((table, direction.denied(), Key::address(address)))
     }
@@ -127,11 +130,7 @@ impl Parts<'_> {
     fn chain_of_rule(&mut self, profile: &Profile, of: &RuleOf) {
         let rules = match of.tier {
             None => Some(RulesOf::Policy(of.policy.clone())),
-            Some(tier) => {
-                let mut lists = profile.admin.iter().chain(&profile.baseline);
-                let list = lists.find(|list| list.tier == tier);
-                list.map(|list| RulesOf::Tier(list.clone()))
-            }
+            Some(tier) => profile.tier(tier),
         };
         let Some(rules) = rules else {
             return;

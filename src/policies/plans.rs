@@ -10,15 +10,15 @@ use super::cluster::rules_in;
 use super::delta::{self, TableDelta, isolate};
 use super::engine::{Engine, PodsChain, ProfileUse, RulesKey};
 use super::isolation::{Holder, Isolation};
-use super::layout::Direction;
+use super::layout::{self, Direction};
 use super::links;
 use super::profile::Profile;
 use super::rules;
 use crate::model::{
     Action, ClusterNetworkPolicy, Family, Kind, Labels, NetworkPolicy, ObjectName, ObjectRef, Pod,
-    Tier,
+    PolicyMode, Tier,
 };
-use crate::nft::Table;
+use crate::nft::{Set, Table};
 
 /// The maximum number of holders of an address whose policies are evaluated one after the other. An
 /// address with more is denied everything.
@@ -118,11 +118,22 @@ impl Engine {
             if after == 0 {
                 self.profiles.remove(&key);
             }
+            let (family, direction, name) = key;
+            let delta = delta::of(deltas, family);
+            if !profile.audited.is_empty() {
+                // A set on one side only would be created or deleted.
+                let sides = [(before, &mut delta.before), (after, &mut delta.after)];
+                for (_, table) in sides.into_iter().filter(|(users, _)| *users > 0) {
+                    let set = table.sets.entry(profile.audited_set(direction));
+                    set.or_insert_with(|| Set {
+                        declaration: layout::counted(),
+                        elements: Vec::new(),
+                    });
+                }
+            }
             if (before == 0) == (after == 0) {
                 continue;
             }
-            let (family, direction, name) = key;
-            let delta = delta::of(deltas, family);
             let table = if after > 0 {
                 &mut delta.after
             } else {
@@ -199,7 +210,7 @@ impl Engine {
         let policies = self.inventory.policies_for(pod);
         let cluster = self.inventory.cluster_policies_for(pod);
         let profiles = Direction::ALL.into_iter().filter_map(|direction| {
-            let profile = profile(&policies, &cluster, direction)?;
+            let profile = self.profile(&policies, &cluster, direction)?;
             // The same for all pods that share the chain.
             let chain = profile.chain(direction);
             let used = Family::ALL.into_iter().find_map(|family| {
@@ -209,6 +220,35 @@ impl Engine {
             Some((direction, used.unwrap_or_else(|| Arc::new(profile))))
         });
         profiles.collect()
+    }
+
+    /// Returns the profile of the policies that select a pod; `None` if none has rules for the
+    /// direction.
+    fn profile(
+        &self,
+        policies: &[&Arc<NetworkPolicy>],
+        cluster: &[&Arc<ClusterNetworkPolicy>],
+        direction: Direction,
+    ) -> Option<Profile> {
+        let isolating = policies.iter();
+        let isolating = isolating.filter(|it| rules::rules_of(it, direction).is_some());
+        let (audited, enforced): (Vec<_>, Vec<_>) = isolating.partition(|it| self.is_audited(it));
+        let names = |policies: Vec<&&Arc<NetworkPolicy>>| -> Vec<ObjectName> {
+            policies.iter().map(|policy| policy.name.clone()).collect()
+        };
+        let of_tier = |tier| {
+            let of_tier = cluster.iter().filter(|policy| policy.tier == tier);
+            let concerned = of_tier.filter(|it| !rules_in(it, direction).is_empty());
+            concerned.map(|it| it.name.clone()).collect()
+        };
+        let enforced = Some(names(enforced)).filter(|names| !names.is_empty());
+        let (admin, baseline) = (of_tier(Tier::Admin), of_tier(Tier::Baseline));
+        Profile::new(admin, enforced, baseline, names(audited))
+    }
+
+    /// Returns whether a policy denies nothing because it is audited.
+    pub(crate) fn is_audited(&self, policy: &NetworkPolicy) -> bool {
+        self.settings.audit && self.inventory.mode(policy) == PolicyMode::Audit
     }
 
     /// Returns whether packets of the pods with a profile may be denied in a direction.
@@ -236,24 +276,6 @@ impl KnownProfiles {
         let key = (pod.name.namespace().into(), pod.labels.clone());
         self.0.entry(key).or_insert_with(|| engine.profiles(pod))
     }
-}
-
-/// Returns the profile of the policies that select a pod; `None` if none has rules for the direction.
-fn profile(
-    policies: &[&Arc<NetworkPolicy>],
-    cluster: &[&Arc<ClusterNetworkPolicy>],
-    direction: Direction,
-) -> Option<Profile> {
-    let isolating = policies.iter();
-    let isolating = isolating.filter(|it| rules::rules_of(it, direction).is_some());
-    let isolating: Vec<ObjectName> = isolating.map(|it| it.name.clone()).collect();
-    let of_tier = |tier| {
-        let of_tier = cluster.iter().filter(|policy| policy.tier == tier);
-        let concerned = of_tier.filter(|it| !rules_in(it, direction).is_empty());
-        concerned.map(|it| it.name.clone()).collect()
-    };
-    let isolating = (!isolating.is_empty()).then_some(isolating);
-    Profile::new(of_tier(Tier::Admin), isolating, of_tier(Tier::Baseline))
 }
 
 /// Returns a count incremented or decremented.

@@ -22,6 +22,9 @@ pub(super) struct Profile {
     pub policies: Option<Vec<ObjectName>>,
     /// The cluster policies that are asked if no policy isolates the pod.
     pub baseline: Option<Arc<TierList>>,
+    /// The audited policies that select the pod for the direction, sorted. Where others isolate it,
+    /// there are none: with these enforced, too, not less would be allowed.
+    pub audited: Vec<ObjectName>,
 }
 
 impl Profile {
@@ -30,10 +33,15 @@ impl Profile {
         admin: Vec<ObjectName>,
         policies: Option<Vec<ObjectName>>,
         baseline: Vec<ObjectName>,
+        mut audited: Vec<ObjectName>,
     ) -> Option<Self> {
+        if policies.is_some() {
+            audited.clear();
+        }
         let admin = TierList::new(Tier::Admin, admin);
         let baseline = TierList::new(Tier::Baseline, baseline).filter(|_| policies.is_none());
         let digest = match (&admin, &policies, &baseline) {
+            all if !audited.is_empty() => digest_of(&format!("{all:?} {audited:?}")),
             (None, None, None) => return None,
             (None, Some(policies), _) => digest_of(&format!("{policies:?}")),
             all => digest_of(&format!("{all:?}")),
@@ -43,6 +51,7 @@ impl Profile {
             admin: admin.map(Arc::new),
             policies,
             baseline: baseline.map(Arc::new),
+            audited,
         })
     }
 
@@ -54,6 +63,7 @@ impl Profile {
             admin: None,
             policies: Some(policies),
             baseline: None,
+            audited: Vec::new(),
         }
     }
 
@@ -62,14 +72,31 @@ impl Profile {
         direction.pods_chain(&self.digest)
     }
 
+    /// Returns whether a policy is enforced.
+    pub fn is_enforced(&self) -> bool {
+        self.admin.is_some() || self.policies.is_some() || self.baseline.is_some()
+    }
+
+    /// Returns the name of the set that counts what the audited policies would deny.
+    pub fn audited_set(&self, direction: Direction) -> Name {
+        direction.audited(&self.digest)
+    }
+
+    /// Returns what the rules of a tier's cluster policies are those of.
+    pub fn tier(&self, tier: Tier) -> Option<RulesOf> {
+        match tier {
+            Tier::Admin => self.admin.clone().map(RulesOf::Tier),
+            Tier::Baseline if self.audited.is_empty() => self.baseline.clone().map(RulesOf::Tier),
+            Tier::Baseline => self.baseline.clone().map(RulesOf::TierBeforeAudit),
+        }
+    }
+
     /// Returns what the chain of the pods leads to.
     pub fn parts(&self) -> impl Iterator<Item = RulesOf> {
-        let lists = self.admin.iter().chain(&self.baseline);
-        let policies = self.policies.iter().flatten();
+        let tiers = [Tier::Admin, Tier::Baseline].into_iter();
+        let policies = self.policies.iter().flatten().chain(&self.audited);
         let policies = policies.map(|name| RulesOf::Policy(name.clone()));
-        lists
-            .map(|list| RulesOf::Tier(list.clone()))
-            .chain(policies)
+        tiers.filter_map(|tier| self.tier(tier)).chain(policies)
     }
 }
 
@@ -93,10 +120,13 @@ impl TierList {
     }
 
     /// Returns the name of the chain with the rules of these policies.
-    pub fn chain(&self, direction: Direction) -> Name {
-        direction.tier_chain(tier_word(self.tier), &self.digest)
+    fn chain(&self, direction: Direction, word: &str) -> Name {
+        direction.tier_chain(word, &self.digest)
     }
 }
+
+/// The word in names of chains of [`RulesOf::TierBeforeAudit`].
+const BEFORE_AUDIT: &str = "baseline-before-audit";
 
 /// What the rules of a chain are those of.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -105,13 +135,16 @@ pub(super) enum RulesOf {
     Policy(ObjectName),
     /// Cluster policies.
     Tier(Arc<TierList>),
+    /// Cluster policies after which audited policies are asked: what they accept continues.
+    TierBeforeAudit(Arc<TierList>),
 }
 
 impl RulesOf {
     pub fn chain(&self, direction: Direction) -> Name {
         match self {
             RulesOf::Policy(name) => direction.policy_chain(name),
-            RulesOf::Tier(list) => list.chain(direction),
+            RulesOf::Tier(list) => list.chain(direction, tier_word(list.tier)),
+            RulesOf::TierBeforeAudit(list) => list.chain(direction, BEFORE_AUDIT),
         }
     }
 }

@@ -10,10 +10,12 @@ use super::layout::{
     Direction, EXEMPT, ISOLATED, STARTUP_BASES, TO_ITSELF, addresses, counted, ends, ends_key,
     icmp6_types, layered, links, pods, port_key,
 };
-use super::profile::Profile;
+use super::profile::{Profile, RulesOf};
 use super::spec::{AddressScope, PortRange, SetSpec};
 use super::{DenyWith, PolicySettings};
-use crate::model::{Family, NetworkPolicy, Peer, PolicyPort, PolicyRule, PortMatch, Protocol};
+use crate::model::{
+    Family, NetworkPolicy, Peer, PolicyPort, PolicyRule, PortMatch, Protocol, Tier,
+};
 use crate::nft::{
     BaseChain, Chain, ChainKind, Comparison, CtState, Element, Hook, Key, Name, Operand,
     RejectWith, Rule, Selector, Set, Statement, Table, Verdict,
@@ -56,6 +58,11 @@ pub(super) fn skeleton(family: Family, settings: &PolicySettings) -> Table {
         };
         table.sets.insert(direction.denied(), counters);
         table.chains.extend(deny_chains(direction, settings));
+    }
+    if settings.audit {
+        table
+            .chains
+            .extend(Direction::ALL.map(|it| audit_chain(it, settings)));
     }
     let itself = Set {
         declaration: ends(),
@@ -245,20 +252,36 @@ pub(super) fn deny_chains(direction: Direction, settings: &PolicySettings) -> [(
     })
 }
 
+/// Returns the chain for what audited policies would deny.
+fn audit_chain(direction: Direction, settings: &PolicySettings) -> (Name, Chain) {
+    let name = direction.audit();
+    let log = settings
+        .audit_log_group
+        .map(|group| log(name.as_str(), group));
+    let accept = Rule::new([Statement::Verdict(Verdict::Accept)]);
+    let rules = log.into_iter().chain([accept]).collect();
+    (name, Chain { base: None, rules })
+}
+
+/// Returns the rule that logs packets up to a rate.
+fn log(prefix: &str, group: u16) -> Rule {
+    Rule::new([
+        Statement::Limit {
+            per_second: LOGS_PER_SECOND,
+            burst: LOG_BURST,
+        },
+        Statement::Log {
+            prefix: prefix.into(),
+            group,
+            snaplen: LOG_BYTES,
+        },
+    ])
+}
+
 fn deny(direction: Direction, with: DenyWith, settings: &PolicySettings) -> Vec<Rule> {
     let mut rules = Vec::new();
     if let Some(group) = settings.log_group {
-        rules.push(Rule::new([
-            Statement::Limit {
-                per_second: LOGS_PER_SECOND,
-                burst: LOG_BURST,
-            },
-            Statement::Log {
-                prefix: direction.as_str().into(),
-                group,
-                snaplen: LOG_BYTES,
-            },
-        ]));
+        rules.push(log(direction.as_str(), group));
     }
     let count = Statement::InSet(vec![direction.pod()], Comparison::Is, direction.denied());
     let drop = Statement::Verdict(Verdict::Drop);
@@ -310,18 +333,25 @@ pub(super) fn protocol(number: u8) -> Statement {
 ///
 /// It asks the cluster policies of the tier Admin. If policies isolate the pods, it then accepts
 /// packets of a pod to itself and packets that a policy allows, and denies all others; otherwise it
-/// asks the cluster policies of the tier Baseline. A packet of a pod to itself is on the host only
-/// if it was sent to a service; cluster policies apply to it.
+/// asks the cluster policies of the tier Baseline. What these accept, audited policies are asked
+/// about; what none of them allows is counted and logged. A packet of a pod to itself is on the host
+/// only if it was sent to a service; cluster policies apply to it.
 pub(super) fn pods_chain(direction: Direction, profile: &Profile) -> Chain {
     let mut rules = Vec::new();
     let mut lead = |verdict| rules.push(Rule::new([Statement::Verdict(verdict)]));
-    if let Some(admin) = &profile.admin {
+    if let Some(admin) = profile.tier(Tier::Admin) {
         lead(Verdict::Jump(admin.chain(direction)));
     }
-    if let Some(baseline) = &profile.baseline {
-        lead(Verdict::Goto(baseline.chain(direction)));
+    match profile.tier(Tier::Baseline) {
+        Some(baseline @ RulesOf::TierBeforeAudit(_)) => {
+            lead(Verdict::Jump(baseline.chain(direction)));
+        }
+        Some(baseline) => lead(Verdict::Goto(baseline.chain(direction))),
+        None => {}
     }
-    if let Some(policies) = &profile.policies {
+    let policies = profile.policies.as_ref();
+    let audited = Some(&profile.audited).filter(|audited| !audited.is_empty());
+    if let Some(policies) = policies.or(audited) {
         rules.push(Rule::new([
             Statement::InSet(ends_key(), Comparison::Is, TO_ITSELF.into()),
             Statement::Verdict(Verdict::Accept),
@@ -330,8 +360,16 @@ pub(super) fn pods_chain(direction: Direction, profile: &Profile) -> Chain {
             let chain = direction.policy_chain(policy);
             Rule::new([Statement::Verdict(Verdict::Jump(chain))])
         }));
-        let deny = Verdict::Goto(direction.deny());
-        rules.push(Rule::new([Statement::Verdict(deny)]));
+        let end = if audited.is_some() {
+            let counted = profile.audited_set(direction);
+            Rule::new([
+                Statement::InSet(vec![direction.pod()], Comparison::Is, counted),
+                Statement::Verdict(Verdict::Goto(direction.audit())),
+            ])
+        } else {
+            Rule::new([Statement::Verdict(Verdict::Goto(direction.deny()))])
+        };
+        rules.push(end);
     }
     Chain { base: None, rules }
 }

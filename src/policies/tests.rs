@@ -8,7 +8,8 @@ use crate::engine::{BUDGET, Engine as _};
 use crate::model::{
     Action, ClusterNetworkPolicy, Event, Evidence, Family, HostRoute, Kind, LabelSelector, Labels,
     NamedPort, Namespace, NetworkPolicy, Node, Object, ObjectName, ObjectRef, Peer, Pod,
-    PolicyPort, PolicyRule, PortMatch, Protocol, Requirement, Sandbox, Tier, TierPeer, TierRule,
+    PolicyMode, PolicyPort, PolicyRule, PortMatch, Protocol, Requirement, Sandbox, Tier, TierPeer,
+    TierRule,
 };
 use crate::nft::{Ruleset, simulate, text};
 
@@ -51,6 +52,7 @@ fn policy(name: &str, pods: LabelSelector) -> NetworkPolicy {
         pods,
         ingress: None,
         egress: None,
+        mode: None,
     }
 }
 
@@ -63,8 +65,12 @@ struct Checked {
 
 impl Checked {
     fn new(strict: bool) -> Self {
+        Self::with(settings(strict))
+    }
+
+    fn with(settings: PolicySettings) -> Self {
         let mut checked = Self {
-            engine: Engine::new(settings(strict)),
+            engine: Engine::new(settings),
             kernel: Ruleset::default(),
             events: Vec::new(),
         };
@@ -434,6 +440,7 @@ fn routes(routes: &[(&str, &str)]) -> Event {
 }
 
 mod addresses;
+mod audit;
 mod cluster;
 mod histories;
 mod startup;

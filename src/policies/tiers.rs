@@ -9,10 +9,11 @@ use super::spec::SetSpec;
 use crate::model::{Action, ClusterNetworkPolicy, Family, TierPeer, TierRule};
 use crate::nft::{Name, Rule, Statement, Verdict};
 
-/// Compiles the rules of a policy in the chain of its list. `name_of` returns the name of the set of
-/// a specification.
+/// Compiles the rules of a policy in the chain of its list. `accept` is the verdict of the action
+/// Accept; `name_of` returns the name of the set of a specification.
 pub(super) fn tier_rules(
     policy: &ClusterNetworkPolicy,
+    accept: &Verdict,
     direction: Direction,
     family: Family,
     name_of: &mut impl FnMut(SetSpec) -> Name,
@@ -20,7 +21,7 @@ pub(super) fn tier_rules(
     let rules = rules_in(policy, direction).iter();
     let compiled = rules.flat_map(|rule| {
         let verdict = match rule.action {
-            Action::Accept => Verdict::Accept,
+            Action::Accept => accept.clone(),
             Action::Deny => Verdict::Goto(direction.deny_cluster()),
             Action::Pass => Verdict::Return,
         };

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::io::{self, Write};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::error::{ContextKind, ContextValue};
 use clap::parser::ValueSource;
@@ -15,7 +16,7 @@ use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Subcommand, ValueEn
 use clap_complete::Shell;
 
 use super::file::FIELDS;
-use super::{Ignored, Settings};
+use super::{Ignored, Settings, values};
 
 // Without a doc comment, which would be the text above the flags in --help.
 #[derive(Clone, Debug, PartialEq, Eq, Subcommand)]
@@ -30,6 +31,10 @@ pub(crate) enum Command {
     ///
     /// Exits with 0 if it is healthy, and with 3 if it is not.
     Status(Status),
+    /// List the connections that audited policies would deny, as the agent of this node has seen them.
+    ///
+    /// The agent needs --audit-annotations=on.
+    Audit(Audit),
     /// List services with their frontends and endpoints, and why endpoints get no traffic.
     Services(Services),
     /// Print a script with which a shell completes nftlet's flags.
@@ -131,6 +136,16 @@ pub(crate) struct Status {
     pub(crate) form: Form,
 }
 
+/// The arguments of `nftlet audit`.
+#[derive(Clone, Debug, PartialEq, Eq, Args)]
+pub(crate) struct Audit {
+    /// Only what was seen within this time, such as 24h or 90m.
+    #[arg(long, value_name = "TIME", value_parser = values::duration)]
+    pub(crate) since: Option<Duration>,
+    #[command(flatten)]
+    pub(crate) form: Form,
+}
+
 /// The arguments of `nftlet policies`.
 #[derive(Clone, Debug, PartialEq, Eq, Args)]
 pub(crate) struct Policies {
@@ -144,10 +159,10 @@ pub(crate) struct Policies {
 }
 
 /// The subcommands that answer questions.
-const QUESTIONS: [&str; 4] = ["explain", "policies", "services", "status"];
+const QUESTIONS: [&str; 5] = ["audit", "explain", "policies", "services", "status"];
 
 /// The flags that the help of these subcommands shows, by their names in [`Settings`].
-const OF_QUESTIONS: [&str; 17] = [
+const OF_QUESTIONS: [&str; 18] = [
     "socket",
     "config",
     "kubeconfig",
@@ -162,6 +177,7 @@ const OF_QUESTIONS: [&str; 17] = [
     "masquerade_all",
     "bind_address",
     "network_policy",
+    "audit_annotations",
     "pod_startup",
     "services",
     "verbose",
@@ -388,6 +404,7 @@ mod tests {
             ],
             &[
                 "--services=off",
+                "--audit-annotations=on",
                 "--hostname-override=node-1",
                 "--detect-local-mode=InterfaceNamePrefix",
                 "--pod-interface-name-prefix=veth",
@@ -411,6 +428,7 @@ mod tests {
                 let strict = it.network_policy_strict;
                 (
                     it.services,
+                    it.audit_annotations,
                     it.pod_startup,
                     it.deny_with,
                     strict,
@@ -458,6 +476,7 @@ mod tests {
     #[test]
     fn the_help_of_a_question_is_its_own() {
         for (name, about) in [
+            ("audit", "List the connections"),
             ("explain", "Explain whether a connection"),
             ("policies", "List policies"),
             ("services", "List services"),

@@ -21,8 +21,8 @@ use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{ArgAction, Parser};
 
 pub(crate) use command_line::{
-    Command, CommandLine, Explain, Output, Policies, Services, Status, one_line, print_completion,
-    print_man,
+    Audit, Command, CommandLine, Explain, Output, Policies, Services, Status, one_line,
+    print_completion, print_man,
 };
 pub(crate) use error::Error;
 use kube_proxy::{Ignored, Verbose};
@@ -336,6 +336,17 @@ pub struct Settings {
         default_value_t
     )]
     pub(crate) network_policy: OnOff,
+
+    /// Honour the annotation nftlet.dev/mode=audit of NetworkPolicies and Namespaces: such policies
+    /// deny nothing, and what they would deny is counted and logged; see nftlet audit. Who may
+    /// annotate them can then undo what they deny.
+    #[arg(
+        long,
+        value_name = "on|off",
+        help_heading = "Policies",
+        default_value_t = OnOff::Off
+    )]
+    pub(crate) audit_annotations: OnOff,
 
     /// Before the policies of a pod of this node are in force, let it send and receive everything
     /// (open) or nothing (closed). Pods are recognised by spec.podCIDRs of the Node, or by the

@@ -93,7 +93,7 @@ words!(
     Json = "json"
 );
 
-/// Whether a part of nftlet works: `--services`, `--network-policy`.
+/// Whether a part of nftlet works: `--services`, `--network-policy`, `--audit-annotations`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum OnOff {
     #[default]

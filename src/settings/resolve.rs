@@ -42,6 +42,11 @@ pub(crate) enum DetectLocalSetting {
 }
 
 impl Settings {
+    /// Returns whether rules of policies log packets.
+    pub(crate) fn logs_packets(&self) -> bool {
+        self.log_denied || self.audit_annotations.is_on()
+    }
+
     /// Returns the address for probes.
     pub(crate) fn healthz_address(&self) -> Option<SocketAddr> {
         self.address(self.healthz_bind_address, self.healthz_port, &HEALTHZ)

@@ -137,6 +137,8 @@ pub(super) struct Labels<'a> {
 pub(super) struct Annotations<'a> {
     #[serde(rename = "endpoints.kubernetes.io/last-change-trigger-time", borrow)]
     pub trigger_time: Option<Text<'a>>,
+    #[serde(rename = "nftlet.dev/mode")]
+    pub mode: Option<Value>,
 }
 
 /// A list of which only the first entry is kept.
@@ -485,8 +487,18 @@ pub(super) struct Policy<'a> {
     #[serde(rename = "apiVersion", borrow)]
     pub api_version: Option<Text<'a>>,
     pub kind: Option<Text<'a>>,
-    pub metadata: Option<HeadMeta>,
+    pub metadata: Option<PolicyMeta>,
     pub spec: Option<Value>,
+}
+
+/// `metadata` of a policy. Annotations of the wrong type must not make the policy unusable.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct PolicyMeta {
+    pub name: Option<String>,
+    pub namespace: Option<String>,
+    pub resource_version: Option<String>,
+    pub annotations: Option<Value>,
 }
 
 #[cfg(test)]

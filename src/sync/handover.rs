@@ -6,7 +6,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 
 use tokio::sync::watch;
 
-use crate::policies::{Isolated, PolicyChanges};
+use crate::policies::{Audited, Isolated, PolicyChanges};
 use crate::services::{ServiceChanges, Sticky};
 
 /// The channels to the followers. Sending does not block: each follower has a queue of its own.
@@ -15,6 +15,7 @@ pub struct Followers {
     services: Vec<Sender<Arc<ServiceChanges>>>,
     policies: Vec<Sender<Arc<PolicyChanges>>>,
     isolated: Option<watch::Sender<Isolated>>,
+    audited: Option<watch::Sender<Audited>>,
     sticky: Option<watch::Sender<Sticky>>,
     /// The number of changes of services with session affinity.
     affinity_version: u64,
@@ -45,6 +46,13 @@ impl Followers {
     pub(crate) fn isolated(&mut self) -> watch::Receiver<Isolated> {
         self.isolated
             .get_or_insert_with(|| watch::channel(Isolated::default()).0)
+            .subscribe()
+    }
+
+    /// Watches the addresses of this node with audited policies.
+    pub(crate) fn audited(&mut self) -> watch::Receiver<Audited> {
+        self.audited
+            .get_or_insert_with(|| watch::channel(Audited::default()).0)
             .subscribe()
     }
 
@@ -82,6 +90,9 @@ impl Followers {
                 *known = isolated.clone();
                 is_other
             });
+        }
+        if let (Some(sender), Some(audited)) = (&self.audited, &change.audited) {
+            sender.send_replace(audited.clone());
         }
         hand(&mut self.policies, change);
     }

@@ -11,7 +11,7 @@ use super::{Controller, Kernel};
 use crate::model::{ObjectName, ObjectRef};
 use crate::netlink::Error;
 use crate::nft::Transaction;
-use crate::policies::{self, Connection, Direction};
+use crate::policies::{self, Connection, Direction, KnownProfiles};
 use crate::services;
 
 /// A request to the main loop that does not change the wanted rules.
@@ -23,11 +23,13 @@ pub enum Query {
         /// Receives a flag for each connection, in order; `None` while the rules in force are unknown.
         answer: oneshot::Sender<Option<Vec<bool>>>,
     },
-    /// Names the pods at both ends of a denied connection, and the policies that deny it.
+    /// Names the pods at both ends of a connection, and the policies that deny it, or would.
     Names {
         connection: Connection,
         /// The direction in which it is denied.
         direction: Direction,
+        /// Whether audited policies would deny it.
+        audited: bool,
         /// Receives the names.
         answer: oneshot::Sender<Names>,
     },
@@ -37,7 +39,7 @@ pub enum Query {
     Look(Look),
 }
 
-/// The names in a denied connection.
+/// The names in a connection that is denied, or would be.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Names {
     /// The pod that opened it, if known.
@@ -136,9 +138,10 @@ impl<K: Kernel> Controller<'_, K> {
             Query::Names {
                 connection,
                 direction,
+                audited,
                 answer,
             } => {
-                let _ = answer.send(self.names(&connection, direction));
+                let _ = answer.send(self.names(&connection, direction, audited));
             }
             Query::Look(Look(look)) => {
                 let policies = self.policies.as_ref();
@@ -166,7 +169,7 @@ impl<K: Kernel> Controller<'_, K> {
         (policies.state == DriverState::Synced).then(|| connections.iter().map(is_denied).collect())
     }
 
-    fn names(&self, connection: &Connection, direction: Direction) -> Names {
+    fn names(&self, connection: &Connection, direction: Direction, audited: bool) -> Names {
         let Some(policies) = &self.policies else {
             return Names::default();
         };
@@ -174,7 +177,11 @@ impl<K: Kernel> Controller<'_, K> {
         Names {
             source: engine.pod_at(connection.source).cloned(),
             destination: engine.pod_at(connection.destination).cloned(),
-            policies: engine.denying(direction, connection),
+            policies: if audited {
+                engine.auditing(direction, connection, &mut KnownProfiles::default())
+            } else {
+                engine.denying(direction, connection)
+            },
         }
     }
 

@@ -90,7 +90,8 @@ impl List {
             let inventory = view.policies.map(policies::Engine::inventory);
             let namespaces = names.iter().filter_map(|name| {
                 let labels = inventory?.namespace(name.name());
-                Some(objects::namespace(name.name(), &labels))
+                let mode = inventory?.mode_of(name.name());
+                Some(objects::namespace(name.name(), &labels, mode))
             });
             namespaces.collect()
         })

@@ -153,7 +153,10 @@ fn policies(view: &View) -> status::Policies {
             engine.count(Kind::NetworkPolicy) + engine.count(Kind::ClusterNetworkPolicy)
         }),
         isolated_pods: isolated.len(),
-        audited: 0,
+        audited: policies.map_or(0, |engine| {
+            let all = engine.inventory().policies();
+            all.filter(|policy| engine.is_audited(policy)).count()
+        }),
         refused: policies.map_or(0, policies::Engine::refused),
         in_force: policies.is_none_or(|engine| engine.is_ready()) && view.policies_in_step,
     }
@@ -330,6 +333,7 @@ mod tests {
             server: Some(("https://192.0.2.1".to_owned(), stats)),
             started: Instant::now(),
             drops: DropHistory::new(None),
+            audit: None,
         };
         (pages, queries)
     }

@@ -1,6 +1,6 @@
 //! Cluster network policies.
 
-use super::walk::passes;
+use super::walk::walk;
 use super::*;
 use crate::nft::ObjectPath;
 
@@ -83,7 +83,7 @@ fn at_port(checked: &Checked, source: u8, destination: u8, port: u16) -> bool {
     };
     let allows = checked.engine.allows(&connection);
     assert_eq!(
-        passes(&checked.kernel, &connection),
+        walk(&checked.kernel, &connection).passes,
         allows,
         "{connection:?}"
     );
@@ -236,6 +236,7 @@ fn who_is_in_doubt_is_denied_and_never_accepted() {
         let relabelled = Namespace {
             name: ObjectName::new("", "shop"),
             labels: [("x", "y")].into_iter().collect(),
+            mode: None,
         };
         checked.apply(Event::Apply(Object::Namespace(relabelled)));
         checked.update();
@@ -421,6 +422,7 @@ fn a_departed_pod_stays_a_subject_when_its_namespace_is_deleted() {
     let namespace = |labels: &[(&str, &str)]| Namespace {
         name: ObjectName::new("", "shop"),
         labels: labels.iter().copied().collect(),
+        mode: None,
     };
     checked.apply(Event::Apply(Object::Namespace(namespace(&[("a", "b")]))));
     checked.apply(apply_pod(Pod {

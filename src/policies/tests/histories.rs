@@ -3,12 +3,12 @@
 use proptest::prelude::*;
 
 use super::cluster::node;
-use super::walk::passes;
+use super::walk::walk;
 use super::*;
 
 /// One step of a history.
 #[derive(Clone, Debug)]
-enum Step {
+pub(super) enum Step {
     Pod(Pod),
     DeletePod(ObjectName),
     Namespace(Namespace),
@@ -191,19 +191,26 @@ prop_compose! {
     }
 }
 
-fn any_step() -> impl Strategy<Value = Step> {
-    let policy = (any_name(), any_selector(), any_rules(), any_rules());
-    let policy = policy.prop_map(|(name, pods, ingress, egress)| {
+fn any_mode() -> impl Strategy<Value = Option<PolicyMode>> {
+    let mode = prop_oneof![1 => Just(PolicyMode::Enforce), 2 => Just(PolicyMode::Audit)];
+    prop::option::of(mode)
+}
+
+pub(super) fn any_step() -> impl Strategy<Value = Step> {
+    let rules = (any_rules(), any_rules());
+    let policy = (any_name(), any_selector(), rules, any_mode());
+    let policy = policy.prop_map(|(name, pods, (ingress, egress), mode)| {
         Step::Policy(NetworkPolicy {
             name,
             pods,
             ingress,
             egress,
+            mode,
         })
     });
     let namespace = "[mn]".prop_map(|name| ObjectName::new("", &name));
-    let relabel = (namespace.clone(), any_labels())
-        .prop_map(|(name, labels)| Step::Namespace(Namespace { name, labels }));
+    let relabel = (namespace.clone(), any_labels(), any_mode())
+        .prop_map(|(name, labels, mode)| Step::Namespace(Namespace { name, labels, mode }));
     prop_oneof![
         8 => any_pod().prop_map(Step::Pod),
         2 => any_name().prop_map(Step::DeletePod),
@@ -224,9 +231,10 @@ proptest! {
     #[test]
     fn every_history_ends_where_a_new_engine_would_and_its_rules_do_what_the_objects_say(
         strict: bool,
+        audit: bool,
         batches in prop::collection::vec(prop::collection::vec(any_step(), 1..6), 1..10),
     ) {
-        let mut checked = Checked::new(strict);
+        let mut checked = Checked::with(PolicySettings { audit, ..settings(strict) });
         for batch in batches {
             for step in batch {
                 checked.apply(step.into());
@@ -265,7 +273,7 @@ fn agree(checked: &Checked) {
                     };
                     let allows = checked.engine.allows(&connection);
                     assert_eq!(
-                        passes(&checked.kernel, &connection),
+                        walk(&checked.kernel, &connection).passes,
                         allows,
                         "{connection:?}"
                     );

@@ -485,6 +485,7 @@ fn namespace(name: &str, labels: &[(&str, &str)]) -> Event {
     Event::Apply(Object::Namespace(Namespace {
         name: ObjectName::new("", name),
         labels: labels.iter().copied().collect(),
+        mode: None,
     }))
 }
 

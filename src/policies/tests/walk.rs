@@ -1,16 +1,29 @@
 //! Follows the first packet of a connection through the rules of the forward hook.
 
+use std::cell::RefCell;
+
 use super::*;
 use crate::nft::{
     BaseChain, Comparison, CtState, Hook, Key, Name, Operand, Rule, Selector, Set, Statement,
     Table, Value, Verdict,
 };
 
-/// Returns whether the rules let the first packet of a connection through.
-pub(super) fn passes(ruleset: &Ruleset, connection: &Connection) -> bool {
+/// What the rules do with the first packet of a connection.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Walked {
+    pub passes: bool,
+    /// The directions in which audited policies would deny it.
+    pub audited: Vec<Direction>,
+}
+
+/// Follows the first packet of a connection.
+pub(super) fn walk(ruleset: &Ruleset, connection: &Connection) -> Walked {
     let family = crate::model::Family::of(connection.source);
     let Some(table) = ruleset.tables.get(&table_id(family)) else {
-        return true;
+        return Walked {
+            passes: true,
+            audited: Vec::new(),
+        };
     };
     let mut bases: Vec<(&BaseChain, &Name)> = table
         .chains
@@ -19,21 +32,31 @@ pub(super) fn passes(ruleset: &Ruleset, connection: &Connection) -> bool {
         .filter(|(base, _)| base.hook == Hook::Forward)
         .collect();
     bases.sort_by_key(|(base, name)| (base.priority, *name));
-    let packet = Packet { table, connection };
-    bases
-        .iter()
-        .all(|(_, name)| packet.chain(name) != Some(false))
+    let packet = Packet {
+        table,
+        connection,
+        audited: RefCell::default(),
+    };
+    let mut bases = bases.iter();
+    Walked {
+        passes: bases.all(|(_, name)| packet.chain(name) != Some(false)),
+        audited: packet.audited.into_inner(),
+    }
 }
 
 struct Packet<'a> {
     table: &'a Table,
     connection: &'a Connection,
+    audited: RefCell<Vec<Direction>>,
 }
 
 impl Packet<'_> {
     /// Returns whether a chain accepts or drops it; nothing if the packet comes to its end or
     /// returns.
     fn chain(&self, name: &Name) -> Option<bool> {
+        let mut directions = Direction::ALL.into_iter();
+        let audited = directions.find(|direction| *name == direction.audit());
+        self.audited.borrow_mut().extend(audited);
         for rule in &self.table.chains[name].rules {
             match self.rule(rule) {
                 None => {}

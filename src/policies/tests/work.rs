@@ -21,6 +21,7 @@ fn labels_of_a_namespace_touch_its_pods_if_a_policy_selects_them() {
         let namespace = Namespace {
             name: ObjectName::new("", "shop"),
             labels: labels.iter().copied().collect(),
+            mode: None,
         };
         checked.apply(Event::Apply(Object::Namespace(namespace)));
         let touched = checked.engine.touched_pods();

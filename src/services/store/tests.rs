@@ -283,6 +283,7 @@ fn what_policies_are_made_of_is_not_kept_here() {
     let namespace = Object::Namespace(Namespace {
         name: ObjectName::new("", "shop"),
         labels: Labels::default(),
+        mode: None,
     });
     let events = [
         Event::ListStarted(Kind::Namespace),

@@ -137,8 +137,10 @@ impl Converter {
                     kind,
                     declared,
                     namespace.metadata.as_ref(),
-                    |converter, name, _| {
-                        Some(Object::Namespace(converter.namespace(name, &namespace)))
+                    |converter, name, report| {
+                        Some(Object::Namespace(
+                            converter.namespace(name, &namespace, report),
+                        ))
                     },
                 )
             }
@@ -170,11 +172,13 @@ impl Converter {
                     declared,
                     policy.metadata.as_ref(),
                     |converter, name, report| {
-                        Some(Object::NetworkPolicy(converter.network_policy(
-                            name,
-                            policy.spec.as_ref(),
-                            report,
-                        )))
+                        let mut converted =
+                            converter.network_policy(name, policy.spec.as_ref(), report);
+                        let meta = policy.metadata.as_ref();
+                        let annotations = meta.and_then(|meta| meta.annotations.as_ref());
+                        let mode = annotations.and_then(|it| it.get(policy::MODE));
+                        converted.mode = policy::mode(mode, report);
+                        Some(Object::NetworkPolicy(converted))
                     },
                 )
             }
@@ -259,6 +263,16 @@ struct Names<'m> {
 
 impl<'m, L> From<&'m wire::Meta<'_, L>> for Names<'m> {
     fn from(meta: &'m wire::Meta<'_, L>) -> Self {
+        Self {
+            name: meta.name.as_deref(),
+            namespace: meta.namespace.as_deref(),
+            resource_version: meta.resource_version.as_deref(),
+        }
+    }
+}
+
+impl<'m> From<&'m wire::PolicyMeta> for Names<'m> {
+    fn from(meta: &'m wire::PolicyMeta) -> Self {
         Self {
             name: meta.name.as_deref(),
             namespace: meta.namespace.as_deref(),

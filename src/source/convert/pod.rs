@@ -6,6 +6,7 @@ use std::sync::Arc;
 use smallvec::SmallVec;
 
 use super::address::parse_unicast;
+use super::policy;
 use super::report::FieldReport;
 use super::{Converter, PORT_HINT, PROTOCOL_HINT, non_empty, port, protocol, timestamp};
 use crate::model::{
@@ -62,11 +63,19 @@ impl Converter {
         }
     }
 
-    pub(super) fn namespace(&mut self, name: &ObjectName, from: &wire::Namespace) -> Namespace {
-        let labels = from.metadata.as_ref().and_then(|meta| meta.labels.as_ref());
+    pub(super) fn namespace(
+        &mut self,
+        name: &ObjectName,
+        from: &wire::Namespace,
+        report: &mut FieldReport,
+    ) -> Namespace {
+        let meta = from.metadata.as_ref();
+        let labels = meta.and_then(|meta| meta.labels.as_ref());
+        let annotations = meta.and_then(|meta| meta.annotations.as_ref());
         Namespace {
             name: name.clone(),
             labels: self.labels(labels, Some((NAMESPACE_NAME, name.name()))),
+            mode: policy::mode(annotations.and_then(|it| it.mode.as_ref()), report),
         }
     }
 

@@ -11,7 +11,8 @@ use super::fields::{FieldReader, FieldResult, Path, present};
 use super::report::FieldReport;
 use super::{Converter, PORT_HINT, PROTOCOL_HINT, port};
 use crate::model::{
-    LabelSelector, NetworkPolicy, ObjectName, Peer, PolicyPort, PolicyRule, PortMatch, Protocol,
+    LabelSelector, NetworkPolicy, ObjectName, Peer, PolicyMode, PolicyPort, PolicyRule, PortMatch,
+    Protocol,
 };
 use ipnet::IpNet;
 
@@ -28,6 +29,24 @@ const BOTH_DIRECTIONS: &str =
 
 /// The fields of `spec`.
 const FIELDS: [&str; 4] = ["podSelector", "policyTypes", "ingress", "egress"];
+
+/// The annotation with the mode of a policy, or of the policies of a Namespace.
+pub(super) const MODE: &str = "nftlet.dev/mode";
+
+/// Reads the value of [`MODE`]. A value that is not known enforces.
+pub(super) fn mode(value: Option<&Value>, report: &mut FieldReport) -> Option<PolicyMode> {
+    let value = value.filter(|value| !value.is_null())?;
+    match value.as_str() {
+        Some("enforce") => Some(PolicyMode::Enforce),
+        Some("audit") => Some(PolicyMode::Audit),
+        other => {
+            let written = other.map_or_else(|| value.to_string(), str::to_owned);
+            let fault = "is neither \"audit\" nor \"enforce\"; policies are enforced";
+            report.left_out(format_args!("annotation {MODE}"), written, fault);
+            Some(PolicyMode::Enforce)
+        }
+    }
+}
 
 /// The directions in `policyTypes`.
 #[derive(Clone, Copy)]
@@ -54,6 +73,7 @@ impl Converter {
             pods,
             ingress: Some(Vec::new()),
             egress: Some(Vec::new()),
+            mode: None,
         };
         let mut reader = FieldReader::new(&mut self.interner, report, POLICY_CLOSED);
         let Ok(spec) = reader.mapping(&at, spec.unwrap_or(&Value::Null)) else {
@@ -82,6 +102,7 @@ impl Converter {
                 pods,
                 ingress: directions.ingress.then(Vec::new),
                 egress: directions.egress.then(Vec::new),
+                mode: None,
             };
         }
         let mut rules = |wanted: bool, field, peers| {
@@ -95,6 +116,7 @@ impl Converter {
             pods,
             ingress: rules(directions.ingress, "ingress", "from"),
             egress: rules(directions.egress, "egress", "to"),
+            mode: None,
         }
     }
 

@@ -91,6 +91,7 @@ fn the_main_loop_reads_and_writes_nothing_while_tables_are_compared() {
         controller.answer(Query::Names {
             connection,
             direction: Direction::Egress,
+            audited: false,
             answer,
         });
         let names = answered.try_recv().unwrap();

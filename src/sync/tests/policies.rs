@@ -26,6 +26,7 @@ fn allowing(name: &str, block: &str) -> Event {
             ports: None,
         }]),
         egress: None,
+        mode: None,
     }))
 }
 

@@ -28,6 +28,7 @@ pub(super) fn closed() -> Event {
         pods: LabelSelector::default(),
         ingress: Some(Vec::new()),
         egress: None,
+        mode: None,
     }))
 }
 

@@ -259,6 +259,7 @@ fn a_list_of_nodes_that_never_ends_holds_up_no_other_policy() {
     let shop = Event::Apply(Object::Namespace(Namespace {
         name: ObjectName::new("", "shop"),
         labels: Default::default(),
+        mode: None,
     }));
     let objects = policy_lists(vec![shop, closed(), pod("web", "10.1.0.5")]);
     handle(&mut controller, objects);

@@ -17,17 +17,17 @@ const DOCUMENTS: [(&str, usize); 14] = [
     ("docs/benchmarks.md", 3_500),
     ("docs/compatibility.md", 2_700),
     ("docs/configuration.md", 1_500),
-    ("docs/insight.md", 1_400),
+    ("docs/insight.md", 1_900),
     ("docs/install.md", 1_650),
     ("docs/monitoring.md", 1_700),
-    ("docs/network-policies.md", 1_500),
+    ("docs/network-policies.md", 1_650),
     ("docs/ruleset.md", 1_500),
     ("docs/security.md", 1_600),
     ("docs/troubleshooting.md", 1_900),
 ];
 
 /// The most words of all documents.
-const MOST_WORDS: usize = 23_000;
+const MOST_WORDS: usize = 23_300;
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))

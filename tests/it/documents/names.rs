@@ -96,7 +96,7 @@ fn takes(flag: &str) -> bool {
         !said.contains(&format!("unexpected argument '{flag}'"))
     };
     takes(&[])
-        || ["explain", "policies", "services", "status"]
+        || ["audit", "explain", "policies", "services", "status"]
             .iter()
             .any(|it| takes(&[*it]))
 }

@@ -2,6 +2,7 @@
 //! links, one each, except in `bridge`.
 
 mod alone;
+mod audit;
 mod bridge;
 mod cluster;
 mod cut;

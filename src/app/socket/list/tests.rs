@@ -34,7 +34,7 @@ fn written(object: &Object) -> Value {
         Object::Node(it) => node(it),
         Object::ServiceCidr(it) => service_cidr(it),
         Object::Pod(it) => pod(it),
-        Object::Namespace(it) => namespace(it.name.name(), &it.labels),
+        Object::Namespace(it) => namespace(it.name.name(), &it.labels, it.mode),
         Object::NetworkPolicy(it) => network_policy(it),
         Object::ClusterNetworkPolicy(it) => cluster_policy(it),
     }
