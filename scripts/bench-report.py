@@ -191,25 +191,27 @@ def markdown(head, lines):
     return "".join("| " + " | ".join(line) + " |\n" for line in [head, rule, *lines])
 
 
-def judged(row, text):
-    """A value with its budget; bold if that is missed."""
+def judged(row):
+    """The first value of a row with the bounds of a ratio and the budget; bold if that is missed."""
+    first, *others = row["values"].values()
+    text = show(first)
     text = f"**{text}**" if row["met"] is False else text
+    if "from" in row["values"]:
+        text += f" [{', '.join(map(show, others))}]"
     return f"{text} ({bound(row['budget'])})" if row["budget"] else text
 
 
-def across(table):
-    """A table with a column for each cluster or lane."""
+def across(table, more, key="what", column="of"):
+    """A table with a column for each cluster or lane, and lines for `more` values."""
     columns, lines = [], {}
     for row in table["rows"]:
-        columns += [row["of"]] if row["of"] not in columns else []
-        (name, first), *others = row["values"].items()
-        plain = name in ("nftlet", "measured", "median", "p99")
-        what = row["what"] if plain else f"{row['what']}, {name}"
-        lines.setdefault(what, {})[row["of"]] = judged(row, show(first))
-        for name, value in others:
-            lines.setdefault(f"{row['what']}, {name}", {})[row["of"]] = show(value)
-    body = [[what] + [cells.get(it, "-") for it in columns] for what, cells in lines.items()]
-    return markdown(["what"] + columns, body)
+        columns += [row[column]] if row[column] not in columns else []
+        lines.setdefault(row[key], {})[row[column]] = judged(row)
+        for name in more:
+            if value := row["values"].get(name):
+                lines.setdefault(f"{row[key]}, {name}", {})[row[column]] = show(value)
+    body = [[line] + [cells.get(it, "-") for it in columns] for line, cells in lines.items()]
+    return markdown([table["of"] if key == "of" else "what"] + columns, body)
 
 
 def cells(table):
@@ -226,26 +228,58 @@ def cells(table):
 
 
 def down(table):
-    head, lines = cells(table)
-    return markdown(head, [["**NO**" if it == "NO" else it for it in line] for line in lines])
+    head, lines = cells({**table, "rows": [{**row, "budget": None} for row in table["rows"]]})
+    values = [[*line[:2], judged(row), *line[3:]] for line, row in zip(lines, table["rows"])]
+    return markdown(head, values)
 
 
 def only(table, keep):
     return {**table, "rows": [row for row in table["rows"] if keep(row)]}
 
 
-# The changes of which the documents give the time from the server, too.
+# The changes of which the page gives the time from the server, too.
 WHOLE = ("one endpoint replaced", "one endpoint more or less", "a service added")
 
+def in_series(cluster):
+    """Whether a cluster is one of growing size, and not one of a shape that a user reported."""
+    return cluster.endswith((" 10", " 20"))
 
-def without_tails(table):
-    """The rows of a table without the 99th percentiles that have no budget, and with the first value only."""
-    for row in table["rows"]:
-        names = [name for name in row["values"] if "p99" not in name]
-        names = names if row["what"] in WHOLE else names[:1]
-        names = names or (list(row["values"]) if row["budget"] else [])
-        if names:
-            yield {**row, "values": {name: row["values"][name] for name in names}}
+
+# The values of a row that the page has beside the first one.
+MORE = {
+    "first": ["kube-proxy's shape"],
+    "changes": ["from the server", "kube-proxy's shape"],
+    "neighbours": ["longest in one"],
+}
+
+
+def with_budget(table):
+    """The lines of a table that have a budget for one of the clusters."""
+    whats = {row["what"] for row in table["rows"] if row["budget"]}
+    return only(table, lambda row: row["what"] in whats)
+
+
+def page_table(scene, table):
+    """The Markdown of a table, or nothing if it has nothing for the page."""
+    has_budgets = any(row["budget"] for row in table["rows"])
+    if scene == "churn" and not has_budgets:
+        return None  # The picture has it.
+    if scene == "packets" and has_budgets:
+        table = only(table, lambda row: row["budget"] or "again" in row["of"])
+        return across(table, [], "of", "what")
+    if scene == "packets":
+        table = only(table, lambda row: "again" not in row["of"] and "before" not in row["of"])
+    if scene in ("first", "changes"):
+        table = with_budget(table)
+    if scene in ("conntrack", "ranges"):
+        return down(table)
+    more = MORE.get(scene, [])
+    if scene == "changes":
+        table = only(table, lambda row: in_series(row["of"]))
+        for row in table["rows"]:
+            if row["what"] not in WHOLE:
+                row["values"].pop("from the server", None)
+    return across(table, more)
 
 
 def section(report):
@@ -254,19 +288,8 @@ def section(report):
     place = f"{facts['processors']} processors ({facts['processor']}), Linux {facts['kernel']}"
     parameters = [f"{name} {value}" for name, value in report["parameters"].items()]
     lines = [f"Commit {facts['commit']}, {facts['date']}; {'; '.join([place, *parameters])}."]
-    for table in report["tables"]:
-        if scene == "churn" and not any(row["budget"] for row in table["rows"]):
-            continue  # The picture has it.
-        if scene == "packets" and any(row["budget"] for row in table["rows"]):
-            table = only(table, lambda row: row["budget"] or "again" in row["of"])
-        wide = scene in ("first", "changes", "churn", "micro") or (scene == "packets" and table["of"] == "lane")
-        if wide and scene == "packets":
-            kept = [{**row, "values": {"median": row["values"]["median"]}} for row in table["rows"]]
-            table = {**table, "rows": kept}
-        if scene == "changes":
-            table = {**table, "rows": list(without_tails(table))}
-        lines.append(f"**{table['title']}**\n\n" + (across if wide else down)(table).rstrip())
-    lines += report["notes"]
+    tables = [page_table(scene, table) for table in report["tables"]]
+    lines += [table.rstrip() for table in tables if table]
     return "\n\n".join(lines)
 
 
@@ -352,9 +375,8 @@ def scale_picture(results):
     found = rows(load(results, "first")) + rows(load(results, "changes"))
 
     def points(what, name="nftlet", per=1):
-        # The shapes that users reported are no points of a line.
         values = [(it["of"], number(it["values"].get(name))) for it in found
-            if it["what"] == what and it["of"].endswith((" 10", " 20"))]
+            if it["what"] == what and in_series(it["of"])]
         size = lambda of: math.prod(int(part.replace(",", "")) for part in of.split(" x "))
         return [(size(of), value / per) for of, value in values if value]
 
