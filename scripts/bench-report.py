@@ -269,7 +269,7 @@ def page_table(scene, table):
         return across(table, [], "of", "what")
     if scene == "packets":
         table = only(table, lambda row: "again" not in row["of"] and "before" not in row["of"])
-    if scene in ("first", "changes"):
+    if scene in ("first", "changes", "insight"):
         table = with_budget(table)
     if scene in ("conntrack", "ranges"):
         return down(table)
