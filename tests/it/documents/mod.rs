@@ -27,7 +27,7 @@ const DOCUMENTS: [(&str, usize); 14] = [
 ];
 
 /// The most words of all documents.
-const MOST_WORDS: usize = 20_900;
+const MOST_WORDS: usize = 20_960;
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
