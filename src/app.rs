@@ -45,6 +45,7 @@ mod metrics;
 mod monitor;
 mod objects;
 mod questions;
+mod reach;
 mod routes;
 mod socket;
 mod sysctls;

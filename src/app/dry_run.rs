@@ -125,6 +125,12 @@ async fn collect_within(
                     // If it lasts, it is the reason to give up.
                     continue;
                 }
+                // A question about the whole cluster is about no node.
+                Event::Notice(notice)
+                    if notice.reason == Reason::NodeMissing && node_name.is_empty() =>
+                {
+                    continue;
+                }
                 _ => {}
             }
             policies.apply(&delivery.event);

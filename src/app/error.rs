@@ -8,6 +8,8 @@ use thiserror::Error;
 
 use super::OLDEST_KERNEL;
 use super::ask::AskError;
+use super::reach::FileError;
+use crate::insight::reach::ReachError;
 use crate::insight::{NameError, QuestionError};
 use crate::netlink;
 use crate::serve::http;
@@ -92,6 +94,11 @@ pub(crate) enum Error {
     Ask(#[from] AskError),
     #[error("cannot read the questions in {}: {source}; name a file, or - for standard input", path.display())]
     Batch { path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    Reach(#[from] ReachError),
+    /// A file of expectations.
+    #[error(transparent)]
+    Expectations(#[from] FileError),
     #[error("the source of objects ended unexpectedly; the rules stay in force")]
     SourceEnded,
 }
@@ -100,7 +107,11 @@ impl Error {
     /// Returns 2 for an invalid command line or configuration, and 1 for everything else.
     pub(super) fn exit_code(&self) -> ExitCode {
         match self {
-            Self::Arguments(_) | Self::Configuration(_) | Self::Question(_) => ExitCode::from(2),
+            Self::Arguments(_)
+            | Self::Configuration(_)
+            | Self::Question(_)
+            | Self::Expectations(_)
+            | Self::Reach(ReachError::Port(_) | ReachError::ExposedPage) => ExitCode::from(2),
             _ => ExitCode::FAILURE,
         }
     }

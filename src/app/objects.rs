@@ -30,7 +30,8 @@ pub(super) fn load(
     let known = events
         .iter()
         .any(|event| matches!(event, Event::Apply(Object::Node(node)) if *node.name == *node_name));
-    if !known && settings.services.is_on() {
+    // A question about the whole cluster is about no node.
+    if !known && settings.services.is_on() && !node_name.is_empty() {
         events.push(Event::Notice(Notice {
             subject: Subject::Other(format!("Node {node_name}").into()),
             reason: Reason::NodeMissing,
@@ -127,11 +128,15 @@ fn pod_network(settings: &Settings) -> Result<PodNetwork, Error> {
 }
 
 /// Returns the Node that is used while the node's own object is missing: its name makes endpoints
-/// local, and the host's addresses serve NodePorts.
+/// local, and the host's addresses serve NodePorts. Without a name it has no addresses, and nothing is
+/// local.
 pub(super) fn fallback_node(name: &str) -> Node {
     Node {
         name: name.into(),
-        internal_ips: addresses::global(),
+        internal_ips: match name.is_empty() {
+            true => Vec::new(),
+            false => addresses::global(),
+        },
         external_ips: Vec::new(),
         pod_cidrs: Vec::new(),
         zone: None,

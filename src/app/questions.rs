@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use super::ask::{self, AskError};
 use super::dry_run::collect;
 use super::objects::{self, manifests};
-use super::{Error, print, single_threaded};
+use super::{Error, print, reach, single_threaded};
 use crate::engine::Engine as _;
 use crate::insight::audit::{AuditReport, audit as audit_text};
 use crate::insight::status::{Status, status as status_text};
@@ -43,6 +43,10 @@ pub(super) fn answer(
     // A question that cannot be understood is an error before anything is read.
     let question = match command {
         Command::Explain(asked) => question(asked)?,
+        _ => None,
+    };
+    let of_cluster = match command {
+        Command::Reach(asked) => Some(reach::Asked::new(asked, settings)?),
         _ => None,
     };
     let rules = matches!(command, Command::Explain(asked) if asked.rules);
@@ -93,11 +97,20 @@ pub(super) fn answer(
         // Only the agent asks the kernel.
         let warning = (rules && is_too_large)
             .then_some("not compared with the kernel: the question is too large for the agent");
-        return answer_from(&facts, command, question.as_ref(), states, warning);
+        return match of_cluster {
+            Some(asked) => asked.answer(&facts, style()),
+            None => answer_from(&facts, command, question.as_ref(), states, warning),
+        };
     }
+    let without_node = of_cluster.as_ref().map(|_| reach::of_cluster(settings));
+    let (settings, node_name) = match &without_node {
+        Some(settings) => (settings, ""),
+        None => (settings, node_name),
+    };
     let manifests = manifests(settings, node_name);
     let mut others = OtherNodes::new(service_settings.clone());
-    let kept = matches!(command, Command::Explain(_)).then_some(&mut others);
+    let is_of_nodes = matches!(command, Command::Explain(_) | Command::Reach(_));
+    let kept = is_of_nodes.then_some(&mut others);
     let collect = collect(settings, node_name, service_settings, manifests, kept);
     let collected = runtime.block_on(collect);
     // An unanswered DNS query would delay the exit.
@@ -105,7 +118,10 @@ pub(super) fn answer(
     let (store, engine) = collected?;
     let facts = facts(&store, service_settings, &engine, node_name, Some(&others));
     let facts = Facts { rules, ..facts };
-    answer_from(&facts, command, question.as_ref(), Vec::new(), None)
+    match of_cluster {
+        Some(asked) => asked.answer(&facts, style()),
+        None => answer_from(&facts, command, question.as_ref(), Vec::new(), None),
+    }
 }
 
 fn facts<'a>(
@@ -134,6 +150,7 @@ fn is_for_agent(command: &Command, settings: &Settings) -> bool {
     let live = match command {
         Command::Explain(asked) => asked.source.live,
         Command::Policies(asked) => asked.source.live,
+        Command::Reach(asked) => asked.source.live,
         Command::Services(asked) => asked.source.live,
         Command::Audit(_) | Command::Status(_) | Command::Completion { .. } | Command::Man => false,
     };
@@ -158,9 +175,11 @@ fn answer_from(
         },
         Command::Policies(asked) => list_policies(facts, asked, states),
         Command::Services(asked) => list_services(facts, asked),
-        Command::Audit(_) | Command::Status(_) | Command::Completion { .. } | Command::Man => {
-            Ok(ExitCode::SUCCESS)
-        }
+        Command::Audit(_)
+        | Command::Reach(_)
+        | Command::Status(_)
+        | Command::Completion { .. }
+        | Command::Man => Ok(ExitCode::SUCCESS),
     }
 }
 

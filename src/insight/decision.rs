@@ -126,7 +126,7 @@ fn decided(
 }
 
 /// Returns whether the source is the node of the pod with an address.
-fn is_own_node(facts: &Facts, source: &Source, pod: IpAddr) -> bool {
+pub(super) fn is_own_node(facts: &Facts, source: &Source, pod: IpAddr) -> bool {
     let inventory = facts.policies.inventory();
     let mut nodes = inventory.holders(pod).map(|pod| pod.node.as_deref());
     nodes.any(|node| match node {

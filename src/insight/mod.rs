@@ -23,6 +23,7 @@ pub(crate) mod objects;
 mod policies;
 mod ports;
 mod question;
+pub(crate) mod reach;
 mod rules;
 mod service;
 mod services;

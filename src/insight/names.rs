@@ -7,7 +7,6 @@ use ipnet::IpNet;
 
 use super::Facts;
 use super::question::End;
-use super::service::is_of_node;
 use crate::model::{Family, ObjectName, Pod};
 
 /// The most names in a hint.
@@ -170,7 +169,7 @@ fn of_pod(pod: &Pod) -> Vec<Place> {
 
 /// Returns a family's address outside of the cluster for each set of address blocks that contains
 /// one: blocks of policies and source ranges of services.
-fn outside(facts: &Facts) -> Vec<IpAddr> {
+pub(super) fn outside(facts: &Facts) -> Vec<IpAddr> {
     let mut blocks: BTreeSet<IpNet> = facts.policies.blocks().into_iter().collect();
     let ranges = facts.store.services().flat_map(|it| &it.source_ranges);
     blocks.extend(ranges.copied());
@@ -214,7 +213,7 @@ fn is_inside(facts: &Facts, address: IpAddr) -> bool {
         IpAddr::V6(v6) => v6.is_loopback() || v6.is_multicast() || v6.is_unspecified(),
     };
     special
-        || is_of_node(node, address)
+        || facts.is_of_any_node(address)
         || facts
             .policies
             .inventory()

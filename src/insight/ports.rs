@@ -150,7 +150,10 @@ fn has(service: &Service, address: IpAddr) -> bool {
 }
 
 /// Divides all ports where one of some ranges begins or ends.
-fn ranges(named: impl Iterator<Item = (u16, u16)>, protocol: Option<Protocol>) -> Vec<Ports> {
+pub(super) fn ranges(
+    named: impl Iterator<Item = (u16, u16)>,
+    protocol: Option<Protocol>,
+) -> Vec<Ports> {
     let mut begins = BTreeSet::from([1_u16]);
     for (first, last) in named {
         begins.insert(first.max(1));

@@ -11,6 +11,7 @@ use super::policies::PolicyRow;
 use super::rules;
 use super::services::{EndpointRow, ServiceRow};
 use crate::model::ObjectName;
+use crate::policies::NearMiss;
 
 /// The most lines of endpoints, and names in a line.
 const MOST: usize = 10;
@@ -27,16 +28,21 @@ pub(crate) struct Style {
 impl Style {
     /// Returns a word in the colour of a verdict, padded to a width.
     fn verdict(self, word: &str, verdict: Verdict, width: usize) -> String {
-        let padded = format!("{word:width$}");
+        let (before, after) = self.around(verdict);
+        format!("{before}{word:width$}{after}")
+    }
+
+    /// Returns what surrounds a word in the colour of a verdict.
+    pub(super) fn around(self, verdict: Verdict) -> (&'static str, &'static str) {
         if !self.colour {
-            return padded;
+            return ("", "");
         }
-        let colour = match verdict {
-            Verdict::Allowed => 32,
-            Verdict::Partly => 33,
-            Verdict::Denied | Verdict::Refused | Verdict::Dropped => 31,
+        let before = match verdict {
+            Verdict::Allowed => "\x1b[32m",
+            Verdict::Partly => "\x1b[33m",
+            Verdict::Denied | Verdict::Refused | Verdict::Dropped => "\x1b[31m",
         };
-        format!("\x1b[{colour}m{padded}\x1b[0m")
+        (before, "\x1b[0m")
     }
 }
 
@@ -252,13 +258,7 @@ fn steps(answer: &Answer, style: Style, out: &mut impl Write) -> fmt::Result {
                 &mut *out,
             )?;
             if let Some(nearest) = &decision.nearest {
-                let failed = nearest.failed();
-                let met = nearest.met().map_or_else(
-                    || format!("{failed} does not match"),
-                    |met| format!("{met} matches, {failed} does not"),
-                );
-                let (policy, rule) = (nearest.policy(), nearest.rule());
-                more(&format!("nearest: {policy} rule {rule}: {met}"), out)?;
+                more(&nearest_rule(nearest), out)?;
             }
             if !decision.audited.is_empty() {
                 let names = decision.audited.iter();
@@ -294,7 +294,18 @@ fn left_out(endpoints: &[LeftOut], out: &mut impl Write) -> fmt::Result {
     Ok(())
 }
 
-fn decided(decision: &Decision, names: &[String], direction: &str) -> String {
+/// Describes the rule that fails in one condition alone.
+pub(super) fn nearest_rule(nearest: &NearMiss) -> String {
+    let failed = nearest.failed();
+    let met = nearest.met().map_or_else(
+        || format!("{failed} does not match"),
+        |met| format!("{met} matches, {failed} does not"),
+    );
+    let (policy, rule) = (nearest.policy(), nearest.rule());
+    format!("nearest: {policy} rule {rule}: {met}")
+}
+
+pub(super) fn decided(decision: &Decision, names: &[String], direction: &str) -> String {
     let who = listed(names);
     let policies: Vec<String> = decision
         .policies

@@ -40,6 +40,7 @@ mod changes;
 mod claimants;
 mod cluster;
 mod compile;
+mod conditions;
 mod delta;
 mod departed;
 mod engine;
@@ -68,8 +69,10 @@ mod tiers;
 use std::sync::Arc;
 
 pub(crate) use changes::{Audited, AuditedAddress, Isolated, PolicyChanges};
+pub(crate) use conditions::{Conditions, PeerCondition, PodPolicies};
 pub use engine::Engine;
 pub use evaluate::Connection;
+pub(crate) use index::Index;
 pub(crate) use judge::{Decision, NearMiss, RuleOf};
 pub use layout::{Direction, TABLE, table_id};
 pub(crate) use plans::KnownProfiles;

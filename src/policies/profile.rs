@@ -67,6 +67,11 @@ impl Profile {
         }
     }
 
+    /// Returns what differs for other profiles.
+    pub fn digest(&self) -> &str {
+        &self.digest
+    }
+
     /// Returns the name of the chain of all pods with this profile.
     pub fn chain(&self, direction: Direction) -> Name {
         direction.pods_chain(&self.digest)

@@ -35,6 +35,10 @@ pub(crate) enum Command {
     ///
     /// The agent needs --audit-annotations=on.
     Audit(Audit),
+    /// Show who can connect to whom in the whole cluster, by the network policies.
+    ///
+    /// Exits with 3 if an expectation is not met.
+    Reach(Reach),
     /// List services with their frontends and endpoints, and why endpoints get no traffic.
     Services(Services),
     /// Print a script with which a shell completes nftlet's flags.
@@ -158,8 +162,70 @@ pub(crate) struct Policies {
     pub(crate) form: Form,
 }
 
+/// The arguments of `nftlet reach`.
+#[derive(Clone, Debug, PartialEq, Eq, Args)]
+pub(crate) struct Reach {
+    /// What a row and a column are. A workload is the owner of pods, such as a Deployment.
+    #[arg(
+        long,
+        value_name = "pod|workload|namespace",
+        default_value = "workload",
+        hide_default_value = true,
+        hide_possible_values = true
+    )]
+    pub(crate) by: ReachBy,
+    /// Only these sources: a namespace, namespace/name of a workload or pod, or internet.
+    #[arg(long, value_name = "NAME", value_delimiter = ',')]
+    pub(crate) from: Vec<String>,
+    /// Only these destinations, as the sources.
+    #[arg(long, value_name = "NAME", value_delimiter = ',')]
+    pub(crate) to: Vec<String>,
+    /// Only these ports: TCP/80, UDP/8000-8080, TCP, ICMP.
+    #[arg(long, value_name = "PROTOCOL/PORT", value_delimiter = ',')]
+    pub(crate) port: Vec<String>,
+    /// Show what addresses outside of the cluster and pods of other namespaces can connect to.
+    #[arg(long, conflicts_with = "from")]
+    pub(crate) exposed: bool,
+    /// Check the expectations in a file of YAML, - for standard input: a list of from, to, allow and
+    /// deny with lists of ports. Prints the results in the Test Anything Protocol.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["by", "from", "to", "port", "exposed", "output"])]
+    pub(crate) expect: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) source: Source,
+    /// The form of the answer; html is a page that needs no network.
+    #[arg(
+        short,
+        long,
+        value_name = "matrix|lines|json|html",
+        default_value = "matrix",
+        hide_default_value = true,
+        hide_possible_values = true
+    )]
+    pub(crate) output: ReachOutput,
+}
+
+/// What a row of the matrix is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ReachBy {
+    Pod,
+    Workload,
+    Namespace,
+}
+
+/// The form of the matrix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ReachOutput {
+    #[value(alias = "text")]
+    Matrix,
+    Lines,
+    Json,
+    Html,
+}
+
 /// The subcommands that answer questions.
-const QUESTIONS: [&str; 5] = ["audit", "explain", "policies", "services", "status"];
+const QUESTIONS: [&str; 6] = [
+    "audit", "explain", "policies", "reach", "services", "status",
+];
 
 /// The flags that the help of these subcommands shows, by their names in [`Settings`].
 const OF_QUESTIONS: [&str; 18] = [
@@ -479,6 +545,7 @@ mod tests {
             ("audit", "List the connections"),
             ("explain", "Explain whether a connection"),
             ("policies", "List policies"),
+            ("reach", "Show who can connect"),
             ("services", "List services"),
             ("status", "Show the state"),
         ] {

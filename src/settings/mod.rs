@@ -21,8 +21,8 @@ use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{ArgAction, Parser};
 
 pub(crate) use command_line::{
-    Audit, Command, CommandLine, Explain, Output, Policies, Services, Status, one_line,
-    print_completion, print_man,
+    Audit, Command, CommandLine, Explain, Output, Policies, Reach, ReachBy, ReachOutput, Services,
+    Status, one_line, print_completion, print_man,
 };
 pub(crate) use error::Error;
 use kube_proxy::{Ignored, Verbose};

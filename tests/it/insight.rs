@@ -5,6 +5,7 @@ use std::process::{Command, Output};
 
 const DOCUMENT: &str = "docs/insight.md";
 const OBJECTS: &str = "tests/fixtures/insight/shop.yaml";
+const EXPECTATIONS: &str = "tests/fixtures/insight/expect.yaml";
 /// With this variable the outputs in the document are written anew.
 const UPDATE: &str = "UPDATE_GOLDEN";
 
@@ -118,7 +119,11 @@ fn the_outputs_in_the_document_are_those_of_the_commands() {
             .expect("a command of nftlet");
         let words: Vec<&str> = words
             .split_whitespace()
-            .map(|word| if word == "shop.yaml" { OBJECTS } else { word })
+            .map(|word| match word {
+                "shop.yaml" => OBJECTS,
+                "expect.yaml" => EXPECTATIONS,
+                word => word,
+            })
             .collect();
         let output = nftlet(&words);
         assert!(output.stderr.is_empty(), "{command}: {output:?}");

@@ -106,6 +106,14 @@ fn the_agent_of_the_right_node_is_asked() {
         ),
         (&["policies"], "nftlet-a|--|nftlet|policies|"),
         (
+            &["reach", "--exposed", "--by", "pod"],
+            "nftlet-a|--|nftlet|reach|--exposed|--by|pod|",
+        ),
+        (
+            &["reach", "--expect=-"],
+            "input|nftlet-a -- nftlet reach --expect=-|",
+        ),
+        (
             &["explain", "it's", "a b"],
             "nftlet-a|--|nftlet|explain|it's|a b|",
         ),
@@ -131,6 +139,11 @@ fn offline_it_answers_from_the_objects_of_kubectl() {
         "{output:?}"
     );
     assert_eq!(output.status.code(), Some(0));
+    // About no node.
+    let words = ["reach", "--offline", "--from=shop/gateway", "-o", "lines"];
+    let output = Plugin::new().run(&words, &[]);
+    let line = "shop/gateway => shop/web : TCP 8080\n";
+    assert!(stdout(&output).contains(line), "{output:?}");
 }
 
 #[test]

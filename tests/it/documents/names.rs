@@ -96,9 +96,11 @@ fn takes(flag: &str) -> bool {
         !said.contains(&format!("unexpected argument '{flag}'"))
     };
     takes(&[])
-        || ["audit", "explain", "policies", "services", "status"]
-            .iter()
-            .any(|it| takes(&[*it]))
+        || [
+            "audit", "explain", "policies", "reach", "services", "status",
+        ]
+        .iter()
+        .any(|it| takes(&[*it]))
 }
 
 /// The names of metrics in a text.

@@ -14,6 +14,7 @@ mod oracle;
 mod ports_and_blocks;
 mod random;
 mod random_packets;
+mod reach;
 mod reject;
 mod rules;
 mod selection;
