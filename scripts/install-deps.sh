@@ -4,7 +4,8 @@
 #   build   for compiling: a C compiler, pkg-config, libnftnl, libmnl, Rust
 #   run     in addition for the demo: nft, ip, nsenter
 #   test    in addition for the checks: cargo-deny; iptables, ipset and ipvsadm, with which tests
-#           write kube-proxy's rules; and promtool, if Debian's package has it
+#           write kube-proxy's rules; Chromium, for the page of nftlet reach; and promtool, if
+#           Debian's package has it
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="${CARGO_HOME:-$HOME/.cargo}/bin:$PATH:/usr/local/sbin:/usr/sbin:/sbin"
@@ -63,6 +64,8 @@ if [[ $purpose == test ]]; then
     { have iptables-nft-save && have iptables-legacy-save; } || need iptables
     have ipset || need ipset
     have ipvsadm || need ipvsadm
+    have chromium || need chromium
+    have chromedriver || need chromium-driver
 fi
 have git || need git
 if ! have cargo || [[ $purpose == test ]]; then

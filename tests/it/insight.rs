@@ -1,5 +1,7 @@
 //! The commands that answer questions: their documentation, and faults.
 
+mod page;
+
 use std::fs;
 use std::process::{Command, Output};
 

@@ -2,7 +2,6 @@
 
 use super::port_set::{ALL_PORTS, PROTOCOLS, PortSet, SetId};
 use super::rows::{Cell, Reach, ReachError};
-use crate::insight::answer::Verdict;
 use crate::model::Protocol;
 
 /// Ports that are asked about.
@@ -26,13 +25,13 @@ impl AskedPorts {
         }
     }
 
-    /// Returns the mark of a cell, and what it stands for.
-    pub fn mark(&self, reach: &Reach, cell: Option<Cell>) -> (char, Option<Verdict>) {
+    /// Returns the mark of a cell.
+    pub fn mark(&self, reach: &Reach, cell: Option<Cell>) -> char {
         match cell.map(|cell| self.only(reach, cell)) {
-            None => ('-', None),
-            Some(cell) if cell.all == self.id => ('.', Some(Verdict::Allowed)),
-            Some(cell) if cell.some == SetId::NONE => ('X', Some(Verdict::Denied)),
-            Some(_) => ('~', Some(Verdict::Partly)),
+            None => '-',
+            Some(cell) if cell.all == self.id => '.',
+            Some(cell) if cell.some == SetId::NONE => 'X',
+            Some(_) => '~',
         }
     }
 }

@@ -121,7 +121,7 @@ fn sentence(
     whys: &mut Whys,
     reasons: &mut Numbered<Value>,
 ) -> Value {
-    let (mark, _) = asked.mark(reach, *cell);
+    let mark = asked.mark(reach, *cell);
     let text = match cell {
         Some(cell) => reach.connections(*cell),
         None => "no pair of pods with addresses of the same family".to_owned(),
@@ -143,5 +143,5 @@ fn sentence(
 
 fn line(why: &Why) -> Value {
     let verdict = if why.is_allowed { "allowed" } else { "denied" };
-    json!([why.direction, verdict, why.ports.to_string(), why.text])
+    json!([why.direction, verdict, why.ports.words(), why.text])
 }

@@ -76,6 +76,21 @@ impl PortSet {
         }
     }
 
+    /// Returns it in words: what it lacks, if that is shorter.
+    pub fn words(&self) -> String {
+        let has = self.to_string();
+        let [a, b, c] = &self.ranges;
+        let others = Self {
+            ranges: [a, b, c].map(complement),
+            icmp: !self.icmp,
+        };
+        let lacks = others.to_string();
+        if self.is_empty() || others.is_empty() || has.len() <= lacks.len() {
+            return has;
+        }
+        format!("all but {lacks}")
+    }
+
     /// Returns whether all of another set is in this one.
     pub fn contains(&self, other: &Self) -> bool {
         self.intersection(other) == *other
@@ -108,6 +123,19 @@ fn union(one: &[(u16, u16)], other: &[(u16, u16)]) -> Ranges {
         }
     }
     joined
+}
+
+fn complement(ranges: &Ranges) -> Ranges {
+    let mut others = Ranges::new();
+    let mut next = Some(ALL_PORTS.0);
+    for (first, last) in ranges {
+        if let Some(begin) = next.filter(|begin| begin < first) {
+            others.push((begin, first.saturating_sub(1)));
+        }
+        next = last.checked_add(1);
+    }
+    others.extend(next.map(|begin| (begin, ALL_PORTS.1)));
+    others
 }
 
 impl fmt::Display for PortSet {
@@ -245,6 +273,13 @@ mod tests {
         assert_eq!(PortSet::all().to_string(), "All Connections");
         assert_eq!(PortSet::default().to_string(), "No Connections");
         assert_eq!(PortSet::icmp().to_string(), "ICMP");
+        assert_eq!(set.words(), set.to_string());
+        assert_eq!(PortSet::all().words(), "All Connections");
+        assert_eq!(PortSet::default().words(), "No Connections");
+        let mut most = tcp(&[(1, 79), (81, 8080), (8082, 65_535)]);
+        most.add(Some(Protocol::Udp), Some((1, 65_535)));
+        most.add(None, None);
+        assert_eq!(most.words(), "all but TCP 80,8081,SCTP 1-65535");
     }
 
     fn any_ranges() -> impl Strategy<Value = Vec<(u16, u16)>> {

@@ -24,7 +24,9 @@ impl Why {
         let verdict = if self.is_allowed { "allowed" } else { "denied" };
         format!(
             "{} of {}: {verdict}: {}",
-            self.direction, self.ports, self.text
+            self.direction,
+            self.ports.words(),
+            self.text
         )
     }
 }

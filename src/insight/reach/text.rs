@@ -11,7 +11,17 @@ use super::rows::{Cell, Reach, Row};
 use crate::insight::answer::Verdict;
 use crate::insight::text::Style;
 
+const MARKS: [char; 4] = ['.', 'X', '~', '-'];
 const LEGEND: &str = ". allowed  X denied  ~ some ports or pods  - no pair of pods";
+
+fn verdict_of(mark: char) -> Option<Verdict> {
+    match mark {
+        '.' => Some(Verdict::Allowed),
+        'X' => Some(Verdict::Denied),
+        '~' => Some(Verdict::Partly),
+        _ => None,
+    }
+}
 
 /// Writes the matrix of rows and columns.
 pub(crate) fn matrix(
@@ -38,24 +48,22 @@ pub(crate) fn matrix(
         write!(out, " {:>digits$}", number(column))?;
     }
     writeln!(out)?;
-    let colours = [Verdict::Allowed, Verdict::Denied, Verdict::Partly].map(|verdict| {
-        let (open, close) = style.around(verdict);
-        (verdict, open, close)
+    // A cell as it is written, since there may be many millions.
+    let shown = MARKS.map(|mark| {
+        let (open, close) = verdict_of(mark).map_or(("", ""), |verdict| style.around(verdict));
+        (
+            mark,
+            format!(" {:padding$}{open}{mark}{close}", "", padding = digits - 1),
+        )
     });
     for row in from {
-        write!(out, "{:>digits$}  {:<width$}", number(row), row.name)?;
+        let mut line = format!("{:>digits$}  {:<width$}", number(row), row.name);
         for cell in columns.each(reach, row, |to| reach.cell(row, to)) {
-            let (mark, verdict) = ports.mark(reach, cell);
-            let colour = colours.iter().find(|(of, ..)| Some(*of) == verdict);
-            let (open, close) = colour.map_or(("", ""), |(_, open, close)| (open, close));
-            write!(
-                out,
-                " {:padding$}{open}{mark}{close}",
-                "",
-                padding = digits - 1
-            )?;
+            let mark = ports.mark(reach, cell);
+            let shown = shown.iter().find(|(of, _)| *of == mark);
+            line.push_str(shown.map_or("", |(_, text)| text));
         }
-        writeln!(out)?;
+        writeln!(out, "{line}")?;
     }
     let others = to.iter().filter(|row| number(row) > from.len());
     for column in others {

@@ -1,6 +1,7 @@
 //! Helpers shared by the integration tests.
 
 pub mod agent;
+pub mod browser;
 pub mod clock;
 pub mod consumer;
 pub mod kube_proxy;
