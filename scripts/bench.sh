@@ -17,7 +17,7 @@ while (($#)) && [[ $1 != -- ]]; do scenes+=("$1") && shift; done
 (($#)) && shift
 named=("${scenes[@]}")
 ((${#scenes[@]})) ||
-    scenes=(micro first changes policies packets conntrack neighbours ranges insight churn)
+    scenes=(micro first changes policies packets conntrack neighbours ranges insight reach churn)
 
 echo '==> building'
 cargo build --release --locked && cargo bench --locked --no-run || exit 1

@@ -29,7 +29,9 @@ use std::time::Instant;
 use clap::{Parser, Subcommand};
 
 use report::Report;
-use scenes::{changes, churn, conntrack, first, insight, neighbours, packets, policies, ranges};
+use scenes::{
+    changes, churn, conntrack, first, insight, neighbours, packets, policies, ranges, reach,
+};
 
 /// Measures nftlet as a whole, against its budgets.
 #[derive(Debug, Parser)]
@@ -68,6 +70,8 @@ enum Scene {
     Ranges(ranges::Arguments),
     /// Answers of the commands that explain, from a dump and from the running agent.
     Insight(insight::Arguments),
+    /// Who can connect to whom in a large cluster, from a dump.
+    Reach(reach::Arguments),
 }
 
 /// What every scene gets.
@@ -95,6 +99,7 @@ impl Scene {
             Self::Conntrack(scene) => scene.run(context),
             Self::Ranges(scene) => scene.run(context),
             Self::Insight(scene) => scene.run(context),
+            Self::Reach(scene) => scene.run(context),
         }
     }
 }
