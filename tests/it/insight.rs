@@ -155,6 +155,15 @@ fn the_exit_code_tells_allowed_from_denied_and_faults() {
         (vec!["explain", "shop/cart-7c9", "svc/shop/web:https"], 1),
         (vec!["services", "shop/nothing"], 1),
         (vec!["policies", "shop/nothing"], 1),
+        (vec!["reach", "--to=shop/web,pod/shop/db-0"], 0),
+        (vec!["reach", "--expect", EXPECTATIONS], 3),
+        (vec!["reach", "--expect=/nonexistent"], 2),
+        (vec!["reach", "--expect", OBJECTS], 2),
+        (vec!["reach", "--expect=-", "--manifests=-"], 2),
+        (vec!["reach", "--port=http"], 2),
+        (vec!["reach", "--by=node"], 2),
+        (vec!["reach", "--exposed", "-o=html"], 2),
+        (vec!["reach", "--from=shop/nothing"], 1),
     ] {
         let output = asked(&words);
         assert_eq!(output.status.code(), Some(code), "{words:?}: {output:?}");
@@ -255,7 +264,7 @@ fn the_json_of_services_and_policies_has_these_fields() {
 
 #[test]
 fn without_an_agent_one_line_says_what_to_do() {
-    for command in ["status", "services", "policies"] {
+    for command in ["status", "services", "policies", "reach"] {
         let output = nftlet(&[command, "--socket=/nonexistent/nftlet.sock"]);
         assert_eq!(output.status.code(), Some(1));
         let said = String::from_utf8_lossy(&output.stderr);
@@ -265,4 +274,68 @@ fn without_an_agent_one_line_says_what_to_do() {
         );
         assert_eq!(said.trim_end().lines().count(), 1, "{said}");
     }
+}
+
+#[test]
+fn expectations_that_are_not_valid_are_named_with_their_line() {
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    fs::write(
+        file.path(),
+        "- from: shop\n  to: shop/web\n  allow: [TCP/80, web]\n",
+    )
+    .expect("a file");
+    let path = file.path().to_str().expect("UTF-8");
+    let output = asked(&["reach", "--expect", path]);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{said}");
+    assert!(
+        said.contains(&format!("{path}: line 3: `web` is not a port")),
+        "{said}"
+    );
+}
+
+#[test]
+fn a_row_is_a_pod_if_it_is_asked_for_by_its_name() {
+    let ask = |words: &[&str]| stdout(&asked(&[&["reach", "-o=lines"], words].concat()));
+    let of_pod = ask(&["--from=shop/web-0", "--to=deploy/shop/gateway"]);
+    assert_eq!(of_pod, "shop/web-0 => shop/gateway : All Connections\n");
+    let of_namespace = ask(&["--from=monitoring", "--to=shop", "--by=namespace"]);
+    assert_eq!(
+        of_namespace,
+        "monitoring => shop : No Connections (some: All Connections)\n"
+    );
+    let of_port = ask(&[
+        "--from=shop/gateway",
+        "--to=shop/web",
+        "--port=TCP/8000-8100",
+    ]);
+    assert_eq!(of_port, "shop/gateway => shop/web : TCP 8080\n");
+    assert_eq!(
+        ask(&["--from=shop/gateway", "--to=shop/web", "--port=UDP"]),
+        ""
+    );
+}
+
+#[test]
+fn what_the_objects_lack_is_said() {
+    let pod = r#"{"apiVersion":"v1","kind":"Pod","metadata":{"name":"a","namespace":"shop"},
+        "spec":{"hostNetwork":true,"nodeName":"node-1"},"status":{"podIPs":[{"ip":"192.0.2.1"}]}}"#;
+    let file = tempfile::NamedTempFile::with_suffix(".json").expect("a file");
+    let path = file.path().to_str().expect("UTF-8");
+    fs::write(file.path(), pod).expect("a file");
+    let said = stdout(&nftlet(&["reach", "--manifests", path]));
+    for part in [
+        "assumed: no Namespaces",
+        "assumed: no Node with the addresses of 1 host-network",
+    ] {
+        assert!(said.contains(part), "{said}");
+    }
+    fs::write(file.path(), pod.replace("192.0.2.1", "")).expect("a file");
+    let output = nftlet(&["reach", "--manifests", path]);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        said.contains("no Pods with an address are known; give a dump"),
+        "{said}"
+    );
 }

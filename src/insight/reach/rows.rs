@@ -144,16 +144,17 @@ impl<'a> Reach<'a> {
             lacking
                 .push("no Namespaces: namespaceSelectors see only the names of namespaces".into());
         }
-        if self.facts.others.is_none() {
-            lacking.push(
-                "the agent knows no other Nodes: what their host-network pods reach may differ; ask \
-                 with --live or --kubeconfig"
-                    .into(),
-            );
-        } else if self.without_node > 0 {
+        if self.without_node > 0 {
+            let (who, hint) = match self.facts.others {
+                None => (
+                    "the agent knows no other Node",
+                    "; ask with --live or --kubeconfig",
+                ),
+                Some(_) => ("no Node", ""),
+            };
             lacking.push(format!(
-                "no Node has the addresses of {} host-network pods: they are taken for addresses \
-                 outside of the cluster",
+                "{who} with the addresses of {} host-network pods, which are taken for addresses \
+                 outside of the cluster{hint}",
                 self.without_node
             ));
         }

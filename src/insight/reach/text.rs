@@ -69,7 +69,16 @@ pub(crate) fn matrix(
     for column in others {
         writeln!(out, "{:>digits$}  {}", number(column), column.name)?;
     }
-    writeln!(out, "\n{LEGEND}")
+    writeln!(out, "\n{LEGEND}")?;
+    assumed(reach, "", out)
+}
+
+/// Writes what is assumed, each in a line that begins with `mark`.
+fn assumed(reach: &Reach, mark: &str, out: &mut dyn Write) -> io::Result<()> {
+    for assumption in reach.assumptions() {
+        writeln!(out, "{mark}assumed: {assumption}")?;
+    }
+    Ok(())
 }
 
 /// Writes a line for each pair of rows that can connect.
@@ -96,7 +105,7 @@ pub(crate) fn lines(
             writeln!(out, "{} => {} : {text}", row.name, to.name)?;
         }
     }
-    Ok(())
+    assumed(reach, "# ", out)
 }
 
 /// Writes what is exposed.
@@ -125,5 +134,5 @@ pub(crate) fn exposed(reach: &Reach, rows: &[Exposed], out: &mut dyn Write) -> i
         let line = padded.collect::<Vec<_>>().join("  ");
         writeln!(out, "{}", line.trim_end())?;
     }
-    Ok(())
+    assumed(reach, "", out)
 }

@@ -81,6 +81,8 @@ fn the_agent_answers_as_its_objects_do() {
         &["explain", "internet", "svc/shop/edge"],
         &["services"],
         &["services", "shop/web", "-o", "json"],
+        &["reach"],
+        &["reach", "--by=pod", "-o=json"],
     ] {
         let live = answering(words, socket);
         let from_files = ask(words, &FACTS);

@@ -43,7 +43,8 @@ fn nftlet(words: &[&str], objects: &Path) -> String {
 
 /// Returns what is said of each pair in lines.
 fn lines(text: &str) -> BTreeMap<(String, String), Said> {
-    let pairs = text.lines().map(|line| {
+    let lines = text.lines().filter(|line| !line.starts_with('#'));
+    let pairs = lines.map(|line| {
         let (ends, connections) = line.split_once(" : ").expect("two parts");
         let (from, to) = ends.split_once(" => ").expect("two ends");
         let said = match connections.split_once(" (some: ") {
