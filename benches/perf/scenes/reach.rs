@@ -40,13 +40,15 @@ pub struct Arguments {
 
 impl Arguments {
     pub fn run(&self, context: &Context) -> Report {
-        let mut report = Report::new("reach", [("rounds", &self.rounds)]);
+        let parameters: [(_, &dyn ToString); 3] = [
+            ("namespaces", &NAMESPACES),
+            ("policies", &POLICIES),
+            ("rounds", &self.rounds),
+        ];
+        let mut report = Report::new("reach", parameters);
         let directory = tempfile::tempdir().expect("a directory");
         let at = |name: &str| directory.path().join(name);
-        let of = format!(
-            "{} pods, {NAMESPACES} namespaces, {POLICIES} policies",
-            grouped(PODS as f64)
-        );
+        let of = format!("{} pods", grouped(PODS as f64));
         let mut table = Table::new("Who can connect to whom", "cluster");
         let size = write_dump(&at("dump.json"));
         table.row("size of the dump", &of, "nftlet", Bytes(size as f64));
