@@ -101,7 +101,7 @@ pub struct PolicySettings {
     pub strict: bool,
     /// The NFLOG group of denied packets, if they are logged.
     pub log_group: Option<u16>,
-    /// Whether policies of mode [`PolicyMode::Audit`](crate::model::PolicyMode) deny nothing.
+    /// Whether NetworkPolicies with the annotation `nftlet.dev/mode: audit` deny nothing.
     pub audit: bool,
     /// The NFLOG group of the packets that these would deny, if they are logged.
     pub audit_log_group: Option<u16>,
