@@ -60,8 +60,6 @@ use self::objects::{connect, load, manifests};
 use crate::logging::LogQueue;
 use crate::settings::{self, Cleanup, Command, CommandLine};
 
-/// The oldest kernel on which nftlet runs; kube-proxy's nftables mode needs the same.
-const OLDEST_KERNEL: (u32, u32) = (5, 13);
 /// The number of events that may wait between the source and the controller.
 const QUEUE: usize = 4096;
 
@@ -136,7 +134,6 @@ fn run(mut line: CommandLine, log: &LogQueue) -> Result<ExitCode, Error> {
     if settings.dry_run {
         return dry_run::run(settings, &node_name, &service_settings).map(|()| ExitCode::SUCCESS);
     }
-    check_release(&rustix::system::uname().release().to_string_lossy())?;
     agent::run(agent::Start {
         line: &line,
         file,
@@ -191,42 +188,4 @@ fn single_threaded() -> Result<runtime::Runtime, Error> {
 fn host_name() -> String {
     let uname = rustix::system::uname();
     uname.nodename().to_string_lossy().into_owned()
-}
-
-/// Checks a kernel release such as `6.1.0-13-amd64`.
-fn check_release(release: &str) -> Result<(), Error> {
-    let mut numbers = release
-        .split(|c: char| !c.is_ascii_digit())
-        .map_while(|part| part.parse::<u32>().ok());
-    match (numbers.next(), numbers.next()) {
-        (Some(major), Some(minor)) if (major, minor) < OLDEST_KERNEL => Err(Error::OldKernel {
-            found: release.to_owned(),
-        }),
-        // A release without a number may be new enough.
-        _ => Ok(()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::check_release;
-
-    #[test]
-    fn a_kernel_that_is_too_old_is_an_error() {
-        for release in [
-            "5.13.0",
-            "6.1.0-13-amd64",
-            "10.0",
-            "6.18.44-fc-v445",
-            "unknown",
-            "",
-        ] {
-            assert!(check_release(release).is_ok(), "{release}");
-        }
-        for release in ["5.12.19", "4.19.0-25-amd64", "5.4"] {
-            let error = check_release(release).unwrap_err().to_string();
-            let expected = format!("this kernel is Linux {release}; nftlet needs 5.13 or newer");
-            assert!(error.starts_with(&expected), "{error}");
-        }
-    }
 }

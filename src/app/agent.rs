@@ -21,7 +21,7 @@ use crate::followers::conntrack::{self, Cleaner, KernelFlows};
 use crate::followers::health_checks::HealthChecks;
 use crate::logging::LogQueue;
 use crate::model::Delivery;
-use crate::netlink::Nftables;
+use crate::netlink::{Needs, Nftables};
 use crate::nft::Ruleset;
 use crate::serve::checks::{Checks, Quota};
 use crate::serve::health::Health;
@@ -48,7 +48,7 @@ pub(super) struct Start<'a> {
 /// the first complete lists are in force.
 pub(super) fn run(start: Start) -> Result<(), Error> {
     let settings = &start.line.settings;
-    let mut nftables = open_nftables()?;
+    let mut nftables = open_nftables(settings)?;
     let metrics = Metrics::register(start.log)?;
     let health = health(settings, &metrics)?;
     let (sender, notices) = mpsc::channel(events::QUEUE);
@@ -195,11 +195,14 @@ pub(super) fn run(start: Start) -> Result<(), Error> {
     }
 }
 
-/// Opens nftables and reads from it, so that a missing capability or kernel module is reported
-/// before anything else.
-fn open_nftables() -> Result<Nftables, Error> {
+/// Opens nftables, so that a missing capability or kernel module is reported before anything else.
+fn open_nftables(settings: &Settings) -> Result<Nftables, Error> {
     let mut nftables = Nftables::open()?;
     nftables.read(&[], &Ruleset::default())?;
+    nftables.require(Needs {
+        services: settings.services.is_on(),
+        policies: settings.network_policy.is_on(),
+    })?;
     Ok(nftables)
 }
 

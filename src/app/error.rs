@@ -6,7 +6,6 @@ use std::process::ExitCode;
 
 use thiserror::Error;
 
-use super::OLDEST_KERNEL;
 use super::ask::AskError;
 use super::reach::FileError;
 use crate::insight::reach::ReachError;
@@ -30,14 +29,6 @@ pub(crate) enum Error {
     WriteConfiguration { path: PathBuf, source: io::Error },
     #[error(transparent)]
     Netlink(#[from] netlink::Error),
-    #[error(
-        "this kernel is Linux {found}; nftlet needs {}.{} or newer: upgrade the kernel",
-        OLDEST_KERNEL.0, OLDEST_KERNEL.1
-    )]
-    OldKernel {
-        /// Its release, as `uname -r` prints it.
-        found: String,
-    },
     #[error(transparent)]
     Manifests(#[from] ManifestsError),
     #[error("{0}")]

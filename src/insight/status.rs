@@ -30,6 +30,8 @@ pub(crate) struct Status {
     /// None where connections are not tracked.
     pub conntrack: Option<Conntrack>,
     pub settings: Vec<Setting>,
+    /// The kernel modules that must be loaded, or be part of the kernel.
+    pub modules: Vec<String>,
     /// Packets that policies dropped in the last five minutes.
     pub drops: Vec<Drop>,
     /// What is wrong but does not make it unhealthy.
@@ -281,6 +283,9 @@ pub(crate) fn status(status: &Status, style: Style, out: &mut impl Write) -> fmt
     if !settings.is_empty() {
         row("kernel", &settings.join(" "))?;
     }
+    if !status.modules.is_empty() {
+        row("modules", &status.modules.join(" "))?;
+    }
     for (index, drop) in status.drops.iter().enumerate() {
         let name = if index == 0 { "drops (5 min)" } else { "" };
         row(
@@ -402,6 +407,13 @@ mod tests {
                 value: "1".into(),
                 wanted: None,
             }],
+            modules:
+                "nf_conntrack_netlink nf_tables nft_chain_nat nft_counter nft_ct nft_fib_ipv4 \
+                      nft_fib_ipv6 nft_limit nft_masq nft_nat nft_numgen nft_reject_ipv4 \
+                      nft_reject_ipv6"
+                    .split(' ')
+                    .map(str::to_owned)
+                    .collect(),
             drops: vec![Drop {
                 pod: "shop/web-0".into(),
                 direction: "ingress".into(),
@@ -450,8 +462,8 @@ mod tests {
         for (path, wanted) in [
             (
                 "",
-                "apiServer apiVersion conntrack drops healthy kernel node policies reasons rules \
-                 services settings upSeconds version warnings",
+                "apiServer apiVersion conntrack drops healthy kernel modules node policies reasons \
+                 rules services settings upSeconds version warnings",
             ),
             ("/apiServer", "lastEventSeconds url watches"),
             ("/apiServer/watches/0", "fault kind"),

@@ -30,6 +30,12 @@ pub enum Error {
         /// The rule.
         path: ObjectPath,
     },
+    /// The kernel refused what every ruleset uses.
+    #[error(
+        "this kernel lacks features of nftables: {}; load the modules, or use Linux 5.10 or newer with all of them",
+        missing.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
+    )]
+    MissingFeatures { missing: Vec<MissingFeature> },
     /// A message did not reach the kernel.
     #[error("cannot send {what} of {bytes} bytes to the kernel: {source}; {hint}", hint = hint(.source))]
     Send {
@@ -146,8 +152,32 @@ impl Error {
             | Error::LogGroup { source, .. }
             | Error::IpSet { source, .. }
             | Error::Link { source, .. } => source.raw_os_error(),
-            Error::Name { .. } | Error::ForeignRule { .. } | Error::Interrupted { .. } => None,
+            Error::MissingFeatures { .. }
+            | Error::Name { .. }
+            | Error::ForeignRule { .. }
+            | Error::Interrupted { .. } => None,
         }
+    }
+}
+
+/// A feature of nftables that this kernel does not have.
+#[derive(Debug)]
+pub struct MissingFeature {
+    pub(super) feature: &'static str,
+    /// The kernel module that has it.
+    pub(super) module: &'static str,
+    /// The kernel's errno.
+    pub(super) source: io::Error,
+}
+
+impl fmt::Display for MissingFeature {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            feature,
+            module,
+            source,
+        } = self;
+        write!(f, "{feature} (module {module}): {source}")
     }
 }
 
@@ -234,11 +264,9 @@ pub(super) fn hint(error: &io::Error) -> &'static str {
             "nftlet needs the capability CAP_NET_ADMIN (run it as root)"
         }
         Some(libc::EPROTONOSUPPORT | libc::EAFNOSUPPORT) => {
-            "this kernel has no nf_tables (load the module nf_tables; nftlet needs Linux 5.13)"
+            "this kernel has no nf_tables (load the module nf_tables)"
         }
-        Some(libc::EOPNOTSUPP) => {
-            "this kernel lacks an nftables feature (nftlet needs Linux 5.13 with nft_nat, nft_masq, nft_fib, nft_reject, nft_numgen and nft_ct)"
-        }
+        Some(libc::EOPNOTSUPP) => "this kernel lacks a feature of nftables",
         Some(libc::ENOENT) => {
             "an object it refers to does not exist; nftlet compares with the kernel and repairs"
         }

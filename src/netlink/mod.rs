@@ -27,6 +27,7 @@ mod conntrack;
 mod encode;
 mod error;
 mod expr;
+mod features;
 mod ffi;
 mod inventory;
 mod ipset;
@@ -49,7 +50,8 @@ pub use conntrack::{
     Conntrack, ConntrackError, EntryToCut, Flow, FlowFilter, OpenedBy, OpenedConnection, Tracked,
 };
 pub use encode::{Batch, encode};
-pub use error::{Error, ErrorClass, Owner, Refusal};
+pub use error::{Error, ErrorClass, MissingFeature, Owner, Refusal};
+pub use features::{Needs, modules};
 pub use inventory::FoundBaseChain;
 pub(crate) use ipset::IpSets;
 pub(crate) use link::Links;

@@ -11,7 +11,7 @@ use crate::nft::{ObjectPath, Transaction};
 
 /// A socket to nftables in the network namespace in which it was opened.
 pub struct Nftables {
-    socket: Socket,
+    pub(super) socket: Socket,
     monitor: Option<MutedMonitor>,
 }
 

@@ -18,6 +18,7 @@ use crate::insight::API_VERSION;
 use crate::insight::status::{self, Status};
 use crate::model::{Kind, ObjectName};
 use crate::mutex::lock;
+use crate::netlink::modules;
 use crate::policies::{self, Direction};
 use crate::serve::health::Probe;
 use crate::serve::socket::SocketAnswer;
@@ -82,6 +83,7 @@ impl AgentPages {
             policies: looked.map(|it| it.policies),
             conntrack: conntrack(),
             settings: kernel_settings(),
+            modules: modules().into_iter().map(str::to_owned).collect(),
             drops: self.drops.recent().await,
             warnings: Vec::new(),
         };

@@ -3,6 +3,7 @@
 mod audit;
 mod counters;
 mod everything;
+mod features;
 mod golden;
 mod healing;
 mod histories;
