@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench packets scale churn build lint install-deps image
+.PHONY: help demo test test-kernels bench packets scale churn build lint install-deps image
 
 # Finds Rust that is installed for this user only, and `nft` and `ip`, even if PATH lacks them.
 export PATH := $(or $(CARGO_HOME),$(HOME)/.cargo)/bin:$(PATH):/usr/local/sbin:/usr/sbin:/sbin
@@ -17,6 +17,9 @@ SIZES    ?=
 DURATION ?=
 RESULTS  ?= benches/results
 BENCH    := SIZES=$(SIZES) DURATION=$(DURATION) RESULTS=$(RESULTS) scripts/bench.sh
+# Of `make test-kernels`: names in scripts/kernels.txt, and tests.
+KERNELS  ?=
+TESTS    ?=
 # Arguments for the demo and for scenes of benchmarks: make packets ARGS='--sizes 100,10000'
 ARGS    ?=
 
@@ -37,6 +40,10 @@ demo: ## Show services, failover, rejects and network policies in network namesp
 test: ## Run every check: format, lints, documentation, dependencies, tests
 	@scripts/install-deps.sh test
 	@scripts/test.sh
+
+test-kernels: ## Run the integration tests on other kernels: make test-kernels KERNELS="5.10 6.1" TESTS=services::packets
+	@scripts/install-deps.sh test
+	@KERNELS="$(KERNELS)" scripts/test-kernels.sh $(or $(TESTS),kernel:: services:: policies:: deploy:: laboratory::)
 
 bench: ## Run all benchmarks and compare with the budgets (release build, as root, one hour)
 	@$(MEASURE)

@@ -1,11 +1,11 @@
 //! Ports and blocks of addresses.
 
-use std::io::Write as _;
 use std::time::Duration;
 
 use crate::support::objects::policy;
 use crate::support::reach::{Case, Probe, check_counted};
 use crate::support::shop::{Shop, pod};
+use crate::support::skip::skip;
 use nftlet_lab::netns::{Ask, Machine, Protocol, require_net_admin};
 use serde_json::{Value, json};
 
@@ -215,11 +215,7 @@ fn sctp_is_judged_by_its_ports() {
         return;
     }
     if !Protocol::Sctp.supported() {
-        // Past the capture of tests that pass.
-        let _ = writeln!(
-            std::io::stderr(),
-            "\nSKIPPED policies for SCTP: the kernel lacks it; load the module sctp."
-        );
+        skip("sctp", "the kernel lacks it; load the module sctp");
         return;
     }
     let shop = Shop::open();
