@@ -32,8 +32,10 @@
 
 mod agent;
 mod ask;
+mod collected;
 mod configure;
 mod descriptors;
+mod diff;
 mod dry_run;
 mod error;
 mod follow;

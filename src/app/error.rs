@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use thiserror::Error;
 
 use super::ask::AskError;
+use super::diff::SideError;
 use super::reach::FileError;
 use crate::insight::reach::ReachError;
 use crate::insight::{NameError, QuestionError};
@@ -90,6 +91,9 @@ pub(crate) enum Error {
     /// A file of expectations.
     #[error(transparent)]
     Expectations(#[from] FileError),
+    /// Sides that cannot be compared.
+    #[error(transparent)]
+    Sides(#[from] SideError),
     #[error("the source of objects ended unexpectedly; the rules stay in force")]
     SourceEnded,
 }
@@ -102,6 +106,7 @@ impl Error {
             | Self::Configuration(_)
             | Self::Question(_)
             | Self::Expectations(_)
+            | Self::Sides(SideError::Twice(_) | SideError::Manifests)
             | Self::Reach(ReachError::Port(_) | ReachError::ExposedPage) => ExitCode::from(2),
             _ => ExitCode::FAILURE,
         }

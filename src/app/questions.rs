@@ -1,32 +1,25 @@
 //! The commands that answer people's questions.
 
-use std::collections::BTreeSet;
 use std::fs;
 use std::io::{self, BufRead, IsTerminal};
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use ipnet::IpNet;
 use serde_json::{Value, json};
 
 use super::ask::{self, AskError};
-use super::dry_run::collect;
-use super::objects::{self, manifests};
-use super::{Error, print, reach, single_threaded};
-use crate::engine::Engine as _;
+use super::collected::{Collected, OfAgent};
+use super::objects::manifests;
+use super::{Error, diff, print, reach, single_threaded};
 use crate::insight::audit::{AuditReport, audit as audit_text};
 use crate::insight::status::{Status, status as status_text};
 use crate::insight::{
-    API_VERSION, Compiled, Facts, OtherNodes, PolicyState, Question, ServiceFilter, Style, Verdict,
-    add_states, answer_text, explain, policies, policies_text, services, services_text,
+    API_VERSION, Compiled, Facts, PolicyState, Question, ServiceFilter, Style, Verdict, add_states,
+    answer_text, explain, policies, policies_text, services, services_text,
 };
-use crate::model::{Kind, ObjectName, ObjectRef};
-use crate::policies::Engine;
-use crate::services::{ServiceSettings, Store};
-use crate::settings::file::File;
-use crate::settings::{self, Command, CommandLine, Explain, Output, Services, Settings};
-use crate::source::Manifests;
+use crate::services::ServiceSettings;
+use crate::settings::{self, Command, Explain, Output, Services, Settings};
 
 /// The exit status of a connection that is not allowed.
 const DENIED: u8 = 3;
@@ -49,6 +42,9 @@ pub(super) fn answer(
         Command::Reach(asked) => Some(reach::Asked::new(asked, settings)?),
         _ => None,
     };
+    if let Command::Diff(asked) = command {
+        return diff::answer(asked, settings, node_name, style());
+    }
     let rules = matches!(command, Command::Explain(asked) if asked.rules);
     let runtime = single_threaded()?;
     if let Command::Status(asked) = command {
@@ -71,24 +67,10 @@ pub(super) fn answer(
         let with_pods = !matches!(command, Command::Services(asked)
             if asked.of.is_none() && asked.form.output == Output::Text);
         let of_agent = runtime.block_on(OfAgent::ask(socket, with_pods))?;
-        let (settings, node_name) = (&of_agent.settings, &of_agent.node);
-        let service_settings = objects::service_settings(settings)?;
-        // The agent keeps only what its policies need of other Nodes.
-        let manifests = Some(of_agent.manifests);
-        let collect = collect(settings, node_name, &service_settings, manifests, None);
-        let (store, mut engine) = runtime.block_on(collect)?;
-        for policy in &of_agent.refused {
-            engine.quarantine(policy);
-        }
-        let is_refused = |service: &ObjectName| {
-            let service = ObjectRef::new(Kind::Service, service.clone());
-            of_agent.refused.contains(&service)
-        };
+        let collected = runtime.block_on(of_agent.collect())?;
         let facts = Facts {
             rules,
-            is_refused: &is_refused,
-            unfiltered: &of_agent.unfiltered,
-            ..facts(&store, &service_settings, &engine, node_name, None)
+            ..collected.facts()
         };
         let states = match command {
             Command::Policies(_) => runtime.block_on(states_of_agent(socket))?,
@@ -108,40 +90,19 @@ pub(super) fn answer(
         None => (settings, node_name),
     };
     let manifests = manifests(settings, node_name);
-    let mut others = OtherNodes::new(service_settings.clone());
-    let is_of_nodes = matches!(command, Command::Explain(_) | Command::Reach(_));
-    let kept = is_of_nodes.then_some(&mut others);
-    let collect = collect(settings, node_name, service_settings, manifests, kept);
+    let with_nodes = matches!(command, Command::Explain(_) | Command::Reach(_));
+    let collect = Collected::read(settings, node_name, service_settings, manifests, with_nodes);
     let collected = runtime.block_on(collect);
     // An unanswered DNS query would delay the exit.
     runtime.shutdown_background();
-    let (store, engine) = collected?;
-    let facts = facts(&store, service_settings, &engine, node_name, Some(&others));
-    let facts = Facts { rules, ..facts };
+    let collected = collected?;
+    let facts = Facts {
+        rules,
+        ..collected.facts()
+    };
     match of_cluster {
         Some(asked) => asked.answer(&facts, style()),
         None => answer_from(&facts, command, question.as_ref(), Vec::new(), None),
-    }
-}
-
-fn facts<'a>(
-    store: &'a Store,
-    settings: &'a ServiceSettings,
-    policies: &'a Engine,
-    node: &'a str,
-    others: Option<&'a OtherNodes>,
-) -> Facts<'a> {
-    Facts {
-        store,
-        settings,
-        policies,
-        node,
-        has_node: store.has_node(),
-        rules: false,
-        most_pairs: None,
-        is_refused: &|_| false,
-        unfiltered: &[],
-        others,
     }
 }
 
@@ -152,7 +113,11 @@ fn is_for_agent(command: &Command, settings: &Settings) -> bool {
         Command::Policies(asked) => asked.source.live,
         Command::Reach(asked) => asked.source.live,
         Command::Services(asked) => asked.source.live,
-        Command::Audit(_) | Command::Status(_) | Command::Completion { .. } | Command::Man => false,
+        Command::Audit(_)
+        | Command::Diff(_)
+        | Command::Status(_)
+        | Command::Completion { .. }
+        | Command::Man => false,
     };
     !live
         && settings.manifests.is_empty()
@@ -176,6 +141,7 @@ fn answer_from(
         Command::Policies(asked) => list_policies(facts, asked, states),
         Command::Services(asked) => list_services(facts, asked),
         Command::Audit(_)
+        | Command::Diff(_)
         | Command::Reach(_)
         | Command::Status(_)
         | Command::Completion { .. }
@@ -265,75 +231,6 @@ async fn audit(asked: &settings::Audit, socket: &Path) -> Result<ExitCode, Error
         }
     })?;
     Ok(ExitCode::SUCCESS)
-}
-
-/// What answers of the agent depend on.
-struct OfAgent {
-    node: String,
-    settings: Settings,
-    manifests: Manifests,
-    /// The objects that the kernel refused.
-    refused: BTreeSet<ObjectRef>,
-    /// The networks of bridges whose packets no rule sees.
-    unfiltered: Vec<IpNet>,
-}
-
-impl OfAgent {
-    /// Asks the agent for its settings and its objects.
-    async fn ask(socket: &Path, with_pods: bool) -> Result<Self, Error> {
-        let of_agent = ask::get_json(socket, "/settings", &[]).await?;
-        let invalid = |what: &str| AskError::Invalid(format!("it lacks {what}"));
-        let node = of_agent.get("node").and_then(Value::as_str);
-        let node = node.ok_or_else(|| invalid("the node"))?.to_owned();
-        let flags = of_agent.get("flags").and_then(Value::as_array);
-        let flags = flags.ok_or_else(|| invalid("flags"))?.iter();
-        let flags = ["nftlet"]
-            .into_iter()
-            .chain(flags.filter_map(Value::as_str));
-        let mut line = CommandLine::parse(flags)
-            .map_err(|error| AskError::Invalid(settings::one_line(&error)))?;
-        let configuration = of_agent
-            .get("configuration")
-            .ok_or_else(|| invalid("settings"))?;
-        let file = File::parse(socket, &configuration.to_string())?;
-        line.replace(file.settings().clone());
-        let pods = if with_pods { "yes" } else { "no" };
-        let document = ask::get(socket, "/objects", &[("pods", pods)]).await?;
-        let manifests = Manifests::new(Vec::new(), node.clone())
-            .with_services(line.settings.services.is_on())
-            .with_network_policies(with_pods && line.settings.network_policy.is_on())
-            .with_allow_empty(true)
-            .with_document(document);
-        let unfiltered = of_agent["unfiltered"].as_array().into_iter().flatten();
-        Ok(Self {
-            node,
-            settings: line.settings,
-            manifests,
-            refused: refused(&of_agent["refused"]),
-            unfiltered: unfiltered
-                .filter_map(|it| it.as_str()?.parse().ok())
-                .collect(),
-        })
-    }
-}
-
-/// Reads the names of the objects that the kernel refused.
-fn refused(lists: &Value) -> BTreeSet<ObjectRef> {
-    let kinds = [
-        ("services", Kind::Service),
-        ("networkPolicies", Kind::NetworkPolicy),
-        ("clusterNetworkPolicies", Kind::ClusterNetworkPolicy),
-    ];
-    let of_kind = |(field, kind): (&str, Kind)| {
-        let names = lists[field].as_array().cloned().unwrap_or_default();
-        let name = move |name: Value| {
-            let name = name.as_str()?;
-            let (namespace, name) = name.split_once('/').unwrap_or(("", name));
-            Some(ObjectRef::new(kind, ObjectName::new(namespace, name)))
-        };
-        names.into_iter().filter_map(name)
-    };
-    kinds.into_iter().flat_map(of_kind).collect()
 }
 
 /// Returns the state of each policy in the agent.
@@ -489,26 +386,4 @@ fn list_services(facts: &Facts, asked: &Services) -> Result<ExitCode, Error> {
         }
     })?;
     Ok(ExitCode::SUCCESS)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_the_kernel_refused_is_read_as_the_agent_writes_it() {
-        let lists = json!({
-            "services": ["shop/web"],
-            "networkPolicies": ["shop/deny"],
-            "clusterNetworkPolicies": ["all"],
-        });
-        let object = |kind, namespace, name| ObjectRef::new(kind, ObjectName::new(namespace, name));
-        let wanted = [
-            object(Kind::Service, "shop", "web"),
-            object(Kind::NetworkPolicy, "shop", "deny"),
-            object(Kind::ClusterNetworkPolicy, "", "all"),
-        ];
-        assert_eq!(refused(&lists), wanted.into());
-        assert_eq!(refused(&Value::Null), BTreeSet::new());
-    }
 }

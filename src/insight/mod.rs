@@ -14,6 +14,7 @@
 mod answer;
 pub(crate) mod audit;
 mod decision;
+pub(crate) mod diff;
 mod evidence;
 mod explain;
 mod live;

@@ -108,7 +108,8 @@ pub(crate) fn lacks_endpoints(row: &ServiceRow) -> bool {
     !row.frontends.is_empty() && !row.endpoints.iter().any(|endpoint| endpoint.used)
 }
 
-fn row(facts: &Facts, service: &Service) -> ServiceRow {
+/// Returns a service as the rules have it.
+pub(super) fn row(facts: &Facts, service: &Service) -> ServiceRow {
     let mut compiled = Compiled::default();
     let refused = compiled.fault(facts, &service.name);
     let plan = compiled.of(facts, &service.name);

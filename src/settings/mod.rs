@@ -20,9 +20,10 @@ use std::time::Duration;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{ArgAction, Parser};
 
-pub(crate) use command_line::{
-    Audit, Command, CommandLine, Explain, Output, Policies, Reach, ReachBy, ReachOutput, Services,
-    Status, one_line, print_completion, print_man,
+pub(crate) use command_line::{CommandLine, one_line, print_completion, print_man};
+pub(crate) use commands::{
+    Audit, Command, Diff, DiffOutput, Explain, Output, Policies, Reach, ReachBy, ReachOutput,
+    Services, Status,
 };
 pub(crate) use error::Error;
 use kube_proxy::{Ignored, Verbose};
@@ -36,6 +37,7 @@ use values::{
 };
 
 mod command_line;
+mod commands;
 mod error;
 pub(crate) mod file;
 mod kube_proxy;

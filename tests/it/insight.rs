@@ -1,11 +1,13 @@
 //! The commands that answer questions: their documentation, and faults.
 
+mod diff;
 mod page;
 
 use std::fs;
 use std::process::{Command, Output};
 
 const DOCUMENT: &str = "docs/insight.md";
+const FIXTURES: &str = "tests/fixtures/insight/";
 const OBJECTS: &str = "tests/fixtures/insight/shop.yaml";
 const EXPECTATIONS: &str = "tests/fixtures/insight/expect.yaml";
 /// With this variable the outputs in the document are written anew.
@@ -124,6 +126,8 @@ fn the_outputs_in_the_document_are_those_of_the_commands() {
             .map(|word| match word {
                 "shop.yaml" => OBJECTS,
                 "expect.yaml" => EXPECTATIONS,
+                "before.yaml" => diff::BEFORE,
+                "after.yaml" => diff::AFTER,
                 word => word,
             })
             .collect();
@@ -131,7 +135,7 @@ fn the_outputs_in_the_document_are_those_of_the_commands() {
         assert!(output.stderr.is_empty(), "{command}: {output:?}");
         made.push_str(&format!(
             "```console\n{command}\n{}```\n{rest}",
-            stdout(&output)
+            stdout(&output).replace(FIXTURES, "")
         ));
     }
     if std::env::var_os(UPDATE).is_some() {

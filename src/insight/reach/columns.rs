@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use super::rows::{Reach, Row};
 
 /// Columns with those that are alike joined.
-pub(super) struct Columns<'r> {
+pub(crate) struct Columns<'r> {
     rows: &'r [Row],
     joined: Vec<Row>,
     /// The index in `joined` of each column.
@@ -36,7 +36,7 @@ impl<'r> Columns<'r> {
     }
 
     /// Returns what `ask` says of a row in each column.
-    pub fn of<T: Copy>(
+    pub(super) fn of<T: Copy>(
         &self,
         reach: &Reach,
         from: &Row,

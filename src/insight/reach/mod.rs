@@ -28,11 +28,12 @@ mod subjects;
 mod text;
 
 pub(crate) use asked_ports::asked_ports;
+pub(crate) use columns::Columns;
 pub(crate) use expect::{ExpectError, Expectation, check, expectations};
 pub(crate) use exposed::exposed;
 pub(crate) use json::{exposed_json, json};
 pub(crate) use page::page;
 pub(crate) use port_set::PortSet;
-pub(crate) use rows::{Reach, ReachError};
-pub(crate) use subjects::By;
+pub(crate) use rows::{Cell, Reach, ReachError, Row};
+pub(crate) use subjects::{By, INTERNET};
 pub(crate) use text::{exposed as exposed_text, lines, matrix};

@@ -380,7 +380,7 @@ impl<'a> Reach<'a> {
     }
 
     /// Returns the connections of a cell in one line.
-    pub(super) fn connections(&self, cell: Cell) -> String {
+    pub fn connections(&self, cell: Cell) -> String {
         let all = self.set(cell.all);
         if cell.all == cell.some {
             return all.to_string();

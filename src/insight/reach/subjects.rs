@@ -8,7 +8,7 @@ use super::decisions::Decisions;
 use crate::model::{Family, Pod};
 
 /// The name of the addresses outside of the cluster.
-pub(super) const INTERNET: &str = "internet";
+pub(crate) const INTERNET: &str = "internet";
 
 /// What a row is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -7,16 +7,18 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::Output;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use nftlet_lab::fake_api::SERVICES;
 use nftlet_lab::netns::{Daemon, Namespace, require_net_admin, wait_for};
 
 use crate::support::agent::{NFTLET, PATIENCE, small_cluster, wait_for_log};
 use crate::support::listing::named;
-use crate::support::objects::service;
+use crate::support::objects::{cidr, node, service, slice};
 
 const OBJECTS: &str = "tests/fixtures/insight/shop.yaml";
+/// Objects of another cluster.
+const OTHERS: &str = "tests/fixtures/insight/before.yaml";
 const FACTS: [&str; 6] = [
     "--manifests",
     OBJECTS,
@@ -95,18 +97,24 @@ fn the_agent_answers_as_its_objects_do() {
         assert_eq!(texts[0], texts[1], "{words:?}");
         assert!(!live.stdout.is_empty(), "{words:?}");
     }
-    let answers = [answering(&POLICIES, socket), ask(&POLICIES, &FACTS)].map(|it| json(&it));
+    let answers = [answering(&POLICIES, socket), ask(&POLICIES, &FACTS)].map(|it| json_of(&it));
     let [mut live, from_files] = answers;
     for policy in live["policies"].as_array_mut().expect("a list") {
         let since = policy["inForceSince"].take();
         assert!(since.is_string(), "{policy}: {since}");
     }
     assert_eq!(live, from_files);
+    // The agent's own flags hold for the other side, too.
+    for (other, code) in [(OBJECTS, 0), (OTHERS, 3)] {
+        let output = answering(&["diff", "agent", other, "-o", "json"], socket);
+        assert_eq!(output.status.code(), Some(code), "{output:?}");
+        assert_eq!(json_of(&output)["operations"] == 0, code == 0, "{output:?}");
+    }
     let unknown = answering(&["explain", "shop/nobody", "node"], socket);
     assert_eq!(unknown.status.code(), Some(1));
     let said = String::from_utf8_lossy(&unknown.stderr);
     assert!(said.contains("there is no pod shop/nobody"), "{said}");
-    let status = json(&answering(&["status", "-o", "json"], socket));
+    let status = json_of(&answering(&["status", "-o", "json"], socket));
     assert_eq!(status["healthy"], true, "{status}");
     assert_eq!(status["services"]["total"], 4, "{status}");
     assert_eq!(status["services"]["withoutEndpoints"], 2, "{status}");
@@ -115,7 +123,7 @@ fn the_agent_answers_as_its_objects_do() {
 }
 
 #[track_caller]
-fn json(output: &Output) -> Value {
+fn json_of(output: &Output) -> Value {
     serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{output:?}"))
 }
 
@@ -215,7 +223,7 @@ fn batch(socket: &str, question: &str) -> Value {
     let file = tempfile::NamedTempFile::new().unwrap();
     fs::write(file.path(), question).unwrap();
     let words = ["explain", "--batch", file.path().to_str().unwrap()];
-    json(&answering(&words, socket))
+    json_of(&answering(&words, socket))
 }
 
 #[test]
@@ -246,7 +254,7 @@ fn the_settings_of_the_agent_decide_in_every_command() {
         wait_for_log(&daemon, "the rules are in place");
         let words: Vec<&str> = question.split(' ').collect();
         let words = [&["explain"], &words[..], &["-o", "json"]].concat();
-        let single = json(&answering(&words, socket));
+        let single = json_of(&answering(&words, socket));
         assert_eq!(single["code"], code, "{single}");
         assert_eq!(batch(socket, question), single);
         let flags = [&FACTS[..], &[flag]].concat();
@@ -281,6 +289,24 @@ fn a_service_that_the_agent_does_not_read_is_not_said_to_be_missing() {
         let said = String::from_utf8_lossy(&answer.stderr);
         let wanted = "no service shop/headless is known; if it is headless, ask for its pods";
         assert!(said.contains(wanted), "{said}");
+    }
+    let with_headless = directory.path().join("all.json");
+    let items = [
+        node("node-1", "zone-a"),
+        cidr("kubernetes", "10.96.0.0/16"),
+        service("a", "10.96.0.11"),
+        slice("a-1", "a", &["10.1.0.1"]),
+        service("headless", "None"),
+        slice("headless-1", "headless", &["10.1.0.2"]),
+    ];
+    let list = json!({ "apiVersion": "v1", "kind": "List", "items": items });
+    fs::write(&with_headless, list.to_string()).unwrap();
+    for other in ["cluster", with_headless.to_str().unwrap()] {
+        let mut diff = cluster.ns.command(NFTLET);
+        diff.args(["diff", "agent", other, &socket]);
+        let diff = diff.args(["--kubeconfig", &cluster.kubeconfig()]).output();
+        let diff = diff.expect("nftlet runs");
+        assert_eq!(diff.status.code(), Some(0), "{diff:?}");
     }
 }
 

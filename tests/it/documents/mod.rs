@@ -17,7 +17,7 @@ const DOCUMENTS: [(&str, usize); 14] = [
     ("docs/benchmarks.md", 2_500),
     ("docs/compatibility.md", 2_400),
     ("docs/configuration.md", 1_500),
-    ("docs/insight.md", 1_950),
+    ("docs/insight.md", 2_110),
     ("docs/install.md", 1_550),
     ("docs/monitoring.md", 1_600),
     ("docs/network-policies.md", 1_500),

@@ -2,6 +2,7 @@
 
 mod audit;
 mod counters;
+mod diff;
 mod everything;
 mod features;
 mod golden;

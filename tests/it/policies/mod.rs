@@ -6,6 +6,7 @@ mod audit;
 mod bridge;
 mod cluster;
 mod cut;
+mod diff;
 mod directions;
 mod explain;
 mod live;
