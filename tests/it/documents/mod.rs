@@ -17,7 +17,7 @@ const DOCUMENTS: [(&str, usize); 14] = [
     ("docs/benchmarks.md", 2_500),
     ("docs/compatibility.md", 2_400),
     ("docs/configuration.md", 1_500),
-    ("docs/insight.md", 2_110),
+    ("docs/insight.md", 2_150),
     ("docs/install.md", 1_550),
     ("docs/monitoring.md", 1_600),
     ("docs/network-policies.md", 1_500),
@@ -27,7 +27,7 @@ const DOCUMENTS: [(&str, usize); 14] = [
 ];
 
 /// The most words of all documents.
-const MOST_WORDS: usize = 20_960;
+const MOST_WORDS: usize = 21_200;
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
