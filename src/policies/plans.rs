@@ -197,11 +197,16 @@ impl Engine {
             }
         }
         for all in holders.values_mut().filter(|all| all.len() > MAX_HOLDERS) {
-            all.truncate(1);
-            for holder in all {
-                holder.profile = Arc::new(Profile::closed());
+            // What is only audited must not deny.
+            all.retain(|holder| holder.profile.is_enforced());
+            if all.len() > MAX_HOLDERS {
+                all.truncate(1);
+                for holder in all {
+                    holder.profile = Arc::new(Profile::closed());
+                }
             }
         }
+        holders.retain(|_, all| !all.is_empty());
         (!holders.is_empty()).then_some(Isolation { holders })
     }
 

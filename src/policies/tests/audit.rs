@@ -122,6 +122,38 @@ proptest! {
 }
 
 #[test]
+fn audited_policies_of_many_pods_with_one_address_deny_nothing() {
+    let mut checked = Checked::with(PolicySettings {
+        audit: true,
+        ..settings(false)
+    });
+    for number in 0..6 {
+        let (name, app) = (format!("shop/pod-{number}"), format!("app-{number}"));
+        checked.apply(apply_pod(pod(&name, 1, "here", &app)));
+        checked.apply(apply_policy(NetworkPolicy {
+            ingress: Some(Vec::new()),
+            mode: Some(PolicyMode::Audit),
+            ..policy(&format!("shop/deny-{number}"), self::app(&app))
+        }));
+    }
+    checked.update();
+    let connection = Connection {
+        source: "10.0.0.2".parse().unwrap(),
+        destination: "10.0.0.1".parse().unwrap(),
+        protocol: 6,
+        port: Some(80),
+    };
+    assert!(walk(&checked.kernel, &connection).passes);
+    // An enforced one among them denies.
+    checked.apply(apply_policy(NetworkPolicy {
+        ingress: Some(Vec::new()),
+        ..policy("shop/deny", app("app-3"))
+    }));
+    checked.update();
+    assert!(!walk(&checked.kernel, &connection).passes);
+}
+
+#[test]
 fn a_policy_is_audited_by_its_annotation_and_that_of_its_namespace() {
     let mut checked = Checked::with(PolicySettings {
         audit: true,
