@@ -124,7 +124,7 @@ impl<'a> Reach<'a> {
             subjects.add_outside(address, class);
         }
         let decisions = Decisions::new(classes, facts);
-        let own = subjects.own(&decisions);
+        let own = subjects.own(facts, &decisions);
         Ok(Self {
             facts,
             subjects: subjects.all,

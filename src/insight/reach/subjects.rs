@@ -5,6 +5,7 @@ use std::net::IpAddr;
 
 use super::classes::Holder;
 use super::decisions::Decisions;
+use crate::insight::Facts;
 use crate::model::{Family, Pod};
 
 /// The name of the addresses outside of the cluster.
@@ -85,6 +86,8 @@ pub(super) struct Subjects {
     at_home: Vec<[Option<IpAddr>; 2]>,
     /// The homes of nodes.
     nodes: BTreeSet<usize>,
+    /// The homes of addresses that perhaps pods have.
+    uncertain: BTreeSet<usize>,
     /// The number of host-network pods whose addresses no Node has.
     pub without_node: usize,
 }
@@ -94,7 +97,7 @@ impl Subjects {
         let namespace = pod.name.namespace().to_owned();
         let owner = pod.owner.as_deref().unwrap_or(pod.name.name());
         self.without_node += usize::from(pod.host_network && holder == Holder::Outside);
-        // Where nodes are told from each other: by their addresses.
+        // Nodes are distinguished by their addresses.
         let home = match holder {
             Holder::Node | Holder::Uncertain(_) => format!("{addresses:?}"),
             Holder::Pod | Holder::Outside => pod.node.as_deref().unwrap_or_default().to_owned(),
@@ -106,9 +109,11 @@ impl Subjects {
             class: self.class(addresses),
             home: self.home(home, addresses),
         };
-        if holder == Holder::Node {
-            self.nodes.insert(subject.home);
-        }
+        match holder {
+            Holder::Node => self.nodes.insert(subject.home),
+            Holder::Uncertain(_) => self.uncertain.insert(subject.home),
+            Holder::Pod | Holder::Outside => false,
+        };
         self.all.push(subject);
     }
 
@@ -156,7 +161,8 @@ impl Subjects {
     }
 
     /// Returns, by family and home of a node, the homes of its own pods.
-    pub fn own(&self, decisions: &Decisions) -> [HashMap<usize, Vec<usize>>; 2] {
+    pub fn own(&self, facts: &Facts, decisions: &Decisions) -> [HashMap<usize, Vec<usize>>; 2] {
+        let nodes = facts.policies.inventory().nodes();
         let mut own: [HashMap<usize, Vec<usize>>; 2] = Default::default();
         for (family, own) in own.iter_mut().enumerate() {
             for node in &self.nodes {
@@ -164,10 +170,15 @@ impl Subjects {
                 let Some(source) = address(*node) else {
                     continue;
                 };
-                let homes = (0..self.at_home.len()).filter(|home| {
+                let names = nodes.having(std::slice::from_ref(&source));
+                // The agent may not know its own Node as one of all.
+                let names = names.map(|name| name.name()).chain([facts.node]);
+                let homes = names.filter_map(|name| self.homes.get(name).copied());
+                let homes: BTreeSet<usize> = homes.chain(self.uncertain.iter().copied()).collect();
+                let is_own = |home: &usize| {
                     address(*home).is_some_and(|pod| decisions.is_own_node(source, pod))
-                });
-                let homes: Vec<usize> = homes.collect();
+                };
+                let homes: Vec<usize> = homes.into_iter().filter(is_own).collect();
                 if !homes.is_empty() {
                     own.insert(*node, homes);
                 }
