@@ -54,6 +54,9 @@ pub(super) struct Judgement {
     pub targets: Vec<(IpAddr, Option<u16>)>,
 }
 
+/// The most plans that are kept. A batch may ask about all services from all nodes.
+const MOST_PLANS: usize = 100_000;
+
 /// What is compiled for a question, and kept for others about the same facts.
 #[derive(Debug, Default)]
 pub(crate) struct Compiled {
@@ -78,6 +81,9 @@ impl Compiled {
             let plan = services::plan(facts.store, name, facts.settings, None);
             let plan = plan.map(|plan| plan.filter(|_| !(facts.is_refused)(name)));
             let plan = plan.map_err(|error| error.to_string());
+            if self.services.values().map(HashMap::len).sum::<usize>() >= MOST_PLANS {
+                self.services.clear();
+            }
             let of_node = self.services.entry(facts.node.to_owned()).or_default();
             of_node.insert(name.clone(), plan);
         }
