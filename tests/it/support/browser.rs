@@ -4,6 +4,7 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -20,6 +21,9 @@ const FLAGS: [&str; 9] = [
     // A container's /dev/shm is small.
     "--disable-dev-shm-usage",
 ];
+
+/// Reached by a test that fails, and by no other.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The name of an element's reference, by the standard.
 const ELEMENT: &str = "element-6066-11e4-a52e-4f735466cecf";
@@ -83,6 +87,8 @@ impl Browser {
     /// Sends a command, and returns its answer.
     fn send(&self, method: &str, command: &str, body: &Value) -> io::Result<Value> {
         let mut stream = TcpStream::connect(("127.0.0.1", self.port))?;
+        // A browser that hangs must not stop all tests.
+        stream.set_read_timeout(Some(PATIENCE))?;
         let session = match self.session.as_str() {
             "" => String::new(),
             session => format!("/{session}"),
