@@ -79,7 +79,7 @@ pub(crate) fn audit(report: &AuditReport, style: Style, out: &mut impl Write) ->
                 row.last.clone(),
             ]
         }));
-        table(&cells, style, |_| true, out)?;
+        table(&cells, style, |_| None, out)?;
     }
     let Some(counts) = &report.counts else {
         return writeln!(
@@ -101,7 +101,7 @@ pub(crate) fn audit(report: &AuditReport, style: Style, out: &mut impl Write) ->
             count.packets.to_string(),
         ]
     }));
-    table(&cells, style, |_| true, out)
+    table(&cells, style, |_| None, out)
 }
 
 #[cfg(test)]

@@ -443,7 +443,10 @@ pub(crate) fn services(rows: &[ServiceRow], style: Style, out: &mut impl Write) 
     table(
         &cells,
         style,
-        |row| row.last().is_some_and(|it| it == "in force"),
+        |index| {
+            let is_sound = rows.get(index).is_some_and(|row| row.state == "in force");
+            (!is_sound).then_some(Verdict::Partly)
+        },
         out,
     )?;
     if let [row] = rows {
@@ -452,11 +455,11 @@ pub(crate) fn services(rows: &[ServiceRow], style: Style, out: &mut impl Write) 
     Ok(())
 }
 
-/// Writes aligned columns below a header. Rows for which `is_sound` returns false stand out.
+/// Writes aligned columns: a header, and rows in the colours of verdicts if they have one, by index.
 pub(super) fn table(
     cells: &[Vec<String>],
     style: Style,
-    is_sound: impl Fn(&[String]) -> bool,
+    verdict_of: impl Fn(usize) -> Option<Verdict>,
     out: &mut impl Write,
 ) -> fmt::Result {
     let columns = cells.first().map_or(0, Vec::len);
@@ -472,12 +475,9 @@ pub(super) fn table(
         for (cell, width) in row.iter().zip(&widths) {
             write!(line, "{cell:<width$}  ")?;
         }
-        let line = line.trim_end();
-        if style.colour && index > 0 && !is_sound(row) {
-            writeln!(out, "\x1b[33m{line}\x1b[0m")?;
-        } else {
-            writeln!(out, "{line}")?;
-        }
+        let verdict = index.checked_sub(1).and_then(&verdict_of);
+        let (open, close) = verdict.map_or(("", ""), |verdict| style.around(verdict));
+        writeln!(out, "{open}{}{close}", line.trim_end())?;
     }
     Ok(())
 }
@@ -508,7 +508,7 @@ pub(crate) fn policies(rows: &[PolicyRow], style: Style, out: &mut impl Write) -
             row.mode.to_owned(),
         ]);
     }
-    table(&cells, style, |_| true, out)?;
+    table(&cells, style, |_| None, out)?;
     if let [row] = rows {
         writeln!(out, "\nPods of this node that it selects")?;
         for pod in &row.pods {

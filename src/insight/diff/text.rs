@@ -4,9 +4,9 @@ use std::io::{self, Write};
 
 use super::Diff;
 use super::objects::Change;
-use super::sections::{Section, compared, notes, sections, summary};
+use super::sections::{compared, notes, sections, summary};
 use crate::insight::answer::Verdict;
-use crate::insight::text::Style;
+use crate::insight::text::{Style, table};
 
 /// Writes the differences.
 pub(crate) fn text(diff: &Diff, style: Style, out: &mut dyn Write) -> io::Result<()> {
@@ -15,7 +15,16 @@ pub(crate) fn text(diff: &Diff, style: Style, out: &mut dyn Write) -> io::Result
     writeln!(out, "{compared}: {}", summary(&sections))?;
     for section in &sections {
         writeln!(out, "\n{}", section.title)?;
-        table(section, style, out)?;
+        let header = section.header.iter().map(|title| (*title).to_owned());
+        let rows = section.rows.iter().map(|row| row.cells.clone());
+        let cells: Vec<Vec<String>> = [header.collect()].into_iter().chain(rows).collect();
+        let change = |index: usize| Some(verdict_of(section.rows.get(index)?.change));
+        let mut text = String::new();
+        // Writing to a string does not fail.
+        let _ = table(&cells, style, change, &mut text);
+        for line in text.lines() {
+            writeln!(out, "  {line}")?;
+        }
     }
     for (index, note) in notes(diff).enumerate() {
         if index == 0 {
@@ -26,27 +35,11 @@ pub(crate) fn text(diff: &Diff, style: Style, out: &mut dyn Write) -> io::Result
     Ok(())
 }
 
-fn table(section: &Section, style: Style, out: &mut dyn Write) -> io::Result<()> {
-    let mut widths: Vec<usize> = section.header.iter().map(|title| title.len()).collect();
-    for row in &section.rows {
-        for (width, cell) in widths.iter_mut().zip(&row.cells) {
-            *width = cell.chars().count().max(*width);
-        }
+/// Returns the verdict whose colour a change has.
+fn verdict_of(change: Change) -> Verdict {
+    match change {
+        Change::Added => Verdict::Allowed,
+        Change::Removed => Verdict::Denied,
+        Change::Changed => Verdict::Partly,
     }
-    let line = |cells: &mut dyn Iterator<Item = &str>| {
-        let padded = cells.zip(&widths);
-        let padded = padded.map(|(cell, width)| format!("  {cell:<width$}"));
-        padded.collect::<String>().trim_end().to_owned()
-    };
-    writeln!(out, "{}", line(&mut section.header.iter().copied()))?;
-    for row in &section.rows {
-        let (open, close) = style.around(match row.change {
-            Change::Added => Verdict::Allowed,
-            Change::Removed => Verdict::Denied,
-            Change::Changed => Verdict::Partly,
-        });
-        let cells = line(&mut row.cells.iter().map(|cell| &**cell));
-        writeln!(out, "{open}{cells}{close}")?;
-    }
-    Ok(())
 }

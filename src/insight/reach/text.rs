@@ -9,7 +9,7 @@ use super::exposed::Exposed;
 use super::port_set::{PortSet, SetId};
 use super::rows::{Cell, Reach, Row};
 use crate::insight::answer::Verdict;
-use crate::insight::text::Style;
+use crate::insight::text::{Style, table};
 
 const MARKS: [char; 4] = ['.', 'X', '~', '-'];
 const LEGEND: &str = ". allowed  X denied  ~ some ports or pods  - no pair of pods";
@@ -112,27 +112,18 @@ pub(crate) fn lines(
 pub(crate) fn exposed(reach: &Reach, rows: &[Exposed], out: &mut dyn Write) -> io::Result<()> {
     let text = |cell: Option<Cell>| cell.map_or("-".to_owned(), |cell| reach.connections(cell));
     let header = ["NAME", "FROM OUTSIDE", "FROM OTHER NAMESPACES", "SERVICES"];
-    let mut cells = vec![header.map(str::to_owned)];
+    let mut cells = vec![header.map(str::to_owned).to_vec()];
     cells.extend(rows.iter().map(|row| {
         let services = match row.services.is_empty() {
             true => "-".to_owned(),
             false => row.services.join(", "),
         };
-        let of = [row.outside, row.other_namespaces].map(text);
-        let [outside, others] = of;
-        [row.name.clone(), outside, others, services]
+        let [outside, others] = [row.outside, row.other_namespaces].map(text);
+        vec![row.name.clone(), outside, others, services]
     }));
-    let mut widths = [0; 4];
-    for row in &cells {
-        for (width, cell) in widths.iter_mut().zip(row) {
-            *width = cell.chars().count().max(*width);
-        }
-    }
-    for row in &cells {
-        let padded = row.iter().zip(widths);
-        let padded = padded.map(|(cell, width)| format!("{cell:<width$}"));
-        let line = padded.collect::<Vec<_>>().join("  ");
-        writeln!(out, "{}", line.trim_end())?;
-    }
+    let mut text = String::new();
+    // Writing to a string does not fail.
+    let _ = table(&cells, Style::default(), |_| None, &mut text);
+    out.write_all(text.as_bytes())?;
     assumed(reach, "", out)
 }
