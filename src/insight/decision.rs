@@ -38,10 +38,7 @@ fn decided(
     source: &Source,
     compiled: &mut Compiled,
 ) -> Decision {
-    let end = match direction {
-        Direction::Egress => connection.source,
-        Direction::Ingress => connection.destination,
-    };
+    let end = connection.end(direction);
     let allowed = |code| Decision {
         verdict: Verdict::Allowed,
         code,

@@ -293,6 +293,16 @@ fn of_port(
         let facts = from.facts(facts);
         let source = source_of(&facts, from.place.address);
         let of_source = service::node_of(&facts, source.address);
+        let egress_of = |connection: &Connection, compiled: &mut Compiled| {
+            decide(
+                &facts,
+                Direction::Egress,
+                connection,
+                &source,
+                of_source,
+                compiled,
+            )
+        };
         for destination in destinations {
             let to = port.at(destination.address);
             let judged = service::judge(&facts, &source, &to, compiled);
@@ -300,14 +310,7 @@ fn of_port(
             // What the source may not send does not reach the other node.
             let sent = beyond.as_ref().map(|_| {
                 let connection = connection(&source, (to.address, to.port), port);
-                decide(
-                    &facts,
-                    Direction::Egress,
-                    &connection,
-                    &source,
-                    of_source,
-                    compiled,
-                )
+                egress_of(&connection, compiled)
             });
             let passes = sent
                 .as_ref()
@@ -329,14 +332,7 @@ fn of_port(
                 let connection = connection(&source, *target, port);
                 let mut egress = match (&sent, to_node) {
                     (Some(sent), Some(_)) => sent.clone(),
-                    _ => decide(
-                        &facts,
-                        Direction::Egress,
-                        &connection,
-                        &source,
-                        of_source,
-                        compiled,
-                    ),
+                    _ => egress_of(&connection, compiled),
                 };
                 let facts = to_node.map_or(facts, |node| node.facts(&facts));
                 let client = to_node.map_or_else(|| source.clone(), |_| source.elsewhere());

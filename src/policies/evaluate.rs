@@ -27,6 +27,16 @@ pub struct Connection {
     pub port: Option<u16>,
 }
 
+impl Connection {
+    /// Returns the address whose policies are asked in a direction.
+    pub(crate) fn end(&self, direction: Direction) -> IpAddr {
+        match direction {
+            Direction::Egress => self.source,
+            Direction::Ingress => self.destination,
+        }
+    }
+}
+
 impl Engine {
     /// Returns whether the policies of this node's pods allow a connection.
     pub fn allows(&self, connection: &Connection) -> bool {

@@ -119,10 +119,7 @@ impl Engine {
         connection: &Connection,
         known: &mut KnownProfiles,
     ) -> Decision {
-        let address = match direction {
-            Direction::Egress => connection.source,
-            Direction::Ingress => connection.destination,
-        };
+        let address = connection.end(direction);
         let (profiles, is_local) = self.profiles_at(address, direction, known);
         let end = self.end(direction, connection, is_local);
         let mut decided: Option<Decision> = None;
@@ -260,10 +257,7 @@ impl Engine {
         if !self.settings.audit {
             return Vec::new();
         }
-        let address = match direction {
-            Direction::Egress => connection.source,
-            Direction::Ingress => connection.destination,
-        };
+        let address = connection.end(direction);
         let (profiles, is_local) = self.profiles_at(address, direction, known);
         let end = self.end(direction, connection, is_local);
         let mut found = Vec::new();

@@ -19,10 +19,7 @@ impl Engine {
         direction: Direction,
         connection: &Connection,
     ) -> Vec<RulesetPart> {
-        let address = match direction {
-            Direction::Egress => connection.source,
-            Direction::Ingress => connection.destination,
-        };
+        let address = connection.end(direction);
         let mut parts = Parts {
             engine: self,
             direction,

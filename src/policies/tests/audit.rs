@@ -59,10 +59,7 @@ impl Three {
         let inventory = self.audited.engine.inventory();
         let mut sent = true;
         for direction in [Direction::Egress, Direction::Ingress] {
-            let end = match direction {
-                Direction::Egress => connection.source,
-                Direction::Ingress => connection.destination,
-            };
+            let end = connection.end(direction);
             let allows = |engine: &Engine| engine.allows_at(direction, end, connection);
             let now = sent && allows(&self.without);
             // The policies of several pods that may have an address are asked one after the other.

@@ -247,10 +247,7 @@ proptest! {
 
 /// Returns whether the pod at the end of a direction is one of this node, whose rules decide.
 fn here(direction: Direction, connection: &Connection, checked: &Checked) -> bool {
-    let address = match direction {
-        Direction::Egress => connection.source,
-        Direction::Ingress => connection.destination,
-    };
+    let address = connection.end(direction);
     let inventory = checked.engine.inventory();
     inventory.isolating(address).next().is_some() || inventory.departed(address).is_some()
 }
