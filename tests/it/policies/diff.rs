@@ -9,14 +9,7 @@ use serde_json::{Value, json};
 
 use crate::support::policy::generate::{self, Random, Shape};
 
-const SHAPE: Shape = Shape {
-    nodes: 2,
-    slots: 4,
-    pods: 9,
-    policies: 5,
-    cluster_policies: 4,
-    faults: 5,
-};
+const SHAPE: Shape = Shape::SMALL;
 const CLUSTERS: u64 = 20;
 
 fn nftlet(words: &[&str]) -> Output {

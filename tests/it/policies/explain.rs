@@ -10,14 +10,7 @@ use crate::support::policy::generate::{self, Random, Shape};
 use crate::support::policy::oracle::{self, Protocol};
 use serde_json::{Value, json};
 
-const SHAPE: Shape = Shape {
-    nodes: 2,
-    slots: 4,
-    pods: 9,
-    policies: 5,
-    cluster_policies: 4,
-    faults: 5,
-};
+const SHAPE: Shape = Shape::SMALL;
 /// Questions about each cluster, in both families.
 const ASKED: usize = 500;
 const CLUSTERS: u64 = 40;

@@ -19,14 +19,7 @@ use nftlet::nft::{Hook, Ruleset};
 use nftlet::policies::{Connection, Engine, PolicySettings};
 use nftlet::source::Manifests;
 
-const SHAPE: Shape = Shape {
-    nodes: 2,
-    slots: 4,
-    pods: 9,
-    policies: 5,
-    cluster_policies: 4,
-    faults: 5,
-};
+const SHAPE: Shape = Shape::SMALL;
 /// Connections asked for after each change.
 const ASKED: usize = 24;
 const CHANGES: usize = 4;

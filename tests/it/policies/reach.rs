@@ -14,14 +14,7 @@ use serde_json::{Value, json};
 
 use Protocol::{Icmp, Sctp, Tcp, Udp};
 
-const SHAPE: Shape = Shape {
-    nodes: 2,
-    slots: 4,
-    pods: 9,
-    policies: 5,
-    cluster_policies: 4,
-    faults: 5,
-};
+const SHAPE: Shape = Shape::SMALL;
 const CLUSTERS: u64 = 20;
 /// Questions to `nftlet explain` about each cluster.
 const ASKED: usize = 100;

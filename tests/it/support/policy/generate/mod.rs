@@ -73,17 +73,16 @@ pub struct Shape {
     pub faults: usize,
 }
 
-impl Default for Shape {
-    fn default() -> Self {
-        Self {
-            nodes: 2,
-            slots: 4,
-            pods: 9,
-            policies: 5,
-            cluster_policies: 4,
-            faults: 5,
-        }
-    }
+impl Shape {
+    /// A cluster so small that all pairs of its pods can be asked about.
+    pub const SMALL: Self = Self {
+        nodes: 2,
+        slots: 4,
+        pods: 9,
+        policies: 5,
+        cluster_policies: 4,
+        faults: 5,
+    };
 }
 
 /// The ports that the worlds use.
