@@ -321,6 +321,37 @@ fn a_row_is_a_pod_if_it_is_asked_for_by_its_name() {
 }
 
 #[test]
+fn an_audited_policy_denies_nothing_if_annotations_count() {
+    let pod = |name: &str, last: u8| {
+        serde_json::json!({
+            "apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "namespace": "shop"},
+            "status": {"podIPs": [{"ip": format!("10.244.1.{last}")}]},
+        })
+    };
+    let policy = serde_json::json!({
+        "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
+        "metadata": {"name": "deny", "namespace": "shop",
+            "annotations": {"nftlet.dev/mode": "audit"}},
+        "spec": {"podSelector": {}},
+    });
+    let items = [pod("a", 1), pod("b", 2), policy];
+    let list = serde_json::json!({"apiVersion": "v1", "kind": "List", "items": items});
+    let file = tempfile::NamedTempFile::with_suffix(".json").expect("a file");
+    fs::write(file.path(), list.to_string()).expect("a file");
+    let path = file.path().to_str().expect("UTF-8");
+    let reach = |more: &[&str]| {
+        let words = ["reach", "--manifests", path, "-o=lines", "--from=shop/a"];
+        stdout(&nftlet(&[&words[..], more].concat()))
+    };
+    let line = "shop/a => shop/b : All Connections\n";
+    assert!(!reach(&[]).contains(line), "{}", reach(&[]));
+    let audited = reach(&["--audit-annotations=on"]);
+    assert!(audited.contains(line), "{audited}");
+    let diff = nftlet(&["diff", path, path, "--audit-annotations=on"]);
+    assert_eq!(diff.status.code(), Some(0), "{diff:?}");
+}
+
+#[test]
 fn what_the_objects_lack_is_said() {
     let pod = r#"{"apiVersion":"v1","kind":"Pod","metadata":{"name":"a","namespace":"shop"},
         "spec":{"hostNetwork":true,"nodeName":"node-1"},"status":{"podIPs":[{"ip":"192.0.2.1"}]}}"#;
