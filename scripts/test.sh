@@ -36,8 +36,8 @@ image() {
     cargo build --locked --bin nftlet && scripts/check-image.sh
 }
 
-# Only by its name. On an older kernel: what this one may lack, packets, conntrack, healing and clean-up, in about ten
-# minutes without KVM. Migrations are left out: an emulated processor loses requests by itself.
+# Only by its name. On an older kernel: what this one may lack, packets, conntrack, healing and clean-up.
+# Migrations are left out, in which requests were lost on an emulated processor.
 kernels() {
     KERNELS=6.1 MINUTES=20 scripts/test-kernels.sh kernel::features kernel::nflog \
         kernel::healing::every kernel::tables::netlink kernel::tables::what_nft deploy::cleanup \

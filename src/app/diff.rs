@@ -117,7 +117,7 @@ async fn read(
     let mut node = settings.node_name(env::var("NODE_NAME").ok(), "");
     let mut settings = settings.clone();
     if sides.contains(&Side::Agent) {
-        // The rules of both sides are those that the agent would write.
+        // Both sides are compiled as by the agent.
         let asked = OfAgent::ask(&settings.socket, true).await?;
         node.clone_from(&asked.node);
         settings = Settings {

@@ -1,4 +1,4 @@
-//! Logs the packets that network policies denied, and those that audited policies would deny.
+//! Logs packets that network policies denied, or that audited policies would deny.
 //!
 //! ```text
 //! deny-*, audit-* ──NFLOG──> LogReader ──> follow(), on its own thread ──> log, AuditLog

@@ -217,7 +217,7 @@ fn table(family: TableFamily) -> TableId {
     TableId::new(family, "nftlet-features")
 }
 
-/// Returns the feature that a message uses; those that create the tables are message 0.
+/// Returns the feature that a message uses. The messages that create the tables have number 0.
 fn missing_feature(attempts: &[Attempt], message: usize, errno: i32) -> Option<MissingFeature> {
     let (feature, module) = match message.checked_sub(1) {
         Some(index) => attempts

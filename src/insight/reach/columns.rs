@@ -1,10 +1,10 @@
-//! The columns of the matrix, of which those that are alike are asked about once.
+//! The columns of the matrix. Equal ones are asked about once.
 
 use std::collections::HashMap;
 
 use super::rows::{Reach, Row};
 
-/// Columns with those that are alike joined.
+/// Columns, with equal ones joined.
 pub(crate) struct Columns<'r> {
     rows: &'r [Row],
     joined: Vec<Row>,

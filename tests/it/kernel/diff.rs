@@ -1,4 +1,4 @@
-//! `nftlet diff kernel`: the tables in force against those that objects lead to.
+//! `nftlet diff kernel`: the tables in force against the rules compiled from objects.
 
 use std::process::Output;
 
